@@ -35,6 +35,8 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=0, help="of the conversations that are held meanwhile")
     parser.add_argument("--only", default="", help="the kind of members that are hit: queue, worker …; default: all")
     parser.add_argument("--replicated", action="store_true", help="a queue of three servers, which fails over")
+    parser.add_argument("--how", default="", help="what is done to them: kill,partition …; default: all")
+    parser.add_argument("--clocks", action="store_true", help="the wall clocks of members jump by an hour")
     parser.add_argument("--gateways", type=int, default=2)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1, help="of faults and calls")
@@ -44,7 +46,8 @@ def main() -> int:
     shape = Shape(args.gateways, 2, tuple(f"w{i}" for i in range(args.workers)))
     plan = Plan(
         args.faults, args.every, args.clients, args.seed, args.minutes * 60, shape, args.alone, args.kills_only,
-        args.lines, args.adapters, args.turns, args.only, args.replicated, args.attackers,
+        args.lines, args.adapters, args.turns, args.only, args.replicated,
+        tuple(filter(None, args.how.split(","))), args.clocks, args.attackers,
     )  # fmt: skip
     set_up_logging("chaos", "info")
     logging.getLogger("httpx2").setLevel("WARNING")
@@ -54,7 +57,7 @@ def main() -> int:
         try:
             tally = asyncio.run(_run(plan, Path(scratch)))
         finally:
-            for log in Path(scratch).glob("*.log"):
+            for log in Path(scratch).glob("**/*.log"):
                 shutil.copy(log, args.out / log.name)
     report = report_of(tally, plan, sys.argv[1:])
     (args.out / "report.json").write_bytes(msgspec.json.encode(report))

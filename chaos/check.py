@@ -23,6 +23,7 @@ EXCUSES = {
     "cancelled": {"gateway"},  # it stood still so long that it counted as dead
     "no_worker": {"worker", "queue"},
     "queue_unavailable": {"queue"},
+    "queue_full": {"queue"},
     "request_lost": {"queue"},
     "job_not_found": {"queue"},
     "expired": {"queue"},

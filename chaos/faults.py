@@ -9,27 +9,39 @@ import random
 import signal
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
 from chaos.fleet import ProcessFleet, gateway_url, until
 from chaos.replicated import ReplicatedQueue
+from chaos.shortage import JUMP_S, disk_again, no_disk, no_memory
 from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.runtime.service import wait_any
 
 logger = logging.getLogger(__name__)
 
-How = Literal["kill", "stop", "drain", "power cut"]
+How = Literal[
+    "kill", "stop", "drain", "power cut", "memory full", "disk full", "clock", "partition", "split", "lag",
+]  # fmt: skip
 WEIGHTS: dict[tuple[str, How], float] = {
     ("worker", "kill"): 6, ("worker", "stop"): 3, ("worker", "drain"): 3,
     ("gateway", "kill"): 3, ("gateway", "stop"): 1, ("gateway", "drain"): 2,
     ("scheduler", "kill"): 3, ("scheduler", "stop"): 1, ("scheduler", "drain"): 1,
     ("store", "kill"): 1, ("store", "stop"): 1, ("store", "drain"): 1,
     ("queue", "kill"): 2, ("queue", "stop"): 1, ("queue", "power cut"): 1,
+    ("queue", "memory full"): 1, ("queue", "disk full"): 1,
 }  # fmt: skip
+OF_SEVERAL: dict[tuple[str, How], float] = {("queue", "lag"): 1, ("queue", "partition"): 1, ("queue", "split"): 1}
+"""Faults of a queue of several servers besides."""
+
+OF_CLOCKS: dict[tuple[str, How], float] = {
+    (kind, "clock"): 1 for kind in ("worker", "gateway", "scheduler", "store")
+}  # fmt: skip
+"""Faults of members whose clocks can be set: of one's host jumps by an hour, and back."""
+
 KILLS: tuple[How, ...] = ("kill", "power cut")
 """Faults that end a process without a chance to clean up."""
 
@@ -68,6 +80,12 @@ def draw(
         return None
     kind, how = rng.choices(list(possible), list(possible.values()))[0]
     return kind, rng.choice(list(up[kind])), how
+
+
+def possible_faults(fleet: ProcessFleet) -> dict[tuple[str, How], float]:
+    """Return (kind, how) of the faults that a fleet can suffer, with their weights."""
+    several = {} if isinstance(fleet.queue, EmbeddedServer) else OF_SEVERAL
+    return WEIGHTS | several | (OF_CLOCKS if fleet.clocks is not None else {})
 
 
 class PowerCut:
@@ -111,17 +129,22 @@ class Havoc:
     """Inflicts faults, several at a time, and restarts what they ended."""
 
     def __init__(
-        self, fleet: ProcessFleet, rng: random.Random, *, kills_only: bool = False, only: str = ""
+        self, fleet: ProcessFleet, rng: random.Random, *, kills_only: bool = False, only: str = "",
+        hows: Collection[str] = (),
     ) -> None:  # fmt: skip
         """`kills_only`: after each kind of fault has been inflicted once, inflict only `KILLS`.
 
-        only: the kind of members that faults are inflicted on; "": on all.
+        only: the kind of members that faults are inflicted on; "": on all. hows: what is done to them; (): everything.
         """
         self.fleet = fleet
         self.hits: list[Hit] = []
         self.troubles: list[str] = []  # faults of members that the run did not cause
         self._rng = rng
-        weights = {fault: w for fault, w in WEIGHTS.items() if only in ("", fault[0])}
+        weights = {
+            fault: w
+            for fault, w in possible_faults(fleet).items()
+            if only in ("", fault[0]) and (not hows or fault[1] in hows)
+        }
         self._due = rng.sample(list(weights), len(weights))  # every fault once, then drawn by weight
         self._weights = {fault: w for fault, w in weights.items() if fault[1] in KILLS or not kills_only}
         self._queue_is_down = False
@@ -194,12 +217,17 @@ class Havoc:
             fleet.signal(hit.name, signal.SIGSTOP)
             await asyncio.sleep(STOP_S)
             fleet.signal(hit.name, signal.SIGCONT)
+        elif hit.how == "clock":
+            assert fleet.clocks is not None
+            fleet.clocks.jump(hit.name, self._rng.choice((-JUMP_S, JUMP_S)))
+            await asyncio.sleep(STOP_S)
+            fleet.clocks.jump(hit.name, 0)
         elif hit.how == "drain":
             fleet.signal(hit.name, signal.SIGTERM)
             await self._drained(hit)
         else:
             fleet.kill(hit.name)
-        if hit.how != "stop":
+        if hit.how not in ("stop", "clock"):
             fleet.start(member.service, hit.name)
         while not await fleet.is_up(member):
             self._revive(hit.name)
@@ -217,7 +245,14 @@ class Havoc:
         queue = self.fleet.queue
         self._queue_is_down = True
         if not isinstance(queue, EmbeddedServer):
-            await cast(ReplicatedQueue, queue).fail_over(hit.how, self._rng, STOP_S)
+            self.troubles += await cast(ReplicatedQueue, queue).hit(hit.how, self._rng, STOP_S)
+        elif hit.how == "memory full":
+            async with no_memory(queue.url):
+                await asyncio.sleep(self._rng.uniform(1, STOP_S))
+        elif hit.how == "disk full":
+            no_disk(queue.process, queue.folder)
+            await asyncio.sleep(self._rng.uniform(1, STOP_S))
+            disk_again(queue.process)
         elif hit.how == "stop":
             queue.process.send_signal(signal.SIGSTOP)
             await asyncio.sleep(STOP_S)

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, Protocol
 
 import httpx2
 
+from chaos.shortage import Clocks
 from lorafleet.launcher import lifeline
 from lorafleet.launcher.embedded import start_embedded
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
@@ -137,12 +138,13 @@ class ProcessFleet:
     http: httpx2.AsyncClient
     members: dict[str, Member] = field(default_factory=dict)
     spawn: Spawn = spawn
+    clocks: Clocks | None = None  # of each member its own, if they can be set
     _lifeline: tuple[int, int] = field(default_factory=os.pipe)  # members end when this process does
 
     @classmethod
     def prepare(
         cls, folder: Path, model: Path, adapters: Path, *, durable: bool, spawn: Spawn = spawn,
-        queue: QueueServer | None = None, **settings: object,
+        queue: QueueServer | None = None, clocks: Clocks | None = None, **settings: object,
     ) -> ProcessFleet:  # fmt: skip
         """Start the queue alone, unless it is given. spawn: how members start. `settings` are for every member."""
         queue = queue or start_embedded(folder / "queue", durable=durable)
@@ -152,7 +154,9 @@ class ProcessFleet:
             "adapter_host_bytes": 64 << 20,
         }  # fmt: skip
         http = httpx2.AsyncClient(timeout=2, trust_env=False)
-        return cls(folder, Settings.model_validate(values | settings), queue, Bus(queue.url), http, spawn=spawn)
+        return cls(
+            folder, Settings.model_validate(values | settings), queue, Bus(queue.url), http, spawn=spawn, clocks=clocks
+        )
 
     # ------------------------------------------------------------ members
 
@@ -170,6 +174,8 @@ class ProcessFleet:
         """Start a member, declared or new."""
         member = self.members.get(name or service) or self.add(service, name)
         environment = os.environ | member.settings.environment() | {lifeline.VARIABLE: "1", "OMP_NUM_THREADS": "1"}
+        if self.clocks is not None:
+            environment |= self.clocks.environment(member.name)
         command = [*member.within, sys.executable, "-m", "lorafleet", "serve", service]
         member.started_ms, member.paused = now_ms(), False
         start = spawn if member.within else self.spawn

@@ -1,7 +1,7 @@
 """A queue of three servers that three Sentinels watch over: real processes on ports of this machine.
 
 A primary whose replicas it has not heard for `MAX_LAG_S` takes no writes: one that was cut off while another became the
-primary can accept nothing that would be lost.
+primary soon accepts nothing that would be lost. What it accepts before that gateways tell the new one again.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from chaos.cable import Cables
 from chaos.fleet import free_port
+from chaos.shortage import ask, disk_again, no_disk, no_memory
 from lorafleet.launcher.embedded import server_binary
 from lorafleet.launcher.queue_users import ACL_FILE, make_users, password_file
 from protocol.queue.failover import PASSWORD
-from protocol.queue.redis_client import CONNECTION_ERRORS, QueueError, connect, ping
+from protocol.queue.redis_client import CONNECTION_ERRORS, QueueError, ping
 from protocol.runtime.environment import child_environment
 from protocol.runtime.settings import Settings
 
@@ -29,15 +31,27 @@ NAME = "fleet"
 SENTINEL_PASSWORD = "between-sentinels"
 DOWN_AFTER_MS = 500
 MAX_LAG_S = 2
+FENCED_S = 2 * MAX_LAG_S + 1
+"""Time after which a primary without replicas must have noticed: it counts them once a second."""
+
+RETRY_MS = 1000
+"""`failover-timeout`: a Sentinel that has failed to be elected tries again after twice this time."""
+
 UP_S = 60.0
 """Most time until the servers are in step again after a failover."""
+
+FAILOVERS = frozenset({"kill", "power cut", "stop", "partition", "split", "disk full"})
+"""Faults after which another server is the primary, which may not have got what the old one took last."""
 
 
 class ReplicatedQueue:
     """A primary, two replicas, and three Sentinels, which have a password."""
 
-    def __init__(self, folder: Path, *, guarded: bool = False) -> None:
-        """Start all in `folder`. guarded: nobody enters without the password of a fleet's user."""
+    def __init__(self, folder: Path, *, guarded: bool = False, cabled: bool = False) -> None:
+        """Start all in `folder`. guarded: nobody enters without the password of a fleet's user.
+
+        cabled: the way to each server is a cable, which can be cut; `ports` lead around it.
+        """
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.users = folder / "users" if guarded else None
@@ -45,6 +59,8 @@ class ReplicatedQueue:
             make_users(self.users, replicated=True)
         self.log = folder / "queue.log"
         self.ports = [free_port() for _ in range(NUM)]
+        self._announced = [free_port() for _ in range(NUM)] if cabled else self.ports
+        self._cables = Cables(list(zip(self._announced, self.ports, strict=True))) if cabled else None
         self._sentinel_ports = [free_port() for _ in range(NUM)]
         self._last_primary = 0
         self.servers = [self._start_server(index) for index in range(NUM)]
@@ -88,14 +104,15 @@ class ReplicatedQueue:
             file.write_text("\n".join(["bind 127.0.0.1", f"dir {folder}", *lines, ""]))
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [server_binary(), str(file), *more], stdout=log, stderr=log, env=child_environment()
+                [server_binary(), str(file), *more], stdout=log, stderr=log, env=child_environment(),
+                restore_signals=False,  # a full disk, played by a limit on files, must not kill it: see `no_disk`
             )  # fmt: skip
 
     def _start_server(self, index: int) -> subprocess.Popen[bytes]:
         lines = [
             f"port {self.ports[index]}", "appendonly yes", 'save ""', "maxmemory 1gb", "maxmemory-policy noeviction",
             "min-replicas-to-write 1", f"min-replicas-max-lag {MAX_LAG_S}", "repl-diskless-sync-delay 0",
-            "repl-ping-replica-period 1",
+            "repl-ping-replica-period 1", f"replica-announce-port {self._announced[index]}",
         ]  # fmt: skip
         if self.users is not None:
             lines += [
@@ -104,15 +121,15 @@ class ReplicatedQueue:
                 f"masterauth {self._password('replica')}",
             ]
         if index:
-            lines.append(f"replicaof 127.0.0.1 {self.ports[0]}")
+            lines.append(f"replicaof 127.0.0.1 {self._announced[0]}")
         return self._run(self.folder / f"server{index}", lines)
 
     def _start_sentinel(self, index: int) -> subprocess.Popen[bytes]:
         port = self._sentinel_ports[index]
         lines = [
             f"port {port}", f"requirepass {SENTINEL_PASSWORD}", f"sentinel sentinel-pass {SENTINEL_PASSWORD}",
-            f"sentinel monitor {NAME} 127.0.0.1 {self.ports[0]} 2",
-            f"sentinel down-after-milliseconds {NAME} {DOWN_AFTER_MS}", f"sentinel failover-timeout {NAME} 3000",
+            f"sentinel monitor {NAME} 127.0.0.1 {self._announced[0]} 2",
+            f"sentinel down-after-milliseconds {NAME} {DOWN_AFTER_MS}", f"sentinel failover-timeout {NAME} {RETRY_MS}",
         ]  # fmt: skip
         if self.users is not None:
             lines += [f"sentinel auth-user {NAME} sentinel", f"sentinel auth-pass {NAME} {self._password('sentinel')}"]
@@ -126,12 +143,14 @@ class ReplicatedQueue:
             process.send_signal(signal.SIGCONT)
             process.kill()
             process.wait()
+        if self._cables is not None:
+            self._cables.stop()
 
     # ------------------------------------------------------------ what Sentinels say
 
     async def _ask_sentinel(self, index: int, *words: str) -> Any:
         url = f"redis://:{SENTINEL_PASSWORD}@127.0.0.1:{self._sentinel_ports[index]}"
-        return await _ask(url, "SENTINEL", *words)
+        return await ask(url, "SENTINEL", *words)
 
     async def primary(self) -> int | None:
         """Return which server the Sentinels take for the primary, None while they do not agree or do not answer."""
@@ -139,7 +158,7 @@ class ReplicatedQueue:
             answers = [await self._ask_sentinel(i, "GET-MASTER-ADDR-BY-NAME", NAME) for i in range(NUM)]
             ports = {int(port) for _, port in answers}
             if len(ports) == 1:
-                self._last_primary = self.ports.index(ports.pop())
+                self._last_primary = self._announced.index(ports.pop())
                 return self._last_primary
         return None
 
@@ -161,8 +180,12 @@ class ReplicatedQueue:
         return False
 
     async def _info(self, index: int) -> dict[str, Any]:
+        return await ask(self._own_url(index), "INFO", "replication")
+
+    def _own_url(self, index: int) -> str:
+        """Return the URL of one server, around its cable."""
         who = "" if self.users is None else f"operator:{self._password('operator')}@"
-        return await _ask(f"redis://{who}127.0.0.1:{self.ports[index]}", "INFO", "replication")
+        return f"redis://{who}127.0.0.1:{self.ports[index]}"
 
     async def until_whole(self) -> None:
         """Wait until all is in step. Raises TimeoutError."""
@@ -170,46 +193,97 @@ class ReplicatedQueue:
 
     # ------------------------------------------------------------ faults
 
-    async def fail_over(self, how: str, rng: random.Random, stop_s: float) -> None:
-        """Take the primary away and bring it back when another one is the primary; wait until all is in step.
+    async def hit(self, how: str, rng: random.Random, stop_s: float) -> list[str]:
+        """Do something to the primary, wait until all is in step again, and return what went wrong.
 
         how: `kill`; `power cut`: its replicas have missed its last second besides; `stop`: it lives on and does not
-        know that another has become the primary.
+        know that another has become the primary; `partition`: it is cut off from everybody; `split`: only from its
+        replicas and the Sentinels, while those who work with it still reach it; `lag`: its replicas stand still;
+        `memory full` and `disk full`.
         """
         await self.until_whole()
         at = await self.primary()
         assert at is not None
         others = [server for index, server in enumerate(self.servers) if index != at]
-        if how == "power cut":
-            for server in others:
-                server.send_signal(signal.SIGSTOP)
-            await asyncio.sleep(rng.uniform(0, 1))
-        if how == "stop":
-            self.servers[at].send_signal(signal.SIGSTOP)
-            await asyncio.sleep(stop_s)
+        wrong: list[str] = []
+        if how == "memory full":
+            async with no_memory(self._own_url(at)):
+                await asyncio.sleep(rng.uniform(1, stop_s))
+        elif how == "lag":
+            await self._stop(others, rng.uniform(1, stop_s))
+        elif how in ("partition", "split"):
+            wrong = await self._cut_off(at, how, rng)
+        elif how == "disk full":
+            await self._fill_disk(at)
+        elif how == "stop":
+            await self._stop([self.servers[at]], stop_s, self._another(at))
         else:
-            self.servers[at].kill()
-            self.servers[at].wait()
-        for server in others:
-            server.send_signal(signal.SIGCONT)
+            await self._end(at, others, rng.uniform(0, 1) if how == "power cut" else 0.0)
+        await self.until_whole()
+        return wrong
 
+    def _another(self, at: int) -> Callable[[], Awaitable[bool]]:
         async def another() -> bool:
             return await self.primary() not in (at, None)
 
-        await _until(another)
-        if how == "stop":
-            self.servers[at].send_signal(signal.SIGCONT)
-        else:
+        return another
+
+    async def _stop(
+        self, servers: Sequence[subprocess.Popen[bytes]], stop_s: float,
+        until: Callable[[], Awaitable[bool]] | None = None,
+    ) -> None:  # fmt: skip
+        """Let servers stand still for a time, and then until something holds."""
+        for server in servers:
+            server.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(stop_s)
+        if until is not None:
+            await _until(until)
+        for server in servers:
+            server.send_signal(signal.SIGCONT)
+
+    async def _end(self, at: int, others: Sequence[subprocess.Popen[bytes]], missed_s: float) -> None:
+        """Kill the primary, of whose last `missed_s` the others know nothing, and start it again."""
+        if missed_s:
+            for server in others:
+                server.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(missed_s)
+        self.servers[at].kill()
+        self.servers[at].wait()
+        for server in others:
+            server.send_signal(signal.SIGCONT)
+        await _until(self._another(at))
+        self.servers[at] = self._start_server(at)
+
+    async def _cut_off(self, at: int, how: str, rng: random.Random) -> list[str]:
+        """Cut a primary off until another one is the primary and the old one has noticed; look whether it has."""
+        assert self._cables is not None, "there are no cables"
+        self._cables.become(at, "cut" if how == "partition" else "split")
+        try:
+            await asyncio.sleep(FENCED_S)
+            await _until(self._another(at))
+            wrong = ["a primary that was cut off takes writes"] if await self._takes_writes(at) else []
+            await asyncio.sleep(rng.uniform(0, 2))
+        finally:
+            self._cables.become(at, "join")
+        return wrong
+
+    async def _takes_writes(self, index: int) -> bool:
+        """Tell whether a server, which still answers those on its side, takes a write from them."""
+        with contextlib.suppress(QueueError, *CONNECTION_ERRORS):
+            assert await ask(self._own_url(index), "PING")
+            await ask(self._own_url(index), "SET", "{lorafleet}side", "written", "PX", 1000)
+            return True
+        return False
+
+    async def _fill_disk(self, at: int) -> None:
+        """Leave the primary no disk until another one is: it refuses writes, which Sentinels take for an end."""
+        no_disk(self.servers[at], self.folder / f"server{at}")
+        try:
+            await _until(self._another(at))
+        finally:
+            disk_again(self.servers[at])
+        if self.servers[at].poll() is not None:  # as a replica it ends by itself when it cannot write
             self.servers[at] = self._start_server(at)
-        await self.until_whole()
-
-
-async def _ask(url: str, *words: str) -> Any:
-    client = connect(url, timeout_s=1.0)
-    try:
-        return await client.execute_command(*words)
-    finally:
-        await client.aclose()
 
 
 async def _until(holds: Callable[[], Awaitable[bool]]) -> None:

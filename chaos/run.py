@@ -23,8 +23,9 @@ from chaos.batches import BatchClient
 from chaos.client import GIVE_UP_S, STYLES, Attempt, Call, Client
 from chaos.faults import Havoc, Hit
 from chaos.fleet import ProcessFleet, Shape
-from chaos.replicated import ReplicatedQueue
+from chaos.replicated import FAILOVERS, ReplicatedQueue
 from chaos.responses import ResponseClient
+from chaos.shortage import Clocks
 from chaos.webhooks import Receiver, receiving
 from chaos.wire_attacks import WIRE_ATTACKS
 from protocol.queue.bus import CONNECTION_ERRORS, now_ms
@@ -63,7 +64,14 @@ class Plan:
     num_turns: int = 0  # of the conversations that a client holds, one after the other; 0: there is no such client
     only: str = ""  # the kind of members that are hit; "": all
     replicated: bool = False  # the queue is three servers that Sentinels watch over; a fault of it is a failover
+    hows: tuple[str, ...] = ()  # what is done to members; (): everything
+    clocks: bool = False  # the members' clocks jump
     num_attackers: int = 0  # if there are any, API keys are on, and they are another tenant than the clients
+
+    @property
+    def is_cabled(self) -> bool:
+        """Whether the way to the queue's servers may be cut."""
+        return not self.hows or bool({"partition", "split"} & set(self.hows))
 
 
 @dataclass(slots=True)
@@ -105,7 +113,7 @@ class Run:
         self._ended: set[tuple[str, str]] = set()  # (type of the event, id) of what clients saw the end of
         self.expected: dict[Ask, Expected] = {}
         self.tally = Tally()
-        self.havoc = Havoc(fleet, random.Random(plan.seed), kills_only=plan.kills_only, only=plan.only)
+        self.havoc = Havoc(fleet, random.Random(plan.seed), kills_only=plan.kills_only, only=plan.only, hows=plan.hows)
         self._client_key, self._attacker_key = keys
         self._books = check.Books()
         self._client = Client(fleet.urls, self._client_key)
@@ -291,7 +299,7 @@ class Run:
         return any(from_s <= hit.at_s <= to_s for hit in self.havoc.hits if self._loses(hit))
 
     def _loses(self, hit: Hit) -> bool:
-        return hit.how == "power cut" or (hit.kind == "queue" and self.plan.replicated)
+        return hit.how == "power cut" or (hit.kind == "queue" and self.plan.replicated and hit.how in FAILOVERS)
 
     # ------------------------------------------------------------ after
 
@@ -366,7 +374,8 @@ async def prepared(
     with_keys = plan.num_attackers > 0
     fleet = ProcessFleet.prepare(
         folder, model, adapters, durable=True, max_attempts=MAX_ATTEMPTS, api_keys=with_keys, private_webhooks=True,
-        secret=secrets.token_hex(16), queue=ReplicatedQueue(folder / "queue") if plan.replicated else None,
+        secret=secrets.token_hex(16), clocks=Clocks(folder / "clocks") if plan.clocks else None,
+        queue=ReplicatedQueue(folder / "queue", cabled=plan.is_cabled) if plan.replicated else None,
     )  # fmt: skip
     try:
         await fleet.start_all(plan.shape)

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from gateway.http.unknown import NOT_SERVED, methods_of, unknown_url
-from protocol.queue.bus import CONNECTION_ERRORS, MemoryFull
+from protocol.queue.bus import CONNECTION_ERRORS, DiskFull, MemoryFull
 from protocol.runtime.tracing import TRACE_ID
 from protocol.wire.errors import (
     BadRequest,
@@ -136,6 +136,9 @@ def unreachable_queue(cause: BaseException) -> Unavailable:
     if isinstance(cause, MemoryFull):
         logger.error("the queue's memory is full")
         return QueueFull("the queue's memory is full: nothing new can be stored until something ends or expires")
+    if isinstance(cause, DiskFull):
+        logger.error("the queue's server cannot write to its disk: %s", cause)
+        return Unavailable("the queue's server cannot write to its disk", code="queue_unavailable")
     logger.error("the queue cannot be reached: %r", cause)
     return Unavailable("the queue cannot be reached", code="queue_unavailable")
 

@@ -13,7 +13,6 @@ was nearly full is forecast: from its last count, the drain rate, and this gatew
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from gateway.overload.inbound import Inbound
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from protocol.wire.clock import now_s
 from protocol.wire.errors import BadRequest, Overloaded, QueueFull
 from protocol.wire.keys import BATCH, CLASSES, INTERACTIVE
 
@@ -100,7 +100,7 @@ class Admission:
         status: Callable[[], m.SchedulerStatus | None],
         lag_s: Callable[[], float],
         limits: OverloadLimits | None = None,
-        now_s: Callable[[], float] = time.time,
+        now_s: Callable[[], float] = now_s,
     ) -> None:
         """`status`: the scheduler's latest; `lag_s`: of this gateway's event loop; `now_s`: unix time."""
         self._settings = settings

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import deque
 
 from peft_adapters.recipe import PREFIX
-from protocol.wire.codec import now_ms
+from protocol.wire.clock import now_ms
 from protocol.wire.messages import LOAD_BUCKETS_S, AdapterEvent
 from protocol.wire.records import AdapterUse
 

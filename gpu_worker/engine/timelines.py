@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
 from gpu_worker.engine.request import EngineRequest, TokenOutput
+from protocol.wire.clock import now_s
 from protocol.wire.messages import Timing
 
 RESIDENT = "resident"
@@ -40,7 +40,7 @@ def _ms(seconds: float) -> int:
 class Timelines:
     """The times of all requests of one engine, by request id. A step that changes none of them costs nothing here."""
 
-    def __init__(self, now_s: Callable[[], float] = time.time) -> None:
+    def __init__(self, now_s: Callable[[], float] = now_s) -> None:
         """now_s: unix time."""
         self._now_s = now_s
         self._all: dict[str, _Times] = {}

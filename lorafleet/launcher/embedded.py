@@ -114,6 +114,8 @@ class EmbeddedServer:
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 preexec_fn=die_with_parent(), start_new_session=True, pass_fds=(lock,), umask=UMASK,
                 env=child_environment(),
+                # A file at its limit, SIGXFSZ, is an error that the server tells its clients, and not its end.
+                restore_signals=False,
             )  # fmt: skip
         finally:
             os.close(lock)

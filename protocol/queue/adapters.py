@@ -12,7 +12,8 @@ from redis.exceptions import WatchError
 
 from protocol.queue.redis_client import Client, read_many
 from protocol.wire import messages as m
-from protocol.wire.codec import decode, now_ms
+from protocol.wire.clock import now_ms
+from protocol.wire.codec import decode
 from protocol.wire.errors import Conflict, Overloaded, ProtocolError
 from protocol.wire.keys import Keys, private_name
 from protocol.wire.records import AdapterUse

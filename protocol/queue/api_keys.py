@@ -15,7 +15,8 @@ from typing import Literal, get_args
 
 from protocol.queue.redis_client import Client
 from protocol.wire import messages as m
-from protocol.wire.codec import decode, now_ms
+from protocol.wire.clock import now_ms
+from protocol.wire.codec import decode
 from protocol.wire.errors import BadRequest, NotFound
 from protocol.wire.keys import Keys
 

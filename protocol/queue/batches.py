@@ -14,7 +14,8 @@ import msgspec
 from protocol.queue.redis_client import Client
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
-from protocol.wire.codec import decode, now_ms
+from protocol.wire.clock import now_ms
+from protocol.wire.codec import decode
 from protocol.wire.keys import Keys
 
 FORGOTTEN_MS = 60_000

@@ -5,6 +5,7 @@ Every method may be called twice safely.
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -23,7 +24,7 @@ from protocol.queue.jobs import Jobs, NewJob
 from protocol.queue.line import LOST, Line, NotTakenError
 from protocol.queue.members import Members
 from protocol.queue.quota import Quota, standing_of
-from protocol.queue.redis_client import CONNECTION_ERRORS, MemoryFull, QueueError, connect, read_many
+from protocol.queue.redis_client import CONNECTION_ERRORS, DiskFull, MemoryFull, QueueError, connect, read_many
 from protocol.queue.request_lists import RequestLists
 from protocol.queue.request_records import record_of
 from protocol.queue.scripts import FOLDER, Scripts
@@ -34,15 +35,16 @@ from protocol.queue.usage import Usage
 from protocol.queue.webhooks import Webhooks
 from protocol.runtime.sealing import Seal
 from protocol.wire import messages as m
-from protocol.wire.codec import decode, now_ms
+from protocol.wire.clock import CLOCK, now_ms
+from protocol.wire.codec import decode
 from protocol.wire.error_codec import error_json
 from protocol.wire.errors import Internal, LorafleetError, ProtocolError
 from protocol.wire.keys import Keys
 from protocol.wire.records import Holder, Owned, RequestFacts, RequestRecord
 
 __all__ = [
-    "CONNECTION_ERRORS", "Bus", "Entry", "MemoryFull", "Owned", "QueueError", "Refused", "RequestFacts", "Step",
-    "StepRow", "decode", "now_ms",
+    "CONNECTION_ERRORS", "Bus", "DiskFull", "Entry", "MemoryFull", "Owned", "QueueError", "Refused", "RequestFacts",
+    "Step", "StepRow", "decode", "now_ms",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -98,7 +100,10 @@ class Bus:
 
     async def restarted(self) -> bool:
         """Return whether the server has started anew since the last call: then it may have lost its last second."""
-        before, self._run_id = self._run_id, (await self._redis.info("server"))["run_id"]
+        asked_at_ns = time.monotonic_ns()
+        facts = await self._redis.info("server")
+        CLOCK.learn(1000 * facts["server_time_usec"], asked_at_ns, time.monotonic_ns())
+        before, self._run_id = self._run_id, facts["run_id"]
         return before not in ("", self._run_id)
 
     async def memory(self) -> tuple[int, int]:

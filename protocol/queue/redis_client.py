@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
@@ -17,6 +18,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry as SyncRetry
 
 from protocol.queue import failover
+from protocol.wire.clock import CLOCK
 
 Client: TypeAlias = Any
 """An asynchronous client. redis-py types every reply as a union for its two protocols and two client kinds."""
@@ -24,7 +26,14 @@ Client: TypeAlias = Any
 MemoryFull = OutOfMemoryError
 """What the server answers to a write while its memory is full (`maxmemory`); see `lua/vital.lua` for those it takes."""
 
-CONNECTION_ERRORS = (RedisConnectionError, RedisTimeoutError, ConnectionError, OSError, NoScriptError, MemoryFull)
+
+class DiskFull(ResponseError):
+    """The server cannot write to its disk, and therefore takes no writes until it can."""
+
+
+CONNECTION_ERRORS = (
+    RedisConnectionError, RedisTimeoutError, ConnectionError, OSError, NoScriptError, MemoryFull, DiskFull,
+)  # fmt: skip
 """What a lost connection looks like, and a server without room; loops catch it, wait and go on. A missing script comes
 from a server that was started anew between being given it and being asked to run it."""
 
@@ -65,14 +74,24 @@ class _Cancellable:
         finally:
             self.socket_timeout = limit_s
 
+    async def on_connect_check_health(self, check_health: bool = True) -> None:
+        """Enter, and ask the server for the time."""
+        await super().on_connect_check_health(check_health)  # type: ignore[misc]
+        asked_at_ns = time.monotonic_ns()
+        await self.send_command("TIME", check_health=False)  # type: ignore[attr-defined]
+        seconds, micros = await self.read_response(disable_decoding=True)
+        CLOCK.learn(int(seconds) * 10**9 + int(micros) * 1000, asked_at_ns, time.monotonic_ns())
+
     async def read_response(self, *args: Any, **options: Any) -> Any:
         """Read a reply. Raises a connection error for those of a server that is the primary no longer, or never was.
 
-        Whoever asked connects again, and then finds the one that is.
+        Whoever asked connects again, and then finds the one that is. Raises DiskFull.
         """
         try:
             return await super().read_response(*args, **options)  # type: ignore[misc]
         except ResponseError as error:
+            if str(error).startswith("MISCONF"):
+                raise DiskFull(str(error)) from None
             if not str(error).startswith(NO_PRIMARY) and not isinstance(error, ReadOnlyError):
                 raise
             await self.disconnect(nowait=True)  # type: ignore[attr-defined]

@@ -13,7 +13,7 @@ from protocol.queue.dead_letters import KEPT_S, MAX_LETTERS, MAX_RAW_BYTES
 from protocol.queue.redis_client import Client
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
-from protocol.wire.codec import now_ms
+from protocol.wire.clock import now_ms
 from protocol.wire.keys import Keys
 
 logger = logging.getLogger(__name__)

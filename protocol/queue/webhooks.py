@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from protocol.queue.redis_client import Client
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
-from protocol.wire.codec import decode, now_ms
+from protocol.wire.clock import now_ms
+from protocol.wire.codec import decode
 from protocol.wire.keys import Keys
 
 GIVEN_UP_S = 604_800

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,11 +15,6 @@ MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """
 
 _decoders: dict[type, msgspec.msgpack.Decoder[Any]] = {}
-
-
-def now_ms() -> int:
-    """Return unix time in milliseconds."""
-    return time.time_ns() // 1_000_000
 
 
 def decode(raw: bytes, type_: type[T]) -> T:

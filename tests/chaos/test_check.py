@@ -17,6 +17,7 @@ from chaos.client import Attempt, Call, Outcome, Style
 from chaos.faults import KILLS, WEIGHTS, Havoc, Hit, PowerCut, draw
 from chaos.responses import doubled, misplaced, wrong_events
 from chaos.soak import Course
+from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.wire.records import RequestFacts
 
 IDS = array("i", range(5)).tobytes()
@@ -130,7 +131,7 @@ def test_one_of_those_that_have_standbys_is_always_left_alone() -> None:
 
 
 def test_every_fault_is_done_once_before_chance_decides(tmp_path: Path) -> None:
-    fleet: Any = SimpleNamespace(queue=SimpleNamespace(folder=tmp_path))
+    fleet: Any = SimpleNamespace(queue=EmbeddedServer(tmp_path, durable=True, guarded=False), clocks=None)
     havoc = Havoc(fleet, random.Random(0), kills_only=True)
     assert {havoc.choose({"store": ["store"]}) for _ in range(3)} == {
         ("store", "store", "kill"), ("store", "store", "stop"), ("store", "store", "drain")

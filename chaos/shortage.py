@@ -1,0 +1,80 @@
+"""A server of the queue without memory or disk, or with a wrong clock: what is taken from a running process."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import redis.asyncio as aioredis
+
+HOOK = Path(__file__).parent / "wall_clock"
+"""Folder with what Python runs at its start so that a process has another wall clock."""
+
+JUMP_S = 3600
+
+
+async def ask(url: str, *words: str | int) -> Any:
+    """Return the answer of a server to a command. Raises what the queue's client does."""
+    client: Any = aioredis.Redis.from_url(url, socket_timeout=2.0)  # a Sentinel knows less than `connect` asks
+    try:
+        return await client.execute_command(*words)
+    finally:
+        await client.aclose()
+
+
+@asynccontextmanager
+async def no_memory(url: str) -> AsyncIterator[None]:
+    """Let a server hold no more than half of what it holds, meanwhile."""
+    most = (await ask(url, "INFO", "memory"))["maxmemory"]
+    used = (await ask(url, "INFO", "memory"))["used_memory"]
+    await ask(url, "CONFIG", "SET", "maxmemory", used // 2)
+    try:
+        yield
+    finally:
+        await ask(url, "CONFIG", "SET", "maxmemory", most)
+
+
+def no_disk(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Let no file of a server grow beyond the size of its append-only file. folder: of its data.
+
+    The server must have been started with SIGXFSZ ignored, or it dies of it.
+    """
+    sizes = [file.stat().st_size for file in (folder / "appendonlydir").glob("*.incr.aof")]
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (max(sizes, default=0), resource.RLIM_INFINITY))
+
+
+def disk_again(process: subprocess.Popen[bytes]) -> None:
+    """Let files grow again."""
+    if process.poll() is None:
+        unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
+
+
+class Clocks:
+    """Wall clocks of Python processes, one each, which can be set; their monotonic clocks go on."""
+
+    def __init__(self, folder: Path) -> None:
+        """Keep the clocks in files of a folder."""
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def environment(self, name: str) -> Mapping[str, str]:
+        """Return the variables with which a process gets the clock of a name."""
+        if not self._file(name).exists():
+            self.jump(name, 0)
+        path = os.pathsep.join(filter(None, (str(HOOK), os.environ.get("PYTHONPATH"))))
+        return {"PYTHONPATH": path, "CHAOS_CLOCK": str(self._file(name))}
+
+    def jump(self, name: str, to_s: int) -> None:
+        """Set a clock to so many seconds after the right time."""
+        new = self._file(name).with_suffix(".new")
+        new.write_text(str(to_s))
+        os.replace(new, self._file(name))
+
+    def _file(self, name: str) -> Path:
+        return self._folder / f"{name}.clock"

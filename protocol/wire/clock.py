@@ -1,0 +1,42 @@
+"""Unix time as the whole fleet has it: that of the queue's server, whatever the clock of this host says.
+
+Deadlines, ages and registers are written on one host and compared on another. So every connection to the queue asks its
+server for the time, and between two answers this process's monotonic clock goes on: a host's clock that is an hour
+wrong, or jumps by one, changes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+
+
+class FleetClock:
+    """The server's unix time, estimated from what it last told."""
+
+    def __init__(self) -> None:
+        self._offset_ns = time.time_ns() - time.monotonic_ns()  # until a server has told the time
+
+    def ns(self) -> int:
+        """Return unix time in nanoseconds."""
+        return time.monotonic_ns() + self._offset_ns
+
+    def learn(self, told_ns: int, asked_at_ns: int, heard_at_ns: int) -> None:
+        """Take the server's time, which it told between two times of this process's monotonic clock.
+
+        An estimate that the answer allows stays as it is, so that a slow answer moves nothing.
+        """
+        self._offset_ns = max(told_ns - heard_at_ns, min(self._offset_ns, told_ns - asked_at_ns))
+
+
+CLOCK = FleetClock()
+"""Of this process, which has one queue."""
+
+
+def now_ms() -> int:
+    """Return unix time in milliseconds, as the queue's server has it."""
+    return CLOCK.ns() // 1_000_000
+
+
+def now_s() -> float:
+    """Return unix time in seconds, as the queue's server has it."""
+    return CLOCK.ns() / 1e9
