@@ -1,4 +1,4 @@
-"""Write the parts of the Helm chart that the code knows best: the queue's users, and the names of settings.
+"""Write the parts of the Helm chart that others know best: the queue's users, the names of settings, the dashboards.
 
 `python .ci/chart.py` writes them; tests/deploy/test_chart.py fails while they are not what this makes. With a folder it
 writes what each file of values is rendered to.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ from typing import Any
 from protocol.queue.users import acl, table
 from protocol.runtime.settings import Settings
 
-CHART = Path(__file__).parent.parent / "deploy" / "helm" / "lorafleet"
+DEPLOY = Path(__file__).parent.parent / "deploy"
+CHART = DEPLOY / "helm" / "lorafleet"
+DASHBOARDS = DEPLOY / "grafana" / "dashboards"
+COPIES = CHART / "files" / "dashboards"
+"""Of the dashboards: a chart reads no file that lies outside of it."""
+
 ACL, SCHEMA = CHART / "files" / "users.acl", CHART / "values.schema.json"
 
 
@@ -48,6 +54,12 @@ def schema() -> str:
     return json.dumps(now, indent=2) + "\n"
 
 
+def copy_dashboards() -> None:
+    """Copy the dashboards into the chart."""
+    shutil.rmtree(COPIES, ignore_errors=True)
+    shutil.copytree(DASHBOARDS, COPIES)
+
+
 def render(folder: Path) -> None:
     """Write what Helm's engine makes of each file of values, for checkov."""
     helm, yaml = importlib.import_module("helm_python"), importlib.import_module("yaml")
@@ -60,12 +72,13 @@ def render(folder: Path) -> None:
 
 
 def main(args: list[str]) -> None:
-    """Write both, or with a folder what the files of values become."""
+    """Write them all, or with a folder what the files of values become."""
     if args:
         render(Path(args[0]))
         return
     ACL.write_text(acl_file())
     SCHEMA.write_text(schema())
+    copy_dashboards()
 
 
 if __name__ == "__main__":

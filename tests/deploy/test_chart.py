@@ -166,6 +166,8 @@ def test_the_chart_has_the_rights_and_settings_of_this_version() -> None:
     made = generator()
     assert made.ACL.read_text() == made.acl_file(), "run python .ci/chart.py"
     assert made.SCHEMA.read_text() == made.schema(), "run python .ci/chart.py"
+    copies, boards = ({file.name: file.read_text() for file in at.iterdir()} for at in (made.COPIES, made.DASHBOARDS))
+    assert copies == boards, "run python .ci/chart.py"
 
 
 def test_gateways_write_keys_if_operators_may_over_http(chart: Any) -> None:
@@ -399,6 +401,26 @@ def test_prometheus_scales_and_scrapes(chart: Any) -> None:
         name for name, pod in pods(manifests).items() for p in container(pod).get("ports", ()) if p["name"] == "metrics"
     }
     assert ports == {f"lf-lorafleet-{name}" for name in ("scheduler", "store", "worker-cpu")}
+
+
+def test_grafana_finds_every_dashboard_with_its_own_data_source(chart: Any) -> None:
+    assert not [one for one in render(chart, {}) if "dashboard" in one["metadata"]["name"]]
+    manifests = render(chart, values_of("prometheus"))
+    found = [one for one in manifests if one["metadata"]["labels"].get("grafana_dashboard") == "1"]
+    boards = {name: json.loads(text) for one in found for name, text in one["data"].items()}
+    assert boards.keys() == {file.name for file in generator().DASHBOARDS.iterdir()}
+    for name, board in boards.items():
+        assert board["title"]
+        assert '"uid": "prometheus"' not in json.dumps(board), name
+    assert {one["metadata"]["annotations"]["grafana_folder"] for one in found} == {"Lorafleet"}
+    default = render(chart, {"metrics": {"dashboards": {"enabled": True}}})
+    assert '"uid": "prometheus"' in find(default, "ConfigMap", "dashboard-overview")["data"]["overview.json"]
+
+
+def test_a_worker_has_the_name_of_its_pod(chart: Any) -> None:
+    (worker,) = (pod for name, pod in pods(render(chart, {})).items() if "worker" in name)
+    names = {one["name"]: one.get("valueFrom") for one in container(worker)["env"]}
+    assert names["LORAFLEET_WORKER_NAME"] == {"fieldRef": {"fieldPath": "metadata.name"}}
 
 
 def test_the_queue_is_full_before_its_container_is(chart: Any) -> None:
