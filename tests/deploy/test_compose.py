@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[2]
 SERVICES = ("gateway", "scheduler", "adapter_store", "gpu_worker")
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 COMPOSE = (ROOT / "compose.yaml").read_text()
-ON_GPUS = (ROOT / "compose.gpu.yaml").read_text()
 READERS = ("gateway", "gpu_worker")
 """Services that read the base model's files."""
 START_BYTES = 400 << 20
@@ -82,29 +81,37 @@ def test_every_variable_is_in_the_example_with_its_default() -> None:
     lines = (ROOT / ".env.example").read_text().splitlines()
     listed = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
     used: dict[str, set[str]] = {}
-    for match in VARIABLE.finditer(COMPOSE + ON_GPUS):
+    for match in VARIABLE.finditer(COMPOSE):
         used.setdefault(match[1], set()).add(match[2] or "")
     assert used.pop("MODEL") == {"", "/data/models/SmolLM2-135M-Instruct"}  # both of which mean the quickstart model
     assert listed.pop("MODEL") == ""
+    assert listed.pop("COMPOSE_PROFILES") == ""  # which compose reads itself
     assert {name: {default} for name, default in listed.items()} == used
 
 
 def test_services_are_given_settings_that_exist() -> None:
     known = {f"LORAFLEET_{name.upper()}" for name in Settings.model_fields}
-    services = [*compose().values(), *compose(ON_GPUS).values()]
-    given = {name for service in services for name in service.get("environment", {})}
+    given = {name for service in compose().values() for name in service.get("environment", {})}
     assert {name for name in given if name.startswith("LORAFLEET_")} <= known
 
 
 def test_on_gpus_as_many_workers_start_as_are_wanted_each_with_its_own() -> None:
-    worker = compose(ON_GPUS, GPU_COUNT="4", GPU_IDS="0,1,2,3")["gpu_worker"]
+    services = compose(GPU_COUNT="4", GPU_IDS="0,1,2,3", CPU_WORKERS="0")
+    worker = services["cuda_worker"]
+    assert worker["profiles"] == ["gpu"]
+    assert services["gpu_worker"]["deploy"]["replicas"] == 0
     assert worker["deploy"]["replicas"] == 4
     [devices] = worker["deploy"]["resources"]["reservations"]["devices"]
     assert devices["count"] == "all", "each sees every GPU"
     assert worker["environment"]["LORAFLEET_GPUS"] == "0,1,2,3", "of which it takes one"
     assert worker["environment"]["LORAFLEET_GPU_LOCKS"] in mounts(worker), "by locks that all share"
     assert "/gpus" in (ROOT / "deploy/Dockerfile").read_text(), "and may write, whoever they run as"
-    alone = compose(ON_GPUS)["gpu_worker"]
+    on_cpu = services["gpu_worker"]
+    others = {"LORAFLEET_DEVICE", "LORAFLEET_GPUS", "LORAFLEET_GPU_LOCKS"}
+    own, same = ({k: v for k, v in one["environment"].items() if k not in others} for one in (worker, on_cpu))
+    assert own == same, "a worker on a GPU gets what one on the CPU gets"
+    assert mounts(worker) == {**mounts(on_cpu), "/gpus": "gpus"}
+    alone = compose()["cuda_worker"]
     assert (alone["deploy"]["replicas"], alone["environment"]["LORAFLEET_GPUS"]) == (1, 0)
 
 
@@ -123,7 +130,9 @@ def test_each_service_enters_the_queue_as_a_user_of_its_own() -> None:
 
 
 def test_no_secret_is_in_the_environment_or_in_a_command() -> None:
-    known = {"LORAFLEET_SECRET_FILE", "LORAFLEET_REDIS_PASSWORD_FILE", "HF_TOKEN_PATH"}  # paths
+    known = {
+        "LORAFLEET_SECRET_FILE", "LORAFLEET_REDIS_PASSWORD_FILE", "HF_TOKEN_PATH", "AWS_SHARED_CREDENTIALS_FILE",
+    }  # fmt: skip  # paths
     for service in compose().values():
         assert not {
             name for name in service.get("environment", {})
@@ -150,14 +159,19 @@ def test_who_has_ports_and_who_gets_outside() -> None:
     assert known["front"]["driver_opts"] == {"com.docker.network.bridge.enable_ip_masquerade": "false"}
     assert networks(services["queue"]) == {"fleet", "queue"}
     assert networks(services["gateway"]) == {"fleet", "front"}
-    assert networks(services["adapter_store"]) == {"fleet", "outside"}
-    assert networks(services["gpu_worker"]) == {"fleet"}
+    assert networks(services["adapter_store"]) == {"fleet", "outside", "s3"}
+    assert networks(services["gpu_worker"]) == networks(services["cuda_worker"]) == {"fleet"}
     assert networks(services["scheduler"]) == networks(services["cli"]) == {"queue"}
     assert services["users"]["network_mode"] == "none"
     observers = {name for name, service in services.items() if service.get("profiles") == ["observe"]}
     assert observers == {"prometheus", "traces", "grafana"}
     assert networks(services["grafana"]) == {"observe", "front"}  # it reaches no service of the fleet
     assert known["observe"]["internal"]
+    of_s3 = {name for name, service in services.items() if service.get("profiles") == ["s3"]}
+    assert of_s3 == {"s3_keys", "s3", "s3_bucket"}
+    assert networks(services["s3"]) == networks(services["s3_bucket"]) == {"s3"}
+    assert services["s3_keys"]["network_mode"] == "none"
+    assert known["s3"]["internal"]
 
 
 def test_the_queue_refuses_writes_before_its_container_is_full() -> None:
