@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from fastapi import FastAPI, Request
@@ -13,6 +12,7 @@ from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.books.usage import GROUPS, NOT_COUNTED, Day, Query, check_number, csv_text, day_of_page, page
 from gateway.http import openapi
 from protocol.queue.usage import DAY_S, Usage
+from protocol.wire.clock import now_ms
 from protocol.wire.errors import BadRequest, PermissionDenied
 
 PATHS = ("/v1/usage", "/v1/organization/usage/completions")
@@ -86,7 +86,7 @@ def query_of(request: Request) -> Query:
     if "start_time" not in given:
         raise BadRequest("start_time is missing: unix time in seconds", param="start_time")
     start_s = _number(request, "start_time", 0, 0, _LAST_S)
-    now_s = int(time.time())
+    now_s = now_ms() // 1000
     end_s = min(_number(request, "end_time", now_s + 1, 0, _LAST_S), now_s + 1)
     first_day = start_s // DAY_S
     if "page" in given:

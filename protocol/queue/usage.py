@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from protocol.queue.redis_client import Client
-from protocol.wire.codec import now_ms
+from protocol.wire.clock import now_ms
 from protocol.wire.keys import Keys
 
 DAY_S = 86_400

@@ -58,7 +58,8 @@ async def test_the_fleet_tells_how_much_it_has_to_do(bus: Bus, fleet: ScriptedFl
     status = m.SchedulerStatus(queued=5, running=3, workers=1, drain_rate=0.0, drain_next="w")
     await bus.set(bus.keys.status, status, 60_000)
     told = (await http.get("/v1/fleet")).json()
-    assert told == {"object": "fleet", "workers": 1, "queued": 5, "running": 3, "demand": 8, "drain_next": "w"}
+    wanted = {"object": "fleet", "workers": 1, "queued": 5, "running": 3, "demand": 8, "drain_next": "w"}
+    assert wanted.items() <= told.items()
 
     # Nothing is asked, and nothing can be while no worker has told its model: one is needed all the same.
     await leave(bus, fleet)
