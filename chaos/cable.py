@@ -13,6 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Literal, cast
 
+from protocol.runtime.environment import child_environment
+
 State = Literal["join", "cut", "split"]
 
 OF_SERVERS = (b"REPLCONF", b"replconf", b"sentinel-", b"__sentinel__")
@@ -124,8 +126,9 @@ class Cables:
         """Start it. pairs: of a port, and the server's port that it leads to."""
         words = [f"{port}:{server_port}" for port, server_port in pairs]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "chaos.cable", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, "-m", "chaos.cable", *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=child_environment(),
+        )  # fmt: skip
         self._hear("up")
 
     def become(self, index: int, state: State) -> None:

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import redis.asyncio as aioredis
+from protocol.queue.redis_client import connect
 
 HOOK = Path(__file__).parent / "wall_clock"
 """Folder with what Python runs at its start so that a process has another wall clock."""
@@ -20,7 +20,7 @@ JUMP_S = 3600
 
 async def ask(url: str, *words: str | int) -> Any:
     """Return the answer of a server to a command. Raises what the queue's client does."""
-    client: Any = aioredis.Redis.from_url(url, socket_timeout=2.0)  # a Sentinel knows less than `connect` asks
+    client = connect(url, timeout_s=2.0)
     try:
         return await client.execute_command(*words)
     finally:

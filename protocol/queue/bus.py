@@ -63,9 +63,9 @@ class Bus:
         """`lua` is the folder of the scripts; `seal` encrypts what requests ask, None: it lies open in the queue."""
         self.url = url
         self.keys = keys or Keys()
-        self._redis = connect(url, timeout_s=TIMEOUT_S)
+        self._redis = connect(url, timeout_s=TIMEOUT_S, timed=True)
         # redis-py's default read timeout of 5 s would abort and silently repeat longer blocking reads.
-        self._blocking = connect(url, timeout_s=None)
+        self._blocking = connect(url, timeout_s=None, timed=True)
         self._line = Line(self._blocking, TIMEOUT_S)
         self._scripts = Scripts(self._redis, self._line, lua)
         self._seal = seal

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 from urllib.parse import urlsplit
 
 import redis
@@ -74,14 +74,6 @@ class _Cancellable:
         finally:
             self.socket_timeout = limit_s
 
-    async def on_connect_check_health(self, check_health: bool = True) -> None:
-        """Enter, and ask the server for the time."""
-        await super().on_connect_check_health(check_health)  # type: ignore[misc]
-        asked_at_ns = time.monotonic_ns()
-        await self.send_command("TIME", check_health=False)  # type: ignore[attr-defined]
-        seconds, micros = await self.read_response(disable_decoding=True)
-        CLOCK.learn(int(seconds) * 10**9 + int(micros) * 1000, asked_at_ns, time.monotonic_ns())
-
     async def read_response(self, *args: Any, **options: Any) -> Any:
         """Read a reply. Raises a connection error for those of a server that is the primary no longer, or never was.
 
@@ -98,8 +90,24 @@ class _Cancellable:
             raise RedisConnectionError(f"the queue's server takes no writes: {error}") from None
 
 
-def connect(url: str, *, timeout_s: float | None) -> Client:
-    """Return a client. `timeout_s` limits every read and write, with retries; None: blocking reads may take long."""
+class _Timed:
+    """A connection to a server that is asked for the time: it sets this process's clock."""
+
+    async def on_connect_check_health(self, check_health: bool = True) -> None:
+        """Enter, and ask the server for the time."""
+        await super().on_connect_check_health(check_health)  # type: ignore[misc]
+        asked_at_ns = time.monotonic_ns()
+        await self.send_command("TIME", check_health=False)  # type: ignore[attr-defined]
+        told = cast(Any, await self.read_response(disable_decoding=True))  # type: ignore[attr-defined]
+        seconds, micros = int(told[0]), int(told[1])
+        CLOCK.learn(seconds * 10**9 + micros * 1000, asked_at_ns, time.monotonic_ns())
+
+
+def connect(url: str, *, timeout_s: float | None, timed: bool = False) -> Client:
+    """Return a client. `timeout_s` limits every read and write, with retries; None: blocking reads may take long.
+
+    timed: the server is the fleet's queue, whose time is this process's; a Sentinel could not tell any.
+    """
     retries = 4 if timeout_s is not None else 0
     sentinels = None
     if urlsplit(url).scheme in failover.SCHEMES:
@@ -114,7 +122,8 @@ def connect(url: str, *, timeout_s: float | None) -> Client:
         socket_connect_timeout=CONNECT_TIMEOUT_S,
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), retries),
     )
-    pool.connection_class = type("CancellableConnection", (_Cancellable, pool.connection_class), {})
+    kinds = (_Timed, _Cancellable) if timed else (_Cancellable,)
+    pool.connection_class = type("CancellableConnection", (*kinds, pool.connection_class), {})
     if sentinels is not None:
         pool.connection_class = failover.found_by(sentinels, pool.connection_class)
     return aioredis.Redis.from_pool(pool)

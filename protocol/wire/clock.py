@@ -8,13 +8,15 @@ wrong, or jumps by one, changes nothing.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 
 class FleetClock:
     """The server's unix time, estimated from what it last told."""
 
-    def __init__(self) -> None:
-        self._offset_ns = time.time_ns() - time.monotonic_ns()  # until a server has told the time
+    def __init__(self, wall_ns: Callable[[], int] = time.time_ns) -> None:
+        """wall_ns: this host's unix time, which is asked once and stands until a server has told the time."""
+        self._offset_ns = wall_ns() - time.monotonic_ns()
 
     def ns(self) -> int:
         """Return unix time in nanoseconds."""

@@ -247,3 +247,15 @@ async def test_forgetting_a_job_leaves_nothing(queue: Queue, ended: bool) -> Non
     assert not await queue.bus._redis.exists(queue.keys.idem("acme", "mine"))
     if not ended:
         assert [(await queue.write(row("a1", 1, 2)))[0].code] == ["missing"]
+
+
+async def test_a_request_whose_end_the_queue_has_lost_is_forgotten_whole(queue: Queue) -> None:
+    """A failover may take the end of a request that has been read; nothing of it may wait for a worker for ever."""
+    await queue.submit("a")
+    await queue.running("b")
+    await queue.bus.forget_call("", ["a"])
+    await queue.bus.forget_call("", ["b"])
+    assert await queue.bus.streams.length(queue.keys.sub("interactive")) == 0
+    assert await queue.assign("a") == ("stale", ["a"])
+    (refused,) = await queue.write(row("b", 0, 1))
+    assert refused.rid == "b"
