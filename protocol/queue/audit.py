@@ -13,7 +13,8 @@ import socket
 from protocol.queue.redis_client import CONNECTION_ERRORS, Client, QueueError
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
-from protocol.wire.codec import decode, now_ms
+from protocol.wire.clock import now_ms
+from protocol.wire.codec import decode
 from protocol.wire.errors import BadRequest
 from protocol.wire.keys import Keys
 
