@@ -75,9 +75,7 @@ class SharedInput:
         self._lead: list[int] = [1] * num_lead  # some of them find the token dimension by the number of dimensions
         self._packed: ops.PackedLinear | ops.QuantisedLinear | None = None
         if is_plain(linears[0]):
-            weights = [_weight(linear) for linear in linears]
-            joint = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
-            self._packed = ops.pack_linear(joint, impl=impl)
+            self._packed = ops.pack_linear(*(_weight(linear) for linear in linears), impl=impl)
         elif isinstance(linears[0], BlockLinear):
             self._packed = beside_each_other([linear for linear in linears if isinstance(linear, BlockLinear)])
         if self._packed is not None:

@@ -7,7 +7,10 @@ other one the answer is None, and transformers reads it.
 from __future__ import annotations
 
 import json
+import mmap
+import struct
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,6 +26,12 @@ KEPT_IN_FP32 = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 
 COMPUTED = ("inv_freq", "embed_scale")
 """Ends of the names of numbers that a model computes when it is made, and to the same bits however that is."""
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""What safetensors call the numbers of a model that can be mapped."""
+
+MAX_TENSORS = 10_000
+"""Linux lets a process map 65,530 ranges of memory."""
 
 
 def map_model(folder: Path, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel | None:
@@ -59,7 +68,10 @@ def _computed(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _tensors_of(folder: Path) -> dict[str, Tensor]:
-    """Return the tensors of a folder's safetensors as views of mapped files, none where there are no such files."""
+    """Return the tensors of a folder's safetensors, each mapped by itself, so that one that is dropped is unmapped.
+
+    There are none where a file is missing, or where there are more tensors than a process may map.
+    """
     names = [WEIGHTS]
     if (folder / INDEX).is_file():
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
@@ -67,9 +79,27 @@ def _tensors_of(folder: Path) -> dict[str, Tensor]:
     for name in names:
         if not (folder / name).is_file():
             return {}
-        with safe_open(folder / name, framework="pt") as file:
-            found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+        with safe_open(folder / name, framework="pt"):
+            pass  # it checks that the tensors lie in the file, one behind the other
+        with (folder / name).open("rb") as file:
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(header_bytes))
+            header.pop("__metadata__", None)
+            if len(found) + len(header) > MAX_TENSORS or any(entry["dtype"] not in DTYPES for entry in header.values()):
+                return {}
+            found |= {key: _map(file.fileno(), 8 + header_bytes, entry) for key, entry in header.items()}
     return found
+
+
+def _map(fd: int, data: int, entry: dict[str, Any]) -> Tensor:
+    """Map a tensor of a file whose tensors begin at byte `data`. entry: its part of the file's header."""
+    start, end = (data + offset for offset in entry["data_offsets"])
+    dtype = DTYPES[entry["dtype"]]
+    if start == end:
+        return torch.empty(entry["shape"], dtype=dtype)
+    page = start // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    memory = mmap.mmap(fd, end - page, access=mmap.ACCESS_COPY, offset=page)
+    return torch.frombuffer(memory, dtype=dtype, offset=start - page).view(entry["shape"])
 
 
 def _put(module: nn.Module, name: str, value: Tensor) -> None:

@@ -144,9 +144,12 @@ def paged_attention(
     )
 
 
-def pack_linear(weight: Tensor, impl: Impl | None = None) -> PackedLinear:
-    """Lay out a weight [N, K] for `linear`. The result shares the weight's memory or holds a copy of it."""
-    return _choose(weight, impl).pack_linear(weight)
+def pack_linear(*weights: Tensor, impl: Impl | None = None) -> PackedLinear:
+    """Lay out a weight [N, K] for `linear`, or several [N_i, K] of one dtype as one, their rows one below the other.
+
+    The result shares the weight's memory or holds a copy of it.
+    """
+    return _choose(weights[0], impl).pack_linear(*weights)
 
 
 def pack_quantised(weights: Sequence[QuantisedWeight], impl: Impl | None = None) -> QuantisedLinear:

@@ -100,8 +100,9 @@ def _attention_weights(
     return torch.cat([logits, sink], dim=-1).softmax(-1)[..., :-1]
 
 
-def pack_linear(weight: Tensor) -> PackedLinear:
+def pack_linear(*weights: Tensor) -> PackedLinear:
     """See `ops.pack_linear`."""
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
     return PackedLinear(weight, out_features=weight.shape[0], in_features=weight.shape[1], layout="plain")
 
 

@@ -70,6 +70,17 @@ def test_bf16_weights_are_packed(native: Impl) -> None:
         ops.linear(torch.zeros(1, 32, dtype=BF16), packed, impl=native)
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("sizes", [(64, 32), (40, 7, 33), (1, 31, 32)])
+@pytest.mark.parametrize("width", [2, 24, 64, 70])
+def test_weights_that_are_packed_together_are_those_below_each_other(
+    impl: Impl, dtype: torch.dtype, sizes: tuple[int, ...], width: int
+) -> None:
+    weights = [torch.randn(width, size).to(dtype).T for size in sizes]
+    packed = ops.pack_linear(*weights, impl=impl)
+    assert torch.equal(ops.unpack_linear(packed), torch.cat(weights))
+
+
 def test_bf16_weights_stay_with_torch_where_there_is_amx(native: Impl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     weight, x = weight_and_input(40, 64, 12, BF16)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels import sums
+from lora_kernels import reference, sums
 from lora_kernels.cpu.build import BuildError, build_library
 from lora_kernels.quantised import QuantisedWeight
 from lora_kernels.segments import AttentionBatch, LoraBatch
@@ -118,13 +118,13 @@ def paged_attention(
     )
 
 
-def pack_linear(weight: Tensor) -> PackedLinear:
+def pack_linear(*weights: Tensor) -> PackedLinear:
     """See `ops.pack_linear`."""
-    out_features, in_features = weight.shape
+    in_features, dtype = weights[0].shape[1], weights[0].dtype
     # Torch serves fp32, fp16 and odd widths, and everything where AMX makes its oneDNN the faster one.
-    if weight.dtype != torch.bfloat16 or in_features % 2 or torch.cpu._is_amx_tile_supported():
-        return PackedLinear(weight, out_features, in_features, "plain")
-    return PackedLinear(_ops.pack_linear.default(weight), out_features, in_features, "vnni")
+    if dtype != torch.bfloat16 or in_features % 2 or torch.cpu._is_amx_tile_supported():
+        return reference.pack_linear(*weights)
+    return PackedLinear(_ops.pack_linear.default(weights), sum(map(len, weights)), in_features, "vnni")
 
 
 def pack_quantised(weights: Sequence[QuantisedWeight]) -> QuantisedLinear:
@@ -285,8 +285,8 @@ def _register_fakes() -> None:
     fake = torch.library.register_fake
 
     @fake("lorafleet::pack_linear")
-    def _(weight: Tensor) -> Tensor:
-        return weight.new_empty(-(-weight.shape[0] // 32), weight.shape[1] // 2, 32, 2)
+    def _(weights: Sequence[Tensor]) -> Tensor:
+        return weights[0].new_empty(-(-sum(map(len, weights)) // 32), weights[0].shape[1] // 2, 32, 2)
 
     @fake("lorafleet::linear")
     def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:

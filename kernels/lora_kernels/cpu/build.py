@@ -20,7 +20,7 @@ import torch
 
 _SOURCE_DIR = Path(__file__).parent / "csrc"
 COMMON_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
-_HOST_PARTS = ("bind", "quantised", "stack", "states", "team")
+_HOST_PARTS = ("bind", "pack", "quantised", "stack", "states", "team")
 _ISA_FLAGS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-march=skylake-avx512",),

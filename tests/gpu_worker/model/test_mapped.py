@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -62,14 +63,28 @@ def test_a_mapped_model_is_that_of_transformers(tmp_path: Path, model_type: str,
         assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
-def test_weights_are_the_memory_of_the_file(folder: Path) -> None:
-    model = read_model(folder, torch.device("cpu"), torch.float32)
-    address, file = model.get_parameter("model.norm.weight").data_ptr(), str(folder / "model.safetensors")
-    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(file)]
+def num_mapped(file: Path, address: int | None = None) -> int:
+    """Return how many ranges of a file are mapped into this process, of those that have an address."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
     ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines]
-    assert any(start <= address < end for start, end in ranges)
-    converted = read_model(folder, torch.device("cpu"), torch.bfloat16)
-    assert converted.get_parameter("model.norm.weight").dtype == torch.bfloat16
+    return sum(address is None or start <= address < end for start, end in ranges)
+
+
+def test_weights_are_the_memory_of_the_file(folder: Path) -> None:
+    file, norm = folder / "model.safetensors", "model.norm.weight"
+    model = read_model(folder, torch.device("cpu"), torch.float32)
+    assert num_mapped(file, model.get_parameter(norm).data_ptr()) == 1
+    assert read_model(folder, torch.device("cpu"), torch.bfloat16).get_parameter(norm).dtype == torch.bfloat16
+
+
+def test_a_weight_that_is_dropped_is_unmapped(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    model: Any = map_model(folder, read_config(folder), torch.float32)
+    before, address = num_mapped(file), model.lm_head.weight.data_ptr()
+    model.lm_head = torch.nn.Identity()
+    gc.collect()
+    assert num_mapped(file, address) == 0
+    assert num_mapped(file) == before - 1
 
 
 def test_a_head_that_is_tied_shares_the_embedding(tmp_path: Path) -> None:

@@ -99,28 +99,6 @@ Matrix rows_of(const Tensor& t, const char* name) {
   return {t.data_ptr(), t.stride(-2)};
 }
 
-Tensor pack_linear(const Tensor& weight) {
-  TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == at::kBFloat16 && weight.size(1) % 2 == 0,
-              "a packed weight is bfloat16 [N, K] with K even");
-  const Tensor source = weight.contiguous();
-  const int64_t out_features = weight.size(0), pairs = weight.size(1) / 2;
-  const int64_t panels = (out_features + kPanel - 1) / kPanel;
-  Tensor packed = at::empty({panels, pairs, kPanel, 2}, weight.options());
-  const auto* from = static_cast<const uint32_t*>(source.data_ptr());
-  auto* to = static_cast<uint32_t*>(packed.data_ptr());
-  constexpr int64_t kLinePairs = 16;  // of a row at once, which are a cache line
-  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p)
-      for (int64_t first = 0; first < pairs; first += kLinePairs)
-        for (int64_t c = 0; c < kPanel; ++c) {
-          const int64_t column = p * kPanel + c;
-          for (int64_t k = first; k < std::min(pairs, first + kLinePairs); ++k)
-            to[(p * pairs + k) * kPanel + c] = column < out_features ? from[column * pairs + k] : 0;
-        }
-  });
-  return packed;
-}
-
 Tensor chunk_rows(const Tensor& x) {
   const Matrix from = rows_of(x, "x");
   const int64_t rows = rows_in(x), width = x.size(-1), chunks = (width + kXChunk - 1) / kXChunk;
@@ -460,7 +438,6 @@ TORCH_LIBRARY(lorafleet, m) {
   m.def("isa() -> str", &isa);
   m.def("set_isa(str name) -> bool", &set_isa);
   m.def("fix_sums(bool is_fixed) -> ()", &fix_sums);
-  m.def("pack_linear(Tensor weight) -> Tensor");
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
   m.def(
       "lora_add_(Tensor(a!)[] outs, Tensor x, Tensor[] a_rows, Tensor[] b_rows, int[] indices, int[] groups, "
@@ -479,7 +456,6 @@ TORCH_LIBRARY(lorafleet, m) {
 }
 
 TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {
-  m.impl("pack_linear", &pack_linear);
   m.impl("linear", &linear);
   m.impl("lora_add_", &lora_add_);
   m.impl("kv_write_", &kv_write_);

@@ -1,0 +1,66 @@
+// Lays out bf16 weights for `linear`: panels of columns, in each the pairs of inputs of all its columns side by side.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "bind.h"
+#include "kernels.h"
+
+namespace lorafleet {
+
+namespace {
+
+// Transposes a panel's rows of pairs to pairs of its columns; columns beyond the rows become 0.
+void pack_panel(const uint32_t* const* rows, int64_t num_rows, int64_t pairs, uint32_t* to) {
+  typedef uint32_t Four __attribute__((vector_size(16)));
+  const int64_t whole = num_rows < kPanel ? 0 : pairs / 4 * 4;
+  for (int64_t k = 0; k < whole; k += 4)
+    for (int64_t c = 0; c < kPanel; c += 4) {
+      Four a, b, d, e;
+      std::memcpy(&a, rows[c] + k, 16), std::memcpy(&b, rows[c + 1] + k, 16);
+      std::memcpy(&d, rows[c + 2] + k, 16), std::memcpy(&e, rows[c + 3] + k, 16);
+      const Four ab = __builtin_shuffle(a, b, Four{0, 4, 1, 5}), ba = __builtin_shuffle(a, b, Four{2, 6, 3, 7});
+      const Four de = __builtin_shuffle(d, e, Four{0, 4, 1, 5}), ed = __builtin_shuffle(d, e, Four{2, 6, 3, 7});
+      const Four out[4] = {__builtin_shuffle(ab, de, Four{0, 1, 4, 5}), __builtin_shuffle(ab, de, Four{2, 3, 6, 7}),
+                           __builtin_shuffle(ba, ed, Four{0, 1, 4, 5}), __builtin_shuffle(ba, ed, Four{2, 3, 6, 7})};
+      for (int64_t i = 0; i < 4; ++i) std::memcpy(to + (k + i) * kPanel + c, &out[i], 16);
+    }
+  for (int64_t k = whole; k < pairs; ++k)
+    for (int64_t c = 0; c < kPanel; ++c) to[k * kPanel + c] = c < num_rows ? rows[c][k] : 0;
+}
+
+}  // namespace
+
+Tensor pack_linear(at::TensorList weights) {
+  TORCH_CHECK(!weights.empty(), "no weight to pack");
+  const int64_t in_features = weights[0].dim() == 2 ? weights[0].size(1) : 1, pairs = in_features / 2;
+  std::vector<Tensor> sources;
+  std::vector<const uint32_t*> rows;
+  for (const Tensor& weight : weights) {
+    TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == at::kBFloat16 && in_features % 2 == 0 &&
+                    weight.size(1) == in_features,
+                "a packed weight is bfloat16 [N, K] with K even and the same for all");
+    sources.push_back(weight.contiguous());
+    for (int64_t row = 0; row < weight.size(0); ++row)
+      rows.push_back(static_cast<const uint32_t*>(sources.back().data_ptr()) + row * pairs);
+  }
+  const int64_t out_features = rows.size(), panels = (out_features + kPanel - 1) / kPanel;
+  Tensor packed = at::empty({panels, pairs, kPanel, 2}, weights[0].options());
+  auto* to = static_cast<uint32_t*>(packed.data_ptr());
+  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      pack_panel(rows.data() + p * kPanel, std::min<int64_t>(kPanel, out_features - p * kPanel), pairs,
+                 to + p * pairs * kPanel);
+  });
+  return packed;
+}
+
+TORCH_LIBRARY_FRAGMENT(lorafleet, m) { m.def("pack_linear(Tensor[] weights) -> Tensor"); }
+
+TORCH_LIBRARY_IMPL(lorafleet, CPU, m) { m.impl("pack_linear", &pack_linear); }
+
+}  // namespace lorafleet
