@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -106,6 +107,7 @@ def load_engine(
         model = load_model(folder, device, dtype, impl, score_tokens=settings.score_tokens, compiled=settings.compile)
         engine, served = build_engine(model, settings, fetch, tokenizer, fetch_files)
         engine.grammars.prepare()
+        gc.collect()  # modules whose weights were packed hold each other, and the files that these were mapped from
         room = f"room for {engine.blocks.num_blocks * BLOCK_TOKENS} KV tokens, "
     else:
         pooling = read_pooling(folder) if task == "embed" else None

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.factories import make_tiny_model
 from oracle.tiny_models import causal_types, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from gpu_worker.build import load_engine
 from gpu_worker.model.checkpoint import read_config, read_model
 from gpu_worker.model.logits_check import ask_untouched
 from gpu_worker.model.mapped import map_model
 from gpu_worker.model.model import fingerprint_of
+from protocol.runtime.settings import Settings
 
 MAPPED = {"llama", "gemma3_text", "qwen2", "gpt2", "mamba2"}
 LEFT = {"gptj", "mixtral"}
@@ -85,6 +88,17 @@ def test_a_weight_that_is_dropped_is_unmapped(folder: Path) -> None:
     gc.collect()
     assert num_mapped(file, address) == 0
     assert num_mapped(file) == before - 1
+
+
+def test_a_worker_keeps_no_weight_mapped_that_it_has_packed(tmp_path: Path) -> None:
+    file = make_tiny_model(tmp_path) / "model.safetensors"
+    settings = Settings(model=str(tmp_path), device="cpu", dtype="float32", kernels="reference")
+    engine, _ = load_engine(settings, lambda _: pytest.fail("no adapter is asked for"))
+    before = num_mapped(file)
+    del engine
+    gc.collect()
+    assert num_mapped(file) == 0
+    assert 0 < before < len(load_file(file))
 
 
 def test_a_head_that_is_tied_shares_the_embedding(tmp_path: Path) -> None:
