@@ -133,8 +133,11 @@ class _Bounded:
         return getattr(self._file, name)
 
 
-def unpack(archive: Path, folder: Path, max_bytes: int) -> None:
-    """Write an adapter's files in a zip to a new folder, at most `max_bytes` together. Raises BadRequest, TooLarge."""
+def unpack(archive: Path, folder: Path, max_bytes: int, max_text_bytes: int = MAX_TEXT_BYTES) -> None:
+    """Write an adapter's files in a zip to a new folder, at most `max_bytes` together. Raises BadRequest, TooLarge.
+
+    max_text_bytes: most of each file that is not the weights.
+    """
     try:
         with archive.open("rb") as raw, zipfile.ZipFile(cast("IO[bytes]", _Bounded(raw))) as found:
             entries = _chosen(found)
@@ -144,7 +147,7 @@ def unpack(archive: Path, folder: Path, max_bytes: int) -> None:
             left = max_bytes
             for name, entry in entries.items():
                 text = name in (CONFIG_FILE, *MORE_FILES)
-                left -= _write(found, entry, folder / name, min(left, MAX_TEXT_BYTES) if text else left)
+                left -= _write(found, entry, folder / name, min(left, max_text_bytes) if text else left)
     except LorafleetError:
         raise
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, RuntimeError) as error:

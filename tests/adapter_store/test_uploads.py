@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from adapter_store import uploads
 from adapter_store.uploads import FOLDER, Uploads, unpack
 from protocol.wire.errors import BadRequest, Conflict, LorafleetError, Overloaded, TooLarge
 
@@ -86,10 +85,11 @@ def test_a_bomb_is_stopped_by_what_it_writes(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) <= 1 << 20
 
 
-def test_a_text_is_bounded_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploads, "MAX_TEXT_BYTES", 1000)
+def test_a_text_is_bounded_by_itself(tmp_path: Path) -> None:
+    archive = tmp_path / "a.zip"
+    archive.write_bytes(zipped(GOOD | {"adapter_config.json": bytes(1001)}))
     with pytest.raises(TooLarge, match=r"adapter_config\.json"):
-        unpacked(tmp_path, zipped(GOOD | {"adapter_config.json": bytes(1001)}))
+        unpack(archive, tmp_path / "out", 1 << 20, max_text_bytes=1000)
 
 
 @pytest.mark.parametrize(
