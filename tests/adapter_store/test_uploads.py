@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from adapter_store.uploads import FOLDER, Uploads, unpack
+from adapter_store.uploads import FOLDER, KEPT_S, Uploads, unpack
 from protocol.wire.errors import BadRequest, Conflict, LorafleetError, Overloaded, TooLarge
 
 GOOD = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights" * 1000}
@@ -126,7 +126,7 @@ async def test_an_upload_becomes_a_folder_that_is_kept_by_its_name(tmp_path: Pat
     place = tmp_path / source.removeprefix("local:")
     assert sorted(path.name for path in place.iterdir()) == sorted(GOOD)
     assert [path.name for path in (tmp_path / FOLDER).iterdir()] == [place.name]
-    old = time.time() - uploads.KEPT_S - 1
+    old = time.time() - KEPT_S - 1
     os.utime(place, (old, old))
     kept.sweep({source})
     assert time.time() - place.stat().st_mtime < 60  # it is as new
