@@ -12,7 +12,8 @@ import random
 import signal
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -256,16 +257,24 @@ class ReplicatedQueue:
 
     async def _cut_off(self, at: int, how: str, rng: random.Random) -> list[str]:
         """Cut a primary off until another one is the primary and the old one has noticed; look whether it has."""
-        assert self._cables is not None, "there are no cables"
-        self._cables.become(at, "cut" if how == "partition" else "split")
-        try:
+        async with self.cut_off(how):
             await asyncio.sleep(FENCED_S)
-            await _until(self._another(at))
             wrong = ["a primary that was cut off takes writes"] if await self._takes_writes(at) else []
             await asyncio.sleep(rng.uniform(0, 2))
+        return wrong
+
+    @asynccontextmanager
+    async def cut_off(self, how: str) -> AsyncIterator[None]:
+        """Cut the primary off for a block, which begins when another one is the primary. how: `partition`, `split`."""
+        assert self._cables is not None, "there are no cables"
+        at = await self.primary()
+        assert at is not None
+        self._cables.become(at, "cut" if how == "partition" else "split")
+        try:
+            await _until(self._another(at))
+            yield
         finally:
             self._cables.become(at, "join")
-        return wrong
 
     async def _takes_writes(self, index: int) -> bool:
         """Tell whether a server, which still answers those on its side, takes a write from them."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 
@@ -35,6 +36,7 @@ class Sentinels:
     name: str  # of the primary, with them
     password: str | None = field(default=None, repr=False)
     tls: dict[str, Any] | None = None  # arguments of connections to them; None: they are not encrypted
+    known: tuple[str, int] | None = None  # the primary that this process has connected to last
 
     async def primary(self) -> tuple[str, int]:
         """Return the primary's address. Raises a connection error when no Sentinel answers or knows it."""
@@ -67,8 +69,12 @@ class Sentinels:
             await connection.disconnect()
 
 
+@cache
 def split(url: str) -> tuple[Sentinels, str]:
-    """Return the Sentinels of a URL, and a URL of the servers without their address. Raises ValueError."""
+    """Return the Sentinels of a URL, and a URL of the servers without their address. Raises ValueError.
+
+    All connections of a process with one URL share what they know of its primary.
+    """
     parts = urlsplit(url)
     user, _, hosts = parts.netloc.rpartition("@")
     name, _, database = parts.path.strip("/").partition("/")
@@ -90,10 +96,17 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def found_by(sentinels: Sentinels, base: Any) -> Any:
-    """Return a class of connections like `base` that go to whoever is the primary when they are opened."""
+    """Return a class of connections like `base` that go to whoever is the primary when they are opened.
+
+    Once one of them has found another primary, the others leave the old one, even if it still answers: what one
+    connection wrote, another must be able to read.
+    """
 
     class ToPrimary(base):
+        is_of: tuple[str, int] | None = None  # the primary that it is connected to
+
         async def _connect(self) -> None:
+            self.is_of = None
             self.host, self.port = await sentinels.primary()
             await super()._connect()  # pyright: ignore[reportUnknownMemberType]
 
@@ -103,5 +116,14 @@ def found_by(sentinels: Sentinels, base: Any) -> Any:
             await self.send_command("INFO", "replication", check_health=False)
             if b"role:master" not in await self.read_response(disable_decoding=True):
                 raise RedisConnectionError(f"{self.host}:{self.port} is no primary: a failover is going on")
+            sentinels.known = (self.host, self.port)
+            self.is_of = sentinels.known
+
+        async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+            if self.is_of not in (None, sentinels.known):
+                self.is_of = None
+                await self.disconnect(nowait=True)
+                raise RedisConnectionError(f"{self.host}:{self.port} is the primary no longer")
+            await super().send_packed_command(command, check_health)  # pyright: ignore[reportUnknownMemberType]
 
     return ToPrimary

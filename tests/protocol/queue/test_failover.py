@@ -24,7 +24,7 @@ from protocol.wire.errors import BadRequest
 
 @pytest.fixture(scope="module")
 def replicated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicatedQueue]:
-    queue = ReplicatedQueue(tmp_path_factory.mktemp("replicated"), guarded=True)
+    queue = ReplicatedQueue(tmp_path_factory.mktemp("replicated"), guarded=True, cabled=True)
     yield queue
     queue.stop()
 
@@ -133,6 +133,25 @@ async def test_an_old_primary_that_was_cut_off_takes_nothing(replicated: Replica
     await replicated.until_whole()
     assert await bus._redis.get(bus.keys.tag) == b"after"
     await bus.close()
+
+
+@pytest.mark.timeout(120)
+async def test_who_still_reaches_an_old_primary_leaves_it_with_the_others(replicated: ReplicatedQueue) -> None:
+    """A connection to the old one and one to the new one would see two queues."""
+    await replicated.until_whole()
+    bus = Bus(replicated.door("gateway").queue_url())
+    await bus._redis.set(bus.keys.tag, "before", px=60_000)
+    async with replicated.cut_off("split"):
+        assert await bus._redis.get(bus.keys.tag) == b"before"  # by the connection to the old one, which answers
+        await bus._blocking.set(bus.keys.tag, "after", px=60_000)  # by a new connection
+        assert await bus._redis.get(bus.keys.tag) == b"after"
+    await bus.close()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("how", ["partition", "lag"])
+async def test_servers_come_back_from_every_fault(replicated: ReplicatedQueue, how: str) -> None:
+    assert await replicated.hit(how, random.Random(1), 1.5) == []
 
 
 async def test_sentinels_that_are_not_there_are_a_lost_connection(replicated: ReplicatedQueue) -> None:
