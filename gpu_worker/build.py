@@ -238,7 +238,7 @@ def adapter_cache(
     """Allocate the adapter pool of a loaded model. Arguments as of `build_engine`."""
     on_cpu = model.device.type == "cpu"
     host_bytes = settings.adapter_host_bytes or min(int(free_bytes(torch.device("cpu")) * 0.1), 2 * GiB)
-    weights = PoolWeights(model.sites, model.shared, memory.pool, model.device, memory.extra)
+    weights = PoolWeights(model.sites, model.shared, memory.pool, model.device, memory.extra, adaptable=model.adaptable)
     packer = Packer(model.sites, served, model.adaptable)
 
     module_names = [name for name, _ in model.module.named_modules()]

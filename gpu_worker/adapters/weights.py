@@ -14,7 +14,10 @@ from gpu_worker.adapters.copy_stream import CopyStream
 from gpu_worker.adapters.extras import Extras, map_tensors, tensors_of
 from gpu_worker.adapters.packing.packer import EXTRA_PAGE_BYTES, MAX_RANK, HostAdapter
 from gpu_worker.adapters.pool import PagePool
+from gpu_worker.experts.pool import ExpertPool
+from gpu_worker.experts.rows import expert_sites
 from gpu_worker.memory import send, zeros
+from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.lora import GROUPS, SharedInput, SiteInfo
 from lora_kernels.ops import PAGE_ROWS, AdapterTable, LoraSite
 from protocol.wire.errors import BadRequest
@@ -36,19 +39,24 @@ class PoolWeights:
         device: Any,
         extra_bytes: int = 0,
         stream: CopyStream | None = None,
+        adaptable: AdaptableModules | None = None,
     ) -> None:
-        """Allocate the rows, and make the siblings of `shared` use them.
+        """Allocate the rows, and make the siblings of `shared` and the experts of `adaptable` use them.
 
-        budget: bytes for the rows. extra_bytes: bytes for extras, allocated as adapters bring them. stream: for
-        copies; None: one of its own on a CUDA device, none elsewhere. Raises BadRequest when the budget is too small.
+        budget: bytes for the rows. extra_bytes: for rows of experts, where there are some, and extras, which are
+        allocated as adapters bring them. stream: for copies; None: one of its own on a CUDA device, none elsewhere. Raises BadRequest when the budget is too small.
         """
         self.sites = sites
-        self.extra_bytes = extra_bytes
         self.page_bytes = [page_bytes(sites, group) for group in range(len(GROUPS))]
         self.capacity = split_budget(self.page_bytes, budget)
         self.num_slots = max(1, min(sum(self.capacity), MAX_SLOTS))
         max_pages = max(1, min(max(self.capacity), MAX_RANK // PAGE_ROWS))
         self._device = torch.device(device)
+        grouped = expert_sites({} if adaptable is None else adaptable.experts)
+        self.experts = ExpertPool(grouped, extra_bytes, self.num_slots, self._device)
+        self.extra_bytes = extra_bytes - self.experts.num_bytes
+        if adaptable is not None:
+            adaptable.context.expert_slots = self.experts.slots_with_rows
         self.table = _empty_table(self.num_slots, len(sites), max_pages, self._device)
         if self._device.type != "cpu":
             self.table.host = _empty_table(self.num_slots, len(sites), max_pages, torch.device("cpu"))
@@ -69,8 +77,9 @@ class PoolWeights:
 
     def new_pool(self) -> PagePool:
         """Return the bookkeeping of these tensors' pages and slots, all of them free."""
-        capacity = [*self.capacity, self.extra_bytes // EXTRA_PAGE_BYTES]
-        return PagePool(capacity, [*self.page_bytes, EXTRA_PAGE_BYTES], self.num_slots)
+        capacity = [*self.capacity, *self.experts.capacity, self.extra_bytes // EXTRA_PAGE_BYTES]
+        sizes = [*self.page_bytes, *self.experts.page_bytes, EXTRA_PAGE_BYTES]
+        return PagePool(capacity, sizes, self.num_slots)
 
     def copy(self, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> Extras:
         """Write an adapter's rows into pages that no step uses, and return its extras on the device.
@@ -106,6 +115,7 @@ class PoolWeights:
                 at = slice(page * PAGE_ROWS, page * PAGE_ROWS + last - rows.start)
                 copy(site.a_rows[at], a[rows])
                 copy(site.b_rows[at], b[rows])
+        self.experts.copy(adapter.experts, pages[len(GROUPS) : -1], copy)
 
     def publish(self, slot: int, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> None:
         """Enter an adapter whose rows have arrived into the table. Called between steps. pages: by group."""
@@ -117,6 +127,7 @@ class PoolWeights:
             table.scales[slot] = send(adapter.scales, device)
             for group, group_pages in enumerate(pages[: len(GROUPS)]):
                 table.pages[slot, group, : len(group_pages)] = send(np.array(group_pages, np.int32), device)
+        self.experts.publish(slot, adapter.experts, pages[len(GROUPS) : -1])
 
 
 def page_runs(pages: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -249,7 +249,7 @@ def prepare_encoder(
     sites, shared = install_sites(
         module, trial.linears, {names[call.module] for call in trial.attention}, context, impl
     )
-    adaptable = find_adaptable_modules(module, trial.per_token, sites, shared, context)
+    adaptable = find_adaptable_modules(module, trial.per_token, sites, shared, context, impl)
     adaptable.watch()
     longest = getattr(module.config, "max_position_embeddings", None) or 0
     if longest and padding_id is not None:

@@ -192,7 +192,8 @@ class Runner:
         slots, scales = step.adapters()
         prompt_rows = step.prompt_rows()
         rows, heads = step.logit_rows(plan.drafts, prompt_rows, pooled)
-        if self.graphs is not None and not self._has_extras(step) and not prompt_rows and not pooled:
+        is_plain = not self._has_extras(step) and not self.model.context.are_expert_rows(slots)
+        if self.graphs is not None and is_plain and not prompt_rows and not pooled:
             graph = self.graphs.find(step.num_new, step.complete, len(rows))
             if graph is not None:
                 tables = block_tables(step.seqs)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from gpu_worker.experts.modules import GroupedExperts, find_grouped_experts
 from gpu_worker.model.apply_extras import AdaptableEmbedding, AdaptableModule, TokenLayout, original_forward
 from gpu_worker.model.attention import StepContext
 from gpu_worker.model.lora import SharedInput, SiteInfo, is_number
+from lora_kernels import ops
 from protocol.wire.messages import SiteShape
 
 
@@ -29,6 +31,7 @@ class AdaptableModules:
     embeddings: dict[str, AdaptableEmbedding] = field(default_factory=dict)
     norms: dict[str, AdaptableModule] = field(default_factory=dict)
     modules: dict[str, AdaptableModule] = field(default_factory=dict)  # with parameters that LoRA can be put on
+    experts: dict[str, GroupedExperts] = field(default_factory=dict)  # those of `modules` whose LoRA has rows in the pool
 
     def norm_of(self, module: nn.Module) -> AdaptableModule | None:
         """Return the adaptable norm that a module is, None if it is none."""
@@ -66,8 +69,8 @@ class AdaptableModules:
         for norm in self.norms.values():
             if "forward" not in norm.module.__dict__:
                 norm.module.forward = _watch_norm(norm, self.context)
-        for other in self.modules.values():
-            other.module.forward = _watch_parameters(other, self.context)
+        for name, other in self.modules.items():
+            other.module.forward = _watch_parameters(other, self.experts.get(name), self.context)
 
 
 def find_adaptable_modules(
@@ -76,10 +79,12 @@ def find_adaptable_modules(
     sites: list[SiteInfo],
     shared: list[SharedInput],
     context: StepContext,
+    impl: ops.Impl | None = None,
 ) -> AdaptableModules:
     """Find the adaptable modules of a model whose linear layers are sites.
 
-    per_token: the modules that the trial saw called once, token by token. shared: in the order of their sites.
+    per_token: the modules that the trial saw called once, token by token. shared: in the order of their sites. impl:
+    of the operation that adds LoRA on experts.
     """
     found = AdaptableModules(context)
     owners = [(inputs, i) for inputs in shared for i in range(inputs.num_siblings)]
@@ -94,6 +99,7 @@ def find_adaptable_modules(
             found.norms[name] = AdaptableModule(name, module, per_token[name])
         elif _adaptable_parameters(module):
             found.modules[name] = AdaptableModule(name, module, per_token[name])
+    found.experts = find_grouped_experts(found.modules, impl)
     return found
 
 
@@ -163,11 +169,16 @@ def _watch_norm(norm: AdaptableModule, context: StepContext) -> Callable[..., Te
     return forward
 
 
-def _watch_parameters(adaptable: AdaptableModule, context: StepContext) -> Callable[..., Any]:
+def _watch_parameters(
+    adaptable: AdaptableModule, experts: GroupedExperts | None, context: StepContext
+) -> Callable[..., Any]:
     base = original_forward(adaptable.module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        out = base(*args, **kwargs)
+        if experts is not None and context.has_expert_rows:
+            out = experts.forward(*experts.arguments(args, kwargs), batch=context.lora)
+        else:
+            out = base(*args, **kwargs)
         return adaptable.apply_parameters(context.extras, out, args, kwargs) if context.extras else out
 
     return forward

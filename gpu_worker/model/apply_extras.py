@@ -225,7 +225,7 @@ class AdaptableModule:
         expected = [
             part.index_select(dim, group.active) for dim, part in zip(self.layout.outs, tensors_in(out), strict=True)
         ]
-        return len(found) == len(expected) and all(map(_alike, found, expected))
+        return len(found) == len(expected) and all(map(alike, found, expected))
 
 
 class ExpertsCall:
@@ -287,7 +287,7 @@ def adapted(weight: Tensor, lora: ParameterLora, scale: float) -> Tensor:
     return product(weight, lora.lhs, lora.rhs, alpha=lora.scale * scale)
 
 
-def _alike(found: Tensor, expected: Tensor) -> bool:
+def alike(found: Tensor, expected: Tensor) -> bool:
     """Return whether tensors are the same to within rounding."""
     if found.shape != expected.shape:
         return False

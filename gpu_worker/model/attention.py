@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -32,9 +33,21 @@ class StepContext:
     lora_logits: ops.LoraBatch | None = None  # the same for the rows that go through the head
     extras: list[ExtraRows] = field(default_factory=list)  # tokens whose adapters have extras
     extras_logits: list[ExtraRows] = field(default_factory=list)  # the same for the rows that go through the head
+    expert_slots: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    """Bool [num_slots]: whose adapters have rows for experts in the pool. Empty: there is no room for any."""
+
     of_all: Callable[[int], tuple[ops.LoraBatch | None, list[ExtraRows]]] | None = None
     """In their place, where all rows are of one text, however many a layer is called with: from that number to LoRA and
     extras. None: layers see the step's rows."""
+
+    @property
+    def has_expert_rows(self) -> bool:
+        """Whether an adapter of the step has rows for experts."""
+        return self.lora is not None and self.are_expert_rows(self.lora.host_slots)
+
+    def are_expert_rows(self, slots: np.ndarray) -> bool:
+        """Return whether an adapter in one of these slots, int [n], has rows for experts; -1 is no adapter."""
+        return len(self.expert_slots) > 0 and bool(self.expert_slots[slots[slots >= 0]].any())
 
 
 @dataclass(slots=True)

@@ -71,7 +71,7 @@ def _handle(owner: SharedInput | PagedLayer) -> Tensor:
 
 
 class CompiledLayer:
-    """A decoder layer's forward, compiled; in steps whose adapters have extras, as it was before."""
+    """A decoder layer's forward, compiled; in steps whose adapters have extras or LoRA on experts, as before."""
 
     def __init__(self, module: nn.Module, context: StepContext) -> None:
         self._context = context
@@ -80,7 +80,7 @@ class CompiledLayer:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the layer's own forward returns."""
-        run = self._plain if self._context.extras else self._compiled
+        run = self._plain if self._context.extras or self._context.has_expert_rows else self._compiled
         return run(*args, **kwargs)
 
 

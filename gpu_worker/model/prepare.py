@@ -171,7 +171,7 @@ def _install(model: BaseModel, trial: Trial, impl: ops.Impl | None, *, compiled:
     names = {module_: name for name, module_ in module.named_modules()}
     attention_names = {names[layer.call.module] for layer in layers} | trial.mixer_modules
     model.sites, model.shared = install_sites(module, trial.linears, attention_names, context, impl)
-    model.adaptable = find_adaptable_modules(module, trial.per_token, model.sites, model.shared, context)
+    model.adaptable = find_adaptable_modules(module, trial.per_token, model.sites, model.shared, context, impl)
     if not compiled and model.passes is None:
         with torch.inference_mode():
             model.num_shortcuts = install_shortcuts(module, trial, layers, model.adaptable, impl)

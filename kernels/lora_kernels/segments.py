@@ -6,7 +6,7 @@ slots and blocks, not the adapters or requests that these belong to.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ class LoraBatch:
     the next step's list is copied over it. Entries past the counts are zero.
     """
 
-    buffer: Tensor  # int32 [10 * T + 5]
+    buffer: Tensor  # int32 [12 * T + 5]
     counts: Tensor  # int32 [4] num_rows, num_segments, num_small_tiles, num_large_tiles: where kernels read them
     rows: Tensor  # int32 [T] token rows by slot; the first num_rows count
     seg_slots: Tensor  # int32 [T] slot of each segment; the first num_segments count
@@ -38,12 +38,15 @@ class LoraBatch:
     small_tiles: Tensor  # int32 [T, 3] (slot, first index into rows, row count <= 16)
     large_tiles: Tensor  # int32 [T, 3] (slot, first index into rows, row count <= 64)
     row_scales: Tensor | None  # float32 [T] per-request factor of rows[i]; None when all are 1
+    token_slots: Tensor | None  # int32 [T] slot of each token, -1 for the base model; None: of no step's tokens
+    token_scales: Tensor | None  # float32 [T] per-request factor of each token; None when all are 1
     num_rows: int
     num_segments: int
     num_small_tiles: int
     num_large_tiles: int
     num_tokens: int  # T
     uniform_slot: int | None  # the slot of a step whose only segment is all its rows; None: another step
+    host_slots: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # each slot once, on the host
 
 
 def build_lora_batch(
@@ -72,7 +75,7 @@ def build_lora_batch(
     small = _tiles(seg_slots, seg_starts, TILE_SMALL)
     large = _tiles(seg_slots, seg_starts, TILE_LARGE)
 
-    host = torch.zeros(_COUNTS + 10 * num_tokens + 1, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
+    host = torch.zeros(_COUNTS + 12 * num_tokens + 1, dtype=torch.int32, pin_memory=torch.device(device).type == "cuda")
     batch = _view_lora_buffer(host, num_tokens)
     batch.counts.numpy()[:] = num_rows, num_segments, len(small), len(large)
     batch.rows.numpy()[:num_rows] = order
@@ -80,18 +83,22 @@ def build_lora_batch(
     batch.seg_starts.numpy()[: num_segments + 1] = seg_starts
     batch.small_tiles.numpy()[: len(small)] = small
     batch.large_tiles.numpy()[: len(large)] = large
-    if batch.row_scales is not None:
+    if batch.token_slots is not None:
+        batch.token_slots.numpy()[:] = token_slots
+    if batch.row_scales is not None and batch.token_scales is not None:
         # Written even where all are 1, because a recorded batch always reads them.
         batch.row_scales.numpy()[:num_rows] = 1.0 if token_scales is None else token_scales[order]
+        batch.token_scales.numpy()[:] = 1.0 if token_scales is None else token_scales
     if into is not None:
         into.buffer.copy_(host, non_blocking=True)
         return into
     sent = _view_lora_buffer(host.to(device, non_blocking=True), num_tokens)
     if token_scales is None:
-        sent.row_scales = None
+        sent.row_scales = sent.token_scales = None
     sent.num_rows, sent.num_segments = num_rows, num_segments
     sent.num_small_tiles, sent.num_large_tiles = len(small), len(large)
     sent.uniform_slot = int(seg_slots[0]) if num_segments == 1 and num_rows == num_tokens else None
+    sent.host_slots = seg_slots
     return sent
 
 
@@ -101,7 +108,7 @@ def recordable_lora_batch(num_tokens: int, device: torch.device | str) -> LoraBa
     Its counts on the host are the largest possible ones, so that a launch planned from them reaches every step's list.
     For a step without LoRA rows the buffer must be zeroed.
     """
-    buffer = torch.zeros(_COUNTS + 10 * num_tokens + 1, dtype=torch.int32, device=device)
+    buffer = torch.zeros(_COUNTS + 12 * num_tokens + 1, dtype=torch.int32, device=device)
     batch = _view_lora_buffer(buffer, num_tokens)
     batch.num_rows = batch.num_segments = batch.num_small_tiles = batch.num_large_tiles = num_tokens
     return batch
@@ -120,7 +127,8 @@ def _tiles(seg_slots: np.ndarray, seg_starts: np.ndarray, tile_rows: int) -> np.
 
 def _view_lora_buffer(buffer: Tensor, num_tokens: int) -> LoraBatch:
     t = num_tokens
-    counts, rows, seg_slots, seg_starts, small, large, scales = buffer.split([_COUNTS, t, t, t + 1, 3 * t, 3 * t, t])
+    parts = buffer.split([_COUNTS, t, t, t + 1, 3 * t, 3 * t, t, t, t])
+    counts, rows, seg_slots, seg_starts, small, large, scales, token_slots, token_scales = parts
     return LoraBatch(
         buffer=buffer,
         counts=counts,
@@ -130,6 +138,8 @@ def _view_lora_buffer(buffer: Tensor, num_tokens: int) -> LoraBatch:
         small_tiles=small.view(t, 3),
         large_tiles=large.view(t, 3),
         row_scales=scales.view(torch.float32),
+        token_slots=token_slots,
+        token_scales=token_scales.view(torch.float32),
         num_rows=0,
         num_segments=0,
         num_small_tiles=0,

@@ -127,7 +127,10 @@ def _read(files: FetchedAdapter, packer: Packer, weight: float) -> MergeInput:
         "trained tokens": bool(spec.tokens),
         "another vocabulary": bool(spec.vocab_size),
         "names that are not the base model's": bool(spec.mapped),  # by its config's names the merge finds its layers
-        "whole modules or biases": bool(packer.pack_spec("", replace(spec, sites=(), embeddings=()), get).extras),
+        "LoRA on experts": bool(spec.parameters and not config.parameters),
+        "whole modules or biases": bool(
+            packer.pack_spec("", replace(spec, sites=(), embeddings=(), parameters=()), get).extras
+        ),
     }
     reasons = [
         f"merging knows plain LoRA only; one of the adapters has {name}" for name, is_on in more.items() if is_on

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from gpu_worker.adapters.extras import Extras, tensors_of
 from gpu_worker.adapters.packing.extras_packer import GetTensor, lora_matrices, pack_extras
 from gpu_worker.adapters.packing.rows import MAX_RANK, Rows, RowSite, layout
+from gpu_worker.experts.modules import ExpertSite
+from gpu_worker.experts.rows import ExpertRows, expert_sites, pack_experts, pages_by_shape
 from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.lora import GROUPS, SiteInfo
 from lora_kernels.ops import PAGE_ROWS
@@ -37,15 +39,16 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class HostAdapter:
-    """An adapter in host memory: the rows to copy, in the pool's dtype, and its extras."""
+    """An adapter in host memory: the rows to copy, in the pool's dtype, those for experts, and its extras."""
 
     digest: str
     ranks: np.ndarray  # int32 [sites]; 0: the adapter does not change the site
     scales: np.ndarray  # float32 [sites]
     rows: list[tuple[int, Tensor, Tensor]]  # (site, A [rank, K], B transposed [rank, N])
-    num_pages: tuple[int, ...]  # by group of the pool, extras last
+    num_pages: tuple[int, ...]  # by group of the pool, then by shape of experts, extras last
     num_bytes: int
     extras: Extras = field(default_factory=Extras)
+    experts: tuple[ExpertRows, ...] = ()
     invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
     tokens: TokenTable | None = None  # of its own tokenizer, if it brings one
 
@@ -62,6 +65,11 @@ class Packer:
     def row_sites(self) -> list[RowSite]:
         """The linear layers as `RowPacker` takes them."""
         return row_sites(self.sites)
+
+    @cached_property
+    def expert_sites(self) -> list[ExpertSite]:
+        """The places for LoRA on experts whose rows are in the pool."""
+        return expert_sites(self.adaptable.experts)
 
     def pack(self, digest: str, config: dict[str, Any], weights: Any) -> HostAdapter:
         """Read and pack a PEFT adapter. weights: a safetensors file as a buffer. Raises AdapterRefused."""
@@ -87,7 +95,7 @@ class Packer:
             a = numbers.as_strided((rank, k), (k, 1), begin_a // item_bytes)
             b = numbers.as_strided((rank, n), (n, 1), begin_b // item_bytes)
             rows.append((index, a, b))
-        num_pages = (*self._row_pages(packed.ranks), 0)
+        num_pages = (*self._row_pages(packed.ranks), *pages_by_shape((), self.expert_sites), 0)
         return HostAdapter(
             digest,
             packed.ranks,
@@ -109,7 +117,8 @@ class Packer:
         names: list[str] = []
         has_dora = any(part.magnitude for part in (*spec.sites, *spec.embeddings))
         with _WHOLE_WEIGHTS if has_dora else nullcontext(), torch.inference_mode():
-            extras = pack_extras(spec, get, by_name, self.adaptable)
+            experts, others = pack_experts(spec.parameters, get, self.adaptable.experts)
+            extras = pack_extras(replace(spec, parameters=tuple(others)), get, by_name, self.adaptable)
             for part in spec.sites:
                 site = by_name[part.site]
                 a, b = lora_matrices(part, get)
@@ -119,11 +128,15 @@ class Packer:
                 rows.append((site.index, a.to(site.dtype), b.T.to(site.dtype).contiguous()))
                 names += part.tensors[0]
                 ranks[site.index], scales[site.index] = part.rank, part.scale
-        _check_finite(rows, names, extras)
+        _check_finite(rows, names, experts, extras)
         extra_bytes = extras.num_bytes
-        num_pages = (*self._row_pages(ranks), -(-extra_bytes // EXTRA_PAGE_BYTES))
+        expert_pages = pages_by_shape(experts, self.expert_sites)
+        num_pages = (*self._row_pages(ranks), *expert_pages, -(-extra_bytes // EXTRA_PAGE_BYTES))
         num_bytes = sum(a.nbytes + b.nbytes for _, a, b in rows) + extra_bytes
-        return HostAdapter(digest, ranks, scales, rows, num_pages, num_bytes, extras, spec.invocation)
+        num_bytes += sum(part.a.nbytes + part.b.nbytes for part in experts)
+        return HostAdapter(
+            digest, ranks, scales, rows, num_pages, num_bytes, extras, tuple(experts), invocation=spec.invocation
+        )
 
     def _row_pages(self, ranks: np.ndarray) -> list[int]:
         """Return the pages that rows of ranks, int32 [sites], take of each group: enough for its largest rank."""
@@ -147,11 +160,13 @@ def _read(file: Tensor, info: TensorInfo) -> Tensor:
     return part.view(_DTYPES[info.dtype]).view(info.shape)
 
 
-def _check_finite(rows: Sequence[tuple[int, Tensor, Tensor]], names: Sequence[str], extras: Extras) -> None:
+def _check_finite(
+    rows: Sequence[tuple[int, Tensor, Tensor]], names: Sequence[str], experts: Sequence[ExpertRows], extras: Extras
+) -> None:
     """Raise AdapterRefused when a number is not finite in the pool's dtype. names: of the rows' tensors."""
     # On bf16, isfinite is twenty times slower than aminmax, whose results NaN and infinity reach as well.
     tensors = [tensor for _, a, b in rows for tensor in (a, b)]
-    others = tensors_of(extras)
+    others = [*tensors_of(extras), *(tensor for part in experts for tensor in (part.a, part.b))]
     extremes = [torch.stack(torch.aminmax(tensor)).float() for tensor in (*tensors, *others) if tensor.numel()]
     if not extremes:
         return

@@ -1,0 +1,158 @@
+"""Modules of fused experts, computed with each token's own LoRA on them.
+
+transformers writes such a module's products once for all families (`integrations/moe.py`): pairs of token and expert
+sorted by expert, one product, the module's own gate, another product, the routing weights. `GroupedExperts` computes
+the same, and adds LoRA to the result of each product. A module that is something else, or that gives something else in
+a trial, is run again with other weights instead (`gpu_worker.model.apply_extras`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpu_worker.model.apply_extras import AdaptableModule, alike, original_forward
+from lora_kernels import ops
+from lora_kernels.experts import ExpertOrder, ExpertPages, expert_batch, order_by_expert
+from lora_kernels.segments import LoraBatch
+
+logger = logging.getLogger(__name__)
+
+_MARKS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
+"""What transformers' decorator gives a module whose products it knows how to compute."""
+
+_NUM_TRIAL_TOKENS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """The layers of experts that share pool rows: E experts of K inputs and N outputs."""
+
+    num_experts: int
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+
+
+@dataclass(slots=True)
+class ExpertSite:
+    """One of the two products of a module of experts, as a place for LoRA."""
+
+    name: str  # of the parameter, "model.layers.0.mlp.experts.gate_up_proj"
+    weight: Tensor  # [E, N, K], or [E, K, N] where the module keeps it transposed
+    bias: Tensor | None  # [E, N]
+    shape: ExpertShape
+    pages: ExpertPages | None = None  # set once the pool is allocated, and so is the next
+    first_pages: Tensor | None = None  # int32 [num_slots]: where each adapter's rows for this layer begin; -1: nowhere
+
+
+@dataclass(slots=True)
+class GroupedExperts:
+    """A module of experts whose products take LoRA."""
+
+    module: Any
+    sites: list[ExpertSite]  # of its first product and of its second
+    num_experts: int
+    impl: ops.Impl | None = None
+    names: list[str] = field(default_factory=list[str])  # of the arguments: hidden states, experts' ids, their weights
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, impl: ops.Impl | None) -> GroupedExperts | None:
+        """Return a module as one of fused experts; None if it has not the parts of one."""
+        owner: Any = module
+        if not all(hasattr(module, mark) for mark in _MARKS) or getattr(owner, "_is_expert_parallel", False):
+            return None
+        if owner.has_post_expert_norm and not hasattr(module, "post_expert_norm"):
+            return None
+        names = [p.name for p in inspect.signature(type(module).forward).parameters.values()][1:]
+        sites: list[ExpertSite] = []
+        for parameter in ("gate_up_proj" if owner.has_gate else "up_proj", "down_proj"):
+            weight = module._parameters.get(parameter)
+            if weight is None or weight.ndim != 3:
+                return None
+            num, first, second = weight.shape
+            wide, narrow = (second, first) if owner.is_transposed else (first, second)
+            shape = ExpertShape(num, narrow, wide, weight.dtype)
+            bias = module._parameters.get(f"{parameter}_bias") if owner.has_bias else None
+            sites.append(ExpertSite(f"{name}.{parameter}", weight.detach(), bias, shape))
+        if len({site.shape.num_experts for site in sites}) > 1 or len(names) != 3:
+            return None
+        return cls(module, sites, sites[0].shape.num_experts, impl, names)
+
+    def agrees(self) -> bool:
+        """Return whether a random call without LoRA gives what the module's own forward gives."""
+        weight, num = self.sites[0].weight, min(2, self.num_experts)
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(_NUM_TRIAL_TOKENS, self.sites[0].shape.in_features, generator=generator)
+        chosen = [torch.randperm(self.num_experts, generator=generator)[:num] for _ in range(_NUM_TRIAL_TOKENS)]
+        weights = torch.rand(_NUM_TRIAL_TOKENS, num, generator=generator)
+        args = [hidden.to(weight), torch.stack(chosen).to(weight.device), weights.to(weight)]
+        try:
+            with torch.inference_mode():
+                return alike(self.forward(*args), original_forward(self.module)(*args))
+        except Exception:  # noqa: BLE001 - a module that only looks like experts may raise anything
+            return False
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Return the arguments of a call in their order."""
+        return [*args, *(kwargs[name] for name in self.names[len(args) :])]
+
+    def forward(self, hidden: Tensor, expert_ids: Tensor, weights: Tensor, batch: LoraBatch | None = None) -> Tensor:
+        """Return the experts' sum [T, D] for hidden [T, D], with LoRA where `batch` says.
+
+        expert_ids: int [T, top_k]. weights: [T, top_k], of each in the sum.
+        """
+        module, num_tokens = self.module, len(hidden)
+        slots, num_slots = None if batch is None else batch.token_slots, 0
+        first_pages = self.sites[0].first_pages
+        if slots is None or first_pages is None:
+            batch, slots = None, torch.full((num_tokens,), -1, dtype=torch.int32, device=hidden.device)
+        else:
+            num_slots = len(first_pages)
+        order = order_by_expert(expert_ids, slots, self.num_experts, num_slots)
+        x = hidden.index_select(0, order.tokens)
+        up = self._product(self.sites[0], x, order, batch)
+        y = self._product(self.sites[1], module._apply_gate(up) if module.has_gate else module.act_fn(up), order, batch)
+        if module.has_post_expert_norm:
+            y = module.post_expert_norm(y)
+        y = y * weights.reshape(-1).index_select(0, order.pairs)[:, None]
+        summed = torch.empty_like(y).index_copy_(0, order.pairs, y).view(num_tokens, -1, y.shape[-1]).sum(1)
+        return summed.to(hidden.dtype)
+
+    def _product(self, site: ExpertSite, x: Tensor, order: ExpertOrder, batch: LoraBatch | None) -> Tensor:
+        """Return [S, N] for the places of an order, x [S, K]."""
+        weight, x = site.weight, x.to(site.weight.dtype)
+        y = F.grouped_mm(x, weight if self.module.is_transposed else weight.transpose(-2, -1), offs=order.ends)
+        if site.bias is not None:
+            y += site.bias.index_select(0, order.experts)
+        if batch is not None and site.pages is not None and site.first_pages is not None:
+            pages = site.pages
+            own = expert_batch(order, pages, site.first_pages, batch.token_scales)
+            ops.lora_add_([y], x.contiguous(), [pages.site], pages.table, own, impl=self.impl)
+        return y
+
+
+def find_grouped_experts(modules: Mapping[str, AdaptableModule], impl: ops.Impl | None) -> dict[str, GroupedExperts]:
+    """Return the modules of experts whose products take LoRA, by name. One of each class and shape is tried."""
+    found: dict[str, GroupedExperts] = {}
+    tried: dict[tuple[Any, ...], bool] = {}
+    for name, adaptable in modules.items():
+        layout = adaptable.layout
+        experts = GroupedExperts.of(name, adaptable.module, impl)
+        if experts is None or layout.args != (0, 0, 0) or layout.outs != (0,) or layout.num_dims != 2:
+            continue
+        kind = (type(adaptable.module), *(site.shape for site in experts.sites))
+        if kind not in tried:
+            tried[kind] = experts.agrees()
+            if not tried[kind]:
+                logger.warning("LoRA on %s, and modules like it, runs them again for each adapter", name)
+        if tried[kind]:
+            found[name] = experts
+    return found
