@@ -2,11 +2,12 @@
 
     python -m benchmarks.large_adapter [--short]
 
-The adapter has rank 16 on every layer of every expert of a mixture of 48 layers of 64 experts, 3,072 and 1,536 wide,
-saved expert by expert in fp32, as PEFT does by default: 18,432 tensors, 2.7 GB, random. It is written to a temporary
-folder, served by an HTTP server on this machine, and goes the way of any adapter: the loader's process fetches and
-checks it, the worker packs it for a base of that shape, whose own weights take no memory here, in bf16. The peaks are
-of what the two processes hold together beyond their start: unique and shared memory, what they share counted once.
+The adapter has rank 16 on every layer of every expert of a mixture of 48 layers of 64 experts, 5,120 and 768 wide (36
+billion parameters), saved expert by expert in fp32, as PEFT does by default: 18,432 tensors, 3.5 GB, random. It is
+written to a temporary folder, served by an HTTP server on this machine, and goes the way of any adapter: the loader's
+process fetches and checks it, the worker packs it for a base of that shape, whose own weights take no memory here, in
+bf16, and copies it into a pool with room for one such adapter. The peaks are of what the two processes hold together
+beyond their start: unique and shared memory, what they share counted once.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.common import report
-from gpu_worker.adapters.extras import tensors_of
 from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.adapters.packing.packer import Packer
+from gpu_worker.experts.modules import GroupedExperts
+from gpu_worker.experts.pool import EXPERT_SHARE, ExpertPool, page_bytes
+from gpu_worker.experts.rows import expert_shapes
 from gpu_worker.model.adaptable_modules import AdaptableModules, parameter_shapes
 from gpu_worker.model.apply_extras import AdaptableModule, TokenLayout
 from gpu_worker.model.attention import StepContext
+from gpu_worker.model.lora import GROUPS
 from peft_adapters.format import adapter_digest, parse_config, parse_header
 from protocol.wire.messages import ServedModel
 
@@ -46,8 +50,8 @@ def shape(*, short: bool) -> Qwen3MoeConfig:
     """Return the base's shape."""
     layers, experts = (2, 8) if short else (48, 64)
     return Qwen3MoeConfig(
-        vocab_size=1024, hidden_size=3072, moe_intermediate_size=1536, intermediate_size=1536, num_hidden_layers=layers,
-        num_attention_heads=24, num_key_value_heads=4, num_experts=experts, num_experts_per_tok=8,
+        vocab_size=1024, hidden_size=5120, moe_intermediate_size=768, intermediate_size=768, num_hidden_layers=layers,
+        num_attention_heads=40, num_key_value_heads=4, num_experts=experts, num_experts_per_tok=8,
     )  # fmt: skip
 
 
@@ -139,11 +143,19 @@ def packer_for(config: Qwen3MoeConfig) -> Packer:
         if name.endswith(".experts"):
             adaptable.modules[name] = AdaptableModule(name, module, TokenLayout((0, 0, 0), (0,), 2))
             shapes += parameter_shapes(name, module)
+    grouped = {name: GroupedExperts.of(name, one.module, None) for name, one in adaptable.modules.items()}
+    adaptable.experts = {name: experts for name, experts in grouped.items() if experts is not None}
     served = ServedModel(
         model="large", name="large", fingerprint="f", model_type=config.model_type, vocab_size=config.vocab_size,
         max_model_len=4096, sites=shapes, dtype="bfloat16",
     )  # fmt: skip
     return Packer([], served, adaptable)
+
+
+def pool_for(packer: Packer, num_pages: int) -> ExpertPool:
+    """Return a pool with room for so many pages of each shape of experts."""
+    sizes = [page_bytes(shape) for shape in expert_shapes(packer.expert_sites)]
+    return ExpertPool(packer.expert_sites, int(num_pages * sum(sizes) / EXPERT_SHARE) + 1, 1, torch.device("cpu"))
 
 
 def main() -> None:
@@ -178,15 +190,19 @@ def main() -> None:
                 timed("pack", started)
                 del files
                 started = time.perf_counter()
-                copies = sum(tensor.clone().nbytes for tensor in tensors_of(adapter.extras))
-                timed("copy, a tensor at a time", started)
+                pages = adapter.num_pages[len(GROUPS) : -1]
+                pool = pool_for(packer, max(pages))
+                pool.copy(adapter.experts, [range(num) for num in pages], torch.Tensor.copy_)
+                pool.publish(0, adapter.experts, [range(num) for num in pages])
+                timed("copy into the pool", started)
                 most = peak.stop()
         finally:
             loader.close()
         num_bytes = file.stat().st_size
     print(report.table(("what", ""), [
         ("tensors", f"{num_tensors:,}"), ("bytes in the file", f"{num_bytes / 1e9:.2f} GB"),
-        ("bytes packed", f"{copies / 1e9:.2f} GB"), *((name, f"{seconds:.1f} s") for name, seconds in times.items()),
+        ("bytes packed", f"{adapter.num_bytes / 1e9:.2f} GB"),
+        *((name, f"{seconds:.1f} s") for name, seconds in times.items()),
         ("peak of loader and worker", f"{most / 1e9:.2f} GB"), ("peak ÷ file", f"{most / num_bytes:.2f}"),
     ]))  # fmt: skip
 

@@ -44,7 +44,8 @@ class PoolWeights:
         """Allocate the rows, and make the siblings of `shared` and the experts of `adaptable` use them.
 
         budget: bytes for the rows. extra_bytes: for rows of experts, where there are some, and extras, which are
-        allocated as adapters bring them. stream: for copies; None: one of its own on a CUDA device, none elsewhere. Raises BadRequest when the budget is too small.
+        allocated as adapters bring them. stream: for copies; None: one of its own on a CUDA device, none elsewhere.
+        Raises BadRequest when the budget is too small.
         """
         self.sites = sites
         self.page_bytes = [page_bytes(sites, group) for group in range(len(GROUPS))]

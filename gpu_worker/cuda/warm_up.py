@@ -82,6 +82,8 @@ def run_steps(
     which nobody reads. empty_state: the slot of the state that stays empty; the first slot is written over.
     """
     device, context = model.device, model.context
+    had_rows = context.expert_slots.copy()
+    context.expert_slots[:] = True  # experts' LoRA is computed too, though no adapter has rows for it yet
     for step in steps:
         lens = np.concatenate([_cut(num, max_model_len) for num in step.num_new.tolist()])
         ends = np.cumsum(lens)
@@ -100,6 +102,7 @@ def run_steps(
         with torch.inference_mode():
             model.forward(ids, context.attention.positions, send(rows, device))
     context.lora = context.lora_logits = None
+    context.expert_slots[:] = had_rows
 
 
 def _cut(num: int, most: int) -> np.ndarray:

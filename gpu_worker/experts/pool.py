@@ -34,7 +34,7 @@ class ExpertPool:
         """
         self._sites, self._device = sites, device
         self._shapes = expert_shapes(sites)
-        self.page_bytes = [_page_bytes(shape) for shape in self._shapes]
+        self.page_bytes = [page_bytes(shape) for shape in self._shapes]
         num = int(budget * EXPERT_SHARE) // sum(self.page_bytes) if sites else 0
         self.capacity = [min(num, MAX_PAGES)] * len(self._shapes)
         self.slots_with_rows = np.zeros(num_slots, bool)
@@ -109,5 +109,6 @@ def _whole_page(rows: Tensor) -> Tensor:
     return page
 
 
-def _page_bytes(shape: ExpertShape) -> int:
+def page_bytes(shape: ExpertShape) -> int:
+    """Return the bytes of a page of a shape: 16 rank rows of A and of B for every expert."""
     return shape.num_experts * PAGE_ROWS * (shape.in_features + shape.out_features) * shape.dtype.itemsize

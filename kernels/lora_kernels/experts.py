@@ -98,9 +98,7 @@ def order_by_expert(expert_ids: Tensor, token_slots: Tensor, num_experts: int, n
     )
 
 
-def expert_batch(
-    order: ExpertOrder, pages: ExpertPages, first_pages: Tensor, token_scales: Tensor | None
-) -> LoraBatch:
+def expert_batch(order: ExpertOrder, pages: ExpertPages, first_pages: Tensor, token_scales: Tensor | None) -> LoraBatch:
     """Return the work list of one layer of experts, to be given to `ops.lora_add_` with `pages`' site and table.
 
     The rows it names are places of `order`. first_pages: int32 [num_slots], of each slot's adapter at this layer, -1

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from helpers.kernel_cases import poisoned_memory
 from torch import Tensor
 
+from helpers.kernel_cases import poisoned_memory
 from lora_kernels import ops
 from lora_kernels.experts import ExpertOrder, ExpertPages, expert_batch, order_by_expert
 from lora_kernels.ops import PAGE_ROWS, AdapterTable, LoraSite
@@ -86,7 +86,9 @@ def expert_case(
             b_rows[page, :, : a[:, part].shape[1]] = b[:, part]
         at = slice(own[0] * num_experts, (own[0] + 1) * num_experts)
         table.ranks[at], table.scales[at] = rank, 0.5 + slot
-        table.pages[at, 0, :num] = torch.tensor(own, dtype=torch.int32) * num_experts + torch.arange(num_experts)[:, None]
+        table.pages[at, 0, :num] = (
+            torch.tensor(own, dtype=torch.int32) * num_experts + torch.arange(num_experts)[:, None]
+        )
         firsts[slot] = own[0]
         loras[slot] = (a, b, 0.5 + slot)
     table = AdapterTable(table.ranks.to(device), table.scales.to(device), table.pages.to(device))

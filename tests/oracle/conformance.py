@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.runner import StepInputs
 from gpu_worker.model.checkpoint import one_line
 from gpu_worker.model.lora import SiteInfo
+from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import prepare_model
 from gpu_worker.one_by_one.account import Continues
 from protocol.wire.errors import BadRequest
@@ -51,9 +53,14 @@ class Outcome:
     num_calls: int = 0  # of attention, in a forward pass
     num_shortcuts: int = 0  # layers that run by shortcut as a whole
     notes: str = ""
+    num_grouped: int = 0  # modules of experts whose LoRA is rows of the pool
 
 
-def try_type(model_type: str) -> Outcome:
+Adapters = Callable[[PreTrainedModel, BaseModel], dict[str, Lora]]
+"""Returns the adapters to compare with, given the untouched model and the prepared one."""
+
+
+def try_type(model_type: str, adapters: Adapters | None = None) -> Outcome:
     """Try a tiny model of a type."""
     try:
         model = tiny_model(model_type)
@@ -61,15 +68,19 @@ def try_type(model_type: str) -> Outcome:
         return Outcome(refused=f"not tried: {one_line(error).partition(' but ')[0]}")
     except AttributeError as error:  # a config for which transformers' AutoModelForCausalLM makes no model
         return Outcome(refused=f"not tried: {one_line(error)}")
-    return conform(model)
+    return conform(model, adapters)
 
 
-def conform(model: PreTrainedModel) -> Outcome:
-    """Compare tokens and logits of the engine with PEFT's. Raises AssertionError where they differ."""
+def conform(model: PreTrainedModel, adapters: Adapters | None = None) -> Outcome:
+    """Compare tokens and logits of the engine with PEFT's. Raises AssertionError where they differ.
+
+    adapters: None for `adapters_for`.
+    """
     try:
         tried = prepare_model(copy.deepcopy(model), frozenset(), None)
         sites, passes = tried.sites, tried.passes
-        oracle = Oracle(model, adapters_for(model, sites), scale=0.4)
+        loras = adapters_for(model, sites) if adapters is None else adapters(model, tried)
+        oracle = Oracle(model, loras, scale=0.4)
         step_tokens = 16 if passes is None or passes.continues != "nothing" else sum(LENGTHS)  # where a text must fit
         engine = oracle.engine(max_step_tokens=step_tokens, max_num_seqs=8)
     except BadRequest as refusal:
@@ -100,6 +111,7 @@ def conform(model: PreTrainedModel) -> Outcome:
         num_calls=len(engine.model.layers),
         num_shortcuts=engine.model.num_shortcuts,
         notes="; ".join(notes_on(oracle.untouched, engine, sites)),
+        num_grouped=len(engine.model.adaptable.experts),
     )
 
 

@@ -37,6 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
+from gpu_worker.model import adaptable_modules
 from peft_adapters.experts import FAMILIES
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 
@@ -170,14 +171,20 @@ MANY = {**EXPERTS, "num_experts": 16, "num_local_experts": 16}
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss"])
-def test_rows_read_the_experts_that_they_go_to_alone(model_type: str, tmp_path: Path) -> None:
-    """Two of sixteen for a token: the others' weights are not touched, and may be anything."""
+def test_rows_read_the_experts_that_they_go_to_alone(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of sixteen for a token: the others' weights are not touched, and may be anything.
+
+    Where modules of experts are run again; `test_expert_rows.py` has those whose LoRA is rows of the pool.
+    """
     fields = {
         **(QWEN3_MOE if model_type == "qwen3_moe" else GPT_OSS if model_type == "gpt_oss" else MIXTRAL)[1],
         **MANY,
     }
     kind = Kind((model_type, fields), EXPERT_PARAMETERS)
     make_adapter(kind, tmp_path)
+    monkeypatch.setattr(adaptable_modules, "find_grouped_experts", lambda *_: {})
     engine = make_engine(kind.base, {"tuned": tmp_path}, prefix_cache=False)
     prompt = asked_prompts(kind)[0]
     ids, logits = engine_logits(engine, [greedy_request("x", "tuned", prompt, 8)])["x"]
