@@ -46,7 +46,7 @@ CASES: dict[str, list[str]] = {
 
 def shape(*, short: bool) -> Qwen3MoeConfig:
     """Return the base's shape: two layers of the mixture's 48."""
-    small = {"num_experts": 16, "hidden_size": 256, "moe_intermediate_size": 96} if short else {}
+    small: dict[str, Any] = {"num_experts": 16, "hidden_size": 256, "moe_intermediate_size": 96} if short else {}
     values: dict[str, Any] = {
         "vocab_size": 1024, "hidden_size": 2048, "moe_intermediate_size": 768, "intermediate_size": 6144,
         "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,

@@ -93,10 +93,11 @@ class GroupedExperts:
         hidden = torch.randn(_NUM_TRIAL_TOKENS, self.sites[0].shape.in_features, generator=generator)
         chosen = [torch.randperm(self.num_experts, generator=generator)[:num] for _ in range(_NUM_TRIAL_TOKENS)]
         weights = torch.rand(_NUM_TRIAL_TOKENS, num, generator=generator)
-        args = [hidden.to(weight), torch.stack(chosen).to(weight.device), weights.to(weight)]
+        hidden, ids, weights = hidden.to(weight), torch.stack(chosen).to(weight.device), weights.to(weight)
         try:
             with torch.inference_mode():
-                return alike(self.forward(*args), original_forward(self.module)(*args))
+                expected = original_forward(self.module)(hidden, ids, weights)
+                return alike(self.forward(hidden, ids, weights), expected)
         except Exception:  # noqa: BLE001 - a module that only looks like experts may raise anything
             return False
 
