@@ -189,7 +189,7 @@ def build_encoder_engine(
         max_batch_slowdown=settings.max_batch_slowdown,
     )  # fmt: skip
     served = served_model(model, config.max_model_len, settings)
-    memory = share_out(_usable_bytes(model.device, settings), settings, on_cpu=model.device.type == "cpu")
+    memory = share_out(usable_bytes(model.device, settings), settings, on_cpu=model.device.type == "cpu")
     return EncoderEngine(model, config, adapter_cache(model, served, settings, memory, fetch, fetch_files)), served
 
 
@@ -198,7 +198,7 @@ def room_for_caches(model: BaseModel, settings: Settings) -> int:
 
     Raises BadRequest when nothing is left.
     """
-    room = _usable_bytes(model.device, settings)
+    room = usable_bytes(model.device, settings)
     if model.device.type == "cpu":
         return room
     if model.passes is not None:  # its sequences run one by one, and have caches of their own
@@ -219,7 +219,7 @@ def room_for_caches(model: BaseModel, settings: Settings) -> int:
     return room - needed
 
 
-def _usable_bytes(device: torch.device, settings: Settings) -> int:
+def usable_bytes(device: torch.device, settings: Settings) -> int:
     """Return the bytes of a device that this worker may still fill."""
     if device.type == "cpu":  # the workers of one machine start at the same time and share what is free
         return free_bytes(device) // settings.workers

@@ -352,7 +352,7 @@ class Settings(BaseSettings):
     )
     adapter_extra_bytes: int = Field(
         default=0,
-        description="memory for what adapters change beyond LoRA rows, such as heads; 0: a share of the free memory",
+        description="memory for LoRA rows of experts, and what adapters change beyond rows; 0: a share of what is free",
     )
     adapter_host_bytes: int = Field(
         default=0, description="host memory for packed adapters; 0: a share of the free memory"

@@ -8,6 +8,7 @@ import psutil
 import pytest
 import torch
 
+from gpu_worker.build import usable_bytes
 from gpu_worker.host_memory import MemoryBudget
 from gpu_worker.memory import CacheBytes, GiB, free_bytes, share_out, zeros
 from protocol.runtime.settings import Settings
@@ -41,6 +42,13 @@ def test_caches_of_a_gpu_fill_what_there_is() -> None:
     assert share_out(200 * GiB, Settings(), on_cpu=False) == CacheBytes(176 * GiB, 16 * GiB, 8 * GiB)
     given = Settings(adapter_pool_bytes=100, adapter_extra_bytes=50)
     assert share_out(1000, given, on_cpu=False) == CacheBytes(850, 100, 50)
+
+
+def test_a_gpu_is_filled_up_to_the_part_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What others hold of it counts: of 100 bytes 60 are free, and a tenth is nobody's."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60, 100))
+    for utilization, usable in ((0.9, 50), (1.0, 60), (0.3, 0)):
+        assert usable_bytes(torch.device("cuda"), Settings(gpu_memory_utilization=utilization)) == usable
 
 
 def test_there_is_memory() -> None:

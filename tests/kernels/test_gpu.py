@@ -12,6 +12,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+from helpers.expert_cases import expert_case
 from helpers.kernel_cases import (
     DISTRIBUTIONS,
     RANKS,
@@ -26,6 +27,7 @@ from helpers.kernel_cases import (
 
 from gpu_worker.cuda.waits import no_waits
 from lora_kernels import ops
+from lora_kernels.experts import expert_batch, order_by_expert
 from lora_kernels.ops import Activation
 
 # cuBLAS asks for this where uninitialized memory is filled (kernel_cases.poisoned_memory). Read when CUDA starts.
@@ -80,6 +82,22 @@ def test_lora_never_waits_for_the_device() -> None:
     outs = [out.clone() for out in case.outs]
     with no_waits():
         ops.lora_add_(outs, case.x, case.sites, case.table, case.batch, impl="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_tokens", "num_experts"), [(1, 128), (32, 128), (500, 6)])
+def test_lora_on_experts_without_waiting(num_tokens: int, num_experts: int, dtype: torch.dtype) -> None:
+    case = expert_case(
+        num_tokens, [16, 3, 0, 40], num_experts=num_experts, top_k=4, k=256, n=192, dtype=dtype, device=DEVICE
+    )
+    case.slots[-1] = 3
+    expected, found = case.expected(), case.run("triton")
+    assert_close(found, expected.to(DEVICE))
+    assert torch.equal(case.run("triton"), found), "the same step must give the same bits"
+    slots = torch.from_numpy(case.slots).to(DEVICE)
+    with no_waits():
+        order = order_by_expert(case.expert_ids, slots, num_experts, len(case.first_pages))
+        expert_batch(order, case.pages, case.first_pages, None)
 
 
 def test_one_graph_serves_any_mix() -> None:

@@ -11,7 +11,9 @@ from typing import Literal
 
 import pytest
 import torch
+from oracle.adapters.expert_adapters import expert_adapters
 from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, tiny_llama
+from oracle.tiny_models import tiny_model
 
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
@@ -68,4 +70,20 @@ def test_a_mixed_soak_equals_one_by_one_and_compiles_nothing(cuda_graphs: Litera
     for rid, (name, prompt, num) in wanted.items():
         assert asked.ids[rid] == oracle.greedy(name, prompt, num), rid
         assert not name or asked.ids[rid] != oracle.greedy("", prompt, num), "the adapter must change the answer"
+    assert num_compiled() == before
+
+
+def test_experts_of_a_mixture_equal_one_by_one_and_compile_nothing() -> None:
+    model = tiny_model("qwen3_moe")
+    loras = expert_adapters(model, prepare_model(copy.deepcopy(model), frozenset(), None))
+    oracle = Oracle(model, loras, scale=0.4)
+    engine = gpu_engine(oracle, "on")
+    before = num_compiled()
+    wanted = {
+        f"{name}/{i}": (name, prompt, 3 + 2 * i)
+        for name in oracle.names
+        for i, prompt in enumerate(prompts(4, TINY_VOCAB, (5, 33, 120)))
+    }
+    asked = ask(engine, [greedy_request(rid, *one) for rid, one in wanted.items()])
+    assert {rid: oracle.greedy(*one) for rid, one in wanted.items()} == asked.ids
     assert num_compiled() == before

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import triton_aot
 from gpu_worker.cuda.warm_up import WarmUpStep, warm_up_steps
+from lora_kernels.experts import ExpertPages, expert_batch, order_by_expert
 from lora_kernels.ops import AdapterTable, LoraSite, build_attention_batch, build_lora_batch
 from lora_kernels.triton_ops.attention import plan_attention
 from lora_kernels.triton_ops.launch import Launch
@@ -58,9 +59,29 @@ class Planner:
         widths = model.num_heads * model.head_dim, *2 * (model.num_kv_heads * model.head_dim,)
         yield from self.lora(step.slots, step, model.hidden, widths)
         yield from self.lora(step.slots, step, model.intermediate, (model.hidden,))
+        yield from self.experts(step)
         yield from self.lora(
             step.slots if step.through_head else step.slots[np.cumsum(lens) - 1], step, model.hidden, (HEAD,)
         )
+
+    def experts(self, step: WarmUpStep) -> Iterator[Launch]:
+        """LoRA on the two products of a mixture's experts, in steps that have an adapter."""
+        if (step.slots < 0).all():
+            return
+        num, ids = 32, meta(step.num_tokens, 4, dtype=torch.int64)
+        slots, firsts = meta(step.num_tokens, dtype=torch.int32), meta(TABLE_SLOTS, dtype=torch.int32)
+        order = order_by_expert(ids, slots, num, TABLE_SLOTS)
+        for k, n in ((self.model.hidden, 1536), (768, self.model.hidden)):
+            virtual = 3 * num + 1
+            table = AdapterTable(
+                meta(virtual, 1, dtype=torch.int32), meta(virtual, 1, dtype=torch.float32),
+                meta(virtual, 1, 3, dtype=torch.int32),
+            )  # fmt: skip
+            site = LoraSite(0, 0, meta(3 * num * 16, k), meta(3 * num * 16, n))
+            scales = meta(step.num_tokens, dtype=torch.float32) if step.has_scales else None
+            batch = expert_batch(order, ExpertPages(site, table, num), firsts, scales)
+            num_pairs = batch.num_tokens
+            yield from plan_lora([meta(num_pairs, n)], meta(num_pairs, k), [site], table, batch, self.target.device)
 
     def lora(self, slots: np.ndarray, step: WarmUpStep, k: int, widths: tuple[int, ...]) -> Iterator[Launch]:
         scales = np.full(len(slots), 0.5, np.float32) if step.has_scales else None

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from oracle.adapters.expert_adapters import expert_adapters, stacks
 from oracle.adapters.peft_kinds import (
     EXPERT_PARAMETERS,
     GPT_OSS,
@@ -19,21 +20,19 @@ from oracle.adapters.peft_kinds import (
     make_adapter,
     make_engine,
 )
-from oracle.conformance import adapters_for, conform, watch_logits
+from oracle.conformance import conform, watch_logits
 from oracle.models_table import read_table
 from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, prompts, warm
 from oracle.recorders import WAITS, Rerun
 from oracle.tiny_models import tiny_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
 
 from gpu_worker.adapters.extras import Extras
 from gpu_worker.experts.modules import GroupedExperts, find_grouped_experts
 from gpu_worker.experts.pool import EXPERT_SHARE, page_bytes
 from gpu_worker.experts.rows import expert_shapes, expert_sites
 from gpu_worker.model.apply_extras import AdaptableModule, TokenLayout
-from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import prepare_model
 
 ALWAYS = {
@@ -47,23 +46,6 @@ ALWAYS = {
 
 RUN_AGAIN = {"longcat_flash"}
 """Types whose modules of experts are no pairs of token and expert, and run again with other weights."""
-
-
-def stacks(model: BaseModel) -> list[str]:
-    """Return the names of the stacks of experts' matrices that adapters may change."""
-    return [
-        f"{name}.{parameter}"
-        for name, adaptable in model.adaptable.modules.items()
-        for parameter, weight in adaptable.module.named_parameters(recurse=False)
-        if weight.ndim == 3 and len(weight) > 1
-    ]
-
-
-def expert_adapters(model: PreTrainedModel, tried: BaseModel) -> dict[str, Lora]:
-    """Two of different ranks on all experts, one with attention beside them, and one on linear layers alone."""
-    dense = adapters_for(model, tried.sites)["few"]
-    options = dense.options | {"target_parameters": stacks(tried)}
-    return {"low": Lora(2, dense.targets, options), "high": Lora(20, (), options), "dense": dense}
 
 
 @pytest.mark.parametrize(
