@@ -31,6 +31,7 @@ class Planner:
     def __init__(self, model: triton_aot.Model, target: triton_aot.Target) -> None:
         self.model, self.target = model, target
         self.known: dict[object, object] = {}  # by what decides a variant and more
+        self.seen: set[tuple[int, bool]] = set()  # steps whose experts were planned
         self.table = AdapterTable(
             meta(TABLE_SLOTS, 9, dtype=torch.int32), meta(TABLE_SLOTS, 9, dtype=torch.float32),
             meta(TABLE_SLOTS, 2, 4, dtype=torch.int32),
@@ -65,9 +66,11 @@ class Planner:
         )
 
     def experts(self, step: WarmUpStep) -> Iterator[Launch]:
-        """LoRA on the two products of a mixture's experts, in steps that have an adapter."""
-        if (step.slots < 0).all():
+        """LoRA on the two products of a mixture's experts, in steps that have an adapter: one of each size."""
+        form = (step.num_tokens, step.has_scales)
+        if self.model is not triton_aot.MODELS[0] or (step.slots < 0).all() or form in self.seen:
             return
+        self.seen.add(form)
         num, ids = 32, meta(step.num_tokens, 4, dtype=torch.int64)
         slots, firsts = meta(step.num_tokens, dtype=torch.int32), meta(TABLE_SLOTS, dtype=torch.int32)
         order = order_by_expert(ids, slots, num, TABLE_SLOTS)
