@@ -20,7 +20,10 @@ export PYTHONDONTWRITEBYTECODE =
 TORCH_INDEX ?=
 TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
 
-.PHONY: chart demo up test test-gpu bench-gpu test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour forms api-check docker-smoke lock-images audit sbom licences pin-images clean help
+CONSOLE = .venv-console
+PURELIB = 'import sysconfig; print(sysconfig.get_path("purelib"))'
+
+.PHONY: test-console chart demo up test test-gpu bench-gpu test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour forms api-check docker-smoke lock-images audit sbom licences pin-images clean help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +41,16 @@ coverage: $(VENV)/.stamp-dev  ## run every test and show the lines that none of 
 	$(BIN)/coverage erase
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/coverage run -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --timeout=120 $(ARGS); status=$$?; \
 	$(BIN)/coverage combine --quiet && $(BIN)/coverage report && $(BIN)/python .ci/coverage_table.py && exit $$status
+
+test-console: $(CONSOLE)/.stamp  ## the console in a real Chromium (Debian's chromium), about four minutes: make test-console SHOTS=docs/images
+	OMP_NUM_THREADS=1 SHOTS=$(SHOTS) $(CONSOLE)/bin/python -m pytest -n 0 tests/gateway/console $(ARGS)
+
+$(CONSOLE)/.stamp: $(VENV)/.stamp-dev tests/gateway/console/requirements.txt .ci/console_assets.py
+	python3 -m venv $(CONSOLE)
+	$(CONSOLE)/bin/pip install --quiet --requirement tests/gateway/console/requirements.txt
+	printf '%s\n' $(CURDIR) $(CURDIR)/kernels "$$($(BIN)/python -c $(PURELIB))" > "$$($(CONSOLE)/bin/python -c $(PURELIB))/lorafleet.pth"
+	$(BIN)/python .ci/console_assets.py $(CONSOLE)/axe
+	touch $@
 
 test-gpu: $(VENV)/.stamp-dev  ## run the tests that need a CUDA device: kernels, graphs, sampling, a whole engine
 	$(BIN)/python -m pytest -m gpu -n 0 $(ARGS)

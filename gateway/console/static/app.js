@@ -39,7 +39,7 @@ function Door({ text, onOpen }) {
       <p>${text || "This fleet asks for API keys."} The console needs one with the scope <code>admin</code>. It stays in this tab, until the tab is closed.</p>
       <${Problem} error=${error} />
       <label><span>API key</span>
-        <input type="password" autocomplete="off" spellcheck="false" required value=${value} onInput=${(event) => setValue(event.target.value)} /></label>
+        <input type="password" autocomplete="off" spellcheck=${false} required value=${value} onInput=${(event) => setValue(event.target.value)} /></label>
       <p class="row end"><button class="main">Enter</button></p>
     </form>
   </main>`;

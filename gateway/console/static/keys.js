@@ -47,7 +47,7 @@ function NewKey({ onClose, again }) {
         <label><span>Note</span><input name="note" maxlength="200" autocomplete="off" /></label>
       </div>
       <fieldset><legend>What it may do</legend>
-        <label class="check"><input type="checkbox" name="infer" defaultChecked=${true} checked /> infer: generate, list</label>
+        <label class="check"><input type="checkbox" name="infer" defaultChecked=${true} /> infer: generate, list</label>
         <label class="check"><input type="checkbox" name="adapters" /> adapters: register and unload the tenant's own</label>
       </fieldset>
       <p class="soft">Keys with the scope admin are made by <code>lorafleet keys create</code> alone.</p>
@@ -101,7 +101,7 @@ export function Keys() {
     { title: "Keeps", kind: "num", of: (one) => limit(one.kept_bytes && bytes(one.kept_bytes)) },
     { title: "Share", kind: "num", of: (one) => one.weight },
     { title: "Sees", of: (one) => html`<${Cut} text=${one.adapters.join(" ") || "none"} />` },
-    { title: "Orders", of: (one) => html`<button type="button" disabled=${!writable} aria-label=${`Limits of ${one.id}`} onClick=${() => setLimiting(one)}>Limit …</button>` },
+    { title: "Orders", of: (one) => html`<button type="button" disabled=${!writable} aria-label=${`Limit ${one.id}`} onClick=${() => setLimiting(one)}>Limit …</button>` },
   ];
   const keys = [
     { title: "Key", of: (one) => html`<code>${one.id}</code>` },

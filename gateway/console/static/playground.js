@@ -148,13 +148,13 @@ export function Playground() {
     <form class="panel" onSubmit=${add} aria-label="Models">
       <div class="row">
         <label class="grow"><span>Model or adapter (up to ${MOST_SIDE_BY_SIDE}, answered side by side; none: the base model)</span>
-          <input list="models" value=${typed} autocomplete="off" spellcheck="false" onInput=${(event) => setTyped(event.target.value)} /></label>
+          <input list="models" value=${typed} autocomplete="off" spellcheck=${false} onInput=${(event) => setTyped(event.target.value)} /></label>
         <datalist id="models">${offered.map((name) => html`<option key=${name} value=${name}></option>`)}</datalist>
         <button disabled=${models.length >= MOST_SIDE_BY_SIDE}>Add</button>
       </div>
       <div class="chips">${models.map((name) => html`<button type="button" key=${name} aria-label=${`Take ${name} away`} onClick=${() => setModels(models.filter((one) => one !== name))}>${name} ✕</button>`)}</div>
     </form>
-    <form class="panel" onSubmit=${ask} aria-label="Prompt">
+    <form class="panel" onSubmit=${ask} aria-label="What to ask">
       <div class="form">
         <label><span>Asked as</span><select value=${mode} onChange=${(event) => setMode(event.target.value)}><option value="chat">a chat</option><option value="text">plain text</option></select></label>
         ${PARAMETERS.map(([name, words, , step]) => html`<label><span>${words}</span><input type="number" step=${step} min="0" value=${values[name]} onInput=${(event) => setValues({ ...values, [name]: event.target.value })} /></label>`)}

@@ -25,7 +25,7 @@ async function inside(entry, path, found) {
 async function dropped(transfer) {
   const found = [];
   for (const entry of [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean)) await inside(entry, "", found);
-  return found;
+  return found.length ? found : chosen(transfer.files); // some browsers tell of no folders
 }
 
 const chosen = (list) => [...list].slice(0, MOST_FILES).map((file) => ({ name: file.webkitRelativePath || file.name, file }));
@@ -83,7 +83,7 @@ function Files({ onClose, again }) {
       <p role="status">${files.length ? `${files.length} files, ${bytes(size)}` : "nothing yet"}</p>
     </div>
     <div class="form">
-      <label><span>Name to serve it under</span><input name="name" required maxlength="200" autocomplete="off" spellcheck="false" /></label>
+      <label><span>Name to serve it under</span><input name="name" required maxlength="200" autocomplete="off" spellcheck=${false} /></label>
       <label class="check"><input type="checkbox" name="replace" /> replace what has the name</label>
     </div>
     <p class="row end">
@@ -116,8 +116,8 @@ function Place({ onClose, again }) {
   return html`<form onSubmit=${register}>
     <${Problem} error=${error} />
     <div class="form">
-      <label><span>Name</span><input name="name" required maxlength="1100" autocomplete="off" spellcheck="false" /></label>
-      <label><span>Source (empty: the name): local:FOLDER, ORG/NAME, s3://…</span><input name="source" maxlength="1100" autocomplete="off" spellcheck="false" /></label>
+      <label><span>Name</span><input name="name" required maxlength="1100" autocomplete="off" spellcheck=${false} /></label>
+      <label><span>Source (empty: the name): local:FOLDER, ORG/NAME, s3://…</span><input name="source" maxlength="1100" autocomplete="off" spellcheck=${false} /></label>
       <label><span>Token for the source</span><input name="token" type="password" maxlength="1000" autocomplete="off" /></label>
     </div>
     <fieldset><legend class="hidden">What to do with it</legend>
