@@ -37,6 +37,7 @@ from gpu_worker.light_imports import drawing_nothing_on_meta
 from gpu_worker.model.mapped import map_model
 from gpu_worker.quantised.index import MappedWeights, is_quantised_folder
 from gpu_worker.quantised.modules import fill_model, parameters_on_meta
+from gpu_worker.quantised.panels import KeptPanels
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Task
 
@@ -142,7 +143,8 @@ def _read_blocks(
     weights = MappedWeights(folder)
     with parameters_on_meta():
         module = auto.from_config(config, attn_implementation="eager", dtype=dtype)
-    return fill_model(module, weights, dtype)
+    with KeptPanels(folder, folder / weights.index.file) as panels:
+        return fill_model(module, weights, panels, dtype)
 
 
 def _head_tensors(module: PreTrainedModel) -> set[str]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from gpu_worker.light_imports import drawing_nothing_on_meta
 from gpu_worker.quantised.index import MappedWeights
+from gpu_worker.quantised.panels import KeptPanels
 from lora_kernels import ops
 from protocol.wire.errors import BadRequest
 
@@ -19,12 +20,14 @@ from protocol.wire.errors import BadRequest
 class BlockLinear(nn.Module):
     """x @ weight.T + bias with a quantised weight, which is multiplied as the numbers that it stands for."""
 
-    def __init__(self, weight: ops.QuantisedWeight, bias: Tensor | None, impl: ops.Impl | None) -> None:
-        """bias: [N], of the dtype that is computed in."""
+    def __init__(
+        self, weight: ops.QuantisedWeight, bias: Tensor | None, impl: ops.Impl | None, packed: ops.QuantisedLinear
+    ) -> None:
+        """bias: [N], of the dtype that is computed in. packed: the weight, for `impl`."""
         super().__init__()
         self.out_features, self.in_features = weight.out_features, weight.in_features
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.packed = ops.pack_quantised([weight], impl=impl)
+        self.packed = packed
         self._impl: ops.Impl | None = impl
         # Tells the model's fingerprint of the kind.
         self.register_buffer(weight.kind, torch.empty(self.out_features, self.in_features, device="meta"))
@@ -65,7 +68,7 @@ class BlockEmbedding(nn.Module):
 
 
 def fill_model(
-    model: PreTrainedModel, weights: MappedWeights, dtype: torch.dtype, impl: ops.Impl | None = None
+    model: PreTrainedModel, weights: MappedWeights, panels: KeptPanels, dtype: torch.dtype, impl: ops.Impl | None = None
 ) -> PreTrainedModel:
     """Give a model, whose parameters are on no device, the weights of a folder. Returns it in eval mode.
 
@@ -79,7 +82,8 @@ def fill_model(
         parent, _, child = name.rpartition(".")
         if type(module) is nn.Linear:
             bias = weights.numbers(f"{name}.bias", dtype) if module.bias is not None else None
-            made = BlockLinear(weights.blocks(source), bias, impl)
+            blocks = weights.blocks(source)
+            made = BlockLinear(blocks, bias, impl, panels.pack(name, blocks, impl))
             shape, wanted = (made.out_features, made.in_features), (module.out_features, module.in_features)
         elif isinstance(module, nn.Embedding):
             made = BlockEmbedding(weights.blocks(source), dtype, getattr(module, "embed_scale", None))

@@ -40,7 +40,7 @@ def build_library(flags: Sequence[str] = COMMON_FLAGS, machine: str = "") -> Pat
     machine = machine or platform.machine()
     if machine not in ("x86_64", "AMD64"):
         raise BuildError(f"they are written for x86-64, this is {machine}")
-    library = cache_dir() / f"lora_kernels-{_fingerprint(flags)}.so"
+    library = cache_dir() / f"lora_kernels-{fingerprint(flags)}.so"
     if library.exists():
         return library
     compiler = shutil.which(os.environ.get("CXX", "g++"))
@@ -62,7 +62,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafleet"
 
 
-def _fingerprint(flags: Sequence[str]) -> str:
+def fingerprint(flags: Sequence[str] = COMMON_FLAGS) -> str:
     """Hash all that the library depends on, but for the compiler: a machine with a finished build needs none."""
     digest = hashlib.sha256(repr((torch.__version__, tuple(flags), _ISA_FLAGS)).encode())
     for source in sorted(_SOURCE_DIR.iterdir()):

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.factories import make_tiny_model
+from helpers.mapped import num_mapped
 from oracle.tiny_models import causal_types, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -64,13 +65,6 @@ def test_a_mapped_model_is_that_of_transformers(tmp_path: Path, model_type: str,
         with torch.inference_mode():
             got, expected = (ask_untouched(model, model.config.get_text_config()).logits for model in (mapped, read))
         assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
-
-
-def num_mapped(file: Path, address: int | None = None) -> int:
-    """Return how many ranges of a file are mapped into this process, of those that have an address."""
-    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(file))]
-    ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines]
-    return sum(address is None or start <= address < end for start, end in ranges)
 
 
 def test_weights_are_the_memory_of_the_file(folder: Path) -> None:

@@ -1,0 +1,105 @@
+"""Packed weights that are kept in a quantised folder: later starts map them, and workers of one machine share them.
+
+Packing takes longer than all else that is done to a quantised weight. The files are named by the kernels that packed
+them and by the file that the weights come from: others are packed again, and take their place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+import msgspec
+import torch
+
+from gpu_worker.quantised.index import ALIGNMENT
+from lora_kernels import ops
+from lora_kernels.cpu.build import fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+class Panels(msgspec.Struct, frozen=True):
+    """Where a packed weight lies."""
+
+    offset: int  # in bytes
+    shape: tuple[int, int]  # uint8
+    form: int
+    kind: str
+    size: tuple[int, int]  # of the weight
+
+
+class KeptPanels:
+    """The packed weights of a folder. As a context, what was packed meanwhile is written at its end."""
+
+    def __init__(self, folder: Path, weights: Path) -> None:
+        """weights: the file that they come from."""
+        state = weights.stat()
+        key = hashlib.sha256(repr((fingerprint(), state.st_size, state.st_mtime_ns)).encode()).hexdigest()[:16]
+        self._folder, self._name = folder, f"panels-{key}"
+        self._found: dict[str, Panels] = {}
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._new: dict[str, tuple[ops.QuantisedWeight, ops.QuantisedLinear]] = {}
+        try:
+            found = msgspec.json.decode((folder / f"{self._name}.json").read_bytes(), type=dict[str, Panels])
+            path = folder / f"{self._name}.bin"
+            size = path.stat().st_size
+            self._memory = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+            self._found = {name: one for name, one in found.items() if one.offset + one.shape[0] * one.shape[1] <= size}
+        except FileNotFoundError:
+            pass
+        except (OSError, msgspec.DecodeError, RuntimeError) as error:
+            logger.warning("the packed weights in %s cannot be read, and are made again: %s", folder, error)
+
+    def pack(self, name: str, weight: ops.QuantisedWeight, impl: ops.Impl | None) -> ops.QuantisedLinear:
+        """Return a layer's weight as `ops.pack_quantised` lays it out, mapped if it was kept."""
+        kept = self._found.get(name)
+        if impl is None and kept is not None and (kept.kind, kept.size) == (weight.kind, _size(weight)):
+            num_bytes = kept.shape[0] * kept.shape[1]
+            panels = self._memory[kept.offset : kept.offset + num_bytes].view(kept.shape)
+            return ops.QuantisedLinear([], [panels], [kept.form], [weight.out_features], weight.in_features)
+        made = ops.pack_quantised([weight], impl=impl)
+        if impl is None and made.panels:  # the reference packs nothing
+            self._new[name] = weight, made
+        return made
+
+    def __enter__(self) -> KeptPanels:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Write what was packed in place of what was kept, whole or not at all; unless the model cannot be read."""
+        if kind is not None or not self._new:
+            return
+        try:
+            self._write()
+        except OSError as problem:
+            logger.warning(
+                "packed weights cannot be kept in %s, so that each start packs them: %s", self._folder, problem
+            )
+
+    def _write(self) -> None:
+        index: dict[str, Panels] = {}
+        with tempfile.TemporaryDirectory(dir=self._folder) as scratch:
+            part = Path(scratch) / self._name
+            with part.open("wb") as out:
+                for name, (weight, made) in self._new.items():
+                    out.seek(-(-out.tell() // ALIGNMENT) * ALIGNMENT)
+                    (panels,), (form,) = made.panels, made.forms
+                    shape = (panels.shape[0], panels.shape[1])
+                    index[name] = Panels(out.tell(), shape, form, weight.kind, _size(weight))
+                    panels.numpy().tofile(out)
+            for path in self._folder.glob("panels-*"):  # who has mapped one keeps it
+                path.unlink()
+            os.replace(part, self._folder / f"{self._name}.bin")
+            part.write_bytes(msgspec.json.encode(index))
+            os.replace(part, self._folder / f"{self._name}.json")
+
+
+def _size(weight: ops.QuantisedWeight) -> tuple[int, int]:
+    return weight.out_features, weight.in_features
