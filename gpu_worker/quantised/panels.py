@@ -70,9 +70,7 @@ class KeptPanels:
         """Return itself."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Write what was packed in place of what was kept, whole or not at all; unless the model cannot be read."""
         if kind is not None or not self._new:
             return
