@@ -50,7 +50,7 @@ def start(model: str, scratch: Path, flags: Sequence[str], tree: Path | None) ->
     if tree is not None:
         environment["PYTHONPATH"] = f"{tree}{os.pathsep}{tree / 'kernels'}"
     began = time.monotonic()
-    with running(Server("fleet", command, environment), scratch / "up.log") as url:
+    with running(Server("fleet", command, {}, environment), scratch / "up.log") as url:
         found = {"s until it is ready": time.monotonic() - began}
         ask(url)
         found["s until the first token"] = time.monotonic() - began
