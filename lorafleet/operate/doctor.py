@@ -95,7 +95,8 @@ async def _of_queue(settings: Settings) -> list[Finding]:
         gateways, stores = await bus.members.gateway_urls(), await bus.members.store_urls()
     except CONNECTION_ERRORS as error:
         text = f"no queue answers at {named.redis_url}: {error}"
-        return [Finding("queue", "problem", text, "start it, or name another: --redis-url")]
+        advice = "start it, or name another: --redis-url, with its operator's password: --redis-password-file"
+        return [Finding("queue", "problem", text, advice)]
     except QueueError as error:
         text = f"the queue refuses: {error}"
         return [Finding("queue", "problem", text, "give the operator's password: --redis-password-file")]

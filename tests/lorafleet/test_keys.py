@@ -37,6 +37,13 @@ def found(queue_server: EmbeddedServer, key: str) -> tuple[ApiKey, Tenant] | Non
     return asyncio.run(find())
 
 
+async def audited(queue_server: EmbeddedServer) -> list[str]:
+    bus = Bus(queue_server.url)
+    found = [entry.action for _, entry in await bus.audit.newest(10)]
+    await bus.close()
+    return found
+
+
 def test_a_key_is_made_listed_and_revoked(
     queue_server: EmbeddedServer, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +74,9 @@ def test_a_key_is_made_listed_and_revoked(
     assert main(["keys", "revoke", first, *flags]) == 2
     assert f"there is no key {first}" in capsys.readouterr().err
     assert main(["keys", "revoke", second, *flags]) == 0
+    assert asyncio.run(audited(queue_server)) == [
+        "key.revoke", "key.revoke", "key.create", "tenant.change", "key.create", "tenant.change",
+    ]  # fmt: skip
     capsys.readouterr()
     assert main(["keys", "list", *flags]) == 0
     assert "no keys" in capsys.readouterr().out

@@ -126,8 +126,8 @@ local usage_rows = 1000
 -- Count a request that ends at `now`, ms, for its tenant's usage of that day (UTC): a hash of rows, each '<requests>
 -- <prompt tokens> <of them cached> <output tokens>'. `usage` is the request's field of that name, made by `usage.py`;
 -- `cached`: its prompt's tokens that the prefix cache had. A prompt counts if its request has completed, or made a token.
--- Return what is still to be counted should the request be queued again.
-local function count_usage(rid, usage, state, cached, now)
+-- `is_dead`: it may be queued again, so its field becomes what is still to be counted then.
+local function count_usage(rid, usage, state, cached, now, is_dead)
   local calls, prompt, from, days, tenant, row = unpack(cmsgpack.unpack(usage))
   local output = from < 0 and 0 or math.max(redis.call('STRLEN', P .. ':tok:' .. rid) / 4 - from, 0)
   local left = 0
@@ -152,7 +152,10 @@ local function count_usage(rid, usage, state, cached, now)
     redis.call('PEXPIREAT', tenants, to)
     redis.call('PEXPIREAT', key, to)
   end
-  return cmsgpack.pack({0, left, from < 0 and from or from + output, days, tenant, row})
+  if is_dead then
+    local rest = {0, left, from < 0 and from or from + output, days, tenant, row}
+    redis.call('HSET', req_key(rid), 'usage', cmsgpack.pack(rest))
+  end
 end
 
 -- Note that a request of a call has ended and lives for `ttl` more seconds. With the last one the bodies go, unless they are kept, and the
@@ -195,10 +198,7 @@ local function write_end(rid, state, finish, error, now, is_dead)
   local f = redis.call('HMGET', key, 'stored', 'quota', 'max_new', 'n_prompt', 't_assign', 'call', 'usage', 'cached')
   redis.call('HSET', key, 'state', state, 'finish', finish, 'error', error, 'owner', '', 't_end', now)
   if f[2] then settle(rid, f[2], f[3], f[4], f[5]) end
-  if f[7] then
-    local left = count_usage(rid, f[7], state, tonumber(f[8] or 0), now)
-    if is_dead then redis.call('HSET', key, 'usage', left) end
-  end
+  if f[7] then count_usage(rid, f[7], state, tonumber(f[8] or 0), now, is_dead) end
   -- A request that is not stored is read only by the gateway that waits for it, at once. An encoder's result
   -- (max_new is 0) is large.
   local ttl = is_dead and 604800 or f[1] == '1' and 86400 or f[3] == '0' and 60 or 120
