@@ -184,15 +184,23 @@ async def run(
     step_ms: float,
     capacity: int,
     loads: list[dict[str, Any]],
+    together: asyncio.Barrier | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure `loads` on new processes of a checkout."""
+    """Measure `loads` on new processes of a checkout.
+
+    together: each load begins when all parties are ready for it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         fleet, queue = start(Path(folder), model, tree, own, workers=workers, step_ms=step_ms, capacity=capacity)
         try:
             await wait_until_ready(queue.url, fleet, workers)
             await load(fleet.url_port, num=16, concurrency=8, tokens=2)
             async with scraped(fleet.url_port) if own else nullcontext():
-                results = [await measure(fleet, **one) for one in loads]
+                results: list[dict[str, Any]] = []
+                for one in loads:
+                    if together is not None:
+                        await together.wait()
+                    results.append(await measure(fleet, **one))
         finally:
             for process in fleet.processes.values():
                 process.terminate()
@@ -309,17 +317,26 @@ def draw(axes: Sequence[Any], results: dict[str, list[dict[str, Any]]]) -> None:
 def observe(model: Path, trees: Mapping[str, Path], share: float, rounds: int, out: Path) -> None:
     """Measure 256 streams with metrics and tracing on beside off, and print the CPU time of a token.
 
-    share: of the calls that are traced.
+    The fleets of a pair run at the same time, so that whatever else the machine does concerns both alike. Each pair of
+    new processes has two loads. share: of the calls that are traced.
     """
     fleet = next(one for one in fleets(False) if one["loads"][0]["name"] == "256 streams")
+    fleet = fleet | {"loads": 2 * fleet["loads"]}
     with sink() as url:
         on = {"LORAFLEET_OTLP_ENDPOINT": url, "LORAFLEET_TRACE_SHARE": str(share), "LORAFLEET_VLLM_METRICS": "true"}
         kinds = [(label, tree, {}) for label, tree in trees.items()] + [("observed", HERE, on)]
         found: dict[str, list[dict[str, Any]]] = {label: [] for label, _, _ in kinds}
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             for i in range(rounds):
-                for label, tree, own in kinds[:: -1 if i % 2 else 1]:
-                    found[label] += runner.run(run(model, tree, own, **fleet))
+                order = kinds[:: -1 if i % 2 else 1]
+
+                async def pair(order: Sequence[tuple[str, Path, dict[str, str]]] = order) -> list[list[dict[str, Any]]]:
+                    barrier = asyncio.Barrier(len(order))
+                    asked = (run(model, tree, own, together=barrier, **fleet) for _, tree, own in order)
+                    return await asyncio.gather(*asked)
+
+                for (label, _, _), results in zip(order, runner.run(pair()), strict=True):
+                    found[label] += results
     parts = ("gateway", "queue", "workers", "scheduler")
     us = {
         label: [sum(result["cpu_us_per_token"][part] for part in parts) for result in results]

@@ -6,6 +6,7 @@ The scripts are made of the parsers themselves, so they know every command and f
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -15,6 +16,9 @@ HINTS = {
     "zsh": 'eval "$(lorafleet completion zsh)"    # in ~/.zshrc',
     "fish": "lorafleet completion fish | source     # in ~/.config/fish/config.fish",
 }
+
+_DEFAULT = re.compile(r" ?\(%\(default\)\w\)")
+"""Where a help text would show a default."""
 
 _BASH = """\
 _lorafleet() {{
@@ -69,7 +73,7 @@ def words_of(parser: argparse.ArgumentParser, text: str = "") -> Words:
         elif action.help != argparse.SUPPRESS:
             for flag in action.option_strings:
                 if flag.startswith("--"):
-                    found.flags[flag] = (action.help or "").partition("\n")[0]
+                    found.flags[flag] = _DEFAULT.sub("", action.help or "").replace("%%", "%")
     return found
 
 
