@@ -26,7 +26,6 @@ from protocol.queue.jobs import NewJob
 from protocol.queue.usage import Counted, usage_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.keys import BATCH
 from protocol.wire.messages.requests import fields_in_use
 
 logger = logging.getLogger(__name__)
@@ -221,7 +220,7 @@ def usages_of(call: AdmittedCall, days: int) -> list[bytes]:
         target = prompt.target
         counted = Counted(
             parsed.caller.owner, observe.name_of(target), "" if is_merge(target.digest) else target.digest,
-            call.base.name, parsed.cls == BATCH, days,
+            call.base.name, parsed.caller.is_batch, days,
         )  # fmt: skip
         for choice in range(parsed.options.n):
             calls = int(choice == 0 and which % len(parsed.sources) == 0)

@@ -17,7 +17,6 @@ from protocol.queue.usage import Counted, usage_of
 from protocol.wire import messages as m
 from protocol.wire.error_codec import error_from
 from protocol.wire.errors import Conflict, DeadlineExceeded, NotFound
-from protocol.wire.keys import BATCH
 
 NUM_SHOWN = 8
 """Token ids that are shown of each answer, from the first difference on."""
@@ -60,9 +59,7 @@ async def _run(pipeline: Pipeline, submit: m.Submit, body: m.Body, caller: Calle
     pipeline.admission.check_again(load, quota)
     base = pipeline.fleet.base
     name = observe.name_of_digest(submit.digest) or submit.digest if submit.digest else base.name if base else ""
-    counted = Counted(
-        caller.owner, name, submit.digest, base.name if base else "", submit.cls == BATCH, pipeline.settings.usage_days
-    )
+    counted = Counted(caller.owner, name, submit.digest, base.name if base else "", False, pipeline.settings.usage_days)
     usage = usage_of(counted, calls=1, prompt_tokens=submit.num_prompt_tokens, has_output=body.task == "generate")
     mail = replies.subscribe([submit.rid], eager=False)
     ended = False

@@ -28,7 +28,7 @@ class Counted:
     model: str  # as the API shows it
     digest: str  # of the adapter; "" for the base model, and for merges
     base: str
-    batch: bool
+    batch: bool  # it is the line of a batch
     days: int  # that it is kept
 
 

@@ -95,6 +95,15 @@ async def test_a_call_whose_client_left_counts_what_was_made(
     assert (row.prompt_tokens, row.output_tokens) == (0, 0)  # nobody had begun
 
 
+async def test_background_jobs_are_no_batches(bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient) -> None:
+    body = {"model": "base", "prompt": "one", "max_tokens": 4, "background": True}
+    job = (await http.post("/v1/completions", json=body)).json()
+    done = (await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=20"})).json()
+    (row,) = await bus.usage.rows(today(), "public")
+    assert (row.batch, row.requests) == (False, 1)
+    assert row.output_tokens == done["result"]["usage"]["completion_tokens"]
+
+
 @pytest.mark.parametrize(
     ("query", "param"),
     [
