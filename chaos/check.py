@@ -94,9 +94,7 @@ class Books:
     most: dict[str, Counts] = field(default_factory=dict[str, Counts])
 
     def note(self, call: Call, expected: Expected) -> None:
-        """Note a call of a client that has got its answer, or has given up. Jobs count as batch work, as lines do."""
-        if call.style == "job":
-            return
+        """Note a call of a client that has got its answer, or has given up."""
         counts = (1, expected.num_prompt_tokens, expected.num_tokens)
         is_keyed = call.style not in ("stream", "whole")  # attempts with one key are one request
         unfinished = [attempt for attempt in call.attempts if attempt.outcome not in ("complete", "refused")]

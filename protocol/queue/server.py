@@ -1,4 +1,4 @@
-"""What the queue's server says of itself: for `lorafleet doctor`."""
+"""What the queue's server says of itself: for `lorafleet doctor`, and for measurements."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ServerFacts:
     appends: bool  # whether it keeps its data in a file (`appendonly`)
     append_ok: bool  # whether it could write there last
     role: str  # "master", or a replica's
-    replicas: int
     answer_ms: float
     ahead_ms: float  # its clock before this machine's, as far as the time of the answer lets tell
+    cpu_s: float = 0.0  # that its main thread has used
 
 
 class Server:
@@ -43,5 +43,6 @@ class Server:
             f"{name} {info.get(f'{name}_version', '?')}", str(info.get("maxmemory_policy", "")),
             int(info.get("used_memory", 0)), int(info.get("maxmemory", 0)), bool(info.get("aof_enabled", 0)),
             info.get("aof_last_write_status", "ok") == "ok", str(info.get("role", "")),
-            int(info.get("connected_slaves", 0)), took_s * 1000, ahead_s * 1000,
+            took_s * 1000, ahead_s * 1000,
+            float(info.get("used_cpu_user_main_thread", 0)) + float(info.get("used_cpu_sys_main_thread", 0)),
         )  # fmt: skip

@@ -99,7 +99,7 @@ def test_usage_lies_between_what_was_told_and_what_was_caused() -> None:
     books = Books()
     books.note(called("stream", attempt("abcde")), EXPECTED)
     books.note(called("whole", attempt("", "cut"), attempt("", "refused"), attempt("abcde")), EXPECTED)
-    books.note(called("keyed stream", attempt("ab", "cut"), attempt("abcde")), EXPECTED)
+    books.note(called("job", attempt("ab", "cut"), attempt("abcde")), EXPECTED)
     told, most = (3, 9, 15), (4, 12, 20)
     for right in (told, (4, 9, 17), most):
         assert books.wrong({"sql": right}, may_lack=False, may_exceed=False) == []

@@ -144,6 +144,9 @@ async def test_restarts_of_every_service_under_load_show_no_error(fleet: Process
         await asyncio.gather(*(restart(fleet, member) for member in first))
         await asyncio.gather(*(restart(fleet, member) for member in members if member not in first))
     assert traffic.errors == []
+    today = now_ms() // (DAY_S * 1000)
+    told = [await fleet.bus.usage.residency(day) for day in (today - 1, today)]
+    assert sum(len(seconds) for seconds in told) >= 2  # each worker has told of its pool when it drained
 
 
 async def restart(fleet: ProcessFleet, member: Member) -> None:

@@ -21,7 +21,7 @@ from lorafleet.operate.checkup import (
 from protocol.queue.server import ServerFacts
 from protocol.wire import messages as m
 
-GOOD = ServerFacts("valkey 8.1", "noeviction", 1 << 20, 1 << 30, True, True, "master", 0, 0.3, 2.0)
+GOOD = ServerFacts("valkey 8.1", "noeviction", 1 << 20, 1 << 30, True, True, "master", 0.3, 2.0)
 BEAT = m.WorkerBeat(wid="w1", name="gpu-0", capacity=8, version="1")
 STATUS = m.SchedulerStatus(queued=0, running=0, workers=1, drain_rate=0.0, leader="s:1", version="1")
 GiB = 1 << 30
