@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
@@ -116,4 +117,20 @@ def add_usage_routes(app: FastAPI, endpoints: UsageEndpoints) -> None:
     """Bind paths to handlers."""
     app.router.route_class = JsonRoute
     for path in PATHS:
-        app.get(path, responses=openapi.USAGE)(endpoints.usage)
+        app.get(path, responses=openapi.USAGE, openapi_extra={"parameters": _parameters()})(endpoints.usage)
+
+
+def _parameters() -> list[dict[str, Any]]:
+    """Return what the API's page says of the query, which `query_of` reads: names may end in `[]`, as OpenAI's do."""
+    time_s = {"type": "integer", "minimum": 0, "maximum": _LAST_S}
+    texts = {"type": "array", "items": {"type": "string"}}
+    schemas: dict[str, dict[str, Any]] = {
+        "start_time": time_s, "end_time": time_s, "bucket_width": {"enum": ["1d"]}, "batch": {"type": "boolean"},
+        "limit": {"type": "integer", "minimum": 1, "maximum": MAX_DAYS},
+        "page": {"type": "string", "pattern": "^page_[0-9]{1,7}$"}, "format": {"enum": ["json", "csv"]},
+        "group_by": {"type": "array", "items": {"enum": list(GROUPS)}}, "models": texts, "project_ids": texts,
+    }  # fmt: skip
+    return [
+        {"name": name, "in": "query", "required": name == "start_time", "schema": schema}
+        for name, schema in schemas.items()
+    ]
