@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.agreement import agrees, close
 from gpu_worker.model.attention import PagedLayer
-from gpu_worker.model.blocks import GatedMlp, LayerStack, Norm, PreNormLayer, RotaryAttention
+from gpu_worker.model.blocks import GatedMlp, LayerStack, Norm, PlainDecoder, PreNormLayer, RotaryAttention
 from gpu_worker.model.lora import SiteLinear
 from gpu_worker.model.trial import Trial
 from lora_kernels import ops
@@ -157,9 +157,24 @@ def _install_stacks(
             continue
         if any(layer.is_opaque for layer in layers):
             continue
-        stacked = _StackedHolder(model.get_submodule(holder), children, LayerStack(layers, impl))
+        stack = LayerStack(layers, impl)
+        stacked = _StackedHolder(model.get_submodule(holder), children, stack)
         if agrees(stacked.holder, stacked, trial.modules[holder], adaptable.context, exact=True):
             stacked.install()
+            decoder = _plain_decoder(stacked.holder, stack, found)
+            if decoder and agrees(stacked.holder, decoder, trial.modules[holder], adaptable.context, exact=True):
+                stacked.holder.forward = decoder.forward
+
+
+def _plain_decoder(holder: nn.Module, stack: LayerStack, found: _Found) -> PlainDecoder | None:
+    """Return what a module may be that holds a stack, judging by its other children; None for others."""
+    children = [child for child in holder.children() if not isinstance(child, nn.ModuleList)]
+    norms = [child for child in children if child in found.norms]
+    rotaries = [child for child in children if "inv_freq" in dict(child.named_buffers(recurse=False))]
+    embeddings = [child for child in children if child not in norms and child not in rotaries]
+    if not len(norms) == len(rotaries) == len(embeddings) == 1:
+        return None
+    return PlainDecoder(holder, embeddings[0], rotaries[0], stack, norms[0])
 
 
 class _StackedHolder:

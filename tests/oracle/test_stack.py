@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.runner import StepInputs
-from gpu_worker.model.blocks import LayerStack
+from gpu_worker.model.blocks import LayerStack, PlainDecoder
 from lora_kernels import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no native kernels: layers run one by one")
@@ -31,6 +31,11 @@ STACKED = {
 def stacks(engine: Engine) -> list[LayerStack]:
     forwards = [getattr(module, "forward", None) for module in engine.model.module.modules()]
     return [owner for forward in forwards if type(owner := getattr(forward, "__self__", None)) is LayerStack]
+
+
+def plain_decoders(engine: Engine) -> list[PlainDecoder]:
+    forwards = [getattr(module, "forward", None) for module in engine.model.module.modules()]
+    return [owner for forward in forwards if type(owner := getattr(forward, "__self__", None)) is PlainDecoder]
 
 
 def logits_of(engine: Engine, names: list[str]) -> list[Tensor]:
@@ -67,6 +72,26 @@ def test_a_stack_computes_what_its_layers_compute(model_type: str, dtype: torch.
     assert all(layer._stack is None for layer in stacks(apart)), "or this compares stacks"
     assert len(got) == len(expected)
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("model_type", STACKED)
+def test_a_plain_decoder_computes_what_the_model_does(model_type: str) -> None:
+    targets = STACKED[model_type]
+    oracle = Oracle(tiny_model(model_type), {"one": Lora(5, (*targets, "embed_tokens"))}, scale=0.4)
+    plain, whole = (oracle.engine(max_step_tokens=16, max_num_seqs=12) for _ in range(2))
+    (decoder,), (other,) = plain_decoders(plain), plain_decoders(whole)
+    calls: list[str] = []
+
+    def watched(name: str, forward: Any) -> Any:
+        return lambda *args, **kwargs: (calls.append(name), forward(*args, **kwargs))[1]
+
+    decoder._forward = watched("plain", decoder._forward)
+    for module in whole.model.module.modules():
+        if getattr(getattr(module, "forward", None), "__self__", None) is other:
+            module.forward = watched("whole", other._forward)
+    got, expected = logits_of(plain, ["", "one"]), logits_of(whole, ["", "one"])
+    assert set(calls) == {"whole"}, "the plain decoder computes every step, and the other none"
+    assert all(torch.equal(one, two) for one, two in zip(got, expected, strict=True))
 
 
 def test_layers_with_rotary_embeddings_of_their_own_stay_apart() -> None:

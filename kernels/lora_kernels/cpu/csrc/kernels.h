@@ -2,6 +2,7 @@
 // compiled once per instruction set and fills one Kernels table each.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "quant_forms.h"
@@ -245,6 +246,15 @@ const Kernels& avx512_bf16_kernels();
 void run_tasks(int64_t num_tasks, void (*task)(const void* context, int64_t index), const void* context);
 void run_tasks(int num_threads, int64_t num_tasks, void (*task)(const void* context, int64_t index),
                const void* context);
+
+// Memory that the next operation reads from end to end, shared among threads as run_tasks shares tasks. Threads that wait
+// for that operation fetch the beginning of theirs meanwhile. A hint: nothing depends on what it says.
+struct ReadAhead {
+  const void* data = nullptr;
+  int64_t bytes = 0;
+};
+constexpr int kMaxAheadParts = 4;
+void announce(const std::array<ReadAhead, kMaxAheadParts>& parts);
 
 // The calling thread's scratch memory, 64-byte aligned; valid until its next call of scratch.
 float* scratch(int64_t num_floats);

@@ -73,6 +73,18 @@ int64_t width_of(const Sites& sites) {
   return width;
 }
 
+// With few rows the weights come from memory, and other operations give the threads but one something to do.
+constexpr int64_t kFewRows = 4;
+
+// Tells idle threads which weights are read next.
+void announce_weights(const Sites& sites, const Tensor& x) {
+  if (x.size(0) > kFewRows || sites.weights.size() > kMaxAheadParts) return;
+  std::array<ReadAhead, kMaxAheadParts> parts;
+  for (size_t i = 0; i < sites.weights.size(); ++i)
+    parts[i] = {sites.weights[i].const_data_ptr(), static_cast<int64_t>(sites.weights[i].nbytes())};
+  announce(parts);
+}
+
 // Returns the outputs of all siblings side by side: [T, sum of sizes].
 Tensor project(const Sites& sites, const Tensor& x, const Step& step) {
   const Tensor& weight = sites.weights[0];
@@ -90,6 +102,7 @@ Tensor attend(const Layer& layer, const Tensor& x, const Step& step) {
   const Attention& a = layer.attention;
   const int64_t q_width = a.heads * a.head_dim, k_width = a.kv_heads * a.head_dim, v_width = a.kv_heads * a.value_dim;
   const Tensor out = project(layer.qkv, x, step);
+  announce_weights(layer.out, x);
   Tensor q = out.narrow(1, 0, q_width).unflatten(1, {a.heads, a.head_dim});
   Tensor k = out.narrow(1, q_width, k_width).unflatten(1, {a.kv_heads, a.head_dim});
   const Tensor v = out.narrow(1, q_width + k_width, v_width).unflatten(1, {a.kv_heads, a.value_dim});
@@ -106,6 +119,7 @@ Tensor attend(const Layer& layer, const Tensor& x, const Step& step) {
 
 Tensor feed_forward(const Layer& layer, const Tensor& x, const Step& step) {
   const Tensor out = project(layer.gate_up, x, step);
+  announce_weights(layer.down, x);
   const int64_t width = out.size(1) / 2;
   return project(layer.down, gated_act(out.narrow(1, 0, width), out.narrow(1, width, width), layer.act), step);
 }
@@ -134,8 +148,11 @@ struct DecoderStack : torch::CustomClassHolder {
     const Step step = {cos, sin, attention, table, lora, row_scales};
     OptionalTensor update;  // what the layer before has yet to add to x
     for (const Layer& layer : layers) {
+      announce_weights(layer.qkv, x);
       const Tensor normed = update ? layer.first(*update, x) : layer.first(x);
-      update = feed_forward(layer, layer.second(attend(layer, normed, step), x), step);
+      const Tensor attended = attend(layer, normed, step);
+      announce_weights(layer.gate_up, x);
+      update = feed_forward(layer, layer.second(attended, x), step);
     }
     if (update) x.add_(*update);
   }

@@ -21,6 +21,9 @@ constexpr int kMaxThreads = 256;
 constexpr int64_t kMaxTasks = 1 << 20;  // of one job
 // A helper that waits for work keeps its core this long: the next operation of a step comes within microseconds.
 constexpr auto kSpin = std::chrono::microseconds(100);
+// Of what the next operation reads, a helper that waits for it fetches this much: it fits beside the rest into the
+// second-level cache.
+constexpr int64_t kMaxAhead = 256 * 1024;
 constexpr int kPatience = 2000;  // pauses after which a waiting caller yields its core, which may be a helper's too
 
 // A run of neighbouring tasks: job number << 40 | next task << 20 | end. A claim is one compare-and-swap of the word,
@@ -39,6 +42,10 @@ struct Team {
   std::atomic<void (*)(const void*, int64_t)> task{nullptr};
   std::atomic<const void*> context{nullptr};
   alignas(64) std::atomic<int64_t> num_done{0};
+  // What the next operation reads. A helper may see parts of two announcements: it fetches what nobody needs then.
+  alignas(64) std::atomic<int> num_announced{0};
+  std::atomic<const char*> ahead[kMaxAheadParts] = {};
+  std::atomic<int64_t> ahead_bytes[kMaxAheadParts] = {};
 };
 
 // Never destroyed: its helpers live as long as the process.
@@ -74,12 +81,42 @@ void work(Team& team, int self, int number) {
   if (num_done) team.num_done.fetch_add(num_done, std::memory_order_release);
 }
 
+struct Span {
+  const char *at = nullptr, *end = nullptr;
+};
+
+// The bytes that a thread's run of the announced operation begins with.
+Span ahead_of(const Team& team, int self) {
+  int64_t total = 0;
+  for (const auto& bytes : team.ahead_bytes) total += bytes.load(std::memory_order_relaxed);
+  int64_t begin = total * self / team.num_runs.load(std::memory_order_relaxed);
+  for (int i = 0; i < kMaxAheadParts; ++i) {
+    const int64_t bytes = team.ahead_bytes[i].load(std::memory_order_relaxed);
+    if (begin < bytes) {
+      const char* at = team.ahead[i].load(std::memory_order_relaxed) + begin;
+      return {at, at + std::min(bytes - begin, kMaxAhead)};
+    }
+    begin -= bytes;
+  }
+  return {};
+}
+
 void help(Team& team, int self) {
-  int seen = 0;
+  int seen = 0, announced = 0;
   for (;;) {
     const auto until = std::chrono::steady_clock::now() + kSpin;
-    while (team.number.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until)
-      for (int i = 0; i < 16; ++i) _mm_pause();
+    Span ahead;
+    while (team.number.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < until) {
+      if (const int now = team.num_announced.load(std::memory_order_acquire); now != announced) {
+        announced = now;
+        ahead = ahead_of(team, self);
+      }
+      if (ahead.at < ahead.end) {
+        for (int i = 0; i < 16; ++i, ahead.at += 64) _mm_prefetch(ahead.at, _MM_HINT_T1);
+      } else {
+        for (int i = 0; i < 16; ++i) _mm_pause();
+      }
+    }
     team.number.wait(seen, std::memory_order_acquire);
     seen = team.number.load(std::memory_order_acquire);
     work(team, self, seen);
@@ -106,6 +143,15 @@ void run_job(Team& team, int num_runs, int64_t num_tasks, void (*task)(const voi
 }
 
 }  // namespace
+
+void announce(const std::array<ReadAhead, kMaxAheadParts>& parts) {
+  Team& shared = team();
+  for (int i = 0; i < kMaxAheadParts; ++i) {
+    shared.ahead[i].store(static_cast<const char*>(parts[i].data), std::memory_order_relaxed);
+    shared.ahead_bytes[i].store(parts[i].bytes, std::memory_order_relaxed);
+  }
+  shared.num_announced.fetch_add(1, std::memory_order_release);
+}
 
 void run_tasks(int num_threads, int64_t num_tasks, void (*task)(const void*, int64_t), const void* context) {
   num_threads = std::min<int64_t>({num_threads, num_tasks, kMaxThreads});
