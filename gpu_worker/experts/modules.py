@@ -9,7 +9,6 @@ a trial, is run again with other weights instead (`gpu_worker.model.apply_extras
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +21,6 @@ from gpu_worker.model.apply_extras import AdaptableModule, alike, original_forwa
 from lora_kernels import ops
 from lora_kernels.experts import ExpertOrder, ExpertPages, expert_batch, order_by_expert
 from lora_kernels.segments import LoraBatch
-
-logger = logging.getLogger(__name__)
 
 _MARKS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
 """What transformers' decorator gives a module whose products it knows how to compute."""
@@ -152,8 +149,6 @@ def find_grouped_experts(modules: Mapping[str, AdaptableModule], impl: ops.Impl 
         kind = (type(adaptable.module), *(site.shape for site in experts.sites))
         if kind not in tried:
             tried[kind] = experts.agrees()
-            if not tried[kind]:
-                logger.warning("LoRA on %s, and modules like it, runs them again for each adapter", name)
         if tried[kind]:
             found[name] = experts
     return found

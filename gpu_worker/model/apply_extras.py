@@ -5,6 +5,7 @@ A step in which no row's adapter has extras costs nothing: its context holds no 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpu_worker.adapters.extras import EmbeddingExtras, Extras, LinearExtras, LowRank, ParameterLora
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +217,8 @@ class AdaptableModule:
             call = ExpertsCall.of(self.module, args, kwargs)
             if call is not None and self.few_experts is None:
                 self.few_experts = self._agrees(call, group, out)
+                which = "with the experts that its rows go to" if self.few_experts else "whole"
+                logger.warning("LoRA on %s is no rows of the pool: each adapter runs it again, %s", self.name, which)
             if call is not None and self.few_experts:
                 return call.run(loras, group.scale)
         own = {lora.parameter: adapted(self.module.get_parameter(lora.parameter), lora, group.scale) for lora in loras}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +101,14 @@ def test_mixed_batches_while_adapters_come_and_go(oracle: Oracle, kernels: str) 
         assert (torch.stack([seen[rid, i] for i in range(6)]) - logits).abs().max() <= MAX_DIFFERENCE
     assert max(asked.most_adapters_in_a_step for asked in both) >= 3
     assert engine.adapters.num_loads >= len(oracle.names), "some left the pool and came again"
+
+
+def test_rows_without_room_are_refused_by_name(oracle: Oracle) -> None:
+    engine = oracle.engine(adapter_extra_bytes=page_budget(oracle, 1))
+    error = ask(engine, [greedy_request("a", "high", prompts(1, 199, (9,))[0], 3)]).finish["a"].error
+    assert error is not None
+    assert error.status == 422
+    assert "bytes of the adapter pool" in error.message
 
 
 def test_slots_of_adapters_without_rows_are_no_experts(oracle: Oracle) -> None:
@@ -203,8 +210,6 @@ class Doubled(nn.Module):
         return 2 * hidden
 
 
-def test_what_only_looks_like_experts_is_run_again_and_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_only_looks_like_experts_has_no_rows() -> None:
     modules = {"layers.0.experts": AdaptableModule("layers.0.experts", Doubled(), TokenLayout((0, 0, 0), (0,), 2))}
-    with caplog.at_level(logging.WARNING):
-        assert find_grouped_experts(modules, None) == {}
-    assert "layers.0.experts" in caplog.text
+    assert find_grouped_experts(modules, None) == {}

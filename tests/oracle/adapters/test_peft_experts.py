@@ -172,7 +172,7 @@ MANY = {**EXPERTS, "num_experts": 16, "num_local_experts": 16}
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss"])
 def test_rows_read_the_experts_that_they_go_to_alone(
-    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two of sixteen for a token: the others' weights are not touched, and may be anything.
 
@@ -194,6 +194,7 @@ def test_rows_read_the_experts_that_they_go_to_alone(
     modules = [module for name, module in engine.model.adaptable.modules.items() if name.endswith(".experts")]
     assert modules
     assert all(module.few_experts for module in modules)
+    assert all(f"LoRA on {module.name} is no rows of the pool" in caplog.text for module in modules)
 
     parameters = engine.adapters.extras["tuned"].parameters
     poisoned = [lora for loras in parameters.values() for lora in loras]
