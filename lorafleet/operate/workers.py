@@ -7,8 +7,9 @@ from typing import Any
 
 from lorafleet.operate.api import Api, add_flags, add_json_flag, in_path, print_json
 from lorafleet.tables import part_text, print_list
+from protocol.wire.errors import Unavailable
 
-PATH = "/v1/workers"
+PATH, FLEET_PATH = "/v1/workers", "/v1/fleet"
 COLUMNS = ("name", "state", "running", "waiting", "places", "kv", "pool", "resident", "host", "id")
 
 
@@ -19,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing.set_defaults(do=_list)
     for name, text in (("drain", "have one take no more requests"), ("resume", "have one take requests again")):
         order = actions.add_parser(name, help=text)
-        order.add_argument("name", metavar="NAME", help="its name or id")
+        which = order.add_mutually_exclusive_group(required=True)
+        which.add_argument("name", metavar="NAME", nargs="?", default="", help="its name or id")
+        if name == "drain":
+            text = "the one whose end costs the others least, as the scheduler names it"
+            which.add_argument("--least-valuable", action="store_true", help=text)
         order.add_argument("--wait", type=float, default=5.0, metavar="SECONDS", help="how long (%(default)g)")
         order.set_defaults(do=_order, order=name)
     for action in actions.choices.values():
@@ -56,7 +61,10 @@ def row(worker: dict[str, Any]) -> list[str]:
 
 
 def _order(api: Api, args: argparse.Namespace) -> dict[str, Any]:
-    path = f"{PATH}/{in_path(args.name)}/{args.order}"
+    name = args.name or api.ask("GET", FLEET_PATH)["drain_next"]
+    if not name:
+        raise Unavailable("the scheduler names no worker: none is ready, or no scheduler leads")
+    path = f"{PATH}/{in_path(name)}/{args.order}"
     worker = api.ask("POST", path, params={"wait_s": args.wait}, timeout=args.wait + 60)
     if not args.json:
         print(f"{worker['name']} is {worker['state']}, {worker['running']} requests run there")

@@ -82,6 +82,23 @@ async def test_workers_are_listed_drained_and_resumed(command: Command) -> None:
     assert "no live worker" in await command("workers", "drain", "nobody", code=2)
 
 
+async def test_the_worker_that_costs_least_is_drained(command: Command, fleet: ProcessFleet) -> None:
+    async def named() -> str | None:
+        return (await fleet.http.get(f"{fleet.url}/v1/fleet")).json()["drain_next"]
+
+    async def is_named() -> bool:
+        return await named() == "w0"
+
+    async def nobody_is_named() -> bool:
+        return await named() is None
+
+    await wait_until(is_named, "the scheduler names the only worker", timeout_s=30)
+    assert "w0 is draining" in await command("workers", "drain", "--least-valuable", "--wait", "30")
+    await wait_until(nobody_is_named, "the scheduler names none that drains", timeout_s=30)
+    assert "names no worker" in await command("workers", "drain", "--least-valuable", code=2)
+    assert "w0 is ready" in await command("workers", "resume", "w0", "--wait", "30")
+
+
 async def test_a_conversation_goes_on_and_can_begin_anew(command: Command) -> None:
     flags = ("--max-tokens", "4", "--temperature", "0", "--json")
     typed = "hello\nand now?\n/undo\nand now?\n/reset\nhello\n/nonsense\n\n/model one\nhello\n/quit\nnever asked\n"
