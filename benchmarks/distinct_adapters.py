@@ -1,11 +1,11 @@
-"""A decode step of 32 requests of the base model, of one adapter and of 32 adapters, beside its floor.
+"""A decode step of 32 requests of the base model, of one adapter and of as many adapters, beside its floor.
 
-    python -m benchmarks.distinct_adapters [--model FOLDER] [--short] [--before CHECKOUT]
+    python -m benchmarks.distinct_adapters [--model FOLDER] [--short] [--requests N] [--before CHECKOUT]
 
-The floor of 32 adapters is the measured step of the base model, plus the bytes of the adapters' weights divided by the
-measured memory bandwidth. Only `Engine.step` is measured, in this process, without HTTP and queue: the cases in turns,
-by the median of whole steps. With `--before`, the steps of another checkout are measured, too, and no floor: each
-checkout in its own process, in turns.
+The floor of distinct adapters is the measured step of the base model, plus the bytes of the adapters' weights divided
+by the measured memory bandwidth. Only `Engine.step` is measured, in this process, without HTTP and queue: the cases in
+turns, by the median of whole steps. With `--before`, the steps of another checkout are measured, too, and no floor:
+each checkout in its own process, in turns.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def start_engine(model: Path, adapters: Path) -> Engine:
     return build_engine(load_model(model, torch.device("cpu"), torch.bfloat16, None), settings, fetch, None)[0]
 
 
-def decode_ms(engine: Engine, digests: Sequence[str], num_steps: int) -> list[float]:
-    """Run 32 requests of the adapters in turn; return the milliseconds of each step that decoded all of them."""
+def decode_ms(engine: Engine, digests: Sequence[str], num_steps: int, num: int = NUM_REQUESTS) -> list[float]:
+    """Run `num` requests of the adapters in turn; return the milliseconds of each step that decoded all of them."""
     rng = np.random.default_rng(0)
-    for index in range(NUM_REQUESTS):
+    for index in range(num):
         prompt = rng.integers(engine.model.vocab_size, size=PROMPT_TOKENS, dtype=np.int32)
         engine.add(
             EngineRequest(
@@ -64,9 +64,7 @@ def decode_ms(engine: Engine, digests: Sequence[str], num_steps: int) -> list[fl
         )  # fmt: skip
     times: list[float] = []
     while len(times) < num_steps:
-        decodes = len(engine.batcher.running) == NUM_REQUESTS and all(
-            seq.num_pending == 1 for seq in engine.batcher.running
-        )
+        decodes = len(engine.batcher.running) == num and all(seq.num_pending == 1 for seq in engine.batcher.running)
         started = time.perf_counter()
         outputs = engine.step()
         if decodes:
@@ -77,12 +75,12 @@ def decode_ms(engine: Engine, digests: Sequence[str], num_steps: int) -> list[fl
     return times
 
 
-def draw(axes: Sequence[Any], medians: dict[str, float], floor_ms: float) -> None:
+def draw(axes: Sequence[Any], medians: dict[str, float], floor_ms: float, num: int) -> None:
     """Draw the medians as bars, and the floor as a line."""
     bars = axes[0].bar(list(medians), list(medians.values()), color=(report.GREEN, report.BLUE, report.ORANGE))
     axes[0].bar_label(bars, [f"{value:.1f}" for value in medians.values()], color=report.MUTED, padding=2)
     axes[0].hlines(floor_ms, 1.6, 2.4, color=report.RED, label=f"floor {floor_ms:.1f}")
-    axes[0].set(title="a decode step of 32 requests, ms")
+    axes[0].set(title=f"a decode step of {num} requests, ms")
     axes[0].grid(axis="x", visible=False)
     axes[0].legend()
 
@@ -138,7 +136,9 @@ def main() -> None:
     """Measure, print a table, and save the figures and a plot."""
     parser = report.parser(__doc__)
     parser.add_argument("--before", type=Path, help="another checkout, whose steps are measured beside this one's")
+    parser.add_argument("--requests", type=int, default=NUM_REQUESTS, help="at once (%(default)s); not with --before")
     args = parser.parse_args()
+    num, names = args.requests, NAMES[: args.requests]
     machine, model = report.machine(), args.model or quickstart_model()
     rounds, num_steps = (3, 32) if args.short else (8, 64)
     if args.before:
@@ -151,17 +151,18 @@ def main() -> None:
         (args.out / "distinct-adapters-before.json").write_bytes(orjson.dumps({"machine": machine, "step_ms": found}))
         return
     torch.manual_seed(0)
-    times: dict[str, list[float]] = {name: [] for name in CASES}
+    cases = {"base model": [""], "one adapter": names[:1], f"{num} adapters": names}
+    times: dict[str, list[float]] = {name: [] for name in cases}
     bandwidths: list[float] = []
     with scratch_folder() as scratch:
-        make_adapters(model, scratch / "adapters", NAMES, [RANK])
-        num_bytes = NUM_REQUESTS * adapter_bytes(scratch / "adapters", NAMES[0])
+        make_adapters(model, scratch / "adapters", names, [RANK])
+        num_bytes = num * adapter_bytes(scratch / "adapters", names[0])
         engine = start_engine(model, scratch / "adapters")
-        decode_ms(engine, NAMES, 8)  # loads the adapters
+        decode_ms(engine, names, 8, num)  # loads the adapters
         for _ in range(rounds):
             bandwidths.append(memory_gb_s())
-            for name, digests in CASES.items():
-                times[name] += decode_ms(engine, digests, num_steps)
+            for name, digests in cases.items():
+                times[name] += decode_ms(engine, digests, num_steps, num)
     medians = {name: float(np.median(values)) for name, values in times.items()}
     base_ms, one_ms, distinct_ms = medians.values()
     gb_s = float(np.median(bandwidths))
@@ -170,12 +171,11 @@ def main() -> None:
         "step_ms": medians, "memory_gb_s": gb_s, "adapter_bytes": num_bytes, "floor_ms": floor_ms,
         "distinct_over_floor": distinct_ms / floor_ms, "one_adapter_over_base_tokens_per_s": base_ms / one_ms,
     }  # fmt: skip
-    about = {"machine": machine, "rank": RANK, "requests": NUM_REQUESTS, "steps_each": rounds * num_steps}
-    report.save(args.out / "distinct-adapters", {**about, **figures}, 1, lambda axes: draw(axes, medians, floor_ms))
-    rows = [
-        (name, f"{ms:.2f}", f"{1e3 * NUM_REQUESTS / ms:.0f}", f"{base_ms / ms:.2f}") for name, ms in medians.items()
-    ]
-    print(report.table(("32 requests", "step, ms", "tok/s", "of base"), rows))
+    about = {"machine": machine, "rank": RANK, "requests": num, "steps_each": rounds * num_steps}
+    path = args.out / ("distinct-adapters" if num == NUM_REQUESTS else f"distinct-adapters-{num}")
+    report.save(path, {**about, **figures}, 1, lambda axes: draw(axes, medians, floor_ms, num))
+    rows = [(name, f"{ms:.2f}", f"{1e3 * num / ms:.0f}", f"{base_ms / ms:.2f}") for name, ms in medians.items()]
+    print(report.table((f"{num} requests", "step, ms", "tok/s", "of base"), rows))
     print(f"floor {floor_ms:.2f} ms ({num_bytes / 1e6:.0f} MB at {gb_s:.0f} GB/s): {distinct_ms / floor_ms:.2f} x")
 
 
