@@ -75,7 +75,7 @@ class Tab:
 
     async def said(self, text: str) -> None:
         """Wait until the page says something to the operator."""
-        await self.page.locator(".said", has_text=text).wait_for()
+        await self.page.locator(".said", has_text=text).last.wait_for()
 
     async def violations(self) -> list[str]:
         """Return what axe finds, and whether the page is wider than the window."""

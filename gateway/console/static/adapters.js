@@ -100,14 +100,20 @@ export function Adapters() {
       wanted.every((word) => one.name.toLowerCase().includes(word) || (one.source ?? "").toLowerCase().includes(word) || (one.digest ?? "").startsWith(word)));
   }, [all, words, state]);
   const states = useMemo(() => [...new Set(all.map((one) => one.state))].sort(), [all]);
-  async function look(adapter) {
-    setOpen(adapter);
+  // Shows an adapter as it is now, if it is still the one that is open.
+  async function renew(adapter) {
+    const same = (now) => now?.name === adapter.name;
     try {
-      setOpen(await get(path(adapter)));
+      const fresh = await get(path(adapter));
+      setOpen((now) => (same(now) ? fresh : now));
     } catch {
-      setOpen(null);
+      setOpen((now) => (same(now) ? null : now));
       found.again();
     }
+  }
+  function look(adapter) {
+    setOpen(adapter);
+    renew(adapter);
   }
   const columns = [
     { title: "Name", of: (one) => html`<button type="button" class="plain cut" title=${one.name} onClick=${() => look(one)}>${one.name}</button>` },
@@ -133,6 +139,6 @@ export function Adapters() {
       <p role="status">${found.value ? `${count(shown.length)} of ${count(all.length)} adapters` : "Asking …"}${found.value?.more ? `; the first ${count(MOST)} are listed` : ""}${num > SMALL ? html`<span class="soft">; so many are not read again by themselves</span>` : ""}</p>
       <${Table} name="Adapters" columns=${columns} rows=${shown} id=${(one) => one.name} selected=${open?.name} />
     </section>
-    ${open ? html`<${Details} adapter=${open} onClose=${() => setOpen(null)} again=${() => { found.again(); look(open); }} />` : null}
+    ${open ? html`<${Details} adapter=${open} onClose=${() => setOpen(null)} again=${() => { found.again(); renew(open); }} />` : null}
     ${adding ? html`<${Upload} onClose=${() => setAdding(false)} again=${found.again} />` : null}`;
 }

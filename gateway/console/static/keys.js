@@ -3,7 +3,7 @@
 import { html, useState } from "./vendor/preact-htm.js";
 import { pages, part, post, query, remove } from "./api.js";
 import { Act, Cut, Dialog, Problem, State, Table, ago, bytes, clock, confirmed, copy, count, usePoll } from "./parts.js";
-import { Usage } from "./usage.js";
+import { Audit, Usage } from "./usage.js";
 
 const MOST = 10_000;
 const LIMITS = [
@@ -88,7 +88,7 @@ export function Keys() {
   const { value, error, again } = usePoll(read, 15_000);
   const [making, setMaking] = useState(false);
   const [limiting, setLimiting] = useState(null);
-  if (error?.code === "api_keys_off") return html`<p class="note">API keys are off: whoever reaches this gateway may do everything. <code>--api-keys</code> turns them on.</p><${Usage} />`;
+  if (error?.code === "api_keys_off") return html`<p class="note">API keys are off: whoever reaches this gateway may do everything. <code>--api-keys</code> turns them on.</p><${Usage} /><${Audit} />`;
   const revoke = async (key) =>
     (await confirmed(`${key.id} of ${key.tenant} is refused from its next request on.`, "Revoke")) && remove(`v1/keys/${part(key.id)}`);
   const writable = value?.writable ?? false;
@@ -121,6 +121,7 @@ export function Keys() {
       <${Table} name="Keys" columns=${keys} rows=${value?.keys ?? []} id=${(one) => one.id} />
     </section>
     <${Usage} />
+    <${Audit} />
     ${making ? html`<${NewKey} onClose=${() => setMaking(false)} again=${again} />` : null}
     ${limiting ? html`<${Limits} tenant=${limiting} onClose=${() => setLimiting(null)} again=${again} />` : null}`;
 }

@@ -27,18 +27,26 @@ export const clock = (ms) => (ms ? new Date(ms).toLocaleString("en-GB") : "–")
 
 // ------------------------------------------------------------ saying things
 
-let tell = () => {};
-let number = 0;
+const said = { lines: [], number: 0, shown: new Set() };
 
-export const say = (text) => tell(text);
+function keep(lines) {
+  said.lines = lines;
+  for (const show of said.shown) show(lines);
+}
 
+export function say(text) {
+  const id = ++said.number;
+  keep([...said.lines.slice(-2), { id, text }]);
+  setTimeout(() => keep(said.lines.filter((line) => line.id !== id)), 6000);
+}
+
+// An open dialog has one of its own: of what is behind it, screen readers tell nothing.
 export function Said() {
-  const [lines, setLines] = useState([]);
-  tell = (text) => {
-    const id = ++number;
-    setLines((now) => [...now.slice(-2), { id, text }]);
-    setTimeout(() => setLines((now) => now.filter((line) => line.id !== id)), 6000);
-  };
+  const [lines, setLines] = useState(said.lines);
+  useEffect(() => {
+    said.shown.add(setLines);
+    return () => said.shown.delete(setLines);
+  }, []);
   return html`<div class="said" role="status" aria-live="polite">
     ${lines.map((line) => html`<div key=${line.id}>${line.text}</div>`)}
   </div>`;
@@ -114,6 +122,7 @@ export function Dialog({ title, onClose, children }) {
   return html`<dialog ref=${ref} aria-label=${title} onCancel=${onClose} onClose=${onClose}>
     <div class="row"><h2 class="grow">${title}</h2><button type="button" onClick=${onClose}>Close</button></div>
     ${children}
+    <${Said} />
   </dialog>`;
 }
 

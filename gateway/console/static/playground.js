@@ -75,7 +75,8 @@ function Answer({ model, turns, now, error }) {
   return html`<section class="panel" aria-label=${`Answers of ${model}`}>
     <h2>${model}</h2>
     ${turns.map((turn) => html`<div class=${`turn ${turn.role}`}><span class="hidden">${turn.role}: </span>${turn.content}</div>`)}
-    ${now ? html`<div class="turn assistant" aria-busy=${!now.finish}>${now.text || "…"}</div>
+    ${now && (now.text || !now.finish) ? html`<div class="turn assistant" aria-busy=${!now.finish}>${now.text || "…"}</div>` : null}
+    ${now ? html`
       <p class="soft">${now.first === null ? "waiting" : `first token after ${lasted(now.first)}, ${lasted(now.took)} in all`}${now.tokens ? `, ${now.tokens} tokens, ${((1000 * now.tokens) / now.took).toFixed(1)} tok/s` : ""}${now.finish ? `, ${now.finish}` : ""}</p>` : null}
     <${Problem} error=${error} />
   </section>`;
@@ -163,7 +164,7 @@ export function Playground() {
       <label><span>Prompt</span><textarea required value=${prompt} onInput=${(event) => setPrompt(event.target.value)}></textarea></label>
       <p class="row end">
         <button type="button" disabled=${busy} onClick=${() => { setPast({}); setNow({}); setErrors({}); }}>Begin anew</button>
-        ${busy ? html`<button type="button" class="danger" onClick=${() => running.current?.abort()}>Stop</button>` : html`<button class="main" disabled=${!asked.length}>Ask</button>`}
+        ${busy ? html`<button key="stop" type="button" class="danger" onClick=${() => running.current?.abort()}>Stop</button>` : html`<button key="ask" class="main" disabled=${!asked.length}>Ask</button>`}
       </p>
     </form>
     <div class="answers">${asked.filter((model) => past[model] || now[model]).map((model) => html`<${Answer} key=${model} model=${model} turns=${past[model] ?? []} now=${now[model]?.text || (busy && now[model]) || now[model]?.finish ? now[model] : null} error=${errors[model]} />`)}</div>

@@ -88,7 +88,7 @@ function Files({ onClose, again }) {
     </div>
     <p class="row end">
       <span role="status" class="soft grow">${step}</span>
-      ${step ? html`<button type="button" onClick=${() => abort.current.abort()}>Stop</button>` : html`<button class="main" disabled=${!files.length}>Upload</button>`}
+      ${step ? html`<button key="stop" type="button" onClick=${() => abort.current.abort()}>Stop</button>` : html`<button key="upload" class="main" disabled=${!files.length}>Upload</button>`}
     </p>
   </form>`;
 }

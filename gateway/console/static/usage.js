@@ -1,8 +1,8 @@
-// What tenants have used, day by day.
+// What tenants have used, day by day, and what operators have done.
 
 import { html, useState } from "./vendor/preact-htm.js";
 import { get, query } from "./api.js";
-import { Cut, Problem, Table, count, usePoll } from "./parts.js";
+import { Cut, Problem, Table, clock, count, usePoll } from "./parts.js";
 
 const DAYS = 31;
 const GROUPS = [["project_id", "tenant"], ["model", "model"], ["adapter", "adapter"]];
@@ -33,5 +33,22 @@ export function Usage() {
     </div>
     <${Problem} error=${error} />
     <${Table} name="Usage" columns=${columns} rows=${rows} id=${(one) => `${one.day} ${one[by]}`} />
+  </section>`;
+}
+
+// What operators have done, the latest first.
+export function Audit() {
+  const { value, error } = usePoll((signal) => get("v1/audit?limit=200", signal), 30_000);
+  const columns = [
+    { title: "When", of: (one) => clock(one.ms) },
+    { title: "Key", of: (one) => html`<${Cut} text=${[one.who, one.tenant].filter(Boolean).join(" of ") || "nobody's"} />` },
+    { title: "What", of: (one) => html`<code>${one.action}</code>` },
+    { title: "To", of: (one) => html`<${Cut} text=${one.target || "–"} />` },
+    { title: "With", of: (one) => html`<${Cut} text=${one.detail || "–"} />` },
+    { title: "Outcome", of: (one) => html`<${Cut} text=${one.outcome} />` },
+  ];
+  return html`<section class="panel"><h2>What operators did</h2>
+    <${Problem} error=${error} />
+    <${Table} name="What operators did" columns=${columns} rows=${value?.data ?? []} id=${(one) => one.id} />
   </section>`;
 }
