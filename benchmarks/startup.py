@@ -1,19 +1,18 @@
 """How long `lorafleet up MODEL` takes until it answers, and what its processes spend and hold then.
 
-    python -m benchmarks.startup MODEL... [--rounds 3] [--flags="--quantization int4"] [--tree FOLDER]
+    python -m benchmarks.startup MODEL... [--rounds 3] [--flags="--quantization int4"]
 
 The first start of a model has an empty cache (but for the native kernels, where they are built); what it keeps, later
 ones find. Seconds from the command until the gateway reports a worker, and until the first token of a completion of one
 token has come; CPU seconds of each process until then; what the worker says of its own loading, imports not included;
 the worker's resident memory after the answer, and which part of it is of files, which the system can drop and processes
-share. Medians of the later rounds. --flags: more for `lorafleet up`. --tree: another checkout, whose code runs.
+share. Medians of the later rounds. --flags: more for `lorafleet up`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import shutil
 import statistics
@@ -42,13 +41,11 @@ def service_of(process: psutil.Process) -> str:
     return "launcher" if "up" in words else Path(words[0]).name if words else "?"
 
 
-def start(model: str, scratch: Path, flags: Sequence[str], tree: Path | None) -> dict[str, float]:
+def start(model: str, scratch: Path, flags: Sequence[str]) -> dict[str, float]:
     """Start a fleet, ask it for a token and stop it. Returns seconds by stage, and megabytes."""
     command = [sys.executable, "-m", "lorafleet", "up", model, "--host", "127.0.0.1", "--port", PORT, *flags]
     command += ["--data", str(scratch / "data")]
     environment = {"LORAFLEET_CACHE_DIR": str(scratch / "cache")}
-    if tree is not None:
-        environment["PYTHONPATH"] = f"{tree}{os.pathsep}{tree / 'kernels'}"
     began = time.monotonic()
     with running(Server("fleet", command, {}, environment), scratch / "up.log") as url:
         found = {"s until it is ready": time.monotonic() - began}
@@ -89,7 +86,6 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="what `lorafleet up` is given")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--flags", type=str.split, default=[])
-    parser.add_argument("--tree", type=Path)
     args = parser.parse_args()
     kernels = [*cache_dir().glob("lora_kernels-*.so")]
     for model in args.models:
@@ -97,8 +93,8 @@ def main() -> None:
             (scratch / "cache").mkdir()
             for library in kernels:
                 shutil.copy(library, scratch / "cache")
-            first = start(model, scratch, args.flags, args.tree)
-            later = [start(model, scratch, args.flags, args.tree) for _ in range(args.rounds)]
+            first = start(model, scratch, args.flags)
+            later = [start(model, scratch, args.flags) for _ in range(args.rounds)]
         rows = [
             (name, f"{value:.2f}", f"{statistics.median(one.get(name, 0.0) for one in later):.2f}")
             for name, value in first.items()
