@@ -8,7 +8,6 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import NoReturn
 
-from lorafleet.launcher.prepared import Prepared, prepare
 from protocol.runtime.imports import importing
 from protocol.runtime.private_files import use_private_umask
 from protocol.runtime.redaction import redact
@@ -68,18 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code: 2 for wrong usage or settings, 1 for any other failure."""
     use_private_umask()
     words = list(sys.argv[1:] if argv is None else argv)
-    prepared = prepare(words)
-    try:
-        return _run(words, prepared)
-    finally:
-        if prepared is not None:
-            prepared.end()
-
-
-def _run(words: list[str], prepared: Prepared | None) -> int:
-    """Run a command line. prepared: what a fleet's first worker may become."""
     chosen = next((word for word in words if not word.startswith("-")), None)
-    args = parser_of([] if chosen is None else [chosen]).parse_args(words, argparse.Namespace(prepared=prepared))
+    args = parser_of([] if chosen is None else [chosen]).parse_args(words)
     try:
         return args.run(args)
     except LorafleetError as error:

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
                 screen.say(escape(plan.curl(name, args.question)))
         return not args.once
 
-    return launch(settings, on_ready, args.prepared)
+    return launch(settings, on_ready)
 
 
 @dataclass(slots=True)

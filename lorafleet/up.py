@@ -22,7 +22,6 @@ from lorafleet.launcher.child import Child
 from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from lorafleet.launcher.fleet import Fleet, local_url, service_specs
 from lorafleet.launcher.machine import claim_port
-from lorafleet.launcher.prepared import NAME, Prepared
 from lorafleet.launcher.screen import Screen
 from protocol.queue.redis_client import QueueError, ping
 from protocol.runtime.model_files import cache_folder, hold_folder, is_gguf, served_name
@@ -84,13 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the fleet until a signal; return the exit code."""
-    return launch(load_settings(args), announce, args.prepared)
+    return launch(load_settings(args), announce)
 
 
-def launch(settings: Settings, on_ready: OnReady, prepared: Prepared | None = None) -> int:
+def launch(settings: Settings, on_ready: OnReady) -> int:
     """Run a fleet until a signal, and return the exit code; `on_ready` is awaited once the fleet can answer.
 
-    prepared: becomes the first worker of a CPU; elsewhere a worker's variables must be there before torch.
     Raises LorafleetError when it cannot start. However it ends, no process of it is left running.
     """
     plan = prepare(settings)
@@ -108,8 +106,7 @@ def launch(settings: Settings, on_ready: OnReady, prepared: Prepared | None = No
             plan = replace(plan, settings=plan.settings.model_copy(update=queue.door("operator")), queue=queue)
             screen.say(f"[green]✓[/] {'queue':10} unix://{queue.socket}")
         specs = service_specs(plan.settings, _fresh_logs(plan.settings), queue)
-        early = {NAME: prepared} if not any("CUDA_VISIBLE_DEVICES" in spec.environment for spec in specs) else {}
-        children = [Child(spec, lifeline, screen.say, prepared=early.get(spec.name)) for spec in specs]
+        children = [Child(spec, lifeline, screen.say) for spec in specs]
         fleet = Fleet(plan.settings, children, queue, screen, lambda: on_ready(plan, screen))
         return asyncio.run(fleet.run())
     finally:

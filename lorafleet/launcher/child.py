@@ -15,7 +15,6 @@ from pathlib import Path
 from rich.markup import escape
 
 from lorafleet.launcher import lifeline
-from lorafleet.launcher.prepared import Adopted, Prepared
 from protocol.queue.bus import now_ms
 from protocol.runtime.service import wait_any
 from protocol.wire.errors import LorafleetError
@@ -58,13 +57,12 @@ class Child:
     """A service process and those that replace it."""
 
     def __init__(
-        self, spec: Spec, lifeline_fd: int, say: Callable[[str], None], first_pause_s: float = FIRST_PAUSE_S,
-        prepared: Prepared | None = None,
-    ) -> None:  # fmt: skip
+        self, spec: Spec, lifeline_fd: int, say: Callable[[str], None], first_pause_s: float = FIRST_PAUSE_S
+    ) -> None:
         """Prepare without starting.
 
         `lifeline_fd` becomes the standard input of the process, `say` shows a line to the user, and `first_pause_s`
-        comes before the first restart; later pauses double. `prepared` becomes the process of the first start.
+        comes before the first restart; later pauses double.
         """
         self.spec = spec
         self.ready = asyncio.Event()  # set from outside, cleared when the process ends
@@ -73,10 +71,9 @@ class Child:
         self._lifeline_fd = lifeline_fd
         self._say = say
         self._first_pause_s = first_pause_s
-        self._prepared = prepared
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
-        self._process: asyncio.subprocess.Process | Adopted | None = None
+        self._process: asyncio.subprocess.Process | None = None
         self._log_offset = 0
         spec.log.touch()
 
@@ -145,14 +142,11 @@ class Child:
 
     async def _run_once(self) -> int:
         self.started_ms = now_ms()
-        environment = {**self.spec.environment, lifeline.VARIABLE: "1"}
-        prepared, self._prepared = self._prepared, None
         with self.spec.log.open("ab") as log:
-            adopted = prepared and prepared.become(environment, self._lifeline_fd, log.fileno())
             # In its own session, it does not get the terminal's Ctrl-C, and its whole group can be killed.
-            self._process = adopted or await asyncio.create_subprocess_exec(
+            self._process = await asyncio.create_subprocess_exec(
                 *self.spec.command, stdin=self._lifeline_fd, stdout=log, stderr=log, start_new_session=True,
-                env=environment,
+                env={**self.spec.environment, lifeline.VARIABLE: "1"},
             )  # fmt: skip
         if self._stopping.is_set():  # `stop` was called during the start
             self._process.send_signal(signal.SIGTERM)

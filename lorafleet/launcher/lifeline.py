@@ -36,12 +36,6 @@ def die_with_parent() -> Callable[[], None]:
     return ask
 
 
-def outlive_parent() -> None:
-    """Undo `die_with_parent` in the process that was started so."""
-    if hasattr(_libc, "prctl"):
-        _libc.prctl(_PR_SET_PDEATHSIG, 0)
-
-
 def hold_lifeline() -> None:
     """Kill this process group when standard input ends, if the launcher has set the variable."""
     if os.environ.pop(VARIABLE, ""):

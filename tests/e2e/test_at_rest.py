@@ -92,10 +92,7 @@ def test_each_process_has_the_secrets_that_it_needs(fleet: RunningFleet) -> None
     for service, process in processes.items():
         environment = process.environ()
         seen = {name for name, value in SECRETS.items() if value in environment.values()}
-        if service == "worker":  # the process was there before, and is told its variables later
-            assert not seen
-        else:
-            assert seen == MAY_SEE[service], service
+        assert seen == MAY_SEE[service], service
         for child in process.children(recursive=True):
             assert not set(SECRETS.values()) & set(child.environ().values()), child.cmdline()
             assert not [name for name in child.environ() if name.startswith("LORAFLEET_REDIS")], child.cmdline()

@@ -10,14 +10,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
-import psutil
 import pytest
 from helpers.processes import is_running, read_pid
 from helpers.waiting import wait_until
 
-from lorafleet.__main__ import main
 from lorafleet.launcher.child import MAX_FAILED_STARTS, Child, ServiceFailed, Spec
-from lorafleet.launcher.prepared import Prepared, prepare
 from protocol.runtime.service import JsonLines
 
 ROOT = Path(__file__).parents[2]
@@ -44,13 +41,10 @@ def in_own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def make_child(
-    code: str, folder: Path, lifeline_fd: int, said: list[str] | None = None, prepared: Prepared | None = None
-) -> Child:
+def make_child(code: str, folder: Path, lifeline_fd: int, said: list[str] | None = None) -> Child:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     spec = Spec("worker", "worker-0", (sys.executable, "-c", code), environment, folder / "worker-0.log")
-    say = (said if said is not None else []).append
-    return Child(spec, lifeline_fd, say, first_pause_s=0.01, prepared=prepared)
+    return Child(spec, lifeline_fd, (said if said is not None else []).append, first_pause_s=0.01)
 
 
 @asynccontextmanager
@@ -170,31 +164,3 @@ async def test_warnings_are_shown_and_the_last_line_tells_what_it_does(
     entry = json.loads(line)
     assert (entry["level"], entry["service"], entry["logger"]) == ("error", "worker", "a.b")
     assert entry["exception"].endswith("ValueError: ü")
-
-
-async def test_a_prepared_process_becomes_the_worker(tmp_path: Path, lifeline: tuple[int, int]) -> None:
-    prepared = Prepared()
-    child = make_child("raise SystemExit('another process was started')", tmp_path, lifeline[0], prepared=prepared)
-    with pytest.raises(ServiceFailed, match="--model: the worker needs"):
-        await child.supervise()
-    prepared.end()  # nothing is left to end
-
-
-async def test_a_prepared_process_that_died_is_replaced(tmp_path: Path, lifeline: tuple[int, int]) -> None:
-    prepared = Prepared()
-    os.kill(prepared.pid, signal.SIGKILL)
-    await wait_until(lambda: not is_running(prepared.pid), "it has died")
-    child = make_child(RUN, tmp_path, lifeline[0], prepared=prepared)
-    async with supervised(child):
-        assert await wait_until(lambda: read_pid(tmp_path / "pid"), "another one runs") != prepared.pid
-
-
-@pytest.mark.parametrize("words", [["serve", "worker"], ["up", "--help"], []])
-def test_nothing_is_prepared_for_what_starts_no_fleet(words: list[str]) -> None:
-    assert prepare(words) is None
-
-
-def test_a_prepared_process_ends_with_a_fleet_that_cannot_start(tmp_path: Path) -> None:
-    before = psutil.Process().children()
-    assert main(["up", str(tmp_path / "no-model")]) == 2
-    assert psutil.Process().children() == before
