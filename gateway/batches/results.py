@@ -76,7 +76,10 @@ class Results:
         self.tally = Tally()
 
     async def load(self) -> None:
-        """Count what earlier gateways have written. Raises Unavailable."""
+        """Count what has been written, by other gateways or by an earlier run of this one. Raises Unavailable."""
+        mine = f"{self._folder}/{self._epoch:08}-"
+        names = [name for name in await self._storage.names(self._folder) if name.startswith(mine)]
+        self._num_parts = max((int(name.removeprefix(mine)) for name in names), default=0)
         async for _, _ in self._lines(self.tally):
             pass
 
