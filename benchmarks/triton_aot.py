@@ -8,7 +8,6 @@ kernel are compiled again. A kernel that spills registers or needs more shared m
     python -m benchmarks.triton_aot             compile all, rewrite the table
     python -m benchmarks.triton_aot --missing   compile what the table lacks, drop what is planned no more
     python -m benchmarks.triton_aot --check     compare the list, compile the heaviest
-    python -m benchmarks.triton_aot --later     compile the heaviest for cards that the table does not have
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ from protocol.runtime.environment import child_environment
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "triton.md"
 BEGIN, END = "<!-- variants: begin -->", "<!-- variants: end -->"
-HEAVIEST = 3  # variants of each kernel and target that --check compiles
+HEAVIEST = 2  # variants of each kernel and target that --check compiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +61,8 @@ TARGETS = (
     Target("sm_80 (A100)", GPUTarget("cuda", 80, 32), Device("cuda", num_sms=108, capability=80), 163 * 1024),
     Target("sm_90 (H100)", GPUTarget("cuda", 90, 32), Device("cuda", num_sms=132, capability=90), 227 * 1024),
     Target("gfx942 (MI300X)", GPUTarget("hip", "gfx942", 64), Device("hip", num_sms=304, capability=94), 64 * 1024),
+    Target("sm_100 (B200)", GPUTarget("cuda", 100, 32), Device("cuda", num_sms=148, capability=100), 227 * 1024),
 )
-
-LATER = (Target("sm_100 (B200)", GPUTarget("cuda", 100, 32), Device("cuda", num_sms=148, capability=100), 227 * 1024),)
-"""Cards whose heaviest variants are tried, by hand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,34 +360,12 @@ def _heaviest(index: int) -> list[tuple[int, str]]:
     ]
 
 
-def _try_later() -> int:
-    """Compile the heaviest variants for the cards of `LATER`; return the exit code."""
-    failed = 0
-    for target in LATER:
-        by_kernel: dict[object, list[Variant]] = {}
-        for variant in variants(target):
-            by_kernel.setdefault(variant.launch.kernel, []).append(variant)
-        heaviest = [
-            one for found in by_kernel.values() for one in sorted(found, key=lambda one: one.weight)[-HEAVIEST:]
-        ]
-        for variant in heaviest:
-            used = compile_launch(variant.launch, target.gpu)
-            is_fit = not used.spill_bytes and used.shared_bytes <= target.max_shared_bytes
-            failed += not is_fit
-            print(f"{target.name}: {variant.name}: {used}" + ("" if is_fit else " UNFIT"), flush=True)
-        print(f"{target.name}: {len(heaviest)} compiled, {failed} unfit")
-    return 1 if failed else 0
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile or check; return the exit code."""
     parser = argparse.ArgumentParser(description="Compile the Triton kernels for several cards.")
     parser.add_argument("--check", action="store_true", help="compare with the committed table, compile the heaviest")
     parser.add_argument("--missing", action="store_true", help="compile what the committed table lacks")
-    parser.add_argument("--later", action="store_true", help="compile the heaviest for cards that the table lacks")
     args = parser.parse_args(argv)
-    if args.later:
-        return _try_later()
     targets, known = range(len(TARGETS)), _documented()
     planned = {(index, variant.name) for index in targets for variant in _planned(index)}
     if args.check:

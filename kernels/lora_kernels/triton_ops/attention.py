@@ -20,7 +20,7 @@ from torch import Tensor
 import lora_kernels.triton_ops.tuning as tuning
 from lora_kernels import sums
 from lora_kernels.segments import BLOCK_TOKENS, AttentionBatch
-from lora_kernels.triton_ops.launch import Device, Launch, Limits, device_of, pad_to_power_of_2, require_rows
+from lora_kernels.triton_ops.launch import Device, Launch, device_of, pad_to_power_of_2, require_rows
 
 _LOG2_E = tl.constexpr(1.4426950408889634)  # logits are kept in base 2: exp2 is what the hardware has
 MAX_DECODE_ROWS = 64  # (query, head) rows up to which a step of short queries is served as decodes
@@ -356,7 +356,7 @@ def _plan_decode(
         names = ("sinks", "query_starts", "num_seqs", "HEAD_DIM_V", "BLOCK_DV", "DECODE_QUERIES")
         own = {"out": out, "parts": parts, "part_max": part_max, "part_sum": part_sum, "SPLITS": splits}
         reduce_args = {name: args[name] for name in names} | own
-        yield Launch(reduce_kernel, (batch.num_seqs, num_heads, 1), reduce_args, Limits())
+        yield Launch(reduce_kernel, (batch.num_seqs, num_heads, 1), reduce_args, tuning.reduce_limits(device))
 
 
 def _plan_prefill(out: Tensor, args: dict[str, Any], batch: AttentionBatch, device: Device) -> Launch:

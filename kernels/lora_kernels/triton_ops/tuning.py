@@ -139,6 +139,11 @@ def attention_blocks(rows: int, head_dim: int, element_bytes: int, device: Devic
     return AttentionBlocks(rows, keys, _on(device, limits, element_bytes, crowded=rows >= 64 or head_dim > 256))
 
 
+def reduce_limits(device: Device) -> Limits:
+    """Return the limits of the kernel that joins the parts of split decodes; it has no products."""
+    return _on(device, Limits(), element_bytes=2, crowded=True)
+
+
 def lora_splits(programs: int, num_k_blocks: int, device: Device) -> int:
     """Return how many parts K is cut into, so that a small shrink fills the device: 1, 4 or 16, for few variants."""
     splits = _splits(programs, min(MAX_LORA_SPLITS, num_k_blocks), device)
