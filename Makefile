@@ -127,7 +127,7 @@ fuzz: $(VENV)/.stamp-dev  ## try 100,000 odd inputs at everything that strangers
 soak: $(VENV)/.stamp-dev  ## an hour of load at 80 %, 200 adapters; docs/reliability.md has the flags for far too much load
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos.soak $(ARGS)
 
-chaos: $(VENV)/.stamp-dev  ## the same with 1,000 faults, in an hour or two; the report is build/chaos/report.md
+chaos: $(VENV)/.stamp-dev  ## the same with 1,000 faults, in an hour or two, with ARGS=--replicated on a queue with Sentinels; the report is build/chaos/report.md
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --faults 1000 $(ARGS)
 
 tour: $(VENV)/.stamp-dev  ## run other people's programs against a fleet of its own, or against URL=: make tour ARGS="openai langchain"

@@ -12,7 +12,7 @@ async def written(results: Results) -> list[bytes]:
     return b"".join([chunk async for chunk in results.file("output")]).splitlines()
 
 
-async def test_a_gateway_that_goes_on_with_its_own_batch_keeps_what_it_has_written(tmp_path: Path) -> None:
+async def test_a_gateway_that_takes_its_batch_up_again_keeps_its_answers(tmp_path: Path) -> None:
     """It runs the batch under the same epoch when an error of the queue's has stopped it: no part may be replaced."""
     storage = FolderStorage(tmp_path)
     first = Results(storage, "b", 1)
