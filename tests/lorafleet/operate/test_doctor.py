@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorafleet.__main__ import main
-from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
+from lorafleet.launcher.embedded import start_embedded
 from lorafleet.operate.doctor import free_gpu_bytes, free_memory_bytes, weight_bytes
 
 
@@ -28,10 +28,12 @@ def test_a_fleet_that_is_not_there_is_a_problem(tmp_path: Path, capsys: pytest.C
     assert "no queue answers" in found["queue"]["text"]
 
 
-def test_a_queue_without_services_is_looked_at(
-    queue_server: EmbeddedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = told(capsys, "--redis-url", queue_server.url, "--data", str(tmp_path))
+def test_a_queue_without_services_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server = start_embedded(tmp_path / "queue", durable=False)
+    try:
+        found = told(capsys, "--redis-url", server.url, "--data", str(tmp_path))
+    finally:
+        server.stop()
     assert found["queue"]["level"] == "ok"
     assert found["scheduler"]["advice"].endswith("lorafleet serve scheduler")
     assert found["workers"]["level"] == "problem"
