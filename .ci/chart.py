@@ -21,7 +21,7 @@ DEPLOY = Path(__file__).parent.parent / "deploy"
 CHART = DEPLOY / "helm" / "lorafleet"
 DASHBOARDS = DEPLOY / "grafana" / "dashboards"
 COPIES = CHART / "files" / "dashboards"
-"""Of the dashboards: a chart reads no file that lies outside of it."""
+"""Where the chart has its copies of the dashboards: Helm reads no file that lies outside of a chart."""
 
 ACL, SCHEMA = CHART / "files" / "users.acl", CHART / "values.schema.json"
 

@@ -37,7 +37,8 @@ SHAPE = BertConfig(vocab_size=49_152, hidden_size=384, num_hidden_layers=6, num_
 WORDS = (16, 64, 256)
 TEXTS_A_REQUEST, NUM_REQUESTS = 32, 8
 LEAST_AGREEMENT = 0.9
-"""Of the cosine of two differences: random weights give all texts nearly the same vector, so that little is left."""
+"""Least cosine between both systems' differences of two texts' vectors. It is not near 1: with random weights all texts
+have nearly the same vector, so that rounding is much of what is left."""
 
 Ask = Any  # texts -> (seconds, vectors of the first)
 

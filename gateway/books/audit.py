@@ -1,6 +1,6 @@
-"""Who did what: a route class that notes each action of operators, and of tenants with their adapters.
+"""The audit log of the API: a route class that notes each action of operators, and of tenants with their adapters.
 
-Every module of such routes sets it once. What an action is called, and which routes are actions, says `ACTIONS`.
+Every module of such routes sets it once. `ACTIONS` says which routes are actions, and what each is called.
 """
 
 from __future__ import annotations

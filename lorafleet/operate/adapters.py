@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 from typing import Any
 
-from lorafleet.operate.api import Api, add_flags, add_json_flag, in_path, print_json
+from lorafleet.operate.api import Api, add_flags, add_json_flag, in_path, run_action
 from lorafleet.tables import print_list, size_text
 
 PATH = "/v1/adapters"
@@ -58,19 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
-    with Api(args) as api:
-        answer = args.do(api, args)
-    if args.json:
-        print_json(answer)
-    return 0
+    return run_action(args)
 
 
 def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for adapter in api.pages(PATH, limit=min(args.limit, PAGE), **_of(args)):
-        if len(found) == args.limit:
-            break
-        found.append(adapter)
+    found = list(islice(api.pages(PATH, limit=min(args.limit, PAGE), **_of(args)), args.limit))
     if not args.json:
         columns = ("name", "state", "rank", "size", "pinned", "hits", "misses", "source", "")
         print_list(columns, list(map(_row, found)), "no adapters", width=160)

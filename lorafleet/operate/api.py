@@ -141,3 +141,15 @@ def _check(answer: httpx2.Response) -> None:
 
 def _unreachable(url: str, error: Exception) -> Unavailable:
     return Unavailable(f"no gateway answers at {url}: {error or type(error).__name__}")
+
+
+def run_action(args: argparse.Namespace) -> int:
+    """Run `args.do` with the fleet's API; return the exit code. With `--json` its answer is printed, else it prints.
+
+    Raises what the fleet refuses, and Unavailable.
+    """
+    with Api(args) as api:
+        answer = args.do(api, args)
+    if args.json:
+        print_json(answer)
+    return 0

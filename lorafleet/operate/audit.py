@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
 from lorafleet.operate.api import Api, add_flags, add_json_flag, print_json
@@ -25,12 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
     by = "tenants" if args.tenants else "operators"
-    found: list[dict[str, Any]] = []
     with Api(args) as api:
-        for entry in api.pages(PATH, limit=min(args.limit, PAGE), by=by):
-            if len(found) == args.limit:
-                break
-            found.append(entry)
+        found = list(islice(api.pages(PATH, limit=min(args.limit, PAGE), by=by), args.limit))
     if args.json:
         print_json(found)
     else:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
-from lorafleet.operate.api import Api, add_flags
+from lorafleet.operate.api import Api, add_flags, print_json
 from lorafleet.tables import print_list
 
 
@@ -24,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
         told = api.ask("GET", f"/v1/requests/{args.request}")
         compared = api.ask("POST", f"/v1/requests/{args.request}/replay") if args.replay else None
     if args.json:
-        print(json.dumps(told | ({"replay": compared} if compared else {}), indent=2))
+        print_json(told | ({"replay": compared} if compared else {}))
     else:
         _print(told)
         if compared:

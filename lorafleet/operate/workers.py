@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lorafleet.operate.api import Api, add_flags, add_json_flag, in_path, print_json
+from lorafleet.operate.api import Api, add_flags, add_json_flag, in_path, run_action
 from lorafleet.tables import part_text, print_list
 from protocol.wire.errors import Unavailable
 
@@ -34,11 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
-    with Api(args) as api:
-        answer = args.do(api, args)
-    if args.json:
-        print_json(answer)
-    return 0
+    return run_action(args)
 
 
 def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ MAX_TEXT = 300
 """Longest text of an entry, in characters."""
 
 CLI = "cli"
-"""Who acts at the command line, where the queue's password stands for a key."""
+"""The name in the audit log of whoever uses the command line: there the queue's password stands for an API key."""
 
 _ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 

@@ -31,7 +31,7 @@ class FleetClock:
 
 
 CLOCK = FleetClock()
-"""Of this process, which has one queue."""
+"""The clock of this process. There is one, since a process has one queue."""
 
 
 def now_ms() -> int:

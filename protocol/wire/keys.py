@@ -233,7 +233,7 @@ class Keys:
         """Hash: digest -> ms for which workers had it in their pools on a day, all workers together."""
         return f"{self.tag}:resident:{day}"
 
-    # Who did what. Permanent, MAXLEN.
+    # The audit log: who did what. Its keys never expire; MAXLEN bounds each stream.
     @property
     def audit(self) -> str:
         """Stream: `audit.AuditEntry`, what operators have done."""
