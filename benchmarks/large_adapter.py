@@ -5,8 +5,8 @@
 The adapter has rank 16 on every layer of every expert of a mixture of 48 layers of 64 experts, 5,120 and 768 wide (36
 billion parameters), saved expert by expert in fp32, as PEFT does by default: 18,432 tensors, 3.5 GB, random. It is
 written to a temporary folder, served by an HTTP server on this machine, and goes the way of any adapter: the loader's
-process fetches and checks it, the worker packs it for a base of that shape, whose own weights take no memory here, in
-bf16, and copies it into a pool with room for one such adapter. The peaks are of what the two processes hold together
+process fetches, checks and packs it for a base of that shape, whose own weights take no memory here, in bf16, and the
+worker copies it into a pool with room for one such adapter. The peaks are of what the two processes hold together
 beyond their start: unique and shared memory, what they share counted once.
 """
 
@@ -30,8 +30,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.common import report
 from gpu_worker.adapters.loader.client import Loader
-from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.adapters.packing.packer import Packer
+from gpu_worker.adapters.packing.rows import Rows
 from gpu_worker.experts.modules import GroupedExperts
 from gpu_worker.experts.pool import EXPERT_SHARE, ExpertPool, page_bytes
 from gpu_worker.experts.rows import expert_shapes
@@ -180,15 +180,13 @@ def main() -> None:
         try:
             with served_folder(folder, digest) as url:
                 loader.set_urls((url,))
+                loader.describe(packer.row_sites, packer.served, "")
                 peak = Peak(loader.pid, psutil.Process().pid)
                 started = time.perf_counter()
-                files = loader.fetch(digest)
-                timed("fetch and check", started)
-                assert isinstance(files, FetchedAdapter)
-                started = time.perf_counter()
-                adapter = packer.pack(digest, files.config, files.weights)
-                timed("pack", started)
-                del files
+                rows = loader.fetch(digest)
+                timed("fetch, check and pack", started)
+                assert isinstance(rows, Rows)
+                adapter = packer.wrap(digest, rows)
                 started = time.perf_counter()
                 pages = adapter.num_pages[len(GROUPS) : -1]
                 pool = pool_for(packer, max(pages))

@@ -30,6 +30,7 @@ from gpu_worker.encoder.engine import EncoderConfig, EncoderEngine
 from gpu_worker.encoder.model import EncoderModel, prepare_encoder
 from gpu_worker.engine.batcher import MAX_PROMPT_ROWS, BatchLimits
 from gpu_worker.engine.engine import Engine, EngineConfig
+from gpu_worker.experts.rows import expert_sites
 from gpu_worker.memory import CacheBytes, GiB, free_bytes, share_out
 from gpu_worker.model.checkpoint import (
     head_dim_of,
@@ -76,7 +77,7 @@ FetchFiles = Callable[[str], FetchedAdapter]
 """Returns an adapter's files by digest. Called in loader threads; may block."""
 
 Describe = Callable[[list[RowSite], m.ServedModel, str], object]
-"""Told the model that adapters are packed for: its LoRA sites, the model, the key of its tokenizer.json."""
+"""Told the model that adapters are packed for: its places for rows, the model, the key of its tokenizer.json."""
 
 
 def load_engine(
@@ -123,7 +124,8 @@ def load_engine(
         own = folder_activation(folder)
         served = structs.replace(served, pair_activation=served.pair_activation if own is None else own)
     if describe is not None:
-        describe(row_sites(model.sites), served, key_of(tokenizer) if tokenizer else "")
+        places = row_sites(model.sites, expert_sites(model.adaptable.experts))
+        describe(places, served, key_of(tokenizer) if tokenizer else "")
     logger.info(
         "%s in %s on %s: %s%d tokens a request, %.1f MiB of adapters; ready in %.1f s",
         served.name, served.dtype, device, room, served.max_model_len,

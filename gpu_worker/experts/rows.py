@@ -1,4 +1,7 @@
-"""An adapter's rows for experts on the host: packed from what PEFT saved, as the pool holds them."""
+"""An adapter's rows for experts on the host, and how they are packed where the adapter has extras as well.
+
+Those of plain adapters are packed by the loader's process, see `gpu_worker.adapters.packing.rows`.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gpu_worker.adapters.packing.rows import MAX_EXPERT_RANK
 from gpu_worker.experts.modules import ExpertShape, ExpertSite, GroupedExperts
 from lora_kernels.ops import PAGE_ROWS
 from peft_adapters.format import LoraWeights
-
-MAX_EXPERT_RANK = 256
-"""Kernels have room for this many rank products of each pair of token and expert."""
 
 
 @dataclass(frozen=True, slots=True)

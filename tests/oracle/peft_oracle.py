@@ -21,10 +21,14 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
+from gpu_worker.adapters.packing.packer import row_sites
+from gpu_worker.adapters.packing.rows import RowPacker, Rows
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
+from gpu_worker.experts.rows import expert_sites
 from gpu_worker.model.checkpoint import takes_positions
+from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import prepare_model
 from protocol.runtime.settings import Settings
 from protocol.wire.messages import Sampling
@@ -128,8 +132,22 @@ class Oracle:
         values = {"model": "oracle", "adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20} | settings
         impl = "reference" if values.get("kernels") == "reference" else None
         model = prepare_model(copy.deepcopy(self.untouched), frozenset(), impl)
-        engine, _ = build_engine(model, Settings(**values), self.fetch, tokenizer.to_str() if tokenizer else None)
-        return engine
+        return packed_engine(model, Settings(**values), self.fetch, tokenizer.to_str() if tokenizer else None)
+
+
+def packed_engine(
+    model: BaseModel, settings: Settings, fetch: Callable[[str], FetchedAdapter], tokenizer: str | None = None
+) -> Engine:
+    """Return an engine to which plain adapters come packed, as the loader's process packs them."""
+    packers: list[RowPacker] = []
+
+    def fetch_rows(name: str) -> FetchedAdapter | Rows:
+        files = fetch(name)
+        return packers[0].pack(files.config, memoryview(files.weights), bytearray) or files
+
+    engine, served = build_engine(model, settings, fetch_rows, tokenizer, fetch)
+    packers.append(RowPacker(row_sites(model.sites, expert_sites(model.adaptable.experts)), served))
+    return engine
 
 
 class Asked:

@@ -12,9 +12,10 @@ import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
-from gpu_worker.adapters.loader.fetch import Allocate, FetchedAdapter, StoreClient
+from gpu_worker.adapters.loader.fetch import FETCH_TIMEOUT_S, Allocate, FetchedAdapter, StoreClient
 from gpu_worker.adapters.loader.messages import (
     Describe,
     Failed,
@@ -30,6 +31,7 @@ from gpu_worker.adapters.loader.messages import (
 )
 from gpu_worker.adapters.packing.rows import RowPacker
 from gpu_worker.adapters.priority import lower_priority
+from gpu_worker.host_memory import MemoryBudget
 from protocol.runtime.service import set_up_logging
 from protocol.wire.errors import LorafleetError
 
@@ -39,7 +41,10 @@ NICE = 19
 """Counts where `lower_priority` does nothing."""
 
 NUM_FETCHES = 16
-"""Adapters fetched at once: slow ones delay no fast one. They are packed one by one."""
+"""Adapters fetched at once: slow ones delay no fast one. They are packed one by one, but small ones wait for no large
+one."""
+
+SMALL_BYTES = 64 << 20
 
 
 class Stores(Protocol):
@@ -59,13 +64,15 @@ class Stores(Protocol):
 class LoaderServer:
     """Answers one worker's messages."""
 
-    def __init__(self, worker: socket.socket, stores: Stores) -> None:
-        """worker: where answers are sent. Messages from it are given to `take`."""
+    def __init__(self, worker: socket.socket, stores: Stores, small_bytes: int = SMALL_BYTES) -> None:
+        """worker: where answers are sent. Messages from it are given to `take`. small_bytes: of files that are small."""
         self.packer: RowPacker | None = None  # None: no model is described, adapters are only fetched
         self._worker = worker
         self._stores = stores
+        self._small_bytes = small_bytes
         self._fetchers = ThreadPoolExecutor(NUM_FETCHES, thread_name_prefix="fetcher")
-        self._packing = threading.Lock()
+        self._packing = (threading.Lock(), threading.Lock())  # of small adapters, and of large ones
+        self._memory = MemoryBudget(FETCH_TIMEOUT_S, small_bytes)
         self._sending = threading.Lock()
 
     def take(self, message: Message) -> None:
@@ -119,18 +126,23 @@ class LoaderServer:
     def _pack(
         self, packer: RowPacker, number: int, files: FetchedAdapter, tokens: OwnTokens | None
     ) -> tuple[Packed, int] | None:
-        """Return a plain adapter's rows and the descriptor of their buffer, None for any other adapter."""
+        """Return a plain adapter's rows and the descriptor of their buffer, None for any other adapter.
+
+        Raises Unavailable where there is no memory for its rows.
+        """
         fds: list[int] = []
-        with ExitStack() as undo:
+        with ExitStack() as held, ExitStack() as undo:
 
             def allocate(num_bytes: int) -> mmap.mmap:
+                held.enter_context(self._memory.hold(num_bytes))
                 fds.append(_anonymous_file(num_bytes, undo))
                 return mmap.mmap(fds[0], num_bytes)
 
             view = memoryview(files.weights)
+            is_large = len(view) > self._small_bytes
             try:
-                with self._packing:
-                    rows = packer.pack(files.config, view, allocate)
+                with self._packing[is_large]:
+                    rows = packer.pack(files.config, view, allocate, partial(_drop, files.weights, is_large))
             finally:
                 _release(view)
             if rows is None:
@@ -143,6 +155,15 @@ def _release(memory: mmap.mmap | memoryview) -> None:
     """Give up memory, or a view of it, unless an error's traceback still has one; then it ends with that."""
     with suppress(BufferError):
         memory.close() if isinstance(memory, mmap.mmap) else memory.release()
+
+
+def _drop(memory: Any, is_large: bool, begin: int, end: int) -> None:
+    """Give bytes of a large file in memory back to the system: it and its rows are not there twice."""
+    if is_large and isinstance(memory, mmap.mmap) and hasattr(mmap, "MADV_REMOVE"):
+        first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last:
+            with suppress(OSError):  # a file system that cannot
+                memory.madvise(mmap.MADV_REMOVE, first, last - first)
 
 
 def _anonymous_file(num_bytes: int, undo: ExitStack) -> int:

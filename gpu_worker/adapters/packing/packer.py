@@ -63,8 +63,8 @@ class Packer:
 
     @cached_property
     def row_sites(self) -> list[RowSite]:
-        """The linear layers as `RowPacker` takes them."""
-        return row_sites(self.sites)
+        """All places for rows, linear layers first, as `RowPacker` takes them."""
+        return row_sites(self.sites, self.expert_sites)
 
     @cached_property
     def expert_sites(self) -> list[ExpertSite]:
@@ -86,23 +86,29 @@ class Packer:
 
     def wrap(self, digest: str, packed: Rows) -> HostAdapter:
         """Return an adapter whose rows are packed already; they stay where they are."""
-        memory = torch.frombuffer(packed.buffer, dtype=torch.uint8)
-        typed = {site.dtype: memory.view(site.dtype) for site in self.sites}
+        memory, num_linear = torch.frombuffer(packed.buffer, dtype=torch.uint8), len(self.sites)
+        typed = {dtype: memory.view(getattr(torch, dtype)) for dtype in {site.dtype for site in self.row_sites}}
         rows: list[tuple[int, Tensor, Tensor]] = []
+        experts: list[ExpertRows] = []
         for index, begin_a, begin_b, _ in layout(packed.ranks, self.row_sites):
-            site, rank, item_bytes = self.sites[index], int(packed.ranks[index]), self.row_sites[index].item_bytes
-            numbers, k, n = typed[site.dtype], site.in_features, site.out_features
-            a = numbers.as_strided((rank, k), (k, 1), begin_a // item_bytes)
-            b = numbers.as_strided((rank, n), (n, 1), begin_b // item_bytes)
-            rows.append((index, a, b))
-        num_pages = (*self._row_pages(packed.ranks), *pages_by_shape((), self.expert_sites), 0)
+            site, rank = self.row_sites[index], int(packed.ranks[index])
+            numbers, num, k, n = typed[site.dtype], site.num_matrices, site.in_features, site.out_features
+            a = numbers.as_strided((num, rank, k), (rank * k, k, 1), begin_a // site.item_bytes)
+            b = numbers.as_strided((num, rank, n), (rank * n, n, 1), begin_b // site.item_bytes)
+            if index < num_linear:
+                rows.append((index, a[0], b[0]))
+            else:
+                experts.append(ExpertRows(index - num_linear, a, b, float(packed.scales[index])))
+        ranks, scales = packed.ranks[:num_linear], packed.scales[:num_linear]
+        num_pages = (*self._row_pages(ranks), *pages_by_shape(experts, self.expert_sites), 0)
         return HostAdapter(
             digest,
-            packed.ranks,
-            packed.scales,
+            ranks,
+            scales,
             rows,
             num_pages,
             memory.nbytes,
+            experts=tuple(experts),
             invocation=packed.invocation,
             tokens=packed.tokens,
         )
@@ -147,9 +153,16 @@ class Packer:
         return [-(-rank // PAGE_ROWS) for rank in group_ranks]
 
 
-def row_sites(sites: Sequence[SiteInfo]) -> list[RowSite]:
-    """Return the linear layers of a model as `RowPacker` takes them."""
-    return [RowSite(s.name, s.in_features, s.out_features, str(s.dtype).removeprefix("torch.")) for s in sites]
+def row_sites(sites: Sequence[SiteInfo], experts: Sequence[ExpertSite] = ()) -> list[RowSite]:
+    """Return the places for rows in a model as `RowPacker` takes them: linear layers, then products of experts."""
+    linear = [RowSite(s.name, s.in_features, s.out_features, _name(s.dtype)) for s in sites]
+    shapes = [(site.name, site.shape) for site in experts]
+    grouped = [RowSite(n, s.in_features, s.out_features, _name(s.dtype), s.num_experts) for n, s in shapes]
+    return [*linear, *grouped]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _read(file: Tensor, info: TensorInfo) -> Tensor:

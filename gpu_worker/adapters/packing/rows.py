@@ -1,7 +1,8 @@
 """Packs plain adapters, which have nothing but low-rank rows, into one buffer as the pool holds them.
 
 Pure numpy, because the loader's process has no torch. The buffer holds, for each site with rows in ascending order, A
-[rank, in] and then B transposed [rank, out], in the site's dtype.
+[rank, in] and then B transposed [rank, out], in the site's dtype; for layers of fused experts [experts, rank, in] and
+[experts, rank, out].
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -22,7 +24,12 @@ from protocol.wire.messages import ServedModel
 from protocol.wire.tokens import TokenTable
 
 MAX_RANK = 4096
+MAX_EXPERT_RANK = 256
+"""Kernels have room for this many rank products of each pair of token and expert."""
+
 ALIGN_BYTES = 64
+PIECE_BYTES = 1 << 20
+"""Numbers are converted and checked in pieces of about this size: what that takes besides stays in the cache."""
 
 _Item = type[np.uint16] | type[np.uint32]
 _ITEMS: dict[str, _Item] = {"float32": np.uint32, "float16": np.uint16, "bfloat16": np.uint16}
@@ -33,17 +40,23 @@ _FILE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class RowSite(msgspec.Struct, frozen=True):
-    """A linear layer, as far as packing its rows needs to know it."""
+    """A linear layer, or one product of fused experts, as far as packing its rows needs to know it."""
 
     name: str
     in_features: int
     out_features: int
     dtype: str  # adapters that change a layer of a dtype outside _ITEMS are not plain
+    num_experts: int = 0  # 0: a linear layer
 
     @property
     def item_bytes(self) -> int:
         """Bytes of one number."""
         return 4 if self.dtype == "float32" else 2
+
+    @property
+    def num_matrices(self) -> int:
+        """How many pairs of A and B an adapter has here."""
+        return self.num_experts or 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +75,9 @@ def layout(ranks: NDArray[np.int32], sites: Sequence[RowSite]) -> Iterator[tuple
     at = 0
     for index in ranks.nonzero()[0].tolist():
         site, rank = sites[index], int(ranks[index])
-        b = at + _padded(rank * site.in_features * site.item_bytes)
-        end = b + _padded(rank * site.out_features * site.item_bytes)
+        num_rows = site.num_matrices * rank
+        b = at + _padded(num_rows * site.in_features * site.item_bytes)
+        end = b + _padded(num_rows * site.out_features * site.item_bytes)
         yield index, at, b, end
         at = end
 
@@ -80,12 +94,17 @@ class RowPacker:
         self._served = served
         self._index = {site.name: index for index, site in enumerate(sites)}
 
-    def pack(self, config: Mapping[str, Any], file: bytes | memoryview, allocate: Callable[[int], Any]) -> Rows | None:
+    def pack(
+        self, config: Mapping[str, Any], file: bytes | memoryview, allocate: Callable[[int], Any],
+        release: Callable[[int, int], object] = lambda _begin, _end: None,
+    ) -> Rows | None:  # fmt: skip
         """Pack an adapter into a buffer.
 
         config: its `adapter_config.json`. file: its weights, a safetensors file. allocate: returns a buffer of as many
-        zero bytes as it is asked for; called at most once. Returns None if the adapter is not plain, or if anything is
-        wrong with it: `Packer`, which packs any adapter, packs it or says what is wrong.
+        zero bytes as it is asked for; called at most once. release: told of bytes of the file that nobody needs again.
+        Returns None if the adapter is not plain, or if anything is wrong with its config or the shapes of its tensors:
+        `Packer`, which packs any adapter, packs it or says what is wrong. Raises AdapterRefused for numbers that are
+        not finite.
         """
         try:
             tensors = parse_header(bytes(file[: 8 + MAX_HEADER_BYTES]), len(file))
@@ -96,42 +115,106 @@ class RowPacker:
             return None
         ranks, scales = np.zeros(len(self._sites), np.int32), np.zeros(len(self._sites), np.float32)
         parts: dict[int, LoraWeights] = {}
-        for part in spec.sites:
+        for part in (*spec.sites, *spec.parameters):
             index = self._index[part.site]
-            parts[index], ranks[index], scales[index] = part, part.rank, part.scale
+            parts[index], ranks[index], scales[index] = part, _rank_of(part, tensors), part.scale
         spans = list(layout(ranks, self._sites))
         buffer = allocate(spans[-1][3])
-        for index, a, b, _ in spans:
-            site, part = self._sites[index], parts[index]
-            for begin, name, transposed in ((a, part.a, False), (b, part.b, True)):
-                numbers = _convert(_numbers(file, tensors[name]), tensors[name], site.dtype)
-                numbers = numbers.T if transposed else numbers
-                np.ndarray(numbers.shape, numbers.dtype, buffer, begin)[...] = numbers
-        return Rows(buffer, ranks, scales, spec.invocation) if self._is_finite(buffer, spans) else None
+        for index, begin_a, begin_b, _ in spans:
+            site, rank = self._sites[index], int(ranks[index])
+            shape = (site.num_matrices, rank)
+            a = np.ndarray((*shape, site.in_features), _ITEMS[site.dtype], buffer, begin_a)
+            b = np.ndarray((*shape, site.out_features), _ITEMS[site.dtype], buffer, begin_b)
+            _pack_site(a, b, parts[index], tensors, partial(_copy, file, site.dtype))
+            for name in itertools.chain.from_iterable(parts[index].tensors):
+                release(tensors[name].begin, tensors[name].end)
+        self._check_finite(buffer, spans, parts)
+        return Rows(buffer, ranks, scales, spec.invocation)
 
-    def _is_finite(self, buffer: Any, spans: Sequence[tuple[int, int, int, int]]) -> bool:
-        """Return whether all numbers in a buffer are finite. Neighbours of one dtype are looked at together."""
+    def _check_finite(
+        self, buffer: Any, spans: Sequence[tuple[int, int, int, int]], parts: Mapping[int, LoraWeights]
+    ) -> None:
+        """Raise AdapterRefused unless all numbers in a buffer are finite, those of neighbours looked at together."""
         for dtype, run in itertools.groupby(spans, lambda span: self._sites[span[0]].dtype):
             same = list(run)
-            begin, end = same[0][1], same[-1][3]
-            numbers = np.frombuffer(memoryview(buffer)[begin:end], _ITEMS[dtype])
-            if (numbers << 1).max() >= _EXPONENTS[dtype] << 1:  # the shift drops the signs
-                return False
-        return True
+            if _is_finite(buffer, same[0][1], same[-1][3], dtype):
+                continue
+            halves = [
+                (parts[index].tensors[0][half] if len(parts[index].tensors) == 1 else parts[index].site, begin, end)
+                for index, *bounds in same
+                for half, (begin, end) in enumerate(itertools.pairwise(bounds))
+            ]
+            bad = dict.fromkeys(name for name, begin, end in halves if not _is_finite(buffer, begin, end, dtype))
+            raise AdapterRefused([f"numbers that are not finite in {dtype}: {', '.join(list(bad)[:5])}"])
 
     def _is_plain(self, spec: AdapterSpec, tensors: Mapping[str, TensorInfo]) -> bool:
-        if spec.embeddings or spec.parameters or spec.replaced or spec.tokens or spec.vocab_size or spec.head:
+        if spec.embeddings or spec.replaced or spec.tokens or spec.vocab_size or spec.head:
             return False
-        if not spec.sites:
-            return False
-        if spec.rank > MAX_RANK or len({part.site for part in spec.sites}) < len(spec.sites):
+        parts = [*spec.sites, *spec.parameters]
+        if not parts or spec.rank > MAX_RANK or len({part.site for part in parts}) < len(parts):
             return False
         return all(
-            not (part.bias or part.magnitude or part.singular or part.blocks)
-            and tensors[part.b].shape[0] == self._sites[self._index[part.site]].out_features
-            and self._sites[self._index[part.site]].dtype in _ITEMS
-            for part in spec.sites
+            (site := self._known(part)) is not None
+            and site.dtype in _ITEMS
+            and not (part.bias or part.magnitude or part.singular or part.blocks)
+            and self._fits(site, part, tensors)
+            for part in parts
         )
+
+    def _fits(self, site: RowSite, part: LoraWeights, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Return whether the pool can hold a part's rows: of few enough rank rows, or in the base's vocabulary."""
+        if site.num_experts:
+            return _rank_of(part, tensors) <= MAX_EXPERT_RANK
+        return tensors[part.b].shape[0] == site.out_features
+
+    def _known(self, part: LoraWeights) -> RowSite | None:
+        """Return the site of a part; None for a parameter that has no rows, such as a router."""
+        index = self._index.get(part.site)
+        return None if index is None else self._sites[index]
+
+
+def _is_finite(buffer: Any, begin: int, end: int, dtype: str) -> bool:
+    """Return whether all numbers in a part of a buffer are finite."""
+    for at in range(begin, end, PIECE_BYTES):
+        numbers = np.frombuffer(memoryview(buffer)[at : min(at + PIECE_BYTES, end)], _ITEMS[dtype])
+        if (numbers << 1).max() >= _EXPONENTS[dtype] << 1:  # the shift drops the signs
+            return False
+    return True
+
+
+def _rank_of(part: LoraWeights, tensors: Mapping[str, TensorInfo]) -> int:
+    """Return the rows of A at a layer, or of one expert: those of all layers that its parameter fuses."""
+    return sum(tensors[name].shape[0] for name, _ in part.experts[0]) if part.experts else part.rank
+
+
+def _pack_site(
+    a: NDArray[Any], b: NDArray[Any], part: LoraWeights, tensors: Mapping[str, TensorInfo],
+    copy: Callable[[TensorInfo, NDArray[Any]], object],
+) -> None:  # fmt: skip
+    """Write the rows of one site: a [matrices, rank, in], and b [matrices, rank, out], which is zero.
+
+    copy: writes a tensor into an array that has as many numbers in the same order.
+    """
+    if not part.experts:
+        # PEFT keeps A of experts as [E * rank, in], and B as [out, rank * E], in which the experts' columns alternate.
+        copy(tensors[part.a], a.reshape(-1, a.shape[-1]))
+        copy(tensors[part.b], b.transpose(2, 1, 0))
+        return
+    for own_a, own_b, layers in zip(a, b, part.experts, strict=True):
+        row = column = 0
+        for name_a, name_b in layers:  # beside each other in A; in B each has outputs of its own
+            rank, width = tensors[name_a].shape[0], tensors[name_b].shape[0]
+            copy(tensors[name_a], own_a[row : row + rank])
+            copy(tensors[name_b], own_b[row : row + rank, column : column + width].T)
+            row, column = row + rank, column + width
+
+
+def _copy(file: bytes | memoryview, dtype: str, info: TensorInfo, to: NDArray[Any]) -> None:
+    """Write a tensor of a safetensors file, in another dtype, into an array with as many numbers in the same order."""
+    numbers = _numbers(file, info).reshape(to.shape)
+    step = max(1, PIECE_BYTES * len(numbers) // max(1, numbers.nbytes))
+    for begin in range(0, len(numbers), step):
+        to[begin : begin + step] = _convert(numbers[begin : begin + step], info, dtype)
 
 
 def _numbers(file: bytes | memoryview, info: TensorInfo) -> NDArray[Any]:

@@ -10,13 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, prompts, vary_norms
+from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, packed_engine, prompts, vary_norms
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
-from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.runner import StepInputs
@@ -155,8 +154,7 @@ def make_engine(base: Base, folders: dict[str, Path], **settings: Any) -> Engine
     values = {"model": "oracle", "adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20} | settings
     impl = "reference" if values.get("kernels") == "reference" else None
     model = prepare_model(make_base(base), frozenset(), impl)
-    engine, _ = build_engine(model, Settings(**values), lambda name: read_files(folders[name]), None)
-    return engine
+    return packed_engine(model, Settings(**values), lambda name: read_files(folders[name]))
 
 
 def engine_logits(engine: Engine, requests: Sequence[EngineRequest]) -> dict[str, tuple[list[int], Tensor]]:

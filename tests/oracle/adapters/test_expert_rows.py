@@ -12,12 +12,14 @@ from oracle.adapters.expert_adapters import expert_adapters, stacks
 from oracle.adapters.peft_kinds import (
     EXPERT_PARAMETERS,
     GPT_OSS,
+    KINDS,
     MAX_DIFFERENCE,
     MIXTRAL,
     Kind,
     asked_prompts,
     make_adapter,
     make_engine,
+    measure,
 )
 from oracle.conformance import conform, watch_logits
 from oracle.models_table import read_table
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpu_worker.adapters.extras import Extras
+from gpu_worker.adapters.packing.packer import Packer
 from gpu_worker.experts.modules import GroupedExperts, find_grouped_experts
 from gpu_worker.experts.pool import EXPERT_SHARE, page_bytes
 from gpu_worker.experts.rows import expert_shapes, expert_sites
@@ -101,6 +104,14 @@ def test_mixed_batches_while_adapters_come_and_go(oracle: Oracle, kernels: str) 
         assert (torch.stack([seen[rid, i] for i in range(6)]) - logits).abs().max() <= MAX_DIFFERENCE
     assert max(asked.most_adapters_in_a_step for asked in both) >= 3
     assert engine.adapters.num_loads >= len(oracle.names), "some left the pool and came again"
+
+
+@pytest.mark.parametrize("name", ["experts", "experts, down alone", "experts, transposed"])
+def test_the_worker_packs_no_rows_of_experts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come packed: Python in the worker would hold up its steps."""
+    make_adapter(KINDS[name], tmp_path)
+    monkeypatch.setattr(Packer, "pack", lambda *_: pytest.fail("the worker packs an adapter"))
+    assert measure(KINDS[name], tmp_path).difference <= MAX_DIFFERENCE
 
 
 def test_rows_without_room_are_refused_by_name(oracle: Oracle) -> None:

@@ -137,17 +137,41 @@ def test_tokenizers_come_as_tokens_or_are_refused(client: StoreClient | Loader) 
             assert client.fetch(digest).tokens is None
 
 
-def test_adapters_for_a_known_model_come_packed_also_after_a_death() -> None:
-    digest, name = digest_of(GOOD), "model.layers.0.self_attn.q_proj"
+def expert_weights() -> bytes:
+    """Return LoRA of rank 2 on both products of 3 experts, 4 wide."""
+    prefix, rng = "base_model.model.model.layers.0.mlp.experts", np.random.default_rng(0)
+    sizes = {f"{prefix}{inner}.lora_{half}.weight": size for inner, pair in {
+        ".base_layer": ((6, 4), (8, 6)), "": ((6, 4), (4, 6))}.items() for half, size in zip("AB", pair, strict=True)
+    }  # fmt: skip
+    return save({name: rng.standard_normal(size, np.float32) for name, size in sizes.items()})
+
+
+EXPERTS = FetchedAdapter(
+    CONFIG | {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    expert_weights(),
+)
+
+
+@pytest.mark.parametrize("adapter", [GOOD, EXPERTS], ids=["linear", "experts"])
+def test_adapters_for_a_known_model_come_packed_also_after_a_death(adapter: FetchedAdapter) -> None:
+    digest = digest_of(adapter)
+    sites = [
+        RowSite("model.layers.0.self_attn.q_proj", 4, 4, "bfloat16"),
+        RowSite("model.layers.0.mlp.experts.gate_up_proj", 4, 8, "bfloat16", 3),
+        RowSite("model.layers.0.mlp.experts.down_proj", 4, 4, "bfloat16", 3),
+    ]
     served = ServedModel(
         model="m", name="m", fingerprint="", model_type="", vocab_size=10, max_model_len=10,
-        sites=[SiteShape(name, 4, 4)],
+        sites=[
+            SiteShape(s.name, s.in_features, s.out_features, "parameter" if s.num_experts else "linear",
+                      num_experts=s.num_experts)
+            for s in sites
+        ],
     )  # fmt: skip
-    sites = [RowSite(name, 4, 4, "bfloat16")]
-    expected = RowPacker(sites, served).pack(GOOD.config, memoryview(GOOD.weights), bytearray)
+    expected = RowPacker(sites, served).pack(adapter.config, memoryview(adapter.weights), bytearray)
     assert expected is not None
     loader = Loader()
-    with closing(loader), store(files_of(digest, GOOD)) as good:
+    with closing(loader), store(files_of(digest, adapter)) as good:
         loader.set_urls((good,))
         assert isinstance(loader.fetch(digest), FetchedAdapter)
         loader.describe(sites, served, "")
@@ -155,5 +179,5 @@ def test_adapters_for_a_known_model_come_packed_also_after_a_death() -> None:
             rows = loader.fetch(digest)
             assert isinstance(rows, Rows)
             assert bytes(rows.buffer) == bytes(expected.buffer)
-            assert (rows.ranks.tolist(), rows.scales.tolist()) == ([2], [2.0])
+            assert (rows.ranks.tolist(), rows.scales.tolist()) == (expected.ranks.tolist(), expected.scales.tolist())
             os.kill(loader.pid, signal.SIGKILL)

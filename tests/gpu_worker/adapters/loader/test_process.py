@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save
 
 from gpu_worker.adapters.loader.fetch import Allocate, FetchedAdapter
-from gpu_worker.adapters.loader.messages import Failed, Fetch, Fetched, receive
+from gpu_worker.adapters.loader.messages import Describe, Failed, Fetch, Fetched, Packed, receive
 from gpu_worker.adapters.loader.process import LoaderServer
+from gpu_worker.adapters.packing.rows import RowSite
+from protocol.wire.messages import ServedModel, SiteShape
 
 
 class OneAdapter:
@@ -35,7 +40,7 @@ class FailingPacker:
     def __init__(self, error: Exception | None) -> None:
         self.error = error
 
-    def pack(self, config: Any, file: Any, allocate: Callable[[int], Any]) -> None:
+    def pack(self, config: Any, file: Any, allocate: Callable[[int], Any], release: object) -> None:
         allocate(4096)
         if self.error is not None:
             raise self.error
@@ -74,3 +79,47 @@ def test_no_memory_stays_open_when_nothing_is_packed(
         assert fd is not None
         assert os.read(fd, 100) == b"weights"
         os.close(fd)
+
+
+class KeptFile:
+    """Stores that hold one adapter under every digest, and keep a view of the memory that it was read into."""
+
+    base_tokenizer = ""
+
+    def __init__(self, config: dict[str, Any], weights: bytes) -> None:
+        self.config, self.weights = config, weights
+        self.view = memoryview(b"")
+
+    def set_urls(self, urls: tuple[str, ...]) -> None:
+        return
+
+    def fetch(self, digest: str, allocate: Allocate = bytearray) -> FetchedAdapter:
+        memory = allocate(len(self.weights))
+        memory[:] = self.weights
+        self.view = memoryview(memory)
+        return FetchedAdapter(self.config, memory)
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_a_large_file_is_given_back_while_it_is_packed(is_large: bool) -> None:
+    name, ones = "base_model.model.layers.0.q.lora_{}.weight", np.ones((4, 8192), np.float32)
+    weights = save({name.format("A"): ones, name.format("B"): ones.T.copy()})
+    store = KeptFile({"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q"]}, weights)
+    served = ServedModel(
+        model="m", name="m", fingerprint="", model_type="", vocab_size=10, max_model_len=10,
+        sites=[SiteShape("layers.0.q", 8192, 8192)],
+    )  # fmt: skip
+    ours, theirs = socket.socketpair()
+    with closing(ours), closing(theirs):
+        server = LoaderServer(theirs, store, 0 if is_large else 1 << 30)
+        server.take(Describe([RowSite("layers.0.q", 8192, 8192, "float32")], served, ""))
+        server.answer(Fetch(1, "d"))
+        received = receive(ours)
+    assert received is not None
+    assert isinstance(received[0], Packed)
+    assert received[1] is not None
+    with mmap.mmap(received[1], 0) as rows:
+        assert rows[:] == bytes(ones.tobytes() * 2)
+    os.close(received[1])
+    middle = len(weights) // 4  # of A
+    assert store.view[middle : middle + 4] == (bytes(4) if is_large else ones.tobytes()[:4])

@@ -11,10 +11,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gpu_worker.adapters.packing.packer import Packer
-from gpu_worker.adapters.packing.rows import RowPacker, Rows
+from gpu_worker.adapters.packing.rows import MAX_EXPERT_RANK, PIECE_BYTES, RowPacker, Rows
+from gpu_worker.experts.modules import ExpertShape, ExpertSite, GroupedExperts
 from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.attention import StepContext
 from gpu_worker.model.lora import SiteInfo
+from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel, SiteShape
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -51,6 +53,46 @@ def tensors(dtype: torch.dtype, scale: float = 1.0) -> dict[str, Tensor]:
     return found
 
 
+def expert_packers(dtype: torch.dtype) -> tuple[Packer, RowPacker]:
+    """Return both packers for a model with 4 experts of 8 inputs, 6 in between, and one linear layer."""
+    prefix = "model.layers.0.mlp"
+    shapes = {f"{prefix}.experts.gate_up_proj": (12, 8), f"{prefix}.experts.down_proj": (8, 6)}
+    sites = [ExpertSite(name, torch.empty(0), None, ExpertShape(4, k, n, dtype)) for name, (n, k) in shapes.items()]
+    adaptable = AdaptableModules(StepContext())
+    adaptable.experts = {f"{prefix}.experts": GroupedExperts(None, sites, 4)}
+    linear = SiteInfo("model.layers.0.q_proj", 0, 0, 8, 5, "linear", dtype)
+    served = ServedModel(
+        model="m", name="m", fingerprint="", model_type="qwen3_moe", vocab_size=10, max_model_len=10,
+        sites=[
+            SiteShape(linear.name, 8, 5),
+            *(SiteShape(name, k, n, "parameter", num_experts=4) for name, (n, k) in shapes.items()),
+        ],
+    )  # fmt: skip
+    packer = Packer([linear], served, adaptable)
+    return packer, RowPacker(packer.row_sites, served)
+
+
+def expert_adapter(*, layers: bool, rank: int = 3) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return config and tensors of an adapter: of fused experts as PEFT saves it, or as `layers` of each expert."""
+    generator, prefix = torch.Generator().manual_seed(0), "base_model.model.model.layers.0"
+    shapes: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {"q_proj": ((rank, 8), (5, rank))}
+    if layers:
+        for expert in range(4):
+            for name, (k, n) in {"gate_proj": (8, 6), "up_proj": (8, 6), "down_proj": (6, 8)}.items():
+                shapes[f"mlp.experts.{expert}.{name}"] = ((rank, k), (n, rank))
+        config = {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}
+    else:
+        shapes["mlp.experts.base_layer"] = ((4 * rank, 8), (12, 4 * rank))
+        shapes["mlp.experts"] = ((4 * rank, 6), (8, 4 * rank))
+        config = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    found = {
+        f"{prefix}.{name}.lora_{half}.weight": torch.randn(shape, generator=generator)
+        for name, pair in shapes.items()
+        for half, shape in zip("AB", pair, strict=True)
+    }
+    return {"peft_type": "LORA", "r": rank, "lora_alpha": 5, **config}, found
+
+
 def pack_rows(packer: RowPacker, weights: dict[str, Tensor], config: dict[str, Any] = CONFIG) -> Rows | None:
     return packer.pack(config, save(weights), bytearray)
 
@@ -78,16 +120,66 @@ def test_rows_are_those_of_torch(stored: torch.dtype, served: torch.dtype, head:
             assert torch.equal(tensor.signbit(), reference.signbit())
 
 
+@pytest.mark.parametrize("layers", [False, True])
+@pytest.mark.parametrize("served", DTYPES, ids=str)
+def test_rows_of_experts_are_those_of_torch(served: torch.dtype, layers: bool) -> None:
+    packer, row_packer = expert_packers(served)
+    config, weights = expert_adapter(layers=layers)
+    expected, rows = packer.pack("d", config, save(weights)), pack_rows(row_packer, weights, config)
+    assert rows is not None
+    got = packer.wrap("d", rows)
+    assert (got.num_pages, got.ranks.tolist()) == (expected.num_pages, expected.ranks.tolist())
+    assert got.num_pages[-3:-1] == (1, 1)
+    assert len(got.rows) == len(expected.rows) == 1
+    assert len(got.experts) == len(expected.experts) == 2
+    for part, reference in zip(got.experts, expected.experts, strict=True):
+        assert (part.site, np.float32(part.scale)) == (reference.site, np.float32(reference.scale))
+        for tensor, other in ((part.a, reference.a), (part.b, reference.b)):
+            assert tensor.dtype == other.dtype == served
+            assert torch.equal(tensor, other)
+
+
+def test_tensors_of_several_pieces_are_those_of_torch() -> None:
+    width = 100_000
+    site = SiteInfo("layers.0.q", 0, 0, width, width, "linear", torch.bfloat16)
+    served = ServedModel(
+        model="m", name="m", fingerprint="", model_type="", vocab_size=10, max_model_len=10,
+        sites=[SiteShape(site.name, width, width)],
+    )  # fmt: skip
+    packer, prefix = Packer([site], served, AdaptableModules(StepContext())), f"base_model.model.{site.name}"
+    weights = {f"{prefix}.lora_A.weight": torch.randn(7, width), f"{prefix}.lora_B.weight": torch.randn(width, 7)}
+    assert min(tensor.nbytes for tensor in weights.values()) > 2 * PIECE_BYTES
+    config = {"peft_type": "LORA", "r": 7, "lora_alpha": 5, "target_modules": ["q"]}
+    rows = pack_rows(RowPacker(packer.row_sites, served), weights, config)
+    assert rows is not None
+    ((_, a, b),) = packer.wrap("d", rows).rows
+    ((_, expected_a, expected_b),) = packer.pack("d", config, save(weights)).rows
+    assert torch.equal(a, expected_a)
+    assert torch.equal(b, expected_b)
+
+
+def test_what_experts_cannot_have_is_left_alone_or_refused() -> None:
+    _, row_packer = expert_packers(torch.float32)
+    for layers in (False, True):
+        config, weights = expert_adapter(layers=layers, rank=MAX_EXPERT_RANK + 1)
+        assert pack_rows(row_packer, weights, config) is None
+        config, weights = expert_adapter(layers=layers)
+        weights[next(name for name in weights if "experts" in name)][1, 2] = torch.nan
+        with pytest.raises(AdapterRefused, match=r"not finite in float32: .*experts"):
+            pack_rows(row_packer, weights, config)
+
+
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
 @pytest.mark.parametrize("served", DTYPES, ids=str)
-def test_what_is_not_finite_is_left_for_others_to_refuse(stored: torch.dtype, served: torch.dtype) -> None:
+def test_what_is_not_finite_is_refused_by_name(stored: torch.dtype, served: torch.dtype) -> None:
     _, row_packer = packers(served)
     name = "base_model.model.layers.0.q.lora_B.weight"
     quiet, nan_that_rounds_to_zero = float("nan"), np.uint32(0x7FFFFFFF).view(np.float32)
     for bad in (quiet, nan_that_rounds_to_zero, float("inf"), -float("inf")):
         weights = tensors(stored)
         weights[name][2, 1] = torch.tensor(bad)
-        assert pack_rows(row_packer, weights) is None
+        with pytest.raises(AdapterRefused, match=rf"not finite in {str(served)[6:]}: {name}$"):
+            pack_rows(row_packer, weights)
 
 
 @pytest.mark.parametrize(("served", "largest"), [(torch.float16, 65_520.0), (torch.bfloat16, 3.4e38)])
@@ -95,7 +187,8 @@ def test_what_becomes_infinite_by_rounding_is_too(served: torch.dtype, largest: 
     _, row_packer = packers(served)
     weights = tensors(torch.float32)
     weights["base_model.model.layers.0.q.lora_A.weight"][1, 1] = largest
-    assert pack_rows(row_packer, weights) is None
+    with pytest.raises(AdapterRefused, match=r"q\.lora_A"):
+        pack_rows(row_packer, weights)
 
 
 def test_what_is_not_plain_is_left_alone() -> None:
