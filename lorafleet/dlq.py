@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-from collections.abc import Awaitable, Callable
 from datetime import datetime
+from typing import Any
 
-from lorafleet.flags import add_settings, load_settings
-from lorafleet.launcher.embedded import with_queue
+from lorafleet.on_queue import add_flags, run_action
 from lorafleet.tables import print_list
 from protocol.queue.audit import from_command_line
-from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError
+from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import PermissionDenied, Unavailable
-
-FLAGS = ("redis_url", "redis_password_file", "data", "request_timeout_s")
+from protocol.wire.letters import view
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,41 +26,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     retry.add_argument("letters", metavar="ID", nargs="+")
     for action, do in ((listing, _list), (show, _show), (retry, _retry)):
         action.set_defaults(do=do)
-        add_settings(action, first=FLAGS, skip=tuple(Settings.model_fields))
+        add_flags(action, "request_timeout_s")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code. Raises NotFound, Conflict, Unavailable."""
-    return asyncio.run(_with_letters(with_queue(load_settings(args)), args))
+    return run_action(args)
 
 
-async def _with_letters(settings: Settings, args: argparse.Namespace) -> int:
-    do: Callable[[Bus, Settings, argparse.Namespace], Awaitable[None]] = args.do
-    bus = Bus(settings.queue_url())
-    try:
-        await do(bus, settings, args)
-    except CONNECTION_ERRORS as error:
-        raise Unavailable(f"no queue answers at {settings.redis_url}: {error}") from error
-    except QueueError as error:
-        raise PermissionDenied(f"the queue refuses: {error}") from error
-    finally:
-        await bus.close()
-    return 0
+async def _list(bus: Bus, _: Settings, args: argparse.Namespace) -> list[dict[str, Any]]:
+    found = await bus.dead_letters.newest(args.limit)
+    if not args.json:
+        columns = ("id", "when", "request", "adapter", "tokens", "deaths", "why")
+        print_list(columns, [_row(*one) for one in found], "no dead letters")
+    return [view(*one) for one in found]
 
 
-async def _list(bus: Bus, _: Settings, args: argparse.Namespace) -> None:
-    rows: list[list[str]] = []
-    for letter_id, letter in await bus.dead_letters.newest(args.limit):
-        sub = letter.submit
-        rid, digest = (sub.rid, sub.digest[:12] or "base") if sub else ("", letter.stream)
-        num_tokens, num_deaths = str(letter.num_output_tokens), str(len(letter.deaths))
-        rows.append([letter_id, _time(letter.ms), rid, digest, num_tokens, num_deaths, letter.reason])
-    print_list(("id", "when", "request", "adapter", "tokens", "deaths", "why"), rows, "no dead letters")
+def _row(letter_id: str, letter: m.DeadLetter) -> list[str]:
+    sub = letter.submit
+    rid, digest = (sub.rid, sub.digest[:12] or "base") if sub else ("", letter.stream)
+    num_tokens, num_deaths = str(letter.num_output_tokens), str(len(letter.deaths))
+    return [letter_id, _time(letter.ms), rid, digest, num_tokens, num_deaths, letter.reason]
 
 
-async def _show(bus: Bus, _: Settings, args: argparse.Namespace) -> None:
+async def _show(bus: Bus, _: Settings, args: argparse.Namespace) -> dict[str, Any]:
     letter = await bus.dead_letters.get(args.letter)
-    lines = [f"{args.letter}  {_time(letter.ms)}", f"why       {letter.reason}"]
+    if not args.json:
+        _tell(args.letter, letter)
+    return view(args.letter, letter)
+
+
+def _tell(letter_id: str, letter: m.DeadLetter) -> None:
+    lines = [f"{letter_id}  {_time(letter.ms)}", f"why       {letter.reason}"]
     if letter.stream:
         lines += [f"stream    {letter.stream}", f"message   {letter.raw[:400]!r}"]
     if sub := letter.submit:
@@ -78,11 +71,15 @@ async def _show(bus: Bus, _: Settings, args: argparse.Namespace) -> None:
     print("\n".join([*lines, *(_told(death) for death in letter.deaths)]))
 
 
-async def _retry(bus: Bus, settings: Settings, args: argparse.Namespace) -> None:
+async def _retry(bus: Bus, settings: Settings, args: argparse.Namespace) -> list[dict[str, Any]]:
+    queued: list[dict[str, Any]] = []
     for letter_id in args.letters:
         rid = await bus.dead_letters.retry(letter_id, settings.request_timeout_s)
         await bus.audit.note(from_command_line("dead_letter.retry", letter_id, rid))
-        print(f"{letter_id}: {rid} is queued again")
+        queued.append({"id": letter_id, "request": rid})
+        if not args.json:
+            print(f"{letter_id}: {rid} is queued again")
+    return queued
 
 
 def _told(death: m.Death) -> str:

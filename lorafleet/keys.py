@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
 import msgspec
 from rich.console import Console
 
-from lorafleet.flags import add_settings, load_settings
-from lorafleet.launcher.embedded import with_queue
+from lorafleet.on_queue import add_flags, run_action
 from lorafleet.tables import print_list
-from protocol.queue.api_keys import SCOPES, Tenant
+from protocol.queue.api_keys import SCOPES, ApiKey, Tenant
 from protocol.queue.audit import from_command_line
-from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError, now_ms
+from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.settings import Settings, names_of
-from protocol.wire.errors import BadRequest, PermissionDenied, Unavailable
+from protocol.wire.errors import BadRequest
 
-FLAGS = ("redis_url", "redis_password_file", "data")
 LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency", "kept_bytes", "weight")
 _UNITS_S = {"m": 60, "h": 3600, "d": 86_400, "y": 365 * 86_400}
 
@@ -58,29 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     revoke.add_argument("key", metavar="ID")
     for action, do in ((create, _create), (listing, _list), (revoke, _revoke)):
         action.set_defaults(do=do)
-        add_settings(action, first=FLAGS, skip=tuple(Settings.model_fields))
+        add_flags(action)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code. Raises BadRequest, NotFound, Unavailable."""
-    return asyncio.run(_with_keys(with_queue(load_settings(args)), args))
+    return run_action(args)
 
 
-async def _with_keys(settings: Settings, args: argparse.Namespace) -> int:
-    do: Callable[[Bus, argparse.Namespace], Awaitable[None]] = args.do
-    bus = Bus(settings.queue_url())
-    try:
-        await do(bus, args)
-    except CONNECTION_ERRORS as error:
-        raise Unavailable(f"no queue answers at {settings.redis_url}: {error}") from error
-    except QueueError as error:
-        raise PermissionDenied(f"the queue refuses: {error}") from error
-    finally:
-        await bus.close()
-    return 0
-
-
-async def _create(bus: Bus, args: argparse.Namespace) -> None:
+async def _create(bus: Bus, _: Settings, args: argparse.Namespace) -> dict[str, Any]:
     keys = bus.api_keys
     changes: dict[str, Any] = {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
     if args.visible is not None:
@@ -93,11 +76,23 @@ async def _create(bus: Bus, args: argparse.Namespace) -> None:
     secret, key = await keys.create(args.tenant, names_of(args.scopes), expires_ms, args.note)
     detail = f"{key.id} scopes={','.join(key.scopes)} expires={args.expires}"
     await bus.audit.note(from_command_line("key.create", key.tenant, detail))
-    print(secret)
+    if not args.json:
+        print(secret)
     Console(stderr=True).print(f"{key.id} of {key.tenant}, {_scopes(key.scopes)}; it will not be shown again")
+    return {"key": secret, **msgspec.structs.asdict(key)}
 
 
-async def _list(bus: Bus, _: argparse.Namespace) -> None:
+async def _list(bus: Bus, _: Settings, args: argparse.Namespace) -> list[dict[str, Any]]:
+    found = await bus.api_keys.all()
+    if not args.json:
+        _print(found)
+    return [
+        {**msgspec.structs.asdict(key), "limits": {name: getattr(tenant, name) for name in (*LIMITS, "adapters")}}
+        for key, tenant in found
+    ]
+
+
+def _print(found: Sequence[tuple[ApiKey, Tenant]]) -> None:
     columns = (
         "id", "tenant", "scopes", "created", "expires", "requests/min", "tokens/min", "at once", "bytes", "weight",
         "adapters", "note",
@@ -105,15 +100,17 @@ async def _list(bus: Bus, _: argparse.Namespace) -> None:
     rows = [
         [key.id, key.tenant, _scopes(key.scopes), _time(key.created_ms), _expiry(key.expires_ms), *_limits(tenant),
          f"{tenant.weight:g}", " ".join(tenant.adapters), key.note]
-        for key, tenant in await bus.api_keys.all()
+        for key, tenant in found
     ]  # fmt: skip
     print_list(columns, rows, "no keys", width=160)
 
 
-async def _revoke(bus: Bus, args: argparse.Namespace) -> None:
+async def _revoke(bus: Bus, _: Settings, args: argparse.Namespace) -> dict[str, Any]:
     key = await bus.api_keys.revoke(args.key)
     await bus.audit.note(from_command_line("key.revoke", key.id, f"of {key.tenant}"))
-    print(f"{key.id} of {key.tenant} is revoked; its running requests continue")
+    if not args.json:
+        print(f"{key.id} of {key.tenant} is revoked; its running requests continue")
+    return msgspec.structs.asdict(key)
 
 
 def expiry_ms(text: str) -> int:

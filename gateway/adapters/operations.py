@@ -89,15 +89,24 @@ class AdapterOperations:
     # ------------------------------------------------------------ list
 
     async def list(self, caller: Caller, tenant: str | None, after: str, limit: int) -> dict[str, Any]:
-        """Return a page of at most `limit` adapters after a name, by name: those the caller sees, or a tenant's own."""
+        """Return a page of at most `limit` adapters by name: those the caller sees, or a tenant's own.
+
+        after: `last_id` of the page before; or a name, which all tenants' adapters of that name are left out with.
+        """
         owner = None if tenant is None else caller.namespace(tenant)
+        name, has_tenant, last_tenant = after.partition(",")  # no name has a comma
+        place = (name, last_tenant) if has_tenant else (f"{name}\0", "")
         found = [
             alias async for alias in self._bus.adapters.each()
-            if alias.name > after and (caller.sees(alias) if owner is None else alias.tenant == owner)
+            if (alias.name, alias.tenant) > place
+            and (caller.sees(alias) if owner is None else alias.tenant == owner)
         ]  # fmt: skip
-        aliases = sorted(found, key=lambda alias: alias.name)
+        aliases = sorted(found, key=lambda alias: (alias.name, alias.tenant))
         page = aliases[:limit]
-        return {"object": "list", "data": await self._show(page, caller), "has_more": len(aliases) > len(page)}
+        return {
+            "object": "list", "data": await self._show(page, caller), "has_more": len(aliases) > len(page),
+            "last_id": f"{page[-1].name},{page[-1].tenant}" if page else None,
+        }  # fmt: skip
 
     async def get(self, name: str, caller: Caller, tenant: str | None = None) -> dict[str, Any]:
         """Return the object of one adapter that the caller sees. Raises ModelNotFound."""

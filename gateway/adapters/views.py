@@ -37,6 +37,7 @@ class AdapterObjects:
         return {
             "name": alias.name,
             "object": "adapter",
+            "tenant": alias.tenant or None,
             "state": nearest if has_effect else NO_EFFECT,
             "digest": alias.digest or None,
             "source": alias.source or None,

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from protocol.queue.usage import DAY_S, UsageRow
+from protocol.queue.usage import DAY_S, OTHERS, UsageRow
 from protocol.wire.errors import BadRequest
 
 GROUPS = ("project_id", "model", "batch", "adapter", "base_model")
@@ -20,9 +20,6 @@ GROUPS = ("project_id", "model", "batch", "adapter", "base_model")
 
 NOT_COUNTED = ("user_id", "api_key_id", "service_tier", "api_source")
 """By what OpenAI tells it apart, and this fleet does not."""
-
-REST = "other"
-"""The model of what came after too many others on one day."""
 
 MAX_RESULTS = 20_000
 """Most results of an answer, over all its days."""
@@ -102,7 +99,7 @@ class Day:
 
 def shown_model(row: UsageRow) -> str:
     """Return the model of a row as an answer names it."""
-    return row.model or REST
+    return row.model or OTHERS
 
 
 def page(days: Sequence[Day], query: Query) -> dict[str, Any]:

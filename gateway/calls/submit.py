@@ -190,7 +190,7 @@ class Submitter:
             idem_key=self._bus.keys.idem(caller.owner, key) if key else "",
             idem_value=m.encode(record) if record is not None else b"",
             quota=call.quota, forced=forced, job=job, keep_bodies=self._keep_bodies,
-            usages=usages_of(call, self._usage_days) if self._usage_days else (),
+            usages=usages_of(call, self._usage_days),
         )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ MAX_TEXT_CHARACTERS = 1900
 _WITH_FIELDS = (("parameters",), ("thinking",), ("output_config",), ("text",), ("reasoning",))
 """Fields that are objects, whose own fields errors name: in LoRAX's bodies most are in one."""
 
+_RANGES = {"gt", "ge", "lt", "le"}
 _MAX_LISTED = 3  # reasons shown for one field
 _OWN_WORDS = {  # pydantic's error type -> text for whoever wrote the JSON
     "missing": "it is missing",
@@ -247,9 +248,12 @@ def _loc(error: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _words(error: Mapping[str, Any]) -> str:
-    given = error.get("input")
-    if (
-        error["type"] == "int_type" and isinstance(given, float) and abs(given) >= 1 << 63
-    ):  # orjson's of a large integer
-        return f"it must be an integer from {-(1 << 63)} to {(1 << 63) - 1}"
-    return _OWN_WORDS.get(error["type"]) or error["msg"][:1].lower() + error["msg"][1:]
+    kind, given = error["type"], error.get("input")
+    if kind == "int_type" and isinstance(given, float) and abs(given) >= 1 << 63:  # orjson's of a large integer
+        return f"it must be an integer from {-(1 << 63)} to {(1 << 63) - 1}, not {given:g}"
+    words = _OWN_WORDS.get(kind) or error["msg"][:1].lower() + error["msg"][1:]
+    if not _RANGES.isdisjoint(error.get("ctx") or {}):  # pydantic names the limit only
+        return f"{words}, not {given!s:.40}"
+    if isinstance(given, str) and kind in ("string_too_long", "string_too_short"):
+        return f"{words}, not {len(given)}"
+    return words

@@ -12,10 +12,10 @@ from gateway.books.audit import AuditedRoute, about
 from gateway.http import openapi
 from gateway.http.paths import DEAD_LETTERS, KEYS, TENANTS, WORKERS
 from gateway.operators.keys import KeyAdministration, KeyRequest, TenantChange
-from gateway.operators.letters import view
 from gateway.operators.workers import Workers
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
+from protocol.wire.letters import view
 
 MAX_WAIT_S = 60.0
 Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S)]

@@ -10,9 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from gateway.adapters.residency import name_in
 from gateway.auth.callers import Caller
-from gateway.calls import observe
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
@@ -69,7 +67,7 @@ class RequestList:
                 found = await self._bus.request_lists.summaries([one.rid for one in chunk])
                 for one, summary in zip(chunk, found, strict=True):
                     if len(page) == limit or looked >= MAX_LOOKED_AT:
-                        return await self._shown(page, beats, caller, last)
+                        return _shown(page, beats, last)
                     looked, last = looked + 1, f"{kind}:{one.place}"
                     if summary is None or one.rid in seen or owner not in (None, summary.tenant):
                         continue
@@ -77,21 +75,7 @@ class RequestList:
                         seen.add(one.rid)
                         page.append(summary)
             place = ""
-        return await self._shown(page, beats, caller, None)
-
-    async def _shown(
-        self, page: list[RequestSummary], beats: dict[str, m.WorkerBeat], caller: Caller, last: str | None
-    ) -> dict[str, Any]:
-        """Return a page as JSON; last: where the next one goes on, None for the last page."""
-        records = await self._bus.adapters.records(sorted({one.digest for one in page if one.digest}))
-
-        def name_of(digest: str) -> str | None:
-            # A name by which others have asked for the same content is for admins only.
-            return observe.name_of_digest(digest) or name_in(records, digest) if caller.is_admin else None
-
-        workers = {wid: beat.name for wid, beat in beats.items()}
-        data = [_view(one, name_of, workers) for one in page]
-        return {"object": "list", "data": data, "has_more": last is not None, "last_id": last}
+        return _shown(page, beats, None)
 
     async def _walk(self, kind: State, place: str, beats: dict[str, m.WorkerBeat]) -> AsyncIterator[list[_Found]]:
         """Make the requests of a state from after a place on, some at a time."""
@@ -134,7 +118,14 @@ def _after(after: str) -> tuple[State | None, str]:
     return state, place
 
 
-def _view(one: RequestSummary, name_of: Any, workers: dict[str, str]) -> dict[str, Any]:
+def _shown(page: list[RequestSummary], beats: dict[str, m.WorkerBeat], last: str | None) -> dict[str, Any]:
+    """Return a page as JSON; last: where the next one goes on, None for the last page."""
+    workers = {wid: beat.name for wid, beat in beats.items()}
+    data = [_view(one, workers) for one in page]
+    return {"object": "list", "data": data, "has_more": last is not None, "last_id": last}
+
+
+def _view(one: RequestSummary, workers: dict[str, str]) -> dict[str, Any]:
     return {
         "id": one.rid,
         "object": "request",
@@ -143,7 +134,7 @@ def _view(one: RequestSummary, name_of: Any, workers: dict[str, str]) -> dict[st
         "finish": one.finish or None,
         "tenant": one.tenant,
         "class": one.cls,
-        "adapter": {"digest": one.digest, "name": name_of(one.digest)} if one.digest else None,
+        "adapter": {"digest": one.digest, "name": one.model or None} if one.digest else None,
         "worker": workers.get(one.owner, one.owner) or None,
         "prompt_tokens": one.num_prompt_tokens,
         "output_tokens": one.num_output_tokens,

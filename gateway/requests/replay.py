@@ -8,7 +8,6 @@ from typing import Any
 from msgspec import structs
 
 from gateway.auth.callers import Caller
-from gateway.calls import observe
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.submit import cancel, rid_of
 from gateway.overload.admission import Load
@@ -47,26 +46,25 @@ async def replay(pipeline: Pipeline, rid: str, caller: Caller) -> dict[str, Any]
         owned.submit, rid=rid_of(call, 0), call="", part=0, gateway=pipeline.replies.gid, stored=False,
         submitted_ms=now_ms(), deadline_ms=now_ms() + int(pipeline.settings.request_timeout_s * 1000), trace="",
     )  # fmt: skip
-    now = await _run(pipeline, again, body, caller)
+    now = await _run(pipeline, again, body, record.model, caller)
     return compared(rid, again.rid, before, now)
 
 
-async def _run(pipeline: Pipeline, submit: m.Submit, body: m.Body, caller: Caller) -> bytes:
-    """Run a request to its end and return its tokens (int32). It counts against the caller's limits."""
+async def _run(pipeline: Pipeline, submit: m.Submit, body: m.Body, model: str, caller: Caller) -> bytes:
+    """Run a request to its end and return its tokens (int32). It counts against the caller's limits, for a model."""
     bus, replies = pipeline.bus, pipeline.replies
     load = Load(submit.cls, 1, submit.num_prompt_tokens + submit.max_new_tokens, pipeline.settings.request_timeout_s)
     quota = pipeline.admission.quota_of(caller)
     pipeline.admission.check_again(load, quota)
-    base = pipeline.fleet.base
-    name = observe.name_of_digest(submit.digest) or submit.digest if submit.digest else base.name if base else ""
-    counted = Counted(caller.owner, name, submit.digest, base.name if base else "", False, pipeline.settings.usage_days)
+    base, days = pipeline.fleet.base, pipeline.settings.usage_days
+    counted = Counted(caller.owner, model, submit.digest, base.name if base else "", False, days)
     usage = usage_of(counted, calls=1, prompt_tokens=submit.num_prompt_tokens, has_output=body.task == "generate")
     mail = replies.subscribe([submit.rid], eager=False)
     ended = False
     try:
         outcome, told = await bus.submit(
             submit.cls, [(submit, body)], max_queued=pipeline.settings.max_queued, quota=quota,
-            usages=[usage] if pipeline.settings.usage_days else (),
+            usages=[usage],
         )  # fmt: skip
         pipeline.admission.settle_again(load, quota, outcome, told)
         while now_ms() < submit.deadline_ms:

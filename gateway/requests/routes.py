@@ -11,7 +11,6 @@ from starlette.responses import Response
 from gateway.auth.callers import Caller, caller_of
 from gateway.bodies.json_bodies import json_response
 from gateway.books.audit import AuditedRoute
-from gateway.calls import observe
 from gateway.calls.pipeline import Pipeline
 from gateway.http import openapi
 from gateway.http.paths import REQUESTS
@@ -52,7 +51,7 @@ class RequestEndpoints:
     async def explain(self, request_id: str, request: Request) -> Response:
         """Answer `GET /v1/requests/{id}`: of a call with several choices the first, or the one named: `ID-2`."""
         rid, record = await self._find(request_id, caller_of(request))
-        return json_response(described(rid, record, observe.name_of_digest))
+        return json_response(described(rid, record))
 
     async def replay(self, request_id: str, request: Request) -> Response:
         """Answer `POST /v1/requests/{id}/replay`."""

@@ -6,7 +6,6 @@ clocks differ show that here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from protocol.wire import messages as m
@@ -22,8 +21,8 @@ TIERS = {
 }
 
 
-def described(rid: str, record: RequestRecord, name_of: Callable[[str], str | None]) -> dict[str, Any]:
-    """Return the object of `GET /v1/requests/{id}`. name_of: a name of an adapter by its digest, None for none."""
+def described(rid: str, record: RequestRecord) -> dict[str, Any]:
+    """Return the object of `GET /v1/requests/{id}`."""
     facts = record.facts
     error = error_from(facts.error) if facts.error else None
     return {
@@ -35,7 +34,7 @@ def described(rid: str, record: RequestRecord, name_of: Callable[[str], str | No
         "error": {"message": error.message, "code": error.code} if error is not None else None,
         "tenant": record.tenant,
         "class": record.cls,
-        "adapter": {"digest": record.digest, "name": name_of(record.digest)} if record.digest else None,
+        "adapter": {"digest": record.digest, "name": record.model or None} if record.digest else None,
         "prompt_tokens": facts.num_prompt_tokens,
         "cached_tokens": record.num_cached_tokens,
         "output_tokens": facts.num_output_tokens,

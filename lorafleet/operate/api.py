@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -99,7 +99,7 @@ class Api:
             yield from page["data"]
             if not page["has_more"]:
                 return
-            params["after"] = page.get("last_id") or page["data"][-1]["name"]
+            params["after"] = page["last_id"]
 
     def download(self, path: str, target: Path) -> None:
         """Write what a route answers to a file. Raises as `ask`."""
@@ -143,13 +143,13 @@ def _unreachable(url: str, error: Exception) -> Unavailable:
     return Unavailable(f"no gateway answers at {url}: {error or type(error).__name__}")
 
 
-def run_action(args: argparse.Namespace) -> int:
+def run_action(args: argparse.Namespace, code_of: Callable[[Any], int] | None = None) -> int:
     """Run `args.do` with the fleet's API; return the exit code. With `--json` its answer is printed, else it prints.
 
-    Raises what the fleet refuses, and Unavailable.
+    code_of: makes the code of the answer; None: 0. Raises what the fleet refuses, and Unavailable.
     """
     with Api(args) as api:
         answer = args.do(api, args)
     if args.json:
         print_json(answer)
-    return 0
+    return code_of(answer) if code_of is not None else 0

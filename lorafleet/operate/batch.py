@@ -15,7 +15,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lorafleet.operate.api import Api, add_flags
+from lorafleet.operate.api import Api, add_flags, add_json_flag, run_action
 from lorafleet.tables import print_list
 from protocol.wire.errors import BadRequest
 
@@ -42,25 +42,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing = actions.add_parser("list", help="list batches, the newest first")
     listing.add_argument("--limit", type=int, default=20, help="most that are listed (%(default)s)")
     listing.set_defaults(do=_list)
-    show = actions.add_parser("show", help="show one, and download what it has if it has ended")
+    show = actions.add_parser("show", help="show one as JSON, and download what it has if it has ended")
     show.add_argument("--out", type=Path, metavar="FILE", help="where the answers go (default: they stay there)")
     show.add_argument("--errors", type=Path, metavar="FILE", help="where failures go (default: they stay there)")
-    show.set_defaults(do=_show)
+    show.set_defaults(do=_show, json=True)
     cancel = actions.add_parser("cancel", help="end one; what it has is kept")
     cancel.set_defaults(do=_cancel)
     for action in (show, cancel):
         action.add_argument("batch", metavar="ID")
+    for action in (start, listing, cancel):
+        add_json_flag(action)
     for action in (start, listing, show, cancel):
         add_flags(action)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
-    with Api(args) as api:
-        return args.do(api, args)
+    return run_action(args, _code if args.do is _run else None)
 
 
-def _run(api: Api, args: argparse.Namespace) -> int:
+def _run(api: Api, args: argparse.Namespace) -> dict[str, Any]:
     with _lines(args.file, args.model) as (file, first_url):
         endpoint = args.endpoint or first_url
         if not endpoint:
@@ -76,8 +77,16 @@ def _run(api: Api, args: argparse.Namespace) -> int:
         raise
     out = args.out or args.file.with_suffix(".output.jsonl")
     errors = args.errors or args.file.with_suffix(".errors.jsonl")
-    _download(api, batch, out, errors)
-    return _told(batch)
+    written = _download(api, batch, out, errors)
+    if not args.json:
+        print("\n".join(map(str, written)))
+    _tell(batch)
+    return batch
+
+
+def _code(batch: dict[str, Any]) -> int:
+    """Return the exit code of a batch that has ended."""
+    return 0 if batch["status"] == "completed" and not batch["request_counts"]["failed"] else 1
 
 
 def _follow(api: Api, batch: dict[str, Any]) -> dict[str, Any]:
@@ -94,15 +103,18 @@ def _follow(api: Api, batch: dict[str, Any]) -> dict[str, Any]:
     return batch
 
 
-def _download(api: Api, batch: dict[str, Any], out: Path | None, errors: Path | None) -> None:
+def _download(api: Api, batch: dict[str, Any], out: Path | None, errors: Path | None) -> list[Path]:
+    """Write what a batch has to files; return those that were written."""
+    written: list[Path] = []
     for key, target in (("output_file_id", out), ("error_file_id", errors)):
         if batch[key] and target is not None:
             api.download(f"/v1/files/{batch[key]}/content", target)
-            print(target)
+            written.append(target)
+    return written
 
 
-def _told(batch: dict[str, Any]) -> int:
-    """Print how a batch has ended; return the exit code."""
+def _tell(batch: dict[str, Any]) -> None:
+    """Print how a batch has ended."""
     counts, usage = batch["request_counts"], batch["usage"]
     for problem in ((batch["errors"] or {}).get("data") or [])[:MAX_SHOWN]:
         where = f"line {problem['line']}: " if problem["line"] else ""
@@ -112,31 +124,32 @@ def _told(batch: dict[str, Any]) -> int:
         f" {usage['input_tokens']} tokens in, {usage['output_tokens']} out",
         file=sys.stderr,
     )
-    return 0 if batch["status"] == "completed" and not counts["failed"] else 1
 
 
-def _list(api: Api, args: argparse.Namespace) -> int:
+def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:
     page = api.ask("GET", "/v1/batches", params={"limit": args.limit})
-    rows = [
-        [batch["id"], batch["status"], batch["endpoint"],
-         *(str(batch["request_counts"][name]) for name in ("total", "completed", "failed"))]
-        for batch in page["data"]
-    ]  # fmt: skip
-    print_list(("id", "status", "endpoint", "lines", "answered", "failed"), rows, "no batches")
-    return 0
+    if not args.json:
+        rows = [
+            [batch["id"], batch["status"], batch["endpoint"],
+             *(str(batch["request_counts"][name]) for name in ("total", "completed", "failed"))]
+            for batch in page["data"]
+        ]  # fmt: skip
+        print_list(("id", "status", "endpoint", "lines", "answered", "failed"), rows, "no batches")
+    return page["data"]
 
 
-def _show(api: Api, args: argparse.Namespace) -> int:
+def _show(api: Api, args: argparse.Namespace) -> dict[str, Any]:
     batch = api.ask("GET", f"/v1/batches/{args.batch}")
-    print(json.dumps(batch, indent=2))
-    _download(api, batch, args.out, args.errors)
-    return 0
+    for written in _download(api, batch, args.out, args.errors):
+        print(written, file=sys.stderr)
+    return batch
 
 
-def _cancel(api: Api, args: argparse.Namespace) -> int:
+def _cancel(api: Api, args: argparse.Namespace) -> dict[str, Any]:
     batch = api.ask("POST", f"/v1/batches/{args.batch}/cancel")
-    print(f"{batch['id']} is {batch['status']}")
-    return 0
+    if not args.json:
+        print(f"{batch['id']} is {batch['status']}")
+    return batch
 
 
 @contextmanager

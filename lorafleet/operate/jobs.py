@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
-from lorafleet.operate.api import Api, add_flags
+from lorafleet.operate.api import Api, add_flags, add_json_flag, run_action
 from lorafleet.tables import print_list
 from protocol.wire.errors import Internal
 
@@ -20,40 +19,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing.add_argument("--status", help="only those that are queued, running, completed, failed, cancelled, expired")
     listing.add_argument("--model", help="only those of a model")
     listing.set_defaults(do=_list)
-    show = actions.add_parser("show", help="show one, with its result")
-    show.set_defaults(do=_show)
+    show = actions.add_parser("show", help="show one, with its result, as JSON")
+    show.set_defaults(do=_show, json=True)
     tail = actions.add_parser("tail", help="print the text of one as it is made, from the beginning to the end")
     tail.add_argument("--choice", type=int, default=0, help="of several choices, the one to print (%(default)s)")
-    tail.set_defaults(do=_tail)
+    tail.set_defaults(do=_tail, json=False)
     cancel = actions.add_parser("cancel", help="end one")
     cancel.set_defaults(do=_cancel)
     for action in (show, tail, cancel):
         action.add_argument("job", metavar="ID")
+    for action in (listing, cancel):
+        add_json_flag(action)
     for action in (listing, show, tail, cancel):
         add_flags(action)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
-    with Api(args) as api:
-        return args.do(api, args)
+    return run_action(args)
 
 
-def _list(api: Api, args: argparse.Namespace) -> int:
+def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:
     wanted = {"limit": args.limit, "status": args.status, "model": args.model}
     page = api.ask("GET", "/v1/jobs", params={name: value for name, value in wanted.items() if value is not None})
-    columns = ("id", "status", "model", "endpoint", "tokens", "attempts")
-    names = ("id", "status", "model", "endpoint", "tokens_generated", "attempts")
-    print_list(columns, [[str(job[name]) for name in names] for job in page["data"]], "no jobs")
-    return 0
+    if not args.json:
+        columns = ("id", "status", "model", "endpoint", "tokens", "attempts")
+        names = ("id", "status", "model", "endpoint", "tokens_generated", "attempts")
+        print_list(columns, [[str(job[name]) for name in names] for job in page["data"]], "no jobs")
+    return page["data"]
 
 
-def _show(api: Api, args: argparse.Namespace) -> int:
-    print(json.dumps(api.ask("GET", f"/v1/jobs/{args.job}"), indent=2))
-    return 0
+def _show(api: Api, args: argparse.Namespace) -> dict[str, Any]:
+    return api.ask("GET", f"/v1/jobs/{args.job}")
 
 
-def _tail(api: Api, args: argparse.Namespace) -> int:
+def _tail(api: Api, args: argparse.Namespace) -> None:
     for event in api.events(f"/v1/jobs/{args.job}/stream"):
         if "error" in event:
             raise Internal(event["error"]["message"])
@@ -62,13 +62,13 @@ def _tail(api: Api, args: argparse.Namespace) -> int:
                 sys.stdout.write(_text_of(choice))
                 sys.stdout.flush()
     print()
-    return 0
 
 
-def _cancel(api: Api, args: argparse.Namespace) -> int:
+def _cancel(api: Api, args: argparse.Namespace) -> dict[str, Any]:
     job = api.ask("POST", f"/v1/jobs/{args.job}/cancel")
-    print(f"{job['id']} is {job['status']}")
-    return 0
+    if not args.json:
+        print(f"{job['id']} is {job['status']}")
+    return job
 
 
 def _text_of(choice: dict[str, Any]) -> str:

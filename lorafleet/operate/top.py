@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -35,26 +36,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command until it is interrupted; return the exit code. Raises what the fleet refuses, and Unavailable."""
-    every_s = max(args.every, 0.1)
     with Api(args) as api:
-        before = sample(api)
-        if args.json or args.once:
-            while True:
-                time.sleep(every_s)
-                now = sample(api)
-                if args.json:
-                    print(json.dumps(figures(before, now)), flush=True)
-                else:
-                    Console(width=max(120, Console().width)).print(frame(api.url, figures(before, now)))
-                if args.once:
-                    return 0
-                before = now
-        with Live(Text(f"asking {api.url} …"), screen=True, auto_refresh=False) as live:
-            while True:
-                time.sleep(every_s)
-                now = sample(api)
-                live.update(frame(api.url, figures(before, now)), refresh=True)
-                before = now
+        looks = islice(_looks(api, max(args.every, 0.1)), 1 if args.once else None)
+        if args.json:
+            for told in looks:
+                print(json.dumps(told), flush=True)
+        elif args.once:
+            Console(width=max(120, Console().width)).print(frame(api.url, next(looks)))
+        else:
+            with Live(Text(f"asking {api.url} …"), screen=True, auto_refresh=False) as live:
+                for told in looks:
+                    live.update(frame(api.url, told), refresh=True)
+    return 0
+
+
+def _looks(api: Api, every_s: float) -> Iterator[dict[str, Any]]:
+    """Yield the `figures` of a fleet without end. Raises as `Api.ask`."""
+    before = sample(api)
+    while True:
+        time.sleep(every_s)
+        now = sample(api)
+        yield figures(before, now)
+        before = now
 
 
 def sample(api: Api) -> Sample:

@@ -81,7 +81,7 @@ class Bus:
         self.api_keys = ApiKeys(self._redis, self.keys)
         self.server = Server(self._redis)
         self.audit = AuditLog(self._redis, self.keys, self._scripts)
-        self.usage = Usage(self._redis, self.keys)
+        self.usage = Usage(self._redis, self.keys, self._scripts)
         self.dead_letters = DeadLetters(self._redis, self.keys, self._scripts)
         self.request_lists = RequestLists(self._redis, self.keys)
 

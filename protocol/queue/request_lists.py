@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from protocol.queue.redis_client import Client
+from protocol.queue.usage import model_of
 from protocol.wire import messages as m
 from protocol.wire.codec import decode
 from protocol.wire.errors import ProtocolError
@@ -14,7 +15,7 @@ from protocol.wire.records import RequestSummary
 
 _FIELDS = (
     "state", "tenant", "cls", "digest", "call", "owner", "finish", "n_prompt", "attempts", "t_submit", "t_first",
-    "t_end",
+    "t_end", "usage",
 )  # fmt: skip
 
 
@@ -61,13 +62,13 @@ class RequestLists:
             if row[0] is None:
                 found.append(None)
                 continue
-            words: list[str] = [(value or b"").decode() for value in row]
+            words: list[str] = [(value or b"").decode() for value in row[:-1]]
             state, tenant, cls, digest, call, owner, finish = words[:7]
             num_prompt, attempts, submitted, first, ended = (int(word or 0) for word in words[7:])
             found.append(
                 RequestSummary(
-                    rid, state, tenant, cls, digest, call, owner, finish, num_prompt, length // 4, attempts, submitted,
-                    first, ended,
+                    rid, state, tenant, cls, digest, model_of(row[-1] or b""), call, owner, finish, num_prompt,
+                    length // 4, attempts, submitted, first, ended,
                 )
             )  # fmt: skip
         return found

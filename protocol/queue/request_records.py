@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from protocol.queue.usage import model_of
 from protocol.wire import messages as m
 from protocol.wire.codec import decode
 from protocol.wire.records import FIRST_NOTES, LAST_NOTES, Assignment, RequestFacts, RequestRecord
@@ -23,8 +24,8 @@ def record_of(fields: Mapping[bytes, bytes], log_bytes: int) -> RequestRecord:
         log_bytes // 4, number("attempts"), number("t_submit"), number("t_first"), number("t_end"), number("t_assign"),
     )  # fmt: skip
     return RequestRecord(
-        facts, text("tenant"), text("cls"), text("digest"), text("call"), number("cached"), number("ahead"),
-        number("deadline"), _assignments(fields),
+        facts, text("tenant"), text("cls"), text("digest"), model_of(fields.get(b"usage", b"")), text("call"),
+        number("cached"), number("ahead"), number("deadline"), _assignments(fields),
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from protocol.queue.redis_client import Client
 NAMES = (
     "submit", "assign", "step", "finish", "cancel", "requeue", "retry", "lead", "repair", "position", "join", "vital",
     "forget", "inputs", "keep_file", "drop_file", "open_batch", "claim_batch", "save_batch",
-    "add_delivery", "change_conversation", "drop_conversation",
+    "add_delivery", "change_conversation", "drop_conversation", "note_residency",
 )  # fmt: skip
 FOLDER = Path(__file__).parent / "lua"
 
@@ -73,6 +73,7 @@ class Scripts:
     add_delivery: Script
     change_conversation: Script
     drop_conversation: Script
+    note_residency: Script
 
     def __init__(self, client: Client, line: Line, folder: Path = FOLDER) -> None:
         """Read the scripts in `folder`; each has `common.lua` after its first line."""

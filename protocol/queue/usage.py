@@ -12,12 +12,19 @@ from dataclasses import dataclass
 import msgspec
 
 from protocol.queue.redis_client import Client
+from protocol.queue.scripts import Scripts
 from protocol.wire.clock import now_ms
 from protocol.wire.keys import Keys
 
 DAY_S = 86_400
 MAX_NAME = 128
 """Longest name of a model in a row, in characters; longer ones end there, and their digests tell them apart."""
+
+MAX_RESIDENT = 4096
+"""Most adapters whose time in pools is told apart on a day."""
+
+OTHERS = "other"
+"""Stands for the models and adapters that came after too many others on one day."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +65,18 @@ def usage_of(counted: Counted, *, calls: int, prompt_tokens: int, has_output: bo
     return msgspec.msgpack.encode(parts)
 
 
+def model_of(usage: bytes) -> str:
+    """Return the model of what `usage_of` returned, as the API shows it; "" of nothing."""
+    return msgspec.json.decode(msgspec.msgpack.decode(usage)[-1])[0] if usage else ""
+
+
 class Usage:
     """The books of the fleet."""
 
-    def __init__(self, redis: Client, keys: Keys) -> None:
+    def __init__(self, redis: Client, keys: Keys, scripts: Scripts) -> None:
         self._redis = redis
         self._keys = keys
+        self._scripts = scripts
 
     async def tenants(self, day: int) -> list[str]:
         """Return the tenants that have used anything on a day, by name."""
@@ -75,17 +88,17 @@ class Usage:
         return [_row(tenant, raw, values) for raw, values in sorted(found.items())]
 
     async def note_residency(self, ms_by_digest: Mapping[str, int], days: int) -> None:
-        """Add to today's time for which adapters were in a pool. Repeated after a lost reply, it counts twice."""
-        day = now_ms() // (DAY_S * 1000)
-        key = self._keys.residency(day)
-        pipe = self._redis.pipeline(transaction=False)
-        for digest, ms in ms_by_digest.items():
-            pipe.hincrby(key, digest, ms)
-        pipe.expire(key, (days + 1) * DAY_S)
-        await pipe.execute()
+        """Add to today's time for which adapters were in a pool. Repeated after a lost reply, it counts twice.
+
+        days: that it is kept. After `MAX_RESIDENT` adapters all others count as `OTHERS`.
+        """
+        key = self._keys.residency(now_ms() // (DAY_S * 1000))
+        times = [word for digest, ms in ms_by_digest.items() for word in (digest, ms)]
+        args = [MAX_RESIDENT, OTHERS, (days + 1) * DAY_S, *times]
+        await self._scripts.note_residency(keys=[self._keys.tag, key], args=args)
 
     async def residency(self, day: int) -> dict[str, float]:
-        """Return for how many seconds adapters were in pools on a day, by digest, all workers together."""
+        """Return for how many seconds adapters were in pools on a day, by digest, or `OTHERS`; all workers together."""
         found = await self._redis.hgetall(self._keys.residency(day))
         return {digest.decode(): int(ms) / 1000 for digest, ms in found.items()}
 

@@ -67,6 +67,7 @@ class RequestRecord:
     tenant: str
     cls: str
     digest: str
+    model: str  # that was asked for, as the API shows it
     call: str
     num_cached_tokens: int
     num_ahead: int  # requests of its class that waited when it came
@@ -83,6 +84,7 @@ class RequestSummary:
     tenant: str
     cls: str
     digest: str  # of its adapter, "" for the base model
+    model: str  # that was asked for, as the API shows it
     call: str
     owner: str  # wid; "" while it is queued
     finish: str

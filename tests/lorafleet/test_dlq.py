@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,9 @@ def test_a_letter_is_listed_shown_and_retried(
     shown = capsys.readouterr().out
     assert "worker-0 (w) in decode, 2 tokens" in shown
     assert "3 in the prompt, 2 of at most 8 made" in shown
+    assert main(["dlq", "show", letter_id, "--json", *flags]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["id"], told["request"]["id"], told["deaths"][0]["phase"]) == (letter_id, "a-0", "decode")
     assert main(["dlq", "retry", letter_id, *flags]) == 0
     assert "a-0 is queued again" in capsys.readouterr().out
     assert asyncio.run(audited(queue_server)) == [("cli", "dead_letter.retry", letter_id)]

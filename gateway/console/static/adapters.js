@@ -13,7 +13,7 @@ const path = (adapter, what = "", values = {}) =>
   `v1/adapters/${part(adapter.name)}${what ? `/${what}` : ""}${query(values)}`;
 
 const list = (signal) =>
-  pages((after) => `v1/adapters${query({ limit: 1000, after })}`, MOST, signal, (page) => page.data.at(-1)?.name);
+  pages((after) => `v1/adapters${query({ limit: 1000, after })}`, MOST, signal);
 
 // What a state means, and what to do.
 const MEANING = {

@@ -74,13 +74,13 @@ export function query(values) {
 }
 
 // Reads a list page by page, until it ends or has `most` objects. `next` makes a page's path of a cursor.
-export async function pages(next, most, signal, cursorOf = (page) => page.last_id) {
+export async function pages(next, most, signal) {
   const found = [];
   let after = "";
   for (let number = 0; number < 100; number++) {
     const page = await get(next(after), signal);
     found.push(...page.data);
-    after = cursorOf(page);
+    after = page.last_id;
     if (!page.has_more || !after) return { data: found, more: false, page };
     if (found.length >= most) return { data: found, more: true, page };
   }

@@ -86,7 +86,7 @@ function Answer({ model, turns, now, error }) {
 
 async function names(signal) {
   const fleet = await get("v1/fleet", signal);
-  const found = await pages((after) => `v1/adapters${query({ limit: 1000, after })}`, 20_000, signal, (page) => page.data.at(-1)?.name);
+  const found = await pages((after) => `v1/adapters${query({ limit: 1000, after })}`, 20_000, signal);
   return [...(fleet.model ? [fleet.model] : []), ...found.data.filter((one) => one.state !== "failed").map((one) => one.name)];
 }
 

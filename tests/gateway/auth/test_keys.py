@@ -133,6 +133,23 @@ async def test_orders_about_adapters_need_their_scope(http: httpx2.AsyncClient, 
     assert (refused.status_code, refused.json()["error"]["type"]) == (403, "permission_error")
 
 
+async def test_pages_of_adapters_part_two_of_one_name(
+    bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient, keys: ApiKeys
+) -> None:
+    for name in ("common", "common2"):
+        await fleet.add_adapter(name, "d2")
+    own = m.Alias(name="common", state="failed", source="hub:a/b", tenant="acme")
+    await bus._redis.hset(bus.keys.adapters, "acme\0common", m.encode(own))
+    acme, seen, after, more = await key_of(keys, "acme"), list[tuple[str, str | None]](), "", True
+    while more and len(seen) < 4:
+        page = (await http.get(f"/v1/adapters?limit=1&after={after}", headers=acme)).json()
+        seen += [(shown["name"], shown["tenant"]) for shown in page["data"]]
+        after, more = page["last_id"], page["has_more"]
+    assert seen == [("common", None), ("common", "acme"), ("common2", None)]
+    page = (await http.get("/v1/adapters?after=common", headers=acme)).json()
+    assert [shown["name"] for shown in page["data"]] == ["common2"], "a name alone stands for all of that name"
+
+
 async def test_tenants_see_their_own_adapters_and_those_that_are_for_them(
     bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient, keys: ApiKeys
 ) -> None:

@@ -43,7 +43,10 @@ async def test_run_writes_answers_and_failures(
     listed = capsys.readouterr().out
     assert listed.count("completed") == 2
     name = listed.splitlines()[1].split()[0]
+    assert await lorafleet(gateway, "list", "--json") == 0
+    assert name in {batch["id"] for batch in json.loads(capsys.readouterr().out)}
     assert await lorafleet(gateway, "show", name, "--out", str(tmp_path / "again")) == 0
+    assert json.loads(capsys.readouterr().out)["id"] == name
     assert (tmp_path / "again").read_text() == (tmp_path / "out").read_text()
     assert await lorafleet(gateway, "cancel", name) == 2
     assert "cannot be cancelled" in capsys.readouterr().err

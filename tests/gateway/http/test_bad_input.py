@@ -166,6 +166,29 @@ async def test_a_wrong_field_is_400_with_its_name(http: httpx2.AsyncClient, flee
 
 
 @pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"temperature": 2.5}, "temperature: input should be less than or equal to 2, not 2.5"),
+        ({"n": 0}, "n: input should be greater than or equal to 1, not 0"),
+        ({"seed": 1 << 90}, f"seed: it must be an integer from {-(1 << 63)} to {(1 << 63) - 1}, not 1.23794e+27"),
+        ({"model": "x" * 2000}, "model: string should have at most 1100 characters, not 2000"),
+    ],
+)
+async def test_what_is_out_of_range_is_told_with_its_limit(
+    http: httpx2.AsyncClient, fields: dict[str, Any], message: str
+) -> None:
+    answer = await http.post("/v1/completions", json={**COMPLETION, **fields})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith(message)
+
+
+async def test_a_long_number_in_a_query_is_told_in_part(http: httpx2.AsyncClient) -> None:
+    answer = await http.get(f"/v1/adapters?limit=1{'0' * 300}")
+    message = f"limit: input should be less than or equal to 10000, not 1{'0' * 39}"
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
+
+
+@pytest.mark.parametrize(
     ("metadata", "message"),
     [
         ({str(i): "" for i in range(17)}, "metadata has 17 entries; the limit is 16"),

@@ -128,6 +128,25 @@ def test_the_first_difference_is_found() -> None:
     assert compared("a", "b", ids(1), ids(1, 2))["first_difference"] == 1
 
 
+@pytest.mark.parametrize("usage_days", [0, 62])
+async def test_a_request_is_told_by_the_name_that_it_used(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path, usage_days: int
+) -> None:
+    for name in ("first", "second"):
+        await fleet.add_adapter(name, "d7")
+    async with (
+        running_gateway(bus, model_folder, usage_days=usage_days) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url) as http,
+    ):
+        for name in ("first", "second"):
+            done = (await http.post("/v1/completions", json={**BODY, "model": name})).json()
+            told = await explained(http, done["id"])
+            assert told["adapter"] == {"digest": "d7", "name": name}
+            listed = (await http.get("/v1/requests")).json()["data"]
+            assert {one["adapter"]["name"] for one in listed if one["id"] == told["id"]} <= {name}
+    assert bool(await bus._redis.keys(bus.keys.usage("*", "*"))) == bool(usage_days)
+
+
 async def test_only_the_tenant_and_operators_are_told(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     keys = ApiKeys(bus._redis, bus.keys)
     names = {"mine": ["infer"], "other": ["infer"], "ops": ["admin"]}

@@ -158,6 +158,21 @@ async def test_the_doctor_finds_a_fleet_well_and_its_queue_at_risk(
     assert gone == ""
 
 
+@pytest.mark.parametrize("words", ["jobs list", "batch list", "keys list", "dlq list", "keys create --tenant one"])
+async def test_what_scripts_read_is_json(command: Command, fleet: ProcessFleet, words: str) -> None:
+    flags = ["--redis-url", fleet.bus.url] if words.startswith(("keys", "dlq")) else []
+    told = await read(command, *words.split(), *flags)
+    if words == "keys create --tenant one":
+        assert (told["tenant"], told["scopes"]) == ("one", ["infer"])
+        (listed,) = await read(command, "keys", "list", *flags)
+        assert (listed["id"], listed["limits"]["weight"]) == (told["id"], 1.0)
+        assert await read(command, "keys", "revoke", told["id"], *flags) == {
+            name: value for name, value in listed.items() if name != "limits"
+        }
+    else:
+        assert told == []
+
+
 async def test_a_fleet_that_is_not_there_is_said(command: Command) -> None:
     for words in (("top", "--once"), ("workers", "list"), ("audit",), ("adapters", "list")):
         assert "no gateway answers" in await command(*words, "--url", "http://127.0.0.1:9", code=1)

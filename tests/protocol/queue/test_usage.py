@@ -8,7 +8,7 @@ import pytest
 from helpers.script_queue import Queue, make_body, make_submit, row
 
 from protocol.queue.bus import Bus, Step, now_ms
-from protocol.queue.usage import DAY_S, Counted, UsageRow, usage_of
+from protocol.queue.usage import DAY_S, MAX_RESIDENT, OTHERS, Counted, UsageRow, usage_of
 from protocol.wire import messages as m
 from protocol.wire.errors import WorkerLost
 
@@ -141,3 +141,13 @@ async def test_time_in_pools_is_added_up(queue: Queue) -> None:
         await queue.bus.usage.note_residency(ms, 3)
     assert await queue.bus.usage.residency(today()) == {"d1": 2.0, "d2": 0.02}
     assert 3 * DAY_S < await queue.ttl_s(queue.keys.residency(today())) <= 4 * DAY_S
+
+
+async def test_adapters_told_apart_in_pools_are_bounded(queue: Queue) -> None:
+    usage = queue.bus.usage
+    await usage.note_residency({f"d{number}": 1 for number in range(MAX_RESIDENT - 1)}, 3)
+    for _ in range(2):
+        await usage.note_residency({"new": 10, "late": 20, "later": 300, "d0": 1000}, 3)
+    seconds = await usage.residency(today())
+    assert len(seconds) == MAX_RESIDENT + 1
+    assert (seconds["new"], seconds["d0"], seconds[OTHERS]) == (0.02, 2.001, 0.64)

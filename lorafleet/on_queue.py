@@ -1,0 +1,47 @@
+"""Commands that work on the queue itself: those of `lorafleet keys` and `lorafleet dlq`. No gateway needs to run."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from lorafleet.flags import add_settings, load_settings
+from lorafleet.launcher.embedded import with_queue
+from lorafleet.operate.api import add_json_flag, print_json
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import PermissionDenied, Unavailable
+
+FLAGS = ("redis_url", "redis_password_file", "data")
+
+
+def add_flags(parser: argparse.ArgumentParser, *more: str) -> None:
+    """Declare how the queue is reached, other settings by name, and `--json`."""
+    add_json_flag(parser)
+    add_settings(parser, first=(*FLAGS, *more), skip=tuple(Settings.model_fields))
+
+
+def run_action(args: argparse.Namespace) -> int:
+    """Run `args.do` with the queue; return the exit code. With `--json` its answer is printed, else it prints.
+
+    Raises what it raises, and Unavailable, PermissionDenied.
+    """
+    answer = asyncio.run(_done(with_queue(load_settings(args)), args))
+    if args.json:
+        print_json(answer)
+    return 0
+
+
+async def _done(settings: Settings, args: argparse.Namespace) -> Any:
+    do: Callable[[Bus, Settings, argparse.Namespace], Awaitable[Any]] = args.do
+    bus = Bus(settings.queue_url())
+    try:
+        return await do(bus, settings, args)
+    except CONNECTION_ERRORS as error:
+        raise Unavailable(f"no queue answers at {settings.redis_url}: {error}") from error
+    except QueueError as error:
+        raise PermissionDenied(f"the queue refuses: {error}") from error
+    finally:
+        await bus.close()
