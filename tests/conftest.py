@@ -9,11 +9,13 @@ import atexit
 import gc
 import secrets
 import socket
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+import httpcore2
 import pytest
 import pytest_asyncio
 
@@ -45,15 +47,20 @@ LONGER_S: dict[str, int] = {
 
 
 def pytest_configure() -> None:
-    """Do not look for garbage while tests are imported: that is half the time of it, in each process."""
+    """Spare every process what costs much time and shows nothing.
+
+    Garbage is not looked for while tests are imported: that is half the time of it. Certificates are read once, not by
+    every client of HTTP. And `jsonschema` does not make the grammars of IRIs, which no schema here asks for.
+    """
     gc.disable()
+    httpcore2.default_ssl_context = cache(httpcore2.default_ssl_context)
+    sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]  # an import of it fails
     atexit.register(gc.unfreeze)  # libraries in C++ complain of what is left
 
 
 def pytest_collection_finish() -> None:
     """Leave what was imported out of every later search for garbage."""
     gc.enable()
-    gc.collect()
     gc.freeze()
 
 

@@ -267,18 +267,19 @@ OF_ANSWERS: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "param", "words"), [*REFUSED, *OF_ANSWERS])
 async def test_what_is_wrong_is_named(
-    http: httpx2.AsyncClient, fleet: ScriptedFleet, fields: dict[str, Any], param: str, words: str
+    subtests: pytest.Subtests, http: httpx2.AsyncClient, fleet: ScriptedFleet
 ) -> None:
-    error = refused(await http.post(PATH, json={**BODY, **fields}), 400, "invalid_request_error")
-    assert error["details"]["param"] == param, error
-    assert words in error["message"]
-    assert fleet.seen == []
-    if (fields, param, words) in REFUSED:
-        asked = {**ASKED, **{name: value for name, value in fields.items() if name != "max_tokens"}}
-        counted = refused(await http.post(COUNT, json=asked), 400, "invalid_request_error")
-        assert counted == error
+    for fields, param, words in [*REFUSED, *OF_ANSWERS]:
+        with subtests.test(fields=fields, param=param, words=words):
+            error = refused(await http.post(PATH, json={**BODY, **fields}), 400, "invalid_request_error")
+            assert error["details"]["param"] == param, error
+            assert words in error["message"]
+            assert fleet.seen == []
+            if (fields, param, words) in REFUSED:
+                asked = {**ASKED, **{name: value for name, value in fields.items() if name != "max_tokens"}}
+                counted = refused(await http.post(COUNT, json=asked), 400, "invalid_request_error")
+                assert counted == error
 
 
 async def test_there_may_not_be_more_blocks_than_are_looked_into(http: httpx2.AsyncClient) -> None:

@@ -128,24 +128,26 @@ def told(answer: httpx2.Response) -> str:
     return error if isinstance(error, str) else error["message"]
 
 
-@pytest.mark.parametrize("path", GOOD)
-async def test_a_typo_is_refused_with_the_nearest_name(http: httpx2.AsyncClient, path: str) -> None:
-    first = next(iter(GOOD[path]))
-    answer = await http.post(path, json={**GOOD[path], f"{first}x": 1, "another": 2})
-    assert answer.status_code == (422 if path in LORAX_PATHS else 400), answer.text
-    assert f"Unknown parameter: `{first}x`. Did you mean `{first}`? Nor: another." in told(answer)
-    if path in LORAX_PATHS:
-        assert answer.json()["error_type"] == "validation"
-    elif not path.startswith(OLLAMA_PREFIX):
-        error = answer.json()["error"]
-        details = error.get("details") or {"error_code": error["code"], "param": error["param"]}
-        assert details == {"error_code": "unknown_parameter", "param": f"{first}x"}
+async def test_a_typo_is_refused_with_the_nearest_name(subtests: pytest.Subtests, http: httpx2.AsyncClient) -> None:
+    for path in GOOD:
+        with subtests.test(path=path):
+            first = next(iter(GOOD[path]))
+            answer = await http.post(path, json={**GOOD[path], f"{first}x": 1, "another": 2})
+            assert answer.status_code == (422 if path in LORAX_PATHS else 400), answer.text
+            assert f"Unknown parameter: `{first}x`. Did you mean `{first}`? Nor: another." in told(answer)
+            if path in LORAX_PATHS:
+                assert answer.json()["error_type"] == "validation"
+            elif not path.startswith(OLLAMA_PREFIX):
+                error = answer.json()["error"]
+                details = error.get("details") or {"error_code": error["code"], "param": error["param"]}
+                assert details == {"error_code": "unknown_parameter", "param": f"{first}x"}
 
 
-@pytest.mark.parametrize("path", GOOD)
-async def test_null_never_counts_as_given(http: httpx2.AsyncClient, path: str) -> None:
-    answer = await http.post(path, json={**GOOD[path], "unheard_of": None})
-    assert "unheard_of" not in answer.text
+async def test_null_never_counts_as_given(subtests: pytest.Subtests, http: httpx2.AsyncClient) -> None:
+    for path in GOOD:
+        with subtests.test(path=path):
+            answer = await http.post(path, json={**GOOD[path], "unheard_of": None})
+            assert "unheard_of" not in answer.text
 
 
 NESTED: list[tuple[str, dict[str, Any], str]] = [
@@ -169,25 +171,27 @@ NESTED: list[tuple[str, dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("route", "fields", "param"), NESTED)
 async def test_objects_within_a_body_are_looked_into(
-    http: httpx2.AsyncClient, fleet: ScriptedFleet, route: str, fields: dict[str, Any], param: str
+    subtests: pytest.Subtests, http: httpx2.AsyncClient, fleet: ScriptedFleet
 ) -> None:
-    path, good = (OPENAI[0], CHAT) if route == "chat" else (OPENAI[1], COMPLETION)
-    error = (await http.post(path, json={**good, **fields})).json()["error"]
-    assert (error["param"], error["code"]) == (param, "unknown_parameter")
-    assert fleet.seen == []
+    for route, fields, param in NESTED:
+        with subtests.test(route=route, fields=fields, param=param):
+            path, good = (OPENAI[0], CHAT) if route == "chat" else (OPENAI[1], COMPLETION)
+            error = (await http.post(path, json={**good, **fields})).json()["error"]
+            assert (error["param"], error["code"]) == (param, "unknown_parameter")
+            assert fleet.seen == []
 
 
-@pytest.mark.parametrize("path", ["/", "/generate", "/generate_stream", "/invocations"])
-async def test_lorax_s_parameters_are_looked_into(http: httpx2.AsyncClient, path: str) -> None:
-    for parameters, place, near in (
-        ({"max_new_token": 1}, "parameters.max_new_token", "max_new_tokens"),
-        ({"merged_adapters": {"ids": [], "weigths": []}}, "parameters.merged_adapters.weigths", "weights"),
-    ):
-        answer = await http.post(path, json={"inputs": "hi", "parameters": parameters})
-        assert answer.status_code == 422
-        assert f"Unknown parameter: `{place}`. Did you mean `{near}`?" in told(answer)
+async def test_lorax_s_parameters_are_looked_into(subtests: pytest.Subtests, http: httpx2.AsyncClient) -> None:
+    for path in ["/", "/generate", "/generate_stream", "/invocations"]:
+        with subtests.test(path=path):
+            for parameters, place, near in (
+                ({"max_new_token": 1}, "parameters.max_new_token", "max_new_tokens"),
+                ({"merged_adapters": {"ids": [], "weigths": []}}, "parameters.merged_adapters.weigths", "weights"),
+            ):
+                answer = await http.post(path, json={"inputs": "hi", "parameters": parameters})
+                assert answer.status_code == 422
+                assert f"Unknown parameter: `{place}`. Did you mean `{near}`?" in told(answer)
 
 
 @pytest.mark.parametrize("path", OPENAI)

@@ -104,9 +104,8 @@ async def test_background_jobs_are_no_batches(bus: Bus, fleet: ScriptedFleet, ht
     assert row.output_tokens == done["result"]["usage"]["completion_tokens"]
 
 
-@pytest.mark.parametrize(
-    ("query", "param"),
-    [
+async def test_what_is_not_served_is_named(subtests: pytest.Subtests, http: httpx2.AsyncClient) -> None:
+    for query, param in [
         ({}, "start_time"),
         ({"start_time": "yesterday"}, "start_time"),
         ({"start_time": "-1"}, "start_time"),
@@ -122,12 +121,11 @@ async def test_background_jobs_are_no_batches(bus: Bus, fleet: ScriptedFleet, ht
         ({"start_time": "1", "batch": "maybe"}, "batch"),
         ({"start_time": "1", "format": "xml"}, "format"),
         ({"start_time": "1", "colour": "red"}, "colour"),
-    ],
-)
-async def test_what_is_not_served_is_named(http: httpx2.AsyncClient, query: dict[str, str], param: str) -> None:
-    answer = await http.get("/v1/usage", params=query)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == param
+    ]:
+        with subtests.test(query=query, param=param):
+            answer = await http.get("/v1/usage", params=query)
+            assert answer.status_code == 400
+            assert answer.json()["error"]["param"] == param
 
 
 async def test_pages_go_on_day_by_day(bus: Bus, http: httpx2.AsyncClient) -> None:

@@ -100,9 +100,10 @@ FILE = b'Content-Disposition: form-data; name="file"; filename="a"\r\n\r\nhello'
 PURPOSE = b'Content-Disposition: form-data; name="purpose"\r\n\r\nbatch'
 
 
-@pytest.mark.parametrize(
-    ("body", "status"),
-    [
+async def test_odd_forms_get_an_answer_and_leave_nothing(
+    subtests: pytest.Subtests, small: RunningGateway, tmp_path: Path
+) -> None:
+    for body, status in [
         (form(FILE, PURPOSE), 200),
         (form(PURPOSE, FILE), 200),
         (form(PURPOSE), 400),
@@ -118,18 +119,16 @@ PURPOSE = b'Content-Disposition: form-data; name="purpose"\r\n\r\nbatch'
         (form(FILE, PURPOSE.replace(b"batch", b"\xff")), 400),
         (b"junk", 400),
         (b"", 400),
-    ],
-)
-async def test_odd_forms_get_an_answer_and_leave_nothing(
-    small: RunningGateway, tmp_path: Path, body: bytes, status: int
-) -> None:
-    async with httpx2.AsyncClient(base_url=small.url) as http:
-        headers = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
-        answer = await http.post("/v1/files", content=body, headers=headers)
-    assert answer.status_code == status, answer.text
-    if status != 200:
-        assert answer.json()["error"]["message"]
-        assert not found_below(tmp_path)
+    ]:
+        with subtests.test(body=body, status=status):
+            before = found_below(tmp_path)
+            async with httpx2.AsyncClient(base_url=small.url) as http:
+                headers = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
+                answer = await http.post("/v1/files", content=body, headers=headers)
+            assert answer.status_code == status, answer.text
+            if status != 200:
+                assert answer.json()["error"]["message"]
+                assert found_below(tmp_path) == before
 
 
 async def test_a_purpose_before_the_file_is_refused_before_the_file_is_sent(

@@ -165,21 +165,17 @@ async def test_a_wrong_field_is_400_with_its_name(http: httpx2.AsyncClient, flee
     assert await bus._redis.xlen(bus.keys.sub("interactive")) == 0
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
+async def test_what_is_out_of_range_is_told_with_its_limit(subtests: pytest.Subtests, http: httpx2.AsyncClient) -> None:
+    for fields, message in [
         ({"temperature": 2.5}, "temperature: input should be less than or equal to 2, not 2.5"),
         ({"n": 0}, "n: input should be greater than or equal to 1, not 0"),
         ({"seed": 1 << 90}, f"seed: it must be an integer from {-(1 << 63)} to {(1 << 63) - 1}, not 1.23794e+27"),
         ({"model": "x" * 2000}, "model: string should have at most 1100 characters, not 2000"),
-    ],
-)
-async def test_what_is_out_of_range_is_told_with_its_limit(
-    http: httpx2.AsyncClient, fields: dict[str, Any], message: str
-) -> None:
-    answer = await http.post("/v1/completions", json={**COMPLETION, **fields})
-    assert answer.status_code == 400
-    assert answer.json()["error"]["message"].startswith(message)
+    ]:
+        with subtests.test(fields=fields, message=message):
+            answer = await http.post("/v1/completions", json={**COMPLETION, **fields})
+            assert answer.status_code == 400
+            assert answer.json()["error"]["message"].startswith(message)
 
 
 async def test_a_long_number_in_a_query_is_told_in_part(http: httpx2.AsyncClient) -> None:
@@ -206,9 +202,8 @@ async def test_metadata_has_openai_s_limits(http: httpx2.AsyncClient, metadata: 
     assert (await http.post("/v1/completions", json={**COMPLETION, "metadata": most})).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("body", "content_type", "status", "word"),
-    [
+async def test_a_broken_body_is_a_client_error(subtests: pytest.Subtests, http: httpx2.AsyncClient) -> None:
+    for body, content_type, status, word in [
         (b"{", "application/json", 400, "valid JSON"),
         (b'{"model": }', "application/json", 400, "character"),
         (b"", "application/json", 400, "JSON object"),
@@ -222,16 +217,13 @@ async def test_metadata_has_openai_s_limits(http: httpx2.AsyncClient, metadata: 
         (b'{"model":"base","prompt":"hi","seed":' + b"9" * 5000 + b"}", "application/json", 400, ""),
         (b"model=base&prompt=hi", "application/x-www-form-urlencoded", 415, "must be JSON"),
         (b'{"model":"base","prompt":"hi"}', "text/plain", 415, "text/plain"),
-    ],
-)
-async def test_a_broken_body_is_a_client_error(
-    http: httpx2.AsyncClient, body: bytes, content_type: str, status: int, word: str
-) -> None:
-    answer = await http.post("/v1/completions", content=body, headers={"content-type": content_type})
-    error = answer.json()["error"]
-    assert (answer.status_code, error["type"]) == (status, "invalid_request_error")
-    assert word in error["message"]
-    assert set(error) == {"message", "type", "param", "code"}
+    ]:
+        with subtests.test(body=body, content_type=content_type, status=status, word=word):
+            answer = await http.post("/v1/completions", content=body, headers={"content-type": content_type})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["type"]) == (status, "invalid_request_error")
+            assert word in error["message"]
+            assert set(error) == {"message", "type", "param", "code"}
 
 
 @pytest.mark.parametrize(

@@ -71,22 +71,25 @@ async def test_a_completion_stream_byte_by_byte(http: httpx2.AsyncClient, fleet:
     ]
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 100])
-@pytest.mark.parametrize("stop", [None, "you", ["zzz", "ö"], "😀", ["are", "w"], ", how are you?"])
 async def test_streamed_text_is_the_whole_text(
-    http: httpx2.AsyncClient, fleet: ScriptedFleet, chunk: int, stop: str | list[str] | None
+    subtests: pytest.Subtests, http: httpx2.AsyncClient, fleet: ScriptedFleet
 ) -> None:
-    fleet.script = lambda submit, body: Script(chunk=chunk)
-    streamed = await http.post("/v1/completions", json={**COMPLETION, "stop": stop})
-    whole = await http.post("/v1/completions", json={**COMPLETION, "stop": stop, "stream": False})
-    text = whole.json()["choices"][0]["text"]
-    stops = [stop] if isinstance(stop, str) else stop or []
-    cut = min([at for s in stops if (at := Script().text.find(s)) >= 0], default=len(Script().text))
-    assert text == Script().text[:cut]
-    chunks = chunks_of(streamed.content)
-    assert "".join(c["choices"][0]["text"] for c in chunks) == text
-    assert "\ufffd" not in text
-    assert [c["choices"][0]["finish_reason"] for c in chunks][-1] == whole.json()["choices"][0]["finish_reason"]
+    for stop in [None, "you", ["zzz", "ö"], "😀", ["are", "w"], ", how are you?"]:
+        for chunk in [1, 2, 3, 7, 100]:
+            with subtests.test(chunk=chunk, stop=stop):
+                fleet.script = lambda submit, body, chunk=chunk: Script(chunk=chunk)
+                streamed = await http.post("/v1/completions", json={**COMPLETION, "stop": stop})
+                whole = await http.post("/v1/completions", json={**COMPLETION, "stop": stop, "stream": False})
+                text = whole.json()["choices"][0]["text"]
+                stops = [stop] if isinstance(stop, str) else stop or []
+                cut = min([at for s in stops if (at := Script().text.find(s)) >= 0], default=len(Script().text))
+                assert text == Script().text[:cut]
+                chunks = chunks_of(streamed.content)
+                assert "".join(c["choices"][0]["text"] for c in chunks) == text
+                assert "\ufffd" not in text
+                assert [c["choices"][0]["finish_reason"] for c in chunks][-1] == whole.json()["choices"][0][
+                    "finish_reason"
+                ]
 
 
 async def test_cut_characters_appear_at_the_end(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:

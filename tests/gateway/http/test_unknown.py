@@ -12,9 +12,8 @@ from gateway.http.errors import MAX_TEXT_CHARACTERS
 from gateway.http.unknown import MAX_COMPARED, unknown_url
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "words"),
-    [
+async def test_an_unknown_url_is_told_what_exists(subtests: pytest.Subtests, http: httpx2.AsyncClient) -> None:
+    for method, path, words in [
         ("POST", "/chat/completions", "Did you mean POST /v1/chat/completions"),
         ("POST", "/v1/chat/completion", "Did you mean POST /v1/chat/completions"),
         ("POST", "/v1/v1/completions", "POST /v1/completions"),
@@ -26,14 +25,13 @@ from gateway.http.unknown import MAX_COMPARED, unknown_url
         ("POST", "/flush_cache/", "not served: prefix caches"),
         ("GET", "/get_server_info", "/info and /v1/models"),
         ("GET", "/qqq", "GET /qqq. /openapi.json lists"),
-    ],
-)
-async def test_an_unknown_url_is_told_what_exists(http: httpx2.AsyncClient, method: str, path: str, words: str) -> None:
-    answer = await http.request(method, path)
-    error = answer.json()["error"]
-    assert (answer.status_code, error["code"]) == (404, "unknown_url")
-    assert error["message"].startswith(f"Unknown request URL: {method} {path}.")
-    assert words in error["message"]
+    ]:
+        with subtests.test(method=method, path=path, words=words):
+            answer = await http.request(method, path)
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (404, "unknown_url")
+            assert error["message"].startswith(f"Unknown request URL: {method} {path}.")
+            assert words in error["message"]
 
 
 async def test_long_unknown_urls_are_not_compared(http: httpx2.AsyncClient) -> None:

@@ -209,16 +209,20 @@ async def test_sampling_parameters_reach_the_worker(http: httpx2.AsyncClient, fl
     assert answer.json()["details"]["seed"] == (1 << 64) - 1
 
 
-@pytest.mark.parametrize(
-    ("fields", "temperature"),
-    [({}, 0), ({"do_sample": True}, 1), ({"temperature": 0.0, "do_sample": True}, 0), ({"temperature": 1.0}, 0),
-     ({"top_k": 3}, 1), ({"top_p": 1.0}, 0), ({"top_p": 0.5}, 1), ({"typical_p": 0.5}, 1)],
-)  # fmt: skip
-async def test_when_tokens_are_drawn(
-    http: httpx2.AsyncClient, fleet: ScriptedFleet, fields: dict[str, Any], temperature: float
-) -> None:
-    assert (await http.post("/generate", json=generate_body(**fields))).status_code == 200
-    assert fleet.seen[0][1].sampling.temperature == temperature
+async def test_when_tokens_are_drawn(subtests: pytest.Subtests, http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    for fields, temperature in [
+        ({}, 0),
+        ({"do_sample": True}, 1),
+        ({"temperature": 0.0, "do_sample": True}, 0),
+        ({"temperature": 1.0}, 0),
+        ({"top_k": 3}, 1),
+        ({"top_p": 1.0}, 0),
+        ({"top_p": 0.5}, 1),
+        ({"typical_p": 0.5}, 1),
+    ]:
+        with subtests.test(fields=fields, temperature=temperature):
+            assert (await http.post("/generate", json=generate_body(**fields))).status_code == 200
+            assert fleet.seen[-1][1].sampling.temperature == temperature
 
 
 # ---------------------------------------------------------------- adapters
@@ -236,9 +240,10 @@ async def test_adapters(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     assert [submit.digest for submit, _ in fleet.seen[2:]] == ["", "", ""]
 
 
-@pytest.mark.parametrize(
-    ("fields", "word"),
-    [
+async def test_an_adapter_that_cannot_be_served_is_424(
+    subtests: pytest.Subtests, http: httpx2.AsyncClient, fleet: ScriptedFleet
+) -> None:
+    for fields, word in [
         ({"adapter_id": "nobody"}, "nobody"),
         ({"adapter_id": "nobody", "adapter_source": "local"}, "nobody"),
         ({"adapter_id": "../../etc", "adapter_source": "local"}, "does not exist"),
@@ -247,19 +252,16 @@ async def test_adapters(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
         ({"adapter_id": "bucket/fox", "adapter_source": "s3"}, "s3"),
         ({"adapter_id": "fox/1", "adapter_source": "pbase"}, "Invalid source 'pbase'"),
         ({"adapter_id": "broken"}, "DoRA"),
-    ],
-)
-async def test_an_adapter_that_cannot_be_served_is_424(
-    http: httpx2.AsyncClient, fleet: ScriptedFleet, fields: dict[str, Any], word: str
-) -> None:
-    await fleet.add_adapter("broken", state="failed", reason="DoRA is not understood")
-    answer = await http.post("/generate", json=generate_body(**fields))
-    assert answer.status_code == 424
-    body = answer.json()
-    assert body["error_type"] == "generation"
-    assert body["error"].startswith("Request failed during generation: ")
-    assert word in body["error"]
-    assert fleet.seen == []
+    ]:
+        with subtests.test(fields=fields, word=word):
+            await fleet.add_adapter("broken", state="failed", reason="DoRA is not understood")
+            answer = await http.post("/generate", json=generate_body(**fields))
+            assert answer.status_code == 424
+            body = answer.json()
+            assert body["error_type"] == "generation"
+            assert body["error"].startswith("Request failed during generation: ")
+            assert word in body["error"]
+            assert fleet.seen == []
 
 
 async def test_openai_s_routes_take_lorax_s_fields(http: httpx2.AsyncClient, fleet: ScriptedFleet, bus: Bus) -> None:
@@ -367,16 +369,14 @@ async def test_wrong_parameters_are_422_in_lorax_words(http: httpx2.AsyncClient,
     assert fleet.seen == []
 
 
-@pytest.mark.parametrize(
-    ("fields", "text"),
-    [
+async def test_what_cannot_be_streamed(subtests: pytest.Subtests, http: httpx2.AsyncClient) -> None:
+    for fields, text in [
         ({"best_of": 2, "do_sample": True}, "`best_of` != 1 is not supported when streaming tokens"),
         ({"decoder_input_details": True}, "`decoder_input_details` == true is not supported when streaming tokens"),
-    ],
-)
-async def test_what_cannot_be_streamed(http: httpx2.AsyncClient, fields: dict[str, Any], text: str) -> None:
-    answer = await http.post("/generate_stream", json=generate_body(**fields))
-    assert (answer.status_code, answer.json()["error"]) == (422, f"Input validation error: {text}")
+    ]:
+        with subtests.test(fields=fields, text=text):
+            answer = await http.post("/generate_stream", json=generate_body(**fields))
+            assert (answer.status_code, answer.json()["error"]) == (422, f"Input validation error: {text}")
 
 
 @pytest.mark.parametrize(

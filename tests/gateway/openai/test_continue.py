@@ -62,23 +62,26 @@ async def test_an_answer_begins_unless_it_is_to_go_on(
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
-@pytest.mark.parametrize(("change", "param"), [
-    ({"add_generation_prompt": True}, "continue_final_message"),
-    ({"messages": MESSAGES[:1]}, "continue_final_message"),
-    ({"messages": [MESSAGES[0], {"role": "assistant", "content": None}]}, "continue_final_message"),
-    ({"messages": [MESSAGES[0], {"role": "assistant", "content": "a", "tool_calls": [CALL]}]},
-     "continue_final_message"),
-    ({"continue_final_message": "yes"}, "continue_final_message"),
-    ({"messages": []}, "messages"),
-    ({"chat_template_kwargs": {"continue_final_message": False}}, "chat_template_kwargs.continue_final_message"),
-    ({"chat_template_kwargs": {"add_generation_prompt": True}}, "chat_template_kwargs.add_generation_prompt"),
-])  # fmt: skip
 async def test_what_cannot_go_on_is_refused(
-    http: httpx2.AsyncClient, fleet: ScriptedFleet, change: dict[str, Any], param: str
+    subtests: pytest.Subtests, http: httpx2.AsyncClient, fleet: ScriptedFleet
 ) -> None:
-    answer = await http.post(CHAT, json={**BODY, **change})
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
-    assert not fleet.seen
+    for change, param in [
+        ({"add_generation_prompt": True}, "continue_final_message"),
+        ({"messages": MESSAGES[:1]}, "continue_final_message"),
+        ({"messages": [MESSAGES[0], {"role": "assistant", "content": None}]}, "continue_final_message"),
+        (
+            {"messages": [MESSAGES[0], {"role": "assistant", "content": "a", "tool_calls": [CALL]}]},
+            "continue_final_message",
+        ),
+        ({"continue_final_message": "yes"}, "continue_final_message"),
+        ({"messages": []}, "messages"),
+        ({"chat_template_kwargs": {"continue_final_message": False}}, "chat_template_kwargs.continue_final_message"),
+        ({"chat_template_kwargs": {"add_generation_prompt": True}}, "chat_template_kwargs.add_generation_prompt"),
+    ]:
+        with subtests.test(change=change, param=param):
+            answer = await http.post(CHAT, json={**BODY, **change})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+            assert not fleet.seen
 
 
 async def test_a_grammar_holds_for_the_new_text(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:

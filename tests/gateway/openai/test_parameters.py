@@ -322,32 +322,47 @@ async def test_chat_logprobs(client: AsyncOpenAI, fleet: ScriptedFleet, top: int
     assert plain.choices[0].logprobs is None
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", ["completions", "completions with echo", "chat/completions"])
-@pytest.mark.parametrize(
-    "end",
-    [{}, {"stop": "dog"}, {"stop_token_ids": [1]}, {"max_tokens": 2}, {"text": ""}, {"text": "", "max_tokens": 1}],
-)
 async def test_every_counted_token_has_its_logprob(
-    http: httpx2.AsyncClient, fleet: ScriptedFleet, end: dict[str, Any], path: str, stream: bool
+    subtests: pytest.Subtests, http: httpx2.AsyncClient, fleet: ScriptedFleet
 ) -> None:
-    fields = dict(end)
-    text = fields.pop("text", "the dog sleeps")
-    fleet.script = lambda submit, body: Script(text=text)
-    body = {**(CHAT if "chat" in path else COMPLETION), "logprobs": True if "chat" in path else 0, **fields}
-    body |= {"echo": "echo" in path} if "chat" not in path else {"top_logprobs": 0}
-    body |= {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
-    response = await http.post(f"/v1/{path.split()[0]}", json=body)
-    if stream:
-        events = [line.removeprefix("data: ") for line in response.text.splitlines() if line.startswith("data: {")]
-        answers = [json.loads(event) for event in events]
-    else:
-        answers = [response.json()]
-    usage = answers[-1]["usage"]
-    found = [choice["logprobs"] for answer in answers for choice in answer["choices"] if choice["logprobs"]]
-    num = sum(len(logprobs["content" if "chat" in path else "tokens"]) for logprobs in found)
-    assert num == usage["completion_tokens"] + (usage["prompt_tokens"] if "echo" in path else 0)
-    assert usage["completion_tokens"] >= 1
+    for end in [
+        {},
+        {"stop": "dog"},
+        {"stop_token_ids": [1]},
+        {"max_tokens": 2},
+        {"text": ""},
+        {"text": "", "max_tokens": 1},
+    ]:
+        for path in ["completions", "completions with echo", "chat/completions"]:
+            for stream in [False, True]:
+                with subtests.test(stream=stream, path=path, end=end):
+                    fields = dict(end)
+                    text = fields.pop("text", "the dog sleeps")
+                    fleet.script = lambda submit, body, text=text: Script(text=text)
+                    body = {
+                        **(CHAT if "chat" in path else COMPLETION),
+                        "logprobs": True if "chat" in path else 0,
+                        **fields,
+                    }
+                    body |= {"echo": "echo" in path} if "chat" not in path else {"top_logprobs": 0}
+                    body |= {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+                    response = await http.post(f"/v1/{path.split()[0]}", json=body)
+                    if stream:
+                        events = [
+                            line.removeprefix("data: ")
+                            for line in response.text.splitlines()
+                            if line.startswith("data: {")
+                        ]
+                        answers = [json.loads(event) for event in events]
+                    else:
+                        answers = [response.json()]
+                    usage = answers[-1]["usage"]
+                    found = [
+                        choice["logprobs"] for answer in answers for choice in answer["choices"] if choice["logprobs"]
+                    ]
+                    num = sum(len(logprobs["content" if "chat" in path else "tokens"]) for logprobs in found)
+                    assert num == usage["completion_tokens"] + (usage["prompt_tokens"] if "echo" in path else 0)
+                    assert usage["completion_tokens"] >= 1
 
 
 @pytest.mark.parametrize("num", [0, 3])
