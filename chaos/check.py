@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from chaos.asks import Expected
-from chaos.client import Attempt, Call
+from chaos.clients.asks import Expected
+from chaos.clients.client import Attempt, Call
 from chaos.faults import Hit
 from protocol.wire.records import RequestFacts
 

@@ -16,18 +16,18 @@ from pathlib import Path
 import psutil
 
 from chaos import check
-from chaos.asks import Ask, Expected, Transformers, catalogue, decidable, one_ask
-from chaos.attacker import HUNG, Attacker
-from chaos.attacks import BODY_ATTACKS
-from chaos.batches import BatchClient
-from chaos.client import GIVE_UP_S, STYLES, Attempt, Call, Client
+from chaos.attackers.attacker import HUNG, Attacker
+from chaos.attackers.attacks import BODY_ATTACKS
+from chaos.attackers.wire_attacks import WIRE_ATTACKS
+from chaos.clients.asks import Ask, Expected, Transformers, catalogue, decidable, one_ask
+from chaos.clients.batches import BatchClient
+from chaos.clients.client import GIVE_UP_S, STYLES, Attempt, Call, Client
+from chaos.clients.responses import ResponseClient
+from chaos.clients.webhooks import Receiver, receiving
 from chaos.faults import Havoc, Hit
 from chaos.fleet import ProcessFleet, Shape
 from chaos.replicated import FAILOVERS, ReplicatedQueue
-from chaos.responses import ResponseClient
 from chaos.shortage import Clocks
-from chaos.webhooks import Receiver, receiving
-from chaos.wire_attacks import WIRE_ATTACKS
 from protocol.queue.bus import CONNECTION_ERRORS, now_ms
 from protocol.queue.usage import DAY_S
 from protocol.wire.keys import CLASSES

@@ -11,11 +11,11 @@ from typing import Any
 import httpx2
 import pytest
 
-from chaos.asks import GREEDY, Ask, Expected
 from chaos.check import Books, logged_wrongly, longest_pause, shown_wrongly, unexcused
-from chaos.client import Attempt, Call, Outcome, Style
+from chaos.clients.asks import GREEDY, Ask, Expected
+from chaos.clients.client import Attempt, Call, Outcome, Style
+from chaos.clients.responses import doubled, misplaced, wrong_events
 from chaos.faults import KILLS, WEIGHTS, Havoc, Hit, PowerCut, draw
-from chaos.responses import doubled, misplaced, wrong_events
 from chaos.soak import Course
 from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.wire.records import RequestFacts

@@ -19,8 +19,8 @@ from helpers.hosts import MEMORY, Host, MemoryGroup, memory_group, relay, two_ho
 from helpers.preloaded import fork
 from helpers.waiting import wait_until
 
-from chaos.asks import GREEDY, Ask
-from chaos.client import Call, Client
+from chaos.clients.asks import GREEDY, Ask
+from chaos.clients.client import Call, Client
 from chaos.fleet import ProcessFleet, Shape
 from lorafleet.launcher.embedded import EmbeddedServer
 

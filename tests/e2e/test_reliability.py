@@ -20,8 +20,8 @@ from helpers.preloaded import fork
 from helpers.response_events import built, events_of
 from helpers.waiting import wait_until
 
-from chaos.asks import GREEDY, Ask
-from chaos.client import Attempt, Call, Client, Style
+from chaos.clients.asks import GREEDY, Ask
+from chaos.clients.client import Attempt, Call, Client, Style
 from chaos.fleet import Member, ProcessFleet, Shape
 from protocol.queue.bus import now_ms
 from protocol.queue.usage import DAY_S

@@ -8,8 +8,8 @@ from typing import Any
 
 from hostile.hostile_adapters import TEMPLATES
 
-from chaos.attacker import Attack, Attacker, together
-from chaos.attacks import CHAT, COMPLETIONS, chat, completion
+from chaos.attackers.attacker import Attack, Attacker, together
+from chaos.attackers.attacks import CHAT, COMPLETIONS, chat, completion
 
 SECRET, HIDDEN = "org/secret", "org/hidden"
 STRANGER = "a stranger was served"

@@ -22,10 +22,10 @@ from hostile.adapter_attacks import ADAPTER_ATTACKS, HIDDEN, SECRET, asking, pee
 from hostile.memory import Crowd, growth_bytes
 from hostile.victim import Seen, Victim
 
-from chaos.attacker import Attack, Attacker, Round
-from chaos.attacks import BODY_ATTACKS, COMPLETIONS, MANY_LOGPROBS, completion
+from chaos.attackers.attacker import Attack, Attacker, Round
+from chaos.attackers.attacks import BODY_ATTACKS, COMPLETIONS, MANY_LOGPROBS, completion
+from chaos.attackers.wire_attacks import WIRE_ATTACKS
 from chaos.fleet import ProcessFleet, Shape
-from chaos.wire_attacks import WIRE_ATTACKS
 from protocol.queue.api_keys import Tenant
 
 MULTIPLE = 20.0

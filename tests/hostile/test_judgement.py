@@ -10,7 +10,7 @@ from hostile.arena import CROWD, FLOOR_S, MULTIPLE, Trial, judged
 from hostile.memory import growth_bytes
 from hostile.victim import Seen
 
-from chaos.attacker import CLOSED, HUNG, Attack, Attacker
+from chaos.attackers.attacker import CLOSED, HUNG, Attack, Attacker
 from protocol.runtime.settings import Settings
 
 GAP_S = 0.02

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 from hostile.arena import NAMES, attacks_of
 
-from chaos.attacker import Attacker
+from chaos.attackers.attacker import Attacker
 
 LIMITS = ("max_tokens", "max_new_tokens")
 

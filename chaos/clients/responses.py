@@ -17,8 +17,8 @@ from typing import Any
 
 import orjson
 
-from chaos.client import GIVE_UP_S, PAUSE_S
-from chaos.insistent import Insistent
+from chaos.clients.client import GIVE_UP_S, PAUSE_S
+from chaos.clients.insistent import Insistent
 
 WAYS = ("poll", "poll", "resume", "resume", "resume", "cancel")
 ENDED = ("completed", "incomplete", "failed", "cancelled")

@@ -8,8 +8,8 @@ import socket
 
 import orjson
 
-from chaos.attacker import CLOSED, HELD, Attack, Attacker, together
-from chaos.attacks import COMPLETIONS, completion
+from chaos.attackers.attacker import CLOSED, HELD, Attack, Attacker, together
+from chaos.attackers.attacks import COMPLETIONS, completion
 
 HELD_S = 1.0
 """How long a round holds connections on which nothing more comes."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 
-from chaos.client import GIVE_UP_S, PAUSE_S
+from chaos.clients.client import GIVE_UP_S, PAUSE_S
 
 
 class Insistent:

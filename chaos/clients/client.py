@@ -17,7 +17,7 @@ from typing import Any, Literal
 import httpx2
 import orjson
 
-from chaos.asks import Ask
+from chaos.clients.asks import Ask
 
 Style = Literal["stream", "whole", "keyed stream", "keyed whole", "job"]
 STYLES: tuple[Style, ...] = ("stream", "stream", "whole", "keyed stream", "keyed stream", "keyed whole", "job")

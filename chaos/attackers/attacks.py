@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from chaos.attacker import CLOSED, Attack, Attacker, together
+from chaos.attackers.attacker import CLOSED, Attack, Attacker, together
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 ANSWERED = frozenset({"200", "202"})

@@ -9,8 +9,8 @@ from typing import Any
 
 import orjson
 
-from chaos.asks import Ask, Expected
-from chaos.insistent import Insistent
+from chaos.clients.asks import Ask, Expected
+from chaos.clients.insistent import Insistent
 
 ENDED = ("completed", "failed", "expired", "cancelled")
 POLL_S = 0.5
