@@ -10,6 +10,8 @@ LM_EVAL := build/lm-eval
 CHART := build/chart
 PIP := $(BIN)/python -m pip
 MODEL ?=
+# The family of processors of a wheel.
+MACHINE ?= $(shell uname -m)
 ADAPTERS ?=
 ARGS ?=
 # Files of tests at a time on two cores: with three, a third of the cores' time goes by while tests wait for fleets.
@@ -23,7 +25,7 @@ TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --i
 CONSOLE = .venv-console
 PURELIB = 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: test-console chart demo up test test-gpu bench-gpu test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour forms api-check docker-smoke lock-images audit sbom licences pin-images clean help
+.PHONY: test-console wheel test-wheel chart demo up test test-gpu bench-gpu test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour forms api-check docker-smoke lock-images audit sbom licences pin-images clean help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +62,12 @@ test-models: $(VENV)/.stamp-dev  ## compare the engine with docs/models.md: ever
 
 bench-gpu: $(VENV)/.stamp-dev  ## measure everything that a GPU is for, in less than ten minutes, and write docs/gpu.md
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+wheel: $(VENV)/.stamp-dev  ## build a wheel with the native kernels in build/wheels: make wheel MACHINE=aarch64
+	LORAFLEET_WHEEL=$(MACHINE) $(BIN)/python -m hatchling build -t wheel -d build/wheels
+
+test-wheel: $(VENV)/.stamp-dev  ## install such a wheel where no compiler is and run the demo; compare aarch64 under QEMU
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -m wheel -n 0 tests/wheel $(ARGS)
 
 lock: $(VENV)/.stamp-dev  ## write the versions of the development environment to requirements-dev.lock
 	$(BIN)/python .ci/lock.py > .requirements-dev.lock.part && mv .requirements-dev.lock.part requirements-dev.lock

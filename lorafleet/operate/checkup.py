@@ -158,18 +158,23 @@ def of_model(num_bytes: int, free: Mapping[str, int], *, workers: int) -> list[F
     return found
 
 
-def of_compiler(machine: str, compiler: str | None, *, is_built: bool) -> Finding:
-    """Judge whether native kernels can be had. machine: the processor's family; compiler: its path, if there is one."""
+def of_compiler(machine: str, compiler: str | None, *, is_shipped: bool, is_built: bool) -> Finding:
+    """Judge whether native kernels can be had.
+
+    machine: the processor's family. compiler: its path, if there is one. is_shipped: whether the wheel brought them.
+    """
     name = "compiler"
-    if machine not in ("x86_64", "AMD64"):
-        text = f"native CPU kernels are for x86-64, and this is {machine}: plain torch computes, more slowly"
-        return Finding(name, "warning", text, "use a GPU, or an x86-64 machine")
+    if is_shipped:
+        return Finding(name, "ok", "none is needed: the native kernels came built")
+    if machine not in ("x86_64", "aarch64"):
+        text = f"native CPU kernels are for x86-64 and aarch64; this is {machine}: plain torch computes, more slowly"
+        return Finding(name, "warning", text, "use a GPU, or such a machine with Linux")
     if compiler is not None:
         return Finding(name, "ok", f"{compiler} builds the native kernels")
     if is_built:
         return Finding(name, "ok", "there is none, but kernels were built before")
     text = "there is no C++ compiler, and no kernels were built: plain torch computes, more slowly"
-    return Finding(name, "warning", text, "install g++ (apt-get install g++), or set CXX")
+    return Finding(name, "warning", text, "install g++ (apt-get install g++) or a wheel with them, or set CXX")
 
 
 def of_clock(name: str, ahead_ms: float) -> Finding:

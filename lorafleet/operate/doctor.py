@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from email.utils import parsedate_to_datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx2
@@ -130,7 +131,17 @@ def of_machine(settings: Settings) -> list[Finding]:
         found += _of_model(settings)
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     is_built = any(cache_folder().glob("lora_kernels-*.so"))
-    return [*found, checkup.of_compiler(platform.machine(), compiler, is_built=is_built)]
+    shipped = _kernels_folder() / "cpu/lora_kernels.so"
+    of_compiler = checkup.of_compiler(platform.machine(), compiler, is_shipped=shipped.exists(), is_built=is_built)
+    return [*found, of_compiler]
+
+
+def _kernels_folder() -> Path:
+    """Return where lora_kernels is, without importing it and torch."""
+    found = find_spec("lora_kernels")
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).parent
 
 
 def _of_model(settings: Settings) -> list[Finding]:

@@ -1,4 +1,4 @@
-"""The operations in native C++, for AVX2, AVX-512 or AVX-512 with bf16, chosen at run time.
+"""The operations in native C++, for AVX2, AVX-512 or AVX-512 with bf16, chosen at run time, or for NEON.
 
 The functions of `reference`, as `torch.library` operators. `load` must be called first: it returns whether they can be
 used on this machine.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -25,7 +26,6 @@ from lora_kernels.tables import (
     LoraSite,
     PackedLinear,
     QuantisedLinear,
-    RmsNorm,
     SiblingLinears,
 )
 
@@ -35,7 +35,10 @@ _ops = torch.ops.lorafleet
 
 @functools.cache
 def load() -> bool:
-    """Build and load the kernels. Returns False, with a warning in the log, where this machine cannot use them."""
+    """Load the kernels, after building them where that is needed.
+
+    Returns False, with a warning in the log, where this machine cannot use them.
+    """
     try:
         torch.ops.load_library(str(build_library()))
         if not _ops.isa():
@@ -55,7 +58,7 @@ def fix_sums(is_fixed: bool) -> None:
 
 
 def isa() -> str:
-    """Return the instruction set in use: avx2, avx512 or avx512_bf16."""
+    """Return the instruction set in use: avx2, avx512, avx512_bf16 or neon."""
     return _ops.isa()
 
 
@@ -114,7 +117,7 @@ def paged_attention(
         scale,
         window,
         softcap,
-        sinks,
+        None if sinks is None else _floats(sinks),
     )
 
 
@@ -124,7 +127,8 @@ def pack_linear(*weights: Tensor) -> PackedLinear:
     # Torch serves fp32, fp16 and odd widths, and everything where AMX makes its oneDNN the faster one.
     if dtype != torch.bfloat16 or in_features % 2 or torch.cpu._is_amx_tile_supported():
         return reference.pack_linear(*weights)
-    return PackedLinear(_ops.pack_linear.default(weights), sum(map(len, weights)), in_features, "vnni")
+    packed = _ops.pack_linear.default([weight.contiguous() for weight in weights])
+    return PackedLinear(packed, sum(map(len, weights)), in_features, "vnni")
 
 
 def pack_quantised(weights: Sequence[QuantisedWeight]) -> QuantisedLinear:
@@ -213,13 +217,16 @@ class DecoderStack:
     """A `ops.DecoderStack` in native code: csrc/stack.cpp."""
 
     def __init__(self, layers: Sequence[DecoderLayer]) -> None:
-        self._native = torch.classes.lorafleet.DecoderStack()
+        self._number: int = _ops.stack_new()
+        weakref.finalize(self, _ops.stack_free, self._number)
         for layer in layers:
             attention = layer.attention
-            norms = (layer.attention_norm, layer.mlp_norm, *(layer.head_norms or ()))
-            self._native.add_layer(
-                [_norm(norm) for norm in norms],
-                *(_linears(linears) for linears in (layer.qkv, layer.out, layer.gate_up, layer.down)),
+            for norm in (layer.attention_norm, layer.mlp_norm, *(layer.head_norms or ())):
+                _ops.stack_norm(self._number, norm.weight, norm.eps, norm.plus_one)
+            for linears in (layer.qkv, layer.out, layer.gate_up, layer.down):
+                _ops.stack_linears(self._number, *_linears(linears))
+            _ops.stack_layer(
+                self._number,
                 [
                     attention.num_heads,
                     attention.num_kv_heads,
@@ -227,9 +234,11 @@ class DecoderStack:
                     attention.value_dim,
                     attention.window,
                 ],
-                [attention.scale, attention.softcap],
-                [attention.k_cache, attention.v_cache],
-                attention.sinks,
+                attention.scale,
+                attention.softcap,
+                attention.k_cache,
+                attention.v_cache,
+                None if attention.sinks is None else _floats(attention.sinks),
                 layer.act,
             )
 
@@ -238,7 +247,8 @@ class DecoderStack:
         lora: LoraBatch | None,
     ) -> None:  # fmt: skip
         """See `ops.DecoderStack.run`."""
-        self._native.run(
+        _ops.stack_run.default(
+            self._number,
             x,
             cos,
             sin,
@@ -259,10 +269,6 @@ def decoder_stack(layers: Sequence[DecoderLayer]) -> DecoderStack | None:
 
 def _is_plain(linears: SiblingLinears) -> bool:
     return isinstance(linears.packed, PackedLinear) and linears.packed.layout == "plain"
-
-
-def _norm(norm: RmsNorm) -> tuple[Tensor, float, bool]:
-    return norm.weight, norm.eps, norm.plus_one
 
 
 def _linears(linears: SiblingLinears) -> tuple[object, ...]:

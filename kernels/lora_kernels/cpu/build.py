@@ -1,7 +1,7 @@
-"""Compiles the native kernels once per machine and keeps the result in the user's cache.
+"""Compiles the native kernels: for a wheel, which carries them, or once per machine into the user's cache.
 
-The file's name contains a hash of everything that it is built from, so no version ever uses another one's build. Run
-`python -m lora_kernels.cpu` to build ahead of time, in a container image for example.
+The name of a file in the cache contains a hash of everything that it is built from, so no version ever uses another
+one's build. Run `python -m lora_kernels.cpu` to build ahead of time.
 """
 
 from __future__ import annotations
@@ -11,21 +11,29 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
-import torch
+SHIPPED = Path(__file__).parent / "lora_kernels.so"
+"""The library of a wheel that carries it; it is not there in a source tree."""
 
-_SOURCE_DIR = Path(__file__).parent / "csrc"
 COMMON_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
-_HOST_PARTS = ("bind", "pack", "quantised", "stack", "states", "team")
-_ISA_FLAGS = {
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": ("-march=skylake-avx512",),
-    "avx512_bf16": ("-march=skylake-avx512", "-mavx512bf16"),
+_SOURCE_DIR = Path(__file__).parent / "csrc"
+_HOST_PARTS = ("bind", "operations", "pack", "quantised", "stack", "states", "team")
+_TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10, as pyproject.toml demands
+ISA_FLAGS = {
+    "x86_64": {
+        "avx2": ("-mavx2", "-mfma", "-mf16c"),
+        "avx512": ("-march=skylake-avx512",),
+        "avx512_bf16": ("-march=skylake-avx512", "-mavx512bf16"),
+    },
+    "aarch64": {"neon": ()},
 }
+"""Family of processors -> instruction set -> the flags of isa.cpp for it."""
 
 
 class BuildError(Exception):
@@ -33,22 +41,21 @@ class BuildError(Exception):
 
 
 def build_library(flags: Sequence[str] = COMMON_FLAGS, machine: str = "") -> Path:
-    """Return the compiled library, building it first if this version is not in the cache (about 10 s).
+    """Return the library: the shipped one, else that of the cache, which is built if this version is not in it (20 s).
 
     flags: of the compiler, for every source. machine: the processor's family, "" for this machine's. Raises BuildError.
     """
+    if SHIPPED.exists():
+        return SHIPPED
     machine = machine or platform.machine()
-    if machine not in ("x86_64", "AMD64"):
-        raise BuildError(f"they are written for x86-64, this is {machine}")
+    if machine not in ISA_FLAGS or sys.platform != "linux":
+        raise BuildError(f"they are for Linux on {' and '.join(ISA_FLAGS)}, this is {sys.platform} on {machine}")
     library = cache_dir() / f"lora_kernels-{fingerprint(flags)}.so"
     if library.exists():
         return library
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise BuildError(f"no C++ compiler: {os.environ.get('CXX', 'g++')} is not on the path")
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as build_dir:
-        built = _compile(compiler, flags, Path(build_dir))
+        built = compile_library(Path(build_dir), machine, flags)
         # Two processes may build at the same time: each puts a complete file in place.
         os.replace(built, library)
     return library
@@ -64,31 +71,41 @@ def cache_dir() -> Path:
 
 def fingerprint(flags: Sequence[str] = COMMON_FLAGS) -> str:
     """Hash all that the library depends on, but for the compiler: a machine with a finished build needs none."""
-    digest = hashlib.sha256(repr((torch.__version__, tuple(flags), _ISA_FLAGS)).encode())
-    for source in sorted(_SOURCE_DIR.iterdir()):
+    digest = hashlib.sha256(repr(tuple(flags)).encode())
+    for source in (Path(__file__), *sorted(_SOURCE_DIR.iterdir())):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _compile(compiler: str, flags: Sequence[str], build_dir: Path) -> Path:
-    torch_dir = Path(torch.__file__).parent
-    include = torch_dir / "include"
-    # The OpenMP runtime is not linked: torch has loaded it already.
-    bind_flags = [
-        "-fopenmp",
-        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
-        *("-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")),
-    ]
-    jobs = [[*bind_flags, str(_SOURCE_DIR / f"{name}.cpp"), "-o", str(build_dir / f"{name}.o")] for name in _HOST_PARTS]
-    for isa, isa_flags in _ISA_FLAGS.items():
+def compile_library(build_dir: Path, machine: str, flags: Sequence[str] = COMMON_FLAGS) -> Path:
+    """Compile the library for a family of processors in an empty folder; return its path there. Raises BuildError.
+
+    It depends on torch's stable ABI alone, so neither on the version of torch, from 2.10 on, nor on that of Python.
+    """
+    default = "g++" if machine == platform.machine() else f"{machine}-linux-gnu-g++"
+    compiler = shutil.which(os.environ.get("CXX", default))
+    if compiler is None:
+        raise BuildError(f"no C++ compiler: {os.environ.get('CXX', default)} is not on the path")
+    jobs = [[str(_SOURCE_DIR / f"{name}.cpp"), "-o", str(build_dir / f"{name}.o")] for name in _HOST_PARTS]
+    jobs[0] += [_TORCH_TARGET, "-isystem", str(_torch_headers())]
+    for isa, isa_flags in ISA_FLAGS[machine].items():
         source, output = str(_SOURCE_DIR / "isa.cpp"), str(build_dir / f"{isa}.o")
-        jobs.append([f"-DLORAFLEET_ISA={isa}", *isa_flags, source, "-o", output])
+        jobs.append([source, "-o", output, f"-DLORAFLEET_ISA={isa}", *isa_flags])
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         list(pool.map(lambda job: _run([compiler, *flags, "-c", *job]), jobs))
+    # An empty library stands for torch's: the loader needs no more than the name of the one that has the functions.
+    stub = build_dir / "libtorch_cpu.so"
+    _run([compiler, "-shared", "-nostdlib", f"-Wl,-soname,{stub.name}", "-x", "c++", os.devnull, "-o", str(stub)])
     library = build_dir / "lora_kernels.so"
-    objects = [job[-1] for job in jobs]
-    _run([compiler, "-shared", "-o", str(library), *objects, f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"])
+    _run([compiler, "-shared", "-s", "-o", str(library), *(job[2] for job in jobs), "-Wl,--no-as-needed", str(stub)])
     return library
+
+
+def _torch_headers() -> Path:
+    torch = find_spec("torch")
+    if torch is None or torch.origin is None:
+        raise BuildError("torch is not installed, whose headers the kernels are compiled with")
+    return Path(torch.origin).parent / "include"
 
 
 def _run(command: list[str]) -> None:

@@ -85,10 +85,17 @@ def test_a_model_must_leave_room() -> None:
 
 
 def test_a_compiler_is_needed_once() -> None:
-    assert bad([of_compiler("x86_64", "/usr/bin/g++", is_built=False)]) == []
-    assert bad([of_compiler("x86_64", None, is_built=True)]) == []
-    assert bad([of_compiler("x86_64", None, is_built=False)]) == [("compiler", "warning")]
-    assert bad([of_compiler("aarch64", "/usr/bin/g++", is_built=False)]) == [("compiler", "warning")]
+    def found(
+        machine: str, compiler: str | None, *, is_shipped: bool = False, is_built: bool = False
+    ) -> list[tuple[str, Level]]:
+        return bad([of_compiler(machine, compiler, is_shipped=is_shipped, is_built=is_built)])
+
+    assert found("x86_64", "/usr/bin/g++") == []
+    assert found("aarch64", "/usr/bin/g++") == []
+    assert found("x86_64", None, is_built=True) == []
+    assert found("x86_64", None, is_shipped=True) == []
+    assert found("x86_64", None) == [("compiler", "warning")]
+    assert found("riscv64", "/usr/bin/g++") == [("compiler", "warning")]
 
 
 def test_the_worst_decides() -> None:

@@ -1,444 +1,161 @@
-// torch's side of the native kernels: operator schemas, checks, the number of threads, scratch memory.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
+// The operations as torch operators, by torch's stable ABI: a library that is built once loads in every torch from the
+// version in TORCH_TARGET_VERSION (build.py) on, whatever Python it is for. Only this file knows torch.
+#include <torch/csrc/stable/library.h>
 
-#include <algorithm>
-#include <cstring>
-#include <memory>
-#include <optional>
-#include <string>
 #include <tuple>
-#include <vector>
+#include <utility>
 
-#include "bind.h"
-#include "kernels.h"
+#include "operations.h"
 
 namespace lorafleet {
+namespace {
 
-void run_tasks(int64_t num_tasks, void (*task)(const void*, int64_t), const void* context) {
-  run_tasks(at::in_parallel_region() ? 1 : at::get_num_threads(), num_tasks, task, context);
+void check(AOTITorchError error) {
+  LORAFLEET_CHECK(error == AOTI_TORCH_SUCCESS, "torch refused a call of the native kernels; it says above why");
 }
 
-template <typename F>
-void run_tasks(int64_t num_tasks, const F& task) {
-  run_tasks(num_tasks, [](const void* f, int64_t i) { (*static_cast<const F*>(f))(i); }, &task);
-}
-
-float* scratch(int64_t num_floats) {
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<float, Free> memory;
-  thread_local int64_t size = 0;
-  if (num_floats > size) {
-    size = (num_floats + num_floats / 2 + 15) / 16 * 16;
-    memory.reset(static_cast<float*>(std::aligned_alloc(64, size * sizeof(float))));
-    TORCH_CHECK(memory, "no memory for ", size, " floats of kernel scratch");
-  }
-  return memory.get();
-}
-
-const Kernels* find_kernels(const std::string& isa) {
-  __builtin_cpu_init();
-  if (isa == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2_kernels();
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (isa == "avx512" && avx512) return &avx512_kernels();
-  if (isa == "avx512_bf16" && avx512 && __builtin_cpu_supports("avx512bf16")) return &avx512_bf16_kernels();
-  return nullptr;
-}
-
-const Kernels* best_kernels() {
-  for (const char* isa : {"avx512_bf16", "avx512", "avx2"})
-    if (const Kernels* found = find_kernels(isa)) return found;
-  return nullptr;
-}
-
-const Kernels* active = best_kernels();
-
-// Whether a row's sums are added in an order that does not depend on the rows beside it. See sums.py.
-bool fixed_sums = false;
-
-void fix_sums(bool is_fixed) { fixed_sums = is_fixed; }
-
-std::string isa() { return active ? active->name : ""; }
-
-bool set_isa(const std::string& name) {
-  const Kernels* found = find_kernels(name);
-  if (found) active = found;
-  return found;
-}
-
-Dtype dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return Dtype::kF32;
-    case at::kBFloat16:
-      return Dtype::kBf16;
-    case at::kHalf:
-      return Dtype::kF16;
-    default:
-      TORCH_CHECK(false, "dtype is ", t.scalar_type(), "; the native kernels know float32, bfloat16 and float16");
-  }
-}
-
-void check_same_dtype(const Tensor& t, const Tensor& like, const char* name) {
-  TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " is ", t.scalar_type(), ", not ", like.scalar_type());
-}
-
-int64_t rows_in(const Tensor& t) { return t.size(-1) == 0 ? 0 : t.numel() / t.size(-1); }
-
-Matrix rows_of(const Tensor& t, const char* name) {
-  TORCH_CHECK(t.dim() >= 2 && t.stride(-1) == 1, name, " needs rows whose entries are contiguous");
-  int64_t expected = t.stride(-2) * t.size(-2);
-  for (int64_t d = t.dim() - 3; d >= 0; --d) {
-    TORCH_CHECK(t.size(d) == 1 || t.stride(d) == expected, name, " needs rows at one stride");
-    expected *= t.size(d);
-  }
-  return {t.data_ptr(), t.stride(-2)};
-}
-
-Tensor chunk_rows(const Tensor& x) {
-  const Matrix from = rows_of(x, "x");
-  const int64_t rows = rows_in(x), width = x.size(-1), chunks = (width + kXChunk - 1) / kXChunk;
-  if (rows == 1) return x;
-  const Tensor chunked = at::empty({chunks, rows, kXChunk}, x.options());
-  auto* to = static_cast<uint16_t*>(chunked.data_ptr());
-  const auto copy = [&](int64_t row) {
-    const auto* own = static_cast<const uint16_t*>(from.data) + row * from.stride;
-    for (int64_t c = 0; c < chunks; ++c)
-      std::memcpy(to + (c * rows + row) * kXChunk, own + c * kXChunk, 2 * std::min<int64_t>(kXChunk, width - c * kXChunk));
-  };
-  constexpr int64_t kTaskRows = 16;
-  run_tasks((rows + kTaskRows - 1) / kTaskRows, [&](int64_t task) {
-    for (int64_t row = task * kTaskRows; row < std::min(rows, (task + 1) * kTaskRows); ++row) copy(row);
+// A tensor of torch's, which the result keeps alive.
+Tensor adopt(AtenTensorHandle handle) {
+  Tensor t;
+  t.memory = std::shared_ptr<void>(handle, [](void* own) {
+    aoti_torch_delete_tensor_object(static_cast<AtenTensorHandle>(own));
   });
-  return chunked;
+  void* data;
+  int64_t *sizes, *strides;
+  int32_t type, device;
+  check(aoti_torch_get_device_type(handle, &device));
+  check(aoti_torch_get_data_ptr(handle, &data));
+  check(aoti_torch_get_dim(handle, &t.dims));
+  check(aoti_torch_get_sizes(handle, &sizes));
+  check(aoti_torch_get_strides(handle, &strides));
+  check(aoti_torch_get_dtype(handle, &type));
+  LORAFLEET_CHECK(device == aoti_torch_device_type_cpu(), "a tensor is not on the CPU");
+  LORAFLEET_CHECK(t.dims <= kMaxDims, "a tensor has ", t.dims, " dimensions; the native kernels take ", kMaxDims);
+  t.data = static_cast<char*>(data), t.type = static_cast<Scalar>(type);
+  std::copy_n(sizes, t.dims, t.shape.data());
+  std::copy_n(strides, t.dims, t.steps.data());
+  return t;
 }
 
-Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias, int64_t out_features) {
-  TORCH_CHECK(packed.dim() == 4 && packed.is_contiguous() && packed.scalar_type() == at::kBFloat16,
-              "the weight is not packed");
-  TORCH_CHECK(x.size(-1) == 2 * packed.size(1), "x has ", x.size(-1), " features; the weight takes ",
-              2 * packed.size(1));
-  check_same_dtype(x, packed, "x");
-  if (bias) {
-    check_same_dtype(*bias, packed, "bias");
-    TORCH_CHECK(bias->is_contiguous() && bias->numel() == out_features, "bias needs ", out_features, " entries");
+// Another reference to what a whole tensor keeps, for torch.
+AtenTensorHandle release(const Tensor& t) {
+  AtenTensorHandle handle;
+  check(aoti_torch_new_tensor_handle(static_cast<AtenTensorHandle>(t.memory.get()), &handle));
+  return handle;
+}
+
+namespace stable = torch::stable::detail;
+
+// How a parameter of a type is read from torch's stack, and kept while the operation runs.
+template <typename T>
+struct Parameter {
+  using Kept = T;
+  static T read(StableIValue value) { return stable::to<T>(value); }
+};
+template <>
+struct Parameter<Tensor> {
+  using Kept = Tensor;
+  static Tensor read(StableIValue value) { return adopt(stable::to<AtenTensorHandle>(value)); }
+};
+template <>
+struct Parameter<OptionalTensor> {
+  using Kept = OptionalTensor;
+  static OptionalTensor read(StableIValue value) {
+    const auto handle = stable::to<std::optional<AtenTensorHandle>>(value);
+    return handle ? OptionalTensor(adopt(*handle)) : std::nullopt;
   }
-  auto shape = x.sizes().vec();
-  shape.back() = out_features;
-  Tensor out = at::empty(shape, x.options());
-  const Tensor chunks = chunk_rows(x);
-  active->linear({
-      .x = static_cast<const uint16_t*>(chunks.const_data_ptr()),
-      .panels = static_cast<const uint16_t*>(packed.data_ptr()),
-      .bias = bias ? static_cast<const uint16_t*>(bias->data_ptr()) : nullptr,
-      .out = {out.data_ptr(), out_features},
-      .rows = rows_in(x),
-      .in_features = x.size(-1),
-      .out_features = out_features,
-  });
-  return out;
-}
-
-void lora_add_(at::TensorList outs, const Tensor& x, at::TensorList a_rows, at::TensorList b_rows,
-               at::IntArrayRef indices, at::IntArrayRef groups, const Tensor& ranks, const Tensor& scales,
-               const Tensor& pages, const Tensor& rows, const Tensor& small_tiles, const Tensor& large_tiles,
-               const Tensor& counts, const std::optional<Tensor>& row_scales) {
-  const size_t num_sites = outs.size();
-  TORCH_CHECK(a_rows.size() == num_sites && b_rows.size() == num_sites && indices.size() == num_sites &&
-                  groups.size() == num_sites,
-              "every output needs one site");
-  std::vector<LoraSiteArgs> sites(num_sites);
-  for (size_t i = 0; i < num_sites; ++i) {
-    check_same_dtype(outs[i], x, "an output");
-    check_same_dtype(a_rows[i], x, "a_rows");
-    check_same_dtype(b_rows[i], x, "b_rows");
-    TORCH_CHECK(a_rows[i].is_contiguous() && b_rows[i].is_contiguous() && a_rows[i].size(1) == x.size(-1) &&
-                    b_rows[i].size(1) == outs[i].size(-1) && rows_in(outs[i]) == rows_in(x),
-                "site ", i, " does not fit its input and output");
-    sites[i] = {rows_of(outs[i], "an output"),
-                a_rows[i].data_ptr(),
-                b_rows[i].data_ptr(),
-                outs[i].size(-1),
-                indices[i],
-                groups[i]};
+};
+template <>
+struct Parameter<Tensors> {
+  using Kept = std::vector<Tensor>;
+  static Kept read(StableIValue value) {
+    Kept tensors;
+    for (const auto handle : stable::to<std::vector<AtenTensorHandle>>(value)) tensors.push_back(adopt(handle));
+    return tensors;
   }
-  const int32_t* num_tiles = ints<int32_t>(counts, "counts") + 2;
-  const bool large = num_tiles[1] >= 2 * at::get_num_threads();  // else there are too few for all threads
-  active->lora_add({
-      .dtype = dtype_of(x),
-      .x = rows_of(x, "x"),
-      .in_features = x.size(-1),
-      .sites = sites.data(),
-      .num_sites = static_cast<int64_t>(num_sites),
-      .ranks = ints<int32_t>(ranks, "ranks"),
-      .scales = ints<float>(scales, "scales"),
-      .table_sites = ranks.size(1),
-      .pages = ints<int32_t>(pages, "pages"),
-      .groups = pages.size(1),
-      .max_pages = pages.size(2),
-      .tiles = ints<int32_t>(large ? large_tiles : small_tiles, "tiles"),
-      .num_tiles = num_tiles[large],
-      .rows = ints<int32_t>(rows, "rows"),
-      .row_scales = row_scales ? ints<float>(*row_scales, "row_scales") : nullptr,
-      .fixed_sums = fixed_sums,
-  });
-}
-
-void check_cache(const Tensor& cache, int64_t kv_heads, int64_t dim, const char* name) {
-  TORCH_CHECK(cache.dim() == 4 && cache.is_contiguous() && cache.size(1) == kv_heads && cache.size(2) == kBlockTokens &&
-                  cache.size(3) == dim,
-              name, " must be contiguous [blocks, ", kv_heads, ", ", kBlockTokens, ", ", dim, "]");
-}
-
-void kv_write_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
-               const Tensor& slot_mapping) {
-  TORCH_CHECK(k.dim() == 3 && v.dim() == 3 && k.stride(2) == 1 && v.stride(2) == 1 && k.size(0) == v.size(0) &&
-                  k.size(1) == v.size(1) && k.size(0) == slot_mapping.numel(),
-              "k and v must be [T, Hkv, D] with contiguous heads, T as slot_mapping has it");
-  check_cache(k_cache, k.size(1), k.size(2), "k_cache");
-  check_cache(v_cache, v.size(1), v.size(2), "v_cache");
-  check_same_dtype(k, k_cache, "k");
-  check_same_dtype(v, v_cache, "v");
-  check_same_dtype(k, v, "k");
-  active->kv_write({
-      .element_bytes = static_cast<int64_t>(k.element_size()),
-      .k = static_cast<const char*>(k.data_ptr()),
-      .v = static_cast<const char*>(v.data_ptr()),
-      .k_token = k.stride(0),
-      .k_head = k.stride(1),
-      .v_token = v.stride(0),
-      .v_head = v.stride(1),
-      .k_cache = static_cast<char*>(k_cache.data_ptr()),
-      .v_cache = static_cast<char*>(v_cache.data_ptr()),
-      .slots = ints<int64_t>(slot_mapping, "slot_mapping"),
-      .num_tokens = k.size(0),
-      .kv_heads = k.size(1),
-      .k_dim = k.size(2),
-      .v_dim = v.size(2),
-  });
-}
-
-constexpr int64_t kTaskRows = 32;    // rows of an attention task: enough to share the transposed keys
-constexpr int64_t kSplitKeys = 256;  // no task is split into runs of fewer keys
-
-struct AttentionPlan {
-  std::vector<AttentionTask> tasks;
-  std::vector<AttentionMerge> merges;
-  int64_t num_partials = 0;
-  int64_t task_queries;
+};
+template <>
+struct Parameter<Ints> {
+  using Kept = std::vector<int64_t>;
+  static Kept read(StableIValue value) { return stable::to<Kept>(value); }
+};
+template <>
+struct Parameter<std::string_view> {
+  using Kept = std::string;
+  static Kept read(StableIValue value) { return stable::to<Kept>(value); }
 };
 
-// Prefill chunks stand last in a step and make the longest tasks, so sequences are taken from the end.
-AttentionPlan plan_attention(const AttentionArgs& args) {
-  AttentionPlan plan;
-  plan.task_queries = std::max<int64_t>(1, kTaskRows / (args.heads / args.kv_heads));
-  if (fixed_sums && args.window > 0) plan.task_queries = 1;  // rounds of keys begin where the first query's window does
-  int64_t num_tasks = 0;
-  for (int64_t s = 0; s < args.num_seqs; ++s) {
-    const int64_t query_len = args.query_starts[s + 1] - args.query_starts[s];
-    num_tasks += (query_len + plan.task_queries - 1) / plan.task_queries * args.kv_heads;
+template <typename T>
+StableIValue result(const T& value) {
+  return stable::from(value);
+}
+template <>
+StableIValue result(const Tensor& value) {
+  return stable::from(release(value));
+}
+
+template <auto function, typename Result, typename... Parameters, size_t... places>
+void call(StableIValue* stack, Result (*)(Parameters...), std::index_sequence<places...>) {
+  std::tuple<typename Parameter<std::remove_cvref_t<Parameters>>::Kept...> kept{
+      Parameter<std::remove_cvref_t<Parameters>>::read(stack[places])...};
+  if constexpr (std::is_void_v<Result>) {
+    std::apply(function, kept);
+  } else if constexpr (requires { typename std::tuple_size<Result>::type; }) {
+    size_t output = 0;
+    std::apply([&](const auto&... part) { ((stack[output++] = result(part)), ...); }, std::apply(function, kept));
+  } else {
+    stack[0] = result(std::apply(function, kept));
   }
-  const int64_t wanted = 4 * at::get_num_threads();
-  const int64_t max_splits = fixed_sums || num_tasks >= wanted ? 1 : (wanted + num_tasks - 1) / std::max<int64_t>(1, num_tasks);
-  plan.tasks.reserve(num_tasks * max_splits);
-  for (int64_t s = args.num_seqs - 1; s >= 0; --s) {
-    const int64_t query_len = args.query_starts[s + 1] - args.query_starts[s];
-    for (int64_t first = 0; first < query_len; first += plan.task_queries) {
-      const int64_t queries = std::min(plan.task_queries, query_len - first);
-      const int64_t position = args.kv_lens[s] - query_len + first;
-      const int64_t begin = args.window > 0 ? std::max<int64_t>(0, position + 1 - args.window) : 0;
-      const int64_t first_block = begin / kBlockTokens;
-      const int64_t end = position + queries;
-      const int64_t keys = end - first_block * kBlockTokens;
-      const int64_t splits = std::clamp<int64_t>(keys / kSplitKeys, 1, max_splits);
-      const int64_t split_blocks = ((keys + kBlockTokens - 1) / kBlockTokens + splits - 1) / splits;
-      for (int64_t h = 0; h < args.kv_heads; ++h) {
-        const int64_t first_task = plan.tasks.size();
-        for (int64_t key = first_block * kBlockTokens; key < end; key += split_blocks * kBlockTokens) {
-          AttentionTask task;
-          task.seq = s, task.kv_head = h, task.first_query = first, task.num_queries = queries;
-          task.first_key = key, task.end_key = std::min(end, key + split_blocks * kBlockTokens);
-          task.partial = task.end_key - task.first_key == keys ? -1 : plan.num_partials++;
-          plan.tasks.push_back(task);
-        }
-        const int64_t parts = plan.tasks.size() - first_task;
-        if (parts > 1) plan.merges.push_back({static_cast<int32_t>(first_task), static_cast<int32_t>(parts)});
-      }
-    }
-  }
-  return plan;
 }
 
-Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables,
-                       const Tensor& query_starts, const Tensor& kv_lens, double scale, int64_t window, double softcap,
-                       const std::optional<Tensor>& sinks) {
-  TORCH_CHECK(q.dim() == 3 && q.stride(2) == 1, "q must be [T, Hq, D] with contiguous heads");
-  const int64_t heads = q.size(1), kv_heads = k_cache.size(1);
-  TORCH_CHECK(heads % kv_heads == 0, heads, " query heads cannot share ", kv_heads, " kv heads");
-  check_cache(k_cache, kv_heads, q.size(2), "k_cache");
-  check_cache(v_cache, kv_heads, v_cache.size(3), "v_cache");
-  check_same_dtype(q, k_cache, "q");
-  check_same_dtype(v_cache, k_cache, "v_cache");
-  std::optional<Tensor> sink_logits;
-  if (sinks) {
-    TORCH_CHECK(sinks->numel() == heads, "sinks needs ", heads, " entries");
-    sink_logits = sinks->to(at::kFloat).contiguous();
-  }
-  Tensor out = at::empty({q.size(0), heads, v_cache.size(3)}, q.options());
-  AttentionArgs args = {
-      .dtype = dtype_of(q),
-      .q = q.data_ptr(),
-      .q_token = q.stride(0),
-      .q_head = q.stride(1),
-      .k_cache = k_cache.data_ptr(),
-      .v_cache = v_cache.data_ptr(),
-      .out = out.data_ptr(),
-      .block_tables = ints<int32_t>(block_tables, "block_tables"),
-      .max_blocks = block_tables.size(1),
-      .query_starts = ints<int32_t>(query_starts, "query_starts"),
-      .kv_lens = ints<int32_t>(kv_lens, "kv_lens"),
-      .num_seqs = kv_lens.numel(),
-      .heads = heads,
-      .kv_heads = kv_heads,
-      .k_dim = q.size(2),
-      .v_dim = v_cache.size(3),
-      .scale = static_cast<float>(scale),
-      .softcap = static_cast<float>(softcap),
-      .window = window,
-      .sinks = sink_logits ? sink_logits->const_data_ptr<float>() : nullptr,
-      .tasks = nullptr,
-      .num_tasks = 0,
-      .merges = nullptr,
-      .num_merges = 0,
-      .partials = nullptr,
-      .partial_floats = 0,
-  };
-  const AttentionPlan plan = plan_attention(args);
-  args.tasks = plan.tasks.data();
-  args.num_tasks = plan.tasks.size();
-  args.merges = plan.merges.data();
-  args.num_merges = plan.merges.size();
-  args.partial_floats = plan.task_queries * (heads / kv_heads) * (args.v_dim + 2);
-  const Tensor partials = at::empty({plan.num_partials, args.partial_floats}, q.options().dtype(at::kFloat));
-  args.partials = partials.mutable_data_ptr<float>();
-  active->attention(args);
-  return out;
+template <auto function, typename Result, typename... Parameters>
+void call(StableIValue* stack, Result (*as)(Parameters...)) {
+  call<function>(stack, as, std::index_sequence_for<Parameters...>());
 }
 
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const std::optional<Tensor>& residual,
-                bool plus_one) {
-  check_same_dtype(weight, x, "weight");
-  TORCH_CHECK(weight.is_contiguous() && weight.numel() == x.size(-1), "weight needs ", x.size(-1), " entries");
-  Matrix sum = {nullptr, 0};
-  if (residual) {
-    TORCH_CHECK(residual->sizes() == x.sizes(), "residual must have the shape of x");
-    check_same_dtype(*residual, x, "residual");
-    sum = rows_of(*residual, "residual");
-  }
-  Tensor out = at::empty(x.sizes(), x.options());
-  active->rms_norm({
-      .dtype = dtype_of(x),
-      .x = rows_of(x, "x"),
-      .residual = sum,
-      .out = {out.data_ptr(), x.size(-1)},
-      .weight = weight.data_ptr(),
-      .rows = rows_in(x),
-      .width = x.size(-1),
-      .eps = static_cast<float>(eps),
-      .plus_one = plus_one,
-  });
-  return out;
+// An operation as torch calls it: it takes its arguments from the stack and leaves its results there.
+template <auto function>
+void boxed(StableIValue* stack, uint64_t, uint64_t) {
+  call<function>(stack, function);
 }
 
-void rotary_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin) {
-  TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && q.stride(2) == 1 && k.stride(2) == 1 && q.size(0) == k.size(0),
-              "q and k must be [T, H, D] with contiguous heads");
-  TORCH_CHECK(cos.sizes() == sin.sizes() && rows_in(cos) == q.size(0) && cos.size(-1) % 2 == 0 &&
-                  cos.size(-1) <= std::min(q.size(2), k.size(2)),
-              "cos and sin must be [T, R], R even and at most D");
-  for (const Tensor* t : {&k, &cos, &sin}) check_same_dtype(*t, q, "k, cos or sin");
-  active->rotary({
-      .dtype = dtype_of(q),
-      .q = q.data_ptr(),
-      .k = k.data_ptr(),
-      .q_token = q.stride(0),
-      .q_head = q.stride(1),
-      .k_token = k.stride(0),
-      .k_head = k.stride(1),
-      .cos = rows_of(cos, "cos"),
-      .sin = rows_of(sin, "sin"),
-      .num_tokens = q.size(0),
-      .q_heads = q.size(1),
-      .k_heads = k.size(1),
-      .rotary_dim = cos.size(-1),
-  });
+}  // namespace
+
+Tensor empty(Ints sizes, Scalar type) {
+  std::array<int64_t, kMaxDims> strides;
+  int64_t step = 1;
+  for (size_t d = sizes.size(); d-- > 0; step *= std::max<int64_t>(1, sizes[d])) strides[d] = step;
+  AtenTensorHandle handle;
+  check(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), static_cast<int32_t>(type),
+                                 aoti_torch_device_type_cpu(), 0, &handle));
+  return adopt(handle);
 }
 
-Activation activation_of(c10::string_view act) {
-  if (act == "silu") return Activation::kSilu;
-  if (act == "gelu") return Activation::kGelu;
-  TORCH_CHECK(act == "gelu_tanh", "act is ", act, "; it must be silu, gelu or gelu_tanh");
-  return Activation::kGeluTanh;
+int num_threads() {
+  uint32_t number;
+  check(torch_get_num_threads(&number));
+  return static_cast<int>(number);
 }
 
-Tensor gated_act(const Tensor& gate, const Tensor& up, c10::string_view act) {
-  TORCH_CHECK(gate.sizes() == up.sizes(), "gate and up must have one shape");
-  check_same_dtype(up, gate, "up");
-  Tensor out = at::empty(gate.sizes(), gate.options());
-  active->gated_act({
-      .dtype = dtype_of(gate),
-      .gate = rows_of(gate, "gate"),
-      .up = rows_of(up, "up"),
-      .out = {out.data_ptr(), gate.size(-1)},
-      .rows = rows_in(gate),
-      .width = gate.size(-1),
-      .act = activation_of(act),
-  });
-  return out;
+Tensor plain_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  AtenTensorHandle rows;  // of x as it is seen here, which may have another shape than what keeps its memory
+  check(aoti_torch_create_tensor_from_blob(x.data, x.dims, x.shape.data(), x.steps.data(), 0,
+                                           static_cast<int32_t>(x.type), aoti_torch_device_type_cpu(), 0, &rows));
+  StableIValue stack[] = {stable::from(rows), stable::from(release(weight)),
+                          stable::from(bias ? std::optional<AtenTensorHandle>(release(*bias)) : std::nullopt)};
+  check(torch_call_dispatcher("aten::linear", "", stack, TORCH_ABI_VERSION));
+  return adopt(stable::to<AtenTensorHandle>(stack[0]));
 }
 
-void mask_logits_(const Tensor& logits, const Tensor& rows, const Tensor& words) {
-  TORCH_CHECK(logits.dim() == 2 && words.dim() == 2 && words.size(0) == rows.numel() &&
-                  words.size(1) == (logits.size(1) + 31) / 32,
-              "words must be [rows, ", (logits.size(-1) + 31) / 32, "] for logits [n, ", logits.size(-1), "]");
-  const int64_t* row_numbers = ints<int64_t>(rows, "rows");
-  for (int64_t i = 0; i < rows.numel(); ++i)
-    TORCH_CHECK(0 <= row_numbers[i] && row_numbers[i] < logits.size(0), "row ", row_numbers[i], " is not there");
-  active->mask_logits({
-      .dtype = dtype_of(logits),
-      .logits = rows_of(logits, "logits"),
-      .width = logits.size(1),
-      .rows = row_numbers,
-      .words = reinterpret_cast<const uint32_t*>(ints<int32_t>(words, "words")),
-      .num_rows = rows.numel(),
-      .num_words = words.size(1),
-  });
-}
-
-std::tuple<Tensor, Tensor> argmax(const Tensor& x) {
-  TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "x must be [n, V], V > 0");
-  Tensor ids = at::empty({x.size(0)}, x.options().dtype(at::kLong));
-  Tensor finite = at::empty({x.size(0)}, x.options().dtype(at::kBool));
-  active->argmax({
-      .dtype = dtype_of(x),
-      .x = rows_of(x, "x"),
-      .rows = x.size(0),
-      .width = x.size(1),
-      .ids = ids.mutable_data_ptr<int64_t>(),
-      .finite = finite.mutable_data_ptr<bool>(),
-  });
-  return {ids, finite};
-}
-
-TORCH_LIBRARY(lorafleet, m) {
-  m.def("isa() -> str", &isa);
-  m.def("set_isa(str name) -> bool", &set_isa);
-  m.def("fix_sums(bool is_fixed) -> ()", &fix_sums);
+STABLE_TORCH_LIBRARY(lorafleet, m) {
+  m.def("isa() -> str");
+  m.def("set_isa(str name) -> bool");
+  m.def("fix_sums(bool is_fixed) -> ()");
+  m.def("pack_linear(Tensor[] weights) -> Tensor");
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
+  m.def("quantised_form(str kind, int in_features) -> (int, int)");
+  m.def("pack_quantised(Tensor rows, str kind, int in_features) -> (Tensor, int)");
+  m.def("quant_linear(Tensor x, Tensor[] panels, int[] forms, int[] sizes, Tensor? bias) -> Tensor");
   m.def(
       "lora_add_(Tensor(a!)[] outs, Tensor x, Tensor[] a_rows, Tensor[] b_rows, int[] indices, int[] groups, "
       "Tensor ranks, Tensor scales, Tensor pages, Tensor rows, Tensor small_tiles, Tensor large_tiles, Tensor counts, "
@@ -452,19 +169,56 @@ TORCH_LIBRARY(lorafleet, m) {
   m.def("gated_act(Tensor gate, Tensor up, str act) -> Tensor");
   m.def("mask_logits_(Tensor(a!) logits, Tensor rows, Tensor words) -> ()");
   m.def("argmax(Tensor x) -> (Tensor, Tensor)");
-  register_stack(m);
+  m.def(
+      "selective_scan(Tensor x, Tensor dt, Tensor a, Tensor b, Tensor c, Tensor(a!) state, Tensor? skip, Tensor? gate, "
+      "Tensor? dt_bias, bool softplus) -> Tensor");
+  m.def(
+      "delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) states, Tensor runs, "
+      "bool normalize) -> Tensor");
+  m.def("causal_conv(Tensor x, Tensor weight, Tensor(a!) states, Tensor runs, Tensor? bias, bool silu) -> Tensor");
+  m.def("stack_new() -> int");
+  m.def("stack_free(int stack) -> ()");
+  m.def("stack_norm(int stack, Tensor weight, float eps, bool plus_one) -> ()");
+  m.def(
+      "stack_linears(int stack, Tensor[] weights, int[] forms, Tensor? bias, int[] sizes, Tensor[] a_rows, "
+      "Tensor[] b_rows, int[] indices, int[] groups) -> ()");
+  m.def(
+      "stack_layer(int stack, int[] shape, float scale, float softcap, Tensor k_cache, Tensor v_cache, Tensor? sinks, "
+      "str act) -> ()");
+  m.def(
+      "stack_run(int stack, Tensor(a!) x, Tensor cos, Tensor sin, Tensor[] attention, Tensor[] table, Tensor[] lora, "
+      "Tensor? row_scales) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {
-  m.impl("linear", &linear);
-  m.impl("lora_add_", &lora_add_);
-  m.impl("kv_write_", &kv_write_);
-  m.impl("paged_attention", &paged_attention);
-  m.impl("rms_norm", &rms_norm);
-  m.impl("rotary_", &rotary_);
-  m.impl("gated_act", &gated_act);
-  m.impl("mask_logits_", &mask_logits_);
-  m.impl("argmax", &argmax);
+STABLE_TORCH_LIBRARY_IMPL(lorafleet, CompositeExplicitAutograd, m) {
+  m.impl("isa", &boxed<isa>);
+  m.impl("set_isa", &boxed<set_isa>);
+  m.impl("fix_sums", &boxed<fix_sums>);
+  m.impl("quantised_form", &boxed<quantised_form>);
+  m.impl("stack_new", &boxed<stack_new>);
+  m.impl("stack_free", &boxed<stack_free>);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {
+  m.impl("pack_linear", &boxed<pack_linear>);
+  m.impl("linear", &boxed<linear>);
+  m.impl("pack_quantised", &boxed<pack_quantised>);
+  m.impl("quant_linear", &boxed<quant_linear>);
+  m.impl("lora_add_", &boxed<lora_add_>);
+  m.impl("kv_write_", &boxed<kv_write_>);
+  m.impl("paged_attention", &boxed<paged_attention>);
+  m.impl("rms_norm", &boxed<rms_norm>);
+  m.impl("rotary_", &boxed<rotary_>);
+  m.impl("gated_act", &boxed<gated_act>);
+  m.impl("mask_logits_", &boxed<mask_logits_>);
+  m.impl("argmax", &boxed<argmax>);
+  m.impl("selective_scan", &boxed<selective_scan>);
+  m.impl("delta_rule", &boxed<delta_rule>);
+  m.impl("causal_conv", &boxed<causal_conv>);
+  m.impl("stack_norm", &boxed<stack_norm>);
+  m.impl("stack_linears", &boxed<stack_linears>);
+  m.impl("stack_layer", &boxed<stack_layer>);
+  m.impl("stack_run", &boxed<stack_run>);
 }
 
 }  // namespace lorafleet

@@ -1,6 +1,10 @@
-// The kernels for one instruction set, named by LORAFLEET_ISA (avx2, avx512 or avx512_bf16) to match the compiler's
-// flags. No standard library templates here: the linker could pick this file's copy for code that runs everywhere.
+// The kernels for one instruction set, named by LORAFLEET_ISA (avx2, avx512, avx512_bf16 or neon) to match the
+// compiler's flags. No standard library templates here: the linker could pick this file's copy for code that runs everywhere.
+#ifdef __x86_64__
 #include <immintrin.h>
+#else
+#include <arm_neon.h>
+#endif
 
 #include "kernels.h"
 
@@ -13,7 +17,9 @@ namespace lorafleet {
 namespace LORAFLEET_ISA {
 namespace {
 
-#ifdef __AVX512F__
+#if defined(__aarch64__)
+#include "vec_neon.h"
+#elif defined(__AVX512F__)
 #include "vec_avx512.h"
 #else
 #include "vec_avx2.h"

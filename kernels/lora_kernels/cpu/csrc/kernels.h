@@ -1,5 +1,5 @@
-// The native kernels as plain C++: raw pointers, element strides, no torch. bind.cpp checks and calls them; isa.cpp is
-// compiled once per instruction set and fills one Kernels table each.
+// The native kernels as plain C++: raw pointers, element strides, no torch. operations.cpp checks and calls them;
+// isa.cpp is compiled once per instruction set and fills one Kernels table each.
 #pragma once
 
 #include <array>
@@ -240,6 +240,7 @@ struct Kernels {
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();
+const Kernels& neon_kernels();
 
 // Runs task(context, i) for i in [0, num_tasks), on as many threads as torch would use or on up to num_threads;
 // neighbouring tasks mostly on one thread, in order.

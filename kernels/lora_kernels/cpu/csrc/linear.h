@@ -27,7 +27,7 @@ inline void panel_tile(const uint16_t* x, int64_t chunk_stride, const uint16_t* 
 #pragma GCC unroll 4
       for (int v = 0; v < kPanelVecs; ++v) {
         w[v] = load_pairs(panel + v * 2 * kLanes);
-        if (Prefetch) _mm_prefetch(reinterpret_cast<const char*>(panel + v * 2 * kLanes) + panel_bytes, _MM_HINT_T0);
+        if (Prefetch) prefetch_line(reinterpret_cast<const char*>(panel + v * 2 * kLanes) + panel_bytes);
       }
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {

@@ -1,14 +1,7 @@
 // Lays out bf16 weights for `linear`: panels of columns, in each the pairs of inputs of all its columns side by side.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <algorithm>
 #include <cstring>
-#include <vector>
 
-#include "bind.h"
-#include "kernels.h"
+#include "operations.h"
 
 namespace lorafleet {
 
@@ -35,32 +28,25 @@ void pack_panel(const uint32_t* const* rows, int64_t num_rows, int64_t pairs, ui
 
 }  // namespace
 
-Tensor pack_linear(at::TensorList weights) {
-  TORCH_CHECK(!weights.empty(), "no weight to pack");
+Tensor pack_linear(Tensors weights) {
+  LORAFLEET_CHECK(!weights.empty(), "no weight to pack");
   const int64_t in_features = weights[0].dim() == 2 ? weights[0].size(1) : 1, pairs = in_features / 2;
-  std::vector<Tensor> sources;
   std::vector<const uint32_t*> rows;
   for (const Tensor& weight : weights) {
-    TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == at::kBFloat16 && in_features % 2 == 0 &&
-                    weight.size(1) == in_features,
-                "a packed weight is bfloat16 [N, K] with K even and the same for all");
-    sources.push_back(weight.contiguous());
+    LORAFLEET_CHECK(weight.dim() == 2 && weight.type == Scalar::kBFloat16 && in_features % 2 == 0 &&
+                        weight.size(1) == in_features && weight.is_contiguous(),
+                    "a packed weight is made of contiguous bfloat16 [N, K] with K even and the same for all");
     for (int64_t row = 0; row < weight.size(0); ++row)
-      rows.push_back(static_cast<const uint32_t*>(sources.back().data_ptr()) + row * pairs);
+      rows.push_back(reinterpret_cast<const uint32_t*>(weight.data) + row * pairs);
   }
   const int64_t out_features = rows.size(), panels = (out_features + kPanel - 1) / kPanel;
-  Tensor packed = at::empty({panels, pairs, kPanel, 2}, weights[0].options());
-  auto* to = static_cast<uint32_t*>(packed.data_ptr());
-  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p)
-      pack_panel(rows.data() + p * kPanel, std::min<int64_t>(kPanel, out_features - p * kPanel), pairs,
-                 to + p * pairs * kPanel);
+  const Tensor packed = empty({panels, pairs, kPanel, 2}, Scalar::kBFloat16);
+  auto* to = reinterpret_cast<uint32_t*>(packed.data);
+  run_tasks(panels, [&](int64_t p) {
+    pack_panel(rows.data() + p * kPanel, std::min<int64_t>(kPanel, out_features - p * kPanel), pairs,
+               to + p * pairs * kPanel);
   });
   return packed;
 }
-
-TORCH_LIBRARY_FRAGMENT(lorafleet, m) { m.def("pack_linear(Tensor[] weights) -> Tensor"); }
-
-TORCH_LIBRARY_IMPL(lorafleet, CPU, m) { m.impl("pack_linear", &pack_linear); }
 
 }  // namespace lorafleet

@@ -1,15 +1,7 @@
-// Linear layers whose weights stay quantised: torch's side of quant.h, and the packing of GGUF's blocks for it.
-#include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <algorithm>
+// Linear layers whose weights stay quantised: the checks of quant.h, and the packing of GGUF's blocks for it.
 #include <cstring>
-#include <string>
-#include <tuple>
-#include <vector>
 
-#include "bind.h"
+#include "operations.h"
 
 namespace lorafleet {
 namespace {
@@ -98,16 +90,10 @@ constexpr Kind kKinds[] = {
     {"q5_k", 176, 256, 5, read_q5_k}, {"q6_k", 210, 256, 6, read_q6_k},
 };
 
-const Kind& kind_of(c10::string_view name) {
+const Kind& kind_of(std::string_view name) {
   for (const Kind& kind : kKinds)
     if (name == kind.name) return kind;
-  TORCH_CHECK(false, "weights of the kind ", std::string(name), " are not packed");
-}
-
-// How weights of a kind are packed, and the bytes of a panel.
-std::tuple<int64_t, int64_t> quantised_form(c10::string_view kind, int64_t in_features) {
-  const int64_t form = kind_of(kind).form;
-  return {form, panel_bytes(kQuantForms[form], in_features)};
+  fail("weights of the kind ", name, " are not packed");
 }
 
 // Column c of a packed group. head: of the group; super: of the super-block, null for other forms.
@@ -142,9 +128,17 @@ void put_column(const QuantForm& form, const Group& g, int c, uint8_t* super, ui
   }
 }
 
-std::tuple<Tensor, int64_t> pack_quantised(const Tensor& rows, c10::string_view kind_name, int64_t in_features) {
+}  // namespace
+
+// How weights of a kind are packed, and the bytes of a panel.
+std::tuple<int64_t, int64_t> quantised_form(std::string_view kind, int64_t in_features) {
+  const int64_t form = kind_of(kind).form;
+  return {form, panel_bytes(kQuantForms[form], in_features)};
+}
+
+std::tuple<Tensor, int64_t> pack_quantised(const Tensor& rows, std::string_view kind_name, int64_t in_features) {
   const Kind& kind = kind_of(kind_name);
-  TORCH_CHECK(rows.dim() == 2 && rows.scalar_type() == at::kByte && rows.is_contiguous() &&
+  LORAFLEET_CHECK(rows.dim() == 2 && rows.type == Scalar::kByte && rows.is_contiguous() &&
                   in_features % kind.block_inputs == 0 &&
                   rows.size(1) == in_features / kind.block_inputs * kind.block_bytes,
               "rows of ", kind.name, " must be contiguous bytes [N, ", kind.block_bytes, " for every ",
@@ -152,56 +146,50 @@ std::tuple<Tensor, int64_t> pack_quantised(const Tensor& rows, c10::string_view 
   const QuantForm& form = kQuantForms[kind.form];
   const int64_t out_features = rows.size(0), row_bytes = rows.size(1), bytes = panel_bytes(form, in_features);
   const int64_t panels = (out_features + kPanel - 1) / kPanel, per_block = kind.block_inputs / 32;
-  Tensor packed = at::empty({panels, bytes}, rows.options());
-  const uint8_t* from = rows.const_data_ptr<uint8_t>();
-  uint8_t* to = packed.mutable_data_ptr<uint8_t>();
-  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      uint8_t *at = to + p * bytes, *super = nullptr;
-      const int64_t columns = std::min<int64_t>(kPanel, out_features - p * kPanel);
-      if (columns < kPanel) std::memset(at, 0, bytes);
-      for (int64_t k = 0; k < in_features / 32; ++k, at += group_bytes(form)) {
-        if (form.super && k % (kSuperInputs / 32) == 0) super = at, at += super_head_bytes(form);
-        for (int64_t c = 0; c < columns; ++c) {
-          Group group = {};
-          kind.read(from + (p * kPanel + c) * row_bytes + k / per_block * kind.block_bytes, k % per_block, group);
-          put_column(form, group, static_cast<int>(c), super, at);
-        }
+  const Tensor packed = empty({panels, bytes}, Scalar::kByte);
+  const uint8_t* from = entries_of<uint8_t>(rows, "rows");
+  uint8_t* to = entries_of<uint8_t>(packed, "packed");
+  run_tasks(panels, [&](int64_t p) {
+    uint8_t *at = to + p * bytes, *super = nullptr;
+    const int64_t columns = std::min<int64_t>(kPanel, out_features - p * kPanel);
+    if (columns < kPanel) std::memset(at, 0, bytes);
+    for (int64_t k = 0; k < in_features / 32; ++k, at += group_bytes(form)) {
+      if (form.super && k % (kSuperInputs / 32) == 0) super = at, at += super_head_bytes(form);
+      for (int64_t c = 0; c < columns; ++c) {
+        Group group = {};
+        kind.read(from + (p * kPanel + c) * row_bytes + k / per_block * kind.block_bytes, k % per_block, group);
+        put_column(form, group, static_cast<int>(c), super, at);
       }
     }
   });
   return {packed, kind.form};
 }
 
-}  // namespace
-
-Tensor quant_linear(const Tensor& x, at::TensorList panels, at::IntArrayRef forms, at::IntArrayRef sizes,
-                    const std::optional<Tensor>& bias) {
+Tensor quant_linear(const Tensor& x, Tensors panels, Ints forms, Ints sizes,
+                    const OptionalTensor& bias) {
   const int64_t num_parts = panels.size(), in_features = x.size(-1), rows = x.numel() / std::max<int64_t>(1, in_features);
-  TORCH_CHECK(num_parts > 0 && forms.size() == panels.size() && sizes.size() == panels.size(),
+  LORAFLEET_CHECK(num_parts > 0 && forms.size() == panels.size() && sizes.size() == panels.size(),
               "every part needs panels, a form and a size");
   std::vector<QuantPart> parts(num_parts);
   int64_t out_features = 0;
   bool has_min = false;
   for (int64_t i = 0; i < num_parts; ++i) {
-    TORCH_CHECK(0 <= forms[i] && forms[i] < kNumQuantForms, "there is no form ", forms[i]);
+    LORAFLEET_CHECK(0 <= forms[i] && forms[i] < kNumQuantForms, "there is no form ", forms[i]);
     const QuantForm& form = kQuantForms[forms[i]];
-    TORCH_CHECK(in_features % (form.super ? kSuperInputs : 32) == 0 && panels[i].dim() == 2 && sizes[i] > 0 &&
-                    panels[i].scalar_type() == at::kByte && panels[i].is_contiguous() &&
+    LORAFLEET_CHECK(in_features % (form.super ? kSuperInputs : 32) == 0 && panels[i].dim() == 2 && sizes[i] > 0 &&
+                    panels[i].type == Scalar::kByte && panels[i].is_contiguous() &&
                     panels[i].size(0) == (sizes[i] + kPanel - 1) / kPanel &&
                     panels[i].size(1) == panel_bytes(form, in_features),
                 "part ", i, " is not packed for ", in_features, " inputs and ", sizes[i], " outputs");
-    parts[i] = {panels[i].const_data_ptr<uint8_t>(), forms[i], sizes[i]};
+    parts[i] = {entries_of<uint8_t>(panels[i], "panels"), forms[i], sizes[i]};
     out_features += sizes[i];
     has_min |= form.min;
   }
   if (bias) {
     check_same_dtype(*bias, x, "bias");
-    TORCH_CHECK(bias->is_contiguous() && bias->numel() == out_features, "bias needs ", out_features, " entries");
+    LORAFLEET_CHECK(bias->is_contiguous() && bias->numel() == out_features, "bias needs ", out_features, " entries");
   }
-  auto shape = x.sizes().vec();
-  shape.back() = out_features;
-  Tensor out = at::empty(shape, x.options());
+  const Tensor out = empty_rows(x, out_features);
   QuantArgs args = {
       .dtype = dtype_of(x),
       .x = rows_of(x, "x"),
@@ -211,40 +199,29 @@ Tensor quant_linear(const Tensor& x, at::TensorList panels, at::IntArrayRef form
       .x_sums = nullptr,
       .parts = parts.data(),
       .num_parts = num_parts,
-      .bias = bias ? bias->const_data_ptr() : nullptr,
-      .out = {out.data_ptr(), out_features},
+      .bias = bias ? bias->data : nullptr,
+      .out = {out.data, out_features},
       .rows = rows,
       .in_features = in_features,
   };
   Tensor chunks, prepared;  // keep the memory of what is made of x
   if (active->quant_uses_integers(args.dtype)) {
     chunks = chunk_rows(x);
-    args.x_chunks = static_cast<const uint16_t*>(chunks.const_data_ptr());
+    args.x_chunks = reinterpret_cast<const uint16_t*>(chunks.data);
     if (has_min) {
-      prepared = at::empty({rows, in_features / 32}, x.options().dtype(at::kFloat));
-      active->quant_prepare(args, nullptr, prepared.mutable_data_ptr<float>());
-      args.x_sums = prepared.const_data_ptr<float>();
+      prepared = empty({rows, in_features / 32}, Scalar::kFloat);
+      active->quant_prepare(args, nullptr, entries_of<float>(prepared, "x"));
+      args.x_sums = entries_of<float>(prepared, "x");
     }
   } else if (args.dtype == Dtype::kF32) {
     args.x32 = static_cast<const float*>(args.x.data), args.x32_stride = args.x.stride;
   } else {
-    prepared = at::empty({rows, in_features}, x.options().dtype(at::kFloat));
-    active->quant_prepare(args, prepared.mutable_data_ptr<float>(), nullptr);
-    args.x32 = prepared.const_data_ptr<float>();
+    prepared = empty({rows, in_features}, Scalar::kFloat);
+    active->quant_prepare(args, entries_of<float>(prepared, "x"), nullptr);
+    args.x32 = entries_of<float>(prepared, "x");
   }
   active->quant_linear(args);
   return out;
-}
-
-TORCH_LIBRARY_FRAGMENT(lorafleet, m) {
-  m.def("quantised_form(str kind, int in_features) -> (int, int)", &quantised_form);
-  m.def("pack_quantised(Tensor rows, str kind, int in_features) -> (Tensor, int)");
-  m.def("quant_linear(Tensor x, Tensor[] panels, int[] forms, int[] sizes, Tensor? bias) -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {
-  m.impl("pack_quantised", &pack_quantised);
-  m.impl("quant_linear", &quant_linear);
 }
 
 }  // namespace lorafleet

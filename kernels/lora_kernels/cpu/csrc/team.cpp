@@ -3,14 +3,16 @@
 // Tasks are claimed one by one from a published job, and the caller waits for claimed tasks only. With OpenMP every
 // operation ends in a barrier that all threads must reach: a thread whose core another process holds stops the step
 // until it is scheduled again. Here such a thread claims no task.
-#include <immintrin.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <mutex>
 #include <thread>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #include "kernels.h"
 
@@ -55,6 +57,15 @@ Team& team() {
 }
 
 thread_local bool in_task = false;
+
+// Leaves the core's other thread, if it has one, more to compute with.
+void pause() {
+#ifdef __x86_64__
+  _mm_pause();
+#else
+  asm volatile("yield");
+#endif
+}
 
 int64_t claim(Run& run, uint64_t number) {
   uint64_t word = run.word.load(std::memory_order_acquire);
@@ -112,9 +123,9 @@ void help(Team& team, int self) {
         ahead = ahead_of(team, self);
       }
       if (ahead.at < ahead.end) {
-        for (int i = 0; i < 16; ++i, ahead.at += 64) _mm_prefetch(ahead.at, _MM_HINT_T1);
+        for (int i = 0; i < 16; ++i, ahead.at += 64) __builtin_prefetch(ahead.at, 0, 2);
       } else {
-        for (int i = 0; i < 16; ++i) _mm_pause();
+        for (int i = 0; i < 16; ++i) pause();
       }
     }
     team.number.wait(seen, std::memory_order_acquire);
@@ -139,7 +150,7 @@ void run_job(Team& team, int num_runs, int64_t num_tasks, void (*task)(const voi
   team.number.notify_all();
   work(team, 0, number);
   for (int i = 0; team.num_done.load(std::memory_order_acquire) < num_tasks; ++i)
-    i < kPatience ? _mm_pause() : std::this_thread::yield();
+    i < kPatience ? pause() : std::this_thread::yield();
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ inline void with_size(int64_t n, const F& f) {
   f.template operator()<Max>();
 }
 
-inline void prefetch_line(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
+inline void prefetch_line(const void* from) { __builtin_prefetch(from, 0, 3); }
 inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch_line(static_cast<const char*>(from) + i);
 }
@@ -28,7 +28,7 @@ inline void prefetch(const void* from, int64_t bytes) {
 template <int64_t Bytes>
 inline void prefetch_once(const uint8_t* from) {
 #pragma GCC unroll 32
-  for (int64_t i = 0; i < Bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(from) + i, _MM_HINT_NTA);
+  for (int64_t i = 0; i < Bytes; i += 64) __builtin_prefetch(from + i, 0, 0);
 }
 
 // How left [rows, depth] times right [depth, columns] is computed. Left rows are broadcast, right rows are vectors.
@@ -195,7 +195,7 @@ inline void dots_tile(const T* const* x, const T* y, int64_t y_stride, int64_t d
   }
   for (int i = 0; i < Rows; ++i) {
     if constexpr (Cols == 4) {
-      _mm_storeu_ps(out + i * out_stride, sum4(acc[i][0], acc[i][1], acc[i][2], acc[i][3]));
+      store_sums(out + i * out_stride, acc[i][0], acc[i][1], acc[i][2], acc[i][3]);
     } else {
       for (int j = 0; j < Cols; ++j) out[i * out_stride + j] = sum(acc[i][j]);
     }

@@ -18,13 +18,13 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Vec a) { return _mm512_reduce_add_ps(a); }
 inline float first_lane(Vec a) { return _mm512_cvtss_f32(a); }
 inline float max_lane(Vec a) { return _mm512_reduce_max_ps(a); }
-// The sums of four vectors.
-inline __m128 sum4(Vec a, Vec b, Vec c, Vec d) {
+// Writes the sums of four vectors.
+inline void store_sums(float* p, Vec a, Vec b, Vec c, Vec d) {
   const Vec ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const Vec cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
   const Vec quads = add(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
   const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
+  _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
 }
 inline Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 inline Vec pow2(Vec n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }  // n integral; underflows to zero

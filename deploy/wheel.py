@@ -1,0 +1,55 @@
+"""Puts the built kernels into a wheel: `make wheel`. Without LORAFLEET_WHEEL, wheels hold sources alone.
+
+LORAFLEET_WHEEL is the family of processors that the wheel is for: x86_64 or aarch64. Torch must be installed where the
+wheel is built, for its headers: the wheel itself suits every version of it from 2.10 on, and every Python.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class KernelsHook(BuildHookInterface[Any]):
+    """Compiles the kernels, and names the wheel by what they need of a system."""
+
+    PLUGIN_NAME = "custom"
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Add the library to the wheel."""
+        machine = os.environ.get("LORAFLEET_WHEEL")
+        if not machine or version == "editable":
+            return
+        self._folder = tempfile.TemporaryDirectory()
+        library = _builder(Path(self.root)).compile_library(Path(self._folder.name), machine)
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-manylinux_2_{minimal_glibc(library)}_{machine}"
+        build_data["force_include"][str(library)] = "lora_kernels/cpu/lora_kernels.so"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Delete what was compiled."""
+        if hasattr(self, "_folder"):
+            self._folder.cleanup()
+
+
+def minimal_glibc(library: Path) -> int:
+    """Return n of the oldest glibc 2.n that has every symbol a library asks for."""
+    text = library.read_bytes()
+    return max(int(version) for version in re.findall(rb"GLIBC_2\.(\d+)", text))
+
+
+def _builder(root: Path) -> Any:
+    """Return the module lora_kernels.cpu.build without its package, which imports torch."""
+    path = root / "kernels/lora_kernels/cpu/build.py"
+    spec = importlib.util.spec_from_file_location("lora_kernels_build", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

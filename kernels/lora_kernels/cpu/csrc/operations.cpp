@@ -1,0 +1,435 @@
+// The operations on tensors: what they check, the plan of attention, scratch memory, the choice of kernels.
+#include "operations.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace lorafleet {
+
+void run_tasks(int64_t num_tasks, void (*task)(const void*, int64_t), const void* context) {
+  run_tasks(num_threads(), num_tasks, task, context);
+}
+
+float* scratch(int64_t num_floats) {
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  thread_local std::unique_ptr<float, Free> memory;
+  thread_local int64_t size = 0;
+  if (num_floats > size) {
+    size = (num_floats + num_floats / 2 + 15) / 16 * 16;
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, size * sizeof(float))));
+    LORAFLEET_CHECK(memory, "no memory for ", size, " floats of kernel scratch");
+  }
+  return memory.get();
+}
+
+const Kernels* find_kernels(std::string_view isa) {
+#ifdef __aarch64__
+  if (isa == "neon") return &neon_kernels();
+#else
+  __builtin_cpu_init();
+  if (isa == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2_kernels();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (isa == "avx512" && avx512) return &avx512_kernels();
+  if (isa == "avx512_bf16" && avx512 && __builtin_cpu_supports("avx512bf16")) return &avx512_bf16_kernels();
+#endif
+  return nullptr;
+}
+
+const Kernels* best_kernels() {
+  for (const char* isa : {"avx512_bf16", "avx512", "avx2", "neon"})
+    if (const Kernels* found = find_kernels(isa)) return found;
+  return nullptr;
+}
+
+const Kernels* active = best_kernels();
+
+// Whether a row's sums are added in an order that does not depend on the rows beside it. See sums.py.
+bool fixed_sums = false;
+
+void fix_sums(bool is_fixed) { fixed_sums = is_fixed; }
+
+std::string isa() { return active ? active->name : ""; }
+
+bool set_isa(std::string_view name) {
+  const Kernels* found = find_kernels(name);
+  if (found) active = found;
+  return found;
+}
+
+std::string_view name_of(Scalar type) {
+  static constexpr const char* kNames[] = {"Byte",   "Char",          "Short",        "Int",
+                                           "Long",   "Half",          "Float",        "Double",
+                                           "ComplexHalf", "ComplexFloat", "ComplexDouble", "Bool",
+                                           "QInt8",  "QUInt8",        "QInt32",       "BFloat16"};
+  const auto number = static_cast<size_t>(type);
+  return number < std::size(kNames) ? kNames[number] : "of a type that no operation takes";
+}
+
+Dtype dtype_of(const Tensor& t) {
+  switch (t.type) {
+    case Scalar::kFloat:
+      return Dtype::kF32;
+    case Scalar::kBFloat16:
+      return Dtype::kBf16;
+    case Scalar::kHalf:
+      return Dtype::kF16;
+    default:
+      fail("dtype is ", t.type, "; the native kernels know float32, bfloat16 and float16");
+  }
+}
+
+void check_same_dtype(const Tensor& t, const Tensor& like, const char* name) {
+  LORAFLEET_CHECK(t.type == like.type, name, " is ", t.type, ", not ", like.type);
+}
+
+int64_t rows_in(const Tensor& t) { return t.size(-1) == 0 ? 0 : t.numel() / t.size(-1); }
+
+Matrix rows_of(const Tensor& t, const char* name) {
+  LORAFLEET_CHECK(t.dim() >= 2 && t.stride(-1) == 1, name, " needs rows whose entries are contiguous");
+  int64_t expected = t.stride(-2) * t.size(-2);
+  for (int64_t d = t.dim() - 3; d >= 0; --d) {
+    LORAFLEET_CHECK(t.size(d) == 1 || t.stride(d) == expected, name, " needs rows at one stride");
+    expected *= t.size(d);
+  }
+  return {t.data, t.stride(-2)};
+}
+
+Tensor chunk_rows(const Tensor& x) {
+  const Matrix from = rows_of(x, "x");
+  const int64_t rows = rows_in(x), width = x.size(-1), chunks = (width + kXChunk - 1) / kXChunk;
+  if (rows == 1) return x;
+  const Tensor chunked = empty({chunks, rows, kXChunk}, x.type);
+  auto* to = reinterpret_cast<uint16_t*>(chunked.data);
+  const auto copy = [&](int64_t row) {
+    const auto* own = static_cast<const uint16_t*>(from.data) + row * from.stride;
+    for (int64_t c = 0; c < chunks; ++c)
+      std::memcpy(to + (c * rows + row) * kXChunk, own + c * kXChunk, 2 * std::min<int64_t>(kXChunk, width - c * kXChunk));
+  };
+  constexpr int64_t kTaskRows = 16;
+  run_tasks((rows + kTaskRows - 1) / kTaskRows, [&](int64_t task) {
+    for (int64_t row = task * kTaskRows; row < std::min(rows, (task + 1) * kTaskRows); ++row) copy(row);
+  });
+  return chunked;
+}
+
+// Memory for rows of another width.
+Tensor empty_rows(const Tensor& x, int64_t width) {
+  std::array<int64_t, kMaxDims> shape = x.shape;
+  shape[x.dim() - 1] = width;
+  return empty(Ints(shape.data(), x.dim()), x.type);
+}
+
+Tensor linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t out_features) {
+  LORAFLEET_CHECK(packed.dim() == 4 && packed.is_contiguous() && packed.type == Scalar::kBFloat16,
+              "the weight is not packed");
+  LORAFLEET_CHECK(x.size(-1) == 2 * packed.size(1), "x has ", x.size(-1), " features; the weight takes ",
+              2 * packed.size(1));
+  check_same_dtype(x, packed, "x");
+  if (bias) {
+    check_same_dtype(*bias, packed, "bias");
+    LORAFLEET_CHECK(bias->is_contiguous() && bias->numel() == out_features, "bias needs ", out_features, " entries");
+  }
+  const Tensor out = empty_rows(x, out_features);
+  const Tensor chunks = chunk_rows(x);
+  active->linear({
+      .x = reinterpret_cast<const uint16_t*>(chunks.data),
+      .panels = reinterpret_cast<const uint16_t*>(packed.data),
+      .bias = bias ? reinterpret_cast<const uint16_t*>(bias->data) : nullptr,
+      .out = {out.data, out_features},
+      .rows = rows_in(x),
+      .in_features = x.size(-1),
+      .out_features = out_features,
+  });
+  return out;
+}
+
+void lora_add_(Tensors outs, const Tensor& x, Tensors a_rows, Tensors b_rows,
+               Ints indices, Ints groups, const Tensor& ranks, const Tensor& scales,
+               const Tensor& pages, const Tensor& rows, const Tensor& small_tiles, const Tensor& large_tiles,
+               const Tensor& counts, const OptionalTensor& row_scales) {
+  const size_t num_sites = outs.size();
+  LORAFLEET_CHECK(a_rows.size() == num_sites && b_rows.size() == num_sites && indices.size() == num_sites &&
+                  groups.size() == num_sites,
+              "every output needs one site");
+  std::vector<LoraSiteArgs> sites(num_sites);
+  for (size_t i = 0; i < num_sites; ++i) {
+    check_same_dtype(outs[i], x, "an output");
+    check_same_dtype(a_rows[i], x, "a_rows");
+    check_same_dtype(b_rows[i], x, "b_rows");
+    LORAFLEET_CHECK(a_rows[i].is_contiguous() && b_rows[i].is_contiguous() && a_rows[i].size(1) == x.size(-1) &&
+                    b_rows[i].size(1) == outs[i].size(-1) && rows_in(outs[i]) == rows_in(x),
+                "site ", i, " does not fit its input and output");
+    sites[i] = {rows_of(outs[i], "an output"),
+                a_rows[i].data,
+                b_rows[i].data,
+                outs[i].size(-1),
+                indices[i],
+                groups[i]};
+  }
+  const int32_t* num_tiles = entries_of<int32_t>(counts, "counts") + 2;
+  const bool large = num_tiles[1] >= 2 * num_threads();  // else there are too few for all threads
+  active->lora_add({
+      .dtype = dtype_of(x),
+      .x = rows_of(x, "x"),
+      .in_features = x.size(-1),
+      .sites = sites.data(),
+      .num_sites = static_cast<int64_t>(num_sites),
+      .ranks = entries_of<int32_t>(ranks, "ranks"),
+      .scales = entries_of<float>(scales, "scales"),
+      .table_sites = ranks.size(1),
+      .pages = entries_of<int32_t>(pages, "pages"),
+      .groups = pages.size(1),
+      .max_pages = pages.size(2),
+      .tiles = entries_of<int32_t>(large ? large_tiles : small_tiles, "tiles"),
+      .num_tiles = num_tiles[large],
+      .rows = entries_of<int32_t>(rows, "rows"),
+      .row_scales = row_scales ? entries_of<float>(*row_scales, "row_scales") : nullptr,
+      .fixed_sums = fixed_sums,
+  });
+}
+
+void check_cache(const Tensor& cache, int64_t kv_heads, int64_t dim, const char* name) {
+  LORAFLEET_CHECK(cache.dim() == 4 && cache.is_contiguous() && cache.size(1) == kv_heads && cache.size(2) == kBlockTokens &&
+                  cache.size(3) == dim,
+              name, " must be contiguous [blocks, ", kv_heads, ", ", kBlockTokens, ", ", dim, "]");
+}
+
+void kv_write_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+               const Tensor& slot_mapping) {
+  LORAFLEET_CHECK(k.dim() == 3 && v.dim() == 3 && k.stride(2) == 1 && v.stride(2) == 1 && k.size(0) == v.size(0) &&
+                  k.size(1) == v.size(1) && k.size(0) == slot_mapping.numel(),
+              "k and v must be [T, Hkv, D] with contiguous heads, T as slot_mapping has it");
+  check_cache(k_cache, k.size(1), k.size(2), "k_cache");
+  check_cache(v_cache, v.size(1), v.size(2), "v_cache");
+  check_same_dtype(k, k_cache, "k");
+  check_same_dtype(v, v_cache, "v");
+  check_same_dtype(k, v, "k");
+  active->kv_write({
+      .element_bytes = static_cast<int64_t>(k.element_size()),
+      .k = k.data,
+      .v = v.data,
+      .k_token = k.stride(0),
+      .k_head = k.stride(1),
+      .v_token = v.stride(0),
+      .v_head = v.stride(1),
+      .k_cache = k_cache.data,
+      .v_cache = v_cache.data,
+      .slots = entries_of<int64_t>(slot_mapping, "slot_mapping"),
+      .num_tokens = k.size(0),
+      .kv_heads = k.size(1),
+      .k_dim = k.size(2),
+      .v_dim = v.size(2),
+  });
+}
+
+constexpr int64_t kTaskRows = 32;    // rows of an attention task: enough to share the transposed keys
+constexpr int64_t kSplitKeys = 256;  // no task is split into runs of fewer keys
+
+struct AttentionPlan {
+  std::vector<AttentionTask> tasks;
+  std::vector<AttentionMerge> merges;
+  int64_t num_partials = 0;
+  int64_t task_queries;
+};
+
+// Prefill chunks stand last in a step and make the longest tasks, so sequences are taken from the end.
+AttentionPlan plan_attention(const AttentionArgs& args) {
+  AttentionPlan plan;
+  plan.task_queries = std::max<int64_t>(1, kTaskRows / (args.heads / args.kv_heads));
+  if (fixed_sums && args.window > 0) plan.task_queries = 1;  // rounds of keys begin where the first query's window does
+  int64_t num_tasks = 0;
+  for (int64_t s = 0; s < args.num_seqs; ++s) {
+    const int64_t query_len = args.query_starts[s + 1] - args.query_starts[s];
+    num_tasks += (query_len + plan.task_queries - 1) / plan.task_queries * args.kv_heads;
+  }
+  const int64_t wanted = 4 * num_threads();
+  const int64_t max_splits = fixed_sums || num_tasks >= wanted ? 1 : (wanted + num_tasks - 1) / std::max<int64_t>(1, num_tasks);
+  plan.tasks.reserve(num_tasks * max_splits);
+  for (int64_t s = args.num_seqs - 1; s >= 0; --s) {
+    const int64_t query_len = args.query_starts[s + 1] - args.query_starts[s];
+    for (int64_t first = 0; first < query_len; first += plan.task_queries) {
+      const int64_t queries = std::min(plan.task_queries, query_len - first);
+      const int64_t position = args.kv_lens[s] - query_len + first;
+      const int64_t begin = args.window > 0 ? std::max<int64_t>(0, position + 1 - args.window) : 0;
+      const int64_t first_block = begin / kBlockTokens;
+      const int64_t end = position + queries;
+      const int64_t keys = end - first_block * kBlockTokens;
+      const int64_t splits = std::clamp<int64_t>(keys / kSplitKeys, 1, max_splits);
+      const int64_t split_blocks = ((keys + kBlockTokens - 1) / kBlockTokens + splits - 1) / splits;
+      for (int64_t h = 0; h < args.kv_heads; ++h) {
+        const int64_t first_task = plan.tasks.size();
+        for (int64_t key = first_block * kBlockTokens; key < end; key += split_blocks * kBlockTokens) {
+          AttentionTask task;
+          task.seq = s, task.kv_head = h, task.first_query = first, task.num_queries = queries;
+          task.first_key = key, task.end_key = std::min(end, key + split_blocks * kBlockTokens);
+          task.partial = task.end_key - task.first_key == keys ? -1 : plan.num_partials++;
+          plan.tasks.push_back(task);
+        }
+        const int64_t parts = plan.tasks.size() - first_task;
+        if (parts > 1) plan.merges.push_back({static_cast<int32_t>(first_task), static_cast<int32_t>(parts)});
+      }
+    }
+  }
+  return plan;
+}
+
+Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables,
+                       const Tensor& query_starts, const Tensor& kv_lens, double scale, int64_t window, double softcap,
+                       const OptionalTensor& sinks) {
+  LORAFLEET_CHECK(q.dim() == 3 && q.stride(2) == 1, "q must be [T, Hq, D] with contiguous heads");
+  const int64_t heads = q.size(1), kv_heads = k_cache.size(1);
+  LORAFLEET_CHECK(heads % kv_heads == 0, heads, " query heads cannot share ", kv_heads, " kv heads");
+  check_cache(k_cache, kv_heads, q.size(2), "k_cache");
+  check_cache(v_cache, kv_heads, v_cache.size(3), "v_cache");
+  check_same_dtype(q, k_cache, "q");
+  check_same_dtype(v_cache, k_cache, "v_cache");
+  LORAFLEET_CHECK(!sinks || sinks->numel() == heads, "sinks needs ", heads, " entries");
+  const Tensor out = empty({q.size(0), heads, v_cache.size(3)}, q.type);
+  AttentionArgs args = {
+      .dtype = dtype_of(q),
+      .q = q.data,
+      .q_token = q.stride(0),
+      .q_head = q.stride(1),
+      .k_cache = k_cache.data,
+      .v_cache = v_cache.data,
+      .out = out.data,
+      .block_tables = entries_of<int32_t>(block_tables, "block_tables"),
+      .max_blocks = block_tables.size(1),
+      .query_starts = entries_of<int32_t>(query_starts, "query_starts"),
+      .kv_lens = entries_of<int32_t>(kv_lens, "kv_lens"),
+      .num_seqs = kv_lens.numel(),
+      .heads = heads,
+      .kv_heads = kv_heads,
+      .k_dim = q.size(2),
+      .v_dim = v_cache.size(3),
+      .scale = static_cast<float>(scale),
+      .softcap = static_cast<float>(softcap),
+      .window = window,
+      .sinks = sinks ? entries_of<float>(*sinks, "sinks") : nullptr,
+      .tasks = nullptr,
+      .num_tasks = 0,
+      .merges = nullptr,
+      .num_merges = 0,
+      .partials = nullptr,
+      .partial_floats = 0,
+  };
+  const AttentionPlan plan = plan_attention(args);
+  args.tasks = plan.tasks.data();
+  args.num_tasks = plan.tasks.size();
+  args.merges = plan.merges.data();
+  args.num_merges = plan.merges.size();
+  args.partial_floats = plan.task_queries * (heads / kv_heads) * (args.v_dim + 2);
+  const Tensor partials = empty({plan.num_partials, args.partial_floats}, Scalar::kFloat);
+  args.partials = reinterpret_cast<float*>(partials.data);
+  active->attention(args);
+  return out;
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const OptionalTensor& residual,
+                bool plus_one) {
+  check_same_dtype(weight, x, "weight");
+  LORAFLEET_CHECK(weight.is_contiguous() && weight.numel() == x.size(-1), "weight needs ", x.size(-1), " entries");
+  Matrix sum = {nullptr, 0};
+  if (residual) {
+    LORAFLEET_CHECK(residual->has_sizes(x.sizes()), "residual must have the shape of x");
+    check_same_dtype(*residual, x, "residual");
+    sum = rows_of(*residual, "residual");
+  }
+  const Tensor out = empty(x.sizes(), x.type);
+  active->rms_norm({
+      .dtype = dtype_of(x),
+      .x = rows_of(x, "x"),
+      .residual = sum,
+      .out = {out.data, x.size(-1)},
+      .weight = weight.data,
+      .rows = rows_in(x),
+      .width = x.size(-1),
+      .eps = static_cast<float>(eps),
+      .plus_one = plus_one,
+  });
+  return out;
+}
+
+void rotary_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin) {
+  LORAFLEET_CHECK(q.dim() == 3 && k.dim() == 3 && q.stride(2) == 1 && k.stride(2) == 1 && q.size(0) == k.size(0),
+              "q and k must be [T, H, D] with contiguous heads");
+  LORAFLEET_CHECK(cos.has_sizes(sin.sizes()) && rows_in(cos) == q.size(0) && cos.size(-1) % 2 == 0 &&
+                  cos.size(-1) <= std::min(q.size(2), k.size(2)),
+              "cos and sin must be [T, R], R even and at most D");
+  for (const Tensor* t : {&k, &cos, &sin}) check_same_dtype(*t, q, "k, cos or sin");
+  active->rotary({
+      .dtype = dtype_of(q),
+      .q = q.data,
+      .k = k.data,
+      .q_token = q.stride(0),
+      .q_head = q.stride(1),
+      .k_token = k.stride(0),
+      .k_head = k.stride(1),
+      .cos = rows_of(cos, "cos"),
+      .sin = rows_of(sin, "sin"),
+      .num_tokens = q.size(0),
+      .q_heads = q.size(1),
+      .k_heads = k.size(1),
+      .rotary_dim = cos.size(-1),
+  });
+}
+
+Activation activation_of(std::string_view act) {
+  if (act == "silu") return Activation::kSilu;
+  if (act == "gelu") return Activation::kGelu;
+  LORAFLEET_CHECK(act == "gelu_tanh", "act is ", act, "; it must be silu, gelu or gelu_tanh");
+  return Activation::kGeluTanh;
+}
+
+Tensor gated_act(const Tensor& gate, const Tensor& up, std::string_view act) {
+  LORAFLEET_CHECK(gate.has_sizes(up.sizes()), "gate and up must have one shape");
+  check_same_dtype(up, gate, "up");
+  const Tensor out = empty(gate.sizes(), gate.type);
+  active->gated_act({
+      .dtype = dtype_of(gate),
+      .gate = rows_of(gate, "gate"),
+      .up = rows_of(up, "up"),
+      .out = {out.data, gate.size(-1)},
+      .rows = rows_in(gate),
+      .width = gate.size(-1),
+      .act = activation_of(act),
+  });
+  return out;
+}
+
+void mask_logits_(const Tensor& logits, const Tensor& rows, const Tensor& words) {
+  LORAFLEET_CHECK(logits.dim() == 2 && words.dim() == 2 && words.size(0) == rows.numel() &&
+                  words.size(1) == (logits.size(1) + 31) / 32,
+              "words must be [rows, ", (logits.size(-1) + 31) / 32, "] for logits [n, ", logits.size(-1), "]");
+  const int64_t* row_numbers = entries_of<int64_t>(rows, "rows");
+  for (int64_t i = 0; i < rows.numel(); ++i)
+    LORAFLEET_CHECK(0 <= row_numbers[i] && row_numbers[i] < logits.size(0), "row ", row_numbers[i], " is not there");
+  active->mask_logits({
+      .dtype = dtype_of(logits),
+      .logits = rows_of(logits, "logits"),
+      .width = logits.size(1),
+      .rows = row_numbers,
+      .words = reinterpret_cast<const uint32_t*>(entries_of<int32_t>(words, "words")),
+      .num_rows = rows.numel(),
+      .num_words = words.size(1),
+  });
+}
+
+std::tuple<Tensor, Tensor> argmax(const Tensor& x) {
+  LORAFLEET_CHECK(x.dim() == 2 && x.size(1) > 0, "x must be [n, V], V > 0");
+  const Tensor ids = empty({x.size(0)}, Scalar::kLong), finite = empty({x.size(0)}, Scalar::kBool);
+  active->argmax({
+      .dtype = dtype_of(x),
+      .x = rows_of(x, "x"),
+      .rows = x.size(0),
+      .width = x.size(1),
+      .ids = reinterpret_cast<int64_t*>(ids.data),
+      .finite = reinterpret_cast<bool*>(finite.data),
+  });
+  return {ids, finite};
+}
+
+}  // namespace lorafleet

@@ -1,0 +1,80 @@
+// The operations on tensors, checked; stack.cpp strings them together, bind.cpp registers them for torch.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <tuple>
+
+#include "kernels.h"
+#include "tensor.h"
+
+namespace lorafleet {
+
+Tensor linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t out_features);
+void lora_add_(Tensors outs, const Tensor& x, Tensors a_rows, Tensors b_rows, Ints indices, Ints groups,
+               const Tensor& ranks, const Tensor& scales, const Tensor& pages, const Tensor& rows,
+               const Tensor& small_tiles, const Tensor& large_tiles, const Tensor& counts,
+               const OptionalTensor& row_scales);
+void kv_write_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+               const Tensor& slot_mapping);
+Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables,
+                       const Tensor& query_starts, const Tensor& kv_lens, double scale, int64_t window, double softcap,
+                       const OptionalTensor& sinks);
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const OptionalTensor& residual, bool plus_one);
+void rotary_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin);
+Tensor gated_act(const Tensor& gate, const Tensor& up, std::string_view act);
+void mask_logits_(const Tensor& logits, const Tensor& rows, const Tensor& words);
+std::tuple<Tensor, Tensor> argmax(const Tensor& x);
+
+// pack.cpp and quantised.cpp
+Tensor pack_linear(Tensors weights);
+std::tuple<int64_t, int64_t> quantised_form(std::string_view kind, int64_t in_features);
+std::tuple<Tensor, int64_t> pack_quantised(const Tensor& rows, std::string_view kind, int64_t in_features);
+Tensor quant_linear(const Tensor& x, Tensors panels, Ints forms, Ints sizes, const OptionalTensor& bias);
+
+// states.cpp
+Tensor selective_scan(const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& b, const Tensor& c,
+                      const Tensor& state, const OptionalTensor& skip, const OptionalTensor& gate,
+                      const OptionalTensor& dt_bias, bool softplus);
+Tensor delta_rule(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
+                  const Tensor& states, const Tensor& runs, bool normalize);
+Tensor causal_conv(const Tensor& x, const Tensor& weight, const Tensor& states, const Tensor& runs,
+                   const OptionalTensor& bias, bool silu);
+
+// stack.cpp: a stack is known by its number. What belongs to a layer is added part by part before the layer itself.
+int64_t stack_new();
+void stack_free(int64_t stack);
+void stack_norm(int64_t stack, const Tensor& weight, double eps, bool plus_one);
+void stack_linears(int64_t stack, Tensors weights, Ints forms, const OptionalTensor& bias, Ints sizes, Tensors a_rows,
+                   Tensors b_rows, Ints indices, Ints groups);
+void stack_layer(int64_t stack, Ints shape, double scale, double softcap, const Tensor& k_cache, const Tensor& v_cache,
+                 const OptionalTensor& sinks, std::string_view act);
+void stack_run(int64_t stack, const Tensor& x, const Tensor& cos, const Tensor& sin, Tensors attention, Tensors table,
+               Tensors lora, const OptionalTensor& row_scales);
+
+// The kernels in use; null where the processor has none.
+extern const Kernels* active;
+std::string isa();
+bool set_isa(std::string_view name);
+
+// Sets whether a row's sums are added in an order that does not depend on the rows beside it. See sums.py.
+void fix_sums(bool is_fixed);
+
+Dtype dtype_of(const Tensor& t);
+void check_same_dtype(const Tensor& t, const Tensor& like, const char* name);
+
+// Rows of a bf16 tensor as LinearArgs::x has them; a single row is its own chunks.
+Tensor chunk_rows(const Tensor& x);
+
+// Memory for rows as x has them, of another width.
+Tensor empty_rows(const Tensor& x, int64_t width);
+
+// A tensor of any number of dimensions as rows of its last one.
+Matrix rows_of(const Tensor& t, const char* name);
+
+template <typename F>
+void run_tasks(int64_t num_tasks, const F& task) {
+  run_tasks(num_tasks, [](const void* f, int64_t i) { (*static_cast<const F*>(f))(i); }, &task);
+}
+
+}  // namespace lorafleet

@@ -1,0 +1,189 @@
+// Computes every native operation on made-up inputs and prints the results, a line for each: a name, and its numbers.
+// It has no torch, so that it can be built for any processor: the lines of two processors are compared.
+#include "operations.h"
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+namespace lorafleet {
+
+Tensor empty(Ints sizes, Scalar type) {
+  Tensor t;
+  t.type = type, t.dims = static_cast<int64_t>(sizes.size());
+  std::copy(sizes.begin(), sizes.end(), t.shape.begin());
+  int64_t step = 1;
+  for (int64_t d = t.dims - 1; d >= 0; step *= t.shape[d--]) t.steps[d] = step;
+  const size_t bytes = (t.nbytes() + 64) / 64 * 64;
+  t.memory = std::shared_ptr<void>(std::aligned_alloc(64, bytes), std::free);
+  t.data = static_cast<char*>(t.memory.get());
+  std::memset(t.data, 0xff, bytes);  // NaN: nobody reads what was not written
+  return t;
+}
+int num_threads() { return 3; }
+Tensor plain_linear(const Tensor&, const Tensor&, const OptionalTensor&) { fail("there is no torch here"); }
+
+namespace {
+
+uint32_t state = 1;
+uint32_t random_bits() { return (state = state * 1664525u + 1013904223u) >> 8; }
+float random_number() { return static_cast<float>(random_bits() % 20001) / 10000.0f - 1.0f; }
+
+float number_at(const Tensor& t, int64_t i) {
+  switch (t.type) {
+    case Scalar::kBFloat16: {
+      const uint32_t bits = reinterpret_cast<const uint16_t*>(t.data)[i] << 16;
+      float value;
+      std::memcpy(&value, &bits, 4);
+      return value;
+    }
+    case Scalar::kHalf:
+      return static_cast<float>(reinterpret_cast<const _Float16*>(t.data)[i]);
+    case Scalar::kFloat:
+      return reinterpret_cast<const float*>(t.data)[i];
+    case Scalar::kLong:
+      return static_cast<float>(reinterpret_cast<const int64_t*>(t.data)[i]);
+    default:
+      return static_cast<float>(reinterpret_cast<const uint8_t*>(t.data)[i]);
+  }
+}
+
+void put(const Tensor& t, int64_t i, float value) {
+  if (t.type == Scalar::kBFloat16) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    reinterpret_cast<uint16_t*>(t.data)[i] = static_cast<uint16_t>(bits >> 16);
+  } else if (t.type == Scalar::kHalf) {
+    reinterpret_cast<_Float16*>(t.data)[i] = static_cast<_Float16>(value);
+  } else {
+    reinterpret_cast<float*>(t.data)[i] = value;
+  }
+}
+
+Tensor filled(std::initializer_list<int64_t> sizes, Scalar type, float from = -1, float to = 1) {
+  const Tensor t = empty(sizes, type);
+  for (int64_t i = 0; i < t.numel(); ++i) put(t, i, from + (to - from) * (random_number() + 1) / 2);
+  return t;
+}
+
+template <typename T>
+Tensor integers(std::initializer_list<int64_t> sizes, std::initializer_list<T> values) {
+  const Tensor t = empty(sizes, kScalarOf<T>);
+  std::copy(values.begin(), values.end(), reinterpret_cast<T*>(t.data));
+  return t;
+}
+
+void print(const char* name, const Tensor& t) {
+  std::printf("%s:%s", name, std::string(name_of(t.type)).c_str());
+  for (int64_t i = 0; i < t.numel(); ++i) std::printf(" %.9g", number_at(t, i));
+  std::printf("\n");
+}
+
+void print_linear() {
+  const Tensor weights[] = {filled({40, 300}, Scalar::kBFloat16), filled({27, 300}, Scalar::kBFloat16)};
+  const Tensor packed = pack_linear(weights);
+  for (const int64_t rows : {1, 3, 17})
+    print("linear", linear(filled({rows, 300}, Scalar::kBFloat16), packed, filled({67}, Scalar::kBFloat16), 67));
+}
+
+struct Blocks {
+  const char* kind;
+  int64_t bytes, inputs;
+  std::initializer_list<int64_t> halves;  // where scales and minima are
+};
+
+void print_quantised(Scalar type) {
+  const Blocks kinds[] = {{"q4_0", 18, 32, {0}},      {"q4_1", 20, 32, {0, 2}},   {"q5_0", 22, 32, {0}},
+                          {"q5_1", 24, 32, {0, 2}},   {"q8_0", 34, 32, {0}},      {"q4_k", 144, 256, {0, 2}},
+                          {"q5_k", 176, 256, {0, 2}}, {"q6_k", 210, 256, {208}}};
+  for (const Blocks& kind : kinds) {
+    const int64_t blocks = 512 / kind.inputs;
+    const Tensor rows = empty({45, blocks * kind.bytes}, Scalar::kByte);
+    for (int64_t i = 0; i < rows.numel(); ++i) rows.data[i] = static_cast<char>(random_bits());
+    for (int64_t block = 0; block < 45 * blocks; ++block)
+      for (const int64_t at : kind.halves) {
+        const auto half = static_cast<_Float16>(random_number() / 64);
+        std::memcpy(rows.data + block * kind.bytes + at, &half, 2);
+      }
+    const auto [panels, form] = pack_quantised(rows, kind.kind, 512);
+    const int64_t size = 45;
+    for (const int64_t tokens : {1, 9})
+      print(kind.kind, quant_linear(filled({tokens, 512}, type), {&panels, 1}, {&form, 1}, {&size, 1}, {}));
+  }
+}
+
+void print_pointwise(Scalar type) {
+  const Tensor x = filled({5, 50}, type), residual = filled({5, 50}, type), weight = filled({50}, type);
+  print("rms_norm", rms_norm(x, weight, 1e-5, residual, false));
+  print("residual", residual);
+  print("rms_norm", rms_norm(x, weight, 1e-5, {}, true));
+  const Tensor wide = filled({5, 50}, type, -9, 9);
+  for (const char* act : {"silu", "gelu", "gelu_tanh"}) print(act, gated_act(wide, x, act));
+  const Tensor q = filled({5, 3, 24}, type), k = filled({5, 1, 24}, type);
+  rotary_(q, k, filled({5, 20}, type), filled({5, 20}, type));
+  print("rotary_q", q), print("rotary_k", k);
+  const Tensor logits = filled({3, 50}, type);
+  const auto [ids, finite] = argmax(logits);
+  print("argmax", ids), print("finite", finite);
+  mask_logits_(logits, integers<int64_t>({1}, {1}), integers<int32_t>({1, 2}, {0x5a5a5a5a, 0x1234}));
+  print("mask_logits", logits);
+}
+
+void print_attention(Scalar type) {
+  // A decode over 40 keys and a prompt of 21; blocks in any order.
+  const Tensor k_cache = filled({6, 2, 16, 24}, type), v_cache = filled({6, 2, 16, 20}, type);
+  const Tensor slots = empty({22}, Scalar::kLong);
+  for (int64_t i = 0; i < 22; ++i) reinterpret_cast<int64_t*>(slots.data)[i] = i ? (i > 16 ? 80 + i - 17 : i - 1) : 39;
+  kv_write_(filled({22, 2, 24}, type), filled({22, 2, 20}, type), k_cache, v_cache, slots);
+  const Tensor tables = integers<int32_t>({2, 3}, {4, 1, 2, 0, 5, 0});
+  const Tensor starts = integers<int32_t>({3}, {0, 1, 22}), lens = integers<int32_t>({2}, {40, 21});
+  const Tensor q = filled({22, 4, 24}, type), sinks = filled({4}, Scalar::kFloat);
+  print("attention", paged_attention(q, k_cache, v_cache, tables, starts, lens, 0.2, 0, 0.0, {}));
+  print("attention", paged_attention(q, k_cache, v_cache, tables, starts, lens, 0.2, 7, 5.0, sinks));
+}
+
+void print_lora(Scalar type) {
+  // Rows 0, 2 and 3 have the first adapter, row 4 the second; rank 20 takes two pages, rank 3 one.
+  const Tensor outs[] = {filled({6, 33}, type), filled({6, 40}, type)}, x = filled({6, 70}, type);
+  const Tensor a_rows[] = {filled({64, 70}, type), filled({64, 70}, type)};
+  const Tensor b_rows[] = {filled({64, 33}, type), filled({64, 40}, type)};
+  const int64_t indices[] = {0, 1}, groups[] = {0, 0};
+  const Tensor ranks = integers<int32_t>({2, 2}, {20, 20, 3, 3}), scales = filled({2, 2}, Scalar::kFloat);
+  const Tensor pages = integers<int32_t>({2, 1, 2}, {2, 0, 1, 0});
+  const Tensor rows = integers<int32_t>({4}, {0, 2, 3, 4});
+  const Tensor tiles = integers<int32_t>({2, 3}, {0, 0, 3, 1, 3, 1}), counts = integers<int32_t>({4}, {4, 2, 2, 2});
+  lora_add_(outs, x, a_rows, b_rows, indices, groups, ranks, scales, pages, rows, tiles, tiles, counts, {});
+  for (const Tensor& out : outs) print("lora_add", out);
+}
+
+void print_states(Scalar type) {
+  const Tensor state = filled({4, 19}, Scalar::kFloat);
+  print("scan", selective_scan(filled({5, 19}, type), filled({5, 19}, Scalar::kFloat),
+                               filled({4, 19}, Scalar::kFloat, -2, 0), filled({5, 4}, Scalar::kFloat),
+                               filled({5, 4}, Scalar::kFloat), state, filled({19}, Scalar::kFloat),
+                               filled({5, 19}, type), filled({19}, Scalar::kFloat), true));
+  print("scan_state", state);
+  const Tensor runs = integers<int64_t>({2, 5}, {0, 1, 1, 0, -1, 1, 5, 2, 2, 0});
+  const Tensor states = filled({3, 4, 16, 20}, Scalar::kFloat);
+  print("delta", delta_rule(filled({5, 2, 16}, type), filled({5, 2, 16}, type), filled({5, 4, 20}, type),
+                            filled({5, 4}, Scalar::kFloat, -1, 0), filled({5, 4}, Scalar::kFloat, 0, 1), states, runs,
+                            true));
+  print("delta_state", states);
+  const Tensor taps = filled({3, 4, 37}, type);
+  print("conv", causal_conv(filled({5, 37}, type), filled({37, 4}, type), taps, runs, filled({37}, type), true));
+  print("conv_state", taps);
+}
+
+}  // namespace
+}  // namespace lorafleet
+
+int main(int, char** arguments) {
+  using namespace lorafleet;
+  if (!set_isa(arguments[1])) return 1;
+  print_linear();
+  for (const Scalar type : {Scalar::kFloat, Scalar::kBFloat16, Scalar::kHalf}) {
+    print_quantised(type), print_pointwise(type), print_attention(type), print_lora(type), print_states(type);
+  }
+  return 0;
+}

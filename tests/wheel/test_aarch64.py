@@ -1,0 +1,59 @@
+"""The kernels for 64-bit Arm, run under QEMU, compute what those for AVX2 compute: `make test-wheel`.
+
+Those for AVX2 are held to torch by tests/kernels; on Arm there need be no torch for this.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from lora_kernels.cpu.build import COMMON_FLAGS, ISA_FLAGS
+
+CROSS, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"
+SOURCES = Path(__file__).resolve().parents[2] / "kernels/lora_kernels/cpu/csrc"
+PARTS = ("operations", "pack", "quantised", "stack", "states", "team")
+TOLERANCE = {"Float": 2e-5, "BFloat16": 2**-7, "Half": 2**-9, "Long": 0, "Bool": 0}
+pytestmark = [
+    pytest.mark.wheel,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not all(map(shutil.which, (CROSS, QEMU, "g++"))), reason=f"no {CROSS} or {QEMU}"),
+]
+
+
+def build(compiler: str, machine: str, folder: Path) -> Path:
+    """Compile the program beside this file for a family of processors; return its path. It needs no library there."""
+    folder.mkdir()
+    flags = [*COMMON_FLAGS, "-O1", f"-I{SOURCES}", "-c"]
+    sources = [Path(__file__).with_name("operations.cpp"), *(SOURCES / f"{part}.cpp" for part in PARTS)]
+    jobs = [[str(source), "-o", str(folder / f"{index}.o")] for index, source in enumerate(sources)]
+    for isa, isa_flags in ISA_FLAGS[machine].items():
+        jobs.append([str(SOURCES / "isa.cpp"), "-o", str(folder / f"{isa}.o"), f"-DLORAFLEET_ISA={isa}", *isa_flags])
+    for job in jobs:
+        subprocess.run([compiler, *flags, *job], check=True)
+    program = folder / "operations"
+    subprocess.run([compiler, "-static", "-o", str(program), *(job[2] for job in jobs), "-pthread"], check=True)
+    return program
+
+
+def results(command: list[str]) -> list[tuple[str, list[float]]]:
+    """Return what the program prints: names with dtypes, and numbers."""
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [(line.split()[0], [*map(float, line.split()[1:])]) for line in printed.splitlines()]
+
+
+def test_neon_computes_what_avx2_computes(tmp_path: Path) -> None:
+    expected = results([str(build("g++", "x86_64", tmp_path / "x86_64")), "avx2"])
+    got = results([QEMU, str(build(CROSS, "aarch64", tmp_path / "aarch64")), "neon"])
+    assert [name for name, _ in got] == [name for name, _ in expected]
+    assert len({name for name, _ in got}) > 60
+    for (name, numbers), (_, others) in zip(got, expected, strict=True):
+        assert len(numbers) == len(others)
+        assert not any(map(math.isnan, others)), name
+        size = max(abs(other) for other in others if math.isfinite(other))
+        allowed = TOLERANCE[name.partition(":")[2]] * size
+        assert all(a == b or abs(a - b) <= allowed for a, b in zip(numbers, others, strict=True)), name
