@@ -15,6 +15,9 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
+LIBSTDCXX = {24: 28, 28: 31, 29: 34, 30: 35, 33: 39}
+"""n of libstdc++'s GLIBCXX_3.4.n -> glibc 2.n of the oldest systems that bring it, as manylinux has them."""
+
 
 class KernelsHook(BuildHookInterface[Any]):
     """Compiles the kernels, and names the wheel by what they need of a system."""
@@ -29,7 +32,7 @@ class KernelsHook(BuildHookInterface[Any]):
         self._folder = tempfile.TemporaryDirectory()
         library = _builder(Path(self.root)).compile_library(Path(self._folder.name), machine)
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-manylinux_2_{minimal_glibc(library)}_{machine}"
+        build_data["tag"] = f"py3-none-manylinux_2_{oldest_system(library)}_{machine}"
         build_data["force_include"][str(library)] = "lora_kernels/cpu/lora_kernels.so"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
@@ -38,10 +41,12 @@ class KernelsHook(BuildHookInterface[Any]):
             self._folder.cleanup()
 
 
-def minimal_glibc(library: Path) -> int:
-    """Return n of the oldest glibc 2.n that has every symbol a library asks for."""
+def oldest_system(library: Path) -> int:
+    """Return n of glibc 2.n, of the oldest systems whose glibc and libstdc++ have every symbol a library asks for."""
     text = library.read_bytes()
-    return max(int(version) for version in re.findall(rb"GLIBC_2\.(\d+)", text))
+    glibc = max(int(version) for version in re.findall(rb"GLIBC_2\.(\d+)", text))
+    libstdcxx = max(int(version) for version in re.findall(rb"GLIBCXX_3\.4\.(\d+)", text))
+    return max(glibc, min(system for version, system in LIBSTDCXX.items() if version >= libstdcxx))
 
 
 def _builder(root: Path) -> Any:
