@@ -15,8 +15,8 @@ from pathlib import Path
 
 from benchmarks.common import report
 from lorafleet.launcher.embedded import start_embedded
+from protocol.queue.books.usage import Counted, usage_of
 from protocol.queue.bus import Bus, Step, StepRow, now_ms
-from protocol.queue.usage import Counted, usage_of
 from protocol.wire import messages as m
 
 NUM, TOKENS = 128, 20

@@ -22,8 +22,8 @@ from chaos.fleet import free_port
 from chaos.shortage import ask, disk_again, no_disk, no_memory
 from lorafleet.launcher.embedded import server_binary
 from lorafleet.launcher.queue_users import ACL_FILE, make_users, password_file
-from protocol.queue.failover import PASSWORD
-from protocol.queue.redis_client import CONNECTION_ERRORS, QueueError, ping
+from protocol.queue.connection.failover import PASSWORD
+from protocol.queue.connection.redis_client import CONNECTION_ERRORS, QueueError, ping
 from protocol.runtime.environment import child_environment
 from protocol.runtime.settings import Settings
 

@@ -28,8 +28,8 @@ from chaos.faults import Havoc, Hit
 from chaos.fleet import ProcessFleet, Shape
 from chaos.replicated import FAILOVERS, ReplicatedQueue
 from chaos.shortage import Clocks
+from protocol.queue.books.usage import DAY_S
 from protocol.queue.bus import CONNECTION_ERRORS, now_ms
-from protocol.queue.usage import DAY_S
 from protocol.wire.keys import CLASSES
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from protocol.queue.redis_client import connect
+from protocol.queue.connection.redis_client import connect
 
 HOOK = Path(__file__).parent / "wall_clock"
 """Folder with what Python runs at its start so that a process has another wall clock."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorafleet.on_queue import add_flags, run_action
 from lorafleet.tables import print_list
-from protocol.queue.audit import from_command_line
+from protocol.queue.books.audit import from_command_line
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m

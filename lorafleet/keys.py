@@ -13,8 +13,8 @@ from rich.console import Console
 
 from lorafleet.on_queue import add_flags, run_action
 from lorafleet.tables import print_list
-from protocol.queue.api_keys import SCOPES, ApiKey, Tenant
-from protocol.queue.audit import from_command_line
+from protocol.queue.books.api_keys import SCOPES, ApiKey, Tenant
+from protocol.queue.books.audit import from_command_line
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.settings import Settings, names_of
 from protocol.wire.errors import BadRequest

@@ -23,7 +23,7 @@ from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from lorafleet.launcher.fleet import Fleet, local_url, service_specs
 from lorafleet.launcher.machine import claim_port
 from lorafleet.launcher.screen import Screen
-from protocol.queue.redis_client import QueueError, ping
+from protocol.queue.connection.redis_client import QueueError, ping
 from protocol.runtime.model_files import cache_folder, hold_folder, is_gguf, served_name
 from protocol.runtime.private_files import private_folder
 from protocol.runtime.redaction import redact

@@ -21,7 +21,7 @@ from gateway.grammars.structured import checked_schema
 from gateway.openai.parse import check_variables, stop_strings
 from gateway.text.answer_form import AnswerForm
 from gateway.tools.definitions import Tools, tools_of
-from protocol.queue.quota import Standing
+from protocol.queue.books.quota import Standing
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest

@@ -15,7 +15,7 @@ from gateway.auth.callers import CALLER, EVERYBODY, Caller
 from gateway.http.errors import ShapeOf, unreachable_queue
 from gateway.http.headers import header_of
 from gateway.http.paths import AUDIT, CONSOLE, DEAD_LETTERS, FLEET, KEYS, OLLAMA_PREFIX, PING, TENANTS, UPLOAD, WORKERS
-from protocol.queue.api_keys import PREFIX, ApiKeys
+from protocol.queue.books.api_keys import PREFIX, ApiKeys
 from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.wire.errors import LorafleetError, Unauthorized

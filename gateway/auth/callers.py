@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
-from protocol.queue.api_keys import SCOPES, Tenant
-from protocol.queue.quota import Quota
+from protocol.queue.books.api_keys import SCOPES, Tenant
+from protocol.queue.books.quota import Quota
 from protocol.runtime.fleet_secret import FleetSecret, owner_of
 from protocol.wire import messages as m
 from protocol.wire.errors import PermissionDenied

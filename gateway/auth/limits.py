@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from protocol.queue.quota import Quota, Standing
+from protocol.queue.books.quota import Quota, Standing
 from protocol.wire.errors import BadRequest, LorafleetError, Overloaded
 
 RETRY_S = 1.0

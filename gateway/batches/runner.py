@@ -27,8 +27,8 @@ from gateway.batches.results import Answer, Kind, Results, answer_of, failure_of
 from gateway.calls.submit import cancel
 from gateway.files.files import FileService
 from gateway.files.storage import Storage
-from protocol.queue.batches import ClaimedBatch
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
+from protocol.queue.kept.batches import ClaimedBatch
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, NotFound

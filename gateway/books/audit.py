@@ -13,7 +13,7 @@ from starlette.responses import Response
 
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute
-from protocol.queue.audit import MAX_TEXT, AuditEntry, AuditLog
+from protocol.queue.books.audit import MAX_TEXT, AuditEntry, AuditLog
 from protocol.wire.clock import now_ms
 from protocol.wire.errors import LorafleetError
 

@@ -12,7 +12,7 @@ from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.http import openapi
 from gateway.http.list_page import list_page
 from gateway.http.paths import AUDIT
-from protocol.queue.audit import AuditEntry, AuditLog
+from protocol.queue.books.audit import AuditEntry, AuditLog
 
 
 class AuditEndpoints:

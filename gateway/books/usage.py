@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from protocol.queue.usage import DAY_S, OTHERS, UsageRow
+from protocol.queue.books.usage import DAY_S, OTHERS, UsageRow
 from protocol.wire.errors import BadRequest
 
 GROUPS = ("project_id", "model", "batch", "adapter", "base_model")

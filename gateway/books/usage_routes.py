@@ -12,7 +12,7 @@ from gateway.auth.callers import Caller, caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.books.usage import GROUPS, NOT_COUNTED, Day, Query, check_number, csv_text, day_of_page, page
 from gateway.http import openapi
-from protocol.queue.usage import DAY_S, Usage
+from protocol.queue.books.usage import DAY_S, Usage
 from protocol.wire.clock import now_ms
 from protocol.wire.errors import BadRequest, PermissionDenied
 

@@ -20,9 +20,9 @@ from gateway.calls.size import call_bytes, check_logprobs, numbers_of
 from gateway.calls.tokenize import Prompt, TokenizedCall
 from gateway.overload.admission import Admission, Load
 from gateway.overload.memory import CHARACTER_BYTES, held, hold
+from protocol.queue.books.quota import Quota, Standing
 from protocol.queue.bus import now_ms
-from protocol.queue.conversations import MAX_TURNS
-from protocol.queue.quota import Quota, Standing
+from protocol.queue.kept.conversations import MAX_TURNS
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, NotFound, Overloaded, Unavailable

@@ -26,7 +26,7 @@ from gateway.calls.writers import Writer
 from gateway.http.list_page import list_page
 from gateway.overload.memory import held, hold, values_bytes
 from protocol.queue.bus import RequestFacts, now_ms
-from protocol.queue.jobs import NewJob
+from protocol.queue.kept.jobs import NewJob
 from protocol.wire import messages as m
 from protocol.wire.error_codec import error_from
 from protocol.wire.errors import BadRequest, NotFound

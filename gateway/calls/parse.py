@@ -18,7 +18,7 @@ from gateway.auth.limits import limit_headers
 from gateway.grammars.notation import Constraint
 from gateway.text.answer_form import AnswerForm
 from gateway.tools.definitions import Tools
-from protocol.queue.quota import Standing
+from protocol.queue.books.quota import Standing
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, LorafleetError
 from protocol.wire.keys import BATCH, INTERACTIVE

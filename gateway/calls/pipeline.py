@@ -34,7 +34,7 @@ from gateway.overload import large, memory
 from gateway.overload.admission import Admission
 from gateway.text.tokenizer import ModelFiles
 from protocol.queue.bus import Bus
-from protocol.queue.jobs import NewJob
+from protocol.queue.kept.jobs import NewJob
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 

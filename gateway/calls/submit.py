@@ -21,9 +21,9 @@ from gateway.calls.replies import Replies, Subscription
 from gateway.calls.tokenize import Prompt
 from gateway.calls.trace import TRACE_OF
 from peft_adapters.recipe import is_merge
+from protocol.queue.books.usage import Counted, usage_of
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
-from protocol.queue.jobs import NewJob
-from protocol.queue.usage import Counted, usage_of
+from protocol.queue.kept.jobs import NewJob
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.messages.requests import fields_in_use

@@ -53,7 +53,7 @@ from gateway.responses.routes import ResponseEndpoints, add_response_routes
 from gateway.tokenizer.routes import TokenizerEndpoints, add_tokenizer_routes
 from gateway.webhooks.routes import WebhookRoutes, add_webhook_routes
 from protocol.metrics.series import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
-from protocol.queue.api_keys import ApiKeys
+from protocol.queue.books.api_keys import ApiKeys
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.settings import Settings, names_of
 from protocol.runtime.tracing import TRACE_ID, TRACING

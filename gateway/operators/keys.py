@@ -11,7 +11,7 @@ import msgspec
 from pydantic import Field
 
 from gateway.bodies.parameter_check import JsonBody
-from protocol.queue.api_keys import ApiKey, ApiKeys, Scope, Tenant
+from protocol.queue.books.api_keys import ApiKey, ApiKeys, Scope, Tenant
 from protocol.queue.bus import QueueError, now_ms
 from protocol.wire.errors import Conflict, NotFound, PermissionDenied
 

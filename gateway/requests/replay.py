@@ -11,8 +11,8 @@ from gateway.auth.callers import Caller
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.submit import cancel, rid_of
 from gateway.overload.admission import Load
+from protocol.queue.books.usage import Counted, usage_of
 from protocol.queue.bus import now_ms
-from protocol.queue.usage import Counted, usage_of
 from protocol.wire import messages as m
 from protocol.wire.error_codec import error_from
 from protocol.wire.errors import Conflict, DeadlineExceeded, NotFound

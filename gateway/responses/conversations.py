@@ -25,7 +25,7 @@ from gateway.responses.bodies import ConversationRequest, Metadata
 from gateway.responses.items import Item, items_of
 from gateway.responses.stored import GOES_ON, StoredResponses, end_of
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
-from protocol.queue.conversations import ConversationLimits, Outcome
+from protocol.queue.kept.conversations import ConversationLimits, Outcome
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, LorafleetError, NotFound, Overloaded

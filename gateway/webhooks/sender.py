@@ -18,7 +18,7 @@ from gateway.http.paths import RESPONSES
 from gateway.webhooks.outside import Outside, UnreachableError
 from gateway.webhooks.sign import event_body, event_id, signed_headers
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
-from protocol.queue.webhooks import Ended
+from protocol.queue.kept.webhooks import Ended
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError

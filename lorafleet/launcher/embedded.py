@@ -19,7 +19,7 @@ from typing import Any
 from lorafleet.launcher.lifeline import die_with_parent
 from lorafleet.launcher.machine import memory_bytes
 from lorafleet.launcher.queue_users import make_users, password_file
-from protocol.queue.redis_client import QueueError, ping
+from protocol.queue.connection.redis_client import QueueError, ping
 from protocol.runtime.environment import child_environment
 from protocol.runtime.private_files import UMASK, private_folder
 from protocol.runtime.settings import Settings

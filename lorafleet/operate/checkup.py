@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorafleet.tables import size_text
-from protocol.queue.server import ServerFacts
+from protocol.queue.connection.server import ServerFacts
 from protocol.wire import messages as m
 
 Level = Literal["ok", "warning", "problem"]

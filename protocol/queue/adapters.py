@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 from redis.exceptions import WatchError
 
-from protocol.queue.redis_client import Client, read_many
+from protocol.queue.connection.redis_client import Client, read_many
 from protocol.wire import messages as m
 from protocol.wire.clock import now_ms
 from protocol.wire.codec import decode

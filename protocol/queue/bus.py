@@ -13,26 +13,33 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from protocol.queue.adapters import Adapters
-from protocol.queue.api_keys import ApiKeys
-from protocol.queue.audit import AuditLog
-from protocol.queue.batches import Batches
+from protocol.queue.books.api_keys import ApiKeys
+from protocol.queue.books.audit import AuditLog
+from protocol.queue.books.quota import Quota, standing_of
+from protocol.queue.books.usage import Usage
 from protocol.queue.calls import Input, most_log_bytes, packed_bodies, sealed_bodies
-from protocol.queue.conversations import MAX_TURNS, Conversations
+from protocol.queue.connection.line import LOST, Line, NotTakenError
+from protocol.queue.connection.redis_client import (
+    CONNECTION_ERRORS,
+    DiskFull,
+    MemoryFull,
+    QueueError,
+    connect,
+    read_many,
+)
+from protocol.queue.connection.server import Server
 from protocol.queue.dead_letters import DeadLetters
-from protocol.queue.files import Files
-from protocol.queue.jobs import Jobs, NewJob
-from protocol.queue.line import LOST, Line, NotTakenError
+from protocol.queue.kept.batches import Batches
+from protocol.queue.kept.conversations import MAX_TURNS, Conversations
+from protocol.queue.kept.files import Files
+from protocol.queue.kept.jobs import Jobs, NewJob
+from protocol.queue.kept.webhooks import Webhooks
 from protocol.queue.members import Members
-from protocol.queue.quota import Quota, standing_of
-from protocol.queue.redis_client import CONNECTION_ERRORS, DiskFull, MemoryFull, QueueError, connect, read_many
 from protocol.queue.request_lists import RequestLists
 from protocol.queue.request_records import record_of
 from protocol.queue.scripts import FOLDER, Scripts
-from protocol.queue.server import Server
 from protocol.queue.steps import Refused, Step, StepRow, refused_rows, step_args
 from protocol.queue.streams import Entry, Streams
-from protocol.queue.usage import Usage
-from protocol.queue.webhooks import Webhooks
 from protocol.runtime.sealing import Seal
 from protocol.wire import messages as m
 from protocol.wire.clock import CLOCK, now_ms

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from protocol.queue.redis_client import Client
+from protocol.queue.connection.redis_client import Client
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
 from protocol.wire.clock import now_ms

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from protocol.queue.redis_client import Client, read_many
+from protocol.queue.connection.redis_client import Client, read_many
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
 from protocol.wire.clock import now_ms

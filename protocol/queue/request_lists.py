@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from protocol.queue.redis_client import Client
-from protocol.queue.usage import model_of
+from protocol.queue.books.usage import model_of
+from protocol.queue.connection.redis_client import Client
 from protocol.wire import messages as m
 from protocol.wire.codec import decode
 from protocol.wire.errors import ProtocolError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from protocol.queue.usage import model_of
+from protocol.queue.books.usage import model_of
 from protocol.wire import messages as m
 from protocol.wire.codec import decode
 from protocol.wire.records import FIRST_NOTES, LAST_NOTES, Assignment, RequestFacts, RequestRecord

@@ -13,8 +13,8 @@ from typing import Any
 from redis.exceptions import NoScriptError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from protocol.queue.line import LOST, Line, NotTakenError
-from protocol.queue.redis_client import Client
+from protocol.queue.connection.line import LOST, Line, NotTakenError
+from protocol.queue.connection.redis_client import Client
 
 NAMES = (
     "submit", "assign", "step", "finish", "cancel", "requeue", "retry", "lead", "repair", "position", "join", "vital",

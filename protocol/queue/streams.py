@@ -9,8 +9,8 @@ from typing import Any, TypeAlias, cast
 
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from protocol.queue.connection.redis_client import Client
 from protocol.queue.dead_letters import KEPT_S, MAX_LETTERS, MAX_RAW_BYTES
-from protocol.queue.redis_client import Client
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
 from protocol.wire.clock import now_ms

@@ -226,7 +226,7 @@ class Keys:
         return f"{self.tag}:usage:{day}"
 
     def usage(self, day: int | str, tenant: str) -> str:
-        """Hash: what a tenant has used on a day, see `protocol.queue.usage`. Written by scripts that end requests."""
+        """Hash: what a tenant has used on a day, see `protocol.queue.books.usage`. Scripts write it at ends."""
         return f"{self.tag}:usage:{day}:{tenant}"
 
     def residency(self, day: int | str) -> str:

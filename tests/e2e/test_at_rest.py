@@ -14,7 +14,7 @@ from helpers.factories import make_adapter, make_tiny_model
 from helpers.fleets import RunningFleet, completion, fleet_up
 from helpers.waiting import wait_until
 
-from protocol.queue.redis_client import QueueError, connect
+from protocol.queue.connection.redis_client import QueueError, connect
 from protocol.queue.users import table
 
 SECRETS = {

@@ -23,8 +23,8 @@ from helpers.waiting import wait_until
 from chaos.clients.asks import GREEDY, Ask
 from chaos.clients.client import Attempt, Call, Client, Style
 from chaos.fleet import Member, ProcessFleet, Shape
+from protocol.queue.books.usage import DAY_S
 from protocol.queue.bus import now_ms
-from protocol.queue.usage import DAY_S
 from protocol.wire import messages as m
 
 SHAPE = Shape(gateways=2, schedulers=2, workers=("w0", "w1"), stores=1)

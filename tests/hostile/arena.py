@@ -26,7 +26,7 @@ from chaos.attackers.attacker import Attack, Attacker, Round
 from chaos.attackers.attacks import BODY_ATTACKS, COMPLETIONS, MANY_LOGPROBS, completion
 from chaos.attackers.wire_attacks import WIRE_ATTACKS
 from chaos.fleet import ProcessFleet, Shape
-from protocol.queue.api_keys import Tenant
+from protocol.queue.books.api_keys import Tenant
 
 MULTIPLE = 20.0
 """Longest p99 gap beside an attack, in gaps of the victim alone."""

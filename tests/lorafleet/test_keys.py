@@ -9,7 +9,7 @@ import pytest
 
 from lorafleet.__main__ import main
 from lorafleet.launcher.embedded import EmbeddedServer
-from protocol.queue.api_keys import PREFIX, ApiKey, Tenant
+from protocol.queue.books.api_keys import PREFIX, ApiKey, Tenant
 from protocol.queue.bus import Bus, now_ms
 
 

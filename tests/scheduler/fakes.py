@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from helpers.waiting import wait_until
 
+from protocol.queue.books.quota import Quota
 from protocol.queue.bus import Bus, Step, StepRow, decode, now_ms
-from protocol.queue.quota import Quota
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from scheduler.service import serve

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from protocol.queue.books.quota import Quota
 from protocol.queue.bus import Bus, Step, StepRow
-from protocol.queue.quota import Quota
 from tests.scheduler.fakes import GATEWAY, FakeWorker, becomes, holds, make_submit, running_scheduler, submit
 
 

@@ -23,7 +23,7 @@ from adapter_store.sources.retry import Retries
 from adapter_store.timings import StoreTimings
 from gateway.service import GatewayTimings
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
-from protocol.queue.api_keys import Tenant
+from protocol.queue.books.api_keys import Tenant
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.fleet_secret import FleetSecret, owner_of

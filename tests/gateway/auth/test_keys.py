@@ -15,7 +15,7 @@ from helpers.waiting import wait_until
 from openai import AsyncOpenAI, AuthenticationError, PermissionDeniedError, RateLimitError
 
 from gateway.auth.limits import duration
-from protocol.queue.api_keys import ApiKeys, Tenant, hash_of
+from protocol.queue.books.api_keys import ApiKeys, Tenant, hash_of
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire import messages as m
 

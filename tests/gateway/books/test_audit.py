@@ -10,7 +10,7 @@ import httpx2
 from helpers.scripted_fleet import ScriptedFleet, running_gateway
 
 from gateway.books.audit import ACTIONS
-from protocol.queue.audit import AuditEntry, AuditLog, from_command_line
+from protocol.queue.books.audit import AuditEntry, AuditLog, from_command_line
 from protocol.queue.bus import Bus
 
 OPERATORS = ("/v1/adapters", "/v1/load_lora", "/v1/unload_lora", "/v1/workers", "/v1/dead_letters", "/v1/keys",

@@ -13,9 +13,9 @@ from helpers.waiting import wait_until
 from openai import AsyncOpenAI
 
 from gateway.books.usage import MAX_RESULTS, Day, Query, csv_text, page
-from protocol.queue.api_keys import ApiKeys
+from protocol.queue.books.api_keys import ApiKeys
+from protocol.queue.books.usage import DAY_S, UsageRow
 from protocol.queue.bus import Bus, now_ms
-from protocol.queue.usage import DAY_S, UsageRow
 from protocol.wire.errors import BadRequest
 
 ROW = UsageRow("acme", "sql", "d1", "tiny", False, 1, 10, 4, 5)

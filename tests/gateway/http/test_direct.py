@@ -14,7 +14,7 @@ from gateway.http.direct import DirectCalls
 from gateway.http.errors import OPENAI_ERRORS, add_handlers, let_go
 from gateway.http.paths import COMPLETIONS
 from gateway.openai.bodies import CompletionRequest
-from protocol.queue.redis_client import MemoryFull
+from protocol.queue.connection.redis_client import MemoryFull
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import NotFound
 

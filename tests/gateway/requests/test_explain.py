@@ -18,7 +18,7 @@ from prometheus_client import REGISTRY
 
 from gateway.requests.replay import compared
 from lorafleet.__main__ import main
-from protocol.queue.api_keys import ApiKeys, Tenant
+from protocol.queue.books.api_keys import ApiKeys, Tenant
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 

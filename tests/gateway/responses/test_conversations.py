@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from gateway.service import GatewayTimings
 from protocol.queue.bus import Bus
-from protocol.queue.conversations import MAX_TURNS
+from protocol.queue.kept.conversations import MAX_TURNS
 from protocol.wire.errors import WorkerLost
 
 TEXT = Script().text

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gateway.calls.replies import Cursor, newest_per_request
 from gpu_worker.service.conversions import engine_request, owned_request
-from protocol.queue.api_keys import ApiKey, Tenant
+from protocol.queue.books.api_keys import ApiKey, Tenant
 from protocol.wire import messages as m
 from protocol.wire.codec import decode
 from protocol.wire.error_codec import error_from

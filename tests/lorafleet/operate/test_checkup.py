@@ -18,7 +18,7 @@ from lorafleet.operate.checkup import (
     of_queue,
     worst,
 )
-from protocol.queue.server import ServerFacts
+from protocol.queue.connection.server import ServerFacts
 from protocol.wire import messages as m
 
 GOOD = ServerFacts("valkey 8.1", "noeviction", 1 << 20, 1 << 30, True, True, "master", 0.3, 2.0)

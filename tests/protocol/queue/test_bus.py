@@ -9,7 +9,7 @@ import pytest
 
 from lorafleet.launcher.embedded import start_embedded
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
-from protocol.queue.redis_client import connect
+from protocol.queue.connection.redis_client import connect
 from protocol.wire import messages as m
 from protocol.wire.errors import Internal, ProtocolError
 from protocol.wire.keys import Keys

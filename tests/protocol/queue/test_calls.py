@@ -8,10 +8,10 @@ import msgspec
 import pytest
 from helpers.script_queue import Queue, ids, make_body, make_job, make_submit, row
 
+from protocol.queue.books.quota import Quota, Standing
 from protocol.queue.bus import Step, now_ms
 from protocol.queue.calls import packed_bodies
-from protocol.queue.jobs import NewJob
-from protocol.queue.quota import Quota, Standing
+from protocol.queue.kept.jobs import NewJob
 from protocol.wire import messages as m
 from protocol.wire.errors import ProtocolError
 

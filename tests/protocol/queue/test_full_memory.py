@@ -6,8 +6,8 @@ import pytest
 from helpers.full_memory import full_memory
 from helpers.script_queue import GATEWAY, Queue, ids, make_body, make_submit, row
 
+from protocol.queue.books.quota import Quota
 from protocol.queue.bus import CONNECTION_ERRORS, MemoryFull, Step
-from protocol.queue.quota import Quota
 from protocol.wire import messages as m
 
 

@@ -21,8 +21,8 @@ from gateway.calls.replies import Cursor
 from gpu_worker.service.outbox import Outbox
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from lorafleet.launcher.embedded import EmbeddedServer
+from protocol.queue.books.quota import Quota
 from protocol.queue.bus import Bus, Refused, Step, decode, now_ms
-from protocol.queue.quota import Quota
 from protocol.queue.scripts import FOLDER
 from protocol.wire import messages as m
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.queue.bus import Bus, now_ms
-from protocol.queue.conversations import ConversationLimits
-from protocol.queue.jobs import NewJob
+from protocol.queue.kept.conversations import ConversationLimits
+from protocol.queue.kept.jobs import NewJob
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.sealing import MARK, Seal
 from protocol.runtime.settings import Settings

@@ -22,7 +22,7 @@ from cryptography.x509.oid import NameOID
 
 from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.bus import CONNECTION_ERRORS, Bus
-from protocol.queue.redis_client import ping
+from protocol.queue.connection.redis_client import ping
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 

@@ -19,12 +19,12 @@ import protocol.queue
 from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from lorafleet.launcher.queue_users import password_file
 from protocol.queue.adapters import NameLimits
-from protocol.queue.api_keys import Tenant
+from protocol.queue.books.api_keys import Tenant
+from protocol.queue.books.quota import Quota
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Step, now_ms
-from protocol.queue.conversations import ConversationLimits
-from protocol.queue.jobs import NewJob
-from protocol.queue.quota import Quota
-from protocol.queue.redis_client import connect
+from protocol.queue.connection.redis_client import connect
+from protocol.queue.kept.conversations import ConversationLimits
+from protocol.queue.kept.jobs import NewJob
 from protocol.queue.scripts import FOLDER
 from protocol.queue.users import COMMANDS, PROBE, Rights, acl, table
 from protocol.runtime.settings import Settings
@@ -62,7 +62,7 @@ def used_commands() -> dict[str, str]:
     for path in sorted(FOLDER.glob("*.lua")):
         for command in re.findall(r"\bp?call\(\s*'(\w+)'", path.read_text()):
             found[command.lower()] = path.name
-    for path in sorted(Path(str(protocol.queue.__file__)).parent.glob("*.py")):
+    for path in sorted(Path(str(protocol.queue.__file__)).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 name = node.func.attr

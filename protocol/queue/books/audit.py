@@ -10,7 +10,7 @@ import logging
 import re
 import socket
 
-from protocol.queue.redis_client import CONNECTION_ERRORS, Client, QueueError
+from protocol.queue.connection.redis_client import CONNECTION_ERRORS, Client, QueueError
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
 from protocol.wire.clock import now_ms

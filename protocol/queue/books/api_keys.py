@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
-from protocol.queue.redis_client import Client
+from protocol.queue.connection.redis_client import Client
 from protocol.wire import messages as m
 from protocol.wire.clock import now_ms
 from protocol.wire.codec import decode

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from protocol.queue.redis_client import Client
+from protocol.queue.connection.redis_client import Client
 from protocol.queue.scripts import Scripts
 from protocol.runtime.sealing import Seal
 from protocol.wire import messages as m

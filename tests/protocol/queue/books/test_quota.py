@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from helpers.script_queue import Queue, ids, make_body, make_submit, row
 
+from protocol.queue.books.quota import Quota, Standing
 from protocol.queue.bus import Step, now_ms
-from protocol.queue.quota import Quota, Standing
 from protocol.wire.errors import WorkerLost
 
 NO_LIMIT = Quota("acme")

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from protocol.queue.redis_client import Client
+from protocol.queue.connection.redis_client import Client
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from protocol.queue.redis_client import Client
+from protocol.queue.connection.redis_client import Client
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
 from protocol.wire.clock import now_ms

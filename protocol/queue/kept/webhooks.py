@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from protocol.queue.redis_client import Client
+from protocol.queue.connection.redis_client import Client
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
 from protocol.wire.clock import now_ms

@@ -18,7 +18,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from protocol.queue.redis_client import Client
+from protocol.queue.connection.redis_client import Client
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from protocol.queue.redis_client import Client
+from protocol.queue.connection.redis_client import Client
 from protocol.queue.scripts import Scripts
 from protocol.runtime.sealing import Seal
 from protocol.wire import messages as m

@@ -7,8 +7,8 @@ from typing import Any
 from helpers.script_queue import Queue, make_body, make_job, make_submit
 from msgspec import structs
 
-from protocol.queue.conversations import MAX_TURNS, ConversationLimits, Turn
-from protocol.queue.jobs import NewJob
+from protocol.queue.kept.conversations import MAX_TURNS, ConversationLimits, Turn
+from protocol.queue.kept.jobs import NewJob
 from protocol.wire import messages as m
 
 LIMITS = ConversationLimits(ttl_ms=60_000, max_conversations=2, max_items=3, max_bytes=4000, max_kept=8000)

@@ -10,8 +10,8 @@ from helpers.script_queue import Queue
 from redis.exceptions import ResponseError
 
 from protocol.queue.bus import Bus
-from protocol.queue.line import LOST, MAX_COMMAND_BYTES, MAX_WAITING, Line, NotTakenError
-from protocol.queue.redis_client import connect
+from protocol.queue.connection.line import LOST, MAX_COMMAND_BYTES, MAX_WAITING, Line, NotTakenError
+from protocol.queue.connection.redis_client import connect
 
 
 async def test_replies_and_errors_reach_who_asked(bus: Bus) -> None:

@@ -17,7 +17,7 @@ from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, Red
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry as SyncRetry
 
-from protocol.queue import failover
+from protocol.queue.connection import failover
 from protocol.wire.clock import CLOCK
 
 Client: TypeAlias = Any

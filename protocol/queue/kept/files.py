@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from protocol.queue.redis_client import Client, read_many
+from protocol.queue.connection.redis_client import Client, read_many
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
 from protocol.wire.codec import decode

@@ -15,8 +15,8 @@ from helpers.waiting import wait_until
 from chaos.replicated import SENTINEL_PASSWORD, ReplicatedQueue
 from lorafleet.__main__ import main
 from protocol.queue.bus import CONNECTION_ERRORS, Bus
-from protocol.queue.failover import split
-from protocol.queue.redis_client import ping
+from protocol.queue.connection.failover import split
+from protocol.queue.connection.redis_client import ping
 from protocol.queue.users import SERVERS, table
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest

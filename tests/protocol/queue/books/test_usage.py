@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from helpers.script_queue import Queue, make_body, make_submit, row
 
+from protocol.queue.books.usage import DAY_S, MAX_RESIDENT, OTHERS, Counted, UsageRow, usage_of
 from protocol.queue.bus import Bus, Step, now_ms
-from protocol.queue.usage import DAY_S, MAX_RESIDENT, OTHERS, Counted, UsageRow, usage_of
 from protocol.wire import messages as m
 from protocol.wire.errors import WorkerLost
 

@@ -1,0 +1,1 @@
+"""Whose calls are let in, what they may cost, what they have cost, and who did what."""
