@@ -65,7 +65,7 @@ class LoaderServer:
     """Answers one worker's messages."""
 
     def __init__(self, worker: socket.socket, stores: Stores, small_bytes: int = SMALL_BYTES) -> None:
-        """worker: where answers are sent. Messages from it are given to `take`. small_bytes: of files that are small."""
+        """worker: where answers are sent; its messages are given to `take`. small_bytes: of files that are small."""
         self.packer: RowPacker | None = None  # None: no model is described, adapters are only fetched
         self._worker = worker
         self._stores = stores
