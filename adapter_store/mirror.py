@@ -11,12 +11,11 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from weakref import WeakValueDictionary
 
 from adapter_store.blobs import AdapterFolder, Blobs
 from adapter_store.formats import HEAD_BYTES, convert, depends_on_base, plan_conversion
-from adapter_store.shared_bucket import SharedBucket
 from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, Source, Version
 from peft_adapters.format import (
     CONFIG_FILE,
@@ -33,6 +32,9 @@ from protocol.metrics.series import STORE_FETCH_SECONDS, STORE_FETCHES
 from protocol.queue.bus import now_ms
 from protocol.wire.errors import AdapterRefused, Unavailable
 from protocol.wire.messages import AdapterRecord, ServedModel
+
+if TYPE_CHECKING:
+    from adapter_store.shared_bucket import SharedBucket
 
 logger = logging.getLogger(__name__)
 

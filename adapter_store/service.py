@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from adapter_store.blobs import Blobs
@@ -20,11 +21,9 @@ from adapter_store.http import BlobServer
 from adapter_store.mirror import Mirror
 from adapter_store.pin_controller import PinController
 from adapter_store.registrar import Registrar
-from adapter_store.shared_bucket import SharedBucket
 from adapter_store.sources import FLEET, Changed, Source
 from adapter_store.sources.hub import HubSource
 from adapter_store.sources.local import LocalSource
-from adapter_store.sources.s3 import S3Source, make_client
 from adapter_store.timings import StoreTimings
 from adapter_store.uploads import Uploads
 from protocol.metrics import series as metrics
@@ -46,6 +45,9 @@ from protocol.wire.errors import (
     Unavailable,
 )
 from protocol.wire.messages import AdapterEvent, ServedModel
+
+if TYPE_CHECKING:
+    from adapter_store.shared_bucket import SharedBucket
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +107,18 @@ class Store:
         self.settings = settings
         self.sid = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self.blobs = blobs
-        s3 = make_client(settings.s3_endpoint) if settings.s3_buckets or settings.store_bucket else None
-        self.shared_bucket = SharedBucket(s3, settings.store_bucket) if settings.store_bucket else None
+        self.hub = HubSource(settings.hub_endpoint, retries=timings.retries)
+        self.sources: dict[str, Source] = {"hub": self.hub}
+        self.shared_bucket: SharedBucket | None = None
+        if settings.s3_buckets or settings.store_bucket:
+            # Imported here, because boto3 is a seventh of what a store imports, and most read no bucket.
+            from adapter_store.shared_bucket import SharedBucket
+            from adapter_store.sources.s3 import S3Source, make_client
+
+            s3 = make_client(settings.s3_endpoint)
+            self.sources["s3"] = S3Source(s3, retries=timings.retries)
+            if settings.store_bucket:
+                self.shared_bucket = SharedBucket(s3, settings.store_bucket)
         self.mirror = Mirror(
             blobs, max_bytes=settings.max_adapter_bytes, max_parallel=settings.max_downloads,
             shared_bucket=self.shared_bucket, effect_test=settings.effect_test,
@@ -116,10 +128,6 @@ class Store:
         self.server = BlobServer(self.locate, self.drop, self.health, secret.bearer if secret else "", self.uploads)
         self._sweep_at_s = 0.0  # monotonic
         self.base: ServedModel | None = None
-        self.hub = HubSource(settings.hub_endpoint, retries=timings.retries)
-        self.sources: dict[str, Source] = {"hub": self.hub}
-        if s3 is not None:
-            self.sources["s3"] = S3Source(s3, retries=timings.retries)
         if settings.adapters is not None:
             self.sources["local"] = LocalSource(settings.adapters)
         self.pin_controller = PinController(bus, self.catalogue, settings)

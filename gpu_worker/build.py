@@ -31,6 +31,7 @@ from gpu_worker.encoder.model import EncoderModel, prepare_encoder
 from gpu_worker.engine.batcher import MAX_PROMPT_ROWS, BatchLimits
 from gpu_worker.engine.engine import Engine, EngineConfig
 from gpu_worker.experts.rows import expert_sites
+from gpu_worker.host_memory import give_back_freed
 from gpu_worker.memory import CacheBytes, GiB, free_bytes, share_out
 from gpu_worker.model.checkpoint import (
     head_dim_of,
@@ -105,10 +106,17 @@ def load_engine(
     tokenizer_file = folder / TOKENIZER
     tokenizer = tokenizer_file.read_text() if tokenizer_file.is_file() else None
     if task == "generate":
-        model = load_model(folder, device, dtype, impl, score_tokens=settings.score_tokens, compiled=settings.compile)
+        model = load_model(
+            folder, device, dtype, impl, score_tokens=settings.score_tokens, compiled=settings.compile,
+            keeps_answers=True,
+        )  # fmt: skip
         engine, served = build_engine(model, settings, fetch, tokenizer, fetch_files)
+        if model.answers is not None and model.check is not None and model.passes is None:
+            model.answers.write(model.check, model.width)
+        model.check = None
         engine.grammars.prepare()
         gc.collect()  # modules whose weights were packed hold each other, and the files that these were mapped from
+        give_back_freed()
         room = f"room for {engine.blocks.num_blocks * BLOCK_TOKENS} KV tokens, "
     else:
         pooling = read_pooling(folder) if task == "embed" else None

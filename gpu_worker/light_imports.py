@@ -34,7 +34,7 @@ COMPILER = "torch._dynamo"
 MASKS = f"{COMPILER}._trace_wrapped_higher_order_op"
 """The one module of the compiler that transformers uses by itself, for masks."""
 
-MISSING = ("is_accelerate_available", "is_torch_distributed_available")
+MISSING = ("is_accelerate_available", "is_torch_distributed_available", "is_kernels_available")
 """What transformers asks about packages, and is told no."""
 
 USED = ("modeling_utils", "masking_utils", "models.auto.modeling_auto")
@@ -156,7 +156,7 @@ def _kept(read: Callable[[str | Path], Any]) -> Callable[[str | Path], Any]:
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         if folder.name != "models":  # one of its folders, by which `read` calls itself
             return read(path)
-        kept = cache_folder() / f"transformers-{_state_of(folder)}.pickle"
+        kept = cache_folder() / f"transformers-{state_of(folder)}.pickle"
         try:
             return pickle.loads(kept.read_bytes())
         except (OSError, pickle.UnpicklingError, EOFError):
@@ -173,7 +173,7 @@ def _kept(read: Callable[[str | Path], Any]) -> Callable[[str | Path], Any]:
     return read_once
 
 
-def _state_of(folder: Path) -> str:
+def state_of(folder: Path) -> str:
     """Hash the paths, sizes and times of change of a folder's files and of those in the folders in it."""
     digest, folders = hashlib.sha256(), [os.fspath(folder)]
     while folders:

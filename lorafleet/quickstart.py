@@ -16,7 +16,6 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import httpx2
-from huggingface_hub import HfApi, snapshot_download
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -103,6 +102,9 @@ def fetch_quickstart_model(
 
 
 def _fetch_from_hub(staged: Path, endpoint: str | None, console: Console) -> None:
+    # Imported here, because it takes longer than anything else that `lorafleet up` imports.
+    from huggingface_hub import HfApi, snapshot_download
+
     try:
         with console.status(f"Asking the Hub for {HUB_MODEL_ID}"):
             revision = HfApi(endpoint=endpoint).repo_info(HUB_MODEL_ID, timeout=_HUB_TIMEOUT_S).sha

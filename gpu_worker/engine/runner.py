@@ -286,9 +286,10 @@ class Runner:
         assert check is not None
         limit = check.limit(self.model.dtype)
         if not error < limit:
+            kept = f"; at an earlier start they were as kept in {check.origin}" if check.origin else ""
             raise BadRequest(
                 f"model type {self.model.module.config.model_type} cannot be served: its logits are off by {error:.2g} "
-                f"of their spread (limit {limit:.2g})"
+                f"of their spread (limit {limit:.2g}){kept}"
             )
         return error
 

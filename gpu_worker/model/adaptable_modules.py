@@ -47,7 +47,9 @@ class AdaptableModules:
         if name in self.linear:
             shared, index = self.linear[name]
             return shared.weight(index) if parameter == "weight" else shared.bias(index)
-        found = self.embeddings.get(name) or self.norms.get(name) or self.modules[name]
+        if name in self.embeddings:
+            return self.embeddings[name].numbers()
+        found = self.norms.get(name) or self.modules[name]
         return found.module.get_parameter(parameter).detach()
 
     def shapes(self, sites: list[SiteInfo]) -> list[SiteShape]:

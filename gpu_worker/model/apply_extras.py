@@ -98,6 +98,7 @@ class AdaptableEmbedding:
     def __init__(self, name: str, module: nn.Embedding) -> None:
         self.name = name
         self.module = module
+        self.numbers: Callable[[], Tensor] = module.weight.detach  # returns the weight [V, D]
         self.scale = getattr(module, "embed_scale", 1.0)
 
     def apply(self, groups: list[ExtraRows], ids: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class LogitsCheck:
     prompts: list[Tensor]  # int64 [T]
     logits: list[Tensor]  # [T, V] of each prompt
     sensitivity: float = 0.0  # `spread_of` after changing the embeddings' last digits; 0 if the model is not quantised
+    origin: str = ""  # the file in which an earlier start has kept them
 
     def limit(self, dtype: torch.dtype) -> float:
         """Return the `spread_of` below which a model that computes in `dtype` computes the same."""

@@ -95,6 +95,11 @@ class SharedInput:
         return ops.SiblingLinears(self._packed, self._bias, self.sizes, self.lora_sites)
 
     @property
+    def packed(self) -> ops.PackedLinear | ops.QuantisedLinear | None:
+        """The weights of all siblings; None for those that can only be called."""
+        return self._packed
+
+    @property
     def is_opaque(self) -> bool:
         """Whether the layers can only be called, because we know nothing of their weights."""
         return bool(self._opaque)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.attention import PagedLayer, StepContext
+from gpu_worker.model.kept_answers import KeptAnswers
 from gpu_worker.model.logits_check import LogitsCheck, spread_of
 from gpu_worker.model.lora import SharedInput, SiteInfo
 from gpu_worker.model.mixers import MixerStates, Run, StateBatch, running
@@ -48,6 +49,7 @@ class BaseModel:
     tasks: ModelTasks
     width: int  # entries of a hidden state; 0: they cannot be had
     check: LogitsCheck | None = None
+    answers: KeptAnswers | None = None  # where `check` is kept for later starts, if it is
     passes: Passes | None = None  # of a model whose sequences run one by one, which has no `layers` and no `mixers`
 
     @property

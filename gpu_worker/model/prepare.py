@@ -21,12 +21,14 @@ from gpu_worker.model.adaptable_modules import AdaptableModules, find_adaptable_
 from gpu_worker.model.attention import ATTENTION, AttentionCall, StepContext, make_layers, unbind
 from gpu_worker.model.checkpoint import read_eos_ids, refusal, refuse_what_cannot_run, takes_positions
 from gpu_worker.model.compiled import install_compiled
+from gpu_worker.model.kept_answers import KeptAnswers, answers_of
 from gpu_worker.model.lightning import install_lightning
-from gpu_worker.model.logits_check import ask_untouched
+from gpu_worker.model.logits_check import LogitsCheck, ask_untouched
 from gpu_worker.model.lora import install_sites
 from gpu_worker.model.mixers import MixerStates
 from gpu_worker.model.model import BaseModel, fingerprint_of
 from gpu_worker.model.shortcuts import install_shortcuts
+from gpu_worker.model.tied import install_tied
 from gpu_worker.model.trial import Trial, run_trial
 from gpu_worker.one_by_one.trial import find_passes, watch
 from gpu_worker.tasks.headless import read_decoder
@@ -50,13 +52,17 @@ def load_model(
     *,
     score_tokens: str = "",
     compiled: bool = False,
+    keeps_answers: bool = False,
 ) -> BaseModel:
     """Load a model folder and prepare it, see `prepare_model`. Raises BadRequest naming what cannot be served.
 
-    score_tokens: see `read_score_tokens`.
+    score_tokens: see `read_score_tokens`. keeps_answers: use what the model on a CPU said at an earlier start, if that
+    is kept; see `kept_answers`.
     """
     module, tasks = read_decoder(folder, device, dtype, score_tokens)
-    return prepare_model(module, read_eos_ids(folder, module.config), impl, tasks, compiled=compiled)
+    answers = answers_of(module, folder, impl) if keeps_answers and device.type == "cpu" else None
+    eos_ids = read_eos_ids(folder, module.config)
+    return prepare_model(module, eos_ids, impl, tasks, compiled=compiled, answers=answers)
 
 
 def prepare_model(
@@ -66,30 +72,28 @@ def prepare_model(
     tasks: ModelTasks | None = None,
     *,
     compiled: bool = False,
+    answers: KeptAnswers | None = None,
 ) -> BaseModel:
     """Turn a Hugging Face causal LM into one that runs packed steps over paged caches. Changes `module`.
 
     Where its layers cannot be packed, its sequences run one by one (`passes`). eos_ids: token ids that end a text.
     impl: the kernels' implementation, None for the device's own. tasks: what it is asked for, None for what any causal
-    LM is. compiled: torch compiles each layer as Hugging Face
-    wrote it, instead of shortcuts. Raises BadRequest naming what cannot be served.
+    LM is. compiled: torch compiles each layer as Hugging Face wrote it, instead of shortcuts. answers: those of an
+    earlier start, whose layers were packed. Raises BadRequest naming what cannot be served.
     """
     config = module.config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise refusal(module, ["an encoder"])
     tasks = ModelTasks(head_name=head_name_of(module.config)) if tasks is None else tasks
     fingerprint = fingerprint_of(module) + tasks.fingerprint
-    decoder = decoder_of(module)
-    watched = nullcontext([]) if decoder is None else hidden_states(decoder)
-    with refuse_what_cannot_run(module), torch.inference_mode(), watched as hidden:
-        check = ask_untouched(module, config)
+    check, width = (answers and answers.read()) or _ask(module)
     context = StepContext()
     model = BaseModel(
         module=module, device=module.device, dtype=module.dtype, context=context, layers=[], sites=[], shared=[],
         adaptable=AdaptableModules(context), eos_ids=eos_ids, max_positions=_max_positions(config),
         fingerprint=fingerprint, keeps_logits="logits_to_keep" in inspect.signature(module.forward).parameters,
         num_shortcuts=0, mixers=MixerStates(), takes_positions=takes_positions(module), check=check, tasks=tasks,
-        width=hidden[0].shape[-1] if hidden and hidden[0].shape[:2] == (1, len(check.prompts[0])) else 0,
+        width=width, answers=answers,
     )  # fmt: skip
     trial, reasons = _pack(model, impl)
     if compiled and (trial.mixers or reasons):
@@ -104,6 +108,16 @@ def prepare_model(
         model.tasks = replace(tasks, pooling=None)
     _install(model, trial, impl, compiled=compiled)
     return model
+
+
+def _ask(module: PreTrainedModel) -> tuple[LogitsCheck, int]:
+    """Ask the untouched model. Returns what it says, and the width of its hidden states (0: they cannot be had)."""
+    decoder = decoder_of(module)
+    watched = nullcontext([]) if decoder is None else hidden_states(decoder)
+    with refuse_what_cannot_run(module), torch.inference_mode(), watched as hidden:
+        check = ask_untouched(module, module.config.get_text_config())
+    per_token = bool(hidden) and hidden[0].shape[:2] == (1, len(check.prompts[0]))
+    return check, hidden[0].shape[-1] if per_token else 0
 
 
 def _pack(model: BaseModel, impl: ops.Impl | None) -> tuple[Trial, list[str]]:
@@ -131,6 +145,8 @@ def _pack(model: BaseModel, impl: ops.Impl | None) -> tuple[Trial, list[str]]:
     for layer in model.layers:
         layer.allocate(num_blocks, model.dtype, model.device)
     model.mixers.allocate(num + 1, model.device)
+    if check.origin:  # they have been packed before, and the finished engine is held against it all
+        return trial, []
     error, limit = model.packed_difference(num_blocks, num if model.mixers.calls else 0), check.limit(model.dtype)
     if error < limit:
         return trial, []
@@ -172,6 +188,7 @@ def _install(model: BaseModel, trial: Trial, impl: ops.Impl | None, *, compiled:
     attention_names = {names[layer.call.module] for layer in layers} | trial.mixer_modules
     model.sites, model.shared = install_sites(module, trial.linears, attention_names, context, impl)
     model.adaptable = find_adaptable_modules(module, trial.per_token, model.sites, model.shared, context, impl)
+    install_tied(module, trial.linears, model.adaptable)
     if not compiled and model.passes is None:
         with torch.inference_mode():
             model.num_shortcuts = install_shortcuts(module, trial, layers, model.adaptable, impl)

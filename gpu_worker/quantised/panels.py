@@ -21,6 +21,9 @@ from lora_kernels.cpu.build import fingerprint
 
 logger = logging.getLogger(__name__)
 
+PANELS = "panels-"
+"""How the names of files of packed weights begin."""
+
 
 class Panels(msgspec.Struct, frozen=True):
     """Where a packed weight lies."""
@@ -39,7 +42,7 @@ class KeptPanels:
         """weights: the file that they come from."""
         state = weights.stat()
         key = hashlib.sha256(repr((fingerprint(), state.st_size, state.st_mtime_ns)).encode()).hexdigest()[:16]
-        self._folder, self._name = folder, f"panels-{key}"
+        self._folder, self._name = folder, f"{PANELS}{key}"
         self._found: dict[str, Panels] = {}
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._new: dict[str, tuple[ops.QuantisedWeight, ops.QuantisedLinear]] = {}
@@ -92,7 +95,7 @@ class KeptPanels:
                     shape = (panels.shape[0], panels.shape[1])
                     index[name] = Panels(out.tell(), shape, form, weight.kind, _size(weight))
                     panels.numpy().tofile(out)
-            for path in self._folder.glob("panels-*"):  # who has mapped one keeps it
+            for path in self._folder.glob(f"{PANELS}*"):  # who has mapped one keeps it
                 path.unlink()
             os.replace(part, self._folder / f"{self._name}.bin")
             part.write_bytes(msgspec.json.encode(index))

@@ -6,7 +6,6 @@ The engine runs in a thread of its own, behind `EngineHandle`; this module never
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import secrets
@@ -429,7 +428,5 @@ def _load(settings: Settings, loader: Loader) -> tuple[EngineHandle, m.ServedMod
     with importing():
         import_transformers(settings)
         from gpu_worker.build import load_engine
-
-        gc.freeze()  # modules stay for ever, and loading makes enough objects to look through them many times
 
     return load_engine(settings, loader.fetch, loader.describe, loader.fetch_files)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from lora_kernels import reference, sums
@@ -76,6 +77,7 @@ __all__ = [
     "rotary_",
     "selective_scan",
     "unpack_linear",
+    "unpack_rows",
 ]
 
 Impl = Literal["reference", "cpu", "triton"]
@@ -176,6 +178,18 @@ def unpack_linear(packed: PackedLinear) -> Tensor:
     if packed.layout == "plain":
         return packed.weight
     return packed.weight.permute(0, 2, 1, 3).reshape(-1, packed.in_features)[: packed.out_features]
+
+
+def unpack_rows(packed: PackedLinear, index: Tensor) -> Tensor:
+    """Return the rows [..., K] of a packed weight that `index` int64 [...] names, bit for bit: `weight[index]`.
+
+    A row of a "vnni" weight is spread over its panel. For the few rows of a step, that is less than a thousandth of it.
+    """
+    if packed.layout == "plain":
+        return packed.weight[index]
+    num_lanes = packed.weight.shape[2]
+    pairs = packed.weight.view(torch.int32).squeeze(-1).transpose(1, 2)  # [panels, lanes, K / 2]
+    return pairs[index // num_lanes, index % num_lanes].view(packed.weight.dtype)
 
 
 def rms_norm(

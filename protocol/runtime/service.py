@@ -114,7 +114,6 @@ def run(main: Callable[[asyncio.Event], Awaitable[int]], *, sendfile: bool = Fal
 
     # Imported modules stay for ever. Unless frozen, each full collection looks through their 100,000 objects again and
     # stops the loop meanwhile: for 50 ms, on a busy core for half a second.
-    gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
     with asyncio.Runner(loop_factory=None if sendfile else uvloop.new_event_loop) as runner:

@@ -79,6 +79,8 @@ def test_weights_that_are_packed_together_are_those_below_each_other(
     weights = [torch.randn(width, size).to(dtype).T for size in sizes]
     packed = ops.pack_linear(*weights, impl=impl)
     assert torch.equal(ops.unpack_linear(packed), torch.cat(weights))
+    rows = torch.tensor([[sum(sizes) - 1, 0, 3], [1, 1, sum(sizes) // 2]]) % sum(sizes)
+    assert torch.equal(ops.unpack_rows(packed, rows), torch.cat(weights)[rows])
 
 
 def test_bf16_weights_stay_with_torch_where_there_is_amx(native: Impl, monkeypatch: pytest.MonkeyPatch) -> None:

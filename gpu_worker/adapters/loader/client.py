@@ -58,20 +58,21 @@ class Loader:
     """A `StoreClient` in another process. Methods may be called from any thread."""
 
     def __init__(self, bearer: str = "") -> None:
-        """Start the process, so that it has imported everything when it is needed.
+        """Start nothing yet: the process starts once it is told anything, so that it is ready when it is needed.
 
-        bearer: the token that the stores ask for, `FleetSecret.bearer`.
+        Until then the worker reads its model, and the machine's cores have enough to do. bearer: the token that the
+        stores ask for, `FleetSecret.bearer`.
         """
         self._bearer = bearer
         self._told: dict[type[Message], Message] = {}  # what a new process must be told
         self._lock = threading.Lock()
         self._closed = False
-        self._process = _Process(bearer)
+        self._process: _Process | None = None
 
     @property
     def pid(self) -> int:
-        """The id of the process that runs now."""
-        return self._process.popen.pid
+        """The id of the process that runs now, which is started if none does."""
+        return self._living().popen.pid
 
     def set_urls(self, urls: tuple[str, ...]) -> None:
         """Say which stores are alive."""
@@ -85,7 +86,10 @@ class Loader:
         with self._lock:
             if self._told.get(type(message)) != message:
                 self._told[type(message)] = message
-                self._process.tell(message)
+                if self._process is not None:
+                    self._process.tell(message)
+                elif not self._closed:
+                    self._start()
 
     def fetch(self, digest: str) -> FetchedAdapter | Rows:
         """Return an adapter's rows, or its files if it has more than rows or the model is not described yet.
@@ -113,18 +117,24 @@ class Loader:
         with self._lock:
             if self._closed:
                 raise Unavailable("the worker is stopping")
-            if self._process.ended:
+            if self._process is not None and not self._process.ended:
+                return self._process
+            if self._process is not None:
                 self._process.close()
-                self._process = _Process(self._bearer)
-                for message in self._told.values():
-                    self._process.tell(message)
-            return self._process
+            return self._start()
+
+    def _start(self) -> _Process:
+        self._process = _Process(self._bearer)
+        for message in self._told.values():
+            self._process.tell(message)
+        return self._process
 
     def close(self) -> None:
         """End the process and wait for its end; fetches under way raise Unavailable."""
         with self._lock:
             self._closed = True
-            self._process.close()
+            if self._process is not None:
+                self._process.close()
 
 
 class _Process:

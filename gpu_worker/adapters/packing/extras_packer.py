@@ -165,7 +165,13 @@ class _ExtrasPacker:
         return base
 
     def _dtype(self, site: str) -> torch.dtype:
-        return self._weight(site).dtype
+        """Return the dtype of `_weight`, without unpacking one."""
+        own = (self._linear if site in self._sites else self._embeddings)[site].get("weight")
+        if own is not None:
+            return own.dtype
+        if site in self._sites:
+            return self._sites[site].dtype
+        return self._adaptable.embeddings[site].module.weight.dtype
 
     def _bias(self, part: LoraWeights) -> Tensor:
         """Return LoRA's bias [N] in fp32, zero where no block has any."""

@@ -1,0 +1,99 @@
+"""What an untouched model has said to random prompts at an earlier start, so that later ones need not run it again.
+
+Running it reads every weight several times: a second for a billion of them. Every start holds its finished engine
+against these answers as against fresh ones. They are known by all that they depend on: the state of the model's files,
+of the code that runs it and of ours, the libraries' versions and the processor. They lie beside the native kernels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+import gpu_worker
+import lora_kernels
+from gpu_worker.light_imports import state_of
+from gpu_worker.model.logits_check import LogitsCheck
+from gpu_worker.quantised.panels import PANELS
+from lora_kernels import ops
+from protocol.runtime.model_files import cache_folder
+
+logger = logging.getLogger(__name__)
+
+MAX_KEPT = 8
+"""Models whose answers are kept, the latest written: some ten megabytes each."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeptAnswers:
+    """The file of one model's answers, which may not be there."""
+
+    path: Path
+
+    def read(self) -> tuple[LogitsCheck, int] | None:
+        """Return the answers and the width of hidden states (0: they cannot be had), None if none are kept."""
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                about = file.metadata()
+                num, width, sensitivity = int(about["num"]), int(about["width"]), float(about["sensitivity"])
+                prompts, logits = ([file.get_tensor(f"{part}.{i}") for i in range(num)] for part in ("ids", "logits"))
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            logger.warning("the answers in %s cannot be read, and the model is asked again: %s", self.path, error)
+            return None
+        logger.info("the finished engine is held against the answers of an earlier start, in %s", self.path)
+        return LogitsCheck(prompts, logits, sensitivity, origin=str(self.path)), width
+
+    def write(self, check: LogitsCheck, width: int) -> None:
+        """Keep answers that a finished engine has given too, in the place of those of the same model before it changed.
+
+        width: of hidden states.
+        """
+        if check.origin:  # they come from here
+            return
+        tensors = {f"ids.{i}": ids for i, ids in enumerate(check.prompts)}
+        tensors |= {f"logits.{i}": rows.contiguous() for i, rows in enumerate(check.logits)}
+        about = {"num": str(len(check.prompts)), "width": str(width), "sensitivity": repr(check.sensitivity)}
+        folder = self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                save_file(tensors, Path(scratch) / "answers", about)
+                for path in folder.glob(f"{self.path.name.partition('-')[0]}-*"):
+                    path.unlink(missing_ok=True)
+                os.replace(Path(scratch) / "answers", self.path)
+            kept = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+            for path in kept[MAX_KEPT:]:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("a model's answers cannot be kept in %s, so that each start asks it: %s", folder, error)
+
+
+def answers_of(module: PreTrainedModel, folder: Path, impl: ops.Impl | None) -> KeptAnswers:
+    """Return where the answers of a model on the CPU are kept, as it is now. impl: of the kernels that run it later."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(PANELS))
+    states = [(path.name, *_state(path)) for path in files]
+    code = [state_of(Path(package.__path__[0])) for package in (gpu_worker, lora_kernels)]
+    libraries = (torch.__version__, transformers.__version__, *_state(Path(inspect.getfile(type(module)))))
+    processor = sorted(torch.cpu.get_capabilities().items())
+    key = repr((states, code, libraries, processor, type(module).__name__, str(module.dtype), impl))
+    name = "-".join(hashlib.sha256(part.encode()).hexdigest()[:16] for part in (str(folder.resolve()), key))
+    return KeptAnswers(cache_folder() / "answers" / f"{name}.safetensors")
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """Return what changes with a file: size, time of change, and that of its entry, which nobody can set back."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -1,0 +1,70 @@
+"""Embeddings whose weight is also the head's: their rows are read from the head's packed weight.
+
+Packing copies a weight. For a small model with a large vocabulary the embedding is a fifth of all its memory, and would
+be there twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from gpu_worker.model.adaptable_modules import AdaptableModules
+from gpu_worker.model.lora import LinearCall, is_plain
+from lora_kernels import ops
+
+
+class TiedEmbedding(nn.Embedding):
+    """An embedding without memory of its own. Its `weight` has shape and dtype alone."""
+
+    def __init__(self, embedding: nn.Embedding, packed: ops.PackedLinear) -> None:
+        """embedding: what it takes the place of, which may scale its rows. packed: its weight, bit for bit."""
+        num, width = embedding.weight.shape
+        super().__init__(num, width, _weight=embedding.weight.detach().to("meta"), _freeze=True)
+        self.embed_scale = getattr(embedding, "embed_scale", None)
+        self._packed = packed
+
+    def forward(self, input: Tensor) -> Tensor:  # named as torch names it
+        """Return the rows [..., D] of token ids."""
+        rows, scale = ops.unpack_rows(self._packed, input), self.embed_scale
+        if scale is None:
+            return rows
+        return rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
+
+    def numbers(self) -> Tensor:
+        """Return the weight [V, D], in memory of its own."""
+        return ops.unpack_linear(self._packed)
+
+
+def install_tied(model: nn.Module, calls: Sequence[LinearCall], adaptable: AdaptableModules) -> None:
+    """Replace the embeddings of a model that share the weight of one of its linear layers, if packing has copied it.
+
+    calls: of the layers as they were before they became sites. An embedding stays as it is where it does more than give
+    its rows, perhaps scaled.
+    """
+    heads = {call.module.get_parameter("weight").data_ptr(): call for call in calls if is_plain(call.module)}
+    for name, embedding in [*model.named_modules()]:
+        call = heads.get(embedding.weight.data_ptr()) if isinstance(embedding, nn.Embedding) else None
+        if call is None or not isinstance(embedding, nn.Embedding):
+            continue
+        shared, _ = adaptable.linear[call.name]
+        if shared.num_siblings > 1 or not isinstance(shared.packed, ops.PackedLinear):
+            continue
+        made = _alike(embedding, shared.packed)
+        if made is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, made)
+            if name in adaptable.embeddings:
+                adaptable.embeddings[name].module, adaptable.embeddings[name].numbers = made, made.numbers
+
+
+def _alike(embedding: nn.Embedding, packed: ops.PackedLinear) -> TiedEmbedding | None:
+    """Return what gives the same rows as an embedding out of a packed weight; None if nothing does, or to no use."""
+    num, width = embedding.weight.shape
+    if packed.layout == "plain" or (packed.out_features, packed.in_features) != (num, width):
+        return None
+    made, ids = TiedEmbedding(embedding, packed), torch.tensor([[0, num // 2, num - 1]])
+    with torch.inference_mode():
+        return made if torch.equal(made(ids), embedding(ids)) else None
