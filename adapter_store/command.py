@@ -23,6 +23,7 @@ from adapter_store.sources import choose_weights, needs_config
 from peft_adapters.effect import is_zero_product
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, AdapterSpec, read_adapter
 from protocol.runtime.environment import COMPUTE, HUB, HUB_CACHE, NETWORK, child_environment
+from protocol.runtime.model_files import TOKENIZER_FILES, model_folder
 from protocol.wire.errors import AdapterRefused, BadRequest, NotFound
 from protocol.wire.messages import ServedModel
 
@@ -68,6 +69,8 @@ def run(args: argparse.Namespace, describe: Callable[[str], ServedModel] | None 
 
 def describe_base(model: str) -> ServedModel:
     """Return what adapters must fit of a base model, by way of a process that has torch. Raises BadRequest."""
+    if Path(model).expanduser().exists():
+        model_folder(model, TOKENIZER_FILES)  # what is no model's folder is told without that process
     done = subprocess.run(
         [sys.executable, "-m", "gpu_worker.describe", model], capture_output=True, text=True, timeout=DESCRIBE_S,
         env=child_environment(*COMPUTE, *HUB_CACHE, *HUB, *NETWORK), check=False,
