@@ -42,11 +42,14 @@ class Point:
     num_errors: int
 
 
-def measure(running: RunningFleet, names: Sequence[str], zipf: float, num_requests: int) -> Point:
-    """Measure one load, after an unmeasured one that fills the pool with the same popularity."""
+def measure(
+    running: RunningFleet, names: Sequence[str], zipf: float, num_requests: int, *, fill_pool: bool = True
+) -> Point:
+    """Measure one load. fill_pool: after an unmeasured one that fills the pool with the same popularity."""
     targets = tuple(Target.model(name) for name in names)
     shared: dict[str, Any] = {"url": running.url, "targets": targets, "concurrency": CONCURRENCY, "zipf_s": zipf}
-    run_bench(BenchConfig(**shared, num_requests=min(2 * len(names), 512), output_tokens=2, prompt_words=4, seed=1))
+    if fill_pool:
+        run_bench(BenchConfig(**shared, num_requests=min(2 * len(names), 512), output_tokens=2, prompt_words=4, seed=1))
     loads, fetches = running.num_loads()
     result = run_bench(BenchConfig(**shared, num_requests=num_requests))
     num_loads, num_fetches = (now - before for now, before in zip(running.num_loads(), (loads, fetches), strict=True))

@@ -1,16 +1,19 @@
-"""Priority of threads: steps come first where the cores are busy."""
+"""Priority of work beside the steps, where the cores are busy."""
 
 from __future__ import annotations
 
 import os
 import sys
 
+NICENESS = 10
+"""Of threads that bring adapters: beside a thread that computes they have about a tenth of a core.
+
+As idle tasks (SCHED_IDLE) they would have 0.3 %, so that on a machine that other programs fill adapters never came; and
+a thread that lost its core while it held the interpreter's lock would keep the engine from it as long.
+"""
+
 
 def lower_priority() -> None:
-    """Run the calling thread, and the threads it starts, as SCHED_IDLE. Does nothing but on Linux.
-
-    A thread that wakes up takes the core from an idle task at once. A task that is only nice keeps the core for some
-    milliseconds, during which a step waits.
-    """
-    if sys.platform == "linux":
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    """Give the calling thread, and the threads it starts, less of a busy core than steps. Does nothing but on Linux."""
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        os.nice(NICENESS)

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import datetime
 import json
+import os
 import re
 import shutil
 import sys
@@ -24,7 +25,6 @@ from hostile.arena import Trial, arena_in
 from safetensors.torch import load_file, save_file
 
 from chaos.report import machine
-from gpu_worker.adapters.priority import lower_priority
 from lorafleet.quickstart import fetch_quickstart_model
 from protocol.runtime.settings import Settings
 
@@ -112,7 +112,8 @@ def giving_way() -> Iterator[None]:
 
     Linux weighs sessions before it weighs their processes (sched_autogroup), so a process alone cannot give way.
     """
-    lower_priority()
+    if sys.platform == "linux":
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     group = Path("/proc/self/autogroup")
     nice = group.read_text().split()[-1] if group.exists() else ""
     _set_nice(group, str(LOWEST))

@@ -37,9 +37,6 @@ from protocol.wire.errors import LorafleetError
 
 logger = logging.getLogger(__name__)
 
-NICE = 19
-"""Counts where `lower_priority` does nothing."""
-
 NUM_FETCHES = 16
 """Adapters fetched at once: slow ones delay no fast one. They are packed one by one, but small ones wait for no large
 one."""
@@ -186,7 +183,6 @@ def main() -> None:
     # Signals to the process group are for the worker: when it ends, the loader does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.nice(NICE)
     lower_priority()
     worker = socket.socket(fileno=int(sys.argv[1]))
     try:

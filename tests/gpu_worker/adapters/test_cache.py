@@ -9,6 +9,7 @@ import torch
 from helpers.adapter_loading import ATTENTION, MLP, Loading, RecordedStream, make_adapter
 
 from gpu_worker.adapters.jobs import NUM_STAGERS
+from gpu_worker.adapters.priority import NICENESS
 from gpu_worker.adapters.starvation import MAX_STARVED_LOADS
 from lora_kernels.ops import PAGE_ROWS
 from protocol.wire.errors import LorafleetError
@@ -44,17 +45,18 @@ def test_an_idle_adapter_leaves_for_a_wanted_one_and_comes_back() -> None:
     assert loading.cache.pool.residents.keys() == {"a"}
 
 
-def test_what_loads_adapters_waits_for_steps() -> None:
-    policies: dict[str, int] = {}
+def test_what_brings_adapters_has_less_of_a_core_than_steps() -> None:
+    niceness: dict[str, int] = {}
 
     def note() -> None:
-        policies[threading.current_thread().name.split("_")[0]] = os.sched_getscheduler(0)
+        niceness[threading.current_thread().name.split("_")[0]] = os.nice(0)
 
     loading = Loading(1, [make_adapter("a", 8)], stream=RecordedStream(note))
     loading.on_read = note
     loading.load("a", until="a")
-    assert policies == {"stager": os.SCHED_IDLE, "copier": os.SCHED_IDLE}
-    assert os.sched_getscheduler(0) != os.SCHED_IDLE
+    own = os.nice(0)
+    assert niceness == {"stager": own + NICENESS, "copier": own + NICENESS}
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 def test_an_adapter_in_use_stays() -> None:
