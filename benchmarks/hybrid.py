@@ -84,7 +84,7 @@ def main() -> None:
     args = parse_arguments(parser, "lorafleet", waves=2)
     with scratch_folder() as scratch:
         root = args.lab or scratch / "lab"
-        make_lab(root, args.num_adapters, args.peers, args.systems)
+        make_lab(root, max(args.num_adapters), args.peers, args.systems)
         lab = lab_of(root, args, cache_gib=CACHE_GIB, pool_gib=POOL_GIB)
         compare(partial(servers_of, lab, args.systems), "hybrid", args)
 

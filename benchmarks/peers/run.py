@@ -140,7 +140,7 @@ def parse_arguments(parser: argparse.ArgumentParser, systems: str, waves: int = 
     parser.add_argument("--systems", default=systems, help="the systems to run, in order (%(default)s)")
     parser.add_argument("--loads", default="", help='some loads only, such as "base,one adapter" (default: all)')
     parser.add_argument("--concurrency", default="1,8,32", help="requests in flight (%(default)s)")
-    parser.add_argument("--num-adapters", type=int, default=32)
+    parser.add_argument("--num-adapters", default="32", help="of the loads with many adapters (%(default)s)")
     parser.add_argument("--prompt-words", type=int, default=64)
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument(
@@ -152,6 +152,7 @@ def parse_arguments(parser: argparse.ArgumentParser, systems: str, waves: int = 
     args = parser.parse_args()
     args.systems = args.systems.split(",")
     args.loads = [name for name in args.loads.split(",") if name]
+    args.num_adapters = [int(number) for number in args.num_adapters.split(",")]
     args.concurrency = [int(number) for number in args.concurrency.split(",")]
     return args
 
@@ -161,7 +162,9 @@ def lab_of(root: Path, args: argparse.Namespace, *, cache_gib: int = 0, pool_gib
     num_threads = len(os.sched_getaffinity(0))
     # Words are tokens for most tokenizers, two at most for some.
     slot_tokens = max(256, 2 * args.prompt_words + args.output_tokens)
-    return Lab(root.resolve(), args.num_adapters, max(args.concurrency), num_threads, cache_gib, pool_gib, slot_tokens)
+    return Lab(
+        root.resolve(), tuple(args.num_adapters), max(args.concurrency), num_threads, cache_gib, pool_gib, slot_tokens
+    )
 
 
 def servers_of(lab: Lab, systems: Iterable[str], scratch: Path) -> list[Server]:

@@ -7,7 +7,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from lorafleet.launcher.machine import claim_port
 from protocol.runtime.environment import COMPUTE, HUB_CACHE, child_environment
 
 MODEL_NAME = "base"
-MAX_MODEL_LEN_TOKENS = 2048
+MIN_MODEL_LEN_TOKENS = 2048
 _READY_TIMEOUT_S = 300.0
 PORT = "{port}"  # stands for the port in a command
 
@@ -27,12 +27,12 @@ class Lab:
     """The folder that `setup.sh` made, and the size of the comparison."""
 
     root: Path
-    num_adapters: int
+    adapter_counts: tuple[int, ...]  # of the loads with many adapters
     max_concurrency: int
     num_threads: int
     cache_gib: int = 0  # room for keys, values and states; 0: Lorafleet's own choice, and 1 for vLLM
     pool_gib: int = 0  # of Lorafleet's adapter pool; 0: its own choice
-    slot_tokens: int = 256  # room for a prompt and its answer in each of llama.cpp's slots
+    slot_tokens: int = 256  # room for a prompt and its answer, in each of llama.cpp's slots
 
     @property
     def model(self) -> Path:
@@ -46,8 +46,8 @@ class Lab:
 
     @property
     def adapter_names(self) -> list[str]:
-        """The names of the adapters."""
-        return [f"adapter-{i}" for i in range(self.num_adapters)]
+        """The names of all adapters."""
+        return [f"adapter-{i}" for i in range(max(self.adapter_counts))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Server:
 
     name: str
     command: list[str]  # contains PORT
-    scenarios: dict[str, tuple[Target, ...]]  # "base", "one adapter", "N adapters" -> targets, requested in turn
+    scenarios: dict[str, tuple[Target, ...]]  # by `scenario_names`: targets, requested in turn
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -66,14 +66,19 @@ class Server:
 
 
 def scenario_names(lab: Lab) -> list[str]:
-    """Return the names of the three loads."""
-    return ["base", "one adapter", f"{lab.num_adapters} adapters"]
+    """Return the names of the loads: the base, one adapter, and several numbers of them."""
+    return ["base", "one adapter", *(f"{count} adapters" for count in lab.adapter_counts)]
+
+
+def _scenarios(lab: Lab, base: Target, adapters: Sequence[Target]) -> dict[str, tuple[Target, ...]]:
+    """Return the targets of each load. adapters: all of them."""
+    targets = [(base,), *(tuple(adapters[:count]) for count in (1, *lab.adapter_counts))]
+    return dict(zip(scenario_names(lab), targets, strict=True))
 
 
 def _by_model_name(lab: Lab) -> dict[str, tuple[Target, ...]]:
     """Return the loads of servers where an adapter is a model, which are vLLM and Lorafleet."""
-    adapters = tuple(Target.model(name) for name in lab.adapter_names)
-    return dict(zip(scenario_names(lab), ((Target.model(MODEL_NAME),), adapters[:1], adapters), strict=True))
+    return _scenarios(lab, Target.model(MODEL_NAME), [Target.model(name) for name in lab.adapter_names])
 
 
 def lorafleet(lab: Lab, scratch: Path) -> list[Server]:
@@ -89,14 +94,15 @@ def vllm(lab: Lab, _: Path) -> list[Server]:
     """Return vLLM with LoRA off, for its best base figures, and with LoRA on."""
     command = [str(lab.root / "vllm/bin/python"), "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(lab.model), "--served-model-name", MODEL_NAME, "--host", "127.0.0.1"]
-    command += ["--port", PORT, "--dtype", "bfloat16", "--max-model-len", str(MAX_MODEL_LEN_TOKENS)]
+    max_model_len = max(MIN_MODEL_LEN_TOKENS, lab.slot_tokens)
+    command += ["--port", PORT, "--dtype", "bfloat16", "--max-model-len", str(max_model_len)]
     command += ["--max-num-seqs", str(lab.max_concurrency), "--enforce-eager"]
     environment = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_CPU_KVCACHE_SPACE": str(lab.cache_gib or 1),  # GiB
     }
-    with_lora = [*command, "--enable-lora", "--max-lora-rank", "16", "--max-loras", str(lab.num_adapters)]
+    with_lora = [*command, "--enable-lora", "--max-lora-rank", "16", "--max-loras", str(max(lab.adapter_counts))]
     with_lora += ["--lora-modules", *(f"{name}={lab.adapters / name}" for name in lab.adapter_names)]
     scenarios = _by_model_name(lab)
     return [
@@ -118,16 +124,17 @@ def llama_cpp(lab: Lab, _: Path) -> list[Server]:
     command += ["--ctx-size", str(lab.slot_tokens * lab.max_concurrency), "--no-webui", "--alias", MODEL_NAME]
     command += ["--cache-ram", "0"]  # copies of idle slots only cost time here
     gguf = [str(lab.root / f"adapters/gguf/{name}.gguf") for name in lab.adapter_names]
-    adapters = tuple(
+    adapters = [
         Target(name, {"model": MODEL_NAME, "lora": [{"id": index, "scale": 1.0}]})
         for index, name in enumerate(lab.adapter_names)
-    )
-    base, one, many = scenario_names(lab)
+    ]
+    scenarios = _scenarios(lab, Target.model(MODEL_NAME), adapters)
+    base = scenarios.pop("base")
     environment = {"LD_LIBRARY_PATH": str(folder)}
     with_lora = [*command, "--lora-init-without-apply", "--lora", ",".join(gguf)]
     return [
-        Server("llama.cpp, LoRA off", command, {base: (Target.model(MODEL_NAME),)}, environment),
-        Server("llama.cpp, LoRA on", with_lora, {one: adapters[:1], many: adapters}, environment),
+        Server("llama.cpp, LoRA off", command, {"base": base}, environment),
+        Server("llama.cpp, LoRA on", with_lora, scenarios, environment),
     ]
 
 
