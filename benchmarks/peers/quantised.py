@@ -2,9 +2,10 @@
 
     python -m benchmarks.peers.quantised --peers /opt/peers --lab FOLDER [--models smol,1b] [--kinds Q4_0,BF16]
 
-`smol` is the quickstart model; `1b` has Llama-3.2-1B's shape and random weights, because only the shape decides the
-speed. Files are made once, in the lab, by llama.cpp's converter and quantiser. The servers of one file run side by side
-and are asked in turns, so that a machine whose speed changes changes both; else all is as in `benchmarks.peers.run`.
+`smol` is the quickstart model; `1b` has Llama-3.2-1B's shape, `4b` Qwen3-4B's, and random weights, because only the
+shape decides the speed. Files are made once, in the lab, by llama.cpp's converter and quantiser. The servers of one
+file run side by side and are asked in turns, so that a machine whose speed changes changes both; else all is as in
+`benchmarks.peers.run`.
 Prompts of other lengths: --prompt-words 512 --output-tokens 8 --concurrency 1.
 """
 
@@ -17,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.common.fleet import quickstart_model
 from benchmarks.common.random_model import random_model, save_with_tokenizer
@@ -25,12 +26,21 @@ from benchmarks.peers.run import Point, lab_of, measure, parse_arguments, save
 from benchmarks.peers.servers import SYSTEMS, Lab, Server, llama_cpp_folder, running, scenario_names
 from protocol.runtime.environment import COMPUTE, child_environment
 
-SHAPE = LlamaConfig(
-    vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=64, max_position_embeddings=131_072, rms_norm_eps=1e-5, tie_word_embeddings=True,
-    rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-"""Llama-3.2-1B's shape as its makers publish it."""
+SHAPES = {
+    "1b": (LlamaForCausalLM, LlamaConfig(
+        vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, max_position_embeddings=131_072, rms_norm_eps=1e-5,
+        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, bos_token_id=1,
+        eos_token_id=2,
+    )),
+    "4b": (Qwen3ForCausalLM, Qwen3Config(
+        vocab_size=151_936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, rms_norm_eps=1e-6,
+        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0}, bos_token_id=1,
+        eos_token_id=2,
+    )),
+}  # fmt: skip
+"""Models of the shapes that Llama-3.2-1B's and Qwen3-4B's makers publish."""
 
 
 def gguf_file(lab: Path, peers: Path, model: str, kind: str) -> Path:
@@ -42,7 +52,7 @@ def gguf_file(lab: Path, peers: Path, model: str, kind: str) -> Path:
     if kind == "BF16":
         folder = quickstart_model() if model == "smol" else lab / model
         if not folder.exists():
-            save_with_tokenizer(random_model(LlamaForCausalLM, SHAPE), folder)
+            save_with_tokenizer(random_model(*SHAPES[model]), folder)
         script = peers / "llama.cpp/convert_hf_to_gguf.py"
         command = [sys.executable, str(script), "--outtype", "bf16", "--outfile", str(part), str(folder)]
     else:
