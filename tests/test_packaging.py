@@ -40,6 +40,7 @@ PATCHES = {
     "gateway/http/test_life.py",  # a queue that does what it is told and is not heard; one that was restarted
     "gateway/overload/test_refusals.py",  # a queue that is slow for as long as the test wants
     "gpu_worker/cuda/test_waits.py",  # a mode of torch that needs a GPU
+    "gpu_worker/model/test_kept_answers.py",  # versions of libraries, and processors
     "gpu_worker/sampling/test_grammars.py",  # a library that fails
     "gpu_worker/test_memory.py",  # what torch says of a GPU's memory
     "kernels/test_linear.py",  # what torch says of the processor

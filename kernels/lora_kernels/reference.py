@@ -102,7 +102,8 @@ def _attention_weights(
 
 def pack_linear(*weights: Tensor) -> PackedLinear:
     """See `ops.pack_linear`."""
-    weight = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
+    first, *others = weights
+    weight = torch.cat(weights) if others else first.contiguous()
     return PackedLinear(weight, out_features=weight.shape[0], in_features=weight.shape[1], layout="plain")
 
 
