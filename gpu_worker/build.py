@@ -43,6 +43,7 @@ from gpu_worker.model.checkpoint import (
     tokenizer_types,
 )
 from gpu_worker.model.compiled import compile_errors, warm
+from gpu_worker.model.kv_dtype import choose_kv_dtype
 from gpu_worker.model.model import BaseModel, choose_device, choose_dtype
 from gpu_worker.model.prepare import load_model
 from gpu_worker.quantised.index import is_quantised_folder
@@ -117,7 +118,7 @@ def load_engine(
         engine.grammars.prepare()
         gc.collect()  # modules whose weights were packed hold each other, and the files that these were mapped from
         give_back_freed()
-        room = f"room for {engine.blocks.num_blocks * BLOCK_TOKENS} KV tokens, "
+        room = f"room for {engine.blocks.num_blocks * BLOCK_TOKENS} KV tokens in {name_of(model.cache_dtype)}, "
     else:
         pooling = read_pooling(folder) if task == "embed" else None
         if headless:
@@ -168,6 +169,7 @@ def build_engine(
     tokenizer: the model's tokenizer.json, if it has one. fetch_files: needed where `fetch` may return rows, which
     cannot be merged. Raises BadRequest for settings that contradict each other or a model that is computed wrongly.
     """
+    model.kv_dtype = choose_kv_dtype(model, settings.kv_cache_dtype)
     memory = share_out(room_for_caches(model, settings), settings, on_cpu=model.device.type == "cpu")
     config = engine_config(model, settings, memory.kv)
     served = served_model(model, config.max_model_len, settings)
@@ -186,9 +188,11 @@ def build_encoder_engine(
     model: EncoderModel, settings: Settings, fetch: Fetch, fetch_files: FetchFiles | None = None
 ) -> tuple[EncoderEngine, m.ServedModel]:
     """Put the engine of a loaded encoder together. Arguments and errors as of `build_engine`."""
-    if settings.compile or settings.deterministic or "on" in (settings.cuda_graphs, settings.overlap):
+    decoders = (settings.compile, settings.deterministic, settings.kv_cache_dtype != "auto")
+    if any(decoders) or "on" in (settings.cuda_graphs, settings.overlap):
         raise BadRequest(
-            "compile, deterministic, cuda_graphs and overlap are for models that generate text, not for encoders"
+            "compile, deterministic, kv_cache_dtype, cuda_graphs and overlap are for models that generate text, "
+            "not for encoders"
         )
     max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
     longest = model.max_positions or max_step_tokens
@@ -369,7 +373,7 @@ def engine_config(model: BaseModel, settings: Settings, kv_bytes: int) -> Engine
         max_batch_slowdown=settings.max_batch_slowdown,
         max_later_chunk=1 if passes is not None and passes.continues == "tokens" else 0,
     )
-    block_bytes = sum(layer.block_bytes(model.dtype) for layer in model.layers)
+    block_bytes = sum(layer.block_bytes(model.cache_dtype) for layer in model.layers)
     if passes is not None:
         block_bytes = BLOCK_TOKENS * passes.account.token_bytes
     num_blocks = kv_bytes // block_bytes if block_bytes else max_num_seqs * LONGEST_WITHOUT_LIMIT // BLOCK_TOKENS
@@ -434,13 +438,18 @@ def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: 
         vocab_size=model.vocab_size,
         max_model_len=max_model_len,
         sites=model.adaptable.shapes(model.sites),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=name_of(model.dtype),
         tied_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
         created_ms=now_ms(),
         device=model.device.type,
         **own,
         head_dim=head_dim_of(model.config),
     )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype's name, without torch's."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _encoder_tasks(model: EncoderModel) -> dict[str, Any]:

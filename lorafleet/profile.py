@@ -22,7 +22,7 @@ from protocol.wire.errors import BadRequest
 
 FLAGS = (
     "adapters", "device", "dtype", "threads", "kernels", "compile", "max_num_seqs", "max_step_tokens", "max_model_len",
-    "kv_cache_bytes", "adapter_pool_bytes", "log_level",
+    "kv_cache_bytes", "kv_cache_dtype", "adapter_pool_bytes", "log_level",
 )  # fmt: skip
 MAX_OPERATIONS = 12
 
@@ -101,7 +101,8 @@ def print_profile(found: Any, console: Console) -> None:
     how = f"{found.num_stacked} of {found.num_layers} layers in one native call"
     console.print(
         f"[bold]{found.model}[/] in {found.dtype} on {found.device}, {_count(found.num_threads, 'thread')}, {how}, "
-        f"{_count(len(found.adapters), 'adapter')}, prompts of {found.prompt_tokens} tokens"
+        f"{_count(len(found.adapters), 'adapter')}, prompts of {found.prompt_tokens} tokens, "
+        f"room for {found.kv_tokens} KV tokens in {found.kv_dtype}"
     )
     for case in found.cases:
         rate = 1000 * case.tokens / case.step_ms

@@ -21,6 +21,7 @@ from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.step_plan import StepPlan
 from gpu_worker.memory import send
 from gpu_worker.model.apply_extras import ExtraRows
+from gpu_worker.model.logits_check import CODED_LIMIT
 from gpu_worker.model.mixers import Run, StateBatch
 from gpu_worker.model.model import BaseModel
 from gpu_worker.sampling.logprobs import PromptRows
@@ -166,8 +167,8 @@ class Runner:
         self.num_states = num_states
         self._extras: Mapping[str, Extras] = {} if extras is None else extras
         self.graphs: StepGraphs | None = None  # recorded steps, which are replayed while it is set
-        for layer in model.layers:
-            layer.allocate(num_blocks + 1, model.dtype, model.device)  # the last is for the padding of recorded steps
+        for layer in model.layers:  # the last block is for the padding of recorded steps
+            layer.allocate(num_blocks + 1, model.cache_dtype, model.device)
         model.mixers.allocate(num_states + 1, model.device)
 
     def record(self, recorder: GraphRecorder, max_num_seqs: int, max_model_len: int, max_step_tokens: int = 0) -> None:
@@ -285,6 +286,8 @@ class Runner:
         check, error = self.model.check, self._difference()
         assert check is not None
         limit = check.limit(self.model.dtype)
+        if self.model.kv_dtype == torch.int8:
+            limit = max(limit, CODED_LIMIT)
         if not error < limit:
             kept = f"; at an earlier start they were as kept in {check.origin}" if check.origin else ""
             raise BadRequest(

@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from gpu_worker.memory import zeros
 from gpu_worker.model.apply_extras import ExtraRows
-from lora_kernels import ops
+from lora_kernels import kv_codes, ops
 
 ATTENTION = "lorafleet"
 _SLOT = "_lorafleet_layer"
@@ -95,15 +95,16 @@ class PagedLayer:
         self.impl: ops.Impl | None = impl
         self.owner = owner
         self.handle: Tensor | None = None  # by which compiled layers find it, see `compiled.py`
-        self.k_cache: Tensor | None = None  # [blocks, Hkv, 16, D]
+        self.k_cache: Tensor | None = None  # [blocks, Hkv, 16, D], or int8 as lora_kernels.kv_codes has it
         self.v_cache: Tensor | None = None  # [blocks, Hkv, 16, Dv]
 
     def block_bytes(self, dtype: torch.dtype) -> int:
-        """Return the bytes of one block of this layer's cache; 0 if another layer's is used."""
+        """Return the bytes of one block of this layer's cache of a dtype; 0 if another layer's is used."""
         if self.owner is not None:
             return 0
         call = self.call
-        return ops.BLOCK_TOKENS * call.num_kv_heads * (call.head_dim + call.value_dim) * dtype.itemsize
+        width = kv_codes.row_width(call.head_dim, dtype) + kv_codes.row_width(call.value_dim, dtype)
+        return ops.BLOCK_TOKENS * call.num_kv_heads * width * dtype.itemsize
 
     def allocate(self, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         """Allocate the cache, or take the owner's, which must be allocated already."""
@@ -112,8 +113,8 @@ class PagedLayer:
             return
         call = self.call
         shape = (num_blocks, call.num_kv_heads, ops.BLOCK_TOKENS)
-        self.k_cache = zeros((*shape, call.head_dim), dtype, device)
-        self.v_cache = zeros((*shape, call.value_dim), dtype, device)
+        widths = [kv_codes.row_width(dim, dtype) for dim in (call.head_dim, call.value_dim)]
+        self.k_cache, self.v_cache = (zeros((*shape, n), dtype, device, in_large_pages=True) for n in widths)
 
     @property
     def attention(self) -> ops.PagedAttention:

@@ -16,6 +16,9 @@ from gpu_worker.model.checkpoint import quantisation_of, takes_positions
 CHECK_LIMITS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
 """Differences of logits that rounding may make: 0.06 measured in bf16 with 30 layers. Wrong attention makes about 1."""
 
+CODED_LIMIT = 0.3
+"""The same where keys and values are int8 codes."""
+
 MAX_OVER_SENSITIVITY = 3.0
 """A model that rounds activations may differ by this many times what a change of its embeddings' last digits makes."""
 

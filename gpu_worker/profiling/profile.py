@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
-from gpu_worker.build import load_engine
+from gpu_worker.build import load_engine, name_of
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.runner import StepInputs
 from gpu_worker.model.blocks import stacks_of
 from gpu_worker.profiling.steps import Decode, Prefill, Queue
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
 from protocol.metrics.series import PHASES
-from protocol.runtime.settings import Settings
+from protocol.runtime.settings import BLOCK_TOKENS, Settings
 from protocol.wire.errors import BadRequest, Internal
 
 NUM_WARM_STEPS = 3
@@ -105,6 +105,8 @@ class Profile:
     num_stacked: int  # layers that otherwise run as one native call
     adapters: list[str]
     prompt_tokens: int
+    kv_tokens: int  # that the KV cache holds
+    kv_dtype: str
     cases: list[ProfileCase]
 
 
@@ -128,6 +130,7 @@ def run_profile(settings: Settings, plan: ProfilePlan, on_progress: OnProgress) 
             model=served.name, dtype=served.dtype, device=str(engine.model.device), adapters=names,
             num_threads=torch.get_num_threads(), num_layers=len(engine.model.layers),
             num_stacked=sum(len(stack.layers) for stack in stacks), prompt_tokens=plan.prompt_tokens,
+            kv_tokens=engine.config.num_blocks * BLOCK_TOKENS, kv_dtype=name_of(engine.model.cache_dtype),
             cases=list(_cases(engine, queue, [*names, ""], plan, on_progress)),
         )  # fmt: skip
     finally:

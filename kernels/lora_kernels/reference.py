@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels import sums
+from lora_kernels import kv_codes, sums
 from lora_kernels.quantised import QuantisedWeight
 from lora_kernels.segments import BLOCK_TOKENS, PAGE_ROWS, AttentionBatch, LoraBatch
 from lora_kernels.tables import Activation, AdapterTable, DecoderLayer, LoraSite, PackedLinear, QuantisedLinear
@@ -48,8 +48,12 @@ def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: Att
     """See `ops.kv_write_`."""
     blocks = batch.slot_mapping // BLOCK_TOKENS
     offsets = batch.slot_mapping % BLOCK_TOKENS
-    k_cache[blocks, :, offsets] = k
-    v_cache[blocks, :, offsets] = v
+    for cache, rows in ((k_cache, k), (v_cache, v)):
+        if cache.dtype == torch.int8:
+            codes, scales = kv_codes.parts(cache)
+            codes[blocks, :, offsets], scales[blocks, :, offsets] = kv_codes.encode(rows)
+        else:
+            cache[blocks, :, offsets] = rows
 
 
 def paged_attention(
@@ -64,14 +68,14 @@ def paged_attention(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """See `ops.paged_attention`."""
-    out = q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
+    out = q.new_empty(q.shape[0], q.shape[1], kv_codes.row_dim(v_cache))
     starts = batch.query_starts.tolist()
     for seq, kv_len in enumerate(batch.kv_lens.tolist()):
         start, end = starts[seq], starts[seq + 1]
         blocks = batch.block_tables[seq, : -(-kv_len // BLOCK_TOKENS)].long()
         # [Hkv, kv_len, D]
-        keys = k_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :kv_len]
-        values = v_cache[blocks].transpose(0, 1).flatten(1, 2)[:, :kv_len]
+        keys = kv_codes.decode(k_cache[blocks]).transpose(0, 1).flatten(1, 2)[:, :kv_len]
+        values = kv_codes.decode(v_cache[blocks]).transpose(0, 1).flatten(1, 2)[:, :kv_len]
         weights = _attention_weights(q[start:end], keys, scale=scale, window=window, softcap=softcap, sinks=sinks)
         attended = torch.einsum("hgqk,hkd->qhgd", weights, values.float())
         out[start:end] = attended.flatten(1, 2).to(out.dtype)

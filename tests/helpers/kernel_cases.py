@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_kernels import ops
+from lora_kernels import kv_codes, ops
 from lora_kernels.ops import BLOCK_TOKENS, PAGE_ROWS, AdapterTable, AttentionBatch, LoraBatch, LoraSite
 
 Distribution = Literal["identical", "distinct", "uniform", "zipf", "skewed", "some base", "none"]
@@ -186,8 +186,19 @@ class AttentionCase:
         with poisoned_memory():
             return ops.paged_attention(self.q, self.k_cache, self.v_cache, self.batch, impl=impl, **self.logits)
 
+    def coded(self) -> AttentionCase:
+        """Return the case over int8 caches of the same keys and values; rows of NaN have scales of NaN."""
+        caches: list[Tensor] = []
+        for cache in (self.k_cache, self.v_cache):
+            width = kv_codes.row_width(cache.shape[3], torch.int8)
+            coded = torch.zeros(*cache.shape[:3], width, dtype=torch.int8)
+            for part, own in zip(kv_codes.parts(coded), kv_codes.encode(cache), strict=True):
+                part.copy_(own)
+            caches.append(coded)
+        return AttentionCase(self.q, caches[0], caches[1], self.batch, self.logits)
+
     def expected(self) -> Tensor:
-        q, k_cache, v_cache = self.q.float(), self.k_cache.float(), self.v_cache.float()
+        q, k_cache, v_cache = self.q.float(), *(kv_codes.decode(c).float() for c in (self.k_cache, self.v_cache))
         return ops.paged_attention(q, k_cache, v_cache, self.batch, impl="reference", **self.logits)
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_kernels import reference, sums
+from lora_kernels import kv_codes, reference, sums
 from lora_kernels.cpu.build import BuildError, build_library
 from lora_kernels.quantised import QuantisedWeight
 from lora_kernels.segments import AttentionBatch, LoraBatch
@@ -311,7 +311,7 @@ def _register_fakes() -> None:
 
     @fake("lorafleet::paged_attention")
     def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, *_: object) -> Tensor:
-        return q.new_empty(q.shape[0], q.shape[1], v_cache.shape[3])
+        return q.new_empty(q.shape[0], q.shape[1], kv_codes.row_dim(v_cache))
 
     @fake("lorafleet::rms_norm")
     def _(x: Tensor, *_: object) -> Tensor:

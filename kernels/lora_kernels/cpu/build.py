@@ -29,7 +29,7 @@ ISA_FLAGS = {
     "x86_64": {
         "avx2": ("-mavx2", "-mfma", "-mf16c"),
         "avx512": ("-march=skylake-avx512",),
-        "avx512_bf16": ("-march=skylake-avx512", "-mavx512bf16"),
+        "avx512_bf16": ("-march=skylake-avx512", "-mavx512bf16", "-mavx512vnni"),
     },
     "aarch64": {"neon": ()},
 }

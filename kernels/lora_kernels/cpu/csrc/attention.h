@@ -1,7 +1,8 @@
 // Paged attention by online softmax. Included inside the instruction set's namespace.
 //
 // A task's rows are its queries times the query heads of one kv head, so that a decode with grouped heads reads each
-// key and value once. Keys and values are packed 64 at a time into scratch memory for the tile product.
+// key and value once. Keys and values are packed 64 at a time into scratch memory for the products of a round, which
+// attention_rounds.h has.
 #pragma once
 
 constexpr int64_t kKeys = 64;        // keys per round
@@ -15,38 +16,44 @@ inline SoftmaxState softmax_state(float* memory, int64_t rows, int64_t v_dim) {
   return {memory, memory + rows * v_dim, memory + rows * v_dim + rows};
 }
 
-template <typename T>
-inline const T* cache_block(const AttentionArgs& args, const AttentionTask& task, const void* cache, int64_t dim,
-                            int64_t key) {
+// The entries of a task's kv head in the block of a key.
+inline const char* k_block(const AttentionArgs& args, const AttentionTask& task, int64_t key) {
   const int64_t block = args.block_tables[task.seq * args.max_blocks + key / kBlockTokens];
-  return static_cast<const T*>(cache) + (block * args.kv_heads + task.kv_head) * kBlockTokens * dim;
+  return static_cast<const char*>(args.k_cache) + (block * args.kv_heads + task.kv_head) * args.k_block_bytes;
+}
+inline const char* v_block(const AttentionArgs& args, const AttentionTask& task, int64_t key) {
+  const int64_t block = args.block_tables[task.seq * args.max_blocks + key / kBlockTokens];
+  return static_cast<const char*>(args.v_cache) + (block * args.kv_heads + task.kv_head) * args.v_block_bytes;
 }
 
-// The block that the next round reads in the place of the one at `key`: of this task, or else of the next task.
-template <typename T>
-inline const T* block_after(const AttentionArgs& args, const AttentionTask& task, const AttentionTask* next,
-                            const void* cache, int64_t dim, int64_t key) {
-  if (key + kKeys < task.end_key) return cache_block<T>(args, task, cache, dim, key + kKeys);
-  if (next) {
-    const int64_t next_key = next->first_key + (key - task.first_key) % kKeys;
-    if (next_key < next->end_key) return cache_block<T>(args, *next, cache, dim, next_key);
-  }
-  return cache_block<T>(args, task, cache, dim, key);
-}
+// The blocks that the next round reads, of this task or else of the next one. A round prefetches them little by little:
+// a core waits for some twenty lines at a time, so that memory would be idle while it computes, and it while they come.
+struct Ahead {
+  static constexpr int kMaxBlocks = 2 * kKeys / kBlockTokens;
+  static constexpr int kLines = 4;  // of one step
+  const char* blocks[kMaxBlocks];   // of keys and values in turns
+  int64_t block_bytes[2];
+  int64_t at = 0;
+  int block = 0, num_blocks = 0;
 
-template <typename T>
-inline void load_queries(const AttentionArgs& args, const AttentionTask& task, typename Product<T>::Left* q) {
-  const int64_t group = args.heads / args.kv_heads;
-  const int64_t token = args.query_starts[task.seq] + task.first_query;
-  for (int64_t i = 0; i < task.num_queries * group; ++i) {
-    const T* from = static_cast<const T*>(args.q) + (token + i / group) * args.q_token +
-                    (task.kv_head * group + i % group) * args.q_head;
-    for (int64_t d = 0; d < args.k_dim; d += kLanes) {
-      const int64_t n = min(kLanes, args.k_dim - d);
-      store_n(q + i * args.k_dim + d, load_n(from + d, n), n);
+  Ahead(const AttentionArgs& args, const AttentionTask* task, int64_t key, const AttentionTask* next)
+      : block_bytes{args.k_block_bytes, args.v_block_bytes} {
+    if (key >= task->end_key) {
+      if (!next) return;
+      task = next, key = next->first_key;
+    }
+    for (const int64_t end = min(key + kKeys, task->end_key); key < end; key += kBlockTokens) {
+      blocks[num_blocks++] = k_block(args, *task, key);
+      blocks[num_blocks++] = v_block(args, *task, key);
     }
   }
-}
+  void operator()() {
+    if (block == num_blocks) return;
+    for (int i = 0; i < kLines; ++i) prefetch_line(blocks[block] + at + i * 64);
+    at += kLines * 64;
+    if (at >= block_bytes[block % 2]) at = 0, ++block;
+  }
+};
 
 // One row's step: turns products [kKeys] into weights, of which only [begin, end) are not zero, and rescales the state.
 template <typename Weight>
@@ -109,59 +116,17 @@ inline void write_rows(const AttentionArgs& args, const AttentionTask& task, con
   }
 }
 
-template <typename P>
-struct AttentionScratch {
-  typename P::Left *q, *weights;     // [rows, k_dim], [rows, kKeys]
-  typename P::Right *keys, *values;  // [k_dim / kDepth, kKeys], [kKeys / kDepth, v_dim]
-  float *products, *state;           // [rows, kKeys], [rows, v_dim + 2]
+#include "attention_rounds.h"
 
-  AttentionScratch(int64_t rows, int64_t k_dim, int64_t v_dim) {
-    // Every part is counted in floats, the widest entry, and starts on a cache line.
-    const int64_t sizes[] = {rows * k_dim,  rows * kKeys, k_dim * kKeys,
-                             kKeys * v_dim, rows * kKeys, rows * (v_dim + 2)};
-    float* parts[6];
-    int64_t total = 0;
-    for (const int64_t size : sizes) total += ceil_div(size, 16) * 16;
-    float* next = scratch(total);
-    for (int i = 0; i < 6; ++i) {
-      parts[i] = next;
-      next += ceil_div(sizes[i], 16) * 16;
-    }
-    q = reinterpret_cast<typename P::Left*>(parts[0]), weights = reinterpret_cast<typename P::Left*>(parts[1]);
-    keys = reinterpret_cast<typename P::Right*>(parts[2]), values = reinterpret_cast<typename P::Right*>(parts[3]);
-    products = parts[4], state = parts[5];
-  }
-};
-
-// Packs the keys and values [key, key + num_keys), num_keys <= kKeys. The blocks of the next round are
-// prefetched in between, one at a time: all at once, they would stall the computation until they have arrived.
-template <typename T>
-inline void pack_round(const AttentionArgs& args, const AttentionTask& task, const AttentionTask* next, int64_t key,
-                       int64_t num_keys, const AttentionScratch<Product<T>>& s) {
-  using P = Product<T>;
-  for (int64_t b = 0; b < num_keys; b += kBlockTokens) {
-    const T* k = cache_block<T>(args, task, args.k_cache, args.k_dim, key + b);
-    for (int64_t i = 0; i < kBlockTokens; i += kLanes)
-      P::pack_columns(k + i * args.k_dim, args.k_dim, args.k_dim, s.keys + b + i, kKeys);
-    prefetch(block_after<T>(args, task, next, args.k_cache, args.k_dim, key + b),
-             kBlockTokens * args.k_dim * sizeof(T));
-    const T* v = cache_block<T>(args, task, args.v_cache, args.v_dim, key + b);
-    P::pack_rows(v, args.v_dim, min(kBlockTokens, num_keys - b), args.v_dim, s.values + b / P::kDepth * args.v_dim,
-                 args.v_dim);
-    prefetch(block_after<T>(args, task, next, args.v_cache, args.v_dim, key + b),
-             kBlockTokens * args.v_dim * sizeof(T));
-  }
-}
-
-template <typename T>
+// T: of queries and outputs. Rounds: how the products are computed, see attention_rounds.h.
+template <typename T, typename Rounds>
 void attention_task(const AttentionArgs& args, const AttentionTask& task, const AttentionTask* next) {
-  using P = Product<T>;
   const int64_t group = args.heads / args.kv_heads;
   const int64_t rows = task.num_queries * group;
-  const AttentionScratch<P> s(rows, args.k_dim, args.v_dim);
-  float* memory = task.partial < 0 ? s.state : args.partials + task.partial * args.partial_floats;
+  Rounds rounds(args, rows);
+  float* memory = task.partial < 0 ? rounds.state : args.partials + task.partial * args.partial_floats;
   const SoftmaxState state = softmax_state(memory, rows, args.v_dim);
-  load_queries<T>(args, task, s.q);
+  rounds.load_queries(task);
   for (int64_t i = 0; i < rows * args.v_dim; ++i) state.acc[i] = 0;
   for (int64_t r = 0; r < rows; ++r) state.peak[r] = kMasked, state.total[r] = 0;
 
@@ -169,20 +134,18 @@ void attention_task(const AttentionArgs& args, const AttentionTask& task, const 
   const int64_t first_position = args.kv_lens[task.seq] - query_len + task.first_query;
   for (int64_t key = task.first_key; key < task.end_key; key += kKeys) {
     const int64_t num_keys = min(kKeys, task.end_key - key);
-    pack_round<T>(args, task, next, key, num_keys, s);
-    for (int64_t i = 0; i < rows * kKeys; i += kLanes) store(s.products + i, zero());
-    const auto products_row = [&](int64_t r) { return s.products + r * kKeys; };
-    update<P>(s.q, args.k_dim, s.keys, kKeys, products_row, rows, args.k_dim / P::kDepth,
-              ceil_div(num_keys, kBlockTokens) * kBlockTokens);
+    Ahead ahead(args, &task, key + kKeys, next);
+    rounds.pack(task, key, num_keys, ahead);
+    rounds.multiply_keys(num_keys, ahead);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t position = first_position + r / group;
       const int64_t begin = args.window > 0 ? max(0, position + 1 - args.window - key) : 0;
       const int64_t end = min(num_keys, position + 1 - key);
-      softmax_row(args, s.products + r * kKeys, begin, end, s.weights + r * kKeys, state.acc + r * args.v_dim,
-                  state.peak[r], state.total[r]);
+      rounds.put_weights(r, begin, end, state);
+      for (int i = 0; i < 4; ++i) ahead();
     }
-    const auto acc_row = [&](int64_t r) { return state.acc + r * args.v_dim; };
-    update<P>(s.weights, kKeys, s.values, args.v_dim, acc_row, rows, ceil_div(num_keys, P::kDepth), args.v_dim);
+    rounds.add_values(num_keys, state.acc, ahead);
+    while (ahead.block < ahead.num_blocks) ahead();
   }
   if (task.partial < 0) write_rows<T>(args, task, state);
 }
@@ -214,10 +177,21 @@ void merge_tasks(const AttentionArgs& args, const AttentionMerge& merge) {
   write_rows<T>(args, first, into);
 }
 
+template <typename T>
+inline void run_task(const AttentionArgs& args, const AttentionTask& task, const AttentionTask* next) {
+  if (!args.is_coded) return attention_task<T, TypedRounds<T, T>>(args, task, next);
+#ifdef __AVX512VNNI__
+  if constexpr (Product<T>::kDepth == 2)
+    attention_task<T, SplitRounds<T>>(args, task, next);
+  else
+#endif
+    attention_task<T, TypedRounds<T, Code>>(args, task, next);
+}
+
 void attention(const AttentionArgs& args) {
   run(args.num_tasks, [&](int64_t i) {
     const AttentionTask* next = i + 1 < args.num_tasks ? &args.tasks[i + 1] : nullptr;
-    with_dtype(args.dtype, [&]<typename T>() { attention_task<T>(args, args.tasks[i], next); });
+    with_dtype(args.dtype, [&]<typename T>() { run_task<T>(args, args.tasks[i], next); });
   });
   run(args.num_merges,
       [&](int64_t i) { with_dtype(args.dtype, [&]<typename T>() { merge_tasks<T>(args, args.merges[i]); }); });

@@ -86,10 +86,11 @@ struct LoraArgs {
 };
 
 struct KvWriteArgs {
-  int64_t element_bytes;
-  const char *k, *v;
+  Dtype dtype;
+  const void *k, *v;
   int64_t k_token, k_head, v_token, v_head;  // strides in elements
-  char *k_cache, *v_cache;                   // [blocks, kv_heads, kBlockTokens, dim]
+  char *k_cache, *v_cache;                   // see AttentionArgs
+  bool is_coded;
   const int64_t* slots;
   int64_t num_tokens, kv_heads, k_dim, v_dim;
 };
@@ -110,7 +111,11 @@ struct AttentionArgs {
   Dtype dtype;
   const void* q;
   int64_t q_token, q_head;  // strides in elements
+  // [blocks, kv_heads] of these bytes: kBlockTokens rows of k_dim or v_dim entries; if they are int8 codes, then an
+  // fp32 scale of each row.
   const void *k_cache, *v_cache;
+  int64_t k_block_bytes, v_block_bytes;
+  bool is_coded;
   void* out;  // [tokens, heads, v_dim] contiguous
   const int32_t* block_tables;
   int64_t max_blocks;

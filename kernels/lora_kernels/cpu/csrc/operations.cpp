@@ -33,7 +33,9 @@ const Kernels* find_kernels(std::string_view isa) {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (isa == "avx512" && avx512) return &avx512_kernels();
-  if (isa == "avx512_bf16" && avx512 && __builtin_cpu_supports("avx512bf16")) return &avx512_bf16_kernels();
+  if (isa == "avx512_bf16" && avx512 && __builtin_cpu_supports("avx512bf16") &&
+      __builtin_cpu_supports("avx512vnni"))
+    return &avx512_bf16_kernels();
 #endif
   return nullptr;
 }
@@ -191,10 +193,18 @@ void lora_add_(Tensors outs, const Tensor& x, Tensors a_rows, Tensors b_rows,
   });
 }
 
-void check_cache(const Tensor& cache, int64_t kv_heads, int64_t dim, const char* name) {
+// An int8 cache: an fp32 scale for each row of a block lies behind the block's codes, as four more entries a row.
+bool is_coded(const Tensor& cache) { return cache.type == Scalar::kChar; }
+int64_t cache_dim(const Tensor& cache) {
+  return cache.size(3) - (is_coded(cache) ? static_cast<int64_t>(sizeof(float)) : 0);
+}
+
+void check_cache(const Tensor& cache, int64_t kv_heads, int64_t dim, const Tensor& like, const char* name) {
   LORAFLEET_CHECK(cache.dim() == 4 && cache.is_contiguous() && cache.size(1) == kv_heads && cache.size(2) == kBlockTokens &&
-                  cache.size(3) == dim,
-              name, " must be contiguous [blocks, ", kv_heads, ", ", kBlockTokens, ", ", dim, "]");
+                  cache_dim(cache) == dim,
+              name, " must be contiguous [blocks, ", kv_heads, ", ", kBlockTokens, ", ", dim, "], with scales if int8");
+  if (!is_coded(cache)) return check_same_dtype(cache, like, name);
+  LORAFLEET_CHECK(dim % 4 == 0, "an int8 cache needs rows of a multiple of 4 entries; there are ", dim);
 }
 
 void kv_write_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
@@ -202,13 +212,12 @@ void kv_write_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Te
   LORAFLEET_CHECK(k.dim() == 3 && v.dim() == 3 && k.stride(2) == 1 && v.stride(2) == 1 && k.size(0) == v.size(0) &&
                   k.size(1) == v.size(1) && k.size(0) == slot_mapping.numel(),
               "k and v must be [T, Hkv, D] with contiguous heads, T as slot_mapping has it");
-  check_cache(k_cache, k.size(1), k.size(2), "k_cache");
-  check_cache(v_cache, v.size(1), v.size(2), "v_cache");
-  check_same_dtype(k, k_cache, "k");
-  check_same_dtype(v, v_cache, "v");
+  check_cache(k_cache, k.size(1), k.size(2), k, "k_cache");
+  check_cache(v_cache, v.size(1), v.size(2), k, "v_cache");
+  check_same_dtype(v_cache, k_cache, "v_cache");
   check_same_dtype(k, v, "k");
   active->kv_write({
-      .element_bytes = static_cast<int64_t>(k.element_size()),
+      .dtype = dtype_of(k),
       .k = k.data,
       .v = v.data,
       .k_token = k.stride(0),
@@ -217,6 +226,7 @@ void kv_write_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Te
       .v_head = v.stride(1),
       .k_cache = k_cache.data,
       .v_cache = v_cache.data,
+      .is_coded = is_coded(k_cache),
       .slots = entries_of<int64_t>(slot_mapping, "slot_mapping"),
       .num_tokens = k.size(0),
       .kv_heads = k.size(1),
@@ -282,12 +292,11 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   LORAFLEET_CHECK(q.dim() == 3 && q.stride(2) == 1, "q must be [T, Hq, D] with contiguous heads");
   const int64_t heads = q.size(1), kv_heads = k_cache.size(1);
   LORAFLEET_CHECK(heads % kv_heads == 0, heads, " query heads cannot share ", kv_heads, " kv heads");
-  check_cache(k_cache, kv_heads, q.size(2), "k_cache");
-  check_cache(v_cache, kv_heads, v_cache.size(3), "v_cache");
-  check_same_dtype(q, k_cache, "q");
+  check_cache(k_cache, kv_heads, q.size(2), q, "k_cache");
+  check_cache(v_cache, kv_heads, cache_dim(v_cache), q, "v_cache");
   check_same_dtype(v_cache, k_cache, "v_cache");
   LORAFLEET_CHECK(!sinks || sinks->numel() == heads, "sinks needs ", heads, " entries");
-  const Tensor out = empty({q.size(0), heads, v_cache.size(3)}, q.type);
+  const Tensor out = empty({q.size(0), heads, cache_dim(v_cache)}, q.type);
   AttentionArgs args = {
       .dtype = dtype_of(q),
       .q = q.data,
@@ -295,6 +304,9 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
       .q_head = q.stride(1),
       .k_cache = k_cache.data,
       .v_cache = v_cache.data,
+      .k_block_bytes = kBlockTokens * k_cache.size(3) * k_cache.element_size(),
+      .v_block_bytes = kBlockTokens * v_cache.size(3) * v_cache.element_size(),
+      .is_coded = is_coded(k_cache),
       .out = out.data,
       .block_tables = entries_of<int32_t>(block_tables, "block_tables"),
       .max_blocks = block_tables.size(1),
@@ -304,7 +316,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
       .heads = heads,
       .kv_heads = kv_heads,
       .k_dim = q.size(2),
-      .v_dim = v_cache.size(3),
+      .v_dim = cache_dim(v_cache),
       .scale = static_cast<float>(scale),
       .softcap = static_cast<float>(softcap),
       .window = window,

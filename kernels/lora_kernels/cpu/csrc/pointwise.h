@@ -13,18 +13,52 @@ inline void run_rows(int64_t rows, int64_t width, const F& row) {
   });
 }
 
+template <typename T>
+inline void copy_row(const T* from, int64_t dim, char* block, int64_t row) {
+  __builtin_memcpy(block + row * dim * sizeof(T), from, dim * sizeof(T));
+}
+
+// Codes are from / scale, rounded, for a scale with which the largest becomes 127. A NaN or an infinity makes the scale
+// NaN, so that it is not lost.
+template <typename T>
+inline void code_row(const T* from, int64_t dim, char* block, int64_t row) {
+  Vec largest = zero(), poison = zero();
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const Vec x = load_n(from + d, min(kLanes, dim - d));
+    largest = max(max(x, sub(zero(), x)), largest);
+    poison = fma(x, zero(), poison);
+  }
+  float scale = max_lane(largest) / 127.0f;
+  if (scale < 1.1754944e-38f) scale = 0;  // so small that dividing by it would overflow
+  const Vec divisor = set1(scale > 0 ? scale : 1.0f);
+  int8_t* codes = reinterpret_cast<int8_t*>(block) + row * dim;
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const int64_t n = min(kLanes, dim - d);
+    store_codes(codes + d, round(div(load_n(from + d, n), divisor)), n);
+  }
+  scale += sum(poison);
+  __builtin_memcpy(block + kBlockTokens * dim + row * sizeof(float), &scale, sizeof(float));
+}
+
+template <typename T>
+inline void kv_write_row(const KvWriteArgs& args, const T* from, char* block, int64_t dim, int64_t row) {
+  args.is_coded ? code_row(from, dim, block, row) : copy_row(from, dim, block, row);
+}
+
 void kv_write(const KvWriteArgs& args) {
-  const auto copy = [&](const char* from, int64_t token_stride, int64_t head_stride, char* cache, int64_t dim,
-                        int64_t t) {
+  const auto write = [&]<typename T>(const void* from, int64_t token_stride, int64_t head_stride, char* cache,
+                                     int64_t dim, int64_t t) {
     const int64_t block = args.slots[t] / kBlockTokens, offset = args.slots[t] % kBlockTokens;
-    const int64_t bytes = dim * args.element_bytes;
+    const int64_t bytes = kBlockTokens * (args.is_coded ? dim + sizeof(float) : dim * sizeof(T));
     for (int64_t h = 0; h < args.kv_heads; ++h)
-      __builtin_memcpy(cache + ((block * args.kv_heads + h) * kBlockTokens + offset) * bytes,
-                       from + (t * token_stride + h * head_stride) * args.element_bytes, bytes);
+      kv_write_row(args, static_cast<const T*>(from) + t * token_stride + h * head_stride,
+                   cache + (block * args.kv_heads + h) * bytes, dim, offset);
   };
   run_rows(args.num_tokens, args.kv_heads * (args.k_dim + args.v_dim), [&](int64_t t) {
-    copy(args.k, args.k_token, args.k_head, args.k_cache, args.k_dim, t);
-    copy(args.v, args.v_token, args.v_head, args.v_cache, args.v_dim, t);
+    with_dtype(args.dtype, [&]<typename T>() {
+      write.template operator()<T>(args.k, args.k_token, args.k_head, args.k_cache, args.k_dim, t);
+      write.template operator()<T>(args.v, args.v_token, args.v_head, args.v_cache, args.v_dim, t);
+    });
   });
 }
 

@@ -18,7 +18,7 @@
 namespace lorafleet {
 
 // The types of elements that operations take, by torch's numbers.
-enum class Scalar : int32_t { kByte = 0, kInt = 3, kLong = 4, kHalf = 5, kFloat = 6, kBool = 11, kBFloat16 = 15 };
+enum class Scalar : int32_t { kByte = 0, kChar = 1, kInt = 3, kLong = 4, kHalf = 5, kFloat = 6, kBool = 11, kBFloat16 = 15 };
 
 // Returns torch's name of a type, also of those that no operation takes.
 std::string_view name_of(Scalar type);
@@ -75,6 +75,7 @@ struct Tensor {
   int64_t element_size() const {
     switch (type) {
       case Scalar::kByte:
+      case Scalar::kChar:
       case Scalar::kBool:
         return 1;
       case Scalar::kHalf:

@@ -123,14 +123,20 @@ constexpr int kTileRows = 6;
 constexpr int kTileVecs = kLanes == 16 ? 4 : 2;
 constexpr int kTileCols = kTileVecs * kLanes;
 
-template <typename P, int Rows, int Vecs, typename OutRow>
+struct Nothing {
+  void operator()() const {}
+};
+
+// between: called now and then, to prefetch.
+template <typename P, int Rows, int Vecs, typename OutRow, typename Between>
 inline void update_tile(const typename P::Left* left, int64_t left_stride, const typename P::Right* right,
-                        int64_t right_stride, const OutRow& out_row, int64_t depth, int64_t cols) {
+                        int64_t right_stride, const OutRow& out_row, int64_t depth, int64_t cols, Between& between) {
   Vec acc[Rows][Vecs];
   for (int r = 0; r < Rows; ++r)
     for (int v = 0; v < Vecs; ++v) acc[r][v] = zero();
   const bool whole = cols >= Vecs * kLanes;
   for (int64_t k = 0; k < depth; ++k) {
+    if (k % 2 == 0) between();
     const typename P::Right* from = right + k * right_stride;
     decltype(P::load_right(right)) b[Vecs];
     for (int v = 0; v < Vecs; ++v) b[v] = whole ? P::load_right(from + v * kLanes) : P::load_right_n(from, cols);
@@ -151,18 +157,19 @@ inline void update_tile(const typename P::Left* left, int64_t left_stride, const
 }
 
 // out_row(r)[j] += left[r, depth * kDepth] times column j of a right operand with `depth` entries a column.
-template <typename P, typename OutRow>
+template <typename P, typename OutRow, typename Between = const Nothing>
 inline void update(const typename P::Left* left, int64_t left_stride, const typename P::Right* right,
-                   int64_t right_stride, const OutRow& out_row, int64_t rows, int64_t depth, int64_t cols) {
+                   int64_t right_stride, const OutRow& out_row, int64_t rows, int64_t depth, int64_t cols,
+                   Between&& between = {}) {
   for (int64_t first = 0; first < rows; first += kTileRows) {
     with_size<kTileRows>(min(kTileRows, rows - first), [&]<int Rows>() {
       const typename P::Left* a = left + first * left_stride;
       int64_t j = 0;
       const auto at = [&](int64_t r) { return out_row(first + r) + j; };
       for (; j + kTileCols <= cols; j += kTileCols)
-        update_tile<P, Rows, kTileVecs>(a, left_stride, right + j, right_stride, at, depth, kTileCols);
+        update_tile<P, Rows, kTileVecs>(a, left_stride, right + j, right_stride, at, depth, kTileCols, between);
       for (; j < cols; j += kLanes)
-        update_tile<P, Rows, 1>(a, left_stride, right + j, right_stride, at, depth, min(kLanes, cols - j));
+        update_tile<P, Rows, 1>(a, left_stride, right + j, right_stride, at, depth, min(kLanes, cols - j), between);
     });
   }
 }

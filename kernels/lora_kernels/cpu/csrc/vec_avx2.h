@@ -96,6 +96,12 @@ inline void store_n(T* p, Vec v, int64_t n) {
   __builtin_memcpy(p, lanes, n * sizeof(T));
 }
 
+inline void store_codes(int8_t* p, Vec integers, int64_t n) {
+  alignas(32) int32_t lanes[kLanes];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_cvtps_epi32(integers));
+  for (int64_t i = 0; i < n; ++i) p[i] = static_cast<int8_t>(lanes[i]);
+}
+
 // The two halves of 8 bf16 pairs: elements 0, 2, 4... and 1, 3, 5...
 inline Vec even_half(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
 inline Vec odd_half(__m256i pairs) {

@@ -85,6 +85,10 @@ inline void store_n(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, first
 inline void store_n(bf16* p, Vec v, int64_t n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(v)); }
 inline void store_n(f16* p, Vec v, int64_t n) { _mm256_mask_storeu_epi16(p, first_lanes(n), narrow_f16(v)); }
 
+inline void store_codes(int8_t* p, Vec integers, int64_t n) {
+  _mm512_mask_cvtepi32_storeu_epi8(p, first_lanes(n), _mm512_cvtps_epi32(integers));
+}
+
 // The two halves of 16 bf16 pairs: elements 0, 2, 4... and 1, 3, 5...
 inline Vec even_half(__m512i pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
 inline Vec odd_half(__m512i pairs) {

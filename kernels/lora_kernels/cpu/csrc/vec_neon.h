@@ -109,6 +109,12 @@ inline void store_n(T* p, Vec v, int64_t n) {
   __builtin_memcpy(p, lanes, n * sizeof(T));
 }
 
+inline void store_codes(int8_t* p, Vec integers, int64_t n) {
+  int32_t lanes[kLanes];
+  vst1q_s32(lanes, vcvtnq_s32_f32(integers.lo)), vst1q_s32(lanes + 4, vcvtnq_s32_f32(integers.hi));
+  for (int64_t i = 0; i < n; ++i) p[i] = static_cast<int8_t>(lanes[i]);
+}
+
 struct Pairs {
   uint32x4_t lo, hi;
 };
