@@ -115,4 +115,4 @@ def test_what_int8_is_not_served_for_is_refused_by_name(changes: dict[str, Any],
 
 def test_fp8_is_refused_by_name() -> None:
     with pytest.raises(ValidationError, match=r"kv_cache_dtype\n.*'auto' or 'int8'.*input_value='fp8'"):
-        Settings(kv_cache_dtype="fp8")
+        Settings.model_validate({"kv_cache_dtype": "fp8"})
