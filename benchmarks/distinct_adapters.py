@@ -40,14 +40,17 @@ NAMES = [f"adapter-{index}" for index in range(NUM_REQUESTS)]
 CASES = {"base model": [""], "one adapter": NAMES[:1], "32 adapters": NAMES}
 
 
-def start_engine(model: Path, adapters: Path) -> Engine:
-    """Return an engine that reads its adapters from a folder; the digest of an adapter is its name."""
+def start_engine(model: Path, adapters: Path, **fields: Any) -> Engine:
+    """Return an engine that reads its adapters from a folder; the digest of an adapter is its name.
+
+    fields: further settings.
+    """
 
     def fetch(name: str) -> FetchedAdapter:
         config = orjson.loads((adapters / name / "adapter_config.json").read_bytes())
         return FetchedAdapter(config, (adapters / name / "adapter_model.safetensors").read_bytes())
 
-    settings = Settings(model=str(model), dtype="bfloat16", prefix_cache=False)
+    settings = Settings(model=str(model), dtype="bfloat16", prefix_cache=False, **fields)
     return build_engine(load_model(model, torch.device("cpu"), torch.bfloat16, None), settings, fetch, None)[0]
 
 

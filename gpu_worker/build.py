@@ -94,6 +94,7 @@ def load_engine(
         gpu = claim_gpu([gpu.strip() for gpu in settings.gpus.split(",")], settings.gpu_locks or settings.data / "gpus")
         logger.info("this worker has taken GPU %s of %s", gpu, settings.gpus)
     device = choose_device(settings.device)
+    refuse_int8_rows(settings, device)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.workers))
     ops.fix_sums(settings.deterministic)
@@ -133,7 +134,7 @@ def load_engine(
         own = folder_activation(folder)
         served = structs.replace(served, pair_activation=served.pair_activation if own is None else own)
     if describe is not None:
-        places = row_sites(model.sites, expert_sites(model.adaptable.experts))
+        places = row_sites(model.sites, expert_sites(model.adaptable.experts), int8=settings.lora_dtype == "int8")
         describe(places, served, key_of(tokenizer) if tokenizer else "")
     logger.info(
         "%s in %s on %s: %s%d tokens a request, %.1f MiB of adapters; ready in %.1f s",
@@ -250,10 +251,12 @@ def adapter_cache(
     fetch_files: FetchFiles | None = None,
 ) -> AdapterCache:
     """Allocate the adapter pool of a loaded model. Arguments as of `build_engine`."""
-    on_cpu = model.device.type == "cpu"
+    on_cpu, int8 = model.device.type == "cpu", settings.lora_dtype == "int8"
     host_bytes = settings.adapter_host_bytes or min(int(free_bytes(torch.device("cpu")) * 0.1), 2 * GiB)
-    weights = PoolWeights(model.sites, model.shared, memory.pool, model.device, memory.extra, adaptable=model.adaptable)
-    packer = Packer(model.sites, served, model.adaptable)
+    weights = PoolWeights(
+        model.sites, model.shared, memory.pool, model.device, memory.extra, adaptable=model.adaptable, int8=int8
+    )
+    packer = Packer(model.sites, served, model.adaptable, int8)
 
     module_names = [name for name, _ in model.module.named_modules()]
     read_files = fetch_files or _files_only(fetch)
@@ -289,6 +292,12 @@ def _files_only(fetch: Fetch) -> FetchFiles:
         return files
 
     return read_files
+
+
+def refuse_int8_rows(settings: Settings, device: torch.device) -> None:
+    """Raise BadRequest where adapters' rows are to be int8 on a device whose kernels do not know them."""
+    if settings.lora_dtype == "int8" and device.type != "cpu":
+        raise BadRequest(f"lora_dtype is int8, which is served on a CPU only; the device is {device.type}")
 
 
 def refuse_unless_fixed(engine: Engine) -> None:

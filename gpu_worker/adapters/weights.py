@@ -40,15 +40,18 @@ class PoolWeights:
         extra_bytes: int = 0,
         stream: CopyStream | None = None,
         adaptable: AdaptableModules | None = None,
+        *,
+        int8: bool = False,
     ) -> None:
         """Allocate the rows, and make the siblings of `shared` and the experts of `adaptable` use them.
 
         budget: bytes for the rows. extra_bytes: for rows of experts, where there are some, and extras, which are
         allocated as adapters bring them. stream: for copies; None: one of its own on a CUDA device, none elsewhere.
-        Raises BadRequest when the budget is too small.
+        int8: keep the rows of linear layers so. Raises BadRequest when the budget is too small.
         """
         self.sites = sites
-        self.page_bytes = [page_bytes(sites, group) for group in range(len(GROUPS))]
+        self._int8 = int8
+        self.page_bytes = [page_bytes(sites, group, int8=int8) for group in range(len(GROUPS))]
         self.capacity = split_budget(self.page_bytes, budget)
         self.num_slots = max(1, min(sum(self.capacity), MAX_SLOTS))
         max_pages = max(1, min(max(self.capacity), MAX_RANK // PAGE_ROWS))
@@ -72,9 +75,11 @@ class PoolWeights:
     def _lora_site(self, site: SiteInfo) -> LoraSite:
         num_rows = self.capacity[site.group] * PAGE_ROWS
         # Zeros, because a kernel may read the unused rows of a page and multiply them by zero.
-        a = zeros((num_rows, site.in_features), site.dtype, self._device)
-        b = zeros((num_rows, site.out_features), site.dtype, self._device)
-        return LoraSite(site.index, site.group, a, b)
+        dtype = torch.int8 if self._int8 else site.dtype
+        a = zeros((num_rows, site.in_features), dtype, self._device)
+        b = zeros((num_rows, site.out_features), dtype, self._device)
+        factors = zeros((num_rows,), torch.float32, self._device) if self._int8 else None
+        return LoraSite(site.index, site.group, a, b, factors)
 
     def new_pool(self) -> PagePool:
         """Return the bookkeeping of these tensors' pages and slots, all of them free."""
@@ -116,6 +121,8 @@ class PoolWeights:
                 at = slice(page * PAGE_ROWS, page * PAGE_ROWS + last - rows.start)
                 copy(site.a_rows[at], a[rows])
                 copy(site.b_rows[at], b[rows])
+                if site.factors is not None:
+                    copy(site.factors[at], adapter.factors[index][rows])
         self.experts.copy(adapter.experts, pages[len(GROUPS) : -1], copy)
 
     def publish(self, slot: int, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> None:
@@ -159,10 +166,12 @@ def split_budget(page_bytes: Sequence[int], budget: int) -> list[int]:
     return [num if attention else 0, num if mlp else 0, num_other]
 
 
-def page_bytes(sites: Sequence[SiteInfo], group: int) -> int:
-    """Return the bytes of a page of a group: of all sites in it."""
-    widths = sum((s.in_features + s.out_features) * s.dtype.itemsize for s in sites if s.group == group)
-    return PAGE_ROWS * widths
+def page_bytes(sites: Sequence[SiteInfo], group: int, *, int8: bool = False) -> int:
+    """Return the bytes of a page of a group: of all sites in it. int8: with a factor for each row."""
+    mine = [site for site in sites if site.group == group]
+    if int8:
+        return PAGE_ROWS * sum(site.in_features + site.out_features + 4 for site in mine)
+    return PAGE_ROWS * sum((site.in_features + site.out_features) * site.dtype.itemsize for site in mine)
 
 
 def _empty_table(num_slots: int, num_sites: int, max_pages: int, device: torch.device) -> AdapterTable:

@@ -34,6 +34,7 @@ def lora_add_(
                 continue
             pool_rows = _pool_rows(table, slot, site.group, rank)
             hidden = x_rows @ site.a_rows[pool_rows].float().T
+            hidden = hidden if site.factors is None else hidden * site.factors[pool_rows]
             delta = (hidden @ site.b_rows[pool_rows].float()) * (table.scales[slot, site.index] * row_scales)
             out[rows] = (out[rows].float() + delta).to(out.dtype)
 

@@ -20,6 +20,9 @@ class LoraSite:
     group: int  # page space: which row of AdapterTable.pages addresses a_rows and b_rows
     a_rows: Tensor  # [pages * PAGE_ROWS, K] rank rows of A
     b_rows: Tensor  # [pages * PAGE_ROWS, N] rank rows of B transposed
+    factors: Tensor | None = (
+        None  # float32 [pages * PAGE_ROWS], of int8 rows: what a row's A times its B is multiplied by
+    )
 
 
 @dataclass(slots=True)

@@ -311,6 +311,9 @@ class Settings(BaseSettings):
         default="auto",
         description="type of weights and activations; auto: bfloat16 if the hardware multiplies it, else float32",
     )
+    lora_dtype: Literal["auto", "int8"] = Field(
+        default="auto", description="type of adapters' rows; auto: dtype; int8: on a CPU, rounded, and half the bytes"
+    )
     max_model_len: int = Field(
         default=0, description="longest prompt plus output; 0: what the model and the KV cache allow"
     )
@@ -355,9 +358,7 @@ class Settings(BaseSettings):
         default=0,
         description="memory for LoRA rows of experts, and what adapters change beyond rows; 0: a share of what is free",
     )
-    adapter_host_bytes: int = Field(
-        default=0, description="host memory for packed adapters; 0: a share of the free memory"
-    )
+    adapter_host_bytes: int = Field(default=0, description="host memory for packed adapters; 0: part of what is free")
     merge_timeout_s: float = Field(default=60.0, gt=0, description="longest time that a merge of adapters may take")
     prefix_cache: bool = Field(default=True, description="reuse the KV blocks of prompts that begin alike")
     threads: int = Field(

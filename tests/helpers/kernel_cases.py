@@ -13,6 +13,7 @@ from typing import Literal, TypedDict
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels import kv_codes, ops
@@ -90,11 +91,22 @@ class LoraCase:
     def expected(self) -> list[Tensor]:
         """The reference's answer on the same numbers held in fp32. Asserts that the adapters change something."""
         outs = [out.to(torch.float32, copy=True) for out in self.outs]
-        sites = [LoraSite(s.index, s.group, s.a_rows.float(), s.b_rows.float()) for s in self.sites]
+        sites = [LoraSite(s.index, s.group, s.a_rows.float(), s.b_rows.float(), s.factors) for s in self.sites]
         ops.lora_add_(outs, self.x.float(), sites, self.table, self.batch, impl="reference")
         changes = [(after - before.float()).abs().amax() for after, before in zip(outs, self.outs, strict=True)]
         assert max(changes) > 0.1, "the adapters must change the answer, or a kernel that does nothing would pass"
         return outs
+
+
+def in_int8(case: LoraCase) -> LoraCase:
+    """Return a case whose rows are int8 numbers; factors of rows that are nobody's are NaN."""
+    sites: list[LoraSite] = []
+    for site in case.sites:
+        largest = site.a_rows.float().abs().amax(1) * site.b_rows.float().abs().amax(1)
+        a, b = ((127 * F.normalize(rows.float(), torch.inf, 1)).nan_to_num(99) for rows in (site.a_rows, site.b_rows))
+        a, b = a.round().to(torch.int8), b.round().to(torch.int8)
+        sites.append(LoraSite(site.index, site.group, a, b, largest / 127**2))
+    return LoraCase(case.outs, case.x, sites, case.table, case.batch)
 
 
 def lora_case(

@@ -7,7 +7,16 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from helpers.kernel_cases import DISTRIBUTIONS, RANKS, Distribution, LoraCase, assert_close, lora_case, token_slots
+from helpers.kernel_cases import (
+    DISTRIBUTIONS,
+    RANKS,
+    Distribution,
+    LoraCase,
+    assert_close,
+    in_int8,
+    lora_case,
+    token_slots,
+)
 
 from lora_kernels import ops
 from lora_kernels.ops import Impl, LoraSite
@@ -26,7 +35,9 @@ def check(case: LoraCase, impl: Impl) -> None:
 def test_every_mix_and_size(distribution: Distribution, num_tokens: int, impl: Impl) -> None:
     for i, dtype in enumerate(DTYPES):
         ranks = list(RANKS[i::3])  # every rank with some dtype, and ranks 1 to 256 in one step
-        check(lora_case(token_slots(distribution, num_tokens, len(ranks), 5), ranks, 96, (80, 33), dtype), impl)
+        case = lora_case(token_slots(distribution, num_tokens, len(ranks), 5), ranks, 96, (80, 33), dtype)
+        check(case, impl)
+        check(in_int8(case), impl)
 
 
 @pytest.mark.parametrize("rank", RANKS)
@@ -35,7 +46,9 @@ def test_every_rank_and_dtype(rank: int, dtype: torch.dtype, impl: Impl) -> None
     """Groups of one row, of a few, and of more than a tile, at widths that fill no vector."""
     slots = np.repeat([0, 1, 2, -1], [1, 3, 70, 2])
     for k, widths in ((70, (64,)), (33, (200, 9, 130))):
-        check(lora_case(slots, [rank] * 3, k, widths, dtype, row_scales=True), impl)
+        case = lora_case(slots, [rank] * 3, k, widths, dtype, row_scales=True)
+        check(case, impl)
+        check(in_int8(case), impl)
 
 
 def test_outputs_may_be_columns_of_one_fused_output(impl: Impl) -> None:

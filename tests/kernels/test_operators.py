@@ -63,6 +63,7 @@ def test_schemas_and_fake_kernels_are_true(native: Impl) -> None:
             lora.x,
             [site.a_rows.nan_to_num() for site in sites],
             [site.b_rows.nan_to_num() for site in sites],
+            [],
         ),
         *([site.index for site in sites], [site.group for site in sites], table.ranks, table.scales, table.pages),
         *(batch.rows, batch.small_tiles, batch.large_tiles, batch.counts, batch.row_scales),

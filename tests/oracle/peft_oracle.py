@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import transformers_weight_conversion
 from safetensors.torch import save
 from tokenizers import Tokenizer
@@ -76,6 +77,10 @@ class Oracle:
             self._files[name] = FetchedAdapter(json.loads(json.dumps(config.to_dict(), default=list)), weights)
         self._model.eval()
 
+    def round_rows(self) -> None:
+        """Let PEFT compute with what rows in int8 stand for. Engines still fetch the adapters as they were made."""
+        round_rows(self._model)
+
     def fetch(self, name: str) -> FetchedAdapter:
         return self._files[name]
 
@@ -135,6 +140,19 @@ class Oracle:
         return packed_engine(model, Settings(**values), self.fetch, tokenizer.to_str() if tokenizer else None)
 
 
+def round_rows(model: torch.nn.Module) -> None:
+    """Round PEFT's LoRA on linear layers, in place: each rank row to 127 steps up to its largest number, and back."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper):
+            matrices: list[torch.Tensor] = [
+                *(part.get_parameter("weight").data for part in layer.lora_A.values()),
+                *(part.get_parameter("weight").data.T for part in layer.lora_B.values()),
+            ]
+            for rows in matrices:
+                step = rows.abs().amax(1, keepdim=True) / 127
+                rows.copy_((rows / step).round() * step)
+
+
 def packed_engine(
     model: BaseModel, settings: Settings, fetch: Callable[[str], FetchedAdapter], tokenizer: str | None = None
 ) -> Engine:
@@ -146,7 +164,8 @@ def packed_engine(
         return packers[0].pack(files.config, memoryview(files.weights), bytearray) or files
 
     engine, served = build_engine(model, settings, fetch_rows, tokenizer, fetch)
-    packers.append(RowPacker(row_sites(model.sites, expert_sites(model.adaptable.experts)), served))
+    int8 = settings.lora_dtype == "int8"
+    packers.append(RowPacker(row_sites(model.sites, expert_sites(model.adaptable.experts), int8=int8), served))
     return engine
 
 

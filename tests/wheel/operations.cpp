@@ -158,8 +158,17 @@ void print_lora(Scalar type) {
   const Tensor pages = integers<int32_t>({2, 1, 2}, {2, 0, 1, 0});
   const Tensor rows = integers<int32_t>({4}, {0, 2, 3, 4});
   const Tensor tiles = integers<int32_t>({2, 3}, {0, 0, 3, 1, 3, 1}), counts = integers<int32_t>({4}, {4, 2, 2, 2});
-  lora_add_(outs, x, a_rows, b_rows, indices, groups, ranks, scales, pages, rows, tiles, tiles, counts, {});
+  lora_add_(outs, x, a_rows, b_rows, {}, indices, groups, ranks, scales, pages, rows, tiles, tiles, counts, {});
   for (const Tensor& out : outs) print("lora_add", out);
+  const auto bytes = [](int64_t width) {
+    const Tensor t = empty({64, width}, Scalar::kChar);
+    for (int64_t i = 0; i < 64 * width; ++i) t.data[i] = static_cast<char>(static_cast<int>(random_bits() % 255) - 127);
+    return t;
+  };
+  const Tensor a_bytes[] = {bytes(70), bytes(70)}, b_bytes[] = {bytes(33), bytes(40)};
+  const Tensor factors[] = {filled({64}, Scalar::kFloat, 0, 1e-4f), filled({64}, Scalar::kFloat, 0, 1e-4f)};
+  lora_add_(outs, x, a_bytes, b_bytes, factors, indices, groups, ranks, scales, pages, rows, tiles, tiles, counts, {});
+  for (const Tensor& out : outs) print("lora_add_int8", out);
 }
 
 void print_states(Scalar type) {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.adapters.extras import Dora, EmbeddingExtras, Extras, LinearExtras, LowRank, ParameterLora, Tokens
+from gpu_worker.adapters.packing.rows import quantise
 from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.lora import SiteInfo
 from peft_adapters.format import AdapterSpec, LoraWeights, ReplacedWeights, TrainedTokens
@@ -18,12 +19,15 @@ GetTensor = Callable[[str], Tensor]
 """Returns a tensor of the adapter by name, in the file's dtype."""
 
 
-def pack_extras(spec: AdapterSpec, get: GetTensor, sites: dict[str, SiteInfo], adaptable: AdaptableModules) -> Extras:
+def pack_extras(
+    spec: AdapterSpec, get: GetTensor, sites: dict[str, SiteInfo], adaptable: AdaptableModules, *, int8: bool = False
+) -> Extras:
     """Return an adapter's extras in the model's dtypes. sites: linear layers by name.
 
-    Raises AdapterRefused for what needs the weights of quantised layers.
+    int8: whether the pool keeps rows so: what is computed of them here is of what they stand for then. Raises
+    AdapterRefused for what needs the weights of quantised layers.
     """
-    return _ExtrasPacker(sites, adaptable, get).pack(spec)
+    return _ExtrasPacker(sites, adaptable, get, int8=int8).pack(spec)
 
 
 def lora_matrices(part: LoraWeights, get: GetTensor) -> tuple[Tensor, Tensor]:
@@ -48,10 +52,17 @@ def _block_matrices(part: LoraWeights, get: GetTensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+def _rounded(rows: Tensor) -> Tensor:
+    """Return what rows stand for in int8, in fp32."""
+    numbers, steps = quantise(rows.float().contiguous().numpy())
+    return torch.from_numpy(numbers * steps[:, None])
+
+
 class _ExtrasPacker:
     """Packs the extras of one adapter. Weights are replaced first: DoRA and LoRA refer to those in force."""
 
-    def __init__(self, sites: dict[str, SiteInfo], adaptable: AdaptableModules, get: GetTensor) -> None:
+    def __init__(self, sites: dict[str, SiteInfo], adaptable: AdaptableModules, get: GetTensor, *, int8: bool) -> None:
+        self._int8 = int8
         self._sites = sites
         self._adaptable = adaptable
         self._get = get
@@ -131,7 +142,7 @@ class _ExtrasPacker:
 
     def _columns(self, part: LoraWeights, indices: Tensor) -> LowRank:
         """Return the LoRA of a linear layer for some of its outputs."""
-        a, b = (tensor.to(self._dtype(part.site)) for tensor in lora_matrices(part, self._get))
+        a, b = (tensor.to(self._dtype(part.site)) for tensor in self._added(part))
         return LowRank(a, b[indices].T.contiguous(), part.scale)
 
     def _parameter(self, part: LoraWeights, module: str, parameter: str) -> ParameterLora:
@@ -154,6 +165,13 @@ class _ExtrasPacker:
         a = [torch.cat([self._get(name) for name, _ in pairs]) for pairs in part.experts]
         b = [torch.block_diag(*(self._get(name) for _, name in pairs)) for pairs in part.experts]
         return torch.stack(b).to(dtype), torch.stack(a).to(dtype)
+
+    def _added(self, part: LoraWeights) -> tuple[Tensor, Tensor]:
+        """Return the A and B that steps will add: what rows of the pool stand for, where it has them in int8."""
+        a, b = lora_matrices(part, self._get)
+        if not self._int8 or part.site not in self._sites or "lora" in self._linear[part.site]:
+            return a, b
+        return _rounded(a), _rounded(b.T).T
 
     # ------------------------------------------------------------ weights in force
 
@@ -195,7 +213,7 @@ class _ExtrasPacker:
 
     def _dora(self, part: LoraWeights, weight: Tensor) -> Dora:
         """Compute DoRA's factors as PEFT does: in fp32, from the weight [N, K] in force and what LoRA adds to it."""
-        a, b = (tensor.to(weight.device).float() for tensor in lora_matrices(part, self._get))
+        a, b = (tensor.to(weight.device).float() for tensor in self._added(part))
         weight = weight.float()
         delta = b @ a
         magnitude = self._magnitude(part, weight)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpu_worker.adapters.extras import Extras, tensors_of
 from gpu_worker.adapters.packing.extras_packer import GetTensor, lora_matrices, pack_extras
-from gpu_worker.adapters.packing.rows import MAX_RANK, Rows, RowSite, layout
+from gpu_worker.adapters.packing.rows import MAX_RANK, Rows, RowSite, layout, quantise
 from gpu_worker.experts.modules import ExpertSite
 from gpu_worker.experts.rows import ExpertRows, expert_sites, pack_experts, pages_by_shape
 from gpu_worker.model.adaptable_modules import AdaptableModules
@@ -51,6 +51,8 @@ class HostAdapter:
     experts: tuple[ExpertRows, ...] = ()
     invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
     tokens: TokenTable | None = None  # of its own tokenizer, if it brings one
+    factors: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    """Of rows in int8: float32 [rank] by site, see `LoraSite.factors`."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,12 @@ class Packer:
     sites: Sequence[SiteInfo]
     served: ServedModel
     adaptable: AdaptableModules
+    int8: bool = False  # whether the pool keeps the rows of linear layers in int8
 
     @cached_property
     def row_sites(self) -> list[RowSite]:
         """All places for rows, linear layers first, as `RowPacker` takes them."""
-        return row_sites(self.sites, self.expert_sites)
+        return row_sites(self.sites, self.expert_sites, int8=self.int8)
 
     @cached_property
     def expert_sites(self) -> list[ExpertSite]:
@@ -89,14 +92,17 @@ class Packer:
         memory, num_linear = torch.frombuffer(packed.buffer, dtype=torch.uint8), len(self.sites)
         typed = {dtype: memory.view(getattr(torch, dtype)) for dtype in {site.dtype for site in self.row_sites}}
         rows: list[tuple[int, Tensor, Tensor]] = []
+        factors: dict[int, Tensor] = {}
         experts: list[ExpertRows] = []
-        for index, begin_a, begin_b, _ in layout(packed.ranks, self.row_sites):
+        for index, begin_a, begin_b, begin_factors, _ in layout(packed.ranks, self.row_sites):
             site, rank = self.row_sites[index], int(packed.ranks[index])
             numbers, num, k, n = typed[site.dtype], site.num_matrices, site.in_features, site.out_features
             a = numbers.as_strided((num, rank, k), (rank * k, k, 1), begin_a // site.item_bytes)
             b = numbers.as_strided((num, rank, n), (rank * n, n, 1), begin_b // site.item_bytes)
             if index < num_linear:
                 rows.append((index, a[0], b[0]))
+                if site.dtype == "int8":
+                    factors[index] = memory[begin_factors : begin_factors + 4 * rank].view(torch.float32)
             else:
                 experts.append(ExpertRows(index - num_linear, a, b, float(packed.scales[index])))
         ranks, scales = packed.ranks[:num_linear], packed.scales[:num_linear]
@@ -111,6 +117,7 @@ class Packer:
             experts=tuple(experts),
             invocation=packed.invocation,
             tokens=packed.tokens,
+            factors=factors,
         )
 
     def pack_spec(self, digest: str, spec: AdapterSpec, get: GetTensor) -> HostAdapter:
@@ -124,24 +131,36 @@ class Packer:
         has_dora = any(part.magnitude for part in (*spec.sites, *spec.embeddings))
         with _WHOLE_WEIGHTS if has_dora else nullcontext(), torch.inference_mode():
             experts, others = pack_experts(spec.parameters, get, self.adaptable.experts)
-            extras = pack_extras(replace(spec, parameters=tuple(others)), get, by_name, self.adaptable)
+            extras = pack_extras(replace(spec, parameters=tuple(others)), get, by_name, self.adaptable, int8=self.int8)
             for part in spec.sites:
                 site = by_name[part.site]
                 a, b = lora_matrices(part, get)
                 own = extras.linear.get(site.index)
                 if own is not None and own.lora is not None:
                     continue  # the pool cannot hold it
-                rows.append((site.index, a.to(site.dtype), b.T.to(site.dtype).contiguous()))
+                dtype = torch.float32 if self.int8 else site.dtype
+                rows.append((site.index, a.to(dtype), b.T.to(dtype).contiguous()))
                 names += part.tensors[0]
                 ranks[site.index], scales[site.index] = part.rank, part.scale
         _check_finite(rows, names, experts, extras)
+        rows, factors = _quantised(rows) if self.int8 else (rows, {})
         extra_bytes = extras.num_bytes
         expert_pages = pages_by_shape(experts, self.expert_sites)
         num_pages = (*self._row_pages(ranks), *expert_pages, -(-extra_bytes // EXTRA_PAGE_BYTES))
         num_bytes = sum(a.nbytes + b.nbytes for _, a, b in rows) + extra_bytes
+        num_bytes += sum(own.nbytes for own in factors.values())
         num_bytes += sum(part.a.nbytes + part.b.nbytes for part in experts)
         return HostAdapter(
-            digest, ranks, scales, rows, num_pages, num_bytes, extras, tuple(experts), invocation=spec.invocation
+            digest,
+            ranks,
+            scales,
+            rows,
+            num_pages,
+            num_bytes,
+            extras,
+            tuple(experts),
+            invocation=spec.invocation,
+            factors=factors,
         )
 
     def _row_pages(self, ranks: np.ndarray) -> list[int]:
@@ -153,12 +172,28 @@ class Packer:
         return [-(-rank // PAGE_ROWS) for rank in group_ranks]
 
 
-def row_sites(sites: Sequence[SiteInfo], experts: Sequence[ExpertSite] = ()) -> list[RowSite]:
-    """Return the places for rows in a model as `RowPacker` takes them: linear layers, then products of experts."""
-    linear = [RowSite(s.name, s.in_features, s.out_features, _name(s.dtype)) for s in sites]
+def row_sites(sites: Sequence[SiteInfo], experts: Sequence[ExpertSite] = (), *, int8: bool = False) -> list[RowSite]:
+    """Return the places for rows in a model as `RowPacker` takes them: linear layers, then products of experts.
+
+    int8: whether the pool keeps the rows of linear layers so.
+    """
+    linear = [RowSite(s.name, s.in_features, s.out_features, "int8" if int8 else _name(s.dtype)) for s in sites]
     shapes = [(site.name, site.shape) for site in experts]
     grouped = [RowSite(n, s.in_features, s.out_features, _name(s.dtype), s.num_experts) for n, s in shapes]
     return [*linear, *grouped]
+
+
+def _quantised(
+    rows: Sequence[tuple[int, Tensor, Tensor]],
+) -> tuple[list[tuple[int, Tensor, Tensor]], dict[int, Tensor]]:
+    """Return an adapter's rows in int8 and their factors, as `HostAdapter` has them. rows: in fp32."""
+    found: list[tuple[int, Tensor, Tensor]] = []
+    factors: dict[int, Tensor] = {}
+    for index, a, b in rows:
+        (numbers_a, steps_a), (numbers_b, steps_b) = quantise(a.numpy()), quantise(b.numpy())
+        found.append((index, torch.from_numpy(numbers_a), torch.from_numpy(numbers_b)))
+        factors[index] = torch.from_numpy(steps_a * steps_b)
+    return found, factors
 
 
 def _name(dtype: torch.dtype) -> str:

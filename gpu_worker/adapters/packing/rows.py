@@ -2,13 +2,13 @@
 
 Pure numpy, because the loader's process has no torch. The buffer holds, for each site with rows in ascending order, A
 [rank, in] and then B transposed [rank, out], in the site's dtype; for layers of fused experts [experts, rank, in] and
-[experts, rank, out].
+[experts, rank, out]. Rows in int8 are followed by a float32 factor for each rank row.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -45,13 +45,13 @@ class RowSite(msgspec.Struct, frozen=True):
     name: str
     in_features: int
     out_features: int
-    dtype: str  # adapters that change a layer of a dtype outside _ITEMS are not plain
+    dtype: str  # of the rows; int8: see `quantise`. Adapters that change a layer of any other are not plain
     num_experts: int = 0  # 0: a linear layer
 
     @property
     def item_bytes(self) -> int:
         """Bytes of one number."""
-        return 4 if self.dtype == "float32" else 2
+        return {"float32": 4, "int8": 1}.get(self.dtype, 2)
 
     @property
     def num_matrices(self) -> int:
@@ -70,16 +70,31 @@ class Rows:
     tokens: TokenTable | None = None  # of its own tokenizer, if it brings one
 
 
-def layout(ranks: NDArray[np.int32], sites: Sequence[RowSite]) -> Iterator[tuple[int, int, int, int]]:
-    """Yield (site index, begin of A, begin of B, end) for every site with rows: positions in the buffer, in bytes."""
+def layout(ranks: NDArray[np.int32], sites: Sequence[RowSite]) -> Iterator[tuple[int, int, int, int, int]]:
+    """Yield (site index, begin of A, of B, of factors, end) for every site with rows, in bytes of the buffer.
+
+    There are factors of rows in int8 only: those of others end where they begin.
+    """
     at = 0
     for index in ranks.nonzero()[0].tolist():
         site, rank = sites[index], int(ranks[index])
         num_rows = site.num_matrices * rank
         b = at + _padded(num_rows * site.in_features * site.item_bytes)
-        end = b + _padded(num_rows * site.out_features * site.item_bytes)
-        yield index, at, b, end
+        factors = b + _padded(num_rows * site.out_features * site.item_bytes)
+        end = factors + (_padded(4 * num_rows) if site.dtype == "int8" else 0)
+        yield index, at, b, factors, end
         at = end
+
+
+def quantise(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Return rows [n, width] as int8 numbers, and the step [n] of each row: its largest number is 127 of them.
+
+    A step is not finite where a number of its row is not.
+    """
+    steps = np.abs(rows).max(1, initial=0) / np.float32(127)
+    with np.errstate(invalid="ignore"):
+        numbers = np.rint(rows / np.where(steps > 0, steps, np.float32(1))[:, None])
+        return numbers.astype(np.int8), steps
 
 
 def _padded(num_bytes: int) -> int:
@@ -119,33 +134,45 @@ class RowPacker:
             index = self._index[part.site]
             parts[index], ranks[index], scales[index] = part, _rank_of(part, tensors), part.scale
         spans = list(layout(ranks, self._sites))
-        buffer = allocate(spans[-1][3])
-        for index, begin_a, begin_b, _ in spans:
+        buffer = allocate(spans[-1][-1])
+        bad: list[str] = []  # tensors with numbers that are not finite, of those that become int8
+        for index, *begins, _ in spans:
             site, rank = self._sites[index], int(ranks[index])
-            shape = (site.num_matrices, rank)
-            a = np.ndarray((*shape, site.in_features), _ITEMS[site.dtype], buffer, begin_a)
-            b = np.ndarray((*shape, site.out_features), _ITEMS[site.dtype], buffer, begin_b)
-            _pack_site(a, b, parts[index], tensors, partial(_copy, file, site.dtype))
+            shapes = [(site.num_matrices, rank, width) for width in (site.in_features, site.out_features)]
+            item = _ITEMS.get(site.dtype, np.int8)
+            a, b = (np.ndarray(shape, item, buffer, begin) for shape, begin in zip(shapes, begins, strict=False))
+            if site.dtype == "int8":
+                wide_a, wide_b = (np.zeros(shape, np.uint32) for shape in shapes)
+                _pack_site(wide_a, wide_b, parts[index], tensors, partial(_copy, file, "float32"))
+                (a[0], steps_a), (b[0], steps_b) = (quantise(wide[0].view(np.float32)) for wide in (wide_a, wide_b))
+                np.ndarray(rank, np.float32, buffer, begins[2])[:] = steps_a * steps_b
+                steps = zip(parts[index].tensors[0], (steps_a, steps_b), strict=True)
+                bad += [name for name, own in steps if not np.isfinite(own).all()]
+            else:
+                _pack_site(a, b, parts[index], tensors, partial(_copy, file, site.dtype))
             for name in itertools.chain.from_iterable(parts[index].tensors):
                 release(tensors[name].begin, tensors[name].end)
+        _refuse(bad, "float32")
         self._check_finite(buffer, spans, parts)
         return Rows(buffer, ranks, scales, spec.invocation)
 
     def _check_finite(
-        self, buffer: Any, spans: Sequence[tuple[int, int, int, int]], parts: Mapping[int, LoraWeights]
+        self, buffer: Any, spans: Sequence[tuple[int, int, int, int, int]], parts: Mapping[int, LoraWeights]
     ) -> None:
-        """Raise AdapterRefused unless all numbers in a buffer are finite, those of neighbours looked at together."""
+        """Raise AdapterRefused unless all numbers in a buffer are finite, those of neighbours looked at together.
+
+        Rows in int8 always are.
+        """
         for dtype, run in itertools.groupby(spans, lambda span: self._sites[span[0]].dtype):
             same = list(run)
-            if _is_finite(buffer, same[0][1], same[-1][3], dtype):
+            if dtype == "int8" or _is_finite(buffer, same[0][1], same[-1][-1], dtype):
                 continue
             halves = [
                 (parts[index].tensors[0][half] if len(parts[index].tensors) == 1 else parts[index].site, begin, end)
-                for index, *bounds in same
+                for index, *bounds, _ in same
                 for half, (begin, end) in enumerate(itertools.pairwise(bounds))
             ]
-            bad = dict.fromkeys(name for name, begin, end in halves if not _is_finite(buffer, begin, end, dtype))
-            raise AdapterRefused([f"numbers that are not finite in {dtype}: {', '.join(list(bad)[:5])}"])
+            _refuse([name for name, begin, end in halves if not _is_finite(buffer, begin, end, dtype)], dtype)
 
     def _is_plain(self, spec: AdapterSpec, tensors: Mapping[str, TensorInfo]) -> bool:
         if spec.embeddings or spec.replaced or spec.tokens or spec.vocab_size or spec.head:
@@ -155,7 +182,7 @@ class RowPacker:
             return False
         return all(
             (site := self._known(part)) is not None
-            and site.dtype in _ITEMS
+            and (site.dtype in _ITEMS or site.dtype == "int8")
             and not (part.bias or part.magnitude or part.singular or part.blocks)
             and self._fits(site, part, tensors)
             for part in parts
@@ -171,6 +198,12 @@ class RowPacker:
         """Return the site of a part; None for a parameter that has no rows, such as a router."""
         index = self._index.get(part.site)
         return None if index is None else self._sites[index]
+
+
+def _refuse(bad: Iterable[str], dtype: str) -> None:
+    """Raise AdapterRefused if there are names of what is not finite in a dtype."""
+    if names := list(dict.fromkeys(bad)):
+        raise AdapterRefused([f"numbers that are not finite in {dtype}: {', '.join(names[:5])}"])
 
 
 def _is_finite(buffer: Any, begin: int, end: int, dtype: str) -> bool:

@@ -77,6 +77,7 @@ def lora_add_(
         x,
         [site.a_rows for site in sites],
         [site.b_rows for site in sites],
+        _factors(sites),
         [site.index for site in sites],
         [site.group for site in sites],
         table.ranks,
@@ -281,9 +282,14 @@ def _linears(linears: SiblingLinears) -> tuple[object, ...]:
         linears.sizes,
         [site.a_rows for site in sites],
         [site.b_rows for site in sites],
+        _factors(sites),
         [site.index for site in sites],
         [site.group for site in sites],
     )
+
+
+def _factors(sites: Sequence[LoraSite]) -> list[Tensor]:
+    return [site.factors for site in sites if site.factors is not None]
 
 
 def _register_fakes() -> None:

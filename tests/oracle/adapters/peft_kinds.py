@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, packed_engine, prompts, vary_norms
+from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, packed_engine, prompts, round_rows, vary_norms
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -205,6 +205,8 @@ def measure(kind: Kind, folder: Path, **settings: Any) -> Measured:
     beside = greedy_request("base", "", asked_prompts(Kind(LLAMA))[2], NUM_TOKENS)
     got = engine_logits(engine, [requests[0], beside, *requests[1:]])
     peft, base = load(kind, folder), base_for(kind)
+    if settings.get("lora_dtype") == "int8":
+        round_rows(peft)
     largest, change = 0.0, 0.0
     for request in requests:
         ids, logits = got[request.rid]

@@ -157,8 +157,8 @@ STABLE_TORCH_LIBRARY(lorafleet, m) {
   m.def("pack_quantised(Tensor rows, str kind, int in_features) -> (Tensor, int)");
   m.def("quant_linear(Tensor x, Tensor[] panels, int[] forms, int[] sizes, Tensor? bias) -> Tensor");
   m.def(
-      "lora_add_(Tensor(a!)[] outs, Tensor x, Tensor[] a_rows, Tensor[] b_rows, int[] indices, int[] groups, "
-      "Tensor ranks, Tensor scales, Tensor pages, Tensor rows, Tensor small_tiles, Tensor large_tiles, Tensor counts, "
+      "lora_add_(Tensor(a!)[] outs, Tensor x, Tensor[] a_rows, Tensor[] b_rows, Tensor[] factors, int[] indices, "
+      "int[] groups, Tensor ranks, Tensor scales, Tensor pages, Tensor rows, Tensor small_tiles, Tensor large_tiles, Tensor counts, "
       "Tensor? row_scales) -> ()");
   m.def("kv_write_(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
   m.def(
@@ -181,7 +181,7 @@ STABLE_TORCH_LIBRARY(lorafleet, m) {
   m.def("stack_norm(int stack, Tensor weight, float eps, bool plus_one) -> ()");
   m.def(
       "stack_linears(int stack, Tensor[] weights, int[] forms, Tensor? bias, int[] sizes, Tensor[] a_rows, "
-      "Tensor[] b_rows, int[] indices, int[] groups) -> ()");
+      "Tensor[] b_rows, Tensor[] factors, int[] indices, int[] groups) -> ()");
   m.def(
       "stack_layer(int stack, int[] shape, float scale, float softcap, Tensor k_cache, Tensor v_cache, Tensor? sinks, "
       "str act) -> ()");

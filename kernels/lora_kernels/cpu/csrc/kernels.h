@@ -15,6 +15,9 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+struct i8 {
+  int8_t value;
+};
 
 enum class Dtype { kF32, kBf16, kF16 };
 
@@ -63,6 +66,7 @@ struct LoraSiteArgs {
   Matrix out;  // [tokens, width]
   const void* a_rows;
   const void* b_rows;
+  const float* factors;  // of rank rows that are int8, each of the product of its A and its B; null: they are of dtype
   int64_t width;
   int64_t index, group;  // column of ranks and scales; row of pages
 };

@@ -7,6 +7,17 @@
 constexpr int64_t kMaxTileRows = 64;
 constexpr int64_t kDirectRows = 3;  // up to here B is read in place
 
+template <typename Y>
+constexpr bool is_int8 = sizeof(Y) == 1;
+
+// out[i] = in[i], which every T represents.
+template <typename T>
+inline void to_numbers(const i8* in, int64_t n, T* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load(in + i));
+  if (i < n) store_n(out + i, load_n(in + i, n - i), n - i);
+}
+
 template <typename T>
 struct LoraTile {
   using P = Product<T>;
@@ -22,22 +33,44 @@ struct LoraTile {
 
   int64_t rank(const LoraSiteArgs& site) const { return args.ranks[slot * args.table_sites + site.index]; }
 
-  // The rank rows of a page, in a pool of rows `width` wide.
-  const T* page(const LoraSiteArgs& site, const void* pool, int64_t page, int64_t width) const {
-    const int64_t index = args.pages[(slot * args.groups + site.group) * args.max_pages + page];
-    return static_cast<const T*>(pool) + index * kPageRows * width;
+  // The pool's row of an adapter's rank row.
+  int64_t pool_row(const LoraSiteArgs& site, int64_t j) const {
+    const int64_t page = args.pages[(slot * args.groups + site.group) * args.max_pages + j / kPageRows];
+    return page * kPageRows + j % kPageRows;
   }
 
+  // An adapter's rank rows from j to the end of its page, in a pool of rows `width` wide.
+  template <typename Y>
+  const Y* rows(const LoraSiteArgs& site, const void* pool, int64_t j, int64_t width) const {
+    return static_cast<const Y*>(pool) + pool_row(site, j) * width;
+  }
+
+  // Int8 rows are read in place for few rows of x, and are numbers of type T first for more: both are exact.
+  bool is_direct() const { return count <= kDirectRows && !args.fixed_sums; }
+
   // hidden[i][j] = scale * x[i] . a[j]; hidden: [count, stride], columns from rank on stay as they are.
-  void shrink(const LoraSiteArgs& site, float* hidden, int64_t stride) const {
+  template <typename Y>
+  void shrink(const LoraSiteArgs& site, float* hidden, int64_t stride, T* memory) const {
     constexpr int64_t kStep = 4;  // rank rows of A between two requests for B
     const int64_t num_rows = rank(site), width = args.in_features;
     for (int64_t j = 0; j < num_rows; j += kStep) {
-      const int64_t n = min(kStep, num_rows - j), offset = j % kPageRows;
+      const int64_t n = min(kStep, num_rows - j);
       // Prefetches the rows of B that expand needs while A is multiplied.
-      prefetch(page(site, site.b_rows, j / kPageRows, site.width) + offset * site.width, n * site.width * sizeof(T));
-      const T* a = page(site, site.a_rows, j / kPageRows, width) + offset * width;
-      dots(x, count, a, width, n, width, hidden + j, stride);
+      prefetch(rows<Y>(site, site.b_rows, j, site.width), n * site.width * sizeof(Y));
+      const Y* a = rows<Y>(site, site.a_rows, j, width);
+      if constexpr (is_int8<Y>) {
+        if (!is_direct()) {
+          to_numbers(a, n * width, memory);
+          dots(x, count, memory, width, n, width, hidden + j, stride);
+        } else {
+          dots(x, count, a, width, n, width, hidden + j, stride);
+        }
+        const float* factors = site.factors + pool_row(site, j);
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t r = 0; r < n; ++r) hidden[i * stride + j + r] *= factors[r];
+      } else {
+        dots(x, count, a, width, n, width, hidden + j, stride);
+      }
     }
     const float scale = args.scales[slot * args.table_sites + site.index];
     for (int64_t i = 0; i < count; ++i) {
@@ -47,40 +80,54 @@ struct LoraTile {
   }
 
   // out[rows[i]] += hidden[i] times b, columns in runs that stay in the first-level cache.
+  template <typename Y>
   void expand(const LoraSiteArgs& site, const float* hidden, int64_t stride, float* memory) const {
     const int64_t num_rows = rank(site);
     int64_t col = 0;
     const auto out_row = [&](int64_t i) {
       return static_cast<T*>(site.out.data) + args.rows[first + i] * site.out.stride + col;
     };
-    if (count <= kDirectRows && num_rows <= kPageRows && !args.fixed_sums) {
-      const T* b = page(site, site.b_rows, 0, site.width);
-      update<DirectProduct<T>>(hidden, stride, b, site.width, out_row, count, num_rows, site.width);
+    if (is_direct() && num_rows <= kPageRows) {
+      const Y* b = rows<Y>(site, site.b_rows, 0, site.width);
+      update<DirectProduct<Y>>(hidden, stride, b, site.width, out_row, count, num_rows, site.width);
       return;
     }
     auto* left = reinterpret_cast<typename P::Left*>(memory);
     for (int64_t j = 0; j < count * stride; j += kLanes) store(left + j, load(hidden + j));
     auto* right = reinterpret_cast<typename P::Right*>(memory + count * stride);
+    auto* numbers = reinterpret_cast<T*>(memory + stride * (count + kTileCols));
     for (; col < site.width; col += kTileCols) {
       const int64_t cols = min(kTileCols, site.width - col);
       for (int64_t j = 0; j < num_rows; j += kPageRows) {
-        const T* b = page(site, site.b_rows, j / kPageRows, site.width) + col;
-        P::pack_rows(b, site.width, min(kPageRows, num_rows - j), cols, right + j / P::kDepth * kTileCols, kTileCols);
+        const int64_t n = min(kPageRows, num_rows - j);
+        const Y* b = rows<Y>(site, site.b_rows, j, site.width) + col;
+        auto* to = right + j / P::kDepth * kTileCols;
+        if constexpr (is_int8<Y>) {
+          for (int64_t r = 0; r < n; ++r) to_numbers(b + r * site.width, cols, numbers + r * kTileCols);
+          P::pack_rows(numbers, kTileCols, n, cols, to, kTileCols);
+        } else {
+          P::pack_rows(b, site.width, n, cols, to, kTileCols);
+        }
       }
       update<P>(left, stride, right, kTileCols, out_row, count, ceil_div(num_rows, P::kDepth), cols);
     }
   }
 
+  template <typename Y>
+  void add(const LoraSiteArgs& site) const {
+    const int64_t stride = ceil_div(rank(site), kPageRows) * kPageRows;
+    const int64_t num_numbers = is_int8<Y> ? kPageRows * max(kTileCols, args.in_features) : 0;
+    float* hidden = scratch(stride * (2 * count + kTileCols) + num_numbers);
+    // An odd rank is multiplied in pairs: the missing partner is zero.
+    for (int64_t i = 0; i < count * stride; i += kLanes) store(hidden + i, zero());
+    shrink<Y>(site, hidden, stride, reinterpret_cast<T*>(hidden + count * stride));
+    expand<Y>(site, hidden, stride, hidden + count * stride);
+  }
+
   void run() const {
     for (int64_t s = 0; s < args.num_sites; ++s) {
       const LoraSiteArgs& site = args.sites[s];
-      if (rank(site) == 0) continue;
-      const int64_t stride = ceil_div(rank(site), kPageRows) * kPageRows;
-      float* hidden = scratch(stride * (2 * count + kTileCols));
-      // An odd rank is multiplied in pairs: the missing partner is zero.
-      for (int64_t i = 0; i < count * stride; i += kLanes) store(hidden + i, zero());
-      shrink(site, hidden, stride);
-      expand(site, hidden, stride, hidden + count * stride);
+      if (rank(site) > 0) site.factors ? add<i8>(site) : add<T>(site);
     }
   }
 };

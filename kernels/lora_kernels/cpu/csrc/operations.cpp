@@ -148,7 +148,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
   return out;
 }
 
-void lora_add_(Tensors outs, const Tensor& x, Tensors a_rows, Tensors b_rows,
+void lora_add_(Tensors outs, const Tensor& x, Tensors a_rows, Tensors b_rows, Tensors factors,
                Ints indices, Ints groups, const Tensor& ranks, const Tensor& scales,
                const Tensor& pages, const Tensor& rows, const Tensor& small_tiles, const Tensor& large_tiles,
                const Tensor& counts, const OptionalTensor& row_scales) {
@@ -159,14 +159,18 @@ void lora_add_(Tensors outs, const Tensor& x, Tensors a_rows, Tensors b_rows,
   std::vector<LoraSiteArgs> sites(num_sites);
   for (size_t i = 0; i < num_sites; ++i) {
     check_same_dtype(outs[i], x, "an output");
-    check_same_dtype(a_rows[i], x, "a_rows");
-    check_same_dtype(b_rows[i], x, "b_rows");
+    const bool is_int8 = a_rows[i].type == Scalar::kChar;
+    if (!is_int8) check_same_dtype(a_rows[i], x, "a_rows");
+    check_same_dtype(b_rows[i], a_rows[i], "b_rows");
+    LORAFLEET_CHECK(!is_int8 || (factors.size() == num_sites && factors[i].numel() == a_rows[i].size(0)),
+                    "int8 rows of site ", i, " need a factor each");
     LORAFLEET_CHECK(a_rows[i].is_contiguous() && b_rows[i].is_contiguous() && a_rows[i].size(1) == x.size(-1) &&
                     b_rows[i].size(1) == outs[i].size(-1) && rows_in(outs[i]) == rows_in(x),
                 "site ", i, " does not fit its input and output");
     sites[i] = {rows_of(outs[i], "an output"),
                 a_rows[i].data,
                 b_rows[i].data,
+                is_int8 ? entries_of<float>(factors[i], "factors") : nullptr,
                 outs[i].size(-1),
                 indices[i],
                 groups[i]};

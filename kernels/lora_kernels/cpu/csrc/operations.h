@@ -11,8 +11,8 @@
 namespace lorafleet {
 
 Tensor linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t out_features);
-void lora_add_(Tensors outs, const Tensor& x, Tensors a_rows, Tensors b_rows, Ints indices, Ints groups,
-               const Tensor& ranks, const Tensor& scales, const Tensor& pages, const Tensor& rows,
+void lora_add_(Tensors outs, const Tensor& x, Tensors a_rows, Tensors b_rows, Tensors factors, Ints indices,
+               Ints groups, const Tensor& ranks, const Tensor& scales, const Tensor& pages, const Tensor& rows,
                const Tensor& small_tiles, const Tensor& large_tiles, const Tensor& counts,
                const OptionalTensor& row_scales);
 void kv_write_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
@@ -46,7 +46,7 @@ int64_t stack_new();
 void stack_free(int64_t stack);
 void stack_norm(int64_t stack, const Tensor& weight, double eps, bool plus_one);
 void stack_linears(int64_t stack, Tensors weights, Ints forms, const OptionalTensor& bias, Ints sizes, Tensors a_rows,
-                   Tensors b_rows, Ints indices, Ints groups);
+                   Tensors b_rows, Tensors factors, Ints indices, Ints groups);
 void stack_layer(int64_t stack, Ints shape, double scale, double softcap, const Tensor& k_cache, const Tensor& v_cache,
                  const OptionalTensor& sinks, std::string_view act);
 void stack_run(int64_t stack, const Tensor& x, const Tensor& cos, const Tensor& sin, Tensors attention, Tensors table,

@@ -17,6 +17,7 @@ struct Sites {
   OptionalTensor bias;
   std::vector<int64_t> sizes;  // output widths of the siblings
   std::vector<Tensor> a_rows, b_rows;  // none: no adapter touches these layers
+  std::vector<Tensor> factors;         // of int8 rows
   std::vector<int64_t> indices, groups;
 };
 
@@ -84,7 +85,7 @@ Tensor project(const Sites& sites, const Tensor& x, const Step& step) {
   std::vector<Tensor> outs;
   int64_t first = 0;
   for (const int64_t size : sites.sizes) outs.push_back(out.columns(first, size)), first += size;
-  lora_add_(outs, x, sites.a_rows, sites.b_rows, sites.indices, sites.groups, step.table[0], step.table[1],
+  lora_add_(outs, x, sites.a_rows, sites.b_rows, sites.factors, sites.indices, sites.groups, step.table[0], step.table[1],
             step.table[2], step.lora[0], step.lora[1], step.lora[2], step.lora[3], step.row_scales);
   return out;
 }
@@ -162,10 +163,10 @@ void stack_norm(int64_t stack, const Tensor& weight, double eps, bool plus_one) 
 }
 
 void stack_linears(int64_t stack, Tensors weights, Ints forms, const OptionalTensor& bias, Ints sizes, Tensors a_rows,
-                   Tensors b_rows, Ints indices, Ints groups) {
+                   Tensors b_rows, Tensors factors, Ints indices, Ints groups) {
   LORAFLEET_CHECK(!weights.empty(), "linear layers need a weight");
   stack_at(stack)->next.sites.push_back({kept(weights), kept(forms), bias, kept(sizes), kept(a_rows), kept(b_rows),
-                                         kept(indices), kept(groups)});
+                                         kept(factors), kept(indices), kept(groups)});
 }
 
 void stack_layer(int64_t stack, Ints shape, double scale, double softcap, const Tensor& k_cache, const Tensor& v_cache,

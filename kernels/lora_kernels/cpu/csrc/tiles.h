@@ -175,13 +175,13 @@ inline void update(const typename P::Left* left, int64_t left_stride, const type
 }
 
 // Dot products of rows along their contiguous dimension: out[i * out_stride + j] = x[i] . y[j].
-template <int Rows, int Cols, typename T>
-inline void dots_tile(const T* const* x, const T* y, int64_t y_stride, int64_t depth, float* out, int64_t out_stride) {
+template <int Rows, int Cols, typename T, typename Y>
+inline void dots_tile(const T* const* x, const Y* y, int64_t y_stride, int64_t depth, float* out, int64_t out_stride) {
   Vec acc[Rows][Cols];
   for (int i = 0; i < Rows; ++i)
     for (int j = 0; j < Cols; ++j) acc[i][j] = zero();
   int64_t k = 0;
-  if constexpr (Product<T>::kDepth == 2) {
+  if constexpr (Product<T>::kDepth == 2 && sizeof(Y) == sizeof(T)) {
     for (; k + 2 * kLanes <= depth; k += 2 * kLanes) {
       Pairs yv[Cols];
       for (int j = 0; j < Cols; ++j) yv[j] = load_pairs(&y[j * y_stride + k].bits);
@@ -191,8 +191,15 @@ inline void dots_tile(const T* const* x, const T* y, int64_t y_stride, int64_t d
       }
     }
   }
-  for (; k < depth; k += kLanes) {
-    const int64_t n = min(kLanes, depth - k);
+  for (; k + kLanes <= depth; k += kLanes) {
+    Vec yv[Cols];
+    for (int j = 0; j < Cols; ++j) yv[j] = load(y + j * y_stride + k);
+    for (int i = 0; i < Rows; ++i) {
+      const Vec xv = load(x[i] + k);
+      for (int j = 0; j < Cols; ++j) acc[i][j] = fma(xv, yv[j], acc[i][j]);
+    }
+  }
+  if (const int64_t n = depth - k; n > 0) {
     Vec yv[Cols];
     for (int j = 0; j < Cols; ++j) yv[j] = load_n(y + j * y_stride + k, n);
     for (int i = 0; i < Rows; ++i) {
@@ -209,8 +216,8 @@ inline void dots_tile(const T* const* x, const T* y, int64_t y_stride, int64_t d
   }
 }
 
-template <typename T>
-inline void dots(const T* const* x, int64_t rows, const T* y, int64_t y_stride, int64_t cols, int64_t depth, float* out,
+template <typename T, typename Y>
+inline void dots(const T* const* x, int64_t rows, const Y* y, int64_t y_stride, int64_t cols, int64_t depth, float* out,
                  int64_t out_stride) {
   constexpr int kRows = kLanes == 16 ? 4 : 2, kCols = 4;
   for (int64_t j = 0; j < cols; j += kCols) {

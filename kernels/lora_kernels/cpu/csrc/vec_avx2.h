@@ -67,6 +67,8 @@ inline Vec widen_bits(const uint8_t* p, int shift, int mask) {
   return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(mask)));
 }
 
+inline Vec load(const i8* p) { return widen_i8(reinterpret_cast<const uint8_t*>(p)); }
+
 template <typename T>
 inline Vec load_n(const T* p, int64_t n) {
   T lanes[kLanes] = {};

@@ -60,6 +60,10 @@ inline Vec widen_bits(const uint8_t* p, int shift, int mask) {
 
 inline Vec load_n(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
 inline Vec load_n(const bf16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+inline Vec load(const i8* p) { return widen_i8(reinterpret_cast<const uint8_t*>(p)); }
+inline Vec load_n(const i8* p, int64_t n) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)));
+}
 inline Vec load_n(const f16* p, int64_t n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
 
 inline __m256i narrow(Vec v) {

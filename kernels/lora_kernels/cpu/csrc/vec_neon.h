@@ -81,6 +81,8 @@ inline Vec widen_bits(const uint8_t* p, int shift, int mask) {
   return {half(p), half(p + 16)};
 }
 
+inline Vec load(const i8* p) { return widen_i8(reinterpret_cast<const uint8_t*>(p)); }
+
 template <typename T>
 inline Vec load_n(const T* p, int64_t n) {
   T lanes[kLanes] = {};

@@ -118,10 +118,11 @@ def test_signals_to_the_group_leave_it_to_the_worker(loader: Loader, store: Slow
 def test_closing_ends_the_process_and_every_fetch(loader: Loader, store: SlowStore) -> None:
     answer = fetch(loader)
     assert store.asked.acquire(timeout=60)
+    pid = loader.pid
     loader.close()
     with pytest.raises(Unavailable, match="stopping"):
         answer.result(60)
-    assert not psutil.pid_exists(loader.pid)
+    assert not psutil.pid_exists(pid)
 
 
 def test_the_process_ends_with_its_worker(store: SlowStore) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -137,6 +138,30 @@ def test_rows_of_experts_are_those_of_torch(served: torch.dtype, layers: bool) -
         for tensor, other in ((part.a, reference.a), (part.b, reference.b)):
             assert tensor.dtype == other.dtype == served
             assert torch.equal(tensor, other)
+
+
+@pytest.mark.parametrize("stored", DTYPES, ids=str)
+def test_int8_rows_are_those_of_torch_within_half_a_step(stored: torch.dtype) -> None:
+    packer, _ = packers(torch.bfloat16)
+    packer = replace(packer, int8=True)
+    row_packer, weights = RowPacker(packer.row_sites, packer.served), tensors(stored)
+    weights["base_model.model.layers.0.q.lora_B.weight"].zero_()
+    expected, rows = packer.pack("d", CONFIG, save(weights)), pack_rows(row_packer, weights)
+    assert rows is not None
+    got = packer.wrap("d", rows)
+    assert got.num_pages == expected.num_pages
+    assert got.factors.keys() == expected.factors.keys() == {0, 2, 3}
+    for (index, a, b), (_, expected_a, expected_b) in zip(got.rows, expected.rows, strict=True):
+        assert torch.equal(a, expected_a)
+        assert torch.equal(b, expected_b)
+        assert a.dtype == b.dtype == torch.int8
+        assert torch.equal(got.factors[index], expected.factors[index])
+    exact = weights["base_model.model.layers.0.up.lora_A.weight"].float()
+    step = exact.abs().amax(1, keepdim=True) / 127
+    assert (got.rows[1][1] * step - exact).abs().le(0.5001 * step).all()
+    weights["base_model.model.layers.1.up.lora_B.weight"][2, 1] = torch.inf
+    with pytest.raises(AdapterRefused, match=r"not finite in float32: base_model\.model\.layers\.1\.up\.lora_B"):
+        pack_rows(row_packer, weights)
 
 
 def test_tensors_of_several_pieces_are_those_of_torch() -> None:
