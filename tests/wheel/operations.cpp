@@ -146,6 +146,12 @@ void print_attention(Scalar type) {
   const Tensor q = filled({22, 4, 24}, type), sinks = filled({4}, Scalar::kFloat);
   print("attention", paged_attention(q, k_cache, v_cache, tables, starts, lens, 0.2, 0, 0.0, {}));
   print("attention", paged_attention(q, k_cache, v_cache, tables, starts, lens, 0.2, 7, 5.0, sinks));
+
+  const Tensor k_codes = empty({6, 2, 16, 28}, Scalar::kChar), v_codes = empty({6, 2, 16, 24}, Scalar::kChar);
+  const Tensor all = empty({96}, Scalar::kLong);
+  for (int64_t i = 0; i < 96; ++i) reinterpret_cast<int64_t*>(all.data)[i] = 95 - i;
+  kv_write_(filled({96, 2, 24}, type), filled({96, 2, 20}, type), k_codes, v_codes, all);
+  print("attention_over_codes", paged_attention(q, k_codes, v_codes, tables, starts, lens, 0.2, 7, 5.0, sinks));
 }
 
 void print_lora(Scalar type) {
