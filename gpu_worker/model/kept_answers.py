@@ -74,8 +74,7 @@ class KeptAnswers:
                 for path in folder.glob(f"{self.path.name.partition('-')[0]}-*"):
                     path.unlink(missing_ok=True)
                 os.replace(Path(scratch) / "answers", self.path)
-            kept = sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-            for path in kept[MAX_KEPT:]:
+            for path in sorted(folder.glob("*.safetensors"), key=_written_ns, reverse=True)[MAX_KEPT:]:
                 path.unlink(missing_ok=True)
         except OSError as error:
             logger.warning("a model's answers cannot be kept in %s, so that each start asks it: %s", folder, error)
@@ -97,3 +96,11 @@ def _state(path: Path) -> tuple[int, int, int]:
     """Return what changes with a file: size, time of change, and that of its entry, which nobody can set back."""
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _written_ns(path: Path) -> int:
+    """Return when a file was written; 0 for one that another worker has just deleted."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0

@@ -71,8 +71,9 @@ class Loader:
 
     @property
     def pid(self) -> int:
-        """The id of the process that runs now, which is started if none does."""
-        return self._living().popen.pid
+        """The id of the latest process, which is started if there was none."""
+        process = self._process or self._living()
+        return process.popen.pid
 
     def set_urls(self, urls: tuple[str, ...]) -> None:
         """Say which stores are alive."""
