@@ -33,8 +33,8 @@ def assert_linear_is_fixed(impl: Impl, dtype: torch.dtype, num_rows: int = 70) -
         assert torch.equal(ops.linear(x[first:last], packed, bias, impl=impl), together[first:last])
 
 
-def assert_lora_is_fixed(impl: Impl, dtype: torch.dtype, num_rows: int = 70) -> None:
-    """Rows of two adapters, one of them with rank enough for several pages."""
+def assert_lora_is_fixed(impl: Impl, dtype: torch.dtype, num_rows: int = 70, *, int8: bool = False) -> None:
+    """Rows of two adapters, one of them with rank enough for several pages. int8: the adapters' rows are."""
     ranks, k, widths = (5, 40), 96, (48, 33)
     num_pages = [-(-rank // PAGE_ROWS) for rank in ranks]
     pages = torch.zeros(2, 1, max(num_pages), dtype=torch.int32)
@@ -48,6 +48,9 @@ def assert_lora_is_fixed(impl: Impl, dtype: torch.dtype, num_rows: int = 70) -> 
         LoraSite(i, 0, *(randn(4 * PAGE_ROWS, n, dtype=dtype, seed=10 * i + n) for n in (k, width)))
         for i, width in enumerate(widths)
     ]  # fmt: skip
+    if int8:
+        factors, bytes_of = torch.rand(4 * PAGE_ROWS) / 2500, lambda rows: (rows.float() * 50).to(torch.int8)
+        sites = [LoraSite(s.index, 0, bytes_of(s.a_rows), bytes_of(s.b_rows), factors) for s in sites]
     x, base = randn(num_rows, k, dtype=dtype, seed=4), [randn(num_rows, width, dtype=dtype, seed=5) for width in widths]
     slots = np.arange(num_rows, dtype=np.int32) % 2
 

@@ -16,6 +16,7 @@ def test_rows_have_the_same_bits_beside_others(native: Impl, dtype: torch.dtype)
     with fixed_sums():
         assert_linear_is_fixed(native, dtype)
         assert_lora_is_fixed(native, dtype)
+        assert_lora_is_fixed(native, dtype, int8=True)
         for window in (0, 70):
             for kv_len in (40, 1100):
                 assert_attention_is_fixed(native, dtype, kv_len, window)
