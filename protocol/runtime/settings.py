@@ -350,7 +350,7 @@ class Settings(BaseSettings):
         default=0.9, gt=0, le=1, description="part of a GPU's memory that weights, steps and caches may fill"
     )
     kv_cache_bytes: int = Field(default=0, description="memory for KV blocks; 0: a share of the free memory")
-    kv_cache_dtype: Literal["auto", "int8"] = Field("auto", description="type of keys and values; int8: on a CPU only")
+    kv_cache_dtype: Literal["auto", "int8"] = Field(default="auto", description="type of keys, values; int8: CPU only")
     adapter_pool_bytes: int = Field(
         default=0, description="memory for the LoRA rows of resident adapters; 0: a share of the free memory"
     )
