@@ -143,7 +143,8 @@ class Oracle:
 def round_rows(model: torch.nn.Module) -> None:
     """Round PEFT's LoRA on linear layers, in place: each rank row to 127 steps up to its largest number, and back."""
     for layer in model.modules():
-        if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper):
+        linear = not isinstance(layer, ParamWrapper) or isinstance(layer.get_base_layer(), torch.nn.Linear)
+        if isinstance(layer, LoraLayer) and linear:
             matrices: list[torch.Tensor] = [
                 *(part.get_parameter("weight").data for part in layer.lora_A.values()),
                 *(part.get_parameter("weight").data.T for part in layer.lora_B.values()),

@@ -16,7 +16,8 @@ from protocol.wire.errors import BadRequest
 
 ROUNDED = [
     "lora", "rslora", "patterns", "conv1d", "lora_bias", "bias all", "dora", "dora conv1d", "dora and biases", "head",
-    "embedding", "dora embedding", "modules_to_save norms", "alora", "experts",
+    "embedding", "dora embedding", "modules_to_save norms", "alora", "experts", "router",
+    "weights as parameters",
 ]  # fmt: skip
 
 
