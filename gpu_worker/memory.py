@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 from collections.abc import Sequence
@@ -51,21 +50,14 @@ def share_out(room: int, settings: Settings, *, on_cpu: bool) -> CacheBytes:
     return CacheBytes(settings.kv_cache_bytes or room - pool - extra, pool, extra)
 
 
-def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, in_large_pages: bool = False) -> Tensor:
-    """Return zeros. On a CPU they take memory only where they are written; `torch.zeros` would touch all of it.
-
-    in_large_pages: on a CPU, 2 MiB at a time where Linux has such pages. Rows that lie anywhere then are read from
-    memory 1.3 to 1.6 times as fast: their addresses are found without another look into memory.
-    """
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return zeros. On a CPU they take memory only where they are written; `torch.zeros` would touch all of it."""
     num_bytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or num_bytes == 0:
         return torch.zeros(*shape, dtype=dtype, device=device)
     # Private pages: the first write to a page of shared memory takes half as long again.
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
     memory = mmap.mmap(-1, num_bytes, **flags)
-    if in_large_pages and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.from_numpy(np.frombuffer(memory, np.uint8)).view(dtype).view(*shape)
 
 

@@ -114,7 +114,7 @@ class PagedLayer:
         call = self.call
         shape = (num_blocks, call.num_kv_heads, ops.BLOCK_TOKENS)
         widths = [kv_codes.row_width(dim, dtype) for dim in (call.head_dim, call.value_dim)]
-        self.k_cache, self.v_cache = (zeros((*shape, n), dtype, device, in_large_pages=True) for n in widths)
+        self.k_cache, self.v_cache = (zeros((*shape, n), dtype, device) for n in widths)
 
     @property
     def attention(self) -> ops.PagedAttention:
