@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,18 @@ def test_a_second_build_takes_the_cached_file(monkeypatch: pytest.MonkeyPatch, t
     assert build_library() == first, "a finished build needs no compiler"
     monkeypatch.setenv("CXX", str(tmp_path / "compiler"))
     assert build_library(flags=("-O0",)) != first
-    assert [path.suffix for path in cache.iterdir()] == [".so", ".so"]
+    assert len(list(cache.glob("*.so"))) == 2
+
+
+def test_of_several_that_start_together_one_builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path / "compiler", log)))
+    with ThreadPoolExecutor(4) as pool:
+        built = list(pool.map(lambda _: build_library(), range(4)))
+    assert len(set(built)) == 1
+    runs = log.read_text().splitlines()
+    assert sum("team.cpp" in run for run in runs) == 1
 
 
 def fake_compiler(path: Path, log: Path) -> Path:
@@ -66,7 +78,7 @@ def test_a_failing_compiler_is_reported_with_its_words(monkeypatch: pytest.Monke
     monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path))
     with pytest.raises(BuildError, match="no-such-flag"):
         build_library(flags=("--no-such-flag",))
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["lora_kernels.lock"]
 
 
 def test_another_processor_family_is_refused() -> None:

@@ -6,6 +6,7 @@ one's build. Run `python -m lora_kernels.cpu` to build ahead of time.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import platform
@@ -54,10 +55,11 @@ def build_library(flags: Sequence[str] = COMMON_FLAGS, machine: str = "") -> Pat
     if library.exists():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as build_dir:
-        built = compile_library(Path(build_dir), machine, flags)
-        # Two processes may build at the same time: each puts a complete file in place.
-        os.replace(built, library)
+    with (library.parent / "lora_kernels.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # workers of one machine start together: one of them builds
+        if not library.exists():
+            with tempfile.TemporaryDirectory(dir=library.parent) as build_dir:
+                os.replace(compile_library(Path(build_dir), machine, flags), library)
     return library
 
 
