@@ -42,7 +42,7 @@ class BuildError(Exception):
 
 
 def build_library(flags: Sequence[str] = COMMON_FLAGS, machine: str = "") -> Path:
-    """Return the library: the shipped one, else that of the cache, which is built if this version is not in it (a minute).
+    """Return the library: the shipped one, else that of the cache, which is built if it is not there (a minute).
 
     flags: of the compiler, for every source. machine: the processor's family, "" for this machine's. Raises BuildError.
     """
