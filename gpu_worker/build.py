@@ -18,7 +18,7 @@ from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.adapters.merges import NUM_MERGERS, MergeWatch
 from gpu_worker.adapters.packing.merging import check_bytes, merge_adapters
-from gpu_worker.adapters.packing.packer import HostAdapter, Packer, row_sites
+from gpu_worker.adapters.packing.packer import HostAdapter, Packer, name_of, row_sites
 from gpu_worker.adapters.packing.rows import Rows, RowSite
 from gpu_worker.adapters.weights import PoolWeights
 from gpu_worker.cuda.capture import CudaRecorder
@@ -454,11 +454,6 @@ def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: 
         **own,
         head_dim=head_dim_of(model.config),
     )
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """Return a dtype's name, without torch's."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _encoder_tasks(model: EncoderModel) -> dict[str, Any]:

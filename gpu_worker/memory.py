@@ -57,8 +57,8 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
         return torch.zeros(*shape, dtype=dtype, device=device)
     # Private pages: the first write to a page of shared memory takes half as long again.
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    memory = mmap.mmap(-1, num_bytes, **flags)
-    return torch.from_numpy(np.frombuffer(memory, np.uint8)).view(dtype).view(*shape)
+    pages = np.frombuffer(mmap.mmap(-1, num_bytes, **flags), np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(*shape)
 
 
 def host_tensor(array: np.ndarray, device: torch.device) -> Tensor:

@@ -1,1 +1,1 @@
-"""Those who mean harm while the others are served."""
+"""Attackers of a fleet under faults: what a hostile tenant sends while others are served."""

@@ -6,7 +6,7 @@ import os
 import sys
 
 NICENESS = 10
-"""Of threads that bring adapters: beside a thread that computes they have about a tenth of a core.
+"""Added to the niceness of threads that bring adapters: beside one that computes they have about a tenth of a core.
 
 As idle tasks (SCHED_IDLE) they would have 0.3 %, so that on a machine that other programs fill adapters never came; and
 a thread that lost its core while it held the interpreter's lock would keep the engine from it as long.

@@ -50,12 +50,12 @@ class BaseModel:
     width: int  # entries of a hidden state; 0: they cannot be had
     check: LogitsCheck | None = None
     answers: KeptAnswers | None = None  # where `check` is kept for later starts, if it is
-    kv_dtype: torch.dtype | None = None  # of keys and values in the caches, int8: codes; None: `dtype`
+    kv_dtype: torch.dtype | None = None  # dtype of keys and values in the caches, int8 for codes; None: `dtype`
     passes: Passes | None = None  # of a model whose sequences run one by one, which has no `layers` and no `mixers`
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """Of keys and values in the engine's caches."""
+        """The dtype of keys and values in the engine's caches."""
         return self.kv_dtype or self.dtype
 
     @property

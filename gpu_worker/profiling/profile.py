@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
-from gpu_worker.build import load_engine, name_of
+from gpu_worker.adapters.packing.packer import name_of
+from gpu_worker.build import load_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.runner import StepInputs
 from gpu_worker.model.blocks import stacks_of

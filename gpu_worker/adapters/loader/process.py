@@ -42,6 +42,7 @@ NUM_FETCHES = 16
 one."""
 
 SMALL_BYTES = 64 << 20
+"""Size of the largest file of weights that counts as small."""
 
 
 class Stores(Protocol):

@@ -52,7 +52,7 @@ class HostAdapter:
     invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
     tokens: TokenTable | None = None  # of its own tokenizer, if it brings one
     factors: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
-    """Of rows in int8: float32 [rank] by site, see `LoraSite.factors`."""
+    """What products with rows in int8 are multiplied by: float32 [rank] for each site, see `LoraSite.factors`."""
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,9 @@ def row_sites(sites: Sequence[SiteInfo], experts: Sequence[ExpertSite] = (), *, 
 
     int8: whether the pool keeps the rows of linear layers so.
     """
-    linear = [RowSite(s.name, s.in_features, s.out_features, "int8" if int8 else _name(s.dtype)) for s in sites]
+    linear = [RowSite(s.name, s.in_features, s.out_features, "int8" if int8 else name_of(s.dtype)) for s in sites]
     shapes = [(site.name, site.shape) for site in experts]
-    grouped = [RowSite(n, s.in_features, s.out_features, _name(s.dtype), s.num_experts) for n, s in shapes]
+    grouped = [RowSite(n, s.in_features, s.out_features, name_of(s.dtype), s.num_experts) for n, s in shapes]
     return [*linear, *grouped]
 
 
@@ -196,7 +196,8 @@ def _quantised(
     return found, factors
 
 
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype's name, without torch's."""
     return str(dtype).removeprefix("torch.")
 
 

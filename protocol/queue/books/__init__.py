@@ -1,1 +1,1 @@
-"""Whose calls are let in, what they may cost, what they have cost, and who did what."""
+"""The books of a fleet in the queue: API keys, quotas, usage, and the audit log of what operators did."""
