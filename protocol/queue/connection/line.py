@@ -75,6 +75,8 @@ class Line:
         except TimeoutError:
             await connection.disconnect(nowait=True)  # the others have waited as long, or will
             raise RedisTimeoutError("timeout waiting for the queue") from None
+        finally:
+            reply.cancel()  # whatever comes now, nobody waits for it
 
     async def close(self) -> None:
         """End the connection."""

@@ -58,8 +58,16 @@ class _Cancellable:
     """
 
     socket_timeout: float | None
+    _writer: asyncio.StreamWriter | None
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
+        """Send a command. Raises a connection error, as redis-py does where the loop is asyncio's.
+
+        A transport of uvloop raises RuntimeError when it is written to after it has closed.
+        """
+        if self._writer is not None and self._writer.is_closing():
+            await self.disconnect(nowait=True)  # type: ignore[attr-defined]
+            raise RedisConnectionError("the connection to the queue was closed")
         limit_s = self.socket_timeout
         if limit_s is None:
             await super().send_packed_command(command, check_health)  # type: ignore[misc]
