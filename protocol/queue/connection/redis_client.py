@@ -40,9 +40,9 @@ from a server that was started anew between being given it and being asked to ru
 QueueError = RedisError
 """Whatever the queue's server or the connection to it can raise."""
 
-NO_PRIMARY = ("READONLY", "NOREPLICAS", "MASTERDOWN", "UNBLOCKED")
-"""How errors of a server begin that may not be written to: a replica, an old primary that a failover has left behind,
-or a primary that does not hear its replicas (`min-replicas-to-write`)."""
+UNFIT = ("READONLY", "NOREPLICAS", "MASTERDOWN", "UNBLOCKED", "BUSY ")
+"""How errors of a server begin that cannot serve now: a replica, an old primary that a failover has left behind, a
+primary that does not hear its replicas (`min-replicas-to-write`), or one that was stopped while it ran a script."""
 
 CONNECT_TIMEOUT_S = 5
 MAX_CONNECTIONS = 32
@@ -83,19 +83,19 @@ class _Cancellable:
             self.socket_timeout = limit_s
 
     async def read_response(self, *args: Any, **options: Any) -> Any:
-        """Read a reply. Raises a connection error for those of a server that is the primary no longer, or never was.
+        """Read a reply. Raises a connection error for those of a server that is `UNFIT`.
 
-        Whoever asked connects again, and then finds the one that is. Raises DiskFull.
+        Whoever asked connects again, and then finds one that is not. Raises DiskFull.
         """
         try:
             return await super().read_response(*args, **options)  # type: ignore[misc]
         except ResponseError as error:
             if str(error).startswith("MISCONF"):
                 raise DiskFull(str(error)) from None
-            if not str(error).startswith(NO_PRIMARY) and not isinstance(error, ReadOnlyError):
+            if not str(error).startswith(UNFIT) and not isinstance(error, ReadOnlyError):
                 raise
             await self.disconnect(nowait=True)  # type: ignore[attr-defined]
-            raise RedisConnectionError(f"the queue's server takes no writes: {error}") from None
+            raise RedisConnectionError(f"the queue's server cannot serve now: {error}") from None
 
 
 class _Timed:
