@@ -92,8 +92,9 @@ def _is_input(site: SiteShape, base: ServedModel) -> bool:
 
 def _is_output(site: SiteShape, base: ServedModel) -> bool:
     """Return whether a layer is the language model's head, which PEFT leaves out of "all-linear"."""
-    is_linear, in_layer = site.kind in LINEAR, any(part.isdigit() for part in site.name.split("."))
-    return is_linear and site.out_features == base.vocab_size and not in_layer
+    if site.kind not in LINEAR or site.out_features != base.vocab_size:
+        return False
+    return not any(part.isdigit() for part in site.name.split("."))  # it lies in no layer
 
 
 def _sites_of_file(tensors: AdapterTensors, infos: Mapping[str, TensorInfo]) -> list[SiteShape]:

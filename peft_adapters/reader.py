@@ -109,6 +109,8 @@ def _targeted_parameters(matcher: Matcher, targeted: Mapping[str, SiteShape]) ->
     """Return the parameters that `target_parameters` means by their module, each module's in the model's order."""
     found: dict[str, list[str]] = {}
     ends = frozenset(matcher.config.parameters)
+    if not ends:
+        return found
     for site in matcher.sites.values():
         if site.kind == "parameter":
             names = [site.name]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from peft_adapters.json_values import is_list, is_object, load_json_object
@@ -16,6 +18,10 @@ MAX_HEADER_BYTES = 4 << 20
 
 MAX_TENSORS = 20_000
 MAX_NAME_CHARS = 512
+MAX_KEPT_HEADER_BYTES = 256 << 10
+NUM_KEPT_HEADERS = 8
+"""Headers up to this size that stay parsed: adapters of one recipe have the same one, byte by byte."""
+
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 """Bytes of a number by dtype, as safetensors names it. Other dtypes are not served."""
 
@@ -67,6 +73,22 @@ def parse_header(head: bytes, file_size: int) -> dict[str, TensorInfo]:
         raise AdapterRefused(reasons.render())
     _check_layout(tensors, 8 + size, file_size)
     return tensors
+
+
+def read_header(file: Any) -> Mapping[str, TensorInfo]:
+    """Read the header of a whole safetensors file in memory, as `parse_header` does, or remember it.
+
+    file: a buffer of bytes. Raises AdapterRefused.
+    """
+    with memoryview(file) as view:
+        claimed = int.from_bytes(view[:8], "little")
+        head = bytes(view[: 8 + min(claimed, MAX_HEADER_BYTES)])
+        return (_kept_header if len(head) <= MAX_KEPT_HEADER_BYTES else parse_header)(head, len(view))
+
+
+@lru_cache(NUM_KEPT_HEADERS)
+def _kept_header(head: bytes, file_size: int) -> Mapping[str, TensorInfo]:
+    return MappingProxyType(parse_header(head, file_size))
 
 
 def _entry_problem(entry: Any) -> str:

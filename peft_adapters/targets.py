@@ -122,7 +122,7 @@ class SavedModules:
 
     def saves(self, module: str) -> bool:
         """Return whether a module, or one that holds it, is saved."""
-        while module:
+        while module and self.endings:
             if module.endswith(self.endings):
                 return True
             module = module.rpartition(".")[0]

@@ -15,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from peft_adapters.safetensors_header import ITEM_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, TensorInfo, parse_header
+from peft_adapters.safetensors_header import (
+    ITEM_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_KEPT_HEADER_BYTES,
+    MAX_TENSORS,
+    TensorInfo,
+    parse_header,
+    read_header,
+)
 from protocol.wire.errors import AdapterRefused
 
 Header = dict[str, Any]
@@ -236,3 +244,22 @@ def test_a_refusal_is_short_and_printable() -> None:
 def test_helper_file_is_good() -> None:
     raw = safetensors(lora_tensors())
     assert len(parse_header(raw, len(raw))) == 8
+
+
+@pytest.mark.parametrize("padding", [0, MAX_KEPT_HEADER_BYTES])
+def test_a_header_that_is_known_is_read_no_other_way(padding: int) -> None:
+    header, num_body_bytes = good_header([(2, 3), (4,)], ["F32", "BF16"])
+    raw = build(header | {"__metadata__": {"padding": padding * "x"}}, num_body_bytes)
+    for _ in range(2):
+        found = read_header(raw)
+        assert dict(found) == parse_header(raw, len(raw))
+        assert (read_header(bytearray(raw)) is found) == (padding == 0)
+        with pytest.raises(AdapterRefused, match="where its header describes"):  # the same header, of another file
+            read_header(raw + b"x")
+
+
+@pytest.mark.parametrize("raw", [b"", b"1234567", build(b"{", 10), struct.pack("<Q", MAX_HEADER_BYTES + 1)])
+def test_what_is_no_header_is_refused_each_time(raw: bytes) -> None:
+    for _ in range(2):
+        with pytest.raises(AdapterRefused):
+            read_header(raw)

@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from gpu_worker.host_memory import MemoryBudget
-from peft_adapters.format import MAX_HEADER_BYTES, adapter_digest, parse_header
+from peft_adapters.format import adapter_digest
+from peft_adapters.safetensors_header import read_header
 from peft_adapters.texts.files import TEXTS_FIELD, TEXTS_FILE, TOKENIZER, split_texts
 from peft_adapters.texts.tokenizer_json import OwnTokenizer, key_of
 from protocol.wire.errors import AdapterRefused, Internal, NotFound, Unavailable
@@ -156,9 +157,7 @@ def _connect(url: str) -> HTTPConnection:
 
 def digest_of(files: FetchedAdapter) -> str:
     """Return the digest of an adapter's files. Raises AdapterRefused when the weights are no safetensors file."""
-    weights = memoryview(files.weights)
-    tensors = parse_header(bytes(weights[: 8 + MAX_HEADER_BYTES]), len(weights))
-    return adapter_digest(files.config, tensors, weights)
+    return adapter_digest(files.config, read_header(files.weights), files.weights)
 
 
 def _parse(raw: bytes) -> dict[str, Any]:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import mmap
 import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from functools import partial
 from typing import Any, Protocol
 
 from gpu_worker.adapters.loader.fetch import FETCH_TIMEOUT_S, Allocate, FetchedAdapter, StoreClient
+from gpu_worker.adapters.loader.memory import AnonymousFile, KeptFiles, copy_of
 from gpu_worker.adapters.loader.messages import (
     Describe,
     Failed,
@@ -70,6 +68,7 @@ class LoaderServer:
         self._small_bytes = small_bytes
         self._fetchers = ThreadPoolExecutor(NUM_FETCHES, thread_name_prefix="fetcher")
         self._packing = (threading.Lock(), threading.Lock())  # of small adapters, and of large ones
+        self._kept = KeptFiles()
         self._memory = MemoryBudget(FETCH_TIMEOUT_S, small_bytes)
         self._sending = threading.Lock()
 
@@ -103,80 +102,79 @@ class LoaderServer:
     def _load(self, request: Fetch) -> tuple[Message, int]:
         """Return the answer to a request and the descriptor to send with it, which the caller closes."""
         with ExitStack() as undo:
-            fetched: list[tuple[mmap.mmap, int]] = []  # what was read into, and its descriptor
+            fetched: list[tuple[memoryview, AnonymousFile]] = []  # what was read into, and the file it is of
 
-            def allocate(num_bytes: int) -> mmap.mmap:
-                fd = _anonymous_file(num_bytes, undo)
-                memory = mmap.mmap(fd, num_bytes)
-                undo.callback(_release, memory)
-                fetched.append((memory, fd))
-                return memory
+            def allocate(num_bytes: int) -> memoryview:
+                view, file = self._take(num_bytes, undo)
+                fetched.append((view, file))
+                return view
 
             files = self._stores.fetch(request.digest, allocate)
+            weights, file = next(pair for pair in fetched if pair[0] is files.weights)
             tokens = OwnTokens.of(files.tokens) if files.tokens is not None else None
             if self.packer is not None and not request.whole:
-                packed = self._pack(self.packer, request.number, files, tokens)
+                packed = self._pack(self.packer, request.number, files.config, tokens, weights, file)
                 if packed is not None:
+                    undo.pop_all()
+                    for view, file in fetched:
+                        _release(view)
+                        self._kept.give_back(file)
                     return packed
-            fd = next(fd for memory, fd in fetched if memory is files.weights)
-            return Fetched(request.number, files.config, tokens), os.dup(fd)
+            os.truncate(file.fd, len(weights))
+            return Fetched(request.number, files.config, tokens), os.dup(file.fd)
+
+    def _take(self, num_bytes: int, undo: ExitStack) -> tuple[memoryview, AnonymousFile]:
+        """Return memory with any content, and the file it is of, which `undo` closes."""
+        file = self._kept.take(num_bytes)
+        undo.callback(file.close)
+        view = file.view(num_bytes)
+        undo.callback(_release, view)
+        return view, file
 
     def _pack(
-        self, packer: RowPacker, number: int, files: FetchedAdapter, tokens: OwnTokens | None
-    ) -> tuple[Packed, int] | None:
+        self, packer: RowPacker, number: int, config: dict[str, Any], tokens: OwnTokens | None, weights: memoryview,
+        file: AnonymousFile,
+    ) -> tuple[Packed, int] | None:  # fmt: skip
         """Return a plain adapter's rows and the descriptor of their buffer, None for any other adapter.
 
-        Raises Unavailable where there is no memory for its rows.
+        file: what the weights lie in, from its begin on. Raises Unavailable where there is no memory for its rows.
         """
-        fds: list[int] = []
+        is_large = len(weights) > self._small_bytes
         with ExitStack() as held, ExitStack() as undo:
+            packed: list[tuple[memoryview, AnonymousFile]] = []  # what it was packed into, and the file that is of
 
-            def allocate(num_bytes: int) -> mmap.mmap:
+            def allocate(num_bytes: int) -> memoryview:
                 held.enter_context(self._memory.hold(num_bytes))
-                fds.append(_anonymous_file(num_bytes, undo))
-                return mmap.mmap(fds[0], num_bytes)
+                view, file = self._take(num_bytes, undo)
+                if file.is_used:
+                    view[:] = bytes(num_bytes)
+                packed.append((view, file))
+                return view
 
-            view = memoryview(files.weights)
-            is_large = len(view) > self._small_bytes
-            try:
-                with self._packing[is_large]:
-                    rows = packer.pack(files.config, view, allocate, partial(_drop, files.weights, is_large))
-            finally:
-                _release(view)
+            with self._packing[is_large]:
+                rows = packer.pack(config, weights, allocate, file.drop if is_large else _keep)
             if rows is None:
                 return None
-            undo.pop_all()
-            return Packed(number, rows.ranks.tobytes(), rows.scales.tobytes(), rows.invocation, tokens), fds[0]
+            ((view, to),) = packed
+            if self._kept.keeps(to):  # a page that is written as a whole costs less than one that is mapped first
+                fd = copy_of(view)
+                undo.pop_all()
+                _release(view)
+                self._kept.give_back(to)
+            else:
+                os.truncate(to.fd, len(view))
+                fd = os.dup(to.fd)
+            return Packed(number, rows.ranks.tobytes(), rows.scales.tobytes(), rows.invocation, tokens), fd
 
 
-def _release(memory: mmap.mmap | memoryview) -> None:
-    """Give up memory, or a view of it, unless an error's traceback still has one; then it ends with that."""
+def _release(view: memoryview) -> None:
+    """Give up a view of memory, unless an error's traceback still has an array in it; then it ends with that."""
     with suppress(BufferError):
-        memory.close() if isinstance(memory, mmap.mmap) else memory.release()
+        view.release()
 
 
-def _drop(memory: Any, is_large: bool, begin: int, end: int) -> None:
-    """Give bytes of a large file in memory back to the system: it and its rows are not there twice."""
-    if is_large and isinstance(memory, mmap.mmap) and hasattr(mmap, "MADV_REMOVE"):
-        first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-        if first < last:
-            with suppress(OSError):  # a file system that cannot
-                memory.madvise(mmap.MADV_REMOVE, first, last - first)
-
-
-def _anonymous_file(num_bytes: int, undo: ExitStack) -> int:
-    """Return the descriptor of a file of zeros without a name, in memory where the system can do that.
-
-    `undo` closes it, unless what it holds is taken out again.
-    """
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("lorafleet-adapter")
-    else:
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
-    undo.callback(os.close, fd)
-    os.truncate(fd, num_bytes)
-    return fd
+def _keep(_begin: int, _end: int) -> None:
+    """Give nothing back of a file that is used again."""
 
 
 def main() -> None:

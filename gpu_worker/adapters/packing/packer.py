@@ -21,8 +21,8 @@ from gpu_worker.experts.rows import ExpertRows, expert_sites, pack_experts, page
 from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.lora import GROUPS, SiteInfo
 from lora_kernels.ops import PAGE_ROWS
-from peft_adapters.format import AdapterSpec, parse_header, read_adapter
-from peft_adapters.safetensors_header import MAX_HEADER_BYTES, TensorInfo
+from peft_adapters.format import AdapterSpec, read_adapter
+from peft_adapters.safetensors_header import TensorInfo, read_header
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel
 from protocol.wire.tokens import TokenTable
@@ -81,7 +81,7 @@ class Packer:
     def read(self, config: dict[str, Any], weights: Any) -> tuple[AdapterSpec, GetTensor]:
         """Read a PEFT adapter without packing it. weights: a safetensors file as a buffer. Raises AdapterRefused."""
         view = memoryview(weights)
-        tensors = parse_header(bytes(view[: 8 + MAX_HEADER_BYTES]), len(view))
+        tensors = read_header(view)
         spec = read_adapter(config, tensors, self.served)
         # What cannot be written to is copied, since a tensor can be. The loader's memory can.
         file = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peft_adapters.format import AdapterSpec, LoraWeights, read_adapter
-from peft_adapters.safetensors_header import MAX_HEADER_BYTES, TensorInfo, parse_header
+from peft_adapters.safetensors_header import TensorInfo, read_header
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel
 from protocol.wire.tokens import TokenTable
@@ -122,7 +122,7 @@ class RowPacker:
         not finite.
         """
         try:
-            tensors = parse_header(bytes(file[: 8 + MAX_HEADER_BYTES]), len(file))
+            tensors = read_header(file)
             spec = read_adapter(config, tensors, self._served)
         except AdapterRefused:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import mmap
 import os
 import socket
@@ -55,6 +56,7 @@ def worker() -> Iterator[tuple[socket.socket, LoaderServer]]:
 
 
 def num_open_files() -> int:
+    gc.collect()  # servers of other tests, and what they keep
     return len(os.listdir("/proc/self/fd"))
 
 
@@ -123,3 +125,59 @@ def test_a_large_file_is_given_back_while_it_is_packed(is_large: bool) -> None:
     os.close(received[1])
     middle = len(weights) // 4  # of A
     assert store.view[middle : middle + 4] == (bytes(4) if is_large else ones.tobytes()[:4])
+
+
+class SomeAdapters:
+    """Stores whose adapters are given by digest."""
+
+    base_tokenizer = ""
+
+    def __init__(self, weights: dict[str, bytes]) -> None:
+        self.weights = weights
+
+    def set_urls(self, urls: tuple[str, ...]) -> None:
+        return
+
+    def fetch(self, digest: str, allocate: Allocate = bytearray) -> FetchedAdapter:
+        memory = allocate(len(self.weights[digest]))
+        memory[:] = self.weights[digest]
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q"]}
+        return FetchedAdapter(config | ({"use_dora": True} if digest == "files" else {}), memory)
+
+
+def test_adapters_have_nothing_of_others_whose_memory_they_are_read_into() -> None:
+    """Rows and files of later adapters are what they are alone: numbers, zeros between them, and length."""
+    name = "base_model.model.layers.0.q.lora_{}.weight"
+
+    def weights(seed: int, width: int) -> bytes:
+        numbers = np.random.default_rng(seed).standard_normal((4, width), np.float32)
+        return save({name.format("A"): numbers, name.format("B"): numbers.T.copy()})
+
+    wide, same = weights(0, 8191), weights(1, 8191)
+    stores = SomeAdapters({"first": wide, "later": same, "files": wide[: len(wide) // 2]})
+    served = ServedModel(
+        model="m", name="m", fingerprint="", model_type="", vocab_size=10, max_model_len=10,
+        sites=[SiteShape("layers.0.q", 8191, 8191)],
+    )  # fmt: skip
+
+    def answers(digests: list[str]) -> list[bytes]:
+        ours, theirs = socket.socketpair()
+        got: list[bytes] = []
+        with closing(ours), closing(theirs):
+            server = LoaderServer(theirs, stores)
+            server.take(Describe([RowSite("layers.0.q", 8191, 8191, "bfloat16")], served, ""))
+            for number, digest in enumerate(digests):
+                server.answer(Fetch(number, digest))
+                received = receive(ours)
+                assert received is not None
+                assert isinstance(received[0], Fetched if digest == "files" else Packed)
+                assert received[1] is not None
+                with mmap.mmap(received[1], 0) as memory:
+                    got.append(memory[:])
+                os.close(received[1])
+        return got
+
+    first, later, files, again = answers(["first", "later", "files", "first"])
+    assert [later] == answers(["later"])
+    assert files == stores.weights["files"]
+    assert again == first != later

@@ -1,0 +1,106 @@
+"""Memory that the loader's process reads adapters into: files without a name, whose descriptors can be sent.
+
+The first write to a page of such a file takes about as long as ten later ones. So small files are kept and used again.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import threading
+from contextlib import suppress
+
+KEPT_BYTES = 32 << 20
+"""All that is kept for later adapters, at most."""
+
+ROUND_BYTES = 1 << 20
+"""Sizes are rounded up to this: adapters of nearly one size use each other's memory."""
+
+
+def copy_of(content: memoryview) -> int:
+    """Return the descriptor of a new file without a name, which has this content. Raises OSError."""
+    fd = _new_file()
+    try:
+        while content:
+            content = content[os.write(fd, content) :]
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _new_file() -> int:
+    """Return the descriptor of an empty file without a name, in memory where the system can do that."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("lorafleet-adapter")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+class AnonymousFile:
+    """A mapped file without a name, of zeros until it `is_used`."""
+
+    def __init__(self, num_bytes: int) -> None:
+        """Make one. Raises OSError where there is no room for it."""
+        self.is_used = False  # by an earlier adapter
+        self.fd = _new_file()
+        try:
+            os.truncate(self.fd, num_bytes)
+            self.memory = mmap.mmap(self.fd, num_bytes)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self.num_bytes = num_bytes
+
+    def view(self, num_bytes: int) -> memoryview:
+        """Return the first bytes."""
+        return memoryview(self.memory)[:num_bytes]
+
+    def drop(self, begin: int, end: int) -> None:
+        """Give the whole pages between two places back to the system; they are zeros then."""
+        first, last = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last and hasattr(mmap, "MADV_REMOVE"):
+            with suppress(OSError):  # a file system that cannot
+                self.memory.madvise(mmap.MADV_REMOVE, first, last - first)
+
+    def close(self) -> None:
+        """Close the descriptor and unmap the file; where views of it are left, it is unmapped when these end."""
+        os.close(self.fd)
+        with suppress(BufferError):
+            self.memory.close()
+
+
+class KeptFiles:
+    """Files that were used before, for whoever needs one next. Methods may be called from any thread."""
+
+    def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
+        """max_bytes: of all files that wait to be used."""
+        self._max_bytes = max_bytes
+        self._kept: list[AnonymousFile] = []
+        self._lock = threading.Lock()
+
+    def take(self, num_bytes: int) -> AnonymousFile:
+        """Return a file of `num_bytes` or more, with any content. The caller closes it or gives it back."""
+        with self._lock:
+            fitting = [file for file in self._kept if num_bytes <= file.num_bytes <= 2 * num_bytes + ROUND_BYTES]
+            if fitting:
+                file = min(fitting, key=lambda file: file.num_bytes)
+                self._kept.remove(file)
+                return file
+        return AnonymousFile(max(1, -(-num_bytes // ROUND_BYTES)) * ROUND_BYTES)
+
+    def keeps(self, file: AnonymousFile) -> bool:
+        """Return whether a file is small enough to be kept."""
+        return file.num_bytes <= self._max_bytes
+
+    def give_back(self, file: AnonymousFile) -> None:
+        """Keep a file that nobody uses any more, if it is small; the oldest go where there are too many."""
+        if not self.keeps(file):
+            file.close()
+            return
+        file.is_used = True
+        with self._lock:
+            self._kept.append(file)
+            while sum(file.num_bytes for file in self._kept) > self._max_bytes:
+                self._kept.pop(0).close()
