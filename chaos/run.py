@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import secrets
 import time
@@ -110,7 +111,7 @@ class Run:
         self.asks = asks
         self._lines = lines or asks
         self._receiver = receiver
-        self._ended: set[tuple[str, str]] = set()  # (type of the event, id) of what clients saw the end of
+        self._ended: dict[tuple[str, str], float] = {}  # (type of the event, id) of ends -> when a client saw it
         self.expected: dict[Ask, Expected] = {}
         self.tally = Tally()
         self.havoc = Havoc(fleet, random.Random(plan.seed), kills_only=plan.kills_only, only=plan.only, hows=plan.hows)
@@ -196,7 +197,7 @@ class Run:
                 self.tally.violations += [f"batch: {what}" for what in wrong]
                 self.tally.calls["batch"] += self.plan.num_lines
         finally:
-            self._ended |= client.ended
+            self._ended |= dict.fromkeys(client.ended, -math.inf)  # no power cut makes a batch's end forgotten
             await client.close()
 
     async def _run_conversations(self, stop: asyncio.Event) -> None:
@@ -212,7 +213,7 @@ class Run:
                     continue
                 self.tally.violations += [f"conversation: {what}" for what in told.wrong]
                 self.tally.calls["turn"] += len(told.ends)
-                self._ended |= set(told.ends)
+                self._ended |= dict.fromkeys(told.ends, told.ended_s)
         finally:
             await client.close()
 
@@ -242,8 +243,8 @@ class Run:
         if call.is_complete:
             tally.calls[call.style] += 1
             tally.num_tokens += expected.num_tokens
-            if call.style == "job" and not self._may_be_forgotten(call.attempts[-1]):
-                self._ended.add(("job.completed", f"job_{call.attempts[-1].call}"))
+            if call.style == "job":
+                self._ended["job.completed", f"job_{call.attempts[-1].call}"] = call.attempts[-1].ended_s
         else:
             self._accuse(call, call.attempts[-1], ["was never answered"])
         self._note_pauses(call)
@@ -287,12 +288,15 @@ class Run:
             ids = await bus.tokens(rid) or b""
         except CONNECTION_ERRORS:
             return UNREACHABLE
-        whole = attempt.outcome == "complete" and not self._may_be_forgotten(attempt)
+        whole = attempt.outcome == "complete" and not self._may_be_forgotten(attempt.ended_s)
         return check.logged_wrongly(expected, facts, ids, whole=whole)
 
-    def _may_be_forgotten(self, attempt: Attempt) -> bool:
-        """Tell whether a queue without power may have lost what nobody was there to tell it again."""
-        return self._had_no_power(attempt.ended_s - 15, attempt.ended_s + 5)
+    def _may_be_forgotten(self, ended_s: float) -> bool:
+        """Tell whether a queue without power may have lost an end that nobody was there to tell it again.
+
+        That is known 5 s later: a power cut also takes what was written shortly before it.
+        """
+        return self._had_no_power(ended_s - 15, ended_s + 5)
 
     def _had_no_power(self, from_s: float, to_s: float) -> bool:
         """Tell whether the queue may have lost its last writes between two times: by a power cut, or by a failover."""
@@ -314,8 +318,9 @@ class Run:
         self._check_lost_batches()
         await self._check_usage()
         if self._receiver is not None:
-            self.tally.violations += await self._receiver.missing(self._ended, SETTLE_S)
-            self.tally.num_ended, self.tally.num_webhooks = len(self._ended), self._receiver.arrived.total()
+            told = {event for event, ended_s in self._ended.items() if not self._may_be_forgotten(ended_s)}
+            self.tally.violations += await self._receiver.missing(told, SETTLE_S)
+            self.tally.num_ended, self.tally.num_webhooks = len(told), self._receiver.arrived.total()
         self.tally.num_dead_letters = await self.fleet.bus.streams.length(self.fleet.bus.keys.dlq)
         if self.tally.num_dead_letters:
             self.tally.violations.append(f"{self.tally.num_dead_letters} dead letters")
