@@ -93,7 +93,16 @@ class PoolWeights:
         pages: by group. For a loader thread: returns when all has arrived.
         """
         if self._stream is None:
-            self._copy_rows(adapter, pages, Tensor.copy_)
+            targets: list[Tensor] = []
+            sources: list[Tensor] = []
+
+            def note(target: Tensor, source: Tensor) -> None:
+                targets.append(target)
+                sources.append(source)
+
+            self._copy_rows(adapter, pages, note)
+            if targets:
+                torch._foreach_copy_(targets, sources)  # one call, so that the engine's thread waits for it once
             return adapter.extras
         # First allocate, then wait: what was just allocated may have been freed while launched steps still read it,
         # as they may read the pages, which were another adapter's.
@@ -119,8 +128,9 @@ class PoolWeights:
                     break
                 rows = slice(first * PAGE_ROWS, last)
                 at = slice(page * PAGE_ROWS, page * PAGE_ROWS + last - rows.start)
-                copy(site.a_rows[at], a[rows])
-                copy(site.b_rows[at], b[rows])
+                is_whole = last - rows.start == len(a)
+                copy(site.a_rows[at], a if is_whole else a[rows])
+                copy(site.b_rows[at], b if is_whole else b[rows])
                 if site.factors is not None:
                     copy(site.factors[at], adapter.factors[index][rows])
         self.experts.copy(adapter.experts, pages[len(GROUPS) : -1], copy)

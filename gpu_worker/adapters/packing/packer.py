@@ -97,13 +97,15 @@ class Packer:
         for index, begin_a, begin_b, begin_factors, _ in layout(packed.ranks, self.row_sites):
             site, rank = self.row_sites[index], int(packed.ranks[index])
             numbers, num, k, n = typed[site.dtype], site.num_matrices, site.in_features, site.out_features
-            a = numbers.as_strided((num, rank, k), (rank * k, k, 1), begin_a // site.item_bytes)
-            b = numbers.as_strided((num, rank, n), (rank * n, n, 1), begin_b // site.item_bytes)
+            at_a, at_b = begin_a // site.item_bytes, begin_b // site.item_bytes
             if index < num_linear:
-                rows.append((index, a[0], b[0]))
+                a, b = numbers.as_strided((rank, k), (k, 1), at_a), numbers.as_strided((rank, n), (n, 1), at_b)
+                rows.append((index, a, b))
                 if site.dtype == "int8":
                     factors[index] = memory[begin_factors : begin_factors + 4 * rank].view(torch.float32)
             else:
+                a = numbers.as_strided((num, rank, k), (rank * k, k, 1), at_a)
+                b = numbers.as_strided((num, rank, n), (rank * n, n, 1), at_b)
                 experts.append(ExpertRows(index - num_linear, a, b, float(packed.scales[index])))
         ranks, scales = packed.ranks[:num_linear], packed.scales[:num_linear]
         num_pages = (*self._row_pages(ranks), *pages_by_shape(experts, self.expert_sites), 0)
