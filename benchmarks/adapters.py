@@ -10,6 +10,7 @@ the share of requests that needed no copy into the pool.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,15 +44,22 @@ class Point:
 
 
 def measure(
-    running: RunningFleet, names: Sequence[str], zipf: float, num_requests: int, *, fill_pool: bool = True
-) -> Point:
-    """Measure one load. fill_pool: after an unmeasured one that fills the pool with the same popularity."""
+    running: RunningFleet, names: Sequence[str], zipf: float, num_requests: int, *, fill_pool: bool = True,
+    seed: int = 0, beside: AbstractContextManager[object] | None = None,
+) -> Point:  # fmt: skip
+    """Measure one load. fill_pool: after an unmeasured one that fills the pool with the same popularity.
+
+    seed: of prompts and their order. Loads of one seed share prompts: an adapter that both ask has them in the prefix
+    cache the second time. beside: entered for what is measured alone.
+    """
     targets = tuple(Target.model(name) for name in names)
     shared: dict[str, Any] = {"url": running.url, "targets": targets, "concurrency": CONCURRENCY, "zipf_s": zipf}
     if fill_pool:
-        run_bench(BenchConfig(**shared, num_requests=min(2 * len(names), 512), output_tokens=2, prompt_words=4, seed=1))
+        fill: dict[str, Any] = {"num_requests": min(2 * len(names), 512), "output_tokens": 2, "prompt_words": 4}
+        run_bench(BenchConfig(**shared, **fill, seed=1000 + seed))
     loads, fetches = running.num_loads()
-    result = run_bench(BenchConfig(**shared, num_requests=num_requests))
+    with beside or nullcontext():
+        result = run_bench(BenchConfig(**shared, num_requests=num_requests, seed=seed))
     num_loads, num_fetches = (now - before for now, before in zip(running.num_loads(), (loads, fetches), strict=True))
     summary = result.summary
     for text, count in result.errors.items():
@@ -118,7 +126,7 @@ def main() -> None:
         with fleet(Setup(model, scratch / "adapters", scratch, [f"--adapter-pool-bytes={POOL_BYTES}"])) as running:
             for count in counts:
                 for zipf in zipfs if count > 1 else zipfs[:1]:
-                    points.append(measure(running, names[:count], zipf, num_requests))
+                    points.append(measure(running, names[:count], zipf, num_requests, seed=len(points)))
                     print(points[-1], flush=True)
     about = {"pool_bytes": POOL_BYTES, "ranks": RANKS, "concurrency": CONCURRENCY}
     results = {"machine": machine, **about, "points": [asdict(point) for point in points]}

@@ -1,24 +1,38 @@
 """Many more adapters than fit into the pool, on a machine whose cores are all busy.
 
-    python -m benchmarks.churn [--model FOLDER] [--short] [--rounds N]
+    python -m benchmarks.churn [--model FOLDER] [--short] [--rounds N] [--in-pool N]
 
 160 adapters of rank 8 on all linear layers, asked for by Zipf 1.0, a pool for 32 of them, 32 requests in flight, 64
 words in and 64 tokens out; on one fleet, in turns with one adapter under the same load and with 160 that nobody has
 asked for yet, all of which have to be fetched. Wanted: the median first token within 3 x of one adapter's, and 0.9 of
-its throughput.
+its throughput. `--in-pool 160`: no adapter of the second load has to wait, which says what the loads cost.
+
+No two turns share a prompt: adapters of earlier turns would have theirs in the prefix cache, new ones would not.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
 
 from benchmarks.adapters import CONCURRENCY, Point, markdown, measure
 from benchmarks.common import report
-from benchmarks.common.fleet import Setup, fleet, make_adapters, quickstart_model, scratch_folder
+from benchmarks.common.fleet import (
+    RunningFleet,
+    Setup,
+    cpu_s,
+    fleet,
+    make_adapters,
+    quickstart_model,
+    scratch_folder,
+)
 from benchmarks.hit_rate import pool_bytes
+from gpu_worker.engine.step_model import Phase
+from protocol.wire.messages import WorkerCounters
 
 NUM_ADAPTERS, NUM_IN_POOL, ZIPF, RANKS = 160, 32, 1.0, (8,)
 
@@ -40,6 +54,43 @@ def ratios(points: Sequence[Point]) -> dict[str, dict[str, float]]:
     return {LOADS[load]: {name: median(name, load) / median(name, 0) for name in names} for load in (1, 2)}
 
 
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What a turn took of the machine, between two beats around it."""
+
+    cpu_s: dict[str, float]  # of each service
+    num_steps: int
+    tokens_per_step: float  # put out
+    computed_per_step: float  # of prompts and outputs
+    step_ms: float
+    wall_s: float
+
+
+@contextmanager
+def accounted(running: RunningFleet, accounts: list[Account]) -> Iterator[None]:
+    """Add to `accounts` what a block takes."""
+    before, used, began_s = _counters(running), cpu_s(), time.perf_counter()
+    yield
+    wall_s, now_used, now = time.perf_counter() - began_s, cpu_s(), _counters(running)
+    took = {name: getattr(now, name) - getattr(before, name) for name in WorkerCounters.__struct_fields__}
+    steps_s, num = sum(took[f"{phase}_s"] for phase in get_args(Phase)), max(took["num_steps"], 1)
+    accounts.append(
+        Account(
+            cpu_s={name: round(value - used.get(name, 0.0), 2) for name, value in now_used.items()},
+            num_steps=took["num_steps"],
+            tokens_per_step=round(took["num_output_tokens"] / num, 1),
+            computed_per_step=round(took["num_computed_tokens"] / num, 1),
+            step_ms=round(1000 * steps_s / num, 1),
+            wall_s=round(wall_s, 1),
+        )
+    )
+
+
+def _counters(running: RunningFleet) -> WorkerCounters:
+    (beat,) = running.beats_of_now()
+    return beat.counters
+
+
 def draw(axes: Sequence[Any], points: Sequence[Point]) -> None:
     """Draw throughput and time to first token of each turn, in two panels."""
     colors = (report.BLUE, report.ORANGE, report.GREEN)
@@ -53,23 +104,30 @@ def main() -> None:
     """Measure, print a table, and save the figures and a plot."""
     parser = report.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=2, help="turns of the three loads (%(default)s)")
+    parser.add_argument("--in-pool", type=int, default=NUM_IN_POOL, help="adapters that have room (%(default)s)")
     args = parser.parse_args()
     machine, model = report.machine(), args.model or quickstart_model()
     num_requests = (2 if args.short else 4) * CONCURRENCY
     names = [f"adapter-{index}" for index in range(NUM_ADAPTERS)]
     new = [[f"new-{turn}-{index}" for index in range(NUM_ADAPTERS)] for turn in range(args.rounds)]
     points: list[Point] = []
+    accounts: list[Account] = []
     with scratch_folder() as scratch:
         make_adapters(model, scratch / "adapters", [*names, *(name for turn in new for name in turn)], RANKS)
-        flags = [f"--adapter-pool-bytes={pool_bytes(model, NUM_IN_POOL, 2)}"]
+        flags = [f"--adapter-pool-bytes={pool_bytes(model, args.in_pool, 2)}"]
         with fleet(Setup(model, scratch / "adapters", scratch, flags)) as running:
-            measure(running, names[:1], ZIPF, num_requests)  # a fleet's first requests are slower than all later ones
+            # A fleet's first requests are slower than all later ones.
+            measure(running, names[:1], ZIPF, num_requests, seed=len(LOADS) * args.rounds)
             for turn in range(args.rounds):
                 for own in (names[:1], names, new[turn]):
-                    points.append(measure(running, own, ZIPF, num_requests, fill_pool=own is not new[turn]))
-                    print(points[-1], flush=True)
-    about = {"machine": machine, "in_pool": NUM_IN_POOL, "ratios": ratios(points)}
-    results = about | {"points": [asdict(point) for point in points]}
+                    fills, seed, account = own is not new[turn], len(points), accounted(running, accounts)
+                    points.append(measure(running, own, ZIPF, num_requests, fill_pool=fills, seed=seed, beside=account))
+                    print(points[-1], accounts[-1], sep="\n", flush=True)
+    about = {"machine": machine, "in_pool": args.in_pool, "ratios": ratios(points)}
+    results = about | {
+        "points": [asdict(point) for point in points],
+        "accounts": [asdict(account) for account in accounts],
+    }
     report.save(args.out / "churn", results, 2, lambda axes: draw(axes, points))
     print(markdown(points))
     for load, found in ratios(points).items():

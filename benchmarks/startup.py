@@ -25,20 +25,12 @@ from pathlib import Path
 import psutil
 
 from benchmarks.common import report
-from benchmarks.common.fleet import scratch_folder
+from benchmarks.common.fleet import scratch_folder, service_of
 from benchmarks.peers.servers import PORT, Server, running
 from lora_kernels.cpu.build import cache_dir
 
 LOADED = re.compile(r"ready in ([\d.]+) s")
 MB = 1e6
-
-
-def service_of(process: psutil.Process) -> str:
-    """Return what a process of the fleet is: a service, the queue's server, or the launcher."""
-    words = process.cmdline()
-    if "serve" in words:
-        return words[words.index("serve") + 1]
-    return "launcher" if "up" in words else Path(words[0]).name if words else "?"
 
 
 def start(model: str, scratch: Path, flags: Sequence[str]) -> dict[str, float]:

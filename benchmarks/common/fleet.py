@@ -10,11 +10,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx2
+import psutil
 
 from benchmarks.peers.make_adapters import make_adapter
 from benchmarks.peers.servers import PORT, Server, running
@@ -62,6 +63,29 @@ class RunningFleet:
         """Return how many adapters the workers have copied into their pools, and how many they have fetched."""
         beats = self.beats_of_now()
         return sum(beat.num_loads for beat in beats), sum(beat.num_fetches for beat in beats)
+
+
+def service_of(process: psutil.Process) -> str:
+    """Return what a process of the fleet is: a service, the queue's server, or the launcher."""
+    words = process.cmdline()
+    if "gpu_worker.adapters.loader.process" in words:
+        return "loader"
+    if "serve" in words:
+        return words[words.index("serve") + 1]
+    return "launcher" if "up" in words else Path(words[0]).name if words else "?"
+
+
+def cpu_s() -> dict[str, float]:
+    """Return the CPU seconds that each service of the fleet below this process has used so far, and those of this one.
+
+    Of processes that have ended nothing is counted.
+    """
+    used: dict[str, float] = {"this benchmark": time.process_time()}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            name, times = service_of(process), process.cpu_times()
+            used[name] = used.get(name, 0.0) + times.user + times.system
+    return used
 
 
 async def _beats(queue_url: str) -> list[WorkerBeat]:
