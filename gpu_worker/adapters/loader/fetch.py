@@ -8,7 +8,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any
@@ -44,6 +44,10 @@ Allocate = Callable[[int], Any]
 """Returns memory of so many bytes, as a buffer that can be written to, for the weights of an adapter."""
 
 
+Turn = Callable[[int], AbstractContextManager[object]]
+"""Returns what is entered for checking an adapter with weights of so many bytes, which takes the processor."""
+
+
 class StoreClient:
     """Fetches from any of the stores that are alive."""
 
@@ -62,11 +66,14 @@ class StoreClient:
         if urls:
             self._known.set()
 
-    def fetch(self, digest: str, allocate: Allocate = bytearray) -> FetchedAdapter:
+    def fetch(
+        self, digest: str, allocate: Allocate = bytearray, turn: Turn = lambda _: nullcontext()
+    ) -> FetchedAdapter:
         """Return an adapter's files, from the first store that gives them. Blocks for about FETCH_TIMEOUT_S at most.
 
-        allocate: gives the memory that the weights are read into, and stay in: large ones are held once. Raises
-        Unavailable when no store answers, NotFound when none has the adapter, AdapterRefused, Internal.
+        allocate: gives the memory that the weights are read into, and stay in: large ones are held once. turn: waited
+        for before they are checked. Raises Unavailable when no store answers, NotFound when none has the adapter,
+        AdapterRefused, Internal.
         """
         deadline = time.monotonic() + FETCH_TIMEOUT_S
         pause_s = 0.1
@@ -82,7 +89,9 @@ class StoreClient:
                 except (OSError, HTTPException) as error:
                     logger.warning("store %s did not give adapter %.12s: %r", url, digest, error)
                 else:
-                    if digest_of(files) == digest:
+                    with turn(len(files.weights)):
+                        is_right = digest_of(files) == digest
+                    if is_right:
                         return files
                     logger.error("store %s gave other content for adapter %.12s; asking again", url, digest)
             if urls and missing == len(urls):

@@ -9,10 +9,11 @@ import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
+from functools import partial
 from typing import Any, Protocol
 
-from gpu_worker.adapters.loader.fetch import FETCH_TIMEOUT_S, Allocate, FetchedAdapter, StoreClient
+from gpu_worker.adapters.loader.fetch import FETCH_TIMEOUT_S, Allocate, FetchedAdapter, StoreClient, Turn
 from gpu_worker.adapters.loader.memory import AnonymousFile, KeptFiles, copy_of
 from gpu_worker.adapters.loader.messages import (
     Describe,
@@ -27,6 +28,7 @@ from gpu_worker.adapters.loader.messages import (
     receive,
     send,
 )
+from gpu_worker.adapters.loader.turns import Turns
 from gpu_worker.adapters.packing.rows import RowPacker
 from gpu_worker.adapters.priority import lower_priority
 from gpu_worker.host_memory import MemoryBudget
@@ -36,8 +38,8 @@ from protocol.wire.errors import LorafleetError
 logger = logging.getLogger(__name__)
 
 NUM_FETCHES = 16
-"""Adapters fetched at once: slow ones delay no fast one. They are packed one by one, but small ones wait for no large
-one."""
+"""Adapters fetched at once: slow ones delay no fast one. They are checked and packed one by one, in the order in which
+the worker asked, but small ones wait for no large one."""
 
 SMALL_BYTES = 64 << 20
 """Size of the largest file of weights that counts as small."""
@@ -52,8 +54,11 @@ class Stores(Protocol):
         """Say which stores are alive."""
         ...
 
-    def fetch(self, digest: str, allocate: Allocate = ...) -> FetchedAdapter:
-        """Return an adapter's files, whose weights lie in what `allocate` returns. Raises LorafleetError."""
+    def fetch(self, digest: str, allocate: Allocate = ..., turn: Turn = ...) -> FetchedAdapter:
+        """Return an adapter's files, whose weights lie in what `allocate` returns. Raises LorafleetError.
+
+        turn: waited for before they are checked.
+        """
         ...
 
 
@@ -67,7 +72,7 @@ class LoaderServer:
         self._stores = stores
         self._small_bytes = small_bytes
         self._fetchers = ThreadPoolExecutor(NUM_FETCHES, thread_name_prefix="fetcher")
-        self._packing = (threading.Lock(), threading.Lock())  # of small adapters, and of large ones
+        self._turns = (Turns(), Turns())  # at checking and packing: of small adapters, and of large ones
         self._kept = KeptFiles()
         self._memory = MemoryBudget(FETCH_TIMEOUT_S, small_bytes)
         self._sending = threading.Lock()
@@ -109,7 +114,7 @@ class LoaderServer:
                 fetched.append((view, file))
                 return view
 
-            files = self._stores.fetch(request.digest, allocate)
+            files = self._stores.fetch(request.digest, allocate, partial(self._turn, request.number))
             weights, file = next(pair for pair in fetched if pair[0] is files.weights)
             tokens = OwnTokens.of(files.tokens) if files.tokens is not None else None
             if self.packer is not None and not request.whole:
@@ -122,6 +127,10 @@ class LoaderServer:
                     return packed
             os.truncate(file.fd, len(weights))
             return Fetched(request.number, files.config, tokens), os.dup(file.fd)
+
+    def _turn(self, number: int, num_bytes: int) -> AbstractContextManager[object]:
+        """Return a turn at what takes the processor, for a request with a file of so many bytes."""
+        return self._turns[num_bytes > self._small_bytes].take(number)
 
     def _take(self, num_bytes: int, undo: ExitStack) -> tuple[memoryview, AnonymousFile]:
         """Return memory with any content, and the file it is of, which `undo` closes."""
@@ -151,7 +160,7 @@ class LoaderServer:
                 packed.append((view, file))
                 return view
 
-            with self._packing[is_large]:
+            with self._turn(number, len(weights)):
                 rows = packer.pack(config, weights, allocate, file.drop if is_large else _keep)
             if rows is None:
                 return None

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from gpu_worker.adapters.loader.fetch import Allocate, FetchedAdapter
+from gpu_worker.adapters.loader.fetch import Allocate, FetchedAdapter, Turn
 from gpu_worker.adapters.loader.messages import Describe, Failed, Fetch, Fetched, Packed, receive
 from gpu_worker.adapters.loader.process import LoaderServer
 from gpu_worker.adapters.packing.rows import RowSite
@@ -29,7 +29,7 @@ class OneAdapter:
     def set_urls(self, urls: tuple[str, ...]) -> None:
         return
 
-    def fetch(self, digest: str, allocate: Allocate = bytearray) -> FetchedAdapter:
+    def fetch(self, digest: str, allocate: Allocate = bytearray, turn: Turn | None = None) -> FetchedAdapter:
         memory = allocate(7)
         memory[:] = b"weights"
         return FetchedAdapter({}, memory)
@@ -95,7 +95,7 @@ class KeptFile:
     def set_urls(self, urls: tuple[str, ...]) -> None:
         return
 
-    def fetch(self, digest: str, allocate: Allocate = bytearray) -> FetchedAdapter:
+    def fetch(self, digest: str, allocate: Allocate = bytearray, turn: Turn | None = None) -> FetchedAdapter:
         memory = allocate(len(self.weights))
         memory[:] = self.weights
         self.view = memoryview(memory)
@@ -138,7 +138,7 @@ class SomeAdapters:
     def set_urls(self, urls: tuple[str, ...]) -> None:
         return
 
-    def fetch(self, digest: str, allocate: Allocate = bytearray) -> FetchedAdapter:
+    def fetch(self, digest: str, allocate: Allocate = bytearray, turn: Turn | None = None) -> FetchedAdapter:
         memory = allocate(len(self.weights[digest]))
         memory[:] = self.weights[digest]
         config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q"]}
