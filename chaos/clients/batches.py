@@ -15,6 +15,9 @@ from chaos.clients.insistent import Insistent
 ENDED = ("completed", "failed", "expired", "cancelled")
 POLL_S = 0.5
 
+MAX_LOOKS = 60
+"""Most times that a batch which has ended is looked at again, because its file cannot be read."""
+
 
 class BatchClient:
     """Runs one batch at any of the gateways at `urls`, which may die."""
@@ -44,20 +47,25 @@ class BatchClient:
         uploaded = await self._http.ask("POST", "/v1/files", **form)
         wanted = {"input_file_id": uploaded["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
         batch = await self._http.ask("POST", "/v1/batches", json=wanted)
-        while batch.get("status") not in ENDED:
-            if "error" in batch:
-                return None if "no batch" in batch["error"] or "no file" in batch["error"] else [batch["error"]]
+        looked: list[str] = []
+        while len(looked) < MAX_LOOKS:
+            while batch.get("status") not in ENDED:
+                if "error" in batch:
+                    return None if "no batch" in batch["error"] or "no file" in batch["error"] else [batch["error"]]
+                await asyncio.sleep(POLL_S)
+                batch = await self._http.ask("GET", f"/v1/batches/{batch['id']}")
+            is_whole = batch["status"] == "completed" and batch["request_counts"] == {
+                "total": num_lines, "completed": num_lines, "failed": 0
+            }  # fmt: skip
+            found = await self._content(batch["output_file_id" if is_whole else "error_file_id"])
+            if isinstance(found, list):
+                self.ended.add((f"batch.{batch['status']}", batch["id"]))
+                told = f"{batch['id']} is {batch['status']} with {batch['request_counts']}, {batch['errors']}"
+                return self._wrong(asks, found) if is_whole else [f"{told}: {found[:3]}"]
+            looked.append(found)
             await asyncio.sleep(POLL_S)
             batch = await self._http.ask("GET", f"/v1/batches/{batch['id']}")
-        self.ended.add((f"batch.{batch['status']}", batch["id"]))
-        if batch["status"] != "completed" or batch["request_counts"] != {
-            "total": num_lines, "completed": num_lines, "failed": 0
-        }:  # fmt: skip
-            failed = await self._content(batch["error_file_id"])
-            return [
-                f"{batch['id']} is {batch['status']} with {batch['request_counts']}, {batch['errors']}: {failed[:3]}"
-            ]
-        return self._wrong(asks, await self._content(batch["output_file_id"]))
+        return [f"{batch['id']} is {batch['status']}, and its file cannot be read: {looked[-1]}"]
 
     def _wrong(self, asks: Sequence[Ask], rows: Sequence[dict[str, Any]]) -> list[str]:
         """Return what is wrong with the answers: each line has the right one, once."""
@@ -70,6 +78,7 @@ class BatchClient:
                 wrong.append(f"{row['custom_id']} {ask}: another text than alone")
         return wrong
 
-    async def _content(self, file_id: str | None) -> list[dict[str, Any]]:
+    async def _content(self, file_id: str | None) -> list[dict[str, Any]] | str:
+        """Return the rows of a file, or why it cannot be read: a queue that lost its last second may have lost it."""
         found = await self._http.ask("GET", f"/v1/files/{file_id}/content") if file_id else {"raw": b""}
-        return [orjson.loads(row) for row in found.get("raw", b"").splitlines()]
+        return str(found["error"]) if "error" in found else [orjson.loads(row) for row in found["raw"].splitlines()]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from starlette.responses import Response
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from gateway.http.errors import HttpError, ShapeOf
 from gateway.overload.memory import Charge
@@ -90,6 +90,7 @@ class Connection(HttpToolsProtocol):
         self._unsent_since_s: float | None = None  # since when the client has not read
         self._unsent_bytes = 0
         self._refusal: LorafleetError | None = None
+        self._answering: RequestResponseCycle | None = None  # `cycle` is the request that came last
 
     # ------------------------------------------------------------ what is held
 
@@ -243,7 +244,13 @@ class Connection(HttpToolsProtocol):
         """Let the server count."""
         self._charge.close()
         self._on_lost()
+        self._abandon()
         super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Note which request is answered now: others may have been sent ahead, and wait."""
+        self._answering = cycle
+        super()._start_asgi_task(cycle, app)
 
     def _refuse(self, error: LorafleetError) -> None:
         """Answer a request with an error, as far as nothing of another answer has been sent, and close."""
@@ -269,9 +276,10 @@ class Connection(HttpToolsProtocol):
     def _abandon(self) -> None:
         """Let what is being answered know that nobody hears it."""
         self.pipeline.clear()
-        if self.cycle is not None and not self.cycle.response_complete:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+        for cycle in (self._answering, self.cycle):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
         self.flow.resume_reading()
         self.flow.resume_writing()
 
@@ -279,6 +287,7 @@ class Connection(HttpToolsProtocol):
         HTTP_DROPPED.labels(reason).inc()
         logger.warning("the connection of %s is dropped: %s", self.client, reason)
         self.transport.abort()
+        self._abandon()
 
 
 def _head_too_large() -> HttpError:

@@ -53,6 +53,9 @@ class App:
                 self.num_sent += 4096
                 await asyncio.sleep(0)
             return
+        if scope["path"] == "/silent":
+            await receive_disconnect(receive)
+            return
         if scope["path"] == "/refused":
             await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
             await send({"type": "http.response.body", "body": b""})
@@ -322,6 +325,26 @@ def test_requests_sent_ahead_are_bounded_and_answered_in_order() -> None:
         assert len(run.app.scopes) < 8 + MAX_PIPELINED
 
     with_server(test)
+
+
+@pytest.mark.parametrize("rest", [b"", b"GARBAGE"])
+def test_who_has_sent_ahead_and_goes_is_gone_for_what_runs(rest: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """The request that is answered is told, not only the one that came last: it would compute for nobody."""
+
+    async def test(run: Running) -> None:
+        _, writer = await run.connect()
+        writer.write(GET.replace(b"/v1/models", b"/silent") + b"\r\n" + GET + b"\r\n")
+        await run.until(lambda: run.connections and run.connections[0].pipeline)
+        if rest:
+            writer.write(rest)  # no HTTP: the connection is dropped
+        else:
+            writer.close()
+        await run.app.ended.wait()
+        await run.until(lambda: not run.connections)
+        assert len(run.app.scopes) == 1  # the one that waited is not begun
+
+    with_server(test)
+    assert "Traceback" not in caplog.text
 
 
 def test_a_body_that_nobody_reads_is_not_held_and_not_endless() -> None:
