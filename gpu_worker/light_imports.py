@@ -1,8 +1,9 @@
-"""Imports transformers without what a worker on a CPU never calls, which is most of the time that the import takes.
+"""Imports torch and transformers without what a worker on a CPU never calls, which is most of the time that they take.
 
 Transformers imports torch's compiler, its distributed tensors and accelerate, whether a model needs them or not, and
 reads the sources of all its models to learn what is where. A model that is neither compiled nor quantised by a library
-needs none of the former, and what the latter finds is kept.
+needs none of the former, and what the latter finds is kept. Torch imports parts that only its compiler and training
+need; they are imported late, by whoever uses them first.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-import importlib.util
+import importlib.machinery
+import inspect
 import json
 import logging
 import os
 import pickle
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -37,6 +39,15 @@ MASKS = f"{COMPILER}._trace_wrapped_higher_order_op"
 MISSING = ("is_accelerate_available", "is_torch_distributed_available", "is_kernels_available")
 """What transformers asks about packages, and is told no."""
 
+META_KERNELS = "torch._meta_registrations"
+"""Shapes of results on no device, written in Python. Torch has most of them in C++."""
+
+MADE_WITHOUT = {"gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "smollm3"}
+"""Types of models that are made on no device without META_KERNELS."""
+
+LATE = {META_KERNELS, "torch.export", "torch.fx.passes", "torch.masked", "torch.nested"}
+"""What torch imports with itself, and what is imported late instead: a quarter of the time that it takes."""
+
 USED = ("modeling_utils", "masking_utils", "models.auto.modeling_auto")
 
 
@@ -44,9 +55,14 @@ def import_transformers(settings: Settings) -> None:
     """Import what a worker needs of transformers, unless its model may need all of it: then nothing is imported yet."""
     if "transformers" in sys.modules or settings.compile or not is_plain(settings):
         return
-    import torch
+    with _parts_late():
+        import torch
 
-    if COMPILER in sys.modules or (settings.device != "cpu" and torch.cuda.is_available()):
+    _complete_generators()
+    has_gpu = settings.device != "cpu" and torch.cuda.is_available()
+    if has_gpu or _config(settings).get("model_type") not in MADE_WITHOUT:
+        load_late(META_KERNELS)
+    if has_gpu or COMPILER in sys.modules:
         return
     try:
         with _without_compiler():
@@ -55,18 +71,97 @@ def import_transformers(settings: Settings) -> None:
                 importlib.import_module(f"transformers.{module}")
     except (ImportError, AttributeError) as error:  # another version than those that this was written for
         logger.warning("transformers is imported whole, which takes two seconds more: %s", error)
+        load_late(META_KERNELS)
         for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
             del sys.modules[name]
 
 
 def is_plain(settings: Settings) -> bool:
     """Return whether the model's config can be read, and names no library that has quantised it."""
+    config = _config(settings)
+    parts = [config, *config.values()]
+    return bool(config) and not any(isinstance(part, dict) and "quantization_config" in part for part in parts)
+
+
+def _config(settings: Settings) -> dict[str, Any]:
+    """Return the model's config.json; nothing where it cannot be read: loading the model says what is wrong."""
     try:
         config = json.loads((model_folder(settings.model, WEIGHT_FILES) / "config.json").read_text())
-    except (OSError, ValueError, LorafleetError):  # loading the model says what is wrong
-        return False
-    parts = [config, *config.values()] if isinstance(config, dict) else []
-    return bool(parts) and not any(isinstance(part, dict) and "quantization_config" in part for part in parts)
+    except (OSError, ValueError, LorafleetError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+# ---------------------------------------------------------------- parts of torch that are imported late
+
+
+class _Late(ModuleType):
+    """A module that runs its code when something is looked for in it which is not there yet."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name != "__all__":  # what is asked of every module, used or not
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        load_late(self.__name__)
+        return getattr(self, name)
+
+
+class _LateLoader(importlib.machinery.SourceFileLoader):
+    """Makes a module whose code runs later."""
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _Late(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__file__ = self.path
+
+
+class _LateFinder:
+    """Finds the modules of LATE, for Python's import; and before the compiler come the kernels that it needs."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name in (COMPILER, "torch._inductor"):
+            load_late(META_KERNELS)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if name in LATE else None
+        if spec is not None and spec.origin is not None:
+            spec.loader = _LateLoader(name, spec.origin)
+        return spec
+
+
+def load_late(name: str) -> None:
+    """Run the code of a module that was to run later, unless it has run. Nobody asks META_KERNELS for anything."""
+    module: Any = sys.modules.get(name)
+    if type(module) is _Late:
+        module.__class__ = ModuleType
+        loader = importlib.machinery.SourceFileLoader(name, module.__file__)
+        module.__spec__.loader = module.__loader__ = loader
+        loader.exec_module(module)
+
+
+@contextmanager
+def _parts_late() -> Iterator[None]:
+    """Let torch, where it is imported within the block, import the modules of LATE late."""
+    describe = inspect.getframeinfo
+    if not any(isinstance(finder, _LateFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _LateFinder())
+    # Torch notes where each of its operators is defined: in what file and line. Without lines of context around these,
+    # nobody looks for the files of all modules that there are.
+    inspect.getframeinfo = functools.partial(describe, context=0)
+    try:
+        yield
+    finally:
+        inspect.getframeinfo = describe
+
+
+def _complete_generators() -> None:
+    """Give torch's class of generators its metaclass, without which none can be made: META_KERNELS would do that."""
+    import torch
+
+    if META_KERNELS in sys.modules and hasattr(torch._C, "_set_generator_metaclass"):
+        opaque = importlib.import_module("torch._opaque_base")
+        torch._C._set_generator_metaclass(opaque.OpaqueBaseMeta)
 
 
 # ---------------------------------------------------------------- stand-ins
@@ -77,7 +172,8 @@ class _StandIn(ModuleType):
 
     def __init__(self, name: str, **attributes: object) -> None:
         super().__init__(name)
-        spec = importlib.util.find_spec(name)
+        parent = name.rpartition(".")[0]
+        spec = importlib.machinery.PathFinder.find_spec(name, sys.modules[parent].__path__ if parent else None)
         if spec is None or spec.submodule_search_locations is None:
             raise ImportError(f"{name} is no package")
         self.__spec__, self.__path__ = spec, list(spec.submodule_search_locations)
