@@ -54,11 +54,11 @@ USED = ("modeling_utils", "masking_utils", "models.auto.modeling_auto")
 def import_transformers(settings: Settings) -> None:
     """Import what a worker needs of transformers, unless its model may need all of it: then nothing is imported yet."""
     if "transformers" in sys.modules or settings.compile or not is_plain(settings):
+        load_late(META_KERNELS)
         return
-    with _parts_late():
-        import torch
+    import_torch()
+    import torch
 
-    _complete_generators()
     has_gpu = settings.device != "cpu" and torch.cuda.is_available()
     if has_gpu or _config(settings).get("model_type") not in MADE_WITHOUT:
         load_late(META_KERNELS)
@@ -133,33 +133,27 @@ class _LateFinder:
 def load_late(name: str) -> None:
     """Run the code of a module that was to run later, unless it has run. Nobody asks META_KERNELS for anything."""
     module: Any = sys.modules.get(name)
-    if type(module) is _Late:
+    if type(module).__name__ == _Late.__name__:
         module.__class__ = ModuleType
         loader = importlib.machinery.SourceFileLoader(name, module.__file__)
         module.__spec__.loader = module.__loader__ = loader
         loader.exec_module(module)
 
 
-@contextmanager
-def _parts_late() -> Iterator[None]:
-    """Let torch, where it is imported within the block, import the modules of LATE late."""
+def import_torch() -> None:
+    """Import torch with the modules of LATE to come late, unless it is imported already."""
+    if "torch" in sys.modules:
+        return
+    sys.meta_path.insert(0, _LateFinder())
     describe = inspect.getframeinfo
-    if not any(isinstance(finder, _LateFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _LateFinder())
     # Torch notes where each of its operators is defined: in what file and line. Without lines of context around these,
     # nobody looks for the files of all modules that there are.
     inspect.getframeinfo = functools.partial(describe, context=0)
     try:
-        yield
+        import torch
     finally:
         inspect.getframeinfo = describe
-
-
-def _complete_generators() -> None:
-    """Give torch's class of generators its metaclass, without which none can be made: META_KERNELS would do that."""
-    import torch
-
-    if META_KERNELS in sys.modules and hasattr(torch._C, "_set_generator_metaclass"):
+    if hasattr(torch._C, "_set_generator_metaclass"):  # no generator can be made without it; META_KERNELS set it else
         opaque = importlib.import_module("torch._opaque_base")
         torch._C._set_generator_metaclass(opaque.OpaqueBaseMeta)
 

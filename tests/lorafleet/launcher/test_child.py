@@ -98,8 +98,8 @@ async def test_who_was_ready_once_is_never_given_up(tmp_path: Path, lifeline: tu
 
 
 async def test_stop_lets_it_drain(tmp_path: Path, lifeline: tuple[int, int]) -> None:
-    code = f"import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('drained'))); {RUN}"
-    child = make_child(WRITE_PID + code, tmp_path, lifeline[0])
+    code = f"import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('drained'))); {RUN}"
+    child = make_child(code, tmp_path, lifeline[0])
     async with supervised(child) as life:
         await wait_until(lambda: read_pid(tmp_path / "pid"), "it runs")
         await child.stop(60)
