@@ -7,11 +7,16 @@ what the base gives.
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from peft_adapters.safetensors_header import ITEM_BYTES, TensorInfo
 from peft_adapters.spec import AdapterSpec, LoraWeights
+from protocol.runtime.imports import Late
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Late("numpy")
 
 CHUNK_BYTES = 1 << 20
 

@@ -9,24 +9,26 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import httpx2
-from huggingface_hub import HfApi, constants, get_token, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, RemoteFile, Version, choose_weights, needs_config
 from adapter_store.sources.retry import Attempts, Retries
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.runtime.imports import Late
 from protocol.wire.adapter_refs import parse_reference
 from protocol.wire.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
+
+if TYPE_CHECKING:
+    import huggingface_hub as hub
+    from huggingface_hub import constants as hub_constants
+    from huggingface_hub import errors as hub_errors
+else:  # a fifth of what a store imports, and many have local adapters only
+    hub, hub_constants = Late("huggingface_hub"), Late("huggingface_hub.constants")
+    hub_errors = Late("huggingface_hub.errors")
 
 CHUNK_BYTES = 1 << 20
 TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
@@ -48,16 +50,29 @@ class HubSource:
         `token` is the fleet's own; by default it is HF_TOKEN or that of the Hub's login. `retries` sets how calls are
         repeated. An `offline` source asks nothing, by default if HF_HUB_OFFLINE is set.
         """
-        self._endpoint = endpoint or constants.ENDPOINT
-        self._token = token or get_token()
+        self._given = endpoint, token, offline
         self._retries = retries or Retries()
-        self._offline = constants.is_offline_mode() if offline is None else offline
-        self._api = HfApi(endpoint=self._endpoint)
         self._http = httpx2.AsyncClient(timeout=TIMEOUT, follow_redirects=True, headers={"Accept-Encoding": "identity"})
 
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
+
+    @cached_property
+    def _endpoint(self) -> str:
+        return self._given[0] or hub_constants.ENDPOINT
+
+    @cached_property
+    def _token(self) -> str | None:
+        return self._given[1] or hub.get_token()
+
+    @cached_property
+    def _offline(self) -> bool:
+        return hub_constants.is_offline_mode() if self._given[2] is None else self._given[2]
+
+    @cached_property
+    def _api(self) -> hub.HfApi:
+        return hub.HfApi(endpoint=self._endpoint)
 
     def _token_of(self, access: Access) -> str:
         return access.token or (self._token or "" if access.as_fleet else "")
@@ -107,15 +122,15 @@ class HubSource:
         while True:
             try:
                 return await call()
-            except GatedRepoError as error:
+            except hub_errors.GatedRepoError as error:
                 raise PermissionDenied(f"{repo} is gated: ask for access on the Hub, then give a token") from error
-            except RevisionNotFoundError as error:
+            except hub_errors.RevisionNotFoundError as error:
                 raise NotFound(f"{repo} has no revision {revision!r}") from error
-            except RepositoryNotFoundError as error:
+            except hub_errors.RepositoryNotFoundError as error:
                 raise NotFound(f"{repo} does not exist on the Hub, or is private and not for this token") from error
-            except OfflineModeIsEnabled as error:
+            except hub_errors.OfflineModeIsEnabled as error:
                 raise Unavailable("the store is in offline mode (HF_HUB_OFFLINE)") from error
-            except HfHubHTTPError as error:
+            except hub_errors.HfHubHTTPError as error:
                 refusal = _refusal(error.response, repo)
                 if refusal is not None:
                     raise refusal from error
@@ -127,7 +142,7 @@ class HubSource:
         """Ask for the head of a file: the Hub shows gated repositories to all; see `Source.confirm`."""
         repo, _, commit = version.target.partition("@")
         name = version.weights if version.files and CONFIG_FILE not in version.files else CONFIG_FILE
-        url = hf_hub_url(repo, name, revision=commit, endpoint=self._endpoint)
+        url = hub.hf_hub_url(repo, name, revision=commit, endpoint=self._endpoint)
         attempts = Attempts(self._retries)
         num_redirects = 0
         while True:
@@ -154,7 +169,7 @@ class HubSource:
     async def fetch(self, version: Version, name: str, path: Path, end: int, access: Access = FLEET) -> None:
         """Download a part of a file, with retries; see `Source.fetch`."""
         repo, _, commit = version.target.partition("@")
-        url = hf_hub_url(repo, name, revision=commit, endpoint=self._endpoint)
+        url = hub.hf_hub_url(repo, name, revision=commit, endpoint=self._endpoint)
         attempts = Attempts(self._retries)
         with path.open("ab") as file:
             while (at := file.tell()) < end:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from gateway.bodies.json_slices import Rows
 from gateway.calls.follow import Generation
 from gateway.encoders.bodies import ClassifyRequest, EncoderBatchRequest, EncoderRequest, RerankRequest, ScoreRequest
 from gateway.encoders.write import VECTORS, Write
+from protocol.runtime.imports import Late
 from protocol.wire import messages as m
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Late("numpy")
 
 
 def activated(logits: np.ndarray, activation: m.Activation) -> np.ndarray:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gateway.bodies.json_slices import Rows
 from gateway.calls.choices import Choice, Piece
@@ -21,8 +19,14 @@ from gateway.http.errors import OPENAI_ERRORS
 from gateway.http.sse import GenerationResponse
 from gateway.lorax.errors import LORAX_GENERATION_ERRORS
 from gateway.lorax.write import compute_type, times_of
+from protocol.runtime.imports import Late
 from protocol.wire import messages as m
 from protocol.wire.errors import Unavailable
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Late("numpy")
 
 FEW_NUMBERS = 1 << 14
 """Numbers up to which an answer is written in one piece: that takes a few milliseconds."""
@@ -32,7 +36,7 @@ VECTORS = 4
 
 CLASSIFY_HEADERS = ("x-compute-time", "x-validation-time", "x-queue-time", "x-inference-time")
 
-Write = Callable[[list[np.ndarray], Generation], Any]
+Write: TypeAlias = "Callable[[list[np.ndarray], Generation], Any]"
 """From the numbers of each text (int32) to what the answer is as JSON; floats are stored bit by bit."""
 
 

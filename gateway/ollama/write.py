@@ -9,9 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import orjson
 
 from gateway.bodies import json_values
@@ -25,8 +24,14 @@ from gateway.ollama.bodies import EmbedRequest
 from gateway.ollama.errors import OLLAMA_ERRORS
 from gateway.text.answer_form import AnswerForm
 from gateway.text.answer_parts import Part
+from protocol.runtime.imports import Late
 from protocol.wire.errors import BadRequest
 from protocol.wire.tokens import TokenTable
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Late("numpy")
 
 NDJSON = b"application/x-ndjson"
 NS_PER_MS = 1_000_000

@@ -9,13 +9,17 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal
 
 from peft_adapters.reasons import Reasons
 from peft_adapters.safetensors_header import ITEM_BYTES, TensorInfo
+from protocol.runtime.imports import Late
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+else:
+    np = Late("numpy")
 
 PREFIX = "base_model.model."
 

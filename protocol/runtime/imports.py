@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -22,3 +25,34 @@ def importing() -> Generator[None]:
         gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+class Late:
+    """A module that is imported when something is first asked of it: what few processes use must not delay them all.
+
+    It stands for the module where the code runs; type checkers are shown an import.
+    """
+
+    def __init__(self, name: str) -> None:
+        """name: the module's whole name."""
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        """Return what the module has under this name."""
+        value = getattr(importlib.import_module(self._name), attribute)
+        setattr(self, attribute, value)
+        return value
+
+
+@contextmanager
+def without(package: str) -> Generator[None]:
+    """Let modules that are imported within the block find a package missing, unless it is imported already."""
+    if package in sys.modules:
+        yield
+        return
+    missing: dict[str, Any] = {package: None}  # Python's sign for a module that is not to be found
+    sys.modules.update(missing)
+    try:
+        yield
+    finally:
+        del sys.modules[package]
