@@ -68,11 +68,11 @@ __attribute__((always_inline)) inline void integer_parts(const PackedChunk<F>& c
   repeat<Chains>([&]<int S>() __attribute__((always_inline)) {
     for (int i = 0; i < Rows; ++i)
       for (int v = 0; v < kPanelVecs; ++v) acc[S][i][v] = zero();
-    chunk.prefetch(part + S);
   });
   repeat<Chunk::kGroup / 8>([&]<int Q>() __attribute__((always_inline)) {
     repeat<Chains>([&]<int S>() __attribute__((always_inline)) {
       const PackedQuad<F> first = chunk.quad(part + S, Q, 0), second = chunk.quad(part + S, Q, 1);
+      chunk.template prefetch<Q>(part + S);
       const uint16_t* x = t.x + (part + S) * Chunk::kGroup + Q * 8;
       repeat<4>([&]<int I>() __attribute__((always_inline)) {
         const Pairs codes[kPanelVecs] = {first.template pair<I, Q % 2 == 1>(), second.template pair<I, Q % 2 == 1>()};
@@ -98,10 +98,11 @@ __attribute__((always_inline)) inline void integer_parts(const PackedChunk<F>& c
   });
 }
 
-// sums[i] += the products of `inputs` inputs. Few rows compute several parts at once: a sum would wait for itself.
+// sums[i] += the products of `inputs` inputs. Where arithmetic is what takes the time, few rows compute two parts at once:
+// a sum would wait for itself. Where memory is, that would only be a second place to read from.
 template <int F, int Rows>
 inline void integer_tile(const PackedChunk<F>& chunk, const IntegerTile& t, int64_t inputs) {
-  constexpr int kChains = Rows <= 2 ? 4 : Rows <= 4 ? 2 : 1;
+  constexpr int kChains = kQuantForms[F].bits == 4 && 2 <= Rows && Rows <= 4 ? 2 : 1;
   const int64_t parts = inputs / kQuantForms[F].group;
   Vec totals[Rows][kPanelVecs];
   for (int i = 0; i < Rows; ++i)

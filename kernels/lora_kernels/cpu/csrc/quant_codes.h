@@ -3,7 +3,7 @@
 #pragma once
 
 constexpr int64_t kChunk = kLanes == 16 ? 256 : 128;  // inputs; their widened codes stay in the first-level cache
-constexpr int64_t kQuantAhead = 4096;                 // bytes between what is read and what is prefetched
+constexpr int64_t kQuantAhead = 8192;                 // bytes between what is read and what is prefetched
 
 // Calls f.template operator()<I>() for I in [0, N), unrolled.
 template <int N, typename F>
@@ -148,11 +148,18 @@ struct PackedChunk {
 
   // at: of the chunk, whose first input is the first of a super-block.
   explicit PackedChunk(const uint8_t* at) : groups(at + super_head_bytes(form)) {
-    if constexpr (form.super) load_super<F>(at, &super);
+    if constexpr (form.super) {
+      load_super<F>(at, &super);
+      prefetch_once<super_head_bytes(form)>(at + kQuantAhead);
+    }
   }
   const uint8_t* group(int64_t part) const { return groups + part * kGroup / 32 * group_bytes(form); }
+  // What lies kQuantAhead behind quad Q of a part. Lines that are asked for all at once hold each other up.
+  template <int Q>
   void prefetch(int64_t part) const {
-    if (part * kGroup % 32 == 0) prefetch_once<group_bytes(form)>(group(part) + kQuantAhead);
+    constexpr int64_t bytes = group_bytes(form) * kGroup / 32, lines = (bytes + 63) / 64, quads = kGroup / 8;
+    constexpr int64_t begin = lines * Q / quads, end = lines * (Q + 1) / quads;
+    prefetch_once<(end - begin) * 64>(groups + part * bytes + begin * 64 + kQuantAhead);
   }
   PackedQuad<F> quad(int64_t part, int q, int v) const {
     return {group(part) + group_head_bytes(form), static_cast<int>(part * kGroup % 32) / 8 + q, v};
