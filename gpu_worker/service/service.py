@@ -84,6 +84,7 @@ class Worker:
         self._publish_s = 0.0  # waited for step scripts, since the start
         self._has_outputs = asyncio.Event()
         self._beat_now = asyncio.Event()
+        self._beaten_loads = 0  # adapters that had come to the pool by the last beat
         self._engine_died = asyncio.Event()
         self._failure: BaseException | None = None  # why it died
         self._residency = ResidencyTime(time.monotonic())
@@ -315,7 +316,8 @@ class Worker:
             finally:  # also when they are given up with the membership: the engine must not wait for them
                 for _ in range(num_steps):
                     self.engine.ack_step()
-        if any(new.finish for new in whole.values()):
+        # Of requests that wait for adapters the scheduler sends so many until it knows that one has come.
+        if self.engine.stats().num_loads != self._beaten_loads or any(new.finish for new in whole.values()):
             self._beat_now.set()
 
     async def _write(self, pending: dict[str, PendingOutput]) -> None:
@@ -366,8 +368,10 @@ class Worker:
             self._beat_now.clear()
 
     def _own_beat(self) -> m.WorkerBeat:
+        stats = self.engine.stats()
+        self._beaten_loads = stats.num_loads
         return worker_beat(
-            self.name, self.engine.stats(), self.outbox, publish_s=self._publish_s, draining=self.draining,
+            self.name, stats, self.outbox, publish_s=self._publish_s, draining=self.draining,
         )  # fmt: skip
 
     async def _beat(self) -> None:

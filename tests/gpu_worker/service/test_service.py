@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import CoroutineType
 from typing import Any
 from urllib.request import urlopen
@@ -17,7 +18,8 @@ from helpers.full_memory import full_memory
 from helpers.waiting import wait_until
 
 from benchmarks.common.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine, expected_token, fake_served
-from gpu_worker.engine.request import EngineRequest
+from gpu_worker.engine.request import EngineRequest, EngineStats
+from gpu_worker.service import service
 from gpu_worker.service.service import Worker
 from protocol.queue.bus import Bus, Refused, Step, decode, now_ms
 from protocol.runtime.settings import Settings
@@ -458,6 +460,34 @@ async def test_a_worker_shows_its_own_metrics_on_its_port(bus: Bus, unused_tcp_p
         await wait_until(published, "the time of step scripts is shown")
     with pytest.raises(OSError, match="refused"):
         await asyncio.to_thread(scrape)
+
+
+class LoadingEngine(FakeEngine):
+    """An engine that says how many adapters have come to its pool."""
+
+    num_loads = 0
+
+    def stats(self) -> EngineStats:
+        return replace(super().stats(), num_loads=self.num_loads)
+
+
+async def test_it_beats_at_once_when_an_adapter_has_come(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler lets only a few adapters be on their way, and learns from beats which have come."""
+    monkeypatch.setattr(service, "BEAT_S", 3600.0)
+    engine = LoadingEngine(step_s=0.002, vocab_size=VOCAB)
+    async with running_worker(bus, engine=engine) as (worker, _):
+        await submit(bus, "r", max_new=1_000_000)
+        await assign(bus, worker.wid, "r")
+        for num in (1, 3):
+            await wait_until(lambda num=num: _has_tokens(bus, "r", 10 * num), "a request runs and does not end")
+            engine.num_loads = num
+
+            async def is_told(num: int = num) -> bool:
+                beat = (await bus.members.worker_beats())[worker.wid]
+                return beat is not None and beat.num_loads == num
+
+            await wait_until(is_told, "a beat tells of the adapter")
+        await bus.cancel("r")
 
 
 async def test_orders_about_adapters_are_obeyed_and_what_they_freed_is_told(bus: Bus) -> None:
