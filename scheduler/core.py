@@ -158,6 +158,12 @@ class Scheduler:
                 self.ledger.observe(worker)
         return dead
 
+    @property
+    def waits_for_loads(self) -> bool:
+        """Whether requests are queued whose adapter is nowhere, and workers load as many as they may."""
+        is_queued = any(self.backlog.queue(cls, False) for cls in CLASSES)
+        return is_queued and any(worker.cold for worker in self.workers.available())
+
     def learn(self, digest: str, facts: AdapterFacts) -> None:
         """Take an adapter's rank and size from its record."""
         self.placement.learn(digest, facts)

@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 WATCH_S = 0.5
 """Pause between looks at beats and deadlines."""
 
+LOADS_S = 0.1
+"""Pause between looks at beats alone while requests wait because enough adapters are on their way."""
+
 SEARCH_AGAIN_S = 30.0
 """By then every write has arrived that was on its way when the queue restarted."""
 
@@ -257,7 +260,16 @@ class Session:
                 await self._recovery.reconcile()
             rounds += 1
             self._wake.set()
-            await asyncio.sleep(WATCH_S)
+            await self._pause()
+
+    async def _pause(self) -> None:
+        """Wait for the next round; look at beats meanwhile if one may tell of an adapter that lets a request go on."""
+        end_s = time.monotonic() + WATCH_S
+        while (left_s := end_s - time.monotonic()) > 0:
+            await asyncio.sleep(min(left_s, LOADS_S) if self.scheduler.requests else left_s)
+            if left_s > LOADS_S and self.scheduler.waits_for_loads:
+                await self._watch_workers(0.0)  # the round counts the time
+                self._wake.set()
 
     async def _watch_workers(self, elapsed_s: float) -> None:
         for wid in self.scheduler.beats(await self._bus.members.worker_beats(), elapsed_s):

@@ -17,9 +17,11 @@ from protocol.queue.bus import Bus, decode, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import Internal
+from scheduler import session
 from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.recovery import Recovery
 from scheduler.service import serve
+from scheduler.workers import MAX_LOADS
 from tests.scheduler.fakes import (
     GATEWAY,
     FakeWorker,
@@ -348,6 +350,18 @@ async def test_an_adapter_that_is_nowhere_holds_up_nobody_and_is_fetched_ahead(b
         await holds(worker, *(f"warm{i}" for i in range(4)))
         assert sum(rid.startswith("cold") for rid in worker.held) == 4
         await wait_until(lambda: _prefetches(worker), "it is told to fetch others")
+
+
+async def test_who_waits_for_adapters_goes_on_as_soon_as_beats_tell(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = await FakeWorker(bus, "w1", capacity=64).join()
+    async with running_scheduler(bus):
+        await wait_until(lambda: status_is(bus, workers=1), "the worker is known")
+        monkeypatch.setattr(session, "WATCH_S", 3600.0)
+        await submit(bus, *(make_submit(f"r{i}", digest=f"c{i}") for i in range(3 * MAX_LOADS)))
+        for num in (1, 2, 3):
+            await holds(worker, *(f"r{i}" for i in range(num * MAX_LOADS)))
+            worker.resident = [f"c{i}" for i in range(num * MAX_LOADS)]
+            await worker.beat()
 
 
 async def _prefetches(worker: FakeWorker) -> bool:
