@@ -3,13 +3,16 @@
     python -m benchmarks.kv_cache [--errors | --short]
 
 Decode steps of 1 and 8 sequences of 8,192 tokens: whole steps, their attention alone, and a read of as many bytes (a
-sum of them, on all threads) take turns; figures are the least of each. --errors instead: the attention's outputs, the
-perplexity and the most probable tokens of the last 256 tokens of a text (this project's documentation) of 512 and of
-4,608 tokens. Nothing else should run for the times, which take two minutes; errors take three.
+sum of them, on all threads) take turns; figures are the least of each. A sequence's blocks lie in runs of 32, as a
+worker gives them to prompts in chunks of 512 tokens, or anywhere, as in a cache in pieces. --errors instead: the
+attention's outputs, the perplexity and the most probable tokens of the last 256 tokens of a text (this project's
+documentation) of 512 and of 4,608 tokens. Nothing else should run for the times, which take four minutes; errors take
+three.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +37,7 @@ from lora_kernels import cpu, kv_codes, ops
 CONTEXT, NUM_SEQS = 8192, (1, 8)
 LENGTHS, LAST, CHUNK = (512, 4608), 256, 256
 KINDS: dict[str, torch.dtype | None] = {"bfloat16": None, "int8": torch.int8}
+RUNS = {"runs": 32, "anywhere": 1}  # name -> neighbouring blocks
 ROUNDS = 15
 
 
@@ -85,8 +89,11 @@ def times(model: BaseModel, rounds: int) -> list[dict[str, Any]]:
     call = model.layers[0].call
     for num in NUM_SEQS:
         blocks = CONTEXT // ops.BLOCK_TOKENS
-        tables = np.random.default_rng(0).permutation(num * blocks).reshape(num, blocks)
-        batch = ops.build_attention_batch(np.ones(num, int), np.full(num, CONTEXT), tables, "cpu")
+        batches: dict[str, ops.AttentionBatch] = {}
+        for place, run in RUNS.items():
+            firsts = run * np.random.default_rng(0).permutation(num * blocks // run)
+            tables = (firsts[:, None] + np.arange(run)).reshape(num, blocks)
+            batches[place] = ops.build_attention_batch(np.ones(num, int), np.full(num, CONTEXT), tables, "cpu")
         q = torch.randn(num, call.num_heads, call.head_dim).to(model.dtype)
         calls: dict[str, Callable[[], object]] = {}
         sizes: dict[str, int] = {}
@@ -94,15 +101,17 @@ def times(model: BaseModel, rounds: int) -> list[dict[str, Any]]:
             allocate(model, dtype, num * blocks)
             caches = caches_of(model)
             sizes[kind] = sum(k.nbytes + v.nbytes for k, v in caches)
-            calls[f"{kind} attention"] = partial(attend, caches, q, batch)
-            calls[f"{kind} step"] = partial(step, model, caches, batch, torch.ones(num, dtype=torch.int64))
+            for place, batch in batches.items():
+                calls[f"{kind} {place} attention"] = partial(attend, caches, q, batch)
+                calls[f"{kind} {place} step"] = partial(step, model, caches, batch, torch.ones(num, dtype=torch.int64))
         calls["read"] = partial(torch.sum, torch.ones(sizes["bfloat16"] // 4))
         best = least(calls, rounds)
         bandwidth = 1e-9 * sizes["bfloat16"] / best["read"]
-        for kind, size in sizes.items():
-            attention, whole = best[f"{kind} attention"], best[f"{kind} step"]
+        for kind, place in itertools.product(KINDS, RUNS):
+            attention, whole = best[f"{kind} {place} attention"], best[f"{kind} {place} step"]
+            size = sizes[kind]
             points.append({
-                "sequences": num, "kind": kind, "mib": size / (1 << 20), "step_ms": 1e3 * whole,
+                "sequences": num, "kind": kind, "blocks": place, "mib": size / (1 << 20), "step_ms": 1e3 * whole,
                 "attention_ms": 1e3 * attention, "share": attention / whole, "gb_per_s": 1e-9 * size / attention,
                 "read_gb_per_s": bandwidth, "of_read": 1e-9 * size / attention / bandwidth,
             })  # fmt: skip

@@ -68,11 +68,12 @@ class BlockPool:
     def allocate(self, num: int) -> list[int]:
         """Return `num` free blocks, the least recently used, each with one reference; what they held is forgotten.
 
-        Raises ValueError if there are fewer.
+        In ascending order: attention reads a table's blocks one after the other, and a core fetches ahead upwards (of
+        blocks in descending order, as `release` leaves a chain's, half as fast). Raises ValueError if there are fewer.
         """
         if num > len(self._free):
             raise ValueError(f"{num} blocks asked for, {len(self._free)} are free")
-        blocks = [self._free.popitem(last=False)[0] for _ in range(num)]
+        blocks = sorted(self._free.popitem(last=False)[0] for _ in range(num))
         for block in blocks:
             self._forget(block)
             self._refs[block] = 1

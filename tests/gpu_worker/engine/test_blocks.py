@@ -122,6 +122,14 @@ def test_the_end_of_a_chain_is_reused_before_its_beginning() -> None:
     assert pool.lookup(hashes) == blocks[:3]
 
 
+def test_blocks_of_one_allocation_ascend() -> None:
+    pool = BlockPool(6)
+    blocks = pool.allocate(6)
+    publish_chain(pool, blocks, "x")
+    pool.release(blocks)
+    assert pool.allocate(4) == [2, 3, 4, 5]
+
+
 def test_blocks_without_content_are_reused_first() -> None:
     pool = BlockPool(4)
     cached = pool.allocate(2)

@@ -1,8 +1,8 @@
 // Paged attention by online softmax. Included inside the instruction set's namespace.
 //
-// A task's rows are its queries times the query heads of one kv head, so that a decode with grouped heads reads each
-// key and value once. Keys and values are packed 64 at a time into scratch memory for the products of a round, which
-// attention_rounds.h has.
+// A kv head's rows are a task's queries times the query heads that share it, so that a decode with grouped heads reads
+// each key and value once. The products of a round, 64 keys of one kv head, are in attention_rounds.h, where keys and
+// values are packed into scratch memory first, and in attention_direct.h, where few rows read them as they lie.
 #pragma once
 
 constexpr int64_t kKeys = 64;        // keys per round
@@ -16,18 +16,19 @@ inline SoftmaxState softmax_state(float* memory, int64_t rows, int64_t v_dim) {
   return {memory, memory + rows * v_dim, memory + rows * v_dim + rows};
 }
 
-// The entries of a task's kv head in the block of a key.
-inline const char* k_block(const AttentionArgs& args, const AttentionTask& task, int64_t key) {
+// The entries of a task's kv head, counted from its first, in the block of a key.
+inline const char* k_block(const AttentionArgs& args, const AttentionTask& task, int64_t head, int64_t key) {
   const int64_t block = args.block_tables[task.seq * args.max_blocks + key / kBlockTokens];
-  return static_cast<const char*>(args.k_cache) + (block * args.kv_heads + task.kv_head) * args.k_block_bytes;
+  return static_cast<const char*>(args.k_cache) + (block * args.kv_heads + task.kv_head + head) * args.k_block_bytes;
 }
-inline const char* v_block(const AttentionArgs& args, const AttentionTask& task, int64_t key) {
+inline const char* v_block(const AttentionArgs& args, const AttentionTask& task, int64_t head, int64_t key) {
   const int64_t block = args.block_tables[task.seq * args.max_blocks + key / kBlockTokens];
-  return static_cast<const char*>(args.v_cache) + (block * args.kv_heads + task.kv_head) * args.v_block_bytes;
+  return static_cast<const char*>(args.v_cache) + (block * args.kv_heads + task.kv_head + head) * args.v_block_bytes;
 }
 
-// The blocks that the next round reads, of this task or else of the next one. A round prefetches them little by little:
-// a core waits for some twenty lines at a time, so that memory would be idle while it computes, and it while they come.
+// The blocks that the next rounds read, of all of a task's kv heads, of this task or else of the next one. Rounds
+// prefetch them little by little, in the order of memory: a core waits for some twenty lines at a time, so that memory
+// would be idle while it computes, and it while they come.
 struct Ahead {
   static constexpr int kMaxBlocks = 2 * kKeys / kBlockTokens;
   static constexpr int kLines = 4;  // of one step
@@ -36,15 +37,20 @@ struct Ahead {
   int64_t at = 0;
   int block = 0, num_blocks = 0;
 
-  Ahead(const AttentionArgs& args, const AttentionTask* task, int64_t key, const AttentionTask* next)
-      : block_bytes{args.k_block_bytes, args.v_block_bytes} {
+  Ahead(const AttentionArgs& args, const AttentionTask* task, int64_t key, const AttentionTask* next) {
     if (key >= task->end_key) {
       if (!next) return;
       task = next, key = next->first_key;
     }
+    block_bytes[0] = task->num_kv_heads * args.k_block_bytes;
+    block_bytes[1] = task->num_kv_heads * args.v_block_bytes;
     for (const int64_t end = min(key + kKeys, task->end_key); key < end; key += kBlockTokens) {
-      blocks[num_blocks++] = k_block(args, *task, key);
-      blocks[num_blocks++] = v_block(args, *task, key);
+      blocks[num_blocks++] = k_block(args, *task, 0, key);
+      blocks[num_blocks++] = v_block(args, *task, 0, key);
+      if (const int64_t later = key + kKeys; later < task->end_key) {
+        touch_pages(k_block(args, *task, 0, later), block_bytes[0]);
+        touch_pages(v_block(args, *task, 0, later), block_bytes[1]);
+      }
     }
   }
   void operator()() {
@@ -96,10 +102,10 @@ inline void softmax_row(const AttentionArgs& args, const float* products, int64_
 
 template <typename T>
 inline void write_rows(const AttentionArgs& args, const AttentionTask& task, const SoftmaxState& state) {
-  const int64_t group = args.heads / args.kv_heads;
-  const int64_t token = args.query_starts[task.seq] + task.first_query;
-  for (int64_t r = 0; r < task.num_queries * group; ++r) {
-    const int64_t head = task.kv_head * group + r % group;
+  const int64_t group = args.heads / args.kv_heads, rows = task.num_queries * group;
+  const int64_t first_token = args.query_starts[task.seq] + task.first_query;
+  for (int64_t r = 0; r < task.num_kv_heads * rows; ++r) {
+    const int64_t head = (task.kv_head + r / rows) * group + r % group, token = first_token + r % rows / group;
     float total = state.total[r], factor = 1.0f;
     if (args.sinks) {
       const float sink = args.sinks[head];
@@ -107,7 +113,7 @@ inline void write_rows(const AttentionArgs& args, const AttentionTask& task, con
       factor = first_lane(exp(set1(state.peak[r] - peak)));
       total = total * factor + first_lane(exp(set1(sink - peak)));
     }
-    T* out = static_cast<T*>(args.out) + ((token + r / group) * args.heads + head) * args.v_dim;
+    T* out = static_cast<T*>(args.out) + (token * args.heads + head) * args.v_dim;
     const Vec inverse = set1(factor / total);
     for (int64_t d = 0; d < args.v_dim; d += kLanes) {
       const int64_t n = min(kLanes, args.v_dim - d);
@@ -117,13 +123,16 @@ inline void write_rows(const AttentionArgs& args, const AttentionTask& task, con
 }
 
 #include "attention_rounds.h"
+#ifdef __AVX512BF16__
+#include "attention_direct.h"
+#endif
 
 // T: of queries and outputs. Rounds: how the products are computed, see attention_rounds.h.
 template <typename T, typename Rounds>
 void attention_task(const AttentionArgs& args, const AttentionTask& task, const AttentionTask* next) {
   const int64_t group = args.heads / args.kv_heads;
-  const int64_t rows = task.num_queries * group;
-  Rounds rounds(args, rows);
+  const int64_t head_rows = task.num_queries * group, rows = task.num_kv_heads * head_rows;
+  Rounds rounds(args, head_rows, task.num_kv_heads);
   float* memory = task.partial < 0 ? rounds.state : args.partials + task.partial * args.partial_floats;
   const SoftmaxState state = softmax_state(memory, rows, args.v_dim);
   rounds.load_queries(task);
@@ -135,16 +144,20 @@ void attention_task(const AttentionArgs& args, const AttentionTask& task, const 
   for (int64_t key = task.first_key; key < task.end_key; key += kKeys) {
     const int64_t num_keys = min(kKeys, task.end_key - key);
     Ahead ahead(args, &task, key + kKeys, next);
-    rounds.pack(task, key, num_keys, ahead);
-    rounds.multiply_keys(num_keys, ahead);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t position = first_position + r / group;
-      const int64_t begin = args.window > 0 ? max(0, position + 1 - args.window - key) : 0;
-      const int64_t end = min(num_keys, position + 1 - key);
-      rounds.put_weights(r, begin, end, state);
-      for (int i = 0; i < 4; ++i) ahead();
+    for (int64_t h = 0; h < task.num_kv_heads; ++h) {
+      const int64_t first_row = h * head_rows;
+      rounds.pack(task, h, key, num_keys, ahead);
+      rounds.multiply_keys(first_row, num_keys, ahead);
+      for (int64_t r = 0; r < head_rows; ++r) {
+        const int64_t position = first_position + r / group;
+        const int64_t begin = args.window > 0 ? max(0, position + 1 - args.window - key) : 0;
+        const int64_t end = min(num_keys, position + 1 - key);
+        const int64_t row = first_row + r;
+        rounds.put_weights(r, begin, end, state.acc + row * args.v_dim, state.peak[row], state.total[row]);
+        for (int i = 0; i < Rounds::kAheadOfRow; ++i) ahead();
+      }
+      rounds.add_values(num_keys, state.acc + first_row * args.v_dim, ahead);
     }
-    rounds.add_values(num_keys, state.acc, ahead);
     while (ahead.block < ahead.num_blocks) ahead();
   }
   if (task.partial < 0) write_rows<T>(args, task, state);
@@ -153,7 +166,7 @@ void attention_task(const AttentionArgs& args, const AttentionTask& task, const 
 template <typename T>
 void merge_tasks(const AttentionArgs& args, const AttentionMerge& merge) {
   const AttentionTask& first = args.tasks[merge.first_task];
-  const int64_t rows = first.num_queries * (args.heads / args.kv_heads);
+  const int64_t rows = first.num_kv_heads * first.num_queries * (args.heads / args.kv_heads);
   const auto state_of = [&](int64_t i) {
     const int64_t slot = args.tasks[merge.first_task + i].partial;
     return softmax_state(args.partials + slot * args.partial_floats, rows, args.v_dim);
@@ -179,10 +192,17 @@ void merge_tasks(const AttentionArgs& args, const AttentionMerge& merge) {
 
 template <typename T>
 inline void run_task(const AttentionArgs& args, const AttentionTask& task, const AttentionTask* next) {
+#ifdef __AVX512BF16__
+  const int64_t rows = task.num_queries * (args.heads / args.kv_heads);
+  if constexpr (Product<T>::kDepth == 2)
+    if (!args.is_coded && !args.fixed_sums && DirectRounds::fits(args, rows))
+      return attention_task<T, DirectRounds>(args, task, next);
+#endif
   if (!args.is_coded) return attention_task<T, TypedRounds<T, T>>(args, task, next);
 #ifdef __AVX512VNNI__
   if constexpr (Product<T>::kDepth == 2)
-    attention_task<T, SplitRounds<T>>(args, task, next);
+    return DirectSplitRounds<T>::fits(args, rows) ? attention_task<T, DirectSplitRounds<T>>(args, task, next)
+                                                  : attention_task<T, SplitRounds<T>>(args, task, next);
   else
 #endif
     attention_task<T, TypedRounds<T, Code>>(args, task, next);

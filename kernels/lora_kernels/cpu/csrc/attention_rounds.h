@@ -5,14 +5,20 @@
 // is applied to its logits, a value's to its weights.
 #pragma once
 
+// The query of one of a task's rows, which are those of its first kv head, then of its second...
+template <typename T>
+inline const T* query_of(const AttentionArgs& args, const AttentionTask& task, int64_t row) {
+  const int64_t group = args.heads / args.kv_heads, rows = task.num_queries * group;
+  const int64_t token = args.query_starts[task.seq] + task.first_query + row % rows / group;
+  const int64_t head = (task.kv_head + row / rows) * group + row % group;
+  return static_cast<const T*>(args.q) + token * args.q_token + head * args.q_head;
+}
+
 // The queries of a task: [rows, k_dim].
 template <typename T, typename Left>
-inline void load_task_queries(const AttentionArgs& args, const AttentionTask& task, Left* q) {
-  const int64_t group = args.heads / args.kv_heads;
-  const int64_t token = args.query_starts[task.seq] + task.first_query;
-  for (int64_t i = 0; i < task.num_queries * group; ++i) {
-    const T* from = static_cast<const T*>(args.q) + (token + i / group) * args.q_token +
-                    (task.kv_head * group + i % group) * args.q_head;
+inline void load_task_queries(const AttentionArgs& args, const AttentionTask& task, int64_t rows, Left* q) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* from = query_of<T>(args, task, i);
     for (int64_t d = 0; d < args.k_dim; d += kLanes) {
       const int64_t n = min(kLanes, args.k_dim - d);
       store_n(q + i * args.k_dim + d, load_n(from + d, n), n);
@@ -75,29 +81,32 @@ struct TypedRounds {
   using Left = typename P::Left;
   using Right = typename P::Right;
 
+  static constexpr int kAheadOfRow = 4;  // how often memory is asked for at a row's softmax
+
   const AttentionArgs& args;
-  const int64_t rows;
-  Left *q, *weights;       // [rows, k_dim], [rows, kKeys]
+  const int64_t rows, num_heads;  // rows of a kv head, kv heads
+  Left *q, *weights;       // [num_heads * rows, k_dim], [rows, kKeys]
   Right *keys, *values;    // [k_dim / kDepth, kKeys], [kKeys / kDepth, v_dim]
-  float *products, *state;  // [rows, kKeys], [rows, v_dim + 2]
+  float *products, *state;  // [rows, kKeys], [num_heads * rows, v_dim + 2]
   float *k_scales, *v_scales;  // [kKeys], of codes
 
-  TypedRounds(const AttentionArgs& args, int64_t rows) : args(args), rows(rows) {
+  TypedRounds(const AttentionArgs& args, int64_t rows, int64_t num_heads)
+      : args(args), rows(rows), num_heads(num_heads) {
     // Every part is counted in floats, the widest entry.
     float* parts[8];
-    carve<8>({rows * args.k_dim, rows * kKeys, args.k_dim * kKeys, kKeys * args.v_dim, rows * kKeys,
-              rows * (args.v_dim + 2), kKeys, kKeys},
+    carve<8>({num_heads * rows * args.k_dim, rows * kKeys, args.k_dim * kKeys, kKeys * args.v_dim, rows * kKeys,
+              num_heads * rows * (args.v_dim + 2), kKeys, kKeys},
              parts);
     q = reinterpret_cast<Left*>(parts[0]), weights = reinterpret_cast<Left*>(parts[1]);
     keys = reinterpret_cast<Right*>(parts[2]), values = reinterpret_cast<Right*>(parts[3]);
     products = parts[4], state = parts[5], k_scales = parts[6], v_scales = parts[7];
   }
 
-  void load_queries(const AttentionTask& task) { load_task_queries<T>(args, task, q); }
+  void load_queries(const AttentionTask& task) { load_task_queries<T>(args, task, num_heads * rows, q); }
 
-  void pack(const AttentionTask& task, int64_t key, int64_t num_keys, Ahead& ahead) {
+  void pack(const AttentionTask& task, int64_t head, int64_t key, int64_t num_keys, Ahead& ahead) {
     for (int64_t b = 0; b < num_keys; b += kBlockTokens) {
-      const char *k_from = k_block(args, task, key + b), *v_from = v_block(args, task, key + b);
+      const char *k_from = k_block(args, task, head, key + b), *v_from = v_block(args, task, head, key + b);
       const auto* k = reinterpret_cast<const Entry*>(k_from);
       for (int64_t i = 0; i < kBlockTokens; i += kLanes) {
         P::pack_columns(k + i * args.k_dim, args.k_dim, args.k_dim, keys + b + i, kKeys);
@@ -113,19 +122,18 @@ struct TypedRounds {
     }
   }
 
-  void multiply_keys(int64_t num_keys, Ahead& ahead) {
+  void multiply_keys(int64_t first_row, int64_t num_keys, Ahead& ahead) {
     for (int64_t i = 0; i < rows * kKeys; i += kLanes) store(products + i, zero());
     const auto row = [&](int64_t r) { return products + r * kKeys; };
-    update<P>(q, args.k_dim, keys, kKeys, row, rows, args.k_dim / P::kDepth,
+    update<P>(q + first_row * args.k_dim, args.k_dim, keys, kKeys, row, rows, args.k_dim / P::kDepth,
               ceil_div(num_keys, kBlockTokens) * kBlockTokens, ahead);
     if constexpr (kIsCoded)
       for (int64_t r = 0; r < rows; ++r) scale_products(products + r * kKeys, k_scales, 1.0f);
   }
 
-  void put_weights(int64_t r, int64_t begin, int64_t end, const SoftmaxState& state) {
+  void put_weights(int64_t r, int64_t begin, int64_t end, float* acc, float& peak, float& total) {
     Left* own = weights + r * kKeys;
-    softmax_row(args, products + r * kKeys, begin, end, own, state.acc + r * args.v_dim, state.peak[r],
-                state.total[r]);
+    softmax_row(args, products + r * kKeys, begin, end, own, acc, peak, total);
     if constexpr (kIsCoded) scale_weights(own, v_scales, begin, end);
   }
 
@@ -220,39 +228,43 @@ inline void split_products(const SplitRow* left, int64_t rows, const int32_t* ri
 // of 16 bits.
 template <typename T>
 struct SplitRounds {
+  static constexpr int kAheadOfRow = 4;
+
   const AttentionArgs& args;
-  const int64_t rows, v_stride;  // columns of packed values: v_dim in whole vectors
-  SplitRow *q, *weights;
+  const int64_t rows, num_heads, v_stride;  // columns of packed values: v_dim in whole vectors
+  SplitRow *q, *weights;          // of num_heads * rows, of rows
   float* weight_row;              // [kKeys]
   int32_t *keys, *values;         // [k_dim / 4, kKeys], [kKeys / 4, v_stride]
-  float *products, *state;        // [rows, kKeys], [rows, v_dim + 2]
+  float *products, *state;        // [rows, kKeys], [num_heads * rows, v_dim + 2]
   float *k_scales, *v_scales;     // [kKeys]
+  float* more;                    // memory for more_floats
 
-  SplitRounds(const AttentionArgs& args, int64_t rows)
-      : args(args), rows(rows), v_stride(ceil_div(args.v_dim, kLanes) * kLanes) {
+  SplitRounds(const AttentionArgs& args, int64_t rows, int64_t num_heads, int64_t more_floats = 0)
+      : args(args), rows(rows), num_heads(num_heads), v_stride(ceil_div(args.v_dim, kLanes) * kLanes) {
     constexpr int64_t kRowFloats = sizeof(SplitRow) / sizeof(float);
+    const int64_t all_rows = num_heads * rows;
     float* parts[12];
-    carve<12>({rows * kRowFloats, rows * kRowFloats, rows * args.k_dim / 2, rows * kKeys / 2, max(args.k_dim, kKeys),
-               args.k_dim / 4 * kKeys, kKeys / 4 * v_stride, rows * kKeys, rows * (args.v_dim + 2), kKeys, kKeys, 0},
+    carve<12>({all_rows * kRowFloats, rows * kRowFloats, all_rows * args.k_dim / 2, rows * kKeys / 2,
+               max(args.k_dim, kKeys), args.k_dim / 4 * kKeys, kKeys / 4 * v_stride, rows * kKeys,
+               all_rows * (args.v_dim + 2), kKeys, kKeys, more_floats},
               parts);
     q = reinterpret_cast<SplitRow*>(parts[0]), weights = reinterpret_cast<SplitRow*>(parts[1]);
     auto *q_bytes = reinterpret_cast<int8_t*>(parts[2]), *w_bytes = reinterpret_cast<int8_t*>(parts[3]);
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < all_rows; ++r)
       q[r].high = q_bytes + 2 * r * args.k_dim, q[r].low = q[r].high + args.k_dim;
+    for (int64_t r = 0; r < rows; ++r) {
       weights[r].high = w_bytes + 2 * r * kKeys, weights[r].low = weights[r].high + kKeys;
     }
     weight_row = parts[4];
     keys = reinterpret_cast<int32_t*>(parts[5]), values = reinterpret_cast<int32_t*>(parts[6]);
-    products = parts[7], state = parts[8], k_scales = parts[9], v_scales = parts[10];
+    products = parts[7], state = parts[8], k_scales = parts[9], v_scales = parts[10], more = parts[11];
   }
 
   void load_queries(const AttentionTask& task) {
-    const int64_t group = args.heads / args.kv_heads, token = args.query_starts[task.seq] + task.first_query;
     // Sums of k_dim products of such an integer and a code stay below 2^31.
     const float most = static_cast<float>(min(32512, (int64_t{1} << 31) / (128 * args.k_dim) - 1));
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* from = static_cast<const T*>(args.q) + (token + i / group) * args.q_token +
-                      (task.kv_head * group + i % group) * args.q_head;
+    for (int64_t i = 0; i < num_heads * rows; ++i) {
+      const T* from = query_of<T>(args, task, i);
       for (int64_t d = 0; d < args.k_dim; d += kLanes) {
         const int64_t n = min(kLanes, args.k_dim - d);
         store_n(weight_row + d, load_n(from + d, n), n);
@@ -296,9 +308,9 @@ struct SplitRounds {
     }
   }
 
-  void pack(const AttentionTask& task, int64_t key, int64_t num_keys, Ahead& ahead) {
+  void pack(const AttentionTask& task, int64_t head, int64_t key, int64_t num_keys, Ahead& ahead) {
     for (int64_t b = 0; b < num_keys; b += kBlockTokens) {
-      const char *k = k_block(args, task, key + b), *v = v_block(args, task, key + b);
+      const char *k = k_block(args, task, head, key + b), *v = v_block(args, task, head, key + b);
       pack_keys(reinterpret_cast<const uint8_t*>(k), keys + b);
       ahead();
       pack_values(reinterpret_cast<const uint8_t*>(v), values + b / 4 * v_stride);
@@ -308,16 +320,15 @@ struct SplitRounds {
     }
   }
 
-  void multiply_keys(int64_t, Ahead& ahead) {
+  void multiply_keys(int64_t first_row, int64_t, Ahead& ahead) {
     // Columns past the round's keys are of the round before; their logits are not read.
     const auto put = [&](int64_t r, int64_t j, Vec sums) { store(products + r * kKeys + j, sums); };
-    split_products(q, rows, keys, kKeys, args.k_dim / 4, put, ahead);
-    for (int64_t r = 0; r < rows; ++r) scale_products(products + r * kKeys, k_scales, q[r].scale);
+    split_products(q + first_row, rows, keys, kKeys, args.k_dim / 4, put, ahead);
+    for (int64_t r = 0; r < rows; ++r) scale_products(products + r * kKeys, k_scales, q[first_row + r].scale);
   }
 
-  void put_weights(int64_t r, int64_t begin, int64_t end, const SoftmaxState& state) {
-    softmax_row(args, products + r * kKeys, begin, end, weight_row, state.acc + r * args.v_dim, state.peak[r],
-                state.total[r]);
+  void put_weights(int64_t r, int64_t begin, int64_t end, float* acc, float& peak, float& total) {
+    softmax_row(args, products + r * kKeys, begin, end, weight_row, acc, peak, total);
     const float largest = scale_weights(weight_row, v_scales, begin, end);
     split_row(weight_row, kKeys, largest, 32512, weights + r);
   }

@@ -99,11 +99,12 @@ struct KvWriteArgs {
   int64_t num_tokens, kv_heads, k_dim, v_dim;
 };
 
-// Queries [first_query, first_query + num_queries) of a sequence, one kv head, keys [first_key, end_key).
+// Queries [first_query, first_query + num_queries) of a sequence, kv heads [kv_head, kv_head + num_kv_heads), keys
+// [first_key, end_key).
 // Consecutive tasks that differ only in their keys form a split: each leaves its partial result in a slot of
 // AttentionArgs.partials, and the rows are merged afterwards.
 struct AttentionTask {
-  int32_t seq, kv_head, first_query, num_queries;
+  int32_t seq, kv_head, num_kv_heads, first_query, num_queries;
   int32_t first_key, end_key;  // first_key is a multiple of kBlockTokens
   int32_t partial;             // slot, or -1: the task sees all keys of its queries and writes the output
 };
@@ -120,6 +121,7 @@ struct AttentionArgs {
   const void *k_cache, *v_cache;
   int64_t k_block_bytes, v_block_bytes;
   bool is_coded;
+  bool fixed_sums;  // whether a row's sums must not depend on how many rows its task has
   void* out;  // [tokens, heads, v_dim] contiguous
   const int32_t* block_tables;
   int64_t max_blocks;

@@ -124,9 +124,24 @@ struct LoraTile {
     expand<Y>(site, hidden, stride, hidden + count * stride);
   }
 
-  void run() const {
+  template <typename Y>
+  void touch_rows(const LoraSiteArgs& site) const {
+    for (int64_t j = 0, num_rows = rank(site); j < num_rows; j += kPageRows) {
+      const int64_t n = min(kPageRows, num_rows - j);
+      touch_pages(rows<Y>(site, site.a_rows, j, args.in_features), n * args.in_features * sizeof(Y));
+      touch_pages(rows<Y>(site, site.b_rows, j, site.width), n * site.width * sizeof(Y));
+    }
+  }
+  void touch(const LoraSiteArgs& site) const { site.factors ? touch_rows<i8>(site) : touch_rows<T>(site); }
+
+  // next: the tile that comes after this one, or null.
+  void run(const LoraTile* next) const {
     for (int64_t s = 0; s < args.num_sites; ++s) {
       const LoraSiteArgs& site = args.sites[s];
+      if (s + 1 < args.num_sites)
+        touch(args.sites[s + 1]);
+      else if (next)
+        next->touch(args.sites[0]);
       if (rank(site) > 0) site.factors ? add<i8>(site) : add<T>(site);
     }
   }
@@ -134,6 +149,11 @@ struct LoraTile {
 
 void lora_add(const LoraArgs& args) {
   run(args.num_tiles, [&](int64_t tile) {
-    with_dtype(args.dtype, [&]<typename T>() { LoraTile<T>(args, args.tiles + 3 * tile).run(); });
+    with_dtype(args.dtype, [&]<typename T>() {
+      const int32_t* own = args.tiles + 3 * tile;
+      if (tile + 1 == args.num_tiles) return LoraTile<T>(args, own).run(nullptr);
+      const LoraTile<T> next(args, own + 3);
+      LoraTile<T>(args, own).run(&next);
+    });
   });
 }

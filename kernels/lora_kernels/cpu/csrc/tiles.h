@@ -24,6 +24,15 @@ inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch_line(static_cast<const char*>(from) + i);
 }
 
+// Asks for a line of each page of memory that is read soon. What lies here and there waits longer for its addresses to be
+// looked up than for its bytes, and a core fetches ahead no further than to the end of a page.
+inline void touch_pages(const void* from, int64_t bytes) {
+  constexpr int64_t kPageBytes = 4096;
+  const auto* at = static_cast<const char*>(from);
+  for (int64_t i = 0; i < bytes; i += kPageBytes) prefetch_line(at + i);
+  if (bytes > 0) prefetch_line(at + bytes - 1);
+}
+
 // For what is read once: it does not pass through the second-level cache.
 template <int64_t Bytes>
 inline void prefetch_once(const uint8_t* from) {
