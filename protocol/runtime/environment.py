@@ -7,7 +7,7 @@ Whatever is not named here stays behind: a child is started with `env=child_envi
 from __future__ import annotations
 
 import os
-from fnmatch import fnmatchcase
+from collections.abc import Iterable
 
 PROGRAM = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "TERM", "COLUMNS", "NO_COLOR", "LANG", "LANGUAGE", "LC_*", "TZ",
@@ -50,7 +50,7 @@ SERVICES = {
 def child_environment(*patterns: str) -> dict[str, str]:
     """Return those variables of this process that every program needs, and those that match any of `patterns`."""
     wanted = (*PROGRAM, *patterns)
-    return {name: value for name, value in os.environ.items() if any(fnmatchcase(name, p) for p in wanted)}
+    return {name: value for name, value in os.environ.items() if _is_named(name, wanted)}
 
 
 def forget_secrets(service: str) -> None:
@@ -60,5 +60,10 @@ def forget_secrets(service: str) -> None:
     """
     forgotten = {"store": (), "gateway": S3, "worker": S3}.get(service, (*HUB, *S3))
     for name in list(os.environ):
-        if any(fnmatchcase(name, p) for p in (*FLEET_SECRETS, *forgotten)):
+        if _is_named(name, (*FLEET_SECRETS, *forgotten)):
             del os.environ[name]
+
+
+def _is_named(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a name is one of `patterns`, or begins as one that ends with a star does."""
+    return any(name.startswith(pattern[:-1]) if pattern[-1] == "*" else name == pattern for pattern in patterns)

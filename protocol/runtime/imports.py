@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import importlib
+import importlib.util
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 
@@ -54,5 +56,17 @@ def without(package: str) -> Generator[None]:
     sys.modules.update(missing)
     try:
         yield
+    finally:
+        del sys.modules[package]
+
+
+def import_within(package: str, name: str) -> ModuleType:
+    """Import the module PACKAGE.NAME, but not what the package itself imports. Raises ImportError."""
+    spec = None if package in sys.modules else importlib.util.find_spec(package)
+    if spec is None:
+        return importlib.import_module(f"{package}.{name}")
+    sys.modules[package] = importlib.util.module_from_spec(spec)
+    try:
+        return importlib.import_module(f"{package}.{name}")
     finally:
         del sys.modules[package]
