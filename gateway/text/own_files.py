@@ -6,6 +6,7 @@ import asyncio
 import logging
 import zlib
 from collections import OrderedDict
+from functools import cached_property
 from weakref import WeakValueDictionary
 
 import httpx2
@@ -51,12 +52,17 @@ class OwnFiles:
         self._kept: OrderedDict[str, ModelFiles] = OrderedDict()
         self._facts: OrderedDict[str, tuple[str, int, int]] = OrderedDict()  # as `facts` returns, by digest: for ever
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
-        self._http = httpx2.AsyncClient(timeout=TIMEOUT, headers=headers, trust_env=False)
+        self._headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
+
+    @cached_property
+    def _http(self) -> httpx2.AsyncClient:
+        """Made by the first adapter with texts of its own: most have none, and it reads all certificates."""
+        return httpx2.AsyncClient(timeout=TIMEOUT, headers=self._headers, trust_env=False)
 
     async def close(self) -> None:
         """Close the connections to the stores."""
-        await self._http.aclose()
+        if "_http" in self.__dict__:
+            await self._http.aclose()
 
     async def facts(self, digest: str) -> tuple[str, int, int]:
         """Return the hash of an adapter's own texts, its vocabulary's size, and the number of its own labels.

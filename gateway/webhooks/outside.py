@@ -10,6 +10,7 @@ import asyncio
 import ipaddress
 import socket
 from collections.abc import Mapping
+from functools import cached_property
 from urllib.parse import urlsplit
 
 import httpx2
@@ -33,12 +34,17 @@ class Outside:
     def __init__(self, *, private: bool) -> None:
         """private: whether http:// and addresses of private networks are allowed."""
         self._private = private
+
+    @cached_property
+    def _http(self) -> httpx2.AsyncClient:
+        """Made by the first call: most gateways make none, and it reads all certificates."""
         limits = httpx2.Limits(max_keepalive_connections=0)
-        self._http = httpx2.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False, follow_redirects=False)
+        return httpx2.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False, follow_redirects=False)
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._http.aclose()
+        if "_http" in self.__dict__:
+            await self._http.aclose()
 
     def check(self, url: str) -> None:
         """Refuse a URL by its form. Raises BadRequest."""
