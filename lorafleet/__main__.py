@@ -45,6 +45,9 @@ COMMANDS = {
     "completion": ("lorafleet.operate.completion", "print what makes a shell complete these commands"),
 }
 
+NOT_AHEAD = ("-h", "--help", "--workers", "--threads")
+"""Flags of `lorafleet up` with which no worker is started before they are read."""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -72,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in words if not word.startswith("-")), None)
     ahead: WorkerAhead | None = None
-    if argv is None and chosen == "up" and not {"-h", "--help"} & set(words):
+    # Neither for help, nor where the first worker's share of the cores is another one than the machine.
+    if argv is None and chosen == "up" and not any(word.startswith(NOT_AHEAD) for word in words):
         from lorafleet.launcher.ahead import WorkerAhead
 
         ahead = WorkerAhead()
