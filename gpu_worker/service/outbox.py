@@ -45,6 +45,7 @@ class Outbox:
         self.owned: dict[str, OwnedRequest] = {}  # by request id
         self.released: list[bytes] = []  # work entries emptied outside a step; the next step deletes them
         self._left: dict[bytes, int] = {}  # work entry -> its requests that have not ended
+        self._built: dict[str, OwnedRequest] = {}  # those of the step that was built last, as they were owned then
 
     def knows(self, entry: bytes) -> bool:
         """Return whether a work entry was taken and some request of it has not ended."""
@@ -82,11 +83,13 @@ class Outbox:
         been assigned again since.
         """
         step = Step(done_entries=list(self.released))
+        self._built = {}
         ending: dict[bytes, int] = {}
         for rid, new in pending.items():
             request = self.owned.get(rid)
             if request is None or not new.cut(request):
                 continue
+            self._built[rid] = request
             step.rows.append(self._row(request, new))
             if request.gateway:
                 step.outs.setdefault(request.gateway, []).append(self._delta(request, new))
@@ -97,9 +100,11 @@ class Outbox:
         return step
 
     def commit(self, step: Step, pending: dict[str, PendingOutput]) -> None:
-        """Note that `step`, built from `pending`, is durable."""
+        """Note that `step`, built from `pending` last, is durable."""
         for row in step.rows:
-            request = self.owned[row.rid]
+            request = self._built[row.rid]
+            if self.owned.get(row.rid) is not request:
+                continue  # it was assigned again meanwhile; its next row is refused, and tells what it missed
             request.log += row.ids
             request.logprobs += row.logprobs
             new, before = pending[row.rid], request.timing
@@ -117,12 +122,13 @@ class Outbox:
     def recover(self, pending: dict[str, PendingOutput], refused: Sequence[Refused]) -> Recovery:
         """Change owned requests and `pending` by what a refused step tells, so that the rest can be written.
 
-        A row that an earlier try wrote, although its reply was lost, is recognised by the log's length.
+        A row that an earlier try wrote, although its reply was lost, is recognised by the log's length. What is told of
+        a request that was assigned again while the step was on its way says nothing of its new assignment.
         """
         recovery = Recovery()
         for row in refused:
             request, new = self.owned.get(row.rid), pending.get(row.rid)
-            if request is None or new is None:
+            if request is None or new is None or request is not self._built.get(row.rid):
                 continue
             if row.code in ("cancelled", "length"):
                 _adopt(request, new, row.length)

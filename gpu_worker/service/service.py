@@ -341,10 +341,10 @@ class Worker:
                 pause_s = min(2 * pause_s, 1.0)
 
     async def _recover(self, recovery: Recovery) -> None:
+        if recovery.dropped:  # before anything is waited for: they may be assigned again meanwhile
+            self.engine.cancel(recovery.dropped)
         for request in recovery.repairs:
             await self.bus.repair(request.rid, 0, bytes(request.log), bytes(request.logprobs), request.record_bytes)
-        if recovery.dropped:
-            self.engine.cancel(recovery.dropped)
         if recovery.returned:
             await self._hand_back(recovery.returned)
 

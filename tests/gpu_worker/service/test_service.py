@@ -20,6 +20,8 @@ from helpers.waiting import wait_until
 from benchmarks.common.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine, expected_token, fake_served
 from gpu_worker.engine.request import EngineRequest, EngineStats
 from gpu_worker.service import service
+from gpu_worker.service.outbox import Recovery
+from gpu_worker.service.owned import OwnedRequest
 from gpu_worker.service.service import Worker
 from protocol.queue.bus import Bus, Refused, Step, decode, now_ms
 from protocol.runtime.settings import Settings
@@ -254,6 +256,25 @@ async def test_a_log_that_lost_its_end_is_mended_before_more_is_written(bus: Bus
         await bus._redis.set(bus.keys.tok("r"), short, ex=600)
         await wait_until(lambda: _is(bus, "r", "completed"), "it completes")
     assert await log(bus, "r") == expected(100)
+
+
+async def test_what_is_dropped_is_cancelled_before_anything_is_waited_for(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """Meanwhile it may be assigned again, and the engine would be told to forget what it has just been given."""
+    done: list[str] = []
+    owned = OwnedRequest("r", 1, b"1-0", "", "t", num_prompt_tokens=5, record_bytes=0)
+    async with running_worker(bus) as (worker, _):
+
+        async def repair(*_: object) -> int:
+            done.append("repaired")
+            return 0
+
+        monkeypatch.setattr(worker.engine, "cancel", lambda rids: done.append(f"cancelled {rids}"))
+        monkeypatch.setattr(worker.bus, "repair", repair)
+        await worker._recover(Recovery(dropped=["s"], repairs=[owned]))
+        monkeypatch.undo()
+    assert done == ["cancelled ['s']", "repaired"]
 
 
 async def test_workers_of_another_model_may_not_join(bus: Bus) -> None:
