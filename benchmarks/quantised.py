@@ -5,13 +5,14 @@
 Eight layers of 8,192 x 2,048 in each kind, more than a cache holds, for 1 to 512 rows in bf16. Figures are the least of
 calls that take turns with a read of as many bytes (a sum of them, on all threads). Takes two minutes. With --cached one
 layer of 1,024 x 2,048 is multiplied again and again by one thread, for arithmetic alone; that is hardly changed by what
-else runs on the machine.
+else runs on the machine. There "int8" is the same product with inputs in int8.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import orjson
@@ -69,17 +70,22 @@ def cached() -> None:
     """Measure one thread on one layer of each kind, and print its best GFLOP/s."""
     torch.set_num_threads(1)
     kinds = (*SHOWN, None)
-    layers = [layers_of(kind, 1, CACHED_N) for kind in kinds]
+    exact = {kind or "bf16": layers_of(kind, 1, CACHED_N)[0] for kind in kinds}
+    layers: dict[str, ops.PackedLinear | ops.QuantisedLinear] = {}
+    for name, layer in exact.items():
+        layers[name] = layer
+        if isinstance(layer, ops.QuantisedLinear):
+            layers[f"{name}, int8"] = replace(layer, int8_inputs=True)
     rows: list[tuple[object, ...]] = []
     for num in CACHED_ROWS:
-        x, best = torch.randn(num, K).to(torch.bfloat16), [float("inf")] * len(kinds)
-        for i, layer in enumerate(layers):
+        x, best = torch.randn(num, K).to(torch.bfloat16), [float("inf")] * len(layers)
+        for i, layer in enumerate(layers.values()):
             end = time.perf_counter() + CACHED_S
             while (begin := time.perf_counter()) < end:
-                run(layer, x)
+                run([layer], x)
                 best[i] = min(best[i], time.perf_counter() - begin)
         rows.append((num, *(f"{2e-9 * num * CACHED_N * K / least:.0f}" for least in best)))
-    print(report.table(("rows", *(kind or "bf16" for kind in kinds)), rows))
+    print(report.table(("rows", *layers), rows))
 
 
 def main() -> None:

@@ -94,7 +94,7 @@ def load_engine(
         gpu = claim_gpu([gpu.strip() for gpu in settings.gpus.split(",")], settings.gpu_locks or settings.data / "gpus")
         logger.info("this worker has taken GPU %s of %s", gpu, settings.gpus)
     device = choose_device(settings.device)
-    refuse_int8_rows(settings, device)
+    refuse_what_a_cpu_serves(settings, device)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.workers))
     ops.fix_sums(settings.deterministic)
@@ -110,7 +110,7 @@ def load_engine(
     if task == "generate":
         model = load_model(
             folder, device, dtype, impl, score_tokens=settings.score_tokens, compiled=settings.compile,
-            keeps_answers=True,
+            keeps_answers=True, rounds_inputs=settings.quantize_activations,
         )  # fmt: skip
         engine, served = build_engine(model, settings, fetch, tokenizer, fetch_files)
         if model.answers is not None and model.check is not None and model.passes is None:
@@ -120,6 +120,8 @@ def load_engine(
         gc.collect()  # modules whose weights were packed hold each other, and the files that these were mapped from
         give_back_freed()
         room = f"room for {engine.blocks.num_blocks * BLOCK_TOKENS} KV tokens in {name_of(model.cache_dtype)}, "
+    elif settings.quantize_activations:
+        raise BadRequest("quantize_activations is on, which is served for causal LMs only")
     else:
         pooling = read_pooling(folder) if task == "embed" else None
         if headless:
@@ -294,10 +296,14 @@ def _files_only(fetch: Fetch) -> FetchFiles:
     return read_files
 
 
-def refuse_int8_rows(settings: Settings, device: torch.device) -> None:
-    """Raise BadRequest where adapters' rows are to be int8 on a device whose kernels do not know them."""
-    if settings.lora_dtype == "int8" and device.type != "cpu":
+def refuse_what_a_cpu_serves(settings: Settings, device: torch.device) -> None:
+    """Raise BadRequest where adapters' rows or activations are to be int8 on a device without kernels for them."""
+    if device.type == "cpu":
+        return
+    if settings.lora_dtype == "int8":
         raise BadRequest(f"lora_dtype is int8, which is served on a CPU only; the device is {device.type}")
+    if settings.quantize_activations:
+        raise BadRequest(f"quantize_activations is on, which is served on a CPU only; the device is {device.type}")
 
 
 def refuse_unless_fixed(engine: Engine) -> None:

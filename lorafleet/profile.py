@@ -22,7 +22,7 @@ from protocol.wire.errors import BadRequest
 
 FLAGS = (
     "adapters", "device", "dtype", "threads", "kernels", "compile", "max_num_seqs", "max_step_tokens", "max_model_len",
-    "kv_cache_bytes", "kv_cache_dtype", "adapter_pool_bytes", "log_level",
+    "kv_cache_bytes", "kv_cache_dtype", "quantization", "quantize_activations", "adapter_pool_bytes", "log_level",
 )  # fmt: skip
 MAX_OPERATIONS = 12
 

@@ -25,6 +25,7 @@ import gpu_worker
 import lora_kernels
 from gpu_worker.light_imports import state_of
 from gpu_worker.model.logits_check import LogitsCheck
+from gpu_worker.quantised.modules import has_rounded_inputs
 from gpu_worker.quantised.panels import PANELS
 from lora_kernels import ops
 from protocol.runtime.model_files import cache_folder
@@ -87,7 +88,8 @@ def answers_of(module: PreTrainedModel, folder: Path, impl: ops.Impl | None) -> 
     code = [state_of(Path(package.__path__[0])) for package in (gpu_worker, lora_kernels)]
     libraries = (torch.__version__, transformers.__version__, *_state(Path(inspect.getfile(type(module)))))
     processor = sorted(torch.cpu.get_capabilities().items())
-    key = repr((states, code, libraries, processor, type(module).__name__, str(module.dtype), impl))
+    computed = (type(module).__name__, str(module.dtype), impl, has_rounded_inputs(module))
+    key = repr((states, code, libraries, processor, *computed))
     name = "-".join(hashlib.sha256(part.encode()).hexdigest()[:16] for part in (str(folder.resolve()), key))
     return KeptAnswers(cache_folder() / "answers" / f"{name}.safetensors")
 

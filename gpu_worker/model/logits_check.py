@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gpu_worker.model.checkpoint import quantisation_of, takes_positions
+from gpu_worker.quantised.modules import has_rounded_inputs
 
 CHECK_LIMITS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
 """Differences of logits that rounding may make: 0.06 measured in bf16 with 30 layers. Wrong attention makes about 1."""
@@ -32,7 +33,7 @@ class LogitsCheck:
 
     prompts: list[Tensor]  # int64 [T]
     logits: list[Tensor]  # [T, V] of each prompt
-    sensitivity: float = 0.0  # `spread_of` after changing the embeddings' last digits; 0 if the model is not quantised
+    sensitivity: float = 0.0  # `spread_of` after changing the embeddings' last digits; 0 if no activations are rounded
     origin: str = ""  # the file in which an earlier start has kept them
 
     def limit(self, dtype: torch.dtype) -> float:
@@ -48,7 +49,7 @@ def ask_untouched(module: PreTrainedModel, config: Any) -> LogitsCheck:
     prompts = [torch.randint(config.vocab_size, (num,), generator=generator) for num in (longest, longest - 7)]
     prompts = [ids.to(module.device) for ids in prompts]
     logits = _logits_of(module, prompts)
-    if not quantisation_of(module.config):
+    if not quantisation_of(module.config) and not has_rounded_inputs(module):
         return LogitsCheck(prompts, logits)
     with last_digits_changed(module):
         return LogitsCheck(prompts, logits, spread_of(_logits_of(module, prompts), logits))

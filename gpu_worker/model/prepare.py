@@ -31,6 +31,7 @@ from gpu_worker.model.shortcuts import install_shortcuts
 from gpu_worker.model.tied import install_tied
 from gpu_worker.model.trial import Trial, run_trial
 from gpu_worker.one_by_one.trial import find_passes, watch
+from gpu_worker.quantised.modules import round_inputs_of
 from gpu_worker.tasks.headless import read_decoder
 from gpu_worker.tasks.model_tasks import ModelTasks, decoder_of, head_name_of, hidden_states
 from lora_kernels import ops
@@ -53,13 +54,16 @@ def load_model(
     score_tokens: str = "",
     compiled: bool = False,
     keeps_answers: bool = False,
+    rounds_inputs: bool = False,
 ) -> BaseModel:
     """Load a model folder and prepare it, see `prepare_model`. Raises BadRequest naming what cannot be served.
 
     score_tokens: see `read_score_tokens`. keeps_answers: use what the model on a CPU said at an earlier start, if that
-    is kept; see `kept_answers`.
+    is kept; see `kept_answers`. rounds_inputs: see `round_inputs_of`.
     """
     module, tasks = read_decoder(folder, device, dtype, score_tokens)
+    if rounds_inputs:
+        round_inputs_of(module)
     answers = answers_of(module, folder, impl) if keeps_answers and device.type == "cpu" else None
     eos_ids = read_eos_ids(folder, module.config)
     return prepare_model(module, eos_ids, impl, tasks, compiled=compiled, answers=answers)

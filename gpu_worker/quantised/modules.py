@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,8 +46,28 @@ def beside_each_other(linears: list[BlockLinear]) -> ops.QuantisedLinear:
     return ops.QuantisedLinear(
         [weight for part in parts for weight in part.weights], [panels for part in parts for panels in part.panels],
         [form for part in parts for form in part.forms], [size for part in parts for size in part.sizes],
-        parts[0].in_features,
+        parts[0].in_features, parts[0].int8_inputs,
     )  # fmt: skip
+
+
+def round_inputs_of(model: nn.Module) -> None:
+    """Let a model's quantised linear layers round their inputs to int8, in groups of 32.
+
+    Raises BadRequest where no layer is quantised.
+    """
+    linears = [module for module in model.modules() if isinstance(module, BlockLinear)]
+    if not linears:
+        raise BadRequest(
+            "quantize_activations is on, but no linear layer of this model is in GGUF's blocks:"
+            " name a GGUF file, or set quantization"
+        )
+    for linear in linears:
+        linear.packed = replace(linear.packed, int8_inputs=True)
+
+
+def has_rounded_inputs(model: nn.Module) -> bool:
+    """Return whether `round_inputs_of` has been called for a model."""
+    return any(isinstance(module, BlockLinear) and module.packed.int8_inputs for module in model.modules())
 
 
 class BlockEmbedding(nn.Module):

@@ -169,7 +169,8 @@ def linear(
     """x @ weight.T + bias: [T, N].
 
     x: [T, K]. packed: the weight [N, K], from `pack_linear` or `pack_quantised` of the same implementation. bias: [N].
-    Quantised weights are multiplied as the numbers that they stand for, rounded to no dtype.
+    Quantised weights are multiplied as the numbers that they stand for, rounded to no dtype; with `int8_inputs` of
+    theirs, x is multiplied as `quantised.round_inputs` has it.
     """
     return _choose(x, impl).linear(x, packed, bias)
 

@@ -13,6 +13,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lora_kernels import kv_codes
+
 Kind = Literal["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -81,6 +83,15 @@ def quantise(weight: Tensor, kind: Literal["q8_0", "q4_0"]) -> QuantisedWeight:
         codes = levels[:, :16] | levels[:, 16:] << 4
     rows = torch.cat([d.half().view(torch.uint8), codes], dim=1)
     return QuantisedWeight(kind, rows.view(len(weight), -1), weight.shape[1])
+
+
+def round_inputs(x: Tensor) -> Tensor:
+    """Return inputs [..., K] of products as int8 codes have them: fp32 numbers, each group of 32 with its own scale.
+
+    The largest of a group becomes 127. K is a multiple of 32.
+    """
+    codes, scales = kv_codes.encode(x.unflatten(-1, (-1, 32)))
+    return (codes.float() * scales[..., None]).flatten(-2)
 
 
 def _divide(blocks: Tensor, d: Tensor) -> Tensor:

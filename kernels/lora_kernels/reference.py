@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels import kv_codes, sums
-from lora_kernels.quantised import QuantisedWeight
+from lora_kernels.quantised import QuantisedWeight, round_inputs
 from lora_kernels.segments import BLOCK_TOKENS, PAGE_ROWS, AttentionBatch, LoraBatch
 from lora_kernels.tables import Activation, AdapterTable, DecoderLayer, LoraSite, PackedLinear, QuantisedLinear
 
@@ -120,7 +120,8 @@ def pack_quantised(weights: Sequence[QuantisedWeight]) -> QuantisedLinear:
 def linear(x: Tensor, packed: PackedLinear | QuantisedLinear, bias: Tensor | None = None) -> Tensor:
     """See `ops.linear`."""
     if isinstance(packed, QuantisedLinear):
-        out = torch.cat([F.linear(x.float(), weight.dequantise()) for weight in packed.weights], dim=-1)
+        rows = round_inputs(x) if packed.int8_inputs else x.float()
+        out = torch.cat([F.linear(rows, weight.dequantise()) for weight in packed.weights], dim=-1)
         return (out if bias is None else out + bias.float()).to(x.dtype)
     if sums.are_fixed():
         return sums.linear_in_blocks(x, packed.weight, bias)

@@ -57,6 +57,7 @@ class QuantisedLinear:
     forms: list[int]  # how each one's panels are laid out
     sizes: list[int]  # output width of each
     in_features: int
+    int8_inputs: bool = False  # whether inputs are rounded to int8 codes, see `quantised.round_inputs`
 
 
 @dataclass(frozen=True, slots=True)

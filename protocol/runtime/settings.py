@@ -240,9 +240,7 @@ class Settings(BaseSettings):
     request_timeout_s: float = Field(default=3600.0, description="deadline of a request, counted from its submission")
     job_ttl_s: float = Field(default=86_400.0, description="how long a job and its result are kept")
     conversation_ttl_s: float = Field(
-        default=30 * 86_400.0,
-        gt=0,
-        description="how long a conversation is kept after its last change; at least as a job",
+        default=30 * 86_400.0, gt=0, description="how long a conversation is kept after it changed; at least as a job"
     )
     tenant_conversations: int = Field(
         default=10_000, ge=0, description="most conversations of a tenant; 0: no limit; without keys: of all"
@@ -301,6 +299,9 @@ class Settings(BaseSettings):
         default="none",
         description="on a CPU: quantise the base's linear layers to 8 or 4 bits once, in the cache, and serve these",
     )
+    quantize_activations: bool = Field(
+        default=False, description="on a CPU: round inputs of quantised layers to int8 too: faster, less exact"
+    )
     kept_models: int = Field(
         default=4,
         ge=1,
@@ -337,9 +338,7 @@ class Settings(BaseSettings):
         description="how many times as long a step may take for tenants with more than their share; 0: any time",
     )
     max_batch_slowdown: float = Field(
-        default=1.1,
-        ge=0,
-        description="how many times as long a step may take for batch work; 0: as for tenants over their share",
+        default=1.1, ge=0, description="how many times as long a step may take for batch work; 0: as max_slowdown"
     )
     max_mask_s: float = Field(
         default=30.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import gguf
@@ -11,7 +12,7 @@ import torch
 from helpers.kernel_cases import assert_close, poisoned_memory, randn
 from helpers.quantised_weights import random_weight
 
-from lora_kernels import ops, quantised
+from lora_kernels import kv_codes, ops, quantised
 from lora_kernels.ops import Impl
 from lora_kernels.quantised import KINDS, Kind, QuantisedWeight
 
@@ -24,10 +25,16 @@ def oracle(weight: QuantisedWeight) -> torch.Tensor:
 
 
 def product(
-    x: torch.Tensor, weights: list[QuantisedWeight], impl: Impl, bias: torch.Tensor | None = None
+    x: torch.Tensor,
+    weights: list[QuantisedWeight],
+    impl: Impl,
+    bias: torch.Tensor | None = None,
+    *,
+    int8_inputs: bool = False,
 ) -> torch.Tensor:
     with poisoned_memory():
-        return ops.linear(x, ops.pack_quantised(weights, impl=impl), bias, impl=impl)
+        packed = replace(ops.pack_quantised(weights, impl=impl), int8_inputs=int8_inputs)
+        return ops.linear(x, packed, bias, impl=impl)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -89,6 +96,53 @@ def test_siblings_of_several_kinds(impl: Impl) -> None:
     assert_close(product(x, weights, impl), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_inputs(kind: Kind, dtype: torch.dtype, impl: Impl) -> None:
+    """The product with rounded inputs, for every form, remainders of tiles, and a last chunk that is not full."""
+    block = quantised.block_inputs(kind)
+    for rows, n, k in ((1, 70, 512), (9, 33, 256 + block), (13, 64, block)):
+        weight, bias = random_weight(kind, n, k), torch.linspace(-1, 1, n).to(dtype)
+        x = randn(rows, k, dtype=dtype)
+        x[0, :32] = 0
+        expected = quantised.round_inputs(x) @ oracle(weight).T + bias.float()
+        assert_close(product(x, [weight], impl, bias, int8_inputs=True), expected)
+
+
+def test_int8_inputs_are_rounded(native: Impl) -> None:
+    """Else the test above would pass with exact ones, within what it allows bf16."""
+    weight = random_weight("q8_0", 64, 512)
+    x = randn(40, 512)
+    exact, rounded = x @ oracle(weight).T, product(x, [weight], native, int8_inputs=True)
+    assert 1e-3 < (rounded - exact).norm() / exact.norm() < 2e-2
+    assert torch.allclose(rounded, quantised.round_inputs(x) @ oracle(weight).T, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q8_0"])
+def test_codes_of_inputs_are_exact(kind: Literal["q8_0", "q4_0"], native: Impl) -> None:
+    """Each output is one code times its scale and that of its only weight which is not zero."""
+    weight = quantised.quantise(torch.eye(256) * (8 if kind == "q4_0" else 127), kind)
+    weight.rows.view(-1, quantised.row_bytes(kind, 32))[:, :2] = torch.tensor([1.0]).half().view(torch.uint8)
+    factor = weight.dequantise().diagonal()
+    assert torch.equal(weight.dequantise(), torch.diag(factor))
+    x = randn(12, 256, seed=3)
+    x[1, 5], x[2, 64:96] = 40.0, 0.5
+    got = product(x, [weight], native, int8_inputs=True)
+    codes, scales = kv_codes.encode(x.unflatten(-1, (-1, 32)))
+    numbers = got.unflatten(-1, (-1, 32)) / scales[..., None]
+    assert torch.equal(numbers.round(), codes * factor.view(-1, 32))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_so_in_int8(bad: float, impl: Impl) -> None:
+    weight = random_weight("q4_k", 40, 256)
+    x = randn(3, 256)
+    x[1, 77] = bad
+    found = product(x, [weight], impl, int8_inputs=True)
+    assert found.isfinite().all(dim=1).tolist() == [True, False, True]
+    assert not found[1].isfinite().any()
+
+
 def test_a_row_is_the_same_beside_others(native: Impl) -> None:
     """Whatever is beside it, a row's product has the same bits: neither batch nor worker changes a token."""
     cases: list[tuple[Kind, int]] = [("q4_1", 640), ("q8_0", 32 * 7), ("q6_k", 512)]
@@ -96,9 +150,11 @@ def test_a_row_is_the_same_beside_others(native: Impl) -> None:
         weight = random_weight(kind, 96, width)
         for dtype in (torch.float32, BF16):
             x = randn(150, width, dtype=dtype)
-            alone = torch.cat([product(row, [weight], native) for row in x.split(1)])
-            for num in (2, 3, 7, 13, 15, 150):
-                assert torch.equal(product(x[:num], [weight], native), alone[:num]), (kind, dtype, num)
+            for int8 in (False, True):
+                alone = torch.cat([product(row, [weight], native, int8_inputs=int8) for row in x.split(1)])
+                for num in (2, 3, 7, 13, 15, 150):
+                    got = product(x[:num], [weight], native, int8_inputs=int8)
+                    assert torch.equal(got, alone[:num]), (kind, dtype, num, int8)
 
 
 def test_strided_rows_and_none(impl: Impl) -> None:

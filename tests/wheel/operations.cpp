@@ -114,7 +114,9 @@ void print_quantised(Scalar type) {
     const auto [panels, form] = pack_quantised(rows, kind.kind, 512);
     const int64_t size = 45;
     for (const int64_t tokens : {1, 9})
-      print(kind.kind, quant_linear(filled({tokens, 512}, type), {&panels, 1}, {&form, 1}, {&size, 1}, {}));
+      for (const bool int8_inputs : {false, true})
+        print(kind.kind,
+              quant_linear(filled({tokens, 512}, type), {&panels, 1}, {&form, 1}, {&size, 1}, {}, int8_inputs));
   }
 }
 

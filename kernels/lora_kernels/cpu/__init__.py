@@ -143,7 +143,7 @@ def pack_quantised(weights: Sequence[QuantisedWeight]) -> QuantisedLinear:
 def linear(x: Tensor, packed: PackedLinear | QuantisedLinear, bias: Tensor | None = None) -> Tensor:
     """See `ops.linear`."""
     if isinstance(packed, QuantisedLinear):
-        return _ops.quant_linear.default(x, packed.panels, packed.forms, packed.sizes, bias)
+        return _ops.quant_linear.default(x, packed.panels, packed.forms, packed.sizes, bias, packed.int8_inputs)
     if packed.layout == "plain":
         return sums.linear_in_blocks(x, packed.weight, bias) if sums.are_fixed() else F.linear(x, packed.weight, bias)
     return _ops.linear.default(x, packed.weight, bias, packed.out_features)
@@ -278,6 +278,7 @@ def _linears(linears: SiblingLinears) -> tuple[object, ...]:
     return (
         packed.panels if quantised else [packed.weight],
         packed.forms if quantised else [],
+        quantised and packed.int8_inputs,
         linears.bias,
         linears.sizes,
         [site.a_rows for site in sites],
@@ -311,8 +312,9 @@ def _register_fakes() -> None:
 
     @fake("lorafleet::quant_linear")
     def _(
-        x: Tensor, panels: Sequence[Tensor], forms: Sequence[int], sizes: Sequence[int], bias: Tensor | None
-    ) -> Tensor:
+        x: Tensor, panels: Sequence[Tensor], forms: Sequence[int], sizes: Sequence[int], bias: Tensor | None,
+        int8_inputs: bool,
+    ) -> Tensor:  # fmt: skip
         return x.new_empty(*x.shape[:-1], sum(sizes))
 
     @fake("lorafleet::paged_attention")

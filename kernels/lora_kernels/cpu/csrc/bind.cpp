@@ -155,7 +155,8 @@ STABLE_TORCH_LIBRARY(lorafleet, m) {
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
   m.def("quantised_form(str kind, int in_features) -> (int, int)");
   m.def("pack_quantised(Tensor rows, str kind, int in_features) -> (Tensor, int)");
-  m.def("quant_linear(Tensor x, Tensor[] panels, int[] forms, int[] sizes, Tensor? bias) -> Tensor");
+  m.def("quant_linear(Tensor x, Tensor[] panels, int[] forms, int[] sizes, Tensor? bias, "
+      "bool int8_inputs) -> Tensor");
   m.def(
       "lora_add_(Tensor(a!)[] outs, Tensor x, Tensor[] a_rows, Tensor[] b_rows, Tensor[] factors, int[] indices, "
       "int[] groups, Tensor ranks, Tensor scales, Tensor pages, Tensor rows, Tensor small_tiles, Tensor large_tiles, Tensor counts, "
@@ -180,8 +181,8 @@ STABLE_TORCH_LIBRARY(lorafleet, m) {
   m.def("stack_free(int stack) -> ()");
   m.def("stack_norm(int stack, Tensor weight, float eps, bool plus_one) -> ()");
   m.def(
-      "stack_linears(int stack, Tensor[] weights, int[] forms, Tensor? bias, int[] sizes, Tensor[] a_rows, "
-      "Tensor[] b_rows, Tensor[] factors, int[] indices, int[] groups) -> ()");
+      "stack_linears(int stack, Tensor[] weights, int[] forms, bool int8_inputs, Tensor? bias, int[] sizes, "
+      "Tensor[] a_rows, Tensor[] b_rows, Tensor[] factors, int[] indices, int[] groups) -> ()");
   m.def(
       "stack_layer(int stack, int[] shape, float scale, float softcap, Tensor k_cache, Tensor v_cache, Tensor? sinks, "
       "str act) -> ()");

@@ -42,6 +42,7 @@ inline void with_dtype(Dtype dtype, const F& f) {
 #include "attention.h"
 #include "linear.h"
 #include "quant_codes.h"
+#include "quant_int8.h"
 #include "quant.h"
 #include "lora.h"
 #include "pointwise.h"
@@ -50,7 +51,7 @@ inline void with_dtype(Dtype dtype, const F& f) {
 
 constexpr Kernels kKernels = {
     LORAFLEET_STRING(LORAFLEET_ISA), linear, quant_uses_integers, quant_prepare,
-    quant_linear, lora_add, kv_write, attention, rms_norm, rotary, gated_act, mask_logits,
+    quant_encode, quant_linear, lora_add, kv_write, attention, rms_norm, rotary, gated_act, mask_logits,
     argmax, scan, delta_rule, causal_conv,
 };
 

@@ -55,6 +55,9 @@ struct QuantArgs {
   int64_t x32_stride;
   const uint16_t* x_chunks;  // x as LinearArgs has it, where products are of bf16
   const float* x_sums;  // sums of x's groups: [rows, in_features / 32]; null: no part has minima, or x32 is there
+  const int8_t* x_codes;    // x as int8 codes, laid out as x_chunks, each eight in the order of kInt8Order; or null
+  const float* x_scales;    // of x_codes' groups: [rows, in_features / 32]
+  const int32_t* x_halves;  // sums of x_codes' halves of groups: [rows, in_features / 16]
   const QuantPart* parts;  // side by side in out
   int64_t num_parts;
   const void* bias;  // [out_features of all parts] or null
@@ -234,6 +237,7 @@ struct Kernels {
   void (*linear)(const LinearArgs&);
   bool (*quant_uses_integers)(Dtype);
   void (*quant_prepare)(const QuantArgs&, float* x32, float* x_sums);
+  void (*quant_encode)(const QuantArgs&, int8_t* x_codes, float* x_scales, int32_t* x_halves);
   void (*quant_linear)(const QuantArgs&);
   void (*lora_add)(const LoraArgs&);
   void (*kv_write)(const KvWriteArgs&);

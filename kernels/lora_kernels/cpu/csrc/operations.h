@@ -30,7 +30,9 @@ std::tuple<Tensor, Tensor> argmax(const Tensor& x);
 Tensor pack_linear(Tensors weights);
 std::tuple<int64_t, int64_t> quantised_form(std::string_view kind, int64_t in_features);
 std::tuple<Tensor, int64_t> pack_quantised(const Tensor& rows, std::string_view kind, int64_t in_features);
-Tensor quant_linear(const Tensor& x, Tensors panels, Ints forms, Ints sizes, const OptionalTensor& bias);
+// int8_inputs: x is rounded to int8 codes, each group of 32 inputs with a scale of its own.
+Tensor quant_linear(const Tensor& x, Tensors panels, Ints forms, Ints sizes, const OptionalTensor& bias,
+                    bool int8_inputs);
 
 // states.cpp
 Tensor selective_scan(const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& b, const Tensor& c,
@@ -45,8 +47,8 @@ Tensor causal_conv(const Tensor& x, const Tensor& weight, const Tensor& states, 
 int64_t stack_new();
 void stack_free(int64_t stack);
 void stack_norm(int64_t stack, const Tensor& weight, double eps, bool plus_one);
-void stack_linears(int64_t stack, Tensors weights, Ints forms, const OptionalTensor& bias, Ints sizes, Tensors a_rows,
-                   Tensors b_rows, Tensors factors, Ints indices, Ints groups);
+void stack_linears(int64_t stack, Tensors weights, Ints forms, bool int8_inputs, const OptionalTensor& bias, Ints sizes,
+                   Tensors a_rows, Tensors b_rows, Tensors factors, Ints indices, Ints groups);
 void stack_layer(int64_t stack, Ints shape, double scale, double softcap, const Tensor& k_cache, const Tensor& v_cache,
                  const OptionalTensor& sinks, std::string_view act);
 void stack_run(int64_t stack, const Tensor& x, const Tensor& cos, const Tensor& sin, Tensors attention, Tensors table,

@@ -3,7 +3,7 @@
 // With bf16 products the codes become integers in registers, and each group's sum is scaled in fp32: a table look-up
 // between packed codes and products takes less time than widened codes take to be stored and loaded. Otherwise a code
 // becomes its weight in fp32, a chunk of inputs at a time in the thread's scratch memory, where all rows use them.
-// Either way no weight is rounded to bf16.
+// Either way no weight is rounded to bf16. Where inputs are int8 codes, quant_int8.h has the products.
 #pragma once
 
 constexpr int64_t kQuantRows = 128;  // rows that share a chunk of codes
@@ -157,8 +157,11 @@ inline void quant_panel(const QuantArgs& args, const QuantPart& part, const uint
   float* memory = scratch(kQuantRows * kPanel + kChunk * kPanel);
   float* sums = memory + kChunk * kPanel;  // behind what is widened
   for (int64_t i = 0; i < rows * kPanel; i += kLanes) store(sums + i, zero());
+  if (args.x_codes)
+    kInt8Panel[part.form](args, panel, row, rows, sums, memory);
+  else
 #ifdef __AVX512BF16__
-  if (args.x_chunks)
+      if (args.x_chunks)
     kIntegerPanel[part.form](args, panel, row, rows, sums);
   else
 #endif

@@ -166,7 +166,7 @@ std::tuple<Tensor, int64_t> pack_quantised(const Tensor& rows, std::string_view 
 }
 
 Tensor quant_linear(const Tensor& x, Tensors panels, Ints forms, Ints sizes,
-                    const OptionalTensor& bias) {
+                    const OptionalTensor& bias, bool int8_inputs) {
   const int64_t num_parts = panels.size(), in_features = x.size(-1), rows = x.numel() / std::max<int64_t>(1, in_features);
   LORAFLEET_CHECK(num_parts > 0 && forms.size() == panels.size() && sizes.size() == panels.size(),
               "every part needs panels, a form and a size");
@@ -197,6 +197,9 @@ Tensor quant_linear(const Tensor& x, Tensors panels, Ints forms, Ints sizes,
       .x32_stride = in_features,
       .x_chunks = nullptr,
       .x_sums = nullptr,
+      .x_codes = nullptr,
+      .x_scales = nullptr,
+      .x_halves = nullptr,
       .parts = parts.data(),
       .num_parts = num_parts,
       .bias = bias ? bias->data : nullptr,
@@ -204,8 +207,17 @@ Tensor quant_linear(const Tensor& x, Tensors panels, Ints forms, Ints sizes,
       .rows = rows,
       .in_features = in_features,
   };
-  Tensor chunks, prepared;  // keep the memory of what is made of x
-  if (active->quant_uses_integers(args.dtype)) {
+  Tensor chunks, prepared, halves;  // keep the memory of what is made of x
+  if (int8_inputs) {
+    chunks = empty({(in_features + kXChunk - 1) / kXChunk, rows, kXChunk}, Scalar::kChar);
+    prepared = empty({rows, in_features / 32}, Scalar::kFloat);
+    halves = empty({rows, in_features / 16}, Scalar::kInt);
+    auto* const codes = reinterpret_cast<int8_t*>(chunks.data);
+    auto* const scales = entries_of<float>(prepared, "x");
+    auto* const sums = entries_of<int32_t>(halves, "x");
+    active->quant_encode(args, codes, scales, sums);
+    args.x_codes = codes, args.x_scales = scales, args.x_halves = sums;
+  } else if (active->quant_uses_integers(args.dtype)) {
     chunks = chunk_rows(x);
     args.x_chunks = reinterpret_cast<const uint16_t*>(chunks.data);
     if (has_min) {

@@ -14,6 +14,7 @@ namespace {
 struct Sites {
   std::vector<Tensor> weights;  // one, packed [panels, K / 2, 32, 2] or [N, K]; or panels of quantised ones
   std::vector<int64_t> forms;   // of quantised ones; none: they are not
+  bool int8_inputs;             // of quantised ones
   OptionalTensor bias;
   std::vector<int64_t> sizes;  // output widths of the siblings
   std::vector<Tensor> a_rows, b_rows;  // none: no adapter touches these layers
@@ -78,9 +79,11 @@ void announce_weights(const Sites& sites, const Tensor& x) {
 // Returns the outputs of all siblings side by side: [T, sum of sizes].
 Tensor project(const Sites& sites, const Tensor& x, const Step& step) {
   const Tensor& weight = sites.weights[0];
-  const Tensor out = !sites.forms.empty() ? quant_linear(x, sites.weights, sites.forms, sites.sizes, sites.bias)
-                     : weight.dim() == 4  ? linear(x, weight, sites.bias, width_of(sites))
-                                          : plain_linear(x, weight, sites.bias);
+  const Tensor out =
+      !sites.forms.empty()
+          ? quant_linear(x, sites.weights, sites.forms, sites.sizes, sites.bias, sites.int8_inputs)
+      : weight.dim() == 4 ? linear(x, weight, sites.bias, width_of(sites))
+                          : plain_linear(x, weight, sites.bias);
   if (step.lora.empty() || sites.a_rows.empty()) return out;
   std::vector<Tensor> outs;
   int64_t first = 0;
@@ -162,11 +165,11 @@ void stack_norm(int64_t stack, const Tensor& weight, double eps, bool plus_one) 
   stack_at(stack)->next.norms.push_back({weight, eps, plus_one});
 }
 
-void stack_linears(int64_t stack, Tensors weights, Ints forms, const OptionalTensor& bias, Ints sizes, Tensors a_rows,
-                   Tensors b_rows, Tensors factors, Ints indices, Ints groups) {
+void stack_linears(int64_t stack, Tensors weights, Ints forms, bool int8_inputs, const OptionalTensor& bias, Ints sizes,
+                   Tensors a_rows, Tensors b_rows, Tensors factors, Ints indices, Ints groups) {
   LORAFLEET_CHECK(!weights.empty(), "linear layers need a weight");
-  stack_at(stack)->next.sites.push_back({kept(weights), kept(forms), bias, kept(sizes), kept(a_rows), kept(b_rows),
-                                         kept(factors), kept(indices), kept(groups)});
+  stack_at(stack)->next.sites.push_back({kept(weights), kept(forms), int8_inputs, bias, kept(sizes), kept(a_rows),
+                                         kept(b_rows), kept(factors), kept(indices), kept(groups)});
 }
 
 void stack_layer(int64_t stack, Ints shape, double scale, double softcap, const Tensor& k_cache, const Tensor& v_cache,

@@ -138,3 +138,21 @@ inline void transpose(Vec rows[kLanes]) {
   }
   for (int i = 0; i < 8; ++i) rows[i] = t[i];
 }
+
+// Codes of weights as integer products want them, four inputs of each of kLanes columns: their sizes and their signs.
+constexpr bool kUnsignedCodes = false;
+using Ints = __m256i;
+struct Codes {
+  __m256i sizes, signs;
+};
+inline Ints set1_int(int x) { return _mm256_set1_epi32(x); }
+inline Vec to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
+inline Codes load_codes(const uint8_t* p) {
+  const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_abs_epi8(codes), codes};
+}
+// acc[i] += the sum of codes[4 i + j] * (byte j of x). Two products of 128 and 127 fit into 16 bits.
+inline Ints dot_codes(Ints acc, const Codes& codes, int x) {
+  const __m256i products = _mm256_maddubs_epi16(codes.sizes, _mm256_sign_epi8(_mm256_set1_epi32(x), codes.signs));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+}

@@ -136,3 +136,32 @@ inline void transpose(Vec rows[kLanes]) {
     rows[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
   }
 }
+
+// Codes of weights as integer products want them, four inputs of each of kLanes columns: unsigned where the processor
+// multiplies unsigned by signed bytes, else signed, as their sizes and their signs.
+using Ints = __m512i;
+inline Ints set1_int(int x) { return _mm512_set1_epi32(x); }
+inline Vec to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
+#ifdef __AVX512VNNI__
+constexpr bool kUnsignedCodes = true;
+using Codes = __m512i;
+inline Codes load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+// acc[i] += the sum of codes[4 i + j] * (byte j of x)
+inline Ints dot_codes(Ints acc, Codes codes, int x) { return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(x)); }
+#else
+constexpr bool kUnsignedCodes = false;
+struct Codes {
+  __m512i sizes;
+  __mmask64 negative;
+};
+inline Codes load_codes(const uint8_t* p) {
+  const __m512i codes = _mm512_loadu_si512(p);
+  return {_mm512_abs_epi8(codes), _mm512_movepi8_mask(codes)};
+}
+// acc[i] += the sum of codes[4 i + j] * (byte j of x). Two products of 128 and 127 fit into 16 bits.
+inline Ints dot_codes(Ints acc, const Codes& codes, int x) {
+  const __m512i all = _mm512_set1_epi32(x);
+  const __m512i turned = _mm512_mask_sub_epi8(all, codes.negative, _mm512_setzero_si512(), all);
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(codes.sizes, turned), _mm512_set1_epi16(1)));
+}
+#endif

@@ -161,3 +161,26 @@ inline void transpose(Vec rows[kLanes]) {
     rows[i + 4].lo = upper;
   }
 }
+
+// Codes of weights as integer products want them, four inputs of each of kLanes columns.
+constexpr bool kUnsignedCodes = false;
+struct Ints {
+  int32x4_t lo, hi;
+};
+struct Codes {
+  int8x16_t lo, hi;
+};
+inline Ints set1_int(int x) { return {vdupq_n_s32(x), vdupq_n_s32(x)}; }
+inline Vec to_floats(Ints a) { return {vcvtq_f32_s32(a.lo), vcvtq_f32_s32(a.hi)}; }
+inline Codes load_codes(const uint8_t* p) {
+  return {vreinterpretq_s8_u8(vld1q_u8(p)), vreinterpretq_s8_u8(vld1q_u8(p + 16))};
+}
+inline int32x4_t dot_codes(int32x4_t acc, int8x16_t codes, int8x16_t x) {
+  const int16x8_t first = vmull_s8(vget_low_s8(codes), vget_low_s8(x)), second = vmull_high_s8(codes, x);
+  return vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(first), vpaddlq_s16(second)));
+}
+// acc[i] += the sum of codes[4 i + j] * (byte j of x)
+inline Ints dot_codes(Ints acc, const Codes& codes, int x) {
+  const int8x16_t all = vreinterpretq_s8_s32(vdupq_n_s32(x));
+  return {dot_codes(acc.lo, codes.lo, all), dot_codes(acc.hi, codes.hi, all)};
+}

@@ -1,0 +1,106 @@
+"""`quantize_activations`: tokens are those of transformers whose linear layers see their inputs rounded as ours do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from oracle.peft_oracle import Oracle, ask, greedy_request, prompts
+from oracle.test_quantization import KEPT, LORAS, NUM_TOKENS, base, dequantised
+from transformers import LlamaForCausalLM
+
+from gpu_worker.build import build_engine, load_engine, refuse_what_a_cpu_serves
+from gpu_worker.engine.engine import Engine
+from gpu_worker.model.checkpoint import read_config, read_model
+from gpu_worker.model.kept_answers import answers_of
+from gpu_worker.model.prepare import prepare_model
+from gpu_worker.quantised.modules import has_rounded_inputs, round_inputs_of
+from gpu_worker.quantised.quantise import quantised_folder
+from lora_kernels import cpu, ops
+from lora_kernels.quantised import round_inputs
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import BadRequest
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu.load()  # the native kernels lie in the same cache, and are not to be built for each test
+    monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def with_rounded_inputs(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """Round what the layers that are quantised multiply; what PEFT adds to them sees their inputs as they are."""
+
+    def hook(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (round_inputs(args[0]), *args[1:])
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.in_features % 32 == 0:
+            module.register_forward_pre_hook(hook)
+    return model
+
+
+def engine_on(folder: Path, oracle: Oracle, impl: ops.Impl | None = None, **settings: Any) -> Engine:
+    module = read_model(folder, CPU, torch.float32)
+    round_inputs_of(module)
+    values = {"adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20} | settings
+    return build_engine(prepare_model(module, frozenset(), impl), Settings(model="m", **values), oracle.fetch)[0]
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_tokens_are_those_of_rounded_inputs(quantization: Literal["int8", "int4"], tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    exact = dequantised(base(folder, tie_word_embeddings=True), quantization)
+    oracle = Oracle(with_rounded_inputs(exact), LORAS, scale=0.4)
+    made = quantised_folder(folder, read_config(folder), quantization, KEPT)
+    asked = [(name, prompt) for prompt in prompts(3, 160) for name in oracle.names]
+    requests = [greedy_request(str(i), name, prompt, NUM_TOKENS) for i, (name, prompt) in enumerate(asked)]
+    expected = [oracle.greedy(name, prompt, NUM_TOKENS) for name, prompt in asked]
+    for settings in ({}, {"max_step_tokens": 16, "max_num_seqs": 8}):
+        got = ask(engine_on(made, oracle, **settings), requests)
+        assert [got.ids[str(i)] for i in range(len(asked))] == expected
+    assert len({tuple(ids) for ids in expected[:3]}) == 3, "adapters change the answer"
+
+
+def test_rounding_is_seen(tmp_path: Path) -> None:
+    """Else the test above would pass with exact inputs."""
+    folder = tmp_path / "base"
+    model, other = dequantised(base(folder), "int8"), with_rounded_inputs(dequantised(base(folder), "int8"))
+    made = quantised_folder(folder, read_config(folder), "int8", KEPT)
+    ours = read_model(made, CPU, torch.float32)
+    ids = torch.from_numpy(prompts(1, 160)[0]).long()[None]
+    with torch.inference_mode():
+        exact, rounded = model(ids).logits, other(ids).logits
+        assert torch.allclose(ours(ids).logits, exact, atol=1e-4)
+        round_inputs_of(ours)
+        assert torch.allclose(ours(ids).logits, rounded, atol=2e-3)
+    assert (rounded - exact).abs().max() > 1e-2
+
+
+def test_answers_that_are_kept_are_of_one_setting(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    base(folder)
+    made = quantised_folder(folder, read_config(folder), "int4", KEPT)
+    module = read_model(made, CPU, torch.float32)
+    assert not has_rounded_inputs(module)
+    before = answers_of(module, made, None)
+    round_inputs_of(module)
+    assert has_rounded_inputs(module)
+    assert answers_of(module, made, None) != before
+
+
+def test_what_it_is_not_served_for_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    base(folder)
+    settings = Settings(model=str(folder), device="cpu", quantize_activations=True)
+    with pytest.raises(BadRequest, match="quantize_activations is on, but no linear layer of this model is in GGUF's"):
+        load_engine(settings, lambda _: pytest.fail("no adapter is asked for"))
+    with pytest.raises(BadRequest, match="quantize_activations is on, which is served for causal LMs only"):
+        load_engine(settings.model_copy(update={"task": "score"}), lambda _: pytest.fail("no adapter is asked for"))
+    refuse_what_a_cpu_serves(settings, CPU)
+    with pytest.raises(BadRequest, match=r"quantize_activations is on.* a CPU only; the device is cuda"):
+        refuse_what_a_cpu_serves(settings, torch.device("cuda"))
