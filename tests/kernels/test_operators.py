@@ -29,8 +29,9 @@ def test_schemas_and_fake_kernels_are_true(native: Impl) -> None:
     blocks = random_weight("q4_k", 48, 256).rows
     torch.library.opcheck(lorafleet.pack_quantised.default, (blocks, "q4_k", 256), test_utils=checks)
     panels, form = lorafleet.pack_quantised(blocks, "q4_k", 256)
-    quantised = (torch.randn(5, 256).to(BF16), [panels, panels], [form, form], [48, 48], None)
-    torch.library.opcheck(lorafleet.quant_linear.default, quantised, test_utils=checks)
+    for int8_inputs in (False, True):
+        quantised = (torch.randn(5, 256).to(BF16), [panels, panels], [form, form], [48, 48], None, int8_inputs)
+        torch.library.opcheck(lorafleet.quant_linear.default, quantised, test_utils=checks)
     torch.library.opcheck(lorafleet.rms_norm.default, (x, x[0].clone(), 1e-5, residual, False), test_utils=checks)
     torch.library.opcheck(lorafleet.gated_act.default, (x, x.clone(), "silu"), test_utils=checks)
     rows, words = torch.tensor([3, 1]), torch.tensor([[5, -1], [0, 7]], dtype=torch.int32)

@@ -18,7 +18,7 @@ from gpu_worker.model.kept_answers import answers_of
 from gpu_worker.model.prepare import prepare_model
 from gpu_worker.quantised.modules import has_rounded_inputs, round_inputs_of
 from gpu_worker.quantised.quantise import quantised_folder
-from lora_kernels import cpu, ops
+from lora_kernels import cpu
 from lora_kernels.quantised import round_inputs
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
@@ -44,11 +44,11 @@ def with_rounded_inputs(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
-def engine_on(folder: Path, oracle: Oracle, impl: ops.Impl | None = None, **settings: Any) -> Engine:
+def engine_on(folder: Path, oracle: Oracle, **settings: Any) -> Engine:
     module = read_model(folder, CPU, torch.float32)
     round_inputs_of(module)
-    values = {"adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20} | settings
-    return build_engine(prepare_model(module, frozenset(), impl), Settings(model="m", **values), oracle.fetch)[0]
+    values: dict[str, Any] = {"model": "m", "adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20} | settings
+    return build_engine(prepare_model(module, frozenset(), None), Settings(**values), oracle.fetch)[0]
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
@@ -60,7 +60,7 @@ def test_tokens_are_those_of_rounded_inputs(quantization: Literal["int8", "int4"
     asked = [(name, prompt) for prompt in prompts(3, 160) for name in oracle.names]
     requests = [greedy_request(str(i), name, prompt, NUM_TOKENS) for i, (name, prompt) in enumerate(asked)]
     expected = [oracle.greedy(name, prompt, NUM_TOKENS) for name, prompt in asked]
-    for settings in ({}, {"max_step_tokens": 16, "max_num_seqs": 8}):
+    for settings in (dict[str, int](), {"max_step_tokens": 16, "max_num_seqs": 8}):
         got = ask(engine_on(made, oracle, **settings), requests)
         assert [got.ids[str(i)] for i in range(len(asked))] == expected
     assert len({tuple(ids) for ids in expected[:3]}) == 3, "adapters change the answer"
