@@ -13,6 +13,8 @@ constexpr int kInt8Order[] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 typedef uint8_t Bytes16 __attribute__((vector_size(16)));
 typedef int8_t Codes32 __attribute__((vector_size(32)));
+typedef uint8_t Bytes64 __attribute__((vector_size(64)));
+typedef uint16_t Words32 __attribute__((vector_size(64)));
 
 struct SpreadChunk {
   uint8_t* codes;  // [inputs / 4, kPanel, 4]
@@ -45,45 +47,48 @@ inline Bytes16 zip_high_pairs(Bytes16 a, Bytes16 b) {
 
 // Writes bytes [32, kPanel] as [8, kPanel, 4].
 inline void spread_bytes(const uint8_t* from, uint8_t* to) {
-  for (int four = 0; four < 8; ++four) {
-    const uint8_t* first = from + four / 2 * 8 * kPanel;
-    const int* order = kInt8Order + four % 2 * 4;
-    for (int c = 0; c < kPanel; c += 16) {
-      Bytes16 in[4];
-      for (int j = 0; j < 4; ++j) __builtin_memcpy(&in[j], first + order[j] * kPanel + c, 16);
-      const Bytes16 low01 = zip_low(in[0], in[1]), low23 = zip_low(in[2], in[3]);
-      const Bytes16 high01 = zip_high(in[0], in[1]), high23 = zip_high(in[2], in[3]);
-      Bytes16 out[4] = {zip_low_pairs(low01, low23), zip_high_pairs(low01, low23), zip_low_pairs(high01, high23),
-                        zip_high_pairs(high01, high23)};
-      if constexpr (kUnsignedCodes)
-        for (Bytes16& bytes : out) bytes ^= 128;
-      __builtin_memcpy(to + (four * kPanel + c) * 4, out, sizeof(out));
-    }
-  }
+  constexpr uint8_t kFlipped = kUnsignedCodes ? 128 : 0;
+  repeat<8>([&]<int Four>() __attribute__((always_inline)) {
+    const uint8_t* first = from + Four / 2 * 8 * kPanel;
+    constexpr const int* kOrder = kInt8Order + Four % 2 * 4;
+    repeat<kPanel / 16>([&]<int C>() __attribute__((always_inline)) {
+      Bytes16 x, y, z, w;
+      __builtin_memcpy(&x, first + kOrder[0] * kPanel + C * 16, 16);
+      __builtin_memcpy(&y, first + kOrder[1] * kPanel + C * 16, 16);
+      __builtin_memcpy(&z, first + kOrder[2] * kPanel + C * 16, 16);
+      __builtin_memcpy(&w, first + kOrder[3] * kPanel + C * 16, 16);
+      x ^= kFlipped, y ^= kFlipped, z ^= kFlipped, w ^= kFlipped;
+      const Bytes16 low_xy = zip_low(x, y), low_zw = zip_low(z, w), high_xy = zip_high(x, y), high_zw = zip_high(z, w);
+      const Bytes16 a = zip_low_pairs(low_xy, low_zw), b = zip_high_pairs(low_xy, low_zw);
+      const Bytes16 c = zip_low_pairs(high_xy, high_zw), d = zip_high_pairs(high_xy, high_zw);
+      uint8_t* own = to + (Four * kPanel + C * 16) * 4;
+      __builtin_memcpy(own, &a, 16), __builtin_memcpy(own + 16, &b, 16);
+      __builtin_memcpy(own + 32, &c, 16), __builtin_memcpy(own + 48, &d, 16);
+    });
+  });
 }
 
 // Writes packed nibbles, and for codes of six bits their upper bits, as bytes [8, kPanel, 4].
 template <int F>
 inline void spread_nibbles(const uint8_t* from, uint8_t* to) {
   constexpr QuantForm form = kQuantForms[F];
-  constexpr int kWords = kPanel * 2, kMinus = kUnsignedCodes ? 0 : form.offset;
+  constexpr uint8_t kMinus = kUnsignedCodes ? 0 : form.offset;
   for (int quad = 0; quad < 4; ++quad) {
-    uint16_t words[kWords], upper[kWords], both[2][kWords];
-    __builtin_memcpy(words, from + quad * sizeof(words), sizeof(words));
-    if constexpr (form.bits == 6) __builtin_memcpy(upper, from + 512 + quad / 2 * sizeof(upper), sizeof(upper));
-    for (int i = 0; i < kWords; ++i) {
-      both[0][i] = words[i] & 0x0f0f, both[1][i] = words[i] >> 4 & 0x0f0f;
+    for (int columns = 0; columns < 2; ++columns) {
+      Words32 words;
+      __builtin_memcpy(&words, from + (quad * 2 + columns) * 64, 64);
+      Words32 low = words & 0x0f0f, high = words >> 4 & 0x0f0f;
       if constexpr (form.bits == 6) {
+        Words32 upper;
+        __builtin_memcpy(&upper, from + 512 + (quad / 2 * 2 + columns) * 64, 64);
         // The second quad of a run finds its bits where the first does, in the other byte.
-        const int bits = quad % 2 ? (upper[i] << 8 | upper[i] >> 8) & 0xffff : upper[i];
-        both[0][i] |= static_cast<uint16_t>((bits >> 4 & 0x0003 | bits & 0x0300) << 4);
-        both[1][i] |= static_cast<uint16_t>((bits >> 6 & 0x0003 | bits >> 2 & 0x0300) << 4);
+        if (quad % 2) upper = upper << 8 | upper >> 8;
+        low |= ((upper >> 4 & 0x0003) | (upper & 0x0300)) << 4;
+        high |= ((upper >> 6 & 0x0003) | (upper >> 2 & 0x0300)) << 4;
       }
+      const Bytes64 spread[2] = {reinterpret_cast<Bytes64>(low) - kMinus, reinterpret_cast<Bytes64>(high) - kMinus};
+      for (int odd = 0; odd < 2; ++odd) __builtin_memcpy(to + ((quad * 2 + odd) * 2 + columns) * 64, &spread[odd], 64);
     }
-    uint8_t* own = to + quad * sizeof(both);
-    __builtin_memcpy(own, both, sizeof(both));
-    if constexpr (kMinus != 0)
-      for (size_t i = 0; i < sizeof(both); ++i) own[i] = static_cast<uint8_t>(own[i] - kMinus);
   }
 }
 
@@ -196,6 +201,29 @@ constexpr Int8Panel kInt8Panel[] = {int8_panel<0>, int8_panel<1>, int8_panel<2>,
                                     int8_panel<4>, int8_panel<5>, int8_panel<6>};
 static_assert(sizeof(kInt8Panel) / sizeof(Int8Panel) == kNumQuantForms && kXChunk % kChunk == 0);
 
+// Does for a group of 32 inputs what `encode` does, and writes the sums of the codes of its halves.
+template <typename T>
+inline float encode_group(const T* from, int8_t* codes, int32_t* halves) {
+  constexpr int kVecs = 32 / kLanes;
+  Vec x[kVecs], largest = zero(), poison = zero(), sums[2] = {zero(), zero()};
+  for (int v = 0; v < kVecs; ++v) {
+    x[v] = load(from + v * kLanes);
+    largest = max(max(x[v], sub(zero(), x[v])), largest);
+    poison = fma(x[v], zero(), poison);
+  }
+  float scale = max_lane(largest) / 127.0f;
+  if (scale < 1.1754944e-38f) scale = 0;
+  const Vec divisor = set1(scale > 0 ? scale : 1.0f);
+  for (int v = 0; v < kVecs; ++v) {
+    // No number is larger than 127; what is none becomes one.
+    const Vec code = max(round(div(x[v], divisor)), set1(-127.0f));
+    store_codes(codes + v * kLanes, code, kLanes);
+    sums[v * 2 / kVecs] = add(sums[v * 2 / kVecs], code);
+  }
+  for (int half = 0; half < 2; ++half) halves[half] = static_cast<int32_t>(sum(sums[half]));
+  return scale + sum(poison);
+}
+
 // Writes x as QuantArgs has its codes.
 void quant_encode(const QuantArgs& args, int8_t* x_codes, float* x_scales, int32_t* x_halves) {
   const int64_t groups = args.in_features / 32;
@@ -204,10 +232,8 @@ void quant_encode(const QuantArgs& args, int8_t* x_codes, float* x_scales, int32
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t k = g * 32;
       Codes32 codes;
-      x_scales[i * groups + g] = encode(x + k, 32, reinterpret_cast<int8_t*>(&codes));
-      int32_t halves[2] = {};
-      for (int j = 0; j < 32; ++j) halves[j / 16] += codes[j];
-      __builtin_memcpy(x_halves + (i * groups + g) * 2, halves, sizeof(halves));
+      x_scales[i * groups + g] =
+          encode_group(x + k, reinterpret_cast<int8_t*>(&codes), x_halves + (i * groups + g) * 2);
       codes = __builtin_shufflevector(codes, codes, 0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15, 16, 20, 17,
                                       21, 18, 22, 19, 23, 24, 28, 25, 29, 26, 30, 27, 31);
       __builtin_memcpy(x_codes + (k / kXChunk * args.rows + i) * kXChunk + k % kXChunk, &codes, 32);
