@@ -51,10 +51,11 @@ def load(folder: Path) -> Models:
     return found
 
 
-def step(model: BaseModel, batch: ops.AttentionBatch, ids: Tensor) -> Tensor:
-    """Compute a step; return the logits of all its tokens."""
+def step(model: BaseModel, batch: ops.AttentionBatch, ids: Tensor, num: int) -> Tensor:
+    """Compute a step of `num` sequences; return the logits of the last token of each."""
     model.context.attention = batch
-    return model.forward(ids, batch.positions, None)
+    new = len(ids) // num
+    return model.forward(ids, batch.positions, torch.arange(new - 1, len(ids), new))
 
 
 def batch_of(num: int, new: int, total: int) -> ops.AttentionBatch:
@@ -74,7 +75,7 @@ def times(models: Models, rounds: int) -> list[dict[str, Any]]:
             for inputs, model in by_inputs.items():
                 allocate(model, None, num * -(-total // ops.BLOCK_TOKENS))
                 calls[f"{kind} {inputs}"] = partial(
-                    step, model, batch_of(num, new, total), torch.ones(num * new).long()
+                    step, model, batch_of(num, new, total), torch.ones(num * new).long(), num
                 )
         best = least(calls, rounds)
         for kind in models:
@@ -90,9 +91,8 @@ def greedy(model: BaseModel, beginnings: Tensor) -> Tensor:
     allocate(model, None, num * blocks)
     tables, ids, found = np.arange(num * blocks).reshape(num, blocks), beginnings, list[Tensor]()
     for length in range(BEGINNING, total):
-        new = ids.shape[1]
-        batch = ops.build_attention_batch(np.full(num, new), np.full(num, length), tables, "cpu")
-        ids = step(model, batch, ids.flatten()).float().argmax(-1).view(num, new)[:, -1:]
+        batch = ops.build_attention_batch(np.full(num, ids.shape[1]), np.full(num, length), tables, "cpu")
+        ids = step(model, batch, ids.flatten(), num).float().argmax(-1)[:, None]
         found.append(ids)
     return torch.cat(found, dim=1)
 
