@@ -55,7 +55,7 @@ struct QuantArgs {
   int64_t x32_stride;
   const uint16_t* x_chunks;  // x as LinearArgs has it, where products are of bf16
   const float* x_sums;  // sums of x's groups: [rows, in_features / 32]; null: no part has minima, or x32 is there
-  const int8_t* x_codes;    // x as int8 codes, laid out as x_chunks, each eight in the order of kInt8Order; or null
+  const int8_t* x_codes;    // x as int8 codes, laid out as x_chunks, each eight in the order 0, 4, 1, 5, 2, 6, 3, 7; or null
   const float* x_scales;    // of x_codes' groups: [rows, in_features / 32]
   const int32_t* x_halves;  // sums of x_codes' halves of groups: [rows, in_features / 16]
   const QuantPart* parts;  // side by side in out

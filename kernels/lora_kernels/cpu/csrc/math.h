@@ -1,5 +1,4 @@
-// Elementary functions on vectors, accurate to a few fp32 ulp, and numbers as int8 codes. Included inside the
-// instruction set's namespace.
+// Elementary functions on vectors, accurate to a few fp32 ulp. Included inside the instruction set's namespace.
 #pragma once
 
 inline Vec exp(Vec x) {
@@ -28,23 +27,4 @@ inline Vec erf(Vec x) {
   Vec p = set1(1.061405429f);
   for (const float c : kTerms) p = fma(p, t, set1(c));
   return copysign(sub(set1(1.0f), mul(mul(p, t), exp(sub(zero(), mul(a, a))))), x);
-}
-
-// Writes numbers as codes, from / scale rounded, and returns the scale, with which the largest becomes 127. A NaN or an
-// infinity makes the scale NaN, so that it is not lost.
-template <typename T>
-inline float encode(const T* from, int64_t dim, int8_t* codes) {
-  const auto left = [&](int64_t d) { return dim - d < kLanes ? dim - d : kLanes; };
-  Vec largest = zero(), poison = zero();
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    const Vec x = load_n(from + d, left(d));
-    largest = max(max(x, sub(zero(), x)), largest);
-    poison = fma(x, zero(), poison);
-  }
-  float scale = max_lane(largest) / 127.0f;
-  if (scale < 1.1754944e-38f) scale = 0;  // so small that dividing by it would overflow
-  const Vec divisor = set1(scale > 0 ? scale : 1.0f);
-  for (int64_t d = 0; d < dim; d += kLanes)
-    store_codes(codes + d, round(div(load_n(from + d, left(d)), divisor)), left(d));
-  return scale + sum(poison);
 }

@@ -18,9 +18,25 @@ inline void copy_row(const T* from, int64_t dim, char* block, int64_t row) {
   __builtin_memcpy(block + row * dim * sizeof(T), from, dim * sizeof(T));
 }
 
+// Codes are from / scale, rounded, for a scale with which the largest becomes 127. A NaN or an infinity makes the scale
+// NaN, so that it is not lost.
 template <typename T>
 inline void code_row(const T* from, int64_t dim, char* block, int64_t row) {
-  const float scale = encode(from, dim, reinterpret_cast<int8_t*>(block) + row * dim);
+  Vec largest = zero(), poison = zero();
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const Vec x = load_n(from + d, min(kLanes, dim - d));
+    largest = max(max(x, sub(zero(), x)), largest);
+    poison = fma(x, zero(), poison);
+  }
+  float scale = max_lane(largest) / 127.0f;
+  if (scale < 1.1754944e-38f) scale = 0;  // so small that dividing by it would overflow
+  const Vec divisor = set1(scale > 0 ? scale : 1.0f);
+  int8_t* codes = reinterpret_cast<int8_t*>(block) + row * dim;
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    const int64_t n = min(kLanes, dim - d);
+    store_codes(codes + d, round(div(load_n(from + d, n), divisor)), n);
+  }
+  scale += sum(poison);
   __builtin_memcpy(block + kBlockTokens * dim + row * sizeof(float), &scale, sizeof(float));
 }
 

@@ -158,7 +158,7 @@ inline void quant_panel(const QuantArgs& args, const QuantPart& part, const uint
   float* sums = memory + kChunk * kPanel;  // behind what is widened
   for (int64_t i = 0; i < rows * kPanel; i += kLanes) store(sums + i, zero());
   if (args.x_codes)
-    kInt8Panel[part.form](args, panel, row, rows, sums, memory);
+    int8_panel(args, part.form, panel, row, rows, sums, memory);
   else
 #ifdef __AVX512BF16__
       if (args.x_chunks)

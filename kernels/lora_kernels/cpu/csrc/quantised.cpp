@@ -207,16 +207,16 @@ Tensor quant_linear(const Tensor& x, Tensors panels, Ints forms, Ints sizes,
       .rows = rows,
       .in_features = in_features,
   };
-  Tensor chunks, prepared, halves;  // keep the memory of what is made of x
+  Tensor chunks, prepared;  // keep the memory of what is made of x
   if (int8_inputs) {
-    chunks = empty({(in_features + kXChunk - 1) / kXChunk, rows, kXChunk}, Scalar::kChar);
-    prepared = empty({rows, in_features / 32}, Scalar::kFloat);
-    halves = empty({rows, in_features / 16}, Scalar::kInt);
-    auto* const codes = reinterpret_cast<int8_t*>(chunks.data);
-    auto* const scales = entries_of<float>(prepared, "x");
-    auto* const sums = entries_of<int32_t>(halves, "x");
-    active->quant_encode(args, codes, scales, sums);
-    args.x_codes = codes, args.x_scales = scales, args.x_halves = sums;
+    const int64_t groups = rows * (in_features / 32), codes = (in_features + kXChunk - 1) / kXChunk * rows * kXChunk;
+    prepared = empty({codes + groups * 12}, Scalar::kByte);
+    uint8_t* const at = entries_of<uint8_t>(prepared, "x");
+    auto* const x_codes = reinterpret_cast<int8_t*>(at);
+    auto* const x_scales = reinterpret_cast<float*>(at + codes);
+    auto* const x_halves = reinterpret_cast<int32_t*>(at + codes + groups * 4);
+    active->quant_encode(args, x_codes, x_scales, x_halves);
+    args.x_codes = x_codes, args.x_scales = x_scales, args.x_halves = x_halves;
   } else if (active->quant_uses_integers(args.dtype)) {
     chunks = chunk_rows(x);
     args.x_chunks = reinterpret_cast<const uint16_t*>(chunks.data);

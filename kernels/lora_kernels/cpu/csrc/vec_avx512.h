@@ -137,31 +137,59 @@ inline void transpose(Vec rows[kLanes]) {
   }
 }
 
-// Codes of weights as integer products want them, four inputs of each of kLanes columns: unsigned where the processor
-// multiplies unsigned by signed bytes, else signed, as their sizes and their signs.
+// Codes of weights as integer products want them: bytes, four inputs of each of kLanes columns.
+typedef uint16_t Words __attribute__((vector_size(64)));
 using Ints = __m512i;
 inline Ints set1_int(int x) { return _mm512_set1_epi32(x); }
+inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Vec to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
+// mask ? a : b, bit by bit.
+inline Words select(uint16_t mask, Words a, Words b) {
+  return reinterpret_cast<Words>(_mm512_ternarylogic_epi32(_mm512_set1_epi16(static_cast<short>(mask)),
+                                                           reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b),
+                                                           0xca));
+}
 #ifdef __AVX512VNNI__
-constexpr bool kUnsignedCodes = true;
-using Codes = __m512i;
-inline Codes load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
-// acc[i] += the sum of codes[4 i + j] * (byte j of x)
-inline Ints dot_codes(Ints acc, Codes codes, int x) { return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(x)); }
+constexpr bool kUnsignedBytes = true;  // signed bytes are multiplied as unsigned ones, 128 larger
 #else
-constexpr bool kUnsignedCodes = false;
-struct Codes {
-  __m512i sizes;
-  __mmask64 negative;
-};
-inline Codes load_codes(const uint8_t* p) {
-  const __m512i codes = _mm512_loadu_si512(p);
-  return {_mm512_abs_epi8(codes), _mm512_movepi8_mask(codes)};
-}
-// acc[i] += the sum of codes[4 i + j] * (byte j of x). Two products of 128 and 127 fit into 16 bits.
-inline Ints dot_codes(Ints acc, const Codes& codes, int x) {
-  const __m512i all = _mm512_set1_epi32(x);
-  const __m512i turned = _mm512_mask_sub_epi8(all, codes.negative, _mm512_setzero_si512(), all);
-  return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(codes.sizes, turned), _mm512_set1_epi16(1)));
-}
+constexpr bool kUnsignedBytes = false;
 #endif
+// Bytes of rows [columns], of which the first two and the fifth and sixth are read: 0, 4, 1, 5 of each column.
+inline void load_fours(const uint8_t* rows, Words (&out)[2]) {
+  __m512i first = _mm512_loadu_si512(rows), second = _mm512_loadu_si512(rows + 4 * kPanel);
+  if constexpr (kUnsignedBytes) {
+    const __m512i flipped = _mm512_set1_epi8(static_cast<char>(128));
+    first = _mm512_xor_si512(first, flipped), second = _mm512_xor_si512(second, flipped);
+  }
+  // Pairs of 0 and 4 in the lower half, of 1 and 5 in the upper one; columns 0 to 7, 16 to 23, then the other ones.
+  const __m512i low = _mm512_unpacklo_epi8(first, second), high = _mm512_unpackhi_epi8(first, second);
+  alignas(64) static constexpr uint16_t kPlaces[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                       32, 48, 33, 49, 34, 50, 35, 51, 36, 52, 37, 53, 38, 54, 39, 55};
+  const __m512i places = _mm512_load_si512(kPlaces);
+  out[0] = reinterpret_cast<Words>(_mm512_permutex2var_epi16(low, places, high));
+  out[1] = reinterpret_cast<Words>(
+      _mm512_permutex2var_epi16(low, _mm512_add_epi16(places, _mm512_set1_epi16(8)), high));
+}
+// acc[i] += the sum of codes[4 i + j] * (byte j of x). Codes of fewer than eight bits are not negative.
+template <int Bits>
+inline Ints dot_codes(Ints acc, Words codes, int x) {
+  const __m512i own = reinterpret_cast<__m512i>(codes), all = _mm512_set1_epi32(x);
+#ifdef __AVX512VNNI__
+  return _mm512_dpbusd_epi32(acc, own, all);
+#else
+  // Two products of 128 and 127 fit into 16 bits.
+  const __m512i products =
+      Bits < 8 ? _mm512_maddubs_epi16(own, all)
+               : _mm512_maddubs_epi16(_mm512_abs_epi8(own), _mm512_mask_sub_epi8(all, _mm512_movepi8_mask(own),
+                                                                                 _mm512_setzero_si512(), all));
+  return add(acc, _mm512_madd_epi16(products, _mm512_set1_epi16(1)));
+#endif
+}
+// Writes 32 integers as int8 codes, each eight of them in the order 0, 4, 1, 5, 2, 6, 3, 7.
+inline void store_eights(int8_t* p, const Vec (&integers)[2]) {
+  const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+  for (int v = 0; v < 2; ++v) {
+    const __m128i codes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(integers[v]));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p) + v, _mm_shuffle_epi8(codes, order));
+  }
+}
