@@ -7,12 +7,14 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from helpers.fixed_sums import fixed_sums
 from oracle.peft_oracle import Oracle, ask, greedy_request, prompts
 from oracle.test_quantization import KEPT, LORAS, NUM_TOKENS, base, dequantised
 from transformers import LlamaForCausalLM
 
 from gpu_worker.build import build_engine, load_engine, refuse_what_a_cpu_serves
 from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.request import EngineRequest
 from gpu_worker.model.checkpoint import read_config, read_model
 from gpu_worker.model.kept_answers import answers_of
 from gpu_worker.model.prepare import prepare_model
@@ -22,6 +24,7 @@ from lora_kernels import cpu
 from lora_kernels.quantised import round_inputs
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
+from protocol.wire.messages import Sampling
 
 CPU = torch.device("cpu")
 
@@ -64,6 +67,25 @@ def test_tokens_are_those_of_rounded_inputs(quantization: Literal["int8", "int4"
         got = ask(engine_on(made, oracle, **settings), requests)
         assert [got.ids[str(i)] for i in range(len(asked))] == expected
     assert len({tuple(ids) for ids in expected[:3]}) == 3, "adapters change the answer"
+
+
+def test_with_fixed_sums_a_text_has_the_same_bits_in_any_batch(tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    oracle = Oracle(base(folder), LORAS, scale=0.4)
+    made = quantised_folder(folder, read_config(folder), "int4", KEPT)
+    wish = Sampling(temperature=0.0, ignore_eos=True, num_logprobs=5)
+    requests = [
+        EngineRequest(f"{name}/{i}", 1, name, text, wish, NUM_TOKENS)
+        for i, text in enumerate(prompts(4, 160, (3, 17, 32, 70)))
+        for name in oracle.names
+    ]
+    with fixed_sums():
+        found: list[dict[str, bytes]] = []
+        for own in ({}, {"max_step_tokens": 24, "max_num_seqs": 5}, {"max_num_seqs": 1, "max_step_tokens": 400}):
+            engine = engine_on(made, oracle, deterministic=True, prefix_cache=False, **own)
+            found.append(ask(engine, requests).logprobs)
+    assert found[0] == found[1] == found[2]
+    assert len(found[0]) == len(requests)
 
 
 def test_rounding_is_seen(tmp_path: Path) -> None:
