@@ -43,6 +43,7 @@ struct Int8Chunk {
   int64_t group_bytes;   // from group to group
   const float* scales;   // [inputs that share a scale, kPanel]
   const float* addends;  // [groups, kPanel] or null
+  int64_t head_ahead;    // from a group's codes to the scales that are to be asked for meanwhile
 };
 
 // What a tile of rows reads of x, and adds to.
@@ -66,7 +67,7 @@ void int8_tile(const Int8Chunk& chunk, const Int8Rows& t, int64_t col, int64_t g
     for (int v = 0; v < kInt8Vecs; ++v) totals[i][v] = load(t.sums + i * kPanel + col + v * kLanes);
   for (int64_t g = 0; g < groups; ++g) {
     const uint8_t* codes = chunk.codes + g * chunk.group_bytes;
-    prefetch_once<Bits * 128>(codes + kQuantAhead);
+    prefetch_once<128>(codes + chunk.head_ahead);
     repeat<kParts>([&]<int P>() __attribute__((always_inline)) {
       Ints acc[kChains][Rows][kInt8Vecs];
       for (int i = 0; i < Rows; ++i) {
@@ -81,6 +82,7 @@ void int8_tile(const Int8Chunk& chunk, const Int8Rows& t, int64_t col, int64_t g
         constexpr int kQuad = P * Group / 8 + Q;
         Words quad[2][kInt8Vecs];
         load_quad<Bits, kQuad>(codes, col, quad);
+        prefetch_once<Bits * 32>(codes + kQuad * Bits * 32 + kQuantAhead);
         repeat<2>([&]<int Half>() __attribute__((always_inline)) {
           repeat<Rows>([&]<int R>() __attribute__((always_inline)) {
             int x;
@@ -119,11 +121,13 @@ Int8Chunk scales_of(const uint8_t*& at, int64_t first, int64_t inputs, float* me
   constexpr QuantForm form = kQuantForms[F];
   constexpr int kParts = 32 / form.group;
   float *scales = memory, *addends = memory + kChunk / 16 * kPanel;
+  // All scales of a chunk are read at its start, so they are asked for earlier than its codes.
+  constexpr int64_t kAhead = panel_bytes(form, 2 * kChunk);
   SuperScales super = {};
   if constexpr (form.super) {
     const int64_t in_super = first % kSuperInputs;
     load_super<F>(in_super ? at - super_offset(form, in_super) : at, &super);
-    if (in_super == 0) at += super_head_bytes(form);
+    if (in_super == 0) prefetch_once<super_head_bytes(form)>(at + kAhead), at += super_head_bytes(form);
   }
   const uint8_t* codes = at + group_head_bytes(form);
   for (int64_t g = 0; g < inputs / 32; ++g, at += group_bytes(form)) {
@@ -133,7 +137,7 @@ Int8Chunk scales_of(const uint8_t*& at, int64_t first, int64_t inputs, float* me
       if constexpr (form.min) store(addends + g * kPanel + v * kLanes, load_addend<F>(at, super, v));
     }
   }
-  return {codes, group_bytes(form), scales, form.min ? addends : nullptr};
+  return {codes, group_bytes(form), scales, form.min ? addends : nullptr, kAhead - group_head_bytes(form)};
 }
 
 using ScalesOf = Int8Chunk (*)(const uint8_t*&, int64_t, int64_t, float*);
