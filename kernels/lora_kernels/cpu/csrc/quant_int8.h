@@ -96,7 +96,7 @@ void int8_tile(const Int8Chunk& chunk, const Int8Rows& t, int64_t col, int64_t g
         const Vec scale = load(chunk.scales + (g * kParts + P) * kPanel + col + v * kLanes);
         for (int i = 0; i < Rows; ++i) {
           Ints sum = acc[0][i][v];
-          if constexpr (kChains == 2) sum = add(sum, acc[1][i][v]);
+          if constexpr (kChains == 2) sum = add_ints(sum, acc[1][i][v]);
           totals[i][v] = fma(to_floats(sum), mul(scale, set1(t.scales[i * t.groups + g])), totals[i][v]);
         }
       }

@@ -144,7 +144,7 @@ typedef uint16_t Words __attribute__((vector_size(32)));
 constexpr bool kUnsignedBytes = false;
 using Ints = __m256i;
 inline Ints set1_int(int x) { return _mm256_set1_epi32(x); }
-inline Ints add(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Vec to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
 // mask ? a : b, bit by bit.
 inline Words select(uint16_t mask, Words a, Words b) { return (a & mask) | (b & static_cast<uint16_t>(~mask)); }
@@ -168,7 +168,7 @@ inline Ints dot_codes(Ints acc, Words codes, int x) {
   // Two products of 128 and 127 fit into 16 bits.
   const __m256i products = Bits < 8 ? _mm256_maddubs_epi16(own, all)
                                     : _mm256_maddubs_epi16(_mm256_abs_epi8(own), _mm256_sign_epi8(all, own));
-  return add(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+  return add_ints(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
 }
 // Writes 32 integers as int8 codes, each eight of them in the order 0, 4, 1, 5, 2, 6, 3, 7.
 inline void store_eights(int8_t* p, const Vec (&integers)[4]) {

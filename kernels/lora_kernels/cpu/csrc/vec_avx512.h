@@ -141,7 +141,7 @@ inline void transpose(Vec rows[kLanes]) {
 typedef uint16_t Words __attribute__((vector_size(64)));
 using Ints = __m512i;
 inline Ints set1_int(int x) { return _mm512_set1_epi32(x); }
-inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 inline Vec to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
 // mask ? a : b, bit by bit.
 inline Words select(uint16_t mask, Words a, Words b) {
@@ -182,7 +182,7 @@ inline Ints dot_codes(Ints acc, Words codes, int x) {
       Bits < 8 ? _mm512_maddubs_epi16(own, all)
                : _mm512_maddubs_epi16(_mm512_abs_epi8(own), _mm512_mask_sub_epi8(all, _mm512_movepi8_mask(own),
                                                                                  _mm512_setzero_si512(), all));
-  return add(acc, _mm512_madd_epi16(products, _mm512_set1_epi16(1)));
+  return add_ints(acc, _mm512_madd_epi16(products, _mm512_set1_epi16(1)));
 #endif
 }
 // Writes 32 integers as int8 codes, each eight of them in the order 0, 4, 1, 5, 2, 6, 3, 7.

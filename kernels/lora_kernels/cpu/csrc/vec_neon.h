@@ -169,7 +169,7 @@ struct Ints {
   int32x4_t lo, hi;
 };
 inline Ints set1_int(int x) { return {vdupq_n_s32(x), vdupq_n_s32(x)}; }
-inline Ints add(Ints a, Ints b) { return {vaddq_s32(a.lo, b.lo), vaddq_s32(a.hi, b.hi)}; }
+inline Ints add_ints(Ints a, Ints b) { return {vaddq_s32(a.lo, b.lo), vaddq_s32(a.hi, b.hi)}; }
 inline Vec to_floats(Ints a) { return {vcvtq_f32_s32(a.lo), vcvtq_f32_s32(a.hi)}; }
 // mask ? a : b, bit by bit.
 inline Words select(uint16_t mask, Words a, Words b) { return (a & mask) | (b & static_cast<uint16_t>(~mask)); }
