@@ -7,16 +7,9 @@ what the base gives.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from peft_adapters.safetensors_header import ITEM_BYTES, TensorInfo
 from peft_adapters.spec import AdapterSpec, LoraWeights
-from protocol.runtime.imports import Late
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    np = Late("numpy")
 
 CHUNK_BYTES = 1 << 20
 
@@ -55,6 +48,8 @@ def is_zero_product(part: LoraWeights, tensors: Mapping[str, TensorInfo], weight
 
 
 def _is_zero(info: TensorInfo, weights: memoryview) -> bool:
+    import numpy as np  # here, since a store that has read no adapter needs none of it
+
     item = np.uint32 if ITEM_BYTES[info.dtype] == 4 else np.uint16
     for begin in range(info.begin, info.end, CHUNK_BYTES):
         bits = np.frombuffer(weights[begin : min(begin + CHUNK_BYTES, info.end)], item)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 import threading
@@ -79,8 +80,8 @@ def _read_at_once(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not name.startswith(OWN)}
 
 
-def main() -> int:
-    """Import, and be a worker as soon as the launcher says which; return its exit code."""
+def main() -> None:
+    """Import, and be a worker as soon as the launcher says which. Raises SystemExit with its exit code."""
     use_private_umask()
     told = bytearray()
 
@@ -94,14 +95,10 @@ def main() -> int:
     listening = threading.Thread(target=listen, name="ahead", daemon=True)
     listening.start()
     with importing():
-        from lorafleet.__main__ import main as command
-        from lorafleet.serve import SERVICES as MODULES
-
+        importlib.import_module("lorafleet.serve")
         try:
-            from gpu_worker.light_imports import import_torch
-
-            import_torch()
-            importlib.import_module(MODULES["worker"])
+            importlib.import_module("gpu_worker.light_imports").import_torch()
+            importlib.import_module("gpu_worker.service.service")
         except ImportError:  # `lorafleet serve` says what is not installed
             pass
     listening.join()
@@ -112,8 +109,8 @@ def main() -> int:
     for stream in (1, 2):
         os.dup2(opened, stream)
     os.close(opened)
-    return command(sys.argv[1:])
+    runpy.run_module("lorafleet", run_name="__main__")  # with this process's arguments, which are a service's
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

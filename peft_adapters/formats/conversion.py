@@ -13,13 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from peft_adapters.reasons import Reasons
 from peft_adapters.safetensors_header import ITEM_BYTES, TensorInfo
-from protocol.runtime.imports import Late
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
-else:
-    np = Late("numpy")
 
 PREFIX = "base_model.model."
 
@@ -44,6 +40,8 @@ class Moved:
 
     def numbers(self, file: memoryview) -> NDArray[Any]:
         """Return a copy of its numbers as unsigned integers with their bits, in the shape that PEFT gives it."""
+        import numpy as np  # here, since a store that has converted no adapter needs none of it
+
         item = np.uint32 if ITEM_BYTES[self.source.dtype] == 4 else np.uint16
         bits = np.frombuffer(file[self.source.begin : self.source.end], item).reshape(self.source.shape)
         if self.order == "transposed":
