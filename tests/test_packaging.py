@@ -42,6 +42,7 @@ PATCHES = {
     "gpu_worker/cuda/test_waits.py",  # a mode of torch that needs a GPU
     "gpu_worker/model/test_kept_answers.py",  # versions of libraries, and processors
     "gpu_worker/sampling/test_grammars.py",  # a library that fails
+    "gpu_worker/service/test_service.py",  # the pause between beats; what is asked of engine and queue, in what order
     "gpu_worker/test_memory.py",  # what torch says of a GPU's memory
     "kernels/test_linear.py",  # what torch says of the processor
     "kernels/triton/test_lora.py",  # which launches there are
@@ -52,6 +53,7 @@ PATCHES = {
     "oracle/test_stack.py",  # what transformers computes on the way
     "protocol/queue/test_bus.py",  # a restart between two commands
     "protocol/runtime/test_private_files.py",  # another user of the system
+    "scheduler/test_service.py",  # the pause between looks at beats
 }
 """Files of tests that replace an attribute, and of what."""
 
