@@ -101,8 +101,8 @@ class PoolWeights:
                 sources.append(source)
 
             self._copy_rows(adapter, pages, note)
-            if targets:
-                torch._foreach_copy_(targets, sources)  # one call, so that the engine's thread waits for it once
+            if targets:  # one call, so that the engine's thread waits for it once
+                torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
             return adapter.extras
         # First allocate, then wait: what was just allocated may have been freed while launched steps still read it,
         # as they may read the pages, which were another adapter's.
