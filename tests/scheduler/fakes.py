@@ -160,3 +160,17 @@ async def becomes(bus: Bus, rid: str, value: str, *living: FakeWorker) -> None:
         return await state(bus, rid) == value
 
     await wait_until(has, f"{rid} becomes {value}")
+
+
+async def deltas(bus: Bus) -> list[m.Delta]:
+    entries = await bus.streams.entries(bus.keys.out(GATEWAY))
+    return [delta for _, fields in entries for delta in decode(fields[b"b"], list[m.Delta])]
+
+
+async def status_is(bus: Bus, **expected: int) -> bool:
+    status = await bus.get(bus.keys.status, m.SchedulerStatus)
+    return status is not None and all(getattr(status, name) == value for name, value in expected.items())
+
+
+async def gateways_are(bus: Bus, *gids: str) -> bool:
+    return await bus.members.ids(bus.keys.gateways) == list(gids)

@@ -26,27 +26,16 @@ from tests.scheduler.fakes import (
     GATEWAY,
     FakeWorker,
     becomes,
+    deltas,
+    gateways_are,
     holds,
     make_submit,
     running_scheduler,
     start_scheduler,
     state,
+    status_is,
     submit,
 )
-
-
-async def deltas(bus: Bus) -> list[m.Delta]:
-    entries = await bus.streams.entries(bus.keys.out(GATEWAY))
-    return [delta for _, fields in entries for delta in decode(fields[b"b"], list[m.Delta])]
-
-
-async def status_is(bus: Bus, **expected: int) -> bool:
-    status = await bus.get(bus.keys.status, m.SchedulerStatus)
-    return status is not None and all(getattr(status, name) == value for name, value in expected.items())
-
-
-async def gateways_are(bus: Bus, *gids: str) -> bool:
-    return await bus.members.ids(bus.keys.gateways) == list(gids)
 
 
 async def test_a_batch_of_several_adapters_goes_out_in_one_entry(bus: Bus) -> None:

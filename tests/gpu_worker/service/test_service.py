@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import CoroutineType
-from typing import Any
 from urllib.request import urlopen
 
 import msgspec
@@ -17,83 +14,32 @@ import pytest
 from helpers.full_memory import full_memory
 from helpers.waiting import wait_until
 
-from benchmarks.common.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine, expected_token, fake_served
+from benchmarks.common.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine, fake_served
 from gpu_worker.engine.request import EngineRequest, EngineStats
 from gpu_worker.service import service
 from gpu_worker.service.outbox import Recovery
 from gpu_worker.service.owned import OwnedRequest
 from gpu_worker.service.service import Worker
-from protocol.queue.bus import Bus, Refused, Step, decode, now_ms
+from protocol.queue.bus import Bus, Refused, Step, decode
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import Internal
+from tests.gpu_worker.service.fakes import (
+    GATEWAY,
+    PROMPT,
+    SERVED,
+    VOCAB,
+    assign,
+    beats,
+    deltas,
+    expected,
+    log,
+    running_worker,
+    state,
+    submit,
+)  # fmt: skip
 
-GATEWAY = "g-test"
-VOCAB = 1000
-PROMPT = np.arange(1, 6, dtype="<i4")
-SERVED = fake_served(vocab_size=VOCAB)
 OTHER = fake_served("other", vocab_size=17)
-
-
-@asynccontextmanager
-async def running_worker(
-    bus: Bus,
-    *,
-    engine: FakeEngine | None = None,
-    step_s: float = 0.002,
-    served: m.ServedModel = SERVED,
-    **settings: Any,
-) -> AsyncIterator[tuple[Worker, asyncio.Event]]:
-    """A worker on the queue; leaving the block drains it."""
-    engine = engine or FakeEngine(step_s=step_s, vocab_size=VOCAB)
-    own = Bus(bus.url)
-    worker = Worker(own, engine, served, Settings(worker_name="w", **settings))
-    stop = asyncio.Event()
-    task = asyncio.create_task(worker.run(stop))
-    try:
-        await wait_until(lambda: _beats(bus, worker), "the worker beats")
-        yield worker, stop
-    finally:
-        stop.set()
-        await task
-        engine.stop()
-        await own.close()
-
-
-async def submit(bus: Bus, rid: str, *, max_new: int = 8, cls: str = "interactive") -> None:
-    sub = m.Submit(
-        rid=rid, tenant="t", cls=cls, digest="", num_prompt_tokens=len(PROMPT), max_new_tokens=max_new,
-        deadline_ms=now_ms() + 60_000, gateway=GATEWAY,
-    )  # fmt: skip
-    body = m.Body(prompt=PROMPT.tobytes(), sampling=m.Sampling(), max_new_tokens=max_new)
-    status, _ = await bus.submit(cls, [(sub, body)], max_queued=100)
-    assert status == "ok"
-
-
-async def assign(bus: Bus, wid: str, *rids: str, yields: bool = False) -> str:
-    batch = []
-    for rid in rids:
-        epoch = int(await bus._redis.hget(bus.keys.req(rid), "epoch"))
-        batch.append((m.Assigned(rid, epoch + 1, "", "t", GATEWAY, yields=yields), epoch))
-    status, _ = await bus.assign(wid, batch)
-    return status
-
-
-async def state(bus: Bus, rid: str) -> str:
-    return (await bus._redis.hget(bus.keys.req(rid), "state")).decode()
-
-
-async def log(bus: Bus, rid: str) -> list[int]:
-    return np.frombuffer(await bus._redis.get(bus.keys.tok(rid)) or b"", "<i4").tolist()
-
-
-async def deltas(bus: Bus, rid: str) -> list[m.Delta]:
-    entries = await bus.streams.entries(bus.keys.out(GATEWAY))
-    return [d for entry in entries if entry[1][b"b"] for d in decode(entry[1][b"b"], list[m.Delta]) if d.rid == rid]
-
-
-def expected(num: int) -> list[int]:
-    return [expected_token(PROMPT, position, VOCAB) for position in range(num)]
 
 
 async def test_a_batch_runs_to_its_end_and_leaves_no_work_behind(bus: Bus) -> None:
@@ -341,7 +287,7 @@ async def test_joining_again_leaves_no_task_behind(bus: Bus) -> None:
             old = worker.wid
             await bus.members.leave(old)
             worker._beat_now.set()
-            await wait_until(lambda old=old: worker.wid != old and _beats(bus, worker), "it is back")
+            await wait_until(lambda old=old: worker.wid != old and beats(bus, worker), "it is back")
             await wait_until(lambda: num_waits() == 2, "it waits for its end and its engine's, and nothing else waits")
 
 
@@ -370,7 +316,7 @@ async def test_a_worker_taken_for_dead_joins_again_under_a_new_id(bus: Bus) -> N
         await bus.members.leave(old)
         length = len(await log(bus, "r"))
         await wait_until(lambda: worker.wid != old, "it has a new id")
-        await wait_until(lambda: _beats(bus, worker), "it beats again")
+        await wait_until(lambda: beats(bus, worker), "it beats again")
         assert await bus.members.ids(bus.keys.workers) == [worker.wid]
         assert len(await log(bus, "r")) == length
         assert await assign(bus, worker.wid, "next", "r") == "ok"
@@ -398,7 +344,7 @@ async def test_steps_given_up_when_fenced_are_not_owed_to_the_engine(bus: Bus) -
             await bus.finish(rid, "failed", "error")
             await bus.members.leave(old)
             worker._beat_now.set()
-            await wait_until(lambda old=old: worker.wid != old and _beats(bus, worker), "it is back")
+            await wait_until(lambda old=old: worker.wid != old and beats(bus, worker), "it is back")
         worker.bus.step = write
         await submit(bus, "last", max_new=50)
         assert await assign(bus, worker.wid, "last") == "ok"
@@ -444,10 +390,6 @@ async def _num_letters(bus: Bus, num: int) -> bool:
 
 async def _is_off(bus: Bus, worker: Worker) -> bool:
     return worker.wid not in await bus.members.ids(bus.keys.workers)
-
-
-async def _beats(bus: Bus, worker: Worker) -> bool:
-    return bool(worker.wid) and bool(await bus._redis.exists(bus.keys.worker_beat(worker.wid)))
 
 
 async def _is(bus: Bus, rid: str, value: str) -> bool:
