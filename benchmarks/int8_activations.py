@@ -18,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from benchmarks.common import report
 from benchmarks.common.fleet import quickstart_model
-from benchmarks.kv_cache import LAST, LENGTHS, allocate, last_logits, least
+from benchmarks.kv_cache import LAST, LENGTHS, allocate, docs_ids, last_logits, least, save
 from gpu_worker.model.checkpoint import read_config
 from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import load_model
@@ -134,16 +132,10 @@ def main() -> None:
     models = load(folder)
     with torch.inference_mode():
         if args.errors:
-            docs = sorted((Path(__file__).parents[1] / "docs").glob("*.md"))
-            text = "\n".join(path.read_text() for path in docs)
-            points = errors(models, torch.tensor(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids))
+            points = errors(models, docs_ids(folder))
         else:
             points = times(models, 5 if args.short else ROUNDS)
-    rows = [[f"{cell:.4g}" if isinstance(cell, float) else cell for cell in point.values()] for point in points]
-    print(report.table(list(points[0]), rows))
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = "int8_activations_errors" if args.errors else "int8_activations"
-    (args.out / f"{name}.json").write_bytes(orjson.dumps(about | {"points": points}, option=orjson.OPT_INDENT_2))
+    save(points, about, args.out / ("int8_activations_errors.json" if args.errors else "int8_activations.json"))
 
 
 if __name__ == "__main__":

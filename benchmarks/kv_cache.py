@@ -152,14 +152,27 @@ def attention_error(folder: Path, ids: Tensor) -> float:
     return math.sqrt(sum(error**2 for error in errors) / len(errors))
 
 
-def errors(folder: Path, model: BaseModel) -> list[dict[str, Any]]:
-    """Compare answers."""
+def docs_ids(folder: Path) -> Tensor:
+    """Return the tokens (int64 [N]) of this project's documentation by a model's tokenizer."""
     root = Path(__file__).parents[1] / "docs"
     text = "\n".join(path.read_text() for path in sorted(root.glob("*.md")))
-    all_ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    return torch.tensor(Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids)
+
+
+def save(points: list[dict[str, Any]], about: dict[str, Any], path: Path) -> None:
+    """Print points, which have the same names, as a table, and write them as JSON."""
+    rows = [[f"{cell:.4g}" if isinstance(cell, float) else cell for cell in point.values()] for point in points]
+    print(report.table(list(points[0]), rows))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(orjson.dumps(about | {"points": points}, option=orjson.OPT_INDENT_2))
+
+
+def errors(folder: Path, model: BaseModel) -> list[dict[str, Any]]:
+    """Compare answers."""
+    all_ids = docs_ids(folder)
     points: list[dict[str, Any]] = []
     for length in LENGTHS:
-        ids = torch.tensor(all_ids[:length])
+        ids = all_ids[:length]
         targets, found = ids[length - LAST + 1 :], dict[str, Tensor]()
         for kind, dtype in KINDS.items():
             allocate(model, dtype, length // ops.BLOCK_TOKENS)
@@ -188,11 +201,7 @@ def main() -> None:
     model = load_model(folder, torch.device("cpu"), torch.bfloat16, None)
     with torch.inference_mode():
         points = errors(folder, model) if args.errors else times(model, 5 if args.short else ROUNDS)
-    rows = [[f"{cell:.4g}" if isinstance(cell, float) else cell for cell in point.values()] for point in points]
-    print(report.table(list(points[0]), rows))
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = "kv_cache_errors" if args.errors else "kv_cache"
-    (args.out / f"{name}.json").write_bytes(orjson.dumps(about | {"points": points}, option=orjson.OPT_INDENT_2))
+    save(points, about, args.out / ("kv_cache_errors.json" if args.errors else "kv_cache.json"))
 
 
 if __name__ == "__main__":

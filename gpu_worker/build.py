@@ -94,7 +94,7 @@ def load_engine(
         gpu = claim_gpu([gpu.strip() for gpu in settings.gpus.split(",")], settings.gpu_locks or settings.data / "gpus")
         logger.info("this worker has taken GPU %s of %s", gpu, settings.gpus)
     device = choose_device(settings.device)
-    refuse_what_a_cpu_serves(settings, device)
+    refuse_unless_on_cpu(settings, device)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.workers))
     ops.fix_sums(settings.deterministic)
@@ -296,7 +296,7 @@ def _files_only(fetch: Fetch) -> FetchFiles:
     return read_files
 
 
-def refuse_what_a_cpu_serves(settings: Settings, device: torch.device) -> None:
+def refuse_unless_on_cpu(settings: Settings, device: torch.device) -> None:
     """Raise BadRequest where adapters' rows or activations are to be int8 on a device without kernels for them."""
     if device.type == "cpu":
         return

@@ -61,7 +61,7 @@ def adapter_digest(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo],
     return total.hexdigest()
 
 
-@lru_cache(4096)  # the tensors of one adapter have the names and shapes of another's
+@lru_cache(4096)  # adapters of one recipe have the same names and shapes; 16 MB at most, names being bounded
 def _entry_of(name: str, dtype: str, shape: tuple[int, ...]) -> str:
     """Return a tensor's part of the digest, as JSON, up to the hash of its bytes."""
     return json.dumps([name, dtype, shape, ""]).removesuffix('"]')

@@ -316,7 +316,7 @@ class Worker:
             finally:  # also when they are given up with the membership: the engine must not wait for them
                 for _ in range(num_steps):
                     self.engine.ack_step()
-        # Of requests that wait for adapters the scheduler sends so many until it knows that one has come.
+        # The scheduler lets a worker load few adapters at a time, and sends more when a beat tells that one has come.
         if self.engine.stats().num_loads != self._beaten_loads or any(new.finish for new in whole.values()):
             self._beat_now.set()
 

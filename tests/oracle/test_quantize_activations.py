@@ -12,7 +12,7 @@ from oracle.peft_oracle import Oracle, ask, greedy_request, prompts
 from oracle.test_quantization import KEPT, LORAS, NUM_TOKENS, base, dequantised
 from transformers import LlamaForCausalLM
 
-from gpu_worker.build import build_engine, load_engine, refuse_what_a_cpu_serves
+from gpu_worker.build import build_engine, load_engine, refuse_unless_on_cpu
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.model.checkpoint import read_config, read_model
@@ -123,6 +123,6 @@ def test_what_it_is_not_served_for_is_refused_by_name(tmp_path: Path) -> None:
         load_engine(settings, lambda _: pytest.fail("no adapter is asked for"))
     with pytest.raises(BadRequest, match="quantize_activations is on, which is served for causal LMs only"):
         load_engine(settings.model_copy(update={"task": "score"}), lambda _: pytest.fail("no adapter is asked for"))
-    refuse_what_a_cpu_serves(settings, CPU)
+    refuse_unless_on_cpu(settings, CPU)
     with pytest.raises(BadRequest, match=r"quantize_activations is on.* a CPU only; the device is cuda"):
-        refuse_what_a_cpu_serves(settings, torch.device("cuda"))
+        refuse_unless_on_cpu(settings, torch.device("cuda"))

@@ -64,6 +64,11 @@ class AnonymousFile:
             with suppress(OSError):  # a file system that cannot
                 self.memory.madvise(mmap.MADV_REMOVE, first, last - first)
 
+    def handed_over(self, num_bytes: int) -> int:
+        """Cut the file to its first bytes, and return a descriptor of its own for whoever gets it."""
+        os.truncate(self.fd, num_bytes)
+        return os.dup(self.fd)
+
     def close(self) -> None:
         """Close the descriptor and unmap the file; where views of it are left, it is unmapped when these end."""
         os.close(self.fd)

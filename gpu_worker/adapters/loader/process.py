@@ -125,8 +125,7 @@ class LoaderServer:
                         _release(view)
                         self._kept.give_back(file)
                     return packed
-            os.truncate(file.fd, len(weights))
-            return Fetched(request.number, files.config, tokens), os.dup(file.fd)
+            return Fetched(request.number, files.config, tokens), file.handed_over(len(weights))
 
     def _turn(self, number: int, num_bytes: int) -> AbstractContextManager[object]:
         """Return a turn at what takes the processor, for a request with a file of so many bytes."""
@@ -171,8 +170,7 @@ class LoaderServer:
                 _release(view)
                 self._kept.give_back(to)
             else:
-                os.truncate(to.fd, len(view))
-                fd = os.dup(to.fd)
+                fd = to.handed_over(len(view))
             return Packed(number, rows.ranks.tobytes(), rows.scales.tobytes(), rows.invocation, tokens), fd
 
 

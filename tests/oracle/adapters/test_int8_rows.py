@@ -10,7 +10,7 @@ from oracle.adapters.peft_kinds import KINDS, LLAMA, MAX_DIFFERENCE, Kind, make_
 from oracle.conformance import watch_logits
 from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, prompts, tiny_llama, warm
 
-from gpu_worker.build import refuse_what_a_cpu_serves
+from gpu_worker.build import refuse_unless_on_cpu
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
@@ -47,9 +47,9 @@ def test_a_mixed_batch_has_pefts_tokens(kernels: str) -> None:
 
 def test_a_gpu_is_refused_at_start() -> None:
     settings = Settings(model="m", lora_dtype="int8")
-    refuse_what_a_cpu_serves(settings, torch.device("cpu"))
+    refuse_unless_on_cpu(settings, torch.device("cpu"))
     with pytest.raises(BadRequest, match="lora_dtype is int8, which is served on a CPU only; the device is cuda"):
-        refuse_what_a_cpu_serves(settings, torch.device("cuda"))
+        refuse_unless_on_cpu(settings, torch.device("cuda"))
 
 
 def test_host_and_pool_count_what_int8_takes(tmp_path: Path) -> None:
