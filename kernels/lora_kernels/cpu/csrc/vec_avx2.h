@@ -69,13 +69,6 @@ inline Vec widen_bits(const uint8_t* p, int shift, int mask) {
 
 inline Vec load(const i8* p) { return widen_i8(reinterpret_cast<const uint8_t*>(p)); }
 
-template <typename T>
-inline Vec load_n(const T* p, int64_t n) {
-  T lanes[kLanes] = {};
-  __builtin_memcpy(lanes, p, n * sizeof(T));
-  return load(lanes);
-}
-
 inline __m128i narrow(Vec v) {
   // Round to nearest even; a NaN would round to infinity, so it is put back.
   const __m256i bits = _mm256_castps_si256(v);
@@ -90,13 +83,6 @@ inline __m128i narrow_f16(Vec v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEARE
 inline void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
 inline void store(bf16* p, Vec v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v)); }
 inline void store(f16* p, Vec v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_f16(v)); }
-
-template <typename T>
-inline void store_n(T* p, Vec v, int64_t n) {
-  T lanes[kLanes];
-  store(lanes, v);
-  __builtin_memcpy(p, lanes, n * sizeof(T));
-}
 
 inline void store_codes(int8_t* p, Vec integers, int64_t n) {
   alignas(32) int32_t lanes[kLanes];
@@ -139,28 +125,12 @@ inline void transpose(Vec rows[kLanes]) {
   for (int i = 0; i < 8; ++i) rows[i] = t[i];
 }
 
-// Codes of weights as integer products want them: bytes, four inputs of each of kLanes columns.
-typedef uint16_t Words __attribute__((vector_size(32)));
-constexpr bool kUnsignedBytes = false;
+#include "vec_eight.h"
+
 using Ints = __m256i;
 inline Ints set1_int(int x) { return _mm256_set1_epi32(x); }
 inline Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 inline Vec to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
-// mask ? a : b, bit by bit.
-inline Words select(uint16_t mask, Words a, Words b) { return (a & mask) | (b & static_cast<uint16_t>(~mask)); }
-// Bytes of rows [columns], of which the first two and the fifth and sixth are read: 0, 4, 1, 5 of each column.
-inline void load_fours(const uint8_t* rows, Words (&out)[1]) {
-  typedef uint8_t Bytes __attribute__((vector_size(16)));
-  Bytes x = {}, y = {}, z = {}, w = {};
-  __builtin_memcpy(&x, rows, 8), __builtin_memcpy(&y, rows + 4 * kPanel, 8);
-  __builtin_memcpy(&z, rows + kPanel, 8), __builtin_memcpy(&w, rows + 5 * kPanel, 8);
-  const Bytes xy = __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const Bytes zw = __builtin_shufflevector(z, w, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const Words pairs = reinterpret_cast<Words>(__builtin_shufflevector(
-      xy, zw, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28,
-      29, 30, 31));
-  out[0] = __builtin_shufflevector(pairs, pairs, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
-}
 // acc[i] += the sum of codes[4 i + j] * (byte j of x). Codes of fewer than eight bits are not negative.
 template <int Bits>
 inline Ints dot_codes(Ints acc, Words codes, int x) {
@@ -169,13 +139,4 @@ inline Ints dot_codes(Ints acc, Words codes, int x) {
   const __m256i products = Bits < 8 ? _mm256_maddubs_epi16(own, all)
                                     : _mm256_maddubs_epi16(_mm256_abs_epi8(own), _mm256_sign_epi8(all, own));
   return add_ints(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
-}
-// Writes 32 integers as int8 codes, each eight of them in the order 0, 4, 1, 5, 2, 6, 3, 7.
-inline void store_eights(int8_t* p, const Vec (&integers)[4]) {
-  constexpr int kOrder[] = {0, 4, 1, 5, 2, 6, 3, 7};
-  int8_t codes[kLanes];
-  for (int v = 0; v < 4; ++v) {
-    store_codes(codes, integers[v], kLanes);
-    for (int i = 0; i < kLanes; ++i) p[v * kLanes + i] = codes[kOrder[i]];
-  }
 }

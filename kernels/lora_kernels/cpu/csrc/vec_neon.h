@@ -83,13 +83,6 @@ inline Vec widen_bits(const uint8_t* p, int shift, int mask) {
 
 inline Vec load(const i8* p) { return widen_i8(reinterpret_cast<const uint8_t*>(p)); }
 
-template <typename T>
-inline Vec load_n(const T* p, int64_t n) {
-  T lanes[kLanes] = {};
-  __builtin_memcpy(lanes, p, n * sizeof(T));
-  return load(lanes);
-}
-
 inline uint16x4_t narrow(float32x4_t v) {
   // Round to nearest even; a NaN would round to infinity, so it is put back.
   const uint32x4_t bits = vreinterpretq_u32_f32(v);
@@ -102,13 +95,6 @@ inline void store(float* p, Vec v) { vst1q_f32(p, v.lo), vst1q_f32(p + 4, v.hi);
 inline void store(bf16* p, Vec v) { vst1q_u16(&p->bits, vcombine_u16(narrow(v.lo), narrow(v.hi))); }
 inline void store(f16* p, Vec v) {
   vst1q_u16(&p->bits, vreinterpretq_u16_f16(vcombine_f16(vcvt_f16_f32(v.lo), vcvt_f16_f32(v.hi))));
-}
-
-template <typename T>
-inline void store_n(T* p, Vec v, int64_t n) {
-  T lanes[kLanes];
-  store(lanes, v);
-  __builtin_memcpy(p, lanes, n * sizeof(T));
 }
 
 inline void store_codes(int8_t* p, Vec integers, int64_t n) {
@@ -162,30 +148,14 @@ inline void transpose(Vec rows[kLanes]) {
   }
 }
 
-// Codes of weights as integer products want them: bytes, four inputs of each of kLanes columns.
-typedef uint16_t Words __attribute__((vector_size(32)));
-constexpr bool kUnsignedBytes = false;
+#include "vec_eight.h"
+
 struct Ints {
   int32x4_t lo, hi;
 };
 inline Ints set1_int(int x) { return {vdupq_n_s32(x), vdupq_n_s32(x)}; }
 inline Ints add_ints(Ints a, Ints b) { return {vaddq_s32(a.lo, b.lo), vaddq_s32(a.hi, b.hi)}; }
 inline Vec to_floats(Ints a) { return {vcvtq_f32_s32(a.lo), vcvtq_f32_s32(a.hi)}; }
-// mask ? a : b, bit by bit.
-inline Words select(uint16_t mask, Words a, Words b) { return (a & mask) | (b & static_cast<uint16_t>(~mask)); }
-// Bytes of rows [columns], of which the first two and the fifth and sixth are read: 0, 4, 1, 5 of each column.
-inline void load_fours(const uint8_t* rows, Words (&out)[1]) {
-  typedef uint8_t Bytes __attribute__((vector_size(16)));
-  Bytes x = {}, y = {}, z = {}, w = {};
-  __builtin_memcpy(&x, rows, 8), __builtin_memcpy(&y, rows + 4 * kPanel, 8);
-  __builtin_memcpy(&z, rows + kPanel, 8), __builtin_memcpy(&w, rows + 5 * kPanel, 8);
-  const Bytes xy = __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const Bytes zw = __builtin_shufflevector(z, w, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  const Words pairs = reinterpret_cast<Words>(__builtin_shufflevector(
-      xy, zw, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28,
-      29, 30, 31));
-  out[0] = __builtin_shufflevector(pairs, pairs, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
-}
 inline int32x4_t dot_signed(int32x4_t acc, int8x16_t codes, int8x16_t x) {
   const int16x8_t first = vmull_s8(vget_low_s8(codes), vget_low_s8(x)), second = vmull_high_s8(codes, x);
   return vaddq_s32(acc, vpaddq_s32(vpaddlq_s16(first), vpaddlq_s16(second)));
@@ -198,13 +168,4 @@ inline Ints dot_codes(Ints acc, Words codes, int x) {
   const auto hi = __builtin_shufflevector(codes, codes, 8, 9, 10, 11, 12, 13, 14, 15);
   return {dot_signed(acc.lo, reinterpret_cast<int8x16_t>(lo), all),
           dot_signed(acc.hi, reinterpret_cast<int8x16_t>(hi), all)};
-}
-// Writes 32 integers as int8 codes, each eight of them in the order 0, 4, 1, 5, 2, 6, 3, 7.
-inline void store_eights(int8_t* p, const Vec (&integers)[4]) {
-  constexpr int kOrder[] = {0, 4, 1, 5, 2, 6, 3, 7};
-  int8_t codes[kLanes];
-  for (int v = 0; v < 4; ++v) {
-    store_codes(codes, integers[v], kLanes);
-    for (int i = 0; i < kLanes; ++i) p[v * kLanes + i] = codes[kOrder[i]];
-  }
 }

@@ -1,0 +1,45 @@
+// What all vectors of eight lanes share, in memory and in the compiler's own vector types. vec_avx2.h and vec_neon.h
+// include it behind their `load`, `store` and `store_codes`.
+#pragma once
+
+template <typename T>
+inline Vec load_n(const T* p, int64_t n) {
+  T lanes[kLanes] = {};
+  __builtin_memcpy(lanes, p, n * sizeof(T));
+  return load(lanes);
+}
+
+template <typename T>
+inline void store_n(T* p, Vec v, int64_t n) {
+  T lanes[kLanes];
+  store(lanes, v);
+  __builtin_memcpy(p, lanes, n * sizeof(T));
+}
+
+// Codes of weights as integer products want them: bytes, four inputs of each of kLanes columns.
+typedef uint16_t Words __attribute__((vector_size(32)));
+constexpr bool kUnsignedBytes = false;
+// mask ? a : b, bit by bit.
+inline Words select(uint16_t mask, Words a, Words b) { return (a & mask) | (b & static_cast<uint16_t>(~mask)); }
+// Bytes of rows [columns], of which the first two and the fifth and sixth are read: 0, 4, 1, 5 of each column.
+inline void load_fours(const uint8_t* rows, Words (&out)[1]) {
+  typedef uint8_t Bytes __attribute__((vector_size(16)));
+  Bytes x = {}, y = {}, z = {}, w = {};
+  __builtin_memcpy(&x, rows, 8), __builtin_memcpy(&y, rows + 4 * kPanel, 8);
+  __builtin_memcpy(&z, rows + kPanel, 8), __builtin_memcpy(&w, rows + 5 * kPanel, 8);
+  const Bytes xy = __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const Bytes zw = __builtin_shufflevector(z, w, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const Words pairs = reinterpret_cast<Words>(__builtin_shufflevector(
+      xy, zw, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28,
+      29, 30, 31));
+  out[0] = __builtin_shufflevector(pairs, pairs, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+// Writes 32 integers as int8 codes, each eight of them in the order 0, 4, 1, 5, 2, 6, 3, 7.
+inline void store_eights(int8_t* p, const Vec (&integers)[4]) {
+  constexpr int kOrder[] = {0, 4, 1, 5, 2, 6, 3, 7};
+  int8_t codes[kLanes];
+  for (int v = 0; v < 4; ++v) {
+    store_codes(codes, integers[v], kLanes);
+    for (int i = 0; i < kLanes; ++i) p[v * kLanes + i] = codes[kOrder[i]];
+  }
+}
