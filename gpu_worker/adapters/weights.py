@@ -121,14 +121,14 @@ class PoolWeights:
         """Copy rows to their pages, those of neighbouring pages at once. copy: takes target and source."""
         runs = [page_runs(group) for group in pages]
         for index, a, b in adapter.rows:
-            site = self.lora_sites[index]
+            site, rank = self.lora_sites[index], a.shape[0]  # len() of a tensor takes longer
             for first, page, num in runs[site.group]:
-                last = min((first + num) * PAGE_ROWS, len(a))
+                last = min((first + num) * PAGE_ROWS, rank)
                 if first * PAGE_ROWS >= last:
                     break
                 rows = slice(first * PAGE_ROWS, last)
                 at = slice(page * PAGE_ROWS, page * PAGE_ROWS + last - rows.start)
-                is_whole = last - rows.start == len(a)
+                is_whole = last - rows.start == rank
                 copy(site.a_rows[at], a if is_whole else a[rows])
                 copy(site.b_rows[at], b if is_whole else b[rows])
                 if site.factors is not None:

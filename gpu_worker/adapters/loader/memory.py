@@ -39,11 +39,10 @@ def _new_file() -> int:
 
 
 class AnonymousFile:
-    """A mapped file without a name, of zeros until it `is_used`."""
+    """A mapped file without a name, of zeros until something is written to it."""
 
     def __init__(self, num_bytes: int) -> None:
         """Make one. Raises OSError where there is no room for it."""
-        self.is_used = False  # by an earlier adapter
         self.fd = _new_file()
         try:
             os.truncate(self.fd, num_bytes)
@@ -104,7 +103,6 @@ class KeptFiles:
         if not self.keeps(file):
             file.close()
             return
-        file.is_used = True
         with self._lock:
             self._kept.append(file)
             while sum(file.num_bytes for file in self._kept) > self._max_bytes:

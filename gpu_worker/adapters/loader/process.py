@@ -154,8 +154,6 @@ class LoaderServer:
             def allocate(num_bytes: int) -> memoryview:
                 held.enter_context(self._memory.hold(num_bytes))
                 view, file = self._take(num_bytes, undo)
-                if file.is_used:
-                    view[:] = bytes(num_bytes)
                 packed.append((view, file))
                 return view
 

@@ -116,10 +116,10 @@ class RowPacker:
         """Pack an adapter into a buffer.
 
         config: its `adapter_config.json`. file: its weights, a safetensors file. allocate: returns a buffer of as many
-        zero bytes as it is asked for; called at most once. release: told of bytes of the file that nobody needs again.
-        Returns None if the adapter is not plain, or if anything is wrong with its config or the shapes of its tensors:
-        `Packer`, which packs any adapter, packs it or says what is wrong. Raises AdapterRefused for numbers that are
-        not finite.
+        bytes, of any content, as it is asked for; called at most once. release: told of bytes of the file that nobody
+        needs again. Returns None if the adapter is not plain, or if anything is wrong with its config or the shapes of
+        its tensors: `Packer`, which packs any adapter, packs it or says what is wrong. Raises AdapterRefused for
+        numbers that are not finite.
         """
         try:
             tensors = read_header(file)
@@ -136,11 +136,13 @@ class RowPacker:
         spans = list(layout(ranks, self._sites))
         buffer = allocate(spans[-1][-1])
         bad: list[str] = []  # tensors with numbers that are not finite, of those that become int8
-        for index, *begins, _ in spans:
+        for index, *begins, end in spans:
             site, rank = self._sites[index], int(ranks[index])
             shapes = [(site.num_matrices, rank, width) for width in (site.in_features, site.out_features)]
             item = _ITEMS.get(site.dtype, np.int8)
             a, b = (np.ndarray(shape, item, buffer, begin) for shape, begin in zip(shapes, begins, strict=False))
+            if site.num_experts or a.nbytes + b.nbytes < end - begins[0]:  # with bytes that no number is written to
+                np.ndarray(end - begins[0], np.uint8, buffer, begins[0]).fill(0)
             if site.dtype == "int8":
                 wide_a, wide_b = (np.zeros(shape, np.uint32) for shape in shapes)
                 _pack_site(wide_a, wide_b, parts[index], tensors, partial(_copy, file, "float32"))
