@@ -2,7 +2,7 @@
 //
 // A panel holds kPanel output columns for every pair of inputs, so one pass over a panel needs one load per vector of
 // weights and one broadcast per row. Rows are cut evenly into tiles that fill the register file. With few rows, reading
-// the weights from memory takes the time: while a panel is computed, its first tile prefetches the next.
+// the weights from memory takes the time: a panel's first tile asks for what lies ahead of it.
 #pragma once
 
 constexpr int kPanelVecs = kPanel / kLanes;
@@ -17,17 +17,17 @@ constexpr int kMaxRows = 2;
 template <int Rows, bool Prefetch>
 inline void panel_tile(const uint16_t* x, int64_t chunk_stride, const uint16_t* panel, int64_t pairs,
                        Vec (*acc)[kPanelVecs]) {
-  const int64_t panel_bytes = pairs * kPanel * 4;
   for (int i = 0; i < Rows; ++i)
     for (int v = 0; v < kPanelVecs; ++v) acc[i][v] = zero();
   for (int64_t first = 0; first < pairs; first += kXChunk / 2, x += chunk_stride) {
     const int64_t end = min(kXChunk / 2, pairs - first);
+    if (Prefetch) touch_pages(reinterpret_cast<const char*>(panel) + kPagesAhead, end * kPanel * 4);
     for (int64_t p = 0; p < end; ++p, panel += kPanel * 2) {
       Pairs w[kPanelVecs];
 #pragma GCC unroll 4
       for (int v = 0; v < kPanelVecs; ++v) {
         w[v] = load_pairs(panel + v * 2 * kLanes);
-        if (Prefetch) prefetch_line(reinterpret_cast<const char*>(panel + v * 2 * kLanes) + panel_bytes);
+        if (Prefetch) prefetch_line(reinterpret_cast<const char*>(panel + v * 2 * kLanes) + kLinesAhead);
       }
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
@@ -78,7 +78,7 @@ void linear(const LinearArgs& args) {
     const int64_t tiles = ceil_div(rows, kMaxRows);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles;
-      const bool prefetch = tile == 0 && panel + 1 < panels;
+      const bool prefetch = tile == 0;
       with_size<kMaxRows>(end - begin,
                           [&]<int Rows>() { linear_tile<Rows>(args, first_row + begin, panel, prefetch); });
     }

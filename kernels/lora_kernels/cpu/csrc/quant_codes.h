@@ -3,7 +3,6 @@
 #pragma once
 
 constexpr int64_t kChunk = kLanes == 16 ? 256 : 128;  // inputs; their widened codes stay in the first-level cache
-constexpr int64_t kQuantAhead = 8192;                 // bytes between what is read and what is prefetched
 
 // Calls f.template operator()<I>() for I in [0, N), unrolled.
 template <int N, typename F>
@@ -12,6 +11,12 @@ __attribute__((always_inline)) inline void repeat(const F& f) {
     repeat<N - 1>(f);
     f.template operator()<N - 1>();
   }
+}
+
+// Asks for the pages that follow the chunk at `at` by kPagesAhead: kLinesAhead is too near for their addresses.
+template <int F>
+inline void touch_ahead(const uint8_t* at) {
+  touch_pages(at + kPagesAhead, panel_bytes(kQuantForms[F], kChunk));
 }
 
 // The fp16 scales and minima of a super-block's columns.
@@ -87,13 +92,14 @@ template <int F>
 const uint8_t* widen_chunk(const uint8_t* at, int64_t first, int64_t inputs, float* out) {
   constexpr QuantForm form = kQuantForms[F];
   SuperScales super;
+  touch_ahead<F>(at);
   for (int64_t k = 0; k < inputs; k += 32, at += group_bytes(form)) {
     if constexpr (form.super) {
       const int64_t in_super = (first + k) % kSuperInputs;
       if (in_super == 0 || k == 0) load_super<F>(in_super ? at - super_offset(form, in_super) : at, &super);
       if (in_super == 0) at += super_head_bytes(form);
     }
-    prefetch_once<group_bytes(form)>(at + kQuantAhead);
+    prefetch_once<group_bytes(form)>(at + kLinesAhead);
     for (int v = 0; v < kPanelVecs; ++v) widen_weights<F>(at, super, v, out + k * kPanel);
   }
   return at;
@@ -148,18 +154,19 @@ struct PackedChunk {
 
   // at: of the chunk, whose first input is the first of a super-block.
   explicit PackedChunk(const uint8_t* at) : groups(at + super_head_bytes(form)) {
+    touch_ahead<F>(at);
     if constexpr (form.super) {
       load_super<F>(at, &super);
-      prefetch_once<super_head_bytes(form)>(at + kQuantAhead);
+      prefetch_once<super_head_bytes(form)>(at + kLinesAhead);
     }
   }
   const uint8_t* group(int64_t part) const { return groups + part * kGroup / 32 * group_bytes(form); }
-  // What lies kQuantAhead behind quad Q of a part. Lines that are asked for all at once hold each other up.
+  // What lies kLinesAhead behind quad Q of a part. Lines that are asked for all at once hold each other up.
   template <int Q>
   void prefetch(int64_t part) const {
     constexpr int64_t bytes = group_bytes(form) * kGroup / 32, lines = (bytes + 63) / 64, quads = kGroup / 8;
     constexpr int64_t begin = lines * Q / quads, end = lines * (Q + 1) / quads;
-    prefetch_once<(end - begin) * 64>(groups + part * bytes + begin * 64 + kQuantAhead);
+    prefetch_once<(end - begin) * 64>(groups + part * bytes + begin * 64 + kLinesAhead);
   }
   PackedQuad<F> quad(int64_t part, int q, int v) const {
     return {group(part) + group_head_bytes(form), static_cast<int>(part * kGroup % 32) / 8 + q, v};

@@ -82,7 +82,7 @@ void int8_tile(const Int8Chunk& chunk, const Int8Rows& t, int64_t col, int64_t g
         constexpr int kQuad = P * Group / 8 + Q;
         Words quad[2][kInt8Vecs];
         load_quad<Bits, kQuad>(codes, col, quad);
-        prefetch_once<Bits * 32>(codes + kQuad * Bits * 32 + kQuantAhead);
+        prefetch_once<Bits * 32>(codes + kQuad * Bits * 32 + kLinesAhead);
         repeat<2>([&]<int Half>() __attribute__((always_inline)) {
           repeat<Rows>([&]<int R>() __attribute__((always_inline)) {
             int x;
@@ -124,6 +124,7 @@ Int8Chunk scales_of(const uint8_t*& at, int64_t first, int64_t inputs, float* me
   // All scales of a chunk are read at its start, so they are asked for earlier than its codes.
   constexpr int64_t kAhead = panel_bytes(form, 2 * kChunk);
   SuperScales super = {};
+  touch_ahead<F>(at);
   if constexpr (form.super) {
     const int64_t in_super = first % kSuperInputs;
     load_super<F>(in_super ? at - super_offset(form, in_super) : at, &super);

@@ -24,6 +24,9 @@ inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch_line(static_cast<const char*>(from) + i);
 }
 
+// Bytes between weights that are read, what is prefetched of them, and their pages that are touched.
+constexpr int64_t kLinesAhead = 8192, kPagesAhead = 32768;
+
 // Asks for a line of each page of memory that is read soon. What lies here and there waits longer for its addresses to be
 // looked up than for its bytes, and a core fetches ahead no further than to the end of a page.
 inline void touch_pages(const void* from, int64_t bytes) {
