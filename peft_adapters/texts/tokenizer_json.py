@@ -95,6 +95,12 @@ class WordLevel(Struct, tag=True):
 Model = Bpe | Unigram | WordPiece | WordLevel
 
 
+class _Vocabulary(Struct):
+    """Of a model that maps tokens to ids, the tokens alone: merges take as long to read."""
+
+    vocab: _Ids
+
+
 class Added(Struct):
     """A token beside the model's vocabulary, or one of it that is looked for as a whole."""
 
@@ -186,7 +192,8 @@ def token_table(text: str) -> TokenTable:
         decoding, problem = _decoding(_value(file.decoder, "decoder")), ""
     except AdapterRefused as error:
         decoding, problem = _Decoding([]), f"tokens of this model cannot be decoded: {error.message}"
-    table = _table(_model(file), file.added_tokens, decoding)
+    model = _parsed(file.model, Unigram if _kind(file) == "Unigram" else _Vocabulary, "model")
+    table = _table(model, file.added_tokens, decoding)
     table.key, table.refusal = key_of(text), problem
     return table
 
@@ -218,8 +225,8 @@ def _value(raw: Raw, place: str) -> Any:
     return _parsed(raw, Any, place)
 
 
-def _model(file: _File) -> Model:
-    """Return a file's model. Raises AdapterRefused."""
+def _kind(file: _File) -> str:
+    """Return the type of a file's model. Raises AdapterRefused."""
     kind = _parsed(file.model, _Type, "model")
     name = kind.type
     if not name:
@@ -227,7 +234,12 @@ def _model(file: _File) -> Model:
         name = "BPE" if bytes(kind.merges) else "Unigram" if bytes(kind.unk_id) else words
     if name not in _MODELS:
         raise refusal("model", f"is of the type {name[:40]!r}, not one of {', '.join(_MODELS)}")
-    model = _parsed(file.model, _MODELS[name], "model")
+    return name
+
+
+def _model(file: _File) -> Model:
+    """Return a file's model. Raises AdapterRefused."""
+    model = _parsed(file.model, _MODELS[_kind(file)], "model")
     if isinstance(model, Bpe):
         model.merges = [_pair(merge) for merge in model.merges]
     return model
@@ -380,12 +392,12 @@ _CLEANUP = (
 _BYTE_TOKEN = re.compile(r"<0x(\+?[0-9A-Fa-f]|[0-9A-Fa-f]{2})>")
 
 
-def _ids(model: Model) -> dict[str, int]:
+def _ids(model: Model | _Vocabulary) -> dict[str, int]:
     """Return the ids of a vocabulary's tokens."""
     return {token: i for i, (token, _) in enumerate(model.vocab)} if isinstance(model, Unigram) else model.vocab
 
 
-def _table(model: Model, added: Sequence[Added], decoding: _Decoding) -> TokenTable:
+def _table(model: Model | _Vocabulary, added: Sequence[Added], decoding: _Decoding) -> TokenTable:
     """Return the tokens of a vocabulary. Raises AdapterRefused."""
     ids = _ids(model)
     given = _given_ids(added, ids, len(model.vocab))
