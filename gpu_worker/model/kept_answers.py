@@ -1,8 +1,9 @@
 """What an untouched model has said to random prompts at an earlier start, so that later ones need not run it again.
 
-Running it reads every weight several times: a second for a billion of them. Every start holds its finished engine
-against these answers as against fresh ones. They are known by all that they depend on: the state of the model's files,
-of the code that runs it and of ours, the libraries' versions and the processor. They lie beside the native kernels.
+Running it reads every weight several times: a second for a billion of them. So does comparing our blocks with its
+modules, and which of them agreed is kept too. Every start holds its finished engine against these answers as against
+fresh ones. They are known by all that they depend on: the state of the model's files, of the code that runs it and of
+ours, the libraries' versions and the processor. They lie beside the native kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from gpu_worker.light_imports import state_of
 from gpu_worker.model.logits_check import LogitsCheck
 from gpu_worker.quantised.modules import has_rounded_inputs
 from gpu_worker.quantised.panels import PANELS
-from lora_kernels import ops
+from lora_kernels import ops, sums
 from protocol.runtime.model_files import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class KeptAnswers:
             with safe_open(self.path, framework="pt") as file:
                 about = file.metadata()
                 num, width, sensitivity = int(about["num"]), int(about["width"]), float(about["sensitivity"])
+                agreed = frozenset(about["agreed"].split("\n")) if "agreed" in about else None
                 prompts, logits = ([file.get_tensor(f"{part}.{i}") for i in range(num)] for part in ("ids", "logits"))
         except FileNotFoundError:
             return None
@@ -55,7 +57,7 @@ class KeptAnswers:
             logger.warning("the answers in %s cannot be read, and the model is asked again: %s", self.path, error)
             return None
         logger.info("the finished engine is held against the answers of an earlier start, in %s", self.path)
-        return LogitsCheck(prompts, logits, sensitivity, origin=str(self.path)), width
+        return LogitsCheck(prompts, logits, sensitivity, str(self.path), agreed), width
 
     def write(self, check: LogitsCheck, width: int) -> None:
         """Keep answers that a finished engine has given too, in the place of those of the same model before it changed.
@@ -67,6 +69,8 @@ class KeptAnswers:
         tensors = {f"ids.{i}": ids for i, ids in enumerate(check.prompts)}
         tensors |= {f"logits.{i}": rows.contiguous() for i, rows in enumerate(check.logits)}
         about = {"num": str(len(check.prompts)), "width": str(width), "sensitivity": repr(check.sensitivity)}
+        if check.agreed is not None:
+            about["agreed"] = "\n".join(sorted(check.agreed))
         folder = self.path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +92,7 @@ def answers_of(module: PreTrainedModel, folder: Path, impl: ops.Impl | None) -> 
     code = [state_of(Path(package.__path__[0])) for package in (gpu_worker, lora_kernels)]
     libraries = (torch.__version__, transformers.__version__, *_state(Path(inspect.getfile(type(module)))))
     processor = sorted(torch.cpu.get_capabilities().items())
-    computed = (type(module).__name__, str(module.dtype), impl, has_rounded_inputs(module))
+    computed = (type(module).__name__, str(module.dtype), impl, has_rounded_inputs(module), sums.are_fixed())
     key = repr((states, code, libraries, processor, *computed))
     name = "-".join(hashlib.sha256(part.encode()).hexdigest()[:16] for part in (str(folder.resolve()), key))
     return KeptAnswers(cache_folder() / "answers" / f"{name}.safetensors")

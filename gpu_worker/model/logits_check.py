@@ -29,12 +29,13 @@ LAST_DIGITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 @dataclass(frozen=True, slots=True)
 class LogitsCheck:
-    """Random prompts and their logits, each computed alone."""
+    """Random prompts and their logits, each computed alone, and which blocks were compared with the model's modules."""
 
     prompts: list[Tensor]  # int64 [T]
     logits: list[Tensor]  # [T, V] of each prompt
     sensitivity: float = 0.0  # `spread_of` after changing the embeddings' last digits; 0 if no activations are rounded
     origin: str = ""  # the file in which an earlier start has kept them
+    agreed: frozenset[str] | None = None  # see `install_shortcuts`; None: no block has been compared
 
     def limit(self, dtype: torch.dtype) -> float:
         """Return the `spread_of` below which a model that computes in `dtype` computes the same."""

@@ -194,8 +194,11 @@ def _install(model: BaseModel, trial: Trial, impl: ops.Impl | None, *, compiled:
     model.adaptable = find_adaptable_modules(module, trial.per_token, model.sites, model.shared, context, impl)
     install_tied(module, trial.linears, model.adaptable)
     if not compiled and model.passes is None:
+        check = model.check
+        assert check is not None
         with torch.inference_mode():
-            model.num_shortcuts = install_shortcuts(module, trial, layers, model.adaptable, impl)
+            model.num_shortcuts, agreed = install_shortcuts(module, trial, layers, model.adaptable, impl, check.agreed)
+        model.check = replace(check, agreed=agreed)
     model.adaptable.watch()
     if model.device.type == "cpu" and not compiled:
         _compute_angles_on_one_thread(module)

@@ -1,14 +1,15 @@
 """Finds the blocks that most decoders share and puts `blocks` in their place.
 
 A block is recognised by what it is made of, never by its model's name, and replaced only after the replacement has
-computed what the original computes, on the original's own input. What is not recognised stays as Hugging Face wrote it.
+computed what the original computes, on the original's own input, at this start or an earlier one. What is not
+recognised stays as Hugging Face wrote it.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 
 from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.agreement import agrees, close
-from gpu_worker.model.attention import PagedLayer
+from gpu_worker.model.attention import PagedLayer, StepContext
 from gpu_worker.model.blocks import GatedMlp, LayerStack, Norm, PlainDecoder, PreNormLayer, RotaryAttention
 from gpu_worker.model.lora import SiteLinear
-from gpu_worker.model.trial import Trial
+from gpu_worker.model.trial import ModuleCall, Trial
 from lora_kernels import ops
 
 _ACTIVATIONS: dict[ops.Activation, Callable[[Tensor], Tensor]] = {
@@ -37,18 +38,31 @@ Block = RotaryAttention | GatedMlp | PreNormLayer
 class _Found:
     """The blocks that stand in a model so far, by the module that each replaces."""
 
+    context: StepContext
+    known: Collection[str] | None  # of an earlier start: what agreed then
+    agreed: set[str] = field(default_factory=set)
     norms: dict[nn.Module, Norm] = field(default_factory=dict)
     blocks: dict[nn.Module, Block] = field(default_factory=dict)
 
+    def agrees(self, what: str, module: nn.Module, block: Any, call: ModuleCall, **how: bool) -> bool:
+        """Return whether a block computes what a module does. what: names both. how: as of `agrees`."""
+        result = agrees(module, block, call, self.context, **how) if self.known is None else what in self.known
+        if result:
+            self.agreed.add(what)
+        return result
+
 
 def install_shortcuts(
-    model: nn.Module, trial: Trial, layers: list[PagedLayer], adaptable: AdaptableModules, impl: ops.Impl | None
-) -> int:
+    model: nn.Module, trial: Trial, layers: list[PagedLayer], adaptable: AdaptableModules, impl: ops.Impl | None,
+    known: Collection[str] | None = None,
+) -> tuple[int, frozenset[str]]:  # fmt: skip
     """Replace the recognised blocks of a model whose linear layers are sites.
 
-    The KV cache must have room for the trial's tokens. Returns how many decoder layers are replaced as a whole.
+    The KV cache must have room for the trial's tokens. known: what the second result was at an earlier start of the
+    same model; nothing is compared then. Returns how many decoder layers are replaced as a whole, and names of the
+    blocks that agreed.
     """
-    found = _Found()
+    found = _Found(adaptable.context, known)
     for module in model.modules():
         norm = find_norm(module, impl)
         if norm is not None:
@@ -60,14 +74,14 @@ def install_shortcuts(
     # Inner blocks come first: a layer is recognised by the blocks found for what it holds.
     for name, call in sorted(trial.modules.items(), key=lambda item: -item[0].count(".")):
         module = model.get_submodule(name)
-        for candidate in _candidates(module, by_module.get(module), found, impl):
+        for number, candidate in enumerate(_candidates(module, by_module.get(module), found, impl)):
             is_part = not isinstance(candidate, PreNormLayer)
-            if agrees(module, candidate, call, adaptable.context, large_inputs=is_part):
+            if found.agrees(f"{name} {number}", module, candidate, call, large_inputs=is_part):
                 module.forward = candidate.forward
                 found.blocks[module] = candidate
                 break
-    _install_stacks(model, trial, found, adaptable, impl)
-    return sum(type(block) is PreNormLayer for block in found.blocks.values())
+    _install_stacks(model, trial, found, impl)
+    return sum(type(block) is PreNormLayer for block in found.blocks.values()), frozenset(found.agreed)
 
 
 # ---------------------------------------------------------------- single blocks
@@ -141,9 +155,7 @@ def _find_activation(module: nn.Module) -> ops.Activation | None:
 # ---------------------------------------------------------------- stacks of layers
 
 
-def _install_stacks(
-    model: nn.Module, trial: Trial, found: _Found, adaptable: AdaptableModules, impl: ops.Impl | None
-) -> None:
+def _install_stacks(model: nn.Module, trial: Trial, found: _Found, impl: ops.Impl | None) -> None:
     """Let lists of pre-norm layers run as one call, where the module around them computes exactly the same then.
 
     Exactly, because a difference as small as that of another rotary embedding is not rounding: a stack runs what its
@@ -159,10 +171,11 @@ def _install_stacks(
             continue
         stack = LayerStack(layers, impl)
         stacked = _StackedHolder(model.get_submodule(holder), children, stack)
-        if agrees(stacked.holder, stacked, trial.modules[holder], adaptable.context, exact=True):
+        call = trial.modules[holder]
+        if found.agrees(f"{name} as a stack", stacked.holder, stacked, call, exact=True):
             stacked.install()
             decoder = _plain_decoder(stacked.holder, stack, found)
-            if decoder and agrees(stacked.holder, decoder, trial.modules[holder], adaptable.context, exact=True):
+            if decoder and found.agrees(f"{name} as a decoder", stacked.holder, decoder, call, exact=True):
                 stacked.holder.forward = decoder.forward
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,13 @@ from oracle.tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
 
 from gpu_worker.build import load_engine
-from gpu_worker.model import kept_answers, prepare
+from gpu_worker.engine.engine import Engine
+from gpu_worker.model import kept_answers, prepare, shortcuts
+from gpu_worker.model.blocks import PlainDecoder, stacks_of
 from gpu_worker.model.kept_answers import answers_of
 from gpu_worker.model.logits_check import LogitsCheck, ask_untouched
+from gpu_worker.model.model import BaseModel
+from gpu_worker.tasks.model_tasks import decoder_of
 from lora_kernels import cpu
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
@@ -42,20 +47,45 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return found
 
 
-def start(folder: Path) -> None:
+def start(folder: Path) -> BaseModel:
     settings = Settings(model=str(folder), device="cpu", dtype="float32", kernels="reference")
-    load_engine(settings, lambda _: pytest.fail("no adapter is asked for"))
+    thread, _ = load_engine(settings, lambda _: pytest.fail("no adapter is asked for"))
+    engine = thread.engine
+    assert isinstance(engine, Engine)
+    return engine.model
 
 
 def kept(folder: Path) -> list[Path]:
     return sorted((folder.parent / "cache/answers").iterdir())
 
 
-def test_a_later_start_does_not_run_the_untouched_model(folder: Path, asked: list[object]) -> None:
-    start(folder)
-    start(folder)
+def test_a_later_start_does_not_run_the_untouched_model(
+    folder: Path, asked: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start(folder)
+    monkeypatch.setattr(shortcuts, "agrees", lambda *_, **__: pytest.fail("blocks are compared again"))
+    second = start(folder)
     assert len(asked) == 1
     assert len(kept(folder)) == 1
+    assert first.num_shortcuts == second.num_shortcuts > 0
+    assert len(stacks_of(first.module)) == len(stacks_of(second.module)) == 1
+    decoder: Any = decoder_of(second.module)
+    assert type(decoder.forward.__self__) is PlainDecoder
+
+
+def test_blocks_that_did_not_agree_stay_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shortcuts, "agrees", lambda *_, **__: False)
+    start(folder)
+    monkeypatch.undo()
+    monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(folder.parent / "cache"))
+    assert start(folder).num_shortcuts == 0
+
+
+def test_without_comparisons_kept_blocks_are_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(folder)
+    (path,) = kept(folder)
+    save_file(load_file(path), path, {"num": "2", "width": "64", "sensitivity": "0.0"})
+    assert start(folder).num_shortcuts > 0
 
 
 def other_weights(folder: Path) -> None:
