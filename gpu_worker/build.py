@@ -31,7 +31,6 @@ from gpu_worker.encoder.model import EncoderModel, prepare_encoder
 from gpu_worker.engine.batcher import MAX_PROMPT_ROWS, BatchLimits
 from gpu_worker.engine.engine import Engine, EngineConfig
 from gpu_worker.experts.rows import expert_sites
-from gpu_worker.host_memory import give_back_freed
 from gpu_worker.memory import CacheBytes, GiB, free_bytes, share_out
 from gpu_worker.model.checkpoint import (
     head_dim_of,
@@ -116,9 +115,7 @@ def load_engine(
         if model.answers is not None and model.check is not None and model.passes is None:
             model.answers.write(model.check, model.width)
         model.check = None
-        engine.grammars.prepare()
         gc.collect()  # modules whose weights were packed hold each other, and the files that these were mapped from
-        give_back_freed()
         room = f"room for {engine.blocks.num_blocks * BLOCK_TOKENS} KV tokens in {name_of(model.cache_dtype)}, "
     elif settings.quantize_activations:
         raise BadRequest("quantize_activations is on, which is served for causal LMs only")

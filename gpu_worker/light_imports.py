@@ -145,17 +145,32 @@ def import_torch() -> None:
     if "torch" in sys.modules:
         return
     sys.meta_path.insert(0, _LateFinder())
-    describe = inspect.getframeinfo
-    # Torch notes where each of its operators is defined: in what file and line. Without lines of context around these,
-    # nobody looks for the files of all modules that there are.
-    inspect.getframeinfo = functools.partial(describe, context=0)
-    try:
+    with describing_briefly():
         import torch
-    finally:
-        inspect.getframeinfo = describe
     if hasattr(torch._C, "_set_generator_metaclass"):  # no generator can be made without it; META_KERNELS set it else
         opaque = importlib.import_module("torch._opaque_base")
         torch._C._set_generator_metaclass(opaque.OpaqueBaseMeta)
+
+
+@contextmanager
+def describing_briefly() -> Iterator[None]:
+    """Let frames be described by what they say themselves within the block, which defines operators of torch.
+
+    Torch notes in what module, file and line each is defined. Python would look for the files of all modules that there
+    are, for lines of context around these and to find the module.
+    """
+    getframeinfo, getmodule = inspect.getframeinfo, inspect.getmodule
+
+    def module_of(described: Any, _filename: str | None = None) -> ModuleType | None:
+        if inspect.isframe(described):
+            return sys.modules.get(described.f_globals.get("__name__", ""))
+        return getmodule(described, _filename)
+
+    inspect.getframeinfo, inspect.getmodule = functools.partial(getframeinfo, context=0), module_of
+    try:
+        yield
+    finally:
+        inspect.getframeinfo, inspect.getmodule = getframeinfo, getmodule
 
 
 # ---------------------------------------------------------------- stand-ins

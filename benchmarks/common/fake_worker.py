@@ -75,6 +75,9 @@ class FakeEngine:
         self._thread = threading.Thread(target=self._loop, args=(on_outputs,), name="fake-engine", daemon=True)
         self._thread.start()
 
+    def finish_start(self) -> None:
+        """Do nothing: there is nothing to make."""
+
     def submit(self, request: EngineRequest) -> None:
         """Take a request."""
         with self._lock:

@@ -12,6 +12,7 @@ from gpu_worker.adapters.residency import Residency
 from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
 from gpu_worker.engine.step_model import StepMeter
 from gpu_worker.engine.timelines import Timelines
+from gpu_worker.host_memory import give_back_freed, let_go_of_libraries
 from protocol.wire.errors import LorafleetError
 
 
@@ -47,6 +48,11 @@ class BaseEngine(ABC):
     @abstractmethod
     def stats(self) -> EngineStats:
         """Return the engine's figures as they are now."""
+
+    def finish_start(self) -> None:
+        """Make what the fleet need not wait for, and give back the memory that starting took. May be called again."""
+        give_back_freed()
+        let_go_of_libraries()
 
     def cancel(self, rid: str) -> None:
         """Forget a request; nothing more is put out for it."""

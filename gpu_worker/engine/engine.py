@@ -96,6 +96,11 @@ class Engine(BaseEngine):
         self._seqs: dict[str, Sequence] = {}  # by request id
         self._flight: Flight | None = None  # the step whose tokens are not on the host yet
 
+    def finish_start(self) -> None:
+        """Make what grammars need, which holds the interpreter for up to half a second; see `BaseEngine`."""
+        self.grammars.prepare()
+        super().finish_start()
+
     # ------------------------------------------------------------ a step
 
     def step(self) -> list[TokenOutput]:

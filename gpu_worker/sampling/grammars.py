@@ -222,7 +222,7 @@ class Grammars:
         self._eos_ids = eos_ids
         self._max_mask_s = max_mask_s
         self._tokens, self._tokenizer = tokens, tokenizer
-        self._base: Vocabulary | None = None
+        self._base: Vocabulary | BadRequest | None = None  # or why there is none
         self._lock = threading.Lock()
         # _lock guards these.
         self._vocabularies: OrderedDict[str, Vocabulary] = OrderedDict()  # of adapters' tokenizers, last used last
@@ -241,14 +241,21 @@ class Grammars:
         self._filler.close()
 
     def prepare(self) -> None:
-        """Make what grammars of the base model need. Takes half a second: call it before steps begin."""
+        """Make what grammars of the base model need. Takes half a second: call it before there are requests.
+
+        Where it cannot be made, each request with a grammar is told why.
+        """
         if self._tokens is None or self._base is not None:
             return
         try:
             self._base = Vocabulary(self._tokens, self._vocab_size, self._eos_ids, self._tokenizer)
         except BadRequest as error:
             logger.info("llguidance cannot read the base's tokenizer, so it gets a list of tokens: %s", error.message)
-            self._base = Vocabulary(self._tokens, self._vocab_size, self._eos_ids)
+            try:
+                self._base = Vocabulary(self._tokens, self._vocab_size, self._eos_ids)
+            except BadRequest as refusal:
+                logger.warning("%s", refusal.message)
+                self._base = refusal
         self._tokenizer = None  # ten megabytes, and read by nobody any more
 
     def make(
@@ -286,6 +293,8 @@ class Grammars:
         """
         if tokens is self._tokens:
             self.prepare()
+            if isinstance(self._base, BadRequest):
+                raise BadRequest(self._base.message)
             assert self._base is not None
             return self._base
         with self._lock:

@@ -37,6 +37,10 @@ class EngineHandle(Protocol):
         """Start the thread. It calls `on_outputs` once per step that put anything out, `on_death` if it crashes."""
         ...
 
+    def finish_start(self) -> None:
+        """Make what the fleet need not wait for: the engine serves requests after that. It may be asked for again."""
+        ...
+
     def submit(self, request: EngineRequest) -> None:
         """Give the engine a request. What is wrong with it comes out as its error."""
         ...

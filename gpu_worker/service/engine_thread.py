@@ -83,6 +83,10 @@ class EngineThread(EngineHandle):
         self._on_outputs, self._on_death = on_outputs, on_death
         self._thread.start()
 
+    def finish_start(self) -> None:
+        """Have the engine make what requests need that may come from now on."""
+        self._command(self.engine.finish_start)
+
     def submit(self, request: EngineRequest) -> None:
         """Have the engine add a request."""
         self._command(lambda: self.engine.add(request))

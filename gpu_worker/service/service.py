@@ -18,7 +18,7 @@ import msgspec
 
 from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.engine.request import EngineRequest, TokenOutput
-from gpu_worker.light_imports import import_transformers
+from gpu_worker.light_imports import describing_briefly, import_transformers
 from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
 from gpu_worker.service.engine_handle import EngineHandle
 from gpu_worker.service.outbox import MAX_ROWS, Outbox, Recovery, add_outputs
@@ -130,6 +130,7 @@ class Worker:
     async def _be_member(self, stop: asyncio.Event) -> None:
         """Join under a new id, work until `stop` or the engine's death, leave. Raises Fenced in a group."""
         await self._join()
+        self.engine.finish_start()  # the fleet has seen the beat, so that its first requests come while this is done
         async with asyncio.TaskGroup() as group:
             loops = [group.create_task(unending(loop)) for loop in (self._intake, self._publish, self._beats)]
             ends = [group.create_task(event.wait()) for event in (stop, self._engine_died)]
@@ -429,7 +430,7 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> int:
 
 def _load(settings: Settings, loader: Loader) -> tuple[EngineHandle, m.ServedModel]:
     """Build the engine. Imports torch, so it runs in a thread and is not part of importing this module."""
-    with importing():
+    with importing(), describing_briefly():
         import_transformers(settings)
         from gpu_worker.build import load_engine
 

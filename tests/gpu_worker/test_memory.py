@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import threading
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
 from gpu_worker.build import usable_bytes
-from gpu_worker.host_memory import MemoryBudget
+from gpu_worker.host_memory import MemoryBudget, let_go_of_libraries, unchanged_libraries
 from gpu_worker.memory import CacheBytes, GiB, free_bytes, share_out, zeros
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import Unavailable
@@ -82,3 +84,40 @@ def test_what_never_has_room_is_refused() -> None:
         pass
     with budget.hold(100):
         pass
+
+
+SMAPS = """\
+7f00-7f10 r-xp 00000000 fe:00 1                          /usr/lib/libcode.so.6
+Rss:                  40 kB
+Anonymous:             {code} kB
+Swap:                  0 kB
+7f10-7f20 r--p 00000000 fe:00 1                          /usr/lib/libfilled with addresses.so
+Anonymous:             8 kB
+Swap:                  0 kB
+7f20-7f30 r--p 00000000 fe:00 1                          /usr/lib/libswapped.so
+Anonymous:             0 kB
+Swap:                  4 kB
+7f30-7f40 rw-p 00000000 fe:00 1                          /usr/lib/libvariables.so
+Anonymous:             0 kB
+Swap:                  0 kB
+7f40-7f50 r--p 00000000 fe:00 1                          /models/weights.safetensors
+Anonymous:             0 kB
+Swap:                  0 kB
+7f50-7f60 r--p 00000000 00:00 0
+Anonymous:             0 kB
+Swap:                  0 kB
+"""
+
+
+def test_libraries_with_pages_of_our_own_are_kept() -> None:
+    assert unchanged_libraries(SMAPS.format(code=0)) == [(0x7F00, 0x7F10)]
+    assert unchanged_libraries(SMAPS.format(code=4)) == []
+
+
+def test_libraries_that_were_let_go_of_go_on_working() -> None:
+    expected = torch.linspace(0, 1, 50).softmax(0)
+    let_go_of_libraries()
+    torch_code = re.search(r"r-xp .*libtorch_cpu.so(?:\n.*)+?\nRss: +(\d+) kB", Path("/proc/self/smaps").read_text())
+    assert torch_code is not None
+    assert int(torch_code[1]) < 10_000  # an import touches 45 MB
+    assert torch.equal(torch.linspace(0, 1, 50).softmax(0), expected)

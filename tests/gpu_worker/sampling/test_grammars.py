@@ -131,6 +131,24 @@ def test_vocabularies_are_made_one_at_a_time_and_kept(grammars: Grammars) -> Non
     assert grammars.vocabulary(tables[0]) not in kept
 
 
+def test_a_base_without_a_vocabulary_refuses_grammars_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def refuse(*args: object, **_: object) -> None:
+        asked.append(args)
+        raise ValueError("no tokens")
+
+    monkeypatch.setattr("gpu_worker.sampling.grammars.LLTokenizer", refuse)
+    text = json.dumps(tokenizer_file())
+    base = Grammars(10, frozenset([END]), 60.0, OwnTokenizer.read(text).tokens(), text)
+    base.prepare()
+    for _ in range(2):
+        with pytest.raises(BadRequest, match="no tokens"):
+            base.make(GRAMMAR, base._tokens, [], []).result()
+    assert len(asked) == 2  # as a file, and as a list of tokens
+    base.close()
+
+
 def test_a_base_that_the_library_cannot_read_is_served(grammars: Grammars) -> None:
     text = json.dumps(families()["T5Tokenizer"])
     base = Grammars(10, frozenset([END]), 60.0, OwnTokenizer.read(text).tokens(), text)

@@ -120,6 +120,19 @@ def panicking(*_args: object, **_options: object) -> NoReturn:
     raise Panic("out of luck")
 
 
+def test_the_start_is_finished_before_the_first_request(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = IdleEngine()
+    held: list[list[str]] = []
+    monkeypatch.setattr(engine, "finish_start", lambda: held.append(engine.held.copy()))
+    running = run(engine)
+    running.hold()
+    running.thread.finish_start()
+    running.thread.submit(request("a"))
+    engine.go.set()
+    eventually(lambda: engine.held == ["a"])
+    assert held == [[]]
+
+
 @pytest.mark.parametrize("crash", [broken, panicking])
 @pytest.mark.parametrize("method", ["hand_over", "add"])
 def test_a_crash_before_or_in_a_hand_over_leaves_nobody_waiting(

@@ -46,7 +46,7 @@ class StuckEngine:
     def wake_with(self, wake):
         pass
 
-    check_integrity = close = lambda self: None
+    check_integrity = close = finish_start = lambda self: None
 
 service.Loader = lambda bearer: SimpleNamespace(close=lambda: None, set_urls=lambda urls: None)
 service._load = lambda settings, loader: (EngineThread(StuckEngine()), fake_served())
