@@ -1,8 +1,10 @@
 // bf16 matrix product with a packed weight. Included inside the instruction set's namespace.
 //
 // A panel holds kPanel output columns for every pair of inputs, so one pass over a panel needs one load per vector of
-// weights and one broadcast per row. Rows are cut evenly into tiles that fill the register file. With few rows, reading
-// the weights from memory takes the time: a panel's first tile asks for what lies ahead of it.
+// weights and one broadcast per row. Rows are cut evenly into tiles that fill the register file. Weights come from memory
+// and are asked for in advance: those of a single tile shortly before it multiplies them, for nothing reads them again;
+// of several, each asks for its part of the next panel, evenly, since one that asks for all of it waits for memory while
+// memory waits for the others.
 #pragma once
 
 constexpr int kPanelVecs = kPanel / kLanes;
@@ -14,20 +16,31 @@ constexpr int kMaxRows = 12;  // products in fp32 need the even and odd halves a
 constexpr int kMaxRows = 2;
 #endif
 
-template <int Rows, bool Prefetch>
-inline void panel_tile(const uint16_t* x, int64_t chunk_stride, const uint16_t* panel, int64_t pairs,
+constexpr int64_t kPairBytes = kPanel * 4;   // of a panel, for a pair of inputs
+constexpr int64_t kTileAhead = 4096;         // how far ahead a single tile asks for weights, in bytes
+
+// The part of the next panel that one of several tiles asks for, `step` bytes further at each pair of inputs.
+struct PanelAhead {
+  const char* at;
+  int64_t step;
+};
+
+template <int Rows, bool IsOnly>
+inline void panel_tile(const uint16_t* x, int64_t chunk_stride, const uint16_t* panel, int64_t pairs, PanelAhead ahead,
                        Vec (*acc)[kPanelVecs]) {
   for (int i = 0; i < Rows; ++i)
     for (int v = 0; v < kPanelVecs; ++v) acc[i][v] = zero();
   for (int64_t first = 0; first < pairs; first += kXChunk / 2, x += chunk_stride) {
     const int64_t end = min(kXChunk / 2, pairs - first);
-    if (Prefetch) touch_pages(reinterpret_cast<const char*>(panel) + kPagesAhead, end * kPanel * 4);
     for (int64_t p = 0; p < end; ++p, panel += kPanel * 2) {
       Pairs w[kPanelVecs];
 #pragma GCC unroll 4
-      for (int v = 0; v < kPanelVecs; ++v) {
-        w[v] = load_pairs(panel + v * 2 * kLanes);
-        if (Prefetch) prefetch_line(reinterpret_cast<const char*>(panel + v * 2 * kLanes) + kLinesAhead);
+      for (int v = 0; v < kPanelVecs; ++v) w[v] = load_pairs(panel + v * 2 * kLanes);
+      if constexpr (IsOnly) {
+        prefetch_once<kPairBytes>(reinterpret_cast<const uint8_t*>(panel) + kTileAhead);
+      } else {
+        prefetch_line(ahead.at);
+        ahead.at += ahead.step;
       }
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
@@ -42,16 +55,20 @@ inline void panel_tile(const uint16_t* x, int64_t chunk_stride, const uint16_t* 
 }
 
 template <int Rows>
-inline void linear_tile(const LinearArgs& args, int64_t row, int64_t panel, bool prefetch) {
+inline void linear_tile(const LinearArgs& args, int64_t row, int64_t panel, int64_t tile, int64_t tiles) {
   const uint16_t* x = args.x + row * kXChunk;
   const int64_t pairs = args.in_features / 2, chunk_stride = args.rows * kXChunk;
   const uint16_t* weights = args.panels + panel * pairs * kPanel * 2;
   const int64_t col = panel * kPanel;
   Vec acc[Rows][kPanelVecs];
-  if (prefetch)
-    panel_tile<Rows, true>(x, chunk_stride, weights, pairs, acc);
-  else
-    panel_tile<Rows, false>(x, chunk_stride, weights, pairs, acc);
+  if (tiles == 1) {
+    panel_tile<Rows, true>(x, chunk_stride, weights, pairs, {}, acc);
+  } else {
+    const bool is_last = col + kPanel >= args.out_features;
+    const char* next = reinterpret_cast<const char*>(weights) + (is_last ? 0 : pairs * kPairBytes);
+    const PanelAhead ahead = {next + pairs * kPairBytes * tile / tiles, ceil_div(kPairBytes, tiles)};
+    panel_tile<Rows, false>(x, chunk_stride, weights, pairs, ahead, acc);
+  }
   auto* out = static_cast<bf16*>(args.out.data) + row * args.out.stride + col;
   for (int v = 0; v < kPanelVecs; ++v) {
     const int64_t n = min(kLanes, args.out_features - col - v * kLanes);
@@ -78,9 +95,8 @@ void linear(const LinearArgs& args) {
     const int64_t tiles = ceil_div(rows, kMaxRows);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles;
-      const bool prefetch = tile == 0;
       with_size<kMaxRows>(end - begin,
-                          [&]<int Rows>() { linear_tile<Rows>(args, first_row + begin, panel, prefetch); });
+                          [&]<int Rows>() { linear_tile<Rows>(args, first_row + begin, panel, tile, tiles); });
     }
   });
 }

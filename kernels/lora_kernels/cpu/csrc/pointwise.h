@@ -2,14 +2,14 @@
 // the instruction set's namespace.
 #pragma once
 
-// Rows are handed out in runs of about this many elements, so that a small step stays on the calling thread.
+// Rows are handed out in even runs of at most about this many elements, so that a small step stays on the calling thread.
 constexpr int64_t kRunElements = 16384;
 
 template <typename F>
 inline void run_rows(int64_t rows, int64_t width, const F& row) {
-  const int64_t run_rows = max(1, kRunElements / width);
-  run(ceil_div(rows, run_rows), [&](int64_t i) {
-    for (int64_t r = i * run_rows; r < min(rows, (i + 1) * run_rows); ++r) row(r);
+  const int64_t runs = ceil_div(rows, max(1, kRunElements / width));
+  run(runs, [&](int64_t i) {
+    for (int64_t r = rows * i / runs; r < rows * (i + 1) / runs; ++r) row(r);
   });
 }
 
