@@ -23,8 +23,9 @@ def test_schemas_and_fake_kernels_are_true(native: Impl) -> None:
     checks = ("test_schema", "test_faketensor")
     lorafleet = torch.ops.lorafleet
     x, weight, residual = torch.randn(5, 64).to(BF16), torch.randn(48, 64).to(BF16), torch.ones(5, 64, dtype=BF16)
-    torch.library.opcheck(lorafleet.pack_linear.default, ([weight, weight],), test_utils=checks)
-    packed = lorafleet.pack_linear([weight])
+    packed = torch.empty(2, 32, 32, 2, dtype=BF16)
+    torch.library.opcheck(lorafleet.pack_linear_.default, (packed, [weight]), test_utils=checks)
+    lorafleet.pack_linear_(packed, [weight])
     torch.library.opcheck(lorafleet.linear.default, (x, packed, None, 48), test_utils=checks)
     blocks = random_weight("q4_k", 48, 256).rows
     torch.library.opcheck(lorafleet.pack_quantised.default, (blocks, "q4_k", 256), test_utils=checks)

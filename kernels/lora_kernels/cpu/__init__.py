@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora_kernels import kv_codes, reference, sums
+from lora_kernels.cpu import large_pages
 from lora_kernels.cpu.build import BuildError, build_library
 from lora_kernels.quantised import QuantisedWeight
 from lora_kernels.segments import AttentionBatch, LoraBatch
@@ -31,6 +32,8 @@ from lora_kernels.tables import (
 
 _log = logging.getLogger(__name__)
 _ops = torch.ops.lorafleet
+
+_PANEL = 32  # columns, see csrc/linear.h
 
 
 @functools.cache
@@ -128,8 +131,10 @@ def pack_linear(*weights: Tensor) -> PackedLinear:
     # Torch serves fp32, fp16 and odd widths, and everything where AMX makes its oneDNN the faster one.
     if dtype != torch.bfloat16 or in_features % 2 or torch.cpu._is_amx_tile_supported():
         return reference.pack_linear(*weights)
-    packed = _ops.pack_linear.default([weight.contiguous() for weight in weights])
-    return PackedLinear(packed, sum(map(len, weights)), in_features, "vnni")
+    out_features = sum(map(len, weights))
+    packed = large_pages.weights.empty((-(-out_features // _PANEL), in_features // 2, _PANEL, 2), dtype)
+    _ops.pack_linear_.default(packed, [weight.contiguous() for weight in weights])
+    return PackedLinear(packed, out_features, in_features, "vnni")
 
 
 def pack_quantised(weights: Sequence[QuantisedWeight]) -> QuantisedLinear:
@@ -297,10 +302,6 @@ def _register_fakes() -> None:
     """Tell torch.compile the shapes of results; of operators that only mutate, that there are none."""
     fake = torch.library.register_fake
 
-    @fake("lorafleet::pack_linear")
-    def _(weights: Sequence[Tensor]) -> Tensor:
-        return weights[0].new_empty(-(-sum(map(len, weights)) // 32), weights[0].shape[1] // 2, 32, 2)
-
     @fake("lorafleet::linear")
     def _(x: Tensor, packed: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
         return x.new_empty(*x.shape[:-1], out_features)
@@ -345,5 +346,5 @@ def _register_fakes() -> None:
     def _(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.new_empty(len(x), dtype=torch.int64), x.new_empty(len(x), dtype=torch.bool)
 
-    for name in ("lora_add_", "kv_write_", "rotary_", "mask_logits_"):
+    for name in ("pack_linear_", "lora_add_", "kv_write_", "rotary_", "mask_logits_"):
         fake(f"lorafleet::{name}", lambda *_: None)

@@ -151,7 +151,7 @@ STABLE_TORCH_LIBRARY(lorafleet, m) {
   m.def("isa() -> str");
   m.def("set_isa(str name) -> bool");
   m.def("fix_sums(bool is_fixed) -> ()");
-  m.def("pack_linear(Tensor[] weights) -> Tensor");
+  m.def("pack_linear_(Tensor(a!) packed, Tensor[] weights) -> ()");
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
   m.def("quantised_form(str kind, int in_features) -> (int, int)");
   m.def("pack_quantised(Tensor rows, str kind, int in_features) -> (Tensor, int)");
@@ -201,7 +201,7 @@ STABLE_TORCH_LIBRARY_IMPL(lorafleet, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {
-  m.impl("pack_linear", &boxed<pack_linear>);
+  m.impl("pack_linear_", &boxed<pack_linear_>);
   m.impl("linear", &boxed<linear>);
   m.impl("pack_quantised", &boxed<pack_quantised>);
   m.impl("quant_linear", &boxed<quant_linear>);

@@ -1,10 +1,10 @@
 // bf16 matrix product with a packed weight. Included inside the instruction set's namespace.
 //
 // A panel holds kPanel output columns for every pair of inputs, so one pass over a panel needs one load per vector of
-// weights and one broadcast per row. Rows are cut evenly into tiles that fill the register file. Weights come from memory
-// and are asked for in advance: those of a single tile shortly before it multiplies them, for nothing reads them again;
-// of several, each asks for its part of the next panel, evenly, since one that asks for all of it waits for memory while
-// memory waits for the others.
+// weights and one broadcast per row. Rows are cut evenly into tiles that fill the register file. Weights come from
+// memory and are asked for in advance: a single tile asks for lines and pages shortly before it multiplies them; of
+// several tiles, each asks for its part of the next panel, evenly, since one that asks for all of it waits for memory
+// while memory waits for the others.
 #pragma once
 
 constexpr int kPanelVecs = kPanel / kLanes;
@@ -16,8 +16,7 @@ constexpr int kMaxRows = 12;  // products in fp32 need the even and odd halves a
 constexpr int kMaxRows = 2;
 #endif
 
-constexpr int64_t kPairBytes = kPanel * 4;   // of a panel, for a pair of inputs
-constexpr int64_t kTileAhead = 4096;         // how far ahead a single tile asks for weights, in bytes
+constexpr int64_t kPairBytes = kPanel * 4;  // of a panel, for a pair of inputs
 
 // The part of the next panel that one of several tiles asks for, `step` bytes further at each pair of inputs.
 struct PanelAhead {
@@ -32,13 +31,15 @@ inline void panel_tile(const uint16_t* x, int64_t chunk_stride, const uint16_t* 
     for (int v = 0; v < kPanelVecs; ++v) acc[i][v] = zero();
   for (int64_t first = 0; first < pairs; first += kXChunk / 2, x += chunk_stride) {
     const int64_t end = min(kXChunk / 2, pairs - first);
+    if (IsOnly) touch_pages(reinterpret_cast<const char*>(panel) + kPagesAhead, end * kPairBytes);
     for (int64_t p = 0; p < end; ++p, panel += kPanel * 2) {
       Pairs w[kPanelVecs];
 #pragma GCC unroll 4
-      for (int v = 0; v < kPanelVecs; ++v) w[v] = load_pairs(panel + v * 2 * kLanes);
-      if constexpr (IsOnly) {
-        prefetch_once<kPairBytes>(reinterpret_cast<const uint8_t*>(panel) + kTileAhead);
-      } else {
+      for (int v = 0; v < kPanelVecs; ++v) {
+        w[v] = load_pairs(panel + v * 2 * kLanes);
+        if (IsOnly) prefetch_line(reinterpret_cast<const char*>(panel + v * 2 * kLanes) + kLinesAhead);
+      }
+      if (!IsOnly) {
         prefetch_line(ahead.at);
         ahead.at += ahead.step;
       }
@@ -86,12 +87,13 @@ inline void linear_tile(const LinearArgs& args, int64_t row, int64_t panel, int6
 void linear(const LinearArgs& args) {
   if (args.rows == 0) return;
   const int64_t panels = ceil_div(args.out_features, kPanel);
-  // Rows of x that stay in the second-level cache while all panels are read.
-  const int64_t block_rows = min(args.rows, max(8 * kMaxRows, 256 * 1024 / args.in_features));
-  const int64_t row_blocks = ceil_div(args.rows, block_rows);
+  // Rows of x that stay in the second-level cache while all panels are read; more of them are no gain.
+  const int64_t most_rows = max(8 * kMaxRows, min(192, 320 * 1024 / args.in_features));
+  const int64_t row_blocks = ceil_div(args.rows, most_rows);
   run(row_blocks * panels, [&](int64_t task) {
-    const int64_t first_row = task / panels * block_rows, panel = task % panels;
-    const int64_t rows = min(block_rows, args.rows - first_row);
+    const int64_t block = task / panels, panel = task % panels;
+    const int64_t first_row = args.rows * block / row_blocks;
+    const int64_t rows = args.rows * (block + 1) / row_blocks - first_row;
     const int64_t tiles = ceil_div(rows, kMaxRows);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles;

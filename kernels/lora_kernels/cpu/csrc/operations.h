@@ -27,7 +27,7 @@ void mask_logits_(const Tensor& logits, const Tensor& rows, const Tensor& words)
 std::tuple<Tensor, Tensor> argmax(const Tensor& x);
 
 // pack.cpp and quantised.cpp
-Tensor pack_linear(Tensors weights);
+void pack_linear_(const Tensor& packed, Tensors weights);
 std::tuple<int64_t, int64_t> quantised_form(std::string_view kind, int64_t in_features);
 std::tuple<Tensor, int64_t> pack_quantised(const Tensor& rows, std::string_view kind, int64_t in_features);
 // int8_inputs: x is rounded to int8 codes, each group of 32 inputs with a scale of its own.

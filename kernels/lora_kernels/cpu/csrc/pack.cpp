@@ -28,7 +28,7 @@ void pack_panel(const uint32_t* const* rows, int64_t num_rows, int64_t pairs, ui
 
 }  // namespace
 
-Tensor pack_linear(Tensors weights) {
+void pack_linear_(const Tensor& packed, Tensors weights) {
   LORAFLEET_CHECK(!weights.empty(), "no weight to pack");
   const int64_t in_features = weights[0].dim() == 2 ? weights[0].size(1) : 1, pairs = in_features / 2;
   std::vector<const uint32_t*> rows;
@@ -40,13 +40,14 @@ Tensor pack_linear(Tensors weights) {
       rows.push_back(reinterpret_cast<const uint32_t*>(weight.data) + row * pairs);
   }
   const int64_t out_features = rows.size(), panels = (out_features + kPanel - 1) / kPanel;
-  const Tensor packed = empty({panels, pairs, kPanel, 2}, Scalar::kBFloat16);
+  LORAFLEET_CHECK(packed.has_sizes({panels, pairs, kPanel, 2}) && packed.is_contiguous() &&
+                      packed.type == Scalar::kBFloat16,
+                  "packed must be contiguous bfloat16 [", panels, ", ", pairs, ", ", kPanel, ", 2]");
   auto* to = reinterpret_cast<uint32_t*>(packed.data);
   run_tasks(panels, [&](int64_t p) {
     pack_panel(rows.data() + p * kPanel, std::min<int64_t>(kPanel, out_features - p * kPanel), pairs,
                to + p * pairs * kPanel);
   });
-  return packed;
 }
 
 }  // namespace lorafleet

@@ -1,0 +1,56 @@
+"""Memory for packed weights, in pages of 2 MiB where the system gives them to those who ask.
+
+Every step reads every weight. In pages of 4 KiB a core has to look up an address for every 64 cache lines, and stops
+fetching ahead at each of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+PAGE = 2 << 20
+_CHUNK = 32 * PAGE  # what is mapped at a time; what nobody writes to takes no memory
+_ALIGNMENT = 64
+
+
+class LargePages:
+    """Gives out parts of large mappings. A mapping is unmapped once none of its parts is in use."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rest = torch.empty(0, dtype=torch.uint8)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a contiguous tensor of any numbers, which begins at a cache line. Raises OSError without memory."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        taken = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        if taken > _CHUNK:
+            memory = _map(taken)
+        else:
+            with self._lock:
+                if taken > len(self._rest):
+                    self._rest = _map(_CHUNK)
+                memory, self._rest = self._rest[:taken], self._rest[taken:]
+        return memory[:num_bytes].view(dtype).view(*shape)
+
+
+weights = LargePages()
+"""The process's packed weights: they lie side by side, so that few pages are used in part."""
+
+
+def _map(num_bytes: int) -> Tensor:
+    """Return uint8 [num_bytes, up to a whole page] of memory of its own, which begins at a page."""
+    size = -(-num_bytes // PAGE) * PAGE
+    memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    with torch.inference_mode(False):  # else only code in inference mode could write to any part
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        return whole[-whole.data_ptr() % PAGE :][:size]
