@@ -256,12 +256,13 @@ def _kept(read: Callable[[str | Path], Any]) -> Callable[[str | Path], Any]:
 
     They are known by the paths, sizes and times of all files. What was read is kept beside the native kernels.
     """
+    state = functools.cache(state_of)  # transformers asks twice
 
     def read_once(path: str | Path) -> Any:
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         if folder.name != "models":  # one of its folders, by which `read` calls itself
             return read(path)
-        kept = cache_folder() / f"transformers-{state_of(folder)}.pickle"
+        kept = cache_folder() / f"transformers-{state(folder)}.pickle"
         try:
             return pickle.loads(kept.read_bytes())
         except (OSError, pickle.UnpicklingError, EOFError):

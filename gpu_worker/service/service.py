@@ -430,8 +430,9 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> int:
 
 def _load(settings: Settings, loader: Loader) -> tuple[EngineHandle, m.ServedModel]:
     """Build the engine. Imports torch, so it runs in a thread and is not part of importing this module."""
-    with importing(), describing_briefly():
-        import_transformers(settings)
-        from gpu_worker.build import load_engine
+    with describing_briefly():  # our own operators are defined when the first of them is called
+        with importing():
+            import_transformers(settings)
+            from gpu_worker.build import load_engine
 
-    return load_engine(settings, loader.fetch, loader.describe, loader.fetch_files)
+        return load_engine(settings, loader.fetch, loader.describe, loader.fetch_files)
