@@ -139,7 +139,8 @@ class BaseEngine(ABC):
 
     def _sum_ranks(self, slots: Iterable[int]) -> int:
         """Return the sum of ranks of the distinct adapters in `slots`; -1 is none."""
-        return int(self.adapters.slot_ranks[[slot for slot in set(slots) if slot >= 0]].sum())
+        held = [slot for slot in set(slots) if slot >= 0]
+        return int(self.adapters.slot_ranks[held].sum()) if held else 0
 
     def _stats(self, **own: Any) -> EngineStats:
         """Return the figures that all engines have, and an engine's `own`."""

@@ -76,6 +76,8 @@ def sample_rows(ready: Iterable[Sequence], drafts: Drafts, masks: Masks) -> list
 def _rows_of(seq: Sequence, draft: list[int], masks: np.ndarray | None) -> list[SampleRow]:
     assert seq.stop_rules is not None
     num, adjustment = seq.num_output, seq.adjustment
+    if not draft and masks is None and adjustment is None:  # most of all rows
+        return [SampleRow(seq.request.sampling, seq.output, seq.stop_rules.banned())]
     output = np.concatenate((seq.output, np.array(draft, np.int32))) if draft else seq.output
     rows: list[SampleRow] = []
     for i in range(len(draft) + 1):
@@ -112,7 +114,7 @@ def accept_tokens(seq: Sequence, draft: list[int], sampled: Sampled, row: int) -
     for i in range(len(draft) + 1):
         if not sampled.finite[row + i]:  # only behind a draft token: the next step finds it in the first row
             break
-        token = int(sampled.ids[row + i])
+        token = sampled.ids.item(row + i)
         finish = seq.accept(token)
         ids.append(token)
         if finish or i == len(draft) or token != draft[i]:

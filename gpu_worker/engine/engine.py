@@ -221,8 +221,9 @@ class Engine(BaseEngine):
         Not of those that have ended since the step was launched, nor of those whose mask is late.
         """
         plan, inputs, logits = launched.plan, launched.inputs, launched.logits
-        started_s, gone = time.perf_counter(), {seq for seq in inputs.ready if not self._holds(seq)}
-        ready = [seq for seq in inputs.ready if seq not in gone]
+        started_s, held = time.perf_counter(), self._seqs
+        gone = {seq for seq in inputs.ready if held.get(seq.rid) is not seq}
+        ready = [seq for seq in inputs.ready if seq not in gone] if gone else inputs.ready
         masks, late = grammar_masks(ready, plan.drafts, self.grammars, self._mask_wait_s(plan, ready))
         if masks or late:
             self.counters.mask_s += time.perf_counter() - started_s
@@ -232,16 +233,18 @@ class Engine(BaseEngine):
             for seq in late:
                 plan.postpone(seq)
         rows = sample_rows(ready, plan.drafts, masks)
-        sampled = begin_sample(logits[: len(rows)], rows) if rows else None
-        num = len(logits) - sum(part.needs_logits for part in inputs.pooled)
-        outputs = outputs_of(inputs.pooled, logits[num:], self.model.tasks, self.adapters.extras)
+        sampled = begin_sample(logits if len(rows) == len(logits) else logits[: len(rows)], rows) if rows else None
+        num, outputs = len(logits), list[TokenOutput]()
+        if inputs.pooled:
+            num -= sum(part.needs_logits for part in inputs.pooled)
+            outputs = outputs_of(inputs.pooled, logits[num:], self.model.tasks, self.adapters.extras)
         if inputs.prompt_rows:
             record_prompts(logits[:num], inputs.prompt_rows)
         self.batcher.complete(plan)
         self._outputs += outputs
         for output in outputs:
             self._drop(output.rid)
-        end = Arriving([launched.logits[:1, :1]])
+        end = Arriving([launched.logits[:1, :1]] if launched.logits.is_cuda else [])
         return Flight(plan, launched.work, launched.started_s, ready, sampled, end)
 
     def _mask_wait_s(self, plan: StepPlan, ready: list[Sequence]) -> float:
@@ -293,7 +296,7 @@ class Engine(BaseEngine):
             seq.drafter.learn(num_drafted, num_right)
 
     def _work_of(self, plan: StepPlan) -> StepWork:
-        num_kv_tokens = sum(seq.num_computed + num_new for seq, num_new in plan.num_new.items())
+        num_kv_tokens = sum([seq.num_computed + num_new for seq, num_new in plan.num_new.items()])
         sum_ranks = self._sum_ranks(seq.slot for seq in plan.num_new)
         num_passes = 0 if self.model.passes is None else len(plan.num_new)
         return StepWork(plan.num_tokens, num_kv_tokens, sum_ranks, num_passes)

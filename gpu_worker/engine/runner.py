@@ -90,7 +90,7 @@ class StepRows:
     def token_ids(self, drafts: Mapping[Sequence, list[int]]) -> np.ndarray:
         """Return the step's tokens: int32 [T]; draft tokens come after the known tokens of their sequence."""
         parts: list[np.ndarray] = []
-        for seq, start, end in zip(self.seqs, self.num_before, self.ends, strict=True):
+        for seq, start, end in zip(self.seqs, self.num_before.tolist(), self.ends.tolist(), strict=True):
             parts.append(seq.tokens[start:end])
             if seq in drafts:
                 parts.append(np.array(drafts[seq], np.int32))
@@ -110,8 +110,8 @@ class StepRows:
         """Return each token's adapter slot (int32 [T], -1: none) and factor on its adapter (float32 [T])."""
         slots = np.repeat(np.array([seq.slot for seq in self.seqs], np.int32), self.num_new)
         scales = np.repeat(np.array([seq.request.lora_scale for seq in self.seqs], np.float32), self.num_new)
-        for i, seq in enumerate(self.seqs):
-            num_inactive = seq.active_from - self.num_before[i]
+        for i, (seq, start) in enumerate(zip(self.seqs, self.num_before.tolist(), strict=True)):
+            num_inactive = seq.active_from - start
             if num_inactive > 0:  # an activated LoRA before its invocation
                 first = int(self.num_new[:i].sum())
                 slots[first : first + min(self.num_new[i], num_inactive)] = -1
@@ -136,13 +136,15 @@ class StepRows:
         `prompt_rows`; then the last token of each text of `pooled` that is scored by tokens and ends here.
         """
         # At least one row goes through the head, so that no kernel meets an empty batch.
-        heads = np.flatnonzero(self.complete) if self.complete.any() else np.zeros(1, np.int64)
+        heads = np.flatnonzero(self.complete)
+        if not len(heads):
+            heads = np.zeros(1, np.int64)
         rows = np.cumsum(self.num_new)[heads] - 1
         if drafts:
             counts = 1 + np.array([len(drafts.get(self.seqs[i], ())) for i in heads])
             rows_back = np.repeat(np.cumsum(counts), counts) - 1 - np.arange(counts.sum())
             heads, rows = np.repeat(heads, counts), np.repeat(rows, counts) - rows_back
-        starts = self.starts
+        starts = self.starts if prompt_rows else rows
         for prompt in prompt_rows:
             heads = np.concatenate((heads, np.full(prompt.num_rows, prompt.seq_index)))
             rows = np.concatenate((rows, starts[prompt.seq_index] + np.arange(prompt.num_rows)))
@@ -189,12 +191,11 @@ class Runner:
         step = StepRows.of(plan)
         ids = step.token_ids(plan.drafts).astype(np.int64)
         pooled = step.pooled()
-        ready = [seq for seq, is_complete in zip(step.seqs, step.complete, strict=True) if is_complete]
+        ready = [seq for seq, is_complete in zip(step.seqs, step.complete.tolist(), strict=True) if is_complete]
         slots, scales = step.adapters()
         prompt_rows = step.prompt_rows()
         rows, heads = step.logit_rows(plan.drafts, prompt_rows, pooled)
-        is_plain = not self._has_extras(step) and not self.model.context.are_expert_rows(slots)
-        if self.graphs is not None and is_plain and not prompt_rows and not pooled:
+        if self.graphs is not None and not prompt_rows and not pooled and self._is_plain(step, slots):
             graph = self.graphs.find(step.num_new, step.complete, len(rows))
             if graph is not None:
                 tables = block_tables(step.seqs)
@@ -233,8 +234,11 @@ class Runner:
         context.extras, context.extras_logits = [], []
         return self._set_extras(step, rows, heads) if self._has_extras(step) else None
 
+    def _is_plain(self, step: StepRows, slots: np.ndarray) -> bool:
+        return not self._has_extras(step) and not self.model.context.are_expert_rows(slots)
+
     def _has_extras(self, step: StepRows) -> bool:
-        return any(
+        return len(self._extras) > 0 and any(
             seq.request.digest in self._extras and self._extras[seq.request.digest].in_steps for seq in step.seqs
         )
 

@@ -29,6 +29,7 @@ class Sequence:
     def __init__(self, request: EngineRequest, max_len: int) -> None:
         """max_len: tokens of prompt and output that the model can hold."""
         self.request = request
+        self.rid = request.rid
         self.num_prompt = len(request.prompt)
         self.num_tokens = self.num_prompt + len(request.output)
         self.max_tokens = min(self.num_prompt + request.max_new_tokens, max_len)  # the length that ends it
@@ -63,11 +64,6 @@ class Sequence:
         self.prompt_logprobs: PromptLogprobs | None = None  # recorded until its first token comes, if wanted
         self.pool: TextPool | None = None  # of a request for numbers, see `pooled.py`
         self.is_scored_by_tokens = False  # whether its result is read off the logits of its last token
-
-    @property
-    def rid(self) -> str:
-        """The request's id."""
-        return self.request.rid
 
     @property
     def level(self) -> int:

@@ -100,16 +100,11 @@ class StepFit:
         self._terms = np.zeros(5)  # the last fit, scaled
         self._moments = np.zeros((5, 5))
         self._targets = np.zeros(5)
+        self._new: list[tuple[float, ...]] = []  # steps that are in neither: their five quantities, and their seconds
 
     def add(self, seconds: float, num_tokens: int, num_kv_tokens: int, sum_ranks: int, num_passes: int = 0) -> None:
         """Learn from one step, of which `StepWork` describes the rest."""
-        x = np.array([1.0, num_tokens, num_kv_tokens, sum_ranks, num_passes]) / _SCALE
-        # Errors count relative to the expected time. Absolute ones would let a few long prefills outweigh all decodes;
-        # relative to the measured time, steps slow by chance would count little and the model come out too fast.
-        unit = max(float(x @ self._terms), seconds / MAX_SURPRISE) if self._terms.any() else seconds
-        x /= unit
-        self._moments = FORGET * self._moments + np.outer(x, x)
-        self._targets = FORGET * self._targets + x * (seconds / unit)
+        self._new.append((1.0, num_tokens, num_kv_tokens, sum_ranks, num_passes, seconds))
         self._num_steps += 1
         if self._num_steps % MIN_STEPS == 0:
             self._terms = self._solve()
@@ -121,7 +116,24 @@ class StepFit:
         return StepModel(*(float(term) for term in self._solve() / _SCALE))
 
     def _solve(self) -> np.ndarray:
+        self._count_new()
         return _solve_nonnegative(self._moments, self._targets, self._terms)
+
+    def _count_new(self) -> None:
+        """Count the steps since the last call, all at once: each by itself would cost every step a tenth of a ms."""
+        if not self._new:
+            return
+        rows = np.array(self._new)
+        self._new.clear()
+        x, seconds = rows[:, :5] / _SCALE, rows[:, 5]
+        # Errors count relative to the expected time. Absolute ones would let a few long prefills outweigh all decodes;
+        # relative to the measured time, steps slow by chance would count little and the model come out too fast.
+        units = np.maximum(x @ self._terms, seconds / MAX_SURPRISE) if self._terms.any() else seconds
+        x /= units[:, None]
+        weights = FORGET ** np.arange(len(x))[::-1]
+        kept = FORGET ** len(x)
+        self._moments = kept * self._moments + (x.T * weights) @ x
+        self._targets = kept * self._targets + (weights * seconds / units) @ x
 
 
 def _solve_nonnegative(moments: np.ndarray, targets: np.ndarray, before: np.ndarray) -> np.ndarray:

@@ -9,6 +9,8 @@ from protocol.wire.errors import BadRequest
 from protocol.wire.text import OutputText, StopRule
 from protocol.wire.tokens import TokenTable
 
+_NONE = np.empty(0, np.int64)
+
 
 class StopRules:
     """One request's stop rules, fed with every output token in order, those made before a resumption included.
@@ -33,7 +35,7 @@ class StopRules:
 
     def banned(self, num_ahead: int = 0) -> np.ndarray:
         """Return the ids that the output token `num_ahead` after the next one may not be: int64 [b], a view."""
-        return self._end_ids if self._output.num_tokens + num_ahead < self._rule.min_tokens else self._end_ids[:0]
+        return self._end_ids if self._output.num_tokens + num_ahead < self._rule.min_tokens else _NONE
 
     @property
     def stop(self) -> str:

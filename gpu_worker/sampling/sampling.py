@@ -52,9 +52,9 @@ _ONE_BITS = 0x3F800000
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # a frozen one takes three times as long to make, and each row of each step has one
 class SampleRow:
-    """What one row's token is chosen by."""
+    """What one row's token is chosen by. Never changed."""
 
     sampling: Sampling
     output: np.ndarray  # int32; its length is the position of the token to choose
@@ -145,7 +145,8 @@ def choose(logits: Tensor, rows: Sequence[SampleRow]) -> Chosen:
                     _adjust_(logits[i], row)
                 except BaseException as error:  # noqa: BLE001  a request's edge: the others go on
                     failed[i] = error
-    _mask_(logits, rows)
+    if any(row.mask is not None for row in rows):
+        _mask_(logits, rows)
     ids, finite = ops.argmax(logits)
     drawn = [i for i, row in enumerate(rows) if row.sampling.temperature >= GREEDY_TEMPERATURE]
     warped: dict[int, Tensor] = {}
@@ -221,8 +222,6 @@ def watermark_ids(last: int, vocab_size: int) -> Tensor:
 def _mask_(logits: Tensor, rows: Sequence[SampleRow]) -> None:
     """Set what grammars do not allow to -inf in logits [n, V]."""
     masks = {i: row.mask for i, row in enumerate(rows) if row.mask is not None}
-    if not masks:
-        return
     words = np.zeros((len(masks), -(-logits.shape[-1] // 32)), np.int32)
     for own, mask in zip(words, masks.values(), strict=True):
         own[: len(mask)] = mask[: len(own)]

@@ -184,28 +184,48 @@ def build_attention_batch(
     without new tokens, the padding, may follow the others.
     """
     num_seqs, max_blocks = block_tables.shape
-    query_starts = np.concatenate(([0], np.cumsum(query_lens)))
-    num_tokens = int(query_starts[-1])
-    seq_of_token = np.repeat(np.arange(num_seqs), query_lens)
-    positions = np.arange(num_tokens) + (kv_lens - query_starts[1:])[seq_of_token]
-    blocks = block_tables[seq_of_token, positions // BLOCK_TOKENS].astype(np.int64)
-
+    query_ends = np.cumsum(query_lens)
+    num_tokens = int(query_ends[-1])
     num_listed = 4 * num_tokens + 2 * num_seqs + 1
     pinned = torch.device(device).type == "cuda"
     host = torch.empty(num_listed + num_seqs * max_blocks, dtype=torch.int32, pin_memory=pinned)
-    batch = _view_attention_buffer(host[:num_listed], host[num_listed:].view(num_seqs, max_blocks))
-    batch.slot_mapping.numpy()[:] = blocks * BLOCK_TOKENS + positions % BLOCK_TOKENS
-    batch.positions.numpy()[:] = positions
-    batch.query_starts.numpy()[:] = query_starts
-    batch.kv_lens.numpy()[:] = kv_lens
-    batch.block_tables.numpy()[:] = block_tables
+
+    # Views are made by numpy: after a forward pass the processor's caches hold little of torch, whose views would take
+    # half of the time of the whole.
+    lists = host.numpy()
+    slots, positions = lists[: 4 * num_tokens].view(np.int64).reshape(2, num_tokens)  # int64 comes first, to be aligned
+    starts, lens = lists[4 * num_tokens : num_listed - num_seqs], lists[num_listed - num_seqs : num_listed]
+    tables = lists[num_listed:].reshape(num_seqs, max_blocks)
+    starts[0], starts[1:], lens[:], tables[:] = 0, query_ends, kv_lens, block_tables
+    if num_tokens == num_seqs and into is None:  # decodes: each sequence has one token
+        seq_of_token = np.arange(num_seqs)
+        positions[:] = kv_lens - 1
+    else:
+        seq_of_token = np.repeat(np.arange(num_seqs), query_lens)
+        positions[:] = np.arange(num_tokens) + (kv_lens - query_ends)[seq_of_token]
+    blocks = block_tables[seq_of_token, positions // BLOCK_TOKENS].astype(np.int64)
+    slots[:] = blocks * BLOCK_TOKENS + positions % BLOCK_TOKENS
     if into is not None:
-        into.buffer.copy_(batch.buffer, non_blocking=True)
-        into.block_tables[:, :max_blocks].copy_(batch.block_tables, non_blocking=True)
+        into.buffer.copy_(host[:num_listed], non_blocking=True)
+        into.block_tables[:, :max_blocks].copy_(host[num_listed:].view(num_seqs, max_blocks), non_blocking=True)
         return into
+    longest = int(query_lens.max()), int(kv_lens.max())
+    if torch.device(device).type == "cpu":
+        return AttentionBatch(
+            buffer=torch.from_numpy(lists[:num_listed]),
+            block_tables=torch.from_numpy(tables),
+            query_starts=torch.from_numpy(starts),
+            kv_lens=torch.from_numpy(lens),
+            slot_mapping=torch.from_numpy(slots),
+            positions=torch.from_numpy(positions),
+            max_query_len=longest[0],
+            max_kv_len=longest[1],
+            num_seqs=num_seqs,
+            num_tokens=num_tokens,
+        )
     sent = host.to(device, non_blocking=True)  # one copy for all lists
     batch = _view_attention_buffer(sent[:num_listed], sent[num_listed:].view(num_seqs, max_blocks))
-    batch.max_query_len, batch.max_kv_len = int(query_lens.max()), int(kv_lens.max())
+    batch.max_query_len, batch.max_kv_len = longest
     return batch
 
 
