@@ -95,6 +95,7 @@ class Bus:
     async def close(self) -> None:
         """Close all connections."""
         await self._line.close()
+        await self.streams.close()
         await self._redis.aclose()
         await self._blocking.aclose()
 

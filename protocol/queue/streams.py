@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias, cast
 
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from protocol.queue.connection.line import Line
 from protocol.queue.connection.redis_client import Client
 from protocol.queue.dead_letters import KEPT_S, MAX_LETTERS, MAX_RAW_BYTES
 from protocol.queue.scripts import Scripts
@@ -44,6 +45,13 @@ class Streams:
         self._blocking = blocking
         self._keys = keys
         self._scripts = scripts
+        self._lines: set[Line] = set()  # for reads, each of which keeps what comes behind it waiting
+        self._free: list[Line] = []  # those of which no read waits for a reply
+
+    async def close(self) -> None:
+        """Close the connections that are for reads."""
+        for line in list(self._lines):
+            await line.close()
 
     # ------------------------------------------------------------ reading
 
@@ -53,17 +61,24 @@ class Streams:
         Raises a connection error when the server has not answered long after that: it may be cut off, and a failover
         may have made another one the primary.
         """
+        line = self._free.pop() if self._free else Line(self._blocking, None)
+        self._lines.add(line)
         try:
             async with asyncio.timeout(block_ms / 1000 + LATE_S):
-                reply = await self._blocking.xread(last_ids, count=count, block=block_ms)
-        except TimeoutError:
-            raise RedisTimeoutError("timeout reading from the queue") from None
-        pairs = cast("dict[bytes, Any]", reply).items() if isinstance(reply, dict) else reply
+                reply = await line.ask(
+                    ("XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", *last_ids, *last_ids.values())
+                )
+        except BaseException as error:  # the server may still wait to answer on this line
+            self._lines.remove(line)
+            await line.close()
+            if isinstance(error, TimeoutError):
+                raise RedisTimeoutError("timeout reading from the queue") from None
+            raise
+        self._free.append(line)
         found: dict[str, list[Entry]] = {}
-        for name, entries in pairs:
-            if flat := list(_flatten(entries)):
-                found[name.decode()] = flat
-                last_ids[name.decode()] = flat[-1][0]
+        for name, entries in _pairs(reply):
+            found[name.decode()] = [(id_, dict(zip(fields[::2], fields[1::2], strict=True))) for id_, fields in entries]
+            last_ids[name.decode()] = entries[-1][0]
         return found
 
     async def entries(self, stream: str) -> list[Entry]:
@@ -121,11 +136,6 @@ class Streams:
         return bool(await self._redis.eval(_DELETE_IF_LENGTH, 1, stream, num_entries))
 
 
-def _flatten(entries: Sequence[Any]) -> Iterator[Entry]:
-    """Yield a stream's entries, without the extra list that RESP3 replies put around them."""
-    for item in entries:
-        if isinstance(item, list) and item and isinstance(item[0], (tuple, list)):
-            for entry in cast("list[Sequence[Any]]", item):
-                yield entry[0], entry[1]
-        else:
-            yield item[0], item[1]
+def _pairs(reply: Any) -> Iterable[tuple[bytes, list[tuple[bytes, list[bytes]]]]]:
+    """Return the streams of a read's reply with their entries: a map in RESP3, a list in RESP2, nil where none came."""
+    return cast("dict[bytes, Any]", reply).items() if isinstance(reply, dict) else reply or ()

@@ -45,8 +45,8 @@ class NotTakenError(Exception):
 class Line:
     """One connection to the queue's server, opened when it is first needed, and again after it was lost."""
 
-    def __init__(self, client: Client, timeout_s: float) -> None:
-        """`client`: connects, without a timeout of its own; `timeout_s`: most time until a reply."""
+    def __init__(self, client: Client, timeout_s: float | None) -> None:
+        """`client`: connects, without a timeout of its own; `timeout_s`: most time until a reply; None: any."""
         self._client = client
         self._timeout_s = timeout_s
         self._connection: Any = None

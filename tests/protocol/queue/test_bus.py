@@ -13,6 +13,7 @@ from protocol.queue.connection.redis_client import connect
 from protocol.wire import messages as m
 from protocol.wire.errors import Internal, ProtocolError
 from protocol.wire.keys import Keys
+from tests.helpers.waiting import wait_until
 
 
 async def test_read_waits_for_new_entries_and_moves_on(bus: Bus) -> None:
@@ -26,6 +27,23 @@ async def test_read_waits_for_new_entries_and_moves_on(bus: Bus) -> None:
     assert list(found) == ["y"]
     assert last == {"x": last["x"], "y": found["y"][-1][0]}
     assert await bus.streams.read(last, block_ms=1) == {}
+    await bus._redis.delete("x", "y")
+
+
+async def test_a_read_keeps_no_other_waiting_nor_one_given_up(bus: Bus) -> None:
+    given_up = asyncio.ensure_future(bus.streams.read({"x": b"0"}, block_ms=60_000))
+    reading = asyncio.ensure_future(bus.streams.read({"y": b"0"}, block_ms=60_000))
+
+    async def both_wait() -> bool:
+        return int((await bus._redis.info("clients"))["blocked_clients"]) == 2
+
+    await wait_until(both_wait, "both reads wait")
+    given_up.cancel()
+    await asyncio.wait([given_up])
+    await bus._redis.xadd("x", {"b": "1"})
+    assert list(await bus.streams.read({"x": b"0"}, block_ms=1)) == ["x"]
+    await bus._redis.xadd("y", {"b": "2"})
+    assert list(await reading) == ["y"]
     await bus._redis.delete("x", "y")
 
 

@@ -66,7 +66,9 @@ def used_commands() -> dict[str, str]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 name = node.func.attr
-                if _CLIENTS.fullmatch(ast.unparse(node.func.value)) and name not in _NO_COMMAND:
+                if name == "ask" and isinstance(words := node.args[0], ast.Tuple):  # a `Line`
+                    found[str(ast.literal_eval(words.elts[0])).lower()] = path.name
+                elif _CLIENTS.fullmatch(ast.unparse(node.func.value)) and name not in _NO_COMMAND:
                     found[_PYTHON.get(name, name.replace("_", "|"))] = path.name
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 for command in re.findall(r"redis\.call\('(\w+)'", node.value):
