@@ -47,10 +47,12 @@ def test_mapping_goes_when_its_last_part_goes() -> None:
 
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the kernel has no large pages")
-def test_large_pages_are_asked_for() -> None:
-    part = LargePages().empty((PAGE,), torch.uint8)
-    assert part.data_ptr() % PAGE == 0
+def test_large_pages_are_asked_for_as_long_as_patience_lasts() -> None:
+    part, impatient = LargePages().empty((PAGE,), torch.uint8), LargePages(patience_s=0).empty((PAGE,), torch.uint8)
+    assert part.data_ptr() % PAGE == impatient.data_ptr() % PAGE == 0
+    impatient.fill_(1)
     assert "hg" in (_flags_at(part.data_ptr()) or [])
+    assert "hg" not in (_flags_at(impatient.data_ptr()) or [])
 
 
 def _flags_at(place: int) -> list[str] | None:

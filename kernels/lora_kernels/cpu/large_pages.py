@@ -6,10 +6,11 @@ fetching ahead at each of them.
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import math
 import mmap
 import threading
+import time
 from collections.abc import Sequence
 
 import torch
@@ -18,27 +19,43 @@ from torch import Tensor
 PAGE = 2 << 20
 _CHUNK = 32 * PAGE  # what is mapped at a time; what nobody writes to takes no memory
 _ALIGNMENT = 64
+_QUICK_S = 0.0005  # a free page is there in a fifth of this; for another one the kernel moves what is in its place
+_libc = ctypes.CDLL(None)
 
 
 class LargePages:
     """Gives out parts of large mappings. A mapping is unmapped once none of its parts is in use."""
 
-    def __init__(self) -> None:
+    def __init__(self, patience_s: float = 0.25) -> None:
+        """patience_s: CPU time for pages that are not free; then small ones are taken, lest a start takes seconds."""
         self._lock = threading.Lock()
         self._rest = torch.empty(0, dtype=torch.uint8)
+        self._patience_s = patience_s
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return a contiguous tensor of any numbers, which begins at a cache line. Raises OSError without memory."""
         num_bytes = math.prod(shape) * dtype.itemsize
         taken = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-        if taken > _CHUNK:
-            memory = _map(taken)
-        else:
-            with self._lock:
+        with self._lock:
+            if taken > _CHUNK:
+                memory = _map(taken)
+            else:
                 if taken > len(self._rest):
                     self._rest = _map(_CHUNK)
                 memory, self._rest = self._rest[:taken], self._rest[taken:]
+            self._fill(memory)
         return memory[:num_bytes].view(dtype).view(*shape)
+
+    def _fill(self, memory: Tensor) -> None:
+        """Put large pages where they begin in a part."""
+        for first in range(-memory.data_ptr() % PAGE, len(memory), PAGE):
+            if self._patience_s <= 0:
+                return
+            begin = time.thread_time()
+            place = ctypes.c_void_p(memory.data_ptr() + first)
+            _libc.madvise(place, ctypes.c_size_t(PAGE), mmap.MADV_HUGEPAGE)  # refused by kernels without large pages
+            memory[first] = 0
+            self._patience_s -= max(0.0, time.thread_time() - begin - _QUICK_S)
 
 
 weights = LargePages()
@@ -49,8 +66,6 @@ def _map(num_bytes: int) -> Tensor:
     """Return uint8 [num_bytes, up to a whole page] of memory of its own, which begins at a page."""
     size = -(-num_bytes // PAGE) * PAGE
     memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without large pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
     with torch.inference_mode(False):  # else only code in inference mode could write to any part
         whole = torch.frombuffer(memory, dtype=torch.uint8)
         return whole[-whole.data_ptr() % PAGE :][:size]
