@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -51,6 +52,10 @@ STREAM_TTL_S = 3600
 
 RETRY_S = 0.3
 """Pause before the queue is asked again after a lost connection."""
+
+SWITCH_S = 0.0001
+"""How long the engine's thread waits until the event loop, which publishes, has to leave it the interpreter. In 5 ms,
+which is Python's own, the loop does all that it has to do for a step, and the engine would wait for that."""
 
 
 class Fenced(Exception):
@@ -419,6 +424,7 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> int:
         engine, served = await asyncio.to_thread(_load, settings, loader)
         if stop.is_set():
             return 0
+        sys.setswitchinterval(SWITCH_S)
         # A thread that has ended cannot be stuck; what is left to do then is the loop's.
         WATCHDOG.require(lambda: object() if engine.has_ended else engine.num_turns, settings.max_step_s)
         loader.set_urls(await bus.members.store_urls())
