@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -255,7 +256,10 @@ class ProcessFleet:
         """Kill everything and wait for it."""
         for member in self.members.values():
             if member.process is not None and member.process.poll() is None:
-                os.killpg(member.process.pid, signal.SIGKILL)
+                try:
+                    os.killpg(member.process.pid, signal.SIGKILL)
+                except ProcessLookupError:  # it has begun just now, and has no group of its own yet
+                    member.process.send_signal(signal.SIGKILL)
         for member in self.members.values():
             if member.process is not None:
                 member.process.wait()
@@ -285,6 +289,8 @@ async def until(holds: Callable[[], bool], timeout_s: float = math.inf) -> bool:
 
 
 def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+    """Return a port that is free. Not one of those that systems give to whoever needs any, as to each connection."""
+    while True:
+        port = secrets.choice(range(20_000, 32_768))
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port

@@ -112,8 +112,10 @@ class Tracer:
         self._resource: Any = Resource.create(
             {"service.name": f"lorafleet-{service}", "service.instance.id": instance, "service.version": own}
         )
-        exporter = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces", timeout=5)
-        self._processor: Any = BatchSpanProcessor(exporter, max_queue_size=MAX_WAITING, schedule_delay_millis=EXPORT_MS)
+        self._exporter: Any = OTLPSpanExporter(endpoint=f"{endpoint.rstrip('/')}/v1/traces", timeout=5)
+        self._processor: Any = BatchSpanProcessor(
+            self._exporter, max_queue_size=MAX_WAITING, schedule_delay_millis=EXPORT_MS
+        )
 
     def begin(self, traceparent: str) -> Trace | None:
         """Return the place of a new request, below what its client sent; None for one that is not traced."""
@@ -153,6 +155,8 @@ class Tracer:
         ending = threading.Thread(target=self._processor.shutdown, daemon=True)
         ending.start()
         ending.join(self.flush_s)
+        if ending.is_alive():
+            self._exporter.shutdown()  # it would go on trying in its thread
 
 
 @dataclass(slots=True)

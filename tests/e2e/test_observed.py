@@ -23,12 +23,12 @@ import httpx2
 import pytest
 import yaml
 from helpers.factories import make_adapter, make_tiny_model
-from helpers.fleets import completion, free_port
+from helpers.fleets import completion
 from helpers.preloaded import fork
 from helpers.waiting import wait_until
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from chaos.fleet import ProcessFleet, Shape
+from chaos.fleet import ProcessFleet, Shape, free_port
 from protocol.metrics.series import DECLARED
 
 ROOT = Path(__file__).parents[2]

@@ -6,7 +6,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -19,7 +18,7 @@ import httpx2
 import orjson
 import psutil
 
-from chaos.fleet import ProcessFleet, Shape
+from chaos.fleet import ProcessFleet, Shape, free_port
 from helpers.factories import make_adapter, make_tiny_model
 from helpers.preloaded import fork
 from helpers.processes import with_variable, working_below
@@ -181,12 +180,6 @@ def fleet_up(folder: Path, model: Path, *flags: str) -> Iterator[RunningFleet]:
             left.send_signal(signal.SIGKILL)
         for child in (process, *fleet.more):
             child.wait()
-
-
-def free_port() -> int:
-    """Return a port that was free a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def completion(model: str, prompt: str, **more: Any) -> dict[str, Any]:

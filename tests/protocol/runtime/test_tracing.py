@@ -59,14 +59,18 @@ def test_a_collector_that_does_not_answer_holds_nobody_up() -> None:
     with socket.create_server(("127.0.0.1", 0)) as deaf:  # takes connections and never answers
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         with tracing(Settings(otlp_endpoint=url, trace_share=1.0), "gateway", "g"):
-            assert TRACING.tracer is not None
-            TRACING.tracer.flush_s = 0.05
-            place = TRACING.tracer.begin("")
+            tracer = TRACING.tracer
+            assert tracer is not None
+            tracer.flush_s = 0.05
+            place = tracer.begin("")
             assert place is not None
             for _ in range(3 * MAX_WAITING):
-                TRACING.tracer.tell("span", place.child(), 1, 2, {})
-            assert len(TRACING.tracer._processor._batch_processor._queue) <= MAX_WAITING
+                tracer.tell("span", place.child(), 1, 2, {})
+            processor = tracer._processor._batch_processor
+            assert len(processor._queue) <= MAX_WAITING
     assert TRACING.tracer is None
+    processor._worker_thread.join(60)
+    assert not processor._worker_thread.is_alive()
 
 
 @pytest.mark.parametrize(("share", "traced"), [(0.0, False), (1.0, True)])
