@@ -86,7 +86,8 @@ void print(const char* name, const Tensor& t) {
 
 void print_linear() {
   const Tensor weights[] = {filled({40, 300}, Scalar::kBFloat16), filled({27, 300}, Scalar::kBFloat16)};
-  const Tensor packed = pack_linear(weights);
+  const Tensor packed = filled({3, 150, 32, 2}, Scalar::kBFloat16);  // 67 columns in panels of 32, pairs of 300 inputs
+  pack_linear_(packed, weights);
   for (const int64_t rows : {1, 3, 17})
     print("linear", linear(filled({rows, 300}, Scalar::kBFloat16), packed, filled({67}, Scalar::kBFloat16), 67));
 }
