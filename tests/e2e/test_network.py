@@ -120,7 +120,11 @@ async def test_a_network_cut_moves_streams_and_its_worker_joins_again(
     for call in await asyncio.gather(*streams):
         assert len(call.attempts) == 1, "the client did not notice"
         assert call.attempts[-1].text == right[call.ask.model]
-    assert not await running_on(fleet, "far", 0)
+
+    async def is_dead() -> bool:
+        return not await running_on(fleet, "far", 0)
+
+    await wait_until(is_dead, "the far worker is taken for dead", timeout_s=60)
 
     near.run("ip link set cable1 up")
     far = fleet.members["far"]
