@@ -197,7 +197,7 @@ def build_attention_batch(
     starts, lens = lists[4 * num_tokens : num_listed - num_seqs], lists[num_listed - num_seqs : num_listed]
     tables = lists[num_listed:].reshape(num_seqs, max_blocks)
     starts[0], starts[1:], lens[:], tables[:] = 0, query_ends, kv_lens, block_tables
-    if num_tokens == num_seqs and into is None:  # decodes: each sequence has one token
+    if num_tokens == num_seqs and query_lens.min() == 1:  # decodes: each sequence has one token
         seq_of_token = np.arange(num_seqs)
         positions[:] = kv_lens - 1
     else:

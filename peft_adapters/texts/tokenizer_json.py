@@ -96,7 +96,7 @@ Model = Bpe | Unigram | WordPiece | WordLevel
 
 
 class _Vocabulary(Struct):
-    """Of a model that maps tokens to ids, the tokens alone: merges take as long to read."""
+    """The tokens of a model that maps tokens to ids. Its merges, which take as long to read, are left unread."""
 
     vocab: _Ids
 

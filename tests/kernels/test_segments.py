@@ -67,11 +67,12 @@ def test_lora_batch_layout_depends_on_the_token_count_alone() -> None:
     assert mixed.rows.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_attention_batch_places_each_token_in_its_block() -> None:
-    query_lens, kv_lens = np.array([1, 20, 16]), np.array([17, 33, 16])
+@pytest.mark.parametrize("lens", [(1, 20, 16), (1, 1, 1), (2, 1, 0)])  # the last with a sequence of padding
+def test_attention_batch_places_each_token_in_its_block(lens: tuple[int, ...]) -> None:
+    query_lens, kv_lens = np.array(lens), np.array([17, 33, 16])
     block_tables = np.array([[7, 3, 0], [2, 9, 4], [5, 0, 0]])
     batch = build_attention_batch(query_lens, kv_lens, block_tables, "cpu")
-    assert (batch.num_seqs, batch.num_tokens, batch.max_query_len, batch.max_kv_len) == (3, 37, 20, 33)
+    assert (batch.num_seqs, batch.num_tokens, batch.max_query_len, batch.max_kv_len) == (3, sum(lens), max(lens), 33)
     token = 0
     for seq in range(3):
         assert batch.query_starts[seq] == token

@@ -49,7 +49,7 @@ class LargePages:
     def _fill(self, memory: Tensor) -> None:
         """Put large pages where they begin in a part."""
         for first in range(-memory.data_ptr() % PAGE, len(memory), PAGE):
-            if self._patience_s <= 0:
+            if self._patience_s <= 0 or not hasattr(mmap, "MADV_HUGEPAGE"):  # Linux alone has it
                 return
             begin = time.thread_time()
             place = ctypes.c_void_p(memory.data_ptr() + first)
