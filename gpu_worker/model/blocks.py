@@ -5,15 +5,22 @@ Each stands in a model for the modules that `shortcuts` recognises. Rows are a s
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from gpu_worker.model.apply_extras import AdaptableModule
 from gpu_worker.model.attention import PagedLayer, StepContext
 from gpu_worker.model.lora import SharedInput
+from gpu_worker.model.tied import TiedEmbedding
 from lora_kernels import ops
+
+FEWEST_ANGLES = 4096
+"""Positions whose rotary embeddings are computed at first, on a CPU; with each longer text twice as many, or more."""
 
 
 class Norm:
@@ -113,12 +120,15 @@ class PreNormLayer:
         self.first = first
         self.second = second
 
-    def forward(self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **__: Any) -> Tensor:
-        """Return hidden_states [1, T, width], changed in place."""
-        rows = hidden_states.view(-1, hidden_states.shape[-1])
-        cos, sin = position_embeddings
-        attended = self.attention.run(self.first.forward(rows), cos[0], sin[0])
+    def run(self, rows: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Change rows [T, width] in place. cos, sin: [T, R]."""
+        attended = self.attention.run(self.first.forward(rows), cos, sin)
         rows += self.mlp.run(self.second.add_forward(attended, rows))
+
+    def forward(self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **__: Any) -> Tensor:
+        """Return hidden_states [1, T, width], changed in place, as the model calls it."""
+        cos, sin = position_embeddings
+        self.run(hidden_states.view(-1, hidden_states.shape[-1]), cos[0], sin[0])
         return hidden_states
 
     @property
@@ -151,26 +161,78 @@ class LayerStack:
         self.layers = layers
         self.impl: ops.Impl | None = impl
         self.one_call = True  # False: the layers run one by one, so that a profile shows their parts
+        self.ends: Callable[[], ops.ModelEnds] | None = None  # what makes a whole model of the layers, if anything does
         self._stack: ops.DecoderStack | None = None
-        self._built_for: tuple[object, object] = (None, None)  # the KV cache and adapter table that `_stack` holds
+        self._built_for: tuple[object, ...] = ()  # the KV cache, the adapter table and the ends that `_stack` holds
+
+    @property
+    def context(self) -> StepContext:
+        """Where the layers find the step's work lists."""
+        return self.layers[0].attention.layer.context
+
+    @property
+    def table(self) -> ops.AdapterTable | None:
+        """The adapters in the pool, None where there is none."""
+        return self.layers[0].attention.qkv.table
+
+    def native(self) -> ops.DecoderStack | None:
+        """Return what runs a step's layers in one call; None if they run one by one."""
+        holds = (self.layers[0].attention.layer.k_cache, self.table, self.ends)
+        if len(self._built_for) != len(holds) or any(map(operator.is_not, holds, self._built_for)):
+            ends = None if self.ends is None else self.ends()
+            self._stack = ops.decoder_stack([layer.constants for layer in self.layers], ends, impl=self.impl)
+            self._built_for = holds
+        return (
+            self._stack if self.one_call and not any(group.extras.in_layers for group in self.context.extras) else None
+        )
+
+    def run(self, rows: Tensor, cos: Tensor, sin: Tensor) -> None:
+        """Change rows [T, width] in place by all layers. cos, sin: [T, R]."""
+        native, context = self.native(), self.context
+        if native is None:
+            for layer in self.layers:
+                layer.run(rows, cos, sin)
+            return
+        assert context.attention is not None
+        native.run(rows, cos, sin, context.attention, self.table, context.lora)
 
     def forward(self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **__: Any) -> Tensor:
-        """Return hidden_states [1, T, width], changed in place by all layers."""
-        first = self.layers[0].attention
-        table = first.qkv.table
-        if self._built_for[0] is not first.layer.k_cache or self._built_for[1] is not table:
-            self._stack = ops.decoder_stack([layer.constants for layer in self.layers], impl=self.impl)
-            self._built_for = (first.layer.k_cache, table)
-        context = first.layer.context
-        if self._stack is None or not self.one_call or any(group.extras.in_layers for group in context.extras):
-            for layer in self.layers:
-                layer.forward(hidden_states, position_embeddings=position_embeddings)
-            return hidden_states
-        assert context.attention is not None
+        """Return hidden_states [1, T, width], changed in place, as the model calls it."""
         cos, sin = position_embeddings
-        rows = hidden_states.view(-1, hidden_states.shape[-1])
-        self._stack.run(rows, cos[0], sin[0], context.attention, table, context.lora)
+        self.run(hidden_states.view(-1, hidden_states.shape[-1]), cos[0], sin[0])
         return hidden_states
+
+
+class Angles:
+    """The rotary embeddings of positions.
+
+    On a CPU a module computes them once, and steps look them up: its dozen small operations take as long as a layer.
+    """
+
+    def __init__(self, module: nn.Module, max_positions: int) -> None:
+        """Know none yet. module: gives the cosines and sines of positions. max_positions: 0 for no limit known.
+
+        Some modules give others for all positions as soon as one is over the limit: they are never asked for such.
+        """
+        self._module = module
+        self._max_positions = max_positions
+        self._table = torch.empty(0)  # [positions, 2 * R], cosines and sines
+
+    def of(self, positions: Tensor, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin [T, R] of positions, int64 [T], all below `end`, of like's dtype, on its device."""
+        if like.device.type != "cpu":
+            cos, sin = self._module(like, position_ids=positions[None])
+            return cos[0], sin[0]
+        cos, sin = self.upto(end, like).index_select(0, positions).chunk(2, -1)
+        return cos, sin
+
+    def upto(self, end: int, like: Tensor) -> Tensor:
+        """Return cos and sin of the positions below `end`, and perhaps of more: [positions, 2 * R], on a CPU."""
+        if end > len(self._table):
+            num = max(FEWEST_ANGLES, 1 << (end - 1).bit_length())
+            num = max(end, min(num, self._max_positions or num))
+            self._table = torch.cat(self._module(like, position_ids=torch.arange(num)[None]), -1)[0]
+        return self._table
 
 
 class PlainDecoder:
@@ -180,14 +242,23 @@ class PlainDecoder:
     """
 
     def __init__(
-        self, module: nn.Module, embedding: nn.Module, rotary: nn.Module, stack: LayerStack, norm: nn.Module
+        self, module: nn.Module, embedding: nn.Module, angles: Angles, stack: LayerStack, norm: nn.Module
     ) -> None:
-        """embedding, rotary, norm: parts of `module`, the decoder whose own forward computes calls of another kind."""
+        """embedding, norm: parts of `module`, the decoder whose own forward computes calls of another kind."""
+        self.module = module
         self.embedding = embedding
-        self.rotary = rotary
+        self.angles = angles
         self.stack = stack
         self.norm = norm
         self._forward = module.forward
+
+    def run(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Return the hidden states [T, width] of ids and positions, int64 [T]."""
+        attention = self.stack.context.attention
+        assert attention is not None
+        rows = self.embedding.forward(ids[None])[0]
+        self.stack.run(rows, *self.angles.of(positions, attention.max_kv_len, rows))
+        return self.norm.forward(rows)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the hidden states of input_ids and position_ids [1, T]; with other arguments what the decoder does."""
@@ -195,9 +266,43 @@ class PlainDecoder:
         num_asked = sum(value is not None and value is not False for value in kwargs.values())
         if args or ids is None or positions is None or num_asked > 2:
             return self._forward(*args, **kwargs)
-        hidden = self.embedding(ids)
-        hidden = self.stack.forward(hidden, position_embeddings=self.rotary(hidden, position_ids=positions))
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+        return BaseModelOutputWithPast(last_hidden_state=self.run(ids[0], positions[0])[None])
+
+
+class PlainModel:
+    """head(decoder(ids)), without what Hugging Face does around these; on a CPU in one call."""
+
+    def __init__(self, decoder: PlainDecoder, norm: Norm, head: SharedInput) -> None:
+        """norm: the decoder's own, after its layers. head: a single linear layer."""
+        self.decoder = decoder
+        self.norm = norm
+        self.head = head
+        lookup = decoder.embedding
+        self._rows = lookup.packed if type(lookup) is TiedEmbedding and lookup.embed_scale is None else None
+        if not head.is_opaque:
+            decoder.stack.ends = self._ends
+
+    def _ends(self) -> ops.ModelEnds:
+        return ops.ModelEnds(self._rows, self.norm.constants, self.head.linears)
+
+    def run(self, ids: Tensor, positions: Tensor, logit_rows: Tensor | None) -> Tensor:
+        """Return what `BaseModel.forward` does."""
+        decoder = self.decoder
+        stack, context = decoder.stack, decoder.stack.context
+        native = stack.native() if stack.ends is not None and not context.extras else None
+        if native is None:
+            hidden = decoder.run(ids, positions)
+            return self.head.project(hidden if logit_rows is None else hidden.index_select(0, logit_rows))[0]
+        assert context.attention is not None
+        tokens = ids if self._rows is not None else decoder.embedding.forward(ids)
+        angles = decoder.angles.upto(context.attention.max_kv_len, self.norm.weight)
+        return native.logits(
+            tokens, positions, angles, logit_rows, context.attention, stack.table, context.lora, context.lora_logits
+        )
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor, **_: Any) -> Any:
+        """Return the output of a step as the model calls it, to be compared with its own."""
+        return CausalLMOutputWithPast(logits=self.run(input_ids[0], position_ids[0], logits_to_keep)[None])
 
 
 def stacks_of(model: nn.Module) -> list[LayerStack]:

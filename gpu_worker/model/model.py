@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.attention import PagedLayer, StepContext
+from gpu_worker.model.blocks import PlainModel
 from gpu_worker.model.kept_answers import KeptAnswers
 from gpu_worker.model.logits_check import LogitsCheck, spread_of
 from gpu_worker.model.lora import SharedInput, SiteInfo
@@ -51,6 +52,7 @@ class BaseModel:
     check: LogitsCheck | None = None
     answers: KeptAnswers | None = None  # where `check` is kept for later starts, if it is
     kv_dtype: torch.dtype | None = None  # dtype of keys and values in the caches, int8 for codes; None: `dtype`
+    plain: PlainModel | None = None  # what steps call in the module's place
     passes: Passes | None = None  # of a model whose sequences run one by one, which has no `layers` and no `mixers`
 
     @property
@@ -82,6 +84,8 @@ class BaseModel:
         input_ids, position_ids: int64 [T]. logit_rows: int64 [rows], the tokens whose logits are wanted; None: all T.
         Returns the logits [rows, V]. Writes the step's keys and values to the KV cache.
         """
+        if self.plain is not None and not self.plain.decoder.module._forward_hooks:  # nobody gathers hidden states
+            return self.plain.run(input_ids, position_ids, logit_rows)
         inputs: dict[str, Any] = {"input_ids": input_ids[None], "use_cache": False}
         if self.takes_positions:
             inputs["position_ids"] = position_ids[None]

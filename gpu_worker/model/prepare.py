@@ -197,7 +197,9 @@ def _install(model: BaseModel, trial: Trial, impl: ops.Impl | None, *, compiled:
         check = model.check
         assert check is not None
         with torch.inference_mode():
-            model.num_shortcuts, agreed = install_shortcuts(module, trial, layers, model.adaptable, impl, check.agreed)
+            model.num_shortcuts, model.plain, agreed = install_shortcuts(
+                module, trial, layers, model.adaptable, impl, check.agreed, model.max_positions
+            )
         model.check = replace(check, agreed=agreed)
     model.adaptable.watch()
     if model.device.type == "cpu" and not compiled:

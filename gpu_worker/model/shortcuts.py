@@ -20,9 +20,18 @@ from torch import Tensor, nn
 from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.agreement import agrees, close
 from gpu_worker.model.attention import PagedLayer, StepContext
-from gpu_worker.model.blocks import GatedMlp, LayerStack, Norm, PlainDecoder, PreNormLayer, RotaryAttention
+from gpu_worker.model.blocks import (
+    Angles,
+    GatedMlp,
+    LayerStack,
+    Norm,
+    PlainDecoder,
+    PlainModel,
+    PreNormLayer,
+    RotaryAttention,
+)
 from gpu_worker.model.lora import SiteLinear
-from gpu_worker.model.trial import ModuleCall, Trial
+from gpu_worker.model.trial import NUM_HEAD_ROWS, NUM_TOKENS, ModuleCall, Trial
 from lora_kernels import ops
 
 _ACTIVATIONS: dict[ops.Activation, Callable[[Tensor], Tensor]] = {
@@ -54,13 +63,14 @@ class _Found:
 
 def install_shortcuts(
     model: nn.Module, trial: Trial, layers: list[PagedLayer], adaptable: AdaptableModules, impl: ops.Impl | None,
-    known: Collection[str] | None = None,
-) -> tuple[int, frozenset[str]]:  # fmt: skip
+    known: Collection[str] | None = None, max_positions: int = 0,
+) -> tuple[int, PlainModel | None, frozenset[str]]:  # fmt: skip
     """Replace the recognised blocks of a model whose linear layers are sites.
 
-    The KV cache must have room for the trial's tokens. known: what the second result was at an earlier start of the
-    same model; nothing is compared then. Returns how many decoder layers are replaced as a whole, and names of the
-    blocks that agreed.
+    The KV cache must have room for the trial's tokens. known: what the last result was at an earlier start of the
+    same model; nothing is compared then. max_positions: of a sequence, 0 for no limit known. Returns how many decoder
+    layers are replaced as a whole, what steps are to call in the model's place, None for the model itself, and names of
+    the blocks that agreed.
     """
     found = _Found(adaptable.context, known)
     for module in model.modules():
@@ -80,8 +90,9 @@ def install_shortcuts(
                 module.forward = candidate.forward
                 found.blocks[module] = candidate
                 break
-    _install_stacks(model, trial, found, impl)
-    return sum(type(block) is PreNormLayer for block in found.blocks.values()), frozenset(found.agreed)
+    decoders = _install_stacks(model, trial, found, impl, max_positions)
+    plain = _plain_model(model, decoders, found)
+    return sum(type(block) is PreNormLayer for block in found.blocks.values()), plain, frozenset(found.agreed)
 
 
 # ---------------------------------------------------------------- single blocks
@@ -155,12 +166,15 @@ def _find_activation(module: nn.Module) -> ops.Activation | None:
 # ---------------------------------------------------------------- stacks of layers
 
 
-def _install_stacks(model: nn.Module, trial: Trial, found: _Found, impl: ops.Impl | None) -> None:
+def _install_stacks(
+    model: nn.Module, trial: Trial, found: _Found, impl: ops.Impl | None, max_positions: int
+) -> list[PlainDecoder]:
     """Let lists of pre-norm layers run as one call, where the module around them computes exactly the same then.
 
     Exactly, because a difference as small as that of another rotary embedding is not rounding: a stack runs what its
-    layers run.
+    layers run. Returns the modules around lists that run without what Hugging Face does in them.
     """
+    decoders: list[PlainDecoder] = []
     for name, module in model.named_modules():
         children = list(module.children())
         layers = [block for child in children if isinstance(block := found.blocks.get(child), PreNormLayer)]
@@ -174,12 +188,32 @@ def _install_stacks(model: nn.Module, trial: Trial, found: _Found, impl: ops.Imp
         call = trial.modules[holder]
         if found.agrees(f"{name} as a stack", stacked.holder, stacked, call, exact=True):
             stacked.install()
-            decoder = _plain_decoder(stacked.holder, stack, found)
+            decoder = _plain_decoder(stacked.holder, stack, found, max_positions)
             if decoder and found.agrees(f"{name} as a decoder", stacked.holder, decoder, call, exact=True):
                 stacked.holder.forward = decoder.forward
+                decoders.append(decoder)
+    return decoders
 
 
-def _plain_decoder(holder: nn.Module, stack: LayerStack, found: _Found) -> PlainDecoder | None:
+def _plain_model(model: nn.Module, decoders: list[PlainDecoder], found: _Found) -> PlainModel | None:
+    """Return what computes a whole model, if that is a plain decoder and a linear layer as its head."""
+    children = list(model.children())
+    heads = [child.shared for child in children if isinstance(child, SiteLinear)]
+    if not len(decoders) == len(heads) == 1 or len(children) != 2 or decoders[0].module not in children:
+        return None
+    plain = PlainModel(decoders[0], found.norms[decoders[0].norm], heads[0])
+    ids = torch.arange(NUM_TOKENS, device=decoders[0].stack.layers[0].first.weight.device)
+    call = ModuleCall(
+        (),
+        {"input_ids": ids[None], "position_ids": ids[None], "use_cache": False, "logits_to_keep": ids[:NUM_HEAD_ROWS]},
+    )
+    if found.agrees("the whole model", model, plain, call, exact=True):
+        return plain
+    decoders[0].stack.ends = None
+    return None
+
+
+def _plain_decoder(holder: nn.Module, stack: LayerStack, found: _Found, max_positions: int) -> PlainDecoder | None:
     """Return what a module may be that holds a stack, judging by its other children; None for others."""
     children = [child for child in holder.children() if not isinstance(child, nn.ModuleList)]
     norms = [child for child in children if child in found.norms]
@@ -187,7 +221,7 @@ def _plain_decoder(holder: nn.Module, stack: LayerStack, found: _Found) -> Plain
     embeddings = [child for child in children if child not in norms and child not in rotaries]
     if not len(norms) == len(rotaries) == len(embeddings) == 1:
         return None
-    return PlainDecoder(holder, embeddings[0], rotaries[0], stack, norms[0])
+    return PlainDecoder(holder, embeddings[0], Angles(rotaries[0], max_positions), stack, norms[0])
 
 
 class _StackedHolder:

@@ -24,18 +24,18 @@ class TiedEmbedding(nn.Embedding):
         num, width = embedding.weight.shape
         super().__init__(num, width, _weight=embedding.weight.detach().to("meta"), _freeze=True)
         self.embed_scale = getattr(embedding, "embed_scale", None)
-        self._packed = packed
+        self.packed = packed
 
     def forward(self, input: Tensor) -> Tensor:  # named as torch names it
         """Return the rows [..., D] of token ids."""
-        rows, scale = ops.unpack_rows(self._packed, input), self.embed_scale
+        rows, scale = ops.unpack_rows(self.packed, input), self.embed_scale
         if scale is None:
             return rows
         return rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
 
     def numbers(self) -> Tensor:
         """Return the weight [V, D], in memory of its own."""
-        return ops.unpack_linear(self._packed)
+        return ops.unpack_linear(self.packed)
 
 
 def install_tied(model: nn.Module, calls: Sequence[LinearCall], adaptable: AdaptableModules) -> None:

@@ -31,6 +31,7 @@ from lora_kernels.tables import (
     AdapterTable,
     DecoderLayer,
     LoraSite,
+    ModelEnds,
     PackedLinear,
     PagedAttention,
     QuantisedLinear,
@@ -49,6 +50,7 @@ __all__ = [
     "Impl",
     "LoraBatch",
     "LoraSite",
+    "ModelEnds",
     "PackedLinear",
     "PagedAttention",
     "QuantisedLinear",
@@ -306,13 +308,28 @@ class DecoderStack(Protocol):
         """
         ...
 
+    def logits(
+        self, tokens: Tensor, positions: Tensor, angles: Tensor, logit_rows: Tensor | None, attention: AttentionBatch,
+        table: AdapterTable | None, lora: LoraBatch | None, head_lora: LoraBatch | None,
+    ) -> Tensor:  # fmt: skip
+        """Return the logits [n, V] of some of the tokens, by the ends that the stack was made with.
 
-def decoder_stack(layers: Sequence[DecoderLayer], impl: Impl | None = None) -> DecoderStack | None:
+        tokens: int64 [T] ids, or [T, width] rows in the embedding's place, which change. positions: int64 [T]. angles:
+        [positions, 2 * R], cos and sin of each. logit_rows: int64 [n], None for all tokens. head_lora: of the rows that
+        go through the head.
+        """
+        ...
+
+
+def decoder_stack(
+    layers: Sequence[DecoderLayer], ends: ModelEnds | None = None, impl: Impl | None = None
+) -> DecoderStack | None:
     """Prepare layers to run as one call, which computes what the operations above compute one after the other.
 
-    Returns None where the implementation has nothing faster than one after the other.
+    ends: without them the stack has no logits. Returns None where the implementation has nothing faster than one after
+    the other.
     """
-    return _choose(layers[0].attention_norm.weight, impl).decoder_stack(layers)
+    return _choose(layers[0].attention_norm.weight, impl).decoder_stack(layers, ends)
 
 
 # Filled on first use, so that an implementation is imported only once it is chosen. A dict, which torch.compile reads.

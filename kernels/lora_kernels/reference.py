@@ -15,7 +15,15 @@ from torch import Tensor
 from lora_kernels import kv_codes, sums
 from lora_kernels.quantised import QuantisedWeight, round_inputs
 from lora_kernels.segments import BLOCK_TOKENS, PAGE_ROWS, AttentionBatch, LoraBatch
-from lora_kernels.tables import Activation, AdapterTable, DecoderLayer, LoraSite, PackedLinear, QuantisedLinear
+from lora_kernels.tables import (
+    Activation,
+    AdapterTable,
+    DecoderLayer,
+    LoraSite,
+    ModelEnds,
+    PackedLinear,
+    QuantisedLinear,
+)
 
 
 def lora_add_(
@@ -242,5 +250,5 @@ def _leave(states: Tensor, state: Tensor, write: int, save: int) -> None:
         states[save] = state
 
 
-def decoder_stack(layers: Sequence[DecoderLayer]) -> None:
+def decoder_stack(layers: Sequence[DecoderLayer], ends: ModelEnds | None) -> None:
     """Return None: nothing here is faster than one layer after the other. See `ops.decoder_stack`."""

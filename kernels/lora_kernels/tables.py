@@ -108,3 +108,12 @@ class DecoderLayer:
     gate_up: SiblingLinears
     act: Activation
     down: SiblingLinears
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEnds:
+    """What makes a model of decoder layers: head(norm(layers(embedding[ids])))."""
+
+    embedding: PackedLinear | None  # its rows by token id; None: layers are given rows, not ids
+    norm: RmsNorm
+    head: SiblingLinears

@@ -25,6 +25,7 @@ from lora_kernels.tables import (
     AdapterTable,
     DecoderLayer,
     LoraSite,
+    ModelEnds,
     PackedLinear,
     QuantisedLinear,
     SiblingLinears,
@@ -222,7 +223,7 @@ def _floats(x: Tensor) -> Tensor:
 class DecoderStack:
     """A `ops.DecoderStack` in native code: csrc/stack.cpp."""
 
-    def __init__(self, layers: Sequence[DecoderLayer]) -> None:
+    def __init__(self, layers: Sequence[DecoderLayer], ends: ModelEnds | None) -> None:
         self._number: int = _ops.stack_new()
         weakref.finalize(self, _ops.stack_free, self._number)
         for layer in layers:
@@ -247,30 +248,48 @@ class DecoderStack:
                 None if attention.sinks is None else _floats(attention.sinks),
                 layer.act,
             )
+        if ends is not None:
+            _ops.stack_norm(self._number, ends.norm.weight, ends.norm.eps, ends.norm.plus_one)
+            _ops.stack_linears(self._number, *_linears(ends.head))
+            _ops.stack_ends(self._number, None if ends.embedding is None else ends.embedding.weight)
 
     def run(
         self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBatch, table: AdapterTable | None,
         lora: LoraBatch | None,
     ) -> None:  # fmt: skip
         """See `ops.DecoderStack.run`."""
-        _ops.stack_run.default(
-            self._number,
-            x,
-            cos,
-            sin,
-            [attention.block_tables, attention.query_starts, attention.kv_lens, attention.slot_mapping],
-            [] if table is None else [table.ranks, table.scales, table.pages],
-            [] if lora is None or table is None else [lora.rows, lora.small_tiles, lora.large_tiles, lora.counts],
-            None if lora is None else lora.row_scales,
+        _ops.stack_run.default(self._number, x, cos, sin, *_step(attention, table, lora), *_lora(lora))
+
+    def logits(
+        self, tokens: Tensor, positions: Tensor, angles: Tensor, logit_rows: Tensor | None, attention: AttentionBatch,
+        table: AdapterTable | None, lora: LoraBatch | None, head_lora: LoraBatch | None,
+    ) -> Tensor:  # fmt: skip
+        """See `ops.DecoderStack.logits`."""
+        lists = _step(attention, table, lora or head_lora)
+        return _ops.stack_logits.default(
+            self._number, tokens, positions, angles, logit_rows, *lists, *_lora(lora), *_lora(head_lora)
         )
 
 
-def decoder_stack(layers: Sequence[DecoderLayer]) -> DecoderStack | None:
+def _step(
+    attention: AttentionBatch, table: AdapterTable | None, lora: LoraBatch | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    adapters = [] if lora is None or table is None else [table.ranks, table.scales, table.pages]
+    return [attention.block_tables, attention.query_starts, attention.kv_lens, attention.slot_mapping], adapters
+
+
+def _lora(lora: LoraBatch | None) -> tuple[list[Tensor], Tensor | None]:
+    return (
+        ([], None) if lora is None else ([lora.rows, lora.small_tiles, lora.large_tiles, lora.counts], lora.row_scales)
+    )
+
+
+def decoder_stack(layers: Sequence[DecoderLayer], ends: ModelEnds | None) -> DecoderStack | None:
     """See `ops.decoder_stack`. None where sums are fixed, but the library would add those of plain weights."""
-    linears = (part for layer in layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down))
-    if sums.are_fixed() and any(_is_plain(part) for part in linears):
+    linears = [part for layer in layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    if sums.are_fixed() and any(_is_plain(part) for part in (*linears, *([] if ends is None else [ends.head]))):
         return None
-    return DecoderStack(layers)
+    return DecoderStack(layers, ends)
 
 
 def _is_plain(linears: SiblingLinears) -> bool:

@@ -189,6 +189,11 @@ STABLE_TORCH_LIBRARY(lorafleet, m) {
   m.def(
       "stack_run(int stack, Tensor(a!) x, Tensor cos, Tensor sin, Tensor[] attention, Tensor[] table, Tensor[] lora, "
       "Tensor? row_scales) -> ()");
+  m.def("stack_ends(int stack, Tensor? embedding) -> ()");
+  m.def(
+      "stack_logits(int stack, Tensor(a!) tokens, Tensor positions, Tensor angles, Tensor? logit_rows, "
+      "Tensor[] attention, Tensor[] table, Tensor[] lora, Tensor? row_scales, Tensor[] head_lora, "
+      "Tensor? head_scales) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lorafleet, CompositeExplicitAutograd, m) {
@@ -198,6 +203,7 @@ STABLE_TORCH_LIBRARY_IMPL(lorafleet, CompositeExplicitAutograd, m) {
   m.impl("quantised_form", &boxed<quantised_form>);
   m.impl("stack_new", &boxed<stack_new>);
   m.impl("stack_free", &boxed<stack_free>);
+  m.impl("stack_ends", &boxed<stack_ends>);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {
@@ -220,6 +226,7 @@ STABLE_TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {
   m.impl("stack_linears", &boxed<stack_linears>);
   m.impl("stack_layer", &boxed<stack_layer>);
   m.impl("stack_run", &boxed<stack_run>);
+  m.impl("stack_logits", &boxed<stack_logits>);
 }
 
 }  // namespace lorafleet

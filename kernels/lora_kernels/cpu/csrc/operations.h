@@ -53,6 +53,10 @@ void stack_layer(int64_t stack, Ints shape, double scale, double softcap, const 
                  const OptionalTensor& sinks, std::string_view act);
 void stack_run(int64_t stack, const Tensor& x, const Tensor& cos, const Tensor& sin, Tensors attention, Tensors table,
                Tensors lora, const OptionalTensor& row_scales);
+void stack_ends(int64_t stack, const OptionalTensor& embedding);
+Tensor stack_logits(int64_t stack, const Tensor& tokens, const Tensor& positions, const Tensor& angles,
+                    const OptionalTensor& logit_rows, Tensors attention, Tensors table, Tensors lora,
+                    const OptionalTensor& row_scales, Tensors head_lora, const OptionalTensor& head_scales);
 
 // The kernels in use; null where the processor has none.
 extern const Kernels* active;

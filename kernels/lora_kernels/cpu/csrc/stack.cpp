@@ -65,6 +65,8 @@ int64_t width_of(const Sites& sites) {
   return width;
 }
 
+constexpr int64_t kPairBytes = 4;  // two entries of a packed row, which lie together
+
 // With few rows the weights come from memory, and other operations give the threads but one something to do.
 constexpr int64_t kFewRows = 4;
 
@@ -129,10 +131,39 @@ Tensor feed_forward(const Layer& layer, const Tensor& x, const Step& step) {
   return project(layer.down(), gated_act(out.columns(0, width), out.columns(width, width), layer.act), step);
 }
 
+// What makes a model of layers: head(norm(rows)) of their output.
+struct Ends {
+  OptionalTensor embedding;  // [V, width], packed as a linear layer's weight or not; none: rows are given, not ids
+  Norm norm;
+  Sites head;
+};
+
 struct Stack {
   std::vector<Layer> layers;
-  Layer next;  // its parts, until `stack_layer` has the rest
+  std::optional<Ends> ends;
+  Layer next;  // its parts, or those of the ends, until `stack_layer` or `stack_ends` has the rest
 };
+
+// Rows of a matrix [N, K], packed as a linear layer's weight or not, by number: [n, K].
+Tensor rows_at(const Tensor& matrix, const Tensor& numbers) {
+  const bool is_packed = matrix.dim() == 4;
+  const int64_t lanes = is_packed ? matrix.size(2) : 1, most = matrix.size(0) * lanes;
+  const int64_t width = is_packed ? 2 * matrix.size(1) : matrix.size(1), bytes = width * matrix.element_size();
+  LORAFLEET_CHECK(matrix.is_contiguous(), "rows are taken of contiguous matrices");
+  const std::span<const int64_t> rows(entries_of<int64_t>(numbers, "row numbers"), numbers.numel());
+  for (const int64_t row : rows) LORAFLEET_CHECK(0 <= row && row < most, "there is no row ", row, " of ", most);
+  const Tensor out = empty({numbers.numel(), width}, matrix.type);
+  if (!is_packed) {
+    for (size_t i = 0; i < rows.size(); ++i) std::memcpy(out.data + i * bytes, matrix.data + rows[i] * bytes, bytes);
+    return out;
+  }
+  run_tasks(rows.size(), [&](int64_t i) {  // each pair of entries lies in a cache line of its own
+    const char* from = matrix.data + rows[i] / lanes * lanes * bytes + rows[i] % lanes * kPairBytes;
+    for (int64_t at = 0; at < bytes; at += kPairBytes)
+      std::memcpy(out.data + i * bytes + at, from + at * lanes, kPairBytes);
+  });
+  return out;
+}
 
 std::mutex stacks_mutex;
 std::map<int64_t, std::shared_ptr<Stack>> stacks;
@@ -183,22 +214,55 @@ void stack_layer(int64_t stack, Ints shape, double scale, double softcap, const 
   found->layers.push_back(std::move(layer));
 }
 
-// x [T, width] becomes, in place, what the last layer gives.
-void stack_run(int64_t stack, const Tensor& x, const Tensor& cos, const Tensor& sin, Tensors attention, Tensors table,
-               Tensors lora, const OptionalTensor& row_scales) {
-  LORAFLEET_CHECK(attention.size() == 4 && (lora.empty() || (lora.size() == 4 && table.size() == 3)),
-                  "a step has 4 tensors of attention, and 3 and 4, or none, of adapters");
+// Only after this a stack can be asked for logits. Its norm and its linear layer, the head, were added before.
+void stack_ends(int64_t stack, const OptionalTensor& embedding) {
   const std::shared_ptr<Stack> found = stack_at(stack);
-  const Step step = {cos, sin, attention, table, lora, row_scales};
-  OptionalTensor update;  // what the layer before has yet to add to x
-  for (const Layer& layer : found->layers) {
+  const Layer parts = std::exchange(found->next, {});
+  LORAFLEET_CHECK(parts.norms.size() == 1 && parts.sites.size() == 1, "the ends of a stack need a norm and a head");
+  found->ends = {embedding, parts.norms[0], parts.sites[0]};
+}
+
+// x [T, width] becomes, in place, what the last layer gives, but for what is returned, which has yet to be added.
+Tensor run_layers(const std::vector<Layer>& layers, const Tensor& x, const Step& step) {
+  LORAFLEET_CHECK(!layers.empty(), "a stack needs layers");
+  LORAFLEET_CHECK(step.attention.size() == 4 && (step.lora.empty() || (step.lora.size() == 4 && step.table.size() == 3)),
+                  "a step has 4 tensors of attention, and 3 and 4, or none, of adapters");
+  OptionalTensor update;
+  for (const Layer& layer : layers) {
     announce_weights(layer.qkv(), x);
     const Tensor normed = update ? layer.norms[0](*update, x) : layer.norms[0](x);
     const Tensor attended = attend(layer, normed, step);
     announce_weights(layer.gate_up(), x);
     update = feed_forward(layer, layer.norms[1](attended, x), step);
   }
-  if (update) found->layers.back().norms[1](*update, x);  // for the sum that it leaves in x
+  return *update;
+}
+
+void stack_run(int64_t stack, const Tensor& x, const Tensor& cos, const Tensor& sin, Tensors attention, Tensors table,
+               Tensors lora, const OptionalTensor& row_scales) {
+  const std::shared_ptr<Stack> found = stack_at(stack);
+  const Tensor update = run_layers(found->layers, x, {cos, sin, attention, table, lora, row_scales});
+  found->layers.back().norms[1](update, x);  // for the sum that it leaves in x
+}
+
+// Returns the logits [n, V] of some tokens, or of all. tokens: ids [T], or rows [T, width], which change. angles: cos
+// and sin by position, [positions, 2 * R].
+Tensor stack_logits(int64_t stack, const Tensor& tokens, const Tensor& positions, const Tensor& angles,
+                    const OptionalTensor& logit_rows, Tensors attention, Tensors table, Tensors lora,
+                    const OptionalTensor& row_scales, Tensors head_lora, const OptionalTensor& head_scales) {
+  const std::shared_ptr<Stack> found = stack_at(stack);
+  LORAFLEET_CHECK(found->ends, "the stack has no ends");
+  const Ends& ends = *found->ends;
+  const bool are_ids = tokens.type == Scalar::kLong;
+  LORAFLEET_CHECK(!are_ids || ends.embedding, "the stack has no embedding");
+  const Tensor x = are_ids ? rows_at(*ends.embedding, tokens) : tokens, both = rows_at(angles, positions);
+  const int64_t width = both.size(1) / 2;
+  const Tensor cos = both.columns(0, width), sin = both.columns(width, width);
+  const Tensor update = run_layers(found->layers, x, {cos, sin, attention, table, lora, row_scales});
+  const Tensor normed = ends.norm(update, x);
+  announce_weights(ends.head, x);
+  return project(ends.head, logit_rows ? rows_at(normed, *logit_rows) : normed,
+                 {cos, sin, attention, table, head_lora, head_scales});
 }
 
 }  // namespace lorafleet
