@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers.fixed_sums import fixed_sums
 from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, warm
 from oracle.tiny_models import tiny_model
 from torch import Tensor, nn
@@ -67,7 +69,10 @@ def test_a_stack_computes_what_its_layers_compute(model_type: str, dtype: torch.
     assert len(stack.layers) == base.config.num_hidden_layers
     for layer in stacks(apart):
         layer._stack = None  # built by the engine's check; without it layers run one by one
-    got, expected = logits_of(stacked, ["", "one", "two"]), logits_of(apart, ["", "one", "two"])
+    # Behind the last attention a stack computes fewer rows, beside which a row may have other bits unless sums are
+    # fixed; of plain weights it computes all, and with fixed sums they have no stack.
+    with fixed_sums() if dtype == torch.bfloat16 else nullcontext():
+        got, expected = logits_of(stacked, ["", "one", "two"]), logits_of(apart, ["", "one", "two"])
     assert type(stack._stack) is cpu.DecoderStack
     assert all(layer._stack is None for layer in stacks(apart)), "or this compares stacks"
     assert len(got) == len(expected)

@@ -124,7 +124,8 @@ Tensor empty_rows(const Tensor& x, int64_t width) {
   return empty(Ints(shape.data(), x.dim()), x.type);
 }
 
-Tensor linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t out_features) {
+void linear_to(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias) {
+  const int64_t out_features = out.size(-1);
   LORAFLEET_CHECK(packed.dim() == 4 && packed.is_contiguous() && packed.type == Scalar::kBFloat16,
               "the weight is not packed");
   LORAFLEET_CHECK(x.size(-1) == 2 * packed.size(1), "x has ", x.size(-1), " features; the weight takes ",
@@ -134,17 +135,21 @@ Tensor linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias,
     check_same_dtype(*bias, packed, "bias");
     LORAFLEET_CHECK(bias->is_contiguous() && bias->numel() == out_features, "bias needs ", out_features, " entries");
   }
-  const Tensor out = empty_rows(x, out_features);
   const Tensor chunks = chunk_rows(x);
   active->linear({
       .x = reinterpret_cast<const uint16_t*>(chunks.data),
       .panels = reinterpret_cast<const uint16_t*>(packed.data),
       .bias = bias ? reinterpret_cast<const uint16_t*>(bias->data) : nullptr,
-      .out = {out.data, out_features},
+      .out = rows_of(out, "out"),
       .rows = rows_in(x),
       .in_features = x.size(-1),
       .out_features = out_features,
   });
+}
+
+Tensor linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t out_features) {
+  const Tensor out = empty_rows(x, out_features);
+  linear_to(out, x, packed, bias);
   return out;
 }
 

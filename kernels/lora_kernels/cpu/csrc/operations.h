@@ -11,6 +11,8 @@
 namespace lorafleet {
 
 Tensor linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t out_features);
+// Into `out`, rows as x has them, of the weight's output width.
+void linear_to(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias);
 void lora_add_(Tensors outs, const Tensor& x, Tensors a_rows, Tensors b_rows, Tensors factors, Ints indices,
                Ints groups, const Tensor& ranks, const Tensor& scales, const Tensor& pages, const Tensor& rows,
                const Tensor& small_tiles, const Tensor& large_tiles, const Tensor& counts,
@@ -33,6 +35,8 @@ std::tuple<Tensor, int64_t> pack_quantised(const Tensor& rows, std::string_view 
 // int8_inputs: x is rounded to int8 codes, each group of 32 inputs with a scale of its own.
 Tensor quant_linear(const Tensor& x, Tensors panels, Ints forms, Ints sizes, const OptionalTensor& bias,
                     bool int8_inputs);
+void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints forms, Ints sizes,
+                     const OptionalTensor& bias, bool int8_inputs);
 
 // states.cpp
 Tensor selective_scan(const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& b, const Tensor& c,

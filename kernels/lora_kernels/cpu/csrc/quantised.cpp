@@ -165,8 +165,8 @@ std::tuple<Tensor, int64_t> pack_quantised(const Tensor& rows, std::string_view 
   return {packed, kind.form};
 }
 
-Tensor quant_linear(const Tensor& x, Tensors panels, Ints forms, Ints sizes,
-                    const OptionalTensor& bias, bool int8_inputs) {
+void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints forms, Ints sizes,
+                     const OptionalTensor& bias, bool int8_inputs) {
   const int64_t num_parts = panels.size(), in_features = x.size(-1), rows = x.numel() / std::max<int64_t>(1, in_features);
   LORAFLEET_CHECK(num_parts > 0 && forms.size() == panels.size() && sizes.size() == panels.size(),
               "every part needs panels, a form and a size");
@@ -189,7 +189,7 @@ Tensor quant_linear(const Tensor& x, Tensors panels, Ints forms, Ints sizes,
     check_same_dtype(*bias, x, "bias");
     LORAFLEET_CHECK(bias->is_contiguous() && bias->numel() == out_features, "bias needs ", out_features, " entries");
   }
-  const Tensor out = empty_rows(x, out_features);
+  LORAFLEET_CHECK(out.size(-1) == out_features, "out has ", out.size(-1), " columns; there are ", out_features);
   QuantArgs args = {
       .dtype = dtype_of(x),
       .x = rows_of(x, "x"),
@@ -203,7 +203,7 @@ Tensor quant_linear(const Tensor& x, Tensors panels, Ints forms, Ints sizes,
       .parts = parts.data(),
       .num_parts = num_parts,
       .bias = bias ? bias->data : nullptr,
-      .out = {out.data, out_features},
+      .out = rows_of(out, "out"),
       .rows = rows,
       .in_features = in_features,
   };
@@ -233,6 +233,14 @@ Tensor quant_linear(const Tensor& x, Tensors panels, Ints forms, Ints sizes,
     args.x32 = entries_of<float>(prepared, "x");
   }
   active->quant_linear(args);
+}
+
+Tensor quant_linear(const Tensor& x, Tensors panels, Ints forms, Ints sizes, const OptionalTensor& bias,
+                    bool int8_inputs) {
+  int64_t out_features = 0;
+  for (const int64_t size : sizes) out_features += size;
+  const Tensor out = empty_rows(x, out_features);
+  quant_linear_to(out, x, panels, forms, sizes, bias, int8_inputs);
   return out;
 }
 

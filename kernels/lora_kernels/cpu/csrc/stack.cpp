@@ -1,6 +1,8 @@
 // Consecutive pre-norm decoder layers as one call. Run layer by layer from Python, a step crosses between the
 // interpreter and the kernels some two hundred times, and each time another thread may take the interpreter.
+#include <algorithm>
 #include <cstring>
+#include <exception>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -20,6 +22,8 @@ struct Sites {
   std::vector<Tensor> a_rows, b_rows;  // none: no adapter touches these layers
   std::vector<Tensor> factors;         // of int8 rows
   std::vector<int64_t> indices, groups;
+
+  bool is_plain() const { return forms.empty() && weights[0].dim() != 4; }
 };
 
 struct Norm {
@@ -51,12 +55,25 @@ struct Layer {
   const Sites& down() const { return sites[3]; }
 };
 
+// Rows of a step, all or a block of them, with what is known of these rows.
+struct Rows {
+  int64_t first;
+  Tensor x;                  // [n, width]
+  Tensor cos, sin, slots;    // [n, rotary_dim], and the places in the KV cache
+  std::vector<Tensor> lora;  // rows, small_tiles, large_tiles, counts; none: no row has an adapter
+  OptionalTensor row_scales;
+
+  int64_t count() const { return x.size(0); }
+  // The same rows of a matrix that has all of the step's.
+  Tensor of(const Tensor& matrix) const { return matrix.rows(first, count()); }
+};
+
 struct Step {
-  const Tensor &cos, &sin;
   Tensors attention;  // block_tables, query_starts, kv_lens, slot_mapping
-  Tensors table;      // ranks, scales, pages
-  Tensors lora;       // rows, small_tiles, large_tiles, counts; none: no row has an adapter
-  const OptionalTensor& row_scales;
+  Tensors table;      // of adapters: ranks, scales, pages
+  std::vector<Rows> blocks;
+
+  bool is_whole() const { return blocks.size() == 1; }
 };
 
 int64_t width_of(const Sites& sites) {
@@ -78,57 +95,155 @@ void announce_weights(const Sites& sites, const Tensor& x) {
   announce(parts);
 }
 
-// Returns the outputs of all siblings side by side: [T, sum of sizes].
-Tensor project(const Sites& sites, const Tensor& x, const Step& step) {
+// Returns the outputs of all siblings side by side: [n, sum of sizes]. out: where they are put, if it is given; not for
+// plain weights.
+Tensor project(const Sites& sites, const Tensor& x, const Step& step, const Rows& rows, OptionalTensor out = {}) {
   const Tensor& weight = sites.weights[0];
-  const Tensor out =
-      !sites.forms.empty()
-          ? quant_linear(x, sites.weights, sites.forms, sites.sizes, sites.bias, sites.int8_inputs)
-      : weight.dim() == 4 ? linear(x, weight, sites.bias, width_of(sites))
-                          : plain_linear(x, weight, sites.bias);
-  if (step.lora.empty() || sites.a_rows.empty()) return out;
+  if (sites.is_plain()) {
+    out = plain_linear(x, weight, sites.bias);
+  } else {
+    if (!out) out = empty_rows(x, width_of(sites));
+    if (sites.forms.empty())
+      linear_to(*out, x, weight, sites.bias);
+    else
+      quant_linear_to(*out, x, sites.weights, sites.forms, sites.sizes, sites.bias, sites.int8_inputs);
+  }
+  if (rows.lora.empty() || sites.a_rows.empty()) return *out;
   std::vector<Tensor> outs;
   int64_t first = 0;
-  for (const int64_t size : sites.sizes) outs.push_back(out.columns(first, size)), first += size;
+  for (const int64_t size : sites.sizes) outs.push_back(out->columns(first, size)), first += size;
   lora_add_(outs, x, sites.a_rows, sites.b_rows, sites.factors, sites.indices, sites.groups, step.table[0], step.table[1],
-            step.table[2], step.lora[0], step.lora[1], step.lora[2], step.lora[3], step.row_scales);
-  return out;
+            step.table[2], rows.lora[0], rows.lora[1], rows.lora[2], rows.lora[3], rows.row_scales);
+  return *out;
 }
 
-// A copy of heads [T, H, D] whose tokens lie one after the other, as rows need them.
-Tensor packed_heads(const Tensor& x) {
-  const Tensor copy = empty(x.sizes(), x.type);
-  const int64_t bytes = x.size(1) * x.size(2) * x.element_size();
-  for (int64_t t = 0; t < x.size(0); ++t)
-    std::memcpy(copy.data + t * bytes, x.data + t * x.stride(0) * x.element_size(), bytes);
-  return copy;
+// Normalises heads [n, H, D] in place; it knows rows that lie one after the other.
+void norm_heads(const Norm& norm, const Tensor& x) {
+  const Tensor packed = empty(x.sizes(), x.type);
+  const int64_t bytes = x.size(1) * x.size(2) * x.element_size(), step = x.stride(0) * x.element_size();
+  for (int64_t t = 0; t < x.size(0); ++t) std::memcpy(packed.data + t * bytes, x.data + t * step, bytes);
+  const Tensor normed = norm(packed);
+  for (int64_t t = 0; t < x.size(0); ++t) std::memcpy(x.data + t * step, normed.data + t * bytes, bytes);
 }
 
-Tensor attend(const Layer& layer, const Tensor& x, const Step& step) {
-  const Attention& a = layer.attention;
-  const int64_t q_width = a.heads * a.head_dim, k_width = a.kv_heads * a.head_dim;
-  const Tensor out = project(layer.qkv(), x, step);
-  announce_weights(layer.out(), x);
-  Tensor q = out.heads(0, a.heads, a.head_dim), k = out.heads(q_width, a.kv_heads, a.head_dim);
-  const Tensor v = out.heads(q_width + k_width, a.kv_heads, a.value_dim);
-  if (layer.norms.size() == 4) {
-    q = layer.norms[2](packed_heads(q));
-    k = layer.norms[3](packed_heads(k));
-  }
-  rotary_(q, k, step.cos, step.sin);
-  kv_write_(k, v, a.k_cache, a.v_cache, step.attention[3]);
-  Tensor attended = paged_attention(q, a.k_cache, a.v_cache, step.attention[0], step.attention[1], step.attention[2],
-                                    a.scale, a.window, a.softcap, a.sinks);
+// Queries, keys and values as they lie side by side in [n, width].
+struct Heads {
+  Tensor q, k, v;
+
+  Heads(const Attention& a, const Tensor& qkv)
+      : q(qkv.heads(0, a.heads, a.head_dim)),
+        k(qkv.heads(a.heads * a.head_dim, a.kv_heads, a.head_dim)),
+        v(qkv.heads((a.heads + a.kv_heads) * a.head_dim, a.kv_heads, a.value_dim)) {}
+};
+
+// What a layer computes of rows before its attention: queries, keys and values, the latter two also in the cache.
+// update: what the layer before has yet to add to x. out: as of `project`.
+Tensor before_attention(const Layer& layer, const OptionalTensor& update, const Step& step, const Rows& rows,
+                        const OptionalTensor& out) {
+  announce_weights(layer.qkv(), rows.x);
+  const Tensor normed = update ? layer.norms[0](*update, rows.x) : layer.norms[0](rows.x);
+  const Tensor qkv = project(layer.qkv(), normed, step, rows, out);
+  announce_weights(layer.out(), rows.x);
+  const Heads heads(layer.attention, qkv);
+  if (layer.norms.size() == 4) norm_heads(layer.norms[2], heads.q), norm_heads(layer.norms[3], heads.k);
+  rotary_(heads.q, heads.k, rows.cos, rows.sin);
+  kv_write_(heads.k, heads.v, layer.attention.k_cache, layer.attention.v_cache, rows.slots);
+  return qkv;
+}
+
+// Returns [T, heads * value_dim].
+Tensor attend(const Attention& a, const Tensor& qkv, const Step& step) {
+  Tensor attended = paged_attention(Heads(a, qkv).q, a.k_cache, a.v_cache, step.attention[0], step.attention[1],
+                                    step.attention[2], a.scale, a.window, a.softcap, a.sinks);
   const int64_t width = a.heads * a.value_dim;
-  attended.dims = 2, attended.shape = {x.size(0), width}, attended.steps = {width, 1};
-  return project(layer.out(), attended, step);
+  attended.dims = 2, attended.shape = {qkv.size(0), width}, attended.steps = {width, 1};
+  return attended;
 }
 
-Tensor feed_forward(const Layer& layer, const Tensor& x, const Step& step) {
-  const Tensor out = project(layer.gate_up(), x, step);
-  announce_weights(layer.down(), x);
+// What a layer computes of rows behind its attention; returns what is yet to be added to x.
+Tensor behind_attention(const Layer& layer, const Tensor& attended, const Step& step, const Rows& rows) {
+  const Tensor projected = project(layer.out(), attended, step, rows);
+  announce_weights(layer.gate_up(), rows.x);
+  const Tensor out = project(layer.gate_up(), layer.norms[1](projected, rows.x), step, rows);
+  announce_weights(layer.down(), rows.x);
   const int64_t width = out.size(1) / 2;
-  return project(layer.down(), gated_act(out.columns(0, width), out.columns(width, width), layer.act), step);
+  const Tensor activated = gated_act(out.columns(0, width), out.columns(width, width), layer.act);
+  return project(layer.down(), activated, step, rows);
+}
+
+// Rows of a block, about: what is computed of them between two attentions stays in a core's second-level cache. A block
+// reads all weights, so that many fewer rows would wait for those.
+constexpr int64_t kBlockRows = 128;
+
+// Adapters' tiles of the rows of a block.
+void cut_lora(const Rows& whole, Rows& block) {
+  const int32_t* from = entries_of<int32_t>(whole.lora[0], "rows");
+  const int32_t* tiles = entries_of<int32_t>(whole.lora[2], "tiles");
+  const int32_t num_tiles = entries_of<int32_t>(whole.lora[3], "counts")[3];
+  const float* scales = whole.row_scales ? entries_of<float>(*whole.row_scales, "row_scales") : nullptr;
+  const int32_t begin = static_cast<int32_t>(block.first), end = static_cast<int32_t>(block.first + block.count());
+  const Tensor rows = empty({block.count()}, Scalar::kInt), kept = empty({num_tiles, 3}, Scalar::kInt);
+  const Tensor counts = empty({4}, Scalar::kInt), row_scales = empty({block.count()}, Scalar::kFloat);
+  int32_t *row = entries_of<int32_t>(rows, "rows"), *tile = entries_of<int32_t>(kept, "tiles");
+  float* scale = entries_of<float>(row_scales, "row_scales");
+  int32_t num_rows = 0, num_kept = 0;
+  for (int32_t t = 0; t < num_tiles; ++t) {
+    const int32_t* own = from + tiles[3 * t + 1];  // ascending
+    const int32_t* const last = std::lower_bound(own, own + tiles[3 * t + 2], end);
+    own = std::lower_bound(own, last, begin);
+    if (own == last) continue;
+    const auto num = static_cast<int32_t>(last - own);
+    tile[0] = tiles[3 * t], tile[1] = num_rows, tile[2] = num;
+    tile += 3, ++num_kept;
+    for (; own < last; ++own, ++num_rows) {
+      row[num_rows] = *own - begin;
+      if (scales) scale[num_rows] = scales[own - from];
+    }
+  }
+  if (!num_rows) return;
+  int32_t* count = entries_of<int32_t>(counts, "counts");
+  count[0] = num_rows, count[1] = 0, count[2] = count[3] = num_kept;
+  block.lora = {rows, kept, kept, counts};
+  if (scales) block.row_scales = row_scales;
+}
+
+// Returns even blocks, as many for every thread; the whole, if there are too few rows for that.
+std::vector<Rows> cut(const Rows& whole) {
+  const int64_t rows = whole.count(), rows_at_once = kBlockRows * num_threads();
+  if (rows < rows_at_once) return {whole};
+  const int64_t num = (rows + rows_at_once / 2) / rows_at_once * num_threads();
+  std::vector<Rows> blocks;
+  for (int64_t i = 0; i < num; ++i) {
+    const int64_t first = rows * i / num, count = rows * (i + 1) / num - first;
+    Rows block = {first, whole.x.rows(first, count), whole.cos.rows(first, count), whole.sin.rows(first, count),
+                  whole.slots.rows(first, count), {}, {}};
+    if (!whole.lora.empty()) cut_lora(whole, block);
+    blocks.push_back(std::move(block));
+  }
+  return blocks;
+}
+
+// Whether torch computes some product, in bits that may depend on the rows beside, with threads of its own.
+bool is_plain(const std::vector<Layer>& layers) {
+  return std::ranges::any_of(
+      layers, [](const Layer& layer) { return std::ranges::any_of(layer.sites, &Sites::is_plain); });
+}
+
+// Calls f with each block, one after the other or by several threads, each of which computes its block alone.
+template <typename F>
+void each(const std::vector<Rows>& blocks, const F& f) {
+  if (blocks.size() == 1) return f(blocks[0]);
+  std::exception_ptr error;
+  std::mutex error_mutex;
+  run_tasks(blocks.size(), [&](int64_t i) {
+    try {
+      f(blocks[i]);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(error_mutex);
+      error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
 }
 
 // What makes a model of layers: head(norm(rows)) of their output.
@@ -222,47 +337,73 @@ void stack_ends(int64_t stack, const OptionalTensor& embedding) {
   found->ends = {embedding, parts.norms[0], parts.sites[0]};
 }
 
-// x [T, width] becomes, in place, what the last layer gives, but for what is returned, which has yet to be added.
-Tensor run_layers(const std::vector<Layer>& layers, const Tensor& x, const Step& step) {
-  LORAFLEET_CHECK(!layers.empty(), "a stack needs layers");
-  LORAFLEET_CHECK(step.attention.size() == 4 && (step.lora.empty() || (step.lora.size() == 4 && step.table.size() == 3)),
-                  "a step has 4 tensors of attention, and 3 and 4, or none, of adapters");
-  OptionalTensor update;
-  for (const Layer& layer : layers) {
-    announce_weights(layer.qkv(), x);
-    const Tensor normed = update ? layer.norms[0](*update, x) : layer.norms[0](x);
-    const Tensor attended = attend(layer, normed, step);
-    announce_weights(layer.gate_up(), x);
-    update = feed_forward(layer, layer.norms[1](attended, x), step);
+// Runs layers up to the last one's attention: x is changed in place, what attention gives is returned.
+Tensor run_to_last_attention(const std::vector<Layer>& layers, const Tensor& x, const Step& step) {
+  Tensor attended;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    OptionalTensor qkv;
+    if (!step.is_whole()) qkv = empty({x.size(0), width_of(layers[i].qkv())}, x.type);
+    each(step.blocks, [&](const Rows& rows) {
+      OptionalTensor update;
+      if (i > 0) update = behind_attention(layers[i - 1], rows.of(attended), step, rows);
+      const Tensor own = before_attention(layers[i], update, step, rows, qkv ? rows.of(*qkv) : OptionalTensor());
+      if (!qkv) qkv = own;
+    });
+    attended = attend(layers[i].attention, *qkv, step);
   }
-  return *update;
+  return attended;
 }
 
+Step step_of(const std::vector<Layer>& layers, Rows whole, Tensors attention, Tensors table) {
+  LORAFLEET_CHECK(!layers.empty(), "a stack needs layers");
+  LORAFLEET_CHECK(attention.size() == 4 && (whole.lora.empty() || (whole.lora.size() == 4 && table.size() == 3)),
+                  "a step has 4 tensors of attention, and 3 and 4, or none, of adapters");
+  whole.slots = attention[3];
+  return {attention, table, is_plain(layers) ? std::vector<Rows>{whole} : cut(whole)};
+}
+
+// x [T, width] becomes, in place, what the last layer gives.
 void stack_run(int64_t stack, const Tensor& x, const Tensor& cos, const Tensor& sin, Tensors attention, Tensors table,
                Tensors lora, const OptionalTensor& row_scales) {
   const std::shared_ptr<Stack> found = stack_at(stack);
-  const Tensor update = run_layers(found->layers, x, {cos, sin, attention, table, lora, row_scales});
-  found->layers.back().norms[1](update, x);  // for the sum that it leaves in x
+  const std::vector<Layer>& layers = found->layers;
+  const Step step = step_of(layers, {0, x, cos, sin, {}, {lora.begin(), lora.end()}, row_scales}, attention, table);
+  const Tensor attended = run_to_last_attention(layers, x, step);
+  each(step.blocks, [&](const Rows& rows) {
+    // For the sum that the norm leaves in x.
+    layers.back().norms[1](behind_attention(layers.back(), rows.of(attended), step, rows), rows.x);
+  });
 }
 
 // Returns the logits [n, V] of some tokens, or of all. tokens: ids [T], or rows [T, width], which change. angles: cos
-// and sin by position, [positions, 2 * R].
+// and sin by position, [positions, 2 * R]. Behind the last attention no other rows are computed; but for plain weights,
+// whose products may have other bits then.
 Tensor stack_logits(int64_t stack, const Tensor& tokens, const Tensor& positions, const Tensor& angles,
                     const OptionalTensor& logit_rows, Tensors attention, Tensors table, Tensors lora,
                     const OptionalTensor& row_scales, Tensors head_lora, const OptionalTensor& head_scales) {
   const std::shared_ptr<Stack> found = stack_at(stack);
   LORAFLEET_CHECK(found->ends, "the stack has no ends");
   const Ends& ends = *found->ends;
+  const std::vector<Layer>& layers = found->layers;
   const bool are_ids = tokens.type == Scalar::kLong;
   LORAFLEET_CHECK(!are_ids || ends.embedding, "the stack has no embedding");
   const Tensor x = are_ids ? rows_at(*ends.embedding, tokens) : tokens, both = rows_at(angles, positions);
   const int64_t width = both.size(1) / 2;
   const Tensor cos = both.columns(0, width), sin = both.columns(width, width);
-  const Tensor update = run_layers(found->layers, x, {cos, sin, attention, table, lora, row_scales});
-  const Tensor normed = ends.norm(update, x);
-  announce_weights(ends.head, x);
-  return project(ends.head, logit_rows ? rows_at(normed, *logit_rows) : normed,
-                 {cos, sin, attention, table, head_lora, head_scales});
+  const Rows whole = {0, x, cos, sin, {}, {lora.begin(), lora.end()}, row_scales};
+  const Step step = step_of(layers, whole, attention, table);
+  const Tensor attended = run_to_last_attention(layers, x, step);
+  Rows last = {0, x, {}, {}, {}, {head_lora.begin(), head_lora.end()}, head_scales};
+  Tensor normed;
+  if (logit_rows && !is_plain(layers)) {
+    last.x = rows_at(x, *logit_rows);
+    normed = ends.norm(behind_attention(layers.back(), rows_at(attended, *logit_rows), step, last), last.x);
+  } else {
+    normed = ends.norm(behind_attention(layers.back(), attended, step, whole), x);
+    if (logit_rows) normed = rows_at(normed, *logit_rows);
+  }
+  announce_weights(ends.head, normed);
+  return project(ends.head, normed, step, last);
 }
 
 }  // namespace lorafleet

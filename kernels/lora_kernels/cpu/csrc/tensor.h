@@ -97,6 +97,14 @@ struct Tensor {
     return part;
   }
 
+  // Another view of entries [first, first + length) of the first dimension.
+  Tensor rows(int64_t first, int64_t length) const {
+    Tensor part = *this;
+    part.data += first * steps[0] * element_size();
+    part.shape[0] = length;
+    return part;
+  }
+
   // Columns [first, first + heads * width) of a matrix as [rows, heads, width].
   Tensor heads(int64_t first, int64_t heads, int64_t width) const {
     Tensor part = columns(first, width);
