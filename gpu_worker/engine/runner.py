@@ -6,6 +6,7 @@ of rows of logits, V the size of the vocabulary.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -58,6 +59,7 @@ class StepRows:
     num_new: np.ndarray  # int64 [S] tokens of each sequence in this step
     ends: np.ndarray  # int64 [S] tokens computed after it
     complete: np.ndarray  # bool [S], whether all known tokens are computed then, so that the next can be chosen
+    are_decodes: bool  # whether each sequence has one token, and is complete
 
     @classmethod
     def of(cls, plan: StepPlan) -> StepRows:
@@ -70,7 +72,8 @@ class StepRows:
     def after(cls, seqs: list[Sequence], num_before: np.ndarray, num_new: np.ndarray) -> StepRows:
         """Return the rows of the `num_new` tokens of each sequence that follow its first `num_before`."""
         ends = num_before + num_new
-        return cls(seqs, num_before, num_new, ends, ends >= np.array([seq.num_tokens for seq in seqs]))
+        complete = ends >= np.array([seq.num_tokens for seq in seqs])
+        return cls(seqs, num_before, num_new, ends, complete, bool(num_new.max() == 1 and complete.all()))
 
     def pooled(self) -> list[PooledRows]:
         """Return the rows of requests for numbers, and leave their sequences out of `complete`."""
@@ -88,18 +91,22 @@ class StepRows:
         return np.cumsum(self.num_new) - self.num_new
 
     def token_ids(self, drafts: Mapping[Sequence, list[int]]) -> np.ndarray:
-        """Return the step's tokens: int32 [T]; draft tokens come after the known tokens of their sequence."""
+        """Return the step's tokens: int64 [T]; draft tokens come after the known tokens of their sequence."""
+        if self.are_decodes:
+            return np.array([seq.last_token for seq in self.seqs])
         parts: list[np.ndarray] = []
         for seq, start, end in zip(self.seqs, self.num_before.tolist(), self.ends.tolist(), strict=True):
             parts.append(seq.tokens[start:end])
             if seq in drafts:
                 parts.append(np.array(drafts[seq], np.int32))
-        return np.concatenate(parts)
+        return np.concatenate(parts, dtype=np.int64)
 
     def put_expected_(self, input_ids: Tensor, coming: Tensor | None) -> None:
         """Write the tokens that sequences expect, out of `coming` int64 [n], to their places in input_ids [T]."""
+        if coming is None:
+            return
         expecting = [i for i, seq in enumerate(self.seqs) if seq.expected_row >= 0 and self.complete[i]]
-        if coming is None or not expecting:
+        if not expecting:
             return
         rows = np.array([self.seqs[i].expected_row for i in expecting])
         places = np.cumsum(self.num_new)[expecting] - 1  # the last token of each
@@ -154,6 +161,45 @@ class StepRows:
         return rows, heads
 
 
+@dataclass(frozen=True, slots=True)
+class HeadRows:
+    """Which rows of a step go through the head and whose they are, and what adapters do to which rows."""
+
+    ready: list[Sequence]
+    prompt_rows: list[PromptRows]
+    pooled: list[PooledRows]
+    logit_rows: Tensor | None
+    vocab_sizes: Tensor | None
+    adapters: tuple[ops.LoraBatch | None, ops.LoraBatch | None, list[ExtraRows], list[ExtraRows]]
+    """LoRA of all rows and of those that go through the head, and extras of both, as `StepContext` has them."""
+
+
+class RunningBatch:
+    """What stays as it is from step to step while the same sequences run."""
+
+    def __init__(self, seqs: list[Sequence]) -> None:
+        self.decodes: HeadRows | None = None  # of the steps in which each gets its next token, once there was one
+        self._seqs = seqs
+        self._blocks = [seq.blocks for seq in seqs]
+        self._num_listed = [0] * len(seqs)  # blocks of each that the tables have
+        self._tables = np.zeros((len(seqs), 0), np.int32)
+
+    def is_of(self, seqs: list[Sequence]) -> bool:
+        """Return whether it is the batch of these sequences, none of which was admitted anew."""
+        return seqs == self._seqs and all(map(operator.is_, self._blocks, [seq.blocks for seq in seqs]))
+
+    def block_tables(self) -> np.ndarray:
+        """Return the blocks as a table: int32 [S, max_blocks], padded with 0. The next call may change it."""
+        for row, (blocks, num) in enumerate(zip(self._blocks, self._num_listed, strict=True)):
+            if len(blocks) > num:
+                missing = len(blocks) - self._tables.shape[1]
+                if missing > 0:
+                    self._tables = np.pad(self._tables, ((0, 0), (0, missing)))
+                self._tables[row, num : len(blocks)] = blocks[num:]
+                self._num_listed[row] = len(blocks)
+        return self._tables
+
+
 class Runner:
     """Runs plans on a model whose KV cache it allocates."""
 
@@ -168,6 +214,7 @@ class Runner:
         self.num_blocks = num_blocks
         self.num_states = num_states
         self._extras: Mapping[str, Extras] = {} if extras is None else extras
+        self._batch = RunningBatch([])
         self.graphs: StepGraphs | None = None  # recorded steps, which are replayed while it is set
         for layer in model.layers:  # the last block is for the padding of recorded steps
             layer.allocate(num_blocks + 1, model.cache_dtype, model.device)
@@ -188,37 +235,46 @@ class Runner:
 
         coming: int64 [n], the tokens of the step in flight; some sequences expect theirs from it.
         """
-        step = StepRows.of(plan)
-        ids = step.token_ids(plan.drafts).astype(np.int64)
-        pooled = step.pooled()
-        ready = [seq for seq, is_complete in zip(step.seqs, step.complete.tolist(), strict=True) if is_complete]
-        slots, scales = step.adapters()
-        prompt_rows = step.prompt_rows()
-        rows, heads = step.logit_rows(plan.drafts, prompt_rows, pooled)
-        if self.graphs is not None and not prompt_rows and not pooled and self._is_plain(step, slots):
-            graph = self.graphs.find(step.num_new, step.complete, len(rows))
-            if graph is not None:
-                tables = block_tables(step.seqs)
-                graph.fill(StepLists(ids, step.num_new, step.ends, tables, slots, scales, rows))
-                step.put_expected_(graph.input_ids, coming)
-                return PackedInputs(
-                    input_ids=graph.input_ids, positions=graph.attention.positions, logit_rows=graph.rows,
-                    ready=ready, graph=graph,
-                )  # fmt: skip
-        device, context = self.model.device, self.model.context
-        context.attention = ops.build_attention_batch(step.num_new, step.ends, block_tables(step.seqs), device)
+        step, device, context = StepRows.of(plan), self.model.device, self.model.context
+        if not self._batch.is_of(step.seqs):
+            self._batch = RunningBatch(step.seqs)
+        ids, tables = step.token_ids(plan.drafts), self._batch.block_tables()
+        head = self._batch.decodes if step.are_decodes else None
+        if head is not None:
+            context.lora, context.lora_logits, context.extras, context.extras_logits = head.adapters
+        else:
+            pooled = step.pooled()
+            ready = [seq for seq, is_complete in zip(step.seqs, step.complete.tolist(), strict=True) if is_complete]
+            slots, scales = step.adapters()
+            prompt_rows = step.prompt_rows()
+            rows, heads = step.logit_rows(plan.drafts, prompt_rows, pooled)
+            if self.graphs is not None and not prompt_rows and not pooled and self._is_plain(step, slots):
+                graph = self.graphs.find(step.num_new, step.complete, len(rows))
+                if graph is not None:
+                    graph.fill(StepLists(ids, step.num_new, step.ends, tables, slots, scales, rows))
+                    step.put_expected_(graph.input_ids, coming)
+                    return PackedInputs(
+                        input_ids=graph.input_ids, positions=graph.attention.positions, logit_rows=graph.rows,
+                        ready=ready, graph=graph,
+                    )  # fmt: skip
+            vocab_sizes = self.set_adapters(step, slots, scales, rows, heads)
+            are_all = len(rows) == len(ids) and not prompt_rows and not pooled
+            adapters = context.lora, context.lora_logits, context.extras, context.extras_logits
+            head = HeadRows(ready, prompt_rows, pooled, None if are_all else send(rows, device), vocab_sizes, adapters)
+            if step.are_decodes and are_all and all(seq.active_from <= seq.num_computed for seq in step.seqs):
+                self._batch.decodes = head
+        context.attention = ops.build_attention_batch(step.num_new, step.ends, tables, device)
         self.model.mixers.batch = state_batch(step, plan.saves, device) if self.model.mixers.calls else None
-        vocab_sizes = self.set_adapters(step, slots, scales, rows, heads)
         input_ids = send(ids, device)
         step.put_expected_(input_ids, coming)
         return PackedInputs(
             input_ids=input_ids,
             positions=context.attention.positions,
-            logit_rows=None if len(rows) == len(ids) and not prompt_rows and not pooled else send(rows, device),
-            ready=ready,
-            prompt_rows=prompt_rows,
-            pooled=pooled,
-            vocab_sizes=vocab_sizes,
+            logit_rows=head.logit_rows,
+            ready=head.ready,
+            prompt_rows=head.prompt_rows,
+            pooled=head.pooled,
+            vocab_sizes=head.vocab_sizes,
         )
 
     def set_adapters(
@@ -330,14 +386,6 @@ def state_batch(step: StepRows, saves: Mapping[Sequence, dict[int, int]], device
             runs.append(Run(start, end, read, write, num_prompt, wanted.get(end - offset, -1)))
             start, read = end, write
     return StateBatch.of(rows, runs, copies, device)
-
-
-def block_tables(seqs: list[Sequence]) -> np.ndarray:
-    """Return the sequences' blocks as one table: int32 [S, max_blocks], padded with 0."""
-    table = np.zeros((len(seqs), max(len(seq.blocks) for seq in seqs)), np.int32)
-    for row, seq in zip(table, seqs, strict=True):
-        row[: len(seq.blocks)] = seq.blocks
-    return table
 
 
 def group_by_adapter(

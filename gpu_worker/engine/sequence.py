@@ -105,6 +105,11 @@ class Sequence:
         return self._tokens[: self.num_tokens]
 
     @property
+    def last_token(self) -> int:
+        """The last known token."""
+        return self._tokens.item(self.num_tokens - 1)
+
+    @property
     def output(self) -> np.ndarray:
         """Output token ids: int32 [num_output], a view."""
         return self._tokens[self.num_prompt : self.num_tokens]

@@ -154,10 +154,10 @@ class AttentionBatch:
     """Where a step's tokens lie in the paged cache: S sequences of T tokens in all, packed in order.
 
     Query i of a sequence is at absolute position kv_len - query_len + i, in a decode, a prefill chunk and a resumed
-    prefill alike. Every list but the tables is a view of `buffer`.
+    prefill alike. Every list but the tables is a view of `buffer`; on a CPU, where nothing is sent, each is by itself.
     """
 
-    buffer: Tensor  # int32 [4 * T + 2 * S + 1]
+    buffer: Tensor | None  # int32 [4 * T + 2 * S + 1]
     block_tables: Tensor  # int32 [S, max_blocks] cache block of each 16 tokens of a sequence
     query_starts: Tensor  # int32 [S + 1] sequence s owns tokens [query_starts[s], query_starts[s + 1])
     kv_lens: Tensor  # int32 [S] tokens in the cache after this step's are written
@@ -179,53 +179,50 @@ def build_attention_batch(
     """Lay out a step's sequences, and copy the lists to a device.
 
     query_lens, kv_lens: int [S], new tokens, and tokens after this step, with 1 <= query_len <= kv_len. block_tables:
-    int [S, max_blocks], with at least ceil(kv_len / 16) valid entries a row. into: a recordable batch of S sequences
-    and T tokens that the lists are written to, in the place of a new one; its tables may be wider, and sequences
-    without new tokens, the padding, may follow the others.
+    int [S, max_blocks], with at least ceil(kv_len / 16) valid entries a row; on a CPU the batch may share their memory.
+    into: a recordable batch of S sequences and T tokens that the lists are written to, in the place of a new one; its
+    tables may be wider, and sequences without new tokens, the padding, may follow the others.
     """
     num_seqs, max_blocks = block_tables.shape
+    longest, device = int(query_lens.max()), torch.device(device)
     query_ends = np.cumsum(query_lens)
     num_tokens = int(query_ends[-1])
-    num_listed = 4 * num_tokens + 2 * num_seqs + 1
-    pinned = torch.device(device).type == "cuda"
-    host = torch.empty(num_listed + num_seqs * max_blocks, dtype=torch.int32, pin_memory=pinned)
-
-    # Views are made by numpy: after a forward pass the processor's caches hold little of torch, whose views would take
-    # half of the time of the whole.
-    lists = host.numpy()
-    slots, positions = lists[: 4 * num_tokens].view(np.int64).reshape(2, num_tokens)  # int64 comes first, to be aligned
-    starts, lens = lists[4 * num_tokens : num_listed - num_seqs], lists[num_listed - num_seqs : num_listed]
-    tables = lists[num_listed:].reshape(num_seqs, max_blocks)
-    starts[0], starts[1:], lens[:], tables[:] = 0, query_ends, kv_lens, block_tables
-    if num_tokens == num_seqs and query_lens.min() == 1:  # decodes: each sequence has one token
-        seq_of_token = np.arange(num_seqs)
-        positions[:] = kv_lens - 1
+    if num_tokens == num_seqs and longest == 1:  # decodes: each sequence has one token
+        seq_of_token, positions = np.arange(num_seqs), kv_lens - 1
     else:
         seq_of_token = np.repeat(np.arange(num_seqs), query_lens)
-        positions[:] = np.arange(num_tokens) + (kv_lens - query_ends)[seq_of_token]
-    blocks = block_tables[seq_of_token, positions // BLOCK_TOKENS].astype(np.int64)
-    slots[:] = blocks * BLOCK_TOKENS + positions % BLOCK_TOKENS
-    if into is not None:
-        into.buffer.copy_(host[:num_listed], non_blocking=True)
-        into.block_tables[:, :max_blocks].copy_(host[num_listed:].view(num_seqs, max_blocks), non_blocking=True)
-        return into
-    longest = int(query_lens.max()), int(kv_lens.max())
-    if torch.device(device).type == "cpu":
+        positions = np.arange(num_tokens) + (kv_lens - query_ends)[seq_of_token]
+    blocks, offsets = np.divmod(positions, BLOCK_TOKENS)
+    slots = block_tables[seq_of_token, blocks] * np.int64(BLOCK_TOKENS) + offsets
+    starts = np.zeros(num_seqs + 1, np.int32)
+    starts[1:] = query_ends
+    if into is None and device.type == "cpu":
         return AttentionBatch(
-            buffer=torch.from_numpy(lists[:num_listed]),
-            block_tables=torch.from_numpy(tables),
+            buffer=None,
+            block_tables=torch.from_numpy(np.ascontiguousarray(block_tables, np.int32)),
             query_starts=torch.from_numpy(starts),
-            kv_lens=torch.from_numpy(lens),
+            kv_lens=torch.from_numpy(kv_lens.astype(np.int32)),
             slot_mapping=torch.from_numpy(slots),
             positions=torch.from_numpy(positions),
-            max_query_len=longest[0],
-            max_kv_len=longest[1],
+            max_query_len=longest,
+            max_kv_len=int(kv_lens.max()),
             num_seqs=num_seqs,
             num_tokens=num_tokens,
         )
+
+    num_listed = 4 * num_tokens + 2 * num_seqs + 1
+    host = torch.empty(num_listed + num_seqs * max_blocks, dtype=torch.int32, pin_memory=device.type == "cuda")
+    lists = host.numpy()
+    lists[: 4 * num_tokens].view(np.int64)[:] = np.concatenate((slots, positions))  # first, so that they are aligned
+    lists[4 * num_tokens :] = np.concatenate((starts, kv_lens, block_tables.reshape(-1)))
+    if into is not None:
+        assert into.buffer is not None
+        into.buffer.copy_(host[:num_listed], non_blocking=True)
+        into.block_tables[:, :max_blocks].copy_(host[num_listed:].view(num_seqs, max_blocks), non_blocking=True)
+        return into
     sent = host.to(device, non_blocking=True)  # one copy for all lists
     batch = _view_attention_buffer(sent[:num_listed], sent[num_listed:].view(num_seqs, max_blocks))
-    batch.max_query_len, batch.max_kv_len = longest
+    batch.max_query_len, batch.max_kv_len = longest, int(kv_lens.max())
     return batch
 
 
