@@ -119,8 +119,8 @@ def kv_write_(
     """k_cache[slot // 16, :, slot % 16] = k[token] with slot = batch.slot_mapping[token], and the same for v.
 
     k: [T, Hkv, D]. v: [T, Hkv, Dv]. Their last stride is 1, the others are free. k_cache: [blocks, Hkv, 16, D].
-    v_cache: [blocks, Hkv, 16, Dv]. Both are contiguous, and changed in place. Of k's dtype, or, on a CPU, int8 codes as
-    `kv_codes.py` has them, for D and Dv that are multiples of 4.
+    v_cache: [blocks, Hkv, 16, Dv]. Both are changed in place, and contiguous; on a CPU each block is, and blocks lie at
+    any stride. Of k's dtype, or, on a CPU, int8 codes as `kv_codes.py` has them, for D and Dv that are multiples of 4.
     """
     _choose(k, impl).kv_write_(k, v, k_cache, v_cache, batch)
 

@@ -81,6 +81,30 @@ def test_kv_write_puts_each_token_in_its_slot(dtype: torch.dtype, impl: Impl) ->
     torch.testing.assert_close(v_cache, case.v_cache, equal_nan=True, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("is_coded", [False, True])
+def test_blocks_of_keys_and_values_in_turns_are_the_same_to_the_bit(is_coded: bool, native: Impl) -> None:
+    case = attention_case(*STEPS["mixed"], (6, 2), (32, 24), torch.bfloat16)
+    apart = case.coded() if is_coded else case
+    caches = [apart.k_cache, apart.v_cache]
+    parts = torch.cat([cache.flatten(1) for cache in caches], 1).split([cache[0].numel() for cache in caches], 1)
+    k_cache, v_cache = (part.view(cache.shape) for part, cache in zip(parts, caches, strict=True))
+    assert not k_cache.is_contiguous()
+    together = AttentionCase(case.q, k_cache, v_cache, case.batch, case.logits)
+    assert torch.equal(together.run(native), apart.run(native))
+    k, v = torch.randn(case.batch.num_tokens, 2, 32).bfloat16(), torch.randn(case.batch.num_tokens, 2, 24).bfloat16()
+    for one in (apart, together):
+        ops.kv_write_(k, v, one.k_cache, one.v_cache, case.batch, impl=native)
+    torch.testing.assert_close(together.k_cache, apart.k_cache, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(together.v_cache, apart.v_cache, equal_nan=True, rtol=0, atol=0)
+
+
+def test_blocks_that_are_not_contiguous_are_refused(native: Impl) -> None:
+    case = attention_case((1,), (20,), (6, 2), (32, 32), torch.bfloat16)
+    case.k_cache = case.k_cache.transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(RuntimeError, match="k_cache needs blocks that are contiguous"):
+        case.run(native)
+
+
 def test_a_chunked_prompt_equals_the_whole_prompt(impl: Impl) -> None:
     whole = attention_case((75,), (75,), (6, 2), (32, 32), torch.float32)
     expected = whole.run(impl)

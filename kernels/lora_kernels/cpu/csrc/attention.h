@@ -19,45 +19,50 @@ inline SoftmaxState softmax_state(float* memory, int64_t rows, int64_t v_dim) {
 // The entries of a task's kv head, counted from its first, in the block of a key.
 inline const char* k_block(const AttentionArgs& args, const AttentionTask& task, int64_t head, int64_t key) {
   const int64_t block = args.block_tables[task.seq * args.max_blocks + key / kBlockTokens];
-  return static_cast<const char*>(args.k_cache) + (block * args.kv_heads + task.kv_head + head) * args.k_block_bytes;
+  return static_cast<const char*>(args.k_cache) + block * args.k_stride + (task.kv_head + head) * args.k_block_bytes;
 }
 inline const char* v_block(const AttentionArgs& args, const AttentionTask& task, int64_t head, int64_t key) {
   const int64_t block = args.block_tables[task.seq * args.max_blocks + key / kBlockTokens];
-  return static_cast<const char*>(args.v_cache) + (block * args.kv_heads + task.kv_head + head) * args.v_block_bytes;
+  return static_cast<const char*>(args.v_cache) + block * args.v_stride + (task.kv_head + head) * args.v_block_bytes;
 }
 
-// The blocks that the next rounds read, of all of a task's kv heads, of this task or else of the next one. Rounds
-// prefetch them little by little, in the order of memory: a core waits for some twenty lines at a time, so that memory
-// would be idle while it computes, and it while they come.
+// The blocks that are read kKeys after a round's, of this task and those after it, as many as the round has: so memory is
+// asked for as evenly as it is used. Rounds prefetch them little by little, in the order of memory: a core waits for some
+// twenty lines at a time, so that memory would be idle while it computes, and it while they come.
 struct Ahead {
-  static constexpr int kMaxBlocks = 2 * kKeys / kBlockTokens;
+  static constexpr int64_t kBlocks = kKeys / kBlockTokens;
   static constexpr int kLines = 4;  // of one step
-  const char* blocks[kMaxBlocks];   // of keys and values in turns
-  int64_t block_bytes[2];
-  int64_t at = 0;
-  int block = 0, num_blocks = 0;
+  struct Piece {
+    const char *at, *end;
+  };
+  Piece pieces[2 * kBlocks];  // keys and values in turns
+  int piece = 0, num_pieces = 0;
 
-  Ahead(const AttentionArgs& args, const AttentionTask* task, int64_t key, const AttentionTask* next) {
-    if (key >= task->end_key) {
-      if (!next) return;
-      task = next, key = next->first_key;
-    }
-    block_bytes[0] = task->num_kv_heads * args.k_block_bytes;
-    block_bytes[1] = task->num_kv_heads * args.v_block_bytes;
-    for (const int64_t end = min(key + kKeys, task->end_key); key < end; key += kBlockTokens) {
-      blocks[num_blocks++] = k_block(args, *task, 0, key);
-      blocks[num_blocks++] = v_block(args, *task, 0, key);
-      if (const int64_t later = key + kKeys; later < task->end_key) {
-        touch_pages(k_block(args, *task, 0, later), block_bytes[0]);
-        touch_pages(v_block(args, *task, 0, later), block_bytes[1]);
+  // A round of num_keys keys, from `key` on, of tasks[0].
+  Ahead(const AttentionArgs& args, const AttentionTask* task, int64_t key, int64_t num_keys) {
+    const AttentionTask* end = args.tasks + args.num_tasks;
+    const int64_t wanted = ceil_div(num_keys, kBlockTokens);
+    for (int64_t i = 0; i < 2 * kBlocks + wanted; ++i, key += kBlockTokens) {
+      if (key >= task->end_key) {
+        if (++task == end) return;
+        key = task->first_key;
       }
+      if (i < kBlocks) continue;
+      const char *k = k_block(args, *task, 0, key), *v = v_block(args, *task, 0, key);
+      const int64_t k_bytes = task->num_kv_heads * args.k_block_bytes, v_bytes = task->num_kv_heads * args.v_block_bytes;
+      if (i < kBlocks + wanted) pieces[num_pieces++] = {k, k + k_bytes}, pieces[num_pieces++] = {v, v + v_bytes};
+      if (i >= 2 * kBlocks) touch_pages(k, k_bytes), touch_pages(v, v_bytes);
     }
   }
   void operator()() {
-    if (block == num_blocks) return;
-    for (int i = 0; i < kLines; ++i) prefetch_line(blocks[block] + at + i * 64);
-    at += kLines * 64;
-    if (at >= block_bytes[block % 2]) at = 0, ++block;
+    if (piece == num_pieces) return;
+    const char* at = pieces[piece].at;
+    for (int i = 0; i < kLines; ++i) prefetch_line(at + i * 64);
+    pieces[piece].at += kLines * 64;
+    if (pieces[piece].at >= pieces[piece].end) ++piece;
+  }
+  void rest() {
+    while (piece < num_pieces) (*this)();
   }
 };
 
@@ -129,7 +134,7 @@ inline void write_rows(const AttentionArgs& args, const AttentionTask& task, con
 
 // T: of queries and outputs. Rounds: how the products are computed, see attention_rounds.h.
 template <typename T, typename Rounds>
-void attention_task(const AttentionArgs& args, const AttentionTask& task, const AttentionTask* next) {
+void attention_task(const AttentionArgs& args, const AttentionTask& task) {
   const int64_t group = args.heads / args.kv_heads;
   const int64_t head_rows = task.num_queries * group, rows = task.num_kv_heads * head_rows;
   Rounds rounds(args, head_rows, task.num_kv_heads);
@@ -143,7 +148,7 @@ void attention_task(const AttentionArgs& args, const AttentionTask& task, const 
   const int64_t first_position = args.kv_lens[task.seq] - query_len + task.first_query;
   for (int64_t key = task.first_key; key < task.end_key; key += kKeys) {
     const int64_t num_keys = min(kKeys, task.end_key - key);
-    Ahead ahead(args, &task, key + kKeys, next);
+    Ahead ahead(args, &task, key, num_keys);
     for (int64_t h = 0; h < task.num_kv_heads; ++h) {
       const int64_t first_row = h * head_rows;
       rounds.pack(task, h, key, num_keys, ahead);
@@ -158,7 +163,7 @@ void attention_task(const AttentionArgs& args, const AttentionTask& task, const 
       }
       rounds.add_values(num_keys, state.acc + first_row * args.v_dim, ahead);
     }
-    while (ahead.block < ahead.num_blocks) ahead();
+    ahead.rest();
   }
   if (task.partial < 0) write_rows<T>(args, task, state);
 }
@@ -191,27 +196,26 @@ void merge_tasks(const AttentionArgs& args, const AttentionMerge& merge) {
 }
 
 template <typename T>
-inline void run_task(const AttentionArgs& args, const AttentionTask& task, const AttentionTask* next) {
+inline void run_task(const AttentionArgs& args, const AttentionTask& task) {
 #ifdef __AVX512BF16__
   const int64_t rows = task.num_queries * (args.heads / args.kv_heads);
   if constexpr (Product<T>::kDepth == 2)
     if (!args.is_coded && !args.fixed_sums && DirectRounds::fits(args, rows))
-      return attention_task<T, DirectRounds>(args, task, next);
+      return attention_task<T, DirectRounds>(args, task);
 #endif
-  if (!args.is_coded) return attention_task<T, TypedRounds<T, T>>(args, task, next);
+  if (!args.is_coded) return attention_task<T, TypedRounds<T, T>>(args, task);
 #ifdef __AVX512VNNI__
   if constexpr (Product<T>::kDepth == 2)
-    return DirectSplitRounds<T>::fits(args, rows) ? attention_task<T, DirectSplitRounds<T>>(args, task, next)
-                                                  : attention_task<T, SplitRounds<T>>(args, task, next);
+    return DirectSplitRounds<T>::fits(args, rows) ? attention_task<T, DirectSplitRounds<T>>(args, task)
+                                                  : attention_task<T, SplitRounds<T>>(args, task);
   else
 #endif
-    attention_task<T, TypedRounds<T, Code>>(args, task, next);
+    attention_task<T, TypedRounds<T, Code>>(args, task);
 }
 
 void attention(const AttentionArgs& args) {
   run(args.num_tasks, [&](int64_t i) {
-    const AttentionTask* next = i + 1 < args.num_tasks ? &args.tasks[i + 1] : nullptr;
-    with_dtype(args.dtype, [&]<typename T>() { run_task<T>(args, args.tasks[i], next); });
+    with_dtype(args.dtype, [&]<typename T>() { run_task<T>(args, args.tasks[i]); });
   });
   run(args.num_merges,
       [&](int64_t i) { with_dtype(args.dtype, [&]<typename T>() { merge_tasks<T>(args, args.merges[i]); }); });

@@ -97,6 +97,7 @@ struct KvWriteArgs {
   const void *k, *v;
   int64_t k_token, k_head, v_token, v_head;  // strides in elements
   char *k_cache, *v_cache;                   // see AttentionArgs
+  int64_t k_stride, v_stride;
   bool is_coded;
   const int64_t* slots;
   int64_t num_tokens, kv_heads, k_dim, v_dim;
@@ -119,9 +120,10 @@ struct AttentionArgs {
   Dtype dtype;
   const void* q;
   int64_t q_token, q_head;  // strides in elements
-  // [blocks, kv_heads] of these bytes: kBlockTokens rows of k_dim or v_dim entries; if they are int8 codes, then an
-  // fp32 scale of each row.
+  // [blocks, kv_heads] of block bytes: kBlockTokens rows of k_dim or v_dim entries; if they are int8 codes, then an fp32
+  // scale of each row.
   const void *k_cache, *v_cache;
+  int64_t k_stride, v_stride;  // bytes from block to block
   int64_t k_block_bytes, v_block_bytes;
   bool is_coded;
   bool fixed_sums;  // whether a row's sums must not depend on how many rows its task has

@@ -204,14 +204,18 @@ void lora_add_(Tensors outs, const Tensor& x, Tensors a_rows, Tensors b_rows, Te
 
 // An int8 cache: an fp32 scale for each row of a block lies behind the block's codes, as four more entries a row.
 bool is_coded(const Tensor& cache) { return cache.type == Scalar::kChar; }
+int64_t bytes_to_next_block(const Tensor& cache) { return cache.stride(0) * cache.element_size(); }
 int64_t cache_dim(const Tensor& cache) {
   return cache.size(3) - (is_coded(cache) ? static_cast<int64_t>(sizeof(float)) : 0);
 }
 
+// Blocks may lie anywhere apart; each is contiguous.
 void check_cache(const Tensor& cache, int64_t kv_heads, int64_t dim, const Tensor& like, const char* name) {
-  LORAFLEET_CHECK(cache.dim() == 4 && cache.is_contiguous() && cache.size(1) == kv_heads && cache.size(2) == kBlockTokens &&
-                  cache_dim(cache) == dim,
-              name, " must be contiguous [blocks, ", kv_heads, ", ", kBlockTokens, ", ", dim, "], with scales if int8");
+  LORAFLEET_CHECK(cache.dim() == 4 && cache.size(1) == kv_heads && cache.size(2) == kBlockTokens && cache_dim(cache) == dim,
+              name, " must be [blocks, ", kv_heads, ", ", kBlockTokens, ", ", dim, "], with scales if int8");
+  Tensor block = cache;
+  block.shape[0] = 1;
+  LORAFLEET_CHECK(block.is_contiguous(), name, " needs blocks that are contiguous");
   if (!is_coded(cache)) return check_same_dtype(cache, like, name);
   LORAFLEET_CHECK(dim % 4 == 0, "an int8 cache needs rows of a multiple of 4 entries; there are ", dim);
 }
@@ -235,6 +239,8 @@ void kv_write_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Te
       .v_head = v.stride(1),
       .k_cache = k_cache.data,
       .v_cache = v_cache.data,
+      .k_stride = bytes_to_next_block(k_cache),
+      .v_stride = bytes_to_next_block(v_cache),
       .is_coded = is_coded(k_cache),
       .slots = entries_of<int64_t>(slot_mapping, "slot_mapping"),
       .num_tokens = k.size(0),
@@ -331,6 +337,8 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
       .q_head = q.stride(1),
       .k_cache = k_cache.data,
       .v_cache = v_cache.data,
+      .k_stride = bytes_to_next_block(k_cache),
+      .v_stride = bytes_to_next_block(v_cache),
       .k_block_bytes = kBlockTokens * k_cache.size(3) * k_cache.element_size(),
       .v_block_bytes = kBlockTokens * v_cache.size(3) * v_cache.element_size(),
       .is_coded = is_coded(k_cache),

@@ -47,17 +47,17 @@ inline void kv_write_row(const KvWriteArgs& args, const T* from, char* block, in
 
 void kv_write(const KvWriteArgs& args) {
   const auto write = [&]<typename T>(const void* from, int64_t token_stride, int64_t head_stride, char* cache,
-                                     int64_t dim, int64_t t) {
+                                     int64_t block_stride, int64_t dim, int64_t t) {
     const int64_t block = args.slots[t] / kBlockTokens, offset = args.slots[t] % kBlockTokens;
     const int64_t bytes = kBlockTokens * (args.is_coded ? dim + sizeof(float) : dim * sizeof(T));
     for (int64_t h = 0; h < args.kv_heads; ++h)
       kv_write_row(args, static_cast<const T*>(from) + t * token_stride + h * head_stride,
-                   cache + (block * args.kv_heads + h) * bytes, dim, offset);
+                   cache + block * block_stride + h * bytes, dim, offset);
   };
   run_rows(args.num_tokens, args.kv_heads * (args.k_dim + args.v_dim), [&](int64_t t) {
     with_dtype(args.dtype, [&]<typename T>() {
-      write.template operator()<T>(args.k, args.k_token, args.k_head, args.k_cache, args.k_dim, t);
-      write.template operator()<T>(args.v, args.v_token, args.v_head, args.v_cache, args.v_dim, t);
+      write.template operator()<T>(args.k, args.k_token, args.k_head, args.k_cache, args.k_stride, args.k_dim, t);
+      write.template operator()<T>(args.v, args.v_token, args.v_head, args.v_cache, args.v_stride, args.v_dim, t);
     });
   });
 }
