@@ -332,8 +332,8 @@ class Batcher:
         """Note that the next tokens of a running sequence are computed."""
         first = seq.num_computed // BLOCK_TOKENS
         seq.num_computed += num_new
-        if self.limits.prefix_cache:
-            last = seq.num_computed // BLOCK_TOKENS
+        last = seq.num_computed // BLOCK_TOKENS
+        if last > first and self.limits.prefix_cache:
             seq.extend_hashes(last, self._fingerprint)
             for i in range(first, last):
                 self.blocks.publish(seq.blocks[i], seq.hashes[i], seq.owner(i))

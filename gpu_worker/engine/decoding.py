@@ -14,9 +14,8 @@ from torch import Tensor
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.memory import send
 from gpu_worker.sampling.grammars import Grammars
-from gpu_worker.sampling.sampling import Sampled, SampleRow
+from gpu_worker.sampling.sampling import PLAIN, Sampled, SampleRow
 from protocol.wire.errors import BadRequest, Internal
-from protocol.wire.messages import Sampling
 
 Drafts = Mapping[Sequence, list[int]]
 """The draft tokens of each sequence that has any."""
@@ -69,7 +68,7 @@ def sample_rows(ready: Iterable[Sequence], drafts: Drafts, masks: Masks) -> list
             rows += _rows_of(seq, draft, masks.get(seq))
         except BaseException as error:  # noqa: BLE001  a request's edge: it fails alone
             seq.failure = error
-            rows += [SampleRow(Sampling(), seq.output[:0])] * (len(draft) + 1)
+            rows += [PLAIN] * (len(draft) + 1)
     return rows
 
 
@@ -77,7 +76,10 @@ def _rows_of(seq: Sequence, draft: list[int], masks: np.ndarray | None) -> list[
     assert seq.stop_rules is not None
     num, adjustment = seq.num_output, seq.adjustment
     if not draft and masks is None and adjustment is None:  # most of all rows
-        return [SampleRow(seq.request.sampling, seq.output, seq.stop_rules.banned())]
+        banned = seq.stop_rules.banned()
+        if seq.wants_likeliest and not len(banned):
+            return [PLAIN]
+        return [SampleRow(seq.request.sampling, seq.output, banned)]
     output = np.concatenate((seq.output, np.array(draft, np.int32))) if draft else seq.output
     rows: list[SampleRow] = []
     for i in range(len(draft) + 1):

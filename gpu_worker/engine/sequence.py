@@ -13,6 +13,7 @@ from gpu_worker.engine.stop import StopRules
 from gpu_worker.sampling.adjustment import Adjustment
 from gpu_worker.sampling.grammars import Matcher
 from gpu_worker.sampling.logprobs import PromptLogprobs
+from gpu_worker.sampling.sampling import GREEDY_TEMPERATURE
 from gpu_worker.tasks.pooling import TextPool
 from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire.errors import LorafleetError
@@ -60,6 +61,8 @@ class Sequence:
         self.expected_row = -1  # row of the step in flight in which its last token is chosen; -1: that is known
         self.failure: BaseException | None = None  # what its own data has made a step raise; it ends with that step
         self.adjustment = Adjustment.of(request.sampling, self._tokens[: self.num_prompt])  # None: nothing to adjust
+        greedy, num_logprobs = request.sampling.temperature < GREEDY_TEMPERATURE, request.sampling.num_logprobs
+        self.wants_likeliest = greedy and num_logprobs is None  # of the tokens that it may choose
         self.drafter: Drafter | None = None  # proposes its next tokens, where the engine speculates
         self.prompt_logprobs: PromptLogprobs | None = None  # recorded until its first token comes, if wanted
         self.pool: TextPool | None = None  # of a request for numbers, see `pooled.py`

@@ -63,12 +63,16 @@ class SampleRow:
     adjustment: Adjustment | None = None  # its sequence's, None for a request that changes no logit
 
 
+PLAIN = SampleRow(Sampling(temperature=0.0), np.empty(0, np.int32))
+"""What every row is chosen by whose request wants the likeliest token and nothing else."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """The tokens chosen, on the host."""
 
     ids: np.ndarray  # int64 [n]
-    finite: np.ndarray  # bool [n]; False: the logits hold no usable maximum, the id means nothing
+    finite: list[bool]  # of each; False: the logits hold no usable maximum, the id means nothing
     logprobs: list[bytes]  # one record of `logprobs.py` each, b"" where none were asked for
     failed: Mapping[int, BaseException] = field(default_factory=dict[int, BaseException])
     """Rows whose own settings made something fail; their ids mean nothing."""
@@ -106,7 +110,7 @@ class PendingSample:
         if self._logprobs is not None:
             for i, record in zip(self._recorded, self._logprobs.pack(), strict=True):
                 records[i] = record
-        return Sampled(ids, finite, records, self._failed)
+        return Sampled(ids, finite.tolist(), records, self._failed)
 
 
 def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
@@ -116,9 +120,10 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
 
 def begin_sample(logits: Tensor, rows: Sequence[SampleRow]) -> PendingSample:
     """Launch the choice of one token per row of logits [n, V], which may change. The host does not wait."""
-    wanting = [i for i, row in enumerate(rows) if row.sampling.num_logprobs is not None]
+    special = [i for i, row in enumerate(rows) if row is not PLAIN]
+    wanting = [i for i in special if rows[i].sampling.num_logprobs is not None]
     raw = logits[_index(wanting, logits.device)].float() if wanting else None  # before `choose` changes them
-    chosen = choose(logits, rows)
+    chosen = choose(logits, rows, special)
     logprobs = None
     if raw is not None:
         for at, i in enumerate(wanting):
@@ -131,24 +136,25 @@ def begin_sample(logits: Tensor, rows: Sequence[SampleRow]) -> PendingSample:
     return PendingSample(chosen, len(rows), logprobs, wanting)
 
 
-def choose(logits: Tensor, rows: Sequence[SampleRow]) -> Chosen:
+def choose(logits: Tensor, rows: Sequence[SampleRow], special: Sequence[int]) -> Chosen:
     """Choose a token per row of logits [n, V], on their device; what grammars do not allow becomes -inf in them.
 
-    The host does not wait for the device.
+    special: the rows that are not `PLAIN`. The host does not wait for the device.
     """
     failed: dict[int, BaseException] = {}
-    if any(_is_adjusted(row) for row in rows):
+    adjusted = [i for i in special if _is_adjusted(rows[i])]
+    if adjusted:
         logits = logits.float().clone()
-        for i, row in enumerate(rows):
-            if _is_adjusted(row):
-                try:
-                    _adjust_(logits[i], row)
-                except BaseException as error:  # noqa: BLE001  a request's edge: the others go on
-                    failed[i] = error
-    if any(row.mask is not None for row in rows):
-        _mask_(logits, rows)
+        for i in adjusted:
+            try:
+                _adjust_(logits[i], rows[i])
+            except BaseException as error:  # noqa: BLE001  a request's edge: the others go on
+                failed[i] = error
+    masks = {i: mask for i in special if (mask := rows[i].mask) is not None}
+    if masks:
+        _mask_(logits, masks)
     ids, finite = ops.argmax(logits)
-    drawn = [i for i, row in enumerate(rows) if row.sampling.temperature >= GREEDY_TEMPERATURE]
+    drawn = [i for i in special if rows[i].sampling.temperature >= GREEDY_TEMPERATURE]
     warped: dict[int, Tensor] = {}
     most = max(1, DRAWN_AT_ONCE // logits.shape[-1])
     for part in (drawn[first : first + most] for first in range(0, len(drawn), most)):
@@ -219,9 +225,8 @@ def watermark_ids(last: int, vocab_size: int) -> Tensor:
 
 
 @torch.inference_mode()
-def _mask_(logits: Tensor, rows: Sequence[SampleRow]) -> None:
-    """Set what grammars do not allow to -inf in logits [n, V]."""
-    masks = {i: row.mask for i, row in enumerate(rows) if row.mask is not None}
+def _mask_(logits: Tensor, masks: Mapping[int, np.ndarray]) -> None:
+    """Set what grammars do not allow to -inf in logits [n, V]. masks: by row."""
     words = np.zeros((len(masks), -(-logits.shape[-1] // 32)), np.int32)
     for own, mask in zip(words, masks.values(), strict=True):
         own[: len(mask)] = mask[: len(own)]
