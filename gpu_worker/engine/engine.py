@@ -233,8 +233,8 @@ class Engine(BaseEngine):
             for seq in late:
                 plan.postpone(seq)
         rows = sample_rows(ready, plan.drafts, masks)
-        sampled = begin_sample(logits if len(rows) == len(logits) else logits[: len(rows)], rows) if rows else None
-        num, outputs = len(logits), list[TokenOutput]()
+        num, outputs = logits.shape[0], list[TokenOutput]()
+        sampled = begin_sample(logits if len(rows) == num else logits[: len(rows)], rows) if rows else None
         if inputs.pooled:
             num -= sum(part.needs_logits for part in inputs.pooled)
             outputs = outputs_of(inputs.pooled, logits[num:], self.model.tasks, self.adapters.extras)

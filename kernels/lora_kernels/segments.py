@@ -185,17 +185,15 @@ def build_attention_batch(
     """
     num_seqs, max_blocks = block_tables.shape
     longest, device = int(query_lens.max()), torch.device(device)
-    query_ends = np.cumsum(query_lens)
-    num_tokens = int(query_ends[-1])
-    if num_tokens == num_seqs and longest == 1:  # decodes: each sequence has one token
-        seq_of_token, positions = np.arange(num_seqs), kv_lens - 1
+    if longest == 1 and query_lens.all():  # decodes: each sequence has one token
+        starts = np.arange(num_seqs + 1, dtype=np.int32)
+        num_tokens, seq_of_token, positions = num_seqs, starts[:-1], kv_lens - 1
     else:
-        seq_of_token = np.repeat(np.arange(num_seqs), query_lens)
-        positions = np.arange(num_tokens) + (kv_lens - query_ends)[seq_of_token]
+        starts = np.append(np.int32(0), np.cumsum(query_lens, dtype=np.int32))
+        num_tokens, seq_of_token = int(starts[-1]), np.repeat(np.arange(num_seqs), query_lens)
+        positions = np.arange(num_tokens) + (kv_lens - starts[1:])[seq_of_token]
     blocks, offsets = np.divmod(positions, BLOCK_TOKENS)
     slots = block_tables[seq_of_token, blocks] * np.int64(BLOCK_TOKENS) + offsets
-    starts = np.zeros(num_seqs + 1, np.int32)
-    starts[1:] = query_ends
     if into is None and device.type == "cpu":
         return AttentionBatch(
             buffer=None,
