@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from helpers.fixed_sums import fixed_sums
-from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, warm
+from oracle.peft_oracle import ATTENTION, MLP, TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, warm
 from oracle.tiny_models import tiny_model
 from torch import Tensor, nn
 
@@ -40,7 +41,7 @@ def plain_decoders(engine: Engine) -> list[PlainDecoder]:
     return [owner for forward in forwards if type(owner := getattr(forward, "__self__", None)) is PlainDecoder]
 
 
-def logits_of(engine: Engine, names: list[str]) -> list[Tensor]:
+def logits_of(engine: Engine, names: list[str], lengths: Sequence[int] = (5, 33, 20)) -> list[Tensor]:
     """Return the logits of every step of a mixed batch with chunked prefill."""
     seen: list[Tensor] = []
     run = engine.runner.run
@@ -52,7 +53,7 @@ def logits_of(engine: Engine, names: list[str]) -> list[Tensor]:
 
     engine.runner.run = watch
     warm(engine, names)
-    asked_prompts = prompts(3, TINY_VOCAB, (5, 33, 20))
+    asked_prompts = prompts(3, TINY_VOCAB, lengths)
     ask(engine, [greedy_request(f"{n}/{i}", n, p, 6) for i, p in enumerate(asked_prompts) for n in names])
     return seen
 
@@ -77,6 +78,38 @@ def test_a_stack_computes_what_its_layers_compute(model_type: str, dtype: torch.
     assert all(layer._stack is None for layer in stacks(apart)), "or this compares stacks"
     assert len(got) == len(expected)
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("are_fixed", [False, True])
+@pytest.mark.parametrize(("isa", "lora_dtype"), [("", "auto"), ("", "int8"), ("avx2", "auto"), ("avx512", "int8")])
+def test_products_that_add_many_adapters_do_so_bit_by_bit(isa: str, lora_dtype: str, are_fixed: bool) -> None:
+    best = cpu.isa()
+    if isa:
+        with suppress(ValueError):
+            cpu.set_isa(isa)
+    base = tiny_model("llama")
+    nn.Module.to(base, torch.bfloat16)
+    targets = (("q_proj", "down_proj"), (*ATTENTION, *MLP), ("v_proj", "up_proj", "lm_head"))
+    ranks = (1, 5, 8, 16, 17, 33, 8, 4, 2, 3)
+    oracle = Oracle(base, {f"r{i}": Lora(rank, targets[i % 3]) for i, rank in enumerate(ranks)}, scale=0.4)
+    settings = {"max_step_tokens": 120, "max_num_seqs": 40, "lora_dtype": lora_dtype}
+    try:
+        stacked, apart = (oracle.engine(**settings) for _ in range(2))
+        (stack,) = stacks(stacked)
+        for layer in stacks(apart):
+            layer._stack = None
+        with fixed_sums() if are_fixed else nullcontext():
+            got, expected = (logits_of(engine, oracle.names, (2, 3, 4)) for engine in (stacked, apart))
+    finally:
+        cpu.set_isa(best)
+    assert type(stack._stack) is cpu.DecoderStack
+    # All prompts are one step, behind whose last attention a stack computes fewer rows, and a row has other bits beside
+    # those unless sums are fixed. Rows whose first tokens are the same are compared from there on.
+    prompts_step, *decodes = zip(got[-6:], expected[-6:], strict=True)
+    same = torch.eq(*(one.argmax(-1) for one in prompts_step))
+    assert len(same) == 3 * len(oracle.names)
+    assert same.sum() > 0.8 * len(same)
+    assert all(torch.equal(one[same], other[same]) for one, other in decodes)
 
 
 @pytest.mark.parametrize("model_type", STACKED)

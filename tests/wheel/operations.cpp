@@ -178,6 +178,15 @@ void print_lora(Scalar type) {
   const Tensor factors[] = {filled({64}, Scalar::kFloat, 0, 1e-4f), filled({64}, Scalar::kFloat, 0, 1e-4f)};
   lora_add_(outs, x, a_bytes, b_bytes, factors, indices, groups, ranks, scales, pages, rows, tiles, tiles, counts, {});
   for (const Tensor& out : outs) print("lora_add_int8", out);
+  if (type != Scalar::kBFloat16) return;
+  const Tensor packed = filled({3, 35, 32, 2}, type), many = filled({17, 70}, type), out = empty({17, 73}, type);
+  const Tensor both[] = {out.columns(0, 33), out.columns(33, 40)};
+  const LoraStep step = {ranks, scales, pages, rows, tiles, tiles, counts, {}};
+  const LoraSites plain = {a_rows, b_rows, {}, indices, groups}, coded = {a_bytes, b_bytes, factors, indices, groups};
+  linear_lora_to(out, many, packed, {}, both, plain, &coded, step);
+  print("linear_lora", out);
+  linear_lora_to(out, many, packed, {}, both, coded, nullptr, step);
+  print("linear_lora_int8", out);
 }
 
 void print_states(Scalar type) {

@@ -40,17 +40,17 @@ inline void with_dtype(Dtype dtype, const F& f) {
 #include "math.h"
 #include "tiles.h"
 #include "attention.h"
+#include "lora.h"
 #include "linear.h"
 #include "quant_codes.h"
 #include "quant_int8.h"
 #include "quant.h"
-#include "lora.h"
 #include "pointwise.h"
 #include "scan.h"
 #include "delta.h"
 
 constexpr Kernels kKernels = {
-    LORAFLEET_STRING(LORAFLEET_ISA), linear, quant_uses_integers, quant_prepare,
+    LORAFLEET_STRING(LORAFLEET_ISA), linear, linear_lora, lora_shrink, quant_uses_integers, quant_prepare,
     quant_encode, quant_linear, lora_add, kv_write, attention, rms_norm, rotary, gated_act, mask_logits,
     argmax, scan, delta_rule, causal_conv,
 };

@@ -88,8 +88,19 @@ struct LoraArgs {
   const int32_t* tiles;  // [num_tiles, 3] slot, first index into rows, row count
   int64_t num_tiles;
   const int32_t* rows;
+  int64_t num_rows;
   const float* row_scales;  // by index into rows, or null
   bool fixed_sums;          // whether a row's sums must not depend on how many rows its tile has
+  float* hidden;            // of lora_shrink: [sites, num_rows, max_pages * kPageRows], see hidden_of in lora.h
+};
+
+// LoRA that a product adds, whose products with A are there: each task adds it to the columns that it has computed.
+// Until then the task asks for the rows of B that this needs, and for its part of the rows of A that are multiplied
+// after this product.
+struct LinearLora {
+  const LoraArgs& lora;  // of sites that lie side by side in the output
+  const LoraArgs* next;  // or null
+  int64_t num_tasks;     // each of neighbouring panels
 };
 
 struct KvWriteArgs {
@@ -237,6 +248,8 @@ struct ConvArgs {
 struct Kernels {
   const char* name;
   void (*linear)(const LinearArgs&);
+  void (*linear_lora)(const LinearArgs&, const LinearLora&);
+  void (*lora_shrink)(const LoraArgs&);
   bool (*quant_uses_integers)(Dtype);
   void (*quant_prepare)(const QuantArgs&, float* x32, float* x_sums);
   void (*quant_encode)(const QuantArgs&, int8_t* x_codes, float* x_scales, int32_t* x_halves);

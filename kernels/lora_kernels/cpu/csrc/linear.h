@@ -24,9 +24,24 @@ struct PanelAhead {
   int64_t step;
 };
 
-template <int Rows, bool IsOnly>
+// Asks for pieces of memory, `step` bytes further each time; behind the last one for what nobody needs.
+struct PiecesAhead {
+  const Piece *piece, *last;
+  const char* at;
+  int64_t step;
+
+  void operator()() {
+    prefetch_line(at);
+    at += step;
+    if (at >= piece->end && piece < last) at = (++piece)->at;
+  }
+};
+
+// also: called for each pair of inputs by one of several tiles.
+template <int Rows, bool IsOnly, typename Also>
 inline void panel_tile(const uint16_t* x, int64_t chunk_stride, const uint16_t* panel, int64_t pairs, PanelAhead ahead,
-                       Vec (*acc)[kPanelVecs]) {
+                       Vec (*acc)[kPanelVecs], Also& shared) {
+  auto also = shared;  // stays in registers
   for (int i = 0; i < Rows; ++i)
     for (int v = 0; v < kPanelVecs; ++v) acc[i][v] = zero();
   for (int64_t first = 0; first < pairs; first += kXChunk / 2, x += chunk_stride) {
@@ -42,6 +57,7 @@ inline void panel_tile(const uint16_t* x, int64_t chunk_stride, const uint16_t* 
       if (!IsOnly) {
         prefetch_line(ahead.at);
         ahead.at += ahead.step;
+        also();
       }
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
@@ -53,22 +69,23 @@ inline void panel_tile(const uint16_t* x, int64_t chunk_stride, const uint16_t* 
       }
     }
   }
+  shared = also;
 }
 
-template <int Rows>
-inline void linear_tile(const LinearArgs& args, int64_t row, int64_t panel, int64_t tile, int64_t tiles) {
+template <int Rows, typename Also>
+inline void linear_tile(const LinearArgs& args, int64_t row, int64_t panel, int64_t tile, int64_t tiles, Also& also) {
   const uint16_t* x = args.x + row * kXChunk;
   const int64_t pairs = args.in_features / 2, chunk_stride = args.rows * kXChunk;
   const uint16_t* weights = args.panels + panel * pairs * kPanel * 2;
   const int64_t col = panel * kPanel;
   Vec acc[Rows][kPanelVecs];
   if (tiles == 1) {
-    panel_tile<Rows, true>(x, chunk_stride, weights, pairs, {}, acc);
+    panel_tile<Rows, true>(x, chunk_stride, weights, pairs, {}, acc, also);
   } else {
     const bool is_last = col + kPanel >= args.out_features;
     const char* next = reinterpret_cast<const char*>(weights) + (is_last ? 0 : pairs * kPairBytes);
     const PanelAhead ahead = {next + pairs * kPairBytes * tile / tiles, ceil_div(kPairBytes, tiles)};
-    panel_tile<Rows, false>(x, chunk_stride, weights, pairs, ahead, acc);
+    panel_tile<Rows, false>(x, chunk_stride, weights, pairs, ahead, acc, also);
   }
   auto* out = static_cast<bf16*>(args.out.data) + row * args.out.stride + col;
   for (int v = 0; v < kPanelVecs; ++v) {
@@ -91,6 +108,7 @@ void linear(const LinearArgs& args) {
   const int64_t most_rows = max(8 * kMaxRows, min(192, 320 * 1024 / args.in_features));
   const int64_t row_blocks = ceil_div(args.rows, most_rows);
   run(row_blocks * panels, [&](int64_t task) {
+    Nothing nothing;
     const int64_t block = task / panels, panel = task % panels;
     const int64_t first_row = args.rows * block / row_blocks;
     const int64_t rows = args.rows * (block + 1) / row_blocks - first_row;
@@ -98,7 +116,29 @@ void linear(const LinearArgs& args) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles;
       with_size<kMaxRows>(end - begin,
-                          [&]<int Rows>() { linear_tile<Rows>(args, first_row + begin, panel, tile, tiles); });
+                          [&]<int Rows>() { linear_tile<Rows>(args, first_row + begin, panel, tile, tiles, nothing); });
     }
+  });
+}
+
+void linear_lora(const LinearArgs& args, const LinearLora& with) {
+  const int64_t panels = ceil_div(args.out_features, kPanel), tiles = ceil_div(args.rows, kMaxRows);
+  run(with.num_tasks, [&](int64_t task) {
+    const int64_t first = panels * task / with.num_tasks, last = panels * (task + 1) / with.num_tasks;
+    const int64_t begin = first * kPanel, end = min(last * kPanel, args.out_features);
+    const int64_t floats = (most_pieces(with.lora, with.next) + 1) * sizeof(Piece) / sizeof(float);
+    Pieces pieces = {reinterpret_cast<Piece*>(scratch(floats))};
+    list_pieces<bf16>(with.lora, with.next, begin, end, task, with.num_tasks, pieces);
+    pieces.add(args.x, 0);  // so that there is one
+    const int64_t steps = (last - first) * tiles * (args.in_features / 2);
+    const int64_t step = min(64, ceil_div(pieces.bytes, steps));
+    PiecesAhead ahead = {pieces.list, pieces.list + pieces.num - 1, pieces.list->at, step};
+    for (int64_t panel = first; panel < last; ++panel) {
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t row = args.rows * tile / tiles, num = args.rows * (tile + 1) / tiles - row;
+        with_size<kMaxRows>(num, [&]<int Rows>() { linear_tile<Rows>(args, row, panel, tile, tiles, ahead); });
+      }
+    }
+    lora_expand<bf16>(with.lora, begin, end);
   });
 }

@@ -1,7 +1,8 @@
 // Shrink and expand of every site of one input, fused. Included inside the instruction set's namespace.
 //
 // A task is a tile: rows of one adapter. Its rank products stay in the thread's scratch memory, so there is no barrier
-// between shrink and expand and no buffer shared by threads.
+// between shrink and expand and no buffer shared by threads. Where a product does the second half (linear_lora), shrink
+// is a job of its own, its rank products lie in args.hidden, and each of the product's tasks expands its own columns.
 #pragma once
 
 constexpr int64_t kMaxTileRows = 64;
@@ -17,6 +18,22 @@ inline void to_numbers(const i8* in, int64_t n, T* out) {
   for (; i + kLanes <= n; i += kLanes) store(out + i, load(in + i));
   if (i < n) store_n(out + i, load_n(in + i, n - i), n - i);
 }
+
+// Pieces of memory that are asked for evenly, line by line, while something else is computed.
+struct Piece {
+  const char *at, *end;
+};
+
+struct Pieces {
+  Piece* list;
+  int64_t num = 0, bytes = 0;
+
+  void add(const void* from, int64_t num_bytes) {
+    const char* at = static_cast<const char*>(from);
+    list[num++] = {at, at + num_bytes};
+    bytes += num_bytes;
+  }
+};
 
 template <typename T>
 struct LoraTile {
@@ -48,15 +65,15 @@ struct LoraTile {
   // Int8 rows are read in place for few rows of x, and are numbers of type T first for more: both are exact.
   bool is_direct() const { return count <= kDirectRows && !args.fixed_sums; }
 
-  // hidden[i][j] = scale * x[i] . a[j]; hidden: [count, stride], columns from rank on stay as they are.
-  template <typename Y>
+  // hidden[i][j] = scale * x[i] . a[j]; hidden: [count, stride], columns from rank on stay as they are. AsksForB: for
+  // the rows of B, which expand reads next.
+  template <typename Y, bool AsksForB>
   void shrink(const LoraSiteArgs& site, float* hidden, int64_t stride, T* memory) const {
     constexpr int64_t kStep = 4;  // rank rows of A between two requests for B
     const int64_t num_rows = rank(site), width = args.in_features;
     for (int64_t j = 0; j < num_rows; j += kStep) {
       const int64_t n = min(kStep, num_rows - j);
-      // Prefetches the rows of B that expand needs while A is multiplied.
-      prefetch(rows<Y>(site, site.b_rows, j, site.width), n * site.width * sizeof(Y));
+      if (AsksForB) prefetch(rows<Y>(site, site.b_rows, j, site.width), n * site.width * sizeof(Y));
       const Y* a = rows<Y>(site, site.a_rows, j, width);
       if constexpr (is_int8<Y>) {
         if (!is_direct()) {
@@ -79,25 +96,25 @@ struct LoraTile {
     }
   }
 
-  // out[rows[i]] += hidden[i] times b, columns in runs that stay in the first-level cache.
+  // Adds hidden[i] times b to out[rows[i]], columns [col, end) in runs that stay in the first-level cache.
   template <typename Y>
-  void expand(const LoraSiteArgs& site, const float* hidden, int64_t stride, float* memory) const {
+  void expand(const LoraSiteArgs& site, const float* hidden, int64_t stride, float* memory, int64_t col,
+              int64_t end) const {
     const int64_t num_rows = rank(site);
-    int64_t col = 0;
     const auto out_row = [&](int64_t i) {
       return static_cast<T*>(site.out.data) + args.rows[first + i] * site.out.stride + col;
     };
     if (is_direct() && num_rows <= kPageRows) {
-      const Y* b = rows<Y>(site, site.b_rows, 0, site.width);
-      update<DirectProduct<Y>>(hidden, stride, b, site.width, out_row, count, num_rows, site.width);
+      const Y* b = rows<Y>(site, site.b_rows, 0, site.width) + col;
+      update<DirectProduct<Y>>(hidden, stride, b, site.width, out_row, count, num_rows, end - col);
       return;
     }
     auto* left = reinterpret_cast<typename P::Left*>(memory);
     for (int64_t j = 0; j < count * stride; j += kLanes) store(left + j, load(hidden + j));
     auto* right = reinterpret_cast<typename P::Right*>(memory + count * stride);
     auto* numbers = reinterpret_cast<T*>(memory + stride * (count + kTileCols));
-    for (; col < site.width; col += kTileCols) {
-      const int64_t cols = min(kTileCols, site.width - col);
+    for (; col < end; col += kTileCols) {
+      const int64_t cols = min(kTileCols, end - col);
       for (int64_t j = 0; j < num_rows; j += kPageRows) {
         const int64_t n = min(kPageRows, num_rows - j);
         const Y* b = rows<Y>(site, site.b_rows, j, site.width) + col;
@@ -120,8 +137,48 @@ struct LoraTile {
     float* hidden = scratch(stride * (2 * count + kTileCols) + num_numbers);
     // An odd rank is multiplied in pairs: the missing partner is zero.
     for (int64_t i = 0; i < count * stride; i += kLanes) store(hidden + i, zero());
-    shrink<Y>(site, hidden, stride, reinterpret_cast<T*>(hidden + count * stride));
-    expand<Y>(site, hidden, stride, hidden + count * stride);
+    shrink<Y, true>(site, hidden, stride, reinterpret_cast<T*>(hidden + count * stride));
+    expand<Y>(site, hidden, stride, hidden + count * stride, 0, site.width);
+  }
+
+  // The tile's rank products of a site in args.hidden, [count, hidden_stride].
+  float* hidden_of(int64_t s) const { return args.hidden + (s * args.num_rows + first) * args.max_pages * kPageRows; }
+  int64_t hidden_stride(const LoraSiteArgs& site) const { return ceil_div(rank(site), kPageRows) * kPageRows; }
+
+  // The first half of add, for a site by its number.
+  template <typename Y>
+  void multiply(int64_t s) const {
+    const LoraSiteArgs& site = args.sites[s];
+    if (rank(site) == 0) return;
+    float* hidden = hidden_of(s);
+    const int64_t stride = hidden_stride(site);
+    for (int64_t i = 0; i < count * stride; i += kLanes) store(hidden + i, zero());
+    T* memory = is_int8<Y> ? reinterpret_cast<T*>(scratch(kPageRows * args.in_features)) : nullptr;
+    shrink<Y, false>(site, hidden, stride, memory);
+  }
+
+  // The second half, for columns [begin, end) of the site.
+  template <typename Y>
+  void add_part(int64_t s, int64_t begin, int64_t end) const {
+    const LoraSiteArgs& site = args.sites[s];
+    if (rank(site) == 0) return;
+    const int64_t stride = hidden_stride(site), num_numbers = is_int8<Y> ? kPageRows * kTileCols : 0;
+    expand<Y>(site, hidden_of(s), stride, scratch(stride * (count + kTileCols) + num_numbers), begin, end);
+  }
+
+  template <typename Y>
+  void list_b(const LoraSiteArgs& site, int64_t begin, int64_t end, Pieces& pieces) const {
+    for (int64_t j = 0, num_rows = rank(site); j < num_rows; ++j)
+      pieces.add(rows<Y>(site, site.b_rows, j, site.width) + begin, (end - begin) * sizeof(Y));
+  }
+  // Part [begin, end) of `parts` of its rows of A.
+  template <typename Y>
+  void list_a(const LoraSiteArgs& site, int64_t begin, int64_t end, int64_t parts, Pieces& pieces) const {
+    for (int64_t j = 0, num_rows = rank(site); j < num_rows; j += kPageRows) {
+      const int64_t bytes = min(kPageRows, num_rows - j) * args.in_features * sizeof(Y);
+      const auto* a = reinterpret_cast<const char*>(rows<Y>(site, site.a_rows, j, args.in_features));
+      pieces.add(a + bytes * begin / parts, bytes * end / parts - bytes * begin / parts);
+    }
   }
 
   template <typename Y>
@@ -146,6 +203,69 @@ struct LoraTile {
     }
   }
 };
+
+// Columns [begin, end) of a site, of those [begin, end) of all sites side by side: f(site's number, begin, end).
+template <typename F>
+inline void sites_in(const LoraArgs& args, int64_t begin, int64_t end, const F& f) {
+  for (int64_t s = 0, first = 0; s < args.num_sites; first += args.sites[s++].width) {
+    const int64_t from = max(begin, first), to = min(end, first + args.sites[s].width);
+    if (from < to) f(s, from - first, to - first);
+  }
+}
+
+// Products with A alone, into args.hidden.
+void lora_shrink(const LoraArgs& args) {
+  run(args.num_tiles, [&](int64_t task) {
+    with_dtype(args.dtype, [&]<typename T>() {
+      const LoraTile<T> tile(args, args.tiles + 3 * task);
+      for (int64_t s = 0; s < args.num_sites; ++s)
+        args.sites[s].factors ? tile.template multiply<i8>(s) : tile.template multiply<T>(s);
+    });
+  });
+}
+
+// The rest, for columns [begin, end) of all sites side by side.
+template <typename T>
+void lora_expand(const LoraArgs& args, int64_t begin, int64_t end) {
+  for (int64_t t = 0; t < args.num_tiles; ++t) {
+    const LoraTile<T> tile(args, args.tiles + 3 * t);
+    sites_in(args, begin, end, [&](int64_t s, int64_t from, int64_t to) {
+      args.sites[s].factors ? tile.template add_part<i8>(s, from, to) : tile.template add_part<T>(s, from, to);
+    });
+  }
+}
+
+// At most so many are listed by list_pieces.
+inline int64_t most_pieces(const LoraArgs& args, const LoraArgs* next) {
+  return args.num_tiles * args.num_sites * args.max_pages * kPageRows +
+         (next ? next->num_tiles * next->num_sites * next->max_pages : 0);
+}
+
+// What columns [begin, end) need of the rows of B, and part `task` of the rows of A that come next: the tiles that the
+// same thread multiplies then.
+template <typename T>
+void list_pieces(const LoraArgs& args, const LoraArgs* next, int64_t begin, int64_t end, int64_t task,
+                 int64_t num_tasks, Pieces& pieces) {
+  for (int64_t t = 0; t < args.num_tiles; ++t) {
+    const LoraTile<T> tile(args, args.tiles + 3 * t);
+    sites_in(args, begin, end, [&](int64_t s, int64_t from, int64_t to) {
+      const LoraSiteArgs& site = args.sites[s];
+      site.factors ? tile.template list_b<i8>(site, from, to, pieces) : tile.template list_b<T>(site, from, to, pieces);
+    });
+  }
+  if (!next) return;
+  // Tiles and tasks as lengths on one line: a tile is num_tasks long, a task num_tiles.
+  const int64_t first = task * next->num_tiles, last = first + next->num_tiles;
+  for (int64_t t = first / num_tasks; t * num_tasks < last; ++t) {
+    const LoraTile<T> tile(*next, next->tiles + 3 * t);
+    const int64_t from = max(0, first - t * num_tasks), to = min(num_tasks, last - t * num_tasks);
+    for (int64_t s = 0; s < next->num_sites; ++s) {
+      const LoraSiteArgs& site = next->sites[s];
+      site.factors ? tile.template list_a<i8>(site, from, to, num_tasks, pieces)
+                   : tile.template list_a<T>(site, from, to, num_tasks, pieces);
+    }
+  }
+}
 
 void lora_add(const LoraArgs& args) {
   run(args.num_tiles, [&](int64_t tile) {

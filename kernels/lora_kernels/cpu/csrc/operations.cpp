@@ -52,6 +52,7 @@ const Kernels* active = best_kernels();
 bool fixed_sums = false;
 
 void fix_sums(bool is_fixed) { fixed_sums = is_fixed; }
+bool sums_are_fixed() { return fixed_sums; }
 
 std::string isa() { return active ? active->name : ""; }
 
@@ -124,7 +125,7 @@ Tensor empty_rows(const Tensor& x, int64_t width) {
   return empty(Ints(shape.data(), x.dim()), x.type);
 }
 
-void linear_to(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias) {
+LinearCall linear_call(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias) {
   const int64_t out_features = out.size(-1);
   LORAFLEET_CHECK(packed.dim() == 4 && packed.is_contiguous() && packed.type == Scalar::kBFloat16,
               "the weight is not packed");
@@ -136,70 +137,26 @@ void linear_to(const Tensor& out, const Tensor& x, const Tensor& packed, const O
     LORAFLEET_CHECK(bias->is_contiguous() && bias->numel() == out_features, "bias needs ", out_features, " entries");
   }
   const Tensor chunks = chunk_rows(x);
-  active->linear({
-      .x = reinterpret_cast<const uint16_t*>(chunks.data),
-      .panels = reinterpret_cast<const uint16_t*>(packed.data),
-      .bias = bias ? reinterpret_cast<const uint16_t*>(bias->data) : nullptr,
-      .out = rows_of(out, "out"),
-      .rows = rows_in(x),
-      .in_features = x.size(-1),
-      .out_features = out_features,
-  });
+  return {chunks,
+          {
+              .x = reinterpret_cast<const uint16_t*>(chunks.data),
+              .panels = reinterpret_cast<const uint16_t*>(packed.data),
+              .bias = bias ? reinterpret_cast<const uint16_t*>(bias->data) : nullptr,
+              .out = rows_of(out, "out"),
+              .rows = rows_in(x),
+              .in_features = x.size(-1),
+              .out_features = out_features,
+          }};
+}
+
+void linear_to(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias) {
+  active->linear(linear_call(out, x, packed, bias).args);
 }
 
 Tensor linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t out_features) {
   const Tensor out = empty_rows(x, out_features);
   linear_to(out, x, packed, bias);
   return out;
-}
-
-void lora_add_(Tensors outs, const Tensor& x, Tensors a_rows, Tensors b_rows, Tensors factors,
-               Ints indices, Ints groups, const Tensor& ranks, const Tensor& scales,
-               const Tensor& pages, const Tensor& rows, const Tensor& small_tiles, const Tensor& large_tiles,
-               const Tensor& counts, const OptionalTensor& row_scales) {
-  const size_t num_sites = outs.size();
-  LORAFLEET_CHECK(a_rows.size() == num_sites && b_rows.size() == num_sites && indices.size() == num_sites &&
-                  groups.size() == num_sites,
-              "every output needs one site");
-  std::vector<LoraSiteArgs> sites(num_sites);
-  for (size_t i = 0; i < num_sites; ++i) {
-    check_same_dtype(outs[i], x, "an output");
-    const bool is_int8 = a_rows[i].type == Scalar::kChar;
-    if (!is_int8) check_same_dtype(a_rows[i], x, "a_rows");
-    check_same_dtype(b_rows[i], a_rows[i], "b_rows");
-    LORAFLEET_CHECK(!is_int8 || (factors.size() == num_sites && factors[i].numel() == a_rows[i].size(0)),
-                    "int8 rows of site ", i, " need a factor each");
-    LORAFLEET_CHECK(a_rows[i].is_contiguous() && b_rows[i].is_contiguous() && a_rows[i].size(1) == x.size(-1) &&
-                    b_rows[i].size(1) == outs[i].size(-1) && rows_in(outs[i]) == rows_in(x),
-                "site ", i, " does not fit its input and output");
-    sites[i] = {rows_of(outs[i], "an output"),
-                a_rows[i].data,
-                b_rows[i].data,
-                is_int8 ? entries_of<float>(factors[i], "factors") : nullptr,
-                outs[i].size(-1),
-                indices[i],
-                groups[i]};
-  }
-  const int32_t* num_tiles = entries_of<int32_t>(counts, "counts") + 2;
-  const bool large = num_tiles[1] >= 2 * num_threads();  // else there are too few for all threads
-  active->lora_add({
-      .dtype = dtype_of(x),
-      .x = rows_of(x, "x"),
-      .in_features = x.size(-1),
-      .sites = sites.data(),
-      .num_sites = static_cast<int64_t>(num_sites),
-      .ranks = entries_of<int32_t>(ranks, "ranks"),
-      .scales = entries_of<float>(scales, "scales"),
-      .table_sites = ranks.size(1),
-      .pages = entries_of<int32_t>(pages, "pages"),
-      .groups = pages.size(1),
-      .max_pages = pages.size(2),
-      .tiles = entries_of<int32_t>(large ? large_tiles : small_tiles, "tiles"),
-      .num_tiles = num_tiles[large],
-      .rows = entries_of<int32_t>(rows, "rows"),
-      .row_scales = row_scales ? entries_of<float>(*row_scales, "row_scales") : nullptr,
-      .fixed_sums = fixed_sums,
-  });
 }
 
 // An int8 cache: an fp32 scale for each row of a block lies behind the block's codes, as four more entries a row.

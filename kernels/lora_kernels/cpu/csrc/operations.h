@@ -28,6 +28,21 @@ Tensor gated_act(const Tensor& gate, const Tensor& up, std::string_view act);
 void mask_logits_(const Tensor& logits, const Tensor& rows, const Tensor& words);
 std::tuple<Tensor, Tensor> argmax(const Tensor& x);
 
+// lora.cpp
+struct LoraSites {  // where the pool has the adapters' rows of sibling linear layers
+  Tensors a_rows, b_rows, factors;
+  Ints indices, groups;
+};
+struct LoraStep {  // which adapter each of a step's rows has
+  const Tensor &ranks, &scales, &pages, &rows, &small_tiles, &large_tiles, &counts;
+  const OptionalTensor& row_scales;
+};
+// Whether linear_lora_to takes less time than linear_to and lora_add_ one after the other.
+bool linear_lora_pays(const Tensor& x, const LoraStep& step);
+// linear_to and LoRA of its siblings, whose outputs are outs. next: what reads rows of A after this; or null.
+void linear_lora_to(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias, Tensors outs,
+                    const LoraSites& sites, const LoraSites* next, const LoraStep& step);
+
 // pack.cpp and quantised.cpp
 void pack_linear_(const Tensor& packed, Tensors weights);
 std::tuple<int64_t, int64_t> quantised_form(std::string_view kind, int64_t in_features);
@@ -70,11 +85,21 @@ bool set_isa(std::string_view name);
 // Sets whether a row's sums are added in an order that does not depend on the rows beside it. See sums.py.
 void fix_sums(bool is_fixed);
 
+bool sums_are_fixed();
+
 Dtype dtype_of(const Tensor& t);
+int64_t rows_in(const Tensor& t);
 void check_same_dtype(const Tensor& t, const Tensor& like, const char* name);
 
 // Rows of a bf16 tensor as LinearArgs::x has them; a single row is its own chunks.
 Tensor chunk_rows(const Tensor& x);
+
+// A product's arguments, checked, and the memory of theirs that nobody else keeps.
+struct LinearCall {
+  Tensor chunks;
+  LinearArgs args;
+};
+LinearCall linear_call(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias);
 
 // Memory for rows as x has them, of another width.
 Tensor empty_rows(const Tensor& x, int64_t width);

@@ -24,6 +24,7 @@ struct Sites {
   std::vector<int64_t> indices, groups;
 
   bool is_plain() const { return forms.empty() && weights[0].dim() != 4; }
+  LoraSites lora() const { return {a_rows, b_rows, factors, indices, groups}; }
 };
 
 struct Norm {
@@ -95,25 +96,35 @@ void announce_weights(const Sites& sites, const Tensor& x) {
   announce(parts);
 }
 
-// Returns the outputs of all siblings side by side: [n, sum of sizes]. out: where they are put, if it is given; not for
-// plain weights.
-Tensor project(const Sites& sites, const Tensor& x, const Step& step, const Rows& rows, OptionalTensor out = {}) {
+// Returns the outputs of all siblings side by side: [n, sum of sizes]. next: the linear layers after these, or null. out:
+// where they are put, if it is given; not for plain weights.
+Tensor project(const Sites& sites, const Tensor& x, const Step& step, const Rows& rows, const Sites* next,
+               OptionalTensor out = {}) {
   const Tensor& weight = sites.weights[0];
-  if (sites.is_plain()) {
+  if (sites.is_plain())
     out = plain_linear(x, weight, sites.bias);
-  } else {
-    if (!out) out = empty_rows(x, width_of(sites));
-    if (sites.forms.empty())
-      linear_to(*out, x, weight, sites.bias);
-    else
-      quant_linear_to(*out, x, sites.weights, sites.forms, sites.sizes, sites.bias, sites.int8_inputs);
-  }
-  if (rows.lora.empty() || sites.a_rows.empty()) return *out;
+  else if (!out)
+    out = empty_rows(x, width_of(sites));
+  const bool has_lora = !rows.lora.empty() && !sites.a_rows.empty();
   std::vector<Tensor> outs;
-  int64_t first = 0;
-  for (const int64_t size : sites.sizes) outs.push_back(out->columns(first, size)), first += size;
-  lora_add_(outs, x, sites.a_rows, sites.b_rows, sites.factors, sites.indices, sites.groups, step.table[0], step.table[1],
-            step.table[2], rows.lora[0], rows.lora[1], rows.lora[2], rows.lora[3], rows.row_scales);
+  if (has_lora) {
+    int64_t first = 0;
+    for (const int64_t size : sites.sizes) outs.push_back(out->columns(first, size)), first += size;
+    const LoraStep lora = {step.table[0], step.table[1], step.table[2], rows.lora[0],
+                           rows.lora[1],  rows.lora[2],  rows.lora[3],  rows.row_scales};
+    if (!sites.is_plain() && sites.forms.empty() && linear_lora_pays(x, lora)) {
+      const LoraSites after = next ? next->lora() : LoraSites{};
+      linear_lora_to(*out, x, weight, sites.bias, outs, sites.lora(), after.a_rows.empty() ? nullptr : &after, lora);
+      return *out;
+    }
+  }
+  if (!sites.forms.empty())
+    quant_linear_to(*out, x, sites.weights, sites.forms, sites.sizes, sites.bias, sites.int8_inputs);
+  else if (!sites.is_plain())
+    linear_to(*out, x, weight, sites.bias);
+  if (has_lora)
+    lora_add_(outs, x, sites.a_rows, sites.b_rows, sites.factors, sites.indices, sites.groups, step.table[0],
+              step.table[1], step.table[2], rows.lora[0], rows.lora[1], rows.lora[2], rows.lora[3], rows.row_scales);
   return *out;
 }
 
@@ -142,7 +153,7 @@ Tensor before_attention(const Layer& layer, const OptionalTensor& update, const 
                         const OptionalTensor& out) {
   announce_weights(layer.qkv(), rows.x);
   const Tensor normed = update ? layer.norms[0](*update, rows.x) : layer.norms[0](rows.x);
-  const Tensor qkv = project(layer.qkv(), normed, step, rows, out);
+  const Tensor qkv = project(layer.qkv(), normed, step, rows, &layer.out(), out);
   announce_weights(layer.out(), rows.x);
   const Heads heads(layer.attention, qkv);
   if (layer.norms.size() == 4) norm_heads(layer.norms[2], heads.q), norm_heads(layer.norms[3], heads.k);
@@ -160,15 +171,17 @@ Tensor attend(const Attention& a, const Tensor& qkv, const Step& step) {
   return attended;
 }
 
-// What a layer computes of rows behind its attention; returns what is yet to be added to x.
-Tensor behind_attention(const Layer& layer, const Tensor& attended, const Step& step, const Rows& rows) {
-  const Tensor projected = project(layer.out(), attended, step, rows);
+// What a layer computes of rows behind its attention; returns what is yet to be added to x. next: the linear layers of
+// the layer after it, or null.
+Tensor behind_attention(const Layer& layer, const Tensor& attended, const Step& step, const Rows& rows,
+                        const Sites* next = nullptr) {
+  const Tensor projected = project(layer.out(), attended, step, rows, &layer.gate_up());
   announce_weights(layer.gate_up(), rows.x);
-  const Tensor out = project(layer.gate_up(), layer.norms[1](projected, rows.x), step, rows);
+  const Tensor out = project(layer.gate_up(), layer.norms[1](projected, rows.x), step, rows, &layer.down());
   announce_weights(layer.down(), rows.x);
   const int64_t width = out.size(1) / 2;
   const Tensor activated = gated_act(out.columns(0, width), out.columns(width, width), layer.act);
-  return project(layer.down(), activated, step, rows);
+  return project(layer.down(), activated, step, rows, next);
 }
 
 // Rows of a block, about: what is computed of them between two attentions stays in a core's second-level cache. A block
@@ -345,7 +358,7 @@ Tensor run_to_last_attention(const std::vector<Layer>& layers, const Tensor& x, 
     if (!step.is_whole()) qkv = empty({x.size(0), width_of(layers[i].qkv())}, x.type);
     each(step.blocks, [&](const Rows& rows) {
       OptionalTensor update;
-      if (i > 0) update = behind_attention(layers[i - 1], rows.of(attended), step, rows);
+      if (i > 0) update = behind_attention(layers[i - 1], rows.of(attended), step, rows, &layers[i].qkv());
       const Tensor own = before_attention(layers[i], update, step, rows, qkv ? rows.of(*qkv) : OptionalTensor());
       if (!qkv) qkv = own;
     });
@@ -403,7 +416,7 @@ Tensor stack_logits(int64_t stack, const Tensor& tokens, const Tensor& positions
     if (logit_rows) normed = rows_at(normed, *logit_rows);
   }
   announce_weights(ends.head, normed);
-  return project(ends.head, normed, step, last);
+  return project(ends.head, normed, step, last, nullptr);
 }
 
 }  // namespace lorafleet

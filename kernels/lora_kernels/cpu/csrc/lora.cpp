@@ -1,0 +1,106 @@
+// LoRA of sibling linear layers: an operation of its own, or together with their product.
+#include "operations.h"
+
+namespace lorafleet {
+namespace {
+
+// Few adapters' rows take less time after a product than it takes a product to ask for them.
+constexpr int32_t kFewestTiles = 8;
+// With fewer rows a product waits for its own weights; with more of them they do not fit into the second-level cache.
+constexpr int64_t kFewestRows = 15, kMostRows = 112;
+// Panels of a task: few enough that each thread has some tasks, else many: each task reads a piece of every row of B.
+constexpr int64_t kTaskPanels = 8, kThreadTasks = 4;
+
+struct LoraCall {
+  std::vector<LoraSiteArgs> sites;
+  LoraArgs args;
+};
+
+// outs: [rows, width] of each site; none: what is asked for are the rows of A alone, and x only says of what dtype.
+LoraCall lora_call(const LoraSites& own, const LoraStep& step, const Tensor& x, Tensors outs) {
+  const size_t num_sites = own.a_rows.size();
+  LORAFLEET_CHECK(num_sites > 0 && own.b_rows.size() == num_sites && own.indices.size() == num_sites &&
+                  own.groups.size() == num_sites && (outs.empty() || outs.size() == num_sites),
+              "every output needs one site");
+  LoraCall call;
+  const int64_t in_features = own.a_rows[0].size(1);
+  for (size_t i = 0; i < num_sites; ++i) {
+    const Tensor &a = own.a_rows[i], &b = own.b_rows[i];
+    const bool is_int8 = a.type == Scalar::kChar;
+    if (!is_int8) check_same_dtype(a, x, "a_rows");
+    check_same_dtype(b, a, "b_rows");
+    LORAFLEET_CHECK(!is_int8 || (own.factors.size() == num_sites && own.factors[i].numel() == a.size(0)),
+                    "int8 rows of site ", i, " need a factor each");
+    LORAFLEET_CHECK(a.is_contiguous() && b.is_contiguous() && a.size(1) == in_features, "site ", i,
+                    " does not fit its input");
+    if (!outs.empty()) {
+      check_same_dtype(outs[i], x, "an output");
+      LORAFLEET_CHECK(a.size(1) == x.size(-1) && b.size(1) == outs[i].size(-1) && rows_in(outs[i]) == rows_in(x),
+                      "site ", i, " does not fit its input and output");
+    }
+    call.sites.push_back({outs.empty() ? Matrix{} : rows_of(outs[i], "an output"),
+                          a.data,
+                          b.data,
+                          is_int8 ? entries_of<float>(own.factors[i], "factors") : nullptr,
+                          b.size(1),
+                          own.indices[i],
+                          own.groups[i]});
+  }
+  const int32_t *num_rows = entries_of<int32_t>(step.counts, "counts"), *num_tiles = num_rows + 2;
+  const bool large = num_tiles[1] >= 2 * num_threads();  // else there are too few for all threads
+  call.args = {
+      .dtype = dtype_of(x),
+      .x = outs.empty() ? Matrix{} : rows_of(x, "x"),
+      .in_features = in_features,
+      .sites = call.sites.data(),
+      .num_sites = static_cast<int64_t>(num_sites),
+      .ranks = entries_of<int32_t>(step.ranks, "ranks"),
+      .scales = entries_of<float>(step.scales, "scales"),
+      .table_sites = step.ranks.size(1),
+      .pages = entries_of<int32_t>(step.pages, "pages"),
+      .groups = step.pages.size(1),
+      .max_pages = step.pages.size(2),
+      .tiles = entries_of<int32_t>(large ? step.large_tiles : step.small_tiles, "tiles"),
+      .num_tiles = num_tiles[large],
+      .rows = entries_of<int32_t>(step.rows, "rows"),
+      .num_rows = *num_rows,
+      .row_scales = step.row_scales ? entries_of<float>(*step.row_scales, "row_scales") : nullptr,
+      .fixed_sums = sums_are_fixed(),
+      .hidden = nullptr,
+  };
+  return call;
+}
+
+}  // namespace
+
+void lora_add_(Tensors outs, const Tensor& x, Tensors a_rows, Tensors b_rows, Tensors factors, Ints indices,
+               Ints groups, const Tensor& ranks, const Tensor& scales, const Tensor& pages, const Tensor& rows,
+               const Tensor& small_tiles, const Tensor& large_tiles, const Tensor& counts,
+               const OptionalTensor& row_scales) {
+  LORAFLEET_CHECK(outs.size() == a_rows.size(), "every output needs one site");
+  if (outs.empty()) return;
+  const LoraStep step = {ranks, scales, pages, rows, small_tiles, large_tiles, counts, row_scales};
+  active->lora_add(lora_call({a_rows, b_rows, factors, indices, groups}, step, x, outs).args);
+}
+
+bool linear_lora_pays(const Tensor& x, const LoraStep& step) {
+  return kFewestRows <= rows_in(x) && rows_in(x) <= kMostRows &&
+         entries_of<int32_t>(step.counts, "counts")[2] >= kFewestTiles;
+}
+
+void linear_lora_to(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias, Tensors outs,
+                    const LoraSites& sites, const LoraSites* next, const LoraStep& step) {
+  const LinearCall product = linear_call(out, x, packed, bias);
+  LoraCall lora = lora_call(sites, step, x, outs), ahead;
+  if (next) ahead = lora_call(*next, step, x, {});
+  const int64_t num_sites = lora.args.num_sites, most_ranks = lora.args.max_pages * kPageRows;
+  const Tensor hidden = empty({num_sites, lora.args.num_rows, most_ranks}, Scalar::kFloat);
+  lora.args.hidden = reinterpret_cast<float*>(hidden.data);
+  active->lora_shrink(lora.args);
+  const int64_t panels = (product.args.out_features + kPanel - 1) / kPanel, threads = num_threads();
+  const int64_t task_panels = std::clamp<int64_t>(panels / (kThreadTasks * threads), 1, kTaskPanels);
+  const int64_t rounds = (panels + task_panels * threads - 1) / (task_panels * threads);
+  active->linear_lora(product.args, {lora.args, next ? &ahead.args : nullptr, std::min(panels, rounds * threads)});
+}
+
+}  // namespace lorafleet
