@@ -6,10 +6,15 @@
 constexpr int64_t kRunElements = 16384;
 
 template <typename F>
-inline void run_rows(int64_t rows, int64_t width, const F& row) {
+inline void run_runs(int64_t rows, int64_t width, const F& some) {
   const int64_t runs = ceil_div(rows, max(1, kRunElements / width));
-  run(runs, [&](int64_t i) {
-    for (int64_t r = rows * i / runs; r < rows * (i + 1) / runs; ++r) row(r);
+  run(runs, [&](int64_t i) { some(rows * i / runs, rows * (i + 1) / runs); });
+}
+
+template <typename F>
+inline void run_rows(int64_t rows, int64_t width, const F& row) {
+  run_runs(rows, width, [&](int64_t first, int64_t end) {
+    for (int64_t r = first; r < end; ++r) row(r);
   });
 }
 
@@ -46,18 +51,35 @@ inline void kv_write_row(const KvWriteArgs& args, const T* from, char* block, in
 }
 
 void kv_write(const KvWriteArgs& args) {
-  const auto write = [&]<typename T>(const void* from, int64_t token_stride, int64_t head_stride, char* cache,
-                                     int64_t block_stride, int64_t dim, int64_t t) {
+  // Calls f with each head's block of a cache, and the row in it, of a token.
+  const auto places = [&]<typename T>(char* cache, int64_t block_stride, int64_t dim, int64_t t, const auto& f) {
     const int64_t block = args.slots[t] / kBlockTokens, offset = args.slots[t] % kBlockTokens;
     const int64_t bytes = kBlockTokens * (args.is_coded ? dim + sizeof(float) : dim * sizeof(T));
-    for (int64_t h = 0; h < args.kv_heads; ++h)
-      kv_write_row(args, static_cast<const T*>(from) + t * token_stride + h * head_stride,
-                   cache + block * block_stride + h * bytes, dim, offset);
+    for (int64_t h = 0; h < args.kv_heads; ++h) f(h, cache + block * block_stride + h * bytes, offset);
   };
-  run_rows(args.num_tokens, args.kv_heads * (args.k_dim + args.v_dim), [&](int64_t t) {
+  const auto ask = [&]<typename T>(char* cache, int64_t block_stride, int64_t dim, int64_t t) {
+    const int64_t bytes = args.is_coded ? dim : dim * sizeof(T);
+    places.template operator()<T>(cache, block_stride, dim, t, [&](int64_t, const char* block, int64_t row) {
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(block + row * bytes + i, 1, 3);
+    });
+  };
+  const auto write = [&]<typename T>(const void* from, int64_t token_stride, int64_t head_stride, char* cache,
+                                     int64_t block_stride, int64_t dim, int64_t t) {
+    places.template operator()<T>(cache, block_stride, dim, t, [&](int64_t h, char* block, int64_t row) {
+      kv_write_row(args, static_cast<const T*>(from) + t * token_stride + h * head_stride, block, dim, row);
+    });
+  };
+  run_runs(args.num_tokens, args.kv_heads * (args.k_dim + args.v_dim), [&](int64_t first, int64_t end) {
     with_dtype(args.dtype, [&]<typename T>() {
-      write.template operator()<T>(args.k, args.k_token, args.k_head, args.k_cache, args.k_stride, args.k_dim, t);
-      write.template operator()<T>(args.v, args.v_token, args.v_head, args.v_cache, args.v_stride, args.v_dim, t);
+      // The places lie anywhere in memory: all are asked for before the first is written.
+      for (int64_t t = first; t < end; ++t) {
+        ask.template operator()<T>(args.k_cache, args.k_stride, args.k_dim, t);
+        ask.template operator()<T>(args.v_cache, args.v_stride, args.v_dim, t);
+      }
+      for (int64_t t = first; t < end; ++t) {
+        write.template operator()<T>(args.k, args.k_token, args.k_head, args.k_cache, args.k_stride, args.k_dim, t);
+        write.template operator()<T>(args.v, args.v_token, args.v_head, args.v_cache, args.v_stride, args.v_dim, t);
+      }
     });
   });
 }
