@@ -214,9 +214,9 @@ STABLE_TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {
   m.impl("lora_add_", &boxed<lora_add_>);
   m.impl("kv_write_", &boxed<kv_write_>);
   m.impl("paged_attention", &boxed<paged_attention>);
-  m.impl("rms_norm", &boxed<rms_norm>);
+  m.impl("rms_norm", &boxed<static_cast<Tensor (*)(const Tensor&, const Tensor&, double, const OptionalTensor&, bool)>(rms_norm)>);
   m.impl("rotary_", &boxed<rotary_>);
-  m.impl("gated_act", &boxed<gated_act>);
+  m.impl("gated_act", &boxed<static_cast<Tensor (*)(const Tensor&, const Tensor&, std::string_view)>(gated_act)>);
   m.impl("mask_logits_", &boxed<mask_logits_>);
   m.impl("argmax", &boxed<argmax>);
   m.impl("selective_scan", &boxed<selective_scan>);

@@ -32,10 +32,16 @@ struct Matrix {
   int64_t stride;  // elements from row to row
 };
 
-// x: [chunks, rows, kXChunk]. A chunk of a few rows lies in neighbouring cache lines at constant distances; rows whose
-// length is a power of two would all want the same few places of the cache.
+// Rows in chunks of kXChunk entries, or a matrix. bf16 products read [chunks, rows, kXChunk]: a chunk of a few rows lies
+// in neighbouring cache lines at constant distances; rows whose length is a power of two would all want the same few
+// places of the cache.
+struct Chunked {
+  void* data;
+  int64_t stride, chunk;  // elements from row to row, and from chunk to chunk of a row
+};
+
 struct LinearArgs {
-  const uint16_t* x;       // bf16, chunks of [rows, in_features]
+  const uint16_t* x;       // bf16 [chunks, rows, kXChunk]
   const uint16_t* panels;  // bf16 [panels, in_features / 2, kPanel, 2]
   const uint16_t* bias;    // bf16 [out_features] or null
   Matrix out;              // bf16 [rows, out_features]
@@ -156,7 +162,8 @@ struct AttentionArgs {
 
 struct RmsNormArgs {
   Dtype dtype;
-  Matrix x, residual, out;  // residual.data may be null
+  Matrix x, residual;  // residual.data may be null
+  Chunked out;
   const void* weight;
   int64_t rows, width;
   float eps;
@@ -175,7 +182,8 @@ enum class Activation { kSilu, kGelu, kGeluTanh };
 
 struct GatedActArgs {
   Dtype dtype;
-  Matrix gate, up, out;
+  Matrix gate, up;
+  Chunked out;
   int64_t rows, width;
   Activation act;
 };

@@ -100,11 +100,15 @@ Matrix rows_of(const Tensor& t, const char* name) {
   return {t.data, t.stride(-2)};
 }
 
+Tensor empty_chunks(int64_t rows, int64_t width) {
+  return empty({(width + kXChunk - 1) / kXChunk, rows, kXChunk}, Scalar::kBFloat16);
+}
+
 Tensor chunk_rows(const Tensor& x) {
   const Matrix from = rows_of(x, "x");
   const int64_t rows = rows_in(x), width = x.size(-1), chunks = (width + kXChunk - 1) / kXChunk;
   if (rows == 1) return x;
-  const Tensor chunked = empty({chunks, rows, kXChunk}, x.type);
+  const Tensor chunked = empty_chunks(rows, width);
   auto* to = reinterpret_cast<uint16_t*>(chunked.data);
   const auto copy = [&](int64_t row) {
     const auto* own = static_cast<const uint16_t*>(from.data) + row * from.stride;
@@ -125,32 +129,44 @@ Tensor empty_rows(const Tensor& x, int64_t width) {
   return empty(Ints(shape.data(), x.dim()), x.type);
 }
 
-LinearCall linear_call(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias) {
+void check_packed(const Tensor& weight) {
+  LORAFLEET_CHECK(weight.dim() == 4 && weight.is_contiguous() && weight.type == Scalar::kBFloat16,
+                  "the weight is not packed");
+}
+
+LinearArgs linear_args(const Tensor& out, const Tensor& chunks, const Tensor& packed, const OptionalTensor& bias) {
   const int64_t out_features = out.size(-1);
-  LORAFLEET_CHECK(packed.dim() == 4 && packed.is_contiguous() && packed.type == Scalar::kBFloat16,
-              "the weight is not packed");
-  LORAFLEET_CHECK(x.size(-1) == 2 * packed.size(1), "x has ", x.size(-1), " features; the weight takes ",
-              2 * packed.size(1));
-  check_same_dtype(x, packed, "x");
   if (bias) {
     check_same_dtype(*bias, packed, "bias");
     LORAFLEET_CHECK(bias->is_contiguous() && bias->numel() == out_features, "bias needs ", out_features, " entries");
   }
+  return {
+      .x = reinterpret_cast<const uint16_t*>(chunks.data),
+      .panels = reinterpret_cast<const uint16_t*>(packed.data),
+      .bias = bias ? reinterpret_cast<const uint16_t*>(bias->data) : nullptr,
+      .out = rows_of(out, "out"),
+      .rows = rows_in(out),
+      .in_features = 2 * packed.size(1),
+      .out_features = out_features,
+  };
+}
+
+LinearCall linear_call(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias) {
+  check_packed(packed);
+  LORAFLEET_CHECK(x.size(-1) == 2 * packed.size(1), "x has ", x.size(-1), " features; the weight takes ",
+                  2 * packed.size(1));
+  check_same_dtype(x, packed, "x");
   const Tensor chunks = chunk_rows(x);
-  return {chunks,
-          {
-              .x = reinterpret_cast<const uint16_t*>(chunks.data),
-              .panels = reinterpret_cast<const uint16_t*>(packed.data),
-              .bias = bias ? reinterpret_cast<const uint16_t*>(bias->data) : nullptr,
-              .out = rows_of(out, "out"),
-              .rows = rows_in(x),
-              .in_features = x.size(-1),
-              .out_features = out_features,
-          }};
+  return {chunks, linear_args(out, chunks, packed, bias)};
 }
 
 void linear_to(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias) {
   active->linear(linear_call(out, x, packed, bias).args);
+}
+
+void linear_of_chunks(const Tensor& out, const Tensor& chunks, const Tensor& packed, const OptionalTensor& bias) {
+  check_packed(packed);
+  active->linear(linear_args(out, chunks, packed, bias));
 }
 
 Tensor linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t out_features) {
@@ -333,8 +349,20 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   return out;
 }
 
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const OptionalTensor& residual,
-                bool plus_one) {
+// Makes memory for the result of an operation on rows [n, width], in chunks or as they are.
+std::tuple<Tensor, Chunked> empty_result(const Tensor& x, bool in_chunks) {
+  const int64_t width = x.size(-1);
+  if (!in_chunks) {
+    const Tensor out = empty(x.sizes(), x.type);
+    return {out, {out.data, width, kXChunk}};
+  }
+  LORAFLEET_CHECK(x.type == Scalar::kBFloat16, "only bfloat16 is put in chunks");
+  const Tensor out = empty_chunks(rows_in(x), width);
+  return {out, {out.data, kXChunk, rows_in(x) * kXChunk}};
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const OptionalTensor& residual, bool plus_one,
+                bool in_chunks) {
   check_same_dtype(weight, x, "weight");
   LORAFLEET_CHECK(weight.is_contiguous() && weight.numel() == x.size(-1), "weight needs ", x.size(-1), " entries");
   Matrix sum = {nullptr, 0};
@@ -343,12 +371,12 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const Optiona
     check_same_dtype(*residual, x, "residual");
     sum = rows_of(*residual, "residual");
   }
-  const Tensor out = empty(x.sizes(), x.type);
+  const auto [out, places] = empty_result(x, in_chunks);
   active->rms_norm({
       .dtype = dtype_of(x),
       .x = rows_of(x, "x"),
       .residual = sum,
-      .out = {out.data, x.size(-1)},
+      .out = places,
       .weight = weight.data,
       .rows = rows_in(x),
       .width = x.size(-1),
@@ -356,6 +384,10 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const Optiona
       .plus_one = plus_one,
   });
   return out;
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const OptionalTensor& residual, bool plus_one) {
+  return rms_norm(x, weight, eps, residual, plus_one, false);
 }
 
 void rotary_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin) {
@@ -389,21 +421,23 @@ Activation activation_of(std::string_view act) {
   return Activation::kGeluTanh;
 }
 
-Tensor gated_act(const Tensor& gate, const Tensor& up, std::string_view act) {
+Tensor gated_act(const Tensor& gate, const Tensor& up, std::string_view act, bool in_chunks) {
   LORAFLEET_CHECK(gate.has_sizes(up.sizes()), "gate and up must have one shape");
   check_same_dtype(up, gate, "up");
-  const Tensor out = empty(gate.sizes(), gate.type);
+  const auto [out, places] = empty_result(gate, in_chunks);
   active->gated_act({
       .dtype = dtype_of(gate),
       .gate = rows_of(gate, "gate"),
       .up = rows_of(up, "up"),
-      .out = {out.data, gate.size(-1)},
+      .out = places,
       .rows = rows_in(gate),
       .width = gate.size(-1),
       .act = activation_of(act),
   });
   return out;
 }
+
+Tensor gated_act(const Tensor& gate, const Tensor& up, std::string_view act) { return gated_act(gate, up, act, false); }
 
 void mask_logits_(const Tensor& logits, const Tensor& rows, const Tensor& words) {
   LORAFLEET_CHECK(logits.dim() == 2 && words.dim() == 2 && words.size(0) == rows.numel() &&

@@ -13,6 +13,8 @@ namespace lorafleet {
 Tensor linear(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, int64_t out_features);
 // Into `out`, rows as x has them, of the weight's output width.
 void linear_to(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias);
+// The same for rows in chunks, as LinearArgs::x has them.
+void linear_of_chunks(const Tensor& out, const Tensor& chunks, const Tensor& packed, const OptionalTensor& bias);
 void lora_add_(Tensors outs, const Tensor& x, Tensors a_rows, Tensors b_rows, Tensors factors, Ints indices,
                Ints groups, const Tensor& ranks, const Tensor& scales, const Tensor& pages, const Tensor& rows,
                const Tensor& small_tiles, const Tensor& large_tiles, const Tensor& counts,
@@ -23,8 +25,12 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
                        const Tensor& query_starts, const Tensor& kv_lens, double scale, int64_t window, double softcap,
                        const OptionalTensor& sinks);
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const OptionalTensor& residual, bool plus_one);
+// in_chunks: the result is for `linear_of_chunks`.
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, const OptionalTensor& residual, bool plus_one,
+                bool in_chunks);
 void rotary_(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin);
 Tensor gated_act(const Tensor& gate, const Tensor& up, std::string_view act);
+Tensor gated_act(const Tensor& gate, const Tensor& up, std::string_view act, bool in_chunks);
 void mask_logits_(const Tensor& logits, const Tensor& rows, const Tensor& words);
 std::tuple<Tensor, Tensor> argmax(const Tensor& x);
 

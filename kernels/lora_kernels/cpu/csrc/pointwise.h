@@ -84,27 +84,56 @@ void kv_write(const KvWriteArgs& args) {
   });
 }
 
+// The number of entries of a whole vector, which is loaded and stored without masks.
+struct Whole {
+  constexpr operator int64_t() const { return kLanes; }
+};
+template <typename T>
+inline Vec load_n(const T* p, Whole) {
+  return load(p);
+}
+template <typename T>
+inline void store_n(T* p, Vec v, Whole) {
+  store(p, v);
+}
+
+// Calls f(first, n) for each vector of a row.
+template <typename F>
+inline void each_vector(int64_t width, const F& f) {
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) f(j, Whole());
+  if (j < width) f(j, width - j);
+}
+
+// The same, where f gets the place of the vector in a row that may lie in chunks, too.
+template <typename T, typename F>
+inline void each_vector_to(const Chunked& out, int64_t row, int64_t width, const F& f) {
+  T* to = static_cast<T*>(out.data) + row * out.stride;
+  for (int64_t first = 0; first < width; first += kXChunk, to += out.chunk)
+    each_vector(min(kXChunk, width - first), [&](int64_t j, auto n) { f(to + j, first + j, n); });
+}
+
 template <typename T>
 inline void rms_norm_row(const RmsNormArgs& args, int64_t row) {
   const T* x = static_cast<const T*>(args.x.data) + row * args.x.stride;
+  Vec squares = zero();
   if (args.residual.data) {
     T* residual = static_cast<T*>(args.residual.data) + row * args.residual.stride;
-    for (int64_t j = 0; j < args.width; j += kLanes) {
-      const int64_t n = min(kLanes, args.width - j);
+    each_vector(args.width, [&](int64_t j, auto n) {
       store_n(residual + j, add(load_n(residual + j, n), load_n(x + j, n)), n);
-    }
+      const Vec v = load_n(residual + j, n);
+      squares = fma(v, v, squares);
+    });
     x = residual;
-  }
-  Vec squares = zero();
-  for (int64_t j = 0; j < args.width; j += kLanes) {
-    const Vec v = load_n(x + j, min(kLanes, args.width - j));
-    squares = fma(v, v, squares);
+  } else {
+    each_vector(args.width, [&](int64_t j, auto n) {
+      const Vec v = load_n(x + j, n);
+      squares = fma(v, v, squares);
+    });
   }
   const Vec factor = set1(1.0f / __builtin_sqrtf(sum(squares) / args.width + args.eps));
   const T* weight = static_cast<const T*>(args.weight);
-  T* out = static_cast<T*>(args.out.data) + row * args.out.stride;
-  for (int64_t j = 0; j < args.width; j += kLanes) {
-    const int64_t n = min(kLanes, args.width - j);
+  each_vector_to<T>(args.out, row, args.width, [&](T* to, int64_t j, auto n) {
     Vec v = mul(load_n(x + j, n), factor);
     Vec w = load_n(weight + j, n);
     if (args.plus_one) {
@@ -114,8 +143,8 @@ inline void rms_norm_row(const RmsNormArgs& args, int64_t row) {
       store(rounded, v);
       v = load(rounded);
     }
-    store_n(out + j, mul(v, w), n);
-  }
+    store_n(to, mul(v, w), n);
+  });
 }
 
 void rms_norm(const RmsNormArgs& args) {
@@ -169,11 +198,9 @@ void gated_act(const GatedActArgs& args) {
     with_dtype(args.dtype, [&]<typename T>() {
       const T* gate = static_cast<const T*>(args.gate.data) + row * args.gate.stride;
       const T* up = static_cast<const T*>(args.up.data) + row * args.up.stride;
-      T* out = static_cast<T*>(args.out.data) + row * args.out.stride;
-      for (int64_t j = 0; j < args.width; j += kLanes) {
-        const int64_t n = min(kLanes, args.width - j);
-        store_n(out + j, mul(activate(load_n(gate + j, n), args.act), load_n(up + j, n)), n);
-      }
+      each_vector_to<T>(args.out, row, args.width, [&](T* to, int64_t j, auto n) {
+        store_n(to, mul(activate(load_n(gate + j, n), args.act), load_n(up + j, n)), n);
+      });
     });
   });
 }

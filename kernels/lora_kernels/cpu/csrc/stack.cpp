@@ -32,8 +32,8 @@ struct Norm {
   double eps;
   bool plus_one;
 
-  Tensor operator()(const Tensor& x, const OptionalTensor& residual = {}) const {
-    return rms_norm(x, weight, eps, residual, plus_one);
+  Tensor operator()(const Tensor& x, const OptionalTensor& residual = {}, bool in_chunks = false) const {
+    return rms_norm(x, weight, eps, residual, plus_one, in_chunks);
   }
 };
 
@@ -96,15 +96,20 @@ void announce_weights(const Sites& sites, const Tensor& x) {
   announce(parts);
 }
 
-// Returns the outputs of all siblings side by side: [n, sum of sizes]. next: the linear layers after these, or null. out:
-// where they are put, if it is given; not for plain weights.
+// Whether a product takes its input in chunks, and nothing else reads that: what gives it need not be copied then.
+bool takes_chunks(const Sites& sites, const Rows& rows) {
+  return sites.forms.empty() && !sites.is_plain() && (rows.lora.empty() || sites.a_rows.empty());
+}
+
+// Returns the outputs of all siblings side by side: [n, sum of sizes]. x: [n, width] or [chunks, n, kXChunk]. next: the
+// linear layers after these, or null. out: where they are put, if it is given; not for plain weights.
 Tensor project(const Sites& sites, const Tensor& x, const Step& step, const Rows& rows, const Sites* next,
                OptionalTensor out = {}) {
   const Tensor& weight = sites.weights[0];
   if (sites.is_plain())
     out = plain_linear(x, weight, sites.bias);
   else if (!out)
-    out = empty_rows(x, width_of(sites));
+    out = empty({x.size(-2), width_of(sites)}, x.type);
   const bool has_lora = !rows.lora.empty() && !sites.a_rows.empty();
   std::vector<Tensor> outs;
   if (has_lora) {
@@ -118,7 +123,9 @@ Tensor project(const Sites& sites, const Tensor& x, const Step& step, const Rows
       return *out;
     }
   }
-  if (!sites.forms.empty())
+  if (x.dim() == 3)
+    linear_of_chunks(*out, x, weight, sites.bias);
+  else if (!sites.forms.empty())
     quant_linear_to(*out, x, sites.weights, sites.forms, sites.sizes, sites.bias, sites.int8_inputs);
   else if (!sites.is_plain())
     linear_to(*out, x, weight, sites.bias);
@@ -152,7 +159,8 @@ struct Heads {
 Tensor before_attention(const Layer& layer, const OptionalTensor& update, const Step& step, const Rows& rows,
                         const OptionalTensor& out) {
   announce_weights(layer.qkv(), rows.x);
-  const Tensor normed = update ? layer.norms[0](*update, rows.x) : layer.norms[0](rows.x);
+  const bool in_chunks = takes_chunks(layer.qkv(), rows);
+  const Tensor normed = update ? layer.norms[0](*update, rows.x, in_chunks) : layer.norms[0](rows.x, {}, in_chunks);
   const Tensor qkv = project(layer.qkv(), normed, step, rows, &layer.out(), out);
   announce_weights(layer.out(), rows.x);
   const Heads heads(layer.attention, qkv);
@@ -177,10 +185,12 @@ Tensor behind_attention(const Layer& layer, const Tensor& attended, const Step& 
                         const Sites* next = nullptr) {
   const Tensor projected = project(layer.out(), attended, step, rows, &layer.gate_up());
   announce_weights(layer.gate_up(), rows.x);
-  const Tensor out = project(layer.gate_up(), layer.norms[1](projected, rows.x), step, rows, &layer.down());
+  const Tensor normed = layer.norms[1](projected, rows.x, takes_chunks(layer.gate_up(), rows));
+  const Tensor out = project(layer.gate_up(), normed, step, rows, &layer.down());
   announce_weights(layer.down(), rows.x);
   const int64_t width = out.size(1) / 2;
-  const Tensor activated = gated_act(out.columns(0, width), out.columns(width, width), layer.act);
+  const Tensor activated =
+      gated_act(out.columns(0, width), out.columns(width, width), layer.act, takes_chunks(layer.down(), rows));
   return project(layer.down(), activated, step, rows, next);
 }
 
