@@ -65,15 +65,15 @@ class StepRows:
     def of(cls, plan: StepPlan) -> StepRows:
         """Return the rows of a plan."""
         seqs = list(plan.num_new)
-        num_new = np.fromiter(plan.num_new.values(), np.int64, len(seqs))
-        return cls.after(seqs, np.array([seq.num_computed for seq in seqs]), num_new)
+        return cls.after(seqs, [seq.num_computed for seq in seqs], list(plan.num_new.values()))
 
     @classmethod
-    def after(cls, seqs: list[Sequence], num_before: np.ndarray, num_new: np.ndarray) -> StepRows:
+    def after(cls, seqs: list[Sequence], num_before: list[int], num_new: list[int]) -> StepRows:
         """Return the rows of the `num_new` tokens of each sequence that follow its first `num_before`."""
-        ends = num_before + num_new
-        complete = ends >= np.array([seq.num_tokens for seq in seqs])
-        return cls(seqs, num_before, num_new, ends, complete, bool(num_new.max() == 1 and complete.all()))
+        ends = list(map(operator.add, num_before, num_new))
+        complete = [end >= seq.num_tokens for end, seq in zip(ends, seqs, strict=True)]
+        are_decodes = max(num_new) == 1 and all(complete)
+        return cls(seqs, np.array(num_before), np.array(num_new), np.array(ends), np.array(complete), are_decodes)
 
     def pooled(self) -> list[PooledRows]:
         """Return the rows of requests for numbers, and leave their sequences out of `complete`."""

@@ -105,7 +105,7 @@ class OneByOneRunner(Runner):
         self, seq: Sequence, kept: Kept | None, first: int, behind: int, wanted: list[int]
     ) -> tuple[Tensor, Kept]:
         """Run the pass of the tokens [first, behind); return logits of `wanted`, at least one row, and what is kept."""
-        step = StepRows.after([seq], np.array([first]), np.array([behind - first]))
+        step = StepRows.after([seq], [first], [behind - first])
         slots, scales = step.adapters()
         rows = np.array(wanted or [first]) - first
         vocab_sizes = self.set_adapters(step, slots, scales, rows, np.zeros(len(rows), np.int64))
@@ -132,7 +132,7 @@ class OneByOneRunner(Runner):
 
         @functools.cache
         def of_text() -> tuple[ops.LoraBatch | None, list[ExtraRows]]:
-            slots, scales = StepRows.after([seq], np.zeros(1, np.int64), np.array([behind])).adapters()
+            slots, scales = StepRows.after([seq], [0], [behind]).adapters()
             batch, extras = lora_batch(slots, scales, device), self._extras.get(seq.request.digest)
             if extras is None:
                 return batch, []

@@ -184,8 +184,9 @@ def build_attention_batch(
     tables may be wider, and sequences without new tokens, the padding, may follow the others.
     """
     num_seqs, max_blocks = block_tables.shape
-    longest, device = int(query_lens.max()), torch.device(device)
-    if longest == 1 and query_lens.all():  # decodes: each sequence has one token
+    # After a forward pass the processor's caches hold little of numpy: its reductions take longer than lists.
+    lens, longest, device = query_lens.tolist(), max(kv_lens.tolist()), torch.device(device)
+    if max(lens) == min(lens) == 1:  # decodes: each sequence has one token
         starts = np.arange(num_seqs + 1, dtype=np.int32)
         num_tokens, seq_of_token, positions = num_seqs, starts[:-1], kv_lens - 1
     else:
@@ -202,8 +203,8 @@ def build_attention_batch(
             kv_lens=torch.from_numpy(kv_lens.astype(np.int32)),
             slot_mapping=torch.from_numpy(slots),
             positions=torch.from_numpy(positions),
-            max_query_len=longest,
-            max_kv_len=int(kv_lens.max()),
+            max_query_len=max(lens),
+            max_kv_len=longest,
             num_seqs=num_seqs,
             num_tokens=num_tokens,
         )
@@ -220,7 +221,7 @@ def build_attention_batch(
         return into
     sent = host.to(device, non_blocking=True)  # one copy for all lists
     batch = _view_attention_buffer(sent[:num_listed], sent[num_listed:].view(num_seqs, max_blocks))
-    batch.max_query_len, batch.max_kv_len = longest, int(kv_lens.max())
+    batch.max_query_len, batch.max_kv_len = max(lens), longest
     return batch
 
 
