@@ -6,8 +6,8 @@ namespace {
 
 // Few adapters' rows take less time after a product than it takes a product to ask for them.
 constexpr int32_t kFewestTiles = 8;
-// With fewer rows a product waits for its own weights; with more of them they do not fit into the second-level cache.
-constexpr int64_t kFewestRows = 15, kMostRows = 112;
+// With fewer rows a product waits for its own weights; with more of them asking takes more time than it saves.
+constexpr int64_t kFewestRows = 15, kMostRows = 56;
 // Panels of a task: few enough that each thread has some tasks, else many: each task reads a piece of every row of B.
 constexpr int64_t kTaskPanels = 8, kThreadTasks = 4;
 
