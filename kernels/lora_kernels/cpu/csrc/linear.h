@@ -37,14 +37,39 @@ struct PiecesAhead {
   }
 };
 
-// also: called for each pair of inputs by one of several tiles.
+// Writes a tile's totals as rows of out that begin at `to`, from output column `col` on.
+template <int Rows>
+inline void store_tile(const LinearArgs& args, bf16* to, int64_t col, const Vec (&acc)[Rows][kPanelVecs]) {
+  const auto* bias = reinterpret_cast<const bf16*>(args.bias);
+  const int64_t cols = args.out_features - col;
+#pragma GCC unroll 4
+  for (int v = 0; v < kPanelVecs; ++v) {
+    const int64_t n = min(kLanes, cols - v * kLanes);
+    if (n <= 0) return;
+    const Vec b = bias ? load_n(bias + col + v * kLanes, n) : zero();
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      bf16* at = to + i * args.out.stride + v * kLanes;
+      n == kLanes ? store(at, add(acc[i][v], b)) : store_n(at, add(acc[i][v], b), n);
+    }
+  }
+}
+
+// Rows of a panel's columns. also: called for each pair of inputs by one of several tiles. All loops over totals are
+// unrolled: a compiler that has to look one of them up by number keeps all of them in memory.
 template <int Rows, bool IsOnly, typename Also>
-inline void panel_tile(const uint16_t* x, int64_t chunk_stride, const uint16_t* panel, int64_t pairs, PanelAhead ahead,
-                       Vec (*acc)[kPanelVecs], Also& shared) {
-  auto also = shared;  // stays in registers
-  for (int i = 0; i < Rows; ++i)
+inline void panel_tile(const LinearArgs& args, int64_t row, int64_t col, const uint16_t* panel, PanelAhead ahead,
+                       Also& shared) {
+  Also also = shared;  // stays in registers
+  Vec acc[Rows][kPanelVecs];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
     for (int v = 0; v < kPanelVecs; ++v) acc[i][v] = zero();
-  for (int64_t first = 0; first < pairs; first += kXChunk / 2, x += chunk_stride) {
+  }
+  const uint16_t* x = args.x + row * kXChunk;
+  const int64_t pairs = args.in_features / 2;
+  for (int64_t first = 0; first < pairs; first += kXChunk / 2, x += args.rows * kXChunk) {
     const int64_t end = min(kXChunk / 2, pairs - first);
     if (IsOnly) touch_pages(reinterpret_cast<const char*>(panel) + kPagesAhead, end * kPairBytes);
     for (int64_t p = 0; p < end; ++p, panel += kPanel * 2) {
@@ -70,35 +95,18 @@ inline void panel_tile(const uint16_t* x, int64_t chunk_stride, const uint16_t* 
     }
   }
   shared = also;
+  store_tile<Rows>(args, static_cast<bf16*>(args.out.data) + row * args.out.stride + col, col, acc);
 }
 
 template <int Rows, typename Also>
 inline void linear_tile(const LinearArgs& args, int64_t row, int64_t panel, int64_t tile, int64_t tiles, Also& also) {
-  const uint16_t* x = args.x + row * kXChunk;
-  const int64_t pairs = args.in_features / 2, chunk_stride = args.rows * kXChunk;
+  const int64_t pairs = args.in_features / 2, col = panel * kPanel;
   const uint16_t* weights = args.panels + panel * pairs * kPanel * 2;
-  const int64_t col = panel * kPanel;
-  Vec acc[Rows][kPanelVecs];
-  if (tiles == 1) {
-    panel_tile<Rows, true>(x, chunk_stride, weights, pairs, {}, acc, also);
-  } else {
-    const bool is_last = col + kPanel >= args.out_features;
-    const char* next = reinterpret_cast<const char*>(weights) + (is_last ? 0 : pairs * kPairBytes);
-    const PanelAhead ahead = {next + pairs * kPairBytes * tile / tiles, ceil_div(kPairBytes, tiles)};
-    panel_tile<Rows, false>(x, chunk_stride, weights, pairs, ahead, acc, also);
-  }
-  auto* out = static_cast<bf16*>(args.out.data) + row * args.out.stride + col;
-  for (int v = 0; v < kPanelVecs; ++v) {
-    const int64_t n = min(kLanes, args.out_features - col - v * kLanes);
-    if (n <= 0) break;
-    const auto* bias = reinterpret_cast<const bf16*>(args.bias);
-    const Vec b = bias ? load_n(bias + col + v * kLanes, n) : zero();
-    for (int i = 0; i < Rows; ++i) {
-      bf16* to = out + i * args.out.stride + v * kLanes;
-      const Vec sum = add(acc[i][v], b);
-      n == kLanes ? store(to, sum) : store_n(to, sum, n);
-    }
-  }
+  if (tiles == 1) return panel_tile<Rows, true>(args, row, col, weights, {}, also);
+  const bool is_last = col + kPanel >= args.out_features;
+  const char* next = reinterpret_cast<const char*>(weights) + (is_last ? 0 : pairs * kPairBytes);
+  const PanelAhead ahead = {next + pairs * kPairBytes * tile / tiles, ceil_div(kPairBytes, tiles)};
+  panel_tile<Rows, false>(args, row, col, weights, ahead, also);
 }
 
 void linear(const LinearArgs& args) {
