@@ -19,7 +19,7 @@ from torch import Tensor
 PAGE = 2 << 20
 _CHUNK = 32 * PAGE  # what is mapped at a time; what nobody writes to takes no memory
 _ALIGNMENT = 64
-_QUICK_S = 0.0005  # a free page is there in a fifth of this; for another one the kernel moves what is in its place
+_QUICK_S = 0.0005  # a page at hand takes a fifth of this; one for which room is made, or that a host brings back, 5 ms
 _libc = ctypes.CDLL(None)
 
 
@@ -27,7 +27,7 @@ class LargePages:
     """Gives out parts of large mappings. A mapping is unmapped once none of its parts is in use."""
 
     def __init__(self, patience_s: float = 0.25) -> None:
-        """patience_s: CPU time for pages that are not free; then small ones are taken, lest a start takes seconds."""
+        """patience_s: CPU time for pages not at hand; then small ones are taken, lest a start takes seconds."""
         self._lock = threading.Lock()
         self._rest = torch.empty(0, dtype=torch.uint8)
         self._patience_s = patience_s
