@@ -30,6 +30,9 @@ from protocol.wire import messages as m
 SHAPE = Shape(gateways=2, schedulers=2, workers=("w0", "w1"), stores=1)
 MODELS = ("base", "one", "two")
 NUM_TOKENS = 150
+ENDLESS = 40_000
+"""Tokens of an answer that is not over before a test is: a worker makes a thousand in a second."""
+
 PAUSE_S = 1.0
 """Between two calls of a client: what restarts needs the cores."""
 
@@ -37,7 +40,7 @@ PAUSE_S = 1.0
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def shared_fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ProcessFleet]:
     folder: Path = tmp_path_factory.mktemp("fleet")
-    model = make_tiny_model(folder / "model", max_len=12_000)
+    model = make_tiny_model(folder / "model", max_len=ENDLESS + 100)
     for seed, name in enumerate(MODELS[1:], start=1):
         make_adapter(folder / "adapters" / name, model, seed=seed)
     running = ProcessFleet.prepare(
@@ -164,7 +167,7 @@ async def test_another_gateway_tells_what_a_killed_one_had_begun(fleet: ProcessF
     ask = asks()[0]
     first, second = (member for member in fleet.members.values() if member.service == "gateway")
     one, other = (f"http://127.0.0.1:{member.settings.port}" for member in (first, second))
-    long = {**ask.body(stream=True), "max_tokens": 10_000}
+    long = {**ask.body(stream=True), "max_tokens": ENDLESS}
     shown: dict[str, Attempt] = {}
 
     async def listen(key: str) -> None:
@@ -215,7 +218,7 @@ async def test_usage_is_what_clients_were_told_though_all_die(fleet: ProcessFlee
 
     async def is_busy() -> bool:
         """Beats are too far apart to see requests that take a fraction of a second."""
-        return list((await fleet.bus.unfinished()).values()).count("assigned") >= 4
+        return "assigned" in (await fleet.bus.unfinished()).values()
 
     async with asyncio.TaskGroup() as group:
         for call in calls:
