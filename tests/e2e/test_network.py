@@ -24,7 +24,7 @@ from chaos.clients.client import Call, Client
 from chaos.fleet import ProcessFleet, Shape
 from lorafleet.launcher.embedded import EmbeddedServer
 
-NUM_TOKENS = 900
+NUM_TOKENS = 5000  # a worker makes a thousand in a second, and tells once a second what it runs
 PORT = 7001
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]

@@ -19,7 +19,7 @@ from jsonschema import Draft202012Validator
 from protocol.queue.bus import Bus, decode
 from protocol.wire.messages import Assigned, WorkerBeat
 
-NUM_TOKENS = 400
+NUM_TOKENS = 800
 PROMPTS = ("Once upon a time", "The king said", "In the forest", "A ship sailed")
 MODELS = ("tiny", "pirate")
 FORMS = {"In the forest": r"([a-e]{6}-[0-9]{3} ){30,90}"}
