@@ -166,6 +166,10 @@ void linear_to(const Tensor& out, const Tensor& x, const Tensor& packed, const O
 
 void linear_of_chunks(const Tensor& out, const Tensor& chunks, const Tensor& packed, const OptionalTensor& bias) {
   check_packed(packed);
+  check_same_dtype(chunks, packed, "x");
+  const int64_t num_chunks = (2 * packed.size(1) + kXChunk - 1) / kXChunk;
+  LORAFLEET_CHECK(chunks.size(0) == num_chunks && chunks.size(1) == rows_in(out), "x has ", chunks.size(0), " chunks of ",
+                  chunks.size(1), " rows; the weight takes ", num_chunks, " of ", rows_in(out));
   active->linear(linear_args(out, chunks, packed, bias));
 }
 
