@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from typing import NamedTuple
+
+from msgspec import Struct, structs
 
 from gateway.calls.parse import Options
 from gateway.calls.replies import Cursor
@@ -88,15 +89,14 @@ class Logprobs:
 NONE = Logprobs()
 
 
-@dataclass(slots=True)
-class Piece:
+class Piece(Struct):
     """What a choice has gained since the piece before."""
 
     index: int
     text: str = ""
     logprobs: Logprobs = NONE
     prompt: Logprobs = NONE  # of the prompt's tokens, if they are wanted
-    ids: list[int] = field(default_factory=list)  # of the output's tokens, if they are wanted
+    ids: list[int] = []  # of the output's tokens, if they are wanted
     finish: str = ""  # "stop" or "length" at the end
     stop: str | None = None  # the stop string that ended it, if one did
 
@@ -156,15 +156,7 @@ class Choice:
         """Add a delta that leaves no gap to `piece`. Raises the error that ended the request."""
         if self.cursor.is_stale(delta):
             return
-        ids, records = self.cursor.take(delta, self._record_bytes)
-        self._shown += ids
-        self._shown_records += records
-        if self._echo:
-            piece.text, self._echo = self._echo, ""
-        if self._prompt:
-            piece.prompt, self._prompt = self._prompt, NONE
-        if ids and not self.options.scores_only:
-            self.absorb(ids, records, piece)
+        self._gain(*self.cursor.take(delta, self._record_bytes), piece)
         if delta.usage is not None:
             self.num_cached_tokens = delta.usage.num_cached_tokens
         if delta.finish == "error":
@@ -177,6 +169,25 @@ class Choice:
             piece.text += self._output.finish()
             piece.finish, piece.stop = delta.finish, self._output.stop
 
+    def next_piece(self, delta: m.Delta) -> Piece | None:
+        """Return what a delta adds that is the next tokens and nothing else, None for any other, which is not taken."""
+        if delta.finish or delta.timing is not None or self.needs_prompt or not self.cursor.take_next(delta):
+            return None
+        piece = Piece(self.index)
+        self._gain(delta.ids, delta.logprobs, piece)
+        return piece
+
+    def _gain(self, ids: bytes, records: bytes, piece: Piece) -> None:
+        self._shown += ids
+        if records:
+            self._shown_records += records
+        if self._echo:
+            piece.text, self._echo = self._echo, ""
+        if self._prompt is not NONE:
+            piece.prompt, self._prompt = self._prompt, NONE
+        if ids and not self.options.scores_only:
+            self.absorb(ids, records, piece)
+
     def skip(self, piece: Piece) -> None:
         """End a choice of which no token is wanted: its text is the echoed prompt."""
         self.cursor.ended = True
@@ -184,17 +195,19 @@ class Choice:
 
     def absorb(self, ids: bytes, records: bytes, piece: Piece) -> None:
         """Add to `piece` new tokens (int32) and their logprob records, if there are any."""
-        if self.options.output == "numbers":  # read from `shown` at the end
+        options = self.options
+        if options.output == "numbers":  # read from `shown` at the end
             return
-        if self.options.shows_ids:
-            piece.ids += memoryview(ids).cast("i")
+        numbers = memoryview(ids).cast("i")
+        if options.shows_ids:
+            piece.ids += numbers
         if not self._record_bytes:
-            piece.text += self._output.add(memoryview(ids).cast("i"))
+            piece.text += self._output.add(numbers)
             return
         tokens = Logprobs(ids, records)
-        if self.options.output != "tokens":
+        if options.output != "tokens":
             num = 0
-            for id_ in memoryview(ids).cast("i"):
+            for id_ in numbers:
                 if self._output.ended:
                     break
                 piece.text += self._output.add((id_,))
@@ -235,4 +248,4 @@ def best_of(pieces: Sequence[Piece], options: Options) -> Sequence[Piece]:
     for start in range(0, len(pieces), n):
         ranked = sorted(pieces[start : start + n], key=mean_logprob, reverse=True)
         shown += ranked[:num_best]
-    return [replace(piece, index=i) for i, piece in enumerate(shown)]
+    return [structs.replace(piece, index=i) for i, piece in enumerate(shown)]

@@ -134,6 +134,14 @@ class Generation:
                 self._first_ns = time.time_ns()
         return list(pieces.values())
 
+    def pass_on(self, take: Callable[[m.Delta], bool]) -> None:
+        """Give deltas to `take` as they come while `advance` waits. It returns False for those that `advance` takes."""
+        self._mail.at_once = take
+
+    def piece_of(self, delta: m.Delta) -> Piece | None:
+        """Return what a delta adds that `pass_on` has given, as `Choice.next_piece` does; None for the first tokens."""
+        return self._by_rid[delta.rid].next_piece(delta) if self._has_token else None
+
     async def waiting_for(self) -> str:
         """Return in a few words what a call waits for that has shown nothing yet; "" after its first token."""
         if self._has_token or not self._open:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from protocol.metrics.series import GATEWAY_LOG_READS, GATEWAY_STALE_DELTAS
@@ -44,6 +44,13 @@ class Cursor:
     def needs_log(self, delta: m.Delta) -> bool:
         """Return whether tokens before the delta's are missing, so that the log must be read first."""
         return not self.is_stale(delta) and (delta.seq0 < 0 or delta.seq0 > self.next)
+
+    def take_next(self, delta: m.Delta) -> bool:
+        """Advance over a delta of the present owner, if it begins where the last one ended. Returns whether it does."""
+        if delta.seq0 != self.next or delta.epoch != self.epoch or self.ended:
+            return False
+        self.next += len(delta.ids) // 4
+        return True
 
     def take(self, delta: m.Delta, record_bytes: int) -> tuple[bytes, bytes]:
         """Advance over a delta that leaves no gap; return its new ids (int32) and logprob records."""
@@ -85,7 +92,7 @@ class Subscription:
     def __init__(self, rids: Sequence[str], *, eager: bool) -> None:
         self.rids = rids
         self.client_gone = False
-        self.failure: LorafleetError | None = None
+        self.failure: Exception | None = None
         self.nudged = False
         self.restarted = False  # the queue was restarted since the call last looked
         self._eager = eager  # wake for every delta, not only for ends and a full mailbox
@@ -95,10 +102,21 @@ class Subscription:
         self._until_s = 0.0  # end of the present wait, in the loop's time
         self._timer: asyncio.Handle | None = None
         self._timer_s = 0.0  # when the timer fires
+        self._timeout_s = 0.0  # of the present wait
+        self.at_once: Callable[[m.Delta], bool] | None = None
+        """Is given each delta that comes while the call waits; returns whether the call need not be woken for it."""
 
     def push(self, delta: m.Delta) -> None:
         """Add a delta. Over the limit only the newest of each request is kept."""
         pending = self._pending
+        if self.at_once is not None and self._waiter is not None and not pending and not self._waiter.done():
+            try:
+                if self.at_once(delta):
+                    self._until_s = self._waiter.get_loop().time() + self._timeout_s
+                    return
+            except Exception as error:  # noqa: BLE001  the call's edge: whoever delivers does so for all calls
+                self.fail(error)
+                return
         pending.append(delta)
         if len(pending) > self._max_pending:
             self._pending = newest_per_request(pending)
@@ -116,7 +134,7 @@ class Subscription:
         self.restarted = self.restarted or restarted
         self._wake()
 
-    def fail(self, error: LorafleetError) -> None:
+    def fail(self, error: Exception) -> None:
         """End the call with an error of the gateway's own."""
         self.failure = error
         self._wake()
@@ -126,6 +144,7 @@ class Subscription:
         if not self._ready():
             loop = asyncio.get_running_loop()
             self._waiter = loop.create_future()
+            self._timeout_s = timeout_s
             self._set_timer(loop, loop.time() + timeout_s)
             try:
                 await self._waiter
@@ -135,7 +154,11 @@ class Subscription:
         return deltas
 
     def close(self) -> None:
-        """Cancel the timer."""
+        """Cancel the timer, and let go of whoever is given deltas."""
+        self.at_once = None
+        self._cancel_timer()
+
+    def _cancel_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -144,7 +167,7 @@ class Subscription:
         """End the wait at `until_s`. An earlier timer is kept, and set again when it fires: not one for every token."""
         self._until_s = until_s
         if self._timer is not None and self._timer_s > until_s:
-            self.close()
+            self._cancel_timer()
         if self._timer is None:
             self._start_timer(loop)
 

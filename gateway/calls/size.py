@@ -139,12 +139,12 @@ class TextGrowth:
         self._room = 0
         if gathers_text(options):
             self._room = TEXT_BYTES * options.n * sum(prompt.max_new_tokens for prompt in prompts)
-        self._is_gathered = gathers_text(options)
+        self.is_gathered = gathers_text(options)
         self._times = texts_held(options)
 
     def add(self, text: str) -> None:
         """Note a piece of text that is gathered. Raises as `memory.hold` when there is no room for it."""
-        if self._is_gathered and text:
+        if self.is_gathered and text:
             self._room -= len(text) if text.isascii() else CHARACTER_BYTES * len(text)
             if self._room < 0:
                 more = -self._room + GROWTH_BYTES

@@ -47,6 +47,9 @@ LINGER_S = 2.0
 
 MAX_LINGER_BYTES = 1 << 22
 
+CONNECTION = "lorafleet.connection"
+"""Scope key of the connection that a request came on, for `takes_parts` and `write_part`."""
+
 Phase = Literal["idle", "head", "body", "answer", "linger"]
 
 
@@ -209,6 +212,22 @@ class Connection(HttpToolsProtocol):
         super().resume_writing()
         self._settle()
 
+    @property
+    def takes_parts(self) -> bool:
+        """Whether a part of the answer can be written at once: it has begun, in chunks, and its client reads it."""
+        cycle = self._answering
+        return (
+            cycle is not None
+            and not self.flow.write_paused
+            and cycle.chunked_encoding is True
+            and not cycle.response_complete
+            and not cycle.disconnected
+        )
+
+    def write_part(self, part: bytes) -> None:
+        """Write a part of the answer, at least one byte, that others follow: as `send` does, without a wait for it."""
+        self.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+
     # ------------------------------------------------------------ ends
 
     def sweep(self, now_s: float) -> None:
@@ -250,6 +269,7 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         """Note which request is answered now: others may have been sent ahead, and wait."""
         self._answering = cycle
+        cycle.scope[CONNECTION] = self  # type: ignore[typeddict-unknown-key]
         super()._start_asgi_task(cycle, app)
 
     def _refuse(self, error: LorafleetError) -> None:

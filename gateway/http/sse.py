@@ -14,7 +14,9 @@ from gateway.calls.choices import Piece, best_of
 from gateway.calls.follow import ClientGoneError, Generation
 from gateway.calls.size import TextGrowth
 from gateway.calls.writers import SSE, Writer
+from gateway.http.connection import CONNECTION, Connection
 from gateway.http.errors import OPENAI_ERRORS, error_of, is_failure
+from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError
 
 DONE = b"data: [DONE]\n\n"
@@ -42,10 +44,13 @@ class GenerationResponse(Response):
         self.background = None
         self.started = False  # the headers have been sent
         self._growth = TextGrowth(self.options, generation.call.prompts)
+        self._last_s = 0.0  # when a frame was sent last, in the loop's time
+        self._connection: Connection | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer, whole or as a stream, until it ends or its client leaves."""
         self._send_body: Send = scope[RAW_SEND]
+        self._connection = scope.get(CONNECTION)
         async with asyncio.TaskGroup() as group:
             watch = group.create_task(self._watch(receive))
             try:
@@ -80,7 +85,7 @@ class GenerationResponse(Response):
     async def _send_stream(self, send: Send) -> None:
         """Send frames as they come. The headers are sent with the first one, so that earlier errors are HTTP errors."""
         loop = asyncio.get_running_loop()
-        last_s = loop.time()
+        self._last_s = loop.time()
         generation = self.generation
         while True:
             pieces = await self._advance()
@@ -90,12 +95,34 @@ class GenerationResponse(Response):
             if generation.is_done:
                 break
             if not frames:
-                if loop.time() - last_s < self.keepalive_s:
+                if loop.time() - self._last_s < self.keepalive_s:
                     continue
                 frames = self.framing.idle(await generation.waiting_for())
             await self._send_frames(send, frames, more=True)
-            last_s = loop.time()
+            self._last_s = loop.time()
+            if self._connection is not None and not self._growth.is_gathered:
+                generation.pass_on(self._pass_on)
         await self._send_frames(send, frames + await self.last_frames(), more=False)
+
+    def _pass_on(self, delta: m.Delta) -> bool:
+        """Send a delta's tokens without waking the call's task, which costs more than to write and send them.
+
+        Returns False for what that task is for: a delta that is more than tokens, a client that has to be waited for.
+        """
+        connection = self._connection
+        assert connection is not None
+        if not connection.takes_parts:
+            return False
+        piece = self.generation.piece_of(delta)
+        if piece is None:
+            return False
+        if self.options.running_usage:
+            self.writer.show_usage(self.generation.usage)
+        frames = self.writer.frames(piece)
+        if frames:
+            connection.write_part(frames)
+            self._last_s = connection.loop.time()
+        return True
 
     async def last_frames(self) -> bytes:
         """Return what a stream ends with."""

@@ -103,8 +103,8 @@ class _Frames:
         self._end = self._role_end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
         self._num_told = 0  # output tokens that earlier chunks told of
 
-    def choice(self, body: bytes) -> bytes:
-        return self._start + body + self._end
+    def choice(self, *body: bytes) -> bytes:
+        return b"".join((self._start, *body, self._end))
 
     def role(self, body: bytes, ids: bytes) -> bytes:
         """Return the chunk before a choice's first tokens: it does not tell of these. ids: a field of the chunk."""
@@ -186,13 +186,13 @@ class ChatWriter:
         self._details = _Details(prompts, options)
         self._echoes = [prompt.echo for prompt in prompts]
         self._frames = _Frames(head, "chat.completion.chunk", options.include_usage)
+        self._starts = [head.choice_start(index) + b',"delta":' for index in range(len(prompts))]
         self._splitters: dict[int, AnswerParts] = {}
         self._started: set[int] = set()
 
     def frames(self, piece: Piece) -> bytes:
         """Return the chunks of a piece; b"" when it shows nothing yet."""
-        start = self._head.choice_start(piece.index) + b',"delta":'
-        out = b""
+        start, out = self._starts[piece.index], b""
         if piece.index not in self._started and (piece.text or piece.logprobs or piece.ids or piece.finish):
             self._started.add(piece.index)
             out = self._first_frames(piece.index, start)
@@ -201,7 +201,7 @@ class ChatWriter:
         if piece.text or piece.logprobs or piece.ids:
             logprobs = dumps(self._content(piece)) if self._details.logprobs else b"null"
             body = b'{"content":%b},"logprobs":%b,"finish_reason":null' % (orjson.dumps(piece.text), logprobs)
-            out += self._frames.choice(start + body + self._details.token_ids(piece) + b"}")
+            out += self._frames.choice(start, body, self._details.token_ids(piece), b"}")
         if piece.finish:
             out += self._frames.choice(start + b'{},"logprobs":null,"finish_reason":"%b"}' % piece.finish.encode())
         return out
@@ -343,16 +343,16 @@ class CompletionWriter:
         self._echoes = options.echo
         self._offsets = [TextOffsets(prompt.files.tokens, prompt.echo) for prompt in prompts if self._details.logprobs]
         self._frames = _Frames(head, "text_completion", options.include_usage)
+        self._starts = [head.choice_start(index) + b',"text":' for index in range(len(prompts))]
         self._started: set[int] = set()  # choices whose prompt has been told of
 
     def frames(self, piece: Piece) -> bytes:
         """Return the chunks of a piece; b"" when it shows nothing yet."""
-        start = self._head.choice_start(piece.index) + b',"text":'
-        out = b""
+        start, out = self._starts[piece.index], b""
         if piece.text or piece.logprobs or piece.prompt or piece.ids:
             logprobs = dumps(self._lists(piece)) if self._details.logprobs else b"null"
             body = b'%b,"logprobs":%b,"finish_reason":null' % (orjson.dumps(piece.text), logprobs)
-            out = self._frames.choice(start + body + self._ids(piece) + b"}")
+            out = self._frames.choice(start, body, self._ids(piece), b"}")
         if piece.finish:
             out += self._frames.choice(start + b'"","logprobs":null,"finish_reason":"%b"}' % piece.finish.encode())
         return out

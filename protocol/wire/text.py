@@ -110,7 +110,8 @@ class OutputText:
         assert tokens is not None or not any(rule.stop)
         self._detokenizer = None if tokens is None else Detokenizer(tokens, special=rule.with_special)
         self._matcher = StopMatcher(rule.stop)
-        self._rule = rule
+        self._has_stops = any(rule.stop)
+        self._min_tokens, self._end_ids = rule.min_tokens, rule.end_ids
         self._shown: Mapping[int, str] = {} if rule.with_special else shown
         self._includes_stop = includes_stop
         self._markers: deque[tuple[int, str]] = deque()  # special tokens to be written: after how many characters
@@ -131,26 +132,26 @@ class OutputText:
             if self.ended:
                 break
             self.num_tokens += 1
-            may_end = self.num_tokens > self._rule.min_tokens
-            if may_end and id_ in self._rule.end_ids:
+            may_end = self.num_tokens > self._min_tokens
+            if may_end and id_ in self._end_ids:
                 self.ended = True
                 if self._includes_stop and self._detokenizer is not None:
-                    pieces.append(self._shown_text(self._matcher.add(self._detokenizer.add((id_,)))))
+                    pieces.append(self._shown_text(self._matcher.add(self._detokenizer.add_one(id_))))
                 break
             if self._detokenizer is None:
                 continue
-            text = self._detokenizer.add((id_,))
+            text = self._detokenizer.add_one(id_)
             if self._shown:
                 self._num_read += len(text)
                 if id_ in self._shown:
                     self._markers.append((self._num_read, self._shown[id_]))
-            if may_end:
+            if may_end and self._has_stops:
                 text = self._matcher.add(text)
                 self.ended = self._matcher.matched is not None
                 if self.ended and self._includes_stop:
                     text += self._matcher.matched or ""
-            pieces.append(self._shown_text(text))
-        return "".join(pieces)
+            pieces.append(self._with_markers(text) if self._shown else text)
+        return pieces[0] if len(pieces) == 1 else "".join(pieces)
 
     def finish(self) -> str:
         """Return the text still held back, after the last id."""

@@ -91,7 +91,15 @@ class Detokenizer:
         self._first, self._last = tokens.first, tokens.last
         self._held: list[int] = []  # the last id so far, where it matters that it is
         self._stripped, self._num_strip = tokens.strip
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace" if tokens.invalid == "part" else _EACH_BYTE)
+        self._errors = "replace" if tokens.invalid == "part" else _EACH_BYTE
+        self._rest = b""  # the beginning of a character of which the rest has not come
+        self._is_plain = False  # whether a token's text does not depend on where it stands, from here on
+
+    def add_one(self, id_: int) -> str:
+        """Return the text that this further id completes."""
+        if not self._is_plain:
+            return self.add((id_,))
+        return "" if id_ in self._hidden or not 0 <= id_ < len(self._pieces) else self._decode(self._pieces[id_])
 
     def add(self, ids: Iterable[int]) -> str:
         """Return the text that these further ids complete."""
@@ -105,13 +113,20 @@ class Detokenizer:
         raw = [pieces[id_] for id_ in shown]
         if self._first is not None:
             raw[0], self._first = self._first[shown[0]], None
-        text = self._decoder.decode(b"".join(raw))
+        text = self._decode(b"".join(raw))
+        self._is_plain = self._last is None and not self._num_strip
         return text if not self._num_strip else self._strip(text)
 
     def flush(self) -> str:
         """Return the text still held back, after the last id: the bytes of an incomplete character as U+FFFD."""
         held = b"" if self._last is None else b"".join(self._last[id_] for id_ in self._held)
-        return self._decoder.decode(held, True)
+        return self._decode(held, is_end=True)
+
+    def _decode(self, raw: bytes, *, is_end: bool = False) -> str:
+        raw = self._rest + raw
+        text, num = codecs.utf_8_decode(raw, self._errors, is_end)
+        self._rest = raw[num:]
+        return text
 
     def _strip(self, text: str) -> str:
         while text and self._num_strip:

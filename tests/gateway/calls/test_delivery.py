@@ -46,7 +46,11 @@ class Reader:
             RID, epoch, start, ids_of(start, self.log_length), records_of(start, self.log_length), finish=self.finish
         )
 
-    def feed(self, delta: m.Delta) -> None:
+    def feed(self, delta: m.Delta, *, at_once: bool = False) -> None:
+        if at_once and not delta.finish and self.cursor.take_next(delta):
+            self.ids += delta.ids
+            self.records += delta.logprobs
+            return
         if self.cursor.needs_log(delta):
             self.take(self.log())
             if self.cursor.needs_log(delta):
@@ -92,11 +96,11 @@ def test_any_disorder_gives_the_log_once(history: list[tuple[m.Delta, int]], dat
         reader.log_length = max(length, data.draw(st.integers(length, total), label="log is ahead"))
         reader.finish = end.finish if is_last else ""
         if is_last or data.draw(st.integers(0, 3), label="lost if 0"):
-            reader.feed(delta)
+            reader.feed(delta, at_once=data.draw(st.booleans(), label="at once"))
         for _ in range(data.draw(st.integers(0, 2), label="repetitions")):
             again, _ = history[data.draw(st.integers(0, i), label="which again")]
             if not again.finish or is_last:
-                reader.feed(again)
+                reader.feed(again, at_once=data.draw(st.booleans(), label="again at once"))
         assert reader.ids == ids_of(0, reader.cursor.next)
     assert reader.ids == ids_of(0, total)
     assert reader.records == records_of(0, total)
@@ -167,6 +171,53 @@ async def test_a_patient_mailbox_wakes_before_it_overflows() -> None:
         for i in range(MAX_PENDING // 2):
             mail.push(m.Delta(RID, 1, i, ids_of(i, i + 1)))
         assert [delta.seq0 for delta in await taken] == list(range(MAX_PENDING // 2))
+
+
+async def test_a_call_is_not_woken_for_what_is_taken_at_once() -> None:
+    """A delta that is not waits for the call, and so do those behind it, which keep their order."""
+    mail = Subscription([RID], eager=True)
+    at_once: list[int] = []
+
+    def take(delta: m.Delta) -> bool:
+        if delta.seq0 == 3:
+            return False
+        at_once.append(delta.seq0)
+        return True
+
+    mail.at_once = take
+    mail.push(m.Delta(RID, 1, 0, ids_of(0, 1)))  # nobody waits
+    assert len(await mail.take(30)) == 1
+    async with asyncio.TaskGroup() as group:
+        taken = group.create_task(mail.take(30))
+        await asyncio.sleep(0)
+        until_s = mail._until_s
+        for i in range(1, 3):
+            mail.push(m.Delta(RID, 1, i, ids_of(i, i + 1)))
+        await asyncio.sleep(0)
+        assert not taken.done()
+        assert mail._until_s > until_s
+        for i in range(3, 6):
+            mail.push(m.Delta(RID, 1, i, ids_of(i, i + 1)))
+        assert [delta.seq0 for delta in await taken] == [3, 4, 5]
+    assert at_once == [1, 2]
+    mail.close()
+
+
+async def test_what_fails_at_once_fails_its_call_alone() -> None:
+    mail = Subscription([RID], eager=True)
+    failure = ValueError("of a writer")
+
+    def take(delta: m.Delta) -> bool:
+        raise failure
+
+    mail.at_once = take
+    async with asyncio.TaskGroup() as group:
+        taken = group.create_task(mail.take(30))
+        await asyncio.sleep(0)
+        mail.push(m.Delta(RID, 1, 0, ids_of(0, 1)))
+        assert await taken == []
+    assert mail.failure is failure
+    mail.close()
 
 
 def test_waits_shorter_than_the_services_loop_can_time() -> None:

@@ -17,7 +17,14 @@ from prometheus_client import REGISTRY
 from gateway.http import connection as http_connection
 from gateway.http import server as http_server
 from gateway.http.addresses import origin_of
-from gateway.http.connection import MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED, Connection, ConnectionLimits
+from gateway.http.connection import (
+    CONNECTION,
+    MAX_HEAD_BYTES,
+    MAX_HEADERS,
+    MAX_PIPELINED,
+    Connection,
+    ConnectionLimits,
+)  # fmt: skip
 from gateway.http.server import HttpServer
 from gateway.http.shapes import shape_of
 from gateway.overload.memory import SHARE, MemoryAccount, address_holder
@@ -52,6 +59,17 @@ class App:
                 await send({"type": "http.response.body", "body": b"x" * 4096, "more_body": True})
                 self.num_sent += 4096
                 await asyncio.sleep(0)
+            return
+        if scope["path"] == "/parts":
+            connection: Connection = scope[CONNECTION]
+            assert not connection.takes_parts  # it has not begun
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            while connection.takes_parts:
+                connection.write_part(b"x" * 4096)
+                self.num_sent += 4096
+                await asyncio.sleep(0)
+            await send({"type": "http.response.body", "body": b"the end"})  # once its client has read enough
+            assert not connection.takes_parts
             return
         if scope["path"] == "/silent":
             await receive_disconnect(receive)
@@ -383,6 +401,35 @@ def test_who_does_not_read_a_stream_is_dropped_with_a_reason(caplog: pytest.LogC
         assert dropped() == before + 1
         assert "slow_reader" in caplog.text
         writer.close()
+
+    with_server(test)
+
+
+def test_parts_are_written_until_their_client_has_to_be_waited_for() -> None:
+    async def test(run: Running) -> None:
+        reader, writer = await run.connect()
+        writer.write(GET.replace(b"/v1/models", b"/parts") + b"\r\n")
+        await run.until(lambda: run.connections and run.connections[0]._unsent_since_s is not None)
+        assert not run.connections[0].takes_parts
+        assert not run.app.ended.is_set()
+        raw = b""
+        while not raw.endswith(b"0\r\n\r\n"):
+            raw += await reader.read(1 << 16)
+        chunks = raw.partition(b"\r\n\r\n")[2].split(b"\r\n")[1:-3:2]
+        assert b"".join(chunks) == b"x" * run.app.num_sent + b"the end"
+        await run.app.ended.wait()
+        writer.close()
+
+    with_server(test)
+
+
+def test_parts_are_not_written_to_who_has_gone() -> None:
+    async def test(run: Running) -> None:
+        _, writer = await run.connect()
+        writer.write(GET.replace(b"/v1/models", b"/parts") + b"\r\n")
+        await run.until(lambda: run.app.num_sent)
+        writer.transport.abort()
+        await run.app.ended.wait()
 
     with_server(test)
 
