@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx2
@@ -12,23 +11,12 @@ import pytest
 from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet
 from helpers.waiting import wait_until
 
-from gateway.calls.follow import Generation
-from gateway.openai.write import CompletionWriter
+from protocol.queue.bus import Bus
+from protocol.wire import messages as m
 
-CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "stream": True}
-COMPLETION = {"model": "base", "prompt": "hi", "stream": True}
-
-
-async def events_of(answer: httpx2.Response, fleet: ScriptedFleet) -> AsyncIterator[dict[str, Any]]:
-    """Make a stream's events; the worker goes on once the first token has been read, so that its call waits again."""
-    async for line in answer.aiter_lines():
-        if line.startswith("data: {"):
-            event = json.loads(line.removeprefix("data: "))
-            yield event
-            if event["choices"] and (
-                event["choices"][0].get("text") or event["choices"][0].get("delta", {}).get("content")
-            ):
-                fleet.go.set()
+CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "stream": True, "max_tokens": 60}
+COMPLETION = {"model": "base", "prompt": "hi", "stream": True, "max_tokens": 60}
+SAMPLE = Script()
 
 
 def text_of(events: list[dict[str, Any]]) -> str:
@@ -36,111 +24,91 @@ def text_of(events: list[dict[str, Any]]) -> str:
     return "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices)
 
 
-@pytest.fixture
-def num_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Have an entry for each time that a call's task has waited."""
-    waits: list[float] = []
-    advance = Generation.advance
-
-    async def counted(generation: Generation, timeout_s: float) -> Any:
-        waits.append(timeout_s)
-        return await advance(generation, timeout_s)
-
-    monkeypatch.setattr(Generation, "advance", counted)
-    return waits
+def waiters() -> set[asyncio.Future[Any]]:
+    """Return what the tasks of calls wait for now: another future once a task has been woken."""
+    tasks = [task for task in asyncio.all_tasks() if "run_asgi" in str(task.get_coro())]
+    return {task._fut_waiter for task in tasks}  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(
-    "usage", [{}, {"include_usage": True}, {"include_usage": True, "continuous_usage_stats": True}]
-)
-async def test_a_stream_wakes_its_call_at_its_beginning_and_its_end(
-    http: httpx2.AsyncClient, fleet: ScriptedFleet, num_waits: list[float], usage: dict[str, bool]
+async def follow(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str, asked: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[set[asyncio.Future[Any]]]]:
+    """Make the default script's tokens one by one, each once the one before has been read.
+
+    Returns the events, and for each what the call's task then waited for.
+    """
+    events: list[dict[str, Any]] = []
+    waited: list[set[asyncio.Future[Any]]] = []
+    fleet.assigning.clear()
+    fleet.seen.clear()
+
+    async def read() -> None:
+        async with http.stream("POST", path, json=asked) as answer:
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    events.append(json.loads(line.removeprefix("data: ")))
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(read())
+        await wait_until(lambda: fleet.seen, "it is queued")
+        submit, body = fleet.seen[0]
+        order = m.Assigned(submit.rid, 1, "", "base", submit.gateway)
+        await fleet.bus.assign(fleet.wid, [(order, 0)])
+        ids, _ = fleet.tokens(SAMPLE, body)
+        shown = 0
+        for i, id_ in enumerate(ids):
+            is_last = i == len(ids) - 1
+            assert await fleet.step(order, i, [id_], body, end="stop" if is_last else "")
+            visible = len(fleet.tokenizer.decode(ids[: i + 1]).rstrip("\ufffd"))
+            if visible > shown and not asked.get("stop") and not is_last:
+                shown = visible
+                await wait_until(lambda: len(text_of(events)) >= visible, "it is read")  # noqa: B023
+                waited.append(waiters())
+    fleet.assigning.set()
+    return events, waited
+
+
+@pytest.mark.parametrize("usage", [{}, {"include_usage": True, "continuous_usage_stats": True}])
+async def test_a_stream_s_task_sleeps_between_its_first_token_and_its_end(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, usage: dict[str, bool]
 ) -> None:
     for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)):
-        fleet.go.clear()
-        fleet.script = lambda submit, body: Script(hold_after=1)
-        num_waits.clear()
-        body = {**body, "max_tokens": 60, "stream_options": usage}
-        async with http.stream("POST", path, json=body) as answer:
-            events = [event async for event in events_of(answer, fleet)]
-        assert text_of(events) == Script().text
-        assert len(num_waits) == 2
-        num_tokens = len(fleet.tokens(Script(), fleet.seen[-1][1])[0])
-        assert len(events) > num_tokens // 2
+        events, waited = await follow(http, fleet, path, {**body, "stream_options": usage})
+        assert text_of(events) == SAMPLE.text
+        assert len(waited) > 10
+        assert all(waiting == waited[0] for waiting in waited)
         told = [event["usage"]["completion_tokens"] for event in events if event.get("usage")]
+        num_tokens = len(fleet.tokens(SAMPLE, fleet.seen[0][1])[0])
+        assert told == sorted(told)
         assert told[-1:] == ([num_tokens] if usage else [])
-        if "continuous_usage_stats" in usage:
-            assert told == sorted(told)
-            assert len(set(told)) > num_tokens // 2
+        assert len(set(told)) > (10 if usage else -1)
 
 
 async def test_stop_strings_and_logprobs_are_as_in_the_whole_answer(
-    http: httpx2.AsyncClient, fleet: ScriptedFleet, num_waits: list[float]
+    http: httpx2.AsyncClient, fleet: ScriptedFleet
 ) -> None:
-    fleet.script = lambda submit, body: Script(hold_after=1)
-    body = {**COMPLETION, "stop": ["you"], "logprobs": 2, "max_tokens": 60}
-    async with http.stream("POST", "/v1/completions", json=body) as answer:
-        events = [event async for event in events_of(answer, fleet)]
-    assert len(num_waits) == 2
-    [whole] = (await http.post("/v1/completions", json={**body, "stream": False})).json()["choices"]
-    assert text_of(events) == whole["text"] == Script().text.partition("you")[0]
+    asked = {**COMPLETION, "stop": ["you"], "logprobs": 2}
+    events, _ = await follow(http, fleet, "/v1/completions", asked)
+    [whole] = (await http.post("/v1/completions", json={**asked, "stream": False})).json()["choices"]
+    assert text_of(events) == whole["text"] == SAMPLE.text.partition("you")[0]
     choices = [choice for event in events for choice in event["choices"] if choice["logprobs"]]
     for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
         assert [value for choice in choices for value in choice["logprobs"][field]] == whole["logprobs"][field]
 
 
-async def test_choices_of_one_call_are_sent_as_their_tokens_come(
-    http: httpx2.AsyncClient, fleet: ScriptedFleet, num_waits: list[float]
+async def test_who_leaves_between_two_tokens_is_cancelled(
+    bus: Bus, gateway: RunningGateway, fleet: ScriptedFleet
 ) -> None:
-    fleet.script = lambda submit, body: Script(text=f"{submit.choice}: {Script().text}", hold_after=1)
-    async with http.stream("POST", "/v1/completions", json={**COMPLETION, "n": 3, "max_tokens": 60}) as answer:
-        events = [event async for event in events_of(answer, fleet)]
-    for i in range(3):
-        own = [{"choices": [c for c in event["choices"] if c["index"] == i]} for event in events]
-        assert text_of(own) == f"{i}: {Script().text}"
-    assert len(num_waits) < 10
-
-
-async def test_a_failure_while_writing_ends_one_stream_and_no_other(
-    http: httpx2.AsyncClient, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    fleet.script = lambda submit, body: Script(hold_after=1)
-    frames = CompletionWriter.frames
-
-    def failing(writer: CompletionWriter, piece: Any) -> bytes:
-        if "w" in piece.text:
-            raise ValueError("a fault of ours")
-        return frames(writer, piece)
-
-    monkeypatch.setattr(CompletionWriter, "frames", failing)
-    raw: list[str] = []
-
-    async def other() -> str:
-        async with http.stream("POST", "/v1/chat/completions", json={**CHAT, "max_tokens": 60}) as answer:
-            return text_of([event async for event in events_of(answer, fleet)])
-
-    async with asyncio.TaskGroup() as group:
-        others = [group.create_task(other()) for _ in range(3)]
-        async with http.stream("POST", "/v1/completions", json={**COMPLETION, "max_tokens": 60}) as answer:
-            raw = [line async for line in answer.aiter_lines()]
-    assert [other.result() for other in others] == [Script().text] * 3
-    assert "[DONE]" not in "".join(raw)
-    assert json.loads([line for line in raw if line][-1].removeprefix("data: "))["error"]["type"] == "server_error"
-    assert "a fault of ours" in caplog.text
-
-
-async def test_who_leaves_between_two_tokens_is_cancelled(gateway: RunningGateway, fleet: ScriptedFleet) -> None:
     fleet.script = lambda submit, body: Script(text="x " * 40, eos=False, hold_after=3)
-    body = {**COMPLETION, "max_tokens": 80}
     async with (
         httpx2.AsyncClient(base_url=gateway.url) as http,
-        http.stream("POST", "/v1/completions", json=body) as it,
+        http.stream("POST", "/v1/completions", json=COMPLETION) as answer,
     ):
-        await anext(it.aiter_lines())
+        await anext(answer.aiter_lines())
     fleet.go.set()
 
     async def is_over() -> bool:
-        [facts] = await fleet.bus.requests([fleet.seen[0][0].rid])
+        [facts] = await bus.requests([fleet.seen[0][0].rid])
         return facts is not None and facts.state == "cancelled"
 
     await wait_until(is_over, "it is cancelled")
