@@ -35,8 +35,9 @@ struct Ahead {
   struct Piece {
     const char *at, *end;
   };
-  Piece pieces[2 * kBlocks];  // keys and values in turns
-  int piece = 0, num_pieces = 0;
+  Piece pieces[2 * kBlocks + 1];  // keys and values in turns, and one that is only looked at
+  Piece *piece = pieces, *last = pieces;
+  const char* at;  // within the piece
 
   // A round of num_keys keys, from `key` on, of tasks[0].
   Ahead(const AttentionArgs& args, const AttentionTask* task, int64_t key, int64_t num_keys) {
@@ -44,25 +45,26 @@ struct Ahead {
     const int64_t wanted = ceil_div(num_keys, kBlockTokens);
     for (int64_t i = 0; i < 2 * kBlocks + wanted; ++i, key += kBlockTokens) {
       if (key >= task->end_key) {
-        if (++task == end) return;
+        if (++task == end) break;
         key = task->first_key;
       }
       if (i < kBlocks) continue;
       const char *k = k_block(args, *task, 0, key), *v = v_block(args, *task, 0, key);
       const int64_t k_bytes = task->num_kv_heads * args.k_block_bytes, v_bytes = task->num_kv_heads * args.v_block_bytes;
-      if (i < kBlocks + wanted) pieces[num_pieces++] = {k, k + k_bytes}, pieces[num_pieces++] = {v, v + v_bytes};
+      if (i < kBlocks + wanted) *last++ = {k, k + k_bytes}, *last++ = {v, v + v_bytes};
       if (i >= 2 * kBlocks) touch_pages(k, k_bytes), touch_pages(v, v_bytes);
     }
+    *last = {};
+    at = piece->at;
   }
   void operator()() {
-    if (piece == num_pieces) return;
-    const char* at = pieces[piece].at;
+    if (piece == last) return;
     for (int i = 0; i < kLines; ++i) prefetch_line(at + i * 64);
-    pieces[piece].at += kLines * 64;
-    if (pieces[piece].at >= pieces[piece].end) ++piece;
+    at += kLines * 64;
+    if (at >= piece->end) at = (++piece)->at;
   }
   void rest() {
-    while (piece < num_pieces) (*this)();
+    while (piece < last) (*this)();
   }
 };
 

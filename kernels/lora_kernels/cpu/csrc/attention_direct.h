@@ -33,7 +33,8 @@ inline __m512i in_all_quarters(const void* p) {
 }
 
 #ifdef __AVX512VNNI__
-// SplitRounds, to the bit, of keys and values that are multiples of 64 wide.
+// SplitRounds, to the bit, of keys and values that are multiples of 64 wide. Loops over sums are unrolled: a compiler that
+// has to look one of them up by number, or that runs out of registers, keeps them in memory.
 template <typename T>
 struct DirectSplitRounds : SplitRounds<T> {
   using Base = SplitRounds<T>;
@@ -105,12 +106,14 @@ struct DirectSplitRounds : SplitRounds<T> {
         ahead();
         // Four entries of the loop at once: with a call inside, sums were copied from register to register.
 #pragma GCC unroll 4
-        for (int64_t e = d; e < d + 4; ++e) {
+        for (int e = 0; e < 4; ++e) {
+#pragma GCC unroll 4
           for (int i = 0; i < 4; ++i) {
-            const __m512i codes = _mm512_xor_si512(in_all_quarters(from + i * args.k_dim + e * 16), sign);
+            const __m512i codes = _mm512_xor_si512(in_all_quarters(from + i * args.k_dim + (d + e) * 16), sign);
+#pragma GCC unroll 2
             for (int s = 0; s < Sets; ++s) {
-              above[s][i] = _mm512_dpbusd_epi32(above[s][i], codes, high[first + s * steps + e]);
-              below[s][i] = _mm512_dpbusd_epi32(below[s][i], codes, low[first + s * steps + e]);
+              above[s][i] = _mm512_dpbusd_epi32(above[s][i], codes, high[first + s * steps + d + e]);
+              below[s][i] = _mm512_dpbusd_epi32(below[s][i], codes, low[first + s * steps + d + e]);
             }
           }
         }
@@ -125,62 +128,77 @@ struct DirectSplitRounds : SplitRounds<T> {
   }
 
   void add_values(int64_t num_keys, float* acc, Ahead& ahead) {
-    constexpr int64_t kRows = 3;
     const int64_t whole_blocks = ceil_div(num_keys, kBlockTokens) * kBlockTokens;
     for (int64_t d = 0; d < args.v_dim; d += 64) {
-      for (int64_t r = 0; r < rows; r += kRows) {
-        with_size<kRows>(min(kRows, rows - r), [&]<int Rows>() {
-          add_tile<Rows>(r, d, whole_blocks, acc + r * args.v_dim + d, ahead);
+      for (int64_t r = 0; r < rows; r += kQuarters) {
+        with_size<kQuarters>(min(kQuarters, rows - r), [&]<int Rows>() {
+          float* to = acc + r * args.v_dim + d;
+          add_tile<Rows>(r, d, whole_blocks, to, ahead, [](__m512i a, __m512i b) { return _mm512_unpacklo_epi8(a, b); });
+          add_tile<Rows>(r, d, whole_blocks, to + 8, ahead,
+                         [](__m512i a, __m512i b) { return _mm512_unpackhi_epi8(a, b); });
         });
       }
     }
   }
 
-  // Adds columns [d, d + 64) of rows [first, first + Rows).
-  template <int Rows>
-  void add_tile(int64_t first, int64_t d, int64_t num_keys, float* acc, Ahead& ahead) {
-    const __m512i sign = _mm512_set1_epi8(static_cast<char>(0x80));
-    __m512i above[Rows][4], below[Rows][4];
+  // Weights are not negative, so that they are the unsigned bytes of products, and codes the signed ones as they lie.
+  void put_weights(int64_t r, int64_t begin, int64_t end, float* acc, float& peak, float& total) {
+    softmax_row(args, products + r * kKeys, begin, end, this->weight_row, acc, peak, total);
+    const float largest = scale_weights(this->weight_row, v_scales, begin, end);
+    SplitRow& own = weights[r];
+    own.scale = largest / 32512;
+    const Vec inverse = set1(own.scale > 0 ? 1.0f / own.scale : 0.0f);
+    for (int64_t j = 0; j < kKeys; j += kLanes) {
+      const __m512i whole = _mm512_cvtps_epi32(mul(load(this->weight_row + j), inverse));
+      _mm512_mask_cvtepi32_storeu_epi8(own.high + j, 0xffff, _mm512_srli_epi32(whole, 8));
+      _mm512_mask_cvtepi32_storeu_epi8(own.low + j, 0xffff, whole);
+    }
+  }
+
+  // Adds the columns that `half` picks, eight of each sixteen in [d, d + 64), of rows [first, first + Rows). All 64 at
+  // once would need more registers than there are.
+  template <int Rows, typename Half>
+  void add_tile(int64_t first, int64_t d, int64_t num_keys, float* acc, Ahead& ahead, const Half& half) {
+    __m512i above[Rows][2], below[Rows][2];
+#pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r)
-      for (int p = 0; p < 4; ++p) above[r][p] = below[r][p] = _mm512_setzero_si512();
+      above[r][0] = above[r][1] = below[r][0] = below[r][1] = _mm512_setzero_si512();
     for (int64_t j = 0; j < num_keys; j += 4) {
       ahead();
       const uint8_t* from = values[j / kBlockTokens] + j % kBlockTokens * args.v_dim + d;
-      const auto row = [&](int64_t r) { return _mm512_xor_si512(_mm512_loadu_si512(from + r * args.v_dim), sign); };
-      const __m512i a = row(0), b = row(1), c = row(2), e = row(3);
-      const __m512i ab[2] = {_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b)};
-      const __m512i ce[2] = {_mm512_unpacklo_epi8(c, e), _mm512_unpackhi_epi8(c, e)};
-      // fours[p]: of each 16 columns, the four codes of columns 4 p to 4 p + 3.
-      const __m512i fours[4] = {_mm512_unpacklo_epi16(ab[0], ce[0]), _mm512_unpackhi_epi16(ab[0], ce[0]),
-                                _mm512_unpacklo_epi16(ab[1], ce[1]), _mm512_unpackhi_epi16(ab[1], ce[1])};
+      const auto row = [&](int64_t r) { return _mm512_loadu_si512(from + r * args.v_dim); };
+      const __m512i front = half(row(0), row(1)), back = half(row(2), row(3));
+      // The four codes of columns 0 to 3, and of 4 to 7, of each eight.
+      const __m512i fours[2] = {_mm512_unpacklo_epi16(front, back), _mm512_unpackhi_epi16(front, back)};
+#pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
         int four[2];
         __builtin_memcpy(&four[0], weights[first + r].high + j, 4);
         __builtin_memcpy(&four[1], weights[first + r].low + j, 4);
-        for (int p = 0; p < 4; ++p) {
-          above[r][p] = _mm512_dpbusd_epi32(above[r][p], fours[p], _mm512_set1_epi32(four[0]));
-          below[r][p] = _mm512_dpbusd_epi32(below[r][p], fours[p], _mm512_set1_epi32(four[1]));
+#pragma GCC unroll 2
+        for (int p = 0; p < 2; ++p) {
+          above[r][p] = _mm512_dpbusd_epi32(above[r][p], _mm512_set1_epi32(four[0]), fours[p]);
+          below[r][p] = _mm512_dpbusd_epi32(below[r][p], _mm512_set1_epi32(four[1]), fours[p]);
         }
       }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-      const SplitRow& own = weights[first + r];
-      Vec parts[4];
-      for (int p = 0; p < 4; ++p) {
-        const __m512i sums = _mm512_add_epi32(_mm512_slli_epi32(above[r][p], 8), below[r][p]);
-        parts[p] = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, _mm512_set1_epi32(own.excess)));
-      }
-      // Quarter q of parts[p] becomes quarter p of columns[q].
-      const Vec low01 = _mm512_shuffle_f32x4(parts[0], parts[1], 0x44);
-      const Vec low23 = _mm512_shuffle_f32x4(parts[2], parts[3], 0x44);
-      const Vec high01 = _mm512_shuffle_f32x4(parts[0], parts[1], 0xee);
-      const Vec high23 = _mm512_shuffle_f32x4(parts[2], parts[3], 0xee);
-      const Vec columns[4] = {
-          _mm512_shuffle_f32x4(low01, low23, 0x88), _mm512_shuffle_f32x4(low01, low23, 0xdd),
-          _mm512_shuffle_f32x4(high01, high23, 0x88), _mm512_shuffle_f32x4(high01, high23, 0xdd)};
-      for (int p = 0; p < 4; ++p) {
-        float* to = acc + r * args.v_dim + p * kLanes;
-        store(to, fma(columns[p], set1(own.scale), load(to)));
+      Vec parts[2];
+      for (int p = 0; p < 2; ++p)
+        parts[p] = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(above[r][p], 8), below[r][p]));
+      // Quarters 0 and 1 of both, and 2 and 3: each quarter of parts[0] stands before that of parts[1].
+      const __m512i lows = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+      const __m512i highs = _mm512_add_epi64(lows, _mm512_set1_epi64(4));
+      const auto pick = [&](__m512i places) {
+        return _mm512_castpd_ps(_mm512_permutex2var_pd(_mm512_castps_pd(parts[0]), places, _mm512_castps_pd(parts[1])));
+      };
+      const Vec columns[2] = {pick(lows), pick(highs)};
+      const __m256 scale = _mm256_set1_ps(weights[first + r].scale);
+      for (int q = 0; q < 4; ++q) {
+        float* to = acc + r * args.v_dim + q * 16;
+        const __m256 own = q % 2 ? _mm512_extractf32x8_ps(columns[q / 2], 1) : _mm512_castps512_ps256(columns[q / 2]);
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(own, scale, _mm256_loadu_ps(to)));
       }
     }
   }
