@@ -1,26 +1,23 @@
 """A connection on which commands are sent as they come, whether those before have been answered or not.
 
-redis-py lends every command a connection of its own, under locks and timeouts: 60 µs of CPU, where the command itself
-takes 15. Scripts are most of what services ask of the queue, are short, and may run twice; so they share one line, and
-whatever goes wrong on it is left to redis-py, which connects and tries again.
+redis-py lends every command a connection of its own, under locks and timeouts, and reads replies in a task: 60 µs of
+CPU, where the command itself takes 15. Scripts are most of what services ask of the queue, are short, and may run
+twice; so they share one line, and whatever goes wrong on it is left to redis-py, which connects and tries again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import hiredis
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from protocol.queue.connection.redis_client import Client
-
-logger = logging.getLogger(__name__)
+from protocol.queue.connection.redis_client import NOTHING, Client, as_raised
 
 _pack: Callable[[tuple[str | bytes | int | float, ...]], bytes] = getattr(hiredis, "pack_command")  # noqa: B009  untyped
 """Redis-py's own is in Python, and takes ten times as long."""
@@ -34,12 +31,97 @@ MAX_WAITING = 256
 REST_S = 1.0
 """Time after a failure to connect in which it is not tried again."""
 
+_LOST = "the line to the queue was lost"
+
+_Push: type = getattr(hiredis, "PushNotification")  # noqa: B009  untyped
+
 LOST = (RedisConnectionError, RedisTimeoutError, OSError)
 """What `Line.ask` raises when the reply cannot be had; the command may have been carried out."""
 
 
 class NotTakenError(Exception):
     """The command is too large for the line, or too many wait there already: it is for a connection of its own."""
+
+
+class _Talk(asyncio.Protocol):
+    """One open connection: hands replies to those who wait for them, in the order of their commands."""
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self.is_over = False
+        self._timeout_s = timeout_s
+        self._loop = asyncio.get_running_loop()
+        self._writer: asyncio.StreamWriter
+        self._transport: asyncio.WriteTransport
+        self._replies: Any  # `hiredis.Reader`, which is untyped
+        self._waiting: deque[tuple[asyncio.Future[Any], float]] = deque()  # with the time until which each may wait
+        self._timer: asyncio.TimerHandle | None = None  # one for all that wait: each of its own would cost more
+
+    def begin(self, connection: Any) -> None:
+        """Talk on what was the connection of redis-py's."""
+        self._writer, self._replies = connection.give_away(self)
+        self._transport = self._writer.transport
+
+    def ask(self, command: tuple[str | bytes | int | float, ...]) -> asyncio.Future[Any]:
+        """Send a command. See `Line.ask`."""
+        packed = _pack(command)
+        if len(packed) > MAX_COMMAND_BYTES or len(self._waiting) >= MAX_WAITING:
+            raise NotTakenError
+        if self.is_over or self._transport.is_closing():
+            raise RedisConnectionError(_LOST)
+        reply: asyncio.Future[Any] = self._loop.create_future()
+        until_s = math.inf if self._timeout_s is None else self._loop.time() + self._timeout_s
+        self._waiting.append((reply, until_s))
+        if self._timer is None and self._timeout_s is not None:
+            self._timer = self._loop.call_at(until_s, self._look)
+        self._transport.write(packed)
+        return reply
+
+    def data_received(self, data: bytes) -> None:
+        """Take what the server has sent."""
+        self._replies.feed(data)
+        while not self.is_over:
+            reply = self._replies.gets()
+            if reply is NOTHING:
+                break
+            if isinstance(reply, _Push):  # it answers nothing
+                continue
+            error = as_raised(reply) if isinstance(reply, Exception) else None
+            if isinstance(error, RedisConnectionError):
+                self.end(error)
+                break
+            future, _ = self._waiting.popleft()
+            if future.done():  # whoever asked has been cancelled
+                continue
+            if error is None:
+                future.set_result(reply)
+            else:
+                future.set_exception(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell those who wait."""
+        self.end(RedisConnectionError(_LOST))
+
+    def end(self, error: Exception) -> None:
+        """Close the connection; whoever waits is told why."""
+        self.is_over = True
+        self._transport.abort()
+        if self._timer is not None:
+            self._timer.cancel()
+        while self._waiting:
+            future, _ = self._waiting.popleft()
+            if not future.done():
+                future.set_exception(error)
+
+    def _look(self) -> None:
+        """Give up a server that has not answered in time: those who asked later have waited as long, or will."""
+        self._timer = None
+        if not self._waiting:
+            return
+        _, until_s = self._waiting[0]
+        if until_s <= self._loop.time():
+            self.end(RedisTimeoutError("timeout waiting for the queue"))
+        else:
+            self._timer = self._loop.call_at(until_s, self._look)
 
 
 class Line:
@@ -49,9 +131,7 @@ class Line:
         """`client`: connects, without a timeout of its own; `timeout_s`: most time until a reply; None: any."""
         self._client = client
         self._timeout_s = timeout_s
-        self._connection: Any = None
-        self._waiting: deque[asyncio.Future[Any]] = deque()  # for replies, which come in the order of the commands
-        self._reader: asyncio.Task[None] | None = None
+        self._talk: _Talk | None = None
         self._opening = asyncio.Lock()
         self._rests_until_s = 0.0
 
@@ -60,70 +140,31 @@ class Line:
 
         Raises ResponseError for an error of the server's, one of `LOST`, and NotTakenError.
         """
-        if self._connection is None or not self._connection.is_connected:
-            await self._open()
-        connection: Any = self._connection
-        packed = _pack(command)
-        if len(packed) > MAX_COMMAND_BYTES or len(self._waiting) >= MAX_WAITING:
-            raise NotTakenError
-        reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._waiting.append(reply)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await connection.send_packed_command(packed, check_health=False)
-                return await reply
-        except TimeoutError:
-            await connection.disconnect(nowait=True)  # the others have waited as long, or will
-            raise RedisTimeoutError("timeout waiting for the queue") from None
-        finally:
-            reply.cancel()  # whatever comes now, nobody waits for it
+        talk = self._talk
+        if talk is None or talk.is_over:
+            talk = await self._open()
+        return await talk.ask(command)
 
     async def close(self) -> None:
         """End the connection."""
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.wait([self._reader])
+        if self._talk is not None:
+            self._talk.end(RedisConnectionError(_LOST))
 
-    async def _open(self) -> None:
-        loop = asyncio.get_running_loop()
+    async def _open(self) -> _Talk:
         async with self._opening:
-            if self._connection is not None and self._connection.is_connected:
-                return
-            if loop.time() < self._rests_until_s:
+            if self._talk is not None and not self._talk.is_over:
+                return self._talk
+            if asyncio.get_running_loop().time() < self._rests_until_s:
                 raise RedisConnectionError("the line to the queue is broken")
-            await self.close()
             connection = self._client.connection_pool.make_connection()
             try:
                 async with asyncio.timeout(self._timeout_s):
                     await connection.connect()
             except BaseException as error:
-                self._rests_until_s = loop.time() + REST_S
+                self._rests_until_s = asyncio.get_running_loop().time() + REST_S
                 if isinstance(error, TimeoutError):
                     raise RedisTimeoutError("timeout connecting to the queue") from None
                 raise
-            self._connection, self._waiting = connection, deque()
-            self._reader = loop.create_task(self._read(connection, self._waiting))
-
-    async def _read(self, connection: Any, waiting: deque[asyncio.Future[Any]]) -> None:
-        """Hand replies to those who wait for them, until the connection is lost."""
-        try:
-            while True:
-                error = reply = None
-                try:
-                    reply = await connection.read_response(disconnect_on_error=False)
-                except ResponseError as refused:
-                    error = refused
-                future = waiting.popleft()
-                if future.done():  # whoever asked has been cancelled
-                    continue
-                if error is None:
-                    future.set_result(reply)
-                else:
-                    future.set_exception(error)
-        except Exception as error:  # noqa: BLE001  the loop's edge: whoever waits is told below
-            logger.debug("the line to the queue was lost: %r", error)
-        finally:
-            await connection.disconnect(nowait=True)
-            for future in waiting:
-                if not future.done():
-                    future.set_exception(RedisConnectionError("the line to the queue was lost"))
+            self._talk = _Talk(self._timeout_s)
+            self._talk.begin(connection)
+            return self._talk

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, Final, TypeAlias, cast
 from urllib.parse import urlsplit
 
+import hiredis
 import redis
 import redis.asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import InvalidResponse, NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry as SyncRetry
 
@@ -44,6 +45,9 @@ UNFIT = ("READONLY", "NOREPLICAS", "MASTERDOWN", "UNBLOCKED", "BUSY ")
 """How errors of a server begin that cannot serve now: a replica, an old primary that a failover has left behind, a
 primary that does not hear its replicas (`min-replicas-to-write`), or one that was stopped while it ran a script."""
 
+NOTHING: Final = object()
+"""What a parser of replies returns while none is whole."""
+
 CONNECT_TIMEOUT_S = 5
 MAX_CONNECTIONS = 32
 """Connections of one client; further commands wait for one."""
@@ -59,6 +63,7 @@ class _Cancellable:
 
     socket_timeout: float | None
     _writer: asyncio.StreamWriter | None
+    _reader: asyncio.StreamReader | None
 
     async def send_packed_command(self, command: Any, check_health: bool = True) -> None:
         """Send a command. Raises a connection error, as redis-py does where the loop is asyncio's.
@@ -90,12 +95,34 @@ class _Cancellable:
         try:
             return await super().read_response(*args, **options)  # type: ignore[misc]
         except ResponseError as error:
-            if str(error).startswith("MISCONF"):
-                raise DiskFull(str(error)) from None
-            if not str(error).startswith(UNFIT) and not isinstance(error, ReadOnlyError):
-                raise
-            await self.disconnect(nowait=True)  # type: ignore[attr-defined]
-            raise RedisConnectionError(f"the queue's server cannot serve now: {error}") from None
+            raised = as_raised(error)
+            if isinstance(raised, RedisConnectionError):
+                await self.disconnect(nowait=True)  # type: ignore[attr-defined]
+            raise raised from None
+
+    def give_away(self, protocol: asyncio.Protocol) -> tuple[asyncio.StreamWriter, Any]:
+        """Leave an open connection to `protocol`, which gets all that comes from now on.
+
+        Returns its writer, which closes it when it is dropped, and what parses replies, a `hiredis.Reader`: `gets`
+        returns `NOTHING` while none is whole.
+        """
+        writer = self._writer
+        assert writer is not None
+        writer.transport.set_protocol(protocol)
+        self._writer = self._reader = None
+        parser: Any = getattr(self, "_parser")  # noqa: B009  untyped
+        reader = hiredis.Reader(protocolError=InvalidResponse, replyError=parser.parse_error, notEnoughData=NOTHING)
+        return writer, reader
+
+
+def as_raised(error: Exception) -> Exception:
+    """Return what is raised for an error that the server has answered with."""
+    text = str(error)
+    if text.startswith("MISCONF"):
+        return DiskFull(text)
+    if text.startswith(UNFIT) or isinstance(error, ReadOnlyError):
+        return RedisConnectionError(f"the queue's server cannot serve now: {error}")
+    return error
 
 
 class _Timed:
