@@ -6,6 +6,7 @@ meanwhile. `service.py` sends the scripts.
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,10 @@ from protocol.wire.error_codec import error_json
 
 MAX_ROWS = 128
 """Most rows of one script: 256 rows keep Redis from other clients for 1.3 ms (measured, 2 vCPU EPYC)."""
+
+
+_ID = struct.Struct("<i")
+"""A token as it is written: most outputs have one."""
 
 
 @dataclass(slots=True)
@@ -87,12 +92,23 @@ class Outbox:
         ending: dict[bytes, int] = {}
         for rid, new in pending.items():
             request = self.owned.get(rid)
-            if request is None or not new.cut(request):
+            if request is None:
+                continue
+            seq0 = request.num_logged
+            if new.seq0 != seq0 and not new.cut(request):
                 continue
             self._built[rid] = request
-            step.rows.append(self._row(request, new))
+            if not (new.finish or new.timing is not None or new.prompt_logprobs):  # most of all rows
+                step.rows.append(StepRow(rid, request.epoch, seq0, new.ids, new.logprobs))
+                delta = m.Delta(rid, request.epoch, seq0, new.ids, new.logprobs)
+            else:
+                step.rows.append(self._row(request, new))
+                delta = self._delta(request, new)
             if request.gateway:
-                step.outs.setdefault(request.gateway, []).append(self._delta(request, new))
+                outs = step.outs.get(request.gateway)
+                if outs is None:
+                    outs = step.outs[request.gateway] = []
+                outs.append(delta)
             if new.finish:
                 ending[request.entry] = ending.get(request.entry, 0) + 1
                 step.ended.append(self._ended(request, new))
@@ -178,10 +194,16 @@ class Outbox:
 def add_outputs(pending: dict[str, PendingOutput], outputs: Iterable[TokenOutput]) -> None:
     """Add one engine step's outputs to those that wait to be published, by request id."""
     for output in outputs:
+        ids = output.ids
+        packed = _ID.pack(ids[0]) if len(ids) == 1 else array("i", ids).tobytes()
         new = pending.get(output.rid)
         if new is None or (new.seq0 >= 0 and output.seq0 != new.seq0 + len(new.ids) // 4):
-            new = pending[output.rid] = PendingOutput(output.seq0)
-        new.ids += array("i", output.ids).tobytes()
+            pending[output.rid] = PendingOutput(
+                output.seq0, packed, output.logprobs, output.prompt_logprobs, output.finish, output.error,
+                output.num_cached_tokens, output.timing,
+            )  # fmt: skip
+            continue
+        new.ids += packed
         new.logprobs += output.logprobs
         new.prompt_logprobs += output.prompt_logprobs
         new.num_cached_tokens = output.num_cached_tokens

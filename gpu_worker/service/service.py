@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
+from operator import attrgetter
 
 import msgspec
 
@@ -43,6 +44,10 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 """Seconds between two beats, and between two looks whether the queue was restarted."""
+
+END_BEAT_S = 0.5
+"""Age of a beat from which on the end of a request makes another. The scheduler reads no more of them, and is told of
+ends by the steps."""
 
 BEAT_TTL_MS = 4000
 """Life of a beat: a worker whose beat has expired is dead to the fleet."""
@@ -89,6 +94,7 @@ class Worker:
         self._publish_s = 0.0  # waited for step scripts, since the start
         self._has_outputs = asyncio.Event()
         self._beat_now = asyncio.Event()
+        self._end_beat_s = 0.0  # time from which on the end of a request makes it beat
         self._beaten_loads = 0  # adapters that had come to the pool by the last beat
         self._engine_died = asyncio.Event()
         self._failure: BaseException | None = None  # why it died
@@ -315,15 +321,19 @@ class Worker:
         async with self._publishing:
             whole, self._pending = self._pending, {}
             num_steps, self._num_unacked = self._num_unacked, 0
-            rids = list(whole)
+            has_ends = any(map(attrgetter("finish"), whole.values()))
             try:
-                for start in range(0, max(len(rids), 1), MAX_ROWS):
-                    await self._write({rid: whole[rid] for rid in rids[start : start + MAX_ROWS]})
+                if len(whole) <= MAX_ROWS:
+                    await self._write(whole)
+                else:
+                    rids = list(whole)
+                    for start in range(0, len(rids), MAX_ROWS):
+                        await self._write({rid: whole[rid] for rid in rids[start : start + MAX_ROWS]})
             finally:  # also when they are given up with the membership: the engine must not wait for them
                 for _ in range(num_steps):
                     self.engine.ack_step()
         # The scheduler lets a worker load few adapters at a time, and sends more when a beat tells that one has come.
-        if self.engine.stats().num_loads != self._beaten_loads or any(new.finish for new in whole.values()):
+        if self.engine.stats().num_loads != self._beaten_loads or (has_ends and time.monotonic() > self._end_beat_s):
             self._beat_now.set()
 
     async def _write(self, pending: dict[str, PendingOutput]) -> None:
@@ -364,6 +374,8 @@ class Worker:
                 await self._beat()
                 if time.monotonic() > look_s:  # a beat may also come with every end
                     look_s = time.monotonic() + BEAT_S
+                    if self.loader is not None:
+                        self.loader.set_urls(await self.bus.members.store_urls())
                     restarted = await self.bus.restarted() or restarted
                     if restarted:
                         await self._take_again()
@@ -375,7 +387,7 @@ class Worker:
 
     def _own_beat(self) -> m.WorkerBeat:
         stats = self.engine.stats()
-        self._beaten_loads = stats.num_loads
+        self._beaten_loads, self._end_beat_s = stats.num_loads, time.monotonic() + END_BEAT_S
         return worker_beat(
             self.name, stats, self.outbox, publish_s=self._publish_s, draining=self.draining,
         )  # fmt: skip
@@ -389,8 +401,6 @@ class Worker:
             await self.bus.members.leave(self.wid)
             raise Fenced
         await self._tell_adapter_events()
-        if self.loader is not None:
-            self.loader.set_urls(await self.bus.members.store_urls())
         if self.settings.metrics_port:  # else nobody reads them here
             WORKERS.show([beat])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import msgspec
 import pytest
 from helpers.script_queue import Queue, make_body, make_submit, row
 
@@ -48,7 +49,7 @@ async def test_a_request_counts_with_its_end(queue: Queue) -> None:
     await submit(queue, "a")
     await queue.write(row("a", 0, 5, 6))
     assert await counts(queue) == []
-    end = replace(row("a", 2, 7, finish="stop"), num_cached=2)
+    end = msgspec.structs.replace(row("a", 2, 7, finish="stop"), num_cached=2)
     assert not await queue.write(end)
     assert await queue.bus.usage.rows(today(), "acme") == [UsageRow("acme", "sql", "d1", "tiny", False, 1, 3, 2, 3)]
     assert await queue.bus.usage.tenants(today()) == ["acme"]
@@ -60,7 +61,9 @@ async def test_a_request_counts_with_its_end(queue: Queue) -> None:
 
 async def test_choices_of_a_prompt_count_it_once(queue: Queue) -> None:
     await submit(queue, "a-0", "a-1")
-    ends = [replace(row(rid, 0, 5, finish="stop"), num_cached=num) for rid, num in (("a-0", 1), ("a-1", 3))]
+    ends = [
+        msgspec.structs.replace(row(rid, 0, 5, finish="stop"), num_cached=num) for rid, num in (("a-0", 1), ("a-1", 3))
+    ]
     await queue.write(*ends)
     assert await counts(queue) == [(1, 3, 1, 2)]
 
