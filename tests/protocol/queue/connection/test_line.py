@@ -97,3 +97,45 @@ async def test_a_server_that_does_not_answer_is_given_up(bus: Bus, tmp_path: Pat
     with pytest.raises(LOST):
         await slow.ask(("BLPOP", "none", 0))
     await slow.close()
+
+
+async def test_what_a_server_tells_unasked_is_no_reply(bus: Bus) -> None:
+    """A server may push notices between two replies."""
+    line = bus._line
+    await line.ask(("CLIENT", "TRACKING", "ON"))
+    await line.ask(("GET", "watched"))
+    await bus._redis.set("watched", "1", ex=60)
+    assert await asyncio.gather(*(line.ask(("ECHO", i)) for i in range(3))) == [b"0", b"1", b"2"]
+    await line.ask(("CLIENT", "TRACKING", "OFF"))
+
+
+@pytest.mark.parametrize("answer", [b"what is this\r\n", b"-LOADING the data\r\n", b"-READONLY a replica\r\n", b""])
+async def test_a_server_that_cannot_serve_loses_the_line(bus: Bus, tmp_path: Path, answer: bytes) -> None:
+    """It talks no protocol, or says that it cannot serve, or hangs up: all who wait are told."""
+
+    async def carry(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        while data := await source.read(4096):
+            target.write(data)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Pass on what the real server says, until it is asked for an echo."""
+        source, target = await asyncio.open_unix_connection(bus.url.removeprefix("unix://").partition("?")[0])
+        carrying = asyncio.create_task(carry(source, writer))
+        while b"ECHO" not in (data := await reader.read(4096)) and data:
+            target.write(data)
+        if data:
+            writer.write(answer)
+            await (reader.read() if answer else asyncio.sleep(0))
+        carrying.cancel()
+        target.close()
+        writer.close()
+
+    async with await asyncio.start_unix_server(serve, tmp_path / "s"):
+        client = connect(f"unix://{tmp_path / 's'}", timeout_s=None)
+        line = Line(client, timeout_s=30)
+        await line.ask(("PING",))
+        asked = await asyncio.gather(*(line.ask(("ECHO", i)) for i in range(3)), return_exceptions=True)
+        assert all(isinstance(reply, LOST) for reply in asked)
+        assert await line.ask(("PING",)) == b"PONG"  # on another connection
+        await line.close()
+        await client.aclose()
