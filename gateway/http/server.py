@@ -16,7 +16,7 @@ from typing import Any
 import uvicorn
 
 from gateway.http.addresses import origin_of
-from gateway.http.connection import Connection, ConnectionLimits
+from gateway.http.connection import Connection, ConnectionLimits, Parts
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape, ShapeOf
 from gateway.overload.memory import MemoryAccount, address_holder
 from protocol.metrics.series import HTTP_DROPPED
@@ -64,7 +64,9 @@ class HttpServer(uvicorn.Server):
         self._num_of: Counter[str] = Counter()
         self._rest_s = rest_s
         self._memory = memory or MemoryAccount(1 << 62)
-        self._connection = partial(Connection, limits=limits or ConnectionLimits(), shape_of=shape_of)
+        self._connection = partial(
+            Connection, limits=limits or ConnectionLimits(), shape_of=shape_of, parts=Parts()
+        )  # fmt: skip
         self._listeners: tuple[socket.socket, ...] = ()
         self._opening: set[asyncio.Task[None]] = set()
 
