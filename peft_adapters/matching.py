@@ -77,9 +77,7 @@ class Matcher:
         if self.base is None:
             return
         known = set(self.sites) | {name.rpartition(".")[0] for name, s in self.sites.items() if s.kind == "parameter"}
-        for module, name in sorted(self.tensors.by_module()):
-            if name in self._used:
-                continue
+        for module, name in sorted(pair for pair in self.tensors.by_module() if pair[1] not in self._used):
             if module in known:
                 self.reasons.add("tensors for layers that the config does not target", name)
             else:

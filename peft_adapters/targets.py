@@ -68,6 +68,8 @@ class Names:
         """Return whether a module is chosen."""
         if self.pattern is not None:
             return self.pattern.fullmatch(module) is not None
+        if module.rpartition(".")[2] in self.endings:  # most lists are of last parts
+            return True
         return any(ending in self.endings for ending in endings_of(module))
 
 
@@ -130,9 +132,9 @@ class SavedModules:
 
     def excludes(self, module: str) -> bool:
         """Return whether a module cannot be adapted because it is saved, or lies in one that is."""
-        if not self.plain.isdisjoint(module.split(".")):
+        if self.plain and not self.plain.isdisjoint(module.split(".")):
             return True
-        return any(pattern.match(module) is not None for pattern in self.patterns)
+        return bool(self.patterns) and any(pattern.match(module) is not None for pattern in self.patterns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,8 @@ class PatternMap:
 
     def get(self, module: str, default: Any) -> Any:
         """Return the number for a module, `default` if no pattern matches."""
+        if not self._patterns:
+            return default
         if module not in self._found:
             self._found[module] = self._first(module)
         key = self._found[module]

@@ -11,6 +11,7 @@ from peft_adapters.reasons import Reasons
 
 _WRAPPED = ".base_layer"
 
+_USUAL = (".lora_A.weight", ".lora_B.weight")
 _LORA = re.compile(r"(.+)\.lora_(?:(A|B)\.weight|(A|B|E)|B\.(bias))", re.DOTALL)
 _EMBEDDING = re.compile(r"(.+)\.lora_embedding_(A|B)", re.DOTALL)
 _MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector", re.DOTALL)
@@ -46,7 +47,8 @@ class AdapterTensors:
         """Yield (module, tensor) for every tensor."""
         for groups in (self.lora, self.embedding):
             for module, names in groups.items():
-                yield from ((unwrapped(module), name) for name in names.values())
+                owner = unwrapped(module)
+                yield from [(owner, name) for name in names.values()]
         for flat in (self.magnitude, self.tokens):
             yield from flat.items()
         yield from ((module, name) for (module, _, _), name in self.plain.items())
@@ -66,7 +68,10 @@ def sort_tensors(names: Mapping[str, str], reasons: Reasons) -> AdapterTensors:
 
 def _sort(path: str, name: str, found: AdapterTensors) -> bool:
     """Enter one tensor; False if its name is not understood. path: the name without the prefix."""
-    if match := _LORA.fullmatch(path):
+    if path.endswith(_USUAL) and len(path) > len(_USUAL[0]):  # nearly all: a pattern takes several times as long
+        half, module = path[-len("A.weight")], path[: -len(_USUAL[0])]
+        found.lora.setdefault(module, {})[half] = name
+    elif match := _LORA.fullmatch(path):
         half = next(group for group in match.groups()[1:] if group)
         found.lora.setdefault(match[1], {})[half] = name
     elif match := _EMBEDDING.fullmatch(path):

@@ -247,6 +247,9 @@ def _pack_site(
 def _copy(file: bytes | memoryview, dtype: str, info: TensorInfo, to: NDArray[Any]) -> None:
     """Write a tensor of a safetensors file, in another dtype, into an array with as many numbers in the same order."""
     numbers = _numbers(file, info).reshape(to.shape)
+    if _FILE_DTYPES[info.dtype] == dtype:
+        to[:] = numbers
+        return
     step = max(1, PIECE_BYTES * len(numbers) // max(1, numbers.nbytes))
     for begin in range(0, len(numbers), step):
         to[begin : begin + step] = _convert(numbers[begin : begin + step], info, dtype)
@@ -254,16 +257,12 @@ def _copy(file: bytes | memoryview, dtype: str, info: TensorInfo, to: NDArray[An
 
 def _numbers(file: bytes | memoryview, info: TensorInfo) -> NDArray[Any]:
     """Return a tensor of a safetensors file as unsigned integers with the bits of its numbers."""
-    item = _ITEMS[_FILE_DTYPES[info.dtype]]
-    count = (info.end - info.begin) // np.dtype(item).itemsize
-    return np.frombuffer(file, item, count, info.begin).reshape(info.shape)
+    return np.ndarray(info.shape, _ITEMS[_FILE_DTYPES[info.dtype]], file, info.begin)
 
 
 def _convert(numbers: NDArray[Any], info: TensorInfo, dtype: str) -> NDArray[Any]:
     """Return numbers, as bits, in another dtype: rounded to nearest even, infinite where they are too large for it."""
     source = _FILE_DTYPES[info.dtype]
-    if source == dtype:
-        return numbers
     if source == "bfloat16":
         wide = (numbers.astype(np.uint32) << 16).view(np.float32)
     else:
