@@ -225,3 +225,9 @@ def test_a_refusal_stays_short() -> None:
 def test_refuses_what_is_no_config(raw: bytes) -> None:
     with pytest.raises(AdapterRefused, match=re.escape(CONFIG_FILE)):
         parse_config(raw)
+
+
+def test_a_tensor_of_no_module_is_not_understood() -> None:
+    names = ["base_model.model..lora_A.weight", "base_model.model..lora_B.weight"]
+    unknown: dict[str, Any] = {name: np.zeros((2, 2), np.float32) for name in names}
+    assert reasons(lora_config(), **unknown) == [f"tensors that are not understood: {', '.join(names)}"]
