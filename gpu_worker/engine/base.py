@@ -145,7 +145,7 @@ class BaseEngine(ABC):
     def _stats(self, **own: Any) -> EngineStats:
         """Return the figures that all engines have, and an engine's `own`."""
         return EngineStats(
-            step_model=self.meter.fit.model(),
+            step_model=self.meter.model,
             counters=copy(self.counters),
             **self.residency.figures(self._wanted_adapters()),
             **own,

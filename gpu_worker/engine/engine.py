@@ -255,10 +255,10 @@ class Engine(BaseEngine):
 
     def _settle(self, flight: Flight, sampled: Sampled | None) -> int:
         """Append the chosen tokens, end what they end, and put them out. Returns how many they are."""
-        num_output = row = 0
+        num_output, row, drafts = 0, 0, flight.plan.drafts
         for seq in flight.ready:
             assert sampled is not None
-            draft = flight.plan.drafts.get(seq, [])
+            draft = drafts.get(seq, []) if drafts else []
             seq.expect_none()
             num_tokens = seq.num_tokens
             try:
@@ -281,7 +281,8 @@ class Engine(BaseEngine):
             self._keep_right_draft(seq, len(draft), len(ids) - 1)
         if finish:
             self._drop(seq.rid)
-        output = seq.put_out(ids, finish, b"".join(sampled.logprobs[row : row + len(ids)]))
+        records = sampled.logprobs[row] if len(ids) == 1 else b"".join(sampled.logprobs[row : row + len(ids)])
+        output = seq.put_out(ids, finish, records)
         if seq.prompt_logprobs is not None:
             output.prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs.records, None
         self._outputs.append(output)

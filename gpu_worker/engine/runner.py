@@ -174,11 +174,48 @@ class HeadRows:
     """LoRA of all rows and of those that go through the head, and extras of both, as `StepContext` has them."""
 
 
+class DecodeLists:
+    """What a step of decodes reads on a CPU, written over by the next such step of the same sequences.
+
+    Making it anew would take three times as long: after a forward pass the processor's caches hold little of numpy.
+    """
+
+    def __init__(self, num_seqs: int) -> None:
+        self._rows = np.empty((3, num_seqs), np.int64)
+        self._kv_lens = np.empty(num_seqs, np.int32)
+        self._tables = np.empty((0, 0), np.int32)
+        self.input_ids, positions, slots = torch.from_numpy(self._rows).unbind()
+        self.attention = ops.AttentionBatch(
+            buffer=None,
+            block_tables=torch.from_numpy(self._tables),
+            query_starts=torch.arange(num_seqs + 1, dtype=torch.int32),
+            kv_lens=torch.from_numpy(self._kv_lens),
+            slot_mapping=slots,
+            positions=positions,
+            max_query_len=1,
+            max_kv_len=0,
+            num_seqs=num_seqs,
+            num_tokens=num_seqs,
+        )
+
+    def fill(self, seqs: list[Sequence], tables: np.ndarray) -> None:
+        """Write the next step. tables: int32 [S, max_blocks], the sequences' blocks; their memory is shared."""
+        before = [seq.num_computed for seq in seqs]
+        size = ops.BLOCK_TOKENS
+        slots = [seq.blocks[num // size] * size + num % size for seq, num in zip(seqs, before, strict=True)]
+        self._rows[:] = [seq.last_token for seq in seqs], before, slots
+        np.add(self._rows[1], 1, out=self._kv_lens, casting="unsafe")
+        self.attention.max_kv_len = max(before) + 1
+        if tables is not self._tables:
+            self._tables, self.attention.block_tables = tables, torch.from_numpy(tables)
+
+
 class RunningBatch:
     """What stays as it is from step to step while the same sequences run."""
 
     def __init__(self, seqs: list[Sequence]) -> None:
         self.decodes: HeadRows | None = None  # of the steps in which each gets its next token, once there was one
+        self._lists: DecodeLists | None = None  # of these steps on a CPU
         self._seqs = seqs
         self._blocks = [seq.blocks for seq in seqs]
         self._num_listed = [0] * len(seqs)  # blocks of each that the tables have
@@ -187,6 +224,17 @@ class RunningBatch:
     def is_of(self, seqs: list[Sequence]) -> bool:
         """Return whether it is the batch of these sequences, none of which was admitted anew."""
         return seqs == self._seqs and all(map(operator.is_, self._blocks, [seq.blocks for seq in seqs]))
+
+    def next_decodes(self, plan: StepPlan) -> DecodeLists | None:
+        """Return the lists of a step in which each gets its next token, None for another step."""
+        if self.decodes is None or plan.drafts or sum(plan.num_new.values()) != len(self._seqs):
+            return None
+        if {seq.num_tokens - seq.num_computed for seq in self._seqs} != {1}:
+            return None
+        if self._lists is None:
+            self._lists = DecodeLists(len(self._seqs))
+        self._lists.fill(self._seqs, self.block_tables())
+        return self._lists
 
     def block_tables(self) -> np.ndarray:
         """Return the blocks as a table: int32 [S, max_blocks], padded with 0. The next call may change it."""
@@ -235,9 +283,20 @@ class Runner:
 
         coming: int64 [n], the tokens of the step in flight; some sequences expect theirs from it.
         """
-        step, device, context = StepRows.of(plan), self.model.device, self.model.context
-        if not self._batch.is_of(step.seqs):
-            self._batch = RunningBatch(step.seqs)
+        device, context, seqs = self.model.device, self.model.context, list(plan.num_new)
+        if not self._batch.is_of(seqs):
+            self._batch = RunningBatch(seqs)
+        head = self._batch.decodes
+        if head is not None and device.type == "cpu" and coming is None and not self.model.mixers.calls:
+            lists = self._batch.next_decodes(plan)
+            if lists is not None:
+                context.lora, context.lora_logits, context.extras, context.extras_logits = head.adapters
+                context.attention, self.model.mixers.batch = lists.attention, None
+                return PackedInputs(
+                    input_ids=lists.input_ids, positions=lists.attention.positions, logit_rows=None, ready=head.ready,
+                    vocab_sizes=head.vocab_sizes,
+                )  # fmt: skip
+        step = StepRows.of(plan)
         ids, tables = step.token_ids(plan.drafts), self._batch.block_tables()
         head = self._batch.decodes if step.are_decodes else None
         if head is not None:

@@ -27,6 +27,16 @@ class Sequence:
     it is counted, and computed by the next step, but only the device knows which it is.
     """
 
+    # Every step looks at each of them, when the processor's caches hold little but weights: one of a dictionary would
+    # take several times as many lines of memory.
+    __slots__ = (
+        "_tokens", "activates", "active_from", "adjustment", "blocks", "drafter", "expected_row", "failure", "hashes",
+        "is_bound", "is_scored_by_tokens", "kept", "last_turn", "matcher", "max_tokens", "num_base", "num_cached",
+        "num_computed", "num_prompt", "num_skips", "num_tokens", "pending_matcher", "pool", "prompt_logprobs",
+        "request", "rid", "slot", "state_read", "state_saved", "state_slots", "stop_rules", "wants_likeliest",
+        "yields",
+    )  # fmt: skip
+
     def __init__(self, request: EngineRequest, max_len: int) -> None:
         """max_len: tokens of prompt and output that the model can hold."""
         self.request = request
@@ -88,6 +98,11 @@ class Sequence:
         """Whether every token of its prompt must be computed here: nothing of a cached block but keys is known."""
         return self.prompt_logprobs is not None or (self.pool is not None and self.pool.needs_all)
 
+    @property
+    def bans_nothing(self) -> bool:
+        """Whether its stop rules let the next token be any."""
+        return self.stop_rules is not None and not len(self.stop_rules.banned())
+
     def end_at(self, num_tokens: int) -> None:
         """Leave out what follows a prompt's first tokens, because nothing that is asked for depends on it."""
         self.num_prompt = self.num_tokens = num_tokens
@@ -145,15 +160,8 @@ class Sequence:
 
     def put_out(self, ids: list[int], finish: str = "", logprobs: bytes = b"") -> TokenOutput:
         """Return the output that tells of the newest tokens, `ids`, and of the end if there is one."""
-        return TokenOutput(
-            rid=self.rid,
-            epoch=self.request.epoch,
-            seq0=self.num_output - (self.expected_row >= 0) - len(ids),
-            ids=ids,
-            logprobs=logprobs,
-            finish=finish,
-            num_cached_tokens=self.num_cached or 0,
-        )
+        seq0 = self.num_tokens - self.num_prompt - (self.expected_row >= 0) - len(ids)
+        return TokenOutput(self.rid, self.request.epoch, seq0, ids, logprobs, finish, None, self.num_cached or 0)
 
     def fail(self, error: LorafleetError) -> TokenOutput:
         """Return the output that ends the request with an error."""

@@ -31,20 +31,25 @@ class StopRules:
         has_stops = any(self._rule.stop)
         if has_stops and tokens is None:
             raise BadRequest("this model has no tokenizer.json: stop strings cannot be served", param="stop")
-        self._output = OutputText(tokens if has_stops else None, self._rule)
+        self._output = OutputText(tokens, self._rule) if has_stops else None  # None: only ids and length end it
+        self._num_tokens = 0
 
     def banned(self, num_ahead: int = 0) -> np.ndarray:
         """Return the ids that the output token `num_ahead` after the next one may not be: int64 [b], a view."""
-        return self._end_ids if self._output.num_tokens + num_ahead < self._rule.min_tokens else _NONE
+        return self._end_ids if self._num_tokens + num_ahead < self._rule.min_tokens else _NONE
 
     @property
     def stop(self) -> str:
         """The stop string that was found, or ""."""
-        return self._output.stop or ""
+        return (self._output.stop if self._output is not None else None) or ""
 
     def add(self, token: int) -> str:
         """Take the next output token; return how it ends the request: "stop", "length" or ""."""
-        self._output.add((token,))
-        if self._output.ended:
+        self._num_tokens += 1
+        if self._output is not None:
+            self._output.add((token,))
+            if self._output.ended:
+                return "stop"
+        elif token in self._rule.end_ids and self._num_tokens > self._rule.min_tokens:
             return "stop"
-        return "length" if self._output.num_tokens >= self._max_output else ""
+        return "length" if self._num_tokens >= self._max_output else ""

@@ -121,6 +121,8 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
 def begin_sample(logits: Tensor, rows: Sequence[SampleRow]) -> PendingSample:
     """Launch the choice of one token per row of logits [n, V], which may change. The host does not wait."""
     special = [i for i, row in enumerate(rows) if row is not PLAIN]
+    if not special:  # most steps
+        return PendingSample(Chosen(*ops.argmax(logits), logits, {}, {}), len(rows), None, [])
     wanting = [i for i in special if rows[i].sampling.num_logprobs is not None]
     raw = logits[_index(wanting, logits.device)].float() if wanting else None  # before `choose` changes them
     chosen = choose(logits, rows, special)

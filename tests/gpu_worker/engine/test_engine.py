@@ -279,8 +279,10 @@ def test_a_panic_is_the_adapters_fault_and_nobody_elses(running: Running, when: 
             return bind(seq)
         if when == "bind":
             panic()
-        seq.accept = panic
-        return bind(seq)
+        finish = bind(seq)
+        assert seq.stop_rules is not None
+        seq.stop_rules.add = panic
+        return finish
 
     binder.bind = bind_badly
     for rid in ("bad", "good"):

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 
 from gpu_worker.engine.request import EngineRequest
-from gpu_worker.engine.runner import RunningBatch
+from gpu_worker.engine.runner import HeadRows, RunningBatch
 from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine.step_plan import StepPlan
+from lora_kernels import ops
 from protocol.wire.messages import Sampling
 
 
@@ -37,3 +40,36 @@ def test_another_batch_is_noticed_and_so_is_another_admission() -> None:
     assert not batch.is_of(seqs[::-1])
     seqs[0].blocks = [5, 2]  # it was preempted and has got the same blocks: its adapter may lie in another slot
     assert not batch.is_of(seqs)
+
+
+def test_lists_that_are_written_over_are_those_made_anew() -> None:
+    """Of every decode, from a block's last token to the next block's, whose number makes the tables wider."""
+    seqs = [sequence("a", [5]), sequence("b", [7, 1])]
+    for seq, num in zip(seqs, (14, 20), strict=True):
+        seq.max_tokens, seq._tokens = 64, np.arange(64, dtype=np.int32)
+        seq.num_tokens, seq.num_computed = num, num - 1
+    batch, plan = RunningBatch(seqs), StepPlan(num_new=dict.fromkeys(seqs, 1))
+    assert batch.next_decodes(plan) is None, "what adapters do to its rows is not known yet"
+    batch.decodes = HeadRows([], [], [], None, None, (None, None, [], []))
+    for _ in range(6):
+        if seqs[0].num_computed == 16:
+            seqs[0].blocks += [3, 9]
+        lists = batch.next_decodes(plan)
+        assert lists is not None
+        assert lists.input_ids.tolist() == [seq.last_token for seq in seqs]
+        ends = np.array([seq.num_tokens for seq in seqs])
+        new = ops.build_attention_batch(np.ones(2, np.int64), ends, batch.block_tables().copy(), "cpu")
+        for name in ("block_tables", "query_starts", "kv_lens", "slot_mapping", "positions"):
+            own, expected = getattr(lists.attention, name), getattr(new, name)
+            assert own.dtype == expected.dtype, name
+            assert torch.equal(own, expected), name
+        for name in ("max_query_len", "max_kv_len", "num_seqs", "num_tokens"):
+            assert getattr(lists.attention, name) == getattr(new, name), name
+        for seq in seqs:
+            seq.num_computed += 1
+            seq.append(1)
+    seqs[0].append(2)
+    assert batch.next_decodes(plan) is None, "it is no decode"
+    seqs[0].num_tokens -= 1
+    assert batch.next_decodes(StepPlan(num_new={seqs[0]: 1})) is None, "another sequence of it sits out"
+    assert batch.next_decodes(StepPlan(num_new=dict.fromkeys(seqs, 2), drafts={seqs[0]: [1]})) is None
