@@ -172,6 +172,7 @@ class Worker:
         """Take no more, and let the last step become durable."""
         self.draining = True
         await self._beat()
+        await self._tell_adapter_events()
         if self._failure is None:
             await asyncio.wrap_future(self.engine.hand_over())
             # The engine's last call_soon_threadsafe was made before the future was set.
@@ -380,6 +381,7 @@ class Worker:
                     if restarted:
                         await self._take_again()
                         restarted = False
+                    await self._tell_adapter_events()
             except CONNECTION_ERRORS as error:
                 logger.warning("queue connection lost while beating: %r", error)
             await wait_any(self._beat_now, BEAT_S)
@@ -400,12 +402,14 @@ class Worker:
         if not await self.bus.members.beat(key, keys.workers, self.wid, m.encode(beat), BEAT_TTL_MS, streams):
             await self.bus.members.leave(self.wid)
             raise Fenced
-        await self._tell_adapter_events()
         if self.settings.metrics_port:  # else nobody reads them here
             WORKERS.show([beat])
 
     async def _tell_adapter_events(self) -> None:
-        """Tell the fleet what happened to adapters here. A lost connection loses them: nothing depends on them."""
+        """Tell the fleet what happened to adapters here. A lost connection loses them: nothing depends on them.
+
+        Not with each beat, of which there are ten in a second while adapters come: every store and gateway is woken.
+        """
         events, uses = self.engine.take_adapter_events()
         if events:
             await self.bus.adapters.announce(*(msgspec.structs.replace(event, source=self.wid) for event in events))
