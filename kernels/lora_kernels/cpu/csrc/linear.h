@@ -67,6 +67,10 @@ inline void panel_tile(const LinearArgs& args, int64_t row, int64_t col, const u
 #pragma GCC unroll 4
     for (int v = 0; v < kPanelVecs; ++v) acc[i][v] = zero();
   }
+  // Asked for before they are written: of an output that no cache holds, as logits, all rows' lines come from memory.
+  auto* to = static_cast<bf16*>(args.out.data) + row * args.out.stride + col;
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) __builtin_prefetch(to + i * args.out.stride, 1, 3);
   const uint16_t* x = args.x + row * kXChunk;
   const int64_t pairs = args.in_features / 2;
   for (int64_t first = 0; first < pairs; first += kXChunk / 2, x += args.rows * kXChunk) {
@@ -95,7 +99,7 @@ inline void panel_tile(const LinearArgs& args, int64_t row, int64_t col, const u
     }
   }
   shared = also;
-  store_tile<Rows>(args, static_cast<bf16*>(args.out.data) + row * args.out.stride + col, col, acc);
+  store_tile<Rows>(args, to, col, acc);
 }
 
 template <int Rows, typename Also>
