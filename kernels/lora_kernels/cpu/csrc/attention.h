@@ -91,10 +91,7 @@ inline void softmax_row(const AttentionArgs& args, const float* products, int64_
   const float new_peak = max_lane(highest);
   if (new_peak > peak) {
     const Vec decay = exp(set1(peak - new_peak));
-    for (int64_t d = 0; d < args.v_dim; d += kLanes) {
-      const int64_t n = min(kLanes, args.v_dim - d);
-      store_n(acc + d, mul(load_n(acc + d, n), decay), n);
-    }
+    each_vector(args.v_dim, [&](int64_t d, auto n) { store_n(acc + d, mul(load_n(acc + d, n), decay), n); });
     total *= first_lane(decay);
     peak = new_peak;
   }
@@ -122,10 +119,8 @@ inline void write_rows(const AttentionArgs& args, const AttentionTask& task, con
     }
     T* out = static_cast<T*>(args.out) + (token * args.heads + head) * args.v_dim;
     const Vec inverse = set1(factor / total);
-    for (int64_t d = 0; d < args.v_dim; d += kLanes) {
-      const int64_t n = min(kLanes, args.v_dim - d);
-      store_n(out + d, mul(load_n(state.acc + r * args.v_dim + d, n), inverse), n);
-    }
+    const float* acc = state.acc + r * args.v_dim;
+    each_vector(args.v_dim, [&](int64_t d, auto n) { store_n(out + d, mul(load_n(acc + d, n), inverse), n); });
   }
 }
 

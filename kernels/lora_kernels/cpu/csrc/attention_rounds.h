@@ -19,13 +19,9 @@ template <typename T, typename Left>
 inline void load_task_queries(const AttentionArgs& args, const AttentionTask& task, int64_t rows, Left* q) {
   for (int64_t i = 0; i < rows; ++i) {
     const T* from = query_of<T>(args, task, i);
-    for (int64_t d = 0; d < args.k_dim; d += kLanes) {
-      const int64_t n = min(kLanes, args.k_dim - d);
-      store_n(q + i * args.k_dim + d, load_n(from + d, n), n);
-    }
+    each_vector(args.k_dim, [&](int64_t d, auto n) { store_n(q + i * args.k_dim + d, load_n(from + d, n), n); });
   }
 }
-
 
 // Parts of the thread's scratch memory, each of at least so many floats and from a cache line on.
 template <int N>

@@ -84,28 +84,7 @@ void kv_write(const KvWriteArgs& args) {
   });
 }
 
-// The number of entries of a whole vector, which is loaded and stored without masks.
-struct Whole {
-  constexpr operator int64_t() const { return kLanes; }
-};
-template <typename T>
-inline Vec load_n(const T* p, Whole) {
-  return load(p);
-}
-template <typename T>
-inline void store_n(T* p, Vec v, Whole) {
-  store(p, v);
-}
-
-// Calls f(first, n) for each vector of a row.
-template <typename F>
-inline void each_vector(int64_t width, const F& f) {
-  int64_t j = 0;
-  for (; j + kLanes <= width; j += kLanes) f(j, Whole());
-  if (j < width) f(j, width - j);
-}
-
-// The same, where f gets the place of the vector in a row that may lie in chunks, too.
+// each_vector, where f gets the place of the vector in a row that may lie in chunks, too.
 template <typename T, typename F>
 inline void each_vector_to(const Chunked& out, int64_t row, int64_t width, const F& f) {
   T* to = static_cast<T*>(out.data) + row * out.stride;
@@ -155,13 +134,12 @@ void rms_norm(const RmsNormArgs& args) {
 template <typename T>
 inline void rotate_head(T* head, const T* cos, const T* sin, int64_t rotary_dim) {
   const int64_t half = rotary_dim / 2;
-  for (int64_t j = 0; j < half; j += kLanes) {
-    const int64_t n = min(kLanes, half - j);
+  each_vector(half, [&](int64_t j, auto n) {
     const Vec first = load_n(head + j, n), second = load_n(head + half + j, n);
     const Vec turned_first = mul(second, load_n(sin + j, n)), turned_second = mul(first, load_n(sin + half + j, n));
     store_n(head + j, sub(mul(first, load_n(cos + j, n)), turned_first), n);
     store_n(head + half + j, fma(second, load_n(cos + half + j, n), turned_second), n);
-  }
+  });
 }
 
 template <typename T>

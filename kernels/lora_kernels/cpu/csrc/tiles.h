@@ -19,6 +19,27 @@ inline void with_size(int64_t n, const F& f) {
   f.template operator()<Max>();
 }
 
+// The number of entries of a whole vector, which is loaded and stored without masks.
+struct Whole {
+  constexpr operator int64_t() const { return kLanes; }
+};
+template <typename T>
+inline Vec load_n(const T* p, Whole) {
+  return load(p);
+}
+template <typename T>
+inline void store_n(T* p, Vec v, Whole) {
+  store(p, v);
+}
+
+// Calls f(first, n) for each vector of a row.
+template <typename F>
+inline void each_vector(int64_t width, const F& f) {
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) f(j, Whole());
+  if (j < width) f(j, width - j);
+}
+
 inline void prefetch_line(const void* from) { __builtin_prefetch(from, 0, 3); }
 inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch_line(static_cast<const char*>(from) + i);
