@@ -66,6 +66,15 @@ class Fleet:
 
         return await wait_until(look, f"{name} is shown with {fields}")
 
+    async def uses(self, name: str, count: int) -> Any:
+        """Wait until workers have told of so many requests for an adapter, and return its use."""
+
+        async def look() -> Any:
+            use = (await self.do("GET", f"/v1/adapters/{name}", 200))["use"]
+            return use if use["hits"] + use["misses"] >= count else None
+
+        return await wait_until(look, f"{count} requests for {name} are told")
+
     @asynccontextmanager
     async def stream(self, model: str, num_tokens: int) -> AsyncIterator[AsyncIterator[str]]:
         """Begin a stream and stop the engine; yields the lines after the first token."""
@@ -126,8 +135,9 @@ async def test_all_operations_in_turn(fleet: Fleet) -> None:
     await fleet.ask("mine")
     shown = await fleet.shows("mine", state="resident")
     assert shown["workers"]["w"]["tier"] == "resident"
-    assert (shown["use"]["hits"], shown["use"]["misses"]) == (1, 1)
-    assert shown["use"]["last_used_ms"] > shown["created_ms"]
+    use = await fleet.uses("mine", 2)
+    assert (use["hits"], use["misses"]) == (1, 1)
+    assert use["last_used_ms"] > shown["created_ms"]
 
     shown = await fleet.do("POST", "/v1/adapters/mine/pin?wait_s=30", 200)
     assert shown["pinned"] == "api"
@@ -211,7 +221,7 @@ async def test_content_stays_while_another_name_stands_for_it(fleet: Fleet) -> N
     assert set(gone["freed"].values()) == {0}
     await fleet.ask("two")
     await fleet.ask("one", 404)
-    assert (await fleet.shows("two", state="resident"))["use"]["hits"] >= 1
+    assert (await fleet.uses("two", 2))["hits"] >= 1
 
 
 async def test_a_name_is_replaced_only_on_demand_and_only_by_what_is_good(fleet: Fleet) -> None:
@@ -224,8 +234,8 @@ async def test_a_name_is_replaced_only_on_demand_and_only_by_what_is_good(fleet:
     assert "header claims" in refusal["error"]["message"]
     await fleet.register("mine", "org/none", 404, replace=True)
     await fleet.ask("mine")
-    shown = await fleet.shows("mine", reason=None)
-    assert (shown["digest"], shown["state"]) == (first, "resident"), "as if nothing had been"
+    shown = await fleet.shows("mine", state="resident")
+    assert (shown["digest"], shown["reason"]) == (first, None), "as if nothing had been"
     second = (await fleet.register("mine", "org/b", 200, replace=True))["digest"]
     assert second != first
     fleet.hub.repos["org/b"].commit(adapter(3))
