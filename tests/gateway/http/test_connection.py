@@ -21,10 +21,12 @@ from gateway.http.connection import (
     CONNECTION,
     MAX_HEAD_BYTES,
     MAX_HEADERS,
+    MAX_HELD_BYTES,
     MAX_PIPELINED,
     Connection,
     ConnectionLimits,
-)  # fmt: skip
+    Parts,
+)
 from gateway.http.server import HttpServer
 from gateway.http.shapes import shape_of
 from gateway.overload.memory import SHARE, MemoryAccount, address_holder
@@ -421,6 +423,34 @@ def test_parts_are_written_until_their_client_has_to_be_waited_for() -> None:
         writer.close()
 
     with_server(test)
+
+
+async def test_parts_are_written_in_order_and_held_up_to_a_limit() -> None:
+    class Transport(asyncio.Transport):
+        gone = False
+
+        def write(self, data: Any) -> None:
+            written.append((self, data))
+
+        def is_closing(self) -> bool:
+            return self.gone
+
+    written: list[tuple[asyncio.Transport, bytes]] = []
+    one, other, parts = Transport(), Transport(), Parts()
+    parts.add(one, b"a")
+    parts.add(other, b"bb")
+    parts.add(one, b"c")
+    assert written == []
+    await asyncio.sleep(0)
+    assert written == [(one, b"1\r\na\r\n"), (other, b"2\r\nbb\r\n"), (one, b"1\r\nc\r\n")]
+    written.clear()
+    other.gone = True
+    parts.add(other, b"d")
+    parts.add(one, b"e" * MAX_HELD_BYTES)
+    assert [transport for transport, _ in written] == [one]
+    parts.add(one, b"f")
+    await asyncio.sleep(0)
+    assert written[1:] == [(one, b"1\r\nf\r\n")]
 
 
 def test_parts_are_not_written_to_who_has_gone() -> None:
