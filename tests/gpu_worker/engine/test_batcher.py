@@ -104,10 +104,11 @@ class BatcherMachine(RuleBasedStateMachine):
     @rule()
     def step(self) -> None:
         running = list(self.batcher.running)
-        before = {seq.level for seq in self.batcher}  # one passed over too often ceases to yield
+        before = {seq: seq.level for seq in self.batcher}  # one passed over too often ceases to yield
         plan = self.batcher.plan()
-        self.levels = sorted({seq.level for seq in self.batcher})  # one whose tenant had most begins to
-        has_others = before == set(self.levels) and (self.levels[:1] == [0] or len(before) > 1)
+        after = {seq: seq.level for seq in self.batcher}  # one whose tenant had most begins to
+        self.has_changed, self.levels = before != after, sorted(set(after.values()))
+        has_others = not self.has_changed and (self.levels[:1] == [0] or len(self.levels) > 1)
         assert plan.num_tokens <= self.limits.max_step_tokens
         assert len(self.batcher.running) <= self.limits.max_num_seqs
         assert set(plan.num_new) <= set(self.batcher.running)
@@ -116,7 +117,6 @@ class BatcherMachine(RuleBasedStateMachine):
             assert num_tokens <= self.limits.short_step_tokens, "a yielding prompt in a long step"
         for seq in plan.preempted:
             assert not any(other.level > seq.level for other in self.batcher.running), "these are the first to go"
-        self.has_changed = before != set(self.levels)
         self.check_turns(plan, [seq for seq in running if seq.num_pending == 1 and seq not in plan.preempted])
         if any(not seq.request.digest or seq.request.digest in self.slots.resident for seq in self.batcher):
             assert plan.num_new, "nothing runs though something could"
