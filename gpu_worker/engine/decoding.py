@@ -62,13 +62,9 @@ def without(logits: Tensor, ready: list[Sequence], drafts: Drafts, late: set[Seq
 def sample_rows(ready: Iterable[Sequence], drafts: Drafts, masks: Masks) -> list[SampleRow]:
     """Return what to choose each row's token by, in the order of the logits' rows."""
     rows: list[SampleRow] = []
-    are_plain = not drafts and not masks  # as in most steps
     for seq in ready:
-        draft = drafts.get(seq, []) if drafts else []
+        draft = drafts.get(seq, [])
         try:
-            if are_plain and seq.wants_likeliest and seq.adjustment is None and seq.bans_nothing:
-                rows.append(PLAIN)
-                continue
             rows += _rows_of(seq, draft, masks.get(seq))
         except BaseException as error:  # noqa: BLE001  a request's edge: it fails alone
             seq.failure = error
@@ -79,7 +75,7 @@ def sample_rows(ready: Iterable[Sequence], drafts: Drafts, masks: Masks) -> list
 def _rows_of(seq: Sequence, draft: list[int], masks: np.ndarray | None) -> list[SampleRow]:
     assert seq.stop_rules is not None
     num, adjustment = seq.num_output, seq.adjustment
-    if not draft and masks is None and adjustment is None:
+    if not draft and masks is None and adjustment is None:  # most of all rows
         banned = seq.stop_rules.banned()
         if seq.wants_likeliest and not len(banned):
             return [PLAIN]

@@ -255,10 +255,10 @@ class Engine(BaseEngine):
 
     def _settle(self, flight: Flight, sampled: Sampled | None) -> int:
         """Append the chosen tokens, end what they end, and put them out. Returns how many they are."""
-        num_output, row, drafts = 0, 0, flight.plan.drafts
+        num_output = row = 0
         for seq in flight.ready:
             assert sampled is not None
-            draft = drafts.get(seq, []) if drafts else []
+            draft = flight.plan.drafts.get(seq, [])
             seq.expect_none()
             num_tokens = seq.num_tokens
             try:

@@ -98,11 +98,6 @@ class Sequence:
         """Whether every token of its prompt must be computed here: nothing of a cached block but keys is known."""
         return self.prompt_logprobs is not None or (self.pool is not None and self.pool.needs_all)
 
-    @property
-    def bans_nothing(self) -> bool:
-        """Whether its stop rules let the next token be any."""
-        return self.stop_rules is not None and not len(self.stop_rules.banned())
-
     def end_at(self, num_tokens: int) -> None:
         """Leave out what follows a prompt's first tokens, because nothing that is asked for depends on it."""
         self.num_prompt = self.num_tokens = num_tokens

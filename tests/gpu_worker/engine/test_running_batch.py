@@ -43,7 +43,7 @@ def test_another_batch_is_noticed_and_so_is_another_admission() -> None:
 
 
 def test_lists_that_are_written_over_are_those_made_anew() -> None:
-    """Of every decode, from a block's last token to the next block's, whose number makes the tables wider."""
+    """Six decodes run, in which one sequence fills its block and gets two more, so that the tables become wider."""
     seqs = [sequence("a", [5]), sequence("b", [7, 1])]
     for seq, num in zip(seqs, (14, 20), strict=True):
         seq.max_tokens, seq._tokens = 64, np.arange(64, dtype=np.int32)
