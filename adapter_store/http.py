@@ -1,7 +1,8 @@
 """The store's HTTP server for its fleet: the files of an adapter by digest, with ranges, sent by `sendfile`.
 
     GET|HEAD /adapters/{digest}/{adapter_config.json|adapter_model.safetensors|texts.json}
-                                    Range, If-None-Match; ETag = digest
+                                    Range, If-None-Match; ETag = digest; with the config X-Lorafleet-Folder, quoted
+                                    as in URLs: where a process on the same machine finds these files
     DELETE   /adapters/{digest}     200 with the bytes freed, 409 while a name refers to it
     POST     /uploads               200 with the source of the adapter in a zip, see `uploads`; Content-Length is needed
     DELETE   /uploads/{name}        200, 404 if there is none
@@ -23,9 +24,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import quote
 
 from adapter_store.sources import FILES
 from adapter_store.uploads import Uploads
+from peft_adapters.format import CONFIG_FILE, FOLDER_HEADER
 from peft_adapters.texts.files import TEXTS_FILE
 from protocol.wire.errors import Conflict, LorafleetError
 
@@ -185,7 +188,10 @@ class BlobServer:
             if match[2] == TEXTS_FILE and folder.exists():
                 return _error(404, f"the adapter has no texts: {match[1]}")
             return _error(503, "the adapter left the disk: ask again")
-        return _file_answer(request, folder / match[2], size, match[1])
+        answer = _file_answer(request, folder / match[2], size, match[1])
+        if match[2] == CONFIG_FILE:
+            answer.headers[FOLDER_HEADER] = quote(str(folder.absolute()))
+        return answer
 
     async def _upload(self, request: HttpRequest, reader: asyncio.StreamReader, uploads: Uploads) -> HttpResponse:
         """Keep or delete an uploaded adapter."""

@@ -37,12 +37,15 @@ from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel
 
 __all__ = [
-    "CONFIG_FILE", "MAX_CONFIG_BYTES", "MAX_HEADER_BYTES", "WEIGHTS_FILE", "AdapterSpec", "LoraWeights",
-    "ReplacedWeights", "TensorInfo", "TrainedTokens", "adapter_digest", "canonical_config", "parse_config",
-    "parse_header", "read_adapter",
+    "CONFIG_FILE", "FOLDER_HEADER", "MAX_CONFIG_BYTES", "MAX_HEADER_BYTES", "WEIGHTS_FILE", "AdapterSpec",
+    "LoraWeights", "ReplacedWeights", "TensorInfo", "TrainedTokens", "adapter_digest", "canonical_config",
+    "parse_config", "parse_header", "read_adapter",
 ]  # fmt: skip
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+
+FOLDER_HEADER = "X-Lorafleet-Folder"
+"""The HTTP header by which a store tells in which folder of its machine an adapter's files are, quoted as in URLs."""
 
 
 def adapter_digest(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], weights: Any) -> str:

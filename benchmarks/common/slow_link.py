@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from peft_adapters.format import FOLDER_HEADER
 from protocol.runtime.environment import child_environment
 
 CHUNK_BYTES = 256 << 10
@@ -43,6 +44,7 @@ class Link:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, delay_s: float = 0, bytes_per_s: float = 0
     ) -> None:
         while chunk := await reader.read(CHUNK_BYTES):
+            chunk = chunk.replace(FOLDER_HEADER.encode(), b"X" * len(FOLDER_HEADER))  # another machine lacks the folder
             await asyncio.sleep(delay_s + (len(chunk) / bytes_per_s if bytes_per_s else 0))
             writer.write(chunk)
             await writer.drain()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from gpu_worker.experts.rows import expert_sites
 from gpu_worker.memory import send, zeros
 from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.lora import GROUPS, SharedInput, SiteInfo
+from lora_kernels import ops
 from lora_kernels.ops import PAGE_ROWS, AdapterTable, LoraSite
 from protocol.wire.errors import BadRequest
 
@@ -65,6 +66,13 @@ class PoolWeights:
         if self._device.type != "cpu":
             self.table.host = _empty_table(self.num_slots, len(sites), max_pages, torch.device("cpu"))
         self.lora_sites = [self._lora_site(site) for site in sites]
+        # Of each site A, B and, in int8, factors: what `ops.copy_rows_` copies to.
+        self._num_parts = 3 if int8 else 2
+        parts = [(site.a_rows, site.b_rows, site.factors) for site in self.lora_sites]
+        self._tensors = [part for own in parts for part in own if part is not None]
+        row_bytes = [tensor.stride(0) * tensor.itemsize for tensor in self._tensors]
+        self._row_bytes = np.array(row_bytes, np.int64).reshape(-1, self._num_parts)
+        self._groups = np.array([site.group for site in sites], np.int64)
         first = 0
         for inputs in shared:
             inputs.lora_sites = self.lora_sites[first : first + inputs.num_siblings]
@@ -92,48 +100,41 @@ class PoolWeights:
 
         pages: by group. For a loader thread: returns when all has arrived.
         """
+        pieces = self._pieces(adapter, pages)
         if self._stream is None:
-            targets: list[Tensor] = []
-            sources: list[Tensor] = []
-
-            def note(target: Tensor, source: Tensor) -> None:
-                targets.append(target)
-                sources.append(source)
-
-            self._copy_rows(adapter, pages, note)
-            if targets:  # one call, so that the engine's thread waits for it once
-                torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+            ops.copy_rows_(self._tensors, adapter.rows.buffer, pieces)
+            self.experts.copy(adapter.experts, pages[len(GROUPS) : -1], Tensor.copy_)
             return adapter.extras
         # First allocate, then wait: what was just allocated may have been freed while launched steps still read it,
         # as they may read the pages, which were another adapter's.
         extras = map_tensors(adapter.extras, self._stream.allocate_like)
         self._stream.wait_for_steps()
         with self._stream.use():
-            self._copy_rows(adapter, pages, self._stream.copy_)
+            for target, source in ops.row_pieces(self._tensors, adapter.rows.buffer, pieces):
+                self._stream.copy_(target, source)
+            self.experts.copy(adapter.experts, pages[len(GROUPS) : -1], self._stream.copy_)
             for target, source in zip(tensors_of(extras), tensors_of(adapter.extras), strict=True):
                 self._stream.copy_(target, source.contiguous())
         self._stream.synchronize()
         return extras
 
-    def _copy_rows(
-        self, adapter: HostAdapter, pages: Sequence[Sequence[int]], copy: Callable[[Tensor, Tensor], object]
-    ) -> None:
-        """Copy rows to their pages, those of neighbouring pages at once. copy: takes target and source."""
-        runs = [page_runs(group) for group in pages]
-        for index, a, b in adapter.rows:
-            site, rank = self.lora_sites[index], a.shape[0]  # len() of a tensor takes longer
-            for first, page, num in runs[site.group]:
-                last = min((first + num) * PAGE_ROWS, rank)
-                if first * PAGE_ROWS >= last:
-                    break
-                rows = slice(first * PAGE_ROWS, last)
-                at = slice(page * PAGE_ROWS, page * PAGE_ROWS + last - rows.start)
-                is_whole = last - rows.start == rank
-                copy(site.a_rows[at], a if is_whole else a[rows])
-                copy(site.b_rows[at], b if is_whole else b[rows])
-                if site.factors is not None:
-                    copy(site.factors[at], adapter.factors[index][rows])
-        self.experts.copy(adapter.experts, pages[len(GROUPS) : -1], copy)
+    def _pieces(self, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> Tensor:
+        """Return the copies of an adapter's rows to its pages, as `ops.copy_rows_` takes them: int64 [n, 4].
+
+        Rows for neighbouring pages are one piece.
+        """
+        sites, *begins = adapter.rows.spans[:, :4].T
+        ranks, groups = adapter.ranks[sites], self._groups[sites]
+        found: list[np.ndarray] = []
+        for group, own in enumerate(pages[: len(GROUPS)]):
+            for first, page, num_pages in page_runs(own):
+                counts = np.clip(ranks - first * PAGE_ROWS, 0, num_pages * PAGE_ROWS)  # rows of each site
+                mine = ((groups == group) & (counts > 0)).nonzero()[0]
+                for part, row_bytes in enumerate(self._row_bytes[sites[mine]].T):
+                    pools = self._num_parts * sites[mine] + part
+                    at = begins[part][mine] + first * PAGE_ROWS * row_bytes
+                    found.append(np.stack([pools, np.full(len(mine), page * PAGE_ROWS), counts[mine], at], axis=1))
+        return torch.from_numpy(np.concatenate(found) if found else np.zeros((0, 4), np.int64))
 
     def publish(self, slot: int, adapter: HostAdapter, pages: Sequence[Sequence[int]]) -> None:
         """Enter an adapter whose rows have arrived into the table. Called between steps. pages: by group."""

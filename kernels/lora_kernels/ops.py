@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lora_kernels import reference, sums
 from lora_kernels.quantised import QuantisedWeight
+from lora_kernels.reference import row_pieces
 from lora_kernels.segments import (
     BLOCK_TOKENS,
     PAGE_ROWS,
@@ -61,6 +62,7 @@ __all__ = [
     "build_attention_batch",
     "build_lora_batch",
     "causal_conv",
+    "copy_rows_",
     "decoder_stack",
     "delta_rule",
     "fix_sums",
@@ -77,6 +79,7 @@ __all__ = [
     "recordable_lora_batch",
     "rms_norm",
     "rotary_",
+    "row_pieces",
     "selective_scan",
     "unpack_linear",
     "unpack_rows",
@@ -111,6 +114,15 @@ def lora_add_(
     column slice of one fused output. bf16, fp16 or fp32 throughout; accumulates in fp32.
     """
     _choose(x, impl).lora_add_(outs, x, sites, table, batch)
+
+
+def copy_rows_(pools: Sequence[Tensor], buffer: Tensor, pieces: Tensor, impl: Impl | None = None) -> None:
+    """pools[p][row : row + num] = the bytes of `buffer` from `begin` on, for every (p, row, num, begin) of `pieces`.
+
+    pools: matrices or vectors of contiguous rows, changed in place. buffer: uint8 [bytes], in which every piece begins
+    at a multiple of its pool's element size. pieces: int64 [n, 4]. All on the host.
+    """
+    _choose(buffer, impl).copy_rows_(pools, buffer, pieces)
 
 
 def kv_write_(

@@ -6,7 +6,7 @@ waits for the device: there it is for checking, not for serving.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +51,19 @@ def _pool_rows(table: AdapterTable, slot: int, group: int, rank: int) -> Tensor:
     rank_rows = torch.arange(rank, device=table.pages.device)
     pages = table.pages[slot, group].long()
     return pages[rank_rows // PAGE_ROWS] * PAGE_ROWS + rank_rows % PAGE_ROWS
+
+
+def copy_rows_(pools: Sequence[Tensor], buffer: Tensor, pieces: Tensor) -> None:
+    """See `ops.copy_rows_`."""
+    for target, source in row_pieces(pools, buffer, pieces):
+        target.copy_(source)
+
+
+def row_pieces(pools: Sequence[Tensor], buffer: Tensor, pieces: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield target and source, of one shape and dtype, of every copy that `ops.copy_rows_` makes."""
+    for pool, row, num, begin in pieces.tolist():
+        target = pools[pool][row : row + num]
+        yield target, buffer[begin : begin + target.nbytes].view(target.dtype).view(target.shape)
 
 
 def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,7 +14,8 @@ from torch import Tensor
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.adapters.copy_stream import CopyStream
 from gpu_worker.adapters.merges import MergeWatch
-from gpu_worker.adapters.packing.packer import HostAdapter
+from gpu_worker.adapters.packing.packer import HostAdapter, LinearRows, row_sites
+from gpu_worker.adapters.packing.rows import RowSite
 from gpu_worker.adapters.weights import PoolWeights
 from gpu_worker.model.lora import SiteInfo
 from lora_kernels.ops import PAGE_ROWS
@@ -32,16 +34,31 @@ MLP = 1 << 1
 def make_adapter(digest: str, rank: int, where: int = ATTENTION) -> HostAdapter:
     """Return an adapter of one rank on the groups in `where`, all its numbers being a hash of its name."""
     value = float(sum(digest.encode()))
-    rows = []
+    rows: dict[int, list[Tensor]] = {}
     ranks = np.zeros(len(SITES), np.int32)
     for site in SITES:
         if where & 1 << site.group:
             ranks[site.index] = rank
             a, b = torch.full((rank, site.in_features), value), torch.full((rank, site.out_features), -value)
-            rows.append((site.index, a, b))
+            rows[site.index] = [a, b]
     pages = tuple(-(-rank // PAGE_ROWS) if where & 1 << group else 0 for group in range(4))
-    num_bytes = sum(a.nbytes + b.nbytes for _, a, b in rows)
-    return HostAdapter(digest, ranks, np.full(len(SITES), 0.5, np.float32), rows, pages, num_bytes)
+    linear = LinearRows.of(row_sites(SITES), ranks, rows)
+    return HostAdapter(digest, ranks, np.full(len(SITES), 0.5, np.float32), linear, pages, linear.buffer.nbytes)
+
+
+def rows_of(adapter: HostAdapter, sites: Sequence[RowSite]) -> list[tuple[int, Tensor, Tensor, Tensor]]:
+    """Return (site, A [rank, K], B transposed [rank, N], factors [rank]) of an adapter; no factors but in int8."""
+    found: list[tuple[int, Tensor, Tensor, Tensor]] = []
+    for index, *bounds in adapter.rows.spans.tolist():
+        site, rank = sites[index], int(adapter.ranks[index])
+        dtype, num_factors = getattr(torch, site.dtype), rank if site.dtype == "int8" else 0
+        shapes = ((rank, site.in_features), (rank, site.out_features), (num_factors,))
+        a, b, factors = (
+            adapter.rows.buffer[begin : begin + math.prod(shape) * kind.itemsize].view(kind).view(shape)
+            for shape, kind, begin in zip(shapes, (dtype, dtype, torch.float32), bounds, strict=False)
+        )
+        found.append((index, a, b, factors))
+    return found
 
 
 class RecordedStream(CopyStream):

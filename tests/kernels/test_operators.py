@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.kernel_cases import assert_close, attention_case, lora_case
 from helpers.quantised_weights import random_weight
+from torch import Tensor
 
 from lora_kernels import ops
 from lora_kernels.ops import Impl
@@ -46,6 +47,9 @@ def test_schemas_and_fake_kernels_are_true(native: Impl) -> None:
     torch.library.opcheck(lorafleet.delta_rule.default, delta, test_utils=checks)
     conv = (dt, torch.randn(64, 4), torch.randn(3, 4, 64), runs, None, True)
     torch.library.opcheck(lorafleet.causal_conv.default, conv, test_utils=checks)
+    pools, pieces = [torch.zeros(9, 3), torch.zeros(7)], torch.tensor([[0, 2, 4, 12], [1, 5, 2, 0]])
+    buffer = torch.arange(64, dtype=torch.uint8)
+    torch.library.opcheck(lorafleet.copy_rows_.default, (pools, buffer, pieces), test_utils=checks)
     q, k, cos = torch.randn(5, 2, 8), torch.randn(5, 1, 8), torch.rand(5, 8)
     torch.library.opcheck(lorafleet.rotary_.default, (q, k, cos, cos.clone()), test_utils=checks)
 
@@ -91,6 +95,25 @@ def test_a_layer_compiles_as_one_graph(native: Impl) -> None:
     torch.testing.assert_close(compiled(lora.x), expected, rtol=0, atol=0)
 
 
+def copy_piece(*piece: int) -> None:
+    """Copy one piece of a buffer of 64 bytes into five rows of 12 bytes."""
+    ops.copy_rows_([torch.zeros(5, 3)], torch.zeros(64, dtype=torch.uint8), torch.tensor([piece]), impl="cpu")
+
+
+def test_rows_are_copied_where_the_pieces_say(native: Impl) -> None:
+    buffer = torch.randint(0, 256, (1_000,), dtype=torch.uint8)
+    pieces = torch.tensor([[0, 3, 2, 64], [1, 0, 5, 128], [2, 6, 1, 256], [0, 0, 0, 1_000], [2, 1, 3, 320]])
+
+    def copied(impl: Impl) -> list[Tensor]:
+        pools = [torch.zeros(5, 3), torch.zeros(5), torch.zeros(8, 6, dtype=BF16)]
+        ops.copy_rows_(pools, buffer, pieces, impl=impl)
+        return pools
+
+    for pool, expected in zip(copied(native), copied("reference"), strict=True):
+        assert torch.equal(pool.view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(copied(native)[1], buffer[128:148].view(torch.float32))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -101,6 +124,12 @@ def test_a_layer_compiles_as_one_graph(native: Impl) -> None:
         (lambda: ops.mask_logits_(torch.ones(2, 33), ROW, WORDS[:, :1], impl="cpu"), r"words must be \[rows, 2\]"),
         (lambda: ops.mask_logits_(torch.ones(2, 33), ROW + 1, WORDS, impl="cpu"), "row 2 is not there"),
         (lambda: ops.argmax(torch.ones(2, 0), impl="cpu"), "V > 0"),
+        (lambda: copy_piece(1, 0, 1, 0), "pool 1 is not there"),
+        (lambda: copy_piece(-1, 0, 1, 0), "pool -1 is not there"),
+        (lambda: copy_piece(0, 4, 2, 0), "rows 4 to 6 of 5 are not there"),
+        (lambda: copy_piece(0, -1, 2, 0), "rows -1 to 1 of 5 are not there"),
+        (lambda: copy_piece(0, 0, 2, 41), "the buffer of 64 bytes has no 24 at 41"),
+        (lambda: copy_piece(0, 0, 2, -4), "the buffer of 64 bytes has no 24 at -4"),
         (lambda: ops.rms_norm(torch.ones(2, 4).double(), torch.ones(4).double(), 1e-5, impl="cpu"), "dtype is Double"),
     ],
 )

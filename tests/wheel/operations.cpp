@@ -136,6 +136,11 @@ void print_pointwise(Scalar type) {
   print("argmax", ids), print("finite", finite);
   mask_logits_(logits, integers<int64_t>({1}, {1}), integers<int32_t>({1, 2}, {0x5a5a5a5a, 0x1234}));
   print("mask_logits", logits);
+  const Tensor pool = filled({9, 8}, type), numbers = filled({4, 8}, type);
+  Tensor bytes = numbers;
+  bytes.type = Scalar::kByte, bytes.dims = 1, bytes.shape = {numbers.nbytes()}, bytes.steps = {1};
+  copy_rows_({&pool, 1}, bytes, integers<int64_t>({2, 4}, {0, 5, 3, 8 * pool.element_size(), 0, 1, 1, 0}));
+  print("copy_rows", pool);
 }
 
 void print_attention(Scalar type) {

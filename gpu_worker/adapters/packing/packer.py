@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpu_worker.adapters.extras import Extras, tensors_of
 from gpu_worker.adapters.packing.extras_packer import GetTensor, lora_matrices, pack_extras
-from gpu_worker.adapters.packing.rows import MAX_RANK, Rows, RowSite, layout, quantise
+from gpu_worker.adapters.packing.rows import MAX_RANK, RowLayout, Rows, RowSite, quantise
 from gpu_worker.experts.modules import ExpertSite
 from gpu_worker.experts.rows import ExpertRows, expert_sites, pack_experts, pages_by_shape
 from gpu_worker.model.adaptable_modules import AdaptableModules
@@ -38,21 +38,40 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
+class LinearRows:
+    """An adapter's rows for linear layers, in the pool's dtypes, as `packing.rows` lays them out."""
+
+    buffer: Tensor  # uint8 [bytes]
+    spans: np.ndarray  # int64 [n, 5], see `RowLayout.spans`; of linear layers alone
+
+    @classmethod
+    def of(cls, sites: Sequence[RowSite], ranks: np.ndarray, rows: Mapping[int, Sequence[Tensor]]) -> LinearRows:
+        """Copy rows into a buffer.
+
+        ranks: int32 [sites]. rows: A [rank, K], B transposed [rank, N] and, in int8, factors [rank], by site.
+        """
+        spans = RowLayout(sites).spans(ranks)
+        buffer = torch.zeros(int(spans[-1, -1]) if len(spans) else 0, dtype=torch.uint8)
+        for index, *begins, _ in spans.tolist():
+            for part, begin in zip(rows[index], begins, strict=False):
+                buffer[begin : begin + part.nbytes].view(part.dtype).view(part.shape).copy_(part)
+        return cls(buffer, spans)
+
+
+@dataclass(frozen=True, slots=True)
 class HostAdapter:
-    """An adapter in host memory: the rows to copy, in the pool's dtype, those for experts, and its extras."""
+    """An adapter in host memory: its rows for linear layers, those for experts, and its extras."""
 
     digest: str
     ranks: np.ndarray  # int32 [sites]; 0: the adapter does not change the site
     scales: np.ndarray  # float32 [sites]
-    rows: list[tuple[int, Tensor, Tensor]]  # (site, A [rank, K], B transposed [rank, N])
+    rows: LinearRows
     num_pages: tuple[int, ...]  # by group of the pool, then by shape of experts, extras last
     num_bytes: int
     extras: Extras = field(default_factory=Extras)
     experts: tuple[ExpertRows, ...] = ()
     invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
     tokens: TokenTable | None = None  # of its own tokenizer, if it brings one
-    factors: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
-    """What products with rows in int8 are multiplied by: float32 [rank] for each site, see `LoraSite.factors`."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,11 @@ class Packer:
     def row_sites(self) -> list[RowSite]:
         """All places for rows, linear layers first, as `RowPacker` takes them."""
         return row_sites(self.sites, self.expert_sites, int8=self.int8)
+
+    @cached_property
+    def layout(self) -> RowLayout:
+        """Where rows of all of these places lie in a buffer."""
+        return RowLayout(self.row_sites)
 
     @cached_property
     def expert_sites(self) -> list[ExpertSite]:
@@ -90,36 +114,29 @@ class Packer:
     def wrap(self, digest: str, packed: Rows) -> HostAdapter:
         """Return an adapter whose rows are packed already; they stay where they are."""
         memory, num_linear = torch.frombuffer(packed.buffer, dtype=torch.uint8), len(self.sites)
-        typed = {dtype: memory.view(getattr(torch, dtype)) for dtype in {site.dtype for site in self.row_sites}}
-        rows: list[tuple[int, Tensor, Tensor]] = []
-        factors: dict[int, Tensor] = {}
+        spans = self.layout.spans(packed.ranks)
+        is_linear = spans[:, 0] < num_linear
         experts: list[ExpertRows] = []
-        for index, begin_a, begin_b, begin_factors, _ in layout(packed.ranks, self.row_sites):
+        for index, begin_a, begin_b, end, _ in spans[~is_linear].tolist():
             site, rank = self.row_sites[index], int(packed.ranks[index])
-            numbers, num, k, n = typed[site.dtype], site.num_matrices, site.in_features, site.out_features
-            at_a, at_b = begin_a // site.item_bytes, begin_b // site.item_bytes
-            if index < num_linear:
-                a, b = numbers.as_strided((rank, k), (k, 1), at_a), numbers.as_strided((rank, n), (n, 1), at_b)
-                rows.append((index, a, b))
-                if site.dtype == "int8":
-                    factors[index] = memory[begin_factors : begin_factors + 4 * rank].view(torch.float32)
-            else:
-                a = numbers.as_strided((num, rank, k), (rank * k, k, 1), at_a)
-                b = numbers.as_strided((num, rank, n), (rank * n, n, 1), at_b)
-                experts.append(ExpertRows(index - num_linear, a, b, float(packed.scales[index])))
+            parts = ((begin_a, begin_b, site.in_features), (begin_b, end, site.out_features))
+            a, b = (
+                memory[begin:to].view(getattr(torch, site.dtype))[: site.num_experts * rank * width]
+                .view(site.num_experts, rank, width) for begin, to, width in parts
+            )  # fmt: skip
+            experts.append(ExpertRows(index - num_linear, a, b, float(packed.scales[index])))
         ranks, scales = packed.ranks[:num_linear], packed.scales[:num_linear]
         num_pages = (*self._row_pages(ranks), *pages_by_shape(experts, self.expert_sites), 0)
         return HostAdapter(
             digest,
             ranks,
             scales,
-            rows,
+            LinearRows(memory, spans[is_linear]),
             num_pages,
             memory.nbytes,
             experts=tuple(experts),
             invocation=packed.invocation,
             tokens=packed.tokens,
-            factors=factors,
         )
 
     def pack_spec(self, digest: str, spec: AdapterSpec, get: GetTensor) -> HostAdapter:
@@ -145,24 +162,23 @@ class Packer:
                 names += part.tensors[0]
                 ranks[site.index], scales[site.index] = part.rank, part.scale
         _check_finite(rows, names, experts, extras)
-        rows, factors = _quantised(rows) if self.int8 else (rows, {})
+        parts = {index: _quantised(a, b) if self.int8 else (a, b) for index, a, b in rows}
+        linear = LinearRows.of(self.row_sites[: len(self.sites)], ranks, parts)
         extra_bytes = extras.num_bytes
         expert_pages = pages_by_shape(experts, self.expert_sites)
         num_pages = (*self._row_pages(ranks), *expert_pages, -(-extra_bytes // EXTRA_PAGE_BYTES))
-        num_bytes = sum(a.nbytes + b.nbytes for _, a, b in rows) + extra_bytes
-        num_bytes += sum(own.nbytes for own in factors.values())
+        num_bytes = linear.buffer.nbytes + extra_bytes
         num_bytes += sum(part.a.nbytes + part.b.nbytes for part in experts)
         return HostAdapter(
             digest,
             ranks,
             scales,
-            rows,
+            linear,
             num_pages,
             num_bytes,
             extras,
             tuple(experts),
             invocation=spec.invocation,
-            factors=factors,
         )
 
     def _row_pages(self, ranks: np.ndarray) -> list[int]:
@@ -185,17 +201,10 @@ def row_sites(sites: Sequence[SiteInfo], experts: Sequence[ExpertSite] = (), *, 
     return [*linear, *grouped]
 
 
-def _quantised(
-    rows: Sequence[tuple[int, Tensor, Tensor]],
-) -> tuple[list[tuple[int, Tensor, Tensor]], dict[int, Tensor]]:
-    """Return an adapter's rows in int8 and their factors, as `HostAdapter` has them. rows: in fp32."""
-    found: list[tuple[int, Tensor, Tensor]] = []
-    factors: dict[int, Tensor] = {}
-    for index, a, b in rows:
-        (numbers_a, steps_a), (numbers_b, steps_b) = quantise(a.numpy()), quantise(b.numpy())
-        found.append((index, torch.from_numpy(numbers_a), torch.from_numpy(numbers_b)))
-        factors[index] = torch.from_numpy(steps_a * steps_b)
-    return found, factors
+def _quantised(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A and B of a site, fp32, in int8, and their factors, float32 [rank]."""
+    (numbers_a, steps_a), (numbers_b, steps_b) = quantise(a.numpy()), quantise(b.numpy())
+    return torch.from_numpy(numbers_a), torch.from_numpy(numbers_b), torch.from_numpy(steps_a * steps_b)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ Pure numpy, because the loader's process has no torch. The buffer holds, for eac
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -70,20 +70,24 @@ class Rows:
     tokens: TokenTable | None = None  # of its own tokenizer, if it brings one
 
 
-def layout(ranks: NDArray[np.int32], sites: Sequence[RowSite]) -> Iterator[tuple[int, int, int, int, int]]:
-    """Yield (site index, begin of A, of B, of factors, end) for every site with rows, in bytes of the buffer.
+class RowLayout:
+    """Where the rows of sites lie in a buffer."""
 
-    There are factors of rows in int8 only: those of others end where they begin.
-    """
-    at = 0
-    for index in ranks.nonzero()[0].tolist():
-        site, rank = sites[index], int(ranks[index])
-        num_rows = site.num_matrices * rank
-        b = at + _padded(num_rows * site.in_features * site.item_bytes)
-        factors = b + _padded(num_rows * site.out_features * site.item_bytes)
-        end = factors + (_padded(4 * num_rows) if site.dtype == "int8" else 0)
-        yield index, at, b, factors, end
-        at = end
+    def __init__(self, sites: Sequence[RowSite]) -> None:
+        sizes = [(s.in_features * s.item_bytes, s.out_features * s.item_bytes, 4 * (s.dtype == "int8")) for s in sites]
+        matrices = np.array([site.num_matrices for site in sites], np.int64)
+        self._bytes = matrices[:, None] * np.array(sizes, np.int64).reshape(-1, 3)  # of one rank of A, B and factors
+
+    def spans(self, ranks: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Return (site index, begin of A, of B, of factors, end) for every site with rows: int64 [n, 5], in bytes.
+
+        ranks: int32 [sites]. There are factors of rows in int8 only: those of others end where they begin.
+        """
+        sites = ranks.nonzero()[0]
+        sizes = self._bytes[sites] * ranks[sites, None]
+        sizes += -sizes % ALIGN_BYTES
+        bounds = np.concatenate([[0], sizes.cumsum()])
+        return np.stack([sites, bounds[:-1:3], bounds[1::3], bounds[2::3], bounds[3::3]], axis=1)
 
 
 def quantise(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -97,16 +101,13 @@ def quantise(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.fl
         return numbers.astype(np.int8), steps
 
 
-def _padded(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGN_BYTES) * ALIGN_BYTES
-
-
 class RowPacker:
     """Packs the plain adapters of one model."""
 
     def __init__(self, sites: Sequence[RowSite], served: ServedModel) -> None:
         self._sites = sites
         self._served = served
+        self._layout = RowLayout(sites)
         self._index = {site.name: index for index, site in enumerate(sites)}
 
     def pack(
@@ -133,7 +134,7 @@ class RowPacker:
         for part in (*spec.sites, *spec.parameters):
             index = self._index[part.site]
             parts[index], ranks[index], scales[index] = part, _rank_of(part, tensors), part.scale
-        spans = list(layout(ranks, self._sites))
+        spans: list[list[int]] = self._layout.spans(ranks).tolist()
         buffer = allocate(spans[-1][-1])
         bad: list[str] = []  # tensors with numbers that are not finite, of those that become int8
         for index, *begins, end in spans:
@@ -158,9 +159,7 @@ class RowPacker:
         self._check_finite(buffer, spans, parts)
         return Rows(buffer, ranks, scales, spec.invocation)
 
-    def _check_finite(
-        self, buffer: Any, spans: Sequence[tuple[int, int, int, int, int]], parts: Mapping[int, LoraWeights]
-    ) -> None:
+    def _check_finite(self, buffer: Any, spans: Sequence[Sequence[int]], parts: Mapping[int, LoraWeights]) -> None:
         """Raise AdapterRefused unless all numbers in a buffer are finite, those of neighbours looked at together.
 
         Rows in int8 always are.

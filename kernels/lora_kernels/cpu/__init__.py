@@ -95,6 +95,11 @@ def lora_add_(
     )
 
 
+def copy_rows_(pools: Sequence[Tensor], buffer: Tensor, pieces: Tensor) -> None:
+    """See `ops.copy_rows_`."""
+    _ops.copy_rows_.default(pools, buffer, pieces)
+
+
 def kv_write_(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch) -> None:
     """See `ops.kv_write_`."""
     _ops.kv_write_.default(k, v, k_cache, v_cache, batch.slot_mapping)

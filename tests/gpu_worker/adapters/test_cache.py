@@ -6,9 +6,10 @@ import os
 import threading
 
 import torch
-from helpers.adapter_loading import ATTENTION, MLP, Loading, RecordedStream, make_adapter
+from helpers.adapter_loading import ATTENTION, MLP, SITES, Loading, RecordedStream, make_adapter, rows_of
 
 from gpu_worker.adapters.jobs import NUM_STAGERS
+from gpu_worker.adapters.packing.packer import row_sites
 from gpu_worker.adapters.priority import NICENESS
 from gpu_worker.adapters.starvation import MAX_STARVED_LOADS
 from lora_kernels.ops import PAGE_ROWS
@@ -25,7 +26,7 @@ def test_rows_land_in_the_pages_the_table_names() -> None:
         slot = loading.cache.acquire(adapter.digest)
         assert slot is not None
         assert table.ranks[slot].tolist() == adapter.ranks.tolist()
-        for index, a, b in adapter.rows:
+        for index, a, b, _ in rows_of(adapter, row_sites(SITES)):
             site = loading.weights.lora_sites[index]
             pages = table.pages[slot, site.group].tolist()
             at = [pages[row // PAGE_ROWS] * PAGE_ROWS + row % PAGE_ROWS for row in range(len(a))]

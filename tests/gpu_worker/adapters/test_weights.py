@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.adapter_loading import SITES, RecordedStream, make_adapter
+from helpers.adapter_loading import SITES, RecordedStream, make_adapter, rows_of
 
 from gpu_worker.adapters.copy_stream import CopyBuffer
 from gpu_worker.adapters.extras import Extras, LinearExtras
+from gpu_worker.adapters.packing.packer import row_sites
 from gpu_worker.adapters.weights import PoolWeights, page_runs, split_budget
 from lora_kernels.ops import PAGE_ROWS
 from protocol.wire.errors import BadRequest
@@ -33,9 +34,9 @@ def test_neighbouring_pages_are_one_run() -> None:
 def test_rows_lie_in_the_pages_that_the_pool_gave(pages: list[int]) -> None:
     weights = PoolWeights(SITES, [], 100_000, "cpu")
     adapter = make_adapter("a", 40)
-    rows = [(index, torch.rand(a.shape), torch.rand(b.shape)) for index, a, b in adapter.rows]
-    weights.copy(replace(adapter, rows=rows), [pages, pages, pages, []])
-    for index, a, b in rows:
+    adapter.rows.buffer.view(torch.float32).uniform_()
+    weights.copy(adapter, [pages, pages, pages, []])
+    for index, a, b, _ in rows_of(adapter, row_sites(SITES)):
         site = weights.lora_sites[index]
         where = torch.cat([torch.arange(page * PAGE_ROWS, (page + 1) * PAGE_ROWS) for page in pages])[:40]
         assert torch.equal(site.a_rows[where], a)
@@ -85,7 +86,7 @@ def test_a_copy_allocates_then_waits_for_steps_then_writes() -> None:
     copied = weights.copy(adapter, [[0], [], [], [0]])
     assert stream.calls == ["allocate", "allocate", "wait", "use", "synchronize"]
     assert rows_at_wait == [0.0], "rows are written before steps have ended that may read their pages"
-    assert torch.equal(weights.lora_sites[0].a_rows[:8], adapter.rows[0][1])
+    assert torch.equal(weights.lora_sites[0].a_rows[:8], rows_of(adapter, row_sites(SITES))[0][1])
     bias = copied.linear[0].bias
     assert bias is not None
     assert torch.equal(bias, torch.ones(6))

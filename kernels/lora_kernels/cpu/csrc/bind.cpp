@@ -161,6 +161,7 @@ STABLE_TORCH_LIBRARY(lorafleet, m) {
       "lora_add_(Tensor(a!)[] outs, Tensor x, Tensor[] a_rows, Tensor[] b_rows, Tensor[] factors, int[] indices, "
       "int[] groups, Tensor ranks, Tensor scales, Tensor pages, Tensor rows, Tensor small_tiles, Tensor large_tiles, Tensor counts, "
       "Tensor? row_scales) -> ()");
+  m.def("copy_rows_(Tensor(a!)[] pools, Tensor buffer, Tensor pieces) -> ()");
   m.def("kv_write_(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
   m.def(
       "paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor block_tables, Tensor query_starts, "
@@ -212,6 +213,7 @@ STABLE_TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {
   m.impl("pack_quantised", &boxed<pack_quantised>);
   m.impl("quant_linear", &boxed<quant_linear>);
   m.impl("lora_add_", &boxed<lora_add_>);
+  m.impl("copy_rows_", &boxed<copy_rows_>);
   m.impl("kv_write_", &boxed<kv_write_>);
   m.impl("paged_attention", &boxed<paged_attention>);
   m.impl("rms_norm", &boxed<static_cast<Tensor (*)(const Tensor&, const Tensor&, double, const OptionalTensor&, bool)>(rms_norm)>);

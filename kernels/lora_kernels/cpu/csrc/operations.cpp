@@ -197,6 +197,24 @@ void check_cache(const Tensor& cache, int64_t kv_heads, int64_t dim, const Tenso
   LORAFLEET_CHECK(dim % 4 == 0, "an int8 cache needs rows of a multiple of 4 entries; there are ", dim);
 }
 
+void copy_rows_(Tensors pools, const Tensor& buffer, const Tensor& pieces) {
+  const uint8_t* bytes = entries_of<uint8_t>(buffer, "buffer");
+  LORAFLEET_CHECK(pieces.dim() == 2 && pieces.size(1) == 4, "pieces must be [n, 4]");
+  const int64_t* piece = entries_of<int64_t>(pieces, "pieces");
+  for (int64_t i = 0; i < pieces.size(0); ++i, piece += 4) {
+    const auto [index, row, num, begin] = std::tuple(piece[0], piece[1], piece[2], piece[3]);
+    LORAFLEET_CHECK(0 <= index && index < static_cast<int64_t>(pools.size()), "pool ", index, " is not there");
+    const Tensor& pool = pools[index];
+    LORAFLEET_CHECK(pool.dim() > 0 && pool.is_contiguous(), "pools must have contiguous rows");
+    LORAFLEET_CHECK(0 <= row && 0 <= num && num <= pool.size(0) - row, "rows ", row, " to ", row + num, " of ",
+                    pool.size(0), " are not there");
+    const int64_t row_bytes = pool.stride(0) * pool.element_size();
+    LORAFLEET_CHECK(0 <= begin && begin <= buffer.numel() && num * row_bytes <= buffer.numel() - begin, "the buffer of ",
+                    buffer.numel(), " bytes has no ", num * row_bytes, " at ", begin);
+    std::memcpy(pool.data + row * row_bytes, bytes + begin, num * row_bytes);
+  }
+}
+
 void kv_write_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                const Tensor& slot_mapping) {
   LORAFLEET_CHECK(k.dim() == 3 && v.dim() == 3 && k.stride(2) == 1 && v.stride(2) == 1 && k.size(0) == v.size(0) &&

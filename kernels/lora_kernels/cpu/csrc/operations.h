@@ -19,6 +19,7 @@ void lora_add_(Tensors outs, const Tensor& x, Tensors a_rows, Tensors b_rows, Te
                Ints groups, const Tensor& ranks, const Tensor& scales, const Tensor& pages, const Tensor& rows,
                const Tensor& small_tiles, const Tensor& large_tiles, const Tensor& counts,
                const OptionalTensor& row_scales);
+void copy_rows_(Tensors pools, const Tensor& buffer, const Tensor& pieces);
 void kv_write_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                const Tensor& slot_mapping);
 Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const Tensor& block_tables,

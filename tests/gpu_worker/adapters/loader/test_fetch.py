@@ -10,7 +10,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from safetensors.numpy import save
 from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.adapters.loader.fetch import FetchedAdapter, StoreClient, digest_of
 from gpu_worker.adapters.packing.rows import RowPacker, Rows, RowSite
+from peft_adapters.format import CONFIG_FILE, FOLDER_HEADER, WEIGHTS_FILE
 from peft_adapters.texts.files import TEXTS_FIELD, TEXTS_FILE, TOKENIZER
 from peft_adapters.texts.tokenizer_json import OwnTokenizer
 from protocol.wire.errors import AdapterRefused, NotFound
@@ -42,14 +45,18 @@ GOOD = FetchedAdapter(CONFIG, weights(1.0))
 
 
 @contextmanager
-def store(files: dict[str, bytes]) -> Iterator[str]:
-    """A store that holds `files`, by path."""
+def store(files: dict[str, bytes], folder: Path | None = None, asked: list[str] | None = None) -> Iterator[str]:
+    """A store that holds `files`, by path, and says that they are in a folder. asked: what it is asked for."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             body = files.get(self.path)
             self.send_response(404 if body is None else 200)
             self.send_header("Content-Length", str(len(body or b"")))
+            if asked is not None:
+                asked.append(self.path)
+            if folder and self.path.endswith(CONFIG_FILE):
+                self.send_header(FOLDER_HEADER, quote(str(folder)))
             self.end_headers()
             self.wfile.write(body or b"")
 
@@ -99,6 +106,32 @@ def test_a_store_that_lacks_it_or_gives_something_else_is_passed_over(client: St
     ):
         client.set_urls((empty, wrong, "http://127.0.0.1:9", good))
         assert client.fetch(digest) == GOOD
+
+
+@pytest.mark.parametrize(
+    "here", ["the file", "another adapter's", "no adapter's", "a link", "a pipe", "a folder", "nothing"]
+)
+def test_a_folder_of_this_machine_is_read_if_it_has_the_adapter(
+    client: StoreClient | Loader, here: str, tmp_path: Path
+) -> None:
+    digest, asked, folder = digest_of(GOOD), list[str](), tmp_path / "with a space, and ü"
+    folder.mkdir()
+    file = folder / WEIGHTS_FILE
+    if here in ("the file", "another adapter's", "no adapter's"):
+        content = {"the file": GOOD.weights, "another adapter's": weights(2.0), "no adapter's": b"?" * 100}[here]
+        file.write_bytes(content)
+    elif here == "a link":
+        (tmp_path / "other").write_bytes(GOOD.weights)
+        file.symlink_to(tmp_path / "other")
+    elif here == "a pipe":
+        os.mkfifo(file)
+    elif here == "a folder":
+        file.mkdir()
+    with store(files_of(digest, GOOD), folder, asked) as good:
+        client.set_urls((good,))
+        assert client.fetch(digest) == GOOD
+        is_sent = f"/adapters/{digest}/{WEIGHTS_FILE}" in asked
+        assert is_sent == (here != "the file")
 
 
 def test_what_no_store_has_is_not_found_at_once(client: StoreClient | Loader) -> None:
