@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from peft_adapters.format import FOLDER_HEADER
 from protocol.runtime.environment import child_environment
 
 CHUNK_BYTES = 256 << 10
+HEAD_BYTES = 4 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,27 +30,30 @@ class Link:
     latency_s: float
     bytes_per_s: float  # of the answers on one connection
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def serve(self, client: socket.socket) -> None:
         """Relay one connection until either side closes it."""
-        try:
-            upstream = await asyncio.open_connection("127.0.0.1", self.port, limit=CHUNK_BYTES)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._relay(reader, upstream[1], delay_s=self.latency_s))
-                group.create_task(self._relay(upstream[0], writer, bytes_per_s=self.bytes_per_s))
-        except* OSError:
-            pass
-        finally:
-            writer.close()
+        loop = asyncio.get_running_loop()
+        with client, socket.socket() as server:
+            server.setblocking(False)
+            try:
+                await loop.sock_connect(server, ("127.0.0.1", self.port))
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(self._relay(client, server, delay_s=self.latency_s))
+                    group.create_task(self._relay(server, client, bytes_per_s=self.bytes_per_s))
+            except* OSError:
+                pass
 
     async def _relay(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, delay_s: float = 0, bytes_per_s: float = 0
+        self, source: socket.socket, to: socket.socket, *, delay_s: float = 0, bytes_per_s: float = 0
     ) -> None:
-        while chunk := await reader.read(CHUNK_BYTES):
-            chunk = chunk.replace(FOLDER_HEADER.encode(), b"X" * len(FOLDER_HEADER))  # another machine lacks the folder
-            await asyncio.sleep(delay_s + (len(chunk) / bytes_per_s if bytes_per_s else 0))
-            writer.write(chunk)
-            await writer.drain()
-        writer.close()
+        loop, memory = asyncio.get_running_loop(), memoryview(bytearray(CHUNK_BYTES))
+        while num := await loop.sock_recv_into(source, memory):
+            await asyncio.sleep(delay_s + (num / bytes_per_s if bytes_per_s else 0))
+            # Another machine lacks the folder that the store names.
+            begin = bytes(memory[: min(num, HEAD_BYTES)]).replace(FOLDER_HEADER.encode(), b"X" * len(FOLDER_HEADER))
+            memory[: len(begin)] = begin
+            await loop.sock_sendall(to, memory[:num])
+        to.shutdown(socket.SHUT_WR)
 
 
 @contextmanager
@@ -71,9 +76,22 @@ def slow_link(link: Link) -> Iterator[int]:
 
 
 async def _run(link: Link) -> None:
-    async with await asyncio.start_server(link.serve, "127.0.0.1", 0, limit=CHUNK_BYTES) as server:
-        print(server.sockets[0].getsockname()[1], flush=True)
-        await asyncio.to_thread(sys.stdin.read)  # until the parent process ends or closes the pipe
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        print(server.getsockname()[1], flush=True)
+        parent = asyncio.create_task(asyncio.to_thread(sys.stdin.read))  # ends as the parent process does
+        connections: set[asyncio.Task[None]] = set()
+        accepting = asyncio.create_task(_accept(link, server, connections))
+        await asyncio.wait([parent, accepting], return_when=asyncio.FIRST_COMPLETED)
+        accepting.cancel()
+
+
+async def _accept(link: Link, server: socket.socket, connections: set[asyncio.Task[None]]) -> None:
+    while True:
+        client, _ = await asyncio.get_running_loop().sock_accept(server)
+        task = asyncio.create_task(link.serve(client))
+        connections.add(task)
+        task.add_done_callback(connections.discard)
 
 
 if __name__ == "__main__":

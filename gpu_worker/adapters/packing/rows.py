@@ -8,6 +8,9 @@ Pure numpy, because the loader's process has no torch. The buffer holds, for eac
 from __future__ import annotations
 
 import itertools
+import json
+import math
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +20,8 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_adapters.format import AdapterSpec, LoraWeights, read_adapter
+from peft_adapters.config_fields import is_alpha
+from peft_adapters.format import AdapterSpec, LoraWeights, canonical_config, read_adapter
 from peft_adapters.safetensors_header import TensorInfo, read_header
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel
@@ -28,6 +32,9 @@ MAX_EXPERT_RANK = 256
 """Kernels have room for this many rank products of each pair of token and expert."""
 
 ALIGN_BYTES = 64
+NUM_RECIPES = 8
+"""Recipes that are kept. Reading one takes a third of packing an adapter; those of a fleet are mostly of a few."""
+
 PIECE_BYTES = 1 << 20
 """Numbers are converted and checked in pieces of about this size: what that takes besides stays in the cache."""
 
@@ -101,6 +108,23 @@ def quantise(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.fl
         return numbers.astype(np.int8), steps
 
 
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """What packing takes of an adapter's config and header: the same for all that differ in numbers and alpha alone."""
+
+    tensors: Mapping[str, TensorInfo]  # the header, which `read_header` gives as one object to all that have the same
+    ranks: NDArray[np.int32]  # [sites]
+    divisors: NDArray[np.float64]  # [sites]; a scale is alpha by this, see `AdapterConfig.scale`
+    parts: dict[int, LoraWeights]  # by site
+    spans: list[list[int]]  # see `RowLayout.spans`
+    invocation: tuple[int, ...]
+
+
+def _key_of(config: Mapping[str, Any]) -> str:
+    """Return all of a config that counts but alpha, as text."""
+    return json.dumps(canonical_config({**config, "lora_alpha": None}))
+
+
 class RowPacker:
     """Packs the plain adapters of one model."""
 
@@ -108,6 +132,8 @@ class RowPacker:
         self._sites = sites
         self._served = served
         self._layout = RowLayout(sites)
+        self._recipes: dict[str, _Recipe] = {}  # by `_key_of`, oldest first
+        self._lock = threading.Lock()
         self._index = {site.name: index for index, site in enumerate(sites)}
 
     def pack(
@@ -124,17 +150,10 @@ class RowPacker:
         """
         try:
             tensors = read_header(file)
-            spec = read_adapter(config, tensors, self._served)
+            recipe, scales = self._recipe(config, tensors)
         except AdapterRefused:
             return None
-        if not self._is_plain(spec, tensors):
-            return None
-        ranks, scales = np.zeros(len(self._sites), np.int32), np.zeros(len(self._sites), np.float32)
-        parts: dict[int, LoraWeights] = {}
-        for part in (*spec.sites, *spec.parameters):
-            index = self._index[part.site]
-            parts[index], ranks[index], scales[index] = part, _rank_of(part, tensors), part.scale
-        spans: list[list[int]] = self._layout.spans(ranks).tolist()
+        ranks, parts, spans = recipe.ranks, recipe.parts, recipe.spans
         buffer = allocate(spans[-1][-1])
         bad: list[str] = []  # tensors with numbers that are not finite, of those that become int8
         for index, *begins, end in spans:
@@ -157,7 +176,37 @@ class RowPacker:
                 release(tensors[name].begin, tensors[name].end)
         _refuse(bad, "float32")
         self._check_finite(buffer, spans, parts)
-        return Rows(buffer, ranks, scales, spec.invocation)
+        return Rows(buffer, ranks, scales, recipe.invocation)
+
+    def _recipe(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> tuple[_Recipe, NDArray[Any]]:
+        """Return what an adapter has in common with others of its recipe, and its scales, float32 [sites].
+
+        Raises AdapterRefused where the adapter is not plain, or anything is wrong with it.
+        """
+        alpha: Any = config.get("lora_alpha")
+        key = _key_of(config)
+        with self._lock:
+            recipe = self._recipes.get(key)
+        if recipe is not None and recipe.tensors is tensors and is_alpha(alpha):
+            return recipe, (alpha / recipe.divisors).astype(np.float32)
+        spec = read_adapter(config, tensors, self._served)
+        if not self._is_plain(spec, tensors):
+            raise AdapterRefused(["it has more than rows"])
+        ranks, scales = np.zeros(len(self._sites), np.int32), np.zeros(len(self._sites))
+        divisors, parts = np.ones(len(self._sites)), dict[int, LoraWeights]()
+        for part in (*spec.sites, *spec.parameters):
+            index = self._index[part.site]
+            parts[index], ranks[index], scales[index] = part, _rank_of(part, tensors), part.scale
+            divisors[index] = math.sqrt(part.rank) if config.get("use_rslora") else part.rank
+        divisors[ranks == 0] = np.inf
+        spans: list[list[int]] = self._layout.spans(ranks).tolist()
+        recipe = _Recipe(tensors, ranks, divisors, parts, spans, spec.invocation)
+        if is_alpha(alpha) and not config.get("alpha_pattern") and np.array_equal(scales, alpha / divisors):
+            with self._lock:
+                self._recipes[key] = recipe
+                while len(self._recipes) > NUM_RECIPES:
+                    self._recipes.pop(next(iter(self._recipes)))
+        return recipe, scales.astype(np.float32)
 
     def _check_finite(self, buffer: Any, spans: Sequence[Sequence[int]], parts: Mapping[int, LoraWeights]) -> None:
         """Raise AdapterRefused unless all numbers in a buffer are finite, those of neighbours looked at together.

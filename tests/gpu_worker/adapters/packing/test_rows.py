@@ -122,6 +122,30 @@ def test_rows_are_those_of_torch(stored: torch.dtype, served: torch.dtype, head:
             assert torch.equal(tensor.signbit(), reference.signbit())
 
 
+def test_a_packer_that_knows_a_recipe_says_what_a_new_one_says() -> None:
+    """Adapters with one header, whose configs differ in one field each, in any order, each of them twice."""
+    changes: list[dict[str, Any]] = [
+        {}, {"lora_alpha": 7.3}, {"lora_alpha": -2}, {"lora_alpha": 0}, {"lora_alpha": None}, {"lora_alpha": "5"},
+        {"lora_alpha": True}, {"lora_alpha": 1e39}, {"use_rslora": True}, {"use_rslora": True, "lora_alpha": 7.3},
+        {"alpha_pattern": {"up": 5}}, {"alpha_pattern": {"up": 5}, "lora_alpha": 9}, {"alpha_pattern": {"up": 9}},
+        {"rank_pattern": {}}, {"target_modules": ["q"]}, {"r": 4}, {"inference_mode": True},
+        {"peft_type": "ADALORA"}, {"use_dora": True}, {"exclude_modules": ["0.q"]}, {"alora_invocation_tokens": [1, 2]},
+    ]  # fmt: skip
+    rng = np.random.default_rng(0)
+    known = packers(torch.float32)[1]
+    seen: set[tuple[float, ...]] = set()
+    for i in rng.permutation(2 * len(changes)) % len(changes):
+        config, weights = CONFIG | changes[i], tensors(torch.float32, scale=float(rng.random()))
+        got, expected = pack_rows(known, weights, config), pack_rows(packers(torch.float32)[1], weights, config)
+        assert (got is None) == (expected is None), changes[i]
+        if got is not None and expected is not None:
+            assert got.scales.tolist() == expected.scales.tolist(), changes[i]
+            assert got.ranks.tolist() == expected.ranks.tolist()
+            assert (bytes(got.buffer), got.invocation) == (bytes(expected.buffer), expected.invocation)
+            seen.add(tuple(got.scales.tolist()))
+    assert len(seen) > 6
+
+
 @pytest.mark.parametrize("layers", [False, True])
 @pytest.mark.parametrize("served", DTYPES, ids=str)
 def test_rows_of_experts_are_those_of_torch(served: torch.dtype, layers: bool) -> None:
