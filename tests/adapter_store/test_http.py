@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from urllib.parse import unquote
 
 import httpx2
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_store.http import BlobServer, HttpRequest, _file_answer
-from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.format import CONFIG_FILE, FOLDER_HEADER, WEIGHTS_FILE
 from protocol.wire.errors import Conflict, NotFound, Unavailable
 
 DIGEST = "a" * 64
@@ -58,6 +59,7 @@ async def test_whole_files(client: httpx2.AsyncClient) -> None:
     config = await client.get(f"/adapters/{DIGEST}/{CONFIG_FILE}")
     assert config.json() == {}
     assert config.headers["content-type"] == "application/json"
+    assert (Path(unquote(config.headers[FOLDER_HEADER])) / WEIGHTS_FILE).read_bytes() == WEIGHTS
     head = await client.head(PATH)
     assert (head.status_code, head.content, head.headers["content-length"]) == (200, b"", str(len(WEIGHTS)))
     assert (await client.get("/health")).json() == {"status": "ok"}

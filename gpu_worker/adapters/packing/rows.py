@@ -32,8 +32,9 @@ MAX_EXPERT_RANK = 256
 """Kernels have room for this many rank products of each pair of token and expert."""
 
 ALIGN_BYTES = 64
-NUM_RECIPES = 8
-"""Recipes that are kept. Reading one takes a third of packing an adapter; those of a fleet are mostly of a few."""
+NUM_OUTLINES = 8
+"""Outlines that are kept, of some 1 MB at most, as `read_header` keeps the headers. Making one takes a third of packing,
+and most adapters of a fleet were trained alike."""
 
 PIECE_BYTES = 1 << 20
 """Numbers are converted and checked in pieces of about this size: what that takes besides stays in the cache."""
@@ -109,7 +110,7 @@ def quantise(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.fl
 
 
 @dataclass(frozen=True, slots=True)
-class _Recipe:
+class _Outline:
     """What packing takes of an adapter's config and header: the same for all that differ in numbers and alpha alone."""
 
     tensors: Mapping[str, TensorInfo]  # the header, which `read_header` gives as one object to all that have the same
@@ -132,7 +133,7 @@ class RowPacker:
         self._sites = sites
         self._served = served
         self._layout = RowLayout(sites)
-        self._recipes: dict[str, _Recipe] = {}  # by `_key_of`, oldest first
+        self._outlines: dict[str, _Outline] = {}  # by `_key_of`, oldest first
         self._lock = threading.Lock()
         self._index = {site.name: index for index, site in enumerate(sites)}
 
@@ -150,10 +151,10 @@ class RowPacker:
         """
         try:
             tensors = read_header(file)
-            recipe, scales = self._recipe(config, tensors)
+            outline, scales = self._outline(config, tensors)
         except AdapterRefused:
             return None
-        ranks, parts, spans = recipe.ranks, recipe.parts, recipe.spans
+        ranks, parts, spans = outline.ranks, outline.parts, outline.spans
         buffer = allocate(spans[-1][-1])
         bad: list[str] = []  # tensors with numbers that are not finite, of those that become int8
         for index, *begins, end in spans:
@@ -176,19 +177,19 @@ class RowPacker:
                 release(tensors[name].begin, tensors[name].end)
         _refuse(bad, "float32")
         self._check_finite(buffer, spans, parts)
-        return Rows(buffer, ranks, scales, recipe.invocation)
+        return Rows(buffer, ranks, scales, outline.invocation)
 
-    def _recipe(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> tuple[_Recipe, NDArray[Any]]:
-        """Return what an adapter has in common with others of its recipe, and its scales, float32 [sites].
+    def _outline(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> tuple[_Outline, NDArray[Any]]:
+        """Return what an adapter has in common with others that were trained alike, and its scales, float32 [sites].
 
         Raises AdapterRefused where the adapter is not plain, or anything is wrong with it.
         """
         alpha: Any = config.get("lora_alpha")
         key = _key_of(config)
         with self._lock:
-            recipe = self._recipes.get(key)
-        if recipe is not None and recipe.tensors is tensors and is_alpha(alpha):
-            return recipe, (alpha / recipe.divisors).astype(np.float32)
+            outline = self._outlines.get(key)
+        if outline is not None and outline.tensors is tensors and is_alpha(alpha):
+            return outline, (alpha / outline.divisors).astype(np.float32)
         spec = read_adapter(config, tensors, self._served)
         if not self._is_plain(spec, tensors):
             raise AdapterRefused(["it has more than rows"])
@@ -200,13 +201,15 @@ class RowPacker:
             divisors[index] = math.sqrt(part.rank) if config.get("use_rslora") else part.rank
         divisors[ranks == 0] = np.inf
         spans: list[list[int]] = self._layout.spans(ranks).tolist()
-        recipe = _Recipe(tensors, ranks, divisors, parts, spans, spec.invocation)
-        if is_alpha(alpha) and not config.get("alpha_pattern") and np.array_equal(scales, alpha / divisors):
+        outline = _Outline(tensors, ranks, divisors, parts, spans, spec.invocation)
+        # Of zero all scales are zero, whatever they are of another alpha.
+        is_kept = is_alpha(alpha) and alpha and not config.get("alpha_pattern")
+        if is_kept and np.array_equal(scales, alpha / divisors):
             with self._lock:
-                self._recipes[key] = recipe
-                while len(self._recipes) > NUM_RECIPES:
-                    self._recipes.pop(next(iter(self._recipes)))
-        return recipe, scales.astype(np.float32)
+                self._outlines[key] = outline
+                while len(self._outlines) > NUM_OUTLINES:
+                    self._outlines.pop(next(iter(self._outlines)))
+        return outline, scales.astype(np.float32)
 
     def _check_finite(self, buffer: Any, spans: Sequence[Sequence[int]], parts: Mapping[int, LoraWeights]) -> None:
         """Raise AdapterRefused unless all numbers in a buffer are finite, those of neighbours looked at together.

@@ -122,7 +122,7 @@ def test_rows_are_those_of_torch(stored: torch.dtype, served: torch.dtype, head:
             assert torch.equal(tensor.signbit(), reference.signbit())
 
 
-def test_a_packer_that_knows_a_recipe_says_what_a_new_one_says() -> None:
+def test_a_packer_that_has_seen_others_says_what_a_new_one_says() -> None:
     """Adapters with one header, whose configs differ in one field each, in any order, each of them twice."""
     changes: list[dict[str, Any]] = [
         {}, {"lora_alpha": 7.3}, {"lora_alpha": -2}, {"lora_alpha": 0}, {"lora_alpha": None}, {"lora_alpha": "5"},
