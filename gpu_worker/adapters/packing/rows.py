@@ -33,8 +33,8 @@ MAX_EXPERT_RANK = 256
 
 ALIGN_BYTES = 64
 NUM_OUTLINES = 8
-"""Outlines that are kept, of some 1 MB at most, as `read_header` keeps the headers. Making one takes a third of packing,
-and most adapters of a fleet were trained alike."""
+"""Outlines that are kept, of some 1 MB at most, as `read_header` keeps the headers. Making one takes a third of
+packing, and most adapters of a fleet were trained alike."""
 
 PIECE_BYTES = 1 << 20
 """Numbers are converted and checked in pieces of about this size: what that takes besides stays in the cache."""
