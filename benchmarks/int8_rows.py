@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 from benchmarks.common import report
 from benchmarks.common.fleet import make_adapters, quickstart_model, scratch_folder
 from benchmarks.distinct_adapters import NAMES, decode_ms, start_engine
+from gpu_worker.adapters.packing.packer import row_sites
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest
 from protocol.wire.messages import Sampling
@@ -38,11 +39,12 @@ def delta_error(engine: Engine, name: str, file: Path) -> float:
     """Return |BA of the pool's rows - BA of the file| / |BA of the file|, over all linear layers."""
     adapter, sites = engine.adapters.host.get(name), engine.model.sites
     assert adapter is not None
+    is_int8 = engine.adapters.weights.lora_sites[0].factors is not None
     exact = {key: tensor.float() for key, tensor in load_file(file).items()}
     off = size = 0.0
-    for index, a, b in adapter.rows:
+    for index, a, b, factors in adapter.rows.parts(row_sites(sites, int8=is_int8), adapter.ranks):
         prefix = f"base_model.model.{sites[index].name}"
-        factors = adapter.factors.get(index, torch.ones(len(a)))
+        factors = factors if len(factors) else torch.ones(len(a))
         expected = exact[f"{prefix}.lora_B.weight"] @ exact[f"{prefix}.lora_A.weight"]
         off += float((b.float().T * factors @ a.float() - expected).square().sum())
         size += float(expected.square().sum())

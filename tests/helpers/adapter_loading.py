@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -47,18 +46,8 @@ def make_adapter(digest: str, rank: int, where: int = ATTENTION) -> HostAdapter:
 
 
 def rows_of(adapter: HostAdapter, sites: Sequence[RowSite]) -> list[tuple[int, Tensor, Tensor, Tensor]]:
-    """Return (site, A [rank, K], B transposed [rank, N], factors [rank]) of an adapter; no factors but in int8."""
-    found: list[tuple[int, Tensor, Tensor, Tensor]] = []
-    for index, *bounds in adapter.rows.spans.tolist():
-        site, rank = sites[index], int(adapter.ranks[index])
-        dtype, num_factors = getattr(torch, site.dtype), rank if site.dtype == "int8" else 0
-        shapes = ((rank, site.in_features), (rank, site.out_features), (num_factors,))
-        a, b, factors = (
-            adapter.rows.buffer[begin : begin + math.prod(shape) * kind.itemsize].view(kind).view(shape)
-            for shape, kind, begin in zip(shapes, (dtype, dtype, torch.float32), bounds, strict=False)
-        )
-        found.append((index, a, b, factors))
-    return found
+    """Return an adapter's rows, see `LinearRows.parts`."""
+    return adapter.rows.parts(sites, adapter.ranks)
 
 
 class RecordedStream(CopyStream):

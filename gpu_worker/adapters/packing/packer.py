@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -56,6 +57,21 @@ class LinearRows:
             for part, begin in zip(rows[index], begins, strict=False):
                 buffer[begin : begin + part.nbytes].view(part.dtype).view(part.shape).copy_(part)
         return cls(buffer, spans)
+
+    def parts(self, sites: Sequence[RowSite], ranks: np.ndarray) -> list[tuple[int, Tensor, Tensor, Tensor]]:
+        """Return (site, A [rank, K], B transposed [rank, N], factors [rank], none but in int8) of each site with rows.
+
+        sites, ranks: as `of` takes them. The tensors are views of the buffer.
+        """
+        found: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        for index, *bounds in self.spans.tolist():
+            site, rank = sites[index], int(ranks[index])
+            dtype: torch.dtype = getattr(torch, site.dtype)
+            a, b, factors = (self.buffer[begin:end] for begin, end in itertools.pairwise(bounds))
+            a = a.view(dtype)[: rank * site.in_features].view(rank, -1)
+            b = b.view(dtype)[: rank * site.out_features].view(rank, -1)
+            found.append((index, a, b, factors.view(torch.float32)[:rank]))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
