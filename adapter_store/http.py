@@ -190,7 +190,7 @@ class BlobServer:
             return _error(503, "the adapter left the disk: ask again")
         answer = _file_answer(request, folder / match[2], size, match[1])
         if match[2] == CONFIG_FILE:
-            answer.headers[FOLDER_HEADER] = quote(str(folder.absolute()))
+            answer.headers[FOLDER_HEADER] = quote(os.fsencode(folder.absolute()))
         return answer
 
     async def _upload(self, request: HttpRequest, reader: asyncio.StreamReader, uploads: Uploads) -> HttpResponse:

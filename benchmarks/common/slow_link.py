@@ -20,6 +20,7 @@ from protocol.runtime.environment import child_environment
 
 CHUNK_BYTES = 256 << 10
 HEAD_BYTES = 4 << 10
+"""Where in a piece of an answer its head is looked for."""
 
 
 @dataclass(frozen=True, slots=True)

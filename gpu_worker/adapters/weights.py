@@ -66,12 +66,11 @@ class PoolWeights:
         if self._device.type != "cpu":
             self.table.host = _empty_table(self.num_slots, len(sites), max_pages, torch.device("cpu"))
         self.lora_sites = [self._lora_site(site) for site in sites]
-        # Of each site A, B and, in int8, factors: what `ops.copy_rows_` copies to.
-        self._num_parts = 3 if int8 else 2
+        # `ops.copy_rows_` copies to these tensors: A and B of each site, and in int8 its factors.
         parts = [(site.a_rows, site.b_rows, site.factors) for site in self.lora_sites]
         self._tensors = [part for own in parts for part in own if part is not None]
         row_bytes = [tensor.stride(0) * tensor.itemsize for tensor in self._tensors]
-        self._row_bytes = np.array(row_bytes, np.int64).reshape(-1, self._num_parts)
+        self._row_bytes = np.array(row_bytes, np.int64).reshape(-1, 3 if int8 else 2)
         self._groups = np.array([site.group for site in sites], np.int64)
         first = 0
         for inputs in shared:
@@ -131,7 +130,7 @@ class PoolWeights:
                 counts = np.clip(ranks - first * PAGE_ROWS, 0, num_pages * PAGE_ROWS)  # rows of each site
                 mine = ((groups == group) & (counts > 0)).nonzero()[0]
                 for part, row_bytes in enumerate(self._row_bytes[sites[mine]].T):
-                    pools = self._num_parts * sites[mine] + part
+                    pools = self._row_bytes.shape[1] * sites[mine] + part
                     at = begins[part][mine] + first * PAGE_ROWS * row_bytes
                     found.append(np.stack([pools, np.full(len(mine), page * PAGE_ROWS), counts[mine], at], axis=1))
         return torch.from_numpy(np.concatenate(found) if found else np.zeros((0, 4), np.int64))

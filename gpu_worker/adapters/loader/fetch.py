@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPMessage, HTTPSConnection
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import msgspec
 
@@ -122,7 +122,7 @@ class StoreClient:
             config, own_folder = _parse(content), headers.get(FOLDER_HEADER)
             weights = None
             if own_folder and url not in self._elsewhere:
-                weights = self._read(os.path.join(unquote(own_folder), WEIGHTS_FILE), allocate)
+                weights = self._read(os.path.join(os.fsdecode(unquote_to_bytes(own_folder)), WEIGHTS_FILE), allocate)
             if weights is None:
                 weights, _ = self._get(connection, f"{folder}/{WEIGHTS_FILE}", allocate)
             own = config.get(TEXTS_FIELD)
@@ -146,8 +146,8 @@ class StoreClient:
                 with self._memory.hold(status.st_size):
                     memory = allocate(status.st_size)
                     return memory if _fill(memory, file.readinto, status.st_size) == status.st_size else None
-        except OSError as error:
-            logger.debug("%s cannot be read here: %r", path, error)
+        except (OSError, ValueError) as error:  # ValueError: a path that no system has, with a zero byte
+            logger.debug("%r cannot be read here: %r", path, error)
             return None
 
     def _get(self, connection: HTTPConnection, path: str, allocate: Allocate = bytearray) -> tuple[Any, HTTPMessage]:

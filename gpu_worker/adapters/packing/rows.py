@@ -7,6 +7,7 @@ Pure numpy, because the loader's process has no torch. The buffer holds, for eac
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from peft_adapters.config_fields import is_alpha
 from peft_adapters.format import AdapterSpec, LoraWeights, canonical_config, read_adapter
-from peft_adapters.safetensors_header import TensorInfo, read_header
+from peft_adapters.safetensors_header import MAX_KEPT_HEADER_BYTES, TensorInfo, read_header
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel
 from protocol.wire.tokens import TokenTable
@@ -33,8 +34,8 @@ MAX_EXPERT_RANK = 256
 
 ALIGN_BYTES = 64
 NUM_OUTLINES = 8
-"""Outlines that are kept, of some 1 MB at most, as `read_header` keeps the headers. Making one takes a third of
-packing, and most adapters of a fleet were trained alike."""
+"""Outlines that are kept, of headers that `read_header` keeps, so that one has some 1 MB at most. Making one takes a
+third of packing, and most adapters of a fleet were trained alike."""
 
 PIECE_BYTES = 1 << 20
 """Numbers are converted and checked in pieces of about this size: what that takes besides stays in the cache."""
@@ -121,9 +122,9 @@ class _Outline:
     invocation: tuple[int, ...]
 
 
-def _key_of(config: Mapping[str, Any]) -> str:
-    """Return all of a config that counts but alpha, as text."""
-    return json.dumps(canonical_config({**config, "lora_alpha": None}))
+def _key_of(config: Mapping[str, Any]) -> bytes:
+    """Return a hash of all of a config that counts but alpha."""
+    return hashlib.sha256(json.dumps(canonical_config({**config, "lora_alpha": None})).encode()).digest()
 
 
 class RowPacker:
@@ -133,7 +134,7 @@ class RowPacker:
         self._sites = sites
         self._served = served
         self._layout = RowLayout(sites)
-        self._outlines: dict[str, _Outline] = {}  # by `_key_of`, oldest first
+        self._outlines: dict[bytes, _Outline] = {}  # by `_key_of`, oldest first
         self._lock = threading.Lock()
         self._index = {site.name: index for index, site in enumerate(sites)}
 
@@ -202,9 +203,10 @@ class RowPacker:
         divisors[ranks == 0] = np.inf
         spans: list[list[int]] = self._layout.spans(ranks).tolist()
         outline = _Outline(tensors, ranks, divisors, parts, spans, spec.invocation)
-        # Of zero all scales are zero, whatever they are of another alpha.
-        is_kept = is_alpha(alpha) and alpha and not config.get("alpha_pattern")
-        if is_kept and np.array_equal(scales, alpha / divisors):
+        # An alpha of 0 makes every scale 0, so that it does not show whether the divisors are right for other alphas.
+        can_show = is_alpha(alpha) and alpha != 0 and not config.get("alpha_pattern")
+        is_known_again = min(info.begin for info in tensors.values()) <= MAX_KEPT_HEADER_BYTES
+        if can_show and is_known_again and np.array_equal(scales, alpha / divisors):
             with self._lock:
                 self._outlines[key] = outline
                 while len(self._outlines) > NUM_OUTLINES:

@@ -109,7 +109,7 @@ def test_a_store_that_lacks_it_or_gives_something_else_is_passed_over(client: St
 
 
 @pytest.mark.parametrize(
-    "here", ["the file", "another adapter's", "no adapter's", "a link", "a pipe", "a folder", "nothing"]
+    "here", ["the file", "another adapter's", "no adapter's", "a link", "a pipe", "a folder", "a zero byte", "nothing"]
 )
 def test_a_folder_of_this_machine_is_read_if_it_has_the_adapter(
     client: StoreClient | Loader, here: str, tmp_path: Path
@@ -127,7 +127,8 @@ def test_a_folder_of_this_machine_is_read_if_it_has_the_adapter(
         os.mkfifo(file)
     elif here == "a folder":
         file.mkdir()
-    with store(files_of(digest, GOOD), folder, asked) as good:
+    named = folder / "\0" if here == "a zero byte" else folder
+    with store(files_of(digest, GOOD), named, asked) as good:
         client.set_urls((good,))
         assert client.fetch(digest) == GOOD
         is_sent = f"/adapters/{digest}/{WEIGHTS_FILE}" in asked

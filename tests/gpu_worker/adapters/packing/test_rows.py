@@ -13,11 +13,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gpu_worker.adapters.packing.packer import Packer
-from gpu_worker.adapters.packing.rows import MAX_EXPERT_RANK, PIECE_BYTES, RowPacker, Rows
+from gpu_worker.adapters.packing.rows import MAX_EXPERT_RANK, NUM_OUTLINES, PIECE_BYTES, RowPacker, Rows
 from gpu_worker.experts.modules import ExpertShape, ExpertSite, GroupedExperts
 from gpu_worker.model.adaptable_modules import AdaptableModules
 from gpu_worker.model.attention import StepContext
 from gpu_worker.model.lora import SiteInfo
+from peft_adapters.safetensors_header import MAX_KEPT_HEADER_BYTES
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel, SiteShape
 
@@ -144,6 +145,18 @@ def test_a_packer_that_has_seen_others_says_what_a_new_one_says() -> None:
             assert (bytes(got.buffer), got.invocation) == (bytes(expected.buffer), expected.invocation)
             seen.add(tuple(got.scales.tolist()))
     assert len(seen) > 6
+    assert len(known._outlines) <= NUM_OUTLINES
+
+
+def test_outlines_are_few_and_of_small_headers() -> None:
+    packer, weights = packers(torch.float32)[1], tensors(torch.float32)
+    for num in range(NUM_OUTLINES + 3):
+        assert pack_rows(packer, weights, CONFIG | {"alora_invocation_tokens": [num % 9, num // 9]}) is not None
+    assert len(packer._outlines) == NUM_OUTLINES
+    packer = packers(torch.float32)[1]
+    raw = bytearray(save(weights, metadata={"padding": "x" * MAX_KEPT_HEADER_BYTES}))
+    assert packer.pack(CONFIG, memoryview(raw), bytearray) is not None
+    assert not packer._outlines
 
 
 @pytest.mark.parametrize("layers", [False, True])
