@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from statistics import median_low
 
 from protocol.wire.messages import StepModel
 
@@ -21,8 +22,12 @@ a short one may be far off, and then none would ever become short.
 """
 
 NUM_MEASURED = 5
-"""Measured steps of a kind that are kept; the fastest counts. By chance a step is only ever slow, and most are beside a
-flood that takes the cores: by their median the limit would grow with the harm that it is for."""
+"""Measured steps of a kind that are kept.
+
+Of steps of the others alone the median counts: where the time of steps varies, the fastest would make the limit
+stricter than `max_slowdown` says, and steps stay empty. Of what yields the fastest counts: being slower by chance than
+predicted must take nothing from it.
+"""
 
 PROMPT_SHARE = 0.5
 """Share of the time left to what yields that is its prompts', if it has any: decodes would never leave them any, and
@@ -77,7 +82,7 @@ class StepLimit:
 
     def __init__(self) -> None:
         self._left = 0  # limited steps until the next one without what yields
-        self._alone: deque[tuple[float, float]] = deque(maxlen=NUM_MEASURED)  # (predicted, measured) seconds
+        self._alone: deque[float] = deque(maxlen=NUM_MEASURED)  # what steps of the others took ÷ what was predicted
         self._more: deque[float] = deque(maxlen=NUM_MEASURED)  # what yields took ÷ what was predicted of it
 
     def applies(self, model: StepModel) -> bool:
@@ -89,7 +94,7 @@ class StepLimit:
 
         slowdown: how many times as long it may take for what yields.
         """
-        measured = min((seconds / predicted for predicted, seconds in self._alone), default=1.0)
+        measured = median_low(self._alone) if self._alone else 1.0
         left_s = (slowdown * measured - 1) * time.seconds
         time.others_s = time.seconds
         time.limit_s = time.seconds + left_s / max(1.0, min(self._more, default=1.0))
@@ -114,5 +119,5 @@ class StepLimit:
 
     def note_alone(self, predicted_s: float, seconds: float) -> None:
         """Learn from a step that held nothing but the others' decodes."""
-        self._alone.append((predicted_s, seconds))
+        self._alone.append(seconds / predicted_s)
         self._left = ALONE_EVERY - 1
