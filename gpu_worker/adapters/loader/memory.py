@@ -18,10 +18,19 @@ ROUND_BYTES = 1 << 20
 """Sizes are rounded up to this: adapters of nearly one size use each other's memory."""
 
 
-def copy_of(content: memoryview) -> int:
-    """Return the descriptor of a new file without a name, which has this content. Raises OSError."""
-    fd = _new_file()
+def rounded(num_bytes: int) -> int:
+    """Return the size of a file that has room for some bytes."""
+    return max(1, -(-num_bytes // ROUND_BYTES)) * ROUND_BYTES
+
+
+def copy_of(content: memoryview, to: int | None = None) -> int:
+    """Return the descriptor of a file without a name that has this content and nothing more. Raises OSError.
+
+    to: a descriptor of such a file, to be used and closed on errors; None: of a new one.
+    """
+    fd = new_file() if to is None else to
     try:
+        os.truncate(fd, len(content))
         while content:
             content = content[os.write(fd, content) :]
     except BaseException:
@@ -30,7 +39,7 @@ def copy_of(content: memoryview) -> int:
     return fd
 
 
-def _new_file() -> int:
+def new_file() -> int:
     """Return the descriptor of an empty file without a name, in memory where the system can do that."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("lorafleet-adapter")
@@ -43,7 +52,7 @@ class AnonymousFile:
 
     def __init__(self, num_bytes: int) -> None:
         """Make one. Raises OSError where there is no room for it."""
-        self.fd = _new_file()
+        self.fd = new_file()
         try:
             os.truncate(self.fd, num_bytes)
             self.memory = mmap.mmap(self.fd, num_bytes)
@@ -92,7 +101,7 @@ class KeptFiles:
                 file = min(fitting, key=lambda file: file.num_bytes)
                 self._kept.remove(file)
                 return file
-        return AnonymousFile(max(1, -(-num_bytes // ROUND_BYTES)) * ROUND_BYTES)
+        return AnonymousFile(rounded(num_bytes))
 
     def keeps(self, file: AnonymousFile) -> bool:
         """Return whether a file is small enough to be kept."""

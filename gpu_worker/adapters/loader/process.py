@@ -28,6 +28,7 @@ from gpu_worker.adapters.loader.messages import (
     receive,
     send,
 )
+from gpu_worker.adapters.loader.reserve import Reserve
 from gpu_worker.adapters.loader.turns import Turns
 from gpu_worker.adapters.packing.rows import RowPacker
 from gpu_worker.adapters.priority import lower_priority
@@ -65,8 +66,13 @@ class Stores(Protocol):
 class LoaderServer:
     """Answers one worker's messages."""
 
-    def __init__(self, worker: socket.socket, stores: Stores, small_bytes: int = SMALL_BYTES) -> None:
-        """worker: where answers are sent; its messages are given to `take`. small_bytes: of files that are small."""
+    def __init__(
+        self, worker: socket.socket, stores: Stores, small_bytes: int = SMALL_BYTES, reserve: Reserve | None = None
+    ) -> None:
+        """worker: where answers are sent; its messages are given to `take`. small_bytes: of files that are small.
+
+        reserve: of memory for rows, if there is any.
+        """
         self.packer: RowPacker | None = None  # None: no model is described, adapters are only fetched
         self._worker = worker
         self._stores = stores
@@ -74,6 +80,7 @@ class LoaderServer:
         self._fetchers = ThreadPoolExecutor(NUM_FETCHES, thread_name_prefix="fetcher")
         self._turns = (Turns(), Turns())  # at checking and packing: of small adapters, and of large ones
         self._kept = KeptFiles()
+        self._reserve = reserve or Reserve()
         self._memory = MemoryBudget(FETCH_TIMEOUT_S, small_bytes)
         self._sending = threading.Lock()
 
@@ -163,7 +170,7 @@ class LoaderServer:
                 return None
             ((view, to),) = packed
             if self._kept.keeps(to):  # a page that is written as a whole costs less than one that is mapped first
-                fd = copy_of(view)
+                fd = copy_of(view, self._reserve.take(len(view)))
                 undo.pop_all()
                 _release(view)
                 self._kept.give_back(to)
@@ -194,7 +201,10 @@ def main() -> None:
         assert received is not None
         assert isinstance(received[0], Start)
         set_up_logging("loader", logging.getLevelName(received[0].log_level), received[0].log_format)
-        server = LoaderServer(worker, StoreClient(received[0].bearer))
+        reserve = Reserve()
+        if sys.platform == "linux":
+            reserve.start(worker.close)  # the worker hears of the end of this process by that of its socket
+        server = LoaderServer(worker, StoreClient(received[0].bearer), reserve=reserve)
         while received := receive(worker):
             server.take(received[0])
     except ConnectionError as error:

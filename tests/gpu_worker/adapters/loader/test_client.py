@@ -137,6 +137,8 @@ loader.fetch({DIGEST!r})
         assert worker.stdout is not None
         loader = psutil.Process(int(worker.stdout.readline()))
         assert store.asked.acquire(timeout=60)
+        processes = [loader, *loader.children()]
+        assert len(processes) == 1 + (sys.platform == "linux"), "it has one that makes memory"
         worker.kill()
-    psutil.wait_procs([loader], timeout=60)
-    assert not is_running(loader.pid)
+    psutil.wait_procs(processes, timeout=60)
+    assert not any(is_running(process.pid) for process in processes)

@@ -15,8 +15,10 @@ import pytest
 from safetensors.numpy import save
 
 from gpu_worker.adapters.loader.fetch import Allocate, FetchedAdapter, Turn
+from gpu_worker.adapters.loader.memory import new_file, rounded
 from gpu_worker.adapters.loader.messages import Describe, Failed, Fetch, Fetched, Packed, receive
 from gpu_worker.adapters.loader.process import LoaderServer
+from gpu_worker.adapters.loader.reserve import Reserve
 from gpu_worker.adapters.packing.rows import RowSite
 from protocol.wire.messages import ServedModel, SiteShape
 
@@ -145,6 +147,18 @@ class SomeAdapters:
         return FetchedAdapter(config | ({"use_dora": True} if digest == "files" else {}), memory)
 
 
+class MemoryInReserve(Reserve):
+    """Memory of any size, without a process, in which nobody has written but zeros."""
+
+    num_taken = 0
+
+    def take(self, num_bytes: int) -> int:
+        self.num_taken += 1
+        fd = new_file()
+        os.truncate(fd, rounded(num_bytes))
+        return fd
+
+
 def test_adapters_have_nothing_of_others_whose_memory_they_are_read_into() -> None:
     """Rows and files of later adapters are what they are alone: numbers, zeros between them, and length."""
     name = "base_model.model.layers.0.q.lora_{}.weight"
@@ -160,11 +174,11 @@ def test_adapters_have_nothing_of_others_whose_memory_they_are_read_into() -> No
         sites=[SiteShape("layers.0.q", 8191, 8191)],
     )  # fmt: skip
 
-    def answers(digests: list[str]) -> list[bytes]:
+    def answers(digests: list[str], reserve: Reserve | None = None) -> list[bytes]:
         ours, theirs = socket.socketpair()
         got: list[bytes] = []
         with closing(ours), closing(theirs):
-            server = LoaderServer(theirs, stores)
+            server = LoaderServer(theirs, stores, reserve=reserve)
             server.take(Describe([RowSite("layers.0.q", 8191, 8191, "bfloat16")], served, ""))
             for number, digest in enumerate(digests):
                 server.answer(Fetch(number, digest))
@@ -181,3 +195,6 @@ def test_adapters_have_nothing_of_others_whose_memory_they_are_read_into() -> No
     assert [later] == answers(["later"])
     assert files == stores.weights["files"]
     assert again == first != later
+    with closing(MemoryInReserve()) as reserve:
+        assert answers(["first", "later"], reserve) == [first, later]
+        assert reserve.num_taken == 2

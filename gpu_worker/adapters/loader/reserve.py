@@ -1,0 +1,143 @@
+"""Memory for the rows of adapters that will come, taken from the system while no processor has anything else to do.
+
+Memory that nobody has used before costs much more than other memory, above all in a virtual machine, whose host must
+find it: 10 ms for an adapter of 4.9 MB, which then takes 1 ms to write. So a process that the system runs only where a
+processor is idle (SCHED_IDLE) makes files that have their memory. It is no thread, because a thread that held the
+interpreter's lock while it is not run would keep all others from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+
+from gpu_worker.adapters.loader.memory import new_file, rounded
+
+RESERVE_BYTES = 32 << 20
+"""All that is in reserve or asked for, at most."""
+
+NUM_ASKED = 2
+"""Files that are asked for when one is taken, so that the reserve grows while adapters come."""
+
+_SIZE_BYTES = 8  # of a message: the size of a file; the answer to it has the same, and the file
+
+logger = logging.getLogger(__name__)
+
+
+class Reserve:
+    """Files without a name whose memory is there. Methods may be called from any thread."""
+
+    def __init__(self, max_bytes: int = RESERVE_BYTES) -> None:
+        """Start no process yet: until then there is nothing in reserve. max_bytes: of files, and of those asked for."""
+        self.pid = 0  # of the process
+        self._max_bytes = max_bytes
+        self._files: list[tuple[int, int]] = []  # (size, descriptor), oldest first
+        self._asked: Counter[int] = Counter()  # by size
+        self._socket: socket.socket | None = None
+        self._lock = threading.Lock()
+
+    def start(self, in_child: Callable[[], object] = lambda: None) -> None:
+        """Start the process, a fork of this one, which ends with it. Linux only.
+
+        in_child: called there at first, to close what must close when this process ends.
+        """
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setblocking(False)
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                self._socket.close()
+                in_child()
+                _make_files(theirs)
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in reserve or asked for."""
+        return sum(size for size, _ in self._files) + sum(size * num for size, num in self._asked.items())
+
+    def take(self, num_bytes: int) -> int | None:
+        """Return the descriptor of a file with memory for `num_bytes`, which the caller closes; None if there is none.
+
+        The file has zeros, up to a size that `rounded` says. More of this size are asked for.
+        """
+        size = rounded(num_bytes)
+        own: tuple[int, int] | None = None
+        with self._lock:
+            try:
+                self._receive()
+                own = next((file for file in self._files if file[0] == size), None)
+                if own is not None:
+                    self._files.remove(own)
+                self._ask(size)
+            except OSError as error:
+                logger.warning("memory for adapters is no longer taken in advance: %r", error)
+                self._end()
+            return None if own is None else own[1]
+
+    def _receive(self) -> None:
+        """Take the files that have come. Raises OSError when the process is gone."""
+        while self._socket is not None:
+            try:
+                message, fds, *_ = socket.recv_fds(self._socket, _SIZE_BYTES, 1)
+            except BlockingIOError:
+                return
+            if not message:
+                raise ConnectionResetError("the process that makes files has ended")
+            size = int.from_bytes(message, "little")
+            self._asked[size] -= 1
+            self._files += [(size, fd) for fd in fds]  # none where the system had no memory
+
+    def _ask(self, size: int) -> None:
+        """Ask for files of a size, as far as there is room. Where there is none of it, others give way to it.
+
+        Raises OSError when the process is gone.
+        """
+        if self._socket is None or size > self._max_bytes:
+            return
+        if not self._asked[size] and all(own != size for own, _ in self._files):
+            while self._files and self.num_bytes + size > self._max_bytes:
+                os.close(self._files.pop(0)[1])
+        for _ in range(NUM_ASKED):
+            if self.num_bytes + size <= self._max_bytes:
+                self._socket.send(size.to_bytes(_SIZE_BYTES, "little"))
+                self._asked[size] += 1
+
+    def _end(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = None
+        self._asked.clear()
+
+    def close(self) -> None:
+        """End the process, and close the files in reserve."""
+        with self._lock:
+            self._end()
+            while self._files:
+                os.close(self._files.pop()[1])
+            if self.pid:
+                os.waitpid(self.pid, 0)
+                self.pid = 0
+
+
+def _make_files(asked: socket.socket) -> None:
+    """Make a file for each size that is asked for, until the socket closes."""
+    with suppress(PermissionError):  # a container may forbid it
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    while message := asked.recv(_SIZE_BYTES):
+        fd = new_file()
+        try:
+            os.posix_fallocate(fd, 0, int.from_bytes(message, "little"))
+        except OSError:
+            asked.send(message)
+        else:
+            socket.send_fds(asked, [message], [fd])
+        finally:
+            os.close(fd)
