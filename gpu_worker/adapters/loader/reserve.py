@@ -44,19 +44,26 @@ class Reserve:
     def start(self, in_child: Callable[[], object] = lambda: None) -> None:
         """Start the process, a fork of this one, which ends with it. Linux only.
 
-        in_child: called there at first, to close what must close when this process ends.
+        in_child: called there at first, to close what must close when this process ends. Where the system allows no
+        further process, there is nothing in reserve.
         """
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.setblocking(False)
-        self.pid = os.fork()
-        if not self.pid:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
             try:
-                self._socket.close()
-                in_child()
-                _make_files(theirs)
-            finally:
-                os._exit(0)
-        theirs.close()
+                self.pid = os.fork()
+            except OSError as error:
+                logger.warning("memory for adapters is not taken in advance: %r", error)
+                ours.close()
+                return
+            if not self.pid:
+                try:
+                    ours.close()
+                    in_child()
+                    _make_files(theirs)
+                finally:
+                    os._exit(0)
+        ours.setblocking(False)
+        self._socket = ours
 
     @property
     def num_bytes(self) -> int:

@@ -78,7 +78,14 @@ def test_where_the_process_is_gone_there_is_nothing_in_reserve(reserve: Reserve)
     assert reserve.num_bytes == 0
 
 
-def test_without_a_process_nothing_is_asked_for() -> None:
+def test_where_no_process_can_be_started_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", refuse)
+    num_open = len(os.listdir("/proc/self/fd"))
     reserve = Reserve()
+    reserve.start()
     assert reserve.take(1) is None
     assert reserve.num_bytes == 0
+    assert len(os.listdir("/proc/self/fd")) == num_open
