@@ -39,6 +39,7 @@ PATCHES = {
     "gateway/http/test_faults.py",  # a panic of the tokenizers library
     "gateway/http/test_life.py",  # a queue that does what it is told and is not heard; one that was restarted
     "gateway/overload/test_refusals.py",  # a queue that is slow for as long as the test wants
+    "gpu_worker/adapters/loader/test_reserve.py",  # a system that allows no further process
     "gpu_worker/cuda/test_waits.py",  # a mode of torch that needs a GPU
     "gpu_worker/model/test_kept_answers.py",  # versions of libraries, and processors
     "gpu_worker/sampling/test_grammars.py",  # a library that fails
