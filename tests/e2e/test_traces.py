@@ -18,7 +18,7 @@ pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not instal
 
 TRACE, OTHER = "4bf92f3577b34da6a3ce929d0e0e4736", "0af7651916cd43dd8448eb211c80319c"
 PARENT = "00f067aa0ba902b7"
-NUM = 1500  # tokens: enough for a worker to be killed while it makes them
+NUM = 3900  # tokens: they take longer than a worker needs to tell of their prefill, so that it dies while it makes them
 
 
 async def test_a_trace_goes_through_the_queue_and_shows_a_death(tmp_path: Path) -> None:
