@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -13,6 +13,7 @@ import pytest
 
 from gpu_worker.adapters.loader.memory import ROUND_BYTES, copy_of
 from gpu_worker.adapters.loader.reserve import NUM_ASKED, Reserve
+from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the reserve is Linux's alone")
 
@@ -26,54 +27,52 @@ def reserve() -> Iterator[Reserve]:
         yield started
 
 
-def taken(reserve: Reserve, num_bytes: int) -> int:
+async def taken(reserve: Reserve, num_bytes: int) -> int:
     """Take a file as soon as there is one."""
-    while (fd := reserve.take(num_bytes)) is None:
-        time.sleep(0.01)
-    return fd
+    return await wait_until(lambda: reserve.take(num_bytes), f"a file for {num_bytes} bytes is in reserve")
 
 
-def test_a_file_in_reserve_has_its_memory_and_nothing_in_it(reserve: Reserve) -> None:
+async def test_a_file_in_reserve_has_its_memory_and_nothing_in_it(reserve: Reserve) -> None:
     assert reserve.take(ROUND_BYTES + 1) is None, "nobody asked for such a size before"
-    fd = taken(reserve, ROUND_BYTES + 1)
+    fd = await taken(reserve, ROUND_BYTES + 1)
     status = os.fstat(fd)
     assert (status.st_size, 512 * status.st_blocks) == (2 * ROUND_BYTES, 2 * ROUND_BYTES)
     assert os.pread(fd, 3 * ROUND_BYTES, 0) == bytes(2 * ROUND_BYTES)
     os.close(fd)
 
 
-def test_what_is_copied_into_a_file_in_reserve_is_all_that_it_has(reserve: Reserve) -> None:
-    fd = copy_of(memoryview(b"rows"), taken(reserve, 4))
+async def test_what_is_copied_into_a_file_in_reserve_is_all_that_it_has(reserve: Reserve) -> None:
+    fd = copy_of(memoryview(b"rows"), await taken(reserve, 4))
     assert os.pread(fd, 100, 0) == b"rows"
     assert os.fstat(fd).st_size == 4
     os.close(fd)
 
 
-def test_the_reserve_grows_while_files_are_taken_up_to_its_limit(reserve: Reserve) -> None:
+async def test_the_reserve_grows_while_files_are_taken_up_to_its_limit(reserve: Reserve) -> None:
     reserve.take(1)
     assert reserve.num_bytes == NUM_ASKED * ROUND_BYTES
     for _ in range(3 * MAX_FILES):
-        os.close(taken(reserve, 1))
+        os.close(await taken(reserve, 1))
         assert reserve.num_bytes <= MAX_FILES * ROUND_BYTES
     assert reserve.take((MAX_FILES + 1) * ROUND_BYTES) is None
     assert reserve.num_bytes >= (MAX_FILES - 1) * ROUND_BYTES, "what can never be in reserve drives nothing out"
 
 
-def test_files_of_other_sizes_give_way(reserve: Reserve) -> None:
+async def test_files_of_other_sizes_give_way(reserve: Reserve) -> None:
     while reserve.num_bytes < (MAX_FILES - 1) * ROUND_BYTES:
-        os.close(taken(reserve, 1))
+        os.close(await taken(reserve, 1))
     num_open = len(os.listdir("/proc/self/fd"))
-    os.close(taken(reserve, MAX_FILES * ROUND_BYTES))
+    os.close(await taken(reserve, MAX_FILES * ROUND_BYTES))
     assert reserve.num_bytes == MAX_FILES * ROUND_BYTES, "the next one of that size"
     assert len(os.listdir("/proc/self/fd")) < num_open
 
 
-def test_where_the_process_is_gone_there_is_nothing_in_reserve(reserve: Reserve) -> None:
-    os.close(taken(reserve, 1))
+async def test_where_the_process_is_gone_there_is_nothing_in_reserve(reserve: Reserve) -> None:
+    os.close(await taken(reserve, 1))
     os.kill(reserve.pid, signal.SIGKILL)
     while (fd := reserve.take(1)) is not None:  # what had come before
         os.close(fd)
-    os.waitid(os.P_PID, reserve.pid, os.WEXITED | os.WNOWAIT)
+    await asyncio.to_thread(os.waitid, os.P_PID, reserve.pid, os.WEXITED | os.WNOWAIT)
     assert [reserve.take(1) for _ in range(3)] == [None] * 3
     assert reserve.num_bytes == 0
 
