@@ -16,7 +16,7 @@ def native_isas() -> list[str]:
         return []
     best = cpu.isa()
     found = []
-    for isa in ("avx2", "avx512", "avx512_bf16", "neon"):
+    for isa in ("avx2", "avx512", "avx512_bf16", "amx_bf16", "neon"):
         try:
             cpu.set_isa(isa)
         except ValueError:

@@ -12,12 +12,6 @@ from lora_kernels.ops import Impl
 BF16 = torch.bfloat16
 
 
-@pytest.fixture(autouse=True)
-def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Test the packed kernels also on processors with AMX, where bf16 weights stay with torch."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-
-
 def weight_and_input(n: int, k: int, m: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(n + k + m)
     weight = torch.randn(n, k, generator=generator) / k**0.5
@@ -81,14 +75,6 @@ def test_weights_that_are_packed_together_are_those_below_each_other(
     assert torch.equal(ops.unpack_linear(packed), torch.cat(weights))
     rows = torch.tensor([[sum(sizes) - 1, 0, 3], [1, 1, sum(sizes) // 2]]) % sum(sizes)
     assert torch.equal(ops.unpack_rows(packed, rows), torch.cat(weights)[rows])
-
-
-def test_bf16_weights_stay_with_torch_where_there_is_amx(native: Impl, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    weight, x = weight_and_input(40, 64, 12, BF16)
-    packed = ops.pack_linear(weight, impl=native)
-    assert packed.layout == "plain"
-    assert_close(ops.linear(x, packed, impl=native), x.float() @ weight.float().T)
 
 
 def test_the_comparison_notices_one_weight_row(native: Impl) -> None:

@@ -1,4 +1,4 @@
-"""The operations in native C++, for AVX2, AVX-512 or AVX-512 with bf16, chosen at run time, or for NEON.
+"""The operations in native C++, for AVX2, AVX-512, AVX-512 with bf16 or AMX, chosen at run time, or for NEON.
 
 The functions of `reference`, as `torch.library` operators. `load` must be called first: it returns whether they can be
 used on this machine.
@@ -62,7 +62,7 @@ def fix_sums(is_fixed: bool) -> None:
 
 
 def isa() -> str:
-    """Return the instruction set in use: avx2, avx512, avx512_bf16 or neon."""
+    """Return the instruction set in use: avx2, avx512, avx512_bf16, amx_bf16 or neon."""
     return _ops.isa()
 
 
@@ -134,8 +134,7 @@ def paged_attention(
 def pack_linear(*weights: Tensor) -> PackedLinear:
     """See `ops.pack_linear`."""
     in_features, dtype = weights[0].shape[1], weights[0].dtype
-    # Torch serves fp32, fp16 and odd widths, and everything where AMX makes its oneDNN the faster one.
-    if dtype != torch.bfloat16 or in_features % 2 or torch.cpu._is_amx_tile_supported():
+    if dtype != torch.bfloat16 or in_features % 2:  # torch serves fp32, fp16 and odd widths
         return reference.pack_linear(*weights)
     out_features = sum(map(len, weights))
     packed = large_pages.weights.empty((-(-out_features // _PANEL), in_features // 2, _PANEL, 2), dtype)

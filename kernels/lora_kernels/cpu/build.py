@@ -31,6 +31,7 @@ ISA_FLAGS = {
         "avx2": ("-mavx2", "-mfma", "-mf16c"),
         "avx512": ("-march=skylake-avx512",),
         "avx512_bf16": ("-march=skylake-avx512", "-mavx512bf16", "-mavx512vnni"),
+        "amx_bf16": ("-march=skylake-avx512", "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
     },
     "aarch64": {"neon": ()},
 }

@@ -1,4 +1,4 @@
-// The kernels for one instruction set, named by LORAFLEET_ISA (avx2, avx512, avx512_bf16 or neon) to match the
+// The kernels for one instruction set, named by LORAFLEET_ISA (avx2, avx512, avx512_bf16, amx_bf16 or neon) to match the
 // compiler's flags. No standard library templates here: the linker could pick this file's copy for code that runs everywhere.
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -39,6 +39,7 @@ inline void with_dtype(Dtype dtype, const F& f) {
 
 #include "math.h"
 #include "tiles.h"
+#include "amx.h"
 #include "attention.h"
 #include "lora.h"
 #include "linear.h"

@@ -278,6 +278,7 @@ struct Kernels {
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();
+const Kernels& amx_bf16_kernels();
 const Kernels& neon_kernels();
 
 // Runs task(context, i) for i in [0, num_tasks), on as many threads as torch would use or on up to num_threads;

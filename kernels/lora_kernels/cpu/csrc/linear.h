@@ -102,34 +102,58 @@ inline void panel_tile(const LinearArgs& args, int64_t row, int64_t col, const u
   store_tile<Rows>(args, to, col, acc);
 }
 
-template <int Rows, typename Also>
-inline void linear_tile(const LinearArgs& args, int64_t row, int64_t panel, int64_t tile, int64_t tiles, Also& also) {
-  const int64_t pairs = args.in_features / 2, col = panel * kPanel;
-  const uint16_t* weights = args.panels + panel * pairs * kPanel * 2;
-  if (tiles == 1) return panel_tile<Rows, true>(args, row, col, weights, {}, also);
-  const bool is_last = col + kPanel >= args.out_features;
-  const char* next = reinterpret_cast<const char*>(weights) + (is_last ? 0 : pairs * kPairBytes);
-  const PanelAhead ahead = {next + pairs * kPairBytes * tile / tiles, ceil_div(kPairBytes, tiles)};
-  panel_tile<Rows, false>(args, row, col, weights, ahead, also);
+// The part of the next panel that one of several tiles asks for.
+inline PanelAhead part_of_next(const LinearArgs& args, int64_t panel, int64_t tile, int64_t tiles) {
+  const int64_t bytes = args.in_features / 2 * kPairBytes;
+  const bool is_last = (panel + 1) * kPanel >= args.out_features;
+  const char* next = reinterpret_cast<const char*>(args.panels) + (is_last ? panel : panel + 1) * bytes;
+  return {next + bytes * tile / tiles, ceil_div(kPairBytes, tiles)};
 }
+
+// Rows [first, first + rows) times one panel.
+template <typename Also>
+inline void panel_rows(const LinearArgs& args, int64_t first, int64_t rows, int64_t panel, Also& also) {
+  const int64_t col = panel * kPanel, tiles = ceil_div(rows, kMaxRows);
+  const uint16_t* weights = args.panels + col * args.in_features;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t begin = rows * tile / tiles, row = first + begin;
+    with_size<kMaxRows>(rows * (tile + 1) / tiles - begin, [&]<int Rows>() {
+      if (tiles == 1) return panel_tile<Rows, true>(args, row, col, weights, {}, also);
+      panel_tile<Rows, false>(args, row, col, weights, part_of_next(args, panel, tile, tiles), also);
+    });
+  }
+}
+
+#ifdef __AMX_BF16__
+#include "linear_tiles.h"
+#endif
+
+// All rows times panels [first, last).
+template <typename Also>
+inline void multiply_panels(const LinearArgs& args, int64_t first, int64_t last, Also& also) {
+#ifdef __AMX_BF16__
+  if (fits_tiles(args)) {
+    const Tiles registers(args.rows);
+    return multiply_in_tiles(args, 0, args.rows, first, last, nullptr, also);
+  }
+#endif
+  for (int64_t panel = first; panel < last; ++panel) panel_rows(args, 0, args.rows, panel, also);
+}
+
 
 void linear(const LinearArgs& args) {
   if (args.rows == 0) return;
+#ifdef __AMX_BF16__
+  if (fits_tiles(args)) return linear_in_tiles(args);
+#endif
   const int64_t panels = ceil_div(args.out_features, kPanel);
   // Rows of x that stay in the second-level cache while all panels are read; more of them are no gain.
   const int64_t most_rows = max(8 * kMaxRows, min(192, 320 * 1024 / args.in_features));
   const int64_t row_blocks = ceil_div(args.rows, most_rows);
   run(row_blocks * panels, [&](int64_t task) {
     Nothing nothing;
-    const int64_t block = task / panels, panel = task % panels;
-    const int64_t first_row = args.rows * block / row_blocks;
-    const int64_t rows = args.rows * (block + 1) / row_blocks - first_row;
-    const int64_t tiles = ceil_div(rows, kMaxRows);
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles;
-      with_size<kMaxRows>(end - begin,
-                          [&]<int Rows>() { linear_tile<Rows>(args, first_row + begin, panel, tile, tiles, nothing); });
-    }
+    const int64_t block = task / panels, first = args.rows * block / row_blocks;
+    panel_rows(args, first, args.rows * (block + 1) / row_blocks - first, task % panels, nothing);
   });
 }
 
@@ -145,12 +169,7 @@ void linear_lora(const LinearArgs& args, const LinearLora& with) {
     const int64_t steps = (last - first) * tiles * (args.in_features / 2);
     const int64_t step = min(64, ceil_div(pieces.bytes, steps));
     PiecesAhead ahead = {pieces.list, pieces.list + pieces.num - 1, pieces.list->at, step};
-    for (int64_t panel = first; panel < last; ++panel) {
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t row = args.rows * tile / tiles, num = args.rows * (tile + 1) / tiles - row;
-        with_size<kMaxRows>(num, [&]<int Rows>() { linear_tile<Rows>(args, row, panel, tile, tiles, ahead); });
-      }
-    }
+    multiply_panels(args, first, last, ahead);
     lora_expand<bf16>(with.lora, begin, end);
   });
 }

@@ -1,0 +1,105 @@
+// Products in tile registers (AMX): 16 rows times 16 columns, 32 bf16 inputs at a time. Included inside the instruction
+// set's namespace.
+//
+// The sums of an instruction are added up before they join those of its tile, even inputs apart from odd ones, so they
+// have other bits than a chain of dot_pairs. A row's sum does not depend on the rows beside it.
+#pragma once
+
+#ifdef __AMX_BF16__
+
+constexpr int64_t kTileSide = 16;    // rows and columns of a tile of sums
+constexpr int64_t kTileInputs = 32;  // of an instruction
+constexpr int64_t kTwoTiles = 2 * kTileSide;
+
+// What was written before must be in memory: the compiler does not know that tiles are loaded from it.
+inline void finish_writes() { asm volatile("" ::: "memory"); }
+
+// The calling thread's tile registers: 0 to 3 for sums, 4 and 5 for rows of the left operand, 6 and 7 for columns of the
+// right one. They are released at the end: the system saves registers that are in use whenever it switches threads.
+class Tiles {
+ public:
+  // rows: of left operands, if those are fewer than a tile has.
+  explicit Tiles(int64_t rows) {
+    const auto num = static_cast<uint8_t>(min(rows, kTileSide));
+    alignas(64) const Config config = {.rows = {num, num, num, num, num, num, kTileSide, kTileSide}};
+    finish_writes();
+    _tile_loadconfig(&config);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+
+ private:
+  struct Config {  // what LDTILECFG reads
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16];
+  };
+};
+
+// Sums of two tiles below each other and two side by side.
+struct TileSums {
+  alignas(64) float rows[kTwoTiles][kTwoTiles];
+};
+
+// Rows of a left operand in one or two tiles. If they do not fill two, these overlap: rows in both are computed twice.
+struct TileRows {
+  const void* first;
+  int64_t second, stride;  // bytes to the second tile's rows, and from row to row
+
+  TileRows(const void* first, int64_t rows, int64_t stride)
+      : first(first), second(second_of(rows) * stride), stride(stride) {}
+  static int64_t second_of(int64_t rows) { return rows - kTileSide; }
+};
+
+template <int Heights>
+inline void zero_tiles() {
+  finish_writes();
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (Heights == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+}
+
+// Adds the products of 32 inputs, `at` bytes from the rows' first on, of the rows of one or two tiles and 32 columns.
+template <int Heights>
+inline void add_products(const TileRows& left, int64_t at, const void* right, int64_t right_stride) {
+  const char* rows = static_cast<const char*>(left.first) + at;
+  _tile_stream_loadd(4, rows, left.stride);
+  _tile_loadd(6, right, right_stride);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(7, static_cast<const char*>(right) + 64, right_stride);
+  _tile_dpbf16ps(1, 4, 7);
+  if constexpr (Heights == 2) {
+    _tile_stream_loadd(5, rows + left.second, left.stride);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+template <int Heights>
+inline void load_tiles(const TileSums& sums) {
+  constexpr int64_t kStride = kTwoTiles * sizeof(float);
+  finish_writes();
+  _tile_loadd(0, sums.rows[0], kStride);
+  _tile_loadd(1, sums.rows[0] + kTileSide, kStride);
+  if constexpr (Heights == 2) {
+    _tile_loadd(2, sums.rows[kTileSide], kStride);
+    _tile_loadd(3, sums.rows[kTileSide] + kTileSide, kStride);
+  }
+}
+
+template <int Heights>
+inline void store_tiles(TileSums& sums) {
+  constexpr int64_t kStride = kTwoTiles * sizeof(float);
+  _tile_stored(0, sums.rows[0], kStride);
+  _tile_stored(1, sums.rows[0] + kTileSide, kStride);
+  if constexpr (Heights == 2) {
+    _tile_stored(2, sums.rows[kTileSide], kStride);
+    _tile_stored(3, sums.rows[kTileSide] + kTileSide, kStride);
+  }
+}
+
+#endif

@@ -1,0 +1,143 @@
+// bf16 matrix product with a packed weight in tile registers: a panel's pairs of inputs lie as these take them. Included
+// by linear.h.
+//
+// Of many rows, all are multiplied by a part of a panel while the first-level cache has it, and by that part of several
+// panels while the second-level cache has the rows' inputs; sums wait in memory for the next part.
+#pragma once
+
+static_assert(kPanel == kTwoTiles);
+constexpr int64_t kPartInputs = 512;       // about, of a part of a panel
+constexpr int64_t kRowsAtOnce = 256;       // at most
+constexpr int64_t kPanelsAtOnce = 8;       // whose sums wait, of inputs that do not fit the second-level cache
+constexpr int64_t kKeptInputs = 512 * 1024;  // that fit it
+constexpr int64_t kStepBytes = kTileInputs / 2 * kPairBytes;  // of a panel, for the inputs of an instruction
+
+inline bool fits_tiles(const LinearArgs& args) { return args.in_features % kTileInputs == 0; }
+
+// Inputs [begin, end) of rows times as many of a panel.
+struct PanelPart {
+  const LinearArgs& args;
+  const uint16_t* panel;
+  int64_t begin, end;
+
+  // Adds the products of up to 16 rows, or of up to 32 if Heights is 2. between: called for each 32 inputs.
+  template <int Heights, typename Between>
+  void add(int64_t row, int64_t rows, Between& between) const {
+    const TileRows x(args.x + row * kXChunk, rows, kXChunk * sizeof(bf16));
+    for (int64_t k = begin; k < end; k += kTileInputs) {
+      const int64_t at = k / kXChunk * args.rows * kXChunk + k % kXChunk;
+      add_products<Heights>(x, at * sizeof(bf16), panel + k * kPanel, kPairBytes);
+      between();
+    }
+  }
+};
+
+// Writes sums [rows, kTwoTiles] as rows of out, from column col on.
+inline void write_sums(const LinearArgs& args, int64_t row, int64_t rows, int64_t col, const float* sums) {
+  auto* to = static_cast<bf16*>(args.out.data) + row * args.out.stride + col;
+  const auto* bias = reinterpret_cast<const bf16*>(args.bias);
+  const int64_t cols = min(kPanel, args.out_features - col);
+  for (int64_t j = 0; j < cols; j += kLanes) {
+    const int64_t n = min(kLanes, cols - j);
+    const Vec b = bias ? load_n(bias + col + j, n) : zero();
+    for (int64_t i = 0; i < rows; ++i) store_n(to + i * args.out.stride + j, add(load(sums + i * kTwoTiles + j), b), n);
+  }
+}
+
+// The rows of a tile, or of two: tile number `tile` of `rows` rows. The last one begins early enough to be whole.
+struct RowsOfTile {
+  int64_t row, num;
+
+  RowsOfTile(int64_t tile, int64_t rows) {
+    const int64_t end = min(rows, (tile + 1) * kTwoTiles), left = end - tile * kTwoTiles;
+    num = left <= kTileSide ? min(rows, kTileSide) : left;
+    row = end - num;
+  }
+};
+
+// Asks for a panel's lines and pages shortly before they are multiplied.
+struct SamePanelAhead {
+  const char* at;
+  int64_t steps = 0;
+
+  void operator()() {
+    if (steps++ % (kXChunk / kTileInputs) == 0)
+      touch_pages(at + kPagesAhead - kLinesAhead, kXChunk / kTileInputs * kStepBytes);
+    prefetch(at, kStepBytes);
+    at += kStepBytes;
+  }
+};
+
+// Asks the second-level cache for a tile's share of what is multiplied next, and for what `also` asks for.
+template <typename Also>
+struct NextPartAhead {
+  const char* at;
+  int64_t bytes;  // for each step
+  Also also;
+
+  void operator()() {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+    at += bytes;
+    for (int64_t pair = 0; pair < kTileInputs / 2; ++pair) also();
+  }
+};
+
+// Rows [first, first + rows) times panels [panel, last). memory: for TileSums of each tile of each panel; null if there are
+// few rows.
+template <typename Also>
+inline void multiply_in_tiles(const LinearArgs& args, int64_t first, int64_t rows, int64_t panel, int64_t last,
+                              TileSums* memory, Also& also) {
+  const int64_t tiles = ceil_div(rows, kTwoTiles), steps = args.in_features / kTileInputs;
+  const int64_t parts = memory ? max(1, (args.in_features + kPartInputs / 2) / kPartInputs) : 1;
+  const auto panel_at = [&](int64_t p) { return args.panels + p * kPanel * args.in_features; };
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t begin = steps * part / parts * kTileInputs, end = steps * (part + 1) / parts * kTileInputs;
+    const bool is_last_part = part + 1 == parts;
+    for (int64_t p = panel; p < last; ++p) {
+      const PanelPart own = {args, panel_at(p), begin, end};
+      const bool is_last = (p + 1) * kPanel >= args.out_features;
+      const uint16_t* next = p + 1 < last    ? panel_at(p + 1) + begin * kPanel
+                             : !is_last_part ? panel_at(panel) + end * kPanel
+                                             : panel_at(is_last ? p : p + 1);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const RowsOfTile in(tile, rows);
+        with_size<2>(ceil_div(in.num, kTileSide), [&]<int Heights>() {
+          TileSums here, *kept = is_last_part ? &here : memory + (p - panel) * tiles + tile;
+          part == 0 ? zero_tiles<Heights>() : load_tiles<Heights>(memory[(p - panel) * tiles + tile]);
+          if (tiles == 1) {
+            SamePanelAhead ahead = {reinterpret_cast<const char*>(own.panel) + kLinesAhead};
+            own.add<Heights>(first + in.row, in.num, ahead);
+          } else {
+            const int64_t bytes = (end - begin) / 2 * kPairBytes;
+            NextPartAhead<Also> ahead = {reinterpret_cast<const char*>(next) + bytes * tile / tiles,
+                                         ceil_div(kStepBytes, tiles), also};
+            own.add<Heights>(first + in.row, in.num, ahead);
+            also = ahead.also;
+          }
+          store_tiles<Heights>(*kept);
+          if (!is_last_part) return;
+          write_sums(args, first + in.row, min(in.num, kTileSide), p * kPanel, here.rows[0]);
+          if (Heights == 2)
+            write_sums(args, first + in.row + in.num - kTileSide, kTileSide, p * kPanel, here.rows[kTileSide]);
+        });
+      }
+    }
+  }
+}
+
+inline void linear_in_tiles(const LinearArgs& args) {
+  const int64_t panels = ceil_div(args.out_features, kPanel);
+  const int64_t row_blocks = ceil_div(args.rows, kRowsAtOnce), block_rows = ceil_div(args.rows, row_blocks);
+  const bool is_kept = block_rows <= 2 * kTwoTiles || block_rows * args.in_features <= kKeptInputs;
+  const int64_t panels_at_once = is_kept ? 1 : kPanelsAtOnce, groups = ceil_div(panels, panels_at_once);
+  const int64_t tiles = ceil_div(block_rows, kTwoTiles);
+  run(row_blocks * groups, [&](int64_t task) {
+    const Tiles registers(args.rows);
+    Nothing nothing;
+    const int64_t block = task / groups, first = args.rows * block / row_blocks;
+    const int64_t panel = panels * (task % groups) / groups, last = panels * (task % groups + 1) / groups;
+    TileSums* memory = nullptr;
+    if (tiles > 2) memory = reinterpret_cast<TileSums*>(scratch((panels_at_once * tiles) * sizeof(TileSums) / sizeof(float)));
+    multiply_in_tiles(args, first, args.rows * (block + 1) / row_blocks - first, panel, last, memory, nothing);
+  });
+}
