@@ -102,4 +102,52 @@ inline void store_tiles(TileSums& sums) {
   }
 }
 
+// Tile number `tile` of rows: of up to 32 in two tiles, or of the last 16. If there are so many rows, the last ones begin
+// early enough to be whole.
+struct RowsOfTile {
+  int64_t row, num;
+
+  RowsOfTile(int64_t tile, int64_t rows) {
+    const int64_t end = min(rows, (tile + 1) * kTwoTiles), left = end - tile * kTwoTiles;
+    num = left <= kTileSide ? min(rows, kTileSide) : left;
+    row = end - num;
+  }
+};
+
+// What `update` does, but for the last depth % 16 pairs; returns how many it did. In memory, the rows of the right operand
+// must be followed by so much that 32 columns can be read.
+template <typename OutRow, typename Between>
+inline int64_t update_in_tiles(const bf16* left, int64_t left_stride, const Pair* right, int64_t right_stride,
+                               const OutRow& out_row, int64_t rows, int64_t depth, int64_t cols, Between& between) {
+  constexpr int64_t kTilePairs = kTileInputs / 2;
+  const int64_t steps = depth / kTilePairs;
+  if (steps == 0) return 0;
+  TileSums sums;
+  for (int64_t tile = 0; tile * kTwoTiles < rows; ++tile) {
+    const RowsOfTile in(tile, rows);
+    const TileRows own(left + in.row * left_stride, in.num, left_stride * sizeof(bf16));
+    with_size<2>(ceil_div(in.num, kTileSide), [&]<int Heights>() {
+      for (int64_t col = 0; col < cols; col += kTwoTiles) {
+        zero_tiles<Heights>();
+        for (int64_t i = 0; i < steps; ++i) {
+          add_products<Heights>(own, i * kTileInputs * sizeof(bf16), right + i * kTilePairs * right_stride + col,
+                                right_stride * sizeof(Pair));
+          between();
+        }
+        store_tiles<Heights>(sums);
+        for (int64_t r = tile * kTwoTiles; r < in.row + in.num; ++r) {
+          const int64_t i = r - in.row;
+          const float* from = sums.rows[i < kTileSide || Heights == 1 ? i : i + kTwoTiles - in.num];
+          auto* out = out_row(r) + col;
+          for (int64_t j = 0; j < min(kTwoTiles, cols - col); j += kLanes) {
+            const int64_t n = min(kLanes, cols - col - j);
+            store_n(out + j, add(load_n(out + j, n), load_n(from + j, n)), n);
+          }
+        }
+      }
+    });
+  }
+  return steps * kTilePairs;
+}
+
 #endif

@@ -79,6 +79,7 @@ struct TypedRounds {
 
   static constexpr int kAheadOfRow = 4;  // how often memory is asked for at a row's softmax
 
+  const Tiles registers;
   const AttentionArgs& args;
   const int64_t rows, num_heads;  // rows of a kv head, kv heads
   Left *q, *weights;       // [num_heads * rows, k_dim], [rows, kKeys]
@@ -87,7 +88,7 @@ struct TypedRounds {
   float *k_scales, *v_scales;  // [kKeys], of codes
 
   TypedRounds(const AttentionArgs& args, int64_t rows, int64_t num_heads)
-      : args(args), rows(rows), num_heads(num_heads) {
+      : registers(rows), args(args), rows(rows), num_heads(num_heads) {
     // Every part is counted in floats, the widest entry.
     float* parts[8];
     carve<8>({num_heads * rows * args.k_dim, rows * kKeys, args.k_dim * kKeys, kKeys * args.v_dim, rows * kKeys,
@@ -101,6 +102,8 @@ struct TypedRounds {
   void load_queries(const AttentionTask& task) { load_task_queries<T>(args, task, num_heads * rows, q); }
 
   void pack(const AttentionTask& task, int64_t head, int64_t key, int64_t num_keys, Ahead& ahead) {
+    for (int64_t d = ceil_div(num_keys, P::kDepth); d < packed_depth<P>(num_keys); ++d)
+      __builtin_memset(static_cast<void*>(values + d * args.v_dim), 0, args.v_dim * sizeof(Right));
     for (int64_t b = 0; b < num_keys; b += kBlockTokens) {
       const char *k_from = k_block(args, task, head, key + b), *v_from = v_block(args, task, head, key + b);
       const auto* k = reinterpret_cast<const Entry*>(k_from);
@@ -135,7 +138,7 @@ struct TypedRounds {
 
   void add_values(int64_t num_keys, float* acc, Ahead& ahead) {
     const auto row = [&](int64_t r) { return acc + r * args.v_dim; };
-    update<P>(weights, kKeys, values, args.v_dim, row, rows, ceil_div(num_keys, P::kDepth), args.v_dim, ahead);
+    update<P>(weights, kKeys, values, args.v_dim, row, rows, packed_depth<P>(num_keys), args.v_dim, ahead);
   }
 };
 

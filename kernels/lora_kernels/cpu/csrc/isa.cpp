@@ -39,7 +39,6 @@ inline void with_dtype(Dtype dtype, const F& f) {
 
 #include "math.h"
 #include "tiles.h"
-#include "amx.h"
 #include "attention.h"
 #include "lora.h"
 #include "linear.h"

@@ -44,17 +44,6 @@ inline void write_sums(const LinearArgs& args, int64_t row, int64_t rows, int64_
   }
 }
 
-// The rows of a tile, or of two: tile number `tile` of `rows` rows. The last one begins early enough to be whole.
-struct RowsOfTile {
-  int64_t row, num;
-
-  RowsOfTile(int64_t tile, int64_t rows) {
-    const int64_t end = min(rows, (tile + 1) * kTwoTiles), left = end - tile * kTwoTiles;
-    num = left <= kTileSide ? min(rows, kTileSide) : left;
-    row = end - num;
-  }
-};
-
 // Asks for a panel's lines and pages shortly before they are multiplied.
 struct SamePanelAhead {
   const char* at;

@@ -7,6 +7,7 @@
 
 constexpr int64_t kMaxTileRows = 64;
 constexpr int64_t kDirectRows = 3;  // up to here B is read in place
+constexpr int64_t kFewestPacked = 8, kPackedInputs = 32;  // rows whose inputs are packed; so many inputs at a time
 
 template <typename Y>
 constexpr bool is_int8 = sizeof(Y) == 1;
@@ -65,10 +66,10 @@ struct LoraTile {
   // Int8 rows are read in place for few rows of x, and are numbers of type T first for more: both are exact.
   bool is_direct() const { return count <= kDirectRows && !args.fixed_sums; }
 
-  // hidden[i][j] = scale * x[i] . a[j]; hidden: [count, stride], columns from rank on stay as they are. AsksForB: for
-  // the rows of B, which expand reads next.
+  // hidden[i][j] = x[i] . a[j]; hidden: [count, stride], columns from rank on stay as they are. AsksForB: for the rows of
+  // B, which expand reads next.
   template <typename Y, bool AsksForB>
-  void shrink(const LoraSiteArgs& site, float* hidden, int64_t stride, T* memory) const {
+  void multiply_rows(const LoraSiteArgs& site, float* hidden, int64_t stride, T* memory) const {
     constexpr int64_t kStep = 4;  // rank rows of A between two requests for B
     const int64_t num_rows = rank(site), width = args.in_features;
     for (int64_t j = 0; j < num_rows; j += kStep) {
@@ -89,6 +90,73 @@ struct LoraTile {
         dots(x, count, a, width, n, width, hidden + j, stride);
       }
     }
+  }
+
+  // Inputs of so many rows are packed, in pairs of them, for tile registers; not where sums are fixed, as those of few rows
+  // have other bits.
+  bool packs_inputs() const {
+    return kHasTiles && P::kDepth == 2 && kFewestPacked <= count && !args.fixed_sums &&
+           args.in_features % kPackedInputs == 0;
+  }
+  int64_t packed_stride() const { return ceil_div(count, kPackedInputs) * kPackedInputs; }
+  int64_t packed_floats() const { return packs_inputs() ? args.in_features / 2 * packed_stride() : 0; }
+
+#ifdef __AMX_BF16__
+  static_assert(kPackedInputs == kTileInputs && kPackedInputs == kTwoTiles);
+
+  // packed[k][i] = inputs 2 k and 2 k + 1 of row i, what the products of all sites read; rows past the last repeat it.
+  void pack_inputs(float* packed) const {
+    for (int64_t i = 0; i < packed_stride(); i += kLanes) {
+      for (int64_t k = 0; k < args.in_features / 2; k += kLanes) {
+        Vec pairs[kLanes];
+        for (int64_t r = 0; r < kLanes; ++r)
+          pairs[r] = load(reinterpret_cast<const float*>(x[min(i + r, count - 1)] + 2 * k));
+        transpose(pairs);
+        for (int64_t r = 0; r < kLanes; ++r) store(packed + (k + r) * packed_stride() + i, pairs[r]);
+      }
+    }
+  }
+
+  // multiply_rows by 16 rank rows of A, which lie in a page, and 32 rows of x.
+  template <typename Y, bool AsksForB>
+  void multiply_packed(const LoraSiteArgs& site, float* hidden, int64_t stride, const float* packed, T* memory) const {
+    const Tiles registers(kTileSide);
+    const int64_t num_rows = rank(site), width = args.in_features, packed_bytes = packed_stride() * sizeof(float);
+    TileSums sums;
+    for (int64_t j = 0; j < num_rows; j += kPageRows) {
+      const int64_t n = min(kPageRows, num_rows - j);
+      if (AsksForB) prefetch(rows<Y>(site, site.b_rows, j, site.width), n * site.width * sizeof(Y));
+      const Y* page = rows<Y>(site, site.a_rows, j, width);
+      const void* a = page;
+      if constexpr (is_int8<Y>) to_numbers(page, kPageRows * width, memory), a = memory;
+      const TileRows own(a, kPageRows, width * sizeof(T));
+      for (int64_t col = 0; col < count; col += kTwoTiles) {
+        zero_tiles<1>();
+        for (int64_t k = 0; k < width; k += kTileInputs)
+          add_products<1>(own, k * sizeof(T), packed + k / 2 * packed_stride() + col, packed_bytes);
+        store_tiles<1>(sums);
+        for (int64_t first_row = col; first_row < min(count, col + kTwoTiles); first_row += kTileSide) {
+          Vec ranks[kLanes];
+          for (int64_t r = 0; r < kPageRows; ++r) {
+            ranks[r] = load(sums.rows[r] + first_row - col);
+            if constexpr (is_int8<Y>) ranks[r] = mul(ranks[r], set1(r < n ? site.factors[pool_row(site, j + r)] : 0.0f));
+          }
+          transpose(ranks);
+          for (int64_t i = 0; i < min(kTileSide, count - first_row); ++i)
+            store_n(hidden + (first_row + i) * stride + j, ranks[i], n);
+        }
+      }
+    }
+  }
+#endif
+
+  // hidden[i][j] = scale * x[i] . a[j], as multiply_rows. packed: of pack_inputs, or null.
+  template <typename Y, bool AsksForB>
+  void shrink(const LoraSiteArgs& site, float* hidden, int64_t stride, const float* packed, T* memory) const {
+#ifdef __AMX_BF16__
+    if constexpr (P::kDepth == 2) if (packed) multiply_packed<Y, AsksForB>(site, hidden, stride, packed, memory);
+#endif
+    if (!packed) multiply_rows<Y, AsksForB>(site, hidden, stride, memory);
     const float scale = args.scales[slot * args.table_sites + site.index];
     for (int64_t i = 0; i < count; ++i) {
       const Vec factor = set1(args.row_scales ? scale * args.row_scales[first + i] : scale);
@@ -109,9 +177,16 @@ struct LoraTile {
       update<DirectProduct<Y>>(hidden, stride, b, site.width, out_row, count, num_rows, end - col);
       return;
     }
-    auto* left = reinterpret_cast<typename P::Left*>(memory);
-    for (int64_t j = 0; j < count * stride; j += kLanes) store(left + j, load(hidden + j));
+    const Tiles registers(count);
+    const int64_t depth = packed_depth<P>(num_rows), width = max(stride, depth * P::kDepth);
+    auto* left = reinterpret_cast<typename P::Left*>(memory);  // [count, width]: no more bytes than hidden has
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < stride; j += kLanes) store(left + i * width + j, load(hidden + i * stride + j));
+      for (int64_t j = stride; j < width; j += kLanes) store(left + i * width + j, zero());
+    }
     auto* right = reinterpret_cast<typename P::Right*>(memory + count * stride);
+    for (int64_t j = ceil_div(num_rows, P::kDepth); j < depth; ++j)
+      __builtin_memset(static_cast<void*>(right + j * kTileCols), 0, kTileCols * sizeof(*right));
     auto* numbers = reinterpret_cast<T*>(memory + stride * (count + kTileCols));
     for (; col < end; col += kTileCols) {
       const int64_t cols = min(kTileCols, end - col);
@@ -126,35 +201,47 @@ struct LoraTile {
           P::pack_rows(b, site.width, n, cols, to, kTileCols);
         }
       }
-      update<P>(left, stride, right, kTileCols, out_row, count, ceil_div(num_rows, P::kDepth), cols);
+      update<P>(left, width, right, kTileCols, out_row, count, depth, cols);
     }
   }
 
+  // hidden: memory for add_floats.
   template <typename Y>
-  void add(const LoraSiteArgs& site) const {
-    const int64_t stride = ceil_div(rank(site), kPageRows) * kPageRows;
-    const int64_t num_numbers = is_int8<Y> ? kPageRows * max(kTileCols, args.in_features) : 0;
-    float* hidden = scratch(stride * (2 * count + kTileCols) + num_numbers);
+  void add(const LoraSiteArgs& site, const float* packed, float* hidden) const {
+    const int64_t stride = hidden_stride(site);
     // An odd rank is multiplied in pairs: the missing partner is zero.
     for (int64_t i = 0; i < count * stride; i += kLanes) store(hidden + i, zero());
-    shrink<Y, true>(site, hidden, stride, reinterpret_cast<T*>(hidden + count * stride));
+    shrink<Y, true>(site, hidden, stride, packed, reinterpret_cast<T*>(hidden + count * stride));
     expand<Y>(site, hidden, stride, hidden + count * stride, 0, site.width);
+  }
+  int64_t add_floats(const LoraSiteArgs& site) const {
+    const int64_t num_numbers = site.factors ? kPageRows * max(kTileCols, args.in_features) : 0;
+    return hidden_stride(site) * (2 * count + kTileCols) + num_numbers;
   }
 
   // The tile's rank products of a site in args.hidden, [count, hidden_stride].
   float* hidden_of(int64_t s) const { return args.hidden + (s * args.num_rows + first) * args.max_pages * kPageRows; }
   int64_t hidden_stride(const LoraSiteArgs& site) const { return ceil_div(rank(site), kPageRows) * kPageRows; }
 
-  // The first half of add, for a site by its number.
+  // The first half of add, for a site by its number. memory: for kPageRows rows of A, of int8 ones.
   template <typename Y>
-  void multiply(int64_t s) const {
+  void multiply(int64_t s, const float* packed, T* memory) const {
     const LoraSiteArgs& site = args.sites[s];
     if (rank(site) == 0) return;
     float* hidden = hidden_of(s);
     const int64_t stride = hidden_stride(site);
     for (int64_t i = 0; i < count * stride; i += kLanes) store(hidden + i, zero());
-    T* memory = is_int8<Y> ? reinterpret_cast<T*>(scratch(kPageRows * args.in_features)) : nullptr;
-    shrink<Y, false>(site, hidden, stride, memory);
+    shrink<Y, false>(site, hidden, stride, packed, memory);
+  }
+
+  // Calls f with packed inputs, or null, and the memory for `floats` more.
+  template <typename F>
+  void with_inputs(int64_t floats, const F& f) const {
+    float* packed = scratch(packed_floats() + floats);
+#ifdef __AMX_BF16__
+    if constexpr (P::kDepth == 2) if (packs_inputs()) pack_inputs(packed);
+#endif
+    f(packs_inputs() ? packed : nullptr, packed + packed_floats());
   }
 
   // The second half, for columns [begin, end) of the site.
@@ -193,14 +280,18 @@ struct LoraTile {
 
   // next: the tile that comes after this one, or null.
   void run(const LoraTile* next) const {
-    for (int64_t s = 0; s < args.num_sites; ++s) {
-      const LoraSiteArgs& site = args.sites[s];
-      if (s + 1 < args.num_sites)
-        touch(args.sites[s + 1]);
-      else if (next)
-        next->touch(args.sites[0]);
-      if (rank(site) > 0) site.factors ? add<i8>(site) : add<T>(site);
-    }
+    int64_t floats = 0;
+    for (int64_t s = 0; s < args.num_sites; ++s) floats = max(floats, add_floats(args.sites[s]));
+    with_inputs(floats, [&](const float* packed, float* memory) {
+      for (int64_t s = 0; s < args.num_sites; ++s) {
+        const LoraSiteArgs& site = args.sites[s];
+        if (s + 1 < args.num_sites)
+          touch(args.sites[s + 1]);
+        else if (next)
+          next->touch(args.sites[0]);
+        if (rank(site) > 0) site.factors ? add<i8>(site, packed, memory) : add<T>(site, packed, memory);
+      }
+    });
   }
 };
 
@@ -218,8 +309,12 @@ void lora_shrink(const LoraArgs& args) {
   run(args.num_tiles, [&](int64_t task) {
     with_dtype(args.dtype, [&]<typename T>() {
       const LoraTile<T> tile(args, args.tiles + 3 * task);
-      for (int64_t s = 0; s < args.num_sites; ++s)
-        args.sites[s].factors ? tile.template multiply<i8>(s) : tile.template multiply<T>(s);
+      tile.with_inputs(kPageRows * args.in_features, [&](const float* packed, float* memory) {
+        T* numbers = reinterpret_cast<T*>(memory);
+        for (int64_t s = 0; s < args.num_sites; ++s)
+          args.sites[s].factors ? tile.template multiply<i8>(s, packed, numbers)
+                                : tile.template multiply<T>(s, packed, numbers);
+      });
     });
   });
 }

@@ -1,9 +1,9 @@
 // Register tiles the kernels are built from. Included inside the instruction set's namespace.
 #pragma once
 
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename F>
 void run(int64_t num_tasks, const F& task) {
@@ -189,11 +189,38 @@ inline void update_tile(const typename P::Left* left, int64_t left_stride, const
   }
 }
 
-// out_row(r)[j] += left[r, depth * kDepth] times column j of a right operand with `depth` entries a column.
+#ifdef __AMX_BF16__
+#include "amx.h"
+constexpr bool kHasTiles = true;
+constexpr int64_t kWholeDepth = kTileInputs / 2;  // pairs that bf16 products multiply at once
+#else
+constexpr bool kHasTiles = false;
+constexpr int64_t kWholeDepth = 1;
+struct Tiles {
+  explicit Tiles(int64_t) {}  // there are no tile registers
+};
+#endif
+
+// How many entries a column of a packed right operand has for `rows` rows of it: what is behind them must be zero.
+template <typename P>
+constexpr int64_t packed_depth(int64_t rows) {
+  const int64_t depth = ceil_div(rows, P::kDepth);
+  return P::kDepth == 2 ? ceil_div(depth, kWholeDepth) * kWholeDepth : depth;
+}
+
+// out_row(r)[j] += left[r, depth * kDepth] times column j of a right operand with `depth` entries a column. Where there
+// are tile registers, bf16 products need a `Tiles` of so many rows.
 template <typename P, typename OutRow, typename Between = const Nothing>
 inline void update(const typename P::Left* left, int64_t left_stride, const typename P::Right* right,
                    int64_t right_stride, const OutRow& out_row, int64_t rows, int64_t depth, int64_t cols,
                    Between&& between = {}) {
+#ifdef __AMX_BF16__
+  if constexpr (P::kDepth == 2) {
+    const int64_t done = update_in_tiles(left, left_stride, right, right_stride, out_row, rows, depth, cols, between);
+    if ((depth -= done) == 0) return;
+    left += done * P::kDepth, right += done * right_stride;
+  }
+#endif
   for (int64_t first = 0; first < rows; first += kTileRows) {
     with_size<kTileRows>(min(kTileRows, rows - first), [&]<int Rows>() {
       const typename P::Left* a = left + first * left_stride;
