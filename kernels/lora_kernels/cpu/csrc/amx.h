@@ -79,27 +79,35 @@ inline void add_products(const TileRows& left, int64_t at, const void* right, in
   }
 }
 
+// Sums of tiles from memory and back to it: rows `stride` entries apart.
 template <int Heights>
-inline void load_tiles(const TileSums& sums) {
-  constexpr int64_t kStride = kTwoTiles * sizeof(float);
+inline void load_tiles(const float* rows, int64_t stride) {
+  const int64_t bytes = stride * sizeof(float);
   finish_writes();
-  _tile_loadd(0, sums.rows[0], kStride);
-  _tile_loadd(1, sums.rows[0] + kTileSide, kStride);
+  _tile_loadd(0, rows, bytes);
+  _tile_loadd(1, rows + kTileSide, bytes);
   if constexpr (Heights == 2) {
-    _tile_loadd(2, sums.rows[kTileSide], kStride);
-    _tile_loadd(3, sums.rows[kTileSide] + kTileSide, kStride);
+    _tile_loadd(2, rows + kTileSide * stride, bytes);
+    _tile_loadd(3, rows + kTileSide * stride + kTileSide, bytes);
   }
 }
-
+template <int Heights>
+inline void store_tiles(float* rows, int64_t stride) {
+  const int64_t bytes = stride * sizeof(float);
+  _tile_stored(0, rows, bytes);
+  _tile_stored(1, rows + kTileSide, bytes);
+  if constexpr (Heights == 2) {
+    _tile_stored(2, rows + kTileSide * stride, bytes);
+    _tile_stored(3, rows + kTileSide * stride + kTileSide, bytes);
+  }
+}
+template <int Heights>
+inline void load_tiles(const TileSums& sums) {
+  load_tiles<Heights>(sums.rows[0], kTwoTiles);
+}
 template <int Heights>
 inline void store_tiles(TileSums& sums) {
-  constexpr int64_t kStride = kTwoTiles * sizeof(float);
-  _tile_stored(0, sums.rows[0], kStride);
-  _tile_stored(1, sums.rows[0] + kTileSide, kStride);
-  if constexpr (Heights == 2) {
-    _tile_stored(2, sums.rows[kTileSide], kStride);
-    _tile_stored(3, sums.rows[kTileSide] + kTileSide, kStride);
-  }
+  store_tiles<Heights>(sums.rows[0], kTwoTiles);
 }
 
 // Tile number `tile` of rows: of up to 32 in two tiles, or of the last 16. If there are so many rows, the last ones begin
@@ -126,24 +134,38 @@ inline int64_t update_in_tiles(const bf16* left, int64_t left_stride, const Pair
   for (int64_t tile = 0; tile * kTwoTiles < rows; ++tile) {
     const RowsOfTile in(tile, rows);
     const TileRows own(left + in.row * left_stride, in.num, left_stride * sizeof(bf16));
+    const bool are_whole = in.row == tile * kTwoTiles && in.num % kTileSide == 0;
     with_size<2>(ceil_div(in.num, kTileSide), [&]<int Heights>() {
+      // Calls f(out, sum, n) for each vector of rows [begin, end) of the tiles.
+      const auto each_sum = [&](int64_t begin, int64_t end, int64_t col, const auto& f) {
+        for (int64_t i = begin; i < end; ++i) {
+          float* own_sums = sums.rows[i < kTileSide || Heights == 1 ? i : i + kTwoTiles - in.num];
+          auto* out = out_row(in.row + i) + col;
+          for (int64_t j = 0; j < min(kTwoTiles, cols - col); j += kLanes)
+            f(out + j, own_sums + j, min(kLanes, cols - col - j));
+        }
+      };
       for (int64_t col = 0; col < cols; col += kTwoTiles) {
-        zero_tiles<Heights>();
+        bool in_place = false;
+        if constexpr (is_float_rows<OutRow>) in_place = are_whole && col + kTwoTiles <= cols;
+        if constexpr (is_float_rows<OutRow>)
+          if (in_place) load_tiles<Heights>(out_row(in.row) + col, out_row.stride);
+        if (!in_place) {
+          each_sum(0, in.num, col, [](auto* out, float* sum, int64_t n) { store(sum, load_n(out, n)); });
+          load_tiles<Heights>(sums);
+        }
         for (int64_t i = 0; i < steps; ++i) {
           add_products<Heights>(own, i * kTileInputs * sizeof(bf16), right + i * kTilePairs * right_stride + col,
                                 right_stride * sizeof(Pair));
           between();
         }
+        if constexpr (is_float_rows<OutRow>)
+          if (in_place) store_tiles<Heights>(out_row(in.row) + col, out_row.stride);
+        if (in_place) continue;
         store_tiles<Heights>(sums);
-        for (int64_t r = tile * kTwoTiles; r < in.row + in.num; ++r) {
-          const int64_t i = r - in.row;
-          const float* from = sums.rows[i < kTileSide || Heights == 1 ? i : i + kTwoTiles - in.num];
-          auto* out = out_row(r) + col;
-          for (int64_t j = 0; j < min(kTwoTiles, cols - col); j += kLanes) {
-            const int64_t n = min(kLanes, cols - col - j);
-            store_n(out + j, add(load_n(out + j, n), load_n(from + j, n)), n);
-          }
-        }
+        // The other rows are those of the tile before, too.
+        each_sum(tile * kTwoTiles - in.row, in.num, col,
+                 [](auto* out, float* sum, int64_t n) { store_n(out, load_n(sum, n), n); });
       }
     });
   }

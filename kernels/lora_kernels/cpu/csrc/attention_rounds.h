@@ -123,8 +123,7 @@ struct TypedRounds {
 
   void multiply_keys(int64_t first_row, int64_t num_keys, Ahead& ahead) {
     for (int64_t i = 0; i < rows * kKeys; i += kLanes) store(products + i, zero());
-    const auto row = [&](int64_t r) { return products + r * kKeys; };
-    update<P>(q + first_row * args.k_dim, args.k_dim, keys, kKeys, row, rows, args.k_dim / P::kDepth,
+    update<P>(q + first_row * args.k_dim, args.k_dim, keys, kKeys, FloatRows{products, kKeys}, rows, args.k_dim / P::kDepth,
               ceil_div(num_keys, kBlockTokens) * kBlockTokens, ahead);
     if constexpr (kIsCoded)
       for (int64_t r = 0; r < rows; ++r) scale_products(products + r * kKeys, k_scales, 1.0f);
@@ -137,8 +136,7 @@ struct TypedRounds {
   }
 
   void add_values(int64_t num_keys, float* acc, Ahead& ahead) {
-    const auto row = [&](int64_t r) { return acc + r * args.v_dim; };
-    update<P>(weights, kKeys, values, args.v_dim, row, rows, packed_depth<P>(num_keys), args.v_dim, ahead);
+    update<P>(weights, kKeys, values, args.v_dim, FloatRows{acc, args.v_dim}, rows, packed_depth<P>(num_keys), args.v_dim, ahead);
   }
 };
 

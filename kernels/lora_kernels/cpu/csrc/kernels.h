@@ -273,6 +273,10 @@ struct Kernels {
   void (*scan)(const ScanArgs&);
   void (*delta_rule)(const DeltaArgs&);
   void (*causal_conv)(const ConvArgs&);
+  int64_t attention_rows;  // of a task: enough to share keys that are packed
+  // Of a block of rows that one thread computes between two attentions, about: what it writes stays in its second-level
+  // cache. A block reads all weights. 0: products are so fast that threads had better share these.
+  int64_t block_rows;
 };
 
 const Kernels& avx2_kernels();

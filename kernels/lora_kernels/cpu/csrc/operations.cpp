@@ -262,7 +262,6 @@ void kv_write_(const Tensor& k, const Tensor& v, const Tensor& k_cache, const Te
   });
 }
 
-constexpr int64_t kTaskRows = 32;      // rows of an attention task: enough to share the transposed keys
 constexpr int64_t kTaskBytes = 8192;   // of a block's keys: longer runs of memory are read no faster
 constexpr int64_t kSplitKeys = 256;    // no task is split into runs of fewer keys
 
@@ -298,9 +297,9 @@ std::vector<AttentionTile> attention_tiles(const AttentionArgs& args, int64_t mo
 AttentionPlan plan_attention(const AttentionArgs& args) {
   AttentionPlan plan;
   const int64_t group = args.heads / args.kv_heads;
-  plan.task_queries = std::max<int64_t>(1, kTaskRows / group);
+  plan.task_queries = std::max<int64_t>(1, active->attention_rows / group);
   if (fixed_sums && args.window > 0) plan.task_queries = 1;  // rounds of keys begin where the first query's window does
-  plan.task_rows = std::max(kTaskRows, group);
+  plan.task_rows = std::max(active->attention_rows, group);
   const std::vector<AttentionTile> tiles = attention_tiles(args, plan.task_queries);
   int64_t work = 0;
   for (const AttentionTile& tile : tiles) work += (tile.end_key - tile.first_key) * args.kv_heads;

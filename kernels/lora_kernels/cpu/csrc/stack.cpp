@@ -194,10 +194,6 @@ Tensor behind_attention(const Layer& layer, const Tensor& attended, const Step& 
   return project(layer.down(), activated, step, rows, next);
 }
 
-// Rows of a block, about: what is computed of them between two attentions stays in a core's second-level cache. A block
-// reads all weights, so that many fewer rows would wait for those.
-constexpr int64_t kBlockRows = 128;
-
 // Adapters' tiles of the rows of a block.
 void cut_lora(const Rows& whole, Rows& block) {
   const int32_t* from = entries_of<int32_t>(whole.lora[0], "rows");
@@ -230,10 +226,10 @@ void cut_lora(const Rows& whole, Rows& block) {
   if (scales) block.row_scales = row_scales;
 }
 
-// Returns even blocks, as many for every thread; the whole, if there are too few rows for that.
+// Returns even blocks, as many for every thread; the whole, if there are too few rows for that or blocks are no gain.
 std::vector<Rows> cut(const Rows& whole) {
-  const int64_t rows = whole.count(), rows_at_once = kBlockRows * num_threads();
-  if (rows < rows_at_once) return {whole};
+  const int64_t rows = whole.count(), rows_at_once = active->block_rows * num_threads();
+  if (rows_at_once == 0 || rows < rows_at_once) return {whole};
   const int64_t num = (rows + rows_at_once / 2) / rows_at_once * num_threads();
   std::vector<Rows> blocks;
   for (int64_t i = 0; i < num; ++i) {

@@ -189,6 +189,17 @@ inline void update_tile(const typename P::Left* left, int64_t left_stride, const
   }
 }
 
+// Rows in fp32 at a constant distance, as `update` takes them.
+struct FloatRows {
+  float* first;
+  int64_t stride;
+  float* operator()(int64_t r) const { return first + r * stride; }
+};
+template <typename OutRow>
+constexpr bool is_float_rows = false;
+template <>
+constexpr bool is_float_rows<FloatRows> = true;
+
 #ifdef __AMX_BF16__
 #include "amx.h"
 constexpr bool kHasTiles = true;
