@@ -24,13 +24,14 @@ def fixed_sums() -> Iterator[None]:
 
 
 def assert_linear_is_fixed(impl: Impl, dtype: torch.dtype, num_rows: int = 70) -> None:
-    x, weight, bias = (
-        randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(((num_rows, 330), (90, 330), (90,)))
-    )
-    packed = ops.pack_linear(weight, impl=impl)
-    together = ops.linear(x, packed, bias, impl=impl)
-    for first, last in ((0, 1), (3, 4), (17, 50), (num_rows - 1, num_rows)):
-        assert torch.equal(ops.linear(x[first:last], packed, bias, impl=impl), together[first:last])
+    for width in (330, 1504):  # of which tile registers take the second, with many rows in parts
+        x, weight, bias = (
+            randn(*shape, dtype=dtype, seed=i) for i, shape in enumerate(((num_rows, width), (90, width), (90,)))
+        )
+        packed = ops.pack_linear(weight, impl=impl)
+        together = ops.linear(x, packed, bias, impl=impl)
+        for first, last in ((0, 1), (3, 4), (17, 50), (num_rows - 1, num_rows)):
+            assert torch.equal(ops.linear(x[first:last], packed, bias, impl=impl), together[first:last])
 
 
 def assert_lora_is_fixed(impl: Impl, dtype: torch.dtype, num_rows: int = 70, *, int8: bool = False) -> None:

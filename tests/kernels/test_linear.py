@@ -18,7 +18,7 @@ def weight_and_input(n: int, k: int, m: int, dtype: torch.dtype) -> tuple[torch.
     return weight.to(dtype), torch.randn(m, k, generator=generator).to(dtype)
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 13, 14, 15, 16, 29, 64, 257])
+@pytest.mark.parametrize("m", [1, 2, 3, 13, 14, 15, 16, 17, 29, 32, 33, 64, 257])
 def test_rows(m: int, impl: Impl) -> None:
     """Every remainder of the register tile, and more rows than a block has."""
     for n, k in ((96, 64), (33, 130), (200, 2)):
@@ -32,6 +32,15 @@ def test_many_rows_of_many_features(native: Impl) -> None:
     """So many that the input is cut in blocks of rows."""
     weight, x = weight_and_input(64, 4096, 700, BF16)
     assert_close(ops.linear(x, ops.pack_linear(weight, impl=native), impl=native), x.float() @ weight.float().T)
+
+
+@pytest.mark.parametrize("m", [65, 110, 257])
+def test_features_in_parts(m: int, native: Impl) -> None:
+    """So many features that rows are multiplied by parts of a panel, and by those of several panels at a time."""
+    weight, x = weight_and_input(330, 4128, m, BF16)
+    with poisoned_memory():
+        actual = ops.linear(x, ops.pack_linear(weight, impl=native), impl=native)
+    assert_close(actual, x.float() @ weight.float().T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, BF16], ids=str)

@@ -69,6 +69,7 @@ struct QuantArgs {
   const void* bias;  // [out_features of all parts] or null
   Matrix out;
   int64_t rows, in_features;
+  bool fixed_sums;  // whether a row's sums must not depend on how many rows there are
 };
 
 struct LoraSiteArgs {

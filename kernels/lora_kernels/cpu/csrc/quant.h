@@ -114,9 +114,17 @@ inline void integer_tile(const PackedChunk<F>& chunk, const IntegerTile& t, int6
     for (int v = 0; v < kPanelVecs; ++v) store(t.sums + i * kPanel + v * kLanes, totals[i][v]);
 }
 
-// sums [rows, kPanel] += rows [row, row + rows) times one panel, by integer products.
+#ifdef __AMX_BF16__
+#include "quant_tiles.h"
+#endif
+
+// sums [rows, kPanel] += rows [row, row + rows) times one panel, by integer products. memory: kChunk * kPanel floats.
 template <int F>
-void integer_panel(const QuantArgs& args, const uint8_t* panel, int64_t row, int64_t rows, float* sums) {
+void integer_panel(const QuantArgs& args, const uint8_t* panel, int64_t row, int64_t rows, float* sums,
+                   [[maybe_unused]] float* memory) {
+#ifdef __AMX_BF16__
+  if (quant_in_tiles(args)) return integer_panel_in_tiles<F>(args, panel, row, rows, sums, memory);
+#endif
   constexpr QuantForm form = kQuantForms[F];
   const int64_t tiles = ceil_div(rows, kIntegerRows), groups = args.in_features / 32;
   for (int64_t first = 0; first < args.in_features; first += kChunk) {
@@ -132,7 +140,7 @@ void integer_panel(const QuantArgs& args, const uint8_t* panel, int64_t row, int
   }
 }
 
-using IntegerPanel = void (*)(const QuantArgs&, const uint8_t*, int64_t, int64_t, float*);
+using IntegerPanel = void (*)(const QuantArgs&, const uint8_t*, int64_t, int64_t, float*, float*);
 constexpr IntegerPanel kIntegerPanel[] = {integer_panel<0>, integer_panel<1>, integer_panel<2>, integer_panel<3>,
                                           integer_panel<4>, integer_panel<5>, integer_panel<6>};
 static_assert(sizeof(kIntegerPanel) / sizeof(IntegerPanel) == kNumQuantForms && kChunk == kSuperInputs &&
@@ -162,7 +170,7 @@ inline void quant_panel(const QuantArgs& args, const QuantPart& part, const uint
   else
 #ifdef __AVX512BF16__
       if (args.x_chunks)
-    kIntegerPanel[part.form](args, panel, row, rows, sums);
+    kIntegerPanel[part.form](args, panel, row, rows, sums, memory);
   else
 #endif
     float_panel(args, part, panel, row, rows, sums, memory);

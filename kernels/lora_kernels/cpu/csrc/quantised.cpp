@@ -206,6 +206,7 @@ void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints fo
       .out = rows_of(out, "out"),
       .rows = rows,
       .in_features = in_features,
+      .fixed_sums = sums_are_fixed(),
   };
   Tensor chunks, prepared;  // keep the memory of what is made of x
   if (int8_inputs) {

@@ -1,0 +1,110 @@
+// Integer products of quantised weights in tile registers. Included by quant.h.
+//
+// Codes of a chunk become bf16 integers in memory once for all rows. Each group of inputs that shares a scale is one
+// instruction's worth, so its sum leaves the registers to be scaled.
+#pragma once
+
+constexpr int64_t kFewestQuantRows = 8;  // of fewer rows the codes are multiplied where they lie
+
+// The integers of 32 inputs and 32 columns, as tiles take them: [16 pairs, kPanel].
+struct CodeTile {
+  alignas(64) Pair pairs[kTileInputs / 2][kPanel];
+};
+
+// Whether rows are multiplied here: if sums are fixed always, since few rows have other bits in quant.h.
+inline bool quant_in_tiles(const QuantArgs& args) { return args.fixed_sums || args.rows >= kFewestQuantRows; }
+
+// The codes of part `part` of a chunk. Parts of 16 inputs are half a tile; its other half is of zeros.
+template <int F>
+inline void widen_part(const PackedChunk<F>& chunk, int64_t part, CodeTile* tile) {
+  constexpr int kGroup = PackedChunk<F>::kGroup;
+  constexpr int64_t kPairs = kGroup / 2;
+  const int64_t first = part * kPairs % (kTileInputs / 2);
+  if (kGroup < kTileInputs) __builtin_memset(tile->pairs[first ? 0 : kPairs], 0, kPairs * sizeof(tile->pairs[0]));
+  repeat<kGroup / 8>([&]<int Q>() __attribute__((always_inline)) {
+    chunk.template prefetch<Q>(part);
+    for (int v = 0; v < kPanelVecs; ++v) {
+      const PackedQuad<F> quad = chunk.quad(part, Q, v);
+      repeat<4>([&]<int I>() __attribute__((always_inline)) {
+        _mm512_store_si512(tile->pairs[first + Q * 4 + I] + v * kLanes, quad.template pair<I, Q % 2 == 1>());
+      });
+    }
+  });
+}
+
+// A chunk of a panel whose codes are widened, and the numbers that the products of its parts are scaled with.
+template <int F>
+struct WideChunk {
+  using Chunk = PackedChunk<F>;
+  static constexpr int64_t kParts = kChunk / Chunk::kGroup;
+  static_assert(kParts * sizeof(CodeTile) <= kChunk * kPanel * sizeof(float));
+
+  CodeTile* codes;  // [kParts]
+  int64_t parts;    // that there are
+  Vec scales[kParts][kPanelVecs], addends[Chunk::kHasAddends ? kParts : 1][kPanelVecs];
+
+  WideChunk(const Chunk& chunk, int64_t inputs, float* memory)
+      : codes(reinterpret_cast<CodeTile*>(memory)), parts(inputs / Chunk::kGroup) {
+    for (int64_t part = 0; part < parts; ++part) {
+      widen_part<F>(chunk, part, codes + part);
+      for (int v = 0; v < kPanelVecs; ++v) {
+        scales[part][v] = chunk.scale(part, v);
+        if constexpr (Chunk::kHasAddends) addends[part][v] = chunk.addend(part, v);
+      }
+    }
+  }
+};
+
+// Rows of a chunk's inputs, what they are added to, and which of them a tile is to add: the others were in one before.
+struct QuantRows {
+  const uint16_t* x;    // [num, kXChunk]
+  const float* x_sums;  // of each row's groups, where there are addends
+  int64_t x_sums_stride;
+  float* sums;  // [num, kPanel]
+  int64_t first, num;
+};
+
+template <int F, int Heights>
+void add_chunk(const WideChunk<F>& chunk, const QuantRows& rows) {
+  constexpr bool kHasAddends = PackedChunk<F>::kHasAddends;
+  const TileRows x(rows.x, rows.num, kXChunk * sizeof(bf16));
+  TileSums products;
+  for (int64_t part = 0; part < chunk.parts; ++part) {
+    const int64_t first_input = part * PackedChunk<F>::kGroup / kTileInputs * kTileInputs;
+    zero_tiles<Heights>();
+    add_products<Heights>(x, first_input * sizeof(bf16), chunk.codes + part, sizeof(chunk.codes->pairs[0]));
+    store_tiles<Heights>(products);
+    for (int64_t i = rows.first; i < rows.num; ++i) {
+      const float* from = products.rows[i < kTileSide || Heights == 1 ? i : i + kTwoTiles - rows.num];
+      float* to = rows.sums + i * kPanel;
+      for (int v = 0; v < kPanelVecs; ++v, from += kLanes, to += kLanes) {
+        Vec total = fma(chunk.scales[part][v], load(from), load(to));
+        if constexpr (kHasAddends)
+          total = fma(chunk.addends[part][v], set1(rows.x_sums[i * rows.x_sums_stride + part]), total);
+        store(to, total);
+      }
+    }
+  }
+}
+
+// sums [rows, kPanel] += rows [row, row + rows) times one panel. memory: kChunk * kPanel floats.
+template <int F>
+void integer_panel_in_tiles(const QuantArgs& args, const uint8_t* panel, int64_t row, int64_t rows, float* sums,
+                            float* memory) {
+  constexpr QuantForm form = kQuantForms[F];
+  const int64_t groups = args.in_features / 32;
+  const Tiles registers(rows);
+  for (int64_t first = 0; first < args.in_features; first += kChunk) {
+    const int64_t inputs = min(kChunk, args.in_features - first);
+    const WideChunk<F> chunk(PackedChunk<F>(panel), inputs, memory);
+    for (int64_t tile = 0; tile * kTwoTiles < rows; ++tile) {
+      const RowsOfTile in(tile, rows);
+      const int64_t at = row + in.row;
+      const QuantRows own = {args.x_chunks + (first / kXChunk * args.rows + at) * kXChunk,
+                             form.min ? args.x_sums + at * groups + first / 32 : nullptr, groups,
+                             sums + in.row * kPanel, tile * kTwoTiles - in.row, in.num};
+      in.num > kTileSide ? add_chunk<F, 2>(chunk, own) : add_chunk<F, 1>(chunk, own);
+    }
+    panel += super_head_bytes(form) + inputs / 32 * group_bytes(form);
+  }
+}
