@@ -1,0 +1,127 @@
+"""The native operations by instruction set, in turns: products in bf16 and of quantised weights, attention, LoRA.
+
+    python -m benchmarks.instruction_sets [--sets avx512_bf16,amx_bf16] [--threads N]
+
+Layers of Llama-3.2-1B's shape, as many as no cache holds, and torch's product beside those in bf16; one prompt's
+attention, nine heads that share three heads of keys; one adapter of rank 16 on a product of 2,048 x 8,192. Figures are
+lower quartiles of calls that take turns. Takes two minutes. Nothing else should run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import orjson
+import torch
+import torch.nn.functional as F
+
+from benchmarks.common import report
+from lora_kernels import cpu, ops
+from lora_kernels.quantised import Kind, QuantisedWeight, row_bytes
+
+K, N = 2048, 8192
+ROWS = (1, 8, 32, 128, 512)
+KINDS: tuple[Kind, ...] = ("q4_0", "q4_k", "q8_0", "q6_k")
+PROMPTS = (512, 4096)
+HEADS, KV_HEADS, HEAD_DIM, RANK = 9, 3, 64, 16
+ROUNDS = 9
+LAYERS = 6
+
+
+def randn(*shape: int) -> torch.Tensor:
+    """Return normal numbers in bf16."""
+    return torch.randn(*shape).to(torch.bfloat16)
+
+
+def in_turns(call: Callable[[], object], sets: list[str], beside: Callable[[], object] | None = None) -> list[float]:
+    """Return the lower quartile of a call's seconds by each instruction set, and of what is beside it, if given."""
+    times: dict[str, list[float]] = {}
+    for number in range(ROUNDS + 1):
+        for name in [*sets, *(["torch"] if beside else [])]:
+            if name != "torch":
+                cpu.set_isa(name)
+            begin = time.perf_counter()
+            beside() if beside and name == "torch" else call()
+            if number:
+                times.setdefault(name, []).append(time.perf_counter() - begin)
+    return [sorted(own)[len(own) // 4] for own in times.values()]
+
+
+def products(x: torch.Tensor, layers: list[ops.PackedLinear] | list[ops.QuantisedLinear]) -> None:
+    """Multiply rows by all layers."""
+    for layer in layers:
+        ops.linear(x, layer)
+
+
+def torchs(x: torch.Tensor, weights: list[torch.Tensor]) -> None:
+    """Multiply rows by all weights, in torch."""
+    for weight in weights:
+        F.linear(x, weight)
+
+
+def attention(tokens: int) -> Callable[[], object]:
+    """Return a call of the attention of one prompt."""
+    blocks = tokens // ops.BLOCK_TOKENS
+    batch = ops.build_attention_batch(np.array([tokens]), np.array([tokens]), np.arange(blocks)[None], "cpu")
+    k, v = (randn(blocks, KV_HEADS, ops.BLOCK_TOKENS, HEAD_DIM) for _ in range(2))
+    return partial(ops.paged_attention, randn(tokens, HEADS, HEAD_DIM), k, v, batch, scale=HEAD_DIM**-0.5)
+
+
+def lora(tokens: int) -> Callable[[], object]:
+    """Return a call of one adapter on all rows."""
+    one = torch.ones(1, 1, dtype=torch.int32)
+    table = ops.AdapterTable(one * RANK, torch.ones(1, 1), torch.zeros(1, 1, 1, dtype=torch.int32))
+    site = ops.LoraSite(0, 0, randn(ops.PAGE_ROWS, K), randn(ops.PAGE_ROWS, N))
+    batch = ops.build_lora_batch(np.zeros(tokens, int), "cpu")
+    assert batch is not None
+    return partial(ops.lora_add_, [randn(tokens, N)], randn(tokens, K), [site], table, batch)
+
+
+def main() -> None:
+    """Measure, print tables, and save the figures."""
+    parser = report.parser(__doc__)
+    parser.add_argument("--sets", default="avx512_bf16,amx_bf16", help="instruction sets (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
+    args = parser.parse_args()
+    if not cpu.load():
+        raise SystemExit("the native operations cannot be built here; the log says why")
+    torch.set_num_threads(args.threads)
+    sets, machine = args.sets.split(","), report.machine()
+    points: list[tuple[str, float, list[float]]] = []  # what, its GFLOP, seconds by instruction set, then torch's
+    with torch.inference_mode():
+        weights = [randn(N, K) for _ in range(LAYERS)]
+        packed = [ops.pack_linear(weight) for weight in weights]
+        for rows in ROWS:
+            x, work = randn(rows, K), 2e-9 * rows * K * N * LAYERS
+            times = in_turns(partial(products, x, packed), sets, partial(torchs, x, weights))
+            points.append((f"product in bf16, {rows} rows", work, times))
+        for kind in KINDS:
+            blocks = torch.randint(0, 256, (N, row_bytes(kind, K)), dtype=torch.uint8)
+            layers = [ops.pack_quantised([QuantisedWeight(kind, blocks, K)]) for _ in range(LAYERS)]
+            for rows in ROWS:
+                work = 2e-9 * rows * K * N * LAYERS
+                points.append((f"{kind}, {rows} rows", work, in_turns(partial(products, randn(rows, K), layers), sets)))
+        for tokens in PROMPTS:
+            work = 2e-9 * tokens**2 * HEADS * HEAD_DIM
+            points.append((f"attention of {tokens} tokens", work, in_turns(attention(tokens), sets)))
+        for rows in ROWS:
+            points.append((f"LoRA, {rows} rows", 2e-9 * rows * RANK * (K + N), in_turns(lora(rows), sets)))
+    columns = [*sets, "torch"]
+    print(report.table(
+        ("operation", *(f"{name}, ms" for name in columns), *(f"{name}, GFLOP/s" for name in columns)),
+        [(what, *(f"{1e3 * t:.2f}" for t in times), *([""] * (len(columns) - len(times))),
+          *(f"{work / t:.0f}" for t in times), *([""] * (len(columns) - len(times)))) for what, work, times in points],
+    ))  # fmt: skip
+    found = [{"operation": what, "gflop": work, "seconds": dict(zip(columns, times, strict=False))}
+             for what, work, times in points]  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "instruction-sets.json").write_bytes(
+        orjson.dumps({"machine": machine, "threads": args.threads, "points": found}, option=orjson.OPT_INDENT_2)
+    )
+
+
+if __name__ == "__main__":
+    main()
