@@ -28,7 +28,7 @@ struct PanelAhead {
 struct PiecesAhead {
   const Piece *piece, *last;
   const char* at;
-  int64_t step;
+  int64_t step, lines;  // lines: how often each step of products in tile registers asks
 
   void operator()() {
     prefetch_line(at);
@@ -157,8 +157,16 @@ void linear(const LinearArgs& args) {
   });
 }
 
+// How often products of all rows with a panel ask for something besides.
+inline int64_t panel_steps(const LinearArgs& args) {
+#ifdef __AMX_BF16__
+  if (fits_tiles(args)) return tile_steps(args);
+#endif
+  return ceil_div(args.rows, kMaxRows) * (args.in_features / 2);
+}
+
 void linear_lora(const LinearArgs& args, const LinearLora& with) {
-  const int64_t panels = ceil_div(args.out_features, kPanel), tiles = ceil_div(args.rows, kMaxRows);
+  const int64_t panels = ceil_div(args.out_features, kPanel);
   run(with.num_tasks, [&](int64_t task) {
     const int64_t first = panels * task / with.num_tasks, last = panels * (task + 1) / with.num_tasks;
     const int64_t begin = first * kPanel, end = min(last * kPanel, args.out_features);
@@ -166,9 +174,8 @@ void linear_lora(const LinearArgs& args, const LinearLora& with) {
     Pieces pieces = {reinterpret_cast<Piece*>(scratch(floats))};
     list_pieces<bf16>(with.lora, with.next, begin, end, task, with.num_tasks, pieces);
     pieces.add(args.x, 0);  // so that there is one
-    const int64_t steps = (last - first) * tiles * (args.in_features / 2);
-    const int64_t step = min(64, ceil_div(pieces.bytes, steps));
-    PiecesAhead ahead = {pieces.list, pieces.list + pieces.num - 1, pieces.list->at, step};
+    const int64_t step = ceil_div(pieces.bytes, (last - first) * panel_steps(args));
+    PiecesAhead ahead = {pieces.list, pieces.list + pieces.num - 1, pieces.list->at, min(64, step), ceil_div(step, 64)};
     multiply_panels(args, first, last, ahead);
     lora_expand<bf16>(with.lora, begin, end);
   });

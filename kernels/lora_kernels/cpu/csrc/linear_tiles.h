@@ -13,6 +13,9 @@ constexpr int64_t kKeptInputs = 512 * 1024;  // that fit it
 constexpr int64_t kStepBytes = kTileInputs / 2 * kPairBytes;  // of a panel, for the inputs of an instruction
 
 inline bool fits_tiles(const LinearArgs& args) { return args.in_features % kTileInputs == 0; }
+inline int64_t tile_steps(const LinearArgs& args) {
+  return ceil_div(args.rows, kTwoTiles) * args.in_features / kTileInputs;
+}
 
 // Inputs [begin, end) of rows times as many of a panel.
 struct PanelPart {
@@ -44,9 +47,11 @@ inline void write_sums(const LinearArgs& args, int64_t row, int64_t rows, int64_
   }
 }
 
-// Asks for a panel's lines and pages shortly before they are multiplied.
+// Asks for a panel's lines and pages shortly before they are multiplied, and for what `also` asks for.
+template <typename Also>
 struct SamePanelAhead {
   const char* at;
+  Also also;
   int64_t steps = 0;
 
   void operator()() {
@@ -54,6 +59,7 @@ struct SamePanelAhead {
       touch_pages(at + kPagesAhead - kLinesAhead, kXChunk / kTileInputs * kStepBytes);
     prefetch(at, kStepBytes);
     at += kStepBytes;
+    for (int64_t line = 0; line < also.lines; ++line) also();
   }
 };
 
@@ -67,7 +73,7 @@ struct NextPartAhead {
   void operator()() {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
     at += bytes;
-    for (int64_t pair = 0; pair < kTileInputs / 2; ++pair) also();
+    for (int64_t line = 0; line < also.lines; ++line) also();
   }
 };
 
@@ -94,8 +100,9 @@ inline void multiply_in_tiles(const LinearArgs& args, int64_t first, int64_t row
           TileSums here, *kept = is_last_part ? &here : memory + (p - panel) * tiles + tile;
           part == 0 ? zero_tiles<Heights>() : load_tiles<Heights>(memory[(p - panel) * tiles + tile]);
           if (tiles == 1) {
-            SamePanelAhead ahead = {reinterpret_cast<const char*>(own.panel) + kLinesAhead};
+            SamePanelAhead<Also> ahead = {reinterpret_cast<const char*>(own.panel) + kLinesAhead, also};
             own.add<Heights>(first + in.row, in.num, ahead);
+            also = ahead.also;
           } else {
             const int64_t bytes = (end - begin) / 2 * kPairBytes;
             NextPartAhead<Also> ahead = {reinterpret_cast<const char*>(next) + bytes * tile / tiles,
@@ -125,8 +132,8 @@ inline void linear_in_tiles(const LinearArgs& args) {
     Nothing nothing;
     const int64_t block = task / groups, first = args.rows * block / row_blocks;
     const int64_t panel = panels * (task % groups) / groups, last = panels * (task % groups + 1) / groups;
-    TileSums* memory = nullptr;
-    if (tiles > 2) memory = reinterpret_cast<TileSums*>(scratch((panels_at_once * tiles) * sizeof(TileSums) / sizeof(float)));
+    const int64_t floats = panels_at_once * tiles * sizeof(TileSums) / sizeof(float);
+    auto* memory = tiles > 2 ? reinterpret_cast<TileSums*>(scratch(floats)) : nullptr;
     multiply_in_tiles(args, first, args.rows * (block + 1) / row_blocks - first, panel, last, memory, nothing);
   });
 }
