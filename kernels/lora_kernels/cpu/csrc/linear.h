@@ -172,7 +172,9 @@ void linear_lora(const LinearArgs& args, const LinearLora& with) {
     const int64_t begin = first * kPanel, end = min(last * kPanel, args.out_features);
     const int64_t floats = (most_pieces(with.lora, with.next) + 1) * sizeof(Piece) / sizeof(float);
     Pieces pieces = {reinterpret_cast<Piece*>(scratch(floats))};
-    list_pieces<bf16>(with.lora, with.next, begin, end, task, with.num_tasks, pieces);
+    // Products in tile registers end too soon for more than the rows of B.
+    const LoraArgs* next = kHasTiles ? nullptr : with.next;
+    list_pieces<bf16>(with.lora, next, begin, end, task, with.num_tasks, pieces);
     pieces.add(args.x, 0);  // so that there is one
     const int64_t step = ceil_div(pieces.bytes, (last - first) * panel_steps(args));
     PiecesAhead ahead = {pieces.list, pieces.list + pieces.num - 1, pieces.list->at, min(64, step), ceil_div(step, 64)};
