@@ -24,7 +24,7 @@ SHIPPED = Path(__file__).parent / "lora_kernels.so"
 
 COMMON_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 _SOURCE_DIR = Path(__file__).parent / "csrc"
-_HOST_PARTS = ("bind", "lora", "operations", "pack", "quantised", "stack", "states", "team")
+_HOST_PARTS = ("bind", "lora", "operations", "pack", "processor", "quantised", "stack", "states", "team")
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10, as pyproject.toml demands
 ISA_FLAGS = {
     "x86_64": {
