@@ -28,7 +28,7 @@ NUM_TOKENS = 60
 TOKENIZER: Tokenizer = make_tokenizer().backend_tokenizer
 VOCAB = TOKENIZER.get_vocab_size()
 END = 0
-FEW_BLOCKS: dict[str, Any] = {"kv_cache_bytes": 8 * 16 * 512, "max_model_len": 96}
+FEW_BLOCKS: dict[str, Any] = {"kv_cache_bytes": 6 * 16 * 512, "max_model_len": 96}
 
 SCHEMA = {
     "type": "object",
