@@ -36,7 +36,7 @@ def test_many_rows_of_many_features(native: Impl) -> None:
 
 @pytest.mark.parametrize("m", [65, 110, 257])
 def test_features_in_parts(m: int, native: Impl) -> None:
-    """So many features that rows are multiplied by parts of a panel, and by those of several panels at a time."""
+    """Sums of many inputs are computed in several parts, and wait in memory between them."""
     weight, x = weight_and_input(330, 4128, m, BF16)
     with poisoned_memory():
         actual = ops.linear(x, ops.pack_linear(weight, impl=native), impl=native)

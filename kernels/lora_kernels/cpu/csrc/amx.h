@@ -40,6 +40,12 @@ class Tiles {
 // Sums of two tiles below each other and two side by side.
 struct TileSums {
   alignas(64) float rows[kTwoTiles][kTwoTiles];
+
+  // Row i of `num` rows, of which two tiles have the last 16 in the second.
+  template <int Heights>
+  float* row(int64_t i, int64_t num) {
+    return rows[i < kTileSide || Heights == 1 ? i : i + kTwoTiles - num];
+  }
 };
 
 // Rows of a left operand in one or two tiles. If they do not fill two, these overlap: rows in both are computed twice.
@@ -139,7 +145,7 @@ inline int64_t update_in_tiles(const bf16* left, int64_t left_stride, const Pair
       // Calls f(out, sum, n) for each vector of rows [begin, end) of the tiles.
       const auto each_sum = [&](int64_t begin, int64_t end, int64_t col, const auto& f) {
         for (int64_t i = begin; i < end; ++i) {
-          float* own_sums = sums.rows[i < kTileSide || Heights == 1 ? i : i + kTwoTiles - in.num];
+          float* own_sums = sums.template row<Heights>(i, in.num);
           auto* out = out_row(in.row + i) + col;
           for (int64_t j = 0; j < min(kTwoTiles, cols - col); j += kLanes)
             f(out + j, own_sums + j, min(kLanes, cols - col - j));

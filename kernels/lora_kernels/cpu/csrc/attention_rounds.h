@@ -102,6 +102,7 @@ struct TypedRounds {
   void load_queries(const AttentionTask& task) { load_task_queries<T>(args, task, num_heads * rows, q); }
 
   void pack(const AttentionTask& task, int64_t head, int64_t key, int64_t num_keys, Ahead& ahead) {
+    // Weights of keys past the round's are zero, but zero times what is no number is not.
     for (int64_t d = ceil_div(num_keys, P::kDepth); d < packed_depth<P>(num_keys); ++d)
       __builtin_memset(static_cast<void*>(values + d * args.v_dim), 0, args.v_dim * sizeof(Right));
     for (int64_t b = 0; b < num_keys; b += kBlockTokens) {
@@ -123,8 +124,8 @@ struct TypedRounds {
 
   void multiply_keys(int64_t first_row, int64_t num_keys, Ahead& ahead) {
     for (int64_t i = 0; i < rows * kKeys; i += kLanes) store(products + i, zero());
-    update<P>(q + first_row * args.k_dim, args.k_dim, keys, kKeys, FloatRows{products, kKeys}, rows, args.k_dim / P::kDepth,
-              ceil_div(num_keys, kBlockTokens) * kBlockTokens, ahead);
+    update<P>(q + first_row * args.k_dim, args.k_dim, keys, kKeys, FloatRows{products, kKeys}, rows,
+              args.k_dim / P::kDepth, ceil_div(num_keys, kBlockTokens) * kBlockTokens, ahead);
     if constexpr (kIsCoded)
       for (int64_t r = 0; r < rows; ++r) scale_products(products + r * kKeys, k_scales, 1.0f);
   }
@@ -136,7 +137,8 @@ struct TypedRounds {
   }
 
   void add_values(int64_t num_keys, float* acc, Ahead& ahead) {
-    update<P>(weights, kKeys, values, args.v_dim, FloatRows{acc, args.v_dim}, rows, packed_depth<P>(num_keys), args.v_dim, ahead);
+    update<P>(weights, kKeys, values, args.v_dim, FloatRows{acc, args.v_dim}, rows, packed_depth<P>(num_keys),
+              args.v_dim, ahead);
   }
 };
 

@@ -140,7 +140,6 @@ inline void multiply_panels(const LinearArgs& args, int64_t first, int64_t last,
   for (int64_t panel = first; panel < last; ++panel) panel_rows(args, 0, args.rows, panel, also);
 }
 
-
 void linear(const LinearArgs& args) {
   if (args.rows == 0) return;
 #ifdef __AMX_BF16__

@@ -75,7 +75,7 @@ void add_chunk(const WideChunk<F>& chunk, const QuantRows& rows) {
     add_products<Heights>(x, first_input * sizeof(bf16), chunk.codes + part, sizeof(chunk.codes->pairs[0]));
     store_tiles<Heights>(products);
     for (int64_t i = rows.first; i < rows.num; ++i) {
-      const float* from = products.rows[i < kTileSide || Heights == 1 ? i : i + kTwoTiles - rows.num];
+      const float* from = products.template row<Heights>(i, rows.num);
       float* to = rows.sums + i * kPanel;
       for (int v = 0; v < kPanelVecs; ++v, from += kLanes, to += kLanes) {
         Vec total = fma(chunk.scales[part][v], load(from), load(to));
