@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from lora_kernels import ops
+from lora_kernels import cpu, ops
 from lora_kernels.ops import Impl
 
 BF16 = torch.bfloat16
@@ -66,3 +74,91 @@ def test_several_threads_compute_at_once(native: Impl, num_threads: int) -> None
     for thread in threads:
         thread.join()
     assert not failed
+
+
+# ------------------------------------------------------------ which cores they are on
+
+HELPED = """
+import os, sys, threading, time
+import torch
+from lora_kernels import ops
+
+torch.set_num_threads(2)
+x, weight = torch.randn(64, 512).bfloat16(), torch.randn(8192, 512).bfloat16()
+packed = ops.pack_linear(weight, impl="cpu")
+expected = ops.linear(x, packed, impl="cpu")
+print(threading.get_native_id(), flush=True)
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0))).start()
+while True:
+    assert torch.equal(ops.linear(x, packed, impl="cpu"), expected)
+"""
+"""A process that computes with one helper until its input ends. Tells the id of the thread that computes."""
+
+
+@pytest.fixture
+def cores() -> list[int]:
+    if sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2 or not cpu.load():
+        pytest.skip("two cores of a Linux machine and the native kernels are needed")
+    return sorted(os.sched_getaffinity(0))
+
+
+@contextmanager
+def computing(cores: list[int]) -> Iterator[tuple[int, int]]:
+    """Run `HELPED` on two cores. Yields its process id and that of the thread that computes."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", HELPED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+        preexec_fn=lambda: os.sched_setaffinity(0, cores[:2]),
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        yield process.pid, int(process.stdout.readline())
+        assert process.poll() is None, "it computed something wrong"
+        process.communicate()
+
+
+def core_of(thread: int) -> int:
+    """Return the core that a thread is on, or was on last."""
+    return int(Path(f"/proc/{thread}/stat").read_text().rpartition(")")[2].split()[36])
+
+
+def is_kept(pid: int, caller: int, helper_on: set[int], caller_on: int) -> bool:
+    """Return whether a helper may run on these cores alone while its caller is on that one."""
+    before = core_of(caller)
+    threads = [int(thread) for thread in os.listdir(f"/proc/{pid}/task")]
+    seen = helper_on in [os.sched_getaffinity(thread) for thread in threads if thread != caller]
+    return seen and before == core_of(caller) == caller_on
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < deadline, "it never came to this"
+
+
+@pytest.mark.timeout(240)
+def test_helpers_keep_off_the_callers_core(cores: list[int]) -> None:
+    both = set(cores[:2])
+    with computing(cores) as (pid, caller):
+
+        def is_followed(core: int) -> bool:
+            os.sched_setaffinity(caller, {core})
+            os.sched_setaffinity(caller, both)
+            return any(is_kept(pid, caller, both - {core}, core) for _ in range(200))
+
+        for core in cores[:2]:
+            until(partial(is_followed, core))
+        assert os.sched_getaffinity(caller) == both
+
+
+def test_a_helper_that_waits_for_a_core_is_given_the_callers(tmp_path: Path) -> None:
+    """And one that has a core keeps it."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("a compiler and Linux are needed")
+    program, sources = tmp_path / "helper_cores", Path(cpu.__file__).with_name("csrc")
+    source = Path(__file__).with_name("helper_cores.cpp")
+    subprocess.run([compiler, "-std=c++20", "-O2", "-pthread", f"-I{sources}", source, "-o", program], check=True)
+    code = subprocess.run([program], check=False, timeout=25).returncode
+    if code == 77:
+        pytest.skip("two cores are needed")
+    assert code == 0

@@ -2,7 +2,8 @@
 //
 // Tasks are claimed one by one from a published job, and the caller waits for claimed tasks only. With OpenMP every
 // operation ends in a barrier that all threads must reach: a thread whose core another process holds stops the step
-// until it is scheduled again. Here such a thread claims no task.
+// until it is scheduled again. Here such a thread claims no task. One that loses its core in the middle of a task, for
+// up to some milliseconds, is given the core of the caller, who has nothing left to do but to wait for it.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -10,28 +11,25 @@
 #include <mutex>
 #include <thread>
 
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
-
+#include "cores.h"
 #include "kernels.h"
 
 namespace lorafleet {
 namespace {
 
-constexpr int kMaxThreads = 256;
 constexpr int64_t kMaxTasks = 1 << 20;  // of one job
 // A helper that waits for work keeps its core this long: the next operation of a step comes within microseconds.
 constexpr auto kSpin = std::chrono::microseconds(100);
 // Of what the next operation reads, a helper that waits for it fetches this much: it fits beside the rest into the
 // second-level cache.
 constexpr int64_t kMaxAhead = 256 * 1024;
-constexpr int kPatience = 2000;  // pauses after which a waiting caller yields its core, which may be a helper's too
+constexpr int kPatience = 2000;  // pauses after which a waiting caller yields its core
 
 // A run of neighbouring tasks: job number << 40 | next task << 20 | end. A claim is one compare-and-swap of the word,
 // so a helper that wakes up late cannot claim from a job that is over. (Job numbers repeat after 16 million jobs.)
 struct alignas(64) Run {
   std::atomic<uint64_t> word{0};
+  std::atomic<bool> is_working{false};  // whether the helper whose run it is may hold a claimed task
 };
 
 // The fields of a job are written before its runs and read after a claim, which is when they cannot change.
@@ -39,6 +37,9 @@ struct Team {
   std::mutex busy;
   int num_helpers = 0;
   Run runs[kMaxThreads];
+  HelperCores cores;
+  // Whether the caller has given its core to a helper, which is to leave it as soon as it holds no task.
+  std::atomic<bool> is_given{false};
   alignas(64) std::atomic<int> number{0};
   std::atomic<int> num_runs{1};
   std::atomic<void (*)(const void*, int64_t)> task{nullptr};
@@ -57,15 +58,6 @@ Team& team() {
 }
 
 thread_local bool in_task = false;
-
-// Leaves the core's other thread, if it has one, more to compute with.
-void pause() {
-#ifdef __x86_64__
-  _mm_pause();
-#else
-  asm volatile("yield");
-#endif
-}
 
 int64_t claim(Run& run, uint64_t number) {
   uint64_t word = run.word.load(std::memory_order_acquire);
@@ -130,13 +122,42 @@ void help(Team& team, int self) {
     }
     team.number.wait(seen, std::memory_order_acquire);
     seen = team.number.load(std::memory_order_acquire);
+    team.runs[self].is_working.store(true, std::memory_order_relaxed);
     work(team, self, seen);
+    team.runs[self].is_working.store(false, std::memory_order_relaxed);
+    if (team.is_given.load(std::memory_order_relaxed)) std::this_thread::yield();
   }
 }
 
+void add_helper(Team& team) {
+  std::thread helper(help, std::ref(team), team.num_helpers + 1);
+  ++team.num_helpers;
+  team.cores.add(helper.native_handle());
+  helper.detach();
+}
+
+// Give the caller's core to the helpers that hold tasks and have no core.
+void give_core(Team& team) {
+  for (int i = 0; i < team.num_helpers; ++i)
+    if (team.runs[i + 1].is_working.load(std::memory_order_relaxed) && team.cores.give_to(i))
+      team.is_given.store(true, std::memory_order_relaxed);
+}
+
+void wait_for_end(Team& team, int64_t num_tasks) {
+  for (int i = 0; team.num_done.load(std::memory_order_acquire) < num_tasks; ++i) {
+    if (i < kPatience) {
+      pause();
+      continue;
+    }
+    give_core(team);
+    std::this_thread::yield();
+  }
+  if (team.is_given.exchange(false, std::memory_order_relaxed)) team.cores.take_back();
+}
+
 void run_job(Team& team, int num_runs, int64_t num_tasks, void (*task)(const void*, int64_t), const void* context) {
-  for (; team.num_helpers < num_runs - 1; ++team.num_helpers)
-    std::thread(help, std::ref(team), team.num_helpers + 1).detach();
+  while (team.num_helpers < num_runs - 1) add_helper(team);
+  team.cores.leave_to_caller();
   const int number = team.number.load(std::memory_order_relaxed) + 1;
   team.task.store(task, std::memory_order_relaxed);
   team.context.store(context, std::memory_order_relaxed);
@@ -149,8 +170,7 @@ void run_job(Team& team, int num_runs, int64_t num_tasks, void (*task)(const voi
   team.number.store(number, std::memory_order_release);
   team.number.notify_all();
   work(team, 0, number);
-  for (int i = 0; team.num_done.load(std::memory_order_acquire) < num_tasks; ++i)
-    i < kPatience ? pause() : std::this_thread::yield();
+  wait_for_end(team, num_tasks);
 }
 
 }  // namespace
