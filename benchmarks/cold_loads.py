@@ -98,7 +98,8 @@ def take_turns(
     for index in range(rounds):
         names = {RESIDENTS: RESIDENT, COLD: list(islice(cold, COLD_PER_TURN))}
         order = list(cases)
-        for name in order[index % 3 :] + order[: index % 3]:
+        first = index % len(order)
+        for name in order[first:] + order[:first]:
             case, others = cases[name], short_requests(running.url, names[name]) if name in names else None
             case.add(run_beside(streams(running.url, WARM, output_tokens), others))
             print(f"  {name}: {case.figures()}", flush=True)

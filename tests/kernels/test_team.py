@@ -7,14 +7,14 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.waiting import wait_until
 
 from lora_kernels import cpu, ops
 from lora_kernels.ops import Impl
@@ -79,7 +79,7 @@ def test_several_threads_compute_at_once(native: Impl, num_threads: int) -> None
 # ------------------------------------------------------------ which cores they are on
 
 HELPED = """
-import os, sys, threading, time
+import os, sys, threading
 import torch
 from lora_kernels import ops
 
@@ -129,14 +129,8 @@ def is_kept(pid: int, caller: int, helper_on: set[int], caller_on: int) -> bool:
     return seen and before == core_of(caller) == caller_on
 
 
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 100
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to this"
-
-
 @pytest.mark.timeout(240)
-def test_helpers_keep_off_the_callers_core(cores: list[int]) -> None:
+async def test_helpers_keep_off_the_callers_core(cores: list[int]) -> None:
     both = set(cores[:2])
     with computing(cores) as (pid, caller):
 
@@ -146,7 +140,7 @@ def test_helpers_keep_off_the_callers_core(cores: list[int]) -> None:
             return any(is_kept(pid, caller, both - {core}, core) for _ in range(200))
 
         for core in cores[:2]:
-            until(partial(is_followed, core))
+            await wait_until(partial(is_followed, core), f"helpers keep off core {core}", timeout_s=100)
         assert os.sched_getaffinity(caller) == both
 
 

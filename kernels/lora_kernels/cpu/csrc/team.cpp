@@ -136,11 +136,10 @@ void add_helper(Team& team) {
   helper.detach();
 }
 
-// Give the caller's core to the helpers that hold tasks and have no core.
-void give_core(Team& team) {
-  for (int i = 0; i < team.num_helpers; ++i)
-    if (team.runs[i + 1].is_working.load(std::memory_order_relaxed) && team.cores.give_to(i))
-      team.is_given.store(true, std::memory_order_relaxed);
+// Give the caller's core to a helper if it holds a task and has no core.
+void give_core(Team& team, int helper) {
+  if (team.runs[helper + 1].is_working.load(std::memory_order_relaxed) && team.cores.give_to(helper))
+    team.is_given.store(true, std::memory_order_relaxed);
 }
 
 void wait_for_end(Team& team, int64_t num_tasks) {
@@ -149,7 +148,7 @@ void wait_for_end(Team& team, int64_t num_tasks) {
       pause();
       continue;
     }
-    give_core(team);
+    give_core(team, i % team.num_helpers);  // one at a time: looking at all of many would delay the end
     std::this_thread::yield();
   }
   if (team.is_given.exchange(false, std::memory_order_relaxed)) team.cores.take_back();
