@@ -54,6 +54,19 @@ def test_head_shapes(heads: tuple[int, int], head_dims: tuple[int, int], dtype: 
     assert_close(case.run(impl), case.expected())
 
 
+@pytest.mark.parametrize("slope", [0.02, 0.2, 2.0, -0.2, -2.0])  # the largest weight is e**1.3, e**13, e**130 a round later
+def test_logits_that_rise_or_fall_from_key_to_key(slope: float, impl: Impl) -> None:
+    for dtype in DTYPES:
+        case = attention_case((70, 1), (400, 300), (6, 2), (32, 32), dtype)
+        case.q.zero_()[..., 0] = 1.0
+        case.logits["scale"] = 1.0
+        case.k_cache.zero_()
+        for blocks in case.batch.block_tables.tolist():
+            for number, block in enumerate(blocks):
+                case.k_cache[block, :, :, 0] = slope * (BLOCK_TOKENS * number + torch.arange(BLOCK_TOKENS))
+        assert_close(case.run(impl), case.expected())
+
+
 def test_queries_may_be_a_view_of_a_fused_projection(impl: Impl) -> None:
     case = attention_case(*STEPS["mixed"], (6, 2), (32, 32), torch.bfloat16)
     fused = torch.randn(case.q.shape[0], 10 * 32).to(torch.bfloat16)

@@ -130,7 +130,7 @@ struct RowsOfTile {
 
 // What `update` does, but for the last depth % 16 pairs; returns how many it did. In memory, the rows of the right operand
 // must be followed by so much that 32 columns can be read.
-template <typename OutRow, typename Between>
+template <bool IsFirst, typename OutRow, typename Between>
 inline int64_t update_in_tiles(const bf16* left, int64_t left_stride, const Pair* right, int64_t right_stride,
                                const OutRow& out_row, int64_t rows, int64_t depth, int64_t cols, Between& between) {
   constexpr int64_t kTilePairs = kTileInputs / 2;
@@ -154,11 +154,15 @@ inline int64_t update_in_tiles(const bf16* left, int64_t left_stride, const Pair
       for (int64_t col = 0; col < cols; col += kTwoTiles) {
         bool in_place = false;
         if constexpr (is_float_rows<OutRow>) in_place = are_whole && col + kTwoTiles <= cols;
-        if constexpr (is_float_rows<OutRow>)
-          if (in_place) load_tiles<Heights>(out_row(in.row) + col, out_row.stride);
-        if (!in_place) {
-          each_sum(0, in.num, col, [](auto* out, float* sum, int64_t n) { store(sum, load_n(out, n)); });
-          load_tiles<Heights>(sums);
+        if constexpr (IsFirst) {
+          zero_tiles<Heights>();
+        } else {
+          if constexpr (is_float_rows<OutRow>)
+            if (in_place) load_tiles<Heights>(out_row(in.row) + col, out_row.stride);
+          if (!in_place) {
+            each_sum(0, in.num, col, [](auto* out, float* sum, int64_t n) { store(sum, load_n(out, n)); });
+            load_tiles<Heights>(sums);
+          }
         }
         for (int64_t i = 0; i < steps; ++i) {
           add_products<Heights>(own, i * kTileInputs * sizeof(bf16), right + i * kTilePairs * right_stride + col,

@@ -6,10 +6,16 @@
 #pragma once
 
 constexpr int64_t kKeys = 64;        // keys per round
-constexpr float kMasked = -1.0e30f;  // exp(kMasked - anything finite) is zero
+constexpr float kMasked = -1.0e30f;  // the logit of a key that a row does not read
+constexpr float kLowest = -1.0e29f;  // the first peak: exp(kMasked - kLowest) is zero
+constexpr float kSlack = 8.0f;       // how far logits may be above their peak: not every new maximum moves it
+constexpr int kSoftmaxRows = kLanes == 16 ? 4 : 1;  // rows at once: their logits fill half the registers
 
+// Weights of what was added up so far are exp(logit - peak).
 struct SoftmaxState {
   float *acc, *peak, *total;  // [rows, v_dim], [rows], [rows]
+
+  SoftmaxState from(int64_t row, int64_t v_dim) const { return {acc + row * v_dim, peak + row, total + row}; }
 };
 
 inline SoftmaxState softmax_state(float* memory, int64_t rows, int64_t v_dim) {
@@ -68,40 +74,61 @@ struct Ahead {
   }
 };
 
-// One row's step: turns products [kKeys] into weights, of which only [begin, end) are not zero, and rescales the state.
-template <typename Weight>
-inline void softmax_row(const AttentionArgs& args, const float* products, int64_t begin, int64_t end, Weight* weights,
-                        float* acc, float& peak, float& total) {
+// The keys of a round that a row reads.
+struct KeyRange {
+  int64_t begin, end;
+
+  bool is_whole() const { return begin <= 0 && end >= kKeys; }
+};
+
+// Measures a row's weights from another peak: what was added up so far shrinks.
+inline void move_peak(const SoftmaxState& state, int64_t row, int64_t v_dim, float peak) {
+  const Vec decay = exp(set1(state.peak[row] - peak));
+  float* acc = state.acc + row * v_dim;
+  each_vector(v_dim, [&](int64_t d, auto n) { store_n(acc + d, mul(load_n(acc + d, n), decay), n); });
+  state.total[row] *= first_lane(decay);
+  state.peak[row] = peak;
+}
+
+// One step of some rows: turns products [Rows, kKeys] into weights, of which only those of `keys` are not zero, and rescales
+// the state. Several rows at once, since each waits for its largest logit, and for its sum, longer than it computes.
+template <int Rows, typename Weight>
+inline void softmax_rows(const AttentionArgs& args, const float* products, const KeyRange* keys, Weight* weights,
+                         const SoftmaxState& state) {
   constexpr int kVecs = kKeys / kLanes;
-  if (begin >= end) {
-    for (int v = 0; v < kVecs; ++v) store(weights + v * kLanes, zero());
-    return;
+  Vec logits[Rows][kVecs], highest[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    for (int v = 0; v < kVecs; ++v) {
+      const int64_t first = v * kLanes;
+      Vec logit = mul(load(products + r * kKeys + first), set1(args.scale));
+      if (args.softcap > 0) logit = mul(tanh(mul(logit, set1(1.0f / args.softcap))), set1(args.softcap));
+      if (!keys[r].is_whole()) logit = keep_range(logit, keys[r].begin - first, keys[r].end - first, kMasked);
+      logits[r][v] = logit;
+      highest[r] = v == 0 ? logit : max(highest[r], logit);
+    }
   }
-  Vec logits[kVecs];
-  for (int v = 0; v < kVecs; ++v) logits[v] = mul(load(products + v * kLanes), set1(args.scale));
-  if (args.softcap > 0) {
-    for (int v = 0; v < kVecs; ++v)
-      logits[v] = mul(tanh(mul(logits[v], set1(1.0f / args.softcap))), set1(args.softcap));
+  float peaks[Rows], totals[4];
+  if constexpr (Rows == 4)
+    store_maxima(peaks, highest[0], highest[1], highest[2], highest[3]);
+  else
+    for (int r = 0; r < Rows; ++r) peaks[r] = max_lane(highest[r]);
+  for (int r = 0; r < Rows; ++r)
+    if (peaks[r] > state.peak[r] + kSlack) move_peak(state, r, args.v_dim, peaks[r]);
+  Vec added[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    added[r] = zero();
+    for (int v = 0; v < kVecs; ++v) {
+      const Vec weight = exp(sub(logits[r][v], set1(state.peak[r])));
+      store(weights + r * kKeys + v * kLanes, weight);
+      added[r] = add(added[r], weight);
+    }
   }
-  if (begin > 0 || end < kKeys) {
-    for (int v = 0; v < kVecs; ++v) logits[v] = keep_range(logits[v], begin - v * kLanes, end - v * kLanes, kMasked);
-  }
-  Vec highest = set1(peak);
-  for (int v = 0; v < kVecs; ++v) highest = max(highest, logits[v]);
-  const float new_peak = max_lane(highest);
-  if (new_peak > peak) {
-    const Vec decay = exp(set1(peak - new_peak));
-    each_vector(args.v_dim, [&](int64_t d, auto n) { store_n(acc + d, mul(load_n(acc + d, n), decay), n); });
-    total *= first_lane(decay);
-    peak = new_peak;
-  }
-  Vec added = zero();
-  for (int v = 0; v < kVecs; ++v) {
-    const Vec weight = exp(sub(logits[v], set1(peak)));
-    store(weights + v * kLanes, weight);
-    added = add(added, weight);
-  }
-  total += sum(added);
+  const auto added_to = [&](int r) { return r < Rows ? added[r] : zero(); };
+  if constexpr (kSoftmaxRows == 1)
+    totals[0] = sum(added[0]);
+  else  // also of fewer rows: with fixed sums these have the same bits
+    store_sums(totals, added[0], added_to(1), added_to(2), added_to(3));
+  for (int r = 0; r < Rows; ++r) state.total[r] += totals[r];
 }
 
 template <typename T>
@@ -139,7 +166,7 @@ void attention_task(const AttentionArgs& args, const AttentionTask& task) {
   const SoftmaxState state = softmax_state(memory, rows, args.v_dim);
   rounds.load_queries(task);
   for (int64_t i = 0; i < rows * args.v_dim; ++i) state.acc[i] = 0;
-  for (int64_t r = 0; r < rows; ++r) state.peak[r] = kMasked, state.total[r] = 0;
+  for (int64_t r = 0; r < rows; ++r) state.peak[r] = kLowest, state.total[r] = 0;
 
   const int64_t query_len = args.query_starts[task.seq + 1] - args.query_starts[task.seq];
   const int64_t first_position = args.kv_lens[task.seq] - query_len + task.first_query;
@@ -150,13 +177,16 @@ void attention_task(const AttentionArgs& args, const AttentionTask& task) {
       const int64_t first_row = h * head_rows;
       rounds.pack(task, h, key, num_keys, ahead);
       rounds.multiply_keys(first_row, num_keys, ahead);
-      for (int64_t r = 0; r < head_rows; ++r) {
-        const int64_t position = first_position + r / group;
-        const int64_t begin = args.window > 0 ? max(0, position + 1 - args.window - key) : 0;
-        const int64_t end = min(num_keys, position + 1 - key);
-        const int64_t row = first_row + r;
-        rounds.put_weights(r, begin, end, state.acc + row * args.v_dim, state.peak[row], state.total[row]);
-        for (int i = 0; i < Rounds::kAheadOfRow; ++i) ahead();
+      for (int64_t r = 0; r < head_rows; r += kSoftmaxRows) {
+        with_size<kSoftmaxRows>(min(kSoftmaxRows, head_rows - r), [&]<int Rows>() {
+          KeyRange keys[Rows];
+          for (int i = 0; i < Rows; ++i) {
+            const int64_t position = first_position + (r + i) / group;
+            keys[i] = {args.window > 0 ? position + 1 - args.window - key : 0, min(num_keys, position + 1 - key)};
+          }
+          rounds.template put_weights<Rows>(r, keys, state.from(first_row + r, args.v_dim));
+          for (int i = 0; i < Rounds::kAheadOfRow * Rows; ++i) ahead();
+        });
       }
       rounds.add_values(num_keys, state.acc + first_row * args.v_dim, ahead);
     }

@@ -142,16 +142,19 @@ struct DirectSplitRounds : SplitRounds<T> {
   }
 
   // Weights are not negative, so that they are the unsigned bytes of products, and codes the signed ones as they lie.
-  void put_weights(int64_t r, int64_t begin, int64_t end, float* acc, float& peak, float& total) {
-    softmax_row(args, products + r * kKeys, begin, end, this->weight_row, acc, peak, total);
-    const float largest = scale_weights(this->weight_row, v_scales, begin, end);
-    SplitRow& own = weights[r];
-    own.scale = largest / 32512;
-    const Vec inverse = set1(own.scale > 0 ? 1.0f / own.scale : 0.0f);
-    for (int64_t j = 0; j < kKeys; j += kLanes) {
-      const __m512i whole = _mm512_cvtps_epi32(mul(load(this->weight_row + j), inverse));
-      _mm512_mask_cvtepi32_storeu_epi8(own.high + j, 0xffff, _mm512_srli_epi32(whole, 8));
-      _mm512_mask_cvtepi32_storeu_epi8(own.low + j, 0xffff, whole);
+  template <int Rows>
+  void put_weights(int64_t first, const KeyRange* keys, const SoftmaxState& state) {
+    softmax_rows<Rows>(args, products + first * kKeys, keys, this->weight_rows, state);
+    for (int r = 0; r < Rows; ++r) {
+      float* row = this->weight_rows + r * kKeys;
+      SplitRow& own = weights[first + r];
+      own.scale = scale_weights(row, v_scales, keys[r]) / 32512;
+      const Vec inverse = set1(own.scale > 0 ? 1.0f / own.scale : 0.0f);
+      for (int64_t j = 0; j < kKeys; j += kLanes) {
+        const __m512i whole = _mm512_cvtps_epi32(mul(load(row + j), inverse));
+        _mm512_mask_cvtepi32_storeu_epi8(own.high + j, 0xffff, _mm512_srli_epi32(whole, 8));
+        _mm512_mask_cvtepi32_storeu_epi8(own.low + j, 0xffff, whole);
+      }
     }
   }
 
@@ -280,8 +283,9 @@ struct DirectRounds {
     }
   }
 
-  void put_weights(int64_t r, int64_t begin, int64_t end, float* acc, float& peak, float& total) {
-    softmax_row(args, products + r * kKeys, begin, end, weights + r * kKeys, acc, peak, total);
+  template <int Rows>
+  void put_weights(int64_t first, const KeyRange* keys, const SoftmaxState& state) {
+    softmax_rows<Rows>(args, products + first * kKeys, keys, weights + first * kKeys, state);
   }
 
   void add_values(int64_t num_keys, float* acc, Ahead& ahead) {

@@ -56,12 +56,12 @@ inline void scale_products(float* products, const float* scales, float scale) {
     store(products + j, mul(load(products + j), mul(load(scales + j), set1(scale))));
 }
 
-// weights[j] *= scales[j] in [begin, end); the others, whose scales may be anything, become zero. Returns the largest,
-// or NaN if one is not finite.
-inline float scale_weights(float* weights, const float* scales, int64_t begin, int64_t end) {
+// weights[j] *= scales[j] of `keys`; the others, whose scales may be anything, become zero. Returns the largest, or NaN if
+// one is not finite.
+inline float scale_weights(float* weights, const float* scales, const KeyRange& keys) {
   Vec largest = zero(), total = zero();
   for (int64_t j = 0; j < kKeys; j += kLanes) {
-    const Vec scaled = keep_range(mul(load(weights + j), load(scales + j)), begin - j, end - j, 0.0f);
+    const Vec scaled = keep_range(mul(load(weights + j), load(scales + j)), keys.begin - j, keys.end - j, 0.0f);
     store(weights + j, scaled);
     largest = max(scaled, largest);
     total = add(total, scaled);
@@ -123,17 +123,17 @@ struct TypedRounds {
   }
 
   void multiply_keys(int64_t first_row, int64_t num_keys, Ahead& ahead) {
-    for (int64_t i = 0; i < rows * kKeys; i += kLanes) store(products + i, zero());
-    update<P>(q + first_row * args.k_dim, args.k_dim, keys, kKeys, FloatRows{products, kKeys}, rows,
+    update<P, true>(q + first_row * args.k_dim, args.k_dim, keys, kKeys, FloatRows{products, kKeys}, rows,
               args.k_dim / P::kDepth, ceil_div(num_keys, kBlockTokens) * kBlockTokens, ahead);
     if constexpr (kIsCoded)
       for (int64_t r = 0; r < rows; ++r) scale_products(products + r * kKeys, k_scales, 1.0f);
   }
 
-  void put_weights(int64_t r, int64_t begin, int64_t end, float* acc, float& peak, float& total) {
-    Left* own = weights + r * kKeys;
-    softmax_row(args, products + r * kKeys, begin, end, own, acc, peak, total);
-    if constexpr (kIsCoded) scale_weights(own, v_scales, begin, end);
+  template <int Rows>
+  void put_weights(int64_t first, const KeyRange* keys, const SoftmaxState& state) {
+    softmax_rows<Rows>(args, products + first * kKeys, keys, weights + first * kKeys, state);
+    if constexpr (kIsCoded)
+      for (int r = 0; r < Rows; ++r) scale_weights(weights + (first + r) * kKeys, v_scales, keys[r]);
   }
 
   void add_values(int64_t num_keys, float* acc, Ahead& ahead) {
@@ -232,7 +232,7 @@ struct SplitRounds {
   const AttentionArgs& args;
   const int64_t rows, num_heads, v_stride;  // columns of packed values: v_dim in whole vectors
   SplitRow *q, *weights;          // of num_heads * rows, of rows
-  float* weight_row;              // [kKeys]
+  float* weight_rows;             // [kSoftmaxRows, kKeys]
   int32_t *keys, *values;         // [k_dim / 4, kKeys], [kKeys / 4, v_stride]
   float *products, *state;        // [rows, kKeys], [num_heads * rows, v_dim + 2]
   float *k_scales, *v_scales;     // [kKeys]
@@ -244,7 +244,7 @@ struct SplitRounds {
     const int64_t all_rows = num_heads * rows;
     float* parts[12];
     carve<12>({all_rows * kRowFloats, rows * kRowFloats, all_rows * args.k_dim / 2, rows * kKeys / 2,
-               max(args.k_dim, kKeys), args.k_dim / 4 * kKeys, kKeys / 4 * v_stride, rows * kKeys,
+               max(args.k_dim, kSoftmaxRows * kKeys), args.k_dim / 4 * kKeys, kKeys / 4 * v_stride, rows * kKeys,
                all_rows * (args.v_dim + 2), kKeys, kKeys, more_floats},
               parts);
     q = reinterpret_cast<SplitRow*>(parts[0]), weights = reinterpret_cast<SplitRow*>(parts[1]);
@@ -254,7 +254,7 @@ struct SplitRounds {
     for (int64_t r = 0; r < rows; ++r) {
       weights[r].high = w_bytes + 2 * r * kKeys, weights[r].low = weights[r].high + kKeys;
     }
-    weight_row = parts[4];
+    weight_rows = parts[4];
     keys = reinterpret_cast<int32_t*>(parts[5]), values = reinterpret_cast<int32_t*>(parts[6]);
     products = parts[7], state = parts[8], k_scales = parts[9], v_scales = parts[10], more = parts[11];
   }
@@ -266,9 +266,9 @@ struct SplitRounds {
       const T* from = query_of<T>(args, task, i);
       for (int64_t d = 0; d < args.k_dim; d += kLanes) {
         const int64_t n = min(kLanes, args.k_dim - d);
-        store_n(weight_row + d, load_n(from + d, n), n);
+        store_n(weight_rows + d, load_n(from + d, n), n);
       }
-      split_row(weight_row, args.k_dim, largest_of(weight_row, args.k_dim), most, q + i);
+      split_row(weight_rows, args.k_dim, largest_of(weight_rows, args.k_dim), most, q + i);
     }
   }
 
@@ -326,10 +326,13 @@ struct SplitRounds {
     for (int64_t r = 0; r < rows; ++r) scale_products(products + r * kKeys, k_scales, q[first_row + r].scale);
   }
 
-  void put_weights(int64_t r, int64_t begin, int64_t end, float* acc, float& peak, float& total) {
-    softmax_row(args, products + r * kKeys, begin, end, weight_row, acc, peak, total);
-    const float largest = scale_weights(weight_row, v_scales, begin, end);
-    split_row(weight_row, kKeys, largest, 32512, weights + r);
+  template <int Rows>
+  void put_weights(int64_t first, const KeyRange* keys, const SoftmaxState& state) {
+    softmax_rows<Rows>(args, products + first * kKeys, keys, weight_rows, state);
+    for (int r = 0; r < Rows; ++r) {
+      float* own = weight_rows + r * kKeys;
+      split_row(own, kKeys, scale_weights(own, v_scales, keys[r]), 32512, weights + first + r);
+    }
   }
 
   void add_values(int64_t num_keys, float* acc, Ahead& ahead) {

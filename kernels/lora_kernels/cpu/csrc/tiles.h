@@ -162,7 +162,7 @@ struct Nothing {
 };
 
 // between: called now and then, to prefetch.
-template <typename P, int Rows, int Vecs, typename OutRow, typename Between>
+template <typename P, bool IsFirst, int Rows, int Vecs, typename OutRow, typename Between>
 inline void update_tile(const typename P::Left* left, int64_t left_stride, const typename P::Right* right,
                         int64_t right_stride, const OutRow& out_row, int64_t depth, int64_t cols, Between& between) {
   Vec acc[Rows][Vecs];
@@ -183,9 +183,9 @@ inline void update_tile(const typename P::Left* left, int64_t left_stride, const
     auto* out = out_row(r);
     for (int v = 0; v < Vecs; ++v, out += kLanes) {
       if (whole)
-        store(out, add(load(out), acc[r][v]));
+        store(out, IsFirst ? acc[r][v] : add(load(out), acc[r][v]));
       else
-        store_n(out, add(load_n(out, cols), acc[r][v]), cols);
+        store_n(out, IsFirst ? acc[r][v] : add(load_n(out, cols), acc[r][v]), cols);
     }
   }
 }
@@ -220,17 +220,20 @@ constexpr int64_t packed_depth(int64_t rows) {
   return P::kDepth == 2 ? ceil_div(depth, kWholeDepth) * kWholeDepth : depth;
 }
 
-// out_row(r)[j] += left[r, depth * kDepth] times column j of a right operand with `depth` entries a column. Where there
-// are tile registers, bf16 products need a `Tiles` of so many rows.
-template <typename P, typename OutRow, typename Between = const Nothing>
+// out_row(r)[j] += left[r, depth * kDepth] times column j of a right operand with `depth` entries a column. IsFirst: what
+// was there does not count. Where there are tile registers, bf16 products need a `Tiles` of so many rows.
+template <typename P, bool IsFirst = false, typename OutRow, typename Between = const Nothing>
 inline void update(const typename P::Left* left, int64_t left_stride, const typename P::Right* right,
                    int64_t right_stride, const OutRow& out_row, int64_t rows, int64_t depth, int64_t cols,
                    Between&& between = {}) {
 #ifdef __AMX_BF16__
   if constexpr (P::kDepth == 2) {
-    const int64_t done = update_in_tiles(left, left_stride, right, right_stride, out_row, rows, depth, cols, between);
-    if ((depth -= done) == 0) return;
-    left += done * P::kDepth, right += done * right_stride;
+    const int64_t done =
+        update_in_tiles<IsFirst>(left, left_stride, right, right_stride, out_row, rows, depth, cols, between);
+    if (done == depth) return;
+    if (done > 0)
+      return update<P>(left + done * P::kDepth, left_stride, right + done * right_stride, right_stride, out_row, rows,
+                       depth - done, cols, between);
   }
 #endif
   for (int64_t first = 0; first < rows; first += kTileRows) {
@@ -239,9 +242,10 @@ inline void update(const typename P::Left* left, int64_t left_stride, const type
       int64_t j = 0;
       const auto at = [&](int64_t r) { return out_row(first + r) + j; };
       for (; j + kTileCols <= cols; j += kTileCols)
-        update_tile<P, Rows, kTileVecs>(a, left_stride, right + j, right_stride, at, depth, kTileCols, between);
+        update_tile<P, IsFirst, Rows, kTileVecs>(a, left_stride, right + j, right_stride, at, depth, kTileCols, between);
       for (; j < cols; j += kLanes)
-        update_tile<P, Rows, 1>(a, left_stride, right + j, right_stride, at, depth, min(kLanes, cols - j), between);
+        update_tile<P, IsFirst, Rows, 1>(a, left_stride, right + j, right_stride, at, depth, min(kLanes, cols - j),
+                                         between);
     });
   }
 }

@@ -32,11 +32,12 @@ inline void store_sums(float* p, Vec a, Vec b, Vec c, Vec d) {
   _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(quads), _mm256_extractf128_ps(quads, 1)));
 }
 inline Vec round(Vec a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline Vec pow2(Vec n) {  // n integral; underflows to zero
-  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-  const Vec power = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
-  return _mm256_and_ps(power, _mm256_cmp_ps(n, set1(-126.0f), _CMP_GE_OQ));
+inline Vec times_pow2(Vec a, Vec n) {  // a * 2^n, n integral from -125 to 128
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(126));
+  return mul(mul(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23))), set1(2.0f));
 }
+// a, but zero where x is less than `least`.
+inline Vec zero_below(Vec a, Vec x, float least) { return _mm256_andnot_ps(_mm256_cmp_ps(x, set1(least), _CMP_LT_OQ), a); }
 // Lanes outside [begin, end) replaced; both may lie outside the vector.
 inline Vec keep_range(Vec a, int64_t begin, int64_t end, float other) {
   const Vec lane = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);

@@ -26,8 +26,20 @@ inline void store_sums(float* p, Vec a, Vec b, Vec c, Vec d) {
   const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
   _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
 }
+// Writes the largest lanes of four vectors.
+inline void store_maxima(float* p, Vec a, Vec b, Vec c, Vec d) {
+  const Vec ab = max(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const Vec cd = max(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const Vec quads = max(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 halves = _mm256_max_ps(_mm512_castps512_ps256(quads), _mm512_extractf32x8_ps(quads, 1));
+  _mm_storeu_ps(p, _mm_max_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
+}
 inline Vec round(Vec a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-inline Vec pow2(Vec n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }  // n integral; underflows to zero
+inline Vec times_pow2(Vec a, Vec n) { return _mm512_scalef_ps(a, n); }  // a * 2^n, n integral from -125 to 128
+// a, but zero where x is less than `least`.
+inline Vec zero_below(Vec a, Vec x, float least) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set1(least), _CMP_NLT_UQ), a);
+}
 // Lanes outside [begin, end) replaced; both may lie outside the vector.
 inline Vec keep_range(Vec a, int64_t begin, int64_t end, float other) {
   const auto below = [](int64_t n) { return n <= 0 ? 0u : n >= 16 ? 0xffffu : (1u << n) - 1; };

@@ -31,12 +31,20 @@ inline void store_sums(float* p, Vec a, Vec b, Vec c, Vec d) {
   vst1q_f32(p, vpaddq_f32(ab, cd));
 }
 inline Vec round(Vec a) { return {vrndnq_f32(a.lo), vrndnq_f32(a.hi)}; }
-inline float32x4_t pow2(float32x4_t n) {
-  const int32x4_t exponent = vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127));
-  const uint32x4_t power = vreinterpretq_u32_s32(vshlq_n_s32(exponent, 23));
-  return vreinterpretq_f32_u32(vandq_u32(power, vcgeq_f32(n, vdupq_n_f32(-126.0f))));
+inline float32x4_t times_pow2(float32x4_t a, float32x4_t n) {
+  const int32x4_t exponent = vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(126));
+  return vmulq_n_f32(vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23))), 2.0f);
 }
-inline Vec pow2(Vec n) { return {pow2(n.lo), pow2(n.hi)}; }  // n integral; underflows to zero
+inline Vec times_pow2(Vec a, Vec n) {  // a * 2^n, n integral from -125 to 128
+  return {times_pow2(a.lo, n.lo), times_pow2(a.hi, n.hi)};
+}
+// a, but zero where x is less than `least`.
+inline Vec zero_below(Vec a, Vec x, float least) {
+  const auto keep = [&](float32x4_t half, float32x4_t by) {
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(half), vcltq_f32(by, vdupq_n_f32(least))));
+  };
+  return {keep(a.lo, x.lo), keep(a.hi, x.hi)};
+}
 // Lanes outside [begin, end) replaced; both may lie outside the vector.
 inline Vec keep_range(Vec a, int64_t begin, int64_t end, float other) {
   const float numbers[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7};
