@@ -70,16 +70,27 @@ inline void zero_tiles() {
 }
 
 // Adds the products of 32 inputs, `at` bytes from the rows' first on, of the rows of one or two tiles and 32 columns.
-template <int Heights>
+// KeepsRows: whether the first-level cache keeps the rows, and columns pass by it; else the other way round.
+template <int Heights, bool KeepsRows = false>
 inline void add_products(const TileRows& left, int64_t at, const void* right, int64_t right_stride) {
-  const char* rows = static_cast<const char*>(left.first) + at;
-  _tile_stream_loadd(4, rows, left.stride);
-  _tile_loadd(6, right, right_stride);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_loadd(7, static_cast<const char*>(right) + 64, right_stride);
-  _tile_dpbf16ps(1, 4, 7);
+  const char *rows = static_cast<const char*>(left.first) + at, *columns = static_cast<const char*>(right);
+  // Numbers of tiles are part of an instruction's name here.
+  if constexpr (KeepsRows) {
+    _tile_loadd(4, rows, left.stride);
+    _tile_stream_loadd(6, columns, right_stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_stream_loadd(7, columns + 64, right_stride);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (Heights == 2) _tile_loadd(5, rows + left.second, left.stride);
+  } else {
+    _tile_stream_loadd(4, rows, left.stride);
+    _tile_loadd(6, columns, right_stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, columns + 64, right_stride);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (Heights == 2) _tile_stream_loadd(5, rows + left.second, left.stride);
+  }
   if constexpr (Heights == 2) {
-    _tile_stream_loadd(5, rows + left.second, left.stride);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }

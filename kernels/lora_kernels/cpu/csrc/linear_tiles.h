@@ -24,12 +24,12 @@ struct PanelPart {
   int64_t begin, end;
 
   // Adds the products of up to 16 rows, or of up to 32 if Heights is 2. between: called for each 32 inputs.
-  template <int Heights, typename Between>
+  template <int Heights, bool KeepsRows, typename Between>
   void add(int64_t row, int64_t rows, Between& between) const {
     const TileRows x(args.x + row * kXChunk, rows, kXChunk * sizeof(bf16));
     for (int64_t k = begin; k < end; k += kTileInputs) {
       const int64_t at = k / kXChunk * args.rows * kXChunk + k % kXChunk;
-      add_products<Heights>(x, at * sizeof(bf16), panel + k * kPanel, kPairBytes);
+      add_products<Heights, KeepsRows>(x, at * sizeof(bf16), panel + k * kPanel, kPairBytes);
       between();
     }
   }
@@ -47,8 +47,9 @@ inline void write_sums(const LinearArgs& args, int64_t row, int64_t rows, int64_
   }
 }
 
-// Asks for a panel's lines and pages shortly before they are multiplied, and for what `also` asks for.
-template <typename Also>
+// Asks for a panel's lines and pages shortly before they are multiplied, and for what `also` asks for. Passes: the
+// second-level cache for the lines.
+template <bool Passes, typename Also>
 struct SamePanelAhead {
   const char* at;
   Also also;
@@ -57,7 +58,7 @@ struct SamePanelAhead {
   void operator()() {
     if (steps++ % (kXChunk / kTileInputs) == 0)
       touch_pages(at + kPagesAhead - kLinesAhead, kXChunk / kTileInputs * kStepBytes);
-    prefetch(at, kStepBytes);
+    for (int64_t i = 0; i < kStepBytes; i += 64) __builtin_prefetch(at + i, 0, Passes ? 2 : 3);
     at += kStepBytes;
     for (int64_t line = 0; line < also.lines; ++line) also();
   }
@@ -100,14 +101,16 @@ inline void multiply_in_tiles(const LinearArgs& args, int64_t first, int64_t row
           TileSums here, *kept = is_last_part ? &here : memory + (p - panel) * tiles + tile;
           part == 0 ? zero_tiles<Heights>() : load_tiles<Heights>(memory[(p - panel) * tiles + tile]);
           if (tiles == 1) {
-            SamePanelAhead<Also> ahead = {reinterpret_cast<const char*>(own.panel) + kLinesAhead, also};
-            own.add<Heights>(first + in.row, in.num, ahead);
+            // The rows of two tiles fill the first-level cache, and are read again with each panel.
+            constexpr bool kKeepsRows = Heights == 2;
+            SamePanelAhead<kKeepsRows, Also> ahead = {reinterpret_cast<const char*>(own.panel) + kLinesAhead, also};
+            own.add<Heights, kKeepsRows>(first + in.row, in.num, ahead);
             also = ahead.also;
           } else {
             const int64_t bytes = (end - begin) / 2 * kPairBytes;
             NextPartAhead<Also> ahead = {reinterpret_cast<const char*>(next) + bytes * tile / tiles,
                                          ceil_div(kStepBytes, tiles), also};
-            own.add<Heights>(first + in.row, in.num, ahead);
+            own.add<Heights, false>(first + in.row, in.num, ahead);
             also = ahead.also;
           }
           store_tiles<Heights>(*kept);
