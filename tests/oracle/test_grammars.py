@@ -6,8 +6,10 @@ What is right: the likeliest token by transformers' and PEFT's logits that a mat
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -209,14 +211,30 @@ def test_a_grammar_is_compiled_once(tiny: Oracle) -> None:
 
 
 class Impatient(MaskFiller):
-    """Waits for no mask, so that most are late."""
+    """Fills a mask only after it was waited for in vain: each is late once."""
 
-    num_late = 0
+    def __init__(self, on_filled: Callable[[], object]) -> None:
+        super().__init__(on_filled)
+        self.num_late = 0
+        self._held: list[Event] = []
 
     def wait(self, fillings: Iterable[Filling], timeout_s: float) -> None:
         fillings = list(fillings)
         super().wait(fillings, 0.0)
         self.num_late += sum(not filling.is_done for filling in fillings)
+        for held in self._held:
+            held.set()
+        self._held.clear()
+
+    def _submit(self, pool: ThreadPoolExecutor, fill: Callable[[], None], fillings: list[Filling]) -> None:
+        held = Event()
+        self._held.append(held)
+
+        def fill_late() -> None:
+            held.wait()
+            fill()
+
+        super()._submit(pool, fill_late, fillings)
 
 
 def assert_late_masks_change_no_token(oracle: Oracle, tokenizer: Tokenizer, **settings: Any) -> None:
