@@ -27,6 +27,7 @@ LONGER_S: dict[str, int] = {
     "adapter_store/test_service.py": 60,  # a thousand adapters
     "chaos": 120,  # whole fleets
     "e2e": 120,  # whole fleets
+    "e2e/test_workers.py": 240,  # three rounds of 6,400 tokens in one test
     "gateway/adapters": 60,  # real stores
     "gateway/http": 120,  # hypothesis; hundreds of clients
     "gpu_worker": 120,  # engines are built
