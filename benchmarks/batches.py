@@ -239,7 +239,7 @@ def measure_many(model: Path, num_lines: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and print."""
-    parser = report.parser(__doc__)
+    parser = report.parser(__doc__, without=("out",))
     parser.add_argument("--parts", default="order,beside,many", help="what to measure (default: all)")
     args = parser.parse_args()
     parts, model = args.parts.split(","), args.model or quickstart_model()

@@ -114,7 +114,7 @@ def agreement(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) 
 
 def main() -> None:
     """Measure, print a table, and save the figures."""
-    parser = report.parser(__doc__)
+    parser = report.parser(__doc__, without=("model",))
     parser.add_argument("--peer-python", type=Path, required=True, help="of an environment with sentence-transformers")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()

@@ -123,7 +123,7 @@ def run(engine: Engine, digests: list[str], num_steps: int) -> tuple[list[float]
 
 def main() -> None:
     """Measure, and print a table."""
-    args = report.parser(__doc__).parse_args()
+    args = report.parser(__doc__, without=("model", "out")).parse_args()
     about = report.machine()
     config = shape(short=args.short)
     adapters = {name: make_adapter(config, seed) for seed, name in enumerate(NAMES)}

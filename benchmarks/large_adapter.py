@@ -160,7 +160,7 @@ def pool_for(packer: Packer, num_pages: int) -> ExpertPool:
 
 def main() -> None:
     """Measure, and print a table."""
-    args = report.parser(__doc__).parse_args()
+    args = report.parser(__doc__, without=("model", "out")).parse_args()
     config, times = shape(short=args.short), dict[str, float]()
 
     def timed(name: str, started: float) -> None:

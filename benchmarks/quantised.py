@@ -92,7 +92,7 @@ def cached() -> None:
 
 def main() -> None:
     """Measure, print a table, and save the figures."""
-    parser = report.parser(__doc__)
+    parser = report.parser(__doc__, without=("model", "short"))
     parser.add_argument("--cached", action="store_true", help="one layer in the cache and one thread; nothing is saved")
     args = parser.parse_args()
     if not cpu.load():

@@ -75,7 +75,7 @@ def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
 
 def main() -> None:
     """Measure, print a table, and save the figures."""
-    args = report.parser(__doc__).parse_args()
+    args = report.parser(__doc__, without=("model", "short")).parse_args()
     if not cpu.load():
         raise SystemExit("the native operations cannot be built here; the log says why")
     about = {"machine": report.machine(), "isa": cpu.isa()}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from chaos.clients.asks import Expected
 from chaos.clients.client import Attempt, Call
 from chaos.faults import Hit
+from protocol.wire.messages import Delivery
 from protocol.wire.records import RequestFacts
 
 SLACK_S = 2.0
@@ -121,6 +122,23 @@ class Books:
             if not may_exceed and any(a > b for a, b in zip(have, most, strict=True)):
                 found.append(f"usage of {model} is {have}, and clients can have caused {most}")
         return found
+
+
+def lost_webhooks(never: Iterable[tuple[str, str]], waiting: Iterable[Delivery], max_tries: int) -> list[str]:
+    """Return what is wrong with ends that no webhook has told of.
+
+    never: (type of the event, id of the job or batch). waiting: deliveries that the queue has. One that was tried more
+    often than `max_tries` is late: so many attempts come while the driver waits.
+    """
+    known = {(one.type, one.subject): one for one in waiting}
+    wrong: list[str] = []
+    for type_, id_ in sorted(never):
+        delivery = known.get((type_, id_))
+        if delivery is None:
+            wrong.append(f"no webhook has told of {type_} {id_}, and none waits")
+        elif delivery.attempts <= max_tries:
+            wrong.append(f"the webhook of {type_} {id_} waits after {delivery.attempts} attempts: {delivery.error}")
+    return wrong
 
 
 def longest_pause(call: Call, at_s: float, horizon_s: float) -> float | None:

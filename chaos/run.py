@@ -24,7 +24,7 @@ from chaos.clients.asks import Ask, Expected, Transformers, catalogue, decidable
 from chaos.clients.batches import BatchClient
 from chaos.clients.client import GIVE_UP_S, STYLES, Attempt, Call, Client
 from chaos.clients.responses import ResponseClient
-from chaos.clients.webhooks import Receiver, receiving
+from chaos.clients.webhooks import MAX_REFUSALS, Receiver, receiving
 from chaos.faults import Havoc, Hit
 from chaos.fleet import ProcessFleet, Shape
 from chaos.replicated import FAILOVERS, ReplicatedQueue
@@ -319,7 +319,9 @@ class Run:
         await self._check_usage()
         if self._receiver is not None:
             told = {event for event, ended_s in self._ended.items() if not self._may_be_forgotten(ended_s)}
-            self.tally.violations += await self._receiver.missing(told, SETTLE_S)
+            self.tally.violations += self._receiver.violations
+            never, waiting = await self._receiver.missing(told, SETTLE_S), await self.fleet.bus.webhooks.waiting()
+            self.tally.violations += check.lost_webhooks(never, waiting, MAX_REFUSALS)
             self.tally.num_ended, self.tally.num_webhooks = len(told), self._receiver.arrived.total()
         self.tally.num_dead_letters = await self.fleet.bus.streams.length(self.fleet.bus.keys.dlq)
         if self.tally.num_dead_letters:

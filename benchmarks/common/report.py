@@ -36,12 +36,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the arguments that every script takes."""
+def parser(doc: str | None, *, without: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """Return a parser with the arguments that scripts share. without: those of which this script has no use."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of a Llama model (default: the quickstart model)")
-    parser.add_argument("--short", action="store_true", help="a short run of a minute or two")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and the plot (%(default)s)")
+    if "model" not in without:
+        parser.add_argument("--model", type=Path, help="folder of a Llama model (default: the quickstart model)")
+    if "short" not in without:
+        parser.add_argument("--short", action="store_true", help="a short run of a minute or two")
+    if "out" not in without:
+        parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file and plot (%(default)s)")
     return parser
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import threading
 from pathlib import Path
 
 from transformers import LlamaConfig
 
+from benchmarks.common import report
 from benchmarks.common.fleet import make_adapters
 from benchmarks.common.slow_link import Link, slow_link
 from gpu_worker.adapters.loader.fetch import FetchedAdapter, digest_of
@@ -44,6 +46,16 @@ def test_a_slow_link_changes_no_byte() -> None:
                 received += piece
         thread.join()
     assert received == sent
+
+
+def test_scripts_use_the_arguments_that_they_take() -> None:
+    ignored: list[str] = []
+    for script in Path(report.__file__).parents[1].glob("*.py"):
+        text = script.read_text()
+        for without in re.findall(r"report\.parser\(__doc__(?:, without=\((.*)\))?\)", text):
+            used = [name for name in ("model", "short", "out") if f"args.{name}" in text or f'"{name}"' in without]
+            ignored += [f"{script.name} --{name}" for name in ("model", "short", "out") if name not in used]
+    assert ignored == []
 
 
 def _answer(server: socket.socket, body: bytes) -> None:

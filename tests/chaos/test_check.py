@@ -11,13 +11,14 @@ from typing import Any
 import httpx2
 import pytest
 
-from chaos.check import Books, logged_wrongly, longest_pause, shown_wrongly, unexcused
+from chaos.check import Books, logged_wrongly, longest_pause, lost_webhooks, shown_wrongly, unexcused
 from chaos.clients.asks import GREEDY, Ask, Expected
 from chaos.clients.client import Attempt, Call, Outcome, Style
 from chaos.clients.responses import doubled, misplaced, wrong_events
 from chaos.faults import KILLS, WEIGHTS, Havoc, Hit, PowerCut, draw
 from chaos.soak import Course
 from lorafleet.launcher.embedded import EmbeddedServer
+from protocol.wire.messages import Delivery
 from protocol.wire.records import RequestFacts
 
 IDS = array("i", range(5)).tobytes()
@@ -241,3 +242,14 @@ def test_an_item_that_is_there_twice_is_found() -> None:
     assert doubled(items) == []
     assert len(doubled([*items, {**said("a"), "role": "user", "id": "z"}])) == 1  # the same input in another item
     assert len(doubled([*items, said("b")])) == 1
+
+
+def test_a_webhook_that_waits_for_a_late_attempt_is_not_lost() -> None:
+    def tried(subject: str, attempts: int) -> Delivery:
+        return Delivery("", "", "", "", "batch.completed", subject, 0, attempts, "no answer within 15 s")
+
+    never = [("batch.completed", id_) for id_ in ("late", "held up", "lost")]
+    assert lost_webhooks(never, [tried("late", 3), tried("held up", 2)], max_tries=2) == [
+        "the webhook of batch.completed held up waits after 2 attempts: no answer within 15 s",
+        "no webhook has told of batch.completed lost, and none waits",
+    ]

@@ -111,6 +111,10 @@ class Webhooks:
                 await self._redis.zrem(self._keys.delivery_times, id_)
         return [decode(raw, m.Delivery) for raw in raws if raw is not None]
 
+    async def waiting(self) -> list[m.Delivery]:
+        """Return all deliveries that have not arrived, and were not given up."""
+        return [decode(raw, m.Delivery) for raw in await self._redis.hvals(self._keys.deliveries)]
+
     async def later(self, delivery: m.Delivery, due_ms: int) -> None:
         """Write a delivery that was tried, and when it is tried again."""
         waiting = self._keys.waiting_deliveries(delivery.tenant)
