@@ -1,9 +1,10 @@
 """Products with quantised weights on a CPU, beside a read of the same bytes and beside bf16, in one run.
 
-    python -m benchmarks.quantised [--cached]
+    python -m benchmarks.quantised [--sets avx2,avx512] [--rows 1,2,4] [--layers N] [--cached]
 
-Eight layers of 8,192 x 2,048 in each kind, more than a cache holds, for 1 to 512 rows in bf16. Figures are the least of
-calls that take turns with a read of as many bytes (a sum of them, on all threads). Takes two minutes. With --cached one
+Eight layers of 8,192 x 2,048 in each kind, for 1 to 512 rows, in bf16, or in fp32 where an instruction set has no
+products of bf16. Figures are the least of calls that take turns with a read of as many bytes (a sum of them, on all
+threads). Takes two minutes. A machine whose cache holds eight layers needs more of them (--layers). With --cached one
 layer of 1,024 x 2,048 of each kind is multiplied again and again by one thread, in turns, for arithmetic alone; that is
 hardly changed by what else runs on the machine. There "int8" is the same product with inputs in int8.
 """
@@ -11,7 +12,7 @@ hardly changed by what else runs on the machine. There "int8" is the same produc
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -23,8 +24,8 @@ from benchmarks.common import report
 from lora_kernels import cpu, ops
 from lora_kernels.quantised import Kind, QuantisedWeight, row_bytes
 
-LAYERS, N, K = 8, 8192, 2048
-ROWS = (1, 2, 4, 8, 32, 128, 512)
+N, K = 8192, 2048
+ROWS = "1,2,4,8,32,128,512"
 SHOWN: tuple[Kind, ...] = ("q4_0", "q4_1", "q4_k", "q8_0", "q6_k")
 ROUNDS = 15
 
@@ -33,7 +34,7 @@ CACHED_N, CACHED_S = 1024, 0.25
 CACHED_ROWS = (1, 2, 4, 8, 14, 32, 128, 512)
 
 
-def layers_of(kind: Kind | None, num: int = LAYERS, n: int = N) -> list[ops.PackedLinear | ops.QuantisedLinear]:
+def layers_of(kind: Kind | None, num: int, n: int = N) -> list[ops.PackedLinear | ops.QuantisedLinear]:
     """Return `num` packed layers [n, K] of a kind, in bf16 for None."""
     if kind is None:
         return [ops.pack_linear(torch.randn(n, K).to(torch.bfloat16)) for _ in range(num)]
@@ -90,9 +91,24 @@ def cached() -> None:
     print(report.table(("rows", *layers), rows))
 
 
+def measured(kind: Kind | None, row_counts: list[int], num_layers: int) -> Iterator[dict[str, float | int]]:
+    """Yield what products of each number of rows take beside a read, with the instruction set in use."""
+    layers, dtype = layers_of(kind, num_layers), torch.bfloat16 if "bf16" in cpu.isa() else torch.float32
+    size = bytes_of(layers)
+    read = partial(torch.sum, torch.ones(size // 4))
+    for rows in row_counts:
+        own, floor = least([partial(run, layers, torch.randn(rows, K).to(dtype)), read])
+        work = 2e-9 * rows * N * K * num_layers
+        yield {"rows": rows, "ms": 1e3 * own, "gb_per_s": 1e-9 * size / own, "read_gb_per_s": 1e-9 * size / floor,
+               "gflop_per_s": work / own}  # fmt: skip
+
+
 def main() -> None:
     """Measure, print a table, and save the figures."""
     parser = report.parser(__doc__, without=("model", "short"))
+    parser.add_argument("--sets", help="instruction sets (default: the one that the processor is used with)")
+    parser.add_argument("--rows", default=ROWS, help="how many (%(default)s)")
+    parser.add_argument("--layers", type=int, default=8, help="of each kind (%(default)s)")
     parser.add_argument("--cached", action="store_true", help="one layer in the cache and one thread; nothing is saved")
     args = parser.parse_args()
     if not cpu.load():
@@ -102,22 +118,19 @@ def main() -> None:
             cached()
         return
     points: list[dict[str, float | int | str]] = []
+    best = cpu.isa()
+    cases: list[tuple[str, Kind | None]] = [(name, kind) for name in (args.sets or best).split(",") for kind in SHOWN]
     with torch.inference_mode():
-        for kind in (*SHOWN, None):
-            layers = layers_of(kind)
-            size = bytes_of(layers)
-            read = partial(torch.sum, torch.ones(size // 4))
-            for rows in ROWS:
-                own, floor = least([partial(run, layers, torch.randn(rows, K).to(torch.bfloat16)), read])
-                work = 2e-9 * rows * N * K * LAYERS
-                points.append({"kind": kind or "bf16", "rows": rows, "ms": 1e3 * own, "gb_per_s": 1e-9 * size / own,
-                               "read_gb_per_s": 1e-9 * size / floor, "gflop_per_s": work / own})  # fmt: skip
+        for name, kind in [*cases, (best, None)]:
+            cpu.set_isa(name)
+            of_kind = measured(kind, [int(number) for number in args.rows.split(",")], args.layers)
+            points += [{"set": name, "kind": kind or "bf16"} | point for point in of_kind]
     rows = [
-        (p["kind"], p["rows"], f"{p['ms']:.2f}", f"{p['gb_per_s']:.1f}", f"{p['read_gb_per_s']:.1f}",
+        (p["set"], p["kind"], p["rows"], f"{p['ms']:.2f}", f"{p['gb_per_s']:.1f}", f"{p['read_gb_per_s']:.1f}",
          f"{p['gflop_per_s']:.0f}")
         for p in points
     ]  # fmt: skip
-    print(report.table(("weights", "rows", "ms", "GB/s", "a read, GB/s", "GFLOP/s"), rows))
+    print(report.table(("instruction set", "weights", "rows", "ms", "GB/s", "a read, GB/s", "GFLOP/s"), rows))
     about = {"machine": report.machine(), "isa": cpu.isa()}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "quantised.json").write_bytes(orjson.dumps(about | {"points": points}, option=orjson.OPT_INDENT_2))

@@ -61,9 +61,12 @@ struct QuantArgs {
   int64_t x32_stride;
   const uint16_t* x_chunks;  // x as LinearArgs has it, where products are of bf16
   const float* x_sums;  // sums of x's groups: [rows, in_features / 32]; null: no part has minima, or x32 is there
-  const int8_t* x_codes;    // x as int8 codes, laid out as x_chunks, each eight in the order 0, 4, 1, 5, 2, 6, 3, 7; or null
-  const float* x_scales;    // of x_codes' groups: [rows, in_features / 32]
-  const int32_t* x_halves;  // sums of x_codes' halves of groups: [rows, in_features / 16]
+  // x as int8 codes, laid out as x_chunks, each eight in the order 0, 4, 1, 5, 2, 6, 3, 7; or null. A row of x is the sum of
+  // `digits` rows of codes, each times its scales: one that is rounded, or several that are exact.
+  const int8_t* x_codes;
+  const float* x_scales;    // of x_codes' groups: [rows * digits, in_features / 32]
+  const int32_t* x_halves;  // sums of x_codes' halves of groups: [rows * digits, in_features / 16]
+  int64_t digits;
   const QuantPart* parts;  // side by side in out
   int64_t num_parts;
   const void* bias;  // [out_features of all parts] or null
@@ -261,6 +264,7 @@ struct Kernels {
   void (*lora_shrink)(const LoraArgs&);
   bool (*quant_uses_integers)(Dtype);
   void (*quant_prepare)(const QuantArgs&, float* x32, float* x_sums);
+  int64_t (*quant_digits)(const QuantArgs&);  // rows of codes that x is to be written as; 0: its numbers are multiplied
   void (*quant_encode)(const QuantArgs&, int8_t* x_codes, float* x_scales, int32_t* x_halves);
   void (*quant_linear)(const QuantArgs&);
   void (*lora_add)(const LoraArgs&);
@@ -285,6 +289,9 @@ const Kernels& avx512_kernels();
 const Kernels& avx512_bf16_kernels();
 const Kernels& amx_bf16_kernels();
 const Kernels& neon_kernels();
+
+// Whether the processor is one of AMD's.
+extern const bool is_amd;
 
 // Runs task(context, i) for i in [0, num_tasks), on as many threads as torch would use or on up to num_threads;
 // neighbouring tasks mostly on one thread, in order.

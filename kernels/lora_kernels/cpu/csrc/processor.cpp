@@ -45,6 +45,12 @@ const Kernels* best_kernels() {
 
 }  // namespace
 
+#ifdef __aarch64__
+const bool is_amd = false;
+#else
+const bool is_amd = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
+#endif
+
 const Kernels* active = best_kernels();
 
 std::string isa() { return active ? active->name : ""; }

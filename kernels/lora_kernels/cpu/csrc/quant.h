@@ -3,7 +3,8 @@
 // With bf16 products the codes become integers in registers, and each group's sum is scaled in fp32: a table look-up
 // between packed codes and products takes less time than widened codes take to be stored and loaded. Otherwise a code
 // becomes its weight in fp32, a chunk of inputs at a time in the thread's scratch memory, where all rows use them.
-// Either way no weight is rounded to bf16. Where inputs are int8 codes, quant_int8.h has the products.
+// Either way no weight is rounded to bf16. Where inputs are int8 codes, or few rows are written as sums of such ones,
+// quant_int8.h has the products.
 #pragma once
 
 constexpr int64_t kQuantRows = 128;  // rows that share a chunk of codes
@@ -122,10 +123,10 @@ inline void integer_tile(const PackedChunk<F>& chunk, const IntegerTile& t, int6
 template <int F>
 void integer_panel(const QuantArgs& args, const uint8_t* panel, int64_t row, int64_t rows, float* sums,
                    [[maybe_unused]] float* memory) {
-#ifdef __AMX_BF16__
-  if (quant_in_tiles(args)) return integer_panel_in_tiles<F>(args, panel, row, rows, sums, memory);
-#endif
   constexpr QuantForm form = kQuantForms[F];
+#ifdef __AMX_BF16__
+  if (quant_in_tiles(args, form)) return integer_panel_in_tiles<F>(args, panel, row, rows, sums, memory);
+#endif
   const int64_t tiles = ceil_div(rows, kIntegerRows), groups = args.in_features / 32;
   for (int64_t first = 0; first < args.in_features; first += kChunk) {
     const int64_t inputs = min(kChunk, args.in_features - first);
@@ -159,15 +160,29 @@ inline void store_panel(const QuantArgs& args, const float* sums, int64_t row, i
   }
 }
 
+// sums [rows, kPanel] = the sums of each row's digits in [rows, kDigits, kPanel], the least significant first.
+inline void add_digits(float* sums, int64_t rows) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < kPanel; j += kLanes) {
+      const float* from = sums + i * kDigits * kPanel + j;
+      Vec total = zero();
+      for (int64_t d = kDigits; d-- > 0;) total = add(total, load(from + d * kPanel));
+      store(sums + i * kPanel + j, total);
+    }
+  }
+}
+
 // Rows [row, row + rows) times one panel. width: columns of the panel that there are.
 inline void quant_panel(const QuantArgs& args, const QuantPart& part, const uint8_t* panel, int64_t row, int64_t rows,
                         int64_t col, int64_t width) {
   float* memory = scratch(kQuantRows * kPanel + kChunk * kPanel);
   float* sums = memory + kChunk * kPanel;  // behind what is widened
-  for (int64_t i = 0; i < rows * kPanel; i += kLanes) store(sums + i, zero());
-  if (args.x_codes)
-    int8_panel(args, part.form, panel, row, rows, sums, memory);
-  else
+  const int64_t digits = args.x_codes ? args.digits : 1;
+  for (int64_t i = 0; i < rows * digits * kPanel; i += kLanes) store(sums + i, zero());
+  if (args.x_codes) {
+    int8_panel(args, part.form, panel, row * digits, rows * digits, sums, memory);
+    if (digits > 1) add_digits(sums, rows);
+  } else
 #ifdef __AVX512BF16__
       if (args.x_chunks)
     kIntegerPanel[part.form](args, panel, row, rows, sums, memory);

@@ -1,4 +1,5 @@
-// Products of quantised weights with inputs in int8. Included inside the instruction set's namespace.
+// Products of quantised weights with int8 codes: of inputs that are rounded to these, or of few rows whose inputs are
+// exact sums of three codes. Included inside the instruction set's namespace.
 //
 // Codes are read where they lie, and become bytes in registers, four inputs of a column side by side as integer products
 // want them: however few rows there are, nothing is stored on the way. A group's integer sum is exact, and groups are
@@ -147,17 +148,17 @@ constexpr ScalesOf kScalesOf[] = {scales_of<0>, scales_of<1>, scales_of<2>, scal
 static_assert(sizeof(kScalesOf) / sizeof(ScalesOf) == kNumQuantForms && kXChunk % kChunk == 0 &&
               kSuperInputs % kChunk == 0);
 
-// sums [rows, kPanel] += rows [row, row + rows) of codes times one panel. memory: kChunk * kPanel floats.
+// sums [rows, kPanel] += rows [row, row + rows) of all rows of codes times one panel. memory: kChunk * kPanel floats.
 template <int Bits, int Group>
 void int8_tiles(const QuantArgs& args, int64_t form, const uint8_t* panel, int64_t row, int64_t rows, float* sums,
                 float* memory) {
-  const int64_t tiles = ceil_div(rows, kInt8Rows), groups = args.in_features / 32;
+  const int64_t tiles = ceil_div(rows, kInt8Rows), groups = args.in_features / 32, all_rows = args.rows * args.digits;
   for (int64_t first = 0; first < args.in_features; first += kChunk) {
     const int64_t inputs = min(kChunk, args.in_features - first);
     const Int8Chunk chunk = kScalesOf[form](panel, first, inputs, memory);
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t begin = rows * tile / tiles, num = rows * (tile + 1) / tiles - begin, at = row + begin;
-      const Int8Rows t = {args.x_codes + (first / kXChunk * args.rows + at) * kXChunk + first % kXChunk,
+      const Int8Rows t = {args.x_codes + (first / kXChunk * all_rows + at) * kXChunk + first % kXChunk,
                           args.x_scales + at * groups + first / 32, args.x_halves + (at * groups + first / 32) * 2,
                           groups, int8_offset(kQuantForms[form]), sums + begin * kPanel};
       for (int64_t col = 0; col < kPanel; col += kInt8Vecs * kLanes)
@@ -202,15 +203,85 @@ inline float encode_group(const T* from, int8_t* codes, int32_t* halves) {
   return scale + 0.0f * (found[0] + found[1]);  // a NaN or an infinity among the inputs is not lost
 }
 
+constexpr int64_t kDigits = 3;  // of an input
+
+// Rows whose inputs are written as digits: up to so many, integer products of three digits take less time than products
+// in fp32, or than those of pairs of bf16 where these are slow, or than codes that are widened for tile registers.
+inline int64_t most_digit_rows([[maybe_unused]] const QuantForm& form) {
+#if defined(__AMX_BF16__)
+  return 2;
+#elif defined(__AVX512BF16__)
+  return is_amd ? 0 : 4;
+#elif defined(__AVX512F__)
+  return form.bits == 8 ? 2 : 3;
+#elif defined(__AVX2__)
+  return form.bits == 8 ? 1 : 4;
+#else
+  return 0;
+#endif
+}
+
+int64_t quant_digits(const QuantArgs& args) {
+  if (args.fixed_sums) return 0;
+  for (int64_t i = 0; i < args.num_parts; ++i)
+    if (args.rows > most_digit_rows(kQuantForms[args.parts[i].form])) return 0;
+  return kDigits;
+}
+
+// Writes 32 inputs as the sum of kDigits codes each, the most significant first: x = scales[d] * codes[d] in sum, exactly
+// for numbers of eight bits down to 2^-14 of the group's largest one, and up to 2^-22 of that for all others.
+// Of digit d: codes + d * kXChunk, halves + d * 2 * groups (the sums of the codes' halves), scales + d * groups.
+template <typename T>
+inline void split_group(const T* from, int64_t groups, int8_t* codes, int32_t* halves, float* scales) {
+  constexpr int kVecs = 32 / kLanes;
+  constexpr float kBase = 254;  // digits are -127 to 127
+  Vec x[kVecs], largest = zero();
+  for (int v = 0; v < kVecs; ++v) {
+    x[v] = load(from + v * kLanes);
+    largest = max(max(x[v], sub(zero(), x[v])), largest);
+  }
+  // The largest power of two that is no larger than the largest number, and not so small that its inverse is infinite.
+  const float size = max_lane(largest);
+  uint32_t bits;
+  __builtin_memcpy(&bits, &size, 4);
+  bits &= 0x7f800000;
+  float top;
+  __builtin_memcpy(&top, &bits, 4);
+  if (!(top > 0x1p-100f)) top = 0x1p-100f;
+  const Vec inverse = set1(0x1p21f / top), base = set1(kBase), part = set1(1 / kBase);
+  float scale = top * 0x1p-21f, not_finite = 0;
+  for (int v = 0; v < kVecs; ++v) x[v] = round(mul(x[v], inverse));
+  for (int64_t d = kDigits; d-- > 0; scale *= kBase) {
+    Vec digits[kVecs], sums[2] = {zero(), zero()};
+    for (int v = 0; v < kVecs; ++v) {
+      const Vec rest = round(mul(x[v], part));
+      digits[v] = d ? sub(x[v], mul(rest, base)) : x[v];
+      x[v] = rest;
+      sums[v * 2 / kVecs] = add(sums[v * 2 / kVecs], digits[v]);
+    }
+    store_eights(codes + d * kXChunk, digits);
+    float found[4];
+    store_sums(found, sums[0], sums[1], zero(), zero());
+    not_finite += 0.0f * (found[0] + found[1]);
+    for (int half = 0; half < 2; ++half)
+      halves[d * 2 * groups + half] =
+          -4096 < found[half] && found[half] < 4096 ? static_cast<int32_t>(found[half]) : 0;
+    scales[d * groups] = scale + not_finite;  // a NaN or an infinity among the inputs is not lost
+  }
+}
+
 // Writes x as QuantArgs has its codes.
 void quant_encode(const QuantArgs& args, int8_t* x_codes, float* x_scales, int32_t* x_halves) {
   const int64_t groups = args.in_features / 32;
   const auto row = [&]<typename T>(int64_t i) {
     const T* x = static_cast<const T*>(args.x.data) + i * args.x.stride;
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t k = g * 32, at = i * groups + g;
-      x_scales[at] = encode_group(x + k, x_codes + (k / kXChunk * args.rows + i) * kXChunk + k % kXChunk,
-                                  x_halves + at * 2);
+      const int64_t k = g * 32, at = i * args.digits * groups + g;
+      int8_t* const codes = x_codes + (k / kXChunk * args.rows + i) * args.digits * kXChunk + k % kXChunk;
+      if (args.digits == kDigits)
+        split_group(x + k, groups, codes, x_halves + at * 2, x_scales + at);
+      else
+        x_scales[at] = encode_group(x + k, codes, x_halves + at * 2);
     }
   };
   with_dtype(args.dtype, [&]<typename T>() {

@@ -4,7 +4,8 @@
 // instruction's worth, so its sum leaves the registers to be scaled.
 #pragma once
 
-constexpr int64_t kFewestQuantRows = 8;  // of fewer rows the codes are multiplied where they lie
+// Of fewer rows the codes are multiplied where they lie. Groups of 16 inputs leave half of a tile empty.
+constexpr int64_t fewest_tile_rows(const QuantForm& form) { return form.group == 32 ? 3 : 8; }
 
 // The integers of 32 inputs and 32 columns, as tiles take them: [16 pairs, kPanel].
 struct CodeTile {
@@ -12,7 +13,9 @@ struct CodeTile {
 };
 
 // Whether rows are multiplied here: if sums are fixed always, since few rows have other bits in quant.h.
-inline bool quant_in_tiles(const QuantArgs& args) { return args.fixed_sums || args.rows >= kFewestQuantRows; }
+inline bool quant_in_tiles(const QuantArgs& args, const QuantForm& form) {
+  return args.fixed_sums || args.rows >= fewest_tile_rows(form);
+}
 
 // The codes of part `part` of a chunk. Parts of 16 inputs are half a tile; its other half is of zeros.
 template <int F>

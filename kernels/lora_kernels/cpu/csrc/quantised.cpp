@@ -200,6 +200,7 @@ void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints fo
       .x_codes = nullptr,
       .x_scales = nullptr,
       .x_halves = nullptr,
+      .digits = 0,
       .parts = parts.data(),
       .num_parts = num_parts,
       .bias = bias ? bias->data : nullptr,
@@ -209,8 +210,10 @@ void quant_linear_to(const Tensor& out, const Tensor& x, Tensors panels, Ints fo
       .fixed_sums = sums_are_fixed(),
   };
   Tensor chunks, prepared;  // keep the memory of what is made of x
-  if (int8_inputs) {
-    const int64_t groups = rows * (in_features / 32), codes = (in_features + kXChunk - 1) / kXChunk * rows * kXChunk;
+  args.digits = int8_inputs ? 1 : active->quant_digits(args);
+  if (args.digits) {
+    const int64_t code_rows = rows * args.digits, groups = code_rows * (in_features / 32);
+    const int64_t codes = (in_features + kXChunk - 1) / kXChunk * code_rows * kXChunk;
     prepared = empty({codes + groups * 12}, Scalar::kByte);
     uint8_t* const at = entries_of<uint8_t>(prepared, "x");
     auto* const x_codes = reinterpret_cast<int8_t*>(at);

@@ -24,9 +24,13 @@ inline Words select(uint16_t mask, Words a, Words b) { return (a & mask) | (b & 
 // Bytes of rows [columns], of which the first two and the fifth and sixth are read: 0, 4, 1, 5 of each column.
 inline void load_fours(const uint8_t* rows, Words (&out)[1]) {
   typedef uint8_t Bytes __attribute__((vector_size(16)));
-  Bytes x = {}, y = {}, z = {}, w = {};
-  __builtin_memcpy(&x, rows, 8), __builtin_memcpy(&y, rows + 4 * kPanel, 8);
-  __builtin_memcpy(&z, rows + kPanel, 8), __builtin_memcpy(&w, rows + 5 * kPanel, 8);
+  typedef int64_t Long __attribute__((vector_size(16)));
+  const auto eight = [](const uint8_t* from) {  // into a register at once, not by way of memory
+    int64_t bytes;
+    __builtin_memcpy(&bytes, from, 8);
+    return reinterpret_cast<Bytes>(Long{bytes, 0});
+  };
+  const Bytes x = eight(rows), y = eight(rows + 4 * kPanel), z = eight(rows + kPanel), w = eight(rows + 5 * kPanel);
   const Bytes xy = __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const Bytes zw = __builtin_shufflevector(z, w, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const Words pairs = reinterpret_cast<Words>(__builtin_shufflevector(
