@@ -35,24 +35,28 @@ inline void widen_part(const PackedChunk<F>& chunk, int64_t part, CodeTile* tile
   });
 }
 
-// A chunk of a panel whose codes are widened, and the numbers that the products of its parts are scaled with.
+// A chunk of a panel whose codes are widened part by part, and the numbers that the products of its parts are scaled with.
 template <int F>
 struct WideChunk {
   using Chunk = PackedChunk<F>;
   static constexpr int64_t kParts = kChunk / Chunk::kGroup;
   static_assert(kParts * sizeof(CodeTile) <= kChunk * kPanel * sizeof(float));
 
-  CodeTile* codes;  // [kParts]
-  int64_t parts;    // that there are
+  const Chunk packed;
+  CodeTile* const codes;  // [kParts]
+  const int64_t parts;    // that there are
   Vec scales[kParts][kPanelVecs], addends[Chunk::kHasAddends ? kParts : 1][kPanelVecs];
 
-  WideChunk(const Chunk& chunk, int64_t inputs, float* memory)
-      : codes(reinterpret_cast<CodeTile*>(memory)), parts(inputs / Chunk::kGroup) {
-    for (int64_t part = 0; part < parts; ++part) {
-      widen_part<F>(chunk, part, codes + part);
+  WideChunk(const uint8_t* at, int64_t inputs, float* memory)
+      : packed(at), codes(reinterpret_cast<CodeTile*>(memory)), parts(inputs / Chunk::kGroup) {}
+
+  // Widens parts [first, first + num), or as many as there are.
+  void widen(int64_t first, int64_t num) {
+    for (int64_t part = first; part < min(first + num, parts); ++part) {
+      widen_part<F>(packed, part, codes + part);
       for (int v = 0; v < kPanelVecs; ++v) {
-        scales[part][v] = chunk.scale(part, v);
-        if constexpr (Chunk::kHasAddends) addends[part][v] = chunk.addend(part, v);
+        scales[part][v] = packed.scale(part, v);
+        if constexpr (Chunk::kHasAddends) addends[part][v] = packed.addend(part, v);
       }
     }
   }
@@ -67,27 +71,55 @@ struct QuantRows {
   int64_t first, num;
 };
 
+// Adds to tiles 2 and 3 the products of a tile of rows and a part of a chunk; `add_products` had the part before it.
+inline void add_next_part(const TileRows& x, int64_t at, const CodeTile& codes) {
+  constexpr int64_t stride = sizeof(codes.pairs[0]);
+  _tile_stream_loadd(5, static_cast<const char*>(x.first) + at, x.stride);
+  _tile_loadd(6, codes.pairs[0], stride);
+  _tile_dpbf16ps(2, 5, 6);
+  _tile_loadd(7, codes.pairs[0] + kTileSide, stride);
+  _tile_dpbf16ps(3, 5, 7);
+}
+
+// Multiplies two parts at once with one tile of rows, one part with two. Products are long in coming: meanwhile the next
+// codes are widened, by the first tile of rows, and those of one tile before are scaled.
 template <int F, int Heights>
-void add_chunk(const WideChunk<F>& chunk, const QuantRows& rows) {
-  constexpr bool kHasAddends = PackedChunk<F>::kHasAddends;
+void add_chunk(WideChunk<F>& chunk, const QuantRows& rows, bool widens) {
+  constexpr bool kHasAddends = PackedChunk<F>::kHasAddends, kScalesLater = Heights == 1;
+  constexpr int64_t kAtOnce = 3 - Heights;
   const TileRows x(rows.x, rows.num, kXChunk * sizeof(bf16));
-  TileSums products;
-  for (int64_t part = 0; part < chunk.parts; ++part) {
-    const int64_t first_input = part * PackedChunk<F>::kGroup / kTileInputs * kTileInputs;
-    zero_tiles<Heights>();
-    add_products<Heights>(x, first_input * sizeof(bf16), chunk.codes + part, sizeof(chunk.codes->pairs[0]));
-    store_tiles<Heights>(products);
-    for (int64_t i = rows.first; i < rows.num; ++i) {
-      const float* from = products.template row<Heights>(i, rows.num);
-      float* to = rows.sums + i * kPanel;
-      for (int v = 0; v < kPanelVecs; ++v, from += kLanes, to += kLanes) {
-        Vec total = fma(chunk.scales[part][v], load(from), load(to));
-        if constexpr (kHasAddends)
-          total = fma(chunk.addends[part][v], set1(rows.x_sums[i * rows.x_sums_stride + part]), total);
-        store(to, total);
+  const auto multiply = [&](int64_t part) __attribute__((always_inline)) {
+    const auto at = [](int64_t p) { return p * PackedChunk<F>::kGroup / kTileInputs * kTileInputs * sizeof(bf16); };
+    zero_tiles<2>();
+    add_products<Heights>(x, at(part), chunk.codes + part, sizeof(chunk.codes->pairs[0]));
+    if (kAtOnce == 2 && part + 1 < chunk.parts) add_next_part(x, at(part + 1), chunk.codes[part + 1]);
+  };
+  const auto scale = [&](int64_t first, TileSums& products) __attribute__((always_inline)) {
+    for (int64_t part = first; part < min(first + kAtOnce, chunk.parts); ++part) {
+      for (int64_t i = rows.first; i < rows.num; ++i) {
+        const float* from = products.template row<Heights>(i + (part - first) * kTileSide, rows.num);
+        float* to = rows.sums + i * kPanel;
+        for (int v = 0; v < kPanelVecs; ++v, from += kLanes, to += kLanes) {
+          Vec total = fma(chunk.scales[part][v], load(from), load(to));
+          if constexpr (kHasAddends)
+            total = fma(chunk.addends[part][v], set1(rows.x_sums[i * rows.x_sums_stride + part]), total);
+          store(to, total);
+        }
       }
     }
+  };
+  TileSums products[kScalesLater ? 2 : 1];
+  int64_t part = 0, turn = 0;
+  if (widens) chunk.widen(0, kAtOnce);
+  for (; part < chunk.parts; part += kAtOnce) {
+    multiply(part);
+    if (widens) chunk.widen(part + kAtOnce, kAtOnce);
+    if (kScalesLater && part) scale(part - kAtOnce, products[!turn]);
+    store_tiles<2>(products[turn]);
+    if (kScalesLater) turn = !turn;
+    else scale(part, products[0]);
   }
+  if (kScalesLater) scale(part - kAtOnce, products[!turn]);
 }
 
 // sums [rows, kPanel] += rows [row, row + rows) times one panel. memory: kChunk * kPanel floats.
@@ -99,14 +131,14 @@ void integer_panel_in_tiles(const QuantArgs& args, const uint8_t* panel, int64_t
   const Tiles registers(rows);
   for (int64_t first = 0; first < args.in_features; first += kChunk) {
     const int64_t inputs = min(kChunk, args.in_features - first);
-    const WideChunk<F> chunk(PackedChunk<F>(panel), inputs, memory);
+    WideChunk<F> chunk(panel, inputs, memory);
     for (int64_t tile = 0; tile * kTwoTiles < rows; ++tile) {
       const RowsOfTile in(tile, rows);
       const int64_t at = row + in.row;
       const QuantRows own = {args.x_chunks + (first / kXChunk * args.rows + at) * kXChunk,
                              form.min ? args.x_sums + at * groups + first / 32 : nullptr, groups,
                              sums + in.row * kPanel, tile * kTwoTiles - in.row, in.num};
-      in.num > kTileSide ? add_chunk<F, 2>(chunk, own) : add_chunk<F, 1>(chunk, own);
+      in.num > kTileSide ? add_chunk<F, 2>(chunk, own, tile == 0) : add_chunk<F, 1>(chunk, own, tile == 0);
     }
     panel += super_head_bytes(form) + inputs / 32 * group_bytes(form);
   }
