@@ -229,7 +229,7 @@ int64_t quant_digits(const QuantArgs& args) {
 }
 
 // Writes 32 inputs as the sum of kDigits codes each, the most significant first: x = scales[d] * codes[d] in sum, exactly
-// for numbers of eight bits down to 2^-14 of the group's largest one, and up to 2^-22 of that for all others.
+// for numbers of eight bits down to 2^-14 of the group's largest one, else to 2^-22 of that, or of 2^-100 if that is larger.
 // Of digit d: codes + d * kXChunk, halves + d * 2 * groups (the sums of the codes' halves), scales + d * groups.
 template <typename T>
 inline void split_group(const T* from, int64_t groups, int8_t* codes, int32_t* halves, float* scales) {

@@ -81,8 +81,9 @@ inline void add_next_part(const TileRows& x, int64_t at, const CodeTile& codes) 
   _tile_dpbf16ps(3, 5, 7);
 }
 
-// Multiplies two parts at once with one tile of rows, one part with two. Products are long in coming: meanwhile the next
-// codes are widened, by the first tile of rows, and those of one tile before are scaled.
+// Adds the products of up to 16 rows (one Height) with two parts at once, of up to 32 rows with one part. Products are long
+// in coming. Meanwhile the next codes are widened (widens: the first rows do that for all), and sums of up to 16 rows are
+// scaled a turn later.
 template <int F, int Heights>
 void add_chunk(WideChunk<F>& chunk, const QuantRows& rows, bool widens) {
   constexpr bool kHasAddends = PackedChunk<F>::kHasAddends, kScalesLater = Heights == 1;
