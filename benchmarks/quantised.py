@@ -25,7 +25,7 @@ from lora_kernels import cpu, ops
 from lora_kernels.quantised import Kind, QuantisedWeight, row_bytes
 
 N, K = 8192, 2048
-ROWS = "1,2,4,8,32,128,512"
+ROWS, NUM_LAYERS = "1,2,4,8,32,128,512", 8
 SHOWN: tuple[Kind, ...] = ("q4_0", "q4_1", "q4_k", "q8_0", "q6_k")
 ROUNDS = 15
 
@@ -108,12 +108,14 @@ def main() -> None:
     parser = report.parser(__doc__, without=("model", "short"))
     parser.add_argument("--sets", help="instruction sets (default: the one that the processor is used with)")
     parser.add_argument("--rows", default=ROWS, help="how many (%(default)s)")
-    parser.add_argument("--layers", type=int, default=8, help="of each kind (%(default)s)")
+    parser.add_argument("--layers", type=int, default=NUM_LAYERS, help="of each kind (%(default)s)")
     parser.add_argument("--cached", action="store_true", help="one layer in the cache and one thread; nothing is saved")
     args = parser.parse_args()
     if not cpu.load():
         raise SystemExit("the native operations cannot be built here; the log says why")
     if args.cached:
+        if (args.sets, args.rows, args.layers, args.out) != (None, ROWS, NUM_LAYERS, report.RESULTS):
+            parser.error("--cached takes no other argument")
         with torch.inference_mode():
             cached()
         return

@@ -179,28 +179,48 @@ inline void int8_panel(const QuantArgs& args, int64_t form, const uint8_t* panel
   }
 }
 
-// Does for a group of 32 inputs what `code_row` does, and writes the sums of the codes of its halves.
+// 32 inputs, which are coded together.
+struct InputGroup {
+  static constexpr int kVecs = 32 / kLanes;
+  Vec x[kVecs];
+
+  // Loads a group, and returns the largest magnitude in it. No NaN counts.
+  template <typename T>
+  float load_from(const T* from) {
+    Vec largest = zero();
+    for (int v = 0; v < kVecs; ++v) {
+      x[v] = load(from + v * kLanes);
+      largest = max(max(x[v], sub(zero(), x[v])), largest);
+    }
+    return max_lane(largest);
+  }
+
+  // Writes a group of integers from -127 to 127 as codes, and the sums of its halves. Returns 0, or NaN if one is NaN.
+  float store_to(int8_t* codes, int32_t* halves) const {
+    Vec own[kVecs], sums[2] = {zero(), zero()};
+    for (int v = 0; v < kVecs; ++v) {
+      sums[v * 2 / kVecs] = add(sums[v * 2 / kVecs], x[v]);
+      own[v] = max(x[v], set1(-127.0f));  // a NaN becomes a code, too
+    }
+    store_eights(codes, own);
+    float found[4];
+    store_sums(found, sums[0], sums[1], zero(), zero());
+    for (int half = 0; half < 2; ++half)
+      halves[half] = -4096 < found[half] && found[half] < 4096 ? static_cast<int32_t>(found[half]) : 0;
+    return 0.0f * (found[0] + found[1]);
+  }
+};
+
+// Does for a group of 32 inputs what `code_row` does, and writes the sums of the codes of its halves. A NaN or an infinity
+// among the inputs makes the scale that this returns NaN.
 template <typename T>
 inline float encode_group(const T* from, int8_t* codes, int32_t* halves) {
-  constexpr int kVecs = 32 / kLanes;
-  Vec x[kVecs], largest = zero(), sums[2] = {zero(), zero()};
-  for (int v = 0; v < kVecs; ++v) {
-    x[v] = load(from + v * kLanes);
-    largest = max(max(x[v], sub(zero(), x[v])), largest);
-  }
-  float scale = max_lane(largest) / 127.0f;
+  InputGroup group;
+  float scale = group.load_from(from) / 127.0f;
   if (scale < 1.1754944e-38f) scale = 0;
   const Vec divisor = set1(scale > 0 ? scale : 1.0f);
-  for (int v = 0; v < kVecs; ++v) {
-    x[v] = round(div(x[v], divisor));
-    sums[v * 2 / kVecs] = add(sums[v * 2 / kVecs], x[v]);
-    x[v] = max(x[v], set1(-127.0f));  // no number is larger than 127; what is none becomes one
-  }
-  store_eights(codes, x);
-  float found[4];
-  store_sums(found, sums[0], sums[1], zero(), zero());
-  for (int half = 0; half < 2; ++half) halves[half] = -4096 < found[half] && found[half] < 4096 ? static_cast<int32_t>(found[half]) : 0;
-  return scale + 0.0f * (found[0] + found[1]);  // a NaN or an infinity among the inputs is not lost
+  for (Vec& x : group.x) x = round(div(x, divisor));
+  return scale + group.store_to(codes, halves);
 }
 
 constexpr int64_t kDigits = 3;  // of an input
@@ -230,18 +250,14 @@ int64_t quant_digits(const QuantArgs& args) {
 
 // Writes 32 inputs as the sum of kDigits codes each, the most significant first: x = scales[d] * codes[d] in sum, exactly
 // for numbers of eight bits down to 2^-14 of the group's largest one, else to 2^-22 of that, or of 2^-100 if that is larger.
-// Of digit d: codes + d * kXChunk, halves + d * 2 * groups (the sums of the codes' halves), scales + d * groups.
+// Of digit d: codes + d * kXChunk, halves + d * 2 * groups (the sums of the codes' halves), scales + d * groups: NaN if a NaN
+// or an infinity is among the inputs.
 template <typename T>
 inline void split_group(const T* from, int64_t groups, int8_t* codes, int32_t* halves, float* scales) {
-  constexpr int kVecs = 32 / kLanes;
   constexpr float kBase = 254;  // digits are -127 to 127
-  Vec x[kVecs], largest = zero();
-  for (int v = 0; v < kVecs; ++v) {
-    x[v] = load(from + v * kLanes);
-    largest = max(max(x[v], sub(zero(), x[v])), largest);
-  }
+  InputGroup rest, digit;
   // The largest power of two that is no larger than the largest number, and not so small that its inverse is infinite.
-  const float size = max_lane(largest);
+  const float size = rest.load_from(from);
   uint32_t bits;
   __builtin_memcpy(&bits, &size, 4);
   bits &= 0x7f800000;
@@ -249,24 +265,15 @@ inline void split_group(const T* from, int64_t groups, int8_t* codes, int32_t* h
   __builtin_memcpy(&top, &bits, 4);
   if (!(top > 0x1p-100f)) top = 0x1p-100f;
   const Vec inverse = set1(0x1p21f / top), base = set1(kBase), part = set1(1 / kBase);
-  float scale = top * 0x1p-21f, not_finite = 0;
-  for (int v = 0; v < kVecs; ++v) x[v] = round(mul(x[v], inverse));
+  float scale = top * 0x1p-21f;
+  for (Vec& x : rest.x) x = round(mul(x, inverse));
   for (int64_t d = kDigits; d-- > 0; scale *= kBase) {
-    Vec digits[kVecs], sums[2] = {zero(), zero()};
-    for (int v = 0; v < kVecs; ++v) {
-      const Vec rest = round(mul(x[v], part));
-      digits[v] = d ? sub(x[v], mul(rest, base)) : x[v];
-      x[v] = rest;
-      sums[v * 2 / kVecs] = add(sums[v * 2 / kVecs], digits[v]);
+    for (int v = 0; v < InputGroup::kVecs; ++v) {
+      const Vec upper = d ? round(mul(rest.x[v], part)) : zero();
+      digit.x[v] = sub(rest.x[v], mul(upper, base));
+      rest.x[v] = upper;
     }
-    store_eights(codes + d * kXChunk, digits);
-    float found[4];
-    store_sums(found, sums[0], sums[1], zero(), zero());
-    not_finite += 0.0f * (found[0] + found[1]);
-    for (int half = 0; half < 2; ++half)
-      halves[d * 2 * groups + half] =
-          -4096 < found[half] && found[half] < 4096 ? static_cast<int32_t>(found[half]) : 0;
-    scales[d * groups] = scale + not_finite;  // a NaN or an infinity among the inputs is not lost
+    scales[d * groups] = scale + digit.store_to(codes + d * kXChunk, halves + d * 2 * groups);
   }
 }
 
