@@ -115,6 +115,10 @@ async def test_a_conversation_goes_on_and_can_begin_anew(command: Command) -> No
 
 
 async def test_top_shows_a_frame(command: Command, fleet: ProcessFleet) -> None:
+    async def is_idle() -> bool:
+        return (await fleet.http.get(f"{fleet.url}/v1/fleet")).json()["queued"] == 0
+
+    await wait_until(is_idle, "the scheduler's last report is of a moment after every other test's requests")
     shown = await command("top", "--once", "--every", "0.2")
     (worker,) = await read(command, "workers", "list")
     for text in (worker["name"], "tokens/s", "no dead letters", "queued 0"):
