@@ -52,7 +52,7 @@ inline void with_dtype(Dtype dtype, const F& f) {
 constexpr Kernels kKernels = {
     LORAFLEET_STRING(LORAFLEET_ISA), linear, linear_lora, lora_shrink, quant_uses_integers, quant_prepare,
     quant_digits, quant_encode, quant_linear, lora_add, kv_write, attention, rms_norm, rotary, gated_act, mask_logits,
-    argmax, scan, delta_rule, causal_conv, kHasTiles ? 96 : 32, kHasTiles ? 0 : 128,
+    argmax, scan, delta_rule, causal_conv, kHasTiles ? 96 : 32, kHasTiles ? 0 : 128, !kHasTiles,
 };
 
 }  // namespace

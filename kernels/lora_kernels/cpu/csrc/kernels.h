@@ -282,6 +282,8 @@ struct Kernels {
   // Of a block of rows that one thread computes between two attentions, about: what it writes stays in its second-level
   // cache. A block reads all weights. 0: products are so fast that threads had better share these.
   int64_t block_rows;
+  // Whether linear_lora is a gain. Products in tile registers end too soon to ask for adapters' rows meanwhile.
+  bool has_slow_products;
 };
 
 const Kernels& avx2_kernels();

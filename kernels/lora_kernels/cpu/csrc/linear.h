@@ -28,7 +28,7 @@ struct PanelAhead {
 struct PiecesAhead {
   const Piece *piece, *last;
   const char* at;
-  int64_t step, lines;  // lines: how often each step of products in tile registers asks
+  int64_t step;
 
   void operator()() {
     prefetch_line(at);
@@ -128,18 +128,6 @@ inline void panel_rows(const LinearArgs& args, int64_t first, int64_t rows, int6
 #include "linear_tiles.h"
 #endif
 
-// All rows times panels [first, last).
-template <typename Also>
-inline void multiply_panels(const LinearArgs& args, int64_t first, int64_t last, Also& also) {
-#ifdef __AMX_BF16__
-  if (fits_tiles(args)) {
-    const Tiles registers(args.rows);
-    return multiply_in_tiles(args, 0, args.rows, first, last, nullptr, also);
-  }
-#endif
-  for (int64_t panel = first; panel < last; ++panel) panel_rows(args, 0, args.rows, panel, also);
-}
-
 void linear(const LinearArgs& args) {
   if (args.rows == 0) return;
 #ifdef __AMX_BF16__
@@ -156,14 +144,6 @@ void linear(const LinearArgs& args) {
   });
 }
 
-// How often products of all rows with a panel ask for something besides.
-inline int64_t panel_steps(const LinearArgs& args) {
-#ifdef __AMX_BF16__
-  if (fits_tiles(args)) return tile_steps(args);
-#endif
-  return ceil_div(args.rows, kMaxRows) * (args.in_features / 2);
-}
-
 void linear_lora(const LinearArgs& args, const LinearLora& with) {
   const int64_t panels = ceil_div(args.out_features, kPanel);
   run(with.num_tasks, [&](int64_t task) {
@@ -171,13 +151,12 @@ void linear_lora(const LinearArgs& args, const LinearLora& with) {
     const int64_t begin = first * kPanel, end = min(last * kPanel, args.out_features);
     const int64_t floats = (most_pieces(with.lora, with.next) + 1) * sizeof(Piece) / sizeof(float);
     Pieces pieces = {reinterpret_cast<Piece*>(scratch(floats))};
-    // Products in tile registers end too soon for more than the rows of B.
-    const LoraArgs* next = kHasTiles ? nullptr : with.next;
-    list_pieces<bf16>(with.lora, next, begin, end, task, with.num_tasks, pieces);
+    list_pieces<bf16>(with.lora, with.next, begin, end, task, with.num_tasks, pieces);
     pieces.add(args.x, 0);  // so that there is one
-    const int64_t step = ceil_div(pieces.bytes, (last - first) * panel_steps(args));
-    PiecesAhead ahead = {pieces.list, pieces.list + pieces.num - 1, pieces.list->at, min(64, step), ceil_div(step, 64)};
-    multiply_panels(args, first, last, ahead);
+    const int64_t panel_steps = ceil_div(args.rows, kMaxRows) * (args.in_features / 2);
+    const int64_t step = min(64, ceil_div(pieces.bytes, (last - first) * panel_steps));
+    PiecesAhead ahead = {pieces.list, pieces.list + pieces.num - 1, pieces.list->at, step};
+    for (int64_t panel = first; panel < last; ++panel) panel_rows(args, 0, args.rows, panel, ahead);
     lora_expand<bf16>(with.lora, begin, end);
   });
 }

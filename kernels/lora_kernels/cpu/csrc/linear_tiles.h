@@ -13,9 +13,6 @@ constexpr int64_t kKeptInputs = 512 * 1024;  // that fit it
 constexpr int64_t kStepBytes = kTileInputs / 2 * kPairBytes;  // of a panel, for the inputs of an instruction
 
 inline bool fits_tiles(const LinearArgs& args) { return args.in_features % kTileInputs == 0; }
-inline int64_t tile_steps(const LinearArgs& args) {
-  return ceil_div(args.rows, kTwoTiles) * args.in_features / kTileInputs;
-}
 
 // Inputs [begin, end) of rows times as many of a panel.
 struct PanelPart {
@@ -47,12 +44,10 @@ inline void write_sums(const LinearArgs& args, int64_t row, int64_t rows, int64_
   }
 }
 
-// Asks for a panel's lines and pages shortly before they are multiplied, and for what `also` asks for. Passes: the
-// second-level cache for the lines.
-template <bool Passes, typename Also>
+// Asks for a panel's lines and pages shortly before they are multiplied. Passes: the second-level cache for the lines.
+template <bool Passes>
 struct SamePanelAhead {
   const char* at;
-  Also also;
   int64_t steps = 0;
 
   void operator()() {
@@ -60,29 +55,24 @@ struct SamePanelAhead {
       touch_pages(at + kPagesAhead - kLinesAhead, kXChunk / kTileInputs * kStepBytes);
     for (int64_t i = 0; i < kStepBytes; i += 64) __builtin_prefetch(at + i, 0, Passes ? 2 : 3);
     at += kStepBytes;
-    for (int64_t line = 0; line < also.lines; ++line) also();
   }
 };
 
-// Asks the second-level cache for a tile's share of what is multiplied next, and for what `also` asks for.
-template <typename Also>
+// Asks the second-level cache for a tile's share of what is multiplied next.
 struct NextPartAhead {
   const char* at;
   int64_t bytes;  // for each step
-  Also also;
 
   void operator()() {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
     at += bytes;
-    for (int64_t line = 0; line < also.lines; ++line) also();
   }
 };
 
 // Rows [first, first + rows) times panels [panel, last). memory: for TileSums of each tile of each panel; null if there are
 // few rows.
-template <typename Also>
 inline void multiply_in_tiles(const LinearArgs& args, int64_t first, int64_t rows, int64_t panel, int64_t last,
-                              TileSums* memory, Also& also) {
+                              TileSums* memory) {
   const int64_t tiles = ceil_div(rows, kTwoTiles), steps = args.in_features / kTileInputs;
   const int64_t parts = memory ? max(1, (args.in_features + kPartInputs / 2) / kPartInputs) : 1;
   const auto panel_at = [&](int64_t p) { return args.panels + p * kPanel * args.in_features; };
@@ -103,15 +93,13 @@ inline void multiply_in_tiles(const LinearArgs& args, int64_t first, int64_t row
           if (tiles == 1) {
             // The rows of two tiles fill the first-level cache, and are read again with each panel.
             constexpr bool kKeepsRows = Heights == 2;
-            SamePanelAhead<kKeepsRows, Also> ahead = {reinterpret_cast<const char*>(own.panel) + kLinesAhead, also};
+            SamePanelAhead<kKeepsRows> ahead = {reinterpret_cast<const char*>(own.panel) + kLinesAhead};
             own.add<Heights, kKeepsRows>(first + in.row, in.num, ahead);
-            also = ahead.also;
           } else {
             const int64_t bytes = (end - begin) / 2 * kPairBytes;
-            NextPartAhead<Also> ahead = {reinterpret_cast<const char*>(next) + bytes * tile / tiles,
-                                         ceil_div(kStepBytes, tiles), also};
+            NextPartAhead ahead = {reinterpret_cast<const char*>(next) + bytes * tile / tiles,
+                                   ceil_div(kStepBytes, tiles)};
             own.add<Heights, false>(first + in.row, in.num, ahead);
-            also = ahead.also;
           }
           store_tiles<Heights>(*kept);
           if (!is_last_part) return;
@@ -132,11 +120,10 @@ inline void linear_in_tiles(const LinearArgs& args) {
   const int64_t tiles = ceil_div(block_rows, kTwoTiles);
   run(row_blocks * groups, [&](int64_t task) {
     const Tiles registers(args.rows);
-    Nothing nothing;
     const int64_t block = task / groups, first = args.rows * block / row_blocks;
     const int64_t panel = panels * (task % groups) / groups, last = panels * (task % groups + 1) / groups;
     const int64_t floats = panels_at_once * tiles * sizeof(TileSums) / sizeof(float);
     auto* memory = tiles > 2 ? reinterpret_cast<TileSums*>(scratch(floats)) : nullptr;
-    multiply_in_tiles(args, first, args.rows * (block + 1) / row_blocks - first, panel, last, memory, nothing);
+    multiply_in_tiles(args, first, args.rows * (block + 1) / row_blocks - first, panel, last, memory);
   });
 }

@@ -84,7 +84,7 @@ void lora_add_(Tensors outs, const Tensor& x, Tensors a_rows, Tensors b_rows, Te
 }
 
 bool linear_lora_pays(const Tensor& x, const LoraStep& step) {
-  return kFewestRows <= rows_in(x) && rows_in(x) <= kMostRows &&
+  return active->has_slow_products && kFewestRows <= rows_in(x) && rows_in(x) <= kMostRows &&
          entries_of<int32_t>(step.counts, "counts")[2] >= kFewestTiles;
 }
 

@@ -51,6 +51,10 @@ struct LoraTile {
 
   int64_t rank(const LoraSiteArgs& site) const { return args.ranks[slot * args.table_sites + site.index]; }
 
+  float scale(const LoraSiteArgs& site, int64_t i) const {
+    return args.scales[slot * args.table_sites + site.index] * (args.row_scales ? args.row_scales[first + i] : 1.0f);
+  }
+
   // The pool's row of an adapter's rank row.
   int64_t pool_row(const LoraSiteArgs& site, int64_t j) const {
     const int64_t page = args.pages[(slot * args.groups + site.group) * args.max_pages + j / kPageRows];
@@ -157,9 +161,8 @@ struct LoraTile {
     if constexpr (P::kDepth == 2) if (packed) multiply_packed<Y, AsksForB>(site, hidden, stride, packed, memory);
 #endif
     if (!packed) multiply_rows<Y, AsksForB>(site, hidden, stride, memory);
-    const float scale = args.scales[slot * args.table_sites + site.index];
     for (int64_t i = 0; i < count; ++i) {
-      const Vec factor = set1(args.row_scales ? scale * args.row_scales[first + i] : scale);
+      const Vec factor = set1(scale(site, i));
       for (int64_t j = i * stride; j < (i + 1) * stride; j += kLanes) store(hidden + j, mul(load(hidden + j), factor));
     }
   }
@@ -362,13 +365,16 @@ void list_pieces(const LoraArgs& args, const LoraArgs* next, int64_t begin, int6
   }
 }
 
+#include "lora_few.h"
+
 void lora_add(const LoraArgs& args) {
-  run(args.num_tiles, [&](int64_t tile) {
+  run(args.num_tiles, [&](int64_t number) {
     with_dtype(args.dtype, [&]<typename T>() {
-      const int32_t* own = args.tiles + 3 * tile;
-      if (tile + 1 == args.num_tiles) return LoraTile<T>(args, own).run(nullptr);
-      const LoraTile<T> next(args, own + 3);
-      LoraTile<T>(args, own).run(&next);
+      const bool is_last = number + 1 == args.num_tiles;
+      const LoraTile<T> tile(args, args.tiles + 3 * number), next(args, args.tiles + 3 * (is_last ? number : number + 1));
+      if constexpr (kHasTiles)
+        if (tile.is_direct()) return add_to_few(tile, is_last ? nullptr : &next);
+      tile.run(is_last ? nullptr : &next);
     });
   });
 }

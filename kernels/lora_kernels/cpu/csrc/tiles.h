@@ -165,7 +165,6 @@ constexpr int kTileVecs = kLanes == 16 ? 4 : 2;
 constexpr int kTileCols = kTileVecs * kLanes;
 
 struct Nothing {
-  static constexpr int64_t lines = 0;  // as PiecesAhead
   void operator()() const {}
 };
 
