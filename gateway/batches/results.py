@@ -6,6 +6,7 @@ earlier without knowing that it was thought dead, counts once.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
@@ -73,6 +74,7 @@ class Results:
         self._num_parts = 0
         self._waiting: list[Answer] = []
         self._num_bytes = 0
+        self._writing = asyncio.Lock()
         self.tally = Tally()
 
     async def load(self) -> None:
@@ -95,7 +97,14 @@ class Results:
             self._num_bytes += len(answer.line)
 
     async def flush(self) -> list[int]:
-        """Write what waits. Returns the numbers of these lines, whose answers cannot be lost any more."""
+        """Write what waits. Returns the numbers of these lines, whose answers cannot be lost any more.
+
+        Whoever calls it while another does waits until that one has ended, lest the files are made without its answers.
+        """
+        async with self._writing:
+            return await self._write_waiting()
+
+    async def _write_waiting(self) -> list[int]:
         answers, self._waiting, self._num_bytes = self._waiting, [], 0
         if not answers:
             return []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from gateway.batches.results import Results, answer_of
@@ -25,3 +27,32 @@ async def test_a_gateway_that_takes_its_batch_up_again_keeps_its_answers(tmp_pat
     assert await again.flush() == [1]
     assert [b'"zero"' in line for line in await written(again)] == [True, False]
     assert (again.tally.completed, len(await written(again))) == (2, 2)
+
+
+class SlowStorage(FolderStorage):
+    """Begins to write when it may."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.is_asked = asyncio.Event()
+        self.may_write = asyncio.Event()
+
+    async def write(self, name: str, chunks: AsyncIterator[bytes]) -> int:
+        self.is_asked.set()
+        await self.may_write.wait()
+        return await super().write(name, chunks)
+
+
+async def test_who_flushes_beside_another_waits_for_what_that_one_writes(tmp_path: Path) -> None:
+    storage = SlowStorage(tmp_path)
+    results = Results(storage, "batch_1", 1)
+    results.add(answer_of(0, "c0", 200, "", b"{}"))
+    first = asyncio.create_task(results.flush())
+    await storage.is_asked.wait()
+    second = asyncio.create_task(results.flush())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert not second.done()  # else an output file could be made without the answer
+    storage.may_write.set()
+    assert (await first, await second) == ([0], [])
+    assert b"".join([chunk async for chunk in results.file("output")]).count(b'"custom_id":"c0"') == 1
