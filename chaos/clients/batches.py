@@ -33,9 +33,10 @@ class BatchClient:
         await self._http.close()
 
     async def run(self, num_lines: int, rng: random.Random) -> list[str] | None:
-        """Run a batch. Returns all that is wrong with it; None when the queue does not know it any more.
+        """Run a batch. Returns all that is wrong with it; None when the queue does not know it or its file any more.
 
-        A queue that has lost its last second may have lost a batch that was just made.
+        A queue that has lost its last second may have lost a batch that was just made, or the file that it is to read:
+        between a gateway's look for the file and its write of the batch, when the batch fails for want of it.
         """
         asks = [rng.choice(list(self._expected)) for _ in range(num_lines)]
         lines = [
@@ -54,6 +55,9 @@ class BatchClient:
                     return None if "no batch" in batch["error"] or "no file" in batch["error"] else [batch["error"]]
                 await asyncio.sleep(POLL_S)
                 batch = await self._http.ask("GET", f"/v1/batches/{batch['id']}")
+            if batch["status"] == "failed" and [one["code"] for one in batch["errors"]["data"]] == ["file_not_found"]:
+                self.ended.add(("batch.failed", batch["id"]))
+                return None
             is_whole = batch["status"] == "completed" and batch["request_counts"] == {
                 "total": num_lines, "completed": num_lines, "failed": 0
             }  # fmt: skip
