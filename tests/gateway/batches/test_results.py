@@ -30,7 +30,7 @@ async def test_a_gateway_that_takes_its_batch_up_again_keeps_its_answers(tmp_pat
 
 
 class SlowStorage(FolderStorage):
-    """Begins to write when it may."""
+    """A folder to which nothing is written before `may_write` is set."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -50,9 +50,9 @@ async def test_who_flushes_beside_another_waits_for_what_that_one_writes(tmp_pat
     first = asyncio.create_task(results.flush())
     await storage.is_asked.wait()
     second = asyncio.create_task(results.flush())
-    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # the second begins
     await asyncio.sleep(0)
     assert not second.done()  # else an output file could be made without the answer
     storage.may_write.set()
     assert (await first, await second) == ([0], [])
-    assert b"".join([chunk async for chunk in results.file("output")]).count(b'"custom_id":"c0"') == 1
+    assert [b'"custom_id":"c0"' in line for line in await written(results)] == [True]

@@ -64,7 +64,7 @@ struct NextPartAhead {
   int64_t bytes;  // for each step
 
   void operator()() {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
+    prefetch_to_second_level(at, bytes);
     at += bytes;
   }
 };

@@ -8,8 +8,6 @@
 constexpr int64_t kBytesAhead = 8192;  // between what is read and what is asked for
 constexpr int kRankRows = 4;           // whose totals are added up together
 
-inline void ask_second_level(const char* from) { __builtin_prefetch(from, 0, 2); }
-
 // Where the rows of a tile's sites and, behind them, the next tile's lie, in the order in which they are read.
 template <typename T>
 struct RowsAhead {
@@ -19,14 +17,15 @@ struct RowsAhead {
   const char *at = nullptr, *end = nullptr;
 
   RowsAhead(const LoraTile<T>& first, const LoraTile<T>* second) : tile(&first), next(second) {
-    for (int64_t bytes = kBytesAhead; bytes > 0 && (at < end || find_page()); bytes -= 64, at += 64) ask_second_level(at);
+    for (int64_t bytes = kBytesAhead; bytes > 0 && (at < end || find_page()); bytes -= 64, at += 64)
+      prefetch_to_second_level(at, 64);
   }
 
   // Returns what is to be asked for, so many bytes of a page, while as many are read; `read` itself behind the last page.
   template <typename Y>
   const char* take(const Y* read, int64_t bytes) {
     if (end - at < bytes) {
-      for (; at < end; at += 64) ask_second_level(at);
+      prefetch_to_second_level(at, end - at);
       if (!find_page()) return reinterpret_cast<const char*>(read);
     }
     at += bytes;
@@ -65,10 +64,10 @@ inline Vec dot(const T* x, const Y* y, int64_t depth, const char* next) {
   };
   int64_t k = 0;
   for (; k + kChains * kStep <= depth; k += kChains * kStep, next += kBytes) {
-    for (int64_t i = 0; i < kBytes; i += 64) ask_second_level(next + i);
+    prefetch_to_second_level(next, kBytes);
     for (int64_t c = 0; c < kChains; ++c) acc[c] = add_step(k + c * kStep, acc[c]);
   }
-  for (int64_t i = k * sizeof(Y), end = depth * sizeof(Y); i < end; i += 64, next += 64) ask_second_level(next);
+  prefetch_to_second_level(next, (depth - k) * sizeof(Y));
   for (int64_t c = 0; k + kStep <= depth; k += kStep, ++c) acc[c] = add_step(k, acc[c]);
   for (; k < depth; k += kLanes) {
     const int64_t n = min(kLanes, depth - k);
@@ -114,8 +113,7 @@ inline void add_few(const LoraTile<T>& tile, const LoraSiteArgs& site, const flo
         Vec factors[Num];
         for (int r = 0; r < Num; ++r) factors[r] = set1(hidden[i * stride + j + r]);
         each_vector(width, [&](int64_t col, auto n) {
-          for (int64_t k = 0, bytes = Num * n * sizeof(Y); k < bytes; k += 64)
-            ask_second_level(next + Num * col * sizeof(Y) + k);
+          prefetch_to_second_level(next + Num * col * sizeof(Y), Num * n * sizeof(Y));
           Vec total = is_first ? zero() : load(own + col);
           for (int r = 0; r < Num; ++r) total = fma(factors[r], load_n(b + r * width + col, n), total);
           if (is_last)

@@ -45,6 +45,10 @@ inline void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) prefetch_line(static_cast<const char*>(from) + i);
 }
 
+inline void prefetch_to_second_level(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, 0, 2);
+}
+
 // Bytes between weights that are read, what is prefetched of them, and their pages that are touched.
 constexpr int64_t kLinesAhead = 8192, kPagesAhead = 32768;
 
