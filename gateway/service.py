@@ -31,12 +31,13 @@ from gateway.books.usage_routes import UsageEndpoints
 from gateway.calls import observe
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.replies import Replies
+from gateway.console.routes import ConsolePages
 from gateway.encoders.routes import EncoderEndpoints
 from gateway.files.files import FileService
 from gateway.files.place import open_storage
 from gateway.files.routes import FileEndpoints
 from gateway.grammars.check import GrammarCheck
-from gateway.http.app import DISCARDED_BODIES, Envelope, build_app
+from gateway.http.app import DISCARDED_BODIES, Envelope, Handlers, build_app
 from gateway.http.connection import ConnectionLimits
 from gateway.http.routes import Endpoints
 from gateway.http.server import BACKLOG, HttpServer, allow_connections
@@ -150,7 +151,7 @@ async def _serve(
         batch_wake = asyncio.Event()
         outside = Outside(private=settings.private_webhooks)
         sender = WebhookSender(bus, replies.gid, outside, secret, timings.webhooks)
-        app, inner = build_app(
+        handlers = Handlers(
             endpoints, native, operators, encoders, tokenizers, ollama,
             FileEndpoints(uploads, settings.max_file_bytes),
             BatchEndpoints(BatchService(bus, uploads, settings), batch_wake.set),
@@ -158,9 +159,9 @@ async def _serve(
             ConversationEndpoints(conversations),
             WebhookRoutes(WebhookService(bus, outside, sender, secret)),
             RequestEndpoints(endpoints, pipeline), FleetEndpoints(bus, settings), UsageEndpoints(bus.usage),
-            AuditEndpoints(bus.audit),
-            settings, admission, memory, keys, secret,
+            AuditEndpoints(bus.audit), ConsolePages(),
         )  # fmt: skip
+        app, inner = build_app(handlers, settings, admission, memory, keys, secret)
         means = BatchMeans(bus, replies.gid, uploads, storage, settings, inner, timings.batches)
         runner = BatchRunner(means, batch_wake)
         with listen(settings.host, settings.port) as listener:

@@ -18,6 +18,7 @@ from gateway.auth.callers import caller_of
 from gateway.bodies.parameter_check import JsonBody
 from gateway.books.audit import AuditedRoute, about
 from gateway.http import openapi
+from gateway.http.access import ADAPTERS, ADMIN, ADMIN_FILE, READ_ADAPTERS, Routes
 from gateway.http.paths import UPLOAD
 from gateway.http.routes import json_response
 from protocol.wire.errors import BadRequest, Conflict, NotFound, Unavailable
@@ -204,19 +205,19 @@ class OperatorEndpoints:
 
 def add_operator_routes(app: FastAPI, endpoints: OperatorEndpoints) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = AuditedRoute
-    app.get("/v1/adapters", responses=openapi.PAGE)(endpoints.list)
-    app.post("/v1/adapters", responses=openapi.REGISTERED)(endpoints.register)
-    app.post(UPLOAD, responses=openapi.REGISTERED, openapi_extra=openapi.ZIP)(endpoints.upload)
-    for what, handler in (
-        ("preload", endpoints.preload), ("refresh", endpoints.refresh), ("pin", endpoints.pin),
-        ("unpin", endpoints.unpin), ("evict", endpoints.evict),
+    routes = Routes(app, AuditedRoute)
+    routes.get("/v1/adapters", READ_ADAPTERS, responses=openapi.PAGE)(endpoints.list)
+    routes.post("/v1/adapters", ADAPTERS, responses=openapi.REGISTERED)(endpoints.register)
+    routes.post(UPLOAD, ADMIN_FILE, responses=openapi.REGISTERED, openapi_extra=openapi.ZIP)(endpoints.upload)
+    for what, handler, access in (
+        ("preload", endpoints.preload, ADAPTERS), ("refresh", endpoints.refresh, ADAPTERS),
+        ("pin", endpoints.pin, ADMIN), ("unpin", endpoints.unpin, ADMIN), ("evict", endpoints.evict, ADMIN),
     ):  # fmt: skip
-        app.post(f"/v1/adapters/{{name:path}}/{what}", responses=openapi.LATER)(handler)
-    app.get("/v1/adapters/{name:path}")(endpoints.get)
-    app.delete("/v1/adapters/{name:path}", responses=openapi.LATER)(endpoints.unload)
-    app.post("/v1/load_lora_adapter", response_class=openapi.PlainText)(endpoints.load_lora)
-    app.post("/v1/unload_lora_adapter", response_class=openapi.PlainText)(endpoints.unload_lora)
+        routes.post(f"/v1/adapters/{{name:path}}/{what}", access, responses=openapi.LATER)(handler)
+    routes.get("/v1/adapters/{name:path}", READ_ADAPTERS)(endpoints.get)
+    routes.delete("/v1/adapters/{name:path}", ADAPTERS, responses=openapi.LATER)(endpoints.unload)
+    routes.post("/v1/load_lora_adapter", ADAPTERS, response_class=openapi.PlainText)(endpoints.load_lora)
+    routes.post("/v1/unload_lora_adapter", ADAPTERS, response_class=openapi.PlainText)(endpoints.unload_lora)
 
 
 def _freed(freed: Freed) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.calls.parse import Models, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.http import openapi
+from gateway.http.access import CALL, TEXT, Routes
 from gateway.http.paths import COUNT_TOKENS, MESSAGES
 from gateway.http.routes import Endpoints, sent_of
 from gateway.overload import large
@@ -69,6 +70,6 @@ class AnthropicEndpoints:
 
 def add_anthropic_routes(app: FastAPI, anthropic: AnthropicEndpoints) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = JsonRoute
-    app.post(MESSAGES, responses=openapi.MESSAGES)(anthropic.messages)
-    app.post(COUNT_TOKENS, responses=openapi.COUNTED)(anthropic.count_tokens)
+    routes = Routes(app, JsonRoute)
+    routes.post(MESSAGES, CALL, responses=openapi.MESSAGES)(anthropic.messages)
+    routes.post(COUNT_TOKENS, TEXT, responses=openapi.COUNTED)(anthropic.count_tokens)

@@ -94,16 +94,25 @@ class Caller:
             raise PermissionDenied(f"only the scope admin may name a tenant, as {asked!r:.100} here")
         return self.name
 
-    def require(self, scope: str) -> None:
-        """Raise PermissionDenied unless the key has a scope, or the scope `admin`."""
-        if scope not in self.scopes and not self.is_admin:
+    def require(self, *scopes: str) -> None:
+        """Raise PermissionDenied unless the key has one of these scopes, or the scope `admin`."""
+        if not self.is_admin and not any(scope in self.scopes for scope in scopes):
             raise PermissionDenied(
-                f"this needs a key with the scope {scope}; the one given has {', '.join(self.scopes)}",
+                f"this needs a key with the scope {' or '.join(scopes)}; the one given has {', '.join(self.scopes)}",
                 code="insufficient_scope",
             )
 
+    def require_names_of(self, tenant: str) -> None:
+        """Raise PermissionDenied unless the caller may change the adapters of a tenant, "" for everybody's."""
+        self.require("adapters")
+        if tenant != self.name:
+            self.require("admin")
+
 
 EVERYBODY = Caller()
+
+NOBODY = Caller(scopes=())
+"""Who asks without a key, where the fleet has keys, for what needs none."""
 
 
 def caller_of(request: Request) -> Caller:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Scope
 
 from gateway.auth.callers import CALLER, Caller
+from gateway.http.access import MATCH, RouteTable
 from gateway.http.errors import is_failure
 from gateway.http.sse import RAW_SEND
 
@@ -38,9 +39,10 @@ class CallAnswer:
 class InnerCalls:
     """Asks the endpoints of this gateway."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        """`app`: what is behind authentication."""
+    def __init__(self, app: ASGIApp, table: RouteTable) -> None:
+        """`app`: what is behind authentication. `table`: its routes."""
         self._app = app
+        self._table = table
 
     async def post(self, path: str, body: bytes, caller: Caller, key: str) -> CallAnswer:
         """Return the response to a body, JSON, that was sent with an Idempotency-Key.
@@ -54,7 +56,7 @@ class InnerCalls:
                 (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body)),
                 (b"idempotency-key", key.encode()),
             ],
-            CALLER: caller,
+            CALLER: caller, MATCH: self._table.match("POST", path),
         }  # fmt: skip
         start: Message = {}
         request_id = f"req_{uuid.uuid4().hex}"

@@ -13,6 +13,7 @@ from gateway.batches.batches import BatchService, view
 from gateway.batches.bodies import BatchRequest
 from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.http import openapi
+from gateway.http.access import INFER, Routes
 from gateway.http.paths import BATCHES
 
 
@@ -47,8 +48,8 @@ class BatchEndpoints:
 
 def add_batch_routes(app: FastAPI, batches: BatchEndpoints) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = JsonRoute
-    app.post(BATCHES, responses=openapi.BATCH)(batches.create)
-    app.get(BATCHES, responses=openapi.PAGE)(batches.list)
-    app.get(f"{BATCHES}/{{batch_id}}", responses=openapi.BATCH)(batches.batch)
-    app.post(f"{BATCHES}/{{batch_id}}/cancel", responses=openapi.BATCH)(batches.cancel)
+    routes = Routes(app, JsonRoute)
+    routes.post(BATCHES, INFER, responses=openapi.BATCH)(batches.create)
+    routes.get(BATCHES, INFER, responses=openapi.PAGE)(batches.list)
+    routes.get(f"{BATCHES}/{{batch_id}}", INFER, responses=openapi.BATCH)(batches.batch)
+    routes.post(f"{BATCHES}/{{batch_id}}/cancel", INFER, responses=openapi.BATCH)(batches.cancel)

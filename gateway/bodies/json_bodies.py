@@ -14,12 +14,14 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from gateway.auth.callers import caller_of
 from gateway.bodies import json_values
 from gateway.bodies.json_slices import dumps, has_rows, slices
 from gateway.bodies.parameter_check import IGNORED_HEADER, JsonBody, check_parameters
+from gateway.http.access import MATCH, Access
 from gateway.http.errors import ERROR_SHAPE, OPENAI_ERRORS
 from gateway.http.paths import OPENAI_FORMS
 from gateway.overload.large import working
@@ -68,8 +70,17 @@ class JsonRoute(APIRoute):
     any_type = False
     """Whether a body is taken for JSON whatever its content type says."""
 
-    def __init__(self, path: str, endpoint: Handler, **options: Any) -> None:
+    def __init__(self, path: str, endpoint: Handler, *, access: Access, **options: Any) -> None:
+        """`access`: what it asks of its callers. The rest is FastAPI's."""
+        self.access = access
         super().__init__(path, _checked(endpoint), **options)
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Match the requests that were found to be this route's, whatever their path: nothing else was checked."""
+        found = scope.get(MATCH)
+        if found is None or found.route is not self:
+            return Match.NONE, {}
+        return Match.FULL, {"endpoint": self.endpoint, "path_params": dict(found.params), "route": self}
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return the handler."""
@@ -107,7 +118,7 @@ def _checked(endpoint: Handler) -> Handler:
         settings: Settings = request.app.state.settings
         ignored = check_parameters(body, settings.unknown_parameters)
         if ignored:
-            logger.warning("%s is served without %s", request.url.path, ignored)
+            logger.warning("%s is served without %s", request.scope["path"], ignored)
             caller_of(request).headers[IGNORED_HEADER] = ignored
         return await endpoint(request=request, body=body, **others)
 

@@ -10,6 +10,7 @@ from starlette.responses import Response
 
 from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.http import openapi
+from gateway.http.access import ADMIN, Routes
 from gateway.http.list_page import list_page
 from gateway.http.paths import AUDIT
 from protocol.queue.books.audit import AuditEntry, AuditLog
@@ -41,5 +42,5 @@ def _view(entry_id: str, entry: AuditEntry) -> dict[str, Any]:
 
 def add_audit_routes(app: FastAPI, endpoints: AuditEndpoints) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = JsonRoute
-    app.get(AUDIT, responses=openapi.PAGE)(endpoints.list)
+    routes = Routes(app, JsonRoute)
+    routes.get(AUDIT, ADMIN, responses=openapi.PAGE)(endpoints.list)

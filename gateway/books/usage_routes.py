@@ -12,6 +12,7 @@ from gateway.auth.callers import Caller, caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.books.usage import GROUPS, NOT_COUNTED, Day, Query, check_number, csv_text, day_of_page, page
 from gateway.http import openapi
+from gateway.http.access import INFER, Routes
 from protocol.queue.books.usage import DAY_S, Usage
 from protocol.wire.clock import now_ms
 from protocol.wire.errors import BadRequest, PermissionDenied
@@ -115,9 +116,9 @@ def _wants_csv(request: Request) -> bool:
 
 def add_usage_routes(app: FastAPI, endpoints: UsageEndpoints) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = JsonRoute
+    routes = Routes(app, JsonRoute)
     for path in PATHS:
-        app.get(path, responses=openapi.USAGE, openapi_extra={"parameters": _parameters()})(endpoints.usage)
+        routes.get(path, INFER, responses=openapi.USAGE, openapi_extra={"parameters": _parameters()})(endpoints.usage)
 
 
 def _parameters() -> list[dict[str, Any]]:

@@ -13,6 +13,8 @@ from pathlib import Path
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from gateway.bodies.json_bodies import JsonRoute
+from gateway.http.access import OPEN, Routes
 from gateway.http.paths import CONSOLE
 from protocol.wire.errors import NotFound
 
@@ -92,5 +94,6 @@ class ConsolePages:
 
 def add_console(app: FastAPI, pages: ConsolePages) -> None:
     """Bind paths to handlers. They are no part of the API, so its description has none of them."""
-    app.get(CONSOLE, include_in_schema=False)(pages.enter)
-    app.get(f"{CONSOLE}/{{name:path}}", include_in_schema=False)(pages.file)
+    routes = Routes(app, JsonRoute)
+    routes.get(CONSOLE, OPEN, include_in_schema=False)(pages.enter)
+    routes.get(f"{CONSOLE}/{{name:path}}", OPEN, include_in_schema=False)(pages.file)

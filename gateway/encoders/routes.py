@@ -22,6 +22,7 @@ from gateway.encoders.bodies import (
 )
 from gateway.encoders.calls import EncoderCalls
 from gateway.http import openapi
+from gateway.http.access import CALL, Routes
 from gateway.http.errors import OPENAI_ERRORS
 from gateway.http.paths import CLASSIFY, EMBEDDINGS, RERANK, SCORE
 from gateway.http.routes import Endpoints, sent_of
@@ -71,18 +72,18 @@ class EncoderEndpoints:
 
 
 async def _sent(request: Request) -> Sent:
-    return await sent_of(request.url.path, request)
+    return await sent_of(request.scope["path"], request)
 
 
 def add_encoder_routes(app: FastAPI, encoders: EncoderEndpoints) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = JsonRoute
-    app.post(EMBEDDINGS, responses=openapi.EMBEDDINGS)(encoders.embeddings)
-    app.post("/embed", responses=openapi.EMBEDDING)(encoders.embed)
-    app.post("/classify", responses=openapi.ENTITIES)(encoders.classify)
-    app.post(CLASSIFY, responses=openapi.LABELS)(encoders.labels)
+    routes = Routes(app, JsonRoute)
+    routes.post(EMBEDDINGS, CALL, responses=openapi.EMBEDDINGS)(encoders.embeddings)
+    routes.post("/embed", CALL, responses=openapi.EMBEDDING)(encoders.embed)
+    routes.post("/classify", CALL, responses=openapi.ENTITIES)(encoders.classify)
+    routes.post(CLASSIFY, CALL, responses=openapi.LABELS)(encoders.labels)
     for path in RERANK:
-        app.post(path, responses=openapi.RANKS)(encoders.rerank)
+        routes.post(path, CALL, responses=openapi.RANKS)(encoders.rerank)
     for path in SCORE:
-        app.post(path, responses=openapi.SCORES)(encoders.score)
-    app.post("/classify_batch", responses=openapi.ENTITIES_OF_SEVERAL)(encoders.classify_batch)
+        routes.post(path, CALL, responses=openapi.SCORES)(encoders.score)
+    routes.post("/classify_batch", CALL, responses=openapi.ENTITIES_OF_SEVERAL)(encoders.classify_batch)

@@ -15,6 +15,7 @@ from gateway.bodies.json_bodies import JsonRoute, disconnected, json_response
 from gateway.files.files import FileService, view
 from gateway.files.upload import UploadedForm
 from gateway.http import openapi
+from gateway.http.access import FILE, INFER, Routes
 from gateway.http.paths import FILES
 from protocol.wire import messages as m
 
@@ -86,9 +87,9 @@ class FileContent(Response):
 
 def add_file_routes(app: FastAPI, files: FileEndpoints) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = JsonRoute
-    app.post(FILES, responses=openapi.FILE, openapi_extra=openapi.UPLOAD)(files.upload)
-    app.get(FILES, responses=openapi.PAGE)(files.list)
-    app.get(f"{FILES}/{{file_id}}", responses=openapi.FILE)(files.file)
-    app.get(f"{FILES}/{{file_id}}/content", responses=openapi.CONTENT)(files.content)
-    app.delete(f"{FILES}/{{file_id}}", responses=openapi.DELETED)(files.delete)
+    routes = Routes(app, JsonRoute)
+    routes.post(FILES, FILE, responses=openapi.FILE, openapi_extra=openapi.UPLOAD)(files.upload)
+    routes.get(FILES, INFER, responses=openapi.PAGE)(files.list)
+    routes.get(f"{FILES}/{{file_id}}", INFER, responses=openapi.FILE)(files.file)
+    routes.get(f"{FILES}/{{file_id}}/content", INFER, responses=openapi.CONTENT)(files.content)
+    routes.delete(f"{FILES}/{{file_id}}", INFER, responses=openapi.DELETED)(files.delete)

@@ -1,6 +1,7 @@
 """The ASGI application: the routes, and what wraps them.
 
-From the outside in: envelope, browsers, CORS, admission, authentication, memory, large bodies, calls.
+From the outside in: envelope, browsers, CORS, admission, authentication, memory, large bodies, calls. The envelope
+finds the route of a request, and everything within goes by it (`access.py`).
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import logging
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.adapters.operator_routes import OperatorEndpoints, add_operator_routes
@@ -24,6 +27,7 @@ from gateway.auth.callers import CALLER
 from gateway.batches.calls import InnerCalls
 from gateway.batches.routes import BatchEndpoints, add_batch_routes
 from gateway.bodies.fields import REQUEST_ID
+from gateway.bodies.json_bodies import JsonRoute
 from gateway.bodies.parameter_check import IGNORED_HEADER
 from gateway.books.audit_routes import AuditEndpoints, add_audit_routes
 from gateway.books.usage_routes import UsageEndpoints, add_usage_routes
@@ -33,10 +37,11 @@ from gateway.console.routes import ConsolePages, add_console
 from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
 from gateway.files.routes import FileEndpoints, add_file_routes
 from gateway.http import openapi
+from gateway.http.access import API_PAGE, MATCH, Match, Routes, RouteTable, normal_path
 from gateway.http.direct import DirectCalls
 from gateway.http.errors import REFUSALS_OF, REQUEST_ID_OF, add_handlers, is_failure
 from gateway.http.headers import header_of
-from gateway.http.paths import FILES, GENERATION_PATHS, LARGE_BODY_PATHS, SMALL_BODY_BYTES, UPLOAD
+from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.http.routes import Endpoints, add_routes
 from gateway.http.shapes import shape_of, speaks_anthropic
 from gateway.http.sse import RAW_SEND
@@ -57,7 +62,7 @@ from protocol.queue.books.api_keys import ApiKeys
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.settings import Settings, names_of
 from protocol.runtime.tracing import TRACE_ID, TRACING
-from protocol.wire.errors import Internal, Overloaded, Unavailable
+from protocol.wire.errors import BadRequest, Internal, Overloaded, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -73,23 +78,63 @@ EXPOSED_HEADERS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Handlers:
+    """What answers: an object for each module of routes."""
+
+    endpoints: Endpoints
+    native: NativeEndpoints
+    operators: OperatorEndpoints
+    encoders: EncoderEndpoints
+    tokenizers: TokenizerEndpoints
+    ollama: OllamaEndpoints
+    files: FileEndpoints
+    batches: BatchEndpoints
+    anthropic: AnthropicEndpoints
+    responses: ResponseEndpoints
+    conversations: ConversationEndpoints
+    webhooks: WebhookRoutes
+    requests: RequestEndpoints
+    fleet: FleetEndpoints
+    usage: UsageEndpoints
+    audit: AuditEndpoints
+    console: ConsolePages
+
+
+def routed(handlers: Handlers) -> FastAPI:
+    """Return the routes of a gateway."""
+    # Without redirects to URLs with or without a slash: the one place where paths are read takes both.
+    app = FastAPI(
+        title="Lorafleet", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False,
+        responses=openapi.OPENAI,
+    )  # fmt: skip
+    add_routes(app, handlers.endpoints)
+    add_native_routes(app, handlers.native)
+    add_operator_routes(app, handlers.operators)
+    add_encoder_routes(app, handlers.encoders)
+    add_tokenizer_routes(app, handlers.tokenizers)
+    add_ollama_routes(app, handlers.ollama)
+    add_file_routes(app, handlers.files)
+    add_batch_routes(app, handlers.batches)
+    add_anthropic_routes(app, handlers.anthropic)
+    add_response_routes(app, handlers.responses)
+    add_conversation_routes(app, handlers.conversations)
+    add_webhook_routes(app, handlers.webhooks)
+    add_request_routes(app, handlers.requests)
+    add_fleet_routes(app, handlers.fleet)
+    add_usage_routes(app, handlers.usage)
+    add_console(app, handlers.console)
+    add_audit_routes(app, handlers.audit)
+
+    async def api_page() -> Response:
+        return JSONResponse(app.openapi())
+
+    Routes(app, JsonRoute).get("/openapi.json", API_PAGE, include_in_schema=False)(api_page)
+    return app
+
+
 def build_app(
-    endpoints: Endpoints,
-    native: NativeEndpoints,
-    operators: OperatorEndpoints,
-    encoders: EncoderEndpoints,
-    tokenizers: TokenizerEndpoints,
-    ollama: OllamaEndpoints,
-    files: FileEndpoints,
-    batches: BatchEndpoints,
-    anthropic: AnthropicEndpoints,
-    responses: ResponseEndpoints,
-    conversations: ConversationEndpoints,
-    webhooks: WebhookRoutes,
-    requests: RequestEndpoints,
-    fleet: FleetEndpoints,
-    usage: UsageEndpoints,
-    audit: AuditEndpoints,
+    handlers: Handlers,
     settings: Settings,
     admission: Admission,
     memory: MemoryAccount,
@@ -98,33 +143,17 @@ def build_app(
 ) -> tuple[Envelope, InnerCalls]:
     """Return the application, and the way to ask it from within.
 
-    `keys`: None where the fleet asks for none. `secret`: the fleet's, None without one.
+    `keys`: None where the fleet asks for none. `secret`: the fleet's, None without one. Raises TypeError for a route
+    that does not say who may ask it.
     """
-    app = FastAPI(title="Lorafleet", docs_url=None, redoc_url=None, responses=openapi.OPENAI)
+    app = routed(handlers)
     app.state.settings = settings
-    app.state.audit = audit.log
+    app.state.audit = handlers.audit.log
     add_handlers(app, shape_of)
-    add_routes(app, endpoints)
-    add_native_routes(app, native)
-    add_operator_routes(app, operators)
-    add_encoder_routes(app, encoders)
-    add_tokenizer_routes(app, tokenizers)
-    add_ollama_routes(app, ollama)
-    add_file_routes(app, files)
-    add_batch_routes(app, batches)
-    add_anthropic_routes(app, anthropic)
-    add_response_routes(app, responses)
-    add_conversation_routes(app, conversations)
-    add_webhook_routes(app, webhooks)
-    add_request_routes(app, requests)
-    add_fleet_routes(app, fleet)
-    add_usage_routes(app, usage)
-    add_console(app, ConsolePages())
-    add_audit_routes(app, audit)
+    table = RouteTable(app.routes, open_pages=settings.open_pages)
     bodies = LargeBodies(DirectCalls(app, shape_of), shape_of)
     charged = Charged(bodies, memory, shape_of, settings.max_body_bytes)
-    authentication = Authentication(charged, keys, shape_of, secret, open_pages=settings.open_pages)
-    guarded: ASGIApp = Admitted(authentication, admission)
+    guarded: ASGIApp = Admitted(Authentication(charged, keys, shape_of, secret), admission)
     origins = names_of(settings.cors_origins)
     if origins:
         guarded = CORSMiddleware(
@@ -132,7 +161,7 @@ def build_app(
         )
     if keys is None:
         guarded = Browsers(guarded, settings, shape_of)
-    return Envelope(guarded, settings), InnerCalls(charged)
+    return Envelope(guarded, settings, table), InnerCalls(charged, table)
 
 
 class Admitted:
@@ -144,7 +173,7 @@ class Admitted:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with 429."""
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in GENERATION_PATHS:
+        if scope["type"] != "http" or scope[MATCH].kind != "call":
             await self._app(scope, receive, send)
             return
         try:
@@ -157,10 +186,12 @@ class Admitted:
 
 
 class Envelope:
-    """Gives every request an id and a limit of its body's size; counts it, measures it, and logs its failure."""
+    """Gives every request its route, an id and a limit of its body's size; counts, measures it, logs its failure."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, table: RouteTable) -> None:
+        """`table`: the routes of `app`."""
         self._app = app
+        self._table = table
         self._max_body_bytes = settings.max_body_bytes
         self._max_form_bytes = settings.max_file_bytes + SMALL_BODY_BYTES
         self._prefix = settings.path_prefix.rstrip("/")
@@ -173,25 +204,29 @@ class Envelope:
         await self._idle.wait()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, without the path's prefix."""
+        """Pass a request on under its one path, or refuse a path that could be read in two ways."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        if self._prefix and f"{scope['path']}/".startswith(f"{self._prefix}/"):
-            scope = {**scope, "path": scope["path"].removeprefix(self._prefix) or "/"}
+        refusal: BadRequest | None = None
+        try:
+            match = self._table.match(scope["method"], normal_path(scope["path"], self._prefix))
+        except BadRequest as error:
+            match, refusal = Match(scope["path"]), error
+        scope = {**scope, MATCH: match, "path": match.path}
         self._num_open += 1
         self._idle.clear()
         HTTP_REQUESTS_OPEN.inc()
         try:
-            await self._answer(scope, receive, send)
+            await self._answer(scope, receive, send, refusal)
         finally:
             HTTP_REQUESTS_OPEN.dec()
             self._num_open -= 1
             if not self._num_open:
                 self._idle.set()
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = scope["headers"]
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, refusal: BadRequest | None) -> None:
+        headers, match = scope["headers"], scope[MATCH]
         given = header_of(headers, b"x-request-id") or ""
         request_id = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         REQUEST_ID_OF.set(request_id)
@@ -222,7 +257,10 @@ class Envelope:
 
         scope[RAW_SEND] = send
         try:
-            await self._app(scope, self._limited(scope["path"], headers, receive), send_marked)
+            if refusal is not None:
+                await shape_of(scope).response(refusal)(scope, receive, send_marked)
+            else:
+                await self._app(scope, self._limited(match, headers, receive), send_marked)
         except asyncio.CancelledError:
             if not status:  # The server is closing and waits no longer; uvicorn would answer in plain text.
                 error = Unavailable("this gateway is shutting down; another one can take it", code="shutting_down")
@@ -241,15 +279,15 @@ class Envelope:
         HTTP_REQUESTS.labels(route, scope["method"], str(status)).inc()
         if status == 429:
             observe.refused(scope[CALLER].owner if CALLER in scope else "", refusals[-1] if refusals else "gateway")
-        if scope["path"] in GENERATION_PATHS and status != 405:
+        if match.kind == "call":
             lorax_metrics.answered(status, time.monotonic() - started_s)
 
-    def _limited(self, path: str, headers: Sequence[tuple[bytes, bytes]], receive: Receive) -> Receive:
+    def _limited(self, match: Match, headers: Sequence[tuple[bytes, bytes]], receive: Receive) -> Receive:
         """Return a `receive` that refuses a body once it has become too large."""
         limit = self._max_body_bytes
-        if path in (FILES, UPLOAD):
+        if match.kind == "file":
             limit = self._max_form_bytes
-        elif path not in LARGE_BODY_PATHS:
+        elif not match.is_large:
             limit = min(limit, SMALL_BODY_BYTES)
         num_bytes = 0
 
@@ -276,7 +314,7 @@ def _trace_of(scope: Scope) -> CallTrace | None:
     if TRACING.tracer is None:
         return None
     trace = None
-    if scope["method"] == "POST" and scope["path"] in GENERATION_PATHS:
+    if scope[MATCH].kind == "call":
         place = TRACING.tracer.begin(header_of(scope["headers"], b"traceparent") or "")
         trace = CallTrace(place) if place is not None else None
     TRACE_OF.set(trace)

@@ -2,7 +2,10 @@
 
 FastAPI describes every route, and serves those that are asked now and then. On the way of a call its wrappers, its
 router and its solver of dependencies would take a fifth of the gateway's time, for nothing that a call needs: its route
-is found by its path, and has one body of one type.
+is known, and has one body of one type.
+
+Here every request comes to its route, also those that a gateway asks of itself for a batch, which do not pass
+authentication. So what the route needs is checked here too.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
+from gateway.auth.callers import CALLER
 from gateway.bodies.json_bodies import JsonRoute, body_value, note_form
+from gateway.http.access import MATCH, Match
 from gateway.http.errors import ShapeOf, is_foreseen, let_go, response_to
 from gateway.http.headers import header_of
-from gateway.http.paths import GENERATION_PATHS
 from gateway.overload.large import working
 from gateway.overload.memory import hold_values
+from protocol.wire.errors import PermissionDenied
 
 
 class DirectCalls:
@@ -36,17 +41,27 @@ class DirectCalls:
         """
         self._app = app
         self._shape_of = shape_of
-        routes = [route for route in app.routes if isinstance(route, JsonRoute) and route.path in GENERATION_PATHS]
-        self._routes = {route.path: route for route in routes if route.body_field is not None}
-        for path, route in self._routes.items():
-            taken = list(inspect.signature(route.endpoint).parameters)
-            if taken != ["body", "request"]:
-                raise TypeError(f"the handler of {path} takes {', '.join(taken)}; calls have body and request")
+        for route in app.routes:
+            if isinstance(route, JsonRoute) and route.access.kind == "call":
+                taken = list(inspect.signature(route.endpoint).parameters)
+                if taken != ["body", "request"]:
+                    raise TypeError(
+                        f"the handler of {route.path} takes {', '.join(taken)}; calls have body and request"
+                    )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        route = self._routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if route is None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        match: Match = scope[MATCH]
+        route = match.route
+        try:
+            match.check(scope[CALLER])
+        except PermissionDenied as error:
+            await self._shape_of(scope).response(error)(scope, receive, send)
+            return
+        if match.kind != "call" or not isinstance(route, JsonRoute):
             await self._app(scope, receive, send)
             return
         scope["app"], scope["route"] = self._app, route  # as FastAPI's router sets them

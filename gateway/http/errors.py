@@ -15,7 +15,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from gateway.http.unknown import NOT_SERVED, methods_of, unknown_url
+from gateway.http.access import MATCH
+from gateway.http.unknown import NOT_SERVED, unknown_url
 from protocol.queue.bus import CONNECTION_ERRORS, DiskFull, MemoryFull
 from protocol.runtime.tracing import TRACE_ID
 from protocol.wire.errors import (
@@ -175,9 +176,10 @@ def response_to(error: Exception, request: Request, shape_of: ShapeOf) -> Respon
     elif isinstance(error, RequestValidationError):
         told = _from_validation(error.errors(), request.headers.get("content-type", ""))
     elif isinstance(error, HTTPException):
-        told, headers = _from_http(request, error), error.headers
-        if told.status == 405:  # the exception names the methods of one route, and a path may have several
-            headers = {**(headers or {}), "Allow": ", ".join(methods_of(request.app.routes, request.scope))}
+        allowed: Sequence[str] = request.scope[MATCH].allowed  # the router, which looks at no path, knows 404 alone
+        told, headers = _from_http(request, error, allowed), error.headers
+        if told.status == 405:
+            headers = {**(headers or {}), "Allow": ", ".join(allowed)}
     elif isinstance(error, CONNECTION_ERRORS):
         told = unreachable_queue(error)
     else:
@@ -210,13 +212,14 @@ def add_handlers(app: FastAPI, shape_of: ShapeOf) -> None:
         app.add_exception_handler(kind, handle)
 
 
-def _from_http(request: Request, error: HTTPException) -> LorafleetError:
-    method, path = request.method, request.url.path
-    if error.status_code == 404 or (error.status_code == 405 and path in NOT_SERVED):
-        return NotFound(unknown_url(method, path, request.app.routes), code="unknown_url")
-    if error.status_code == 405:
-        allowed = ", ".join(methods_of(request.app.routes, request.scope))
-        return HttpError(405, f"{method} is not allowed on {path}: only {allowed}", code="method_not_allowed")
+def _from_http(request: Request, error: HTTPException, allowed: Sequence[str]) -> LorafleetError:
+    method, path = request.method, request.scope["path"]
+    if error.status_code == 404:
+        if not allowed or path in NOT_SERVED:
+            return NotFound(unknown_url(method, path, request.app.routes), code="unknown_url")
+        return HttpError(
+            405, f"{method} is not allowed on {path}: only {', '.join(allowed)}", code="method_not_allowed"
+        )
     if error.status_code == 413:
         return TooLarge(str(error.detail), code="body_too_large")
     return HttpError(error.status_code, str(error.detail))

@@ -1,4 +1,4 @@
-"""The paths that ask the model for something: declared once for routes, admission and metrics."""
+"""The paths that more than one module names. What a route asks of its callers is declared with it: `access.py`."""
 
 from __future__ import annotations
 
@@ -28,21 +28,12 @@ OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED = "/api/chat", "/api/generate", "/api
 OLLAMA_PREFIX = "/api/"
 """What is below it answers and refuses in Ollama's way."""
 
-GENERATION_PATHS = (
-    frozenset({CHAT, COMPLETIONS, EMBEDDINGS, CLASSIFY, MESSAGES, RESPONSES, *RERANK, *SCORE})
-    | {OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED}
-    | LORAX_GENERATE
-    | LORAX_ENCODE
-)
-"""A POST to one of these is a call, which goes into the queue."""
-
 FILES, BATCHES, WEBHOOKS = "/v1/files", "/v1/batches", "/v1/webhook_endpoints"
 
 REQUESTS = "/v1/requests"
 
 WORKERS, DEAD_LETTERS, KEYS, TENANTS = "/v1/workers", "/v1/dead_letters", "/v1/keys", "/v1/tenants"
 AUDIT = "/v1/audit"
-"""They, and what is below them, are for operators alone."""
 
 CONSOLE = "/console"
 """It, and what is below it, are the console's files."""
@@ -52,17 +43,11 @@ UPLOAD = "/v1/adapters/upload"
 FLEET = "/v1/fleet"
 """What starts and stops workers asks it: how many requests there are, and workers for them."""
 
-BATCH_ENDPOINTS = frozenset(path for path in GENERATION_PATHS if path.startswith("/v1/"))
+BATCH_ENDPOINTS = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, CLASSIFY, MESSAGES, RESPONSES, RERANK[1], SCORE[1]})
 """What the lines of a batch may ask."""
 
 TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 PING = "/ping"
-
-TOKENIZER_PATHS = frozenset({TOKENIZE, DETOKENIZE, COUNT_TOKENS, INPUT_TOKENS})
-"""A POST to one of these works on a text, but is no call."""
-
-LARGE_BODY_PATHS = GENERATION_PATHS | TOKENIZER_PATHS
-"""Only these take bodies of more than SMALL_BODY_BYTES."""
 
 SMALL_BODY_BYTES = 1 << 16
 """Bodies up to this size wait for no place: none costs more than a few milliseconds."""

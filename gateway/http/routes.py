@@ -20,9 +20,10 @@ from gateway.calls.parse import Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.writers import SSE, Framing
 from gateway.http import openapi
+from gateway.http.access import ADMIN_PAGE, CALL, INFER, OPEN, Routes
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape
 from gateway.http.keep_alive import KeepAliveResponse
-from gateway.http.paths import CHAT, COMPLETIONS, FLEET, MODELS
+from gateway.http.paths import CHAT, COMPLETIONS, FLEET, MODELS, PING
 from gateway.http.shapes import speaks_anthropic
 from gateway.openai.bodies import AnyRequest, ChatRequest, CompletionRequest
 from gateway.openai.calls import OpenAICalls
@@ -192,16 +193,20 @@ async def sent_of(endpoint: str, request: Request) -> Sent:
 
 def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = JsonRoute
-    app.post(CHAT, responses=openapi.GENERATED)(endpoints.chat)
-    app.post(COMPLETIONS, responses=openapi.GENERATED)(endpoints.completions)
-    app.get(MODELS, responses=openapi.MODELS)(endpoints.models)
-    app.get(MODELS + "/{name:path}")(endpoints.model)
-    app.get("/v1/jobs", responses=openapi.PAGE)(endpoints.jobs)
-    app.get("/v1/jobs/{jid}", responses=openapi.JOB)(endpoints.job)
-    app.get("/v1/jobs/{jid}/stream", responses=openapi.STREAMED)(endpoints.stream_job)
-    app.delete("/v1/jobs/{jid}", responses=openapi.DELETED)(endpoints.delete_job)
-    app.post("/v1/jobs/{jid}/cancel", responses=openapi.JOB)(endpoints.cancel_job)
-    app.get(FLEET, responses=openapi.FLEET)(endpoints.fleet)
-    app.get("/version", responses=openapi.VERSION)(endpoints.version)
-    app.get("/load", responses=openapi.LOAD)(endpoints.load)
+    routes = Routes(app, JsonRoute)
+    routes.post(CHAT, CALL, responses=openapi.GENERATED)(endpoints.chat)
+    routes.post(COMPLETIONS, CALL, responses=openapi.GENERATED)(endpoints.completions)
+    routes.get(MODELS, INFER, responses=openapi.MODELS)(endpoints.models)
+    routes.get(MODELS + "/{name:path}", INFER)(endpoints.model)
+    routes.get("/v1/jobs", INFER, responses=openapi.PAGE)(endpoints.jobs)
+    routes.get("/v1/jobs/{jid}", INFER, responses=openapi.JOB)(endpoints.job)
+    routes.get("/v1/jobs/{jid}/stream", INFER, responses=openapi.STREAMED)(endpoints.stream_job)
+    routes.delete("/v1/jobs/{jid}", INFER, responses=openapi.DELETED)(endpoints.delete_job)
+    routes.post("/v1/jobs/{jid}/cancel", INFER, responses=openapi.JOB)(endpoints.cancel_job)
+    routes.get(FLEET, ADMIN_PAGE, responses=openapi.FLEET)(endpoints.fleet)
+    routes.get("/version", INFER, responses=openapi.VERSION)(endpoints.version)
+    routes.get("/load", ADMIN_PAGE, responses=openapi.LOAD)(endpoints.load)
+    for path in ("/", PING, "/health"):
+        routes.get(path, OPEN, responses=openapi.HEALTH)(endpoints.health)
+        routes.head(path, OPEN, include_in_schema=False)(endpoints.health)
+    routes.post(PING, OPEN, responses=openapi.HEALTH)(endpoints.health)  # as SageMaker and vLLM have it

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from starlette.routing import BaseRoute, Match, Route
-from starlette.types import Scope
+from starlette.routing import BaseRoute, Route
 
 from gateway.http.paths import MESSAGES, RESPONSES
 
@@ -53,12 +52,6 @@ NOT_SERVED = {
     "/collective_rpc": f"workers are not reached from outside. {_ADAPTERS}",
 }  # fmt: skip
 """Path of another server's API -> why it is not served, or what is in its place."""
-
-
-def methods_of(routes: Iterable[BaseRoute], scope: Scope) -> list[str]:
-    """Return the methods that a request's path may be asked with; [] if no route has it."""
-    matching = [route for route in routes if isinstance(route, Route) and route.matches(scope)[0] != Match.NONE]
-    return sorted({method for route in matching for method in route.methods or ()})
 
 
 def unknown_url(method: str, path: str, routes: Iterable[BaseRoute]) -> str:

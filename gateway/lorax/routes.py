@@ -1,4 +1,4 @@
-"""LoRAX's native routes. `/health` is also ours."""
+"""LoRAX's native routes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gateway.calls.pipeline import Pipeline
 from gateway.encoders.bodies import EncoderRequest
 from gateway.encoders.calls import EncoderCalls
 from gateway.http import openapi
-from gateway.http.paths import PING
+from gateway.http.access import ADMIN_PAGE, CALL, INFER, Routes
 from gateway.http.routes import Endpoints, sent_of
 from gateway.lorax import metrics as lorax_metrics
 from gateway.lorax.bodies import CompatRequest, GenerateRequest, Parameters, StreamRequest
@@ -69,7 +69,7 @@ class NativeEndpoints:
         self, body: GenerateRequest, request: Request, *, stream: bool, as_list: bool = False
     ) -> Response:
         started_s, settings = time.monotonic(), self._pipeline.settings
-        sent = await sent_of(request.url.path, request)
+        sent = await sent_of(request.scope["path"], request)
 
         async def answer() -> Response:
             native = parse(body, caller_of(request), settings, sent, stream=stream, as_list=as_list)
@@ -163,16 +163,14 @@ async def _makes_output(generation: Generation) -> bool:
 
 def add_native_routes(app: FastAPI, native: NativeEndpoints) -> None:
     """Bind LoRAX's paths to handlers."""
-    app.router.route_class = JsonRoute
+    routes = Routes(app, JsonRoute)
     errors, streamed = openapi.NATIVE, {**openapi.NATIVE, **openapi.STREAMED}
     for path in ("/", "/invocations"):
-        app.post(path, responses=streamed)(native.compat)
-    app.post("/generate", responses=errors)(native.generate)
-    app.post("/generate_stream", responses=streamed, response_class=openapi.EventStream)(native.generate_stream)
-    app.get("/info", responses=errors)(native.info)
-    app.get("/startup", responses=errors, response_class=Response)(native.startup)
-    app.get("/metrics", responses=openapi.METRICS)(native.metrics)
-    for path in ("/", PING, "/health"):
-        app.get(path, responses=openapi.HEALTH)(native.endpoints.health)
-        app.head(path, include_in_schema=False)(native.endpoints.health)
-    app.post(PING, responses=openapi.HEALTH)(native.endpoints.health)  # as SageMaker and vLLM have it
+        routes.post(path, CALL, responses=streamed)(native.compat)
+    routes.post("/generate", CALL, responses=errors)(native.generate)
+    routes.post("/generate_stream", CALL, responses=streamed, response_class=openapi.EventStream)(
+        native.generate_stream
+    )
+    routes.get("/info", INFER, responses=errors)(native.info)
+    routes.get("/startup", INFER, responses=errors, response_class=Response)(native.startup)
+    routes.get("/metrics", ADMIN_PAGE, responses=openapi.METRICS)(native.metrics)

@@ -16,6 +16,7 @@ from gateway.calls.follow import Generation
 from gateway.calls.parse import Models, ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.http import openapi
+from gateway.http.access import CALL, INFER, Routes
 from gateway.http.paths import OLLAMA_CHAT, OLLAMA_EMBED, OLLAMA_GENERATE
 from gateway.http.routes import Endpoints, sent_of
 from gateway.ollama import models
@@ -48,7 +49,7 @@ class OllamaEndpoints:
         return await self._generate(body, request)
 
     async def _generate(self, body: ChatRequest | GenerateRequest, request: Request) -> Response:
-        started_s, caller, sent = time.monotonic(), caller_of(request), await sent_of(request.url.path, request)
+        started_s, caller, sent = time.monotonic(), caller_of(request), await sent_of(request.scope["path"], request)
         objects = Objects(body.model, isinstance(body, ChatRequest))
         keepalive_s = self._pipeline.settings.keepalive_s
 
@@ -67,7 +68,7 @@ class OllamaEndpoints:
     async def embed(self, body: EmbedRequest, request: Request) -> Response:
         """Answer `/api/embed`."""
         started_s, caller, settings = time.monotonic(), caller_of(request), self._pipeline.settings
-        sent = await sent_of(request.url.path, request)
+        sent = await sent_of(request.scope["path"], request)
 
         async def answer() -> Response:
             generation = await self._run(parse_embed(body, caller, settings), sent)
@@ -92,10 +93,10 @@ class OllamaEndpoints:
         return json_response({"models": models.listed(base, await self._known(caller_of(request)))})
 
     async def ps(self, request: Request) -> Response:
-        """Answer `/api/ps`."""
-        base = await self._pipeline.fleet.require(worker=False)
+        """Answer `/api/ps`: adapters for an operator alone, since all tenants' use decides which are in memory."""
+        base, caller = await self._pipeline.fleet.require(worker=False), caller_of(request)
         beats = await self._pipeline.bus.members.worker_beats()
-        known = await self._known(caller_of(request))
+        known = await self._known(caller) if caller.is_admin else []
         return json_response({"models": models.running(base, known, filter(None, beats.values()))})
 
     async def show(self, body: ShowRequest, request: Request) -> Response:
@@ -134,11 +135,11 @@ class OllamaEndpoints:
 
 def add_ollama_routes(app: FastAPI, ollama: OllamaEndpoints) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = AnyTypeRoute
-    app.post(OLLAMA_CHAT, responses=openapi.OLLAMA_GENERATED)(ollama.chat)
-    app.post(OLLAMA_GENERATE, responses=openapi.OLLAMA_GENERATED)(ollama.generate)
-    app.post(OLLAMA_EMBED, responses=openapi.OLLAMA)(ollama.embed)
-    app.post("/api/show", responses=openapi.OLLAMA)(ollama.show)
-    app.get("/api/tags", responses=openapi.OLLAMA_MODELS)(ollama.tags)
-    app.get("/api/ps", responses=openapi.OLLAMA_MODELS)(ollama.ps)
-    app.get("/api/version", responses={**openapi.OLLAMA, **openapi.VERSION})(ollama.version)
+    routes = Routes(app, AnyTypeRoute)
+    routes.post(OLLAMA_CHAT, CALL, responses=openapi.OLLAMA_GENERATED)(ollama.chat)
+    routes.post(OLLAMA_GENERATE, CALL, responses=openapi.OLLAMA_GENERATED)(ollama.generate)
+    routes.post(OLLAMA_EMBED, CALL, responses=openapi.OLLAMA)(ollama.embed)
+    routes.post("/api/show", INFER, responses=openapi.OLLAMA)(ollama.show)
+    routes.get("/api/tags", INFER, responses=openapi.OLLAMA_MODELS)(ollama.tags)
+    routes.get("/api/ps", INFER, responses=openapi.OLLAMA_MODELS)(ollama.ps)
+    routes.get("/api/version", INFER, responses={**openapi.OLLAMA, **openapi.VERSION})(ollama.version)

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from gateway.bodies.json_bodies import json_response
 from gateway.books.audit import AuditedRoute, about
 from gateway.http import openapi
+from gateway.http.access import ADMIN, Routes
 from gateway.http.paths import DEAD_LETTERS, KEYS, TENANTS, WORKERS
 from gateway.operators.keys import KeyAdministration, KeyRequest, TenantChange
 from gateway.operators.workers import Workers
@@ -96,15 +97,15 @@ class FleetEndpoints:
 
 def add_fleet_routes(app: FastAPI, fleet: FleetEndpoints) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = AuditedRoute
-    app.get(WORKERS, responses=openapi.PAGE)(fleet.workers)
-    app.post(f"{WORKERS}/{{name}}/drain", responses=openapi.WORKER)(fleet.drain)
-    app.post(f"{WORKERS}/{{name}}/resume", responses=openapi.WORKER)(fleet.resume)
-    app.get(DEAD_LETTERS, responses=openapi.PAGE)(fleet.letters)
-    app.get(f"{DEAD_LETTERS}/{{letter_id}}", responses=openapi.LETTER)(fleet.letter)
-    app.post(f"{DEAD_LETTERS}/{{letter_id}}/retry", responses=openapi.RETRIED)(fleet.retry)
-    app.get(KEYS, responses=openapi.PAGE)(fleet.keys)
-    app.post(KEYS, responses=openapi.NEW_KEY, status_code=201)(fleet.create_key)
-    app.delete(f"{KEYS}/{{key_id}}", responses=openapi.DELETED)(fleet.revoke_key)
-    app.get(TENANTS, responses=openapi.PAGE)(fleet.tenants)
-    app.post(f"{TENANTS}/{{name}}", responses=openapi.TENANT)(fleet.change_tenant)
+    routes = Routes(app, AuditedRoute)
+    routes.get(WORKERS, ADMIN, responses=openapi.PAGE)(fleet.workers)
+    routes.post(f"{WORKERS}/{{name}}/drain", ADMIN, responses=openapi.WORKER)(fleet.drain)
+    routes.post(f"{WORKERS}/{{name}}/resume", ADMIN, responses=openapi.WORKER)(fleet.resume)
+    routes.get(DEAD_LETTERS, ADMIN, responses=openapi.PAGE)(fleet.letters)
+    routes.get(f"{DEAD_LETTERS}/{{letter_id}}", ADMIN, responses=openapi.LETTER)(fleet.letter)
+    routes.post(f"{DEAD_LETTERS}/{{letter_id}}/retry", ADMIN, responses=openapi.RETRIED)(fleet.retry)
+    routes.get(KEYS, ADMIN, responses=openapi.PAGE)(fleet.keys)
+    routes.post(KEYS, ADMIN, responses=openapi.NEW_KEY, status_code=201)(fleet.create_key)
+    routes.delete(f"{KEYS}/{{key_id}}", ADMIN, responses=openapi.DELETED)(fleet.revoke_key)
+    routes.get(TENANTS, ADMIN, responses=openapi.PAGE)(fleet.tenants)
+    routes.post(f"{TENANTS}/{{name}}", ADMIN, responses=openapi.TENANT)(fleet.change_tenant)

@@ -17,9 +17,10 @@ from typing import Any, TypeVar
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.auth.callers import CALLER, Caller
+from gateway.http.access import MATCH, Match
 from gateway.http.errors import ShapeOf
 from gateway.http.headers import header_of
-from gateway.http.paths import LARGE_BODY_PATHS, SMALL_BODY_BYTES, TOKENIZER_PATHS
+from gateway.http.paths import SMALL_BODY_BYTES
 from protocol.wire.errors import Overloaded
 
 T = TypeVar("T")
@@ -187,10 +188,10 @@ class LargeBodies:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with 429."""
-        path = scope.get("path", "")
-        is_small = path not in LARGE_BODY_PATHS or _is_small(scope["headers"])
+        match: Match | None = scope.get(MATCH)
+        is_small = match is None or not match.is_large or _is_small(scope["headers"])
         # A text that is only tokenized passes no limit of calls, so it waits for its turn whatever its size.
-        if is_small and path not in TOKENIZER_PATHS:
+        if match is None or (is_small and match.kind != "text"):
             await self._app(scope, receive, send)
             return
         tenant = _tenant_of(scope)

@@ -13,10 +13,11 @@ from contextvars import ContextVar
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.auth.callers import CALLER, Caller
+from gateway.http.access import MATCH, Match
 from gateway.http.addresses import origin_of
 from gateway.http.errors import ShapeOf
 from gateway.http.headers import header_of
-from gateway.http.paths import GENERATION_PATHS, LARGE_BODY_PATHS, SMALL_BODY_BYTES
+from gateway.http.paths import SMALL_BODY_BYTES
 from protocol.wire.errors import BadRequest, LorafleetError, Overloaded, Unavailable
 
 SHARE = 4
@@ -168,13 +169,14 @@ class Charged:
 
     def _bytes_of(self, scope: Scope) -> int:
         """Return what a request may take until the values of its body are counted. One without a body takes nothing."""
-        path, length = scope["path"], header_of(scope["headers"], b"content-length")
-        most = self._most if path in LARGE_BODY_PATHS else min(self._most, SMALL_BODY_BYTES)
+        match: Match = scope[MATCH]
+        length = header_of(scope["headers"], b"content-length")
+        most = self._most if match.is_large else min(self._most, SMALL_BODY_BYTES)
         if length is None:
             num = most if header_of(scope["headers"], b"transfer-encoding") is not None else 0
         else:
             num = min(int(length), most) if length.isdecimal() else most
-        if path in GENERATION_PATHS and scope["method"] == "POST":  # see `hold_values`
+        if match.kind == "call":  # see `hold_values`
             return CALL_BYTES + 2 * num
         return num * (SMALL_FACTOR if num <= SMALL_BODY_BYTES else LARGE_FACTOR)
 

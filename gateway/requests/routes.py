@@ -13,6 +13,7 @@ from gateway.bodies.json_bodies import json_response
 from gateway.books.audit import AuditedRoute
 from gateway.calls.pipeline import Pipeline
 from gateway.http import openapi
+from gateway.http.access import INFER, Routes
 from gateway.http.paths import REQUESTS
 from gateway.http.routes import Endpoints
 from gateway.requests.listing import RequestList, State
@@ -92,8 +93,8 @@ class RequestEndpoints:
 
 def add_request_routes(app: FastAPI, requests: RequestEndpoints) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = AuditedRoute
-    app.get(REQUESTS, responses=openapi.PAGE)(requests.list)
-    app.post(f"{REQUESTS}/{{request_id}}/cancel", responses=openapi.CANCELLED)(requests.cancel)
-    app.get(f"{REQUESTS}/{{request_id}}", responses=openapi.EXPLAINED)(requests.explain)
-    app.post(f"{REQUESTS}/{{request_id}}/replay", responses=openapi.REPLAYED)(requests.replay)
+    routes = Routes(app, AuditedRoute)
+    routes.get(REQUESTS, INFER, responses=openapi.PAGE)(requests.list)
+    routes.post(f"{REQUESTS}/{{request_id}}/cancel", INFER, responses=openapi.CANCELLED)(requests.cancel)
+    routes.get(f"{REQUESTS}/{{request_id}}", INFER, responses=openapi.EXPLAINED)(requests.explain)
+    routes.post(f"{REQUESTS}/{{request_id}}/replay", INFER, responses=openapi.REPLAYED)(requests.replay)

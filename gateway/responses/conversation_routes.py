@@ -10,6 +10,7 @@ from starlette.responses import Response
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.http import openapi
+from gateway.http.access import INFER, Routes
 from gateway.http.paths import CONVERSATIONS
 from gateway.responses.bodies import ConversationChange, ConversationRequest, NewItems
 from gateway.responses.conversations import Conversations
@@ -72,14 +73,14 @@ class ConversationEndpoints:
 
 def add_conversation_routes(app: FastAPI, conversations: ConversationEndpoints) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = JsonRoute
+    routes = Routes(app, JsonRoute)
     one = f"{CONVERSATIONS}/{{conversation_id}}"
     item = f"{one}/items/{{item_id}}"
-    app.post(CONVERSATIONS, responses=openapi.CONVERSATION)(conversations.create)
-    app.get(one, responses=openapi.CONVERSATION)(conversations.get)
-    app.post(one, responses=openapi.CONVERSATION)(conversations.update)
-    app.delete(one, responses=openapi.DELETED)(conversations.delete)
-    app.post(f"{one}/items", responses=openapi.PAGE)(conversations.add)
-    app.get(f"{one}/items", responses=openapi.PAGE)(conversations.items)
-    app.get(item, responses=openapi.ITEM)(conversations.item)
-    app.delete(item, responses=openapi.CONVERSATION)(conversations.delete_item)
+    routes.post(CONVERSATIONS, INFER, responses=openapi.CONVERSATION)(conversations.create)
+    routes.get(one, INFER, responses=openapi.CONVERSATION)(conversations.get)
+    routes.post(one, INFER, responses=openapi.CONVERSATION)(conversations.update)
+    routes.delete(one, INFER, responses=openapi.DELETED)(conversations.delete)
+    routes.post(f"{one}/items", INFER, responses=openapi.PAGE)(conversations.add)
+    routes.get(f"{one}/items", INFER, responses=openapi.PAGE)(conversations.items)
+    routes.get(item, INFER, responses=openapi.ITEM)(conversations.item)
+    routes.delete(item, INFER, responses=openapi.CONVERSATION)(conversations.delete_item)

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_answer, json_response
 from gateway.http import openapi
+from gateway.http.access import CALL, INFER, TEXT, Routes
 from gateway.http.paths import INPUT_TOKENS, RESPONSES
 from gateway.http.routes import Endpoints, sent_of
 from gateway.responses.bodies import InputTokensRequest, ResponseRequest
@@ -94,11 +95,11 @@ def check_included(include: list[str] | None) -> None:
 
 def add_response_routes(app: FastAPI, responses: ResponseEndpoints) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = JsonRoute
+    routes = Routes(app, JsonRoute)
     one = f"{RESPONSES}/{{response_id}}"
-    app.post(RESPONSES, responses=openapi.RESPONDED)(responses.create)
-    app.post(INPUT_TOKENS, responses=openapi.INPUT_TOKENS)(responses.count)
-    app.get(one, responses=openapi.RESPONDED)(responses.get)
-    app.delete(one, responses=openapi.DELETED)(responses.delete)
-    app.post(f"{one}/cancel", responses=openapi.RESPONSE)(responses.cancel)
-    app.get(f"{one}/input_items", responses=openapi.PAGE)(responses.input_items)
+    routes.post(RESPONSES, CALL, responses=openapi.RESPONDED)(responses.create)
+    routes.post(INPUT_TOKENS, TEXT, responses=openapi.INPUT_TOKENS)(responses.count)
+    routes.get(one, INFER, responses=openapi.RESPONDED)(responses.get)
+    routes.delete(one, INFER, responses=openapi.DELETED)(responses.delete)
+    routes.post(f"{one}/cancel", INFER, responses=openapi.RESPONSE)(responses.cancel)
+    routes.get(f"{one}/input_items", INFER, responses=openapi.PAGE)(responses.input_items)

@@ -16,6 +16,7 @@ from gateway.calls.parse import Models
 from gateway.calls.pipeline import Pipeline
 from gateway.grammars.limits import check_num
 from gateway.http import openapi
+from gateway.http.access import INFER, TEXT, Routes
 from gateway.http.errors import OPENAI_ERRORS
 from gateway.http.paths import DETOKENIZE, TOKENIZE
 from gateway.http.routes import Endpoints
@@ -173,7 +174,7 @@ def _answer(ids: list[int], strings: Any, base: m.ServedModel) -> bytes:
 
 def add_tokenizer_routes(app: FastAPI, tokenizer: TokenizerEndpoints) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = JsonRoute
-    app.post(TOKENIZE, responses=openapi.TOKENIZED)(tokenizer.tokenize)
-    app.post(DETOKENIZE, responses=openapi.DETOKENIZED)(tokenizer.detokenize)
-    app.get("/tokenizer_info", responses=openapi.TOKENIZER_INFO)(tokenizer.info)
+    routes = Routes(app, JsonRoute)
+    routes.post(TOKENIZE, TEXT, responses=openapi.TOKENIZED)(tokenizer.tokenize)
+    routes.post(DETOKENIZE, TEXT, responses=openapi.DETOKENIZED)(tokenizer.detokenize)
+    routes.get("/tokenizer_info", INFER, responses=openapi.TOKENIZER_INFO)(tokenizer.info)

@@ -10,6 +10,7 @@ from starlette.responses import Response
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.http import openapi
+from gateway.http.access import INFER, Routes
 from gateway.http.paths import WEBHOOKS
 from gateway.webhooks.bodies import WebhookChange, WebhookRequest, WebhookRotation, WebhookTest
 from gateway.webhooks.endpoints import WebhookService, view
@@ -71,15 +72,15 @@ class WebhookRoutes:
 
 def add_webhook_routes(app: FastAPI, webhooks: WebhookRoutes) -> None:
     """Bind paths to handlers."""
-    app.router.route_class = JsonRoute
+    routes = Routes(app, JsonRoute)
     one = f"{WEBHOOKS}/{{endpoint_id}}"
-    app.post(WEBHOOKS, responses=openapi.WEBHOOK)(webhooks.create)
-    app.get(WEBHOOKS, responses=openapi.PAGE)(webhooks.list)
-    app.get(one, responses=openapi.WEBHOOK)(webhooks.endpoint)
-    app.post(one, responses=openapi.WEBHOOK)(webhooks.change)
-    app.delete(one, responses=openapi.DELETED)(webhooks.delete)
-    app.post(f"{one}/rotate_secret", responses=openapi.WEBHOOK)(webhooks.rotate)
-    app.post(f"{one}/test", responses=openapi.WEBHOOK_TEST)(webhooks.test)
-    app.get("/v1/webhook_event_types", responses=openapi.NAMES)(webhooks.event_types)
-    app.get(DELIVERIES, responses=openapi.PAGE)(webhooks.given_up)
-    app.post(f"{DELIVERIES}/{{delivery_id}}/retry", responses=openapi.DELIVERY)(webhooks.retry)
+    routes.post(WEBHOOKS, INFER, responses=openapi.WEBHOOK)(webhooks.create)
+    routes.get(WEBHOOKS, INFER, responses=openapi.PAGE)(webhooks.list)
+    routes.get(one, INFER, responses=openapi.WEBHOOK)(webhooks.endpoint)
+    routes.post(one, INFER, responses=openapi.WEBHOOK)(webhooks.change)
+    routes.delete(one, INFER, responses=openapi.DELETED)(webhooks.delete)
+    routes.post(f"{one}/rotate_secret", INFER, responses=openapi.WEBHOOK)(webhooks.rotate)
+    routes.post(f"{one}/test", INFER, responses=openapi.WEBHOOK_TEST)(webhooks.test)
+    routes.get("/v1/webhook_event_types", INFER, responses=openapi.NAMES)(webhooks.event_types)
+    routes.get(DELIVERIES, INFER, responses=openapi.PAGE)(webhooks.given_up)
+    routes.post(f"{DELIVERIES}/{{delivery_id}}/retry", INFER, responses=openapi.DELIVERY)(webhooks.retry)

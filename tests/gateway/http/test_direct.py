@@ -8,8 +8,11 @@ import httpx2
 import pytest
 from fastapi import FastAPI, Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gateway.auth.callers import CALLER, EVERYBODY, Caller
 from gateway.bodies.json_bodies import JsonRoute, json_response
+from gateway.http.access import CALL, INFER, MATCH, Routes, RouteTable
 from gateway.http.direct import DirectCalls
 from gateway.http.errors import OPENAI_ERRORS, add_handlers, let_go
 from gateway.http.paths import COMPLETIONS
@@ -24,12 +27,22 @@ FAULTS = {"own": NotFound("nothing is here"), "queue": ConnectionError("gone"), 
           "fault": ZeroDivisionError()}  # fmt: skip
 
 
-def both() -> tuple[DirectCalls, FastAPI]:
-    """Return the two ways of one application."""
-    app = FastAPI()
+def known(app: FastAPI, way: ASGIApp, caller: Caller = EVERYBODY) -> ASGIApp:
+    """Return a way that is asked as in a gateway: by a caller who is known, for a route that was found."""
+    table = RouteTable(app.routes)
+
+    async def asked(scope: Scope, receive: Receive, send: Send) -> None:
+        await way({**scope, CALLER: caller, MATCH: table.match(scope["method"], scope["path"])}, receive, send)
+
+    return asked
+
+
+def both(caller: Caller = EVERYBODY) -> tuple[ASGIApp, ASGIApp]:
+    """Return the two ways of one application: past FastAPI, and through it."""
+    app = FastAPI(openapi_url=None, redirect_slashes=False)
     app.state.settings = Settings()
     add_handlers(app, lambda _: OPENAI_ERRORS)
-    app.router.route_class = JsonRoute
+    routes = Routes(app, JsonRoute)
 
     async def answer(body: CompletionRequest, request: Request) -> Response:
         if body.model_name in FAULTS:
@@ -41,10 +54,10 @@ def both() -> tuple[DirectCalls, FastAPI]:
     async def other(body: CompletionRequest, request: Request) -> Response:
         return json_response({"other": body.prompt, "path": request.url.path})
 
-    app.post(COMPLETIONS)(answer)
-    app.get(COMPLETIONS)(lambda: {"got": True})
-    app.post("/v1/other")(other)
-    return DirectCalls(app, lambda _: OPENAI_ERRORS), app
+    routes.post(COMPLETIONS, CALL)(answer)
+    routes.get(COMPLETIONS, INFER)(lambda: {"got": True})
+    routes.post("/v1/other", INFER)(other)
+    return known(app, DirectCalls(app, lambda _: OPENAI_ERRORS), caller), known(app, app, caller)
 
 
 async def asked(app: Any, method: str, path: str, body: bytes, content_type: str | None) -> tuple[int, Any, bytes]:
@@ -102,15 +115,23 @@ async def test_other_methods_of_a_calls_path_go_to_fastapi(method: str) -> None:
 
 def test_a_handler_that_takes_more_is_refused_at_the_start() -> None:
     """Nothing would give it the rest."""
-    app = FastAPI()
-    app.router.route_class = JsonRoute
+    app = FastAPI(openapi_url=None)
 
     async def answer(body: CompletionRequest, request: Request, wish: str) -> Response:
         return json_response([body.prompt, request.url.path, wish])
 
-    app.post(COMPLETIONS)(answer)
+    Routes(app, JsonRoute).post(COMPLETIONS, CALL)(answer)
     with pytest.raises(TypeError, match="wish"):
         DirectCalls(app, lambda _: OPENAI_ERRORS)
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, "/v1/other"])
+async def test_scopes_hold_where_nothing_authenticates(path: str) -> None:
+    """What a gateway asks of itself passes no authentication, and is checked where it is dispatched."""
+    body = b'{"model":"fault","prompt":"hi"}'
+    direct, _ = both(Caller(scopes=("adapters",)))
+    status, _, text = await asked(direct, "POST", path, body, JSON)
+    assert (status, b"insufficient_scope" in text) == (403, True)
 
 
 async def test_a_fault_is_answered_and_raised_to_be_logged() -> None:

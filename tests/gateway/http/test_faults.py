@@ -10,6 +10,7 @@ import pytest
 from helpers.scripted_fleet import RunningGateway, ScriptedFleet
 from starlette.responses import Response
 
+from gateway.http.access import RouteTable
 from gateway.http.app import Envelope
 from gateway.http.keep_alive import KeepAliveResponse
 from gateway.text.tokenizer import BaseEncoder
@@ -30,7 +31,7 @@ async def test_a_panic_is_told_as_json(path: str, fields: set[str], caplog: pyte
     async def app(scope: Any, receive: Any, send: Any) -> None:
         raise Panic("Rust")
 
-    answer = await ask(Envelope(app, Settings()), path)
+    answer = await ask(Envelope(app, Settings(), RouteTable([])), path)
     assert answer.status_code == 500
     assert set(answer.json()) == fields
     assert answer.headers["x-request-id"]
@@ -42,8 +43,9 @@ async def test_what_ends_the_process_is_no_failure() -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         raise KeyboardInterrupt
 
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": []}
     with pytest.raises(KeyboardInterrupt):
-        await Envelope(app, Settings())({"type": "http", "path": "/", "headers": []}, None, None)  # type: ignore[arg-type]
+        await Envelope(app, Settings(), RouteTable([]))(scope, None, None)  # type: ignore[arg-type]
 
 
 async def test_a_panic_after_the_headers_is_an_event() -> None:

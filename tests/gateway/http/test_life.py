@@ -16,6 +16,7 @@ import pytest
 from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
 
+from gateway.http.access import RouteTable
 from gateway.http.app import Envelope
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
@@ -383,7 +384,7 @@ async def test_a_call_that_the_closing_server_drops_is_told_so_in_json() -> None
         return {"type": "http.request", "body": b"", "more_body": False}
 
     scope = {"type": "http", "method": "GET", "path": "/v1/jobs/job_1", "headers": []}
-    call = asyncio.create_task(Envelope(never, Settings())(scope, receive, send))
+    call = asyncio.create_task(Envelope(never, Settings(), RouteTable([]))(scope, receive, send))
     await asyncio.sleep(0)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -1,0 +1,186 @@
+"""Who may ask a route, and what it costs: declared where the route gets its path, and looked up once for each request.
+
+`Envelope` finds the route of a request before anything else happens, by one normalised path, and leaves it in the
+request's scope. Admission, limits of bodies, scopes and the router go by that route, and none of them looks at the path
+again: there is no second reading of a path that could differ from the first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from starlette.routing import BaseRoute
+
+from gateway.auth.callers import Caller
+from protocol.queue.books.api_keys import Scope
+from protocol.wire.errors import BadRequest
+
+MATCH = "lorafleet.match"
+"""Key of an ASGI scope under which its `Match` is."""
+
+Kind = Literal["plain", "call", "text", "file"]
+"""What a route does with a body: `call` puts it into the queue, `text` tokenizes it, `file` keeps it; `plain` takes
+small bodies alone."""
+
+TOKENS_OF_ITS_OWN = ("/v1/", "/api/")
+"""Routes below these take no bearer but the Hub's as the token of an adapter's source; LoRAX's, elsewhere, any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What a route asks of its callers, and what they may send."""
+
+    scopes: tuple[Scope, ...] | None  # one of them is enough; (): any key will do; None: no key is needed
+    kind: Kind = "plain"
+    is_page: bool = False  # needs no key where the setting `open_pages` says so
+
+
+OPEN = Access(None)
+ANY_KEY = Access(())
+INFER = Access(("infer",))
+CALL = Access(("infer",), "call")
+TEXT = Access(("infer",), "text")
+FILE = Access(("infer",), "file")
+READ_ADAPTERS = Access(("infer", "adapters"))
+ADAPTERS = Access(("adapters",))
+ADMIN = Access(("admin",))
+ADMIN_FILE = Access(("admin",), "file")
+API_PAGE = Access((), is_page=True)
+ADMIN_PAGE = Access(("admin",), is_page=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The route of a request, and what its callers need."""
+
+    path: str  # of the request, normalised
+    route: APIRoute | None = None  # None: no route has the path, or none has it with this method
+    params: Mapping[str, str] = field(default_factory=dict)
+    scopes: (
+        tuple[Scope, ...] | None
+    ) = ()  # as in `Access`; so a stranger is told no more of unknown paths than of others
+    kind: Kind = "plain"
+    any_token: bool = False  # whether any bearer may be the token of an adapter's source
+    allowed: tuple[str, ...] = ()  # other methods that the path has, where it has none for this one
+
+    @property
+    def is_large(self) -> bool:
+        """Whether a body of more than `SMALL_BODY_BYTES` may come, as JSON."""
+        return self.kind in ("call", "text")
+
+    def check(self, caller: Caller) -> None:
+        """Raise PermissionDenied unless a caller's key has what the route needs."""
+        if self.scopes:
+            caller.require(*self.scopes)
+
+
+class Routes:
+    """Binds paths to handlers, each with its access."""
+
+    def __init__(self, app: FastAPI, route_class: Callable[..., APIRoute]) -> None:
+        """`route_class`: takes `access` besides what FastAPI gives it, as `JsonRoute` does."""
+        self._app = app
+        self._class = route_class
+
+    def get(self, path: str, access: Access, **options: Any) -> Callable[[Any], None]:
+        """Return what binds GET to a handler. `options`: as FastAPI's."""
+        return partial(self._add, "GET", path, access, options)
+
+    def head(self, path: str, access: Access, **options: Any) -> Callable[[Any], None]:
+        """Return what binds HEAD to a handler."""
+        return partial(self._add, "HEAD", path, access, options)
+
+    def post(self, path: str, access: Access, **options: Any) -> Callable[[Any], None]:
+        """Return what binds POST to a handler."""
+        return partial(self._add, "POST", path, access, options)
+
+    def delete(self, path: str, access: Access, **options: Any) -> Callable[[Any], None]:
+        """Return what binds DELETE to a handler."""
+        return partial(self._add, "DELETE", path, access, options)
+
+    def _add(self, method: str, path: str, access: Access, options: dict[str, Any], handler: Any) -> None:
+        kind: Any = partial(self._class, access=access)
+        self._app.router.add_api_route(path, handler, methods=[method], route_class_override=kind, **options)
+
+
+class RouteTable:
+    """Finds the route of a request: one lookup where the path has no parameter, else one pass over those that have."""
+
+    def __init__(self, routes: Iterable[BaseRoute], *, open_pages: bool = False) -> None:
+        """`open_pages`: whether pages need no key.
+
+        Raises TypeError for a route that does not say who may ask it, so that no gateway starts with one.
+        """
+        self._fixed: dict[str, dict[str, Match]] = {}  # path -> method -> what is found
+        self._with_params: list[tuple[str, re.Pattern[str], Match]] = []  # method, path's expression, what is found
+        self.matches: list[tuple[str, Match]] = []  # every method and route
+        for route in routes:
+            access = getattr(route, "access", None)
+            if not isinstance(route, APIRoute) or not isinstance(access, Access):
+                raise TypeError(f"{getattr(route, 'path', route)} does not say which scope it needs: see access.py")
+            found = Match(
+                route.path, route, {}, None if open_pages and access.is_page else access.scopes, access.kind,
+                any_token=not route.path.startswith(TOKENS_OF_ITS_OWN),
+            )  # fmt: skip
+            for method in sorted(route.methods or ()):
+                self.matches.append((method, found))
+                if route.param_convertors:
+                    self._with_params.append((method, route.path_regex, found))
+                elif method in self._fixed.setdefault(route.path, {}):
+                    raise TypeError(f"{method} {route.path} has two routes")
+                else:
+                    self._fixed[route.path][method] = found
+
+    def match(self, method: str, path: str) -> Match:
+        """Return the route of a method and a path. A slash at the end is left out where no route has it."""
+        found = self._match(method, path)
+        if found.route is None and path.endswith("/") and path != "/":
+            shorter = self._match(method, path[:-1])
+            return found if shorter.route is None and (found.allowed or not shorter.allowed) else shorter
+        return found
+
+    def _match(self, method: str, path: str) -> Match:
+        fixed = self._fixed.get(path, {})
+        if method in fixed:
+            return fixed[method]
+        allowed = set(fixed)
+        for known, expression, found in self._with_params:
+            if (parts := expression.fullmatch(path)) is None:
+                continue
+            if known == method:
+                return Match(
+                    path, found.route, parts.groupdict(), found.scopes, found.kind, any_token=found.any_token
+                )  # fmt: skip
+            allowed.add(known)
+        return Match(path, allowed=tuple(sorted(allowed)))
+
+
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufffd]")
+"""What no path has: controls, ends of lines, and what a server's decoder puts for bytes that are not UTF-8."""
+
+
+MAX_PATH_CHARACTERS = 4096
+"""Longest path: several times what the longest name of an adapter takes, escaped, and read in 0.2 ms at worst."""
+
+
+def normal_path(path: str, prefix: str) -> str:
+    """Return the one path by which a request is known, without the prefix that clients may put before it.
+
+    `path`: decoded once, as ASGI has it. Raises BadRequest for a path that is too long, for control characters, and for
+    what is not UTF-8.
+    """
+    if len(path) > MAX_PATH_CHARACTERS:
+        text = f"the path has {len(path)} characters; the limit is {MAX_PATH_CHARACTERS}"
+        raise BadRequest(text, code="invalid_path")
+    if not (path.isascii() and path.isprintable()) and (found := _CONTROLS.search(path)) is not None:
+        what = "bytes that are not UTF-8" if found[0] == "\ufffd" else f"the control character {ord(found[0]):#04x}"
+        raise BadRequest(f"the path has {what} after {found.start()} characters", code="invalid_path")
+    if prefix and f"{path}/".startswith(f"{prefix}/"):
+        return path.removeprefix(prefix) or "/"
+    return path
