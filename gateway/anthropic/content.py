@@ -132,7 +132,7 @@ def _of_assistant(blocks: Sequence[dict[str, Any]], place: str, calls: set[str])
             message["content"].append(_text(block, where))
         elif block["type"] == "thinking":
             thinking = _string(block, "thinking", where)
-            message["reasoning_content"] = message.get("reasoning_content", "") + thinking
+            message.setdefault("reasoning_content", []).append(thinking)  # `_plain` joins them
         else:
             message.setdefault("tool_calls", []).append(_call(block, where))
             calls.add(block["id"])
@@ -184,12 +184,14 @@ def _add(made: list[Message], message: Message) -> None:
     if "tool_calls" in message:
         last.setdefault("tool_calls", []).extend(message["tool_calls"])
     if "reasoning_content" in message:
-        last["reasoning_content"] = last.get("reasoning_content", "") + message["reasoning_content"]
+        last.setdefault("reasoning_content", []).extend(message["reasoning_content"])
 
 
 def _plain(message: Message) -> Message:
     """Return a message whose content is a text if it has one part, and absent beside calls if it has none."""
     content = message["content"]
+    if "reasoning_content" in message:
+        message = {**message, "reasoning_content": "".join(message["reasoning_content"])}
     if not content and "tool_calls" in message:
         return {key: value for key, value in message.items() if key != "content"}
     return {**message, "content": content if len(content) > 1 else content[0]["text"] if content else ""}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -122,17 +123,20 @@ class Blocks:
 def content_of(steps: Iterator[Step]) -> list[Any]:
     """Return the blocks that all steps of an answer build. Raises Internal for arguments that are no JSON object."""
     content: list[Any] = []
-    arguments = ""
+    gained: defaultdict[str, list[str]] = defaultdict(list)  # of the last block, by kind of step
     for step in steps:
         if step.kind == "open":
             content.append(dict(step.block))
-            arguments = ""
-        elif step.kind == "input_json_delta":
-            arguments += step.text
         elif step.kind != "close":
-            content[-1][_GAINS[step.kind]] += step.text
-        elif content[-1]["type"] == "tool_use":
-            content[-1]["input"] = orjson.Fragment(_input(arguments))
+            gained[step.kind].append(step.text)
+        else:
+            block = content[-1]
+            for kind, texts in gained.items():
+                if kind != "input_json_delta":
+                    block[_GAINS[kind]] += "".join(texts)
+            if block["type"] == "tool_use":
+                block["input"] = orjson.Fragment(_input("".join(gained["input_json_delta"])))
+            gained.clear()
     return content
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
+import orjson
+
 from protocol.wire.errors import BadRequest
 
 MAX_FREE_KEYS = 256
@@ -21,6 +23,10 @@ MAX_FREE_KEYS = 256
 MIN_STEPS = 256
 BYTES_PER_STEP = 2
 """A schema's walk takes a step for each object and name in it that is read or copied: at most one for so many bytes."""
+
+COPIED_BYTES = 16
+"""Bytes that are added to a schema with one step, so that one of names that are long, or of copies, grows no further
+than to eight times its size."""
 
 _ALL, _ANY = "allOf", ("anyOf", "oneOf")
 _APPLIED = (_ALL, *_ANY, "$ref")  # schemas that hold for the same value
@@ -86,7 +92,7 @@ class _Walk:
         result = self._with_parts(schema, self._beside)
         found, own = self._names(schema), result.get("properties", {})
         if self._close and found.has_properties and not found.as_written and isinstance(own, dict):
-            self._spend(len(found.names))
+            self._spend(len(found.names) + sum(map(len, found.names)) // COPIED_BYTES)
             result["properties"] = own | {name: {} for name in found.names if name not in own}
             result["additionalProperties"] = False
         elif not applied and _has_free_keys(schema):
@@ -124,6 +130,7 @@ class _Walk:
         if target is None:
             return ref
         if ref not in self._copy_of:
+            self._spend(len(orjson.dumps(target)) // COPIED_BYTES)
             while f"open{self._num}" in self._root.get("$defs", {}):
                 self._num += 1
             self._copy_of[ref] = f"open{self._num}"

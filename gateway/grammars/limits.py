@@ -1,5 +1,8 @@
 """What a schema, regular expression or grammar may hold, found out before anything compiles it. Pure.
 
+Each function here reads every character a bounded number of times: patterns are possessive, and what begins like a
+string or an expression and does not end is one token too, so that no search begins anew within it.
+
 Whether it compiles, and at what cost, is found out in the sandbox. Here is refused what is written in a few bytes and
 costs without bound, counted repetitions inside each other, and what is too deep or too wide to walk through. `minItems`
 and its kin cost nothing, however large.
@@ -34,9 +37,12 @@ _BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions",
 _VALUES = frozenset({"const", "enum", "default", "example", "examples"})  # what is in them is no schema
 _SCHEMA, _NAMES, _VALUE = "schema", "names", "value"  # what a part of a schema is: _NAMES has schemas by name
 
-_TIMES = re.compile(r"\{(\d*)(,?)(\d*)\}")
+_TIMES = re.compile(r"\{(\d*+)(,?+)(\d*+)\}")
 _MAX_DIGITS = 9
-_LARK_TOKEN = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?![/*])((?:[^/\\\n]|\\.)+)/|//[^\n]*|%json\s*(?=[{\[])')
+_LARK_TOKEN = re.compile(
+    r'"(?:[^"\\\n]|\\.)*+(?P<end>"?+)|/(?![/*])(?P<regex>(?:[^/\\\n]|\\.)++)(?P<slash>/?+)|//[^\n]*+'
+    r"|(?P<json>%json\s*+(?=[{\[]))"
+)
 _NAME = re.compile(r"[A-Za-z_]\w*")
 _JSON = json.JSONDecoder()
 
@@ -171,18 +177,21 @@ def _after_piece(pattern: str, at: int) -> int:
 
 def check_lark(text: str, place: str, settings: Settings) -> None:
     """Raise BadRequest for a grammar with a regular expression, a JSON schema or repetitions beyond the limits."""
-    at, outside = 0, ""
+    at, outside, is_json = 0, list[str](), True
     while (token := _LARK_TOKEN.search(text, at)) is not None:
-        outside += text[at : token.start()] + "_"  # one part
+        is_open = token["end"] == "" or token["slash"] == ""  # the compiler says that it does not end
+        outside += (text[at : token.start()], token[0] if is_open else "_")  # one part
         at = token.end()
-        if token[1] is not None:
-            check_regex(token[1], place)
-        elif token[0].startswith("%json"):
+        if token["slash"]:
+            check_regex(token["regex"], place)
+        elif token["json"] is not None and is_json:
             try:
                 schema, at = _JSON.raw_decode(text, at)
             except (ValueError, RecursionError):
-                continue  # the compiler says what is wrong
+                is_json = False  # the compiler says what is wrong; the error of each would count the lines before it
+                continue
             if isinstance(schema, dict | list):
                 check_schema(schema, place, settings)
-    for rule in (outside + text[at:]).splitlines():
+    outside.append(text[at:])
+    for rule in "".join(outside).splitlines():
         check_regex(_NAME.sub("_", rule), place)

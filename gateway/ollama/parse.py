@@ -6,6 +6,7 @@ Names and defaults are Ollama's; the few things that are not done as there are r
 from __future__ import annotations
 
 import secrets
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,7 +180,7 @@ def openai_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     What is of a wrong type is left as it is, to be refused with all other messages. Raises BadRequest for images.
     """
     found: list[dict[str, Any]] = []
-    open_calls: list[tuple[Any, str]] = []  # (name, id) of calls without a result
+    open_calls = _OpenCalls()
     for i, message in enumerate(messages):
         if message.get("images"):
             raise BadRequest(f"messages[{i}].images: this model reads text", param=f"messages[{i}].images")
@@ -189,23 +190,49 @@ def openai_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             one["tool_calls"] = [_with_id(call, f"{i:04}{n:05}", open_calls) for n, call in enumerate(calls)]
         if one.get("role") == "tool":
             name = message.get("tool_name")
-            answered = next((call for call in open_calls if name in (None, call[0])), None)
+            answered = open_calls.answered(name)
             if answered is not None:
-                open_calls.remove(answered)
-                one.setdefault("tool_call_id", answered[1])
+                one.setdefault("tool_call_id", answered)
             if name is not None:
                 one.setdefault("name", name)
         found.append(one)
     return found
 
 
-def _with_id(call: Any, id_: str, open_calls: list[tuple[Any, str]]) -> Any:
+class _OpenCalls:
+    """The calls without a result, in their order; each is added and found in the same time, however many there are."""
+
+    def __init__(self) -> None:
+        self._ids: dict[int, Any] = {}  # by number
+        self._of_name: defaultdict[str, deque[int]] = defaultdict(deque)  # numbers, maybe of calls that have results
+        self._num = 0
+
+    def add(self, name: Any, id_: Any) -> None:
+        """Add a call; one whose name is no string is refused later."""
+        self._ids[self._num] = id_
+        if isinstance(name, str):
+            self._of_name[name].append(self._num)
+        self._num += 1
+
+    def answered(self, name: Any) -> Any:
+        """Return the id of the first call of a function, or of any if `name` is None; None for none. It is answered."""
+        if name is None:
+            return self._ids.pop(next(iter(self._ids)), None) if self._ids else None
+        numbers = self._of_name.get(name) if isinstance(name, str) else None
+        while numbers:
+            number = numbers.popleft()
+            if number in self._ids:
+                return self._ids.pop(number)
+        return None
+
+
+def _with_id(call: Any, id_: str, open_calls: _OpenCalls) -> Any:
     """Return a tool call with an id and a type, and note it among the open ones."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         return call
     id_ = call.get("id") or id_
-    open_calls.append((function.get("name"), id_))
+    open_calls.add(function.get("name"), id_)
     return {"type": "function", **call, "id": id_}
 
 

@@ -81,11 +81,11 @@ class _Call:
     id: str
     index: int
     name: str
-    arguments: str = ""
+    arguments: list[str] = field(default_factory=list)
 
     def object(self) -> Any:
         """Return it as Ollama has it. Raises ValueError, or BadRequest, for arguments that were cut off."""
-        arguments = json_values.loads(self.arguments.encode(), "arguments")
+        arguments = json_values.loads("".join(self.arguments).encode(), "arguments")
         return {"id": self.id, "function": {"index": self.index, "name": self.name, "arguments": arguments}}
 
 
@@ -131,7 +131,7 @@ class _Reader:
         elif part.kind == "text":
             gained.text += part.text
         elif part.kind == "arguments" and self._call is not None:
-            self._call.arguments += part.text
+            self._call.arguments.append(part.text)
         elif part.kind == "call":
             self._end_call(gained)
             assert self._form is not None
@@ -144,7 +144,7 @@ class _Reader:
         try:
             gained.calls.append(call.object())
         except (ValueError, BadRequest):  # it was cut off, and stays text
-            gained.text += f"{call.name}({call.arguments}"
+            gained.text += f"{call.name}({''.join(call.arguments)}"
 
 
 class OllamaWriter:

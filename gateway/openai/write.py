@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -305,11 +306,11 @@ def _delta(part: Part, form: AnswerForm, rid: str) -> dict[str, Any]:
 def _message(parts: Sequence[Part], form: AnswerForm, rid: str) -> dict[str, Any]:
     """Return the fields of a message that consists of parts."""
     text = "".join(part.text for part in parts if part.kind == "text")
-    calls = [
-        _call(call, form, rid, "".join(p.text for p in parts if p.kind == "arguments" and p.index == call.index))
-        for call in parts
-        if call.kind == "call"
-    ]
+    arguments: defaultdict[int, list[str]] = defaultdict(list)  # by call
+    for part in parts:
+        if part.kind == "arguments":
+            arguments[part.index].append(part.text)
+    calls = [_call(part, form, rid, "".join(arguments[part.index])) for part in parts if part.kind == "call"]
     message: dict[str, Any] = {"content": text or (None if calls else "")}
     if calls:
         message["tool_calls"] = calls

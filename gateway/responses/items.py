@@ -204,6 +204,10 @@ def messages_of(instructions: str | None, items: Iterable[Item]) -> list[Message
         call_id, name = next(iter(open_calls.items()))
         text = f"input: no function_call_output has the result of the call {call_id!r:.100} of {name!r:.100}"
         raise BadRequest(text, param="input")
+    for message in made:
+        for field in _JOINED:
+            if isinstance(parts := message.get(field), list) and message["role"] == "assistant":
+                message[field] = "".join(parts)
     return [{**message, "content": ""} if message.keys() <= {"role", "reasoning_content"} else message
             for message in made]  # fmt: skip
 
@@ -211,6 +215,10 @@ def messages_of(instructions: str | None, items: Iterable[Item]) -> list[Message
 def _content(parts: Sequence[Mapping[str, Any]]) -> str | list[dict[str, str]]:
     texts = [part[_TEXT_OF[part["type"]]] for part in parts]
     return texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
+
+
+_JOINED = ("content", "reasoning_content")
+"""What the items of an assistant's turn are joined to: texts that are gathered in a list."""
 
 
 def _add(message: Message, item: Item) -> None:
@@ -221,6 +229,5 @@ def _add(message: Message, item: Item) -> None:
         message.setdefault("tool_calls", []).append(call)
         return
     kind: Literal["content", "summary"] = "content" if item["content"] or item["type"] == "message" else "summary"
-    text = "".join(part[_TEXT_OF[part["type"]]] for part in item[kind])
-    field = "content" if item["type"] == "message" else "reasoning_content"
-    message[field] = message.get(field, "") + text
+    field = _JOINED[item["type"] != "message"]
+    message.setdefault(field, []).extend(part[_TEXT_OF[part["type"]]] for part in item[kind])

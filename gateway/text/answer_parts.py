@@ -1,15 +1,24 @@
-"""Splits a chat answer, which comes in pieces, into reasoning, text for the user, and tool calls. Pure."""
+"""Splits a chat answer, which comes in pieces, into reasoning, text for the user, and tool calls. Pure.
+
+What a model writes is a stranger's text: whoever writes the prompt may choose it. So each character costs the same
+however much came before it: a text that may still become the beginning of a call, or be dropped before one, is held up
+to a limit, and a long text is read some characters at a time.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import re2 as _re2  # pyright: ignore[reportMissingTypeStubs]
 
 from gateway.tools.styles import ToolStyle
 from gateway.tools.xml_calls import XmlArguments
 from protocol.wire.text import overlap
+
+re2: Any = _re2  # it has no types
 
 Thought = tuple[str, str]
 """The marks before and after a model's reasoning."""
@@ -17,11 +26,21 @@ Thought = tuple[str, str]
 THOUGHTS: tuple[Thought, ...] = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 """The marks of Qwen, DeepSeek and most others; of Mistral."""
 
-_HEADS = {  # how a call begins, by the way its body is written; the group is its name
-    "json": re.compile(r'[^{]*\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\S)'),
-    "named": re.compile(r"\s*(?:\[TOOL_CALLS\])?\s*([\w-]+)(?:\[CALL_ID\][^\[]*)?\[ARGS\]\s*(?=\S)"),
-    "xml": re.compile(r"(?s:.*?)<function=([^>\n]+)>\n"),
+MAX_HEAD = 1024
+"""Most characters of a call before its arguments. A longer text that began like one is none."""
+
+MAX_SPACE = 1024
+"""Most white space that is no part of the text because reasoning or a call follows it."""
+
+AT_ONCE = 1024
+"""Characters that are read at a time."""
+
+_HEADS: dict[str, Any] = {  # how a call begins, by the way its body is written; the group is its name
+    "json": re2.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*\S'),
+    "named": re2.compile(r"(?:\[TOOL_CALLS\])?\s*([\w-]+)(?:\[CALL_ID\][^\[]*)?\[ARGS\]\s*\S"),
 }
+_FUNCTION = "<function="
+_IN_STRING, _BETWEEN = re.compile(r'["\\]'), re.compile(r'["{}\[\]]')  # what changes where in JSON one is
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +69,7 @@ class ReasoningSplitter:
             begun = self._held.lstrip()
             if begun.startswith(self._begin):
                 self._state, self._held = "inside", begun.removeprefix(self._begin)
-            elif not self._begin.startswith(begun):
+            elif not self._begin.startswith(begun) or len(self._held) - len(begun) > MAX_SPACE:
                 self._state = "after"
         if self._state == "inside":
             reasoning, found, rest = self._held.partition(self._end)
@@ -85,9 +104,11 @@ class CallSplitter:
         self._style = style
         self._raw_parameters = raw
         self._marker = style.marker
-        self._state: Literal["start", "text", "head", "arguments", "plain"] = "text" if style.marker else "start"
+        self._state: Literal["start", "text", "head", "arguments", "plain", "over"] = (
+            "text" if style.marker else "start"
+        )
         self._held = ""
-        self._raw = ""  # how the first call began, to be shown as text if it is cut off
+        self._raw: list[str] = []  # how the first call began, to be shown as text if it is cut off
         self._scan: _ValueScan | XmlArguments = _ValueScan()
         self.num_calls = 0
 
@@ -103,11 +124,12 @@ class CallSplitter:
         """Read one part of the held text; return whether another may be read."""
         if self._state == "start":
             begun = self._held.lstrip()
-            if begun:
-                self._state = "head" if begun.startswith("{") else "plain"
-            return bool(begun)
-        if self._state == "plain":
-            _append(parts, "text", self._held)
+            is_long = len(self._held) - len(begun) > MAX_SPACE
+            if begun or is_long:
+                self._state = "head" if begun.startswith("{") and not is_long else "plain"
+            return bool(begun) or is_long
+        if self._state in ("plain", "over"):
+            _append(parts, "text", self._held if self._state == "plain" else "")
             self._held = ""
         elif self._state == "text":
             return self._text(parts)
@@ -119,27 +141,63 @@ class CallSplitter:
 
     def _text(self, parts: list[Part]) -> bool:
         before, found, rest = self._held.partition(self._marker)
-        if found:
-            _append(parts, "text", before.rstrip())
-            self._state, self._held, self._raw = "head", rest, before[len(before.rstrip()) :] + found
-            return True
         # White space before a call is no part of the text.
-        keep = overlap(before, self._marker)
-        shown = before[: len(before) - keep].rstrip()
+        keep = 0 if found else overlap(before, self._marker)
+        shown = _without_space(before[: len(before) - keep])
         _append(parts, "text", shown)
-        self._held = before[len(shown) :]
-        return False
+        self._held = rest if found else before[len(shown) :]
+        if found:
+            self._state, self._raw = "head", [before[len(shown) :], found]
+        return bool(found)
 
     def _head(self, parts: list[Part]) -> bool:
-        head = _HEADS[self._style.body].match(self._held)
-        if head is None:
-            return False
-        parts.append(Part("call", head[1], self.num_calls))
-        self.num_calls += 1
-        self._state, self._held = "arguments", self._held[head.end() :]
         in_tags = self._style.body == "xml"
-        self._scan = XmlArguments(self._raw_parameters.get(head[1], ())) if in_tags else _ValueScan()
+        found = self._function() if in_tags else self._named()
+        if found is None:
+            if in_tags or len(self._held) <= MAX_HEAD:
+                return False
+            if self.num_calls:
+                self._state = "over"
+            else:
+                self._state, self._held = "plain", "".join([*self._raw, self._held])
+            return True
+        name, end = found
+        parts.append(Part("call", name, self.num_calls))
+        self.num_calls += 1
+        self._state, self._held = "arguments", self._held[end:]
+        self._raw.clear()
+        self._scan = XmlArguments(self._raw_parameters.get(name, ())) if in_tags else _ValueScan()
         return True
+
+    def _named(self) -> tuple[str, int] | None:
+        """Return the name of a call that the held text begins with, and where its arguments begin; None for none."""
+        held = self._held
+        begins = held.find("{") if self._style.body == "json" else len(held) - len(held.lstrip())
+        self._skip(begins if begins >= 0 else len(held))
+        head = _HEADS[self._style.body].match(self._held[:MAX_HEAD])
+        return None if head is None else (head[1], head.end() - 1)
+
+    def _function(self) -> tuple[str, int] | None:
+        """Return the same of a call in tags, the first in the held text that is one."""
+        while True:
+            begins = self._held.find(_FUNCTION)
+            if begins < 0:
+                self._skip(len(self._held) - overlap(self._held, _FUNCTION))
+                return None
+            self._skip(begins)
+            name, closed, rest = self._held[len(_FUNCTION) : MAX_HEAD].partition(">")
+            is_name = bool(name or not closed) and "\n" not in name
+            if is_name and closed and rest.startswith("\n"):
+                return name, len(_FUNCTION) + len(name) + 2
+            if is_name and not rest and len(self._held) < MAX_HEAD:
+                return None  # more of it may come
+            self._skip(len(_FUNCTION))
+
+    def _skip(self, num: int) -> None:
+        """Drop the beginning of the held text, which belongs to no call."""
+        if num and not self.num_calls:
+            self._raw.append(self._held[:num])
+        self._held = self._held[num:]
 
     def _arguments(self, parts: list[Part]) -> bool:
         arguments, self._held = self._scan.take(self._held)
@@ -154,7 +212,7 @@ class CallSplitter:
         if self._state in ("start", "text", "plain"):
             _append(parts, "text", self._held)
         elif self._state == "head" and not self.num_calls:
-            _append(parts, "text", self._raw + self._held)
+            _append(parts, "text", "".join([*self._raw, self._held]))
         self._held = ""
         return parts
 
@@ -170,22 +228,28 @@ class _ValueScan:
 
     def take(self, text: str) -> tuple[str, str]:
         """Return how much of the next text belongs to the object, and the rest."""
-        for i, character in enumerate(text):
-            if self._escaped:
-                self._escaped = False
-            elif self._in_string:
-                self._escaped = character == "\\"
-                self._in_string = character != '"'
-            elif character == '"':
-                self._in_string = True
+        at = int(self._escaped and bool(text))
+        self._escaped = self._escaped and not text
+        while (found := (_IN_STRING if self._in_string else _BETWEEN).search(text, at)) is not None:
+            character, at = found[0], found.end()
+            if character == '"':
+                self._in_string = not self._in_string
+            elif character == "\\":
+                self._escaped = at == len(text)
+                at += 1
             elif character in "{[":
                 self._depth += 1
-            elif character in "}]":
+            else:
                 self._depth -= 1
                 if not self._depth:
                     self.ended = True
-                    return text[: i + 1], text[i + 1 :]
+                    return text[:at], text[at:]
         return text, ""
+
+
+def _without_space(text: str) -> str:
+    """Return a text without the white space at its end, of which `MAX_SPACE` characters go at most."""
+    return text[: max(len(text.rstrip()), len(text) - MAX_SPACE)]
 
 
 def _append(parts: list[Part], kind: Literal["text", "reasoning", "arguments"], text: str, index: int = 0) -> None:
@@ -214,6 +278,11 @@ class AnswerParts:
 
     def add(self, text: str) -> list[Part]:
         """Return the parts that a text completes."""
+        if len(text) <= AT_ONCE:
+            return self._add(text)
+        return [part for at in range(0, len(text), AT_ONCE) for part in self._add(text[at : at + AT_ONCE])]
+
+    def _add(self, text: str) -> list[Part]:
         parts = self._reasoning.add(text) if self._reasoning is not None else [Part("text", text)] if text else []
         return self._with_calls(parts)
 

@@ -113,6 +113,7 @@ def _chosen(choice: str | dict[str, Any] | None, names: list[str]) -> tuple[list
             raise BadRequest(
                 "tool_choice.allowed_tools must have tools, and a mode: auto or required", param="tool_choice"
             )
+        check_num(len(tools), len(names), "tools, and there are fewer", "tool_choice.allowed_tools")
         return [_known(tool, names) for tool in tools], mode == "required"
     raise BadRequest(
         f"tool_choice must be auto, none, required or a function's name in an object, not {choice!r}",

@@ -26,8 +26,14 @@ END_FUNCTION = "</function>"
 
 _END_VALUE = "\n</parameter>"
 RAW_VALUE_RULES = [f"raw_value[lazy]: RAW_TEXT {lark_string(_END_VALUE + chr(10))}", "RAW_TEXT: /(?s:.*)/"]
-_TAG = re.compile(r"\s*(?:<parameter=([^>\n]+)>\n|</function>)")
+_TAG = re.compile(r"<parameter=([^>\n]++)>\n|</function>")
+MAX_TAG = 1024
+"""Most characters of a parameter's tag. A longer text is none, and what comes after it is not read."""
+
 MAX_SHARED_BYTES = 1 << 20
+MAX_NAMED = 8
+"""Keywords that an error names."""
+
 _PLAIN = frozenset({"type", "enum", "const", "title", "description", "default", "examples", "x-guidance"})
 _OF_OBJECTS = frozenset(
     {"properties", "required", "additionalProperties", "maxProperties", "$defs", "definitions", "$schema"}
@@ -59,7 +65,7 @@ def arguments_rules(name: str, schema: dict[str, Any], rule: str) -> list[str]:
     unknown = [key for key in schema if key not in _PLAIN | _OF_OBJECTS]
     if unknown:
         raise BadRequest(
-            f"tools: the arguments of {name} have {', '.join(unknown)}, which cannot be enforced in the tags that this"
+            f"tools: the arguments of {name} have {', '.join(unknown[:MAX_NAMED])}, which cannot be enforced in the tags that this"
             " model writes calls in",
             param="tools",
         )
@@ -72,12 +78,12 @@ def arguments_rules(name: str, schema: dict[str, Any], rule: str) -> list[str]:
     shared = {key: schema[key] for key in ("$defs", "definitions", "x-guidance") if key in schema}
     # Every value's schema has a copy of them.
     check_num(len(json.dumps(shared)) * len(properties), MAX_SHARED_BYTES, "bytes of $defs and their copies", "tools")
-    parts, rules = [], []
+    parts, rules, needed = [], [], frozenset(required)
     for i, (key, value) in enumerate(properties.items()):
-        if re.search(r"[>\n]", key):
+        if ">" in key or "\n" in key:
             raise BadRequest(f"tools: {name} has a parameter {key!r}, which no tag can be named", param="tools")
         own = f"{rule}_{i}"
-        parts.append(own if key in required else f"{own}?")
+        parts.append(own if key in needed else f"{own}?")
         rules += [f"{own}: {lark_string(f'<parameter={key}>' + chr(10))} {own}_value"]
         rules += _value_rules(f"{own}_value", value, shared)
     more = schema.get("additionalProperties", True)
@@ -111,6 +117,7 @@ class XmlArguments:
         self._raw = raw
         self._name: str | None = None  # of the parameter whose value is being read
         self._num = 0
+        self._is_lost = False  # what came is no tag
         self.ended = False
 
     def take(self, text: str) -> tuple[str, str]:
@@ -127,8 +134,10 @@ class XmlArguments:
                     return out, text[len(shown) :]
                 out += '"' if is_raw else ""
                 self._name, text = None, rest
+            text = "" if self._is_lost else text.lstrip()
             tag = _TAG.match(text)
             if tag is None:
+                self._is_lost = self._is_lost or len(text) > MAX_TAG
                 return out, text
             text, self._name = text[tag.end() :], tag[1]
             if self._name is None:
