@@ -27,6 +27,7 @@ from protocol.queue.bus import Bus, decode
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Internal, LorafleetError, Unavailable
+from protocol.wire.lines import aiter_lines
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "adapters"
 QUESTION = "Why is the sky blue?"
@@ -144,7 +145,7 @@ async def _ask(
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             raise Internal(f"{answer.model}: {(await response.aread()).decode()}")
-        async for line in response.aiter_lines():
+        async for line in aiter_lines(response.aiter_bytes()):
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
             chunk = orjson.loads(line.removeprefix("data: "))

@@ -23,6 +23,7 @@ from lorafleet.convert_gguf import STEPS
 from protocol.runtime.environment import COMPUTE, NETWORK, child_environment
 from protocol.runtime.private_files import private_folder
 from protocol.wire.errors import LorafleetError
+from protocol.wire.lines import lines_of
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +174,7 @@ def _bytes_below(folder: Path) -> int:
 
 
 def _last_error(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in lines_of(log.read_text(errors="replace")) if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")]
     return (errors or lines or ["no output"])[-1]
 

@@ -11,6 +11,7 @@ import orjson
 
 from chaos.clients.asks import Ask, Expected
 from chaos.clients.insistent import Insistent
+from protocol.wire.lines import lines_of
 
 ENDED = ("completed", "failed", "expired", "cancelled")
 POLL_S = 0.5
@@ -85,4 +86,6 @@ class BatchClient:
     async def _content(self, file_id: str | None) -> list[dict[str, Any]] | str:
         """Return the rows of a file, or why it cannot be read: a queue that lost its last second may have lost it."""
         found = await self._http.ask("GET", f"/v1/files/{file_id}/content") if file_id else {"raw": b""}
-        return str(found["error"]) if "error" in found else [orjson.loads(row) for row in found["raw"].splitlines()]
+        return (
+            str(found["error"]) if "error" in found else [orjson.loads(row) for row in lines_of(found["raw"].decode())]
+        )

@@ -18,6 +18,7 @@ import httpx2
 import orjson
 
 from chaos.clients.asks import Ask
+from protocol.wire.lines import aiter_lines
 
 Style = Literal["stream", "whole", "keyed stream", "keyed whole", "job"]
 STYLES: tuple[Style, ...] = ("stream", "stream", "whole", "keyed stream", "keyed stream", "keyed whole", "job")
@@ -154,7 +155,7 @@ class Client:
             if answer.status_code != 200:
                 attempt.refuse(answer.status_code, await answer.aread(), answer.headers)
                 return
-            async for line in answer.aiter_lines():
+            async for line in aiter_lines(answer.aiter_bytes()):
                 attempt.take_line(line)
                 call.note(attempt)
         self._end(call)

@@ -198,9 +198,9 @@ class MessagesWriter:
         self._index = -1  # of the latest block
         self._last = Piece(0)
 
-    def frames(self, piece: Piece) -> bytes:
+    def frames(self, piece: Piece) -> list[bytes]:
         """Return the events of a piece, those that begin the message before the first."""
-        out = b"" if self._begun else self._start()
+        out = [] if self._begun else [self._start()]
         if piece.finish:
             self._last = piece
         for step in self._blocks.read(piece.text, ended=bool(piece.finish)):
@@ -213,17 +213,17 @@ class MessagesWriter:
         message = self._head.message([], {"stop_reason": None, "stop_sequence": None}, usage)
         return event(b"message_start", orjson.dumps({"type": "message_start", "message": message}))
 
-    def _event(self, step: Step) -> bytes:
+    def _event(self, step: Step) -> list[bytes]:
         if step.kind == "open":
             self._index += 1
             begun = {"type": "content_block_start", "index": self._index, "content_block": step.block}
-            return event(b"content_block_start", orjson.dumps(begun)) + (b"" if self._index else PING)
+            return [event(b"content_block_start", orjson.dumps(begun)), *([] if self._index else [PING])]
         if step.kind == "close":
-            return event(b"content_block_stop", b'{"type":"content_block_stop","index":%d}' % self._index)
+            return [event(b"content_block_stop", b'{"type":"content_block_stop","index":%d}' % self._index)]
         kind, field = step.kind.encode(), _GAINS[step.kind].encode()
         delta = b'{"type":"%b","%b":%b}' % (kind, field, orjson.dumps(step.text))
         body = b'{"type":"content_block_delta","index":%d,"delta":%b}' % (self._index, delta)
-        return event(b"content_block_delta", body)
+        return [event(b"content_block_delta", body)]
 
     def last_frames(self, usage: Usage) -> bytes:
         """Return the events that end a stream, after those of all blocks."""

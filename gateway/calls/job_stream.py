@@ -1,154 +1,105 @@
-"""A job's answer as a stream, from its first token or from where a client was: the same events each time.
+"""A job's answer as a stream, from its first token or from where a client was.
 
-Events are made token by token from the logs, so they do not depend on when a client asks, nor which gateway. The id of
-an event counts, for each choice, the tokens that are shown with it, and its end as one more; a client that sends it
-back as `Last-Event-ID` is told what comes after.
+The id of an event counts, for each choice, the tokens that are shown with it, and its end as one more; a client that
+sends it back as `Last-Event-ID` is told what comes after.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gateway.bodies.json_bodies import disconnected
-from gateway.calls.choices import Choice, Piece, tokens_of
-from gateway.calls.follow import usage_of
-from gateway.calls.waiting import waiting_state
-from gateway.calls.writers import SSE, Writer
+from gateway.calls.job_events import Event
+from gateway.calls.job_readers import JobReaders, Opening, SharedReader
+from gateway.calls.writers import SSE
 from gateway.http.errors import OPENAI_ERRORS, error_of, is_failure
-from gateway.http.sse import DONE
-from protocol.queue.bus import CONNECTION_ERRORS, Bus
-from protocol.wire.errors import BadRequest, LorafleetError, NotFound
+from gateway.overload.memory import held, hold
+from protocol.wire.errors import BadRequest
 
-POLL_S, WAITING_POLL_S = 0.1, 0.5
-"""Pauses between looks into the logs: while tokens come, and before the first."""
-
-TOKENS_AT_ONCE = 64
-"""Tokens of a choice that are read at a time, before other calls have a turn."""
+After = Callable[[int], list[int]]
+"""Returns the places that a client knows of so many choices; raises what is wrong with what it has sent."""
 
 
 class JobStream(Response):
     """Streams the choices of a job until all have ended."""
 
-    done = DONE  # the frame that ends a stream
-
     def __init__(
-        self, bus: Bus, choices: Sequence[Choice], writer: Writer, after: Sequence[int], keepalive_s: float
+        self, readers: JobReaders, jid: str, tenant: str, opening: Opening, after: After, *, with_ids: bool = True
     ) -> None:  # fmt: skip
-        """after: the numbers of the last event's id, one for each choice."""
-        self.choices = choices
-        self._bus = bus
-        self._writer = writer
+        """`tenant`: whose job it is. `with_ids`: whether events carry ids."""
+        self._readers = readers
+        self._jid = jid
+        self._tenant = tenant
+        self._opening = opening
         self._after = after
-        self._told = [0] * len(choices)
-        self._keepalive_s = keepalive_s
-        self._failure: LorafleetError | None = None  # what has ended a choice
+        self._with_ids = with_ids
+        self._known: list[int] = []  # the places that the client has been told
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until the job has ended or its client leaves."""
-        left = asyncio.create_task(disconnected(receive))
-        await send({"type": "http.response.start", "status": 200, "headers": SSE.headers})
-        try:
-            async for frames in self._frames():
-                if left.done():
-                    return
-                await send({"type": "http.response.body", "body": frames, "more_body": True})
-            last = self.done
-        except BaseException as failure:  # the edge of a call: every failure is told
-            if not is_failure(failure):
-                raise
-            last = await self.failed(error_of(failure))
-        finally:
-            left.cancel()
-        await send({"type": "http.response.body", "body": last, "more_body": False})
-
-    async def _frames(self) -> AsyncIterator[bytes]:
-        """Yield the events of all choices as they come. Raises what has ended a request."""
-        loop = asyncio.get_running_loop()
-        told_s = loop.time()
-        if first := self.first():
-            yield first
-        while not all(choice.cursor.ended for choice in self.choices):
-            has_new = False
-            for choice in self.choices:
-                frames, is_new = await self._advance(choice)
-                has_new = has_new or is_new
-                if frames:
-                    told_s = loop.time()
-                    yield frames
-                if self._failure is not None:
-                    raise self._failure
-            if has_new:
-                continue
-            has_begun = any(choice.cursor.next for choice in self.choices)
-            if loop.time() - told_s >= self._keepalive_s:
-                told_s = loop.time()
-                yield SSE.idle("" if has_begun else await self._waiting_for())
-            await asyncio.sleep(POLL_S if has_begun else WAITING_POLL_S)
-        if last := await self.last():
-            yield last
-
-    def first(self) -> bytes:
-        """Return what a stream begins with, before any token."""
-        return b""
-
-    async def last(self) -> bytes:
-        """Return what comes after all tokens."""
-        return self._writer.usage_frame(usage_of(self.choices)) if self.choices[0].options.include_usage else b""
-
-    async def failed(self, error: LorafleetError) -> bytes:
-        """Return what a stream ends with that cannot go on."""
-        return SSE.event(OPENAI_ERRORS.body(error))
-
-    async def _advance(self, choice: Choice) -> tuple[bytes, bool]:
-        """Return the events of a choice's next tokens, and whether there were any. Raises NotFound."""
-        if choice.cursor.ended:
-            return b"", False
-        expired = NotFound("the result has expired", code="result_expired")
-        try:
-            delta = await self._bus.read_log(choice.rid, choice.cursor.next, choice.record_bytes, TOKENS_AT_ONCE)
-            if delta is None:
-                raise expired
-            if delta.ids and choice.needs_prompt:
-                found = await self._bus.prompt_logprobs(choice.rid, choice.options.prompt_record_bytes)
-                if found is None:
-                    raise expired
-                choice.give_prompt(*found)
-        except CONNECTION_ERRORS:
-            return b"", False
-        out = b""
-        for one in tokens_of(delta, choice.record_bytes):
-            piece = Piece(choice.index)
+        """Send the events until the job has ended or its client leaves. Raises what goes wrong before the first."""
+        async with self._readers.stream(self._jid, self._tenant, self._opening) as reader:
+            self._known = self._after(len(reader.places))
+            left = asyncio.create_task(disconnected(receive))
+            last = b""
             try:
-                choice.take(one, piece)
-            except LorafleetError as error:
-                self._failure = error  # told once the tokens before it are
-                break
-            out += self.event(choice, piece)
-        return out, bool(delta.ids or delta.finish)
+                await send({"type": "http.response.start", "status": 200, "headers": SSE.headers})
+                async for frames in self._frames(reader, left):
+                    await send({"type": "http.response.body", "body": frames, "more_body": True})
+            except BaseException as failure:  # the edge of a call: every failure is told
+                if not is_failure(failure):
+                    raise
+                last = SSE.event(OPENAI_ERRORS.body(error_of(failure)))
+            finally:
+                left.cancel()
+            await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    def event(self, choice: Choice, piece: Piece) -> bytes:
-        """Return the events of one token or of the end, with their id; b"" if the client has them, or there is none."""
-        position = choice.cursor.next + bool(piece.finish)
-        frames = self._writer.frames(piece)
-        if not frames:
-            return b""
-        self._told[choice.index] = position
-        if position <= self._after[choice.index]:
-            return b""
-        told = [max(*both) for both in zip(self._told, self._after, strict=True)]
-        head, last = frames[: frames.rfind(b"data: ")], frames[frames.rfind(b"data: ") :]
-        return head + b"id: " + ",".join(map(str, told)).encode() + b"\n" + last
+    async def _frames(self, reader: SharedReader, left: asyncio.Task[None]) -> AsyncIterator[bytes]:
+        """Yield what the client is not told yet, until the end or until it has left."""
+        loop, number, own, charged = asyncio.get_running_loop(), 0, None, held()
+        told_s = loop.time()
+        while not left.done():
+            events = reader.since(number)
+            if events is None:  # the others are ahead of this one
+                own = own or await self._opening()
+                goal, number = reader.places, reader.num_made
+                while not own.has_reached(goal) and not left.done():
+                    if frames := self._told(await own.catch_up(goal)):
+                        yield frames
+                told_s = loop.time()
+                continue
+            if own is not None:
+                own = None
+                hold(charged)
+            number += len(events)
+            if frames := self._told(events):
+                told_s = loop.time()
+                yield frames
+            if reader.is_over and number == reader.num_made:
+                return
+            await reader.more(number, max(0.0, told_s + self._readers.keepalive_s - loop.time()))
+            if loop.time() - told_s >= self._readers.keepalive_s and reader.num_made == number:
+                told_s = loop.time()
+                yield SSE.idle(reader.waiting_for)
 
-    async def _waiting_for(self) -> str:
-        try:
-            return await waiting_state(self._bus, self.choices[0].rid)
-        except CONNECTION_ERRORS:
-            return "the queue cannot be reached"
+    def _told(self, events: Iterable[Event]) -> bytes:
+        """Return the frames of those events that the client does not know, which it knows then."""
+        out: list[bytes] = []
+        for event in events:
+            if event.place is None:
+                out += event.frames
+            elif event.place > self._known[event.choice]:
+                self._known[event.choice] = event.place
+                *head, last = event.frames
+                out += head
+                if self._with_ids:
+                    out.append(b"id: %b\n" % ",".join(map(str, self._known)).encode())
+                out.append(last)
+        return b"".join(out)
 
 
 def numbers_of(event_id: str, num_choices: int) -> list[int]:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import orjson
@@ -16,6 +17,8 @@ from gateway.calls.admit import AdmittedCall
 from gateway.calls.choices import Choice, Piece, best_of, tokens_of
 from gateway.calls.earlier import check_same_body
 from gateway.calls.follow import choices_of, log_limit, usage_of
+from gateway.calls.job_events import JobEvents
+from gateway.calls.job_readers import JobReaders
 from gateway.calls.job_stream import JobStream, numbers_of
 from gateway.calls.parse import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
@@ -32,7 +35,6 @@ from protocol.wire.error_codec import error_from
 from protocol.wire.errors import BadRequest, NotFound
 
 ID_PREFIX = "job_"
-POLL_S = 0.2
 MAX_WAIT_S = 120.0
 KEPT_AFTER_EXPIRY_S = 3600
 
@@ -64,6 +66,7 @@ class Jobs:
         self._pipeline = pipeline
         self._bus = pipeline.bus
         self._apis = dict(apis)
+        self.readers = JobReaders(pipeline.settings.keepalive_s)
         self.before_forget: Callable[[m.Job], Awaitable[None]] = _do_nothing
         """What is done before a job is deleted."""
 
@@ -136,9 +139,9 @@ class Jobs:
         """Wait at most so long until a job has ended."""
         with suppress(TimeoutError):
             async with asyncio.timeout(min(wait_s, MAX_WAIT_S)):
-                await self._wait(job)
+                await self.readers.end(job.jid, job.tenant, partial(self._wait, job))
 
-    async def _wait(self, job: m.Job) -> None:
+    async def _wait(self, job: m.Job, pause_s: Callable[[], float]) -> None:
         """Wait until a job has ended, looking at a few of its requests at a time, however many it has."""
         running = deque(job.rids)
         while running:
@@ -148,7 +151,7 @@ class Jobs:
                 return
             running += [rid for rid, fact in zip(rids, facts, strict=True) if fact and not fact.is_terminal]
             if not all(fact and fact.is_terminal for fact in facts):
-                await asyncio.sleep(POLL_S)
+                await asyncio.sleep(pause_s())
 
     async def cancel(self, jid: str, caller: Caller) -> dict[str, Any]:
         """Cancel what still runs of a job and return it. Raises NotFound."""
@@ -286,15 +289,18 @@ class Jobs:
         job = await self.load(jid, caller)
         if not self._generates(job):
             raise BadRequest(f"the answer of {job.endpoint} comes as a whole: GET /v1/jobs/{jid} has it")
+        return JobStream(self.readers, jid, job.tenant, partial(self._events, job), partial(numbers_of, event_id))
+
+    async def _events(self, job: m.Job) -> JobEvents:
+        """Return the events of a job, from the first on. Raises NotFound, BadRequest, and as `memory.hold`."""
         api, call = await self.call(job, await self.facts(job), await self.request(job))
         options = call.parsed.options
         if options.by_token:
-            raise BadRequest(f"the stream of {jid} is at {job.endpoint}/{jid}?stream=true")
+            raise BadRequest(f"the stream of {job.jid} is at {job.endpoint}/{job.jid}?stream=true")
         if 0 < options.num_best < options.n:
             raise BadRequest("which choices are the best is known when all have ended: best_of cannot be streamed")
         choices = choices_of(call)
-        after = numbers_of(event_id, len(choices))
-        return JobStream(self._bus, choices, api.writer(call, choices), after, self._pipeline.settings.keepalive_s)
+        return JobEvents(self._bus, choices, api.writer(call, choices))
 
     async def _result(self, job: m.Job, facts: Facts) -> dict[str, Any]:
         """Return the object that the endpoint would have answered. Raises NotFound."""

@@ -61,8 +61,8 @@ SSE = Framing(b"text/event-stream; charset=utf-8", event, comment)
 class Writer(Protocol):
     """How one endpoint writes its answers."""
 
-    def frames(self, piece: Piece) -> bytes:
-        """Return the frames of a piece; b"" when it shows nothing yet."""
+    def frames(self, piece: Piece) -> list[bytes]:
+        """Return the frames of a piece, each a whole one; none when it shows nothing yet."""
         ...
 
     def usage_frame(self, usage: Usage) -> bytes:

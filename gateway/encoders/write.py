@@ -81,8 +81,8 @@ class ClassifyResponse(EncoderResponse):
 class _NoFrames:
     """A writer for answers that are not written piece by piece."""
 
-    def frames(self, piece: Piece) -> bytes:
-        return b""
+    def frames(self, piece: Piece) -> list[bytes]:
+        return []
 
     def usage_frame(self, usage: Usage) -> bytes:
         return b""

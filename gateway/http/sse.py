@@ -91,7 +91,7 @@ class GenerationResponse(Response):
             pieces = await self._advance()
             if self.options.running_usage:
                 self.writer.show_usage(generation.usage)
-            frames = b"".join([self.writer.frames(piece) for piece in pieces])
+            frames = b"".join([frame for piece in pieces for frame in self.writer.frames(piece)])
             if generation.is_done:
                 break
             if not frames:
@@ -120,7 +120,7 @@ class GenerationResponse(Response):
             self.writer.show_usage(self.generation.usage)
         frames = self.writer.frames(piece)
         if frames:
-            connection.write_part(frames)
+            connection.write_part(b"".join(frames))
             self._last_s = connection.loop.time()
         return True
 

@@ -85,7 +85,7 @@ class NativeWriter:
     def _token_writer(self) -> TokenWriter:
         return TokenWriter(self._files, alternatives=self._native.alternatives)
 
-    def frames(self, piece: Piece) -> bytes:
+    def frames(self, piece: Piece) -> list[bytes]:
         """Return the SSE frames of a piece, one per token; the last has the whole text."""
         tokens = list(self._streamed.tokens(piece.logprobs, ended=bool(piece.finish)))
         self._num_streamed += len(piece.logprobs)
@@ -103,7 +103,7 @@ class NativeWriter:
                         "seed": self._native.seed,
                     }
             frames.append(b"data: " + orjson.dumps(chunk) + b"\n\n")
-        return b"".join(frames)
+        return frames
 
     def usage_frame(self, usage: Usage) -> bytes:
         """Return nothing: the last token's event has the counts."""

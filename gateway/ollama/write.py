@@ -161,15 +161,15 @@ class OllamaWriter:
         self._streamed = _Reader(form, rid)
         self.finish = ""
 
-    def frames(self, piece: Piece) -> bytes:
-        """Return the line of a piece; b"" when it shows nothing yet."""
+    def frames(self, piece: Piece) -> list[bytes]:
+        """Return the line of a piece; none when it shows nothing yet."""
         self.finish = piece.finish or self.finish
         gained = self._streamed.read(piece.text, ended=bool(piece.finish))
         shows = self._logprobs and bool(piece.logprobs)
         if not gained and not shows:
-            return b""
+            return []
         made = self._objects.part(gained.text, thinking=gained.thinking, calls=gained.calls)
-        return line(dumps({**made, **(self._entries(piece) if shows else {})}))
+        return [line(dumps({**made, **(self._entries(piece) if shows else {})}))]
 
     def usage_frame(self, usage: Usage) -> bytes:
         """Return nothing: the last object has the counts."""

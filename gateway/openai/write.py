@@ -191,9 +191,9 @@ class ChatWriter:
         self._splitters: dict[int, AnswerParts] = {}
         self._started: set[int] = set()
 
-    def frames(self, piece: Piece) -> bytes:
-        """Return the chunks of a piece; b"" when it shows nothing yet."""
-        start, out = self._starts[piece.index], b""
+    def frames(self, piece: Piece) -> list[bytes]:
+        """Return the chunks of a piece; none when it shows nothing yet."""
+        start, out = self._starts[piece.index], []
         if piece.index not in self._started and (piece.text or piece.logprobs or piece.ids or piece.finish):
             self._started.add(piece.index)
             out = self._first_frames(piece.index, start)
@@ -202,22 +202,23 @@ class ChatWriter:
         if piece.text or piece.logprobs or piece.ids:
             logprobs = dumps(self._content(piece)) if self._details.logprobs else b"null"
             body = b'{"content":%b},"logprobs":%b,"finish_reason":null' % (orjson.dumps(piece.text), logprobs)
-            out += self._frames.choice(start, body, self._details.token_ids(piece), b"}")
+            out.append(self._frames.choice(start, body, self._details.token_ids(piece), b"}"))
         if piece.finish:
-            out += self._frames.choice(start + b'{},"logprobs":null,"finish_reason":"%b"}' % piece.finish.encode())
+            finish = b'{},"logprobs":null,"finish_reason":"%b"}' % piece.finish.encode()
+            out.append(self._frames.choice(start + finish))
         return out
 
-    def _first_frames(self, index: int, start: bytes) -> bytes:
+    def _first_frames(self, index: int, start: bytes) -> list[bytes]:
         """Return the chunks before a choice's first tokens: of its role and, if there is one, of what it echoes."""
         ids = b',"prompt_token_ids":' + orjson.dumps(self._details.prompt_ids(index)) if self._details.ids else b""
         role = b'{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null}'
-        out = self._frames.role(start + role, ids)
+        out = [self._frames.role(start + role, ids)]
         if self._echoes[index]:
             content = orjson.dumps({"content": self._echoes[index]})
-            out += self._frames.role(start + content + b',"logprobs":null,"finish_reason":null}', b"")
+            out.append(self._frames.role(start + content + b',"logprobs":null,"finish_reason":null}', b""))
         return out
 
-    def _split_frames(self, piece: Piece, start: bytes) -> bytes:
+    def _split_frames(self, piece: Piece, start: bytes) -> list[bytes]:
         """Return the frames of a piece of an answer that has a form."""
         form, rid = self.forms[piece.index]
         splitter = self._splitters.setdefault(piece.index, form.splitter())
@@ -228,15 +229,15 @@ class ChatWriter:
         logprobs = self._content(piece) if self._details.logprobs and piece.logprobs else None
         if (logprobs is not None or piece.ids) and not deltas:
             deltas = [{}]
-        out = b""
+        out: list[bytes] = []
         for i, delta in enumerate(deltas):
             body: dict[str, Any] = {"logprobs": logprobs if i == 0 else None, "finish_reason": None}
             if self._details.ids:
                 body["token_ids"] = piece.ids if i == 0 else []
-            out += self._frames.choice(start + orjson.dumps(delta) + b"," + dumps(body)[1:])
+            out.append(self._frames.choice(start + orjson.dumps(delta) + b"," + dumps(body)[1:]))
         if piece.finish:
             finish = _finish(piece.finish, splitter)
-            out += self._frames.choice(start + b'{},"logprobs":null,"finish_reason":"%b"}' % finish.encode())
+            out.append(self._frames.choice(start + b'{},"logprobs":null,"finish_reason":"%b"}' % finish.encode()))
         return out
 
     def usage_frame(self, usage: Usage) -> bytes:
@@ -347,15 +348,16 @@ class CompletionWriter:
         self._starts = [head.choice_start(index) + b',"text":' for index in range(len(prompts))]
         self._started: set[int] = set()  # choices whose prompt has been told of
 
-    def frames(self, piece: Piece) -> bytes:
-        """Return the chunks of a piece; b"" when it shows nothing yet."""
-        start, out = self._starts[piece.index], b""
+    def frames(self, piece: Piece) -> list[bytes]:
+        """Return the chunks of a piece; none when it shows nothing yet."""
+        start, out = self._starts[piece.index], []
         if piece.text or piece.logprobs or piece.prompt or piece.ids:
             logprobs = dumps(self._lists(piece)) if self._details.logprobs else b"null"
             body = b'%b,"logprobs":%b,"finish_reason":null' % (orjson.dumps(piece.text), logprobs)
-            out = self._frames.choice(start, body, self._ids(piece), b"}")
+            out.append(self._frames.choice(start, body, self._ids(piece), b"}"))
         if piece.finish:
-            out += self._frames.choice(start + b'"","logprobs":null,"finish_reason":"%b"}' % piece.finish.encode())
+            finish = b'"","logprobs":null,"finish_reason":"%b"}' % piece.finish.encode()
+            out.append(self._frames.choice(start + finish))
         return out
 
     def _ids(self, piece: Piece) -> bytes:

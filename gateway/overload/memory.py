@@ -8,6 +8,8 @@ away. So a gateway's memory is the account's limit and what `docs/threat-model.m
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -94,6 +96,10 @@ class Charge:
         self._account.move(self._holder, num_bytes - self.num_bytes)
         self.num_bytes = num_bytes
 
+    def beside(self) -> Charge:
+        """Return a charge of nothing to the same holder."""
+        return self._account.open(self._holder)
+
     def close(self) -> None:
         """Be charged nothing any more. A second time does nothing."""
         self._account.move(self._holder, -self.num_bytes)
@@ -115,6 +121,25 @@ def hold(num_bytes: int) -> None:
     charge = _CHARGE.get()
     if charge is not None:
         charge.hold(num_bytes)
+
+
+def shared() -> Charge | None:
+    """Return a charge of nothing to whoever the current call is charged to, for what outlives that call.
+
+    Whoever takes it closes it. None where nothing is charged.
+    """
+    charge = _CHARGE.get()
+    return None if charge is None else charge.beside()
+
+
+@contextmanager
+def charging(charge: Charge | None) -> Iterator[None]:
+    """Charge what the block holds to another charge than the current call's."""
+    token = _CHARGE.set(charge)
+    try:
+        yield
+    finally:
+        _CHARGE.reset(token)
 
 
 def hold_values(raw: bytes) -> None:

@@ -16,12 +16,14 @@ from starlette.responses import Response
 from gateway.auth.callers import Caller
 from gateway.calls.choices import Choice
 from gateway.calls.follow import choices_of, usage_of
+from gateway.calls.job_events import JobEvents
+from gateway.calls.job_stream import JobStream
 from gateway.calls.jobs import Facts, Jobs, state_of
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.writers import Usage
 from gateway.http.paths import RESPONSES
 from gateway.responses.items import Item
-from gateway.responses.stream import ResponseStream
+from gateway.responses.stream import ResponseEvents
 from gateway.responses.write import ID_PREFIX, End, ResponseWriter, failure_of, writer_of
 from protocol.wire import messages as m
 from protocol.wire.error_codec import error_from
@@ -62,9 +64,13 @@ class StoredResponses:
 
     async def stream(self, job: m.Job, facts: Facts, after: int) -> Response:
         """Return the events of a response with numbers greater than `after`, as they come. Raises NotFound."""
-        choices, writer = await self._open(job, facts, await self._jobs.request(job))
-        writer.after = after
-        return ResponseStream(self._pipeline.bus, choices, writer, self._pipeline.settings.keepalive_s)
+
+        async def opened() -> JobEvents:
+            choices, writer = await self._open(job, facts, await self._jobs.request(job))
+            writer.after = -1
+            return ResponseEvents(self._pipeline.bus, choices, writer)
+
+        return JobStream(self._jobs.readers, job.jid, job.tenant, opened, lambda _: [after], with_ids=False)
 
     async def input_items(self, job: m.Job) -> list[Item]:
         """Return the items that a response was made of. Raises NotFound."""

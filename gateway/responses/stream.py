@@ -6,38 +6,40 @@ from collections.abc import Sequence
 
 from gateway.calls.choices import Choice, Piece
 from gateway.calls.follow import usage_of
-from gateway.calls.job_stream import JobStream
+from gateway.calls.job_events import Event, JobEvents
 from gateway.responses.write import ResponseWriter, failure_of
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire.errors import LorafleetError
 
 
-class ResponseStream(JobStream):
-    """Streams a response until it has ended."""
+class ResponseEvents(JobEvents):
+    """Makes the events of a response; the place of each is its sequence number."""
 
-    done = b""
-
-    def __init__(self, bus: Bus, choices: Sequence[Choice], writer: ResponseWriter, keepalive_s: float) -> None:
-        """writer: writes the events that are wanted."""
-        super().__init__(bus, choices, writer, [0], keepalive_s)
+    def __init__(self, bus: Bus, choices: Sequence[Choice], writer: ResponseWriter) -> None:
+        """writer: writes all events."""
+        super().__init__(bus, choices, writer)
         self._made = writer
 
-    def first(self) -> bytes:
+    def first(self) -> list[Event]:
         """Return the events before any token: of a response in the background, that it is queued."""
-        return self._made.first()
+        return self._numbered(self._made.first())
 
-    def event(self, choice: Choice, piece: Piece) -> bytes:
+    def events(self, choice: Choice, piece: Piece) -> list[Event]:
         """Return the events of one token or of the end."""
-        return self._made.frames(piece)
+        return self._numbered(self._made.frames(piece))
 
-    async def last(self) -> bytes:
+    async def last(self) -> list[Event]:
         """Return the event that ends the stream."""
         [facts] = await self._bus.requests([self.choices[0].rid])
         ended_ms = facts.ended_ms if facts is not None else now_ms()
-        return self._made.last(self._made.end(ended_ms), usage_of(self.choices))
+        return self._numbered(self._made.last(self._made.end(ended_ms), usage_of(self.choices)))
 
-    async def failed(self, error: LorafleetError) -> bytes:
+    def failed(self, error: LorafleetError) -> list[Event]:
         """Return what a stream ends with that cannot go on."""
         if self.choices[0].cursor.ended:
-            return self._made.last(failure_of(error), usage_of(self.choices))
-        return self._made.failure(error)
+            return self._numbered(self._made.last(failure_of(error), usage_of(self.choices)))
+        return [Event(0, None, [self._made.failure(error)])]
+
+    def _numbered(self, frames: list[bytes]) -> list[Event]:
+        """Return frames that have just been written as events, each with its number."""
+        return [Event(0, number, [frame]) for number, frame in enumerate(frames, self._made.number - len(frames))]

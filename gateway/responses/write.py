@@ -97,30 +97,33 @@ class ResponseWriter:
         self._begun = self._is_running = False
         self._last = Piece(0)
 
-    def first(self) -> bytes:
+    def first(self) -> list[bytes]:
         """Return the events that a stream begins with, the first time; of one in the background, that it is queued."""
         if self._begun:
-            return b""
+            return []
         self._begun = True
         status = "queued" if self._background else "in_progress"
         out = self._event("response.created", {"response": self.object(End(status))})
         return out + self._event("response.queued", {"response": self.object(End(status))}) if self._background else out
 
-    def _run(self) -> bytes:
+    def _run(self) -> list[bytes]:
         """Return the events before the first one of the output, the first time."""
         if self._is_running:
-            return b""
+            return []
         self._is_running = True
         return self.first() + self._event("response.in_progress", {"response": self.object(End("in_progress"))})
 
-    def frames(self, piece: Piece) -> bytes:
+    def frames(self, piece: Piece) -> list[bytes]:
         """Return the events of a token, or of the output's end."""
         if piece.finish:
             self._last = piece
-        return self._run() + b"".join([self._event(*event) for event in self.output.read(piece)])
+        out = self._run()
+        for event in self.output.read(piece):
+            out += self._event(*event)
+        return out
 
-    def last(self, end: End | None, usage: Usage) -> bytes:
-        """Return the event that ends a stream. end: None for that of the output."""
+    def last(self, end: End | None, usage: Usage) -> list[bytes]:
+        """Return the events that end a stream. end: None for that of the output."""
         out = self._run()
         end = end or self.end(self._ended_ms)
         if end.status in ("cancelled", "failed"):
@@ -135,12 +138,13 @@ class ResponseWriter:
         """Return the event of an error that is not the answer's own: that may go on."""
         return FRAMING.event(error_json(error, self.number))
 
-    def _event(self, kind: str, fields: dict[str, Any]) -> bytes:
+    def _event(self, kind: str, fields: dict[str, Any]) -> list[bytes]:
+        """Return an event, unless it is not wanted."""
         number, self.number = self.number, self.number + 1
         if number <= self.after:
-            return b""
+            return []
         body = orjson.dumps({"type": kind, "sequence_number": number, **fields})
-        return b"event: " + kind.encode() + b"\ndata: " + body + b"\n\n"
+        return [b"event: " + kind.encode() + b"\ndata: " + body + b"\n\n"]
 
     def object(self, end: End, usage: Usage | None = None) -> dict[str, Any]:
         """Return the response object. Without usage it has no output: that comes in events of its own."""
@@ -168,7 +172,7 @@ class ResponseWriter:
 
     def usage_frame(self, usage: Usage) -> bytes:
         """Return the event that ends the stream of a job."""
-        return self.last(None, usage)
+        return b"".join(self.last(None, usage))
 
     def show_usage(self, usage: Usage) -> None:
         """Do nothing: only the last event has counts."""
@@ -205,7 +209,7 @@ class FollowedResponse(GenerationResponse):
 
     async def last_frames(self) -> bytes:
         """Return what a stream ends with."""
-        return self._made.last(self._made.end(await self._ended_ms()), self.generation.usage)
+        return b"".join(self._made.last(self._made.end(await self._ended_ms()), self.generation.usage))
 
     async def whole(self, choices: list[Piece]) -> tuple[Any, dict[str, str]]:
         """Return the answer of a call that is not streamed."""
@@ -214,7 +218,7 @@ class FollowedResponse(GenerationResponse):
     def failed(self, error: LorafleetError) -> bytes:
         """Return what a stream ends with that was cut off."""
         if self.generation.choices[0].cursor.ended:
-            return self._made.last(failure_of(error), usage_of(self.generation.choices))
+            return b"".join(self._made.last(failure_of(error), usage_of(self.generation.choices)))
         return self._made.failure(error)
 
     async def _ended_ms(self) -> int:

@@ -20,6 +20,7 @@ from lorafleet.launcher.ahead import WorkerAhead
 from protocol.queue.bus import now_ms
 from protocol.runtime.service import wait_any
 from protocol.wire.errors import LorafleetError
+from protocol.wire.lines import lines_of
 
 MAX_FAILED_STARTS = 3
 STEADY_S = 30.0  # a process that was ready and ran this long is restarted after the first pause again
@@ -35,8 +36,11 @@ def _read_line(line: str) -> tuple[str, str]:
     if match := _LOG_LINE.match(line):
         return match[1], match[2]
     if line.startswith('{"time": '):
-        entry = json.loads(line)
-        return entry["level"][0].upper(), entry["message"]
+        try:
+            entry = json.loads(line)
+            return str(entry["level"])[:1].upper(), str(entry["message"])
+        except (ValueError, LookupError, TypeError):  # somebody else's line, or one that was cut off
+            return "", line.strip()
     return "", line.strip()
 
 
@@ -155,7 +159,7 @@ class Child:
             gained = log.read()
         whole, newline, _ = gained.replace(b"\r", b"\n").rpartition(b"\n")
         self._log_offset += len(whole) + len(newline)
-        for line in whole.decode(errors="replace").splitlines():
+        for line in lines_of(whole.decode(errors="replace")):
             level, text = _read_line(line)
             self.activity = text or self.activity
             if level in ("W", "E", "C"):
@@ -165,7 +169,7 @@ class Child:
         """Return the last lines of the log."""
         with self.spec.log.open("rb") as log:
             log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL_BYTES))
-            lines = log.read().decode(errors="replace").splitlines()
+            lines = lines_of(log.read().decode(errors="replace"))
         return "\n".join(f"  {line}" for line in lines[-15:])
 
     async def _run_once(self) -> int:

@@ -14,6 +14,7 @@ import httpx2
 
 from lorafleet.operate.profiles import config_file, load_profile, read_key
 from protocol.wire.errors import BadRequest, LorafleetError, NotFound, PermissionDenied, Unauthorized, Unavailable
+from protocol.wire.lines import iter_lines
 
 URL_VARIABLE, KEY_VARIABLE, PROFILE_VARIABLE = "LORAFLEET_URL", "OPENAI_API_KEY", "LORAFLEET_PROFILE"
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -120,7 +121,7 @@ class Api:
                 if answer.status_code >= 400:
                     answer.read()
                 _check(answer)
-                for line in answer.iter_lines():
+                for line in iter_lines(answer.iter_bytes()):
                     if line.startswith("data: ") and line != "data: [DONE]":
                         yield json.loads(line.removeprefix("data: "))
         except httpx2.HTTPError as error:

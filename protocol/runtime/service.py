@@ -22,6 +22,13 @@ logger = logging.getLogger(__name__)
 
 _PLAIN = logging.Formatter()
 
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) != "\t"}
+_ESCAPES = _CONTROLS | {ord("\n"): "\\n", ord("\r"): "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+"""How a line of text shows what would end it, or what a terminal would obey."""
+
+_JSON_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x2028, 0x2029)}
+"""What JSON may hold as it is, and some readers of lines take for the end of one."""
+
 YOUNG_OBJECTS = 10_000
 """New objects after which the collector looks through them. Python's 700 are a few requests', which are still under
 way: looking at them again and again took a tenth of a gateway's time."""
@@ -48,16 +55,26 @@ class JsonLines(logging.Formatter):
             line["trace_id"] = trace_id
         if record.exc_info or record.exc_text:  # the text is set where a filter has looked at it
             line["exception"] = record.exc_text or self.formatException(record.exc_info or (None, None, None))
-        return json.dumps(line, ensure_ascii=False)
+        return json.dumps(line, ensure_ascii=False).translate(_JSON_ESCAPES)
 
 
 class TextLines(logging.Formatter):
-    """Formats a log record as a line of text, with the trace of the request that it is about, if there is one."""
+    """Formats a log record as a line of text, with the trace of the request that it is about, if there is one.
+
+    A message is one line whatever strangers have put into it, and those of an exception are indented: no line begins as
+    an event's does but the events' own.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the record's line without its exception."""
+        trace_id = TRACE_ID.get()
+        text = super().formatMessage(record).translate(_ESCAPES)
+        return f"{text} [trace {trace_id}]" if trace_id else text
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record's line."""
-        trace_id = TRACE_ID.get()
-        return f"{super().format(record)} [trace {trace_id}]" if trace_id else super().format(record)
+        """Return the record's line, and those of its exception."""
+        event, *more = super().format(record).split("\n")
+        return "\n".join([event, *(f"    {line.translate(_ESCAPES)}" for line in more)])
 
 
 class Redacting(logging.Filter):

@@ -350,8 +350,9 @@ def test_any_answer_streams_as_it_is_whole(words: list[str], cuts: list[int], sh
         writer = MessagesWriter(Head("msg_1", "base", 5), form, "r", max_tokens=100, shows_thinking=shows)
         raw, usage = b"", Usage(5, 7, 3)
         for begin, end in zip([0, *ends], ends, strict=False):
-            raw += writer.frames(Piece(0, text[begin:end]))
-        raw += writer.frames(Piece(0, text[ends[-1] if ends else 0 :], finish="stop")) + writer.last_frames(usage)
+            raw += b"".join(writer.frames(Piece(0, text[begin:end])))
+        last = writer.frames(Piece(0, text[ends[-1] if ends else 0 :], finish="stop"))
+        raw += b"".join([*last, writer.last_frames(usage)])
         try:
             made = json.loads(orjson.dumps(writer.whole([Piece(0, text, finish="stop")], usage)))
         except Internal:  # what no grammar allows: nor can a client read it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 
 import httpx2
 import pytest
@@ -45,3 +46,21 @@ async def test_a_failed_job_is_told(
     job = (await http.post("/v1/chat/completions", json=CHAT)).json()["id"]
     assert await lorafleet(gateway, "tail", job) == 1
     assert "three workers died" in capsys.readouterr().err
+
+
+async def test_an_answer_with_odd_ends_of_lines_is_printed_as_it_is(
+    gateway: RunningGateway,
+    http: httpx2.AsyncClient,
+    fleet: ScriptedFleet,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    odd = "a\u2028data: b\x85c\x0bd\x1ce\u2029f"
+    fleet.script = lambda submit, body: Script(text=odd, chunk=2)
+    body = {"model": "base", "prompt": "hi", "max_tokens": 100, "background": True}
+    job = (await http.post("/v1/completions", json=body)).json()["id"]
+    assert await lorafleet(gateway, "tail", job) == 0
+    assert odd in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert await asyncio.to_thread(main, ["chat", "base", "--max-tokens", "100", "--url", gateway.url]) == 0
+    assert odd in capsys.readouterr().out

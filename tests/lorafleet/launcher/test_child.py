@@ -164,3 +164,20 @@ async def test_warnings_are_shown_and_the_last_line_tells_what_it_does(
     entry = json.loads(line)
     assert (entry["level"], entry["service"], entry["logger"]) == ("error", "worker", "a.b")
     assert entry["exception"].endswith("ValueError: ü")
+
+
+async def test_no_line_of_a_log_ends_the_launcher(tmp_path: Path, lifeline: tuple[int, int]) -> None:
+    said: list[str] = []
+    child = make_child("", tmp_path, lifeline[0], said)
+    log = tmp_path / "worker-0.log"
+    odd = 'the tensor "a\u2028b\u2029c\x85d\x0b\x1c" is unknown'
+    entry = json.dumps({"time": "12", "level": "warning", "message": odd}, ensure_ascii=False)
+    log.write_text(f"{entry}\n")
+    child.follow_log()
+    assert (child.activity, len(said)) == (odd, 1)
+    for line in ('{"time": ', '{"time": 1}', '{"time": 1, "level": 7, "message": []}', '{"time": [', "\x85", "\u2028"):
+        with log.open("a") as more:
+            more.write(f"{line}\n")
+        child.follow_log()
+    assert len(said) == 1
+    assert len(child.log_tail().split("\n")) == 7

@@ -1,0 +1,152 @@
+"""The events of a job in order, made token by token from the logs: the same ones each time, whoever reads them.
+
+They do not depend on when somebody asks, nor which gateway. Each has a place, which grows with its choice's tokens, so
+that a reader is told what comes after the places that it knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gateway.calls.choices import Choice, Piece, tokens_of
+from gateway.calls.follow import usage_of
+from gateway.calls.waiting import waiting_state
+from gateway.calls.writers import SSE, Writer
+from gateway.http.errors import OPENAI_ERRORS, error_of, is_failure
+from gateway.http.sse import DONE
+from protocol.queue.bus import CONNECTION_ERRORS, Bus
+from protocol.wire import messages as m
+from protocol.wire.errors import LorafleetError, NotFound
+
+TOKENS_AT_ONCE = 64
+"""Tokens of a choice that are read at a time, before other calls have a turn."""
+
+Places = Sequence[int]
+"""How far each choice is known: the tokens that are shown, and its end as one more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What one token, or an end, adds to a stream: whole frames, of which the last carries the id."""
+
+    choice: int
+    place: int | None  # None: every reader is told
+    frames: list[bytes]
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of its frames."""
+        return sum(map(len, self.frames))
+
+
+class JobEvents:
+    """Reads the logs of a job's choices and makes their events, until all have ended."""
+
+    def __init__(self, bus: Bus, choices: Sequence[Choice], writer: Writer) -> None:
+        self.choices = choices
+        self.is_over = False
+        """Whether the last event has been made."""
+        self.is_behind = False
+        """Whether the logs held more than was read the last time."""
+        self._bus = bus
+        self._writer = writer
+        self._failed: set[int] = set()  # choices whose end was left to another reader
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a token has come."""
+        return any(choice.cursor.next for choice in self.choices)
+
+    @property
+    def places(self) -> list[int]:
+        """How far the logs have been read."""
+        return [choice.cursor.next + choice.cursor.ended for choice in self.choices]
+
+    def has_reached(self, goal: Places) -> bool:
+        """Return whether all events up to these places have been made; a choice that has failed has no more."""
+        pairs = zip(self.places, goal, strict=True)
+        return all(own >= wanted or i in self._failed for i, (own, wanted) in enumerate(pairs))
+
+    def first(self) -> list[Event]:
+        """Return what a stream begins with, before any token."""
+        return []
+
+    async def advance(self) -> list[Event]:
+        """Look into each choice's log once; return the events of what has come, with the end's if that is there."""
+        made: list[Event] = []
+        self.is_behind = False
+        try:
+            for choice in self.choices:
+                if not choice.cursor.ended:
+                    await self._advance(choice, TOKENS_AT_ONCE, made)
+            if all(choice.cursor.ended for choice in self.choices):
+                made += await self.last()
+                self.is_over = True
+        except BaseException as failure:  # the edge of a call: every failure is told
+            if not is_failure(failure):
+                raise
+            self.is_over = True
+            made += self.failed(error_of(failure))
+        return made
+
+    async def catch_up(self, goal: Places) -> list[Event]:
+        """Return as `advance` the next events up to these places, without the end, which another reader tells."""
+        made: list[Event] = []
+        for i, choice in enumerate(self.choices):
+            limit = min(goal[i] - choice.cursor.next, TOKENS_AT_ONCE)
+            if limit <= 0 or choice.cursor.ended or i in self._failed:
+                continue
+            try:
+                await self._advance(choice, limit, made)
+            except LorafleetError:
+                self._failed.add(i)
+        return made
+
+    async def _advance(self, choice: Choice, limit: int, made: list[Event]) -> None:
+        """Add the events of a choice's next tokens. Raises what has ended it, after those of the tokens before."""
+        delta = await self._read(choice, limit)
+        if delta is None:
+            return
+        self.is_behind = self.is_behind or len(delta.ids) == 4 * limit
+        for one in tokens_of(delta, choice.record_bytes):
+            piece = Piece(choice.index)
+            choice.take(one, piece)
+            made += self.events(choice, piece)
+
+    async def _read(self, choice: Choice, limit: int) -> m.Delta | None:
+        """Return a choice's next tokens; None while the queue cannot be reached. Raises NotFound."""
+        expired = NotFound("the result has expired", code="result_expired")
+        try:
+            delta = await self._bus.read_log(choice.rid, choice.cursor.next, choice.record_bytes, limit)
+            if delta is None:
+                raise expired
+            if delta.ids and choice.needs_prompt:
+                found = await self._bus.prompt_logprobs(choice.rid, choice.options.prompt_record_bytes)
+                if found is None:
+                    raise expired
+                choice.give_prompt(*found)
+        except CONNECTION_ERRORS:
+            return None
+        return delta
+
+    def events(self, choice: Choice, piece: Piece) -> list[Event]:
+        """Return the event of one token or of the end, none if it shows nothing."""
+        frames = self._writer.frames(piece)
+        return [Event(choice.index, choice.cursor.next + bool(piece.finish), frames)] if frames else []
+
+    async def last(self) -> list[Event]:
+        """Return what comes after all tokens."""
+        usage = self.choices[0].options.include_usage
+        return [Event(0, None, [*([self._writer.usage_frame(usage_of(self.choices))] if usage else []), DONE])]
+
+    def failed(self, error: LorafleetError) -> list[Event]:
+        """Return what a stream ends with that cannot go on."""
+        return [Event(0, None, [SSE.event(OPENAI_ERRORS.body(error))])]
+
+    async def waiting_for(self) -> str:
+        """Return in a few words what the job waits for."""
+        try:
+            return await waiting_state(self._bus, self.choices[0].rid)
+        except CONNECTION_ERRORS:
+            return "the queue cannot be reached"

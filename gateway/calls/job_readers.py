@@ -1,0 +1,220 @@
+"""Whoever waits for jobs here: one look at a job for all who stream it or wait for its end, and not too many a second.
+
+What a stream is told was read once, whoever reads it. What was read lately is kept for readers that are a little
+slower; one that is slower still, or that came later, catches up by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+from gateway.calls.job_events import Event, JobEvents
+from gateway.overload.memory import charging, held, hold, shared
+
+POLL_S, WAITING_POLL_S = 0.1, 0.5
+"""Shortest pauses between looks into the logs: while tokens come, and before the first."""
+
+END_POLL_S = 0.2
+"""Shortest pause between looks whether a job has ended."""
+
+PER_S = 1000
+"""Most times a second that one tenant's readers, on one gateway, are told something or look for it: a tenth of a core
+or two. With more of them than that leaves for each, each waits longer."""
+
+KEPT_BYTES = 256 << 10
+"""Events of a job that are kept for its readers: those of a thousand tokens or so."""
+
+Opening = Callable[[], Awaitable[JobEvents]]
+"""Begins to read a job from its first token."""
+
+
+class SharedReader:
+    """The events of one job, read as fast as the fastest of those who are told."""
+
+    def __init__(
+        self, opening: Opening, pause_s: Callable[[float], float], keepalive_s: float, kept_bytes: int
+    ) -> None:
+        """Begin to open the job; `opening` raises what is wrong with it.
+
+        `pause_s`: how long a pause is to be that could be so short. `keepalive_s`: how often readers are told what the
+        job waits for. `kept_bytes`: of the latest events.
+        """
+        self.num_readers = 0
+        self.waiting_for = ""
+        self._opening = opening
+        self._pause_s = pause_s
+        self._keepalive_s = keepalive_s
+        self._kept_bytes = kept_bytes
+        self._charge = shared()
+        self._kept: list[Event] = []
+        self._num_bytes = 0
+        self._num_dropped = 0
+        self._wanted = asyncio.Event()  # somebody has been told all there is
+        self._news = asyncio.get_running_loop().create_future()
+        self._opened: asyncio.Task[JobEvents] = asyncio.create_task(self._open())
+        self._reading: asyncio.Task[None] | None = None
+        self._failure: BaseException | None = None
+
+    @property
+    def num_made(self) -> int:
+        """The events that have been made."""
+        return self._num_dropped + len(self._kept)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last event has been made."""
+        return self._opened.result().is_over
+
+    @property
+    def places(self) -> list[int]:
+        """How far the job has been read."""
+        return self._opened.result().places
+
+    async def open(self) -> None:
+        """Find the job, once for all who come meanwhile. Raises what is wrong with it."""
+        await asyncio.wait([self._opened])
+        self._opened.result()
+        if self._reading is None:
+            self._reading = asyncio.create_task(self._read())
+
+    def since(self, number: int) -> list[Event] | None:
+        """Return the events from a number on; None where some of them are kept no more."""
+        return None if number < self._num_dropped else self._kept[number - self._num_dropped :]
+
+    async def more(self, number: int, timeout_s: float) -> None:
+        """Wait until there is an event of a number, at most `timeout_s`. Raises what reading has failed with."""
+        if self.num_made <= number and self._failure is None:
+            self._wanted.set()
+            await asyncio.wait([self._news], timeout=timeout_s)
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """Stop reading, and be charged nothing any more: nobody is told."""
+        for task in (self._opened, self._reading):
+            if task is not None:
+                task.cancel()
+        if self._charge is not None:
+            self._charge.close()
+
+    async def _open(self) -> JobEvents:
+        with charging(self._charge):
+            events = await self._opening()
+            hold(held() + self._kept_bytes)
+        self._keep(events.first())
+        return events
+
+    async def _read(self) -> None:
+        """Read until the job has ended: no further than somebody wants to be told."""
+        events, loop = self._opened.result(), asyncio.get_running_loop()
+        asked_s = loop.time()
+        try:
+            while not events.is_over:
+                await self._wanted.wait()
+                made = await events.advance()
+                if made:
+                    self._wanted.clear()
+                    self._keep(made)
+                    self._tell()
+                elif not events.has_begun and loop.time() - asked_s >= self._keepalive_s / 2:
+                    asked_s = loop.time()
+                    self.waiting_for = await events.waiting_for()
+                if not events.is_behind and not events.is_over:
+                    await asyncio.sleep(self._pause_s(POLL_S if events.has_begun else WAITING_POLL_S))
+        except Exception as error:  # noqa: BLE001  the job's edge: all its readers are told
+            self._failure = error
+            self._tell()
+
+    def _tell(self) -> None:
+        told, self._news = self._news, asyncio.get_running_loop().create_future()
+        told.set_result(None)
+
+    def _keep(self, made: list[Event]) -> None:
+        self._kept += made
+        self._num_bytes += sum(event.num_bytes for event in made)
+        num = 0
+        while self._num_bytes > self._kept_bytes and num < len(self._kept) - 1:
+            self._num_bytes -= self._kept[num].num_bytes
+            num += 1
+        del self._kept[:num]
+        self._num_dropped += num
+
+
+class _Ending:
+    """The wait for a job's end, for all who wait for it."""
+
+    def __init__(self, task: asyncio.Task[None]) -> None:
+        self.task = task
+        self.num_readers = 0
+
+
+class JobReaders:
+    """The jobs that somebody streams here, or whose end somebody waits for."""
+
+    def __init__(self, keepalive_s: float, kept_bytes: int = KEPT_BYTES, per_s: int = PER_S) -> None:
+        """`kept_bytes`: of a job's latest events, `per_s`: times a second that one tenant's readers are told."""
+        self.keepalive_s = keepalive_s
+        self._kept_bytes = kept_bytes
+        self._per_s = per_s
+        self._streams: dict[str, SharedReader] = {}
+        self._endings: dict[str, _Ending] = {}
+        self._num_of: Counter[str] = Counter()  # readers of each tenant
+
+    def pause_s(self, tenant: str, least_s: float) -> float:
+        """Return how long a tenant's readers wait between two looks."""
+        return max(least_s, self._num_of[tenant] / self._per_s)
+
+    @asynccontextmanager
+    async def stream(self, jid: str, tenant: str, opening: Opening) -> AsyncIterator[SharedReader]:
+        """Yield the reader that all who stream a job share, which ends with the last of them.
+
+        Raises what `opening` does.
+        """
+        reader = self._streams.get(jid)
+        if reader is None:
+            reader = self._streams[jid] = SharedReader(
+                opening, lambda least_s: self.pause_s(tenant, least_s), self.keepalive_s, self._kept_bytes
+            )
+        with self._among(tenant, reader):
+            try:
+                await reader.open()
+                yield reader
+            finally:
+                if reader.num_readers == 1:
+                    del self._streams[jid]
+                    reader.close()
+
+    async def end(self, jid: str, tenant: str, waiting: Callable[[Callable[[], float]], Awaitable[None]]) -> None:
+        """Return when `waiting` does, which waits for a job's end; all who wait share one. It is given its pauses."""
+        ending = self._endings.get(jid)
+        if ending is None:
+            task = asyncio.create_task(_await(waiting(lambda: self.pause_s(tenant, END_POLL_S))))
+            ending = self._endings[jid] = _Ending(task)
+        with self._among(tenant, ending):
+            try:
+                await asyncio.wait([ending.task])
+                ending.task.result()
+            finally:
+                if ending.num_readers == 1:
+                    del self._endings[jid]
+                    ending.task.cancel()
+
+    @contextmanager
+    def _among(self, tenant: str, shared: SharedReader | _Ending) -> Iterator[None]:
+        """Be one of a tenant's readers, and of those that share something."""
+        self._num_of[tenant] += 1
+        shared.num_readers += 1
+        try:
+            yield
+        finally:
+            shared.num_readers -= 1
+            self._num_of[tenant] -= 1
+            if not self._num_of[tenant]:
+                del self._num_of[tenant]
+
+
+async def _await(what: Awaitable[None]) -> None:
+    await what
