@@ -91,7 +91,7 @@ class Loop:
     wake: asyncio.Event | None = None  # ends such a pause
     backoff: Backoff = TROUBLE  # before the next turn, and before `work` is begun again, after a failure
     ends: tuple[type[BaseException], ...] = ()  # errors that are its owner's to see: they are raised
-    max_failures: int = 0  # in a row, after which the last one is raised; 0: it is never given up
+    max_failures: int = 0  # in a row, a queue that is away aside, after which the last is raised; 0: it is not given up
 
 
 async def guarded(
@@ -99,14 +99,14 @@ async def guarded(
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
 ) -> None:  # fmt: skip
     """Run a loop until its task is cancelled. Raises what `loop.ends` names, and the last of `loop.max_failures`."""
-    num = 0
+    num = num_own = 0
     while True:
         begun_s, pause_s = clock(), loop.pause_s or 0.0
         try:
             await loop.work()
             if loop.pause_s is None:
                 raise RuntimeError(f"a loop has ended: {loop.name}")
-            num = 0
+            num = num_own = 0
         except BaseException as error:
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and not (task is not None and task.cancelling()):
@@ -116,9 +116,11 @@ async def guarded(
                 raise
             else:
                 failure = error
-            num = 1 if clock() - begun_s > CALM_S else num + 1
+            if clock() - begun_s > CALM_S:
+                num = num_own = 0
+            num, num_own = num + 1, num_own + (not is_queue_away(failure))
             failed.note(loop.name, failure)
-            if num == loop.max_failures:
+            if loop.max_failures and num_own >= loop.max_failures:
                 raise failure from error.__cause__
             pause_s = loop.backoff.pause_s(num)
         if loop.wake is not None and num == 0:
