@@ -12,7 +12,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import orjson
@@ -34,6 +34,7 @@ from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, NotFound, Unavailable
 
 T = TypeVar("T")
+End = Literal["completed", "expired", "cancelled"]
 
 logger = logging.getLogger(__name__)
 
@@ -197,19 +198,20 @@ class BatchRun:
         self._num_done = self._results.num_written
         begun_ms = self.batch.in_progress_ms or now_ms()
         await self._save(status="in_progress", in_progress_ms=begun_ms, total=len(found.lines), model=found.model)
-        end = await self._run_lines(found, source)
-        await self._save(status="finalizing", finalizing_ms=self.batch.finalizing_ms or now_ms())
+        end = self.batch.end or await self._run_lines(found, source)
+        # Noted, since whoever has to begin its end anew finds an answer, if only a failure, for each line.
+        await self._save(status="finalizing", finalizing_ms=self.batch.finalizing_ms or now_ms(), end=end)
         await self._give_up(found, source, end)
         await self._flush()
         await self._end(end)
 
-    async def _run_lines(self, found: InputLines, source: m.File) -> m.BatchStatus:
+    async def _run_lines(self, found: InputLines, source: m.File) -> End:
         """Run the lines that have no answer, a few at a time. Returns how the batch ends."""
         caller = await self._caller()
         todo = (line for line in found.in_order() if line.number not in self._results.tally.done)
         cancelled = asyncio.create_task(self._is_cancelled.wait())
         running: set[asyncio.Task[Any]] = {cancelled}
-        end: m.BatchStatus = "completed"
+        end: End = "completed"
         life = asyncio.timeout(max(0.0, (self.batch.expires_ms - now_ms()) / 1000))
         try:
             async with life:
@@ -253,7 +255,7 @@ class BatchRun:
         )
         return made.id if made is not None else ""
 
-    async def _give_up(self, found: InputLines, source: m.File, end: m.BatchStatus) -> None:
+    async def _give_up(self, found: InputLines, source: m.File, end: End) -> None:
         """Note for every line without an answer why it has none."""
         if end == "completed":
             return
