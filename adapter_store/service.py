@@ -29,10 +29,12 @@ from adapter_store.uploads import Uploads
 from protocol.metrics import series as metrics
 from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode
+from protocol.runtime.backoff import Backoff
 from protocol.runtime.fleet_secret import FleetSecret
+from protocol.runtime.guarded import FAILED, Items, Loop, guarded
 from protocol.runtime.private_files import private_folder
 from protocol.runtime.release import RELEASE
-from protocol.runtime.service import unending, wait_any
+from protocol.runtime.service import wait_any
 from protocol.runtime.settings import Settings
 from protocol.wire.adapter_refs import Policy
 from protocol.wire.errors import (
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
+AWAY = Backoff(0.5, 5.0)  # before what has failed is done again
 SWEEP_S = 60.0  # pause between looks for uploads that no name stands for
 BEAT_TTL_MS = 5000
 FORGET_MS = 60_000
@@ -127,9 +130,14 @@ class Store:
         self.uploads = Uploads(settings.adapters, settings.upload_bytes, settings.max_adapter_bytes)
         self.server = BlobServer(self.locate, self.drop, self.health, secret.bearer if secret else "", self.uploads)
         self._sweep_at_s = 0.0  # monotonic
+        self._wake = asyncio.Event()  # set when a name is registered
+        self._last_ids = {bus.keys.adapter_events: b"$"}  # how far the events are read
+        self._changed = False  # the catalogue has, and the registrations are to be read again
+        self._steps = Items("catalogue", max_tries=0, backoff=AWAY)
         self.base: ServedModel | None = None
         if settings.adapters is not None:
             self.sources["local"] = LocalSource(settings.adapters)
+        self.follower: Follower | None = None  # from the first look at the catalogue on
         self.pin_controller = PinController(bus, self.catalogue, settings)
         policy = Policy.of(settings)
         self.registrar = Registrar(
@@ -142,7 +150,7 @@ class Store:
         url = self.settings.store_url or f"http://{reachable(self.settings.store_host, self.settings.redis_url)}:{port}"
         try:
             async with asyncio.TaskGroup() as tasks:
-                work = tasks.create_task(self._work(url, stop))
+                work = tasks.create_task(self._work(url))
                 await stop.wait()
                 work.cancel()
         finally:
@@ -150,10 +158,18 @@ class Store:
             await self.hub.close()
             await self._leave()
 
-    async def _work(self, url: str, stop: asyncio.Event) -> None:
+    def loops(self, url: str, tasks: asyncio.TaskGroup) -> list[Loop]:
+        """Return what runs until the end. url: of this store; tasks: where fetches run."""
+        return [
+            Loop("beats", partial(self._beat, url), BEAT_S, backoff=AWAY),
+            Loop("adapter events", self._listen, 0.0, backoff=AWAY),
+            Loop("catalogue", partial(self._keep, tasks), self.settings.scan_interval_s, self._wake, AWAY),
+        ]
+
+    async def _work(self, url: str) -> None:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(unending(partial(self._beat, url, stop), until=stop))
-            tasks.create_task(unending(partial(self._keep, tasks, stop), until=stop))
+            for loop in self.loops(url, tasks):
+                tasks.create_task(guarded(loop))
             logger.info("adapter store ready at %s: %d adapters on disk", url, len(self.blobs))
 
     def health(self) -> dict[str, object]:
@@ -170,37 +186,31 @@ class Store:
 
     # ------------------------------------------------------------ loops
 
-    async def _beat(self, url: str, stop: asyncio.Event) -> None:
+    async def _beat(self, url: str) -> None:
         keys = self.bus.keys
-        while not stop.is_set():
-            try:
-                await self.bus.members.beat(keys.store_beat(self.sid), keys.stores, self.sid, url.encode(), BEAT_TTL_MS)
-                await self.bus.members.forget_stores(FORGET_MS)
-            except CONNECTION_ERRORS as error:
-                logger.warning("cannot send a beat: %s", error)
-            await wait_any(stop, BEAT_S)
+        await self.bus.members.beat(keys.store_beat(self.sid), keys.stores, self.sid, url.encode(), BEAT_TTL_MS)
+        await self.bus.members.forget_stores(FORGET_MS)
 
-    async def _keep(self, tasks: asyncio.TaskGroup, stop: asyncio.Event) -> None:
-        """Keep the catalogue equal to the base model, the adapter folder and the registrations."""
-        follower: Follower | None = None
-        wake = asyncio.Event()
-        tasks.create_task(unending(partial(self._listen, wake, stop), until=stop))
-        while not stop.is_set():
-            wake.clear()
-            try:
-                changed = await self.catalogue.load()
-                follower = follower or self._follower()
-                self._set_base(await self.bus.get(self.bus.keys.base, ServedModel), follower)
-                if follower is not None:
-                    await follower.tick(tasks)
-                await self.registrar.tick(tasks, self.settings.refresh_s, reload=changed)
-                await self.pin_controller.tick()
-                await self.catalogue.sweep()
-                await self._sweep_uploads()
-                self._measure()
-            except CONNECTION_ERRORS as error:
-                logger.warning("cannot update the catalogue: %s", error)
-            await wait_any(wake, self.settings.scan_interval_s)
+    async def _keep(self, tasks: asyncio.TaskGroup) -> None:
+        """Make the catalogue equal to the base model, the adapter folder and the registrations.
+
+        What fails of that keeps none of the rest from being done.
+        """
+        self._changed = await self.catalogue.load() or self._changed
+        self.follower = self.follower or self._follower()
+        done = self._steps.run
+        await done("base model", self._set_base)
+        if self.follower is not None:
+            await done("adapter folder", partial(self.follower.tick, tasks))
+        await done("registrations", partial(self._tick_registrar, tasks))
+        await done("pins", self.pin_controller.tick)
+        await done("records", self.catalogue.sweep)
+        await done("uploads", self._sweep_uploads)
+        self._measure()
+
+    async def _tick_registrar(self, tasks: asyncio.TaskGroup) -> None:
+        await self.registrar.tick(tasks, self.settings.refresh_s, reload=self._changed)
+        self._changed = False
 
     async def _sweep_uploads(self) -> None:
         """Delete uploads that no registration has named for long."""
@@ -216,29 +226,23 @@ class Store:
         for state in ("downloading", "on_disk", "failed"):
             metrics.STORE_NAMES.labels(state).set(states[state])
 
-    def _set_base(self, base: ServedModel | None, follower: Follower | None) -> None:
+    async def _set_base(self) -> None:
+        base = await self.bus.get(self.bus.keys.base, ServedModel)
         if base is not None:
             self.base = base
             self.registrar.set_base(base)
-            if follower is not None:
-                follower.set_base(base)
+            if self.follower is not None:
+                self.follower.set_base(base)
 
-    async def _listen(self, wake: asyncio.Event, stop: asyncio.Event) -> None:
-        """Set `wake` when a name is registered, and when `stop` is set."""
-        last_ids = {self.bus.keys.adapter_events: b"$"}
-        while not stop.is_set():
+    async def _listen(self) -> None:
+        """Wait for events; wake the catalogue's loop when a name is registered."""
+        stream = self.bus.keys.adapter_events
+        for entry, fields in (await self.bus.streams.read(self._last_ids, block_ms=1000)).get(stream, []):
             try:
-                for _, fields in (await self.bus.streams.read(last_ids, block_ms=1000)).get(
-                    self.bus.keys.adapter_events, []
-                ):
-                    if decode(fields.get(b"b", b""), AdapterEvent).kind == "wanted":
-                        wake.set()
-            except CONNECTION_ERRORS as error:
-                logger.warning("cannot read events: %s", error)
-                await wait_any(stop, BEAT_S)
-            except ProtocolError:
-                logger.exception("an event cannot be decoded")
-        wake.set()
+                if decode(fields.get(b"b", b""), AdapterEvent).kind == "wanted":
+                    self._wake.set()
+            except ProtocolError as error:
+                FAILED.note("adapter events", error, f"the event {entry.decode()}")
 
     def _follower(self) -> Follower | None:
         source = self.sources.get("local")

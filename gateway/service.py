@@ -10,14 +10,14 @@ import asyncio
 import logging
 import socket
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import uvicorn
 
 from gateway.adapters.aliases import Aliases
-from gateway.adapters.fleet_view import FleetView
+from gateway.adapters.fleet_view import REFRESH_S, FleetView
 from gateway.adapters.operations import AdapterOperations
 from gateway.adapters.operator_routes import OperatorEndpoints
 from gateway.adapters.resolver import Resolver
@@ -25,15 +25,16 @@ from gateway.anthropic.routes import AnthropicEndpoints
 from gateway.auth.authentication import is_loopback
 from gateway.batches.batches import BatchService
 from gateway.batches.routes import BatchEndpoints
-from gateway.batches.runner import BatchMeans, BatchPace, BatchRunner
+from gateway.batches.run import BatchMeans, BatchPace
+from gateway.batches.runner import BatchRunner
 from gateway.books.audit_routes import AuditEndpoints
 from gateway.books.usage_routes import UsageEndpoints
 from gateway.calls import observe
 from gateway.calls.pipeline import Pipeline
-from gateway.calls.replies import Replies
+from gateway.calls.replies import KEEP_S, Replies
 from gateway.console.routes import ConsolePages
 from gateway.encoders.routes import EncoderEndpoints
-from gateway.files.files import FileService
+from gateway.files.files import SWEEP_S, FileService
 from gateway.files.place import open_storage
 from gateway.files.routes import FileEndpoints
 from gateway.grammars.check import GrammarCheck
@@ -46,11 +47,12 @@ from gateway.lorax.routes import NativeEndpoints
 from gateway.ollama.routes import OllamaEndpoints
 from gateway.operators.routes import FleetEndpoints
 from gateway.overload.admission import Admission, OverloadLimits
-from gateway.overload.heartbeat import Heartbeat, Pace
+from gateway.overload.heartbeat import Heartbeat, HeartbeatDied, Pace
 from gateway.overload.memory import MemoryAccount
 from gateway.requests.routes import RequestEndpoints
 from gateway.responses.conversation_routes import ConversationEndpoints
-from gateway.responses.conversations import SWEEP_S, Conversations
+from gateway.responses.conversations import SWEEP_S as CONVERSATION_SWEEP_S
+from gateway.responses.conversations import Conversations
 from gateway.responses.routes import ResponseEndpoints
 from gateway.responses.service import Responses
 from gateway.responses.stored import StoredResponses
@@ -66,6 +68,7 @@ from peft_adapters.texts.files import TOKENIZER
 from protocol.metrics.series import GATEWAY_HELD_BYTES
 from protocol.queue.bus import Bus
 from protocol.runtime.fleet_secret import FleetSecret
+from protocol.runtime.guarded import BRISK, Loop, guarded
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder
 from protocol.runtime.sealing import Seal
 from protocol.runtime.service import unending
@@ -87,7 +90,8 @@ class GatewayTimings:
     pace: Pace = field(default_factory=Pace)
     batches: BatchPace = field(default_factory=BatchPace)
     webhooks: SenderPace = field(default_factory=SenderPace)
-    conversation_sweep_s: float = SWEEP_S
+    conversation_sweep_s: float = CONVERSATION_SWEEP_S
+    loop: Callable[[Loop], Loop] = lambda loop: loop  # what runs in a loop's place
     alias_poll_s: float = 2.0  # pause after which an awaited alias is looked up, in case its event was lost
 
 
@@ -172,7 +176,7 @@ async def _serve(
             )  # fmt: skip
             async with heartbeat.beating(beats, address):
                 logger.info("listening on %s", address)
-                await _run(_server(app, settings, memory), listener, parts, settings.grace_s, stop)
+                await _run(_server(app, settings, memory), listener, parts, settings.grace_s, stop, timings.loop)
         await replies.close()
         await outside.close()
         await own.close()
@@ -198,24 +202,35 @@ class _Parts:
     webhooks: WebhookSender
     conversations: Conversations
 
-    def loops(self) -> list[Callable[[], Awaitable[None]]]:
-        """Return what runs until the end."""
-        replies, aliases = self.replies, self.aliases
+    def loops(self) -> list[Loop]:
+        """Return what runs until the end, beside `batches.loop`, which ends before."""
         return [
-            replies.read, replies.keep, self.fleet.watch, aliases.listen, self.heartbeat.tick, self.files.sweep,
-            self.webhooks.run, self.conversations.sweep,
-        ]  # fmt: skip
+            Loop("replies", self.replies.read, 0.0, backoff=BRISK),  # each waits for entries itself
+            Loop("out stream", self.replies.keep, KEEP_S, backoff=BRISK),
+            Loop("fleet view", self.fleet.refresh, REFRESH_S, backoff=BRISK),
+            Loop("adapter events", self.aliases.listen, 0.0, backoff=BRISK),
+            # Its thread is what others take this gateway for alive by: without it all calls are cancelled.
+            Loop("event loop", self.heartbeat.tick, ends=(HeartbeatDied,)),
+            Loop("expired files", self.files.sweep, SWEEP_S),
+            Loop("conversations", self.conversations.add_due_turns, self.conversations.sweep_s),
+            Loop("webhooks", self.webhooks.run),
+        ]
 
 
-async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace_s: float, stop: asyncio.Event) -> None:
+async def _run(
+    server: HttpServer, listener: socket.socket, parts: _Parts, grace_s: float, stop: asyncio.Event,
+    changed: Callable[[Loop], Loop],
+) -> None:  # fmt: skip
     async with asyncio.TaskGroup() as group:
-        loops = [group.create_task(unending(loop)) for loop in parts.loops()]
+        loops = [group.create_task(guarded(changed(loop))) for loop in parts.loops()]
+        # Nobody reaches a gateway that serves no more: the process ends, and is started again.
         serving = group.create_task(unending(partial(server.serve, [listener]), until=stop))
-        batches = group.create_task(unending(parts.batches.run))
+        batches = group.create_task(guarded(changed(parts.batches.loop())))
         await stop.wait()
         parts.endpoints.draining = True
         logger.info("draining")
         batches.cancel()
+        group.create_task(parts.batches.leave())
         if not await _idle(parts.app, grace_s):
             for waiters in (parts.replies, parts.aliases):
                 waiters.fail_all(Unavailable("this gateway is shutting down", code="shutting_down"))

@@ -11,13 +11,17 @@ import logging
 import os
 import secrets
 import socket
+import time
 
 from protocol.metrics import series as metrics
 from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus
+from protocol.runtime.backoff import Backoff
+from protocol.runtime.guarded import CALM_S, FAILED
 from protocol.runtime.service import wait_any
 from protocol.runtime.settings import Settings
 from protocol.runtime.tracing import tracing
+from protocol.wire.errors import Internal
 from scheduler.core import SchedulerConfig
 from scheduler.fairness import VirtualTokenCounters
 from scheduler.session import Deposed, Lease, Session
@@ -25,6 +29,9 @@ from scheduler.session import Deposed, Lease, Session
 logger = logging.getLogger(__name__)
 
 LEASE_MS = 2500
+AGAIN = Backoff(LEASE_MS / 1000, 30.0)
+"""Pauses after leaderships that something unforeseen has ended."""
+
 TRY_S = 0.25
 """Pause between a standby's attempts: it leads at most LEASE_MS + TRY_S, less than 3 s, after the last renewal."""
 
@@ -38,14 +45,23 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     )  # what tenants have had outlives a lost connection
     try:
         with tracing(settings, "scheduler", candidate), serve_metrics(settings.metrics_port):
+            num_failures = 0
             while not stop.is_set():
+                begun_s, pause_s = time.monotonic(), TRY_S
                 try:
                     await _lead(bus, settings, candidate, counters, stop)
                 except Deposed:
                     logger.warning("another scheduler leads now")
-                except CONNECTION_ERRORS as error:
-                    logger.warning("queue connection lost: %r", error)
-                await wait_any(stop, TRY_S)
+                except Internal:
+                    raise
+                except Exception as error:  # noqa: BLE001  the leadership's edge: the next one reads the queue anew
+                    FAILED.note("leadership", error)
+                    if not isinstance(
+                        error, CONNECTION_ERRORS
+                    ):  # a standby may do better; its lease runs out meanwhile
+                        num_failures = num_failures + 1 if time.monotonic() - begun_s < CALM_S else 1
+                        pause_s = AGAIN.pause_s(num_failures)
+                await wait_any(stop, pause_s)
             return 0
     finally:
         await bus.close()

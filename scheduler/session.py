@@ -14,12 +14,14 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from heapq import nlargest
 
 from protocol.metrics import series as metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
+from protocol.runtime.guarded import BRISK, Items, Loop, guarded
 from protocol.runtime.release import RELEASE
-from protocol.runtime.service import unending, wait_any
+from protocol.runtime.service import wait_any
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import DeadlineExceeded, ProtocolError, Unavailable
@@ -98,14 +100,31 @@ class Session:
         self._drain = DrainRate()
         self._drain_next = ""  # name of the worker that should go first
         self._memory_is_short = False
+        self._again_ms: float | None = None  # when to plan again though nothing has changed
+        self._rounds = 0  # of `_watch`
+        self._watched_s = time.monotonic()  # when the last one began
+        self._watched = Items("watch", max_tries=0, backoff=BRISK)
+
+    def loops(self) -> list[Loop]:
+        """Return what runs while it leads.
+
+        A lost connection ends the session, and so does what fails unforeseen with the scheduler's memory in its hands:
+        the next session, here or in a standby, begins with what the queue holds.
+        """
+        ends = (Deposed, *CONNECTION_ERRORS)
+        return [
+            Loop("submissions", self._read, 0.0, backoff=BRISK, ends=ends, max_failures=1),
+            Loop("assignments", self._dispatch, 0.0, backoff=BRISK, ends=ends, max_failures=1),
+            Loop("watch", self._watch, 0.0, backoff=BRISK, ends=ends),
+            Loop("lease", self._renew, self._lease.duration_ms / 5000, backoff=BRISK, ends=ends, max_failures=4),
+        ]
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Lead until `stop`. Raises Deposed, or a connection error."""
+        """Lead until `stop`. Raises Deposed, a connection error, or a group with what else ended it."""
         self._last_ids = await self._recovery.rebuild()
         try:
             async with asyncio.TaskGroup() as group:
-                loops = (self._read, self._dispatch, self._watch, self._renew)
-                tasks = [group.create_task(unending(loop)) for loop in loops]
+                tasks = [group.create_task(guarded(loop)) for loop in self.loops()]
                 tasks.append(group.create_task(self._search()))
                 await stop.wait()
                 async with self._assigning:  # let a started assignment be written
@@ -122,21 +141,20 @@ class Session:
     # ------------------------------------------------------------ in
 
     async def _read(self) -> None:
-        """Feed the scheduler with submitted and ended requests."""
+        """Wait for submitted and ended requests, and feed the scheduler with them."""
         keys = self._bus.keys
-        while True:
-            found = await self._bus.streams.read(self._last_ids, block_ms=READ_BLOCK_MS)
-            for entry in found.get(keys.ended, ()):
-                try:
-                    for message in decode(entry[1][b"b"], list[m.Ended]):
-                        self.scheduler.ended(message)
-                except (ProtocolError, KeyError) as error:
-                    await self._bus.streams.reject(keys.ended, entry, repr(error))
-            for cls in CLASSES:
-                if entries := found.get(keys.sub(cls)):
-                    await self._take(cls, entries)
-            if found:
-                self._wake.set()
+        found = await self._bus.streams.read(self._last_ids, block_ms=READ_BLOCK_MS)
+        for entry in found.get(keys.ended, ()):
+            try:
+                for message in decode(entry[1][b"b"], list[m.Ended]):
+                    self.scheduler.ended(message)
+            except (ProtocolError, KeyError) as error:
+                await self._bus.streams.reject(keys.ended, entry, repr(error))
+        for cls in CLASSES:
+            if entries := found.get(keys.sub(cls)):
+                await self._take(cls, entries)
+        if found:
+            self._wake.set()
 
     async def _take(self, cls: str, entries: list[Entry]) -> None:
         submits: list[tuple[m.Submit, int, int]] = []
@@ -162,40 +180,35 @@ class Session:
             return
         for digest in new:
             self.scheduler.learn(digest, DEFAULT_FACTS)
-        try:
-            for record in (await self._bus.adapters.records(new)).values():
-                self.scheduler.learn(record.digest, AdapterFacts(record.rank, record.num_bytes))
-        except ProtocolError:
-            logger.exception("an adapter's record cannot be read; its size is guessed")
+        for record in (await self._bus.adapters.records(new)).values():
+            self.scheduler.learn(record.digest, AdapterFacts(record.rank, record.num_bytes))
 
     # ------------------------------------------------------------ out
 
     async def _dispatch(self) -> None:
-        """Plan and assign whenever something has changed."""
-        again_ms: float | None = None
-        while True:
-            if again_ms is None:
-                await self._wake.wait()
-            else:
-                await wait_any(self._wake, max(0.0, again_ms - now_ms()) / 1000)
-            self._wake.clear()
-            async with self._assigning:
-                with metrics.PLAN_SECONDS.time():
-                    plan = self.scheduler.plan(now_ms())
-                again_ms = plan.again_ms
-                if len(plan.batches) == 1:
-                    ((wid, batch),) = plan.batches.items()
-                    await self._assign(wid, batch)
-                elif plan.batches:
-                    async with asyncio.TaskGroup() as group:
-                        for wid, batch in plan.batches.items():
-                            group.create_task(self._assign(wid, batch))
-            if self.scheduler.backlog.num_queued:
-                await asyncio.sleep(COALESCE_S)
-            controls = [(wid, m.Control(kind="prefetch", digest=digest)) for wid, digest in plan.prefetches]
-            controls += [(wid, m.Control(kind="queued", digests=digests)) for wid, digests in plan.queued]
-            if controls:
-                await self._bus.streams.tell(controls)
+        """Wait until something has changed, plan and assign."""
+        if self._again_ms is None:
+            await self._wake.wait()
+        else:
+            await wait_any(self._wake, max(0.0, self._again_ms - now_ms()) / 1000)
+        self._wake.clear()
+        async with self._assigning:
+            with metrics.PLAN_SECONDS.time():
+                plan = self.scheduler.plan(now_ms())
+            self._again_ms = plan.again_ms
+            if len(plan.batches) == 1:
+                ((wid, batch),) = plan.batches.items()
+                await self._assign(wid, batch)
+            elif plan.batches:
+                async with asyncio.TaskGroup() as group:
+                    for wid, batch in plan.batches.items():
+                        group.create_task(self._assign(wid, batch))
+        if self.scheduler.backlog.num_queued:
+            await asyncio.sleep(COALESCE_S)
+        controls = [(wid, m.Control(kind="prefetch", digest=digest)) for wid, digest in plan.prefetches]
+        controls += [(wid, m.Control(kind="queued", digests=digests)) for wid, digests in plan.queued]
+        if controls:
+            await self._bus.streams.tell(controls)
 
     async def _assign(self, wid: str, batch: list[QueuedRequest]) -> None:
         """Write one assignment; what cannot be assigned goes back to the backlog."""
@@ -223,13 +236,11 @@ class Session:
 
     async def _renew(self) -> None:
         """Renew the lease. Raises Deposed when it is lost, ConnectionError when the queue was restarted."""
-        while True:
-            lease = self._lease
-            if await self._bus.lead(lease.token, lease.candidate, lease.duration_ms) != lease.token:
-                raise Deposed
-            if await self._bus.restarted():  # a reconnection may have hidden it; a new session reads the queue's state
-                raise ConnectionError("the queue was restarted")
-            await asyncio.sleep(lease.duration_ms / 5000)
+        lease = self._lease
+        if await self._bus.lead(lease.token, lease.candidate, lease.duration_ms) != lease.token:
+            raise Deposed
+        if await self._bus.restarted():  # a reconnection may have hidden it; a new session reads the queue's state
+            raise ConnectionError("the queue was restarted")
 
     async def _search(self) -> None:
         """Look for requests that belong to nobody. Only a restart of the queue makes them, and begins a new session."""
@@ -238,29 +249,28 @@ class Session:
         await self._recovery.find_orphans()
 
     async def _watch(self) -> None:
-        """Look after beats, deaths, deadlines and lost messages; publish the status."""
-        last = time.monotonic()
-        rounds = 0
-        while True:
-            now = time.monotonic()
-            elapsed_s, last = min(now - last, 2 * WATCH_S), now
-            await self._watch_workers(elapsed_s)
-            await self._watch_gateways(elapsed_s)
-            for rid in self.scheduler.expired(now_ms()):
-                await self._recovery.end(rid, DeadlineExceeded("the request's deadline has passed"))
-            for rid in self.scheduler.unserved(now_ms()):
-                wait_s = self.scheduler.config.wait_for_worker_s
-                await self._recovery.end(rid, Unavailable(f"no worker has come within wait_for_worker_s, {wait_s:g} s"))
-            if rounds % DRAIN_ROUNDS == 0:
-                self._drain_next = self.scheduler.drain_next(now_ms())
-            if rounds % 2 == 0:
-                self.scheduler.tick()
-                await self._publish_status()
-            if rounds % 4 == 3:
-                await self._recovery.reconcile()
-            rounds += 1
-            self._wake.set()
-            await self._pause()
+        """Look after beats, deaths, deadlines and lost messages; publish the status; wait for the next round.
+
+        What fails of that keeps none of the rest from being done, and is done again with a later round.
+        """
+        now, rounds = time.monotonic(), self._rounds
+        elapsed_s, self._watched_s = min(now - self._watched_s, 2 * WATCH_S), now
+        done = self._watched.run
+        await done("workers", partial(self._watch_workers, elapsed_s))
+        await done("gateways", partial(self._watch_gateways, elapsed_s))
+        for rid in self.scheduler.expired(now_ms()):
+            await done(rid, partial(self._recovery.end, rid, DeadlineExceeded("the request's deadline has passed")))
+        wait_s = self.scheduler.config.wait_for_worker_s
+        for rid in self.scheduler.unserved(now_ms()):
+            why = Unavailable(f"no worker has come within wait_for_worker_s, {wait_s:g} s")
+            await done(rid, partial(self._recovery.end, rid, why))
+        if rounds % 2 == 0:
+            await done("status", self._publish_status)
+        if rounds % 4 == 3:
+            await done("lost messages", self._recovery.reconcile)
+        self._rounds += 1
+        self._wake.set()
+        await self._pause()
 
     async def _pause(self) -> None:
         """Wait for the next round; look at beats meanwhile if one may tell of an adapter that lets a request go on."""
@@ -290,6 +300,9 @@ class Session:
 
     async def _publish_status(self) -> None:
         scheduler = self.scheduler
+        if self._rounds % DRAIN_ROUNDS == 0:
+            self._drain_next = scheduler.drain_next(now_ms())
+        scheduler.tick()
         self._drain.observe(time.monotonic(), scheduler.ledger.num_ended, scheduler.backlog.num_queued > 0)
         workers = list(scheduler.workers.available())
         used, most = await self._bus.memory()

@@ -17,6 +17,7 @@ from gateway.auth.callers import EVERYBODY, Caller
 from protocol.queue.adapters import NameLimits
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
 from protocol.runtime.fleet_secret import FleetSecret, owner_of
+from protocol.runtime.guarded import FAILED
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.adapter_refs import Policy, Reference, parse_reference
@@ -28,7 +29,6 @@ from protocol.wire.errors import (
     ModelNotFound,
     NotFound,
     PermissionDenied,
-    ProtocolError,
     Unavailable,
 )
 from protocol.wire.keys import private_name
@@ -61,26 +61,22 @@ class Aliases:
         self._waiters: dict[str, set[asyncio.Event]] = {}
         self._asked: dict[str, int] = {}  # private name -> unix ms, when a look that is still awaited was asked for
         self._failure: LorafleetError | None = None
+        self._last_ids: dict[str, bytes] = {}  # how far the events are read
         self.listeners: list[Callable[[m.AdapterEvent], object]] = []  # called with every event
 
     async def listen(self) -> None:
-        """Follow the fleet's adapter events until cancelled; wake the waiters of an alias that has changed."""
+        """Wait for the fleet's adapter events; wake the waiters of an alias that has changed."""
         stream = self._bus.keys.adapter_events
-        last_ids: dict[str, bytes] = {}
-        while True:
+        self._last_ids = self._last_ids or {stream: await self._bus.streams.last_id(stream)}
+        for entry, fields in (await self._bus.streams.read(self._last_ids, block_ms=LISTEN_MS)).get(stream, []):
             try:
-                last_ids = last_ids or {stream: await self._bus.streams.last_id(stream)}
-                for _, fields in (await self._bus.streams.read(last_ids, block_ms=LISTEN_MS)).get(stream, []):
-                    event = decode(fields.get(b"b", b""), m.AdapterEvent)
-                    for waiter in self._waiters.get(event.name, ()):
-                        waiter.set()
-                    for listener in self.listeners:
-                        listener(event)
-            except CONNECTION_ERRORS as error:
-                logger.warning("adapter events cannot be read: %s", error)
-                await asyncio.sleep(LISTEN_MS / 1000)
-            except ProtocolError:
-                logger.exception("an adapter event cannot be decoded")
+                event = decode(fields.get(b"b", b""), m.AdapterEvent)
+                for waiter in self._waiters.get(event.name, ()):
+                    waiter.set()
+                for listener in self.listeners:
+                    listener(event)
+            except Exception as error:  # noqa: BLE001  the event's edge: those behind it are not kept waiting
+                FAILED.note("adapter events", error, f"the event {entry.decode()}")
 
     def fail_all(self, error: LorafleetError) -> None:
         """Raise an error in all who wait, now and later."""

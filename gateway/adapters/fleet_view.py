@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 from protocol.metrics import series
@@ -14,7 +13,7 @@ from protocol.wire.keys import CLASSES
 
 logger = logging.getLogger(__name__)
 
-REFRESH_S = 1.0
+REFRESH_S = 1.0  # pause between two looks at the fleet
 
 
 class FleetView:
@@ -53,17 +52,6 @@ class FleetView:
         for cls in CLASSES:
             oldest_ms = status.oldest_ms.get(cls, 0)
             series.FLEET_OLDEST_SECONDS.labels(cls).set(max(0, now_ms() - oldest_ms) / 1000 if oldest_ms else 0)
-
-    async def watch(self) -> None:
-        """Refresh until cancelled."""
-        while True:
-            try:
-                await self.refresh()
-            except CONNECTION_ERRORS as error:
-                logger.warning("the fleet cannot be seen: %s", error)
-            except Exception:
-                logger.exception("the fleet cannot be seen")
-            await asyncio.sleep(REFRESH_S)
 
     async def show_workers(self) -> list[m.WorkerBeat]:
         """Set the metrics of each live worker, and return their beats: none while the queue cannot be reached."""

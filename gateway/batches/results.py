@@ -69,21 +69,23 @@ class Results:
 
     def __init__(self, storage: Storage, batch_id: str, epoch: int) -> None:
         self._storage = storage
-        self._folder = f"batches/{batch_id}"
+        self.folder = f"batches/{batch_id}"
         self._epoch = epoch
         self._num_parts = 0
         self._waiting: list[Answer] = []
         self._num_bytes = 0
         self._writing = asyncio.Lock()
+        self.num_written = 0  # lines whose answers cannot be lost any more
         self.tally = Tally()
 
     async def load(self) -> None:
         """Count what has been written, by other gateways or by an earlier run of this one. Raises Unavailable."""
-        mine = f"{self._folder}/{self._epoch:08}-"
-        names = [name for name in await self._storage.names(self._folder) if name.startswith(mine)]
+        mine = f"{self.folder}/{self._epoch:08}-"
+        names = [name for name in await self._storage.names(self.folder) if name.startswith(mine)]
         self._num_parts = max((int(name.removeprefix(mine)) for name in names), default=0)
         async for _, _ in self._lines(self.tally):
             pass
+        self.num_written = len(self.tally.done) - len(self._waiting)
 
     @property
     def is_full(self) -> bool:
@@ -109,13 +111,14 @@ class Results:
         if not answers:
             return []
         self._num_parts += 1
-        name = f"{self._folder}/{self._epoch:08}-{self._num_parts:08}"
+        name = f"{self.folder}/{self._epoch:08}-{self._num_parts:08}"
         try:
             await self._storage.write(name, _each(b"".join(map(_row, answers))))
         except BaseException:  # given up in the middle, too: they wait again
             self._waiting += answers
             self._num_bytes += sum(len(answer.line) for answer in answers)
             raise
+        self.num_written += len(answers)
         return [answer.number for answer in answers]
 
     async def file(self, kind: Kind) -> AsyncIterator[bytes]:
@@ -134,11 +137,11 @@ class Results:
 
     async def forget(self) -> None:
         """Delete the parts."""
-        await self._storage.delete(self._folder)
+        await self._storage.delete(self.folder)
 
     async def _lines(self, tally: Tally) -> AsyncIterator[tuple[str, bytes]]:
         """Yield kind and line of every answer that is written, each line's once."""
-        for name in await self._storage.names(self._folder):
+        for name in await self._storage.names(self.folder):
             splitter = Splitter(_LONGEST)
             async for chunk in self._storage.read(name):
                 for _, _, row in splitter.feed(chunk):

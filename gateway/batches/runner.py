@@ -1,8 +1,6 @@
 """The batches that this gateway runs: each for as long as it says so to the queue, and the next gateway from there on.
 
-A batch is read twice: its lines are checked, then run in an order that suits adapters and prefix caches, a few at a
-time. Answers are written in parts; a line without one is asked again after a crash, under the same Idempotency-Key, so
-that what the fleet has computed is found and not computed anew.
+What keeps one from going on is told, counted, and tried again ever later, by whichever gateway; at last it ends.
 """
 
 from __future__ import annotations
@@ -10,66 +8,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
-import msgspec
-import orjson
-
-from gateway.anthropic.errors import OVERLOADED
-from gateway.auth.callers import Caller
-from gateway.batches.calls import InnerCalls
-from gateway.batches.lines import InputLines, Line, read_lines
-from gateway.batches.results import Answer, Kind, Results, answer_of, failure_of
-from gateway.calls.submit import cancel
-from gateway.files.files import FileService
-from gateway.files.storage import Storage
-from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
+from gateway.batches.run import BatchMeans, BatchRun, Lost
+from protocol.metrics.series import GIVEN_UP
+from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.queue.kept.batches import ClaimedBatch
-from protocol.runtime.settings import Settings
-from protocol.wire import messages as m
-from protocol.wire.errors import LorafleetError, NotFound
-
-T = TypeVar("T")
+from protocol.runtime.guarded import FAILED, Loop, is_failure, is_queue_away
+from protocol.wire.errors import NewerRecord
 
 logger = logging.getLogger(__name__)
 
-RETRIED = frozenset({429, 502, 503, OVERLOADED})
-"""Statuses that tell of a fleet that is busy, and not of the line."""
-
-_LOOKED_AT = 64  # open batches, when the next one to run is chosen
-
-
-@dataclass(frozen=True, slots=True)
-class BatchPace:
-    """What operators do not set, but tests."""
-
-    poll_s: float = 1.0  # pause between looks for batches that nobody runs
-    lease_s: float = 10.0  # silence after which another gateway takes a batch over
-    beat_s: float = 2.0  # pause between two words that a batch goes on, with its counts
-    min_calls: int = 8  # that run at once, however small the fleet is
-    max_batches: int = 4  # that one gateway runs at once; the others wait
-    places: float = 1.25  # calls that run at once, per place that the workers have
-
-
-@dataclass(frozen=True, slots=True)
-class BatchMeans:
-    """What a gateway runs batches with."""
-
-    bus: Bus
-    gid: str  # this gateway
-    files: FileService
-    storage: Storage
-    settings: Settings
-    calls: InnerCalls
-    pace: BatchPace = field(default_factory=BatchPace)
-
-
-class Lost(Exception):
-    """Another gateway runs the batch, or it has ended."""
+_LOOKED_AT = 64  # open batches that were not begun, and that were, when the next one to run is chosen
+_MAX_NEWER = 1000  # batches that are remembered as those of newer gateways
 
 
 class BatchRunner:
@@ -84,65 +36,102 @@ class BatchRunner:
         self._tenants: dict[str, str] = {}  # of those
         self._wake = wake
         self._num_places = 0  # of all workers
+        self._newer: dict[str, None] = {}  # batches that newer gateways can read alone
 
-    async def run(self) -> None:
-        """Run batches until cancelled; then leave them to other gateways."""
-        try:
-            while True:
-                try:
-                    await self._look()
-                except CONNECTION_ERRORS as error:
-                    logger.warning("no batch can be looked for: %s", error)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(self._pace.poll_s):
-                        await self._wake.wait()
-                self._wake.clear()
-        finally:
-            tasks = list(self._running.values())
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    def loop(self) -> Loop:
+        """Return what begins batches. Whoever has run it then calls `leave`."""
+        return Loop("batches", self._look, self._pace.poll_s, self._wake)
+
+    async def leave(self) -> None:
+        """Leave the batches that run here to other gateways."""
+        tasks = list(self._running.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _look(self) -> None:
-        """Begin batches while there is room, first of tenants that have the fewest here."""
+        """Begin batches while there is room, first of tenants that have the fewest here, and no more than their share.
+
+        Of one tenant those that were begun before go first.
+        """
+        pace = self._pace
         if self._running:
             self._num_places = await self._places()
-        if len(self._running) >= self._pace.max_batches:
+        if len(self._running) >= pace.max_batches:
             return
         waiting = [
             (tenant, batch_id) for tenant, batch_id in await self._bus.batches.waiting(_LOOKED_AT)
-            if batch_id not in self._running
+            if batch_id not in self._running and batch_id not in self._newer
         ]  # fmt: skip
-        while waiting and len(self._running) < self._pace.max_batches:
-            held = list(self._tenants.values())
-            tenant, batch_id = min(waiting, key=lambda found: held.count(found[0]))
+        while waiting and len(self._running) < pace.max_batches:
+            held = Counter(self._tenants.values())
+            tenant, batch_id = min(waiting, key=lambda found: held[found[0]])
+            if held[tenant] >= pace.max_batches_of_tenant:
+                return
             waiting.remove((tenant, batch_id))
-            lease_ms = int(self._pace.lease_s * 1000)
-            claimed = await self._bus.batches.claim(batch_id, tenant, self._means.gid, lease_ms)
+            claimed = await self._claim(batch_id, tenant)
             if claimed is None:
                 continue
-            self._num_places = self._num_places or await self._places()
             self._tenants[batch_id] = tenant
             self._running[batch_id] = asyncio.create_task(self._run(claimed))
+            self._num_places = self._num_places or await self._places()
+
+    async def _claim(self, batch_id: str, tenant: str) -> ClaimedBatch | None:
+        try:
+            return await self._bus.batches.claim(batch_id, tenant, self._means.gid, int(self._pace.lease_s * 1000))
+        except NewerRecord as error:  # whoever can read it has it when this lease is over
+            FAILED.note("batches", error, batch_id)
+            self._newer[batch_id] = None
+            if len(self._newer) > _MAX_NEWER:
+                del self._newer[next(iter(self._newer))]
+            return None
 
     async def _run(self, claimed: ClaimedBatch) -> None:
-        batch = claimed.batch
+        """Run a batch until it has ended, is another gateway's, or is put off."""
+        batch_id, num_away, going_on = claimed.batch.id, 0, claimed
+        try:
+            while going_on is not None:
+                try:
+                    await self._try(going_on)
+                    going_on = None
+                except CONNECTION_ERRORS as error:  # of the queue: nothing can be noted there
+                    FAILED.note("batches", error, batch_id)
+                    num_away += 1
+                    await asyncio.sleep(self._pace.retry.pause_s(num_away))
+                    with suppress(*CONNECTION_ERRORS):
+                        going_on = await self._claim(batch_id, claimed.batch.tenant)
+        except Exception as error:  # noqa: BLE001  the batch's edge: its lease ends, and it is tried again
+            FAILED.note("batches", error, batch_id)
+        finally:
+            del self._running[batch_id], self._tenants[batch_id]
+            self._wake.set()
+
+    async def _try(self, claimed: ClaimedBatch) -> None:
+        """Run a batch once. What fails is tried again later, by whichever gateway, and at last ends the batch.
+
+        Raises connection errors.
+        """
+        batch, pace = claimed.batch, self._pace
         run = BatchRun(self._means, claimed, self._num_calls)
         try:
-            await run.run()
+            try:
+                await run.run()
+            except asyncio.CancelledError:
+                with suppress(*CONNECTION_ERRORS):
+                    await run.leave()
+                raise
+            except BaseException as error:
+                if not is_failure(error) or is_queue_away(error) or isinstance(error, Lost):
+                    raise
+                FAILED.note("batches", error, batch.id)
+                tries = run.tries + 1
+                if tries < pace.max_tries:
+                    await run.leave(pace.retry.pause_s(tries), tries)
+                else:
+                    GIVEN_UP.labels("batches").inc()
+                    await run.give_up(error, tries)
         except Lost:
-            logger.warning("batch %s is run by another gateway", batch.id)
-        except asyncio.CancelledError:
-            with suppress(*CONNECTION_ERRORS):
-                await run.leave()
-            raise
-        except (LorafleetError, *CONNECTION_ERRORS) as error:
-            logger.warning("batch %s stops here, and is taken up again: %s", batch.id, error)
-        except Exception:
-            logger.exception("batch %s stops here, and is taken up again", batch.id)
-        finally:
-            del self._running[batch.id], self._tenants[batch.id]
-            self._wake.set()
+            logger.warning("batch %s is run by another gateway, or has ended", batch.id)
 
     async def _places(self) -> int:
         """Return how many requests all workers can run at once."""
@@ -153,238 +142,3 @@ class BatchRunner:
         """How many lines each batch of this gateway may have running."""
         most = max(self._pace.min_calls, math.ceil(self._pace.places * self._num_places))
         return max(1, min(most, self._means.settings.max_batch_calls) // max(1, len(self._running)))
-
-
-class BatchRun:
-    """One batch while this gateway runs it."""
-
-    def __init__(self, means: BatchMeans, claimed: ClaimedBatch, num_calls: Callable[[], int]) -> None:
-        """num_calls: tells how many of its lines may run now."""
-        self._means = means
-        self._bus = means.bus
-        self._settings = means.settings
-        self._num_calls = num_calls
-        self.batch = claimed.batch
-        self._epoch = claimed.epoch
-        self._results = Results(means.storage, self.batch.id, claimed.epoch)
-        self._is_cancelled = asyncio.Event()
-        if claimed.cancelled_ms:
-            self._cancel(claimed.cancelled_ms)
-
-    async def run(self) -> None:
-        """Run the batch to its end. Raises Lost, NotFound, Unavailable and connection errors."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                beating = group.create_task(self._beat())
-                try:
-                    await self._work()
-                finally:
-                    beating.cancel()
-        except BaseExceptionGroup as failed:
-            raise failed.exceptions[0] from failed
-
-    async def leave(self) -> None:
-        """Write what there is, and let another gateway go on at once."""
-        with suppress(LorafleetError):
-            await self._flush()
-        await self._bus.batches.save(self._counted(), self._epoch, leaves=True)
-
-    async def _beat(self) -> None:
-        """Say that the batch goes on, and how far it is; notice that it was cancelled. Raises Lost."""
-        pace = self._means.pace
-        deadline = asyncio.get_running_loop().time() + pace.lease_s
-        while True:
-            await asyncio.sleep(pace.beat_s)
-            try:
-                batch = self.batch
-                lease_ms = int(pace.lease_s * 1000)
-                claimed = await self._bus.batches.claim(batch.id, batch.tenant, self._means.gid, lease_ms)
-                if claimed is None or claimed.epoch != self._epoch:
-                    raise Lost
-                deadline = asyncio.get_running_loop().time() + pace.lease_s
-                if claimed.cancelled_ms:
-                    self._cancel(claimed.cancelled_ms)
-                if self.batch.status == "in_progress":
-                    await self._flush()
-                    await self._save()
-            except CONNECTION_ERRORS as error:
-                if asyncio.get_running_loop().time() > deadline:
-                    raise Lost from error
-
-    def _cancel(self, cancelled_ms: int) -> None:
-        self.batch = msgspec.structs.replace(self.batch, cancelling_ms=cancelled_ms)
-        self._is_cancelled.set()
-
-    # ------------------------------------------------------------ stages
-
-    async def _work(self) -> None:
-        """Take the batch from where it is to its end."""
-        source = await self._bus.files.get(self.batch.input_file, self.batch.tenant)
-        if source is None:
-            await self._fail("file_not_found", "the input file was deleted, or has expired")
-            return
-        chunks = self._means.files.read(source)
-        try:
-            found = await read_lines(chunks, self.batch.endpoint, self._settings.max_body_bytes)
-        except NotFound:
-            await self._fail("file_not_found", "the input file was deleted")
-            return
-        if found.problems:
-            await self._save(status="failed", problems=found.problems, ended_ms=now_ms())
-            return
-        await self._results.load()
-        begun_ms = self.batch.in_progress_ms or now_ms()
-        await self._save(status="in_progress", in_progress_ms=begun_ms, total=len(found.lines), model=found.model)
-        end = await self._run_lines(found, source)
-        await self._save(status="finalizing", finalizing_ms=self.batch.finalizing_ms or now_ms())
-        await self._give_up(found, source, end)
-        await self._flush()
-        await self._end(end)
-
-    async def _run_lines(self, found: InputLines, source: m.File) -> m.BatchStatus:
-        """Run the lines that have no answer, a few at a time. Returns how the batch ends."""
-        caller = await self._caller()
-        todo = (line for line in found.in_order() if line.number not in self._results.tally.done)
-        cancelled = asyncio.create_task(self._is_cancelled.wait())
-        running: set[asyncio.Task[Any]] = {cancelled}
-        end: m.BatchStatus = "completed"
-        try:
-            async with asyncio.timeout(max(0.0, (self.batch.expires_ms - now_ms()) / 1000)):
-                for line in todo:
-                    running.add(asyncio.create_task(self._run_line(line, source, caller)))
-                    await _wait(running, cancelled, self._num_calls())
-                    if cancelled.done():
-                        break
-                await _wait(running, cancelled, 1)
-            if cancelled.done():
-                end = "cancelled"
-        except TimeoutError:
-            end = "expired"
-        finally:
-            for task in running:
-                task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
-        if end != "completed":
-            await self._end_requests(found.lines, caller)
-        return end
-
-    async def _end(self, status: m.BatchStatus, **changes: object) -> None:
-        """Write the output files and the end of the batch."""
-        output, errors = await self._write("output"), await self._write("error")
-        await self._save(status=status, ended_ms=now_ms(), output_file=output, error_file=errors, **changes)
-        await self._results.forget()
-
-    async def _write(self, kind: Kind) -> str:
-        """Write an output file. Returns its id, "" when there is nothing in it."""
-        batch = self.batch
-        life_s = float(batch.output_life_s or self._settings.file_ttl_s)
-        made = await self._means.files.make(
-            f"file-{batch.id.removeprefix('batch_')}-{kind}", batch.tenant, f"{batch.id}_{kind}.jsonl",
-            self._results.file(kind), life_s,
-        )  # fmt: skip
-        return made.id if made is not None else ""
-
-    async def _give_up(self, found: InputLines, source: m.File, end: m.BatchStatus) -> None:
-        """Note for every line without an answer why it has none."""
-        if end == "completed":
-            return
-        code, why = ("batch_expired", "the batch expired before this line was answered")
-        if end == "cancelled":
-            code, why = ("batch_cancelled", "the batch was cancelled before this line was answered")
-        for line in found.lines:
-            if line.number in self._results.tally.done:
-                continue
-            custom_id, _ = await self._read(line, source)
-            await self._take(failure_of(line.number, custom_id, code, why))
-
-    async def _fail(self, code: str, message: str) -> None:
-        """End the batch for want of its input, with the answers that it has."""
-        await self._results.load()
-        await self._end("failed", problems=[m.BatchProblem(code=code, message=message)])
-
-    # ------------------------------------------------------------ lines
-
-    async def _run_line(self, line: Line, source: m.File, caller: Caller) -> None:
-        """Ask the endpoint for one line's answer, until it is not too busy to give one."""
-        custom_id, body = await self._read(line, source)
-        refused = next((name for name in ("stream", "background") if body.get(name)), None)
-        if refused is not None:
-            text = f"{refused} cannot be true in a batch"
-            await self._take(failure_of(line.number, custom_id, "invalid_request", text))
-            return
-        raw = orjson.dumps(body)
-        del body
-        while True:
-            answer = await self._means.calls.post(self.batch.endpoint, raw, caller, self._key(line))
-            if answer.status not in RETRIED:
-                break
-            await asyncio.sleep(answer.retry_after_s * random.uniform(1.0, 1.5))
-        request_id = answer.headers.get("x-request-id", "")
-        await self._take(answer_of(line.number, custom_id, answer.status, request_id, answer.body))
-
-    async def _take(self, answer: Answer) -> None:
-        """Take a line's answer, and write those that wait if they are many."""
-        self._results.add(answer)
-        if self._results.is_full:
-            await self._flush()
-
-    async def _read(self, line: Line, source: m.File) -> tuple[str, dict[str, object]]:
-        """Return a line's custom_id and body."""
-        raw = b"".join([chunk async for chunk in self._means.files.read(source, line.start, line.end)])
-        value = orjson.loads(raw)
-        return value["custom_id"], value["body"]
-
-    def _key(self, line: Line) -> str:
-        return f"{self.batch.id}:{line.number}"
-
-    async def _caller(self) -> Caller:
-        """Return whose calls the lines are."""
-        keys = self._settings.api_keys
-        tenant = await self._bus.api_keys.tenant(self.batch.tenant) if keys else None
-        return Caller(tenant, ("infer",), until_ms=self.batch.expires_ms)
-
-    async def _end_requests(self, lines: Sequence[Line], caller: Caller) -> None:
-        """End what still runs in the queue of lines that nobody waits for."""
-        open_lines = [line for line in lines if line.number not in self._results.tally.done]
-        for some in _slices(open_lines, 256):
-            keys = [self._bus.keys.idem(caller.owner, self._key(line)) for line in some]
-            for record in await self._bus.get_many(keys, m.Idempotent):
-                if record is not None:
-                    await cancel(self._bus, record.rids)
-
-    # ------------------------------------------------------------ storage
-
-    async def _flush(self) -> None:
-        """Write the answers that wait, then let the queue forget their requests."""
-        numbers = await self._results.flush()
-        for some in _slices(numbers, 256):
-            keys = [self._bus.keys.idem(self.batch.tenant, f"{self.batch.id}:{number}") for number in some]
-            records = await self._bus.get_many(keys, m.Idempotent)
-            found = [(key, record) for key, record in zip(keys, records, strict=True) if record is not None]
-            await asyncio.gather(*(self._bus.forget_call(key, record.rids) for key, record in found))
-
-    def _counted(self) -> m.Batch:
-        tally = self._results.tally
-        return msgspec.structs.replace(
-            self.batch, completed=tally.completed, failed=tally.failed, usage=tally.usage
-        )  # fmt: skip
-
-    async def _save(self, **changes: object) -> None:
-        """Write how far the batch is. Raises Lost."""
-        self.batch = msgspec.structs.replace(self._counted(), **changes)
-        if not await self._bus.batches.save(self.batch, self._epoch):
-            raise Lost
-
-
-async def _wait(running: set[asyncio.Task[Any]], cancelled: asyncio.Task[Any], num: int) -> None:
-    """Wait until fewer than `num` others run, or until `cancelled` is done. Raises what a task has raised."""
-    while len(running) > num and not cancelled.done():
-        done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        running -= done - {cancelled}
-        for task in done:
-            task.result()
-
-
-def _slices(values: Sequence[T], num: int) -> Iterator[Sequence[T]]:
-    """Yield a list in parts of `num`."""
-    return (values[i : i + num] for i in range(0, len(values), num))

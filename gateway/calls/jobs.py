@@ -31,6 +31,7 @@ from gateway.overload.memory import held, hold, values_bytes
 from protocol.queue.bus import RequestFacts, now_ms
 from protocol.queue.kept.jobs import NewJob
 from protocol.wire import messages as m
+from protocol.wire.codec import as_kept
 from protocol.wire.error_codec import error_from
 from protocol.wire.errors import BadRequest, NotFound
 
@@ -267,20 +268,26 @@ class Jobs:
         }
 
     async def request(self, job: m.Job) -> Any:
-        """Return what is kept of a job's body, and charge for it. Raises NotFound, and as `memory.hold`."""
+        """Return what is kept of a job's body, and charge for it.
+
+        Raises NotFound, UnreadableRecord, and as `memory.hold`.
+        """
         request = await self._bus.jobs.request(job.jid)
         if request is None:
             raise NotFound("the result has expired", code="result_expired")
         hold(held() + len(request) + values_bytes(request))
-        return orjson.loads(request)
+        with as_kept(f"what {job.jid} asked for"):
+            return orjson.loads(request)
 
     async def call(self, job: m.Job, facts: Facts, request: Any) -> tuple[JobApi, SubmittedCall]:
         """Return a job's call as it was submitted, and charge for what it holds. Raises NotFound, `memory.hold`'s.
 
-        request: what is kept of its body.
+        request: what is kept of its body. Raises UnreadableRecord, too.
         """
-        api = self._apis[job.endpoint]
-        call = await self._pipeline.earlier.known(api.parse(request, EVERYBODY), job, facts)
+        with as_kept(f"what {job.jid} asked for"):
+            api = self._apis[job.endpoint]
+            parsed = api.parse(request, EVERYBODY)
+        call = await self._pipeline.earlier.known(parsed, job, facts)
         hold(held() + self._pipeline.earlier.num_bytes(call))
         return api, call
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from protocol.metrics.series import GATEWAY_LOG_READS, GATEWAY_STALE_DELTAS
-from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode
-from protocol.runtime.service import wait_any
+from protocol.queue.bus import Bus, decode
+from protocol.runtime.guarded import FAILED
 from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, ProtocolError
 
@@ -21,8 +21,7 @@ logger = logging.getLogger(__name__)
 
 STREAM_TTL_S = 300
 STREAM_MAX_AGE_MS = 60_000
-KEEP_S = 1.0
-RETRY_S = 0.2
+KEEP_S = 1.0  # pause between two looks whether the stream exists
 MAX_PENDING = 64  # deltas held for one call; a client that takes them more slowly is served from the log
 
 
@@ -201,6 +200,8 @@ class Replies:
         self._beats = beats
         self.gid = gid
         self._stream = bus.keys.out(gid)
+        # From the beginning: a request may have been answered before the first read.
+        self._last_ids = {self._stream: b"0"}
         self._subscriptions: dict[str, list[Subscription]] = {}
 
     def subscribe(self, rids: Sequence[str], *, eager: bool) -> Subscription:
@@ -238,37 +239,16 @@ class Replies:
         await self.bus.streams.create(self._stream, STREAM_TTL_S)
 
     async def read(self) -> None:
-        """Deliver until cancelled."""
-        # From the beginning: a request may have been answered before the first read.
-        last_ids = {self._stream: b"0"}
-        never = asyncio.Event()
-        while True:
+        """Wait for entries, and deliver them."""
+        found = await self.bus.streams.read(self._last_ids, block_ms=2000)
+        for _, fields in found.get(self._stream, ()):
             try:
-                found = await self.bus.streams.read(last_ids, block_ms=2000)
-            except CONNECTION_ERRORS as error:
-                logger.warning("the out stream cannot be read: %s", error)
-                await wait_any(never, RETRY_S)
-                continue
-            except Exception:
-                logger.exception("the out stream cannot be read")
-                await wait_any(never, RETRY_S)
-                continue
-            for _, fields in found.get(self._stream, ()):
                 self._deliver(fields.get(b"b", b""))
+            except Exception as error:  # noqa: BLE001  the entry's edge: whoever gets nothing looks into the log
+                FAILED.note("replies", error, "an entry of the out stream")
 
     async def keep(self) -> None:
-        """Check once a second that the stream exists and the queue was not restarted, until cancelled."""
-        never = asyncio.Event()
-        while True:
-            try:
-                await self._keep_once()
-            except CONNECTION_ERRORS as error:
-                logger.warning("the out stream cannot be kept: %s", error)
-            except Exception:
-                logger.exception("the out stream cannot be kept")
-            await wait_any(never, KEEP_S)
-
-    async def _keep_once(self) -> None:
+        """Look whether the stream exists and the queue was not restarted."""
         gone = not await self._beats.streams.keep(self._stream, ttl_s=STREAM_TTL_S, max_age_ms=STREAM_MAX_AGE_MS)
         if gone:
             logger.warning("the out stream was gone; calls catch up from the log")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import random
 import secrets
 from collections.abc import AsyncIterator, Mapping
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 from gateway.auth.callers import Caller
@@ -14,12 +14,13 @@ from gateway.files.storage import Storage
 from gateway.files.upload import UploadedForm
 from gateway.http.list_page import list_page
 from gateway.overload.large import Places
-from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
+from gateway.overload.shares import shares
+from protocol.queue.bus import Bus, now_ms
+from protocol.runtime.backoff import Backoff
+from protocol.runtime.guarded import Items
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest, LorafleetError, NotFound, Overloaded
-
-logger = logging.getLogger(__name__)
+from protocol.wire.errors import BadRequest, NotFound, Overloaded
 
 ID_PREFIX = "file-"
 PURPOSES = ("batch",)
@@ -41,7 +42,8 @@ TIDY_S = 3600.0
 
 _EXPIRY = ("expires_after[anchor]", "expires_after[seconds]")
 
-_AT_ONCE = 100  # records of a list, or expired files, that are read together
+_AT_ONCE = 100  # records of a list that are read together
+_SWEPT_AT_ONCE, _SWEPT_OF_TENANT = 1000, 16  # expired files that are looked at together, and deleted of each tenant
 
 
 class FileService:
@@ -52,6 +54,8 @@ class FileService:
         self._storage = storage
         self._settings = settings
         self._uploads = Places(NUM_UPLOADS, NUM_UPLOADS_OF_TENANT, NUM_WAITING)
+        # None is given up: its owner does not have it any more, and its bytes are to go once the storage is back.
+        self._expiring = Items("expired files", max_tries=0, backoff=Backoff(1.0, 3600.0))
 
     # ------------------------------------------------------------ making
 
@@ -146,22 +150,25 @@ class FileService:
     # ------------------------------------------------------------ expiry
 
     async def sweep(self) -> None:
-        """Delete what has expired or was never finished, until cancelled."""
-        while True:
-            try:
-                await self.delete_expired()
-                if random.random() < SWEEP_S / TIDY_S:  # at other times than other gateways
-                    await self._storage.tidy()
-            except (LorafleetError, *CONNECTION_ERRORS) as error:
-                logger.warning("expired files cannot be deleted now: %s", error)
-            await asyncio.sleep(SWEEP_S)
+        """Delete what has expired or was never finished."""
+        await self.delete_expired()
+        if random.random() < SWEEP_S / TIDY_S:  # at other times than other gateways
+            await self._storage.tidy()
 
     async def delete_expired(self) -> None:
-        """Delete what has expired."""
-        while expired := await self._bus.files.expired(now_ms(), _AT_ONCE):
-            for tenant, file_id in expired:
-                await self._storage.delete(place_of(file_id))
-                await self._bus.files.forget(file_id, tenant)
+        """Delete what has expired, by turns of tenants. What cannot be deleted now is tried again ever later."""
+        files = self._bus.files
+        while expired := await files.expired(now_ms(), _SWEPT_AT_ONCE):
+            now, later = shares(expired, itemgetter(0), _SWEPT_OF_TENANT)
+            await files.put_off(later, now_ms())  # behind all others
+            for tenant, file_id in now:
+                pause_s = await self._expiring.run(file_id, partial(self._delete, file_id, tenant))
+                if pause_s:
+                    await files.put_off([(tenant, file_id)], now_ms() + int(1000 * pause_s) + 1)
+
+    async def _delete(self, file_id: str, tenant: str) -> None:
+        await self._storage.delete(place_of(file_id))
+        await self._bus.files.forget(file_id, tenant)
 
 
 def new_id() -> str:

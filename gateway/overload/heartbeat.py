@@ -16,7 +16,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from protocol.queue.bus import CONNECTION_ERRORS, Bus
+from protocol.queue.bus import Bus
+from protocol.runtime.guarded import FAILED
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,10 @@ class LoopLag:
         return min(max(oldest_s, now_s - self.ticked_s - self._tick_s), *others_s)
 
 
+class HeartbeatDied(RuntimeError):
+    """Nothing says any more that this gateway lives."""
+
+
 class Heartbeat:
     """Says once a second that a gateway lives, and knows how late its event loop is."""
 
@@ -75,11 +80,11 @@ class Heartbeat:
         return self._lag.lag_s(self._pace.clock())
 
     async def tick(self) -> None:
-        """Measure the main loop, which runs this, until cancelled. Raises RuntimeError when the thread has died."""
+        """Measure the main loop, which runs this, until cancelled. Raises HeartbeatDied."""
         while self._failure is None:
             await asyncio.sleep(self._pace.tick_s)
             self._lag.tick(self._pace.clock())
-        raise RuntimeError("the heartbeat's thread has died") from self._failure
+        raise HeartbeatDied("the heartbeat's thread has died") from self._failure
 
     @contextlib.asynccontextmanager
     async def beating(self, bus: Bus, address: str) -> AsyncIterator[None]:
@@ -123,10 +128,8 @@ class Heartbeat:
             return
         try:
             await self._beat_once(bus, address)
-        except CONNECTION_ERRORS as error:
-            logger.warning("no beat: %s", error)
-        except Exception:
-            logger.exception("no beat")
+        except Exception as error:  # noqa: BLE001  the turn's edge: the next beat is a second away
+            FAILED.note("heartbeat", error)
 
     async def _beat_once(self, bus: Bus, address: str) -> None:
         key, registry = bus.keys.gateway_beat(self._gid), bus.keys.gateways

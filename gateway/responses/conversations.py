@@ -7,12 +7,12 @@ by the sweep of any gateway, whichever gateway the response was asked at.
 
 from __future__ import annotations
 
-import asyncio
-import logging
 import re
 import secrets
 import uuid
 from collections.abc import Sequence
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import orjson
@@ -21,16 +21,18 @@ from gateway.auth.callers import Caller
 from gateway.calls.jobs import KEPT_AFTER_EXPIRY_S, Jobs
 from gateway.http.list_page import list_page
 from gateway.overload.memory import held, hold, values_bytes
+from gateway.overload.shares import shares
 from gateway.responses.bodies import ConversationRequest, Metadata
 from gateway.responses.items import Item, items_of
 from gateway.responses.stored import GOES_ON, StoredResponses, end_of
-from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
+from protocol.metrics.series import UNREADABLE
+from protocol.queue.bus import Bus, RequestFacts, now_ms
 from protocol.queue.kept.conversations import ConversationLimits, Outcome
+from protocol.runtime.backoff import Backoff
+from protocol.runtime.guarded import FAILED, Items, is_queue_away
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest, LorafleetError, NotFound, Overloaded
-
-logger = logging.getLogger(__name__)
+from protocol.wire.errors import BadRequest, LorafleetError, NewerRecord, NotFound, Overloaded, UnreadableRecord
 
 ID_PREFIX = "conv_"
 
@@ -44,8 +46,16 @@ LOOK_AGAIN_MS = 60_000
 """Pause between two looks at a response that has not ended."""
 
 _ID = re.compile(r"conv_[0-9a-f]{32}")
-_AT_ONCE = 100  # turns that are looked at together
+_AT_ONCE, _OF_TENANT = 1000, 16  # turns that are looked at together, and added of each tenant
 _RETRY_S = 60.0  # until something may have been deleted, or has expired
+
+
+class TurnFailed(Exception):
+    """A response cannot be added to its conversation, for a reason of the gateway's own."""
+
+    def __init__(self, response: str) -> None:
+        super().__init__(f"{response} cannot be added to its conversation")
+        self.response = response
 
 
 class Conversations:
@@ -59,7 +69,8 @@ class Conversations:
         self._queue = bus.conversations
         self._jobs = jobs
         self._stored = stored
-        self._sweep_s = sweep_s
+        self.sweep_s = sweep_s
+        self._turns = Items("conversations", backoff=Backoff(1.0, 600.0))
         ttl_s = max(settings.conversation_ttl_s, settings.job_ttl_s + KEPT_AFTER_EXPIRY_S)  # none ends before its turns
         self._limits = ConversationLimits(
             int(ttl_s * 1000), settings.tenant_conversations, settings.max_messages, settings.max_body_bytes,
@@ -169,34 +180,50 @@ class Conversations:
                 if status in ("queued", "in_progress"):
                     continue
                 if status in GOES_ON:
-                    before = held()
                     try:
-                        items = await self._stored.turn(jobs[id_], [fact])
+                        items = await self._turn(jobs[id_], fact)
                     except NotFound as error:  # such as the adapter's tokenizer, which may come back
-                        logger.warning("%s cannot be added to its conversation: %s", id_, error)
+                        FAILED.note("conversations", error, id_)
                         continue
-                    finally:
-                        hold(before)
             await self._queue.change(conversation_id, tenant, self._limits, items=_written(items), response=id_)
 
-    async def sweep(self) -> None:
-        """Add the responses that have ended to their conversations, until cancelled."""
-        while True:
-            try:
-                await self.add_due_turns()
-            except (LorafleetError, *CONNECTION_ERRORS) as error:
-                logger.warning("responses cannot be added to their conversations now: %s", error)
-            await asyncio.sleep(self._sweep_s)
+    async def _turn(self, job: m.Job, fact: RequestFacts) -> list[Item]:
+        """Return what a response adds: nothing, if what is kept of it cannot be read.
+
+        Raises what passes by, and TurnFailed.
+        """
+        before = held()
+        try:
+            return await self._stored.turn(job, [fact])
+        except NewerRecord:
+            raise
+        except UnreadableRecord as error:  # it never can be; its client is told so where it asks for the response
+            UNREADABLE.labels("Response").inc()
+            FAILED.note("conversations", error, job.jid)
+            return []
+        except Exception as error:
+            if isinstance(error, LorafleetError) or is_queue_away(error):
+                raise
+            raise TurnFailed(job.jid) from error
+        finally:
+            hold(before)
 
     async def add_due_turns(self) -> None:
-        """Look at each response whose time has come, and add it to its conversation if it has ended."""
+        """Look at each response whose time has come, by turns of tenants; add those that have ended to conversations.
+
+        One whose turn fails again and again adds nothing.
+        """
         while due := await self._queue.due(now_ms(), _AT_ONCE):
-            for conversation_id, tenant in {(turn.conversation, turn.tenant) for turn in due}:
-                try:
-                    await self._add_turns(conversation_id, tenant)
-                except LorafleetError as error:  # the others are not kept waiting
-                    logger.warning("%s cannot get its turns now: %s", conversation_id, error)
-            for turn in due:
+            turns, later = shares(due, attrgetter("tenant"), _OF_TENANT)
+            await self._queue.put_off(later, now_ms())  # behind all others
+            for conversation_id, tenant in dict.fromkeys((turn.conversation, turn.tenant) for turn in turns):
+
+                async def leave_out(error: BaseException, of: str = conversation_id, tenant: str = tenant) -> None:
+                    if isinstance(error, TurnFailed):
+                        await self._queue.change(of, tenant, self._limits, response=error.response)
+
+                await self._turns.run(conversation_id, partial(self._add_turns, conversation_id, tenant), leave_out)
+            for turn in turns:
                 await self._queue.look_again(turn, now_ms() + LOOK_AGAIN_MS)
 
     # ------------------------------------------------------------ the queue's part

@@ -26,6 +26,7 @@ from gateway.responses.items import Item
 from gateway.responses.stream import ResponseEvents
 from gateway.responses.write import ID_PREFIX, End, ResponseWriter, failure_of, writer_of
 from protocol.wire import messages as m
+from protocol.wire.codec import as_kept
 from protocol.wire.error_codec import error_from
 from protocol.wire.errors import LorafleetError, NotFound
 
@@ -74,12 +75,16 @@ class StoredResponses:
 
     async def input_items(self, job: m.Job) -> list[Item]:
         """Return the items that a response was made of. Raises NotFound."""
-        return (await self._jobs.request(job))["items"]
+        kept = await self._jobs.request(job)
+        with as_kept(f"what {job.jid} asked for"):
+            return kept["items"]
 
     async def all_items(self, job: m.Job, facts: Facts) -> list[Item]:
         """Return the items of a response that has an answer, those of its output at their end. Raises NotFound."""
         kept = await self._jobs.request(job)
-        return [*kept["items"], *await self._output(job, facts, kept)]
+        with as_kept(f"what {job.jid} asked for"):
+            items = kept["items"]
+        return [*items, *await self._output(job, facts, kept)]
 
     async def turn(self, job: m.Job, facts: Facts) -> list[Item]:
         """Return what a conversation gets of a response that has an answer: its own input, and its output.
@@ -87,7 +92,8 @@ class StoredResponses:
         Raises NotFound.
         """
         kept = await self._jobs.request(job)
-        own = kept["items"][len(kept["items"]) - kept["num_own"] :]
+        with as_kept(f"what {job.jid} asked for"):
+            own = kept["items"][len(kept["items"]) - kept["num_own"] :]
         return [*own, *await self._output(job, facts, kept)]
 
     async def _output(self, job: m.Job, facts: Facts, kept: Any) -> list[Item]:
@@ -109,7 +115,8 @@ class StoredResponses:
         """Return a response to be read from its first token. Raises NotFound."""
         _, call = await self._jobs.call(job, facts, kept)
         choices = choices_of(call)
-        return choices, writer_of(call, choices)
+        with as_kept(f"what {job.jid} asked for"):
+            return choices, writer_of(call, choices)
 
 
 def end_of(job: m.Job, facts: Facts) -> End:

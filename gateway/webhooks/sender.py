@@ -114,9 +114,10 @@ class WebhookSender:
         """Return the type of the event of an end, "" if nothing is known of it any more."""
         if ended.type:
             return ended.type
-        job = await self._bus.jobs.get(ended.id)
-        if job is None:
+        found = await self._bus.jobs.get_many([ended.id])
+        if not found:  # it cannot be read, either
             return ""
+        job = found[0]
         facts = await self._bus.requests(job.rids)
         state = state_of(facts)[0]
         if job.endpoint != RESPONSES:

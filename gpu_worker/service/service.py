@@ -12,8 +12,6 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from functools import partial
 from operator import attrgetter
 
 import msgspec
@@ -31,9 +29,9 @@ from protocol.metrics.fleet import WORKERS
 from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode
 from protocol.runtime.fleet_secret import FleetSecret
+from protocol.runtime.guarded import BRISK, FAILED, Loop, guarded, is_queue_away
 from protocol.runtime.imports import importing
 from protocol.runtime.sealing import Seal
-from protocol.runtime.service import unending, wait_any
 from protocol.runtime.settings import Settings
 from protocol.runtime.tracing import tracing
 from protocol.runtime.watchdog import LOADING_S, WATCHDOG
@@ -55,8 +53,8 @@ BEAT_TTL_MS = 4000
 STREAM_TTL_S = 3600
 """Life of a worker's streams; each beat renews it."""
 
-RETRY_S = 0.3
-"""Pause before the queue is asked again after a lost connection."""
+MAX_FAILURES = 8
+"""Failures of a loop in a row, a queue that is away aside, after which this process ends."""
 
 SWITCH_S = 0.0001
 """How long the engine's thread waits until the event loop, which publishes, has to leave it the interpreter. In 5 ms,
@@ -89,6 +87,10 @@ class Worker:
         self.loader = loader
         self.draining = False
         self._pending: dict[str, PendingOutput] = {}  # by request id
+        self._unwritten: dict[str, PendingOutput] = {}  # what was taken out of `_pending` and failed to be written
+        self._last_ids: dict[str, bytes] = {}  # by stream, the last entry that is dealt with
+        self._restarted = False  # the queue was, and the work stream is still to be read from its beginning
+        self._look_s = 0.0  # when the next beat looks after that, monotonic
         self._num_unacked = 0  # engine steps in `_pending`
         self._publishing = asyncio.Lock()
         self._publish_s = 0.0  # waited for step scripts, since the start
@@ -143,7 +145,7 @@ class Worker:
         await self._join()
         self.engine.finish_start()  # the fleet has seen the beat, so that its first requests come while this is done
         async with asyncio.TaskGroup() as group:
-            loops = [group.create_task(unending(loop)) for loop in (self._intake, self._publish, self._beats)]
+            loops = [group.create_task(guarded(loop)) for loop in self.loops()]
             ends = [group.create_task(event.wait()) for event in (stop, self._engine_died)]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             await self._drain()
@@ -151,11 +153,25 @@ class Worker:
                 task.cancel()
         await self._leave()  # once nothing beats any more, since a beat would find the streams gone
 
+    def loops(self) -> list[Loop]:
+        """Return what runs while it is a member.
+
+        What fails `MAX_FAILURES` times in a row ends the process: the fleet gives its requests to others, and counts
+        that against them, so that one that does so everywhere is given up.
+        """
+        return [
+            Loop("intake", self._intake, 0.0, backoff=BRISK, max_failures=MAX_FAILURES),
+            Loop("publishing", self._publish, 0.0, backoff=BRISK, max_failures=MAX_FAILURES),
+            Loop("beats", self._beats, BEAT_S, self._beat_now, BRISK, ends=(Fenced,), max_failures=MAX_FAILURES),
+        ]
+
     async def _join(self) -> None:
         self.wid = f"w{secrets.token_hex(6)}"
         self.outbox = Outbox(self.wid, self.name)
         self._pending = {}
+        self._unwritten = {}
         keys = self.bus.keys
+        self._last_ids = {keys.work(self.wid): b"0", keys.ctl(self.wid): b"0"}
         await self.bus.restarted()  # compare with the queue as it is from now on
         await self.bus.streams.create(keys.work(self.wid), STREAM_TTL_S)
         await self.bus.streams.create(keys.ctl(self.wid), STREAM_TTL_S)
@@ -220,39 +236,33 @@ class Worker:
     # ------------------------------------------------------------ in
 
     async def _intake(self) -> None:
-        """Read assignments and orders until cancelled, no faster than the engine takes them."""
+        """Read assignments and orders, and do what they say, no faster than the engine takes them."""
         keys = self.bus.keys
-        work, ctl = keys.work(self.wid), keys.ctl(self.wid)
-        last_ids: dict[str, bytes] = {work: b"0", ctl: b"0"}
-        while True:
-            await asyncio.wrap_future(self.engine.room())
-            try:
-                found = await self.bus.streams.read(last_ids, block_ms=5000)
-            except CONNECTION_ERRORS as error:
-                logger.warning("queue connection lost while reading: %r", error)
-                await wait_any(self._engine_died, RETRY_S)
-                continue
-            for entry in found.get(work, []):
-                await self._handle(work, entry, self._take)
-            for entry in found.get(ctl, []):
-                await self._handle(ctl, entry, self._obey)
+        await asyncio.wrap_future(self.engine.room())
+        found = await self.bus.streams.read(dict(self._last_ids), block_ms=5000)
+        for stream in (keys.work(self.wid), keys.ctl(self.wid)):
+            for entry in found.get(stream, []):
+                await self._handle(stream, entry)
+                self._last_ids[stream] = entry[0]
 
-    async def _handle(self, stream: str, entry: Entry, do: Callable[[Entry], Awaitable[None]]) -> None:
-        """Do what an entry says, and try again until that is done: the entry is not read a second time."""
-        while True:
-            try:
-                return await do(entry)
-            except ProtocolError as error:
-                do = partial(self.bus.streams.reject, stream, reason=error.message)
-            except CONNECTION_ERRORS as error:
-                logger.warning("queue connection lost while taking %s: %r", entry[0].decode(), error)
-                await wait_any(self._engine_died, RETRY_S)
+    async def _handle(self, stream: str, entry: Entry) -> None:
+        """Do what an entry says; put it aside if it cannot be read, or is an order that cannot be carried out."""
+        is_work = stream == self.bus.keys.work(self.wid)
+        try:
+            await (self._take if is_work else self._obey)(entry)
+        except ProtocolError as error:
+            await self.bus.streams.reject(stream, entry, error.message)
+        except Exception as error:
+            if is_work or is_queue_away(error):  # work is somebody's: it is tried again, here or elsewhere
+                raise
+            FAILED.note("orders", error)
+            await self.bus.streams.reject(stream, entry, repr(error))
 
     async def _take_again(self) -> None:
         """Read the work stream from its beginning: a restarted queue may hold work again that had been done."""
         work = self.bus.keys.work(self.wid)
         for entry in await self.bus.streams.entries(work):
-            await self._handle(work, entry, self._take)
+            await self._handle(work, entry)
 
     async def _take(self, entry: Entry) -> None:
         """Give the engine one work entry's requests, unless it has them."""
@@ -271,9 +281,10 @@ class Worker:
                     requests.append(engine_request(item, body, found.log))
                 else:  # Its keys have expired: the step script refuses its row, and it is dropped.
                     failed[item.rid] = DeadlineExceeded("the request has expired")
-            except ProtocolError as error:  # One that cannot be read must not take others of its entry along.
-                logger.exception("request %s cannot be read", item.rid)
-                body, failed[item.rid] = None, Internal(f"the request could not be read: {error.message}")
+            except Exception as error:  # noqa: BLE001  the request's edge: it must not take others of its entry along
+                FAILED.note("requests", error, item.rid)
+                why = error.message if isinstance(error, LorafleetError) else type(error).__name__
+                body, failed[item.rid] = None, Internal(f"the request could not be read: {why}")
             owned.append(owned_request(item, entry[0], body, found.log, found.logprobs))
         if self.outbox.knows(entry[0]):
             return
@@ -311,18 +322,22 @@ class Worker:
     # ------------------------------------------------------------ out
 
     async def _publish(self) -> None:
-        """Publish steps until cancelled. Outputs that come while Redis is slow go into the next script together."""
-        while True:
+        """Publish what there is. Outputs that come while Redis is slow go into the next script together."""
+        if not self._unwritten:
             await self._has_outputs.wait()
-            self._has_outputs.clear()
-            await self._publish_once()
+        self._has_outputs.clear()
+        await self._publish_once()
 
     async def _publish_once(self) -> None:
         """Make everything pending durable, in scripts of at most MAX_ROWS rows; retry until Redis answers."""
         async with self._publishing:
+            if self._unwritten:  # of a turn that has failed
+                await self._write(self._unwritten)
+                self._unwritten = {}
             whole, self._pending = self._pending, {}
             num_steps, self._num_unacked = self._num_unacked, 0
             has_ends = any(map(attrgetter("finish"), whole.values()))
+            self._unwritten = whole
             try:
                 if len(whole) <= MAX_ROWS:
                     await self._write(whole)
@@ -330,6 +345,7 @@ class Worker:
                     rids = list(whole)
                     for start in range(0, len(rids), MAX_ROWS):
                         await self._write({rid: whole[rid] for rid in rids[start : start + MAX_ROWS]})
+                self._unwritten = {}
             finally:  # also when they are given up with the membership: the engine must not wait for them
                 for _ in range(num_steps):
                     self.engine.ack_step()
@@ -368,24 +384,18 @@ class Worker:
     # ------------------------------------------------------------ beats
 
     async def _beats(self) -> None:
-        """Beat once a second and on change until cancelled, and look whether the queue was restarted."""
-        look_s, restarted = 0.0, False
-        while True:
-            try:
-                await self._beat()
-                if time.monotonic() > look_s:  # a beat may also come with every end
-                    look_s = time.monotonic() + BEAT_S
-                    if self.loader is not None:
-                        self.loader.set_urls(await self.bus.members.store_urls())
-                    restarted = await self.bus.restarted() or restarted
-                    if restarted:
-                        await self._take_again()
-                        restarted = False
-                    await self._tell_adapter_events()
-            except CONNECTION_ERRORS as error:
-                logger.warning("queue connection lost while beating: %r", error)
-            await wait_any(self._beat_now, BEAT_S)
-            self._beat_now.clear()
+        """Beat, once a second and on change, and look whether the queue was restarted."""
+        await self._beat()
+        if time.monotonic() <= self._look_s:  # a beat may also come with every end
+            return
+        self._look_s = time.monotonic() + BEAT_S
+        if self.loader is not None:
+            self.loader.set_urls(await self.bus.members.store_urls())
+        self._restarted = await self.bus.restarted() or self._restarted
+        if self._restarted:
+            await self._take_again()
+            self._restarted = False
+        await self._tell_adapter_events()
 
     def _own_beat(self) -> m.WorkerBeat:
         stats = self.engine.stats()

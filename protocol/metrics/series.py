@@ -295,6 +295,18 @@ STORE_FETCH_SECONDS = _store.histogram(
     "lorafleet_store_fetch_seconds", "From a version's resolution to its blob.", ["scheme"]
 )
 
+# ---------------------------------------------------------------- loops of every service
+
+_service = _Shown("every service")
+
+FAILURES = _service.counter("lorafleet_loop_failures_total", "Failures of loops, and of what they work on.", ["loop"])
+GIVEN_UP = _service.counter(
+    "lorafleet_given_up_total", "Units of work that have failed so often that they were given up.", ["loop"]
+)
+UNREADABLE = _service.counter(
+    "lorafleet_unreadable_records_total", "Times a record was met in the queue that cannot be read.", ["kind"]
+)
+
 ADAPTER_THERE = "there"
 ADAPTER_COMING = "coming"
 

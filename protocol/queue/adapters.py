@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,16 +10,14 @@ import msgspec
 from redis.exceptions import WatchError
 
 from protocol.queue.connection.redis_client import Client, read_many
+from protocol.queue.kept.readable import readable
 from protocol.wire import messages as m
 from protocol.wire.clock import now_ms
-from protocol.wire.codec import decode
-from protocol.wire.errors import Conflict, Overloaded, ProtocolError
+from protocol.wire.errors import Conflict, Overloaded
 from protocol.wire.keys import Keys, private_name
 from protocol.wire.records import AdapterUse
 
-T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
+R = TypeVar("R", bound=m.Record)
 
 USE_TTL_S = 7 * 86_400
 _COUNTS = ("hits", "misses", "fetches", "fetch_ms", "loads", "load_ms")
@@ -83,13 +80,9 @@ class NameLimits:
     max_per_minute: int  # registrations, of known names too, and new names that its requests name by their source
 
 
-def _readable(raw: bytes | None, kind: type[T]) -> T | None:
-    """Return a message, None for one that is not there or cannot be read: it must not hide the others."""
-    try:
-        return None if raw is None else decode(raw, kind)
-    except ProtocolError:
-        logger.exception("the catalogue holds what cannot be read")
-        return None
+def _readable(raw: bytes | None, kind: type[R]) -> R | None:
+    """Return a record, None for one that is not there or cannot be read: it must not hide the others."""
+    return next(iter(readable([raw], kind)), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +113,11 @@ class Adapters:
     # ------------------------------------------------------------ catalogue
 
     async def records(self, digests: Iterable[str]) -> dict[str, m.AdapterRecord]:
-        """Return what the catalogue knows of adapter contents, by digest. Raises ProtocolError."""
+        """Return what the catalogue knows of adapter contents, by digest."""
         digests = list(digests)
         raws = await read_many(self._redis, [self._keys.adapter(digest) for digest in digests])
-        return {d: decode(raw, m.AdapterRecord) for d, raw in zip(digests, raws, strict=True) if raw is not None}
+        found = {digest: _readable(raw, m.AdapterRecord) for digest, raw in zip(digests, raws, strict=True)}
+        return {digest: record for digest, record in found.items() if record is not None}
 
     async def alias(self, name: str, tenant: str = "") -> m.Alias | None:
         """Return what an adapter name stands for now: everybody's, or a tenant's private one."""
@@ -183,7 +177,7 @@ class Adapters:
         field, registered = private_name(name, tenant), self._keys.registrations
         while True:
             raw = await self._redis.hget(registered, field)
-            found = decode(raw, m.Registration) if raw is not None else None
+            found = _readable(raw, m.Registration)
             if found is None or found.tenant != tenant:
                 return False
             if found.asked_ms < asked_ms:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 
@@ -15,6 +16,8 @@ from protocol.wire.codec import decode
 from protocol.wire.errors import BadRequest, Conflict, NotFound, ProtocolError
 from protocol.wire.keys import Keys
 
+logger = logging.getLogger(__name__)
+
 KEPT_S = 604_800
 """How long a letter is kept."""
 
@@ -25,6 +28,25 @@ MAX_RAW_BYTES = 32 << 10
 """Most bytes that are kept of a message that could not be read; so all letters together have 32 MiB at most."""
 
 _ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
+
+
+async def set_aside(
+    scripts: Scripts, keys: Keys, place: str, raw: bytes, reason: str, *taken: Sequence[str | bytes | int]
+) -> None:  # fmt: skip
+    """Move what cannot be used to the dead letters, of which only so many are kept, and so much of it.
+
+    place: where it lay. taken: commands that take it away from there, with the same script.
+    """
+    logger.error("%s goes to the dead letters: %s", place, reason)
+    letter = m.DeadLetter(reason=reason, stream=place, raw=raw[:MAX_RAW_BYTES], ms=now_ms())
+    oldest = now_ms() - KEPT_S * 1000
+    await scripts.write_vital(
+        keys.tag,
+        *taken,
+        ("XADD", keys.dlq, "MINID", "~", oldest, "*", "b", m.encode(letter)),
+        ("XTRIM", keys.dlq, "MAXLEN", MAX_LETTERS),
+        ("EXPIRE", keys.dlq, KEPT_S),
+    )
 
 
 class DeadLetters:

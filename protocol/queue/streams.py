@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -11,13 +10,11 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from protocol.queue.connection.line import Line
 from protocol.queue.connection.redis_client import Client
-from protocol.queue.dead_letters import KEPT_S, MAX_LETTERS, MAX_RAW_BYTES
+from protocol.queue.dead_letters import set_aside
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
 from protocol.wire.clock import now_ms
 from protocol.wire.keys import Keys
-
-logger = logging.getLogger(__name__)
 
 Entry: TypeAlias = tuple[bytes, dict[bytes, bytes]]
 """A stream's entry: its id and its fields. A message lies in the field `b"b"`."""
@@ -98,16 +95,8 @@ class Streams:
 
     async def reject(self, stream: str, entry: Entry, reason: str) -> None:
         """Move an entry that cannot be used to the dead letters, of which only so many are kept, and so much of it."""
-        logger.error("%s on %s goes to the dead letters: %s", entry[0].decode(), stream, reason)
-        letter = m.DeadLetter(reason=reason, stream=stream, raw=entry[1].get(b"b", b"")[:MAX_RAW_BYTES], ms=now_ms())
-        oldest = now_ms() - KEPT_S * 1000
-        await self._scripts.write_vital(
-            self._keys.tag,
-            ("XDEL", stream, entry[0]),
-            ("XADD", self._keys.dlq, "MINID", "~", oldest, "*", "b", m.encode(letter)),
-            ("XTRIM", self._keys.dlq, "MAXLEN", MAX_LETTERS),
-            ("EXPIRE", self._keys.dlq, KEPT_S),
-        )
+        raw, taken = entry[1].get(b"b", b""), ("XDEL", stream, entry[0])
+        await set_aside(self._scripts, self._keys, stream, raw, reason, taken)
 
     async def tell(self, orders: Sequence[tuple[str, m.Control]]) -> None:
         """Give workers (wid) orders. An order to a worker that is gone is lost."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import msgspec
 
-from protocol.wire.errors import ProtocolError
+from protocol.wire.errors import ClientError, NewerRecord, NotFound, ProtocolError, UnreadableRecord
+from protocol.wire.messages.base import Record, Wire
 
 T = TypeVar("T")
+R = TypeVar("R", bound=Record)
 
 MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What msgspec raises for bytes that are no message: also for text that is not UTF-8, and for values nested too deep.
@@ -26,3 +30,46 @@ def decode(raw: bytes, type_: type[T]) -> T:
         return decoder.decode(raw)
     except MALFORMED as error:
         raise ProtocolError(f"cannot decode {type_}: {error}") from error
+
+
+class _Form(Wire, frozen=True):
+    """What all records have in common."""
+
+    form: int = 1
+
+
+def decode_record(raw: bytes, type_: type[R]) -> R:
+    """Decode what was kept, perhaps by another release.
+
+    Raises UnreadableRecord; and NewerRecord for one in a form that only newer releases know.
+    """
+    try:
+        found = decode(raw, type_)
+        form, cause = found.form, None
+    except ProtocolError as error:
+        try:
+            form, cause = decode(raw, _Form).form, error
+        except ProtocolError:
+            form, cause = 0, error
+        found = None
+    if form > type_.FORM:
+        text = f"this {type_.__name__} has form {form}, and this release knows {type_.FORM}: a newer one has written it"
+        raise NewerRecord(text) from cause
+    if found is None:
+        raise UnreadableRecord(f"this {type_.__name__} cannot be read: {cause}") from cause
+    return found
+
+
+@contextmanager
+def as_kept(what: str) -> Generator[None]:
+    """Read what was kept as JSON. Raises UnreadableRecord in the place of what says that it is not as expected.
+
+    An older release may have written it, with other fields, or values that are refused today.
+    """
+    try:
+        yield
+    except (ClientError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if isinstance(error, (NotFound, UnreadableRecord)):
+            raise
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UnreadableRecord(f"{what} cannot be read: another release may have written it ({why})") from error

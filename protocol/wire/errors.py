@@ -21,6 +21,8 @@ LorafleetError
 │   ├── WorkerLost (500)
 │   └── Internal (500)              a fault of the fleet; not retried
 ├── ProtocolError (500)             a message that cannot be decoded
+│   └── UnreadableRecord            a record that another release has written, or that is damaged
+│       └── NewerRecord             one that a newer release can read
 ├── QuickstartError                 lorafleet/quickstart.py: the quickstart model cannot be fetched
 └── ServiceFailed                   lorafleet/launcher/child.py: a service ended while the fleet started
 
@@ -181,3 +183,13 @@ class Internal(ServerError):
 
 class ProtocolError(LorafleetError):
     """A message from Redis that cannot be decoded, or a reply that the protocol does not allow."""
+
+
+class UnreadableRecord(ProtocolError):
+    """What was kept in the queue cannot be read: another release has written it, or it is damaged."""
+
+    code = "record_unreadable"
+
+
+class NewerRecord(UnreadableRecord):
+    """A newer release has written it, and can read it."""

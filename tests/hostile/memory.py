@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gateway.batches.lines import MAX_LINES
-from gateway.batches.runner import BatchPace
+from gateway.batches.run import BatchPace
 from gateway.http.connection import FREE_BYTES, UNSENT_BYTES
 from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.overload.large import LargeLimits

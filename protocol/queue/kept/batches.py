@@ -11,11 +11,15 @@ from dataclasses import dataclass
 
 import msgspec
 
+from protocol.metrics.series import UNREADABLE
 from protocol.queue.connection.redis_client import Client
+from protocol.queue.dead_letters import set_aside
+from protocol.queue.kept.readable import readable
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
 from protocol.wire.clock import now_ms
-from protocol.wire.codec import decode
+from protocol.wire.codec import decode_record
+from protocol.wire.errors import NewerRecord, UnreadableRecord
 from protocol.wire.keys import Keys
 
 FORGOTTEN_MS = 60_000
@@ -29,6 +33,7 @@ class ClaimedBatch:
     batch: m.Batch
     epoch: int
     cancelled_ms: int  # when its client cancelled it, 0 if not
+    tries: int = 0  # by which nothing more of it was answered: those that failed, and whose gateway has died
 
 
 class Batches:
@@ -52,42 +57,85 @@ class Batches:
         return int(await self._scripts.open_batch(keys=names, args=args))
 
     async def waiting(self, num: int) -> list[tuple[str, str]]:
-        """Return at most `num` batches that nobody runs, the new ones first: tenant and id."""
-        found = await self._redis.zrangebyscore(self._keys.open_batches, "-inf", now_ms(), start=0, num=num)
-        parts = [member.decode().partition(":") for member in found]
+        """Return at most `num` batches that were begun before and are due, then as many that were not: tenant and id.
+
+        Of the latter, every tenant's first one comes before anybody's second, however many it has.
+        """
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.zrangebyscore(self._keys.open_batches, "-inf", "(1", start=0, num=num)
+        pipe.zrangebyscore(self._keys.open_batches, 1, now_ms(), start=0, num=num)
+        new, begun = await pipe.execute()
+        parts = [member.decode().partition(":") for member in (*begun, *new)]
         return [(tenant, batch_id) for tenant, _, batch_id in parts]
 
     async def claim(self, batch_id: str, tenant: str, gid: str, lease_ms: int) -> ClaimedBatch | None:
-        """Run a batch, or go on running it, for `lease_ms`. None when another gateway does, or it has ended."""
+        """Run a batch, or go on running it, for `lease_ms`. None when another gateway does, or it has ended.
+
+        One that cannot be read ends here: it has failed, and what lay there is a dead letter. Raises NewerRecord.
+        """
         keys = self._keys
         names = [keys.tag, keys.batch(batch_id), keys.open_batches]
         reply = await self._scripts.claim_batch(keys=names, args=[batch_id, tenant, gid, lease_ms])
-        return ClaimedBatch(decode(reply[2], m.Batch), reply[0], reply[1]) if reply else None
+        if not reply:
+            return None
+        try:
+            return ClaimedBatch(decode_record(reply[2], m.Batch), *reply[:2], tries=reply[3])
+        except NewerRecord:
+            raise
+        except UnreadableRecord as error:
+            UNREADABLE.labels(m.Batch.__name__).inc()
+            await self._end_unreadable(batch_id, tenant, reply[0], reply[2], error.message)
+            return None
 
-    async def save(self, batch: m.Batch, epoch: int, *, leaves: bool = False) -> bool:
+    async def _end_unreadable(self, batch_id: str, tenant: str, epoch: int, raw: bytes, reason: str) -> None:
+        """Put the record of a batch aside, and a failed batch in its place."""
+        await set_aside(self._scripts, self._keys, self._keys.batch(batch_id), raw, reason)
+        created_ms = int(await self._redis.zscore(self._keys.batches(tenant), batch_id) or now_ms())
+        problem = m.BatchProblem(code="record_unreadable", message="what was noted of this batch cannot be read")
+        failed = m.Batch(
+            id=batch_id, tenant=tenant, endpoint="", input_file="", created_ms=created_ms, expires_ms=created_ms,
+            status="failed", problems=[problem], ended_ms=now_ms(),
+        )  # fmt: skip
+        await self.save(failed, epoch)
+
+    async def save(
+        self, batch: m.Batch, epoch: int, *, leaves: bool = False, wait_ms: int = 0, tries: int | None = None
+    ) -> bool:  # fmt: skip
         """Write how far a batch is. Returns False when another gateway runs it by now, or it has ended.
 
-        leaves: this gateway runs it no longer, and another may.
+        leaves: this gateway runs it no longer, and another may: after `wait_ms`, or before all that wait. tries: by
+        which nothing more of it was answered, None: as it was.
         """
         keys = self._keys
         names = [keys.tag, keys.batch(batch.id), keys.open_batches, keys.open_batches_of(batch.tenant)]
         end = "1" if batch.status in m.ENDED_BATCH else "0" if leaves else ""
-        args = [batch.id, batch.tenant, epoch, m.encode(batch), end, batch.status]
+        args = [
+            batch.id, batch.tenant, epoch, m.encode(batch), end, batch.status, wait_ms, "" if tries is None else tries,
+        ]  # fmt: skip
         return bool(await self._scripts.save_batch(keys=names, args=args))
 
     # ------------------------------------------------------------ asking
 
     async def get(self, batch_id: str, tenant: str) -> m.Batch | None:
-        """Return a tenant's batch; None if it is unknown, another's, or has expired."""
-        found = [batch for batch in await self.get_many([batch_id]) if batch.tenant == tenant]
-        return found[0] if found else None
+        """Return a tenant's batch; None if it is unknown, another's, or has expired. Raises UnreadableRecord."""
+        raw, cancel = await self._redis.hmget(self._keys.batch(batch_id), ("b", "cancel"))
+        if not raw:
+            return None
+        try:
+            batch = decode_record(raw, m.Batch)
+        except UnreadableRecord:
+            if await self.rank(tenant, batch_id) is None:
+                return None
+            raise
+        return _shown(batch, cancel) if batch.tenant == tenant else None
 
     async def get_many(self, batch_ids: Sequence[str]) -> list[m.Batch]:
-        """Return those of these batches that are known, in their order; one that was cancelled and goes on says so."""
+        """Return those of these batches that can be read, in their order; one that is being cancelled says so."""
         pipe = self._redis.pipeline(transaction=False)
         for batch_id in batch_ids:
             pipe.hmget(self._keys.batch(batch_id), ("b", "cancel"))
-        return [_shown(decode(raw, m.Batch), cancel) for raw, cancel in await pipe.execute() if raw]
+        found = await pipe.execute()
+        return [_shown(batch, cancel) for raw, cancel in found if raw for batch in readable([raw], m.Batch)]
 
     async def cancel(self, batch_id: str) -> None:
         """Ask for the end of a batch that is known."""

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from protocol.queue.connection.redis_client import Client
+from protocol.queue.dead_letters import set_aside
 from protocol.queue.scripts import Scripts
 from protocol.runtime.sealing import Seal
 from protocol.wire import messages as m
-from protocol.wire.codec import decode
+from protocol.wire.codec import decode_record
 from protocol.wire.keys import Keys
 
 MAX_TURNS = 16
@@ -102,7 +103,7 @@ class Conversations:
     async def get(self, conversation_id: str, tenant: str) -> m.Conversation | None:
         """Return a tenant's conversation; None if it is unknown, another's, or has expired."""
         raw = await self._redis.hget(self._keys.conversation(conversation_id), "b")
-        found = decode(raw, m.Conversation) if raw is not None else None
+        found = decode_record(raw, m.Conversation) if raw is not None else None
         return found if found is not None and found.tenant == tenant else None
 
     async def rank(self, conversation_id: str, item_id: str, *, newest_first: bool) -> int | None:
@@ -141,9 +142,23 @@ class Conversations:
         return [response.decode() for response in found]
 
     async def due(self, now_ms: int, num: int) -> list[Turn]:
-        """Return at most `num` turns that a gateway should look at."""
+        """Return at most `num` turns that a gateway should look at; what is none is put aside."""
         found = await self._redis.zrangebyscore(self._keys.turns, "-inf", now_ms, start=0, num=num)
-        return [Turn(*member.decode().split(":")) for member in found]
+        turns: list[Turn] = []
+        for member in found:
+            parts = member.decode(errors="replace").split(":")
+            if len(parts) == 3:
+                turns.append(Turn(*parts))
+            else:
+                reason = "it is no turn's name, which looks like TENANT:CONVERSATION:RESPONSE"
+                taken = ("ZREM", self._keys.turns, member)
+                await set_aside(self._scripts, self._keys, "turn", member, reason, taken)
+        return turns
+
+    async def put_off(self, turns: Sequence[Turn], at_ms: int) -> None:
+        """Let turns be due at `at_ms`, behind those that were before."""
+        if turns:
+            await self._redis.zadd(self._keys.turns, {":".join(turn): at_ms for turn in turns}, xx=True)
 
     async def look_again(self, turn: Turn, at_ms: int) -> None:
         """Put off the next look at a turn; forget it if its conversation is gone, or has it."""

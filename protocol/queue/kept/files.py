@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import Literal
 
 from protocol.queue.connection.redis_client import Client, read_many
+from protocol.queue.dead_letters import set_aside
+from protocol.queue.kept.readable import readable
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
-from protocol.wire.codec import decode
+from protocol.wire.codec import decode_record
 from protocol.wire.keys import Keys
+
+_MEMBER = re.compile(r"([^:]*):(file-[0-9A-Za-z._-]+)")
 
 
 class Files:
@@ -43,13 +49,13 @@ class Files:
     async def get(self, file_id: str, tenant: str) -> m.File | None:
         """Return a tenant's file; None if it is unknown, another's, or has expired."""
         raw = await self._redis.get(self._keys.file(file_id))
-        file = decode(raw, m.File) if raw is not None else None
+        file = decode_record(raw, m.File) if raw is not None else None
         return file if file is not None and file.tenant == tenant else None
 
     async def get_many(self, file_ids: list[str]) -> list[m.File]:
         """Return those of these files that are known, in their order."""
         raws = await read_many(self._redis, [self._keys.file(file_id) for file_id in file_ids])
-        return [decode(raw, m.File) for raw in raws if raw is not None]
+        return readable(raws, m.File)
 
     async def forget(self, file_id: str, tenant: str) -> bool:
         """Forget a file. Returns whether the tenant had it."""
@@ -70,16 +76,34 @@ class Files:
         return [file_id.decode() for file_id in found]
 
     async def expired(self, now_ms: int, num: int) -> list[tuple[str, str]]:
-        """Return at most `num` files that have expired: tenant and id."""
+        """Return at most `num` files that have expired, those that have waited longest first: tenant and id.
+
+        What is no file's name is put aside: no part of it becomes a place in the storage.
+        """
         found = await self._redis.zrangebyscore(self._keys.file_expiry, "-inf", now_ms, start=0, num=num)
-        return [_parts(member) for member in found]
+        parts = {member: _parts(member) for member in found}
+        for member in (member for member, own in parts.items() if own is None):
+            reason = "it is no file's name, which looks like TENANT:file-ID"
+            await set_aside(
+                self._scripts, self._keys, "file", member, reason, ("ZREM", self._keys.file_expiry, member)
+            )  # fmt: skip
+        return [own for own in parts.values() if own is not None]
+
+    async def put_off(self, files: Sequence[tuple[str, str]], at_ms: int) -> None:
+        """Let files that have expired, (tenant, id), count as such from `at_ms` on, behind those that did before."""
+        if files:
+            members = {f"{tenant}:{file_id}": at_ms for tenant, file_id in files}
+            await self._redis.zadd(self._keys.file_expiry, members, xx=True)
 
     def _names(self, file_id: str, tenant: str) -> list[str]:
         keys = self._keys
         return [keys.file(file_id), keys.files(tenant), keys.file_sizes(tenant), keys.file_expiry]
 
 
-def _parts(member: bytes) -> tuple[str, str]:
-    """Return tenant and id; neither holds a colon."""
-    tenant, _, own = member.decode().partition(":")
-    return tenant, own
+def _parts(member: bytes) -> tuple[str, str] | None:
+    """Return tenant and id; neither holds a colon. None for what is no such pair."""
+    try:
+        found = _MEMBER.fullmatch(member.decode())
+    except UnicodeDecodeError:
+        return None
+    return (found[1], found[2]) if found else None

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protocol.queue.connection.redis_client import Client
+from protocol.queue.kept.readable import readable
 from protocol.queue.scripts import Scripts
 from protocol.runtime.sealing import Seal
 from protocol.wire import messages as m
-from protocol.wire.codec import decode
+from protocol.wire.codec import decode_record
 from protocol.wire.keys import Keys
 
 
@@ -32,16 +33,16 @@ class Jobs:
         self._scripts = scripts
 
     async def get(self, jid: str) -> m.Job | None:
-        """Return a job, None if it is unknown or has expired."""
-        found = await self.get_many([jid])
-        return found[0] if found else None
+        """Return a job, None if it is unknown or has expired. Raises UnreadableRecord."""
+        raw = await self._redis.hget(self._keys.job(jid), "b")
+        return decode_record(raw, m.Job) if raw else None
 
     async def get_many(self, jids: Sequence[str]) -> list[m.Job]:
-        """Return those of these jobs that are known, in their order."""
+        """Return those of these jobs that are known and can be read, in their order."""
         pipe = self._redis.pipeline(transaction=False)
         for jid in jids:
             pipe.hget(self._keys.job(jid), "b")
-        return [decode(raw, m.Job) for raw in await pipe.execute() if raw]
+        return readable(await pipe.execute(), m.Job)
 
     async def request(self, jid: str) -> bytes | None:
         """Return what is kept of a job's HTTP body, as JSON; None if the job is unknown or has expired.

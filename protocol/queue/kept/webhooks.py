@@ -9,10 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protocol.queue.connection.redis_client import Client
+from protocol.queue.dead_letters import set_aside
+from protocol.queue.kept.readable import readable
 from protocol.queue.scripts import Scripts
+from protocol.runtime.guarded import FAILED
 from protocol.wire import messages as m
 from protocol.wire.clock import now_ms
-from protocol.wire.codec import decode
+from protocol.wire.codec import decode_record
+from protocol.wire.errors import NewerRecord, UnreadableRecord
 from protocol.wire.keys import Keys
 
 GIVEN_UP_S = 604_800
@@ -46,13 +50,13 @@ class Webhooks:
 
     async def endpoints(self, tenant: str | None = None) -> list[m.WebhookEndpoint]:
         """Return the endpoints of a tenant, or of all, the oldest first."""
-        found = [decode(raw, m.WebhookEndpoint) for raw in await self._redis.hvals(self._keys.webhooks)]
+        found = readable(await self._redis.hvals(self._keys.webhooks), m.WebhookEndpoint)
         return sorted((one for one in found if tenant in (None, one.tenant)), key=lambda one: (one.created_ms, one.id))
 
     async def endpoint(self, tenant: str, endpoint_id: str) -> m.WebhookEndpoint | None:
         """Return a tenant's endpoint; None if there is no such one."""
         raw = await self._redis.hget(self._keys.webhooks, f"{tenant}:{endpoint_id}")
-        return decode(raw, m.WebhookEndpoint) if raw is not None else None
+        return decode_record(raw, m.WebhookEndpoint) if raw is not None else None
 
     async def put_endpoint(self, endpoint: m.WebhookEndpoint) -> None:
         """Write an endpoint, new or changed."""
@@ -106,14 +110,24 @@ class Webhooks:
         """Return at most `num` deliveries whose time has come, the most overdue first."""
         ids = await self._redis.zrangebyscore(self._keys.delivery_times, "-inf", now_ms(), start=0, num=num)
         raws: list[bytes | None] = list(await self._redis.hmget(self._keys.deliveries, ids)) if ids else []
+        found: list[m.Delivery] = []
         for id_, raw in zip(ids, raws, strict=True):
             if raw is None:
                 await self._redis.zrem(self._keys.delivery_times, id_)
-        return [decode(raw, m.Delivery) for raw in raws if raw is not None]
+                continue
+            try:
+                found.append(decode_record(raw, m.Delivery))
+            except NewerRecord as error:  # for a newer gateway, once it leads
+                FAILED.note("records", error, "a Delivery")
+            except UnreadableRecord as error:
+                keys = self._keys
+                taken = (("HDEL", keys.deliveries, id_), ("ZREM", keys.delivery_times, id_))
+                await set_aside(self._scripts, keys, keys.deliveries, raw, error.message, *taken)
+        return found
 
     async def waiting(self) -> list[m.Delivery]:
         """Return all deliveries that have not arrived, and were not given up."""
-        return [decode(raw, m.Delivery) for raw in await self._redis.hvals(self._keys.deliveries)]
+        return readable(await self._redis.hvals(self._keys.deliveries), m.Delivery)
 
     async def later(self, delivery: m.Delivery, due_ms: int) -> None:
         """Write a delivery that was tried, and when it is tried again."""
@@ -144,5 +158,5 @@ class Webhooks:
 
     async def given_up(self, tenant: str) -> list[m.Delivery]:
         """Return a tenant's deliveries that were given up, the newest first."""
-        found = [decode(raw, m.Delivery) for raw in await self._redis.hvals(self._keys.undelivered(tenant))]
+        found = readable(await self._redis.hvals(self._keys.undelivered(tenant)), m.Delivery)
         return sorted(found, key=lambda one: -one.created_ms)

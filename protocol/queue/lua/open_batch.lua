@@ -18,7 +18,9 @@ local num = redis.call('SCARD', KEYS[5])
 if num >= tonumber(ARGV[6]) then return num end
 redis.call('HSET', KEYS[2], 'b', ARGV[3], 'epoch', 0, 'owner', '')
 redis.call('ZADD', KEYS[3], ARGV[4], ARGV[1])
-redis.call('ZADD', KEYS[4], 0, ARGV[2] .. ':' .. ARGV[1])
+-- By how many its tenant has open, then by age: everybody's first one comes before anybody's second. Below zero, which
+-- no time is; both fit a double's 53 bits.
+redis.call('ZADD', KEYS[4], -2^52 + math.min(num, 255) * 2^42 + tonumber(ARGV[4]), ARGV[2] .. ':' .. ARGV[1])
 redis.call('SADD', KEYS[5], ARGV[1])
 for _, key in ipairs({KEYS[2], KEYS[3], KEYS[5]}) do redis.call('PEXPIRE', key, ARGV[5]) end
 return -1

@@ -2,7 +2,7 @@
 
 from protocol.wire.messages.adapters import AdapterEvent, AdapterRecord, AdapterState, Alias, Registration
 from protocol.wire.messages.assignments import REASONS, Assigned, Control, Option, Placed
-from protocol.wire.messages.base import MAX_LABELS, TERMINAL, FinishReason, Packed, Task, Wire, encode
+from protocol.wire.messages.base import MAX_LABELS, TERMINAL, FinishReason, Packed, Record, Task, Wire, encode
 from protocol.wire.messages.batches import ENDED_BATCH, Batch, BatchProblem, BatchStatus, BatchUsage, File
 from protocol.wire.messages.dead_letters import DeadLetter, Death
 from protocol.wire.messages.deliveries import (
@@ -59,6 +59,7 @@ __all__ = [
     "Option",
     "Packed",
     "Placed",
+    "Record",
     "Registration",
     "Sampling",
     "SchedulerStatus",

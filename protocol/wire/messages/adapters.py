@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from protocol.wire.messages.base import Wire
+from protocol.wire.messages.base import Record, Wire
 
 AdapterState = Literal["unknown", "downloading", "on_disk", "failed"]
 
 
-class Alias(Wire, frozen=True):
+class Alias(Record, frozen=True):
     """A name and what it stands for now."""
 
     name: str
@@ -33,7 +33,7 @@ class Alias(Wire, frozen=True):
         return not self.tenant and self.source == f"local:{self.name}"
 
 
-class Registration(Wire, frozen=True):
+class Registration(Record, frozen=True):
     """A name that the stores are to serve from a remote source until it is taken back."""
 
     name: str
@@ -50,7 +50,7 @@ class Registration(Wire, frozen=True):
         return not self.tenant and not self.on_request
 
 
-class AdapterRecord(Wire, frozen=True):
+class AdapterRecord(Record, frozen=True):
     """The facts of one adapter content."""
 
     digest: str

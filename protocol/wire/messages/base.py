@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import msgspec
 
@@ -18,6 +18,18 @@ TERMINAL = ("completed", "failed", "cancelled")
 
 class Wire(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Base of messages sent once per request or less."""
+
+
+class Record(Wire, frozen=True, kw_only=True):
+    """Base of messages that are kept for longer than the process lives that wrote them.
+
+    A change that older releases would misread, which no new field with a default is, makes `FORM` of its class greater,
+    and whoever makes use of it writes that as `form`.
+    """
+
+    FORM: ClassVar[int] = 1
+    """The newest form that this release can read."""
+    form: int = 1
 
 
 class Packed(msgspec.Struct, frozen=True, array_like=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from protocol.wire.messages.base import Wire
+from protocol.wire.messages.base import Record, Wire
 
 BatchStatus = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
@@ -14,7 +14,7 @@ ENDED_BATCH = ("failed", "completed", "expired", "cancelled")
 """States of a batch in which nothing is done for it any more."""
 
 
-class File(Wire, frozen=True):
+class File(Record, frozen=True):
     """A file as a client uploaded it, or as a batch has written it. Its bytes are in the gateways' storage."""
 
     id: str
@@ -44,7 +44,7 @@ class BatchUsage(Wire, frozen=True):
     reasoning_tokens: int = 0
 
 
-class Batch(Wire, frozen=True):
+class Batch(Record, frozen=True):
     """A batch: what was asked for, and how far it is. Only the gateway that runs it writes it."""
 
     id: str
@@ -69,3 +69,4 @@ class Batch(Wire, frozen=True):
     in_progress_ms: int = 0
     finalizing_ms: int = 0
     ended_ms: int = 0
+    end: Literal["", "completed", "expired", "cancelled"] = ""  # how it ends, once that is so; "": lines still run

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from protocol.wire.messages.base import Wire
+from protocol.wire.messages.base import Record
 
 
-class Job(Wire, frozen=True):
+class Job(Record, frozen=True):
     """A background request: which requests it is made of, and what lists show of it."""
 
     jid: str
@@ -24,7 +24,7 @@ class Job(Wire, frozen=True):
     conversation: str = ""  # whose turn it is, once it has ended; "" for none
 
 
-class Conversation(Wire, frozen=True):
+class Conversation(Record, frozen=True):
     """A conversation that clients keep. Its items lie beside it, each as JSON."""
 
     id: str
@@ -33,7 +33,7 @@ class Conversation(Wire, frozen=True):
     metadata: dict[str, str] = {}
 
 
-class Idempotent(Wire, frozen=True):
+class Idempotent(Record, frozen=True):
     """What an Idempotency-Key was first used for, so that a repetition finds the same requests."""
 
     body_hash: str  # sha256 of endpoint and HTTP body

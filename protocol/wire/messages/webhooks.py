@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from protocol.wire.messages.base import Wire
+from protocol.wire.messages.base import Record
 
 
-class WebhookEndpoint(Wire, frozen=True):
+class WebhookEndpoint(Record, frozen=True):
     """A URL of a tenant, and the events that are sent there."""
 
     id: str
@@ -21,7 +21,7 @@ class WebhookEndpoint(Wire, frozen=True):
     old_until_ms: int = 0
 
 
-class Delivery(Wire, frozen=True):
+class Delivery(Record, frozen=True):
     """An event on its way to an endpoint."""
 
     id: str  # of event and endpoint: the same however often it is sent

@@ -14,10 +14,12 @@ from helpers.waiting import wait_until
 
 from gateway.auth.callers import Caller
 from gateway.batches.calls import CallAnswer, InnerCalls
-from gateway.batches.runner import BatchMeans, BatchPace, BatchRunner
+from gateway.batches.run import BatchMeans, BatchPace
+from gateway.batches.runner import BatchRunner
 from gateway.files.files import FileService
 from gateway.files.storage import FolderStorage
 from protocol.queue.bus import Bus, now_ms
+from protocol.runtime.guarded import guarded
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 
@@ -83,13 +85,14 @@ class World:
     async def gateway(self, gid: str, calls: Endpoint, pace: BatchPace = PACE) -> AsyncIterator[asyncio.Task[None]]:
         means = BatchMeans(self.bus, gid, self.files, self.storage, self.settings, calls, pace)
         runner = BatchRunner(means, asyncio.Event())
-        task = asyncio.create_task(runner.run())
+        task = asyncio.create_task(guarded(runner.loop()))
         try:
             yield task
         finally:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+            await runner.leave()
 
     async def ended(self) -> m.Batch:
         async def look() -> m.Batch | None:

@@ -18,7 +18,7 @@ from helpers.scripted_fleet import BASE_NAME, RunningGateway, Script, ScriptedFl
 from helpers.waiting import wait_until
 from openai import APIStatusError, AsyncOpenAI, InvalidWebhookSignatureError
 
-from gateway.batches.runner import BatchPace
+from gateway.batches.run import BatchPace
 from gateway.service import GatewayTimings
 from gateway.webhooks.sender import MAX_AGE_MS, MAX_WAITING, SenderPace
 from protocol.queue.bus import Bus, now_ms

@@ -1,0 +1,382 @@
+"""One batch while this gateway runs it: its lines are checked, asked, and their answers written; then its end.
+
+A batch is read twice: its lines are checked, then run in an order that suits adapters and prefix caches, a few at a
+time. Answers are written in parts; a line without one is asked again after a crash, under the same Idempotency-Key, so
+that what the fleet has computed is found and not computed anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import msgspec
+import orjson
+
+from gateway.anthropic.errors import OVERLOADED
+from gateway.auth.callers import Caller
+from gateway.batches.calls import InnerCalls
+from gateway.batches.lines import InputLines, Line, read_lines
+from gateway.batches.results import Answer, Kind, Results, answer_of, failure_of
+from gateway.calls.submit import cancel
+from gateway.files.files import FileService
+from gateway.files.storage import Storage
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
+from protocol.queue.kept.batches import ClaimedBatch
+from protocol.runtime.backoff import Backoff
+from protocol.runtime.guarded import FAILED, is_failure, is_queue_away
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import LorafleetError, NotFound, Unavailable
+
+T = TypeVar("T")
+End = Literal["completed", "expired", "cancelled"]
+
+logger = logging.getLogger(__name__)
+
+RETRIED = frozenset({429, 502, 503, OVERLOADED})
+"""Statuses that tell of a fleet that is busy, and not of the line."""
+
+
+RETRY = Backoff(1.0, 600.0)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPace:
+    """What operators do not set, but tests."""
+
+    poll_s: float = 1.0  # pause between looks for batches that nobody runs
+    lease_s: float = 10.0  # silence after which another gateway takes a batch over
+    beat_s: float = 2.0  # pause between two words that a batch goes on, with its counts
+    min_calls: int = 8  # that run at once, however small the fleet is
+    max_batches: int = 4  # that one gateway runs at once; the others wait
+    max_batches_of_tenant: int = 2  # of those
+    retry: Backoff = RETRY  # before a batch is tried again that something keeps from going on
+    max_tries: int = 20  # in a row by which no line more was answered: about two hours; then it fails
+    places: float = 1.25  # calls that run at once, per place that the workers have
+
+
+@dataclass(frozen=True, slots=True)
+class BatchMeans:
+    """What a gateway runs batches with."""
+
+    bus: Bus
+    gid: str  # this gateway
+    files: FileService
+    storage: Storage
+    settings: Settings
+    calls: InnerCalls
+    pace: BatchPace = field(default_factory=BatchPace)
+
+
+class Lost(Exception):
+    """Another gateway runs the batch, or it has ended."""
+
+
+class BatchRun:
+    """One batch while this gateway runs it."""
+
+    def __init__(self, means: BatchMeans, claimed: ClaimedBatch, num_calls: Callable[[], int]) -> None:
+        """num_calls: tells how many of its lines may run now."""
+        self._means = means
+        self._bus = means.bus
+        self._settings = means.settings
+        self._num_calls = num_calls
+        self.batch = claimed.batch
+        self._epoch = claimed.epoch
+        self._tries = claimed.tries
+        self._found: InputLines | None = None
+        self._num_done = -1  # lines that were answered when the tries were last counted; -1: it is not known yet
+        self._results = Results(means.storage, self.batch.id, claimed.epoch)
+        self._is_cancelled = asyncio.Event()
+        if claimed.cancelled_ms:
+            self._cancel(claimed.cancelled_ms)
+
+    async def run(self) -> None:
+        """Run the batch to its end. Raises Lost, Unavailable, connection errors, and whatever else goes wrong."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                beating = group.create_task(self._beat())
+                try:
+                    await self._work()
+                finally:
+                    beating.cancel()
+        except BaseExceptionGroup as failed:
+            raise failed.exceptions[0] from failed
+
+    @property
+    def tries(self) -> int:
+        """How many tries there were in a row by which no line more was answered, this one aside."""
+        return 0 if 0 <= self._num_done < self._results.num_written else self._tries
+
+    async def leave(self, wait_s: float = 0.0, tries: int | None = None) -> None:
+        """Write what there is, and let any gateway go on after `wait_s`. tries: that were in vain, None: as before."""
+        try:
+            await self._flush()
+        except Exception as error:  # the batch's edge: what is not written is found again by its keys
+            if is_queue_away(error):
+                raise
+            FAILED.note("batches", error, self.batch.id)
+        await self._bus.batches.save(
+            self._counted(), self._epoch, leaves=True, wait_ms=int(1000 * wait_s), tries=tries
+        )  # fmt: skip
+
+    async def give_up(self, error: BaseException, tries: int) -> None:
+        """End the batch for what keeps it from going on, with the answers that it has. Raises Lost, connection errors.
+
+        Where even these cannot be written, they stay in the storage, and the log says where.
+        """
+        code = "storage_unavailable" if isinstance(error, Unavailable) else "internal_error"
+        why = error.message if isinstance(error, LorafleetError) else "the gateway failed while it ran the batch"
+        problem = m.BatchProblem(code=code, message=f"given up after {tries} tries: {why}")
+        status: m.BatchStatus = "cancelled" if self._is_cancelled.is_set() else "failed"
+        logger.error("batch %s is %s, %s", self.batch.id, status, problem.message)
+        try:
+            if self._found is not None:
+                await self._end_requests(self._found.lines, await self._caller())
+            await self._results.load()
+            await self._flush()
+            await self._end(status, problems=[problem])
+        except Lost:
+            raise
+        except Exception as second:
+            if is_queue_away(second):
+                raise
+            logger.exception("answers of batch %s are left in the storage, in %s", self.batch.id, self._results.folder)
+            await self._save(status=status, ended_ms=now_ms(), problems=[problem])
+
+    async def _beat(self) -> None:
+        """Say that the batch goes on, and how far it is; notice that it was cancelled. Raises Lost."""
+        pace = self._means.pace
+        deadline = asyncio.get_running_loop().time() + pace.lease_s
+        while True:
+            await asyncio.sleep(pace.beat_s)
+            try:
+                batch = self.batch
+                lease_ms = int(pace.lease_s * 1000)
+                claimed = await self._bus.batches.claim(batch.id, batch.tenant, self._means.gid, lease_ms)
+                if claimed is None or claimed.epoch != self._epoch:
+                    raise Lost
+                deadline = asyncio.get_running_loop().time() + pace.lease_s
+                if claimed.cancelled_ms:
+                    self._cancel(claimed.cancelled_ms)
+                if self.batch.status == "in_progress":
+                    await self._flush()
+                    await self._save()
+            except CONNECTION_ERRORS as error:
+                FAILED.note("batches", error, self.batch.id)
+                if asyncio.get_running_loop().time() > deadline:
+                    raise Lost from error
+
+    def _cancel(self, cancelled_ms: int) -> None:
+        self.batch = msgspec.structs.replace(self.batch, cancelling_ms=cancelled_ms)
+        self._is_cancelled.set()
+
+    # ------------------------------------------------------------ stages
+
+    async def _work(self) -> None:
+        """Take the batch from where it is to its end."""
+        source = await self._bus.files.get(self.batch.input_file, self.batch.tenant)
+        if source is None:
+            await self._fail("file_not_found", "the input file was deleted, or has expired")
+            return
+        chunks = self._means.files.read(source)
+        try:
+            found = await read_lines(chunks, self.batch.endpoint, self._settings.max_body_bytes)
+        except NotFound:
+            await self._fail("file_not_found", "the input file was deleted")
+            return
+        if found.problems:
+            await self._save(status="failed", problems=found.problems, ended_ms=now_ms())
+            return
+        self._found = found
+        await self._results.load()
+        self._num_done = self._results.num_written
+        begun_ms = self.batch.in_progress_ms or now_ms()
+        await self._save(status="in_progress", in_progress_ms=begun_ms, total=len(found.lines), model=found.model)
+        end = self.batch.end or await self._run_lines(found, source)
+        # Noted, since whoever has to begin its end anew finds an answer, if only a failure, for each line.
+        await self._save(status="finalizing", finalizing_ms=self.batch.finalizing_ms or now_ms(), end=end)
+        await self._give_up(found, source, end)
+        await self._flush()
+        await self._end(end)
+
+    async def _run_lines(self, found: InputLines, source: m.File) -> End:
+        """Run the lines that have no answer, a few at a time. Returns how the batch ends."""
+        caller = await self._caller()
+        todo = (line for line in found.in_order() if line.number not in self._results.tally.done)
+        cancelled = asyncio.create_task(self._is_cancelled.wait())
+        running: set[asyncio.Task[Any]] = {cancelled}
+        end: End = "completed"
+        life = asyncio.timeout(max(0.0, (self.batch.expires_ms - now_ms()) / 1000))
+        try:
+            async with life:
+                for line in todo:
+                    running.add(asyncio.create_task(self._run_line(line, source, caller)))
+                    await _wait(running, cancelled, self._num_calls())
+                    if cancelled.done():
+                        break
+                await _wait(running, cancelled, 1)
+            if cancelled.done():
+                end = "cancelled"
+        except TimeoutError:
+            if not life.expired():
+                raise
+            end = "expired"
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+        if end != "completed":
+            await self._end_requests(found.lines, caller)
+        return end
+
+    async def _end(self, status: m.BatchStatus, **changes: object) -> None:
+        """Write the output files and the end of the batch."""
+        output, errors = await self._write("output"), await self._write("error")
+        await self._save(status=status, ended_ms=now_ms(), output_file=output, error_file=errors, **changes)
+        try:
+            await self._results.forget()
+        except Exception as error:  # noqa: BLE001  the batch has ended; what is left costs room alone
+            FAILED.note("batches", error, f"the parts of {self.batch.id}")
+
+    async def _write(self, kind: Kind) -> str:
+        """Write an output file. Returns its id, "" when there is nothing in it."""
+        batch = self.batch
+        file_id = f"file-{batch.id.removeprefix('batch_')}-{kind}"
+        await self._bus.files.forget(file_id, batch.tenant)  # of a try that did not come to its end
+        life_s = float(batch.output_life_s or self._settings.file_ttl_s)
+        made = await self._means.files.make(
+            file_id, batch.tenant, f"{batch.id}_{kind}.jsonl", self._results.file(kind), life_s
+        )
+        return made.id if made is not None else ""
+
+    async def _give_up(self, found: InputLines, source: m.File, end: End) -> None:
+        """Note for every line without an answer why it has none."""
+        if end == "completed":
+            return
+        code, why = ("batch_expired", "the batch expired before this line was answered")
+        if end == "cancelled":
+            code, why = ("batch_cancelled", "the batch was cancelled before this line was answered")
+        for line in found.lines:
+            if line.number in self._results.tally.done:
+                continue
+            custom_id, _ = await self._read(line, source)
+            await self._take(failure_of(line.number, custom_id, code, why))
+
+    async def _fail(self, code: str, message: str) -> None:
+        """End the batch for want of its input, with the answers that it has."""
+        await self._results.load()
+        await self._end("failed", problems=[m.BatchProblem(code=code, message=message)])
+
+    # ------------------------------------------------------------ lines
+
+    async def _run_line(self, line: Line, source: m.File, caller: Caller) -> None:
+        """Ask the endpoint for one line's answer, until it is not too busy to give one."""
+        custom_id, body = await self._read(line, source)
+        refused = next((name for name in ("stream", "background") if body.get(name)), None)
+        if refused is not None:
+            text = f"{refused} cannot be true in a batch"
+            await self._take(failure_of(line.number, custom_id, "invalid_request", text))
+            return
+        try:
+            answer = await self._ask(line, custom_id, body, caller)
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            FAILED.note("batch lines", error, self._key(line))
+            why = error.message if isinstance(error, LorafleetError) else "the gateway failed while answering"
+            answer = failure_of(line.number, custom_id, "internal_error", why)
+        await self._take(answer)
+
+    async def _ask(self, line: Line, custom_id: str, body: dict[str, object], caller: Caller) -> Answer:
+        """Return the endpoint's answer. Raises what a line alone can be the cause of."""
+        raw, num_away = orjson.dumps(body), 0
+        while True:
+            try:
+                answer = await self._means.calls.post(self.batch.endpoint, raw, caller, self._key(line))
+            except CONNECTION_ERRORS as error:
+                if not is_queue_away(error):
+                    raise
+                FAILED.note("batch lines", error, self._key(line))
+                num_away += 1
+                pause_s = self._means.pace.retry.pause_s(num_away)
+            else:
+                if answer.status not in RETRIED:
+                    break
+                pause_s = answer.retry_after_s
+            await asyncio.sleep(pause_s * random.uniform(1.0, 1.5))
+        request_id = answer.headers.get("x-request-id", "")
+        return answer_of(line.number, custom_id, answer.status, request_id, answer.body)
+
+    async def _take(self, answer: Answer) -> None:
+        """Take a line's answer, and write those that wait if they are many."""
+        self._results.add(answer)
+        if self._results.is_full:
+            await self._flush()
+
+    async def _read(self, line: Line, source: m.File) -> tuple[str, dict[str, object]]:
+        """Return a line's custom_id and body."""
+        raw = b"".join([chunk async for chunk in self._means.files.read(source, line.start, line.end)])
+        value = orjson.loads(raw)
+        return value["custom_id"], value["body"]
+
+    def _key(self, line: Line) -> str:
+        return f"{self.batch.id}:{line.number}"
+
+    async def _caller(self) -> Caller:
+        """Return whose calls the lines are."""
+        keys = self._settings.api_keys
+        tenant = await self._bus.api_keys.tenant(self.batch.tenant) if keys else None
+        return Caller(tenant, ("infer",), until_ms=self.batch.expires_ms)
+
+    async def _end_requests(self, lines: Sequence[Line], caller: Caller) -> None:
+        """End what still runs in the queue of lines that nobody waits for."""
+        open_lines = [line for line in lines if line.number not in self._results.tally.done]
+        for some in _slices(open_lines, 256):
+            keys = [self._bus.keys.idem(caller.owner, self._key(line)) for line in some]
+            for record in await self._bus.get_many(keys, m.Idempotent):
+                if record is not None:
+                    await cancel(self._bus, record.rids)
+
+    # ------------------------------------------------------------ storage
+
+    async def _flush(self) -> None:
+        """Write the answers that wait, then let the queue forget their requests."""
+        numbers = await self._results.flush()
+        for some in _slices(numbers, 256):
+            keys = [self._bus.keys.idem(self.batch.tenant, f"{self.batch.id}:{number}") for number in some]
+            records = await self._bus.get_many(keys, m.Idempotent)
+            found = [(key, record) for key, record in zip(keys, records, strict=True) if record is not None]
+            await asyncio.gather(*(self._bus.forget_call(key, record.rids) for key, record in found))
+
+    def _counted(self) -> m.Batch:
+        tally = self._results.tally
+        return msgspec.structs.replace(
+            self.batch, completed=tally.completed, failed=tally.failed, usage=tally.usage
+        )  # fmt: skip
+
+    async def _save(self, **changes: object) -> None:
+        """Write how far the batch is. Raises Lost."""
+        self.batch = msgspec.structs.replace(self._counted(), **changes)
+        self._tries, self._num_done = self.tries, self._results.num_written if self._num_done >= 0 else -1
+        if not await self._bus.batches.save(self.batch, self._epoch, tries=self._tries):
+            raise Lost
+
+
+async def _wait(running: set[asyncio.Task[Any]], cancelled: asyncio.Task[Any], num: int) -> None:
+    """Wait until fewer than `num` others run, or until `cancelled` is done. Raises what a task has raised."""
+    while len(running) > num and not cancelled.done():
+        done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+        running -= done - {cancelled}
+        for task in done:
+            task.result()
+
+
+def _slices(values: Sequence[T], num: int) -> Iterator[Sequence[T]]:
+    """Yield a list in parts of `num`."""
+    return (values[i : i + num] for i in range(0, len(values), num))

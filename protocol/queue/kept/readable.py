@@ -1,0 +1,28 @@
+"""Lists of records, of which one that cannot be read hides no other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+from protocol.metrics.series import UNREADABLE
+from protocol.runtime.guarded import FAILED
+from protocol.wire import messages as m
+from protocol.wire.codec import decode_record
+from protocol.wire.errors import UnreadableRecord
+
+R = TypeVar("R", bound=m.Record)
+
+
+def readable(raws: Iterable[bytes | None], type_: type[R]) -> list[R]:
+    """Return those of these records that are there and can be read, in their order; the others are counted and told."""
+    found: list[R] = []
+    for raw in raws:
+        if raw is None:
+            continue
+        try:
+            found.append(decode_record(raw, type_))
+        except UnreadableRecord as error:
+            UNREADABLE.labels(type_.__name__).inc()
+            FAILED.note("records", error, f"a {type_.__name__}")
+    return found

@@ -1,0 +1,203 @@
+"""Loops and units of work that fail without taking others along: logged once per cause, counted, tried ever later.
+
+A loop is begun again for as long as its process lives, unless it is told what ends it. A unit of work with a key (a
+batch, a file, a conversation) is given up after so many tries, with an end that is written for its owner.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import cast
+
+from protocol.metrics.series import FAILURES, GIVEN_UP
+from protocol.queue.connection.redis_client import CONNECTION_ERRORS
+from protocol.runtime.backoff import TROUBLE, Backoff
+from protocol.runtime.service import wait_any
+from protocol.wire.errors import LorafleetError
+
+logger = logging.getLogger(__name__)
+
+Clock = Callable[[], float]
+
+CALM_S = 60.0
+"""A loop that has run for so long before it fails has failed once, whatever was before."""
+
+LOG_AGAIN_S = 600.0
+"""Pause before the same cause is logged again."""
+
+MAX_CAUSES = 256
+"""Causes that are remembered; the oldest leave."""
+
+BRISK = Backoff(0.05, 2.0)
+"""For loops that calls wait for."""
+
+
+def is_failure(error: BaseException) -> bool:
+    """Return whether something has failed; False for what ends a task or the process. Panics in Rust are failures."""
+    return not isinstance(error, (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit))
+
+
+def is_queue_away(error: BaseException) -> bool:
+    """Return whether the queue cannot be reached or has no room: nobody's fault, and every unit of work meets it."""
+    if isinstance(error, OSError):  # others are of disks
+        return isinstance(error, (ConnectionError, TimeoutError))
+    return isinstance(error, CONNECTION_ERRORS)
+
+
+class Failures:
+    """Counts failures, and logs each cause once in LOG_AGAIN_S: a kind of error, from one line of code."""
+
+    def __init__(self, clock: Clock = time.monotonic) -> None:
+        self._clock = clock
+        self._told: OrderedDict[tuple[object, ...], tuple[float, int]] = OrderedDict()  # cause: when, how many since
+
+    def note(self, name: str, error: BaseException, what: str = "") -> None:
+        """Count a failure of a loop; what: the unit of work that has failed, for the log."""
+        FAILURES.labels(name).inc()
+        frame = error.__traceback__
+        while frame is not None and frame.tb_next is not None:
+            frame = frame.tb_next
+        place = (frame.tb_frame.f_code, frame.tb_lineno) if frame is not None else None
+        cause = (name, type(error), place)
+        told_s, num = self._told.pop(cause, (-LOG_AGAIN_S, 0))
+        is_told = self._clock() - told_s < LOG_AGAIN_S
+        self._told[cause] = (told_s, num + 1) if is_told else (self._clock(), 0)
+        if len(self._told) > MAX_CAUSES:
+            self._told.popitem(last=False)
+        if is_told:
+            return
+        is_known = is_queue_away(error) or isinstance(error, LorafleetError)
+        text = f"{name} has failed{' with ' + what if what else ''}: {error or type(error).__name__}"
+        text += f" ({num} more since it was last told)" if num else ""
+        logger.warning("%s", text, exc_info=None if is_known else (type(error), error, error.__traceback__))
+
+
+FAILED = Failures()
+"""Those of this process."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """What a service does again and again."""
+
+    name: str  # in the log and the metric
+    work: Callable[[], Awaitable[object]]
+    pause_s: float | None = None  # between two turns, each a call of `work`; None: `work` does not return by itself
+    wake: asyncio.Event | None = None  # ends such a pause
+    backoff: Backoff = TROUBLE  # before the next turn, and before `work` is begun again, after a failure
+    ends: tuple[type[BaseException], ...] = ()  # errors that are its owner's to see: they are raised
+    max_failures: int = 0  # in a row, a queue that is away aside, after which the last is raised; 0: it is not given up
+
+
+async def guarded(
+    loop: Loop, failed: Failures = FAILED, clock: Clock = time.monotonic,
+    sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
+) -> None:  # fmt: skip
+    """Run a loop until its task is cancelled. Raises what `loop.ends` names, and the last of `loop.max_failures`."""
+    num = num_own = 0
+    while True:
+        begun_s, pause_s = clock(), loop.pause_s or 0.0
+        try:
+            await loop.work()
+            if loop.pause_s is None:
+                raise RuntimeError(f"a loop has ended: {loop.name}")
+            num = num_own = 0
+        except BaseException as error:
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and not (task is not None and task.cancelling()):
+                # A library has cancelled it from within: a task group would take it for one that is done.
+                failure: BaseException = RuntimeError(f"a loop was cancelled from within: {loop.name}")
+            elif not is_failure(error) or _is_any(error, loop.ends):
+                raise
+            else:
+                failure = error
+            if clock() - begun_s > CALM_S:
+                num = num_own = 0
+            num, num_own = num + 1, num_own + (not is_queue_away(failure))
+            failed.note(loop.name, failure)
+            if loop.max_failures and num_own >= loop.max_failures:
+                raise failure from error.__cause__
+            pause_s = loop.backoff.pause_s(num)
+        if loop.wake is not None and num == 0:
+            await wait_any(loop.wake, pause_s)
+            loop.wake.clear()
+        else:
+            await sleep(pause_s)
+
+
+def _is_any(error: BaseException, kinds: tuple[type[BaseException], ...]) -> bool:
+    """Return whether an error is of these kinds, or a group in which one is."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(_is_any(one, kinds) for one in cast("BaseExceptionGroup[BaseException]", error).exceptions)
+    return isinstance(error, kinds)
+
+
+class Items:
+    """Units of work of one loop, by key: each that fails is tried again ever later, and given up at last."""
+
+    def __init__(
+        self, name: str, *, max_tries: int = 8, backoff: Backoff = TROUBLE, max_keys: int = 10_000,
+        failed: Failures = FAILED, clock: Clock = time.monotonic,
+    ) -> None:  # fmt: skip
+        """max_tries: 0: none is given up. max_keys: that are remembered; beyond, the oldest begin anew."""
+        self._name = name
+        self._max_tries = max_tries
+        self._backoff = backoff
+        self._max_keys = max_keys
+        self._failed = failed
+        self._clock = clock
+        self._tries: OrderedDict[str, tuple[int, float]] = OrderedDict()  # by key: how many, when the next is due
+
+    def is_due(self, key: str) -> bool:
+        """Return whether a unit may be worked on now."""
+        return key not in self._tries or self._clock() >= self._tries[key][1]
+
+    async def run(
+        self, key: str, work: Callable[[], Awaitable[object]],
+        give_up: Callable[[BaseException], Awaitable[object]] | None = None,
+    ) -> float:  # fmt: skip
+        """Work on a unit that is due. Returns after how many seconds it is due again, 0 when it is over.
+
+        give_up: writes the end of a unit that has failed `max_tries` times; if that fails too, it is tried again later.
+        Raises what says that the queue is away: that is the loop's trouble, and counts against no unit.
+        """
+        if not self.is_due(key):
+            return self._tries[key][1] - self._clock()
+        try:
+            await work()
+        except BaseException as error:
+            if not is_failure(error) or is_queue_away(error):
+                raise
+            return await self._note(key, error, give_up)
+        self._tries.pop(key, None)
+        return 0.0
+
+    async def _note(
+        self, key: str, error: BaseException, give_up: Callable[[BaseException], Awaitable[object]] | None
+    ) -> float:
+        """Take note of a failure; see `run`."""
+        num = self._tries.pop(key, (0, 0.0))[0] + 1
+        self._failed.note(self._name, error, key)
+        pause_s = self._backoff.pause_s(num)
+        self._tries[key] = (num, self._clock() + pause_s)
+        if len(self._tries) > self._max_keys:
+            self._tries.popitem(last=False)
+        if not self._max_tries or num < self._max_tries:
+            return pause_s
+        try:
+            if give_up is not None:
+                await give_up(error)
+        except Exception as second:
+            if is_queue_away(second):
+                raise
+            self._failed.note(self._name, second, f"the end of {key}")
+            return pause_s
+        del self._tries[key]
+        GIVEN_UP.labels(self._name).inc()
+        logger.error("%s has given up %s after %d tries: %s", self._name, key, num, error)
+        return 0.0

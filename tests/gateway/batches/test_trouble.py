@@ -1,0 +1,381 @@
+"""What goes wrong while a batch runs: a line, the storage, any step of its end. It ends once, and others run on."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.waiting import wait_until
+from prometheus_client import REGISTRY
+
+from gateway.batches.calls import CallAnswer
+from gateway.batches.run import BatchPace
+from gateway.files.storage import FolderStorage
+from protocol.queue.bus import Bus, now_ms
+from protocol.runtime.backoff import Backoff
+from protocol.wire import messages as m
+from protocol.wire.errors import Unavailable
+from tests.gateway.batches.test_runner import PACE, Endpoint, World
+
+SOON = replace(PACE, retry=Backoff(0.01, 0.02), max_tries=4)
+
+
+class PanicException(BaseException):
+    """What a panic of a library in Rust looks like."""
+
+
+class Shaky(FolderStorage):
+    """A storage of which every method may fail."""
+
+    def __init__(self, root: Path, fails: Callable[[str, str], BaseException | None]) -> None:
+        super().__init__(root)
+        self.fails = fails
+        self.asked: Counter[str] = Counter()
+
+    def _check(self, method: str, name: str) -> None:
+        self.asked[method] += 1
+        if (error := self.fails(method, name)) is not None:
+            raise error
+
+    async def write(self, name: str, chunks: AsyncIterator[bytes]) -> int:
+        self._check("write", name)
+        return await super().write(name, chunks)
+
+    async def read(self, name: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+        self._check("read", name)
+        async for chunk in super().read(name, start, end):
+            yield chunk
+
+    async def names(self, prefix: str) -> list[str]:
+        self._check("names", prefix)
+        return await super().names(prefix)
+
+    async def delete(self, name: str) -> None:
+        self._check("delete", name)
+        await super().delete(name)
+
+
+class ShakyWorld(World):
+    """Gateways whose storage may fail."""
+
+    shaky: Shaky
+
+    @property
+    def storage(self) -> FolderStorage:
+        return self.shaky
+
+
+def shaky_world(bus: Bus, root: Path, fails: Callable[[str, str], BaseException | None]) -> ShakyWorld:
+    world = ShakyWorld(bus, root)
+    world.shaky = Shaky(root, fails)
+    return world
+
+
+def count_of(name: str, loop: str) -> float:
+    return REGISTRY.get_sample_value(f"lorafleet_{name}_total", {"loop": loop}) or 0.0
+
+
+async def batch_of(world: World, bodies: list[dict[str, Any]], id_: str = "1", tenant: str = "t") -> m.Batch:
+    """Open a batch of lines with these bodies."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for n, body in enumerate(bodies, 1):
+            yield json.dumps({"custom_id": f"c{n}", "method": "POST", "url": "/v1/x", "body": body}).encode() + b"\n"
+
+    source = await world.files.make(f"file-in{id_}", tenant, "in.jsonl", chunks(), 600)
+    assert source is not None
+    batch = m.Batch(
+        id=f"batch_{id_}", tenant=tenant, endpoint="/v1/x", input_file=source.id, created_ms=now_ms(),
+        expires_ms=now_ms() + 60_000,
+    )  # fmt: skip
+    assert await world.bus.batches.open(batch, ttl_ms=600_000, max_open=100) == -1
+    return batch
+
+
+def nested(depth: int) -> Any:
+    found: Any = 1
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+async def test_a_line_nested_deeper_than_can_be_written_fails_alone(bus: Bus, tmp_path: Path) -> None:
+    world = World(bus, tmp_path)
+    deep = [{"n": n, "metadata": nested(depth)} for n, depth in enumerate((1, 254, 300, 900), 1)]
+    await batch_of(world, [*deep, {"n": 5}])
+    endpoint = Endpoint()
+    async with world.gateway("g1", endpoint):
+        batch = await world.ended()
+    assert batch.status == "completed"
+    assert batch.completed + batch.failed == 5
+    assert {"c1", "c5"} <= (await world.rows(batch.output_file)).keys()
+    assert len(endpoint.asked) == len(set(endpoint.asked)), "nothing is asked twice"
+
+
+RAISED = (ValueError("bug"), RecursionError(), MemoryError(), PanicException("panic"), TimeoutError(), KeyError(1))
+
+
+@pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
+async def test_whatever_a_line_raises_is_that_line_s_failure(bus: Bus, tmp_path: Path, error: BaseException) -> None:
+    world, raised = World(bus, tmp_path), 0
+
+    def answer(number: int) -> CallAnswer:
+        nonlocal raised
+        if number % 3 == 0 and (raised < 4 or not isinstance(error, TimeoutError)):
+            raised += 1
+            raise error
+        return CallAnswer(200, {}, b"{}")
+
+    before = count_of("loop_failures", "batch lines")
+    await world.batch(9)
+    async with world.gateway("g1", Endpoint(answer), SOON):
+        batch = await world.ended()
+    passes = isinstance(error, TimeoutError)  # as a queue that is away: the line alone is asked again
+    assert (batch.status, batch.completed, batch.failed) == ("completed", 9 if passes else 6, 0 if passes else 3)
+    assert count_of("loop_failures", "batch lines") - before == (4 if passes else 3)
+    if not passes:
+        rows = await world.rows(batch.error_file)
+        assert rows.keys() == {"c3", "c6", "c9"}
+        assert {row["error"]["code"] for row in rows.values()} == {"internal_error"}  # type: ignore[index]
+
+
+async def test_an_answer_that_is_no_json_fails_its_line_alone(bus: Bus, tmp_path: Path) -> None:
+    world = World(bus, tmp_path)
+    await world.batch(4)
+    async with world.gateway("g1", Endpoint(lambda n: CallAnswer(200, {}, b"{" if n == 2 else b"{}"))):
+        batch = await world.ended()
+    assert (batch.status, batch.completed, batch.failed) == ("completed", 3, 1)
+
+
+async def test_a_storage_that_is_down_for_a_while_loses_and_doubles_nothing(bus: Bus, tmp_path: Path) -> None:
+    """It is down as often as it is up; what was answered stays, and every line has one answer."""
+    num = 0
+
+    def fails(method: str, name: str) -> BaseException | None:
+        nonlocal num
+        num += 1
+        return Unavailable("the storage is down") if num // 40 % 2 and not name.startswith("files/file-in") else None
+
+    world = shaky_world(bus, tmp_path, fails)
+    await world.batch(30)
+    async with world.gateway("g1", Endpoint(), replace(SOON, max_tries=1000)):
+        batch = await world.ended()
+    assert (batch.status, batch.completed, batch.failed) == ("completed", 30, 0)
+    assert len(await World(bus, tmp_path).rows(batch.output_file)) == 30
+
+
+async def test_a_batch_whose_storage_stays_down_is_tried_so_often(bus: Bus, tmp_path: Path) -> None:
+    """Tries are counted with the batch: another gateway goes on counting, and none reads the file again at once."""
+    is_down = False
+
+    def fails(method: str, name: str) -> BaseException | None:
+        return OSError(errno.ENOSPC, "No space left on device") if is_down and method == "write" else None
+
+    world, before = shaky_world(bus, tmp_path, fails), count_of("given_up", "batches")
+    await world.batch(10)
+    is_down = True
+    slow = replace(SOON, retry=Backoff(0.2, 0.2))
+    async with world.gateway("g1", Endpoint(), slow), world.gateway("g2", Endpoint(), slow):
+        batch = await world.ended()
+    assert batch.status == "failed"
+    assert [problem.code for problem in batch.problems] == ["internal_error"]
+    assert f"after {SOON.max_tries} tries" in batch.problems[0].message
+    assert count_of("given_up", "batches") - before == 1
+    assert world.shaky.asked["read"] <= SOON.max_tries * (10 + 2), "each try reads the file and each line once"
+    assert await bus.batches.waiting(10) == []
+
+
+async def test_what_was_answered_is_kept_when_a_batch_is_given_up(bus: Bus, tmp_path: Path) -> None:
+    """Its input cannot be read from the sixth line on: the five before have their answers."""
+    reads: Counter[tuple[str, int]] = Counter()
+    world = World(bus, tmp_path)
+    await world.batch(10)
+    source = await bus.files.get("file-in", "t")
+    assert source is not None
+
+    class Torn(FolderStorage):
+        async def read(self, name: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+            if name.endswith("file-in") and end is not None and start > source.num_bytes // 2:
+                reads[name, start] += 1
+                raise Unavailable("a bad sector")
+            async for chunk in super().read(name, start, end):
+                yield chunk
+
+    torn = ShakyWorld(bus, tmp_path)
+    torn.shaky = Torn(tmp_path)  # type: ignore[assignment]
+    async with torn.gateway("g1", Endpoint(), replace(SOON, min_calls=1, places=0)):
+        batch = await torn.ended()
+    assert batch.status == "failed"
+    assert [problem.code for problem in batch.problems] == ["storage_unavailable"]
+    assert "a bad sector" in batch.problems[0].message
+    assert len(await world.rows(batch.output_file)) == batch.completed > 0
+    assert max(reads.values()) <= SOON.max_tries
+
+
+async def test_a_batch_that_fails_again_and_again_delays_no_other(bus: Bus, tmp_path: Path) -> None:
+    world = shaky_world(
+        bus, tmp_path, lambda method, name: Unavailable("down") if name == "files/file-inbad" else None
+    )  # fmt: skip
+    clean = World(bus, tmp_path)
+    await batch_of(clean, [{"n": 1}], "bad", "a")
+    await batch_of(clean, [{"n": 2}], "1", "t")
+    async with world.gateway("g1", Endpoint(), replace(PACE, max_batches=1, retry=Backoff(60, 60))):
+        assert (await world.ended()).status == "completed"
+        bad = await bus.batches.get("batch_bad", "a")
+        assert bad is not None
+        assert bad.status == "validating"
+
+
+STEPS: list[tuple[str, str]] = [
+    *(("storage", name) for name in ("write", "read", "names", "delete")),
+    *(("batches", name) for name in ("claim", "save", "waiting")),
+    *(("files", name) for name in ("get", "keep", "forget")),
+    *(("bus", name) for name in ("get_many", "forget_call", "cancel", "finish")),
+    ("api_keys", "tenant"), ("members", "worker_beats"),
+]  # fmt: skip
+
+
+@asynccontextmanager
+async def failing(bus: Bus, world: ShakyWorld, part: str, name: str, at: int) -> AsyncIterator[Counter[str]]:
+    """Let the `at`-th call of a method fail before it does anything, and the one after that when it has."""
+    calls: Counter[str] = Counter()
+    owner: Any = {"storage": world.shaky, "bus": bus}.get(part) or getattr(bus, part)
+    real = getattr(owner, name)
+
+    async def wrapped(*args: Any, **given: Any) -> Any:
+        calls[name] += 1
+        if calls[name] == at:
+            raise RuntimeError(f"{part}.{name} fails")
+        found = await real(*args, **given)
+        if calls[name] == at + 1:
+            raise RuntimeError(f"{part}.{name} fails after it is done")
+        return found
+
+    async def read(*args: Any, **given: Any) -> AsyncIterator[bytes]:
+        calls[name] += 1
+        if calls[name] == at:
+            raise RuntimeError(f"{part}.{name} fails")
+        async for chunk in real(*args, **given):
+            yield chunk
+
+    setattr(owner, name, read if name == "read" else wrapped)
+    try:
+        yield calls
+    finally:
+        delattr(owner, name)
+
+
+@pytest.mark.parametrize("kind", ["completed", "cancelled", "expired"])
+async def test_each_step_of_a_batch_may_raise(
+    bus: Bus, tmp_path: Path, kind: str, subtests: pytest.Subtests
+) -> None:  # fmt: skip
+    """However a step fails, first or later: one end, one answer for each line, and the other batch is done."""
+    number = 0
+    for part, name in STEPS:
+        for at in (1, 3) if part == "storage" or name in ("save", "keep") else (1,):
+            number += 1
+            with subtests.test(step=f"{part}.{name}", at=at):
+                await one_step(bus, tmp_path / str(number), f"{number}x{kind}", kind, part, name, at)
+
+
+async def one_step(bus: Bus, root: Path, id_: str, kind: str, part: str, name: str, at: int) -> None:
+    world = shaky_world(bus, root, lambda method, name: None)
+    clean, bodies = World(bus, root), [{"n": n} for n in range(1, 7)]
+    await batch_of(clean, bodies, id_, "a")
+    await batch_of(clean, [{"n": 99}], f"{id_}other", "b")
+    ends: list[m.Batch] = []
+    endpoint = Endpoint(holds=lambda number: kind != "completed" and number in (3, 6))
+    pace = replace(SOON, max_tries=1000, lease_s=0.2, beat_s=0.02)
+    if kind == "expired":
+        batch = await bus.batches.get(f"batch_{id_}", "a")
+        claimed = await bus.batches.claim(f"batch_{id_}", "a", "setup", 0)
+        assert batch is not None
+        assert claimed is not None
+        batch = m.Batch(**{**{f: getattr(batch, f) for f in batch.__struct_fields__}, "expires_ms": now_ms() + 150})
+        assert await bus.batches.save(batch, claimed.epoch, leaves=True)
+
+    async def end_of(batch_id: str, tenant: str) -> m.Batch:
+        async def look() -> m.Batch | None:
+            found = await bus.batches.get(batch_id, tenant)
+            return found if found is not None and found.status in m.ENDED_BATCH else None
+
+        return await wait_until(look, f"{batch_id} has ended")
+
+    async with failing(bus, world, part, name, at), world.gateway("g1", endpoint, pace):
+        if kind == "cancelled":
+            await wait_until(lambda: 3 in endpoint.asked, "the batch runs")
+            pipe = bus._redis.pipeline()
+            pipe.hsetnx(bus.keys.batch(f"batch_{id_}"), "cancel", str(now_ms()))
+            await pipe.execute()
+        ends.append(await end_of(f"batch_{id_}", "a"))
+        other = await end_of(f"batch_{id_}other", "b")
+    assert (other.status, other.completed) == ("completed", 1)
+    [ended] = ends
+    assert ended.status == kind
+    assert await bus.batches.get(f"batch_{id_}", "a") == ended, "there is no second end"
+    rows: Counter[str] = Counter()
+    for file_id, tenant in ((ended.output_file, "a"), (ended.error_file, "a")):
+        if file_id:
+            file = await bus.files.get(file_id, tenant)
+            assert file is not None
+            text = b"".join([chunk async for chunk in clean.files.read(file)])
+            assert len(text) == file.num_bytes
+            rows.update(json.loads(line)["custom_id"] for line in text.splitlines())
+    assert rows == Counter(f"c{n}" for n in range(1, 7)), "each line has one answer"
+    assert ended.completed + ended.failed == 6
+
+
+async def test_a_batch_that_ends_its_gateways_is_given_up(bus: Bus, tmp_path: Path) -> None:
+    """A gateway that dies says nothing: whoever takes the batch over counts it."""
+    world = World(bus, tmp_path)
+    await world.batch(3)
+    for number in range(SOON.max_tries):
+        claimed = await bus.batches.claim("batch_1", "t", f"dead{number}", 0)
+        assert claimed is not None
+        assert claimed.tries == number
+    claimed = await bus.batches.claim("batch_1", "t", "alive", 0)
+    assert claimed is not None
+    assert claimed.tries == SOON.max_tries
+
+
+async def test_every_tenant_s_first_batch_is_before_anybody_s_second(bus: Bus, tmp_path: Path) -> None:
+    world = World(bus, tmp_path)
+    for number in range(80):
+        await batch_of(world, [{"n": 1}], f"a{number}", "a")
+    for tenant in ("zoe", "bob"):
+        await batch_of(world, [{"n": 1}], tenant, tenant)
+    found = [tenant for tenant, _ in await bus.batches.waiting(4)]
+    assert found[0] == "a"
+    assert sorted(found[1:3]) == ["bob", "zoe"] if found[1] != "zoe" else found[1:3] == ["zoe", "bob"]
+    assert found[3] == "a"
+
+
+async def test_one_tenant_cannot_hold_all_places(bus: Bus, tmp_path: Path) -> None:
+    world = World(bus, tmp_path)
+    for number in range(12):
+        await batch_of(world, [{"n": 1}], f"a{number}", "a")
+    endpoint = Endpoint(holds=lambda number: number == 1)
+    async with world.gateway("g1", endpoint):
+        await wait_until(lambda: len(endpoint.asked) == BatchPace().max_batches_of_tenant, "its share runs")
+        await batch_of(world, [{"n": 2}], "1", "t")
+        assert (await world.ended()).status == "completed"
+        assert endpoint.asked.count(1) == BatchPace().max_batches_of_tenant
+        endpoint.go.set()
+
+
+async def test_a_batch_that_has_waited_for_its_turn_is_claimed_after_it_alone(bus: Bus, tmp_path: Path) -> None:
+    world = World(bus, tmp_path)
+    batch = await world.batch(1)
+    claimed = await bus.batches.claim(batch.id, "t", "g1", 60_000)
+    assert claimed is not None
+    assert await bus.batches.save(batch, claimed.epoch, leaves=True, wait_ms=60_000, tries=3)
+    assert await bus.batches.waiting(10) == []
+    assert await bus.batches.claim(batch.id, "t", "g1", 60_000) is None
+    assert await bus.batches.claim(batch.id, "t", "g2", 60_000) is None
