@@ -138,6 +138,11 @@ class Settings(BaseSettings):
         default="refuse",
         description="what a request's unknown or unsupported parameter becomes: a 400, or a header and a log line",
     )
+    hosted_tools: Literal["leave_out", "refuse"] = Field(
+        default="leave_out",
+        description="what a tool becomes that OpenAI or Anthropic would run themselves, such as web_search: no tool "
+        "for the model, which a header tells, or a 400",
+    )
     keep_prompts: bool = Field(
         default=False, description="keep prompts as long as the records of requests, so that these can be replayed"
     )
