@@ -102,8 +102,10 @@ class Resolver:
         return alias if alias is not None and caller.sees(alias) else None
 
     def _plain(self, name: str, base: m.ServedModel) -> str:
-        """Return an adapter's name without the base's name as its prefix."""
+        """Return an adapter's name without the base's name as its prefix. Raises ModelNotFound if nothing is left."""
         for prefix in (f"{base.name}:", f"{BASE}:"):
+            if name == prefix:
+                raise ModelNotFound(name, "No adapter is named behind the colon.")
             if name.startswith(prefix):
                 return name.removeprefix(prefix)
         return name

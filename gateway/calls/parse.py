@@ -197,6 +197,12 @@ class Rules:
     def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
         """Return how many tokens a choice may have. Raises BadRequest when prompt and output do not fit the context."""
         room, wanted = max_model_len - num_prompt_tokens, options.max_tokens
+        if wanted is not None and wanted >= max_model_len:  # whatever is in the prompt
+            message = (
+                f"This model's maximum context length is {max_model_len} tokens, those of the prompt among them. "
+                f"However, max_tokens is {wanted}. Please reduce it, or leave it out."
+            )
+            raise BadRequest(message, param="max_tokens", code="context_length_exceeded")
         if room < (1 if wanted is None else min(wanted, 1)):
             message = (
                 f"This model's maximum context length is {max_model_len} tokens. However, your prompt has "
