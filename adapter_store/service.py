@@ -33,7 +33,7 @@ from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.private_files import private_folder
 from protocol.runtime.release import RELEASE
 from protocol.runtime.service import unending, wait_any
-from protocol.runtime.settings import Settings
+from protocol.runtime.settings import Settings, names_of
 from protocol.wire.adapter_refs import Policy
 from protocol.wire.errors import (
     BadRequest,
@@ -128,8 +128,9 @@ class Store:
         self.server = BlobServer(self.locate, self.drop, self.health, secret.bearer if secret else "", self.uploads)
         self._sweep_at_s = 0.0  # monotonic
         self.base: ServedModel | None = None
-        if settings.adapters is not None:
-            self.sources["local"] = LocalSource(settings.adapters)
+        if settings.adapters is not None or settings.adapter_roots:
+            more = [Path(path) for path in names_of(settings.adapter_roots)]
+            self.sources["local"] = LocalSource(settings.adapters, more)
         self.pin_controller = PinController(bus, self.catalogue, settings)
         policy = Policy.of(settings)
         self.registrar = Registrar(
@@ -242,7 +243,7 @@ class Store:
 
     def _follower(self) -> Follower | None:
         source = self.sources.get("local")
-        if not isinstance(source, LocalSource):
+        if not isinstance(source, LocalSource) or source.root is None:
             return None
         return Follower(source, self.mirror, self.catalogue, settle_s=self.settings.scan_interval_s)
 

@@ -389,6 +389,11 @@ class Settings(BaseSettings):
     adapters: Path | None = Field(
         default=None, description="folder whose sub-folders are adapters, served under their names"
     )
+    adapter_roots: str = Field(
+        default="",
+        description="further folders, separated by commas, whose sub-folders operators may load by path; none is "
+        "served by itself",
+    )
     store_host: str = Field(default="127.0.0.1", description="address the store listens on for workers")
     store_port: int = Field(default=0, ge=0, le=65535, description="port the store listens on; 0: any free one")
     store_url: str = Field(
