@@ -35,7 +35,7 @@ from protocol.runtime.guarded import FAILED, Items, Loop, guarded
 from protocol.runtime.private_files import private_folder
 from protocol.runtime.release import RELEASE
 from protocol.runtime.service import wait_any
-from protocol.runtime.settings import Settings
+from protocol.runtime.settings import Settings, names_of
 from protocol.wire.adapter_refs import Policy
 from protocol.wire.errors import (
     BadRequest,
@@ -135,8 +135,9 @@ class Store:
         self._changed = False  # the catalogue has, and the registrations are to be read again
         self._steps = Items("catalogue", max_tries=0, backoff=AWAY)
         self.base: ServedModel | None = None
-        if settings.adapters is not None:
-            self.sources["local"] = LocalSource(settings.adapters)
+        if settings.adapters is not None or settings.adapter_roots:
+            more = [Path(path) for path in names_of(settings.adapter_roots)]
+            self.sources["local"] = LocalSource(settings.adapters, more)
         self.follower: Follower | None = None  # from the first look at the catalogue on
         self.pin_controller = PinController(bus, self.catalogue, settings)
         policy = Policy.of(settings)
@@ -246,7 +247,7 @@ class Store:
 
     def _follower(self) -> Follower | None:
         source = self.sources.get("local")
-        if not isinstance(source, LocalSource):
+        if not isinstance(source, LocalSource) or source.root is None:
             return None
         return Follower(source, self.mirror, self.catalogue, settle_s=self.settings.scan_interval_s)
 

@@ -131,7 +131,7 @@ async def _serve(
         )
         own = OwnFiles(bus, files, sandbox, secret.bearer if secret else "")
         grammars = GrammarCheck(sandbox, settings.grammar_timeout_s)
-        resolver = Resolver(bus, aliases, own, settings.adapters)
+        resolver = Resolver(bus, aliases, own, settings.adapters, shows_paths=not settings.api_keys)
         pipeline = Pipeline(settings, bus, files, fleet, resolver, replies, grammars, admission)
         endpoints = Endpoints(pipeline, admission)
         operators = OperatorEndpoints(AdapterOperations(bus, settings, aliases, secret))

@@ -28,7 +28,7 @@ from protocol.queue.connection.redis_client import QueueError, ping
 from protocol.runtime.model_files import cache_folder, hold_folder, is_gguf, served_name
 from protocol.runtime.private_files import private_folder
 from protocol.runtime.redaction import redact
-from protocol.runtime.settings import Settings
+from protocol.runtime.settings import Settings, names_of
 from protocol.wire.errors import BadRequest, Unavailable
 
 MAIN_FLAGS = (
@@ -130,6 +130,10 @@ def prepare(settings: Settings) -> LaunchPlan:
         raise BadRequest("MODEL is missing: give a Hub id, a local folder or a GGUF file")
     if settings.adapters is not None and not settings.adapters.is_dir():
         raise BadRequest(f"--adapters: {settings.adapters} is not a folder")
+    roots = [Path(root).expanduser() for root in names_of(settings.adapter_roots)]
+    for root in roots:
+        if not root.is_dir():
+            raise BadRequest(f"--adapter-roots: {root} is not a folder")
     if _has_queue(settings):
         _check_queue(settings)
     port = claim_port(settings.host, settings.port)
@@ -144,6 +148,7 @@ def prepare(settings: Settings) -> LaunchPlan:
         "data": settings.data.resolve(),
         "secret_file": (settings.secret_file or settings.data / "secret").resolve(),
         "adapters": settings.adapters and settings.adapters.resolve(),
+        "adapter_roots": ",".join(str(root.resolve()) for root in roots),
         "model": str(folder if is_gguf(local) else local.resolve()) if local.exists() else settings.model,
         "served_name": served_name(settings.model, settings.served_name),
     }

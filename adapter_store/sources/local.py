@@ -1,6 +1,7 @@
 """Adapters in folders under one root: `NAME` or `ORG/NAME` with an adapter_config.json or GGUF; deeper, if registered.
 
-Nothing outside the root is read, not even through a symbolic link.
+Folders under further roots are served if they are registered, by their whole path. Nothing outside the root that a
+folder is in is read, not even through a symbolic link.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from adapter_store.sources import (
     needs_config,
 )
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
-from protocol.wire.adapter_refs import NESTED_FOLDER
+from protocol.wire.adapter_refs import in_root
 from protocol.wire.errors import AdapterRefused, NotFound
 
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")
@@ -63,64 +64,51 @@ class FolderState:
 
 
 class LocalSource:
-    """The adapters in the folder that the setting `adapters` names."""
+    """The adapters in the folder that the setting `adapters` names, and in those that `adapter_roots` names."""
 
-    def __init__(self, root: Path) -> None:
-        """Set the root; it need not exist yet."""
-        self.root = Path(os.path.realpath(root.expanduser()))
+    def __init__(self, root: Path | None, more: Sequence[Path] = ()) -> None:
+        """Set the root, None for none, and further ones; they need not exist yet."""
+        self.root = _real(root) if root is not None else None
+        self._more = [_real(path) for path in more]
 
     def scan(self) -> dict[str, FolderState]:
-        """Return the state of every adapter folder by name, also of those whose name is not valid.
+        """Return the state of every adapter folder of the first root by name, also of those whose name is not valid.
 
         Raises OSError when the root cannot be read.
         """
         states: dict[str, FolderState] = {}
-        for entry in _folders(self.root):
-            state = self._state(entry.path, entry.is_symlink())
+        root = self.root
+        if root is None:
+            return states
+        for entry in _folders(root):
+            state = self._state(root, entry.path, entry.is_symlink())
             if state is not None:
                 states[entry.name] = state
                 continue
             for inner in _folders(entry.path):
-                state = self._state(inner.path, inner.is_symlink())
+                state = self._state(root, inner.path, inner.is_symlink())
                 if state is not None:
                     states[f"{entry.name}/{inner.name}"] = state
         return states
 
-    def _state(self, folder: str, maybe_outside: bool) -> FolderState | None:
+    def _state(self, root: Path, folder: str, maybe_outside: bool) -> FolderState | None:
         """Return the state of a folder; None if it holds neither adapter_config.json nor GGUF."""
         try:
-            if maybe_outside and not self._inside(folder):
+            if maybe_outside and not _inside(root, folder):
                 return FolderState(problem="the folder is a symbolic link that leaves the adapter root")
-            config, name = self._stamp(folder, CONFIG_FILE), WEIGHTS_FILE
-            weights = self._stamp(folder, name)
+            config, name = _stamp(root, folder, CONFIG_FILE), WEIGHTS_FILE
+            weights = _stamp(root, folder, name)
             if config is None or weights is None:
                 name = choose_weights(_names(folder)) or WEIGHTS_FILE
                 if config is None and needs_config(name):
                     return None
-                weights = self._stamp(folder, name)
-            more = [(name, stamp) for name in MORE_FILES if (stamp := self._stamp(folder, name))]
+                weights = _stamp(root, folder, name)
+            more = [(name, stamp) for name in MORE_FILES if (stamp := _stamp(root, folder, name))]
             return FolderState(config if needs_config(name) else None, weights, name, tuple(more))
         except AdapterRefused as error:
             return FolderState(problem=error.message)
         except OSError as error:
             return FolderState(problem=f"the folder cannot be read: {error.strerror}")
-
-    def _stamp(self, folder: str, name: str) -> Stamp | None:
-        path = os.path.join(folder, name)
-        try:
-            status = os.stat(path, follow_symlinks=False)
-            if stat.S_ISLNK(status.st_mode):
-                if not self._inside(path):
-                    raise AdapterRefused([f"{name} is a symbolic link that leaves the adapter root"])
-                status = os.stat(path)
-        except FileNotFoundError:
-            return None
-        if not stat.S_ISREG(status.st_mode):
-            raise AdapterRefused([f"{name} is not a regular file"])
-        return Stamp.of(status)
-
-    def _inside(self, path: str) -> bool:
-        return os.path.commonpath((os.path.realpath(path), self.root)) == str(self.root)
 
     # ------------------------------------------------------------ Source
 
@@ -132,17 +120,27 @@ class LocalSource:
         """Return the version of a folder as it is now; see `Source.resolve`."""
         return await asyncio.to_thread(self._resolve, target)
 
+    def _place(self, target: str) -> tuple[Path, Path] | None:
+        """Return the root that a target's folder is in, and the folder; None if it is in none that is served."""
+        if not target.startswith("/"):
+            return (self.root, self.root / target) if self.root is not None and in_root(target) else None
+        for root in self._more:
+            if target.startswith(f"{root}/") and in_root(target[len(str(root)) + 1 :]):
+                return root, Path(target)
+        return None
+
     def _resolve(self, name: str) -> Version:
-        state = self._state(str(self.root / name), maybe_outside=True) if NESTED_FOLDER.fullmatch(name) else None
-        if state is None:
+        place = self._place(name)
+        state = self._state(place[0], str(place[1]), maybe_outside=True) if place is not None else None
+        if place is None or state is None:
             raise NotFound(f"there is no adapter folder {name!r}")
         if state.problem:
             raise AdapterRefused([state.problem])
         if state.weights is None:
-            raise AdapterRefused([self._why_no_weights(name)])
+            raise AdapterRefused([_why_no_weights(place[1])])
         config = {CONFIG_FILE: RemoteFile(state.config.num_bytes, str(state.config))} if state.config else {}
         return Version(
-            key=f"local:{self.root}:{name}:{state.config}:{state.weights}" + "".join(f":{part}" for part in state.more),
+            key=f"local:{place[0]}:{name}:{state.config}:{state.weights}" + "".join(f":{part}" for part in state.more),
             source=f"local:{name}",
             target=name,
             at_hand=True,
@@ -153,12 +151,6 @@ class LocalSource:
             },
         )
 
-    def _why_no_weights(self, name: str) -> str:
-        for pickle in PICKLES:
-            if (self.root / name / pickle).exists():
-                return f"{pickle} is a pickle, which can run code: convert it to {WEIGHTS_FILE}"
-        return f"{WEIGHTS_FILE} is missing"
-
     async def confirm(self, version: Version, access: Access) -> None:
         """Do nothing: gateways decide who may name a folder."""
 
@@ -167,8 +159,9 @@ class LocalSource:
         await asyncio.to_thread(self._copy, version, name, path, end)
 
     def _copy(self, version: Version, name: str, path: Path, end: int) -> None:
-        real = os.path.realpath(self.root / version.target / name)
-        if not self._inside(real):
+        place = self._place(version.target)
+        real = os.path.realpath(place[1] / name) if place is not None else ""
+        if place is None or not _inside(place[0], real):
             raise Changed
         source = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -182,6 +175,36 @@ class LocalSource:
                 raise Changed
         finally:
             os.close(source)
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path.expanduser()))
+
+
+def _stamp(root: Path, folder: str, name: str) -> Stamp | None:
+    path = os.path.join(folder, name)
+    try:
+        status = os.stat(path, follow_symlinks=False)
+        if stat.S_ISLNK(status.st_mode):
+            if not _inside(root, path):
+                raise AdapterRefused([f"{name} is a symbolic link that leaves the adapter root"])
+            status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        raise AdapterRefused([f"{name} is not a regular file"])
+    return Stamp.of(status)
+
+
+def _inside(root: Path, path: str) -> bool:
+    return os.path.commonpath((os.path.realpath(path), root)) == str(root)
+
+
+def _why_no_weights(folder: Path) -> str:
+    for pickle in PICKLES:
+        if (folder / pickle).exists():
+            return f"{pickle} is a pickle, which can run code: convert it to {WEIGHTS_FILE}"
+    return f"{WEIGHTS_FILE} is missing"
 
 
 def _names(folder: str) -> list[str]:

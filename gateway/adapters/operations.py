@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
@@ -24,10 +24,18 @@ from gateway.adapters.views import AdapterObjects
 from gateway.auth.callers import EVERYBODY, Caller
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.runtime.fleet_secret import FleetSecret
-from protocol.runtime.settings import Settings
+from protocol.runtime.settings import Settings, names_of
 from protocol.wire import messages as m
-from protocol.wire.adapter_refs import FOLDER, Policy, Reference, parse_reference, parse_source
-from protocol.wire.errors import BadRequest, Conflict, LorafleetError, ModelNotFound, PermissionDenied, Unavailable
+from protocol.wire.adapter_refs import FOLDER, Policy, Reference, in_root, parse_reference, parse_source
+from protocol.wire.errors import (
+    BadRequest,
+    Conflict,
+    LorafleetError,
+    ModelNotFound,
+    NotFound,
+    PermissionDenied,
+    Unavailable,
+)
 from protocol.wire.keys import private_name
 from protocol.wire.records import AdapterUse
 
@@ -80,7 +88,9 @@ class AdapterOperations:
         self._bus = bus
         self._aliases = aliases
         self._policy = Policy.of(settings)
-        self._root = settings.adapters
+        self._has_first = settings.adapters is not None
+        first = [settings.adapters] if settings.adapters is not None else []
+        self._roots = [*first, *(Path(root).expanduser() for root in names_of(settings.adapter_roots))]
         self.memory = AdapterMemory(bus, secret)
         self._free_slots = asyncio.Semaphore(FREEING_AT_ONCE)
         self._freeing: set[asyncio.Task[None]] = set()
@@ -129,7 +139,7 @@ class AdapterOperations:
         digests = sorted({alias.digest for alias in aliases if alias.digest})
         records = await self._bus.adapters.records(digests)
         if not caller.is_admin:
-            objects = AdapterObjects([], {})
+            objects = AdapterObjects([], {}, shows_paths=False)
             return [objects.of(alias, records.get(alias.digest), None) for alias in aliases]
         uses = await self._bus.adapters.uses(digests)
         objects = AdapterObjects(await self.memory.beats(), await self._bus.adapters.pins())
@@ -206,6 +216,9 @@ class AdapterOperations:
 
         They are lent to a tenant for no place that it does not see, whatever the name that it registers.
         """
+        if reference.path.startswith("/") and caller.tenant is not None and not caller.is_admin:
+            text = "only the scope admin may load from --adapter-roots: what lies there is no tenant's"
+            raise PermissionDenied(text, param="source")
         is_visible = caller.may_use(reference.place)
         as_fleet = caller.is_admin or (is_visible and self._policy.lends(reference))
         if reference.scheme == "local" and not is_visible:
@@ -229,17 +242,14 @@ class AdapterOperations:
             await self._bus.adapters.register(msgspec.structs.replace(before, asked_ms=now_ms()))
 
     def reference_of(self, source: str) -> Reference:
-        """Parse an adapter's source, its path under the adapter root, or its folder's name. Raises BadRequest."""
-        reference = parse_source(source)
-        if reference is None and source.startswith("/") and self._root is not None:
-            path = PurePosixPath(source)
-            for root in (self._root, PurePosixPath(os.path.realpath(self._root))):
-                if path.is_relative_to(root):
-                    reference = parse_source(f"local:{path.relative_to(root)}")
-                    if reference is None:
-                        raise _not_a_folder(source)
-        elif reference is None:
-            reference = parse_source(f"local:{source}")
+        """Parse an adapter's source, its path under a root of adapters, or its folder's name.
+
+        Raises BadRequest, and NotFound for a path under no root.
+        """
+        path = source.removeprefix("local:")
+        if path.startswith("/"):
+            return self._of_path(path)
+        reference = parse_source(source) or parse_source(f"local:{source}")
         if reference is None:
             raise BadRequest(
                 f"{source!r:.300} is not a place adapters come from: local:FOLDER or a path under the adapter root,"
@@ -247,6 +257,25 @@ class AdapterOperations:
                 param="source",
             )
         return reference
+
+    def _of_path(self, path: str) -> Reference:
+        """Return the folder of a whole path: by its name in the first root, by its path in a further one."""
+        place = PurePosixPath(path)
+        for number, root in enumerate(self._roots):
+            real = PurePosixPath(os.path.realpath(root))
+            for known in (PurePosixPath(root), real):
+                if place.is_relative_to(known):
+                    folder = str(place.relative_to(known))
+                    is_first = number == 0 and self._has_first
+                    reference = parse_source(f"local:{folder if is_first else real / folder}")
+                    if reference is None or not in_root(folder):
+                        raise _not_a_folder(path)
+                    return reference
+        raise NotFound(
+            f"{path!r:.300} is in no folder that adapters are loaded from: --adapters names one, --adapter-roots"
+            " further ones",
+            param="source",
+        )
 
     async def preload(self, name: str, wait_s: float, tenant: str = "") -> bool:
         """Have every worker fetch an adapter; return whether all have it within `wait_s`. Raises ModelNotFound."""
@@ -403,7 +432,7 @@ class AdapterOperations:
 
 def _not_a_folder(path: str) -> BadRequest:
     return BadRequest(
-        f"{path!r:.300} is under the adapter root, but not a folder that can be served: at most 8 folders deep, each"
+        f"{path!r:.300} is under a root of adapters, but not a folder that can be served: at most 8 folders deep, each"
         " name of at most 96 letters, digits, dots, dashes and underscores, the first a letter or a digit",
         param="source",
     )

@@ -43,10 +43,16 @@ class Target:
 class Resolver:
     """Resolves names of the base model and of adapters."""
 
-    def __init__(self, bus: Bus, aliases: Aliases, own: OwnFiles, folder: Path | None) -> None:
-        """`own`: the files that adapters bring; `folder`: the root whose sub-folders are served as adapters."""
+    def __init__(
+        self, bus: Bus, aliases: Aliases, own: OwnFiles, folder: Path | None, *, shows_paths: bool = False
+    ) -> None:  # fmt: skip
+        """`own`: the files that adapters bring; `folder`: the root whose sub-folders are served as adapters.
+
+        `shows_paths`: models' objects tell where on this machine an adapter lies.
+        """
         self._bus = bus
         self._folder = folder
+        self._shown_folder = folder if shows_paths else None
         self._aliases = aliases
         self.own = own
         self.catalogue = Catalogue(bus)
@@ -102,8 +108,10 @@ class Resolver:
         return alias if alias is not None and caller.sees(alias) else None
 
     def _plain(self, name: str, base: m.ServedModel) -> str:
-        """Return an adapter's name without the base's name as its prefix."""
+        """Return an adapter's name without the base's name as its prefix. Raises ModelNotFound if nothing is left."""
         for prefix in (f"{base.name}:", f"{BASE}:"):
+            if name == prefix:
+                raise ModelNotFound(name, "No adapter is named behind the colon.")
             if name.startswith(prefix):
                 return name.removeprefix(prefix)
         return name
@@ -111,7 +119,7 @@ class Resolver:
     async def models(self, base: m.ServedModel, caller: Caller) -> bytes:
         """Return as a JSON list the model objects that a caller sees: the base, then the adapters by name."""
         return await self.catalogue.listed(
-            caller, base_object(base), lambda alias, record: adapter_object(alias, record, base)
+            caller, base_object(base), lambda alias, record: adapter_object(alias, record, base, self._shown_folder)
         )
 
     async def model(self, name: str, base: m.ServedModel, caller: Caller) -> dict[str, Any]:
@@ -122,7 +130,7 @@ class Resolver:
         if alias is None:
             raise ModelNotFound(name)
         record = await self._bus.get(self._bus.keys.adapter(alias.digest), m.AdapterRecord) if alias.digest else None
-        return adapter_object(alias, record, base)
+        return adapter_object(alias, record, base, self._shown_folder)
 
 
 def is_base(name: str, base: m.ServedModel) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from protocol.wire import messages as m
@@ -18,8 +19,11 @@ NO_EFFECT = "no_effect"
 class AdapterObjects:
     """Makes the objects of `/v1/adapters` from the workers' latest beats."""
 
-    def __init__(self, beats: Iterable[m.WorkerBeat], pins: Mapping[str, str]) -> None:
-        """`pins`: name -> who pinned it."""
+    def __init__(
+        self, beats: Iterable[m.WorkerBeat], pins: Mapping[str, str], *, shows_paths: bool = True
+    ) -> None:  # fmt: skip
+        """`pins`: name -> who pinned it. `shows_paths`: whoever asks may know paths of this machine."""
+        self._shows_paths = shows_paths
         self._pins = pins
         self._tiers: dict[str, dict[str, str]] = {}  # digest -> worker -> tier
         self._beats = sorted(beats, key=lambda beat: beat.name)
@@ -40,7 +44,7 @@ class AdapterObjects:
             "tenant": alias.tenant or None,
             "state": nearest if has_effect else NO_EFFECT,
             "digest": alias.digest or None,
-            "source": alias.source or None,
+            "source": (alias.source if self._shows_paths else _told(alias.source)) or None,
             "reason": alias.reason or None,
             "warning": None if has_effect else "everything that it adds to the base model is zero",
             "rank": record.rank if record else None,
@@ -78,6 +82,11 @@ def _use_object(use: AdapterUse) -> dict[str, Any]:
     }
 
 
+def _told(source: str) -> str:
+    """Return a source as everybody may know it: without a path of this machine."""
+    return f"local:{PurePosixPath(source).name}" if source.startswith("local:/") else source
+
+
 def base_object(base: m.ServedModel) -> dict[str, Any]:
     """Return the object of the base model in `/v1/models`."""
     return {
@@ -91,14 +100,22 @@ def base_object(base: m.ServedModel) -> dict[str, Any]:
     }
 
 
-def adapter_object(alias: m.Alias, record: m.AdapterRecord | None, base: m.ServedModel) -> dict[str, Any]:
-    """Return the object of an adapter in `/v1/models`; `root` is its source, never a path of this machine."""
+def adapter_object(
+    alias: m.Alias, record: m.AdapterRecord | None, base: m.ServedModel, folder: Path | None = None
+) -> dict[str, Any]:
+    """Return the object of an adapter in `/v1/models`; `root` is its source, or its path where that may be known.
+
+    folder: the root of adapters, None where clients may not know paths of this machine.
+    """
+    root = alias.source if folder is not None else _told(alias.source)
+    if folder is not None and root.startswith("local:"):
+        root = str(folder / root.removeprefix("local:"))
     return {
         "id": alias.name,
         "object": "model",
         "created": alias.created_ms // 1000,
         "owned_by": alias.tenant or "lorafleet",
-        "root": alias.source or alias.name,
+        "root": root or alias.name,
         "parent": base.name,
         "digest": alias.digest or None,
         "rank": record.rank if record else None,

@@ -61,7 +61,7 @@ class MessagesRequest(CountTokensRequest):
 
     OBJECT = "messages"
 
-    max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)]
+    max_tokens: Annotated[int, Field(ge=0)]
     stop_sequences: Strings | None = None
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -11,7 +11,6 @@ from typing import Any
 
 from gateway.bodies.parameter_check import MAX_ENTRIES
 from gateway.grammars.limits import check_num
-from gateway.openai.bodies import MAX_TOOLS
 from gateway.text.messages import Message
 from gateway.tools.definitions import ToolWords
 from protocol.wire.errors import BadRequest
@@ -35,6 +34,9 @@ _NOT_READ = {
     "tool_reference": "it refers to a search among tools, and all tools are shown here",
 }
 """Type of a block that is not served -> why."""
+
+_HOSTED = ("web_search_", "web_fetch_", "code_execution_", "tool_search_tool_", "mcp_toolset", "advisor_")
+"""What the types of tools begin with that Anthropic runs."""
 
 _TRAINED_ON = ("bash_", "text_editor_", "computer_", "browser_", "memory_")
 """What the types of tools begin with that clients run and whose parameters no definition says."""
@@ -60,13 +62,14 @@ def messages_of(system: str | list[dict[str, Any]] | None, given: Sequence[dict[
     return [_plain(message) for message in made]
 
 
-def definitions_of(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return tools in OpenAI's form. Raises BadRequest for those that are not the client's own."""
-    check_num(len(tools), MAX_TOOLS, "entries", "tools")
-    return [_definition(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
+def is_hosted(tool: Mapping[str, Any]) -> bool:
+    """Return whether a tool is one that Anthropic runs."""
+    kind = tool.get("type")
+    return isinstance(kind, str) and kind.startswith(_HOSTED)
 
 
-def _definition(tool: dict[str, Any], place: str) -> dict[str, Any]:
+def definition_of(tool: dict[str, Any], place: str) -> dict[str, Any]:
+    """Return a tool in OpenAI's form. Raises BadRequest for one that is not the client's own."""
     kind = tool.get("type")
     if kind is not None and kind != "custom":
         why = "it runs at Anthropic"

@@ -6,18 +6,20 @@ Defaults are Anthropic's; what is not done as there is refused by name (`bodies/
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from gateway.anthropic.bodies import CountTokensRequest, MessagesRequest, ThinkingConfig
-from gateway.anthropic.content import WORDS, definitions_of, messages_of
+from gateway.anthropic.content import WORDS, definition_of, is_hosted, messages_of
 from gateway.auth.callers import Caller
 from gateway.bodies.parameter_check import MAX_ENTRIES
 from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Sent
 from gateway.grammars.limits import check_num
 from gateway.grammars.notation import Constraint
 from gateway.grammars.structured import checked_schema
+from gateway.openai.bodies import MAX_TOOLS
 from gateway.openai.parse import check_variables, stop_strings
 from gateway.text.answer_form import AnswerForm
 from gateway.tools.definitions import Tools, tools_of
@@ -34,13 +36,11 @@ DEFAULT_TEMPERATURE = 1.0
 class MessagesRules(Rules):
     """What later stages refuse a call for, or shorten it to, as Anthropic does."""
 
-    thinks: bool = False  # reasoning is demanded of the model
+    thinks: bool = False  # reasoning is asked of the model
 
-    def check_form(self, form: AnswerForm | None) -> None:
-        """Refuse reasoning that is demanded of a model whose template has no marks of it. Raises BadRequest."""
-        if self.thinks and (form is None or form.thought is None):
-            message = "thinking.type may not be enabled: the template of this model knows no reasoning"
-            raise BadRequest(message, param="thinking")
+    def check_form(self, form: AnswerForm | None) -> Sequence[str]:
+        """Return what answers go without: reasoning, if the model's template has no marks of it."""
+        return ["thinking"] if self.thinks and (form is None or form.thought is None) else ()
 
     def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
         """Return how many tokens the answer may have: no more than the context has room for. Raises BadRequest."""
@@ -73,6 +73,11 @@ def parse(request: MessagesRequest, caller: Caller, settings: Settings, sent: Se
         rules=rules_of(request, settings),
         model_name=request.model,
         form_param="tools" if request.tools else "output_config.format",
+        left_out=[
+            f"tools[{i}] ({ascii(tool['type'])[1:-1]:.64})"
+            for i, tool in enumerate(request.tools or ())
+            if is_hosted(tool)
+        ],
         sent=sent,
     )
 
@@ -101,7 +106,11 @@ def conversation_of(request: CountTokensRequest, settings: Settings) -> Conversa
 
 def tools_in(request: CountTokensRequest, settings: Settings) -> Tools | None:
     """Return the tools that a request may call, None for none. Raises BadRequest."""
-    given, choice, parallel = definitions_of(request.tools or []), request.tool_choice, None
+    tools, choice, parallel = request.tools or [], request.tool_choice, None
+    check_num(len(tools), MAX_TOOLS, "entries", "tools")
+    leaves = settings.hosted_tools == "leave_out"
+    places = [i for i, tool in enumerate(tools) if not (leaves and is_hosted(tool))]
+    given = [definition_of(tools[i], f"tools[{i}]") for i in places]
     chosen: str | dict[str, Any] | None = None
     if choice is not None:
         parallel = not choice.disable_parallel_tool_use
@@ -109,7 +118,7 @@ def tools_in(request: CountTokensRequest, settings: Settings) -> Tools | None:
             raise BadRequest("tool_choice.name belongs to the type tool, which needs it", param="tool_choice.name")
         named = {"type": "function", "function": {"name": choice.name}}
         chosen = {"auto": "auto", "any": "required", "none": "none", "tool": named}[choice.type]
-    return tools_of(given, chosen, parallel, settings, WORDS)
+    return tools_of(given, chosen, parallel, settings, WORDS, places)
 
 
 def _options(request: MessagesRequest, settings: Settings) -> Options:

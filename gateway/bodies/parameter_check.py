@@ -6,7 +6,7 @@ An honest body costs a look at a dict per object. What names are near to an unkn
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar, Literal
@@ -17,7 +17,8 @@ from gateway.bodies.parameters import BY_TYPE, OBJECTS, PARAMETERS_OF, Parameter
 from protocol.wire.errors import BadRequest
 
 IGNORED_HEADER = "x-ignored-parameters"
-"""Names the parameters that a call was served without, where the settings only warn of them."""
+"""Names what a call was served without: parameters of which the settings only warn, tools that run elsewhere, and
+keywords of tools' schemas that no grammar holds."""
 
 MAX_NAMED = 8
 """Parameters that are named in an error, a header or a log line. The search for more ends with them."""
@@ -86,6 +87,17 @@ def check_parameters(body: JsonBody, policy: Literal["refuse", "warn"]) -> str:
         code = "unknown_parameter" if first.known is None else "unsupported_parameter"
         raise BadRequest(f"{first.told()}{rest}", param=first.path, code=code)
     return ", ".join(one.path for one in found)
+
+
+def ignore(headers: MutableMapping[str, str], names: Sequence[str]) -> None:
+    """Name in an answer's headers what its call is served without, besides what they name already.
+
+    names: printable ASCII; no more than `MAX_NAMED` are told.
+    """
+    before = headers[IGNORED_HEADER].split(", ") if IGNORED_HEADER in headers else []
+    told = list(dict.fromkeys([*before, *names]))[:MAX_NAMED]
+    if told:
+        headers[IGNORED_HEADER] = ", ".join(told)
 
 
 def _ignored(value: JsonBody | dict[str, Any], kind: str, path: str) -> Iterator[Ignored]:

@@ -99,6 +99,7 @@ class Piece(Struct):
     ids: list[int] = []  # of the output's tokens, if they are wanted
     finish: str = ""  # "stop" or "length" at the end
     stop: str | None = None  # the stop string that ended it, if one did
+    end_id: int | None = None  # the token that ended it, if one did
 
     def add(self, piece: Piece) -> None:
         """Add a later piece of the choice."""
@@ -107,6 +108,7 @@ class Piece(Struct):
         self.prompt = self.prompt.joined(piece.prompt)
         self.ids += piece.ids
         self.finish, self.stop = piece.finish or self.finish, piece.stop or self.stop
+        self.end_id = self.end_id if piece.end_id is None else piece.end_id
 
 
 class Choice:
@@ -167,7 +169,7 @@ class Choice:
             piece.finish = "length"
         elif delta.finish:
             piece.text += self._output.finish()
-            piece.finish, piece.stop = delta.finish, self._output.stop
+            piece.finish, piece.stop, piece.end_id = delta.finish, self._output.stop, self._output.end_id
 
     def next_piece(self, delta: m.Delta) -> Piece | None:
         """Return what a delta adds that is the next tokens and nothing else, None for any other, which is not taken."""

@@ -178,8 +178,9 @@ class Rules:
     def check_apart(self) -> None:
         """Refuse what cannot be had of pairs whose texts are prompts of their own. Raises BadRequest."""
 
-    def check_form(self, form: AnswerForm | None) -> None:
-        """Refuse what answers by the model's template cannot have. Raises BadRequest."""
+    def check_form(self, form: AnswerForm | None) -> Sequence[str]:
+        """Return the parameters that answers by the model's template go without, or refuse some. Raises BadRequest."""
+        return ()
 
     def refused_adapter(self, error: LorafleetError) -> LorafleetError:
         """Return how it is told that an adapter cannot be served."""
@@ -196,6 +197,12 @@ class Rules:
     def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
         """Return how many tokens a choice may have. Raises BadRequest when prompt and output do not fit the context."""
         room, wanted = max_model_len - num_prompt_tokens, options.max_tokens
+        if wanted is not None and wanted >= max_model_len:  # whatever is in the prompt
+            message = (
+                f"This model's maximum context length is {max_model_len} tokens, those of the prompt among them. "
+                f"However, max_tokens is {wanted}. Please reduce it, or leave it out."
+            )
+            raise BadRequest(message, param="max_tokens", code="context_length_exceeded")
         if room < (1 if wanted is None else min(wanted, 1)):
             message = (
                 f"This model's maximum context length is {max_model_len} tokens. However, your prompt has "
@@ -248,6 +255,7 @@ class ParsedCall(msgspec.Struct, frozen=True):
     answer_id: str = ""  # what the answer's id ends with, "" for one that is made here
     call_id: str = ""  # the id of the call, "" for one that is made as it is submitted
     shown: Mapping[str, Any] = {}  # fields of the body that the answer repeats
+    left_out: Sequence[str] = ()  # places in the body of what it is served without, which the answer's headers tell
     cache_salt: str = ""  # keeps prefixes in the cache apart, besides the tenant
     sent: Sent | None = None
 

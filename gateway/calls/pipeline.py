@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 from gateway.adapters.fleet_view import FleetView
 from gateway.adapters.resolver import Resolver
+from gateway.bodies.parameter_check import ignore
 from gateway.calls.admit import AdmittedCall, CallAdmission
 from gateway.calls.constrain import constrain
 from gateway.calls.earlier import EarlierCalls
@@ -81,6 +82,7 @@ class Pipeline:
         """Take a call from *parse* to *admit*: what costs least is refused first. Raises as `run`."""
         call.rules.check_number(len(call.models.names), len(call.sources), call.options.n)
         await self.admission.check_room(call)
+        ignore(call.caller.headers, [*call.left_out, *(call.options.tools.not_held if call.options.tools else ())])
         trace = TRACE_OF.get()
         if trace is not None:
             trace.about(call)

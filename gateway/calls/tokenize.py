@@ -12,6 +12,7 @@ import msgspec
 from msgspec import structs
 
 from gateway.adapters.resolver import Target
+from gateway.bodies.parameter_check import ignore
 from gateway.calls.parse import Conversation, Options, Pairs, ParsedCall, Source, Texts
 from gateway.calls.resolve import ResolvedCall
 from gateway.overload import memory
@@ -186,7 +187,7 @@ async def _rendered(call: ParsedCall, inputs: Conversation, target: Target, base
     if not encoded.ids:
         raise BadRequest("the chat template makes an empty prompt of these messages", param=call.rules.param)
     form = form_of(files, tools, opened=encoded.opened, continued=encoded.continued)
-    call.rules.check_form(form)
+    ignore(call.caller.headers, call.rules.check_form(form))
     if encoded.continued and form is not None and form.style is not None and not form.style.marker:
         message = "this model's tool calls are whole answers: none can follow a message that is continued; leave out"
         raise BadRequest(f"{message} tools, or continue_final_message", param="continue_final_message")

@@ -29,7 +29,7 @@ from gateway.openai.bodies import AnyRequest, ChatRequest, CompletionRequest
 from gateway.openai.calls import OpenAICalls
 from gateway.overload.admission import Admission
 from protocol.runtime.release import RELEASE
-from protocol.wire.errors import BadRequest, ModelNotFound, Unavailable
+from protocol.wire.errors import BadRequest, ModelNotFound, NotFound, Unavailable
 from protocol.wire.messages import SchedulerStatus
 
 MAX_KEY_CHARACTERS = 255
@@ -94,6 +94,8 @@ class Endpoints:
 
     async def model(self, name: str, request: Request) -> Response:
         """Answer `/v1/models/{name}`."""
+        if not name:
+            raise NotFound(f"{MODELS}/ lacks the name of a model; GET {MODELS} lists them", code="unknown_url")
         base = await self._pipeline.fleet.require(worker=False)
         resolver, caller = self._pipeline.resolver, caller_of(request)
         if not speaks_anthropic(request.scope):

@@ -20,6 +20,7 @@ _REGISTER = "POST /v1/adapters serves an adapter under a name, DELETE /v1/adapte
 _HEALTH = "/health says whether requests are served"
 
 NOT_SERVED = {
+    "/v1": f"it is where OpenAI's routes begin, and the base URL of their clients: POST {_CHAT}, GET /v1/models",
     "/pooling": "numbers of single tokens are not: /v1/embeddings, /v1/classify and /v1/score have those of texts",
     "/inference/v1/generate": f"this API is not: use {_CHAT}, {RESPONSES}, {MESSAGES} or /api/chat",
     f"{RESPONSES}/compact": "nothing is compacted: truncation auto leaves the earliest messages out of a"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,10 +46,11 @@ class OllamaRules(Rules):
     num_ctx: int | None = None  # tokens of prompt and output that the client wants at most
     thinks: str = ""  # the model's name, if reasoning is asked of it
 
-    def check_form(self, form: AnswerForm | None) -> None:
+    def check_form(self, form: AnswerForm | None) -> Sequence[str]:
         """Refuse reasoning of a model whose template has no marks of it. Raises BadRequest."""
         if self.thinks and (form is None or form.thought is None):
             raise BadRequest(f'"{self.thinks}" does not support thinking', param="think")
+        return ()
 
     def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
         """Return how many tokens the answer may have: no more than the context has room for. Raises BadRequest."""

@@ -57,7 +57,7 @@ class GenerationRequest(JsonBody):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    max_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    max_tokens: Annotated[int, Field(ge=0)] | None = None  # the context's length is the limit
     min_tokens: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     stop: str | Strings | None = None
     stop_token_ids: Ids | None = None
@@ -117,7 +117,7 @@ class ChatRequest(GenerationRequest):
     OBJECT = "chat"
 
     messages: Annotated[Objects, Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0)] | None = None
     add_generation_prompt: bool | None = None

@@ -129,6 +129,7 @@ class _Details:
         self.logprobs = options.num_shown is not None
         self.ids = options.shows_ids
         self.of_prompt = options.num_shown_of_prompt is not None
+        self.only_calls = options.tools is not None and options.tools.required  # an answer has no text
         self._prompts = prompts
         self._options = options
 
@@ -140,15 +141,28 @@ class _Details:
         """Return how logprobs name a token."""
         return f"token_id:{id_}" if self._options.names_ids else tokens.text_of(id_)
 
-    def top(self, token: TokenLogprob) -> list[tuple[int, float]]:
-        """Return the tokens shown beside a token: the most likely ones, or it and those that were asked for."""
-        if self._options.sampling.logprob_token_ids and not token.rank:
-            return [(token.id, token.logprob), *(other for other in token.top if other[0] != token.id)]
-        return token.top[: self._options.num_shown]
+    def top(self, token: TokenLogprob, *, beside: bool = False) -> list[tuple[int, float]]:
+        """Return the tokens shown at a token's place: itself first, then those asked for, or the most likely ones.
+
+        beside: it does not count among the number of these.
+        """
+        asked = bool(self._options.sampling.logprob_token_ids) and not token.rank
+        others = token.top if asked else token.top[: self._options.num_shown]
+        shown = [(token.id, token.logprob), *(other for other in others if other[0] != token.id)]
+        return shown if asked or beside else shown[: self._options.num_shown]
 
     def token_ids(self, piece: Piece) -> bytes:
-        """Return a field of a chunk's choice: the ids of its tokens, b"" if they are not wanted."""
-        return b',"token_ids":' + orjson.dumps(piece.ids) if self.ids else b""
+        """Return a field of a chunk's choice: the ids of its tokens, null if they are not wanted."""
+        return b',"token_ids":' + (orjson.dumps(piece.ids) if self.ids else b"null")
+
+    def end(self, piece: Piece, finish: str) -> dict[str, Any]:
+        """Return how a choice ended, in the words of OpenAI, vLLM and SGLang. finish: OpenAI's."""
+        of_client = piece.end_id if piece.end_id in self._options.stop_token_ids else None
+        return {
+            "finish_reason": finish,
+            "stop_reason": of_client if piece.stop is None else piece.stop,
+            "matched_stop": piece.end_id if piece.stop is None else piece.stop,
+        }
 
     def prompt_ids(self, index: int) -> list[int]:
         """Return the ids of a choice's prompt."""
@@ -156,8 +170,9 @@ class _Details:
 
     def fields(self, piece: Piece) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return more fields of a whole answer: those about a choice's output, and those about its prompt."""
-        output: dict[str, Any] = {"token_ids": piece.ids} if self.ids else {}
-        prompt: dict[str, Any] = {"prompt_token_ids": self.prompt_ids(piece.index)} if self.ids else {}
+        output: dict[str, Any] = {"token_ids": piece.ids if self.ids else None}
+        prompt: dict[str, Any] = {"prompt_token_ids": self.prompt_ids(piece.index) if self.ids else None}
+        prompt["prompt_logprobs"] = None
         if self.of_prompt:
             tokens, num = self.tokens(piece.index), self._options.num_shown_of_prompt
             prompt["prompt_logprobs"] = Rows(lambda: (_ranked(tokens, one, one.top[:num]) for one in piece.prompt))
@@ -199,20 +214,21 @@ class ChatWriter:
             out = self._first_frames(piece.index, start)
         if piece.index in self.forms:
             return out + self._split_frames(piece, start)
-        if piece.text or piece.logprobs or piece.ids:
+        if piece.text or piece.logprobs or piece.ids or piece.finish:
             logprobs = dumps(self._content(piece)) if self._details.logprobs else b"null"
-            body = b'{"content":%b},"logprobs":%b,"finish_reason":null' % (orjson.dumps(piece.text), logprobs)
-            out.append(self._frames.choice(start, body, self._details.token_ids(piece), b"}"))
-        if piece.finish:
-            finish = b'{},"logprobs":null,"finish_reason":"%b"}' % piece.finish.encode()
-            out.append(self._frames.choice(start + finish))
+            body = b'{"content":%b},"logprobs":%b,' % (orjson.dumps(piece.text), logprobs)
+            out.append(self._frames.choice(start, body, self._end(piece), self._details.token_ids(piece), b"}"))
         return out
+
+    def _end(self, piece: Piece) -> bytes:
+        """Return the fields of a chunk's choice that say how it ended, or that it has not."""
+        return orjson.dumps(self._details.end(piece, piece.finish))[1:-1] if piece.finish else b'"finish_reason":null'
 
     def _first_frames(self, index: int, start: bytes) -> list[bytes]:
         """Return the chunks before a choice's first tokens: of its role and, if there is one, of what it echoes."""
-        ids = b',"prompt_token_ids":' + orjson.dumps(self._details.prompt_ids(index)) if self._details.ids else b""
-        role = b'{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null}'
-        out = [self._frames.role(start + role, ids)]
+        ids = b',"prompt_token_ids":' + orjson.dumps(self._details.prompt_ids(index) if self._details.ids else None)
+        role = b'{"role":"assistant","content":%b,"refusal":null},"logprobs":null,"finish_reason":null}'
+        out = [self._frames.role(start + role % (b"null" if self._details.only_calls else b'""'), ids)]
         if self._echoes[index]:
             content = orjson.dumps({"content": self._echoes[index]})
             out.append(self._frames.role(start + content + b',"logprobs":null,"finish_reason":null}', b""))
@@ -227,17 +243,17 @@ class ChatWriter:
             parts += splitter.finish()
         deltas = [_delta(part, form, rid) for part in parts]
         logprobs = self._content(piece) if self._details.logprobs and piece.logprobs else None
-        if (logprobs is not None or piece.ids) and not deltas:
-            deltas = [{}]
+        if (logprobs is not None or piece.ids or piece.finish) and not deltas:
+            deltas = [{} if splitter.num_calls else {"content": ""}]
+        if piece.finish and not splitter.num_calls:
+            deltas[-1].setdefault("content", "")  # programs add up what the last one has too
         out: list[bytes] = []
         for i, delta in enumerate(deltas):
             body: dict[str, Any] = {"logprobs": logprobs if i == 0 else None, "finish_reason": None}
-            if self._details.ids:
-                body["token_ids"] = piece.ids if i == 0 else []
+            if piece.finish and i == len(deltas) - 1:
+                body |= self._details.end(piece, _finish(piece.finish, splitter))
+            body["token_ids"] = (piece.ids if i == 0 else []) if self._details.ids else None
             out.append(self._frames.choice(start + orjson.dumps(delta) + b"," + dumps(body)[1:]))
-        if piece.finish:
-            finish = _finish(piece.finish, splitter)
-            out.append(self._frames.choice(start + b'{},"logprobs":null,"finish_reason":"%b"}' % finish.encode()))
         return out
 
     def usage_frame(self, usage: Usage) -> bytes:
@@ -262,7 +278,7 @@ class ChatWriter:
         return answer
 
     def _choice(self, piece: Piece) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": piece.text, "refusal": None, **_reasoning(None)}
         finish = piece.finish
         if piece.index in self.forms:
             form, rid = self.forms[piece.index]
@@ -275,7 +291,7 @@ class ChatWriter:
             **self._head.choice(piece.index),
             "message": message,
             "logprobs": self._content(piece) if self._details.logprobs else None,
-            "finish_reason": finish,
+            **self._details.end(piece, finish),
         }
 
     def _content(self, piece: Piece) -> dict[str, Any]:
@@ -351,22 +367,23 @@ class CompletionWriter:
     def frames(self, piece: Piece) -> list[bytes]:
         """Return the chunks of a piece; none when it shows nothing yet."""
         start, out = self._starts[piece.index], []
-        if piece.text or piece.logprobs or piece.prompt or piece.ids:
+        if piece.text or piece.logprobs or piece.prompt or piece.ids or piece.finish:
             logprobs = dumps(self._lists(piece)) if self._details.logprobs else b"null"
-            body = b'%b,"logprobs":%b,"finish_reason":null' % (orjson.dumps(piece.text), logprobs)
+            end = b'"finish_reason":null,"stop_reason":null'
+            if piece.finish:
+                end = orjson.dumps(self._details.end(piece, piece.finish))[1:-1]
+            body = b'%b,"logprobs":%b,%b' % (orjson.dumps(piece.text), logprobs, end)
             out.append(self._frames.choice(start, body, self._ids(piece), b"}"))
-        if piece.finish:
-            finish = b'"","logprobs":null,"finish_reason":"%b"}' % piece.finish.encode()
-            out.append(self._frames.choice(start + finish))
         return out
 
     def _ids(self, piece: Piece) -> bytes:
         """Return the fields of a chunk that hold ids: the prompt's in the first one of a choice."""
         ids = self._details.token_ids(piece)
-        if not ids or piece.index in self._started:
+        if piece.index in self._started:
             return ids
         self._started.add(piece.index)
-        return ids + b',"prompt_token_ids":' + orjson.dumps(self._details.prompt_ids(piece.index))
+        told = self._details.prompt_ids(piece.index) if self._details.ids else None
+        return ids + b',"prompt_token_ids":' + orjson.dumps(told)
 
     def usage_frame(self, usage: Usage) -> bytes:
         """Return the chunk after the last choice's end."""
@@ -390,7 +407,7 @@ class CompletionWriter:
             **self._head.choice(piece.index),
             "text": piece.text,
             "logprobs": self._lists(piece) if self._details.logprobs else None,
-            "finish_reason": piece.finish,
+            **self._details.end(piece, piece.finish),
             **output,
             **prompt,
         }
@@ -410,7 +427,7 @@ class CompletionWriter:
         if math.isnan(token.logprob):
             return None
         best: dict[str, float] = {}
-        for id_, logprob in (*self._details.top(token), (token.id, token.logprob)):
+        for id_, logprob in self._details.top(token, beside=True):
             text = self._details.name(tokens, id_)
             best[text] = max(best.get(text, MIN_LOGPROB), logprob)
         return best

@@ -29,7 +29,19 @@ from protocol.wire.keys import BATCH, INTERACTIVE
 from protocol.wire.messages.requests import SEED_BITS
 
 LOGPROBS = "message.output_text.logprobs"
-"""The one value of `include` that is served."""
+"""The value of `include` that is served."""
+
+ENCRYPTED = "reasoning.encrypted_content"
+"""The one that is accepted: reasoning is shown as it is, and comes back so."""
+
+HOSTED = frozenset(
+    {
+        "web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11", "file_search",
+        "code_interpreter", "image_generation", "mcp", "computer", "computer_use_preview", "local_shell", "shell",
+        "apply_patch", "tool_search", "namespace",
+    }
+)  # fmt: skip
+"""Types of tools that OpenAI runs, or that its models alone are trained to call."""
 
 WORDS = ToolWords(name=".name", schema=".parameters")
 
@@ -97,8 +109,9 @@ def check_input(request: ResponseRequest, settings: Settings, caller: Caller) ->
     if request.conversation is not None and request.store is False:
         raise BadRequest("conversation needs store, which is false: it keeps what is said", param="store")
     for name in request.include or ():
-        if name != LOGPROBS:
-            raise BadRequest(f"include: {name!r:.100} is not supported; there is {LOGPROBS}", param="include")
+        if name not in (LOGPROBS, ENCRYPTED):
+            text = f"include: {name!r:.100} is not supported; there is {LOGPROBS}, and {ENCRYPTED} without effect"
+            raise BadRequest(text, param="include")
     if request.top_logprobs and LOGPROBS not in (request.include or ()):
         raise BadRequest(f"top_logprobs needs {LOGPROBS} in include", param="top_logprobs")
 
@@ -122,6 +135,7 @@ def parse(
         metadata=request.metadata or {},
         call_id=call_id,
         shown=shown(request, is_stored=request.store is not False and not caller.is_batch),
+        left_out=[f"tools[{i}] ({tool['type']})" for i, tool in enumerate(request.tools or ()) if _is_hosted(tool)],
         sent=sent,
     )
 
@@ -154,7 +168,8 @@ def _inputs(request: PromptRequest, settings: Settings, items: Sequence[Item]) -
 
 def shown(request: ResponseRequest, *, is_stored: bool) -> dict[str, Any]:
     """Return the fields of a body that its response repeats."""
-    tools = [{"description": None, "strict": None, "parameters": None, **tool} for tool in request.tools or ()]
+    tools = [{"description": None, "strict": None, "parameters": None, **tool}
+             for tool in request.tools or () if not _is_hosted(tool)]  # fmt: skip
     form = (request.text.format if request.text is not None else None) or {"type": "text"}
     choice: str | dict[str, Any] = "auto" if request.tool_choice is None else request.tool_choice
     return {
@@ -230,11 +245,18 @@ def _constraint(request: PromptRequest, settings: Settings) -> Constraint | None
     return {"json_schema": checked_schema(form.get("schema"), f"{place}.schema", settings, strict=strict)}
 
 
+def _is_hosted(tool: Mapping[str, Any]) -> bool:
+    kind = tool.get("type")
+    return isinstance(kind, str) and kind in HOSTED
+
+
 def _tools(request: PromptRequest, settings: Settings) -> Tools | None:
     """Return the functions that may be called, None for none. Raises BadRequest for tools that are none."""
     check_num(len(request.tools or ()), MAX_TOOLS, "entries", "tools")
-    given = [_definition(tool, f"tools[{i}]") for i, tool in enumerate(request.tools or ())]
-    return tools_of(given, _choice(request.tool_choice), request.parallel_tool_calls, settings, WORDS)
+    leaves = settings.hosted_tools == "leave_out"
+    places = [i for i, tool in enumerate(request.tools or ()) if not (leaves and _is_hosted(tool))]
+    given = [_definition((request.tools or [])[i], f"tools[{i}]") for i in places]
+    return tools_of(given, _choice(request.tool_choice), request.parallel_tool_calls, settings, WORDS, places)
 
 
 def _definition(tool: dict[str, Any], place: str) -> dict[str, Any]:

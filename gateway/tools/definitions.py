@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import orjson
 
 from gateway.grammars.limits import MAX_TIMES, check_num
-from gateway.grammars.structured import checked_schema, is_strict
+from gateway.grammars.structured import JSON_STYLE, checked_schema, is_strict
+from gateway.tools.loose import LOOSE_STYLE, not_held, outline
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
@@ -38,20 +39,37 @@ class Tools:
     required: bool  # at least one call must come
     parallel: bool  # more than one may
     num_bytes: int  # of all definitions as JSON
+    strict: frozenset[str] = frozenset()  # names of those whose schemas must be held whole
+    not_held: Sequence[str] = ()  # places in the body, and the keywords there that calls are not held to
 
     @property
     def names(self) -> list[str]:
         """The names, in the client's order."""
         return list(self.schemas)
 
+    def outlined(self) -> Tools | None:
+        """Return the tools with outlines in place of their schemas but strict ones; None if all are strict."""
+        loose = {name: outline(schema) for name, schema in self.schemas.items() if name not in self.strict}
+        return replace(self, schemas=self.schemas | loose) if loose else None
+
+
+class _Tool(NamedTuple):
+    """A tool as its definition has it."""
+
+    name: str
+    schema: dict[str, Any]  # of its arguments, as the grammar has it
+    is_strict: bool
+    not_held: Sequence[str]
+
 
 def tools_of(
     tools: Sequence[dict[str, Any]] | None, choice: str | dict[str, Any] | None, parallel: bool | None,
-    settings: Settings, words: ToolWords = OPENAI_WORDS,
+    settings: Settings, words: ToolWords = OPENAI_WORDS, places: Sequence[int] | None = None,
 ) -> Tools | None:  # fmt: skip
     """Return the tools, as OpenAI has them, that a request may call; None for none.
 
-    Raises BadRequest naming the wrong field in the API's words.
+    places: where in the body's list each is, None where all are given. Raises BadRequest naming the wrong field in the
+    API's words.
     """
     if not tools:
         if choice not in (None, "none", "auto"):
@@ -59,22 +77,30 @@ def tools_of(
         return None
     num_bytes = sum(len(orjson.dumps(tool)) for tool in tools)
     check_num(num_bytes, MAX_TIMES * settings.max_grammar_bytes, "bytes", "tools")
-    schemas: dict[str, dict[str, Any]] = {}
-    for i, tool in enumerate(tools):
-        name, schema = _definition(tool, f"tools[{i}]", settings, words)
-        if name in schemas:
-            raise BadRequest(f"tools[{i}]{words.name}: {name!r} is there twice", param=f"tools[{i}]{words.name}")
-        schemas[name] = schema
-    wanted, required = _chosen(choice, list(schemas))
+    known: dict[str, _Tool] = {}
+    for i, given in zip(range(len(tools)) if places is None else places, tools, strict=True):
+        tool = _definition(given, f"tools[{i}]", settings, words)
+        if tool.name in known:
+            raise BadRequest(f"tools[{i}]{words.name}: {tool.name!r} is there twice", param=f"tools[{i}]{words.name}")
+        known[tool.name] = tool
+    wanted, required = _chosen(choice, list(known))
     if not wanted:
         return None
-    one = choice in schemas if isinstance(choice, str) else choice is not None and choice.get("type") == "function"
-    chosen = {name: schemas[name] for name in wanted}
-    return Tools(list(tools), chosen, required, parallel is not False and not one, num_bytes)
+    one = choice in known if isinstance(choice, str) else choice is not None and choice.get("type") == "function"
+    chosen = {name: known[name] for name in wanted}
+    return Tools(
+        list(tools),
+        {name: tool.schema for name, tool in chosen.items()},
+        required,
+        parallel is not False and not one,
+        num_bytes,
+        frozenset(name for name, tool in chosen.items() if tool.is_strict),
+        [one for tool in chosen.values() for one in tool.not_held],
+    )
 
 
-def _definition(tool: dict[str, Any], place: str, settings: Settings, words: ToolWords) -> tuple[str, dict[str, Any]]:
-    """Return a tool's name and the schema of its arguments."""
+def _definition(tool: dict[str, Any], place: str, settings: Settings, words: ToolWords) -> _Tool:
+    """Return a tool as a request may call it."""
     if tool.get("type") != "function":
         raise BadRequest(f"{place}.type must be function, not {tool.get('type')!r}", param=f"{place}.type")
     function = tool.get("function")
@@ -87,10 +113,17 @@ def _definition(tool: dict[str, Any], place: str, settings: Settings, words: Too
     parameters, where = function.get("parameters"), f"{place}{words.schema}"
     if parameters is None:
         parameters = {"type": "object", "properties": {}, "additionalProperties": False}
-    schema = checked_schema(parameters, where, settings, strict=is_strict(function, f"{place}.function"))
-    if schema.get("type", "object") != "object":
-        raise BadRequest(f"{where}.type must be object, not {schema['type']!r}", param=where)
-    return name, {**schema, "type": "object"}
+    strict = is_strict(function, f"{place}.function")
+    if isinstance(parameters, dict) and parameters.get("type", "object") != "object":
+        raise BadRequest(f"{where}.type must be object, not {parameters['type']!r:.100}", param=where)
+    try:
+        schema = checked_schema(parameters, where, settings, JSON_STYLE if strict else LOOSE_STYLE, strict=strict)
+    except BadRequest:
+        if strict or not isinstance(parameters, dict):
+            raise
+        return _Tool(name, outline(parameters), False, [where])  # beyond what a grammar may be made of
+    loose = [] if strict else [f"{where}: {keyword}" for keyword in not_held(parameters)]
+    return _Tool(name, {**schema, "type": "object"}, strict, loose)
 
 
 def _chosen(choice: str | dict[str, Any] | None, names: list[str]) -> tuple[list[str], bool]:

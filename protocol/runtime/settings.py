@@ -138,6 +138,11 @@ class Settings(BaseSettings):
         default="refuse",
         description="what a request's unknown or unsupported parameter becomes: a 400, or a header and a log line",
     )
+    hosted_tools: Literal["leave_out", "refuse"] = Field(
+        default="leave_out",
+        description="what a tool becomes that OpenAI or Anthropic would run themselves, such as web_search: no tool "
+        "for the model, which a header tells, or a 400",
+    )
     keep_prompts: bool = Field(
         default=False, description="keep prompts as long as the records of requests, so that these can be replayed"
     )
@@ -383,6 +388,11 @@ class Settings(BaseSettings):
     # Store
     adapters: Path | None = Field(
         default=None, description="folder whose sub-folders are adapters, served under their names"
+    )
+    adapter_roots: str = Field(
+        default="",
+        description="further folders, separated by commas, whose sub-folders operators may load by path; none is "
+        "served by itself",
     )
     store_host: str = Field(default="127.0.0.1", description="address the store listens on for workers")
     store_port: int = Field(default=0, ge=0, le=65535, description="port the store listens on; 0: any free one")

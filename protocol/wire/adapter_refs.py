@@ -5,6 +5,7 @@ The gateway decides with it what a request may name, the store what it fetches.
 
 from __future__ import annotations
 
+import posixpath
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -22,13 +23,21 @@ _S3 = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/([A-Za-z0-9!_.*'()/-]
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+MAX_PATH_CHARACTERS = 1000
+
+
+def in_root(folder: str) -> bool:
+    """Return whether a registration may name a folder by its path within a root of adapters."""
+    return NESTED_FOLDER.fullmatch(folder) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Reference:
     """A place from which an adapter can be fetched."""
 
     scheme: Literal["hub", "s3", "local"]
     owner: str  # organisation or bucket; "" for a folder
-    path: str  # repository name, key prefix or folder name
+    path: str  # repository name, key prefix, folder name, or the whole path of one in a further root
     revision: str = ""  # Hub only; "": the default branch
 
     @property
@@ -65,11 +74,20 @@ def parse_reference(name: str) -> Reference | None:
 
 
 def parse_source(source: str) -> Reference | None:
-    """Parse the source of a registration: a reference, or "local:FOLDER", which no request can name."""
+    """Parse the source of a registration: a reference, or "local:FOLDER", which no request can name.
+
+    A FOLDER in a further root is its whole path; whether it is in one, whoever has the settings finds out.
+    """
     if source.startswith("local:"):
         path = source.removeprefix("local:")
-        return Reference("local", "", path) if NESTED_FOLDER.fullmatch(path) else None
+        return Reference("local", "", path) if in_root(path) or _is_whole(path) else None
     return parse_reference(source)
+
+
+def _is_whole(path: str) -> bool:
+    """Return whether a path begins at `/`, and is written in the one way that needs no look at the disk."""
+    is_plain = len(path) <= MAX_PATH_CHARACTERS and path.isprintable() and posixpath.normpath(path) == path
+    return path.startswith("/") and not path.startswith("//") and is_plain
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,7 @@ class OutputText:
         self._num_given = 0
         self.num_tokens = 0  # seen, the one that ended the text included
         self.ended = False
+        self.end_id: int | None = None  # the token that ended the text, if one of `end_ids` did
 
     @property
     def stop(self) -> str | None:
@@ -134,7 +135,7 @@ class OutputText:
             self.num_tokens += 1
             may_end = self.num_tokens > self._min_tokens
             if may_end and id_ in self._end_ids:
-                self.ended = True
+                self.ended, self.end_id = True, id_
                 if self._includes_stop and self._detokenizer is not None:
                     pieces.append(self._shown_text(self._matcher.add(self._detokenizer.add_one(id_))))
                 break

@@ -99,6 +99,7 @@ async def fleet(bus: Bus, model_folder: Path, tmp_path: Path, monkeypatch: pytes
         hub.repos["org/a"].commit(adapter(1))
         hub.repos["org/b"].commit(adapter(2))
         own: dict[str, Any] = {"hub_endpoint": hub.url, "secret": SECRET, "adapters": str(root), "hub_orgs": "org"}
+        own["adapter_roots"] = f"{tmp_path / 'runs'},{tmp_path / 'more'}"
         settings = Settings(
             redis_url=bus.url, data=tmp_path / "data", scan_interval_s=0.05, worker_name="w", grace_s=0.0, **own
         )
@@ -121,6 +122,37 @@ async def fleet(bus: Bus, model_folder: Path, tmp_path: Path, monkeypatch: pytes
                 yield fleet
         finally:
             stop.set()
+
+
+async def test_folders_of_further_roots_are_loaded_by_path(fleet: Fleet, tmp_path: Path) -> None:
+    """As trainers write them: whatever their names, nothing outside, and nothing served by itself."""
+
+    async def load(name: str, path: Path | str, status: int = 200) -> Any:
+        return await fleet.do("POST", "/v1/load_lora_adapter", status, {"lora_name": name, "lora_path": str(path)})
+
+    runs = tmp_path / "runs"
+    write_adapter(runs / "step_1" / "policy", seed=4)
+    write_adapter(tmp_path / "more" / "b", seed=5)
+    write_adapter(tmp_path / "secret", seed=6)
+    await load("rl", runs / "step_1" / "policy")
+    await load("b", f"local:{tmp_path / 'more' / 'b'}")
+    for name in ("rl", "b"):
+        await fleet.ask(name)
+    assert (await fleet.shows("rl"))["source"] == f"local:{runs}/step_1/policy"
+    models = {model["id"]: model["root"] for model in (await fleet.http.get("/v1/models")).json()["data"]}
+    assert models["rl"] == f"{runs}/step_1/policy"
+    assert "policy" not in models
+    (runs / "away").symlink_to(tmp_path / "secret")
+    write_adapter(runs / "linked", seed=7)
+    (runs / "linked" / CONFIG_FILE).unlink()
+    (runs / "linked" / CONFIG_FILE).symlink_to(tmp_path / "secret" / CONFIG_FILE)
+    assert "leaves the adapter root" in (await load("x", runs / "away", 422))["error"]["message"]
+    assert "leaves the adapter root" in (await load("x", runs / "linked", 422))["error"]["message"]
+    assert "no adapter folder" in (await load("x", runs / "none", 404))["error"]["message"]
+    for outside in (tmp_path / "secret", f"{runs}x", "/etc/passwd", "local:/etc"):
+        await load("x", outside, 404)
+    for odd in (f"{runs}/../secret", f"{runs}/step_1/../../secret", runs, f"{runs}//step_1/.hidden"):
+        await load("x", odd, 400)
 
 
 async def test_all_operations_in_turn(fleet: Fleet) -> None:
@@ -305,14 +337,16 @@ async def test_as_vllm_has_it(fleet: Fleet) -> None:
     fleet.hub.repos["org/cut"].commit(adapter() | {WEIGHTS_FILE: adapter()[WEIGHTS_FILE][:-1]})
     assert "bytes" in (await load("x", "org/cut", 422))["error"]["message"]
     await load("x", "org/none", 404)
-    await load("x", "/etc/passwd", 400)
+    for outside in ("/etc/passwd", f"{fleet.root}-not", "local:/etc", "/"):
+        said = (await load("x", outside, 404))["error"]["message"]
+        assert "is in no folder that adapters are loaded from: --adapters names one, --adapter-roots" in said
     write_adapter(fleet.root / "run" / "seed" / "checkpoint-10", seed=8)
     await load("deep", str(fleet.root / "run" / "seed" / "checkpoint-10"))
     await fleet.ask("deep")
     assert (await fleet.shows("deep"))["source"] == "local:run/seed/checkpoint-10"
     assert "no adapter folder" in (await load("x", "run/seed/checkpoint-11", 404))["error"]["message"]
     odd = await load("x", str(fleet.root / "run" / ".hidden"), 400)
-    assert "is under the adapter root, but not a folder that can be served" in odd["error"]["message"]
+    assert "is under a root of adapters, but not a folder that can be served" in odd["error"]["message"]
     (fleet.root / "run" / "seed" / "away").symlink_to("/etc")
     assert "leaves the adapter root" in (await load("x", "run/seed/away", 422))["error"]["message"]
 

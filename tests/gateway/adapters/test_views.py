@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
+import pytest
 from helpers.adapter_files import BASE
 
+from gateway.adapters.operations import AdapterOperations
 from gateway.adapters.views import AdapterObjects, adapter_object
+from gateway.auth.callers import EVERYBODY, Caller
+from protocol.queue.books.api_keys import Tenant
+from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from protocol.wire.errors import PermissionDenied
 
 ALIAS = m.Alias(name="a", state="on_disk", digest="d", source="local:a")
 
@@ -35,3 +44,27 @@ def test_any_other_has_its_place_and_no_warning() -> None:
 def test_what_was_mapped_is_shown() -> None:
     mapped = {"model.*": "model.language_model.*"}
     assert AdapterObjects([], {}).of(ALIAS, record(mapped=mapped), None)["mapped"] == mapped
+
+
+def test_paths_of_this_machine_are_told_to_who_may_know_them() -> None:
+    """An operator's folder in a further root: its path for operators, its name for everybody else."""
+    alias = m.Alias(name="rl", state="on_disk", source="local:/srv/runs/step_1")
+    assert adapter_object(alias, None, BASE)["root"] == "local:step_1"
+    assert adapter_object(alias, None, BASE, Path("/srv/adapters"))["root"] == "/srv/runs/step_1"
+    own = msgspec.structs.replace(alias, source="local:rl")
+    assert adapter_object(own, None, BASE)["root"] == "local:rl"
+    assert adapter_object(own, None, BASE, Path("/srv/adapters"))["root"] == "/srv/adapters/rl"
+    assert AdapterObjects([], {}, shows_paths=False).of(alias, None, None)["source"] == "local:step_1"
+    assert AdapterObjects([], {}).of(alias, None, None)["source"] == alias.source
+
+
+def test_further_roots_are_for_operators(tmp_path: Path) -> None:
+    settings = Settings(adapter_roots=str(tmp_path), api_keys=True)
+    operations = AdapterOperations(None, settings, SimpleNamespace(listeners=[]), None)  # type: ignore[arg-type]
+    reference = operations.reference_of(f"{tmp_path}/step_1")
+    assert reference.source == f"local:{tmp_path}/step_1"
+    tenant = Caller(Tenant("acme"), ("adapters", "infer"))
+    with pytest.raises(PermissionDenied, match="only the scope admin may load from --adapter-roots"):
+        operations._check_place(reference, tenant)
+    assert operations._check_place(reference, Caller(Tenant("ops"), ("admin",)))
+    assert operations._check_place(reference, EVERYBODY)

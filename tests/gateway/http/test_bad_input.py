@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -266,8 +267,19 @@ async def test_the_context_s_length_is_told_with_both_numbers(client: AsyncOpenA
     with pytest.raises(openai.BadRequestError, match="context length is 256 tokens") as caught:
         await client.chat.completions.create(model="base", messages=[{"role": "user", "content": "q" * 300}])
     assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
-    with pytest.raises(openai.BadRequestError, match=r"300 tokens \(1 in the prompt, 299 in the completion\)"):
-        await client.completions.create(model="base", prompt=[5], max_tokens=299)
+    with pytest.raises(openai.BadRequestError, match=r"260 tokens \(10 in the prompt, 250 in the completion\)"):
+        await client.completions.create(model="base", prompt=[5] * 10, max_tokens=250)
+    messages: Any = [{"role": "user", "content": "hi"}]
+    for most in (256, 100_000, 1 << 31, (1 << 63) - 1):  # more than a whole context: said in one way, of no prompt
+        said = f"256 tokens, those of the prompt among them. However, max_tokens is {most}."
+        with pytest.raises(openai.BadRequestError, match=re.escape(said)) as caught:
+            await client.completions.create(model="base", prompt="hi", max_tokens=most)
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "max_tokens")
+        with pytest.raises(openai.BadRequestError, match=re.escape(said)):
+            await client.chat.completions.create(model="base", messages=messages, max_completion_tokens=most)
+    for least in (0, -1):
+        with pytest.raises(openai.BadRequestError, match=f"max_tokens: input should be greater than .*, not {least}"):
+            await client.chat.completions.create(model="base", messages=messages, max_tokens=least)
     assert fleet.seen == []
     await client.completions.create(model="base", prompt=ids[1:])  # room for one token: the default shrinks to it
     assert fleet.seen[0][1].max_new_tokens == 1

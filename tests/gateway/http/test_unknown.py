@@ -25,6 +25,8 @@ async def test_an_unknown_url_is_told_what_exists(subtests: pytest.Subtests, htt
         ("POST", "/flush_cache/", "not served: prefix caches"),
         ("GET", "/get_server_info", "/info and /v1/models"),
         ("GET", "/qqq", "GET /qqq. /openapi.json lists"),
+        ("GET", "/v1", "the base URL of their clients: POST /v1/chat/completions"),
+        ("GET", "/v1/", "the base URL of their clients: POST /v1/chat/completions"),
     ]:
         with subtests.test(method=method, path=path, words=words):
             answer = await http.request(method, path)
@@ -32,6 +34,20 @@ async def test_an_unknown_url_is_told_what_exists(subtests: pytest.Subtests, htt
             assert (answer.status_code, error["code"]) == (404, "unknown_url")
             assert error["message"].startswith(f"Unknown request URL: {method} {path}.")
             assert words in error["message"]
+
+
+async def test_a_name_that_lacks_is_told(http: httpx2.AsyncClient) -> None:
+    lacking = await http.get("/v1/models/")
+    assert (lacking.status_code, lacking.json()["error"]["code"]) == (404, "unknown_url")
+    assert "GET /v1/models lists them" in lacking.json()["error"]["message"]
+    for name in ("base:", "tiny/base:"):
+        shown = await http.get(f"/v1/models/{name}")
+        asked = await http.post("/v1/completions", json={"model": name, "prompt": "hi"})
+        for answer in (shown, asked):
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (404, "model_not_found")
+            assert error["message"].startswith(f"The model `{name}` does not exist")
+            assert "No adapter is named behind the colon." in error["message"]
 
 
 async def test_long_unknown_urls_are_not_compared(http: httpx2.AsyncClient) -> None:

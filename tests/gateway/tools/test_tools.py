@@ -369,7 +369,7 @@ async def test_a_conversation_with_tools(bus: Bus, tmp_path: Path, family: Famil
         assert it.fleet.seen[-1][1].grammar
         assert whole.finish_reason == "tool_calls"
         assert whole.message.content is None
-        assert ("Hm." in getattr(whole.message, "reasoning_content", "")) == bool(family.thought)
+        assert ("Hm." in (getattr(whole.message, "reasoning_content", "") or "")) == bool(family.thought)
         calls = whole.message.tool_calls or []
         assert [(call.function.name, json.loads(call.function.arguments)) for call in calls] == CALLS  # type: ignore[union-attr]
 
@@ -472,7 +472,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tools": [ADD], "tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "tool_choice"),
     ({"tool_choice": "required"}, "tool_choice"),
     (
-        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}]},
+        {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"not": {}}}}]},
         "tools",
     ),
 ]
