@@ -21,7 +21,7 @@ from gateway.adapters.aliases import Aliases, error_of, is_settled
 from gateway.adapters.memory import POLL_S, AdapterMemory, Freed
 from gateway.adapters.resolver import BASE
 from gateway.adapters.views import AdapterObjects
-from gateway.auth.callers import EVERYBODY, Caller
+from gateway.auth.callers import Caller
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.settings import Settings, names_of
@@ -62,11 +62,11 @@ class Wanted:
 
     name: str
     source: str  # "": the name is its source
+    caller: Caller
+    tenant: str  # whose name it is; "": everybody's
     token: str = ""  # for the source
     replace: bool = False  # also if the name stands for another source now
     wait_s: float = 60.0
-    tenant: str = ""  # whose name it is; "": everybody's
-    caller: Caller = EVERYBODY
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,10 @@ class Unloaded:
 
 
 class AdapterOperations:
-    """The operations of `/v1/adapters`."""
+    """The operations of `/v1/adapters`.
+
+    Each that changes something checks its caller before anything else, though a route has done so before.
+    """
 
     def __init__(self, bus: Bus, settings: Settings, aliases: Aliases, secret: FleetSecret | None) -> None:
         """`secret`: what the stores want to see, None in a fleet without one."""
@@ -153,6 +156,7 @@ class AdapterOperations:
         The stores look at the source again if the name is registered for it already. When they refuse it, everything
         stays as before. Raises Conflict, BadRequest, PermissionDenied, Unavailable, and the reason of a refusal.
         """
+        wanted.caller.require_names_of(wanted.tenant)
         reference = self.reference_of(wanted.source or wanted.name)
         check_name(wanted.name)
         as_fleet = self._check_place(reference, wanted.caller)
@@ -198,9 +202,10 @@ class AdapterOperations:
     ) -> tuple[bool, bool]:  # fmt: skip
         """Keep the adapter in a zip at a store and serve it under the wanted name. Returns and raises as `register`.
 
-        What is refused is not kept. Raises also BadRequest for a bad zip, TooLarge, Overloaded, and Conflict where the
-        name is taken or the store takes no uploads.
+        What is refused is not kept. Raises also PermissionDenied but for an operator, BadRequest for a bad zip,
+        TooLarge, Overloaded, and Conflict where the name is taken or the store takes no uploads.
         """
+        wanted.caller.require("admin")
         check_name(wanted.name)
         if not wanted.replace and await self.is_registered(wanted.name, wanted.tenant):
             raise Conflict(f"`{wanted.name}` is served already: replace it", code="name_taken")
@@ -277,22 +282,33 @@ class AdapterOperations:
             param="source",
         )
 
-    async def preload(self, name: str, wait_s: float, tenant: str = "") -> bool:
-        """Have every worker fetch an adapter; return whether all have it within `wait_s`. Raises ModelNotFound."""
+    async def preload(self, name: str, caller: Caller, tenant: str, wait_s: float) -> bool:
+        """Have every worker fetch a tenant's adapter that the caller sees; return whether all have it within `wait_s`.
+
+        Raises ModelNotFound, PermissionDenied.
+        """
+        caller.require("adapters")
         alias = await self._served(name, wait_s, tenant)
+        if not (caller.is_admin or caller.sees(alias)):
+            raise ModelNotFound(name)
         await self.memory.prefetch(alias.digest)
         return await self._wait_workers(lambda beat: alias.digest in beat.resident or alias.digest in beat.host, wait_s)
 
-    async def pin(self, name: str, wait_s: float) -> bool:
-        """Have every worker load and keep an adapter; return whether all do within `wait_s`. Raises ModelNotFound."""
+    async def pin(self, name: str, caller: Caller, wait_s: float) -> bool:
+        """Have every worker load and keep an adapter; return whether all do within `wait_s`.
+
+        Raises ModelNotFound, and PermissionDenied but for an operator.
+        """
+        caller.require("admin")
         alias = await self._served(name, wait_s)
         await self._bus.adapters.pin(name, API)
         return await self._wait_workers(
             lambda beat: beat.pinned.get(alias.digest) == "" and alias.digest in beat.resident, wait_s
         )
 
-    async def pin_when_served(self, name: str) -> None:
-        """Have every worker load and keep the adapter of a name, as soon as it is served."""
+    async def pin_when_served(self, name: str, caller: Caller) -> None:
+        """Have every worker load and keep the adapter of a name, as soon as it is served. Raises PermissionDenied."""
+        caller.require("admin")
         await self._bus.adapters.pin(name, API)
 
     async def refresh(self, name: str, caller: Caller, tenant: str | None, wait_s: float) -> bool:
@@ -300,6 +316,7 @@ class AdapterOperations:
 
         Raises ModelNotFound, Conflict for a folder of the adapter root, and the reason of a refusal.
         """
+        caller.require("adapters")
         known = await self.seen(name, caller, tenant)
         if known.tenant != caller.namespace(tenant) and not caller.is_admin:
             raise PermissionDenied(f"`{name}` is everybody's: its operator refreshes it", param="name")
@@ -333,8 +350,12 @@ class AdapterOperations:
         )
         return any(known is not None and not known.on_request for known in (alias, registration))
 
-    async def unpin(self, name: str) -> None:
-        """Let workers evict an adapter again. Raises ModelNotFound, and Conflict if the settings pin it."""
+    async def unpin(self, name: str, caller: Caller) -> None:
+        """Let workers evict an adapter again.
+
+        Raises ModelNotFound, Conflict if the settings pin it, and PermissionDenied but for an operator.
+        """
+        caller.require("admin")
         by = (await self._bus.adapters.pins()).get(name)
         if by == SETTINGS:
             raise Conflict(f"`{name}` is pinned by the settings", code="pinned_by_settings")
@@ -362,8 +383,12 @@ class AdapterOperations:
 
     # ------------------------------------------------------------ evict, unload
 
-    async def evict(self, name: str, wait_s: float) -> Freed:
-        """Free what an adapter takes in workers; it is still served. Raises ModelNotFound, Conflict if it is pinned."""
+    async def evict(self, name: str, caller: Caller, wait_s: float) -> Freed:
+        """Free what an adapter takes in workers; it is still served.
+
+        Raises ModelNotFound, Conflict if it is pinned, and PermissionDenied but for an operator.
+        """
+        caller.require("admin")
         alias = await self._served(name, wait_s)
         aliases = {other.name: other for other in await self._bus.adapters.aliases()}
         for pinned in await self._bus.adapters.pins():
@@ -377,8 +402,10 @@ class AdapterOperations:
         """Stop serving a tenant's name, and free what its content takes unless another name stands for it.
 
         New requests are refused at once; those accepted before end first, or with `force` are failed. `blob`: free the
-        stores' disks too. Raises ModelNotFound, Conflict for a folder of the adapter root, Unavailable without a store.
+        stores' disks too. Raises ModelNotFound, Conflict for a folder of the adapter root, Unavailable without a store,
+        PermissionDenied for another tenant's name.
         """
+        caller.require_names_of(tenant)
         alias, registration = (
             await self._bus.adapters.alias(name, tenant),
             await self._bus.adapters.registration(name, tenant),

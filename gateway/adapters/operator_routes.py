@@ -16,7 +16,7 @@ from gateway.adapters.memory import Freed
 from gateway.adapters.operations import AdapterOperations, Unloaded, Wanted
 from gateway.auth.callers import caller_of
 from gateway.bodies.parameter_check import JsonBody
-from gateway.books.audit import AuditedRoute, about
+from gateway.books.audit import AuditedRoute, about, done
 from gateway.http import openapi
 from gateway.http.access import ADAPTERS, ADMIN, ADMIN_FILE, READ_ADAPTERS, Routes
 from gateway.http.paths import UPLOAD
@@ -87,12 +87,14 @@ class OperatorEndpoints:
         tenant = caller.namespace(body.tenant)
         if body.pin and tenant:
             raise BadRequest("only an adapter for everybody can be pinned", param="pin")
-        wanted = Wanted(body.name, body.source, body.token or caller.token, body.replace, body.wait_s, tenant, caller)
+        token = body.token or caller.token
+        wanted = Wanted(body.name, body.source, caller, tenant, token, body.replace, body.wait_s)
         is_served, is_new = await self._operations.register(wanted)
+        done(request)
         if body.pin:
-            await self._operations.pin_when_served(body.name)
+            await self._operations.pin_when_served(body.name, caller)
         if body.preload and is_served:
-            await self._operations.preload(body.name, 0.0, tenant)
+            await self._operations.preload(body.name, caller, tenant, 0.0)
         status = (201 if is_new else 200) if is_served else 202
         return json_response(await self._operations.get(body.name, caller, tenant), status)
 
@@ -106,12 +108,14 @@ class OperatorEndpoints:
         """Answer 201 once the adapter in a zip, the body, is served; 200 if its name was; 202 as `register`."""
         about(request, name)
         caller, length = caller_of(request), request.headers.get("content-length", "")
+        caller.require("admin")
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/zip":
             raise BadRequest("an adapter is uploaded as application/zip", code="bad_zip")
         if not length.isdecimal() or not int(length):
             raise BadRequest("an upload says its length first, as Content-Length", code="bad_zip")
-        wanted = Wanted(name, "", "", replace, wait_s, "", caller)
+        wanted = Wanted(name, "", caller, "", replace=replace, wait_s=wait_s)
         is_served, is_new = await self._operations.upload(wanted, request.stream(), int(length))
+        done(request)
         status = (201 if is_new else 200) if is_served else 202
         return json_response(await self._operations.get(name, caller, ""), status)
 
@@ -133,28 +137,34 @@ class OperatorEndpoints:
         """Answer 200 once every worker has the adapter, 202 if that takes longer than `wait_s`."""
         caller = caller_of(request)
         known = await self._operations.seen(name, caller, tenant)
-        done = await self._operations.preload(name, wait_s, known.tenant)
-        return json_response(await self._operations.get(name, caller, tenant), 200 if done else 202)
+        is_there = await self._operations.preload(name, caller, known.tenant, wait_s)
+        done(request)
+        return json_response(await self._operations.get(name, caller, tenant), 200 if is_there else 202)
 
     async def refresh(self, name: str, request: Request, wait_s: Wait = 30.0, tenant: str | None = None) -> Response:
         """Answer 200 once a store has looked at the name's source again, 202 if that takes longer than `wait_s`."""
         caller = caller_of(request)
-        done = await self._operations.refresh(name, caller, tenant, wait_s)
-        return json_response(await self._operations.get(name, caller, tenant), 200 if done else 202)
+        is_looked_at = await self._operations.refresh(name, caller, tenant, wait_s)
+        done(request)
+        return json_response(await self._operations.get(name, caller, tenant), 200 if is_looked_at else 202)
 
     async def pin(self, name: str, request: Request, wait_s: Wait = 0.0) -> Response:
         """Answer 200 once every worker has loaded the adapter to keep it, 202 if that takes longer than `wait_s`."""
-        done = await self._operations.pin(name, wait_s)
-        return json_response(await self._operations.get(name, caller_of(request), ""), 200 if done else 202)
+        caller = caller_of(request)
+        is_loaded = await self._operations.pin(name, caller, wait_s)
+        done(request)
+        return json_response(await self._operations.get(name, caller, ""), 200 if is_loaded else 202)
 
     async def unpin(self, name: str, request: Request) -> Response:
         """Answer with the adapter, which is not pinned any more."""
-        await self._operations.unpin(name)
-        return json_response(await self._operations.get(name, caller_of(request), ""))
+        caller = caller_of(request)
+        await self._operations.unpin(name, caller)
+        done(request)
+        return json_response(await self._operations.get(name, caller, ""))
 
-    async def evict(self, name: str, wait_s: Wait = 30.0) -> Response:
+    async def evict(self, name: str, request: Request, wait_s: Wait = 30.0) -> Response:
         """Answer 200 with the bytes given back, or 202 if workers give some back later, when their requests end."""
-        freed = await self._operations.evict(name, wait_s)
+        freed = await self._operations.evict(name, caller_of(request), wait_s)
         return json_response({"name": name, **_freed(freed)}, 202 if freed.waiting else 200)
 
     # ------------------------------------------------------------ vLLM
@@ -171,14 +181,17 @@ class OperatorEndpoints:
                 f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load the adapter in"
                 " place, set 'load_inplace' to True."
             )
-        wanted = Wanted(body.lora_name, body.lora_path, caller.token, body.load_inplace, MAX_WAIT_S, tenant, caller)
+        wanted = Wanted(
+            body.lora_name, body.lora_path, caller, tenant, caller.token, body.load_inplace, MAX_WAIT_S
+        )  # fmt: skip
         try:
             is_served, _ = await self._operations.register(wanted)
         except Conflict as error:
             raise BadRequest(error.message, code=error.code) from None
         if not is_served:
             raise Unavailable(f"the adapter `{body.lora_name}` is still being downloaded", code="adapter_loading")
-        await self._operations.preload(body.lora_name, 0.0, tenant)
+        done(request)
+        await self._operations.preload(body.lora_name, caller, tenant, 0.0)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload_lora(self, body: UnloadRequest, request: Request) -> Response:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -41,8 +43,8 @@ ACTIONS = {
 }
 """Method and path of a route -> what it does."""
 
-_ABOUT = "lorafleet.audit"
-"""Key of an ASGI scope under which a handler leaves what its body names."""
+_ABOUT, _DONE = "lorafleet.audit", "lorafleet.audit.done"
+"""Keys of an ASGI scope under which a handler leaves what its body names, and that it has acted."""
 
 
 class AuditedRoute(JsonRoute):
@@ -58,8 +60,10 @@ class AuditedRoute(JsonRoute):
         async def handle(request: Request) -> Response:
             try:
                 response = await handler(request)
-            except LorafleetError as error:
-                await _note(request, action, error.code or str(error.status))
+            except (HTTPException, RequestValidationError):
+                raise  # no action has begun
+            except BaseException as error:
+                await _note(request, action, _outcome_of(error))
                 raise
             await _note(request, action, "done" if response.status_code < 400 else str(response.status_code))
             return response
@@ -77,6 +81,17 @@ def about(request: Request, target: str, detail: str = "") -> None:
     request.scope[_ABOUT] = (target, detail)
 
 
+def done(request: Request) -> None:
+    """Tell that an action is done, also if what its caller is told of it then fails."""
+    request.scope[_DONE] = True
+
+
+def _outcome_of(error: BaseException) -> str:
+    if isinstance(error, LorafleetError):
+        return error.code or str(error.status)
+    return "unknown"  # the queue or the process failed, maybe after it was done
+
+
 async def _note(request: Request, action: str, outcome: str) -> None:
     caller = caller_of(request)
     if action == CANCEL and not caller.is_admin:
@@ -88,6 +103,7 @@ async def _note(request: Request, action: str, outcome: str) -> None:
     await log.note(
         AuditEntry(
             now_ms(), caller.key_id, caller.name, str(client[0]) if client else "", action, target[:MAX_TEXT],
-            (detail or str(request.query_params))[:MAX_TEXT], outcome, caller.is_admin,
+            (detail or str(request.query_params))[:MAX_TEXT], "done" if _DONE in request.scope else outcome,
+            caller.is_admin,
         )
     )  # fmt: skip

@@ -13,10 +13,11 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import orjson
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.adapters.operator_routes import OperatorEndpoints, add_operator_routes
@@ -125,9 +126,13 @@ def routed(handlers: Handlers) -> FastAPI:
     add_usage_routes(app, handlers.usage)
     add_console(app, handlers.console)
     add_audit_routes(app, handlers.audit)
+    page, turn = b"", asyncio.Lock()
 
     async def api_page() -> Response:
-        return JSONResponse(app.openapi())
+        nonlocal page
+        async with turn:  # made once, in a thread: it takes half a second
+            page = page or await asyncio.to_thread(lambda: orjson.dumps(app.openapi()))
+        return Response(page, media_type="application/json")
 
     Routes(app, JsonRoute).get("/openapi.json", API_PAGE, include_in_schema=False)(api_page)
     return app

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import msgspec
 from pydantic import Field
 
+from gateway.auth.callers import Caller
 from gateway.bodies.parameter_check import JsonBody
 from protocol.queue.books.api_keys import ApiKey, ApiKeys, Scope, Tenant
 from protocol.queue.bus import QueueError, now_ms
@@ -62,9 +63,9 @@ class KeyAdministration:
         found = [key for key, _ in await self._known().all() if tenant in (None, key.tenant)]
         return _page([_key(key) for key in found], after, limit, writable=self._writes)
 
-    async def create(self, body: KeyRequest) -> dict[str, Any]:
+    async def create(self, body: KeyRequest, caller: Caller) -> dict[str, Any]:
         """Make a key and return it with its secret, which nothing shows again. Raises PermissionDenied, Conflict."""
-        keys = self._writable()
+        keys = self._writable(caller)
         if "admin" in body.scopes:
             raise PermissionDenied(
                 "keys with the scope admin are made by `lorafleet keys create` alone", param="scopes",
@@ -81,10 +82,10 @@ class KeyAdministration:
             raise _not_allowed(error) from error
         return {**_key(key), "secret": secret}
 
-    async def revoke(self, key_id: str) -> dict[str, Any]:
+    async def revoke(self, key_id: str, caller: Caller) -> dict[str, Any]:
         """Delete a key. Raises PermissionDenied, NotFound."""
         try:
-            key = await self._writable().revoke(key_id)
+            key = await self._writable(caller).revoke(key_id)
         except QueueError as error:
             raise _not_allowed(error) from error
         return {"id": key.id, "object": "api_key", "deleted": True}
@@ -93,9 +94,9 @@ class KeyAdministration:
         """Return a page of tenants: those with keys or limits. Raises Conflict while keys are off, NotFound."""
         return _page([_tenant(one) for one in await self._known().tenants()], after, limit, writable=self._writes)
 
-    async def change(self, name: str, body: TenantChange) -> dict[str, Any]:
+    async def change(self, name: str, body: TenantChange, caller: Caller) -> dict[str, Any]:
         """Set a tenant's limits. Raises PermissionDenied, BadRequest."""
-        keys = self._writable()
+        keys = self._writable(caller)
         changes = {key: value for key, value in body.model_dump(exclude_none=True).items() if key in _TENANT_FIELDS}
         if "adapters" in changes:
             changes["adapters"] = tuple(changes["adapters"])
@@ -111,7 +112,8 @@ class KeyAdministration:
             raise Conflict("API keys are off here: --api-keys turns them on", code="api_keys_off")
         return self._keys
 
-    def _writable(self) -> ApiKeys:
+    def _writable(self, caller: Caller) -> ApiKeys:
+        caller.require("admin")
         keys = self._known()
         if not self._writes:
             raise PermissionDenied(

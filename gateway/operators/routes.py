@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
+from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import json_response
 from gateway.books.audit import AuditedRoute, about
 from gateway.http import openapi
@@ -39,14 +40,14 @@ class FleetEndpoints:
         """Answer with a page of workers."""
         return json_response(await self._workers.list(after, limit))
 
-    async def drain(self, name: str, wait_s: Wait = 5.0) -> Response:
+    async def drain(self, name: str, request: Request, wait_s: Wait = 5.0) -> Response:
         """Answer 200 once a worker takes no more requests, 202 if it has not said so within `wait_s`."""
-        worker, done = await self._workers.order(name, drain=True, wait_s=wait_s)
+        worker, done = await self._workers.order(name, caller_of(request), drain=True, wait_s=wait_s)
         return json_response(worker, 200 if done else 202)
 
-    async def resume(self, name: str, wait_s: Wait = 5.0) -> Response:
+    async def resume(self, name: str, request: Request, wait_s: Wait = 5.0) -> Response:
         """Answer 200 once a worker takes requests again, 202 if it has not said so within `wait_s`."""
-        worker, done = await self._workers.order(name, drain=False, wait_s=wait_s)
+        worker, done = await self._workers.order(name, caller_of(request), drain=False, wait_s=wait_s)
         return json_response(worker, 200 if done else 202)
 
     # ------------------------------------------------------------ dead letters
@@ -62,8 +63,9 @@ class FleetEndpoints:
         """Answer with one dead letter."""
         return json_response(view(letter_id, await self._letters.get(letter_id)))
 
-    async def retry(self, letter_id: str) -> Response:
+    async def retry(self, letter_id: str, request: Request) -> Response:
         """Queue a dead letter's request again; answer with the request's id."""
+        caller_of(request).require("admin")
         rid = await self._letters.retry(letter_id, self._retry_s)
         return json_response({"id": letter_id, "object": "dead_letter.retried", "request": rid})
 
@@ -77,13 +79,13 @@ class FleetEndpoints:
         """Answer 201 with a new key and, this once, its secret."""
         asked = f"scopes={','.join(body.scopes)} expires_in_s={body.expires_in_s}"
         about(request, body.tenant, asked)
-        made = await self._keys.create(body)
+        made = await self._keys.create(body, caller_of(request))
         about(request, body.tenant, f"{made['id']} {asked}")
         return json_response(made, 201)
 
-    async def revoke_key(self, key_id: str) -> Response:
+    async def revoke_key(self, key_id: str, request: Request) -> Response:
         """Revoke a key: every gateway refuses its next request."""
-        return json_response(await self._keys.revoke(key_id))
+        return json_response(await self._keys.revoke(key_id, caller_of(request)))
 
     async def tenants(self, after: After = "", limit: Limit = 100) -> Response:
         """Answer with a page of tenants and their limits."""
@@ -92,7 +94,7 @@ class FleetEndpoints:
     async def change_tenant(self, name: str, body: TenantChange, request: Request) -> Response:
         """Set limits of a tenant; what is left out stays."""
         about(request, name, " ".join(f"{key}={value}" for key, value in body.model_dump(exclude_none=True).items()))
-        return json_response(await self._keys.change(name, body))
+        return json_response(await self._keys.change(name, body, caller_of(request)))
 
 
 def add_fleet_routes(app: FastAPI, fleet: FleetEndpoints) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from gateway.adapters.memory import POLL_S
+from gateway.auth.callers import Caller
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 from protocol.wire.errors import NotFound
@@ -33,11 +34,12 @@ class Workers:
             "has_more": start + len(page) < len(order), "last_id": page[-1] if page else None,
         }  # fmt: skip
 
-    async def order(self, name: str, *, drain: bool, wait_s: float) -> tuple[dict[str, Any], bool]:
+    async def order(self, name: str, caller: Caller, *, drain: bool, wait_s: float) -> tuple[dict[str, Any], bool]:
         """Have a worker, given by name or id, take no more requests, or take them again.
 
-        Returns it, and whether it has said within `wait_s` that it does so. Raises NotFound.
+        Returns it, and whether it has said within `wait_s` that it does so. Raises NotFound, PermissionDenied.
         """
+        caller.require("admin")
         wid, beat = await self._find(name)
         if beat.draining != drain:
             await self._bus.streams.tell([(wid, m.Control(kind="drain" if drain else "resume"))])

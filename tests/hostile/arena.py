@@ -6,7 +6,7 @@ import asyncio
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from helpers.waiting import wait_until
 from hostile import hostile_adapters
 from hostile.adapter_attacks import ADAPTER_ATTACKS, HIDDEN, SECRET, asking, peeping, stealing
 from hostile.memory import Crowd, growth_bytes
+from hostile.path_attacks import unlocking
 from hostile.victim import Seen, Victim
 
 from chaos.attackers.attacker import Attack, Attacker, Round
@@ -193,13 +194,25 @@ class Arena:
             await wait_until(lambda name=name: is_refused(name), f"the store has refused {name}", timeout_s=SETTLE_S)
             await attacker.post(COMPLETIONS, completion(model=name))
 
+    async def operators_state(self) -> Any:
+        """Return what operators alone may change: keys, limits, pins, everybody's adapters, who is drained, what is
+        noted of it."""
+        bus = self.fleet.bus
+        aliases = [await bus.adapters.alias(name) for name in ("one", "two")]
+        beats = [beat.draining for beat in (await bus.members.worker_beats()).values() if beat is not None]
+        keys = [(key.id, key.scopes, tenant) for key, tenant in await bus.api_keys.all()]
+        return keys, await bus.adapters.pins(), aliases, beats, await bus.audit.newest(1)
+
     def attacks(self) -> list[tuple[Attack, str]]:
         """Return every attack, with the name of the key that it is made with."""
-        return attacks_of(self.hub.repos[SECRET].refs["main"], self.read_configs)
+        return attacks_of(self.hub.repos[SECRET].refs["main"], self.read_configs, self.operators_state)
 
 
-def attacks_of(commit: str, read_configs: Round) -> list[tuple[Attack, str]]:
-    """Return every attack, with the name of the key that it is made with; `commit`: of the private adapter."""
+def attacks_of(commit: str, read_configs: Round, state: Callable[[], Awaitable[Any]]) -> list[tuple[Attack, str]]:
+    """Return every attack, with the name of the key that it is made with.
+
+    `commit`: of the private adapter. `state`: returns what operators alone may change.
+    """
     adapters = [*map(asking, hostile_adapters.TOKENIZERS), *ADAPTER_ATTACKS]
     configs = Attack("configs of 1.5 GB and of 20,000 modules", read_configs)
     return [
@@ -207,15 +220,16 @@ def attacks_of(commit: str, read_configs: Round) -> list[tuple[Attack, str]]:
         *((attack, "" if attack.keyless else "attacker") for attack in WIRE_ATTACKS),
         (stealing(commit), "thief"),
         (peeping(["two", HIDDEN]), "peeper"),
+        (unlocking(state), "attacker"),
         (MANY_LOGPROBS, "attacker"),
     ]
 
 
-async def _nothing(_: Attacker) -> None:
+async def _nothing(*_: Attacker) -> None:
     pass
 
 
-NAMES = tuple(attack.name for attack, _ in attacks_of("", _nothing))
+NAMES = tuple(attack.name for attack, _ in attacks_of("", _nothing, _nothing))
 
 
 @asynccontextmanager

@@ -38,7 +38,7 @@ def limit_of(raw: bytes) -> Any:
 
 
 async def test_what_attackers_ask_for_whole_has_a_limit() -> None:
-    adapters = [pair for pair in attacks_of("", _nothing) if pair[0].name.startswith("adapter `")]
+    adapters = [pair for pair in attacks_of("", _nothing, _nothing) if pair[0].name.startswith("adapter `")]
     assert len(adapters) == sum(name.startswith("adapter `") for name in NAMES) > 3
     for attack, _ in adapters:
         attacker = Noting()
@@ -51,5 +51,5 @@ async def test_what_attackers_ask_for_whole_has_a_limit() -> None:
             assert limit <= 400
 
 
-async def _nothing(_: Attacker) -> None:
+async def _nothing(*_: Attacker) -> None:
     pass

@@ -10,6 +10,8 @@ import logging
 import re
 import socket
 
+import msgspec
+
 from protocol.queue.connection.redis_client import CONNECTION_ERRORS, Client, QueueError
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
@@ -57,7 +59,11 @@ class AuditLog:
         self._scripts = scripts
 
     async def note(self, entry: AuditEntry) -> None:
-        """Add an entry, also while the server's memory is full. Without the queue only the log line is left."""
+        """Add an entry, also while the server's memory is full. Without the queue only the log line is left.
+
+        What a request names is written on one line, whatever is in it, so that no name forges a second entry.
+        """
+        entry = msgspec.structs.replace(entry, target=_on_a_line(entry.target), detail=_on_a_line(entry.detail))
         logger.info(
             "audit: %s %s %s by %s of %s from %s: %s", entry.action, entry.target, entry.detail, entry.who or "anybody",
             entry.tenant or "nobody", entry.address or "this machine", entry.outcome,
@@ -85,6 +91,10 @@ def from_command_line(action: str, target: str, detail: str = "", outcome: str =
     """Return the entry of an action at the command line, by this process's user."""
     who = f"{_user()}@{socket.gethostname()}"
     return AuditEntry(now_ms(), CLI, who[:MAX_TEXT], "", action, target[:MAX_TEXT], detail[:MAX_TEXT], outcome, True)
+
+
+def _on_a_line(text: str) -> str:
+    return text if text.isprintable() else repr(text)[1:-1][:MAX_TEXT]
 
 
 def _user() -> str:

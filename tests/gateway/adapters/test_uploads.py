@@ -123,3 +123,25 @@ async def test_only_operators_upload(bus: Bus, http: httpx2.AsyncClient, root: P
 
 async def _pieces() -> AsyncIterator[bytes]:
     yield zipped()
+
+
+async def test_no_tenant_replaces_what_all_share(bus: Bus, http: httpx2.AsyncClient, root: Path) -> None:
+    """However it spells the path: an upload for all is refused before a byte of it is kept."""
+    before = await upload(http, 201, zipped(), name="shared")
+    audited = await bus.audit.newest(100)
+    secret, _ = await bus.api_keys.create("acme", ["infer", "adapters"])
+    tenant = {**ZIP, "authorization": f"Bearer {secret}"}
+    for path in ("upload", "upload%0A", "upload/", "upload%0D", "%0Aupload", "upload%00", "uploa%64", "upload;x=1"):
+        answer = await http.post(
+            f"/v1/adapters/{path}", params={"name": "shared", "replace": True}, content=zipped(seed=7), headers=tenant
+        )  # fmt: skip
+        assert answer.status_code in (400, 403, 404, 405), (path, answer.text)
+    for act in ("pin", "unpin", "evict"):
+        for end in ("", "%0A", "/", "%0D%0A"):
+            answer = await http.post(f"/v1/adapters/shared/{act}{end}", headers=tenant)
+            assert answer.status_code in (400, 403), (act, end, answer.text)
+    after = (await http.get("/v1/adapters/shared")).json()
+    assert (after["digest"], after["source"], after["pinned"]) == (before["digest"], before["source"], None)
+    assert kept(root) == [before["source"].rpartition("/")[2]]
+    assert await bus.audit.newest(100) == audited
+    assert await bus.audit.newest(100, of_tenants=True) == []

@@ -41,7 +41,7 @@ async def test_what_a_tenant_reads_does_not_change_with_what_others_do(
     await fleet.add_adapter("shared", SHARED)
     fleet.script = lambda submit, body: Script(hold_after=1)
     async with (
-        running_gateway(bus, model_folder, api_keys=True, secret="of the tests") as gateway,
+        running_gateway(bus, model_folder, api_keys=True, secret="the secret of the tests") as gateway,
         httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
     ):
 

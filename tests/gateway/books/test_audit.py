@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
+from fastapi import FastAPI
 from helpers.scripted_fleet import ScriptedFleet, running_gateway
+from starlette.requests import Request
+from starlette.responses import Response
 
-from gateway.books.audit import ACTIONS
-from protocol.queue.books.audit import AuditEntry, AuditLog, from_command_line
+from gateway.auth.callers import CALLER, EVERYBODY
+from gateway.books.audit import ACTIONS, AuditedRoute, about, done
+from gateway.http.access import ADMIN, Routes
+from protocol.queue.books.audit import MAX_TEXT, AuditEntry, AuditLog, from_command_line
 from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import ModelNotFound
 
 OPERATORS = ("/v1/adapters", "/v1/load_lora", "/v1/unload_lora", "/v1/workers", "/v1/dead_letters", "/v1/keys",
              "/v1/tenants", "/v1/requests", "/v1/audit")  # fmt: skip
+FAULTS: dict[str, BaseException] = {
+    "gone": ModelNotFound("it"), "queue": ConnectionError("gone"), "fault": ZeroDivisionError(),
+    "stop": asyncio.CancelledError(),
+}  # fmt: skip
 CHANGES_NOTHING = {"POST /v1/requests/{request_id}/replay"}
 
 
@@ -85,3 +99,50 @@ async def test_each_list_is_bounded(bus: Bus) -> None:
     ((_, kept),) = await log.newest(10)
     assert (kept.who, kept.target, kept.by_operator) == ("cli", "first", True)
     assert "@" in kept.tenant
+
+
+async def test_what_was_done_is_told_though_its_answer_failed(subtests: pytest.Subtests) -> None:
+    """An action that has begun is noted however it ends; what was refused before it began is not."""
+    noted: list[AuditEntry] = []
+
+    class Log:
+        async def note(self, entry: AuditEntry) -> None:
+            noted.append(entry)
+
+    async def act(request: Request, ends: str, acts: bool = False) -> Response:
+        about(request, "it")
+        if acts:
+            done(request)
+        if ends in FAULTS:
+            raise FAULTS[ends]
+        return Response(status_code=int(ends))
+
+    app = FastAPI()
+    app.state.audit, app.state.settings = Log(), Settings()
+    Routes(app, AuditedRoute).post("/v1/load_lora_adapter", ADMIN)(act)
+    (route,) = (route for route in app.routes if isinstance(route, AuditedRoute))
+    for ends, acts, outcome in [
+        ("200", False, "done"), ("404", False, "404"), ("gone", False, "model_not_found"), ("gone", True, "done"),
+        ("queue", False, "unknown"), ("queue", True, "done"), ("fault", False, "unknown"), ("stop", True, "done"),
+        ("stop", False, "unknown"),
+    ]:  # fmt: skip
+        with subtests.test(ends=ends, acts=acts):
+            noted.clear()
+            scope = {
+                "type": "http", "method": "POST", "path": route.path, "headers": [], CALLER: EVERYBODY, "app": app,
+                "query_string": f"ends={ends}&acts={acts}".encode(), "path_params": {}, "router": app.router,
+                **{f"fastapi_{name}_astack": AsyncExitStack() for name in ("middleware", "inner", "function")},
+            }  # fmt: skip
+            with suppress(*map(type, FAULTS.values())):
+                await route.get_route_handler()(Request(scope))
+            assert [(entry.target, entry.outcome) for entry in noted] == [("it", outcome)]
+
+
+async def test_no_name_forges_an_entry(bus: Bus, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    names = ("x\naudit: key.create of all", "x\r\u2028\x00", "\n" * 2000)
+    for name in names:
+        await bus.audit.note(from_command_line("adapter.register", name, name))
+    assert [len(record.getMessage().splitlines()) for record in caplog.records] == [1] * len(names)
+    for _, entry in await bus.audit.newest(10):
+        assert (entry.target.isprintable(), len(entry.target) <= MAX_TEXT) == (True, True)
