@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
-import orjson
 
 from gateway.anthropic.errors import OVERLOADED
 from gateway.auth.callers import Caller
 from gateway.batches.calls import InnerCalls
-from gateway.batches.lines import InputLines, Line, read_lines
+from gateway.batches.lines import InputLines, Line, LineCall, call_of, read_lines, turn_of
 from gateway.batches.results import Answer, Kind, Results, answer_of, failure_of
 from gateway.calls.submit import cancel
 from gateway.files.files import FileService
@@ -66,6 +65,7 @@ class BatchMeans:
     settings: Settings
     calls: InnerCalls
     pace: BatchPace = field(default_factory=BatchPace)
+    turns: asyncio.Lock = field(default_factory=asyncio.Lock)  # by which large lines of all batches are read
 
 
 class Lost(Exception):
@@ -225,7 +225,8 @@ class BatchRun:
             return
         chunks = self._means.files.read(source)
         try:
-            found = await read_lines(chunks, self.batch.endpoint, self._settings.max_body_bytes)
+            endpoint, most = self.batch.endpoint, self._settings.max_body_bytes
+            found = await read_lines(chunks, endpoint, most, self._means.turns)
         except NotFound:
             await self._fail("file_not_found", "the input file was deleted")
             return
@@ -294,8 +295,8 @@ class BatchRun:
         for line in found.lines:
             if line.number in self._results.tally.done:
                 continue
-            custom_id, _ = await self._read(line, source)
-            await self._take(failure_of(line.number, custom_id, code, why))
+            call = await self._read(line, source)
+            await self._take(failure_of(line.number, call.custom_id, code, why))
 
     async def _fail(self, code: str, message: str) -> None:
         """End the batch for want of its input, with the answers that it has."""
@@ -306,21 +307,17 @@ class BatchRun:
 
     async def _run_line(self, line: Line, source: m.File, caller: Caller) -> None:
         """Ask the endpoint for one line's answer, until it is not too busy to give one."""
-        custom_id, body = await self._read(line, source)
-        refused = next((name for name in ("stream", "background") if body.get(name)), None)
-        if refused is not None:
-            text = f"{refused} cannot be true in a batch"
-            await self._take(failure_of(line.number, custom_id, "invalid_request", text))
+        call = await self._read(line, source)
+        if call.refusal:
+            await self._take(failure_of(line.number, call.custom_id, "invalid_request", call.refusal))
             return
-        raw = orjson.dumps(body)
-        del body
         while True:
-            answer = await self._means.calls.post(self.batch.endpoint, raw, caller, self._key(line))
+            answer = await self._means.calls.post(self.batch.endpoint, call.body, caller, self._key(line))
             if answer.status not in RETRIED:
                 break
             await asyncio.sleep(answer.retry_after_s * random.uniform(1.0, 1.5))
         request_id = answer.headers.get("x-request-id", "")
-        await self._take(answer_of(line.number, custom_id, answer.status, request_id, answer.body))
+        await self._take(answer_of(line.number, call.custom_id, answer.status, request_id, answer.body))
 
     async def _take(self, answer: Answer) -> None:
         """Take a line's answer, and write those that wait if they are many."""
@@ -328,11 +325,11 @@ class BatchRun:
         if self._results.is_full:
             await self._flush()
 
-    async def _read(self, line: Line, source: m.File) -> tuple[str, dict[str, object]]:
-        """Return a line's custom_id and body."""
+    async def _read(self, line: Line, source: m.File) -> LineCall:
+        """Return a line's call."""
         raw = b"".join([chunk async for chunk in self._means.files.read(source, line.start, line.end)])
-        value = orjson.loads(raw)
-        return value["custom_id"], value["body"]
+        async with turn_of(raw, self._means.turns):
+            return call_of(line, raw)
 
     def _key(self, line: Line) -> str:
         return f"{self.batch.id}:{line.number}"

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import orjson
@@ -277,7 +278,12 @@ class Jobs:
         request: what is kept of its body.
         """
         api = self._apis[job.endpoint]
-        call = await self._pipeline.earlier.known(api.parse(request, EVERYBODY), job, facts)
+        tools = request.get("tools") or request.get("shown", {}).get("tools")  # what of a body takes long
+        num_bytes = len(orjson.dumps(tools)) if tools else 0
+        parsed = await self._pipeline.checks.do(
+            partial(api.parse, request, EVERYBODY), ("tools",), num_bytes, job.tenant
+        )
+        call = await self._pipeline.earlier.known(parsed, job, facts)
         hold(held() + self._pipeline.earlier.num_bytes(call))
         return api, call
 
