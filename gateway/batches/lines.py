@@ -44,7 +44,7 @@ LOOKED_AT_BYTES = 2048
 """Bytes of a prompt's JSON that are looked through for the texts that it begins with."""
 
 _SKIPPED = b" \t\r"
-_TEXT = re.compile(rb'("(?:[^"\\]|\\.)*+")\s*+(:?+)', re.DOTALL)  # a string, and whether it is a key
+_TEXT = re.compile(rb'"((?:[^"\\]|\\.)*+)("?+)\s*+(:?+)', re.DOTALL)  # a string, its end, and whether it is a key
 _PROMPTS = ("messages", "prompt", "input", "query", "text_1", "queries")
 _NULL, _ABSENT = Raw(b"null"), Raw(b"")
 
@@ -221,9 +221,9 @@ def _beginning(body: _Body) -> bytes:
     """Return the beginning of what a body asks, as far as lines are sorted by it: its first texts, joined."""
     found = next((one for name in _PROMPTS if memoryview(one := getattr(body, name))), _ABSENT)
     texts, num_bytes = list[bytes](), 0
-    for text, colon in _TEXT.findall(bytes(memoryview(found)[:LOOKED_AT_BYTES])):
+    for text, end, colon in _TEXT.findall(bytes(memoryview(found)[:LOOKED_AT_BYTES])):
         if not colon and num_bytes < SORTED_BYTES:
-            texts.append(json_values.loads(text).encode("utf-8", "surrogatepass"))
+            texts.append(json_values.loads(b'"%b"' % text).encode("utf-8", "surrogatepass") if end else text)
             num_bytes += len(texts[-1])
     return b"".join(texts)[:SORTED_BYTES]
 
