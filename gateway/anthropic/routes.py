@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
@@ -19,7 +21,7 @@ from gateway.http.access import CALL, TEXT, Routes
 from gateway.http.paths import COUNT_TOKENS, MESSAGES
 from gateway.http.routes import Endpoints, sent_of
 from gateway.overload import large
-from gateway.text.answer_form import form_of
+from gateway.text.answer_form import found_form
 from gateway.text.counted import MAX_CHARACTERS_PER_TOKEN, check_tokens, most_tokenized
 
 
@@ -39,17 +41,22 @@ class AnthropicEndpoints:
 
     async def _answer(self, body: MessagesRequest, sent: Sent, caller: Caller) -> Response:
         pipeline = self._pipeline
-        generation = await pipeline.run_once(parse(body, caller, pipeline.settings, sent))
+        make = partial(parse, body, caller, pipeline.settings, sent)
+        generation = await pipeline.run_once(await pipeline.parsed(body, caller, len(sent.raw), make))
         shows = body.thinking is None or body.thinking.display != "omitted"
         return MessagesResponse(generation, pipeline.settings.keepalive_s, shows_thinking=shows)
 
     async def count_tokens(self, body: CountTokensRequest, request: Request) -> Response:
         """Answer `/v1/messages/count_tokens`."""
-        return await self._endpoints.respond(self._count(body, caller_of(request)), errors=ANTHROPIC_ERRORS)
+        return await self._endpoints.respond(
+            self._count(body, caller_of(request), len(await request.body())), errors=ANTHROPIC_ERRORS
+        )
 
-    async def _count(self, body: CountTokensRequest, caller: Caller) -> Response:
+    async def _count(self, body: CountTokensRequest, caller: Caller, num_bytes: int) -> Response:
         pipeline, settings = self._pipeline, self._pipeline.settings
-        chat, tools = conversation_of(body, settings), tools_in(body, settings)
+        chat, tools = await pipeline.parsed(
+            body, caller, num_bytes, lambda: (conversation_of(body, settings), tools_in(body, settings))
+        )
         base = await pipeline.fleet.require(worker=False)
         [target] = await pipeline.call_resolver.targets(Models([body.model]), base, caller)
         check = check_tokens(most_tokenized(base), "messages")
@@ -61,7 +68,7 @@ class AnthropicEndpoints:
                 tools=tools.definitions if tools is not None else None,
                 check=lambda text: check(len(text) // MAX_CHARACTERS_PER_TOKEN),
             )  # fmt: skip
-            form = form_of(target.files, tools, opened=encoded.opened, continued=encoded.continued)
+            form = await found_form(target.files, tools, opened=encoded.opened, continued=encoded.continued)
             ignore(caller.headers, rules_of(body, settings).check_form(form))
             check(len(encoded.ids))
             return len(encoded.ids)

@@ -2,27 +2,35 @@
 
 A line is read twice: first by itself, to find out that it is a call and of which model, later to be run. Between the
 two nothing of it is held but its place, a hash of its name and what it is sorted by, some 640 bytes at most.
+
+No values are made of a line's body here: it is passed over, and what it may hold is checked by the endpoint that it is
+for, as with any body. So what is wrong with a body is an error of its line, not of the batch.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
+import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
-import orjson
+import msgspec
+from msgspec import Raw
 
+from gateway.bodies import json_values
+from gateway.http.paths import SMALL_BODY_BYTES
 from protocol.wire import messages as m
 
 MAX_LINES = 50_000
 MAX_NUMBER = 2 * MAX_LINES
 """Lines of a file, empty ones counted."""
 
-LINES_AT_ONCE = 64
+LINES_AT_ONCE = 16
 """Lines that are read before others have their turn."""
 
 MAX_PROBLEMS = 50
@@ -32,10 +40,45 @@ MAX_CUSTOM_ID_CHARACTERS = 512
 SORTED_BYTES = 96
 """Bytes of a prompt that lines of one model are sorted by, so that prompts that begin alike follow each other."""
 
-MAX_PARTS = 8
-"""Entries of a list or an object that are looked into for the beginning of a prompt."""
+LOOKED_AT_BYTES = 2048
+"""Bytes of a prompt's JSON that are looked through for the texts that it begins with."""
 
 _SKIPPED = b" \t\r"
+_TEXT = re.compile(rb'"((?:[^"\\]|\\.)*+)("?+)\s*+(:?+)', re.DOTALL)  # a string, its end, and whether it is a key
+_PROMPTS = ("messages", "prompt", "input", "query", "text_1", "queries")
+_NULL, _ABSENT = Raw(b"null"), Raw(b"")
+
+
+class _Whole(msgspec.Struct):
+    """A line, whose parts are passed over."""
+
+    custom_id: Raw = _NULL
+    method: Raw = _NULL
+    url: Raw = _NULL
+    body: Raw = _NULL
+
+
+class _Body(msgspec.Struct):
+    """What of a body batches look at."""
+
+    model: Raw = _NULL
+    messages: Raw = _ABSENT
+    prompt: Raw = _ABSENT
+    input: Raw = _ABSENT
+    query: Raw = _ABSENT
+    text_1: Raw = _ABSENT
+    queries: Raw = _ABSENT
+    stream: Raw = _NULL
+    background: Raw = _NULL
+
+
+class _Line(msgspec.Struct):
+    """A line whose body is an object."""
+
+    body: _Body
+    custom_id: Raw = _NULL
+    method: Raw = _NULL
+    url: Raw = _NULL
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +118,17 @@ class InputLines:
             self._problem("line_too_large", f"the line has more than {self.max_bytes} bytes", number)
             return
         try:
-            value = orjson.loads(raw)
-        except orjson.JSONDecodeError as error:
-            self._problem("invalid_json_line", f"the line is no JSON: {error}", number)
-            return
-        if not isinstance(value, dict):
+            line = _line_of(raw)
+        except msgspec.ValidationError:
             self._problem("invalid_json_line", "the line is no JSON object", number)
             return
-        name = value.get("custom_id")
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            self._problem("invalid_json_line", f"the line is no JSON: {error}", number)
+            return
+        except RecursionError:
+            self.lines.append(Line(number, start, len(raw), "", b""))  # `call_of` says what is wrong
+            return
+        name = _scalar(line.custom_id)
         if not isinstance(name, str) or not 0 < len(name) <= MAX_CUSTOM_ID_CHARACTERS:
             text = f"custom_id must be a string of 1 to {MAX_CUSTOM_ID_CHARACTERS} characters"
             self._problem("invalid_custom_id", text, number, "custom_id")
@@ -92,20 +138,19 @@ class InputLines:
             self._problem("duplicate_custom_id", f"custom_id {name!r:.100} was there before", number, "custom_id")
             return
         self._names.add(digest)
-        if value.get("method") != "POST":
-            self._problem(
-                "invalid_method", f"method is {value.get('method')!r:.100}; it must be POST", number, "method"
-            )
+        method, url = _scalar(line.method), _scalar(line.url)
+        if method != "POST":
+            self._problem("invalid_method", f"method is {method!r:.100}; it must be POST", number, "method")
             return
-        if value.get("url") != self.endpoint:
-            text = f"url is {value.get('url')!r:.100}; this batch is for {self.endpoint}"
+        if url != self.endpoint:
+            text = f"url is {url!r:.100}; this batch is for {self.endpoint}"
             self._problem("url_mismatch", text, number, "url")
             return
-        body = value.get("body")
-        if not isinstance(body, dict):
+        body = line.body
+        if not isinstance(body, _Body):
             self._problem("invalid_body", "body must be an object", number, "body")
             return
-        model = body.get("model")
+        model = _scalar(body.model)
         self.lines.append(Line(number, start, len(raw), model if isinstance(model, str) else "", _beginning(body)))
 
     def finish(self, number: int) -> None:
@@ -136,31 +181,51 @@ class InputLines:
         return sorted(self.lines, key=lambda line: (-counts[line.model], line.model, line.prompt, line.number))
 
 
-def _beginning(body: dict[str, Any]) -> bytes:
-    """Return the beginning of what a body asks, as far as lines are sorted by it."""
-    for name in ("messages", "prompt", "input", "query", "text_1", "queries"):
-        if name in body:
-            found = body[name]
-            text = found if isinstance(found, str) else _text_of(found)
-            return text[:SORTED_BYTES].encode("utf-8", "surrogatepass")[:SORTED_BYTES]
-    return b""
+@dataclass(frozen=True, slots=True)
+class LineCall:
+    """A line that is to be run."""
+
+    custom_id: str  # "" of one that is nested so deeply that nothing of it can be read
+    body: bytes  # as it was written
+    refusal: str  # why its endpoint is not asked, "" for nothing
 
 
-def _text_of(value: Any, depth: int = 4) -> str:
-    """Return the first texts within a value, joined until they are long enough."""
-    if isinstance(value, str):
-        return value[:SORTED_BYTES]
-    parts: Iterable[Any] = ()
-    if depth and isinstance(value, dict):
-        parts = value.values()
-    elif depth and isinstance(value, list):
-        parts = value
-    found = ""
-    for part in islice(parts, MAX_PARTS):
-        found += _text_of(part, depth - 1)
-        if len(found) >= SORTED_BYTES:
-            break
-    return found
+def call_of(line: Line, raw: bytes) -> LineCall:
+    """Return the call of a line that `InputLines` has found, from its bytes in the file."""
+    try:
+        whole = msgspec.json.decode(raw, type=_Whole)
+        body = msgspec.json.decode(whole.body, type=_Body)
+    except RecursionError:
+        return LineCall("", b"", f"line {line.number} is nested too deeply to be read")
+    name = next((name for name in ("stream", "background") if _scalar(getattr(body, name))), "")
+    return LineCall(_scalar(whole.custom_id), bytes(whole.body), f"{name} cannot be true in a batch" if name else "")
+
+
+def _line_of(raw: bytes) -> _Line | _Whole:
+    """Return a line with its body, or without one that is no object. Raises as msgspec does."""
+    try:
+        return msgspec.json.decode(raw, type=_Line)
+    except msgspec.ValidationError:
+        return msgspec.json.decode(raw, type=_Whole)
+
+
+def _scalar(raw: Raw) -> Any:
+    """Return a value if it is a string, a number, true, false or null, else the beginning of its JSON as bytes."""
+    text = bytes(memoryview(raw)[: LOOKED_AT_BYTES * 4])
+    if len(text) < len(memoryview(raw)) or text[:1] in b"[{":
+        return text
+    return json_values.loads(text)
+
+
+def _beginning(body: _Body) -> bytes:
+    """Return the beginning of what a body asks, as far as lines are sorted by it: its first texts, joined."""
+    found = next((one for name in _PROMPTS if memoryview(one := getattr(body, name))), _ABSENT)
+    texts, num_bytes = list[bytes](), 0
+    for text, end, colon in _TEXT.findall(bytes(memoryview(found)[:LOOKED_AT_BYTES])):
+        if not colon and num_bytes < SORTED_BYTES:
+            texts.append(json_values.loads(b'"%b"' % text).encode("utf-8", "surrogatepass") if end else text)
+            num_bytes += len(texts[-1])
+    return b"".join(texts)[:SORTED_BYTES]
 
 
 class Splitter:
@@ -200,18 +265,40 @@ class Splitter:
             self._parts.append(part)
 
 
-async def read_lines(chunks: AsyncIterator[bytes], endpoint: str, max_bytes: int) -> InputLines:
-    """Return the lines of an input file for an endpoint. max_bytes: of a line. Raises what `chunks` raises."""
-    found, splitter = InputLines(endpoint, max_bytes), Splitter(max_bytes)
+@asynccontextmanager
+async def turn_of(raw: bytes | None, turns: asyncio.Lock) -> AsyncIterator[None]:
+    """Wait until a line may be read, and afterwards give others as long as it took: of a large line some milliseconds.
+
+    turns: one large line is read at a time.
+    """
+    if raw is None or len(raw) <= SMALL_BODY_BYTES:
+        yield
+        return
+    async with turns:
+        began_s = time.perf_counter()
+        yield
+        await asyncio.sleep(time.perf_counter() - began_s)
+
+
+async def read_lines(
+    chunks: AsyncIterator[bytes], endpoint: str, max_bytes: int, turns: asyncio.Lock | None = None
+) -> InputLines:
+    """Return the lines of an input file for an endpoint. max_bytes: of a line. Raises what `chunks` raises.
+
+    turns: what lines of all batches take turns by, see `turn_of`.
+    """
+    found, splitter, turns = InputLines(endpoint, max_bytes), Splitter(max_bytes), turns or asyncio.Lock()
     async for chunk in chunks:
         for number, start, raw in splitter.feed(chunk):
-            found.add(number, start, raw)
+            async with turn_of(raw, turns):
+                found.add(number, start, raw)
             if number % LINES_AT_ONCE == 0:
                 await asyncio.sleep(0)
         if splitter.number > MAX_NUMBER or len(found.problems) >= MAX_PROBLEMS:
             break  # nobody writes so many empty lines, and nobody reads more problems
     else:
         for number, start, raw in splitter.end():
-            found.add(number, start, raw)
+            async with turn_of(raw, turns):
+                found.add(number, start, raw)
     found.finish(splitter.number)
     return found

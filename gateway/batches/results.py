@@ -163,9 +163,15 @@ def failure_of(number: int, custom_id: str, code: str, message: str) -> Answer:
     return Answer(number, "error", _line(custom_id, None, {"code": code, "message": message}))
 
 
+class _Told(msgspec.Struct):
+    """What is looked at of an answer; the rest, which may be megabytes, is passed over."""
+
+    usage: dict[str, Any] | None = None
+
+
 def usage_of(body: bytes) -> m.BatchUsage:
     """Return the tokens that an answer tells of, in the words of any of the APIs."""
-    usage = orjson.loads(body).get("usage") or {}
+    usage = msgspec.json.decode(body, type=_Told).usage or {}
     given = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
     made = usage.get("completion_tokens_details") or usage.get("output_tokens_details") or {}
     anthropic = usage.get("cache_read_input_tokens") or 0  # which its input_tokens do not count

@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import msgspec
-import orjson
 
 from gateway.anthropic.errors import OVERLOADED
 from gateway.auth.callers import Caller
 from gateway.batches.calls import InnerCalls
-from gateway.batches.lines import InputLines, Line, read_lines
+from gateway.batches.lines import InputLines, Line, LineCall, call_of, read_lines, turn_of
 from gateway.batches.results import Answer, Kind, Results, answer_of, failure_of
 from gateway.calls.submit import cancel
 from gateway.files.files import FileService
@@ -71,6 +70,7 @@ class BatchMeans:
     settings: Settings
     calls: InnerCalls
     pace: BatchPace = field(default_factory=BatchPace)
+    turns: asyncio.Lock = field(default_factory=asyncio.Lock)  # by which large lines of all batches are read
 
 
 class Lost(Exception):
@@ -186,7 +186,8 @@ class BatchRun:
             return
         chunks = self._means.files.read(source)
         try:
-            found = await read_lines(chunks, self.batch.endpoint, self._settings.max_body_bytes)
+            endpoint, most = self.batch.endpoint, self._settings.max_body_bytes
+            found = await read_lines(chunks, endpoint, most, self._means.turns)
         except NotFound:
             await self._fail("file_not_found", "the input file was deleted")
             return
@@ -265,8 +266,8 @@ class BatchRun:
         for line in found.lines:
             if line.number in self._results.tally.done:
                 continue
-            custom_id, _ = await self._read(line, source)
-            await self._take(failure_of(line.number, custom_id, code, why))
+            call = await self._read(line, source)
+            await self._take(failure_of(line.number, call.custom_id, code, why))
 
     async def _fail(self, code: str, message: str) -> None:
         """End the batch for want of its input, with the answers that it has."""
@@ -277,28 +278,26 @@ class BatchRun:
 
     async def _run_line(self, line: Line, source: m.File, caller: Caller) -> None:
         """Ask the endpoint for one line's answer, until it is not too busy to give one."""
-        custom_id, body = await self._read(line, source)
-        refused = next((name for name in ("stream", "background") if body.get(name)), None)
-        if refused is not None:
-            text = f"{refused} cannot be true in a batch"
-            await self._take(failure_of(line.number, custom_id, "invalid_request", text))
+        call = await self._read(line, source)
+        if call.refusal:
+            await self._take(failure_of(line.number, call.custom_id, "invalid_request", call.refusal))
             return
         try:
-            answer = await self._ask(line, custom_id, body, caller)
+            answer = await self._ask(line, call, caller)
         except BaseException as error:
             if not is_failure(error):
                 raise
             FAILED.note("batch lines", error, self._key(line))
             why = error.message if isinstance(error, LorafleetError) else "the gateway failed while answering"
-            answer = failure_of(line.number, custom_id, "internal_error", why)
+            answer = failure_of(line.number, call.custom_id, "internal_error", why)
         await self._take(answer)
 
-    async def _ask(self, line: Line, custom_id: str, body: dict[str, object], caller: Caller) -> Answer:
+    async def _ask(self, line: Line, call: LineCall, caller: Caller) -> Answer:
         """Return the endpoint's answer. Raises what a line alone can be the cause of."""
-        raw, num_away = orjson.dumps(body), 0
+        num_away = 0
         while True:
             try:
-                answer = await self._means.calls.post(self.batch.endpoint, raw, caller, self._key(line))
+                answer = await self._means.calls.post(self.batch.endpoint, call.body, caller, self._key(line))
             except CONNECTION_ERRORS as error:
                 if not is_queue_away(error):
                     raise
@@ -311,7 +310,7 @@ class BatchRun:
                 pause_s = answer.retry_after_s
             await asyncio.sleep(pause_s * random.uniform(1.0, 1.5))
         request_id = answer.headers.get("x-request-id", "")
-        return answer_of(line.number, custom_id, answer.status, request_id, answer.body)
+        return answer_of(line.number, call.custom_id, answer.status, request_id, answer.body)
 
     async def _take(self, answer: Answer) -> None:
         """Take a line's answer, and write those that wait if they are many."""
@@ -319,11 +318,11 @@ class BatchRun:
         if self._results.is_full:
             await self._flush()
 
-    async def _read(self, line: Line, source: m.File) -> tuple[str, dict[str, object]]:
-        """Return a line's custom_id and body."""
+    async def _read(self, line: Line, source: m.File) -> LineCall:
+        """Return a line's call."""
         raw = b"".join([chunk async for chunk in self._means.files.read(source, line.start, line.end)])
-        value = orjson.loads(raw)
-        return value["custom_id"], value["body"]
+        async with turn_of(raw, self._means.turns):
+            return call_of(line, raw)
 
     def _key(self, line: Line) -> str:
         return f"{self.batch.id}:{line.number}"

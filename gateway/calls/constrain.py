@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import orjson
 from msgspec import structs
 
 from gateway.bodies.parameter_check import ignore
+from gateway.calls.parse import Options
 from gateway.calls.tokenize import Prompt, TokenizedCall
 from gateway.grammars.check import GrammarCheck
 from gateway.grammars.notation import grammar_text
+from gateway.overload.large import Checks
 from gateway.text.answer_form import answer_grammar, marker_ids
 from gateway.tools.definitions import Tools
 from protocol.wire.errors import BadRequest
 
 
-async def constrain(call: TokenizedCall, grammars: GrammarCheck) -> TokenizedCall:
+async def constrain(call: TokenizedCall, grammars: GrammarCheck, checks: Checks) -> TokenizedCall:
     """Return a call whose prompts have their grammars. Raises BadRequest if one cannot be compiled."""
     options = call.options
     if options.constraint is None and options.tools is None and options.max_thought is None:
         return call
-    prompts = [await _constrained(prompt, call, options.tools, grammars) for prompt in call.prompts]
+    prompts = [await _constrained(prompt, call, options.tools, grammars, checks) for prompt in call.prompts]
     return structs.replace(call, prompts=prompts)
 
 
-async def _constrained(prompt: Prompt, call: TokenizedCall, tools: Tools | None, grammars: GrammarCheck) -> Prompt:
+async def _constrained(
+    prompt: Prompt, call: TokenizedCall, tools: Tools | None, grammars: GrammarCheck, checks: Checks
+) -> Prompt:
     """Return a prompt with its grammar: of outlines of the tools where that of their schemas cannot be made."""
     try:
-        grammar = await _grammar(prompt, call, tools, grammars)
+        grammar = await _checked(prompt, call, tools, grammars, checks)
     except BadRequest:
         outlined = tools.outlined() if tools is not None else None
         if outlined is None:
             raise
-        grammar = await _grammar(prompt, call, outlined, grammars)
+        grammar = await _checked(prompt, call, outlined, grammars, checks)
         ignore(call.parsed.caller.headers, [call.parsed.form_param])
     return structs.replace(prompt, grammar=grammar) if grammar else prompt
 
 
-async def _grammar(prompt: Prompt, call: TokenizedCall, tools: Tools | None, grammars: GrammarCheck) -> str:
+async def _checked(
+    prompt: Prompt, call: TokenizedCall, tools: Tools | None, grammars: GrammarCheck, checks: Checks
+) -> str:
     """Return the grammar of a prompt's answers, "" if any will do. Raises BadRequest if it cannot be compiled."""
-    options, marker = call.options, marker_ids(prompt.files)
-    made = answer_grammar(options.constraint, tools, prompt.form, marker, options.max_thought)
-    grammar = grammar_text(*made) if made else ""
+    options, caller = call.options, call.parsed.caller
+    num_bytes = tools.num_bytes if tools is not None else 0
+    num_bytes += len(orjson.dumps(options.constraint)) if options.constraint is not None else 0
+    grammar = await checks.do(partial(_grammar, options, tools, prompt), ("tools",), num_bytes, caller.owner)
     if grammar:
-        await grammars.check(grammar, call.parsed.form_param, prompt.target.payer(call.parsed.caller))
+        await grammars.check(grammar, call.parsed.form_param, prompt.target.payer(caller))
     return grammar
+
+
+def _grammar(options: Options, tools: Tools | None, prompt: Prompt) -> str:
+    """Return the grammar of a prompt's answers as it crosses the queue, "" for none."""
+    made = answer_grammar(options.constraint, tools, prompt.form, marker_ids(prompt.files), options.max_thought)
+    return grammar_text(*made) if made else ""

@@ -17,7 +17,7 @@ from gateway.calls.size import call_bytes, longest, numbers_of
 from gateway.calls.submit import SubmittedCall, call_of
 from gateway.calls.tokenize import Offset, Prompt, echoed, encoded
 from gateway.overload.memory import held, hold
-from gateway.text.answer_form import form_of
+from gateway.text.answer_form import found_form
 from gateway.text.own_files import OwnFiles
 from protocol.queue.bus import Bus, RequestFacts
 from protocol.runtime.settings import Settings
@@ -80,7 +80,9 @@ class EarlierCalls:
             files = await self._own.files(digest, texts, call.caller.name or digest)
             target = Target("", digest, files, texts)
             opened = i < len(record.opened) and record.opened[i]
-            form = form_of(files, call.options.tools, opened=opened) if isinstance(call.inputs, Conversation) else None
+            form = None
+            if isinstance(call.inputs, Conversation):
+                form = await found_form(files, call.options.tools, opened=opened)
             offsets = await self._offsets(call, target, max_model_len)
             for source, of_tokens in zip(call.sources, offsets, strict=True):
                 fact = next(of_prompts, None)

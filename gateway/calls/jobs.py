@@ -284,9 +284,13 @@ class Jobs:
 
         request: what is kept of its body. Raises UnreadableRecord, too.
         """
+        api = self._apis[job.endpoint]
         with as_kept(f"what {job.jid} asked for"):
-            api = self._apis[job.endpoint]
-            parsed = api.parse(request, EVERYBODY)
+            tools = request.get("tools") or request.get("shown", {}).get("tools")  # what of a body takes long
+            num_bytes = len(orjson.dumps(tools)) if tools else 0
+            parsed = await self._pipeline.checks.do(
+                partial(api.parse, request, EVERYBODY), ("tools",), num_bytes, job.tenant
+            )
         call = await self._pipeline.earlier.known(parsed, job, facts)
         hold(held() + self._pipeline.earlier.num_bytes(call))
         return api, call

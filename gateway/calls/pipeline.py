@@ -16,9 +16,13 @@ The first and the last stage are the API's, everything between them is here.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
+
+from pydantic import BaseModel
 
 from gateway.adapters.fleet_view import FleetView
 from gateway.adapters.resolver import Resolver
+from gateway.auth.callers import Caller
 from gateway.bodies.parameter_check import ignore
 from gateway.calls.admit import AdmittedCall, CallAdmission
 from gateway.calls.constrain import constrain
@@ -33,11 +37,14 @@ from gateway.calls.trace import TRACE_OF, stage
 from gateway.grammars.check import GrammarCheck
 from gateway.overload import large, memory
 from gateway.overload.admission import Admission
+from gateway.overload.large import Checks
 from gateway.text.tokenizer import ModelFiles
 from protocol.queue.bus import Bus
 from protocol.queue.kept.jobs import NewJob
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+
+T = TypeVar("T")
 
 
 class Pipeline:
@@ -48,6 +55,7 @@ class Pipeline:
         grammars: GrammarCheck, admission: Admission,
     ) -> None:  # fmt: skip
         self.settings = settings
+        self.checks = Checks()
         self.bus = bus
         self.files = files
         self.fleet = fleet
@@ -58,6 +66,13 @@ class Pipeline:
         self.admission = CallAdmission(settings, fleet, admission)
         self.submitter = Submitter(settings, bus, replies, self.admission, files.eos_ids)
         self.earlier = EarlierCalls(settings, bus, fleet, resolver.own, replies)
+
+    async def parsed(self, body: BaseModel, caller: Caller, num_bytes: int, make: Callable[[], T]) -> T:
+        """Return what `make` makes of a body, off the event loop if that may take long. Raises as `make`.
+
+        num_bytes: the body's size.
+        """
+        return await self.checks.do(make, body.model_fields_set, num_bytes, caller.owner)
 
     async def run(self, call: ParsedCall, job: Callable[[SubmittedCall], NewJob] | None = None) -> Generation:
         """Take a call from *parse* to *follow*. Raises what the client did wrong, Overloaded and Unavailable.
@@ -92,7 +107,7 @@ class Pipeline:
         check_size(resolved, self.settings.max_call_tokens)
         with stage("render and tokenize"):
             tokenized = await large.work(lambda: tokenize(resolved))
-            constrained = await constrain(tokenized, self.grammars)
+            constrained = await constrain(tokenized, self.grammars, self.checks)
         return self.admission.admit(constrained)
 
     async def attach(self, call: ParsedCall, record: m.Idempotent) -> Generation:

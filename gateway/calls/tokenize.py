@@ -17,7 +17,7 @@ from gateway.calls.parse import Conversation, Options, Pairs, ParsedCall, Source
 from gateway.calls.resolve import ResolvedCall
 from gateway.overload import memory
 from gateway.overload.memory import CHARACTER_BYTES
-from gateway.text.answer_form import AnswerForm, form_of
+from gateway.text.answer_form import AnswerForm, found_form
 from gateway.text.messages import normalize_messages, text_of
 from gateway.text.tokenizer import ModelFiles
 from protocol.wire import messages as m
@@ -186,7 +186,7 @@ async def _rendered(call: ParsedCall, inputs: Conversation, target: Target, base
     )
     if not encoded.ids:
         raise BadRequest("the chat template makes an empty prompt of these messages", param=call.rules.param)
-    form = form_of(files, tools, opened=encoded.opened, continued=encoded.continued)
+    form = await found_form(files, tools, opened=encoded.opened, continued=encoded.continued)
     ignore(call.caller.headers, call.rules.check_form(form))
     if encoded.continued and form is not None and form.style is not None and not form.style.marker:
         message = "this model's tool calls are whole answers: none can follow a message that is continued; leave out"

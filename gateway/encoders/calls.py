@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import msgspec
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from gateway.auth.callers import Caller
@@ -44,6 +47,8 @@ from gateway.encoders.write import (
 from gateway.http.paths import EMBEDDINGS
 from protocol.wire.messages import Task
 
+T = TypeVar("T")
+
 
 class EncoderCalls:
     """The way of an encoder's calls, from *parse* to *write*: at once, in the background, or by an Idempotency-Key."""
@@ -63,7 +68,7 @@ class EncoderCalls:
         if earlier is not None and earlier.jid:
             check_same_body(earlier, sent)
             return json_answer(await self._jobs.get(earlier.jid, caller), 202)
-        call = parse_embeddings(request, caller, self._settings)
+        call = await self._parsed(request, sent, caller, partial(parse_embeddings, request, caller, self._settings))
         if call.options.background:
             prepared = await self._pipeline.prepare(msgspec.structs.replace(call, sent=sent))
             return json_answer(await self._jobs.create(prepared, sent, to_be_stored(request)), 202)
@@ -71,7 +76,8 @@ class EncoderCalls:
 
     async def embed(self, request: EncoderRequest, sent: Sent | None, caller: Caller) -> EncoderResponse:
         """Answer `/embed`. Raises as `embeddings`, and GenerationFailed."""
-        generation = await self._run(parse_native(request, "embed", caller, self._settings), sent)
+        make = partial(parse_native, request, "embed", caller, self._settings)
+        generation = await self._run(await self._parsed(request, sent, caller, make), sent)
         return EncoderResponse(generation, write_embedding, native=True, keepalive_s=self._settings.keepalive_s)
 
     async def classify(
@@ -81,24 +87,31 @@ class EncoderCalls:
         base = await self._pipeline.fleet.require(worker=True)
         of_texts = base.does("score") and not base.does("classify")
         task: Task = "score" if of_texts else "classify"
-        generation = await self._run(parse_native(request, task, caller, self._settings), sent)
+        make = partial(parse_native, request, task, caller, self._settings)
+        generation = await self._run(await self._parsed(request, sent, caller, make), sent)
         write = write_text_labels(request) if of_texts else write_entities(request)
         return ClassifyResponse(generation, write, started_s, self._settings.keepalive_s)
 
     async def labels(self, request: ClassifyRequest, sent: Sent, caller: Caller) -> EncoderResponse:
         """Answer `/v1/classify`. Raises as `embeddings`."""
-        generation = await self._run(parse_classify(request, caller, self._settings), sent)
+        make = partial(parse_classify, request, caller, self._settings)
+        generation = await self._run(await self._parsed(request, sent, caller, make), sent)
         return self._answer(generation, write_labels(request))
 
     async def ranks(self, request: RerankRequest, sent: Sent, caller: Caller) -> EncoderResponse:
         """Answer `/v1/rerank`. Raises as `embeddings`."""
-        parsed, documents = parse_rerank(request, caller, self._settings)
+        make = partial(parse_rerank, request, caller, self._settings)
+        parsed, documents = await self._parsed(request, sent, caller, make)
         return self._answer(await self._run(parsed, sent), write_ranks(request, documents))
 
     async def scores(self, request: ScoreRequest, sent: Sent, caller: Caller) -> EncoderResponse:
         """Answer `/v1/score`. Raises as `embeddings`."""
-        parsed, num_firsts = parse_score(request, caller, self._settings)
+        make = partial(parse_score, request, caller, self._settings)
+        parsed, num_firsts = await self._parsed(request, sent, caller, make)
         return self._answer(await self._run(parsed, sent), write_scores(request, num_firsts))
+
+    async def _parsed(self, request: BaseModel, sent: Sent | None, caller: Caller, make: Callable[[], T]) -> T:
+        return await self._pipeline.parsed(request, caller, len(sent.raw) if sent is not None else 0, make)
 
     async def _run(self, call: ParsedCall, sent: Sent | None) -> Generation:
         """Follow a call, or what its Idempotency-Key was used for before. Raises as `Pipeline.run_once`."""

@@ -11,11 +11,12 @@ from protocol.wire.errors import BadRequest
 MAX_TOKENS = 10_000
 """Names, strings, classes, marks and the space between them in one grammar: they take 20 ms of the event loop."""
 
-_RULE = re.compile(r"(?m)^[ \t]*[A-Za-z_][\w-]*[ \t]*::=")
+_RULE = re.compile(r"(?m)^[ \t]*+[A-Za-z_][\w-]*+[ \t]*+::=")
 _TOKEN = re.compile(
-    r"""(?P<comment>\#[^\n]*)|(?P<space>\s+)|(?P<string>"(?:[^"\\\n]|\\.)*")|(?P<class>\[\^?(?:[^\]\\\n]|\\.)*\])"""
-    r"""|(?P<rule>[A-Za-z_][\w-]*)[ \t]*::=|(?P<name>[A-Za-z_][\w-]*)"""
-    r"""|(?P<times>[*+?]|\{\s*\d+\s*(?:,\s*\d*\s*)?\})|(?P<mark>[|()])|(?P<any>\.)"""
+    r"""(?P<comment>\#[^\n]*+)|(?P<space>\s++)|(?P<string>"(?:[^"\\\n]|\\.)*+")"""
+    r"""|(?P<class>\[\^?(?:[^\]\\\n]|\\.)*+\])"""
+    r"""|(?P<rule>[A-Za-z_][\w-]*+)[ \t]*+::=|(?P<name>[A-Za-z_][\w-]*+)"""
+    r"""|(?P<times>[*+?]|\{\s*+\d++\s*+(?:,\s*+\d*+\s*+)?\})|(?P<mark>[|()])|(?P<any>\.)|(?P<wrong>["\[{][^\n]*+)"""
 )
 _HEX = re.compile(r"\\x([0-9a-fA-F]{2})")
 _WIDE = re.compile(r"\\U([0-9a-fA-F]{8})")
@@ -38,9 +39,9 @@ def lark_of(text: str, place: str) -> str:
         num_tokens += 1
         if num_tokens > MAX_TOKENS:
             raise BadRequest(f"{place} has more than {MAX_TOKENS} parts, which is the limit", param=place)
-        if token is None or token.lastgroup is None:
+        if token is None or token.lastgroup in (None, "wrong"):
             raise BadRequest(f"{place} is no EBNF at {text[at : at + 20]!r}", param=place)
-        at, kind, found = token.end(), token.lastgroup, token[token.lastgroup]
+        at, kind, found = token.end(), token.lastgroup, token[token.lastgroup or 0]
         if kind in ("rule", "name"):
             name = names.setdefault(found, f"rule_{len(names)}")
             if kind == "rule":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
@@ -72,7 +73,9 @@ class NativeEndpoints:
         sent = await sent_of(request.scope["path"], request)
 
         async def answer() -> Response:
-            native = parse(body, caller_of(request), settings, sent, stream=stream, as_list=as_list)
+            caller = caller_of(request)
+            make = partial(parse, body, caller, settings, sent, stream=stream, as_list=as_list)
+            native = await self._pipeline.parsed(body, caller, len(sent.raw), make)
             return await self._answer(native, started_s)
 
         return await self.endpoints.respond(answer(), stream=stream, errors=LORAX_ERRORS)

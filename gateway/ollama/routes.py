@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -57,7 +58,8 @@ class OllamaEndpoints:
             if body.is_empty:
                 await self._require(body.model, caller)
                 return json_response(objects.loaded())
-            generation = await self._run(parse(body, caller, self._pipeline.settings), sent)
+            make = partial(parse, body, caller, self._pipeline.settings)
+            generation = await self._run(await self._pipeline.parsed(body, caller, len(sent.raw), make), sent)
             return OllamaResponse(generation, objects, started_s, keepalive_s)
 
         stream = body.streams and not body.is_empty
@@ -71,7 +73,8 @@ class OllamaEndpoints:
         sent = await sent_of(request.scope["path"], request)
 
         async def answer() -> Response:
-            generation = await self._run(parse_embed(body, caller, settings), sent)
+            make = partial(parse_embed, body, caller, settings)
+            generation = await self._run(await self._pipeline.parsed(body, caller, len(sent.raw), make), sent)
             return EmbedResponse(generation, body, started_s, settings.keepalive_s)
 
         return await self._endpoints.respond(answer(), errors=OLLAMA_ERRORS)

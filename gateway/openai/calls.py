@@ -37,14 +37,15 @@ class OpenAICalls:
         if earlier is not None:
             check_same_body(earlier, sent)
             if not earlier.jid:
-                generation = await self._pipeline.attach(self._parse(body, sent, caller), earlier)
+                generation = await self._pipeline.attach(await self._parse(body, sent, caller), earlier)
                 return write(generation, self._settings.keepalive_s)
             return json_answer(await self.jobs.get(earlier.jid, caller), 202)
-        call = self._parse(body, sent, caller)
+        call = await self._parse(body, sent, caller)
         if call.options.background:
             job = await self.jobs.create(await self._pipeline.prepare(call), sent, to_be_stored(body))
             return json_answer(job, 202)
         return write(await self._pipeline.run(call), self._settings.keepalive_s)
 
-    def _parse(self, body: AnyRequest, sent: Sent, caller: Caller) -> ParsedCall:
-        return parse(body, caller, self._settings, sent)
+    async def _parse(self, body: AnyRequest, sent: Sent, caller: Caller) -> ParsedCall:
+        make = partial(parse, body, caller, self._settings, sent)
+        return await self._pipeline.parsed(body, caller, len(sent.raw), make)

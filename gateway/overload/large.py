@@ -1,17 +1,20 @@
 """Large bodies: how many of them a gateway holds, and how many it works on at a time, shared evenly by tenants.
 
 A small body is read, checked and tokenized as it comes. A large one costs up to a second of CPU and hundreds of
-megabytes, so it waits for a place before it is read, and for its turn before each step of work.
+megabytes, so it waits for a place before it is read, and for its turn before each step of work. What a small one says
+of its answer's form, in schemas, grammars and tools, may cost a hundred times as much as its other bytes: `Checks` does
+that in a thread too, one at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -152,20 +155,56 @@ async def work(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
     can have more work done at a time by hanging up.
     """
     body = _BODY.get()
-    if body is None:
-        return await make()
-    await body.take_turn()
+    return await make() if body is None else await _in_turn(body.take_turn, body.give_turn, make)
+
+
+async def _in_turn(
+    take: Callable[[], Coroutine[Any, Any, None]], give: Callable[[], None], make: Callable[[], Coroutine[Any, Any, T]]
+) -> T:
+    """Take a turn, which is given back when `make` has ended, even if nobody waits for it any more."""
+    await take()
     task = asyncio.create_task(make())
     _TURNS.add(task)
 
     def end(task: asyncio.Task[Any]) -> None:
         _TURNS.discard(task)
-        body.give_turn()
+        give()
         if not task.cancelled():
             task.exception()  # whoever has left does not want to know
 
     task.add_done_callback(end)
     return await asyncio.shield(task)
+
+
+FEW_BYTES = 1 << 11
+"""Bytes of a body with schemas, grammars or tools up to which it is checked in the event loop: about a millisecond."""
+
+PLAIN_BYTES = 1 << 14
+"""The same of a body without."""
+
+_FORMS = frozenset(
+    {"tools", "response_format", "structured_outputs", "format", "text", "output_config", "grammar", "parameters",
+     "guided_json", "guided_regex", "guided_choice", "guided_grammar", "regex", "ebnf", "json_schema"}
+)  # fmt: skip
+"""Fields of any API's bodies that say, or whose fields say, which form an answer has."""
+
+
+class Checks:
+    """The checks of bodies that take more than a millisecond: in a thread, one at a time, by turns of tenants."""
+
+    def __init__(self) -> None:
+        self._turns = Places(1)
+
+    async def do(self, make: Callable[[], T], fields: Collection[str], num_bytes: int, tenant: str) -> T:
+        """Return what a function returns that checks a body, or raise what it raises.
+
+        fields: those that the body has. num_bytes: its size.
+        """
+        if num_bytes <= (PLAIN_BYTES if _FORMS.isdisjoint(fields) else FEW_BYTES):
+            return make()
+        return await _in_turn(
+            partial(self._turns.take, tenant), partial(self._turns.give, tenant), lambda: asyncio.to_thread(make)
+        )
 
 
 def release() -> None:

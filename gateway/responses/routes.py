@@ -41,7 +41,7 @@ class ResponseEndpoints:
         """Answer `POST /v1/responses/input_tokens`."""
 
         async def answer() -> Response:
-            return json_response(await self._responses.count(body, caller_of(request)))
+            return json_response(await self._responses.count(body, caller_of(request), len(await request.body())))
 
         return await self._endpoints.respond(answer())
 

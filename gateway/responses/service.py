@@ -13,7 +13,7 @@ from gateway.auth.callers import Caller
 from gateway.bodies.json_bodies import json_answer
 from gateway.calls.earlier import check_same_body
 from gateway.calls.jobs import Jobs
-from gateway.calls.parse import Sent
+from gateway.calls.parse import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.tokenize import tokenize
 from gateway.http.list_page import list_page
@@ -29,6 +29,9 @@ from protocol.wire.errors import BadRequest, NotFound
 
 CANCEL_WAIT_S = 10.0
 """Most time until a worker has let go of a response that is cancelled."""
+
+ITEM_BYTES = 1 << 8
+"""What an item that was kept counts for, where it is asked how long a body takes to be read."""
 
 MAX_REFERRED = 16
 """Responses that the items of one input may refer to: each is read from its log."""
@@ -55,17 +58,23 @@ class Responses:
             check_same_body(earlier, sent)
             if body.background:
                 return await self._of_background(body, earlier.jid, caller)
-            generation = await pipeline.attach(parse(body, caller, self._settings, sent), earlier)
+            again = partial(parse, body, caller, self._settings, sent)
+            generation = await pipeline.attach(await pipeline.parsed(body, caller, len(sent.raw), again), earlier)
             return FollowedResponse(generation, self._settings.keepalive_s)
         call_id = uuid.uuid4().hex
         context = await self._context(body, caller)
-        own = items_of(
-            body.input, call_id, context.known, len(context.items), renamed=body.conversation is not None
-        )  # fmt: skip
-        if not (own or context.items):
-            raise BadRequest("input: it is missing, and the conversation is empty", param="input")
-        items = [*context.items, *own]
-        call = parse(body, caller, self._settings, sent, items, call_id)
+
+        def make() -> tuple[list[Item], list[Item], ParsedCall]:
+            own = items_of(
+                body.input, call_id, context.known, len(context.items), renamed=body.conversation is not None
+            )  # fmt: skip
+            if not (own or context.items):
+                raise BadRequest("input: it is missing, and the conversation is empty", param="input")
+            items = [*context.items, *own]
+            return own, items, parse(body, caller, self._settings, sent, items, call_id)
+
+        num_bytes = len(sent.raw) + ITEM_BYTES * len(context.items)
+        own, items, call = await pipeline.parsed(body, caller, num_bytes, make)
         if not call.shown["store"]:
             return FollowedResponse(await pipeline.run(call), self._settings.keepalive_s)
         kept = to_be_stored(call, body, items, len(own), self._settings.max_body_bytes)
@@ -83,13 +92,20 @@ class Responses:
             return await self.stream(response_id, caller, -1)
         return json_answer(await self.get(response_id, caller))
 
-    async def count(self, body: InputTokensRequest, caller: Caller) -> dict[str, Any]:
-        """Return how many tokens a body's prompt has. Raises what the client did wrong, Overloaded and Unavailable."""
+    async def count(self, body: InputTokensRequest, caller: Caller, num_bytes: int) -> dict[str, Any]:
+        """Return how many tokens a body's prompt has. num_bytes: the body's size.
+
+        Raises what the client did wrong, Overloaded and Unavailable.
+        """
         check_prompt(body, self._settings)
         context = await self._context(body, caller)
-        items = [*context.items, *items_of(body.input, uuid.uuid4().hex, context.known, len(context.items))]
         base = await self._pipeline.fleet.require(worker=False)
-        call = parse_count(body, caller, self._settings, items, most_tokenized(base))
+
+        def make() -> ParsedCall:
+            items = [*context.items, *items_of(body.input, uuid.uuid4().hex, context.known, len(context.items))]
+            return parse_count(body, caller, self._settings, items, most_tokenized(base))
+
+        call = await self._pipeline.parsed(body, caller, num_bytes + ITEM_BYTES * len(context.items), make)
         resolved = await self._pipeline.call_resolver.resolve(call)
         [prompt] = (await large.work(lambda: tokenize(resolved))).prompts
         call.rules.most_tokens(call.options, prompt.num_tokens, base.max_model_len)

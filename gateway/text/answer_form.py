@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from gateway.grammars.notation import Constraint, lark_regex, lark_string
+from gateway.overload.large import FEW_BYTES
 from gateway.text.answer_parts import THOUGHTS, AnswerParts, Thought
 from gateway.text.tokenizer import ModelFiles
 from gateway.tools.definitions import Tools
@@ -53,6 +56,14 @@ def form_of(files: ModelFiles, tools: Tools | None, *, opened: bool, continued: 
     in_tags = tools.schemas if tools is not None and style is not None and style.body == "xml" else {}
     raw = {name: raw_parameters(schema) for name, schema in in_tags.items()}
     return AnswerForm(thought, opened, style, shown, raw)
+
+
+async def found_form(
+    files: ModelFiles, tools: Tools | None, *, opened: bool, continued: bool = False
+) -> AnswerForm | None:  # fmt: skip
+    """Return what `form_of` does, which of many tools takes long."""
+    make = partial(form_of, files, tools, opened=opened, continued=continued)
+    return make() if tools is None or tools.num_bytes <= FEW_BYTES else await asyncio.to_thread(make)
 
 
 def marker_ids(files: ModelFiles) -> MarkerId:

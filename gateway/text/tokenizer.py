@@ -245,21 +245,22 @@ class ModelFiles:
         if template is None:
             raise BadRequest("this model has no chat template; use /v1/completions", code="no_chat_template")
 
-        normal = normalize_messages(messages)
-        final = _continued(normal) if continue_final else None
-        if "tool_calls" not in template.source:
-            normal = without_calls(normal)
-        if tools and knows_tools(template.source):
-            variables = {"tools": tools, **variables}
-        elif tools:
-            normal = explain_tools(without_calls(normal), tools)
-        options: dict[str, Any] = {
-            "add_generation_prompt": add_generation_prompt, "continue_final": continue_final, "variables": variables,
-        }  # fmt: skip
+        def prepare() -> tuple[list[Message], str | None, dict[str, Any]]:
+            """Return the messages as templates have them, what of the last one is continued, and what else they get."""
+            normal = normalize_messages(messages)
+            final = _continued(normal) if continue_final else None
+            if "tool_calls" not in template.source:
+                normal = without_calls(normal)
+            if tools and not knows_tools(template.source):
+                normal = explain_tools(without_calls(normal), tools)
+            more = {"tools": tools, **variables} if tools and knows_tools(template.source) else variables
+            begin = {"add_generation_prompt": add_generation_prompt, "continue_final": continue_final}
+            return normal, final, {**begin, "variables": more}
 
         def render_and_encode() -> EncodedChat:
             assert isinstance(template, ChatTemplate)
             assert isinstance(encoder, BaseEncoder)
+            normal, final, options = prepare()
             text = template.render(normal, **options)
             if check is not None:
                 check(text)
@@ -267,6 +268,7 @@ class ModelFiles:
 
         if isinstance(template, ChatTemplate) and isinstance(encoder, BaseEncoder):
             return await asyncio.to_thread(render_and_encode)
+        normal, final, options = await asyncio.to_thread(prepare)
         if isinstance(template, SandboxedTemplate):
             text = await template.render(normal, **options, tenant=tenant)
             if len(text) > MAX_RENDERED_CHARS:

@@ -11,8 +11,9 @@ from starlette.responses import Response
 
 from gateway.adapters.resolver import BASE, Target
 from gateway.auth.callers import Caller, caller_of
+from gateway.bodies import json_values
 from gateway.bodies.json_bodies import JsonRoute
-from gateway.calls.parse import Models
+from gateway.calls.parse import Conversation, Models
 from gateway.calls.pipeline import Pipeline
 from gateway.grammars.limits import check_num
 from gateway.http import openapi
@@ -28,7 +29,7 @@ from gateway.overload import large
 from gateway.text.counted import MAX_CHARACTERS_PER_TOKEN, check_tokens, most_tokenized
 from gateway.text.tokenizer import Encoding
 from gateway.tokenizer.bodies import DetokenizeRequest, TokenizeRequest
-from gateway.tools.definitions import tools_of
+from gateway.tools.definitions import Tools, tools_of
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
 
@@ -51,7 +52,9 @@ class TokenizerEndpoints:
         form, caller = body.form(), caller_of(request)
         if form == "inputs":
             return await self._respond(self._of_inputs(body, caller), errors=LORAX_ERRORS)
-        answer = self._of_prompt(body, caller) if form == "prompt" else self._of_messages(body, caller)
+        answer = self._of_prompt(body, caller) if form == "prompt" else self._of_messages(
+            body, caller, len(await request.body())
+        )  # fmt: skip
         return await self._respond(answer, errors=OPENAI_ERRORS)
 
     async def detokenize(self, body: DetokenizeRequest, request: Request) -> Response:
@@ -62,7 +65,8 @@ class TokenizerEndpoints:
         """Answer `/tokenizer_info` with the base model's `tokenizer_config.json` and its chat template."""
         files = self._pipeline.files
         if not self._info:
-            config: dict[str, Any] = orjson.loads(files.texts.get(TOKENIZER_CONFIG, "{}"))
+            text = files.texts.get(TOKENIZER_CONFIG, "{}")
+            config: dict[str, Any] = json_values.loads(text.encode(), TOKENIZER_CONFIG)
             config.setdefault("tokenizer_class", TOKENIZER_CLASS)
             if files.template is not None:
                 config["chat_template"] = files.template.source
@@ -96,15 +100,19 @@ class TokenizerEndpoints:
 
         return Response(await large.work(tokenize), media_type="application/json")
 
-    async def _of_messages(self, body: TokenizeRequest, caller: Caller) -> Response:
+    async def _of_messages(self, body: TokenizeRequest, caller: Caller, num_bytes: int) -> Response:
         settings = self._pipeline.settings
         check_num(len(body.messages or ()), settings.max_messages, "entries", "messages")
         check_num(len(body.tools or ()), MAX_TOOLS, "entries", "tools")
         asked = body.model_dump(
             include={"messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
         )  # fmt: skip
-        chat = conversation_of(ChatRequest(model=body.model or "", **asked))
-        tools = tools_of(body.tools, None, None, settings)
+
+        def make() -> tuple[Conversation, Tools | None]:
+            chat = conversation_of(ChatRequest(model=body.model or "", **asked))
+            return chat, tools_of(body.tools, None, None, settings)
+
+        chat, tools = await self._pipeline.parsed(body, caller, num_bytes, make)
         base, target = await self._asked(body.model, caller)
         most, special, rendered = most_tokenized(base), bool(body.add_special_tokens), ""
 

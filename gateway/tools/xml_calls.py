@@ -64,11 +64,9 @@ def arguments_rules(name: str, schema: dict[str, Any], rule: str) -> list[str]:
     """
     unknown = [key for key in schema if key not in _PLAIN | _OF_OBJECTS]
     if unknown:
-        raise BadRequest(
-            f"tools: the arguments of {name} have {', '.join(unknown[:MAX_NAMED])}, which cannot be enforced in the tags that this"
-            " model writes calls in",
-            param="tools",
-        )
+        named = ", ".join(unknown[:MAX_NAMED])
+        text = f"tools: the arguments of {name} have {named}, which cannot be enforced in the tags that this model"
+        raise BadRequest(f"{text} writes calls in", param="tools")
     properties, required = schema.get("properties", {}), schema.get("required", [])
     if not isinstance(properties, dict):
         raise BadRequest(f"tools: the arguments of {name}: properties must be an object", param="tools")

@@ -21,7 +21,7 @@ MAX_DEGREE = 4
 MAX_DEPTH = 32
 MAX_REPEAT = 1_000
 
-_QUANTIFIER = re.compile(r"[*+?]|\{(\d*)(,?)(\d*)\}")
+_QUANTIFIER = re.compile(r"[*+?]|\{(\d*+)(,?+)(\d*+)\}")
 _GROUP = re.compile(r"\((?:\?(?:[im]*(?:-[im]+)?:|[=!>]|<[=!]|<[A-Za-z_]\w*>))?")
 _FLAGS = re.compile(r"\(\?[im]*(?:-[im]+)?\)")
 _PROPERTY = re.compile(r"[pP]\{\^?[\w &=-]+\}")

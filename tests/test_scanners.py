@@ -1,0 +1,190 @@
+"""No pattern of ours takes more than linear time on any text, and JSON of strangers is read by one function.
+
+Patterns are found in the modules and tried on texts made of pieces of themselves: whatever makes one begin anew, or go
+back, is among these.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import itertools
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("gateway", "protocol", "scheduler", "adapter_store", "peft_adapters")
+
+INLINE = {
+    "gateway/grammars/notation.py": "re.escape makes a pattern, and matches none",
+    "gateway/tools/grammar.py": "what it splits is a format's own markup",
+    "adapter_store/command.py": "names of an operator's own model, on the command line",
+    "peft_adapters/targets.py": "a config's pattern is compiled to see whether Python could; RE2 matches it",
+    "adapter_store/http.py": "digits of one header, at most fifteen",
+}
+"""Files that use `re` elsewhere than in a constant, and why that is no scan of a stranger's text."""
+
+READERS = {
+    "gateway/bodies/json_values.py": "the function itself",
+    "gateway/text/messages.py": "again, for integers beyond 64 bits, what json_values has let pass",
+    "gateway/grammars/ebnf.py": "one string of a grammar, without lists and objects",
+    "gateway/grammars/limits.py": "a schema within a grammar of `max_grammar_bytes`, in a thread; then held to limits",
+    "gateway/text/tokenizer.py": "generation_config.json of the operator's model",
+    "gateway/calls/jobs.py": "a record of ours, of a body that json_values has let pass; its size is charged",
+    "gateway/responses/conversations.py": "records of ours, of such a body; their size is charged",
+    "gateway/responses/stored.py": "a copy of what was just written",
+    "gateway/batches/lines.py": "lines are passed over: no value of a body is made",
+    "gateway/batches/results.py": "an answer of ours, of which all but `usage` is passed over",
+    "gateway/anthropic/write.py": "arguments in an answer, whose length `max_tokens` bounds",
+    "gateway/adapters/memory.py": "answers of the fleet's own store",
+}
+"""Files of the gateway that read JSON by other means than `json_values.loads`, and why they may."""
+
+METHODS = frozenset({"fullmatch", "match", "search", "finditer", "findall", "sub", "subn", "split"})
+
+NUM = 4000
+"""Characters of a text that a pattern is tried on."""
+
+MOST_S = 0.02
+"""CPU seconds: a hundred times what a linear pattern takes, and less than a quadratic one does."""
+
+
+def files(*packages: str) -> Iterator[tuple[str, ast.Module]]:
+    for package in packages:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            yield str(path.relative_to(ROOT)), ast.parse(path.read_text())
+
+
+def called(node: ast.AST, module: str) -> str:
+    """Return the function that a node calls of a module, "" for none."""
+    func = node.func if isinstance(node, ast.Call) else None
+    is_of = isinstance(func, ast.Attribute) and isinstance(func.value, ast.Name) and func.value.id == module
+    return func.attr if is_of and isinstance(func, ast.Attribute) else ""
+
+
+def test_patterns_are_constants_where_they_can_be_found() -> None:
+    found: set[str] = set()
+    for name, tree in files(*PACKAGES):
+        own = {id(node) for one in tree.body if isinstance(one, ast.Assign | ast.AnnAssign) for node in ast.walk(one)}
+        own |= {id(node) for one in tree.body if isinstance(one, ast.Expr) for node in ast.walk(one)}
+        found |= {name for node in ast.walk(tree) if called(node, "re") and id(node) not in own}
+        found |= {name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "re"}
+    assert found == INLINE.keys()
+
+
+def patterns_in(value: object) -> Iterator[re.Pattern[str] | re.Pattern[bytes]]:
+    if isinstance(value, re.Pattern):
+        yield value
+    elif isinstance(value, dict):
+        yield from itertools.chain.from_iterable(map(patterns_in, value.values()))
+    elif isinstance(value, tuple | list):
+        yield from itertools.chain.from_iterable(map(patterns_in, value))
+
+
+def methods_of() -> dict[str, set[str]]:
+    """Return what is called of constants, by their names."""
+    found: dict[str, set[str]] = {}
+    for _, tree in files(*PACKAGES):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr in METHODS:
+                of = node.value.value if isinstance(node.value, ast.Subscript) else node.value
+                if isinstance(of, ast.IfExp):
+                    of = of.body
+                name = of.id if isinstance(of, ast.Name) else of.attr if isinstance(of, ast.Attribute) else ""
+                found.setdefault(name, set()).add(node.attr)
+    return found
+
+
+def applied(pattern: re.Pattern[str], methods: set[str], text: str) -> None:
+    """Use a pattern as it is used: where it begins at a place, again at each end until it does not match."""
+    if "fullmatch" in methods:
+        pattern.fullmatch(text)
+    if "match" in methods:
+        at = 0
+        while (found := pattern.match(text, at)) is not None and found.end() > at:
+            at = found.end()
+    if methods - {"fullmatch", "match"}:
+        for _ in pattern.finditer(text):
+            pass
+
+
+def all_patterns() -> dict[str, tuple[re.Pattern[str], set[str]]]:
+    """Return every pattern that a module has as a constant, with what is called of it, by the module and its name."""
+    found: dict[str, tuple[re.Pattern[str], set[str]]] = {}
+    methods = methods_of()
+    for name, tree in files(*PACKAGES):
+        if not any(called(node, "re") for node in ast.walk(tree)):
+            continue
+        module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
+        for constant, value in vars(module).items():
+            for i, pattern in enumerate(patterns_in(value)):
+                text = pattern.pattern if isinstance(pattern.pattern, str) else pattern.pattern.decode()
+                is_text = isinstance(pattern.pattern, str)
+                same = re.compile(text, pattern.flags if is_text else pattern.flags & ~re.LOCALE)
+                found[f"{name}:{constant}[{i}]"] = same, methods.get(constant, set(METHODS))
+    return found
+
+
+def pieces_of(pattern: str) -> list[str]:
+    """Return texts that a pattern may match some of: words and marks in it, and one of each kind of character."""
+    words = re.findall(r"[A-Za-z_:=<>-]{2,}", pattern)
+    marks = re.findall(r"""["'/{}()\[\]<>.:,;=@#%&|*+?!~^$-]""", pattern)
+    return [*dict.fromkeys([*words[:6], *marks[:8], "\\", "1", "a", " ", "\n"])]
+
+
+def texts_for(pattern: str) -> Iterator[str]:
+    pieces = pieces_of(pattern)
+    for before in ["", *pieces[:4]]:
+        for pump in [
+            *pieces,
+            *(f"\\{piece}" for piece in pieces),
+            *map("".join, itertools.permutations(pieces[-5:], 2)),
+        ]:
+            yield before + pump * (NUM // len(pump))
+
+
+def test_every_pattern_is_linear_on_pieces_of_itself() -> None:
+    patterns = all_patterns()
+    assert len(patterns) > 40, "the test would prove nothing"
+    slow: list[str] = []
+    for name, (pattern, methods) in patterns.items():
+        for text in texts_for(pattern.pattern):
+            began_s = time.thread_time()
+            applied(pattern, methods, text)
+            took_s = time.thread_time() - began_s
+            if took_s > MOST_S:
+                slow.append(f"{name} takes {took_s:.2f} s for {text[:20]!r}…")
+                break
+    assert slow == []
+
+
+@pytest.mark.parametrize("pattern", [r'"(?:[^"\\\n]|\\.)*"', r"\{(\d*)(,?)(\d*)\}", r"\[\^?(?:[^\]\\]|\\.)*\]"])
+def test_a_pattern_that_begins_anew_is_found_out(pattern: str) -> None:
+    def cpu_s(text: str) -> float:
+        began_s = time.thread_time()
+        applied(re.compile(pattern), {"search"}, text)
+        return time.thread_time() - began_s
+
+    assert any(cpu_s(text) > MOST_S for text in texts_for(pattern))
+
+
+def reads_json(node: ast.AST) -> bool:
+    name = called(node, "json") or called(node, "orjson")
+    if name in ("loads", "load", "JSONDecoder"):
+        return True
+    func = node.func if isinstance(node, ast.Call) else None
+    if isinstance(func, ast.Name):
+        return func.id in ("from_json", "raw_decode")
+    if not isinstance(func, ast.Attribute):
+        return False
+    is_of_msgspec = func.attr == "decode" and ast.unparse(func.value) == "msgspec.json"
+    return is_of_msgspec or func.attr in ("model_validate_json", "validate_json")
+
+
+def test_json_is_read_by_one_function() -> None:
+    found = {name for name, tree in files("gateway") if any(map(reads_json, ast.walk(tree)))}
+    assert found == READERS.keys()
