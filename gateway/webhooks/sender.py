@@ -107,10 +107,18 @@ class WebhookSender:
         self._freed.clear()
         more = await webhooks.take_over(_TENANTS_AT_ONCE * _ENDS_OF_TURN)
         tenants = await webhooks.tenants_with_ends(_TENANTS_AT_ONCE)
+        num_planned = 0
         for tenant in tenants:
-            await self._plan(tenant)
+            try:
+                await self._plan(tenant)
+                num_planned += 1
+            except CONNECTION_ERRORS:
+                raise
+            except Exception:  # of one tenant's records, or a full queue: its ends wait, the others' do not
+                logger.exception("the webhooks of %s are not made", tenant)
+                await webhooks.drop_ends(tenant, [])
         await self._begin()
-        return more or bool(tenants)
+        return more or num_planned > 0
 
     async def _begin(self) -> None:
         """Give tenants a turn at the places for deliveries, those first that have fewest.
@@ -170,16 +178,15 @@ class WebhookSender:
 
     async def _send(self, delivery: m.Delivery) -> None:
         """Try a delivery once, and note what came of it, whatever that is."""
+        was_tried = False
         try:
-            try:
-                error = await self._tried(delivery)
-            except BusyReceiverError:
-                await self._bus.webhooks.later(delivery, now_ms() + int(1000 * self._pace.busy_s))
-                return
-            self._freed.set()
+            error = await self._tried(delivery)
+            was_tried = True
             await self._note(msgspec.structs.replace(
                 delivery, attempts=delivery.attempts + 1, error=error, tried_ms=now_ms()
             ))  # fmt: skip
+        except BusyReceiverError:
+            await self._postpone(delivery)
         except CONNECTION_ERRORS as error:
             logger.warning("a webhook is sent again: %s", error)
         except Exception:  # it is due again after `CLAIM_MS`
@@ -187,6 +194,15 @@ class WebhookSender:
         finally:
             self._sending.pop((delivery.tenant, delivery.id), None)
             self._places.leave(delivery.tenant)
+            if was_tried:
+                self._freed.set()
+
+    async def _postpone(self, delivery: m.Delivery) -> None:
+        """Have a delivery looked at again soon. It counts as no attempt; without this it is due after `CLAIM_MS`."""
+        try:
+            await self._bus.webhooks.later(delivery, now_ms() + int(1000 * self._pace.busy_s))
+        except CONNECTION_ERRORS as error:
+            logger.warning("a webhook waits: %s", error)
 
     async def _tried(self, delivery: m.Delivery) -> str:
         """Send a delivery to its endpoint. Returns what is wrong, "" if it has arrived or its endpoint is deleted.

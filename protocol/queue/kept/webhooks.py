@@ -103,7 +103,10 @@ class Webhooks:
     async def ended(self, tenant: str, num: int) -> list[Ended]:
         """Return at most `num` ends of a tenant that no deliveries were made of, the oldest first."""
         entries = await self._redis.xrange(self._keys.ends_of(tenant), count=num)
-        return [Ended(entry.decode(), field[b"id"].decode(), field[b"type"].decode()) for entry, field in entries]
+        return [
+            Ended(entry.decode(), fields.get(b"id", b"").decode(), fields.get(b"type", b"").decode())
+            for entry, fields in entries
+        ]
 
     async def drop_ends(self, tenant: str, ended: Sequence[Ended]) -> None:
         """Note that deliveries were made of a tenant's ends, and that it has had its turn."""

@@ -230,3 +230,30 @@ async def test_a_job_that_cannot_be_read_takes_no_other_with_it(
         await wait_until(lambda: _none_waits(bus, "victim"), "and is forgotten")
     assert "no webhook tells that job_bad has ended" in caplog.text
     assert await bus.streams.length(bus.keys.ends_of("victim")) == 0
+
+
+async def test_tenants_whose_records_are_broken_keep_no_other_back(
+    bus: Bus, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of forty tenants that are looked at first, the endpoints, the deliveries or the ends are something else."""
+    broken = [f"t{number:02}" for number in range(40)]
+    for number, tenant in enumerate(broken):
+        await bus._redis.zadd(bus.keys.ends, {tenant: 1})
+        await bus._redis.xadd(bus.keys.ends_of(tenant), {"neither": "id nor type"})
+        if number % 2:
+            await bus._redis.set(bus.keys.hooks(tenant), "no hash", ex=60)
+        else:
+            await hook(bus, tenant, "http://127.0.0.1:1/")
+    await hook(bus, "victim", f"http://127.0.0.1:{receiver.port}/victim")
+    await bus._redis.xadd(bus.keys.ends_of("victim"), {"id": "batch_good", "type": "batch.completed"})
+    await bus._redis.zadd(bus.keys.ends, {"victim": now_ms()})
+    async with sending(bus, Outside(private=True)):
+        await wait_until(lambda: receiver.got == ["victim"], "the victim's has arrived")
+        await wait_until(lambda: _has_ends(bus, broken[1::2]), "what can be read is done")
+    assert "the webhooks of t01 are not made" in caplog.text
+    assert caplog.text.count("the webhooks of t01 are not made") < 1000
+    await bus._redis.delete(bus.keys.ends, *map(bus.keys.ends_of, broken))
+
+
+async def _has_ends(bus: Bus, tenants: list[str]) -> bool:
+    return set(await bus.webhooks.tenants_with_ends(100)) == set(tenants)
