@@ -19,6 +19,7 @@ import psutil
 from chaos import check
 from chaos.attackers.attacker import HUNG, Attacker
 from chaos.attackers.attacks import BODY_ATTACKS
+from chaos.attackers.webhook_attacks import WEBHOOK_ATTACKS, silent_dns
 from chaos.attackers.wire_attacks import WIRE_ATTACKS
 from chaos.clients.asks import Ask, Expected, Transformers, catalogue, decidable, one_ask
 from chaos.clients.batches import BatchClient
@@ -32,6 +33,7 @@ from chaos.shortage import Clocks
 from protocol.queue.books.usage import DAY_S
 from protocol.queue.bus import CONNECTION_ERRORS, now_ms
 from protocol.wire.keys import CLASSES
+from protocol.wire.messages import Delivery
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ CLIENTS, PUBLIC = "clients", "public"
 
 HORIZON_S = 5.0
 MAX_ATTEMPTS = 20  # here a worker's death says nothing about its requests
-ATTACKS = (*BODY_ATTACKS, *WIRE_ATTACKS)
+ATTACKS = (*BODY_ATTACKS, *WIRE_ATTACKS, *WEBHOOK_ATTACKS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,12 +322,15 @@ class Run:
         if self._receiver is not None:
             told = {event for event, ended_s in self._ended.items() if not self._may_be_forgotten(ended_s)}
             self.tally.violations += self._receiver.violations
-            never, waiting = await self._receiver.missing(told, SETTLE_S), await self.fleet.bus.webhooks.waiting()
+            never, waiting = await self._receiver.missing(told, SETTLE_S), await self._waiting_webhooks()
             self.tally.violations += check.lost_webhooks(never, waiting, MAX_REFUSALS)
             self.tally.num_ended, self.tally.num_webhooks = len(told), self._receiver.arrived.total()
         self.tally.num_dead_letters = await self.fleet.bus.streams.length(self.fleet.bus.keys.dlq)
         if self.tally.num_dead_letters:
             self.tally.violations.append(f"{self.tally.num_dead_letters} dead letters")
+
+    async def _waiting_webhooks(self) -> list[Delivery]:
+        return await self.fleet.bus.webhooks.waiting(CLIENTS if self._client_key else PUBLIC)
 
     def _check_lost_batches(self) -> None:
         cuts = [hit for hit in self.havoc.hits if self._loses(hit)]
@@ -381,7 +386,8 @@ async def prepared(
     with_keys = plan.num_attackers > 0
     fleet = ProcessFleet.prepare(
         folder, model, adapters, durable=True, max_attempts=MAX_ATTEMPTS, api_keys=with_keys, private_webhooks=True,
-        secret=secrets.token_hex(16), clocks=Clocks(folder / "clocks") if plan.clocks else None,
+        webhook_dns=silent_dns(), secret=secrets.token_hex(16),
+        clocks=Clocks(folder / "clocks") if plan.clocks else None,
         queue=ReplicatedQueue(folder / "queue", cabled=plan.is_cabled) if plan.replicated else None,
     )  # fmt: skip
     try:

@@ -61,6 +61,7 @@ from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import load_model_files
 from gateway.tokenizer.routes import TokenizerEndpoints
 from gateway.webhooks.endpoints import WebhookService
+from gateway.webhooks.names import Names
 from gateway.webhooks.outside import Outside
 from gateway.webhooks.routes import WebhookRoutes
 from gateway.webhooks.sender import SenderPace, WebhookSender
@@ -153,7 +154,7 @@ async def _serve(
         stored = StoredResponses(pipeline, jobs)
         conversations = Conversations(bus, settings, jobs, stored, timings.conversation_sweep_s)
         batch_wake = asyncio.Event()
-        outside = Outside(private=settings.private_webhooks)
+        outside = Outside(private=settings.private_webhooks, names=Names(settings.webhook_dns))
         sender = WebhookSender(bus, replies.gid, outside, secret, timings.webhooks)
         handlers = Handlers(
             endpoints, native, operators, encoders, tokenizers, ollama,
@@ -178,7 +179,6 @@ async def _serve(
                 logger.info("listening on %s", address)
                 await _run(_server(app, settings, memory), listener, parts, settings.grace_s, stop, timings.loop)
         await replies.close()
-        await outside.close()
         await own.close()
         await sandbox.close()
     finally:

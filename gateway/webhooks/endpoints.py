@@ -12,7 +12,7 @@ from gateway.auth.callers import Caller
 from gateway.http.list_page import list_page
 from gateway.webhooks.bodies import WebhookChange, WebhookRequest
 from gateway.webhooks.outside import Outside, UnreachableError
-from gateway.webhooks.sender import MAX_WAITING, WebhookSender, new_delivery
+from gateway.webhooks.sender import MAX_WAITING, WebhookSender, is_success, new_delivery
 from gateway.webhooks.sign import EVENTS, new_secret
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.fleet_secret import FleetSecret
@@ -41,23 +41,21 @@ class WebhookService:
         """Keep an endpoint; return it with its secret, which no later call tells. Raises BadRequest, Conflict."""
         self._outside.check(request.url)
         events = _checked(request.event_types, "event_types")
-        num = len(await self._webhooks.endpoints(caller.owner))
-        if num >= MAX_ENDPOINTS:
-            raise Conflict(f"you have {num} webhook endpoints; the limit is {MAX_ENDPOINTS}: delete some")
         given, id_, created_ms = new_secret(), f"we_{secrets.token_hex(12)}", now_ms()
         endpoint = m.WebhookEndpoint(
             id=id_, tenant=caller.owner, name=request.name, url=request.url, events=events,
             secret=self._sealed(given, id_), hint=given[-_HINT_CHARACTERS:], created_ms=created_ms,
             updated_ms=created_ms,
         )  # fmt: skip
-        await self._webhooks.put_endpoint(endpoint)
+        if not await self._webhooks.keep_endpoint(endpoint, MAX_ENDPOINTS):
+            raise Conflict(f"you have as many webhook endpoints as the limit of {MAX_ENDPOINTS} allows: delete some")
         return {**view(endpoint), "signing_secret": given}
 
     async def get(self, endpoint_id: str, caller: Caller) -> m.WebhookEndpoint:
         """Return an endpoint. Raises NotFound."""
         endpoint = await self._webhooks.endpoint(caller.owner, endpoint_id)
         if endpoint is None:
-            raise NotFound(f"there is no webhook endpoint {endpoint_id!r:.100}", code="webhook_endpoint_not_found")
+            raise _not_found(endpoint_id)
         return endpoint
 
     async def change(self, endpoint_id: str, request: WebhookChange, caller: Caller) -> dict[str, Any]:
@@ -74,7 +72,7 @@ class WebhookService:
         changed = msgspec.structs.replace(endpoint, **changes)
         if changed != endpoint:
             changed = msgspec.structs.replace(changed, updated_ms=now_ms())
-            await self._webhooks.put_endpoint(changed)
+            await self._keep(changed)
         return view(changed)
 
     async def rotate(self, endpoint_id: str, caller: Caller, *, keep_old: bool) -> dict[str, Any]:
@@ -84,21 +82,21 @@ class WebhookService:
             endpoint, secret=self._sealed(given, endpoint.id), hint=given[-_HINT_CHARACTERS:], updated_ms=now,
             old_secret=endpoint.secret if keep_old else "", old_until_ms=now + OLD_SECRET_MS if keep_old else 0,
         )  # fmt: skip
-        await self._webhooks.put_endpoint(changed)
+        await self._keep(changed)
         return {**view(changed), "signing_secret": given}
 
     async def test(self, endpoint_id: str, event_type: str, caller: Caller) -> dict[str, Any]:
-        """Send a sample of an event; return what the endpoint answered. Raises NotFound, BadRequest."""
+        """Send a sample of an event; return what the endpoint answered. Raises NotFound, BadRequest, Overloaded."""
         endpoint = await self.get(endpoint_id, caller)
         [type_] = _checked([event_type], "event_type")
         subject = f"{type_.partition('.')[0]}_test_{secrets.token_hex(8)}"
         try:
-            status = await self._sender.post(endpoint, new_delivery(endpoint, type_, subject))
+            status = await self._sender.test(endpoint, new_delivery(endpoint, type_, subject))
         except UnreachableError as error:
             raise BadRequest(f"{endpoint.url:.200} cannot be asked: {error}", code="webhook_unreachable") from error
         return {
             "object": "webhook_endpoint.test", "webhook_endpoint_id": endpoint.id, "event_type": type_,
-            "status_code": status, "success": True,
+            "status_code": status, "success": is_success(status),
         }  # fmt: skip
 
     async def list(self, caller: Caller, limit: int, after: str | None) -> dict[str, Any]:
@@ -123,21 +121,35 @@ class WebhookService:
         return {"object": "list", "data": [delivery_view(one) for one in await self._webhooks.given_up(caller.owner)]}
 
     async def retry(self, delivery_id: str, caller: Caller) -> dict[str, Any]:
-        """Send a delivery again that was given up, for another day; return it. Raises NotFound, Overloaded."""
+        """Send a delivery again that was given up, for another day; return it.
+
+        Raises NotFound, Overloaded, and Conflict when it is not known any more what it was.
+        """
         found = [one for one in await self._webhooks.given_up(caller.owner) if one.id == delivery_id]
         if not found:
             raise NotFound(f"there is no delivery {delivery_id!r:.100} that was given up", code="delivery_not_found")
+        if not found[0].type:
+            raise Conflict(f"the delivery {delivery_id!r:.100} cannot be sent again: {found[0].error}")
         again = msgspec.structs.replace(found[0], attempts=0, error="", created_ms=now_ms())
-        num_waiting = await self._webhooks.add(again, MAX_WAITING)
+        [num_waiting] = await self._webhooks.add(caller.owner, [again], MAX_WAITING)
         if num_waiting >= 0:
             text = f"{num_waiting} of your deliveries wait to arrive; the limit is {MAX_WAITING}"
             raise Overloaded(text, _RETRY_S)
         return delivery_view(again)
 
+    async def _keep(self, changed: m.WebhookEndpoint) -> None:
+        """Write an endpoint that was changed. Raises NotFound when it was deleted meanwhile."""
+        if not await self._webhooks.keep_endpoint(changed):
+            raise _not_found(changed.id)
+
     def _sealed(self, given: str, endpoint_id: str) -> str:
         if self._secret is None:
             raise BadRequest("this fleet has no secret, which the secrets of webhooks are kept with: set --secret-file")
         return self._secret.seal(given, endpoint_id)
+
+
+def _not_found(endpoint_id: str) -> NotFound:
+    return NotFound(f"there is no webhook endpoint {endpoint_id!r:.100}", code="webhook_endpoint_not_found")
 
 
 def _checked(events: Sequence[str], param: str) -> list[str]:

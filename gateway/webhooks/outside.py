@@ -1,50 +1,73 @@
 """POSTs to URLs that strangers have named: only to addresses of the public internet, without redirects, bounded.
 
 The name is resolved here and the request goes to the address that was looked at, so that it cannot change in between
-(DNS rebinding).
+(DNS rebinding). Of an answer the status line is read and nothing else: a client of HTTP reads all headers, and as many
+answers before the last one (100 Continue) as a receiver likes to send, which would hold the loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import socket
+import re
+import ssl
 from collections.abc import Mapping
-from functools import cached_property
+from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import httpx2
 
+from gateway.webhooks.addresses import is_public
+from gateway.webhooks.names import MAX_HOST, Names, UnknownHostError, is_address, is_name
+from gateway.webhooks.places import PlacesByHost
 from protocol.wire.errors import BadRequest
 
 TIMEOUT_S = 15.0
-MAX_URL_CHARACTERS = 2048
+"""Of an attempt from its lookup to the status that is answered."""
 
-TRANSLATED = tuple(ipaddress.ip_network(name) for name in ("64:ff9b::/96", "64:ff9b:1::/48"))
-"""Addresses that a NAT64 translates to IPv4 (RFC 6052, RFC 8215), private ones among them."""
+MAX_URL_CHARACTERS = 2048
+MAX_LINE = 1024
+"""Bytes of a line of an answer."""
+
+MAX_LINES = 64
+"""Lines of an answer up to its last status line, all of 100 Continue and its like before it included."""
+
+AT_ONE_RECEIVER = 8
+"""Requests at once to one host, of all tenants."""
+
+AT_ONE_RECEIVER_OF_TENANT = 2
+
+_STATUS = re.compile(rb"HTTP/1\.[01] (\d{3})(?:[ \r]|$)")
 
 
 class UnreachableError(Exception):
     """The URL cannot be asked; the text says why, to its owner."""
 
 
+class BusyReceiverError(Exception):
+    """So many requests are on their way to the host of a URL that this one has to wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a request goes, all of it in ASCII."""
+
+    scheme: str
+    host: str  # without brackets
+    port: int
+    authority: str  # for the header `host`
+    path: str  # with the query
+
+
 class Outside:
-    """A client for URLs of strangers."""
+    """Sends to URLs of strangers."""
 
-    def __init__(self, *, private: bool) -> None:
-        """private: whether http:// and addresses of private networks are allowed."""
+    def __init__(self, *, private: bool, names: Names | None = None, timeout_s: float = TIMEOUT_S) -> None:
+        """private: whether http:// and addresses of private networks are allowed. timeout_s: of one request."""
         self._private = private
-
-    @cached_property
-    def _http(self) -> httpx2.AsyncClient:
-        """Made by the first call: most gateways make none, and it reads all certificates."""
-        limits = httpx2.Limits(max_keepalive_connections=0)
-        return httpx2.AsyncClient(timeout=TIMEOUT_S, limits=limits, trust_env=False, follow_redirects=False)
-
-    async def close(self) -> None:
-        """Close all connections."""
-        if "_http" in self.__dict__:
-            await self._http.aclose()
+        self._names = names or Names()
+        self._timeout_s = timeout_s
+        self._receivers = PlacesByHost(AT_ONE_RECEIVER, AT_ONE_RECEIVER_OF_TENANT)
+        self._tls: ssl.SSLContext | None = None
 
     def check(self, url: str) -> None:
         """Refuse a URL by its form. Raises BadRequest."""
@@ -52,56 +75,104 @@ class Outside:
         if len(url) > MAX_URL_CHARACTERS:
             raise BadRequest(f"url has {len(url)} characters; the limit is {MAX_URL_CHARACTERS}", param="url")
         try:
-            parts = urlsplit(url)
-            httpx2.URL(url)
-        except (ValueError, httpx2.InvalidURL) as error:
-            raise BadRequest(f"url is none: {url!r:.100}: {error}", param="url") from error
-        if parts.scheme not in schemes or not parts.hostname or parts.username is not None:
-            raise BadRequest(f"url must be {' or '.join(schemes)} with a host and no user: {url!r:.100}", param="url")
-        try:
-            _ = parts.port
+            target = target_of(url)
         except ValueError as error:
-            raise BadRequest(f"url has no port that exists: {url!r:.100}", param="url") from error
+            raise BadRequest(f"url is none: {url!r:.100}: {error}", param="url") from error
+        if target.scheme not in schemes:
+            raise BadRequest(f"url must be {' or '.join(schemes)}: {url!r:.100}", param="url")
 
-    async def post(self, url: str, body: bytes, headers: Mapping[str, str]) -> int:
-        """Send a body; return the status of the answer, which is not read. Raises UnreachableError."""
-        parts = urlsplit(url)
-        assert parts.hostname is not None
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str], tenant: str) -> int:
+        """Send a body for a tenant; return the status of the answer, of which nothing else is read.
+
+        Raises UnreachableError, and BusyReceiverError when nothing was sent.
+        """
         try:
-            async with asyncio.timeout(TIMEOUT_S):
-                address = await self._address(parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
-                shown = f"[{address}]" if ":" in address else address
-                place = parts._replace(netloc=f"{shown}:{parts.port}" if parts.port else shown, fragment="")
-                request = self._http.build_request(
-                    "POST", place.geturl(), content=body, headers={**headers, "host": parts.netloc},
-                    extensions={"sni_hostname": parts.hostname},
-                )  # fmt: skip
-                answer = await self._http.send(request, stream=True)
-                await answer.aclose()
-                return answer.status_code
-        except TimeoutError as error:
-            raise UnreachableError(f"no answer within {TIMEOUT_S:.0f} s") from error
-        except httpx2.HTTPError as error:
-            raise UnreachableError(f"{type(error).__name__}: {error}"[:200]) from error
+            target = target_of(url)
+        except ValueError as error:  # of a version that took what this one does not
+            raise UnreachableError(f"the URL cannot be used: {error}") from error
+        with self._receivers.held(target.host.lower(), tenant) as has_room:
+            if not has_room:
+                raise BusyReceiverError(
+                    f"{AT_ONE_RECEIVER_OF_TENANT} requests of yours, or {AT_ONE_RECEIVER} of all tenants, are on their"
+                    f" way to {target.host:.100}; these are the limits"
+                )
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    return await self._ask(target, body, headers)
+            except TimeoutError as error:
+                raise UnreachableError(f"no answer within {self._timeout_s:g} s") from error
+            except (OSError, EOFError, UnicodeError, asyncio.LimitOverrunError) as error:  # TLS raises an OSError
+                raise UnreachableError(f"{type(error).__name__}: {error}"[:200]) from error
 
-    async def _address(self, host: str, port: int) -> str:
+    async def _ask(self, target: Target, body: bytes, headers: Mapping[str, str]) -> int:
+        address = await self._address(target.host)
+        tls = await self._context() if target.scheme == "https" else None
+        head = [f"POST {target.path} HTTP/1.1", f"host: {target.authority}"]
+        head += [f"{name}: {value}" for name, value in headers.items()]
+        head += [f"content-length: {len(body)}", "connection: close", "", ""]
+        reader, writer = await asyncio.open_connection(
+            address, target.port, limit=MAX_LINE, ssl=tls,
+            server_hostname=target.host.removesuffix(".") if tls else None,
+        )  # fmt: skip
+        try:
+            writer.write("\r\n".join(head).encode("ascii") + body)
+            return await _status(reader)
+        finally:
+            writer.transport.abort()  # without waiting for the receiver to end TLS
+
+    async def _address(self, host: str) -> str:
         """Return an address of a host, all of whose addresses may be asked. Raises UnreachableError."""
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:
-            raise UnreachableError(f"the host {host!r:.100} is not known") from error
-        addresses = [str(entry[4][0]) for entry in found]
+            addresses = await self._names.addresses(host)
+        except UnknownHostError as error:
+            raise UnreachableError(f"the host {host!r:.100} is not known: {error}") from error
         if not self._private and not all(map(is_public, addresses)):
             raise UnreachableError(f"the host {host!r:.100} has an address that is not of the public internet")
         return addresses[0]
 
+    async def _context(self) -> ssl.SSLContext:
+        if self._tls is None:  # most gateways send nothing, and it reads all certificates
+            self._tls = await asyncio.to_thread(httpx2.create_ssl_context, trust_env=False)
+        return self._tls
 
-def is_public(address: str) -> bool:
-    """Return whether an IP address is one of the public internet."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    inner = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
-    teredo = getattr(ip, "teredo", None)
-    checked = [ip, *([inner] if inner else []), *(teredo or ())]
-    if any(ip in network for network in TRANSLATED if network.version == ip.version):
-        return False
-    return all(one.is_global and not one.is_multicast for one in checked)
+
+async def _status(reader: asyncio.StreamReader) -> int:
+    """Return the status of an answer. Raises UnreachableError, EOFError, LimitOverrunError."""
+    is_first = True
+    status = 0
+    for _ in range(MAX_LINES):
+        line = await reader.readuntil(b"\n")
+        if is_first:
+            found = _STATUS.match(line.rstrip(b"\n"))
+            if found is None:
+                raise UnreachableError("what the endpoint answers is no HTTP")
+            status = int(found[1])
+            if not 100 <= status < 200 or status == 101:
+                return status
+        is_first = not line.strip()  # an answer before the last one has ended
+    raise UnreachableError(f"the endpoint answers no status within {MAX_LINES} lines")
+
+
+def target_of(url: str) -> Target:
+    """Return where a URL leads, its name in the DNS's form (IDNA). Raises ValueError for what cannot be asked."""
+    parts = urlsplit(url)
+    if not parts.hostname:
+        raise ValueError("it has no host")
+    if len(parts.hostname) > MAX_HOST:
+        raise ValueError(f"its host has {len(parts.hostname)} characters; the limit is {MAX_HOST}")
+    try:
+        read = httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise ValueError(str(error)) from error
+    if parts.username is not None or read.userinfo:
+        raise ValueError("it has a user")
+    host = read.raw_host.decode("ascii")
+    if not is_name(host) and not is_address(host):
+        raise ValueError(f"{host!r:.100} is neither a name of the DNS nor an IP address")
+    port = read.port
+    if port is not None and not 0 < port < 65536:
+        raise ValueError(f"there is no port {port}")
+    return Target(
+        scheme=read.scheme, host=host, port=port or (443 if read.scheme == "https" else 80),
+        authority=read.netloc.decode("ascii"), path=read.raw_path.decode("ascii"),
+    )  # fmt: skip

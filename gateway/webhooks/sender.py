@@ -1,6 +1,7 @@
 """Sends webhooks: one gateway of the fleet at a time makes deliveries of what has ended.
 
-Each is tried until it arrives, or a day has passed; then it is put aside.
+Each is tried until it arrives, or a day has passed; then it is put aside. Tenants take turns (`kept.webhooks`), and
+share the places for deliveries on their way (`places`).
 """
 
 from __future__ import annotations
@@ -8,20 +9,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
 
 from gateway.calls.jobs import state_of
 from gateway.http.paths import RESPONSES
-from gateway.webhooks.outside import Outside, UnreachableError
+from gateway.webhooks.outside import TIMEOUT_S, BusyReceiverError, Outside, UnreachableError
+from gateway.webhooks.places import Places
 from gateway.webhooks.sign import event_body, event_id, signed_headers
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.queue.kept.webhooks import Ended
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.wire import messages as m
-from protocol.wire.errors import LorafleetError
+from protocol.wire.errors import LorafleetError, Overloaded
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,17 @@ MAX_AGE_MS = 24 * 3600 * 1000
 MAX_WAITING = 1000
 """Deliveries of a tenant that wait to arrive; beyond that, further ones are given up at once."""
 
-_AT_ONCE = 64  # ends, or deliveries, that are looked at together
+CLAIM_MS = 60_000
+"""After so long a delivery that was begun is due again, if nothing was heard of it: its gateway has died."""
+
+MAX_TESTS = 16
+"""Tests of endpoints at once at a gateway, of all tenants. Like all such places, the last quarter is for tenants that
+have none."""
+
+MAX_TESTS_OF_TENANT = 2
+
+_TENANTS_AT_ONCE = 16  # whose ends are looked at together
+_ENDS_OF_TURN = 16  # of a tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +54,8 @@ class SenderPace:
     lease_s: float = 10.0
     first_retry_s: float = 5.0  # four times as long after each attempt
     max_retry_s: float = 4 * 3600.0
-    max_sending: int = 32  # deliveries at once, of all tenants
+    busy_s: float = 5.0  # until a delivery whose receiver had too many requests is looked at again
+    max_sending: int = 64  # deliveries at once, of all tenants
     max_sending_of_tenant: int = 4
 
 
@@ -58,57 +71,96 @@ class WebhookSender:
         self._outside = outside
         self._secret = secret
         self._pace = pace or SenderPace()
-        self._sending: dict[str, asyncio.Task[None]] = {}  # by delivery
-        self._of_tenant: Counter[str] = Counter()  # those that are being sent
+        self._sending: dict[tuple[str, str], asyncio.Task[None]] = {}  # by tenant and delivery
+        self._places = Places(self._pace.max_sending, self._pace.max_sending_of_tenant)
+        self._tests = Places(MAX_TESTS, MAX_TESTS_OF_TENANT)
+        self._freed = asyncio.Event()  # a delivery was tried, so another one may begin
 
     async def run(self) -> None:
         """Send until cancelled."""
         try:
             while True:
+                more = False
                 try:
                     if await self._bus.webhooks.lead(self._gid, int(self._pace.lease_s * 1000)):
-                        await self._turn()
+                        more = await self._turn()
                 except CONNECTION_ERRORS as error:
                     logger.warning("webhooks wait: %s", error)
                 except Exception:
                     logger.exception("webhooks wait")
-                await asyncio.sleep(self._pace.poll_s)
+                if not more:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(self._pace.poll_s):
+                            await self._freed.wait()
         finally:
             for task in self._sending.values():
                 task.cancel()
             await asyncio.gather(*self._sending.values(), return_exceptions=True)
 
-    async def _turn(self) -> None:
-        """Make deliveries of what has ended, and begin those that are due."""
-        webhooks = self._bus.webhooks
-        while True:
-            ended, cursor = await webhooks.ended(_AT_ONCE)
-            if not ended:
-                break
-            await self._plan(ended, cursor)
-        for delivery in await webhooks.due(_AT_ONCE * 4):
-            if len(self._sending) >= self._pace.max_sending:
-                break
-            if delivery.id in self._sending or self._of_tenant[delivery.tenant] >= self._pace.max_sending_of_tenant:
-                continue
-            self._of_tenant[delivery.tenant] += 1
-            self._sending[delivery.id] = asyncio.create_task(self._send(delivery))
+    async def _turn(self) -> bool:
+        """Give some tenants a turn: make deliveries of their ends, and begin those that are due.
 
-    async def _plan(self, ended: list[Ended], cursor: str) -> None:
+        Returns whether more is to be done at once. What a turn costs does not depend on how much waits: it looks at
+        `_TENANTS_AT_ONCE` times `_ENDS_OF_TURN` ends, and at twice as many tenants' deliveries as may be sent.
+        """
         webhooks = self._bus.webhooks
-        endpoints = await webhooks.endpoints()
-        for one in ended:
-            wanted = [endpoint for endpoint in endpoints if endpoint.tenant == one.tenant]
-            type_ = await self._type_of(one) if wanted else ""
-            for endpoint in wanted:
-                if type_ not in endpoint.events:
-                    continue
-                delivery = new_delivery(endpoint, type_, one.id)
-                num_waiting = await webhooks.add(delivery, MAX_WAITING)
-                if num_waiting >= 0:
-                    error = f"{num_waiting} deliveries were waiting already"
-                    await webhooks.done(msgspec.structs.replace(delivery, error=error), given_up=True)
-        await webhooks.move_on(cursor)
+        self._freed.clear()
+        more = await webhooks.take_over(_TENANTS_AT_ONCE * _ENDS_OF_TURN)
+        tenants = await webhooks.tenants_with_ends(_TENANTS_AT_ONCE)
+        num_planned = 0
+        for tenant in tenants:
+            try:
+                await self._plan(tenant)
+                num_planned += 1
+            except CONNECTION_ERRORS:
+                raise
+            except Exception:  # of one tenant's records, or a full queue: its ends wait, the others' do not
+                logger.exception("the webhooks of %s are not made", tenant)
+                await webhooks.drop_ends(tenant, [])
+        await self._begin()
+        return more or num_planned > 0
+
+    async def _begin(self) -> None:
+        """Give tenants a turn at the places for deliveries, those first that have fewest.
+
+        Twice as many are looked at as there are places, so at least half of them have none: while places are free,
+        each look begins something or finds all that is due.
+        """
+        webhooks = self._bus.webhooks
+        tenants = await webhooks.tenants_with_deliveries(2 * self._pace.max_sending)
+        for tenant in sorted(tenants, key=self._places.of):
+            if self._places.num_taken >= self._pace.max_sending:
+                break
+            room = self._places.room(tenant)
+            for delivery in await webhooks.take(tenant, room, CLAIM_MS):
+                if (tenant, delivery.id) not in self._sending:
+                    self._places.take(tenant)
+                    self._sending[tenant, delivery.id] = asyncio.create_task(self._send(delivery))
+
+    async def _plan(self, tenant: str) -> None:
+        """Make deliveries of a tenant's oldest ends."""
+        webhooks = self._bus.webhooks
+        endpoints = await webhooks.endpoints(tenant)
+        ended = await webhooks.ended(tenant, _ENDS_OF_TURN)
+        deliveries: list[m.Delivery] = []
+        for one in ended if endpoints else ():
+            try:
+                type_ = await self._type_of(one)
+            except CONNECTION_ERRORS:
+                raise
+            except Exception:  # what is kept of it cannot be read; it must not keep the others back
+                logger.exception("no webhook tells that %s has ended", one.id)
+                continue
+            deliveries += [new_delivery(endpoint, type_, one.id) for endpoint in endpoints if type_ in endpoint.events]
+        counts = await webhooks.add(tenant, deliveries, MAX_WAITING) if deliveries else []
+        too_many = [
+            msgspec.structs.replace(delivery, error=f"{num_waiting} deliveries were waiting already")
+            for delivery, num_waiting in zip(deliveries, counts, strict=True)
+            if num_waiting >= 0
+        ]
+        if too_many:
+            await webhooks.give_up(tenant, too_many)
+        await webhooks.drop_ends(tenant, ended)
 
     async def _type_of(self, ended: Ended) -> str:
         """Return the type of the event of an end, "" if nothing is known of it any more."""
@@ -126,41 +178,99 @@ class WebhookSender:
         return "response.incomplete" if is_cut else f"response.{state}"
 
     async def _send(self, delivery: m.Delivery) -> None:
-        """Try a delivery once, and note what came of it."""
-        webhooks = self._bus.webhooks
+        """Try a delivery once, and note what came of it, whatever that is."""
+        was_tried = False
         try:
-            endpoint = await webhooks.endpoint(delivery.tenant, delivery.endpoint)
-            error = await self.attempt(endpoint, delivery) if endpoint is not None else ""
-            tried = msgspec.structs.replace(
+            error = await self._tried(delivery)
+            was_tried = True
+            await self._note(msgspec.structs.replace(
                 delivery, attempts=delivery.attempts + 1, error=error, tried_ms=now_ms()
-            )  # fmt: skip
-            if not error or now_ms() - delivery.created_ms > MAX_AGE_MS:
-                await webhooks.done(tried, given_up=bool(error))
-            else:
-                pace = self._pace
-                pause_s = min(pace.first_retry_s * 4**delivery.attempts, pace.max_retry_s) * random.uniform(0.8, 1.2)
-                await webhooks.later(tried, now_ms() + int(1000 * pause_s))
+            ))  # fmt: skip
+        except BusyReceiverError:
+            await self._postpone(delivery)
         except CONNECTION_ERRORS as error:
             logger.warning("a webhook is sent again: %s", error)
+        except Exception:  # it is due again after `CLAIM_MS`
+            logger.exception("nothing is noted of the webhook %s", delivery.id)
         finally:
-            self._sending.pop(delivery.id, None)
-            self._of_tenant[delivery.tenant] -= 1
+            self._sending.pop((delivery.tenant, delivery.id), None)
+            self._places.leave(delivery.tenant)
+            if was_tried:
+                self._freed.set()
 
-    async def attempt(self, endpoint: m.WebhookEndpoint, delivery: m.Delivery) -> str:
-        """Send a delivery to its endpoint. Returns what is wrong, "" if it has arrived."""
+    async def _postpone(self, delivery: m.Delivery) -> None:
+        """Have a delivery looked at again soon. It counts as no attempt; without this it is due after `CLAIM_MS`."""
+        try:
+            await self._bus.webhooks.later(delivery, now_ms() + int(1000 * self._pace.busy_s))
+        except CONNECTION_ERRORS as error:
+            logger.warning("a webhook waits: %s", error)
+
+    async def _tried(self, delivery: m.Delivery) -> str:
+        """Send a delivery to its endpoint. Returns what is wrong, "" if it has arrived or its endpoint is deleted.
+
+        Raises BusyReceiverError, and one of CONNECTION_ERRORS when the queue does not say where to send it.
+        """
+        endpoint = await self._bus.webhooks.endpoint(delivery.tenant, delivery.endpoint)
+        if endpoint is None:
+            return ""
         try:
             status = await self.post(endpoint, delivery)
         except (UnreachableError, LorafleetError) as error:
             return str(error)
-        return "" if 200 <= status < 300 else f"the endpoint answers {status}"
+        except BusyReceiverError:
+            raise
+        except Exception as error:  # an attempt like any other: it is counted, and the next one comes later
+            logger.exception("the webhook %s cannot be sent", delivery.id)
+            return f"it cannot be sent: {type(error).__name__}"
+        return "" if is_success(status) else f"the endpoint answers {status}"
+
+    async def _note(self, tried: m.Delivery) -> None:
+        """Note that a delivery was tried: it is done, or given up, or tried again later."""
+        pace, webhooks = self._pace, self._bus.webhooks
+        if not tried.error:
+            await webhooks.done(tried)
+            return
+        if now_ms() - tried.created_ms > MAX_AGE_MS:
+            await webhooks.give_up(tried.tenant, [tried])
+            return
+        # An exponent above 16 is more than a day, whatever the first pause is.
+        pause_s = min(pace.first_retry_s * 4 ** min(tried.attempts - 1, 16), pace.max_retry_s)
+        await webhooks.later(tried, now_ms() + int(1000 * pause_s * random.uniform(0.8, 1.2)))
+
+    async def test(self, endpoint: m.WebhookEndpoint, delivery: m.Delivery) -> int:
+        """Send a delivery at once, and once; return the status of the answer.
+
+        Raises UnreachableError, PermissionDenied, and Overloaded when too many are on their way.
+        """
+        with self._tests.held(endpoint.tenant) as has_room:
+            if not has_room:
+                raise Overloaded(
+                    f"{self._tests.of(endpoint.tenant)} tests of your webhooks are on their way, and"
+                    f" {self._tests.num_taken} of all tenants; the limits of this gateway are {MAX_TESTS_OF_TENANT} and"
+                    f" {MAX_TESTS}",
+                    TIMEOUT_S,
+                )
+            try:
+                return await self.post(endpoint, delivery)
+            except BusyReceiverError as error:
+                raise Overloaded(str(error), TIMEOUT_S) from error
 
     async def post(self, endpoint: m.WebhookEndpoint, delivery: m.Delivery) -> int:
-        """Return the status that an endpoint answers a delivery with. Raises UnreachableError, PermissionDenied."""
+        """Return the status that an endpoint answers a delivery with.
+
+        Raises UnreachableError, BusyReceiverError, PermissionDenied.
+        """
         now_s = now_ms() // 1000
         sealed = [endpoint.secret, *([endpoint.old_secret] if endpoint.old_until_ms > now_ms() else [])]
         keys = [self._secret.open(one, endpoint.id) for one in sealed] if self._secret is not None else []
         body = event_body(delivery.event, delivery.type, delivery.subject, delivery.created_ms // 1000)
-        return await self._outside.post(endpoint.url, body, signed_headers(delivery.event, body, now_s, keys))
+        headers = signed_headers(delivery.event, body, now_s, keys)
+        return await self._outside.post(endpoint.url, body, headers, endpoint.tenant)
+
+
+def is_success(status: int) -> bool:
+    """Return whether an endpoint that answers this has taken what was sent."""
+    return 200 <= status < 300
 
 
 def new_delivery(endpoint: m.WebhookEndpoint, type_: str, subject: str) -> m.Delivery:

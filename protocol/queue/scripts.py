@@ -19,7 +19,8 @@ from protocol.queue.connection.redis_client import Client
 NAMES = (
     "submit", "assign", "step", "finish", "cancel", "requeue", "retry", "lead", "repair", "position", "join", "vital",
     "forget", "inputs", "keep_file", "drop_file", "open_batch", "claim_batch", "save_batch",
-    "add_delivery", "change_conversation", "drop_conversation", "note_residency",
+    "add_deliveries", "take_deliveries", "drop_ends", "keep_hook", "take_over",
+    "change_conversation", "drop_conversation", "note_residency",
 )  # fmt: skip
 FOLDER = Path(__file__).parent / "lua"
 
@@ -70,7 +71,11 @@ class Scripts:
     open_batch: Script
     claim_batch: Script
     save_batch: Script
-    add_delivery: Script
+    add_deliveries: Script
+    take_deliveries: Script
+    drop_ends: Script
+    keep_hook: Script
+    take_over: Script
     change_conversation: Script
     drop_conversation: Script
     note_residency: Script

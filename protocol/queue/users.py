@@ -54,6 +54,8 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
     answers = (k.tok("*"), k.lp("*"), k.plp("*"))
     request = (k.req("*"), *answers)
     use = k.quota("*")  # with all that is counted of a tenant; every script that ends a request settles it
+    # Every script that ends a job tells of it; `old_ends` is for services of the version before, which still run.
+    ends = (k.ends, k.ends_of("*"), k.old_ends)
     usage = k.usage_tenants("*")  # with each tenant's: every script that ends a request adds to it
     return {
         "gateway": Rights(
@@ -62,9 +64,10 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
                 *request, k.tag, k.call("*"), k.body("*"), k.sub("*"), k.out("*"), use, usage, k.job("*"), k.jobs("*"),
                 k.idem("*", "*"), "", k.gateway_beat("*"), k.gateways, k.registrations, k.registered("*", "*"), k.pins,
                 k.adapter_events, k.file("*"), k.files("*"), k.file_expiry, k.batch("*"), k.batches("*"),
-                k.open_batches, k.conversation("*"), k.conversations("*"), k.turns, k.webhooks, k.events,
-                k.event_cursor, k.deliveries, k.delivery_times, k.waiting_deliveries("*"), k.undelivered("*"),
-                k.sender, k.dlq, k.audit, k.tenants_audit, *(administered if console_keys else ()),
+                k.open_batches, k.conversation("*"), k.conversations("*"), k.turns, k.hooks("*"), k.ends,
+                k.ends_of("*"), k.outboxes, k.outbox("*"), k.outbox_times("*"), k.undelivered("*"), k.sender,
+                k.old_hooks, k.old_ends, k.old_cursor, k.old_deliveries, k.old_delivery_times, k.dlq, k.audit,
+                k.tenants_audit, *(administered if console_keys else ()),
             ),
             reads=(
                 *(() if console_keys else administered), k.ended, k.adapters, k.adapter("*"), k.adapter_use("*"),
@@ -79,7 +82,7 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
                 k.leader_epoch, k.status, use, usage, k.workers, k.worker_beat("*"), k.gateways, k.dlq,
             ),
             reads=(k.gateway_beat("*"), k.adapter("*")),
-            adds=(*answers, k.body("*"), k.out("*"), k.events),  # what it ends expires
+            adds=(*answers, k.body("*"), k.out("*"), *ends),  # what it ends expires
             scans=True,
         ),
         "worker": Rights(
@@ -88,7 +91,7 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
                 k.worker_beat("*"), k.workers, k.base, k.adapter_use("*"), k.residency("*"),
             ),
             reads=(k.body("*"), k.stores, k.store_beat("*")),
-            adds=(k.out("*"), k.body("*"), k.sub("*"), k.dlq, k.adapter_events, k.events),
+            adds=(k.out("*"), k.body("*"), k.sub("*"), k.dlq, k.adapter_events, *ends),
         ),
         "store": Rights(
             writes=(

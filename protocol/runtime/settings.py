@@ -276,6 +276,10 @@ class Settings(BaseSettings):
         default=False,
         description="let webhooks go to http:// and to addresses of private networks; else only to https:// outside",
     )
+    webhook_dns: str = Field(
+        default="", pattern=r"^(\d+(\.\d+){3}(:\d+)?)?$",
+        description="IPv4 address, or ADDRESS:PORT, of the DNS server for webhooks; empty: as /etc/resolv.conf says",
+    )  # fmt: skip
     keepalive_s: float = Field(default=10.0, description="silence after which a stream gets a keep-alive comment")
 
     # Scheduler
@@ -409,9 +413,7 @@ class Settings(BaseSettings):
         description="which adapters are looked through for having no effect: all that they add is zero",
     )
     store_quota_bytes: int = Field(
-        default=0,
-        ge=0,
-        description="disk space for mirrored adapters, the least recently used leave first; 0: no limit",
+        default=0, ge=0, description="space for mirrored adapters; the least recently used leave first; 0: no limit"
     )
     request_sources: str = Field(
         default="", description="sources whose adapters a request may name without registration: hub, s3 or hub,s3"
@@ -461,9 +463,8 @@ class Settings(BaseSettings):
     )
 
     @field_validator(
-        "data", "adapters", "gpu_locks", "secret_file", "redis_password_file",
-        "redis_sentinel_password_file", "redis_ca_file", "redis_cert_file",
-        "redis_key_file",
+        "data", "adapters", "gpu_locks", "secret_file", "redis_password_file", "redis_sentinel_password_file",
+        "redis_ca_file", "redis_cert_file", "redis_key_file",
     )  # fmt: skip
     @classmethod
     def _expand(cls, path: Path | None) -> Path | None:

@@ -165,35 +165,58 @@ class Keys:
         """Sorted set: `<tenant>:<batch id>` -> unix ms until which a gateway runs it, 0 before one does. Permanent."""
         return f"{self.tag}:open-batches"
 
-    # Webhooks.
+    # Webhooks: whatever waits is kept by tenant, and tenants take turns.
+    def hooks(self, tenant: str) -> str:
+        """Hash: endpoint id -> `messages.WebhookEndpoint` of a tenant. Permanent."""
+        return f"{self.tag}:hooks:{tenant}"
+
     @property
-    def webhooks(self) -> str:
+    def ends(self) -> str:
+        """Sorted set: tenant -> unix ms since which its oldest end waits, or of its last turn. Permanent."""
+        return f"{self.tag}:ends"
+
+    def ends_of(self, tenant: str) -> str:
+        """Stream: ends of a tenant's jobs and batches that no deliveries were made of: `id`, `type`. Permanent."""
+        return f"{self.tag}:ends:{tenant}"
+
+    @property
+    def outboxes(self) -> str:
+        """Sorted set: tenant -> unix ms when its next delivery is due, or of its last turn. Permanent."""
+        return f"{self.tag}:outboxes"
+
+    def outbox(self, tenant: str) -> str:
+        """Hash: delivery id -> `messages.Delivery`, until it has arrived or is given up. Permanent."""
+        return f"{self.tag}:outbox:{tenant}"
+
+    def outbox_times(self, tenant: str) -> str:
+        """Sorted set: delivery id -> unix ms of its next attempt. Permanent."""
+        return f"{self.tag}:outbox-due:{tenant}"
+
+    # What the version before kept of all tenants together; `take_over.lua` empties it.
+    @property
+    def old_hooks(self) -> str:
         """Hash: `<tenant>:<endpoint id>` -> `messages.WebhookEndpoint`. Permanent."""
         return f"{self.tag}:webhooks"
 
     @property
-    def events(self) -> str:
+    def old_ends(self) -> str:
         """Stream: ends of jobs and batches: `tenant`, `id` and, of a batch, `type`. MAXLEN, permanent."""
         return f"{self.tag}:events"
 
     @property
-    def event_cursor(self) -> str:
-        """String: the last entry of `events` that deliveries were made of. Permanent."""
+    def old_cursor(self) -> str:
+        """String: the last entry of `old_ends` that deliveries were made of. Permanent."""
         return f"{self.tag}:events:cursor"
 
     @property
-    def deliveries(self) -> str:
-        """Hash: delivery id -> `messages.Delivery`, until it has arrived or is given up. Permanent."""
+    def old_deliveries(self) -> str:
+        """Hash: delivery id -> `messages.Delivery`. Permanent."""
         return f"{self.tag}:deliveries"
 
     @property
-    def delivery_times(self) -> str:
+    def old_delivery_times(self) -> str:
         """Sorted set: delivery id -> unix ms of its next attempt. Permanent."""
         return f"{self.tag}:deliveries:due"
-
-    def waiting_deliveries(self, tenant: str) -> str:
-        """Set: ids of a tenant's entries in `deliveries`. 3 days after the last one began or was tried."""
-        return f"{self.tag}:deliveries:of:{tenant}"
 
     def undelivered(self, tenant: str) -> str:
         """Hash: delivery id -> `messages.Delivery` that was given up. 7 days after the last one."""
@@ -345,11 +368,12 @@ class Keys:
         fixed = {
             self.ended, self.workers, self.gateways, self.stores, self.leader_epoch,
             self.base, self.adapters, self.registrations, self.pins, self.adapter_events, self.api_keys, self.tenants,
-            self.file_expiry, self.open_batches, self.webhooks, self.events, self.event_cursor, self.deliveries,
-            self.delivery_times, self.turns, self.audit, self.tenants_audit,
+            self.file_expiry, self.open_batches, self.ends, self.outboxes, self.old_hooks, self.old_ends,
+            self.old_cursor, self.old_deliveries, self.old_delivery_times, self.turns, self.audit, self.tenants_audit,
             *(self.sub(c) for c in CLASSES),
         }  # fmt: skip
-        return key in fixed or key.startswith(f"{self.namespace}:adapter:")
+        of_tenants = (self.hooks(""), self.ends_of(""), self.outbox(""), self.outbox_times(""))
+        return key in fixed or key.startswith((f"{self.namespace}:adapter:", *of_tenants))
 
 
 def private_name(name: str, tenant: str) -> str:

@@ -25,6 +25,7 @@ from hostile.victim import Seen, Victim
 
 from chaos.attackers.attacker import Attack, Attacker, Round
 from chaos.attackers.attacks import BODY_ATTACKS, COMPLETIONS, MANY_LOGPROBS, completion
+from chaos.attackers.webhook_attacks import WEBHOOK_ATTACKS, silent_dns
 from chaos.attackers.wire_attacks import WIRE_ATTACKS
 from chaos.fleet import ProcessFleet, Shape
 from protocol.queue.books.api_keys import Tenant
@@ -216,7 +217,7 @@ def attacks_of(commit: str, read_configs: Round, state: Callable[[], Awaitable[A
     adapters = [*map(asking, hostile_adapters.TOKENIZERS), *ADAPTER_ATTACKS]
     configs = Attack("configs of 1.5 GB and of 20,000 modules", read_configs)
     return [
-        *((attack, "attacker") for attack in (*BODY_ATTACKS, *adapters, configs)),
+        *((attack, "attacker") for attack in (*BODY_ATTACKS, *WEBHOOK_ATTACKS, *adapters, configs)),
         *((attack, "" if attack.keyless else "attacker") for attack in WIRE_ATTACKS),
         (stealing(commit), "thief"),
         (peeping(["two", HIDDEN]), "peeper"),
@@ -251,7 +252,7 @@ async def arena_in(folder: Path, model: Path | None = None, **settings: Any) -> 
         hub.tokens |= {"hf_owner": {SECRET}, FLEET_TOKEN: {HIDDEN}}
         values: dict[str, Any] = {"api_keys": True, "request_sources": "hub", "hub_endpoint": hub.url}
         values |= {"grammar_timeout_s": 0.25, "template_timeout_s": 0.25}
-        values |= {"gateway_memory": GATEWAY_MEMORY}
+        values |= {"gateway_memory": GATEWAY_MEMORY, "private_webhooks": True, "webhook_dns": silent_dns()}
         values |= {"tenant_places": "org"}  # what the fleet's own token reads there is for all who may see the name
         fleet = ProcessFleet.prepare(
             folder, model, root, durable=True, secret="the secret of the arena", **values | settings

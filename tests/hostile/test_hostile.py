@@ -6,13 +6,20 @@ writes a table.
 
 from __future__ import annotations
 
+import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
 from helpers.preloaded import fork
+from helpers.waiting import wait_until
 from hostile.arena import NAMES, Arena, arena_in
+
+from chaos.attackers.attacker import Attacker
+from chaos.attackers.attacks import COMPLETIONS, completion
+from chaos.attackers.webhook_attacks import ENDPOINTS, WEBHOOK_ATTACKS
 
 SECONDS = float(os.environ.get("LORAFLEET_HOSTILE_S", "0.1"))
 """How long rounds of an attack are begun; each has one at least."""
@@ -35,3 +42,43 @@ async def test_the_victim_notices_nothing_of(arena: Arena, name: str) -> None:
     trial = await arena.attack(attack, SECONDS, key)
     assert trial.told, "nothing was sent"
     assert trial.wrong == []
+
+
+WEBHOOK_S = 4.0
+"""A job and its webhook count as taking at least this; a receiver that does not answer holds its place for 15."""
+
+
+async def test_webhooks_arrive_beside_those_that_nobody_takes(arena: Arena) -> None:
+    """Three tenants with endpoints that hang, of receivers and of names, do not double what a fourth one waits."""
+    arrived: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        arrived.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    victim = Attacker(arena.fleet.url, arena.keys["victim"])
+    attackers = [Attacker(arena.fleet.url, arena.keys[name]) for name in ("attacker", "thief", "owner")]
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+
+    async def wait_s() -> float:
+        began, before = time.monotonic(), len(arrived)
+        assert await victim.post(COMPLETIONS, completion(background=True)) is not None
+        await wait_until(lambda: len(arrived) > before, "the webhook has arrived", timeout_s=60.0)
+        return time.monotonic() - began
+
+    try:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/hook"
+        made = await victim.post(ENDPOINTS, {"name": "n", "url": url, "event_types": ["job.completed"]})
+        assert "id" in made, made
+        alone_s = max([await wait_s() for _ in range(3)])
+        await asyncio.gather(*(WEBHOOK_ATTACKS[0].once(attacker) for attacker in attackers))
+        for attacker in attackers:
+            assert attacker.told["429"] > 50, attacker.told  # tests beyond those that got a place
+            assert WEBHOOK_ATTACKS[0].wrongly_told(attacker.told) == []
+        assert max([await wait_s() for _ in range(3)]) <= 2 * max(alone_s, WEBHOOK_S)
+    finally:
+        server.close()
+        for client in (victim, *attackers):
+            await client.close()

@@ -1,15 +1,19 @@
 """Webhook endpoints, the ends of jobs and batches, and deliveries: events on their way to endpoints.
 
+Whatever waits is kept by tenant, and tenants take turns: the one whose turn is longest ago comes first, and a turn has
+a bounded number of ends or deliveries, so no tenant waits behind all that another has.
+
 One gateway at a time sends; the others keep watch. What it has not noted as done is done again by the next one, so an
 event arrives at least once.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from protocol.queue.connection.redis_client import Client
-from protocol.queue.dead_letters import set_aside
 from protocol.queue.kept.readable import readable
 from protocol.queue.scripts import Scripts
 from protocol.runtime.guarded import FAILED
@@ -19,21 +23,23 @@ from protocol.wire.codec import decode_record
 from protocol.wire.errors import NewerRecord, UnreadableRecord
 from protocol.wire.keys import Keys
 
+logger = logging.getLogger(__name__)
+
 GIVEN_UP_S = 604_800
 """How long a delivery that was given up is kept."""
 
-WAITING_S = 3 * 86_400
-"""How long it is known which deliveries of a tenant wait, after the last one began or was tried: they wait a day."""
-
 MAX_GIVEN_UP = 256
 """Deliveries of a tenant that were given up and are kept, the newest."""
+
+UNREADABLE = "its record cannot be read"
+"""The error of a delivery whose record no longer says what is to be sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
     """The end of a job or a batch."""
 
-    tenant: str
+    entry: str  # of the tenant's stream
     id: str
     type: str  # of the event; "": a job, whose state tells it
 
@@ -48,25 +54,26 @@ class Webhooks:
 
     # ------------------------------------------------------------ endpoints
 
-    async def endpoints(self, tenant: str | None = None) -> list[m.WebhookEndpoint]:
-        """Return the endpoints of a tenant, or of all, the oldest first."""
-        found = readable(await self._redis.hvals(self._keys.webhooks), m.WebhookEndpoint)
-        return sorted((one for one in found if tenant in (None, one.tenant)), key=lambda one: (one.created_ms, one.id))
+    async def endpoints(self, tenant: str) -> list[m.WebhookEndpoint]:
+        """Return the endpoints of a tenant, the oldest first."""
+        found = readable(await self._redis.hvals(self._keys.hooks(tenant)), m.WebhookEndpoint)
+        return sorted(found, key=lambda one: (one.created_ms, one.id))
 
     async def endpoint(self, tenant: str, endpoint_id: str) -> m.WebhookEndpoint | None:
         """Return a tenant's endpoint; None if there is no such one."""
-        raw = await self._redis.hget(self._keys.webhooks, f"{tenant}:{endpoint_id}")
-        return decode_record(raw, m.WebhookEndpoint) if raw is not None else None
+        raw = await self._redis.hget(self._keys.hooks(tenant), endpoint_id)
+        return next(iter(readable([raw], m.WebhookEndpoint)), None)
 
-    async def put_endpoint(self, endpoint: m.WebhookEndpoint) -> None:
-        """Write an endpoint, new or changed."""
-        await self._redis.hset(self._keys.webhooks, f"{endpoint.tenant}:{endpoint.id}", m.encode(endpoint))
+    async def keep_endpoint(self, endpoint: m.WebhookEndpoint, most: int = 0) -> bool:
+        """Write an endpoint that is there, or a new one if its tenant has fewer than `most`. Returns whether it did."""
+        keys = [self._keys.tag, self._keys.hooks(endpoint.tenant)]
+        return bool(await self._scripts.keep_hook(keys=keys, args=[endpoint.id, m.encode(endpoint), most]))
 
     async def delete_endpoint(self, tenant: str, endpoint_id: str) -> bool:
         """Delete an endpoint. Returns whether it was there."""
-        return bool(await self._redis.hdel(self._keys.webhooks, f"{tenant}:{endpoint_id}"))
+        return bool(await self._redis.hdel(self._keys.hooks(tenant), endpoint_id))
 
-    # ------------------------------------------------------------ sending
+    # ------------------------------------------------------------ leading
 
     async def lead(self, gid: str, lease_ms: int) -> bool:
         """Take or keep the sending of webhooks for `lease_ms`. Returns whether this gateway has it."""
@@ -76,85 +83,121 @@ class Webhooks:
             return False
         return bool(await self._redis.pexpire(self._keys.sender, lease_ms))
 
-    async def ended(self, num: int) -> tuple[list[Ended], str]:
-        """Return at most `num` ends that no deliveries were made of, and where to go on after them."""
-        raw = await self._redis.get(self._keys.event_cursor)
-        cursor = raw.decode() if raw else "0"
-        entries = await self._redis.xrange(self._keys.events, f"({cursor}", count=num)
-        if entries:
-            cursor = entries[-1][0].decode()
-        fields = [{name.decode(): value.decode() for name, value in entry.items()} for _, entry in entries]
-        return [Ended(one["tenant"], one["id"], one["type"]) for one in fields], cursor
+    async def take_over(self, num: int) -> bool:
+        """Move about `num` of each kind that the version before kept. Returns whether there may be more."""
+        keys = self._keys
+        if not await self._redis.exists(keys.old_hooks, keys.old_ends, keys.old_delivery_times):
+            return False
+        for lost in await self._scripts.take_over(keys=[keys.tag], args=[num]):
+            logger.error("the webhook %r of the version before is dropped: %s", lost, UNREADABLE)
+        return True
 
-    async def add(self, delivery: m.Delivery, max_waiting: int) -> int:
-        """Note a delivery, new or one that was given up, due now. Returns -1.
+    # ------------------------------------------------------------ ends
 
-        If `max_waiting` of its tenant's wait already, it returns how many do, and nothing is changed.
-        """
-        keys, tenant = self._keys, delivery.tenant
-        names = [
-            keys.tag,
-            keys.deliveries,
-            keys.delivery_times,
-            keys.waiting_deliveries(tenant),
-            keys.undelivered(tenant),
+    async def tenants_with_ends(self, num: int) -> list[str]:
+        """Return at most `num` tenants that have ends; those whose turn is longest ago come first."""
+        return [raw.decode() for raw in await self._redis.zrange(self._keys.ends, 0, num - 1)]
+
+    async def ended(self, tenant: str, num: int) -> list[Ended]:
+        """Return at most `num` ends of a tenant that no deliveries were made of, the oldest first."""
+        entries = await self._redis.xrange(self._keys.ends_of(tenant), count=num)
+        return [
+            Ended(entry.decode(), fields.get(b"id", b"").decode(), fields.get(b"type", b"").decode())
+            for entry, fields in entries
         ]
-        args = [delivery.id, m.encode(delivery), max_waiting, WAITING_S]
-        return await self._scripts.add_delivery(keys=names, args=args)
 
-    async def move_on(self, cursor: str) -> None:
-        """Note that deliveries were made of all events up to `cursor`."""
-        await self._redis.set(self._keys.event_cursor, cursor)
+    async def drop_ends(self, tenant: str, ended: Sequence[Ended]) -> None:
+        """Note that deliveries were made of a tenant's ends, and that it has had its turn."""
+        keys = self._keys
+        names = [keys.tag, keys.ends_of(tenant), keys.ends]
+        # "0-0" is no entry: a tenant of which nothing was found has its turn, too.
+        await self._scripts.drop_ends(keys=names, args=[tenant, *(one.entry for one in ended), "0-0"])
 
-    async def due(self, num: int) -> list[m.Delivery]:
-        """Return at most `num` deliveries whose time has come, the most overdue first."""
-        ids = await self._redis.zrangebyscore(self._keys.delivery_times, "-inf", now_ms(), start=0, num=num)
-        raws: list[bytes | None] = list(await self._redis.hmget(self._keys.deliveries, ids)) if ids else []
+    # ------------------------------------------------------------ deliveries
+
+    async def add(self, tenant: str, deliveries: Sequence[m.Delivery], max_waiting: int) -> list[int]:
+        """Note deliveries of a tenant, new or given up, due now. Returns of each -1.
+
+        Of one that finds `max_waiting` of its tenant's waiting it returns how many do, and it is not noted.
+        """
+        keys = self._keys
+        names = [
+            keys.tag, keys.outbox(tenant), keys.outbox_times(tenant), keys.undelivered(tenant), keys.outboxes
+        ]  # fmt: skip
+        records = [part for one in deliveries for part in (one.id, m.encode(one))]
+        return await self._scripts.add_deliveries(keys=names, args=[tenant, max_waiting, *records])
+
+    async def tenants_with_deliveries(self, num: int) -> list[str]:
+        """Return at most `num` tenants that may have deliveries due; those whose turn is longest ago come first."""
+        found = await self._redis.zrangebyscore(self._keys.outboxes, "-inf", now_ms(), start=0, num=num)
+        return [raw.decode() for raw in found]
+
+    async def take(self, tenant: str, num: int, claim_ms: int) -> list[m.Delivery]:
+        """Give a tenant its turn: return at most `num` of its deliveries that are due, the most overdue first.
+
+        After `claim_ms` they are due again, unless `later` or `done` was called. A record that cannot be read is given
+        up, and says so.
+        """
+        keys = self._keys
+        names = [keys.tag, keys.outbox(tenant), keys.outbox_times(tenant), keys.outboxes]
+        flat = await self._scripts.take_deliveries(keys=names, args=[tenant, num, claim_ms])
         found: list[m.Delivery] = []
-        for id_, raw in zip(ids, raws, strict=True):
-            if raw is None:
-                await self._redis.zrem(self._keys.delivery_times, id_)
-                continue
+        lost: list[m.Delivery] = []
+        for id_, raw in zip(flat[::2], flat[1::2], strict=True):
             try:
-                found.append(decode_record(raw, m.Delivery))
-            except NewerRecord as error:  # for a newer gateway, once it leads
+                read = decode_record(raw, m.Delivery)
+            except NewerRecord as error:  # for a newer gateway, once it sends: this one has only had its turn
                 FAILED.note("records", error, "a Delivery")
+                continue
             except UnreadableRecord as error:
-                keys = self._keys
-                taken = (("HDEL", keys.deliveries, id_), ("ZREM", keys.delivery_times, id_))
-                await set_aside(self._scripts, keys, keys.deliveries, raw, error.message, *taken)
+                FAILED.note("records", error, "a Delivery")
+                read = None
+            if read is not None and read.tenant == tenant:
+                found.append(read)
+            else:
+                event, _, endpoint = id_.decode().rpartition(":")
+                lost.append(m.Delivery(
+                    id=id_.decode(), event=event, endpoint=endpoint, tenant=tenant, type="", subject="",
+                    created_ms=now_ms(), error=UNREADABLE,
+                ))  # fmt: skip
+        if lost:
+            await self.give_up(tenant, lost)
         return found
 
-    async def waiting(self) -> list[m.Delivery]:
-        """Return all deliveries that have not arrived, and were not given up."""
-        return readable(await self._redis.hvals(self._keys.deliveries), m.Delivery)
+    async def waiting(self, tenant: str) -> list[m.Delivery]:
+        """Return a tenant's deliveries that have not arrived, and were not given up."""
+        return readable(await self._redis.hvals(self._keys.outbox(tenant)), m.Delivery)
 
     async def later(self, delivery: m.Delivery, due_ms: int) -> None:
-        """Write a delivery that was tried, and when it is tried again."""
-        waiting = self._keys.waiting_deliveries(delivery.tenant)
+        """Write a delivery, and when it is tried the next time."""
         pipe = self._redis.pipeline(transaction=True)
-        pipe.hset(self._keys.deliveries, delivery.id, m.encode(delivery))
-        pipe.zadd(self._keys.delivery_times, {delivery.id: due_ms})
-        pipe.sadd(waiting, delivery.id)
-        pipe.expire(waiting, WAITING_S)
+        pipe.hset(self._keys.outbox(delivery.tenant), delivery.id, m.encode(delivery))
+        pipe.zadd(self._keys.outbox_times(delivery.tenant), {delivery.id: due_ms})
+        pipe.zadd(self._keys.outboxes, {delivery.tenant: due_ms}, lt=True)
         await pipe.execute()
 
-    async def done(self, delivery: m.Delivery, *, given_up: bool = False) -> None:
-        """Forget a delivery that has arrived; or put it aside, as long as these are few."""
-        aside = self._keys.undelivered(delivery.tenant)
+    async def done(self, delivery: m.Delivery) -> None:
+        """Forget a delivery that has arrived."""
         pipe = self._redis.pipeline(transaction=True)
-        pipe.hdel(self._keys.deliveries, delivery.id)
-        pipe.zrem(self._keys.delivery_times, delivery.id)
-        pipe.srem(self._keys.waiting_deliveries(delivery.tenant), delivery.id)
-        if given_up:
-            pipe.hset(aside, delivery.id, m.encode(delivery))
-            pipe.expire(aside, GIVEN_UP_S)
+        pipe.hdel(self._keys.outbox(delivery.tenant), delivery.id)
+        pipe.zrem(self._keys.outbox_times(delivery.tenant), delivery.id)
         await pipe.execute()
-        if given_up and await self._redis.hlen(aside) > MAX_GIVEN_UP:
-            oldest = sorted(await self.given_up(delivery.tenant), key=lambda one: one.created_ms)[:-MAX_GIVEN_UP]
-            await self._redis.hdel(aside, *(one.id for one in oldest))
 
     # ------------------------------------------------------------ given up
+
+    async def give_up(self, tenant: str, deliveries: Sequence[m.Delivery]) -> None:
+        """Put deliveries of a tenant aside, at least one, as long as these are few."""
+        ids, aside = [one.id for one in deliveries], self._keys.undelivered(tenant)
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.hdel(self._keys.outbox(tenant), *ids)
+        pipe.zrem(self._keys.outbox_times(tenant), *ids)
+        pipe.hset(aside, mapping={one.id: m.encode(one) for one in deliveries[-MAX_GIVEN_UP:]})
+        pipe.expire(aside, GIVEN_UP_S)
+        await pipe.execute()
+        if await self._redis.hlen(aside) > MAX_GIVEN_UP:
+            oldest = sorted(await self.given_up(tenant), key=lambda one: one.created_ms)[:-MAX_GIVEN_UP]
+            if oldest:
+                await self._redis.hdel(aside, *(one.id for one in oldest))
 
     async def given_up(self, tenant: str) -> list[m.Delivery]:
         """Return a tenant's deliveries that were given up, the newest first."""

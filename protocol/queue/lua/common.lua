@@ -19,6 +19,12 @@ local function now_ms()
   return t[1] * 1000 + math.floor(t[2] / 1000)
 end
 
+-- Return unix time in ms, with its microseconds: who has had a turn comes behind all who came before, within one ms too.
+local function turn_ms()
+  local t = redis.call('TIME')
+  return t[1] * 1000 + t[2] / 1000
+end
+
 -- Return whether a state is the end of a request.
 local function is_terminal(state)
   return state == 'completed' or state == 'failed' or state == 'cancelled'
@@ -108,9 +114,10 @@ local function kept_bytes(tenant, now)
 end
 
 -- Tell that a job or a batch has ended, to whoever sends webhooks. `type`: of the event, '' for a job's, whose requests
--- say how it ended.
+-- say how it ended. Each tenant has a stream of its own, so that none pushes out, or waits behind, another's ends.
 local function tell_end(tenant, id, type)
-  redis.call('XADD', P .. ':events', 'MAXLEN', '~', '10000', '*', 'tenant', tenant, 'id', id, 'type', type)
+  redis.call('XADD', P .. ':ends:' .. tenant, 'MAXLEN', '~', '10000', '*', 'id', id, 'type', type)
+  redis.call('ZADD', P .. ':ends', 'NX', now_ms(), tenant)
 end
 
 -- Tell that a call has ended if it is a job; `job` is `<tenant>:<id>`, or false.

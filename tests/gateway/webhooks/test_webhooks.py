@@ -175,7 +175,7 @@ async def test_what_is_given_up_is_listed_and_sent_again(
         id="d", event="evt_1", endpoint=made.id, tenant="public", type="job.completed", subject="job_1",
         created_ms=now_ms() - MAX_AGE_MS - 1,
     )  # fmt: skip
-    await bus.webhooks.add(old, 1)
+    await bus.webhooks.add("public", [old], 1)
     async with httpx2.AsyncClient(base_url=hooked.url) as http:
 
         async def listed() -> list[dict[str, Any]]:
@@ -209,10 +209,10 @@ async def test_deliveries_that_wait_are_bounded_whatever_is_sent_again(
 
         receiver.refusals = 1_000_000
         for number in range(MAX_WAITING):
-            await bus.webhooks.add(delivery(number), MAX_WAITING)
+            await bus.webhooks.add("public", [delivery(number)], MAX_WAITING)
             await bus.webhooks.later(delivery(number), now_ms() + 3_600_000)
         for number in (MAX_WAITING, MAX_WAITING + 1):
-            await bus.webhooks.done(delivery(number), given_up=True)
+            await bus.webhooks.give_up("public", [delivery(number)])
         assert await retry(MAX_WAITING) == 429
         await bus.webhooks.done(delivery(0))
         assert [await retry(MAX_WAITING + number) for number in (0, 0, 1)] == [200, 404, 429]

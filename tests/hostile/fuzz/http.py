@@ -15,6 +15,7 @@ from hostile.fuzz.services import json_error, services
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from chaos.attackers.webhook_attacks import silent_dns
 from gateway.adapters.operator_routes import LoadRequest, RegisterRequest, UnloadRequest
 from gateway.anthropic.bodies import CountTokensRequest, MessagesRequest
 from gateway.batches.bodies import BatchRequest
@@ -265,7 +266,9 @@ def _made(connection: http.client.HTTPConnection) -> dict[str, str]:
 
 @contextmanager
 def _gateway() -> Iterator[Check]:
-    with services(max_queued=200, private_webhooks=True, secret="of the fuzzed fleet") as running:
+    with services(
+        max_queued=200, private_webhooks=True, webhook_dns=silent_dns(), secret="of the fuzzed fleet"
+    ) as running:
         connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=PATIENCE_S)
         made = _made(connection)
 
