@@ -1,6 +1,6 @@
 """The ASGI application: the routes, and what wraps them.
 
-From the outside in: envelope, browsers, CORS, admission, authentication, memory, large bodies, calls.
+From the outside in: envelope, browsers, CORS, admission, authentication, reads, memory, large bodies, calls.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from gateway.operators.routes import FleetEndpoints, add_fleet_routes
 from gateway.overload.admission import Admission
 from gateway.overload.large import LargeBodies
 from gateway.overload.memory import Charged, MemoryAccount
+from gateway.overload.reads import Reads
 from gateway.requests.routes import RequestEndpoints, add_request_routes
 from gateway.responses.conversation_routes import ConversationEndpoints, add_conversation_routes
 from gateway.responses.routes import ResponseEndpoints, add_response_routes
@@ -123,7 +124,8 @@ def build_app(
     add_audit_routes(app, audit)
     bodies = LargeBodies(DirectCalls(app, shape_of), shape_of)
     charged = Charged(bodies, memory, shape_of, settings.max_body_bytes)
-    authentication = Authentication(charged, keys, shape_of, secret, open_pages=settings.open_pages)
+    reads = Reads(charged, shape_of, settings.reads_per_s)
+    authentication = Authentication(reads, keys, shape_of, secret, open_pages=settings.open_pages)
     guarded: ASGIApp = Admitted(authentication, admission)
     origins = names_of(settings.cors_origins)
     if origins:
