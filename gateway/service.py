@@ -135,7 +135,7 @@ async def _serve(
         resolver = Resolver(bus, aliases, own, settings.adapters, shows_paths=not settings.api_keys)
         pipeline = Pipeline(settings, bus, files, fleet, resolver, replies, grammars, admission)
         endpoints = Endpoints(pipeline, admission)
-        operators = OperatorEndpoints(AdapterOperations(bus, settings, aliases, secret))
+        operators = OperatorEndpoints(AdapterOperations(bus, settings, aliases, resolver.catalogue, secret))
         native = NativeEndpoints(endpoints, pipeline)
         if not settings.api_keys and not is_loopback(settings.host):
             logger.warning(

@@ -1,14 +1,17 @@
-"""What everybody may list of the catalogue, which may have ten thousand names: read some hundreds at a time.
+"""What everybody may list of the catalogue, which may have ten thousand names: from a copy in the order of names.
 
-One list is made at a time for all clients, by turns of tenants, so that many lists hold up nobody and take the memory
-of one; what was made is charged to its caller until it is read.
+A gateway reads the catalogue when somebody lists it and it has changed: some hundreds of names at a time, once for all
+who ask meanwhile, and for no more than a tenth of the time. What a list shows, whole, is written once for all who see
+the same names. So a list costs a page, or a look at what was written before, whoever asks and however many do.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Any
+import asyncio
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from typing import Any, TypeVar
 
 from gateway.auth.callers import Caller
 from gateway.bodies.json_slices import dumps
@@ -17,46 +20,187 @@ from gateway.overload.memory import held, hold
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 
-OBJECTS_AT_ONCE = 256
-"""Objects that are made and written at a time."""
+T = TypeVar("T")
+
+OBJECTS_AT_ONCE = 64
+"""Objects that are made and written at a time: a millisecond's work."""
+
+LOOKED_AT_ONCE = 256
+"""Names of which it is found out at a time who sees them: half a millisecond's work."""
+
+MAX_AGE_S = 10.0
+"""Age at which a copy is read again though its stamp is the same: a store of an older version writes none."""
+
+REST, MAX_REST_S = 9, 2.0
+"""Pause between two reads, in times of what the last one took; and its most."""
+
+MAX_KEPT = 64
+MAX_KEPT_BYTES = 16 << 20
+"""Lists that are kept as they were written, of all tenants: how many, and their bytes."""
+
+
+class Copy:
+    """All names as they were at one time, in order: by name, everybody's before tenants'."""
+
+    def __init__(self, number: int, stamp: bytes) -> None:
+        self.number = number  # of the read
+        self.stamp = stamp  # of the catalogue before it
+        self.read_s = 0.0  # when it ended, in the loop's time
+        self.keys: list[str] = []
+        self.tenants: set[str] = set()
+        self._aliases: dict[str, m.Alias] = {}
+
+    def add(self, aliases: list[m.Alias]) -> None:
+        """Add some hundreds. Sorted runs are merged in a time that grows with the length of the list alone."""
+        some = {f"{alias.name}\0{alias.tenant}": alias for alias in aliases}
+        self._aliases |= some
+        self.tenants |= {alias.tenant for alias in aliases}
+        self.keys += sorted(some)
+        self.keys.sort()
+
+    async def after(self, name: str, tenant: str | None) -> AsyncIterator[m.Alias]:
+        """Make the aliases after a name of a tenant in order, or after all of that name; others have their turns."""
+        begin = bisect_right(self.keys, f"{name}\0{tenant}" if tenant is not None else f"{name}\0\U0010ffff")
+        for number in range(begin, len(self.keys)):
+            if (number - begin) % LOOKED_AT_ONCE == LOOKED_AT_ONCE - 1:
+                await asyncio.sleep(0)
+            yield self._aliases[self.keys[number]]
 
 
 class Catalogue:
     """The names that a caller sees."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, max_age_s: float = MAX_AGE_S) -> None:
+        """`max_age_s`: of the copy, where nothing tells that it is old."""
         self._bus = bus
+        self._max_age_s = max_age_s
         self._turns = Places(1)
+        self._copy: Copy | None = None
+        self._num_begun = 0
+        self._reading: asyncio.Task[None] | None = None
+        self._rested_s = 0.0  # until when nothing is read, in the loop's time
+        self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()  # what was made, and its bytes; oldest first
+        self._kept_bytes = 0
 
-    @asynccontextmanager
-    async def visible(self, caller: Caller) -> AsyncIterator[list[m.Alias]]:
-        """Yield the aliases that a caller sees, by name, for as long as its turn lasts.
+    async def copy(self) -> Copy:
+        """Return all names, with every change that was made before this was called. Raises a connection error."""
+        loop, asked = asyncio.get_running_loop(), self._num_begun
+        while True:
+            stamp, copy = await self._bus.adapters.stamp(), self._copy
+            if copy is not None and (
+                copy.number > asked or (copy.stamp == stamp and loop.time() - copy.read_s < self._max_age_s)
+            ):
+                return copy
+            if self._reading is None or self._reading.done():
+                self._reading = asyncio.create_task(self._read())
+            reading = self._reading
+            await asyncio.wait([reading])
+            reading.result()
 
-        A tenant's hides everybody's of the same name.
+    async def _read(self) -> None:
+        loop = asyncio.get_running_loop()
+        if (rest_s := self._rested_s - loop.time()) > 0:
+            await asyncio.sleep(rest_s)
+        self._num_begun += 1
+        begun_s = loop.time()
+        copy = Copy(self._num_begun, await self._bus.adapters.stamp())
+        async for some in self._bus.adapters.some():
+            copy.add(some)
+            await asyncio.sleep(0)
+        copy.read_s = loop.time()
+        self._rested_s = copy.read_s + min(REST * (copy.read_s - begun_s), MAX_REST_S)
+        self._copy = copy
+        self._kept.clear()
+        self._kept_bytes = 0
+
+    # ------------------------------------------------------------ pages
+
+    async def page(
+        self, after: str, limit: int, shows: Callable[[m.Alias], bool]
+    ) -> tuple[list[m.Alias], bool]:  # fmt: skip
+        """Return the next `limit` aliases that are to be shown, and whether there are more.
+
+        after: `NAME,TENANT` as the page before ended; or a name, which all tenants' of that name are left out with.
         """
-        await self._turns.take(caller.name)
-        try:
-            by_name: dict[str, m.Alias] = {}
-            async for alias in self._bus.adapters.each():
-                is_shown = alias.tenant in ("", caller.name) and caller.sees(alias)
-                if is_shown and (alias.tenant or alias.name not in by_name):
-                    by_name[alias.name] = alias
-            yield [by_name[name] for name in sorted(by_name)]
-        finally:
-            self._turns.give(caller.name)
+        name, has_tenant, tenant = after.partition(",")  # no name has a comma
+        found: list[m.Alias] = []
+        async for alias in (await self.copy()).after(name, tenant if has_tenant or not after else None):
+            if shows(alias):
+                if len(found) == limit:
+                    return found, True
+                found.append(alias)
+        return found, False
+
+    # ------------------------------------------------------------ whole lists
+
+    async def served(self, caller: Caller) -> list[m.Alias]:
+        """Return the aliases of adapters that can be asked now, as `visible` does."""
+
+        async def make(copy: Copy) -> list[m.Alias]:
+            return [alias for alias in await self._visible(copy, caller) if alias.state == "on_disk"]
+
+        return await self._made(caller, "served", make, lambda made: 64 + 8 * len(made))
+
+    async def _visible(self, copy: Copy, caller: Caller) -> list[m.Alias]:
+        """Return the aliases that a caller sees, by name. A tenant's hides everybody's of the same name."""
+        by_name: dict[str, m.Alias] = {}
+        async for alias in copy.after("", ""):
+            if alias.tenant in ("", caller.name) and caller.sees(alias):
+                by_name[alias.name] = alias  # everybody's comes before the tenant's
+        return list(by_name.values())
 
     async def listed(
-        self, caller: Caller, first: dict[str, Any], show: Callable[[m.Alias, m.AdapterRecord | None], dict[str, Any]]
-    ) -> bytes:
+        self, caller: Caller, view: Hashable, first: dict[str, Any],
+        show: Callable[[m.Alias, m.AdapterRecord | None], dict[str, Any] | None],
+    ) -> bytes:  # fmt: skip
         """Return the JSON list of an object and, by name, what is shown of every adapter that a caller sees.
 
-        Raises as `memory.hold` when there is no room for it.
+        view: what `first` and `show` depend on, besides the adapters. show: None for what is left out. Raises as
+        `memory.hold` when there is no room for it.
         """
-        parts = [dumps([first])[:-1]]
-        async with self.visible(caller) as aliases:
+
+        async def make(copy: Copy) -> bytes:
+            parts = [dumps([first])[:-1]]
+            aliases = await self._visible(copy, caller)
             for begin in range(0, len(aliases), OBJECTS_AT_ONCE):
                 some = aliases[begin : begin + OBJECTS_AT_ONCE]
                 records = await self._bus.adapters.records(sorted({alias.digest for alias in some if alias.digest}))
-                parts.append(dumps([show(alias, records.get(alias.digest)) for alias in some])[1:-1])
-                hold(held() + len(parts[-1]))
-        return b",".join(parts) + b"]"
+                objects = [made for alias in some if (made := show(alias, records.get(alias.digest))) is not None]
+                if objects:
+                    parts.append(dumps(objects)[1:-1])
+                    hold(held() + len(parts[-1]))
+            return b",".join(parts) + b"]"
+
+        before = held()
+        whole = await self._made(caller, view, make, len)
+        hold(before + len(whole))
+        return whole
+
+    async def _made(
+        self, caller: Caller, view: Hashable, make: Callable[[Copy], Awaitable[T]], num_bytes: Callable[[T], int]
+    ) -> T:
+        """Return what `make` does of the copy: what was made before for somebody who sees the same, if it is kept."""
+        copy = await self.copy()
+        own = caller.name if caller.name in copy.tenants else ""
+        seen = None if caller.tenant is None or caller.is_admin else caller.tenant.adapters
+        key = (copy.number, view, own, seen)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
+        await self._turns.take(caller.name)
+        try:
+            if key in self._kept:  # it was made while this one waited
+                return self._kept[key][0]
+            made = await make(copy)
+            if copy is self._copy:
+                self._keep(key, made, num_bytes(made))
+            return made
+        finally:
+            self._turns.give(caller.name)
+
+    def _keep(self, key: Hashable, made: Any, num_bytes: int) -> None:
+        self._kept[key] = made, num_bytes
+        self._kept_bytes += num_bytes
+        while len(self._kept) > 1 and (len(self._kept) > MAX_KEPT or self._kept_bytes > MAX_KEPT_BYTES):
+            _, (_, dropped) = self._kept.popitem(last=False)
+            self._kept_bytes -= dropped

@@ -16,12 +16,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
+import orjson
 
 from gateway.adapters.aliases import Aliases, error_of, is_settled
+from gateway.adapters.catalogue import OBJECTS_AT_ONCE, Catalogue
 from gateway.adapters.memory import POLL_S, AdapterMemory, Freed
 from gateway.adapters.resolver import BASE
 from gateway.adapters.views import AdapterObjects
 from gateway.auth.callers import Caller
+from gateway.bodies.json_slices import dumps
+from gateway.overload.memory import held, hold
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.settings import Settings, names_of
@@ -86,9 +90,12 @@ class AdapterOperations:
     Each that changes something checks its caller before anything else, though a route has done so before.
     """
 
-    def __init__(self, bus: Bus, settings: Settings, aliases: Aliases, secret: FleetSecret | None) -> None:
+    def __init__(
+        self, bus: Bus, settings: Settings, aliases: Aliases, catalogue: Catalogue, secret: FleetSecret | None
+    ) -> None:  # fmt: skip
         """`secret`: what the stores want to see, None in a fleet without one."""
         self._bus = bus
+        self._catalogue = catalogue
         self._aliases = aliases
         self._policy = Policy.of(settings)
         self._has_first = settings.adapters is not None
@@ -107,17 +114,15 @@ class AdapterOperations:
         after: `last_id` of the page before; or a name, which all tenants' adapters of that name are left out with.
         """
         owner = None if tenant is None else caller.namespace(tenant)
-        name, has_tenant, last_tenant = after.partition(",")  # no name has a comma
-        place = (name, last_tenant) if has_tenant else (f"{name}\0", "")
-        found = [
-            alias async for alias in self._bus.adapters.each()
-            if (alias.name, alias.tenant) > place
-            and (caller.sees(alias) if owner is None else alias.tenant == owner)
-        ]  # fmt: skip
-        aliases = sorted(found, key=lambda alias: (alias.name, alias.tenant))
-        page = aliases[:limit]
+        page, has_more = await self._catalogue.page(
+            after, limit, caller.sees if owner is None else lambda alias: alias.tenant == owner
+        )  # fmt: skip
+        parts = []
+        for begin in range(0, len(page), OBJECTS_AT_ONCE):
+            parts.append(dumps(await self._show(page[begin : begin + OBJECTS_AT_ONCE], caller))[1:-1])
+            hold(held() + len(parts[-1]))
         return {
-            "object": "list", "data": await self._show(page, caller), "has_more": len(aliases) > len(page),
+            "object": "list", "data": orjson.Fragment(b"[" + b",".join(parts) + b"]"), "has_more": has_more,
             "last_id": f"{page[-1].name},{page[-1].tenant}" if page else None,
         }  # fmt: skip
 

@@ -24,6 +24,10 @@ from gateway.http.routes import json_response
 from protocol.wire.errors import BadRequest, Conflict, NotFound, Unavailable
 
 MAX_WAIT_S = 600.0
+
+PAGE, MAX_PAGE = 100, 1000
+"""Adapters of a page of the list: unless it is said, and most."""
+
 Wait = Annotated[float, Query(ge=0, le=MAX_WAIT_S)]
 
 
@@ -70,7 +74,7 @@ class OperatorEndpoints:
         self,
         request: Request,
         after: str = "",
-        limit: Annotated[int, Query(ge=1, le=10_000)] = 1000,
+        limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = PAGE,
         tenant: str | None = None,
     ) -> Response:
         """Answer with a page of adapters."""

@@ -119,7 +119,10 @@ class Resolver:
     async def models(self, base: m.ServedModel, caller: Caller) -> bytes:
         """Return as a JSON list the model objects that a caller sees: the base, then the adapters by name."""
         return await self.catalogue.listed(
-            caller, base_object(base), lambda alias, record: adapter_object(alias, record, base, self._shown_folder)
+            caller,
+            ("models", m.encode(base)),
+            base_object(base),
+            lambda alias, record: adapter_object(alias, record, base, self._shown_folder),
         )
 
     async def model(self, name: str, base: m.ServedModel, caller: Caller) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The ASGI application: the routes, and what wraps them.
 
-From the outside in: envelope, browsers, CORS, admission, authentication, memory, large bodies, calls. The envelope
-finds the route of a request, and everything within goes by it (`access.py`).
+From the outside in: envelope, browsers, CORS, admission, authentication, reads, memory, large bodies, calls. The
+envelope finds the route of a request, and everything within goes by it (`access.py`).
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from gateway.operators.routes import FleetEndpoints, add_fleet_routes
 from gateway.overload.admission import Admission
 from gateway.overload.large import LargeBodies
 from gateway.overload.memory import Charged, MemoryAccount
+from gateway.overload.reads import Reads
 from gateway.requests.routes import RequestEndpoints, add_request_routes
 from gateway.responses.conversation_routes import ConversationEndpoints, add_conversation_routes
 from gateway.responses.routes import ResponseEndpoints, add_response_routes
@@ -158,7 +159,8 @@ def build_app(
     table = RouteTable(app.routes, open_pages=settings.open_pages)
     bodies = LargeBodies(DirectCalls(app, shape_of), shape_of)
     charged = Charged(bodies, memory, shape_of, settings.max_body_bytes)
-    guarded: ASGIApp = Admitted(Authentication(charged, keys, shape_of, secret), admission)
+    reads = Reads(charged, shape_of, settings.reads_per_s)
+    guarded: ASGIApp = Admitted(Authentication(reads, keys, shape_of, secret), admission)
     origins = names_of(settings.cors_origins)
     if origins:
         guarded = CORSMiddleware(

@@ -48,13 +48,14 @@ class KeepAliveResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response. Raises what goes wrong before anything is sent."""
-        answer = asyncio.create_task(self._answer)
+        answer, is_taken = asyncio.create_task(self._answer), False
         try:
             await asyncio.wait([answer], timeout=self._keepalive_s)
             if not answer.done() and not await self._keep_alive(answer, receive, send):
                 CLIENTS_GONE.inc()
                 return
             response = answer.result()
+            is_taken = True
         except BaseException as failure:
             if not self._has_headers or not is_failure(failure):
                 raise
@@ -63,6 +64,8 @@ class KeepAliveResponse(Response):
             return
         finally:
             await _end(answer)
+            if not is_taken:
+                await _let_go(answer)
         if isinstance(response, GenerationResponse):
             response.started = self._has_headers
         await response(scope, receive, send)
@@ -88,6 +91,15 @@ class KeepAliveResponse(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self._framing.headers})
         frame = self._framing.idle("its adapter is being fetched")
         await send({"type": "http.response.body", "body": frame, "more_body": True})
+
+
+async def _let_go(answer: asyncio.Task[Response]) -> None:
+    """Close the generation of an answer that nobody takes: it has come when its client left, or with a cancellation."""
+    if answer.cancelled() or answer.exception() is not None:
+        return
+    response = answer.result()
+    if isinstance(response, GenerationResponse):
+        await response.generation.close()
 
 
 async def _end(task: asyncio.Task[Any]) -> None:

@@ -57,3 +57,12 @@ LORAX_PATHS = LORAX_GENERATE | LORAX_ENCODE | {TOKENIZE, "/info", PING, "/startu
 
 OPENAI_FORMS = {TOKENIZE: {"prompt", "messages"}, "/classify": {"input", "messages"}}
 """Paths of LoRAX's that also take a body in vLLM's form -> the fields that tell it by. Its errors are OpenAI's."""
+
+PROBES = frozenset({"/health", PING, "/metrics"})
+"""What programs read again and again to see whether a gateway is well: cheap, and never refused for its number."""
+
+LISTS = frozenset(
+    {MODELS, "/info", "/api/tags", "/api/ps", "/v1/adapters", "/v1/jobs", "/v1/usage", FILES, BATCHES, WEBHOOKS}
+    | {REQUESTS, WORKERS, DEAD_LETTERS, KEYS, TENANTS, AUDIT}
+)
+"""A GET of one of these is put together of many things, and costs more than another."""

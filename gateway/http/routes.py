@@ -86,9 +86,8 @@ class Endpoints:
         """Answer `/v1/models`: OpenAI's list whole, or a page of Anthropic's, which the parameters are for."""
         base = await self._pipeline.fleet.require(worker=False)
         if speaks_anthropic(request.scope):
-            async with self._pipeline.resolver.catalogue.visible(caller_of(request)) as aliases:
-                served = [alias for alias in aliases if alias.state == "on_disk"]
-                return json_response(page(base, served, limit, after_id, before_id, lifecycle))
+            served = await self._pipeline.resolver.catalogue.served(caller_of(request))
+            return json_response(page(base, served, limit, after_id, before_id, lifecycle))
         models = await self._pipeline.resolver.models(base, caller_of(request))
         return json_response({"object": "list", "data": orjson.Fragment(models)})
 

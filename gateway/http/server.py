@@ -136,13 +136,25 @@ class HttpServer(uvicorn.Server):
 
     async def _open(self, connection: socket.socket, origin: str) -> None:
         charge = self._memory.open(address_holder(origin))
-        protocol = partial(self._protocol, on_lost=partial(self._lost, origin), charge=charge)
+        is_counted = True
+
+        def lost() -> None:
+            """Count the connection no more, whoever says it first: what was opened and then failed says it, too."""
+            nonlocal is_counted
+            if is_counted:
+                is_counted = False
+                self._lost(origin)
+
+        protocol = partial(self._protocol, on_lost=lost, charge=charge)
         try:
             await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
-        except OSError as error:  # The client has left already.
-            logger.debug("a connection could not be opened: %s", error)
+        except BaseException as error:
             connection.close()
-            self._lost(origin)
+            charge.close()
+            lost()
+            if not isinstance(error, OSError):
+                raise
+            logger.debug("a connection could not be opened: %s", error)  # the client has left already
 
     def _lost(self, origin: str) -> None:
         self._num_of[origin] -= 1

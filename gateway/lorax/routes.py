@@ -90,8 +90,7 @@ class NativeEndpoints:
         """Answer `/info`."""
         pipeline, settings = self._pipeline, self._pipeline.settings
         base = await pipeline.fleet.require(worker=False)
-        async with pipeline.resolver.catalogue.visible(caller_of(request)) as aliases:
-            adapters = [alias.name for alias in aliases if alias.state == "on_disk"]
+        served = await pipeline.resolver.catalogue.served(caller_of(request))
         return json_response(
             {
                 "model_id": base.name,
@@ -114,8 +113,8 @@ class NativeEndpoints:
                 "sha": None,
                 "docker_label": None,
                 "request_logger_url": None,
-                "num_adapters": len(adapters),
-                "adapters": adapters[:MAX_LISTED],
+                "num_adapters": len(served),
+                "adapters": [alias.name for alias in served[:MAX_LISTED]],
                 "workers": pipeline.fleet.num_workers,
             }
         )

@@ -21,11 +21,6 @@ Known = tuple[m.Alias, m.AdapterRecord]
 """An adapter that is served."""
 
 
-def listed(base: m.ServedModel, adapters: Iterable[Known]) -> list[dict[str, Any]]:
-    """Return the models of `/api/tags`: the base, then the adapters."""
-    return [_listed(base, None), *(_listed(base, known) for known in adapters)]
-
-
 def running(base: m.ServedModel, adapters: Iterable[Known], beats: Iterable[m.WorkerBeat]) -> list[dict[str, Any]]:
     """Return the models of `/api/ps`: the base if a worker has it, and the adapters that lie in a worker's pool."""
     held = [beat.resident for beat in beats]
@@ -34,7 +29,7 @@ def running(base: m.ServedModel, adapters: Iterable[Known], beats: Iterable[m.Wo
     shown += [known for known in adapters if known[0].digest in resident]
     return [
         {
-            **{key: value for key, value in _listed(base, known).items() if key != "modified_at"},
+            **{key: value for key, value in listed(base, known).items() if key != "modified_at"},
             "expires_at": FOREVER,
             "size_vram": _size(known) if base.device == "cuda" else 0,
             "context_length": base.max_model_len,
@@ -73,7 +68,8 @@ def _capabilities(base: m.ServedModel, files: ModelFiles) -> list[str]:
     return ["completion", *(["tools"] if source is not None else []), *(["thinking"] if thinks else [])]
 
 
-def _listed(base: m.ServedModel, known: Known | None) -> dict[str, Any]:
+def listed(base: m.ServedModel, known: Known | None) -> dict[str, Any]:
+    """Return the object of the base (None) or of an adapter in `/api/tags`."""
     name = tagged_name(base.name if known is None else known[0].name)
     changed_ms = base.created_ms if known is None else known[0].changed_ms or known[0].created_ms
     return {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Set
 from functools import partial
 
 import msgspec
+import orjson
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
@@ -26,6 +28,7 @@ from gateway.ollama.errors import OLLAMA_ERRORS
 from gateway.ollama.models import Known
 from gateway.ollama.parse import parse, parse_embed, plain_name
 from gateway.ollama.write import EmbedResponse, Objects, OllamaResponse
+from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, ModelNotFound
 
 VERSION = "0.12.11"
@@ -93,14 +96,19 @@ class OllamaEndpoints:
     async def tags(self, request: Request) -> Response:
         """Answer `/api/tags`."""
         base = await self._pipeline.fleet.require(worker=False)
-        return json_response({"models": models.listed(base, await self._known(caller_of(request)))})
+        listed = await self._pipeline.resolver.catalogue.listed(
+            caller_of(request), ("tags", m.encode(base)), models.listed(base, None),
+            lambda alias, record: models.listed(base, (alias, record)) if record and alias.state == "on_disk" else None,
+        )  # fmt: skip
+        return json_response({"models": orjson.Fragment(listed)})
 
     async def ps(self, request: Request) -> Response:
         """Answer `/api/ps`: adapters for an operator alone, since all tenants' use decides which are in memory."""
         base, caller = await self._pipeline.fleet.require(worker=False), caller_of(request)
-        beats = await self._pipeline.bus.members.worker_beats()
-        known = await self._known(caller) if caller.is_admin else []
-        return json_response({"models": models.running(base, known, filter(None, beats.values()))})
+        beats = [beat for beat in (await self._pipeline.bus.members.worker_beats()).values() if beat is not None]
+        resident = {digest for beat in beats for digest in beat.resident}
+        known = await self._known(caller, resident) if caller.is_admin else []
+        return json_response({"models": models.running(base, known, beats)})
 
     async def show(self, body: ShowRequest, request: Request) -> Response:
         """Answer `/api/show`."""
@@ -124,15 +132,14 @@ class OllamaEndpoints:
         """Answer `/api/version`."""
         return json_response({"version": VERSION})
 
-    async def _known(self, caller: Caller) -> list[Known]:
-        """Return the adapters that a caller sees and that are served, by name."""
+    async def _known(self, caller: Caller, digests: Set[str]) -> list[Known]:
+        """Return those of some adapters that a caller sees and that are served, by name."""
+        served = [alias for alias in await self._pipeline.resolver.catalogue.served(caller) if alias.digest in digests]
         known: list[Known] = []
-        async with self._pipeline.resolver.catalogue.visible(caller) as aliases:
-            served = [alias for alias in aliases if alias.state == "on_disk"]
-            for begin in range(0, len(served), OBJECTS_AT_ONCE):
-                some = served[begin : begin + OBJECTS_AT_ONCE]
-                records = await self._pipeline.bus.adapters.records(sorted({alias.digest for alias in some}))
-                known += [(alias, records[alias.digest]) for alias in some if alias.digest in records]
+        for begin in range(0, len(served), OBJECTS_AT_ONCE):
+            some = served[begin : begin + OBJECTS_AT_ONCE]
+            records = await self._pipeline.bus.adapters.records(sorted({alias.digest for alias in some}))
+            known += [(alias, records[alias.digest]) for alias in some if alias.digest in records]
         return known
 
 

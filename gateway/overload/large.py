@@ -9,7 +9,7 @@ that in a thread too, one at a time.
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -51,7 +51,7 @@ class Places:
         self._num_of_tenant = num_of_tenant or num
         self._num_waiting = num_waiting
         self._held: Counter[str] = Counter()
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # by tenant
+        self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}  # by tenant, in the order of arrival
 
     async def take(self, tenant: str) -> None:
         """Wait for a place. Raises Overloaded when too many wait."""
@@ -64,14 +64,23 @@ class Places:
         if self._num_waiting and (waiting >= self._num_waiting or 2 * own >= self._num_waiting):
             raise Overloaded(f"{waiting} large bodies wait to be read; send smaller ones, or later", RETRY_S)
         turn = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(tenant, deque()).append(turn)
+        self._waiting.setdefault(tenant, {})[turn] = None
         self._hand_out()
         try:
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled():
                 self.give(tenant)  # it came too late
+            else:
+                self._leave(tenant, turn)
             raise
+
+    def _leave(self, tenant: str, turn: asyncio.Future[None]) -> None:
+        """Take somebody out of the line who waits no more, and so is not counted any more."""
+        line = self._waiting.get(tenant, {})
+        line.pop(turn, None)  # it may have been passed over meanwhile
+        if not line:
+            self._waiting.pop(tenant, None)
 
     def give(self, tenant: str) -> None:
         """Give a place back."""
@@ -91,7 +100,8 @@ class Places:
                 return
             tenant = min(able, key=self._held.__getitem__)
             line = self._waiting.pop(tenant)
-            turn = line.popleft()
+            turn = next(iter(line))
+            del line[turn]
             if line:
                 self._waiting[tenant] = line  # behind the other tenants
             if not turn.cancelled():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
+from redis.asyncio.client import Pipeline
 from redis.exceptions import WatchError
 
 from protocol.queue.connection.redis_client import Client, read_many
@@ -132,7 +134,11 @@ class Adapters:
         found = [alias for raw in raws if (alias := _readable(raw, m.Alias)) is not None]
         return found if tenant is None else [alias for alias in found if alias.tenant in ("", tenant)]
 
-    async def each(self) -> AsyncIterator[m.Alias]:
+    async def stamp(self) -> bytes:
+        """Return what is another one after each change of the catalogue; b"" if no store has written one yet."""
+        return await self._redis.get(self._keys.adapters_stamp) or b""
+
+    async def some(self) -> AsyncIterator[list[m.Alias]]:
         """Make all names of all tenants, some hundreds at a time, so that thousands hold nobody up.
 
         One that changes meanwhile is there as it was or as it is; one that comes or goes may be there or not.
@@ -141,10 +147,18 @@ class Adapters:
         cursor = -1
         while cursor:
             cursor, found = await self._redis.hscan(self._keys.adapters, max(cursor, 0), count=ALIASES_AT_ONCE)
+            made: list[m.Alias] = []
             for field, raw in found.items():
                 if field not in seen and (alias := _readable(raw, m.Alias)) is not None:
                     seen.add(field)
-                    yield alias
+                    made.append(alias)
+            yield made
+
+    async def each(self) -> AsyncIterator[m.Alias]:
+        """Make all names of all tenants one by one, as `some` reads them."""
+        async for some in self.some():
+            for alias in some:
+                yield alias
 
     async def register(
         self, registration: m.Registration, max_registered: int = MAX_REGISTERED, limits: NameLimits | None = None
@@ -279,11 +293,19 @@ class Adapters:
             if record is not None:
                 pipe.set(self._keys.adapter(record.digest), m.encode(record))
             pipe.hset(self._keys.adapters, private_name(alias.name, alias.tenant), m.encode(alias))
+        self._stamp(pipe)
         await pipe.execute()
 
     async def withdraw(self, field: str) -> None:
         """Delete a name, as `private_name` spells it."""
-        await self._redis.hdel(self._keys.adapters, field)
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.hdel(self._keys.adapters, field)
+        self._stamp(pipe)
+        await pipe.execute()
+
+    def _stamp(self, pipe: Pipeline) -> None:
+        """Tell those who keep a copy of the catalogue that it changes: not by a number, which could come again."""
+        pipe.set(self._keys.adapters_stamp, uuid.uuid4().bytes)
 
     async def known_digests(self) -> list[str]:
         """Return the digests that have a record. Scans all keys."""

@@ -185,16 +185,16 @@ class Settings(BaseSettings):
         description="origins allowed to call from a browser (CORS), separated by commas; *: any; empty: none",
     )
     path_prefix: str = Field(
-        default="",
-        description="path prefix that every route also answers under, for clients that need one: /tenant/llms/name",
+        default="", description="prefix under which every route also answers, if clients need one: /tenant/llms/name"
     )
-    max_connections: int = Field(
-        default=20_000, ge=1, description="most open connections of one gateway; further ones wait"
-    )
+    max_connections: int = Field(default=20_000, ge=1, description="most open connections of a gateway; more wait")
     max_connections_per_address: int = Field(
         default=1024,
         ge=0,
         description="most open connections from one address (IPv6: a /64), this machine's own not counted; 0: no limit",
+    )
+    reads_per_s: float = Field(
+        default=500, ge=0, description="GETs a second of a tenant, or an address; lists cost more; 0: no limit"
     )
     head_timeout_s: float = Field(
         default=15.0, gt=0, description="longest time that the head of a request may take to arrive"

@@ -332,6 +332,11 @@ class Keys:
         """Hash: name, or tenant NUL name for private ones -> `messages.Alias`. Written by adapter_store."""
         return f"{self.namespace}:adapters"
 
+    @property
+    def adapters_stamp(self) -> str:
+        """String: another one after each change of `adapters`. Written by adapter_store."""
+        return f"{self.namespace}:adapters:stamp"
+
     def adapter(self, digest: str) -> str:
         """String: `messages.AdapterRecord`. Written by adapter_store."""
         return f"{self.namespace}:adapter:{digest}"
@@ -367,7 +372,8 @@ class Keys:
         """Tell whether `key` may live without a TTL."""
         fixed = {
             self.ended, self.workers, self.gateways, self.stores, self.leader_epoch,
-            self.base, self.adapters, self.registrations, self.pins, self.adapter_events, self.api_keys, self.tenants,
+            self.base, self.adapters, self.adapters_stamp, self.registrations, self.pins, self.adapter_events,
+            self.api_keys, self.tenants,
             self.file_expiry, self.open_batches, self.ends, self.outboxes, self.old_hooks, self.old_ends,
             self.old_cursor, self.old_deliveries, self.old_delivery_times, self.turns, self.audit, self.tenants_audit,
             *(self.sub(c) for c in CLASSES),

@@ -129,13 +129,13 @@ class ScriptedFleet:
     ) -> None:
         """Write an adapter into the catalogue, as the store does."""
         alias = m.Alias(name=name, state=state, digest=digest, source=f"local:{name}", reason=reason, created_ms=1000)
-        await self.bus._redis.hset(self.bus.keys.adapters, name, m.encode(alias))
+        record = None
         if digest:
             record = m.AdapterRecord(
                 digest=digest, rank=8, num_bytes=10, config={}, modules=["q_proj"], source=f"local:{name}",
                 created_ms=1, num_labels=num_labels,
             )  # fmt: skip
-            await self.bus.set(self.bus.keys.adapter(digest), record)
+        await self.bus.adapters.publish([(alias, record)])
 
     async def run(self) -> None:
         """Play until cancelled."""

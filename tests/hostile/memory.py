@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gateway.adapters.catalogue import MAX_KEPT_BYTES
 from gateway.batches.lines import MAX_LINES
 from gateway.batches.run import BatchPace
 from gateway.http.connection import FREE_BYTES, UNSENT_BYTES
@@ -62,6 +63,7 @@ def gateway_bytes(settings: Settings, crowd: Crowd) -> dict[str, int]:
         "tokenizing": turns * TOKENIZED * settings.max_body_bytes,
         "tokenizing small": MAX_THREADS * TOKENIZED * SMALL_BODY_BYTES,
         "catalogue": CATALOGUE_BYTES * MAX_REGISTERED,
+        "lists": MAX_KEPT_BYTES,
         "jobs for sandboxes": min(crowd.holders * MAX_TENANT_BYTES, MAX_WAITING_BYTES),
         "adapters' texts": OWN_TEXTS_BYTES,
         "lines of batches": BatchPace().max_batches * MAX_LINES * LINE_BYTES,

@@ -139,7 +139,7 @@ async def test_pages_of_adapters_part_two_of_one_name(
     for name in ("common", "common2"):
         await fleet.add_adapter(name, "d2")
     own = m.Alias(name="common", state="failed", source="hub:a/b", tenant="acme")
-    await bus._redis.hset(bus.keys.adapters, "acme\0common", m.encode(own))
+    await bus.adapters.publish([(own, None)])
     acme, seen, after, more = await key_of(keys, "acme"), list[tuple[str, str | None]](), "", True
     while more and len(seen) < 4:
         page = (await http.get(f"/v1/adapters?limit=1&after={after}", headers=acme)).json()
@@ -156,7 +156,7 @@ async def test_tenants_see_their_own_adapters_and_those_that_are_for_them(
     for name, content in (("acme-de", "d1"), ("common", "d2"), ("secret", "d3")):
         await fleet.add_adapter(name, content)
     own = m.Alias(name="common", state="on_disk", digest="d4", source="hub:a/b", tenant="acme")
-    await bus._redis.hset(bus.keys.adapters, "acme\0common", m.encode(own))
+    await bus.adapters.publish([(own, None)])
     record = m.AdapterRecord(
         digest="d4", rank=8, num_bytes=10, config={}, modules=["q_proj"], source=own.source, created_ms=1
     )

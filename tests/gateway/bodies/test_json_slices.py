@@ -153,7 +153,7 @@ async def test_a_log_is_read_so_many_tokens_at_a_time(bus: Bus, http: httpx2.Asy
 
 
 async def test_thousands_of_adapters_are_listed_some_at_a_time(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    num = 3 * OBJECTS_AT_ONCE + 5
+    num = 3 * ALIASES_AT_ONCE + 5
     for number in range(num):
         await fleet.add_adapter(f"a{number:05}", digest=f"{number % 7:064}")
     listed = (await http.get("/v1/models")).json()["data"]
@@ -163,4 +163,4 @@ async def test_thousands_of_adapters_are_listed_some_at_a_time(http: httpx2.Asyn
     assert info["num_adapters"] == num
     names = [alias.name async for alias in fleet.bus.adapters.each()]
     assert sorted(names) == [entry["id"] for entry in listed[1:]]
-    assert num > ALIASES_AT_ONCE
+    assert num > OBJECTS_AT_ONCE

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import io
 
 import httpx2
 import pytest
 from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet
 
 from lorafleet.__main__ import main
+from lorafleet.operate.api import Api, add_flags
 from protocol.wire.errors import WorkerLost
 
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "n": 2, "background": True}
@@ -53,7 +54,6 @@ async def test_an_answer_with_odd_ends_of_lines_is_printed_as_it_is(
     http: httpx2.AsyncClient,
     fleet: ScriptedFleet,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     odd = "a\u2028data: b\x85c\x0bd\x1ce\u2029f"
     fleet.script = lambda submit, body: Script(text=odd, chunk=2)
@@ -61,6 +61,13 @@ async def test_an_answer_with_odd_ends_of_lines_is_printed_as_it_is(
     job = (await http.post("/v1/completions", json=body)).json()["id"]
     assert await lorafleet(gateway, "tail", job) == 0
     assert odd in capsys.readouterr().out
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
-    assert await asyncio.to_thread(main, ["chat", "base", "--max-tokens", "100", "--url", gateway.url]) == 0
-    assert odd in capsys.readouterr().out
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    call = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 100, "stream": True}
+
+    def ask() -> str:
+        with Api(parser.parse_args(["--url", gateway.url])) as api:
+            events = api.events("/v1/chat/completions", "POST", json=call)
+            return "".join(choice["delta"].get("content", "") for event in events for choice in event["choices"])
+
+    assert await asyncio.to_thread(ask) == odd

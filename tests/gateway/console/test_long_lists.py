@@ -35,11 +35,10 @@ async def num_rows(tab: Tab) -> int:
 
 async def test_thousands_of_rows_are_listed_by_making_few(bus: Bus, fleet: ScriptedFleet, tab: Tab) -> None:
     fleet.assigning.clear()
-    pipe = bus._redis.pipeline(transaction=False)
-    for number in range(5000):
-        alias = m.Alias(name=f"tenant-{number:04}/adapter", state="on_disk", digest=f"{number:064x}", source="local:x")
-        pipe.hset(bus.keys.adapters, alias.name, m.encode(alias))
-    await pipe.execute()
+    names = [(f"tenant-{number:04}/adapter", f"{number:064x}") for number in range(5000)]
+    await bus.adapters.publish(
+        (m.Alias(name=name, state="on_disk", digest=digest, source="local:x"), None) for name, digest in names
+    )
     for begin in range(0, 1000, 100):
         pairs = [(make_submit(f"r{number:04}"), make_body()) for number in range(begin, begin + 100)]
         for pair in pairs:
@@ -71,7 +70,7 @@ async def test_foreign_text_is_text_wherever_it_is_shown(bus: Bus, fleet: Script
     alias = m.Alias(
         name=MARKUP, state="failed", source=f"hub:{MARKUP}", reason=f"refused: {MARKUP}", created_ms=1, status=422
     )
-    await bus._redis.hset(bus.keys.adapters, MARKUP, m.encode(alias))
+    await bus.adapters.publish([(alias, None)])
     await bus.submit("interactive", [(make_submit("r1", tenant=MARKUP), make_body())], max_queued=10)
     letter = m.DeadLetter(reason=MARKUP, stream=MARKUP, raw=MARKUP.encode(), ms=now_ms())
     await bus._redis.xadd(bus.keys.dlq, {"b": m.encode(letter)})

@@ -11,6 +11,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from starlette.responses import Response
 
 from gateway.http.keep_alive import KeepAliveResponse
+from gateway.http.sse import GenerationResponse
 from gateway.overload.admission import Admission
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import NotFound, Overloaded
@@ -115,3 +116,65 @@ async def test_a_stream_has_no_headers_before_its_call_may_still_be_refused(wait
             with pytest.raises(Overloaded):
                 await response({"type": "http"}, receive, send)
             assert sent == []
+
+
+class Running:
+    """A generation, as far as its end is concerned."""
+
+    num_closed = 0
+
+    async def close(self) -> None:
+        self.num_closed += 1
+        await asyncio.sleep(0)  # as one that tells the queue
+
+
+class Answering(GenerationResponse):
+    """Sends an answer in a few turns."""
+
+    def __init__(self, generation: Any) -> None:
+        self.generation = generation
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            for _ in range(3):
+                await asyncio.sleep(0)
+        finally:
+            await self.generation.close()
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+@pytest.mark.parametrize("leaves", [False, True])
+async def test_what_has_begun_is_closed_whenever_its_call_is_ended(stubborn: bool, leaves: bool) -> None:
+    """Cancelled at each turn of the loop, or left by its client; `stubborn`: the answer comes in spite of that."""
+    for num_turns in range(1, 16):
+        begun: list[Running] = []
+
+        async def answer(begun: list[Running] = begun) -> Response:
+            for _ in range(4):
+                try:
+                    await asyncio.sleep(0)
+                except asyncio.CancelledError:
+                    if not stubborn:
+                        raise
+            begun.append(Running())
+            return Answering(begun[0])
+
+        async def receive(num_turns: int = num_turns) -> dict[str, Any]:
+            if not leaves:
+                await asyncio.Event().wait()
+            for _ in range(num_turns):
+                await asyncio.sleep(0)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            await asyncio.sleep(0)
+
+        keepalive_s = 0.0 if leaves else 30.0
+        response = KeepAliveResponse(answer(), stream=True, keepalive_s=keepalive_s)
+        task = asyncio.create_task(response({"type": "http"}, receive, send))
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        if not leaves:
+            task.cancel()
+        await asyncio.wait([task])
+        assert [one.num_closed for one in begun] == [1] * len(begun), num_turns

@@ -146,3 +146,36 @@ def test_no_answer_waits_for_an_acknowledgement() -> None:
         accepted, _ = listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+class FailingLoop(asyncio.SelectorEventLoop):
+    """A loop in which each connection fails as soon as it is open."""
+
+    failure: BaseException
+
+    async def connect_accepted_socket(self, *args: Any, **options: Any) -> Any:
+        transport, _ = await super().connect_accepted_socket(*args, **options)
+        transport.abort()
+        raise self.failure
+
+
+@pytest.mark.parametrize("failure", [OSError("the client has left"), RuntimeError("a fault")])
+def test_a_connection_that_fails_once_it_is_open_is_counted_once(failure: BaseException) -> None:
+    async def open_one() -> None:
+        server = HttpServer(uvicorn.Config(Answered(), http="httptools", lifespan="off", log_config=None))
+        server._protocol = partial(server._connection, config=server.config, server_state=server.server_state,
+                                   app_state={})  # fmt: skip
+        server.config.load()
+        server._num_of["here"] = 3
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        await asyncio.wait([asyncio.create_task(server._open(ours, "here"))])
+        theirs.close()
+        while server.server_state.connections:  # noqa: ASYNC110 - uvicorn has no event for it
+            await asyncio.sleep(0)
+        assert server._num_of["here"] == 2
+
+    loop = FailingLoop()
+    loop.failure = failure
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(open_one())

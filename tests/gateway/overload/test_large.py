@@ -68,6 +68,23 @@ async def test_a_free_place_goes_to_whoever_holds_fewest() -> None:
     assert done(tasks) == [True] * 5
 
 
+async def test_who_has_left_the_line_is_not_counted_any_more() -> None:
+    places = Places(1, num_waiting=4)
+    [first, *gone] = await taken(places, "a", "b", "c", "b", "d")
+    for task in gone:
+        task.cancel()
+    await asyncio.gather(*gone, return_exceptions=True)
+    tasks = await taken(places, "b", "c", "b", "d")
+    assert done(tasks) == [False] * 4, "none was refused"
+    tasks[0].cancel()
+    await asyncio.sleep(0)
+    for left in ("a", "c", "b"):
+        places.give(left)
+        await asyncio.sleep(0)
+    assert done([first, *tasks]) == [True] * 5
+    assert not places._waiting
+
+
 async def test_one_tenant_leaves_room_for_others() -> None:
     places = Places(3, num_of_tenant=2)
     tasks = await taken(places, "a", "a", "a", "b")
