@@ -53,7 +53,7 @@ class Crowd:
 
 def gateway_bytes(settings: Settings, crowd: Crowd) -> dict[str, int]:
     """Return the most bytes that a gateway takes for a crowd, beyond what it has at its start, by what takes them."""
-    turns, pace = LargeLimits().num_turns, BatchPace()
+    turns = LargeLimits().num_turns
     connections = min(crowd.connections, settings.max_connections)
     return {
         "calls": settings.gateway_memory * min(crowd.holders, SHARE) // SHARE,
@@ -64,7 +64,7 @@ def gateway_bytes(settings: Settings, crowd: Crowd) -> dict[str, int]:
         "catalogue": CATALOGUE_BYTES * MAX_REGISTERED,
         "jobs for sandboxes": min(crowd.holders * MAX_TENANT_BYTES, MAX_WAITING_BYTES),
         "adapters' texts": OWN_TEXTS_BYTES,
-        "lines of batches": min(pace.max_batches, crowd.holders * pace.max_batches_of_tenant) * MAX_LINES * LINE_BYTES,
+        "lines of batches": BatchPace().max_batches * MAX_LINES * LINE_BYTES,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -11,8 +12,15 @@ import pytest
 from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
 
+from gateway.calls.jobs import Facts
+from gateway.responses.conversations import Conversations
+from gateway.responses.items import Item
+from gateway.responses.stored import StoredResponses
 from gateway.service import GatewayTimings
 from protocol.queue.bus import Bus, now_ms
+from protocol.runtime.backoff import Backoff
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
 from tests.gateway.responses.test_conversations import RESPONSES, TEXT, asked, items_in, made, texts
 
 OLDER = {
@@ -90,40 +98,48 @@ async def test_a_job_that_cannot_be_read_hides_no_other(
     assert (await http.get(f"/v1/jobs/{jobs[2]}")).json()["status"] == "completed"
 
 
-async def test_a_turn_that_fails_unforeseen_is_given_up_and_others_are_added(
-    bus: Bus, fleet: ScriptedFleet, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its conversation is not stuck for ever: after eight tries it goes on without the turn."""
-    from gateway.responses.stored import StoredResponses
+class Breaking(StoredResponses):
+    """Fails, for a reason that nobody has foreseen, at one response."""
 
-    real, tried, broken = StoredResponses.turn, 0, ""
+    def __init__(self, broken: str) -> None:
+        self.broken = broken
+        self.tried = 0
 
-    async def turn(self: StoredResponses, job: Any, facts: Any) -> Any:
-        nonlocal tried
-        if job.jid == broken:
-            tried += 1
+    async def turn(self, job: m.Job, facts: Facts) -> list[Item]:
+        if job.jid == self.broken:
+            self.tried += 1
             raise ZeroDivisionError
-        return await real(self, job, facts)
+        return [{"id": f"item_of_{job.jid}", "type": "message"}]
 
-    monkeypatch.setattr(StoredResponses, "turn", turn)
-    monkeypatch.setattr("protocol.runtime.guarded.Items.is_due", lambda self, key: True)  # no pauses
+
+async def test_a_turn_that_fails_unforeseen_is_given_up_and_others_are_added(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path
+) -> None:  # fmt: skip
+    """Its conversation is not stuck for ever: after eight tries it goes on without the turn."""
     fleet.script = lambda submit, body: Script(hold_after=3)
-    timings = GatewayTimings(conversation_sweep_s=0.02)
     async with (
-        running_gateway(bus, model_folder, timings) as gateway,
+        running_gateway(bus, model_folder, GatewayTimings(conversation_sweep_s=1000)) as gateway,
         httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
     ):
         one, other = await made(http), await made(http)
-        broken = (await asked(http, one, background=True))["id"]
-        await asked(http, other, background=True)
+        broken, whole = [(await asked(http, of, background=True))["id"] for of in (one, other)]
         fleet.go.set()
+        for response in (broken, whole):
+            await http.get(f"/v1/jobs/{response}", params={"wait": 10})
+        stored = Breaking(broken)
+        jobs: Any = SimpleNamespace()
+        conversations = Conversations(
+            bus, Settings(redis_url=bus.url), jobs, stored, retry=Backoff(0.0001, 0.0001)
+        )  # fmt: skip
 
         async def is_over() -> bool:
             for member in await bus._redis.zrange(bus.keys.turns, 0, -1):
                 await bus._redis.zadd(bus.keys.turns, {member: now_ms() - 1})
+            await conversations.add_due_turns()
             return not await bus._redis.exists(bus.keys.turns)
 
         await wait_until(is_over, "no turn is due any more")
-        assert tried == 8
-        assert texts(await items_in(http, other)) == ["go on", TEXT]
-        assert await items_in(http, one) == []
+        assert stored.tried == 8
+        assert await bus.conversations.items(one) == []
+        assert [orjson.loads(item)["id"] for item in await bus.conversations.items(other)] == [f"item_of_{whole}"]
+        assert await bus.conversations.turns(one) == []
