@@ -16,7 +16,7 @@ from typing import Literal, cast
 
 from chaos.fleet import ProcessFleet, gateway_url, until
 from chaos.replicated import ReplicatedQueue
-from chaos.shortage import JUMP_S, disk_again, no_disk, no_memory
+from chaos.shortage import JUMP_S, disk_again, no_disk, no_files, no_memory
 from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.runtime.service import wait_any
@@ -24,7 +24,7 @@ from protocol.runtime.service import wait_any
 logger = logging.getLogger(__name__)
 
 How = Literal[
-    "kill", "stop", "drain", "power cut", "memory full", "disk full", "clock", "partition", "split", "lag",
+    "kill", "stop", "drain", "power cut", "memory full", "disk full", "clock", "partition", "split", "lag", "away",
 ]  # fmt: skip
 WEIGHTS: dict[tuple[str, How], float] = {
     ("worker", "kill"): 6, ("worker", "stop"): 3, ("worker", "drain"): 3,
@@ -32,7 +32,7 @@ WEIGHTS: dict[tuple[str, How], float] = {
     ("scheduler", "kill"): 3, ("scheduler", "stop"): 1, ("scheduler", "drain"): 1,
     ("store", "kill"): 1, ("store", "stop"): 1, ("store", "drain"): 1,
     ("queue", "kill"): 2, ("queue", "stop"): 1, ("queue", "power cut"): 1,
-    ("queue", "memory full"): 1, ("queue", "disk full"): 1,
+    ("queue", "memory full"): 1, ("queue", "disk full"): 1, ("files", "away"): 1,
 }  # fmt: skip
 OF_SEVERAL: dict[tuple[str, How], float] = {("queue", "lag"): 1, ("queue", "partition"): 1, ("queue", "split"): 1}
 """Faults of a queue of several servers besides."""
@@ -178,7 +178,7 @@ class Havoc:
         return draw(self._rng, up, self._weights)
 
     async def _up(self) -> dict[str, list[str]]:
-        up: dict[str, list[str]] = {"queue": [] if "queue" in self._busy else ["queue"]}
+        up: dict[str, list[str]] = {name: [] if name in self._busy else [name] for name in ("queue", "files")}
         members = [m for m in self.fleet.members.values() if m.name not in self._busy]
         states = await asyncio.gather(*(self.fleet.is_up(member) for member in members))
         for member, is_up in zip(members, states, strict=True):
@@ -200,7 +200,11 @@ class Havoc:
         return hit
 
     async def _hit(self, hit: Hit) -> None:
-        await (self._hit_queue(hit) if hit.kind == "queue" else self._hit_member(hit))
+        if hit.kind == "files":
+            with no_files(self.fleet.folder / "data" / "files"):
+                await asyncio.sleep(self._rng.uniform(1, STOP_S))
+        else:
+            await (self._hit_queue(hit) if hit.kind == "queue" else self._hit_member(hit))
         hit.until_s = time.monotonic()
         self._busy.discard(hit.name)
 

@@ -1,12 +1,12 @@
-"""A server of the queue without memory or disk, or with a wrong clock: what is taken from a running process."""
+"""A server of the queue without memory or disk, gateways without their files, a wrong clock: what is taken away."""
 
 from __future__ import annotations
 
 import os
 import resource
 import subprocess
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Generator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,26 @@ def disk_again(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:
         unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, unlimited)
+
+
+@contextmanager
+def no_files(folder: Path) -> Generator[None]:
+    """Let nothing of a folder be read, and nothing be written there, meanwhile: neither begun nor brought to an end.
+
+    A file stands in its place, which stops the superuser too.
+    """
+    away = folder.with_name(f"{folder.name}.away")
+    was_there = folder.exists()
+    if was_there:
+        folder.rename(away)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.touch()
+    try:
+        yield
+    finally:
+        folder.unlink()
+        if was_there:
+            away.rename(folder)
 
 
 class Clocks:

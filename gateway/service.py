@@ -10,7 +10,6 @@ import asyncio
 import logging
 import socket
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -92,7 +91,6 @@ class GatewayTimings:
     batches: BatchPace = field(default_factory=BatchPace)
     webhooks: SenderPace = field(default_factory=SenderPace)
     conversation_sweep_s: float = CONVERSATION_SWEEP_S
-    loop: Callable[[Loop], Loop] = lambda loop: loop  # what runs in a loop's place
     alias_poll_s: float = 2.0  # pause after which an awaited alias is looked up, in case its event was lost
 
 
@@ -177,7 +175,7 @@ async def _serve(
             )  # fmt: skip
             async with heartbeat.beating(beats, address):
                 logger.info("listening on %s", address)
-                await _run(_server(app, settings, memory), listener, parts, settings.grace_s, stop, timings.loop)
+                await _run(_server(app, settings, memory), listener, parts, settings.grace_s, stop)
         await replies.close()
         await own.close()
         await sandbox.close()
@@ -217,15 +215,12 @@ class _Parts:
         ]
 
 
-async def _run(
-    server: HttpServer, listener: socket.socket, parts: _Parts, grace_s: float, stop: asyncio.Event,
-    changed: Callable[[Loop], Loop],
-) -> None:  # fmt: skip
+async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace_s: float, stop: asyncio.Event) -> None:
     async with asyncio.TaskGroup() as group:
-        loops = [group.create_task(guarded(changed(loop))) for loop in parts.loops()]
+        loops = [group.create_task(guarded(loop)) for loop in parts.loops()]
         # Nobody reaches a gateway that serves no more: the process ends, and is started again.
         serving = group.create_task(unending(partial(server.serve, [listener]), until=stop))
-        batches = group.create_task(guarded(changed(parts.batches.loop())))
+        batches = group.create_task(guarded(parts.batches.loop()))
         await stop.wait()
         parts.endpoints.draining = True
         logger.info("draining")

@@ -45,6 +45,8 @@ SWEEP_S = 20.0
 LOOK_AGAIN_MS = 60_000
 """Pause between two looks at a response that has not ended."""
 
+RETRY = Backoff(1.0, 600.0)
+
 _ID = re.compile(r"conv_[0-9a-f]{32}")
 _AT_ONCE, _OF_TENANT = 1000, 16  # turns that are looked at together, and added of each tenant
 _RETRY_S = 60.0  # until something may have been deleted, or has expired
@@ -62,15 +64,16 @@ class Conversations:
     """The conversations of the fleet."""
 
     def __init__(
-        self, bus: Bus, settings: Settings, jobs: Jobs, stored: StoredResponses, sweep_s: float = SWEEP_S
+        self, bus: Bus, settings: Settings, jobs: Jobs, stored: StoredResponses, sweep_s: float = SWEEP_S,
+        retry: Backoff = RETRY,
     ) -> None:  # fmt: skip
-        """jobs: one that is about to be deleted is added to its conversation before."""
+        """jobs: one that is about to be deleted is added to its conversation before. retry: of a turn that fails."""
         self._bus = bus
         self._queue = bus.conversations
         self._jobs = jobs
         self._stored = stored
         self.sweep_s = sweep_s
-        self._turns = Items("conversations", backoff=Backoff(1.0, 600.0))
+        self._turns = Items("conversations", backoff=retry)
         ttl_s = max(settings.conversation_ttl_s, settings.job_ttl_s + KEPT_AFTER_EXPIRY_S)  # none ends before its turns
         self._limits = ConversationLimits(
             int(ttl_s * 1000), settings.tenant_conversations, settings.max_messages, settings.max_body_bytes,

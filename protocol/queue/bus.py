@@ -33,6 +33,7 @@ from protocol.queue.kept.batches import Batches
 from protocol.queue.kept.conversations import MAX_TURNS, Conversations
 from protocol.queue.kept.files import Files
 from protocol.queue.kept.jobs import Jobs, NewJob
+from protocol.queue.kept.readable import readable
 from protocol.queue.kept.webhooks import Webhooks
 from protocol.queue.members import Members
 from protocol.queue.request_lists import RequestLists
@@ -55,6 +56,7 @@ __all__ = [
 ]  # fmt: skip
 
 T = TypeVar("T")
+R = TypeVar("R", bound=m.Record)
 
 TIMEOUT_S = 5
 """Most time until the queue's server has answered."""
@@ -129,9 +131,9 @@ class Bus:
             raw = await self._redis.get(key)
         return None if raw is None else decode(raw, type_)
 
-    async def get_many(self, keys: Sequence[str], type_: type[T]) -> list[T | None]:
-        """Return the messages stored under keys."""
-        return [None if raw is None else decode(raw, type_) for raw in await read_many(self._redis, keys)]
+    async def get_many(self, keys: Sequence[str], type_: type[R]) -> list[R | None]:
+        """Return the records stored under keys, None for one that is not there or cannot be read."""
+        return [next(iter(readable([raw], type_)), None) for raw in await read_many(self._redis, keys)]
 
     async def set(self, key: str, value: msgspec.Struct, ttl_ms: int | None = None) -> None:
         """Store a message that the fleet lives by under a key."""

@@ -99,6 +99,7 @@ async def guarded(
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
 ) -> None:  # fmt: skip
     """Run a loop until its task is cancelled. Raises what `loop.ends` names, and the last of `loop.max_failures`."""
+    FAILURES.labels(loop.name)  # shown from the start, as rates of what begins with its first failure miss that
     num = num_own = 0
     while True:
         begun_s, pause_s = clock(), loop.pause_s or 0.0

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 import msgspec
 
+from protocol.metrics.series import UNREADABLE
 from protocol.queue.connection.redis_client import Client
 from protocol.queue.scripts import Scripts
+from protocol.runtime.guarded import FAILED
 from protocol.wire.clock import now_ms
+from protocol.wire.codec import MALFORMED
 from protocol.wire.keys import Keys
 
 DAY_S = 86_400
@@ -85,7 +88,14 @@ class Usage:
     async def rows(self, day: int, tenant: str) -> list[UsageRow]:
         """Return what a tenant has used on a day: at most 1,001 rows."""
         found = await self._redis.hgetall(self._keys.usage(day, tenant))
-        return [_row(tenant, raw, values) for raw, values in sorted(found.items())]
+        rows: list[UsageRow] = []
+        for raw, values in sorted(found.items()):
+            try:
+                rows.append(_row(tenant, raw, values))
+            except (ValueError, TypeError, *MALFORMED) as error:  # it must not hide the others
+                UNREADABLE.labels(UsageRow.__name__).inc()
+                FAILED.note("records", error, f"a row of the usage of {tenant}")
+        return rows
 
     async def note_residency(self, ms_by_digest: Mapping[str, int], days: int) -> None:
         """Add to today's time for which adapters were in a pool. Repeated after a lost reply, it counts twice.

@@ -184,3 +184,34 @@ async def test_expired_files_are_deleted_with_their_bytes(bus: Bus, tmp_path: Pa
     assert [path.name for path in (tmp_path / "files").iterdir()] == [long.id]
     assert await bus.files.ids("t", 0, 10, oldest_first=True) == [long.id]
     assert await bus.files.expired(now_ms(), 10) == []
+
+
+class Stuck(FolderStorage):
+    """A storage that cannot delete some names, and notes the order in which others were deleted."""
+
+    def __init__(self, root: Path, stuck: set[str]) -> None:
+        super().__init__(root)
+        self.stuck = stuck
+        self.deleted: list[str] = []
+
+    async def delete(self, name: str) -> None:
+        if name in self.stuck:
+            raise PermissionError(13, "Permission denied")
+        self.deleted.append(name)
+        await super().delete(name)
+
+
+async def test_expired_files_are_deleted_by_turns_of_tenants(bus: Bus, tmp_path: Path) -> None:
+    """Whoever has thousands waits behind others; what cannot be deleted waits longer, and blocks nobody."""
+    storage = Stuck(tmp_path, {f"files/file-stuck{n}" for n in range(20)})
+    files = FileService(bus, storage, Settings(redis_url=bus.url, model="any"))
+    many = {f"rich:file-{n:05}": n + 1 for n in range(3000)}
+    stuck = {f"stuck:file-stuck{n}": 1 for n in range(20)}
+    await bus._redis.zadd(bus.keys.file_expiry, {**many, **stuck, "late:file-late": 1_000_000})
+    await files.delete_expired()
+    assert len(storage.deleted) == 3001
+    assert storage.deleted.index("files/file-late") < 150, "a share of each round, and three rounds before it"
+    left = await bus._redis.zrange(bus.keys.file_expiry, 0, -1, withscores=True)
+    assert len(left) == 20
+    assert all(at_ms > now_ms() - 60_000 for _, at_ms in left), "they are put off"
+    await bus._redis.delete(bus.keys.file_expiry)
