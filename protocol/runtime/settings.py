@@ -143,6 +143,12 @@ class Settings(BaseSettings):
         description="what a tool becomes that OpenAI or Anthropic would run themselves, such as web_search: no tool "
         "for the model, which a header tells, or a 400",
     )
+    force_include_usage: bool = Field(
+        default=False, description="streams of OpenAI's routes tell the usage, as with stream_options.include_usage"
+    )
+    return_tokens_as_token_ids: bool = Field(
+        default=False, description="logprobs name tokens token_id:NUMBER, unless a request says otherwise"
+    )
     keep_prompts: bool = Field(
         default=False, description="keep prompts as long as the records of requests, so that these can be replayed"
     )
