@@ -99,7 +99,7 @@ def check_scopes(method: str, path: str, caller: Caller) -> None:
             caller.require("admin" if for_all else "adapters")
     elif path in (METRICS, FLEET) or f"{path}/".startswith(OPERATOR_PATHS):
         caller.require("admin")
-    elif path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+    elif path.removeprefix("/v1") in ("/load_lora_adapter", "/unload_lora_adapter"):
         caller.require("adapters")
     else:
         caller.require("infer")
