@@ -14,7 +14,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.auth.callers import CALLER, EVERYBODY, Caller
 from gateway.http.errors import ShapeOf, unreachable_queue
 from gateway.http.headers import header_of
-from gateway.http.paths import AUDIT, CONSOLE, DEAD_LETTERS, FLEET, KEYS, OLLAMA_PREFIX, PING, TENANTS, UPLOAD, WORKERS
+from gateway.http.paths import (
+    AUDIT,
+    CONSOLE,
+    DEAD_LETTERS,
+    DOCS,
+    FLEET,
+    KEYS,
+    OLLAMA_PREFIX,
+    PING,
+    TENANTS,
+    UPLOAD,
+    WORKERS,
+)
 from protocol.queue.books.api_keys import PREFIX, ApiKeys
 from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.runtime.fleet_secret import FleetSecret
@@ -46,6 +58,7 @@ class Authentication:
         `secret`: the fleet's, None where it has none. `open_pages`: whether metrics and the API's page need no key.
         """
         self._secret = secret
+        self._open_pages = open_pages
         self._open = OPEN_PATHS | {METRICS, API_PAGE, FLEET} if open_pages else OPEN_PATHS
         self._app = app
         self._keys = keys
@@ -72,6 +85,8 @@ class Authentication:
         if self._keys is None:
             return Caller(token=source_token(bearer, path), secret=self._secret)
         if path in self._open and (method in ("GET", "HEAD") or path == PING):
+            return EVERYBODY
+        if self._open_pages and f"{path}/".startswith(f"{DOCS}/") and method in ("GET", "HEAD"):
             return EVERYBODY
         if f"{path}/".startswith(f"{CONSOLE}/") and method in ("GET", "HEAD"):
             return EVERYBODY  # its files have no data: they ask for that with the operator's key

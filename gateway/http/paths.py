@@ -47,6 +47,9 @@ AUDIT = "/v1/audit"
 CONSOLE = "/console"
 """It, and what is below it, are the console's files."""
 
+DOCS = "/docs"
+"""It, and what is below it, shows `/openapi.json` in a browser, and needs a key where that does."""
+
 UPLOAD = "/v1/adapters/upload"
 
 FLEET = "/v1/fleet"

@@ -139,16 +139,10 @@ class Settings(BaseSettings):
         description="what a request's unknown or unsupported parameter becomes: a 400, or a header and a log line",
     )
     hosted_tools: Literal["leave_out", "refuse"] = Field(
-        default="leave_out",
-        description="what a tool becomes that OpenAI or Anthropic would run themselves, such as web_search: no tool "
-        "for the model, which a header tells, or a 400",
+        default="leave_out", description="what a tool that runs at OpenAI or Anthropic becomes: none, or a 400"
     )
-    force_include_usage: bool = Field(
-        default=False, description="streams of OpenAI's routes tell the usage, as with stream_options.include_usage"
-    )
-    return_tokens_as_token_ids: bool = Field(
-        default=False, description="logprobs name tokens token_id:NUMBER, unless a request says otherwise"
-    )
+    force_include_usage: bool = Field(default=False, description="streams of OpenAI's routes always tell the usage")
+    return_tokens_as_token_ids: bool = Field(default=False, description="logprobs name tokens token_id:NUMBER")
     keep_prompts: bool = Field(
         default=False, description="keep prompts as long as the records of requests, so that these can be replayed"
     )
@@ -395,11 +389,7 @@ class Settings(BaseSettings):
     adapters: Path | None = Field(
         default=None, description="folder whose sub-folders are adapters, served under their names"
     )
-    adapter_roots: str = Field(
-        default="",
-        description="further folders, separated by commas, whose sub-folders operators may load by path; none is "
-        "served by itself",
-    )
+    adapter_roots: str = Field(default="", description="more folders of adapters, by commas, to be loaded by path")
     store_host: str = Field(default="127.0.0.1", description="address the store listens on for workers")
     store_port: int = Field(default=0, ge=0, le=65535, description="port the store listens on; 0: any free one")
     store_url: str = Field(
