@@ -66,8 +66,12 @@ class FleetView:
             await asyncio.sleep(REFRESH_S)
 
     async def show_workers(self) -> list[m.WorkerBeat]:
-        """Set the metrics of each live worker, and return their beats: none while the queue cannot be reached."""
+        """Set the fleet's metrics and those of each live worker, and return these workers' beats.
+
+        There are none while the queue cannot be reached.
+        """
         try:
+            await self.refresh()
             beats = await self._bus.members.worker_beats()
         except CONNECTION_ERRORS as error:
             logger.warning("the workers cannot be seen: %s", error)
