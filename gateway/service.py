@@ -31,7 +31,7 @@ from gateway.books.usage_routes import UsageEndpoints
 from gateway.calls import observe
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.replies import KEEP_S, Replies
-from gateway.console.routes import ConsolePages
+from gateway.console.routes import ConsolePages, DocsPages
 from gateway.encoders.routes import EncoderEndpoints
 from gateway.files.files import SWEEP_S, FileService
 from gateway.files.place import open_storage
@@ -162,7 +162,7 @@ async def _serve(
             ConversationEndpoints(conversations),
             WebhookRoutes(WebhookService(bus, outside, sender, secret)),
             RequestEndpoints(endpoints, pipeline), FleetEndpoints(bus, settings), UsageEndpoints(bus.usage),
-            AuditEndpoints(bus.audit), ConsolePages(),
+            AuditEndpoints(bus.audit), ConsolePages(), DocsPages(),
         )  # fmt: skip
         app, inner = build_app(handlers, settings, admission, memory, keys, secret)
         means = BatchMeans(bus, replies.gid, uploads, storage, settings, inner, timings.batches)

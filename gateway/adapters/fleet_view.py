@@ -54,8 +54,12 @@ class FleetView:
             series.FLEET_OLDEST_SECONDS.labels(cls).set(max(0, now_ms() - oldest_ms) / 1000 if oldest_ms else 0)
 
     async def show_workers(self) -> list[m.WorkerBeat]:
-        """Set the metrics of each live worker, and return their beats: none while the queue cannot be reached."""
+        """Set the fleet's metrics and those of each live worker, and return these workers' beats.
+
+        There are none while the queue cannot be reached.
+        """
         try:
+            await self.refresh()
             beats = await self._bus.members.worker_beats()
         except CONNECTION_ERRORS as error:
             logger.warning("the workers cannot be seen: %s", error)

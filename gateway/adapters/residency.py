@@ -34,6 +34,8 @@ async def look(bus: Bus, fleet: FleetView, beats: Sequence[m.WorkerBeat], name_o
         status.running if status is not None else 0,
         status.queued if status is not None else 0,
         1 - free / total if total else 0.0,
+        sum(beat.counters.num_steps for beat in beats),
+        sum(beat.counters.num_computed_tokens for beat in beats),
         [
             Holding(beat.name, name(digest), level, digest in beat.pinned, _rank_in(records, digest))
             for beat in beats

@@ -14,11 +14,12 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from gateway.bodies.json_bodies import JsonRoute
-from gateway.http.access import OPEN, Routes
-from gateway.http.paths import CONSOLE
+from gateway.http.access import API_PAGE, OPEN, Routes
+from gateway.http.paths import CONSOLE, DOCS
 from protocol.wire.errors import NotFound
 
 FOLDER = Path(__file__).parent / "static"
+DOCS_FOLDER = Path(__file__).parent / "docs"
 INDEX = "index.html"
 
 KINDS = {
@@ -36,6 +37,9 @@ POLICY = "; ".join((
     "trusted-types 'none'",
 ))  # fmt: skip
 """Content-Security-Policy: own files alone, no code in pages, no markup made of text, shown within no other page."""
+
+DOCS_POLICY = POLICY.partition("; require-trusted-types-for")[0]
+"""That of `/docs`: Swagger UI writes markup by itself, out of files of its own alone."""
 
 HEADERS = {
     "content-security-policy": POLICY,
@@ -71,29 +75,39 @@ def load(folder: Path = FOLDER) -> dict[str, Page]:
 
 
 class ConsolePages:
-    """The handlers of the console's paths."""
+    """The handlers of the console's paths, or of another folder of pages."""
+
+    path, access, headers = CONSOLE, OPEN, HEADERS
+    folder = FOLDER
 
     def __init__(self, pages: dict[str, Page] | None = None) -> None:
-        self._pages = load() if pages is None else pages
+        self._pages = load(self.folder) if pages is None else pages
 
     async def enter(self) -> Response:
-        """Send a browser from `/console` to `/console/`, below which its files are, whatever prefix stands before."""
-        name = CONSOLE.rpartition("/")[2]
-        return Response(None, 307, {**HEADERS, "location": f"{name}/"})
+        """Send a browser to the path with a slash, below which its files are, whatever prefix stands before it."""
+        name = self.path.rpartition("/")[2]
+        return Response(None, 307, {**self.headers, "location": f"{name}/"})
 
     async def file(self, name: str, request: Request) -> Response:
         """Answer with a file, or with 304 if the browser has it. Raises NotFound."""
         page = self._pages.get(name or INDEX)
         if page is None:
-            raise NotFound(f"the console has no file {name:.100}", code="not_found")
-        headers = {**HEADERS, "etag": page.tag}
+            raise NotFound(f"{self.path} has no file {name:.100}", code="not_found")
+        headers = {**self.headers, "etag": page.tag}
         if request.headers.get("if-none-match") == page.tag:
             return Response(None, 304, headers)
         return Response(page.body, 200, {**headers, "content-type": page.kind})
 
 
+class DocsPages(ConsolePages):
+    """The pages of `/docs`, which show what `/openapi.json` says with Swagger UI: who may see one may see the other."""
+
+    path, access, headers = DOCS, API_PAGE, {**HEADERS, "content-security-policy": DOCS_POLICY}
+    folder = DOCS_FOLDER
+
+
 def add_console(app: FastAPI, pages: ConsolePages) -> None:
     """Bind paths to handlers. They are no part of the API, so its description has none of them."""
     routes = Routes(app, JsonRoute)
-    routes.get(CONSOLE, OPEN, include_in_schema=False)(pages.enter)
-    routes.get(f"{CONSOLE}/{{name:path}}", OPEN, include_in_schema=False)(pages.file)
+    routes.get(pages.path, pages.access, include_in_schema=False)(pages.enter)
+    routes.get(f"{pages.path}/{{name:path}}", pages.access, include_in_schema=False)(pages.file)

@@ -34,7 +34,7 @@ from gateway.books.audit_routes import AuditEndpoints, add_audit_routes
 from gateway.books.usage_routes import UsageEndpoints, add_usage_routes
 from gateway.calls import observe
 from gateway.calls.trace import TRACE_OF, CallTrace
-from gateway.console.routes import ConsolePages, add_console
+from gateway.console.routes import ConsolePages, DocsPages, add_console
 from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
 from gateway.files.routes import FileEndpoints, add_file_routes
 from gateway.http import openapi
@@ -101,6 +101,7 @@ class Handlers:
     usage: UsageEndpoints
     audit: AuditEndpoints
     console: ConsolePages
+    docs: DocsPages
 
 
 def routed(handlers: Handlers) -> FastAPI:
@@ -126,6 +127,7 @@ def routed(handlers: Handlers) -> FastAPI:
     add_fleet_routes(app, handlers.fleet)
     add_usage_routes(app, handlers.usage)
     add_console(app, handlers.console)
+    add_console(app, handlers.docs)
     add_audit_routes(app, handlers.audit)
     page, turn = b"", asyncio.Lock()
 

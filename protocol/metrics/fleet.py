@@ -92,6 +92,8 @@ class Seen:
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0
+    num_steps: int = 0  # of all workers since their starts, and the tokens in them
+    num_step_tokens: int = 0
     holdings: Sequence[Holding] = ()
     running_adapters: Sequence[str] = ()
     waiting_adapters: Sequence[str] = ()
@@ -123,6 +125,9 @@ class Residency(Collector):
             metric = family.now()
             metric.add_metric([seen.model], value)
             yield metric
+        tokens = series.VLLM_ITERATION_TOKENS.spread()
+        tokens.add_metric([seen.model], [("+Inf", seen.num_steps)], seen.num_step_tokens)
+        yield tokens
         info = series.VLLM_LORA_INFO.now()
         listed = (",".join(names[:MAX_LISTED]) for names in (seen.running_adapters, seen.waiting_adapters))
         info.add_metric([*listed, str(seen.max_adapters)], seen.at_s)

@@ -262,6 +262,12 @@ VLLM_WAITING = _residency.family(
 VLLM_KV_USAGE = _residency.family(
     "vllm:kv_cache_usage_perc", "gauge", "Part of all workers' KV blocks in use, 0 to 1.", ["model_name"]
 )
+VLLM_ITERATION_TOKENS = _residency.family(
+    "vllm:iteration_tokens_total",
+    "histogram",
+    "Tokens of prompts and outputs in a step.",
+    ["model_name"],
+)
 VLLM_LORA_INFO = _residency.family(
     "vllm:lora_requests_info", "gauge",
     "Unix seconds; the labels name the adapters of running and of waiting requests, and how many fit the pools.",

@@ -21,7 +21,7 @@ async def test_residency_and_vllm_s_names(bus: Bus, fleet: ScriptedFleet, model_
         wid="w1", name="one", capacity=8, kv_blocks_free=3, kv_blocks_total=4, resident=["vllm-d1"],
         host=["vllm-d1", *(f"h{i}" for i in range(2000))], pinned={"vllm-d1": ""}, pool_bytes_total=40,
         pool_bytes_free=30,
-        sent_ms=now_ms(),
+        sent_ms=now_ms(), counters=m.WorkerCounters(num_steps=7, num_computed_tokens=21),
     )  # fmt: skip
     await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat), 60_000)
     status = m.SchedulerStatus(
@@ -33,7 +33,6 @@ async def test_residency_and_vllm_s_names(bus: Bus, fleet: ScriptedFleet, model_
             running_gateway(bus, model_folder, vllm_metrics=True) as gateway,
             httpx2.AsyncClient(base_url=gateway.url) as http,
         ):
-            await http.get("/health")
             assert "\nvllm:num_requests_running{" in (await http.get("/metrics")).text
             text = (await http.get("/metrics", headers={"accept": "application/openmetrics-text"})).text
     finally:
@@ -47,6 +46,8 @@ async def test_residency_and_vllm_s_names(bus: Bus, fleet: ScriptedFleet, model_
     values = {name: families[name][0] for name in families if name.startswith("vllm:") and name.count("_") > 1}
     assert values["vllm:num_requests_running"].value == 3
     assert values["vllm:num_requests_waiting"].value == 2
+    steps = {sample.name.rpartition("_")[2]: sample.value for sample in families["vllm:iteration_tokens_total"]}
+    assert (steps["count"], steps["sum"]) == (7, 21)
     assert values["vllm:kv_cache_usage_perc"].value == 0.25
     assert values["vllm:kv_cache_usage_perc"].labels == {"model_name": BASE_NAME}
     info = values["vllm:lora_requests_info"]
