@@ -400,6 +400,10 @@ async def prepared(
             try:
                 logger.info("the fleet is up")
                 await receiver.subscribe(fleet.url, keys[0])
+                if with_keys:  # whose jobs are told to nobody from now on, beside the clients'
+                    attacker = Attacker(fleet.url, keys[1], GIVE_UP_S)
+                    await WEBHOOK_ATTACKS[0].once(attacker)
+                    await attacker.close()
                 await run.ask_undisturbed(answers)
                 logger.info("undisturbed answers are known")
                 yield run

@@ -61,13 +61,19 @@ class Target:
 class Outside:
     """Sends to URLs of strangers."""
 
-    def __init__(self, *, private: bool, names: Names | None = None, timeout_s: float = TIMEOUT_S) -> None:
-        """private: whether http:// and addresses of private networks are allowed. timeout_s: of one request."""
+    def __init__(
+        self, *, private: bool, names: Names | None = None, timeout_s: float = TIMEOUT_S,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:  # fmt: skip
+        """private: whether http:// and addresses of private networks are allowed. timeout_s: of one request.
+
+        tls: whose certificates are trusted; None: those that this machine trusts.
+        """
         self._private = private
         self._names = names or Names()
         self._timeout_s = timeout_s
         self._receivers = PlacesByHost(AT_ONE_RECEIVER, AT_ONE_RECEIVER_OF_TENANT)
-        self._tls: ssl.SSLContext | None = None
+        self._tls = tls
 
     def check(self, url: str) -> None:
         """Refuse a URL by its form. Raises BadRequest."""

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import os
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
+from helpers.authority import Authority
 from helpers.dns_server import DnsServer, answering
 from helpers.waiting import wait_until
 from hypothesis import given, settings
@@ -116,7 +119,7 @@ def test_an_international_name_is_asked_for_in_ascii() -> None:
 
 
 @asynccontextmanager
-async def receiving(serve: Serve) -> AsyncIterator[int]:
+async def receiving(serve: Serve, tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
     tasks: set[asyncio.Task[None]] = set()
 
     async def serve_until_gone(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -130,7 +133,7 @@ async def receiving(serve: Serve) -> AsyncIterator[int]:
         finally:
             writer.close()
 
-    server = await asyncio.start_server(serve_until_gone, "127.0.0.1", 0)
+    server = await asyncio.start_server(serve_until_gone, "127.0.0.1", 0, ssl=tls)
     try:
         yield server.sockets[0].getsockname()[1]
     finally:
@@ -256,3 +259,22 @@ async def test_places_at_a_receiver_are_shared() -> None:
             one.cancel()
         await asyncio.gather(*hanging, return_exceptions=True)
         assert len(outside._receivers) == 0
+
+
+async def test_a_certificate_must_be_of_the_name_that_was_asked_for(tmp_path: Path) -> None:
+    authority = Authority.make(tmp_path / "ours")
+    authority.issue("server", "xn--bcher-kva.example")
+    shown = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    shown.load_cert_chain(authority.folder / "server.pem", authority.folder / "server.key")
+    trusting = ssl.create_default_context(cafile=str(authority.folder / "ca.pem"))
+    known = {"xn--bcher-kva.example": ["127.0.0.1"], "b.example": ["127.0.0.1"]}
+    async with (
+        receiving(saying(b"HTTP/1.1 200 OK\r\n"), shown) as port,
+        answering(DnsServer(known)) as server,
+    ):
+        names = Names(server.address)
+        outside = Outside(private=True, names=names, tls=trusting)
+        assert await outside.post(f"https://Bücher.example:{port}/", b"{}", {}, "a") == 200
+        for other, host in ((outside, "b.example"), (Outside(private=True, names=names), "bücher.example")):
+            with pytest.raises(UnreachableError, match=r"CERTIFICATE_VERIFY_FAILED|certificate verify failed"):
+                await other.post(f"https://{host}:{port}/", b"{}", {}, "a")
