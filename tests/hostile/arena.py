@@ -24,6 +24,7 @@ from hostile.victim import Seen, Victim
 
 from chaos.attackers.attacker import Attack, Attacker, Round
 from chaos.attackers.attacks import BODY_ATTACKS, COMPLETIONS, MANY_LOGPROBS, completion
+from chaos.attackers.reading_attacks import READING_ATTACKS
 from chaos.attackers.wire_attacks import WIRE_ATTACKS
 from chaos.fleet import ProcessFleet, Shape
 from protocol.queue.books.api_keys import Tenant
@@ -208,6 +209,7 @@ def attacks_of(commit: str, read_configs: Round) -> list[tuple[Attack, str]]:
         (stealing(commit), "thief"),
         (peeping(["two", HIDDEN]), "peeper"),
         (MANY_LOGPROBS, "attacker"),
+        *((attack, "attacker") for attack in READING_ATTACKS),
     ]
 
 
