@@ -88,10 +88,11 @@ class Attacker:
         self.told[_status(answer.status_code, found)] += 1
         return found
 
-    async def stream(self, path: str, body: Mapping[str, Any], read: Reading) -> None:
-        """Begin a request, and read its answer as `read` does; the connection breaks when that returns."""
+    async def stream(self, path: str, body: Mapping[str, Any] | None, read: Reading) -> None:
+        """Begin a request, a GET without a body, and read its answer as `read` does; then the connection breaks."""
         try:
-            async with self._http.stream("POST", path, json=dict(body)) as answer:
+            method, json = ("GET", None) if body is None else ("POST", dict(body))
+            async with self._http.stream(method, path, json=json) as answer:
                 self.told[str(answer.status_code)] += 1
                 await read(answer.aiter_bytes())
         except httpx2.TimeoutException:

@@ -25,6 +25,7 @@ from hostile.victim import Seen, Victim
 
 from chaos.attackers.attacker import Attack, Attacker, Round
 from chaos.attackers.attacks import BODY_ATTACKS, COMPLETIONS, MANY_LOGPROBS, completion
+from chaos.attackers.reading_attacks import READING_ATTACKS
 from chaos.attackers.webhook_attacks import WEBHOOK_ATTACKS, silent_dns
 from chaos.attackers.wire_attacks import WIRE_ATTACKS
 from chaos.fleet import ProcessFleet, Shape
@@ -223,6 +224,7 @@ def attacks_of(commit: str, read_configs: Round, state: Callable[[], Awaitable[A
         (peeping(["two", HIDDEN]), "peeper"),
         (unlocking(state), "attacker"),
         (MANY_LOGPROBS, "attacker"),
+        *((attack, "attacker") for attack in READING_ATTACKS),
     ]
 
 

@@ -1,0 +1,58 @@
+"""Attacks by those who only read: lists again and again, and one job for hundreds of clients."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from chaos.attackers.attacker import Attack, Attacker, together
+from chaos.attackers.attacks import COMPLETIONS, completion
+
+LISTS = (
+    "/v1/adapters?limit=1000", "/v1/models", "/api/tags", "/api/ps", "/info", "/v1/requests?limit=100",
+    "/v1/jobs?limit=100", "/v1/files", "/v1/batches", "/v1/usage",
+)  # fmt: skip
+READERS, ROUNDS = 24, 5
+
+
+async def _lists(attacker: Attacker) -> None:
+    async def reader(number: int) -> None:
+        for turn in range(ROUNDS):
+            await attacker.get(LISTS[(number + turn) % len(LISTS)])
+
+    await together(*(reader(number) for number in range(READERS)))
+
+
+async def _readers(attacker: Attacker) -> None:
+    """Stream one job that runs, from hundreds of connections; then one that has ended."""
+    body = completion(background=True, max_tokens=100, ignore_eos=True, echo=True, prompt="data: x\n\nid: 1\n\u2028")
+    job = await attacker.post(COMPLETIONS, body)
+    path = f"/v1/jobs/{(job or {}).get('id', 'job_none')}"
+
+    async def read(_: int) -> None:
+        await attacker.get(f"{path}/stream", last_event_id="7")
+
+    await together(*(read(number) for number in range(200)))
+    await together(*(attacker.get(path, prefer="wait=5") for _ in range(100)))
+
+
+async def _slow_readers(attacker: Attacker) -> None:
+    """Stream a job and stop to read, so that what is kept for readers is there no more when they go on."""
+    body = completion(background=True, max_tokens=200, ignore_eos=True, logprobs=5)
+    job = await attacker.post(COMPLETIONS, body)
+
+    async def stall(pieces: AsyncIterator[bytes]) -> None:
+        await anext(pieces, b"")
+        await asyncio.sleep(1)
+        async for _ in pieces:
+            pass
+
+    path = f"/v1/jobs/{(job or {}).get('id', 'job_none')}/stream"
+    await together(*(attacker.stream(path, None, stall) for _ in range(50)))
+
+
+READING_ATTACKS = (
+    Attack("24 readers of lists", _lists, frozenset({"200"})),
+    Attack("200 readers of one job", _readers, frozenset({"200", "202"})),
+    Attack("50 slow readers of one job", _slow_readers, frozenset({"200", "202"})),
+)
