@@ -30,7 +30,7 @@ MAX_METADATA_KEY = 64  # characters
 MAX_METADATA_VALUE = 512  # characters
 
 MAX_REPETITION_WINDOW = 4096
-"""Most tokens that a penalty for repetitions looks back to, unless it looks at all: they are sorted at each token."""
+"""Most tokens that a penalty for repetitions looks back to, unless it looks at all: they are sent at each token."""
 
 MAX_ENTRIES = 1 << 14
 """Entries of an object that are looked at; its own limit, which `openai.parse` knows, is smaller."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import orjson
 
 from gateway.grammars.limits import MAX_TIMES, check_num
 from gateway.grammars.structured import JSON_STYLE, checked_schema, is_strict
-from gateway.tools.loose import LOOSE_STYLE, not_held, outline
+from gateway.tools.loose import LOOSE_STYLE, MAX_LOOKED_AT, not_held, outline
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
@@ -59,7 +59,8 @@ class _Tool(NamedTuple):
     name: str
     schema: dict[str, Any]  # of its arguments, as the grammar has it
     is_strict: bool
-    not_held: Sequence[str]
+    place: str  # of its schema in the body
+    given: dict[str, Any] | None  # the schema as it was given, None where nothing but its outline is held
 
 
 def tools_of(
@@ -95,7 +96,7 @@ def tools_of(
         parallel is not False and not one,
         num_bytes,
         frozenset(name for name, tool in chosen.items() if tool.is_strict),
-        [one for tool in chosen.values() for one in tool.not_held],
+        _not_held(chosen.values()),
     )
 
 
@@ -121,9 +122,22 @@ def _definition(tool: dict[str, Any], place: str, settings: Settings, words: Too
     except BadRequest:
         if strict or not isinstance(parameters, dict):
             raise
-        return _Tool(name, outline(parameters), False, [where])  # beyond what a grammar may be made of
-    loose = [] if strict else [f"{where}: {keyword}" for keyword in not_held(parameters)]
-    return _Tool(name, {**schema, "type": "object"}, strict, loose)
+        return _Tool(name, outline(parameters), False, where, None)  # beyond what a grammar may be made of
+    return _Tool(name, {**schema, "type": "object"}, strict, where, parameters)
+
+
+def _not_held(tools: Iterable[_Tool]) -> list[str]:
+    """Return the places and keywords of tools' schemas that calls are not held to, as far as these are looked into."""
+    told: list[str] = []
+    left = MAX_LOOKED_AT
+    for tool in tools:
+        if tool.given is None:
+            told.append(tool.place)
+        elif not tool.is_strict:
+            keywords, num = not_held(tool.given, left)
+            told += [f"{tool.place}: {keyword}" for keyword in keywords]
+            left -= num
+    return told
 
 
 def _chosen(choice: str | dict[str, Any] | None, names: list[str]) -> tuple[list[str], bool]:

@@ -29,33 +29,37 @@ FORMATS = frozenset(
 )
 """The values of `format` that it can."""
 
+MAX_LOOKED_AT = 4096
+"""Objects and lists in all schemas of a request that are looked into for such keywords: about a millisecond."""
+
 _BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
 _VALUES = frozenset({"const", "enum", "default", "example", "examples", "required"})  # what is in them is no schema
 _UNNAMABLE = re.compile(r"[>\n]")  # in the names of tags, see `xml_calls`
 
 
-def not_held(schema: dict[str, Any]) -> list[str]:
+def not_held(schema: dict[str, Any], most: int) -> tuple[list[str], int]:
     """Return the keywords of a schema, and of those in it, that a grammar does not hold answers to, sorted.
 
-    Linear in the size of the schema.
+    Beside them how many of its objects and lists were looked at, `most` at most: what lies in others is not told.
     """
     found: set[str] = set()
     waiting: list[Any] = [schema]
-    while waiting:
+    num = 0
+    while waiting and num < most:
         part = waiting.pop()
+        num += 1
         if isinstance(part, list):
-            waiting += part
-        if not isinstance(part, dict):
+            waiting += [one for one in part if isinstance(one, dict | list)]
             continue
         found |= part.keys() & NOT_HELD
         if isinstance(form := part.get("format"), str) and form not in FORMATS:
             found.add("format")
         for key, value in part.items():
             if key in _BY_NAME and isinstance(value, dict):
-                waiting += value.values()
-            elif key not in _VALUES and key not in NOT_HELD:
+                waiting += [one for one in value.values() if isinstance(one, dict | list)]
+            elif key not in _VALUES and key not in NOT_HELD and isinstance(value, dict | list):
                 waiting.append(value)
-    return sorted(found)
+    return sorted(found), num
 
 
 def outline(schema: dict[str, Any]) -> dict[str, Any]:

@@ -287,7 +287,7 @@ async def test_errors_have_ollama_s_shape_and_status(http: httpx2.AsyncClient, f
         ("/api/generate", {**GENERATE, "raw": True, "system": "x"}, 400, "system has no effect beside raw"),
         ("/api/generate", {**GENERATE, "options": {"temperature": -1}}, 400, "options"),
         ("/api/generate", {**GENERATE, "options": {"temprature": 1}}, 400, "Did you mean `temperature`"),
-        ("/api/generate", {**GENERATE, "options": {"repeat_last_n": 64}}, 400, "`options.repeat_last_n` is not"),
+        ("/api/generate", {**GENERATE, "options": {"repeat_last_n": 5000}}, 400, "4096, not 5000"),
         ("/api/generate", {**GENERATE, "options": {"mirostat": 2}}, 400, "`options.mirostat`"),
         ("/api/generate", {**GENERATE, "template": "{{ .Prompt }}"}, 400, "`template` is code"),
         ("/api/generate", {**GENERATE, "suffix": "x"}, 400, "`suffix`"),

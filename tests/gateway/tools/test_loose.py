@@ -16,7 +16,7 @@ from llguidance import LLMatcher
 from gateway.bodies.parameter_check import IGNORED_HEADER
 from gateway.grammars.structured import STYLE
 from gateway.tools.definitions import tools_of
-from gateway.tools.loose import FORMATS, LOOSE_STYLE, NOT_HELD, not_held, outline
+from gateway.tools.loose import FORMATS, LOOSE_STYLE, MAX_LOOKED_AT, NOT_HELD, not_held, outline
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
@@ -128,6 +128,21 @@ async def test_strict_tools_are_refused_by_keyword(
     assert fleet.seen == []
 
 
+def keywords(schema: dict[str, Any]) -> list[str]:
+    return not_held(schema, MAX_LOOKED_AT)[0]
+
+
+def test_keywords_are_looked_for_within_a_limit() -> None:
+    """One for all tools: how many there are and how large, what is beyond it is held all the same where it can be."""
+    wide = {"anyOf": [{"not": {}} for _ in range(4 * MAX_LOOKED_AT)]}
+    assert not_held(wide, MAX_LOOKED_AT) == (["not"], MAX_LOOKED_AT)
+    assert not_held(wide, 0) == ([], 0)
+    deep: dict[str, Any] = {"if": {}}
+    for _ in range(50):
+        deep = {"items": deep}
+    assert not_held(deep, MAX_LOOKED_AT) == (["if"], 51)
+
+
 def test_keywords_are_known_as_the_compiler_knows_them() -> None:
     """The list of what is not held is the compiler's, and what is held is not in it."""
 
@@ -138,13 +153,13 @@ def test_keywords_are_known_as_the_compiler_knows_them() -> None:
 
     for keyword in NOT_HELD:
         assert refused({keyword: {}}), keyword
-        assert not_held({"items": {"properties": {"a": {keyword: {}}, "not": {}}}}) == [keyword]
+        assert keywords({"items": {"properties": {"a": {keyword: {}}, "not": {}}}}) == [keyword]
     for form in FORMATS:
         assert not refused({"format": form}), form
-        assert not_held({"format": form}) == []
+        assert keywords({"format": form}) == []
     assert refused({"format": "regex"})
-    assert not_held({"anyOf": [{"format": "regex"}]}) == ["format"]
-    assert not_held({"enum": [{"not": 1}], "default": {"if": 1}, "properties": {"if": {}, "format": {}}}) == []
+    assert keywords({"anyOf": [{"format": "regex"}]}) == ["format"]
+    assert keywords({"enum": [{"not": 1}], "default": {"if": 1}, "properties": {"if": {}, "format": {}}}) == []
 
 
 def test_what_is_left_of_a_schema_can_always_be_held() -> None:
