@@ -31,6 +31,7 @@ from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.fleet_secret import FleetSecret
+from protocol.runtime.free_space import Reserve
 from protocol.runtime.guarded import FAILED, Items, Loop, guarded
 from protocol.runtime.private_files import private_folder
 from protocol.runtime.release import RELEASE
@@ -81,7 +82,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: StoreTimings |
 
 
 def _open_blobs(settings: Settings) -> Blobs:
-    return Blobs(private_folder(settings.data / "adapters"), settings.store_quota_bytes)
+    return Blobs(private_folder(settings.data / "adapters"), settings.store_quota_bytes, Reserve(settings.keep_free))
 
 
 async def _reach(bus: Bus, stop: asyncio.Event) -> bool:
@@ -110,7 +111,8 @@ class Store:
         self.settings = settings
         self.sid = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self.blobs = blobs
-        self.hub = HubSource(settings.hub_endpoint, retries=timings.retries)
+        reserve = blobs.reserve
+        self.hub = HubSource(settings.hub_endpoint, retries=timings.retries, reserve=reserve)
         self.sources: dict[str, Source] = {"hub": self.hub}
         self.shared_bucket: SharedBucket | None = None
         if settings.s3_buckets or settings.store_bucket:
@@ -119,7 +121,7 @@ class Store:
             from adapter_store.sources.s3 import S3Source, make_client
 
             s3 = make_client(settings.s3_endpoint)
-            self.sources["s3"] = S3Source(s3, retries=timings.retries)
+            self.sources["s3"] = S3Source(s3, retries=timings.retries, reserve=reserve)
             if settings.store_bucket:
                 self.shared_bucket = SharedBucket(s3, settings.store_bucket)
         self.mirror = Mirror(
@@ -127,7 +129,7 @@ class Store:
             shared_bucket=self.shared_bucket, effect_test=settings.effect_test,
         )  # fmt: skip
         self.catalogue = Catalogue(bus, self.sid, record_kept_s=timings.record_kept_s)
-        self.uploads = Uploads(settings.adapters, settings.upload_bytes, settings.max_adapter_bytes)
+        self.uploads = Uploads(settings.adapters, settings.upload_bytes, settings.max_adapter_bytes, reserve)
         self.server = BlobServer(self.locate, self.drop, self.health, secret.bearer if secret else "", self.uploads)
         self._sweep_at_s = 0.0  # monotonic
         self._wake = asyncio.Event()  # set when a name is registered
@@ -137,7 +139,7 @@ class Store:
         self.base: ServedModel | None = None
         if settings.adapters is not None or settings.adapter_roots:
             more = [Path(path) for path in names_of(settings.adapter_roots)]
-            self.sources["local"] = LocalSource(settings.adapters, more)
+            self.sources["local"] = LocalSource(settings.adapters, more, reserve=reserve)
         self.follower: Follower | None = None  # from the first look at the catalogue on
         self.pin_controller = PinController(bus, self.catalogue, settings)
         policy = Policy.of(settings)

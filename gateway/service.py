@@ -132,7 +132,7 @@ async def _serve(
         grammars = GrammarCheck(sandbox, settings.grammar_timeout_s)
         resolver = Resolver(bus, aliases, own, settings.adapters, shows_paths=not settings.api_keys)
         pipeline = Pipeline(settings, bus, files, fleet, resolver, replies, grammars, admission)
-        endpoints = Endpoints(pipeline, admission)
+        endpoints = Endpoints(pipeline, admission, lambda: heartbeat.disk_full)
         operators = OperatorEndpoints(AdapterOperations(bus, settings, aliases, resolver.catalogue, secret))
         native = NativeEndpoints(endpoints, pipeline)
         if not settings.api_keys and not is_loopback(settings.host):
@@ -146,7 +146,7 @@ async def _serve(
         ollama = OllamaEndpoints(endpoints, pipeline)
         anthropic = AnthropicEndpoints(endpoints, pipeline)
         keys = bus.api_keys if settings.api_keys else None
-        storage = open_storage(settings.files, settings.data / "files", settings.s3_endpoint)
+        storage = open_storage(settings.files, settings.data / "files", settings.s3_endpoint, settings.keep_free)
         uploads = FileService(bus, storage, settings)
         jobs = endpoints.calls.jobs
         stored = StoredResponses(pipeline, jobs)

@@ -24,6 +24,7 @@ from adapter_store.sources import (
     needs_config,
 )
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.runtime.free_space import Reserve
 from protocol.wire.adapter_refs import in_root
 from protocol.wire.errors import AdapterRefused, NotFound
 
@@ -66,8 +67,9 @@ class FolderState:
 class LocalSource:
     """The adapters in the folder that the setting `adapters` names, and in those that `adapter_roots` names."""
 
-    def __init__(self, root: Path | None, more: Sequence[Path] = ()) -> None:
-        """Set the root, None for none, and further ones; they need not exist yet."""
+    def __init__(self, root: Path | None, more: Sequence[Path] = (), *, reserve: Reserve | None = None) -> None:
+        """Set the root, None for none, and further ones; they need not exist yet. reserve: see `Source`."""
+        self._reserve = reserve or Reserve(0)
         self.root = _real(root) if root is not None else None
         self._more = [_real(path) for path in more]
 
@@ -168,6 +170,7 @@ class LocalSource:
             with path.open("ab") as out:
                 at = out.tell()
                 while at < end and (chunk := os.pread(source, min(end - at, CHUNK_BYTES), at)):
+                    self._reserve.check(path, len(chunk))
                     out.write(chunk)
                     at += len(chunk)
             # Compared last: if the stamp is still that of the version, so is everything copied before.

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -20,9 +21,9 @@ from gateway.anthropic.errors import OVERLOADED
 from gateway.auth.callers import Caller
 from gateway.batches.calls import InnerCalls
 from gateway.batches.lines import InputLines, Line, LineCall, call_of, read_lines, turn_of
-from gateway.batches.results import Answer, Kind, Results, answer_of, failure_of
+from gateway.batches.results import KINDS, Answer, Kind, Results, answer_of, failure_of
 from gateway.calls.submit import cancel
-from gateway.files.files import FileService
+from gateway.files.files import HELD_S, FileService
 from gateway.files.storage import Storage
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.queue.kept.batches import ClaimedBatch
@@ -30,7 +31,7 @@ from protocol.runtime.backoff import Backoff
 from protocol.runtime.guarded import FAILED, is_failure, is_queue_away
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import LorafleetError, NotFound, Unavailable
+from protocol.wire.errors import LorafleetError, NotFound, Overloaded, Unavailable
 
 T = TypeVar("T")
 End = Literal["completed", "expired", "cancelled"]
@@ -93,6 +94,7 @@ class BatchRun:
         self._num_done = -1  # lines that were answered when the tries were last counted; -1: it is not known yet
         self._results = Results(means.storage, self.batch.id, claimed.epoch)
         self._is_cancelled = asyncio.Event()
+        self._no_room: m.BatchProblem | None = None  # why its tenant may have no more files
         if claimed.cancelled_ms:
             self._cancel(claimed.cancelled_ms)
 
@@ -197,14 +199,25 @@ class BatchRun:
         self._found = found
         await self._results.load()
         self._num_done = self._results.num_written
+        with self._within_limits():
+            await self._hold(self._results.file_bytes)
         begun_ms = self.batch.in_progress_ms or now_ms()
         await self._save(status="in_progress", in_progress_ms=begun_ms, total=len(found.lines), model=found.model)
-        end = self.batch.end or await self._run_lines(found, source)
-        # Noted, since whoever has to begin its end anew finds an answer, if only a failure, for each line.
-        await self._save(status="finalizing", finalizing_ms=self.batch.finalizing_ms or now_ms(), end=end)
+        if self._no_room is None:
+            end = self.batch.end or await self._run_lines(found, source)
+        else:
+            end = self.batch.end or "completed"
+        # Noted, since whoever has to begin its end anew finds an answer, if only a failure, for each line. Not so where
+        # there is no room for these: then the lines are run again, up to where room ends.
+        noted = end if self._no_room is None else ""
+        await self._save(status="finalizing", finalizing_ms=self.batch.finalizing_ms or now_ms(), end=noted)
         await self._give_up(found, source, end)
         await self._flush()
-        await self._end(end)
+        if self._no_room is None:
+            await self._end(end)
+            return
+        await self._count_anew()  # what was not written is no answer
+        await self._end("failed" if end == "completed" else end, problems=[self._no_room])
 
     async def _run_lines(self, found: InputLines, source: m.File) -> End:
         """Run the lines that have no answer, a few at a time. Returns how the batch ends."""
@@ -222,7 +235,7 @@ class BatchRun:
                     if cancelled.done():
                         break
                 await _wait(running, cancelled, 1)
-            if cancelled.done():
+            if cancelled.done() and self._no_room is None:
                 end = "cancelled"
         except TimeoutError:
             if not life.expired():
@@ -232,7 +245,7 @@ class BatchRun:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-        if end != "completed":
+        if end != "completed" or self._no_room is not None:
             await self._end_requests(found.lines, caller)
         return end
 
@@ -248,13 +261,39 @@ class BatchRun:
     async def _write(self, kind: Kind) -> str:
         """Write an output file. Returns its id, "" when there is nothing in it."""
         batch = self.batch
-        file_id = f"file-{batch.id.removeprefix('batch_')}-{kind}"
-        await self._bus.files.forget(file_id, batch.tenant)  # of a try that did not come to its end
+        file_id = self._file_id(kind)
+        if await self._bus.files.get(file_id, batch.tenant) is not None:  # of a try that did not come to its end
+            await self._bus.files.forget(file_id, batch.tenant)
         life_s = float(batch.output_life_s or self._settings.file_ttl_s)
         made = await self._means.files.make(
             file_id, batch.tenant, f"{batch.id}_{kind}.jsonl", self._results.file(kind), life_s
         )
         return made.id if made is not None else ""
+
+    def _file_id(self, kind: Kind) -> str:
+        return f"file-{self.batch.id.removeprefix('batch_')}-{kind}"
+
+    async def _hold(self, file_bytes: Mapping[Kind, int]) -> None:
+        """Hold room for the two files among the tenant's. Raises Overloaded if it has none."""
+        until_ms = max(now_ms(), self.batch.expires_ms) + int(HELD_S * 1000)
+        for kind in KINDS:
+            num_bytes = file_bytes.get(kind, 0)
+            if num_bytes or kind == "output":
+                await self._means.files.hold_output(self._file_id(kind), self.batch.tenant, num_bytes, until_ms)
+
+    @contextmanager
+    def _within_limits(self) -> Generator[None]:
+        """End the batch with what is written when its tenant may have no more files, or bytes in them."""
+        try:
+            yield
+        except Overloaded as error:
+            self._no_room = m.BatchProblem(code="file_limit", message=error.message)
+            self._is_cancelled.set()
+
+    async def _count_anew(self) -> None:
+        """Count the answers that are written, and no others."""
+        self._results = Results(self._means.storage, self.batch.id, self._epoch)
+        await self._results.load()
 
     async def _give_up(self, found: InputLines, source: m.File, end: End) -> None:
         """Note for every line without an answer why it has none."""
@@ -264,6 +303,8 @@ class BatchRun:
         if end == "cancelled":
             code, why = ("batch_cancelled", "the batch was cancelled before this line was answered")
         for line in found.lines:
+            if self._no_room is not None:
+                return
             if line.number in self._results.tally.done:
                 continue
             call = await self._read(line, source)
@@ -345,8 +386,11 @@ class BatchRun:
     # ------------------------------------------------------------ storage
 
     async def _flush(self) -> None:
-        """Write the answers that wait, then let the queue forget their requests."""
-        numbers = await self._results.flush()
+        """Write the answers that wait, if their tenant has room, then let the queue forget their requests."""
+        numbers: list[int] = []
+        if self._no_room is None:
+            with self._within_limits():
+                numbers = await self._results.flush(self._hold)
         for some in _slices(numbers, 256):
             keys = [self._bus.keys.idem(self.batch.tenant, f"{self.batch.id}:{number}") for number in some]
             records = await self._bus.get_many(keys, m.Idempotent)

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from protocol.queue.bus import Bus
+from protocol.queue.bus import Bus, DiskFull
 from protocol.runtime.guarded import FAILED
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ class Heartbeat:
         self._pace = pace or Pace()
         self._lag = LoopLag(self._pace.tick_s, self._pace.clock())
         self._failure: BaseException | None = None  # what ended the thread
+        self.disk_full = False
+        """Whether the queue's server has refused the last beat since it cannot write to its disk."""
 
     @property
     def lag_s(self) -> float:
@@ -128,7 +130,9 @@ class Heartbeat:
             return
         try:
             await self._beat_once(bus, address)
+            self.disk_full = False
         except Exception as error:  # noqa: BLE001  the turn's edge: the next beat is a second away
+            self.disk_full = isinstance(error, DiskFull)
             FAILED.note("heartbeat", error)
 
     async def _beat_once(self, bus: Bus, address: str) -> None:

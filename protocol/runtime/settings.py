@@ -68,9 +68,9 @@ class Settings(BaseSettings):
     )
     served_name: str = Field(default="", description="name of the base model in the API; default: its Hub id or folder")
     data: Path = Field(
-        default=Path("~/.cache/lorafleet"),
-        description="folder for the queue's data, mirrored adapters, caches and logs",
+        default=Path("~/.cache/lorafleet"), description="folder for the queue's data, adapters, caches and logs"
     )
+    keep_free: int = Field(default=1 << 30, ge=0, description="bytes of each disk that files and adapters leave free")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="lowest level logged")
     log_format: Literal["text", "json"] = Field(default="text", description="format of log lines")
     metrics_port: int = Field(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gateway.adapters.catalogue import MAX_KEPT_BYTES
+from gateway.adapters import catalogue
 from gateway.batches.lines import MAX_LINES
 from gateway.batches.run import BatchPace
 from gateway.http.connection import FREE_BYTES, UNSENT_BYTES
@@ -16,6 +16,7 @@ from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.overload.large import LargeLimits
 from gateway.overload.memory import SHARE
 from gateway.sandbox.turns import MAX_TENANT_BYTES, MAX_WAITING_BYTES
+from gateway.text.own_files import MAX_KEPT_BYTES, NUM_READ, READ_BYTES
 from protocol.queue.adapters import MAX_REGISTERED
 from protocol.runtime.settings import Settings
 
@@ -33,9 +34,6 @@ MAX_THREADS = 32
 
 CATALOGUE_BYTES = 3 << 10
 """An adapter in the list of all, as it was read and as JSON."""
-
-OWN_TEXTS_BYTES = 128 << 20
-"""Adapters' own tokenizers and templates."""
 
 LINE_BYTES = 640
 """What is held of a line of a batch."""
@@ -63,9 +61,10 @@ def gateway_bytes(settings: Settings, crowd: Crowd) -> dict[str, int]:
         "tokenizing": turns * TOKENIZED * settings.max_body_bytes,
         "tokenizing small": MAX_THREADS * TOKENIZED * SMALL_BODY_BYTES,
         "catalogue": CATALOGUE_BYTES * MAX_REGISTERED,
-        "lists": MAX_KEPT_BYTES,
+        "lists": catalogue.MAX_KEPT_BYTES,
         "jobs for sandboxes": min(crowd.holders * MAX_TENANT_BYTES, MAX_WAITING_BYTES),
-        "adapters' texts": OWN_TEXTS_BYTES,
+        "adapters' texts": MAX_KEPT_BYTES,
+        "adapters' texts being read": min(crowd.holders - 1, NUM_READ) * READ_BYTES,  # a holder is an address, too
         "lines of batches": BatchPace().max_batches * MAX_LINES * LINE_BYTES,
     }
 

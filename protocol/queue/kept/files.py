@@ -15,6 +15,7 @@ from protocol.wire.codec import decode_record
 from protocol.wire.keys import Keys
 
 _MEMBER = re.compile(r"([^:]*):(file-[0-9A-Za-z._-]+)")
+Outcome = tuple[Literal["ok", "bytes", "files"], int]
 
 
 class Files:
@@ -25,25 +26,25 @@ class Files:
         self._keys = keys
         self._scripts = scripts
 
-    async def keep(
-        self, file: m.File, *, max_bytes: int, max_files: int
-    ) -> tuple[Literal["ok", "bytes", "files"], int]:
-        """Note a file. Returns ("ok", 0); or, of its tenant's files, ("bytes", their sum) or ("files", their number).
+    async def keep(self, file: m.File, *, max_bytes: int, max_files: int) -> Outcome:
+        """Note a file. Returns ("ok", 0), or of its tenant's other files ("bytes", sum) or ("files", number).
 
-        max_bytes, max_files: what the tenant may have in all; 0: no limit.
+        max_bytes, max_files: what the tenant may have in all, and room is held for; 0: no limit.
         """
-        keys = self._keys
-        args = [
-            file.id,
-            file.tenant,
-            m.encode(file),
-            file.num_bytes,
-            file.created_ms,
-            file.expires_ms,
-            max_bytes,
-            max_files,
-        ]
-        reply = await self._scripts.keep_file(keys=[keys.tag, *self._names(file.id, file.tenant)], args=args)
+        return await self._keep(file, m.encode(file), max_bytes, max_files)
+
+    async def hold(self, file: m.File, *, max_bytes: int, max_files: int) -> Outcome:
+        """Hold room for a file that is being written, until it is noted, or its `expires_ms`. Returns as `keep`.
+
+        It counts among its tenant's files with its `num_bytes`, which a later call may change, and nobody sees it.
+        What is not noted in time is among `expired`, so its bytes are deleted.
+        """
+        return await self._keep(file, b"", max_bytes, max_files)
+
+    async def _keep(self, file: m.File, record: bytes, max_bytes: int, max_files: int) -> Outcome:
+        names = self._names(file.id, file.tenant)
+        args = [file.id, file.tenant, record, file.num_bytes, file.created_ms, file.expires_ms, max_bytes, max_files]
+        reply = await self._scripts.keep_file(keys=[self._keys.tag, *names], args=args)
         return reply[0].decode(), reply[1] if len(reply) > 1 else 0
 
     async def get(self, file_id: str, tenant: str) -> m.File | None:
@@ -58,7 +59,7 @@ class Files:
         return readable(raws, m.File)
 
     async def forget(self, file_id: str, tenant: str) -> bool:
-        """Forget a file. Returns whether the tenant had it."""
+        """Forget a file, or give back the room that is held for it. Returns whether the tenant had it."""
         names = self._names(file_id, tenant)
         return bool(await self._scripts.drop_file(keys=[self._keys.tag, *names], args=[file_id, tenant]))
 
@@ -78,7 +79,8 @@ class Files:
     async def expired(self, now_ms: int, num: int) -> list[tuple[str, str]]:
         """Return at most `num` files that have expired, those that have waited longest first: tenant and id.
 
-        What is no file's name is put aside: no part of it becomes a place in the storage.
+        Among them are those that room was held for too long. What is no file's name is put aside: no part of it becomes
+        a place in the storage.
         """
         found = await self._redis.zrangebyscore(self._keys.file_expiry, "-inf", now_ms, start=0, num=num)
         parts = {member: _parts(member) for member in found}

@@ -1,0 +1,94 @@
+"""The part of every disk that nothing brought from outside may take.
+
+The queue's log is often on the same disk as files, adapters and answers of batches. A disk that these filled would stop
+the queue, and with it the whole fleet, deletions among it. So whoever writes what others bring asks here first, and
+again with every piece.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Lock
+
+from protocol.wire.errors import NoRoom
+
+Free = Callable[[Path], int]
+"""Returns the free bytes of the disk on which a folder or file is. Raises OSError."""
+
+
+def free_bytes(place: Path) -> int:
+    """Return the bytes that this user may still write to the disk of a path, which is there. Raises OSError."""
+    disk = os.statvfs(place)
+    return disk.f_bavail * disk.f_frsize
+
+
+class Reserve:
+    """The free space that is kept on each disk, and the room that is promised to writers of this process."""
+
+    def __init__(self, keep_free: int, free: Free = free_bytes) -> None:
+        """keep_free: bytes of each disk."""
+        self._keep_free = keep_free
+        self._free = free
+        self._promises: dict[int, tuple[int, Callable[[], int]]] = {}  # id -> disk, bytes still to come
+        self._lock = Lock()
+
+    def check(self, place: Path, num_bytes: int = 0) -> None:
+        """Raise NoRoom unless `num_bytes` more leave the reserve of a path's disk free. It costs some µs.
+
+        Promises are not looked at: who has one asks with each piece. place: where the bytes are to be; it, or a folder
+        above it, is there. Raises OSError.
+        """
+        self._check(_existing(place), num_bytes, 0)
+
+    def _check(self, place: Path, num_bytes: int, promised: int) -> None:
+        free = self._free(place)
+        if free - promised - num_bytes < self._keep_free:
+            taken = f", of which {promised} are promised to others" if promised else ""
+            raise NoRoom(
+                f"{num_bytes} bytes have no room: the disk has {free} free{taken}, and {self._keep_free} are kept free"
+            )
+
+    @contextmanager
+    def room(self, place: Path, to_come: Callable[[], int]) -> Generator[None]:
+        """Promise room until the block ends; others who ask for a promise meanwhile find it taken. Raises as `check`.
+
+        to_come: returns how many bytes are still to be written.
+        """
+        found = _existing(place)
+        disk = found.stat().st_dev
+        with self._lock:
+            promised = sum(to_come() for other, to_come in self._promises.values() if other == disk)
+            self._check(found, to_come(), promised)
+            promise = object()
+            self._promises[id(promise)] = (disk, to_come)
+        try:
+            yield
+        finally:
+            with self._lock:
+                del self._promises[id(promise)]
+
+
+def size_of(*places: Path) -> int:
+    """Return the bytes of files, and of all files below folders; what is not there, or leaves meanwhile, has none."""
+    num = 0
+    for place in places:
+        for folder, _, names in os.walk(place):
+            num += sum(_size(os.path.join(folder, name)) for name in names)
+        if not place.is_dir():
+            num += _size(place)
+    return num
+
+
+def _size(path: str | Path) -> int:
+    try:
+        return os.stat(path, follow_symlinks=False).st_size
+    except OSError:
+        return 0
+
+
+def _existing(place: Path) -> Path:
+    """Return a path, or the nearest folder above it that is there."""
+    return next(path for path in (place, *place.absolute().parents) if path.exists())
