@@ -152,6 +152,57 @@ async def _large_body(attacker: Attacker) -> None:
     await together(*(attacker.post(COMPLETIONS, b'{"a": "' + b"x" * (20 << 20) + b'"}') for _ in range(3)))
 
 
+async def _scanners(attacker: Attacker) -> None:
+    """Have everything read that could be read over and over: grammars, schemas, patterns, tools, earlier turns."""
+
+    def filled(unit: str, before: str = "", after: str = "") -> str:
+        return before + unit * ((65_000 - len(before) - len(after)) // len(unit)) + after
+
+    wide = {"type": "object", "properties": {f"a{n}": {} for n in range(4000)}}
+    tools = [{"type": "function", "function": {"name": f"f{n}", "parameters": wide}} for n in range(16)]
+    grammars = [filled('\\"'), filled("\\/"), filled("1", "a{"), filled("%json {"), filled("[", "root ::= ")]
+    one = {"type": "thinking", "thinking": "t"}
+    thoughts = [{"type": "thinking", "thinking": "t" * 2_000_000}, *[one] * 16_000]
+    calls = [{"function": {"name": f"f{n}", "arguments": {}}} for n in range(15_000)]
+    results = [{"role": "tool", "content": "", "tool_name": "x"}] * 2000
+    await together(
+        *(attacker.post(COMPLETIONS, completion(structured_outputs={"grammar": grammar})) for grammar in grammars),
+        *(attacker.post(COMPLETIONS, completion(structured_outputs={"regex": filled(unit)})) for unit in ("[", "{1")),
+        attacker.post(COMPLETIONS, completion(structured_outputs={"json": {**wide, "title": str(_new())}})),
+        attacker.post(CHAT, chat(tools=tools)),
+        attacker.post("/v1/messages", {**chat(), "messages": [{"role": "assistant", "content": thoughts}]}),
+        attacker.post(
+            "/api/chat", {"model": "base", "messages": [{"role": "assistant", "tool_calls": calls}, *results]}
+        ),
+    )
+
+
+async def _nested_lines(attacker: Attacker) -> None:
+    """Have batches read lines of 4 MB of lists, and of lists within lists."""
+    values = ["[" + "[]," * 1_390_000 + "1]", "[" * 300 + "]" * 300, "[" * 1_000_000 + "]" * 1_000_000]
+    rows = [
+        f'{{"custom_id":"{n}","method":"POST","url":"{COMPLETIONS}","body":{{"model":"base","prompt":"hi","x":{value}}}}}'
+        for n, value in enumerate([*values, *values[:1] * 3])
+    ]
+    mark = f"mark{_new()}"
+    parts = [("purpose", "", "batch"), ("file", '; filename="a.jsonl"', "\n".join(rows))]
+    form = "".join(
+        f'--{mark}\r\ncontent-disposition: form-data; name="{name}"{more}\r\n\r\n{text}\r\n'
+        for name, more, text in parts
+    )
+    raw = f"{form}--{mark}--\r\n".encode()
+    file = await attacker.send("POST", "/v1/files", raw, content_type=f"multipart/form-data; boundary={mark}")
+    if not file or "id" not in file:
+        return
+    asked = {"input_file_id": file["id"], "endpoint": COMPLETIONS, "completion_window": "24h"}
+    batch = await attacker.post("/v1/batches", asked)
+    for _ in range(200):
+        if not batch or batch.get("status") in ("completed", "failed", "expired", "cancelled"):
+            break
+        batch = await attacker.get(f"/v1/batches/{batch['id']}")
+    await attacker.send("DELETE", f"/v1/files/{file['id']}", None)
+
+
 async def _cancel_storm(attacker: Attacker) -> None:
     async def leave(after: int) -> None:
         async def read(pieces: AsyncIterator[bytes]) -> None:
@@ -239,4 +290,6 @@ BODY_ATTACKS = (
     Attack("many who wait for a job", _waiters, ANSWERED),
     Attack("wrong keys", _wrong_keys, frozenset({CLOSED})),
     Attack("odd names of models", _names, frozenset({"200"})),
+    Attack("what is read over and over", _scanners, frozenset({"200"})),
+    Attack("batches of nested lines", _nested_lines, frozenset({"200"})),
 )

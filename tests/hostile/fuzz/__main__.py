@@ -52,8 +52,8 @@ def as_markdown(results: Sequence[Result], seed: int) -> str:
         f"{len(results)} targets in {sum(result.seconds for result in results) / 60:.0f} min of all processes. "
         f"**Crashes: {num_crashes}.**",
         "",
-        "| target | cases | seconds | slowest case, s | crashes | outcomes | most frequent |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| target | cases | seconds | slowest case, s | most CPU, ms | crashes | outcomes | most frequent |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *map(_row, results),
         *(f"\n```\n{result.crash}\n```" for result in results if result.crash),
     ]
@@ -62,7 +62,13 @@ def as_markdown(results: Sequence[Result], seed: int) -> str:
 
 def _row(result: Result) -> str:
     shown = "; ".join(f"{num:,} × {outcome}" for outcome, num in result.outcomes.most_common(SHOWN))
-    cells = [result.target, f"{result.num_cases:,}", f"{result.seconds:.0f}", f"{result.slowest_s:.2f}"]
+    cells = [
+        result.target,
+        f"{result.num_cases:,}",
+        f"{result.seconds:.0f}",
+        f"{result.slowest_s:.2f}",
+        f"{1000 * result.most_cpu_s:.0f}",
+    ]
     cells += [str(int(bool(result.crash))), str(len(result.outcomes)), shown.replace("|", "\\|")]
     return f"| {' | '.join(cells)} |"
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from hostile.fuzz import odd
-from hostile.fuzz.engine import Check, Target
+from hostile.fuzz.engine import Check, OnLoop, Target
 from hostile.fuzz.services import json_error, services
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -296,7 +296,7 @@ def _gateway() -> Iterator[Check]:
             return f"{status} {json_error(raw)}"
 
         try:
-            yield check
+            yield OnLoop(check, running.cpu_s)
         finally:
             connection.close()
 
@@ -368,7 +368,7 @@ def _server() -> Iterator[Check]:
                 return f"{status} {json_error(body)}"
             return status
 
-        yield check
+        yield OnLoop(check, running.cpu_s)
 
 
 TARGETS = (

@@ -12,6 +12,7 @@ import math
 import struct
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Awaitable, Iterator
 from concurrent.futures import Future
@@ -61,6 +62,12 @@ class Services:
         self.port = 0
         self.gid = ""
         self.worker: Worker | None = None
+        self.thread = threading.current_thread()  # it is made there
+
+    def cpu_s(self) -> float:
+        """Return the CPU seconds that the services' thread has used."""
+        assert self.thread.ident is not None
+        return time.clock_gettime(time.pthread_getcpuclockid(self.thread.ident))
 
     def do(self, work: Awaitable[Any]) -> Any:
         """Do something in the services' thread; return what it returns."""

@@ -1,0 +1,172 @@
+"""Nothing that a client sends holds the gateway's event loop: each at the largest size that is let in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import pytest_asyncio
+from helpers.loop_lag import measured_lag
+from helpers.scripted_fleet import ScriptedFleet, running_gateway
+from helpers.waiting import wait_until
+
+from protocol.queue.bus import Bus
+
+MOST_S = 0.15
+"""CPU seconds of one round of the loop: five times what parsing 4 MB of JSON takes, which is the longest there is."""
+
+GRAMMAR = 65_000
+BODY = 4_190_000
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+def filled(unit: str, size: int, before: str = "", after: str = "") -> str:
+    return before + unit * ((size - len(before) - len(after)) // len(unit)) + after
+
+
+def completion(**fields: Any) -> dict[str, Any]:
+    return {"model": "base", "prompt": "the dog", "max_tokens": 1, **fields}
+
+
+def chat(content: Any = "the dog", **fields: Any) -> dict[str, Any]:
+    return {"model": "base", "messages": [{"role": "user", "content": content}], "max_tokens": 1, **fields}
+
+
+def tool(number: int, schema: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": f"f{number}", "parameters": schema}}
+
+
+WIDE = {"type": "object", "properties": {f"a{i}": {} for i in range(4000)}}
+REFERRING = {"$defs": {"a": WIDE}, "properties": {f"x{i}": {"allOf": [{"$ref": "#/$defs/a"}]} for i in range(40)}}
+PATTERNS = {"patternProperties": {f"{i}(a{{9}})": {} for i in range(3000)}}
+TOOLS = [tool(i, WIDE) for i in range(6)]
+NAMED = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"function": {"name": "f0"}}] * 20_000}}
+LISTS = filled("[],", 190_000, "[", "1]")
+ITEMS = [{"role": "user", "content": [{"type": "input_text", "text": "a"}] * 25} for _ in range(2000)]
+THOUGHTS = [{"type": "thinking", "thinking": "t" * 3_000_000}, *[{"type": "thinking", "thinking": "t"}] * 16_000]
+CALLS = [{"function": {"name": f"f{i}", "arguments": {}}} for i in range(15_000)]
+
+BODIES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{
+        f"a grammar of {unit!r} after {before!r}": (
+            COMPLETIONS, completion(structured_outputs={"grammar": filled(unit, GRAMMAR, before)})
+        )
+        for unit, before in [
+            ('\\"', ""), ("\\/", ""), ("1", "a{"), ("%json {", ""), ("[", "%json "), ("a ", "root ::= "),
+            ("\\x41", 'root ::= "'), ("[", "root ::= "),
+        ]
+    },
+    **{
+        f"a regular expression of {unit!r}": (
+            COMPLETIONS, completion(structured_outputs={"regex": filled(unit, GRAMMAR, before)})
+        )
+        for unit, before in [("[", ""), ("1", "a{"), ("(a{0})", ""), ("{", "")]
+    },
+    "a wide schema": (COMPLETIONS, completion(structured_outputs={"json": WIDE})),
+    "a schema as text": (COMPLETIONS, completion(structured_outputs={"json": json.dumps(WIDE)})),
+    "schemas that refer to each other": (COMPLETIONS, completion(structured_outputs={"json": REFERRING})),
+    "patterns of names": (COMPLETIONS, completion(structured_outputs={"json": PATTERNS})),
+    "10,000 choices": (COMPLETIONS, completion(structured_outputs={"choice": ["abc"] * 10_000})),
+    "a schema of LoRAX's": ("/generate", {"inputs": "a", "parameters": {"grammar": {"type": "json", "value": WIDE}}}),
+    "a format of Ollama's": ("/api/chat", {"model": "base", "messages": [{"role": "user"}], "format": WIDE}),
+    "tools": (CHAT, chat(tools=TOOLS)),
+    "tools that are counted": ("/tokenize", {"model": "base", "messages": chat()["messages"], "tools": TOOLS}),
+    "allowed tools": (CHAT, chat(tools=TOOLS[:1], tool_choice=NAMED)),
+    "Anthropic's tools": (
+        "/v1/messages", {**chat(), "tools": [{"name": f"f{i}", "input_schema": WIDE} for i in range(6)]}
+    ),
+    "tools of responses": (
+        "/v1/responses", {"model": "base", "input": "a", "tools": [{"type": "function", **tool(i, WIDE)["function"]}
+                                                                  for i in range(6)]}
+    ),
+    "parts of a message": (CHAT, chat([{"type": "text", "text": "a"}] * 60_000)),
+    "parts of an item": ("/v1/responses", {"model": "base", "input": ITEMS}),
+    "thoughts": ("/v1/messages", {**chat(), "messages": [{"role": "assistant", "content": THOUGHTS}]}),
+    "calls without results": (
+        "/api/chat", {"model": "base", "messages": [{"role": "assistant", "tool_calls": CALLS},
+                                                  *[{"role": "tool", "content": "", "tool_name": "x"}] * 2000]}
+    ),
+    "arguments of a call": (
+        CHAT, {"model": "base", "messages": [{"role": "assistant", "tool_calls": [
+            {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":' + LISTS + "}"}}]}]}
+    ),
+    "variables of a template": (CHAT, chat(chat_template_kwargs={f"v{i}": [[]] for i in range(60_000)})),
+    "stop strings": (COMPLETIONS, completion(stop=["a" * 1000 + f"{i:024}" for i in range(64)])),
+    "metadata": (COMPLETIONS, completion(metadata={f"k{i}": "v" * 512 for i in range(16)})),
+    "bias": (COMPLETIONS, completion(logit_bias={str(i).zfill(4000): 1 for i in range(300)})),
+    "names nobody knows": (COMPLETIONS, completion(**{f"unknown_{i}_{'x' * 20}": 1 for i in range(60_000)})),
+    "a list of names": (COMPLETIONS, completion(model=["s3://" + "a/" * 500] * 3000)),
+    "documents": ("/v1/rerank", {"model": "base", "query": "a", "documents": [{"text": "a"}] * 60_000}),
+    "lists": (COMPLETIONS, completion(prompt=json.loads(LISTS))),
+    "nested lists": (COMPLETIONS, completion(prompt=json.loads(filled("[" * 90 + "]" * 90 + ",", 60_000, "[", "1]")))),
+}  # fmt: skip
+
+
+@pytest_asyncio.fixture
+async def http(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> AsyncIterator[httpx2.Client]:
+    """A client that is used in threads: its own time is not the loop's."""
+    async with running_gateway(bus, model_folder, grammar_timeout_s=0.25) as gateway:
+        with httpx2.Client(base_url=gateway.url, timeout=60) as plain:
+            yield plain
+
+
+async def test_no_body_holds_the_event_loop(http: httpx2.Client, subtests: pytest.Subtests) -> None:
+    headers = {"content-type": "application/json"}
+    for name, (path, body) in BODIES.items():
+        raw = json.dumps(body, separators=(",", ":")).encode()
+        assert len(raw) <= BODY, name
+        with subtests.test(name):
+            async with measured_lag() as lag:
+                answer = await asyncio.to_thread(http.post, path, content=raw, headers=headers)
+            assert answer.status_code < 500 or answer.status_code in (503, 529), answer.text  # no time to compile
+            assert lag.num_ticks > 0, "nothing was measured"
+            assert lag.longest_s < MOST_S
+
+
+async def test_no_query_or_header_holds_the_event_loop(http: httpx2.Client, subtests: pytest.Subtests) -> None:
+    long = "1-" * 15_000
+    for path in (f"/v1/jobs?after={long}", f"/v1/requests?after={long}", f"/v1/files?after={long}", f"/v1/jobs/{long}"):
+        with subtests.test(path[:20]):
+            async with measured_lag() as lag:
+                answer = await asyncio.to_thread(http.get, path, headers={"prefer": "wait=" * 5000})
+            assert answer.status_code < 500, answer.text
+            assert lag.longest_s < MOST_S
+
+
+def lines(url: str, **fields: str) -> list[bytes]:
+    """Return the lines of a batch, which are as large as a body may be, with values that are given as JSON."""
+    shown = [b'{"custom_id":"%b","method":"POST","url":"%b","body":{"model":"base","prompt":"a","x":%b}}' %
+             (name.encode(), url.encode(), value.encode()) for name, value in fields.items()]  # fmt: skip
+    assert all(len(line) <= BODY for line in shown)
+    return shown
+
+
+async def test_no_line_of_a_batch_holds_the_event_loop(http: httpx2.Client) -> None:
+    size = BODY - 200
+    wrong = lines(
+        COMPLETIONS, lists=filled("[],", size, "[", "1]"),
+        objects=filled('{"a":1},', size, "[", "1]"), deep="[" * 300 + "]" * 300,
+        deepest="[" * 2_000_000 + "]" * 2_000_000,
+    )  # fmt: skip
+    good = json.dumps({"custom_id": "good", "method": "POST", "url": COMPLETIONS, "body": completion()}).encode()
+    async with measured_lag() as lag:
+        form = {"file": ("a.jsonl", b"\n".join([*wrong, good])), "purpose": (None, "batch")}
+        file = (await asyncio.to_thread(lambda: http.post("/v1/files", files=form))).json()
+        asked = {"input_file_id": file["id"], "endpoint": COMPLETIONS, "completion_window": "24h"}
+        batch = (await asyncio.to_thread(lambda: http.post("/v1/batches", json=asked))).json()
+
+        async def has_ended() -> dict[str, Any] | None:
+            seen = (await asyncio.to_thread(http.get, f"/v1/batches/{batch['id']}")).json()
+            return seen if seen["status"] in ("completed", "failed", "expired") else None
+
+        ended = await wait_until(has_ended, "the batch has ended", timeout_s=90)
+    assert ended["status"] == "completed", ended
+    assert ended["request_counts"] == {"total": 5, "completed": 1, "failed": 4}
+    errors = (await asyncio.to_thread(http.get, f"/v1/files/{ended['error_file_id']}/content")).text.splitlines()
+    assert {json.loads(line)["custom_id"] for line in errors} == {"lists", "objects", "deep", ""}
+    assert lag.longest_s < MOST_S
