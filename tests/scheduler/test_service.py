@@ -19,7 +19,6 @@ from protocol.wire import messages as m
 from protocol.wire.errors import Internal
 from scheduler import session
 from scheduler.core import Scheduler, SchedulerConfig
-from scheduler.fairness import VirtualTokenCounters
 from scheduler.recovery import Recovery
 from scheduler.service import serve
 from scheduler.workers import MAX_LOADS
@@ -72,23 +71,6 @@ async def test_a_full_queue_is_scheduled_and_its_scheduler_warns(bus: Bus, caplo
     levels = [record.levelname for record in caplog.records if "the queue holds" in record.message]
     assert levels[0] == "WARNING"
     assert levels.count("WARNING") == 1
-
-
-async def test_that_nothing_runs_any_more_is_told_within_a_pause(bus: Bus) -> None:
-    """Whoever has its last answer reads zero from then on, and not what the last round has told."""
-    own = session.Session(
-        bus, Settings(redis_url=bus.url), session.Lease("t:1", "c", 10_000), VirtualTokenCounters(1e6)
-    )  # fmt: skip
-    running = m.SchedulerStatus(queued=0, running=1, workers=1, drain_rate=0.0)
-    await bus.set(bus.keys.status, running, 60_000)
-    own._told_running = True
-    await own._pause()
-    told = await bus.get(bus.keys.status, m.SchedulerStatus)
-    assert told is not None
-    assert told.running == 0
-    await bus._redis.delete(bus.keys.status)
-    await own._pause()  # once is enough
-    assert await bus.get(bus.keys.status, m.SchedulerStatus) is None
 
 
 async def test_a_worker_is_told_which_requests_yield(bus: Bus) -> None:

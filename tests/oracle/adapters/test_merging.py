@@ -237,7 +237,12 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(tmp_path: Path) -> Non
         merging.folders[digest_of(name)] = tmp_path / f"{name}2"
     prompt = prompts(1, TINY_VOCAB, (8,))[0]
     rename(tmp_path / "named2" / WEIGHTS_FILE)
-    reasons = {"wide": "needs equal ranks; these have 4, 9: take cat or svd", "dora": "DoRA", "pattern": "patterns", "named": "names that are not"}
+    reasons = {
+        "wide": "needs equal ranks; these have 4, 9: take cat or svd",
+        "dora": "DoRA",
+        "pattern": "patterns",
+        "named": "names that are not",
+    }
     for name, reason in reasons.items():
         digest = merge_digest(["a", name], [0.5, 0.5])
         end = ask(merging.engine, [greedy_request(name, digest, prompt, 3)]).finish[name]
