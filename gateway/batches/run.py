@@ -199,8 +199,10 @@ class BatchRun:
         begun_ms = self.batch.in_progress_ms or now_ms()
         await self._save(status="in_progress", in_progress_ms=begun_ms, total=len(found.lines), model=found.model)
         end = self.batch.end or await self._run_lines(found, source)
+        await self._flush()
         # Noted, since whoever has to begin its end anew finds an answer, if only a failure, for each line.
-        await self._save(status="finalizing", finalizing_ms=self.batch.finalizing_ms or now_ms(), end=end)
+        noted = "" if end == "completed" else end
+        await self._save(status="finalizing", finalizing_ms=self.batch.finalizing_ms or now_ms(), end=noted)
         await self._give_up(found, source, end)
         await self._flush()
         await self._end(end)
@@ -236,8 +238,12 @@ class BatchRun:
         return end
 
     async def _end(self, status: m.BatchStatus, **changes: object) -> None:
-        """Write the output files and the end of the batch."""
+        """Write the output files and the end of the batch. Raises Unavailable when answers have gone meanwhile."""
+        self._results.num_read = 0
         output, errors = await self._write("output"), await self._write("error")
+        if self._results.num_read != self._results.num_written:
+            text = f"the storage has {self._results.num_read} of {self._results.num_written} answers"
+            raise Unavailable(text)
         await self._save(status=status, ended_ms=now_ms(), output_file=output, error_file=errors, **changes)
         try:
             await self._results.forget()
