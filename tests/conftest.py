@@ -29,6 +29,7 @@ LONGER_S: dict[str, int] = {
     "e2e": 120,  # whole fleets
     "e2e/test_workers.py": 240,  # three rounds of 6,400 tokens in one test
     "gateway/adapters": 60,  # real stores
+    "gateway/batches/test_trouble.py": 60,  # every step of a batch fails once
     "gateway/test_loop_lag.py": 120,  # bodies of 4 MB
     "gateway/http": 120,  # hypothesis; hundreds of clients
     "gpu_worker": 120,  # engines are built

@@ -85,6 +85,7 @@ class Results:
         self._num_bytes = 0
         self._writing = asyncio.Lock()
         self.num_written = 0  # lines whose answers cannot be lost any more
+        self.num_read = 0  # rows of the files that were made
         self.tally = Tally()
         self.file_bytes: Counter[Kind] = Counter()  # that the two files will have
 
@@ -141,6 +142,7 @@ class Results:
         async for found, line in self._lines(Tally()):
             if found != kind:
                 continue
+            self.num_read += 1
             gathered.append(line)
             num_bytes += len(line) + 1
             if num_bytes >= WRITTEN_BYTES:

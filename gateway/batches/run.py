@@ -207,9 +207,10 @@ class BatchRun:
             end = self.batch.end or await self._run_lines(found, source)
         else:
             end = self.batch.end or "completed"
+        await self._flush()
         # Noted, since whoever has to begin its end anew finds an answer, if only a failure, for each line. Not so where
         # there is no room for these: then the lines are run again, up to where room ends.
-        noted = end if self._no_room is None else ""
+        noted = "" if end == "completed" or self._no_room is not None else end
         await self._save(status="finalizing", finalizing_ms=self.batch.finalizing_ms or now_ms(), end=noted)
         await self._give_up(found, source, end)
         await self._flush()
@@ -250,8 +251,12 @@ class BatchRun:
         return end
 
     async def _end(self, status: m.BatchStatus, **changes: object) -> None:
-        """Write the output files and the end of the batch."""
+        """Write the output files and the end of the batch. Raises Unavailable when answers have gone meanwhile."""
+        self._results.num_read = 0
         output, errors = await self._write("output"), await self._write("error")
+        if self._results.num_read != self._results.num_written:
+            text = f"the storage has {self._results.num_read} of {self._results.num_written} answers"
+            raise Unavailable(text)
         await self._save(status=status, ended_ms=now_ms(), output_file=output, error_file=errors, **changes)
         try:
             await self._results.forget()

@@ -126,9 +126,11 @@ class FolderStorage:
         return await asyncio.to_thread(self._names, prefix)
 
     def _names(self, prefix: str) -> list[str]:
-        folder = self._root / prefix
-        found = [path for path in folder.rglob("*") if path.is_file() and path.suffix != PARTIAL]
-        return sorted(path.relative_to(self._root).as_posix() for path in found)
+        found: list[str] = []
+        for folder, _, names in os.walk(self._root / prefix, onerror=_unless_absent):
+            place = Path(folder).relative_to(self._root)
+            found += [(place / name).as_posix() for name in names if not name.endswith(PARTIAL)]
+        return sorted(found)
 
     async def delete(self, name: str) -> None:
         """See `Storage.delete`."""
@@ -160,6 +162,12 @@ def as_unavailable(error: OSError) -> Unavailable:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoRoom(f"the storage of files has no room: {error.strerror}")
     return Unavailable(f"the storage of files cannot be written: {error.strerror}")
+
+
+def _unless_absent(error: OSError) -> None:
+    """Raise Unavailable for a folder that is there and cannot be listed: it is not an empty one."""
+    if not isinstance(error, FileNotFoundError):
+        raise Unavailable(f"the storage of files cannot be read: {error.strerror}") from error
 
 
 def _part(path: Path, start: int, end: int) -> bytes:

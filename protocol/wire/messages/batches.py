@@ -69,4 +69,4 @@ class Batch(Record, frozen=True):
     in_progress_ms: int = 0
     finalizing_ms: int = 0
     ended_ms: int = 0
-    end: Literal["", "completed", "expired", "cancelled"] = ""  # how it ends, once that is so; "": lines still run
+    end: Literal["", "expired", "cancelled"] = ""  # it ends so; "": lines without an answer are still asked

@@ -171,6 +171,53 @@ async def test_a_storage_that_is_down_for_a_while_loses_and_doubles_nothing(bus:
     assert len(await World(bus, tmp_path).rows(batch.output_file)) == 30
 
 
+async def test_answers_that_were_not_written_yet_are_asked_again(bus: Bus, tmp_path: Path) -> None:
+    """The storage goes away as the last lines are answered, before they are written: none of them is left out."""
+    is_away = False
+
+    def fails(method: str, name: str) -> BaseException | None:
+        return Unavailable("away") if is_away and method == "write" else None
+
+    def answer(number: int) -> CallAnswer:
+        nonlocal is_away
+        is_away = number == 10 and endpoint.asked.count(10) == 1
+        return CallAnswer(200, {}, b"{}")
+
+    world = shaky_world(bus, tmp_path, fails)
+    await world.batch(10)
+    endpoint = Endpoint(answer)
+    async with world.gateway("g1", endpoint, replace(SOON, lease_s=1000, min_calls=1, places=0, max_tries=1000)):
+        await wait_until(lambda: 10 in endpoint.asked, "the last line is asked")
+        await wait_until(lambda: world.shaky.asked["write"] > 3, "it is tried to write the answers")
+        is_away = False
+        batch = await world.ended()
+    assert (batch.status, batch.completed, batch.failed) == ("completed", 10, 0)
+    assert len(await World(bus, tmp_path).rows(batch.output_file)) == 10
+
+
+async def test_a_storage_that_has_lost_sight_of_answers_ends_no_batch(bus: Bus, tmp_path: Path) -> None:
+    """A folder that is not mounted looks empty, just as the output file is made."""
+    num_empty = 0
+
+    class Empty(FolderStorage):
+        async def names(self, prefix: str) -> list[str]:
+            nonlocal num_empty
+            found = await super().names(prefix)
+            if found and num_empty < 2:
+                num_empty += 1
+                return []
+            return found
+
+    world = ShakyWorld(bus, tmp_path)
+    world.shaky = Empty(tmp_path)  # type: ignore[assignment]
+    await World(bus, tmp_path).batch(10)
+    async with world.gateway("g1", Endpoint(), SOON):
+        batch = await world.ended()
+    assert (batch.status, batch.completed, batch.failed) == ("completed", 10, 0)
+    assert num_empty == 2
+    assert len(await World(bus, tmp_path).rows(batch.output_file)) == 10
+
+
 async def test_a_batch_whose_storage_stays_down_is_tried_so_often(bus: Bus, tmp_path: Path) -> None:
     """Tries are counted with the batch: another gateway goes on counting, and none reads the file again at once."""
     is_down = False
