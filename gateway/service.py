@@ -142,7 +142,7 @@ async def _serve(
         ollama = OllamaEndpoints(endpoints, pipeline)
         anthropic = AnthropicEndpoints(endpoints, pipeline)
         keys = bus.api_keys if settings.api_keys else None
-        storage = open_storage(settings.files, settings.data / "files", settings.s3_endpoint)
+        storage = open_storage(settings.files, settings.data / "files", settings.s3_endpoint, settings.keep_free)
         uploads = FileService(bus, storage, settings)
         jobs = endpoints.calls.jobs
         stored = StoredResponses(pipeline, jobs)

@@ -9,6 +9,8 @@ import secrets
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+import msgspec
+
 from gateway.auth.callers import Caller
 from gateway.files.storage import Storage
 from gateway.files.upload import UploadedForm
@@ -17,7 +19,7 @@ from gateway.overload.large import Places
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest, LorafleetError, NotFound, Overloaded
+from protocol.wire.errors import BadRequest, LorafleetError, NotFound, Overloaded, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,18 @@ OUTPUT_PURPOSE = "batch_output"
 
 NUM_UPLOADS, NUM_UPLOADS_OF_TENANT, NUM_WAITING = 16, 4, 64
 """Files that a gateway receives at once, in all and of one tenant, and that wait for that."""
+
+HELD_S = 86_400.0
+"""How long room is held for a file that is being uploaded: a slower upload is broken off."""
+
+HELD_AHEAD_BYTES = 4 << 20
+"""Bytes of a file of unknown length that room is held for at a time."""
+
+FORM_BYTES = 64 << 10
+"""Bytes of an upload that may be the form around its file."""
+
+MAX_WITHOUT_BYTES = 10_000
+"""Records that a gateway notes for being forgotten later."""
 
 MIN_LIFE_S, MAX_LIFE_S = 3600, 30 * 86_400
 """Life times that a client may ask for, as OpenAI has them."""
@@ -51,58 +65,118 @@ class FileService:
         self._bus = bus
         self._storage = storage
         self._settings = settings
+        self._without_bytes: dict[str, str] = {}  # file id -> tenant, of records that are still to be forgotten
         self._uploads = Places(NUM_UPLOADS, NUM_UPLOADS_OF_TENANT, NUM_WAITING)
 
     # ------------------------------------------------------------ making
 
-    async def upload(self, form: UploadedForm, body: AsyncIterator[bytes], caller: Caller) -> m.File:
-        """Keep an uploaded file. Raises BadRequest, TooLarge, Overloaded, Unavailable."""
+    async def upload(self, form: UploadedForm, body: AsyncIterator[bytes], caller: Caller, length: int) -> m.File:
+        """Keep an uploaded file. Raises BadRequest, TooLarge, Overloaded, NoRoom, Unavailable.
+
+        length: of the body as its client states it, 0 if it does not: so much must have room before any of it is read.
+        """
         await self._uploads.take(caller.owner)
-        file_id = new_id()
         try:
-            num_bytes = await self._storage.write(place_of(file_id), form.chunks(body, _check_fields))
-            try:
-                fields = {"purpose": "", **form.fields}
-                _check_fields(fields)
-                life_s = _life_s(fields, self._settings.file_ttl_s)
-                return await self._keep(file_id, caller.owner, form.filename, fields["purpose"], num_bytes, life_s)
-            except BaseException:
-                await self._storage.delete(place_of(file_id))
-                raise
+            await self._storage.check_room(length)
+            now = now_ms()
+            file = m.File(
+                id=new_id(), tenant=caller.owner, filename="", purpose="", created_ms=now,
+                expires_ms=now + int(HELD_S * 1000), num_bytes=max(0, length - FORM_BYTES),
+            )  # fmt: skip
+            return await self._receive(file, form, body)
         finally:
             self._uploads.give(caller.owner)
+
+    async def _receive(self, file: m.File, form: UploadedForm, body: AsyncIterator[bytes]) -> m.File:
+        """Write an upload's bytes, then its record.
+
+        Room is held first, so that whatever breaks off in between is found again and deleted: also if this process
+        dies, or the reply about the record is lost, which then may be there.
+        """
+        settings = self._settings
+        await self._hold(file, file.num_bytes, 0)
+        try:
+            async with asyncio.timeout(HELD_S - SWEEP_S):
+                chunks = self._held(file, form.chunks(body, _check_fields))
+                num_bytes = await self._storage.write(place_of(file.id), chunks)
+            fields = {"purpose": "", **form.fields}
+            _check_fields(fields)
+            life_s = _life_s(fields, settings.file_ttl_s)
+        except BaseException:
+            await self._give_up(file)
+            raise
+        kept = _with_life(file, form.filename, fields["purpose"], num_bytes, life_s)
+        limits = {"max_bytes": settings.tenant_file_bytes, "max_files": settings.tenant_files}
+        outcome, num = await self._bus.files.keep(kept, **limits)
+        if outcome != "ok":
+            await self._give_up(file)
+            raise self._refusal(outcome, num, num_bytes)
+        return kept
+
+    async def _held(self, file: m.File, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Pass a file's bytes on; hold more room before those that come beyond it. Raises Overloaded."""
+        come, held = 0, file.num_bytes
+        async for chunk in chunks:
+            come += len(chunk)
+            if come > held:
+                held = await self._hold(file, come, HELD_AHEAD_BYTES)
+            yield chunk
+
+    async def _hold(self, file: m.File, num_bytes: int, ahead: int) -> int:
+        """Hold room for some bytes of a tenant's, and `ahead` more if there is so much. Returns for how many.
+
+        Raises Overloaded.
+        """
+        settings = self._settings
+        for wanted in (num_bytes + ahead, num_bytes):
+            outcome, num = await self._bus.files.hold(
+                msgspec.structs.replace(file, num_bytes=wanted),
+                max_bytes=settings.tenant_file_bytes, max_files=settings.tenant_files,
+            )  # fmt: skip
+            if outcome == "ok":
+                return wanted
+        raise self._refusal(outcome, num, num_bytes)
+
+    def _refusal(self, outcome: str, num: int, num_bytes: int) -> Overloaded:
+        """Return why a file is too much for its tenant. num: of the bytes, or files, that the tenant has."""
+        if outcome == "bytes":
+            limit = self._settings.tenant_file_bytes
+            text = f"your files have {num} bytes and this one {num_bytes}; the limit is {limit}: delete some"
+        else:
+            text = f"you have {num} files; the limit is {self._settings.tenant_files}: delete some"
+        return Overloaded(text, 60.0)
+
+    async def _give_up(self, file: m.File) -> None:
+        """Delete what came of an upload, and give its room back; what cannot be now is when its room expires."""
+        try:
+            await self._storage.delete(place_of(file.id))
+            await self._bus.files.forget(file.id, file.tenant)
+        except (LorafleetError, *CONNECTION_ERRORS) as error:
+            logger.warning("what was begun of %s is deleted later: %s", file.id, error)
+
+    async def hold_output(self, file_id: str, tenant: str, num_bytes: int, until_ms: int) -> None:
+        """Hold room for an output file that is being gathered, until a time or `make`. Raises Overloaded.
+
+        It counts among the tenant's files with so many bytes. What is not made in time is deleted by its id.
+        """
+        file = _of_output(file_id, tenant, "", num_bytes, now_ms(), until_ms)
+        await self._hold(file, num_bytes, 0)
 
     async def make(
         self, file_id: str, tenant: str, filename: str, chunks: AsyncIterator[bytes], life_s: float
     ) -> m.File | None:
         """Write an output file under an id; None when there is nothing in it. Raises Unavailable.
 
-        It is written whatever the tenant has: what was computed is not thrown away.
+        Its tenant's limits were held up when room for it was (`hold_output`), and are not looked at again.
         """
         num_bytes = await self._storage.write(place_of(file_id), chunks)
         if not num_bytes:
             await self._storage.delete(place_of(file_id))
+            await self._bus.files.forget(file_id, tenant)
             return None
-        return await self._keep(file_id, tenant, filename, OUTPUT_PURPOSE, num_bytes, life_s, is_forced=True)
-
-    async def _keep(
-        self, file_id: str, tenant: str, filename: str, purpose: str, num_bytes: int, life_s: float, *,
-        is_forced: bool = False,
-    ) -> m.File:  # fmt: skip
         created_ms = now_ms()
-        file = m.File(
-            id=file_id, tenant=tenant, filename=filename, purpose=purpose, num_bytes=num_bytes, created_ms=created_ms,
-            expires_ms=created_ms + int(life_s * 1000),
-        )  # fmt: skip
-        settings = self._settings
-        max_bytes, max_files = (0, 0) if is_forced else (settings.tenant_file_bytes, settings.tenant_files)
-        outcome, num = await self._bus.files.keep(file, max_bytes=max_bytes, max_files=max_files)
-        if outcome == "bytes":
-            raise Overloaded(
-                f"your files have {num} bytes and this one {num_bytes}; the limit is {max_bytes}: delete some", 60.0
-            )
-        if outcome == "files":
-            raise Overloaded(f"you have {num} files; the limit is {max_files}: delete some", 60.0)
+        file = _of_output(file_id, tenant, filename, num_bytes, created_ms, created_ms + int(life_s * 1000))
+        await self._bus.files.keep(file, max_bytes=0, max_files=0)
         return file
 
     # ------------------------------------------------------------ using
@@ -119,10 +193,19 @@ class FileService:
         return self._storage.read(place_of(file.id), start, end)
 
     async def delete(self, file_id: str, caller: Caller) -> None:
-        """Delete a file. Raises NotFound, Unavailable."""
+        """Delete a file: its bytes first, whatever the queue can do. Raises NotFound, Unavailable.
+
+        A queue that cannot write, for want of disk perhaps, keeps the record until it can; that is tried again here.
+        """
         await self.get(file_id, caller)
-        await self._bus.files.forget(file_id, caller.owner)
         await self._storage.delete(place_of(file_id))
+        try:
+            await self._bus.files.forget(file_id, caller.owner)
+        except CONNECTION_ERRORS as error:
+            if len(self._without_bytes) < MAX_WITHOUT_BYTES:
+                self._without_bytes[file_id] = caller.owner
+            text = "the file's bytes are deleted; its record goes once the queue can be written"
+            raise Unavailable(text, code="queue_unavailable") from error
 
     async def list(
         self, caller: Caller, purpose: str | None, limit: int, after: str | None, *, oldest_first: bool
@@ -157,7 +240,10 @@ class FileService:
             await asyncio.sleep(SWEEP_S)
 
     async def delete_expired(self) -> None:
-        """Delete what has expired."""
+        """Delete what has expired, and the records of files whose bytes were deleted while the queue took no writes."""
+        for file_id, tenant in list(self._without_bytes.items()):
+            await self._bus.files.forget(file_id, tenant)
+            del self._without_bytes[file_id]
         while expired := await self._bus.files.expired(now_ms(), _AT_ONCE):
             for tenant, file_id in expired:
                 await self._storage.delete(place_of(file_id))
@@ -172,6 +258,22 @@ def new_id() -> str:
 def place_of(file_id: str) -> str:
     """Return the name of a file's bytes in the storage."""
     return f"files/{file_id}"
+
+
+def _with_life(file: m.File, filename: str, purpose: str, num_bytes: int, life_s: float) -> m.File:
+    """Return the record of an upload that is whole."""
+    created_ms = now_ms()
+    return msgspec.structs.replace(
+        file, filename=filename, purpose=purpose, num_bytes=num_bytes, created_ms=created_ms,
+        expires_ms=created_ms + int(life_s * 1000),
+    )  # fmt: skip
+
+
+def _of_output(file_id: str, tenant: str, filename: str, num_bytes: int, created_ms: int, expires_ms: int) -> m.File:
+    return m.File(
+        id=file_id, tenant=tenant, filename=filename, purpose=OUTPUT_PURPOSE, num_bytes=num_bytes,
+        created_ms=created_ms, expires_ms=expires_ms,
+    )  # fmt: skip
 
 
 def view(file: m.File) -> dict[str, Any]:

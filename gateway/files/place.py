@@ -5,19 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from gateway.files.storage import FolderStorage, Storage
+from protocol.runtime.free_space import Reserve
 from protocol.wire.errors import BadRequest
 
 
-def open_storage(place: str, default: Path, s3_endpoint: str = "") -> Storage:
+def open_storage(place: str, default: Path, s3_endpoint: str = "", keep_free: int = 0) -> Storage:
     """Return the storage of a setting: a folder, `s3://BUCKET/PREFIX`, or "" for the default folder.
 
-    Raises BadRequest for what is neither.
+    keep_free: bytes of its disk, or of that of files on their way to S3, that are not written. Raises BadRequest for
+    what is neither.
     """
     if not place.startswith("s3://"):
-        return FolderStorage(Path(place).expanduser() if place else default)
+        return FolderStorage(Path(place).expanduser() if place else default, Reserve(keep_free))
     bucket, _, prefix = place.removeprefix("s3://").rstrip("/").partition("/")
     if not bucket:
         raise BadRequest(f"files: {place!r} names no bucket; it is s3://BUCKET/PREFIX")
     from gateway.files.s3_storage import S3Storage, make_client  # boto3 takes a gateway a third of a second more
 
-    return S3Storage(make_client(s3_endpoint), bucket, f"{prefix}/" if prefix else "")
+    return S3Storage(make_client(s3_endpoint), bucket, f"{prefix}/" if prefix else "", Reserve(keep_free))

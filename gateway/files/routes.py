@@ -29,7 +29,8 @@ class FileEndpoints:
     async def upload(self, request: Request) -> Response:
         """Answer `POST /v1/files`."""
         form = UploadedForm(request.headers.get("content-type", ""), self._max_file_bytes)
-        return json_response(view(await self._files.upload(form, request.stream(), caller_of(request))))
+        length = int(request.headers.get("content-length", "0"))  # a body in chunks has none
+        return json_response(view(await self._files.upload(form, request.stream(), caller_of(request), length)))
 
     async def list(
         self,

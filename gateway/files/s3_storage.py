@@ -9,13 +9,15 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import closing
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from gateway.files.storage import CHUNK_BYTES
+from gateway.files.storage import CHUNK_BYTES, as_unavailable
+from protocol.runtime.free_space import Reserve
 from protocol.wire.errors import LorafleetError, NotFound, Unavailable
 
 
@@ -28,25 +30,41 @@ def make_client(endpoint: str) -> Any:
 class S3Storage:
     """Objects below a prefix of a bucket."""
 
-    def __init__(self, client: Any, bucket: str, prefix: str) -> None:
-        """`client`: of boto3; `prefix`: of all keys, with its slash."""
+    def __init__(self, client: Any, bucket: str, prefix: str, reserve: Reserve | None = None) -> None:
+        """Use a place in a bucket.
+
+        `client`: of boto3; `prefix`: of all keys, with its slash; `reserve`: what is kept free of the disk on which
+        files wait for S3, None: nothing.
+        """
         self._s3 = client
         self._bucket = bucket
         self._prefix = prefix
+        self._reserve = reserve or Reserve(0)
+        self._waiting = Path(tempfile.gettempdir())
+
+    async def check_room(self, num_bytes: int) -> None:
+        """See `Storage.check_room`: of the disk on which a file waits until it is whole."""
+        await asyncio.to_thread(self._reserve.check, self._waiting, num_bytes)
 
     async def write(self, name: str, chunks: AsyncIterator[bytes]) -> int:
         """See `Storage.write`. The bytes wait in a temporary file until all are there."""
         num_bytes = 0
-        with tempfile.TemporaryFile() as file:
-            async for chunk in chunks:
-                await asyncio.to_thread(file.write, chunk)
-                num_bytes += len(chunk)
-            file.seek(0)
-            try:
+        try:
+            with tempfile.TemporaryFile(dir=self._waiting) as file:
+                async for chunk in chunks:
+                    await asyncio.to_thread(self._append, file, chunk)
+                    num_bytes += len(chunk)
+                file.seek(0)
                 await asyncio.to_thread(self._s3.upload_fileobj, file, self._bucket, self._prefix + name)
-            except (BotoCoreError, ClientError) as error:
-                raise _failed(error) from error
+        except (BotoCoreError, ClientError) as error:
+            raise _failed(error) from error
+        except OSError as error:
+            raise as_unavailable(error) from error
         return num_bytes
+
+    def _append(self, file: BinaryIO, chunk: bytes) -> None:
+        self._reserve.check(self._waiting, len(chunk))
+        file.write(chunk)
 
     async def read(self, name: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
         """See `Storage.read`."""

@@ -6,6 +6,7 @@ What is written under a name is there whole or not at all, and is not changed an
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import secrets
 import shutil
@@ -15,8 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from protocol.runtime.free_space import Reserve
 from protocol.runtime.private_files import private_folder
-from protocol.wire.errors import NotFound, Unavailable
+from protocol.wire.errors import NoRoom, NotFound, Unavailable
 
 CHUNK_BYTES = 256 << 10
 """Bytes that are read or written at once."""
@@ -31,10 +33,14 @@ ABANDONED_S = 86_400.0
 class Storage(Protocol):
     """Holds bytes by name; a name is a few words with slashes between them."""
 
+    async def check_room(self, num_bytes: int) -> None:
+        """Raise NoRoom unless so many bytes more leave this machine's disk what is kept free."""
+        ...
+
     async def write(self, name: str, chunks: AsyncIterator[bytes]) -> int:
         """Write under a name, all or nothing, in place of what was there. Returns the number of bytes.
 
-        Raises what `chunks` raises, and Unavailable.
+        Raises what `chunks` raises, NoRoom as soon as the disk has no more than what is kept free, and Unavailable.
         """
         ...
 
@@ -58,9 +64,14 @@ class Storage(Protocol):
 class FolderStorage:
     """Files below a folder, which only this user may read."""
 
-    def __init__(self, root: Path) -> None:
-        """Use a folder, which is made with the first file."""
+    def __init__(self, root: Path, reserve: Reserve | None = None) -> None:
+        """Use a folder, which is made with the first file. reserve: what is kept free of its disk; None: nothing."""
         self._root = root
+        self._reserve = reserve or Reserve(0)
+
+    async def check_room(self, num_bytes: int) -> None:
+        """See `Storage.check_room`."""
+        await asyncio.to_thread(self._reserve.check, self._root, num_bytes)
 
     async def write(self, name: str, chunks: AsyncIterator[bytes]) -> int:
         """See `Storage.write`."""
@@ -71,17 +82,22 @@ class FolderStorage:
             file = await _opened(lambda: _create(part))
             try:
                 async for chunk in chunks:
-                    await asyncio.to_thread(file.write, chunk)
+                    await asyncio.to_thread(self._append, file, part, chunk)
                     num_bytes += len(chunk)
                 await asyncio.to_thread(_finish, file, part, path)
             finally:
-                file.close()
+                with suppress(OSError):  # what could not be written has been told, or is not wanted any more
+                    file.close()
         except OSError as error:
-            raise Unavailable(f"the storage of files cannot be written: {error.strerror}") from error
+            raise as_unavailable(error) from error
         finally:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
         return num_bytes
+
+    def _append(self, file: BinaryIO, part: Path, chunk: bytes) -> None:
+        self._reserve.check(part, len(chunk))
+        file.write(chunk)
 
     async def read(self, name: str, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
         """See `Storage.read`."""
@@ -116,7 +132,10 @@ class FolderStorage:
 
     async def delete(self, name: str) -> None:
         """See `Storage.delete`."""
-        await asyncio.to_thread(self._delete, name)
+        try:
+            await asyncio.to_thread(self._delete, name)
+        except OSError as error:
+            raise Unavailable(f"the storage of files cannot be changed: {error.strerror}") from error
 
     def _delete(self, name: str) -> None:
         path = self._root / name
@@ -134,6 +153,13 @@ class FolderStorage:
             with suppress(OSError):
                 if path.stat().st_mtime < time.time() - ABANDONED_S:
                     path.unlink()
+
+
+def as_unavailable(error: OSError) -> Unavailable:
+    """Return what is raised for a disk that does not take bytes."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoRoom(f"the storage of files has no room: {error.strerror}")
+    return Unavailable(f"the storage of files cannot be written: {error.strerror}")
 
 
 def _part(path: Path, start: int, end: int) -> bytes:
@@ -166,3 +192,8 @@ def _finish(file: BinaryIO, part: Path, path: Path) -> None:
     file.flush()
     os.fsync(file.fileno())
     part.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)  # else a power cut may take the name away after its record is there
+    finally:
+        os.close(folder)

@@ -70,9 +70,9 @@ class Settings(BaseSettings):
         default="", description="name of the base model in the API; default: its Hub id or folder name"
     )
     data: Path = Field(
-        default=Path("~/.cache/lorafleet"),
-        description="folder for the queue's data, mirrored adapters, caches and logs",
+        default=Path("~/.cache/lorafleet"), description="folder for the queue's data, adapters, caches and logs"
     )
+    keep_free: int = Field(default=1 << 30, ge=0, description="bytes of each disk that files and adapters leave free")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="lowest level that is logged"
     )

@@ -16,7 +16,8 @@ LorafleetError
 ├── ServerError                     5xx and 429: the request was fine, it may be retried
 │   ├── Overloaded (429)
 │   ├── Unavailable (503)
-│   │   └── QueueFull
+│   │   ├── QueueFull
+│   │   └── NoRoom (507)            a disk has no room beyond what is kept free
 │   ├── DeadlineExceeded (504)
 │   ├── WorkerLost (500)
 │   └── Internal (500)              a fault of the fleet; not retried
@@ -156,6 +157,14 @@ class QueueFull(Unavailable):
 
     code = "queue_full"
     retry_after_s = 5.0
+
+
+class NoRoom(Unavailable):
+    """A disk has no room for it beyond what is kept free. Room is made by deleting, which is always possible."""
+
+    status = 507
+    code = "no_room"
+    retry_after_s = 60.0
 
 
 class WorkerLost(ServerError):

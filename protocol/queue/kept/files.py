@@ -10,6 +10,8 @@ from protocol.wire import messages as m
 from protocol.wire.codec import decode
 from protocol.wire.keys import Keys
 
+Outcome = tuple[Literal["ok", "bytes", "files"], int]
+
 
 class Files:
     """The files of a fleet, by id."""
@@ -19,25 +21,25 @@ class Files:
         self._keys = keys
         self._scripts = scripts
 
-    async def keep(
-        self, file: m.File, *, max_bytes: int, max_files: int
-    ) -> tuple[Literal["ok", "bytes", "files"], int]:
-        """Note a file. Returns ("ok", 0); or, of its tenant's files, ("bytes", their sum) or ("files", their number).
+    async def keep(self, file: m.File, *, max_bytes: int, max_files: int) -> Outcome:
+        """Note a file. Returns ("ok", 0), or of its tenant's other files ("bytes", sum) or ("files", number).
 
-        max_bytes, max_files: what the tenant may have in all; 0: no limit.
+        max_bytes, max_files: what the tenant may have in all, and room is held for; 0: no limit.
         """
-        keys = self._keys
-        args = [
-            file.id,
-            file.tenant,
-            m.encode(file),
-            file.num_bytes,
-            file.created_ms,
-            file.expires_ms,
-            max_bytes,
-            max_files,
-        ]
-        reply = await self._scripts.keep_file(keys=[keys.tag, *self._names(file.id, file.tenant)], args=args)
+        return await self._keep(file, m.encode(file), max_bytes, max_files)
+
+    async def hold(self, file: m.File, *, max_bytes: int, max_files: int) -> Outcome:
+        """Hold room for a file that is being written, until it is noted, or its `expires_ms`. Returns as `keep`.
+
+        It counts among its tenant's files with its `num_bytes`, which a later call may change, and nobody sees it.
+        What is not noted in time is among `expired`, so its bytes are deleted.
+        """
+        return await self._keep(file, b"", max_bytes, max_files)
+
+    async def _keep(self, file: m.File, record: bytes, max_bytes: int, max_files: int) -> Outcome:
+        names = self._names(file.id, file.tenant)
+        args = [file.id, file.tenant, record, file.num_bytes, file.created_ms, file.expires_ms, max_bytes, max_files]
+        reply = await self._scripts.keep_file(keys=[self._keys.tag, *names], args=args)
         return reply[0].decode(), reply[1] if len(reply) > 1 else 0
 
     async def get(self, file_id: str, tenant: str) -> m.File | None:
@@ -52,7 +54,7 @@ class Files:
         return [decode(raw, m.File) for raw in raws if raw is not None]
 
     async def forget(self, file_id: str, tenant: str) -> bool:
-        """Forget a file. Returns whether the tenant had it."""
+        """Forget a file, or give back the room that is held for it. Returns whether the tenant had it."""
         names = self._names(file_id, tenant)
         return bool(await self._scripts.drop_file(keys=[self._keys.tag, *names], args=[file_id, tenant]))
 
@@ -70,7 +72,7 @@ class Files:
         return [file_id.decode() for file_id in found]
 
     async def expired(self, now_ms: int, num: int) -> list[tuple[str, str]]:
-        """Return at most `num` files that have expired: tenant and id."""
+        """Return at most `num` files that have expired, or that room was held for too long: tenant and id."""
         found = await self._redis.zrangebyscore(self._keys.file_expiry, "-inf", now_ms, start=0, num=num)
         return [_parts(member) for member in found]
 

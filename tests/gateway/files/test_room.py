@@ -1,0 +1,262 @@
+"""Files when there is no room, when a reply is lost, and when the queue cannot write: nothing is half there."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import pytest_asyncio
+from helpers.s3_server import BUCKET, run_s3
+from helpers.scripted_fleet import ScriptedFleet, running_gateway
+from helpers.waiting import wait_until
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from chaos.shortage import disk_again, no_disk
+from gateway.auth.callers import EVERYBODY
+from gateway.files.files import FORM_BYTES, FileService
+from gateway.files.s3_storage import S3Storage
+from gateway.files.storage import FolderStorage, Storage
+from gateway.files.upload import UploadedForm
+from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, DiskFull, now_ms
+from protocol.queue.kept.files import Files, Outcome
+from protocol.runtime.free_space import Reserve
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import LorafleetError, NoRoom, Overloaded, Unavailable
+from protocol.wire.keys import Keys
+
+FORM_TYPE = "multipart/form-data; boundary=b0"
+PURPOSE = b'--b0\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+HEAD = PURPOSE + b'--b0\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+END = b"\r\n--b0--\r\n"
+OWNER = EVERYBODY.owner
+
+
+class Disk:
+    """A disk that fills by what is asked for."""
+
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+    def __call__(self, place: Path) -> int:
+        return self.free
+
+
+def service(bus: Bus, storage: Storage, **limits: int) -> FileService:
+    return FileService(bus, storage, Settings(redis_url=bus.url, model="any", **limits))  # type: ignore[arg-type]
+
+
+async def upload(files: FileService, *parts: bytes, length: int = 0) -> m.File:
+    async def body() -> AsyncIterator[bytes]:
+        yield HEAD
+        for part in parts:
+            yield part
+        yield END
+
+    return await files.upload(UploadedForm(FORM_TYPE, 1 << 30), body(), EVERYBODY, length)
+
+
+def below(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.is_file()]
+
+
+async def held(bus: Bus) -> dict[bytes, bytes]:
+    """Return the sizes that are counted of the tenant's files."""
+    return await bus._redis.hgetall(bus.keys.file_sizes(OWNER))  # type: ignore[misc]
+
+
+async def test_a_full_disk_refuses_uploads_before_they_are_read(bus: Bus, tmp_path: Path) -> None:
+    files = service(bus, FolderStorage(tmp_path, Reserve(1000, Disk(1500))))
+    with pytest.raises(NoRoom, match="1500 free, and 1000 are kept free"):
+        await upload(files, b"never read", length=501)
+    assert below(tmp_path) == []
+    assert await held(bus) == {}
+
+
+async def test_a_disk_that_fills_meanwhile_ends_an_upload(bus: Bus, tmp_path: Path) -> None:
+    disk = Disk(10_000)
+
+    class Filling(FolderStorage):
+        def _append(self, file: Any, part: Path, chunk: bytes) -> None:
+            super()._append(file, part, chunk)
+            disk.free -= 5 * len(chunk)  # others write as well
+
+    files = service(bus, Filling(tmp_path, Reserve(1000, disk)))
+    with pytest.raises(NoRoom):
+        await upload(files, *[b"x" * 1000] * 3, length=3300)
+    assert below(tmp_path) == []
+    assert await held(bus) == {b"sum": b"0"}
+
+
+async def test_files_on_their_way_to_s3_leave_the_reserve(tmp_path: Path) -> None:
+    with run_s3() as server:
+        storage = S3Storage(server.client(), BUCKET, "room/", Reserve(1000, Disk(1500)))
+
+        async def chunks() -> AsyncIterator[bytes]:
+            yield b"x" * 501
+
+        with pytest.raises(NoRoom):
+            await storage.check_room(501)
+        with pytest.raises(NoRoom):
+            await storage.write("a", chunks())
+        assert await storage.names("") == []
+
+
+async def test_uploads_at_once_pass_no_limit_of_their_tenant(bus: Bus, tmp_path: Path) -> None:
+    """Room is held before a byte is written, so uploads beside each other count."""
+    files = service(bus, FolderStorage(tmp_path), tenant_file_bytes=1_000_000, tenant_files=3)
+    inner: list[BaseException] = []
+
+    async def outer() -> AsyncIterator[bytes]:
+        yield HEAD
+        yield b"x" * 700_000
+        try:
+            await upload(files, b"y" * 400_000, length=400_000 + FORM_BYTES)
+        except LorafleetError as error:
+            inner.append(error)
+        yield END
+
+    kept = await files.upload(UploadedForm(FORM_TYPE, 1 << 30), outer(), EVERYBODY, 0)
+    assert kept.num_bytes == 700_000
+    assert [type(error) for error in inner] == [Overloaded]
+    assert "the limit is 1000000" in str(inner[0])
+    assert await held(bus) == {b"sum": b"700000", kept.id.encode(): b"700000"}
+    # Up to the last byte, but not beyond, whether its length was stated or not.
+    with pytest.raises(Overloaded, match="your files have 700000 bytes"):
+        await upload(files, b"z" * 200_000, b"z" * 100_001)
+    await upload(files, b"z" * 200_000, b"z" * 100_000)
+    await upload(files, b"")
+    with pytest.raises(Overloaded, match="you have 3 files"):
+        await upload(files, b"")
+    assert len(below(tmp_path)) == 3
+
+
+class LostReplies(Files):
+    """Records of files whose writer does not hear of it, whether they were written or not."""
+
+    is_written = True
+
+    async def keep(self, file: m.File, *, max_bytes: int, max_files: int) -> Outcome:
+        if self.is_written:
+            await super().keep(file, max_bytes=max_bytes, max_files=max_files)
+        raise RedisConnectionError("the reply is lost")
+
+
+async def test_a_lost_reply_leaves_no_record_without_bytes(bus: Bus, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    bus.files = lossy = LostReplies(bus._redis, bus.keys, bus._scripts)
+    files = service(bus, FolderStorage(tmp_path))
+    for num_left, is_written in enumerate((True, False), start=1):
+        with subtests.test(is_written=is_written):
+            lossy.is_written = is_written
+            with pytest.raises(RedisConnectionError):
+                await upload(files, b"hello")
+            found = await bus.files.get_many([name.decode() for name in await held(bus) if name != b"sum"])
+            assert len(found) == 1
+            for file in found:
+                assert b"".join([chunk async for chunk in files.read(file)]) == b"hello"
+            assert len(below(tmp_path)) == num_left  # the record's, or swept by its id, as follows
+
+
+async def test_what_a_dead_gateway_left_is_swept_by_its_id(bus: Bus, tmp_path: Path) -> None:
+    files = service(bus, FolderStorage(tmp_path))
+    left = m.File(
+        id="file-left", tenant=OWNER, filename="", purpose="", num_bytes=5, created_ms=now_ms(),
+        expires_ms=now_ms() + 60_000,
+    )  # fmt: skip
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"hello"
+
+    assert (await bus.files.hold(left, max_bytes=0, max_files=0))[0] == "ok"
+    await FolderStorage(tmp_path).write("files/file-left", chunks())  # and then it died
+    assert await bus.files.get("file-left", OWNER) is None
+    assert await bus.files.ids(OWNER, 0, 10, oldest_first=True) == []
+    await files.delete_expired()
+    assert below(tmp_path) == ["file-left"]
+    await bus.files.hold(_expired(left), max_bytes=0, max_files=0)
+    await files.delete_expired()
+    assert below(tmp_path) == []
+    assert await held(bus) == {b"sum": b"0"}
+
+
+def _expired(file: m.File) -> m.File:
+    return m.File(file.id, file.tenant, "", "", file.num_bytes, file.created_ms, now_ms() - 1)
+
+
+# ---------------------------------------------------------------- deleting
+
+
+@pytest.fixture
+def durable(tmp_path: Path) -> Iterator[EmbeddedServer]:
+    server = start_embedded(tmp_path / "durable")
+    yield server
+    server.stop()
+
+
+@pytest_asyncio.fixture
+async def durable_bus(durable: EmbeddedServer) -> AsyncIterator[Bus]:
+    bus = Bus(durable.url, Keys())
+    yield bus
+    await bus.close()
+
+
+async def refuse_writes(server: EmbeddedServer, bus: Bus) -> None:
+    no_disk(server.process, server.folder)
+
+    async def refused() -> bool:
+        try:
+            await bus._redis.set(bus.keys.tag, "x", px=60_000)
+        except DiskFull:
+            return True
+        return False
+
+    await wait_until(refused, "the queue refuses writes")
+
+
+async def test_deleting_frees_bytes_while_the_queue_cannot_write(
+    durable: EmbeddedServer, durable_bus: Bus, tmp_path: Path
+) -> None:
+    bus, files = durable_bus, service(durable_bus, FolderStorage(tmp_path / "files"))
+    file = await upload(files, b"x" * 1000)
+    await refuse_writes(durable, bus)
+    for _ in range(2):  # as clients do, again and again
+        with pytest.raises(Unavailable, match="bytes are deleted") as told:
+            await files.delete(file.id, EVERYBODY)
+        assert told.value.code == "queue_unavailable"
+        assert below(tmp_path / "files") == []
+    disk_again(durable.process)
+
+    async def is_gone() -> bool:
+        try:
+            await files.delete_expired()
+        except CONNECTION_ERRORS:  # it has not noticed yet that there is room
+            return False
+        return await bus.files.get(file.id, OWNER) is None
+
+    await wait_until(is_gone, "the record is forgotten without being asked again")
+    assert await held(bus) == {b"sum": b"0"}
+
+
+async def test_delete_over_http_frees_bytes_of_a_full_disk(
+    durable: EmbeddedServer, durable_bus: Bus, tokenizer: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    """Nothing on the way to the bytes writes to the queue: neither keys nor admission, audit or limits."""
+    fleet = ScriptedFleet(durable_bus, tokenizer)
+    await fleet.register()
+    async with (
+        running_gateway(durable_bus, model_folder, data=tmp_path) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=60) as http,
+    ):
+        made = await http.post("/v1/files", content=HEAD + b"hello" + END, headers={"content-type": FORM_TYPE})
+        assert made.status_code == 200, made.text
+        place = tmp_path / "files" / "files" / made.json()["id"]
+        assert place.read_bytes() == b"hello"
+        await refuse_writes(durable, durable_bus)
+        answer = await http.delete(f"/v1/files/{made.json()['id']}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_unavailable")
+        assert not place.exists()
+        disk_again(durable.process)

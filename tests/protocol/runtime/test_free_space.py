@@ -1,0 +1,50 @@
+"""What is kept free of a disk stays free, whoever asks for room, and however many at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from protocol.runtime.free_space import Reserve, free_bytes
+from protocol.wire.errors import NoRoom
+
+
+class Disk:
+    """A disk of so many free bytes."""
+
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+    def __call__(self, place: Path) -> int:
+        assert place.exists()
+        return self.free
+
+
+def test_a_refusal_tells_what_is_free_and_what_is_kept(tmp_path: Path) -> None:
+    reserve = Reserve(100, Disk(150))
+    reserve.check(tmp_path / "not" / "there" / "yet", 50)
+    with pytest.raises(NoRoom, match="51 bytes have no room: the disk has 150 free, and 100 are kept free") as refused:
+        reserve.check(tmp_path, 51)
+    assert (refused.value.status, refused.value.code) == (507, "no_room")
+
+
+def test_promised_room_is_given_to_nobody_else(tmp_path: Path) -> None:
+    reserve = Reserve(100, Disk(200))
+    with reserve.room(tmp_path, 60):
+        with pytest.raises(NoRoom, match="60 are promised to others"), reserve.room(tmp_path, 41):
+            pass
+        with reserve.room(tmp_path, 40), pytest.raises(NoRoom), reserve.room(tmp_path, 1):
+            pass
+    with pytest.raises(RuntimeError), reserve.room(tmp_path, 100):
+        raise RuntimeError  # who fails gives it back as well
+    with reserve.room(tmp_path, 100):
+        pass
+
+
+def test_a_real_disk_is_asked(tmp_path: Path) -> None:
+    free = free_bytes(tmp_path)
+    assert free > 0
+    Reserve(0).check(tmp_path, 1)
+    with pytest.raises(NoRoom):
+        Reserve(1 << 62).check(tmp_path)
