@@ -16,6 +16,7 @@ import os
 import shutil
 import threading
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from peft_adapters.format import (
     parse_header,
 )
 from peft_adapters.texts.files import TEXT_FILES, TEXTS_FIELD, TEXTS_FILE, join_texts, split_texts
+from protocol.runtime.free_space import Reserve, size_of
 from protocol.wire.errors import AdapterRefused, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -105,11 +107,13 @@ class AdapterFolder:
 class Blobs:
     """The content-addressed folder of one store."""
 
-    def __init__(self, root: Path, quota_bytes: int = 0) -> None:
+    def __init__(self, root: Path, quota_bytes: int = 0, reserve: Reserve | None = None) -> None:
         """Open or create the folder `root`, and delete what a crash left unfinished.
 
-        `quota_bytes` bounds the bytes of all blobs: the least recently used leave first. 0 means no limit.
+        `quota_bytes` bounds the bytes of all blobs: the least recently used leave first. 0 means no limit. `reserve`:
+        what is kept free of the disk, None: nothing.
         """
+        self.reserve = reserve or Reserve(0)
         self._blobs, self._staging, self._versions = root / "blobs", root / "staging", root / "versions"
         self._trash = root / "trash"
         self._quota_bytes = quota_bytes
@@ -208,12 +212,15 @@ class Blobs:
         known, readers = self._note_of(version)
         self._version_file(version).write_text("\n".join([digest, *sorted(readers if known == digest else ())]))
 
-    def check_room(self, num_bytes: int, num_staged: int = 0) -> None:
-        """Raise Unavailable unless weights of `num_bytes`, `num_staged` of them here, fit the quota and the disk."""
-        if self._quota_bytes and num_bytes > self._quota_bytes:
-            raise Unavailable(f"the adapter has {num_bytes} bytes; the store may use {self._quota_bytes}")
-        if num_bytes - num_staged > shutil.disk_usage(self._staging).free:
-            raise Unavailable(f"the adapter has {num_bytes} bytes, and the adapter store's disk has too little room")
+    def room(self, num_blob: int, num_staged: int, folder: Path) -> AbstractContextManager[None]:
+        """Promise room on the disk, meanwhile, for an adapter that is staged in a folder.
+
+        num_blob: bytes of its files as a blob; num_staged: most bytes of all files in its folder at once, of which some
+        may be there. Raises Unavailable if the blob is beyond the quota, NoRoom without room for the folder.
+        """
+        if self._quota_bytes and num_blob > self._quota_bytes:
+            raise Unavailable(f"the adapter has {num_blob} bytes; the store may use {self._quota_bytes}")
+        return self.reserve.room(self._staging, lambda: max(0, num_staged - size_of(folder)))
 
     def _make_room(self, num_bytes: int, keep: str) -> None:
         if not self._quota_bytes:
@@ -228,7 +235,7 @@ class Blobs:
                     self._evict(digest)
 
     def _by_last_use(self) -> list[str]:
-        return sorted(self._sizes, key=lambda digest: (self._blobs / digest).stat().st_mtime_ns)
+        return sorted(self._sizes, key=lambda digest: _used_ns(self._blobs / digest))
 
     def _evict(self, digest: str) -> None:
         logger.info("evicting adapter %.12s from disk: %d bytes", digest, self._sizes[digest])
@@ -311,6 +318,14 @@ class Blobs:
         with contextlib.suppress(FileNotFoundError):
             os.rename(folder, trash)
             shutil.rmtree(trash)
+
+
+def _used_ns(folder: Path) -> int:
+    """Return when a blob was last used; 0 for one whose folder was removed by hand, which leaves first."""
+    try:
+        return folder.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _fsync(path: Path) -> None:

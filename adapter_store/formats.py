@@ -12,6 +12,7 @@ from peft_adapters.formats.gguf import GGUF_END, convert_gguf
 from peft_adapters.formats.gguf_header import parse_gguf
 from peft_adapters.formats.mlx import MLX_WEIGHTS, convert_mlx
 from peft_adapters.safetensors_header import MAX_HEADER_BYTES
+from protocol.runtime.free_space import Reserve
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel
 
@@ -38,8 +39,13 @@ def plan_conversion(folder: Path, weights: str, num_bytes: int, base: ServedMode
     return convert_gguf(parse_gguf(head, num_bytes), base)
 
 
-def convert(folder: Path, weights: str, conversion: Conversion, target: Path) -> None:
-    """Write a planned conversion of a folder's weights file into another folder, or the same. Raises OSError."""
+def convert(
+    folder: Path, weights: str, conversion: Conversion, target: Path, reserve: Reserve | None = None
+) -> None:  # fmt: skip
+    """Write a planned conversion of a folder's weights file into another folder, or the same. Raises OSError, NoRoom.
+
+    reserve: what is kept free of the target's disk, None: nothing.
+    """
     with (
         (folder / weights).open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view,
@@ -47,6 +53,8 @@ def convert(folder: Path, weights: str, conversion: Conversion, target: Path) ->
         (target / WEIGHTS_FILE).open("wb") as out,
     ):
         for piece in conversion.weights(source):
+            if reserve is not None:
+                reserve.check(target, len(piece))
             out.write(piece)
     (target / CONFIG_FILE).write_text(json.dumps(conversion.config))
 

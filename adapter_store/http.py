@@ -54,7 +54,7 @@ _RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 _REASONS = {200: "OK", 206: "Partial Content", 304: "Not Modified", 400: "Bad Request", 401: "Unauthorized",
             404: "Not Found", 405: "Method Not Allowed", 409: "Conflict", 411: "Length Required",
             413: "Content Too Large", 416: "Range Not Satisfiable", 429: "Too Many Requests",
-            500: "Internal Server Error", 503: "Service Unavailable"}  # fmt: skip
+            500: "Internal Server Error", 503: "Service Unavailable", 507: "Insufficient Storage"}  # fmt: skip
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -30,7 +30,8 @@ from peft_adapters.formats.conversion import Conversion
 from peft_adapters.texts.files import max_bytes
 from protocol.metrics.series import STORE_FETCH_SECONDS, STORE_FETCHES
 from protocol.queue.bus import now_ms
-from protocol.wire.errors import AdapterRefused, Unavailable
+from protocol.runtime.free_space import size_of
+from protocol.wire.errors import AdapterRefused, NoRoom, Unavailable
 from protocol.wire.messages import AdapterRecord, ServedModel
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Mirror:
         anyone may, or the same rights have read it before and are not those of a token. `base` is the model that the
         adapter must fit, None while it is unknown. `tenant`: whose name it is for, "" for everybody's. Raises
         AdapterRefused, before a file is fetched whose size is the reason, and before the weights are if their header
-        shows it; the errors of the source; Changed; Unavailable when the disk is full.
+        shows it; the errors of the source; Changed; NoRoom when the disk is full.
         """
         fixed = source.fixed(target)
         if fixed is not None:
@@ -162,7 +163,11 @@ class Mirror:
     def _pull(self, bucket: SharedBucket, version: str, digest: str) -> bool:
         folder = self.blobs.staging(version)
         try:
-            found = bucket.pull(digest, folder) and AdapterFolder.open(folder).digest() == digest
+
+            def room(num_bytes: int) -> AbstractContextManager[None]:
+                return self.blobs.room(num_bytes, num_bytes + size_of(folder), folder)
+
+            found = bucket.pull(digest, folder, room) and AdapterFolder.open(folder).digest() == digest
             if found:
                 self.blobs.put(version, AdapterFolder.open(folder), sync=True)
             return found
@@ -184,14 +189,14 @@ class Mirror:
                         await asyncio.to_thread(self.blobs.note_version, version.key, digest)
                         return digest
             digest = await self._fetch(source, version, base, access)
-        except (AdapterRefused, Changed):
+        except (AdapterRefused, Changed, NoRoom):
             await asyncio.to_thread(self.blobs.discard, version.key)
             raise
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
             await asyncio.to_thread(self.blobs.discard, version.key)
-            raise Unavailable("the adapter store's disk is full") from error
+            raise NoRoom(f"the adapter store's disk has no room: {error.strerror}") from error
         if self._bucket is not None:
             folder = await asyncio.to_thread(self.blobs.verified, digest)
             if folder is not None:
@@ -210,21 +215,21 @@ class Mirror:
             await source.fetch(version, CONFIG_FILE, folder / CONFIG_FILE, config.num_bytes, access)
         await source.fetch(version, weights, folder / weights, head_bytes, access)
         conversion = await asyncio.to_thread(_check_head, folder, weights, num_bytes, base)
-        if not version.at_hand or conversion is not None:
-            here = await asyncio.to_thread(_size, folder / weights)
-            # What is converted lies beside its source until it is done.
-            await asyncio.to_thread(self.blobs.check_room, num_bytes, here - (num_bytes if conversion else 0))
-        await source.fetch(version, weights, folder / weights, num_bytes, access)
-        for name in version.files.keys() & set(MORE_FILES):
-            await source.fetch(version, name, folder / name, version.files[name].num_bytes, access)
-        return await asyncio.to_thread(self._finish, version, folder, conversion)
+        made, text_bytes = conversion.num_bytes if conversion else 0, _text_bytes(version)
+        # What is converted lies beside its source until it is done, and texts beside the file that they are joined in.
+        most = sum(file.num_bytes for file in version.files.values()) + made + text_bytes
+        with self.blobs.room((made or num_bytes) + text_bytes, most, folder):
+            await source.fetch(version, weights, folder / weights, num_bytes, access)
+            for name in version.files.keys() & set(MORE_FILES):
+                await source.fetch(version, name, folder / name, version.files[name].num_bytes, access)
+            return await asyncio.to_thread(self._finish, version, folder, conversion)
 
     def _finish(self, version: Version, folder: Path, conversion: Conversion | None) -> str:
         for name, file in version.files.items():
             if file.checksum is not None and _checksum(folder / name, file.checksum[0]) != file.checksum[1]:
                 raise Changed(f"{name} of {version.source} does not match the {file.checksum[0]} that its source gives")
         if conversion is not None:
-            convert(folder, version.weights, conversion, folder)
+            convert(folder, version.weights, conversion, folder, self.blobs.reserve)
         return self.blobs.put(version.key, AdapterFolder.open_fetched(folder), sync=not version.at_hand)
 
     async def describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
@@ -273,6 +278,10 @@ def _drop_unless(config: Path, num_bytes: int) -> bool:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
+
+
+def _text_bytes(version: Version) -> int:
+    return sum(file.num_bytes for name, file in version.files.items() if name in MORE_FILES)
 
 
 def _for_base(version: Version, base: ServedModel | None) -> Version:

@@ -30,6 +30,7 @@ from protocol.metrics import series as metrics
 from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode
 from protocol.runtime.fleet_secret import FleetSecret
+from protocol.runtime.free_space import Reserve
 from protocol.runtime.private_files import private_folder
 from protocol.runtime.release import RELEASE
 from protocol.runtime.service import unending, wait_any
@@ -78,7 +79,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: StoreTimings |
 
 
 def _open_blobs(settings: Settings) -> Blobs:
-    return Blobs(private_folder(settings.data / "adapters"), settings.store_quota_bytes)
+    return Blobs(private_folder(settings.data / "adapters"), settings.store_quota_bytes, Reserve(settings.keep_free))
 
 
 async def _reach(bus: Bus, stop: asyncio.Event) -> bool:
@@ -107,7 +108,8 @@ class Store:
         self.settings = settings
         self.sid = f"{socket.gethostname()}-{secrets.token_hex(4)}"
         self.blobs = blobs
-        self.hub = HubSource(settings.hub_endpoint, retries=timings.retries)
+        reserve = blobs.reserve
+        self.hub = HubSource(settings.hub_endpoint, retries=timings.retries, reserve=reserve)
         self.sources: dict[str, Source] = {"hub": self.hub}
         self.shared_bucket: SharedBucket | None = None
         if settings.s3_buckets or settings.store_bucket:
@@ -116,7 +118,7 @@ class Store:
             from adapter_store.sources.s3 import S3Source, make_client
 
             s3 = make_client(settings.s3_endpoint)
-            self.sources["s3"] = S3Source(s3, retries=timings.retries)
+            self.sources["s3"] = S3Source(s3, retries=timings.retries, reserve=reserve)
             if settings.store_bucket:
                 self.shared_bucket = SharedBucket(s3, settings.store_bucket)
         self.mirror = Mirror(
@@ -124,12 +126,12 @@ class Store:
             shared_bucket=self.shared_bucket, effect_test=settings.effect_test,
         )  # fmt: skip
         self.catalogue = Catalogue(bus, self.sid, record_kept_s=timings.record_kept_s)
-        self.uploads = Uploads(settings.adapters, settings.upload_bytes, settings.max_adapter_bytes)
+        self.uploads = Uploads(settings.adapters, settings.upload_bytes, settings.max_adapter_bytes, reserve)
         self.server = BlobServer(self.locate, self.drop, self.health, secret.bearer if secret else "", self.uploads)
         self._sweep_at_s = 0.0  # monotonic
         self.base: ServedModel | None = None
         if settings.adapters is not None:
-            self.sources["local"] = LocalSource(settings.adapters)
+            self.sources["local"] = LocalSource(settings.adapters, reserve=reserve)
         self.pin_controller = PinController(bus, self.catalogue, settings)
         policy = Policy.of(settings)
         self.registrar = Registrar(

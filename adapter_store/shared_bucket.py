@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ from protocol.wire.errors import BadRequest
 logger = logging.getLogger(__name__)
 
 ERRORS = (BotoCoreError, ClientError, Boto3Error)
+
+
+Room = Callable[[int], AbstractContextManager[None]]
 
 
 class SharedBucket:
@@ -57,11 +62,17 @@ class SharedBucket:
             self._log_unless_missing(error)
             return None
 
-    def pull(self, digest: str, folder: Path) -> bool:
-        """Download a blob's files into a folder; return whether all were there. The caller checks their content."""
+    def pull(self, digest: str, folder: Path, room: Room) -> bool:
+        """Download a blob's files into a folder; return whether all were there. The caller checks their content.
+
+        room: promises room for so many bytes meanwhile. Raises what it raises.
+        """
 
         def fetch(name: str) -> None:
-            self._s3.download_file(self._bucket, f"{self._prefix}/blobs/{digest}/{name}", str(folder / name))
+            key, path = f"{self._prefix}/blobs/{digest}/{name}", folder / name
+            num_bytes = self._s3.head_object(Bucket=self._bucket, Key=key)["ContentLength"]
+            with room(num_bytes):
+                self._s3.download_file(self._bucket, key, str(path))
 
         try:
             for name in FILES:

@@ -7,21 +7,26 @@ A registration keeps it; one that none names is deleted after KEPT_S, so that a 
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import re
 import secrets
 import shutil
+import struct
 import time
 import zipfile
 import zlib
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Generator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, BinaryIO, cast
 
 from adapter_store.sources import MORE_FILES, choose_weights
 from peft_adapters.format import CONFIG_FILE
-from protocol.wire.errors import BadRequest, Conflict, LorafleetError, Overloaded, TooLarge
+from protocol.runtime.free_space import Reserve, size_of
+from protocol.wire.errors import BadRequest, Conflict, LorafleetError, NoRoom, Overloaded, TooLarge
 
 logger = logging.getLogger(__name__)
 
@@ -42,58 +47,90 @@ AT_ONCE = 2
 KEPT_S = 7 * 86_400
 PART_S = 3600  # a part of an upload that is so old was left by a process that died
 
+MALFORMED = (
+    zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, ValueError, RuntimeError,
+    OverflowError,
+)  # fmt: skip
+"""What Python's reader raises for a zip that is none, is cut, or was made to confuse it."""
+
 _ID = re.compile(r"u[0-9a-f]{24}")
 
 
 class Uploads:
     """The uploaded adapters of an adapter root."""
 
-    def __init__(self, root: Path | None, max_bytes: int, max_file_bytes: int) -> None:
-        """root: None without an adapter root. max_bytes: of all uploads; 0: none are taken."""
+    def __init__(
+        self, root: Path | None, max_bytes: int, max_file_bytes: int, reserve: Reserve | None = None
+    ) -> None:  # fmt: skip
+        """root: None without an adapter root. max_bytes: of all uploads; 0: none are taken.
+
+        reserve: what is kept free of the root's disk, None: nothing.
+        """
         self._root = root / FOLDER if root is not None else None
         self._max_bytes = max_bytes
         self._max_file_bytes = max_file_bytes
+        self._reserve = reserve or Reserve(0)
         self._busy = 0
+        self._promised = 0  # bytes, to uploads that are being taken
 
-    def check(self, length: int) -> Path:
-        """Return the folder of uploads, made if it is missing. Raises Conflict, TooLarge, Overloaded."""
+    async def take(self, chunks: AsyncIterator[bytes], length: int) -> str:
+        """Keep a zip's adapter; return the source that names it. length: of the zip, in bytes.
+
+        Raises BadRequest for a bad zip, Conflict where none are taken, TooLarge, NoRoom, Overloaded.
+        """
         if self._root is None or not self._max_bytes:
             what = "no adapter root: set --adapters" if self._root is None else "upload_bytes at 0"
             raise Conflict(f"the store has {what}", code="uploads_off")
-        try:
-            self._root.mkdir(parents=True, exist_ok=True)
-            used = _size(self._root)
-        except OSError as error:
-            raise Conflict(
-                f"the store cannot write to its adapter root: {error.strerror}", code="uploads_off"
-            ) from error
-        # The zip and what is in it lie on the disk at once.
-        if used + 2 * length > self._max_bytes:
-            text = f"uploads have {used} bytes, and this one takes twice its {length} while it is unpacked"
-            raise TooLarge(f"{text}; upload_bytes is {self._max_bytes}")
         if self._busy >= AT_ONCE:
             raise Overloaded(f"{AT_ONCE} uploads are being taken: try again later", 5.0)
-        return self._root
-
-    async def take(self, chunks: AsyncIterator[bytes], length: int) -> str:
-        """Keep a zip's adapter; return the source that names it. Raises as `check`, BadRequest for a bad zip."""
-        folder = self.check(length)
         self._busy += 1
-        name = f"u{secrets.token_hex(12)}"
-        archive, part = folder / f".{name}.zip", folder / f".{name}"
         try:
-            with archive.open("wb") as out:
-                async for chunk in chunks:
-                    await asyncio.to_thread(out.write, chunk)
-            room = self._max_bytes - await asyncio.to_thread(_size, folder)
-            await asyncio.to_thread(unpack, archive, part, min(room, self._max_file_bytes))
-            part.rename(folder / name)
+            await asyncio.to_thread(self._root.mkdir, parents=True, exist_ok=True)
+            # Counted anew, since other stores may share the root; off the loop, since there may be thousands.
+            kept = await asyncio.to_thread(_kept_bytes, self._root)
+            with self._promise(kept, length):
+                # What it unpacks to may be more than its own length again, if there is room.
+                room = self._max_bytes - kept - self._promised + length
+                return await self._take(self._root, chunks, length, min(room, self._max_file_bytes))
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoRoom(f"the store's disk has no room: {error.strerror}") from error
             raise Conflict(f"the upload cannot be kept: {error.strerror}", code="uploads_off") from error
         finally:
             self._busy -= 1
+
+    @contextmanager
+    def _promise(self, kept: int, length: int) -> Generator[None]:
+        """Count an upload against the limit meanwhile. Raises TooLarge. The zip and what is in it lie there at once."""
+        used, most = kept + self._promised, 2 * length
+        if used + most > self._max_bytes:
+            text = f"uploads have {used} bytes, and this one takes twice its {length} while it is unpacked"
+            raise TooLarge(f"{text}; upload_bytes is {self._max_bytes}")
+        self._promised += most
+        try:
+            yield
+        finally:
+            self._promised -= most
+
+    async def _take(self, folder: Path, chunks: AsyncIterator[bytes], length: int, max_bytes: int) -> str:
+        """Write, unpack and name an upload; see `take`. max_bytes: of what it unpacks to."""
+        name = f"u{secrets.token_hex(12)}"
+        archive, part = folder / f".{name}.zip", folder / f".{name}"
+        try:
+            with self._reserve.room(folder, lambda: max(0, 2 * length - size_of(archive, part))):
+                with archive.open("wb") as out:
+                    async for chunk in chunks:
+                        await asyncio.to_thread(self._write, out, chunk)
+                await asyncio.to_thread(unpack, archive, part, max_bytes, check=partial(self._reserve.check, folder))
+            part.rename(folder / name)
+        finally:
             await asyncio.to_thread(_remove, archive, part)
         return f"local:{FOLDER}/{name}"
+
+    def _write(self, out: BinaryIO, chunk: bytes) -> None:
+        assert self._root is not None
+        self._reserve.check(self._root, len(chunk))
+        out.write(chunk)
 
     def drop(self, name: str) -> bool:
         """Delete an uploaded adapter's folder; return whether there was one of this name."""
@@ -118,7 +155,7 @@ class Uploads:
 
 
 class _Bounded:
-    """A file of which nothing large is read at once: a zip's directory is, by its reader, as large as it says."""
+    """A zip of which nothing large is read at once, and whose places are checked: its reader believes what it says."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -129,14 +166,24 @@ class _Bounded:
             raise BadRequest("the zip's directory is too large for an adapter", code="bad_zip")
         return data
 
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return self._file.seek(offset, whence)
+        except (OSError, OverflowError, ValueError):
+            raise BadRequest(f"the zip cannot be read: it names byte {offset}", code="bad_zip") from None
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
 
-def unpack(archive: Path, folder: Path, max_bytes: int, max_text_bytes: int = MAX_TEXT_BYTES) -> None:
+def unpack(
+    archive: Path, folder: Path, max_bytes: int, max_text_bytes: int = MAX_TEXT_BYTES,
+    check: Callable[[int], None] = lambda num_bytes: None,
+) -> None:  # fmt: skip
     """Write an adapter's files in a zip to a new folder, at most `max_bytes` together. Raises BadRequest, TooLarge.
 
-    max_text_bytes: most of each file that is not the weights.
+    max_text_bytes: most of each file that is not the weights. check: is called before so many bytes are written, and
+    raises what ends it, NoRoom perhaps. Raises OSError of the disk, never of the zip.
     """
     try:
         with archive.open("rb") as raw, zipfile.ZipFile(cast("IO[bytes]", _Bounded(raw))) as found:
@@ -147,16 +194,16 @@ def unpack(archive: Path, folder: Path, max_bytes: int, max_text_bytes: int = MA
             left = max_bytes
             for name, entry in entries.items():
                 text = name in (CONFIG_FILE, *MORE_FILES)
-                left -= _write(found, entry, folder / name, min(left, max_text_bytes) if text else left)
+                left -= _write(found, entry, folder / name, min(left, max_text_bytes) if text else left, check)
     except LorafleetError:
         raise
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
+    except MALFORMED as error:
         raise BadRequest(f"the zip cannot be read: {error}"[:300], code="bad_zip") from error
 
 
 def _chosen(found: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """Return the entries that are an adapter's files, by name: those beside its weights. Raises BadRequest."""
-    entries = [entry for entry in found.infolist() if not entry.is_dir()]
+    entries = [entry for entry in found.infolist() if not entry.filename.endswith("/")]
     if len(entries) > MAX_ENTRIES:
         raise BadRequest(f"the zip has {len(entries)} entries; an adapter's may have {MAX_ENTRIES}", code="bad_zip")
     folders: dict[str, dict[str, zipfile.ZipInfo]] = {}
@@ -179,7 +226,9 @@ def _chosen(found: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     return {name: folders[place][name] for name in wanted if name in folders[place]}
 
 
-def _write(found: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, max_bytes: int) -> int:
+def _write(
+    found: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, max_bytes: int, check: Callable[[int], None]
+) -> int:  # fmt: skip
     """Write one entry, whatever it says of its size at most `max_bytes`; return its bytes."""
     if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise BadRequest(f"{path.name} in the zip is encrypted, or packed in another way than deflate", code="bad_zip")
@@ -189,20 +238,14 @@ def _write(found: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, max_bytes
             num += len(chunk)
             if num > max_bytes:
                 raise TooLarge(f"{path.name} in the zip has more than {max_bytes} bytes")
+            check(len(chunk))
             out.write(chunk)
     return num
 
 
-def _size(folder: Path) -> int:
-    """Return the bytes of all files below a folder; one that leaves meanwhile counts or not."""
-    num = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            try:
-                num += os.stat(os.path.join(place, name), follow_symlinks=False).st_size
-            except FileNotFoundError:
-                continue
-    return num
+def _kept_bytes(root: Path) -> int:
+    """Return the bytes of all uploads that are whole."""
+    return size_of(*(Path(entry.path) for entry in os.scandir(root) if not entry.name.startswith(".")))
 
 
 def _remove(*paths: Path) -> None:

@@ -95,7 +95,10 @@ FLEET = Access(as_fleet=True)
 
 
 class Source(Protocol):
-    """One kind of place that holds adapters. Its errors are LorafleetErrors, retryable if another try may succeed."""
+    """One kind of place that holds adapters. Its errors are LorafleetErrors, retryable if another try may succeed.
+
+    It is made with a `reserve`: what it leaves free of the disk that it fetches to, None for nothing.
+    """
 
     def fixed(self, target: str) -> Version | None:
         """Return the version of a target that can never change, without asking the source; None if it can change.
@@ -124,7 +127,8 @@ class Source(Protocol):
 
         Never more than `end` bytes are written, whatever the source sends.
 
-        Raises as `resolve`; also Changed when the content is no longer that of `version`.
+        Raises as `resolve`; also Changed when the content is no longer that of `version`, and NoRoom before a piece
+        that would take what the source's `reserve` keeps free.
         """
         ...
 

@@ -18,6 +18,7 @@ import httpx2
 from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, RemoteFile, Version, choose_weights, needs_config
 from adapter_store.sources.retry import Attempts, Retries
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.runtime.free_space import Reserve
 from protocol.runtime.imports import Late
 from protocol.wire.adapter_refs import parse_reference
 from protocol.wire.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
@@ -43,13 +44,14 @@ class HubSource:
 
     def __init__(
         self, endpoint: str = "", *, token: str | None = None, retries: Retries | None = None,
-        offline: bool | None = None,
+        offline: bool | None = None, reserve: Reserve | None = None,
     ) -> None:  # fmt: skip
         """Prepare a client of `endpoint`, the configured Hub by default.
 
         `token` is the fleet's own; by default it is HF_TOKEN or that of the Hub's login. `retries` sets how calls are
-        repeated. An `offline` source asks nothing, by default if HF_HUB_OFFLINE is set.
+        repeated. An `offline` source asks nothing, by default if HF_HUB_OFFLINE is set. `reserve`: see `Source`.
         """
+        self._reserve = reserve or Reserve(0)
         self._given = endpoint, token, offline
         self._retries = retries or Retries()
         self._http = httpx2.AsyncClient(timeout=TIMEOUT, follow_redirects=True, headers={"Accept-Encoding": "identity"})
@@ -203,15 +205,20 @@ class HubSource:
                 raise Changed(f"the Hub says that the file is shorter than {num_bytes} bytes")
             else:
                 raise _Answer(response)
-            await _append(response, file, end - at)
+            await _append(response, file, end - at, lambda num: self._reserve.check(Path(file.name), num))
 
 
 def _bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
-async def _append(response: httpx2.Response, file: BinaryIO, num_bytes: int) -> None:
-    """Append `num_bytes` of a body to a file. Raises _Cut when the body ends early; what came before is kept."""
+async def _append(
+    response: httpx2.Response, file: BinaryIO, num_bytes: int, check: Callable[[int], None]
+) -> None:  # fmt: skip
+    """Append `num_bytes` of a body to a file. Raises _Cut when the body ends early; what came before is kept.
+
+    check: raises NoRoom unless the disk has room for so many bytes.
+    """
     pending = bytearray()
     try:
         # Pieces as they arrive: of larger ones, the client would drop an incomplete piece when the body breaks off.
@@ -221,6 +228,7 @@ async def _append(response: httpx2.Response, file: BinaryIO, num_bytes: int) -> 
             if not num_bytes:
                 break
             if len(pending) >= CHUNK_BYTES:
+                check(len(pending))
                 await asyncio.to_thread(file.write, pending)
                 pending = bytearray()
     finally:

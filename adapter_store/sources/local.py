@@ -23,6 +23,7 @@ from adapter_store.sources import (
     needs_config,
 )
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.runtime.free_space import Reserve
 from protocol.wire.adapter_refs import NESTED_FOLDER
 from protocol.wire.errors import AdapterRefused, NotFound
 
@@ -65,8 +66,9 @@ class FolderState:
 class LocalSource:
     """The adapters in the folder that the setting `adapters` names."""
 
-    def __init__(self, root: Path) -> None:
-        """Set the root; it need not exist yet."""
+    def __init__(self, root: Path, *, reserve: Reserve | None = None) -> None:
+        """Set the root, which need not exist yet. reserve: see `Source`."""
+        self._reserve = reserve or Reserve(0)
         self.root = Path(os.path.realpath(root.expanduser()))
 
     def scan(self) -> dict[str, FolderState]:
@@ -175,6 +177,7 @@ class LocalSource:
             with path.open("ab") as out:
                 at = out.tell()
                 while at < end and (chunk := os.pread(source, min(end - at, CHUNK_BYTES), at)):
+                    self._reserve.check(path, len(chunk))
                     out.write(chunk)
                     at += len(chunk)
             # Compared last: if the stamp is still that of the version, so is everything copied before.

@@ -26,6 +26,7 @@ from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, RemoteFile
 from adapter_store.sources.retry import Attempts, Retries
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from peft_adapters.formats.mlx import MLX_WEIGHTS
+from protocol.runtime.free_space import Reserve
 from protocol.wire.adapter_refs import Reference, parse_reference
 from protocol.wire.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
 
@@ -45,8 +46,9 @@ def make_client(endpoint: str = "") -> Any:
 class S3Source:
     """The adapters that one S3 endpoint holds."""
 
-    def __init__(self, client: Any, *, retries: Retries | None = None) -> None:
-        """Use the boto3 `client`; `retries` sets how reads are repeated."""
+    def __init__(self, client: Any, *, retries: Retries | None = None, reserve: Reserve | None = None) -> None:
+        """Use the boto3 `client`; `retries` sets how reads are repeated; `reserve`: see `Source`."""
+        self._reserve = reserve or Reserve(0)
         self._s3 = client
         self._endpoint: str = client.meta.endpoint_url
         self._retries = retries or Retries()
@@ -156,6 +158,7 @@ class S3Source:
             if at and not str(reply.get("ContentRange", "")).startswith(f"bytes {at}-"):
                 raise Changed(f"S3 does not give bytes {at}- of {version.source}/{name}")
             for chunk in body.iter_chunks(CHUNK_BYTES):
+                self._reserve.check(Path(file.name), len(chunk))
                 file.write(chunk[: end - file.tell()])
                 if file.tell() >= end:
                     break  # whatever the server goes on to send

@@ -19,7 +19,7 @@ from peft_adapters.recipe import merge_of
 from protocol.queue.bus import Bus, decode
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest, Conflict, LorafleetError, Overloaded, TooLarge, Unavailable
+from protocol.wire.errors import BadRequest, Conflict, LorafleetError, NoRoom, Overloaded, TooLarge, Unavailable
 from protocol.wire.keys import CLASSES
 
 POLL_S = 0.25
@@ -192,7 +192,7 @@ def _refusal(answer: httpx2.Response) -> LorafleetError:
     except (msgspec.DecodeError, KeyError):
         told = {}
     message, code = told.get("message") or f"the store answers {answer.status_code}", told.get("code")
-    kinds = {400: BadRequest, 409: Conflict, 413: TooLarge}
+    kinds = {400: BadRequest, 409: Conflict, 413: TooLarge, 507: NoRoom}
     if answer.status_code == 429:
         return Overloaded(message, 5.0)
     kind = kinds.get(answer.status_code)

@@ -72,6 +72,11 @@ class Conversion:
         raw = json.dumps(entries, separators=(",", ":")).encode()
         return len(raw).to_bytes(8, "little") + raw
 
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the safetensors file."""
+        return len(self.header()) + sum(tensor.source.end - tensor.source.begin for tensor in self.tensors)
+
     def infos(self) -> dict[str, TensorInfo]:
         """Return the tensors of the safetensors file, as `parse_header` does of it."""
         at, found = len(self.header()), dict[str, TensorInfo]()

@@ -138,6 +138,11 @@ def _tensors(entries: list[tuple[str, tuple[int, ...], int, int]], begin: int, s
             reasons.add("tensors that reach beyond the end of the file", name)
         else:
             found[name] = TensorInfo(_DTYPES[kind], shape, begin + offset, begin + offset + num_bytes)
+    taken = 0  # up to here the file's bytes are some tensor's
+    for name, info in sorted(found.items(), key=lambda entry: (entry[1].begin, entry[1].end)):
+        if info.begin < taken:  # a small file would be converted into a large one
+            reasons.add("tensors that share bytes with others", name)
+        taken = max(taken, info.end)
     if reasons:
         raise AdapterRefused(reasons.render())
     return found

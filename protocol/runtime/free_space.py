@@ -32,13 +32,14 @@ class Reserve:
         """keep_free: bytes of each disk."""
         self._keep_free = keep_free
         self._free = free
-        self._promised: dict[int, int] = {}  # bytes still to come, by disk
+        self._promises: dict[int, tuple[int, Callable[[], int]]] = {}  # id -> disk, bytes still to come
         self._lock = Lock()
 
     def check(self, place: Path, num_bytes: int = 0) -> None:
         """Raise NoRoom unless `num_bytes` more leave the reserve of a path's disk free. It costs some µs.
 
-        place: where the bytes are to be; it, or a folder above it, is there. Raises OSError.
+        Promises are not looked at: who has one asks with each piece. place: where the bytes are to be; it, or a folder
+        above it, is there. Raises OSError.
         """
         self._check(_existing(place), num_bytes, 0)
 
@@ -51,23 +52,41 @@ class Reserve:
             )
 
     @contextmanager
-    def room(self, place: Path, num_bytes: int) -> Generator[None]:
-        """Promise room for `num_bytes` until the block ends; others who ask meanwhile find it taken. Raises as `check`.
+    def room(self, place: Path, to_come: Callable[[], int]) -> Generator[None]:
+        """Promise room until the block ends; others who ask for a promise meanwhile find it taken. Raises as `check`.
 
-        What is written meanwhile counts twice, as taken and as promised: the reserve is larger then, never smaller.
+        to_come: returns how many bytes are still to be written.
         """
         found = _existing(place)
         disk = found.stat().st_dev
         with self._lock:
-            self._check(found, num_bytes, self._promised.get(disk, 0))
-            self._promised[disk] = self._promised.get(disk, 0) + num_bytes
+            promised = sum(to_come() for other, to_come in self._promises.values() if other == disk)
+            self._check(found, to_come(), promised)
+            promise = object()
+            self._promises[id(promise)] = (disk, to_come)
         try:
             yield
         finally:
             with self._lock:
-                self._promised[disk] -= num_bytes
-                if not self._promised[disk]:
-                    del self._promised[disk]
+                del self._promises[id(promise)]
+
+
+def size_of(*places: Path) -> int:
+    """Return the bytes of files, and of all files below folders; what is not there, or leaves meanwhile, has none."""
+    num = 0
+    for place in places:
+        for folder, _, names in os.walk(place):
+            num += sum(_size(os.path.join(folder, name)) for name in names)
+        if not place.is_dir():
+            num += _size(place)
+    return num
+
+
+def _size(path: str | Path) -> int:
+    try:
+        return os.stat(path, follow_symlinks=False).st_size
+    except OSError:
+        return 0
 
 
 def _existing(place: Path) -> Path:

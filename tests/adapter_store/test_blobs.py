@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from helpers.adapter_files import write_adapter
 
 from adapter_store.blobs import AdapterFolder, Blobs
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
-from protocol.wire.errors import AdapterRefused, Unavailable
+from protocol.runtime.free_space import Reserve
+from protocol.wire.errors import AdapterRefused, NoRoom, Unavailable
 
 
 def put(blobs: Blobs, seed: int, *, sync: bool = True, version: str = "") -> str:
@@ -92,12 +94,25 @@ def test_the_least_recently_used_leave_first(tmp_path: Path) -> None:
 
 def test_what_has_no_room_is_refused_before_it_is_fetched(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="may use 100"):
-        Blobs(tmp_path / "a", quota_bytes=100).check_room(101)
-    blobs = Blobs(tmp_path / "b")
-    blobs.check_room(100)
-    with pytest.raises(Unavailable, match="too little room"):
-        blobs.check_room(1 << 60)
-    blobs.check_room(1 << 60, num_staged=(1 << 60) - 100)
+        Blobs(tmp_path / "a", quota_bytes=100).room(101, 101, tmp_path)
+    blobs = Blobs(tmp_path / "b", reserve=Reserve(1000, lambda place: 1500))
+    folder = blobs.staging("v")
+    with blobs.room(100, 300, folder), pytest.raises(NoRoom, match="300 are promised"), blobs.room(1, 201, folder):
+        pass
+    (folder / WEIGHTS_FILE).write_bytes(bytes(200))
+    with blobs.room(100, 700, folder), pytest.raises(NoRoom), blobs.room(1, 201, folder):
+        pass  # what an earlier fetch left counts as there
+
+
+def test_a_blob_removed_by_hand_is_the_first_to_leave(tmp_path: Path) -> None:
+    one = Blobs(tmp_path / "size")
+    put(one, 1)
+    blobs = Blobs(tmp_path / "b", quota_bytes=3 * one.num_bytes + 50)
+    first, gone, last = (put(blobs, seed) for seed in range(3))
+    shutil.rmtree(tmp_path / "b" / "blobs" / gone)
+    new = put(blobs, 3)
+    assert [digest in blobs for digest in (first, gone, last, new)] == [True, False, True, True]
+    assert blobs.num_bytes == 3 * one.num_bytes
 
 
 def test_who_has_read_a_version_is_noted_with_it(tmp_path: Path) -> None:

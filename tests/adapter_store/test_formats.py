@@ -15,10 +15,16 @@ from helpers.store_run import RunStore, ask, in_state
 from helpers.waiting import wait_until
 from safetensors.numpy import load
 
+from adapter_store.blobs import Blobs
+from adapter_store.mirror import Mirror
+from adapter_store.sources.local import LocalSource
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.formats.mlx import MLX_WEIGHTS
 from protocol.queue.bus import Bus
+from protocol.runtime.free_space import Reserve, size_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from protocol.wire.errors import NoRoom
 
 LLAMA = msgspec.structs.replace(BASE, head_dim=8)
 
@@ -166,3 +172,37 @@ async def test_what_is_recorded_follows_the_base(bus: Bus, root: Path, run_store
 
     await wait_until(is_mapped, "the record is of the other base")
     assert await bus.adapters.alias("text") == alias
+
+
+async def test_a_disk_without_room_takes_no_adapter(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    """Neither what is fetched, nor what is made of it: room for both is asked for before, and for each piece."""
+    peft = write_adapter(tmp_path / "peft")
+    (tmp_path / "root").mkdir()
+    write_mlx(peft, tmp_path / "root" / "mlx", scale=2.0)
+    write_adapter(tmp_path / "root" / "peft")
+    source_bytes = size_of(*(tmp_path / "root" / "mlx" / name for name in (CONFIG_FILE, MLX_WEIGHTS)))
+    for name, room, is_taken in (
+        ("mlx", 2 * source_bytes + 600, True),
+        ("mlx", 2 * source_bytes - 600, False),  # room for one of both
+        ("peft", source_bytes // 2, False),
+    ):
+        with subtests.test(name=name, room=room):
+            folder = tmp_path / f"{name}{room}"
+            reserve = Reserve(1000, lambda place, folder=folder, room=room: 1000 + room - size_of(folder))
+            mirror = Mirror(Blobs(folder, reserve=reserve), max_bytes=1 << 20)
+            source = LocalSource(tmp_path / "root", reserve=reserve)
+            if is_taken:
+                assert (await mirror.take(source, name, LLAMA)).digest in mirror.blobs
+                continue
+            with pytest.raises(NoRoom, match="bytes have no room"):
+                await mirror.take(source, name, LLAMA)
+            assert size_of(folder) == 0
+
+
+async def test_a_disk_that_fills_meanwhile_ends_a_fetch(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "root" / "peft")
+    blobs = Blobs(tmp_path / "store")
+    source = LocalSource(tmp_path / "root", reserve=Reserve(1000, lambda place: 1001))
+    with pytest.raises(NoRoom):
+        await Mirror(blobs, max_bytes=1 << 20).take(source, "peft", LLAMA)
+    assert size_of(tmp_path / "store") == 0

@@ -7,13 +7,19 @@ import io
 import os
 import time
 import zipfile
+from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from adapter_store.uploads import FOLDER, KEPT_S, Uploads, unpack
-from protocol.wire.errors import BadRequest, Conflict, LorafleetError, Overloaded, TooLarge
+from protocol.runtime.free_space import Reserve, size_of
+from protocol.wire.errors import AdapterRefused, BadRequest, Conflict, LorafleetError, NoRoom, Overloaded, TooLarge
+
+NUM_FUZZED = int(os.environ.get("LORAFLEET_FUZZED_ZIPS", "3000"))
 
 GOOD = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights" * 1000}
 
@@ -117,6 +123,123 @@ def test_damage_in_a_file_is_told(tmp_path: Path) -> None:
     raw[raw.index(b"weights") + 3] ^= 1
     with pytest.raises(BadRequest, match="CRC"):
         unpacked(tmp_path, bytes(raw))
+
+
+def test_any_damage_is_told_as_the_zips(tmp_path: Path) -> None:
+    """Whatever bytes are changed, cut, doubled or moved: an adapter, or an error that says what is wrong."""
+    random, refused = Random(0), Counter[str]()
+    seeds = [zipped(GOOD), zipped(GOOD, zipfile.ZIP_STORED), zipped(GOOD | {"../x\0y": b"", "tokenizer.json": b"{}"})]
+    numbers = [b"\0\0\0\0", b"\xff\xff\xff\xff", b"\xff\xff\xff\x7f", b"\1\0\0\0", b"PK\5\6", b"PK\6\6", b"PK\6\7"]
+    for number in range(NUM_FUZZED):
+        raw = bytearray(random.choice(seeds))
+        for _ in range(random.randint(1, 4)):
+            at = random.randrange(len(raw) // 2, len(raw)) if random.random() < 0.8 else random.randrange(len(raw))
+            change = random.randrange(4)
+            if change == 0:
+                raw[at : at + 4] = random.choice(numbers)
+            elif change == 1:
+                raw[at] = random.randrange(256)
+            elif change == 2:
+                del raw[at : at + random.randint(1, 40)]
+            else:
+                raw[at:at] = raw[max(0, at - random.randint(1, 100)) : at]
+        (tmp_path / "a.zip").write_bytes(raw)
+        try:
+            unpack(tmp_path / "a.zip", tmp_path / str(number), 1 << 20)
+        except (BadRequest, TooLarge, AdapterRefused) as error:
+            refused[error.message[:30]] += 1
+    assert len(refused) > 8
+    assert all(refused)
+
+
+def altered(at: bytes, offset: int, value: bytes) -> bytes:
+    """Return a good zip with bytes replaced, counted from the last of its records of a kind."""
+    raw = bytearray(zipped(GOOD))
+    begin = raw.rindex(at) + offset
+    raw[begin : begin + len(value)] = value
+    return bytes(raw)
+
+
+MADE = {
+    "a directory before the file": altered(b"PK\5\6", 12, b"\xff\xff\xff\x7f"),
+    "a directory beyond the file": altered(b"PK\5\6", 16, b"\xff\xff\xff\x7f"),
+    "an entry beyond the file": altered(b"PK\1\2", 42, b"\xff\xff\xff\x7f"),
+    "an entry before the file": altered(b"PK\5\6", 16, b"\0\0\0\0"),
+    "an entry without a name": altered(b"PK\1\2", 46, b"\0"),
+    "encrypted": altered(b"PK\1\2", 8, b"\1\0"),
+    "an unknown compression": altered(b"PK\1\2", 10, b"\x63\0"),
+    "a wrong CRC": altered(b"PK\1\2", 16, b"\1\2\3\4"),
+    "4 GB of one byte": altered(b"PK\1\2", 24, b"\xfe\xff\xff\xff"),
+    "zip64 without its fields": altered(b"PK\1\2", 24, b"\xff\xff\xff\xff"),
+    "a version of the future": altered(b"PK\1\2", 6, b"\xff\xff"),
+    "zip64's end at byte 2^63": b"PK\6\6"
+    + bytes(52)
+    + b"PK\6\7"
+    + bytes(4)
+    + b"\xff" * 8
+    + bytes(4)
+    + zipped(GOOD)[-22:],
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+async def test_zips_made_to_confuse_are_4xx(tmp_path: Path, name: str) -> None:
+    kept = Uploads(tmp_path, 1 << 20, 1 << 20)
+    with pytest.raises(LorafleetError) as refused:
+        await kept.take(chunks(MADE[name]), len(MADE[name]))
+    assert refused.value.status in (400, 413)
+    assert "zip" in refused.value.message
+    assert list((tmp_path / FOLDER).iterdir()) == []
+
+
+def test_entries_that_share_bytes_write_no_more_than_the_limit(tmp_path: Path) -> None:
+    """Hundreds of entries over one block of zeros are the worst that a zip can do."""
+    kernel = zipped({"adapter_model.safetensors": bytes(1 << 20)})
+    begin, end = kernel.rindex(b"PK\1\2"), kernel.rindex(b"PK\5\6")
+    entry = kernel[begin:end]
+    entries = [entry.replace(b"adapter_model", b"%013d" % number) for number in range(900)] + [entry]
+    tail = bytearray(kernel[end:])
+    tail[8:12] = len(entries).to_bytes(2, "little") * 2
+    tail[12:16] = sum(map(len, entries)).to_bytes(4, "little")
+    archive = tmp_path / "a.zip"
+    archive.write_bytes(kernel[:begin] + b"".join(entries) + bytes(tail))
+    with suppress(BadRequest):  # versions of Python refuse it
+        unpack(archive, tmp_path / "out", 1 << 20)
+    assert size_of(tmp_path / "out") <= 1 << 20
+
+
+async def test_a_disk_without_room_takes_no_upload(tmp_path: Path) -> None:
+    raw = zipped(GOOD)
+    for free, is_taken in ((1000 + 2 * len(raw) - 1, False), (1000 + 7000, True), (1000 + 6999, False)):
+        # Its zip is 300 bytes, its adapter 7,000: found out while it is written.
+        kept = Uploads(tmp_path, 1 << 20, 1 << 20, Reserve(1000, lambda place, free=free: free))
+        if is_taken:
+            await kept.take(chunks(raw), len(raw))
+            continue
+        with pytest.raises(NoRoom, match="1000 are kept free"):
+            await kept.take(chunks(raw), len(raw))
+    assert len(list((tmp_path / FOLDER).iterdir())) == 1
+
+
+async def test_uploads_beside_each_other_share_the_limit(tmp_path: Path) -> None:
+    raw, most = zipped(GOOD), 21_006 + 1000
+    kept = Uploads(tmp_path, most, 1 << 20)
+    inner: list[LorafleetError] = []
+
+    async def outer() -> AsyncIterator[bytes]:
+        yield raw
+        try:
+            await kept.take(chunks(raw), (most - 2 * len(raw)) // 2 + 1)
+        except LorafleetError as error:
+            inner.append(error)
+
+    await kept.take(outer(), len(raw))
+    assert "and this one takes twice its" in inner[0].message
+    for _ in range(2):
+        await kept.take(chunks(raw), len(raw))
+    for process in (kept, Uploads(tmp_path, most, 1 << 20)):
+        with pytest.raises(TooLarge, match="uploads have 21006 bytes"):
+            await process.take(chunks(raw), 501)
 
 
 async def test_an_upload_becomes_a_folder_that_is_kept_by_its_name(tmp_path: Path) -> None:

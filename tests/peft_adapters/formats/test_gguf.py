@@ -105,6 +105,21 @@ def cut(size: int) -> Any:
     return lambda folder: file()(folder)[:size]
 
 
+def shared(num: int, size: int = 8) -> Any:
+    """Return a function that writes a file of many tensors with the same bytes, each `size` numbers."""
+
+    def write(folder: Path) -> bytes:
+        entries = b"".join(
+            struct.pack("<Q", len(name)) + name + struct.pack("<IQQIQ", 2, size // 2, 2, 0, 32 * (size > 8) * i)
+            for i in range(num)
+            for name in [b"blk.%d.attn_q.weight.lora_%c" % (i // 2, b"ab"[i % 2])]
+        )
+        head = b"GGUF" + struct.pack("<IQQ", 3, num, 0) + entries
+        return head + bytes(-len(head) % 32 + 32 * (num + 10))
+
+    return write
+
+
 REFUSED: dict[str, tuple[Any, Any, str]] = {
     "not GGUF": (patched(magic=1), LLAMA, "does not begin as GGUF"),
     "version 1": (patched(version=1), LLAMA, "version 1"),
@@ -115,6 +130,8 @@ REFUSED: dict[str, tuple[Any, Any, str]] = {
     "a text of 2^60 bytes": (patched(key=1 << 60), LLAMA, "the limit is"),
     "an empty file": (cut(0), LLAMA, "does not begin"),
     "a cut header": (cut(100), LLAMA, "is cut"),
+    "tensors that share bytes": (shared(1000), LLAMA, "share bytes with others: blk.0.attn_q.weight.lora_b"),
+    "a tensor within another": (shared(2, size=64), LLAMA, "share bytes"),
     "cut numbers": (cut(-8), LLAMA, "beyond the end"),
     "an unknown architecture": (file(architecture="falcon", pairs={}), LLAMA, "architecture falcon"),
     "another base": (file(architecture="qwen3"), LLAMA, "of type llama"),

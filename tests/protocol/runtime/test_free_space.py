@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol.runtime.free_space import Reserve, free_bytes
+from protocol.runtime.free_space import Reserve, free_bytes, size_of
 from protocol.wire.errors import NoRoom
 
 
@@ -31,15 +31,28 @@ def test_a_refusal_tells_what_is_free_and_what_is_kept(tmp_path: Path) -> None:
 
 def test_promised_room_is_given_to_nobody_else(tmp_path: Path) -> None:
     reserve = Reserve(100, Disk(200))
-    with reserve.room(tmp_path, 60):
-        with pytest.raises(NoRoom, match="60 are promised to others"), reserve.room(tmp_path, 41):
+    with reserve.room(tmp_path, lambda: 60):
+        with pytest.raises(NoRoom, match="60 are promised to others"), reserve.room(tmp_path, lambda: 41):
             pass
-        with reserve.room(tmp_path, 40), pytest.raises(NoRoom), reserve.room(tmp_path, 1):
+        with reserve.room(tmp_path, lambda: 40), pytest.raises(NoRoom), reserve.room(tmp_path, lambda: 1):
             pass
-    with pytest.raises(RuntimeError), reserve.room(tmp_path, 100):
+    with pytest.raises(RuntimeError), reserve.room(tmp_path, lambda: 100):
         raise RuntimeError  # who fails gives it back as well
-    with reserve.room(tmp_path, 100):
+    with reserve.room(tmp_path, lambda: 100):
         pass
+
+
+def test_what_is_written_of_a_promise_is_not_counted_twice(tmp_path: Path) -> None:
+    disk, file = Disk(200), tmp_path / "folder" / "file"
+    reserve = Reserve(100, disk)
+    with reserve.room(tmp_path, lambda: 60 - size_of(tmp_path / "folder")):
+        file.parent.mkdir()
+        file.write_bytes(bytes(50))
+        disk.free -= 50
+        with reserve.room(tmp_path, lambda: 40):
+            pass
+        with pytest.raises(NoRoom, match="10 are promised"), reserve.room(tmp_path, lambda: 41):
+            pass
 
 
 def test_a_real_disk_is_asked(tmp_path: Path) -> None:
