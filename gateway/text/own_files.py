@@ -12,10 +12,12 @@ from weakref import WeakValueDictionary
 import httpx2
 import msgspec
 
+from gateway.overload.large import Places
 from gateway.sandbox.child import ReadTokenizer
 from gateway.sandbox.sandbox import SandboxedTemplate, SandboxPool
 from gateway.text.tokenizer import TOKENIZER_S, BaseEncoder, Encoder, ModelFiles, OwnEncoder
 from peft_adapters.texts.files import (
+    MAX_TOKENIZER_BYTES,
     TEXTS_FIELD,
     TEXTS_FILE,
     TOKENIZER,
@@ -36,6 +38,12 @@ MAX_KEPT = 32
 MAX_KEPT_BYTES = 128 << 20
 """Bytes of packed tokenizers that are kept, the newest one always."""
 
+NUM_READ, NUM_WAITING = 2, 64
+"""Adapters' texts that are read and packed at once, one of a tenant, and that wait for that."""
+
+READ_BYTES = 7 * MAX_TOKENIZER_BYTES
+"""What one takes meanwhile: as it was fetched, twice with escapes; as a text, four bytes a character; and as UTF-8."""
+
 MAX_FACTS = 10_000
 
 TIMEOUT = httpx2.Timeout(30.0, connect=2.0)
@@ -44,8 +52,12 @@ TIMEOUT = httpx2.Timeout(30.0, connect=2.0)
 class OwnFiles:
     """The tokenizers and chat templates of adapters, kept by their hash."""
 
-    def __init__(self, bus: Bus, base: ModelFiles, sandbox: SandboxPool, bearer: str = "") -> None:
+    def __init__(
+        self, bus: Bus, base: ModelFiles, sandbox: SandboxPool, bearer: str = "", max_kept_bytes: int = MAX_KEPT_BYTES
+    ) -> None:  # fmt: skip
         """bearer: authorizes at the stores, see `FleetSecret.bearer`; "" for a fleet without a secret."""
+        self._max_kept_bytes = max_kept_bytes
+        self._reading = Places(NUM_READ, 1, NUM_WAITING)
         self._bus = bus
         self.base = base
         self._sandbox = sandbox
@@ -92,18 +104,39 @@ class OwnFiles:
         async with self._locks.setdefault(texts, asyncio.Lock()):
             files = self._kept.get(texts)
             if files is None:
-                raw = await self._fetch(digest)
-                files = await self._read(await asyncio.to_thread(split_texts, raw, texts), tenant)
+                files = await self._read(await self._prepared(digest, texts, tenant), tenant)
             self._kept[texts] = files
             self._kept.move_to_end(texts)
             self._drop_oldest()
             return files
 
     def _drop_oldest(self) -> None:
-        encoders = {id(files.encoder): files.encoder for files in self._kept.values()}
-        num_bytes = sum(encoder.num_bytes for encoder in encoders.values() if isinstance(encoder, OwnEncoder))
-        if len(self._kept) > MAX_KEPT or (num_bytes > MAX_KEPT_BYTES and len(self._kept) > 1):
+        while len(self._kept) > MAX_KEPT or (self.num_bytes > self._max_kept_bytes and len(self._kept) > 1):
             self._kept.popitem(last=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of the packed tokenizers that are kept."""
+        encoders = {id(files.encoder): files.encoder for files in self._kept.values()}
+        return sum(encoder.num_bytes for encoder in encoders.values() if isinstance(encoder, OwnEncoder))
+
+    async def _prepared(self, digest: str, texts: str, tenant: str) -> tuple[dict[str, str], bytes | None]:
+        """Fetch an adapter's texts. Returns them without the tokenizer, and that packed: b"" the base's, None none.
+
+        Whole they may take READ_BYTES, so a few are read at a time, by turns of tenants.
+        """
+        await self._reading.take(tenant)
+        try:
+            return await asyncio.to_thread(self._packed, await self._fetch(digest), texts)
+        finally:
+            self._reading.give(tenant)
+
+    def _packed(self, raw: bytes, digest: str) -> tuple[dict[str, str], bytes | None]:
+        texts = split_texts(raw, digest)
+        text = texts.pop(TOKENIZER, None)
+        if text is None:
+            return texts, None
+        return texts, b"" if text == self.base.texts[TOKENIZER] else zlib.compress(text.encode(), 1)
 
     async def _fetch(self, digest: str) -> bytes:
         urls = await self._bus.members.store_urls()
@@ -123,28 +156,27 @@ class OwnFiles:
             raise NotFound(f"no adapter store has the tokenizer of the adapter {digest:.12} any more", param="model")
         raise Unavailable(f"no adapter store gave the tokenizer of the adapter {digest:.12}", code="no_store")
 
-    async def _read(self, texts: dict[str, str], tenant: str) -> ModelFiles:
-        base = self.base
+    async def _read(self, prepared: tuple[dict[str, str], bytes | None], tenant: str) -> ModelFiles:
+        base, (texts, tokenizer) = self.base, prepared
         encoder, tokens, eos_ids = base.encoder, base.tokens, base.eos_ids
-        if TOKENIZER in texts:
+        if tokenizer is not None:
             name = special_tokens(texts).get("eos_token", "")
-            if texts[TOKENIZER] == base.texts[TOKENIZER]:
+            if not tokenizer:
                 assert isinstance(encoder, BaseEncoder)
                 eos = encoder.id_of(name)
             else:
-                encoder, tokens, eos = await self._own_tokenizer(texts[TOKENIZER], name, tenant)
+                encoder, tokens, eos = await self._own_tokenizer(tokenizer, name, tenant)
             eos_ids = base.eos_ids if eos is None else base.eos_ids | {eos}
         template, source = base.template, template_of(texts)
         if source is not None:
             template = SandboxedTemplate(source, special_tokens(base.texts) | special_tokens(texts), self._sandbox)
         return ModelFiles(base.name, encoder, tokens, template, eos_ids, base.texts, base.pair_template)
 
-    async def _own_tokenizer(self, text: str, name: str, tenant: str) -> tuple[Encoder, TokenTable, int | None]:
-        """Return what encodes as a tokenizer.json does, its tokens, and the id of a token. Raises AdapterRefused.
+    async def _own_tokenizer(self, file: bytes, name: str, tenant: str) -> tuple[Encoder, TokenTable, int | None]:
+        """Return what encodes as a packed tokenizer.json does, its tokens, and a token's id. Raises AdapterRefused.
 
         All adapters with equal files share the first two.
         """
-        file = await asyncio.to_thread(_packed, text)
         answer = await self._sandbox.do(ReadTokenizer(file, name), tenant=tenant, limit_s=TOKENIZER_S)
         if answer.refusal:
             raise AdapterRefused([answer.refusal])
@@ -156,7 +188,3 @@ class OwnFiles:
             if known.tokens.key == tokens.key:
                 return known.encoder, known.tokens, answer.id
         return OwnEncoder(tokens.key, file, self._sandbox), tokens, answer.id
-
-
-def _packed(text: str) -> bytes:
-    return zlib.compress(text.encode(), 1)

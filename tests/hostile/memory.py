@@ -15,6 +15,7 @@ from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.overload.large import LargeLimits
 from gateway.overload.memory import SHARE
 from gateway.sandbox.turns import MAX_TENANT_BYTES, MAX_WAITING_BYTES
+from gateway.text.own_files import MAX_KEPT_BYTES, NUM_READ, READ_BYTES
 from protocol.queue.adapters import MAX_REGISTERED
 from protocol.runtime.settings import Settings
 
@@ -32,9 +33,6 @@ MAX_THREADS = 32
 
 CATALOGUE_BYTES = 3 << 10
 """An adapter in the list of all, as it was read and as JSON."""
-
-OWN_TEXTS_BYTES = 128 << 20
-"""Adapters' own tokenizers and templates."""
 
 LINE_BYTES = 640
 """What is held of a line of a batch."""
@@ -63,7 +61,8 @@ def gateway_bytes(settings: Settings, crowd: Crowd) -> dict[str, int]:
         "tokenizing small": MAX_THREADS * TOKENIZED * SMALL_BODY_BYTES,
         "catalogue": CATALOGUE_BYTES * MAX_REGISTERED,
         "jobs for sandboxes": min(crowd.holders * MAX_TENANT_BYTES, MAX_WAITING_BYTES),
-        "adapters' texts": OWN_TEXTS_BYTES,
+        "adapters' texts": MAX_KEPT_BYTES,
+        "adapters' texts being read": min(crowd.holders - 1, NUM_READ) * READ_BYTES,  # a holder is an address, too
         "lines of batches": BatchPace().max_batches * MAX_LINES * LINE_BYTES,
     }
 
