@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Iterable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +21,14 @@ from gateway.files.storage import Storage
 from protocol.wire import messages as m
 
 Kind = Literal["output", "error"]
+KINDS: tuple[Kind, ...] = ("output", "error")
+
+Hold = Callable[[Mapping[Kind, int]], Awaitable[None]]
+
+
+async def _no_limit(file_bytes: Mapping[Kind, int]) -> None:
+    """Hold no room."""
+
 
 MAX_PART_BYTES = 1 << 20
 """Bytes of answers that wait to be written."""
@@ -76,14 +85,15 @@ class Results:
         self._num_bytes = 0
         self._writing = asyncio.Lock()
         self.tally = Tally()
+        self.file_bytes: Counter[Kind] = Counter()  # that the two files will have
 
     async def load(self) -> None:
         """Count what has been written, by other gateways or by an earlier run of this one. Raises Unavailable."""
         mine = f"{self._folder}/{self._epoch:08}-"
         names = [name for name in await self._storage.names(self._folder) if name.startswith(mine)]
         self._num_parts = max((int(name.removeprefix(mine)) for name in names), default=0)
-        async for _, _ in self._lines(self.tally):
-            pass
+        async for kind, line in self._lines(self.tally):
+            self.file_bytes[kind] += len(line) + 1
 
     @property
     def is_full(self) -> bool:
@@ -95,22 +105,26 @@ class Results:
         if self.tally.add(answer.number, answer.kind, answer.usage):
             self._waiting.append(answer)
             self._num_bytes += len(answer.line)
+            self.file_bytes[answer.kind] += len(answer.line) + 1
 
-    async def flush(self) -> list[int]:
+    async def flush(self, hold: Hold = _no_limit) -> list[int]:
         """Write what waits. Returns the numbers of these lines, whose answers cannot be lost any more.
 
+        hold: is told the bytes that the two files will have with what waits, before it is written. What it raises is
+        raised, and all waits on.
         Whoever calls it while another does waits until that one has ended, lest the files are made without its answers.
         """
         async with self._writing:
-            return await self._write_waiting()
+            return await self._write_waiting(hold)
 
-    async def _write_waiting(self) -> list[int]:
+    async def _write_waiting(self, hold: Hold) -> list[int]:
         answers, self._waiting, self._num_bytes = self._waiting, [], 0
         if not answers:
             return []
         self._num_parts += 1
         name = f"{self._folder}/{self._epoch:08}-{self._num_parts:08}"
         try:
+            await hold(dict(self.file_bytes))
             await self._storage.write(name, _each(b"".join(map(_row, answers))))
         except BaseException:  # given up in the middle, too: they wait again
             self._waiting += answers
@@ -136,16 +150,17 @@ class Results:
         """Delete the parts."""
         await self._storage.delete(self._folder)
 
-    async def _lines(self, tally: Tally) -> AsyncIterator[tuple[str, bytes]]:
+    async def _lines(self, tally: Tally) -> AsyncIterator[tuple[Kind, bytes]]:
         """Yield kind and line of every answer that is written, each line's once."""
         for name in await self._storage.names(self._folder):
             splitter = Splitter(_LONGEST)
             async for chunk in self._storage.read(name):
                 for _, _, row in splitter.feed(chunk):
                     assert row is not None
-                    number, kind, *usage, line = row.split(b" ", 6)
-                    if tally.add(int(number), kind.decode(), _usage(map(int, usage))):
-                        yield kind.decode(), line
+                    number, written, *usage, line = row.split(b" ", 6)
+                    kind: Kind = "output" if written == b"output" else "error"
+                    if tally.add(int(number), kind, _usage(map(int, usage))):
+                        yield kind, line
 
 
 def answer_of(number: int, custom_id: str, status: int, request_id: str, body: bytes) -> Answer:

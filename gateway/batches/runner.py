@@ -11,8 +11,8 @@ import asyncio
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -23,15 +23,15 @@ from gateway.anthropic.errors import OVERLOADED
 from gateway.auth.callers import Caller
 from gateway.batches.calls import InnerCalls
 from gateway.batches.lines import InputLines, Line, read_lines
-from gateway.batches.results import Answer, Kind, Results, answer_of, failure_of
+from gateway.batches.results import KINDS, Answer, Kind, Results, answer_of, failure_of
 from gateway.calls.submit import cancel
-from gateway.files.files import FileService
+from gateway.files.files import HELD_S, FileService
 from gateway.files.storage import Storage
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.queue.kept.batches import ClaimedBatch
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import LorafleetError, NotFound
+from protocol.wire.errors import LorafleetError, NotFound, Overloaded
 
 T = TypeVar("T")
 
@@ -168,6 +168,7 @@ class BatchRun:
         self._epoch = claimed.epoch
         self._results = Results(means.storage, self.batch.id, claimed.epoch)
         self._is_cancelled = asyncio.Event()
+        self._no_room: m.BatchProblem | None = None  # why its tenant may have no more files
         if claimed.cancelled_ms:
             self._cancel(claimed.cancelled_ms)
 
@@ -233,13 +234,19 @@ class BatchRun:
             await self._save(status="failed", problems=found.problems, ended_ms=now_ms())
             return
         await self._results.load()
+        with self._within_limits():
+            await self._hold(self._results.file_bytes)
         begun_ms = self.batch.in_progress_ms or now_ms()
         await self._save(status="in_progress", in_progress_ms=begun_ms, total=len(found.lines), model=found.model)
-        end = await self._run_lines(found, source)
+        end = await self._run_lines(found, source) if self._no_room is None else "completed"
         await self._save(status="finalizing", finalizing_ms=self.batch.finalizing_ms or now_ms())
         await self._give_up(found, source, end)
         await self._flush()
-        await self._end(end)
+        if self._no_room is None:
+            await self._end(end)
+            return
+        await self._count_anew()  # what was not written is no answer
+        await self._end("failed" if end == "completed" else end, problems=[self._no_room])
 
     async def _run_lines(self, found: InputLines, source: m.File) -> m.BatchStatus:
         """Run the lines that have no answer, a few at a time. Returns how the batch ends."""
@@ -256,7 +263,7 @@ class BatchRun:
                     if cancelled.done():
                         break
                 await _wait(running, cancelled, 1)
-            if cancelled.done():
+            if cancelled.done() and self._no_room is None:
                 end = "cancelled"
         except TimeoutError:
             end = "expired"
@@ -264,7 +271,7 @@ class BatchRun:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
-        if end != "completed":
+        if end != "completed" or self._no_room is not None:
             await self._end_requests(found.lines, caller)
         return end
 
@@ -279,10 +286,34 @@ class BatchRun:
         batch = self.batch
         life_s = float(batch.output_life_s or self._settings.file_ttl_s)
         made = await self._means.files.make(
-            f"file-{batch.id.removeprefix('batch_')}-{kind}", batch.tenant, f"{batch.id}_{kind}.jsonl",
-            self._results.file(kind), life_s,
-        )  # fmt: skip
+            self._file_id(kind), batch.tenant, f"{batch.id}_{kind}.jsonl", self._results.file(kind), life_s
+        )
         return made.id if made is not None else ""
+
+    def _file_id(self, kind: Kind) -> str:
+        return f"file-{self.batch.id.removeprefix('batch_')}-{kind}"
+
+    async def _hold(self, file_bytes: Mapping[Kind, int]) -> None:
+        """Hold room for the two files among the tenant's. Raises Overloaded if it has none."""
+        until_ms = max(now_ms(), self.batch.expires_ms) + int(HELD_S * 1000)
+        for kind in KINDS:
+            num_bytes = file_bytes.get(kind, 0)
+            if num_bytes or kind == "output":
+                await self._means.files.hold_output(self._file_id(kind), self.batch.tenant, num_bytes, until_ms)
+
+    @contextmanager
+    def _within_limits(self) -> Generator[None]:
+        """End the batch with what is written when its tenant may have no more files, or bytes in them."""
+        try:
+            yield
+        except Overloaded as error:
+            self._no_room = m.BatchProblem(code="file_limit", message=error.message)
+            self._is_cancelled.set()
+
+    async def _count_anew(self) -> None:
+        """Count the answers that are written, and no others."""
+        self._results = Results(self._means.storage, self.batch.id, self._epoch)
+        await self._results.load()
 
     async def _give_up(self, found: InputLines, source: m.File, end: m.BatchStatus) -> None:
         """Note for every line without an answer why it has none."""
@@ -292,6 +323,8 @@ class BatchRun:
         if end == "cancelled":
             code, why = ("batch_cancelled", "the batch was cancelled before this line was answered")
         for line in found.lines:
+            if self._no_room is not None:
+                return
             if line.number in self._results.tally.done:
                 continue
             custom_id, _ = await self._read(line, source)
@@ -355,8 +388,11 @@ class BatchRun:
     # ------------------------------------------------------------ storage
 
     async def _flush(self) -> None:
-        """Write the answers that wait, then let the queue forget their requests."""
-        numbers = await self._results.flush()
+        """Write the answers that wait, if their tenant has room, then let the queue forget their requests."""
+        numbers: list[int] = []
+        if self._no_room is None:
+            with self._within_limits():
+                numbers = await self._results.flush(self._hold)
         for some in _slices(numbers, 256):
             keys = [self._bus.keys.idem(self.batch.tenant, f"{self.batch.id}:{number}") for number in some]
             records = await self._bus.get_many(keys, m.Idempotent)

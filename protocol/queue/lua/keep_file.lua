@@ -1,6 +1,8 @@
-#!lua
+#!lua flags=allow-oom
 -- Note a file, whose bytes are in the gateways' storage, or hold room for one that is being written there, unless its
--- tenant has too much. Room is held until the file is noted, or dropped by the sweep of what has expired.
+-- tenant has too much. Room is held until the file is noted, or dropped by the sweep of what has expired. It runs while
+-- the memory is full: a batch that may write its answers lets the queue forget their requests. A record is small, and
+-- their number is limited.
 --
 -- KEYS[1]  string  prefix of the shard's keys
 -- KEYS[2]  string  the file's record

@@ -27,7 +27,7 @@ class File(Wire, frozen=True):
 
 
 class BatchProblem(Wire, frozen=True):
-    """Why a batch has failed: something in its input file."""
+    """Why a batch has failed: something in its input file, or a limit of its tenant's."""
 
     code: str
     message: str

@@ -18,6 +18,7 @@ from gateway.batches.runner import BatchMeans, BatchPace, BatchRunner
 from gateway.files.files import FileService
 from gateway.files.storage import FolderStorage
 from protocol.queue.bus import Bus, now_ms
+from protocol.runtime.free_space import size_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 
@@ -49,10 +50,11 @@ class World:
 
     bus: Bus
     root: Path
+    limits: dict[str, int] = field(default_factory=dict)
 
     @property
     def settings(self) -> Settings:
-        return Settings(redis_url=self.bus.url, model="any")
+        return Settings(redis_url=self.bus.url, model="any", **self.limits)  # type: ignore[arg-type]
 
     @property
     def storage(self) -> FolderStorage:
@@ -194,3 +196,74 @@ async def test_usage_is_the_sum_of_all_answers(bus: Bus, tmp_path: Path) -> None
     async with world.gateway("g1", Endpoint(lambda number: CallAnswer(200, {}, orjson.dumps({"usage": usage})))):
         batch = await world.ended()
     assert batch.usage == m.BatchUsage(input_tokens=15, cached_tokens=5, output_tokens=10)
+
+
+async def sizes(world: World) -> dict[str, int]:
+    """Return what is counted of the tenant's files, and held."""
+    found = await world.bus._redis.hgetall(world.bus.keys.file_sizes("t"))  # type: ignore[misc]
+    return {name.decode(): int(size) for name, size in found.items()}
+
+
+async def test_answers_beyond_the_tenants_bytes_end_the_batch(bus: Bus, tmp_path: Path) -> None:
+    world = World(bus, tmp_path, {"tenant_file_bytes": 60_000})
+    await world.batch()
+    large = CallAnswer(200, {}, b'{"n":"%s"}' % (b"x" * 5000))
+    async with world.gateway("g1", Endpoint(lambda number: large)):
+        batch = await world.ended()
+    assert (batch.status, [problem.code for problem in batch.problems]) == ("failed", ["file_limit"])
+    assert "the limit is 60000" in batch.problems[0].message
+    kept = await world.rows(batch.output_file) if batch.output_file else {}
+    assert (batch.completed, batch.failed) == (len(kept), 0)
+    found = await sizes(world)
+    assert found["sum"] <= 60_000
+    assert found.keys() == {"sum", "file-in", *filter(None, [batch.output_file])}
+    assert size_of(tmp_path) == found["sum"]
+
+
+async def test_answers_that_fit_are_kept_when_others_do_not(bus: Bus, tmp_path: Path) -> None:
+    """Also those of another gateway, and no line is counted whose answer is not in a file."""
+    world = World(bus, tmp_path, {"tenant_file_bytes": 60_000})
+    await world.batch()
+    small, large = CallAnswer(200, {}, b"{}"), CallAnswer(200, {}, b'{"n":"%s"}' % (b"x" * 9000))
+    first = Endpoint(lambda number: small, holds=lambda number: number > 10)
+    async with world.gateway("g1", first):
+        await world.answered(10)
+    async with world.gateway("g2", Endpoint(lambda number: small if number <= 10 else large)):
+        batch = await world.ended()
+    assert (batch.status, [problem.code for problem in batch.problems]) == ("failed", ["file_limit"])
+    kept = await world.rows(batch.output_file)
+    assert kept.keys() >= {f"c{number}" for number in range(1, 11)}
+    assert batch.completed == len(kept) < NUM_LINES
+    assert (await sizes(world))["sum"] <= 60_000
+
+
+async def test_a_tenant_with_all_its_files_gets_no_batch_computed(bus: Bus, tmp_path: Path) -> None:
+    world, endpoint = World(bus, tmp_path, {"tenant_files": 1}), Endpoint()
+    await world.batch()
+    async with world.gateway("g1", endpoint):
+        batch = await world.ended()
+    assert (batch.status, [problem.code for problem in batch.problems]) == ("failed", ["file_limit"])
+    assert batch.problems[0].message.startswith("you have 1 files; the limit is 1")
+    assert (endpoint.asked, batch.output_file, batch.error_file) == ([], "", "")
+    assert (await sizes(world)).keys() == {"sum", "file-in"}
+
+
+async def test_failures_of_lines_count_as_well(bus: Bus, tmp_path: Path) -> None:
+    """Lines that nobody answers make an error file, which is cut where the tenant has no room."""
+    world = World(bus, tmp_path, {"tenant_file_bytes": 8_000})
+    await world.batch(life_ms=500)
+    async with world.gateway("g1", Endpoint(holds=lambda number: True)):
+        batch = await world.ended()
+    assert (batch.status, [problem.code for problem in batch.problems]) == ("expired", ["file_limit"])
+    assert (await sizes(world))["sum"] <= 8_000
+    assert (batch.completed, batch.failed) == (0, len(await world.rows(batch.error_file)) if batch.error_file else 0)
+
+
+async def test_what_a_batch_holds_is_given_back_at_its_end(bus: Bus, tmp_path: Path) -> None:
+    world = World(bus, tmp_path, {"tenant_files": 3})
+    await world.batch()
+    refused = CallAnswer(400, {}, b"{}")
+    async with world.gateway("g1", Endpoint(lambda number: refused)):
+        batch = await world.ended()
+    assert (batch.status, batch.failed, batch.output_file) == ("completed", NUM_LINES, "")
+    assert (await sizes(world)).keys() == {"sum", "file-in", batch.error_file}
