@@ -128,7 +128,7 @@ async def _serve(
         grammars = GrammarCheck(sandbox, settings.grammar_timeout_s)
         resolver = Resolver(bus, aliases, own, settings.adapters)
         pipeline = Pipeline(settings, bus, files, fleet, resolver, replies, grammars, admission)
-        endpoints = Endpoints(pipeline, admission)
+        endpoints = Endpoints(pipeline, admission, lambda: heartbeat.disk_full)
         operators = OperatorEndpoints(AdapterOperations(bus, settings, aliases, secret))
         native = NativeEndpoints(endpoints, pipeline)
         if not settings.api_keys and not is_loopback(settings.host):

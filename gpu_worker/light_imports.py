@@ -16,17 +16,19 @@ import inspect
 import json
 import logging
 import os
-import pickle
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
+
 from protocol.runtime.model_files import WEIGHT_FILES, cache_folder, model_folder
+from protocol.runtime.private_files import is_own
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import LorafleetError
 
@@ -262,21 +264,46 @@ def _kept(read: Callable[[str | Path], Any]) -> Callable[[str | Path], Any]:
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         if folder.name != "models":  # one of its folders, by which `read` calls itself
             return read(path)
-        kept = cache_folder() / f"transformers-{state(folder)}.pickle"
-        try:
-            return pickle.loads(kept.read_bytes())
-        except (OSError, pickle.UnpicklingError, EOFError):
-            found = read(path)
+        kept = cache_folder() / f"transformers-{state(folder)}.json"
+        if is_own(kept):
+            try:
+                return unpacked(msgspec.json.decode(kept.read_bytes()))
+            except (OSError, msgspec.DecodeError, ValueError, TypeError) as error:
+                logger.warning("%s cannot be read, and is made again: %s", kept, error)
+        found = read(path)
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as part:
-                part.write(pickle.dumps(found))
+                part.write(msgspec.json.encode(packed(found)))
             os.replace(part.name, kept)
         except OSError as error:
             logger.info("what transformers consists of cannot be kept: %s", error)
         return found
 
     return read_once
+
+
+def packed(found: Any) -> Any:
+    """Return nested dicts, sets and strings as what JSON can hold: lists that begin with their kind."""
+    if isinstance(found, Mapping):
+        return ["dict", *([packed(key), packed(value)] for key, value in found.items())]
+    if isinstance(found, (frozenset, set)):
+        return ["frozenset" if isinstance(found, frozenset) else "set", *sorted(found)]
+    if not isinstance(found, str):
+        raise TypeError(f"{type(found).__name__} is not kept")
+    return found
+
+
+def unpacked(found: Any) -> Any:
+    """Return what `packed` was given. Raises ValueError, TypeError for anything else."""
+    if isinstance(found, str):
+        return found
+    kind, *entries = found
+    if kind == "dict":
+        return {unpacked(key): unpacked(value) for key, value in entries}
+    if kind not in ("set", "frozenset") or not all(isinstance(entry, str) for entry in entries):
+        raise ValueError(f"no set of strings: {str(found)[:100]}")
+    return frozenset(entries) if kind == "frozenset" else set(entries)
 
 
 def state_of(folder: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 import orjson
@@ -39,9 +39,11 @@ _PREFER_WAIT = re.compile(r"\bwait=(\d{1,6})\b")
 class Endpoints:
     """The handlers of OpenAI's routes, jobs and health."""
 
-    def __init__(self, pipeline: Pipeline, admission: Admission) -> None:
+    def __init__(self, pipeline: Pipeline, admission: Admission, disk_full: Callable[[], bool]) -> None:
+        """disk_full: tells whether the queue's server cannot write to its disk."""
         self._pipeline = pipeline
         self._admission = admission
+        self._disk_full = disk_full
         self.calls = OpenAICalls(pipeline)
         self._jobs = self.calls.jobs
         self.draining = False
@@ -141,8 +143,10 @@ class Endpoints:
         """Answer `/health`: 200 while requests are served, 503 otherwise."""
         fleet = self._pipeline.fleet
         await fleet.refresh()
-        ready = fleet.is_ready and not self.draining
-        state = "draining" if self.draining else "ready" if ready else "no_worker"
+        disk_full = self._disk_full()  # then beats of workers cannot be written either
+        ready = fleet.is_ready and not self.draining and not disk_full
+        waits = "queue_disk_full" if disk_full else "no_worker"
+        state = "draining" if self.draining else "ready" if ready else waits
         body = {"status": state, "workers": fleet.num_workers}
         if ready:
             return json_response(body)

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from protocol.queue.bus import CONNECTION_ERRORS, Bus
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, DiskFull
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,8 @@ class Heartbeat:
         self._pace = pace or Pace()
         self._lag = LoopLag(self._pace.tick_s, self._pace.clock())
         self._failure: BaseException | None = None  # what ended the thread
+        self.disk_full = False
+        """Whether the queue's server has refused the last beat since it cannot write to its disk."""
 
     @property
     def lag_s(self) -> float:
@@ -123,7 +125,9 @@ class Heartbeat:
             return
         try:
             await self._beat_once(bus, address)
+            self.disk_full = False
         except CONNECTION_ERRORS as error:
+            self.disk_full = isinstance(error, DiskFull)
             logger.warning("no beat: %s", error)
         except Exception:
             logger.exception("no beat")

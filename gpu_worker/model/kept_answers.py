@@ -30,6 +30,7 @@ from gpu_worker.quantised.modules import has_rounded_inputs
 from gpu_worker.quantised.panels import PANELS
 from lora_kernels import ops, sums
 from protocol.runtime.model_files import cache_folder
+from protocol.runtime.private_files import is_own
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +45,18 @@ class KeptAnswers:
     path: Path
 
     def read(self) -> tuple[LogitsCheck, int] | None:
-        """Return the answers and the width of hidden states (0: they cannot be had), None if none are kept."""
+        """Return the answers and the width of hidden states (0: they cannot be had), None if none are kept.
+
+        Those that another user may have written are not believed.
+        """
+        if not is_own(self.path):
+            return None
         try:
             with safe_open(self.path, framework="pt") as file:
                 about = file.metadata()
                 num, width, sensitivity = int(about["num"]), int(about["width"]), float(about["sensitivity"])
                 agreed = frozenset(about["agreed"].split("\n")) if "agreed" in about else None
                 prompts, logits = ([file.get_tensor(f"{part}.{i}") for i in range(num)] for part in ("ids", "logits"))
-        except FileNotFoundError:
-            return None
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             logger.warning("the answers in %s cannot be read, and the model is asked again: %s", self.path, error)
             return None

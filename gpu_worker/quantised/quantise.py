@@ -23,6 +23,7 @@ from gpu_worker.quantised.index import ALIGNMENT, DTYPES, FORMAT, Entry, Index, 
 from gpu_worker.quantised.modules import parameters_on_meta
 from lora_kernels.quantised import block_inputs, quantise
 from protocol.runtime.model_files import TOKENIZER_FILES, cache_folder, prune_folders
+from protocol.runtime.private_files import is_own
 from protocol.wire.errors import BadRequest
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def quantised_folder(
         raise BadRequest(f"quantization is {quantization}, but {folder} has no safetensors to quantise")
     root = cache_folder() / "quantised"
     made = root / _key(folder, files, quantization)
-    if (made / "config.json").is_file():
+    if is_own(made) and (made / "config.json").is_file():
         made.touch()
         return made
     started = time.monotonic()

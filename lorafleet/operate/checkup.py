@@ -18,6 +18,8 @@ MAX_SKEW_MS = 1000
 MAX_ANSWER_MS = 20.0
 """A queue that takes longer to answer makes every step and every call late."""
 
+MAKE_ROOM = "make room on its disk: DELETE of files works all the same; then look at the server's log"
+
 LEAST_FREE, LEAST_FREE_BYTES = 0.05, 2 << 30
 """Part and bytes of a disk, or of the queue's memory, below which it is nearly full."""
 
@@ -53,10 +55,13 @@ def of_queue(facts: ServerFacts) -> list[Finding]:
         text = "appendonly is off: a restart of the server loses every request and API key"
         found.append(Finding("queue's file", "warning", text, "CONFIG SET appendonly yes"))
     elif not facts.append_ok:
-        text = "the server could not write its append-only file"
-        found.append(Finding("queue's file", "problem", text, "free its disk, and look at the server's log"))
+        text = "the server cannot write its append-only file: it refuses all writes, so all calls fail"
+        found.append(Finding("queue's file", "problem", text, MAKE_ROOM))
     else:
         found.append(Finding("queue's file", "ok", "appendonly is on"))
+    if not facts.snapshot_ok:
+        text = "the server could not write its last snapshot: unless told otherwise, it refuses all writes"
+        found.append(Finding("queue's snapshot", "problem", text, MAKE_ROOM))
     return [*found, _memory(facts), _clock("queue's clock", facts.ahead_ms)]
 
 
@@ -131,9 +136,12 @@ def _versions(told: Mapping[str, str], own: str) -> list[Finding]:
     return found
 
 
-def of_disk(name: str, path: str, free: int, total: int) -> Finding:
-    """Judge a disk, in bytes."""
+def of_disk(name: str, path: str, free: int, total: int, keep_free: int) -> Finding:
+    """Judge a disk, in bytes. keep_free: that files and adapters leave."""
     text = f"{size_text(free)} of {size_text(total)} are free at {path}"
+    if free < keep_free:
+        text += f", less than the {size_text(keep_free)} that are kept free: uploads and downloads are refused"
+        return Finding(name, "problem", text, MAKE_ROOM)
     if free < LEAST_FREE * total or free < LEAST_FREE_BYTES:
         advice = "free some, or move --data; set --store-quota-bytes, so that mirrored adapters leave"
         return Finding(name, "problem", text, advice)

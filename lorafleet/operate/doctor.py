@@ -33,7 +33,7 @@ from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError
 
-FLAGS = ("redis_url", "redis_password_file", "data", "model", "workers", "device")
+FLAGS = ("redis_url", "redis_password_file", "data", "keep_free", "model", "workers", "device")
 ASK_S = 3.0
 """How long a gateway or a store may take to tell its version."""
 
@@ -126,7 +126,7 @@ def of_machine(settings: Settings) -> list[Finding]:
     """Look at this machine's disks, memory and compiler."""
     data = next(path for path in (settings.data, *settings.data.absolute().parents) if path.exists())
     disk = shutil.disk_usage(data)
-    found = [checkup.of_disk("disk", str(settings.data), disk.free, disk.total)]
+    found = [checkup.of_disk("disk", str(settings.data), disk.free, disk.total, settings.keep_free)]
     if settings.model:
         found += _of_model(settings)
     compiler = shutil.which(os.environ.get("CXX", "g++"))

@@ -8,6 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
+from protocol.runtime.private_files import is_own, own_folder
 from protocol.wire.errors import BadRequest
 
 TOKENIZER_FILES = ("*.json", "*.jinja")
@@ -48,9 +49,13 @@ def gguf_folder(file: Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder of what is made of models once: $LORAFLEET_CACHE_DIR, else lorafleet/ in the user's cache."""
+    """Return the folder of what is made of models once: $LORAFLEET_CACHE_DIR, else lorafleet/ in the user's cache.
+
+    One that others may write is not used: see `own_folder`.
+    """
     chosen = os.environ.get("LORAFLEET_CACHE_DIR")
-    return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafleet"
+    home = os.environ.get("XDG_CACHE_HOME")
+    return own_folder(Path(chosen) if chosen else Path(home or Path.home() / ".cache") / "lorafleet")
 
 
 def hold_folder(folder: Path) -> int:
@@ -88,7 +93,7 @@ def model_folder(model: str, patterns: tuple[str, ...]) -> Path:
     path = Path(model).expanduser()
     if is_gguf(path):
         folder = gguf_folder(path)
-        if not (folder / "config.json").is_file():
+        if not is_own(folder) or not (folder / "config.json").is_file():
             raise BadRequest(f"{path} has not been prepared on this machine: run `lorafleet fetch {path}` first")
         return folder
     if path.is_dir():

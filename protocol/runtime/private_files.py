@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -38,3 +40,52 @@ def close_to_others(path: Path) -> bool:
         logger.warning("%s was open to other users (mode %o): closed it", path, mode)
         mode &= ~UMASK
     return not mode & UMASK
+
+
+WRITTEN_BY_OTHERS = 0o022
+
+
+def is_own(path: Path) -> bool:
+    """Return whether a file or folder is there that this user or root owns, and nobody else may write. No link is."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return not stat.S_ISLNK(found.st_mode) and _is_closed(found)
+
+
+def _is_closed(found: os.stat_result) -> bool:
+    return found.st_uid in (os.geteuid(), 0) and not stat.S_IMODE(found.st_mode) & WRITTEN_BY_OTHERS
+
+
+def own_folder(folder: Path) -> Path:
+    """Return a folder for what programs run or believe unseen: one where nobody else can have put a file from now on.
+
+    That is the folder itself, made if it is not there, where it is this user's or root's; if it is the user's it is
+    closed to others' writing. In one of somebody else's, or of everybody, it is a folder of this user's own, and if
+    that is somebody else's as well, one that is new at each start. What lies there from before is for `is_own` to see.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        if found.st_uid == os.geteuid() and not _is_closed(found):
+            folder.chmod(stat.S_IMODE(found.st_mode) & ~WRITTEN_BY_OTHERS)
+            logger.warning("%s could be written by other users: closed it", folder)
+            return folder
+    except OSError:  # it cannot be made, so nothing can be there: whoever wants to write there will be told
+        return folder
+    if _is_closed(found):
+        return folder
+    own = folder / f"own-{os.geteuid()}"
+    try:
+        own.mkdir(mode=0o700, exist_ok=True)
+    except OSError:
+        return _new_folder(folder)
+    return own if is_own(own) else _new_folder(folder)
+
+
+@functools.cache
+def _new_folder(instead_of: Path) -> Path:
+    new = Path(tempfile.mkdtemp(prefix="lorafleet-cache-"))
+    logger.warning("%s is another user's: what would be kept there is in %s, until this process ends", instead_of, new)
+    return new

@@ -52,6 +52,27 @@ def test_a_second_build_takes_the_cached_file(monkeypatch: pytest.MonkeyPatch, t
     assert len(list(cache.glob("*.so"))) == 2
 
 
+def test_a_library_that_others_may_write_is_built_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cache, log = tmp_path / "cache", tmp_path / "log"
+    monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(cache))
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path / "compiler", log)))
+    library = build_library()
+    right = library.read_bytes()
+    (tmp_path / "evil").write_bytes(b"evil")
+    for is_link in (False, True):
+        library.unlink()
+        if is_link:
+            library.symlink_to(tmp_path / "evil")
+        else:
+            library.write_bytes(b"evil")
+            library.chmod(0o666)
+        assert build_library() == library
+        assert (library.read_bytes(), library.is_symlink()) == (right, False)
+    cache.chmod(0o777)
+    assert build_library() == library
+    assert cache.stat().st_mode & 0o777 == 0o755
+
+
 def test_of_several_that_start_together_one_builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     log = tmp_path / "log"
     monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path / "cache"))

@@ -7,10 +7,12 @@ one's build. Run `python -m lora_kernels.cpu` to build ahead of time.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ SHIPPED = Path(__file__).parent / "lora_kernels.so"
 COMMON_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 _SOURCE_DIR = Path(__file__).parent / "csrc"
 _HOST_PARTS = ("bind", "lora", "operations", "pack", "processor", "quantised", "stack", "states", "team")
+_WRITTEN_BY_OTHERS = 0o022
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10, as pyproject.toml demands
 ISA_FLAGS = {
     "x86_64": {
@@ -53,23 +56,57 @@ def build_library(flags: Sequence[str] = COMMON_FLAGS, machine: str = "") -> Pat
     if machine not in ISA_FLAGS or sys.platform != "linux":
         raise BuildError(f"they are for Linux on {' and '.join(ISA_FLAGS)}, this is {sys.platform} on {machine}")
     library = cache_dir() / f"lora_kernels-{fingerprint(flags)}.so"
-    if library.exists():
+    if _is_own(library):
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
     with (library.parent / "lora_kernels.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # workers of one machine start together: one of them builds
-        if not library.exists():
+        if not _is_own(library):
             with tempfile.TemporaryDirectory(dir=library.parent) as build_dir:
                 os.replace(compile_library(Path(build_dir), machine, flags), library)
     return library
 
 
 def cache_dir() -> Path:
-    """Return the folder of compiled kernels: $LORAFLEET_CACHE_DIR, else lorafleet/ in the user's cache."""
+    """Return the folder of compiled kernels: $LORAFLEET_CACHE_DIR, else lorafleet/ in the user's cache.
+
+    Nobody else may write it, for what lies there is run: in a folder of somebody else's, or of everybody, it is one of
+    this user's own, and if that is taken as well one that is new at each start.
+    """
     chosen = os.environ.get("LORAFLEET_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorafleet"
+    home = os.environ.get("XDG_CACHE_HOME")
+    folder = Path(chosen) if chosen else Path(home or Path.home() / ".cache") / "lorafleet"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+        if found.st_uid == os.geteuid():
+            folder.chmod(found.st_mode & 0o7777 & ~_WRITTEN_BY_OTHERS)
+            return folder
+        if _is_closed(found):
+            return folder
+        own = folder / f"own-{os.geteuid()}"
+        own.mkdir(mode=0o700, exist_ok=True)
+    except OSError:
+        return folder
+    return own if _is_own(own) else _new_folder()
+
+
+@functools.cache
+def _new_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="lora_kernels-"))
+
+
+def _is_own(path: Path) -> bool:
+    """Return whether a file or folder is there that this user or root owns, and nobody else may write. No link is."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return not stat.S_ISLNK(found.st_mode) and _is_closed(found)
+
+
+def _is_closed(found: os.stat_result) -> bool:
+    return found.st_uid in (os.geteuid(), 0) and not found.st_mode & _WRITTEN_BY_OTHERS
 
 
 def fingerprint(flags: Sequence[str] = COMMON_FLAGS) -> str:

@@ -23,6 +23,7 @@ class ServerFacts:
     answer_ms: float
     ahead_ms: float  # its clock before this machine's, as far as the time of the answer lets tell
     cpu_s: float = 0.0  # that its main thread has used
+    snapshot_ok: bool = True  # whether it could write its last snapshot
 
 
 class Server:
@@ -45,4 +46,5 @@ class Server:
             info.get("aof_last_write_status", "ok") == "ok", str(info.get("role", "")),
             took_s * 1000, ahead_s * 1000,
             float(info.get("used_cpu_user_main_thread", 0)) + float(info.get("used_cpu_sys_main_thread", 0)),
+            info.get("rdb_last_bgsave_status", "ok") == "ok",
         )  # fmt: skip

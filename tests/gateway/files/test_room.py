@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +204,18 @@ async def durable_bus(durable: EmbeddedServer) -> AsyncIterator[Bus]:
     await bus.close()
 
 
+def suppressing(look: Callable[[], Awaitable[bool]]) -> Callable[[], Awaitable[bool]]:
+    """Return a condition that a queue which does not write yet does not meet."""
+
+    async def found() -> bool:
+        try:
+            return await look()
+        except CONNECTION_ERRORS:
+            return False
+
+    return found
+
+
 async def refuse_writes(server: EmbeddedServer, bus: Bus) -> None:
     no_disk(server.process, server.folder)
 
@@ -259,4 +271,17 @@ async def test_delete_over_http_frees_bytes_of_a_full_disk(
         answer = await http.delete(f"/v1/files/{made.json()['id']}")
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "queue_unavailable")
         assert not place.exists()
+
+        async def is_named() -> bool:
+            health = await http.get("/health")
+            return (health.status_code, health.json()["status"]) == (503, "queue_disk_full")
+
+        await wait_until(is_named, "/health names what is wrong")
+        assert not (await durable_bus.server.facts()).append_ok  # as the doctor tells
         disk_again(durable.process)
+
+        async def is_well() -> bool:
+            await fleet.register()  # as a worker's beats do
+            return (await http.get("/health")).json()["status"] == "ready"
+
+        await wait_until(suppressing(is_well), "/health is well again")

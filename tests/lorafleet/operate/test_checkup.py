@@ -43,6 +43,7 @@ def test_a_good_queue_is_said_to_be_good() -> None:
         ({"policy": "allkeys-lru"}, "queue's eviction", "problem"),
         ({"appends": False}, "queue's file", "warning"),
         ({"append_ok": False}, "queue's file", "problem"),
+        ({"snapshot_ok": False}, "queue's snapshot", "problem"),
         ({"role": "slave"}, "queue's role", "problem"),
         ({"max_bytes": 0}, "queue's memory", "warning"),
         ({"used_bytes": (1 << 30) - 1}, "queue's memory", "problem"),
@@ -71,9 +72,12 @@ def test_members_that_lack_or_differ_are_named() -> None:
 
 
 def test_a_disk_that_is_nearly_full_is_a_problem() -> None:
-    assert bad([of_disk("disk", "/data", 100 * GiB, 500 * GiB)]) == []
-    assert bad([of_disk("disk", "/data", 20 * GiB, 500 * GiB)]) == [("disk", "problem")]
-    assert bad([of_disk("disk", "/data", GiB, 10 * GiB)]) == [("disk", "problem")]
+    assert bad([of_disk("disk", "/data", 100 * GiB, 500 * GiB, GiB)]) == []
+    assert bad([of_disk("disk", "/data", 20 * GiB, 500 * GiB, GiB)]) == [("disk", "problem")]
+    assert bad([of_disk("disk", "/data", GiB, 10 * GiB, 0)]) == [("disk", "problem")]
+    refusing = of_disk("disk", "/data", 100 * GiB, 500 * GiB, 101 * GiB)
+    assert bad([refusing]) == [("disk", "problem")]
+    assert "kept free: uploads and downloads are refused" in refusing.text
 
 
 def test_a_model_must_leave_room() -> None:

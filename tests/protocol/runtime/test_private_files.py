@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from protocol.runtime.fleet_secret import read_or_make
-from protocol.runtime.private_files import close_to_others, private_folder
+from protocol.runtime.private_files import close_to_others, is_own, own_folder, private_folder
 
 
 def mode_of(path: Path) -> int:
@@ -47,3 +47,48 @@ def test_a_secret_that_others_could_read_is_closed(tmp_path: Path) -> None:
     assert read_or_make(path) == "a secret of long ago"
     assert mode_of(path) == 0o600
     assert close_to_others(path)
+
+
+def test_a_cache_that_others_may_write_is_closed_or_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in a cache is run, so nobody else may have put it there, nor put anything in its place."""
+    assert own_folder(tmp_path / "a" / "new") == tmp_path / "a" / "new"
+    assert mode_of(tmp_path / "a" / "new") == 0o700
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    mine.chmod(0o777)
+    assert own_folder(mine) == mine
+    assert mode_of(mine) == 0o755
+    assert "could be written by other users" in caplog.text
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o777)
+    (tmp_path / "roots").mkdir(mode=0o755)
+    monkeypatch.setattr("os.geteuid", lambda: 1_000_000)  # both are root's, or of whoever runs this
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    own = own_folder(tmp_path / "shared")
+    assert own == tmp_path / "shared" / "own-1000000"
+    assert mode_of(own) == 0o700
+    assert own_folder(tmp_path / "shared") == own
+    own.chmod(0o777)  # somebody was here first
+    left = own_folder(tmp_path / "shared")
+    assert left.parent == tmp_path
+    assert mode_of(left) == 0o700
+    assert own_folder(tmp_path / "shared") == left
+
+
+def test_a_file_that_others_may_have_written_is_not_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    assert not is_own(file)
+    file.write_bytes(b"1")
+    file.chmod(0o644)
+    assert is_own(file)
+    (tmp_path / "link").symlink_to(file)
+    assert not is_own(tmp_path / "link")
+    for mode in (0o664, 0o646, 0o666):
+        file.chmod(mode)
+        assert not is_own(file)
+    file.chmod(0o600)
+    owner = file.stat().st_uid
+    monkeypatch.setattr("os.geteuid", lambda: owner + 1)
+    assert is_own(file) == (owner == 0)  # root may do anything as it is

@@ -1,0 +1,138 @@
+"""A tenant that fills the disk on which the queue's log is: others stream on, the reserve stays, and he can delete.
+
+The disk is a real one, a small file system in memory, so nothing is played: not what is free, and not what the queue's
+server does without room.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+import pytest_asyncio
+from helpers.scripted_fleet import ScriptedFleet, make_model_folder, running_gateway
+from tokenizers import Tokenizer
+
+from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
+from protocol.queue.bus import Bus
+from protocol.runtime.free_space import free_bytes
+from protocol.wire.keys import Keys
+
+DISK_BYTES, KEEP_FREE = 40 << 20, 24 << 20
+FORM_TYPE = "multipart/form-data; boundary=b0"
+HEAD = (
+    b'--b0\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+    b'--b0\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+)
+END = b"\r\n--b0--\r\n"
+FILE_BYTES = 2 << 20
+NUM_ATTACKERS = 2
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    place = tmp_path / "disk"
+    place.mkdir()
+    options = f"size={DISK_BYTES},mode=0700"
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.fixture
+def queue(disk: Path) -> Iterator[EmbeddedServer]:
+    server = start_embedded(disk / "queue")
+    yield server
+    server.stop()
+
+
+@pytest_asyncio.fixture
+async def url(queue: EmbeddedServer, disk: Path, tmp_path: Path) -> AsyncIterator[str]:
+    """A gateway whose files are on the queue's disk, and its fleet."""
+    folder = make_model_folder(tmp_path / "model")
+    bus, own = Bus(queue.url, Keys()), Bus(queue.url, Keys())
+    fleet = ScriptedFleet(own, Tokenizer.from_file(str(folder / "tokenizer.json")))
+    fleet.assigning.set()
+    await fleet.register()
+    task = asyncio.create_task(fleet.run())
+    async with running_gateway(bus, folder, data=disk, keep_free=KEEP_FREE, beat_timeout_s=60.0) as gateway:
+        yield gateway.url
+    assert not task.done(), "the fleet has ended"
+    task.cancel()
+    await asyncio.wait([task])
+    await own.close()
+    await bus.close()
+
+
+class Tenant:
+    """Uploads files as fast as they are taken, some without their length, until one is refused for want of room."""
+
+    def __init__(self, http: httpx2.AsyncClient, disk: Path) -> None:
+        self.http = http
+        self.disk = disk
+        self.told = Counter[tuple[int, str]]()
+        self.ids: list[str] = []
+        self.least_free = DISK_BYTES
+
+    async def fill(self, number: int) -> None:
+        while not self.told[507, "no_room"]:
+            sized = HEAD + bytes(FILE_BYTES) + END
+            body = sized if number % 2 else self._pieces()
+            answer = await self.http.post("/v1/files", content=body, headers={"content-type": FORM_TYPE})
+            self.least_free = min(self.least_free, free_bytes(self.disk))
+            found = answer.json()
+            self.told[answer.status_code, (found.get("error") or {}).get("code") or ""] += 1
+            if answer.status_code == 200:
+                self.ids.append(found["id"])
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        yield HEAD
+        for _ in range(FILE_BYTES >> 16):
+            yield bytes(1 << 16)
+            self.least_free = min(self.least_free, free_bytes(self.disk))
+        yield END
+
+
+async def answered(http: httpx2.AsyncClient, model: str) -> None:
+    """Have a stream answered to its end."""
+    body = {"model": model, "prompt": "Once", "max_tokens": 8, "stream": True}
+    async with http.stream("POST", "/v1/completions", json=body) as answer:
+        text = (await answer.aread()).decode()
+        assert answer.status_code == 200, text
+    assert text.rstrip().endswith("data: [DONE]"), text
+
+
+async def test_a_tenant_that_fills_the_disk_stops_nobody(url: str, disk: Path, queue: EmbeddedServer) -> None:
+    async with httpx2.AsyncClient(base_url=url, timeout=60) as http:
+        model = (await http.get("/v1/models")).json()["data"][0]["id"]
+        stop, num_answers = asyncio.Event(), 0
+
+        async def streams() -> None:
+            nonlocal num_answers
+            while not stop.is_set():
+                await answered(http, model)
+                num_answers += 1
+
+        task = asyncio.create_task(streams())
+        tenant = Tenant(http, disk)
+        await asyncio.gather(*map(tenant.fill, range(NUM_ATTACKERS)))
+        before = num_answers
+        assert set(tenant.told) == {(200, ""), (507, "no_room")}, tenant.told
+        assert tenant.ids
+        # What is written between two looks: pieces of the uploads at once, and the queue's own log.
+        assert tenant.least_free >= KEEP_FREE - (2 << 20)
+        assert (await http.get("/health")).json()["status"] == "ready"
+        for file_id in tenant.ids:
+            assert (await http.delete(f"/v1/files/{file_id}")).status_code == 200
+        assert free_bytes(disk) > DISK_BYTES - (8 << 20)
+        await answered(http, model)
+        stop.set()
+        await task
+        assert num_answers >= before > 0
