@@ -125,8 +125,10 @@ def _options(request: MessagesRequest, settings: Settings) -> Options:
     thinking, top_p = request.thinking, request.top_p
     budget = thinking.budget_tokens if thinking is not None else None
     if budget is not None and budget >= request.max_tokens:
-        message = f"thinking.budget_tokens is {budget}; it must be less than max_tokens, which is {request.max_tokens}"
-        raise BadRequest(message, param="thinking.budget_tokens")
+        if not request.tools:  # else it may be one for all answers between which tools are called, as at Anthropic
+            limit = f"it must be less than max_tokens, which is {request.max_tokens}, or tools be given"
+            raise BadRequest(f"thinking.budget_tokens is {budget}; {limit}", param="thinking.budget_tokens")
+        budget = None  # max_tokens ends this answer before
     return Options(
         sampling=m.Sampling(
             temperature=DEFAULT_TEMPERATURE if request.temperature is None else request.temperature,

@@ -1,4 +1,5 @@
-// `node agents.mjs NAME`: a coding agent, its own program unchanged, reads and edits a file and runs a command.
+// `node agents.mjs NAME`: a coding agent, its own program unchanged, reads and edits a file and runs a command, then
+// goes on with that session.
 //
 // A proxy between agent and fleet notes every call, so that one which was refused fails the tour although the agent
 // goes on without it. What was asked and answered is left in `calls.json` beside this script.
@@ -16,6 +17,7 @@ const home = path.join(here, 'home')
 const work = path.join(here, 'work')
 const notes = path.join(work, 'notes.txt')
 const LIMIT_MS = 180_000
+const AGAIN = 'It says hello.'
 const DONE = 'The note is corrected.'
 const PATCH = '*** Begin Patch\n*** Update File: notes.txt\n@@\n-helo world\n+hello world\n*** End Patch'
 const calls = []
@@ -44,10 +46,9 @@ async function proxy() {
   return `http://127.0.0.1:${server.address().port}`
 }
 
-// Return the task: what a model that can do it needs, and the steps that a model of the tour's own fleet takes.
-function task(steps) {
-  const words = `Correct the word "helo" in ${notes} to "hello", and say: ${DONE}`
-  return `${words}\n<steps>${Buffer.from(JSON.stringify([...steps, DONE])).toString('base64')}</steps>`
+// Return a task: words for a model that can do it, and the steps that the model of the tour's own fleet takes.
+function task(words, steps) {
+  return `${words}\n<steps>${Buffer.from(JSON.stringify(steps)).toString('base64')}</steps>`
 }
 
 function write(folder, file, text) {
@@ -55,10 +56,12 @@ function write(folder, file, text) {
   writeFileSync(path.join(folder, file), text)
 }
 
-// Per agent: its command after its program's name, its variables, the files of its settings, and the steps in its tools.
+// Per agent: its command, what the command is to go on with the last session, its variables and the files of its
+// settings, and the steps in its tools.
 const AGENTS = {
   'claude-code': (url) => ({
-    words: ['claude', '-p', '--output-format', 'text', '--permission-mode', 'acceptEdits', '--allowedTools', 'Read,Edit,Bash', '--model', fleet.base],
+    words: ['claude', '-p', '--permission-mode', 'acceptEdits', '--allowedTools', 'Read,Edit,Bash', '--model', fleet.base],
+    again: ['claude', '-p', '--continue', '--model', fleet.base],
     variables: {
       ANTHROPIC_BASE_URL: url,
       ANTHROPIC_API_KEY: fleet.key,
@@ -90,6 +93,7 @@ const AGENTS = {
     ].join('\n'))
     return {
       words: ['codex', 'exec', '--skip-git-repo-check', '--dangerously-bypass-approvals-and-sandbox'],
+      again: ['codex', 'exec', '--skip-git-repo-check', 'resume', '--last'],
       variables: { CODEX_HOME: path.join(home, '.codex'), FLEET_KEY: fleet.key },
       steps: [
         { name: 'exec_command', arguments: { cmd: 'cat notes.txt' } },
@@ -101,7 +105,8 @@ const AGENTS = {
   'qwen-code': (url) => {
     write(home, '.qwen/settings.json', JSON.stringify({ privacy: { usageStatisticsEnabled: false }, telemetry: { enabled: false }, general: { enableAutoUpdate: false } }))
     return {
-      words: ['qwen', '--auth-type', 'openai', '--yolo', '--prompt'],
+      words: ['qwen', '--auth-type', 'openai', '--yolo', '--chat-recording', '--prompt'],
+      again: ['qwen', '--auth-type', 'openai', '--continue', '--prompt'],
       variables: { OPENAI_API_KEY: fleet.key, OPENAI_BASE_URL: `${url}/v1`, OPENAI_MODEL: fleet.base },
       steps: [
         { name: 'read_file', arguments: { file_path: notes } },
@@ -120,6 +125,7 @@ const AGENTS = {
     write(work, 'opencode.json', JSON.stringify({ provider: { fleet: provider }, model, small_model: model, autoupdate: false, share: 'disabled' }))
     return {
       words: ['opencode', 'run'],
+      again: ['opencode', 'run', '--continue'],
       variables: { OPENCODE_DISABLE_MODELS_FETCH: '1', OPENCODE_DISABLE_AUTOUPDATE: '1' },
       steps: [
         { name: 'read', arguments: { filePath: notes } },
@@ -130,10 +136,11 @@ const AGENTS = {
   },
 }
 
-// Run the agent's program in its folder; returns what it said.
-async function run({ words: [program, ...words], variables, steps }) {
-  const environment = { PATH: process.env.PATH, HOME: home, XDG_CONFIG_HOME: '', TERM: 'dumb', NO_COLOR: '1', ...variables }
-  const child = spawn(path.join(here, 'node_modules/.bin', program), [...words, task(steps)], {
+// Run a command of the agent in its folder; returns what it said.
+async function run([program, ...words], variables) {
+  const bin = path.join(here, 'node_modules/.bin')
+  const environment = { PATH: `${bin}:${process.env.PATH}`, HOME: home, TERM: 'dumb', NO_COLOR: '1', ...variables }
+  const child = spawn(path.join(bin, program), words, {
     cwd: work, env: environment, stdio: ['ignore', 'pipe', 'inherit'], timeout: LIMIT_MS, killSignal: 'SIGKILL',
   })
   let said = ''
@@ -149,16 +156,22 @@ for (const folder of [home, work]) {
   mkdirSync(folder)
 }
 writeFileSync(notes, 'helo world\n')
-const agent = AGENTS[name](await proxy())
+const { words, again, variables, steps } = AGENTS[name](await proxy())
 await check('a file is read and edited by its tools, a command is run, and the answer said', async () => {
-  const said = await run(agent)
+  const said = await run([...words, task(`Correct the word "helo" in ${notes} to "hello", and say: ${DONE}`, [...steps, DONE])], variables)
   assert.equal(readFileSync(notes, 'utf8'), 'hello world\n')
-  assert.equal(readFileSync(path.join(work, 'seen.txt'), 'utf8'), 'hello world\n')
+  if (process.env.ACTOR_URL) assert.equal(readFileSync(path.join(work, 'seen.txt'), 'utf8'), 'hello world\n')
   assert.ok(said.includes(DONE), said)
+})
+await check('the session is gone on with', async () => {
+  const numBefore = calls.length
+  const said = await run([...again, task(`Say: ${AGAIN}`, [AGAIN])], variables)
+  assert.ok(said.includes(AGAIN), said)
+  assert.ok(calls.slice(numBefore).some((call) => call.body.includes('helo world')), 'what was read before is not sent again')
 })
 writeFileSync(path.join(here, 'calls.json'), JSON.stringify(calls, null, 1))
 await check('no call was refused', async () => {
-  assert.ok(calls.length > agent.steps.length, `${calls.length} calls`)
+  assert.ok(calls.length > steps.length + 1, `${calls.length} calls`)
   for (const call of calls) assert.ok(call.status < 400, `${call.method} ${call.path}: ${call.status} ${call.answer}`)
 })
 end()
