@@ -1,6 +1,7 @@
 """Fetch the console's files of others, each the bytes that are known by their hash, and write their licences.
 
-    python .ci/console_assets.py            # writes gateway/console/static/vendor; nothing changes if all is there
+    python .ci/console_assets.py            # writes gateway/console/static/vendor and that of /docs; nothing changes if
+                                            # all is there
     python .ci/console_assets.py FOLDER     # writes axe-core to FOLDER, which tests of the console ask for violations
 
 It needs npm, which fetches archives and nothing else: no package is installed, and nothing is built.
@@ -17,7 +18,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-VENDOR = Path(__file__).parents[1] / "gateway" / "console" / "static" / "vendor"
+CONSOLE = Path(__file__).parents[1] / "gateway" / "console"
+VENDOR = CONSOLE / "static" / "vendor"
+VENDOR_OF_DOCS = CONSOLE / "docs" / "vendor"
 LICENCES = "LICENCES.txt"
 
 
@@ -54,7 +57,19 @@ PACKAGES = (
         "the console's charts",
     ),
 )  # fmt: skip
-"""What the wheel has in it."""
+"""What the console has in it."""
+
+PACKAGES_OF_DOCS = (
+    Package(
+        "swagger-ui-dist", "5.35.0", "Apache-2.0",
+        "U06rpMtW9V3XPGOBeamTUSr0Z09jMX4IJuANpE/EZbAhw0G8CgwrzU4YmXkn/h0wCDNsXdGarTNNHC3sU8yVUQ==",
+        (("swagger-ui-bundle.js", "swagger-ui-bundle.js",
+          "e6a898692f2d768e807c3ba4626068a69a2c5dd960dd6c76f3e4d3a3de180af2"),
+         ("swagger-ui.css", "swagger-ui.css", "5ed08757e53da3e026d6cbecc61fe5d43585c9560b302d534ad56692519a273d")),
+        "the page at /docs",
+    ),
+)  # fmt: skip
+"""What `/docs` has in it."""
 
 AXE = Package(
     "axe-core", "4.14.1", "MPL-2.0",
@@ -103,6 +118,7 @@ def main(args: list[str]) -> None:
         write((AXE,), Path(args[0]))
     else:
         write(PACKAGES, VENDOR)
+        write(PACKAGES_OF_DOCS, VENDOR_OF_DOCS)
 
 
 if __name__ == "__main__":

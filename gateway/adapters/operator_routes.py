@@ -42,7 +42,7 @@ class RegisterRequest(JsonBody):
 
 
 class LoadRequest(JsonBody):
-    """`POST /v1/load_lora_adapter`, as vLLM has it."""
+    """`POST /v1/load_lora_adapter`, as vLLM has it, and `/load_lora_adapter`, which trainers ask."""
 
     OBJECT = "load_lora"
 
@@ -52,7 +52,7 @@ class LoadRequest(JsonBody):
 
 
 class UnloadRequest(JsonBody):
-    """`POST /v1/unload_lora_adapter`, as vLLM has it."""
+    """`POST /v1/unload_lora_adapter`, as vLLM has it, and `/unload_lora_adapter`."""
 
     OBJECT = "unload_lora"
 
@@ -160,17 +160,28 @@ class OperatorEndpoints:
 
     async def load_lora(self, body: LoadRequest, request: Request) -> Response:
         """Register an adapter and have it fetched, as vLLM's route of this path does."""
+        await self._load(body, request, in_place=body.load_inplace)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    async def load_for_trainer(self, body: LoadRequest, request: Request) -> Response:
+        """Load an adapter in place of any of its name, as prime-rl's and SGLang's clients ask for it."""
+        await self._load(body, request, in_place=True)
+        told = {"success": True, "status": "ok", "error_message": ""}
+        return json_response({**told, "loaded_adapters": {body.lora_name: body.lora_path}})
+
+    async def _load(self, body: LoadRequest, request: Request, *, in_place: bool) -> None:
+        """Register an adapter and have it fetched. Raises as `register`."""
         if not body.lora_name or not body.lora_path:
             raise BadRequest("Both 'lora_name' and 'lora_path' must be provided.")
         caller = caller_of(request)
-        about(request, body.lora_name, f"source={body.lora_path} replace={body.load_inplace}")
+        about(request, body.lora_name, f"source={body.lora_path} replace={in_place}")
         tenant = caller.namespace(None)
-        if not body.load_inplace and await self._operations.is_registered(body.lora_name, tenant):
+        if not in_place and await self._operations.is_registered(body.lora_name, tenant):
             raise BadRequest(
                 f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load the adapter in"
                 " place, set 'load_inplace' to True."
             )
-        wanted = Wanted(body.lora_name, body.lora_path, caller.token, body.load_inplace, MAX_WAIT_S, tenant, caller)
+        wanted = Wanted(body.lora_name, body.lora_path, caller.token, in_place, MAX_WAIT_S, tenant, caller)
         try:
             is_served, _ = await self._operations.register(wanted)
         except Conflict as error:
@@ -178,28 +189,33 @@ class OperatorEndpoints:
         if not is_served:
             raise Unavailable(f"the adapter `{body.lora_name}` is still being downloaded", code="adapter_loading")
         await self._operations.preload(body.lora_name, 0.0, tenant)
-        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     async def unload_lora(self, body: UnloadRequest, request: Request) -> Response:
         """Unload an adapter, as vLLM's route of this path does."""
+        freed = (await self._unload(body, request)).freed
+        return PlainTextResponse(
+            f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+            f" Freed {freed.pool_bytes} bytes of pools and {freed.host_bytes} of host memory."
+        )
+
+    async def unload_for_trainer(self, body: UnloadRequest, request: Request) -> Response:
+        """Unload an adapter, as SGLang's route of this path does."""
+        await self._unload(body, request)
+        return json_response({"success": True, "status": "ok", "error_message": ""})
+
+    async def _unload(self, body: UnloadRequest, request: Request) -> Unloaded:
+        """Unload an adapter. Raises BadRequest and NotFound."""
         if not body.lora_name:
             raise BadRequest("'lora_name' needs to be provided to unload a LoRA adapter.")
         about(request, body.lora_name)
         try:
             caller = caller_of(request)
             owner = caller.namespace(None)
-            unloaded = await self._operations.unload(
-                body.lora_name, caller, owner, force=False, blob=False, wait_s=30.0
-            )
+            return await self._operations.unload(body.lora_name, caller, owner, force=False, blob=False, wait_s=30.0)
         except NotFound:
             raise NotFound(f"The lora adapter '{body.lora_name}' cannot be found.") from None
         except Conflict as error:
             raise BadRequest(error.message, code=error.code) from None
-        freed = unloaded.freed
-        return PlainTextResponse(
-            f"Success: LoRA adapter '{body.lora_name}' removed successfully."
-            f" Freed {freed.pool_bytes} bytes of pools and {freed.host_bytes} of host memory."
-        )
 
 
 def add_operator_routes(app: FastAPI, endpoints: OperatorEndpoints) -> None:
@@ -217,6 +233,8 @@ def add_operator_routes(app: FastAPI, endpoints: OperatorEndpoints) -> None:
     app.delete("/v1/adapters/{name:path}", responses=openapi.LATER)(endpoints.unload)
     app.post("/v1/load_lora_adapter", response_class=openapi.PlainText)(endpoints.load_lora)
     app.post("/v1/unload_lora_adapter", response_class=openapi.PlainText)(endpoints.unload_lora)
+    app.post("/load_lora_adapter")(endpoints.load_for_trainer)
+    app.post("/unload_lora_adapter")(endpoints.unload_for_trainer)
 
 
 def _freed(freed: Freed) -> dict[str, Any]:

@@ -14,7 +14,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.auth.callers import CALLER, EVERYBODY, Caller
 from gateway.http.errors import ShapeOf, unreachable_queue
 from gateway.http.headers import header_of
-from gateway.http.paths import AUDIT, CONSOLE, DEAD_LETTERS, FLEET, KEYS, OLLAMA_PREFIX, PING, TENANTS, UPLOAD, WORKERS
+from gateway.http.paths import (
+    AUDIT,
+    CONSOLE,
+    DEAD_LETTERS,
+    DOCS,
+    FLEET,
+    KEYS,
+    OLLAMA_PREFIX,
+    PING,
+    TENANTS,
+    UPLOAD,
+    WORKERS,
+)
 from protocol.queue.books.api_keys import PREFIX, ApiKeys
 from protocol.queue.bus import CONNECTION_ERRORS
 from protocol.runtime.fleet_secret import FleetSecret
@@ -46,6 +58,7 @@ class Authentication:
         `secret`: the fleet's, None where it has none. `open_pages`: whether metrics and the API's page need no key.
         """
         self._secret = secret
+        self._open_pages = open_pages
         self._open = OPEN_PATHS | {METRICS, API_PAGE, FLEET} if open_pages else OPEN_PATHS
         self._app = app
         self._keys = keys
@@ -73,6 +86,8 @@ class Authentication:
             return Caller(token=source_token(bearer, path), secret=self._secret)
         if path in self._open and (method in ("GET", "HEAD") or path == PING):
             return EVERYBODY
+        if self._open_pages and f"{path}/".startswith(f"{DOCS}/") and method in ("GET", "HEAD"):
+            return EVERYBODY
         if f"{path}/".startswith(f"{CONSOLE}/") and method in ("GET", "HEAD"):
             return EVERYBODY  # its files have no data: they ask for that with the operator's key
         given = header_of(headers, b"x-api-key") or ""
@@ -99,7 +114,7 @@ def check_scopes(method: str, path: str, caller: Caller) -> None:
             caller.require("admin" if for_all else "adapters")
     elif path in (METRICS, FLEET) or f"{path}/".startswith(OPERATOR_PATHS):
         caller.require("admin")
-    elif path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+    elif path.removeprefix("/v1") in ("/load_lora_adapter", "/unload_lora_adapter"):
         caller.require("adapters")
     else:
         caller.require("infer")

@@ -8,7 +8,6 @@ from gateway.bodies.parameter_rows import LONG, NO_IMAGES, OWN, Parameter, accep
 from gateway.http.paths import CONVERSATIONS, INPUT_TOKENS, RESPONSES
 
 _AT_OPENAI = "belongs to what runs at OpenAI: here the model and your own tools answer"
-_CHAT_ONLY = "is served on /v1/chat/completions only"
 
 RESPONSE_OBJECTS: Mapping[str, str] = {
     "response": RESPONSES,
@@ -86,9 +85,7 @@ RESPONSE_PARAMETERS: Sequence[Parameter] = (
     *refused("context_management", "response", "openai", LONG, []),
     *refused("background_options access_programs", "response", "openai", "is about OpenAI's service"),
     *refused("image", "response", "openai", NO_IMAGES),
-    *refused("stop", "response", "sglang vllm", _CHAT_ONLY, []),
-    *refused("min_p frequency_penalty presence_penalty", "response", "sglang vllm", _CHAT_ONLY, 0),
-    *refused("repetition_penalty", "response", "sglang vllm", _CHAT_ONLY, 1),
+    *rows("stop min_p frequency_penalty presence_penalty repetition_penalty", "response", "sglang vllm"),
     *refused("priority", "response", "vllm sglang", "is not supported: service_tier flex is the lower class", 0),
     *refused("structured_outputs", "response", "vllm", "is served as text.format, and on /v1/chat/completions"),
     *refused("ignore_eos skip_special_tokens include_stop_str_in_output enable_response_messages", "response", "vllm",

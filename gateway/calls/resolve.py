@@ -80,6 +80,13 @@ class CallResolver:
                 raise refused(error) from error
 
         names = models.names
+        if models.adapter:
+            if not all(is_base(name, base) for name in names):
+                message = (
+                    f"model is {names[0]!r:.100} and lora_path {models.adapter!r:.100}: one of them names who answers"
+                )
+                raise BadRequest(message, param="lora_path")
+            names = [models.adapter] * len(names)
         targets = [await of(names[0])] if len(names) == 1 else await asyncio.gather(*map(of, names))  # tasks cost
         if models.merged is None:
             return targets

@@ -7,16 +7,18 @@ their headers lets the browser load, ask and run nothing else.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from gateway.http.paths import CONSOLE
+from gateway.http.paths import CONSOLE, DOCS
 from protocol.wire.errors import NotFound
 
 FOLDER = Path(__file__).parent / "static"
+DOCS_FOLDER = Path(__file__).parent / "docs"
 INDEX = "index.html"
 
 KINDS = {
@@ -34,6 +36,9 @@ POLICY = "; ".join((
     "trusted-types 'none'",
 ))  # fmt: skip
 """Content-Security-Policy: own files alone, no code in pages, no markup made of text, shown within no other page."""
+
+DOCS_POLICY = POLICY.partition("; require-trusted-types-for")[0]
+"""That of `/docs`: Swagger UI writes markup by itself, out of files of its own alone."""
 
 HEADERS = {
     "content-security-policy": POLICY,
@@ -69,22 +74,26 @@ def load(folder: Path = FOLDER) -> dict[str, Page]:
 
 
 class ConsolePages:
-    """The handlers of the console's paths."""
+    """The handlers of the console's paths, or of another folder of pages."""
 
-    def __init__(self, pages: dict[str, Page] | None = None) -> None:
+    def __init__(
+        self, pages: dict[str, Page] | None = None, path: str = CONSOLE, headers: Mapping[str, str] = HEADERS
+    ) -> None:  # fmt: skip
         self._pages = load() if pages is None else pages
+        self.path = path
+        self._headers = headers
 
     async def enter(self) -> Response:
-        """Send a browser from `/console` to `/console/`, below which its files are, whatever prefix stands before."""
-        name = CONSOLE.rpartition("/")[2]
-        return Response(None, 307, {**HEADERS, "location": f"{name}/"})
+        """Send a browser to the path with a slash, below which its files are, whatever prefix stands before it."""
+        name = self.path.rpartition("/")[2]
+        return Response(None, 307, {**self._headers, "location": f"{name}/"})
 
     async def file(self, name: str, request: Request) -> Response:
         """Answer with a file, or with 304 if the browser has it. Raises NotFound."""
         page = self._pages.get(name or INDEX)
         if page is None:
-            raise NotFound(f"the console has no file {name:.100}", code="not_found")
-        headers = {**HEADERS, "etag": page.tag}
+            raise NotFound(f"{self.path} has no file {name:.100}", code="not_found")
+        headers = {**self._headers, "etag": page.tag}
         if request.headers.get("if-none-match") == page.tag:
             return Response(None, 304, headers)
         return Response(page.body, 200, {**headers, "content-type": page.kind})
@@ -92,5 +101,10 @@ class ConsolePages:
 
 def add_console(app: FastAPI, pages: ConsolePages) -> None:
     """Bind paths to handlers. They are no part of the API, so its description has none of them."""
-    app.get(CONSOLE, include_in_schema=False)(pages.enter)
-    app.get(f"{CONSOLE}/{{name:path}}", include_in_schema=False)(pages.file)
+    app.get(pages.path, include_in_schema=False)(pages.enter)
+    app.get(f"{pages.path}/{{name:path}}", include_in_schema=False)(pages.file)
+
+
+def docs_pages() -> ConsolePages:
+    """Return the pages of `/docs`, which show what `/openapi.json` says with Swagger UI."""
+    return ConsolePages(load(DOCS_FOLDER), DOCS, {**HEADERS, "content-security-policy": DOCS_POLICY})

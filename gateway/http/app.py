@@ -29,7 +29,7 @@ from gateway.books.audit_routes import AuditEndpoints, add_audit_routes
 from gateway.books.usage_routes import UsageEndpoints, add_usage_routes
 from gateway.calls import observe
 from gateway.calls.trace import TRACE_OF, CallTrace
-from gateway.console.routes import ConsolePages, add_console
+from gateway.console.routes import ConsolePages, add_console, docs_pages
 from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
 from gateway.files.routes import FileEndpoints, add_file_routes
 from gateway.http import openapi
@@ -120,6 +120,7 @@ def build_app(
     add_fleet_routes(app, fleet)
     add_usage_routes(app, usage)
     add_console(app, ConsolePages())
+    add_console(app, docs_pages())
     add_audit_routes(app, audit)
     bodies = LargeBodies(DirectCalls(app, shape_of), shape_of)
     charged = Charged(bodies, memory, shape_of, settings.max_body_bytes)

@@ -47,6 +47,9 @@ AUDIT = "/v1/audit"
 CONSOLE = "/console"
 """It, and what is below it, are the console's files."""
 
+DOCS = "/docs"
+"""It, and what is below it, shows `/openapi.json` in a browser, and needs a key where that does."""
+
 UPLOAD = "/v1/adapters/upload"
 
 FLEET = "/v1/fleet"
@@ -70,5 +73,12 @@ SMALL_BODY_BYTES = 1 << 16
 LORAX_PATHS = LORAX_GENERATE | LORAX_ENCODE | {TOKENIZE, "/info", PING, "/startup"}
 """Routes that answer and refuse in LoRAX's way."""
 
-OPENAI_FORMS = {TOKENIZE: {"prompt", "messages"}, "/classify": {"input", "messages"}}
-"""Paths of LoRAX's that also take a body in vLLM's form -> the fields that tell it by. Its errors are OpenAI's."""
+INVOCATIONS = "/invocations"
+
+OPENAI_FORMS = {
+    TOKENIZE: {"prompt", "messages"}, "/classify": {"input", "messages"}, INVOCATIONS: {"prompt", "messages"}
+}  # fmt: skip
+"""Paths of LoRAX's that also take a body in OpenAI's or vLLM's form -> the fields that tell it by.
+
+Its errors are OpenAI's.
+"""

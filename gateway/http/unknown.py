@@ -46,7 +46,16 @@ NOT_SERVED = {
         "/info and /v1/models say which model is served, /metrics how the fleet is",
     ),
     "/health_generate": f"{_HEALTH}, and /startup generates a token",
-    **dict.fromkeys(("/load_lora_adapter", "/unload_lora_adapter"), "they are below /v1, as in vLLM"),
+    **dict.fromkeys(
+        ("/load_lora_adapter_from_tensors", "/update_weights", "/update_weights_from_disk",
+         "/update_weights_from_tensor", "/update_weights_from_distributed", "/init_weights_update_group",
+         "/destroy_weights_update_group", "/update_named_param", "/batch_update_named_params", "/init_communicator",
+         "/close_communicator", "/get_world_size", "/init_broadcaster", "/reload_weights", "/get_weights_by_name",
+         "/skyrl/v1/load_lora_adapter"),
+        "the base's weights stay, and adapters' are not pushed as tensors. Write the adapter to a folder of"
+        " --adapter-roots and POST /load_lora_adapter, which loads it in place; or POST it as a zip to"
+        " /v1/adapters/upload",
+    ),
     **dict.fromkeys(
         ("/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete"), f"models are not made here. {_REGISTER}"
     ),

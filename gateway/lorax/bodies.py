@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from gateway.adapters.merged import MergedAdapters
 from gateway.bodies.fields import Name, Strings
 from gateway.bodies.parameter_check import JsonBody
+from gateway.openai.bodies import ChatRequest, CompletionRequest
 
 
 class NativeMerge(MergedAdapters):
@@ -78,3 +79,17 @@ class CompatRequest(GenerateRequest):
     OBJECT = "compat"
 
     stream: bool = False
+
+
+def _form(value: Any) -> str:
+    given = value if isinstance(value, dict) else {}
+    return "chat" if "messages" in given else "completion" if "prompt" in given else "lorax"
+
+
+InvocationRequest = Annotated[
+    Annotated[CompatRequest, Tag("lorax")]
+    | Annotated[ChatRequest, Tag("chat")]
+    | Annotated[CompletionRequest, Tag("completion")],
+    Discriminator(_form),
+]
+"""`POST /invocations`, in LoRAX's form or in one of OpenAI's."""

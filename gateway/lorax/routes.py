@@ -18,13 +18,14 @@ from gateway.calls.pipeline import Pipeline
 from gateway.encoders.bodies import EncoderRequest
 from gateway.encoders.calls import EncoderCalls
 from gateway.http import openapi
-from gateway.http.paths import PING
+from gateway.http.paths import INVOCATIONS, PING
 from gateway.http.routes import Endpoints, sent_of
 from gateway.lorax import metrics as lorax_metrics
-from gateway.lorax.bodies import CompatRequest, GenerateRequest, Parameters, StreamRequest
+from gateway.lorax.bodies import CompatRequest, GenerateRequest, InvocationRequest, Parameters, StreamRequest
 from gateway.lorax.errors import LORAX_ERRORS
 from gateway.lorax.parse import NativeCall, parse
 from gateway.lorax.write import NativeResponse
+from gateway.openai.bodies import ChatRequest, CompletionRequest
 from protocol.metrics.fleet import RESIDENCY
 from protocol.metrics.pages import page
 from protocol.metrics.series import LORAX_BATCH_SIZE, LORAX_QUEUE_LENGTH
@@ -54,8 +55,16 @@ class NativeEndpoints:
     # ------------------------------------------------------------ generation
 
     async def compat(self, body: CompatRequest, request: Request) -> Response:
-        """Answer `POST /` and `/invocations`."""
+        """Answer `POST /`."""
         return await self._generate(body, request, stream=body.stream, as_list=not body.stream)
+
+    async def invoke(self, body: InvocationRequest, request: Request) -> Response:
+        """Answer `/invocations`, in LoRAX's way or OpenAI's."""
+        if isinstance(body, ChatRequest):
+            return await self.endpoints.chat(body, request)
+        if isinstance(body, CompletionRequest):
+            return await self.endpoints.completions(body, request)
+        return await self.compat(body, request)
 
     async def generate(self, body: GenerateRequest, request: Request) -> Response:
         """Answer `/generate`."""
@@ -165,8 +174,8 @@ def add_native_routes(app: FastAPI, native: NativeEndpoints) -> None:
     """Bind LoRAX's paths to handlers."""
     app.router.route_class = JsonRoute
     errors, streamed = openapi.NATIVE, {**openapi.NATIVE, **openapi.STREAMED}
-    for path in ("/", "/invocations"):
-        app.post(path, responses=streamed)(native.compat)
+    app.post("/", responses=streamed)(native.compat)
+    app.post(INVOCATIONS, responses=streamed)(native.invoke)
     app.post("/generate", responses=errors)(native.generate)
     app.post("/generate_stream", responses=streamed, response_class=openapi.EventStream)(native.generate_stream)
     app.get("/info", responses=errors)(native.info)

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from gateway.bodies.fields import MAX_NAME_CHARACTERS, Objects, Strings
 from gateway.bodies.parameter_check import JsonBody
+from gateway.openai.bodies import MAX_REPETITION_WINDOW
 
 
 def _whole(value: Any) -> Any:
@@ -34,6 +35,7 @@ class Options(JsonBody):
     num_ctx: Annotated[Whole, Field(ge=1, lt=1 << 31)] | None = None
     stop: str | Strings | None = None
     repeat_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repeat_last_n: Annotated[Whole, Field(ge=-1, le=MAX_REPETITION_WINDOW)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
 

@@ -29,6 +29,9 @@ MAX_METADATA_PAIRS = 16
 MAX_METADATA_KEY = 64  # characters
 MAX_METADATA_VALUE = 512  # characters
 
+MAX_REPETITION_WINDOW = 4096
+"""Most tokens that a penalty for repetitions looks back to, unless it looks at all: they are sorted at each token."""
+
 MAX_ENTRIES = 1 << 14
 """Entries of an object that are looked at; its own limit, which `openai.parse` knows, is smaller."""
 
@@ -66,6 +69,8 @@ class GenerationRequest(JsonBody):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repeat_penalty: Annotated[float, Field(gt=0, le=10)] | None = None  # this and the next are llama.cpp's and Ollama's
+    repeat_last_n: Annotated[int, Field(ge=-1, le=MAX_REPETITION_WINDOW)] | None = None
     logit_bias: Annotated[dict[str, Bias], entries_within(MAX_ENTRIES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -82,12 +87,13 @@ class GenerationRequest(JsonBody):
     guided_whitespace_pattern: str | None = None
     regex: str | None = None  # this and the next are SGLang's
     ebnf: str | None = None
+    lora_path: Name | None = None  # SGLang's: the adapter, where `model` names the base
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None  # this and what follows are vLLM's
     truncation_side: Literal["left", "right"] | None = None
     add_special_tokens: bool | None = None
     allowed_token_ids: Annotated[Ids, Field(min_length=1)] | None = None
     bad_words: Strings | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=-1)] | None = None
     logprob_token_ids: Annotated[Ids, Field(min_length=1)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
@@ -119,7 +125,7 @@ class ChatRequest(GenerationRequest):
     messages: Annotated[Objects, Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=-1)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -129,6 +135,7 @@ class ChatRequest(GenerationRequest):
     tools: Objects | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    include_reasoning: bool | None = None  # vLLM's
 
     @property
     def template_variables(self) -> dict[str, Any]:
@@ -148,7 +155,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Prompts
     best_of: Annotated[int, Field(ge=1)] | None = None
-    logprobs: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Annotated[int, Field(ge=-1)] | None = None
     json_schema: str | None = None  # SGLang's
 
 

@@ -61,7 +61,13 @@ def parse(request: AnyRequest, caller: Caller, settings: Settings, sent: Sent | 
     is_chat = isinstance(request, ChatRequest)
     return ParsedCall(
         caller=caller,
-        models=Models(request.models, request.adapter_source, request.merged_adapters, request.api_token or ""),
+        models=Models(
+            request.models,
+            request.adapter_source,
+            request.merged_adapters,
+            request.api_token or "",
+            request.lora_path or "",
+        ),
         inputs=_inputs(request, sent),
         options=_options(request, settings),
         rules=Rules("messages" if is_chat else "prompt", settings.max_choices),
@@ -179,7 +185,7 @@ def _options(request: AnyRequest, settings: Settings) -> Options:
     if background and max_tokens == 0:
         raise BadRequest("max_tokens is 0: there is nothing to do in the background", param="max_tokens")
     usage_wish = request.stream_options
-    include_usage = bool(usage_wish and usage_wish.include_usage)
+    include_usage = settings.force_include_usage or bool(usage_wish and usage_wish.include_usage)
     return Options(
         sampling=_sampling(request, num_logprobs, max(of_prompt, default=None)),
         n=n,
@@ -201,18 +207,24 @@ def _options(request: AnyRequest, settings: Settings) -> Options:
         num_shown=num_shown,
         num_shown_of_prompt=request.prompt_logprobs,
         shows_ids=bool(request.return_token_ids),
-        names_ids=bool(request.return_tokens_as_token_ids),
+        names_ids=_given(request.return_tokens_as_token_ids, settings.return_tokens_as_token_ids),
+        hides_reasoning=isinstance(request, ChatRequest) and request.include_reasoning is False,
         scores_only=scores_only,
         tools=_tools(request, settings) if isinstance(request, ChatRequest) else None,
     )
+
+
+def _given(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
 
 
 def _check_logprobs(request: AnyRequest, num_shown: int | None, max_tokens: int | None, settings: Settings) -> None:
     """Refuse more logprobs than there may be, and wishes about logprobs that there are not. Raises BadRequest."""
     param = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
     for name, num in ((param, num_shown), ("prompt_logprobs", request.prompt_logprobs)):
-        if num is not None and num > settings.max_logprobs:
-            raise BadRequest(f"{name} is {num}; the limit is {settings.max_logprobs}", param=name)
+        if num is not None and not 0 <= num <= settings.max_logprobs:
+            asked = "-1, the whole vocabulary" if num < 0 else num
+            raise BadRequest(f"{name} is {asked}; the limit is {settings.max_logprobs}", param=name)
     for name in ("logprob_token_ids", "return_tokens_as_token_ids"):
         if getattr(request, name) and num_shown is None:
             raise BadRequest(f"{name} needs logprobs", param=name)
@@ -299,6 +311,11 @@ def _sampling(request: GenerationRequest, num_logprobs: int | None, prompt_logpr
     def given(value: Any, default: Any) -> Any:
         return default if value is None else value
 
+    penalty = given(request.repetition_penalty, request.repeat_penalty)
+    if request.repeat_penalty not in (None, penalty):
+        raise BadRequest(
+            "repeat_penalty is another name of repetition_penalty, which says otherwise", param="repeat_penalty"
+        )
     return m.Sampling(
         temperature=given(request.temperature, 1.0),
         top_p=given(request.top_p, 1.0),
@@ -308,7 +325,8 @@ def _sampling(request: GenerationRequest, num_logprobs: int | None, prompt_logpr
         seed=secrets.randbits(SEED_BITS) if request.seed is None else request.seed % (1 << SEED_BITS),
         presence_penalty=given(request.presence_penalty, 0.0),
         frequency_penalty=given(request.frequency_penalty, 0.0),
-        repetition_penalty=given(request.repetition_penalty, 1.0),
+        repetition_penalty=1.0 if request.repeat_last_n == 0 else given(penalty, 1.0),
+        repetition_window=max(given(request.repeat_last_n, -1), 0),
         logit_bias=_logit_bias(request.logit_bias or {}),
         shows_special=request.skip_special_tokens is False,
         allowed_token_ids=request.allowed_token_ids or [],

@@ -129,6 +129,7 @@ class _Details:
         self.ids = options.shows_ids
         self.of_prompt = options.num_shown_of_prompt is not None
         self.only_calls = options.tools is not None and options.tools.required  # an answer has no text
+        self.hides_reasoning = options.hides_reasoning
         self._prompts = prompts
         self._options = options
 
@@ -240,6 +241,8 @@ class ChatWriter:
         parts = splitter.add(piece.text)
         if piece.finish:
             parts += splitter.finish()
+        if self._details.hides_reasoning:
+            parts = _without_reasoning(parts)
         deltas = [_delta(part, form, rid) for part in parts]
         logprobs = self._content(piece) if self._details.logprobs and piece.logprobs else None
         if (logprobs is not None or piece.ids or piece.finish) and not deltas:
@@ -282,7 +285,8 @@ class ChatWriter:
         if piece.index in self.forms:
             form, rid = self.forms[piece.index]
             splitter = form.splitter()
-            message |= _message([*splitter.add(piece.text), *splitter.finish()], form, rid)
+            parts = [*splitter.add(piece.text), *splitter.finish()]
+            message |= _message(_without_reasoning(parts) if self._details.hides_reasoning else parts, form, rid)
             finish = _finish(finish, splitter)
         if echo := self._echoes[piece.index]:
             message["content"] = echo + (message["content"] or "")
@@ -306,6 +310,10 @@ class ChatWriter:
                 yield {**entry(token.id, token.logprob), "top_logprobs": top}
 
         return {"content": Rows(entries), "refusal": None}
+
+
+def _without_reasoning(parts: Sequence[Part]) -> list[Part]:
+    return [part for part in parts if part.kind != "reasoning"]
 
 
 def _delta(part: Part, form: AnswerForm, rid: str) -> dict[str, Any]:

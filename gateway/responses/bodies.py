@@ -82,6 +82,11 @@ class ResponseRequest(PromptRequest):
     stream: bool | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None  # this and the next are vLLM's
     top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    stop: str | Strings | None = None
     lora_scale: Annotated[float, Field(ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)] | None = None
 
 

@@ -17,7 +17,7 @@ from gateway.grammars.limits import check_num
 from gateway.grammars.notation import Constraint
 from gateway.grammars.structured import ANY_OBJECT, checked_schema, is_strict
 from gateway.openai.bodies import MAX_TOOLS
-from gateway.openai.parse import check_variables
+from gateway.openai.parse import check_variables, stop_strings
 from gateway.responses.bodies import InputTokensRequest, PromptRequest, ResponseRequest, conversation_id_of
 from gateway.responses.items import Item, messages_of
 from gateway.text.counted import check_tokens
@@ -209,8 +209,13 @@ def _options(request: ResponseRequest, settings: Settings) -> Options:
             top_k=max(request.top_k or 0, 0),
             seed=secrets.randbits(SEED_BITS) if request.seed is None else request.seed % (1 << SEED_BITS),
             num_logprobs=num_shown,
+            min_p=request.min_p or 0.0,
+            presence_penalty=request.presence_penalty or 0.0,
+            frequency_penalty=request.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if request.repetition_penalty is None else request.repetition_penalty,
         ),
         max_tokens=request.max_output_tokens,
+        stop=stop_strings(request.stop, settings),
         stream=bool(request.stream) and not background,
         background=background,
         cls=BATCH if background or request.service_tier == "flex" else INTERACTIVE,
@@ -303,7 +308,7 @@ def to_be_stored(
     """
     kept = {
         "shown": dict(call.shown), "include": request.include, "background": request.background, "items": items,
-        "num_own": num_own,
+        "num_own": num_own, "stop": request.stop,
     }  # fmt: skip
     num_bytes = len(orjson.dumps(kept))
     if num_bytes > max_bytes:
@@ -317,5 +322,6 @@ def parse_stored(kept: Mapping[str, Any], caller: Caller, settings: Settings) ->
     names = ("model", "tools", "tool_choice", "parallel_tool_calls", "max_output_tokens", "top_logprobs", "metadata")
     body = {name: kept["shown"][name] for name in names}
     request = ResponseRequest.model_validate({**body, "include": kept["include"], "background": kept["background"]})
+    request = request.model_copy(update={"stop": kept.get("stop")})  # responses of older gateways have none
     parsed = parse(request, caller, settings)
     return msgspec.structs.replace(parsed, shown=kept["shown"])

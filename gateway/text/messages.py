@@ -16,6 +16,10 @@ Message = dict[str, Any]
 
 ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
 
+MAX_OTHER_ROLES = 8
+"""Roles of a conversation besides these, which some templates have."""
+
+_ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _LONG_NUMBER = re.compile(r"\d{19}")
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _STRINGS = ("name", "tool_call_id", *_REASONING_FIELDS)
@@ -41,6 +45,29 @@ def normalize_messages(messages: list[Message]) -> list[Message]:
     return normal
 
 
+def check_roles(messages: list[Message], text: str) -> None:
+    """Raise BadRequest unless a template has written all messages of roles that it alone may know into a text.
+
+    Some write any role, some have roles of their own, and some leave out what they do not know.
+    """
+    others = [message for message in messages if message["role"] not in ROLES]
+    roles = {message["role"] for message in others}
+    if len(roles) > MAX_OTHER_ROLES:
+        told = f"messages has {len(roles)} roles besides {', '.join(sorted(ROLES))}"
+        raise BadRequest(f"{told}; the limit is {MAX_OTHER_ROLES}", param="messages")
+    missing = next((role for role in sorted(roles) if role not in text), None)
+    at = 0  # what is found once is not looked at again
+    for message in others:
+        content = text_of(message.get("content")).strip()
+        found = text.find(content, at)
+        if found < 0:
+            missing = missing or message["role"]
+            break
+        at = found + len(content)
+    if missing is not None:
+        raise BadRequest(f"the template of this model has no role {missing!r}", param="messages")
+
+
 def text_of(content: object) -> str:
     """Return the `content` of a normalized message as one text, "" for none."""
     if isinstance(content, list):
@@ -50,8 +77,8 @@ def text_of(content: object) -> str:
 
 def _normalize(message: Message, place: str, new_id: str) -> Message:
     role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        text = f"{place}.role must be one of {', '.join(sorted(ROLES))}, not {role!r:.100}"
+    if not isinstance(role, str) or not _ROLE.fullmatch(role):
+        text = f"{place}.role must be one of {', '.join(sorted(ROLES))}, or the template's own, not {role!r:.100}"
         raise BadRequest(text, param=f"{place}.role")
     normal = {key: value for key, value in message.items() if value is not None}
     if "content" not in normal and role != "assistant":

@@ -15,7 +15,7 @@ from gateway.sandbox.child import Encode, Encoded, second_of
 from gateway.sandbox.sandbox import SandboxedTemplate, SandboxPool
 from gateway.text.answer_parts import THOUGHTS
 from gateway.text.chat import ChatTemplate
-from gateway.text.messages import Message, normalize_messages, text_of
+from gateway.text.messages import Message, check_roles, normalize_messages, text_of
 from gateway.tools.prompt import explain_tools, knows_tools, without_calls
 from peft_adapters.texts.files import TEXT_FILES, TOKENIZER, special_tokens
 from peft_adapters.texts.tokenizer_json import token_table
@@ -261,6 +261,7 @@ class ModelFiles:
             assert isinstance(template, ChatTemplate)
             assert isinstance(encoder, BaseEncoder)
             text = template.render(normal, **options)
+            check_roles(normal, text)
             if check is not None:
                 check(text)
             return _chat(text, encoder.ids([text], add_special_tokens=add_special_tokens), final)
@@ -276,6 +277,7 @@ class ModelFiles:
                 )
         else:
             text = await asyncio.to_thread(template.render, normal, **options)
+        await asyncio.to_thread(check_roles, normal, text)
         if check is not None:
             check(text)
         ids = await encoder.encode([text], add_special_tokens=add_special_tokens, tenant=tenant)

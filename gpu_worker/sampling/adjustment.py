@@ -137,6 +137,16 @@ class Adjustment:
         self._of_output.add(output[self._of_output.total :])
         return self._of_output
 
+    def repeated(self, output: np.ndarray) -> np.ndarray:
+        """Return the tokens that the repetition penalty is for after the output, each once; see `output_counts`."""
+        window = self._sampling.repetition_window
+        if not window or window >= len(self.prompt) + len(output):
+            return self.text_counts(output).ids
+        recent = output[-window:]
+        if len(recent) < window:
+            recent = np.concatenate([self.prompt[len(recent) - window :], recent])
+        return np.unique(recent)
+
     def text_counts(self, output: np.ndarray) -> TokenCounts:
         """Return the counts of prompt and output; see `output_counts`."""
         if self._of_text is None:

@@ -200,7 +200,7 @@ def _apply_(adjustment: Adjustment, logits: Tensor, row: SampleRow) -> None:
         last = row.output[-1] if len(row.output) else adjustment.prompt[-1]
         logits[send(watermark_ids(int(last), len(logits)).numpy(), device)] += WATERMARK_DELTA
     if s.repetition_penalty != 1.0:
-        seen = send(adjustment.text_counts(row.output).ids, device)
+        seen = send(adjustment.repeated(row.output), device)
         scores = logits[seen]
         logits[seen] = torch.where(scores > 0, scores / s.repetition_penalty, scores * s.repetition_penalty)
     if s.presence_penalty or s.frequency_penalty:

@@ -66,16 +66,12 @@ class Settings(BaseSettings):
         description="what the base model is for; score makes a classifier of texts of an encoder whose folder has no"
         " head, so that each adapter must bring one",
     )
-    served_name: str = Field(
-        default="", description="name of the base model in the API; default: its Hub id or folder name"
-    )
+    served_name: str = Field(default="", description="name of the base model in the API; default: its Hub id or folder")
     data: Path = Field(
         default=Path("~/.cache/lorafleet"),
         description="folder for the queue's data, mirrored adapters, caches and logs",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="lowest level that is logged"
-    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="lowest level logged")
     log_format: Literal["text", "json"] = Field(default="text", description="format of log lines")
     metrics_port: int = Field(
         default=0, ge=0, le=65535, description="port of the metrics of scheduler, store and worker; 0: none"
@@ -115,9 +111,7 @@ class Settings(BaseSettings):
 
     # Gateway
     host: str = Field(default="127.0.0.1", description="address the gateway listens on")
-    port: int = Field(
-        default=8000, ge=0, le=65535, description="port the gateway listens on; 0: any free one (`up` only)"
-    )
+    port: int = Field(default=8000, ge=0, le=65535, description="the gateway's port; 0: any free one (`up` only)")
     api_keys: bool = Field(
         default=False,
         description="require API keys (see `lorafleet keys`); otherwise anyone who reaches the gateway has full access",
@@ -139,10 +133,10 @@ class Settings(BaseSettings):
         description="what a request's unknown or unsupported parameter becomes: a 400, or a header and a log line",
     )
     hosted_tools: Literal["leave_out", "refuse"] = Field(
-        default="leave_out",
-        description="what a tool becomes that OpenAI or Anthropic would run themselves, such as web_search: no tool "
-        "for the model, which a header tells, or a 400",
+        default="leave_out", description="what a tool that runs at OpenAI or Anthropic becomes: none, or a 400"
     )
+    force_include_usage: bool = Field(default=False, description="streams of OpenAI's routes always tell the usage")
+    return_tokens_as_token_ids: bool = Field(default=False, description="logprobs name tokens token_id:NUMBER")
     keep_prompts: bool = Field(
         default=False, description="keep prompts as long as the records of requests, so that these can be replayed"
     )
@@ -188,17 +182,13 @@ class Settings(BaseSettings):
         default="",
         description="path prefix that every route also answers under, for clients that need one: /tenant/llms/name",
     )
-    max_connections: int = Field(
-        default=20_000, ge=1, description="most open connections of one gateway; further ones wait"
-    )
+    max_connections: int = Field(default=20_000, ge=1, description="most open connections of one gateway; others wait")
     max_connections_per_address: int = Field(
         default=1024,
         ge=0,
         description="most open connections from one address (IPv6: a /64), this machine's own not counted; 0: no limit",
     )
-    head_timeout_s: float = Field(
-        default=15.0, gt=0, description="longest time that the head of a request may take to arrive"
-    )
+    head_timeout_s: float = Field(default=15.0, gt=0, description="longest time for a request's head to arrive")
     body_timeout_s: float = Field(
         default=60.0, gt=0, description="longest time for a body, plus a second for each 8 kB of it that have arrived"
     )
@@ -226,9 +216,7 @@ class Settings(BaseSettings):
         description="in schemas of outputs and tools, objects that name properties have no others, unless the schema"
         " itself says so with additionalProperties",
     )
-    max_grammar_depth: int = Field(
-        default=64, ge=1, le=200, description="deepest nesting of a JSON schema in a request"
-    )
+    max_grammar_depth: int = Field(default=64, ge=1, le=200, description="deepest nesting of a request's JSON schema")
     grammar_timeout_s: float = Field(
         default=5.0, gt=0, description="most CPU time to compile a schema or grammar before it is refused"
     )
@@ -297,9 +285,7 @@ class Settings(BaseSettings):
     gpus: str = Field(
         default="", description="GPUs of which each worker takes one that no other has; empty: the first that it sees"
     )
-    gpu_locks: Path | None = Field(
-        default=None, description="folder of the locks for this; default: in the data folder"
-    )
+    gpu_locks: Path | None = Field(default=None, description="folder of their locks; default: in the data folder")
     quantization: Literal["none", "int8", "int4"] = Field(
         default="none",
         description="on a CPU: quantise the base's linear layers to 8 or 4 bits once, in the cache, and serve these",
@@ -366,7 +352,7 @@ class Settings(BaseSettings):
     merge_timeout_s: float = Field(default=60.0, gt=0, description="longest time that a merge of adapters may take")
     prefix_cache: bool = Field(default=True, description="reuse the KV blocks of prompts that begin alike")
     threads: int = Field(
-        default=0, description="CPU threads of a worker; 0: this machine's cores divided by its workers"
+        default=0, description="CPU threads of a worker; 0: the machine's cores divided by its workers"
     )
     kernels: Literal["auto", "reference"] = Field(
         default="auto", description="auto: native kernels where they exist; reference: plain torch"
@@ -389,16 +375,10 @@ class Settings(BaseSettings):
     adapters: Path | None = Field(
         default=None, description="folder whose sub-folders are adapters, served under their names"
     )
-    adapter_roots: str = Field(
-        default="",
-        description="further folders, separated by commas, whose sub-folders operators may load by path; none is "
-        "served by itself",
-    )
+    adapter_roots: str = Field(default="", description="more folders of adapters, by commas, to be loaded by path")
     store_host: str = Field(default="127.0.0.1", description="address the store listens on for workers")
     store_port: int = Field(default=0, ge=0, le=65535, description="port the store listens on; 0: any free one")
-    store_url: str = Field(
-        default="", description="URL at which workers reach the store; default: from its host and port"
-    )
+    store_url: str = Field(default="", description="URL of the store for workers; default: from its host and port")
     scan_interval_s: float = Field(default=1.0, description="pause between scans of the adapter folder")
     max_adapter_bytes: int = Field(default=8 << 30, ge=1, description="largest file of an adapter")
     upload_bytes: int = Field(
@@ -450,12 +430,8 @@ class Settings(BaseSettings):
         default="",
         description="adapters that never leave a worker's memory, separated by commas, named as for --preload",
     )
-    refresh_s: float = Field(
-        default=300.0, gt=0, description="how often a name from a remote source is looked up again"
-    )
-    max_downloads: int = Field(
-        default=8, ge=1, description="most adapters that a store fetches at once from one source"
-    )
+    refresh_s: float = Field(default=300.0, gt=0, description="how often names from remote sources are looked up again")
+    max_downloads: int = Field(default=8, ge=1, description="most adapters a store fetches at once from one source")
     store_bucket: str = Field(
         default="", description="s3://BUCKET/PREFIX where several stores share what they have fetched"
     )

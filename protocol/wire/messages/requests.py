@@ -25,6 +25,7 @@ class Sampling(Wire, frozen=True):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    repetition_window: int = 0  # last tokens of prompt and output that it counts; 0: all
     logit_bias: dict[int, float] = {}
     allowed_token_ids: list[int] = []  # tokens that may be chosen; []: all
     bad_words: list[list[int]] = []  # sequences of tokens that may not occur in the output

@@ -359,6 +359,19 @@ async def test_as_vllm_has_it(fleet: Fleet) -> None:
     assert shown["digest"] != before, "at once"
     assert shown["state"] in ("on_disk", "host")
 
+    for seed in (8, 9):  # trainers load each step's adapter in place, at the root
+        write_adapter(fleet.root / "trained", seed=seed)
+        body = {"lora_name": "rl", "lora_path": str(fleet.root / "trained")}
+        told = await fleet.do("POST", "/load_lora_adapter", 200, body)
+        assert (told["success"], told["loaded_adapters"]) == (True, {"rl": str(fleet.root / "trained")})
+        assert (await fleet.shows("rl"))["digest"] != shown["digest"]
+        shown = await fleet.shows("rl")
+    assert (
+        "pin pins" in (await fleet.do("POST", "/load_lora_adapter", 400, {**body, "pinned": True}))["error"]["message"]
+    )
+    assert (await fleet.do("POST", "/unload_lora_adapter", 200, {"lora_name": "rl"}))["success"] is True
+    await fleet.do("POST", "/unload_lora_adapter", 404, {"lora_name": "rl"})
+
     assert (await unload("l")).startswith("Success: LoRA adapter 'l' removed successfully. Freed 1000 bytes")
     assert "cannot be found" in (await unload("l", 404))["error"]["message"]
     await fleet.ask("l", 404)

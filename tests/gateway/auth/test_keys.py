@@ -120,7 +120,12 @@ async def test_a_revoked_or_expired_key_is_refused_at_once_by_every_gateway(
 
 async def test_orders_about_adapters_need_their_scope(http: httpx2.AsyncClient, keys: ApiKeys) -> None:
     infer, adapters = await key_of(keys, "acme"), await key_of(keys, "acme", "adapters")
-    for method, path in (("POST", "/v1/adapters"), ("DELETE", "/v1/adapters/a"), ("POST", "/v1/load_lora_adapter")):
+    for method, path in (
+        ("POST", "/v1/adapters"),
+        ("DELETE", "/v1/adapters/a"),
+        ("POST", "/v1/load_lora_adapter"),
+        ("POST", "/load_lora_adapter"),
+    ):
         refused = await http.request(method, path, json={}, headers=infer)
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "insufficient_scope")
         assert (await http.request(method, path, json={}, headers=adapters)).status_code in (400, 404)

@@ -59,6 +59,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "/v1/adapters": {"name": "a"},
     "/v1/load_lora_adapter": {"lora_name": "a", "lora_path": "/a"},
     "/v1/unload_lora_adapter": {"lora_name": "a"},
+    "/load_lora_adapter": {"lora_name": "a", "lora_path": "/a"},
+    "/unload_lora_adapter": {"lora_name": "a"},
 }
 """Every route that takes a body, with one that only lacks what a test adds."""
 

@@ -9,7 +9,7 @@ import httpx2
 import pytest
 from helpers.scripted_fleet import RunningGateway, ScriptedFleet, running_gateway
 
-from gateway.console.routes import FOLDER, HEADERS, KINDS, POLICY, load
+from gateway.console.routes import DOCS_FOLDER, DOCS_POLICY, FOLDER, HEADERS, KINDS, POLICY, load
 from protocol.queue.bus import Bus
 
 OWN = sorted(path for path in FOLDER.glob("*.js"))
@@ -90,3 +90,30 @@ def test_files_have_kinds_that_are_served() -> None:
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} <= KINDS.keys()
     assert sum(path.stat().st_size for path in files) < 300_000
+
+
+async def test_docs_show_the_api_as_openapi_json_may_be_read(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path
+) -> None:
+    """Swagger UI of the package alone: no code in the page, nothing of other hosts, a key where the API needs one."""
+    for settings, status in (({}, 200), ({"api_keys": True}, 401), ({"api_keys": True, "open_pages": True}, 200)):
+        async with (
+            running_gateway(bus, model_folder, **settings) as gateway,
+            httpx2.AsyncClient(base_url=gateway.url) as http,
+        ):
+            assert (await http.get("/openapi.json")).status_code == status
+            for name in ("", "start.js", "vendor/swagger-ui-bundle.js", "vendor/swagger-ui.css"):
+                answer = await http.get(f"/docs/{name}")
+                assert answer.status_code == status, name
+                if status == 200:
+                    assert answer.headers["content-security-policy"] == DOCS_POLICY
+            entered = await http.get("/docs")
+            assert entered.status_code == (307 if status == 200 else 401)
+            assert entered.headers.get("location", "docs/") == "docs/"
+            assert (await http.get("/docsx")).status_code == (404 if status == 200 and not settings else 401)
+    assert "unsafe" not in DOCS_POLICY
+    assert "script-src 'self'" in DOCS_POLICY
+    page = (DOCS_FOLDER / "index.html").read_text()
+    assert re.findall(r"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son\w+=|//", page) == []
+    assert all((DOCS_FOLDER / name).is_file() for name in re.findall(r'(?:src|href)="([^"]+)"', page))
+    assert re.findall(r'url: "(.*?)"', (DOCS_FOLDER / "start.js").read_text()) == ["../openapi.json"]

@@ -123,6 +123,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "/v1/adapters": {"name": "nobody", "source": "nobody", "token": "t", "wait_s": 0.0, "pin": False, "preload": False},
     "/v1/load_lora_adapter": {"lora_name": "base", "lora_path": "nobody", "load_inplace": False},
     "/v1/unload_lora_adapter": {"lora_name": "nobody"},
+    "/load_lora_adapter": {"lora_name": "base", "lora_path": "nobody"},
+    "/unload_lora_adapter": {"lora_name": "nobody"},
 }  # fmt: skip
 FIELDS = {
     path: sorted(BODIES[path].model_fields) if path in BODIES else sorted(CompatRequest.model_fields) for path in GOOD

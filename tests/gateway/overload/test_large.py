@@ -360,7 +360,9 @@ async def test_what_waits_for_a_place_is_not_read(gateway: RunningGateway, http:
         assert (await waiting).json()["error"]["code"] == "context_length_exceeded"
 
 
-@pytest.mark.parametrize("path", ["/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
+@pytest.mark.parametrize(
+    "path", ["/v1/adapters", "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter"]
+)
 async def test_routes_that_need_little_take_little(http: httpx2.AsyncClient, path: str) -> None:
     body = json.dumps({"name": "a", "lora_name": "a", "lora_path": "b", "x": "x" * SMALL_BODY_BYTES}).encode()
     answer = await http.post(path, content=body, headers={"content-type": "application/json"})

@@ -155,6 +155,19 @@ def test_repetition_penalty_is_over_prompt_and_output() -> None:
     assert not torch.allclose(adjusted, logits[0])
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 6, 100])
+def test_repetition_penalty_looks_back_as_far_as_is_asked(window: int) -> None:
+    logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(3))
+    prompt, output = np.array([1, 2, 2], np.int32), np.array([5, 6], np.int32)
+    for num in (0, 1, 2):
+        seen = [1, 2, 2, 5, 6][: 3 + num][-window:]
+        expected = processed(RepetitionPenaltyLogitsProcessor(1.7), seen, logits)
+        adjusted = logits[0].clone()
+        asked = row(prompt, output[:num], repetition_penalty=1.7, repetition_window=window)
+        sampling._adjust_(adjusted, asked)
+        assert torch.allclose(adjusted, expected[0])
+
+
 def test_presence_and_frequency_are_over_the_output_alone() -> None:
     logits = torch.zeros(8)
     sampling._adjust_(logits, row(np.array([1, 2]), np.array([3, 3, 4]), presence_penalty=0.5, frequency_penalty=0.25))

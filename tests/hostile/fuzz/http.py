@@ -96,6 +96,8 @@ BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "/v1/adapters": (RegisterRequest, {"name": "mine", "source": "local:one", "wait_s": 0}),
     "/v1/load_lora_adapter": (LoadRequest, {"lora_name": "one", "lora_path": "local:one"}),
     "/v1/unload_lora_adapter": (UnloadRequest, {"lora_name": "nobody"}),
+    "/load_lora_adapter": (LoadRequest, {"lora_name": "one", "lora_path": "local:one"}),
+    "/unload_lora_adapter": (UnloadRequest, {"lora_name": "nobody"}),
 }
 """Path -> what it takes, and a good body. Names in capitals stand for what `_made` has made."""
 

@@ -1,0 +1,153 @@
+"""Parameters and bodies of vLLM and SGLang that OpenAI's routes serve beside OpenAI's own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
+
+from gateway.text.messages import MAX_OTHER_ROLES
+from protocol.queue.bus import Bus
+
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+USER: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
+
+
+def chunks(answer: httpx2.Response) -> list[dict[str, Any]]:
+    assert answer.status_code == 200, answer.text
+    return [json.loads(line[6:]) for line in answer.text.split("\n") if line.startswith("data: {")]
+
+
+async def test_reasoning_is_left_out_where_it_is_not_wanted(qwen: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    fleet.script = lambda submit, body: Script("<think>\nHm.\n</think>\n\nSo.")
+    for wanted in (None, True, False):
+        body = {"model": "base", "messages": USER, "include_reasoning": wanted}
+        message = (await qwen.post(CHAT, json=body)).json()["choices"][0]["message"]
+        assert message["content"] == "So."
+        assert (message["reasoning_content"] is None) == (wanted is False)
+        deltas = [
+            chunk["choices"][0]["delta"] for chunk in chunks(await qwen.post(CHAT, json={**body, "stream": True}))
+        ]
+        assert any("reasoning_content" in delta for delta in deltas) == (wanted is not False)
+        assert "".join(delta.get("content") or "" for delta in deltas) == "So."
+
+
+async def test_lora_path_names_the_adapter_of_a_base(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    await fleet.add_adapter("fox", "ab" * 32)
+    for name in ("base", "tiny/base", ""):
+        answer = await http.post(COMPLETIONS, json={"model": name, "prompt": "hi", "lora_path": "fox"})
+        assert answer.status_code == 200, answer.text
+        assert fleet.seen[-1][0].digest == "ab" * 32
+    for fields, status in (({"model": "fox"}, 400), ({"lora_path": "nobody"}, 404)):
+        asked = {"model": "base", "prompt": "hi", "lora_path": "fox", **fields}
+        assert (await http.post(COMPLETIONS, json=asked)).status_code == status
+
+
+async def test_responses_have_penalties_and_stop_strings(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    fields = {"min_p": 0.1, "frequency_penalty": 0.5, "presence_penalty": -0.5, "repetition_penalty": 1.5}
+    body = {"model": "base", "input": "hi", **fields, "stop": ["how"]}
+    answer = (await http.post(RESPONSES, json=body)).json()
+    sampling = fleet.seen[-1][1].sampling
+    assert {name: getattr(sampling, name) for name in fields} == fields
+    text = answer["output"][0]["content"][0]["text"]
+    assert text == Script().text.partition("how")[0]
+    kept = (await http.get(f"{RESPONSES}/{answer['id']}")).json()
+    assert kept["output"][0]["content"][0]["text"] == text
+    late = (await http.post(RESPONSES, json={**body, "background": True})).json()
+    streamed = await http.get(f"{RESPONSES}/{late['id']}", params={"stream": "true"})
+    assert '"delta":"how"' not in streamed.text
+    wrong = await http.post(RESPONSES, json={**body, "stop": ["x"] * 65})
+    assert wrong.json()["error"]["param"] == "stop"
+
+
+async def test_invocations_take_bodies_of_openai_s_routes(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    chat = await http.post("/invocations", json={"model": "base", "messages": USER})
+    assert chat.json()["object"] == "chat.completion"
+    text = await http.post("/invocations", json={"model": "base", "prompt": "hi", "stream": True})
+    assert chunks(text)[0]["object"] == "text_completion"
+    native = await http.post("/invocations", json={"inputs": "hi"})
+    assert "generated_text" in native.json()[0]
+    wrong = await http.post("/invocations", json={"model": "base", "messages": USER, "temprature": 1})
+    assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "unknown_parameter")
+    assert "error_type" in (await http.post("/invocations", json={"model": "base"})).json()
+
+
+async def test_repetitions_are_penalised_as_far_back_as_is_asked(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet
+) -> None:  # fmt: skip
+    """Open WebUI's, llama.cpp's and Ollama's words for it, on OpenAI's routes and Ollama's."""
+    for fields, penalty, window in (
+        ({"repeat_penalty": 1.3}, 1.3, 0),
+        ({"repeat_penalty": 1.3, "repeat_last_n": 64}, 1.3, 64),
+        ({"repeat_penalty": 1.3, "repeat_last_n": -1}, 1.3, 0),
+        ({"repeat_penalty": 1.3, "repeat_last_n": 0}, 1.0, 0),
+    ):
+        for path, body in (
+            (CHAT, {"messages": USER, **fields}),
+            (COMPLETIONS, {"prompt": "hi", **fields}),
+            ("/api/chat", {"messages": USER, "options": fields}),
+        ):
+            answer = await http.post(path, json={"model": "base", **body})
+            assert answer.status_code == 200, answer.text
+            sampling = fleet.seen[-1][1].sampling
+            assert (sampling.repetition_penalty, sampling.repetition_window) == (penalty, window)
+    for fields in ({"repeat_last_n": 4097}, {"repeat_last_n": -2}, {"repeat_penalty": 1.3, "repetition_penalty": 1.2}):
+        assert (await http.post(CHAT, json={"model": "base", "messages": USER, **fields})).status_code == 400
+
+
+async def test_a_whole_vocabulary_is_refused_by_its_limit(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    for path, fields in (
+        (CHAT, {"messages": USER, "logprobs": True, "top_logprobs": -1}),
+        (CHAT, {"messages": USER, "prompt_logprobs": -1}),
+        (COMPLETIONS, {"prompt": "hi", "logprobs": -1}),
+        (COMPLETIONS, {"prompt": "hi", "prompt_logprobs": -1}),
+    ):
+        error = (await http.post(path, json={"model": "base", **fields})).json()["error"]
+        name = next(key for key, value in fields.items() if value == -1)
+        assert (error["param"], error["message"]) == (name, f"{name} is -1, the whole vocabulary; the limit is 20")
+    assert fleet.seen == []
+
+
+async def test_settings_do_what_vllm_s_flags_do(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
+    async with (
+        running_gateway(bus, model_folder, force_include_usage=True, return_tokens_as_token_ids=True) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+    ):
+        body = {"model": "base", "prompt": "hi", "logprobs": 1}
+        assert chunks(await http.post(COMPLETIONS, json={**body, "stream": True}))[-1]["usage"]["total_tokens"] > 0
+        plain = (await http.post(COMPLETIONS, json=body)).json()["choices"][0]["logprobs"]["tokens"]
+        assert all(token.startswith("token_id:") for token in plain)
+        named = (await http.post(COMPLETIONS, json={**body, "return_tokens_as_token_ids": False})).json()
+        assert not any(token.startswith("token_id:") for token in named["choices"][0]["logprobs"]["tokens"])
+        assert (await http.post(COMPLETIONS, json={"model": "base", "prompt": "hi"})).status_code == 200
+
+
+async def test_roles_that_a_template_has(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> None:
+    """A message is in the prompt with its role, or refused: none is dropped, and the search for it is linear."""
+    any_role = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}\n{% endfor %}"
+    some = any_role.replace("<{{", "{% if m.role in ['user', 'critic'] %}<{{").replace(
+        "{% endfor", "{% endif %}{% endfor"
+    )
+    fleet.max_model_len = 1 << 18
+    await fleet.register()
+    for number, (template, roles) in enumerate(((any_role, ("critic", "Judge_2")), (some, ("critic",)))):
+        folder = make_model_folder(tmp_path / str(number))
+        (folder / "chat_template.jinja").write_text(template)
+        async with (
+            running_gateway(bus, folder) as gateway, httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        ):  # fmt: skip
+            for role in ("critic", "Judge_2"):
+                messages = [*USER, {"role": role, "content": " it is bad "}]
+                answer = await http.post(CHAT, json={"model": "base", "messages": messages})
+                assert answer.status_code == (200 if role in roles else 400), answer.text
+                if role not in roles:
+                    assert f"the template of this model has no role '{role}'" in answer.text
+            for role in ("a b", "<x>", "", "x" * 65, 3):
+                messages = [{"role": role, "content": "x"}]
+                wrong = await http.post(CHAT, json={"model": "base", "messages": messages})
+                assert wrong.json()["error"]["param"] == "messages[0].role"
+            many = [{"role": f"r{i}", "content": "x"} for i in range(MAX_OTHER_ROLES + 1)]
+            assert "the limit is" in (await http.post(CHAT, json={"model": "base", "messages": many})).text
