@@ -72,7 +72,7 @@ def parse(request: MessagesRequest, caller: Caller, settings: Settings, sent: Se
         options=_options(request, settings),
         rules=rules_of(request, settings),
         model_name=request.model,
-        form_param="tools" if request.tools else "output_config.format",
+        form_param="tools" if request.tools else "output_format" if request.output_format else "output_config.format",
         left_out=[
             f"tools[{i}] ({ascii(tool['type'])[1:-1]:.64})"
             for i, tool in enumerate(request.tools or ())
@@ -170,11 +170,14 @@ def _thinking_variables(thinking: ThinkingConfig | None) -> dict[str, Any]:
 
 
 def _constraint(request: MessagesRequest, settings: Settings) -> Constraint | None:
-    """Return the grammar that `output_config.format` demands, None for none. Raises BadRequest."""
-    form = request.output_config.format if request.output_config is not None else None
+    """Return the grammar that `output_config.format`, or `output_format`, demands, None for none. Raises BadRequest."""
+    form, place = request.output_config.format if request.output_config is not None else None, "output_config.format"
+    if request.output_format is not None:
+        if form is not None:
+            raise BadRequest(f"output_format is another name of {place}: give one of them", param="output_format")
+        form, place = request.output_format, "output_format"
     if form is None:
         return None
-    place = "output_config.format"
     if form.get("type") != "json_schema":
         raise BadRequest(f"{place}.type must be json_schema, not {form.get('type')!r:.100}", param=f"{place}.type")
     return {"json_schema": checked_schema(form.get("schema"), f"{place}.schema", settings)}

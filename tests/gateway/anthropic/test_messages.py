@@ -298,9 +298,11 @@ async def test_a_budget_of_thinking_is_enforced(bus: Bus, fleet: ScriptedFleet, 
 async def test_a_format_is_enforced(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     fleet.script = lambda submit, body: Script('{"a": 1}')
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
-    await both(http, {**BODY, "output_config": {"format": {"type": "json_schema", "schema": schema}}})
-    grammar = json.loads(fleet.seen[0][1].grammar)["grammars"][0]["json_schema"]
-    assert grammar["required"] == ["a"]
+    form = {"type": "json_schema", "schema": schema}
+    for given in ({"output_config": {"format": form}}, {"output_format": form}):
+        await both(http, {**BODY, **given})
+        grammar = json.loads(fleet.seen[-1][1].grammar)["grammars"][0]["json_schema"]
+        assert grammar["required"] == ["a"]
 
 
 # ---------------------------------------------------------------- streams that end badly, or wait
