@@ -299,8 +299,8 @@ async def test_a_format_is_enforced(http: httpx2.AsyncClient, fleet: ScriptedFle
     fleet.script = lambda submit, body: Script('{"a": 1}')
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     form = {"type": "json_schema", "schema": schema}
-    for given in ({"output_config": {"format": form}}, {"output_format": form}):
-        await both(http, {**BODY, **given})
+    for way in ({"output_config": {"format": form}}, {"output_format": form}):
+        await both(http, {**BODY, **way})
         grammar = json.loads(fleet.seen[-1][1].grammar)["grammars"][0]["json_schema"]
         assert grammar["required"] == ["a"]
 
