@@ -39,7 +39,9 @@ def expected_token(prompt: np.ndarray, position: int, vocab_size: int) -> int:
 
 
 @dataclass(slots=True)
-class _Running:
+class Running:
+    """A request that an engine emits tokens for."""
+
     request: EngineRequest
     num_output: int
     first_token: int  # numpy's sum per token would cost more than the rest
@@ -52,7 +54,7 @@ class FakeEngine:
         self._step_s = step_s
         self._capacity = capacity
         self._vocab = vocab_size
-        self._requests: dict[str, _Running] = {}
+        self._requests: dict[str, Running] = {}
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._room = threading.Semaphore(MAX_UNACKED)
@@ -82,7 +84,7 @@ class FakeEngine:
         """Take a request."""
         with self._lock:
             first_token = expected_token(request.prompt, 0, self._vocab)
-            self._requests[request.rid] = _Running(request, len(request.output), first_token)
+            self._requests[request.rid] = Running(request, len(request.output), first_token)
             tier = "resident" if request.digest in self._resident else "store" if request.digest else ""
             self._timelines.take(request, tier)
             if request.digest:
@@ -203,7 +205,7 @@ class FakeEngine:
                 self._timelines.tell(outputs)
             on_outputs(outputs)
 
-    def _advance(self, running: _Running) -> TokenOutput:
+    def _advance(self, running: Running) -> TokenOutput:
         request = running.request
         seq0 = running.num_output
         running.num_output += 1

@@ -1,9 +1,10 @@
 """`python -m examples.tours [NAME…]`: other people's programs against a fleet, and a report of what passed.
 
-Without `URL` in the environment it starts a fleet of the quickstart model with the example adapters and one of a small
-encoder, and ends them. With `URL`, and `KEY` if it needs one, it uses that fleet; `ADAPTER` is the first that it lists
-where none is named. `EMBEDDER_URL`, with `EMBEDDER_ADAPTER`, is a fleet on an encoder with the same key; `TOKENIZER` is
-the base model's, for lm-eval.
+Without `URL` in the environment it starts the fleets that the programs need, and ends them: of the quickstart model
+with the example adapters, of a small encoder, and of a model that plays a part, for agents. With `URL`, and `KEY` if it
+needs one, it uses that fleet, for agents too: its base model must be able to do their task. `ADAPTER` is the first that
+it lists where none is named. `EMBEDDER_URL`, with `EMBEDDER_ADAPTER`, is a fleet on an encoder with the same key;
+`TOKENIZER` is the base model's, for lm-eval.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from examples.tours.environments import NotInstallableError, command, install, is_javascript, version
-from examples.tours.fleets import ROOT, embedding_fleet, first_adapter, text_fleet
+from examples.tours.fleets import ROOT, acting_fleet, embedding_fleet, first_adapter, quickstart_model, text_fleet
 from examples.tours.programs import PROGRAMS, Program
 
 HERE = Path(__file__).parent
@@ -58,26 +59,37 @@ def main() -> int:
     if unknown:
         parser.error(f"no program is named {', '.join(unknown)}; there are {', '.join(names)}")
     out = args.out.resolve()
+    programs = [program for program in PROGRAMS if not args.names or program.name in args.names]
     results: list[Result] = []
     with ExitStack() as stack:
         variables = {**os.environ, "PYTHONPATH": str(HERE)}
         if not variables.get("URL"):
-            variables["URL"], model = stack.enter_context(text_fleet(out / "data"))
-            variables |= {"ADAPTER": "pirate", "TOKENIZER": str(model)}
-            variables["EMBEDDER_URL"] = stack.enter_context(embedding_fleet(out / "embedder"))
+            variables |= start({fleet for program in programs for fleet in program.fleets}, out, stack)
         for prefix in ("", "EMBEDDER_"):
             url = variables.get(f"{prefix}URL")
             if url and not variables.get(f"{prefix}ADAPTER"):
                 variables[f"{prefix}ADAPTER"] = first_adapter(url, variables.get("KEY", ""))
-        for program in PROGRAMS:
-            if not args.names or program.name in args.names:
-                results.append(tour(program, out / program.name, variables))
-                if args.remove:
-                    shutil.rmtree(out / program.name, ignore_errors=True)
+        for program in programs:
+            results.append(tour(program, out / program.name, variables))
+            if args.remove:
+                shutil.rmtree(out / program.name, ignore_errors=True)
     report = table(results)
     (out / "report.md").write_text(report)
     print(f"\n{report}\n{out / 'report.md'}")
     return int(any(result.word == "failed" for result in results))
+
+
+def start(fleets: set[str], out: Path, stack: ExitStack) -> dict[str, str]:
+    """Start fleets, which `stack` ends; return the variables that tell scripts of them."""
+    model = quickstart_model()
+    variables = {"TOKENIZER": str(model)}
+    if "text" in fleets:
+        variables |= {"URL": stack.enter_context(text_fleet(model, out / "data")), "ADAPTER": "pirate"}
+    if "embedding" in fleets:
+        variables["EMBEDDER_URL"] = stack.enter_context(embedding_fleet(out / "embedder"))
+    if "acting" in fleets:
+        variables["ACTOR_URL"] = stack.enter_context(acting_fleet(model, out / "actor"))
+    return variables
 
 
 def tour(program: Program, folder: Path, variables: dict[str, str]) -> Result:
@@ -94,8 +106,9 @@ def tour(program: Program, folder: Path, variables: dict[str, str]) -> Result:
     print(result.version, flush=True)
     script = HERE / program.script
     if is_javascript(program):  # Node.js looks for packages beside the script
-        shutil.copy(script.with_name("checks.mjs"), folder)
-        script = Path(shutil.copy(script, folder))
+        for shared in {script, script.with_name("checks.mjs")}:
+            shutil.copy(shared, folder)
+        script = folder / script.name
     log = folder / "tour.log"
     with log.open("w") as errors:
         process = subprocess.Popen(

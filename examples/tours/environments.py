@@ -42,7 +42,7 @@ def install(program: Program, folder: Path) -> None:
 def command(program: Program, folder: Path, script: Path) -> list[str]:
     """Return the command that runs `script` in the environment of `program`."""
     if is_javascript(program):
-        return [str(folder / "node_modules/.bin/node"), str(script)]
+        return [str(folder / "node_modules/.bin/node"), str(script), *program.arguments]
     return [str(python(folder)), str(script), *program.arguments]
 
 

@@ -1,7 +1,8 @@
-"""The fleets that `make tour` starts where the environment names none: one that writes texts, one that embeds them."""
+"""The fleets that `make tour` starts where the environment names none: of texts, of embeddings, of what agents do."""
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -19,13 +20,25 @@ READY_S = 300.0
 LORAFLEET = (sys.executable, "-m", "lorafleet")
 
 
-@contextmanager
-def text_fleet(data: Path) -> Iterator[tuple[str, Path]]:
-    """Run a fleet of the quickstart model with the example adapters for a block; yields its URL and model folder."""
+def quickstart_model() -> Path:
+    """Return the folder of the quickstart model, which is fetched if it is not there."""
     fetched = subprocess.run([*LORAFLEET, "fetch"], stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
-    model = Path(fetched.stdout.splitlines()[-1])
+    return Path(fetched.stdout.splitlines()[-1])
+
+
+@contextmanager
+def text_fleet(model: Path, data: Path) -> Iterator[str]:
+    """Run a fleet of the quickstart model with the example adapters until the block ends; yields its URL."""
     with _fleet(model, ROOT / "examples" / "adapters", data) as url:
-        yield url, model
+        yield url
+
+
+@contextmanager
+def acting_fleet(model: Path, data: Path) -> Iterator[str]:
+    """Run a fleet whose model does what prompts tell it to until the block ends, see `actor.py`; yields its URL."""
+    words = [sys.executable, "-m", "examples.tours.actor", "--model", str(model), "--data", str(data)]
+    with _running(words, data) as url:
+        yield url
 
 
 @contextmanager
@@ -55,20 +68,27 @@ def first_adapter(url: str, key: str) -> str:
 
 @contextmanager
 def _fleet(model: Path, adapters: Path, data: Path) -> Iterator[str]:
+    words = [*LORAFLEET, "up", str(model), "--adapters", str(adapters), "--data", str(data), "--dtype", "float32"]
+    with _running(words, data, lists_adapters=True) as url:
+        yield url
+
+
+@contextmanager
+def _running(words: list[str], data: Path, *, lists_adapters: bool = False) -> Iterator[str]:
+    """Run a command that starts a fleet on the port that it is given, until the block ends; yields its URL."""
     data.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    words = [
-        *LORAFLEET, "up", str(model), "--adapters", str(adapters), "--data", str(data), "--port", str(port),
-        "--dtype", "float32",
-    ]  # fmt: skip
     url = f"http://127.0.0.1:{port}"
+    environment = child_environment(*COMPUTE) | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     with (data / "fleet.log").open("w") as log:
-        fleet = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=child_environment(*COMPUTE))
+        fleet = subprocess.Popen(
+            [*words, "--port", str(port)], cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
         try:
             end = time.monotonic() + READY_S
-            while not _is_ready(url):
+            while not _is_ready(url, lists_adapters):
                 if fleet.poll() is not None or time.monotonic() > end:
                     raise SystemExit(f"the fleet does not start; see {log.name}")
                 time.sleep(0.5)
@@ -78,11 +98,11 @@ def _fleet(model: Path, adapters: Path, data: Path) -> Iterator[str]:
             fleet.wait()
 
 
-def _is_ready(url: str) -> bool:
-    """Return whether a worker is ready, and the store has read its adapters."""
+def _is_ready(url: str, lists_adapters: bool) -> bool:
+    """Return whether a worker is ready, and the store has read its adapters if it has any."""
     try:
         healthy = httpx2.get(f"{url}/health", timeout=5, trust_env=False).status_code == 200
         models = httpx2.get(f"{url}/v1/models", timeout=5, trust_env=False).json()
     except httpx2.HTTPError:
         return False
-    return healthy and any(model["parent"] for model in models["data"])
+    return healthy and any(model["parent"] or not lists_adapters for model in models["data"])

@@ -10,7 +10,8 @@ class Program:
     """One row: a program's name, its script below this folder, and its packages; the first one's version is shown.
 
     `packages` are requirements of pip, or of npm where the script is JavaScript. `shares` lets the environment see the
-    packages of the repository's own one, so that PyTorch is not installed again. `arguments` go to the script.
+    packages of the repository's own one, so that PyTorch is not installed again. `arguments` go to the script. `fleets`
+    are those of `fleets.py` that it asks: `text` by URL, `embedding` by EMBEDDER_URL, `acting` by ACTOR_URL.
     """
 
     name: str
@@ -18,6 +19,7 @@ class Program:
     packages: tuple[str, ...]
     shares: bool = False
     arguments: tuple[str, ...] = ()
+    fleets: tuple[str, ...] = ("text", "embedding")
 
 
 NODE = "node@^22.22"  # the newest SDKs want 22; npm has it as a package
@@ -49,4 +51,22 @@ PROGRAMS = (
     Program("lm-eval", "tools/lm_eval_tour.py", ("lm_eval[api]==0.4.13",), shares=True),
     Program("guidellm", "tools/guidellm_tour.py", ("guidellm>=0.8,<0.9",), shares=True),
     Program("aiperf", "tools/aiperf_tour.py", ("aiperf>=0.13,<0.14",), shares=True),
+    *(
+        Program(name, "js/agents.mjs", (package, NODE), arguments=(name,), fleets=("acting",))
+        for name, package in (
+            ("claude-code", "@anthropic-ai/claude-code@^2.1"),
+            ("codex", "@openai/codex@^0.171"),
+            ("qwen-code", "@qwen-code/qwen-code@^0.24"),
+            ("opencode", "opencode-ai@^1.18"),
+        )
+    ),
+    Program(
+        "inspect-ai",
+        "sdks/inspect_ai_tour.py",
+        ("inspect_ai>=0.3.285,<0.4", "openai", "anthropic"),
+        fleets=("text", "acting"),
+    ),
+    Program(
+        "open-webui", "tools/open_webui_tour.py", ("open-webui>=0.12,<0.13",), shares=True, fleets=("text", "acting")
+    ),
 )

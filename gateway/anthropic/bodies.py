@@ -53,6 +53,7 @@ class CountTokensRequest(JsonBody):
     tool_choice: ToolChoiceConfig | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
+    output_format: dict[str, Any] | None = None  # output_config.format, as clients of its trial send it
     chat_template_kwargs: dict[str, Any] | None = None  # vLLM's
 
 

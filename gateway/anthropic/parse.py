@@ -72,7 +72,7 @@ def parse(request: MessagesRequest, caller: Caller, settings: Settings, sent: Se
         options=_options(request, settings),
         rules=rules_of(request, settings),
         model_name=request.model,
-        form_param="tools" if request.tools else "output_config.format",
+        form_param="tools" if request.tools else "output_format" if request.output_format else "output_config.format",
         left_out=[
             f"tools[{i}] ({ascii(tool['type'])[1:-1]:.64})"
             for i, tool in enumerate(request.tools or ())
@@ -125,8 +125,10 @@ def _options(request: MessagesRequest, settings: Settings) -> Options:
     thinking, top_p = request.thinking, request.top_p
     budget = thinking.budget_tokens if thinking is not None else None
     if budget is not None and budget >= request.max_tokens:
-        message = f"thinking.budget_tokens is {budget}; it must be less than max_tokens, which is {request.max_tokens}"
-        raise BadRequest(message, param="thinking.budget_tokens")
+        if not request.tools:  # else it may be one for all answers between which tools are called, as at Anthropic
+            limit = f"it must be less than max_tokens, which is {request.max_tokens}, or tools be given"
+            raise BadRequest(f"thinking.budget_tokens is {budget}; {limit}", param="thinking.budget_tokens")
+        budget = None  # max_tokens ends this answer before
     return Options(
         sampling=m.Sampling(
             temperature=DEFAULT_TEMPERATURE if request.temperature is None else request.temperature,
@@ -168,11 +170,14 @@ def _thinking_variables(thinking: ThinkingConfig | None) -> dict[str, Any]:
 
 
 def _constraint(request: MessagesRequest, settings: Settings) -> Constraint | None:
-    """Return the grammar that `output_config.format` demands, None for none. Raises BadRequest."""
-    form = request.output_config.format if request.output_config is not None else None
+    """Return the grammar that `output_config.format`, or `output_format`, demands, None for none. Raises BadRequest."""
+    form, place = request.output_config.format if request.output_config is not None else None, "output_config.format"
+    if request.output_format is not None:
+        if form is not None:
+            raise BadRequest(f"output_format is another name of {place}: give one of them", param="output_format")
+        form, place = request.output_format, "output_format"
     if form is None:
         return None
-    place = "output_config.format"
     if form.get("type") != "json_schema":
         raise BadRequest(f"{place}.type must be json_schema, not {form.get('type')!r:.100}", param=f"{place}.type")
     return {"json_schema": checked_schema(form.get("schema"), f"{place}.schema", settings)}

@@ -396,7 +396,7 @@ PARAMETERS: Sequence[Parameter] = (
     *refused("diagnostics", "messages", "anthropic", _KEPT),
     *refused("fallbacks fallback_credit_token billing_policy", "messages", "anthropic", "is about Anthropic's models"
               " and bills"),
-    *refused("output_format", _ANTHROPIC, "anthropic", "is served as output_config.format"),
+    *rows("output_format", _ANTHROPIC, "anthropic", holds="output_format"),
     *refused("kv_transfer_params", "messages", "vllm", _ONE_ENGINE, {}),
     *rows("role", "message", "vllm anthropic"),
     *rows("content", "message tool_result_block", "vllm anthropic", holds="block"),

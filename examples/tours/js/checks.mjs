@@ -11,7 +11,7 @@ export const CITY = {
   additionalProperties: false,
 }
 
-const url = process.env.URL.replace(/\/+$/, '')
+const url = (process.env.URL ?? '').replace(/\/+$/, '')
 export const fleet = { url, v1: `${url}/v1`, base: 'base', adapter: process.env.ADAPTER, key: process.env.KEY || 'none' }
 export const embedder = { url: process.env.EMBEDDER_URL, adapter: process.env.EMBEDDER_ADAPTER }
 export const TEXTS = ['my name is ada', 'i live in london with grace']

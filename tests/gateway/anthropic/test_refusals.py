@@ -256,6 +256,8 @@ OF_ANSWERS: list[tuple[dict[str, Any], str, str]] = [
     ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking.budget_tokens", "less than max_tokens"),
     ({"output_config": {"format": {"type": "json_object"}}}, "output_config.format.type", "must be json_schema"),
     ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema", "must be an object"),
+    ({"output_format": {"type": "json_schema"}}, "output_format.schema", "must be an object"),
+    ({"output_config": {"format": {}}, "output_format": {}}, "output_format", "give one of them"),
     ({"stop_sequences": ["x"] * 100}, "stop_sequences", "100 strings"),
     ({"temperature": 1.5}, "temperature", "less than or equal to 1"),
     ({"max_tokens": None}, "max_tokens", "must be an integer"),
