@@ -60,9 +60,9 @@ class Webhooks:
         return sorted(found, key=lambda one: (one.created_ms, one.id))
 
     async def endpoint(self, tenant: str, endpoint_id: str) -> m.WebhookEndpoint | None:
-        """Return a tenant's endpoint; None if there is no such one."""
+        """Return a tenant's endpoint; None if there is no such one. Raises UnreadableRecord."""
         raw = await self._redis.hget(self._keys.hooks(tenant), endpoint_id)
-        return next(iter(readable([raw], m.WebhookEndpoint)), None)
+        return decode_record(raw, m.WebhookEndpoint) if raw is not None else None
 
     async def keep_endpoint(self, endpoint: m.WebhookEndpoint, most: int = 0) -> bool:
         """Write an endpoint that is there, or a new one if its tenant has fewer than `most`. Returns whether it did."""

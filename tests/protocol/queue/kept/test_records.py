@@ -162,34 +162,31 @@ async def test_what_is_no_turn_s_name_is_put_aside(bus: Bus, member: bytes) -> N
     await bus._redis.delete(bus.keys.turns)
 
 
-async def test_a_delivery_that_cannot_be_read_is_put_aside(bus: Bus) -> None:
+async def test_a_delivery_that_cannot_be_read_is_given_up(bus: Bus) -> None:
     delivery, webhooks = RECORDS["delivery"], bus.webhooks
     assert isinstance(delivery, m.Delivery)
-    for id_ in ("bad", "new", "good"):
-        await webhooks.add(msgspec.structs.replace(delivery, id=id_), 10)
+    ids = ("bad", "new", "good")
+    await webhooks.add("t", [msgspec.structs.replace(delivery, id=id_) for id_ in ids], 10)
     newer = msgspec.msgpack.encode({**fields_of(delivery), "form": 2})
-    await bus._redis.hset(bus.keys.deliveries, mapping={"bad": b"\xc1", "new": newer})
-    for _ in range(2):
-        assert [one.id for one in await webhooks.due(10)] == ["good"]
-        assert await letters(bus) == [(bus.keys.deliveries, b"\xc1")]
-    assert await bus._redis.hkeys(bus.keys.deliveries) == [b"new", b"good"]
-    assert [one.id for one in await webhooks.waiting()] == ["good"]
-    await bus._redis.delete(bus.keys.deliveries, bus.keys.delivery_times)
+    await bus._redis.hset(bus.keys.outbox("t"), mapping={"bad": b"\xc1", "new": newer})
+    assert [one.id for one in await webhooks.take("t", 10, 60_000)] == ["good"]
+    assert [one.id for one in await webhooks.given_up("t")] == ["bad"], "its owner is told"
+    assert await bus._redis.hkeys(bus.keys.outbox("t")) == [b"new", b"good"], "a newer gateway sends the newer one"
+    assert [one.id for one in await webhooks.waiting("t")] == ["good"]
 
 
 async def test_an_endpoint_or_a_given_up_delivery_hides_no_other(bus: Bus) -> None:
     endpoint, delivery = RECORDS["endpoint"], RECORDS["delivery"]
     assert isinstance(endpoint, m.WebhookEndpoint)
     assert isinstance(delivery, m.Delivery)
-    await bus.webhooks.put_endpoint(endpoint)
-    await bus._redis.hset(bus.keys.webhooks, "t:we_2", b"\xc1")
+    await bus.webhooks.keep_endpoint(endpoint, 20)
+    await bus._redis.hset(bus.keys.hooks("t"), "we_2", b"\xc1")
     assert await bus.webhooks.endpoints("t") == [endpoint]
     with pytest.raises(UnreadableRecord):
         await bus.webhooks.endpoint("t", "we_2")
-    await bus.webhooks.done(delivery, given_up=True)
+    await bus.webhooks.give_up("t", [delivery])
     await bus._redis.hset(bus.keys.undelivered("t"), "other", b"\xc1")
     assert await bus.webhooks.given_up("t") == [delivery]
-    await bus._redis.delete(bus.keys.webhooks)
 
 
 async def test_a_job_or_an_adapter_hides_no_other(bus: Bus) -> None:
