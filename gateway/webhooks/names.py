@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from protocol.runtime.imports import Late
+from protocol.wire.lines import lines_of
 
 if TYPE_CHECKING:
     import dns.asyncresolver
@@ -143,7 +144,7 @@ class Names:
 def _hosts_of(path: Path) -> dict[str, list[str]]:
     """Return the addresses of each name that a file as /etc/hosts has; none if there is no such file."""
     found: dict[str, list[str]] = {}
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in lines_of(path.read_text(errors="replace")) if path.exists() else ():
         address, *names = line.partition("#")[0].split() or [""]
         for name in names if is_address(address) else ():
             found.setdefault(name.lower(), []).append(address)

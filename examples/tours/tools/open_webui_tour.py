@@ -99,7 +99,7 @@ def said(client: httpx.Client, model: str, *, stream: bool, **params: Any) -> st
     assert answer.status_code == 200, answer.text
     if not stream:
         return answer.json()["choices"][0]["message"]["content"]
-    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+    lines = [line.removeprefix("data: ") for line in answer.text.split("\n") if line.startswith("data: {")]
     choices = [choice for line in lines for choice in json.loads(line)["choices"]]
     return "".join(choice["delta"].get("content") or "" for choice in choices)
 
