@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from gateway.auth.callers import Caller
 from gateway.bodies.json_slices import dumps
+from gateway.overload import reads
 from gateway.overload.large import Places
 from gateway.overload.memory import held, hold
 from protocol.queue.bus import Bus
@@ -125,6 +126,7 @@ class Catalogue:
         name, has_tenant, tenant = after.partition(",")  # no name has a comma
         found: list[m.Alias] = []
         async for alias in (await self.copy()).after(name, tenant if has_tenant or not after else None):
+            reads.owe(1 / reads.NAMES_PER_READ)
             if shows(alias):
                 if len(found) == limit:
                     return found, True

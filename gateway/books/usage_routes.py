@@ -13,6 +13,7 @@ from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.books.usage import GROUPS, NOT_COUNTED, Day, Query, check_number, csv_text, day_of_page, page
 from gateway.http import openapi
 from gateway.http.access import INFER, Routes
+from gateway.overload import reads
 from protocol.queue.books.usage import DAY_S, Usage
 from protocol.wire.clock import now_ms
 from protocol.wire.errors import BadRequest, PermissionDenied
@@ -43,7 +44,9 @@ class UsageEndpoints:
         for number in query.days:
             day = Day(number)
             for tenant in await self._tenants(number, query, caller):
-                day.add(await self._usage.rows(number, tenant), query)
+                rows = await self._usage.rows(number, tenant)
+                reads.owe(len(rows) / reads.ROWS_PER_READ)
+                day.add(rows, query)
                 check_number(num + len(day.sums))
             num += len(day.sums)
             if caller.is_admin and query.shows_residency:

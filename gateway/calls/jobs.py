@@ -27,6 +27,7 @@ from gateway.calls.submit import SubmittedCall, facts_of, record_of
 from gateway.calls.waiting import waiting_state
 from gateway.calls.writers import Writer
 from gateway.http.list_page import list_page
+from gateway.overload import reads
 from gateway.overload.memory import held, hold, values_bytes
 from protocol.queue.bus import RequestFacts, now_ms
 from protocol.queue.kept.jobs import NewJob
@@ -194,11 +195,13 @@ class Jobs:
             if not jids:
                 break
             for job, facts in await self._load_many(jids):
-                cost += len(m.encode(job)) + _LOOK_UP_COST * len(job.rids)
+                of_job = len(m.encode(job)) + _LOOK_UP_COST * (1 + len(job.rids))
+                cost += of_job
+                reads.owe(of_job / reads.BYTES_PER_READ)
                 view = await self._view(job, facts, whole=False)
                 if status in (None, view["status"]) and model in (None, job.model):
                     page.append(view)
-            start, last, cost = start + len(jids), jids[-1], cost + _LOOK_UP_COST * len(jids)
+            start, last = start + len(jids), jids[-1]
         more = await self._bus.jobs.newest(caller.owner, start, 1)
         return list_page(page, has_more=bool(more), last_id=last)
 
@@ -270,20 +273,22 @@ class Jobs:
     async def request(self, job: m.Job) -> Any:
         """Return what is kept of a job's body, and charge for it.
 
-        Raises NotFound, UnreadableRecord, and as `memory.hold`.
+        Raises NotFound, UnreadableRecord, and as `memory.hold` and `reads.spend`.
         """
         request = await self._bus.jobs.request(job.jid)
         if request is None:
             raise NotFound("the result has expired", code="result_expired")
         hold(held() + len(request) + values_bytes(request))
+        reads.spend(len(request) / reads.KEPT_BYTES_PER_READ)
         with as_kept(f"what {job.jid} asked for"):
             return orjson.loads(request)
 
     async def call(self, job: m.Job, facts: Facts, request: Any) -> tuple[JobApi, SubmittedCall]:
-        """Return a job's call as it was submitted, and charge for what it holds. Raises NotFound, `memory.hold`'s.
+        """Return a job's call as it was submitted, and charge for what it holds, and for the answer that is read of it.
 
-        request: what is kept of its body. Raises UnreadableRecord, too.
+        request: what is kept of its body. Raises NotFound, UnreadableRecord, and as `memory.hold` and `reads.spend`.
         """
+        reads.spend(sum(fact.num_output_tokens for fact in facts if fact is not None) / reads.TOKENS_PER_READ)
         api = self._apis[job.endpoint]
         with as_kept(f"what {job.jid} asked for"):
             tools = request.get("tools") or request.get("shown", {}).get("tools")  # what of a body takes long

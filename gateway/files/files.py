@@ -17,6 +17,7 @@ from gateway.auth.callers import Caller
 from gateway.files.storage import Storage
 from gateway.files.upload import UploadedForm
 from gateway.http.list_page import list_page
+from gateway.overload import reads
 from gateway.overload.large import Places
 from gateway.overload.shares import shares
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
@@ -231,6 +232,7 @@ class FileService:
             if not ids:
                 break
             start += len(ids)
+            reads.owe(len(ids) / reads.FILES_PER_READ)
             page += [view(file) for file in await files.get_many(ids) if purpose in (None, file.purpose)]
         return list_page(page[:limit], has_more=len(page) > limit)
 

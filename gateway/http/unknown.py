@@ -10,7 +10,7 @@ from starlette.routing import BaseRoute, Route
 from gateway.http.paths import MESSAGES, RESPONSES
 
 MAX_COMPARED = 100
-"""Characters of a path up to which it is compared with those of the routes: that takes a millisecond."""
+"""Characters of a path up to which it is compared with the routes': in up to 3 ms, so it costs as much as a list."""
 
 MAX_SUGGESTED = 3
 

@@ -1,13 +1,16 @@
-"""How much a tenant may read, as calls have their limits: each read costs something, a list more, by its length.
+"""How much a tenant may ask beside calls, which have their limits: each read costs something, a list more.
 
-Nothing that is only read goes into the queue, so none of the limits of calls holds it: without one of their own,
-clients that list and list would take the loop from everybody's streams.
+Nothing but a call goes into the queue, so none of the limits of calls holds it: without one of their own, clients that
+list and list would take the loop from everybody's streams. What counts is the work, not what comes of it: a page that
+shows nothing costs what was looked at for it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,14 +19,22 @@ from gateway.auth.callers import CALLER, Caller
 from gateway.http.access import MATCH, Match
 from gateway.http.addresses import origin_of
 from gateway.http.errors import ShapeOf
+from gateway.http.headers import header_of
 from gateway.http.paths import LISTS, PROBES
 from protocol.wire.errors import Overloaded
 
 LIST_COST = 10
-"""What a list costs beside its bytes, in reads: it is put together of many looks into the queue."""
+"""What a list costs beside its bytes, in reads: it is put together of many looks into the queue. So does a URL of no
+route, which is compared with those of all."""
 
 BYTES_PER_READ = 4096
-"""Bytes of a list that cost as much as a read more, which is known once they are sent."""
+"""Bytes of a list, and of other JSON beyond the first so many, that cost a read more, known once they are sent."""
+
+REQUESTS_PER_READ, FILES_PER_READ, ROWS_PER_READ, NAMES_PER_READ = 8, 32, 64, 128
+"""Looks at requests, files, rows of usage and names of adapters that cost a read: some tenths of a millisecond."""
+
+TOKENS_PER_READ, KEPT_BYTES_PER_READ = 512, 1 << 16
+"""The same of an answer's tokens that are read from its log, and of the bytes of a body that was kept."""
 
 LISTS_AT_ONCE = 8
 """Most lists that are made for one tenant, or one address, at a time."""
@@ -42,13 +53,47 @@ MAX_READERS = 10_000
 class _Reader:
     """What a tenant or an address may still read."""
 
+    name: str
+    per_s: float
     left: float
     at_s: float  # when that was
     num_lists: int = 0  # that are being made
 
+    def owe(self, cost: float) -> None:
+        """Have less left, or a debt, which has an end."""
+        self.left = max(self.left - cost, -MAX_DEBT_S * self.per_s)
+
+    def refusal(self, cost: float) -> Overloaded:
+        """Return the error of a read for which not enough is left."""
+        wait_s = (cost - self.left) / self.per_s
+        limits = f"{self.per_s:g} reads a second, of which a list costs {LIST_COST}, and one for each 4 kB of it"
+        text = f"{self.name} may make {limits}: it has none left for {wait_s:.1f} s"
+        return Overloaded(text, max(wait_s, 1.0), "reads")
+
+
+_READER: ContextVar[_Reader | None] = ContextVar("reader", default=None)
+"""Whose read the current task answers; None for what is no read, or has no limit."""
+
+
+def owe(cost: float) -> None:
+    """Let the current list cost so many reads more, for what has been looked at, whether it is shown or not."""
+    reader = _READER.get()
+    if reader is not None:
+        reader.owe(cost)
+
+
+def spend(cost: float) -> None:
+    """Let the current read cost so many more before they are made. Raises Overloaded if its reader has none left."""
+    reader = _READER.get()
+    if reader is None or cost < 1:  # as much as is paid for already
+        return
+    if reader.left < 0:
+        raise reader.refusal(1)
+    reader.owe(cost)
+
 
 class Reads:
-    """Lets reads in as far as their senders have any left, and answers the others with 429."""
+    """Lets requests that are no calls in as far as their senders have any left, and answers the others with 429."""
 
     def __init__(
         self, app: ASGIApp, shape_of: ShapeOf, per_s: float, now_s: Callable[[], float] | None = None
@@ -62,59 +107,69 @@ class Reads:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with 429."""
-        path = _path_of(scope) if scope["type"] == "http" and scope["method"] in ("GET", "HEAD") else ""
-        name = _name_of(scope) if path and path not in PROBES and self._per_s else ""
-        if not name:
+        match: Match | None = scope[MATCH] if scope["type"] == "http" else None
+        name = _name_of(scope) if match is not None and self._per_s and _is_counted(match) else ""
+        if match is None or not name:
             await self._app(scope, receive, send)
             return
-        is_list = path in LISTS
+        is_list = scope["method"] in ("GET", "HEAD") and _path_of(match) in LISTS
+        is_unknown = match.route is None and not match.allowed
         reader = self._reader(name)
         try:
-            self._take(name, reader, LIST_COST if is_list else 1, is_list=is_list)
+            _take(reader, LIST_COST if is_list or is_unknown else 1, is_list=is_list)
         except Overloaded as error:
             await self._shape_of(scope).response(error)(scope, receive, send)
             return
-        if not is_list:
-            await self._app(scope, receive, send)
-            return
-        lowest = -MAX_DEBT_S * self._per_s
+        free = 0 if is_list else BYTES_PER_READ
 
         async def send_counted(message: Message) -> None:
-            reader.left = max(reader.left - len(message.get("body", b"")) / BYTES_PER_READ, lowest)
+            nonlocal free
+            if message["type"] == "http.response.start":
+                kind = header_of(message.get("headers", ()), b"content-type") or ""
+                if not is_list and not kind.startswith("application/json"):
+                    free = sys.maxsize  # a stream, or a file as it lies: no work but to send it
+            else:
+                num_bytes = len(message.get("body", b""))
+                reader.owe(max(0, num_bytes - free) / BYTES_PER_READ)
+                free = max(0, free - num_bytes)
             await send(message)
 
-        reader.num_lists += 1
+        reader.num_lists += is_list
+        token = _READER.set(reader)
         try:
             await self._app(scope, receive, send_counted)
         finally:
-            reader.num_lists -= 1
+            _READER.reset(token)
+            reader.num_lists -= is_list
 
     def _reader(self, name: str) -> _Reader:
         """Return a reader with what it has left now. The others stay in the order in which they have read."""
-        now_s = self._now_s()
-        reader = self._readers.pop(name, None) or _Reader(BURST_S * self._per_s, now_s)
-        reader.left = min(reader.left + (now_s - reader.at_s) * self._per_s, BURST_S * self._per_s)
+        now_s, most = self._now_s(), BURST_S * self._per_s
+        reader = self._readers.pop(name, None) or _Reader(name, self._per_s, most, now_s)
+        reader.left = min(reader.left + (now_s - reader.at_s) * self._per_s, most)
         reader.at_s = now_s
         self._readers[name] = reader
         if len(self._readers) > MAX_READERS:
             del self._readers[next(iter(self._readers))]
         return reader
 
-    def _take(self, name: str, reader: _Reader, cost: int, *, is_list: bool) -> None:
-        """Let a reader read once more. Raises Overloaded."""
-        if is_list and reader.num_lists >= LISTS_AT_ONCE:
-            raise Overloaded(f"{reader.num_lists} lists are being made for {name}, as many as may be", 1.0, "reads")
-        if reader.left < cost:
-            wait_s = (cost - reader.left) / self._per_s
-            limits = f"{self._per_s:g} reads a second, of which a list costs {LIST_COST}, and one for each 4 kB of it"
-            text = f"{name} may make {limits}: it has none left for {wait_s:.1f} s"
-            raise Overloaded(text, max(wait_s, 1.0), "reads")
-        reader.left -= cost
+
+def _take(reader: _Reader, cost: int, *, is_list: bool) -> None:
+    """Let a reader read once more. Raises Overloaded."""
+    if is_list and reader.num_lists >= LISTS_AT_ONCE:
+        raise Overloaded(f"{reader.num_lists} lists are being made for {reader.name}, as many as may be", 1.0, "reads")
+    if reader.left < cost:
+        raise reader.refusal(cost)
+    reader.left -= cost
 
 
-def _path_of(scope: Scope) -> str:
+def _is_counted(match: Match) -> bool:
+    """Return whether a request has no other limit: calls have theirs, texts take turns, probes are never refused."""
+    return match.kind not in ("call", "text") and _path_of(match) not in PROBES
+
+
+def _path_of(match: Match) -> str:
     """Return the path of a request's route, however the request spells it; its own where it has no route."""
-    match: Match = scope[MATCH]
     return match.route.path if match.route is not None else match.path
 
 

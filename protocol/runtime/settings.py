@@ -189,7 +189,9 @@ class Settings(BaseSettings):
         description="most open connections from one address (IPv6: a /64), this machine's own not counted; 0: no limit",
     )
     reads_per_s: float = Field(
-        default=500, ge=0, description="GETs a second of a tenant, or an address; lists cost more; 0: no limit"
+        default=500,
+        ge=0,
+        description="requests a second that are no calls, of a tenant or an address; lists cost more; 0: no limit",
     )
     head_timeout_s: float = Field(default=15.0, gt=0, description="longest time for a request's head to arrive")
     body_timeout_s: float = Field(

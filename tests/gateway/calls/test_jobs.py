@@ -384,3 +384,30 @@ async def test_a_waiting_job_says_what_it_waits_for(http: httpx2.AsyncClient, fl
     assert len(listed) == 2
     assert (await http.get("/v1/jobs", params={"model": "other"})).json()["data"] == []
     fleet.assigning.set()
+
+
+async def test_long_answers_are_paid_before_they_are_read(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
+    """One answer of many tokens is read as often as its tokens are paid for, not as often as it is asked for."""
+    fleet.max_model_len, fleet.script = 8192, lambda submit, body: Script("the dog " * 1500, chunk=500)
+    await fleet.register()
+    secret, _ = await bus.api_keys.create("acme", ["infer"])
+    async with (
+        running_gateway(bus, model_folder, api_keys=True, reads_per_s=1.0) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, headers={"authorization": f"Bearer {secret}"}, timeout=30) as http,
+    ):
+        body = {**CHAT, "max_tokens": 8000, "background": True}
+        job = (await http.post("/v1/chat/completions", json=body)).json()
+        facts: list[Any] = []
+
+        async def has_ended() -> bool:
+            facts[:] = await bus.requests([fleet.seen[0][0].rid]) if fleet.seen else []
+            return bool(facts) and facts[0].is_terminal
+
+        await wait_until(has_ended, "the job has ended")
+        assert facts[0].num_output_tokens > 2 * 512
+        answers = await asyncio.gather(*(http.get(f"/v1/jobs/{job['id']}") for _ in range(5)))
+        told = sorted(answer.status_code for answer in answers)
+        assert told[0] == 200, "who has something left is answered"
+        assert told.count(429) >= 3, told
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert int(refused.headers["retry-after"]) >= 1

@@ -14,6 +14,9 @@ from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, runnin
 from helpers.small_fleet import SmallFleet, small_fleet
 from helpers.waiting import wait_until
 
+from gateway.auth.callers import Caller
+from gateway.requests.listing import MAX_LOOKED_AT, RequestList
+from protocol.queue.books.api_keys import Tenant
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire import messages as m
 from protocol.wire.errors import WorkerLost
@@ -129,6 +132,26 @@ async def test_all_requests_are_listed_once_over_pages(fleet: ScriptedFleet, htt
     for after in ("nonsense", "queued:nonsense", "ended:1-1", "running:" + "x" * 150):
         assert (await got(http, f"/v1/requests?after={after}", 400))["error"]["param"] == "after"
     assert (await got(http, "/v1/requests?state=ended&after=queued:interactive/1-1", 400))["error"]["param"] == "after"
+
+
+async def test_a_page_does_not_tell_where_it_ended_among_others(bus: Bus) -> None:
+    """A page that has looked at enough ends among other tenants' requests: its cursor leads on and names none."""
+    rids = [f"{number:032x}-0" for number in range(2 * MAX_LOOKED_AT + 10)]
+    beat = m.WorkerBeat(wid="w1", name="w1", capacity=64, progress=[(rid, 1) for rid in rids])
+    await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat), 60_000)
+    own = rids[77]
+    record = {"state": "running", "tenant": "acme", "cls": "interactive", "epoch": 1, "n_prompt": 1}
+    await bus._redis.hset(bus.keys.req(own), mapping=record)
+    await bus._redis.expire(bus.keys.req(own), 60)
+    listed, caller, after, found, places = RequestList(bus), Caller(Tenant("acme"), ("infer",)), "", [], []
+    while True:
+        page = await listed.page(caller, "running", None, 100, after)
+        found += [one["id"] for one in page["data"]]
+        if not page["has_more"]:
+            break
+        places.append(after := page["last_id"])
+    assert (found, len(places)) == ([own], 2)
+    assert not [rid for rid in rids for place in places if rid in place or rid.partition("-")[0] in place]
 
 
 async def test_ended_requests_are_listed_the_latest_first(small: SmallFleet) -> None:

@@ -1,18 +1,51 @@
-"""Reads have a rate of their own, by tenant or address, of which lists take more."""
+"""What is no call has a rate of its own, by tenant or address, of which lists take more, and all by their work."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+import orjson
 import pytest
+from starlette.requests import Request
 
+from gateway.adapters.catalogue import Catalogue
 from gateway.auth.callers import CALLER, EVERYBODY, Caller
+from gateway.books.usage_routes import UsageEndpoints
+from gateway.calls.jobs import Jobs
+from gateway.files.files import FileService
+from gateway.http.access import MATCH, RouteTable, normal_path
+from gateway.http.access_table import unserved
+from gateway.http.paths import COMPLETIONS
 from gateway.http.shapes import shape_of
-from gateway.overload.reads import BURST_S, LIST_COST, LISTS_AT_ONCE, MAX_DEBT_S, MAX_READERS, Reads
+from gateway.overload.reads import (
+    BURST_S,
+    FILES_PER_READ,
+    LIST_COST,
+    LISTS_AT_ONCE,
+    MAX_DEBT_S,
+    MAX_READERS,
+    NAMES_PER_READ,
+    REQUESTS_PER_READ,
+    ROWS_PER_READ,
+    Reads,
+    owe,
+    spend,
+)  # fmt: skip
+from gateway.requests.listing import RequestList
 from protocol.queue.books.api_keys import Tenant
+from protocol.queue.bus import Bus
+from protocol.wire import messages as m
+from protocol.wire.errors import Overloaded
+from protocol.wire.keys import private_name
 
 PER_S = 100.0
+DAY = 20_000
+
+TABLE = RouteTable(unserved().routes)
 
 
 class Clocked:
@@ -23,11 +56,15 @@ class Clocked:
         self.num_bytes = num_bytes
         self.go = asyncio.Event()
         self.go.set()
+        self.kind = b"application/json"
+        self.does: Callable[[], Awaitable[object]] | None = None
         self.reads = Reads(self._answer, shape_of, per_s, lambda: self.s)
 
     async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
         await self.go.wait()
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        if self.does is not None:
+            await self.does()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", self.kind)]})
         await send({"type": "http.response.body", "body": b"x" * self.num_bytes})
 
     async def ask(
@@ -35,7 +72,11 @@ class Clocked:
     ) -> tuple[int, dict[bytes, bytes]]:  # fmt: skip
         """Return the status and the headers of an answer. tenant: "" for a fleet without keys."""
         caller = Caller(Tenant(name=tenant)) if tenant else EVERYBODY
-        scope = {"type": "http", "method": method, "path": path, "headers": [], CALLER: caller, "client": (address, 1)}
+        match = TABLE.match(method, normal_path(path, ""))
+        scope = {
+            "type": "http", "method": method, "path": match.path, "headers": [], CALLER: caller, MATCH: match,
+            "client": (address, 1),
+        }  # fmt: skip
         sent: list[Any] = []
 
         async def send(message: Any) -> None:
@@ -99,7 +140,8 @@ async def test_so_many_lists_are_made_at_once_for_one_reader() -> None:
 async def test_probes_calls_and_this_machine_are_not_counted() -> None:
     clocked = Clocked(per_s=0.1)
     for path, who in (
-        ("/health", {}), ("/ping", {}), ("/metrics", {}), ("/v1/adapters", {"method": "POST"}),
+        ("/health", {}), ("/ping", {}), ("/metrics", {}), ("/v1/chat/completions", {"method": "POST"}),
+        ("/tokenize", {"method": "POST"}),
         ("/v1/adapters", {"tenant": "", "address": "127.0.0.1"}),
     ):  # fmt: skip
         assert await clocked.num_let_in(path, 50, **who) == 50, path
@@ -113,3 +155,115 @@ async def test_readers_are_forgotten_before_they_are_too_many() -> None:
     for number in range(MAX_READERS + 5):
         await clocked.ask("/v1/version", tenant=f"t{number}")
     assert len(clocked.reads._readers) == MAX_READERS
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "cost"),
+    [
+        ("POST", "/v1/adapters/one/preload", 1), ("DELETE", "/v1/jobs/job_1", 1), ("POST", "/v1/jobs/job_1/cancel", 1),
+        ("POST", "/api/show", 1), ("POST", "/v1/files", 1), ("POST", "/v1/adapters", 1), ("PUT", "/v1/jobs", 1),
+        ("GET", "/v1/chat/completion", LIST_COST), ("POST", "/v1/chat/completion", LIST_COST),
+    ],
+)  # fmt: skip
+async def test_all_that_is_no_call_has_the_rate(method: str, path: str, cost: int) -> None:
+    clocked = Clocked()
+    burst = int(BURST_S * PER_S / cost)
+    assert await clocked.num_let_in(path, burst + 20, method=method) == burst
+    assert await clocked.num_let_in("/v1/jobs/job_1", 5) == 0, "it is one rate"
+
+
+async def test_long_json_costs_its_bytes_and_streams_and_files_do_not() -> None:
+    clocked = Clocked(num_bytes=4096 * 101)
+    assert await clocked.num_let_in("/v1/jobs/job_1", 50) == 5
+    for kind in (b"text/event-stream", b"application/octet-stream"):
+        clocked = Clocked(num_bytes=4096 * 101)
+        clocked.kind = kind
+        assert await clocked.num_let_in("/v1/jobs/job_1/stream", 50) == 50
+
+
+async def test_what_an_answer_takes_is_paid_before_it_is_made() -> None:
+    clocked, made, refused = Clocked(), 0, 0
+
+    async def work() -> None:
+        nonlocal made, refused
+        try:
+            spend(200.0)
+        except Overloaded:
+            refused += 1
+        else:
+            made += 1
+
+    clocked.does = work
+    clocked.go.clear()
+    asked = [asyncio.create_task(clocked.ask("/v1/jobs/job_1")) for _ in range(50)]
+    await asyncio.sleep(0)
+    clocked.go.set()
+    await asyncio.gather(*asked)
+    assert (made, refused) == (3, 47), "all came while there was something left"
+    spend(200.0)
+    owe(200.0)  # nobody asks
+
+
+async def cost_of(tenant: str, what: Callable[[], Awaitable[object]]) -> float:
+    """Return what it costs a tenant to be shown a list, in reads beyond those of every list."""
+    clocked = Clocked(per_s=10_000)
+    clocked.does = what
+    assert (await clocked.ask("/v1/requests", tenant))[0] == 200
+    return BURST_S * 10_000 - clocked.reads._readers[f"tenant {tenant}"].left - LIST_COST
+
+
+async def test_pages_that_show_nothing_cost_what_was_looked_at(bus: Bus) -> None:
+    """Whatever list it is: what is left out of it, as another tenant's or by a filter, has cost its work too."""
+    caller, num = Caller(Tenant(name="a", adapters=("none-*",)), ("infer",)), 512
+    pipe = bus._redis.pipeline(transaction=False)
+    for i in range(num):
+        alias = m.Alias(name=f"one-{i}", state="on_disk", digest="ab" * 32, source=f"local:one-{i}", created_ms=1)
+        pipe.hset(bus.keys.adapters, private_name(alias.name, ""), m.encode(alias))
+        rid = f"{i:032x}-0"
+        pipe.hset(
+            bus.keys.req(rid),
+            mapping={"state": "completed", "tenant": "b", "cls": "interactive", "epoch": 1, "n_prompt": 1},
+        )
+        pipe.expire(bus.keys.req(rid), 60)
+        job = m.Job(
+            jid=f"job_{i}", endpoint=COMPLETIONS, tenant="a", model="base", created_ms=1, expires_ms=2, rids=[rid]
+        )
+        pipe.hset(bus.keys.job(job.jid), "b", m.encode(job))
+        pipe.expire(bus.keys.job(job.jid), 60)
+        pipe.zadd(bus.keys.jobs("a"), {job.jid: i})
+        pipe.hset(bus.keys.usage(DAY, "a"), f'["m{i}","","base",0]', "1 1 1 1")
+        file = m.File(
+            id=f"file-{i}", tenant="a", filename="f", purpose="batch", num_bytes=1, created_ms=1, expires_ms=0
+        )  # fmt: skip
+        pipe.set(bus.keys.file(file.id), m.encode(file), ex=60)
+        pipe.zadd(bus.keys.files("a"), {file.id: i})
+    for i in range(0, num, 64):
+        ends = [m.Ended(f"{i:032x}-0", "w", 1, 0) for i in range(i, i + 64)]
+        pipe.xadd(bus.keys.ended, {"b": m.encode(ends)})
+    for key in (bus.keys.usage(DAY, "a"), bus.keys.jobs("a"), bus.keys.files("a")):
+        pipe.expire(key, 60)
+    await pipe.execute()
+
+    async def none_of(page: Awaitable[dict[str, Any]]) -> None:
+        assert (await page)["data"] == []
+
+    async def usage() -> None:
+        query = f"start_time={DAY * 86_400}&limit=1&models=another".encode()
+        request = Request({"type": "http", "query_string": query, "headers": [], CALLER: caller})
+        [day] = orjson.loads((await UsageEndpoints(bus.usage).usage(request)).body)["data"]
+        assert day["results"] == []
+
+    catalogue = Catalogue(bus)
+    assert await catalogue.page("", 1, caller.sees) == ([], False)
+    assert await cost_of("a", lambda: catalogue.page("", 1, caller.sees)) == pytest.approx(num / NAMES_PER_READ)
+    listed = RequestList(bus)
+    cost = await cost_of("a", lambda: none_of(listed.page(caller, "ended", None, 10, "")))
+    assert cost >= num / REQUESTS_PER_READ
+    pipeline: Any = SimpleNamespace(bus=bus, settings=SimpleNamespace(keepalive_s=1.0))
+    apis: Any = {COMPLETIONS: SimpleNamespace(generates=True)}
+    jobs = Jobs(pipeline, apis)
+    assert await cost_of("a", lambda: none_of(jobs.list(caller, "failed", 100, None))) >= num / REQUESTS_PER_READ
+    files: Any = SimpleNamespace(_bus=bus)
+    page = partial(FileService.list, files, caller, "vision", 10_000, None, oldest_first=True)
+    assert await cost_of("a", lambda: none_of(page())) == num / FILES_PER_READ
+    assert await cost_of("a", usage) == pytest.approx(num / ROWS_PER_READ, abs=1)
