@@ -44,7 +44,7 @@ class AdapterObjects:
             "tenant": alias.tenant or None,
             "state": nearest if has_effect else NO_EFFECT,
             "digest": alias.digest or None,
-            "source": (alias.source if self._shows_paths else _told(alias.source)) or None,
+            "source": (alias.source if self._shows_paths else told_source(alias.source)) or None,
             "reason": alias.reason or None,
             "warning": None if has_effect else "everything that it adds to the base model is zero",
             "rank": record.rank if record else None,
@@ -82,7 +82,7 @@ def _use_object(use: AdapterUse) -> dict[str, Any]:
     }
 
 
-def _told(source: str) -> str:
+def told_source(source: str) -> str:
     """Return a source as everybody may know it: without a path of this machine."""
     return f"local:{PurePosixPath(source).name}" if source.startswith("local:/") else source
 
@@ -107,7 +107,7 @@ def adapter_object(
 
     folder: the root of adapters, None where clients may not know paths of this machine.
     """
-    root = alias.source if folder is not None else _told(alias.source)
+    root = alias.source if folder is not None else told_source(alias.source)
     if folder is not None and root.startswith("local:"):
         root = str(folder / root.removeprefix("local:"))
     return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from gateway.adapters.views import told_source
 from gateway.ollama.parse import tagged_name
 from gateway.ollama.write import time_text
 from gateway.text.answer_parts import THOUGHTS
@@ -41,7 +42,7 @@ def running(base: m.ServedModel, adapters: Iterable[Known], beats: Iterable[m.Wo
 def shown(base: m.ServedModel, known: Known | None, files: ModelFiles) -> dict[str, Any]:
     """Return what `/api/show` says of the base (None) or of an adapter. files: its own, or the base's."""
     kind = base.model_type
-    source = f"FROM {base.name}\n" + (f"ADAPTER {known[0].source}\n" if known is not None else "")
+    source = f"FROM {base.name}\n" + (f"ADAPTER {told_source(known[0].source)}\n" if known is not None else "")
     return {
         "modelfile": source,
         "parameters": "\n".join(f'stop "{files.tokens.text_of(id_)}"' for id_ in sorted(files.eos_ids)),

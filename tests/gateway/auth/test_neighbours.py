@@ -7,27 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import pytest
 from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
 
+from adapter_store.sources.local import LocalSource
 from gateway.http.access import RouteTable
 from gateway.http.access_table import unserved
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
+from protocol.wire.errors import NotFound
 from protocol.wire.keys import private_name
 
 SHARED, PRIVATE = "ab" * 32, "cd" * 32
 GENERATES = {"/startup"}
 
 
-def read_paths() -> list[str]:
-    """Return every path that a tenant's key reads, with names of adapters that all see."""
+def read_paths(name: str = "shared") -> list[str]:
+    """Return every path that a tenant's key reads, with the name of an adapter that all see."""
     matches = [match for method, match in RouteTable(unserved().routes).matches if method == "GET"]
     paths = [match.path for match in matches if match.scopes is None or not {"admin"} & set(match.scopes)]
     return [
-        path.replace("{name:path}", "shared").replace("{", "").replace("}", "")
-        for path in paths
-        if path not in GENERATES
+        path.replace("{name:path}", name).replace("{", "").replace("}", "") for path in paths if path not in GENERATES
     ]
 
 
@@ -80,3 +81,44 @@ async def test_what_a_tenant_reads_does_not_change_with_what_others_do(
         assert [model["name"] for model in told] == ["tiny/base:latest", "shared:latest"]
         fleet.go.set()
         assert (await running).status_code == 200
+
+
+async def test_no_path_of_this_machine_is_told_to_tenants(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path
+) -> None:
+    """What an operator has loaded from further roots is served by its name: where it lies, or lay, is told nobody."""
+    place = str(tmp_path / "runs" / "step_5")
+    with pytest.raises(NotFound) as gone:
+        await LocalSource(None, [tmp_path]).resolve(place)
+    stories: tuple[tuple[str, m.AdapterState, str], ...] = (
+        ("there", "on_disk", ""), ("gone", "failed", gone.value.message)
+    )  # fmt: skip
+    for name, state, reason in stories:
+        digest = SHARED if state == "on_disk" else ""
+        alias = m.Alias(
+            name=name, state=state, digest=digest, source=f"local:{place}", reason=reason, status=404 if reason else 0,
+            created_ms=1,
+        )  # fmt: skip
+        record = m.AdapterRecord(
+            digest=SHARED, rank=8, num_bytes=10, config={}, modules=["q_proj"], source=alias.source, created_ms=1
+        )
+        await bus.adapters.publish([(alias, record if digest else None)])
+    secret, _ = await bus.api_keys.create("acme", ["infer", "adapters"])
+    async with (
+        running_gateway(bus, model_folder, api_keys=True, adapter_roots=str(tmp_path)) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, headers={"authorization": f"Bearer {secret}"}, timeout=30) as http,
+    ):
+        told = {f"GET {path}": await http.get(path) for name in ("there", "gone") for path in read_paths(name)}
+        for path, body in (
+            ("/api/show", {"model": "there"}), ("/api/show", {"model": "gone"}),
+            ("/v1/completions", {"model": "there", "prompt": "hi", "max_tokens": 1}),
+            ("/v1/completions", {"model": "gone", "prompt": "hi", "max_tokens": 1}),
+            ("/generate", {"inputs": "hi", "parameters": {"adapter_id": "there", "details": True}}),
+            ("/v1/adapters/gone/preload", {}), ("/v1/adapters/there/preload", {}),
+            ("/v1/adapters/gone/refresh", {}), ("/v1/adapters", {"name": "gone", "source": place}),
+        ):  # fmt: skip
+            told[f"POST {path} {body}"] = await http.post(path, json=body)
+        assert sum(answer.status_code == 200 for answer in told.values()) > 20, "the check would prove nothing"
+        assert "step_5" in told["GET /v1/models/there"].text
+        leaks = {name: a.text for name, a in told.items() if str(tmp_path / "runs") in f"{a.text} {a.headers}"}
+        assert set(leaks) <= {f"POST /v1/adapters {{'name': 'gone', 'source': {place!r}}}"}, leaks  # it said it itself
