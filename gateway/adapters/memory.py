@@ -16,13 +16,19 @@ import httpx2
 import msgspec
 
 from peft_adapters.recipe import merge_of
-from protocol.queue.bus import Bus, decode
+from protocol.queue.bus import Bus
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Conflict, LorafleetError, NoRoom, Overloaded, TooLarge, Unavailable
 from protocol.wire.keys import CLASSES
 
 POLL_S = 0.25
+REST = 9
+"""Least pause between two looks through the queue, in times of what the last one took."""
+
+AT_ONCE = 256
+"""Requests of the queue that are looked at at a time: a millisecond's work."""
+
 STORE_TIMEOUT_S = 30.0
 UPLOAD_TIMEOUT = httpx2.Timeout(60.0, read=600.0)  # a store unpacks before it answers
 
@@ -44,6 +50,7 @@ class AdapterMemory:
         self._bus = bus
         self._headers = {"Authorization": f"Bearer {secret.bearer}"} if secret else {}
         self._open: dict[str, asyncio.Queue[m.AdapterEvent]] = {}  # id of an order -> the answers to it
+        self._look: asyncio.Task[list[m.WorkerBeat]] | None = None
 
     def on_event(self, event: m.AdapterEvent) -> None:
         """Take an adapter event; it may answer an order."""
@@ -53,6 +60,18 @@ class AdapterMemory:
     async def beats(self) -> list[m.WorkerBeat]:
         """Return the latest beats of the workers that are alive."""
         return [beat for beat in (await self._bus.members.worker_beats()).values() if beat is not None]
+
+    async def next_beats(self) -> list[m.WorkerBeat]:
+        """Return the beats in POLL_S at most: one look for all who wait, however many do."""
+        if self._look is None or self._look.done():
+            self._look = asyncio.create_task(self._after_pause())
+        look = self._look
+        await asyncio.wait([look])
+        return look.result()
+
+    async def _after_pause(self) -> list[m.WorkerBeat]:
+        await asyncio.sleep(POLL_S)
+        return await self.beats()
 
     async def prefetch(self, digest: str) -> None:
         """Have every worker fetch an adapter, and load it into its pool where no other has to leave for it."""
@@ -101,13 +120,15 @@ class AdapterMemory:
 
         rids: list[str] = []
         for cls in CLASSES:
-            for _, fields in await self._bus.streams.entries(self._bus.keys.sub(cls)):
-                submit = decode(fields.get(b"b", b""), m.Submit)
-                if counts(submit):
-                    rids.append(submit.rid)
+            entry = ""
+            while found := await self._bus.request_lists.queued(cls, entry, AT_ONCE):
+                entry = found[-1][0]
+                rids += [submit.rid for _, submit in found if submit is not None and counts(submit)]
+                await asyncio.sleep(0)
         on_workers: list[str] = []
         for wid in await self._bus.members.ids(self._bus.keys.workers):
             on_workers += [item.rid for item in await self._bus.work_of(wid) if counts(item)]
+            await asyncio.sleep(0)
         # The entries of a batch stay until all of its requests have ended.
         facts = await self._bus.requests(on_workers) if on_workers else []
         return rids + [rid for rid, fact in zip(on_workers, facts, strict=True) if fact and not fact.is_terminal]
@@ -115,10 +136,13 @@ class AdapterMemory:
     async def wait_unused(self, digest: str, wait_s: float) -> bool:
         """Wait up to `wait_s` until no request for an adapter is queued or runs; return whether that came true."""
         deadline_s = time.monotonic() + wait_s
+        begun_s = time.monotonic()
         while await self.requests(digest):
-            if time.monotonic() > deadline_s:
+            now_s = time.monotonic()
+            if now_s > deadline_s:
                 return False
-            await asyncio.sleep(POLL_S)
+            await asyncio.sleep(max(POLL_S, min(REST * (now_s - begun_s), deadline_s - now_s)))
+            begun_s = time.monotonic()
         return True
 
     async def end_requests(self, digest: str, error: LorafleetError, tenant: str | None = None) -> int:

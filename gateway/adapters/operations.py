@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
@@ -20,11 +21,12 @@ import orjson
 
 from gateway.adapters.aliases import Aliases, error_of, is_settled
 from gateway.adapters.catalogue import OBJECTS_AT_ONCE, Catalogue
-from gateway.adapters.memory import POLL_S, AdapterMemory, Freed
+from gateway.adapters.memory import AdapterMemory, Freed
 from gateway.adapters.resolver import BASE
 from gateway.adapters.views import AdapterObjects
 from gateway.auth.callers import Caller
 from gateway.bodies.json_slices import dumps
+from gateway.overload.large import Places
 from gateway.overload.memory import held, hold
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.runtime.fleet_secret import FleetSecret
@@ -102,6 +104,7 @@ class AdapterOperations:
         first = [settings.adapters] if settings.adapters is not None else []
         self._roots = [*first, *(Path(root).expanduser() for root in names_of(settings.adapter_roots))]
         self.memory = AdapterMemory(bus, secret)
+        self._unloading = Places(sys.maxsize, num_of_tenant=1)
         self._free_slots = asyncio.Semaphore(FREEING_AT_ONCE)
         self._freeing: set[asyncio.Task[None]] = set()
         aliases.listeners.append(self.memory.on_event)
@@ -380,10 +383,11 @@ class AdapterOperations:
 
     async def _wait_workers(self, has: Callable[[m.WorkerBeat], bool], wait_s: float) -> bool:
         deadline_s = time.monotonic() + wait_s
-        while not all(has(beat) for beat in await self.memory.beats()):
+        beats = await self.memory.beats()
+        while not all(has(beat) for beat in beats):
             if time.monotonic() > deadline_s:
                 return False
-            await asyncio.sleep(POLL_S)
+            beats = await self.memory.next_beats()
         return True
 
     # ------------------------------------------------------------ evict, unload
@@ -408,9 +412,20 @@ class AdapterOperations:
 
         New requests are refused at once; those accepted before end first, or with `force` are failed. `blob`: free the
         stores' disks too. Raises ModelNotFound, Conflict for a folder of the adapter root, Unavailable without a store,
-        PermissionDenied for another tenant's name.
+        PermissionDenied for another tenant's name. A tenant's come one after another, so that a name is unloaded once.
         """
         caller.require_names_of(tenant)
+        if caller.is_admin:
+            return await self._unload(name, caller, tenant, force=force, blob=blob, wait_s=wait_s)
+        await self._unloading.take(tenant)
+        try:
+            return await self._unload(name, caller, tenant, force=force, blob=blob, wait_s=wait_s)
+        finally:
+            self._unloading.give(tenant)
+
+    async def _unload(
+        self, name: str, caller: Caller, tenant: str, *, force: bool, blob: bool, wait_s: float
+    ) -> Unloaded:
         alias, registration = (
             await self._bus.adapters.alias(name, tenant),
             await self._bus.adapters.registration(name, tenant),
@@ -427,7 +442,8 @@ class AdapterOperations:
         await self._bus.adapters.unregister(name, tenant)
         await self._aliases.wait(name, tenant, lambda found: found is None or found.is_folder, max(wait_s, REMOVAL_S))
         digest = alias.digest if alias is not None else ""
-        others = [other async for other in self._bus.adapters.each() if other.digest == digest]
+        names = (await self._catalogue.copy()).after("", "")
+        others = [o async for o in names if o.digest == digest and (o.name, o.tenant) != (name, tenant)]
         kept_by = sorted({other.name if caller.sees(other) else OTHERS for other in others})
         error = Conflict(f"the adapter `{name}` was unloaded", param="model", code="adapter_unloaded")
         if not digest or (kept_by if caller.is_admin else kept_by and kept_by != [OTHERS]):

@@ -92,7 +92,7 @@ class RequestList:
             for cls in CLASSES[CLASSES.index(now) if now else 0 :]:
                 while found := await self._bus.request_lists.queued(cls, entry, _AT_ONCE):
                     entry = found[-1][0]
-                    yield [_Found(f"{cls}/{one}", rid) for one, rid in found]
+                    yield [_Found(f"{cls}/{one}", submit.rid if submit is not None else "") for one, submit in found]
                 entry = ""
         else:
             entry, _, done = place.partition("/")

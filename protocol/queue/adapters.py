@@ -154,12 +154,6 @@ class Adapters:
                     made.append(alias)
             yield made
 
-    async def each(self) -> AsyncIterator[m.Alias]:
-        """Make all names of all tenants one by one, as `some` reads them."""
-        async for some in self.some():
-            for alias in some:
-                yield alias
-
     async def register(
         self, registration: m.Registration, max_registered: int = MAX_REGISTERED, limits: NameLimits | None = None
     ) -> bool:  # fmt: skip

@@ -26,16 +26,19 @@ class RequestLists:
         self._redis = client
         self._keys = keys
 
-    async def queued(self, cls: str, after: str, limit: int) -> list[tuple[str, str]]:
-        """Return (entry, rid) of requests of a class that wait, oldest first, from after an entry on; "": from all."""
+    async def queued(self, cls: str, after: str, limit: int) -> list[tuple[str, m.Submit | None]]:
+        """Return the entries of a class's requests that wait, oldest first, from after an entry on; "": from all.
+
+        None: of an entry that cannot be read, which the scheduler puts aside.
+        """
         low = f"({after}" if after else "-"
         entries = await self._redis.xrange(self._keys.sub(cls), low, "+", count=limit)
-        found: list[tuple[str, str]] = []
+        found: list[tuple[str, m.Submit | None]] = []
         for entry, fields in entries:
             try:
-                found.append((entry.decode(), decode(fields.get(b"b", b""), m.Submit).rid))
-            except ProtocolError:  # the scheduler puts it aside
-                found.append((entry.decode(), ""))
+                found.append((entry.decode(), decode(fields.get(b"b", b""), m.Submit)))
+            except ProtocolError:
+                found.append((entry.decode(), None))
         return found
 
     async def ended(self, until: str, limit: int) -> list[tuple[str, list[str]]]:

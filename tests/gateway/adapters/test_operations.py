@@ -292,7 +292,7 @@ async def test_orders_that_make_no_sense(subtests: pytest.Subtests, fleet: Fleet
         ({"name": "base", "source": "org/a"}, "cannot be an adapter's name"),
         ({"source": "org/a"}, "name: it is missing"),
         ({"name": "a b", "source": "org/a"}, "cannot be an adapter's name"),
-        ({"name": "a", "source": "/"}, "not a place"),
+        ({"name": "a", "source": "./"}, "not a place"),
         ({"name": "a", "source": "../x"}, "not a place"),
         ({"name": "a", "source": "local:../x"}, "not a place"),
         ({"name": "a", "source": "org/a", "wait": 3}, "wait"),

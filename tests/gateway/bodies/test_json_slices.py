@@ -161,6 +161,6 @@ async def test_thousands_of_adapters_are_listed_some_at_a_time(http: httpx2.Asyn
     assert listed[1]["rank"] == 8
     info = (await http.get("/info")).json()
     assert info["num_adapters"] == num
-    names = [alias.name async for alias in fleet.bus.adapters.each()]
+    names = [alias.name for alias in await fleet.bus.adapters.aliases(None)]
     assert sorted(names) == [entry["id"] for entry in listed[1:]]
     assert num > OBJECTS_AT_ONCE
