@@ -14,9 +14,10 @@ import hashlib
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Container, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from heapq import merge
 from typing import Any
 
 import msgspec
@@ -32,6 +33,12 @@ MAX_NUMBER = 2 * MAX_LINES
 
 LINES_AT_ONCE = 16
 """Lines that are read before others have their turn."""
+
+PIECE_BYTES = 4 << 10
+"""Bytes in which lines are looked for at a time: a millisecond, for lines of one byte each."""
+
+SORTED_AT_ONCE = 256
+"""Lines that are sorted before others have their turn."""
 
 MAX_PROBLEMS = 50
 """Problems of a file that are told; the rest are counted by nobody."""
@@ -90,6 +97,7 @@ class Line:
     num_bytes: int
     model: str
     prompt: bytes  # the beginning of it, to sort by
+    is_too_deep: bool = False  # to be read: nothing of it was checked
 
     @property
     def end(self) -> int:
@@ -105,6 +113,7 @@ class InputLines:
     max_bytes: int  # of a line
     lines: list[Line] = field(default_factory=list)
     problems: list[m.BatchProblem] = field(default_factory=list)
+    _models: Counter[str] = field(default_factory=Counter)  # lines of each
     _names: set[bytes] = field(default_factory=set)
 
     def add(self, number: int, start: int, raw: bytes | None) -> None:
@@ -126,7 +135,7 @@ class InputLines:
             self._problem("invalid_json_line", f"the line is no JSON: {error}", number)
             return
         except RecursionError:
-            self.lines.append(Line(number, start, len(raw), "", b""))  # `call_of` says what is wrong
+            self._add(Line(number, start, len(raw), "", b"", is_too_deep=True))  # `call_of` says what is wrong
             return
         name = _scalar(line.custom_id)
         if not isinstance(name, str) or not 0 < len(name) <= MAX_CUSTOM_ID_CHARACTERS:
@@ -151,7 +160,11 @@ class InputLines:
             self._problem("invalid_body", "body must be an object", number, "body")
             return
         model = _scalar(body.model)
-        self.lines.append(Line(number, start, len(raw), model if isinstance(model, str) else "", _beginning(body)))
+        self._add(Line(number, start, len(raw), model if isinstance(model, str) else "", _beginning(body)))
+
+    def _add(self, line: Line) -> None:
+        self.lines.append(line)
+        self._models[line.model] += 1
 
     def finish(self, number: int) -> None:
         """Note that there are no more lines than `number`, empty ones too."""
@@ -168,17 +181,22 @@ class InputLines:
     @property
     def model(self) -> str:
         """The model that all lines name, "" if they name several."""
-        models = {line.model for line in self.lines}
-        return models.pop() if len(models) == 1 else ""
+        return next(iter(self._models)) if len(self._models) == 1 else ""
 
-    def in_order(self) -> list[Line]:
+    async def in_order(self, done: Container[int] = ()) -> Iterator[Line]:
         """Return the lines in the order in which they are run: by model, then by the beginnings of their prompts.
 
         Models with the most lines are first, so that the last ones run with others beside them. The order is the same
-        each time, whoever asks.
+        each time, whoever asks. done: numbers of those that are left out.
         """
-        counts = Counter(line.model for line in self.lines)
-        return sorted(self.lines, key=lambda line: (-counts[line.model], line.model, line.prompt, line.number))
+        runs: list[list[Line]] = []
+        for some in (self.lines[i : i + SORTED_AT_ONCE] for i in range(0, len(self.lines), SORTED_AT_ONCE)):
+            runs.append(sorted((line for line in some if line.number not in done), key=self._rank))
+            await asyncio.sleep(0)
+        return merge(*runs, key=self._rank)
+
+    def _rank(self, line: Line) -> tuple[int, str, bytes, int]:
+        return -self._models[line.model], line.model, line.prompt, line.number
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,11 +210,14 @@ class LineCall:
 
 def call_of(line: Line, raw: bytes) -> LineCall:
     """Return the call of a line that `InputLines` has found, from its bytes in the file."""
+    too_deep = LineCall("", b"", f"line {line.number} is nested too deeply to be read")
+    if line.is_too_deep:  # how deep can be read depends on who asks: what was not checked then is not used now
+        return too_deep
     try:
         whole = msgspec.json.decode(raw, type=_Whole)
         body = msgspec.json.decode(whole.body, type=_Body)
     except RecursionError:
-        return LineCall("", b"", f"line {line.number} is nested too deeply to be read")
+        return too_deep
     name = next((name for name in ("stream", "background") if _scalar(getattr(body, name))), "")
     return LineCall(_scalar(whole.custom_id), bytes(whole.body), f"{name} cannot be true in a batch" if name else "")
 
@@ -210,11 +231,17 @@ def _line_of(raw: bytes) -> _Line | _Whole:
 
 
 def _scalar(raw: Raw) -> Any:
-    """Return a value if it is a string, a number, true, false or null, else the beginning of its JSON as bytes."""
+    """Return a value if it is a string, a number, true, false or null, else the beginning of its JSON as bytes.
+
+    So it does of what was passed over and is no JSON in itself: text that is not UTF-8, a number that is too large.
+    """
     text = bytes(memoryview(raw)[: LOOKED_AT_BYTES * 4])
     if len(text) < len(memoryview(raw)) or text[:1] in b"[{":
         return text
-    return json_values.loads(text)
+    try:
+        return json_values.loads(text)
+    except ValueError:
+        return text
 
 
 def _beginning(body: _Body) -> bytes:
@@ -223,7 +250,8 @@ def _beginning(body: _Body) -> bytes:
     texts, num_bytes = list[bytes](), 0
     for text, end, colon in _TEXT.findall(bytes(memoryview(found)[:LOOKED_AT_BYTES])):
         if not colon and num_bytes < SORTED_BYTES:
-            texts.append(json_values.loads(b'"%b"' % text).encode("utf-8", "surrogatepass") if end else text)
+            value = _scalar(Raw(b'"%b"' % text)) if end else text
+            texts.append(value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value)
             num_bytes += len(texts[-1])
     return b"".join(texts)[:SORTED_BYTES]
 
@@ -251,6 +279,19 @@ class Splitter:
                 return
         self._add(rest)
 
+    async def of(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[tuple[int, int, bytes | None]]:
+        """Yield the lines that end in a file, as `feed` does, and let others have their turn. Raises what it raises."""
+        next_turn = LINES_AT_ONCE
+        async for chunk in chunks:
+            for at in range(0, len(chunk), PIECE_BYTES):
+                for line in self.feed(chunk[at : at + PIECE_BYTES]):
+                    yield line
+                if self.number > MAX_NUMBER:
+                    return
+                if self.number >= next_turn:
+                    next_turn = self.number + LINES_AT_ONCE
+                    await asyncio.sleep(0)
+
     def end(self) -> Iterator[tuple[int, int, bytes | None]]:
         """Yield the line that has come so far, unless it is empty."""
         line = b"".join(self._parts) if self._num_bytes <= self._max_bytes else None
@@ -266,18 +307,18 @@ class Splitter:
 
 
 @asynccontextmanager
-async def turn_of(raw: bytes | None, turns: asyncio.Lock) -> AsyncIterator[None]:
+async def turn_of(num_bytes: int, turns: asyncio.Lock) -> AsyncIterator[None]:
     """Wait until a line may be read, and afterwards give others as long as it took: of a large line some milliseconds.
 
-    turns: one large line is read at a time.
+    turns: one large line is read at a time, and held until it is somebody's call.
     """
-    if raw is None or len(raw) <= SMALL_BODY_BYTES:
+    if num_bytes <= SMALL_BODY_BYTES:
         yield
         return
     async with turns:
-        began_s = time.perf_counter()
+        began_s = time.thread_time()
         yield
-        await asyncio.sleep(time.perf_counter() - began_s)
+        await asyncio.sleep(time.thread_time() - began_s)
 
 
 async def read_lines(
@@ -288,17 +329,14 @@ async def read_lines(
     turns: what lines of all batches take turns by, see `turn_of`.
     """
     found, splitter, turns = InputLines(endpoint, max_bytes), Splitter(max_bytes), turns or asyncio.Lock()
-    async for chunk in chunks:
-        for number, start, raw in splitter.feed(chunk):
-            async with turn_of(raw, turns):
-                found.add(number, start, raw)
-            if number % LINES_AT_ONCE == 0:
-                await asyncio.sleep(0)
-        if splitter.number > MAX_NUMBER or len(found.problems) >= MAX_PROBLEMS:
-            break  # nobody writes so many empty lines, and nobody reads more problems
+    async for number, start, raw in splitter.of(chunks):
+        async with turn_of(len(raw or b""), turns):
+            found.add(number, start, raw)
+        if len(found.problems) >= MAX_PROBLEMS:
+            break  # nobody reads more
     else:
-        for number, start, raw in splitter.end():
-            async with turn_of(raw, turns):
+        for number, start, raw in splitter.end() if splitter.number <= MAX_NUMBER else ():
+            async with turn_of(len(raw or b""), turns):
                 found.add(number, start, raw)
     found.finish(splitter.number)
     return found

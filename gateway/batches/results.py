@@ -81,7 +81,7 @@ class Results:
         self.folder = f"batches/{batch_id}"
         self._epoch = epoch
         self._num_parts = 0
-        self._waiting: list[Answer] = []
+        self._waiting: list[tuple[int, bytes]] = []  # line and row of each answer
         self._num_bytes = 0
         self._writing = asyncio.Lock()
         self.num_written = 0  # lines whose answers cannot be lost any more
@@ -106,8 +106,8 @@ class Results:
     def add(self, answer: Answer) -> None:
         """Take the answer to a line that has none."""
         if self.tally.add(answer.number, answer.kind, answer.usage):
-            self._waiting.append(answer)
-            self._num_bytes += len(answer.line)
+            self._waiting.append((answer.number, row := _row(answer)))
+            self._num_bytes += len(row)
             self.file_bytes[answer.kind] += len(answer.line) + 1
 
     async def flush(self, hold: Hold = _no_limit) -> list[int]:
@@ -128,13 +128,13 @@ class Results:
         name = f"{self.folder}/{self._epoch:08}-{self._num_parts:08}"
         try:
             await hold(dict(self.file_bytes))
-            await self._storage.write(name, _each(b"".join(map(_row, answers))))
+            await self._storage.write(name, _each(b"".join(row for _, row in answers)))
         except BaseException:  # given up in the middle, too: they wait again
             self._waiting += answers
-            self._num_bytes += sum(len(answer.line) for answer in answers)
+            self._num_bytes += sum(len(row) for _, row in answers)
             raise
         self.num_written += len(answers)
-        return [answer.number for answer in answers]
+        return [number for number, _ in answers]
 
     async def file(self, kind: Kind) -> AsyncIterator[bytes]:
         """Yield the output or the error file."""
@@ -158,14 +158,12 @@ class Results:
     async def _lines(self, tally: Tally) -> AsyncIterator[tuple[Kind, bytes]]:
         """Yield kind and line of every answer that is written, each line's once."""
         for name in await self._storage.names(self.folder):
-            splitter = Splitter(_LONGEST)
-            async for chunk in self._storage.read(name):
-                for _, _, row in splitter.feed(chunk):
-                    assert row is not None
-                    number, written, *usage, line = row.split(b" ", 6)
-                    kind: Kind = "output" if written == b"output" else "error"
-                    if tally.add(int(number), kind, _usage(map(int, usage))):
-                        yield kind, line
+            async for _, _, row in Splitter(_LONGEST).of(self._storage.read(name)):
+                assert row is not None
+                number, written, *usage, line = row.split(b" ", 6)
+                kind: Kind = "output" if written == b"output" else "error"
+                if tally.add(int(number), kind, _usage(map(int, usage))):
+                    yield kind, line
 
 
 def answer_of(number: int, custom_id: str, status: int, request_id: str, body: bytes) -> Answer:

@@ -25,6 +25,7 @@ from gateway.batches.results import KINDS, Answer, Kind, Results, answer_of, fai
 from gateway.calls.submit import cancel
 from gateway.files.files import HELD_S, FileService
 from gateway.files.storage import Storage
+from gateway.http.paths import SMALL_BODY_BYTES
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.queue.kept.batches import ClaimedBatch
 from protocol.runtime.backoff import Backoff
@@ -93,7 +94,7 @@ class BatchRun:
         self._found: InputLines | None = None
         self._num_done = -1  # lines that were answered when the tries were last counted; -1: it is not known yet
         self._results = Results(means.storage, self.batch.id, claimed.epoch)
-        self._is_cancelled = asyncio.Event()
+        self._is_stopped = asyncio.Event()  # it was cancelled, or has no room: no further line is asked
         self._no_room: m.BatchProblem | None = None  # why its tenant may have no more files
         if claimed.cancelled_ms:
             self._cancel(claimed.cancelled_ms)
@@ -135,7 +136,7 @@ class BatchRun:
         code = "storage_unavailable" if isinstance(error, Unavailable) else "internal_error"
         why = error.message if isinstance(error, LorafleetError) else "the gateway failed while it ran the batch"
         problem = m.BatchProblem(code=code, message=f"given up after {tries} tries: {why}")
-        status: m.BatchStatus = "cancelled" if self._is_cancelled.is_set() else "failed"
+        status: m.BatchStatus = "cancelled" if self.batch.cancelling_ms else "failed"
         logger.error("batch %s is %s, %s", self.batch.id, status, problem.message)
         try:
             if self._found is not None:
@@ -176,7 +177,7 @@ class BatchRun:
 
     def _cancel(self, cancelled_ms: int) -> None:
         self.batch = msgspec.structs.replace(self.batch, cancelling_ms=cancelled_ms)
-        self._is_cancelled.set()
+        self._is_stopped.set()
 
     # ------------------------------------------------------------ stages
 
@@ -190,9 +191,10 @@ class BatchRun:
         try:
             endpoint, most = self.batch.endpoint, self._settings.max_body_bytes
             found = await read_lines(chunks, endpoint, most, self._means.turns)
-        except NotFound:
-            await self._fail("file_not_found", "the input file was deleted")
-            return
+        except NotFound as error:
+            # Its record goes right after its bytes, so if it stays, these are lost: a folder that is not mounted looks
+            # so. That may pass by; no batch of the fleet ends of it at once.
+            raise Unavailable(f"the storage does not have the input file: {error.message}") from error
         if found.problems:
             await self._save(status="failed", problems=found.problems, ended_ms=now_ms())
             return
@@ -206,7 +208,7 @@ class BatchRun:
         if self._no_room is None:
             end = self.batch.end or await self._run_lines(found, source)
         else:
-            end = self.batch.end or "completed"
+            end = self.batch.end or ("cancelled" if self.batch.cancelling_ms else "completed")
         await self._flush()
         # Noted, since whoever has to begin its end anew finds an answer, if only a failure, for each line. Not so where
         # there is no room for these: then the lines are run again, up to where room ends.
@@ -214,29 +216,25 @@ class BatchRun:
         await self._save(status="finalizing", finalizing_ms=self.batch.finalizing_ms or now_ms(), end=noted)
         await self._give_up(found, source, end)
         await self._flush()
-        if self._no_room is None:
-            await self._end(end)
-            return
-        await self._count_anew()  # what was not written is no answer
-        await self._end("failed" if end == "completed" else end, problems=[self._no_room])
+        await self._end("failed" if end == "completed" and self._no_room is not None else end)
 
     async def _run_lines(self, found: InputLines, source: m.File) -> End:
         """Run the lines that have no answer, a few at a time. Returns how the batch ends."""
         caller = await self._caller()
-        todo = (line for line in found.in_order() if line.number not in self._results.tally.done)
-        cancelled = asyncio.create_task(self._is_cancelled.wait())
-        running: set[asyncio.Task[Any]] = {cancelled}
+        todo = await found.in_order(self._results.tally.done)
+        stopped = asyncio.create_task(self._is_stopped.wait())
+        running: set[asyncio.Task[Any]] = {stopped}
         end: End = "completed"
         life = asyncio.timeout(max(0.0, (self.batch.expires_ms - now_ms()) / 1000))
         try:
             async with life:
                 for line in todo:
                     running.add(asyncio.create_task(self._run_line(line, source, caller)))
-                    await _wait(running, cancelled, self._num_calls())
-                    if cancelled.done():
+                    await _wait(running, stopped, self._num_calls())
+                    if stopped.done():
                         break
-                await _wait(running, cancelled, 1)
-            if cancelled.done() and self._no_room is None:
+                await _wait(running, stopped, 1)
+            if stopped.done() and self.batch.cancelling_ms:
                 end = "cancelled"
         except TimeoutError:
             if not life.expired():
@@ -250,14 +248,19 @@ class BatchRun:
             await self._end_requests(found.lines, caller)
         return end
 
-    async def _end(self, status: m.BatchStatus, **changes: object) -> None:
+    async def _end(self, status: m.BatchStatus, problems: Sequence[m.BatchProblem] = ()) -> None:
         """Write the output files and the end of the batch. Raises Unavailable when answers have gone meanwhile."""
+        if self._no_room is not None:
+            problems = [*problems, self._no_room]
+            await self._count_anew()  # what was not written is no answer
         self._results.num_read = 0
         output, errors = await self._write("output"), await self._write("error")
         if self._results.num_read != self._results.num_written:
             text = f"the storage has {self._results.num_read} of {self._results.num_written} answers"
             raise Unavailable(text)
-        await self._save(status=status, ended_ms=now_ms(), output_file=output, error_file=errors, **changes)
+        await self._save(
+            status=status, ended_ms=now_ms(), output_file=output, error_file=errors, problems=list(problems)
+        )  # fmt: skip
         try:
             await self._results.forget()
         except Exception as error:  # noqa: BLE001  the batch has ended; what is left costs room alone
@@ -293,7 +296,7 @@ class BatchRun:
             yield
         except Overloaded as error:
             self._no_room = m.BatchProblem(code="file_limit", message=error.message)
-            self._is_cancelled.set()
+            self._is_stopped.set()
 
     async def _count_anew(self) -> None:
         """Count the answers that are written, and no others."""
@@ -323,40 +326,43 @@ class BatchRun:
     # ------------------------------------------------------------ lines
 
     async def _run_line(self, line: Line, source: m.File, caller: Caller) -> None:
-        """Ask the endpoint for one line's answer, until it is not too busy to give one."""
-        call = await self._read(line, source)
-        if call.refusal:
-            await self._take(failure_of(line.number, call.custom_id, "invalid_request", call.refusal))
-            return
-        try:
-            answer = await self._ask(line, call, caller)
-        except BaseException as error:
-            if not is_failure(error):
-                raise
-            FAILED.note("batch lines", error, self._key(line))
-            why = error.message if isinstance(error, LorafleetError) else "the gateway failed while answering"
-            answer = failure_of(line.number, call.custom_id, "internal_error", why)
-        await self._take(answer)
+        """Ask the endpoint for one line's answer, until it is not too busy to give one.
 
-    async def _ask(self, line: Line, call: LineCall, caller: Caller) -> Answer:
-        """Return the endpoint's answer. Raises what a line alone can be the cause of."""
+        Between two tries nothing of a large line is held: while a call has it, that is charged for it.
+        """
+        call: LineCall | None = None
+        answer: Answer | None = None
         num_away = 0
-        while True:
+        while answer is None:
+            call = call or await self._read(line, source)
             try:
-                answer = await self._means.calls.post(self.batch.endpoint, call.body, caller, self._key(line))
-            except CONNECTION_ERRORS as error:
-                if not is_queue_away(error):
+                answer, pause_s = await self._ask(line, call, caller)
+            except BaseException as error:
+                if not is_failure(error):
                     raise
                 FAILED.note("batch lines", error, self._key(line))
                 num_away += 1
                 pause_s = self._means.pace.retry.pause_s(num_away)
-            else:
-                if answer.status not in RETRIED:
-                    break
-                pause_s = answer.retry_after_s
-            await asyncio.sleep(pause_s * random.uniform(1.0, 1.5))
+                if not is_queue_away(error):
+                    why = error.message if isinstance(error, LorafleetError) else "the gateway failed while answering"
+                    answer = failure_of(line.number, call.custom_id, "internal_error", why)
+            if answer is None:
+                call = call if line.num_bytes <= SMALL_BODY_BYTES else None
+                await asyncio.sleep(pause_s * random.uniform(1.0, 1.5))
+        await self._take(answer)
+
+    async def _ask(self, line: Line, call: LineCall, caller: Caller) -> tuple[Answer | None, float]:
+        """Return the endpoint's answer; None if it is too busy to give one, and after how many seconds it may.
+
+        Raises what a line alone can be the cause of, and connection errors.
+        """
+        if call.refusal:
+            return failure_of(line.number, call.custom_id, "invalid_request", call.refusal), 0.0
+        answer = await self._means.calls.post(self.batch.endpoint, call.body, caller, self._key(line))
+        if answer.status in RETRIED:
+            return None, answer.retry_after_s
         request_id = answer.headers.get("x-request-id", "")
-        return answer_of(line.number, call.custom_id, answer.status, request_id, answer.body)
+        return answer_of(line.number, call.custom_id, answer.status, request_id, answer.body), 0.0
 
     async def _take(self, answer: Answer) -> None:
         """Take a line's answer, and write those that wait if they are many."""
@@ -366,9 +372,10 @@ class BatchRun:
 
     async def _read(self, line: Line, source: m.File) -> LineCall:
         """Return a line's call."""
-        raw = b"".join([chunk async for chunk in self._means.files.read(source, line.start, line.end)])
-        async with turn_of(raw, self._means.turns):
-            return call_of(line, raw)
+        async with turn_of(line.num_bytes, self._means.turns):
+            return call_of(
+                line, b"".join([chunk async for chunk in self._means.files.read(source, line.start, line.end)])
+            )
 
     def _key(self, line: Line) -> str:
         return f"{self.batch.id}:{line.number}"
@@ -416,11 +423,11 @@ class BatchRun:
             raise Lost
 
 
-async def _wait(running: set[asyncio.Task[Any]], cancelled: asyncio.Task[Any], num: int) -> None:
-    """Wait until fewer than `num` others run, or until `cancelled` is done. Raises what a task has raised."""
-    while len(running) > num and not cancelled.done():
+async def _wait(running: set[asyncio.Task[Any]], stopped: asyncio.Task[Any], num: int) -> None:
+    """Wait until fewer than `num` others run, or until `stopped` is done. Raises what a task has raised."""
+    while len(running) > num and not stopped.done():
         done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-        running -= done - {cancelled}
+        running -= done - {stopped}
         for task in done:
             task.result()
 

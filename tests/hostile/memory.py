@@ -66,6 +66,7 @@ def gateway_bytes(settings: Settings, crowd: Crowd) -> dict[str, int]:
         "adapters' texts": MAX_KEPT_BYTES,
         "adapters' texts being read": min(crowd.holders - 1, NUM_READ) * READ_BYTES,  # a holder is an address, too
         "lines of batches": BatchPace().max_batches * MAX_LINES * LINE_BYTES,
+        "lines that run": settings.max_batch_calls * SMALL_BODY_BYTES,
     }
 
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from itertools import pairwise
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.batches.lines import MAX_LINES, MAX_NUMBER, MAX_PROBLEMS, InputLines, Splitter, read_lines
-from gateway.batches.results import usage_of
+from gateway.batches.lines import (
+    MAX_LINES,
+    MAX_NUMBER,
+    MAX_PROBLEMS,
+    PIECE_BYTES,
+    SORTED_AT_ONCE,
+    InputLines,
+    Splitter,
+    call_of,
+    read_lines,
+)
+from gateway.batches.results import Results, failure_of, usage_of
+from gateway.files.storage import CHUNK_BYTES, FolderStorage
 
 URL = "/v1/completions"
 
@@ -71,7 +85,7 @@ async def test_the_order_is_by_model_then_prompt_and_always_the_same() -> None:
     orders = []
     for seed in range(3):
         random.Random(seed).shuffle(rows)
-        lines = (await read_lines(pieces(b"\n".join(rows), 512), URL, 1000)).in_order()
+        lines = list(await (await read_lines(pieces(b"\n".join(rows), 512), URL, 1000)).in_order())
         models = [line.model for line in lines]
         assert sum(a != b for a, b in pairwise(models)) == 4
         orders.append([(line.model, line.prompt) for line in lines])
@@ -87,3 +101,98 @@ def test_usage_is_read_in_the_words_of_every_api() -> None:
     assert (openai.input_tokens, openai.cached_tokens, openai.output_tokens) == (3, 1, 2)
     assert openai == anthropic
     assert usage_of(b'{"data":[]}').input_tokens == 0
+
+
+NO_TEXT = (b'"\xff"', b'"a\xed\xa0\x80"', b"1e999", b'"' + b"\xff" * 5000 + b'"')
+"""What is passed over as a value, and is none: not UTF-8, or a number beyond all."""
+
+
+@pytest.mark.parametrize("value", NO_TEXT)
+def test_what_is_passed_over_and_is_no_json_is_its_line_s_trouble(value: bytes) -> None:
+    fields = {b"custom_id": b'"a"', b"method": b'"POST"', b"url": b'"/v1/completions"', b"body": b'{"model":"m"}'}
+    for name in (b"custom_id", b"method", b"url", b"body"):
+        found = InputLines(URL, 1 << 20)
+        found.add(1, 0, b"{%b}" % b",".join(b'"%b":%b' % one for one in {**fields, name: value}.items()))
+        assert [(problem.line, found.lines) for problem in found.problems] == [(1, [])], name
+    for name in (b"model", b"prompt", b"messages", b"stream", b"background", b"other"):
+        for shown in (value, b'[{"a":%b}]' % value):
+            raw = b"{%b}" % b",".join(
+                b'"%b":%b' % one for one in {**fields, b"body": b'{"%b":%b}' % (name, shown)}.items()
+            )
+            found = InputLines(URL, 1 << 20)
+            found.add(1, 0, raw)
+            call = call_of(found.lines[0], raw)
+            assert (call.custom_id, bool(call.refusal)) == ("a", name in (b"stream", b"background"))
+
+
+def test_what_was_too_deep_to_be_checked_is_not_run_where_it_can_be_read() -> None:
+    """How deep can be read depends on how deep the reader is called: the second look may see more than the first."""
+
+    def add(found: InputLines, raw: bytes, calls: int) -> None:
+        if calls:
+            add(found, raw, calls - 1)
+        else:
+            found.add(1, 0, raw)
+
+    num_seen = 0
+    for depth in range(500, 1100, 5):
+        raw = b'{"custom_id":["x"],"url":"/other","body":{"prompt":%b}}' % (b"[" * depth + b"]" * depth)
+        found = InputLines(URL, 1 << 20)
+        add(found, raw, 100)
+        for line in found.lines:  # it was too deep for the first look
+            num_seen += 1
+            call = call_of(line, raw)
+            assert call.custom_id == call.body.decode() == ""
+            assert call.refusal == "line 1 is nested too deeply to be read"
+    assert num_seen
+
+
+async def turns_beside(work: Awaitable[object]) -> int:
+    """Return how often others had their turn while some work was done."""
+    num, others = 0, asyncio.create_task(asyncio.Event().wait())
+
+    async def count() -> None:
+        nonlocal num
+        while not others.done():
+            num += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    await asyncio.sleep(0)
+    await work
+    others.cancel()
+    await counting
+    return num
+
+
+async def test_others_have_turns_while_lines_are_looked_for() -> None:
+    """Lines without a byte, of which a file has as many as bytes."""
+    text = b"\n" * CHUNK_BYTES
+    assert await turns_beside(read_lines(pieces(text, CHUNK_BYTES), URL, 100)) > MAX_NUMBER // PIECE_BYTES
+
+
+async def test_others_have_turns_while_lines_are_sorted() -> None:
+    found = InputLines(URL, 1000)
+    for number in range(1, 40 * SORTED_AT_ONCE):
+        found.add(number, 0, row(number, model=f"m{number % 5}", prompt=f"{number * 7919 % 1000}"))
+    assert await turns_beside(found.in_order()) >= 40
+    done = {line.number for line in found.lines if line.number % 3}
+    left = [line.number for line in await found.in_order(done)]
+    assert left == [line.number for line in await found.in_order() if line.number not in done]
+    assert found.model == ""
+
+
+async def test_others_have_turns_while_answers_are_counted_and_gathered(tmp_path: Path) -> None:
+    results = Results(FolderStorage(tmp_path), "batch_1", 1)
+    for number in range(5000):
+        results.add(failure_of(number, f"c{number}", "invalid_request", "no"))
+    await results.flush()
+
+    async def gather() -> None:
+        assert len(b"".join([chunk async for chunk in results.file("error")]).split(b"\n")) == 5001
+
+    again = Results(FolderStorage(tmp_path), "batch_1", 2)
+    least = results.file_bytes["error"] // PIECE_BYTES
+    assert await turns_beside(again.load()) > least
+    assert await turns_beside(gather()) > least
+    assert again.file_bytes == results.file_bytes

@@ -21,7 +21,7 @@ from gateway.files.storage import FolderStorage
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.backoff import Backoff
 from protocol.wire import messages as m
-from protocol.wire.errors import Unavailable
+from protocol.wire.errors import NotFound, Unavailable
 from tests.gateway.batches.test_runner import PACE, Endpoint, World
 
 SOON = replace(PACE, retry=Backoff(0.01, 0.02), max_tries=4)
@@ -84,10 +84,14 @@ def count_of(name: str, loop: str) -> float:
 
 async def batch_of(world: World, bodies: list[dict[str, Any]], id_: str = "1", tenant: str = "t") -> m.Batch:
     """Open a batch of lines with these bodies."""
+    shown = [{"custom_id": f"c{n}", "method": "POST", "url": "/v1/x", "body": body} for n, body in enumerate(bodies, 1)]
+    return await batch_of_lines(world, [json.dumps(line).encode() for line in shown], id_, tenant)
 
+
+async def batch_of_lines(world: World, lines: list[bytes], id_: str = "1", tenant: str = "t") -> m.Batch:
     async def chunks() -> AsyncIterator[bytes]:
-        for n, body in enumerate(bodies, 1):
-            yield json.dumps({"custom_id": f"c{n}", "method": "POST", "url": "/v1/x", "body": body}).encode() + b"\n"
+        for line in lines:
+            yield line + b"\n"
 
     source = await world.files.make(f"file-in{id_}", tenant, "in.jsonl", chunks(), 600)
     assert source is not None
@@ -117,6 +121,19 @@ async def test_a_line_nested_deeper_than_can_be_written_fails_alone(bus: Bus, tm
     assert batch.completed + batch.failed == 5
     assert {"c1", "c5"} <= (await world.rows(batch.output_file)).keys()
     assert len(endpoint.asked) == len(set(endpoint.asked)), "nothing is asked twice"
+
+
+async def test_a_line_that_is_no_text_fails_alone(bus: Bus, tmp_path: Path) -> None:
+    """What it holds is passed over when its file is looked at, and read when it is run."""
+    world = World(bus, tmp_path)
+    shown = [b'{"n":1}', b'{"n":2,"model":"\xff"}', b'{"n":3,"stream":1e999}', b'{"n":4,"prompt":["\xff"]}', b'{"n":5}']
+    await batch_of_lines(world, [
+        b'{"custom_id":"c%d","method":"POST","url":"/v1/x","body":%b}' % one for one in enumerate(shown, 1)
+    ])  # fmt: skip
+    async with world.gateway("g1", Endpoint(), SOON):
+        batch = await world.ended()
+    assert (batch.status, batch.completed, batch.failed) == ("completed", 2, 3)
+    assert (await world.rows(batch.output_file)).keys() == {"c1", "c5"}
 
 
 RAISED = (ValueError("bug"), RecursionError(), MemoryError(), PanicException("panic"), TimeoutError(), KeyError(1))
@@ -216,6 +233,36 @@ async def test_a_storage_that_has_lost_sight_of_answers_ends_no_batch(bus: Bus, 
     assert (batch.status, batch.completed, batch.failed) == ("completed", 10, 0)
     assert num_empty == 2
     assert len(await World(bus, tmp_path).rows(batch.output_file)) == 10
+
+
+async def test_an_input_that_is_out_of_sight_for_a_while_ends_no_batch(bus: Bus, tmp_path: Path) -> None:
+    """A folder that is not mounted, or is another one: its record says that the file is there."""
+    num = 0
+
+    def fails(method: str, name: str) -> BaseException | None:
+        nonlocal num
+        num += method == "read" and name == "files/file-in"
+        return NotFound("the bytes of this file are not there any more") if num in (1, 2, 7, 8, 15) else None
+
+    world = shaky_world(bus, tmp_path, fails)
+    await world.batch(10)
+    async with world.gateway("g1", Endpoint(), replace(SOON, max_tries=1000)):
+        batch = await world.ended()
+    assert (batch.status, batch.completed, batch.failed, batch.problems) == ("completed", 10, 0, [])
+    assert len(await World(bus, tmp_path).rows(batch.output_file)) == 10
+
+
+async def test_a_batch_without_room_that_is_given_up_was_not_cancelled(bus: Bus, tmp_path: Path) -> None:
+    world = shaky_world(
+        bus, tmp_path, lambda method, name: Unavailable("down") if name.startswith("files/file-1-") else None
+    )  # fmt: skip
+    world.limits = {"tenant_file_bytes": 8_000}
+    await world.batch(10)
+    large = CallAnswer(200, {}, b'{"n":"%s"}' % (b"x" * 5000))
+    async with world.gateway("g1", Endpoint(lambda number: large), SOON):
+        batch = await world.ended()
+    assert (batch.status, batch.cancelling_ms) == ("failed", 0)
+    assert batch.problems[0].code == "storage_unavailable"
 
 
 async def test_a_batch_whose_storage_stays_down_is_tried_so_often(bus: Bus, tmp_path: Path) -> None:
