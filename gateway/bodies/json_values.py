@@ -60,6 +60,8 @@ def _check_number(what: str, of: str, num: int, limit: int) -> None:
 def _is_deeper(outside: bytes, limit: int) -> bool:
     """Return whether brackets are nested deeper than a limit; of those that do not match it may say either."""
     brackets = outside.translate(_SQUARE, _NO_BRACKETS)
+    if 2 * brackets.count(b"[") != len(brackets):
+        return False  # it is no JSON; millions of brackets that close nothing are not walked through again and again
     for _ in range(limit):
         inner = brackets.replace(b"[]", b"")
         if len(inner) == len(brackets):

@@ -49,6 +49,8 @@ class JobEvents:
         """Whether the last event has been made."""
         self.is_behind = False
         """Whether the logs held more than was read the last time."""
+        self.num_end = 0
+        """Events of the end, the last ones; 0 before that."""
         self._bus = bus
         self._writer = writer
         self._failed: set[int] = set()  # choices whose end was left to another reader
@@ -81,14 +83,16 @@ class JobEvents:
                 if not choice.cursor.ended:
                     await self._advance(choice, TOKENS_AT_ONCE, made)
             if all(choice.cursor.ended for choice in self.choices):
-                made += await self.last()
-                self.is_over = True
+                made += self._ended(await self.last())
         except BaseException as failure:  # the edge of a call: every failure is told
             if not is_failure(failure):
                 raise
-            self.is_over = True
-            made += self.failed(error_of(failure))
+            made += self._ended(self.failed(error_of(failure)))
         return made
+
+    def _ended(self, end: list[Event]) -> list[Event]:
+        self.is_over, self.num_end = True, len(end)
+        return end
 
     async def catch_up(self, goal: Places) -> list[Event]:
         """Return as `advance` the next events up to these places, without the end, which another reader tells."""

@@ -52,6 +52,7 @@ class SharedReader:
         self._kept: list[Event] = []
         self._num_bytes = 0
         self._num_dropped = 0
+        self._num_end = 0  # events of the job's end among those that are kept
         self._wanted = asyncio.Event()  # somebody has been told all there is
         self._news = asyncio.get_running_loop().create_future()
         self._opened: asyncio.Task[JobEvents] = asyncio.create_task(self._open())
@@ -79,6 +80,11 @@ class SharedReader:
         self._opened.result()
         if self._reading is None:
             self._reading = asyncio.create_task(self._read())
+
+    @property
+    def num_told(self) -> int:
+        """The events that have been made but for those of the job's end, which this reader alone tells."""
+        return self.num_made - self._num_end
 
     def since(self, number: int) -> list[Event] | None:
         """Return the events from a number on; None where some of them are kept no more."""
@@ -117,6 +123,7 @@ class SharedReader:
                 made = await events.advance()
                 if made:
                     self._wanted.clear()
+                    self._num_end = events.num_end
                     self._keep(made)
                     self._tell()
                 elif not events.has_begun and loop.time() - asked_s >= self._keepalive_s / 2:
@@ -136,7 +143,7 @@ class SharedReader:
         self._kept += made
         self._num_bytes += sum(event.num_bytes for event in made)
         num = 0
-        while self._num_bytes > self._kept_bytes and num < len(self._kept) - 1:
+        while self._num_bytes > self._kept_bytes and num < len(self._kept) - max(self._num_end, 1):
             self._num_bytes -= self._kept[num].num_bytes
             num += 1
         del self._kept[:num]

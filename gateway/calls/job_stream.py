@@ -66,7 +66,7 @@ class JobStream(Response):
             events = reader.since(number)
             if events is None:  # the others are ahead of this one
                 own = own or await self._opening()
-                goal, number = reader.places, reader.num_made
+                goal, number = reader.places, reader.num_told
                 while not own.has_reached(goal) and not left.done():
                     if frames := self._told(await own.catch_up(goal)):
                         yield frames

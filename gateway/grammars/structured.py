@@ -224,9 +224,9 @@ def checked_schema(
     if STYLE in schema:
         other = "structured_outputs has whitespace_pattern and disable_any_whitespace"
         raise BadRequest(f"{place}.{STYLE} is not supported: {other}", param=f"{place}.{STYLE}")
-    check_schema(schema, place, settings)
     num_bytes = len(orjson.dumps(schema))
-    check_num(num_bytes, settings.max_grammar_bytes, "bytes", place)
+    check_num(num_bytes, settings.max_grammar_bytes, "bytes", place)  # before its patterns are looked through
+    check_schema(schema, place, settings)
     close = strict or (settings.close_objects if close is None else close)
     return {**closed(schema, place, num_bytes=num_bytes, close=close, strict=strict), STYLE: dict(style)}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from jinja2 import nodes
@@ -18,6 +19,11 @@ from gateway.text.messages import Message, text_of
 
 _WRITTEN_OUT = ("tojson", "items", "dictsort", "string")
 """Filters that take an object; applied to the arguments of calls, they show that these are one."""
+
+
+MAX_LOOKED_FOR = 32
+"""Messages that are looked for in what a template makes of them, for each in all of it; no conversation may have more
+roles than half as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +72,14 @@ def in_forms(messages: list[Message], form: Form) -> Iterator[list[Message]]:
 
 
 def shows_lists(text: str, messages: list[Message]) -> bool:
-    """Return whether a rendered text has a list of parts as Python writes it, not the text of the parts."""
-    return any(str(m["content"]) in text for m in messages if isinstance(m["content"], list) and m["content"])
+    """Return whether a rendered text has a list of parts as Python writes it, not the text of the parts.
+
+    A template treats messages of a role alike, but for the first and the last: no others are looked for.
+    """
+    lists = [message for message in messages if isinstance(message["content"], list) and message["content"]]
+    firsts, lasts = ({message["role"]: message for message in some} for some in (reversed(lists), lists))
+    asked = {id(message): message for message in (*firsts.values(), *lasts.values())}
+    return any(str(message["content"]) in text for message in islice(asked.values(), MAX_LOOKED_FOR))
 
 
 def _in_form(messages: list[Message], form: Form) -> list[Message]:

@@ -18,6 +18,7 @@ from gateway.responses import items
 from gateway.text.answer_form import AnswerForm
 from gateway.text.answer_parts import AnswerParts
 from gateway.text.messages import normalize_messages
+from gateway.text.template_forms import shows_lists
 from gateway.tools.definitions import tools_of
 from gateway.tools.styles import HERMES, LLAMA, MISTRAL_WITH_IDS, QWEN_CODER, ToolStyle
 from gateway.tools.xml_calls import arguments_rules
@@ -225,6 +226,12 @@ def many_open_calls(size: int) -> Callable[[], object]:
     return lambda: openai_messages(given)
 
 
+def rendered_lists(size: int) -> Callable[[], object]:
+    parts = [[{"type": "text", "text": f"{i:05}" + "a" * 50}] for i in range(size // 64)]
+    text = "".join(one[0]["text"] for one in parts)
+    return lambda: shows_lists(text, [{"role": "user", "content": one} for one in parts])
+
+
 def json_text(unit: str, before: str = "[", after: str = "1]") -> Made:
     def made(size: int) -> Callable[[], object]:
         raw = filled(unit, size, before, after).encode()
@@ -246,6 +253,7 @@ BODIES: dict[str, Made] = {
     "parts of a message": lambda size: lambda: normalize_messages(
         [{"role": "user", "content": [{"type": "text", "text": "a"}] * (size // 30)}]
     ),
+    "lists of parts looked for in a prompt": rendered_lists,
     **{f"json {unit!r} after {before!r}": json_text(unit, before) for unit, before in [
         ("[", "["), ("[],", "["), ('"",', "["), ("1,", "["), ("\\\\", '["'), ('\\"', '["'), ("[}", "["), ("9", "["),
         ("[" * 99 + "]" * 99 + ",", "["), ('{"a":', ""),

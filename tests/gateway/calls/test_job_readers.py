@@ -13,12 +13,15 @@ from helpers.scripted_fleet import Script, ScriptedFleet
 from helpers.waiting import wait_until
 
 from gateway.calls.job_events import Event
-from gateway.calls.job_readers import JobReaders
+from gateway.calls.job_readers import KEPT_BYTES, JobReaders
 from gateway.calls.job_stream import JobStream
 from protocol.queue.bus import Bus
 from protocol.wire.errors import NotFound
 
 NUM = 40
+
+END = b"data: [DONE]\n\n"
+"""An event of a job's end, of which there are two here."""
 
 
 class Told:
@@ -27,7 +30,7 @@ class Told:
     def __init__(self, num: int, known: Callable[[], int]) -> None:
         self.choices = [object()]
         self.num, self.known = num, known
-        self.next = self.num_looks = 0
+        self.next = self.num_looks = self.num_end = 0
         self.is_behind = False
 
     @property
@@ -50,7 +53,9 @@ class Told:
 
     async def advance(self) -> list[Event]:
         self.num_looks += 1
-        return await self.catch_up([min(self.known(), self.next + 4)])
+        made = await self.catch_up([min(self.known(), self.next + 4)])
+        self.num_end = 2 * self.is_over
+        return [*made, *[Event(0, None, [END])] * self.num_end]
 
     async def catch_up(self, goal: Sequence[int]) -> list[Event]:
         await asyncio.sleep(0)
@@ -97,7 +102,8 @@ async def streamed(
 
 def places(lines: list[str]) -> list[int]:
     """Return the places of events, whose ids have to be the same."""
-    found = [int(line.removeprefix("data: ")) for line in lines if line.startswith("data: ")]
+    assert [line for line in lines if line][-2:] == 2 * [END.decode().strip()], "the end was not told"
+    found = [int(line.removeprefix("data: ")) for line in lines if line.startswith("data: ") and line[-1].isdecimal()]
     assert [int(line.removeprefix("id: ")) for line in lines if line.startswith("id: ")] == found
     return found
 
@@ -125,6 +131,20 @@ async def test_a_client_that_falls_behind_misses_nothing_and_holds_up_nobody() -
     gate.set()
     assert places(await slow) == list(range(1, 201))
     assert 2 <= len(job.opened) <= 3  # who came late has read by itself, and who fell behind
+
+
+async def test_who_streams_a_large_job_that_has_ended_is_told_its_end(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet
+) -> None:
+    fleet.script = lambda submit, body: Script(text="a" * 62, finish="length", eos=False, chunk=62)
+    body = {"model": "base", "prompt": "hi", "max_tokens": 62, "n": 64, "background": True}
+    job = (await http.post("/v1/completions", json=body)).json()
+    ended = (await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=30"})).json()
+    assert ended["status"] == "completed"
+    told = (await http.get(f"/v1/jobs/{job['id']}/stream")).text
+    assert len(told) > KEPT_BYTES, "what is made at once is more than is kept"
+    assert told.count('"finish_reason":"length"') == 64
+    assert told.endswith("data: [DONE]\n\n")
 
 
 async def test_a_job_is_read_no_further_than_the_fastest_client_reads() -> None:

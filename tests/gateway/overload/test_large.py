@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import time
 import tracemalloc
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
@@ -160,6 +161,18 @@ def filled(unit: bytes, before: bytes = b"[", after: bytes = b"]") -> bytes:
 def test_values_are_counted_before_they_are_made(raw: bytes, word: str) -> None:
     with pytest.raises(BadRequest, match=word):
         json_values.loads(raw)
+
+
+@pytest.mark.parametrize("before", [b"[" * 65_000, (b"[" * 100 + b"]" * 100) * 600], ids=["deep", "in groups"])
+def test_brackets_that_close_nothing_cost_no_more_than_others(before: bytes) -> None:
+    def cpu_s(raw: bytes) -> float:
+        began_s = time.thread_time()
+        with pytest.raises((BadRequest, ValueError)):
+            json_values.loads(raw)
+        return time.thread_time() - began_s
+
+    usual_s = min(cpu_s(filled(b"[],")) for _ in range(3))
+    assert min(cpu_s(before + b"]" * (MAX_BODY - len(before))) for _ in range(3)) <= 12 * usual_s
 
 
 @pytest.mark.parametrize(

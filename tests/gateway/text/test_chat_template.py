@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gateway.text.chat import ChatTemplate
 from gateway.text.messages import normalize_messages
-from gateway.text.template_forms import Form, in_forms
+from gateway.text.template_forms import Form, in_forms, shows_lists
 from protocol.wire.errors import BadRequest
 
 CONVERSATION: list[dict[str, Any]] = [
@@ -211,6 +211,14 @@ def test_a_template_is_tried_five_times_at_most() -> None:
     forms = list(in_forms(normalize_messages(messages), Form(parts=True, only_parts=True)))
     assert len(forms) == 5
     assert all(one not in forms[:i] for i, one in enumerate(forms))
+
+
+@pytest.mark.parametrize("index", [0, 1, 4, 5])
+def test_a_list_that_a_template_writes_as_python_does_is_found(index: int) -> None:
+    roles = ("system", "user", "assistant", "user", "assistant", "user")
+    messages = [{"role": role, "content": [{"type": "text", "text": f"{i}'"}]} for i, role in enumerate(roles)]
+    assert not shows_lists("".join(f"{i}'" for i in range(6)), messages)
+    assert shows_lists(f"0'{messages[index]['content']}5'", messages)
 
 
 def test_a_template_that_fails_is_told_with_the_line() -> None:
