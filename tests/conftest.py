@@ -32,10 +32,12 @@ LONGER_S: dict[str, int] = {
     "gateway/batches/test_trouble.py": 60,  # every step of a batch fails once
     "gateway/test_loop_lag.py": 120,  # bodies of 4 MB
     "gateway/http": 120,  # hypothesis; hundreds of clients
+    "benchmarks/test_gpu.py": 60,  # every benchmark begins
     "gpu_worker": 120,  # engines are built
     "hostile": 240,  # a whole fleet under attack; fuzzing
     "kernels/test_triton.py": 600,  # a whole test run in Triton's interpreter; compilations for three cards
     "kernels/triton": 120,  # that run
+    "lorafleet/test_fetch.py": 60,  # reads GGUF files in processes of their own
     "lorafleet/test_profile.py": 60,
     "lorafleet/test_quickstart.py": 120,  # converts a model
     "oracle": 120,  # models of transformers

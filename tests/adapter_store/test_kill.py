@@ -124,6 +124,7 @@ async def test_killed_in_mid_write(bus: Bus, settings: Settings, num_blobs: int)
 
 async def test_full_disk(bus: Bus, settings: Settings) -> None:
     """The reason is clear, other adapters are still served, and once there is room, the adapter is fetched."""
+    settings = settings.model_copy(update={"keep_free": 0})
     await bus.set(bus.keys.base, BASE)
     assert settings.adapters is not None
     write_adapter(settings.adapters / "old")
@@ -133,7 +134,7 @@ async def test_full_disk(bus: Bus, settings: Settings) -> None:
         old = await in_state(bus, "old", "on_disk")
         url = await url_of(bus, set())
         write_adapter(settings.adapters / "new", seed=2, rank=1000)
-        assert "disk is full" in (await in_state(bus, "new", "failed")).reason
+        assert "bytes have no room: the disk has" in (await in_state(bus, "new", "failed")).reason
         await ask(url, old.digest)
         there = ["nsenter", f"--target={process.pid}", "--user", "--preserve-credentials", "--mount", "--"]
         await asyncio.to_thread(

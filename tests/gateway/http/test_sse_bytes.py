@@ -46,9 +46,10 @@ async def test_a_chat_stream_byte_by_byte(http: httpx2.AsyncClient, fleet: Scrip
     num_prompt = fleet.seen[0][0].num_prompt_tokens
     role = '"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null}'
     assert [frame.decode() for frame in frames] == [
-        start + '{"index":0,' + role + '],"usage":null}',
-        start + '{"index":0,"delta":{"content":"é"},"logprobs":null,"finish_reason":null}],"usage":null}',
-        start + '{"index":0,"delta":{},"logprobs":null,"finish_reason":"stop"}],"usage":null}',
+        start + '{"index":0,' + role + '],"prompt_token_ids":null,"usage":null}',
+        start + '{"index":0,"delta":{"content":"é"},"logprobs":null,"finish_reason":null,"token_ids":null}],"usage":null}',
+        start + '{"index":0,"delta":{"content":""},"logprobs":null,"finish_reason":"stop","stop_reason":null,'
+        '"matched_stop":1,"token_ids":null}],"usage":null}',
         start + f'],"usage":{{"prompt_tokens":{num_prompt},"completion_tokens":3,"total_tokens":{num_prompt + 3},'
         '"prompt_tokens_details":{"cached_tokens":3}}}',
         "data: [DONE]",
@@ -65,8 +66,8 @@ async def test_a_completion_stream_byte_by_byte(http: httpx2.AsyncClient, fleet:
         f'"system_fingerprint":"{first["system_fingerprint"]}","choices":['
     )
     assert [frame.decode() for frame in frames] == [
-        start + '{"index":0,"text":"\\"\\n%b","logprobs":null,"finish_reason":null}]}',
-        start + '{"index":0,"text":"","logprobs":null,"finish_reason":"stop"}]}',
+        start + '{"index":0,"text":"\\"\\n%b","logprobs":null,"finish_reason":"stop","stop_reason":null,'
+        '"matched_stop":1,"token_ids":null,"prompt_token_ids":null}]}',
         "data: [DONE]",
     ]
 
