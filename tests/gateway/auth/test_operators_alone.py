@@ -73,7 +73,7 @@ ACTS: dict[str, tuple[Act, set[str]]] = {  # with the scopes that are not enough
 
 def operations(tmp_path: Path) -> AdapterOperations:
     aliases: Any = SimpleNamespace(listeners=[])
-    return AdapterOperations(Untouched(), Settings(adapters=tmp_path), aliases, None)  # type: ignore[arg-type]
+    return AdapterOperations(Untouched(), Settings(adapters=tmp_path), aliases, None, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ACTS)
