@@ -38,25 +38,29 @@ class JobStream(Response):
         self._after = after
         self._with_ids = with_ids
         self._known: list[int] = []  # the places that the client has been told
+        self.started = False  # the headers have been sent
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events until the job has ended or its client leaves. Raises what goes wrong before the first."""
-        async with self._readers.stream(self._jid, self._tenant, self._opening) as reader:
-            self._known = self._after(len(reader.places))
-            left = asyncio.create_task(disconnected(receive))
-            last = b""
-            try:
-                await send({"type": "http.response.start", "status": 200, "headers": SSE.headers})
-                async for frames in self._frames(reader, left):
-                    await send({"type": "http.response.body", "body": frames, "more_body": True})
-            except BaseException as failure:  # the edge of a call: every failure is told
-                if not is_failure(failure):
-                    raise
-                last = SSE.event(OPENAI_ERRORS.body(error_of(failure)))
-            finally:
-                left.cancel()
-            await send({"type": "http.response.body", "body": last, "more_body": False})
+        last = b""
+        try:
+            async with self._readers.stream(self._jid, self._tenant, self._opening) as reader:
+                self._known = self._after(len(reader.places))
+                left = asyncio.create_task(disconnected(receive))
+                try:
+                    if not self.started:
+                        self.started = True
+                        await send({"type": "http.response.start", "status": 200, "headers": SSE.headers})
+                    async for frames in self._frames(reader, left):
+                        await send({"type": "http.response.body", "body": frames, "more_body": True})
+                finally:
+                    left.cancel()
+        except BaseException as failure:  # the edge of a call: every failure is told
+            if not self.started or not is_failure(failure):
+                raise
+            last = SSE.event(OPENAI_ERRORS.body(error_of(failure)))
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _frames(self, reader: SharedReader, left: asyncio.Task[None]) -> AsyncIterator[bytes]:
         """Yield what the client is not told yet, until the end or until it has left."""

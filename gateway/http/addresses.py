@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +11,12 @@ from typing import Any
 def origin_of(address: Any) -> str:
     """Return what connections and their memory count for: an IPv4 address or an IPv6 /64; "" for this machine's own."""
     return _origin(address[0]) if isinstance(address, tuple) else ""
+
+
+def client_of(scope: Mapping[str, Any]) -> str:
+    """Return the same of whoever has sent a request, given as an ASGI scope; "" also where that is not known."""
+    client = scope.get("client")
+    return origin_of(tuple(client)) if client else ""
 
 
 @lru_cache(1024)

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gateway.bodies.json_bodies import disconnected
+from gateway.calls.job_stream import JobStream
 from gateway.calls.writers import SSE, Framing
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape, error_of, is_failure
 from gateway.http.sse import GenerationResponse
@@ -66,7 +67,7 @@ class KeepAliveResponse(Response):
             await _end(answer)
             if not is_taken:
                 await _let_go(answer)
-        if isinstance(response, GenerationResponse):
+        if isinstance(response, GenerationResponse | JobStream):
             response.started = self._has_headers
         await response(scope, receive, send)
 

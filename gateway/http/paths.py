@@ -68,11 +68,23 @@ OPENAI_FORMS = {
 Its errors are OpenAI's.
 """
 
-PROBES = frozenset({"/health", PING, "/metrics"})
+PROBES = frozenset({"/health", PING})
 """What programs read again and again to see whether a gateway is well: cheap, and never refused for its number."""
 
 LISTS = frozenset(
-    {MODELS, "/info", "/api/tags", "/api/ps", "/v1/adapters", "/v1/jobs", "/v1/usage", FILES, BATCHES, WEBHOOKS}
+    {
+        MODELS,
+        "/info",
+        "/metrics",
+        "/api/tags",
+        "/api/ps",
+        "/v1/adapters",
+        "/v1/jobs",
+        "/v1/usage",
+        FILES,
+        BATCHES,
+        WEBHOOKS,
+    }
     | {REQUESTS, WORKERS, DEAD_LETTERS, KEYS, TENANTS, AUDIT}
 )
 """A GET of one of these is put together of many things, and costs more than another."""

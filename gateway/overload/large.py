@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.auth.callers import CALLER, Caller
 from gateway.http.access import MATCH, Match
+from gateway.http.addresses import client_of
 from gateway.http.errors import ShapeOf
 from gateway.http.headers import header_of
 from gateway.http.paths import SMALL_BODY_BYTES
@@ -270,7 +271,6 @@ def _is_small(headers: Sequence[tuple[bytes, bytes]]) -> bool:
 def _tenant_of(scope: Scope) -> str:
     """Return who shares places with others: a tenant, or where there are no keys, an address."""
     caller: Caller = scope[CALLER]
-    client = scope.get("client")
     if caller.is_batch:
         return f"batches of {caller.owner}"
-    return caller.name or (client[0] if client else "")
+    return caller.name or client_of(scope)

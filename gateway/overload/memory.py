@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.auth.callers import CALLER, Caller
 from gateway.http.access import MATCH, Match
-from gateway.http.addresses import origin_of
+from gateway.http.addresses import client_of
 from gateway.http.errors import ShapeOf
 from gateway.http.headers import header_of
 from gateway.http.paths import SMALL_BODY_BYTES
@@ -212,5 +212,4 @@ def _holder_of(scope: Scope) -> str:
         return f"batches of {caller.owner}"
     if caller.tenant is not None:
         return tenant_holder(caller.name)
-    client = scope.get("client")
-    return address_holder(origin_of(tuple(client)) if client else "")
+    return address_holder(client_of(scope))

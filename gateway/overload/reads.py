@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.auth.callers import CALLER, Caller
 from gateway.http.access import MATCH, Match
-from gateway.http.addresses import origin_of
+from gateway.http.addresses import client_of
 from gateway.http.errors import ShapeOf
 from gateway.http.headers import header_of
 from gateway.http.paths import LISTS, PROBES
@@ -178,6 +178,5 @@ def _name_of(scope: Scope) -> str:
     caller: Caller = scope[CALLER]
     if caller.name:
         return f"tenant {caller.name}"
-    client = scope.get("client")
-    origin = origin_of(tuple(client)) if client else ""
-    return f"address {origin}" if origin else ""
+    address = client_of(scope)
+    return f"address {address}" if address else ""

@@ -57,7 +57,7 @@ async def test_a_look_that_fails_fails_once_for_each_and_the_next_is_new() -> No
     assert [beat.wid for beat in await memory.next_beats()] == ["w1"]
 
 
-async def test_a_long_queue_is_looked_through_in_pieces_and_what_is_garbage_hides_nothing(bus: Bus) -> None:
+async def test_a_long_queue_is_looked_through_in_pieces(bus: Bus) -> None:
     num, wanted = 3 * AT_ONCE + 5, {5, AT_ONCE, 3 * AT_ONCE + 1}
     for number in range(num):
         submit = make_submit(f"r{number}", digest=DIGEST if number in wanted else "", tenant="a")

@@ -19,15 +19,17 @@ from helpers.waiting import wait_until
 from msgspec import structs
 
 from gateway.adapters.resolver import Target
-from gateway.auth.callers import EVERYBODY
+from gateway.auth.callers import CALLER, EVERYBODY
 from gateway.bodies import json_values
 from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Sent, Texts, Truncation
 from gateway.calls.resolve import ResolvedCall
 from gateway.calls.size import check_logprobs
 from gateway.calls.tokenize import Prompt, check_size, tokenize
+from gateway.http.access import MATCH, Match
 from gateway.http.paths import SMALL_BODY_BYTES
+from gateway.http.shapes import shape_of
 from gateway.overload import large
-from gateway.overload.large import LargeBody, Places
+from gateway.overload.large import LargeBodies, LargeBody, LargeLimits, Places
 from gateway.text.tokenizer import ModelFiles, load_model_files
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
@@ -450,3 +452,29 @@ def test_logprobs_of_all_choices_are_bounded(files: Counting) -> None:
     for refused in ((64, 20, None), (8, 20, 20), (1, 1000, None), (7, None, 20)):
         with pytest.raises(BadRequest, match="ask for fewer tokens, choices or likely tokens"):
             check(refused[0], refused[1], of_prompt=refused[2])
+
+
+async def test_addresses_of_one_network_share_places_as_they_share_memory() -> None:
+    """Who has an IPv6 /64 has 2^64 addresses, and no more places than one."""
+    inside: list[str] = []
+    go = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        inside.append(scope["client"][0])
+        await go.wait()
+
+    async def never(message: Any = None) -> Any:
+        raise AssertionError
+
+    bodies = LargeBodies(app, shape_of, LargeLimits(num_bodies=4, num_of_tenant=1))
+    match = Match("/v1/chat/completions", kind="call")
+    tasks: list[asyncio.Task[None]] = []
+    for address in ("2001:db8::1", "2001:db8::2", "2001:db8:0:1::1", "10.0.0.1", "::ffff:10.0.0.1"):
+        headers = [(b"content-length", b"1000000")]
+        scope = {"type": "http", "headers": headers, MATCH: match, CALLER: EVERYBODY, "client": (address, 1)}
+        tasks.append(asyncio.create_task(bodies(scope, never, never)))
+        await asyncio.sleep(0)
+    assert inside == ["2001:db8::1", "2001:db8:0:1::1", "10.0.0.1"]
+    go.set()
+    await asyncio.gather(*tasks)
+    assert len(inside) == 5

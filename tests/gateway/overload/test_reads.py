@@ -94,7 +94,8 @@ class Clocked:
 
 
 @pytest.mark.parametrize(
-    ("path", "cost"), [("/v1/jobs/job_1", 1), ("/v1/adapters", LIST_COST), ("/api/tags/", LIST_COST)]
+    ("path", "cost"),
+    [("/v1/jobs/job_1", 1), ("/v1/adapters", LIST_COST), ("/metrics", LIST_COST), ("/api/tags/", LIST_COST)],
 )
 async def test_a_reader_has_what_comes_in_five_seconds_and_then_its_rate(path: str, cost: int) -> None:
     clocked = Clocked()
@@ -140,7 +141,7 @@ async def test_so_many_lists_are_made_at_once_for_one_reader() -> None:
 async def test_probes_calls_and_this_machine_are_not_counted() -> None:
     clocked = Clocked(per_s=0.1)
     for path, who in (
-        ("/health", {}), ("/ping", {}), ("/metrics", {}), ("/v1/chat/completions", {"method": "POST"}),
+        ("/health", {}), ("/ping", {}), ("/v1/chat/completions", {"method": "POST"}),
         ("/tokenize", {"method": "POST"}),
         ("/v1/adapters", {"tenant": "", "address": "127.0.0.1"}),
     ):  # fmt: skip

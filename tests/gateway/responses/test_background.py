@@ -15,6 +15,7 @@ from openai import AsyncOpenAI, NotFoundError
 from pydantic import BaseModel
 
 from protocol.queue.bus import Bus
+from protocol.wire import messages as m
 
 TEXT = Script().text
 PATH = "/v1/responses"
@@ -237,3 +238,33 @@ async def test_lines_of_a_batch_ask_for_responses(client: AsyncOpenAI, gateway: 
     error = orjson.loads((await client.files.content(done.error_file_id)).content)
     assert error["response"]["body"]["error"]["param"] == "store"
     assert await bus._redis.keys(f"{bus.keys.tag}:job:*") == []
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+async def test_a_stream_that_was_kept_alive_goes_on_as_a_job(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path, is_gone: bool
+) -> None:
+    """Its adapter took longer than a pause, so that it had headers before the response of the background was there."""
+    await fleet.add_adapter("late", state="downloading")
+    await bus.members.beat(bus.keys.store_beat("s1"), bus.keys.stores, "s1", b"http://nowhere", 60_000)
+    body = {"model": "late", "input": "hi", "stream": True, "background": True}
+    async with (
+        running_gateway(bus, model_folder, keepalive_s=0.05) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+    ):
+        text = ""
+        async with http.stream("POST", "/v1/responses", json=body) as answer:
+            assert answer.status_code == 200
+            async for part in answer.aiter_text():
+                if not text:
+                    state: m.AdapterState = "failed" if is_gone else "on_disk"
+                    await fleet.add_adapter("late", "" if is_gone else "ab" * 32, state=state, reason="it is gone")
+                    event = m.AdapterEvent(kind="alias", name="late")
+                    await bus.adapters.announce(event)
+                text += part
+    if is_gone:
+        assert "it is gone" in text
+    else:
+        assert text.startswith(":")
+        assert "event: response.completed" in text
+        assert text.rstrip().endswith("}")
