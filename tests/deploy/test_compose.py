@@ -187,5 +187,5 @@ def test_whatever_clients_ask_for_fits_the_gateways_container() -> None:
         gateway_memory=given["LORAFLEET_GATEWAY_MEMORY"], max_connections=given["LORAFLEET_MAX_CONNECTIONS"]
     )  # fmt: skip
     most = sum(gateway_bytes(settings, Crowd(10**6, settings.max_connections)).values())
-    assert gateway["deploy"]["resources"]["limits"]["memory"] == "4g"
-    assert most + START_BYTES + SANDBOX_BYTES < 4 << 30
+    assert gateway["deploy"]["resources"]["limits"]["memory"] == "5g"
+    assert most + START_BYTES + SANDBOX_BYTES < 5 << 30
