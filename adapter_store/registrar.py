@@ -98,7 +98,9 @@ class Registrar:
                 registration.name, registration.tenant, unless_asked_after=registration.asked_ms
             )
         for field, alias in list(self._catalogue.aliases.items()):
-            if field not in self._registrations and not alias.is_folder:
+            if field in self._registrations or alias.is_folder:
+                continue
+            if not await self._bus.adapters.is_newer(field):  # else the stores of a newer release look after it
                 self._outcomes.pop(field, None)
                 await self._catalogue.remove(field)
 

@@ -211,7 +211,7 @@ class _Parts:
             Loop("event loop", self.heartbeat.tick, ends=(HeartbeatDied,)),
             Loop("expired files", self.files.sweep, SWEEP_S),
             Loop("conversations", self.conversations.add_due_turns, self.conversations.sweep_s),
-            Loop("webhooks", self.webhooks.run),
+            self.webhooks.loop(),
         ]
 
 
@@ -234,6 +234,7 @@ async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace
         await serving
         for loop in loops:
             loop.cancel()
+    await parts.webhooks.leave()
 
 
 async def _idle(app: Envelope, timeout_s: float) -> bool:

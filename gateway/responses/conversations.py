@@ -172,7 +172,7 @@ class Conversations:
         ids = await self._queue.turns(conversation_id)
         if not ids:
             return
-        jobs = {job.jid: job for job in await self._bus.jobs.get_many(ids)}
+        jobs = {job.jid: job for job in await self._bus.jobs.get_many(ids, leave_newer=True)}
         known = await self._bus.requests([job.rids[0] for job in jobs.values()])
         facts = dict(zip(jobs, known, strict=True))
         ended = [(fact.ended_ms if (fact := facts.get(id_)) is not None else 0, id_) for id_ in ids]

@@ -7,10 +7,9 @@ share the places for deliveries on their way (`places`).
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -21,11 +20,11 @@ from gateway.webhooks.places import Places
 from gateway.webhooks.sign import event_body, event_id, signed_headers
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.queue.kept.webhooks import Ended
+from protocol.runtime.backoff import Backoff
 from protocol.runtime.fleet_secret import FleetSecret
+from protocol.runtime.guarded import FAILED, Items, Loop
 from protocol.wire import messages as m
-from protocol.wire.errors import LorafleetError, Overloaded
-
-logger = logging.getLogger(__name__)
+from protocol.wire.errors import LorafleetError, NewerRecord, Overloaded, UnreadableRecord
 
 MAX_AGE_MS = 24 * 3600 * 1000
 """Age of a delivery from which on it is not tried any more."""
@@ -74,28 +73,25 @@ class WebhookSender:
         self._sending: dict[tuple[str, str], asyncio.Task[None]] = {}  # by tenant and delivery
         self._places = Places(self._pace.max_sending, self._pace.max_sending_of_tenant)
         self._tests = Places(MAX_TESTS, MAX_TESTS_OF_TENANT)
-        self._freed = asyncio.Event()  # a delivery was tried, so another one may begin
+        self._more = asyncio.Event()  # a delivery was tried, so another one may begin; or there are more ends
+        # None is given up: what is wrong is one tenant's records, or a fault of this gateway, and the ends are bounded.
+        self._plans = Items("webhooks", max_tries=0, backoff=Backoff(1.0, 600.0))
 
-    async def run(self) -> None:
-        """Send until cancelled."""
-        try:
-            while True:
-                more = False
-                try:
-                    if await self._bus.webhooks.lead(self._gid, int(self._pace.lease_s * 1000)):
-                        more = await self._turn()
-                except CONNECTION_ERRORS as error:
-                    logger.warning("webhooks wait: %s", error)
-                except Exception:
-                    logger.exception("webhooks wait")
-                if not more:
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(self._pace.poll_s):
-                            await self._freed.wait()
-        finally:
-            for task in self._sending.values():
-                task.cancel()
-            await asyncio.gather(*self._sending.values(), return_exceptions=True)
+    def loop(self) -> Loop:
+        """Return what sends. Whoever has run it then calls `leave`."""
+        return Loop("webhooks", self._look, self._pace.poll_s, self._more)
+
+    async def leave(self) -> None:
+        """End the attempts that are under way: the next gateway makes them again."""
+        tasks = list(self._sending.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _look(self) -> None:
+        """Give some tenants a turn, if this gateway is the one that does so."""
+        if await self._bus.webhooks.lead(self._gid, int(self._pace.lease_s * 1000)) and await self._turn():
+            self._more.set()
 
     async def _turn(self) -> bool:
         """Give some tenants a turn: make deliveries of their ends, and begin those that are due.
@@ -104,21 +100,14 @@ class WebhookSender:
         `_TENANTS_AT_ONCE` times `_ENDS_OF_TURN` ends, and at twice as many tenants' deliveries as may be sent.
         """
         webhooks = self._bus.webhooks
-        self._freed.clear()
         more = await webhooks.take_over(_TENANTS_AT_ONCE * _ENDS_OF_TURN)
-        tenants = await webhooks.tenants_with_ends(_TENANTS_AT_ONCE)
-        num_planned = 0
-        for tenant in tenants:
-            try:
-                await self._plan(tenant)
-                num_planned += 1
-            except CONNECTION_ERRORS:
-                raise
-            except Exception:  # of one tenant's records, or a full queue: its ends wait, the others' do not
-                logger.exception("the webhooks of %s are not made", tenant)
-                await webhooks.drop_ends(tenant, [])
+        for tenant in await webhooks.tenants_with_ends(_TENANTS_AT_ONCE):
+            if await self._plans.run(tenant, partial(self._plan, tenant)):
+                await webhooks.drop_ends(tenant, [])  # its ends wait, the others' do not
+            else:
+                more = True
         await self._begin()
-        return more or num_planned > 0
+        return more
 
     async def _begin(self) -> None:
         """Give tenants a turn at the places for deliveries, those first that have fewest.
@@ -138,18 +127,18 @@ class WebhookSender:
                     self._sending[tenant, delivery.id] = asyncio.create_task(self._send(delivery))
 
     async def _plan(self, tenant: str) -> None:
-        """Make deliveries of a tenant's oldest ends."""
+        """Make deliveries of a tenant's oldest ends. Raises NewerRecord if only newer gateways can tell of which."""
         webhooks = self._bus.webhooks
-        endpoints = await webhooks.endpoints(tenant)
+        endpoints = await webhooks.endpoints(tenant, leave_newer=True)
         ended = await webhooks.ended(tenant, _ENDS_OF_TURN)
         deliveries: list[m.Delivery] = []
         for one in ended if endpoints else ():
             try:
                 type_ = await self._type_of(one)
-            except CONNECTION_ERRORS:
+            except (NewerRecord, *CONNECTION_ERRORS):
                 raise
-            except Exception:  # what is kept of it cannot be read; it must not keep the others back
-                logger.exception("no webhook tells that %s has ended", one.id)
+            except Exception as error:  # noqa: BLE001  what is kept of it cannot be read; it must not keep the others back
+                FAILED.note("webhooks", error, f"the end of {one.id}, which no webhook tells")
                 continue
             deliveries += [new_delivery(endpoint, type_, one.id) for endpoint in endpoints if type_ in endpoint.events]
         counts = await webhooks.add(tenant, deliveries, MAX_WAITING) if deliveries else []
@@ -166,7 +155,7 @@ class WebhookSender:
         """Return the type of the event of an end, "" if nothing is known of it any more."""
         if ended.type:
             return ended.type
-        found = await self._bus.jobs.get_many([ended.id])
+        found = await self._bus.jobs.get_many([ended.id], leave_newer=True)
         if not found:  # it cannot be read, either
             return ""
         job = found[0]
@@ -188,29 +177,30 @@ class WebhookSender:
             ))  # fmt: skip
         except BusyReceiverError:
             await self._postpone(delivery)
-        except CONNECTION_ERRORS as error:
-            logger.warning("a webhook is sent again: %s", error)
-        except Exception:  # it is due again after `CLAIM_MS`
-            logger.exception("nothing is noted of the webhook %s", delivery.id)
+        except Exception as error:  # noqa: BLE001  nothing is noted of it: it is due again after `CLAIM_MS`
+            FAILED.note("webhooks", error, delivery.id)
         finally:
             self._sending.pop((delivery.tenant, delivery.id), None)
             self._places.leave(delivery.tenant)
             if was_tried:
-                self._freed.set()
+                self._more.set()
 
     async def _postpone(self, delivery: m.Delivery) -> None:
         """Have a delivery looked at again soon. It counts as no attempt; without this it is due after `CLAIM_MS`."""
         try:
             await self._bus.webhooks.later(delivery, now_ms() + int(1000 * self._pace.busy_s))
         except CONNECTION_ERRORS as error:
-            logger.warning("a webhook waits: %s", error)
+            FAILED.note("webhooks", error, delivery.id)
 
     async def _tried(self, delivery: m.Delivery) -> str:
         """Send a delivery to its endpoint. Returns what is wrong, "" if it has arrived or its endpoint is deleted.
 
         Raises BusyReceiverError, and one of CONNECTION_ERRORS when the queue does not say where to send it.
         """
-        endpoint = await self._bus.webhooks.endpoint(delivery.tenant, delivery.endpoint)
+        try:
+            endpoint = await self._bus.webhooks.endpoint(delivery.tenant, delivery.endpoint)
+        except UnreadableRecord as error:  # it may be written anew, or another release may read it, within the day
+            return str(error)
         if endpoint is None:
             return ""
         try:
@@ -219,8 +209,8 @@ class WebhookSender:
             return str(error)
         except BusyReceiverError:
             raise
-        except Exception as error:  # an attempt like any other: it is counted, and the next one comes later
-            logger.exception("the webhook %s cannot be sent", delivery.id)
+        except Exception as error:  # noqa: BLE001  an attempt like any other: it is counted, the next comes later
+            FAILED.note("webhooks", error, delivery.id)
             return f"it cannot be sent: {type(error).__name__}"
         return "" if is_success(status) else f"the endpoint answers {status}"
 

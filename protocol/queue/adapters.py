@@ -15,7 +15,7 @@ from protocol.queue.connection.redis_client import Client, read_many
 from protocol.queue.kept.readable import readable
 from protocol.wire import messages as m
 from protocol.wire.clock import now_ms
-from protocol.wire.errors import Conflict, Overloaded
+from protocol.wire.errors import Conflict, NewerRecord, Overloaded
 from protocol.wire.keys import Keys, private_name
 from protocol.wire.records import AdapterUse
 
@@ -224,6 +224,15 @@ class Adapters:
         found = {name.decode(): _readable(raw, m.Registration) for name, raw in raws.items()}
         return {name: registration for name, registration in found.items() if registration is not None}
 
+    async def is_newer(self, field: str) -> bool:
+        """Return whether a name's registration is there, in a form that newer releases alone can read."""
+        raw = await self._redis.hget(self._keys.registrations, field)
+        try:
+            readable([raw], m.Registration, leave_newer=True)
+        except NewerRecord:
+            return True
+        return False
+
     # ------------------------------------------------------------ pins and use
 
     async def pins(self) -> dict[str, str]:
@@ -312,12 +321,14 @@ class Adapters:
     async def delete_records(self, digests: Iterable[str]) -> list[str] | None:
         """Delete the records of those digests that no name stands for, and return these.
 
-        Returns None, with nothing deleted, when names were published meanwhile.
+        Returns None, with nothing deleted, when names were published meanwhile. Raises NewerRecord while newer releases
+        alone know what some name stands for.
         """
         async with self._redis.pipeline(transaction=True) as pipe:
             await pipe.watch(self._keys.adapters)
-            aliases = [_readable(raw, m.Alias) for raw in await pipe.hvals(self._keys.adapters)]
-            named = {alias.digest for alias in aliases if alias is not None}
+            named = {
+                alias.digest for alias in readable(await pipe.hvals(self._keys.adapters), m.Alias, leave_newer=True)
+            }
             gone = [digest for digest in digests if digest not in named]
             pipe.multi()
             for digest in gone:

@@ -324,6 +324,30 @@ async def test_refused_requests_are_forgotten(
     assert list(await bus.adapters.registrations()) == ["kept"]
 
 
+async def test_what_a_newer_release_has_registered_is_left_to_it(
+    bus: Bus, hub: HubStub, run_store: RunStore, timings: StoreTimings
+) -> None:
+    """An older store, which cannot read its registration, takes neither its name away nor what that stands for."""
+    timings.reload_s, timings.record_kept_s = 0.05, 0.0
+    store = run_store()
+    for name in ("newer", "older", "last"):
+        await register(bus, name)
+        await in_state(bus, name, "on_disk")
+    raw = await bus._redis.hget(bus.keys.registrations, "newer")
+    newer = msgspec.msgpack.encode({**msgspec.msgpack.decode(raw), "form": 1000})
+    await bus._redis.hset(bus.keys.registrations, mapping={"newer": newer, "older": b"\xc1"})
+    await store.url()
+    await is_gone(bus, "older")
+    await bus.adapters.unregister("last")
+    await is_gone(bus, "last")
+    kept = await bus.adapters.alias("newer")
+    assert kept is not None
+    assert kept.state == "on_disk"
+    assert await bus._redis.hget(bus.keys.registrations, "newer") == newer
+    await bus._redis.hdel(bus.keys.registrations, "newer")
+    await is_gone(bus, "newer")
+
+
 async def test_registrations_are_bounded(bus: Bus) -> None:
     for i in range(2):
         assert await bus.adapters.register(m.Registration(name=f"n{i}", source="hub:org/a"), max_registered=2)

@@ -37,12 +37,12 @@ class Jobs:
         raw = await self._redis.hget(self._keys.job(jid), "b")
         return decode_record(raw, m.Job) if raw else None
 
-    async def get_many(self, jids: Sequence[str]) -> list[m.Job]:
-        """Return those of these jobs that are known and can be read, in their order."""
+    async def get_many(self, jids: Sequence[str], *, leave_newer: bool = False) -> list[m.Job]:
+        """Return those of these jobs that are known and can be read, in their order. leave_newer: see `readable`."""
         pipe = self._redis.pipeline(transaction=False)
         for jid in jids:
             pipe.hget(self._keys.job(jid), "b")
-        return readable(await pipe.execute(), m.Job)
+        return readable(await pipe.execute(), m.Job, leave_newer=leave_newer)
 
     async def request(self, jid: str) -> bytes | None:
         """Return what is kept of a job's HTTP body, as JSON; None if the job is unknown or has expired.

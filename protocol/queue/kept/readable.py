@@ -9,13 +9,16 @@ from protocol.metrics.series import UNREADABLE
 from protocol.runtime.guarded import FAILED
 from protocol.wire import messages as m
 from protocol.wire.codec import decode_record
-from protocol.wire.errors import UnreadableRecord
+from protocol.wire.errors import NewerRecord, UnreadableRecord
 
 R = TypeVar("R", bound=m.Record)
 
 
-def readable(raws: Iterable[bytes | None], type_: type[R]) -> list[R]:
-    """Return those of these records that are there and can be read, in their order; the others are counted and told."""
+def readable(raws: Iterable[bytes | None], type_: type[R], *, leave_newer: bool = False) -> list[R]:
+    """Return those of these records that are there and can be read, in their order; the others are counted and told.
+
+    leave_newer: for who takes what is not among them for deleted; raises NewerRecord if one is for newer releases.
+    """
     found: list[R] = []
     for raw in raws:
         if raw is None:
@@ -23,6 +26,8 @@ def readable(raws: Iterable[bytes | None], type_: type[R]) -> list[R]:
         try:
             found.append(decode_record(raw, type_))
         except UnreadableRecord as error:
+            if leave_newer and isinstance(error, NewerRecord):
+                raise
             UNREADABLE.labels(type_.__name__).inc()
             FAILED.note("records", error, f"a {type_.__name__}")
     return found

@@ -54,9 +54,10 @@ class Webhooks:
 
     # ------------------------------------------------------------ endpoints
 
-    async def endpoints(self, tenant: str) -> list[m.WebhookEndpoint]:
-        """Return the endpoints of a tenant, the oldest first."""
-        found = readable(await self._redis.hvals(self._keys.hooks(tenant)), m.WebhookEndpoint)
+    async def endpoints(self, tenant: str, *, leave_newer: bool = False) -> list[m.WebhookEndpoint]:
+        """Return the endpoints of a tenant, the oldest first. leave_newer: see `readable`."""
+        raws = await self._redis.hvals(self._keys.hooks(tenant))
+        found = readable(raws, m.WebhookEndpoint, leave_newer=leave_newer)
         return sorted(found, key=lambda one: (one.created_ms, one.id))
 
     async def endpoint(self, tenant: str, endpoint_id: str) -> m.WebhookEndpoint | None:

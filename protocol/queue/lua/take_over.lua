@@ -40,7 +40,8 @@ local entries = redis.call('XRANGE', ends, '(' .. last, '+', 'COUNT', ARGV[1])
 for _, entry in ipairs(entries) do
   local end_ = {}
   for i = 1, #entry[2], 2 do end_[entry[2][i]] = entry[2][i + 1] end
-  tell_end(end_.tenant, end_.id, end_.type)
+  -- One that does not say whose it is would stop the script, and with it everybody's webhooks.
+  if end_.tenant and end_.id then tell_end(end_.tenant, end_.id, end_.type or '') end
   redis.call('SET', cursor, entry[1])
 end
 if #entries == 0 then redis.call('UNLINK', ends, cursor) end

@@ -189,6 +189,27 @@ async def test_an_endpoint_or_a_given_up_delivery_hides_no_other(bus: Bus) -> No
     assert await bus.webhooks.given_up("t") == [delivery]
 
 
+async def test_newer_records_are_not_taken_for_deleted_ones(bus: Bus) -> None:
+    def newer(kind: str) -> bytes:
+        return msgspec.msgpack.encode({**fields_of(RECORDS[kind]), "form": 2})
+
+    await bus._redis.hset(bus.keys.hooks("t"), "we_1", newer("endpoint"))
+    await bus._redis.hset(bus.keys.job("job-1"), "b", newer("job"))
+    await bus._redis.expire(bus.keys.job("job-1"), 60)
+    await bus._redis.hset(bus.keys.adapters, "a", newer("alias"))
+    await bus._redis.set(bus.keys.adapter("d"), m.encode(RECORDS["adapter"]), ex=60)
+    assert await bus.webhooks.endpoints("t") == await bus.jobs.get_many(["job-1"]) == []
+    for asked in (
+        bus.webhooks.endpoints("t", leave_newer=True), bus.jobs.get_many(["job-1"], leave_newer=True),
+        bus.adapters.delete_records(["d"]),
+    ):  # fmt: skip
+        with pytest.raises(NewerRecord):
+            await asked
+    assert await bus._redis.exists(bus.keys.adapter("d"))
+    await bus._redis.hset(bus.keys.registrations, mapping={"a": newer("registration"), "b": b"\xc1"})
+    assert [await bus.adapters.is_newer(name) for name in ("a", "b", "c")] == [True, False, False]
+
+
 async def test_a_job_or_an_adapter_hides_no_other(bus: Bus) -> None:
     job = RECORDS["job"]
     for jid, raw in (("job-1", m.encode(job)), ("job-2", b"\xc1")):

@@ -152,6 +152,7 @@ async def test_what_the_version_before_kept_is_taken_over(bus: Bus) -> None:
         at = await redis.xadd(keys.old_ends, {"tenant": tenant, "id": f"batch_{number}", "type": "batch.completed"})
         if number == 39:
             await redis.set(keys.old_cursor, at)
+    await redis.xadd(keys.old_ends, {"neither": "tenant nor id"})
     await redis.hset(keys.old_deliveries, "bad", b"\x81")
     await redis.zadd(keys.old_delivery_times, {"bad": 1})
     await redis.hset(keys.old_hooks, "t0:we_0", m.encode(endpoint(0, "t0")))
