@@ -11,6 +11,14 @@ import orjson
 ROWS = 64
 """Rows that are made and written at a time."""
 
+ENTRIES = 21 * ROWS
+"""Entries of rows that are, where each has several: a millisecond or two, or three."""
+
+
+def rows_of(num_entries: int) -> int:
+    """Return how many rows of so many entries are made and written at a time."""
+    return min(ROWS, max(ENTRIES // max(num_entries, 1), 1))
+
 
 class Rows:
     """A list whose entries are made when they are written, so that they are never there all at once."""

@@ -66,12 +66,13 @@ class Logprobs:
             top = list(zip(rest[first::2], rest[first + 1 :: 2], strict=True))
             yield TokenLogprob(id_, logprob, top, rest[0] if first else 0)
 
-    def first(self, num: int) -> Logprobs:
-        """Return the first tokens."""
-        if num == len(self):
+    def part(self, begin: int, end: int) -> Logprobs:
+        """Return the tokens from one on, up to another."""
+        if begin == 0 and end == len(self):
             return self
-        records = self._records[: len(self._records) // max(len(self), 1) * num]
-        return Logprobs(self.packed[: 4 * num], records, of_prompt=self._of_prompt)
+        size = len(self._records) // max(len(self), 1)
+        records = self._records[begin * size : end * size]
+        return Logprobs(self.packed[4 * begin : 4 * end], records, of_prompt=self._of_prompt)
 
     def joined(self, more: Logprobs) -> Logprobs:
         """Return these tokens with more after them. It may be this object, which then has grown."""
@@ -214,7 +215,7 @@ class Choice:
                     break
                 piece.text += self._output.add((id_,))
                 num += 1  # an end token too: it is no part of the text, but counted in the usage
-            tokens = tokens.first(num)
+            tokens = tokens.part(0, num)
         piece.logprobs = piece.logprobs.joined(tokens)
 
 

@@ -25,16 +25,16 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 Pieces = dict[tuple[str, int], Piece]
-"""What choices have gained, by request and, where each token is a piece, by the number of tokens before it."""
+"""What choices have gained, by request and, where pieces have few tokens, by the number of pieces before it."""
 
 DEADLINE_SLACK_MS = 5000
 """Most time after its deadline that a call waits for the scheduler to end it; this is for when there is none."""
 
 RECONNECT_S = 0.2
 
-TEXT_TOKENS, LOGPROB_TOKENS = 1024, 64
-"""Tokens that are read from a log at a time, without logprobs and with them: a millisecond's work or two, after which
-others have their turn."""
+TEXT_TOKENS, MATCHED_TOKENS = 1024, 128
+"""Tokens that are read from a log at a time, without logprobs: a millisecond's work or two, after which others have
+their turn. MATCHED_TOKENS: where stop strings are looked for in their text, a microsecond or two for each character."""
 
 
 class ClientGoneError(Exception):
@@ -93,6 +93,8 @@ class Generation:
 
     async def advance(self, timeout_s: float) -> list[Piece]:
         """Wait for progress and return it, one piece per choice, or per token; [] when there is none in `timeout_s`.
+
+        Of a choice with logprobs there may be several pieces, each of few tokens.
 
         Raises the error that ended a request, and ClientGoneError.
         """
@@ -223,10 +225,11 @@ class Generation:
                 raise Unavailable("the queue has lost the logprobs of a prompt", code="request_lost")
             choice.give_prompt(*found)
         by_token = choice.options.by_token
+        size = 1 if by_token else log_limit(choice) if choice.record_bytes else 0  # tokens of a piece; 0: any number
         for one in tokens_of(delta, choice.record_bytes) if by_token else [delta]:
             if by_token and one.ids and one.seq0 < choice.cursor.next:
                 continue  # delivered before
-            place = (choice.rid, choice.cursor.next if by_token else 0)
+            place = (choice.rid, choice.cursor.next // size if size else 0)
             piece = pieces.setdefault(place, Piece(choice.index))
             try:
                 choice.take(one, piece)
@@ -283,7 +286,9 @@ def log_limit(choice: Choice) -> int:
     """Return how many tokens of a choice are read, decoded and written at a time; 0: all of them."""
     if choice.options.output == "numbers":
         return 0
-    return LOGPROB_TOKENS if choice.record_bytes else TEXT_TOKENS
+    if choice.record_bytes:
+        return choice.options.rows
+    return MATCHED_TOKENS if choice.options.stop else TEXT_TOKENS
 
 
 def choices_of(call: SubmittedCall) -> list[Choice]:

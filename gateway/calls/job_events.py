@@ -6,11 +6,12 @@ that a reader is told what comes after the places that it knows.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway.calls.choices import Choice, Piece, tokens_of
-from gateway.calls.follow import usage_of
+from gateway.calls.follow import log_limit, usage_of
 from gateway.calls.waiting import waiting_state
 from gateway.calls.writers import SSE, Writer
 from gateway.http.errors import OPENAI_ERRORS, error_of, is_failure
@@ -20,7 +21,7 @@ from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, NotFound
 
 TOKENS_AT_ONCE = 64
-"""Tokens of a choice that are read at a time, before other calls have a turn."""
+"""Most tokens of a choice that are read at a time, before other calls have a turn."""
 
 Places = Sequence[int]
 """How far each choice is known: the tokens that are shown, and its end as one more."""
@@ -53,6 +54,7 @@ class JobEvents:
         """Events of the end, the last ones; 0 before that."""
         self._bus = bus
         self._writer = writer
+        self._at_once = min([TOKENS_AT_ONCE, *filter(None, map(log_limit, choices[:1]))])
         self._failed: set[int] = set()  # choices whose end was left to another reader
 
     @property
@@ -81,7 +83,7 @@ class JobEvents:
         try:
             for choice in self.choices:
                 if not choice.cursor.ended:
-                    await self._advance(choice, TOKENS_AT_ONCE, made)
+                    await self._advance(choice, self._at_once, made)
             if all(choice.cursor.ended for choice in self.choices):
                 made += self._ended(await self.last())
         except BaseException as failure:  # the edge of a call: every failure is told
@@ -98,7 +100,7 @@ class JobEvents:
         """Return as `advance` the next events up to these places, without the end, which another reader tells."""
         made: list[Event] = []
         for i, choice in enumerate(self.choices):
-            limit = min(goal[i] - choice.cursor.next, TOKENS_AT_ONCE)
+            limit = min(goal[i] - choice.cursor.next, self._at_once)
             if limit <= 0 or choice.cursor.ended or i in self._failed:
                 continue
             try:
@@ -116,7 +118,12 @@ class JobEvents:
         for one in tokens_of(delta, choice.record_bytes):
             piece = Piece(choice.index)
             choice.take(one, piece)
-            made += self.events(choice, piece)
+            frames: list[bytes] = []
+            for frame in self._writer.frames(piece):
+                if frames:
+                    await asyncio.sleep(0)  # there may be many, of a long prompt
+                frames.append(frame)
+            made += self.events(choice, piece, frames)
 
     async def _read(self, choice: Choice, limit: int) -> m.Delta | None:
         """Return a choice's next tokens; None while the queue cannot be reached. Raises NotFound."""
@@ -134,9 +141,8 @@ class JobEvents:
             return None
         return delta
 
-    def events(self, choice: Choice, piece: Piece) -> list[Event]:
-        """Return the event of one token or of the end, none if it shows nothing."""
-        frames = self._writer.frames(piece)
+    def events(self, choice: Choice, piece: Piece, frames: list[bytes]) -> list[Event]:
+        """Return the event of one token or of the end, of which the frames are; none if there are none."""
         return [Event(choice.index, choice.cursor.next + bool(piece.finish), frames)] if frames else []
 
     async def last(self) -> list[Event]:

@@ -22,7 +22,7 @@ from gateway.calls.job_readers import JobReaders
 from gateway.calls.job_stream import JobStream, numbers_of
 from gateway.calls.parse import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
-from gateway.calls.size import TextGrowth
+from gateway.calls.size import TextGrowth, first_event_bytes
 from gateway.calls.submit import SubmittedCall, facts_of, record_of
 from gateway.calls.waiting import waiting_state
 from gateway.calls.writers import Writer
@@ -316,6 +316,7 @@ class Jobs:
         if 0 < options.num_best < options.n:
             raise BadRequest("which choices are the best is known when all have ended: best_of cannot be streamed")
         choices = choices_of(call)
+        hold(held() + first_event_bytes(options, call.prompts))
         return JobEvents(self._bus, choices, api.writer(call, choices))
 
     async def _result(self, job: m.Job, facts: Facts) -> dict[str, Any]:

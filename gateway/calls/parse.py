@@ -15,6 +15,7 @@ import msgspec
 from gateway.adapters.merged import MergedAdapters
 from gateway.auth.callers import Caller
 from gateway.auth.limits import limit_headers
+from gateway.bodies.json_slices import rows_of
 from gateway.grammars.notation import Constraint
 from gateway.text.answer_form import AnswerForm
 from gateway.tools.definitions import Tools
@@ -72,6 +73,11 @@ class Options(msgspec.Struct, frozen=True):
         """Size of a prompt token's logprob record, 0 without such logprobs."""
         num = self.sampling.prompt_logprobs
         return 0 if num is None else m.prompt_record_bytes(num)
+
+    @property
+    def rows(self) -> int:
+        """Tokens whose logprobs are made to JSON and written at a time."""
+        return rows_of(1 + max(self.sampling.num_logprobs or 0, self.sampling.prompt_logprobs or 0))
 
     @property
     def is_empty(self) -> bool:

@@ -87,6 +87,12 @@ def logprob_bytes(options: Options, prompts: Sequence[Prompt]) -> int:
     return options.n * (num_new * record + num_old * prompt_record)
 
 
+def first_event_bytes(options: Options, prompts: Sequence[Prompt]) -> int:
+    """Return the most bytes of a job's first events, each of which has the logprobs of its prompt, if it is echoed."""
+    num_old = options.n * sum(prompt.num_tokens for prompt in prompts)
+    return WRITTEN_BYTES * num_old * options.prompt_record_bytes if options.echo else 0
+
+
 def numbers_of(task: m.Task, prompts: Sequence[Prompt], base: m.ServedModel | None) -> int:
     """Return how many numbers an encoder makes of a call's prompts. base: None while it is not known."""
     if task == "classify":

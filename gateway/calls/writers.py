@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,8 +61,11 @@ SSE = Framing(b"text/event-stream; charset=utf-8", event, comment)
 class Writer(Protocol):
     """How one endpoint writes its answers."""
 
-    def frames(self, piece: Piece) -> list[bytes]:
-        """Return the frames of a piece, each a whole one; none when it shows nothing yet."""
+    def frames(self, piece: Piece) -> Iterable[bytes]:
+        """Return the frames of a piece, each a whole one; none when it shows nothing yet.
+
+        Each is made in a few milliseconds at most. Those of a piece with more tokens are made as they are asked for.
+        """
         ...
 
     def usage_frame(self, usage: Usage) -> bytes:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway.bodies.json_bodies import SlicedResponse, json_response
+from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse, json_response
 from gateway.calls import observe
 from gateway.calls.choices import Piece, best_of
 from gateway.calls.follow import ClientGoneError, Generation
@@ -91,7 +92,7 @@ class GenerationResponse(Response):
             pieces = await self._advance()
             if self.options.running_usage:
                 self.writer.show_usage(generation.usage)
-            frames = b"".join([frame for piece in pieces for frame in self.writer.frames(piece)])
+            frames = await self._send_pieces(send, pieces)
             if generation.is_done:
                 break
             if not frames:
@@ -103,6 +104,25 @@ class GenerationResponse(Response):
             if self._connection is not None and not self._growth.is_gathered:
                 generation.pass_on(self._pass_on)
         await self._send_frames(send, frames + await self.last_frames(), more=False)
+
+    async def _send_pieces(self, send: Send, pieces: Sequence[Piece]) -> bytes:
+        """Return the frames of pieces or, where they are long, the last of them, once those before are sent.
+
+        Between two parts of these others have their turn.
+        """
+        gathered, num_bytes = list[bytes](), 0
+        for piece in pieces:
+            for frame in self.writer.frames(piece):
+                gathered.append(frame)
+                num_bytes += len(frame)
+                if num_bytes > SENT_BYTES:
+                    await self._send_frames(send, b"".join(gathered), more=True)
+                    self._last_s = asyncio.get_running_loop().time()
+                    gathered, num_bytes = [], 0
+                    await asyncio.sleep(0)
+                    if self.generation.client_gone:
+                        raise ClientGoneError
+        return b"".join(gathered)
 
     def _pass_on(self, delta: m.Delta) -> bool:
         """Send a delta's tokens without waking the call's task, which costs more than to write and send them.
@@ -118,9 +138,9 @@ class GenerationResponse(Response):
             return False
         if self.options.running_usage:
             self.writer.show_usage(self.generation.usage)
-        frames = self.writer.frames(piece)
+        frames = b"".join(self.writer.frames(piece))
         if frames:
-            connection.write_part(b"".join(frames))
+            connection.write_part(frames)
             self._last_s = connection.loop.time()
         return True
 

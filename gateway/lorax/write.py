@@ -139,7 +139,7 @@ class NativeWriter:
             "generated_tokens": len(ids),
             "seed": self._native.seed,
             "prefill": Rows(prefill),
-            "tokens": Rows(lambda: self._token_writer().tokens(piece.logprobs, ended=True)),
+            "tokens": Rows(lambda: self._token_writer().tokens(piece.logprobs, ended=True), self._options.rows),
         }
 
     def _reason(self, finish: str, last: int, text: str) -> str:

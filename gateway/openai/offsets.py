@@ -20,11 +20,6 @@ class TextOffsets:
         self._at = len(echo)
         self._output = Detokenizer(tokens)
 
-    def of(self, prompt: Sequence[int], output: Iterable[int]) -> Iterator[int]:
-        """Make the offsets of the prompt's tokens and of further ones of the output, one after the other."""
-        yield from self.of_prompt(prompt)
-        yield from self.of_output(output)
-
     def of_prompt(self, ids: Sequence[int]) -> Iterator[int]:
         """Make the offsets of the prompt's tokens, one after the other."""
         tokens, echo = self._tokens, self._echo

@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import orjson
+from msgspec import structs
 
 from gateway.bodies.json_slices import Rows, dumps
 from gateway.calls.choices import NONE, Choice, Piece, TokenLogprob
@@ -131,6 +133,7 @@ class _Details:
         self.of_prompt = options.num_shown_of_prompt is not None
         self.only_calls = options.tools is not None and options.tools.required  # an answer has no text
         self.hides_reasoning = options.hides_reasoning
+        self.rows = options.rows  # tokens whose logprobs are made and written at a time
         self._prompts = prompts
         self._options = options
 
@@ -176,7 +179,9 @@ class _Details:
         prompt["prompt_logprobs"] = None
         if self.of_prompt:
             tokens, num = self.tokens(piece.index), self._options.num_shown_of_prompt
-            prompt["prompt_logprobs"] = Rows(lambda: (_ranked(tokens, one, one.top[:num]) for one in piece.prompt))
+            prompt["prompt_logprobs"] = Rows(
+                lambda: (_ranked(tokens, one, one.top[:num]) for one in piece.prompt), self.rows
+            )
         return output, prompt
 
 
@@ -310,7 +315,7 @@ class ChatWriter:
                 top = [entry(*pair) for pair in details.top(token)]
                 yield {**entry(token.id, token.logprob), "top_logprobs": top}
 
-        return {"content": Rows(entries), "refusal": None}
+        return {"content": Rows(entries, details.rows), "refusal": None}
 
 
 def _without_reasoning(parts: Sequence[Part]) -> list[Part]:
@@ -367,22 +372,42 @@ class CompletionWriter:
         self._head = head
         self._details = _Details(prompts, options)
         self._echoes = options.echo
+        self._shows_prompt = options.echo and self._details.logprobs
         self._offsets = [TextOffsets(prompt.files.tokens, prompt.echo) for prompt in prompts if self._details.logprobs]
         self._frames = _Frames(head, "text_completion", options.include_usage)
         self._starts = [head.choice_start(index) + b',"text":' for index in range(len(prompts))]
         self._started: set[int] = set()  # choices whose prompt has been told of
 
-    def frames(self, piece: Piece) -> list[bytes]:
-        """Return the chunks of a piece; none when it shows nothing yet."""
-        start, out = self._starts[piece.index], []
+    def frames(self, piece: Piece) -> Iterable[bytes]:
+        """Return the chunks of a piece, of which one with a long prompt has many; none when it shows nothing yet."""
+        if len(piece.prompt) > self._details.rows and self._shows_prompt:
+            return self._of_long_prompt(piece)
         if piece.text or piece.logprobs or piece.prompt or piece.ids or piece.finish:
-            logprobs = dumps(self._lists(piece)) if self._details.logprobs else b"null"
-            end = b'"finish_reason":null,"stop_reason":null'
-            if piece.finish:
-                end = orjson.dumps(self._details.end(piece, piece.finish))[1:-1]
-            body = b'%b,"logprobs":%b,%b' % (orjson.dumps(piece.text), logprobs, end)
-            out.append(self._frames.choice(start, body, self._ids(piece), b"}"))
-        return out
+            return [self._chunk(piece)]
+        return []
+
+    def _chunk(self, piece: Piece, offsets: Sequence[int] | None = None) -> bytes:
+        """Return one chunk. offsets: those of the prompt's tokens in it, None where these are all."""
+        logprobs = dumps(self._lists(piece, offsets)) if self._details.logprobs else b"null"
+        end = b'"finish_reason":null,"stop_reason":null'
+        if piece.finish:
+            end = orjson.dumps(self._details.end(piece, piece.finish))[1:-1]
+        body = b'%b,"logprobs":%b,%b' % (orjson.dumps(piece.text), logprobs, end)
+        return self._frames.choice(self._starts[piece.index], body, self._ids(piece), b"}")
+
+    def _of_long_prompt(self, piece: Piece) -> Iterator[bytes]:
+        """Make the chunks of a piece that begins with a prompt's tokens: some of them in each, with their text."""
+        offsets = self._offsets[piece.index].of_prompt(piece.prompt.ids)
+        begin, at, some = 0, 0, list(islice(offsets, self._details.rows))
+        while some:
+            later, end = list(islice(offsets, self._details.rows)), begin + len(some)
+            prompt = piece.prompt.part(begin, end)
+            if later:
+                yield self._chunk(Piece(piece.index, piece.text[at : later[0]], prompt=prompt), some)
+                at = later[0]
+            else:
+                yield self._chunk(structs.replace(piece, text=piece.text[at:], prompt=prompt), some)
+            begin, some = end, later
 
     def _ids(self, piece: Piece) -> bytes:
         """Return the fields of a chunk that hold ids: the prompt's in the first one of a choice."""
@@ -420,14 +445,20 @@ class CompletionWriter:
             **prompt,
         }
 
-    def _lists(self, piece: Piece) -> dict[str, Any]:
+    def _lists(self, piece: Piece, of_prompt: Sequence[int] | None = None) -> dict[str, Any]:
+        """Return the logprobs of a piece. of_prompt: the offsets of its prompt's tokens, None where these are all."""
         details, offsets, prompt = self._details, self._offsets[piece.index], piece.prompt if self._echoes else NONE
         names, both = details.tokens(piece.index), (prompt, piece.logprobs)
+
+        def begins() -> Iterator[int]:
+            yield from offsets.of_prompt(prompt.ids) if of_prompt is None else of_prompt
+            yield from offsets.of_output(piece.logprobs.ids)
+
         return {
-            "text_offset": Rows(lambda: offsets.of(prompt.ids, piece.logprobs.ids)),
+            "text_offset": Rows(begins),
             "tokens": Rows(lambda: (details.name(names, id_) for part in both for id_ in part.ids)),
             "token_logprobs": Rows(lambda: (shown_logprob(value) for part in both for value in part.values)),
-            "top_logprobs": Rows(lambda: (self._top(names, token) for part in both for token in part)),
+            "top_logprobs": Rows(lambda: (self._top(names, token) for part in both for token in part), details.rows),
         }
 
     def _top(self, tokens: TokenTable, token: TokenLogprob) -> dict[str, float] | None:

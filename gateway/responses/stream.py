@@ -24,9 +24,9 @@ class ResponseEvents(JobEvents):
         """Return the events before any token: of a response in the background, that it is queued."""
         return self._numbered(self._made.first())
 
-    def events(self, choice: Choice, piece: Piece) -> list[Event]:
-        """Return the events of one token or of the end."""
-        return self._numbered(self._made.frames(piece))
+    def events(self, choice: Choice, piece: Piece, frames: list[bytes]) -> list[Event]:
+        """Return the events of one token or of the end, of which the frames are."""
+        return self._numbered(frames)
 
     async def last(self) -> list[Event]:
         """Return the event that ends the stream."""

@@ -128,6 +128,42 @@ async def test_no_body_holds_the_event_loop(http: httpx2.Client, subtests: pytes
             assert lag.longest_s < MOST_S
 
 
+ECHOED = completion(prompt="the quick brown fox " * 2000, echo=True, logprobs=20)
+ANSWERS: dict[str, dict[str, Any]] = {
+    "an echo with logprobs": ECHOED,
+    "a stream of it": {**ECHOED, "stream": True},
+}
+"""Bodies whose answers take much to write."""
+
+
+async def test_no_answer_holds_the_event_loop(
+    http: httpx2.Client, fleet: ScriptedFleet, subtests: pytest.Subtests
+) -> None:
+    fleet.max_model_len = 1 << 14
+    await fleet.register()
+    for name, body in ANSWERS.items():
+        with subtests.test(name):
+            async with measured_lag() as lag:
+                answer = await asyncio.to_thread(http.post, COMPLETIONS, json=body)
+            assert answer.status_code == 200, answer.text
+            assert lag.longest_s < MOST_S
+
+
+async def test_a_background_job_of_long_prompts_is_streamed_beside_others(
+    http: httpx2.Client, fleet: ScriptedFleet
+) -> None:
+    fleet.max_model_len = 1 << 14
+    await fleet.register()
+    job = (await asyncio.to_thread(lambda: http.post(COMPLETIONS, json={**ECHOED, "background": True}))).json()
+    headers = {"prefer": "wait=30"}
+    ended = (await asyncio.to_thread(lambda: http.get(f"/v1/jobs/{job['id']}", headers=headers))).json()
+    assert ended["status"] == "completed"
+    async with measured_lag() as lag:
+        told = (await asyncio.to_thread(http.get, f"/v1/jobs/{job['id']}/stream")).text
+    assert told.endswith("data: [DONE]\n\n")
+    assert lag.longest_s < MOST_S
+
+
 async def test_no_query_or_header_holds_the_event_loop(http: httpx2.Client, subtests: pytest.Subtests) -> None:
     long = "1-" * 15_000
     for path in (f"/v1/jobs?after={long}", f"/v1/requests?after={long}", f"/v1/files?after={long}", f"/v1/jobs/{long}"):

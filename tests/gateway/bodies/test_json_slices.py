@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -18,9 +19,11 @@ from openai import AsyncOpenAI
 
 from gateway.adapters.catalogue import OBJECTS_AT_ONCE
 from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse
-from gateway.bodies.json_slices import Rows, dumps, slices
-from gateway.calls.choices import Logprobs
-from gateway.calls.follow import LOGPROB_TOKENS
+from gateway.bodies.json_slices import ROWS, Rows, dumps, rows_of, slices
+from gateway.calls.choices import Logprobs, Piece
+from gateway.calls.follow import ClientGoneError
+from gateway.calls.parse import Options
+from gateway.http.sse import GenerationResponse
 from protocol.queue.adapters import ALIASES_AT_ONCE
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
@@ -105,7 +108,7 @@ def test_packed_logprobs_are_those_of_the_log() -> None:
     assert [token.id for token in found] == ids.tolist()
     assert found[3] == (3, -1.5, [(10, -1.0), (12, -2.0)], 0)
     parts = Logprobs()
-    for part in (whole.first(2), Logprobs(ids[2:].tobytes(), records[2:].tobytes())):
+    for part in (whole.part(0, 2), whole.part(2, 5)):
         parts = parts.joined(part)
     assert list(parts) == found
     assert len(whole) == 5
@@ -137,6 +140,47 @@ async def test_many_logprobs_are_whole_in_slices(
     assert len(typed.choices[0].logprobs.tokens or []) == 150
 
 
+async def test_others_have_a_turn_between_the_frames_of_many_pieces() -> None:
+    made: list[int] = []  # frames of each turn
+
+    class Frames:
+        def frames(self, piece: Piece) -> Iterator[bytes]:
+            for number in range(20):
+                made[-1] += 1
+                yield b"%d %d\n" % (piece.index, number) + b" " * 1000
+
+    async def others() -> None:
+        while True:
+            made.append(0)
+            await asyncio.sleep(0)
+
+    sent: list[bytes] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+
+    call = SimpleNamespace(parsed=SimpleNamespace(options=Options(m.Sampling(), stream=True)), prompts=[])
+    generation: Any = SimpleNamespace(call=call, client_gone=False)
+    response = GenerationResponse(generation, Frames(), keepalive_s=1.0)  # type: ignore[arg-type]
+    response._send_body = send
+    turns = asyncio.create_task(others())
+    await asyncio.sleep(0)
+    last = await response._send_pieces(send, [Piece(index) for index in range(30)])
+    assert b"".join([*sent, last]).split() == [b"%d" % one for i in range(30) for j in range(20) for one in (i, j)]
+    assert sum(made) == 600
+    assert max(made) <= 20
+    generation.client_gone = True
+    with pytest.raises(ClientGoneError):
+        await response._send_pieces(send, [Piece(index) for index in range(30)])
+    turns.cancel()
+
+
+def test_rows_of_many_entries_are_few() -> None:
+    assert [rows_of(num) for num in (0, 1, 21, 22, 129, 1001, 5000)] == [64, 64, 64, 61, 10, 1, 1]
+    options = Options(m.Sampling(num_logprobs=128, prompt_logprobs=None))
+    assert options.rows == 10
+
+
 async def test_a_log_is_read_so_many_tokens_at_a_time(bus: Bus, http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     fleet.script = lambda submit, body: Script(text="abc " * 100, eos=False, finish="length", chunk=10_000)
     body = {"model": "base", "prompt": "hi", "max_tokens": 200, "logprobs": 5, "background": True}
@@ -144,7 +188,7 @@ async def test_a_log_is_read_so_many_tokens_at_a_time(bus: Bus, http: httpx2.Asy
     found = (await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=20"})).json()
     assert len(found["result"]["choices"][0]["logprobs"]["tokens"]) == 200
     rid, record_bytes = fleet.seen[0][0].rid, m.logprob_record_bytes(5)
-    parts = [await bus.read_log(rid, begin, record_bytes, LOGPROB_TOKENS) for begin in range(0, 201, LOGPROB_TOKENS)]
+    parts = [await bus.read_log(rid, begin, record_bytes, ROWS) for begin in range(0, 201, ROWS)]
     sizes = [(len(part.ids) // 4, len(part.logprobs) // record_bytes, part.finish) for part in parts if part]
     assert sizes == [(64, 64, ""), (64, 64, ""), (64, 64, ""), (8, 8, "length")]
     whole = await bus.read_log(rid, 0, record_bytes)

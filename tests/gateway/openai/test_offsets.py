@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from gateway.bodies.json_slices import ROWS
 from gateway.openai.offsets import TextOffsets
 from peft_adapters.texts.tokenizer_json import token_table
 from protocol.wire.tokens import TokenTable
@@ -43,6 +44,31 @@ async def test_offsets_of_an_echo(http: httpx2.AsyncClient, fleet: ScriptedFleet
     assert tokens[-1] == "<|im_end|>"
 
 
+async def test_a_long_echo_comes_in_chunks_with_their_part_of_the_text(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet
+) -> None:
+    fleet.max_model_len = 1024
+    await fleet.register()
+    fleet.script = lambda submit, body: Script(text="é!", chunk=1)
+    body = {"model": "base", "prompt": "<|im_start|>the dög 😀 jumps, " * 25, "echo": True, "logprobs": 3, "n": 2}
+    whole = (await http.post("/v1/completions", json=body)).json()["choices"]
+    answer = await http.post("/v1/completions", json={**body, "stream": True})
+    chunks = [json.loads(line[6:])["choices"] for line in answer.text.split("\n\n") if line.startswith("data: {")]
+    for index, choice in enumerate(whole):
+        mine = [one for choices in chunks for one in choices if one["index"] == index]
+        assert len(choice["logprobs"]["tokens"]) > 300
+        assert max(len(one["logprobs"]["tokens"]) for one in mine) <= ROWS
+        assert "".join(one["text"] for one in mine) == choice["text"]
+        for name, values in choice["logprobs"].items():
+            assert [value for one in mine for value in one["logprobs"][name]] == values
+        assert [one["finish_reason"] for one in mine] == [None] * (len(mine) - 1) + ["stop"]
+        begins = 0
+        for one in mine:
+            offsets = one["logprobs"]["text_offset"]
+            assert not offsets or begins <= offsets[0] <= offsets[-1] <= begins + len(one["text"])
+            begins += len(one["text"])
+
+
 async def _asked(http: httpx2.AsyncClient, body: dict[str, Any]) -> tuple[str, list[str], list[int]]:
     """Return the text, the tokens and their offsets of an answer, streamed or not."""
     answer = await http.post("/v1/completions", json=body)
@@ -61,7 +87,7 @@ def test_offsets_are_within_the_text_and_never_fall(table: TokenTable, ids: list
     echo = table.decode(ids, special=True)
     text = echo + table.decode(more)
     writer = TextOffsets(table, echo)
-    offsets = [*writer.of(ids, more[:7]), *writer.of_output(more[7:])]
+    offsets = [*writer.of_prompt(ids), *writer.of_output(more[:7]), *writer.of_output(more[7:])]
     assert offsets == sorted(offsets)
     assert all(0 <= offset <= len(text) for offset in offsets)
     for id_, offset in zip(ids, offsets, strict=False):
