@@ -149,8 +149,8 @@ PARAMETERS: Sequence[Parameter] = (
     *rows("reasoning_effort", "chat", "openai vllm sglang ollama"),
     *rows("include_stop_str_in_output truncate_prompt_tokens truncation_side add_special_tokens request_id", _BOTH,
            "vllm"),
-    *rows("allowed_token_ids bad_words prompt_logprobs logprob_token_ids return_token_ids return_tokens_as_token_ids",
-           _BOTH, "vllm"),
+    *rows("allowed_token_ids bad_words prompt_logprobs logprob_token_ids return_token_ids return_tokens_as_token_ids"
+           " include_metrics", _BOTH, "vllm"),
     *rows("skip_special_tokens cache_salt", _BOTH, "vllm sglang"),
     *rows("guided_json guided_json_object guided_regex guided_choice guided_grammar guided_whitespace_pattern", _BOTH,
            "vllm"),

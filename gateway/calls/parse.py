@@ -56,6 +56,7 @@ class Options(msgspec.Struct, frozen=True):
     num_shown_of_prompt: int | None = None  # the same of the prompt, apart from those of `echo`
     shows_ids: bool = False  # the answer has the ids of its tokens, and of the prompt's
     names_ids: bool = False  # logprobs name tokens by their ids
+    shows_metrics: bool = False  # the answer tells how long its parts took
     hides_reasoning: bool = False  # an answer has no reasoning, though the model does
     scores_only: bool = False  # no token is wanted, only the logprobs of the prompt
     by_token: bool = False  # each token is a piece of its own, so that the events of an answer are the same each time

@@ -97,6 +97,7 @@ class GenerationRequest(JsonBody):
     logprob_token_ids: Annotated[Ids, Field(min_length=1)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    include_metrics: bool | None = None
     echo: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None

@@ -184,6 +184,8 @@ def _options(request: AnyRequest, settings: Settings) -> Options:
         raise BadRequest("a background job cannot be streamed; leave out stream, or background", param="stream")
     if background and max_tokens == 0:
         raise BadRequest("max_tokens is 0: there is nothing to do in the background", param="max_tokens")
+    if request.include_metrics and background:
+        raise BadRequest("a job's times are its own fields: leave out include_metrics", param="include_metrics")
     usage_wish = request.stream_options
     include_usage = settings.force_include_usage or bool(usage_wish and usage_wish.include_usage)
     return Options(
@@ -207,6 +209,7 @@ def _options(request: AnyRequest, settings: Settings) -> Options:
         num_shown=num_shown,
         num_shown_of_prompt=request.prompt_logprobs,
         shows_ids=bool(request.return_token_ids),
+        shows_metrics=_given(request.include_metrics, settings.per_request_metrics),
         names_ids=_given(request.return_tokens_as_token_ids, settings.return_tokens_as_token_ids),
         hides_reasoning=isinstance(request, ChatRequest) and request.include_reasoning is False,
         scores_only=scores_only,

@@ -26,6 +26,7 @@ from gateway.calls.tokenize import Prompt
 from gateway.calls.writers import MIN_LOGPROB, Usage, Writer, shown_logprob
 from gateway.http.sse import GenerationResponse
 from gateway.openai.offsets import TextOffsets
+from gateway.openai.timed import TimedResponse
 from gateway.text.answer_form import AnswerForm
 from gateway.text.answer_parts import AnswerParts, Part
 from protocol.wire.tokens import TokenTable
@@ -34,7 +35,8 @@ from protocol.wire.tokens import TokenTable
 def write(generation: Generation, keepalive_s: float) -> GenerationResponse:
     """Return the response that a call is answered with while it is followed."""
     writer = writer_of(generation.call, generation.choices)
-    return GenerationResponse(generation, writer, keepalive_s=keepalive_s)
+    kind = TimedResponse if generation.call.parsed.options.shows_metrics else GenerationResponse
+    return kind(generation, writer, keepalive_s=keepalive_s)
 
 
 def writer_of(call: SubmittedCall, choices: Sequence[Choice]) -> Writer:

@@ -90,7 +90,8 @@ class Seen:
 
     model: str
     running: int = 0
-    waiting: int = 0
+    waiting: int = 0  # for a worker
+    deferred: int = 0  # at one, while it loads their adapter
     kv_usage: float = 0.0
     num_steps: int = 0  # of all workers since their starts, and the tokens in them
     num_step_tokens: int = 0
@@ -119,12 +120,16 @@ class Residency(Collector):
             alias.add_metric(labels, 1)
         yield from (loaded, alias)
         for family, value in (
-            (series.VLLM_RUNNING, seen.running), (series.VLLM_WAITING, seen.waiting),
+            (series.VLLM_RUNNING, seen.running), (series.VLLM_WAITING, seen.waiting + seen.deferred),
             (series.VLLM_KV_USAGE, seen.kv_usage),
         ):  # fmt: skip
             metric = family.now()
             metric.add_metric([seen.model], value)
             yield metric
+        reasons = series.VLLM_WAITING_BY_REASON.now()
+        for reason, num in (("capacity", seen.waiting), ("deferred", seen.deferred)):
+            reasons.add_metric([seen.model, reason], num)
+        yield reasons
         tokens = series.VLLM_ITERATION_TOKENS.spread()
         tokens.add_metric([seen.model], [("+Inf", seen.num_steps)], seen.num_step_tokens)
         yield tokens

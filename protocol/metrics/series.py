@@ -254,10 +254,15 @@ VLLM_LORA_LOADED = _residency.family(
     ["worker", "lora_name", "level", "pinned", "rank"],
 )  # fmt: skip
 VLLM_RUNNING = _residency.family(
-    "vllm:num_requests_running", "gauge", "Requests assigned to workers.", ["model_name"]
+    "vllm:num_requests_running", "gauge", "Requests that workers compute, or soon will.", ["model_name"]
 )  # fmt: skip
 VLLM_WAITING = _residency.family(
-    "vllm:num_requests_waiting", "gauge", "Requests waiting for a worker.", ["model_name"]
+    "vllm:num_requests_waiting", "gauge", "Requests waiting for a worker, or at one for their adapter.", ["model_name"]
+)  # fmt: skip
+VLLM_WAITING_BY_REASON = _residency.family(
+    "vllm:num_requests_waiting_by_reason", "gauge",
+    "Those of vllm:num_requests_waiting: for a worker (capacity), at one for their adapter (deferred).",
+    ["model_name", "reason"],
 )  # fmt: skip
 VLLM_KV_USAGE = _residency.family(
     "vllm:kv_cache_usage_perc", "gauge", "Part of all workers' KV blocks in use, 0 to 1.", ["model_name"]

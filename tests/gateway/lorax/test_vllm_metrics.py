@@ -20,7 +20,7 @@ async def test_residency_and_vllm_s_names(bus: Bus, fleet: ScriptedFleet, model_
     beat = m.WorkerBeat(
         wid="w1", name="one", capacity=8, kv_blocks_free=3, kv_blocks_total=4, resident=["vllm-d1"],
         host=["vllm-d1", *(f"h{i}" for i in range(2000))], pinned={"vllm-d1": ""}, pool_bytes_total=40,
-        pool_bytes_free=30,
+        pool_bytes_free=30, waiting=2, waiting_adapter=1,
         sent_ms=now_ms(), counters=m.WorkerCounters(num_steps=7, num_computed_tokens=21),
     )  # fmt: skip
     await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat), 60_000)
@@ -44,8 +44,10 @@ async def test_residency_and_vllm_s_names(bus: Bus, fleet: ScriptedFleet, model_
     assert loaded[0].labels == first
     assert families["vllm:lora_adapter_loaded"][0].labels["lora_name"] == "mine"
     values = {name: families[name][0] for name in families if name.startswith("vllm:") and name.count("_") > 1}
-    assert values["vllm:num_requests_running"].value == 3
-    assert values["vllm:num_requests_waiting"].value == 2
+    assert values["vllm:num_requests_running"].value == 2
+    assert values["vllm:num_requests_waiting"].value == 3
+    reasons = {one.labels["reason"]: one.value for one in families["vllm:num_requests_waiting_by_reason"]}
+    assert reasons == {"capacity": 2, "deferred": 1}  # together those that wait, as in vLLM
     steps = {sample.name.rpartition("_")[2]: sample.value for sample in families["vllm:iteration_tokens_total"]}
     assert (steps["count"], steps["sum"]) == (7, 21)
     assert values["vllm:kv_cache_usage_perc"].value == 0.25

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
 from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
 
+from gateway.openai.timed import FIELDS, metrics_of
 from gateway.text.messages import MAX_OTHER_ROLES
 from protocol.queue.bus import Bus
+from protocol.wire.records import RequestFacts
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 USER: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
@@ -123,6 +126,50 @@ async def test_settings_do_what_vllm_s_flags_do(bus: Bus, fleet: ScriptedFleet, 
         named = (await http.post(COMPLETIONS, json={**body, "return_tokens_as_token_ids": False})).json()
         assert not any(token.startswith("token_id:") for token in named["choices"][0]["logprobs"]["tokens"])
         assert (await http.post(COMPLETIONS, json={"model": "base", "prompt": "hi"})).status_code == 200
+
+
+async def test_an_answer_tells_its_times_where_they_are_wanted(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path
+) -> None:
+    """As vLLM's `metrics`: whole, in the chunk of the usage, by wish of the call or of the operator."""
+    for always in (False, True):
+        async with (
+            running_gateway(bus, model_folder, per_request_metrics=always) as gateway,
+            httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        ):
+            for path, asked in ((CHAT, {"messages": USER}), (COMPLETIONS, {"prompt": "hi"})):
+                for wish in (None, True, False):
+                    body = {"model": "base", "max_tokens": 8, **asked, "include_metrics": wish}
+                    whole = (await http.post(path, json=body)).json()
+                    usage = {**body, "stream": True, "stream_options": {"include_usage": True}}
+                    *others, last = chunks(await http.post(path, json=usage))
+                    is_wanted = always if wish is None else wish
+                    assert [set(found.get("metrics", ())) == set(FIELDS) for found in (whole, last)] == [is_wanted] * 2
+                    assert not any("metrics" in chunk for chunk in others)
+                    if is_wanted:
+                        assert all(whole["metrics"][name] >= 0 for name in FIELDS[:3])
+                    without = {**body, "stream": True, "stream_options": None}
+                    assert not any("metrics" in chunk for chunk in chunks(await http.post(path, json=without)))
+                    several = (await http.post(path, json={**body, "n": 2})).json()
+                    assert several.get("metrics", "none") == (None if is_wanted else "none")
+            late = {"model": "base", "prompt": "hi", "background": True}
+            assert (await http.post(COMPLETIONS, json=late)).status_code == 202
+            refused = await http.post(COMPLETIONS, json={**late, "include_metrics": True})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "include_metrics")
+
+
+def test_times_are_those_of_a_request() -> None:
+    facts = RequestFacts(
+        state="done", epoch=1, finish="stop", error="", gateway="g", num_prompt_tokens=3, num_output_tokens=5,
+        attempts=1, submitted_ms=1000, first_ms=1300, ended_ms=1700, assigned_ms=1200,
+    )  # fmt: skip
+    values = metrics_of(facts)
+    assert values == {"queue_time_ms": 200, "time_to_first_token_ms": 100, "generation_time_ms": 400,
+                      "mean_itl_ms": 100, "tokens_per_second": 10}  # fmt: skip
+    assert metrics_of(replace(facts, num_output_tokens=1))["mean_itl_ms"] is None
+    assert metrics_of(replace(facts, ended_ms=1200, first_ms=1200))["tokens_per_second"] is None
+    for lost in (None, replace(facts, first_ms=0), replace(facts, ended_ms=0), replace(facts, assigned_ms=0)):
+        assert metrics_of(lost) == dict.fromkeys(FIELDS)
 
 
 async def test_roles_that_a_template_has(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> None:

@@ -155,6 +155,7 @@ LIKELY: dict[str, tuple[Any, ...]] = {
     "metadata": ({"a": "b"}, {"a" * 100: "b"}, {"a": "b" * 600}), "stop_token_ids": ([5], [1 << 31], [5] * 2000),
     "allowed_token_ids": ([5], [], [-1], [1 << 31], [5] * 20_000), "logprob_token_ids": ([5, 5], [], [-1], [5] * 200),
     "bad_words": (["a"], [""], ["\ud83d"], ["\0 "], ["a" * 200], ["😀" * 99] * 9), "prompt_logprobs": (0, 20, 21, -1),
+    "include_metrics": (True,),
     "return_token_ids": (True,), "return_tokens_as_token_ids": (True,), "add_generation_prompt": (False,),
     "input": (
         "", [], [{"role": "user", "content": "hi"}], [{"type": "item_reference", "id": "msg_" + "0" * 36}], ["a"],

@@ -1,0 +1,52 @@
+"""Answers of OpenAI's routes that tell how long their parts took, in the form of vLLM's `metrics`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+from gateway.calls.choices import Piece
+from gateway.http.sse import GenerationResponse
+from protocol.wire.records import RequestFacts
+
+FIELDS = ("time_to_first_token_ms", "generation_time_ms", "queue_time_ms", "mean_itl_ms", "tokens_per_second")
+_END = b"}\n\n"
+
+
+def metrics_of(known: RequestFacts | None) -> dict[str, float | None]:
+    """Return the times of a request by vLLM's names, all null if the queue has lost them.
+
+    They begin when a worker was given the request: before that it waited (`queue_time_ms`), then came the first token
+    (`time_to_first_token_ms`), then the others (`generation_time_ms`). The queue counts whole milliseconds.
+    """
+    if known is None or not (known.assigned_ms and known.first_ms and known.ended_ms):
+        return dict.fromkeys(FIELDS)
+    num, generation = known.num_output_tokens, max(0, known.ended_ms - known.first_ms)
+    computed = known.ended_ms - known.assigned_ms
+    return {
+        "time_to_first_token_ms": float(max(0, known.first_ms - known.assigned_ms)),
+        "generation_time_ms": float(generation),
+        "queue_time_ms": float(max(0, known.assigned_ms - known.submitted_ms)),
+        "mean_itl_ms": generation / (num - 1) if num > 1 else None,
+        "tokens_per_second": 1000 * num / computed if computed > 0 else None,
+    }
+
+
+class TimedResponse(GenerationResponse):
+    """An answer with `metrics`: of one choice, as the times of several are not those of the call."""
+
+    async def last_frames(self) -> bytes:
+        """Return what a stream ends with: the chunk of its usage, if it has one, tells the times too."""
+        frame = self.writer.usage_frame(self.generation.usage) if self.options.include_usage else b""
+        if frame:
+            frame = frame.removesuffix(_END) + b',"metrics":' + orjson.dumps(await self._metrics()) + _END
+        return frame + self.done
+
+    async def whole(self, choices: list[Piece]) -> tuple[Any, dict[str, str]]:
+        """Return the answer of a call that is not streamed, and its headers."""
+        answer, headers = await super().whole(choices)
+        return {**answer, "metrics": await self._metrics()}, headers
+
+    async def _metrics(self) -> dict[str, float | None] | None:
+        return metrics_of(await self.generation.facts()) if len(self.generation.choices) == 1 else None
