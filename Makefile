@@ -25,7 +25,7 @@ TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --i
 CONSOLE = .venv-console
 PURELIB = 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: test-console wheel test-wheel chart demo up test test-gpu bench-gpu test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour forms api-check docker-smoke lock-images audit sbom licences pin-images clean help
+.PHONY: test-console wheel test-wheel chart demo up test test-all test-gpu bench-gpu test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour forms api-check docker-smoke lock-images audit sbom licences pin-images clean help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,9 +36,12 @@ demo: $(VENV)/.stamp-demo  ## fetch a small model, start a fleet, ask the base a
 up: $(VENV)/.stamp-demo  ## start a fleet on this machine: make up MODEL=org/name ADAPTERS=folder
 	$(BIN)/lorafleet up "$(MODEL)" $(if $(ADAPTERS),--adapters "$(ADAPTERS)") $(ARGS)
 
-test: $(VENV)/.stamp-dev  ## run every test in random order, three files at a time: no network, GPU, Docker or Redis needed
+test: $(VENV)/.stamp-dev  ## run all but the longest tests in random order, three files at a time: no network, GPU, Docker or Redis needed
 	-$(BIN)/python -m lora_kernels.cpu  # before the tests, whose time limits know nothing of a compiler
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-all:  ## run every test: before a release
+	$(MAKE) test ARGS="--thorough $(ARGS)"
 
 coverage: $(VENV)/.stamp-dev  ## run every test and show the lines that none of them reaches, services included
 	$(BIN)/coverage erase

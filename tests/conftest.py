@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import httpcore2
 import pytest
@@ -51,12 +52,63 @@ LONGER_S: dict[str, int] = {
 """File or folder -> the limit of each of its tests, s, where 30 s are not enough on two busy cores."""
 
 
-def pytest_configure() -> None:
+THOROUGH = (
+    "e2e/test_adapters.py",
+    "e2e/test_encoders.py",
+    "e2e/test_network.py",
+    "e2e/test_pooled.py",
+    "e2e/test_traces.py",
+    "e2e/test_workers.py",
+    "examples/test_tours.py",
+    "gateway/text/test_families.py",
+    "gpu_worker/cuda/test_warm_up.py",
+    "gpu_worker/test_light_imports.py",
+    "hostile/test_fuzz.py",
+    "hostile/test_hostile.py",
+    "kernels/test_triton.py",
+    "lorafleet/test_fetch.py",
+    "lorafleet/test_quickstart.py",
+    "oracle/adapters/test_expert_rows.py",
+    "oracle/test_architectures.py",
+    "oracle/test_compiled.py",
+    "oracle/test_encoder_types.py",
+    "oracle/test_graphs.py",
+    "oracle/test_models.py",
+    "oracle/test_one_by_one.py",
+    "oracle/test_states.py",
+    "protocol/queue/test_lost_tail.py",
+)
+"""Files that only `make test-all` runs, and whoever names them: long ones, each a further look at what others hold."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the switch of `make test-all`."""
+    parser.addoption("--thorough", action="store_true", help="also run the long tests (THOROUGH in tests/conftest.py)")
+
+
+def is_thorough(config: pytest.Config) -> bool:
+    """Return whether long tests are wanted: `--thorough`, or files that are named on the command line."""
+    told: dict[str, bool] = getattr(config, "workerinput", {})  # of a process of xdist, whose arguments are others
+    is_named = config.args_source is pytest.Config.ArgsSource.ARGS
+    return told.get("thorough", config.getoption("--thorough") or is_named)
+
+
+class TellWorkers:
+    """Tells processes of xdist whether long tests are wanted."""
+
+    def pytest_configure_node(self, node: Any) -> None:
+        """Write it where `is_thorough` reads it."""
+        node.workerinput["thorough"] = is_thorough(node.config)
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Spare every process what costs much time and shows nothing.
 
     Garbage is not looked for while tests are imported: that is half the time of it. Certificates are read once, not by
     every client of HTTP. And `jsonschema` does not make the grammars of IRIs, which no schema here asks for.
     """
+    if config.pluginmanager.has_plugin("dsession"):
+        config.pluginmanager.register(TellWorkers())
     gc.disable()
     httpcore2.default_ssl_context = cache(httpcore2.default_ssl_context)
     sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]  # an import of it fails
@@ -70,14 +122,19 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Set the limits of the files in LONGER_S, a marker at a test wins, and begin with the files that take longest.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out THOROUGH files, set the limits of LONGER_S, and begin with the files that take longest.
 
-    Files are handed to processes one by one in this order, so that no long one is begun when the others have ended.
+    A marker at a test wins over LONGER_S. Files are handed to processes one by one in this order, so that no long one
+    is begun when the others have ended.
     """
-    missing = [name for name in LONGER_S if not (TESTS / name).exists()]
+    missing = [name for name in (*LONGER_S, *THOROUGH) if not (TESTS / name).exists()]
     if missing:
-        raise pytest.UsageError(f"tests/conftest.py sets limits for files that do not exist: {', '.join(missing)}")
+        raise pytest.UsageError(f"tests/conftest.py names files that do not exist: {', '.join(missing)}")
+    if not is_thorough(config):
+        left_out = [item for item in items if item.path.relative_to(TESTS).as_posix() in THOROUGH]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.path.relative_to(TESTS).as_posix() not in THOROUGH]
     for item in items:
         limit_s = _limit_s(item.path)
         if limit_s and item.get_closest_marker("timeout") is None:

@@ -47,7 +47,8 @@ async def test_a_chat_stream_byte_by_byte(http: httpx2.AsyncClient, fleet: Scrip
     role = '"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null}'
     assert [frame.decode() for frame in frames] == [
         start + '{"index":0,' + role + '],"prompt_token_ids":null,"usage":null}',
-        start + '{"index":0,"delta":{"content":"é"},"logprobs":null,"finish_reason":null,"token_ids":null}],"usage":null}',
+        start
+        + '{"index":0,"delta":{"content":"é"},"logprobs":null,"finish_reason":null,"token_ids":null}],"usage":null}',
         start + '{"index":0,"delta":{"content":""},"logprobs":null,"finish_reason":"stop","stop_reason":null,'
         '"matched_stop":1,"token_ids":null}],"usage":null}',
         start + f'],"usage":{{"prompt_tokens":{num_prompt},"completion_tokens":3,"total_tokens":{num_prompt + 3},'
