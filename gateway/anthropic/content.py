@@ -7,11 +7,12 @@ and messages of one role that follow each other are one turn. Which fields block
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
+from gateway.anthropic.client_tools import CLIENT_TOOLS
 from gateway.bodies.parameter_check import MAX_ENTRIES
 from gateway.grammars.limits import check_num
-from gateway.text.messages import Message
+from gateway.text.messages import Message, stand_in, unread_parts
 from gateway.tools.definitions import ToolWords
 from protocol.wire.errors import BadRequest
 
@@ -39,7 +40,7 @@ _HOSTED = ("web_search_", "web_fetch_", "code_execution_", "tool_search_tool_", 
 """What the types of tools begin with that Anthropic runs."""
 
 _TRAINED_ON = ("bash_", "text_editor_", "computer_", "browser_", "memory_")
-"""What the types of tools begin with that clients run and whose parameters no definition says."""
+"""What the types of tools begin with that clients run and whose parameters no definition says: `client_tools` does."""
 
 
 def messages_of(system: str | list[dict[str, Any]] | None, given: Sequence[dict[str, Any]]) -> list[Message]:
@@ -53,7 +54,10 @@ def messages_of(system: str | list[dict[str, Any]] | None, given: Sequence[dict[
         if not isinstance(role, str) or role not in _BLOCKS_OF:
             text = f"messages[{i}].role must be one of {', '.join(_BLOCKS_OF)}, not {role!r:.100}"
             raise BadRequest(text, param=f"messages[{i}].role")
-        blocks = _blocks(message.get("content"), place, _BLOCKS_OF[role])
+        content = message.get("content")
+        if role == "user" and _has_results(content):
+            content = [_with_stand_in(block) for block in content]
+        blocks = _blocks(content, place, _BLOCKS_OF[role])
         if role == "assistant":
             _add(made, _of_assistant(blocks, place, calls))
             continue
@@ -62,16 +66,30 @@ def messages_of(system: str | list[dict[str, Any]] | None, given: Sequence[dict[
     return [_plain(message) for message in made]
 
 
-def is_hosted(tool: Mapping[str, Any]) -> bool:
-    """Return whether a tool is one that Anthropic runs."""
+def unread_results(given: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield the places in messages, which are right, of what a text stands in for in results of tools."""
+    for i, message in enumerate(given):
+        content, place = message["content"], f"messages[{i}].content"
+        if message["role"] != "user" or not _has_results(content):
+            continue
+        yield from unread_parts(content, place)
+        for j, block in enumerate(content):
+            if block["type"] == "tool_result":
+                yield from unread_parts(block.get("content"), f"{place}[{j}].content")
+
+
+def is_beyond(tool: Mapping[str, Any]) -> bool:
+    """Return whether a tool is one that Anthropic runs, or whose parameters its models alone know."""
     kind = tool.get("type")
-    return isinstance(kind, str) and kind.startswith(_HOSTED)
+    return isinstance(kind, str) and kind.startswith((*_HOSTED, *_TRAINED_ON)) and kind not in CLIENT_TOOLS
 
 
 def definition_of(tool: dict[str, Any], place: str) -> dict[str, Any]:
     """Return a tool in OpenAI's form. Raises BadRequest for one that is not the client's own."""
     kind = tool.get("type")
-    if kind is not None and kind != "custom":
+    if isinstance(kind, str) and kind in CLIENT_TOOLS:
+        tool = {**CLIENT_TOOLS[kind], **{name: value for name, value in tool.items() if value is not None}}
+    elif kind is not None and kind != "custom":
         why = "it runs at Anthropic"
         if isinstance(kind, str) and kind.startswith(_TRAINED_ON):
             why = "only Anthropic's models are trained on its parameters: give a tool with a name and an input_schema"
@@ -168,10 +186,25 @@ def _result(block: Mapping[str, Any], place: str, calls: set[str]) -> Message:
         raise BadRequest(text, param=f"{place}.tool_use_id")
     if not isinstance(is_error, bool | None):
         raise BadRequest(f"{place}.is_error must be true or false", param=f"{place}.is_error")
+    if isinstance(content, list):
+        content = [_with_stand_in(block) for block in content]
     parts = _texts("" if content is None else content, f"{place}.content")
     if is_error and not (parts and parts[0]["text"].startswith("Error")):
         parts = [{"type": "text", "text": ERROR + (parts[0]["text"] if parts else "")}, *parts[1:]]
     return {"role": "tool", "tool_call_id": id_, "content": parts}
+
+
+def _has_results(content: Any) -> TypeGuard[list[Any]]:
+    """Return whether a user's content has results of tools: what stands beside them, as a PDF, may be theirs."""
+    return isinstance(content, list) and any(
+        isinstance(block, dict) and block.get("type") == "tool_result" for block in content
+    )
+
+
+def _with_stand_in(block: Any) -> Any:
+    """Return a block of a result, or beside one, or the text in place of one that is no text."""
+    instead = stand_in(block.get("type")) if isinstance(block, dict) else None
+    return block if instead is None else {"type": "text", "text": instead}
 
 
 # ---------------------------------------------------------------- messages

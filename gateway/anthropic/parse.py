@@ -9,12 +9,13 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any
 
 from gateway.anthropic.bodies import CountTokensRequest, MessagesRequest, ThinkingConfig
-from gateway.anthropic.content import WORDS, definition_of, is_hosted, messages_of
+from gateway.anthropic.content import WORDS, definition_of, is_beyond, messages_of, unread_results
 from gateway.auth.callers import Caller
-from gateway.bodies.parameter_check import MAX_ENTRIES
+from gateway.bodies.parameter_check import MAX_ENTRIES, MAX_NAMED
 from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Sent
 from gateway.grammars.limits import check_num
 from gateway.grammars.notation import Constraint
@@ -76,7 +77,7 @@ def parse(request: MessagesRequest, caller: Caller, settings: Settings, sent: Se
         left_out=[
             f"tools[{i}] ({ascii(tool['type'])[1:-1]:.64})"
             for i, tool in enumerate(request.tools or ())
-            if is_hosted(tool)
+            if is_beyond(tool)
         ],
         sent=sent,
     )
@@ -92,16 +93,17 @@ def conversation_of(request: CountTokensRequest, settings: Settings) -> Conversa
     """Return what a prompt is made of. Raises BadRequest naming the place."""
     check_num(len(request.messages), min(settings.max_messages, MAX_ENTRIES), "entries", "messages")
     messages, variables = messages_of(request.system, request.messages), _variables(request)
+    left_out = list(islice(unread_results(request.messages), MAX_NAMED))
     if messages[-1]["role"] != "assistant":
-        return Conversation(messages, variables)
+        return Conversation(messages, variables, left_out=left_out)
     last, place = messages[-1], f"messages[{len(request.messages) - 1}]"
     if "tool_calls" in last:
         raise BadRequest(f"{place}: the calls of the last message have no results yet", param=place)
     if not last["content"] and len(messages) > 1:  # nothing that the answer could go on with
-        return Conversation(messages[:-1], variables)
+        return Conversation(messages[:-1], variables, left_out=left_out)
     if not last["content"]:
         raise BadRequest(f"{place} is empty, and the only message", param=place)
-    return Conversation(messages, variables, add_generation_prompt=False, continue_final=True)
+    return Conversation(messages, variables, add_generation_prompt=False, continue_final=True, left_out=left_out)
 
 
 def tools_in(request: CountTokensRequest, settings: Settings) -> Tools | None:
@@ -109,8 +111,8 @@ def tools_in(request: CountTokensRequest, settings: Settings) -> Tools | None:
     tools, choice, parallel = request.tools or [], request.tool_choice, None
     check_num(len(tools), MAX_TOOLS, "entries", "tools")
     leaves = settings.hosted_tools == "leave_out"
-    places = [i for i, tool in enumerate(tools) if not (leaves and is_hosted(tool))]
-    given = [definition_of(tools[i], f"tools[{i}]") for i in places]
+    kept = {f"tools[{i}]": tool for i, tool in enumerate(tools) if not (leaves and is_beyond(tool))}
+    given = [definition_of(tool, place) for place, tool in kept.items()]
     chosen: str | dict[str, Any] | None = None
     if choice is not None:
         parallel = not choice.disable_parallel_tool_use
@@ -118,7 +120,7 @@ def tools_in(request: CountTokensRequest, settings: Settings) -> Tools | None:
             raise BadRequest("tool_choice.name belongs to the type tool, which needs it", param="tool_choice.name")
         named = {"type": "function", "function": {"name": choice.name}}
         chosen = {"auto": "auto", "any": "required", "none": "none", "tool": named}[choice.type]
-    return tools_of(given, chosen, parallel, settings, WORDS, places)
+    return tools_of(given, chosen, parallel, settings, WORDS, list(kept))
 
 
 def _options(request: MessagesRequest, settings: Settings) -> Options:

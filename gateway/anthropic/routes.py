@@ -69,7 +69,7 @@ class AnthropicEndpoints:
                 check=lambda text: check(len(text) // MAX_CHARACTERS_PER_TOKEN),
             )  # fmt: skip
             form = await found_form(target.files, tools, opened=encoded.opened, continued=encoded.continued)
-            ignore(caller.headers, rules_of(body, settings).check_form(form))
+            ignore(caller.headers, [*chat.left_out, *rules_of(body, settings).check_form(form)])
             check(len(encoded.ids))
             return len(encoded.ids)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from gateway.anthropic.client_tools import CLIENT_TOOLS
 from gateway.bodies.parameter_rows import LONG, NO_IMAGES, OWN, Parameter, accepted, refused, rows
 from gateway.bodies.response_parameters import RESPONSE_OBJECTS, RESPONSE_PARAMETERS, RESPONSE_TYPES
 from gateway.http.paths import (
@@ -99,7 +100,7 @@ OBJECTS: Mapping[str, str] = MappingProxyType({
 BY_TYPE: Mapping[str, Mapping[str | None, str]] = MappingProxyType({
     "block": {kind: f"{kind}_block" for kind in ("text", "thinking", "tool_use", "tool_result")},
     **RESPONSE_TYPES,
-    "any_tool": {None: "messages_tool", "custom": "messages_tool"},
+    "any_tool": dict.fromkeys((None, "custom", *CLIENT_TOOLS), "messages_tool"),
 })  # fmt: skip
 """Objects with a `type`: what they are called -> each type that is served -> which of `OBJECTS` that is.
 
@@ -413,6 +414,7 @@ PARAMETERS: Sequence[Parameter] = (
     *rows("tool_use_id is_error", "tool_result_block", "vllm anthropic"),
     *rows("type name description input_schema strict", "messages_tool", "vllm anthropic"),
     *accepted("eager_input_streaming", "messages_tool", "anthropic", "is always so: arguments come as they are made"),
+    *accepted("max_characters", "messages_tool", "anthropic", "tells the client's editor how much of a file to show"),
     *refused("defer_loading", "messages_tool", "vllm anthropic", "asks for a search among tools", False),
     *refused("allowed_callers", "messages_tool", "anthropic", _ELSEWHERE, ["direct"]),
     *refused("input_examples", "messages_tool", "anthropic", "is not supported: a description may have examples", []),

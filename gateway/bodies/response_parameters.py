@@ -20,6 +20,7 @@ RESPONSE_OBJECTS: Mapping[str, str] = {
     "conversation_change": f"{CONVERSATIONS}/ID",
     "new_items": f"{CONVERSATIONS}/ID/items",
     "response_tool": "an entry of tools of /v1/responses",
+    "response_namespace": "a namespace in tools of /v1/responses",
     "response_tool_choice": "tool_choice of /v1/responses",
     "message_item": "an item of type message",
     "reasoning_item": "an item of type reasoning",
@@ -44,7 +45,8 @@ RESPONSE_TYPES: Mapping[str, Mapping[str | None, str]] = {
     "input_part": {kind: f"{kind}_part" for kind in (
         "input_text", "output_text", "refusal", "reasoning_text", "summary_text",
     )},
-    "response_any_tool": {"function": "response_tool"},
+    "response_any_tool": {"function": "response_tool", "namespace": "response_namespace"},
+    "response_function": {"function": "response_tool"},
 }  # fmt: skip
 """Their part of `BY_TYPE`."""
 
@@ -104,7 +106,10 @@ RESPONSE_PARAMETERS: Sequence[Parameter] = (
     *refused("context", "response_reasoning", "openai", "is what the model's template makes of it", "auto"),
     *refused("mode", "response_reasoning", "openai", "may not choose: there is one mode", "standard"),
     *rows("type name description parameters strict", "response_tool", "openai vllm sglang"),
-    *refused("defer_loading", "response_tool", "openai", "asks for a search among tools", False),
+    *rows("type name description", "response_namespace", "openai"),
+    *rows("tools", "response_namespace", "openai", holds="response_function"),
+    *accepted("defer_loading", "response_tool", "openai",
+               "keeps a function back until a search finds it: here the model is shown all of them"),
     *refused("async", "response_tool function_call_item", "openai", _AT_OPENAI, False),
     *refused("allowed_callers", "response_tool", "openai", _AT_OPENAI, ["direct"]),
     *refused("output_schema", "response_tool", "openai", "is not supported: templates show no form of results"),
@@ -121,7 +126,9 @@ RESPONSE_PARAMETERS: Sequence[Parameter] = (
     *refused("encrypted_content", "reasoning_item", "openai vllm", "is encrypted, and OpenAI alone can read it"),
     *rows("call_id", "function_call_item function_call_output_item", "openai vllm"),
     *rows("name arguments", "function_call_item", "openai vllm"),
-    *refused("namespace", "function_call_item", "openai vllm", _AT_OPENAI),
+    *rows("namespace", "function_call_item", "openai vllm"),
+    *accepted("name namespace", "function_call_output_item", "openai",
+               "names the function that was called, which the call with this call_id does"),
     *refused("caller", "function_call_item function_call_output_item", "openai", _AT_OPENAI, {"type": "direct"}),
     *rows("output", "function_call_output_item", "openai vllm", holds="input_part"),
     *rows("type", "input_text_part output_text_part refusal_part reasoning_text_part summary_text_part",

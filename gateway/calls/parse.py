@@ -124,6 +124,7 @@ class Conversation:
     add_special_tokens: bool = False  # beside those that the template writes
     truncation: Truncation | None = None
     echoes: bool = False  # answers begin with the text of the last message, if its role is theirs
+    left_out: Sequence[str] = ()  # places in the body of what a text stands in for in the messages
 
 
 class Texts(msgspec.Struct, frozen=True):
@@ -292,6 +293,13 @@ class ParsedCall(msgspec.Struct, frozen=True):
     def is_kept(self) -> bool:
         """Whether what it leaves in the queue outlives its client: a job, a response, an Idempotency-Key."""
         return self.options.background or bool(self.key or self.shown.get("store"))
+
+    @property
+    def served_without(self) -> Sequence[str]:
+        """What the answer's headers tell that the call is served without."""
+        unread = self.inputs.left_out if isinstance(self.inputs, Conversation) else ()
+        tools = self.options.tools
+        return [*self.left_out, *unread, *(tools.not_held if tools is not None else ())]
 
     def without_prompts(self) -> ParsedCall:
         """Return the call without what only its tokens were made of, so that an answer does not hold its body."""

@@ -97,7 +97,7 @@ class Pipeline:
         """Take a call from *parse* to *admit*: what costs least is refused first. Raises as `run`."""
         call.rules.check_number(len(call.models.names), len(call.sources), call.options.n)
         await self.admission.check_room(call)
-        ignore(call.caller.headers, [*call.left_out, *(call.options.tools.not_held if call.options.tools else ())])
+        ignore(call.caller.headers, call.served_without)
         trace = TRACE_OF.get()
         if trace is not None:
             trace.about(call)

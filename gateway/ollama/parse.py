@@ -9,9 +9,11 @@ import secrets
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from gateway.auth.callers import Caller
+from gateway.bodies.parameter_check import MAX_NAMED
 from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Texts
 from gateway.encoders.bodies import EmbeddingsRequest
 from gateway.encoders.parse import parse_embeddings
@@ -23,6 +25,7 @@ from gateway.ollama.bodies import ChatRequest, EmbedRequest, GenerateRequest
 from gateway.openai.bodies import MAX_TOOLS
 from gateway.openai.parse import stop_strings
 from gateway.text.answer_form import AnswerForm
+from gateway.text.messages import stand_in
 from gateway.tools.definitions import Tools, tools_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -166,7 +169,11 @@ def _conversation(request: ChatRequest, settings: Settings) -> Conversation:
     messages = openai_messages(given)
     last = messages[-1]
     goes_on = last.get("role") == "assistant" and bool(last.get("content")) and not last.get("tool_calls")
-    return Conversation(messages, _variables(request), add_generation_prompt=not goes_on, continue_final=goes_on)
+    unread = (f"messages[{i}].images" for i, one in enumerate(given) if one.get("images"))
+    return Conversation(
+        messages, _variables(request), add_generation_prompt=not goes_on, continue_final=goes_on,
+        left_out=list(islice(unread, MAX_NAMED)),
+    )  # fmt: skip
 
 
 def _variables(request: ChatRequest | GenerateRequest) -> dict[str, Any]:
@@ -180,18 +187,23 @@ def _variables(request: ChatRequest | GenerateRequest) -> dict[str, Any]:
 def openai_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return messages as OpenAI has them: there calls have ids, and results name their call by its id.
 
-    What is of a wrong type is left as it is, to be refused with all other messages. Raises BadRequest for images.
+    What is of a wrong type is left as it is, to be refused with all other messages. Raises BadRequest for images, but
+    in results of tools a text stands in for them.
     """
     found: list[dict[str, Any]] = []
     open_calls = _OpenCalls()
     for i, message in enumerate(messages):
-        if message.get("images"):
+        images = message.get("images")
+        if images and message.get("role") != "tool":
             raise BadRequest(f"messages[{i}].images: this model reads text", param=f"messages[{i}].images")
         one = {key: value for key, value in message.items() if key not in ("images", "tool_name")}
         calls = one.get("tool_calls")
         if isinstance(calls, list):
             one["tool_calls"] = [_with_id(call, f"{i:04}{n:05}", open_calls) for n, call in enumerate(calls)]
         if one.get("role") == "tool":
+            content = one.get("content")
+            if images and isinstance(content, str | None):
+                one["content"] = "\n".join(filter(None, [content, stand_in("image")]))
             name = message.get("tool_name")
             answered = open_calls.answered(name)
             if answered is not None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from gateway.auth.callers import Caller
 from gateway.bodies.fields import sources_of
+from gateway.bodies.parameter_check import MAX_NAMED
 from gateway.calls.parse import (
     UNLIMITED,
     Conversation,
@@ -37,6 +39,7 @@ from gateway.openai.bodies import (
     CompletionRequest,
     GenerationRequest,
 )
+from gateway.text.messages import unread_results
 from gateway.tools.definitions import Tools, tools_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -138,6 +141,7 @@ def conversation_of(request: ChatRequest, truncation: Truncation | None = None) 
     return Conversation(
         request.messages, variables, begin_answer, continue_final,
         add_special_tokens=bool(request.add_special_tokens), truncation=truncation, echoes=bool(request.echo),
+        left_out=list(islice(unread_results(request.messages), MAX_NAMED)),
     )  # fmt: skip
 
 

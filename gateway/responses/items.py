@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from gateway.bodies import json_values
-from gateway.text.messages import Message
+from gateway.responses.tools import flat_name
+from gateway.text.messages import Message, stand_in, unread_parts
 from protocol.wire.errors import BadRequest
 
 Item = dict[str, Any]
@@ -106,9 +107,13 @@ def _item(given: Item, kind: Any, place: str) -> Item:
         arguments = _string(given, "arguments", place)
         _check_object(arguments, f"{place}.arguments")
         texts = {name: _string(given, name, place) for name in ("call_id", "name")}
+        if given.get("namespace") not in (None, ""):
+            texts["namespace"] = _string(given, "namespace", place)
         return {"type": kind, **texts, "arguments": arguments, "status": "completed"}
     if kind == "function_call_output":
         output = given.get("output")
+        if isinstance(output, list):
+            output = [_with_stand_in(part) for part in output]
         if not isinstance(output, str):
             output = _parts(output, f"{place}.output", ("input_text",))
         return {"type": kind, "call_id": _string(given, "call_id", place), "output": output, "status": "completed"}
@@ -121,6 +126,19 @@ def _item(given: Item, kind: Any, place: str) -> Item:
     else:
         why = _NOT_READ.get(kind, _AT_OPENAI)
     raise BadRequest(f"{place}: items of type {kind!r:.100} are not supported: {why}", param=f"{place}.type")
+
+
+def unread_results(given: str | Sequence[Item] | None) -> Iterator[str]:
+    """Yield the places in an input, which is right, of what a text stands in for in results of functions."""
+    for i, item in enumerate(given) if isinstance(given, list) else ():
+        if item.get("type") == "function_call_output":
+            yield from unread_parts(item.get("output"), f"input[{i}].output")
+
+
+def _with_stand_in(part: Any) -> Any:
+    """Return a part of a result, or the text in place of one that is no text."""
+    instead = stand_in(part.get("type")) if isinstance(part, dict) else None
+    return part if instead is None else {"type": "input_text", "text": instead}
 
 
 def _message(given: Item, place: str) -> Item:
@@ -224,7 +242,9 @@ _JOINED = ("content", "reasoning_content")
 def _add(message: Message, item: Item) -> None:
     """Add an item to the assistant's turn that it is of."""
     if item["type"] == "function_call":
-        function = {"name": item["name"], "arguments": item["arguments"] or "{}"}
+        namespace = item.get("namespace")
+        name = flat_name(namespace, item["name"]) if namespace else item["name"]
+        function = {"name": name, "arguments": item["arguments"] or "{}"}
         call = {"id": item["call_id"], "type": "function", "function": function}
         message.setdefault("tool_calls", []).append(call)
         return

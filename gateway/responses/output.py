@@ -49,6 +49,7 @@ class Output:
         self._form = form
         self._tokens = tokens
         self._options = options
+        self._namespaces = options.tools.namespaces if options.tools is not None else {}
         self._splitter = form.splitter() if form is not None else None
         self._open = ""  # the type of the item to which text may still be added
         self._texts: list[str] = []  # of that item
@@ -106,7 +107,9 @@ class Output:
         item: Item = {"id": id_, "type": kind, "status": "in_progress"}
         if call is not None:
             assert self._form is not None
-            item |= {"call_id": self._form.call_id(self._rid, call.index), "name": call.text, "arguments": ""}
+            namespace, name = self._namespaces.get(call.text, ("", call.text))
+            item |= {"namespace": namespace} if namespace else {}
+            item |= {"call_id": self._form.call_id(self._rid, call.index), "name": name, "arguments": ""}
         elif kind == "reasoning":
             item |= {"summary": [], "content": []}
         else:

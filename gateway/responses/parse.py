@@ -5,23 +5,23 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import msgspec
 import orjson
 
 from gateway.auth.callers import Caller
-from gateway.bodies.parameter_check import MAX_ENTRIES
+from gateway.bodies.parameter_check import MAX_ENTRIES, MAX_NAMED
 from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Sent, Truncation
 from gateway.grammars.limits import check_num
 from gateway.grammars.notation import Constraint
 from gateway.grammars.structured import ANY_OBJECT, checked_schema, is_strict
-from gateway.openai.bodies import MAX_TOOLS
 from gateway.openai.parse import check_variables, stop_strings
 from gateway.responses.bodies import InputTokensRequest, PromptRequest, ResponseRequest, conversation_id_of
-from gateway.responses.items import Item, messages_of
+from gateway.responses.items import Item, messages_of, unread_results
+from gateway.responses.tools import is_hosted, shown_tool, tools_in
 from gateway.text.counted import check_tokens
-from gateway.tools.definitions import Tools, ToolWords, tools_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
@@ -33,17 +33,6 @@ LOGPROBS = "message.output_text.logprobs"
 
 ENCRYPTED = "reasoning.encrypted_content"
 """The one that is accepted: reasoning is shown as it is, and comes back so."""
-
-HOSTED = frozenset(
-    {
-        "web_search", "web_search_2025_08_26", "web_search_preview", "web_search_preview_2025_03_11", "file_search",
-        "code_interpreter", "image_generation", "mcp", "computer", "computer_use_preview", "local_shell", "shell",
-        "apply_patch", "tool_search", "namespace",
-    }
-)  # fmt: skip
-"""Types of tools that OpenAI runs, or that its models alone are trained to call."""
-
-WORDS = ToolWords(name=".name", schema=".parameters")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +124,7 @@ def parse(
         metadata=request.metadata or {},
         call_id=call_id,
         shown=shown(request, is_stored=request.store is not False and not caller.is_batch),
-        left_out=[f"tools[{i}] ({tool['type']})" for i, tool in enumerate(request.tools or ()) if _is_hosted(tool)],
+        left_out=[f"tools[{i}] ({tool['type']})" for i, tool in enumerate(request.tools or ()) if is_hosted(tool)],
         sent=sent,
     )
 
@@ -153,7 +142,7 @@ def parse_count(
         caller=caller,
         models=Models([request.model]),
         inputs=_inputs(request, settings, items),
-        options=Options(m.Sampling(), background=True, tools=_tools(request, settings)),  # it needs no worker
+        options=Options(m.Sampling(), background=True, tools=tools_in(request, settings)),  # it needs no worker
         rules=rules,
         form_param="tools",
     )
@@ -163,13 +152,14 @@ def _inputs(request: PromptRequest, settings: Settings, items: Sequence[Item]) -
     """Return what the template makes the prompt of. Raises BadRequest."""
     check_num(len(items), min(settings.max_messages, MAX_ENTRIES), "items with those that were before", "input")
     truncation = Truncation(None, drops_messages=True) if request.truncation == "auto" else None
-    return Conversation(messages_of(request.instructions, items), _variables(request), truncation=truncation)
+    left_out = list(islice(unread_results(request.input), MAX_NAMED))
+    messages = messages_of(request.instructions, items)
+    return Conversation(messages, _variables(request), truncation=truncation, left_out=left_out)
 
 
 def shown(request: ResponseRequest, *, is_stored: bool) -> dict[str, Any]:
     """Return the fields of a body that its response repeats."""
-    tools = [{"description": None, "strict": None, "parameters": None, **tool}
-             for tool in request.tools or () if not _is_hosted(tool)]  # fmt: skip
+    tools = [shown_tool(tool) for tool in request.tools or () if not is_hosted(tool)]
     form = (request.text.format if request.text is not None else None) or {"type": "text"}
     choice: str | dict[str, Any] = "auto" if request.tool_choice is None else request.tool_choice
     return {
@@ -221,7 +211,7 @@ def _options(request: ResponseRequest, settings: Settings) -> Options:
         cls=BATCH if background or request.service_tier == "flex" else INTERACTIVE,
         lora_scale=request.lora_scale,
         constraint=_constraint(request, settings),
-        tools=_tools(request, settings),
+        tools=tools_in(request, settings),
         num_shown=num_shown,
         by_token=True,
     )
@@ -248,51 +238,6 @@ def _constraint(request: PromptRequest, settings: Settings) -> Constraint | None
         raise BadRequest(text, param=f"{place}.type")
     strict = is_strict(form, place)
     return {"json_schema": checked_schema(form.get("schema"), f"{place}.schema", settings, strict=strict)}
-
-
-def _is_hosted(tool: Mapping[str, Any]) -> bool:
-    kind = tool.get("type")
-    return isinstance(kind, str) and kind in HOSTED
-
-
-def _tools(request: PromptRequest, settings: Settings) -> Tools | None:
-    """Return the functions that may be called, None for none. Raises BadRequest for tools that are none."""
-    check_num(len(request.tools or ()), MAX_TOOLS, "entries", "tools")
-    leaves = settings.hosted_tools == "leave_out"
-    places = [i for i, tool in enumerate(request.tools or ()) if not (leaves and _is_hosted(tool))]
-    given = [_definition((request.tools or [])[i], f"tools[{i}]") for i in places]
-    return tools_of(given, _choice(request.tool_choice), request.parallel_tool_calls, settings, WORDS, places)
-
-
-def _definition(tool: dict[str, Any], place: str) -> dict[str, Any]:
-    """Return a tool as chats have it."""
-    kind = tool.get("type")
-    if kind != "function":
-        why = "a tool's own kind has no place here: give a function" if kind == "custom" else "it runs at OpenAI"
-        raise BadRequest(f"{place}: tools of type {kind!r:.100} are not supported: {why}", param=f"{place}.type")
-    if not isinstance(tool.get("description"), str | None):
-        raise BadRequest(f"{place}.description must be a string", param=f"{place}.description")
-    is_strict(tool, place)
-    names = ("name", "description", "parameters", "strict")
-    return {"type": "function", "function": {name: tool[name] for name in names if tool.get(name) is not None}}
-
-
-def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
-    """Return a `tool_choice` as chats have it."""
-    if isinstance(choice, str) and choice not in ("none", "auto", "required"):
-        text = f"tool_choice must be none, auto or required, or name a function, not {choice!r:.100}"
-        raise BadRequest(text, param="tool_choice")
-    if not isinstance(choice, dict):
-        return choice
-    kind = choice.get("type")
-    if kind == "function":
-        return {"type": kind, "function": {"name": choice.get("name")}}
-    if kind == "allowed_tools":
-        tools = choice.get("tools")
-        named = [_choice(tool) if isinstance(tool, dict) else tool for tool in tools] if isinstance(tools, list) else []
-        return {"type": kind, "allowed_tools": {"mode": choice.get("mode"), "tools": named}}
-    text = f"tool_choice of type {kind!r:.100} is not supported; there is function, and allowed_tools"
-    raise BadRequest(text, param="tool_choice.type")
 
 
 # ---------------------------------------------------------------- what is kept

@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from gateway.auth.callers import Caller
 from gateway.bodies.json_bodies import json_answer
+from gateway.bodies.parameter_check import ignore
 from gateway.calls.earlier import check_same_body
 from gateway.calls.jobs import Jobs
 from gateway.calls.parse import ParsedCall, Sent
@@ -106,6 +107,7 @@ class Responses:
             return parse_count(body, caller, self._settings, items, most_tokenized(base))
 
         call = await self._pipeline.parsed(body, caller, num_bytes + ITEM_BYTES * len(context.items), make)
+        ignore(caller.headers, call.served_without)
         resolved = await self._pipeline.call_resolver.resolve(call)
         [prompt] = (await large.work(lambda: tokenize(resolved))).prompts
         call.rules.most_tokens(call.options, prompt.num_tokens, base.max_model_len)

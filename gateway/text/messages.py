@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gateway.bodies import json_values
@@ -24,6 +25,13 @@ _LONG_NUMBER = re.compile(r"\d{19}")
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _STRINGS = ("name", "tool_call_id", *_REASONING_FIELDS)
 _PART_TYPES = ("text", "refusal")
+_RESULT_ROLES = ("tool", "function")
+
+_UNREAD = {
+    "image": "image", "image_url": "image", "input_image": "image", "document": "document", "file": "file",
+    "input_file": "file", "input_audio": "sound", "audio": "sound",
+}  # fmt: skip
+"""Types of parts, in any API's words, that are no text -> what the model is told that there was."""
 
 
 def normalize_messages(messages: list[Message]) -> list[Message]:
@@ -43,6 +51,30 @@ def normalize_messages(messages: list[Message]) -> list[Message]:
             call_id = one["tool_calls"][-1].get("id", "")
         normal.append(one)
     return normal
+
+
+def stand_in(kind: object) -> str | None:
+    """Return the text in place of a part of a tool's result that is no text; None for types that stand nowhere.
+
+    The client did not choose what its tool has found, and a refusal would end its conversation: each later call would
+    have the same result in it.
+    """
+    word = _UNREAD.get(kind) if isinstance(kind, str) else None
+    return f"[{word}: this model reads text]" if word is not None else None
+
+
+def unread_parts(content: object, place: str) -> Iterator[str]:
+    """Yield the places of parts that a text stands in for, in the content of a result, which may be wrong."""
+    for i, part in enumerate(content) if isinstance(content, list) else ():
+        if isinstance(part, dict) and stand_in(kind := part.get("type")) is not None:
+            yield f"{place}[{i}] ({kind})"
+
+
+def unread_results(messages: Sequence[Message]) -> Iterator[str]:
+    """Yield the places of such parts in messages, which may be wrong too."""
+    for i, message in enumerate(messages):
+        if message.get("role") in _RESULT_ROLES:
+            yield from unread_parts(message.get("content"), f"messages[{i}].content")
 
 
 def check_roles(messages: list[Message], text: str) -> None:
@@ -87,7 +119,7 @@ def _normalize(message: Message, place: str, new_id: str) -> Message:
         if not isinstance(normal.get(key, ""), str):
             raise BadRequest(f"{place}.{key} must be a string", param=f"{place}.{key}")
     if "content" in normal:
-        normal["content"] = _content(normal["content"], f"{place}.content")
+        normal["content"] = _content(normal["content"], f"{place}.content", is_result=role in _RESULT_ROLES)
     if role == "assistant":
         _normalize_assistant(normal, place, new_id)
     reasoning = next((normal[field] for field in _REASONING_FIELDS if field in normal), None)
@@ -138,17 +170,19 @@ def _function(function: Any, place: str) -> dict[str, Any]:
     return {**function, "arguments": arguments}
 
 
-def _content(content: object, place: str) -> str | list[dict[str, str]]:
+def _content(content: object, place: str, *, is_result: bool) -> str | list[dict[str, str]]:
     """Return a message's text, or its parts, of which each is text."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise BadRequest(f"{place} must be a string or a list of parts", param=place)
-    return [{"type": "text", "text": _text(part, f"{place}[{i}]")} for i, part in enumerate(content)]
+    return [{"type": "text", "text": _text(part, f"{place}[{i}]", is_result)} for i, part in enumerate(content)]
 
 
-def _text(part: object, place: str) -> str:
+def _text(part: object, place: str, is_result: bool) -> str:
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if is_result and isinstance(part, dict) and (instead := stand_in(kind)) is not None:
+        return instead
     if not isinstance(part, dict) or kind not in _PART_TYPES:
         text = f"{place}: parts of type {kind!r:.100} are not supported: this model reads text"
         raise BadRequest(text, param=place)

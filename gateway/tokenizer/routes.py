@@ -13,6 +13,7 @@ from gateway.adapters.resolver import BASE, Target
 from gateway.auth.callers import Caller, caller_of
 from gateway.bodies import json_values
 from gateway.bodies.json_bodies import JsonRoute
+from gateway.bodies.parameter_check import ignore
 from gateway.calls.parse import Conversation, Models
 from gateway.calls.pipeline import Pipeline
 from gateway.grammars.limits import check_num
@@ -113,6 +114,7 @@ class TokenizerEndpoints:
             return chat, tools_of(body.tools, None, None, settings)
 
         chat, tools = await self._pipeline.parsed(body, caller, num_bytes, make)
+        ignore(caller.headers, chat.left_out)
         base, target = await self._asked(body.model, caller)
         most, special, rendered = most_tokenized(base), bool(body.add_special_tokens), ""
 

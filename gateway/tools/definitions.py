@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import orjson
@@ -41,6 +41,8 @@ class Tools:
     num_bytes: int  # of all definitions as JSON
     strict: frozenset[str] = frozenset()  # names of those whose schemas must be held whole
     not_held: Sequence[str] = ()  # places in the body, and the keywords there that calls are not held to
+    namespaces: Mapping[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
+    """Name of a tool -> the namespace that it is in, and its name there, where the API has namespaces."""
 
     @property
     def names(self) -> list[str]:
@@ -65,12 +67,12 @@ class _Tool(NamedTuple):
 
 def tools_of(
     tools: Sequence[dict[str, Any]] | None, choice: str | dict[str, Any] | None, parallel: bool | None,
-    settings: Settings, words: ToolWords = OPENAI_WORDS, places: Sequence[int] | None = None,
+    settings: Settings, words: ToolWords = OPENAI_WORDS, places: Sequence[str] | None = None,
 ) -> Tools | None:  # fmt: skip
     """Return the tools, as OpenAI has them, that a request may call; None for none.
 
-    places: where in the body's list each is, None where all are given. Raises BadRequest naming the wrong field in the
-    API's words.
+    places: where in the body each is, None where all of its `tools` are given. Raises BadRequest naming the wrong field
+    in the API's words.
     """
     if not tools:
         if choice not in (None, "none", "auto"):
@@ -79,10 +81,12 @@ def tools_of(
     num_bytes = sum(len(orjson.dumps(tool)) for tool in tools)
     check_num(num_bytes, MAX_TIMES * settings.max_grammar_bytes, "bytes", "tools")
     known: dict[str, _Tool] = {}
-    for i, given in zip(range(len(tools)) if places is None else places, tools, strict=True):
-        tool = _definition(given, f"tools[{i}]", settings, words)
+    if places is None:
+        places = [f"tools[{i}]" for i in range(len(tools))]
+    for place, given in zip(places, tools, strict=True):
+        tool = _definition(given, place, settings, words)
         if tool.name in known:
-            raise BadRequest(f"tools[{i}]{words.name}: {tool.name!r} is there twice", param=f"tools[{i}]{words.name}")
+            raise BadRequest(f"{place}{words.name}: {tool.name!r} is there twice", param=f"{place}{words.name}")
         known[tool.name] = tool
     wanted, required = _chosen(choice, list(known))
     if not wanted:
@@ -100,6 +104,13 @@ def tools_of(
     )
 
 
+def check_name(name: Any, place: str, most: int) -> str:
+    """Return the name of a tool. Raises BadRequest for one that no tool may have. most: characters."""
+    if not isinstance(name, str) or len(name) > most or not _NAME.fullmatch(name):
+        raise BadRequest(f"{place} must be 1 to {most} letters, digits, _ or -", param=place)
+    return name
+
+
 def _definition(tool: dict[str, Any], place: str, settings: Settings, words: ToolWords) -> _Tool:
     """Return a tool as a request may call it."""
     if tool.get("type") != "function":
@@ -107,10 +118,7 @@ def _definition(tool: dict[str, Any], place: str, settings: Settings, words: Too
     function = tool.get("function")
     if not isinstance(function, dict):
         raise BadRequest(f"{place}.function must be an object", param=f"{place}.function")
-    name = function.get("name")
-    if not isinstance(name, str) or len(name) > words.max_name or not _NAME.fullmatch(name):
-        message = f"{place}{words.name} must be 1 to {words.max_name} letters, digits, _ or -"
-        raise BadRequest(message, param=f"{place}{words.name}")
+    name = check_name(function.get("name"), f"{place}{words.name}", words.max_name)
     parameters, where = function.get("parameters"), f"{place}{words.schema}"
     if parameters is None:
         parameters = {"type": "object", "properties": {}, "additionalProperties": False}

@@ -136,7 +136,7 @@ class Settings(BaseSettings):
         default="leave_out", description="what a tool that runs at OpenAI or Anthropic becomes: none, or a 400"
     )
     force_include_usage: bool = Field(default=False, description="streams of OpenAI's routes always tell the usage")
-    per_request_metrics: bool = Field(default=False, description="answers of OpenAI's routes tell their times: metrics")
+    per_request_metrics: bool = Field(default=False, description="chats and completions tell their times: metrics")
     return_tokens_as_token_ids: bool = Field(default=False, description="logprobs name tokens token_id:NUMBER")
     keep_prompts: bool = Field(
         default=False, description="keep prompts as long as the records of requests, so that these can be replayed"

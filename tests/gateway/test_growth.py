@@ -219,6 +219,24 @@ def many_items(size: int) -> Callable[[], object]:
     return lambda: items.messages_of(None, given)
 
 
+def many_images(size: int) -> Callable[[], object]:
+    """Results of tools in all three forms, whose images a text stands in for."""
+    image, num = {"type": "image"}, size // 60
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [image] * min(num, 16_000)}
+    call = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+    given = [{"role": "assistant", "content": [call]}, *[{"role": "user", "content": [result]}] * (1 + num // 16_000)]
+    output = {"type": "function_call_output", "call_id": "c", "output": [image] * num}
+    chat = [{"role": "tool", "tool_call_id": "c", "content": [image] * num}]
+
+    def read() -> None:
+        anthropic.messages_of(None, given)
+        assert len(list(anthropic.unread_results(given))) >= num
+        items.items_of([output], "0" * 32, {}, 0)
+        normalize_messages(chat)
+
+    return read
+
+
 def many_open_calls(size: int) -> Callable[[], object]:
     calls = [{"function": {"name": f"f{i}", "arguments": {}}} for i in range(size // 60)]
     results = [{"role": "tool", "content": "", "tool_name": "f"} for _ in range(size // 400)]
@@ -250,6 +268,7 @@ BODIES: dict[str, Made] = {
     "anthropic: thoughts of many messages": many_turns,
     "responses: items of a turn": many_items,
     "ollama: calls without results": many_open_calls,
+    "images in results of tools": many_images,
     "parts of a message": lambda size: lambda: normalize_messages(
         [{"role": "user", "content": [{"type": "text", "text": "a"}] * (size // 30)}]
     ),

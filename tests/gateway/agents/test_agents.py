@@ -17,6 +17,7 @@ import pytest_asyncio
 from helpers import anthropic_events, response_events
 from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
 
+from gateway.bodies.parameter_check import IGNORED_HEADER
 from protocol.queue.bus import Bus
 
 HERE = Path(__file__).parent
@@ -160,6 +161,115 @@ async def test_opencode(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
 async def test_open_webui(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     call = ("correct", {"old": "helo", "new": "hello"})
     await goes_its_steps(http, fleet, "open_webui", call, ("tool_calls", "stop"))
+
+
+# ---------------------------------------------------------------- what no text model reads
+
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
+STAND_IN = "[image: this model reads text]"
+PARTS: dict[str, dict[str, Any]] = {
+    "/v1/responses": {"type": "input_image", "image_url": f"data:image/png;base64,{PIXEL}", "detail": "high"},
+    "/v1/messages": {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PIXEL}},
+    "/v1/chat/completions": {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}"}},
+}
+"""Path -> an image as clients of its API send one."""
+
+
+def with_result(path: str, body: dict[str, Any], parts: list[dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    """Return a body whose last result of a tool consists of parts, and the place of these in it."""
+    body = json.loads(json.dumps(body))
+    if path == "/v1/responses":
+        i = max(i for i, item in enumerate(body["input"]) if item["type"] == "function_call_output")
+        body["input"][i]["output"] = parts
+        return body, f"input[{i}].output"
+    if path == "/v1/messages":
+        of_user = [(i, one["content"]) for i, one in enumerate(body["messages"]) if one["role"] == "user"]
+        i = max(i for i, content in of_user if content[0]["type"] == "tool_result")
+        body["messages"][i]["content"][0]["content"] = parts
+        return body, f"messages[{i}].content[0].content"
+    i = max(i for i, one in enumerate(body["messages"]) if one["role"] == "tool")
+    body["messages"][i]["content"] = parts
+    return body, f"messages[{i}].content"
+
+
+async def test_an_image_that_a_tool_has_found_ends_no_session(
+    subtests: pytest.Subtests, http: httpx2.AsyncClient, fleet: ScriptedFleet
+) -> None:
+    """Codex's view_image, Claude Code's Read of a picture, and what tools of MCP servers return."""
+    fleet.script = lambda submit, body: Script(DONE)
+    for name in ("codex", "claude_code", "qwen_code", "opencode"):
+        with subtests.test(agent=name):
+            sent = shape(name)
+            path = sent["path"].partition("?")[0]
+            text = {"type": "input_text" if path == "/v1/responses" else "text", "text": "a picture"}
+            body, place = with_result(path, sent["task"] | sent["result"], [text, PARTS[path]])
+            answer = await http.post(sent["path"], json=body, headers=sent["headers"])
+            assert answer.status_code == 200, answer.text
+            assert f"{place}[1] ({PARTS[path]['type']})" in answer.headers[IGNORED_HEADER].split(", ")
+            assert READERS[path](answer.content)[0] == DONE
+            assert f"a picture{STAND_IN}" in fleet.prompt().replace("\n", "")
+            assert PIXEL not in fleet.prompt()
+
+
+async def test_an_image_alone_is_a_result(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    """Wherever results stand, also where prompts are only counted, and what is not kept costs nothing."""
+    fleet.script = lambda submit, body: Script(DONE)
+    call = {"type": "function_call", "call_id": "c", "name": "view_image", "arguments": "{}"}
+    output = {"type": "function_call_output", "call_id": "c", "output": [PARTS["/v1/responses"]]}
+    asked = {"model": "base", "input": [call, output]}
+    made = await http.post("/v1/responses", json=asked)
+    assert made.status_code == 200, made.text
+    assert STAND_IN in fleet.prompt()
+    kept = (await http.get(f"/v1/responses/{made.json()['id']}/input_items?order=asc")).json()["data"]
+    assert kept[1]["output"] == [{"type": "input_text", "text": STAND_IN}]
+    counted = await http.post("/v1/responses/input_tokens", json=asked)
+    assert counted.json()["input_tokens"] == made.json()["usage"]["input_tokens"]
+    assert counted.headers[IGNORED_HEADER] == "input[1].output[0] (input_image)"
+    used = {"type": "tool_use", "id": "t", "name": "Read", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [PARTS["/v1/messages"]]}
+    messages = [{"role": "user", "content": "see"}, {"role": "assistant", "content": [used]},
+                {"role": "user", "content": [result]}]  # fmt: skip
+    counted = await http.post("/v1/messages/count_tokens", json={"model": "base", "messages": messages})
+    assert counted.status_code == 200, counted.text
+    assert counted.headers[IGNORED_HEADER] == "messages[2].content[0].content[0] (image)"
+    document = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": PIXEL}}
+    beside = [{**result, "content": "read"}, document]  # as Claude Code's Read of a PDF
+    messages[2] = {"role": "user", "content": beside}
+    answer = await http.post("/v1/messages", json={"model": "base", "max_tokens": 99, "messages": messages})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers[IGNORED_HEADER] == "messages[2].content[1] (document)"
+    assert "[document: this model reads text]" in fleet.prompt()
+    call = {"id": "c", "type": "function", "function": {"name": "see", "arguments": "{}"}}
+    chat = [{"role": "user", "content": "see"}, {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": [PARTS["/v1/chat/completions"]]}]  # fmt: skip
+    counted = await http.post("/tokenize", json={"model": "base", "messages": chat})
+    assert counted.status_code == 200, counted.text
+    assert counted.headers[IGNORED_HEADER] == "messages[2].content[0] (image_url)"
+    call = {"function": {"name": "see", "arguments": {}}}
+    chat = [{"role": "user", "content": "see"}, {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "tool_name": "see", "content": "seen", "images": [PIXEL]}]  # fmt: skip
+    answer = await http.post("/api/chat", json={"model": "base", "messages": chat, "stream": False})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers[IGNORED_HEADER] == "messages[2].images"
+    assert f"seen\n{STAND_IN}" in fleet.prompt()
+
+
+async def test_what_a_user_shows_is_still_refused(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    """They would take an answer about a text for one about their picture; and wrong parts are wrong in results too."""
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    for path, field in (("/v1/responses", "input"), ("/v1/messages", "messages"), ("/v1/chat/completions", "messages")):
+        body: dict[str, Any] = {"model": "base", field: [{"role": "user", "content": [PARTS[path]]}]}
+        answer = await http.post(path, json=body if path == "/v1/responses" else {**body, "max_tokens": 4})
+        assert answer.status_code == 400, answer.text
+        assert "this model reads text" in answer.json()["error"]["message"]
+    for part in ({"type": "video"}, {"type": ["input_image"]}, {"type": {}}, {}, 3, None):
+        output = {"type": "function_call_output", "call_id": "c", "output": [part]}
+        answer = await http.post("/v1/responses", json={"model": "base", "input": [call, output]})
+        assert answer.status_code == 400, (part, answer.text)
+        chat = [{"role": "user", "content": "see"}, {"role": "tool", "tool_call_id": "c", "content": [part]}]
+        answer = await http.post("/v1/chat/completions", json={"model": "base", "messages": chat})
+        assert answer.status_code == 400, (part, answer.text)
+    assert fleet.seen == []
 
 
 async def test_inspect_ai(subtests: pytest.Subtests, http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:

@@ -199,8 +199,13 @@ async def test_arguments_in_tags_of_a_schema_that_tags_cannot_say(
 
 # ---------------------------------------------------------------- tools that run elsewhere
 
-OF_RESPONSES = ({"type": "web_search"}, {"type": "namespace", "name": "mcp", "tools": []}, {"type": "mcp"})
-OF_MESSAGES = ({"type": "web_search_20250305", "name": "web_search"}, {"type": "code_execution_20250825", "name": "c"})
+OF_RESPONSES = ({"type": "web_search"}, {"type": "tool_search"}, {"type": "mcp"})
+OF_MESSAGES = (
+    {"type": "web_search_20250305", "name": "web_search"},
+    {"type": "code_execution_20250825", "name": "c"},
+    {"type": "computer_20250124", "name": "computer", "display_width_px": 1024},
+    {"type": "bash_20991231", "name": "bash"},  # nobody knows yet what it takes
+)
 
 
 def num_read(usage: dict[str, int]) -> int:
@@ -237,10 +242,15 @@ async def test_hosted_tools_are_refused_where_the_setting_says_so(
         running_gateway(bus, model_folder, hosted_tools="refuse") as gateway,
         httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
     ):
-        for path, tool in (("/v1/responses", OF_RESPONSES[0]), ("/v1/messages", OF_MESSAGES[0])):
+        for path, tool, why in (
+            ("/v1/responses", OF_RESPONSES[0], "it runs at OpenAI"),
+            ("/v1/messages", OF_MESSAGES[0], "it runs at Anthropic"),
+            ("/v1/messages", OF_MESSAGES[2], "only Anthropic's models are trained on its parameters"),
+            ("/v1/messages", OF_MESSAGES[3], "only Anthropic's models are trained on its parameters"),
+        ):
             answer = await http.post(path, json={**body_of(path, {}, None), "tools": [tool]})
             assert answer.status_code == 400
-            assert f"tools of type '{tool['type']}' are not supported: it runs at" in answer.text
+            assert f"tools of type '{tool['type']}' are not supported: {why}" in answer.text
 
 
 # ---------------------------------------------------------------- what agents send
@@ -258,7 +268,7 @@ async def test_a_body_of_codex(agent: httpx2.AsyncClient, fleet: ScriptedFleet) 
         ],
         "tools": [
             {"type": "function", "name": "shell", "description": "runs", "strict": False, "parameters": schema},
-            {"type": "namespace", "name": "mcp__x__", "description": "more", "tools": []},
+            {"type": "tool_search", "execution": "client", "description": "finds", "parameters": {}},
             {"type": "web_search", "external_web_access": False},
         ],
         "tool_choice": "auto",
@@ -273,7 +283,7 @@ async def test_a_body_of_codex(agent: httpx2.AsyncClient, fleet: ScriptedFleet) 
     }
     answer = await agent.post("/v1/responses", json=body)
     assert answer.status_code == 200, answer.text
-    assert answer.headers[IGNORED_HEADER] == "tools[1] (namespace), tools[2] (web_search)"
+    assert answer.headers[IGNORED_HEADER] == "tools[1] (tool_search), tools[2] (web_search)"
     assert "response.completed" in answer.text
 
 
