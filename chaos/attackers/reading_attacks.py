@@ -1,4 +1,4 @@
-"""Attacks by those who only read: lists again and again, and one job for hundreds of clients."""
+"""Attacks by those who make no calls: lists again and again, one job for hundreds of clients, orders, wrong URLs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from chaos.attackers.attacks import COMPLETIONS, completion
 
 LISTS = (
     "/v1/adapters?limit=1000", "/v1/models", "/api/tags", "/api/ps", "/info", "/v1/requests?limit=100",
-    "/v1/jobs?limit=100", "/v1/files", "/v1/batches", "/v1/usage",
+    "/v1/jobs?limit=100", "/v1/files", "/v1/batches", "/v1/usage", "/v1/jobs?status=expired&limit=100",
+    "/v1/requests?state=ended&limit=1", "/v1/adapters?tenant=attacker&limit=1", "/v1/files?purpose=vision",
 )  # fmt: skip
 READERS, ROUNDS = 24, 5
 
@@ -51,7 +52,21 @@ async def _slow_readers(attacker: Attacker) -> None:
     await together(*(attacker.stream(path, None, stall) for _ in range(50)))
 
 
+async def _orders(attacker: Attacker) -> None:
+    """Ask what is no call and no list: URLs that are nearly those of routes, and orders that wait for workers."""
+
+    async def ask(number: int) -> None:
+        for turn in range(ROUNDS):
+            await attacker.post(f"/v1/chat/completion{number}{turn}", {})
+            await attacker.get(f"/v1/adapter/{number}{turn}")
+            await attacker.post("/v1/adapters/one/preload?wait_s=1", {})
+            await attacker.post("/api/show", {"model": "one"})
+
+    await together(*(ask(number) for number in range(100)))
+
+
 READING_ATTACKS = (
+    Attack("orders and URLs of no route from 100 clients", _orders, frozenset({"200", "202"})),
     Attack("24 readers of lists", _lists, frozenset({"200"})),
     Attack("200 readers of one job", _readers, frozenset({"200", "202"})),
     Attack("50 slow readers of one job", _slow_readers, frozenset({"200", "202"})),

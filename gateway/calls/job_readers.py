@@ -1,7 +1,9 @@
 """Whoever waits for jobs here: one look at a job for all who stream it or wait for its end, and not too many a second.
 
 What a stream is told was read once, whoever reads it. What was read lately is kept for readers that are a little
-slower; one that is slower still, or that came later, catches up by itself.
+slower; one that is slower still, or that came later, catches up by itself. Whoever is behind what a log holds reads
+some tokens at a time, in turns of tenants: a thousand who come late to long answers take no more of the event loop than
+one.
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 
 from gateway.calls.job_events import Event, JobEvents
+from gateway.overload.large import Places
 from gateway.overload.memory import charging, held, hold, shared
 
 POLL_S, WAITING_POLL_S = 0.1, 0.5
@@ -35,12 +38,13 @@ class SharedReader:
     """The events of one job, read as fast as the fastest of those who are told."""
 
     def __init__(
-        self, opening: Opening, pause_s: Callable[[float], float], keepalive_s: float, kept_bytes: int
-    ) -> None:
+        self, opening: Opening, pause_s: Callable[[float], float], keepalive_s: float, kept_bytes: int,
+        turn: Callable[[], AbstractAsyncContextManager[None]],
+    ) -> None:  # fmt: skip
         """Begin to open the job; `opening` raises what is wrong with it.
 
         `pause_s`: how long a pause is to be that could be so short. `keepalive_s`: how often readers are told what the
-        job waits for. `kept_bytes`: of the latest events.
+        job waits for. `kept_bytes`: of the latest events. `turn`: in which is read what the log holds already.
         """
         self.num_readers = 0
         self.waiting_for = ""
@@ -48,6 +52,7 @@ class SharedReader:
         self._pause_s = pause_s
         self._keepalive_s = keepalive_s
         self._kept_bytes = kept_bytes
+        self._turn = turn
         self._charge = shared()
         self._kept: list[Event] = []
         self._num_bytes = 0
@@ -120,7 +125,8 @@ class SharedReader:
         try:
             while not events.is_over:
                 await self._wanted.wait()
-                made = await events.advance()
+                async with self._turn() if events.is_behind else nullcontext():
+                    made = await events.advance()
                 if made:
                     self._wanted.clear()
                     self._num_end = events.num_end
@@ -169,6 +175,16 @@ class JobReaders:
         self._streams: dict[str, SharedReader] = {}
         self._endings: dict[str, _Ending] = {}
         self._num_of: Counter[str] = Counter()  # readers of each tenant
+        self._behind = Places(1)
+
+    @asynccontextmanager
+    async def turn(self, tenant: str) -> AsyncIterator[None]:
+        """Wait for a tenant's turn to read some tokens that a log holds already."""
+        await self._behind.take(tenant)
+        try:
+            yield
+        finally:
+            self._behind.give(tenant)
 
     def pause_s(self, tenant: str, least_s: float) -> float:
         """Return how long a tenant's readers wait between two looks."""
@@ -183,8 +199,9 @@ class JobReaders:
         reader = self._streams.get(jid)
         if reader is None:
             reader = self._streams[jid] = SharedReader(
-                opening, lambda least_s: self.pause_s(tenant, least_s), self.keepalive_s, self._kept_bytes
-            )
+                opening, lambda least_s: self.pause_s(tenant, least_s), self.keepalive_s, self._kept_bytes,
+                lambda: self.turn(tenant),
+            )  # fmt: skip
         with self._among(tenant, reader):
             try:
                 await reader.open()

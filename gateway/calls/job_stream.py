@@ -72,7 +72,9 @@ class JobStream(Response):
                 own = own or await self._opening()
                 goal, number = reader.places, reader.num_told
                 while not own.has_reached(goal) and not left.done():
-                    if frames := self._told(await own.catch_up(goal)):
+                    async with self._readers.turn(self._tenant):
+                        events = await own.catch_up(goal)
+                    if frames := self._told(events):
                         yield frames
                 told_s = loop.time()
                 continue

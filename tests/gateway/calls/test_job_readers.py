@@ -159,6 +159,52 @@ async def test_a_job_is_read_no_further_than_the_fastest_client_reads() -> None:
     assert places(await slow) == list(range(1, 201))
 
 
+class Behind(Told):
+    """Events that are all there, and whose they are while they are read."""
+
+    def __init__(self, num: int, tenant: str, order: list[str], reading: set[int]) -> None:
+        super().__init__(num, lambda: num)
+        self.tenant, self.order, self.reading = tenant, order, reading
+        self.is_behind = True
+
+    async def catch_up(self, goal: Sequence[int]) -> list[Event]:
+        assert not self.reading, "another one reads"
+        self.reading.add(id(self))
+        self.order.append(self.tenant)
+        try:
+            return await super().catch_up(goal)
+        finally:
+            self.reading.remove(id(self))
+
+
+async def test_who_is_behind_reads_in_turns_of_tenants() -> None:
+    """Of a hundred who come late to one answer, and a hundred answers, one reads at a time; another waits for few."""
+    readers, num, order, reading = JobReaders(10.0, kept_bytes=100, per_s=10_000), 40, list[str](), set[int]()
+
+    async def ask(tenant: str, jid: str) -> list[int]:
+        async def opening() -> Any:
+            return Behind(num, tenant, order, reading)
+
+        sent: list[bytes] = []
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("body", b""))
+
+        await JobStream(readers, jid, tenant, opening, lambda num: [0] * num)({"type": "http"}, never, send)
+        return places(b"".join(sent).decode().split("\n"))
+
+    many = [asyncio.create_task(ask("a", f"job_{i}")) for i in range(100)]
+    many += [asyncio.create_task(ask("a", "job_late")) for _ in range(100)]
+    await wait_until(lambda: len(order) > 20, "the first read")
+    begun = len(order)
+    assert await ask("b", "job_b") == list(range(1, num + 1))
+    between = order[begun:]
+    assert between.count("b") == num // 4
+    assert len(between) <= 8 * (num // 4), "of two hundred others few were before it each time"
+    for found in await asyncio.gather(*many):
+        assert found == list(range(1, num + 1))
+
+
 async def test_the_first_client_may_leave_without_the_others() -> None:
     readers, job = JobReaders(10.0, per_s=10_000), Job(30, 10)
     first = asyncio.create_task(streamed(readers, job))
