@@ -72,6 +72,7 @@ class Uploads:
         self._reserve = reserve or Reserve(0)
         self._busy = 0
         self._promised = 0  # bytes, to uploads that are being taken
+        self._unpacking = asyncio.Lock()  # one at a time: nobody knows before what another one comes to
 
     async def take(self, chunks: AsyncIterator[bytes], length: int) -> str:
         """Keep a zip's adapter; return the source that names it. length: of the zip, in bytes.
@@ -89,9 +90,7 @@ class Uploads:
             # Counted anew, since other stores may share the root; off the loop, since there may be thousands.
             kept = await asyncio.to_thread(_kept_bytes, self._root)
             with self._promise(kept, length):
-                # What it unpacks to may be more than its own length again, if there is room.
-                room = self._max_bytes - kept - self._promised + length
-                return await self._take(self._root, chunks, length, min(room, self._max_file_bytes))
+                return await self._take(self._root, chunks, length)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoRoom(f"the store's disk has no room: {error.strerror}") from error
@@ -112,8 +111,8 @@ class Uploads:
         finally:
             self._promised -= most
 
-    async def _take(self, folder: Path, chunks: AsyncIterator[bytes], length: int, max_bytes: int) -> str:
-        """Write, unpack and name an upload; see `take`. max_bytes: of what it unpacks to."""
+    async def _take(self, folder: Path, chunks: AsyncIterator[bytes], length: int) -> str:
+        """Write, unpack and name an upload; see `take`."""
         name = f"u{secrets.token_hex(12)}"
         archive, part = folder / f".{name}.zip", folder / f".{name}"
         try:
@@ -121,8 +120,12 @@ class Uploads:
                 with archive.open("wb") as out:
                     async for chunk in chunks:
                         await asyncio.to_thread(self._write, out, chunk)
-                await asyncio.to_thread(unpack, archive, part, max_bytes, check=partial(self._reserve.check, folder))
-            part.rename(folder / name)
+                async with self._unpacking:
+                    kept = await asyncio.to_thread(_kept_bytes, folder)
+                    # What it unpacks to may be more than its own length again, if there is room.
+                    room = min(self._max_bytes - kept - self._promised + length, self._max_file_bytes)
+                    await asyncio.to_thread(unpack, archive, part, room, check=partial(self._reserve.check, folder))
+                    part.rename(folder / name)
         finally:
             await asyncio.to_thread(_remove, archive, part)
         return f"local:{FOLDER}/{name}"

@@ -206,6 +206,7 @@ class LineCall:
     custom_id: str  # "" of one that is nested so deeply that nothing of it can be read
     body: bytes  # as it was written
     refusal: str  # why its endpoint is not asked, "" for nothing
+    begin: int = 0  # of the body in the line
 
 
 def call_of(line: Line, raw: bytes) -> LineCall:
@@ -219,7 +220,11 @@ def call_of(line: Line, raw: bytes) -> LineCall:
     except RecursionError:
         return too_deep
     name = next((name for name in ("stream", "background") if _scalar(getattr(body, name))), "")
-    return LineCall(_scalar(whole.custom_id), bytes(whole.body), f"{name} cannot be true in a batch" if name else "")
+    refusal, written = f"{name} cannot be true in a batch" if name else "", bytes(whole.body)
+    begin = raw.find(written[:LOOKED_AT_BYTES])
+    if not raw.startswith(written, begin):  # it begins as something before it does
+        begin = raw.index(written)
+    return LineCall(_scalar(whole.custom_id), written, refusal, begin)
 
 
 def _line_of(raw: bytes) -> _Line | _Whole:

@@ -12,7 +12,7 @@ import logging
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -328,13 +328,14 @@ class BatchRun:
     async def _run_line(self, line: Line, source: m.File, caller: Caller) -> None:
         """Ask the endpoint for one line's answer, until it is not too busy to give one.
 
-        Between two tries nothing of a large line is held: while a call has it, that is charged for it.
+        Between two tries no large body is held, but read again: while a call has it, that is charged for it.
         """
-        call: LineCall | None = None
+        call = await self._read(line, source)
+        begin = line.start + call.begin
+        end = begin + len(call.body)
         answer: Answer | None = None
         num_away = 0
-        while answer is None:
-            call = call or await self._read(line, source)
+        while True:
             try:
                 answer, pause_s = await self._ask(line, call, caller)
             except BaseException as error:
@@ -346,9 +347,15 @@ class BatchRun:
                 if not is_queue_away(error):
                     why = error.message if isinstance(error, LorafleetError) else "the gateway failed while answering"
                     answer = failure_of(line.number, call.custom_id, "internal_error", why)
-            if answer is None:
-                call = call if line.num_bytes <= SMALL_BODY_BYTES else None
-                await asyncio.sleep(pause_s * random.uniform(1.0, 1.5))
+            if answer is not None:
+                break
+            is_large = len(call.body) > SMALL_BODY_BYTES
+            if is_large:
+                call = replace(call, body=b"")
+            await asyncio.sleep(pause_s * random.uniform(1.0, 1.5))
+            if is_large:
+                async with self._means.turns:
+                    call = replace(call, body=await self._bytes(source, begin, end))
         await self._take(answer)
 
     async def _ask(self, line: Line, call: LineCall, caller: Caller) -> tuple[Answer | None, float]:
@@ -373,9 +380,10 @@ class BatchRun:
     async def _read(self, line: Line, source: m.File) -> LineCall:
         """Return a line's call."""
         async with turn_of(line.num_bytes, self._means.turns):
-            return call_of(
-                line, b"".join([chunk async for chunk in self._means.files.read(source, line.start, line.end)])
-            )
+            return call_of(line, await self._bytes(source, line.start, line.end))
+
+    async def _bytes(self, source: m.File, start: int, end: int) -> bytes:
+        return b"".join([chunk async for chunk in self._means.files.read(source, start, end)])
 
     def _key(self, line: Line) -> str:
         return f"{self.batch.id}:{line.number}"

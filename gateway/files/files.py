@@ -7,6 +7,7 @@ import logging
 import random
 import secrets
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -25,7 +26,7 @@ from protocol.runtime.backoff import Backoff
 from protocol.runtime.guarded import Items
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest, LorafleetError, NotFound, Overloaded, Unavailable
+from protocol.wire.errors import BadRequest, LorafleetError, NotFound, Overloaded, Unavailable, UnreadableRecord
 
 logger = logging.getLogger(__name__)
 
@@ -202,11 +203,13 @@ class FileService:
         return self._storage.read(place_of(file.id), start, end)
 
     async def delete(self, file_id: str, caller: Caller) -> None:
-        """Delete a file: its bytes first, whatever the queue can do. Raises NotFound, Unavailable.
+        """Delete a file, also one whose record cannot be read: its bytes first, whatever the queue can do.
 
         A queue that cannot write, for want of disk perhaps, keeps the record until it can; that is tried again here.
+        Raises NotFound, Unavailable.
         """
-        await self.get(file_id, caller)
+        with suppress(UnreadableRecord):  # it is the caller's, see `Files.get`
+            await self.get(file_id, caller)
         await self._storage.delete(place_of(file_id))
         try:
             await self._bus.files.forget(file_id, caller.owner)

@@ -102,9 +102,9 @@ class Conversations:
         return view(changed)
 
     async def delete(self, conversation_id: str, caller: Caller) -> dict[str, Any]:
-        """Delete a conversation with its items. Its responses stay. Raises NotFound."""
-        await self._known(conversation_id, caller)
-        await self._queue.drop(conversation_id, caller.owner)
+        """Delete a conversation with its items, also one that cannot be read. Its responses stay. Raises NotFound."""
+        if not _ID.fullmatch(conversation_id) or not await self._queue.drop(conversation_id, caller.owner):
+            raise _not_found(conversation_id, "conversation_id")
         return {"id": conversation_id, "object": "conversation.deleted", "deleted": True}
 
     async def add(self, conversation_id: str, given: Sequence[Item], caller: Caller) -> dict[str, Any]:

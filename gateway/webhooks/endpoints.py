@@ -110,9 +110,9 @@ class WebhookService:
         return list_page([view(endpoint) for endpoint in found[:limit]], has_more=len(found) > limit)
 
     async def delete(self, endpoint_id: str, caller: Caller) -> None:
-        """Delete an endpoint; what is on its way there is forgotten. Raises NotFound."""
-        await self.get(endpoint_id, caller)
-        await self._webhooks.delete_endpoint(caller.owner, endpoint_id)
+        """Delete an endpoint, also one that cannot be read; what is on its way there is forgotten. Raises NotFound."""
+        if not await self._webhooks.delete_endpoint(caller.owner, endpoint_id):
+            raise _not_found(endpoint_id)
 
     # ------------------------------------------------------------ given up
 

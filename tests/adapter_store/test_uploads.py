@@ -242,6 +242,23 @@ async def test_uploads_beside_each_other_share_the_limit(tmp_path: Path) -> None
             await process.take(chunks(raw), 501)
 
 
+async def test_what_two_unpack_to_at_once_shares_the_limit(tmp_path: Path) -> None:
+    """Zips of nine kilobytes that come to nine megabytes each, where there is room for one."""
+    uploads = Uploads(tmp_path, 10_000_000, 100_000_000)
+    raw = zipped({**GOOD, "adapter_model.safetensors": bytes(9_000_000)})
+    both_are_there = asyncio.Barrier(2)
+
+    async def come() -> AsyncIterator[bytes]:
+        yield raw[:10]
+        await both_are_there.wait()
+        yield raw[10:]
+
+    async with asyncio.timeout(30):
+        taken = await asyncio.gather(*(uploads.take(come(), len(raw)) for _ in range(2)), return_exceptions=True)
+    assert {type(one) for one in taken} == {str, TooLarge}
+    assert size_of(tmp_path) <= 10_000_000
+
+
 async def test_an_upload_becomes_a_folder_that_is_kept_by_its_name(tmp_path: Path) -> None:
     kept = Uploads(tmp_path, 1 << 20, 1 << 20)
     raw = zipped(GOOD)

@@ -101,10 +101,9 @@ class Conversations:
     # ------------------------------------------------------------ asking
 
     async def get(self, conversation_id: str, tenant: str) -> m.Conversation | None:
-        """Return a tenant's conversation; None if it is unknown, another's, or has expired."""
-        raw = await self._redis.hget(self._keys.conversation(conversation_id), "b")
-        found = decode_record(raw, m.Conversation) if raw is not None else None
-        return found if found is not None and found.tenant == tenant else None
+        """Return a tenant's conversation; None if it is unknown, another's, or has expired. Raises UnreadableRecord."""
+        owner, raw = await self._redis.hmget(self._keys.conversation(conversation_id), ("tenant", "b"))
+        return decode_record(raw, m.Conversation) if raw is not None and owner == tenant.encode() else None
 
     async def rank(self, conversation_id: str, item_id: str, *, newest_first: bool) -> int | None:
         """Return how many of the items come before one in a list; None when it is unknown."""

@@ -12,6 +12,7 @@ from protocol.queue.kept.readable import readable
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
 from protocol.wire.codec import decode_record
+from protocol.wire.errors import UnreadableRecord
 from protocol.wire.keys import Keys
 
 _MEMBER = re.compile(r"([^:]*):(file-[0-9A-Za-z._-]+)")
@@ -48,9 +49,14 @@ class Files:
         return reply[0].decode(), reply[1] if len(reply) > 1 else 0
 
     async def get(self, file_id: str, tenant: str) -> m.File | None:
-        """Return a tenant's file; None if it is unknown, another's, or has expired."""
+        """Return a tenant's file; None if it is unknown, another's, or has expired. Raises UnreadableRecord."""
         raw = await self._redis.get(self._keys.file(file_id))
-        file = decode_record(raw, m.File) if raw is not None else None
+        try:
+            file = decode_record(raw, m.File) if raw is not None else None
+        except UnreadableRecord:
+            if await self.rank(tenant, file_id, oldest_first=True) is None:
+                return None
+            raise
         return file if file is not None and file.tenant == tenant else None
 
     async def get_many(self, file_ids: list[str]) -> list[m.File]:

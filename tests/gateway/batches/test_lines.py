@@ -64,6 +64,17 @@ async def test_each_line_is_found_again_at_its_place() -> None:
     ]
 
 
+def test_a_body_is_found_again_at_its_place() -> None:
+    """Also where another field begins as it does."""
+    body, other = (b'{"model":"m","prompt":"%b"}' % (b"a" * 3000 + end) for end in (b"b", b"c"))
+    for fields in (b'"other":%b,"body":%b' % (other, body), b'"body":%b,"other":%b' % (body, other)):
+        raw = b'{"custom_id":"a","method":"POST","url":"/v1/completions",%b}' % fields
+        found = InputLines(URL, 1 << 20)
+        found.add(1, 0, raw)
+        call = call_of(found.lines[0], raw)
+        assert raw[call.begin : call.begin + len(call.body)] == call.body == body
+
+
 async def test_a_line_that_is_too_long_is_told_and_not_held() -> None:
     found = await read_lines(pieces(row(1) + b"\n" + b"x" * 10_000 + b"\n" + row(2), 100), URL, 500)
     assert [(problem.code, problem.line) for problem in found.problems] == [("line_too_large", 2)]

@@ -139,6 +139,7 @@ async def test_a_file_that_cannot_be_read_hides_no_other(bus: Bus) -> None:
     assert [one.id for one in await bus.files.get_many(["file-1", "file-2"])] == ["file-2"]
     with pytest.raises(UnreadableRecord):
         await bus.files.get("file-1", "t")
+    assert await bus.files.get("file-1", "another tenant") is None
 
 
 BAD_FILES = (b"no colon", b"t:", b"t:files/x", b"t:..", b"t:file-../../x", b"\xff:file-1", b":batches", b"t:file-a/b")
@@ -224,7 +225,7 @@ async def test_a_job_or_an_adapter_hides_no_other(bus: Bus) -> None:
 
 
 async def test_a_conversation_that_cannot_be_read_is_said_to_be_so(bus: Bus) -> None:
-    await bus._redis.hset(bus.keys.conversation("conv_1"), "b", b"\xc1")
+    await bus._redis.hset(bus.keys.conversation("conv_1"), mapping={"tenant": "t", "b": b"\xc1"})
     await bus._redis.expire(bus.keys.conversation("conv_1"), 60)
     with pytest.raises(LorafleetError) as raised:
         await bus.conversations.get("conv_1", "t")
