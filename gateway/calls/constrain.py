@@ -19,27 +19,36 @@ from protocol.wire.errors import BadRequest
 
 
 async def constrain(call: TokenizedCall, grammars: GrammarCheck, checks: Checks) -> TokenizedCall:
-    """Return a call whose prompts have their grammars. Raises BadRequest if one cannot be compiled."""
+    """Return a call whose prompts have their grammars. Raises BadRequest if one cannot be compiled.
+
+    One is made for all prompts of a tokenizer whose answers have one form, and held once: with tools it may be a
+    megabyte, and a call may name a model as often as it may have choices.
+    """
     options = call.options
     if options.constraint is None and options.tools is None and options.max_thought is None:
         return call
-    prompts = [await _constrained(prompt, call, options.tools, grammars, checks) for prompt in call.prompts]
+    made: dict[tuple[int, int], str] = {}  # by model files and form
+    for prompt in call.prompts:
+        key = id(prompt.files), id(prompt.form)
+        if key not in made:
+            made[key] = await _grammar_of(prompt, call, options.tools, grammars, checks)
+    prompts = [structs.replace(prompt, grammar=made[id(prompt.files), id(prompt.form)]) for prompt in call.prompts]
     return structs.replace(call, prompts=prompts)
 
 
-async def _constrained(
+async def _grammar_of(
     prompt: Prompt, call: TokenizedCall, tools: Tools | None, grammars: GrammarCheck, checks: Checks
-) -> Prompt:
-    """Return a prompt with its grammar: of outlines of the tools where that of their schemas cannot be made."""
+) -> str:
+    """Return a prompt's grammar: of outlines of the tools where that of their schemas cannot be made."""
     try:
-        grammar = await _checked(prompt, call, tools, grammars, checks)
+        return await _checked(prompt, call, tools, grammars, checks)
     except BadRequest:
         outlined = tools.outlined() if tools is not None else None
         if outlined is None:
             raise
         grammar = await _checked(prompt, call, outlined, grammars, checks)
         ignore(call.parsed.caller.headers, [call.parsed.form_param])
-    return structs.replace(prompt, grammar=grammar) if grammar else prompt
+        return grammar
 
 
 async def _checked(

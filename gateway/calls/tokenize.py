@@ -18,7 +18,7 @@ from gateway.calls.resolve import ResolvedCall
 from gateway.overload import memory
 from gateway.overload.memory import CHARACTER_BYTES
 from gateway.text.answer_form import AnswerForm, found_form
-from gateway.text.messages import normalize_messages, text_of
+from gateway.text.messages import text_in
 from gateway.text.tokenizer import ModelFiles
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
@@ -336,9 +336,9 @@ def echoed(call: ParsedCall, source: Source, files: ModelFiles) -> str:
         return ""
     if isinstance(inputs, Texts):
         return source if isinstance(source, str) else files.tokens.decode(source, special=True)
-    [last] = normalize_messages(inputs.messages[-1:])
+    last = inputs.messages[-1]
     is_answer = last["role"] == "assistant" or not inputs.add_generation_prompt
-    return text_of(last.get("content")) if is_answer else ""
+    return text_in(last) if is_answer else ""
 
 
 def pack(ids: Sequence[int]) -> bytes:

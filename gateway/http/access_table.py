@@ -23,6 +23,8 @@ from protocol.wire.errors import BadRequest
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "keys.md"
 BEGIN, END = "<!-- tables of gateway/http/access_table.py -->\n", "<!-- end of the tables -->\n"
 
+_PARAMETER = re.compile(r"{\w++(:path)?}")
+
 CONTROLS = tuple(f"%{number:02X}" for number in (*range(0x20), 0x7F))
 """Every control character of ASCII, escaped."""
 
@@ -80,7 +82,7 @@ def unserved() -> FastAPI:
 
 def example_of(path: str) -> str:
     """Return a path that a route has: with a name for each of its parameters."""
-    return re.sub(r"{\w+(:path)?}", "name", path)
+    return _PARAMETER.sub("name", path)
 
 
 def found(table: RouteTable, method: str, raw: str) -> Match | None:

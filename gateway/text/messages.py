@@ -107,6 +107,15 @@ def text_of(content: object) -> str:
     return content if isinstance(content, str) else ""
 
 
+def text_in(message: Message) -> str:
+    """Return the text of a message as `normalize_messages` has it, which has let it pass: its calls are not read."""
+    content = message.get("content")
+    refusal = (message.get("refusal") or "") if message["role"] == "assistant" else ""
+    if isinstance(content, list):
+        content = "\n".join(part[part["type"]] for part in content)
+    return "\n".join(filter(None, [content, refusal])) if refusal else content or ""
+
+
 def _normalize(message: Message, place: str, new_id: str) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or not _ROLE.fullmatch(role):

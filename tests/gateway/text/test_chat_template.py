@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from gateway.text.chat import ChatTemplate
-from gateway.text.messages import normalize_messages
+from gateway.text.messages import normalize_messages, text_in, text_of
 from gateway.text.template_forms import Form, in_forms, shows_lists
 from protocol.wire.errors import BadRequest
 
@@ -211,6 +211,27 @@ def test_a_template_is_tried_five_times_at_most() -> None:
     forms = list(in_forms(normalize_messages(messages), Form(parts=True, only_parts=True)))
     assert len(forms) == 5
     assert all(one not in forms[:i] for i, one in enumerate(forms))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": "a"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": ""}]},
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+        {"role": "assistant", "content": "a", "refusal": "no"},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}], "refusal": ""},
+        {"role": "assistant", "refusal": "no"},
+        {"role": "assistant", "content": ""},
+    ],
+)
+def test_the_text_of_a_message_is_that_of_its_normal_form(message: dict[str, Any]) -> None:
+    assert text_in(message) == text_of(normalize_messages([message])[0].get("content"))
+
+
+def test_calls_are_not_read_for_the_text_beside_them() -> None:
+    calls = [{"function": {"name": "f", "arguments": "no JSON"}}] * 3
+    assert text_in({"role": "assistant", "content": "a", "tool_calls": calls}) == "a"
 
 
 @pytest.mark.parametrize("index", [0, 1, 4, 5])
