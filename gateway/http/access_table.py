@@ -80,6 +80,9 @@ def unserved() -> FastAPI:
     return routed(Handlers(**{name: object.__new__(kind) for name, kind in get_type_hints(Handlers).items()}))
 
 
+_PARAMETER = re.compile(r"{\w+(:path)?}")
+
+
 def example_of(path: str) -> str:
     """Return a path that a route has: with a name for each of its parameters."""
     return _PARAMETER.sub("name", path)
