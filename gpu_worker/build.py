@@ -43,7 +43,7 @@ from gpu_worker.model.checkpoint import (
 )
 from gpu_worker.model.compiled import compile_errors, warm
 from gpu_worker.model.kv_dtype import choose_kv_dtype
-from gpu_worker.model.model import BaseModel, choose_device, choose_dtype
+from gpu_worker.model.model import BaseModel, choose_device, choose_dtype, choose_isa, multiplies_bfloat16
 from gpu_worker.model.prepare import load_model
 from gpu_worker.quantised.index import is_quantised_folder
 from gpu_worker.quantised.quantise import quantised_folder
@@ -98,12 +98,14 @@ def load_engine(
         torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.workers))
     ops.fix_sums(settings.deterministic)
     impl: ops.Impl | None = "reference" if settings.kernels == "reference" else None
+    isa = choose_isa(settings.kernels, device)
     folder = model_folder(settings.model, WEIGHT_FILES)
     if settings.quantization != "none":
         folder = _quantise(folder, device, settings)
-    dtype = choose_dtype(settings.dtype, device)
     headless = settings.task == "score"
     task = "score" if headless else task_of(read_config(folder))
+    multiplies = multiplies_bfloat16(device)
+    dtype, reason = choose_dtype(settings.dtype, multiplies=multiplies, isa=isa, is_encoder=task != "generate")
     tokenizer_file = folder / TOKENIZER
     tokenizer = tokenizer_file.read_text() if tokenizer_file.is_file() else None
     if task == "generate":
@@ -132,12 +134,13 @@ def load_engine(
     if served.does("score") and served.labels:
         own = folder_activation(folder)
         served = structs.replace(served, pair_activation=served.pair_activation if own is None else own)
+    served = structs.replace(served, dtype_reason=reason, kernels=isa)
     if describe is not None:
         places = row_sites(model.sites, expert_sites(model.adaptable.experts), int8=settings.lora_dtype == "int8")
         describe(places, served, key_of(tokenizer) if tokenizer else "")
     logger.info(
-        "%s in %s on %s: %s%d tokens a request, %.1f MiB of adapters; ready in %.1f s",
-        served.name, served.dtype, device, room, served.max_model_len,
+        "%s in %s (%s) on %s: %s%d tokens a request, %.1f MiB of adapters; ready in %.1f s",
+        served.name, served.dtype, reason, device, room, served.max_model_len,
         engine.adapters.pool.total_bytes / (1 << 20), time.monotonic() - started,
     )  # fmt: skip
     return EngineThread(engine), served

@@ -24,7 +24,6 @@ INLINE = {
     "gateway/tools/grammar.py": "what it splits is a format's own markup",
     "adapter_store/command.py": "names of an operator's own model, on the command line",
     "peft_adapters/targets.py": "a config's pattern is compiled to see whether Python could; RE2 matches it",
-    "gateway/http/access_table.py": "our own paths, when the table of the documentation is written",
     "adapter_store/http.py": "digits of one header, at most fifteen",
 }
 """Files that use `re` elsewhere than in a constant, and why that is no scan of a stranger's text."""

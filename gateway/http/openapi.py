@@ -178,6 +178,7 @@ class Fleet(BaseModel):
     queued: int
     running: int
     demand: int
+    compute: dict[str, str | None] | None
 
 
 class File(BaseModel):

@@ -30,7 +30,7 @@ from gateway.openai.calls import OpenAICalls
 from gateway.overload.admission import Admission
 from protocol.runtime.release import RELEASE
 from protocol.wire.errors import BadRequest, ModelNotFound, NotFound, Unavailable
-from protocol.wire.messages import SchedulerStatus
+from protocol.wire.messages import SchedulerStatus, ServedModel
 
 MAX_KEY_CHARACTERS = 255
 
@@ -163,7 +163,7 @@ class Endpoints:
         drain_next = status.drain_next or None if status is not None else None
         found = {"workers": fleet.num_workers, "queued": queued, "running": running, "demand": fleet.demand}
         base = fleet.base.name if fleet.base is not None else None
-        more = {"drain_next": drain_next, "model": base, "queue": _queue(status)}
+        more = {"drain_next": drain_next, "model": base, "queue": _queue(status), "compute": _compute(fleet.base)}
         return json_response({"object": "fleet", **found, **more})
 
     async def version(self) -> Response:
@@ -173,6 +173,13 @@ class Endpoints:
     async def load(self) -> Response:
         """Answer vLLM's `/load`."""
         return json_response({"server_load": self._admission.num_in_flight})
+
+
+def _compute(base: ServedModel | None) -> dict[str, str | None] | None:
+    """Return in what numbers, by which kernels and why workers compute; None before there was a worker."""
+    if base is None:
+        return None
+    return {"dtype": base.dtype, "reason": base.dtype_reason or None, "kernels": base.kernels or None}
 
 
 def _queue(status: SchedulerStatus | None) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from gpu_worker.model.lora import SharedInput, SiteInfo
 from gpu_worker.model.mixers import MixerStates, Run, StateBatch, running
 from gpu_worker.one_by_one.passes import Passes
 from gpu_worker.tasks.model_tasks import ModelTasks, decoder_of, hidden_states
-from lora_kernels import ops
+from lora_kernels import cpu, ops
 from protocol.wire.errors import BadRequest
 
 
@@ -177,13 +177,46 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the dtype for a setting; auto is bfloat16 where the hardware multiplies it natively, else float32."""
+def choose_isa(kernels: str, device: torch.device) -> str:
+    """Return the instruction set of the native CPU kernels, loaded and set; "" where others compute.
+
+    kernels: the setting. Raises BadRequest for an instruction set that this machine has no kernels for.
+    """
+    if kernels == "reference":
+        return ""
+    if kernels != "auto":
+        if device.type != "cpu":
+            raise BadRequest(f"kernels is {kernels}, which is an instruction set of CPUs; the device is {device.type}")
+        try:
+            cpu.set_isa(kernels)
+        except ValueError as error:
+            raise BadRequest(f"kernels is {kernels}: {error}") from error
+    return cpu.isa() if device.type == "cpu" and cpu.load() else ""
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device multiplies bfloat16 in hardware."""
+    found = torch.cpu.get_capabilities()
+    return device.type == "cuda" or bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def choose_dtype(dtype: str, *, multiplies: bool, isa: str, is_encoder: bool) -> tuple[torch.dtype, str]:
+    """Return the dtype for a setting, and why it is that one.
+
+    multiplies: see `multiplies_bfloat16`. isa: the instruction set of the native CPU kernels, "" where torch computes.
+
+    Those read weights of 16 bits whatever the processor multiplies: products of two bf16 numbers are exact in fp32, and
+    half the bytes come from memory, which a step waits for. An encoder's attention is torch's, slow without hardware.
+    """
     if dtype != "auto":
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[dtype]
-    capabilities = torch.cpu.get_capabilities()
-    native = device.type == "cuda" or capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.bfloat16 if native else torch.float32
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[dtype], "as set"
+    if multiplies:
+        return torch.bfloat16, "the hardware multiplies it"
+    if isa and not is_encoder:
+        return torch.bfloat16, "the native kernels read it, and multiply it in fp32"
+    return torch.float32, "the processor does not multiply bfloat16" + (
+        "" if isa else ", and there are no native kernels"
+    )
 
 
 def fingerprint_of(module: PreTrainedModel) -> str:

@@ -120,6 +120,19 @@ def of_members(
     return [*found, *_versions(told, own)]
 
 
+def of_base(base: m.ServedModel | None) -> list[Finding]:
+    """Judge in which numbers and by which kernels workers compute; nothing before there was a worker."""
+    if base is None:
+        return []
+    text = f"{base.name} in {base.dtype} on {base.device}" + (f": {base.dtype_reason}" if base.dtype_reason else "")
+    if base.device == "cpu" and base.dtype_reason and not base.kernels:
+        advice = (
+            "leave --kernels at auto, and install g++ or a wheel with the native kernels; the worker's log says more"
+        )
+        return [Finding("base", "warning", f"{text}; plain torch computes, several times slower", advice)]
+    return [Finding("base", "ok", text + (f", by {base.kernels} kernels" if base.kernels else ""))]
+
+
 def _versions(told: Mapping[str, str], own: str) -> list[Finding]:
     others = {name: version for name, version in told.items() if version and version != own}
     silent = sorted(name for name, version in told.items() if not version)

@@ -93,6 +93,7 @@ async def _of_queue(settings: Settings) -> list[Finding]:
         facts = await bus.server.facts()
         beats = await bus.members.worker_beats()
         status = await bus.get(bus.keys.status, m.SchedulerStatus)
+        base = await bus.get(bus.keys.base, m.ServedModel)
         gateways, stores = await bus.members.gateway_urls(), await bus.members.store_urls()
     except CONNECTION_ERRORS as error:
         text = f"no queue answers at {named.redis_url}: {error}"
@@ -108,7 +109,8 @@ async def _of_queue(settings: Settings) -> list[Finding]:
         asked += [(f"store {one}", f"{one}/health") for one in stores]
         told = await asyncio.gather(*(_version(http, url) for _, url in asked))
     versions = {name: found for (name, _), found in zip(asked, told, strict=True)}
-    return [*checkup.of_queue(facts), *checkup.of_members(beats, status, versions, RELEASE)]
+    of_members = checkup.of_members(beats, status, versions, RELEASE)
+    return [*checkup.of_queue(facts), *of_members, *checkup.of_base(base)]
 
 
 async def _version(http: httpx2.AsyncClient, url: str) -> str:

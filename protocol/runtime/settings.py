@@ -311,7 +311,8 @@ class Settings(BaseSettings):
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto",
-        description="type of weights and activations; auto: bfloat16 if the hardware multiplies it, else float32",
+        description="type of weights and activations; auto: bfloat16, but float32 where torch computes on a processor"
+        " that does not multiply it",
     )
     lora_dtype: Literal["auto", "int8"] = Field(
         default="auto", description="type of adapters' rows; auto: dtype; int8: on a CPU, rounded, and half the bytes"
@@ -364,8 +365,9 @@ class Settings(BaseSettings):
     threads: int = Field(
         default=0, description="CPU threads of a worker; 0: the machine's cores divided by its workers"
     )
-    kernels: Literal["auto", "reference"] = Field(
-        default="auto", description="auto: native kernels where they exist; reference: plain torch"
+    kernels: Literal["auto", "reference", "avx2", "avx512", "avx512_bf16", "amx_bf16", "neon"] = Field(
+        default="auto",
+        description="auto: native kernels where they exist; reference: plain torch; or the instruction set of a CPU",
     )
     max_draft_tokens: int = Field(
         default=0, ge=0, description="most draft tokens per sequence and step, proposed from its own text; 0: none"

@@ -67,9 +67,9 @@ def isa() -> str:
 
 
 def set_isa(name: str) -> None:
-    """Use an instruction set instead of the best one. Raises ValueError where the processor lacks it."""
-    if not _ops.set_isa(name):
-        raise ValueError(f"this processor has no {name}")
+    """Use an instruction set instead of the best one. Raises ValueError where there are no kernels for it here."""
+    if not load() or not _ops.set_isa(name):
+        raise ValueError(f"this processor has no {name}, or no native kernels run here")
 
 
 def lora_add_(

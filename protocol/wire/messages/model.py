@@ -34,7 +34,9 @@ class ServedModel(Wire, frozen=True):
     vocab_size: int
     max_model_len: int  # tokens of prompt + output that a worker's cache can hold
     sites: list[SiteShape]
-    dtype: str = ""
+    dtype: str = ""  # of weights and activations
+    dtype_reason: str = ""  # why it is that one
+    kernels: str = ""  # the native CPU kernels' instruction set; "": others compute
     tied_embeddings: bool = False
     created_ms: int = 0
     device: str = ""  # "cpu" or "cuda"

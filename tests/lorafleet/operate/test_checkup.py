@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from msgspec import structs
 
 from lorafleet.operate.checkup import (
     MAX_ANSWER_MS,
     MAX_SKEW_MS,
     Finding,
     Level,
+    of_base,
     of_compiler,
     of_disk,
     of_members,
@@ -69,6 +71,20 @@ def test_members_that_lack_or_differ_are_named() -> None:
     assert bad(of_members({"w1": BEAT}, STATUS, {"gateway a": "2"}, "1")) == [("versions", "warning")]
     (silent,) = [one for one in of_members({"w1": BEAT}, STATUS, {"store b": ""}, "1") if one.level != "ok"]
     assert "store b" in silent.text
+
+
+def test_how_the_base_computes_is_told() -> None:
+    base = m.ServedModel(
+        model="org/base", name="base", fingerprint="f", model_type="llama", vocab_size=8, max_model_len=8, sites=[],
+        dtype="bfloat16", dtype_reason="the native kernels read it", kernels="avx512", device="cpu",
+    )  # fmt: skip
+    assert of_base(None) == []
+    (told,) = of_base(base)
+    assert bad([told]) == []
+    assert all(part in told.text for part in ("bfloat16", "the native kernels read it", "avx512"))
+    slow = structs.replace(base, dtype="float32", dtype_reason="there are no native kernels", kernels="")
+    assert bad(of_base(slow)) == [("base", "warning")]
+    assert bad(of_base(structs.replace(slow, device="cuda"))) == []
 
 
 def test_a_disk_that_is_nearly_full_is_a_problem() -> None:
