@@ -15,8 +15,8 @@ from starlette.types import ASGIApp, Message, Scope
 
 from gateway.auth.callers import CALLER, Caller
 from gateway.http.access import MATCH, RouteTable
-from gateway.http.errors import is_failure
 from gateway.http.sse import RAW_SEND
+from protocol.runtime.guarded import is_failure
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ from gateway.bodies.json_bodies import disconnected
 from gateway.calls.job_events import Event
 from gateway.calls.job_readers import JobReaders, Opening, SharedReader
 from gateway.calls.writers import SSE
-from gateway.http.errors import OPENAI_ERRORS, error_of, is_failure
+from gateway.http.errors import OPENAI_ERRORS, error_of
 from gateway.overload.memory import held, hold
+from protocol.runtime.guarded import is_failure
 from protocol.wire.errors import BadRequest
 
 After = Callable[[int], list[int]]

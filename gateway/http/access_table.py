@@ -80,9 +80,6 @@ def unserved() -> FastAPI:
     return routed(Handlers(**{name: object.__new__(kind) for name, kind in get_type_hints(Handlers).items()}))
 
 
-_PARAMETER = re.compile(r"{\w+(:path)?}")
-
-
 def example_of(path: str) -> str:
     """Return a path that a route has: with a name for each of its parameters."""
     return _PARAMETER.sub("name", path)
@@ -136,9 +133,6 @@ def _spellings_table(table: RouteTable) -> str:
         shown = "; ".join(f"{outcome}: {num:,}" for outcome, num in outcomes.most_common())
         lines.append(f"| {name} | {sum(outcomes.values()):,} | {shown} |")
     return "\n".join(lines)
-
-
-_CONSOLE = "the console's file of that name, and there is none (404)"
 
 
 def _outcome(meant: Match, got: Match | None) -> str:

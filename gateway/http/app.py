@@ -40,7 +40,7 @@ from gateway.files.routes import FileEndpoints, add_file_routes
 from gateway.http import openapi
 from gateway.http.access import API_PAGE, MATCH, Match, Routes, RouteTable, normal_path
 from gateway.http.direct import DirectCalls
-from gateway.http.errors import REFUSALS_OF, REQUEST_ID_OF, add_handlers, is_failure
+from gateway.http.errors import REFUSALS_OF, REQUEST_ID_OF, add_handlers
 from gateway.http.headers import header_of
 from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.http.routes import Endpoints, add_routes
@@ -62,6 +62,7 @@ from gateway.webhooks.routes import WebhookRoutes, add_webhook_routes
 from protocol.metrics.series import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
 from protocol.queue.books.api_keys import ApiKeys
 from protocol.runtime.fleet_secret import FleetSecret
+from protocol.runtime.guarded import is_failure
 from protocol.runtime.settings import Settings, names_of
 from protocol.runtime.tracing import TRACE_ID, TRACING
 from protocol.wire.errors import BadRequest, Internal, Overloaded, Unavailable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -143,14 +142,6 @@ def unreachable_queue(cause: BaseException) -> Unavailable:
         return Unavailable("the queue's server cannot write to its disk", code="queue_unavailable")
     logger.error("the queue cannot be reached: %r", cause)
     return Unavailable("the queue cannot be reached", code="queue_unavailable")
-
-
-def is_failure(cause: BaseException) -> bool:
-    """Return whether something has failed, so that its client is to be told; False for what ends a task or the process.
-
-    Panics of libraries that are written in Rust are failures, though no `Exception`.
-    """
-    return not isinstance(cause, (asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit))
 
 
 def error_of(cause: BaseException) -> LorafleetError:

@@ -16,10 +16,11 @@ from starlette.types import Receive, Scope, Send
 from gateway.bodies.json_bodies import disconnected
 from gateway.calls.job_stream import JobStream
 from gateway.calls.writers import SSE, Framing
-from gateway.http.errors import OPENAI_ERRORS, ErrorShape, error_of, is_failure
+from gateway.http.errors import OPENAI_ERRORS, ErrorShape, error_of
 from gateway.http.sse import GenerationResponse
 from gateway.overload.admission import is_inbound
 from protocol.metrics.series import CLIENTS_GONE
+from protocol.runtime.guarded import is_failure
 
 
 class KeepAliveResponse(Response):

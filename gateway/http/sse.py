@@ -16,7 +16,8 @@ from gateway.calls.follow import ClientGoneError, Generation
 from gateway.calls.size import TextGrowth
 from gateway.calls.writers import SSE, Writer
 from gateway.http.connection import CONNECTION, Connection
-from gateway.http.errors import OPENAI_ERRORS, error_of, is_failure
+from gateway.http.errors import OPENAI_ERRORS, error_of
+from protocol.runtime.guarded import is_failure
 from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError
 
