@@ -42,7 +42,6 @@ class Access:
 
 
 OPEN = Access(None)
-ANY_KEY = Access(())
 INFER = Access(("infer",))
 CALL = Access(("infer",), "call")
 TEXT = Access(("infer",), "text")
