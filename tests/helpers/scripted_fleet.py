@@ -156,7 +156,8 @@ class ScriptedFleet:
 
     async def _play(self, submit: m.Submit, epoch: int) -> None:
         shared = (await self.bus.inputs([submit]))[0].body()
-        assert shared is not None
+        if shared is None:  # cancelled before it was read: its inputs are gone
+            return
         body = msgspec.structs.replace(shared, sampling=shared.sampling.of_choice(submit.choice))
         self.seen.append((submit, body))
         await self.assigning.wait()
