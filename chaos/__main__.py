@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--lines", type=int, default=0, help="of the batches that run meanwhile, one after the other")
     parser.add_argument("--adapters", type=int, default=0, help="that these lines ask; 0: those that clients ask")
     parser.add_argument("--turns", type=int, default=0, help="of the conversations that are held meanwhile")
+    parser.add_argument("--stores", action="store_true", help="files are stored, and adapters uploaded, meanwhile")
     parser.add_argument("--only", default="", help="the kind of members that are hit: queue, worker …; default: all")
     parser.add_argument("--replicated", action="store_true", help="a queue of three servers, which fails over")
     parser.add_argument("--how", default="", help="what is done to them: kill,partition …; default: all")
@@ -47,7 +48,7 @@ def main() -> int:
     plan = Plan(
         args.faults, args.every, args.clients, args.seed, args.minutes * 60, shape, args.alone, args.kills_only,
         args.lines, args.adapters, args.turns, args.only, args.replicated,
-        tuple(filter(None, args.how.split(","))), args.clocks, args.attackers,
+        tuple(filter(None, args.how.split(","))), args.clocks, args.stores, args.attackers,
     )  # fmt: skip
     set_up_logging("chaos", "info")
     logging.getLogger("httpx2").setLevel("WARNING")

@@ -35,7 +35,7 @@ class Report(msgspec.Struct):
     attacks: dict[str, int] = {}  # name -> rounds
     num_ended: int = 0  # jobs and batches that a webhook had to tell of
     num_webhooks: int = 0  # that arrived
-    num_unclear: int = 0  # conversations of which a queue without power may have forgotten something
+    num_unclear: int = 0  # conversations and files of which a queue without power may have forgotten something
 
 
 def report_of(tally: Tally, plan: Plan, words: Sequence[str]) -> Report:
@@ -95,7 +95,7 @@ def as_markdown(report: Report) -> str:
     told = ", ".join(f"{num} {code}" for code, num in sorted(report.told.items())) or "nothing"
     runs = "" if report.num_runs == 1 else f", {report.num_runs} such runs with a seed each"
     attacks = f"{sum(report.attacks.values())} rounds of {len(report.attacks)} attacks. " if report.attacks else ""
-    unclear = f"{report.num_unclear} conversations met a power cut. " if report.num_unclear else ""
+    unclear = f"{report.num_unclear} conversations or files met a power cut. " if report.num_unclear else ""
     told_of = f"{report.num_webhooks} webhooks told of {report.num_ended} ends. " if report.num_ended else ""
     num_kills = sum(num for name, num in report.faults.items() if name.partition(": ")[2] in KILLS)
     lines = [

@@ -24,6 +24,7 @@ from chaos.attackers.wire_attacks import WIRE_ATTACKS
 from chaos.clients.asks import Ask, Expected, Transformers, catalogue, decidable, one_ask
 from chaos.clients.batches import BatchClient
 from chaos.clients.client import GIVE_UP_S, STYLES, Attempt, Call, Client
+from chaos.clients.files import FileClient, Round, UploadClient
 from chaos.clients.responses import ResponseClient
 from chaos.clients.webhooks import MAX_REFUSALS, Receiver, receiving
 from chaos.faults import Havoc, Hit
@@ -32,6 +33,7 @@ from chaos.replicated import FAILOVERS, ReplicatedQueue
 from chaos.shortage import Clocks
 from protocol.queue.books.usage import DAY_S
 from protocol.queue.bus import CONNECTION_ERRORS, now_ms
+from protocol.runtime.service import wait_any
 from protocol.wire.keys import CLASSES
 from protocol.wire.messages import Delivery
 
@@ -46,6 +48,7 @@ CLIENTS, PUBLIC = "clients", "public"
 """Tenant of the clients, with API keys and without."""
 
 HORIZON_S = 5.0
+UPLOAD_EVERY_S = 1.0
 MAX_ATTEMPTS = 20  # here a worker's death says nothing about its requests
 ATTACKS = (*BODY_ATTACKS, *WIRE_ATTACKS, *WEBHOOK_ATTACKS)
 
@@ -69,6 +72,7 @@ class Plan:
     replicated: bool = False  # the queue is three servers that Sentinels watch over; a fault of it is a failover
     hows: tuple[str, ...] = ()  # what is done to members; (): everything
     clocks: bool = False  # the members' clocks jump
+    stores: bool = False  # clients store files, and upload adapters, meanwhile
     num_attackers: int = 0  # if there are any, API keys are on, and they are another tenant than the clients
 
     @property
@@ -86,7 +90,7 @@ class Tally:
     told: Counter[str] = field(default_factory=Counter)  # error codes of unfinished attempts
     attacks: Counter[str] = field(default_factory=Counter)  # name -> rounds
     num_lost_batches: int = 0  # that a queue without power has forgotten, just made
-    num_unclear: int = 0  # conversations of which a queue without power may have forgotten something
+    num_unclear: int = 0  # conversations and files of which a queue without power may have forgotten something
     pauses: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))  # s, per kind and how
     num_tokens: int = 0
     hits: list[Hit] = field(default_factory=list)
@@ -101,10 +105,10 @@ class Run:
     """Clients and checks against one fleet."""
 
     def __init__(
-        self, fleet: ProcessFleet, plan: Plan, asks: list[Ask], keys: Sequence[str] = ("", ""),
+        self, fleet: ProcessFleet, plan: Plan, asks: list[Ask], keys: Sequence[str] = ("", "", ""),
         lines: Sequence[Ask] = (), receiver: Receiver | None = None,
     ) -> None:  # fmt: skip
-        """`keys`: the API keys of the clients and of the attackers, "" without any.
+        """`keys`: the API keys of the clients, of the attackers, and of an operator, "" without any.
 
         lines: what batches ask, () for what clients ask. receiver: of webhooks.
         """
@@ -117,7 +121,7 @@ class Run:
         self.expected: dict[Ask, Expected] = {}
         self.tally = Tally()
         self.havoc = Havoc(fleet, random.Random(plan.seed), kills_only=plan.kills_only, only=plan.only, hows=plan.hows)
-        self._client_key, self._attacker_key = keys
+        self._client_key, self._attacker_key, self._operator_key = keys
         self._books = check.Books()
         self._client = Client(fleet.urls, self._client_key)
         self._checks: set[asyncio.Task[None]] = set()
@@ -164,6 +168,9 @@ class Run:
                 group.create_task(self._run_batches(stop))
             if self.plan.num_turns:
                 group.create_task(self._run_conversations(stop))
+            if self.plan.stores:
+                group.create_task(self._store_files(stop))
+                group.create_task(self._upload_adapters(stop))
             for number in range(self.plan.num_attackers):
                 group.create_task(self._be_attacker(number, stop))
             timer = asyncio.get_running_loop().call_later(self.plan.max_s, stop.set)
@@ -218,6 +225,35 @@ class Run:
                 self._ended |= dict.fromkeys(told.ends, told.ended_s)
         finally:
             await client.close()
+
+    async def _store_files(self, stop: asyncio.Event) -> None:
+        """Store, read and delete one file after the other."""
+        rng = random.Random(f"{self.plan.seed} files")
+        client = FileClient(self.fleet.urls, self._client_key)
+        try:
+            while not stop.is_set():
+                self._take_round("file", await client.once(rng))
+        finally:
+            await client.close()
+
+    async def _upload_adapters(self, stop: asyncio.Event) -> None:
+        """Upload one adapter after the other under the same name, and ask it."""
+        rng = random.Random(f"{self.plan.seed} uploads")
+        expected = {ask: self.expected[ask] for ask in self.asks}
+        client = UploadClient(self.fleet.urls, self._operator_key, self.fleet.folder / "adapters", expected)
+        try:
+            while not stop.is_set():
+                self._take_round("upload", await client.once(rng))
+                await wait_any(stop, UPLOAD_EVERY_S)
+        finally:
+            await client.close()
+
+    def _take_round(self, what: str, told: Round) -> None:
+        if told.wrong and self._had_no_power(told.began_s - 5, told.ended_s):
+            self.tally.num_unclear += 1
+            return
+        self.tally.violations += [f"{what}: {wrong}" for wrong in told.wrong]
+        self.tally.calls[what] += told.num_calls
 
     async def _be_attacker(self, number: int, stop: asyncio.Event) -> None:
         """Attack in one way after the other. What the attackers are told matters only where it is a fault."""
@@ -348,7 +384,9 @@ class Run:
                     a, b, c = counted.get(model, (0, 0, 0))
                     counted[model] = (a + row.requests, b + row.prompt_tokens, c + row.output_tokens)
         self.tally.violations += self._books.wrong(
-            counted, may_lack=any(map(self._loses, self.havoc.hits)), may_exceed=self.plan.num_turns > 0
+            counted,
+            may_lack=any(map(self._loses, self.havoc.hits)),
+            may_exceed=self.plan.num_turns > 0 or (self.plan.stores and not self._operator_key),
         )
 
     async def _left_over(self) -> list[str]:
@@ -393,7 +431,10 @@ async def prepared(
     try:
         await fleet.start_all(plan.shape)
         create = fleet.bus.api_keys.create
-        keys = [(await create(name, ["infer"]))[0] for name in (CLIENTS, "attackers")] if with_keys else ["", ""]
+        keys = ["", "", ""]
+        if with_keys:
+            keys = [(await create(name, ["infer"]))[0] for name in (CLIENTS, "attackers")]
+            keys.append((await create("operators", ["infer", "admin"]))[0])
         async with receiving(plan.seed) as receiver:
             known = [ask for ask in asks if ask in answers]
             run = Run(fleet, plan, known, keys, [ask for ask in lines if ask in answers], receiver)

@@ -34,7 +34,7 @@ class Insistent:
         while time.monotonic() < began_s + GIVE_UP_S:
             with contextlib.suppress(httpx2.TransportError):
                 answer = await self._http.request(method, self._url(path), **options)
-                if answer.status_code == 200:
+                if answer.is_success:
                     is_json = answer.headers["content-type"].startswith("application/json")
                     return answer.json() if is_json else {"raw": answer.content}
                 if answer.status_code not in (429, 503):

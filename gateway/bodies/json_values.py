@@ -1,7 +1,7 @@
 """What a JSON text may cost, found out by counting in its bytes before any of its values exists. Pure.
 
-orjson and pydantic hold the interpreter while they work. Within these limits the longest that they do for a text of
-4 MB is some tens of milliseconds, whatever it contains; without them it was five seconds.
+orjson and pydantic hold the interpreter while they work, in whatever thread. Within these limits the longest that they
+do for a text of 4 MB is some milliseconds, whatever it contains; without them it was five seconds.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ MAX_DEPTH = 100
 MAX_VALUES = 1 << 20
 """Most values in a text of up to 4 MB; a larger one may have one for each four of its bytes."""
 
-MAX_CONTAINERS = 1 << 16
+MAX_CONTAINERS = 1 << 14
 """Most lists and objects: each costs fifty times its bytes."""
 
-MAX_STRINGS = 1 << 17
+MAX_STRINGS = 1 << 16
 """Most strings, the keys of objects among them."""
 
 _SQUARE = bytes.maketrans(b"{}", b"[]")

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -27,6 +28,9 @@ STEADY_S = 30.0  # a process that was ready and ran this long is restarted after
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 10.0
 WRONG_USAGE = 2  # exit code for wrong settings, with which another start would fail, too
 TAIL_BYTES = 4000
+
+MAX_LOG_BYTES = 64 << 20
+"""Size at which a log is kept as NAME.log.1, in place of an older one, and begins again."""
 
 _LOG_LINE = re.compile(r"^\d\d:\d\d:\d\d ([DIWEC]) \S+ (?:\S+: )?(.*)$")
 
@@ -153,7 +157,10 @@ class Child:
             _kill_group(self._process.pid)
 
     def follow_log(self) -> None:
-        """Read the new lines of the log: show warnings to the user, and set `activity` to the last message."""
+        """Read the new lines of the log: show warnings to the user, and set `activity` to the last message.
+
+        A log of MAX_LOG_BYTES begins again.
+        """
         with self.spec.log.open("rb") as log:
             log.seek(self._log_offset)
             gained = log.read()
@@ -164,6 +171,22 @@ class Child:
             self.activity = text or self.activity
             if level in ("W", "E", "C"):
                 self._say(f"[yellow]{self.spec.name}[/] {escape(text)}")
+        if self._log_offset >= MAX_LOG_BYTES:
+            self._rotate_log()
+
+    def _rotate_log(self) -> None:
+        """Copy the log aside and empty it: the process appends to the same file, so renaming it would change nothing.
+
+        A line that is written between the two steps is lost. On a full disk there is no copy.
+        """
+        log, older = self.spec.log, self.spec.log.with_name(f"{self.spec.log.name}.1")
+        try:
+            shutil.copyfile(log, older)
+        except OSError as error:
+            older.unlink(missing_ok=True)
+            self._say(f"[yellow]{self.spec.name}[/] its log begins again, and could not be kept: {escape(str(error))}")
+        os.truncate(log, 0)
+        self._log_offset = 0
 
     def log_tail(self) -> str:
         """Return the last lines of the log."""

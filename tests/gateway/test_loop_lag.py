@@ -45,12 +45,12 @@ def tool(number: int, schema: Any) -> dict[str, Any]:
 WIDE = {"type": "object", "properties": {f"a{i}": {} for i in range(4000)}}
 REFERRING = {"$defs": {"a": WIDE}, "properties": {f"x{i}": {"allOf": [{"$ref": "#/$defs/a"}]} for i in range(40)}}
 PATTERNS = {"patternProperties": {f"{i}(a{{9}})": {} for i in range(3000)}}
-TOOLS = [tool(i, WIDE) for i in range(6)]
-NAMED = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"function": {"name": "f0"}}] * 20_000}}
-LISTS = filled("[],", 190_000, "[", "1]")
-ITEMS = [{"role": "user", "content": [{"type": "input_text", "text": "a"}] * 25} for _ in range(2000)]
+TOOLS = [tool(i, WIDE) for i in range(4)]
+NAMED = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"function": {"name": "f0"}}] * 8_000}}
+LISTS = filled("[],", 48_000, "[", "1]")
+ITEMS = [{"role": "user", "content": [{"type": "input_text", "text": "a"}] * 25} for _ in range(600)]
 THOUGHTS = [{"type": "thinking", "thinking": "t" * 3_000_000}, *[{"type": "thinking", "thinking": "t"}] * 16_000]
-CALLS = [{"function": {"name": f"f{i}", "arguments": {}}} for i in range(15_000)]
+CALLS = [{"function": {"name": f"f{i}", "arguments": {}}} for i in range(4_000)]
 
 BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     **{
@@ -79,13 +79,13 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "tools that are counted": ("/tokenize", {"model": "base", "messages": chat()["messages"], "tools": TOOLS}),
     "allowed tools": (CHAT, chat(tools=TOOLS[:1], tool_choice=NAMED)),
     "Anthropic's tools": (
-        "/v1/messages", {**chat(), "tools": [{"name": f"f{i}", "input_schema": WIDE} for i in range(6)]}
+        "/v1/messages", {**chat(), "tools": [{"name": f"f{i}", "input_schema": WIDE} for i in range(4)]}
     ),
     "tools of responses": (
         "/v1/responses", {"model": "base", "input": "a", "tools": [{"type": "function", **tool(i, WIDE)["function"]}
-                                                                  for i in range(6)]}
+                                                                  for i in range(4)]}
     ),
-    "parts of a message": (CHAT, chat([{"type": "text", "text": "a"}] * 60_000)),
+    "parts of a message": (CHAT, chat([{"type": "text", "text": "a"}] * 16_000)),
     "parts of an item": ("/v1/responses", {"model": "base", "input": ITEMS}),
     "thoughts": ("/v1/messages", {**chat(), "messages": [{"role": "assistant", "content": THOUGHTS}]}),
     "calls without results": (
@@ -96,15 +96,15 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
         CHAT, {"model": "base", "messages": [{"role": "assistant", "tool_calls": [
             {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":' + LISTS + "}"}}]}]}
     ),
-    "variables of a template": (CHAT, chat(chat_template_kwargs={f"v{i}": [[]] for i in range(60_000)})),
+    "variables of a template": (CHAT, chat(chat_template_kwargs={f"v{i}": [[]] for i in range(8_000)})),
     "stop strings": (COMPLETIONS, completion(stop=["a" * 1000 + f"{i:024}" for i in range(64)])),
     "metadata": (COMPLETIONS, completion(metadata={f"k{i}": "v" * 512 for i in range(16)})),
     "bias": (COMPLETIONS, completion(logit_bias={str(i).zfill(4000): 1 for i in range(300)})),
     "names nobody knows": (COMPLETIONS, completion(**{f"unknown_{i}_{'x' * 20}": 1 for i in range(60_000)})),
     "a list of names": (COMPLETIONS, completion(model=["s3://" + "a/" * 500] * 3000)),
-    "documents": ("/v1/rerank", {"model": "base", "query": "a", "documents": [{"text": "a"}] * 60_000}),
+    "documents": ("/v1/rerank", {"model": "base", "query": "a", "documents": [{"text": "a"}] * 16_000}),
     "lists": (COMPLETIONS, completion(prompt=json.loads(LISTS))),
-    "nested lists": (COMPLETIONS, completion(prompt=json.loads(filled("[" * 90 + "]" * 90 + ",", 60_000, "[", "1]")))),
+    "nested lists": (COMPLETIONS, completion(prompt=json.loads(filled("[" * 90 + "]" * 90 + ",", 32_000, "[", "1]")))),
 }  # fmt: skip
 
 

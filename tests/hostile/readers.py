@@ -1,7 +1,8 @@
 """What a victim's first token waits for beside clients that only read: `python -m hostile.readers` measures it.
 
 A gateway in a process of its own, before a scripted worker whose answers take no time, has thousands of adapters in its
-catalogue. The victim asks for one token at a time, alone and beside readers from another process and another address.
+catalogue. The victim asks for one token at a time, alone and beside another tenant that reads, from another process.
+Each of the two has a key. With `--keyless` the fleet has none, and programs of this machine read without a limit.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 
 LISTS = ("/v1/adapters?limit=1000", "/v1/models", "/v1/requests?limit=100", "/api/tags", "/api/ps", "/info")
+NAMES = ("victim", "reader")
 BODY = {"model": "base", "prompt": "hi", "max_tokens": 1, "stream": True}
 
 
-async def attack(url: str, path: str, num: int) -> None:
+async def attack(url: str, path: str, num: int, key: str) -> None:
     """Read a path again and again from `num` clients, until killed; print what they were told once a second."""
     told: Counter[str] = Counter()
     transport = httpx2.AsyncHTTPTransport(local_address=ADDRESS, limits=httpx2.Limits(max_connections=num))
-    async with httpx2.AsyncClient(base_url=url, timeout=60, transport=transport) as http:
+    async with httpx2.AsyncClient(base_url=url, timeout=60, transport=transport, headers=bearer(key)) as http:
 
         async def reader() -> None:
             while True:
@@ -53,11 +55,16 @@ async def attack(url: str, path: str, num: int) -> None:
                 print(dict(told), flush=True)
 
 
-async def first_tokens(url: str, seconds: float) -> list[float]:
+def bearer(key: str) -> dict[str, str]:
+    """Return the headers that send a key; none for an empty one."""
+    return {"authorization": f"Bearer {key}"} if key else {}
+
+
+async def first_tokens(url: str, seconds: float, key: str) -> list[float]:
     """Return the times to a first token, in ms, of one call after another."""
     found: list[float] = []
     until_s = time.monotonic() + seconds
-    async with httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as http:
+    async with httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False, headers=bearer(key)) as http:
         while time.monotonic() < until_s:
             began_s = time.monotonic()
             async with http.stream("POST", "/v1/completions", json=BODY) as answer:
@@ -69,7 +76,7 @@ async def first_tokens(url: str, seconds: float) -> list[float]:
     return found
 
 
-async def measure(folder: Path, num_adapters: int, num_readers: int, seconds: float) -> None:
+async def measure(folder: Path, num_adapters: int, num_readers: int, seconds: float, *, keyless: bool) -> None:
     """Print a row for each list, and one for a running job that hundreds stream."""
     server, model, port = (
         start_embedded(folder / "queue", durable=False),
@@ -81,14 +88,16 @@ async def measure(folder: Path, num_adapters: int, num_readers: int, seconds: fl
     fleet.script = lambda submit, body: Script(hold_after=5 if submit.stored else None)
     fleet.assigning.set()
     await fleet.register()
+    victim, reader = ["" if keyless else (await bus.api_keys.create(name, ["infer", "adapters"]))[0] for name in NAMES]
     command = [sys.executable, "-m", "lorafleet", "serve", "gateway", "--redis-url", server.url, "--model", str(model)]
+    command += [] if keyless else ["--api-keys"]
     with (folder / "gateway.log").open("wb") as log:
         gateway = await asyncio.create_subprocess_exec(*command, "--port", str(port), stdout=log, stderr=log)
     running, url = asyncio.create_task(fleet.run()), f"http://127.0.0.1:{port}"
     try:
         for begin in range(0, num_adapters, 500):
             await bus.adapters.publish([_adapter(number) for number in range(begin, min(begin + 500, num_adapters))])
-        async with httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False) as http:
+        async with httpx2.AsyncClient(base_url=url, timeout=60, trust_env=False, headers=bearer(reader)) as http:
 
             async def is_up() -> bool:
                 with contextlib.suppress(httpx2.HTTPError):
@@ -104,12 +113,12 @@ async def measure(folder: Path, num_adapters: int, num_readers: int, seconds: fl
         )
         for path in (*LISTS, f"/v1/jobs/{job.json()['id']}/stream"):
             num = 600 if path.endswith("/stream") else num_readers
-            alone = statistics.median(await first_tokens(url, seconds / 2))
-            arguments = [sys.executable, "-m", "hostile.readers", "--attack", url, path, str(num)]
+            alone = statistics.median(await first_tokens(url, seconds / 2, victim))
+            arguments = [sys.executable, "-m", "hostile.readers", "--attack", url, path, str(num), reader]
             attacker = await asyncio.create_subprocess_exec(*arguments, stdout=asyncio.subprocess.PIPE)
             assert attacker.stdout is not None
             await attacker.stdout.readline()  # it has read for a second
-            beside = statistics.median(await first_tokens(url, seconds))
+            beside = statistics.median(await first_tokens(url, seconds, victim))
             attacker.kill()
             told = (await attacker.communicate())[0].decode().strip().split("\n")[-1]
             shown = "/v1/jobs/ID/stream" if path.endswith("/stream") else path
@@ -138,13 +147,15 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=5000)
     parser.add_argument("--readers", type=int, default=24)
     parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--attack", nargs=3, metavar=("URL", "PATH", "NUM"), help=argparse.SUPPRESS)
+    parser.add_argument("--keyless", action="store_true", help="let programs of this machine read without a limit")
+    parser.add_argument("--attack", nargs=4, metavar=("URL", "PATH", "NUM", "KEY"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.attack:
-        asyncio.run(attack(args.attack[0], args.attack[1], int(args.attack[2])))
+        url, path, num, key = args.attack
+        asyncio.run(attack(url, path, int(num), key))
         return
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(measure(Path(folder), args.adapters, args.readers, args.seconds))
+        asyncio.run(measure(Path(folder), args.adapters, args.readers, args.seconds, keyless=args.keyless))
 
 
 if __name__ == "__main__":

@@ -181,3 +181,50 @@ async def test_no_line_of_a_log_ends_the_launcher(tmp_path: Path, lifeline: tupl
         child.follow_log()
     assert len(said) == 1
     assert len(child.log_tail().split("\n")) == 7
+
+
+LOUD = """
+import pathlib, time
+for number in range(300):
+    print("%03d" % number, "x" * 95, flush=True)
+pathlib.Path(DONE).touch()
+time.sleep(60)
+"""
+
+
+async def test_a_log_begins_again_before_it_fills_the_disk(
+    tmp_path: Path, lifeline: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafleet.launcher.child.MAX_LOG_BYTES", 10_000)
+    child = make_child(f"DONE = {str(tmp_path / 'done')!r}\n{LOUD}", tmp_path, lifeline[0])
+    log, older = tmp_path / "worker-0.log", tmp_path / "worker-0.log.1"
+    async with supervised(child):
+        await wait_until((tmp_path / "done").exists, "it has said everything")
+        child.follow_log()
+        assert (log.stat().st_size, older.stat().st_size) == (0, 30_000)
+        assert older.read_text().startswith("000 ")
+        with log.open("ab") as more:  # as the process goes on: where the file ends
+            more.write(b"12:00:00 I worker a.b: on\n")
+        child.follow_log()
+        assert child.activity == "on"
+        assert log.read_bytes() == b"12:00:00 I worker a.b: on\n"
+
+
+async def test_a_log_that_cannot_be_kept_begins_again_all_the_same(
+    tmp_path: Path, lifeline: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafleet.launcher.child.MAX_LOG_BYTES", 10)
+
+    def full(source: Path, target: Path) -> None:
+        target.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    said: list[str] = []
+    child = make_child("", tmp_path, lifeline[0], said)
+    log = tmp_path / "worker-0.log"
+    log.write_text("more than ten bytes\n")
+    child.follow_log()
+    assert log.stat().st_size == 0
+    assert not (tmp_path / "worker-0.log.1").exists()
+    assert "No space left" in said[0]
