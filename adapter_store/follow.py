@@ -16,7 +16,7 @@ from adapter_store.sources import Changed
 from adapter_store.sources.local import LocalSource
 from adapter_store.watch import Watch
 from protocol.queue.bus import QueueError
-from protocol.wire.adapter_refs import FOLDER
+from protocol.runtime.adapter_refs import FOLDER
 from protocol.wire.errors import ClientError, LorafleetError
 from protocol.wire.messages import Alias, ServedModel
 

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 
 from adapter_store.catalogue import Catalogue
 from protocol.queue.bus import Bus, now_ms
+from protocol.runtime.adapter_refs import parse_reference
 from protocol.runtime.settings import Settings, names_of
 from protocol.wire import messages as m
-from protocol.wire.adapter_refs import parse_reference
 
 logger = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from adapter_store.mirror import Mirror
 from adapter_store.sources import Access, Changed, Source
 from adapter_store.timings import StoreTimings
 from protocol.queue.bus import Bus, QueueError, now_ms
+from protocol.runtime.adapter_refs import Policy, Reference, parse_source
 from protocol.runtime.fleet_secret import FleetSecret
-from protocol.wire.adapter_refs import Policy, Reference, parse_source
 from protocol.wire.errors import AdapterRefused, BadRequest, ClientError, LorafleetError, PermissionDenied
 from protocol.wire.messages import Alias, Registration, ServedModel
 

@@ -29,6 +29,7 @@ from adapter_store.uploads import Uploads
 from protocol.metrics import series as metrics
 from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode
+from protocol.runtime.adapter_refs import Policy
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.free_space import Reserve
@@ -37,7 +38,6 @@ from protocol.runtime.private_files import private_folder
 from protocol.runtime.release import RELEASE
 from protocol.runtime.service import wait_any
 from protocol.runtime.settings import Settings, names_of
-from protocol.wire.adapter_refs import Policy
 from protocol.wire.errors import (
     BadRequest,
     Conflict,

@@ -18,7 +18,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from adapter_store.sources import FILES
 from peft_adapters.format import CONFIG_FILE, parse_config
 from peft_adapters.texts.files import TEXTS_FIELD, TEXTS_FILE
-from protocol.wire.adapter_refs import parse_reference
+from protocol.runtime.adapter_refs import parse_reference
 from protocol.wire.errors import BadRequest
 
 logger = logging.getLogger(__name__)

@@ -16,11 +16,13 @@ from functools import partial
 import uvicorn
 
 from gateway.adapters.aliases import Aliases
-from gateway.adapters.fleet_view import REFRESH_S, FleetView
 from gateway.adapters.operations import AdapterOperations
-from gateway.adapters.operator_routes import OperatorEndpoints
 from gateway.adapters.resolver import Resolver
+from gateway.answers.respond import Answers
 from gateway.anthropic.routes import AnthropicEndpoints
+from gateway.app.app import DISCARDED_BODIES, Envelope, Handlers, build_app
+from gateway.app.routes import Endpoints
+from gateway.app.shapes import shape_of
 from gateway.auth.authentication import is_loopback
 from gateway.batches.batches import BatchService
 from gateway.batches.routes import BatchEndpoints
@@ -32,18 +34,19 @@ from gateway.calls import observe
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.replies import KEEP_S, Replies
 from gateway.console.routes import ConsolePages, DocsPages
+from gateway.encoders.calls import EncoderCalls
 from gateway.encoders.routes import EncoderEndpoints
 from gateway.files.files import SWEEP_S, FileService
 from gateway.files.place import open_storage
 from gateway.files.routes import FileEndpoints
+from gateway.fleet.view import REFRESH_S, FleetView
 from gateway.grammars.check import GrammarCheck
-from gateway.http.app import DISCARDED_BODIES, Envelope, Handlers, build_app
-from gateway.http.connection import ConnectionLimits
-from gateway.http.routes import Endpoints
-from gateway.http.server import BACKLOG, HttpServer, allow_connections
-from gateway.http.shapes import shape_of
+from gateway.http.paths import RESPONSES
 from gateway.lorax.routes import NativeEndpoints
 from gateway.ollama.routes import OllamaEndpoints
+from gateway.openai.calls import OpenAICalls
+from gateway.openai.routes import OpenAIEndpoints
+from gateway.operators.adapter_routes import OperatorEndpoints
 from gateway.operators.routes import FleetEndpoints
 from gateway.overload.admission import Admission, OverloadLimits
 from gateway.overload.heartbeat import Heartbeat, HeartbeatDied, Pace
@@ -55,7 +58,10 @@ from gateway.responses.conversations import Conversations
 from gateway.responses.routes import ResponseEndpoints
 from gateway.responses.service import Responses
 from gateway.responses.stored import StoredResponses
+from gateway.responses.write import job_api
 from gateway.sandbox.sandbox import SandboxPool
+from gateway.server.connection import ConnectionLimits
+from gateway.server.server import BACKLOG, HttpServer, allow_connections
 from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import load_model_files
 from gateway.tokenizer.routes import TokenizerEndpoints
@@ -132,36 +138,40 @@ async def _serve(
         grammars = GrammarCheck(sandbox, settings.grammar_timeout_s)
         resolver = Resolver(bus, aliases, own, settings.adapters, shows_paths=not settings.api_keys)
         pipeline = Pipeline(settings, bus, files, fleet, resolver, replies, grammars, admission)
-        endpoints = Endpoints(pipeline, admission, lambda: heartbeat.disk_full)
+        answers = Answers(settings.keepalive_s)
+        calls = OpenAICalls(pipeline, {RESPONSES: job_api(settings)})
+        endpoints = Endpoints(answers, pipeline, admission, lambda: heartbeat.disk_full)
+        openai = OpenAIEndpoints(answers, calls)
+        encoder_calls = EncoderCalls(pipeline, calls.jobs)
         operators = OperatorEndpoints(AdapterOperations(bus, settings, aliases, resolver.catalogue, secret))
-        native = NativeEndpoints(endpoints, pipeline)
+        native = NativeEndpoints(answers, pipeline, openai, encoder_calls.probe)
         if not settings.api_keys and not is_loopback(settings.host):
             logger.warning(
                 "API KEYS ARE OFF, and this gateway listens on %s: whoever reaches it may use, load and unload every"
                 " adapter. Turn keys on with --api-keys, and make one with `lorafleet keys create`",
                 settings.host or "every address",
             )
-        encoders = EncoderEndpoints(endpoints, pipeline)
-        tokenizers = TokenizerEndpoints(endpoints, pipeline)
-        ollama = OllamaEndpoints(endpoints, pipeline)
-        anthropic = AnthropicEndpoints(endpoints, pipeline)
+        encoders = EncoderEndpoints(answers, encoder_calls)
+        tokenizers = TokenizerEndpoints(answers, pipeline)
+        ollama = OllamaEndpoints(answers, pipeline)
+        anthropic = AnthropicEndpoints(answers, pipeline)
         keys = bus.api_keys if settings.api_keys else None
         storage = open_storage(settings.files, settings.data / "files", settings.s3_endpoint, settings.keep_free)
         uploads = FileService(bus, storage, settings)
-        jobs = endpoints.calls.jobs
+        jobs = calls.jobs
         stored = StoredResponses(pipeline, jobs)
         conversations = Conversations(bus, settings, jobs, stored, timings.conversation_sweep_s)
         batch_wake = asyncio.Event()
         outside = Outside(private=settings.private_webhooks, names=Names(settings.webhook_dns))
         sender = WebhookSender(bus, replies.gid, outside, secret, timings.webhooks)
         handlers = Handlers(
-            endpoints, native, operators, encoders, tokenizers, ollama,
+            endpoints, openai, native, operators, encoders, tokenizers, ollama,
             FileEndpoints(uploads, settings.max_file_bytes),
             BatchEndpoints(BatchService(bus, uploads, settings), batch_wake.set),
-            anthropic, ResponseEndpoints(endpoints, Responses(pipeline, jobs, stored, conversations)),
+            anthropic, ResponseEndpoints(answers, Responses(pipeline, jobs, stored, conversations)),
             ConversationEndpoints(conversations),
             WebhookRoutes(WebhookService(bus, outside, sender, secret)),
-            RequestEndpoints(endpoints, pipeline), FleetEndpoints(bus, settings), UsageEndpoints(bus.usage),
+            RequestEndpoints(answers, pipeline), FleetEndpoints(bus, settings), UsageEndpoints(bus.usage),
             AuditEndpoints(bus.audit), ConsolePages(), DocsPages(),
         )  # fmt: skip
         app, inner = build_app(handlers, settings, admission, memory, keys, secret)
@@ -171,7 +181,7 @@ async def _serve(
             address = _address(listener)
             await replies.open()
             parts = _Parts(
-                app, endpoints, replies, fleet, aliases, heartbeat, uploads, runner, sender, conversations
+                app, answers, replies, fleet, aliases, heartbeat, uploads, runner, sender, conversations
             )  # fmt: skip
             async with heartbeat.beating(beats, address):
                 logger.info("listening on %s", address)
@@ -190,7 +200,7 @@ class _Parts:
     """What runs, and what is told of the end."""
 
     app: Envelope
-    endpoints: Endpoints
+    answers: Answers
     replies: Replies
     fleet: FleetView
     aliases: Aliases
@@ -222,7 +232,7 @@ async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace
         serving = group.create_task(unending(partial(server.serve, [listener]), until=stop))
         batches = group.create_task(guarded(parts.batches.loop()))
         await stop.wait()
-        parts.endpoints.draining = True
+        parts.answers.draining = True
         logger.info("draining")
         batches.cancel()
         group.create_task(parts.batches.leave())

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
+from lorafleet.api import PROFILE_VARIABLE, URL_VARIABLE
 from lorafleet.launcher import lifeline
-from lorafleet.operate.api import PROFILE_VARIABLE, URL_VARIABLE
 from protocol.runtime.redaction import redact
 from protocol.runtime.settings import CONFIG_VARIABLE, Settings
 from protocol.wire.errors import BadRequest

@@ -7,9 +7,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from lorafleet.api import add_json_flag, print_json
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.embedded import with_queue
-from lorafleet.operate.api import add_json_flag, print_json
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import PermissionDenied, Unavailable

@@ -1,6 +1,7 @@
 """The import graph is as designed, a wheel holds what it should under the right names, and tests have short names."""
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -31,6 +32,9 @@ MAY_IMPORT = {
     "lorafleet": {"protocol"},  # it starts services by name, in processes of their own
     "chaos": {"protocol", "lorafleet", "gpu_worker"},  # of the worker only how it draws tokens
 }
+LAYERED = ("gateway", "protocol", "lorafleet")
+"""Packages whose rooms are layers."""
+
 HEAVY = {"torch", "transformers", "peft", "accelerate", "triton"}
 HTTP_FRAMEWORKS = {"fastapi", "starlette", "uvicorn"}
 MAY_BE_HEAVY = {"gpu_worker", "lora_kernels", "chaos"}
@@ -137,6 +141,37 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def rooms_of(package: str) -> list[str]:
+    """Return the rooms of a package from the lowest to the highest, as docs/structure.md#layers has them."""
+    page = (ROOT / "docs/structure.md").read_text()
+    line = next(line for line in page.splitlines() if line.startswith(f"| `{package}/` | `"))
+    return re.findall(r"`([^`]+)`", line.split("|")[2])
+
+
+@pytest.mark.parametrize("package", LAYERED)
+def test_rooms_are_layers(package: str) -> None:
+    """A room imports only those below it. A module beside the rooms is one of its own, and may stand anywhere."""
+    graph, rooms = module_graph(), rooms_of(package)
+    height = {room: number for number, room in enumerate(rooms)}
+    parts = {name: name.split(".") for name in graph}
+    inside = {name: part[1] for name, part in parts.items() if part[0] == package and len(part) > 2}
+    assert set(inside.values()) == set(rooms), "docs/structure.md names every room, and no others"
+    upward = [
+        f"{name} imports {found}"
+        for name, room in inside.items()
+        for found in graph[name]
+        if found in inside and height[inside[found]] > height[room]
+    ]
+    assert upward == []
+    between = TopologicalSorter[str]()
+    for name, found in graph.items():
+        if parts[name][0] == package and len(parts[name]) > 1:
+            own = inside.get(name, name)
+            others = (inside.get(one, one) for one in found if parts[one][0] == package and len(parts[one]) > 1)
+            between.add(own, *(one for one in others if one != own))
+    between.prepare()  # raises where a module beside the rooms closes a circle
 
 
 def test_only_the_queue_package_touches_redis() -> None:

@@ -30,7 +30,7 @@ INLINE = {
 
 READERS = {
     "gateway/bodies/json_values.py": "the function itself",
-    "gateway/text/messages.py": "again, for integers beyond 64 bits, what json_values has let pass",
+    "gateway/chat/messages.py": "again, for integers beyond 64 bits, what json_values has let pass",
     "gateway/grammars/ebnf.py": "one string of a grammar, without lists and objects",
     "gateway/grammars/limits.py": "a schema within a grammar of `max_grammar_bytes`, in a thread; then held to limits",
     "gateway/text/tokenizer.py": "generation_config.json of the operator's model",

@@ -1,7 +1,7 @@
 """The sources that adapters are fetched from, one file each.
 
 A source implements the protocol `Source`. It knows nothing of digests, the catalogue or other sources. A new one is a
-file here, a line in `adapter_store.service.Store` and its reference syntax in `protocol.wire.adapter_refs`.
+file here, a line in `adapter_store.service.Store` and its reference syntax in `protocol.runtime.adapter_refs`.
 """
 
 from __future__ import annotations

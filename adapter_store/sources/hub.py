@@ -18,9 +18,9 @@ import httpx2
 from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, RemoteFile, Version, choose_weights, needs_config
 from adapter_store.sources.retry import Attempts, Retries
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.runtime.adapter_refs import parse_reference
 from protocol.runtime.free_space import Reserve
 from protocol.runtime.imports import Late
-from protocol.wire.adapter_refs import parse_reference
 from protocol.wire.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from adapter_store.sources import (
     needs_config,
 )
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.runtime.adapter_refs import in_root
 from protocol.runtime.free_space import Reserve
-from protocol.wire.adapter_refs import in_root
 from protocol.wire.errors import AdapterRefused, NotFound
 
 PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth")

@@ -26,8 +26,8 @@ from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, RemoteFile
 from adapter_store.sources.retry import Attempts, Retries
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from peft_adapters.formats.mlx import MLX_WEIGHTS
+from protocol.runtime.adapter_refs import Reference, parse_reference
 from protocol.runtime.free_space import Reserve
-from protocol.wire.adapter_refs import Reference, parse_reference
 from protocol.wire.errors import AdapterRefused, LorafleetError, NotFound, PermissionDenied, Unavailable
 
 CHUNK_BYTES = 64 << 10

@@ -16,11 +16,11 @@ from dataclasses import replace
 from gateway.auth.callers import EVERYBODY, Caller
 from protocol.queue.adapters import NameLimits
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
+from protocol.runtime.adapter_refs import Policy, Reference, parse_reference
 from protocol.runtime.fleet_secret import FleetSecret, owner_of
 from protocol.runtime.guarded import FAILED
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.adapter_refs import Policy, Reference, parse_reference
 from protocol.wire.errors import (
     AdapterRefused,
     BadRequest,

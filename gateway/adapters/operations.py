@@ -29,10 +29,10 @@ from gateway.bodies.json_slices import dumps
 from gateway.overload.large import Places
 from gateway.overload.memory import held, hold
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
+from protocol.runtime.adapter_refs import FOLDER, Policy, Reference, in_root, parse_reference, parse_source
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.settings import Settings, names_of
 from protocol.wire import messages as m
-from protocol.wire.adapter_refs import FOLDER, Policy, Reference, in_root, parse_reference, parse_source
 from protocol.wire.errors import (
     BadRequest,
     Conflict,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from gateway.adapters.fleet_view import FleetView
+from gateway.fleet.view import FleetView
 from protocol.metrics.fleet import Holding, Seen
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m

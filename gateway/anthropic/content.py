@@ -11,8 +11,8 @@ from typing import Any, TypeGuard
 
 from gateway.anthropic.client_tools import CLIENT_TOOLS
 from gateway.bodies.parameter_check import MAX_ENTRIES
+from gateway.chat.messages import Message, stand_in, unread_parts
 from gateway.grammars.limits import check_num
-from gateway.text.messages import Message, stand_in, unread_parts
 from gateway.tools.definitions import ToolWords
 from protocol.wire.errors import BadRequest
 

@@ -7,6 +7,7 @@ from functools import partial
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from gateway.answers.respond import Answers, sent_of
 from gateway.anthropic.bodies import CountTokensRequest, MessagesRequest
 from gateway.anthropic.errors import ANTHROPIC_ERRORS
 from gateway.anthropic.parse import conversation_of, parse, rules_of, tools_in
@@ -19,7 +20,6 @@ from gateway.calls.pipeline import Pipeline
 from gateway.http import openapi
 from gateway.http.access import CALL, TEXT, Routes
 from gateway.http.paths import COUNT_TOKENS, MESSAGES
-from gateway.http.routes import Endpoints, sent_of
 from gateway.overload import large
 from gateway.text.answer_form import found_form
 from gateway.text.counted import MAX_CHARACTERS_PER_TOKEN, check_tokens, most_tokenized
@@ -28,14 +28,14 @@ from gateway.text.counted import MAX_CHARACTERS_PER_TOKEN, check_tokens, most_to
 class AnthropicEndpoints:
     """The routes' handlers."""
 
-    def __init__(self, endpoints: Endpoints, pipeline: Pipeline) -> None:
-        self._endpoints = endpoints
+    def __init__(self, answers: Answers, pipeline: Pipeline) -> None:
+        self._answers = answers
         self._pipeline = pipeline
 
     async def messages(self, body: MessagesRequest, request: Request) -> Response:
         """Answer `/v1/messages`."""
         answer = self._answer(body, await sent_of(MESSAGES, request), caller_of(request))
-        return await self._endpoints.respond(
+        return await self._answers.respond(
             answer, stream=bool(body.stream), errors=ANTHROPIC_ERRORS, framing=FRAMING
         )  # fmt: skip
 
@@ -48,7 +48,7 @@ class AnthropicEndpoints:
 
     async def count_tokens(self, body: CountTokensRequest, request: Request) -> Response:
         """Answer `/v1/messages/count_tokens`."""
-        return await self._endpoints.respond(
+        return await self._answers.respond(
             self._count(body, caller_of(request), len(await request.body())), errors=ANTHROPIC_ERRORS
         )
 

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import orjson
 from pydantic_core import from_json
 
+from gateway.answers.sse import GenerationResponse
 from gateway.anthropic.errors import ANTHROPIC_ERRORS
 from gateway.calls.choices import Piece
 from gateway.calls.follow import Generation
 from gateway.calls.writers import SSE, Framing, Usage
-from gateway.http.sse import GenerationResponse
 from gateway.text.answer_form import AnswerForm
 from gateway.text.answer_parts import Part
 from protocol.wire.errors import Internal

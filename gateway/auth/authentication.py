@@ -68,7 +68,7 @@ class Authentication:
             raise Unauthorized(f"the API key {_shown(key)} is not known here, has expired, or was revoked")
         api_key, tenant = found
         caller = Caller(tenant, api_key.scopes, api_key.id, token, self._secret)
-        match.check(caller)
+        caller.require(*match.scopes or ())
         return caller
 
 

@@ -95,8 +95,8 @@ class Caller:
         return self.name
 
     def require(self, *scopes: str) -> None:
-        """Raise PermissionDenied unless the key has one of these scopes, or the scope `admin`."""
-        if not self.is_admin and not any(scope in self.scopes for scope in scopes):
+        """Raise PermissionDenied unless the key has one of these scopes, or `admin`. Without any, every key will do."""
+        if scopes and not self.is_admin and not any(scope in self.scopes for scope in scopes):
             raise PermissionDenied(
                 f"this needs a key with the scope {' or '.join(scopes)}; the one given has {', '.join(self.scopes)}",
                 code="insufficient_scope",

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Scope
 
+from gateway.answers.sse import RAW_SEND
 from gateway.auth.callers import CALLER, Caller
 from gateway.http.access import MATCH, RouteTable
-from gateway.http.sse import RAW_SEND
 from protocol.runtime.guarded import is_failure
 
 logger = logging.getLogger(__name__)

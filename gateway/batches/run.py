@@ -17,7 +17,6 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from gateway.anthropic.errors import OVERLOADED
 from gateway.auth.callers import Caller
 from gateway.batches.calls import InnerCalls
 from gateway.batches.lines import InputLines, Line, LineCall, call_of, read_lines, turn_of
@@ -39,7 +38,7 @@ End = Literal["completed", "expired", "cancelled"]
 
 logger = logging.getLogger(__name__)
 
-RETRIED = frozenset({429, 502, 503, OVERLOADED})
+RETRIED = frozenset({429, 502, 503, 529})
 """Statuses that tell of a fleet that is busy, and not of the line."""
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from gateway.anthropic.client_tools import CLIENT_TOOLS
 from gateway.bodies.parameter_rows import LONG, NO_IMAGES, OWN, Parameter, accepted, refused, rows
 from gateway.bodies.response_parameters import RESPONSE_OBJECTS, RESPONSE_PARAMETERS, RESPONSE_TYPES
 from gateway.http.paths import (
@@ -97,10 +96,16 @@ OBJECTS: Mapping[str, str] = MappingProxyType({
 })  # fmt: skip
 """The JSON objects whose fields are parameters -> where each stands."""
 
+CLIENT_TOOL_TYPES = (
+    "bash_20241022", "bash_20250124", "memory_20250818", "text_editor_20241022", "text_editor_20250124",
+    "text_editor_20250429", "text_editor_20250728",
+)  # fmt: skip
+"""Types of Anthropic's tools that clients run, of which `anthropic/client_tools.py` knows the parameters."""
+
 BY_TYPE: Mapping[str, Mapping[str | None, str]] = MappingProxyType({
     "block": {kind: f"{kind}_block" for kind in ("text", "thinking", "tool_use", "tool_result")},
     **RESPONSE_TYPES,
-    "any_tool": dict.fromkeys((None, "custom", *CLIENT_TOOLS), "messages_tool"),
+    "any_tool": dict.fromkeys((None, "custom", *CLIENT_TOOL_TYPES), "messages_tool"),
 })  # fmt: skip
 """Objects with a `type`: what they are called -> each type that is served -> which of `OBJECTS` that is.
 

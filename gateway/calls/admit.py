@@ -12,12 +12,12 @@ from typing import Any
 import msgspec
 from msgspec import structs
 
-from gateway.adapters.fleet_view import FleetView
 from gateway.auth.callers import PUBLIC, Caller
 from gateway.auth.limits import check_quota, refusal
 from gateway.calls.parse import ParsedCall
 from gateway.calls.size import call_bytes, check_logprobs, numbers_of
 from gateway.calls.tokenize import Prompt, TokenizedCall
+from gateway.fleet.view import FleetView
 from gateway.overload.admission import Admission, Load
 from gateway.overload.memory import CHARACTER_BYTES, held, hold
 from protocol.queue.books.quota import Quota, Standing

@@ -8,7 +8,6 @@ from functools import partial
 
 from msgspec import structs
 
-from gateway.adapters.fleet_view import FleetView
 from gateway.adapters.resolver import Target
 from gateway.auth.callers import Caller
 from gateway.calls.parse import Conversation, Pairs, ParsedCall, Sent, Texts
@@ -16,6 +15,7 @@ from gateway.calls.replies import Replies
 from gateway.calls.size import call_bytes, longest, numbers_of
 from gateway.calls.submit import SubmittedCall, call_of
 from gateway.calls.tokenize import Offset, Prompt, echoed, encoded
+from gateway.fleet.view import FleetView
 from gateway.overload.memory import held, hold
 from gateway.text.answer_form import found_form
 from gateway.text.own_files import OwnFiles

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from gateway.calls.choices import Choice, Piece, tokens_of
 from gateway.calls.follow import log_limit, usage_of
 from gateway.calls.waiting import waiting_state
-from gateway.calls.writers import SSE, Writer
+from gateway.calls.writers import DONE, SSE, Writer
 from gateway.http.errors import OPENAI_ERRORS, error_of
-from gateway.http.sse import DONE
 from protocol.queue.bus import CONNECTION_ERRORS, Bus
 from protocol.runtime.guarded import is_failure
 from protocol.wire import messages as m

@@ -12,8 +12,8 @@ from typing import Any
 from prometheus_client import Counter, Histogram
 
 from gateway.adapters.resolver import Target
+from gateway.calls import lorax_metrics
 from gateway.calls.tokenize import Prompt
-from gateway.lorax import metrics as lorax
 from peft_adapters.recipe import is_merge
 from protocol.metrics import series
 from protocol.metrics.names import OTHER, TopNames
@@ -84,7 +84,7 @@ def accepted(tenant: str, prompts: Sequence[Prompt]) -> None:
         _named(series.ADAPTER_REQUESTS, adapter).inc()
         _named(series.ADAPTER_TOKENS, adapter, "prompt").inc(prompt.num_tokens)
         _named(series.TENANT_TOKENS, who, "prompt").inc(prompt.num_tokens)
-    lorax.accepted([(prompt.num_tokens, prompt.max_new_tokens) for prompt in prompts])
+    lorax_metrics.accepted([(prompt.num_tokens, prompt.max_new_tokens) for prompt in prompts])
 
 
 def refused(tenant: str, reason: str) -> None:
@@ -132,15 +132,15 @@ def left(tenant: str, target: Target, num_tokens: int) -> None:
 def succeeded(kind: str, seconds: float, num_tokens: int, trace_id: str = "") -> None:
     """Count a call that came to its end."""
     _child(series.CALL_SECONDS, kind).observe(seconds, {"trace_id": trace_id} if trace_id else None)
-    lorax.succeeded(seconds, num_tokens)
+    lorax_metrics.succeeded(seconds, num_tokens)
 
 
 def client_gone() -> None:
     """Count a call whose client hung up."""
     series.CLIENTS_GONE.inc()
-    lorax.failed("dropped")
+    lorax_metrics.failed("dropped")
 
 
 def cut_off() -> None:
     """Count an answer that failed once it had begun."""
-    lorax.failed("incomplete")
+    lorax_metrics.failed("incomplete")

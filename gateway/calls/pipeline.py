@@ -20,7 +20,6 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from gateway.adapters.fleet_view import FleetView
 from gateway.adapters.resolver import Resolver
 from gateway.auth.callers import Caller
 from gateway.bodies.parameter_check import ignore
@@ -34,6 +33,7 @@ from gateway.calls.resolve import CallResolver
 from gateway.calls.submit import SubmittedCall, Submitter
 from gateway.calls.tokenize import check_size, tokenize
 from gateway.calls.trace import TRACE_OF, stage
+from gateway.fleet.view import FleetView
 from gateway.grammars.check import GrammarCheck
 from gateway.overload import large, memory
 from gateway.overload.admission import Admission

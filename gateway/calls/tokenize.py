@@ -15,10 +15,10 @@ from gateway.adapters.resolver import Target
 from gateway.bodies.parameter_check import ignore
 from gateway.calls.parse import Conversation, Options, Pairs, ParsedCall, Source, Texts
 from gateway.calls.resolve import ResolvedCall
+from gateway.chat.messages import text_in
 from gateway.overload import memory
 from gateway.overload.memory import CHARACTER_BYTES
 from gateway.text.answer_form import AnswerForm, found_form
-from gateway.text.messages import text_in
 from gateway.text.tokenizer import ModelFiles
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest

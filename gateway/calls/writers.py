@@ -57,6 +57,9 @@ class Framing:
 SSE = Framing(b"text/event-stream; charset=utf-8", event, comment)
 """Server-sent events."""
 
+DONE = b"data: [DONE]\n\n"
+"""The last event of a stream of OpenAI's."""
+
 
 class Writer(Protocol):
     """How one endpoint writes its answers."""

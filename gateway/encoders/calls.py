@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -91,6 +92,13 @@ class EncoderCalls:
         generation = await self._run(await self._parsed(request, sent, caller, make), sent)
         write = write_text_labels(request) if of_texts else write_entities(request)
         return ClassifyResponse(generation, write, started_s, self._settings.keepalive_s)
+
+    async def probe(self, text: str, task: Task, caller: Caller) -> Generation:
+        """Begin a call about a text, of the kind that a base model of a task answers. Raises as `embed`."""
+        request = EncoderRequest(inputs=text)
+        if task == "embed":
+            return (await self.embed(request, None, caller)).generation
+        return (await self.classify(request, None, caller, time.monotonic())).generation
 
     async def labels(self, request: ClassifyRequest, sent: Sent, caller: Caller) -> EncoderResponse:
         """Answer `/v1/classify`. Raises as `embeddings`."""

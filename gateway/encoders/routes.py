@@ -7,10 +7,10 @@ import time
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
+from gateway.answers.respond import Answers, sent_of
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute
 from gateway.calls.parse import Sent
-from gateway.calls.pipeline import Pipeline
 from gateway.encoders.bodies import (
     ClassifyRequest,
     EitherClassifyRequest,
@@ -25,16 +25,15 @@ from gateway.http import openapi
 from gateway.http.access import CALL, Routes
 from gateway.http.errors import OPENAI_ERRORS
 from gateway.http.paths import CLASSIFY, EMBEDDINGS, RERANK, SCORE
-from gateway.http.routes import Endpoints, sent_of
 from gateway.lorax.errors import LORAX_ERRORS
 
 
 class EncoderEndpoints:
     """The routes' handlers."""
 
-    def __init__(self, endpoints: Endpoints, pipeline: Pipeline) -> None:
-        self._respond = endpoints.respond
-        self._encoders = EncoderCalls(pipeline, endpoints.calls.jobs)
+    def __init__(self, answers: Answers, encoders: EncoderCalls) -> None:
+        self._respond = answers.respond
+        self._encoders = encoders
 
     async def embeddings(self, body: EmbeddingsRequest, request: Request) -> Response:
         """Answer `/v1/embeddings`."""

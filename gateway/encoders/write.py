@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from gateway.answers.sse import GenerationResponse
 from gateway.bodies.json_slices import Rows
 from gateway.calls.choices import Choice, Piece
 from gateway.calls.follow import Generation
@@ -16,7 +17,6 @@ from gateway.calls.writers import Usage
 from gateway.encoders.bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
 from gateway.encoders.parse import EncoderRules
 from gateway.http.errors import OPENAI_ERRORS
-from gateway.http.sse import GenerationResponse
 from gateway.lorax.errors import LORAX_GENERATION_ERRORS
 from gateway.lorax.write import compute_type, times_of
 from protocol.runtime.imports import Late

@@ -1,1 +1,1 @@
-"""HTTP: the application, its server, routes, errors and event streams."""
+"""HTTP in words that every room uses: paths, access, headers, errors, pages of lists."""

@@ -17,7 +17,6 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 
-from gateway.auth.callers import Caller
 from protocol.queue.books.api_keys import Scope
 from protocol.wire.errors import BadRequest
 
@@ -72,11 +71,6 @@ class Match:
     def is_large(self) -> bool:
         """Whether a body of more than `SMALL_BODY_BYTES` may come, as JSON."""
         return self.kind in ("call", "text")
-
-    def check(self, caller: Caller) -> None:
-        """Raise PermissionDenied unless a caller's key has what the route needs."""
-        if self.scopes:
-            caller.require(*self.scopes)
 
 
 class Routes:

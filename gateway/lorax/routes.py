@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from fastapi import FastAPI, Request
@@ -10,24 +11,22 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from gateway.adapters.residency import look
-from gateway.auth.callers import caller_of
+from gateway.answers.respond import Answers, sent_of
+from gateway.auth.callers import Caller, caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_response
-from gateway.calls import observe
+from gateway.calls import lorax_metrics, observe
 from gateway.calls.follow import Generation
 from gateway.calls.parse import Sent
 from gateway.calls.pipeline import Pipeline
-from gateway.encoders.bodies import EncoderRequest
-from gateway.encoders.calls import EncoderCalls
 from gateway.http import openapi
 from gateway.http.access import ADMIN_PAGE, CALL, INFER, Routes
 from gateway.http.paths import INVOCATIONS
-from gateway.http.routes import Endpoints, sent_of
-from gateway.lorax import metrics as lorax_metrics
 from gateway.lorax.bodies import CompatRequest, GenerateRequest, InvocationRequest, Parameters, StreamRequest
 from gateway.lorax.errors import LORAX_ERRORS
 from gateway.lorax.parse import NativeCall, parse
 from gateway.lorax.write import NativeResponse
 from gateway.openai.bodies import ChatRequest, CompletionRequest
+from gateway.openai.routes import OpenAIEndpoints
 from protocol.metrics.fleet import RESIDENCY
 from protocol.metrics.pages import page
 from protocol.metrics.series import LORAX_BATCH_SIZE, LORAX_QUEUE_LENGTH
@@ -45,14 +44,19 @@ PIPELINES: dict[Task, str] = {
 PROBE = "Where should Johnny live?"
 MAX_LISTED = 1000
 
+Encode = Callable[[str, Task, Caller], Awaitable[Generation]]
+"""Begins a call to an encoder: (text, the base model's task, who asks)."""
+
 
 class NativeEndpoints:
     """The native routes' handlers."""
 
-    def __init__(self, endpoints: Endpoints, pipeline: Pipeline) -> None:
-        self.endpoints = endpoints
+    def __init__(self, answers: Answers, pipeline: Pipeline, openai: OpenAIEndpoints, encode: Encode) -> None:
+        """openai: answers OpenAI's bodies at `/invocations`. encode: asks an encoder about a text."""
+        self._answers = answers
         self._pipeline = pipeline
-        self._encoders = EncoderCalls(pipeline, endpoints.calls.jobs)
+        self._openai = openai
+        self._encode = encode
 
     # ------------------------------------------------------------ generation
 
@@ -63,9 +67,9 @@ class NativeEndpoints:
     async def invoke(self, body: InvocationRequest, request: Request) -> Response:
         """Answer `/invocations`, in LoRAX's way or OpenAI's."""
         if isinstance(body, ChatRequest):
-            return await self.endpoints.chat(body, request)
+            return await self._openai.chat(body, request)
         if isinstance(body, CompletionRequest):
-            return await self.endpoints.completions(body, request)
+            return await self._openai.completions(body, request)
         return await self.compat(body, request)
 
     async def generate(self, body: GenerateRequest, request: Request) -> Response:
@@ -88,7 +92,7 @@ class NativeEndpoints:
             native = await self._pipeline.parsed(body, caller, len(sent.raw), make)
             return await self._answer(native, started_s)
 
-        return await self.endpoints.respond(answer(), stream=stream, errors=LORAX_ERRORS)
+        return await self._answers.respond(answer(), stream=stream, errors=LORAX_ERRORS)
 
     async def _answer(self, native: NativeCall, started_s: float) -> NativeResponse:
         generation = await self._pipeline.run_once(native.call)
@@ -131,20 +135,17 @@ class NativeEndpoints:
 
     async def startup(self, request: Request) -> Response:
         """Generate one token, embed or classify a text, as LoRAX's probe does."""
-        caller, now_s = caller_of(request), time.monotonic()
+        caller = caller_of(request)
         base = await self._pipeline.fleet.require(worker=True)
-        if base.task == "embed":
-            answer = await self._encoders.embed(EncoderRequest(inputs=PROBE), None, caller)
-        elif base.task == "score" and not base.labels:
+        if base.task == "score" and not base.labels:
             return Response()  # only adapters have heads
-        elif base.task in ("classify", "score"):
-            answer = await self._encoders.classify(EncoderRequest(inputs=PROBE), None, caller, now_s)
+        if base.task != "generate":
+            generation = await self._encode(PROBE, base.task, caller)
         else:
             body = GenerateRequest(inputs=PROBE, parameters=Parameters(max_new_tokens=1))
-            answer = await self._answer(
-                parse(body, caller, self._pipeline.settings, Sent("/startup", b""), stream=False), now_s
-            )
-        if not await _makes_output(answer.generation):
+            call = parse(body, caller, self._pipeline.settings, Sent("/startup", b""), stream=False)
+            generation = (await self._answer(call, time.monotonic())).generation
+        if not await _makes_output(generation):
             return json_response({"error": "Empty generation", "error_type": "failed healthcheck"}, 500)
         return Response()
 

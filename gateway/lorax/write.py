@@ -8,12 +8,12 @@ from typing import Any
 
 import orjson
 
+from gateway.answers.sse import GenerationResponse
 from gateway.bodies.json_slices import Rows
+from gateway.calls import lorax_metrics
 from gateway.calls.choices import Piece, TokenLogprob, mean_logprob
 from gateway.calls.follow import Generation
 from gateway.calls.writers import MIN_LOGPROB, Usage, shown_logprob
-from gateway.http.sse import GenerationResponse
-from gateway.lorax import metrics as lorax_metrics
 from gateway.lorax.errors import LORAX_GENERATION_ERRORS
 from gateway.lorax.parse import NativeCall
 from gateway.text.tokenizer import ModelFiles

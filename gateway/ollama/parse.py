@@ -15,6 +15,7 @@ from typing import Any
 from gateway.auth.callers import Caller
 from gateway.bodies.parameter_check import MAX_NAMED
 from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Texts
+from gateway.chat.messages import stand_in
 from gateway.encoders.bodies import EmbeddingsRequest
 from gateway.encoders.parse import parse_embeddings
 from gateway.grammars.limits import check_num
@@ -25,7 +26,6 @@ from gateway.ollama.bodies import ChatRequest, EmbedRequest, GenerateRequest
 from gateway.openai.bodies import MAX_TOOLS
 from gateway.openai.parse import stop_strings
 from gateway.text.answer_form import AnswerForm
-from gateway.text.messages import stand_in
 from gateway.tools.definitions import Tools, tools_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m

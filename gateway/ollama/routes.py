@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from gateway.adapters.catalogue import OBJECTS_AT_ONCE
 from gateway.adapters.resolver import BASE
+from gateway.answers.respond import Answers, sent_of
 from gateway.auth.callers import Caller, caller_of
 from gateway.bodies.json_bodies import AnyTypeRoute, json_response
 from gateway.calls.follow import Generation
@@ -21,7 +22,6 @@ from gateway.calls.pipeline import Pipeline
 from gateway.http import openapi
 from gateway.http.access import CALL, INFER, Routes
 from gateway.http.paths import OLLAMA_CHAT, OLLAMA_EMBED, OLLAMA_GENERATE
-from gateway.http.routes import Endpoints, sent_of
 from gateway.ollama import models
 from gateway.ollama.bodies import ChatRequest, EmbedRequest, GenerateRequest, ShowRequest
 from gateway.ollama.errors import OLLAMA_ERRORS
@@ -38,8 +38,8 @@ VERSION = "0.12.11"
 class OllamaEndpoints:
     """The routes' handlers."""
 
-    def __init__(self, endpoints: Endpoints, pipeline: Pipeline) -> None:
-        self._endpoints = endpoints
+    def __init__(self, answers: Answers, pipeline: Pipeline) -> None:
+        self._answers = answers
         self._pipeline = pipeline
 
     # ------------------------------------------------------------ generation
@@ -66,7 +66,7 @@ class OllamaEndpoints:
             return OllamaResponse(generation, objects, started_s, keepalive_s)
 
         stream = body.streams and not body.is_empty
-        return await self._endpoints.respond(
+        return await self._answers.respond(
             answer(), stream=stream, errors=OLLAMA_ERRORS, framing=objects.framing()
         )  # fmt: skip
 
@@ -80,7 +80,7 @@ class OllamaEndpoints:
             generation = await self._run(await self._pipeline.parsed(body, caller, len(sent.raw), make), sent)
             return EmbedResponse(generation, body, started_s, settings.keepalive_s)
 
-        return await self._endpoints.respond(answer(), errors=OLLAMA_ERRORS)
+        return await self._answers.respond(answer(), errors=OLLAMA_ERRORS)
 
     async def _run(self, call: ParsedCall, sent: Sent) -> Generation:
         """Follow a call, or what its Idempotency-Key was used for before. Raises as `Pipeline.run_once`."""

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from gateway.answers.sse import GenerationResponse
 from gateway.bodies import json_values
 from gateway.bodies.json_slices import Rows, dumps
 from gateway.calls.choices import Piece, TokenLogprob
 from gateway.calls.follow import Generation
 from gateway.calls.writers import MIN_LOGPROB, Framing, Usage
 from gateway.encoders.write import VECTORS, EncoderResponse, shortened
-from gateway.http.sse import GenerationResponse
 from gateway.ollama.bodies import EmbedRequest
 from gateway.ollama.errors import OLLAMA_ERRORS
 from gateway.text.answer_form import AnswerForm

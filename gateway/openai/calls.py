@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 from starlette.responses import Response
@@ -12,24 +13,22 @@ from gateway.calls.earlier import check_same_body
 from gateway.calls.jobs import JobApi, Jobs
 from gateway.calls.parse import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
-from gateway.http.paths import RESPONSES
 from gateway.openai.bodies import BODIES, AnyRequest
 from gateway.openai.parse import parse, parse_stored, to_be_stored
 from gateway.openai.write import write, writer_of
-from gateway.responses.write import job_api
 
 
 class OpenAICalls:
     """The way of a call of OpenAI's routes, from *parse* to *write*."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: Pipeline, others: Mapping[str, JobApi]) -> None:
+        """others: path -> how the jobs of other APIs are read, which are kept with those of OpenAI's."""
         self._pipeline = pipeline
         self._settings = pipeline.settings
         apis = {
             path: JobApi(partial(parse_stored, path, settings=pipeline.settings), writer_of) for path in BODIES
         }  # fmt: skip
-        apis[RESPONSES] = job_api(pipeline.settings)
-        self.jobs = Jobs(pipeline, apis)
+        self.jobs = Jobs(pipeline, {**apis, **others})
 
     async def answer(self, body: AnyRequest, sent: Sent, caller: Caller) -> Response:
         """Answer a call. Raises what the client did wrong, Overloaded and Unavailable."""

@@ -21,6 +21,7 @@ from gateway.calls.parse import (
     Texts,
     Truncation,
 )
+from gateway.chat.messages import unread_results
 from gateway.grammars.notation import Constraint
 from gateway.grammars.structured import OTHER_NAMES, constraint_of
 from gateway.openai.bodies import (
@@ -39,7 +40,6 @@ from gateway.openai.bodies import (
     CompletionRequest,
     GenerationRequest,
 )
-from gateway.text.messages import unread_results
 from gateway.tools.definitions import Tools, tools_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m

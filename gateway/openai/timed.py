@@ -6,8 +6,8 @@ from typing import Any
 
 import orjson
 
+from gateway.answers.sse import GenerationResponse
 from gateway.calls.choices import Piece
-from gateway.http.sse import GenerationResponse
 from protocol.wire.records import RequestFacts
 
 FIELDS = ("time_to_first_token_ms", "generation_time_ms", "queue_time_ms", "mean_itl_ms", "tokens_per_second")

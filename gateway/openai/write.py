@@ -17,6 +17,7 @@ from typing import Any
 import orjson
 from msgspec import structs
 
+from gateway.answers.sse import GenerationResponse
 from gateway.bodies.json_slices import Rows, dumps
 from gateway.calls.choices import NONE, Choice, Piece, TokenLogprob
 from gateway.calls.follow import Generation
@@ -24,7 +25,6 @@ from gateway.calls.parse import Conversation, Options
 from gateway.calls.submit import SubmittedCall
 from gateway.calls.tokenize import Prompt
 from gateway.calls.writers import MIN_LOGPROB, Usage, Writer, shown_logprob
-from gateway.http.sse import GenerationResponse
 from gateway.openai.offsets import TextOffsets
 from gateway.openai.timed import TimedResponse
 from gateway.text.answer_form import AnswerForm

@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
+from gateway.answers.respond import Answers
 from gateway.auth.callers import Caller, caller_of
 from gateway.bodies.json_bodies import json_response
 from gateway.books.audit import AuditedRoute
@@ -15,7 +16,6 @@ from gateway.calls.pipeline import Pipeline
 from gateway.http import openapi
 from gateway.http.access import INFER, Routes
 from gateway.http.paths import REQUESTS
-from gateway.http.routes import Endpoints
 from gateway.requests.listing import RequestList, State
 from gateway.requests.replay import replay
 from gateway.requests.timeline import described
@@ -33,8 +33,8 @@ _CHOICE = re.compile(r"-\d+$")
 class RequestEndpoints:
     """The routes' handlers."""
 
-    def __init__(self, endpoints: Endpoints, pipeline: Pipeline) -> None:
-        self._endpoints = endpoints
+    def __init__(self, answers: Answers, pipeline: Pipeline) -> None:
+        self._answers = answers
         self._pipeline = pipeline
         self._list = RequestList(pipeline.bus)
 
@@ -56,7 +56,7 @@ class RequestEndpoints:
 
     async def replay(self, request_id: str, request: Request) -> Response:
         """Answer `POST /v1/requests/{id}/replay`."""
-        return await self._endpoints.respond(self._replay(request_id, caller_of(request)))
+        return await self._answers.respond(self._replay(request_id, caller_of(request)))
 
     async def cancel(self, request_id: str, request: Request) -> Response:
         """Answer `POST /v1/requests/{id}/cancel`: of a call all its choices, or the one named."""

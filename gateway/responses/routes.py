@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
+from gateway.answers.respond import Answers, sent_of
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_answer, json_response
 from gateway.http import openapi
 from gateway.http.access import CALL, INFER, TEXT, Routes
 from gateway.http.paths import INPUT_TOKENS, RESPONSES
-from gateway.http.routes import Endpoints, sent_of
 from gateway.responses.bodies import InputTokensRequest, ResponseRequest
 from gateway.responses.parse import LOGPROBS
 from gateway.responses.service import Responses
@@ -26,14 +26,14 @@ Included = Annotated[list[str] | None, Query(alias="include[]")]
 class ResponseEndpoints:
     """The routes' handlers."""
 
-    def __init__(self, endpoints: Endpoints, responses: Responses) -> None:
-        self._endpoints = endpoints
+    def __init__(self, answers: Answers, responses: Responses) -> None:
+        self._answers = answers
         self._responses = responses
 
     async def create(self, body: ResponseRequest, request: Request) -> Response:
         """Answer `POST /v1/responses`."""
         answer = self._responses.create(body, await sent_of(RESPONSES, request), caller_of(request))
-        return await self._endpoints.respond(
+        return await self._answers.respond(
             answer, stream=bool(body.stream), errors=STREAM_ERRORS, framing=FRAMING
         )  # fmt: skip
 
@@ -43,7 +43,7 @@ class ResponseEndpoints:
         async def answer() -> Response:
             return json_response(await self._responses.count(body, caller_of(request), len(await request.body())))
 
-        return await self._endpoints.respond(answer())
+        return await self._answers.respond(answer())
 
     async def get(
         self,

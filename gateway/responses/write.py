@@ -11,13 +11,13 @@ from typing import Any
 
 import orjson
 
+from gateway.answers.sse import GenerationResponse
 from gateway.calls.choices import Choice, Piece
 from gateway.calls.follow import Generation, usage_of
 from gateway.calls.jobs import JobApi
 from gateway.calls.submit import SubmittedCall
 from gateway.calls.writers import SSE, Framing, Usage
 from gateway.http.errors import OPENAI_ERRORS, OpenAIErrors, cut
-from gateway.http.sse import GenerationResponse
 from gateway.responses.output import Output
 from gateway.responses.parse import parse_stored
 from protocol.queue.bus import now_ms

@@ -23,8 +23,8 @@ from typing import Any, ClassVar
 import msgspec
 from tokenizers import Tokenizer
 
+from gateway.chat.template import ChatTemplate
 from gateway.sandbox.lockdown import lock_down
-from gateway.text.chat import ChatTemplate
 from peft_adapters.texts.files import MAX_TOKENIZER_BYTES, TOKENIZER
 from peft_adapters.texts.tokenizer_json import OwnTokenizer
 from protocol.wire.errors import AdapterRefused, BadRequest

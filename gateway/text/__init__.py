@@ -1,1 +1,1 @@
-"""Text and tokens: templates, tokenizers, grammars, and reading an answer."""
+"""Text and tokens: tokenizers, and reading an answer."""

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
+from gateway.chat.messages import Message, check_roles, normalize_messages, text_of
+from gateway.chat.template import ChatTemplate
 from gateway.sandbox.child import Encode, Encoded, second_of
 from gateway.sandbox.sandbox import SandboxedTemplate, SandboxPool
 from gateway.text.answer_parts import THOUGHTS
-from gateway.text.chat import ChatTemplate
-from gateway.text.messages import Message, check_roles, normalize_messages, text_of
 from gateway.tools.prompt import explain_tools, knows_tools, without_calls
 from peft_adapters.texts.files import TEXT_FILES, TOKENIZER, special_tokens
 from peft_adapters.texts.tokenizer_json import token_table

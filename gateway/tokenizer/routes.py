@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from gateway.adapters.resolver import BASE, Target
+from gateway.answers.respond import Answers
 from gateway.auth.callers import Caller, caller_of
 from gateway.bodies import json_values
 from gateway.bodies.json_bodies import JsonRoute
@@ -21,7 +22,6 @@ from gateway.http import openapi
 from gateway.http.access import INFER, TEXT, Routes
 from gateway.http.errors import OPENAI_ERRORS
 from gateway.http.paths import DETOKENIZE, TOKENIZE
-from gateway.http.routes import Endpoints
 from gateway.lorax.errors import LORAX_ERRORS, GenerationFailed
 from gateway.lorax.parse import models_of
 from gateway.openai.bodies import MAX_TOOLS, ChatRequest
@@ -43,8 +43,8 @@ TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 class TokenizerEndpoints:
     """The routes' handlers."""
 
-    def __init__(self, endpoints: Endpoints, pipeline: Pipeline) -> None:
-        self._respond = endpoints.respond
+    def __init__(self, answers: Answers, pipeline: Pipeline) -> None:
+        self._respond = answers.respond
         self._pipeline = pipeline
         self._info = b""  # the answer of `/tokenizer_info`, once it was asked for
 

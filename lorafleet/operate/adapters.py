@@ -6,7 +6,7 @@ import argparse
 from itertools import islice
 from typing import Any
 
-from lorafleet.operate.api import Api, add_flags, add_json_flag, in_path, run_action
+from lorafleet.api import Api, add_flags, add_json_flag, in_path, run_action
 from lorafleet.tables import print_list, size_text
 
 PATH = "/v1/adapters"

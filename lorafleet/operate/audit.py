@@ -7,7 +7,7 @@ from datetime import datetime
 from itertools import islice
 from typing import Any
 
-from lorafleet.operate.api import Api, add_flags, add_json_flag, print_json
+from lorafleet.api import Api, add_flags, add_json_flag, print_json
 from lorafleet.tables import print_list
 
 PATH = "/v1/audit"

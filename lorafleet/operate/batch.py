@@ -15,7 +15,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lorafleet.operate.api import Api, add_flags, add_json_flag, run_action
+from lorafleet.api import Api, add_flags, add_json_flag, run_action
 from lorafleet.tables import print_list
 from protocol.wire.errors import BadRequest
 

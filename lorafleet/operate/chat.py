@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from lorafleet.operate.api import Api, add_flags
+from lorafleet.api import Api, add_flags
 from protocol.wire.errors import LorafleetError
 
 HELP = "/reset begins anew, /undo takes the last question back, /model NAME goes on with another, /quit ends"

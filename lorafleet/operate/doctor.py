@@ -19,11 +19,11 @@ import httpx2
 from rich.console import Console
 from rich.markup import escape
 
+from lorafleet.api import Api, add_flags, add_json_flag, print_json
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.embedded import with_queue
 from lorafleet.launcher.machine import memory_bytes
 from lorafleet.operate import checkup
-from lorafleet.operate.api import Api, add_flags, add_json_flag, print_json
 from lorafleet.operate.checkup import Finding, worst
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError
 from protocol.runtime.environment import child_environment

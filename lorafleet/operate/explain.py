@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lorafleet.operate.api import Api, add_flags, print_json
+from lorafleet.api import Api, add_flags, print_json
 from lorafleet.tables import print_list
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from lorafleet.operate.api import Api, add_flags, add_json_flag, run_action
+from lorafleet.api import Api, add_flags, add_json_flag, run_action
 from lorafleet.tables import print_list
 from protocol.wire.errors import Internal
 

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lorafleet.operate.api import Api, add_flags
+from lorafleet.api import Api, add_flags
 from lorafleet.operate.workers import COLUMNS, row
 from lorafleet.operate.workers import PATH as WORKERS
 from lorafleet.tables import part_text, size_text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import time
 
-from lorafleet.operate.api import Api, add_flags, add_json_flag, print_json
+from lorafleet.api import Api, add_flags, add_json_flag, print_json
 from lorafleet.tables import print_list
 
 PATH = "/v1/usage"

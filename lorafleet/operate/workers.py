@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lorafleet.operate.api import Api, add_flags, add_json_flag, in_path, run_action
+from lorafleet.api import Api, add_flags, add_json_flag, in_path, run_action
 from lorafleet.tables import part_text, print_list
 from protocol.wire.errors import Unavailable
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import cast
 
 from protocol.metrics.series import FAILURES, GIVEN_UP
-from protocol.queue.connection.redis_client import CONNECTION_ERRORS
 from protocol.runtime.backoff import TROUBLE, Backoff
 from protocol.runtime.service import wait_any
 from protocol.wire.errors import LorafleetError
@@ -33,6 +32,9 @@ LOG_AGAIN_S = 600.0
 MAX_CAUSES = 256
 """Causes that are remembered; the oldest leave."""
 
+QUEUE_AWAY: set[type[BaseException]] = set()
+"""Errors that say that the queue cannot be reached or has no room: the queue's client adds those that it raises."""
+
 BRISK = Backoff(0.05, 2.0)
 """For loops that calls wait for."""
 
@@ -46,7 +48,7 @@ def is_queue_away(error: BaseException) -> bool:
     """Return whether the queue cannot be reached or has no room: nobody's fault, and every unit of work meets it."""
     if isinstance(error, OSError):  # others are of disks
         return isinstance(error, (ConnectionError, TimeoutError))
-    return isinstance(error, CONNECTION_ERRORS)
+    return isinstance(error, tuple(QUEUE_AWAY))
 
 
 class Failures:

@@ -11,14 +11,14 @@ from helpers.growth import MOST, growth
 
 from gateway.anthropic import content as anthropic
 from gateway.bodies import json_values
+from gateway.chat.messages import normalize_messages
+from gateway.chat.template_forms import shows_lists
 from gateway.grammars import ebnf, limits, structured
 from gateway.ollama.parse import openai_messages
 from gateway.openai.write import _message
 from gateway.responses import items
 from gateway.text.answer_form import AnswerForm
 from gateway.text.answer_parts import AnswerParts
-from gateway.text.messages import normalize_messages
-from gateway.text.template_forms import shows_lists
 from gateway.tools.definitions import tools_of
 from gateway.tools.styles import HERMES, LLAMA, MISTRAL_WITH_IDS, QWEN_CODER, ToolStyle
 from gateway.tools.xml_calls import arguments_rules

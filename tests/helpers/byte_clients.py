@@ -11,10 +11,10 @@ from typing import Any
 import uvicorn
 import uvloop
 
-from gateway.http import server as http_server
-from gateway.http.connection import CONNECTION, Connection, ConnectionLimits
-from gateway.http.server import HttpServer
-from gateway.http.shapes import shape_of
+from gateway.app.shapes import shape_of
+from gateway.server import server as http_server
+from gateway.server.connection import CONNECTION, Connection, ConnectionLimits
+from gateway.server.server import HttpServer
 
 GET = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from gateway.adapters import catalogue
 from gateway.batches.lines import MAX_LINES
 from gateway.batches.run import BatchPace
-from gateway.http.connection import FREE_BYTES, UNSENT_BYTES
 from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.overload.large import LargeLimits
 from gateway.overload.memory import SHARE
 from gateway.sandbox.turns import MAX_TENANT_BYTES, MAX_WAITING_BYTES
+from gateway.server.connection import FREE_BYTES, UNSENT_BYTES
 from gateway.text.own_files import MAX_KEPT_BYTES, NUM_READ, READ_BYTES
 from protocol.queue.adapters import MAX_REGISTERED
 from protocol.runtime.settings import Settings

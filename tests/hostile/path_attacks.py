@@ -8,8 +8,8 @@ from typing import Any
 from hostile.adapter_attacks import STRANGER
 
 from chaos.attackers.attacker import Attack, Attacker, together
+from gateway.app.access_table import SPELLINGS, example_of, unserved
 from gateway.http.access import RouteTable
-from gateway.http.access_table import SPELLINGS, example_of, unserved
 
 AT_ONCE = 32
 NAMES = {"/v1/adapters/": "one", "/v1/workers/": "w0", "/v1/tenants/": "attacker"}

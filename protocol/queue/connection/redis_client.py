@@ -19,6 +19,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry as SyncRetry
 
 from protocol.queue.connection import failover
+from protocol.runtime.guarded import QUEUE_AWAY
 from protocol.wire.clock import CLOCK
 
 Client: TypeAlias = Any
@@ -37,6 +38,8 @@ CONNECTION_ERRORS = (
 )  # fmt: skip
 """What a lost connection looks like, and a server without room; loops catch it, wait and go on. A missing script comes
 from a server that was started anew between being given it and being asked to run it."""
+
+QUEUE_AWAY.update(CONNECTION_ERRORS)
 
 QueueError = RedisError
 """Whatever the queue's server or the connection to it can raise."""

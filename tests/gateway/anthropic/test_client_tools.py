@@ -15,6 +15,7 @@ from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
 
 from gateway.anthropic.client_tools import CLIENT_TOOLS
 from gateway.bodies.parameter_check import IGNORED_HEADER
+from gateway.bodies.parameters import CLIENT_TOOL_TYPES
 from protocol.queue.bus import Bus
 
 PATH = "/v1/messages"
@@ -53,6 +54,10 @@ def calls(fleet: ScriptedFleet, name: str, given: dict[str, Any]) -> None:
     """Let the model call a tool."""
     written = json.dumps({"name": name, "arguments": given})
     fleet.script = lambda submit, body: Script(f"<tool_call>\n{written}\n</tool_call>", chunk=7)
+
+
+def test_every_type_that_is_taken_is_known() -> None:
+    assert sorted(CLIENT_TOOLS) == sorted(CLIENT_TOOL_TYPES)
 
 
 async def test_a_model_calls_them_and_reads_their_results(

@@ -11,8 +11,8 @@ from helpers.scripted_fleet import ScriptedFleet, running_gateway
 from openai import AsyncOpenAI
 from starlette.responses import PlainTextResponse
 
+from gateway.app.shapes import shape_of
 from gateway.auth.browsers import Browsers
-from gateway.http.shapes import shape_of
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 

@@ -12,8 +12,8 @@ from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
 
 from adapter_store.sources.local import LocalSource
+from gateway.app.access_table import unserved
 from gateway.http.access import RouteTable
-from gateway.http.access_table import unserved
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 from protocol.wire.errors import NotFound

@@ -17,16 +17,16 @@ from helpers.scripted_fleet import RunningGateway, ScriptedFleet, running_gatewa
 from starlette.responses import Response
 from starlette.routing import Mount, Route
 
+from gateway.app import access_table
+from gateway.app.access_table import CONTROLS, PAGE, SPELLINGS, example_of, unserved, with_tables
+from gateway.app.app import Admitted, Envelope
+from gateway.app.direct import DirectCalls
+from gateway.app.shapes import shape_of
 from gateway.auth.authentication import Authentication
 from gateway.auth.callers import Caller
 from gateway.bodies.json_bodies import JsonRoute
-from gateway.http import access_table
 from gateway.http.access import ADMIN, INFER, MAX_PATH_CHARACTERS, Match, Routes, RouteTable, normal_path
-from gateway.http.access_table import CONTROLS, PAGE, SPELLINGS, example_of, unserved, with_tables
-from gateway.http.app import Admitted, Envelope
-from gateway.http.direct import DirectCalls
 from gateway.http.paths import BATCH_ENDPOINTS
-from gateway.http.shapes import shape_of
 from protocol.queue.books.api_keys import ApiKey, Tenant
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from openai import AsyncOpenAI
 
 from gateway.adapters.catalogue import OBJECTS_AT_ONCE
+from gateway.answers.sse import GenerationResponse
 from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse
 from gateway.bodies.json_slices import ROWS, Rows, dumps, rows_of, slices
 from gateway.calls.choices import Logprobs, Piece
 from gateway.calls.follow import ClientGoneError
 from gateway.calls.parse import Options
-from gateway.http.sse import GenerationResponse
 from protocol.queue.adapters import ALIASES_AT_ONCE
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m

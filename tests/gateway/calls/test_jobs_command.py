@@ -10,7 +10,7 @@ import pytest
 from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet
 
 from lorafleet.__main__ import main
-from lorafleet.operate.api import Api, add_flags
+from lorafleet.api import Api, add_flags
 from protocol.wire.errors import WorkerLost
 
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "n": 2, "background": True}

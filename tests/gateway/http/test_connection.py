@@ -10,10 +10,10 @@ import pytest
 from helpers.byte_clients import GET, LIMITS, POST, Running, with_server
 from prometheus_client import REGISTRY
 
-from gateway.http import connection as http_connection
 from gateway.http.addresses import origin_of
-from gateway.http.connection import MAX_HEAD_BYTES, MAX_HEADERS, MAX_HELD_BYTES, MAX_PIPELINED, Parts
 from gateway.overload.memory import SHARE, MemoryAccount, address_holder
+from gateway.server import connection as http_connection
+from gateway.server.connection import MAX_HEAD_BYTES, MAX_HEADERS, MAX_HELD_BYTES, MAX_PIPELINED, Parts
 
 
 def parts_of(answer: bytes) -> tuple[int, dict[str, Any]]:

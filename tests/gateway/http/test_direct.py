@@ -10,10 +10,10 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gateway.app.direct import DirectCalls
 from gateway.auth.callers import CALLER, EVERYBODY, Caller
 from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.http.access import CALL, INFER, MATCH, Routes, RouteTable
-from gateway.http.direct import DirectCalls
 from gateway.http.errors import OPENAI_ERRORS, add_handlers, let_go
 from gateway.http.paths import COMPLETIONS
 from gateway.openai.bodies import CompletionRequest

@@ -10,9 +10,9 @@ import pytest
 from helpers.scripted_fleet import RunningGateway, ScriptedFleet
 from starlette.responses import Response
 
+from gateway.answers.keep_alive import KeepAliveResponse
+from gateway.app.app import Envelope
 from gateway.http.access import RouteTable
-from gateway.http.app import Envelope
-from gateway.http.keep_alive import KeepAliveResponse
 from gateway.text.tokenizer import BaseEncoder
 from protocol.runtime.settings import Settings
 

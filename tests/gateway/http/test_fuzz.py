@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from gateway.anthropic.errors import ANTHROPIC_ERRORS
+from gateway.app.shapes import shape_of
 from gateway.http.errors import OPENAI_ERRORS
-from gateway.http.shapes import shape_of
 from gateway.lorax.bodies import CompatRequest, Parameters
 from gateway.openai.bodies import BODIES
 from lorafleet.launcher.embedded import EmbeddedServer

@@ -10,8 +10,8 @@ import pytest
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from starlette.responses import Response
 
-from gateway.http.keep_alive import KeepAliveResponse
-from gateway.http.sse import GenerationResponse
+from gateway.answers.keep_alive import KeepAliveResponse
+from gateway.answers.sse import GenerationResponse
 from gateway.overload.admission import Admission
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import NotFound, Overloaded

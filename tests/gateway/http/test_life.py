@@ -16,8 +16,8 @@ import pytest
 from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
 
+from gateway.app.app import Envelope
 from gateway.http.access import RouteTable
-from gateway.http.app import Envelope
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m

@@ -17,8 +17,8 @@ import pytest
 import uvicorn
 import uvloop
 
-from gateway.http import server as http_server
-from gateway.http.server import HttpServer
+from gateway.server import server as http_server
+from gateway.server.server import HttpServer
 from gateway.service import listen
 
 NUM = 200
@@ -132,7 +132,7 @@ def test_connections_are_limited_and_the_next_one_waits_for_its_turn(caplog: pyt
 
 def test_a_process_may_have_more_connections_than_shells_allow() -> None:
     code = (
-        "import resource as r; from gateway.http.server import allow_connections as allow;"
+        "import resource as r; from gateway.server.server import allow_connections as allow;"
         "r.setrlimit(r.RLIMIT_NOFILE, (1024, 4096)); print(allow(), *r.getrlimit(r.RLIMIT_NOFILE))"
     )
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout

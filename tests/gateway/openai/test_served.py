@@ -10,8 +10,8 @@ from typing import Any
 import httpx2
 from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
 
+from gateway.chat.messages import MAX_OTHER_ROLES
 from gateway.openai.timed import FIELDS, metrics_of
-from gateway.text.messages import MAX_OTHER_ROLES
 from protocol.queue.bus import Bus
 from protocol.wire.records import RequestFacts
 

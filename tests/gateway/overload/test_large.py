@@ -19,6 +19,7 @@ from helpers.waiting import wait_until
 from msgspec import structs
 
 from gateway.adapters.resolver import Target
+from gateway.app.shapes import shape_of
 from gateway.auth.callers import CALLER, EVERYBODY
 from gateway.bodies import json_values
 from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Sent, Texts, Truncation
@@ -27,7 +28,6 @@ from gateway.calls.size import check_logprobs
 from gateway.calls.tokenize import Prompt, check_size, tokenize
 from gateway.http.access import MATCH, Match
 from gateway.http.paths import SMALL_BODY_BYTES
-from gateway.http.shapes import shape_of
 from gateway.overload import large
 from gateway.overload.large import LargeBodies, LargeBody, LargeLimits, Places
 from gateway.text.tokenizer import ModelFiles, load_model_files

@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from gateway.text.chat import ChatTemplate
-from gateway.text.messages import normalize_messages, text_in, text_of
-from gateway.text.template_forms import Form, in_forms, shows_lists
+from gateway.chat.messages import normalize_messages, text_in, text_of
+from gateway.chat.template import ChatTemplate
+from gateway.chat.template_forms import Form, in_forms, shows_lists
 from protocol.wire.errors import BadRequest
 
 CONVERSATION: list[dict[str, Any]] = [

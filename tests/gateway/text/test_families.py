@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from gateway.text.chat import ChatTemplate
-from gateway.text.messages import normalize_messages
-from gateway.text.template_forms import in_forms
+from gateway.chat.messages import normalize_messages
+from gateway.chat.template import ChatTemplate
+from gateway.chat.template_forms import in_forms
 from gateway.text.tokenizer import BaseEncoder, ModelFiles
 from protocol.wire.errors import BadRequest
 from protocol.wire.tokens import TokenTable

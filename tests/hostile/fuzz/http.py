@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from chaos.attackers.webhook_attacks import silent_dns
-from gateway.adapters.operator_routes import LoadRequest, RegisterRequest, UnloadRequest
 from gateway.anthropic.bodies import CountTokensRequest, MessagesRequest
 from gateway.batches.bodies import BatchRequest
 from gateway.encoders.bodies import (
@@ -30,6 +29,7 @@ from gateway.encoders.bodies import (
 from gateway.lorax.bodies import CompatRequest, Parameters
 from gateway.ollama import bodies as ollama
 from gateway.openai.bodies import ChatRequest, CompletionRequest
+from gateway.operators.adapter_routes import LoadRequest, RegisterRequest, UnloadRequest
 from gateway.operators.keys import KeyRequest, TenantChange
 from gateway.responses.bodies import (
     ConversationChange,

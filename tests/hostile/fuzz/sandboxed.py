@@ -16,12 +16,12 @@ from hostile.fuzz import odd
 from hostile.fuzz.engine import Check, Target
 from hypothesis import strategies as st
 
+from gateway.chat.messages import normalize_messages
 from gateway.grammars.notation import grammar_text
 from gateway.grammars.structured import constraint_of
 from gateway.sandbox.child import Check as GrammarJob
 from gateway.sandbox.child import Render
 from gateway.sandbox.sandbox import SandboxPool
-from gateway.text.messages import normalize_messages
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Overloaded, Unavailable
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lorafleet.operate.api import DEFAULT_URL, Api, add_flags
-from lorafleet.operate.profiles import load_profile
+from lorafleet.api import DEFAULT_URL, Api, add_flags
+from lorafleet.profiles import load_profile
 from protocol.wire.errors import BadRequest
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from protocol.runtime.adapter_refs import Policy, Reference, parse_reference
 from protocol.runtime.settings import Settings
-from protocol.wire.adapter_refs import Policy, Reference, parse_reference
 from protocol.wire.errors import PermissionDenied
 
 

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import httpx2
 
-from lorafleet.operate.profiles import config_file, load_profile, read_key
+from lorafleet.profiles import config_file, load_profile, read_key
 from protocol.wire.errors import BadRequest, LorafleetError, NotFound, PermissionDenied, Unauthorized, Unavailable
 from protocol.wire.lines import iter_lines
 

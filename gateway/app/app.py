@@ -20,8 +20,11 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.adapters.operator_routes import OperatorEndpoints, add_operator_routes
+from gateway.answers.sse import RAW_SEND
 from gateway.anthropic.routes import AnthropicEndpoints, add_anthropic_routes
+from gateway.app.direct import DirectCalls
+from gateway.app.routes import Endpoints, add_routes
+from gateway.app.shapes import shape_of, speaks_anthropic
 from gateway.auth.authentication import Authentication
 from gateway.auth.browsers import Browsers
 from gateway.auth.callers import CALLER
@@ -32,23 +35,20 @@ from gateway.bodies.json_bodies import JsonRoute
 from gateway.bodies.parameter_check import IGNORED_HEADER
 from gateway.books.audit_routes import AuditEndpoints, add_audit_routes
 from gateway.books.usage_routes import UsageEndpoints, add_usage_routes
-from gateway.calls import observe
+from gateway.calls import lorax_metrics, observe
 from gateway.calls.trace import TRACE_OF, CallTrace
 from gateway.console.routes import ConsolePages, DocsPages, add_console
 from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
 from gateway.files.routes import FileEndpoints, add_file_routes
 from gateway.http import openapi
 from gateway.http.access import API_PAGE, MATCH, Match, Routes, RouteTable, normal_path
-from gateway.http.direct import DirectCalls
 from gateway.http.errors import REFUSALS_OF, REQUEST_ID_OF, add_handlers
 from gateway.http.headers import header_of
 from gateway.http.paths import SMALL_BODY_BYTES
-from gateway.http.routes import Endpoints, add_routes
-from gateway.http.shapes import shape_of, speaks_anthropic
-from gateway.http.sse import RAW_SEND
-from gateway.lorax import metrics as lorax_metrics
 from gateway.lorax.routes import NativeEndpoints, add_native_routes
 from gateway.ollama.routes import OllamaEndpoints, add_ollama_routes
+from gateway.openai.routes import OpenAIEndpoints, add_openai_routes
+from gateway.operators.adapter_routes import OperatorEndpoints, add_operator_routes
 from gateway.operators.routes import FleetEndpoints, add_fleet_routes
 from gateway.overload.admission import Admission
 from gateway.overload.large import LargeBodies
@@ -86,6 +86,7 @@ class Handlers:
     """What answers: an object for each module of routes."""
 
     endpoints: Endpoints
+    openai: OpenAIEndpoints
     native: NativeEndpoints
     operators: OperatorEndpoints
     encoders: EncoderEndpoints
@@ -113,6 +114,7 @@ def routed(handlers: Handlers) -> FastAPI:
         responses=openapi.OPENAI,
     )  # fmt: skip
     add_routes(app, handlers.endpoints)
+    add_openai_routes(app, handlers.openai)
     add_native_routes(app, handlers.native)
     add_operator_routes(app, handlers.operators)
     add_encoder_routes(app, handlers.encoders)

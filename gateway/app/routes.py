@@ -1,9 +1,8 @@
-"""OpenAI's routes, jobs and health: each handler reads its request, and returns the answer as a response."""
+"""The routes that are about the whole gateway: models, health, and the state of the fleet."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import orjson
@@ -11,69 +10,32 @@ from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
 from gateway.adapters.resolver import is_base
+from gateway.answers.respond import Answers
 from gateway.anthropic.models import DEFAULT_LIMIT, MAX_LIMIT, page, shown
+from gateway.app.shapes import speaks_anthropic
 from gateway.auth.callers import caller_of
-from gateway.bodies.fields import REQUEST_ID
-from gateway.bodies.json_bodies import JsonRoute, json_answer, json_response
-from gateway.calls.jobs import JobStatus
-from gateway.calls.parse import Sent
+from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.calls.pipeline import Pipeline
-from gateway.calls.writers import SSE, Framing
 from gateway.http import openapi
-from gateway.http.access import ADMIN_PAGE, CALL, INFER, OPEN, Routes
-from gateway.http.errors import OPENAI_ERRORS, ErrorShape
-from gateway.http.keep_alive import KeepAliveResponse
-from gateway.http.paths import CHAT, COMPLETIONS, FLEET, MODELS, PING
-from gateway.http.shapes import speaks_anthropic
-from gateway.openai.bodies import AnyRequest, ChatRequest, CompletionRequest
-from gateway.openai.calls import OpenAICalls
+from gateway.http.access import ADMIN_PAGE, INFER, OPEN, Routes
+from gateway.http.paths import FLEET, MODELS, PING
 from gateway.overload.admission import Admission
 from protocol.runtime.release import RELEASE
-from protocol.wire.errors import BadRequest, ModelNotFound, NotFound, Unavailable
+from protocol.wire.errors import ModelNotFound, NotFound
 from protocol.wire.messages import SchedulerStatus, ServedModel
-
-MAX_KEY_CHARACTERS = 255
-
-_PREFER_WAIT = re.compile(r"\bwait=(\d{1,6})\b")
 
 
 class Endpoints:
-    """The handlers of OpenAI's routes, jobs and health."""
+    """The routes' handlers."""
 
-    def __init__(self, pipeline: Pipeline, admission: Admission, disk_full: Callable[[], bool]) -> None:
+    def __init__(
+        self, answers: Answers, pipeline: Pipeline, admission: Admission, disk_full: Callable[[], bool]
+    ) -> None:  # fmt: skip
         """disk_full: tells whether the queue's server cannot write to its disk."""
+        self._answers = answers
         self._pipeline = pipeline
         self._admission = admission
         self._disk_full = disk_full
-        self.calls = OpenAICalls(pipeline)
-        self._jobs = self.calls.jobs
-        self.draining = False
-
-    async def respond(
-        self, answer: Coroutine[Any, Any, Response], *, stream: bool = False, errors: ErrorShape = OPENAI_ERRORS,
-        framing: Framing = SSE,
-    ) -> Response:  # fmt: skip
-        """Return the response that a call comes to, kept alive until then. Raises Unavailable while draining."""
-        if self.draining:
-            answer.close()
-            raise Unavailable("this gateway is shutting down; another one can take the request", code="shutting_down")
-        keepalive_s = self._pipeline.settings.keepalive_s
-        return KeepAliveResponse(answer, stream=stream, keepalive_s=keepalive_s, errors=errors, framing=framing)
-
-    # ------------------------------------------------------------ generation
-
-    async def chat(self, body: ChatRequest, request: Request) -> Response:
-        """Answer `/v1/chat/completions`."""
-        return await self._generate(CHAT, body, request)
-
-    async def completions(self, body: CompletionRequest, request: Request) -> Response:
-        """Answer `/v1/completions`."""
-        return await self._generate(COMPLETIONS, body, request)
-
-    async def _generate(self, endpoint: str, body: AnyRequest, request: Request) -> Response:
-        sent = await sent_of(endpoint, request)
-        stream = bool(body.stream) and not body.background
-        return await self.respond(self.calls.answer(body, sent, caller_of(request)), stream=stream)
 
     # ------------------------------------------------------------ models
 
@@ -108,37 +70,6 @@ class Endpoints:
             raise ModelNotFound(name)
         return json_response(shown(base, alias))
 
-    # ------------------------------------------------------------ jobs
-
-    async def jobs(
-        self,
-        request: Request,
-        status: JobStatus | None = None,
-        limit: Annotated[int, Query(ge=1, le=100)] = 20,
-        after: str | None = None,
-        model: str | None = None,
-    ) -> Response:
-        """Answer `/v1/jobs`."""
-        return json_response(await self._jobs.list(caller_of(request), status, limit, after, model))
-
-    async def job(self, jid: str, request: Request) -> Response:
-        """Answer `/v1/jobs/{jid}`."""
-        # A draining gateway lets nobody wait.
-        wait = None if self.draining else _PREFER_WAIT.search(request.headers.get("prefer", ""))
-        return json_answer(await self._jobs.get(jid, caller_of(request), float(wait[1]) if wait else 0.0))
-
-    async def stream_job(self, jid: str, request: Request) -> Response:
-        """Answer `/v1/jobs/{jid}/stream`."""
-        return await self._jobs.stream(jid, caller_of(request), request.headers.get("last-event-id", ""))
-
-    async def cancel_job(self, jid: str, request: Request) -> Response:
-        """Answer `/v1/jobs/{jid}/cancel`."""
-        return json_answer(await self._jobs.cancel(jid, caller_of(request)))
-
-    async def delete_job(self, jid: str, request: Request) -> Response:
-        """Answer `DELETE /v1/jobs/{jid}`."""
-        return json_response(await self._jobs.delete(jid, caller_of(request)))
-
     # ------------------------------------------------------------ operation
 
     async def health(self) -> Response:
@@ -146,9 +77,9 @@ class Endpoints:
         fleet = self._pipeline.fleet
         await fleet.refresh()
         disk_full = self._disk_full()  # then beats of workers cannot be written either
-        ready = fleet.is_ready and not self.draining and not disk_full
+        ready = fleet.is_ready and not self._answers.draining and not disk_full
         waits = "queue_disk_full" if disk_full else "no_worker"
-        state = "draining" if self.draining else "ready" if ready else waits
+        state = "draining" if self._answers.draining else "ready" if ready else waits
         body = {"status": state, "workers": fleet.num_workers}
         if ready:
             return json_response(body)
@@ -194,27 +125,11 @@ def _queue(status: SchedulerStatus | None) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
-async def sent_of(endpoint: str, request: Request) -> Sent:
-    """Return a body as it came. Raises BadRequest for an Idempotency-Key that is too long."""
-    headers = request.headers
-    key, request_id = headers.get("idempotency-key", ""), headers.get("x-request-id", "")
-    if len(key) > MAX_KEY_CHARACTERS:
-        raise BadRequest(f"an Idempotency-Key may have at most {MAX_KEY_CHARACTERS} characters")
-    return Sent(endpoint, await request.body(), key, request_id if REQUEST_ID.fullmatch(request_id) else "")
-
-
 def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     """Bind paths to handlers."""
     routes = Routes(app, JsonRoute)
-    routes.post(CHAT, CALL, responses=openapi.GENERATED)(endpoints.chat)
-    routes.post(COMPLETIONS, CALL, responses=openapi.GENERATED)(endpoints.completions)
     routes.get(MODELS, INFER, responses=openapi.MODELS)(endpoints.models)
     routes.get(MODELS + "/{name:path}", INFER)(endpoints.model)
-    routes.get("/v1/jobs", INFER, responses=openapi.PAGE)(endpoints.jobs)
-    routes.get("/v1/jobs/{jid}", INFER, responses=openapi.JOB)(endpoints.job)
-    routes.get("/v1/jobs/{jid}/stream", INFER, responses=openapi.STREAMED)(endpoints.stream_job)
-    routes.delete("/v1/jobs/{jid}", INFER, responses=openapi.DELETED)(endpoints.delete_job)
-    routes.post("/v1/jobs/{jid}/cancel", INFER, responses=openapi.JOB)(endpoints.cancel_job)
     routes.get(FLEET, ADMIN_PAGE, responses=openapi.FLEET)(endpoints.fleet)
     routes.get("/version", INFER, responses=openapi.VERSION)(endpoints.version)
     routes.get("/load", ADMIN_PAGE, responses=openapi.LOAD)(endpoints.load)

@@ -16,9 +16,9 @@ from typing import Any
 import uvicorn
 
 from gateway.http.addresses import origin_of
-from gateway.http.connection import Connection, ConnectionLimits, Parts
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape, ShapeOf
 from gateway.overload.memory import MemoryAccount, address_holder
+from gateway.server.connection import Connection, ConnectionLimits, Parts
 from protocol.metrics.series import HTTP_DROPPED
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,11 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from gateway.answers.sse import GenerationResponse
 from gateway.bodies.json_bodies import disconnected
 from gateway.calls.job_stream import JobStream
 from gateway.calls.writers import SSE, Framing
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape, error_of
-from gateway.http.sse import GenerationResponse
 from gateway.overload.admission import is_inbound
 from protocol.metrics.series import CLIENTS_GONE
 from protocol.runtime.guarded import is_failure

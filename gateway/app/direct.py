@@ -57,7 +57,7 @@ class DirectCalls:
         match: Match = scope[MATCH]
         route = match.route
         try:
-            match.check(scope[CALLER])
+            scope[CALLER].require(*match.scopes or ())
         except PermissionDenied as error:
             await self._shape_of(scope).response(error)(scope, receive, send)
             return

@@ -15,12 +15,12 @@ from starlette.responses import PlainTextResponse, Response
 from gateway.adapters.memory import Freed
 from gateway.adapters.operations import AdapterOperations, Unloaded, Wanted
 from gateway.auth.callers import caller_of
+from gateway.bodies.json_bodies import json_response
 from gateway.bodies.parameter_check import JsonBody
 from gateway.books.audit import AuditedRoute, about, done
 from gateway.http import openapi
 from gateway.http.access import ADAPTERS, ADMIN, ADMIN_FILE, READ_ADAPTERS, Routes
 from gateway.http.paths import UPLOAD
-from gateway.http.routes import json_response
 from protocol.wire.errors import BadRequest, Conflict, NotFound, Unavailable
 
 MAX_WAIT_S = 600.0

@@ -1,4 +1,4 @@
-"""The tables of `docs/keys.md`, made of the routes: `python -m gateway.http.access_table` writes them.
+"""The tables of `docs/keys.md`, made of the routes: `python -m gateway.app.access_table` writes them.
 
 The first says which key each route answers, the second what becomes of other spellings of its path.
 """
@@ -15,13 +15,13 @@ from urllib.parse import quote, unquote
 
 from fastapi import FastAPI
 
+from gateway.app.app import Handlers, routed
 from gateway.http.access import Access, Match, RouteTable, normal_path
-from gateway.http.app import Handlers, routed
 from protocol.queue.books.api_keys import SCOPES
 from protocol.wire.errors import BadRequest
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "keys.md"
-BEGIN, END = "<!-- tables of gateway/http/access_table.py -->\n", "<!-- end of the tables -->\n"
+BEGIN, END = "<!-- tables of gateway/app/access_table.py -->\n", "<!-- end of the tables -->\n"
 
 _PARAMETER = re.compile(r"{\w++(:path)?}")
 

@@ -14,14 +14,12 @@ from gateway.calls import observe
 from gateway.calls.choices import Piece, best_of
 from gateway.calls.follow import ClientGoneError, Generation
 from gateway.calls.size import TextGrowth
-from gateway.calls.writers import SSE, Writer
-from gateway.http.connection import CONNECTION, Connection
+from gateway.calls.writers import DONE, SSE, Writer
 from gateway.http.errors import OPENAI_ERRORS, error_of
+from gateway.server.connection import CONNECTION, Connection
 from protocol.runtime.guarded import is_failure
 from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError
-
-DONE = b"data: [DONE]\n\n"
 
 FEW_LOGPROB_BYTES = 1 << 14
 """Logprobs up to which an answer is written in one piece: that takes a few milliseconds."""

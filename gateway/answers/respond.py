@@ -1,0 +1,47 @@
+"""What every handler of a call begins and ends with: the body as it came, and the answer as a response."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import Response
+
+from gateway.answers.keep_alive import KeepAliveResponse
+from gateway.bodies.fields import REQUEST_ID
+from gateway.calls.parse import Sent
+from gateway.calls.writers import SSE, Framing
+from gateway.http.errors import OPENAI_ERRORS, ErrorShape
+from protocol.wire.errors import BadRequest, Unavailable
+
+MAX_KEY_CHARACTERS = 255
+"""Longest Idempotency-Key."""
+
+
+class Answers:
+    """Makes responses of answers that take time, until the gateway drains."""
+
+    def __init__(self, keepalive_s: float) -> None:
+        """keepalive_s: time without a byte after which the client gets one, so that no proxy gives up."""
+        self._keepalive_s = keepalive_s
+        self.draining = False
+
+    async def respond(
+        self, answer: Coroutine[Any, Any, Response], *, stream: bool = False, errors: ErrorShape = OPENAI_ERRORS,
+        framing: Framing = SSE,
+    ) -> Response:  # fmt: skip
+        """Return the response that a call comes to, kept alive until then. Raises Unavailable while draining."""
+        if self.draining:
+            answer.close()
+            raise Unavailable("this gateway is shutting down; another one can take the request", code="shutting_down")
+        return KeepAliveResponse(answer, stream=stream, keepalive_s=self._keepalive_s, errors=errors, framing=framing)
+
+
+async def sent_of(endpoint: str, request: Request) -> Sent:
+    """Return a body as it came. Raises BadRequest for an Idempotency-Key that is too long."""
+    headers = request.headers
+    key, request_id = headers.get("idempotency-key", ""), headers.get("x-request-id", "")
+    if len(key) > MAX_KEY_CHARACTERS:
+        raise BadRequest(f"an Idempotency-Key may have at most {MAX_KEY_CHARACTERS} characters")
+    return Sent(endpoint, await request.body(), key, request_id if REQUEST_ID.fullmatch(request_id) else "")

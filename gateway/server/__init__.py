@@ -1,0 +1,1 @@
+"""The HTTP server: uvicorn's, with limits on connections, heads and bodies."""
