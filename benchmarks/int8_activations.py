@@ -24,7 +24,7 @@ from torch import Tensor
 from benchmarks.common import report
 from benchmarks.common.fleet import quickstart_model
 from benchmarks.kv_cache import LAST, LENGTHS, allocate, docs_ids, last_logits, least, save
-from gpu_worker.model.checkpoint import read_config
+from gpu_worker.loading.checkpoint import read_config
 from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import load_model
 from gpu_worker.quantised.quantise import quantised_folder

@@ -29,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from benchmarks.common import report
 from benchmarks.common.fleet import quickstart_model
-from gpu_worker.model.checkpoint import read_model
+from gpu_worker.loading.checkpoint import read_model
 from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import load_model
 from lora_kernels import cpu, kv_codes, ops

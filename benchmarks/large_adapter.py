@@ -29,16 +29,16 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.common import report
+from gpu_worker.adapters.expert_pool import EXPERT_SHARE, ExpertPool, page_bytes
 from gpu_worker.adapters.loader.client import Loader
+from gpu_worker.adapters.packing.expert_rows import expert_shapes
 from gpu_worker.adapters.packing.packer import Packer
 from gpu_worker.adapters.packing.rows import Rows
-from gpu_worker.experts.modules import GroupedExperts
-from gpu_worker.experts.pool import EXPERT_SHARE, ExpertPool, page_bytes
-from gpu_worker.experts.rows import expert_shapes
-from gpu_worker.model.adaptable_modules import AdaptableModules, parameter_shapes
-from gpu_worker.model.apply_extras import AdaptableModule, TokenLayout
-from gpu_worker.model.attention import StepContext
-from gpu_worker.model.lora import GROUPS
+from gpu_worker.layers.adaptable_modules import AdaptableModules, parameter_shapes
+from gpu_worker.layers.apply_extras import AdaptableModule, TokenLayout
+from gpu_worker.layers.attention import StepContext
+from gpu_worker.layers.expert_modules import GroupedExperts
+from gpu_worker.layers.lora import GROUPS
 from peft_adapters.format import adapter_digest, parse_config, parse_header
 from protocol.wire.messages import ServedModel
 

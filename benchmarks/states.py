@@ -20,7 +20,7 @@ import torch
 from transformers.models.qwen3_5 import modeling_qwen3_5 as transformers_model
 
 from benchmarks.common import report
-from gpu_worker.model.mixers import Convolution, DeltaRule, Run, StateBatch
+from gpu_worker.layers.mixers import Convolution, DeltaRule, Run, StateBatch
 from lora_kernels import cpu
 
 HEADS, DIM, TAPS = 16, 128, 4

@@ -17,6 +17,7 @@ from msgspec import structs
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.adapters.merges import NUM_MERGERS, MergeWatch
+from gpu_worker.adapters.packing.expert_rows import expert_sites
 from gpu_worker.adapters.packing.merging import check_bytes, merge_adapters
 from gpu_worker.adapters.packing.packer import HostAdapter, Packer, name_of, row_sites
 from gpu_worker.adapters.packing.rows import Rows, RowSite
@@ -30,9 +31,8 @@ from gpu_worker.encoder.engine import EncoderConfig, EncoderEngine
 from gpu_worker.encoder.model import EncoderModel, prepare_encoder
 from gpu_worker.engine.batcher import MAX_PROMPT_ROWS, BatchLimits
 from gpu_worker.engine.engine import Engine, EngineConfig
-from gpu_worker.experts.rows import expert_sites
-from gpu_worker.memory import CacheBytes, GiB, free_bytes, share_out
-from gpu_worker.model.checkpoint import (
+from gpu_worker.engine.engine_thread import EngineThread
+from gpu_worker.loading.checkpoint import (
     head_dim_of,
     quantisation_of,
     read_config,
@@ -41,13 +41,13 @@ from gpu_worker.model.checkpoint import (
     task_of,
     tokenizer_types,
 )
+from gpu_worker.memory import CacheBytes, GiB, free_bytes, share_out
 from gpu_worker.model.compiled import compile_errors, warm
 from gpu_worker.model.kv_dtype import choose_kv_dtype
 from gpu_worker.model.model import BaseModel, choose_device, choose_dtype, choose_isa, multiplies_bfloat16
 from gpu_worker.model.prepare import load_model
 from gpu_worker.quantised.index import is_quantised_folder
 from gpu_worker.quantised.quantise import quantised_folder
-from gpu_worker.service.engine_thread import EngineThread
 from gpu_worker.tasks.headless import has_no_lm_head
 from gpu_worker.tasks.labels import activation_of, folder_activation, pair_activation_of
 from gpu_worker.tasks.pooling import read_pooling

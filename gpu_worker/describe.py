@@ -15,9 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gpu_worker.model.adaptable_modules import is_norm, parameter_shapes
-from gpu_worker.model.checkpoint import CLASSES, head_dim_of, read_config, task_of
-from gpu_worker.model.lora import linear_shape
+from gpu_worker.layers.adaptable_modules import is_norm, parameter_shapes
+from gpu_worker.layers.lora import linear_shape
+from gpu_worker.loading.checkpoint import CLASSES, head_dim_of, read_config, task_of
 from gpu_worker.tasks.headless import has_no_lm_head
 from gpu_worker.tasks.model_tasks import head_name_of
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder, served_name

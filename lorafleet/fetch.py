@@ -67,7 +67,7 @@ def _make_gguf_folder(file: Path, num_kept: int) -> None:
     if (folder / "config.json").is_file():
         folder.touch()
         return
-    command = [sys.executable, "-m", "gpu_worker.quantised.gguf_folder", str(file), str(folder)]
+    command = [sys.executable, "-m", "gpu_worker.loading.gguf_folder", str(file), str(folder)]
     environment = child_environment(*COMPUTE, *HUB_CACHE)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:

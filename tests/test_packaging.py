@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "lorafleet": {"protocol"},  # it starts services by name, in processes of their own
     "chaos": {"protocol", "lorafleet", "gpu_worker"},  # of the worker only how it draws tokens
 }
-LAYERED = ("gateway", "protocol", "lorafleet")
+LAYERED = ("gateway", "gpu_worker", "protocol", "lorafleet")
 """Packages whose rooms are layers."""
 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "triton"}

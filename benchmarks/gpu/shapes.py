@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.adapters.weights import page_bytes, split_budget
-from gpu_worker.model.lora import GROUPS
+from gpu_worker.layers.lora import GROUPS
 from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import prepare_model
 from lora_kernels import ops

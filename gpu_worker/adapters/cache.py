@@ -11,7 +11,6 @@ from collections.abc import Callable, Container, Iterable
 import numpy as np
 
 from gpu_worker.adapters.events import AdapterEvents, LoadTimes
-from gpu_worker.adapters.extras import Extras
 from gpu_worker.adapters.failures import Failures
 from gpu_worker.adapters.host import HostTier
 from gpu_worker.adapters.jobs import JobEnd, Jobs
@@ -19,6 +18,7 @@ from gpu_worker.adapters.merges import MergeWatch
 from gpu_worker.adapters.packing.packer import HostAdapter
 from gpu_worker.adapters.starvation import Starvation
 from gpu_worker.adapters.weights import PoolWeights
+from gpu_worker.layers.extras import Extras
 from peft_adapters.recipe import is_merge
 from protocol.wire.errors import AdapterRefused, LorafleetError, Unavailable
 from protocol.wire.messages import AdapterEvent

@@ -12,10 +12,10 @@ from collections.abc import Callable, Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from gpu_worker.adapters.extras import Extras
 from gpu_worker.adapters.merges import GivenUp, MergeJob, Merges
 from gpu_worker.adapters.packing.packer import HostAdapter
 from gpu_worker.adapters.priority import lower_priority
+from gpu_worker.layers.extras import Extras
 from protocol.wire.errors import Internal, LorafleetError
 
 logger = logging.getLogger(__name__)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from gpu_worker.adapters.copy_stream import CopyStream
-from gpu_worker.adapters.extras import Extras, map_tensors, tensors_of
+from gpu_worker.adapters.expert_pool import ExpertPool
+from gpu_worker.adapters.packing.expert_rows import expert_sites
 from gpu_worker.adapters.packing.packer import EXTRA_PAGE_BYTES, MAX_RANK, HostAdapter
 from gpu_worker.adapters.pool import PagePool
-from gpu_worker.experts.pool import ExpertPool
-from gpu_worker.experts.rows import expert_sites
+from gpu_worker.layers.adaptable_modules import AdaptableModules
+from gpu_worker.layers.extras import Extras, map_tensors, tensors_of
+from gpu_worker.layers.lora import GROUPS, SharedInput, SiteInfo
 from gpu_worker.memory import send, zeros
-from gpu_worker.model.adaptable_modules import AdaptableModules
-from gpu_worker.model.lora import GROUPS, SharedInput, SiteInfo
 from lora_kernels import ops
 from lora_kernels.ops import PAGE_ROWS, AdapterTable, LoraSite
 from protocol.wire.errors import BadRequest

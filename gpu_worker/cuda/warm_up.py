@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gpu_worker.engine.runner import lora_batch
+from gpu_worker.layers.mixers import Run, StateBatch
+from gpu_worker.layers.step_rows import lora_batch
 from gpu_worker.memory import send
-from gpu_worker.model.mixers import Run, StateBatch
 from gpu_worker.model.model import BaseModel
 from lora_kernels import ops
 from lora_kernels.segments import LARGE_TILE_ROWS_PER_SEGMENT

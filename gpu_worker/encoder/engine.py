@@ -19,9 +19,10 @@ from gpu_worker.encoder.model import EncoderModel
 from gpu_worker.engine.base import BaseEngine
 from gpu_worker.engine.batcher import MAX_SKIPS
 from gpu_worker.engine.request import BATCH_LEVEL, EngineRequest, EngineStats, TokenOutput, failure_of
-from gpu_worker.engine.runner import extra_rows, group_by_adapter, lora_batch
+from gpu_worker.engine.runner import group_by_adapter
 from gpu_worker.engine.step_model import StepWork
-from gpu_worker.model.apply_extras import ExtraRows
+from gpu_worker.layers.apply_extras import ExtraRows
+from gpu_worker.layers.step_rows import extra_rows, lora_batch
 from lora_kernels import ops
 from protocol.wire.errors import BadRequest, Internal, LorafleetError
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gpu_worker.encoder.head import Classifier, reads_first_alone
+from gpu_worker.layers.adaptable_modules import AdaptableModules, find_adaptable_modules
+from gpu_worker.layers.attention import ATTENTION, AttentionCall, StepContext, bind
+from gpu_worker.layers.lora import SharedInput, SiteInfo, install_sites, linear_shape
+from gpu_worker.loading.checkpoint import refusal, refuse_what_cannot_run, takes_positions
 from gpu_worker.memory import send
-from gpu_worker.model.adaptable_modules import AdaptableModules, find_adaptable_modules
-from gpu_worker.model.attention import ATTENTION, AttentionCall, StepContext, bind
-from gpu_worker.model.checkpoint import refusal, refuse_what_cannot_run, takes_positions
 from gpu_worker.model.logits_check import CHECK_LIMITS, spread_of
-from gpu_worker.model.lora import SharedInput, SiteInfo, install_sites, linear_shape
 from gpu_worker.model.model import fingerprint_of
 from gpu_worker.model.trial import NUM_HEAD_ROWS, NUM_TOKENS, Trial, WatchedPass, run_encoder_trial, watch_passes
 from gpu_worker.tasks.labels import labels_of

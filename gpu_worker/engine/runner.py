@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_worker.adapters.extras import Extras
 from gpu_worker.cuda.graphs import GraphRecorder, StepGraph, StepGraphs, StepLists
 from gpu_worker.engine.pooled import PooledRows, gather
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.step_plan import StepPlan
+from gpu_worker.layers.apply_extras import ExtraRows
+from gpu_worker.layers.extras import Extras
+from gpu_worker.layers.mixers import Run, StateBatch
+from gpu_worker.layers.step_rows import extra_rows, lora_batch
 from gpu_worker.memory import send
-from gpu_worker.model.apply_extras import ExtraRows
 from gpu_worker.model.logits_check import CODED_LIMIT
-from gpu_worker.model.mixers import Run, StateBatch
 from gpu_worker.model.model import BaseModel
 from gpu_worker.sampling.logprobs import PromptRows
 from lora_kernels import ops
@@ -456,17 +457,3 @@ def group_by_adapter(
         if request.digest in extras:
             groups.setdefault((request.digest, request.lora_scale), []).append(i)
     return groups
-
-
-def lora_batch(slots: np.ndarray, scales: np.ndarray, device: torch.device) -> ops.LoraBatch | None:
-    """Return the work list of LoRA rows, None if there are none. slots: int32 [T], -1: none. scales: float32 [T]."""
-    if (slots < 0).all():
-        return None
-    return ops.build_lora_batch(slots, device, None if (scales == 1).all() else scales)
-
-
-def extra_rows(extras: Extras, rows: np.ndarray, active: np.ndarray, scale: float, device: torch.device) -> ExtraRows:
-    """Send the rows of one adapter's extras to the device. rows: int [n]. active: bool [n], where its LoRA counts."""
-    whole = torch.from_numpy(rows.astype(np.int64)).to(device)
-    part = whole if active.all() else torch.from_numpy(rows[active].astype(np.int64)).to(device)
-    return ExtraRows(extras, whole, part, scale)

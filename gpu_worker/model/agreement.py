@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
-from gpu_worker.model.attention import StepContext
+from gpu_worker.layers.attention import StepContext
 from gpu_worker.model.trial import NUM_TOKENS, ModuleCall
 from lora_kernels import ops
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpu_worker.model.attention import LoopedAttention, PagedLayer, StepContext, bound_to
-from gpu_worker.model.lora import SharedInput
+from gpu_worker.layers.attention import LoopedAttention, PagedLayer, StepContext, bound_to
+from gpu_worker.layers.lora import SharedInput
 from gpu_worker.model.model import BaseModel
 from lora_kernels import ops
 from lora_kernels.cpu.build import cache_dir

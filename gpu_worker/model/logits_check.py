@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gpu_worker.model.checkpoint import quantisation_of, takes_positions
+from gpu_worker.loading.checkpoint import quantisation_of, takes_positions
 from gpu_worker.quantised.modules import has_rounded_inputs
 
 CHECK_LIMITS = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gpu_worker.model.adaptable_modules import AdaptableModules
-from gpu_worker.model.attention import PagedLayer, StepContext
-from gpu_worker.model.blocks import PlainModel
+from gpu_worker.layers.adaptable_modules import AdaptableModules
+from gpu_worker.layers.attention import PagedLayer, StepContext
+from gpu_worker.layers.blocks import PlainModel
+from gpu_worker.layers.lora import SharedInput, SiteInfo
+from gpu_worker.layers.mixers import MixerStates, Run, StateBatch, running
 from gpu_worker.model.kept_answers import KeptAnswers
 from gpu_worker.model.logits_check import LogitsCheck, spread_of
-from gpu_worker.model.lora import SharedInput, SiteInfo
-from gpu_worker.model.mixers import MixerStates, Run, StateBatch, running
 from gpu_worker.one_by_one.passes import Passes
 from gpu_worker.tasks.model_tasks import ModelTasks, decoder_of, hidden_states
 from lora_kernels import cpu, ops

@@ -17,20 +17,20 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gpu_worker.model.adaptable_modules import AdaptableModules, find_adaptable_modules
-from gpu_worker.model.attention import ATTENTION, AttentionCall, StepContext, make_layers, unbind
-from gpu_worker.model.checkpoint import read_eos_ids, refusal, refuse_what_cannot_run, takes_positions
+from gpu_worker.layers.adaptable_modules import AdaptableModules, find_adaptable_modules
+from gpu_worker.layers.attention import ATTENTION, AttentionCall, StepContext, make_layers, unbind
+from gpu_worker.layers.lightning import install_lightning
+from gpu_worker.layers.lora import install_sites
+from gpu_worker.layers.mixers import MixerStates
+from gpu_worker.layers.tied import install_tied
+from gpu_worker.loading.checkpoint import read_eos_ids, refusal, refuse_what_cannot_run, takes_positions
 from gpu_worker.model.compiled import install_compiled
 from gpu_worker.model.kept_answers import KeptAnswers, answers_of
-from gpu_worker.model.lightning import install_lightning
 from gpu_worker.model.logits_check import LogitsCheck, ask_untouched
-from gpu_worker.model.lora import install_sites
-from gpu_worker.model.mixers import MixerStates
 from gpu_worker.model.model import BaseModel, fingerprint_of
+from gpu_worker.model.one_by_one_trial import find_passes, watch
 from gpu_worker.model.shortcuts import install_shortcuts
-from gpu_worker.model.tied import install_tied
 from gpu_worker.model.trial import Trial, run_trial
-from gpu_worker.one_by_one.trial import find_passes, watch
 from gpu_worker.quantised.modules import round_inputs_of
 from gpu_worker.tasks.headless import read_decoder
 from gpu_worker.tasks.model_tasks import ModelTasks, decoder_of, head_name_of, hidden_states

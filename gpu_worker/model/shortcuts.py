@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpu_worker.model.adaptable_modules import AdaptableModules
-from gpu_worker.model.agreement import agrees, close
-from gpu_worker.model.attention import PagedLayer, StepContext
-from gpu_worker.model.blocks import (
+from gpu_worker.layers.adaptable_modules import AdaptableModules
+from gpu_worker.layers.attention import PagedLayer, StepContext
+from gpu_worker.layers.blocks import (
     Angles,
     GatedMlp,
     LayerStack,
@@ -30,7 +29,8 @@ from gpu_worker.model.blocks import (
     PreNormLayer,
     RotaryAttention,
 )
-from gpu_worker.model.lora import SiteLinear
+from gpu_worker.layers.lora import SiteLinear
+from gpu_worker.model.agreement import agrees, close
 from gpu_worker.model.trial import NUM_HEAD_ROWS, NUM_TOKENS, ModuleCall, Trial
 from lora_kernels import ops
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from gpu_worker.model.apply_extras import TokenLayout
-from gpu_worker.model.attention import AttentionCall, AttentionRecorder, bind, unbind
-from gpu_worker.model.checkpoint import takes_positions
-from gpu_worker.model.lora import LinearCall, linear_shape
-from gpu_worker.model.masks import record_masks
-from gpu_worker.model.mixers import MixerCall, MixerRecorder, install_functions, running
+from gpu_worker.layers.apply_extras import TokenLayout
+from gpu_worker.layers.attention import AttentionCall, AttentionRecorder, bind, unbind
+from gpu_worker.layers.lora import LinearCall, linear_shape
+from gpu_worker.layers.masks import record_masks
+from gpu_worker.layers.mixers import MixerCall, MixerRecorder, install_functions, running
+from gpu_worker.loading.checkpoint import takes_positions
 
 NUM_TOKENS = 5
 NUM_HEAD_ROWS = 2  # a number that tells the head's rows from all tokens

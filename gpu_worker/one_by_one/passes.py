@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from gpu_worker.model.checkpoint import CACHE_NAMES
+from gpu_worker.loading.checkpoint import CACHE_NAMES
 from gpu_worker.one_by_one.account import Account, Continues
 
 

@@ -21,7 +21,7 @@ from gpu_worker.adapters.packing.packer import name_of
 from gpu_worker.build import load_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.runner import StepInputs
-from gpu_worker.model.blocks import stacks_of
+from gpu_worker.layers.blocks import stacks_of
 from gpu_worker.profiling.steps import Decode, Prefill, Queue
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
 from protocol.metrics.series import PHASES

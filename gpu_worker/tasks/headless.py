@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from gpu_worker.model.checkpoint import read_config, read_model, refusal
+from gpu_worker.loading.checkpoint import read_config, read_model, refusal
 from gpu_worker.tasks.model_tasks import (
     ModelTasks,
     decoder_of,

@@ -16,7 +16,7 @@ from gpu_worker.adapters.merges import MergeWatch
 from gpu_worker.adapters.packing.packer import HostAdapter, LinearRows, row_sites
 from gpu_worker.adapters.packing.rows import RowSite
 from gpu_worker.adapters.weights import PoolWeights
-from gpu_worker.model.lora import SiteInfo
+from gpu_worker.layers.lora import SiteInfo
 from lora_kernels.ops import PAGE_ROWS
 from protocol.wire.errors import NotFound
 

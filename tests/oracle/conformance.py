@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.runner import StepInputs
-from gpu_worker.model.checkpoint import one_line
-from gpu_worker.model.lora import SiteInfo
+from gpu_worker.layers.lora import SiteInfo
+from gpu_worker.loading.checkpoint import one_line
 from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import prepare_model
 from gpu_worker.one_by_one.account import Continues

@@ -22,13 +22,13 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
+from gpu_worker.adapters.packing.expert_rows import expert_sites
 from gpu_worker.adapters.packing.packer import row_sites
 from gpu_worker.adapters.packing.rows import RowPacker, Rows
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
-from gpu_worker.experts.rows import expert_sites
-from gpu_worker.model.checkpoint import takes_positions
+from gpu_worker.loading.checkpoint import takes_positions
 from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import prepare_model
 from protocol.runtime.settings import Settings

@@ -15,8 +15,8 @@ from transformers.masking_utils import and_masks, causal_mask_function, chunked_
 from transformers.masking_utils import sliding_window_causal_mask_function as window_mask
 
 from gpu_worker.build import build_engine
-from gpu_worker.model.blocks import RotaryAttention
-from gpu_worker.model.masks import AS_CALLED, MaskShape, read_shape
+from gpu_worker.layers.blocks import RotaryAttention
+from gpu_worker.layers.masks import AS_CALLED, MaskShape, read_shape
 from gpu_worker.model.prepare import prepare_model
 from gpu_worker.model.shortcuts import find_norm
 from protocol.runtime.settings import Settings

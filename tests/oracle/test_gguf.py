@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
-from gpu_worker.model.checkpoint import read_config, read_eos_ids, read_model
+from gpu_worker.loading.checkpoint import read_config, read_eos_ids, read_model
+from gpu_worker.loading.gguf_folder import make_folder
 from gpu_worker.model.prepare import prepare_model
-from gpu_worker.quantised.gguf_folder import make_folder
 from gpu_worker.quantised.modules import BlockEmbedding, BlockLinear
 from lora_kernels import ops
 from lora_kernels.quantised import Kind

@@ -11,7 +11,7 @@ from oracle.peft_oracle import ATTENTION, MLP, Lora, Oracle, ask, greedy_request
 from transformers import LlamaForCausalLM
 
 from gpu_worker.build import build_engine, load_engine
-from gpu_worker.model.checkpoint import read_config, read_model
+from gpu_worker.loading.checkpoint import read_config, read_model
 from gpu_worker.model.prepare import prepare_model
 from gpu_worker.quantised.quantise import quantised_folder
 from lora_kernels import cpu

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.runner import StepInputs
-from gpu_worker.model.blocks import FEWEST_ANGLES, Angles, LayerStack, PlainDecoder
+from gpu_worker.layers.blocks import FEWEST_ANGLES, Angles, LayerStack, PlainDecoder
 from lora_kernels import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no native kernels: layers run one by one")

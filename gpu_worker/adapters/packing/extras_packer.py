@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_worker.adapters.extras import Dora, EmbeddingExtras, Extras, LinearExtras, LowRank, ParameterLora, Tokens
 from gpu_worker.adapters.packing.rows import quantise
-from gpu_worker.model.adaptable_modules import AdaptableModules
-from gpu_worker.model.lora import SiteInfo
+from gpu_worker.layers.adaptable_modules import AdaptableModules
+from gpu_worker.layers.extras import Dora, EmbeddingExtras, Extras, LinearExtras, LowRank, ParameterLora, Tokens
+from gpu_worker.layers.lora import SiteInfo
 from peft_adapters.format import AdapterSpec, LoraWeights, ReplacedWeights, TrainedTokens
 
 GetTensor = Callable[[str], Tensor]

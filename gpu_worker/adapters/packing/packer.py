@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpu_worker.adapters.extras import Extras, tensors_of
+from gpu_worker.adapters.packing.expert_rows import ExpertRows, expert_sites, pack_experts, pages_by_shape
 from gpu_worker.adapters.packing.extras_packer import GetTensor, lora_matrices, pack_extras
 from gpu_worker.adapters.packing.rows import MAX_RANK, RowLayout, Rows, RowSite, quantise
-from gpu_worker.experts.modules import ExpertSite
-from gpu_worker.experts.rows import ExpertRows, expert_sites, pack_experts, pages_by_shape
-from gpu_worker.model.adaptable_modules import AdaptableModules
-from gpu_worker.model.lora import GROUPS, SiteInfo
+from gpu_worker.layers.adaptable_modules import AdaptableModules
+from gpu_worker.layers.expert_modules import ExpertSite
+from gpu_worker.layers.extras import Extras, tensors_of
+from gpu_worker.layers.lora import GROUPS, SiteInfo
 from lora_kernels.ops import PAGE_ROWS
 from peft_adapters.format import AdapterSpec, read_adapter
 from peft_adapters.safetensors_header import TensorInfo, read_header

@@ -9,9 +9,9 @@ import torch
 from helpers.adapter_loading import SITES, RecordedStream, make_adapter, rows_of
 
 from gpu_worker.adapters.copy_stream import CopyBuffer
-from gpu_worker.adapters.extras import Extras, LinearExtras
 from gpu_worker.adapters.packing.packer import row_sites
 from gpu_worker.adapters.weights import PoolWeights, page_runs, split_budget
+from gpu_worker.layers.extras import Extras, LinearExtras
 from lora_kernels.ops import PAGE_ROWS
 from protocol.wire.errors import BadRequest
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from gpu_worker.build import load_engine
 from gpu_worker.engine.engine import Engine
+from gpu_worker.layers.blocks import PlainDecoder, stacks_of
 from gpu_worker.model import kept_answers, prepare, shortcuts
-from gpu_worker.model.blocks import PlainDecoder, stacks_of
 from gpu_worker.model.kept_answers import answers_of
 from gpu_worker.model.logits_check import LogitsCheck, ask_untouched
 from gpu_worker.model.model import BaseModel

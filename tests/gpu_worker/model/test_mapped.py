@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gpu_worker.build import load_engine
-from gpu_worker.model.checkpoint import read_config, read_model
+from gpu_worker.loading.checkpoint import read_config, read_model
+from gpu_worker.loading.mapped import map_model
 from gpu_worker.model.logits_check import ask_untouched
-from gpu_worker.model.mapped import map_model
 from gpu_worker.model.model import fingerprint_of
 from protocol.runtime.settings import Settings
 

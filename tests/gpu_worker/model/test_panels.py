@@ -11,7 +11,7 @@ from helpers.factories import make_tiny_model
 from helpers.mapped import num_mapped
 from transformers import PreTrainedModel
 
-from gpu_worker.model.checkpoint import read_config, read_model
+from gpu_worker.loading.checkpoint import read_config, read_model
 from gpu_worker.quantised.modules import BlockLinear
 from gpu_worker.quantised.quantise import quantised_folder
 from lora_kernels import cpu

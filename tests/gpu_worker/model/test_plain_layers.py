@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gpu_worker.model.lora import is_plain
+from gpu_worker.layers.lora import is_plain
 
 
 class Apart(nn.Linear):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from oracle.tiny_models import tiny_model
 
+from gpu_worker.layers.tied import TiedEmbedding
 from gpu_worker.model.prepare import prepare_model
-from gpu_worker.model.tied import TiedEmbedding
 from lora_kernels import cpu, ops
 
 

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from benchmarks.common.fake_worker import fake_served
 from gpu_worker.engine.request import EngineStats
 from gpu_worker.service import service
-from gpu_worker.service.engine_thread import EngineThread
+from gpu_worker.engine.engine_thread import EngineThread
 from protocol.runtime.service import run
 from protocol.runtime.settings import Settings
 

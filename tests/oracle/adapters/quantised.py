@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
-from gpu_worker.model.checkpoint import quantisation_of, read_model
+from gpu_worker.loading.checkpoint import quantisation_of, read_model
 from gpu_worker.model.logits_check import MAX_OVER_SENSITIVITY, last_digits_changed
 from gpu_worker.model.prepare import prepare_model
 from protocol.runtime.settings import Settings

@@ -29,12 +29,12 @@ from oracle.tiny_models import tiny_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpu_worker.adapters.extras import Extras
+from gpu_worker.adapters.expert_pool import EXPERT_SHARE, page_bytes
+from gpu_worker.adapters.packing.expert_rows import expert_shapes, expert_sites
 from gpu_worker.adapters.packing.packer import Packer
-from gpu_worker.experts.modules import GroupedExperts, find_grouped_experts
-from gpu_worker.experts.pool import EXPERT_SHARE, page_bytes
-from gpu_worker.experts.rows import expert_shapes, expert_sites
-from gpu_worker.model.apply_extras import AdaptableModule, TokenLayout
+from gpu_worker.layers.apply_extras import AdaptableModule, TokenLayout
+from gpu_worker.layers.expert_modules import GroupedExperts, find_grouped_experts
+from gpu_worker.layers.extras import Extras
 from gpu_worker.model.prepare import prepare_model
 
 ALWAYS = {

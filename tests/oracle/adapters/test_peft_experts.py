@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
-from gpu_worker.model import adaptable_modules
+from gpu_worker.layers import adaptable_modules
 from peft_adapters.experts import FAMILIES
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 

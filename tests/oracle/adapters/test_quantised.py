@@ -10,7 +10,7 @@ from oracle.adapters.quantised import BASE, CPU, GPU_ONLY, SCHEMES, Scheme, engi
 from oracle.adapters.quantised_table import DOCUMENT, NAME, read_table
 from oracle.peft_oracle import ask, greedy_request
 
-from gpu_worker.model.checkpoint import read_model
+from gpu_worker.loading.checkpoint import read_model
 from gpu_worker.model.model import fingerprint_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the quantisation libraries have many

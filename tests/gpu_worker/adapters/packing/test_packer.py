@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save
 
 from gpu_worker.adapters.packing.packer import HostAdapter, Packer
-from gpu_worker.model.adaptable_modules import AdaptableModules
-from gpu_worker.model.attention import StepContext
-from gpu_worker.model.lora import SiteInfo
+from gpu_worker.layers.adaptable_modules import AdaptableModules
+from gpu_worker.layers.attention import StepContext
+from gpu_worker.layers.lora import SiteInfo
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel, SiteShape
 

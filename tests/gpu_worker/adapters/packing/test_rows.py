@@ -14,10 +14,10 @@ from torch import Tensor
 
 from gpu_worker.adapters.packing.packer import Packer
 from gpu_worker.adapters.packing.rows import MAX_EXPERT_RANK, NUM_OUTLINES, PIECE_BYTES, RowPacker, Rows
-from gpu_worker.experts.modules import ExpertShape, ExpertSite, GroupedExperts
-from gpu_worker.model.adaptable_modules import AdaptableModules
-from gpu_worker.model.attention import StepContext
-from gpu_worker.model.lora import SiteInfo
+from gpu_worker.layers.adaptable_modules import AdaptableModules
+from gpu_worker.layers.attention import StepContext
+from gpu_worker.layers.expert_modules import ExpertShape, ExpertSite, GroupedExperts
+from gpu_worker.layers.lora import SiteInfo
 from peft_adapters.safetensors_header import MAX_KEPT_HEADER_BYTES
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel, SiteShape

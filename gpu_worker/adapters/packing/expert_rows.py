@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.adapters.packing.rows import MAX_EXPERT_RANK
-from gpu_worker.experts.modules import ExpertShape, ExpertSite, GroupedExperts
+from gpu_worker.layers.expert_modules import ExpertShape, ExpertSite, GroupedExperts
 from lora_kernels.ops import PAGE_ROWS
 from peft_adapters.format import LoraWeights
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpu_worker.adapters.extras import EmbeddingExtras, Extras, LinearExtras, LowRank, ParameterLora
+from gpu_worker.layers.extras import EmbeddingExtras, Extras, LinearExtras, LowRank, ParameterLora
 
 logger = logging.getLogger(__name__)
 

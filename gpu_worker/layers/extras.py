@@ -1,7 +1,7 @@
 """The types of an adapter's extras: everything it changes beyond the low-rank rows that the pool holds.
 
 That is: replaced weights and biases, DoRA's magnitudes, biases of LoRA, trained tokens, LoRA on embeddings and on other
-parameters, norms, and another vocabulary. `gpu_worker.model.apply_extras` applies them to a forward pass.
+parameters, norms, and another vocabulary. `gpu_worker.layers.apply_extras` applies them to a forward pass.
 """
 
 from __future__ import annotations

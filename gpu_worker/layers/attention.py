@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from gpu_worker.layers.apply_extras import ExtraRows
 from gpu_worker.memory import zeros
-from gpu_worker.model.apply_extras import ExtraRows
 from lora_kernels import kv_codes, ops
 
 ATTENTION = "lorafleet"

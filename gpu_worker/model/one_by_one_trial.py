@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gpu_worker.model.checkpoint import CANNOT_RUN
+from gpu_worker.loading.checkpoint import CANNOT_RUN
 from gpu_worker.model.logits_check import LogitsCheck, spread_of
 from gpu_worker.model.trial import NUM_HEAD_ROWS, NUM_TOKENS, Trial, WatchedPass, watch_passes
 from gpu_worker.one_by_one.account import Account, Continues, passes_of

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gpu_worker.experts.modules import GroupedExperts, find_grouped_experts
-from gpu_worker.model.apply_extras import AdaptableEmbedding, AdaptableModule, TokenLayout, original_forward
-from gpu_worker.model.attention import StepContext
-from gpu_worker.model.lora import SharedInput, SiteInfo, is_number
+from gpu_worker.layers.apply_extras import AdaptableEmbedding, AdaptableModule, TokenLayout, original_forward
+from gpu_worker.layers.attention import StepContext
+from gpu_worker.layers.expert_modules import GroupedExperts, find_grouped_experts
+from gpu_worker.layers.lora import SharedInput, SiteInfo, is_number
 from lora_kernels import ops
 from protocol.wire.messages import SiteShape
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionMaskInterface
 
-from gpu_worker.model.attention import ATTENTION, AttentionCall
+from gpu_worker.layers.attention import ATTENTION, AttentionCall
 
 FAR = 1 << 24
 """A position that no text reaches."""

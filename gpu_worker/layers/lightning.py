@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpu_worker.model.checkpoint import CACHE_NAMES
-from gpu_worker.model.mixers import MixerCall, StateBatch, switch
+from gpu_worker.layers.mixers import MixerCall, StateBatch, switch
+from gpu_worker.loading.checkpoint import CACHE_NAMES
 
 PARTS = ("qkv_proj", "out_proj", "output_gate", "norm", "act_fn", "slope_rate", "num_attention_heads", "head_dim")
 """Attributes by which a layer is known."""

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpu_worker.adapters.packing.expert_rows import ExpertRows, expert_shapes
 from gpu_worker.adapters.packing.rows import MAX_EXPERT_RANK
-from gpu_worker.experts.modules import ExpertShape, ExpertSite
-from gpu_worker.experts.rows import ExpertRows, expert_shapes
+from gpu_worker.layers.expert_modules import ExpertShape, ExpertSite
 from gpu_worker.memory import send, zeros
 from lora_kernels.experts import ExpertPages
 from lora_kernels.ops import PAGE_ROWS, AdapterTable, LoraSite

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gpu_worker.model.adaptable_modules import AdaptableModules
-from gpu_worker.model.lora import LinearCall, is_plain
+from gpu_worker.layers.adaptable_modules import AdaptableModules
+from gpu_worker.layers.lora import LinearCall, is_plain
 from lora_kernels import ops
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gpu_worker.model.apply_extras import apply_linear
-from gpu_worker.model.attention import StepContext
+from gpu_worker.layers.apply_extras import apply_linear
+from gpu_worker.layers.attention import StepContext
 from gpu_worker.quantised.modules import BlockLinear, beside_each_other
 from lora_kernels import ops
 from protocol.wire.errors import AdapterRefused

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from gpu_worker.model.apply_extras import AdaptableModule
-from gpu_worker.model.attention import PagedLayer, StepContext
-from gpu_worker.model.lora import SharedInput
-from gpu_worker.model.tied import TiedEmbedding
+from gpu_worker.layers.apply_extras import AdaptableModule
+from gpu_worker.layers.attention import PagedLayer, StepContext
+from gpu_worker.layers.lora import SharedInput
+from gpu_worker.layers.tied import TiedEmbedding
 from lora_kernels import ops
 
 FEWEST_ANGLES = 4096

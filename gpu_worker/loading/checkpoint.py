@@ -34,7 +34,7 @@ from transformers import (
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from gpu_worker.light_imports import drawing_nothing_on_meta
-from gpu_worker.model.mapped import map_model
+from gpu_worker.loading.mapped import map_model
 from gpu_worker.quantised.index import MappedWeights, is_quantised_folder
 from gpu_worker.quantised.modules import fill_model, parameters_on_meta
 from gpu_worker.quantised.panels import KeptPanels

@@ -3,7 +3,7 @@
 transformers writes such a module's products once for all families (`integrations/moe.py`): pairs of token and expert
 sorted by expert, one product, the module's own gate, another product, the routing weights. `GroupedExperts` computes
 the same, and adds LoRA to the result of each product. A module that is something else, or that gives something else in
-a trial, is run again with other weights instead (`gpu_worker.model.apply_extras`).
+a trial, is run again with other weights instead (`gpu_worker.layers.apply_extras`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpu_worker.model.apply_extras import AdaptableModule, alike, original_forward
+from gpu_worker.layers.apply_extras import AdaptableModule, alike, original_forward
 from lora_kernels import ops
 from lora_kernels.experts import ExpertOrder, ExpertPages, expert_batch, order_by_expert
 from lora_kernels.segments import LoraBatch

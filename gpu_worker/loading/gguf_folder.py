@@ -1,4 +1,4 @@
-"""`python -m gpu_worker.quantised.gguf_folder FILE FOLDER` makes the folder by which a GGUF model is served.
+"""`python -m gpu_worker.loading.gguf_folder FILE FOLDER` makes the folder by which a GGUF model is served.
 
 The folder gets config, tokenizer and chat template as transformers reads them from the file, an index of its tensors,
 and a link to it. No weight is read.
@@ -16,7 +16,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
-from gpu_worker.model.checkpoint import UNREADABLE, one_line
+from gpu_worker.loading.checkpoint import UNREADABLE, one_line
 from gpu_worker.quantised.index import DTYPES, Entry, Index, write_index
 from gpu_worker.quantised.modules import parameters_on_meta
 from lora_kernels.quantised import KINDS

@@ -1,0 +1,1 @@
+"""The modules of a model that adapters change, and what a step keeps of each layer."""
