@@ -19,13 +19,13 @@ from gateway.adapters.aliases import Aliases
 from gateway.adapters.operations import AdapterOperations
 from gateway.adapters.resolver import Resolver
 from gateway.answers.respond import Answers
-from gateway.anthropic.routes import AnthropicEndpoints
+from gateway.anthropic.anthropic_routes import AnthropicEndpoints
 from gateway.app.app import DISCARDED_BODIES, Envelope, Handlers, build_app
-from gateway.app.routes import Endpoints
+from gateway.app.service_routes import Endpoints
 from gateway.app.shapes import shape_of
 from gateway.auth.authentication import is_loopback
+from gateway.batches.batch_routes import BatchEndpoints
 from gateway.batches.batches import BatchService
-from gateway.batches.routes import BatchEndpoints
 from gateway.batches.run import BatchMeans, BatchPace
 from gateway.batches.runner import BatchRunner
 from gateway.books.audit_routes import AuditEndpoints
@@ -33,43 +33,43 @@ from gateway.books.usage_routes import UsageEndpoints
 from gateway.calls import observe
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.replies import KEEP_S, Replies
-from gateway.console.routes import ConsolePages, DocsPages
-from gateway.encoders.calls import EncoderCalls
-from gateway.encoders.routes import EncoderEndpoints
+from gateway.console.console_routes import ConsolePages, DocsPages
+from gateway.encoders.encoder_calls import EncoderCalls
+from gateway.encoders.encoder_routes import EncoderEndpoints
+from gateway.files.file_routes import FileEndpoints
 from gateway.files.files import SWEEP_S, FileService
 from gateway.files.place import open_storage
-from gateway.files.routes import FileEndpoints
 from gateway.fleet.view import REFRESH_S, FleetView
 from gateway.grammars.check import GrammarCheck
 from gateway.http.paths import RESPONSES
-from gateway.lorax.routes import NativeEndpoints
-from gateway.ollama.routes import OllamaEndpoints
-from gateway.openai.calls import OpenAICalls
-from gateway.openai.routes import OpenAIEndpoints
+from gateway.lorax.lorax_routes import NativeEndpoints
+from gateway.ollama.ollama_routes import OllamaEndpoints
+from gateway.openai.openai_calls import OpenAICalls
+from gateway.openai.openai_routes import OpenAIEndpoints
 from gateway.operators.adapter_routes import OperatorEndpoints
-from gateway.operators.routes import FleetEndpoints
+from gateway.operators.operator_routes import FleetEndpoints
 from gateway.overload.admission import Admission, OverloadLimits
 from gateway.overload.heartbeat import Heartbeat, HeartbeatDied, Pace
 from gateway.overload.memory import MemoryAccount
-from gateway.requests.routes import RequestEndpoints
+from gateway.requests.request_routes import RequestEndpoints
 from gateway.responses.conversation_routes import ConversationEndpoints
 from gateway.responses.conversations import SWEEP_S as CONVERSATION_SWEEP_S
 from gateway.responses.conversations import Conversations
-from gateway.responses.routes import ResponseEndpoints
+from gateway.responses.response_routes import ResponseEndpoints
+from gateway.responses.response_write import job_api
 from gateway.responses.service import Responses
 from gateway.responses.stored import StoredResponses
-from gateway.responses.write import job_api
 from gateway.sandbox.sandbox import SandboxPool
 from gateway.server.connection import ConnectionLimits
 from gateway.server.server import BACKLOG, HttpServer, allow_connections
 from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import load_model_files
-from gateway.tokenizer.routes import TokenizerEndpoints
+from gateway.tokenizer.tokenizer_routes import TokenizerEndpoints
 from gateway.webhooks.endpoints import WebhookService
 from gateway.webhooks.names import Names
 from gateway.webhooks.outside import Outside
-from gateway.webhooks.routes import WebhookRoutes
 from gateway.webhooks.sender import SenderPace, WebhookSender
+from gateway.webhooks.webhook_routes import WebhookRoutes
 from peft_adapters.texts.files import TOKENIZER
 from protocol.metrics.series import GATEWAY_HELD_BYTES
 from protocol.queue.bus import Bus

@@ -39,7 +39,7 @@ READERS = {
     "gateway/responses/stored.py": "a copy of what was just written",
     "gateway/batches/lines.py": "lines are passed over: no value of a body is made",
     "gateway/batches/results.py": "an answer of ours, of which all but `usage` is passed over",
-    "gateway/anthropic/write.py": "arguments in an answer, whose length `max_tokens` bounds",
+    "gateway/anthropic/anthropic_write.py": "arguments in an answer, whose length `max_tokens` bounds",
     "gateway/adapters/memory.py": "answers of the fleet's own store",
 }
 """Files of the gateway that read JSON by other means than `json_values.loads`, and why they may."""

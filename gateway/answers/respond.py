@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from gateway.answers.keep_alive import KeepAliveResponse
 from gateway.bodies.fields import REQUEST_ID
-from gateway.calls.parse import Sent
+from gateway.calls.parsed_call import Sent
 from gateway.calls.writers import SSE, Framing
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape
 from protocol.wire.errors import BadRequest, Unavailable

@@ -21,15 +21,15 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.answers.sse import RAW_SEND
-from gateway.anthropic.routes import AnthropicEndpoints, add_anthropic_routes
+from gateway.anthropic.anthropic_routes import AnthropicEndpoints, add_anthropic_routes
 from gateway.app.direct import DirectCalls
-from gateway.app.routes import Endpoints, add_routes
+from gateway.app.service_routes import Endpoints, add_routes
 from gateway.app.shapes import shape_of, speaks_anthropic
 from gateway.auth.authentication import Authentication
 from gateway.auth.browsers import Browsers
 from gateway.auth.callers import CALLER
-from gateway.batches.calls import InnerCalls
-from gateway.batches.routes import BatchEndpoints, add_batch_routes
+from gateway.batches.batch_routes import BatchEndpoints, add_batch_routes
+from gateway.batches.inner_calls import InnerCalls
 from gateway.bodies.fields import REQUEST_ID
 from gateway.bodies.json_bodies import JsonRoute
 from gateway.bodies.parameter_check import IGNORED_HEADER
@@ -37,28 +37,28 @@ from gateway.books.audit_routes import AuditEndpoints, add_audit_routes
 from gateway.books.usage_routes import UsageEndpoints, add_usage_routes
 from gateway.calls import lorax_metrics, observe
 from gateway.calls.trace import TRACE_OF, CallTrace
-from gateway.console.routes import ConsolePages, DocsPages, add_console
-from gateway.encoders.routes import EncoderEndpoints, add_encoder_routes
-from gateway.files.routes import FileEndpoints, add_file_routes
+from gateway.console.console_routes import ConsolePages, DocsPages, add_console
+from gateway.encoders.encoder_routes import EncoderEndpoints, add_encoder_routes
+from gateway.files.file_routes import FileEndpoints, add_file_routes
 from gateway.http import openapi
 from gateway.http.access import API_PAGE, MATCH, Match, Routes, RouteTable, normal_path
 from gateway.http.errors import REFUSALS_OF, REQUEST_ID_OF, add_handlers
 from gateway.http.headers import header_of
 from gateway.http.paths import SMALL_BODY_BYTES
-from gateway.lorax.routes import NativeEndpoints, add_native_routes
-from gateway.ollama.routes import OllamaEndpoints, add_ollama_routes
-from gateway.openai.routes import OpenAIEndpoints, add_openai_routes
+from gateway.lorax.lorax_routes import NativeEndpoints, add_native_routes
+from gateway.ollama.ollama_routes import OllamaEndpoints, add_ollama_routes
+from gateway.openai.openai_routes import OpenAIEndpoints, add_openai_routes
 from gateway.operators.adapter_routes import OperatorEndpoints, add_operator_routes
-from gateway.operators.routes import FleetEndpoints, add_fleet_routes
+from gateway.operators.operator_routes import FleetEndpoints, add_fleet_routes
 from gateway.overload.admission import Admission
 from gateway.overload.large import LargeBodies
 from gateway.overload.memory import Charged, MemoryAccount
 from gateway.overload.reads import Reads
-from gateway.requests.routes import RequestEndpoints, add_request_routes
+from gateway.requests.request_routes import RequestEndpoints, add_request_routes
 from gateway.responses.conversation_routes import ConversationEndpoints, add_conversation_routes
-from gateway.responses.routes import ResponseEndpoints, add_response_routes
-from gateway.tokenizer.routes import TokenizerEndpoints, add_tokenizer_routes
-from gateway.webhooks.routes import WebhookRoutes, add_webhook_routes
+from gateway.responses.response_routes import ResponseEndpoints, add_response_routes
+from gateway.tokenizer.tokenizer_routes import TokenizerEndpoints, add_tokenizer_routes
+from gateway.webhooks.webhook_routes import WebhookRoutes, add_webhook_routes
 from protocol.metrics.series import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
 from protocol.queue.books.api_keys import ApiKeys
 from protocol.runtime.fleet_secret import FleetSecret

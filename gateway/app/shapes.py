@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gateway.anthropic.errors import ANTHROPIC_ERRORS
+from gateway.anthropic.anthropic_errors import ANTHROPIC_ERRORS
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape
 from gateway.http.headers import header_of
 from gateway.http.paths import LORAX_PATHS, MESSAGES, MODELS, OLLAMA_PREFIX
-from gateway.lorax.errors import LORAX_ERRORS
-from gateway.ollama.errors import OLLAMA_ERRORS
+from gateway.lorax.lorax_errors import LORAX_ERRORS
+from gateway.ollama.ollama_errors import OLLAMA_ERRORS
 
 VERSION_HEADER = b"anthropic-version"
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gateway.auth.callers import Caller
-from gateway.batches.bodies import BatchRequest
+from gateway.batches.batch_bodies import BatchRequest
 from gateway.files.files import FileService
 from gateway.http.list_page import list_page
 from gateway.http.paths import BATCH_ENDPOINTS

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import msgspec
 
 from gateway.auth.callers import Caller
-from gateway.batches.calls import InnerCalls
+from gateway.batches.inner_calls import InnerCalls
 from gateway.batches.lines import InputLines, Line, LineCall, call_of, read_lines, turn_of
 from gateway.batches.results import KINDS, Answer, Kind, Results, answer_of, failure_of
 from gateway.calls.submit import cancel

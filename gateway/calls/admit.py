@@ -14,7 +14,7 @@ from msgspec import structs
 
 from gateway.auth.callers import PUBLIC, Caller
 from gateway.auth.limits import check_quota, refusal
-from gateway.calls.parse import ParsedCall
+from gateway.calls.parsed_call import ParsedCall
 from gateway.calls.size import call_bytes, check_logprobs, numbers_of
 from gateway.calls.tokenize import Prompt, TokenizedCall
 from gateway.fleet.view import FleetView

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from msgspec import Struct, structs
 
-from gateway.calls.parse import Options
+from gateway.calls.parsed_call import Options
 from gateway.calls.replies import Cursor
 from gateway.calls.tokenize import Prompt
 from protocol.wire import messages as m

@@ -8,7 +8,7 @@ import orjson
 from msgspec import structs
 
 from gateway.bodies.parameter_check import ignore
-from gateway.calls.parse import Options
+from gateway.calls.parsed_call import Options
 from gateway.calls.tokenize import Prompt, TokenizedCall
 from gateway.grammars.check import GrammarCheck
 from gateway.grammars.notation import grammar_text

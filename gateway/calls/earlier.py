@@ -10,7 +10,7 @@ from msgspec import structs
 
 from gateway.adapters.resolver import Target
 from gateway.auth.callers import Caller
-from gateway.calls.parse import Conversation, Pairs, ParsedCall, Sent, Texts
+from gateway.calls.parsed_call import Conversation, Pairs, ParsedCall, Sent, Texts
 from gateway.calls.replies import Replies
 from gateway.calls.size import call_bytes, longest, numbers_of
 from gateway.calls.submit import SubmittedCall, call_of

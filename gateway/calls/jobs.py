@@ -20,7 +20,7 @@ from gateway.calls.follow import choices_of, log_limit, usage_of
 from gateway.calls.job_events import JobEvents
 from gateway.calls.job_readers import JobReaders
 from gateway.calls.job_stream import JobStream, numbers_of
-from gateway.calls.parse import ParsedCall, Sent
+from gateway.calls.parsed_call import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.size import TextGrowth, first_event_bytes
 from gateway.calls.submit import SubmittedCall, facts_of, record_of

@@ -27,7 +27,7 @@ from gateway.calls.admit import AdmittedCall, CallAdmission
 from gateway.calls.constrain import constrain
 from gateway.calls.earlier import EarlierCalls
 from gateway.calls.follow import Generation
-from gateway.calls.parse import ParsedCall
+from gateway.calls.parsed_call import ParsedCall
 from gateway.calls.replies import Replies
 from gateway.calls.resolve import CallResolver
 from gateway.calls.submit import SubmittedCall, Submitter

@@ -11,7 +11,7 @@ import msgspec
 from gateway.adapters.merged import MergedAdapters, merge_of_request
 from gateway.adapters.resolver import Resolver, Target, is_base
 from gateway.auth.callers import Caller
-from gateway.calls.parse import Models, Pairs, ParsedCall
+from gateway.calls.parsed_call import Models, Pairs, ParsedCall
 from gateway.fleet.view import FleetView
 from peft_adapters.recipe import digest_of_merge
 from protocol.wire import messages as m

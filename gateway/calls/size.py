@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gateway.calls.parse import Options
+from gateway.calls.parsed_call import Options
 from gateway.calls.replies import max_pending
 from gateway.calls.tokenize import Prompt
 from gateway.overload import memory

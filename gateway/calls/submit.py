@@ -16,7 +16,7 @@ from msgspec import Struct, structs
 from gateway.adapters.resolver import Target
 from gateway.calls import observe
 from gateway.calls.admit import AdmittedCall, CallAdmission
-from gateway.calls.parse import ParsedCall
+from gateway.calls.parsed_call import ParsedCall
 from gateway.calls.replies import Replies, Subscription
 from gateway.calls.tokenize import Prompt
 from gateway.calls.trace import TRACE_OF

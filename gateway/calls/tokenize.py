@@ -13,7 +13,7 @@ from msgspec import structs
 
 from gateway.adapters.resolver import Target
 from gateway.bodies.parameter_check import ignore
-from gateway.calls.parse import Conversation, Options, Pairs, ParsedCall, Source, Texts
+from gateway.calls.parsed_call import Conversation, Options, Pairs, ParsedCall, Source, Texts
 from gateway.calls.resolve import ResolvedCall
 from gateway.chat.messages import text_in
 from gateway.overload import memory

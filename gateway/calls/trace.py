@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.calls.parse import Conversation, ParsedCall
+from gateway.calls.parsed_call import Conversation, ParsedCall
 from gateway.calls.writers import Usage
 from protocol.runtime.tracing import Trace, Tracer
 

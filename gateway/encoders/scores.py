@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from gateway.bodies.json_slices import Rows
 from gateway.calls.follow import Generation
-from gateway.encoders.bodies import ClassifyRequest, EncoderBatchRequest, EncoderRequest, RerankRequest, ScoreRequest
-from gateway.encoders.write import VECTORS, Write
+from gateway.encoders.encoder_bodies import (
+    ClassifyRequest,
+    EncoderBatchRequest,
+    EncoderRequest,
+    RerankRequest,
+    ScoreRequest,
+)
+from gateway.encoders.encoder_write import VECTORS, Write
 from protocol.runtime.imports import Late
 from protocol.wire import messages as m
 

@@ -12,9 +12,9 @@ from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.http import openapi
 from gateway.http.access import INFER, Routes
 from gateway.http.paths import CONVERSATIONS
-from gateway.responses.bodies import ConversationChange, ConversationRequest, NewItems
 from gateway.responses.conversations import Conversations
-from gateway.responses.routes import Included, check_included
+from gateway.responses.response_bodies import ConversationChange, ConversationRequest, NewItems
+from gateway.responses.response_routes import Included, check_included
 
 
 class ConversationEndpoints:

@@ -22,8 +22,8 @@ from gateway.calls.jobs import KEPT_AFTER_EXPIRY_S, Jobs
 from gateway.http.list_page import list_page
 from gateway.overload.memory import held, hold, values_bytes
 from gateway.overload.shares import shares
-from gateway.responses.bodies import ConversationRequest, Metadata
 from gateway.responses.items import Item, items_of
+from gateway.responses.response_bodies import ConversationRequest, Metadata
 from gateway.responses.stored import GOES_ON, StoredResponses, end_of
 from protocol.metrics.series import UNREADABLE
 from protocol.queue.bus import Bus, RequestFacts, now_ms

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from gateway.calls.choices import Piece
-from gateway.calls.parse import Options
+from gateway.calls.parsed_call import Options
 from gateway.calls.writers import MIN_LOGPROB
 from gateway.responses.items import FIRST_OUTPUT, Item, item_id
 from gateway.text.answer_form import AnswerForm

@@ -14,17 +14,17 @@ from gateway.bodies.json_bodies import json_answer
 from gateway.bodies.parameter_check import ignore
 from gateway.calls.earlier import check_same_body
 from gateway.calls.jobs import Jobs
-from gateway.calls.parse import ParsedCall, Sent
+from gateway.calls.parsed_call import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.tokenize import tokenize
 from gateway.http.list_page import list_page
 from gateway.overload import large
-from gateway.responses.bodies import InputTokensRequest, PromptRequest, ResponseRequest, conversation_id_of
 from gateway.responses.conversations import Conversations
 from gateway.responses.items import Item, items_of, references
-from gateway.responses.parse import Context, check_input, check_prompt, parse, parse_count, to_be_stored
+from gateway.responses.response_bodies import InputTokensRequest, PromptRequest, ResponseRequest, conversation_id_of
+from gateway.responses.response_parse import Context, check_input, check_prompt, parse, parse_count, to_be_stored
+from gateway.responses.response_write import ID_PREFIX, FollowedResponse
 from gateway.responses.stored import GOES_ON, StoredResponses, end_of
-from gateway.responses.write import ID_PREFIX, FollowedResponse
 from gateway.text.counted import most_tokenized
 from protocol.wire.errors import BadRequest, NotFound
 

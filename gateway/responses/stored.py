@@ -23,8 +23,8 @@ from gateway.calls.pipeline import Pipeline
 from gateway.calls.writers import Usage
 from gateway.http.paths import RESPONSES
 from gateway.responses.items import Item
+from gateway.responses.response_write import ID_PREFIX, End, ResponseWriter, failure_of, writer_of
 from gateway.responses.stream import ResponseEvents
-from gateway.responses.write import ID_PREFIX, End, ResponseWriter, failure_of, writer_of
 from protocol.wire import messages as m
 from protocol.wire.codec import as_kept
 from protocol.wire.error_codec import error_from

@@ -12,8 +12,8 @@ from typing import Any
 
 from gateway.grammars.limits import check_num
 from gateway.grammars.structured import is_strict
-from gateway.openai.bodies import MAX_TOOLS
-from gateway.responses.bodies import PromptRequest
+from gateway.openai.openai_bodies import MAX_TOOLS
+from gateway.responses.response_bodies import PromptRequest
 from gateway.tools.definitions import Tools, ToolWords, check_name, tools_of
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest

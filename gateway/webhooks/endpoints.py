@@ -10,10 +10,10 @@ import msgspec
 
 from gateway.auth.callers import Caller
 from gateway.http.list_page import list_page
-from gateway.webhooks.bodies import WebhookChange, WebhookRequest
 from gateway.webhooks.outside import Outside, UnreachableError
 from gateway.webhooks.sender import MAX_WAITING, WebhookSender, is_success, new_delivery
 from gateway.webhooks.sign import EVENTS, new_secret
+from gateway.webhooks.webhook_bodies import WebhookChange, WebhookRequest
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.wire import messages as m

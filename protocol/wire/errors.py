@@ -12,7 +12,7 @@ LorafleetError
 │   ├── AdapterRefused (422)        the adapter cannot be served exactly; with the list of reasons
 │   ├── IdempotencyKeyReused (422)
 │   ├── HttpError                   gateway/http/errors.py: wrong as HTTP, with the status for that
-│   └── GenerationFailed (424)      gateway/lorax/errors.py: another error, in the form of LoRAX's clients
+│   └── GenerationFailed (424)      gateway/lorax/lorax_errors.py: another error, in the form of LoRAX's clients
 ├── ServerError                     5xx and 429: the request was fine, it may be retried
 │   ├── Overloaded (429)
 │   ├── Unavailable (503)

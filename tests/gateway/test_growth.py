@@ -14,8 +14,8 @@ from gateway.bodies import json_values
 from gateway.chat.messages import normalize_messages
 from gateway.chat.template_forms import shows_lists
 from gateway.grammars import ebnf, limits, structured
-from gateway.ollama.parse import openai_messages
-from gateway.openai.write import _message
+from gateway.ollama.ollama_parse import openai_messages
+from gateway.openai.openai_write import _message
 from gateway.responses import items
 from gateway.text.answer_form import AnswerForm
 from gateway.text.answer_parts import AnswerParts

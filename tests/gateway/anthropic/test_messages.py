@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from gateway.anthropic.write import Head, MessagesWriter
+from gateway.anthropic.anthropic_write import Head, MessagesWriter
 from gateway.calls.choices import Piece
 from gateway.calls.writers import Usage
 from gateway.text.answer_form import AnswerForm

@@ -12,7 +12,7 @@ import pytest
 from gateway.adapters.operations import AdapterOperations, Wanted
 from gateway.auth.callers import NOBODY, Caller
 from gateway.operators.keys import KeyAdministration, KeyRequest, TenantChange
-from gateway.operators.routes import FleetEndpoints
+from gateway.operators.operator_routes import FleetEndpoints
 from gateway.operators.workers import Workers
 from protocol.queue.books.api_keys import Tenant
 from protocol.runtime.settings import Settings

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from helpers.waiting import wait_until
 
-from gateway.batches.calls import CallAnswer
+from gateway.batches.inner_calls import CallAnswer
 from gateway.files.storage import FolderStorage
 from protocol.queue.bus import Bus
 from tests.gateway.batches.test_runner import Endpoint, World

@@ -13,7 +13,7 @@ import orjson
 from helpers.waiting import wait_until
 
 from gateway.auth.callers import Caller
-from gateway.batches.calls import CallAnswer, InnerCalls
+from gateway.batches.inner_calls import CallAnswer, InnerCalls
 from gateway.batches.run import BatchMeans, BatchPace
 from gateway.batches.runner import BatchRunner
 from gateway.files.files import FileService

@@ -15,7 +15,7 @@ import pytest
 from helpers.waiting import wait_until
 from prometheus_client import REGISTRY
 
-from gateway.batches.calls import CallAnswer
+from gateway.batches.inner_calls import CallAnswer
 from gateway.batches.run import BatchPace
 from gateway.files.storage import FolderStorage
 from protocol.queue.bus import Bus, now_ms

@@ -23,7 +23,7 @@ from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse
 from gateway.bodies.json_slices import ROWS, Rows, dumps, rows_of, slices
 from gateway.calls.choices import Logprobs, Piece
 from gateway.calls.follow import ClientGoneError
-from gateway.calls.parse import Options
+from gateway.calls.parsed_call import Options
 from protocol.queue.adapters import ALIASES_AT_ONCE
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m

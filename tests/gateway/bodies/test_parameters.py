@@ -15,7 +15,7 @@ from gateway.bodies.compat import PAGE, with_table
 from gateway.bodies.parameter_check import IGNORED_HEADER, MAX_ENTRIES, MAX_NAMED, JsonBody, check_parameters
 from gateway.bodies.parameters import BY_TYPE, OBJECTS, PARAMETERS, PARAMETERS_OF, SERVERS
 from gateway.http.paths import LORAX_PATHS, OLLAMA_PREFIX, RERANK, SCORE
-from gateway.openai.bodies import MAX_TOOLS, ChatRequest
+from gateway.openai.openai_bodies import MAX_TOOLS, ChatRequest
 from protocol.queue.bus import Bus
 from protocol.wire.errors import BadRequest
 

@@ -10,7 +10,7 @@ import pytest
 
 from gateway.auth.callers import EVERYBODY
 from gateway.calls.constrain import constrain
-from gateway.calls.parse import Options
+from gateway.calls.parsed_call import Options
 from gateway.calls.tokenize import Prompt, TokenizedCall
 from gateway.grammars.check import GrammarCheck
 from gateway.overload.large import Checks

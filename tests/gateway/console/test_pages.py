@@ -9,7 +9,7 @@ import httpx2
 import pytest
 from helpers.scripted_fleet import RunningGateway, ScriptedFleet, running_gateway
 
-from gateway.console.routes import DOCS_FOLDER, DOCS_POLICY, FOLDER, HEADERS, KINDS, POLICY, load
+from gateway.console.console_routes import DOCS_FOLDER, DOCS_POLICY, FOLDER, HEADERS, KINDS, POLICY, load
 from protocol.queue.bus import Bus
 
 OWN = sorted(path for path in FOLDER.glob("*.js"))

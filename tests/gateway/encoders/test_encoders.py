@@ -17,7 +17,7 @@ from openai import AsyncOpenAI
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
-from gateway.encoders.write import entities_of
+from gateway.encoders.encoder_write import entities_of
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 

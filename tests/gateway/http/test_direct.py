@@ -16,7 +16,7 @@ from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.http.access import CALL, INFER, MATCH, Routes, RouteTable
 from gateway.http.errors import OPENAI_ERRORS, add_handlers, let_go
 from gateway.http.paths import COMPLETIONS
-from gateway.openai.bodies import CompletionRequest
+from gateway.openai.openai_bodies import CompletionRequest
 from protocol.queue.connection.redis_client import MemoryFull
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import NotFound

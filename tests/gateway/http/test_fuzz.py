@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from gateway.anthropic.errors import ANTHROPIC_ERRORS
+from gateway.anthropic.anthropic_errors import ANTHROPIC_ERRORS
 from gateway.app.shapes import shape_of
 from gateway.http.errors import OPENAI_ERRORS
-from gateway.lorax.bodies import CompatRequest, Parameters
-from gateway.openai.bodies import BODIES
+from gateway.lorax.lorax_bodies import CompatRequest, Parameters
+from gateway.openai.openai_bodies import BODIES
 from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.bus import Bus
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from gateway.grammars.closed_schemas import MAX_FREE_KEYS
 from gateway.grammars.structured import JSON_STYLE
-from gateway.openai.bodies import ChatRequest
+from gateway.openai.openai_bodies import ChatRequest
 from peft_adapters.recipe import merge_of
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m

@@ -21,8 +21,8 @@ from helpers.scripted_fleet import (
 )
 
 from gateway.grammars.structured import JSON_STYLE
-from gateway.ollama.parse import openai_messages, plain_name, tagged_name
-from gateway.ollama.routes import VERSION
+from gateway.ollama.ollama_parse import openai_messages, plain_name, tagged_name
+from gateway.ollama.ollama_routes import VERSION
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest

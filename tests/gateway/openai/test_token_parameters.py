@@ -11,7 +11,7 @@ from helpers.scripted_fleet import Script, ScriptedFleet
 from tokenizers import Tokenizer
 
 from gateway.calls.tokenize import MAX_BAD_WORD_TOKENS
-from gateway.openai.bodies import (
+from gateway.openai.openai_bodies import (
     MAX_ALLOWED_TOKEN_IDS,
     MAX_BAD_WORD_CHARACTERS,
     MAX_BAD_WORDS,

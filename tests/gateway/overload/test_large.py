@@ -22,7 +22,7 @@ from gateway.adapters.resolver import Target
 from gateway.app.shapes import shape_of
 from gateway.auth.callers import CALLER, EVERYBODY
 from gateway.bodies import json_values
-from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Sent, Texts, Truncation
+from gateway.calls.parsed_call import Conversation, Models, Options, ParsedCall, Rules, Sent, Texts, Truncation
 from gateway.calls.resolve import ResolvedCall
 from gateway.calls.size import check_logprobs
 from gateway.calls.tokenize import Prompt, check_size, tokenize

@@ -19,7 +19,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from prometheus_client import REGISTRY
 
 from gateway.bodies.json_bodies import body_value
-from gateway.calls.parse import Options
+from gateway.calls.parsed_call import Options
 from gateway.calls.size import TEXT_BYTES, TextGrowth, call_bytes
 from gateway.calls.tokenize import Prompt
 from gateway.overload.memory import CALL_BYTES, SHARE, Charge, MemoryAccount, values_bytes

@@ -14,7 +14,7 @@ from helpers import response_events
 from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
 
 from gateway.bodies.parameter_check import IGNORED_HEADER
-from gateway.openai.bodies import MAX_TOOLS
+from gateway.openai.openai_bodies import MAX_TOOLS
 from gateway.responses.tools import MAX_NAME
 from protocol.queue.bus import Bus
 

@@ -14,13 +14,13 @@ from helpers.waiting import wait_until
 
 from gateway.adapters.resolver import Target
 from gateway.auth.callers import EVERYBODY
-from gateway.calls.parse import Options
+from gateway.calls.parsed_call import Options
 from gateway.calls.resolve import ResolvedCall
 from gateway.calls.size import RECORDS, TEXT_BYTES, WHOLE_TEXTS, WRITTEN_RECORDS, call_bytes
 from gateway.calls.tokenize import Prompt, tokenize
-from gateway.responses.bodies import ResponseRequest
 from gateway.responses.items import items_of
-from gateway.responses.parse import parse
+from gateway.responses.response_bodies import ResponseRequest
+from gateway.responses.response_parse import parse
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m

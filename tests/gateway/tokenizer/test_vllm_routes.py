@@ -15,7 +15,7 @@ from helpers.waiting import wait_until
 from tokenizers import Tokenizer
 
 from gateway.text.counted import MAX_CHARACTERS_PER_TOKEN, MIN_TOKENIZED
-from gateway.tokenizer.routes import TOKENIZER_CLASS
+from gateway.tokenizer.tokenizer_routes import TOKENIZER_CLASS
 from protocol.queue.bus import Bus
 
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "the dog é"}]

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from chaos.attackers.webhook_attacks import silent_dns
-from gateway.anthropic.bodies import CountTokensRequest, MessagesRequest
-from gateway.batches.bodies import BatchRequest
-from gateway.encoders.bodies import (
+from gateway.anthropic.anthropic_bodies import CountTokensRequest, MessagesRequest
+from gateway.batches.batch_bodies import BatchRequest
+from gateway.encoders.encoder_bodies import (
     ClassifyRequest,
     EmbeddingsRequest,
     EncoderBatchRequest,
@@ -26,20 +26,20 @@ from gateway.encoders.bodies import (
     RerankRequest,
     ScoreRequest,
 )
-from gateway.lorax.bodies import CompatRequest, Parameters
-from gateway.ollama import bodies as ollama
-from gateway.openai.bodies import ChatRequest, CompletionRequest
+from gateway.lorax.lorax_bodies import CompatRequest, Parameters
+from gateway.ollama import ollama_bodies as ollama
+from gateway.openai.openai_bodies import ChatRequest, CompletionRequest
 from gateway.operators.adapter_routes import LoadRequest, RegisterRequest, UnloadRequest
 from gateway.operators.keys import KeyRequest, TenantChange
-from gateway.responses.bodies import (
+from gateway.responses.response_bodies import (
     ConversationChange,
     ConversationRequest,
     InputTokensRequest,
     NewItems,
     ResponseRequest,
 )
-from gateway.tokenizer.bodies import DetokenizeRequest, TokenizeRequest
-from gateway.webhooks.bodies import WebhookChange, WebhookRequest
+from gateway.tokenizer.tokenizer_bodies import DetokenizeRequest, TokenizeRequest
+from gateway.webhooks.webhook_bodies import WebhookChange, WebhookRequest
 
 PATIENCE_S = 30.0
 """Silence after which a request counts as hung."""

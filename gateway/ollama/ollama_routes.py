@@ -17,17 +17,17 @@ from gateway.answers.respond import Answers, sent_of
 from gateway.auth.callers import Caller, caller_of
 from gateway.bodies.json_bodies import AnyTypeRoute, json_response
 from gateway.calls.follow import Generation
-from gateway.calls.parse import Models, ParsedCall, Sent
+from gateway.calls.parsed_call import Models, ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.http import openapi
 from gateway.http.access import CALL, INFER, Routes
 from gateway.http.paths import OLLAMA_CHAT, OLLAMA_EMBED, OLLAMA_GENERATE
-from gateway.ollama import models
-from gateway.ollama.bodies import ChatRequest, EmbedRequest, GenerateRequest, ShowRequest
-from gateway.ollama.errors import OLLAMA_ERRORS
-from gateway.ollama.models import Known
-from gateway.ollama.parse import parse, parse_embed, plain_name
-from gateway.ollama.write import EmbedResponse, Objects, OllamaResponse
+from gateway.ollama import ollama_models
+from gateway.ollama.ollama_bodies import ChatRequest, EmbedRequest, GenerateRequest, ShowRequest
+from gateway.ollama.ollama_errors import OLLAMA_ERRORS
+from gateway.ollama.ollama_models import Known
+from gateway.ollama.ollama_parse import parse, parse_embed, plain_name
+from gateway.ollama.ollama_write import EmbedResponse, Objects, OllamaResponse
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, ModelNotFound
 
@@ -97,8 +97,8 @@ class OllamaEndpoints:
         """Answer `/api/tags`."""
         base = await self._pipeline.fleet.require(worker=False)
         listed = await self._pipeline.resolver.catalogue.listed(
-            caller_of(request), ("tags", m.encode(base)), models.listed(base, None),
-            lambda alias, record: models.listed(base, (alias, record)) if record and alias.state == "on_disk" else None,
+            caller_of(request), ("tags", m.encode(base)), ollama_models.listed(base, None),
+            lambda alias, record: ollama_models.listed(base, (alias, record)) if record and alias.state == "on_disk" else None,
         )  # fmt: skip
         return json_response({"models": orjson.Fragment(listed)})
 
@@ -108,7 +108,7 @@ class OllamaEndpoints:
         beats = [beat for beat in (await self._pipeline.bus.members.worker_beats()).values() if beat is not None]
         resident = {digest for beat in beats for digest in beat.resident}
         known = await self._known(caller, resident) if caller.is_admin else []
-        return json_response({"models": models.running(base, known, beats)})
+        return json_response({"models": ollama_models.running(base, known, beats)})
 
     async def show(self, body: ShowRequest, request: Request) -> Response:
         """Answer `/api/show`."""
@@ -118,7 +118,7 @@ class OllamaEndpoints:
         pipeline, caller, name = self._pipeline, caller_of(request), plain_name(asked)
         base = await pipeline.fleet.require(worker=False)
         if name in (BASE, base.name):
-            return json_response(models.shown(base, None, pipeline.files))
+            return json_response(ollama_models.shown(base, None, pipeline.files))
         alias = await pipeline.resolver.known(name, caller)
         if alias is None or alias.state != "on_disk":
             raise ModelNotFound(asked)
@@ -126,7 +126,7 @@ class OllamaEndpoints:
         records = await pipeline.bus.adapters.records([alias.digest])
         if alias.digest not in records:
             raise ModelNotFound(asked)
-        return json_response(models.shown(base, (alias, records[alias.digest]), target.files))
+        return json_response(ollama_models.shown(base, (alias, records[alias.digest]), target.files))
 
     async def version(self) -> Response:
         """Answer `/api/version`."""

@@ -9,8 +9,8 @@ from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
 from gateway.auth.callers import caller_of
+from gateway.batches.batch_bodies import BatchRequest
 from gateway.batches.batches import BatchService, view
-from gateway.batches.bodies import BatchRequest
 from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.http import openapi
 from gateway.http.access import INFER, Routes

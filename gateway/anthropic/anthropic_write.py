@@ -17,7 +17,7 @@ import orjson
 from pydantic_core import from_json
 
 from gateway.answers.sse import GenerationResponse
-from gateway.anthropic.errors import ANTHROPIC_ERRORS
+from gateway.anthropic.anthropic_errors import ANTHROPIC_ERRORS
 from gateway.calls.choices import Piece
 from gateway.calls.follow import Generation
 from gateway.calls.writers import SSE, Framing, Usage

@@ -16,9 +16,9 @@ from gateway.bodies.json_bodies import json_answer
 from gateway.calls.earlier import check_same_body
 from gateway.calls.follow import Generation
 from gateway.calls.jobs import JobApi, Jobs
-from gateway.calls.parse import ParsedCall, Sent
+from gateway.calls.parsed_call import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
-from gateway.encoders.bodies import (
+from gateway.encoders.encoder_bodies import (
     ClassifyRequest,
     EmbeddingsRequest,
     EncoderBatchRequest,
@@ -26,7 +26,7 @@ from gateway.encoders.bodies import (
     RerankRequest,
     ScoreRequest,
 )
-from gateway.encoders.parse import (
+from gateway.encoders.encoder_parse import (
     parse_classify,
     parse_embeddings,
     parse_native,
@@ -35,8 +35,7 @@ from gateway.encoders.parse import (
     parse_stored,
     to_be_stored,
 )
-from gateway.encoders.scores import write_labels, write_ranks, write_scores, write_text_labels
-from gateway.encoders.write import (
+from gateway.encoders.encoder_write import (
     ClassifyResponse,
     EmbeddingsWriter,
     EncoderResponse,
@@ -45,6 +44,7 @@ from gateway.encoders.write import (
     write_embeddings,
     write_entities,
 )
+from gateway.encoders.scores import write_labels, write_ranks, write_scores, write_text_labels
 from gateway.http.paths import EMBEDDINGS
 from protocol.wire.messages import Task
 

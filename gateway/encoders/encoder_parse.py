@@ -10,8 +10,8 @@ import msgspec
 
 from gateway.auth.callers import Caller
 from gateway.bodies.fields import sources_of
-from gateway.calls.parse import Conversation, Models, Options, Pairs, ParsedCall, Rules, Source, Texts
-from gateway.encoders.bodies import (
+from gateway.calls.parsed_call import Conversation, Models, Options, Pairs, ParsedCall, Rules, Source, Texts
+from gateway.encoders.encoder_bodies import (
     ClassifyRequest,
     EmbeddingsRequest,
     EncoderBatchRequest,
@@ -19,9 +19,9 @@ from gateway.encoders.bodies import (
     RerankRequest,
     ScoreRequest,
 )
-from gateway.lorax.bodies import AdapterParameters
-from gateway.lorax.errors import GenerationFailed
-from gateway.lorax.parse import models_of
+from gateway.lorax.lorax_bodies import AdapterParameters
+from gateway.lorax.lorax_errors import GenerationFailed
+from gateway.lorax.lorax_parse import models_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, LorafleetError

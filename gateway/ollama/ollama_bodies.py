@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from gateway.bodies.fields import MAX_NAME_CHARACTERS, Objects, Strings
 from gateway.bodies.parameter_check import JsonBody
-from gateway.openai.bodies import MAX_REPETITION_WINDOW
+from gateway.openai.openai_bodies import MAX_REPETITION_WINDOW
 
 
 def _whole(value: Any) -> Any:

@@ -14,11 +14,11 @@ from gateway.calls.follow import Generation
 from gateway.calls.submit import SubmittedCall
 from gateway.calls.tokenize import Offset
 from gateway.calls.writers import Usage
-from gateway.encoders.bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
-from gateway.encoders.parse import EncoderRules
+from gateway.encoders.encoder_bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
+from gateway.encoders.encoder_parse import EncoderRules
 from gateway.http.errors import OPENAI_ERRORS
-from gateway.lorax.errors import LORAX_GENERATION_ERRORS
-from gateway.lorax.write import compute_type, times_of
+from gateway.lorax.lorax_errors import LORAX_GENERATION_ERRORS
+from gateway.lorax.lorax_write import compute_type, times_of
 from protocol.runtime.imports import Late
 from protocol.wire import messages as m
 from protocol.wire.errors import Unavailable

@@ -16,17 +16,17 @@ from gateway.auth.callers import Caller, caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.calls import lorax_metrics, observe
 from gateway.calls.follow import Generation
-from gateway.calls.parse import Sent
+from gateway.calls.parsed_call import Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.http import openapi
 from gateway.http.access import ADMIN_PAGE, CALL, INFER, Routes
 from gateway.http.paths import INVOCATIONS
-from gateway.lorax.bodies import CompatRequest, GenerateRequest, InvocationRequest, Parameters, StreamRequest
-from gateway.lorax.errors import LORAX_ERRORS
-from gateway.lorax.parse import NativeCall, parse
-from gateway.lorax.write import NativeResponse
-from gateway.openai.bodies import ChatRequest, CompletionRequest
-from gateway.openai.routes import OpenAIEndpoints
+from gateway.lorax.lorax_bodies import CompatRequest, GenerateRequest, InvocationRequest, Parameters, StreamRequest
+from gateway.lorax.lorax_errors import LORAX_ERRORS
+from gateway.lorax.lorax_parse import NativeCall, parse
+from gateway.lorax.lorax_write import NativeResponse
+from gateway.openai.openai_bodies import ChatRequest, CompletionRequest
+from gateway.openai.openai_routes import OpenAIEndpoints
 from protocol.metrics.fleet import RESIDENCY
 from protocol.metrics.pages import page
 from protocol.metrics.series import LORAX_BATCH_SIZE, LORAX_QUEUE_LENGTH

@@ -11,11 +11,11 @@ from gateway.auth.callers import Caller
 from gateway.bodies.json_bodies import json_answer
 from gateway.calls.earlier import check_same_body
 from gateway.calls.jobs import JobApi, Jobs
-from gateway.calls.parse import ParsedCall, Sent
+from gateway.calls.parsed_call import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
-from gateway.openai.bodies import BODIES, AnyRequest
-from gateway.openai.parse import parse, parse_stored, to_be_stored
-from gateway.openai.write import write, writer_of
+from gateway.openai.openai_bodies import BODIES, AnyRequest
+from gateway.openai.openai_parse import parse, parse_stored, to_be_stored
+from gateway.openai.openai_write import write, writer_of
 
 
 class OpenAICalls:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from gateway.bodies.fields import Name, Objects
 from gateway.bodies.parameter_check import JsonBody
-from gateway.lorax.bodies import AdapterParameters
+from gateway.lorax.lorax_bodies import AdapterParameters
 from protocol.wire.errors import BadRequest
 
 Form = Literal["inputs", "prompt", "messages"]

@@ -13,13 +13,13 @@ import orjson
 
 from gateway.auth.callers import Caller
 from gateway.bodies.parameter_check import MAX_ENTRIES, MAX_NAMED
-from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Sent, Truncation
+from gateway.calls.parsed_call import Conversation, Models, Options, ParsedCall, Rules, Sent, Truncation
 from gateway.grammars.limits import check_num
 from gateway.grammars.notation import Constraint
 from gateway.grammars.structured import ANY_OBJECT, checked_schema, is_strict
-from gateway.openai.parse import check_variables, stop_strings
-from gateway.responses.bodies import InputTokensRequest, PromptRequest, ResponseRequest, conversation_id_of
+from gateway.openai.openai_parse import check_variables, stop_strings
 from gateway.responses.items import Item, messages_of, unread_results
+from gateway.responses.response_bodies import InputTokensRequest, PromptRequest, ResponseRequest, conversation_id_of
 from gateway.responses.tools import is_hosted, shown_tool, tools_in
 from gateway.text.counted import check_tokens
 from protocol.runtime.settings import Settings

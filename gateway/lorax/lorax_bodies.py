@@ -9,7 +9,7 @@ from pydantic import Discriminator, Field, Tag
 from gateway.adapters.merged import MergedAdapters
 from gateway.bodies.fields import Name, Strings
 from gateway.bodies.parameter_check import JsonBody
-from gateway.openai.bodies import ChatRequest, CompletionRequest
+from gateway.openai.openai_bodies import ChatRequest, CompletionRequest
 
 
 class NativeMerge(MergedAdapters):

@@ -15,8 +15,8 @@ from gateway.calls.jobs import JobStatus
 from gateway.http import openapi
 from gateway.http.access import CALL, INFER, Routes
 from gateway.http.paths import CHAT, COMPLETIONS
-from gateway.openai.bodies import AnyRequest, ChatRequest, CompletionRequest
-from gateway.openai.calls import OpenAICalls
+from gateway.openai.openai_bodies import AnyRequest, ChatRequest, CompletionRequest
+from gateway.openai.openai_calls import OpenAICalls
 
 _PREFER_WAIT = re.compile(r"\bwait=(\d{1,6})\b")
 

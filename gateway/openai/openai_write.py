@@ -21,7 +21,7 @@ from gateway.answers.sse import GenerationResponse
 from gateway.bodies.json_slices import Rows, dumps
 from gateway.calls.choices import NONE, Choice, Piece, TokenLogprob
 from gateway.calls.follow import Generation
-from gateway.calls.parse import Conversation, Options
+from gateway.calls.parsed_call import Conversation, Options
 from gateway.calls.submit import SubmittedCall
 from gateway.calls.tokenize import Prompt
 from gateway.calls.writers import MIN_LOGPROB, Usage, Writer, shown_logprob

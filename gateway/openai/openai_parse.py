@@ -10,7 +10,7 @@ from typing import Any
 from gateway.auth.callers import Caller
 from gateway.bodies.fields import sources_of
 from gateway.bodies.parameter_check import MAX_NAMED
-from gateway.calls.parse import (
+from gateway.calls.parsed_call import (
     UNLIMITED,
     Conversation,
     Models,
@@ -24,7 +24,7 @@ from gateway.calls.parse import (
 from gateway.chat.messages import unread_results
 from gateway.grammars.notation import Constraint
 from gateway.grammars.structured import OTHER_NAMES, constraint_of
-from gateway.openai.bodies import (
+from gateway.openai.openai_bodies import (
     BODIES,
     MAX_ALLOWED_TOKEN_IDS,
     MAX_BAD_WORD_CHARACTERS,

@@ -19,7 +19,7 @@ from gateway.calls.submit import SubmittedCall
 from gateway.calls.writers import SSE, Framing, Usage
 from gateway.http.errors import OPENAI_ERRORS, OpenAIErrors, cut
 from gateway.responses.output import Output
-from gateway.responses.parse import parse_stored
+from gateway.responses.response_parse import parse_stored
 from protocol.queue.bus import now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import LorafleetError

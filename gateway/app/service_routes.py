@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from gateway.adapters.resolver import is_base
 from gateway.answers.respond import Answers
-from gateway.anthropic.models import DEFAULT_LIMIT, MAX_LIMIT, page, shown
+from gateway.anthropic.anthropic_models import DEFAULT_LIMIT, MAX_LIMIT, page, shown
 from gateway.app.shapes import speaks_anthropic
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_response

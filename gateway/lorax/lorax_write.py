@@ -14,8 +14,8 @@ from gateway.calls import lorax_metrics
 from gateway.calls.choices import Piece, TokenLogprob, mean_logprob
 from gateway.calls.follow import Generation
 from gateway.calls.writers import MIN_LOGPROB, Usage, shown_logprob
-from gateway.lorax.errors import LORAX_GENERATION_ERRORS
-from gateway.lorax.parse import NativeCall
+from gateway.lorax.lorax_errors import LORAX_GENERATION_ERRORS
+from gateway.lorax.lorax_parse import NativeCall
 from gateway.text.tokenizer import ModelFiles
 from protocol.wire import messages as m
 from protocol.wire.tokens import Detokenizer

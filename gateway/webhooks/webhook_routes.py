@@ -12,9 +12,9 @@ from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.http import openapi
 from gateway.http.access import INFER, Routes
 from gateway.http.paths import WEBHOOKS
-from gateway.webhooks.bodies import WebhookChange, WebhookRequest, WebhookRotation, WebhookTest
 from gateway.webhooks.endpoints import WebhookService, view
 from gateway.webhooks.sign import EVENTS
+from gateway.webhooks.webhook_bodies import WebhookChange, WebhookRequest, WebhookRotation, WebhookTest
 
 DELIVERIES = "/v1/webhook_deliveries"
 

@@ -8,14 +8,14 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 from gateway.answers.respond import Answers, sent_of
-from gateway.anthropic.bodies import CountTokensRequest, MessagesRequest
-from gateway.anthropic.errors import ANTHROPIC_ERRORS
-from gateway.anthropic.parse import conversation_of, parse, rules_of, tools_in
-from gateway.anthropic.write import FRAMING, MessagesResponse
+from gateway.anthropic.anthropic_bodies import CountTokensRequest, MessagesRequest
+from gateway.anthropic.anthropic_errors import ANTHROPIC_ERRORS
+from gateway.anthropic.anthropic_parse import conversation_of, parse, rules_of, tools_in
+from gateway.anthropic.anthropic_write import FRAMING, MessagesResponse
 from gateway.auth.callers import Caller, caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.bodies.parameter_check import ignore
-from gateway.calls.parse import Models, Sent
+from gateway.calls.parsed_call import Models, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.http import openapi
 from gateway.http.access import CALL, TEXT, Routes

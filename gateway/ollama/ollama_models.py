@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from gateway.adapters.views import told_source
-from gateway.ollama.parse import tagged_name
-from gateway.ollama.write import time_text
+from gateway.ollama.ollama_parse import tagged_name
+from gateway.ollama.ollama_write import time_text
 from gateway.text.answer_parts import THOUGHTS
 from gateway.text.tokenizer import ModelFiles
 from protocol.wire import messages as m

@@ -10,8 +10,8 @@ from starlette.responses import Response
 from gateway.answers.respond import Answers, sent_of
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute
-from gateway.calls.parse import Sent
-from gateway.encoders.bodies import (
+from gateway.calls.parsed_call import Sent
+from gateway.encoders.encoder_bodies import (
     ClassifyRequest,
     EitherClassifyRequest,
     EmbeddingsRequest,
@@ -20,12 +20,12 @@ from gateway.encoders.bodies import (
     RerankRequest,
     ScoreRequest,
 )
-from gateway.encoders.calls import EncoderCalls
+from gateway.encoders.encoder_calls import EncoderCalls
 from gateway.http import openapi
 from gateway.http.access import CALL, Routes
 from gateway.http.errors import OPENAI_ERRORS
 from gateway.http.paths import CLASSIFY, EMBEDDINGS, RERANK, SCORE
-from gateway.lorax.errors import LORAX_ERRORS
+from gateway.lorax.lorax_errors import LORAX_ERRORS
 
 
 class EncoderEndpoints:

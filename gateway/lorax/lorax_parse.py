@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway.auth.callers import Caller
-from gateway.calls.parse import Models, Options, ParsedCall, Rules, Sent, Texts, Truncation
+from gateway.calls.parsed_call import Models, Options, ParsedCall, Rules, Sent, Texts, Truncation
 from gateway.grammars.notation import Constraint
 from gateway.grammars.structured import native_constraint, tgi_constraint
-from gateway.lorax.bodies import AdapterParameters, GenerateRequest, Parameters
-from gateway.lorax.errors import GenerationFailed
+from gateway.lorax.lorax_bodies import AdapterParameters, GenerateRequest, Parameters
+from gateway.lorax.lorax_errors import GenerationFailed
 from peft_adapters.recipe import MAX_MERGED
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m

@@ -19,9 +19,9 @@ from gateway.bodies.json_slices import Rows, dumps
 from gateway.calls.choices import Piece, TokenLogprob
 from gateway.calls.follow import Generation
 from gateway.calls.writers import MIN_LOGPROB, Framing, Usage
-from gateway.encoders.write import VECTORS, EncoderResponse, shortened
-from gateway.ollama.bodies import EmbedRequest
-from gateway.ollama.errors import OLLAMA_ERRORS
+from gateway.encoders.encoder_write import VECTORS, EncoderResponse, shortened
+from gateway.ollama.ollama_bodies import EmbedRequest
+from gateway.ollama.ollama_errors import OLLAMA_ERRORS
 from gateway.text.answer_form import AnswerForm
 from gateway.text.answer_parts import Part
 from protocol.runtime.imports import Late

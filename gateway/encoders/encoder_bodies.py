@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, Tag
 from gateway.bodies.fields import Name, Objects, Prompts, Strings
 from gateway.bodies.parameter_check import JsonBody
 from gateway.http.paths import OPENAI_FORMS
-from gateway.lorax.bodies import AdapterParameters
+from gateway.lorax.lorax_bodies import AdapterParameters
 
 
 class EmbeddingsRequest(JsonBody):

@@ -14,17 +14,17 @@ from typing import Any
 
 from gateway.auth.callers import Caller
 from gateway.bodies.parameter_check import MAX_NAMED
-from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Texts
+from gateway.calls.parsed_call import Conversation, Models, Options, ParsedCall, Rules, Texts
 from gateway.chat.messages import stand_in
-from gateway.encoders.bodies import EmbeddingsRequest
-from gateway.encoders.parse import parse_embeddings
+from gateway.encoders.encoder_bodies import EmbeddingsRequest
+from gateway.encoders.encoder_parse import parse_embeddings
 from gateway.grammars.limits import check_num
 from gateway.grammars.notation import Constraint
 from gateway.grammars.structured import ANY_OBJECT, checked_schema
-from gateway.ollama import bodies
-from gateway.ollama.bodies import ChatRequest, EmbedRequest, GenerateRequest
-from gateway.openai.bodies import MAX_TOOLS
-from gateway.openai.parse import stop_strings
+from gateway.ollama import ollama_bodies
+from gateway.ollama.ollama_bodies import ChatRequest, EmbedRequest, GenerateRequest
+from gateway.openai.openai_bodies import MAX_TOOLS
+from gateway.openai.openai_parse import stop_strings
 from gateway.text.answer_form import AnswerForm
 from gateway.tools.definitions import Tools, tools_of
 from protocol.runtime.settings import Settings
@@ -78,7 +78,7 @@ def tagged_name(name: str) -> str:
 def parse(request: ChatRequest | GenerateRequest, caller: Caller, settings: Settings) -> ParsedCall:
     """Return what a body asks for. Raises BadRequest naming the parameter."""
     is_chat = isinstance(request, ChatRequest)
-    given = request.options or bodies.Options()
+    given = request.options or ollama_bodies.Options()
     rules = OllamaRules(
         "messages" if is_chat else "prompt", settings.max_choices, given.num_ctx,
         request.model if request.think else "",
@@ -100,7 +100,7 @@ def parse_embed(request: EmbedRequest, caller: Caller, settings: Settings) -> Pa
     return parse_embeddings(asked, caller, settings)
 
 
-def _options(request: ChatRequest | GenerateRequest, given: bodies.Options, settings: Settings) -> Options:
+def _options(request: ChatRequest | GenerateRequest, given: ollama_bodies.Options, settings: Settings) -> Options:
     num_logprobs = _num_logprobs(request, settings)
     return Options(
         sampling=_sampling(given, num_logprobs),
@@ -121,7 +121,7 @@ def _num_logprobs(request: ChatRequest | GenerateRequest, settings: Settings) ->
     return (num or 0) if request.logprobs else None
 
 
-def _sampling(given: bodies.Options, num_logprobs: int | None) -> m.Sampling:
+def _sampling(given: ollama_bodies.Options, num_logprobs: int | None) -> m.Sampling:
     seed = given.seed if given.seed is not None and given.seed >= 0 else None  # -1 is Ollama's "any"
     return m.Sampling(
         temperature=_or(given.temperature, DEFAULT_TEMPERATURE),

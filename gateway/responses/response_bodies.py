@@ -8,7 +8,7 @@ from pydantic import Field
 
 from gateway.bodies.fields import Name, Objects, Strings
 from gateway.bodies.parameter_check import JsonBody
-from gateway.openai.bodies import MAX_LORA_SCALE, MAX_METADATA_KEY, MAX_METADATA_PAIRS, MAX_METADATA_VALUE
+from gateway.openai.openai_bodies import MAX_LORA_SCALE, MAX_METADATA_KEY, MAX_METADATA_PAIRS, MAX_METADATA_VALUE
 
 MAX_ID_CHARACTERS = 100
 

@@ -13,10 +13,10 @@ from gateway.bodies.json_bodies import JsonRoute, json_answer, json_response
 from gateway.http import openapi
 from gateway.http.access import CALL, INFER, TEXT, Routes
 from gateway.http.paths import INPUT_TOKENS, RESPONSES
-from gateway.responses.bodies import InputTokensRequest, ResponseRequest
-from gateway.responses.parse import LOGPROBS
+from gateway.responses.response_bodies import InputTokensRequest, ResponseRequest
+from gateway.responses.response_parse import LOGPROBS
+from gateway.responses.response_write import FRAMING, STREAM_ERRORS
 from gateway.responses.service import Responses
-from gateway.responses.write import FRAMING, STREAM_ERRORS
 from protocol.wire.errors import BadRequest
 
 Included = Annotated[list[str] | None, Query(alias="include[]")]

@@ -15,21 +15,21 @@ from gateway.auth.callers import Caller, caller_of
 from gateway.bodies import json_values
 from gateway.bodies.json_bodies import JsonRoute
 from gateway.bodies.parameter_check import ignore
-from gateway.calls.parse import Conversation, Models
+from gateway.calls.parsed_call import Conversation, Models
 from gateway.calls.pipeline import Pipeline
 from gateway.grammars.limits import check_num
 from gateway.http import openapi
 from gateway.http.access import INFER, TEXT, Routes
 from gateway.http.errors import OPENAI_ERRORS
 from gateway.http.paths import DETOKENIZE, TOKENIZE
-from gateway.lorax.errors import LORAX_ERRORS, GenerationFailed
-from gateway.lorax.parse import models_of
-from gateway.openai.bodies import MAX_TOOLS, ChatRequest
-from gateway.openai.parse import conversation_of
+from gateway.lorax.lorax_errors import LORAX_ERRORS, GenerationFailed
+from gateway.lorax.lorax_parse import models_of
+from gateway.openai.openai_bodies import MAX_TOOLS, ChatRequest
+from gateway.openai.openai_parse import conversation_of
 from gateway.overload import large
 from gateway.text.counted import MAX_CHARACTERS_PER_TOKEN, check_tokens, most_tokenized
 from gateway.text.tokenizer import Encoding
-from gateway.tokenizer.bodies import DetokenizeRequest, TokenizeRequest
+from gateway.tokenizer.tokenizer_bodies import DetokenizeRequest, TokenizeRequest
 from gateway.tools.definitions import Tools, tools_of
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest

@@ -12,16 +12,16 @@ from datetime import UTC, datetime, timedelta
 from itertools import islice
 from typing import Any
 
-from gateway.anthropic.bodies import CountTokensRequest, MessagesRequest, ThinkingConfig
+from gateway.anthropic.anthropic_bodies import CountTokensRequest, MessagesRequest, ThinkingConfig
 from gateway.anthropic.content import WORDS, definition_of, is_beyond, messages_of, unread_results
 from gateway.auth.callers import Caller
 from gateway.bodies.parameter_check import MAX_ENTRIES, MAX_NAMED
-from gateway.calls.parse import Conversation, Models, Options, ParsedCall, Rules, Sent
+from gateway.calls.parsed_call import Conversation, Models, Options, ParsedCall, Rules, Sent
 from gateway.grammars.limits import check_num
 from gateway.grammars.notation import Constraint
 from gateway.grammars.structured import checked_schema
-from gateway.openai.bodies import MAX_TOOLS
-from gateway.openai.parse import check_variables, stop_strings
+from gateway.openai.openai_bodies import MAX_TOOLS
+from gateway.openai.openai_parse import check_variables, stop_strings
 from gateway.text.answer_form import AnswerForm
 from gateway.tools.definitions import Tools, tools_of
 from protocol.queue.books.quota import Standing

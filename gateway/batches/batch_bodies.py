@@ -8,7 +8,7 @@ from pydantic import Field
 
 from gateway.bodies.parameter_check import JsonBody
 from gateway.files.files import MAX_LIFE_S, MIN_LIFE_S
-from gateway.openai.bodies import MAX_METADATA_KEY, MAX_METADATA_PAIRS, MAX_METADATA_VALUE
+from gateway.openai.openai_bodies import MAX_METADATA_KEY, MAX_METADATA_PAIRS, MAX_METADATA_VALUE
 
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=MAX_METADATA_KEY)], Annotated[str, Field(max_length=MAX_METADATA_VALUE)]],
