@@ -98,7 +98,9 @@ class OllamaEndpoints:
         base = await self._pipeline.fleet.require(worker=False)
         listed = await self._pipeline.resolver.catalogue.listed(
             caller_of(request), ("tags", m.encode(base)), ollama_models.listed(base, None),
-            lambda alias, record: ollama_models.listed(base, (alias, record)) if record and alias.state == "on_disk" else None,
+            lambda alias, record: (
+                ollama_models.listed(base, (alias, record)) if record and alias.state == "on_disk" else None
+            ),
         )  # fmt: skip
         return json_response({"models": orjson.Fragment(listed)})
 
