@@ -33,6 +33,7 @@ from protocol.runtime.adapter_refs import FOLDER, Policy, Reference, in_root, pa
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.settings import Settings, names_of
 from protocol.wire import messages as m
+from protocol.wire.brief import brief
 from protocol.wire.errors import (
     BadRequest,
     Conflict,
@@ -235,7 +236,7 @@ class AdapterOperations:
         is_visible = caller.may_use(reference.place)
         as_fleet = caller.is_admin or (is_visible and self._policy.lends(reference))
         if reference.scheme == "local" and not is_visible:
-            raise PermissionDenied(f"the folder {reference.source!r:.200} is not for this tenant", param="source")
+            raise PermissionDenied(f"the folder {brief(reference.source, 200)} is not for this tenant", param="source")
         self._policy.check(reference, on_request=False, as_fleet=as_fleet)
         return as_fleet
 
@@ -265,8 +266,8 @@ class AdapterOperations:
         reference = parse_source(source) or parse_source(f"local:{source}")
         if reference is None:
             raise BadRequest(
-                f"{source!r:.300} is not a place adapters come from: local:FOLDER or a path under the adapter root,"
-                " ORG/NAME[@REVISION] on the Hub, s3://BUCKET/PREFIX",
+                f"{brief(source, 300)} is not a place adapters come from: local:FOLDER or a path under the adapter"
+                " root, ORG/NAME[@REVISION] on the Hub, s3://BUCKET/PREFIX",
                 param="source",
             )
         return reference
@@ -285,7 +286,7 @@ class AdapterOperations:
                         raise _not_a_folder(path)
                     return reference
         raise NotFound(
-            f"{path!r:.300} is in no folder that adapters are loaded from: --adapters names one, --adapter-roots"
+            f"{brief(path, 300)} is in no folder that adapters are loaded from: --adapters names one, --adapter-roots"
             " further ones",
             param="source",
         )
@@ -480,8 +481,8 @@ class AdapterOperations:
 
 def _not_a_folder(path: str) -> BadRequest:
     return BadRequest(
-        f"{path!r:.300} is under a root of adapters, but not a folder that can be served: at most 8 folders deep, each"
-        " name of at most 96 letters, digits, dots, dashes and underscores, the first a letter or a digit",
+        f"{brief(path, 300)} is under a root of adapters, but not a folder that can be served: at most 8 folders deep,"
+        " each name of at most 96 letters, digits, dots, dashes and underscores, the first a letter or a digit",
         param="source",
     )
 
@@ -490,7 +491,7 @@ def check_name(name: str) -> None:
     """Raise BadRequest unless a text can be an adapter's name."""
     if name == BASE or not (FOLDER.fullmatch(name) or parse_reference(name)):
         raise BadRequest(
-            f"{name!r:.200} cannot be an adapter's name: NAME or ORG/NAME of letters, digits, dots, dashes and"
+            f"{brief(name, 200)} cannot be an adapter's name: NAME or ORG/NAME of letters, digits, dots, dashes and"
             " underscores, at most 96 each, or the place itself",
             param="name",
         )

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from protocol.wire import messages as m
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 DEFAULT_LIMIT, MAX_LIMIT = 20, 1000
@@ -45,7 +46,7 @@ def page(
         raise BadRequest("after_id and before_id exclude each other", param="before_id")
     for param, name in (("after_id", after), ("before_id", before)):
         if name is not None and name not in names:
-            raise BadRequest(f"{param}: no model is named {name!r:.100}", param=param)
+            raise BadRequest(f"{param}: no model is named {brief(name)}", param=param)
     if before is not None:
         end = names.index(before)
         begin = max(end - limit, 0)

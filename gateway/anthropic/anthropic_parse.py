@@ -27,6 +27,7 @@ from gateway.tools.definitions import Tools, tools_of
 from protocol.queue.books.quota import Standing
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages.requests import SEED_BITS
 
@@ -181,5 +182,5 @@ def _constraint(request: MessagesRequest, settings: Settings) -> Constraint | No
     if form is None:
         return None
     if form.get("type") != "json_schema":
-        raise BadRequest(f"{place}.type must be json_schema, not {form.get('type')!r:.100}", param=f"{place}.type")
+        raise BadRequest(f"{place}.type must be json_schema, not {brief(form.get('type'))}", param=f"{place}.type")
     return {"json_schema": checked_schema(form.get("schema"), f"{place}.schema", settings)}

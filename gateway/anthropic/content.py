@@ -14,6 +14,7 @@ from gateway.bodies.parameter_check import MAX_ENTRIES
 from gateway.chat.messages import Message, stand_in, unread_parts
 from gateway.grammars.limits import check_num
 from gateway.tools.definitions import ToolWords
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 WORDS = ToolWords(name=".name", schema=".input_schema", max_name=128)
@@ -52,7 +53,7 @@ def messages_of(system: str | list[dict[str, Any]] | None, given: Sequence[dict[
     for i, message in enumerate(given):
         role, place = message.get("role"), f"messages[{i}].content"
         if not isinstance(role, str) or role not in _BLOCKS_OF:
-            text = f"messages[{i}].role must be one of {', '.join(_BLOCKS_OF)}, not {role!r:.100}"
+            text = f"messages[{i}].role must be one of {', '.join(_BLOCKS_OF)}, not {brief(role)}"
             raise BadRequest(text, param=f"messages[{i}].role")
         content = message.get("content")
         if role == "user" and _has_results(content):
@@ -93,7 +94,7 @@ def definition_of(tool: dict[str, Any], place: str) -> dict[str, Any]:
         why = "it runs at Anthropic"
         if isinstance(kind, str) and kind.startswith(_TRAINED_ON):
             why = "only Anthropic's models are trained on its parameters: give a tool with a name and an input_schema"
-        raise BadRequest(f"{place}: tools of type {kind!r:.100} are not supported: {why}", param=f"{place}.type")
+        raise BadRequest(f"{place}: tools of type {brief(kind)} are not supported: {why}", param=f"{place}.type")
     for name, types in (("description", str), ("strict", bool)):
         if not isinstance(tool.get(name), types | None):
             what = "a string" if types is str else "true or false"
@@ -125,7 +126,7 @@ def _blocks(content: Any, place: str, allowed: Sequence[str]) -> list[dict[str, 
             why = _AT_ANTHROPIC
         else:
             why = _NOT_READ.get(kind) or f"there may be {', '.join(allowed)} here"
-        raise BadRequest(f"{place}[{i}]: blocks of type {kind!r:.100} are not supported: {why}", param=f"{place}[{i}]")
+        raise BadRequest(f"{place}[{i}]: blocks of type {brief(kind)} are not supported: {why}", param=f"{place}[{i}]")
     return content
 
 
@@ -182,7 +183,7 @@ def _of_others(role: str, blocks: Sequence[dict[str, Any]], place: str, calls: s
 def _result(block: Mapping[str, Any], place: str, calls: set[str]) -> Message:
     id_, content, is_error = _string(block, "tool_use_id", place), block.get("content"), block.get("is_error")
     if id_ not in calls:
-        text = f"{place}.tool_use_id: {id_!r:.100} is the id of no tool_use block before it"
+        text = f"{place}.tool_use_id: {brief(id_)} is the id of no tool_use block before it"
         raise BadRequest(text, param=f"{place}.tool_use_id")
     if not isinstance(is_error, bool | None):
         raise BadRequest(f"{place}.is_error must be true or false", param=f"{place}.is_error")

@@ -11,6 +11,7 @@ from protocol.queue.books.api_keys import SCOPES, Tenant
 from protocol.queue.books.quota import Quota
 from protocol.runtime.fleet_secret import FleetSecret, owner_of
 from protocol.wire import messages as m
+from protocol.wire.brief import brief
 from protocol.wire.errors import PermissionDenied
 
 CALLER = "lorafleet.caller"
@@ -91,7 +92,7 @@ class Caller:
         if self.is_admin:
             return asked or ""
         if asked not in (None, self.name):
-            raise PermissionDenied(f"only the scope admin may name a tenant, as {asked!r:.100} here")
+            raise PermissionDenied(f"only the scope admin may name a tenant, as {brief(asked)} here")
         return self.name
 
     def require(self, *scopes: str) -> None:

@@ -14,6 +14,7 @@ from gateway.http.paths import BATCH_ENDPOINTS
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, Conflict, NotFound, Overloaded
 
 ID_PREFIX = "batch_"
@@ -34,10 +35,10 @@ class BatchService:
     async def create(self, request: BatchRequest, caller: Caller) -> dict[str, Any]:
         """Take a batch. Its lines are looked at later. Raises BadRequest, Overloaded."""
         if request.endpoint not in BATCH_ENDPOINTS:
-            text = f"endpoint is {request.endpoint!r:.100}; a batch may be for {', '.join(sorted(BATCH_ENDPOINTS))}"
+            text = f"endpoint is {brief(request.endpoint)}; a batch may be for {', '.join(sorted(BATCH_ENDPOINTS))}"
             raise BadRequest(text, param="endpoint")
         if request.completion_window not in WINDOWS:
-            text = f"completion_window is {request.completion_window!r:.100}; it must be {', '.join(WINDOWS)}"
+            text = f"completion_window is {brief(request.completion_window)}; it must be {', '.join(WINDOWS)}"
             raise BadRequest(text, param="completion_window")
         expiry = request.output_expires_after
         if expiry is not None and expiry.seconds > self._settings.file_ttl_s:
@@ -73,7 +74,7 @@ class BatchService:
         """Return a batch. Raises NotFound."""
         batch = await self._bus.batches.get(batch_id, caller.owner)
         if batch is None:
-            raise NotFound(f"there is no batch {batch_id!r:.100}", param="batch_id", code="batch_not_found")
+            raise NotFound(f"there is no batch {brief(batch_id)}", param="batch_id", code="batch_not_found")
         return batch
 
     async def cancel(self, batch_id: str, caller: Caller) -> m.Batch:
@@ -91,7 +92,7 @@ class BatchService:
         if after is not None:
             rank = await batches.rank(caller.owner, after)
             if rank is None:
-                raise NotFound(f"there is no batch {after!r:.100}", param="after")
+                raise NotFound(f"there is no batch {brief(after)}", param="after")
             start = rank + 1
         ids = await batches.newest(caller.owner, start, limit + 1)
         page = [view(batch) for batch in await batches.get_many(ids[:limit])]

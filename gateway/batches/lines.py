@@ -26,6 +26,7 @@ from msgspec import Raw
 from gateway.bodies import json_values
 from gateway.http.paths import SMALL_BODY_BYTES
 from protocol.wire import messages as m
+from protocol.wire.brief import brief
 
 MAX_LINES = 50_000
 MAX_NUMBER = 2 * MAX_LINES
@@ -144,15 +145,15 @@ class InputLines:
             return
         digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if digest in self._names:
-            self._problem("duplicate_custom_id", f"custom_id {name!r:.100} was there before", number, "custom_id")
+            self._problem("duplicate_custom_id", f"custom_id {brief(name)} was there before", number, "custom_id")
             return
         self._names.add(digest)
         method, url = _scalar(line.method), _scalar(line.url)
         if method != "POST":
-            self._problem("invalid_method", f"method is {method!r:.100}; it must be POST", number, "method")
+            self._problem("invalid_method", f"method is {brief(method)}; it must be POST", number, "method")
             return
         if url != self.endpoint:
-            text = f"url is {url!r:.100}; this batch is for {self.endpoint}"
+            text = f"url is {brief(url)}; this batch is for {self.endpoint}"
             self._problem("url_mismatch", text, number, "url")
             return
         body = line.body

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from protocol.queue.books.usage import DAY_S, OTHERS, UsageRow
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 GROUPS = ("project_id", "model", "batch", "adapter", "base_model")
@@ -144,5 +145,5 @@ def day_of_page(name: str) -> int:
     """Return the day with which a `page` begins. Raises BadRequest."""
     number = name.removeprefix("page_")
     if not (name.startswith("page_") and number.isascii() and number.isdecimal() and len(number) < 8):
-        raise BadRequest(f"{name!r:.100} is no page: give the next_page of an answer", param="page")
+        raise BadRequest(f"{brief(name)} is no page: give the next_page of an answer", param="page")
     return int(number)

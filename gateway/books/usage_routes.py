@@ -15,6 +15,7 @@ from gateway.http import openapi
 from gateway.http.access import INFER, Routes
 from gateway.overload import reads
 from protocol.queue.books.usage import DAY_S, Usage
+from protocol.wire.brief import brief
 from protocol.wire.clock import now_ms
 from protocol.wire.errors import BadRequest, PermissionDenied
 
@@ -74,20 +75,20 @@ def query_of(request: Request) -> Query:
         if plain in _NOT_SERVED:
             raise BadRequest(f"usage is not counted by {_NOT_SERVED[plain]}", param=plain)
         if plain not in _LISTS and name not in _SINGLE:
-            raise BadRequest(f"{name!r:.100} is not a parameter of this route", param=name[:100])
+            raise BadRequest(f"{brief(name)} is not a parameter of this route", param=name[:100])
     lists = {name: [*given.getlist(name), *given.getlist(f"{name}[]")] for name in _LISTS}
     for value in lists["group_by"]:
         if value not in GROUPS:
             what = "is not counted here" if value in NOT_COUNTED else "is not known"
-            raise BadRequest(f"group_by: {value!r:.100} {what}; it may be {', '.join(GROUPS)}", param="group_by")
+            raise BadRequest(f"group_by: {brief(value)} {what}; it may be {', '.join(GROUPS)}", param="group_by")
     if (width := given.get("bucket_width", "1d")) != "1d":
         raise BadRequest(
-            f"bucket_width: {width!r:.100} is not served; usage is counted by day: 1d", param="bucket_width"
+            f"bucket_width: {brief(width)} is not served; usage is counted by day: 1d", param="bucket_width"
         )
     if (form := given.get("format", "json")) not in ("json", "csv"):
-        raise BadRequest(f"format: {form!r:.100} is neither json nor csv", param="format")
+        raise BadRequest(f"format: {brief(form)} is neither json nor csv", param="format")
     if (batch := given.get("batch")) not in (None, "true", "false"):
-        raise BadRequest(f"batch: {batch!r:.100} is neither true nor false", param="batch")
+        raise BadRequest(f"batch: {brief(batch)} is neither true nor false", param="batch")
     if "start_time" not in given:
         raise BadRequest("start_time is missing: unix time in seconds", param="start_time")
     start_s = _number(request, "start_time", 0, 0, _LAST_S)
@@ -108,7 +109,7 @@ def _number(request: Request, name: str, default: int, least: int, most: int) ->
     if text is None:
         return default
     if not (text.isascii() and text.isdecimal() and len(text) < 16 and least <= int(text) <= most):
-        raise BadRequest(f"{name}: {text!r:.100} is no number from {least} to {most}", param=name)
+        raise BadRequest(f"{name}: {brief(text)} is no number from {least} to {most}", param=name)
     return int(text)
 
 

@@ -19,6 +19,7 @@ from gateway.calls.writers import SSE
 from gateway.http.errors import OPENAI_ERRORS, error_of
 from gateway.overload.memory import held, hold
 from protocol.runtime.guarded import is_failure
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 After = Callable[[int], list[int]]
@@ -115,5 +116,5 @@ def numbers_of(event_id: str, num_choices: int) -> list[int]:
         return [0] * num_choices
     numbers = event_id.split(",")
     if len(numbers) != num_choices or not all(number.isdecimal() and len(number) < 12 for number in numbers):
-        raise BadRequest(f"{event_id!r:.100} is no id of an event of this job: it has {num_choices} numbers")
+        raise BadRequest(f"{brief(event_id)} is no id of an event of this job: it has {num_choices} numbers")
     return [int(number) for number in numbers]

@@ -15,6 +15,7 @@ from gateway.calls.parsed_call import Models, Pairs, ParsedCall
 from gateway.fleet.view import FleetView
 from peft_adapters.recipe import digest_of_merge
 from protocol.wire import messages as m
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, LorafleetError, Unavailable
 
 _NO_TEXT = {
@@ -83,7 +84,7 @@ class CallResolver:
         if models.adapter:
             if not all(is_base(name, base) for name in names):
                 message = (
-                    f"model is {names[0]!r:.100} and lora_path {models.adapter!r:.100}: one of them names who answers"
+                    f"model is {brief(names[0])} and lora_path {brief(models.adapter)}: one of them names who answers"
                 )
                 raise BadRequest(message, param="lora_path")
             names = [models.adapter] * len(names)

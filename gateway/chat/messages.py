@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gateway.bodies import json_values
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 Message = dict[str, Any]
@@ -119,7 +120,7 @@ def text_in(message: Message) -> str:
 def _normalize(message: Message, place: str, new_id: str) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or not _ROLE.fullmatch(role):
-        text = f"{place}.role must be one of {', '.join(sorted(ROLES))}, or the template's own, not {role!r:.100}"
+        text = f"{place}.role must be one of {', '.join(sorted(ROLES))}, or the template's own, not {brief(role)}"
         raise BadRequest(text, param=f"{place}.role")
     normal = {key: value for key, value in message.items() if value is not None}
     if "content" not in normal and role != "assistant":
@@ -193,7 +194,7 @@ def _text(part: object, place: str, is_result: bool) -> str:
     if is_result and isinstance(part, dict) and (instead := stand_in(kind)) is not None:
         return instead
     if not isinstance(part, dict) or kind not in _PART_TYPES:
-        text = f"{place}: parts of type {kind!r:.100} are not supported: this model reads text"
+        text = f"{place}: parts of type {brief(kind)} are not supported: this model reads text"
         raise BadRequest(text, param=place)
     text = part.get(kind)
     if not isinstance(text, str):

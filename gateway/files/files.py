@@ -26,6 +26,7 @@ from protocol.runtime.backoff import Backoff
 from protocol.runtime.guarded import Items
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, LorafleetError, NotFound, Overloaded, Unavailable, UnreadableRecord
 
 logger = logging.getLogger(__name__)
@@ -195,7 +196,7 @@ class FileService:
         """Return a file. Raises NotFound."""
         file = await self._bus.files.get(file_id, caller.owner)
         if file is None:
-            raise NotFound(f"there is no file {file_id!r:.100}", param="id", code="file_not_found")
+            raise NotFound(f"there is no file {brief(file_id)}", param="id", code="file_not_found")
         return file
 
     def read(self, file: m.File, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
@@ -227,7 +228,7 @@ class FileService:
         if after is not None:
             rank = await files.rank(caller.owner, after, oldest_first=oldest_first)
             if rank is None:
-                raise NotFound(f"there is no file {after!r:.100}", param="after")
+                raise NotFound(f"there is no file {brief(after)}", param="after")
             start = rank + 1
         page: list[dict[str, Any]] = []
         while len(page) <= limit:  # one more tells whether there are more
@@ -314,10 +315,10 @@ def _check_fields(fields: Mapping[str, str]) -> None:
     """Refuse the fields of a form, of which some may be to come. Raises BadRequest."""
     for name in fields:
         if name not in ("purpose", *_EXPIRY):
-            raise BadRequest(f"unknown field of the form: {name!r:.100}", param=name)
+            raise BadRequest(f"unknown field of the form: {brief(name)}", param=name)
     purpose = fields.get("purpose")
     if purpose is not None and purpose not in PURPOSES:
-        raise BadRequest(f"purpose is {purpose!r:.100}; files are for: {', '.join(PURPOSES)}", param="purpose")
+        raise BadRequest(f"purpose is {brief(purpose)}; files are for: {', '.join(PURPOSES)}", param="purpose")
 
 
 def _life_s(fields: Mapping[str, str], default_s: float) -> float:
@@ -326,8 +327,8 @@ def _life_s(fields: Mapping[str, str], default_s: float) -> float:
     if anchor is None and given is None:
         return default_s
     if anchor != "created_at":
-        raise BadRequest(f"expires_after[anchor] is {anchor!r:.100}; it must be created_at", param="expires_after")
+        raise BadRequest(f"expires_after[anchor] is {brief(anchor)}; it must be created_at", param="expires_after")
     if given is None or not given.isdecimal() or not MIN_LIFE_S <= int(given[:12]) <= MAX_LIFE_S:
-        text = f"expires_after[seconds] is {given!r:.100}; it must be from {MIN_LIFE_S} to {MAX_LIFE_S}"
+        text = f"expires_after[seconds] is {brief(given)}; it must be from {MIN_LIFE_S} to {MAX_LIFE_S}"
         raise BadRequest(text, param="expires_after")
     return min(float(given), default_s)

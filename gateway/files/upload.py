@@ -11,6 +11,7 @@ from typing import Any
 from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, TooLarge
 
 MAX_FIELDS = 16
@@ -30,7 +31,7 @@ class UploadedForm:
         kind, options = parse_options_header(content_type)
         boundary = options.get(b"boundary", b"")
         if kind != b"multipart/form-data" or not 0 < len(boundary) <= 200:
-            raise BadRequest(f"a file is uploaded as multipart/form-data with a boundary, not as {content_type!r:.100}")
+            raise BadRequest(f"a file is uploaded as multipart/form-data with a boundary, not as {brief(content_type)}")
         self.fields: dict[str, str] = {}
         self.filename = ""
         self.has_file = False
@@ -100,11 +101,11 @@ class UploadedForm:
         self._field = options.get(b"name", b"").decode(errors="replace")
         if b"filename" not in options:
             if self._field in self.fields:
-                raise BadRequest(f"the form has the field {self._field!r:.100} twice", param=self._field)
+                raise BadRequest(f"the form has the field {brief(self._field)} twice", param=self._field)
             self.fields[self._field] = ""
             return
         if self._field != "file" or self.has_file:
-            raise BadRequest(f"one file is uploaded at a time, as `file`: not {self._field!r:.100}", param=self._field)
+            raise BadRequest(f"one file is uploaded at a time, as `file`: not {brief(self._field)}", param=self._field)
         self._check(self.fields)
         self._is_file = self.has_file = True
         name = options[b"filename"].decode(errors="replace").replace("\\", "/").rpartition("/")[2]
@@ -125,7 +126,7 @@ class UploadedForm:
             try:
                 self.fields[self._field] = self._value.decode()
             except UnicodeDecodeError as error:
-                raise BadRequest(f"the field {self._field!r:.100} is no UTF-8", param=self._field) from error
+                raise BadRequest(f"the field {brief(self._field)} is no UTF-8", param=self._field) from error
 
     def _finish(self) -> None:
         self._has_ended = True

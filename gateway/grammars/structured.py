@@ -25,6 +25,7 @@ from gateway.grammars.limits import (
 )
 from gateway.grammars.notation import Constraint, lark_string, regex_literal
 from protocol.runtime.settings import Settings
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
@@ -99,7 +100,7 @@ def tgi_constraint(grammar: Mapping[str, Any] | None, place: str, settings: Sett
     if kind == "json_schema" and isinstance(value, dict) and "schema" in value:
         return _json(value["schema"], f"{where}.schema", settings)
     if kind not in ("json", "json_object", "json_schema"):
-        raise BadRequest(f"{place} of type {kind!r:.100} is not supported", param=place)
+        raise BadRequest(f"{place} of type {brief(kind)} is not supported", param=place)
     return _json(_parsed(value, where, settings), where, settings)
 
 
@@ -110,7 +111,7 @@ def _response_format(form: Mapping[str, Any], settings: Settings) -> Constraint 
     kind = form.get("type")
     given = [name for name in ("json_schema", "schema", "value") if form.get(name) is not None]
     if len(given) > 1 or (given and kind == "text") or (given == ["json_schema"] and kind == "json_object"):
-        message = f"response_format.{given[-1]} has no effect beside the others, whose type is {kind!r:.100}"
+        message = f"response_format.{given[-1]} has no effect beside the others, whose type is {brief(kind)}"
         raise BadRequest(message, param=f"response_format.{given[-1]}")
     if given == ["value"]:
         return tgi_constraint(form, "response_format", settings)

@@ -29,6 +29,7 @@ from gateway.text.answer_form import AnswerForm
 from gateway.tools.definitions import Tools, tools_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages.requests import SEED_BITS
 
@@ -141,7 +142,7 @@ def _sampling(given: ollama_bodies.Options, num_logprobs: int | None) -> m.Sampl
 def _constraint(form: str | dict[str, Any] | None, settings: Settings) -> Constraint | None:
     """Return the grammar that a `format` demands, None for none. Raises BadRequest."""
     if isinstance(form, str) and form not in ("", "json"):
-        raise BadRequest(f'format must be "json" or a JSON schema, not {form!r:.100}', param="format")
+        raise BadRequest(f'format must be "json" or a JSON schema, not {brief(form)}', param="format")
     if form in (None, ""):
         return None
     return {"json_schema": checked_schema(ANY_OBJECT if form == "json" else form, "format", settings)}

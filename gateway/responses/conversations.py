@@ -32,6 +32,7 @@ from protocol.runtime.backoff import Backoff
 from protocol.runtime.guarded import FAILED, Items, is_queue_away
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, LorafleetError, NewerRecord, NotFound, Overloaded, UnreadableRecord
 
 ID_PREFIX = "conv_"
@@ -127,7 +128,7 @@ class Conversations:
         if after is not None:
             rank = await self._queue.rank(conversation_id, after, newest_first=newest_first)
             if rank is None:
-                raise NotFound(f"there is no item {after!r:.100}", param="after")
+                raise NotFound(f"there is no item {brief(after)}", param="after")
             start = rank + 1
         raws = await self._queue.items(conversation_id, start, limit + 1, newest_first=newest_first)
         return list_page(_values(raws[:limit]), has_more=len(raws) > limit)
@@ -289,12 +290,12 @@ def _values(raws: Sequence[bytes]) -> list[Item]:
 
 
 def _not_found(conversation_id: str, param: str) -> NotFound:
-    text = f"Conversation with id {conversation_id!r:.100} not found."
+    text = f"Conversation with id {brief(conversation_id)} not found."
     return NotFound(text, param=param, code="conversation_not_found")
 
 
 def _no_item(item_id: str) -> NotFound:
-    return NotFound(f"Item with id {item_id!r:.100} not found.", param="item_id", code="item_not_found")
+    return NotFound(f"Item with id {brief(item_id)} not found.", param="item_id", code="item_not_found")
 
 
 def _refusal(made: Outcome, limits: ConversationLimits, num: int, tenant: str) -> LorafleetError:

@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from gateway.bodies import json_values
 from gateway.chat.messages import Message, stand_in, unread_parts
 from gateway.responses.tools import flat_name
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 Item = dict[str, Any]
@@ -63,7 +64,7 @@ def references(given: str | Sequence[Item] | None) -> Iterator[Reference]:
             continue
         found = _ID.fullmatch(item["id"]) if isinstance(item.get("id"), str) else None
         if found is None:
-            text = f"input[{i}].id: {item.get('id')!r:.100} is the id of no item that is kept"
+            text = f"input[{i}].id: {brief(item.get('id'))} is the id of no item that is kept"
             raise BadRequest(text, param=f"input[{i}].id")
         yield Reference(found[1], found[0])
 
@@ -125,7 +126,7 @@ def _item(given: Item, kind: Any, place: str) -> Item:
         why = "the type of an item is a string"
     else:
         why = _NOT_READ.get(kind, _AT_OPENAI)
-    raise BadRequest(f"{place}: items of type {kind!r:.100} are not supported: {why}", param=f"{place}.type")
+    raise BadRequest(f"{place}: items of type {brief(kind)} are not supported: {why}", param=f"{place}.type")
 
 
 def unread_results(given: str | Sequence[Item] | None) -> Iterator[str]:
@@ -144,7 +145,7 @@ def _with_stand_in(part: Any) -> Any:
 def _message(given: Item, place: str) -> Item:
     role, content = given.get("role"), given.get("content")
     if role not in _ROLES:
-        text = f"{place}.role must be one of {', '.join(_ROLES)}, not {role!r:.100}"
+        text = f"{place}.role must be one of {', '.join(_ROLES)}, not {brief(role)}"
         raise BadRequest(text, param=f"{place}.role")
     allowed = _PARTS_OF.get(role, ("input_text",))
     if isinstance(content, str):
@@ -165,7 +166,7 @@ def _parts(content: Any, place: str, allowed: Sequence[str]) -> list[dict[str, A
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
         if not isinstance(part, dict) or not isinstance(kind, str) or kind not in allowed:
             why = f"{_READS_TEXT}; there may be {', '.join(allowed)} here"
-            raise BadRequest(f"{place}[{i}]: parts of type {kind!r:.100} are not supported: {why}", param=place)
+            raise BadRequest(f"{place}[{i}]: parts of type {brief(kind)} are not supported: {why}", param=place)
         field = _TEXT_OF[kind]
         made.append({"type": kind, field: _string(part, field, f"{place}[{i}]")})
     return made
@@ -203,7 +204,7 @@ def messages_of(instructions: str | None, items: Iterable[Item]) -> list[Message
     for item in items:
         if item["type"] == "function_call_output":
             if item["call_id"] not in calls:
-                text = f"input: no call has the call_id {item['call_id']!r:.100} that a function_call_output names"
+                text = f"input: no call has the call_id {brief(item['call_id'])} that a function_call_output names"
                 raise BadRequest(text, param="input")
             open_calls.pop(item["call_id"], None)
             output = item["output"]
@@ -220,7 +221,7 @@ def messages_of(instructions: str | None, items: Iterable[Item]) -> list[Message
                 calls.add(item["call_id"])
     if open_calls:
         call_id, name = next(iter(open_calls.items()))
-        text = f"input: no function_call_output has the result of the call {call_id!r:.100} of {name!r:.100}"
+        text = f"input: no function_call_output has the result of the call {brief(call_id)} of {brief(name)}"
         raise BadRequest(text, param="input")
     for message in made:
         for field in _JOINED:

@@ -24,6 +24,7 @@ from gateway.responses.tools import is_hosted, shown_tool, tools_in
 from gateway.text.counted import check_tokens
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 from protocol.wire.keys import BATCH, INTERACTIVE
 from protocol.wire.messages.requests import SEED_BITS
@@ -99,7 +100,7 @@ def check_input(request: ResponseRequest, settings: Settings, caller: Caller) ->
         raise BadRequest("conversation needs store, which is false: it keeps what is said", param="store")
     for name in request.include or ():
         if name not in (LOGPROBS, ENCRYPTED):
-            text = f"include: {name!r:.100} is not supported; there is {LOGPROBS}, and {ENCRYPTED} without effect"
+            text = f"include: {brief(name)} is not supported; there is {LOGPROBS}, and {ENCRYPTED} without effect"
             raise BadRequest(text, param="include")
     if request.top_logprobs and LOGPROBS not in (request.include or ()):
         raise BadRequest(f"top_logprobs needs {LOGPROBS} in include", param="top_logprobs")
@@ -234,7 +235,7 @@ def _constraint(request: PromptRequest, settings: Settings) -> Constraint | None
     if kind == "json_object":
         return {"json_schema": checked_schema(ANY_OBJECT, place, settings)}
     if kind != "json_schema":
-        text = f"{place}.type must be text, json_object or json_schema, not {kind!r:.100}"
+        text = f"{place}.type must be text, json_object or json_schema, not {brief(kind)}"
         raise BadRequest(text, param=f"{place}.type")
     strict = is_strict(form, place)
     return {"json_schema": checked_schema(form.get("schema"), f"{place}.schema", settings, strict=strict)}

@@ -17,6 +17,7 @@ from gateway.responses.response_bodies import InputTokensRequest, ResponseReques
 from gateway.responses.response_parse import LOGPROBS
 from gateway.responses.response_write import FRAMING, STREAM_ERRORS
 from gateway.responses.service import Responses
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 Included = Annotated[list[str] | None, Query(alias="include[]")]
@@ -90,7 +91,7 @@ def check_included(include: list[str] | None) -> None:
     """Refuse a value of `include` that is not served. Raises BadRequest."""
     for name in include or ():
         if name != LOGPROBS:
-            raise BadRequest(f"include: {name!r:.100} is not supported; there is {LOGPROBS}", param="include")
+            raise BadRequest(f"include: {brief(name)} is not supported; there is {LOGPROBS}", param="include")
 
 
 def add_response_routes(app: FastAPI, responses: ResponseEndpoints) -> None:

@@ -26,6 +26,7 @@ from gateway.responses.response_parse import Context, check_input, check_prompt,
 from gateway.responses.response_write import ID_PREFIX, FollowedResponse
 from gateway.responses.stored import GOES_ON, StoredResponses, end_of
 from gateway.text.counted import most_tokenized
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, NotFound
 
 CANCEL_WAIT_S = 10.0
@@ -122,7 +123,7 @@ class Responses:
             try:
                 items = await self._items(body.previous_response_id, caller)
             except NotFound as error:
-                text = f"Previous response with id {body.previous_response_id!r:.100} not found."
+                text = f"Previous response with id {brief(body.previous_response_id)} not found."
                 raise BadRequest(text, param="previous_response_id", code="previous_response_not_found") from error
         known: dict[str, Item] = {item["id"]: item for item in items}
         asked: set[str] = set()
@@ -137,7 +138,7 @@ class Responses:
                 known |= {item["id"]: item for item in await self._items(ID_PREFIX + call, caller)}
         for _, id_ in references(body.input):
             if id_ not in known:
-                raise BadRequest(f"Item with id {id_!r:.100} not found.", param="input", code="item_not_found")
+                raise BadRequest(f"Item with id {brief(id_)} not found.", param="input", code="item_not_found")
         return Context(items, known)
 
     async def _items(self, response_id: str, caller: Caller) -> list[Item]:
@@ -186,6 +187,6 @@ class Responses:
         if after is not None:
             start = 1 + next((i for i, item in enumerate(items) if item["id"] == after), len(items))
             if start > len(items):
-                raise NotFound(f"there is no item {after!r:.100}", param="after")
+                raise NotFound(f"there is no item {brief(after)}", param="after")
         page = items[start : start + limit]
         return list_page(page, has_more=len(items) > start + limit)

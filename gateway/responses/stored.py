@@ -26,6 +26,7 @@ from gateway.responses.items import Item
 from gateway.responses.response_write import ID_PREFIX, End, ResponseWriter, failure_of, writer_of
 from gateway.responses.stream import ResponseEvents
 from protocol.wire import messages as m
+from protocol.wire.brief import brief
 from protocol.wire.codec import as_kept
 from protocol.wire.error_codec import error_from
 from protocol.wire.errors import LorafleetError, NotFound
@@ -51,7 +52,7 @@ class StoredResponses:
             facts = await self._jobs.facts(found)
             if None not in facts:
                 return found, facts
-        text = f"Response with id {response_id!r:.100} not found."
+        text = f"Response with id {brief(response_id)} not found."
         raise NotFound(text, param="response_id", code="response_not_found")
 
     async def view(self, job: m.Job, facts: Facts) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from gateway.openai.openai_bodies import MAX_TOOLS
 from gateway.responses.response_bodies import PromptRequest
 from gateway.tools.definitions import Tools, ToolWords, check_name, tools_of
 from protocol.runtime.settings import Settings
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 HOSTED = frozenset(
@@ -110,7 +111,7 @@ def _definition(tool: dict[str, Any], place: str) -> dict[str, Any]:
             why = "a tool's own kind has no place here: give a function"
         elif kind == "namespace":
             why = "a namespace has functions, and no other namespaces"
-        raise BadRequest(f"{place}: tools of type {kind!r:.100} are not supported: {why}", param=f"{place}.type")
+        raise BadRequest(f"{place}: tools of type {brief(kind)} are not supported: {why}", param=f"{place}.type")
     check_name(tool.get("name"), f"{place}.name", MAX_NAME)
     if not isinstance(tool.get("description"), str | None):
         raise BadRequest(f"{place}.description must be a string", param=f"{place}.description")
@@ -122,7 +123,7 @@ def _definition(tool: dict[str, Any], place: str) -> dict[str, Any]:
 def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
     """Return a `tool_choice` as chats have it."""
     if isinstance(choice, str) and choice not in ("none", "auto", "required"):
-        text = f"tool_choice must be none, auto or required, or name a function, not {choice!r:.100}"
+        text = f"tool_choice must be none, auto or required, or name a function, not {brief(choice)}"
         raise BadRequest(text, param="tool_choice")
     if not isinstance(choice, dict):
         return choice
@@ -133,5 +134,5 @@ def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any] | None:
         tools = choice.get("tools")
         named = [_choice(tool) if isinstance(tool, dict) else tool for tool in tools] if isinstance(tools, list) else []
         return {"type": kind, "allowed_tools": {"mode": choice.get("mode"), "tools": named}}
-    text = f"tool_choice of type {kind!r:.100} is not supported; there is function, and allowed_tools"
+    text = f"tool_choice of type {brief(kind)} is not supported; there is function, and allowed_tools"
     raise BadRequest(text, param="tool_choice.type")

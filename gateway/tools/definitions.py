@@ -13,6 +13,7 @@ from gateway.grammars.limits import MAX_TIMES, check_num
 from gateway.grammars.structured import JSON_STYLE, checked_schema, is_strict
 from gateway.tools.loose import LOOSE_STYLE, MAX_LOOKED_AT, not_held, outline
 from protocol.runtime.settings import Settings
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]+")
@@ -124,7 +125,7 @@ def _definition(tool: dict[str, Any], place: str, settings: Settings, words: Too
         parameters = {"type": "object", "properties": {}, "additionalProperties": False}
     strict = is_strict(function, f"{place}.function")
     if isinstance(parameters, dict) and parameters.get("type", "object") != "object":
-        raise BadRequest(f"{where}.type must be object, not {parameters['type']!r:.100}", param=where)
+        raise BadRequest(f"{where}.type must be object, not {brief(parameters['type'])}", param=where)
     try:
         schema = checked_schema(parameters, where, settings, JSON_STYLE if strict else LOOSE_STYLE, strict=strict)
     except BadRequest:

@@ -17,6 +17,7 @@ from gateway.webhooks.webhook_bodies import WebhookChange, WebhookRequest
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.wire import messages as m
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, Conflict, NotFound, Overloaded
 
 MAX_ENDPOINTS = 20
@@ -105,7 +106,7 @@ class WebhookService:
         if after is not None:
             ids = [endpoint.id for endpoint in found]
             if after not in ids:
-                raise NotFound(f"there is no webhook endpoint {after!r:.100}", param="after")
+                raise NotFound(f"there is no webhook endpoint {brief(after)}", param="after")
             found = found[ids.index(after) + 1 :]
         return list_page([view(endpoint) for endpoint in found[:limit]], has_more=len(found) > limit)
 
@@ -127,9 +128,9 @@ class WebhookService:
         """
         found = [one for one in await self._webhooks.given_up(caller.owner) if one.id == delivery_id]
         if not found:
-            raise NotFound(f"there is no delivery {delivery_id!r:.100} that was given up", code="delivery_not_found")
+            raise NotFound(f"there is no delivery {brief(delivery_id)} that was given up", code="delivery_not_found")
         if not found[0].type:
-            raise Conflict(f"the delivery {delivery_id!r:.100} cannot be sent again: {found[0].error}")
+            raise Conflict(f"the delivery {brief(delivery_id)} cannot be sent again: {found[0].error}")
         again = msgspec.structs.replace(found[0], attempts=0, error="", created_ms=now_ms())
         [num_waiting] = await self._webhooks.add(caller.owner, [again], MAX_WAITING)
         if num_waiting >= 0:
@@ -149,14 +150,14 @@ class WebhookService:
 
 
 def _not_found(endpoint_id: str) -> NotFound:
-    return NotFound(f"there is no webhook endpoint {endpoint_id!r:.100}", code="webhook_endpoint_not_found")
+    return NotFound(f"there is no webhook endpoint {brief(endpoint_id)}", code="webhook_endpoint_not_found")
 
 
 def _checked(events: Sequence[str], param: str) -> list[str]:
     """Return types of events, each once. Raises BadRequest for one that is never sent."""
     for type_ in events:
         if type_ not in EVENTS:
-            text = f"{param} has {type_!r:.100}; what is sent is {', '.join(EVENTS)}"
+            text = f"{param} has {brief(type_)}; what is sent is {', '.join(EVENTS)}"
             raise BadRequest(text, param=param)
     return list(dict.fromkeys(events))
 

@@ -19,6 +19,7 @@ import httpx2
 from gateway.webhooks.addresses import is_public
 from gateway.webhooks.names import MAX_HOST, Names, UnknownHostError, is_address, is_name
 from gateway.webhooks.places import PlacesByHost
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 TIMEOUT_S = 15.0
@@ -83,9 +84,9 @@ class Outside:
         try:
             target = target_of(url)
         except ValueError as error:
-            raise BadRequest(f"url is none: {url!r:.100}: {error}", param="url") from error
+            raise BadRequest(f"url is none: {brief(url)}: {error}", param="url") from error
         if target.scheme not in schemes:
-            raise BadRequest(f"url must be {' or '.join(schemes)}: {url!r:.100}", param="url")
+            raise BadRequest(f"url must be {' or '.join(schemes)}: {brief(url)}", param="url")
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str], tenant: str) -> int:
         """Send a body for a tenant; return the status of the answer, of which nothing else is read.
@@ -131,9 +132,9 @@ class Outside:
         try:
             addresses = await self._names.addresses(host)
         except UnknownHostError as error:
-            raise UnreachableError(f"the host {host!r:.100} is not known: {error}") from error
+            raise UnreachableError(f"the host {brief(host)} is not known: {error}") from error
         if not self._private and not all(map(is_public, addresses)):
-            raise UnreachableError(f"the host {host!r:.100} has an address that is not of the public internet")
+            raise UnreachableError(f"the host {brief(host)} has an address that is not of the public internet")
         return addresses[0]
 
     async def _context(self) -> ssl.SSLContext:
@@ -174,7 +175,7 @@ def target_of(url: str) -> Target:
         raise ValueError("it has a user")
     host = read.raw_host.decode("ascii")
     if not is_name(host) and not is_address(host):
-        raise ValueError(f"{host!r:.100} is neither a name of the DNS nor an IP address")
+        raise ValueError(f"{brief(host)} is neither a name of the DNS nor an IP address")
     port = read.port
     if port is not None and not 0 < port < 65536:
         raise ValueError(f"there is no port {port}")
