@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import random
 from dataclasses import replace
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafleet.__main__ import main
+from benchmarks.simulation.load import SyntheticLoad, adapters, generate
+from benchmarks.simulation.policies import POLICIES, make_dispatcher
+from benchmarks.simulation.run import Arrival, Simulation, SimulationResult, jain
+from benchmarks.simulation.worker import WorkerModel
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest
 from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.placement import AdapterFacts
-from scheduler.simulation.policies import POLICIES, make_dispatcher
-from scheduler.simulation.run import Arrival, Simulation, SimulationResult, jain
-from scheduler.simulation.trace import SyntheticLoad, adapters, generate, read
-from scheduler.simulation.worker import SimulatedRequest, WorkerModel
 from scheduler.workers import QUEUED_AHEAD
 from tests.scheduler.fakes import make_submit
 
@@ -401,64 +397,3 @@ def test_a_lot_at_once_is_planned_in_pieces() -> None:
         sizes.append(plan.num_placed)
         assert plan.again_ms == (1.0 if scheduler.backlog.num_queued else None)
     assert sizes == [512, 512, 176]
-
-
-# ---------------------------------------------------------------- the simulator
-
-
-def test_a_simulated_request_takes_what_its_steps_take() -> None:
-    model = WorkerModel(step=m.StepModel(a=0.01, b=0.001), max_step_tokens=64)
-    (only,) = simulate([arrival("r", 100.0, num_prompt_tokens=100, output=3)], 1, model=model).requests
-    assert only.first_ms - 100.0 == pytest.approx((10 + 64) + (10 + 36))
-    assert only.ended_ms - only.first_ms == pytest.approx(2 * 11)
-
-
-def test_a_simulated_adapter_takes_what_its_bytes_take() -> None:
-    free = m.StepModel(a=0.0, b=0.0)
-    trace = [arrival("first", 0.0, digest="a0", output=1), arrival("second", 1000.0, digest="a0", output=1)]
-    outcome = simulate(trace, 1, model=WorkerModel(step=free))
-    size = FACTS["a0"].num_bytes
-    first, second = outcome.requests
-    assert first.first_ms == pytest.approx(10 + size / 2e5 + 1 + size / 2e6)
-    assert second.first_ms == 1000.0
-    assert (outcome.num_loads, outcome.num_fetches) == (1, 1)
-
-
-def test_attained_tokens_are_counted_within_a_window() -> None:
-    outcome = SimulationResult()
-    sub = make_submit("r", tenant="t", num_prompt_tokens=10)
-    outcome.requests.append(SimulatedRequest(sub, 100, first_ms=100.0, ended_ms=200.0))
-    assert outcome.attained(0.0, 1000.0) == {"t": 210.0}
-    assert outcome.attained(150.0, 1000.0) == {"t": 100.0}
-    assert jain([1.0, 1.0]) == 1.0
-    assert jain([1.0, 0.0]) == 0.5
-    assert jain([0.0, 0.0]) == 1.0
-
-
-def test_the_command_prints_and_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "rows.json"
-    words = ["simulate", "--workers", "1,2", "--seconds", "3", "--policies", "affinity+fairness,round-robin"]
-    assert main([*words, "--json", str(out)]) == 0
-    rows = json.loads(out.read_text())
-    assert [(row["policy"], row["workers"]) for row in rows] == [
-        ("affinity+fairness", 1), ("round-robin", 1), ("affinity+fairness", 2), ("round-robin", 2),
-    ]  # fmt: skip
-    assert all(row["requests"] > 0 and row["output_tokens_per_s"] > 0 for row in rows)
-    assert "round-robin" in capsys.readouterr().out
-
-
-def test_a_recorded_trace_is_read_and_a_bad_line_named(tmp_path: Path) -> None:
-    file = tmp_path / "trace.jsonl"
-    good = {"at_s": 1.5, "adapter": "x", "prompt_tokens": 3, "output_tokens": 4}
-    file.write_text(json.dumps(good | {"at_s": 2.0}) + "\n\n" + json.dumps(good))
-    first, second = read(file)
-    assert (first.at_ms, second.at_ms, first.submit.tenant, first.num_output_tokens) == (1500.0, 2000.0, "x", 4)
-    file.write_text(json.dumps(good) + '\n{"at_s": 1}')
-    with pytest.raises(BadRequest, match="line 2"):
-        read(file)
-    assert main(["simulate", "--trace", str(file)]) == 2
-
-
-@pytest.mark.parametrize("words", [["--policies", "best"], ["--step-model", "1,2"], ["--workers", "x"]])
-def test_the_command_refuses_what_makes_no_sense(words: list[str]) -> None:
-    assert main(["simulate", *words]) == 2

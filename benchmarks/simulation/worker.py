@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 from itertools import islice
 
+from gpu_worker.engine.step_limit import PROMPT_SHARE, StepLimit, StepTime
 from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEP_TOKENS_PER_SEQ, SHORT_STEPS_AFTER
-from protocol.runtime.step_limit import PROMPT_SHARE, StepLimit, StepTime
 from protocol.wire import messages as m
 from scheduler.placement import AdapterFacts, Bandwidths
 from scheduler.request import BASE
