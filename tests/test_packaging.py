@@ -240,3 +240,4 @@ def test_the_wheel_holds_every_package_and_nothing_else(tmp_path: Path) -> None:
     scripts = {f"protocol/queue/lua/{path.name}" for path in (ROOT / "protocol/queue/lua").glob("*.lua")}
     assert scripts
     assert scripts <= set(names)
+    assert "gateway/bodies/parameters.toml" in names
