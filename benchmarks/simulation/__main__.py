@@ -18,7 +18,6 @@ from benchmarks.simulation.load import SyntheticLoad, adapters, generate
 from benchmarks.simulation.policies import POLICIES, make_dispatcher
 from benchmarks.simulation.run import Arrival, Simulation, jain
 from benchmarks.simulation.worker import SMALL_GPU_STEP, WorkerModel
-from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from scheduler.core import SchedulerConfig
 from scheduler.placement import AdapterFacts, Bandwidths
@@ -91,10 +90,6 @@ def arguments() -> argparse.ArgumentParser:
     fleet.add_argument(
         "--remote-mb-s", type=float, default=200.0, help="MB/s from the store to the host cache (%(default)g)"
     )
-    fleet.add_argument(
-        "--max-slowdown", type=float, default=Settings.model_fields["max_slowdown"].default,
-        help="times as long a step may take for tenants with more than their share; 0: any time (%(default)g)",
-    )  # fmt: skip
     fleet.add_argument("--way-ms", type=float, default=0.0, help="time of a request beside its steps (%(default)g)")
     parser.add_argument(
         "--policies", nargs="+", choices=POLICIES, default=POLICIES, help="policies to compare (%(default)s)"
@@ -165,7 +160,6 @@ def _worker_model(args: argparse.Namespace) -> WorkerModel:
         host_bytes=args.host_adapters * MEAN_ADAPTER_BYTES,
         bandwidths=Bandwidths(host=args.host_mb_s * 1000, remote=args.remote_mb_s * 1000),
         way_ms=args.way_ms,
-        max_slowdown=args.max_slowdown,
     )
 
 

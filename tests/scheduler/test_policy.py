@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -115,35 +114,6 @@ def test_a_flood_does_not_hold_up_the_quiet_where_steps_are_long(rate: float) ->
     only = simulate(flood, 1, model=ON_CPU)
     tokens_per_s = [sum(outcome.attained(15_000.0, 45_000.0).values()) for outcome in (flooded, only)]
     assert tokens_per_s[0] >= 0.95 * tokens_per_s[1], "what the flood gives up is used"
-
-
-@pytest.mark.parametrize("max_slowdown", [0.0, 1.8])
-def test_a_flood_leaves_a_quiet_stream_half_its_rate_if_it_is_limited(max_slowdown: float) -> None:
-    model = replace(ON_CPU, max_slowdown=max_slowdown)
-    quiet = [arrival(f"quiet{i}", 15_000.0 + 4000.0 * i, tenant="q", num_prompt_tokens=67, output=64) for i in range(8)]
-    flood = [
-        arrival(f"flood{i}", 20.0 * i, tenant="flood", num_prompt_tokens=67, output=64) for i in range(700)
-    ]  # fmt: skip
-
-    def token_ms(outcome: SimulationResult) -> float:
-        spent = [r.ended_ms - r.first_ms for r in outcome.requests if r.submit.tenant == "q"]
-        return sum(spent) / len(spent) / 63
-
-    alone, flooded = (simulate(trace, 1, model=model) for trace in (quiet, flood + quiet))
-    assert (token_ms(flooded) <= 2 * token_ms(alone)) == bool(max_slowdown)
-    shared = flooded.attained(15_000.0, 45_000.0)
-    only = simulate(flood, 1, model=model).attained(15_000.0, 45_000.0)
-    assert sum(shared.values()) >= 0.5 * sum(only.values())
-
-
-def test_equals_lose_nothing_by_the_limit_of_steps() -> None:
-    trace = [
-        arrival(f"{tenant}/{i}", 2.0 * i, tenant=f"t{tenant}", num_prompt_tokens=67, output=64)
-        for i in range(40)
-        for tenant in range(8)
-    ]
-    limited, free = (simulate(trace, 1, model=replace(ON_CPU, max_slowdown=factor)) for factor in (1.8, 0.0))
-    assert limited.output_tokens_per_s >= 0.99 * free.output_tokens_per_s
 
 
 def test_no_adapter_starves_beside_a_hot_one() -> None:
