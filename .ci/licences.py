@@ -23,6 +23,7 @@ PERMISSIVE = (
 REVIEWED = {
     "certifi": "MPL-2.0: a list of certificates, used as it is",
     "tqdm": "MPL-2.0 and MIT: used as it is",
+    "shtab": "MPL-2.0: used as it is",
     "hypothesis": "MPL-2.0: tests only",
     "pathspec": "MPL-2.0: builds the wheel only",
     "fqdn": "MPL-2.0: tests only",

@@ -27,10 +27,10 @@ import numpy as np
 from benchmarks.common import report
 from benchmarks.common.fleet import RunningFleet, Setup, fleet, make_adapters, quickstart_model, scratch_folder
 from benchmarks.neighbours import run_beside
+from benchmarks.simulation.run import jain
 from lorafleet.bench import BenchConfig, BenchResult, Target, run_bench
 from lorafleet.bench.result import inter_token_gaps_s
 from protocol.runtime.settings import Settings
-from scheduler.simulation.run import jain
 
 QUIET = [f"quiet-{index}" for index in range(20)]
 EQUALS = QUIET[:8]

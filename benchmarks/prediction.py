@@ -1,4 +1,4 @@
-"""How well `lorafleet simulate` predicts a real fleet on this machine.
+"""How well the simulation predicts a real fleet on this machine.
 
     python -m benchmarks.prediction [--model FOLDER] [--short]
 
@@ -30,15 +30,15 @@ from benchmarks.common.fleet import (
     quickstart_model,
     scratch_folder,
 )
+from benchmarks.simulation.load import FAR_AHEAD_MS
+from benchmarks.simulation.policies import POLICIES, make_dispatcher
+from benchmarks.simulation.run import Arrival, Simulation
+from benchmarks.simulation.worker import WorkerModel
 from lorafleet.bench import BenchConfig, BenchResult, Target, run_bench
 from protocol.wire import messages as m
 from protocol.wire.keys import INTERACTIVE
 from scheduler.core import SchedulerConfig
 from scheduler.placement import AdapterFacts, Bandwidths
-from scheduler.simulation.policies import POLICIES, make_dispatcher
-from scheduler.simulation.run import Arrival, Simulation
-from scheduler.simulation.trace import FAR_AHEAD_MS
-from scheduler.simulation.worker import WorkerModel
 
 NAMES = [f"adapter-{index}" for index in range(32)]
 RANK = 16

@@ -1,6 +1,6 @@
 """Which worker goes when there are to be fewer: the one that the scheduler names, another, or the one worth most.
 
-`python -m benchmarks.scale_in`. The scheduler's own code with simulated workers (`scheduler/simulation`), seeded: five
+`python -m benchmarks.scale_in`. The scheduler's own code with simulated workers (`benchmarks/simulation`), seeded: five
 workers serve adapters of a Zipf distribution, and after 100 s one of them drains. Counted are the adapters that the
 others fetch in the minute after that, ten loads each.
 """
@@ -11,11 +11,11 @@ import random
 from collections.abc import Callable
 
 from benchmarks.common.report import table
+from benchmarks.simulation.load import SyntheticLoad, adapters, generate
+from benchmarks.simulation.run import Simulation
+from benchmarks.simulation.worker import WorkerModel
 from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.scale_in import costs_ms
-from scheduler.simulation.run import Simulation
-from scheduler.simulation.trace import SyntheticLoad, adapters, generate
-from scheduler.simulation.worker import WorkerModel
 
 NUM_WORKERS = 5
 SECONDS, AT_S = 160, 100

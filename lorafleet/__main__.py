@@ -41,7 +41,6 @@ COMMANDS = {
     "jobs": ("lorafleet.operate.jobs", "list, show, follow and cancel background jobs"),
     "bench": ("lorafleet.bench.cli", "put load on an OpenAI-compatible server and measure it"),
     "profile": ("lorafleet.profile", "measure what a worker's steps spend their time on"),
-    "simulate": ("scheduler.simulate", "try scheduling policies on a simulated fleet"),
     "completion": ("lorafleet.operate.completion", "print what makes a shell complete these commands"),
 }
 

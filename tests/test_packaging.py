@@ -96,6 +96,7 @@ def test_packages_import_only_what_the_design_allows(package: str) -> None:
         found = set(imports(path))
         assert found & PACKAGES.keys() <= allowed, path
         assert "kernels" not in found, f"{path}: our kernels are imported as lora_kernels"
+        assert not found & {"benchmarks", "tests"}, path
         if package not in MAY_BE_HEAVY and path != CONVERTER:
             assert not found & HEAVY, path
         if package == "protocol":
@@ -274,3 +275,4 @@ def test_the_wheel_holds_every_package_and_nothing_else(tmp_path: Path) -> None:
     scripts = {f"protocol/queue/lua/{path.name}" for path in (ROOT / "protocol/queue/lua").glob("*.lua")}
     assert scripts
     assert scripts <= set(names)
+    assert "gateway/bodies/parameters.toml" in names

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gpu_worker.engine.engine_thread import EngineThread, OnDeath, OnOutputs
 from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
 from gpu_worker.engine.timelines import Timelines
-from gpu_worker.service.engine_handle import OnDeath, OnOutputs
 from gpu_worker.service.service import Worker
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.service import run, set_up_logging
@@ -47,8 +47,8 @@ class Running:
     first_token: int  # numpy's sum per token would cost more than the rest
 
 
-class FakeEngine:
-    """An `EngineHandle` whose step takes `step_s` and gives every request one token."""
+class FakeEngine(EngineThread):
+    """A stand-in without an engine: its step takes `step_s` and gives every request one token."""
 
     def __init__(self, *, step_s: float = 0.025, capacity: int = 256, vocab_size: int = 1000) -> None:
         self._step_s = step_s
@@ -56,7 +56,7 @@ class FakeEngine:
         self._vocab = vocab_size
         self._requests: dict[str, Running] = {}
         self._lock = threading.Lock()
-        self._wake = threading.Event()
+        self._has_work = threading.Event()
         self._room = threading.Semaphore(MAX_UNACKED)
         self._stopped = False
         self.has_ended = False
@@ -69,13 +69,11 @@ class FakeEngine:
         self._pinned: dict[str, str] = {}
         self._leaving: dict[str, str] = {}  # digest -> order
         self._uses: dict[str, AdapterUse] = {}
-        self._thread: threading.Thread | None = None
         self._timelines = Timelines()
 
     def start(self, on_outputs: OnOutputs, on_death: OnDeath) -> None:
         """Start the thread that steps."""
-        self._thread = threading.Thread(target=self._loop, args=(on_outputs,), name="fake-engine", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._loop, args=(on_outputs,), name="fake-engine", daemon=True).start()
 
     def finish_start(self) -> None:
         """Do nothing: there is nothing to make."""
@@ -93,7 +91,7 @@ class FakeEngine:
                 use.misses += request.digest not in self._resident
         if request.digest:
             self._bring(request.digest, self._host, self._resident)
-        self._wake.set()
+        self._has_work.set()
 
     def cancel(self, rids: Sequence[str]) -> None:
         """Forget requests."""
@@ -183,15 +181,15 @@ class FakeEngine:
         """End the thread."""
         self._stopped = True
         self.steps.set()
-        self._wake.set()
+        self._has_work.set()
 
     def _loop(self, on_outputs: OnOutputs) -> None:
         next_step = time.perf_counter()
         while not self._stopped:
             self.num_turns += 1
             if not self._requests:
-                self._wake.wait()
-                self._wake.clear()
+                self._has_work.wait()
+                self._has_work.clear()
                 next_step = time.perf_counter()
                 continue
             next_step = max(next_step + self._step_s, time.perf_counter())

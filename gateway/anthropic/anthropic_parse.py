@@ -1,6 +1,6 @@
 """*Parse* for Anthropic's API: from a body to a `ParsedCall`. Pure.
 
-Defaults are Anthropic's; what is not done as there is refused by name (`bodies/parameters.py`, `content.py`).
+Defaults are Anthropic's; what is not done as there is refused by name (`bodies/parameters.toml`, `content.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Messages, system texts and tools of Anthropic's API in OpenAI's form, which is what chat templates know. Pure.
 
 A message of Anthropic's is a list of blocks: calls are blocks of the assistant's, their results blocks of the user's,
-and messages of one role that follow each other are one turn. Which fields blocks have is in `bodies/parameters.py`.
+and messages of one role that follow each other are one turn. Which fields blocks have is in `bodies/parameters.toml`.
 """
 
 from __future__ import annotations

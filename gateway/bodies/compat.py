@@ -1,4 +1,4 @@
-"""The table of `docs/compat.md`, made of the list of parameters: `python -m gateway.bodies.compat` writes it."""
+"""The table of `docs/compat.md`, made of `parameters.toml`: `python -m gateway.bodies.compat` writes it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,7 @@ import orjson
 from gateway.bodies.parameters import OBJECTS, PARAMETERS, SERVERS, Parameter
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "compat.md"
-BEGIN, END = "<!-- table of gateway/bodies/parameters.py -->\n", "<!-- end of the table -->\n"
-
-_HEADS = {
-    "openai": "OpenAI", "vllm": "vLLM", "sglang": "SGLang", "tgi": "TGI", "lorax": "LoRAX", "ollama": "Ollama",
-    "cohere": "Cohere", "jina": "Jina", "anthropic": "Anthropic",
-}  # fmt: skip
+BEGIN, END = "<!-- table of gateway/bodies/parameters.toml -->\n", "<!-- end of the table -->\n"
 
 
 def table() -> str:
@@ -25,7 +20,7 @@ def table() -> str:
     lines: list[str] = []
     for objects, rows in parts.items():
         lines += [f"### {', '.join(_place(name) for name in objects)}", ""]
-        lines += [f"| parameter | {' | '.join(_HEADS[name] for name in SERVERS)} | here |"]
+        lines += [f"| parameter | {' | '.join(SERVERS.values())} | here |"]
         lines += ["| --- " * (len(SERVERS) + 2) + "|"]
         same: dict[str, list[str]] = {}  # what parameters have in common -> their names
         for parameter in rows:

@@ -1,100 +1,36 @@
-"""Every parameter that OpenAI, vLLM, SGLang, TGI, LoRAX, Ollama, Cohere, Jina or Anthropic documents for routes here.
+"""What becomes of every parameter that a server documents for routes here: the list is `parameters.toml`.
 
-This is the one list of what becomes of each: it is *served* (a field of the body declares it), *accepted* without
-effect, or *refused*, which the 400 explains with the words here. What is not in it is unknown, and refused too
-(`parameter_check.py`). A new field of a body, or a new body, has its row here;
-`tests/gateway/bodies/test_parameters.py` checks that.
+Each is *served* (a field of the body declares it), *accepted* without effect, or *refused*, which the 400 explains with
+the words of the list. What is not in it is unknown, and refused too (`parameter_check.py`). A new field of a body, or a
+new body, has its row there; `tests/gateway/bodies/test_parameters.py` checks that.
 `docs/compat.md` is its table: `python -m gateway.bodies.compat` writes it.
 """
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any, Literal
 
-from gateway.bodies.parameter_rows import LONG, NO_IMAGES, OWN, Parameter, accepted, refused, rows
-from gateway.bodies.response_parameters import RESPONSE_OBJECTS, RESPONSE_PARAMETERS, RESPONSE_TYPES
-from gateway.http.paths import (
-    BATCHES,
-    CHAT,
-    CLASSIFY,
-    COMPLETIONS,
-    COUNT_TOKENS,
-    DETOKENIZE,
-    EMBEDDINGS,
-    KEYS,
-    MESSAGES,
-    OLLAMA_CHAT,
-    OLLAMA_EMBED,
-    OLLAMA_GENERATE,
-    RERANK,
-    SCORE,
-    TENANTS,
-    TOKENIZE,
-    WEBHOOKS,
-)
+import msgspec
 
-SERVERS = ("openai", "vllm", "sglang", "tgi", "lorax", "ollama", "cohere", "jina", "anthropic")
-"""The servers whose parameters are listed."""
+LIST = Path(__file__).with_suffix(".toml")
 
-OBJECTS: Mapping[str, str] = MappingProxyType({
-    "chat": CHAT,
-    "completions": COMPLETIONS,
-    "embeddings": EMBEDDINGS,
-    "labels": f"{CLASSIFY} and /classify",
-    "rerank": " ".join(RERANK),
-    "score": " ".join(SCORE),
-    "generate": "/generate",
-    "generate_stream": "/generate_stream",
-    "compat": "/",
-    "parameters": "parameters of LoRAX's routes",
-    "encode": "/embed and /classify",
-    "encode_batch": "/classify_batch",
-    "adapter": "parameters of an encoder's routes",
-    "tokenize": TOKENIZE,
-    "detokenize": DETOKENIZE,
-    "ollama_chat": OLLAMA_CHAT,
-    "ollama_generate": OLLAMA_GENERATE,
-    "ollama_options": "options of Ollama's routes",
-    "ollama_embed": OLLAMA_EMBED,
-    "ollama_show": "/api/show",
-    "batch": BATCHES,
-    "output_expiry": "output_expires_after",
-    "messages": MESSAGES,
-    "count_tokens": COUNT_TOKENS,
-    "message": "an entry of messages of Anthropic's routes",
-    "text_block": "a block of type text",
-    "thinking_block": "a block of type thinking",
-    "tool_use_block": "a block of type tool_use",
-    "tool_result_block": "a block of type tool_result",
-    "messages_tool": "an entry of tools of Anthropic's routes",
-    "messages_tool_choice": "tool_choice of Anthropic's routes",
-    "thinking": "thinking",
-    "output_config": "output_config",
-    "output_format": "output_config.format",
-    **RESPONSE_OBJECTS,
-    "webhook": WEBHOOKS,
-    "webhook_change": f"{WEBHOOKS}/ID",
-    "webhook_rotation": f"{WEBHOOKS}/ID/rotate_secret",
-    "webhook_test": f"{WEBHOOKS}/ID/test",
-    "api_key": KEYS,
-    "tenant": f"{TENANTS}/NAME",
-    "register": "/v1/adapters",
-    "load_lora": "/v1/load_lora_adapter and /load_lora_adapter",
-    "unload_lora": "/v1/unload_lora_adapter and /unload_lora_adapter",
-    "stream_options": "stream_options",
-    "merged_adapters": "merged_adapters",
-    "response_format": "response_format",
-    "json_schema": "response_format.json_schema",
-    "structured_outputs": "structured_outputs",
-    "tool": "an entry of tools",
-    "function": "function of an entry of tools",
-    "tool_choice": "tool_choice",
-    "named_function": "function of a tool_choice",
-    "allowed_tools": "tool_choice.allowed_tools",
-    "allowed_tool": "an entry of tool_choice.allowed_tools.tools",
+SERVERS: Mapping[str, str] = MappingProxyType({
+    "openai": "OpenAI", "vllm": "vLLM", "sglang": "SGLang", "tgi": "TGI", "lorax": "LoRAX", "ollama": "Ollama",
+    "cohere": "Cohere", "jina": "Jina", "anthropic": "Anthropic",
 })  # fmt: skip
-"""The JSON objects whose fields are parameters -> where each stands."""
+"""The servers whose parameters are listed -> what they are called."""
+
+_PARTS = {
+    "block": ("text", "thinking", "tool_use", "tool_result"),
+    "item": ("message", "reasoning", "function_call", "function_call_output", "item_reference"),
+    "part": ("input_text", "output_text", "refusal", "reasoning_text", "summary_text"),
+}
+_OBJECTS_OF = {suffix: {kind: f"{kind}_{suffix}" for kind in kinds} for suffix, kinds in _PARTS.items()}
 
 CLIENT_TOOL_TYPES = (
     "bash_20241022", "bash_20250124", "memory_20250818", "text_editor_20241022", "text_editor_20250124",
@@ -103,8 +39,11 @@ CLIENT_TOOL_TYPES = (
 """Types of Anthropic's tools that clients run, of which `anthropic/client_tools.py` knows the parameters."""
 
 BY_TYPE: Mapping[str, Mapping[str | None, str]] = MappingProxyType({
-    "block": {kind: f"{kind}_block" for kind in ("text", "thinking", "tool_use", "tool_result")},
-    **RESPONSE_TYPES,
+    "block": _OBJECTS_OF["block"],
+    "input_item": {None: "message_item", **_OBJECTS_OF["item"]},
+    "input_part": _OBJECTS_OF["part"],
+    "response_any_tool": {"function": "response_tool", "namespace": "response_namespace"},
+    "response_function": {"function": "response_tool"},
     "any_tool": dict.fromkeys((None, "custom", *CLIENT_TOOL_TYPES), "messages_tool"),
 })  # fmt: skip
 """Objects with a `type`: what they are called -> each type that is served -> which of `OBJECTS` that is.
@@ -113,338 +52,54 @@ Other types are refused by *parse*, with reasons.
 """
 
 
-_BOTH = "chat completions"
-_NATIVE = "generate generate_stream compat"
-_ENCODERS = "encode encode_batch"
-_OLLAMA = "ollama_chat ollama_generate"
-_ALL = "openai vllm sglang tgi lorax ollama"
-_ANTHROPIC = "messages count_tokens"
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of one or more objects."""
+
+    name: str
+    objects: Sequence[str]  # of `OBJECTS`: where it is a field
+    servers: frozenset[str]  # who knows it; none: only this project
+    fate: Literal["served", "accepted", "refused"]
+    why: str  # why it has no effect, or is refused: a sentence without its subject, the parameter
+    neutral: Sequence[Any]  # values at which a refused parameter has no effect, and is accepted; null always is
+    holds: str  # of `OBJECTS` or `BY_TYPE`: what its value is, or each entry of a list
+
+    def has_effect(self, value: Any) -> bool:
+        """Return whether the parameter would change anything at this value."""
+        return self.fate == "refused" and value is not None and value not in self.neutral
 
 
-_NO_BEAMS = "belongs to beam search, which is not supported: best_of of several sampled choices comes closest"
-_NO_AUDIO = "asks for sound, and only texts are made"
-_ONE_ENGINE = "says how one engine's processes share work, and nothing about the answer: leave it out"
-_KEPT = "is kept at Anthropic, and nothing is here: send the whole conversation"
-_ELSEWHERE = "belongs to what runs at Anthropic: here the model and your own tools answer"
-_CODE = "is code that the server would run, which no client may send"
+class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    servers: str
+    accepted: str = ""
+    refused: str = ""
+    neutral: tuple[Any, ...] = ()
+    holds: str = ""
 
-PARAMETERS: Sequence[Parameter] = (
-    # Chat and completions
-    *rows("model", _BOTH, _ALL),
-    *rows("messages", "chat", _ALL),
-    *rows("prompt", "completions", _ALL),
-    *rows("temperature top_p stop seed max_tokens frequency_penalty presence_penalty stream", _BOTH, _ALL),
-    *rows("max_completion_tokens", "chat", "openai vllm sglang"),
-    *rows("stream_options", _BOTH, "openai vllm sglang tgi ollama", holds="stream_options"),
-    *rows("n logprobs logit_bias", _BOTH, "openai vllm sglang tgi lorax"),
-    *rows("top_logprobs", "chat", "openai vllm sglang tgi"),
-    *rows("echo", "completions", "openai vllm sglang lorax"),
-    *rows("echo", "chat", "vllm"),
-    *rows("best_of", "completions", "openai vllm sglang lorax"),
-    *rows("top_k", _BOTH, "vllm sglang lorax"),
-    *rows("repetition_penalty", _BOTH, "vllm sglang lorax"),
-    *rows("min_p min_tokens stop_token_ids ignore_eos", _BOTH, "vllm sglang"),
-    *rows("typical_p repeat_penalty repeat_last_n", _BOTH, OWN),
-    *rows("response_format", _BOTH, "openai vllm sglang tgi lorax ollama", holds="response_format"),
-    *rows("structured_outputs", _BOTH, "vllm", holds="structured_outputs"),
-    *rows("tools", "chat", _ALL, holds="tool"),
-    *rows("tool_choice", "chat", _ALL, holds="tool_choice"),
-    *rows("parallel_tool_calls", "chat", "openai vllm"),
-    *rows("chat_template_kwargs", "chat", "vllm sglang"),
-    *rows("documents", "chat", "vllm"),
-    *rows("reasoning_effort", "chat", "openai vllm sglang ollama"),
-    *rows("include_stop_str_in_output truncate_prompt_tokens truncation_side add_special_tokens request_id", _BOTH,
-           "vllm"),
-    *rows("allowed_token_ids bad_words prompt_logprobs logprob_token_ids return_token_ids return_tokens_as_token_ids"
-           " include_metrics", _BOTH, "vllm"),
-    *rows("skip_special_tokens cache_salt", _BOTH, "vllm sglang"),
-    *rows("guided_json guided_json_object guided_regex guided_choice guided_grammar guided_whitespace_pattern", _BOTH,
-           "vllm"),
-    *rows("regex ebnf", _BOTH, "sglang"),
-    *rows("json_schema", "completions", "sglang"),
-    *accepted("guided_decoding_backend", _BOTH, "vllm", "names a program: here one enforces every form"),
-    *accepted("spaces_between_special_tokens", _BOTH, "vllm", "has an effect with decoders that write a space before"
-               " each word: special tokens are shown as they are spelled here, without one"),
-    *refused("extra_key", _BOTH, "sglang", "is not supported: cache_salt keeps prefixes apart"),
-    *rows("add_generation_prompt", "chat", "vllm"),
-    *rows("continue_final_message", "chat", "vllm sglang"),
-    *rows("guideline", "chat", "tgi lorax"),
-    *rows("service_tier metadata", _BOTH, "openai"),
-    *rows("background", _BOTH, OWN),
-    *rows("adapter_source api_token ignore_eos_token", _BOTH, "lorax"),
-    *rows("merged_adapters", _BOTH, OWN, holds="merged_adapters"),
-    *rows("lora_scale", _BOTH, OWN),
-    *accepted("user", "chat completions embeddings", "openai vllm sglang lorax ollama",
-               "names an end user to OpenAI's abuse detection, and never changes an answer"),
-    *accepted("safety_identifier", _BOTH, "openai", "is for OpenAI's abuse detection, and never changes an answer"),
-    *accepted("store", _BOTH, "openai", "asks OpenAI to keep the answer; with background this server does"),
-    *accepted("prompt_cache_key prompt_cache_retention prompt_cache_options", _BOTH, "openai",
-               "advises OpenAI's prompt cache; here prompts that begin alike share it by themselves"),
-    *accepted("prediction", "chat", "openai", "may only save time: an answer is the same without it"),
-    *accepted("session_id", _BOTH, "vllm", "advises a router; here prompts that begin alike meet by themselves"),
-    *accepted("stream_interval", _BOTH, "vllm", "says how many tokens share an event; here those of a step do"),
-    *accepted("return_mm_kwargs return_token_offsets", _BOTH, "vllm",
-               "is about vLLM's routes that only render, and on this one vLLM ignores it too"),
-    *accepted("custom_labels", "completions", "sglang", "labels the server's metrics, and never changes an answer"),
-    *refused("functions", "chat", "openai", "was replaced by tools, which are served", []),
-    *refused("function_call", "chat", "openai", "was replaced by tool_choice, which is served", "auto", "none"),
-    *refused("modalities", "chat", "openai", "may only ask for text", ["text"]),
-    *refused("audio", "chat", "openai", _NO_AUDIO),
-    *refused("web_search_options", "chat", "openai", "asks for a search of the web, which a model here cannot do"),
-    *refused("moderation", "chat", "openai", "asks for a filter of contents, and there is none"),
-    *accepted("verbosity", "chat", "openai",
-               "is a trained ability of OpenAI's models, which no template has a variable for: say it in a message"),
-    *refused("reasoning", "chat", "sglang ollama",
-              "is not passed on by itself: a template that has such a variable takes it in chat_template_kwargs"),
-    *refused("best_of", "chat", "vllm", "is served on /v1/completions only", 1),
-    *refused("suffix", "completions", "openai vllm sglang lorax ollama",
-              "asks for a text between two others, for which no model here is trained", ""),
-    *refused("use_beam_search", _BOTH, "vllm", _NO_BEAMS, False),
-    *refused("length_penalty", _BOTH, "vllm", _NO_BEAMS, 1),
-    *refused("early_stopping", _BOTH, "vllm", _NO_BEAMS, False),
-    *refused("prompt_embeds", "completions", "vllm", "skips the vocabulary: prompts are texts or token ids", []),
-    *refused("no_stop_trim", _BOTH, "sglang", "is served as include_stop_str_in_output", False),
-    *refused("chat_template", "chat", "vllm", _CODE + ": the model's or the adapter's own template is used"),
-    *refused("stop_regex", _BOTH, "sglang", "is not supported; stop strings are"),
-    *rows("lora_path", _BOTH, "sglang"),
-    *refused("rid", _BOTH, "sglang", "is not supported: X-Request-Id is answered with"),
-    *refused("priority", _BOTH, "vllm sglang", "is not supported: service_tier flex is the lower class", 0),
-    *rows("include_reasoning", "chat", "vllm"),
-    *refused("separate_reasoning stream_reasoning", "chat", "sglang",
-              "is always so: the reasoning of a model comes apart from its answer", True),
-    *refused("thinking_token_budget", _BOTH, "vllm", "is not supported: only the whole answer has a limit", -1),
-    *refused("watermarking", _BOTH, "vllm", "is served on LoRAX's routes only, as watermark", False),
-    *refused("repetition_detection", _BOTH, "vllm", "is not supported; the penalties prevent repetitions"),
-    *refused("return_prompt_text", "chat", "vllm", "is not supported", False),
-    *refused("return_hidden_states return_routed_experts", _BOTH, "sglang", "asks for inner numbers", False),
-    *refused("routed_experts_prompt_start", _BOTH, "vllm", "asks for inner numbers", 0),
-    *refused("mm_processor_kwargs media_io_kwargs", "chat", "vllm", NO_IMAGES, {}),
-    *refused("kv_transfer_params ec_transfer_params vllm_xargs", _BOTH, "vllm", _ONE_ENGINE, {}),
-    *refused("bootstrap_host bootstrap_port bootstrap_room session_params", _BOTH, "sglang", _ONE_ENGINE),
-    *refused("custom_logit_processor custom_params", _BOTH, "sglang", _CODE),
-    *refused("tool_prompt", "chat", "tgi", "is not supported: the template explains tools, or a system message"),
-    # What they hold
-    *rows("include_usage", "stream_options", "openai vllm sglang tgi ollama"),
-    *rows("continuous_usage_stats", "stream_options", "vllm sglang"),
-    *accepted("include_obfuscation", "stream_options", "openai",
-               "pads the events of a stream against eavesdroppers, which no client reads"),
-    *rows("ids weights merge_strategy density majority_sign_method", "merged_adapters", "lorax"),
-    *rows("svd_rank seed arithmetic", "merged_adapters", OWN),
-    *rows("type", "response_format", _ALL),
-    *rows("json_schema", "response_format", "openai vllm sglang ollama", holds="json_schema"),
-    *rows("schema", "response_format", "lorax"),
-    *rows("value", "response_format", "tgi"),
-    *refused("format structures triggers", "response_format", "vllm sglang", "belongs to structural tags, which are"
-              " not supported"),
-    *rows("schema", "json_schema", "openai vllm sglang ollama"),
-    *accepted("name description", "json_schema", "openai vllm sglang ollama", "is for the reader of a request"),
-    *rows("strict", "json_schema", "openai vllm sglang ollama"),
-    *rows("json regex choice grammar json_object whitespace_pattern disable_any_whitespace"
-           " disable_additional_properties", "structured_outputs", "vllm"),
-    *refused("structural_tag", "structured_outputs", "vllm", "is not supported", False),
-    *accepted("disable_fallback", "structured_outputs", "vllm", "is always so: there is one program for grammars"),
-    *rows("type", "tool", _ALL),
-    *rows("function", "tool", _ALL, holds="function"),
-    *accepted("cache_control", "tool", OWN, "advises the prompt cache of Anthropic, which some clients write for"),
-    *refused("defer_loading", "tool function", "vllm", "asks for a search among tools", False),
-    *rows("name description parameters", "function", _ALL),
-    *rows("strict", "function", "openai vllm sglang"),
-    *rows("type", "tool_choice", _ALL),
-    *rows("function", "tool_choice", _ALL, holds="named_function"),
-    *rows("allowed_tools", "tool_choice", "openai", holds="allowed_tools"),
-    *rows("name", "named_function", _ALL),
-    *rows("mode", "allowed_tools", "openai"),
-    *rows("tools", "allowed_tools", "openai", holds="allowed_tool"),
-    *rows("type", "allowed_tool", "openai"),
-    *rows("function", "allowed_tool", "openai", holds="named_function"),
-    # Embeddings
-    *rows("input model encoding_format dimensions", "embeddings", "openai vllm sglang ollama"),
-    *rows("parameters", "embeddings", "lorax", holds="adapter"),
-    *rows("background", "embeddings", OWN),
-    *refused("truncate_prompt_tokens truncation_side", "embeddings", "vllm", "is not supported"),
-    *refused("add_special_tokens normalize use_activation", "embeddings", "vllm", "is always so", True),
-    *refused("embed_dtype", "embeddings", "vllm", "is not supported: embeddings are float32", "float32"),
-    *refused("endianness", "embeddings", "vllm", "is not supported: base64 is little-endian", "native", "little"),
-    *refused("messages", "embeddings", "vllm", "is not supported: no template is rendered for an embedding"),
-    *refused("priority", "embeddings", "vllm sglang", "is not supported", 0),
-    *refused("request_id", "embeddings", "vllm", "is not supported: X-Request-Id is answered with"),
-    *refused("rid", "embeddings", "sglang", "is not supported: X-Request-Id is answered with"),
-    *refused("mm_processor_kwargs", "embeddings", "vllm", NO_IMAGES, {}),
-    # Labels and scores
-    *rows("model", "labels score", "vllm sglang"),
-    *rows("model query documents top_n", "rerank", "vllm sglang cohere jina"),
-    *rows("return_documents", "rerank", "sglang cohere jina"),
-    *rows("max_tokens_per_doc", "rerank", "cohere"),
-    *rows("input", "labels", "vllm sglang"),
-    *rows("messages add_special_tokens add_generation_prompt continue_final_message chat_template_kwargs", "labels",
-           "vllm"),
-    *rows("text_1 text_2 queries documents items data_1 data_2", "score", "vllm"),
-    *rows("use_activation cache_salt", "labels rerank score", "vllm"),
-    *accepted("user", "labels rerank score", "vllm sglang",
-               "names an end user to the server's operator, and never changes an answer"),
-    *refused("activation softmax", "labels rerank score", "vllm", "was replaced by use_activation, which is served",
-              True),
-    *refused("truncate_prompt_tokens truncation_side", "labels rerank score", "vllm",
-              "is not supported: what is longer than the model takes is refused"),
-    *refused("padding", "labels rerank score", "vllm", "is not supported: no text is padded", "do_not_pad"),
-    *refused("priority", "labels rerank score", "vllm cohere", "is not supported", 0),
-    *refused("request_id", "labels rerank score", "vllm", "is not supported: X-Request-Id is answered with"),
-    *refused("rid", "labels", "sglang", "is not supported: X-Request-Id is answered with"),
-    *refused("mm_processor_kwargs media_io_kwargs", "labels rerank score", "vllm", NO_IMAGES, {}),
-    *refused("chat_template", "labels", "vllm", _CODE + ": the model's or the adapter's own template is used"),
-    *refused("query label_token_ids apply_softmax item_first", "score", "sglang",
-              "is of SGLang's form, by likely tokens: a pair is text_1 and text_2, or queries and documents"),
-    *refused("encoding_format", "rerank score", "vllm", "is not supported: scores are JSON numbers", "float"),
-    *refused("truncation", "rerank", "jina", "is not supported: max_tokens_per_doc is", False),
-    *refused("return_embeddings", "rerank", "jina", "is not supported: /v1/embeddings has vectors", False),
-    *refused("rank_fields", "rerank", "cohere", "is not supported: of a document only its text is ranked", ["text"]),
-    *refused("max_chunks_per_doc", "rerank", "cohere",
-              "is not supported: documents are not cut into chunks; max_tokens_per_doc is"),
-    *refused("instruction", "rerank", "sglang", "is not supported: a reranker's template has its instruction"),
-    # LoRAX's and TGI's native routes
-    *rows("inputs", _NATIVE, "tgi lorax"),
-    *rows("parameters", _NATIVE, "tgi lorax", holds="parameters"),
-    *rows("stream", "compat", "tgi lorax"),
-    *refused("stream", "generate", "tgi lorax", "is not supported here: /generate_stream and / stream", False),
-    *accepted("stream", "generate_stream", "tgi lorax", "has no effect: this route always streams"),
-    *rows("adapter_id", "parameters adapter", "tgi lorax"),
-    *rows("adapter_source api_token", "parameters adapter", "lorax"),
-    *rows("merged_adapters", "parameters adapter", "lorax", holds="merged_adapters"),
-    *rows("best_of temperature repetition_penalty frequency_penalty top_k top_p typical_p do_sample max_new_tokens",
-           "parameters", "tgi lorax"),
-    *rows("return_full_text stop truncate watermark details decoder_input_details seed", "parameters", "tgi lorax"),
-    *rows("presence_penalty ignore_eos_token return_k_alternatives", "parameters", "lorax"),
-    *rows("response_format", "parameters", "lorax", holds="response_format"),
-    *rows("grammar", "parameters", "tgi"),
-    *accepted("apply_chat_template", "parameters", "lorax", "is a field that LoRAX reads and never uses"),
-    *refused("top_n_tokens", "parameters", "tgi", "is not supported: return_k_alternatives is", 0),
-    # Encoders, tokenizers
-    *rows("inputs", _ENCODERS, "tgi lorax"),
-    *rows("parameters", _ENCODERS, "lorax", holds="adapter"),
-    *refused("stream", _ENCODERS, "lorax", "is not supported here: the answer comes at once", False),
-    *rows("inputs", "tokenize", "tgi lorax"),
-    *rows("add_special_tokens", "tokenize", "vllm sglang lorax"),
-    *rows("prompt model", "tokenize", "vllm sglang"),
-    *rows("messages return_token_strs add_generation_prompt continue_final_message chat_template_kwargs", "tokenize",
-           "vllm"),
-    *rows("tools", "tokenize", "vllm", holds="tool"),
-    *refused("chat_template", "tokenize", "vllm", _CODE + ": the model's or the adapter's own template is used"),
-    *refused("mm_processor_kwargs media_io_kwargs", "tokenize", "vllm", NO_IMAGES, {}),
-    *rows("tokens model", "detokenize", "vllm sglang"),
-    *refused("skip_special_tokens", "detokenize", "sglang", "is not supported: special tokens are shown", False),
-    *rows("adapter_id adapter_source api_token", "tokenize", OWN),
-    *rows("merged_adapters", "tokenize", OWN, holds="merged_adapters"),
-    # Ollama
-    *rows("model stream format think logprobs top_logprobs", _OLLAMA, "ollama"),
-    *rows("options", _OLLAMA, "ollama", holds="ollama_options"),
-    *rows("messages", "ollama_chat", "ollama"),
-    *rows("tools", "ollama_chat", "ollama", holds="tool"),
-    *rows("prompt system raw", "ollama_generate", "ollama"),
-    *accepted("keep_alive", f"{_OLLAMA} ollama_embed", "ollama",
-               "says how long a model stays in memory: here adapters make room for others by themselves"),
-    *refused("template", "ollama_generate", "ollama", _CODE + ": the model's or the adapter's own template is used",
-              ""),
-    *refused("suffix", "ollama_generate", "ollama",
-              "asks for a text between two others, for which no model here is trained", ""),
-    *refused("images", "ollama_generate", "ollama", NO_IMAGES, []),
-    *refused("context", "ollama_generate", "ollama",
-              "is not kept: /api/chat takes the messages of a conversation", []),
-    *refused("width height steps", "ollama_generate", "ollama", NO_IMAGES, 0),
-    *refused("truncate", f"{_OLLAMA} ollama_embed", "ollama",
-              "is not supported: what is longer than the context is refused", False),
-    *refused("shift", _OLLAMA, "ollama", "is not supported: an answer ends where the context does", False),
-    *rows("temperature top_p top_k min_p typical_p seed num_predict num_ctx stop repeat_penalty presence_penalty"
-           " frequency_penalty", "ollama_options", "ollama"),
-    *rows("repeat_last_n", "ollama_options", "ollama"),
-    *refused("mirostat", "ollama_options", "ollama", "is not supported: min_p or typical_p adapts to a text too", 0),
-    *accepted("mirostat_tau mirostat_eta", "ollama_options", "ollama",
-               "belongs to mirostat, which must be 0, and then has no effect"),
-    *refused("tfs_z", "ollama_options", "ollama", "is not supported: Ollama has no such sampling any more", 1),
-    *refused("penalize_newline", "ollama_options", "ollama", "is always so: penalties count every token", True),
-    *accepted("num_keep", "ollama_options", "ollama", "is about a context that is shifted, which none is here"),
-    *accepted("numa num_batch num_gpu main_gpu low_vram f16_kv logits_all vocab_only use_mmap use_mlock"
-               " embedding_only num_thread", "ollama_options", "ollama",
-               "says how a process loads a model, and never changes an answer"),
-    *rows("model input dimensions", "ollama_embed", "ollama"),
-    *accepted("options", "ollama_embed", "ollama", "is about loading and generating, and never changes a vector"),
-    *rows("model name", "ollama_show", "ollama"),
-    *refused("verbose", "ollama_show", "ollama", "asks for lists of a GGUF file, which there is none of", False),
-    *refused("system template options", "ollama_show", "ollama", "is not supported: nothing is changed here", "", {}),
-    # Batches
-    *rows("input_file_id endpoint completion_window metadata", "batch", "openai"),
-    *rows("output_expires_after", "batch", "openai", holds="output_expiry"),
-    *rows("anchor seconds", "output_expiry", "openai"),
-    # Anthropic
-    *rows("model", _ANTHROPIC, "vllm anthropic"),
-    *rows("messages", _ANTHROPIC, "vllm anthropic", holds="message"),
-    *rows("system", _ANTHROPIC, "vllm anthropic", holds="block"),
-    *rows("tools", _ANTHROPIC, "vllm anthropic", holds="any_tool"),
-    *rows("tool_choice", _ANTHROPIC, "vllm anthropic", holds="messages_tool_choice"),
-    *rows("thinking", _ANTHROPIC, "anthropic", holds="thinking"),
-    *rows("output_config", _ANTHROPIC, "vllm anthropic", holds="output_config"),
-    *rows("chat_template_kwargs", _ANTHROPIC, "vllm"),
-    *rows("max_tokens stop_sequences stream temperature top_p top_k", "messages", "vllm anthropic"),
-    *accepted("metadata", "messages", "vllm anthropic",
-               "names an end user to Anthropic's abuse detection, and never changes an answer"),
-    *accepted("betas anthropic_beta", _ANTHROPIC, "anthropic",
-               "names trial features of Anthropic's, whose parameters are judged by themselves"),
-    *accepted("cache_control", f"{_ANTHROPIC} text_block tool_use_block tool_result_block messages_tool", "anthropic",
-               "advises Anthropic's prompt cache; here prompts that begin alike share it by themselves"),
-    *refused("service_tier", "messages", "anthropic", "may not choose: there is one tier", "auto", "standard_only"),
-    *refused("speed", _ANTHROPIC, "anthropic", "may not choose: there is one speed", "standard"),
-    *refused("inference_geo", "messages", "anthropic", "names a region of Anthropic's"),
-    *refused("container", "messages", "anthropic", _ELSEWHERE),
-    *refused("mcp_servers", _ANTHROPIC, "anthropic", _ELSEWHERE, []),
-    *refused("context_management", _ANTHROPIC, "anthropic", LONG, {}, {"edits": []},
-              {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
-    *refused("compaction", _ANTHROPIC, "anthropic", LONG),
-    *refused("thread", "messages", "anthropic", _KEPT),
-    *refused("diagnostics", "messages", "anthropic", _KEPT),
-    *refused("fallbacks fallback_credit_token billing_policy", "messages", "anthropic", "is about Anthropic's models"
-              " and bills"),
-    *rows("output_format", _ANTHROPIC, "anthropic", holds="output_format"),
-    *refused("kv_transfer_params", "messages", "vllm", _ONE_ENGINE, {}),
-    *rows("role", "message", "vllm anthropic"),
-    *rows("content", "message tool_result_block", "vllm anthropic", holds="block"),
-    *rows("type", "text_block thinking_block tool_use_block tool_result_block", "vllm anthropic"),
-    *rows("text", "text_block", "vllm anthropic"),
-    *refused("citations", "text_block", "anthropic", "refers to documents, and only texts are served", []),
-    *rows("thinking", "thinking_block", "vllm anthropic"),
-    *accepted("signature", "thinking_block", "vllm anthropic", "proves who wrote the thinking, which nobody asks for"
-               " here: it is a text for the template"),
-    *rows("id name input", "tool_use_block", "vllm anthropic"),
-    *refused("caller", "tool_use_block", "anthropic", _ELSEWHERE, {"type": "direct"}),
-    *refused("toolset_name", "tool_use_block tool_result_block", "anthropic", "belongs to toolsets, which Anthropic's"
-              " models alone are trained on"),
-    *rows("tool_use_id is_error", "tool_result_block", "vllm anthropic"),
-    *rows("type name description input_schema strict", "messages_tool", "vllm anthropic"),
-    *accepted("eager_input_streaming", "messages_tool", "anthropic", "is always so: arguments come as they are made"),
-    *accepted("max_characters", "messages_tool", "anthropic", "tells the client's editor how much of a file to show"),
-    *refused("defer_loading", "messages_tool", "vllm anthropic", "asks for a search among tools", False),
-    *refused("allowed_callers", "messages_tool", "anthropic", _ELSEWHERE, ["direct"]),
-    *refused("input_examples", "messages_tool", "anthropic", "is not supported: a description may have examples", []),
-    *rows("type name disable_parallel_tool_use", "messages_tool_choice", "vllm anthropic"),
-    *rows("type budget_tokens display", "thinking", "anthropic"),
-    *rows("effort", "output_config", "vllm anthropic"),
-    *rows("format", "output_config", "vllm anthropic", holds="output_format"),
-    *refused("task_budget", "output_config", "anthropic", "is not supported: only the whole answer has a limit"),
-    *rows("type schema", "output_format", "vllm anthropic"),
-    *RESPONSE_PARAMETERS,
-    # Webhooks
-    *rows("name url event_types", "webhook webhook_change", "openai"),
-    *rows("keep_old_secret_active_for_24_hours", "webhook_rotation", "openai"),
-    *rows("event_type", "webhook_test", "openai"),
-    # Operators
-    *rows("tenant scopes expires_in_s note", "api_key", OWN),
-    *rows("requests_per_minute tokens_per_minute concurrency kept_bytes weight adapters", "tenant", OWN),
-    *rows("name source token replace pin preload wait_s tenant", "register", OWN),
-    *rows("lora_name lora_path", "load_lora", "vllm sglang"),
-    *rows("load_inplace", "load_lora", "vllm"),
-    *refused("is_3d_lora_weight", "load_lora", "vllm", "is found out from the adapter's tensors", False),
-    *refused("pinned", "load_lora", "sglang", "is not supported: POST /v1/adapters/NAME/pin pins", False),
-    *rows("lora_name", "unload_lora", "vllm sglang"),
-    *accepted("lora_int_id", "load_lora unload_lora", "vllm", "numbers an adapter within vLLM; here its name counts"),
-)  # fmt: skip
+
+class _List(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    objects: dict[str, str]
+    reasons: dict[str, str]
+    parameters: dict[str, dict[str, str | _Row]]  # names of objects -> names of parameters -> servers, or more
+
+
+def _read() -> tuple[Mapping[str, str], Sequence[Parameter]]:
+    """Return `OBJECTS` and `PARAMETERS`. Raises msgspec.ValidationError where the list has another form."""
+    known = msgspec.convert(tomllib.loads(LIST.read_text()), _List)
+    found: list[Parameter] = []
+    for objects, rows in known.parameters.items():
+        for names, given in rows.items():
+            row = _Row(given) if isinstance(given, str) else given
+            fate = "refused" if row.refused else "accepted" if row.accepted else "served"
+            why = known.reasons.get(row.refused, row.refused) or known.reasons.get(row.accepted, row.accepted)
+            servers = frozenset(row.servers.split())
+            for name in names.split():
+                found.append(Parameter(name, objects.split(), servers, fate, why, row.neutral, row.holds))
+    return MappingProxyType(known.objects), found
+
+
+OBJECTS, PARAMETERS = _read()
+"""The JSON objects whose fields are parameters -> where each stands; and the list, in its order."""
 
 
 def _by_object() -> dict[str, dict[str, Parameter]]:

@@ -244,8 +244,6 @@ async def _of_pairs(
         raise BadRequest(f"{message}, and the setting pair_template names no other", param="model")
     await _check_pairs(call, inputs, target, base)
     pairs = await files.encode_pairs(inputs.texts, tenant=tenant)
-    for pair in pairs:
-        call.rules.most_tokens(call.options, len(pair.ids), base.max_model_len)
     return [Prompt(target, pack(pair.ids), len(pair.ids), second=pair.second) for pair in pairs]
 
 

@@ -1,6 +1,7 @@
 """*Parse* for Ollama's API: from a body to a `ParsedCall`. Pure.
 
-Names and defaults are Ollama's; the few things that are not done as there are refused by name (`bodies/parameters.py`).
+Names and defaults are Ollama's; the few things that are not done as there are refused by name
+(`bodies/parameters.toml`).
 """
 
 from __future__ import annotations

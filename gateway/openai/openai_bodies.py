@@ -1,6 +1,6 @@
 """The HTTP bodies of OpenAI's routes.
 
-A field that is not declared here is refused, see `gateway/bodies/parameters.py`.
+A field that is not declared here is refused, see `gateway/bodies/parameters.toml`.
 """
 
 from __future__ import annotations

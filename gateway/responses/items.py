@@ -1,7 +1,7 @@
 """Input items of the Responses API: checked, brought into the form that lists show, and as messages. Pure.
 
 A conversation is a list of items there: messages, reasoning, calls of functions and their results are items of their
-own. Which fields they have is in `bodies/parameters.py`.
+own. Which fields they have is in `bodies/parameters.toml`.
 """
 
 from __future__ import annotations

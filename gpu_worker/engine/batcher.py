@@ -17,9 +17,9 @@ from gpu_worker.engine.request import BATCH_LEVEL
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.spending import Spending
 from gpu_worker.engine.states import StatePool
+from gpu_worker.engine.step_limit import ALONE_EVERY, BATCH_STEP, PROMPT_SHARE, StepLimit, StepTime
 from gpu_worker.engine.step_plan import StepPlan
 from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEP_TOKENS_PER_SEQ, SHORT_STEPS_AFTER
-from protocol.runtime.step_limit import ALONE_EVERY, BATCH_STEP, PROMPT_SHARE, StepLimit, StepTime
 from protocol.wire.messages import StepModel
 
 MAX_SKIPS = 64

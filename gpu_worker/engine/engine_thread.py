@@ -1,4 +1,4 @@
-"""The thread that runs an engine, behind methods that any thread may call."""
+"""The thread that runs an engine, behind methods that any thread may call. The service imports it before torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from gpu_worker.engine.base import BaseEngine
-from gpu_worker.engine.request import EngineRequest, EngineStats
-from gpu_worker.service.engine_handle import EngineHandle, OnDeath, OnOutputs
+from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
 from protocol.wire.messages import AdapterEvent
 from protocol.wire.records import AdapterUse
+
+if TYPE_CHECKING:
+    from gpu_worker.engine.base import BaseEngine
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +34,20 @@ TURN_S = 1.0
 CHECK_S = 10.0
 """How often an idle engine looks for lost blocks and pages: a leak is a crash, so that it is found at once."""
 
+OnOutputs = Callable[[list[TokenOutput]], object]
+"""Called in the engine's thread with what one step put out."""
+
+OnDeath = Callable[[BaseException], object]
+"""Called in the engine's thread with the error that ended it."""
+
 T = TypeVar("T")
 
 
-class EngineThread(EngineHandle):
-    """Runs `engine.step` while there is work. Carries out commands between steps, in the order they were given."""
+class EngineThread:
+    """Runs `engine.step` while there is work. All methods but `stop` return at once, from any thread.
+
+    Commands are carried out between steps, in the order they were given, and ignored once the engine has ended.
+    """
 
     def __init__(
         self, engine: BaseEngine, *, max_commands: int = MAX_COMMANDS, max_unacked_steps: int = MAX_UNACKED_STEPS
@@ -53,9 +63,9 @@ class EngineThread(EngineHandle):
         self._num_unacked = 0
         self._is_woken = False
         self._is_stopping = False
-        self._has_ended = False
+        self.has_ended = False  # the thread takes nothing more: it was stopped, or it has crashed
         # Only the engine's thread writes these.
-        self._num_turns = 0
+        self.num_turns = 0  # how often it has gone round: at least once a second, but for a step that takes longer
         self._can_step = False
         self._stats = engine.stats()
         self._stats_due_s = 0.0
@@ -68,59 +78,52 @@ class EngineThread(EngineHandle):
         """Commands that the engine has not taken yet."""
         return len(self._commands)
 
-    @property
-    def num_turns(self) -> int:
-        """How often the thread has gone round: at least once a second, but for a long step."""
-        return self._num_turns
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the thread takes nothing more: it was stopped, or it has crashed."""
-        return self._has_ended
-
     def start(self, on_outputs: OnOutputs, on_death: OnDeath) -> None:
-        """Start the thread, which calls both functions."""
+        """Start the thread. It calls `on_outputs` once per step that put anything out, `on_death` if it crashes."""
         self._on_outputs, self._on_death = on_outputs, on_death
         self._thread.start()
 
     def finish_start(self) -> None:
-        """Have the engine make what requests need that may come from now on."""
+        """Make what the fleet need not wait for: the engine serves requests after that. It may be asked for again."""
         self._command(self.engine.finish_start)
 
     def submit(self, request: EngineRequest) -> None:
-        """Have the engine add a request."""
+        """Give the engine a request. What is wrong with it comes out as its error."""
         self._command(lambda: self.engine.add(request))
 
     def cancel(self, rids: Sequence[str]) -> None:
-        """Have the engine forget requests."""
+        """Forget requests; after the current step nothing more comes out for them."""
         self._command(lambda: [self.engine.cancel(rid) for rid in rids])
 
     def prefetch(self, digest: str) -> None:
-        """Have an adapter brought towards the pool."""
+        """Bring an adapter towards the pool, for a request that will come."""
         self._command(lambda: self.engine.prefetch(digest))
 
     def pin(self, digest: str) -> None:
-        """Have an adapter kept in the pool."""
+        """Keep an adapter in the pool from now on."""
         self._command(lambda: self.engine.residency.pin(digest))
 
     def unpin(self, digest: str) -> None:
-        """Have an adapter leave the pool like any other."""
+        """Let an adapter leave the pool like any other."""
         self._command(lambda: self.engine.residency.unpin(digest))
 
     def evict(self, digest: str, order: str) -> None:
-        """Have an adapter removed as soon as no request needs it."""
+        """Remove an adapter as soon as no request needs it. An event that repeats `order` tells what that freed."""
         self._command(lambda: self.engine.residency.evict(digest, order))
 
     def set_queued(self, digests: list[str]) -> None:
-        """Have the adapters that the fleet's queue needs leave the pool last."""
+        """Say which adapters requests in the fleet's queue wait for: they leave the pool after all others."""
         self._command(lambda: self.engine.adapters.set_queued(digests))
 
     def take_adapter_events(self) -> tuple[list[AdapterEvent], dict[str, AdapterUse]]:
-        """Return the events and uses of adapters since the last call."""
+        """Return what happened to adapters since the last call, and how they were used, by digest."""
         return self.engine.adapters.events.take()
 
     def room(self) -> Future[None]:
-        """Return a future that is done while fewer than `max_commands` wait, or once the engine has ended."""
+        """Return a future that is done while fewer than `max_commands` wait, or once the engine has ended.
+
+        Commands are taken without it too: it is for a caller to wait for before it gives many.
+        """
         future: Future[None] = Future()
         with self._changed:
             if len(self._commands) < self._max_commands:
@@ -130,10 +133,10 @@ class EngineThread(EngineHandle):
         return future
 
     def hand_over(self) -> Future[list[str]]:
-        """Have the engine forget all requests; the result names them."""
+        """Forget every request between two steps; the result names them. Empty if the engine has ended."""
         future: Future[list[str]] = Future()
         with self._changed:
-            if self._has_ended:
+            if self.has_ended:
                 future.set_result([])
             else:
                 self._hand_overs.append(future)
@@ -141,7 +144,7 @@ class EngineThread(EngineHandle):
         return future
 
     def ack_step(self) -> None:
-        """Count one step as durable."""
+        """Say that the outputs of one step are durable. The engine pauses while too many steps are not."""
         with self._changed:
             self._num_unacked -= 1
             self._changed.notify()
@@ -160,7 +163,7 @@ class EngineThread(EngineHandle):
 
     def _command(self, command: Callable[[], object]) -> None:
         with self._changed:
-            if not self._has_ended:
+            if not self.has_ended:
                 self._commands.append(command)
                 self._changed.notify()
 
@@ -202,9 +205,9 @@ class EngineThread(EngineHandle):
             return self._is_stopping or bool(self._commands or self._hand_overs) or may_step
 
         with self._changed:
-            self._num_turns += 1
+            self.num_turns += 1
             while not self._changed.wait_for(has_work, TURN_S):
-                self._num_turns += 1
+                self.num_turns += 1
             self._is_woken = False
             return not self._is_stopping
 
@@ -250,7 +253,7 @@ class EngineThread(EngineHandle):
     def _end(self) -> None:
         """Leave nobody waiting, and take nothing more."""
         with self._changed:
-            self._has_ended = True
+            self.has_ended = True
             self._commands = []
             waiting, self._waiting_for_room = self._waiting_for_room, []
             hand_overs, self._hand_overs = self._hand_overs, []

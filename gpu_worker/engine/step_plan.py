@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gpu_worker.engine.sequence import Sequence
-from protocol.runtime.step_limit import StepTime
+from gpu_worker.engine.step_limit import StepTime
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """The asyncio side of a worker: assignments in, one step script per engine step out, beats, drain.
 
-The engine runs in a thread of its own, behind `EngineHandle`; this module never waits for a forward pass.
+The engine runs in a thread of its own, behind `EngineThread`; this module never waits for a forward pass.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from operator import attrgetter
 import msgspec
 
 from gpu_worker.adapters.loader.client import Loader
+from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.light_imports import describing_briefly, import_transformers
 from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
-from gpu_worker.service.engine_handle import EngineHandle
 from gpu_worker.service.outbox import MAX_ROWS, Outbox, Recovery, add_outputs
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from gpu_worker.service.residency_time import ResidencyTime
@@ -71,7 +71,7 @@ class Worker:
     def __init__(
         self,
         bus: Bus,
-        engine: EngineHandle,
+        engine: EngineThread,
         served: m.ServedModel,
         settings: Settings,
         loader: Loader | None = None,
@@ -458,7 +458,7 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> int:
         await bus.close()
 
 
-def _load(settings: Settings, loader: Loader) -> tuple[EngineHandle, m.ServedModel]:
+def _load(settings: Settings, loader: Loader) -> tuple[EngineThread, m.ServedModel]:
     """Build the engine. Imports torch, so it runs in a thread and is not part of importing this module."""
     with describing_briefly():  # our own operators are defined when the first of them is called
         with importing():

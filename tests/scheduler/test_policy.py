@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import random
-from dataclasses import replace
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafleet.__main__ import main
+from benchmarks.simulation.load import SyntheticLoad, adapters, generate
+from benchmarks.simulation.policies import POLICIES, make_dispatcher
+from benchmarks.simulation.run import Arrival, Simulation, SimulationResult, jain
+from benchmarks.simulation.worker import WorkerModel
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest
 from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.placement import AdapterFacts
-from scheduler.simulation.policies import POLICIES, make_dispatcher
-from scheduler.simulation.run import Arrival, Simulation, SimulationResult, jain
-from scheduler.simulation.trace import SyntheticLoad, adapters, generate, read
-from scheduler.simulation.worker import SimulatedRequest, WorkerModel
 from scheduler.workers import QUEUED_AHEAD
 from tests.scheduler.fakes import make_submit
 
@@ -119,35 +114,6 @@ def test_a_flood_does_not_hold_up_the_quiet_where_steps_are_long(rate: float) ->
     only = simulate(flood, 1, model=ON_CPU)
     tokens_per_s = [sum(outcome.attained(15_000.0, 45_000.0).values()) for outcome in (flooded, only)]
     assert tokens_per_s[0] >= 0.95 * tokens_per_s[1], "what the flood gives up is used"
-
-
-@pytest.mark.parametrize("max_slowdown", [0.0, 1.8])
-def test_a_flood_leaves_a_quiet_stream_half_its_rate_if_it_is_limited(max_slowdown: float) -> None:
-    model = replace(ON_CPU, max_slowdown=max_slowdown)
-    quiet = [arrival(f"quiet{i}", 15_000.0 + 4000.0 * i, tenant="q", num_prompt_tokens=67, output=64) for i in range(8)]
-    flood = [
-        arrival(f"flood{i}", 20.0 * i, tenant="flood", num_prompt_tokens=67, output=64) for i in range(700)
-    ]  # fmt: skip
-
-    def token_ms(outcome: SimulationResult) -> float:
-        spent = [r.ended_ms - r.first_ms for r in outcome.requests if r.submit.tenant == "q"]
-        return sum(spent) / len(spent) / 63
-
-    alone, flooded = (simulate(trace, 1, model=model) for trace in (quiet, flood + quiet))
-    assert (token_ms(flooded) <= 2 * token_ms(alone)) == bool(max_slowdown)
-    shared = flooded.attained(15_000.0, 45_000.0)
-    only = simulate(flood, 1, model=model).attained(15_000.0, 45_000.0)
-    assert sum(shared.values()) >= 0.5 * sum(only.values())
-
-
-def test_equals_lose_nothing_by_the_limit_of_steps() -> None:
-    trace = [
-        arrival(f"{tenant}/{i}", 2.0 * i, tenant=f"t{tenant}", num_prompt_tokens=67, output=64)
-        for i in range(40)
-        for tenant in range(8)
-    ]
-    limited, free = (simulate(trace, 1, model=replace(ON_CPU, max_slowdown=factor)) for factor in (1.8, 0.0))
-    assert limited.output_tokens_per_s >= 0.99 * free.output_tokens_per_s
 
 
 def test_no_adapter_starves_beside_a_hot_one() -> None:
@@ -401,64 +367,3 @@ def test_a_lot_at_once_is_planned_in_pieces() -> None:
         sizes.append(plan.num_placed)
         assert plan.again_ms == (1.0 if scheduler.backlog.num_queued else None)
     assert sizes == [512, 512, 176]
-
-
-# ---------------------------------------------------------------- the simulator
-
-
-def test_a_simulated_request_takes_what_its_steps_take() -> None:
-    model = WorkerModel(step=m.StepModel(a=0.01, b=0.001), max_step_tokens=64)
-    (only,) = simulate([arrival("r", 100.0, num_prompt_tokens=100, output=3)], 1, model=model).requests
-    assert only.first_ms - 100.0 == pytest.approx((10 + 64) + (10 + 36))
-    assert only.ended_ms - only.first_ms == pytest.approx(2 * 11)
-
-
-def test_a_simulated_adapter_takes_what_its_bytes_take() -> None:
-    free = m.StepModel(a=0.0, b=0.0)
-    trace = [arrival("first", 0.0, digest="a0", output=1), arrival("second", 1000.0, digest="a0", output=1)]
-    outcome = simulate(trace, 1, model=WorkerModel(step=free))
-    size = FACTS["a0"].num_bytes
-    first, second = outcome.requests
-    assert first.first_ms == pytest.approx(10 + size / 2e5 + 1 + size / 2e6)
-    assert second.first_ms == 1000.0
-    assert (outcome.num_loads, outcome.num_fetches) == (1, 1)
-
-
-def test_attained_tokens_are_counted_within_a_window() -> None:
-    outcome = SimulationResult()
-    sub = make_submit("r", tenant="t", num_prompt_tokens=10)
-    outcome.requests.append(SimulatedRequest(sub, 100, first_ms=100.0, ended_ms=200.0))
-    assert outcome.attained(0.0, 1000.0) == {"t": 210.0}
-    assert outcome.attained(150.0, 1000.0) == {"t": 100.0}
-    assert jain([1.0, 1.0]) == 1.0
-    assert jain([1.0, 0.0]) == 0.5
-    assert jain([0.0, 0.0]) == 1.0
-
-
-def test_the_command_prints_and_writes_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "rows.json"
-    words = ["simulate", "--workers", "1,2", "--seconds", "3", "--policies", "affinity+fairness,round-robin"]
-    assert main([*words, "--json", str(out)]) == 0
-    rows = json.loads(out.read_text())
-    assert [(row["policy"], row["workers"]) for row in rows] == [
-        ("affinity+fairness", 1), ("round-robin", 1), ("affinity+fairness", 2), ("round-robin", 2),
-    ]  # fmt: skip
-    assert all(row["requests"] > 0 and row["output_tokens_per_s"] > 0 for row in rows)
-    assert "round-robin" in capsys.readouterr().out
-
-
-def test_a_recorded_trace_is_read_and_a_bad_line_named(tmp_path: Path) -> None:
-    file = tmp_path / "trace.jsonl"
-    good = {"at_s": 1.5, "adapter": "x", "prompt_tokens": 3, "output_tokens": 4}
-    file.write_text(json.dumps(good | {"at_s": 2.0}) + "\n\n" + json.dumps(good))
-    first, second = read(file)
-    assert (first.at_ms, second.at_ms, first.submit.tenant, first.num_output_tokens) == (1500.0, 2000.0, "x", 4)
-    file.write_text(json.dumps(good) + '\n{"at_s": 1}')
-    with pytest.raises(BadRequest, match="line 2"):
-        read(file)
-    assert main(["simulate", "--trace", str(file)]) == 2
-
-
-@pytest.mark.parametrize("words", [["--policies", "best"], ["--step-model", "1,2"], ["--workers", "x"]])
-def test_the_command_refuses_what_makes_no_sense(words: list[str]) -> None:
-    assert main(["simulate", *words]) == 2

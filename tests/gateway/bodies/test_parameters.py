@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,13 @@ def test_every_entry_of_the_list_says_what_it_must() -> None:
     assert all(PARAMETERS_OF[kind] for kind in OBJECTS)
     assert all(kind in OBJECTS for kinds in BY_TYPE.values() for kind in kinds.values())
     assert len(PARAMETERS) > 200
+
+
+def test_places_of_the_list_are_routes() -> None:
+    routes = {re.sub(r"\{\w+\}", "ID", path) for path in GOOD}
+    places = {re.sub("NAME", "ID", word) for where in OBJECTS.values() for word in where.split() if word[0] == "/"}
+    assert places <= routes
+    assert len(places) > 30
 
 
 def test_the_page_has_the_table_of_the_list() -> None:

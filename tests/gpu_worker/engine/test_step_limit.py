@@ -9,9 +9,9 @@ import pytest
 
 from gpu_worker.engine.batcher import Batcher
 from gpu_worker.engine.sequence import Sequence
+from gpu_worker.engine.step_limit import ALONE_EVERY
 from gpu_worker.engine.step_model import StepMeter, StepWork
 from protocol.runtime.settings import SHORT_STEPS_AFTER
-from protocol.runtime.step_limit import ALONE_EVERY
 from protocol.wire.messages import StepModel
 from tests.gpu_worker.engine.batches import finish_step, make_batcher, make_seq
 

@@ -20,8 +20,8 @@ def test_shells_complete_every_command(capsys: pytest.CaptureFixture[str], tmp_p
         if shell == "bash" or shutil.which(shell):
             (tmp_path / shell).write_text(text)
     asked = (
-        f". {tmp_path}/bash; COMP_WORDS=(lorafleet adapters p); COMP_CWORD=2; _lorafleet; echo ${{COMPREPLY[*]}};"
-        "COMP_WORDS=(lorafleet workers drain --w); COMP_CWORD=3; _lorafleet; echo ${COMPREPLY[*]}"
+        f". {tmp_path}/bash; COMP_WORDS=(lorafleet adapters p); COMP_CWORD=2; _shtab_lorafleet; echo ${{COMPREPLY[*]}};"
+        "COMP_WORDS=(lorafleet workers drain --w); COMP_CWORD=3; _shtab_lorafleet; echo ${COMPREPLY[*]}"
     )
     ran = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True, timeout=30)
     assert ran.stdout.split() == ["pin", "preload", "--wait"]

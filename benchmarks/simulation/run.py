@@ -10,10 +10,10 @@ from heapq import heappop, heappush
 
 import msgspec
 
+from benchmarks.simulation.policies import Dispatcher
+from benchmarks.simulation.worker import SimulatedRequest, SimWorker, WorkerModel
 from protocol.wire import messages as m
 from scheduler.placement import AdapterFacts
-from scheduler.simulation.policies import Dispatcher
-from scheduler.simulation.worker import SimulatedRequest, SimWorker, WorkerModel
 
 BEATS_MS = 500.0
 """How often the scheduler looks at the beats, which is when it learns what is resident."""

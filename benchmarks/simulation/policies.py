@@ -3,36 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 from protocol.wire import messages as m
 from scheduler.core import DispatchPlan, Scheduler, SchedulerConfig
 from scheduler.placement import AdapterFacts, Rendezvous
 from scheduler.request import QueuedRequest
-
-
-class Dispatcher(Protocol):
-    """The part of `Scheduler` that the simulator drives."""
-
-    def submit(self, sub: m.Submit, epoch: int, attempts: int = 0) -> None:
-        """Queue a request."""
-        ...
-
-    def ended(self, message: m.Ended) -> None:
-        """Note that a request has ended on its worker."""
-        ...
-
-    def beats(self, beats: Mapping[str, m.WorkerBeat | None], elapsed_s: float) -> list[str]:
-        """Take the workers' latest beats; return the dead workers."""
-        ...
-
-    def tick(self) -> None:
-        """Adapt to the load. Called with every look at the beats."""
-        ...
-
-    def plan(self, now_ms: float) -> DispatchPlan:
-        """Choose what to dispatch now."""
-        ...
 
 
 class SimpleDispatcher:
@@ -106,6 +81,9 @@ class PureAffinity(SimpleDispatcher):
         self._rendezvous.set_members({wid: (beat.name, beat.capacity) for wid, beat in self._workers.items()})
         return self._rendezvous.order(sub.digest)[0]
 
+
+Dispatcher = Scheduler | SimpleDispatcher
+"""What the simulator drives."""
 
 POLICIES = ("affinity+fairness", "round-robin", "least-loaded", "pure-affinity")
 

@@ -1,33 +1,29 @@
-"""The `lorafleet simulate` command: throughput, waits, adapter loads and fairness of policies under a load."""
+"""Scheduling policies beside each other on a simulated fleet: throughput, waits, adapter loads and fairness.
+
+    python -m benchmarks.simulation --rate 12 --workers 4 16 64      # --help names all that can be chosen
+
+The scheduler's own code with workers in virtual time, so a minute of load takes seconds.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from rich.console import Console
-from rich.table import Table
-
-from protocol.runtime.settings import Settings
+from benchmarks.common import report
+from benchmarks.simulation.load import SyntheticLoad, adapters, generate
+from benchmarks.simulation.policies import POLICIES, make_dispatcher
+from benchmarks.simulation.run import Arrival, Simulation, jain
+from benchmarks.simulation.worker import SMALL_GPU_STEP, WorkerModel
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest
 from scheduler.core import SchedulerConfig
 from scheduler.placement import AdapterFacts, Bandwidths
-from scheduler.request import BASE
-from scheduler.simulation.policies import POLICIES, make_dispatcher
-from scheduler.simulation.run import Arrival, Simulation, jain
-from scheduler.simulation.trace import SyntheticLoad, adapters, generate, read
-from scheduler.simulation.worker import SMALL_GPU_STEP, WorkerModel
 
-T = TypeVar("T", int, float)
-
-DEFAULT_STEP_MODEL = ",".join(f"{getattr(SMALL_GPU_STEP, term):g}" for term in "abcd")
 MEAN_ADAPTER_BYTES = 37_500_000
-"""Mean size of the adapters of `trace.adapters`."""
+"""Mean size of the adapters of `load.adapters`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +50,10 @@ HEADINGS = ("policy", "workers", "requests", "s", "req/s", "tok/s", "TTFT p50 ms
 """Column headings of the fields of `Row`."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments to `parser`."""
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the arguments."""
+    parser = report.parser(__doc__, without=("model", "short", "out"))
     load = parser.add_argument_group("load")
-    load.add_argument(
-        "--trace", type=Path, help="file with a recorded load, one JSON object per line (default: a generated load)"
-    )
     load.add_argument("--rate", type=float, default=10.0, help="requests per second and worker (%(default)g)")
     load.add_argument("--seconds", type=float, default=60.0, help="time in which requests arrive (%(default)g)")
     load.add_argument(
@@ -71,13 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--output-tokens", type=int, default=128, help="mean length of outputs (%(default)s)")
     load.add_argument("--seed", type=int, default=0)
     fleet = parser.add_argument_group("fleet")
-    fleet.add_argument("--workers", default="4,16,64", help="numbers of workers to compare (%(default)s)")
+    fleet.add_argument(
+        "--workers", type=int, nargs="+", default=[4, 16, 64], help="numbers of workers to compare (%(default)s)"
+    )
     fleet.add_argument("--capacity", type=int, default=64, help="requests a worker runs at once (%(default)s)")
     fleet.add_argument("--step-tokens", type=int, default=2048, help="most tokens of a step (%(default)s)")
     fleet.add_argument(
         "--step-model",
-        default=DEFAULT_STEP_MODEL,
-        metavar="A,B,C,D",
+        type=float,
+        nargs=4,
+        default=[getattr(SMALL_GPU_STEP, term) for term in "abcd"],
+        metavar=("A", "B", "C", "D"),
         help="seconds of a step = A + B tokens + C KV tokens + D ranks, as beats report it (%(default)s)",
     )
     fleet.add_argument(
@@ -92,12 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fleet.add_argument(
         "--remote-mb-s", type=float, default=200.0, help="MB/s from the store to the host cache (%(default)g)"
     )
-    fleet.add_argument(
-        "--max-slowdown", type=float, default=Settings.model_fields["max_slowdown"].default,
-        help="times as long a step may take for tenants with more than their share; 0: any time (%(default)g)",
-    )  # fmt: skip
     fleet.add_argument("--way-ms", type=float, default=0.0, help="time of a request beside its steps (%(default)g)")
-    parser.add_argument("--policies", default=",".join(POLICIES), help="policies to compare (%(default)s)")
+    parser.add_argument(
+        "--policies", nargs="+", choices=POLICIES, default=POLICIES, help="policies to compare (%(default)s)"
+    )
     parser.add_argument(
         "--slack",
         type=float,
@@ -105,28 +101,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="weighted tokens by which others may pass a tenant whose request is held (%(default)g)",
     )
     parser.add_argument("--json", type=Path, help="file to write the figures to as JSON")
+    return parser
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit status. Raises BadRequest for invalid arguments."""
-    policies = args.policies.split(",")
-    if unknown := set(policies) - set(POLICIES):
-        raise BadRequest(f"--policies: unknown {', '.join(sorted(unknown))}; there are {', '.join(POLICIES)}")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Simulate each policy with each number of workers, and print a table."""
+    args = arguments().parse_args(argv)
     model = _worker_model(args)
     rows: list[Row] = []
-    table = Table(*HEADINGS, box=None, pad_edge=False, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for num_workers in _numbers(args.workers, int, "--workers"):
-        trace, facts = _load(args, num_workers)
-        for policy in policies:
-            row = simulate(policy, trace, facts, model, num_workers, args.slack)
-            rows.append(row)
-            table.add_row(*(_text(value) for value in asdict(row).values()))
-    Console(width=max(120, Console().width)).print(table)
+    for num_workers in args.workers:
+        load = SyntheticLoad(
+            rate=args.rate * num_workers, seconds=args.seconds, num_adapters=args.adapters, zipf=args.zipf,
+            num_tenants=args.tenants, prompt_tokens=args.prompt_tokens, output_tokens=args.output_tokens,
+            seed=args.seed,
+        )  # fmt: skip
+        trace, facts = list(generate(load)), adapters(args.adapters, args.seed)
+        rows += [simulate(policy, trace, facts, model, num_workers, args.slack) for policy in args.policies]
+    print(report.table(HEADINGS, [[_text(value) for value in asdict(row).values()] for row in rows]))
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    return 0
 
 
 def simulate(
@@ -158,42 +151,23 @@ def simulate(
     )
 
 
-def _load(args: argparse.Namespace, num_workers: int) -> tuple[list[Arrival], dict[str, AdapterFacts]]:
-    if args.trace:
-        trace = read(args.trace)
-        names = sorted({arrival.submit.digest for arrival in trace} - {BASE})
-        return trace, dict(zip(names, adapters(len(names), args.seed).values(), strict=True))
-    load = SyntheticLoad(
-        rate=args.rate * num_workers, seconds=args.seconds, num_adapters=args.adapters, zipf=args.zipf,
-        num_tenants=args.tenants, prompt_tokens=args.prompt_tokens, output_tokens=args.output_tokens, seed=args.seed,
-    )  # fmt: skip
-    return list(generate(load)), adapters(args.adapters, args.seed)
-
-
 def _worker_model(args: argparse.Namespace) -> WorkerModel:
-    terms = _numbers(args.step_model, float, "--step-model")
-    if len(terms) != 4:
-        raise BadRequest(f"--step-model: four numbers are needed, not {len(terms)}")
     return WorkerModel(
         capacity=args.capacity,
         max_step_tokens=args.step_tokens,
-        step=m.StepModel(a=terms[0], b=terms[1], c=terms[2], d=terms[3]),
+        step=m.StepModel(*args.step_model),
         pool_bytes=args.pool_adapters * MEAN_ADAPTER_BYTES,
         host_bytes=args.host_adapters * MEAN_ADAPTER_BYTES,
         bandwidths=Bandwidths(host=args.host_mb_s * 1000, remote=args.remote_mb_s * 1000),
         way_ms=args.way_ms,
-        max_slowdown=args.max_slowdown,
     )
-
-
-def _numbers(text: str, type_: Callable[[str], T], flag: str) -> list[T]:
-    try:
-        return [type_(word) for word in text.split(",")]
-    except ValueError as error:
-        raise BadRequest(f"{flag}: {error}") from error
 
 
 def _text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.3f}" if value < 10 else f"{value:,.0f}"
     return str(value)
+
+
+if __name__ == "__main__":
+    main()

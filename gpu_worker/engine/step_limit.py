@@ -1,4 +1,4 @@
-"""How much longer a step may become for what yields. Pure; the batcher and its simulation share it.
+"""How much longer a step may become for what yields. Pure; the batcher decides by it.
 
 Everybody in a step waits for its end, so whoever fills steps slows all others down, however evenly places are shared.
 What yields (`scheduler.fairness`) therefore takes part only as far as a step becomes no longer than `max_slowdown`

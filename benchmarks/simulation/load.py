@@ -1,20 +1,17 @@
-"""Loads to simulate: generated from rates and popularity, or read from a file."""
+"""Loads to simulate, generated from rates and popularity."""
 
 from __future__ import annotations
 
 import bisect
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 
+from benchmarks.simulation.run import Arrival
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest
 from protocol.wire.keys import INTERACTIVE
 from scheduler.placement import AdapterFacts
-from scheduler.simulation.run import Arrival
 
 RANKS = (8, 16, 32, 64)
 BYTES_PER_RANK = 1_250_000
@@ -60,25 +57,3 @@ def generate(load: SyntheticLoad) -> Iterator[Arrival]:
         )  # fmt: skip
         number += 1
         yield Arrival(at_ms, sub, num_output)
-
-
-def read(path: Path) -> list[Arrival]:
-    """Read a recorded load: per line a JSON object with at_s, adapter, prompt_tokens, output_tokens, and maybe tenant.
-
-    Without a tenant, the adapter is one. Raises BadRequest, with the line's number, for one that cannot be read.
-    """
-    arrivals: list[Arrival] = []
-    for number, line in enumerate(path.read_text().splitlines()):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            sub = m.Submit(
-                rid=f"r{number}", tenant=str(item.get("tenant", item["adapter"])), cls=INTERACTIVE,
-                digest=str(item["adapter"]), num_prompt_tokens=int(item["prompt_tokens"]),
-                max_new_tokens=int(item["output_tokens"]), deadline_ms=FAR_AHEAD_MS, gateway="",
-            )  # fmt: skip
-            arrivals.append(Arrival(1000 * float(item["at_s"]), sub, int(item["output_tokens"])))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadRequest(f"{path}, line {number + 1}: {error!r}") from error
-    return sorted(arrivals, key=lambda arrival: arrival.at_ms)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
-from itertools import islice
 
 from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEP_TOKENS_PER_SEQ, SHORT_STEPS_AFTER
-from protocol.runtime.step_limit import PROMPT_SHARE, StepLimit, StepTime
 from protocol.wire import messages as m
 from scheduler.placement import AdapterFacts, Bandwidths
 from scheduler.request import BASE
 
 SMALL_GPU_STEP = m.StepModel(a=0.02, b=5e-5, c=2e-8, d=2e-6)
 """s, and s per token, KV token and rank: about an 8-billion-parameter model on a small GPU. Assumed, not measured."""
-
-ROUNDING = 1e-6
-"""What sums of parts of steps may be off by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +27,6 @@ class WorkerModel:
     host_bytes: int = 400 * 20_000_000
     bandwidths: Bandwidths = field(default_factory=Bandwidths)
     way_ms: float = 0.0  # time of a request beside its steps, from the client to the worker and back
-    max_slowdown: float = 0.0  # times as long a step may take for requests that yield, 0: any
 
 
 @dataclass(slots=True)
@@ -54,26 +47,12 @@ class SimulatedRequest:
 
 @dataclass(slots=True)
 class _Group:
-    """The requests of a worker that yield, or those that do not. The former do not take part in every step.
-
-    Where only some of them have room in a step, they take turns; all are counted as having a part of that step.
-    """
+    """The requests of a worker that yield, or those that do not. The former do not take part in every step."""
 
     ready: deque[SimulatedRequest] = field(default_factory=deque[SimulatedRequest])  # to prefill
-    ends: list[tuple[float, str]] = field(default_factory=list[tuple[float, str]])  # heap: (step that ends it, rid)
-    num_steps: float = 0.0
+    ends: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])  # heap: (step that ends it, rid)
+    num_steps: int = 0
     num_kv_tokens: int = 0
-    num_taking_part: int = 0  # of its decodes, in the step in progress
-
-    @property
-    def part(self) -> float:
-        """The part of its decodes that is in the step in progress."""
-        return self.num_taking_part / len(self.ends) if self.ends else 1.0
-
-    @property
-    def mean_kv_tokens(self) -> float:
-        """Cached tokens of one of its decodes."""
-        return self.num_kv_tokens / max(1, len(self.ends))
 
 
 class _AdapterLru:
@@ -118,7 +97,7 @@ class _AdapterLru:
 class SimWorker:
     """Continuous batching with chunked prefill, an adapter pool and one loader, as a worker has them, without a model.
 
-    Yielding requests are treated as `gpu_worker.engine.batcher` treats them.
+    Yielding requests are treated as `gpu_worker.engine.batcher` treats them, but for the limit of steps.
     """
 
     def __init__(self, wid: str, model: WorkerModel, facts: Mapping[str, AdapterFacts]) -> None:
@@ -131,7 +110,6 @@ class SimWorker:
         self._num_others = 0  # requests here that do not yield
         self._starting: list[SimulatedRequest] = []  # requests whose prefill ends with this step
         self._pauses = False  # whether the yielding group is left out of this step, or was of the last one
-        self._limit = StepLimit()
         self._short_steps = 0  # steps until yielding prompts are computed in long ones again
         self._pinned: Counter[str] = Counter()
         self._pool = _AdapterLru(model.pool_bytes)
@@ -206,69 +184,21 @@ class SimWorker:
         model = self._model
         self._take_places()
         self._short_steps = SHORT_STEPS_AFTER if self._num_others else self._short_steps - 1
-        time = self._limited()
-        has_paused, self._pauses = self._pauses, self._should_pause()
-        if time is not None and self._limit.is_alone_due and not (has_paused or self._pauses or self._others.ready):
-            self._pauses = True
-            self._limit.note_alone(time.seconds, time.seconds)
+        self._pauses = self._should_pause()
         groups = self._active_groups()
-        adapters = {r.submit.digest for r in self._running.values() if not r.yields}
-        self._others.num_taking_part = len(self._others.ends)
-        if time is not None and self._yielding.ready:
-            time.reserve(PROMPT_SHARE)
-        self._yielding.num_taking_part = 0 if self._pauses else self._take_turns(time, adapters, 0)
-        if time is not None:
-            time.reserve(0)
-        num_tokens = sum(group.num_taking_part for group in groups)
+        adapters = {r.submit.digest for r in self._running.values() if not (r.yields and self._pauses)}
+        num_tokens = sum(len(group.ends) for group in groups)
         for group in groups:
             max_tokens = model.max_step_tokens
             if group is self._yielding and self._short_steps > 0:
                 max_tokens = min(max_tokens, SHORT_STEP_TOKENS_PER_SEQ * model.capacity)
-            limit = time if group is self._yielding else None
-            num_tokens += self._prefill(group, max_tokens - num_tokens, adapters, limit)
-        if time is not None and not self._pauses:
-            num_more = self._take_turns(time, adapters, self._yielding.num_taking_part)
-            self._yielding.num_taking_part += num_more
-            num_tokens += num_more
-        num_kv_tokens = sum(group.num_kv_tokens * group.part for group in groups)
+            num_tokens += self._prefill(group, max_tokens - num_tokens, adapters)
+        num_kv_tokens = sum(group.num_kv_tokens for group in groups)
         rank = sum(self._facts[digest].rank for digest in adapters if digest != BASE)
         step_ms = 1000 * model.step.seconds(num_tokens, num_kv_tokens, rank)
         self.busy_ms += step_ms
         self.step_ends_ms = now_ms + step_ms
         return self.step_ends_ms
-
-    def _rank(self, digest: str) -> int:
-        return 0 if digest == BASE else self._facts[digest].rank
-
-    def _limited(self) -> StepTime | None:
-        """Return the time of a step that holds the others' decodes, with its limit; None if it is not limited."""
-        others, step = self._others, self._model.step
-        has_yielding = bool(self._yielding.ends or self._yielding.ready)
-        slowdown = self._model.max_slowdown
-        if not others.ends or not has_yielding or not slowdown or not self._limit.applies(step):
-            return None
-        time = StepTime(step)
-        time.add(len(others.ends), others.num_kv_tokens)
-        for request in self._running.values():
-            if not request.yields:
-                time.add(0, 0, request.submit.digest, self._rank(request.submit.digest))
-        self._limit.set_limit(time, slowdown)
-        return time
-
-    def _take_turns(self, time: StepTime | None, adapters: set[str], num_before: int) -> int:
-        """Return how many yielding decodes have room in a step, and add their adapters to `adapters`.
-
-        num_before: decodes that take part already.
-        """
-        group, num = self._yielding, 0
-        for request in islice((r for r in self._running.values() if r.yields), num_before, None):
-            digest = request.submit.digest
-            if time is None or time.is_empty or time.room(group.mean_kv_tokens, digest, self._rank(digest)) >= 1:
-                num += 1
-                adapters.add(digest)
-                if time is not None:
-                    time.add(1, group.mean_kv_tokens + 1, digest, self._rank(digest))
-        return num
 
     def _should_pause(self) -> bool:
         """Return whether the yielding group is left out of this step, because another prompt is in it."""
@@ -286,25 +216,15 @@ class SimWorker:
     def _group(self, request: SimulatedRequest) -> _Group:
         return self._yielding if request.yields else self._others
 
-    def _prefill(self, group: _Group, budget: int, adapters: set[str], time: StepTime | None) -> int:
-        """Prefill a group's prompts within `budget` tokens and `time`, if that is limited.
-
-        Adds their adapters to `adapters`; returns the tokens.
-        """
+    def _prefill(self, group: _Group, budget: int, adapters: set[str]) -> int:
+        """Prefill a group's prompts within `budget` tokens. Adds their adapters to `adapters`; returns the tokens."""
         num_tokens = 0
         while group.ready and num_tokens < budget and len(self._running) + len(self._starting) < self._model.capacity:
             request = group.ready[0]
             chunk = min(budget - num_tokens, request.left_prompt)
-            digest, num_cached = request.submit.digest, request.submit.num_prompt_tokens - request.left_prompt
-            if time is not None:
-                room = time.room(num_cached, digest, self._rank(digest))
-                chunk = int(min(chunk, max(room, 1) if time.is_empty else room))
-                if not chunk:
-                    break
-                time.add(chunk, num_cached + chunk, digest, self._rank(digest))
             request.left_prompt -= chunk
             num_tokens += chunk
-            adapters.add(digest)
+            adapters.add(request.submit.digest)
             if request.left_prompt:
                 break
             self._starting.append(group.ready.popleft())
@@ -320,7 +240,7 @@ class SimWorker:
             end = next(end for end in group.ends if end[1] == rid)
             group.ends.remove(end)
             heapify(group.ends)
-            request.left_output = math.ceil(end[0] - group.num_steps - ROUNDING)
+            request.left_output = end[0] - group.num_steps
             num_tokens = request.submit.num_prompt_tokens + request.num_output_tokens - request.left_output
             request.left_prompt = 1 + (num_tokens - 1) % BLOCK_TOKENS
             request.num_cached = num_tokens - request.left_prompt
@@ -333,8 +253,8 @@ class SimWorker:
         self.step_ends_ms = None
         groups = self._active_groups()
         for group in groups:
-            group.num_steps += group.part
-            group.num_kv_tokens += group.num_taking_part
+            group.num_steps += 1
+            group.num_kv_tokens += len(group.ends)
         for request in self._starting:
             group = self._group(request)
             if request.first_ms < 0:
@@ -348,7 +268,7 @@ class SimWorker:
     def _end_requests(self, group: _Group, now_ms: float) -> list[SimulatedRequest]:
         """Take out the requests of a group whose last token came with this step."""
         ended: list[SimulatedRequest] = []
-        while group.ends and group.ends[0][0] <= group.num_steps + ROUNDING:
+        while group.ends and group.ends[0][0] <= group.num_steps:
             request = self._running.pop(heappop(group.ends)[1])
             request.ended_ms = now_ms + self._model.way_ms
             group.num_kv_tokens -= request.submit.num_prompt_tokens + request.num_output_tokens - 1
@@ -359,11 +279,7 @@ class SimWorker:
 
     def beat(self, now_ms: float) -> m.WorkerBeat:
         """Return what a worker in this state reports."""
-        lengths = {
-            rid: math.ceil(end - group.num_steps - ROUNDING)
-            for group in (self._others, self._yielding)
-            for end, rid in group.ends
-        }
+        lengths = {rid: end - group.num_steps for group in (self._others, self._yielding) for end, rid in group.ends}
         waiting = [*self._others.ready, *self._yielding.ready, *self._starting]
         blocked = [request for requests in self._blocked.values() for request in requests]
         progress = [(rid, r.num_output_tokens - lengths[rid]) for rid, r in self._running.items()]
