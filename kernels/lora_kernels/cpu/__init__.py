@@ -34,7 +34,7 @@ from lora_kernels.tables import (
 _log = logging.getLogger(__name__)
 _ops = torch.ops.lorafleet
 
-_PANEL = 32  # columns, see csrc/linear.h
+_PANEL = 32  # columns, see csrc/products/linear.h
 
 
 @functools.cache

@@ -112,7 +112,8 @@ def _is_closed(found: os.stat_result) -> bool:
 def fingerprint(flags: Sequence[str] = COMMON_FLAGS) -> str:
     """Hash all that the library depends on, but for the compiler: a machine with a finished build needs none."""
     digest = hashlib.sha256(repr(tuple(flags)).encode())
-    for source in (Path(__file__), *sorted(_SOURCE_DIR.iterdir())):
+    sources = sorted(path for path in _SOURCE_DIR.rglob("*") if path.is_file())
+    for source in (Path(__file__), *sources):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -18,11 +18,11 @@ namespace LORAFLEET_ISA {
 namespace {
 
 #if defined(__aarch64__)
-#include "vec_neon.h"
+#include "registers/vec_neon.h"
 #elif defined(__AVX512F__)
-#include "vec_avx512.h"
+#include "registers/vec_avx512.h"
 #else
-#include "vec_avx2.h"
+#include "registers/vec_avx2.h"
 #endif
 
 template <typename F>
@@ -37,17 +37,17 @@ inline void with_dtype(Dtype dtype, const F& f) {
   }
 }
 
-#include "math.h"
-#include "tiles.h"
-#include "attention.h"
-#include "lora.h"
-#include "linear.h"
-#include "quant_codes.h"
-#include "quant_int8.h"
-#include "quant.h"
+#include "registers/math.h"
+#include "registers/tiles.h"
+#include "attention/attention.h"
+#include "products/lora.h"
+#include "products/linear.h"
+#include "products/quant_codes.h"
+#include "products/quant_int8.h"
+#include "products/quant.h"
 #include "pointwise.h"
-#include "scan.h"
-#include "delta.h"
+#include "states/scan.h"
+#include "states/delta.h"
 
 constexpr Kernels kKernels = {
     LORAFLEET_STRING(LORAFLEET_ISA), linear, linear_lora, lora_shrink, quant_uses_integers, quant_prepare,
