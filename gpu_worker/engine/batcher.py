@@ -1,4 +1,6 @@
-"""Which tokens of which sequences the next step computes. Pure.
+"""The sequences of an engine, and which of their tokens the next step computes, with which blocks. Pure.
+
+`policy.py` says whose turn it is and how much a step may take; here that is carried out.
 
 Prefill and decode are not distinguished: every sequence has `num_tokens`, of which `num_computed` have their keys and
 values cached, and a step computes some of the rest, within a budget of tokens (chunked prefill: Agrawal et al., 2024).
