@@ -29,9 +29,10 @@ from gpu_worker.cuda.warm_up import run_steps, warm_up_steps
 from gpu_worker.cuda.workspace import CudaMeter, workspace_bytes
 from gpu_worker.encoder.engine import EncoderConfig, EncoderEngine
 from gpu_worker.encoder.model import EncoderModel, prepare_encoder
-from gpu_worker.engine.batcher import MAX_PROMPT_ROWS, BatchLimits
+from gpu_worker.engine.batcher import MAX_PROMPT_ROWS
 from gpu_worker.engine.engine import Engine, EngineConfig
 from gpu_worker.engine.engine_thread import EngineThread
+from gpu_worker.engine.policy import BatchLimits
 from gpu_worker.loading.checkpoint import (
     head_dim_of,
     quantisation_of,

@@ -17,8 +17,8 @@ import torch
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.encoder.model import EncoderModel
 from gpu_worker.engine.base import BaseEngine
-from gpu_worker.engine.batcher import MAX_SKIPS
-from gpu_worker.engine.request import BATCH_LEVEL, EngineRequest, EngineStats, TokenOutput, failure_of
+from gpu_worker.engine.policy import MAX_SKIPS
+from gpu_worker.engine.request import BATCH_PRIORITY, EngineRequest, EngineStats, TokenOutput, failure_of
 from gpu_worker.engine.runner import group_by_adapter
 from gpu_worker.engine.step_model import StepWork
 from gpu_worker.layers.apply_extras import ExtraRows
@@ -91,12 +91,12 @@ class EncoderEngine(BaseEngine):
         `max_batch_slowdown` times. Whoever was passed over `MAX_SKIPS` times yields no more, but for batch work.
         """
         config, batch = self.config, Batch()
-        levels: list[list[EngineRequest]] = [[] for _ in range(BATCH_LEVEL + 1)]
+        classes: list[list[EngineRequest]] = [[] for _ in range(BATCH_PRIORITY + 1)]
         for request in self._requests.values():
-            is_late = request.level < BATCH_LEVEL and self._num_skips[request.rid] > MAX_SKIPS
-            levels[0 if is_late else request.level].append(request)
+            is_late = request.priority < BATCH_PRIORITY and self._num_skips[request.rid] > MAX_SKIPS
+            classes[0 if is_late else request.priority].append(request)
         slowdowns = (0.0, config.max_slowdown, config.max_batch_slowdown or config.max_slowdown)
-        for requests, slowdown in zip(levels, slowdowns, strict=True):
+        for requests, slowdown in zip(classes, slowdowns, strict=True):
             others = batch.num_tokens
             most = config.max_step_tokens if not (others and slowdown) else int(slowdown * others)
             self._take(requests, batch, min(most, config.max_step_tokens))

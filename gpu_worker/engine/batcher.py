@@ -1,4 +1,6 @@
-"""Which tokens of which sequences the next step computes. Pure.
+"""The sequences of an engine, and which of their tokens the next step computes, with which blocks. Pure.
+
+`policy.py` says whose turn it is and how much a step may take; here that is carried out.
 
 Prefill and decode are not distinguished: every sequence has `num_tokens`, of which `num_computed` have their keys and
 values cached, and a step computes some of the rest, within a budget of tokens (chunked prefill: Agrawal et al., 2024).
@@ -9,21 +11,16 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
 from gpu_worker.engine.blocks import BlockPool
-from gpu_worker.engine.request import BATCH_LEVEL
+from gpu_worker.engine.policy import MAX_SKIPS, BatchLimits, Policy
 from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.spending import Spending
 from gpu_worker.engine.states import StatePool
-from gpu_worker.engine.step_limit import ALONE_EVERY, BATCH_STEP, PROMPT_SHARE, StepLimit, StepTime
+from gpu_worker.engine.step_limit import StepTime
 from gpu_worker.engine.step_plan import StepPlan
-from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEP_TOKENS_PER_SEQ, SHORT_STEPS_AFTER
+from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire.messages import StepModel
-
-MAX_SKIPS = 64
-"""Plans in which others may overtake a sequence that lacks blocks; then admission waits for it."""
 
 MAX_PROMPT_ROWS = 256
 """Tokens of a step that lie in prompts whose logprobs are recorded; each takes logits of the vocabulary's size."""
@@ -45,38 +42,11 @@ class AdapterSlots(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class BatchLimits:
-    """Bounds of one step. Raises ValueError if a step could not decode all sequences."""
-
-    max_num_seqs: int  # sequences that run at once
-    max_step_tokens: int
-    prefix_cache: bool = True
-    max_draft_tokens: int = 0  # draft tokens that a sequence may add to a step, 0: none
-    max_draft_step_tokens: int = 0  # draft tokens are added only while the step has fewer tokens than that
-    max_slowdown: float = 0.0  # times as long a step may take for sequences that yield, 0: any
-    max_batch_slowdown: float = 0.0  # times as long a step may take for batch work, 0: any
-    max_later_chunk: int = 0  # tokens of a sequence in a step once some are computed, 0: any number
-
-    @property
-    def short_step_tokens(self) -> int:
-        """Tokens of a short step."""
-        return min(self.max_step_tokens, SHORT_STEP_TOKENS_PER_SEQ * self.max_num_seqs)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.max_num_seqs <= self.max_step_tokens:
-            raise ValueError("max_step_tokens must be at least max_num_seqs, so that every step can decode all")
-
-
 class Batcher:
     """The running and waiting sequences of one engine.
 
     A sequence that yields comes last in everything: it gets the tokens, places and blocks that the others leave. See
-    `plan` for the tokens and `_make_room` for places and blocks. `scheduler.fairness` decides which sequences yield;
-    besides these, where steps are limited, all of the tenant that has had most of the tokens of late. One that yields
-    because its tenant was alone does so only until another tenant's yield for a better reason: it would wait for
-    whoever has more than a share, on even terms. Batch work yields to all others: where no other sequence has anybody
-    to yield to, these are the others, and only batch work yields.
+    `Policy` for the tokens, and who yields; `_make_room` for places and blocks.
 
     fingerprint: of the base model, part of the prefix cache's keys.
     """
@@ -95,13 +65,7 @@ class Batcher:
         self.waiting: deque[Sequence] = deque()  # in order of arrival; preempted ones first
         self.step_model = StepModel()
         """Predicts how long steps take; all zero while that is unknown."""
-        self._step_limit = StepLimit()
-        self._levels: list[int] = []  # of the sequences of the last plan, each once, ascending
-        self._num_plans = 0
-        self._short_plans = 0  # plans until yielding prompts are computed in long steps again
-        self._paused = False  # whether yielding sequences were left out of the last plan
-        self._spending = Spending(limits.max_num_seqs)
-        self._heaviest = ""  # tenant that had most of the last steps; "" for none
+        self.policy = Policy(limits)
         self._slots = slots
         self._fingerprint = fingerprint
 
@@ -113,17 +77,8 @@ class Batcher:
         return len(self.running) + len(self.waiting)
 
     def add(self, seq: Sequence) -> None:
-        """Let a sequence wait to be admitted. If it yields, all that its tenant has here does from now on.
-
-        A tenant's first requests do not yield, until it has more than its share; beside the others they would fill
-        every step, and its later ones would come on top.
-        """
-        tenant = seq.request.tenant
-        seq.yields = seq.yields or bool(tenant and tenant == self._heaviest)
-        if seq.level == 1 and tenant and not seq.request.alone:
-            for other in self:
-                if other.request.tenant == tenant:
-                    other.yields = other.num_skips <= MAX_SKIPS
+        """Let a sequence wait to be admitted."""
+        self.policy.arrive(seq, self)
         self.waiting.append(seq)
 
     def remove(self, seq: Sequence) -> None:
@@ -135,126 +90,16 @@ class Batcher:
             self.waiting.remove(seq)
 
     def plan(self) -> StepPlan:
-        """Choose the next step's tokens and give each chosen sequence the blocks it needs.
-
-        Decodes come before prompts, and sequences that yield after all others. While others are here, and for some
-        steps after, yielding prompts are computed in short steps. While others decode, what yields gets only as much of
-        a step's time as `StepLimit` leaves: at least one sequence of it, all in turn, and half of that time for
-        prompts. Beside a prompt of others, all yielding sequences pause for one step, never for two in a row, if their
-        decodes would make the step longer by more than an empty step takes.
-
-        Batch work pauses beside every prompt of others. For some steps after them its steps are limited, too. It waits
-        while tenants over their share and those that they yield to are here.
-        """
-        self._num_plans += 1
-        self._mark_heaviest()
-        self._mark_alone()
-        self._levels = sorted({seq.level for seq in self})
-        has_others = any(not self._yields(seq) for seq in self)
-        self._short_plans = SHORT_STEPS_AFTER if has_others else self._short_plans - 1
+        """Choose the next step's tokens, as the policy says, and give each chosen sequence the blocks it needs."""
         plan = StepPlan(budget=self.limits.max_step_tokens, has_states=self.states is not None)
-        others = [seq for seq in self.running if not self._yields(seq) and not seq.sits_out]
-        yielding = [seq for seq in self.running if self._takes_turns(seq) and not seq.sits_out]
-        yielding_decodes = [seq for seq in yielding if seq.num_pending == 1]
-        yielding_prompts = [seq for seq in yielding if seq.num_pending != 1]
-        may_pause = self._turns_of_batch or (not self._paused and self._is_worth_a_step(yielding_decodes))
-
-        self._run([seq for seq in others if seq.num_pending == 1], plan)
-        time = self._limited(plan)
-        can_come = [seq for seq in self.waiting if seq.is_bound]
-        has_prompts = len(plan.num_new) < len(others) or not all(map(self._yields, can_come))
-        is_due = time is not None and bool(plan.num_new) and self._step_limit.is_alone_due
-        is_alone = is_due and not (self._paused or has_prompts)
-        num_decodes, alone_s = len(plan.num_new), time.seconds if time is not None else 0.0
-        if time is not None:
-            yielding_decodes.sort(key=lambda seq: seq.last_turn)
-            if yielding_prompts or any(map(self._takes_turns, can_come)):
-                time.reserve(PROMPT_SHARE)
-        if not may_pause and not is_alone:
-            self._run(yielding_decodes, plan, time)
-        budget_before = plan.budget
-        self._run([seq for seq in others if seq.num_pending != 1], plan)
-        self._admit([seq for seq in self.waiting if not self._yields(seq)], plan)
-
-        self._paused = is_alone or (may_pause and plan.budget < budget_before)
-        if not self._paused:
-            if may_pause:
-                self._run(yielding_decodes, plan, time)
-            if time is not None:
-                time.reserve(0)
-            if self._short_plans > 0:
-                plan.budget = max(0, plan.budget + self.limits.short_step_tokens - self.limits.max_step_tokens)
-            self._run(yielding_prompts, plan, time)
-            if not any(seq.num_skips > MAX_SKIPS for seq in self.waiting):
-                self._admit([seq for seq in self.waiting if self._takes_turns(seq)], plan, time)
-            if time is not None:
-                self._run([seq for seq in yielding_decodes if seq not in plan.num_new], plan, time)
-        if not plan.num_new and len(self._levels) > 2:  # nobody else can run: batch work need not wait
-            self._run([seq for seq in self.running if seq.level == BATCH_LEVEL and not seq.sits_out], plan)
-            self._admit([seq for seq in self.waiting if seq.level == BATCH_LEVEL], plan)
+        self.policy.fill(plan, self)
         if self.limits.max_draft_tokens and not plan.preempted:
-            self._add_drafts(plan, time)
-        if is_alone and plan.num_tokens == num_decodes:
-            plan.alone_s = alone_s
-        elif time is None and self._num_plans % ALONE_EVERY == 0:
-            plan.alone_s = self._alone_s(plan)
-        plan.limited = time
-        if self.limits.max_slowdown:
-            self._spending.note(
-                (seq.request.tenant, num_new) for seq, num_new in plan.num_new.items() if not seq.request.batch
-            )
+            self._add_drafts(plan)
+        self.policy.close(plan, self)
         return plan
 
-    def _yields(self, seq: Sequence) -> bool:
-        """Return whether a sequence yields to others that are here, or may come."""
-        return seq.level > (self._levels[0] if len(self._levels) > 1 else 0)
-
-    def _takes_turns(self, seq: Sequence) -> bool:
-        """Return whether a sequence gets what the others leave: it yields, and no other would yield to it as well."""
-        return self._yields(seq) and seq.level in self._levels[:2]
-
-    @property
-    def _turns_of_batch(self) -> bool:
-        """Whether only batch work gets what the others leave, and its bound is on."""
-        return self.limits.max_batch_slowdown > 0 and self._levels[:2][-1:] == [BATCH_LEVEL]
-
-    def _mark_heaviest(self) -> None:
-        """Let all sequences yield of the tenant that has had most of the last steps, and no longer those it was."""
-        before, self._heaviest = self._heaviest, self._spending.heaviest()
-        if before == self._heaviest:
-            return
-        for seq in self:
-            tenant = seq.request.tenant
-            if tenant and tenant in (before, self._heaviest):
-                seq.yields = (seq.request.level > 0 or tenant == self._heaviest) and seq.num_skips <= MAX_SKIPS
-
-    def _mark_alone(self) -> None:
-        """Let sequences of tenants that were alone yield, unless those of another tenant yield for a better reason."""
-        over = {seq.request.tenant for seq in self if seq.level == 1 and not seq.request.alone} | {self._heaviest}
-        for seq in [seq for seq in self if seq.request.alone]:
-            seq.yields = not (over - {seq.request.tenant, ""}) and seq.num_skips <= MAX_SKIPS
-
-    def _alone_s(self, plan: StepPlan) -> float:
-        """Return the predicted seconds of a step without limit, 0 if it holds anything but others' decodes."""
-        seqs, is_shared = plan.num_new, any(map(self._takes_turns, self))
-        if is_shared or plan.num_tokens != len(seqs) or any(seq.num_pending != 1 for seq in seqs):
-            return 0.0
-        limits = self.limits.max_slowdown or self.limits.max_batch_slowdown
-        return self._time_of(plan).seconds if seqs and limits and self._step_limit.applies(self.step_model) else 0.0
-
-    def _limited(self, plan: StepPlan) -> StepTime | None:
-        """Return the time of a step that holds the others' decodes, with its limit; None if it is not limited."""
-        limits, slowdown = self.limits, 0.0
-        if plan.num_new and any(map(self._takes_turns, self)):
-            slowdown = limits.max_batch_slowdown if self._turns_of_batch else limits.max_slowdown
-        elif self._turns_of_batch and self._short_plans > 0:
-            slowdown = BATCH_STEP
-        if not slowdown or not self._step_limit.applies(self.step_model):
-            return None
-        return self._step_limit.set_limit(self._time_of(plan), slowdown)
-
-    def _time_of(self, plan: StepPlan) -> StepTime:
-        """Return the time of a step that holds decodes."""
+    def time_of(self, plan: StepPlan) -> StepTime:
+        """Return the predicted time of a step that holds decodes and nothing else."""
         time = StepTime(self.step_model)
         for seq in plan.num_new:
             time.add(1, seq.num_tokens, seq.request.digest, self._slots.rank(seq.request.digest))
@@ -262,16 +107,9 @@ class Batcher:
 
     def note_time(self, plan: StepPlan, seconds: float) -> None:
         """Learn from how long a plan's step took."""
-        if plan.alone_s:
-            self._step_limit.note_alone(plan.alone_s, seconds)
-        elif plan.limited is not None and plan.limited.num_tokens == plan.num_tokens:
-            self._step_limit.note_limited(plan.limited, seconds)
+        self.policy.note_time(plan, seconds)
 
-    def _is_worth_a_step(self, decodes: list[Sequence]) -> bool:
-        """Return whether these decodes make a step longer by more than an empty step takes."""
-        return self.step_model.is_worth_a_step(len(decodes), sum(seq.num_tokens for seq in decodes))
-
-    def _run(self, seqs: Iterable[Sequence], plan: StepPlan, time: StepTime | None = None) -> None:
+    def run(self, seqs: Iterable[Sequence], plan: StepPlan, time: StepTime | None = None) -> None:
         """Add the pending tokens of running sequences, as far as budget and time allow."""
         for seq in seqs:
             num_new = self._chunk(seq, seq.num_computed, plan, time)
@@ -301,7 +139,7 @@ class Batcher:
         if time is not None:
             digest = seq.request.digest
             time.add(num_new, seq.num_computed + num_new, digest, self._slots.rank(digest))
-            seq.last_turn = self._num_plans
+            seq.last_turn = self.policy.num_plans
 
     def complete(self, plan: StepPlan) -> None:
         """Note that a plan's tokens are computed; their full blocks can be found in the prefix cache from now on.
@@ -338,14 +176,14 @@ class Batcher:
             for i in range(first, last):
                 self.blocks.publish(seq.blocks[i], seq.hashes[i], seq.owner(i))
 
-    def _add_drafts(self, plan: StepPlan, time: StepTime | None) -> None:
+    def _add_drafts(self, plan: StepPlan) -> None:
         """Add draft tokens of decoding sequences, as far as the step has room and blocks are free.
 
         In a step whose time is limited, sequences that yield get none.
         """
         decoding = [
             seq for seq, num_new in plan.num_new.items()
-            if seq.num_pending == num_new == 1 and seq.drafter and not (time is not None and self._yields(seq))
+            if seq.num_pending == num_new == 1 and seq.drafter and (plan.limited is None or self.policy.is_first(seq))
             and (seq.matcher is None or seq.matcher.filling is None)
         ]  # fmt: skip
         room = min(self.limits.max_draft_step_tokens, self.limits.max_step_tokens) - plan.num_tokens
@@ -373,7 +211,7 @@ class Batcher:
         """
         missing = _num_blocks(seq.num_computed + num_new) - len(seq.blocks)
         while missing > self.blocks.num_free:
-            victim = max(reversed(self.running), key=lambda other: other.level)
+            victim = max(reversed(self.running), key=lambda other: other.priority)
             self._preempt(victim, plan)
             if victim is seq:
                 return False
@@ -402,7 +240,7 @@ class Batcher:
             self._slots.release(seq.request.digest)
             seq.slot = -1
 
-    def _admit(self, seqs: list[Sequence], plan: StepPlan, time: StepTime | None = None) -> None:
+    def admit(self, seqs: list[Sequence], plan: StepPlan, time: StepTime | None = None) -> None:
         """Start waiting sequences, in order, as far as budget and time allow."""
         if plan.preempted:
             return
@@ -416,7 +254,7 @@ class Batcher:
         """Return whether fewer sequences run than may, or `seq` may take the place of one that yields."""
         if len(self.running) < self.limits.max_num_seqs:
             return True
-        return any(other.level > seq.level for other in self.running)
+        return any(other.priority > seq.priority for other in self.running)
 
     def _start(self, seq: Sequence, plan: StepPlan, time: StepTime | None) -> bool:
         """Admit a waiting sequence and add its tokens. Returns False if adapter, blocks, budget or time are lacking."""
@@ -434,8 +272,7 @@ class Batcher:
         if not self._make_room(seq, cached, plan) or not (self.states is None or self.states.take(seq, len(cached))):
             if digest:
                 self._slots.release(digest)
-            seq.num_skips += 1
-            seq.yields = seq.yields and seq.num_skips <= MAX_SKIPS
+            self.policy.pass_over(seq)
             return False
         seq.slot = slot
         self.blocks.take(cached)
@@ -459,7 +296,8 @@ class Batcher:
         # It must fit whole, with a block of growth for every running sequence, or it would soon be preempted again.
         num_free = self.blocks.num_free - self.blocks.num_idle(cached)
         num_running, num_needed = len(self.running), _num_blocks(seq.num_tokens) - len(cached)
-        candidates = sorted((other for other in self.running if other.level > seq.level), key=lambda other: other.level)
+        yielding = (other for other in self.running if other.priority > seq.priority)
+        candidates = sorted(yielding, key=lambda other: other.priority)
         victims: list[Sequence] = []
         dropped = Counter[int]()
         while num_running == self.limits.max_num_seqs or num_needed + num_running > num_free:

@@ -14,12 +14,13 @@ import torch
 
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.engine.base import BaseEngine
-from gpu_worker.engine.batcher import Batcher, BatchLimits
+from gpu_worker.engine.batcher import Batcher
 from gpu_worker.engine.binding import RequestBinder
 from gpu_worker.engine.blocks import BlockPool
 from gpu_worker.engine.decoding import accept_tokens, check_choice, grammar_masks, sample_rows, without
 from gpu_worker.engine.flight import Flight, Launched
 from gpu_worker.engine.one_by_one import OneByOneRunner
+from gpu_worker.engine.policy import BatchLimits
 from gpu_worker.engine.pooled import outputs_of
 from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput, failure_of
 from gpu_worker.engine.runner import Runner

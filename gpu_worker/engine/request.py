@@ -13,8 +13,8 @@ from protocol.wire.errors import AdapterRefused, Internal, LorafleetError
 
 logger = logging.getLogger(__name__)
 
-BATCH_LEVEL = 2
-"""The level of batch work, see `EngineRequest.level`."""
+BATCH_PRIORITY = 2
+"""The priority class of batch work, see `EngineRequest.priority`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class EngineRequest:
     salt: str = ""  # separates the prefix caches of tenants
     lora_scale: float = 1.0  # multiplies the adapter's own scale
     tenant: str = ""  # whose it is; "" if that is not known
-    yields: bool = False  # to requests that do not, see `Batcher`
+    yields: bool = False  # to requests that do not, see `Policy`
     alone: bool = False  # whether it yields only because its tenant was alone: not beside others that yield
     batch: bool = False  # whether it is of the class `batch`: it yields to all that are not
     grammar: str = ""  # that the output must follow, as in `messages.Body`
@@ -41,9 +41,9 @@ class EngineRequest:
     second: int = 0  # where the second text of a pair begins, as in `messages.Body`
 
     @property
-    def level(self) -> int:
-        """It yields to requests of a lower level: 0 to none, 1 to those with 0, 2, batch work, to all that are none."""
-        return BATCH_LEVEL if self.batch else int(self.yields)
+    def priority(self) -> int:
+        """Its class, which yields to lower ones: 0 to none, 1 to 0, 2, which batch work has, to both."""
+        return BATCH_PRIORITY if self.batch else int(self.yields)
 
 
 class TokenOutput(msgspec.Struct):  # a dataclass takes three times as long to make, and each row of each step has one

@@ -58,7 +58,7 @@ class Sequence:
         self.kept: object = None  # what its model keeps of it, where sequences run one by one
         self.num_skips = 0  # plans that passed it over for lack of blocks
         self.last_turn = 0  # the last plan of limited time that it was part of, where it yields
-        self.yields = request.level > 0  # to sequences of a lower level, until it has been passed over too often
+        self.yields = request.priority > 0  # to lower classes, until it has been passed over too often
 
         # True once adapter and grammar are resolved, which sets the fields below; only then it may run.
         self.is_bound = not (request.digest or request.grammar)
@@ -79,9 +79,9 @@ class Sequence:
         self.is_scored_by_tokens = False  # whether its result is read off the logits of its last token
 
     @property
-    def level(self) -> int:
-        """0 if it yields to nobody, 1 if to those with 0, 2 if to all that are no batch work: it is batch work."""
-        return max(1, self.request.level) if self.yields else 0
+    def priority(self) -> int:
+        """Its class: 0 if it yields to nobody, 1 if to class 0, 2 if to both: it is batch work."""
+        return max(1, self.request.priority) if self.yields else 0
 
     @property
     def awaits_mask(self) -> bool:

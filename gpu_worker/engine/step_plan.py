@@ -15,7 +15,7 @@ class StepPlan:
     budget: int = 0  # tokens that may still be added
     has_states: bool = False  # whether the model's layers keep states, which cannot be taken back by a token
     num_new: dict[Sequence, int] = field(default_factory=dict[Sequence, int])
-    """Tokens to compute per sequence, decodes first."""
+    """Tokens to compute per sequence, decodes first: what vLLM calls `num_scheduled_tokens`."""
     drafts: dict[Sequence, list[int]] = field(default_factory=dict[Sequence, list[int]])
     """Draft tokens of sequences, counted in `num_new`."""
     saves: dict[Sequence, dict[int, int]] = field(default_factory=dict[Sequence, dict[int, int]])

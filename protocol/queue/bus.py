@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from protocol.queue import signatures as lua
 from protocol.queue.adapters import Adapters
 from protocol.queue.books.api_keys import ApiKeys
 from protocol.queue.books.audit import AuditLog
@@ -39,7 +40,7 @@ from protocol.queue.members import Members
 from protocol.queue.request_lists import RequestLists
 from protocol.queue.request_records import record_of
 from protocol.queue.scripts import FOLDER, Scripts
-from protocol.queue.steps import Refused, Step, StepRow, refused_rows, step_args
+from protocol.queue.steps import Refused, Step, StepRow, refused_rows, step_call
 from protocol.queue.streams import Entry, Streams
 from protocol.runtime.sealing import Seal
 from protocol.wire import messages as m
@@ -76,7 +77,7 @@ class Bus:
         # redis-py's default read timeout of 5 s would abort and silently repeat longer blocking reads.
         self._blocking = connect(url, timeout_s=None, timed=True)
         self._line = Line(self._blocking, TIMEOUT_S)
-        self._scripts = Scripts(self._redis, self._line, lua)
+        self._scripts = Scripts(self._redis, self._line, self.keys.tag, lua)
         self._seal = seal
         self._run_id = ""  # of the server, when last asked
         self.streams = Streams(self._redis, self._blocking, self.keys, self._scripts)
@@ -138,7 +139,7 @@ class Bus:
     async def set(self, key: str, value: msgspec.Struct, ttl_ms: int | None = None) -> None:
         """Store a message that the fleet lives by under a key."""
         life = () if ttl_ms is None else ("PX", ttl_ms)
-        await self._scripts.write_vital(self.keys.tag, ("SET", key, m.encode(value), *life))
+        await self._scripts.write_vital(("SET", key, m.encode(value), *life))
 
     # ------------------------------------------------------------ a request's life, one script each
 
@@ -168,39 +169,35 @@ class Bus:
         parts, fields = packed_bodies([body for _, body in requests])
         if self._seal is not None:
             fields = sealed_bodies(fields, keys.body(call), self._seal)
-        rows: list[Any] = []
-        num_bytes = sum(map(len, fields.values()))
+        rows: list[lua.SubmitRow] = []
+        body_bytes = sum(map(len, fields.values()))
+        num_bytes = body_bytes
         counted = usages or [b""] * len(requests)
         for (given, body), part, usage in zip(requests, parts, counted, strict=True):
             sub = given if given.rid == call else msgspec.structs.replace(given, call=call, part=part)
             raw = m.encode(sub)
             num_bytes += 2 * len(raw) + most_log_bytes(body)
-            rows += [sub.rid, raw, sub.tenant, sub.digest, sub.gateway, int(sub.stored),
-                     sub.num_prompt_tokens, sub.max_new_tokens, sub.deadline_ms, usage]  # fmt: skip
-        kept_bytes = sum(map(len, fields.values())) if keep_bodies else 0
-        record: tuple[Any, ...] = ("", b"", b"", 0, 0)
-        if job:
-            told = int(job.job.background)
-            record = (job.job.jid, m.encode(job.job), self.jobs.kept(job), job.ttl_ms, told)
-        record_bytes = len(idem_key) + len(idem_value) + len(record[1]) + len(record[2])
-        limits: tuple[Any, ...] = ("", 0, 0, 0, 0)
-        if quota:
-            limits = (
-                quota.tenant, quota.requests_per_minute, quota.tokens_per_minute, quota.concurrency, quota.max_bytes
-            )  # fmt: skip
-        reply = await self._scripts.submit(
-            keys=[
-                keys.tag, keys.sub(cls), idem_key,
-                *((keys.job(job.job.jid), keys.jobs(job.job.tenant)) if job else ("", "")),
-                *((keys.conversation(job.job.conversation), keys.turns) if job and job.job.conversation else ("", "")),
-            ],
-            args=[
-                cls, max_queued, idem_value, *limits, int(forced), num_bytes, record_bytes, *record, MAX_TURNS,
-                kept_bytes,
-                len(fields),
-                *(word for pair in fields.items() for word in pair), *rows,
-            ],
-        )  # fmt: skip
+            rows.append(lua.SubmitRow(
+                rid=sub.rid, sub=raw, tenant=sub.tenant, digest=sub.digest, gateway=sub.gateway,
+                is_stored=int(sub.stored), num_prompt=sub.num_prompt_tokens, max_new=sub.max_new_tokens,
+                deadline_ms=sub.deadline_ms, usage=usage,
+            ))  # fmt: skip
+        record, request = (m.encode(job.job), self.jobs.kept(job)) if job else (b"", b"")
+        conversation, limits = job.job.conversation if job else "", quota or Quota("")
+        reply = await self._scripts.run(lua.Submit(
+            queue=keys.sub(cls), idem=idem_key,
+            job=keys.job(job.job.jid) if job else "", jobs=keys.jobs(job.job.tenant) if job else "",
+            conversation=keys.conversation(conversation) if conversation else "",
+            turns=keys.turns if conversation else "",
+            cls=cls, max_queued=max_queued, idem_value=idem_value,
+            who=limits.tenant, max_requests=limits.requests_per_minute, max_tokens=limits.tokens_per_minute,
+            max_running=limits.concurrency, max_bytes=limits.max_bytes, is_forced=int(forced), num_bytes=num_bytes,
+            record_bytes=len(idem_key) + len(idem_value) + len(record) + len(request),
+            jid=job.job.jid if job else "", job_record=record, job_request=request,
+            job_ttl_ms=job.ttl_ms if job else 0, is_told=int(job.job.background) if job else 0, max_turns=MAX_TURNS,
+            body_bytes=body_bytes if keep_bodies else 0, num_fields=len(fields),
+            fields=[lua.BodyField(name=name, value=value) for name, value in fields.items()], rows=rows,
+        ))  # fmt: skip
         outcome, *rest = reply[0].decode(), *reply[1:]
         if quota is not None and outcome in ("ok", "limit") and rest:
             return outcome, standing_of(quota, rest)
@@ -219,18 +216,25 @@ class Bus:
         placed: why, by request id: kept in their records.
         Returns ("stale", rids) when some are no longer queued as believed; nothing is assigned then.
         """
-        args: list[Any] = [leader, wid, m.encode([message for message, _ in batch])]
+        rows: list[lua.AssignRow] = []
         for message, epoch in batch:
             why = placed.get(message.rid) if placed else None
-            args += [message.rid, epoch, m.encode(why) if why is not None else b""]
-        reply = await self._scripts.assign(keys=[self.keys.tag, self.keys.leader, self.keys.work(wid)], args=args)
+            note = m.encode(why) if why is not None else b""
+            rows.append(lua.AssignRow(rid=message.rid, epoch=epoch, placed=note))
+        call = lua.Assign(
+            leader=self.keys.leader, work=self.keys.work(wid), token=leader, wid=wid,
+            entry=m.encode([message for message, _ in batch]), rows=rows,
+        )  # fmt: skip
+        reply = await self._scripts.run(call)
         return reply[0].decode(), [rid.decode() for rid in reply[1:]]
 
     async def step(self, wid: str, step: Step) -> list[Refused]:
         """Write a step. Returns the refused rows; when there are any, nothing at all was written."""
-        keys = [self.keys.tag, self.keys.work(wid), self.keys.ended, self.keys.own(wid)]
-        args = step_args(step) if self._seal is None else step_args(step, self._sealed_prompt)
-        return refused_rows(await self._scripts.step(keys=keys, args=args))
+        if self._seal is None:
+            call = step_call(step, wid, self.keys)
+        else:
+            call = step_call(step, wid, self.keys, self._sealed_prompt)
+        return refused_rows(await self._scripts.run(call))
 
     async def finish(
         self,
@@ -246,44 +250,53 @@ class Bus:
         delta = m.Delta(rid, FROM_OUTSIDE, -1, finish=reason, error=info)
         order = m.Control(kind="cancel", rid=rid)
         letter = m.encode(dead_letter) if dead_letter is not None else b""
-        args = [rid, state, reason, info, m.encode([delta]), m.encode(order), _ended(rid), letter]
-        return bool(await self._scripts.finish(keys=[self.keys.tag], args=args))
+        call = lua.Finish(
+            rid=rid, state=state, reason=reason, error=info, deltas=m.encode([delta]), order=m.encode(order),
+            ended=_ended(rid), letter=letter,
+        )  # fmt: skip
+        return bool(await self._scripts.run(call))
 
     async def cancel(self, rid: str) -> str:
         """Ask for a request's end. Returns its state after the call, "" when it is unknown."""
         delta = m.Delta(rid, FROM_OUTSIDE, -1, finish="cancelled")
         order = m.Control(kind="cancel", rid=rid)
-        args = [rid, m.encode([delta]), m.encode(order), _ended(rid)]
-        reply = await self._scripts.cancel(keys=[self.keys.tag], args=args)
-        return reply.decode()
+        call = lua.Cancel(rid=rid, deltas=m.encode([delta]), order=m.encode(order), ended=_ended(rid))
+        return (await self._scripts.run(call)).decode()
 
     async def forget_call(self, idem_key: str, rids: Sequence[str]) -> None:
         """Delete all that the requests of a call have left, which have ended, and its Idempotency-Key."""
-        await self._scripts.forget(keys=[self.keys.tag, "", "", idem_key], args=["", *rids])
+        await self._scripts.run(lua.Forget(job="", jobs="", idem=idem_key, jid="", rids=rids))
 
     async def requeue(
         self, wid: str, rids: Sequence[str], *, counts: bool, max_attempts: int, name: str = ""
     ) -> dict[str, str]:
         """Queue the requests of a worker, called `name`, again. Returns each one's outcome, see `requeue.lua`."""
-        args = [wid, int(counts), name, max_attempts, *rids]
-        reply = await self._scripts.requeue(keys=[self.keys.tag], args=args)
+        call = lua.Requeue(wid=wid, has_died=int(counts), name=name, max_attempts=max_attempts, rids=rids)
+        reply = await self._scripts.run(call)
         return {reply[i].decode(): reply[i + 1].decode() for i in range(0, len(reply), 2)}
 
     async def lead(self, token: str, candidate: str, ttl_ms: int) -> str:
         """Take or keep the scheduler leadership. Returns the token while leading, else ""."""
-        keys = [self.keys.tag, self.keys.leader, self.keys.leader_epoch]
-        return (await self._scripts.lead(keys=keys, args=[token, candidate, ttl_ms])).decode()
+        keys = self.keys
+        call = lua.Lead(
+            leader=keys.leader, leader_epoch=keys.leader_epoch, token=token, candidate=candidate, ttl_ms=ttl_ms
+        )  # fmt: skip
+        return (await self._scripts.run(call)).decode()
 
     async def join(self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int) -> None:
         """Register a worker with its first beat. Raises Internal when live workers serve another model."""
-        keys = [self.keys.tag, self.keys.base, self.keys.workers, self.keys.worker_beat(beat.wid)]
-        outcome, known, args = b"changed", served, [beat.wid, m.encode(beat), ttl_ms, now_ms()]
+        keys, outcome, known, at_ms = self.keys, b"changed", served, now_ms()
         while outcome == b"changed":
-            raw = await self._redis.get(self.keys.base)
+            raw = await self._redis.get(keys.base)
             known = served if raw is None else decode(raw, m.ServedModel)
             smallest = msgspec.structs.replace(served, max_model_len=min(served.max_model_len, known.max_model_len))
-            bases = [raw or b"", int(known.fingerprint == served.fingerprint), m.encode(served), m.encode(smallest)]
-            outcome = await self._scripts.join(keys=keys, args=args + bases)
+            call = lua.Join(
+                base=keys.base, workers=keys.workers, worker_beat=keys.worker_beat(beat.wid), wid=beat.wid,
+                beat=m.encode(beat), ttl_ms=ttl_ms, at_ms=at_ms, known=raw or b"",
+                is_same=int(known.fingerprint == served.fingerprint), alone=m.encode(served),
+                beside=m.encode(smallest),
+            )  # fmt: skip
+            outcome = await self._scripts.run(call)
         if outcome == b"refused":
             raise Internal(f"this fleet serves {known.name} ({known.fingerprint:.12}); {served.name} cannot join it")
         assert outcome == b"joined", outcome
@@ -294,12 +307,12 @@ class Bus:
 
     async def repair(self, rid: str, seq0: int, ids: bytes, logprobs: bytes, record_bytes: int) -> int:
         """Append to a log what a client has seen and Redis has lost. Returns the log's length in tokens."""
-        args = [rid, seq0, ids, logprobs, record_bytes]
-        return int(await self._scripts.repair(keys=[self.keys.tag], args=args))
+        call = lua.Repair(rid=rid, seq0=seq0, ids=ids, logprobs=logprobs, record_bytes=record_bytes)
+        return int(await self._scripts.run(call))
 
     async def position(self, rid: str, *, limit: int = 1000) -> int | None:
         """Return how many requests were submitted before a queued one, at most `limit`; None when it is not queued."""
-        ahead = int(await self._scripts.position(keys=[self.keys.tag], args=[rid, limit]))
+        ahead = int(await self._scripts.run(lua.Position(rid=rid, limit=limit)))
         return None if ahead < 0 else ahead
 
     # ------------------------------------------------------------ asking about requests
@@ -417,8 +430,8 @@ class Bus:
 
     async def inputs(self, items: Sequence[m.Assigned | m.Submit]) -> list[Input]:
         """Return each request's body, log and logprob records."""
-        args = [word for item in items for word in (item.rid, item.call or item.rid, item.part)]
-        found = await self._scripts.inputs(keys=[self.keys.tag], args=args)
+        asked = [lua.InputRow(rid=item.rid, call=item.call or item.rid, part=item.part) for item in items]
+        found = await self._scripts.run(lua.Inputs(rows=asked))
         rows = zip(items, found[::4], found[1::4], found[2::4], found[3::4], strict=True)
         return [
             Input(common, part, log, logprobs, self.keys.body(item.call or item.rid), item.part, self._seal)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from protocol.queue import signatures as lua
 from protocol.queue.connection.redis_client import Client
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
@@ -41,7 +42,6 @@ async def set_aside(
     letter = m.DeadLetter(reason=reason, stream=place, raw=raw[:MAX_RAW_BYTES], ms=now_ms())
     oldest = now_ms() - KEPT_S * 1000
     await scripts.write_vital(
-        keys.tag,
         *taken,
         ("XADD", keys.dlq, "MINID", "~", oldest, "*", "b", m.encode(letter)),
         ("XTRIM", keys.dlq, "MAXLEN", MAX_LETTERS),
@@ -90,8 +90,8 @@ class DeadLetters:
         sub = msgspec.structs.replace(
             letter.submit, gateway="", stored=True, deadline_ms=deadline_ms, submitted_ms=now_ms()
         )
-        args: Sequence[str | bytes | int] = (letter_id, sub.rid, m.encode(sub), deadline_ms)
-        outcome = (await self._scripts.retry(keys=[self._keys.tag], args=args)).decode()
+        call = lua.Retry(letter=letter_id, rid=sub.rid, sub=m.encode(sub), deadline_ms=deadline_ms)
+        outcome = (await self._scripts.run(call)).decode()
         if outcome == "gone":
             raise NotFound(f"there is no dead letter {letter_id}: it was retried meanwhile")
         if outcome == "expired":

@@ -44,7 +44,6 @@ class Members:
     ) -> bool:
         """Say that `member` lives, and renew the TTL of the streams it reads to 1 h. Returns False if one is gone."""
         replies = await self._scripts.write_vital(
-            self._keys.tag,
             ("SET", key, raw, "PX", ttl_ms),
             ("ZADD", registry, now_ms(), member),
             *(("EXPIRE", stream, STREAM_TTL_S) for stream in renew),

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 import msgspec
 
+from protocol.queue import signatures as lua
 from protocol.wire import messages as m
+from protocol.wire.keys import Keys
 from protocol.wire.records import run_field
 
 
@@ -49,27 +51,34 @@ class Refused:
     length: int  # of its log, in tokens
 
 
-def step_args(step: Step, sealed: Callable[[StepRow], bytes] = attrgetter("prompt_logprobs")) -> list[Any]:
-    """Return the arguments of `step.lua`; `sealed` returns a row's prompt logprobs as they lie in the queue."""
+def step_call(
+    step: Step, wid: str, keys: Keys, sealed: Callable[[StepRow], bytes] = attrgetter("prompt_logprobs")
+) -> lua.Step:
+    """Return the call that writes a worker's step. sealed: returns a row's prompt logprobs as they lie in the queue."""
     rows: list[Any] = []
-    logprobs: list[Any] = []
-    ends: list[Any] = []
-    notes: list[Any] = []
+    logprobs: list[lua.LogprobRow] = []
+    ends: list[lua.EndRow] = []
+    notes: list[lua.NoteRow] = []
     for row in step.rows:
         rows += (row.rid, str(row.epoch), row.seq0, len(row.ids))
         if row.ids and row.logprobs:
-            logprobs += (row.rid, row.seq0, row.logprobs)
+            logprobs.append(lua.LogprobRow(rid=row.rid, seq0=row.seq0, records=row.logprobs))
         if row.prompt_logprobs:
-            logprobs += (row.rid, "prompt", sealed(row))
+            logprobs.append(lua.LogprobRow(rid=row.rid, seq0="prompt", records=sealed(row)))
         if row.state:
-            ends += (row.rid, row.state, row.finish, row.error, row.num_cached)
+            ends.append(lua.EndRow(
+                rid=row.rid, state=row.state, finish=row.finish, error=row.error, cached=row.num_cached
+            ))  # fmt: skip
         if row.note:
-            notes += (row.rid, run_field(row.epoch), row.note)
-    ids = b"".join([row.ids for row in step.rows])
-    outs = [part for gid, deltas in step.outs.items() for part in (gid, m.encode(deltas))]
-    counts = [len(logprobs) // 3, len(ends) // 5, len(notes) // 3, len(step.outs)]
-    ended = m.encode(step.ended) if step.ended else b""
-    return [msgspec.msgpack.encode(rows), ids, *counts, ended, *logprobs, *ends, *notes, *outs, *step.done_entries]
+            notes.append(lua.NoteRow(rid=row.rid, field=run_field(row.epoch), timing=row.note))
+    return lua.Step(
+        work=keys.work(wid), ended_stream=keys.ended, own=keys.own(wid),
+        rows=msgspec.msgpack.encode(rows), ids=b"".join([row.ids for row in step.rows]),
+        num_logprobs=len(logprobs), num_ends=len(ends), num_notes=len(notes), num_outs=len(step.outs),
+        ended=m.encode(step.ended) if step.ended else b"", logprobs=logprobs, ends=ends, notes=notes,
+        outs=[lua.OutRow(gateway=gid, deltas=m.encode(deltas)) for gid, deltas in step.outs.items()],
+        done=step.done_entries,
+    )  # fmt: skip
 
 
 def refused_rows(reply: Sequence[Any]) -> list[Refused]:

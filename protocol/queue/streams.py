@@ -102,12 +102,11 @@ class Streams:
         """Give workers (wid) orders. An order to a worker that is gone is lost."""
         add = ("NOMKSTREAM", "MINID", "~", now_ms() - ORDERS_KEPT_MS, "*", "b")
         written = [("XADD", self._keys.ctl(wid), *add, m.encode(order)) for wid, order in orders]
-        await self._scripts.write_vital(self._keys.tag, *written)
+        await self._scripts.write_vital(*written)
 
     async def create(self, stream: str, ttl_s: int) -> None:
         """Make an empty stream with a TTL, so that writers using NOMKSTREAM reach it."""
         await self._scripts.write_vital(
-            self._keys.tag,
             ("XADD", stream, "*", "b", b""),
             ("XTRIM", stream, "MAXLEN", 0),
             ("EXPIRE", stream, ttl_s),

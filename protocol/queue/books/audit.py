@@ -71,7 +71,7 @@ class AuditLog:
         stream = self._keys.audit if entry.by_operator else self._keys.tenants_audit
         try:
             add = ("XADD", stream, "MAXLEN", "~", self._max, "*", "b", m.encode(entry))
-            await self._scripts.write_vital(self._keys.tag, add)
+            await self._scripts.write_vital(add)
         except (*CONNECTION_ERRORS, QueueError) as error:
             logger.warning("the audit log could not be written: %s", error)
 

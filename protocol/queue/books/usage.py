@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from protocol.metrics.series import UNREADABLE
+from protocol.queue import signatures as lua
 from protocol.queue.connection.redis_client import Client
 from protocol.queue.scripts import Scripts
 from protocol.runtime.guarded import FAILED
@@ -102,10 +103,12 @@ class Usage:
 
         days: that it is kept. After `MAX_RESIDENT` adapters all others count as `OTHERS`.
         """
-        key = self._keys.residency(now_ms() // (DAY_S * 1000))
-        times = [word for digest, ms in ms_by_digest.items() for word in (digest, ms)]
-        args = [MAX_RESIDENT, OTHERS, (days + 1) * DAY_S, *times]
-        await self._scripts.note_residency(keys=[self._keys.tag, key], args=args)
+        call = lua.NoteResidency(
+            residency=self._keys.residency(now_ms() // (DAY_S * 1000)),
+            max_digests=MAX_RESIDENT, others=OTHERS, ttl_s=(days + 1) * DAY_S,
+            times=[lua.ResidencyRow(digest=digest, ms=ms) for digest, ms in ms_by_digest.items()],
+        )  # fmt: skip
+        await self._scripts.run(call)
 
     async def residency(self, day: int) -> dict[str, float]:
         """Return for how many seconds adapters were in pools on a day, by digest, or `OTHERS`; all workers together."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import msgspec
 
 from protocol.metrics.series import UNREADABLE
+from protocol.queue import signatures as lua
 from protocol.queue.connection.redis_client import Client
 from protocol.queue.dead_letters import set_aside
 from protocol.queue.kept.readable import readable
@@ -49,12 +50,12 @@ class Batches:
     async def open(self, batch: m.Batch, *, ttl_ms: int, max_open: int) -> int:
         """Take a batch. Returns -1, or how many the tenant has open where it is not taken since these are too many."""
         keys = self._keys
-        names = [
-            keys.tag, keys.batch(batch.id), keys.batches(batch.tenant), keys.open_batches,
-            keys.open_batches_of(batch.tenant),
-        ]  # fmt: skip
-        args = [batch.id, batch.tenant, m.encode(batch), batch.created_ms, ttl_ms, max_open]
-        return int(await self._scripts.open_batch(keys=names, args=args))
+        call = lua.OpenBatch(
+            batch=keys.batch(batch.id), batches=keys.batches(batch.tenant), open_batches=keys.open_batches,
+            tenant_open=keys.open_batches_of(batch.tenant), id=batch.id, tenant=batch.tenant, record=m.encode(batch),
+            created_ms=batch.created_ms, ttl_ms=ttl_ms, max_open=max_open,
+        )  # fmt: skip
+        return int(await self._scripts.run(call))
 
     async def waiting(self, num: int) -> list[tuple[str, str]]:
         """Return at most `num` batches that were begun before and are due, then as many that were not: tenant and id.
@@ -73,9 +74,11 @@ class Batches:
 
         One that cannot be read ends here: it has failed, and what lay there is a dead letter. Raises NewerRecord.
         """
-        keys = self._keys
-        names = [keys.tag, keys.batch(batch_id), keys.open_batches]
-        reply = await self._scripts.claim_batch(keys=names, args=[batch_id, tenant, gid, lease_ms])
+        call = lua.ClaimBatch(
+            batch=self._keys.batch(batch_id), open_batches=self._keys.open_batches, id=batch_id, tenant=tenant, gid=gid,
+            lease_ms=lease_ms,
+        )  # fmt: skip
+        reply = await self._scripts.run(call)
         if not reply:
             return None
         try:
@@ -107,12 +110,13 @@ class Batches:
         which nothing more of it was answered, None: as it was.
         """
         keys = self._keys
-        names = [keys.tag, keys.batch(batch.id), keys.open_batches, keys.open_batches_of(batch.tenant)]
-        end = "1" if batch.status in m.ENDED_BATCH else "0" if leaves else ""
-        args = [
-            batch.id, batch.tenant, epoch, m.encode(batch), end, batch.status, wait_ms, "" if tries is None else tries,
-        ]  # fmt: skip
-        return bool(await self._scripts.save_batch(keys=names, args=args))
+        call = lua.SaveBatch(
+            batch=keys.batch(batch.id), open_batches=keys.open_batches, tenant_open=keys.open_batches_of(batch.tenant),
+            id=batch.id, tenant=batch.tenant, epoch=epoch, record=m.encode(batch),
+            outcome="1" if batch.status in m.ENDED_BATCH else "0" if leaves else "", status=batch.status,
+            wait_ms=wait_ms, tries="" if tries is None else tries,
+        )  # fmt: skip
+        return bool(await self._scripts.run(call))
 
     # ------------------------------------------------------------ asking
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from protocol.queue import signatures as lua
 from protocol.queue.connection.redis_client import Client
 from protocol.queue.dead_letters import set_aside
 from protocol.queue.scripts import Scripts
@@ -73,30 +74,31 @@ class Conversations:
         record: None for the one that it has. items: their ids, and each as JSON. response: whose turn they are, "" if
         they are none.
         """
-        place = self._keys.conversation_items(conversation_id)
-        words: list[str | bytes] = []
-        for item_id, item in items:
-            words += [item_id, item if self._seal is None else self._seal.seal(item, f"{place}/{item_id}")]
-        args = [
-            conversation_id, tenant, b"" if record is None else m.encode(record), int(is_new), limits.ttl_ms,
-            limits.max_conversations, limits.max_items, limits.max_bytes, limits.max_kept, response, *words,
-        ]  # fmt: skip
-        names = [self._keys.tag, *self._names(conversation_id, tenant), self._keys.turns]
-        reply = await self._scripts.change_conversation(keys=names, args=args)
+        keys, seal, place = self._keys, self._seal, self._keys.conversation_items(conversation_id)
+        call = lua.ChangeConversation(
+            conversation=keys.conversation(conversation_id), items=place,
+            order=keys.conversation_order(conversation_id), turns=keys.conversation_turns(conversation_id),
+            conversations=keys.conversations(tenant), all_turns=keys.turns, id=conversation_id, tenant=tenant,
+            record=b"" if record is None else m.encode(record), is_new=int(is_new), ttl_ms=limits.ttl_ms,
+            max_conversations=limits.max_conversations, max_items=limits.max_items, max_bytes=limits.max_bytes,
+            max_kept=limits.max_kept, response=response,
+            new_items=[
+                lua.Item(item_id=item_id, item=item if seal is None else seal.seal(item, f"{place}/{item_id}"))
+                for item_id, item in items
+            ],
+        )  # fmt: skip
+        reply = await self._scripts.run(call)
         return Outcome(reply[0].decode(), *map(int, reply[1:]))
 
     async def drop(self, conversation_id: str, tenant: str, item_id: str = "") -> bool:
         """Delete a conversation, or one of its items. Returns whether the tenant had it."""
-        names = [self._keys.tag, *self._names(conversation_id, tenant)]
-        return bool(await self._scripts.drop_conversation(keys=names, args=[conversation_id, tenant, item_id]))
-
-    def _names(self, conversation_id: str, tenant: str) -> list[str]:
         keys = self._keys
-        return [
-            keys.conversation(conversation_id), keys.conversation_items(conversation_id),
-            keys.conversation_order(conversation_id), keys.conversation_turns(conversation_id),
-            keys.conversations(tenant),
-        ]  # fmt: skip
+        call = lua.DropConversation(
+            conversation=keys.conversation(conversation_id), items=keys.conversation_items(conversation_id),
+            order=keys.conversation_order(conversation_id), turns=keys.conversation_turns(conversation_id),
+            conversations=keys.conversations(tenant), id=conversation_id, tenant=tenant, item_id=item_id,
+        )  # fmt: skip
+        return bool(await self._scripts.run(call))
 
     # ------------------------------------------------------------ asking
 

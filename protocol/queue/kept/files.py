@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
+from protocol.queue import signatures as lua
 from protocol.queue.connection.redis_client import Client, read_many
 from protocol.queue.dead_letters import set_aside
 from protocol.queue.kept.readable import readable
@@ -43,9 +44,13 @@ class Files:
         return await self._keep(file, b"", max_bytes, max_files)
 
     async def _keep(self, file: m.File, record: bytes, max_bytes: int, max_files: int) -> Outcome:
-        names = self._names(file.id, file.tenant)
-        args = [file.id, file.tenant, record, file.num_bytes, file.created_ms, file.expires_ms, max_bytes, max_files]
-        reply = await self._scripts.keep_file(keys=[self._keys.tag, *names], args=args)
+        keys = self._keys
+        call = lua.KeepFile(
+            file=keys.file(file.id), files=keys.files(file.tenant), sizes=keys.file_sizes(file.tenant),
+            expiry=keys.file_expiry, id=file.id, tenant=file.tenant, record=record, num_bytes=file.num_bytes,
+            created_ms=file.created_ms, expires_ms=file.expires_ms, max_bytes=max_bytes, max_files=max_files,
+        )  # fmt: skip
+        reply = await self._scripts.run(call)
         return reply[0].decode(), reply[1] if len(reply) > 1 else 0
 
     async def get(self, file_id: str, tenant: str) -> m.File | None:
@@ -66,8 +71,12 @@ class Files:
 
     async def forget(self, file_id: str, tenant: str) -> bool:
         """Forget a file, or give back the room that is held for it. Returns whether the tenant had it."""
-        names = self._names(file_id, tenant)
-        return bool(await self._scripts.drop_file(keys=[self._keys.tag, *names], args=[file_id, tenant]))
+        keys = self._keys
+        call = lua.DropFile(
+            file=keys.file(file_id), files=keys.files(tenant), sizes=keys.file_sizes(tenant), expiry=keys.file_expiry,
+            id=file_id, tenant=tenant,
+        )  # fmt: skip
+        return bool(await self._scripts.run(call))
 
     async def rank(self, tenant: str, file_id: str, *, oldest_first: bool) -> int | None:
         """Return how many of a tenant's files come before one in a list; None when it is unknown."""
@@ -102,10 +111,6 @@ class Files:
         if files:
             members = {f"{tenant}:{file_id}": at_ms for tenant, file_id in files}
             await self._redis.zadd(self._keys.file_expiry, members, xx=True)
-
-    def _names(self, file_id: str, tenant: str) -> list[str]:
-        keys = self._keys
-        return [keys.file(file_id), keys.files(tenant), keys.file_sizes(tenant), keys.file_expiry]
 
 
 def _parts(member: bytes) -> tuple[str, str] | None:

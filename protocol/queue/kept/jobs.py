@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from protocol.queue import signatures as lua
 from protocol.queue.connection.redis_client import Client
 from protocol.queue.kept.readable import readable
 from protocol.queue.scripts import Scripts
@@ -64,8 +65,10 @@ class Jobs:
         """Delete a job and all that its requests have left; they must have ended. Returns False if it is unknown."""
         keys = self._keys
         idem = keys.idem(job.tenant, job.key) if job.key else ""
-        names = [keys.tag, keys.job(job.jid), keys.jobs(job.tenant), idem]
-        return bool(await self._scripts.forget(keys=names, args=[job.jid, *job.rids]))
+        call = lua.Forget(
+            job=keys.job(job.jid), jobs=keys.jobs(job.tenant), idem=idem, jid=job.jid, rids=job.rids
+        )  # fmt: skip
+        return bool(await self._scripts.run(call))
 
     async def rank(self, tenant: str, jid: str) -> int | None:
         """Return how many of a tenant's jobs are newer than one; None when it is unknown."""

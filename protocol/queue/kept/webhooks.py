@@ -13,6 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from protocol.queue import signatures as lua
 from protocol.queue.connection.redis_client import Client
 from protocol.queue.kept.readable import readable
 from protocol.queue.scripts import Scripts
@@ -67,8 +68,9 @@ class Webhooks:
 
     async def keep_endpoint(self, endpoint: m.WebhookEndpoint, most: int = 0) -> bool:
         """Write an endpoint that is there, or a new one if its tenant has fewer than `most`. Returns whether it did."""
-        keys = [self._keys.tag, self._keys.hooks(endpoint.tenant)]
-        return bool(await self._scripts.keep_hook(keys=keys, args=[endpoint.id, m.encode(endpoint), most]))
+        hooks = self._keys.hooks(endpoint.tenant)
+        call = lua.KeepHook(hooks=hooks, id=endpoint.id, record=m.encode(endpoint), most=most)
+        return bool(await self._scripts.run(call))
 
     async def delete_endpoint(self, tenant: str, endpoint_id: str) -> bool:
         """Delete an endpoint. Returns whether it was there."""
@@ -89,7 +91,7 @@ class Webhooks:
         keys = self._keys
         if not await self._redis.exists(keys.old_hooks, keys.old_ends, keys.old_delivery_times):
             return False
-        for lost in await self._scripts.take_over(keys=[keys.tag], args=[num]):
+        for lost in await self._scripts.run(lua.TakeOver(num=num)):
             logger.error("the webhook %r of the version before is dropped: %s", lost, UNREADABLE)
         return True
 
@@ -110,9 +112,10 @@ class Webhooks:
     async def drop_ends(self, tenant: str, ended: Sequence[Ended]) -> None:
         """Note that deliveries were made of a tenant's ends, and that it has had its turn."""
         keys = self._keys
-        names = [keys.tag, keys.ends_of(tenant), keys.ends]
         # "0-0" is no entry: a tenant of which nothing was found has its turn, too.
-        await self._scripts.drop_ends(keys=names, args=[tenant, *(one.entry for one in ended), "0-0"])
+        entries = [*(one.entry for one in ended), "0-0"]
+        call = lua.DropEnds(tenant_ends=keys.ends_of(tenant), ends=keys.ends, tenant=tenant, entries=entries)
+        await self._scripts.run(call)
 
     # ------------------------------------------------------------ deliveries
 
@@ -122,11 +125,12 @@ class Webhooks:
         Of one that finds `max_waiting` of its tenant's waiting it returns how many do, and it is not noted.
         """
         keys = self._keys
-        names = [
-            keys.tag, keys.outbox(tenant), keys.outbox_times(tenant), keys.undelivered(tenant), keys.outboxes
-        ]  # fmt: skip
-        records = [part for one in deliveries for part in (one.id, m.encode(one))]
-        return await self._scripts.add_deliveries(keys=names, args=[tenant, max_waiting, *records])
+        call = lua.AddDeliveries(
+            outbox=keys.outbox(tenant), times=keys.outbox_times(tenant), undelivered=keys.undelivered(tenant),
+            outboxes=keys.outboxes, tenant=tenant, max_waiting=max_waiting,
+            deliveries=[lua.DeliveryRow(id=one.id, record=m.encode(one)) for one in deliveries],
+        )  # fmt: skip
+        return await self._scripts.run(call)
 
     async def tenants_with_deliveries(self, num: int) -> list[str]:
         """Return at most `num` tenants that may have deliveries due; those whose turn is longest ago come first."""
@@ -140,8 +144,11 @@ class Webhooks:
         up, and says so.
         """
         keys = self._keys
-        names = [keys.tag, keys.outbox(tenant), keys.outbox_times(tenant), keys.outboxes]
-        flat = await self._scripts.take_deliveries(keys=names, args=[tenant, num, claim_ms])
+        call = lua.TakeDeliveries(
+            outbox=keys.outbox(tenant), times=keys.outbox_times(tenant), outboxes=keys.outboxes, tenant=tenant, num=num,
+            claim_ms=claim_ms,
+        )  # fmt: skip
+        flat = await self._scripts.run(call)
         found: list[m.Delivery] = []
         lost: list[m.Delivery] = []
         for id_, raw in zip(flat[::2], flat[1::2], strict=True):

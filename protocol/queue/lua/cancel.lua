@@ -2,13 +2,13 @@
 -- Cancel a request. A queued one ends here. An assigned one is taken from its worker, which is told and whose next step
 -- is refused until it writes this end.
 --
--- KEYS[1]  string  prefix of the shard's keys
--- ARGV[1]  str     rid
--- ARGV[2]  bytes   list of one `messages.Delta`, msgpack, for the gateway
--- ARGV[3]  bytes   `messages.Control`, msgpack, for the owner
--- ARGV[4]  bytes   list of one `messages.Ended`, msgpack, for the scheduler
+-- ARGV  rid     str    rid
+--       deltas  bytes  list of one `messages.Delta`, msgpack, for the gateway
+--       order   bytes  `messages.Control`, msgpack, for the owner
+--       ended   bytes  list of one `messages.Ended`, msgpack, for the scheduler
 -- Reply: str, the request's state after the call; '' when it is unknown.
-local rid, now = ARGV[1], now_ms()
+local rid, deltas, order, ended = unpack(ARGV)
+local now = now_ms()
 local f = redis.call('HMGET', req_key(rid), 'state', 'owner', 'gateway', 'cancel')
 if not f[1] then return '' end
 -- Whoever asks again and again adds nothing: the order is on its way.
@@ -18,10 +18,10 @@ if f[1] == 'queued' then
   drop_submit(rid)
   redis.call('HINCRBY', req_key(rid), 'epoch', 1)
   write_end(rid, 'cancelled', 'cancelled', '', now)
-  tell_scheduler(ARGV[4])
-  if f[3] ~= '' then redis.call('XADD', P .. ':out:' .. f[3], 'NOMKSTREAM', '*', 'b', ARGV[2]) end
+  tell_scheduler(ended)
+  if f[3] ~= '' then redis.call('XADD', P .. ':out:' .. f[3], 'NOMKSTREAM', '*', 'b', deltas) end
   return 'cancelled'
 end
 disown(f[2], rid)
-redis.call('XADD', P .. ':w:' .. f[2] .. ':ctl', 'NOMKSTREAM', 'MINID', '~', now - 300000, '*', 'b', ARGV[3])
+redis.call('XADD', P .. ':w:' .. f[2] .. ':ctl', 'NOMKSTREAM', 'MINID', '~', now - 300000, '*', 'b', order)
 return f[1]

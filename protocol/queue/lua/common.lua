@@ -1,8 +1,11 @@
 -- What all scripts share; it is prepended to each.
 -- KEYS[1] is a string in every script: the prefix of the shard's keys, "lf:{s}". A request's keys are built from it, so
 -- all of them lie in one hash slot.
--- At the head of each script its contract names type and unit of every key, argument and reply. Arguments arrive as
--- strings; "int" is a decimal string there. "ms" is unix time or a duration in milliseconds.
+-- At the head of each script its contract names its other keys and its arguments, in their order, with their types and
+-- units, then the reply. A name with dots is a list, which ends the arguments: of groups, whose fields it names, or of
+-- single words. Arguments arrive as strings; "int" is a decimal string there. "ms" is unix time or a duration in
+-- milliseconds. The same names, in the same order, are in `signatures.py`, by which scripts are called; a script reads
+-- its keys and arguments by these names alone.
 local P = KEYS[1]
 local function req_key(rid) return P .. ':req:' .. rid end
 

@@ -1,12 +1,13 @@
 #!lua
 -- Write an endpoint of webhooks: a new one, unless its tenant has too many, or one that is still there.
 --
--- KEYS[1]  string  prefix of the shard's keys
--- KEYS[2]  hash    the tenant's endpoints
--- ARGV[1]  str     id of the endpoint
--- ARGV[2]  bytes   `messages.WebhookEndpoint`, msgpack
--- ARGV[3]  int     most endpoints that a new one makes; 0: it is none
+-- KEYS  hooks   hash   the tenant's endpoints
+-- ARGV  id      str    id of the endpoint
+--       record  bytes  `messages.WebhookEndpoint`, msgpack
+--       most    int    most endpoints that a new one makes; 0: it is none
 -- Reply: int, 1 when it is written, also when it was: an earlier reply was lost.
-if redis.call('HEXISTS', KEYS[2], ARGV[1]) == 0 and redis.call('HLEN', KEYS[2]) >= tonumber(ARGV[3]) then return 0 end
-redis.call('HSET', KEYS[2], ARGV[1], ARGV[2])
+local hooks = unpack(KEYS, 2)
+local id, record, most = unpack(ARGV)
+if redis.call('HEXISTS', hooks, id) == 0 and redis.call('HLEN', hooks) >= tonumber(most) then return 0 end
+redis.call('HSET', hooks, id, record)
 return 1

@@ -1,20 +1,21 @@
 #!lua flags=allow-oom
 -- Take or keep the leadership among schedulers.
 --
--- KEYS[1]  string  prefix of the shard's keys
--- KEYS[2]  string  the leader's token, "<id>:<epoch>"
--- KEYS[3]  string  counter of leaderships
--- ARGV[1]  str     my token; '' while I do not lead
--- ARGV[2]  str     my id
--- ARGV[3]  int     ms that the leadership lasts without a renewal
+-- KEYS  leader        string  the leader's token, "<id>:<epoch>"
+--       leader_epoch  string  counter of leaderships
+-- ARGV  token         str     my token; '' while I do not lead
+--       candidate     str     my id
+--       ttl_ms        int     ms that the leadership lasts without a renewal
 -- Reply: str, my token while I lead, else ''.
-local current = redis.call('GET', KEYS[2])
+local leader, leader_epoch = unpack(KEYS, 2)
+local token, candidate, ttl_ms = unpack(ARGV)
+local current = redis.call('GET', leader)
 if current then
   -- A token with my id is mine, also when the reply that gave it to me was lost.
-  if current ~= ARGV[1] and string.sub(current, 1, #ARGV[2] + 1) ~= ARGV[2] .. ':' then return '' end
-  redis.call('PEXPIRE', KEYS[2], ARGV[3])
+  if current ~= token and string.sub(current, 1, #candidate + 1) ~= candidate .. ':' then return '' end
+  redis.call('PEXPIRE', leader, ttl_ms)
   return current
 end
-local token = ARGV[2] .. ':' .. redis.call('INCR', KEYS[3])
-redis.call('SET', KEYS[2], token, 'PX', ARGV[3])
+token = candidate .. ':' .. redis.call('INCR', leader_epoch)
+redis.call('SET', leader, token, 'PX', ttl_ms)
 return token

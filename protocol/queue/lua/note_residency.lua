@@ -1,19 +1,21 @@
 #!lua
 -- Add to the time for which adapters were in pools on a day. Those that come after too many others count in one field.
 --
--- KEYS[1]  string  prefix of the shard's keys
--- KEYS[2]  hash    digest -> ms
--- ARGV[1]  int     most digests
--- ARGV[2]  str     field of the others
--- ARGV[3]  int     s that the hash lives
--- ARGV[4...]       per adapter, 2 values: digest (str), ms (int)
+-- KEYS  residency    hash  digest -> ms
+-- ARGV  max_digests  int   most digests
+--       others       str   field of the others
+--       ttl_s        int   s that the hash lives
+--       times...     list  per adapter: digest (str), ms (int)
 -- Reply: nil.
-local num = redis.call('HLEN', KEYS[2]) - redis.call('HEXISTS', KEYS[2], ARGV[2])
-for a = 4, #ARGV, 2 do
-  local digest = ARGV[a]
-  if redis.call('HEXISTS', KEYS[2], digest) == 0 then
-    if num < tonumber(ARGV[1]) then num = num + 1 else digest = ARGV[2] end
+local residency = unpack(KEYS, 2)
+local max_digests, others, ttl_s = unpack(ARGV, 1, 3)
+local first = 4
+local num = redis.call('HLEN', residency) - redis.call('HEXISTS', residency, others)
+for a = first, #ARGV, 2 do
+  local digest, ms = unpack(ARGV, a, a + 1)
+  if redis.call('HEXISTS', residency, digest) == 0 then
+    if num < tonumber(max_digests) then num = num + 1 else digest = others end
   end
-  redis.call('HINCRBY', KEYS[2], digest, ARGV[a + 1])
+  redis.call('HINCRBY', residency, digest, ms)
 end
-redis.call('EXPIRE', KEYS[2], ARGV[3])
+redis.call('EXPIRE', residency, ttl_s)

@@ -4,26 +4,26 @@
 -- A death counts as a failed attempt of those requests that had made no progress: what kills a worker kills the next
 -- one at the same token, while its neighbours move on. Deaths with progress end a request too, at four times as many.
 --
--- KEYS[1]  string  prefix of the shard's keys
--- ARGV[1]  str     wid of the worker
--- ARGV[2]  int     1 if the worker died, else 0
--- ARGV[3]  str     name of the worker
--- ARGV[4]  int     attempts that a request has
--- ARGV[5...]       rids (str)
+-- ARGV  wid           str  wid of the worker
+--       has_died      int  1 if the worker died, else 0
+--       name          str  name of the worker
+--       max_attempts  int  attempts that a request has
+--       rids...       str  of the requests
 -- Reply: array of str, 2 values per request: rid, outcome. Outcomes: requeued; exhausted and cancelled, which are left
 --        for `finish`; other: the request is not this worker's any more.
 -- The request's field `left:<slot>` says when and how it left the worker: unix ms, a space, `died` or `handed back`.
 -- The request's field `lost` holds one JSON line per death, a `messages.Death`.
-local wid, counts, name, max_attempts, now = ARGV[1], ARGV[2] == '1', ARGV[3], tonumber(ARGV[4]), now_ms()
-local out = {}
-for i = 5, #ARGV do
-  local rid = ARGV[i]
+local wid, has_died, name, max_attempts = unpack(ARGV, 1, 4)
+has_died, max_attempts = has_died == '1', tonumber(max_attempts)
+local first, now, out = 5, now_ms(), {}
+for a = first, #ARGV do
+  local rid = ARGV[a]
   local key = req_key(rid)
   local f = redis.call('HMGET', key, 'state', 'owner', 'cancel', 'attempts', 'cls', 'sub', 'start', 'lost', 't_assign')
   local outcome = 'other'
   if f[1] == 'assigned' and f[2] == wid then
     local attempts, lost = tonumber(f[4]), f[8] or ''
-    if counts then
+    if has_died then
       local length, start = redis.call('STRLEN', P .. ':tok:' .. rid) / 4, tonumber(f[7] or '0')
       if length <= start then attempts = attempts + 1 end
       lost = lost .. cjson.encode({wid, name, now, tonumber(f[9] or '0'), length, start}) .. '\n'
@@ -32,7 +32,7 @@ for i = 5, #ARGV do
     disown(wid, rid)
     local epoch = redis.call('HINCRBY', key, 'epoch', 1)
     redis.call('HSET', key, 'attempts', attempts, 'lost', lost, 'left:' .. note_slot(epoch - 1),
-      now .. (counts and ' died' or ' handed back'))
+      now .. (has_died and ' died' or ' handed back'))
     if f[3] == '1' then outcome = 'cancelled'
     elseif attempts >= max_attempts or num_lost >= 4 * max_attempts then outcome = 'exhausted'
     else

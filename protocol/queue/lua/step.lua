@@ -1,35 +1,36 @@
 #!lua flags=allow-oom
 -- Make the tokens and ends of one engine step durable and visible: all of them, or none.
 --
--- KEYS[1]  string  prefix of the shard's keys
--- KEYS[2]  stream  the worker's assignments
--- KEYS[3]  stream  ended requests, for the scheduler
--- KEYS[4]  hash    rid -> epoch of what the worker may write
--- ARGV[1]  bytes   rows, one msgpack array, 4 values each: rid (str), epoch (str), seq0 (int, tokens), size (int,
---                  bytes). One packed argument costs the server less than hundreds of arguments.
--- ARGV[2]  bytes   token ids of all rows, int32 little endian, one row after the other
--- ARGV[3]  int     number of logprob groups
--- ARGV[4]  int     number of end groups
--- ARGV[5]  int     number of notes
--- ARGV[6]  int     number of delivery groups
--- ARGV[7]  bytes   list of `messages.Ended`, msgpack; '' for none
--- ARGV[8...]       per logprob group, 3 values: rid (str), seq0 (int, tokens) or 'prompt', records (bytes)
---                  per end group, 5 values: rid (str), state (str), finish (str), error (JSON str), cached (int, tokens
---                  of its prompt that the prefix cache had). Each has a row, maybe without tokens.
---                  per note, 3 values: rid (str), field of its hash (str), `messages.Timing` (bytes, msgpack)
---                  per delivery group, 2 values: gateway id (str), list of `messages.Delta` (bytes, msgpack)
---                  then the ids of assignments whose last request this step ends (stream ids)
+-- KEYS  work          stream  the worker's assignments
+--       ended_stream  stream  ended requests, for the scheduler
+--       own           hash    rid -> epoch of what the worker may write
+-- ARGV  rows          bytes   rows, one msgpack array, 4 values each: rid (str), epoch (str), seq0 (int, tokens), size
+--                             (int, bytes). One packed argument costs the server less than hundreds of arguments.
+--       ids           bytes   token ids of all rows, int32 little endian, one row after the other
+--       num_logprobs  int     number of logprob groups
+--       num_ends      int     number of end groups
+--       num_notes     int     number of notes
+--       num_outs      int     number of delivery groups
+--       ended         bytes   list of `messages.Ended`, msgpack; '' for none
+--       logprobs...   list    rid (str), seq0 (int | str, tokens, or 'prompt'), records (bytes)
+--       ends...       list    rid (str), state (str), finish (str), error (str, JSON), cached (int, tokens of its
+--                             prompt that the prefix cache had). Each has a row, maybe without tokens.
+--       notes...      list    rid (str), field (str, of its hash), timing (bytes, `messages.Timing`, msgpack)
+--       outs...       list    gateway (str), deltas (bytes, list of `messages.Delta`, msgpack)
+--       done...       bytes   ids of assignments whose last request this step ends (stream ids)
 -- Reply: array. Empty: everything was written. Otherwise nothing was, and it names each row that cannot be written in
 --        four values: rid (str), code (str), epoch (int), length of the log (int, tokens).
 --        Codes: missing | terminal | stale (another epoch) | cancelled | length (the log does not end at seq0).
 --        An error if rows contradict each other, such as two for the same request and position.
+local work, ended_stream, own = unpack(KEYS, 2)
+local rows, ids, num_logprobs, num_ends, num_notes, num_outs, ended = unpack(ARGV, 1, 7)
 local call, tok = redis.call, P .. ':tok:'
-local rows, all_ids = cmsgpack.unpack(ARGV[1]), ARGV[2]
-local first_lp = 8
-local first_end = first_lp + ARGV[3] * 3
-local first_note = first_end + ARGV[4] * 5
-local first_out = first_note + ARGV[5] * 3
-local first_done = first_out + ARGV[6] * 2
+rows = cmsgpack.unpack(rows)
+local first = 8
+local first_end = first + num_logprobs * 3
+local first_note = first_end + num_ends * 5
+local first_out = first_note + num_notes * 3
+local first_done = first_out + num_outs * 2
 
 -- Return whether the worker may write every row, by its hash of owned requests alone: one call for all rows.
 -- That hash outlives a request that has expired, so a request without tokens must exist besides.
@@ -37,7 +38,7 @@ local function owns_all()
   if #rows == 0 then return true end
   local rids = {}
   for a = 1, #rows, 4 do rids[#rids + 1] = rows[a] end
-  local epochs = call('HMGET', KEYS[4], unpack(rids))
+  local epochs = call('HMGET', own, unpack(rids))
   for i, rid in ipairs(rids) do
     local a = i * 4 - 3
     if epochs[i] ~= rows[a + 1] then return false end
@@ -58,7 +59,7 @@ local function append_all()
   local at = 1
   for a = 1, #rows, 4 do
     local key, size = tok .. rows[a], rows[a + 3]
-    local len = size > 0 and call('APPEND', key, string.sub(all_ids, at, at + size - 1)) or call('STRLEN', key)
+    local len = size > 0 and call('APPEND', key, string.sub(ids, at, at + size - 1)) or call('STRLEN', key)
     at = at + size
     if len ~= rows[a + 2] * 4 + size then
       for b = a, 1, -4 do
@@ -73,7 +74,10 @@ end
 -- Look at each request itself and return what is wrong with which row, as in the reply.
 local function refused()
   local bad, ending = {}, {}
-  for a = first_end, first_note - 5, 5 do ending[ARGV[a]] = ARGV[a + 1] end
+  for a = first_end, first_note - 5, 5 do
+    local rid, state = unpack(ARGV, a, a + 4)
+    ending[rid] = state
+  end
   for a = 1, #rows, 4 do
     local rid, epoch, seq0 = rows[a], rows[a + 1], rows[a + 2]
     local f = call('HMGET', req_key(rid), 'epoch', 'cancel', 'state')
@@ -100,12 +104,13 @@ if not (owns_all() and append_all()) then
   if not append_all() then return redis.error_reply('the rows of a step contradict each other') end
 end
 
-for a = first_lp, first_end - 3, 3 do
-  if ARGV[a + 1] == 'prompt' then
-    local ttl = call('PTTL', req_key(ARGV[a]))
-    if ttl > 0 then call('SET', P .. ':plp:' .. ARGV[a], ARGV[a + 2], 'PX', ttl) end
+for a = first, first_end - 3, 3 do
+  local rid, seq0, records = unpack(ARGV, a, a + 2)
+  if seq0 == 'prompt' then
+    local ttl = call('PTTL', req_key(rid))
+    if ttl > 0 then call('SET', P .. ':plp:' .. rid, records, 'PX', ttl) end
   else
-    call('APPEND', P .. ':lp:' .. ARGV[a], ARGV[a + 2])
+    call('APPEND', P .. ':lp:' .. rid, records)
   end
 end
 local now = now_ms()
@@ -117,25 +122,29 @@ for a = 1, #rows, 4 do
     if ttl > 0 then call('PEXPIRE', tok .. rows[a], ttl) end
   end
 end
-for a = first_lp, first_end - 3, 3 do
-  if ARGV[a + 1] == '0' then
-    local ttl = call('PTTL', req_key(ARGV[a]))
-    if ttl > 0 then call('PEXPIRE', P .. ':lp:' .. ARGV[a], ttl) end
+for a = first, first_end - 3, 3 do
+  local rid, seq0 = unpack(ARGV, a, a + 2)
+  if seq0 == '0' then
+    local ttl = call('PTTL', req_key(rid))
+    if ttl > 0 then call('PEXPIRE', P .. ':lp:' .. rid, ttl) end
   end
 end
 for a = first_note, first_out - 3, 3 do
+  local rid, field, timing = unpack(ARGV, a, a + 2)
   -- What has expired meanwhile must not come back without a life time.
-  if call('EXISTS', req_key(ARGV[a])) == 1 then call('HSET', req_key(ARGV[a]), ARGV[a + 1], ARGV[a + 2]) end
+  if call('EXISTS', req_key(rid)) == 1 then call('HSET', req_key(rid), field, timing) end
 end
 for a = first_end, first_note - 5, 5 do
-  call('HDEL', KEYS[4], ARGV[a])
-  if ARGV[a + 4] ~= '0' then call('HSET', req_key(ARGV[a]), 'cached', ARGV[a + 4]) end
-  write_end(ARGV[a], ARGV[a + 1], ARGV[a + 2], ARGV[a + 3], now)
+  local rid, state, finish, error, cached = unpack(ARGV, a, a + 4)
+  call('HDEL', own, rid)
+  if cached ~= '0' then call('HSET', req_key(rid), 'cached', cached) end
+  write_end(rid, state, finish, error, now)
 end
 for a = first_out, first_done - 2, 2 do
+  local gateway, deltas = unpack(ARGV, a, a + 1)
   -- NOMKSTREAM: the stream of a dead gateway must not come back without a life time.
-  call('XADD', P .. ':out:' .. ARGV[a], 'NOMKSTREAM', '*', 'b', ARGV[a + 1])
+  call('XADD', P .. ':out:' .. gateway, 'NOMKSTREAM', '*', 'b', deltas)
 end
-for a = first_done, #ARGV do call('XDEL', KEYS[2], ARGV[a]) end
-if ARGV[7] ~= '' then call('XADD', KEYS[3], 'MAXLEN', '~', '10000', '*', 'b', ARGV[7]) end
+for a = first_done, #ARGV do call('XDEL', work, ARGV[a]) end
+if ended ~= '' then call('XADD', ended_stream, 'MAXLEN', '~', '10000', '*', 'b', ended) end
 return {}

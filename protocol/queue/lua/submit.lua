@@ -1,60 +1,65 @@
 #!lua
 -- Accept a group of requests, the choices and prompts of one HTTP call: all of them, or none.
 --
--- KEYS[1]  string  prefix of the shard's keys
--- KEYS[2]  stream  submitted requests of the class
--- KEYS[3]  string  what an Idempotency-Key was first used for; '' without one
--- KEYS[4]  hash    the call as a background job; '' if it is none
--- KEYS[5]  zset    the jobs of its tenant by creation time; '' if it is none
--- KEYS[6]  hash    the conversation that the job is a turn of; '' if it is none
--- KEYS[7]  zset    all turns that are to be added, by when to look; '' if it is none
--- ARGV[1]  str     class
--- ARGV[2]  int     most requests that the class may have queued
--- ARGV[3]  bytes   `messages.Idempotent`, msgpack; '' without one
--- ARGV[4]  str     tenant whose limits count; '' for none
--- ARGV[5]  int     its requests a minute, 0: no limit
--- ARGV[6]  int     its tokens a minute, 0: no limit
--- ARGV[7]  int     its requests at once, 0: no limit
--- ARGV[8]  int     bytes that it may keep in the queue, 0: no limit
--- ARGV[9]  int     1: count its use without refusing, else 0
--- ARGV[10] int     most bytes that bodies, messages and logs can come to
--- ARGV[11] int     bytes of the records of job and Idempotency-Key
--- ARGV[12] str     id of the job; '' if it is none
--- ARGV[13] bytes   `messages.Job`, msgpack
--- ARGV[14] bytes   what of the job's HTTP body writing its answer needs
--- ARGV[15] int     ms that the job lives
--- ARGV[16] int     1: the job's end is told to whoever sends webhooks, else 0
--- ARGV[17] int     most turns of a conversation that are to be added
--- ARGV[18] int     bytes of the bodies where they live on as long as the requests, 0 where they go with the last one
--- ARGV[19] int     number of bodies' fields
--- ARGV[20...]      per field of the bodies' hash, 2 values: name (str), value (bytes), see `calls.py`
---                  then per request, 10 values: rid (str), `messages.Submit` (bytes, msgpack), tenant (str), digest
---                  (str), gateway (str), stored (int, 0 or 1), n_prompt (int, tokens), max_new (int, tokens), deadline
---                  (int, unix ms), what it adds to its tenant's usage (bytes, see `usage.py`; '' for nothing)
+-- KEYS  queue         stream  submitted requests of the class
+--       idem          string  what an Idempotency-Key was first used for; '' without one
+--       job           hash    the call as a background job; '' if it is none
+--       jobs          zset    the jobs of its tenant by creation time; '' if it is none
+--       conversation  hash    the conversation that the job is a turn of; '' if it is none
+--       turns         zset    all turns that are to be added, by when to look; '' if it is none
+-- ARGV  cls           str     class
+--       max_queued    int     most requests that the class may have queued
+--       idem_value    bytes   `messages.Idempotent`, msgpack; '' without one
+--       who           str     tenant whose limits count; '' for none
+--       max_requests  int     its requests a minute, 0: no limit
+--       max_tokens    int     its tokens a minute, 0: no limit
+--       max_running   int     its requests at once, 0: no limit
+--       max_bytes     int     bytes that it may keep in the queue, 0: no limit
+--       is_forced     int     1: count its use without refusing, else 0
+--       num_bytes     int     most bytes that bodies, messages and logs can come to
+--       record_bytes  int     bytes of the records of job and Idempotency-Key
+--       jid           str     id of the job; '' if it is none
+--       job_record    bytes   `messages.Job`, msgpack
+--       job_request   bytes   what of the job's HTTP body writing its answer needs
+--       job_ttl_ms    int     ms that the job lives
+--       is_told       int     1: the job's end is told to whoever sends webhooks, else 0
+--       max_turns     int     most turns of a conversation that are to be added
+--       body_bytes    int     bytes of the bodies where they live on as long as the requests, 0 where they go with the
+--                             last one
+--       num_fields    int     number of bodies' fields
+--       fields...     list    per field of the bodies' hash, see `calls.py`: name (str), value (bytes)
+--       rows...       list    per request: rid (str), sub (bytes, `messages.Submit`, msgpack), tenant (str), digest
+--                             (str), gateway (str), is_stored (int, 0 or 1), num_prompt (int, tokens), max_new (int,
+--                             tokens), deadline_ms (int, unix ms), usage (bytes, what it adds to its tenant's usage,
+--                             see `usage.py`; '' for nothing)
 -- Reply: array. A standing is 5 ints: requests left of the minute, ms until all are left, tokens left, ms, requests
 --        running.
 --        {'ok', standing...}; without a tenant {'ok'}, and so when the requests are known: an earlier reply was lost.
 --        {'full', number of queued requests (int)}
---        {'idem', value stored under KEYS[3] (bytes)}
+--        {'idem', value stored under `idem` (bytes)}
 --        {'conversation', turns that are to be added (int), or -1: its tenant has no such conversation}
 --        {'limit', standing..., 'requests' | 'tokens' | 'concurrency' (str), ms until it would fit or 0 (int)}
 --        {'limit', standing..., 'bytes', 0, bytes that the tenant keeps (int), bytes that the call adds (int)}
-local cls, max_queued, idem_value, who, forced = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4], ARGV[9] == '1'
-local first_field, width = 20, 10
-local first = first_field + ARGV[19] * 2
-local call = ARGV[first]
+local queue, idem, job, jobs, conversation, turns = unpack(KEYS, 2)
+local cls, max_queued, idem_value, who, max_requests, max_tokens, max_running, max_bytes, is_forced, num_bytes,
+  record_bytes, jid, job_record, job_request, job_ttl_ms, is_told, max_turns, body_bytes, num_fields =
+  unpack(ARGV, 1, 19)
+max_queued, max_bytes, is_forced = tonumber(max_queued), tonumber(max_bytes), is_forced == '1'
+local first = 20
+local first_row = first + num_fields * 2
+local call = ARGV[first_row]
 -- Accepted before, and the reply was lost: a second entry, or an epoch set back, would run the request twice. The first
 -- request may have ended and expired while others run, or all may have ended just now.
 if redis.call('EXISTS', call_key(call), req_key(call)) > 0 then return {'ok'} end
-if KEYS[3] ~= '' then
-  local seen = redis.call('GET', KEYS[3])
+if idem ~= '' then
+  local seen = redis.call('GET', idem)
   if seen then return {'idem', seen} end
 end
-local num, now = (#ARGV - first + 1) / width, now_ms()
+local num, now = (#ARGV - first_row + 1) / 10, now_ms()
 
-local limits = {requests = tonumber(ARGV[5]), tokens = tonumber(ARGV[6]), concurrency = tonumber(ARGV[7])}
-local used, running, last, max_bytes = {requests = 0, tokens = 0}, 0, 0, tonumber(ARGV[8])
-local wanted = {requests = 1, tokens = 0, bytes = ARGV[10] + ARGV[11] + num * request_bytes}
+local limits = {requests = tonumber(max_requests), tokens = tonumber(max_tokens), concurrency = tonumber(max_running)}
+local used, running, last = {requests = 0, tokens = 0}, 0, 0
+local wanted = {requests = 1, tokens = 0, bytes = num_bytes + record_bytes + num * request_bytes}
 
 -- Return what is left of a minute's limit, and the ms until all of it is there again.
 local function left(what)
@@ -77,13 +82,14 @@ if is_rated then
   for i, what in ipairs({'requests', 'tokens'}) do
     if limits[what] > 0 then used[what] = math.max(0, tonumber(f[i] or 0) - passed * limits[what] / 60000) end
   end
-  for a = first, #ARGV, width do
-    wanted.tokens = wanted.tokens + ARGV[a + 6] + ARGV[a + 7]
-    last = math.max(last, tonumber(ARGV[a + 8]))
+  for a = first_row, #ARGV, 10 do
+    local _, _, _, _, _, _, num_prompt, max_new, deadline_ms = unpack(ARGV, a, a + 9)
+    wanted.tokens = wanted.tokens + num_prompt + max_new
+    last = math.max(last, tonumber(deadline_ms))
   end
   redis.call('ZREMRANGEBYSCORE', quota_key(who) .. ':run', '-inf', now)
   running = redis.call('ZCARD', quota_key(who) .. ':run')
-  if not forced then
+  if not is_forced then
     if limits.concurrency > 0 and running + num > limits.concurrency then
       return answer('limit', 'concurrency', 0)
     end
@@ -96,69 +102,70 @@ if is_rated then
   end
 end
 
-if who ~= '' and max_bytes > 0 and not forced then
+if who ~= '' and max_bytes > 0 and not is_forced then
   local kept = kept_bytes(who, now)
   if kept + wanted.bytes > max_bytes then return answer('limit', 'bytes', 0, kept, wanted.bytes) end
 end
 
-local owner, conversation = string.match(KEYS[5], '[^:]*$'), string.match(KEYS[6], '[^:]*$')
-if conversation ~= '' then
+local owner, conversation_id = string.match(jobs, '[^:]*$'), string.match(conversation, '[^:]*$')
+if conversation_id ~= '' then
   -- One that a queue has lost with its last second is not there when a forced call comes again.
-  local is_there = redis.call('HGET', KEYS[6], 'tenant') == owner
-  local num_turns = redis.call('ZCARD', KEYS[6] .. ':turns')
-  if not forced and not is_there then return {'conversation', -1} end
-  if not forced and num_turns >= tonumber(ARGV[17]) then return {'conversation', num_turns} end
-  if not is_there then conversation = '' end
+  local is_there = redis.call('HGET', conversation, 'tenant') == owner
+  local num_turns = redis.call('ZCARD', conversation .. ':turns')
+  if not is_forced and not is_there then return {'conversation', -1} end
+  if not is_forced and num_turns >= tonumber(max_turns) then return {'conversation', num_turns} end
+  if not is_there then conversation_id = '' end
 end
-local queued = redis.call('XLEN', KEYS[2])
+local queued = redis.call('XLEN', queue)
 if queued + num > max_queued then return {'full', queued} end
 local to = 0
-for a = first, #ARGV, width do
-  local rid, sub, deadline = ARGV[a], ARGV[a + 1], tonumber(ARGV[a + 8])
-  local ttl = math.max(deadline - now, 0) + 3600000
+for a = first_row, #ARGV, 10 do
+  local rid, sub, tenant, digest, gateway, is_stored, num_prompt, max_new, deadline_ms, usage = unpack(ARGV, a, a + 9)
+  deadline_ms = tonumber(deadline_ms)
+  local ttl = math.max(deadline_ms - now, 0) + 3600000
   to = math.max(to, now + ttl)
-  local id = redis.call('XADD', KEYS[2], '*', 'b', sub, 'e', '0')
+  local id = redis.call('XADD', queue, '*', 'b', sub, 'e', '0')
   redis.call('HSET', req_key(rid), 'state', 'queued', 'cls', cls, 'epoch', 0, 'attempts', 0, 'owner', '', 'cancel', 0,
-    'tenant', ARGV[a + 2], 'digest', ARGV[a + 3], 'gateway', ARGV[a + 4], 'stored', ARGV[a + 5],
-    'n_prompt', ARGV[a + 6], 'max_new', ARGV[a + 7], 'deadline', deadline, 'sub', sub, 'sub_id', id, 't_submit', now,
-    'call', call, 'ahead', queued + (a - first) / width)
-  if ARGV[a + 9] ~= '' then redis.call('HSET', req_key(rid), 'usage', ARGV[a + 9]) end
+    'tenant', tenant, 'digest', digest, 'gateway', gateway, 'stored', is_stored, 'n_prompt', num_prompt,
+    'max_new', max_new, 'deadline', deadline_ms, 'sub', sub, 'sub_id', id, 't_submit', now, 'call', call,
+    'ahead', queued + (a - first_row) / 10)
+  if usage ~= '' then redis.call('HSET', req_key(rid), 'usage', usage) end
   redis.call('PEXPIRE', req_key(rid), ttl)
   if is_rated then
     redis.call('HSET', req_key(rid), 'quota', who)
     -- Its end removes it from the set. Should that be lost with the queue's last second, its deadline does.
-    redis.call('ZADD', quota_key(who) .. ':run', deadline + 60000, rid)
+    redis.call('ZADD', quota_key(who) .. ':run', deadline_ms + 60000, rid)
   end
 end
 redis.call('HSET', call_key(call), 'open', num)
-if ARGV[18] ~= '0' then redis.call('HSET', call_key(call), 'kept', ARGV[18]) end
+if body_bytes ~= '0' then redis.call('HSET', call_key(call), 'kept', body_bytes) end
 redis.call('PEXPIREAT', call_key(call), to)
-for a = first_field, first - 2, 1000 do
-  redis.call('HSET', body_key(call), unpack(ARGV, a, math.min(a + 999, first - 1)))
+for a = first, first_row - 2, 1000 do  -- names and values, as they come
+  redis.call('HSET', body_key(call), unpack(ARGV, a, math.min(a + 999, first_row - 1)))
 end
 redis.call('PEXPIREAT', body_key(call), to)
 local lives = 0  -- until when the records live
-if KEYS[3] ~= '' then
-  redis.call('SET', KEYS[3], idem_value, 'EX', 86400)
+if idem ~= '' then
+  redis.call('SET', idem, idem_value, 'EX', 86400)
   lives = now + 86400000
 end
-if KEYS[4] ~= '' then
-  local ttl = tonumber(ARGV[15])
+if job ~= '' then
+  local ttl = tonumber(job_ttl_ms)
   lives = math.max(lives, now + ttl)
-  redis.call('HSET', KEYS[4], 'b', ARGV[13], 'request', ARGV[14])
-  if ARGV[16] == '1' then redis.call('HSET', call_key(call), 'job', owner .. ':' .. ARGV[12]) end
-  redis.call('PEXPIRE', KEYS[4], ttl)
-  redis.call('ZADD', KEYS[5], now, ARGV[12])
-  redis.call('ZREMRANGEBYSCORE', KEYS[5], '-inf', now - ttl)
-  redis.call('PEXPIRE', KEYS[5], ttl)
+  redis.call('HSET', job, 'b', job_record, 'request', job_request)
+  if is_told == '1' then redis.call('HSET', call_key(call), 'job', owner .. ':' .. jid) end
+  redis.call('PEXPIRE', job, ttl)
+  redis.call('ZADD', jobs, now, jid)
+  redis.call('ZREMRANGEBYSCORE', jobs, '-inf', now - ttl)
+  redis.call('PEXPIRE', jobs, ttl)
 end
-if conversation ~= '' then
-  redis.call('ZADD', KEYS[6] .. ':turns', now, ARGV[12])
-  live_until(KEYS[6] .. ':turns', redis.call('PEXPIRETIME', KEYS[6]))
-  redis.call('ZADD', KEYS[7], now + 60000, owner .. ':' .. conversation .. ':' .. ARGV[12])
+if conversation_id ~= '' then
+  redis.call('ZADD', conversation .. ':turns', now, jid)
+  live_until(conversation .. ':turns', redis.call('PEXPIRETIME', conversation))
+  redis.call('ZADD', turns, now + 60000, owner .. ':' .. conversation_id .. ':' .. jid)
 end
 if who ~= '' then
-  redis.call('HSET', call_key(call), 'who', who, 'bytes', wanted.bytes, 'left', ARGV[11], 'last', lives)
+  redis.call('HSET', call_key(call), 'who', who, 'bytes', wanted.bytes, 'left', record_bytes, 'last', lives)
   keep(who, call, wanted.bytes, math.max(to, lives))
 end
 if who == '' then return {'ok'} end

@@ -1,15 +1,15 @@
 #!lua flags=allow-oom
 -- Give each tenant what the version before kept of all together: endpoints, ends and deliveries.
 --
--- KEYS[1]  string  prefix of the shard's keys
--- ARGV[1]  int     about how many of each kind are moved at most
+-- ARGV  num  int  about how many of each kind are moved at most
 -- Reply: list of the ids of deliveries that cannot be read, and were dropped.
+local num = unpack(ARGV)
 local hooks, ends, cursor = P .. ':webhooks', P .. ':events', P .. ':events:cursor'
 local all, times, lost = P .. ':deliveries', P .. ':deliveries:due', {}
 
 local at, found = '0', {}
 repeat  -- a part of a hash that was emptied before has nothing
-  at, found = unpack(redis.call('HSCAN', hooks, at, 'COUNT', ARGV[1]))
+  at, found = unpack(redis.call('HSCAN', hooks, at, 'COUNT', num))
 until #found > 0 or at == '0'
 for i = 1, #found, 2 do
   local tenant, id = string.match(found[i], '^(.*):([^:]*)$')
@@ -17,7 +17,7 @@ for i = 1, #found, 2 do
   redis.call('HDEL', hooks, found[i])
 end
 
-local due = redis.call('ZRANGE', times, 0, ARGV[1] - 1, 'WITHSCORES')
+local due = redis.call('ZRANGE', times, 0, num - 1, 'WITHSCORES')
 if #due == 0 then redis.call('UNLINK', all) end
 for i = 1, #due, 2 do
   local id, due_ms, raw = due[i], due[i + 1], redis.call('HGET', all, due[i])
@@ -36,7 +36,7 @@ for i = 1, #due, 2 do
 end
 
 local last = redis.call('GET', cursor) or '0'
-local entries = redis.call('XRANGE', ends, '(' .. last, '+', 'COUNT', ARGV[1])
+local entries = redis.call('XRANGE', ends, '(' .. last, '+', 'COUNT', num)
 for _, entry in ipairs(entries) do
   local end_ = {}
   for i = 1, #entry[2], 2 do end_[entry[2][i]] = entry[2][i + 1] end

@@ -104,9 +104,9 @@ class BatcherMachine(RuleBasedStateMachine):
     @rule()
     def step(self) -> None:
         running = list(self.batcher.running)
-        before = {seq: seq.level for seq in self.batcher}  # one passed over too often ceases to yield
+        before = {seq: seq.priority for seq in self.batcher}  # one passed over too often ceases to yield
         plan = self.batcher.plan()
-        after = {seq: seq.level for seq in self.batcher}  # one whose tenant had most begins to
+        after = {seq: seq.priority for seq in self.batcher}  # one whose tenant had most begins to
         self.has_changed, self.levels = before != after, sorted(set(after.values()))
         has_others = not self.has_changed and (self.levels[:1] == [0] or len(self.levels) > 1)
         assert plan.num_tokens <= self.limits.max_step_tokens
@@ -116,7 +116,7 @@ class BatcherMachine(RuleBasedStateMachine):
             num_tokens = plan.num_tokens - sum(map(len, plan.drafts.values()))
             assert num_tokens <= self.limits.short_step_tokens, "a yielding prompt in a long step"
         for seq in plan.preempted:
-            assert not any(other.level > seq.level for other in self.batcher.running), "these are the first to go"
+            assert not any(other.priority > seq.priority for other in self.batcher.running), "these are the first to go"
         self.check_turns(plan, [seq for seq in running if seq.num_pending == 1 and seq not in plan.preempted])
         if any(not seq.request.digest or seq.request.digest in self.slots.resident for seq in self.batcher):
             assert plan.num_new, "nothing runs though something could"
@@ -138,14 +138,14 @@ class BatcherMachine(RuleBasedStateMachine):
     def check_turns(self, plan: StepPlan, decodes: list[Sequence]) -> None:
         """Decodes that do not yield are in every step; those that yield are where there is time, else in turn."""
         others = [seq for seq in decodes if not self.yields(seq)]
-        yielding = [seq for seq in decodes if self.yields(seq) and seq.level in self.levels[:2]]
+        yielding = [seq for seq in decodes if self.yields(seq) and seq.priority in self.levels[:2]]
         assert list(plan.num_new)[: len(others)] == others, "everybody who does not yield is in every step"
         taking_part = [seq for seq in plan.num_new if self.yields(seq)]
         if self.limits.max_batch_slowdown and self.levels[:2][-1:] == [2]:
             self.check_batch(plan, others, taking_part)
             return
         if len(self.levels) > 2 and not self.has_changed:
-            assert not plan.num_new or {seq.level for seq in plan.num_new} in ({2}, *LOWER), "batch work waits"
+            assert not plan.num_new or {seq.priority for seq in plan.num_new} in ({2}, *LOWER), "batch work waits"
         is_limited = bool(self.limits.max_slowdown and others)
         was_paused, self.paused = self.paused, bool(yielding) and not taking_part
         if self.paused:
@@ -162,7 +162,7 @@ class BatcherMachine(RuleBasedStateMachine):
 
     def yields(self, seq: Sequence) -> bool:
         """Whether a sequence yields to others that are here, or may come."""
-        return seq.level > (self.levels[0] if len(self.levels) > 1 else 0)
+        return seq.priority > (self.levels[0] if len(self.levels) > 1 else 0)
 
     def check_batch(self, plan: StepPlan, others: list[Sequence], taking_part: list[Sequence]) -> None:
         """Batch work is in no step with another's prompt, and makes no step longer than it may."""

@@ -172,19 +172,19 @@ def test_who_was_alone_yields_no_longer_to_one_who_fills_the_steps() -> None:
     heavy = [make_seq(f"heavy{i}", np.arange(500) + i, 50, tenant="heavy") for i in range(3)]
     for seq in (*heavy, line):
         batcher.add(seq)
-    assert (batcher.plan().num_tokens, quiet.level, heavy[0].level) == (64, 1, 0), "whoever comes does not wait"
+    assert (batcher.plan().num_tokens, quiet.priority, heavy[0].priority) == (64, 1, 0), "whoever comes does not wait"
     sizes = []
     for _ in range(40):
         plan = batcher.plan()
         sizes.append(plan.num_tokens)
         finish_step(batcher, plan)
-    assert (quiet.level, heavy[0].level, line.level) == (0, 1, 2)
+    assert (quiet.priority, heavy[0].priority, line.priority) == (0, 1, 2)
     assert max(sizes[8:]) == 12, "twice 1.1 s are 11 tokens more"
     for seq in heavy:
         batcher.remove(seq)
     for _ in range(200):
         finish_step(batcher, batcher.plan())
-    assert (quiet.level, line.level) == (1, 2), "alone again"
+    assert (quiet.priority, line.priority) == (1, 2), "alone again"
 
 
 def test_who_was_alone_does_not_yield_to_what_yields_itself() -> None:
@@ -196,11 +196,11 @@ def test_who_was_alone_does_not_yield_to_what_yields_itself() -> None:
     for seq in (quiet, *flood):
         batcher.add(seq)
     batcher.plan()
-    assert (quiet.level, flood[0].level) == (1, 0), "whoever comes does not wait"
+    assert (quiet.priority, flood[0].priority) == (1, 0), "whoever comes does not wait"
     batcher.add(make_seq("more", np.arange(4) + 30, 500, tenant="flood", yields=True))
     batcher.add(equal)
     batcher.plan()
-    assert (quiet.level, flood[0].level, equal.level) == (0, 1, 1), "only one that was alone goes before them"
+    assert (quiet.priority, flood[0].priority, equal.priority) == (0, 1, 1), "only one that was alone goes before them"
 
 
 def test_prompts_that_yield_get_the_time_that_decodes_leave() -> None:

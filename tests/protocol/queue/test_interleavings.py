@@ -403,7 +403,7 @@ def test_no_interleaving_loses_or_doubles_a_token(queue_server: EmbeddedServer) 
         ("step", "if len ~= rows[a + 2] * 4 + size then", "if false then"),
         ("step", "if rows[b + 3] > 0 then cut(tok .. rows[b], rows[b + 3]) end", ""),
         ("finish", "disown(f[2], rid)", ""),
-        ("assign", "f[1] ~= 'queued' or f[2] ~= ARGV[i + 1]", "false"),
+        ("assign", "f[1] ~= 'queued' or f[2] ~= epoch", "false"),
         ("finish", "if not f[1] or is_terminal(f[1]) then", "if not f[1] then"),
         ("common", "redis.call('UNLINK', body_key(call))", ""),
         ("common", "if f[1] ~= '1' then", "if false then"),
