@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.answers.sse import RAW_SEND
 from gateway.anthropic.anthropic_routes import AnthropicEndpoints, add_anthropic_routes
-from gateway.app.direct import DirectCalls
+from gateway.app.dispatch import Dispatch
 from gateway.app.service_routes import Endpoints, add_routes
 from gateway.app.shapes import shape_of, speaks_anthropic
 from gateway.auth.authentication import Authentication
@@ -162,7 +162,7 @@ def build_app(
     app.state.audit = handlers.audit.log
     add_handlers(app, shape_of)
     table = RouteTable(app.routes, open_pages=settings.open_pages)
-    bodies = LargeBodies(DirectCalls(app, shape_of), shape_of)
+    bodies = LargeBodies(Dispatch(app, shape_of), shape_of)
     charged = Charged(bodies, memory, shape_of, settings.max_body_bytes)
     reads = Reads(charged, shape_of, settings.reads_per_s)
     guarded: ASGIApp = Admitted(Authentication(reads, keys, shape_of, secret), admission)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import json
 import logging
 from collections.abc import Callable, Coroutine, Mapping, MutableMapping
 from typing import Any
 
 from fastapi import Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -23,8 +25,10 @@ from gateway.bodies.json_slices import dumps, has_rows, slices
 from gateway.bodies.parameter_check import IGNORED_HEADER, JsonBody, check_parameters
 from gateway.http.access import MATCH, Access
 from gateway.http.errors import ERROR_SHAPE, OPENAI_ERRORS
+from gateway.http.headers import header_of
 from gateway.http.paths import OPENAI_FORMS
 from gateway.overload.large import working
+from gateway.overload.memory import hold_values
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
@@ -61,18 +65,24 @@ class _JsonRequest(Request):
 
 
 class JsonRoute(APIRoute):
-    """A route whose bodies are parsed by `_JsonRequest`: a large one in its turn, once all of it is there.
+    """A route whose bodies are read within limits: a large one in its turn, once all of it is there.
 
     A body that is a `JsonBody` may have no parameter that would have no effect; a handler takes it with its request.
-    Calls take the way of `direct.py`.
+    The handler of a call takes nothing else, so calls need none of what FastAPI does to solve dependencies.
     """
 
     any_type = False
     """Whether a body is taken for JSON whatever its content type says."""
 
     def __init__(self, path: str, endpoint: Handler, *, access: Access, **options: Any) -> None:
-        """`access`: what it asks of its callers. The rest is FastAPI's."""
+        """`access`: what it asks of its callers. The rest is FastAPI's.
+
+        Raises TypeError for a call whose handler takes more than its body and the request.
+        """
         self.access = access
+        taken = list(inspect.signature(endpoint).parameters)
+        if access.kind == "call" and taken != ["body", "request"]:
+            raise TypeError(f"the handler of {path} takes {', '.join(taken)}; calls have body and request")
         super().__init__(path, _checked(endpoint), **options)
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
@@ -81,6 +91,38 @@ class JsonRoute(APIRoute):
         if found is None or found.route is not self:
             return Match.NONE, {}
         return Match.FULL, {"endpoint": self.endpoint, "path_params": dict(found.params), "route": self}
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request. Raises what the client did wrong, and what its handler raises."""
+        if self.access.kind != "call":
+            await super().handle(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        await _whole(request)
+        async with working():
+            response = await self.endpoint(body=self._body_of(await request.body(), request), request=request)
+        del request  # and its body with it, which is not held until the answer's end
+        await response(scope, receive, send)
+
+    def _body_of(self, raw: bytes, request: Request) -> Any:
+        """Return a body as the route's type. Raises HTTPException and RequestValidationError as FastAPI does."""
+        refused = functools.partial(RequestValidationError, body=None)
+        if not raw:
+            raise refused([{"type": "missing", "loc": ("body",), "msg": "", "input": None}])
+        if not self.any_type and not _is_json(header_of(request.scope["headers"], b"content-type") or ""):
+            raise refused([{"type": "model_type", "loc": ("body",), "msg": "", "input": None}])
+        hold_values(raw)
+        try:
+            value = body_value(raw)
+        except json.JSONDecodeError as error:
+            place = {"loc": ("body", error.pos), "ctx": {"error": error.msg}}
+            raise refused([{"type": "json_invalid", "msg": "", "input": {}, **place}]) from error
+        note_form(request.scope, value)
+        assert self.body_field is not None
+        body, errors = self.body_field.validate(value, {}, loc=("body",))
+        if errors:
+            raise refused(errors)
+        return body
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return the handler."""
@@ -94,10 +136,7 @@ class JsonRoute(APIRoute):
                 rest = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
                 scope = {**scope, "headers": [*rest, (b"content-type", b"application/json")]}
             request = _JsonRequest(scope, request.receive)
-            try:
-                await request.body()
-            except ClientDisconnect:
-                raise HTTPException(400, "the client left before its body was complete") from None
+            await _whole(request)
             async with working():
                 return await handler(request)
 
@@ -108,6 +147,20 @@ class AnyTypeRoute(JsonRoute):
     """A route whose clients need not say that their bodies are JSON, such as curl in Ollama's documentation."""
 
     any_type = True
+
+
+async def _whole(request: Request) -> None:
+    """Wait until all of a body is there. Raises HTTPException if its client leaves before."""
+    try:
+        await request.body()
+    except ClientDisconnect:
+        raise HTTPException(400, "the client left before its body was complete") from None
+
+
+def _is_json(content_type: str) -> bool:
+    """Return whether a media type is JSON: `application/json`, or one that ends in `+json`."""
+    kind, _, subtype = content_type.partition(";")[0].strip().lower().partition("/")
+    return kind == "application" and (subtype == "json" or (subtype.endswith("+json") and "/" not in subtype))
 
 
 def _checked(endpoint: Handler) -> Handler:

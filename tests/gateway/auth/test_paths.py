@@ -20,7 +20,7 @@ from starlette.routing import Mount, Route
 from gateway.app import access_table
 from gateway.app.access_table import CONTROLS, PAGE, SPELLINGS, example_of, unserved, with_tables
 from gateway.app.app import Admitted, Envelope
-from gateway.app.direct import DirectCalls
+from gateway.app.dispatch import Dispatch
 from gateway.app.shapes import shape_of
 from gateway.auth.authentication import Authentication
 from gateway.auth.callers import Caller
@@ -73,7 +73,7 @@ class Front:
             assert isinstance(route, JsonRoute)
             self._watch(route)
         self.table = RouteTable(self.app.routes, open_pages=bool(settings.get("open_pages")))
-        inner = Authentication(DirectCalls(self.app, shape_of), Known(), shape_of)  # type: ignore[arg-type]
+        inner = Authentication(Dispatch(self.app, shape_of), Known(), shape_of)  # type: ignore[arg-type]
         self.outside = Envelope(Admitted(inner, self.admission), Settings(**settings), self.table)  # type: ignore[arg-type]
 
     def _watch(self, route: JsonRoute) -> None:
