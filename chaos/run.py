@@ -24,7 +24,8 @@ from chaos.attackers.wire_attacks import WIRE_ATTACKS
 from chaos.clients.asks import Ask, Expected, Transformers, catalogue, decidable, one_ask
 from chaos.clients.batches import BatchClient
 from chaos.clients.client import GIVE_UP_S, STYLES, Attempt, Call, Client
-from chaos.clients.files import FileClient, Round, UploadClient
+from chaos.clients.files import FileClient, Round, UploadClient, zipped
+from chaos.clients.insistent import Insistent
 from chaos.clients.responses import ResponseClient
 from chaos.clients.webhooks import MAX_REFUSALS, Receiver, receiving
 from chaos.faults import Havoc, Hit
@@ -229,24 +230,28 @@ class Run:
     async def _store_files(self, stop: asyncio.Event) -> None:
         """Store, read and delete one file after the other."""
         rng = random.Random(f"{self.plan.seed} files")
-        client = FileClient(self.fleet.urls, self._client_key)
+        http = Insistent(self.fleet.urls, self._client_key)
+        client = FileClient(http)
         try:
             while not stop.is_set():
                 self._take_round("file", await client.once(rng))
         finally:
-            await client.close()
+            await http.close()
 
     async def _upload_adapters(self, stop: asyncio.Event) -> None:
         """Upload one adapter after the other under the same name, and ask it."""
         rng = random.Random(f"{self.plan.seed} uploads")
         expected = {ask: self.expected[ask] for ask in self.asks}
-        client = UploadClient(self.fleet.urls, self._operator_key, self.fleet.folder / "adapters", expected)
+        adapters = self.fleet.folder / "adapters"
+        zips = {name: zipped(adapters / name) for name in {ask.model for ask in expected} - {"base"}}
+        http = Insistent(self.fleet.urls, self._operator_key)
+        client = UploadClient(http, zips, expected)
         try:
             while not stop.is_set():
                 self._take_round("upload", await client.once(rng))
                 await wait_any(stop, UPLOAD_EVERY_S)
         finally:
-            await client.close()
+            await http.close()
 
     def _take_round(self, what: str, told: Round) -> None:
         if told.wrong and self._had_no_power(told.began_s - 5, told.ended_s):

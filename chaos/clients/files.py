@@ -7,7 +7,7 @@ import io
 import random
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -35,15 +35,10 @@ class Round:
 
 
 class FileClient:
-    """Stores a file, finds it, reads it, and deletes it, at any of the gateways at `urls`, which may die."""
+    """Stores a file, finds it, reads it, and deletes it, at any gateway, which may die."""
 
-    def __init__(self, urls: Sequence[str], key: str) -> None:
-        """`key`: the API key that it shows; "" for a fleet that asks for none."""
-        self._http = Insistent(urls, key)
-
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._http.close()
+    def __init__(self, http: Insistent) -> None:
+        self._http = http
 
     async def once(self, rng: random.Random) -> Round:
         """Do one round. An upload whose answer was lost is sent again, and may be stored twice."""
@@ -79,23 +74,19 @@ class UploadClient:
     """Uploads one adapter after the other under the same name, and asks it; each must answer as itself."""
 
     def __init__(
-        self, urls: Sequence[str], key: str, adapters: Path, expected: Mapping[Ask, Expected]
+        self, http: Insistent, zips: Mapping[str, bytes], expected: Mapping[Ask, Expected], switch_s: float = SWITCH_S
     ) -> None:  # fmt: skip
-        """`key`: an operator's, "" for a fleet that asks for none. adapters: the folder of those that are uploaded."""
-        self._http = Insistent(urls, key)
-        self._names = sorted({ask.model for ask in expected if ask.model != "base"})
-        self._zips = {name: zipped(adapters / name) for name in self._names}
+        """`http`: shows an operator's key. zips: adapter -> its files. expected: what each answers as itself."""
+        self._http = http
+        self._zips = zips
         self._expected = expected
+        self._switch_s = switch_s
         self._before = ""  # the adapter that was uploaded last
-
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._http.close()
 
     async def once(self, rng: random.Random) -> Round:
         """Upload an adapter in place of the one before, and ask it until it answers."""
         told = Round(time.monotonic())
-        name = rng.choice([name for name in self._names if name != self._before])
+        name = rng.choice([name for name in sorted(self._zips) if name != self._before])
         path = f"/v1/adapters/upload?name={UPLOADED}&replace=true&wait_s=20"
         sent = {"content": self._zips[name], "headers": {"content-type": "application/zip"}}
         stored = await self._http.ask("POST", path, **sent)
@@ -123,7 +114,7 @@ class UploadClient:
             if text == right:
                 return num_calls
             is_of_before = before is not None and text == before.text
-            if not is_of_before or time.monotonic() > began_s + SWITCH_S:
+            if not is_of_before or time.monotonic() > began_s + self._switch_s:
                 told.wrong.append(f"{ask}, uploaded, has another text than under its own name")
                 return num_calls
             await asyncio.sleep(LOOK_S)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,12 +93,13 @@ class Child:
 
     def __init__(
         self, spec: Spec, lifeline_fd: int, say: Callable[[str], None], first_pause_s: float = FIRST_PAUSE_S,
-        ahead: WorkerAhead | None = None,
+        ahead: WorkerAhead | None = None, max_log_bytes: int = MAX_LOG_BYTES,
     ) -> None:  # fmt: skip
         """Prepare without starting.
 
         `lifeline_fd` becomes the standard input of the process, `say` shows a line to the user, and `first_pause_s`
-        comes before the first restart; later pauses double. `ahead`: what becomes the first process, if it can.
+        comes before the first restart; later pauses double. `ahead`: what becomes the first process, if it
+        can. A log of `max_log_bytes` begins again.
         """
         self.spec = spec
         self.ready = asyncio.Event()  # set from outside, cleared when the process ends
@@ -111,6 +113,7 @@ class Child:
         self._process: asyncio.subprocess.Process | _Ahead | None = None
         self._ahead = ahead
         self._log_offset = 0
+        self._max_log_bytes = max_log_bytes
         spec.log.touch()
 
     async def supervise(self) -> None:
@@ -159,7 +162,7 @@ class Child:
     def follow_log(self) -> None:
         """Read the new lines of the log: show warnings to the user, and set `activity` to the last message.
 
-        A log of MAX_LOG_BYTES begins again.
+        A log of `max_log_bytes` begins again.
         """
         with self.spec.log.open("rb") as log:
             log.seek(self._log_offset)
@@ -171,7 +174,7 @@ class Child:
             self.activity = text or self.activity
             if level in ("W", "E", "C"):
                 self._say(f"[yellow]{self.spec.name}[/] {escape(text)}")
-        if self._log_offset >= MAX_LOG_BYTES:
+        if self._log_offset >= self._max_log_bytes:
             self._rotate_log()
 
     def _rotate_log(self) -> None:
@@ -183,7 +186,8 @@ class Child:
         try:
             shutil.copyfile(log, older)
         except OSError as error:
-            older.unlink(missing_ok=True)
+            with suppress(OSError):
+                older.unlink()
             self._say(f"[yellow]{self.spec.name}[/] its log begins again, and could not be kept: {escape(str(error))}")
         os.truncate(log, 0)
         self._log_offset = 0

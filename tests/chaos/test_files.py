@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chaos.clients import files
 from chaos.clients.asks import GREEDY, Ask, Expected
 from chaos.clients.files import UPLOADED, FileClient, UploadClient
 from chaos.clients.insistent import Insistent
 
 ASKS = {Ask(model, "x", 5, tuple(GREEDY.items())): Expected(f"as {model}", b"", 1) for model in ("one", "two")}
 
-Answers = Callable[[str, str, dict[str, Any]], dict[str, Any]]
 
-
-class FakeFleet:
+class FakeFleet(Insistent):
     """Answers as a fleet does that stores what it is sent; `wrong` names what it does otherwise."""
 
     def __init__(self, wrong: str = "") -> None:
+        super().__init__(["http://nobody"], "")
         self.wrong = wrong
         self.stored: dict[str, bytes] = {}
         self.adapter = ""
@@ -51,15 +47,6 @@ class FakeFleet:
         return {"choices": [{"text": "else" if self.wrong == "another" else f"as {self.adapter}"}]}
 
 
-@pytest.fixture
-def fleet(monkeypatch: pytest.MonkeyPatch) -> FakeFleet:
-    fake = FakeFleet()
-    monkeypatch.setattr(Insistent, "ask", lambda self, *words, **options: fake.ask(*words, **options))
-    monkeypatch.setattr(files, "zipped", lambda folder: folder.name.encode())
-    monkeypatch.setattr(files, "SWITCH_S", 0.0)
-    return fake
-
-
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
@@ -67,21 +54,16 @@ def fleet(monkeypatch: pytest.MonkeyPatch) -> FakeFleet:
         ("cut", ["not what was sent"]), ("kept", ["is deleted and can be read"]),
     ],
 )  # fmt: skip
-async def test_files(fleet: FakeFleet, wrong: str, told: list[str]) -> None:
-    fleet.wrong = wrong
-    client = FileClient(["http://a"], "")
-    found = await client.once(random.Random(1))
-    await client.close()
+async def test_files(wrong: str, told: list[str]) -> None:
+    found = await FileClient(FakeFleet(wrong)).once(random.Random(1))
     assert [text in what for text, what in zip(told, found.wrong, strict=True)] == [True] * len(told)
     assert found.ended_s >= found.began_s > 0
 
 
-@pytest.mark.parametrize(("wrong", "num_wrong"), [("", 0), ("another", 4), ("old", 3)])
-async def test_uploads(fleet: FakeFleet, wrong: str, num_wrong: int) -> None:
-    fleet.wrong = wrong
-    client = UploadClient(["http://a"], "", Path("adapters"), ASKS)
+@pytest.mark.parametrize(("wrong", "num_wrong"), [("", 0), ("another", 4), ("old", 2)])
+async def test_uploads(wrong: str, num_wrong: int) -> None:
+    client = UploadClient(FakeFleet(wrong), {"one": b"one", "two": b"two"}, ASKS, switch_s=0.0)
     rng = random.Random(1)
     found = [await client.once(rng) for _ in range(4)]
-    await client.close()
     assert sum(len(told.wrong) for told in found) == num_wrong
     assert all("another text" in what for told in found for what in told.wrong)

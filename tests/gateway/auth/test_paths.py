@@ -25,7 +25,7 @@ from gateway.app.shapes import shape_of
 from gateway.auth.authentication import Authentication
 from gateway.auth.callers import Caller
 from gateway.bodies.json_bodies import JsonRoute
-from gateway.http.access import ADMIN, INFER, MAX_PATH_CHARACTERS, Match, Routes, RouteTable, normal_path
+from gateway.http.access import ADMIN, INFER, MAX_PATH_CHARACTERS, Routes, RouteTable, normal_path
 from gateway.http.paths import BATCH_ENDPOINTS
 from protocol.queue.books.api_keys import ApiKey, Tenant
 from protocol.queue.bus import Bus
@@ -275,12 +275,12 @@ def test_the_spellings_of_the_documentation_lead_to_no_weaker_route() -> None:
                     assert got.scopes == match.scopes, (method, raw)
 
 
-def test_a_match_is_checked_by_its_scopes() -> None:
-    Match("/x").check(Caller(scopes=()))
-    Match("/x", scopes=None).check(Caller(scopes=()))
-    Match("/x", scopes=("infer", "adapters")).check(Caller(scopes=("adapters",)))
+def test_one_scope_of_several_is_enough_and_without_any_every_key_will_do() -> None:
+    Caller(scopes=()).require()
+    Caller(scopes=("adapters",)).require("infer", "adapters")
+    Caller(scopes=("admin",)).require("infer", "adapters")
     with pytest.raises(PermissionDenied, match="infer or adapters"):
-        Match("/x", scopes=("infer", "adapters")).check(Caller(scopes=()))
+        Caller(scopes=()).require("infer", "adapters")
 
 
 # ------------------------------------------------------------ a gateway

@@ -312,7 +312,7 @@ DEEP = "[" * 200_000
         ),
         ({"structured_outputs": {"json": DEEP}}, "structured_outputs.json"),
         ({"stop_token_ids": [5] * 500_000}, "stop_token_ids"),
-        ({"logit_bias": {str(i): 999 for i in range(100_000)}}, "logit_bias"),
+        ({"logit_bias": {str(i): 999 for i in range(50_000)}}, "logit_bias"),
         ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
         ({"metadata": {"a": "x" * 513}}, "metadata"),
         ({"metadata": {"x" * 65: "a"}}, "metadata"),

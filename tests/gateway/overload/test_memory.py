@@ -109,9 +109,9 @@ def test_one_holder_leaves_room_for_others() -> None:
 # ---------------------------------------------------------------- what is charged
 
 TEXTS: dict[str, Callable[[], bytes]] = {
-    "empty objects": lambda: b"[" + b",".join([b"{}"] * 20_000) + b"]",
+    "empty objects": lambda: b"[" + b",".join([b"{}"] * 16_000) + b"]",
     "objects of an empty name": lambda: b"[" + b",".join([b'{"":[]}'] * 8000) + b"]",
-    "lists of lists": lambda: b"[" + b",".join([b"[[[1]]]"] * 8000) + b"]",
+    "lists of lists": lambda: b"[" + b",".join([b"[[[1]]]"] * 5000) + b"]",
     "numbers": lambda: b"[" + b",".join([b"123456789"] * 10_000) + b"]",
     "floats": lambda: b"[" + b",".join([b"1.5"] * 20_000) + b"]",
     "short strings": lambda: b"[" + b",".join([b'"ab"'] * 20_000) + b"]",
