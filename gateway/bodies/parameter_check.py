@@ -23,7 +23,7 @@ keywords of tools' schemas that no grammar holds."""
 MAX_NAMED = 8
 """Parameters that are named in an error, a header or a log line. The search for more ends with them."""
 
-MAX_ENTRIES = 1 << 14
+MAX_ENTRIES = 1 << 13
 """Entries of a list that are looked into, such as messages and tools; no list of objects may have more."""
 
 MAX_NAME_CHARACTERS = 64

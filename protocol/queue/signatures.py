@@ -18,6 +18,9 @@ from msgspec.structs import astuple
 Key: TypeAlias = Annotated[str, "a key of the queue"]
 Word: TypeAlias = str | bytes | int
 
+_WORDS = re.compile(r"(?<=[a-z])(?=[A-Z])")
+"""Where a word ends within a name."""
+
 
 class Group(msgspec.Struct):  # a struct, as its call: a dataclass takes three times as long to make
     """Words that follow each other among a script's arguments, in the order of the fields."""
@@ -29,7 +32,7 @@ class Call(msgspec.Struct):
     @classmethod
     def script(cls) -> str:
         """Return the name of the script."""
-        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
+        return _WORDS.sub("_", cls.__name__).lower()
 
     def split(self) -> tuple[Sequence[Any], list[Any]]:
         """Return keys and arguments, as the script takes them."""
