@@ -11,6 +11,7 @@ from pydantic import Discriminator, Field, Tag
 
 from gateway.bodies.fields import Name, Objects, Prompts, Strings
 from gateway.bodies.parameter_check import JsonBody
+from gateway.http.errors import FORM
 from gateway.http.paths import OPENAI_FORMS
 from gateway.lorax.lorax_bodies import AdapterParameters
 
@@ -63,11 +64,13 @@ class ClassifyRequest(JsonBody):
 
 
 def _form(value: Any) -> str:
-    return "vllm" if isinstance(value, dict) and value.keys() & OPENAI_FORMS["/classify"] else "lorax"
+    is_vllm = isinstance(value, dict) and value.keys() & OPENAI_FORMS["/classify"]
+    return f"{FORM}{'vllm' if is_vllm else 'lorax'}"
 
 
 EitherClassifyRequest = Annotated[
-    Annotated[EncoderRequest, Tag("lorax")] | Annotated[ClassifyRequest, Tag("vllm")], Discriminator(_form)
+    Annotated[EncoderRequest, Tag(f"{FORM}lorax")] | Annotated[ClassifyRequest, Tag(f"{FORM}vllm")],
+    Discriminator(_form),
 ]
 """`POST /classify`, in LoRAX's form or vLLM's."""
 

@@ -41,6 +41,9 @@ MAX_TEXT_CHARACTERS = 1900
 _WITH_FIELDS = (("parameters",), ("thinking",), ("output_config",), ("text",), ("reasoning",))
 """Fields that are objects, whose own fields errors name: in LoRAX's bodies most are in one."""
 
+FORM = "form "
+"""Beginning of the names of a body's forms, of routes that take several; errors leave these names out."""
+
 _RANGES = {"gt", "ge", "lt", "le"}
 _MAX_LISTED = 3  # reasons shown for one field
 _OWN_WORDS = {  # pydantic's error type -> text for whoever wrote the JSON
@@ -238,7 +241,7 @@ def _from_validation(errors: Sequence[Any], content_type: str) -> LorafleetError
 def _loc(error: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return where in the body an error is, without the tag of one of its forms."""
     loc = tuple(error["loc"][1:])
-    return loc[1:] if loc[:1] in (("lorax",), ("vllm",)) else loc  # tags of `EitherClassifyRequest`
+    return loc[1:] if loc and str(loc[0]).startswith(FORM) else loc
 
 
 def _words(error: Mapping[str, Any]) -> str:

@@ -317,6 +317,8 @@ _OPENAI_ERROR = _object(error=_object(message=_TEXT, type=_TEXT, param=_MAYBE, c
 _NATIVE_ERROR = _object(error=_TEXT, error_type=_TEXT)
 OPENAI = _errors(_OPENAI_ERROR)
 NATIVE = _errors(_NATIVE_ERROR)
+EITHER = _errors({"anyOf": [_OPENAI_ERROR, _NATIVE_ERROR]})
+"""Errors of routes that take LoRAX's bodies and OpenAI's."""
 _ANTHROPIC = _errors(
     _object(type=_TEXT, error=_object(type=_TEXT, message=_TEXT), request_id={"type": ["string", "null"]})
 )
@@ -359,7 +361,7 @@ ENTITIES: Responses = {
         "The entities or the labels of a text; to `input` and `messages` vLLM's answer",
         {"anyOf": [*_OF_TEXT["anyOf"], Labels.model_json_schema()]},
     ),
-    **_errors({"anyOf": [_OPENAI_ERROR, _NATIVE_ERROR]}),
+    **EITHER,
 }
 ENTITIES_OF_SEVERAL: Responses = {
     200: _json("The entities or the labels of each text", {"type": "array", "items": _OF_TEXT}), **NATIVE
@@ -407,7 +409,7 @@ _COUNTED = _object(
 )  # fmt: skip
 TOKENIZED: Responses = {
     200: _json("LoRAX's answer to `inputs`, vLLM's to others", {"anyOf": [_TOKENS, _COUNTED]}),
-    **_errors({"anyOf": [_OPENAI_ERROR, _NATIVE_ERROR]}),
+    **EITHER,
 }
 DETOKENIZED: Responses = {200: {"model": Detokenized}}
 TOKENIZER_INFO: Responses = {200: {"model": TokenizerInfo}}

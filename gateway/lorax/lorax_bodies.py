@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag
 from gateway.adapters.merged import MergedAdapters
 from gateway.bodies.fields import Name, Strings
 from gateway.bodies.parameter_check import JsonBody
+from gateway.http.errors import FORM
 from gateway.openai.openai_bodies import ChatRequest, CompletionRequest
 
 
@@ -83,13 +84,14 @@ class CompatRequest(GenerateRequest):
 
 def _form(value: Any) -> str:
     given = value if isinstance(value, dict) else {}
-    return "chat" if "messages" in given else "completion" if "prompt" in given else "lorax"
+    form = "chat" if "messages" in given else "completion" if "prompt" in given else "lorax"
+    return f"{FORM}{form}"
 
 
 InvocationRequest = Annotated[
-    Annotated[CompatRequest, Tag("lorax")]
-    | Annotated[ChatRequest, Tag("chat")]
-    | Annotated[CompletionRequest, Tag("completion")],
+    Annotated[CompatRequest, Tag(f"{FORM}lorax")]
+    | Annotated[ChatRequest, Tag(f"{FORM}chat")]
+    | Annotated[CompletionRequest, Tag(f"{FORM}completion")],
     Discriminator(_form),
 ]
 """`POST /invocations`, in LoRAX's form or in one of OpenAI's."""

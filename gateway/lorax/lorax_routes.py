@@ -179,7 +179,7 @@ def add_native_routes(app: FastAPI, native: NativeEndpoints) -> None:
     routes = Routes(app, JsonRoute)
     errors, streamed = openapi.NATIVE, {**openapi.NATIVE, **openapi.STREAMED}
     routes.post("/", CALL, responses=streamed)(native.compat)
-    routes.post(INVOCATIONS, CALL, responses=streamed)(native.invoke)
+    routes.post(INVOCATIONS, CALL, responses={**streamed, **openapi.EITHER})(native.invoke)
     routes.post("/generate", CALL, responses=errors)(native.generate)
     routes.post("/generate_stream", CALL, responses=streamed, response_class=openapi.EventStream)(
         native.generate_stream

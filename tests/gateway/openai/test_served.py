@@ -76,6 +76,10 @@ async def test_invocations_take_bodies_of_openai_s_routes(http: httpx2.AsyncClie
     wrong = await http.post("/invocations", json={"model": "base", "messages": USER, "temprature": 1})
     assert (wrong.status_code, wrong.json()["error"]["code"]) == (400, "unknown_parameter")
     assert "error_type" in (await http.post("/invocations", json={"model": "base"})).json()
+    for body, param in (({"messages": 5}, "messages"), ({"prompt": "a", "n": "b"}, "n")):  # the field, not the form
+        error = (await http.post("/invocations", json={"model": "base", **body})).json()["error"]
+        assert error["param"] == param
+        assert error["message"].startswith(f"{param}: ")
 
 
 async def test_repetitions_are_penalised_as_far_back_as_is_asked(
