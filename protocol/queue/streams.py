@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -61,10 +60,10 @@ class Streams:
         line = self._free.pop() if self._free else Line(self._blocking, None)
         self._lines.add(line)
         try:
-            async with asyncio.timeout(block_ms / 1000 + LATE_S):
-                reply = await line.ask(
-                    ("XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", *last_ids, *last_ids.values())
-                )
+            reply = await line.ask(
+                ("XREAD", "COUNT", count, "BLOCK", block_ms, "STREAMS", *last_ids, *last_ids.values()),
+                within_s=block_ms / 1000 + LATE_S,
+            )
         except BaseException as error:  # the server may still wait to answer on this line
             self._lines.remove(line)
             await line.close()

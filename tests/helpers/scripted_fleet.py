@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from gateway.service import GatewayTimings, serve
 from helpers.waiting import wait_until
 from peft_adapters.texts.tokenizer_json import token_table
-from protocol.queue.bus import Bus, Step, StepRow, decode, now_ms
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, Step, StepRow, decode, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.error_codec import error_json
@@ -143,7 +143,11 @@ class ScriptedFleet:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._beats())
             while True:
-                for entries in (await self.bus.streams.read(last, block_ms=200)).values():
+                try:
+                    read = await self.bus.streams.read(last, block_ms=200)
+                except CONNECTION_ERRORS:  # the machine has no time for the queue's server; as a worker, it asks again
+                    continue
+                for entries in read.values():
                     for _, fields in entries:
                         submit = decode(fields[b"b"], m.Submit)
                         group.create_task(self._play(submit, int(fields[b"e"])))

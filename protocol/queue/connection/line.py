@@ -135,15 +135,26 @@ class Line:
         self._opening = asyncio.Lock()
         self._rests_until_s = 0.0
 
-    async def ask(self, command: tuple[str | bytes | int | float, ...]) -> Any:
+    async def ask(self, command: tuple[str | bytes | int | float, ...], within_s: float | None = None) -> Any:
         """Send a command and return the reply.
 
-        Raises ResponseError for an error of the server's, one of `LOST`, and NotTakenError.
+        Raises ResponseError for an error of the server's, one of `LOST`, NotTakenError, and TimeoutError when no reply
+        has come within `within_s`. One that has come while this process did not run is there in time.
         """
         talk = self._talk
         if talk is None or talk.is_over:
-            talk = await self._open()
-        return await talk.ask(command)
+            async with asyncio.timeout(within_s):
+                talk = await self._open()
+        reply = talk.ask(command)
+        if within_s is None:
+            return await reply
+        try:  # `asyncio.timeout` would cancel this before it sees a reply that waits in the socket
+            await asyncio.wait([reply], timeout=within_s)
+            if not reply.done():
+                raise TimeoutError
+        finally:
+            reply.cancel()
+        return reply.result()
 
     async def close(self) -> None:
         """End the connection."""
