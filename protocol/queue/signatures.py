@@ -46,7 +46,8 @@ def shape_of(kind: type[Call]) -> tuple[int, int, tuple[bool, ...]]:
     """Return how many fields are keys, how many come before the lists, and of each list whether it holds groups."""
     hints = list(get_type_hints(kind, include_extras=True).values())
     lists = [hint for hint in hints if get_origin(hint) is Sequence]
-    groups = tuple(issubclass(item, Group) for (item,) in map(get_args, lists))
+    items = [get_args(hint)[0] for hint in lists]
+    groups = tuple(isinstance(item, type) and issubclass(item, Group) for item in items)
     return sum(hint is Key for hint in hints), len(hints) - len(lists), groups
 
 
