@@ -148,7 +148,7 @@ async def _serve(
         if not settings.api_keys and not is_loopback(settings.host):
             logger.warning(
                 "API KEYS ARE OFF, and this gateway listens on %s: whoever reaches it may use, load and unload every"
-                " adapter. Turn keys on with --api-keys, and make one with `lorafleet keys create`",
+                " adapter. Turn keys on with --api-keys, and create one with `lorafleet keys create`",
                 settings.host or "every address",
             )
         encoders = EncoderEndpoints(answers, encoder_calls)

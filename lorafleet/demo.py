@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.usage = f"{parser.prog} [flags]"
     parser.add_argument("--question", default=QUESTION, help="the question (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="most tokens of each answer (%(default)s)")
-    parser.add_argument("--once", action="store_true", help="stop after the answers instead of serving")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="maximum tokens per answer (%(default)s)")
+    parser.add_argument("--once", action="store_true", help="stop after the answers instead of continuing to serve")
     add_settings(parser, first=("model", *MAIN_FLAGS), skip=("worker_name", "store_url"))
 
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo; return the exit code."""
     settings = load_settings(args)
     if settings.api_keys:
-        raise BadRequest("--api-keys: the demo sends no key; use it with `lorafleet up`")
+        raise BadRequest("--api-keys: the demo does not send an API key; use this flag with `lorafleet up`")
     if not settings.model:
         settings = settings.model_copy(update={"model": str(fetch_model(settings))})
     if settings.adapters is None:
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         names = await model_names(plan.settings)
         await show_answers(plan.settings, screen, names, args.question, args.tokens)
         if not args.once:
-            screen.say("\nThe fleet continues to serve. Ask it yourself, or stop it with Ctrl-C:\n")
+            screen.say("\nThe fleet continues to serve. Send it requests, or stop it with Ctrl-C:\n")
             for name in names:
                 screen.say(escape(plan.curl(name, args.question)))
         return not args.once

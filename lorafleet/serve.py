@@ -30,7 +30,9 @@ MAIN_FLAGS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.usage = f"{parser.prog} {'|'.join(SERVICES)} [flags]"
-    parser.add_argument("service", choices=SERVICES, help="the service; the first signal drains it, the second ends it")
+    parser.add_argument(
+        "service", choices=SERVICES, help="the service; the first signal drains it, the second stops it"
+    )
     add_settings(parser, first=MAIN_FLAGS, skip=("workers",))
 
 
@@ -40,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     settings = load_settings(args)
     forget_secrets(args.service)
     if args.service in ("worker", "gateway") and not settings.model:
-        raise BadRequest(f"--model: the {args.service} needs the base model, a Hub id, a local folder or a GGUF file")
+        raise BadRequest(f"--model: the {args.service} needs a base model: a Hub id, a local folder or a GGUF file")
     set_up_logging(args.service, settings.log_level, settings.log_format)
     try:
         with importing():

@@ -189,7 +189,7 @@ def _lock(folder: Path, timeout_s: float) -> int:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 os.close(fd)
-                raise Conflict(f"another fleet is running with the data in {folder}: choose another --data") from None
+                raise Conflict(f"another fleet is using the data folder {folder}; choose another --data") from None
         time.sleep(0.05)
 
 

@@ -72,7 +72,7 @@ def _of_gateway(args: argparse.Namespace) -> list[Finding]:
             answer = api.request("GET", "/version")
             state = api.ask("GET", "/health")["status"]
         except LorafleetError as error:
-            text, advice = error.message, "start the fleet, or name its gateway: --url, and --api-key-file"
+            text, advice = error.message, "start the fleet, or give its address and key: --url, --api-key-file"
             return [Finding("gateway", "problem", f"{api.url}: {text}", advice)]
     date = parsedate_to_datetime(answer.headers["date"]).timestamp() if "date" in answer.headers else None
     found = [Finding("gateway", "ok", f"{api.url} is {state}")]
@@ -87,7 +87,9 @@ async def _of_queue(settings: Settings) -> list[Finding]:
         named = with_queue(settings)
         url = named.queue_url()
     except LorafleetError as error:
-        return [Finding("queue", "problem", error.message, "name it: --redis-url and --redis-password-file")]
+        return [
+            Finding("queue", "problem", error.message, "give its URL and password: --redis-url, --redis-password-file")
+        ]
     bus = Bus(url)
     try:
         facts = await bus.server.facts()
@@ -97,10 +99,10 @@ async def _of_queue(settings: Settings) -> list[Finding]:
         gateways, stores = await bus.members.gateway_urls(), await bus.members.store_urls()
     except CONNECTION_ERRORS as error:
         text = f"no queue answers at {named.redis_url}: {error}"
-        advice = "start it, or name another: --redis-url, with its operator's password: --redis-password-file"
+        advice = "start it, or give another URL: --redis-url, with the operator's password: --redis-password-file"
         return [Finding("queue", "problem", text, advice)]
     except QueueError as error:
-        text = f"the queue refuses: {error}"
+        text = f"the queue refused: {error}"
         return [Finding("queue", "problem", text, "give the operator's password: --redis-password-file")]
     finally:
         await bus.close()
@@ -149,8 +151,8 @@ def _kernels_folder() -> Path:
 def _of_model(settings: Settings) -> list[Finding]:
     num_bytes = weight_bytes(Path(settings.model).expanduser())
     if num_bytes is None:
-        text = f"{settings.model} is not on this machine as a folder or file, so its size is not known"
-        return [Finding("model", "warning", text, f"lorafleet fetch {settings.model}, and name its folder: --model")]
+        text = f"{settings.model} is not on this machine as a folder or file, so its size is unknown"
+        return [Finding("model", "warning", text, f"lorafleet fetch {settings.model}, then give its folder: --model")]
     gpus = free_gpu_bytes() if settings.device != "cpu" else {}
     return checkup.of_model(num_bytes, gpus or {"memory": free_memory_bytes()}, workers=settings.workers)
 
