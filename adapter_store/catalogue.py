@@ -66,7 +66,7 @@ class Catalogue:
         news = await self._bus.adapters.news(self._last_event)
         lost = news.num_names == 0 or news.run_id != self._run_id
         if lost and self._mine:
-            logger.warning("Redis was restarted or emptied: publishing %d names again", len(self._mine))
+            logger.warning("Redis was restarted or flushed: republishing %d names", len(self._mine))
             await self._write(self._mine.values())
         self._run_id = news.run_id
         if news.events:

@@ -177,7 +177,7 @@ class Registrar:
             finally:
                 await self._bus.adapters.release_lease(field)
         except QueueError as error:
-            logger.warning("adapter %s is fetched again later: %s", registration.name, error)
+            logger.warning("adapter %s will be fetched again later: %s", registration.name, error)
         except asyncio.CancelledError:
             raise
         except BaseException:  # also panics of libraries in Rust
@@ -223,7 +223,7 @@ class Registrar:
         reference = parse_source(registration.source)
         source = self._sources.get(reference.scheme) if reference else None
         if reference is None or source is None:
-            raise BadRequest(f"{registration.source!r} is not a place that adapters can be fetched from")
+            raise BadRequest(f"{registration.source!r} is not a supported adapter source")
         as_fleet = registration.as_fleet or registration.is_operators
         self._policy.check(reference, on_request=registration.on_request, as_fleet=as_fleet)
         return reference, source

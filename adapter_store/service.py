@@ -259,12 +259,12 @@ class Store:
         try:
             await self.bus.members.leave_store(self.sid)
         except CONNECTION_ERRORS:
-            logger.info("Redis does not answer; the store's beat will expire")
+            logger.info("Redis does not answer; the store's heartbeat will expire")
 
     # ------------------------------------------------------------ blobs on request
 
     async def locate(self, digest: str) -> Path | None:
-        """Return the verified folder of a digest, fetched again if it has left the disk; None for an unknown digest.
+        """Return the verified folder of a digest, fetched again if it was evicted; None for an unknown digest.
 
         Raises the errors of its source.
         """

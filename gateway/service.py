@@ -147,8 +147,8 @@ async def _serve(
         native = NativeEndpoints(answers, pipeline, openai, encoder_calls.probe)
         if not settings.api_keys and not is_loopback(settings.host):
             logger.warning(
-                "API KEYS ARE OFF, and this gateway listens on %s: whoever reaches it may use, load and unload every"
-                " adapter. Turn keys on with --api-keys, and create one with `lorafleet keys create`",
+                "API KEYS ARE OFF, and this gateway listens on %s: anyone who can reach it may use, load and unload"
+                " every adapter. Turn keys on with --api-keys, and create one with `lorafleet keys create`",
                 settings.host or "every address",
             )
         encoders = EncoderEndpoints(answers, encoder_calls)

@@ -72,7 +72,7 @@ def import_transformers(settings: Settings) -> None:
             for module in USED:
                 importlib.import_module(f"transformers.{module}")
     except (ImportError, AttributeError) as error:  # another version than those that this was written for
-        logger.warning("transformers is imported whole, which takes two seconds more: %s", error)
+        logger.warning("transformers is imported in full, which takes two more seconds: %s", error)
         load_late(META_KERNELS)
         for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
             del sys.modules[name]
@@ -269,7 +269,7 @@ def _kept(read: Callable[[str | Path], Any]) -> Callable[[str | Path], Any]:
             try:
                 return unpacked(msgspec.json.decode(kept.read_bytes()))
             except (OSError, msgspec.DecodeError, ValueError, TypeError) as error:
-                logger.warning("%s cannot be read, and is made again: %s", kept, error)
+                logger.warning("%s cannot be read and is rebuilt: %s", kept, error)
         found = read(path)
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -277,7 +277,7 @@ def _kept(read: Callable[[str | Path], Any]) -> Callable[[str | Path], Any]:
                 part.write(msgspec.json.encode(packed(found)))
             os.replace(part.name, kept)
         except OSError as error:
-            logger.info("what transformers consists of cannot be kept: %s", error)
+            logger.info("the index of transformers cannot be stored: %s", error)
         return found
 
     return read_once

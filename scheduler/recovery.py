@@ -85,7 +85,7 @@ class Recovery:
         if owned is None:
             return
         reason = f"{len(owned.deaths)} workers died while they ran this request"
-        logger.error("request %s is given up: %s: %s", rid, reason, ", ".join(death.wid for death in owned.deaths))
+        logger.error("giving up request %s: %s: %s", rid, reason, ", ".join(death.wid for death in owned.deaths))
         letter = m.DeadLetter(
             reason=reason, submit=owned.submit, attempts=owned.attempts, num_output_tokens=owned.num_output_tokens,
             deaths=owned.deaths, ms=now_ms(),

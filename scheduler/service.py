@@ -51,7 +51,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
                 try:
                     await _lead(bus, settings, candidate, counters, stop)
                 except Deposed:
-                    logger.warning("another scheduler leads now")
+                    logger.warning("another scheduler is now the leader")
                 except Internal:
                     raise
                 except Exception as error:  # noqa: BLE001  the leadership's edge: the next one reads the queue anew
@@ -76,9 +76,9 @@ async def _lead(
         return
     await bus.check()
     if not (await bus.memory())[1]:
-        logger.warning("the queue has no maxmemory: it may take all of its machine's memory")
+        logger.warning("the queue has no maxmemory: it may use all memory of its machine")
     await bus.restarted()  # only later restarts count
-    logger.info("leading as %s", token)
+    logger.info("now the leader, as %s", token)
     metrics.SCHEDULER_LEADS.set(1)
     try:
         await Session(bus, settings, Lease(token, candidate, LEASE_MS), counters).run(stop)

@@ -263,7 +263,7 @@ class Session:
             await done(rid, partial(self._recovery.end, rid, DeadlineExceeded("the request's deadline has passed")))
         wait_s = self.scheduler.config.wait_for_worker_s
         for rid in self.scheduler.unserved(now_ms()):
-            why = Unavailable(f"no worker has come within wait_for_worker_s, {wait_s:g} s")
+            why = Unavailable(f"no worker joined within wait_for_worker_s, {wait_s:g} s")
             await done(rid, partial(self._recovery.end, rid, why))
         if rounds % 2 == 0:
             await done("status", self._publish_status)
@@ -337,7 +337,7 @@ class Session:
         """Log once when the queue's memory becomes short, and once when it is not any more."""
         is_short = most > 0 and used >= MEMORY_ALARM * most
         if is_short and not self._memory_is_short:
-            logger.warning("the queue holds %d of %d bytes; calls are refused from nine tenths on", used, most)
+            logger.warning("the queue holds %d of %d bytes; calls are refused above 90 %%", used, most)
         elif self._memory_is_short and not is_short:
             logger.info("the queue holds %d of %d bytes", used, most)
         self._memory_is_short = is_short

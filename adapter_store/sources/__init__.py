@@ -35,7 +35,9 @@ def choose_weights(names: Iterable[str]) -> str:
             return name
     gguf = sorted(name for name in found if _GGUF.fullmatch(name))
     if len(gguf) > 1:
-        raise AdapterRefused([f"there are {len(gguf)} GGUF files, of which an adapter is one: {', '.join(gguf)[:200]}"])
+        raise AdapterRefused(
+            [f"there are {len(gguf)} GGUF files, but an adapter must be a single one: {', '.join(gguf)[:200]}"]
+        )
     return gguf[0] if gguf else ""
 
 

@@ -168,7 +168,7 @@ class Aliases:
         """
         if alias.reason and alias.confirmed_ms and now_ms() - alias.confirmed_ms >= self._access_ms:
             raise Unavailable(
-                f"the source does not answer whether it still lets the token read `{alias.name}`: {alias.reason}",
+                f"the source did not confirm that the token may still read `{alias.name}`: {alias.reason}",
                 param="model",
                 code="adapter_unavailable",
             )
@@ -242,7 +242,7 @@ class Aliases:
     def sealed(self, token: str, key: str) -> str:
         """Return a token encrypted for Redis, under a private name. Raises BadRequest if this fleet has no secret."""
         if token and self._secret is None:
-            raise BadRequest("this fleet has no secret, without which it keeps no tokens: set LORAFLEET_SECRET_FILE")
+            raise BadRequest("this fleet has no secret, which is needed to store tokens: set LORAFLEET_SECRET_FILE")
         return self._secret.seal(token, key) if self._secret is not None else ""
 
     # ------------------------------------------------------------ waiting

@@ -87,7 +87,7 @@ class Resolver:
         if known is not None and known.source.startswith(f"{kind}:"):
             return name
         if kind == "local":
-            raise ModelNotFound(adapter_id, "No adapter of this name lies in the folder that is served.")
+            raise ModelNotFound(adapter_id, "The adapter folder has no adapter of this name.")
         scheme = "s3://" if kind == "s3" else "hub:"
         return adapter_id if adapter_id.startswith(scheme) else f"{scheme}{adapter_id}"
 
@@ -111,7 +111,7 @@ class Resolver:
         """Return an adapter's name without the base's name as its prefix. Raises ModelNotFound if nothing is left."""
         for prefix in (f"{base.name}:", f"{BASE}:"):
             if name == prefix:
-                raise ModelNotFound(name, "No adapter is named behind the colon.")
+                raise ModelNotFound(name, "No adapter is named after the colon.")
             if name.startswith(prefix):
                 return name.removeprefix(prefix)
         return name

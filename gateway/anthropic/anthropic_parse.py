@@ -129,7 +129,7 @@ def _options(request: MessagesRequest, settings: Settings) -> Options:
     budget = thinking.budget_tokens if thinking is not None else None
     if budget is not None and budget >= request.max_tokens:
         if not request.tools:  # else it may be one for all answers between which tools are called, as at Anthropic
-            limit = f"it must be less than max_tokens, which is {request.max_tokens}, or tools be given"
+            limit = f"it must be less than max_tokens, {request.max_tokens}, unless tools are given"
             raise BadRequest(f"thinking.budget_tokens is {budget}; {limit}", param="thinking.budget_tokens")
         budget = None  # max_tokens ends this answer before
     return Options(

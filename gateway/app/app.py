@@ -275,7 +275,9 @@ class Envelope:
                 await self._app(scope, self._limited(match, headers, receive), send_marked)
         except asyncio.CancelledError:
             if not status:  # The server is closing and waits no longer; uvicorn would answer in plain text.
-                error = Unavailable("this gateway is shutting down; another one can take it", code="shutting_down")
+                error = Unavailable(
+                    "this gateway is shutting down; retry, so that another one can take it", code="shutting_down"
+                )
                 await shape_of(scope).response(error)(scope, receive, send_marked)
             raise
         except BaseException as failure:

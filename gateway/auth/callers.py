@@ -92,7 +92,7 @@ class Caller:
         if self.is_admin:
             return asked or ""
         if asked not in (None, self.name):
-            raise PermissionDenied(f"only the scope admin may name a tenant, as {brief(asked)} here")
+            raise PermissionDenied(f"only keys with the scope admin may name a tenant: {brief(asked)}")
         return self.name
 
     def require(self, *scopes: str) -> None:

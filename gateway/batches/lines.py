@@ -30,7 +30,7 @@ from protocol.wire.brief import brief
 
 MAX_LINES = 50_000
 MAX_NUMBER = 2 * MAX_LINES
-"""Lines of a file, empty ones counted."""
+"""Lines of a file, including empty ones."""
 
 LINES_AT_ONCE = 16
 """Lines that are read before others have their turn."""
@@ -130,10 +130,10 @@ class InputLines:
         try:
             line = _line_of(raw)
         except msgspec.ValidationError:
-            self._problem("invalid_json_line", "the line is no JSON object", number)
+            self._problem("invalid_json_line", "the line is not a JSON object", number)
             return
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            self._problem("invalid_json_line", f"the line is no JSON: {error}", number)
+            self._problem("invalid_json_line", f"the line is not valid JSON: {error}", number)
             return
         except RecursionError:
             self._add(Line(number, start, len(raw), "", b"", is_too_deep=True))  # `call_of` says what is wrong
@@ -145,7 +145,9 @@ class InputLines:
             return
         digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if digest in self._names:
-            self._problem("duplicate_custom_id", f"custom_id {brief(name)} was there before", number, "custom_id")
+            self._problem(
+                "duplicate_custom_id", f"custom_id {brief(name)} was used by an earlier line", number, "custom_id"
+            )
             return
         self._names.add(digest)
         method, url = _scalar(line.method), _scalar(line.url)
@@ -170,7 +172,7 @@ class InputLines:
     def finish(self, number: int) -> None:
         """Note that there are no more lines than `number`, empty ones too."""
         if number > MAX_NUMBER:
-            self._problem("too_many_tasks", f"the file has more than {MAX_NUMBER} lines, empty ones counted", None)
+            self._problem("too_many_tasks", f"the file has more than {MAX_NUMBER} lines, including empty ones", None)
         if not self.lines and not self.problems:
             self._problem("empty_file", "the file has no lines", None)
         self._names.clear()
@@ -212,7 +214,7 @@ class LineCall:
 
 def call_of(line: Line, raw: bytes) -> LineCall:
     """Return the call of a line that `InputLines` has found, from its bytes in the file."""
-    too_deep = LineCall("", b"", f"line {line.number} is nested too deeply to be read")
+    too_deep = LineCall("", b"", f"line {line.number} is nested too deeply")
     if line.is_too_deep:  # how deep can be read depends on who asks: what was not checked then is not used now
         return too_deep
     try:

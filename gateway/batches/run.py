@@ -133,7 +133,7 @@ class BatchRun:
         Where even these cannot be written, they stay in the storage, and the log says where.
         """
         code = "storage_unavailable" if isinstance(error, Unavailable) else "internal_error"
-        why = error.message if isinstance(error, LorafleetError) else "the gateway failed while it ran the batch"
+        why = error.message if isinstance(error, LorafleetError) else "the gateway failed while running the batch"
         problem = m.BatchProblem(code=code, message=f"given up after {tries} tries: {why}")
         status: m.BatchStatus = "cancelled" if self.batch.cancelling_ms else "failed"
         logger.error("batch %s is %s, %s", self.batch.id, status, problem.message)
@@ -148,7 +148,7 @@ class BatchRun:
         except Exception as second:
             if is_queue_away(second):
                 raise
-            logger.exception("answers of batch %s are left in the storage, in %s", self.batch.id, self._results.folder)
+            logger.exception("answers of batch %s remain in the storage, in %s", self.batch.id, self._results.folder)
             await self._save(status=status, ended_ms=now_ms(), problems=[problem])
 
     async def _beat(self) -> None:
@@ -193,7 +193,7 @@ class BatchRun:
         except NotFound as error:
             # Its record goes right after its bytes, so if it stays, these are lost: a folder that is not mounted looks
             # so. That may pass by; no batch of the fleet ends of it at once.
-            raise Unavailable(f"the storage does not have the input file: {error.message}") from error
+            raise Unavailable(f"the storage lacks the input file: {error.message}") from error
         if found.problems:
             await self._save(status="failed", problems=found.problems, ended_ms=now_ms())
             return

@@ -131,7 +131,7 @@ class BatchRunner:
                     GIVEN_UP.labels("batches").inc()
                     await run.give_up(error, tries)
         except Lost:
-            logger.warning("batch %s is run by another gateway, or has ended", batch.id)
+            logger.warning("batch %s now runs on another gateway, or has ended", batch.id)
 
     async def _places(self) -> int:
         """Return how many requests all workers can run at once."""

@@ -83,7 +83,7 @@ def check_parameters(body: JsonBody, policy: Literal["refuse", "warn"]) -> str:
         return ""
     if policy == "refuse":
         first = found[0]
-        rest = f" Nor: {', '.join(one.path for one in found[1:])}." if len(found) > 1 else ""
+        rest = f" Also unsupported: {', '.join(one.path for one in found[1:])}." if len(found) > 1 else ""
         code = "unknown_parameter" if first.known is None else "unsupported_parameter"
         raise BadRequest(f"{first.told()}{rest}", param=first.path, code=code)
     return ", ".join(one.path for one in found)

@@ -119,7 +119,7 @@ def page(days: Sequence[Day], query: Query) -> dict[str, Any]:
 def check_number(num: int) -> None:
     """Raise BadRequest for more results than an answer may have."""
     if num > MAX_RESULTS:
-        text = f"an answer may have {MAX_RESULTS} results: ask for fewer days, projects or groups"
+        text = f"the answer would exceed {MAX_RESULTS} results: ask for fewer days, projects or groups"
         raise BadRequest(text, param="limit", code="limit_exceeded")
 
 
@@ -145,5 +145,5 @@ def day_of_page(name: str) -> int:
     """Return the day with which a `page` begins. Raises BadRequest."""
     number = name.removeprefix("page_")
     if not (name.startswith("page_") and number.isascii() and number.isdecimal() and len(number) < 8):
-        raise BadRequest(f"{brief(name)} is no page: give the next_page of an answer", param="page")
+        raise BadRequest(f"{brief(name)} is not a page: use next_page of an earlier answer", param="page")
     return int(number)

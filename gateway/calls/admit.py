@@ -116,8 +116,8 @@ class CallAdmission:
             return  # the scheduler has not met the workers yet; it gives the call to none that is too old
         unknown = set(needs) - set(status.knows)
         if unknown:
-            text = f"no worker knows {', '.join(sorted(unknown))}: all are older than this gateway"
-            raise Unavailable(f"{text}; it can be asked when one of its version has joined", code="workers_too_old")
+            text = f"no worker supports {', '.join(sorted(unknown))}: all run an older version than this gateway"
+            raise Unavailable(f"{text}; retry when a worker of its version has joined", code="workers_too_old")
 
     def lifetime_s(self, call: ParsedCall) -> float:
         """Return after how many seconds a call is ended, done or not."""
@@ -135,7 +135,7 @@ class CallAdmission:
             raise self._admission.full(load, int(told))
         if outcome == "conversation":
             if told < 0:
-                raise NotFound("the conversation is gone", param="conversation", code="conversation_not_found")
+                raise NotFound("the conversation was deleted", param="conversation", code="conversation_not_found")
             text = f"{told} responses of this conversation have not ended, or not been added; the limit is {MAX_TURNS}"
             raise Overloaded(text, TURN_RETRY_S)
         if isinstance(told, Standing):

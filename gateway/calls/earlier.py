@@ -115,4 +115,4 @@ class EarlierCalls:
 def check_same_body(record: m.Idempotent, sent: Sent) -> None:
     """Refuse an Idempotency-Key that comes back with another body. Raises IdempotencyKeyReused (422)."""
     if record.body_hash != sent.hash:
-        raise IdempotencyKeyReused("this Idempotency-Key was used with another body")
+        raise IdempotencyKeyReused("this Idempotency-Key was already used with a different body")

@@ -212,7 +212,7 @@ class Generation:
                 break  # the others' logs are read in the next turn
         slack_ms = min(DEADLINE_SLACK_MS, self.call.deadline_ms - self.call.created_ms)
         if self._open and now_ms() > self.call.deadline_ms + slack_ms:
-            raise DeadlineExceeded("the request took longer than it may")
+            raise DeadlineExceeded("the request exceeded its deadline")
 
     async def _take(self, choice: Choice, delta: m.Delta, pieces: Pieces) -> None:
         if choice.cursor.is_stale(delta):
@@ -256,7 +256,7 @@ class Generation:
             delta = await self._insist(read)
         if delta is None:
             self._open.discard(choice.rid)
-            raise Unavailable(f"the queue does not know the request {choice.rid} any more", code="request_lost")
+            raise Unavailable(f"the queue no longer has the request {choice.rid}", code="request_lost")
         if limit and len(delta.ids) >= 4 * limit:
             self._mail.nudge()  # there is more, which the next turn reads
         return delta

@@ -116,5 +116,5 @@ def numbers_of(event_id: str, num_choices: int) -> list[int]:
         return [0] * num_choices
     numbers = event_id.split(",")
     if len(numbers) != num_choices or not all(number.isdecimal() and len(number) < 12 for number in numbers):
-        raise BadRequest(f"{brief(event_id)} is no id of an event of this job: it has {num_choices} numbers")
+        raise BadRequest(f"{brief(event_id)} is not an event id of this job, which consists of {num_choices} numbers")
     return [int(number) for number in numbers]

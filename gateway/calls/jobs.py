@@ -304,7 +304,7 @@ class Jobs:
         """Return a job's answer as a stream, after the event with an id, "" for all. Raises NotFound, BadRequest."""
         job = await self.load(jid, caller)
         if not self._generates(job):
-            raise BadRequest(f"the answer of {job.endpoint} comes as a whole: GET /v1/jobs/{jid} has it")
+            raise BadRequest(f"the answer of {job.endpoint} is not streamed: GET /v1/jobs/{jid} returns it")
         return JobStream(self.readers, jid, job.tenant, partial(self._events, job), partial(numbers_of, event_id))
 
     async def _events(self, job: m.Job) -> JobEvents:
@@ -314,7 +314,7 @@ class Jobs:
         if options.by_token:
             raise BadRequest(f"the stream of {job.jid} is at {job.endpoint}/{job.jid}?stream=true")
         if 0 < options.num_best < options.n:
-            raise BadRequest("which choices are the best is known when all have ended: best_of cannot be streamed")
+            raise BadRequest("best_of cannot be streamed: the best choices are known only when all have ended")
         choices = choices_of(call)
         hold(held() + first_event_bytes(options, call.prompts))
         return JobEvents(self._bus, choices, api.writer(call, choices))

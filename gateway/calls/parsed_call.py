@@ -179,7 +179,7 @@ class Rules:
     def check_total(self, num_tokens: int, limit: int) -> None:
         """Refuse a call whose choices have too many prompt tokens together. Raises BadRequest."""
         if num_tokens > limit:
-            message = f"the prompts of all choices have {num_tokens} tokens together; the limit of a call is {limit}"
+            message = f"the prompts of all choices have {num_tokens} tokens in total; the limit per call is {limit}"
             raise BadRequest(message, param=self.param, code="limit_exceeded")
 
     def check_base(self, options: Options, base: m.ServedModel) -> None:

@@ -151,7 +151,9 @@ def parse_classify(request: ClassifyRequest, caller: Caller, settings: Settings)
     else:
         for name in ("messages", *_OF_CHAT):
             if getattr(request, name) is not None:
-                raise BadRequest(f"{name} has no effect beside input: it is of another form of this route", param=name)
+                raise BadRequest(
+                    f"{name} has no effect with input: it belongs to another form of this route", param=name
+                )
         sources = sources_of(request.input)
         if not all(sources):
             raise rules.empty_prompt()
@@ -180,7 +182,7 @@ def text_of(document: Any, place: str) -> str:
     if not isinstance(text, str):
         raise BadRequest(f"{place} must be a string, or an object with a string under text", param=place)
     if others := [name for name in document if name != "text"]:
-        message = f"{place}.{others[0]:.64} has no effect: of a document only its text is ranked"
+        message = f"{place}.{others[0]:.64} has no effect: only a document's text is ranked"
         raise BadRequest(message, param=f"{place}.{others[0]:.64}", code="unsupported_parameter")
     return text
 

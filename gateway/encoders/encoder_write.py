@@ -99,7 +99,7 @@ class EmbeddingsWriter(_NoFrames):
     def __init__(self, call: SubmittedCall, choices: Sequence[Choice]) -> None:
         """Raise Unavailable while the base model is not known, without which its vectors cannot be read."""
         if call.base is None:
-            raise Unavailable("no worker has told its model to this gateway yet", code="no_worker")
+            raise Unavailable("no worker has reported its model to this gateway yet", code="no_worker")
         self._base = call.base
         self._model = call.parsed.model_name
         self._rules = call.parsed.rules

@@ -108,9 +108,9 @@ class FolderStorage:
                 return
             file = await _opened(lambda: path.open("rb"))
         except FileNotFoundError as error:
-            raise NotFound("the bytes of this file are not there any more") from error
+            raise NotFound("the content of this file no longer exists") from error
         except OSError as error:
-            raise Unavailable(f"the storage of files cannot be read: {error.strerror}") from error
+            raise Unavailable(f"the file storage cannot be read: {error.strerror}") from error
         with file:
             file.seek(start)
             while end is None or start < end:
@@ -137,7 +137,7 @@ class FolderStorage:
         try:
             await asyncio.to_thread(self._delete, name)
         except OSError as error:
-            raise Unavailable(f"the storage of files cannot be changed: {error.strerror}") from error
+            raise Unavailable(f"the file storage cannot be changed: {error.strerror}") from error
 
     def _delete(self, name: str) -> None:
         path = self._root / name
@@ -160,14 +160,14 @@ class FolderStorage:
 def as_unavailable(error: OSError) -> Unavailable:
     """Return what is raised for a disk that does not take bytes."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoRoom(f"the storage of files has no room: {error.strerror}")
-    return Unavailable(f"the storage of files cannot be written: {error.strerror}")
+        return NoRoom(f"the file storage is full: {error.strerror}")
+    return Unavailable(f"the file storage cannot be written: {error.strerror}")
 
 
 def _unless_absent(error: OSError) -> None:
     """Raise Unavailable for a folder that is there and cannot be listed: it is not an empty one."""
     if not isinstance(error, FileNotFoundError):
-        raise Unavailable(f"the storage of files cannot be read: {error.strerror}") from error
+        raise Unavailable(f"the file storage cannot be read: {error.strerror}") from error
 
 
 def _part(path: Path, start: int, end: int) -> bytes:

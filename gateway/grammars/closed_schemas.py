@@ -178,7 +178,7 @@ class _Walk:
     def _spend(self, steps: int) -> None:
         self._steps -= steps
         if self._steps < 0:
-            text = f"{self._place}: its schemas refer to each other so often that closing its objects takes more than"
+            text = f"{self._place}: its schemas have so many references that closing its objects takes more than"
             text = f"{text} {self._max_steps} steps, the limit for its size; give them additionalProperties"
             raise BadRequest(text, param=self._place)
 

@@ -111,7 +111,7 @@ def _response_format(form: Mapping[str, Any], settings: Settings) -> Constraint 
     kind = form.get("type")
     given = [name for name in ("json_schema", "schema", "value") if form.get(name) is not None]
     if len(given) > 1 or (given and kind == "text") or (given == ["json_schema"] and kind == "json_object"):
-        message = f"response_format.{given[-1]} has no effect beside the others, whose type is {brief(kind)}"
+        message = f"response_format.{given[-1]} has no effect with the type {brief(kind)}"
         raise BadRequest(message, param=f"response_format.{given[-1]}")
     if given == ["value"]:
         return tgi_constraint(form, "response_format", settings)

@@ -136,7 +136,7 @@ def unreachable_queue(cause: BaseException) -> Unavailable:
     """Log what keeps the queue from doing its part, and return the error for the client."""
     if isinstance(cause, MemoryFull):
         logger.error("the queue's memory is full")
-        return QueueFull("the queue's memory is full: nothing new can be stored until something ends or expires")
+        return QueueFull("the queue's memory is full: nothing can be stored until requests end or expire")
     if isinstance(cause, DiskFull):
         logger.error("the queue's server cannot write to its disk: %s", cause)
         return Unavailable("the queue's server cannot write to its disk", code="queue_unavailable")

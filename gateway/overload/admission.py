@@ -196,7 +196,7 @@ class Admission:
             raise Overloaded(text, self._drain_s(ROOM * max_open))
         lag_s = self._lag_s()
         if lag_s >= limits.max_lag_s:
-            text = f"this gateway is {lag_s:.1f} s late with what it has; the limit is {limits.max_lag_s:g} s"
+            text = f"this gateway is {lag_s:.1f} s behind with its work; the limit is {limits.max_lag_s:g} s"
             raise Overloaded(text, max(MIN_RETRY_S, lag_s))
         wait_s = self._inbound.wait_s(self._now_s())
         if wait_s >= limits.max_inbound_s:

@@ -126,7 +126,7 @@ class Heartbeat:
     async def _beat_unless_stuck(self, bus: Bus, address: str) -> None:
         stuck_s = self._pace.clock() - self._lag.ticked_s
         if stuck_s > self._pace.stuck_s:
-            logger.error("no beat: the loop has not turned for %.0f s", stuck_s)
+            logger.error("no heartbeat: the event loop has been blocked for %.0f s", stuck_s)
             return
         try:
             await self._beat_once(bus, address)

@@ -63,7 +63,9 @@ class Places:
         # A tenant may fill half of the line, so that there is always room for another.
         own = len(self._waiting.get(tenant, ()))
         if self._num_waiting and (waiting >= self._num_waiting or 2 * own >= self._num_waiting):
-            raise Overloaded(f"{waiting} large bodies wait to be read; send smaller ones, or later", RETRY_S)
+            raise Overloaded(
+                f"{waiting} large bodies are waiting to be read; send a smaller one, or retry later", RETRY_S
+            )
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(tenant, {})[turn] = None
         self._hand_out()

@@ -60,7 +60,7 @@ class MemoryAccount:
         own = self._of.get(holder, 0) + num
         if num > 0:
             if own > self.max_share:
-                held = f"{holder} holds {own - num} bytes of this gateway's memory, and this may take {num} more"
+                held = f"{holder} holds {own - num} bytes of this gateway's memory, and this call may take {num} more"
                 raise Overloaded(f"{held}; the limit is {self.max_share}", RETRY_S, "memory")
             if self.num_bytes + num > self.max_bytes:
                 held = f"calls hold {self.num_bytes} bytes of this gateway's memory, and this one may take {num} more"
@@ -89,7 +89,7 @@ class Charge:
         """
         if num_bytes > self._account.max_share:
             raise BadRequest(
-                f"this may take {num_bytes} bytes of the gateway's memory; the limit of one caller is"
+                f"this call may take {num_bytes} bytes of the gateway's memory; the limit per caller is"
                 f" {self._account.max_share}: ask for fewer tokens, choices or logprobs",
                 code="limit_exceeded",
             )

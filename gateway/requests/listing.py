@@ -60,7 +60,7 @@ class RequestList:
         now, place = _after(after)
         states: list[State] = [state] if state is not None else list(STATES)
         if now is not None and now not in states:
-            raise BadRequest(f"{brief(after)} is no place of this list", param="after")
+            raise BadRequest(f"{brief(after)} is not a cursor of this list", param="after")
         beats = {wid: beat for wid, beat in (await self._bus.members.worker_beats()).items() if beat is not None}
         page: list[RequestSummary] = []
         seen: set[str] = set()
@@ -124,7 +124,7 @@ def _after(after: str) -> tuple[State | None, str]:
     known: dict[str, State] = {one: one for one in STATES}
     state = known.get(name)
     if state is None or not _PLACES[state].fullmatch(place):
-        raise BadRequest(f"{brief(after)} is no place of this list", param="after")
+        raise BadRequest(f"{brief(after)} is not a cursor of this list", param="after")
     return state, place
 
 

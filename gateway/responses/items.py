@@ -64,7 +64,7 @@ def references(given: str | Sequence[Item] | None) -> Iterator[Reference]:
             continue
         found = _ID.fullmatch(item["id"]) if isinstance(item.get("id"), str) else None
         if found is None:
-            text = f"input[{i}].id: {brief(item.get('id'))} is the id of no item that is kept"
+            text = f"input[{i}].id: {brief(item.get('id'))} is not the id of a stored item"
             raise BadRequest(text, param=f"input[{i}].id")
         yield Reference(found[1], found[0])
 

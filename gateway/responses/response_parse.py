@@ -82,7 +82,7 @@ def check_prompt(request: PromptRequest, settings: Settings) -> None:
     if not isinstance(request.input, str | None):
         check_num(len(request.input), min(settings.max_messages, MAX_ENTRIES), "entries", "input")
     if request.conversation is not None and request.previous_response_id is not None:
-        text = "conversation and previous_response_id are both given: either goes on with what was said before"
+        text = "conversation and previous_response_id exclude each other: both continue an earlier exchange"
         raise BadRequest(text, param="conversation", code="mutually_exclusive_parameters")
 
 
@@ -90,14 +90,14 @@ def check_input(request: ResponseRequest, settings: Settings, caller: Caller) ->
     """Refuse what can be seen to be wrong before anything is looked up. Raises BadRequest."""
     check_prompt(request, settings)
     if request.background and request.store is False:
-        raise BadRequest("background needs store, which is false: who would find the response?", param="store")
+        raise BadRequest("background needs store to be true: the response could not be retrieved", param="store")
     if caller.is_batch and request.store:
         raise BadRequest("store cannot be true in a batch: the batch's output file has the response", param="store")
     if caller.is_batch and request.conversation is not None:
-        text = "conversation has no place in a batch: its lines run in any order, and nothing of them is kept"
+        text = "conversation is not supported in a batch: its lines run in any order, and nothing is stored"
         raise BadRequest(text, param="conversation")
     if request.conversation is not None and request.store is False:
-        raise BadRequest("conversation needs store, which is false: it keeps what is said", param="store")
+        raise BadRequest("conversation needs store to be true: its items are stored", param="store")
     for name in request.include or ():
         if name not in (LOGPROBS, ENCRYPTED):
             text = f"include: {brief(name)} is not supported; there is {LOGPROBS}, and {ENCRYPTED} without effect"
@@ -151,7 +151,7 @@ def parse_count(
 
 def _inputs(request: PromptRequest, settings: Settings, items: Sequence[Item]) -> Conversation:
     """Return what the template makes the prompt of. Raises BadRequest."""
-    check_num(len(items), min(settings.max_messages, MAX_ENTRIES), "items with those that were before", "input")
+    check_num(len(items), min(settings.max_messages, MAX_ENTRIES), "items, including earlier ones", "input")
     truncation = Truncation(None, drops_messages=True) if request.truncation == "auto" else None
     left_out = list(islice(unread_results(request.input), MAX_NAMED))
     messages = messages_of(request.instructions, items)

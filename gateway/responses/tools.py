@@ -59,7 +59,7 @@ def tools_in(request: PromptRequest, settings: Settings) -> Tools | None:
     spaces = [tool for tool in request.tools or () if tool.get("type") == "namespace"]
     within = sum(len(space["tools"]) for space in spaces if isinstance(space.get("tools"), list))
     num = len(request.tools or ()) - len(spaces) + within
-    check_num(num, MAX_TOOLS, "entries, with those in namespaces", "tools")
+    check_num(num, MAX_TOOLS, "entries, including those in namespaces", "tools")
     given: list[dict[str, Any]] = []
     places: list[str] = []
     namespaces: dict[str, tuple[str, str]] = {}
@@ -108,7 +108,7 @@ def _definition(tool: dict[str, Any], place: str) -> dict[str, Any]:
     if kind != "function":
         why = "it runs at OpenAI"
         if kind == "custom":
-            why = "a tool's own kind has no place here: give a function"
+            why = "tools of this type are not allowed in a namespace: use a function"
         elif kind == "namespace":
             why = "a namespace has functions, and no other namespaces"
         raise BadRequest(f"{place}: tools of type {brief(kind)} are not supported: {why}", param=f"{place}.type")

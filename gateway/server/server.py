@@ -125,7 +125,7 @@ class HttpServer(uvicorn.Server):
 
     def _rest(self, listener: socket.socket, why: object) -> None:
         """Leave new connections to the system's queue for a while."""
-        logger.error("no connection can be taken for %g s: %s", self._rest_s, why)
+        logger.error("no connections are accepted for %g s: %s", self._rest_s, why)
         loop = asyncio.get_running_loop()
         loop.remove_reader(listener)
         loop.call_later(self._rest_s, self._resume, listener)

@@ -46,7 +46,9 @@ class TokenizeRequest(AdapterParameters):
         foreign = {"inputs": (*_VLLM, *_CHAT), "prompt": (*_ADAPTER, *_CHAT), "messages": _ADAPTER}[form]
         for name in (*others, *foreign):
             if getattr(self, name) is not None:
-                raise BadRequest(f"{name} has no effect beside {form}: it is of another form of this route", param=name)
+                raise BadRequest(
+                    f"{name} has no effect with {form}: it belongs to another form of this route", param=name
+                )
         return form
 
 

@@ -87,7 +87,7 @@ def tools_of(
     for place, given in zip(places, tools, strict=True):
         tool = _definition(given, place, settings, words)
         if tool.name in known:
-            raise BadRequest(f"{place}{words.name}: {tool.name!r} is there twice", param=f"{place}{words.name}")
+            raise BadRequest(f"{place}{words.name}: {tool.name!r} is defined twice", param=f"{place}{words.name}")
         known[tool.name] = tool
     wanted, required = _chosen(choice, list(known))
     if not wanted:
@@ -169,7 +169,7 @@ def _chosen(choice: str | dict[str, Any] | None, names: list[str]) -> tuple[list
             raise BadRequest(
                 "tool_choice.allowed_tools must have tools, and a mode: auto or required", param="tool_choice"
             )
-        check_num(len(tools), len(names), "tools, and there are fewer", "tool_choice.allowed_tools")
+        check_num(len(tools), len(names), "tools, but fewer are given", "tool_choice.allowed_tools")
         return [_known(tool, names) for tool in tools], mode == "required"
     raise BadRequest(
         f"tool_choice must be auto, none, required or a function's name in an object, not {choice!r}",
@@ -178,9 +178,9 @@ def _chosen(choice: str | dict[str, Any] | None, names: list[str]) -> tuple[list
 
 
 def _known(tool: Any, names: list[str]) -> str:
-    """Return the name of a tool that a `tool_choice` names. Raises BadRequest if it is none of the tools."""
+    """Return the name of a tool that a `tool_choice` names. Raises BadRequest if it is not among the tools."""
     function = tool.get("function") if isinstance(tool, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if name not in names:
-        raise BadRequest(f"tool_choice names {name!r}, which is none of the tools", param="tool_choice")
+        raise BadRequest(f"tool_choice names {name!r}, which is not among the tools", param="tool_choice")
     return name

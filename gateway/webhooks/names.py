@@ -92,7 +92,7 @@ class Names:
         if is_address(host):
             return [host]
         if not is_name(host):
-            raise UnknownHostError("it is no name")
+            raise UnknownHostError("it is not a valid name")
         known, resolver = await self._settings()
         found = known.get(host.lower().removesuffix(".")) or await self._asked(resolver, host)
         return sorted(found, key=_has_no_route)
@@ -126,7 +126,7 @@ class Names:
         try:
             resolver = dns_resolver.Resolver(filename=str(self._resolv), configure=not self._server)
         except dns_exception.DNSException as error:
-            raise UnknownHostError(f"{self._resolv} names no DNS server") from error
+            raise UnknownHostError(f"{self._resolv} lists no DNS server") from error
         address, _, port = self._server.partition(":")
         servers = [(address, int(port or 53))] if address else [(str(one), self._port) for one in resolver.nameservers]
         resolver.nameservers = [_datagrams_to(*one) for one in servers]

@@ -84,7 +84,7 @@ class Outside:
         try:
             target = target_of(url)
         except ValueError as error:
-            raise BadRequest(f"url is none: {brief(url)}: {error}", param="url") from error
+            raise BadRequest(f"url is not a valid URL: {brief(url)}: {error}", param="url") from error
         if target.scheme not in schemes:
             raise BadRequest(f"url must be {' or '.join(schemes)}: {brief(url)}", param="url")
 
@@ -100,8 +100,8 @@ class Outside:
         with self._receivers.held(target.host.lower(), tenant) as has_room:
             if not has_room:
                 raise BusyReceiverError(
-                    f"{AT_ONE_RECEIVER_OF_TENANT} requests of yours, or {AT_ONE_RECEIVER} of all tenants, are on their"
-                    f" way to {target.host:.100}; these are the limits"
+                    f"{AT_ONE_RECEIVER_OF_TENANT} requests of yours, or {AT_ONE_RECEIVER} of all tenants, are being"
+                    f" sent to {target.host:.100}; these are the limits"
                 )
             try:
                 async with asyncio.timeout(self._timeout_s):
@@ -152,12 +152,12 @@ async def _status(reader: asyncio.StreamReader) -> int:
         if is_first:
             found = _STATUS.match(line.rstrip(b"\n"))
             if found is None:
-                raise UnreachableError("what the endpoint answers is no HTTP")
+                raise UnreachableError("the endpoint's answer is not HTTP")
             status = int(found[1])
             if not 100 <= status < 200 or status == 101:
                 return status
         is_first = not line.strip()  # an answer before the last one has ended
-    raise UnreachableError(f"the endpoint answers no status within {MAX_LINES} lines")
+    raise UnreachableError(f"the endpoint sent no status within {MAX_LINES} lines")
 
 
 def target_of(url: str) -> Target:
@@ -175,7 +175,7 @@ def target_of(url: str) -> Target:
         raise ValueError("it has a user")
     host = read.raw_host.decode("ascii")
     if not is_name(host) and not is_address(host):
-        raise ValueError(f"{brief(host)} is neither a name of the DNS nor an IP address")
+        raise ValueError(f"{brief(host)} is neither a DNS name nor an IP address")
     port = read.port
     if port is not None and not 0 < port < 65536:
         raise ValueError(f"there is no port {port}")

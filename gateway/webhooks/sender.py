@@ -212,7 +212,7 @@ class WebhookSender:
         except Exception as error:  # noqa: BLE001  an attempt like any other: it is counted, the next comes later
             FAILED.note("webhooks", error, delivery.id)
             return f"it cannot be sent: {type(error).__name__}"
-        return "" if is_success(status) else f"the endpoint answers {status}"
+        return "" if is_success(status) else f"the endpoint answered {status}"
 
     async def _note(self, tried: m.Delivery) -> None:
         """Note that a delivery was tried: it is done, or given up, or tried again later."""
@@ -235,7 +235,7 @@ class WebhookSender:
         with self._tests.held(endpoint.tenant) as has_room:
             if not has_room:
                 raise Overloaded(
-                    f"{self._tests.of(endpoint.tenant)} tests of your webhooks are on their way, and"
+                    f"{self._tests.of(endpoint.tenant)} tests of your webhooks are being sent, and"
                     f" {self._tests.num_taken} of all tenants; the limits of this gateway are {MAX_TESTS_OF_TENANT} and"
                     f" {MAX_TESTS}",
                     TIMEOUT_S,

@@ -195,7 +195,7 @@ class AdapterCache:
         """Return why an adapter has no room in the pool, whatever is evicted; None if it has."""
         needed, total = self.pool.bytes_of(adapter.num_pages), self.pool.total_bytes
         if not self.pool.can_ever_hold(adapter.num_pages):
-            return AdapterRefused([f"it needs {needed} bytes of the adapter pool, whose groups share {total}"])
+            return AdapterRefused([f"it needs {needed} bytes of the adapter pool, which has {total}"])
         if not self.pool.can_hold_beside_pins(adapter.num_pages):
             return Unavailable(f"it needs {needed} bytes of the adapter pool's {total}, and pinned adapters leave less")
         return None

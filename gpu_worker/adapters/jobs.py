@@ -97,7 +97,7 @@ class Jobs:
         except LorafleetError as known:
             error = known
         except GivenUp:
-            logger.info("merge %.40s is given up: nobody waits for it", digest)
+            logger.info("merge %.40s is cancelled: no request waits for it", digest)
         except BaseException:  # a thread's edge, also for panics of libraries in Rust: the requests must hear of it
             logger.exception("loading adapter %.12s failed", digest)
             error = Internal(f"loading adapter {digest:.12} failed")

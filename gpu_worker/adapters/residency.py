@@ -71,7 +71,7 @@ class Residency:
         residents = self._cache.pool.residents
         for digest, problem in self._pins.items():
             if not problem and digest in residents and not residents[digest].pinned:
-                self._pins[digest] = "pinned adapters would take more than half of the pool with it"
+                self._pins[digest] = "pinning it would let pinned adapters take more than half of the pool"
         for digest in [digest for digest in self._leaving if digest not in queued]:
             freed = self._cache.drop(digest)
             if freed is None:

@@ -139,7 +139,7 @@ class EncoderEngine(BaseEngine):
     def _adapter_misfit(self, request: EngineRequest) -> LorafleetError | None:
         """Return why a text cannot be computed with its adapter, which is in the pool; None if it can."""
         if self.model.missing and not request.digest:
-            message = f"the base model's folder has no weights of {', '.join(self.model.missing)}: ask an adapter"
+            message = f"the base model's folder has no weights of {', '.join(self.model.missing)}: use an adapter"
             return BadRequest(message, param="model")
         if self.adapters.invocations.get(request.digest):
             return BadRequest("adapters with alora_invocation_tokens are not served on encoders", param="model")

@@ -135,7 +135,7 @@ class RequestBinder:
         if head_of(seq, tasks, self._adapters.extras) is None:
             if tasks.score_tokens is None:
                 who = "neither this adapter nor its base" if request.digest else "this base model has no"
-                has = "has a classification head" if request.digest else "classification head: ask an adapter with one"
+                has = "has a classification head" if request.digest else "classification head: use an adapter with one"
                 raise BadRequest(f"{who} {has}", param="model")
             seq.is_scored_by_tokens = True
             return

@@ -45,7 +45,7 @@ class OneByOneRunner(Runner):
 
     def record(self, recorder: GraphRecorder, max_num_seqs: int, max_model_len: int, max_step_tokens: int = 0) -> None:
         """Raise Unrecordable."""
-        raise Unrecordable("its sequences run one by one")
+        raise Unrecordable("its sequences run unbatched")
 
     def prepare(self, plan: StepPlan, coming: Tensor | None = None) -> OneByOneInputs:
         """Return which rows of logits a plan's passes will give; nothing is sent before they run.

@@ -99,7 +99,7 @@ def failure_of(request: EngineRequest, error: BaseException) -> LorafleetError:
     """
     if isinstance(error, LorafleetError):
         return error
-    logger.error("request %s fails by itself", request.rid, exc_info=error)
+    logger.error("request %s fails; others are not affected", request.rid, exc_info=error)
     if request.digest and not isinstance(error, Exception):
         return AdapterRefused([f"its files make a library fail: {type(error).__name__}"])
     return Internal(f"the request cannot be computed: {type(error).__name__}")

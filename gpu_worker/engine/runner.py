@@ -409,7 +409,7 @@ class Runner:
         if self.model.kv_dtype == torch.int8:
             limit = max(limit, CODED_LIMIT)
         if not error < limit:
-            kept = f"; at an earlier start they were as kept in {check.origin}" if check.origin else ""
+            kept = f"; at an earlier start they were as stored in {check.origin}" if check.origin else ""
             raise BadRequest(
                 f"model type {self.model.module.config.model_type} cannot be served: its logits are off by {error:.2g} "
                 f"of their spread (limit {limit:.2g}){kept}"

@@ -219,7 +219,7 @@ class AdaptableModule:
             if call is not None and self.few_experts is None:
                 self.few_experts = self._agrees(call, group, out)
                 which = "with the experts that its rows go to" if self.few_experts else "whole"
-                logger.warning("LoRA on %s is no rows of the pool: each adapter runs it again, %s", self.name, which)
+                logger.warning("LoRA on %s cannot use the pool: it runs once per adapter, %s", self.name, which)
             if call is not None and self.few_experts:
                 return call.run(loras, group.scale)
         own = {lora.parameter: adapted(self.module.get_parameter(lora.parameter), lora, group.scale) for lora in loras}

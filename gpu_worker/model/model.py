@@ -153,7 +153,7 @@ class BaseModel:
             together = self.packed_logits(texts, steps, num_blocks, num_states)
             if not all(torch.equal(one, other) for one, other in zip(alone, together, strict=True)):
                 kind = self.config.model_type
-                raise BadRequest(f"deterministic is on, but {kind} computes a text {way} to other bits than alone")
+                raise BadRequest(f"deterministic is on, but {kind} computes a text {way} with other bits than alone")
 
     def _check_runs(self, starts: np.ndarray, ends: np.ndarray, zero: int) -> StateBatch | None:
         """Return the runs of chunks [start, end) of prompts, whose states are in the first slots. zero: an empty one's.

@@ -55,7 +55,7 @@ class KeptPanels:
         except FileNotFoundError:
             pass
         except (OSError, msgspec.DecodeError, RuntimeError) as error:
-            logger.warning("the packed weights in %s cannot be read, and are made again: %s", folder, error)
+            logger.warning("the packed weights in %s cannot be read and are rebuilt: %s", folder, error)
 
     def pack(self, name: str, weight: ops.QuantisedWeight, impl: ops.Impl | None) -> ops.QuantisedLinear:
         """Return a layer's weight as `ops.pack_quantised` lays it out, mapped if it was kept."""
@@ -81,7 +81,7 @@ class KeptPanels:
             self._write()
         except OSError as problem:
             logger.warning(
-                "packed weights cannot be kept in %s, so that each start packs them: %s", self._folder, problem
+                "packed weights cannot be stored in %s, so every start packs them: %s", self._folder, problem
             )
 
     def _write(self) -> None:

@@ -146,14 +146,14 @@ class Matcher:
         if self._is_fresh and self._vocabulary.not_first is not None and self._failure is None:
             mask &= ~self._vocabulary.not_first
             if not mask.any():
-                self._failure = BadRequest("the output's grammar cannot be followed: no token can begin it")
+                self._failure = BadRequest("the output's grammar cannot be satisfied: no token can begin it")
 
     def check(self) -> None:
         """Raise why the output cannot go on, if it cannot."""
         if self._failure is not None:
             raise self._failure
         if self.state.is_error():
-            raise BadRequest(f"the output's grammar cannot be followed: {one_line(self.state.get_error())}")
+            raise BadRequest(f"the output's grammar cannot be satisfied: {one_line(self.state.get_error())}")
         if self.cost.error is not None:
             raise self.cost.error
 
@@ -278,7 +278,9 @@ class Grammars:
                 vocabulary = self.vocabulary(tokens)
                 matcher = Matcher(self._compile(grammar, vocabulary), vocabulary, stop_ids, self._max_mask_s)
                 if output and not matcher.resume(output):
-                    raise Internal(f"a request's output is not its grammar's: {one_line(matcher.state.get_error())}")
+                    raise Internal(
+                        f"the output does not match the request's grammar: {one_line(matcher.state.get_error())}"
+                    )
                 return matcher
         except LorafleetError:
             raise

@@ -55,7 +55,7 @@ class MaskCost:
         if self.spent_s <= self._max_s:
             return None
         return BadRequest(
-            "the output's grammar is too ambiguous: finding out which tokens it allows has taken "
+            "the output's grammar is too ambiguous: computing its token masks took "
             f"{self.spent_s:.1f} s, the limit is {self._max_s:g} s"
         )
 

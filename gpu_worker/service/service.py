@@ -133,7 +133,7 @@ class Worker:
                     await self._be_member(stop)
                     break
                 except* Fenced:
-                    logger.warning("worker %s was taken for dead; joining again", self.wid)
+                    logger.warning("worker %s was declared dead; rejoining", self.wid)
                     self.engine.cancel(list(self.outbox.owned))
         if self._failure is not None:
             logger.error("the engine died: %r", self._failure)

@@ -172,7 +172,7 @@ class Adapters:
             "0" if registration.on_request else "1",
         )  # fmt: skip
         if limits is not None and reply == b"own":
-            text = f"tenant {limits.tenant} has {limits.max_own} adapters registered, as many as it may: unload one"
+            text = f"tenant {limits.tenant} has {limits.max_own} registered adapters, which is the limit: unload one"
             raise Conflict(text, code="too_many_adapters")
         if limits is not None and reply == b"rate":
             raise Overloaded(f"a tenant may register {limits.max_per_minute} adapters a minute", 60.0)

@@ -134,5 +134,5 @@ def _beat(raw: bytes | None) -> m.WorkerBeat | None:
     try:
         return decode(raw, m.WorkerBeat) if raw else None
     except ProtocolError:
-        logger.exception("a worker's beat cannot be read")
+        logger.exception("a worker's heartbeat cannot be read")
         return None

@@ -46,9 +46,9 @@ class Reserve:
     def _check(self, place: Path, num_bytes: int, promised: int) -> None:
         free = self._free(place)
         if free - promised - num_bytes < self._keep_free:
-            taken = f", of which {promised} are promised to others" if promised else ""
+            taken = f", with {promised} reserved for others" if promised else ""
             raise NoRoom(
-                f"{num_bytes} bytes have no room: the disk has {free} free{taken}, and {self._keep_free} are kept free"
+                f"{num_bytes} bytes do not fit: the disk has {free} free{taken}, and {self._keep_free} are kept free"
             )
 
     @contextmanager

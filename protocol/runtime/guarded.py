@@ -75,7 +75,7 @@ class Failures:
             return
         is_known = is_queue_away(error) or isinstance(error, LorafleetError)
         text = f"{name} has failed{' with ' + what if what else ''}: {error or type(error).__name__}"
-        text += f" ({num} more since it was last told)" if num else ""
+        text += f" ({num} more since the last report)" if num else ""
         logger.warning("%s", text, exc_info=None if is_known else (type(error), error, error.__traceback__))
 
 

@@ -53,7 +53,7 @@ class Seal:
         try:
             return self._cipher(place).decrypt(nonce, text, place.encode())
         except (InvalidTag, ValueError):
-            raise ProtocolError(f"{place} was sealed with another secret, or changed since") from None
+            raise ProtocolError(f"{place} was sealed with another secret, or modified") from None
 
     def _cipher(self, place: str) -> AESGCM:
         # A key for each place: under one key, random nonces would be safe for 2^32 texts only.

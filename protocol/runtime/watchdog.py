@@ -49,7 +49,9 @@ class Watchdog:
                     self.wind()
                 elif not told and time.monotonic() - seen_s > self.limit_s / 2:
                     told = True
-                    logger.error("no progress for %.0f s; this process ends after %g s", self.limit_s / 2, self.limit_s)
+                    logger.error(
+                        "no progress for %.0f s; this process exits after %g s", self.limit_s / 2, self.limit_s
+                    )
                 await asyncio.sleep(min(1.0, self.limit_s / 4))
         finally:
             self.wind()

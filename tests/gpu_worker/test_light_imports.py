@@ -66,7 +66,7 @@ def test_a_worker_imports_no_compiler_but_one_can_come(tmp_path: Path) -> None:
     runs.append(subprocess.run(command, capture_output=True, text=True, env=environment, check=False))
     for run in runs:  # the second reads what the first has kept, and the third makes it anew
         assert run.returncode == 0, run.stderr
-        assert "imported whole" not in run.stderr
+        assert "imported in full" not in run.stderr
     assert len({run.stdout for run in runs}) == 1
     assert kept.read_bytes() == right
     assert kept.stat().st_mode & 0o777 == 0o600

@@ -164,7 +164,7 @@ class _Process:
             try:
                 send(self._socket, message)
             except OSError as error:
-                logger.debug("the loader process takes no more messages: %r", error)
+                logger.debug("the loader process accepts no more messages: %r", error)
 
     def ask(self, digest: str, *, whole: bool) -> Future[FetchedAdapter | Rows]:
         """Ask for an adapter. Raises `_Died`, or the future does, if the process ends before it answers."""
@@ -183,9 +183,9 @@ class _Process:
             while received := receive(self._socket):
                 self._settle(*received)
         except OSError as error:
-            logger.debug("the loader process is gone: %r", error)
+            logger.debug("the loader process has ended: %r", error)
         except BaseException:  # the thread's edge: whoever waits for an adapter must hear of it
-            logger.exception("the loader process cannot be understood; another is started")
+            logger.exception("the loader process sent an unreadable message; starting another")
             self.popen.kill()
         with self._asking:
             self.ended = True
@@ -202,8 +202,8 @@ class _Process:
         except LorafleetError as error:
             future.set_exception(error)
         except BaseException as error:  # such as no room to map it: this adapter's requests must hear of it
-            logger.exception("an adapter of the loader process cannot be taken")
-            future.set_exception(Internal(f"an adapter cannot be taken from the loader process: {error!r}"))
+            logger.exception("cannot receive an adapter from the loader process")
+            future.set_exception(Internal(f"cannot receive an adapter from the loader process: {error!r}"))
 
     def _content(self, message: Fetched | Packed | Failed, fd: int | None) -> FetchedAdapter | Rows:
         """Return what the loader's process has answered. Raises what it says, or that it cannot be mapped."""

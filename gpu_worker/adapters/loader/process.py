@@ -208,7 +208,7 @@ def main() -> None:
         while received := receive(worker):
             server.take(received[0])
     except ConnectionError as error:
-        logger.debug("the worker is gone: %r", error)
+        logger.debug("the worker has ended: %r", error)
     os._exit(0)  # fetches under way end too
 
 

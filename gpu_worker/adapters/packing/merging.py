@@ -32,7 +32,7 @@ def check_bytes(num_bytes: int, max_bytes: int) -> None:
     if num_bytes > max_bytes:
         raise AdapterRefused(
             [
-                f"merging these adapters takes {num_bytes} bytes of memory; {max_bytes} are for it here: take fewer or"
+                f"merging these adapters takes {num_bytes} bytes of memory; {max_bytes} are available: use fewer or"
                 " smaller adapters, or merge_strategy svd, which needs no whole matrices"
             ]
         )
@@ -133,7 +133,7 @@ def _read(files: FetchedAdapter, packer: Packer, weight: float) -> MergeInput:
         ),
     }
     reasons = [
-        f"merging knows plain LoRA only; one of the adapters has {name}" for name, is_on in more.items() if is_on
+        f"merging supports plain LoRA only; one of the adapters has {name}" for name, is_on in more.items() if is_on
     ]
     if reasons:
         raise AdapterRefused(reasons)

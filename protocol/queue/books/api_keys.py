@@ -117,7 +117,7 @@ class ApiKeys:
         check_tenant(tenant)
         unknown = [scope for scope in scopes if scope not in SCOPES]
         if unknown or not scopes:
-            raise BadRequest(f"{', '.join(unknown) or 'none'} cannot be a key's scopes, which are {', '.join(SCOPES)}")
+            raise BadRequest(f"{', '.join(unknown) or 'none'} are not valid scopes; these are {', '.join(SCOPES)}")
         secret = PREFIX + secrets.token_urlsafe(_NUM_SECRET_BYTES)
         key = ApiKey(
             id=f"key_{secrets.token_hex(6)}", tenant=tenant, scopes=list(dict.fromkeys(scopes)), created_ms=now_ms(),

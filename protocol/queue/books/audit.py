@@ -81,7 +81,7 @@ class AuditLog:
         of_tenants: those of tenants in place of operators.
         """
         if before and not _ID.fullmatch(before):
-            raise BadRequest(f"{before!r:.100} is no entry's id, which looks like 1764043172123-0", param="after")
+            raise BadRequest(f"{before!r:.100} is not an entry's id, which looks like 1764043172123-0", param="after")
         stream = self._keys.tenants_audit if of_tenants else self._keys.audit
         entries = await self._redis.xrevrange(stream, f"({before}" if before else "+", "-", count=limit)
         return [(entry.decode(), decode(fields[b"b"], AuditEntry)) for entry, fields in entries]

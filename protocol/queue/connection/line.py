@@ -31,7 +31,7 @@ MAX_WAITING = 256
 REST_S = 1.0
 """Time after a failure to connect in which it is not tried again."""
 
-_LOST = "the line to the queue was lost"
+_LOST = "the connection to the queue was lost"
 
 _Push: type = getattr(hiredis, "PushNotification")  # noqa: B009  untyped
 
@@ -155,7 +155,7 @@ class Line:
             if self._talk is not None and not self._talk.is_over:
                 return self._talk
             if asyncio.get_running_loop().time() < self._rests_until_s:
-                raise RedisConnectionError("the line to the queue is broken")
+                raise RedisConnectionError("the connection to the queue is broken")
             connection = self._client.connection_pool.make_connection()
             try:
                 async with asyncio.timeout(self._timeout_s):

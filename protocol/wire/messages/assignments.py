@@ -28,7 +28,7 @@ class Assigned(Packed, frozen=True):
 REASONS = {
     "least_wait": "the shortest estimated wait",
     "only_place": "no other worker could take it",
-    "all_crowded": "the shortest estimated wait; all had more than their share of the requests",
+    "all_crowded": "the shortest estimated wait; all had more than their share of requests",
     "held_enough": "it had waited for a worker with its adapter for as long as loading it takes",
     "resumed": "a worker had it before; the shortest estimated wait of those with room",
 }

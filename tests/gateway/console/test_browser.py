@@ -85,7 +85,7 @@ async def test_the_door_takes_an_operator_s_key_alone(fleet: ConsoleFleet, brows
     page = await browser.new_page()
     await page.goto(f"{fleet.processes.url}/console")
     theirs, _ = await fleet.processes.bus.api_keys.create("acme", ["infer"])
-    for key, why in (("sk-lf-wrong", "is not known here"), (theirs, "needs a key with the scope admin")):
+    for key, why in (("sk-lf-wrong", "is unknown"), (theirs, "needs a key with the scope admin")):
         await page.get_by_label("API key").fill(key)
         await page.get_by_role("button", name="Enter").click()
         await page.get_by_role("alert").filter(has_text=why).wait_for()
@@ -179,7 +179,7 @@ async def test_a_folder_and_a_zip_are_uploaded(fleet: ConsoleFleet, tab: Tab, tm
     await shot(tab, "upload")
     await dialog.get_by_label("Name to serve it under").fill("mine")
     await dialog.get_by_role("button", name="Upload").click()
-    await dialog.get_by_role("alert").filter(has_text="replace it").wait_for()
+    await dialog.get_by_role("alert").filter(has_text="use replace").wait_for()
     await dialog.get_by_label("replace what has the name").check()
     await dialog.get_by_role("button", name="Upload").click()
     await tab.said("mine is served.")

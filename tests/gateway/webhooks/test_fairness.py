@@ -242,7 +242,7 @@ async def test_an_endpoint_that_cannot_be_read_is_tried_for_a_day(bus: Bus) -> N
         await wait_until(are_tried, "both are tried")
     [given_up], [waiting] = await bus.webhooks.given_up("a"), await bus.webhooks.waiting("a")
     assert (given_up.id, given_up.attempts, waiting.attempts) == (old.id, 1, 1)
-    assert "a newer one has written it" in given_up.error
+    assert "a newer release wrote it" in given_up.error
 
 
 async def test_a_sender_that_fails_is_told_once_counted_and_goes_on(

@@ -72,7 +72,7 @@ async def test_the_machine_s_domains_are_searched(tmp_path: Path) -> None:
 
 async def test_no_settings_are_no_crash(tmp_path: Path) -> None:
     names = Names(hosts=tmp_path / "none", resolv=tmp_path / "none")
-    with pytest.raises(UnknownHostError, match="names no DNS server"):
+    with pytest.raises(UnknownHostError, match="lists no DNS server"):
         await names.addresses("a.example")
 
 

@@ -490,7 +490,7 @@ def test_a_step_without_memory_fails_its_largest_requests_alone(
     assert runner.num_refused > 0
     error = ends.pop("large").error
     assert isinstance(error, Unavailable)
-    assert "no memory for a step of" in error.message
+    assert "out of memory for a step of" in error.message
     assert {end.finish for end in ends.values()} == {"length"}
     assert {rid: running.ids[f"{rid}-again"] for rid in wanted} == expected
     running.engine.check_integrity()
