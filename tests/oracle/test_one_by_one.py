@@ -1,4 +1,4 @@
-"""Sequences that run one by one: whatever happens to a request, its tokens are those of transformers and PEFT."""
+"""Sequences that run unbatched: whatever happens to a request, its tokens are those of transformers and PEFT."""
 
 from __future__ import annotations
 
