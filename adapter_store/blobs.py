@@ -51,7 +51,7 @@ class AdapterFolder:
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    num_bytes: int  # of the weights file
+    num_bytes: int  # size of the weights file
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFolder:

@@ -56,7 +56,7 @@ class Catalogue:
         self._run_id: str = ""
         self._last_event = ""  # id of the last event seen; "": none
         self._unnamed: dict[str, float] | None = None  # digest without a name -> when its record is deleted
-        self.aliases: dict[str, m.Alias] = {}  # of all stores, as last loaded, by field
+        self.aliases: dict[str, m.Alias] = {}  # by field, aliases of all stores as last loaded
 
     async def load(self) -> bool:
         """Load what all stores have published; return whether anything has changed since the last load.

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, describe: Callable[[str], ServedModel] | None 
 def describe_base(model: str) -> ServedModel:
     """Return what adapters must fit of a base model, by way of a process that has torch. Raises BadRequest."""
     if Path(model).expanduser().exists():
-        model_folder(model, TOKENIZER_FILES)  # what is no model's folder is told without that process
+        model_folder(model, TOKENIZER_FILES)  # refuses anything but a model folder without starting that process
     done = subprocess.run(
         [sys.executable, "-m", "gpu_worker.describe", model], capture_output=True, text=True, timeout=DESCRIBE_S,
         env=child_environment(*COMPUTE, *HUB_CACHE, *HUB, *NETWORK), check=False,

@@ -64,7 +64,7 @@ class HttpRequest:
     method: str
     path: str
     headers: dict[str, str]  # names in lower case
-    length: int = 0  # of its body, which only an upload has
+    length: int = 0  # bytes of the body; only uploads have one
 
     @property
     def keep_alive(self) -> bool:

@@ -140,7 +140,7 @@ class Store:
         if settings.adapters is not None or settings.adapter_roots:
             more = [Path(path) for path in names_of(settings.adapter_roots)]
             self.sources["local"] = LocalSource(settings.adapters, more, reserve=reserve)
-        self.follower: Follower | None = None  # from the first look at the catalogue on
+        self.follower: Follower | None = None  # set once the catalogue was read
         self.pin_controller = PinController(bus, self.catalogue, settings)
         policy = Policy.of(settings)
         self.registrar = Registrar(

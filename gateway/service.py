@@ -84,7 +84,7 @@ from protocol.wire.errors import Unavailable
 
 logger = logging.getLogger(__name__)
 
-LAST_WORDS_S = 5  # for error frames to reach their clients once the grace is over
+LAST_WORDS_S = 5  # s, for error frames to reach clients after the grace period
 KEEP_ALIVE_S = 75  # longer than the usual 60 s of load balancers, so that they close first
 
 

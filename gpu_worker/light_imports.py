@@ -101,7 +101,7 @@ class _Late(ModuleType):
     """A module that runs its code when something is looked for in it which is not there yet."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__all__":  # what is asked of every module, used or not
+        if name.startswith("__") and name != "__all__":  # Python looks these up on every module
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         load_late(self.__name__)
         return getattr(self, name)

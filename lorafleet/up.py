@@ -42,7 +42,7 @@ class LaunchPlan:
     """The checked settings of a fleet that is about to start, and the folder of its model."""
 
     settings: Settings
-    folder: Path  # of the model
+    folder: Path  # folder of the model
     queue: EmbeddedServer | None = None  # None: the user has named one
 
     def curl(self, model: str, question: str = "Who are you?", does: str = "text-generation") -> str:

@@ -42,7 +42,7 @@ def compile_pattern(pattern: str) -> Any:
     options.log_errors = False
     try:
         compiled = re2.compile(pattern, options)
-        re.compile(pattern)  # what Python cannot read, PEFT cannot either
+        re.compile(pattern)  # PEFT cannot read what Python cannot
     except (re2.error, re.error, OverflowError, RecursionError) as error:
         detail = error.args[0] if error.args else ""
         detail = detail.decode(errors="replace") if isinstance(detail, bytes) else str(detail)

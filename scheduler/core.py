@@ -96,7 +96,7 @@ class Scheduler:
         self._deadlines: list[tuple[int, str]] = []
         self._alone_since_ms: float | None = None  # since when there has been no worker
         self._num_seen = 0
-        self._now_ms = 0.0  # of the last plan
+        self._now_ms = 0.0  # time of the last plan
         self._unplaced: set[str] = set()  # digests of requests submitted since the last plan
         self._wanted: list[tuple[str, str]] = []  # (worker, adapter) of new homes
         self._prefetched: dict[str, float] = {}  # adapter -> when a worker was told to fetch it, ms

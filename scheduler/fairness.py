@@ -94,7 +94,7 @@ class FairShares:
         self._slack_tokens = slack_tokens
         self.num_open: Counter[str] = Counter()
         """Open requests per tenant; tenants without any are not in it."""
-        self._weights: dict[str, float] = {}  # of the same tenants
+        self._weights: dict[str, float] = {}  # weights of the same tenants
         self._demands: Counter[tuple[int, float]] = Counter()  # (open requests, weight) -> tenants that have both
         self._asked_ms: dict[str, float] = {}  # tenant -> time of its last request, the longest ago first
         self._is_alone = True  # whether there is only one tenant with open requests or a recent one

@@ -40,9 +40,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     """Lead or stand by until `stop`. Returns the exit code. Raises Internal when the queue may lose requests."""
     bus = Bus(settings.queue_url())
     candidate = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    counters = VirtualTokenCounters(
-        SchedulerConfig.of(settings).max_lag
-    )  # what tenants have had outlives a lost connection
+    counters = VirtualTokenCounters(SchedulerConfig.of(settings).max_lag)  # token counters survive a lost connection
     try:
         with tracing(settings, "scheduler", candidate), serve_metrics(settings.metrics_port):
             num_failures = 0

@@ -101,7 +101,7 @@ class Session:
         self._drain_next = ""  # name of the worker that should go first
         self._memory_is_short = False
         self._again_ms: float | None = None  # when to plan again though nothing has changed
-        self._rounds = 0  # of `_watch`
+        self._rounds = 0  # rounds of `_watch`
         self._watched_s = time.monotonic()  # when the last one began
         self._watched = Items("watch", max_tries=0, backoff=BRISK)
         self._told_running = False  # whether the published status says that requests run
@@ -279,7 +279,7 @@ class Session:
         while (left_s := end_s - time.monotonic()) > 0:
             await asyncio.sleep(min(left_s, LOADS_S) if self.scheduler.requests else left_s)
             if self._told_running and not self.scheduler.workers.num_assigned:
-                await self._publish_status()  # who waits for the last answer looks right after it
+                await self._publish_status()  # clients read it right after the last answer
             if left_s > LOADS_S and self.scheduler.waits_for_loads:
                 await self._watch_workers(0.0)  # the round counts the time
                 self._wake.set()

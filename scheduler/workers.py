@@ -61,11 +61,11 @@ class Worker:
     num_ready: int = 0  # requests whose adapter is resident; each takes a place
     num_yielding: int = 0  # requests that yield
     num_ready_yielding: int = 0  # requests that yield and take a place, which others may take from them
-    num_ready_batch: int = 0  # of those batch work, whose places may also be taken by others that yield
+    num_ready_batch: int = 0  # batch requests among them, whose slots others that yield may also take
     by_digest: Counter[str] = field(default_factory=Counter[str])
     cold: Counter[str] = field(default_factory=Counter[str])  # digest -> requests that wait for it
     suspects: Counter[int] = field(default_factory=Counter[int])  # attempts -> requests, until they make progress here
-    ranks: dict[str, int] = field(default_factory=dict[str, int])  # of the distinct adapters of its requests
+    ranks: dict[str, int] = field(default_factory=dict[str, int])  # ranks of the distinct adapters of its requests
     rank_sum: int = 0
     num_tokens: int = 0  # prompt and expected output of its requests
     prefill_until_ms: float = 0.0  # when it should be through with the prompts it was given

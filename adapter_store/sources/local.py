@@ -54,7 +54,7 @@ class FolderState:
     config: Stamp | None = None
     weights: Stamp | None = None
     weights_name: str = WEIGHTS_FILE
-    more: tuple[tuple[str, Stamp], ...] = ()  # of the files in MORE_FILES that exist, by name
+    more: tuple[tuple[str, Stamp], ...] = ()  # by name, stamps of existing files in MORE_FILES
     problem: str = ""  # why it cannot be an adapter, whatever its files contain
 
     @property

@@ -44,8 +44,8 @@ class Copy:
     """All names as they were at one time, in order: by name, everybody's before tenants'."""
 
     def __init__(self, number: int, stamp: bytes) -> None:
-        self.number = number  # of the read
-        self.stamp = stamp  # of the catalogue before it
+        self.number = number  # serial number of the read
+        self.stamp = stamp  # stamp of the catalogue before the read
         self.read_s = 0.0  # when it ended, in the loop's time
         self.keys: list[str] = []
         self.tenants: set[str] = set()
@@ -79,8 +79,8 @@ class Catalogue:
         self._copy: Copy | None = None
         self._num_begun = 0
         self._reading: asyncio.Task[None] | None = None
-        self._rested_s = 0.0  # until when nothing is read, in the loop's time
-        self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()  # what was made, and its bytes; oldest first
+        self._rested_s = 0.0  # loop time (s) of the next allowed read
+        self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()  # values and their bytes, oldest first
         self._kept_bytes = 0
 
     async def copy(self) -> Copy:

@@ -70,8 +70,8 @@ class Wanted:
     name: str
     source: str  # "": the name is its source
     caller: Caller
-    tenant: str  # whose name it is; "": everybody's
-    token: str = ""  # for the source
+    tenant: str  # owner of the name; "": shared by all tenants
+    token: str = ""  # access token for the source
     replace: bool = False  # also if the name stands for another source now
     wait_s: float = 60.0
 

@@ -27,13 +27,13 @@ SOURCES = ("hub", "local", "s3")
 class Target:
     """The model that answers a request: the base model, an adapter, or a merge of adapters."""
 
-    name: str  # as the API shows it
+    name: str  # name shown by the API
     digest: str  # "" for the base model
     files: ModelFiles  # its own tokenizer and chat template, or the base's
     texts: str = ""  # hash of its own files, "" if it has none
     vocab_size: int = 0  # tokens it knows; 0: those of the base
     source: str = ""  # kind of its source, one of SOURCES; "" for the base model
-    num_labels: int = 0  # of its own head; 0: it has none
+    num_labels: int = 0  # labels of its own head; 0: no head
 
     def payer(self, caller: Caller) -> str:
         """Return the tenant that a request of a caller counts for: its own or, without API keys, the model."""

@@ -46,7 +46,7 @@ class Step(NamedTuple):
 
     kind: str  # open, text_delta, thinking_delta, signature_delta, input_json_delta or close
     text: str = ""
-    block: Any = None  # of open: the block, without what it gains
+    block: Any = None  # content block of an open step, before its deltas
 
 
 _GAINS = {
@@ -123,7 +123,7 @@ class Blocks:
 def content_of(steps: Iterator[Step]) -> list[Any]:
     """Return the blocks that all steps of an answer build. Raises Internal for arguments that are no JSON object."""
     content: list[Any] = []
-    gained: defaultdict[str, list[str]] = defaultdict(list)  # of the last block, by kind of step
+    gained: defaultdict[str, list[str]] = defaultdict(list)  # by kind of step, deltas of the last block
     for step in steps:
         if step.kind == "open":
             content.append(dict(step.block))
@@ -195,7 +195,7 @@ class MessagesWriter:
         self._make_blocks = lambda: Blocks(form, rid, shows_thinking=shows_thinking)
         self._blocks = self._make_blocks()
         self._begun = False
-        self._index = -1  # of the latest block
+        self._index = -1  # index of the latest block
         self._last = Piece(0)
 
     def frames(self, piece: Piece) -> list[bytes]:

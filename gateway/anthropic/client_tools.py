@@ -66,7 +66,7 @@ _BASH = {
 _EDITOR = "Views, creates and edits text files."
 _EDITS = ("view", "create", "str_replace", "insert")
 _EDITED = ("path", "view_range", "file_text", "old_str", "new_str", "insert_line", "insert_text")
-_FIRST_EDITED = _EDITED[:-1]  # of the first editor, whose insert takes new_str
+_FIRST_EDITED = _EDITED[:-1]  # fields of the first editor, whose insert takes new_str
 
 CLIENT_TOOLS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "bash_20241022": _BASH,

@@ -136,4 +136,4 @@ def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     for path in ("/", PING, "/health"):
         routes.get(path, OPEN, responses=openapi.HEALTH)(endpoints.health)
         routes.head(path, OPEN, include_in_schema=False)(endpoints.health)
-    routes.post(PING, OPEN, responses=openapi.HEALTH)(endpoints.health)  # as SageMaker and vLLM have it
+    routes.post(PING, OPEN, responses=openapi.HEALTH)(endpoints.health)  # also served by SageMaker and vLLM

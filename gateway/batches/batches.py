@@ -21,7 +21,7 @@ ID_PREFIX = "batch_"
 WINDOWS = {"24h": 86_400}
 """completion_window -> seconds."""
 
-_RETRY_S = 60.0  # until one of too many batches may have ended
+_RETRY_S = 60.0  # s, until one of too many batches may have ended
 
 
 class BatchService:

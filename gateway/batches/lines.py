@@ -98,7 +98,7 @@ class Line:
     num_bytes: int
     model: str
     prompt: bytes  # the beginning of it, to sort by
-    is_too_deep: bool = False  # to be read: nothing of it was checked
+    is_too_deep: bool = False  # nested too deeply to parse: not checked further
 
     @property
     def end(self) -> int:
@@ -111,7 +111,7 @@ class InputLines:
     """What was found in an input file."""
 
     endpoint: str
-    max_bytes: int  # of a line
+    max_bytes: int  # maximum bytes of a line
     lines: list[Line] = field(default_factory=list)
     problems: list[m.BatchProblem] = field(default_factory=list)
     _models: Counter[str] = field(default_factory=Counter)  # lines of each
@@ -207,9 +207,9 @@ class LineCall:
     """A line that is to be run."""
 
     custom_id: str  # "" of one that is nested so deeply that nothing of it can be read
-    body: bytes  # as it was written
+    body: bytes  # bytes as written in the file
     refusal: str  # why its endpoint is not asked, "" for nothing
-    begin: int = 0  # of the body in the line
+    begin: int = 0  # offset of the body in the line
 
 
 def call_of(line: Line, raw: bytes) -> LineCall:
@@ -270,10 +270,10 @@ class Splitter:
     def __init__(self, max_bytes: int) -> None:
         """max_bytes: of a line; of a longer one nothing is held."""
         self._max_bytes = max_bytes
-        self._parts: list[bytes] = []  # of the line that has not ended
-        self._num_bytes = 0  # of it
-        self._start = 0  # of it, in the file
-        self.number = 1  # of the line that has not ended
+        self._parts: list[bytes] = []  # chunks of the unfinished line
+        self._num_bytes = 0  # bytes of the unfinished line
+        self._start = 0  # offset of the unfinished line in the file
+        self.number = 1  # number of the unfinished line
 
     def feed(self, chunk: bytes) -> Iterator[tuple[int, int, bytes | None]]:
         """Yield the lines that have ended: number, bytes before it in the file, the line or None if it is too long."""

@@ -45,9 +45,9 @@ _LONGEST = 1 << 62
 class Answer:
     """What a line came to."""
 
-    number: int  # of the line
+    number: int  # line number
     kind: Kind
-    line: bytes  # of the output or error file, as JSON, without its end
+    line: bytes  # JSON line of the output or error file, without newline
     usage: m.BatchUsage = NO_USAGE
 
 
@@ -87,7 +87,7 @@ class Results:
         self.num_written = 0  # lines whose answers cannot be lost any more
         self.num_read = 0  # rows of the files that were made
         self.tally = Tally()
-        self.file_bytes: Counter[Kind] = Counter()  # that the two files will have
+        self.file_bytes: Counter[Kind] = Counter()  # total bytes of the two files
 
     async def load(self) -> None:
         """Count what has been written, by other gateways or by an earlier run of this one. Raises Unavailable."""
@@ -189,7 +189,7 @@ def usage_of(body: bytes) -> m.BatchUsage:
     usage = msgspec.json.decode(body, type=_Told).usage or {}
     given = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
     made = usage.get("completion_tokens_details") or usage.get("output_tokens_details") or {}
-    anthropic = usage.get("cache_read_input_tokens") or 0  # which its input_tokens do not count
+    anthropic = usage.get("cache_read_input_tokens") or 0  # not included in Anthropic's input_tokens
     return m.BatchUsage(
         input_tokens=usage.get("prompt_tokens") or (usage.get("input_tokens") or 0) + anthropic,
         cached_tokens=given.get("cached_tokens") or anthropic,

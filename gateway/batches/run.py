@@ -52,11 +52,11 @@ class BatchPace:
     poll_s: float = 1.0  # pause between looks for batches that nobody runs
     lease_s: float = 10.0  # silence after which another gateway takes a batch over
     beat_s: float = 2.0  # pause between two words that a batch goes on, with its counts
-    min_calls: int = 8  # that run at once, however small the fleet is
-    max_batches: int = 4  # that one gateway runs at once; the others wait
-    max_batches_of_tenant: int = 2  # of those
+    min_calls: int = 8  # calls run at once, however small the fleet is
+    max_batches: int = 4  # batches run by one gateway at once; others wait
+    max_batches_of_tenant: int = 2  # batches of one tenant among them
     retry: Backoff = RETRY  # before a batch is tried again that something keeps from going on
-    max_tries: int = 20  # in a row by which no line more was answered: about two hours; then it fails
+    max_tries: int = 20  # tries in a row without progress, about two hours, before the batch fails
     places: float = 1.25  # calls that run at once, per place that the workers have
 
 
@@ -71,7 +71,7 @@ class BatchMeans:
     settings: Settings
     calls: InnerCalls
     pace: BatchPace = field(default_factory=BatchPace)
-    turns: asyncio.Lock = field(default_factory=asyncio.Lock)  # by which large lines of all batches are read
+    turns: asyncio.Lock = field(default_factory=asyncio.Lock)  # serialises reading large lines of all batches
 
 
 class Lost(Exception):
@@ -251,7 +251,7 @@ class BatchRun:
         """Write the output files and the end of the batch. Raises Unavailable when answers have gone meanwhile."""
         if self._no_room is not None:
             problems = [*problems, self._no_room]
-            await self._count_anew()  # what was not written is no answer
+            await self._count_anew()  # discard answers that were not written
         self._results.num_read = 0
         output, errors = await self._write("output"), await self._write("error")
         if self._results.num_read != self._results.num_written:
@@ -269,7 +269,7 @@ class BatchRun:
         """Write an output file. Returns its id, "" when there is nothing in it."""
         batch = self.batch
         file_id = self._file_id(kind)
-        if await self._bus.files.get(file_id, batch.tenant) is not None:  # of a try that did not come to its end
+        if await self._bus.files.get(file_id, batch.tenant) is not None:  # left by an interrupted try
             await self._bus.files.forget(file_id, batch.tenant)
         life_s = float(batch.output_life_s or self._settings.file_ttl_s)
         made = await self._means.files.make(

@@ -33,9 +33,9 @@ class BatchRunner:
         self._bus = means.bus
         self._pace = means.pace
         self._running: dict[str, asyncio.Task[None]] = {}  # by batch id
-        self._tenants: dict[str, str] = {}  # of those
+        self._tenants: dict[str, str] = {}  # tenant by batch id
         self._wake = wake
-        self._num_places = 0  # of all workers
+        self._num_places = 0  # slots of all workers
         self._newer: dict[str, None] = {}  # batches that newer gateways can read alone
 
     def loop(self) -> Loop:
@@ -94,7 +94,7 @@ class BatchRunner:
                 try:
                     await self._try(going_on)
                     going_on = None
-                except CONNECTION_ERRORS as error:  # of the queue: nothing can be noted there
+                except CONNECTION_ERRORS as error:  # the queue is unreachable, so nothing can be recorded there
                     FAILED.note("batches", error, batch_id)
                     num_away += 1
                     await asyncio.sleep(self._pace.retry.pause_s(num_away))

@@ -125,7 +125,7 @@ def _within(value: Any, kind: str, path: str) -> Iterator[Ignored]:
         for i, entry in enumerate(islice(value, MAX_ENTRIES)):
             if isinstance(entry, dict) and (known := _kind_of(entry, kind)) is not None:
                 yield from _ignored(entry, known, f"{path}[{i}].")
-    elif kind not in BY_TYPE and (isinstance(value, dict) or hasattr(value, "OBJECT")):  # those stand in lists
+    elif kind not in BY_TYPE and (isinstance(value, dict) or hasattr(value, "OBJECT")):  # these occur in lists
         yield from _ignored(value, kind, path + ".")
 
 

@@ -62,7 +62,7 @@ class Day:
 
     day: int
     sums: dict[tuple[Any, ...], list[int]] = field(default_factory=dict[tuple[Any, ...], list[int]])
-    seconds: Mapping[str, float] | None = None  # by digest; None where it is not told
+    seconds: Mapping[str, float] | None = None  # by digest; None where it is not reported
 
     def add(self, rows: Iterable[UsageRow], query: Query) -> None:
         """Add rows of this day."""

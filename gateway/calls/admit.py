@@ -38,8 +38,8 @@ class AdmittedCall(msgspec.Struct, frozen=True):
     base: m.ServedModel
     prompts: list[Prompt]  # with the most tokens that each answer may have
     load: Load
-    quota: Quota | None  # whose limits it counts against, None for nobody's: without keys, and nothing of it is kept
-    num_bytes: int = 0  # of memory that it may hold from the queue on
+    quota: Quota | None  # limits that it counts against; None without keys, if nothing is stored
+    num_bytes: int = 0  # memory (bytes) that it may hold while queued
 
 
 class CallAdmission:

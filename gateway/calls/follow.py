@@ -61,7 +61,7 @@ class Generation:
         self._finishes: list[str] = []
         self._first_ns = 0  # when the first token was there, where the call is traced
         self._timings: dict[str, m.Timing] = {}  # the latest of each request
-        self._failure: LorafleetError | None = None  # what has ended the call, once its pieces were returned
+        self._failure: LorafleetError | None = None  # error that ended the call, raised after its pieces
         self._kind = observe.kind_of("".join(target.digest for target in call.targets))
 
     @property

@@ -43,7 +43,7 @@ KEPT_AFTER_EXPIRY_S = 3600
 MAX_PAGE_COST = 1 << 20
 """What one page of a list may cost, but for its last few jobs: the bytes of their records, and `_LOOK_UP_COST`s."""
 
-_LOOK_UP_COST = 1024  # of one request: 2 µs of the queue, 20 µs here
+_LOOK_UP_COST = 1024  # cost of one request: 2 µs of the queue, 20 µs here
 _AT_ONCE = 8  # jobs of a list, or requests of a job, that are looked up together
 
 JobStatus = Literal["queued", "running", "completed", "failed", "cancelled", "expired"]
@@ -54,7 +54,7 @@ Facts = Sequence[RequestFacts | None]
 class JobApi:
     """The first and the last stage of an endpoint whose calls may run in the background."""
 
-    parse: Callable[[Mapping[str, Any], Caller], ParsedCall]  # of a body as JSON
+    parse: Callable[[Mapping[str, Any], Caller], ParsedCall]  # parses a body given as JSON
     writer: Callable[[SubmittedCall, Sequence[Choice]], Writer]
     generates: bool = True  # whether answers are text, which comes token by token
     id_prefix: str = ID_PREFIX
@@ -291,7 +291,7 @@ class Jobs:
         reads.spend(sum(fact.num_output_tokens for fact in facts if fact is not None) / reads.TOKENS_PER_READ)
         api = self._apis[job.endpoint]
         with as_kept(f"what {job.jid} asked for"):
-            tools = request.get("tools") or request.get("shown", {}).get("tools")  # what of a body takes long
+            tools = request.get("tools") or request.get("shown", {}).get("tools")  # the slow part of a body
             num_bytes = len(orjson.dumps(tools)) if tools else 0
             parsed = await self._pipeline.checks.do(
                 partial(api.parse, request, EVERYBODY), ("tools",), num_bytes, job.tenant

@@ -101,7 +101,7 @@ class Subscription:
         self._until_s = 0.0  # end of the present wait, in the loop's time
         self._timer: asyncio.Handle | None = None
         self._timer_s = 0.0  # when the timer fires
-        self._timeout_s = 0.0  # of the present wait
+        self._timeout_s = 0.0  # timeout of the current wait
         self.at_once: Callable[[m.Delta], bool] | None = None
         """Is given each delta that comes while the call waits; returns whether the call need not be woken for it."""
 

@@ -30,7 +30,7 @@ from protocol.wire.messages.requests import fields_in_use
 
 logger = logging.getLogger(__name__)
 
-PREFIX_TOKENS = 128  # of a prompt, hashed for the scheduler's prefix affinity
+PREFIX_TOKENS = 128  # prompt tokens hashed for the scheduler's prefix affinity
 
 Requests = list[tuple[m.Submit, m.Body]]
 
@@ -47,7 +47,7 @@ class SubmittedCall(Struct, frozen=True):
     ended_ms: int = 0  # unix time of its end, 0 where that is not known
     submitted_s: float = 0.0  # monotonic: the moment before it was submitted
     poll_s: float = 0.0  # how often to look into the log, when another gateway gets the deltas; 0: they come here
-    mail: Subscription | None = None  # where its deltas arrive; None if nobody waits for them
+    mail: Subscription | None = None  # mailbox for its deltas; None if nobody waits for them
     resubmit: Callable[[], Awaitable[object]] | None = None  # repeatable; for a queue that has lost the requests
 
     @property

@@ -45,12 +45,12 @@ class Prompt(msgspec.Struct, frozen=True):
     target: Target
     ids: bytes  # int32; b"" when it has been submitted before and is not needed again
     num_tokens: int
-    max_new_tokens: int = 0  # of each of its choices; 0 until it is admitted
+    max_new_tokens: int = 0  # per choice; 0 until admitted
     echo: str = ""  # the text that answers begin with
-    grammar: str = ""  # that answers must follow, as in `messages.Body`
-    form: AnswerForm | None = None  # what answers may consist of besides text
-    offsets: Sequence[Offset] = ()  # of each token, if the call wants them
-    second: int = 0  # where the second text of a pair begins, as in `messages.Body`
+    grammar: str = ""  # grammar of the answers, as in `messages.Body`
+    form: AnswerForm | None = None  # allowed parts of answers besides text
+    offsets: Sequence[Offset] = ()  # offset of each token, if requested
+    second: int = 0  # index of a pair's second text, as in `messages.Body`
     bad_words: list[list[int]] = []  # sequences of tokens that answers may not have
 
     @property
@@ -117,7 +117,7 @@ async def tokenize(call: ResolvedCall) -> TokenizedCall:
     """Return a call with its prompts. Raises BadRequest for messages and ids that the model cannot take."""
     parsed, base = call.parsed, call.base
     prompts: list[Prompt] = []
-    same: dict[tuple[int, int], list[Prompt]] = {}  # what models with the same tokenizer and vocabulary share
+    same: dict[tuple[int, int], list[Prompt]] = {}  # prompts shared by models with equal tokenizer and vocabulary
     for target in call.targets:
         vocab_size = target.vocab_size or base.vocab_size
         shared = id(target.files), vocab_size

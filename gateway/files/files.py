@@ -245,7 +245,7 @@ class FileService:
     async def sweep(self) -> None:
         """Delete what has expired or was never finished."""
         await self.delete_expired()
-        if random.random() < SWEEP_S / TIDY_S:  # at other times than other gateways
+        if random.random() < SWEEP_S / TIDY_S:  # randomised, so that gateways do not all sweep at once
             await self._storage.tidy()
 
     async def delete_expired(self) -> None:

@@ -86,7 +86,7 @@ class FolderStorage:
                     num_bytes += len(chunk)
                 await asyncio.to_thread(_finish, file, part, path)
             finally:
-                with suppress(OSError):  # what could not be written has been told, or is not wanted any more
+                with suppress(OSError):  # write errors were raised before, or no longer matter
                     file.close()
         except OSError as error:
             raise as_unavailable(error) from error

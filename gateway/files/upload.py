@@ -37,10 +37,10 @@ class UploadedForm:
         self.has_file = False
         self.num_bytes = 0
         self._max_bytes = max_bytes
-        self._ready: list[bytes] = []  # of the file, not passed on yet
+        self._ready: list[bytes] = []  # file bytes not passed on yet
         self._num_parts = 0
         self._is_file = False
-        self._header = b""  # of the current part
+        self._header = b""  # name of the current part's header
         self._value = b""
         self._headers: dict[bytes, bytes] = {}
         self._field = ""

@@ -45,7 +45,7 @@ class GrammarCheck:
         self._sandbox = sandbox
         self._limit_s = limit_s
         self._facts: OrderedDict[bytes, str] = OrderedDict()  # why a grammar is refused, "" if it compiles, by digest
-        self._limits: OrderedDict[Key, tuple[str, float]] = OrderedDict()  # what it took, and until when that holds
+        self._limits: OrderedDict[Key, tuple[str, float]] = OrderedDict()  # refusal, and loop time of its expiry
         self._trials: WeakValueDictionary[Key, _Trial] = WeakValueDictionary()
 
     async def check(self, grammar: str, param: str, tenant: str) -> None:

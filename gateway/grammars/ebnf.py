@@ -20,7 +20,7 @@ _TOKEN = re.compile(
 )
 _HEX = re.compile(r"\\x([0-9a-fA-F]{2})")
 _WIDE = re.compile(r"\\U([0-9a-fA-F]{8})")
-_IN_CLASS = re.compile(r"\\.|[/\[&~]", re.DOTALL)  # what a regular expression of Rust reads differently in a class
+_IN_CLASS = re.compile(r"\\.|[/\[&~]", re.DOTALL)  # Rust's regular expressions treat these differently in a class
 
 
 def is_ebnf(text: str) -> bool:

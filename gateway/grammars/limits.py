@@ -34,8 +34,8 @@ MAX_WHITESPACE_BYTES = 256
 
 _LISTS = ("enum", "anyOf", "oneOf", "allOf", "prefixItems", "required")
 _BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-_VALUES = frozenset({"const", "enum", "default", "example", "examples"})  # what is in them is no schema
-_SCHEMA, _NAMES, _VALUE = "schema", "names", "value"  # what a part of a schema is: _NAMES has schemas by name
+_VALUES = frozenset({"const", "enum", "default", "example", "examples"})  # keywords whose values are not schemas
+_SCHEMA, _NAMES, _VALUE = "schema", "names", "value"  # kinds of schema parts; _NAMES maps names to schemas
 
 _TIMES = re.compile(r"\{(\d*+)(,?+)(\d*+)\}")
 _MAX_DIGITS = 9

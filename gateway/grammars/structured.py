@@ -77,7 +77,7 @@ def native_constraint(response_format: Mapping[str, Any] | None, settings: Setti
     if response_format is None or response_format.get("schema", ...) is None:
         return None
     if response_format.get("value") is not None or response_format.get("json_schema") is not None:
-        return _response_format(response_format, settings)  # as the clients of other servers write it
+        return _response_format(response_format, settings)  # form used by clients of other servers
     kind = response_format.get("type")
     if kind == "text":
         return None
@@ -121,7 +121,7 @@ def _response_format(form: Mapping[str, Any], settings: Settings) -> Constraint 
         return _json(form.get("schema", ANY_OBJECT), "response_format.schema", settings)
     if kind != "json_schema":
         raise BadRequest(f"response_format of type {kind!r} is not supported", param="response_format")
-    if "json_schema" not in form and "schema" in form:  # as LoRAX takes it
+    if "json_schema" not in form and "schema" in form:  # LoRAX's form
         return _json(form["schema"], "response_format.schema", settings)
     inner = form.get("json_schema")
     if not isinstance(inner, dict):

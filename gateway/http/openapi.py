@@ -311,7 +311,7 @@ def _errors(schema: dict[str, Any]) -> Responses:
 _TEXT = {"type": "string"}
 _NUMBER, _INTEGER = {"type": "number"}, {"type": "integer"}
 _MAYBE = {"type": ["string", "null"]}
-_EVENTS = {EVENTS: {"schema": _object(data=_TEXT)}}  # of one event, as in OpenAPI 3.2; schemathesis reads it so
+_EVENTS = {EVENTS: {"schema": _object(data=_TEXT)}}  # schema of one event, as in OpenAPI 3.2; schemathesis reads it so
 
 _OPENAI_ERROR = _object(error=_object(message=_TEXT, type=_TEXT, param=_MAYBE, code=_MAYBE))
 _NATIVE_ERROR = _object(error=_TEXT, error_type=_TEXT)

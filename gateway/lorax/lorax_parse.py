@@ -31,12 +31,12 @@ class NativeCall:
 
     call: ParsedCall
     prompt: str
-    adapter_id: str  # as it was given
-    seed: int | None  # as the client gave it or it was drawn; None when greedy
+    adapter_id: str  # id as given by the client
+    seed: int | None  # given by the client or drawn; None when greedy
     details: bool
     alternatives: bool
     full_text: bool
-    as_list: bool  # as `POST /` answers
+    as_list: bool  # True: answer as a list, as `POST /` does
 
 
 @dataclass(frozen=True, slots=True)

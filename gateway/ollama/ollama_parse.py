@@ -220,7 +220,7 @@ class _OpenCalls:
     """The calls without a result, in their order; each is added and found in the same time, however many there are."""
 
     def __init__(self) -> None:
-        self._ids: dict[int, Any] = {}  # by number
+        self._ids: dict[int, Any] = {}  # ids by call number
         self._of_name: defaultdict[str, deque[int]] = defaultdict(deque)  # numbers, maybe of calls that have results
         self._num = 0
 

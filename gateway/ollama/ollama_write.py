@@ -52,7 +52,7 @@ def time_text(ms: int | None = None) -> str:
 class Objects:
     """Makes the objects of one answer."""
 
-    model: str  # as the client named it
+    model: str  # name given by the client
     is_chat: bool
 
     def part(self, text: str = "", *, thinking: str = "", calls: Sequence[Any] = (), done: bool = False) -> Any:

@@ -51,7 +51,7 @@ class StreamOptions(JsonBody):
 class GenerationRequest(JsonBody):
     """The fields of both routes. null always means the default."""
 
-    model: Name | Annotated[list[Name], Field(min_length=1, fail_fast=True)]  # of a list each gives its own choices
+    model: Name | Annotated[list[Name], Field(min_length=1, fail_fast=True)]  # each model of a list gives choices
     lora_scale: Annotated[float, Field(ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)] | None = None
     merged_adapters: MergedAdapters | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None

@@ -79,7 +79,7 @@ class Head:
     created: int  # unix seconds
     model: str
     fingerprint: str
-    model_of: Sequence[str] = ()  # of each choice, if the call gave a list of models
+    model_of: Sequence[str] = ()  # model of each choice, if the call gave a list of models
 
     def choice(self, index: int) -> dict[str, Any]:
         """Return the first fields of a choice."""
@@ -338,7 +338,7 @@ def _delta(part: Part, form: AnswerForm, rid: str) -> dict[str, Any]:
 def _message(parts: Sequence[Part], form: AnswerForm, rid: str) -> dict[str, Any]:
     """Return the fields of a message that consists of parts."""
     text = "".join(part.text for part in parts if part.kind == "text")
-    arguments: defaultdict[int, list[str]] = defaultdict(list)  # by call
+    arguments: defaultdict[int, list[str]] = defaultdict(list)  # argument deltas by call
     for part in parts:
         if part.kind == "arguments":
             arguments[part.index].append(part.text)

@@ -43,7 +43,7 @@ class RegisterRequest(JsonBody):
     pin: bool = False
     preload: bool = False
     wait_s: Annotated[float, Field(ge=0, le=MAX_WAIT_S)] = 60.0
-    tenant: Annotated[str, Field(max_length=64)] | None = None  # whose name it is; an admin may name one
+    tenant: Annotated[str, Field(max_length=64)] | None = None  # owner of the name; only admins may set it
 
 
 class LoadRequest(JsonBody):

@@ -28,7 +28,7 @@ class Pace:
 
     tick_s: float = 0.1
     beat_s: float = 1.0
-    ttl_ms: int = 5000  # of a beat in the queue
+    ttl_ms: int = 5000  # TTL of the heartbeat in the queue
     stuck_s: float = 60.0  # without a turn of its loop a gateway counts as dead, though its process lives
     clock: Callable[[], float] = time.monotonic
 
@@ -72,7 +72,7 @@ class Heartbeat:
         self._gid = gid
         self._pace = pace or Pace()
         self._lag = LoopLag(self._pace.tick_s, self._pace.clock())
-        self._failure: BaseException | None = None  # what ended the thread
+        self._failure: BaseException | None = None  # exception that ended the thread
         self.disk_full = False
         """Whether the queue's server has refused the last beat since it cannot write to its disk."""
 

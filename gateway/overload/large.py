@@ -38,9 +38,9 @@ class LargeLimits:
     """Limits for large bodies."""
 
     num_bodies: int = 12  # held at once, from the first byte that is read to the queue: up to 60 MB each as objects
-    num_of_tenant: int = 4  # of these, for one tenant
-    num_waiting: int = 64  # for a place, with nothing read
-    num_turns: int = 1  # of work at once: up to 800 MB each, for four million tokens
+    num_of_tenant: int = 4  # slots per tenant
+    num_waiting: int = 64  # unread bodies waiting for a slot
+    num_turns: int = 1  # bodies processed at once; each takes up to 800 MB, for four million tokens
 
 
 class Places:
@@ -52,7 +52,7 @@ class Places:
         self._num_of_tenant = num_of_tenant or num
         self._num_waiting = num_waiting
         self._held: Counter[str] = Counter()
-        self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}  # by tenant, in the order of arrival
+        self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}  # by tenant, in order of arrival
 
     async def take(self, tenant: str) -> None:
         """Wait for a place. Raises Overloaded when too many wait."""

@@ -45,7 +45,7 @@ class MemoryAccount:
         self.max_bytes = max_bytes
         self.max_share = max_bytes // SHARE
         self.num_bytes = 0
-        self._of: dict[str, int] = {}  # of each holder that holds any
+        self._of: dict[str, int] = {}  # bytes by holder
 
     def held_by(self, holder: str) -> int:
         """Return the bytes that a holder has."""

@@ -57,7 +57,7 @@ class _Reader:
     per_s: float
     left: float
     at_s: float  # when that was
-    num_lists: int = 0  # that are being made
+    num_lists: int = 0  # lists being prepared
 
     def owe(self, cost: float) -> None:
         """Have less left, or a debt, which has an end."""
@@ -85,7 +85,7 @@ def owe(cost: float) -> None:
 def spend(cost: float) -> None:
     """Let the current read cost so many more before they are made. Raises Overloaded if its reader has none left."""
     reader = _READER.get()
-    if reader is None or cost < 1:  # as much as is paid for already
+    if reader is None or cost < 1:  # already paid for
         return
     if reader.left < 0:
         raise reader.refusal(1)

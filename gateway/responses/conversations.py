@@ -50,7 +50,7 @@ RETRY = Backoff(1.0, 600.0)
 
 _ID = re.compile(r"conv_[0-9a-f]{32}")
 _AT_ONCE, _OF_TENANT = 1000, 16  # turns that are looked at together, and added of each tenant
-_RETRY_S = 60.0  # until something may have been deleted, or has expired
+_RETRY_S = 60.0  # s, until something may have been deleted or expired
 
 
 class TurnFailed(Exception):

@@ -152,7 +152,7 @@ def _message(given: Item, place: str) -> Item:
         content = [{"type": allowed[0], "text": content}]
     parts = _parts(content, f"{place}.content", allowed)
     for part in parts:
-        if part["type"] == "output_text":  # as the official client's types have it
+        if part["type"] == "output_text":  # form of the official client's types
             part |= {"annotations": [], "logprobs": []}
     return {"type": "message", "role": role, "status": "completed", "content": parts}
 

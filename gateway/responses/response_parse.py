@@ -40,8 +40,8 @@ ENCRYPTED = "reasoning.encrypted_content"
 class Context:
     """What a body's input goes on with."""
 
-    items: Sequence[Item] = ()  # of the previous response, its output at their end
-    known: Mapping[str, Item] = field(default_factory=dict[str, Item])  # by id, those that the input refers to
+    items: Sequence[Item] = ()  # items of the previous response, its output last
+    known: Mapping[str, Item] = field(default_factory=dict[str, Item])  # by id, items that the input refers to
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def parse_count(
 
     most: tokens that are counted; `truncation` leaves no more than the context has room for.
     """
-    _constraint(request, settings)  # what the response would be refused for is not counted
+    _constraint(request, settings)  # refuse an invalid response before anything is counted
     rules = ResponseRules("input", 1) if request.truncation == "auto" else CountRules("input", 1, most)
     return ParsedCall(
         caller=caller,

@@ -60,7 +60,7 @@ FRAMING = Framing(SSE.media_type, lambda body: b"event: error\ndata: " + body + 
 class End:
     """How an answer has ended, or that it has not."""
 
-    status: str  # as the object has it
+    status: str  # status as in the object
     error: LorafleetError | None = None
     ended_ms: int = 0  # unix time
 

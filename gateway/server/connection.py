@@ -63,8 +63,8 @@ class ConnectionLimits:
     idle_s: float = 75.0  # before a request begins; longer than the usual 60 s of load balancers: they close first
     head_s: float = 15.0
     body_s: float = 60.0  # and a second for each MIN_BYTES_PER_S that have arrived
-    send_s: float = 60.0  # until an answer is read, and a second for each MIN_BYTES_PER_S that wait
-    discarded_bytes: int = 32 << 20  # of a body that nobody reads
+    send_s: float = 60.0  # maximum time for a client to read its answer, plus a second per MIN_BYTES_PER_S unsent bytes
+    discarded_bytes: int = 32 << 20  # maximum discarded bytes of an unread body
 
 
 class Parts:
@@ -117,8 +117,8 @@ class Connection(HttpToolsProtocol):
         self._parts = parts
         self._phase: Phase = "idle"
         self._since_s = self.loop.time()  # begin of the phase
-        self._num_bytes = 0  # that have come in it, roughly: what came in one piece counts for where the piece ended
-        self._num_body = 0  # of these, bytes of the body
+        self._num_bytes = 0  # bytes received for it, approximately: a piece counts for the request in which it ends
+        self._num_body = 0  # bytes of the body among them
         self._num_headers = 0
         self._head_bytes = 0
         self._unsent_since_s: float | None = None  # since when the client has not read

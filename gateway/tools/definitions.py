@@ -35,11 +35,11 @@ OPENAI_WORDS = ToolWords()
 class Tools:
     """The tools that a request may call."""
 
-    definitions: list[dict[str, Any]]  # as the client sent them, for the template
-    schemas: dict[str, dict[str, Any]]  # of the arguments, by name
-    required: bool  # at least one call must come
+    definitions: list[dict[str, Any]]  # given by the client, for the template
+    schemas: dict[str, dict[str, Any]]  # argument schemas by tool name
+    required: bool  # True: at least one call is required
     parallel: bool  # more than one may
-    num_bytes: int  # of all definitions as JSON
+    num_bytes: int  # bytes of all definitions as JSON
     strict: frozenset[str] = frozenset()  # names of those whose schemas must be held whole
     not_held: Sequence[str] = ()  # places in the body, and the keywords there that calls are not held to
     namespaces: Mapping[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
@@ -60,9 +60,9 @@ class _Tool(NamedTuple):
     """A tool as its definition has it."""
 
     name: str
-    schema: dict[str, Any]  # of its arguments, as the grammar has it
+    schema: dict[str, Any]  # schema of its arguments, as in the grammar
     is_strict: bool
-    place: str  # of its schema in the body
+    place: str  # location of its schema in the body
     given: dict[str, Any] | None  # the schema as it was given, None where nothing but its outline is held
 
 
@@ -157,7 +157,7 @@ def _chosen(choice: str | dict[str, Any] | None, names: list[str]) -> tuple[list
         return [], False
     if choice == "required":
         return names, True
-    if isinstance(choice, str) and choice in names:  # as LoRAX has it
+    if isinstance(choice, str) and choice in names:  # LoRAX's form
         return [choice], True
     if isinstance(choice, dict) and choice.get("type") == "function":
         return [_known(choice, names)], True

@@ -25,7 +25,7 @@ MAX_ENDPOINTS = 20
 
 OLD_SECRET_MS = 24 * 3600 * 1000
 _HINT_CHARACTERS = 4
-_RETRY_S = 60.0  # until one of too many deliveries may have arrived
+_RETRY_S = 60.0  # s, until one of too many deliveries may have arrived
 
 
 class WebhookService:

@@ -55,7 +55,7 @@ class Target:
     scheme: str
     host: str  # without brackets
     port: int
-    authority: str  # for the header `host`
+    authority: str  # value of the header `host`
     path: str  # with the query
 
 
@@ -95,7 +95,7 @@ class Outside:
         """
         try:
             target = target_of(url)
-        except ValueError as error:  # of a version that took what this one does not
+        except ValueError as error:  # stored by a release that accepted URLs which this one refuses
             raise UnreachableError(f"the URL cannot be used: {error}") from error
         with self._receivers.held(target.host.lower(), tenant) as has_room:
             if not has_room:

@@ -41,8 +41,8 @@ have none."""
 
 MAX_TESTS_OF_TENANT = 2
 
-_TENANTS_AT_ONCE = 16  # whose ends are looked at together
-_ENDS_OF_TURN = 16  # of a tenant
+_TENANTS_AT_ONCE = 16  # tenants whose ended jobs are read together
+_ENDS_OF_TURN = 16  # ended jobs per tenant and turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class SenderPace:
     lease_s: float = 10.0
     first_retry_s: float = 5.0  # four times as long after each attempt
     max_retry_s: float = 4 * 3600.0
-    busy_s: float = 5.0  # until a delivery whose receiver had too many requests is looked at again
+    busy_s: float = 5.0  # delay before retrying a delivery whose receiver had too many requests
     max_sending: int = 64  # deliveries at once, of all tenants
     max_sending_of_tenant: int = 4
 

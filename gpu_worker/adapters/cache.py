@@ -56,9 +56,9 @@ class AdapterCache:
         self.pool.cost = self._reload_s
         self.host = HostTier(host_bytes)
         self.slot_ranks = np.zeros(weights.num_slots, np.int64)  # largest rank of the adapter in each slot
-        self.extras: dict[str, Extras] = {}  # of the adapters in the pool that have any, on the device
-        self.invocations: dict[str, tuple[int, ...]] = {}  # of the activated LoRA in the pool
-        self.tokens: dict[str, TokenTable] = {}  # of the adapters in the pool that bring their own
+        self.extras: dict[str, Extras] = {}  # by digest, extras of resident adapters, on the device
+        self.invocations: dict[str, tuple[int, ...]] = {}  # by digest, invocation tokens of resident aLoRA adapters
+        self.tokens: dict[str, TokenTable] = {}  # by digest, token tables of resident adapters with own tokenizers
         self.on_evicted: Callable[[str], object] | None = None  # called when an adapter leaves the pool
         self.num_loads = 0  # into the pool
         self.num_fetches = 0  # to the host
@@ -69,7 +69,7 @@ class AdapterCache:
         self._merge = merge
         self._jobs = Jobs(merge_timeout_s)
         self._starvation = Starvation()
-        self._wanted: set[str] = set()  # of the last `load`
+        self._wanted: set[str] = set()  # digests wanted in the last `load`
         self._tenant_of: Callable[[str], str] = lambda _: ""
         self._prefetches: set[str] = set()
         self._staging_s: dict[str, float] = {}  # measured, by digest

@@ -36,7 +36,7 @@ class JobEnd:
     error: LorafleetError | None  # None, without an adapter: it was given up
     copied: bool  # whether it copied, or tried to copy, into the pool, not to the host
     seconds: float
-    extras: Extras | None = None  # on the device, of an adapter that was copied
+    extras: Extras | None = None  # extras of a copied adapter, on the device
 
 
 class Jobs:

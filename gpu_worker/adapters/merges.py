@@ -75,7 +75,7 @@ class Merges:
     """The merges of one worker that wait or run. For the engine's thread only."""
 
     timeout_s: float
-    _merges: dict[str, _Merge] = field(default_factory=dict[str, _Merge])  # by digest, in the order of their arrival
+    _merges: dict[str, _Merge] = field(default_factory=dict[str, _Merge])  # by digest, in order of arrival
     _pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(NUM_MERGERS, "merger", initializer=lower_priority)
     )

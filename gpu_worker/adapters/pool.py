@@ -19,7 +19,7 @@ class Resident:
 
     digest: str
     slot: int
-    pages: list[list[int]]  # by group
+    pages: list[list[int]]  # page numbers by group
     num_bytes: int
     refs: int = 0  # running requests that use it
     pinned: bool = False

@@ -35,7 +35,7 @@ class EncoderConfig:
     max_step_tokens: int  # a longer text has a step of its own
     max_model_len: int  # tokens of one text
     max_slowdown: float = 0.0  # how many times as long a step may be for what yields; 0: any time
-    max_batch_slowdown: float = 0.0  # for batch work; 0: as for what yields
+    max_batch_slowdown: float = 0.0  # limit for batch work; 0: as for lower-priority requests
 
 
 @dataclass(slots=True)

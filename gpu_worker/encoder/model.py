@@ -110,11 +110,11 @@ class EncoderModel:
     width: int  # entries of a hidden state, or the labels of a token or text
     pooling: Pooling
     max_positions: int  # tokens of the longest text; 0: no limit known
-    padding_id: int | None  # where positions start behind this id and skip it, as RoBERTa's; None: they start at 0
+    padding_id: int | None  # RoBERTa: positions start after this id and skip it; None: they start at 0
     fingerprint: str
     takes_types: bool = False  # whether it tells the second text of a pair from the first by type ids
-    classifier: Classifier | None = None  # of `score`
-    label_head: str = ""  # of `score`: the layer that makes the logits
+    classifier: Classifier | None = None  # classifier of `score`
+    label_head: str = ""  # `score`: layer that computes the logits
     missing: list[str] = field(default_factory=list[str])  # parts of the head that adapters must bring
     apart: bool = False  # whether each text has a forward pass of its own, because its attention cannot be packed
 
@@ -338,7 +338,7 @@ class Probe:
     """Random texts, and what the untouched model makes of each alone, for the finished model to be held against."""
 
     texts: list[Tensor]  # int64 [T]
-    seconds: list[int]  # where the second text of each pair begins, 0 for no pair
+    seconds: list[int]  # index of each pair's second text, 0 for single texts
     states: list[Tensor]  # hidden states [T, D], or for labels of tokens their logits [T, labels]
     found: list[Tensor]  # the same; of `score` the logits [1, labels]
 

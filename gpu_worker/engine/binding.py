@@ -129,7 +129,7 @@ class RequestBinder:
         if request.task == "embed":
             seq.pool = TextPool(tasks.pooling.mode)
             if tasks.pooling.mode == "cls":
-                seq.end_at(1)  # what a token sees are those before it
+                seq.end_at(1)  # each token sees only those before it
             return
         seq.pool = TextPool("lasttoken")
         if head_of(seq, tasks, self._adapters.extras) is None:

@@ -55,7 +55,7 @@ class EngineConfig:
     num_blocks: int
     max_model_len: int  # tokens of prompt and output of one request
     num_states: int = 0  # slots for the states of layers that keep states
-    kv_bytes: int = 0  # of all blocks
+    kv_bytes: int = 0  # bytes of all blocks
     max_mask_s: float = 30.0  # CPU time of the masks of one request with a grammar
     overlaps: bool = False  # whether a step is launched before the tokens of the one before are known
 

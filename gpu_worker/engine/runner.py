@@ -36,7 +36,7 @@ class StepInputs:
     """What is to be computed in one step, and what its rows of logits are."""
 
     ready: list[Sequence]  # sequences whose next token can be chosen: theirs are the first rows, in this order
-    prompt_rows: list[PromptRows] = field(default_factory=list[PromptRows])  # whose rows follow
+    prompt_rows: list[PromptRows] = field(default_factory=list[PromptRows])  # prompts whose rows follow
     pooled: list[PooledRows] = field(default_factory=list[PooledRows])  # those scored by tokens have the last rows
 
 
@@ -215,8 +215,8 @@ class RunningBatch:
     """What stays as it is from step to step while the same sequences run."""
 
     def __init__(self, seqs: list[Sequence]) -> None:
-        self.decodes: HeadRows | None = None  # of the steps in which each gets its next token, once there was one
-        self._lists: DecodeLists | None = None  # of these steps on a CPU
+        self.decodes: HeadRows | None = None  # head rows of pure decode steps, reused between steps
+        self._lists: DecodeLists | None = None  # lists of pure decode steps on a CPU
         self._seqs = seqs
         self._blocks = [seq.blocks for seq in seqs]
         self._num_listed = [0] * len(seqs)  # blocks of each that the tables have

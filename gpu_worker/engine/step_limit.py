@@ -45,10 +45,10 @@ class StepTime:
         self.model = model
         self.seconds = model.a
         self.limit_s = math.inf
-        self.others_s = 0.0  # of that, what was there when the limit was set
-        self.reserved_s = 0.0  # of the time that is left, for later
+        self.others_s = 0.0  # part of it present when the limit was set
+        self.reserved_s = 0.0  # part of the remaining time that is reserved for later
         self.is_empty = True  # nothing has been added since the limit was set
-        self.num_tokens = 0  # in it
+        self.num_tokens = 0  # tokens in the step
         self._digests: set[str] = set()
 
     def add(self, num_tokens: int, num_kv_tokens: float, digest: str = "", rank: float = 0) -> None:
@@ -82,8 +82,8 @@ class StepLimit:
 
     def __init__(self) -> None:
         self._left = 0  # limited steps until the next one without what yields
-        self._alone: deque[float] = deque(maxlen=NUM_MEASURED)  # what steps of the others took ÷ what was predicted
-        self._more: deque[float] = deque(maxlen=NUM_MEASURED)  # what yields took ÷ what was predicted of it
+        self._alone: deque[float] = deque(maxlen=NUM_MEASURED)  # measured ÷ predicted time of higher-priority work
+        self._more: deque[float] = deque(maxlen=NUM_MEASURED)  # measured ÷ predicted time of lower-priority work
 
     def applies(self, model: StepModel) -> bool:
         """Return whether steps can be limited: something is known of their time."""

@@ -51,7 +51,7 @@ class StepMeter:
     def __init__(self) -> None:
         self.counters = WorkerCounters()  # totals since the start
         self.fit = StepFit()
-        self.model = StepModel()  # of the time of steps, as far as they have shown
+        self.model = StepModel()  # fitted model of step time
         self.last_s = 0.0  # seconds of the last step that was counted
         self.started_s = self._lap_s = self._stopped_s = 0.0
 

@@ -26,7 +26,7 @@ class ExtraRows:
     extras: Extras
     rows: Tensor  # int64
     active: Tensor  # int64: the rows on which its LoRA is active; fewer than `rows` only for an activated LoRA
-    scale: float  # what the requests multiply the adapter's scale by
+    scale: float  # factor on the adapter's scale, set per request
 
 
 # ---------------------------------------------------------------- linear layers
@@ -143,7 +143,7 @@ class TokenLayout:
 
     args: tuple[int, ...]
     outs: tuple[int, ...]
-    num_dims: int  # of the first tensor among the arguments
+    num_dims: int  # number of dimensions of the first tensor argument
 
     @classmethod
     def of(cls, args: Sequence[Any], out: Any, num_tokens: int) -> TokenLayout | None:

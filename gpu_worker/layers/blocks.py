@@ -161,7 +161,7 @@ class LayerStack:
         self.layers = layers
         self.impl: ops.Impl | None = impl
         self.one_call = True  # False: the layers run one by one, so that a profile shows their parts
-        self.ends: Callable[[], ops.ModelEnds] | None = None  # what makes a whole model of the layers, if anything does
+        self.ends: Callable[[], ops.ModelEnds] | None = None  # builds a whole-model call from the layers, if possible
         self._stack: ops.DecoderStack | None = None
         self._built_for: tuple[object, ...] = ()  # the KV cache, the adapter table and the ends that `_stack` holds
 

@@ -50,10 +50,10 @@ class BaseModel:
     tasks: ModelTasks
     width: int  # entries of a hidden state; 0: they cannot be had
     check: LogitsCheck | None = None
-    answers: KeptAnswers | None = None  # where `check` is kept for later starts, if it is
+    answers: KeptAnswers | None = None  # stores `check` for later starts, if enabled
     kv_dtype: torch.dtype | None = None  # dtype of keys and values in the caches, int8 for codes; None: `dtype`
-    plain: PlainModel | None = None  # what steps call in the module's place
-    passes: Passes | None = None  # of a model whose sequences run one by one, which has no `layers` and no `mixers`
+    plain: PlainModel | None = None  # replaces the module in steps
+    passes: Passes | None = None  # set for models whose sequences run unbatched; they have no `layers` and no `mixers`
 
     @property
     def cache_dtype(self) -> torch.dtype:

@@ -48,7 +48,7 @@ def find_passes(
                 passes.learn(lambda: _run(passes, None, check.prompts[0])[1])
             if difference(passes, check) < limit and _measure(passes, text) < limit:
                 return passes
-        except CANNOT_RUN:  # what a model raises that does not take its own cache back
+        except CANNOT_RUN:  # raised by models that do not accept their own cache
             continue
     return None
 

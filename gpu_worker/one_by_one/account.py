@@ -19,7 +19,7 @@ A model that does not go on computes a text's tokens again for each new one.
 class Account:
     """Bytes that the cache of a sequence takes."""
 
-    token_bytes: int  # for each of its tokens
+    token_bytes: int  # bytes per token
     sequence_bytes: int  # besides
 
     @classmethod

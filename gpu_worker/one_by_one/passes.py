@@ -25,9 +25,9 @@ class Kept:
     """What is kept of one sequence."""
 
     end: int = 0  # its first tokens, so many, are computed
-    results: dict[str, Any] = field(default_factory=dict[str, Any])  # of its last pass, those that the next one takes
-    attributes: list[Tensor | None] = field(default_factory=list[Tensor | None])  # of modules, see `Passes`
-    logits: Tensor | None = None  # of its last token, if that may be asked for again
+    results: dict[str, Any] = field(default_factory=dict[str, Any])  # results of its last pass that the next pass takes
+    attributes: list[Tensor | None] = field(default_factory=list[Tensor | None])  # attributes of modules, see `Passes`
+    logits: Tensor | None = None  # logits of its last token, if they may be needed again
 
     @property
     def num_bytes(self) -> int:

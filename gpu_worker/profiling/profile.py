@@ -67,7 +67,7 @@ class ProfilePlan:
     num_steps: int
     prompt_tokens: int
     adapters: Path | None = None  # folder whose sub-folders are adapters
-    trace: Path | None = None  # where to write chrome traces of the watched steps, one per case: NAME-decode-8.json
+    trace: Path | None = None  # path for chrome traces, one per case: NAME-decode-8.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +88,10 @@ class ProfileCase:
     num_adapters: int  # distinct ones among the sequences
     num_steps: int
     tokens: float
-    step_ms: float  # until the next step can begin: all phases but publish, which runs beside the next step
+    step_ms: float  # time until the next step can begin: all phases but publish, which overlaps it
     phases_ms: dict[str, float]
-    forward_ms: float  # of the steps under the profiler: layers one by one, and the profiler's own time
-    operations: list[Operation]  # of those steps, longest first; the rest of forward_ms is Python between them
+    forward_ms: float  # forward time under the profiler: layers as single calls, plus overhead
+    operations: list[Operation]  # profiled operations, longest first; the rest of forward_ms is Python between them
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class Profile:
     num_stacked: int  # layers that otherwise run as one native call
     adapters: list[str]
     prompt_tokens: int
-    kv_tokens: int  # that the KV cache holds
+    kv_tokens: int  # capacity of the KV cache
     kv_dtype: str
     cases: list[ProfileCase]
 

@@ -28,11 +28,11 @@ PANELS = "panels-"
 class Panels(msgspec.Struct, frozen=True):
     """Where a packed weight lies."""
 
-    offset: int  # in bytes
+    offset: int  # byte offset
     shape: tuple[int, int]  # uint8
     form: int
     kind: str
-    size: tuple[int, int]  # of the weight
+    size: tuple[int, int]  # shape of the weight
 
 
 class KeptPanels:
@@ -95,7 +95,7 @@ class KeptPanels:
                     shape = (panels.shape[0], panels.shape[1])
                     index[name] = Panels(out.tell(), shape, form, weight.kind, _size(weight))
                     panels.numpy().tofile(out)
-            for path in self._folder.glob(f"{PANELS}*"):  # who has mapped one keeps it
+            for path in self._folder.glob(f"{PANELS}*"):  # existing mappings of a deleted file stay valid
                 path.unlink()
             os.replace(part, self._folder / f"{self._name}.bin")
             part.write_bytes(msgspec.json.encode(index))

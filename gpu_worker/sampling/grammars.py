@@ -82,7 +82,7 @@ class _Tokens(TokenizerWrapper):
         self.special_token_ids = sorted(tokens.special)
         end: Any = ends[0] if ends else None  # llguidance takes None too, and adds a token of its own
         self.eos_token_id = end
-        self._vocabulary = ref(vocabulary)  # which holds this object, by way of llguidance
+        self._vocabulary = ref(vocabulary)  # weak, because the vocabulary holds this object through llguidance
 
     def __call__(self, text: str) -> list[int]:
         """Return the tokens of a text: the longest ones from its beginning."""
@@ -225,7 +225,7 @@ class Grammars:
         self._base: Vocabulary | BadRequest | None = None  # or why there is none
         self._lock = threading.Lock()
         # _lock guards these.
-        self._vocabularies: OrderedDict[str, Vocabulary] = OrderedDict()  # of adapters' tokenizers, last used last
+        self._vocabularies: OrderedDict[str, Vocabulary] = OrderedDict()  # by tokenizer, least recently used first
         self._compiled: OrderedDict[tuple[str, bytes], LLMatcher] = OrderedDict()  # each has consumed nothing
         self._compilers = ThreadPoolExecutor(NUM_COMPILERS, thread_name_prefix="grammar")
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="vocabulary")

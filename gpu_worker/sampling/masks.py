@@ -42,7 +42,7 @@ class MaskCost:
         self._max_s = max_s
         self._num_quick = 0
         self.spent_s = 0.0
-        self.is_slow = False  # for good, once a mask was
+        self.is_slow = False  # permanent, once a mask was slow
 
     @property
     def is_proven(self) -> bool:

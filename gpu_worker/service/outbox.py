@@ -33,7 +33,7 @@ class Recovery:
     """What remains to be done about a step that the queue refused, before the rest is written."""
 
     dropped: list[str] = field(default_factory=list)  # ids of requests that the engine must forget
-    returned: list[str] = field(default_factory=list)  # those of `dropped` that must be queued again
+    returned: list[str] = field(default_factory=list)  # rids among `dropped` that must be requeued
     repairs: list[OwnedRequest] = field(default_factory=list)  # requests whose log in Redis lost its end
 
 
@@ -50,7 +50,7 @@ class Outbox:
         self.owned: dict[str, OwnedRequest] = {}  # by request id
         self.released: list[bytes] = []  # work entries emptied outside a step; the next step deletes them
         self._left: dict[bytes, int] = {}  # work entry -> its requests that have not ended
-        self._built: dict[str, OwnedRequest] = {}  # those of the step that was built last, as they were owned then
+        self._built: dict[str, OwnedRequest] = {}  # requests of the last built step, as owned then
 
     def knows(self, entry: bytes) -> bool:
         """Return whether a work entry was taken and some request of it has not ended."""

@@ -24,8 +24,8 @@ class OwnedRequest:
     log: bytearray = field(default_factory=bytearray)  # int32 ids that are durable; repairs a log that lost its end
     logprobs: bytearray = field(default_factory=bytearray)  # their logprob records
     task: m.Task = "generate"
-    queued_ms: int = 0  # from its submission to this assignment
-    trace: str = ""  # as in `messages.Assigned`
+    queued_ms: int = 0  # ms from submission to this assignment
+    trace: str = ""  # see `messages.Assigned`
     timing: m.Timing | None = None  # the latest that is durable
     scored_prompt: bytes = b""  # its prompt (int32), if logprobs of it are wanted
 

@@ -87,8 +87,8 @@ class Worker:
         self.loader = loader
         self.draining = False
         self._pending: dict[str, PendingOutput] = {}  # by request id
-        self._unwritten: dict[str, PendingOutput] = {}  # what was taken out of `_pending` and failed to be written
-        self._last_ids: dict[str, bytes] = {}  # by stream, the last entry that is dealt with
+        self._unwritten: dict[str, PendingOutput] = {}  # taken out of `_pending`, but not yet written
+        self._last_ids: dict[str, bytes] = {}  # by stream, the last processed entry id
         self._restarted = False  # the queue was, and the work stream is still to be read from its beginning
         self._look_s = 0.0  # when the next beat looks after that, monotonic
         self._num_unacked = 0  # engine steps in `_pending`
@@ -331,7 +331,7 @@ class Worker:
     async def _publish_once(self) -> None:
         """Make everything pending durable, in scripts of at most MAX_ROWS rows; retry until Redis answers."""
         async with self._publishing:
-            if self._unwritten:  # of a turn that has failed
+            if self._unwritten:  # left by a failed turn
                 await self._write(self._unwritten)
                 self._unwritten = {}
             whole, self._pending = self._pending, {}

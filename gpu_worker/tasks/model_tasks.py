@@ -35,10 +35,10 @@ class ModelTasks:
     """What one decoder is asked for."""
 
     generates: bool = True  # whether it has a language model's head
-    pooling: Pooling | None = DEFAULT_POOLING  # of embeddings; None: it makes none
+    pooling: Pooling | None = DEFAULT_POOLING  # pooling of embeddings; None: no embeddings
     head: Tensor | None = None  # [labels, D], of its own, for scores
-    head_name: str = ""  # of the linear layer that is the head of a classifier of this type; "": there is none
-    labels: list[str] = field(default_factory=list[str])  # of scores without an adapter's head, by index
+    head_name: str = ""  # linear layer that is this type's classification head; "": none
+    labels: list[str] = field(default_factory=list[str])  # labels of scores without an adapter's head, by index
     score_tokens: tuple[int, int] | None = None  # score = logit of the first less that of the second, if that is >= 0
 
     @property

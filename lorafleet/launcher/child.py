@@ -58,7 +58,7 @@ class Spec:
     """The command, environment and log of a service process."""
 
     service: str  # the argument of `lorafleet serve`
-    name: str  # of this process, such as "worker-0"
+    name: str  # process name, such as "worker-0"
     command: tuple[str, ...]
     environment: dict[str, str]
     log: Path

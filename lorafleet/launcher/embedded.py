@@ -29,7 +29,7 @@ from protocol.wire.errors import BadRequest, Conflict, Internal
 MAX_SOCKET_PATH = 100  # bytes; Linux allows 107
 START_S = 60.0  # loading a long append-only file takes a while
 LOCK_S = 5.0  # a server whose launcher was killed takes a moment to end
-MEMORY_SHARE = 0.25  # of the machine's, for what the queue holds
+MEMORY_SHARE = 0.25  # fraction of the machine's memory for the queue's data
 
 
 def server_binary() -> str:

@@ -29,7 +29,7 @@ _FAMILIES = {
 class Part:
     """A part of a fused layer: rows [begin, end) of its output."""
 
-    name: str  # of the module
+    name: str  # name of the module
     begin: int
     end: int
 
@@ -38,7 +38,7 @@ class Part:
 class Cut:
     """The base's layers in the place of which the adapter has others."""
 
-    is_fused: bool  # in the adapter
+    is_fused: bool  # True: fused in the adapter
     fused: str  # name of the fused module
     parts: tuple[Part, ...]
 

@@ -31,7 +31,7 @@ class Keys:
     """The tensors of a file by the names that PEFT would give them."""
 
     files: dict[str, str]  # PEFT's name -> the file's
-    rules: dict[str, str]  # what was changed of all names -> into what, for people
+    rules: dict[str, str]  # renaming applied to all names, old -> new, for display
 
 
 def peft_keys(names: Iterable[str]) -> Keys:

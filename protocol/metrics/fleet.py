@@ -90,15 +90,15 @@ class Seen:
 
     model: str
     running: int = 0
-    waiting: int = 0  # for a worker
-    deferred: int = 0  # at one, while it loads their adapter
+    waiting: int = 0  # requests waiting for a worker
+    deferred: int = 0  # requests waiting on their worker for their adapter
     kv_usage: float = 0.0
-    num_steps: int = 0  # of all workers since their starts, and the tokens in them
+    num_steps: int = 0  # steps of all workers since their starts, and the tokens in them
     num_step_tokens: int = 0
     holdings: Sequence[Holding] = ()
     running_adapters: Sequence[str] = ()
     waiting_adapters: Sequence[str] = ()
-    max_adapters: int = 0  # that fit the pools, as far as is known
+    max_adapters: int = 0  # number of adapters that fit the pools, as far as known
     at_s: float = field(default_factory=time.time)
 
 

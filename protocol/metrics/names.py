@@ -32,7 +32,7 @@ class TopNames:
         self._metrics = metrics
         self._now_s = now_s
         self._limit = 100
-        self._uses: dict[str, float] = {}  # of names with series and of candidates
+        self._uses: dict[str, float] = {}  # use counts of names with series and of candidates
         self._named: set[str] = set()
         self._due_s = 0.0
         self.on_drop: Callable[[str], object] = lambda _: None

@@ -24,11 +24,11 @@ _NAMED_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 class Series:
     """One declared series."""
 
-    name: str  # as a query has it; of a histogram without _bucket, _sum and _count
+    name: str  # name in queries; for histograms without _bucket, _sum and _count
     kind: str  # counter, gauge, histogram or summary
     text: str
     labels: tuple[str, ...]
-    shown_by: str  # whose /metrics has it
+    shown_by: str  # service whose /metrics has it
 
 
 DECLARED: dict[str, Series] = {}

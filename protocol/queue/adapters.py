@@ -91,7 +91,7 @@ def _readable(raw: bytes | None, kind: type[R]) -> R | None:
 class CatalogueNews:
     """What has happened to the catalogue since a look at it."""
 
-    run_id: str  # of the server
+    run_id: str  # run id of the server
     num_names: int
     events: list[tuple[str, bytes]]  # (stream id, `messages.AdapterEvent` as it is on the wire), oldest first
 
@@ -164,7 +164,7 @@ class Adapters:
         if registration.on_request:
             max_registered = min(max_registered, MAX_ON_REQUEST)
         tenant, registered = limits.tenant if limits is not None else "", self._keys.registrations
-        count = self._keys.registered(tenant, now_ms() // 60_000) if tenant else registered  # which then counts nothing
+        count = self._keys.registered(tenant, now_ms() // 60_000) if tenant else registered  # then it counts nothing
         reply = await self._redis.eval(
             _REGISTER, 2, registered, count,
             private_name(registration.name, registration.tenant), m.encode(registration), max_registered,

@@ -79,7 +79,7 @@ class Bus:
         self._line = Line(self._blocking, TIMEOUT_S)
         self._scripts = Scripts(self._redis, self._line, self.keys.tag, lua)
         self._seal = seal
-        self._run_id = ""  # of the server, when last asked
+        self._run_id = ""  # run id of the server, when last read
         self.streams = Streams(self._redis, self._blocking, self.keys, self._scripts)
         self.members = Members(self._redis, self.keys, self._scripts)
         self.adapters = Adapters(self._redis, self.keys)

@@ -82,7 +82,7 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
                 k.leader_epoch, k.status, use, usage, k.workers, k.worker_beat("*"), k.gateways, k.dlq,
             ),
             reads=(k.gateway_beat("*"), k.adapter("*")),
-            adds=(*answers, k.body("*"), k.out("*"), *ends),  # what it ends expires
+            adds=(*answers, k.body("*"), k.out("*"), *ends),  # it sets the expiry of what it ends
             scans=True,
         ),
         "worker": Rights(
@@ -108,7 +108,7 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
                 k.status, k.workers, k.worker_beat("*"), k.gateways, k.gateway_beat("*"), k.stores, k.store_beat("*"),
                 k.base, k.work("*"), k.out("*"),
             ),
-            adds=(*answers, k.body("*"), k.sub("*"), k.audit),  # what it retries lives longer
+            adds=(*answers, k.body("*"), k.sub("*"), k.audit),  # it extends the TTL of what it retries
         ),
     }  # fmt: skip
 

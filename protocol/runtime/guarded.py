@@ -87,13 +87,13 @@ FAILED = Failures()
 class Loop:
     """What a service does again and again."""
 
-    name: str  # in the log and the metric
+    name: str  # name in the log and the metric
     work: Callable[[], Awaitable[object]]
     pause_s: float | None = None  # between two turns, each a call of `work`; None: `work` does not return by itself
     wake: asyncio.Event | None = None  # ends such a pause
     backoff: Backoff = TROUBLE  # before the next turn, and before `work` is begun again, after a failure
     ends: tuple[type[BaseException], ...] = ()  # errors that are its owner's to see: they are raised
-    max_failures: int = 0  # in a row, a queue that is away aside, after which the last is raised; 0: it is not given up
+    max_failures: int = 0  # failures in a row, queue outages excluded, after which the last is raised; 0: no limit
 
 
 async def guarded(
@@ -154,7 +154,7 @@ class Items:
         self._max_keys = max_keys
         self._failed = failed
         self._clock = clock
-        self._tries: OrderedDict[str, tuple[int, float]] = OrderedDict()  # by key: how many, when the next is due
+        self._tries: OrderedDict[str, tuple[int, float]] = OrderedDict()  # by key: tries, due time of the next
 
     def is_due(self, key: str) -> bool:
         """Return whether a unit may be worked on now."""

@@ -64,7 +64,7 @@ class Loader:
         stores ask for, `FleetSecret.bearer`.
         """
         self._bearer = bearer
-        self._told: dict[type[Message], Message] = {}  # what a new process must be told
+        self._told: dict[type[Message], Message] = {}  # state messages to replay to a new process
         self._lock = threading.Lock()
         self._closed = False
         self._process: _Process | None = None
@@ -152,7 +152,7 @@ class _Process:
         self._sending = threading.Lock()
         self._asked: dict[int, Future[FetchedAdapter | Rows]] = {}
         self._asking = threading.Lock()
-        self._tables: WeakValueDictionary[str, TokenTable] = WeakValueDictionary()  # of adapters that are held
+        self._tables: WeakValueDictionary[str, TokenTable] = WeakValueDictionary()  # token tables of adapters in use
         self.ended = False  # guarded by _asking
         self._receiver = threading.Thread(target=self._receive, name="loader", daemon=True)
         self._receiver.start()

@@ -39,7 +39,7 @@ class FetchedAdapter:
 
     config: dict[str, Any]
     weights: bytes | bytearray | memoryview | mmap.mmap  # a safetensors file
-    tokens: TokenTable | None = None  # of its own tokenizer, if it brings one
+    tokens: TokenTable | None = None  # table of its own tokenizer, if it has one
 
 
 Allocate = Callable[[int], Any]

@@ -78,7 +78,7 @@ class LoaderServer:
         self._stores = stores
         self._small_bytes = small_bytes
         self._fetchers = ThreadPoolExecutor(NUM_FETCHES, thread_name_prefix="fetcher")
-        self._turns = (Turns(), Turns())  # at checking and packing: of small adapters, and of large ones
+        self._turns = (Turns(), Turns())  # queues for checking and packing: small adapters, large ones
         self._kept = KeptFiles()
         self._reserve = reserve or Reserve()
         self._memory = MemoryBudget(FETCH_TIMEOUT_S, small_bytes)
@@ -114,7 +114,7 @@ class LoaderServer:
     def _load(self, request: Fetch) -> tuple[Message, int]:
         """Return the answer to a request and the descriptor to send with it, which the caller closes."""
         with ExitStack() as undo:
-            fetched: list[tuple[memoryview, AnonymousFile]] = []  # what was read into, and the file it is of
+            fetched: list[tuple[memoryview, AnonymousFile]] = []  # views of the fetched data, and their files
 
             def allocate(num_bytes: int) -> memoryview:
                 view, file = self._take(num_bytes, undo)
@@ -156,7 +156,7 @@ class LoaderServer:
         """
         is_large = len(weights) > self._small_bytes
         with ExitStack() as held, ExitStack() as undo:
-            packed: list[tuple[memoryview, AnonymousFile]] = []  # what it was packed into, and the file that is of
+            packed: list[tuple[memoryview, AnonymousFile]] = []  # views of the packed data, and their files
 
             def allocate(num_bytes: int) -> memoryview:
                 held.enter_context(self._memory.hold(num_bytes))

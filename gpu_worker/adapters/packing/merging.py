@@ -126,7 +126,7 @@ def _read(files: FetchedAdapter, packer: Packer, weight: float) -> MergeInput:
         "target_parameters": bool(config.parameters),
         "trained tokens": bool(spec.tokens),
         "another vocabulary": bool(spec.vocab_size),
-        "names that are not the base model's": bool(spec.mapped),  # by its config's names the merge finds its layers
+        "names that are not the base model's": bool(spec.mapped),  # the merge finds layers by the names in the config
         "LoRA on experts": bool(spec.parameters and not config.parameters),
         "whole modules or biases": bool(
             packer.pack_spec("", replace(spec, sites=(), embeddings=(), parameters=()), get).extras

@@ -82,12 +82,12 @@ class HostAdapter:
     ranks: np.ndarray  # int32 [sites]; 0: the adapter does not change the site
     scales: np.ndarray  # float32 [sites]
     rows: LinearRows
-    num_pages: tuple[int, ...]  # by group of the pool, then by shape of experts, extras last
+    num_pages: tuple[int, ...]  # by pool group, then by shape of experts, extras last
     num_bytes: int
     extras: Extras = field(default_factory=Extras)
     experts: tuple[ExpertRows, ...] = ()
     invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
-    tokens: TokenTable | None = None  # of its own tokenizer, if it brings one
+    tokens: TokenTable | None = None  # table of its own tokenizer, if it has one
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,11 @@ class AuditEntry(m.Wire, frozen=True):
 
     ms: int  # unix time
     who: str  # id of the API key; `CLI`; "" without keys
-    tenant: str  # of the key; at the command line the user and the machine
-    address: str  # that the call came from; "" at the command line
-    action: str  # as "adapter.pin"
-    target: str  # what it was done to: a name or an id
-    detail: str  # what else was asked for
+    tenant: str  # tenant of the key; on the command line, user and machine
+    address: str  # client address; "" on the command line
+    action: str  # action, such as "adapter.pin"
+    target: str  # name or id that it was done to
+    detail: str  # further parameters
     outcome: str  # "done", or the code of the error
     by_operator: bool
 

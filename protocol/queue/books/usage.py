@@ -36,11 +36,11 @@ class Counted:
     """For what a request counts."""
 
     tenant: str
-    model: str  # as the API shows it
-    digest: str  # of the adapter; "" for the base model, and for merges
+    model: str  # name shown by the API
+    digest: str  # digest of the adapter; "" for the base model, and for merges
     base: str
     batch: bool  # it is the line of a batch
-    days: int  # that it is kept
+    days: int  # retention in days
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class UsageRow:
     batch: bool
     requests: int  # calls: the choices of one count once
     prompt_tokens: int  # a prompt with several choices counts once
-    cached_tokens: int  # of them, those that the prefix cache had
+    cached_tokens: int  # tokens among them found in the prefix cache
     output_tokens: int
 
 

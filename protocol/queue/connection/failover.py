@@ -33,7 +33,7 @@ class Sentinels:
     """Those who know which server is the primary. The one that answered last is asked first."""
 
     addresses: list[tuple[str, int]]
-    name: str  # of the primary, with them
+    name: str  # name of the primary in the Sentinels' configuration
     password: str | None = field(default=None, repr=False)
     tls: dict[str, Any] | None = None  # arguments of connections to them; None: they are not encrypted
     known: tuple[str, int] | None = None  # the primary that this process has connected to last

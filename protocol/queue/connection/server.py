@@ -22,7 +22,7 @@ class ServerFacts:
     role: str  # "master", or a replica's
     answer_ms: float
     ahead_ms: float  # its clock before this machine's, as far as the time of the answer lets tell
-    cpu_s: float = 0.0  # that its main thread has used
+    cpu_s: float = 0.0  # CPU time of its main thread
     snapshot_ok: bool = True  # whether it could write its last snapshot
 
 

@@ -34,7 +34,7 @@ class ClaimedBatch:
     batch: m.Batch
     epoch: int
     cancelled_ms: int  # when its client cancelled it, 0 if not
-    tries: int = 0  # by which nothing more of it was answered: those that failed, and whose gateway has died
+    tries: int = 0  # tries without progress: failed ones, and those whose gateway died
 
 
 class Batches:
