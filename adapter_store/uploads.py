@@ -87,7 +87,7 @@ class Uploads:
         self._busy += 1
         try:
             await asyncio.to_thread(self._root.mkdir, parents=True, exist_ok=True)
-            # Counted anew, since other stores may share the root; off the loop, since there may be thousands.
+            # Counted each time, since other stores may share the root; off the loop, since there may be thousands.
             kept = await asyncio.to_thread(_kept_bytes, self._root)
             with self._promise(kept, length):
                 return await self._take(self._root, chunks, length)

@@ -3,7 +3,7 @@
 Transformers imports torch's compiler, its distributed tensors and accelerate, whether a model needs them or not, and
 reads the sources of all its models to learn what is where. A model that is neither compiled nor quantised by a library
 needs none of the former, and what the latter finds is kept. Torch imports parts that only its compiler and training
-need; they are imported late, by whoever uses them first.
+need; they are imported late, on first use.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class _LateLoader(importlib.machinery.SourceFileLoader):
 
 
 class _LateFinder:
-    """Finds the modules of LATE, for Python's import; and before the compiler come the kernels that it needs."""
+    """Import finder for the modules of LATE; before the compiler it imports the kernels that it needs."""
 
     @staticmethod
     def find_spec(
@@ -143,7 +143,7 @@ def load_late(name: str) -> None:
 
 
 def import_torch() -> None:
-    """Import torch with the modules of LATE to come late, unless it is imported already."""
+    """Import torch with the modules of LATE deferred, unless it is imported already."""
     if "torch" in sys.modules:
         return
     sys.meta_path.insert(0, _LateFinder())

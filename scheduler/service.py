@@ -52,7 +52,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
                     logger.warning("another scheduler is now the leader")
                 except Internal:
                     raise
-                except Exception as error:  # noqa: BLE001  the leadership's edge: the next one reads the queue anew
+                except Exception as error:  # noqa: BLE001  the leadership's edge: the next one re-reads the queue
                     FAILED.note("leadership", error)
                     if not isinstance(
                         error, CONNECTION_ERRORS

@@ -66,7 +66,7 @@ MAX_TOLD = 64
 """Adapters of running and of waiting requests that the status names."""
 
 DRAIN_ROUNDS = 10
-"""Looks at the workers until it is said anew which should go first: thousands of adapters are compared for that."""
+"""Worker scans between two choices of the one to drain next, which compare thousands of adapters."""
 
 MEMORY_FOR_BATCH = 0.95
 """Share of its memory up to which the queue's jobs are dispatched: their answers stay there for a day."""

@@ -184,7 +184,7 @@ class HubSource:
                     await attempts.pause(f"the Hub answered {answer.response.status_code}", answer.response.headers)
                 except (httpx2.TransportError, _Cut) as error:
                     if file.tell() > at:
-                        attempts = Attempts(self._retries)  # progress was made: count anew
+                        attempts = Attempts(self._retries)  # progress was made: reset the count
                     await attempts.pause(f"the download of {repo} broke off: {type(error).__name__}")
 
     async def _read(self, url: str, file: BinaryIO, end: int, num_bytes: int, token: str) -> None:

@@ -144,7 +144,7 @@ class S3Source:
                     await attempts.pause(f"S3 answered {_status(error)}")
                 except (BotoCoreError, HTTPError, _Cut) as error:
                     if file.tell() > at:
-                        attempts = Attempts(self._retries)  # progress was made: count anew
+                        attempts = Attempts(self._retries)  # progress was made: reset the count
                     await attempts.pause(f"the download of {version.source} broke off: {type(error).__name__}")
 
     def _read(self, version: Version, name: str, file: BinaryIO, end: int) -> None:

@@ -125,7 +125,7 @@ class Aliases:
         return _or_raise(found)
 
     async def _from_source(self, name: str, reference: Reference, caller: Caller, timeout_s: float) -> m.Alias:
-        """Return the alias of a source; the stores look at it anew unless it was looked at lately."""
+        """Return the alias of a source; the stores check it again unless they did recently."""
         token = caller.token
         tenant = owner_of(token, self._secret)
         alias = await self._bus.adapters.alias(name, tenant)

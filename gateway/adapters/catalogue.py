@@ -2,7 +2,7 @@
 
 A gateway reads the catalogue when somebody lists it and it has changed: some hundreds of names at a time, once for all
 who ask meanwhile, and for no more than a tenth of the time. What a list shows, whole, is written once for all who see
-the same names. So a list costs a page, or a look at what was written before, whoever asks and however many do.
+the same names. So a list costs one page, or one look-up in the cache, for any number of callers.
 """
 
 from __future__ import annotations

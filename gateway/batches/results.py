@@ -115,7 +115,7 @@ class Results:
 
         hold: is told the bytes that the two files will have with what waits, before it is written. What it raises is
         raised, and all waits on.
-        Whoever calls it while another does waits until that one has ended, lest the files are made without its answers.
+        A concurrent caller waits for the running call to end, so that the files include its answers.
         """
         async with self._writing:
             return await self._write_waiting(hold)

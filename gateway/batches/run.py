@@ -2,7 +2,7 @@
 
 A batch is read twice: its lines are checked, then run in an order that suits adapters and prefix caches, a few at a
 time. Answers are written in parts; a line without one is asked again after a crash, under the same Idempotency-Key, so
-that what the fleet has computed is found and not computed anew.
+that results of the fleet are found and not computed again.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class BatchRun:
         else:
             end = self.batch.end or ("cancelled" if self.batch.cancelling_ms else "completed")
         await self._flush()
-        # Noted, since whoever has to begin its end anew finds an answer, if only a failure, for each line. Not so where
+        # Recorded, so that a gateway that repeats the end finds an answer or a failure for each line. Not so where
         # there is no room for these: then the lines are run again, up to where room ends.
         noted = "" if end == "completed" or self._no_room is not None else end
         await self._save(status="finalizing", finalizing_ms=self.batch.finalizing_ms or now_ms(), end=noted)

@@ -39,7 +39,7 @@ class BatchRunner:
         self._newer: dict[str, None] = {}  # batches that newer gateways can read alone
 
     def loop(self) -> Loop:
-        """Return what begins batches. Whoever has run it then calls `leave`."""
+        """Return the loop that starts batches. The caller must call `leave` after it."""
         return Loop("batches", self._look, self._pace.poll_s, self._wake)
 
     async def leave(self) -> None:
@@ -79,7 +79,7 @@ class BatchRunner:
     async def _claim(self, batch_id: str, tenant: str) -> ClaimedBatch | None:
         try:
             return await self._bus.batches.claim(batch_id, tenant, self._means.gid, int(self._pace.lease_s * 1000))
-        except NewerRecord as error:  # whoever can read it has it when this lease is over
+        except NewerRecord as error:  # a gateway that can read it takes over when this lease expires
             FAILED.note("batches", error, batch_id)
             self._newer[batch_id] = None
             if len(self._newer) > _MAX_NEWER:

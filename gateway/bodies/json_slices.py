@@ -24,7 +24,7 @@ class Rows:
     """A list whose entries are made when they are written, so that they are never there all at once."""
 
     def __init__(self, rows: Callable[[], Iterable[Any]], at_once: int = ROWS) -> None:
-        """rows: begins them anew. at_once: how many may be made and written at a time."""
+        """rows: returns a new iterator. at_once: rows formatted and written at a time."""
         self._rows = rows
         self._at_once = at_once
 

@@ -1,4 +1,4 @@
-"""The events of a job in order, made token by token from the logs: the same ones each time, whoever reads them.
+"""The events of a job in order, made token by token from the logs: the same for every reader.
 
 They do not depend on when somebody asks, nor which gateway. Each has a place, which grows with its choice's tokens, so
 that a reader is told what comes after the places that it knows.

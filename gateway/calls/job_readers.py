@@ -1,7 +1,7 @@
-"""Whoever waits for jobs here: one look at a job for all who stream it or wait for its end, and not too many a second.
+"""Readers that wait for jobs: all streams of a job share one read of the queue, and the reads per second are limited.
 
-What a stream is told was read once, whoever reads it. What was read lately is kept for readers that are a little
-slower; one that is slower still, or that came later, catches up by itself. Whoever is behind what a log holds reads
+Each event is read once for all streams. Recent events are cached for readers that are a little
+slower; one that is slower still, or that came later, catches up by itself. A reader that is behind its log reads
 some tokens at a time, in turns of tenants: a thousand who come late to long answers take no more of the event loop than
 one.
 """

@@ -1,7 +1,7 @@
 """Closes the objects of a JSON schema: an object that names its properties has no others. Pure.
 
 Libraries that make schemas of classes leave `additionalProperties` out, which by the letter allows any key. Models then
-write on, the same key again and again, for a grammar knows no other bound. What a schema itself says of
+write on, repeating the same key, because a grammar has no other bound. What a schema itself says of
 `additionalProperties` holds. Objects of free keys, which the grammar cannot keep from repeating, have so many and no
 more.
 """

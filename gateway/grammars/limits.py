@@ -1,7 +1,7 @@
 """What a schema, regular expression or grammar may hold, found out before anything compiles it. Pure.
 
 Each function here reads every character a bounded number of times: patterns are possessive, and what begins like a
-string or an expression and does not end is one token too, so that no search begins anew within it.
+string or an expression and does not end is one token too, so that no search restarts within it.
 
 Whether it compiles, and at what cost, is found out in the sandbox. Here is refused what is written in a few bytes and
 costs without bound, counted repetitions inside each other, and what is too deep or too wide to walk through. `minItems`

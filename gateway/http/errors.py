@@ -43,7 +43,7 @@ _WITH_FIELDS = (("parameters",), ("thinking",), ("output_config",), ("text",), (
 
 _RANGES = {"gt", "ge", "lt", "le"}
 _MAX_LISTED = 3  # reasons shown for one field
-_OWN_WORDS = {  # pydantic's error type -> text for whoever wrote the JSON
+_OWN_WORDS = {  # pydantic's error type -> text for the author of the JSON
     "missing": "it is missing",
     "string_type": "it must be a string",
     "int_type": "it must be an integer",

@@ -22,7 +22,7 @@ CONVERSATIONS = "/v1/conversations"
 COUNT_TOKENS = f"{MESSAGES}/count_tokens"
 
 MODELS = "/v1/models"
-"""It, and what is below it, answers in Anthropic's way whoever sends `anthropic-version`, else in OpenAI's."""
+"""These routes answer in Anthropic's form to clients that send `anthropic-version`, and in OpenAI's to others."""
 
 OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED = "/api/chat", "/api/generate", "/api/embed"
 OLLAMA_PREFIX = "/api/"
@@ -69,7 +69,7 @@ Its errors are OpenAI's.
 """
 
 PROBES = frozenset({"/health", PING})
-"""What programs read again and again to see whether a gateway is well: cheap, and never refused for its number."""
+"""Routes that programs poll to check a gateway's health: cheap, and exempt from limits on reads."""
 
 LISTS = frozenset(
     {

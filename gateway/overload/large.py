@@ -164,7 +164,7 @@ async def working() -> AsyncIterator[None]:
 async def work(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Return what a coroutine returns that works in threads, as `working` does.
 
-    Threads cannot be cancelled: whoever is, leaves at once, but a turn that has begun ends with the work. So no client
+    Threads cannot be cancelled: a cancelled caller leaves at once, but its turn lasts until the work ends. So no client
     can have more work done at a time by hanging up.
     """
     body = _BODY.get()
@@ -183,7 +183,7 @@ async def _in_turn(
         _TURNS.discard(task)
         give()
         if not task.cancelled():
-            task.exception()  # whoever has left does not want to know
+            task.exception()  # its caller has left
 
     task.add_done_callback(end)
     return await asyncio.shield(task)

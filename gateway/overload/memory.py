@@ -52,7 +52,7 @@ class MemoryAccount:
         return self._of.get(holder, 0)
 
     def open(self, holder: str) -> Charge:
-        """Return a charge of nothing; whoever opens it closes it."""
+        """Return an empty charge; the caller must close it."""
         return Charge(self, holder)
 
     def move(self, holder: str, num: int) -> None:
@@ -124,9 +124,9 @@ def hold(num_bytes: int) -> None:
 
 
 def shared() -> Charge | None:
-    """Return a charge of nothing to whoever the current call is charged to, for what outlives that call.
+    """Return an empty charge on the current call's holder, for memory that outlives the call.
 
-    Whoever takes it closes it. None where nothing is charged.
+    The caller must close it. None where nothing is charged.
     """
     charge = _CHARGE.get()
     return None if charge is None else charge.beside()

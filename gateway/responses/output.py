@@ -1,6 +1,6 @@
 """The output of one answer as it comes, token by token: its items, and the events that build them. Pure.
 
-The same tokens make the same items and events each time, whoever reads them and when.
+The same tokens give the same items and events for every reader at any time.
 """
 
 from __future__ import annotations

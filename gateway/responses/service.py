@@ -30,7 +30,7 @@ from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, NotFound
 
 CANCEL_WAIT_S = 10.0
-"""Most time until a worker has let go of a response that is cancelled."""
+"""Maximum time for a worker to release a cancelled response."""
 
 ITEM_BYTES = 1 << 8
 """What an item that was kept counts for, where it is asked how long a body takes to be read."""

@@ -139,7 +139,7 @@ class HttpServer(uvicorn.Server):
         is_counted = True
 
         def lost() -> None:
-            """Count the connection no more, whoever says it first: what was opened and then failed says it, too."""
+            """Stop counting the connection; idempotent, because an opened connection that fails also calls it."""
             nonlocal is_counted
             if is_counted:
                 is_counted = False

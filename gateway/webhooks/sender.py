@@ -78,7 +78,7 @@ class WebhookSender:
         self._plans = Items("webhooks", max_tries=0, backoff=Backoff(1.0, 600.0))
 
     def loop(self) -> Loop:
-        """Return what sends. Whoever has run it then calls `leave`."""
+        """Return the sending loop. The caller must call `leave` after it."""
         return Loop("webhooks", self._look, self._pace.poll_s, self._more)
 
     async def leave(self) -> None:
@@ -199,7 +199,7 @@ class WebhookSender:
         """
         try:
             endpoint = await self._bus.webhooks.endpoint(delivery.tenant, delivery.endpoint)
-        except UnreadableRecord as error:  # it may be written anew, or another release may read it, within the day
+        except UnreadableRecord as error:  # it may be rewritten, or another release may read it, within the day
             return str(error)
         if endpoint is None:
             return ""

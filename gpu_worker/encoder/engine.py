@@ -88,7 +88,7 @@ class EncoderEngine(BaseEngine):
         """Take the next texts whose adapters are in the pool, in order; those that yield after the others.
 
         Beside others, what yields has as many tokens as make the step `max_slowdown` times as long, batch work
-        `max_batch_slowdown` times. Whoever was passed over `MAX_SKIPS` times yields no more, but for batch work.
+        `max_batch_slowdown` times. A text passed over `MAX_SKIPS` times no longer yields, except batch work.
         """
         config, batch = self.config, Batch()
         classes: list[list[EngineRequest]] = [[] for _ in range(BATCH_PRIORITY + 1)]
@@ -124,7 +124,7 @@ class EncoderEngine(BaseEngine):
             batch.num_tokens += len(request.prompt)
 
     def _run(self, batch: Batch) -> None:
-        """Compute a batch, let go of its adapters, and put out its results."""
+        """Compute a batch, release its adapters, and emit its results."""
         try:
             results = self._compute(batch)
         finally:

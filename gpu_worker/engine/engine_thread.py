@@ -265,6 +265,6 @@ class EngineThread:
 
 
 def _resolve(future: Future[T], result: T) -> None:
-    """Set a future's result, unless whoever waited for it has given up."""
+    """Set a future's result, unless its waiter has cancelled it."""
     if future.set_running_or_notify_cancel():
         future.set_result(result)

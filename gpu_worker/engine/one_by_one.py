@@ -34,7 +34,7 @@ class OneByOneInputs(StepInputs):
 
 
 class OneByOneRunner(Runner):
-    """Runs plans on a model whose sequences run one by one."""
+    """Runs plans on a model whose sequences run unbatched."""
 
     def __init__(
         self, model: BaseModel, passes: Passes, num_blocks: int, extras: Mapping[str, Extras] | None = None

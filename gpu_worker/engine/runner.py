@@ -178,7 +178,7 @@ class HeadRows:
 class DecodeLists:
     """What a step of decodes reads on a CPU, written over by the next such step of the same sequences.
 
-    Making it anew would take three times as long: after a forward pass the processor's caches hold little of numpy.
+    Rebuilding it would take three times as long: after a forward pass the processor's caches hold little of numpy.
     """
 
     def __init__(self, num_seqs: int) -> None:
@@ -223,7 +223,7 @@ class RunningBatch:
         self._tables = np.zeros((len(seqs), 0), np.int32)
 
     def is_of(self, seqs: list[Sequence]) -> bool:
-        """Return whether it is the batch of these sequences, none of which was admitted anew."""
+        """Return whether it is the batch of these sequences, none of which was readmitted."""
         return seqs == self._seqs and all(map(operator.is_, self._blocks, [seq.blocks for seq in seqs]))
 
     def next_decodes(self, plan: StepPlan) -> DecodeLists | None:

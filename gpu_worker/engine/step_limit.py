@@ -1,6 +1,6 @@
 """How much longer a step may become for what yields. Pure; the batcher decides by it.
 
-Everybody in a step waits for its end, so whoever fills steps slows all others down, however evenly places are shared.
+Everybody in a step waits for its end, so a tenant that fills steps slows all others, however evenly slots are shared.
 What yields (`scheduler.fairness`) therefore takes part only as far as a step becomes no longer than `max_slowdown`
 times what the others' decodes take alone; batch work, `max_batch_slowdown` times.
 """
@@ -34,7 +34,7 @@ PROMPT_SHARE = 0.5
 once no others are left all of them would come in long steps."""
 
 BATCH_STEP = 3.0
-"""Times as long as an empty step a step of nothing but batch work may take, while others may come soon: whoever comes
+"""Times as long as an empty step a step of nothing but batch work may take, while others may come soon: a newcomer
 waits for its end."""
 
 

@@ -229,7 +229,7 @@ class ChunkScan(MixerCall):
     """mamba2_chunk_scan(x [1, T, H, P], dt [1, T, H], A [H], B, C [1, T, G, N], …): a state is [H, P, N] in fp32.
 
     Dao and Gu, Transformers are SSMs, 2024. Transformers limits dt in prompts only. Where there are limits, output
-    tokens that are computed again are computed one by one, as they were the first time.
+    recomputed tokens are computed one at a time, as they were the first time.
     """
 
     def __init__(self, many: Callable[..., Any], one: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> None:

@@ -80,7 +80,7 @@ def prepare_model(
 ) -> BaseModel:
     """Turn a Hugging Face causal LM into one that runs packed steps over paged caches. Changes `module`.
 
-    Where its layers cannot be packed, its sequences run one by one (`passes`). eos_ids: token ids that end a text.
+    Where its layers cannot be packed, its sequences run unbatched (`passes`). eos_ids: token ids that end a text.
     impl: the kernels' implementation, None for the device's own. tasks: what it is asked for, None for what any causal
     LM is. compiled: torch compiles each layer as Hugging Face wrote it, instead of shortcuts. answers: those of an
     earlier start, whose layers were packed. Raises BadRequest naming what cannot be served.
@@ -162,9 +162,9 @@ def _pack(model: BaseModel, impl: ops.Impl | None) -> tuple[Trial, list[str]]:
 
 
 def _run_one_by_one(model: BaseModel, reasons: list[str]) -> Trial:
-    """Let a model's sequences run one by one, and return the trial of that.
+    """Let a model's sequences run unbatched, and return the trial of that.
 
-    reasons: why they cannot be packed. Raises BadRequest where they cannot run one by one either.
+    reasons: why they cannot be packed. Raises BadRequest where they cannot run unbatched either.
     """
     module, check = model.module, model.check
     assert check is not None
@@ -259,7 +259,7 @@ def _unpackable(module: PreTrainedModel, trial: Trial) -> list[str]:
 def _max_positions(config: Any, calls: list[AttentionCall] | None = None) -> int:
     """Return the longest sequence that is computed exactly whatever else is in its step; 0 if there is no limit.
 
-    calls: of attention that is packed; None for sequences that run one by one.
+    calls: of attention that is packed; None for sequences that run unbatched.
     """
     limits = [getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)]
     limits += _rope_limits(config)

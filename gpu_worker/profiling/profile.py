@@ -1,4 +1,4 @@
-"""What an engine's steps spend their time on: phases as they run, then operations with layers run one by one.
+"""What an engine's steps spend their time on: phases as they run, then operations with one call per layer.
 
 For `lorafleet profile`, which shows the result; `docs/engine.md` says how to read it.
 """
@@ -230,7 +230,7 @@ def _totals(steps: Decode) -> dict[str, float]:
 
 @contextmanager
 def _layer_by_layer(engine: Engine) -> Iterator[None]:
-    """Let stacked layers run one by one, and mark where forward passes begin and end."""
+    """Run each stacked layer in its own call, and mark where forward passes begin and end."""
     run, stacks = engine.runner.run, stacks_of(engine.model.module)
 
     def marked(inputs: StepInputs) -> Tensor:

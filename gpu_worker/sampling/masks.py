@@ -3,7 +3,7 @@
 Most masks take some ten microseconds, a hostile grammar's 20 ms, and which it is shows only afterwards. So none is
 computed in the engine's thread: it waits for those of a step for a limited time, and a sequence whose mask is late
 takes part in a later step. Matchers that have proved quick are filled together; new ones, and those that were slow
-once, one by one, so that what each costs is known. Each kind has threads of its own: none delays another.
+once, one at a time, so that the cost of each is known. Each kind has threads of its own: none delays another.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class ResidencyTime:
                 self._seconds[digest] = self._seconds.get(digest, 0.0) + passed_s
 
     def take(self, now_s: float, *, at_once: bool = False) -> dict[str, int]:
-        """Return what is to be told, ms by digest, and begin anew; {} before `TELL_S` have passed, unless `at_once`."""
+        """Return the times to report, ms by digest, and reset them; {} within `TELL_S`, unless `at_once`."""
         if not at_once and now_s - self._told_s < TELL_S:
             return {}
         found = {digest: round(seconds * 1000) for digest, seconds in self._seconds.items()}

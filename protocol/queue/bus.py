@@ -110,7 +110,7 @@ class Bus:
             raise Internal(f"Redis has maxmemory-policy {policy}; the queue needs noeviction, or it loses requests")
 
     async def restarted(self) -> bool:
-        """Return whether the server has started anew since the last call: then it may have lost its last second."""
+        """Return whether the server was restarted since the last call: then it may have lost its last second."""
         asked_at_ns = time.monotonic_ns()
         facts = await self._redis.info("server")
         CLOCK.learn(1000 * facts["server_time_usec"], asked_at_ns, time.monotonic_ns())

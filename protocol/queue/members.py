@@ -24,7 +24,7 @@ MAX_STORE_SILENCE_MS = 10_000
 class FleetSummary:
     """What admission asks about the fleet."""
 
-    num_workers: int  # registered, and heard of lately
+    num_workers: int  # registered, with a recent heartbeat
     base: m.ServedModel | None
     status: m.SchedulerStatus | None
 

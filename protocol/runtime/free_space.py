@@ -1,7 +1,7 @@
 """The part of every disk that nothing brought from outside may take.
 
 The queue's log is often on the same disk as files, adapters and answers of batches. A disk that these filled would stop
-the queue, and with it the whole fleet, deletions among it. So whoever writes what others bring asks here first, and
+the queue, and with it the whole fleet, deletions among it. So code that writes clients' data asks here first, and
 again with every piece.
 """
 

@@ -85,7 +85,7 @@ FAILED = Failures()
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """What a service does again and again."""
+    """A background loop of a service."""
 
     name: str  # name in the log and the metric
     work: Callable[[], Awaitable[object]]
@@ -147,7 +147,7 @@ class Items:
         self, name: str, *, max_tries: int = 8, backoff: Backoff = TROUBLE, max_keys: int = 10_000,
         failed: Failures = FAILED, clock: Clock = time.monotonic,
     ) -> None:  # fmt: skip
-        """max_tries: 0: none is given up. max_keys: that are remembered; beyond, the oldest begin anew."""
+        """max_tries: 0: no limit. max_keys: remembered keys; beyond that, the oldest start over."""
         self._name = name
         self._max_tries = max_tries
         self._backoff = backoff

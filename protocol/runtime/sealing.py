@@ -1,4 +1,4 @@
-"""What requests ask, encrypted while it lies in the queue: whoever reads the queue's files or backups reads no prompts.
+"""Encryption of requests' contents in the queue, so that its files and backups contain no readable prompts.
 
 Gateways and workers seal and open with a key that is derived from the fleet's secret; the queue never has it. Each text
 is bound to its place in the queue, so that no two can be exchanged. Not sealed are tokens, the logs of answers, names

@@ -114,7 +114,7 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="the gateway's port; 0: any free one (`up` only)")
     api_keys: bool = Field(
         default=False,
-        description="require API keys (see `lorafleet keys`); without, whoever reaches the gateway has full access",
+        description="require API keys (see `lorafleet keys`); otherwise anyone who reaches it has full access",
     )
     console_keys: bool = Field(
         default=False, description="let operators create, limit and revoke API keys over HTTP and in the console"

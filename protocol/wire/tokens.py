@@ -1,7 +1,7 @@
 """Token ids to text: a table of every token's bytes, and a decoder that needs nothing else.
 
 The library `tokenizers` decodes as well, with whatever a tokenizer.json tells it to do. Here that was settled when the
-table was made (`peft_adapters/texts/tokenizer_json.py`), so a token costs a look into a list, whoever wrote the file.
+table was made (`peft_adapters/texts/tokenizer_json.py`), so a token costs one list look-up, for any file.
 """
 
 from __future__ import annotations

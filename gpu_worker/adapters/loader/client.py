@@ -184,7 +184,7 @@ class _Process:
                 self._settle(*received)
         except OSError as error:
             logger.debug("the loader process has ended: %r", error)
-        except BaseException:  # the thread's edge: whoever waits for an adapter must hear of it
+        except BaseException:  # the thread's edge: waiting callers must get the error
             logger.exception("the loader process sent an unreadable message; starting another")
             self.popen.kill()
         with self._asking:

@@ -73,7 +73,7 @@ class AnonymousFile:
                 self.memory.madvise(mmap.MADV_REMOVE, first, last - first)
 
     def handed_over(self, num_bytes: int) -> int:
-        """Cut the file to its first bytes, and return a descriptor of its own for whoever gets it."""
+        """Cut the file to its first bytes, and return a duplicate descriptor for its receiver."""
         os.truncate(self.fd, num_bytes)
         return os.dup(self.fd)
 
@@ -85,7 +85,7 @@ class AnonymousFile:
 
 
 class KeptFiles:
-    """Files that were used before, for whoever needs one next. Methods may be called from any thread."""
+    """A pool of files for reuse. Methods may be called from any thread."""
 
     def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
         """max_bytes: of all files that wait to be used."""

@@ -1,4 +1,4 @@
-"""Turns of threads at what takes the processor: one after another, whoever was asked for first."""
+"""A first-in, first-out lock for CPU-bound work of threads."""
 
 from __future__ import annotations
 

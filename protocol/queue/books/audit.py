@@ -29,7 +29,7 @@ MAX_TEXT = 300
 """Longest text of an entry, in characters."""
 
 CLI = "cli"
-"""The name in the audit log of whoever uses the command line: there the queue's password stands for an API key."""
+"""The actor of commands in the audit log: the queue's password stands for an API key there."""
 
 _ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 

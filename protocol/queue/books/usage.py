@@ -1,7 +1,7 @@
 """What tenants have used, by day: the scripts that end requests count it (`count_usage` of `lua/common.lua`).
 
 A tenant's day is a hash with a row for each model that answered it. As a row is written with the end of its request, or
-not at all, each request counts once, whoever dies and however often it was run.
+not at all, each request counts once, whatever dies and however often it was run.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def found_by(sentinels: Sentinels, base: Any) -> Any:
-    """Return a class of connections like `base` that go to whoever is the primary when they are opened.
+    """Return a class of connections like `base` that go to the server that is the primary when they are opened.
 
     Once one of them has found another primary, the others leave the old one, even if it still answers: what one
     connection wrote, another must be able to read.

@@ -90,7 +90,7 @@ class _Talk(asyncio.Protocol):
                 self.end(error)
                 break
             future, _ = self._waiting.popleft()
-            if future.done():  # whoever asked has been cancelled
+            if future.done():  # its caller was cancelled
                 continue
             if error is None:
                 future.set_result(reply)
@@ -102,7 +102,7 @@ class _Talk(asyncio.Protocol):
         self.end(RedisConnectionError(_LOST))
 
     def end(self, error: Exception) -> None:
-        """Close the connection; whoever waits is told why."""
+        """Close the connection; waiting callers get the reason."""
         self.is_over = True
         self._transport.abort()
         if self._timer is not None:

@@ -1,6 +1,6 @@
 """The records of batches, and which gateway runs which.
 
-A gateway runs a batch for a few seconds at a time, and says again and again that it goes on. When it has been silent
+A gateway runs a batch under a lease of a few seconds, which it keeps renewing. When it has been silent
 another one takes the batch over under a higher epoch, by which the first one can write no more.
 """
 

@@ -116,7 +116,7 @@ local function kept_bytes(tenant, now)
   return -tonumber(redis.call('ZSCORE', key, 'sum') or 0)
 end
 
--- Tell that a job or a batch has ended, to whoever sends webhooks. `type`: of the event, '' for a job's, whose requests
+-- Note the end of a job or a batch, for the gateways that send webhooks. `type`: of the event, '' for a job's, whose requests
 -- say how it ended. Each tenant has a stream of its own, so that none pushes out, or waits behind, another's ends.
 local function tell_end(tenant, id, type)
   redis.call('XADD', P .. ':ends:' .. tenant, 'MAXLEN', '~', '10000', '*', 'id', id, 'type', type)

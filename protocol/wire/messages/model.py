@@ -42,9 +42,7 @@ class ServedModel(Wire, frozen=True):
     device: str = ""  # "cpu" or "cuda"
     task: Task = "generate"  # main task
     tasks: list[Task] = []  # further tasks, of the base model or only of adapters, see `labels`
-    labels: list[
-        str
-    ] = []  # `classify`, `score`: labels by index; [] of `score`: only adapters with a head can be asked
+    labels: list[str] = []  # `classify`, `score`: labels by index; [] of `score`: only adapters with a head answer
     activation: Activation = ""  # `score`: activation from a text's logits to label probabilities
     pair_activation: Activation = ""  # `score`: activation from a pair's one logit to its score
     label_head: str = ""  # `score`: site that outputs the logits; an adapter's may have another number
