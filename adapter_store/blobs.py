@@ -148,7 +148,7 @@ class Blobs:
         return digest if digest in self._sizes else None
 
     def readers_of(self, version: str) -> set[str]:
-        """Return by whose rights a version was read: kinds of `Reader`, but for tokens, which prove no other's."""
+        """Return the kinds of `Reader` that have read a version. Tokens are never recorded."""
         return self._note_of(version)[1]
 
     def note_reader(self, version: str, reader: str) -> None:

@@ -144,7 +144,7 @@ class Registrar:
         await self._bus.adapters.renew_leases(self._busy, LEASE_MS)
 
     def accesses_to(self, digest: str) -> list[Access]:
-        """Return by whose rights the names of this content were fetched, each once; those of no token first.
+        """Return the distinct readers whose rights fetched the names of this content, those without a token first.
 
         A token that cannot be read here is left out.
         """
@@ -157,7 +157,7 @@ class Registrar:
         return sorted(found, key=lambda access: (access.token != "", not access.as_fleet, access.token))
 
     def _access(self, field: str, registration: Registration) -> Access:
-        """Return by whose rights a registration's source is read. Raises PermissionDenied for an unreadable token."""
+        """Return the reader with whose rights a registration is read. Raises PermissionDenied for an unreadable token."""
         as_fleet = registration.as_fleet or registration.is_operators
         if not registration.token:
             return Access(as_fleet=as_fleet)

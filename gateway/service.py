@@ -197,7 +197,7 @@ async def _serve(
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What runs, and what is told of the end."""
+    """Background loops, and the parts that take part in shutdown."""
 
     app: Envelope
     answers: Answers

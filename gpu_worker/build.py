@@ -1,4 +1,4 @@
-"""From settings to a running engine: the model, the sizes of its caches, and what the fleet is told of it."""
+"""From settings to a running engine: the model, the sizes of its caches, and what the worker reports to the fleet."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ FetchFiles = Callable[[str], FetchedAdapter]
 """Returns an adapter's files by digest. Called in loader threads; may block."""
 
 Describe = Callable[[list[RowSite], m.ServedModel, str], object]
-"""Told the model that adapters are packed for: its places for rows, the model, the key of its tokenizer.json."""
+"""Callback with the model that adapters are packed for: its sites, the model, the key of its tokenizer.json."""
 
 
 def load_engine(
@@ -444,7 +444,7 @@ def _step_sizes(device: torch.device, settings: Settings) -> tuple[int, int]:
 
 
 def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: Settings) -> m.ServedModel:
-    """Return what the fleet is told of the model."""
+    """Return the model's description for the fleet."""
     own = _encoder_tasks(model) if isinstance(model, EncoderModel) else _decoder_tasks(model)
     return m.ServedModel(
         model=settings.model,

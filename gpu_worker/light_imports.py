@@ -39,7 +39,7 @@ MASKS = f"{COMPILER}._trace_wrapped_higher_order_op"
 """The one module of the compiler that transformers uses by itself, for masks."""
 
 MISSING = ("is_accelerate_available", "is_torch_distributed_available", "is_kernels_available")
-"""What transformers asks about packages, and is told no."""
+"""Packages that transformers asks for, answered as missing."""
 
 META_KERNELS = "torch._meta_registrations"
 """Shapes of results on no device, written in Python. Torch has most of them in C++."""
@@ -98,7 +98,7 @@ def _config(settings: Settings) -> dict[str, Any]:
 
 
 class _Late(ModuleType):
-    """A module that runs its code when something is looked for in it which is not there yet."""
+    """Lazy module: executes on the first access to a missing attribute."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name != "__all__":  # Python looks these up on every module
@@ -192,7 +192,7 @@ class _StandIn(ModuleType):
 
 
 def _mark(function: Callable[..., Any] | None = None, *_: object, **__: object) -> Callable[..., Any]:
-    """Stand for a mark that tells the compiler of a function, which it will never see."""
+    """Stand in for a decorator that marks functions for the compiler, which never sees them."""
     return function or _mark
 
 

@@ -31,7 +31,7 @@ TIERS = ("resident", "loading", "host", "store")
 """Names of `workers.Tier`, in its order."""
 
 PREFETCH_AGAIN_MS = 10_000
-"""Time in which a worker is told only once to fetch an adapter ahead."""
+"""Minimum time between two prefetch orders for one adapter."""
 
 MAX_QUEUED_DIGESTS = 1024
 """Adapters with queued requests that one message to a worker names."""
@@ -41,7 +41,7 @@ MAX_QUEUED_DIGESTS = 1024
 class SchedulerConfig:
     """The scheduler's settings."""
 
-    slack_tokens: float = 4096.0  # weighted tokens by which others may pass a tenant whose request is held
+    slack_tokens: float = 4096.0  # weighted tokens that others may receive before a held request must be placed
     max_attempts: int = 3  # workers that may die while they have a request, before it fails
     beat_timeout_s: float = 3.5  # silence after which a worker counts as dead
     wait_for_worker_s: float = 0.0  # after which a call ends while there is no worker; 0: at its deadline
@@ -99,9 +99,9 @@ class Scheduler:
         self._now_ms = 0.0  # time of the last plan
         self._unplaced: set[str] = set()  # digests of requests submitted since the last plan
         self._wanted: list[tuple[str, str]] = []  # (worker, adapter) of new homes
-        self._prefetched: dict[str, float] = {}  # adapter -> when a worker was told to fetch it, ms
-        self._queued: dict[str, frozenset[str]] = {}  # worker -> adapters it was told that queued requests want
-        self._queued_changes: list[tuple[str, list[str]]] = []  # the same, of workers to be told
+        self._prefetched: dict[str, float] = {}  # adapter -> time of the last prefetch order, ms
+        self._queued: dict[str, frozenset[str]] = {}  # worker -> adapters of queued requests, as last sent to it
+        self._queued_changes: list[tuple[str, list[str]]] = []  # changes of the same to send
 
     # ------------------------------------------------------------ what happened
 
@@ -258,7 +258,7 @@ class Scheduler:
         return oldest
 
     def placed(self, request: QueuedRequest, wid: str, now_ms: int) -> m.Placed:
-        """Return why a request goes to a worker, as its record tells it."""
+        """Return why a request goes to a worker, as recorded."""
         choice = request.choice
         options = [choice.chosen] if choice is not None else []
         if choice is not None:

@@ -1,7 +1,7 @@
 """Which worker should go when there are to be fewer: the one that costs the others least. Pure.
 
-The cost has two parts, in ms of work: refetching adapters that no other worker has in as near a tier, and recomputing the
-prompts and tokens of the worker's requests.
+The cost has two parts, in ms of work: refetching adapters that no other worker has in as near a tier, and recomputing
+the prompts and tokens of the worker's requests.
 """
 
 from __future__ import annotations

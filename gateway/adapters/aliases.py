@@ -188,7 +188,7 @@ class Aliases:
     ) -> m.Alias:  # fmt: skip
         """Have the stores look at a name's source, all who wait by one look; return the alias after it.
 
-        `ask` tells them, and returns when that was. Raises why the name is not served.
+        `ask` asks the stores, and returns the time. Raises the reason why the name is not served.
         """
         key = private_name(name, tenant)
         asked_ms = self._asked.get(key, 0) or await ask()

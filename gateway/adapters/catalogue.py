@@ -72,7 +72,7 @@ class Catalogue:
     """The names that a caller sees."""
 
     def __init__(self, bus: Bus, max_age_s: float = MAX_AGE_S) -> None:
-        """`max_age_s`: of the copy, where nothing tells that it is old."""
+        """`max_age_s`: maximum age of the copy, where no event invalidates it."""
         self._bus = bus
         self._max_age_s = max_age_s
         self._turns = Places(1)
@@ -121,7 +121,7 @@ class Catalogue:
     ) -> tuple[list[m.Alias], bool]:  # fmt: skip
         """Return the next `limit` aliases that are to be shown, and whether there are more.
 
-        after: `NAME,TENANT` as the page before ended; or a name, which all tenants' of that name are left out with.
+        after: `NAME,TENANT`, the end of the previous page. A bare name skips every tenant's adapter of that name.
         """
         name, has_tenant, tenant = after.partition(",")  # no name has a comma
         found: list[m.Alias] = []

@@ -115,7 +115,7 @@ class AdapterOperations:
     async def list(self, caller: Caller, tenant: str | None, after: str, limit: int) -> dict[str, Any]:
         """Return a page of at most `limit` adapters by name: those the caller sees, or a tenant's own.
 
-        after: `last_id` of the page before; or a name, which all tenants' adapters of that name are left out with.
+        after: `last_id` of the previous page. A bare name skips every tenant's adapter of that name.
         """
         owner = None if tenant is None else caller.namespace(tenant)
         page, has_more = await self._catalogue.page(
@@ -453,7 +453,7 @@ class AdapterOperations:
         if not digest or (kept_by if caller.is_admin else kept_by and kept_by != [OTHERS]):
             return Unloaded(name, digest, Freed(), [one for one in kept_by if one != OTHERS or caller.is_admin], 0)
         if not caller.is_admin:
-            # Whether other tenants have this content is not told: not by what is freed, nor by how long that takes.
+            # Whether other tenants have this content is not revealed, neither by freed bytes nor by the duration.
             num_ended = await self.memory.end_requests(digest, error, caller.name) if force else 0
             if not others and len(self._freeing) < MAX_FREEING:
                 task = asyncio.create_task(self._free_later(digest, blob=blob, wait_s=min(wait_s, FREEING_S)))

@@ -48,7 +48,7 @@ class Resolver:
     ) -> None:  # fmt: skip
         """`own`: the files that adapters bring; `folder`: the root whose sub-folders are served as adapters.
 
-        `shows_paths`: models' objects tell where on this machine an adapter lies.
+        `shows_paths`: models' objects show an adapter's path on this machine.
         """
         self._bus = bus
         self._folder = folder

@@ -284,7 +284,7 @@ class Envelope:
             if not is_failure(failure):
                 raise
             logger.exception("%s %s failed, x-request-id %s", scope["method"], scope["path"], request_id)
-            if not status:  # not yet told by `errors.add_handlers`, which knows of exceptions but not of panics
+            if not status:  # not yet answered by `errors.add_handlers`, which handles exceptions but not panics
                 await shape_of(scope).response(Internal("the gateway failed"))(scope, receive, send_marked)
         finally:
             if trace is not None and TRACING.tracer is not None:

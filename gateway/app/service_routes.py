@@ -31,7 +31,7 @@ class Endpoints:
     def __init__(
         self, answers: Answers, pipeline: Pipeline, admission: Admission, disk_full: Callable[[], bool]
     ) -> None:  # fmt: skip
-        """disk_full: tells whether the queue's server cannot write to its disk."""
+        """disk_full: returns whether the queue's server cannot write to its disk."""
         self._answers = answers
         self._pipeline = pipeline
         self._admission = admission

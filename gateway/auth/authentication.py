@@ -93,7 +93,7 @@ def _shown(key: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches what listens on `host`."""
+    """Return whether a listener on `host` can only be reached from this machine."""
     if host == "localhost":
         return True
     try:

@@ -42,7 +42,7 @@ SORTED_AT_ONCE = 256
 """Lines that are sorted before others have their turn."""
 
 MAX_PROBLEMS = 50
-"""Problems of a file that are told; the rest are counted by nobody."""
+"""Maximum number of reported problems of a file; the rest are ignored."""
 
 MAX_CUSTOM_ID_CHARACTERS = 512
 SORTED_BYTES = 96

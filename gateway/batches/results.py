@@ -185,7 +185,7 @@ class _Told(msgspec.Struct):
 
 
 def usage_of(body: bytes) -> m.BatchUsage:
-    """Return the tokens that an answer tells of, in the words of any of the APIs."""
+    """Return the token usage of an answer in the form of any of the APIs."""
     usage = msgspec.json.decode(body, type=_Told).usage or {}
     given = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
     made = usage.get("completion_tokens_details") or usage.get("output_tokens_details") or {}

@@ -39,7 +39,7 @@ End = Literal["completed", "expired", "cancelled"]
 logger = logging.getLogger(__name__)
 
 RETRIED = frozenset({429, 502, 503, 529})
-"""Statuses that tell of a fleet that is busy, and not of the line."""
+"""Statuses that are caused by a busy fleet, not by the line."""
 
 
 RETRY = Backoff(1.0, 600.0)
@@ -82,7 +82,7 @@ class BatchRun:
     """One batch while this gateway runs it."""
 
     def __init__(self, means: BatchMeans, claimed: ClaimedBatch, num_calls: Callable[[], int]) -> None:
-        """num_calls: tells how many of its lines may run now."""
+        """num_calls: returns how many of its lines may run now."""
         self._means = means
         self._bus = means.bus
         self._settings = means.settings

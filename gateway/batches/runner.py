@@ -1,6 +1,6 @@
 """The batches that this gateway runs: each for as long as it says so to the queue, and the next gateway from there on.
 
-What keeps one from going on is told, counted, and tried again ever later, by whichever gateway; at last it ends.
+An error that blocks a batch is logged and counted. Any gateway retries it with growing pauses, up to a limit.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ def json_answer(value: Any, status: int = 200) -> Response:
 class SlicedResponse(Response):
     """A JSON answer that is written a slice at a time, as its client reads it; between two of them others have a turn.
 
-    So it is never there as a whole, and its length is not told before.
+    So it is never in memory as a whole, and its length is not announced.
     """
 
     media_type = "application/json"

@@ -31,7 +31,7 @@ MAX_NAME_CHARACTERS = 64
 
 
 def _describe(schema: dict[str, Any], body: type[JsonBody]) -> None:
-    """Tell in `/openapi.json` what a body may have beside its fields."""
+    """Add a body's further parameters to `/openapi.json`."""
     schema["additionalProperties"] = False
     for name, parameter in PARAMETERS_OF[body.OBJECT].items():
         if parameter.fate == "accepted":
@@ -58,7 +58,7 @@ class Ignored:
     object: str
     known: Parameter | None  # None: no object of this kind has such a parameter
 
-    def told(self) -> str:
+    def message(self) -> str:
         """Return what is wrong with it."""
         if self.known is not None:
             return f"`{self.path}` {self.known.why}."
@@ -85,19 +85,19 @@ def check_parameters(body: JsonBody, policy: Literal["refuse", "warn"]) -> str:
         first = found[0]
         rest = f" Also unsupported: {', '.join(one.path for one in found[1:])}." if len(found) > 1 else ""
         code = "unknown_parameter" if first.known is None else "unsupported_parameter"
-        raise BadRequest(f"{first.told()}{rest}", param=first.path, code=code)
+        raise BadRequest(f"{first.message()}{rest}", param=first.path, code=code)
     return ", ".join(one.path for one in found)
 
 
 def ignore(headers: MutableMapping[str, str], names: Sequence[str]) -> None:
     """Name in an answer's headers what its call is served without, besides what they name already.
 
-    names: printable ASCII; no more than `MAX_NAMED` are told.
+    names: printable ASCII; at most `MAX_NAMED` are named.
     """
     before = headers[IGNORED_HEADER].split(", ") if IGNORED_HEADER in headers else []
-    told = list(dict.fromkeys([*before, *names]))[:MAX_NAMED]
-    if told:
-        headers[IGNORED_HEADER] = ", ".join(told)
+    named = list(dict.fromkeys([*before, *names]))[:MAX_NAMED]
+    if named:
+        headers[IGNORED_HEADER] = ", ".join(named)
 
 
 def _ignored(value: JsonBody | dict[str, Any], kind: str, path: str) -> Iterator[Ignored]:

@@ -17,10 +17,10 @@ from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 GROUPS = ("project_id", "model", "batch", "adapter", "base_model")
-"""By what usage is told apart. The last two are not OpenAI's: an adapter's digest, and the base model."""
+"""Fields to group usage by. The last two are not OpenAI's: an adapter's digest, and the base model."""
 
 NOT_COUNTED = ("user_id", "api_key_id", "service_tier", "api_source")
-"""By what OpenAI tells it apart, and this fleet does not."""
+"""Fields that OpenAI can group by, and this fleet cannot."""
 
 MAX_RESULTS = 20_000
 """Most results of an answer, over all its days."""
@@ -48,7 +48,7 @@ class Query:
 
     @property
     def shows_residency(self) -> bool:
-        """Whether the time of adapters in pools can be told, which is nobody's in particular."""
+        """Whether adapters' residency can be reported: it belongs to no single tenant."""
         return self.group_by in ((), ("adapter",)) and not self.models and not self.projects and self.batch is None
 
     def takes(self, row: UsageRow) -> bool:

@@ -27,7 +27,7 @@ from protocol.wire.errors import IdempotencyKeyReused, NotFound
 ATTACHED_POLL_S = 0.1
 
 UNKNOWN_MODEL_LEN = 1 << 17
-"""The context that a model is taken to have while no worker has told its model to this gateway."""
+"""The assumed context length while no worker has reported its model to this gateway."""
 
 
 class EarlierCalls:

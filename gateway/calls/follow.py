@@ -137,7 +137,7 @@ class Generation:
         return list(pieces.values())
 
     def pass_on(self, take: Callable[[m.Delta], bool]) -> None:
-        """Give deltas to `take` as they come while `advance` waits. It returns False for those that `advance` takes."""
+        """Call `take` for each delta while `advance` is suspended; it returns False to leave a delta to `advance`."""
         self._mail.at_once = take
 
     def piece_of(self, delta: m.Delta) -> Piece | None:
@@ -172,7 +172,7 @@ class Generation:
     # ------------------------------------------------------------ order
 
     def _note(self, choice: Choice, timing: m.Timing) -> None:
-        """Take the times that a worker tells of an assignment, twice at most: with the first token and with the end."""
+        """Take an assignment's times, which a worker reports at most twice: with the first token and with the end."""
         before = self._timings.get(choice.rid)
         self._timings[choice.rid] = timing
         if before is None or before.taken_ms != timing.taken_ms:
@@ -237,7 +237,7 @@ class Generation:
                 observe.choice_ended(one.finish)
                 if by_token and len(pieces) > 1:
                     del pieces[place]
-                    self._failure = error  # told once the tokens before it are
+                    self._failure = error  # raised after the tokens before it
                     return
                 self._open.discard(choice.rid)
                 raise

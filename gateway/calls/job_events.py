@@ -1,7 +1,7 @@
 """The events of a job in order, made token by token from the logs: the same for every reader.
 
 They do not depend on when somebody asks, nor which gateway. Each has a place, which grows with its choice's tokens, so
-that a reader is told what comes after the places that it knows.
+that a reader gets the events after its position.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Event:
     """What one token, or an end, adds to a stream: whole frames, of which the last carries the id."""
 
     choice: int
-    place: int | None  # None: every reader is told
+    place: int | None  # None: sent to every reader
     frames: list[bytes]
 
     @property
@@ -86,7 +86,7 @@ class JobEvents:
                     await self._advance(choice, self._at_once, made)
             if all(choice.cursor.ended for choice in self.choices):
                 made += self._ended(await self.last())
-        except BaseException as failure:  # the edge of a call: every failure is told
+        except BaseException as failure:  # the edge of a call: every failure is sent
             if not is_failure(failure):
                 raise
             made += self._ended(self.failed(error_of(failure)))
@@ -97,7 +97,7 @@ class JobEvents:
         return end
 
     async def catch_up(self, goal: Places) -> list[Event]:
-        """Return as `advance` the next events up to these places, without the end, which another reader tells."""
+        """Return as `advance` the next events up to these places, without the end, which another reader sends."""
         made: list[Event] = []
         for i, choice in enumerate(self.choices):
             limit = min(goal[i] - choice.cursor.next, self._at_once)

@@ -24,7 +24,7 @@ END_POLL_S = 0.2
 """Shortest pause between looks whether a job has ended."""
 
 PER_S = 1000
-"""Most times a second that one tenant's readers, on one gateway, are told something or look for it: a tenth of a core
+"""Maximum notifications and reads per second for one tenant's readers on one gateway: a tenth of a core
 or two. With more of them than that leaves for each, each waits longer."""
 
 KEPT_BYTES = 256 << 10
@@ -35,7 +35,7 @@ Opening = Callable[[], Awaitable[JobEvents]]
 
 
 class SharedReader:
-    """The events of one job, read as fast as the fastest of those who are told."""
+    """The events of one job, read as fast as its fastest reader."""
 
     def __init__(
         self, opening: Opening, pause_s: Callable[[float], float], keepalive_s: float, kept_bytes: int,
@@ -43,7 +43,7 @@ class SharedReader:
     ) -> None:  # fmt: skip
         """Begin to open the job; `opening` raises what is wrong with it.
 
-        `pause_s`: how long a pause is to be that could be so short. `keepalive_s`: how often readers are told what the
+        `pause_s`: how long a pause is to be that could be so short. `keepalive_s`: how often readers are sent the
         job waits for. `kept_bytes`: of the latest events. `turn`: in which is read what the log holds already.
         """
         self.num_readers = 0
@@ -58,7 +58,7 @@ class SharedReader:
         self._num_bytes = 0
         self._num_dropped = 0
         self._num_end = 0  # events of the job's end among those that are kept
-        self._wanted = asyncio.Event()  # somebody has been told all there is
+        self._wanted = asyncio.Event()  # a reader has consumed everything
         self._news = asyncio.get_running_loop().create_future()
         self._opened: asyncio.Task[JobEvents] = asyncio.create_task(self._open())
         self._reading: asyncio.Task[None] | None = None
@@ -88,7 +88,7 @@ class SharedReader:
 
     @property
     def num_told(self) -> int:
-        """The events that have been made but for those of the job's end, which this reader alone tells."""
+        """The events that have been made but for those of the job's end, which this reader alone sends."""
         return self.num_made - self._num_end
 
     def since(self, number: int) -> list[Event] | None:
@@ -104,7 +104,7 @@ class SharedReader:
             raise self._failure
 
     def close(self) -> None:
-        """Stop reading, and be charged nothing any more: nobody is told."""
+        """Stop reading and release the charge, without notifying readers."""
         for task in (self._opened, self._reading):
             if task is not None:
                 task.cancel()
@@ -119,7 +119,7 @@ class SharedReader:
         return events
 
     async def _read(self) -> None:
-        """Read until the job has ended: no further than somebody wants to be told."""
+        """Read until the job has ended: no further than a reader wants."""
         events, loop = self._opened.result(), asyncio.get_running_loop()
         asked_s = loop.time()
         try:
@@ -137,13 +137,13 @@ class SharedReader:
                     self.waiting_for = await events.waiting_for()
                 if not events.is_behind and not events.is_over:
                     await asyncio.sleep(self._pause_s(POLL_S if events.has_begun else WAITING_POLL_S))
-        except Exception as error:  # noqa: BLE001  the job's edge: all its readers are told
+        except Exception as error:  # noqa: BLE001  the job's edge: all its readers get the error
             self._failure = error
             self._tell()
 
     def _tell(self) -> None:
-        told, self._news = self._news, asyncio.get_running_loop().create_future()
-        told.set_result(None)
+        news, self._news = self._news, asyncio.get_running_loop().create_future()
+        news.set_result(None)
 
     def _keep(self, made: list[Event]) -> None:
         self._kept += made
@@ -168,7 +168,7 @@ class JobReaders:
     """The jobs that somebody streams here, or whose end somebody waits for."""
 
     def __init__(self, keepalive_s: float, kept_bytes: int = KEPT_BYTES, per_s: int = PER_S) -> None:
-        """`kept_bytes`: of a job's latest events, `per_s`: times a second that one tenant's readers are told."""
+        """`kept_bytes`: of a job's latest events, `per_s`: notifications per second for one tenant's readers."""
         self.keepalive_s = keepalive_s
         self._kept_bytes = kept_bytes
         self._per_s = per_s

@@ -1,7 +1,7 @@
 """A job's answer as a stream, from its first token or from where a client was.
 
 The id of an event counts, for each choice, the tokens that are shown with it, and its end as one more; a client that
-sends it back as `Last-Event-ID` is told what comes after.
+sends it back as `Last-Event-ID` gets the following events.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class JobStream(Response):
         self._opening = opening
         self._after = after
         self._with_ids = with_ids
-        self._known: list[int] = []  # the places that the client has been told
+        self._known: list[int] = []  # the client's position in each choice
         self.started = False  # the headers have been sent
         self.background = None
 
@@ -58,14 +58,14 @@ class JobStream(Response):
                         await send({"type": "http.response.body", "body": frames, "more_body": True})
                 finally:
                     left.cancel()
-        except BaseException as failure:  # the edge of a call: every failure is told
+        except BaseException as failure:  # the edge of a call: every failure is sent
             if not self.started or not is_failure(failure):
                 raise
             last = SSE.event(OPENAI_ERRORS.body(error_of(failure)))
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _frames(self, reader: SharedReader, left: asyncio.Task[None]) -> AsyncIterator[bytes]:
-        """Yield what the client is not told yet, until the end or until it has left."""
+        """Yield the client's next events, until the end or until it has left."""
         loop, number, own, charged = asyncio.get_running_loop(), 0, None, held()
         told_s = loop.time()
         while not left.done():

@@ -110,7 +110,10 @@ class Jobs:
         self, made: SubmittedCall, sent: Sent, request: Mapping[str, Any], *, background: bool = True,
         conversation: str = "",
     ) -> NewJob:  # fmt: skip
-        """Return a call as a job. background: nobody follows it, so its end is told. conversation: whose turn it is."""
+        """Return a call as a job.
+
+        background: no client follows it, so webhooks report its end. conversation: the one that gets its turn.
+        """
         job = m.Job(
             jid=self._apis[sent.endpoint].id_prefix + made.id,
             endpoint=sent.endpoint,
@@ -255,7 +258,7 @@ class Jobs:
         return view
 
     async def _outlook(self, job: m.Job, facts: Facts) -> dict[str, Any]:
-        """Return what a job waits for whose first token has not come: its place, when it may begin, what is first."""
+        """Return the queue position, estimated start and blocking reason of a job that has no token yet."""
         rid = next(
             (rid for rid, fact in zip(job.rids, facts, strict=True) if fact and not fact.is_terminal), ""
         )  # fmt: skip

@@ -43,7 +43,7 @@ class Options(msgspec.Struct, frozen=True):
     stream: bool = False
     include_usage: bool = False
     includes_stop: bool = False  # the text ends with what ended it, a stop string or a token that is text
-    running_usage: bool = False  # every chunk tells the usage so far
+    running_usage: bool = False  # every chunk reports the usage so far
     echo: bool = False
     background: bool = False
     cls: str = INTERACTIVE
@@ -56,7 +56,7 @@ class Options(msgspec.Struct, frozen=True):
     num_shown_of_prompt: int | None = None  # the same of the prompt, apart from those of `echo`
     shows_ids: bool = False  # the answer has the ids of its tokens, and of the prompt's
     names_ids: bool = False  # logprobs name tokens by their ids
-    shows_metrics: bool = False  # the answer tells how long its parts took
+    shows_metrics: bool = False  # the answer reports timings
     hides_reasoning: bool = False  # an answer has no reasoning, though the model does
     scores_only: bool = False  # no token is wanted, only the logprobs of the prompt
     by_token: bool = False  # each token is a piece of its own, so that the events of an answer are the same each time
@@ -193,15 +193,15 @@ class Rules:
         return ()
 
     def refused_adapter(self, error: LorafleetError) -> LorafleetError:
-        """Return how it is told that an adapter cannot be served."""
+        """Return the error for an adapter that cannot be served."""
         return error
 
     def empty_prompt(self) -> BadRequest:
-        """Return how it is told that a prompt has no tokens."""
+        """Return the error for a prompt without tokens."""
         return BadRequest(f"a {self.param} is empty", param=self.param)
 
     def limit_headers(self, standing: Standing) -> dict[str, str]:
-        """Return the headers that tell what is left of the tenant's limits."""
+        """Return the headers with the rest of the tenant's limits."""
         return limit_headers(standing)
 
     def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
@@ -265,7 +265,7 @@ class ParsedCall(msgspec.Struct, frozen=True):
     answer_id: str = ""  # suffix of the answer's id; "": a new one
     call_id: str = ""  # the id of the call, "" for one that is made as it is submitted
     shown: Mapping[str, Any] = {}  # fields of the body that the answer repeats
-    left_out: Sequence[str] = ()  # places in the body of what it is served without, which the answer's headers tell
+    left_out: Sequence[str] = ()  # body paths of ignored parameters, for the answer's headers
     cache_salt: str = ""  # keeps prefixes in the cache apart, besides the tenant
     sent: Sent | None = None
 
@@ -296,7 +296,7 @@ class ParsedCall(msgspec.Struct, frozen=True):
 
     @property
     def served_without(self) -> Sequence[str]:
-        """What the answer's headers tell that the call is served without."""
+        """Ignored parameters, for the answer's headers."""
         unread = self.inputs.left_out if isinstance(self.inputs, Conversation) else ()
         tools = self.options.tools
         return [*self.left_out, *unread, *(tools.not_held if tools is not None else ())]

@@ -44,7 +44,7 @@ GROWTH_BYTES = 1 << 14
 """What a growing answer is charged at a time."""
 
 ENTRY_BYTES = 160
-"""A `logit_bias` entry, an id of a list or a letter of a bad word, here and in the body that may be told again."""
+"""A `logit_bias` entry, an id of a list or a letter of a bad word, here and in the body that may be resubmitted."""
 
 RECORDS = 3
 """How often logprobs are held, as bytes: as they came, to tell them to the queue again, and to be written."""

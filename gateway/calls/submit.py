@@ -40,7 +40,7 @@ class SubmittedCall(Struct, frozen=True):
 
     id: str
     parsed: ParsedCall
-    base: m.ServedModel | None  # None: submitted earlier, and no worker has told its model to this gateway
+    base: m.ServedModel | None  # None: submitted earlier, and no worker has reported its model to this gateway
     prompts: list[Prompt]
     created_ms: int
     deadline_ms: int
@@ -106,7 +106,7 @@ class Submitter:
         if earlier is not None:
             self._replies.unsubscribe(mail)
             return earlier
-        # What was accepted may not be refused when a queue that lost its last second is told of it again.
+        # An accepted call must not be refused when it is resubmitted to a queue that lost its last second.
         return structs.replace(
             made, mail=mail, resubmit=partial(self._write, call, requests, record, forced=True, job=new)
         )

@@ -76,7 +76,7 @@ class Writer(Protocol):
         ...
 
     def show_usage(self, usage: Usage) -> None:
-        """Let the frames from now on tell a call's usage so far."""
+        """Include a call's usage so far in all following frames."""
         ...
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:

@@ -64,11 +64,11 @@ class EncoderRules(Rules):
             raise BadRequest(message, param="use_activation")
 
     def refused_adapter(self, error: LorafleetError) -> LorafleetError:
-        """Return how it is told that an adapter cannot be served."""
+        """Return the error for an adapter that cannot be served."""
         return GenerationFailed(error) if self.native_adapter else error
 
     def empty_prompt(self) -> BadRequest:
-        """Return how it is told that a text is empty."""
+        """Return the error for an empty text."""
         message = "`inputs` cannot be empty" if self.native else f"{self.param}: a text is empty"
         return BadRequest(message, param=self.param)
 

@@ -44,7 +44,7 @@ class EncoderResponse(GenerationResponse):
     """The answer to a call of an encoder."""
 
     def __init__(self, generation: Generation, write: Write, *, native: bool, keepalive_s: float) -> None:
-        """native: failures are told in LoRAX's way."""
+        """native: errors have LoRAX's form."""
         super().__init__(generation, _NoFrames(), keepalive_s=keepalive_s)
         self._write = write
         self.errors = LORAX_GENERATION_ERRORS if native else OPENAI_ERRORS
@@ -60,7 +60,7 @@ class EncoderResponse(GenerationResponse):
         return sum(choice.cursor.next for choice in self.generation.choices) > FEW_NUMBERS
 
     async def own_headers(self) -> dict[str, str]:
-        """Return the headers that tell more than the answer."""
+        """Return the additional headers of the answer."""
         return {}
 
 
@@ -73,7 +73,7 @@ class ClassifyResponse(EncoderResponse):
         self._started_s = started_s
 
     async def own_headers(self) -> dict[str, str]:
-        """Return the headers that tell more than the answer."""
+        """Return the additional headers of the answer."""
         times = await times_of(self.generation, self._started_s)
         return {"x-compute-type": compute_type(_base(self.generation)), **{key: times[key] for key in CLASSIFY_HEADERS}}
 

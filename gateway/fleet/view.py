@@ -72,7 +72,7 @@ class FleetView:
     def demand(self) -> int:
         """How many requests workers are needed for: those that wait and those that run.
 
-        At least one before any worker has told its model, since without it no call can be accepted.
+        At least one before any worker has reported its model, since without it no call can be accepted.
         """
         num = self.status.queued + self.status.running if self.status is not None else 0
         return num if self.base is not None else max(num, 1)

@@ -38,7 +38,7 @@ JSON_STYLE: dict[str, Any] = {
 }
 
 STYLE = "x-guidance"
-"""The key of a schema by which llguidance is told how to write its JSON: ours alone."""
+"""The schema key that sets llguidance's JSON style; only this project sets it."""
 
 _KINDS = ("json", "json_object", "regex", "choice", "grammar")
 

@@ -211,7 +211,7 @@ class Batch(BaseModel):
 
 
 class Webhook(BaseModel):
-    """An endpoint of webhooks; its secret is told where it is new."""
+    """An endpoint of webhooks; only its creation returns its secret."""
 
     id: str
     object: str

@@ -63,7 +63,7 @@ INVOCATIONS = "/invocations"
 OPENAI_FORMS = {
     TOKENIZE: {"prompt", "messages"}, "/classify": {"input", "messages"}, INVOCATIONS: {"prompt", "messages"}
 }  # fmt: skip
-"""Paths of LoRAX's that also take a body in OpenAI's or vLLM's form -> the fields that tell it by.
+"""Paths of LoRAX's that also take a body in OpenAI's or vLLM's form -> the fields that identify it.
 
 Its errors are OpenAI's.
 """

@@ -66,7 +66,7 @@ NOT_SERVED = {
 
 
 def unknown_url(method: str, path: str, routes: Iterable[BaseRoute]) -> str:
-    """Return what a client is told that has asked for a path of no route."""
+    """Return the error message for a path without a route."""
     text = f"Unknown request URL: {method} {path}."
     reason = NOT_SERVED.get(path.rstrip("/"))
     if reason is not None:

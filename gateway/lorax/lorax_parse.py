@@ -58,7 +58,7 @@ class NativeRules(Rules):
         return GenerationFailed(error)
 
     def empty_prompt(self) -> BadRequest:
-        """Return how it is told that a prompt has no tokens."""
+        """Return the error for a prompt without tokens."""
         return _bad("`inputs` cannot be empty", self.param)
 
     def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
@@ -122,7 +122,7 @@ def parse(
 
 
 def _drawn_seed(sent: Sent) -> int:
-    """Return a seed, with an Idempotency-Key the same each time, since answers tell it."""
+    """Return a seed; with an Idempotency-Key the same each time, since answers contain it."""
     if not sent.key:
         return secrets.randbits(SEED_BITS)
     digest = hashlib.sha256(f"{sent.key}\0{sent.hash}".encode()).digest()

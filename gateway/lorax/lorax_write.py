@@ -110,7 +110,7 @@ class NativeWriter:
         return b""
 
     def show_usage(self, usage: Usage) -> None:
-        """Do nothing: LoRAX's events do not tell the usage."""
+        """Do nothing: LoRAX's events do not report usage."""
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """Return the answer: the choice with the best mean logprob, the others beside it."""
@@ -178,7 +178,7 @@ class NativeResponse(GenerationResponse):
         return [answer] if self._native.as_list else answer, headers
 
     def _headers(self) -> dict[str, str]:
-        """Return what the headers tell besides tokens and times."""
+        """Return the headers besides those of tokens and times."""
         base, [target] = self.generation.call.base, self.generation.call.targets
         assert base is not None
         headers = {

@@ -179,7 +179,7 @@ def _conversation(request: ChatRequest, settings: Settings) -> Conversation:
 
 
 def _variables(request: ChatRequest | GenerateRequest) -> dict[str, Any]:
-    """Return how templates are told whether, and how much, to reason: each family has a variable of its own."""
+    """Return the template variables that set reasoning and its effort; each model family has its own."""
     if request.think is None:
         return {}
     variables: dict[str, Any] = {"enable_thinking": bool(request.think), "thinking": bool(request.think)}

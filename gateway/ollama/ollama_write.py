@@ -1,6 +1,6 @@
 """*Write* for Ollama's API: an answer as one object, or as objects one a line, the last of them with counts and times.
 
-A tool call is an object of a message, so it is told when it is whole.
+A tool call is an object of a message, so it is sent when it is complete.
 """
 
 from __future__ import annotations

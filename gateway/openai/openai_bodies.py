@@ -40,12 +40,12 @@ Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
 class StreamOptions(JsonBody):
-    """What a stream tells besides its text."""
+    """What a stream reports besides its text."""
 
     OBJECT = "stream_options"
 
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None  # vLLM's: with the former, every chunk tells the usage so far
+    continuous_usage_stats: bool | None = None  # vLLM's: with the former, every chunk reports the usage so far
 
 
 class GenerationRequest(JsonBody):

@@ -106,17 +106,17 @@ class _Frames:
     def __init__(self, head: Head, kind: str, include_usage: bool) -> None:
         self._start = b"data: " + orjson.dumps(head.json(kind))[:-1] + b',"choices":['
         self._end = self._role_end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
-        self._num_told = 0  # output tokens that earlier chunks told of
+        self._num_told = 0  # output tokens in earlier chunks
 
     def choice(self, *body: bytes) -> bytes:
         return b"".join((self._start, *body, self._end))
 
     def role(self, body: bytes, ids: bytes) -> bytes:
-        """Return the chunk before a choice's first tokens: it does not tell of these. ids: a field of the chunk."""
+        """Return the chunk before a choice's first tokens, without these. ids: a field of the chunk."""
         return self._start + body + b"]" + ids + self._role_end[1:]
 
     def show_usage(self, usage: Usage) -> None:
-        """Let the chunks from now on tell the usage so far."""
+        """Report the usage so far in all following chunks."""
         before, self._num_told = replace(usage, completion_tokens=self._num_told), usage.completion_tokens
         self._role_end = b'],"usage":' + orjson.dumps(before.json()) + b"}\n\n"
         self._end = b'],"usage":' + orjson.dumps(usage.json()) + b"}\n\n"
@@ -126,7 +126,7 @@ class _Frames:
 
 
 class _Details:
-    """What the writers of both routes tell of tokens, besides their text."""
+    """What the writers of both routes report about tokens, besides their text."""
 
     def __init__(self, prompts: Sequence[Prompt], options: Options) -> None:
         """prompts: of each choice that is shown."""
@@ -271,11 +271,11 @@ class ChatWriter:
         return self._frames.usage(usage)
 
     def show_usage(self, usage: Usage) -> None:
-        """Let the chunks from now on tell the usage so far."""
+        """Report the usage so far in all following chunks."""
         self._frames.show_usage(usage)
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
-        """Return the answer as one object. What it tells of the prompt is with the choices if there are several."""
+        """Return the answer as one object. With several choices, data of the prompt is with each choice."""
         answer: dict[str, Any] = {
             **self._head.json("chat.completion"),
             "choices": [self._choice(piece) for piece in choices],
@@ -378,7 +378,7 @@ class CompletionWriter:
         self._offsets = [TextOffsets(prompt.files.tokens, prompt.echo) for prompt in prompts if self._details.logprobs]
         self._frames = _Frames(head, "text_completion", options.include_usage)
         self._starts = [head.choice_start(index) + b',"text":' for index in range(len(prompts))]
-        self._started: set[int] = set()  # choices whose prompt has been told of
+        self._started: set[int] = set()  # choices whose prompt data was sent
 
     def frames(self, piece: Piece) -> Iterable[bytes]:
         """Return the chunks of a piece, of which one with a long prompt has many; none when it shows nothing yet."""
@@ -417,15 +417,15 @@ class CompletionWriter:
         if piece.index in self._started:
             return ids
         self._started.add(piece.index)
-        told = self._details.prompt_ids(piece.index) if self._details.ids else None
-        return ids + b',"prompt_token_ids":' + orjson.dumps(told)
+        prompt_ids = self._details.prompt_ids(piece.index) if self._details.ids else None
+        return ids + b',"prompt_token_ids":' + orjson.dumps(prompt_ids)
 
     def usage_frame(self, usage: Usage) -> bytes:
         """Return the chunk after the last choice's end."""
         return self._frames.usage(usage)
 
     def show_usage(self, usage: Usage) -> None:
-        """Let the chunks from now on tell the usage so far."""
+        """Report the usage so far in all following chunks."""
         self._frames.show_usage(usage)
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:

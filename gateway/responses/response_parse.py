@@ -219,7 +219,7 @@ def _options(request: ResponseRequest, settings: Settings) -> Options:
 
 
 def _variables(request: PromptRequest) -> dict[str, Any]:
-    """Return how templates are told how much to reason."""
+    """Return the template variables that set the reasoning effort."""
     effort = request.reasoning.effort if request.reasoning is not None else None
     given = request.chat_template_kwargs or {}
     check_variables(given)

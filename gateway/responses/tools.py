@@ -81,7 +81,7 @@ def tools_in(request: PromptRequest, settings: Settings) -> Tools | None:
 def _within(namespace: Mapping[str, Any], place: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield the functions of a namespace: the place of each in the body, its name there, and as chats have it.
 
-    The first one's description tells what the namespace is for: said with each, it would be as many times as long.
+    Only the first one's description contains the namespace's description: repeated in each, it would use many tokens.
     """
     tools, about = namespace.get("tools"), namespace.get("description")
     check_name(namespace.get("name"), f"{place}.name", MAX_NAME)
@@ -97,8 +97,8 @@ def _within(namespace: Mapping[str, Any], place: str) -> Iterator[tuple[str, str
         function, name = definition["function"], tool["name"]
         function["name"] = flat_name(namespace["name"], name)
         if about and i == 0:
-            told = f"[{namespace['name']}: {about}]"
-            function["description"] = "\n\n".join(filter(None, [told, function.get("description")]))
+            intro = f"[{namespace['name']}: {about}]"
+            function["description"] = "\n\n".join(filter(None, [intro, function.get("description")]))
         yield where, name, definition
 
 

@@ -1,4 +1,4 @@
-"""The HTTP bodies of the tokenizer's routes. `/tokenize` has three forms, told apart by what is to be tokenized."""
+"""The HTTP bodies of the tokenizer's routes. `/tokenize` has three forms, distinguished by the field to tokenize."""
 
 from __future__ import annotations
 

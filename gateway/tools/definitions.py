@@ -137,16 +137,16 @@ def _definition(tool: dict[str, Any], place: str, settings: Settings, words: Too
 
 def _not_held(tools: Iterable[_Tool]) -> list[str]:
     """Return the places and keywords of tools' schemas that calls are not held to, as far as these are looked into."""
-    told: list[str] = []
+    ignored: list[str] = []
     left = MAX_LOOKED_AT
     for tool in tools:
         if tool.given is None:
-            told.append(tool.place)
+            ignored.append(tool.place)
         elif not tool.is_strict:
             keywords, num = not_held(tool.given, left)
-            told += [f"{tool.place}: {keyword}" for keyword in keywords]
+            ignored += [f"{tool.place}: {keyword}" for keyword in keywords]
             left -= num
-    return told
+    return ignored
 
 
 def _chosen(choice: str | dict[str, Any] | None, names: list[str]) -> tuple[list[str], bool]:

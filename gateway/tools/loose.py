@@ -40,7 +40,7 @@ _UNNAMABLE = re.compile(r"[>\n]")  # characters not allowed in tag names, see `x
 def not_held(schema: dict[str, Any], most: int) -> tuple[list[str], int]:
     """Return the keywords of a schema, and of those in it, that a grammar does not hold answers to, sorted.
 
-    Beside them how many of its objects and lists were looked at, `most` at most: what lies in others is not told.
+    Beside them how many of its objects and lists were looked at, `most` at most: others are not searched.
     """
     found: set[str] = set()
     waiting: list[Any] = [schema]

@@ -39,7 +39,7 @@ class WebhookService:
         self._secret = secret
 
     async def create(self, request: WebhookRequest, caller: Caller) -> dict[str, Any]:
-        """Keep an endpoint; return it with its secret, which no later call tells. Raises BadRequest, Conflict."""
+        """Store an endpoint; return it with its secret, which no later call returns. Raises BadRequest, Conflict."""
         self._outside.check(request.url)
         events = _checked(request.event_types, "event_types")
         given, id_, created_ms = new_secret(), f"we_{secrets.token_hex(12)}", now_ms()

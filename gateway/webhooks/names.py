@@ -41,7 +41,7 @@ _NUMBER = re.compile(r"\d+|0x[0-9a-f]*", re.IGNORECASE | re.ASCII)
 
 
 class UnknownHostError(Exception):
-    """A host has no address, or nobody says; the text tells which."""
+    """A host has no address, or no server answers; the text says which."""
 
 
 def is_name(host: str) -> bool:

@@ -127,7 +127,7 @@ class WebhookSender:
                     self._sending[tenant, delivery.id] = asyncio.create_task(self._send(delivery))
 
     async def _plan(self, tenant: str) -> None:
-        """Make deliveries of a tenant's oldest ends. Raises NewerRecord if only newer gateways can tell of which."""
+        """Make deliveries of a tenant's oldest ends. Raises NewerRecord if only newer gateways can read them."""
         webhooks = self._bus.webhooks
         endpoints = await webhooks.endpoints(tenant, leave_newer=True)
         ended = await webhooks.ended(tenant, _ENDS_OF_TURN)
@@ -138,7 +138,7 @@ class WebhookSender:
             except (NewerRecord, *CONNECTION_ERRORS):
                 raise
             except Exception as error:  # noqa: BLE001  what is kept of it cannot be read; it must not keep the others back
-                FAILED.note("webhooks", error, f"the end of {one.id}, which no webhook tells")
+                FAILED.note("webhooks", error, f"the end of {one.id}, which no webhook reports")
                 continue
             deliveries += [new_delivery(endpoint, type_, one.id) for endpoint in endpoints if type_ in endpoint.events]
         counts = await webhooks.add(tenant, deliveries, MAX_WAITING) if deliveries else []

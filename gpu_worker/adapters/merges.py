@@ -28,7 +28,7 @@ class GivenUp(Exception):
 
 
 class MergeWatch:
-    """Tells a merge that runs when it must end. `check` is for its thread, `give_up` for any."""
+    """The cancellation token of a running merge. `check` is for its thread, `give_up` for any."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s

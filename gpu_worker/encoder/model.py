@@ -112,7 +112,7 @@ class EncoderModel:
     max_positions: int  # tokens of the longest text; 0: no limit known
     padding_id: int | None  # RoBERTa: positions start after this id and skip it; None: they start at 0
     fingerprint: str
-    takes_types: bool = False  # whether it tells the second text of a pair from the first by type ids
+    takes_types: bool = False  # True: type ids mark the second text of a pair
     classifier: Classifier | None = None  # classifier of `score`
     label_head: str = ""  # `score`: layer that computes the logits
     missing: list[str] = field(default_factory=list[str])  # parts of the head that adapters must bring
@@ -268,7 +268,7 @@ def prepare_encoder(
 
 
 def takes_types(module: PreTrainedModel) -> bool:
-    """Return whether a model tells the second text of a pair from the first by type ids."""
+    """Return whether a model uses type ids to mark the second text of a pair."""
     takes = "token_type_ids" in inspect.signature(module.forward).parameters
     return takes and (getattr(module.config, "type_vocab_size", None) or 0) > 1
 

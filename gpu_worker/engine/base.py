@@ -104,7 +104,7 @@ class BaseEngine(ABC):
         """End a request that waits with an error."""
 
     def _note_taken(self, request: EngineRequest) -> None:
-        """Begin a request's times, and tell the fleet if it is for an adapter."""
+        """Start a request's times, and report it to the fleet if it is for an adapter."""
         tier = self.adapters.tier(request.digest) if request.digest else ""
         self.timelines.take(request, tier)
         if request.digest:

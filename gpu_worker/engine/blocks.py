@@ -37,7 +37,7 @@ class BlockPool:
         self._owner = [""] * num_blocks  # owner of each published block, see `publish`
         self._block: dict[bytes, int] = {}  # hash -> published block
         self._owned: dict[str, set[int]] = {}  # owner -> its published blocks
-        self.on_forget: Callable[[bytes], object] = lambda _: None  # told the hash of a block that is found no longer
+        self.on_forget: Callable[[bytes], object] = lambda _: None  # called with the hash of each evicted block
 
     @property
     def num_free(self) -> int:

@@ -108,7 +108,7 @@ class EngineThread:
         self._command(lambda: self.engine.residency.unpin(digest))
 
     def evict(self, digest: str, order: str) -> None:
-        """Remove an adapter as soon as no request needs it. An event that repeats `order` tells what that freed."""
+        """Remove an adapter as soon as no request needs it. An event that repeats `order` reports what that freed."""
         self._command(lambda: self.engine.residency.evict(digest, order))
 
     def set_queued(self, digests: list[str]) -> None:

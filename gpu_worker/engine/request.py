@@ -68,7 +68,7 @@ class TokenOutput(msgspec.Struct):  # a dataclass takes three times as long to m
 
 @dataclass(slots=True)
 class EngineStats:
-    """The engine's figures, which a worker's beat tells the fleet."""
+    """The engine's figures, which a worker's heartbeat reports to the fleet."""
 
     capacity: int  # requests it would hold at once
     running: int = 0

@@ -154,7 +154,7 @@ class Sequence:
         return "stop" if self.matcher.is_complete else finish
 
     def put_out(self, ids: list[int], finish: str = "", logprobs: bytes = b"") -> TokenOutput:
-        """Return the output that tells of the newest tokens, `ids`, and of the end if there is one."""
+        """Return the output with the newest tokens, `ids`, and the end if there is one."""
         seq0 = self.num_tokens - self.num_prompt - (self.expected_row >= 0) - len(ids)
         return TokenOutput(self.rid, self.request.epoch, seq0, ids, logprobs, finish, None, self.num_cached or 0)
 

@@ -1,4 +1,4 @@
-"""When what happened to the requests that an engine holds: what is told of each with its first token and its end."""
+"""Event times of the engine's requests, reported with each one's first token and its end."""
 
 from __future__ import annotations
 

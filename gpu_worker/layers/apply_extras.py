@@ -250,7 +250,7 @@ class ExpertsCall:
 
     @classmethod
     def of(cls, module: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> ExpertsCall | None:
-        """Return a call with the experts that it needs; None where that cannot be told, or most are needed."""
+        """Return a call with the experts that it needs; None where that is unknown, or most are needed."""
         sizes = {
             len(parameter) for parameter in module._parameters.values() if parameter is not None and parameter.ndim == 3
         }

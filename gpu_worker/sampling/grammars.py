@@ -171,7 +171,7 @@ class Matcher:
         """Return the draft tokens up to the first that the grammar does not allow."""
         try:
             return draft[: self.state.validate_tokens(draft)]
-        except BaseException as error:  # noqa: BLE001  a request's edge: `check` tells of it
+        except BaseException as error:  # noqa: BLE001  a request's edge: `check` reports it
             self._failure = error
             return []
 
@@ -243,7 +243,7 @@ class Grammars:
     def prepare(self) -> None:
         """Make what grammars of the base model need. Takes half a second: call it before there are requests.
 
-        Where it cannot be made, each request with a grammar is told why.
+        Where it cannot be built, each request with a grammar gets the reason.
         """
         if self._tokens is None or self._base is not None:
             return

@@ -44,8 +44,8 @@ BEAT_S = 1.0
 """Seconds between two beats, and between two looks whether the queue was restarted."""
 
 END_BEAT_S = 0.5
-"""Age of a beat from which on the end of a request makes another. The scheduler reads no more of them, and is told of
-ends by the steps."""
+"""s; the end of a request sends another heartbeat if the last is older. The scheduler reads no more of them, and gets
+ends from the steps."""
 
 BEAT_TTL_MS = 4000
 """Life of a beat: a worker whose beat has expired is dead to the fleet."""
@@ -76,7 +76,7 @@ class Worker:
         settings: Settings,
         loader: Loader | None = None,
     ) -> None:
-        """loader: fetches adapters, if the engine has any; it is told where the stores are."""
+        """loader: fetches adapters, if the engine has any; it gets the stores' addresses."""
         self.bus = bus
         self.engine = engine
         self.served = served
@@ -349,7 +349,7 @@ class Worker:
             finally:  # also when they are given up with the membership: the engine must not wait for them
                 for _ in range(num_steps):
                     self.engine.ack_step()
-        # The scheduler lets a worker load few adapters at a time, and sends more when a beat tells that one has come.
+        # The scheduler lets a worker load few adapters at a time, and sends more when a heartbeat reports a loaded one.
         if self.engine.stats().num_loads != self._beaten_loads or (has_ends and time.monotonic() > self._end_beat_s):
             self._beat_now.set()
 
@@ -405,7 +405,7 @@ class Worker:
         )  # fmt: skip
 
     async def _beat(self) -> None:
-        """Tell the fleet that this worker lives and how it is. Raises Fenced when its streams are gone."""
+        """Send the worker's heartbeat. Raises Fenced when its streams are gone."""
         keys, beat = self.bus.keys, self._own_beat()
         streams = (keys.work(self.wid), keys.ctl(self.wid))
         key = keys.worker_beat(self.wid)
@@ -416,7 +416,7 @@ class Worker:
             WORKERS.show([beat])
 
     async def _tell_adapter_events(self) -> None:
-        """Tell the fleet what happened to adapters here. A lost connection loses them: nothing depends on them.
+        """Report adapter events to the fleet. A lost connection loses them: nothing depends on them.
 
         Not with each beat, of which there are ten in a second while adapters come: every store and gateway is woken.
         """

@@ -63,7 +63,7 @@ class ModelTasks:
 
     @property
     def fingerprint(self) -> str:
-        """What tells the results of two models apart that have the same weights; "" for a plain causal LM's."""
+        """A key that distinguishes results of models with equal weights; "" for a plain causal LM."""
         pooling = self.pooling
         if self.generates and pooling == DEFAULT_POOLING and self.score_tokens is None:
             return ""

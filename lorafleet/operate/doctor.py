@@ -35,7 +35,7 @@ from protocol.wire.errors import LorafleetError
 
 FLAGS = ("redis_url", "redis_password_file", "data", "keep_free", "model", "workers", "device")
 ASK_S = 3.0
-"""How long a gateway or a store may take to tell its version."""
+"""Timeout for reading the version of a gateway or a store."""
 
 MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "problem": "[red]✗[/]"}
 
@@ -76,7 +76,7 @@ def _of_gateway(args: argparse.Namespace) -> list[Finding]:
             return [Finding("gateway", "problem", f"{api.url}: {text}", advice)]
     date = parsedate_to_datetime(answer.headers["date"]).timestamp() if "date" in answer.headers else None
     found = [Finding("gateway", "ok", f"{api.url} is {state}")]
-    if date is not None:  # it tells whole seconds
+    if date is not None:  # it has whole seconds
         ahead_ms = 1000 * (date + 0.5 - time.time())
         found.append(checkup.of_clock("gateway's clock", ahead_ms if abs(ahead_ms) > 1500 else 0.0))
     return found
@@ -109,8 +109,8 @@ async def _of_queue(settings: Settings) -> list[Finding]:
     async with httpx2.AsyncClient(timeout=ASK_S, trust_env=False) as http:
         asked = [(f"gateway {one}", f"{one}/version") for one in gateways]
         asked += [(f"store {one}", f"{one}/health") for one in stores]
-        told = await asyncio.gather(*(_version(http, url) for _, url in asked))
-    versions = {name: found for (name, _), found in zip(asked, told, strict=True)}
+        found_versions = await asyncio.gather(*(_version(http, url) for _, url in asked))
+    versions = {name: found for (name, _), found in zip(asked, found_versions, strict=True)}
     of_members = checkup.of_members(beats, status, versions, RELEASE)
     return [*checkup.of_queue(facts), *of_members, *checkup.of_base(base)]
 
@@ -175,7 +175,7 @@ def free_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
 
 
 def free_gpu_bytes() -> Mapping[str, int]:
-    """Return the free bytes of each GPU, as nvidia-smi tells them; {} without one."""
+    """Return the free bytes of each GPU, as nvidia-smi reports them; {} without one."""
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", "--query-gpu=index,memory.free", "--format=csv,noheader,nounits"]

@@ -1,4 +1,4 @@
-"""`lorafleet explain` tells what became of a request; `--replay` runs it again and compares the tokens."""
+"""`lorafleet explain` shows the timeline of a request; `--replay` runs it again and compares the tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the workers tell in their heartbeats, as metrics; and which adapters they hold, under names that others read."""
+"""Metrics from the workers' heartbeats, and of the adapters they hold, under names that other tools read."""
 
 from __future__ import annotations
 

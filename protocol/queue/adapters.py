@@ -307,7 +307,7 @@ class Adapters:
         await pipe.execute()
 
     def _stamp(self, pipe: Pipeline) -> None:
-        """Tell those who keep a copy of the catalogue that it changes: not by a number, which could come again."""
+        """Invalidate copies of the catalogue by a random stamp: a counter could repeat after a loss."""
         pipe.set(self._keys.adapters_stamp, uuid.uuid4().bytes)
 
     async def known_digests(self) -> list[str]:

@@ -470,5 +470,5 @@ class Bus:
 
 
 def _ended(rid: str) -> bytes:
-    """Return the message that tells the scheduler of an end from outside its worker."""
+    """Return the scheduler's message about an end that its worker did not write."""
     return m.encode([m.Ended(rid, "", 0, 0)])

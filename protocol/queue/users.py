@@ -54,7 +54,7 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
     answers = (k.tok("*"), k.lp("*"), k.plp("*"))
     request = (k.req("*"), *answers)
     use = k.quota("*")  # with all that is counted of a tenant; every script that ends a request settles it
-    # Every script that ends a job tells of it; `old_ends` is for services of the version before, which still run.
+    # Scripts that end a job note it for webhooks; `old_ends` is for services of the version before, which still run.
     ends = (k.ends, k.ends_of("*"), k.old_ends)
     usage = k.usage_tenants("*")  # with each tenant's: every script that ends a request adds to it
     return {

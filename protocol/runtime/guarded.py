@@ -1,6 +1,6 @@
 """Loops and units of work that fail without taking others along: logged once per cause, counted, tried ever later.
 
-A loop is begun again for as long as its process lives, unless it is told what ends it. A unit of work with a key (a
+A loop is restarted while its process lives, unless it names the errors that end it. A unit of work with a key (a
 batch, a file, a conversation) is given up after so many tries, with an end that is written for its owner.
 """
 

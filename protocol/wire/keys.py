@@ -369,7 +369,7 @@ class Keys:
         return f"{self.namespace}:adapters:ev"
 
     def is_permanent(self, key: str) -> bool:
-        """Tell whether `key` may live without a TTL."""
+        """Return whether `key` may live without a TTL."""
         fixed = {
             self.ended, self.workers, self.gateways, self.stores, self.leader_epoch,
             self.base, self.adapters, self.adapters_stamp, self.registrations, self.pins, self.adapter_events,

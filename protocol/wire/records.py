@@ -51,7 +51,7 @@ class RequestFacts:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """One assignment of a request, as far as its record tells of it."""
+    """One assignment of a request, as far as its record has it."""
 
     placed: m.Placed
     timing: m.Timing | None = None  # None: nothing came of it, or not yet

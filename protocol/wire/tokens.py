@@ -47,7 +47,7 @@ class TokenTable(msgspec.Struct, dict=True, weakref=True):
     """A character, and how many of them are taken from the beginning of a text."""
 
     key: str = ""
-    """The hash of the tokenizer.json that the table was made of; it tells tables apart."""
+    """The hash of the tokenizer.json that the table was made of; it identifies the table."""
 
     refusal: str = ""
     """Why ids cannot be decoded, "" if they can."""

@@ -58,7 +58,7 @@ class Loader:
     """A `StoreClient` in another process. Methods may be called from any thread."""
 
     def __init__(self, bearer: str = "") -> None:
-        """Start nothing yet: the process starts once it is told anything, so that it is ready when it is needed.
+        """Start nothing yet: the process starts with its first message, so that it is ready when it is needed.
 
         Until then the worker reads its model, and the machine's cores have enough to do. bearer: the token that the
         stores ask for, `FleetSecret.bearer`.

@@ -135,7 +135,7 @@ class LoaderServer:
             return Fetched(request.number, files.config, tokens), file.handed_over(len(weights))
 
     def _turn(self, number: int, num_bytes: int) -> AbstractContextManager[object]:
-        """Return a turn at what takes the processor, for a request with a file of so many bytes."""
+        """Serialise CPU-bound work (check, pack) in request order; large and small files queue separately."""
         return self._turns[num_bytes > self._small_bytes].take(number)
 
     def _take(self, num_bytes: int, undo: ExitStack) -> tuple[memoryview, AnonymousFile]:

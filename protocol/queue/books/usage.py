@@ -22,10 +22,10 @@ from protocol.wire.keys import Keys
 
 DAY_S = 86_400
 MAX_NAME = 128
-"""Longest name of a model in a row, in characters; longer ones end there, and their digests tell them apart."""
+"""Longest name of a model in a row, in characters; longer ones are cut, and distinguished by their digests."""
 
 MAX_RESIDENT = 4096
-"""Most adapters whose time in pools is told apart on a day."""
+"""Maximum number of adapters per day with residency of their own."""
 
 OTHERS = "other"
 """Stands for the models and adapters that came after too many others on one day."""

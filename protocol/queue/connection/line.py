@@ -98,7 +98,7 @@ class _Talk(asyncio.Protocol):
                 future.set_exception(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell those who wait."""
+        """Fail all waiting callers."""
         self.end(RedisConnectionError(_LOST))
 
     def end(self, error: Exception) -> None:

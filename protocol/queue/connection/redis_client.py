@@ -136,8 +136,8 @@ class _Timed:
         await super().on_connect_check_health(check_health)  # type: ignore[misc]
         asked_at_ns = time.monotonic_ns()
         await self.send_command("TIME", check_health=False)  # type: ignore[attr-defined]
-        told = cast(Any, await self.read_response(disable_decoding=True))  # type: ignore[attr-defined]
-        seconds, micros = int(told[0]), int(told[1])
+        time_reply = cast(Any, await self.read_response(disable_decoding=True))  # type: ignore[attr-defined]
+        seconds, micros = int(time_reply[0]), int(time_reply[1])
         CLOCK.learn(seconds * 10**9 + micros * 1000, asked_at_ns, time.monotonic_ns())
 
 

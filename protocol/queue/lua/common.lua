@@ -47,7 +47,7 @@ local function note_slot(epoch)
 end
 
 -- Return the key of what is known of a call, a hash, by the id of its first request. Fields: open: how many of its
--- requests have not ended; job: `<tenant>:<id>` of a job whose end is told; and where the tenant's bytes are counted,
+-- requests have not ended; job: `<tenant>:<id>` of a job whose end webhooks report; and where the tenant's bytes are counted,
 -- kept: bytes of bodies that live on; who: the tenant; bytes: what is counted of the call now; left: what stays of those that have ended; last: unix ms until which the records of a job and an
 -- Idempotency-Key live, 0 without.
 local function call_key(call) return P .. ':call:' .. call end
@@ -123,7 +123,7 @@ local function tell_end(tenant, id, type)
   redis.call('ZADD', P .. ':ends', 'NX', now_ms(), tenant)
 end
 
--- Tell that a call has ended if it is a job; `job` is `<tenant>:<id>`, or false.
+-- Note a call's end for webhooks if it is a job; `job` is `<tenant>:<id>`, or false.
 local function tell_job(job)
   if not job then return end
   local tenant, id = string.match(job, '^([^:]*):(.*)$')
@@ -230,7 +230,7 @@ local function write_end(rid, state, finish, error, now, is_dead)
   end
 end
 
--- Tell the scheduler that requests have ended: `message` is a packed list of `messages.Ended`.
+-- Notify the scheduler that requests have ended: `message` is a packed list of `messages.Ended`.
 local function tell_scheduler(message)
   redis.call('XADD', P .. ':ended', 'MAXLEN', '~', '10000', '*', 'b', message)
 end

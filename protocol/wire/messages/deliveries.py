@@ -14,7 +14,7 @@ class Usage(Packed, frozen=True):
 
 
 class Timing(Packed, frozen=True):
-    """What one assignment of a request has taken so far: told with its first token there, and with its end.
+    """The times of one assignment of a request so far, reported with its first token there and with its end.
 
     `taken_ms` is unix time by the worker's clock. The other times are ms since then, -1 for what has not happened.
     """

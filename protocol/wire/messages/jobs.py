@@ -19,7 +19,7 @@ class Job(Record, frozen=True):
     digests: list[str] = []  # digests of the answering adapters, "" for the base model
     texts: list[str] = []  # per adapter, hash of its own tokenizer and template, "" if none
     opened: list[bool] = []  # per adapter, whether its prompt ends within the model's reasoning
-    background: bool = True  # nobody follows it, so its end is told
+    background: bool = True  # no client follows it, so webhooks report its end
     key: str = ""  # the Idempotency-Key it was made with, "" for none
     conversation: str = ""  # conversation that gets its turn at the end; "": none
 

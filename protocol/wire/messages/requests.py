@@ -75,7 +75,7 @@ EVERY_WORKER_KNOWS = frozenset({
 })  # fmt: skip
 """The fields of `Sampling` and `Body` that workers know without saying so: those of the first version that is asked.
 
-A field that is added later is not entered here. It counts as new by itself: workers tell that they know it, and a
+A field that is added later is not entered here. It counts as new by itself: workers report that they know it, and a
 request that uses it goes only to them, since others would ignore it and answer something else.
 """
 

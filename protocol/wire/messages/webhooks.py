@@ -1,4 +1,4 @@
-"""Gateway to gateway: who is told that jobs and batches have ended, and what is still to be told."""
+"""Gateway to gateway: webhook endpoints for ends of jobs and batches, and pending deliveries."""
 
 from __future__ import annotations
 
