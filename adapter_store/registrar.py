@@ -157,7 +157,7 @@ class Registrar:
         return sorted(found, key=lambda access: (access.token != "", not access.as_fleet, access.token))
 
     def _access(self, field: str, registration: Registration) -> Access:
-        """Return the reader with whose rights a registration is read. Raises PermissionDenied for an unreadable token."""
+        """Return the reader with whose rights a registration is read. Raises PermissionDenied for an invalid token."""
         as_fleet = registration.as_fleet or registration.is_operators
         if not registration.token:
             return Access(as_fleet=as_fleet)

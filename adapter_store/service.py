@@ -1,4 +1,4 @@
-"""The store as a process: its HTTP server, its beats, and the loop that keeps the catalogue up to date."""
+"""The store as a process: its HTTP server, its heartbeats, and the loop that keeps the catalogue up to date."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ class Scheduler:
             self._take_out(request)
 
     def beats(self, beats: Mapping[str, m.WorkerBeat | None], elapsed_s: float) -> list[str]:
-        """Take the workers' latest beats, `elapsed_s` after the last ones. Returns the dead, see `Workers.observe`."""
+        """Take the workers' latest heartbeats, `elapsed_s` after the last. Returns the dead, see `Workers.observe`."""
         dead = self.workers.observe(beats, elapsed_s)
         for worker in self.workers.by_id.values():
             if worker.silent_s == 0.0:
@@ -295,7 +295,7 @@ class Scheduler:
         return request is not None and request.wid == wid
 
     def unlisted(self) -> dict[str, int]:
-        """Return assigned requests, and their epochs there, that their living worker's beat does not list."""
+        """Return assigned requests, and their epochs there, that their living worker's heartbeat does not list."""
         found: dict[str, int] = {}
         for worker in self.workers.by_id.values():
             if worker.silent_s:

@@ -117,7 +117,7 @@ class Recovery:
         await self._bus.members.forget_gateway(gid)
 
     async def reconcile(self) -> None:
-        """Look up requests that their workers' beats have not listed twice in a row.
+        """Look up requests that their workers' heartbeats have not listed twice in a row.
 
         They have ended and the message was lost, or their entry on the work stream was; then they are queued again.
         """

@@ -1,7 +1,7 @@
 """One leadership: messages from the queue to the pure scheduler, its assignments back to the queue.
 
 Five loops: `_read` feeds the `Scheduler` with what was submitted and what has ended, `_dispatch` assigns what it
-plans, `_watch` looks after beats, deaths and deadlines, `_renew` renews the lease, `_search` finds requests whose
+plans, `_watch` looks after heartbeats, deaths and deadlines, `_renew` renews the lease, `_search` finds requests whose
 worker is unknown. Requests that arrive while an assignment is written go into the next one together: batches grow
 under load, and an idle queue adds no delay.
 """
@@ -37,10 +37,10 @@ from scheduler.trace import tell_placed
 logger = logging.getLogger(__name__)
 
 WATCH_S = 0.5
-"""Pause between looks at beats and deadlines."""
+"""Pause between looks at heartbeats and deadlines."""
 
 LOADS_S = 0.1
-"""Pause between looks at beats alone while requests wait because enough adapters are on their way."""
+"""Pause between looks at heartbeats alone while requests wait because enough adapters are on their way."""
 
 SEARCH_AGAIN_S = 30.0
 """By then every write has arrived that was on its way when the queue restarted."""
@@ -50,7 +50,7 @@ COALESCE_S = 0.003
 """Pause between plans while requests are queued, so that busy workers do not cost one plan per ended request."""
 
 GATEWAY_GRACE_S = 2.0
-"""Silence after which a gateway whose beat has expired counts as dead."""
+"""Silence after which a gateway whose heartbeat has expired counts as dead."""
 
 WORK_STREAM_TTL_S = 3600
 """Life time of a worker's streams after their last use."""
@@ -225,7 +225,7 @@ class Session:
         if status == "deposed":
             raise Deposed
         if status == "gone":
-            # The worker was declared dead but is alive: create its streams again; its next beat makes it available.
+            # The worker was declared dead but is alive: recreate its streams; its next heartbeat makes it available.
             logger.warning("worker %s has no work stream", wid)
             self.scheduler.workers.set_unreachable(wid)
             await self._bus.streams.create(self._bus.keys.work(wid), WORK_STREAM_TTL_S)
@@ -250,7 +250,7 @@ class Session:
         await self._recovery.find_orphans()
 
     async def _watch(self) -> None:
-        """Look after beats, deaths, deadlines and lost messages; publish the status; wait for the next round.
+        """Look after heartbeats, deaths, deadlines and lost messages; publish the status; wait for the next round.
 
         What fails of that keeps none of the rest from being done, and is done again with a later round.
         """
@@ -274,7 +274,7 @@ class Session:
         await self._pause()
 
     async def _pause(self) -> None:
-        """Wait for the next round; look at beats meanwhile if one may tell of an adapter that lets a request go on."""
+        """Wait for the next round; read heartbeats meanwhile if a loaded adapter may unblock a request."""
         end_s = time.monotonic() + WATCH_S
         while (left_s := end_s - time.monotonic()) > 0:
             await asyncio.sleep(min(left_s, LOADS_S) if self.scheduler.requests else left_s)

@@ -1,4 +1,4 @@
-"""The workers: which are alive, what each holds, how much each may still get. Fed with beats; knows no queue."""
+"""The workers: which are alive, what each holds, how much each may still get. Fed with heartbeats; knows no queue."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class Workers:
         return (worker for worker in self.by_id.values() if worker.available)
 
     def observe(self, beats: Mapping[str, m.WorkerBeat | None], elapsed_s: float) -> list[str]:
-        """Take the registered workers' latest beats, None where expired, `elapsed_s` after the last call.
+        """Take the registered workers' latest heartbeats, None where expired, `elapsed_s` after the last call.
 
         Silence counts only while the scheduler listened: a pause of the scheduler or the queue kills no worker.
         Returns the workers that are dead: silent too long, gone from the registry, or replaced by a new process.
@@ -211,7 +211,7 @@ class Workers:
         return next((model for model in models if model != m.StepModel()), UNFITTED_STEP)
 
     def note_resident(self, worker: Worker, digest: str) -> None:
-        """Note that an adapter has become resident, before the worker's next beat says so."""
+        """Note that an adapter has become resident, before the worker's next heartbeat says so."""
         if digest not in worker.resident:
             worker.resident |= {digest}
             self._index(worker)

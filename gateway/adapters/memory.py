@@ -58,11 +58,11 @@ class AdapterMemory:
             self._open[event.order].put_nowait(event)
 
     async def beats(self) -> list[m.WorkerBeat]:
-        """Return the latest beats of the workers that are alive."""
+        """Return the latest heartbeats of the workers that are alive."""
         return [beat for beat in (await self._bus.members.worker_beats()).values() if beat is not None]
 
     async def next_beats(self) -> list[m.WorkerBeat]:
-        """Return the beats in POLL_S at most: one look for all who wait, however many do."""
+        """Return the heartbeats in POLL_S at most: one look for all who wait, however many do."""
         if self._look is None or self._look.done():
             self._look = asyncio.create_task(self._after_pause())
         look = self._look

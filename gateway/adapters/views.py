@@ -17,7 +17,7 @@ NO_EFFECT = "no_effect"
 
 
 class AdapterObjects:
-    """Makes the objects of `/v1/adapters` from the workers' latest beats."""
+    """Makes the objects of `/v1/adapters` from the workers' latest heartbeats."""
 
     def __init__(
         self, beats: Iterable[m.WorkerBeat], pins: Mapping[str, str], *, shows_paths: bool = True

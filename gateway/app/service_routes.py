@@ -76,7 +76,7 @@ class Endpoints:
         """Answer `/health`: 200 while requests are served, 503 otherwise."""
         fleet = self._pipeline.fleet
         await fleet.refresh()
-        disk_full = self._disk_full()  # then beats of workers cannot be written either
+        disk_full = self._disk_full()  # then heartbeats of workers cannot be written either
         ready = fleet.is_ready and not self._answers.draining and not disk_full
         waits = "queue_disk_full" if disk_full else "no_worker"
         state = "draining" if self._answers.draining else "ready" if ready else waits

@@ -54,7 +54,7 @@ class FleetView:
             series.FLEET_OLDEST_SECONDS.labels(cls).set(max(0, now_ms() - oldest_ms) / 1000 if oldest_ms else 0)
 
     async def show_workers(self) -> list[m.WorkerBeat]:
-        """Set the fleet's metrics and those of each live worker, and return these workers' beats.
+        """Set the fleet's metrics and those of each live worker, and return these workers' heartbeats.
 
         There are none while the queue cannot be reached.
         """

@@ -41,17 +41,17 @@ from protocol.wire.errors import DeadlineExceeded, Internal, LorafleetError, Pro
 logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
-"""Seconds between two beats, and between two looks whether the queue was restarted."""
+"""Seconds between two heartbeats, and between two looks whether the queue was restarted."""
 
 END_BEAT_S = 0.5
 """s; the end of a request sends another heartbeat if the last is older. The scheduler reads no more of them, and gets
 ends from the steps."""
 
 BEAT_TTL_MS = 4000
-"""Life of a beat: a worker whose beat has expired is dead to the fleet."""
+"""Life of a heartbeat: a worker whose heartbeat has expired is dead to the fleet."""
 
 STREAM_TTL_S = 3600
-"""Life of a worker's streams; each beat renews it."""
+"""Life of a worker's streams; each heartbeat renews it."""
 
 MAX_FAILURES = 8
 """Failures of a loop in a row, a queue that is away aside, after which this process ends."""
@@ -66,7 +66,7 @@ class Fenced(Exception):
 
 
 class Worker:
-    """One engine's life on the queue: it joins, takes assignments, publishes outputs, beats, and leaves."""
+    """One engine's life on the queue: it joins, takes assignments, publishes outputs, sends heartbeats, and leaves."""
 
     def __init__(
         self,
@@ -90,14 +90,14 @@ class Worker:
         self._unwritten: dict[str, PendingOutput] = {}  # taken out of `_pending`, but not yet written
         self._last_ids: dict[str, bytes] = {}  # by stream, the last processed entry id
         self._restarted = False  # the queue was, and the work stream is still to be read from its beginning
-        self._look_s = 0.0  # when the next beat looks after that, monotonic
+        self._look_s = 0.0  # when the next heartbeat looks after that, monotonic
         self._num_unacked = 0  # engine steps in `_pending`
         self._publishing = asyncio.Lock()
         self._publish_s = 0.0  # waited for step scripts, since the start
         self._has_outputs = asyncio.Event()
         self._beat_now = asyncio.Event()
-        self._end_beat_s = 0.0  # time from which on the end of a request makes it beat
-        self._beaten_loads = 0  # adapters that had come to the pool by the last beat
+        self._end_beat_s = 0.0  # monotonic time from which on the end of a request sends a heartbeat
+        self._beaten_loads = 0  # adapters that had come to the pool by the last heartbeat
         self._engine_died = asyncio.Event()
         self._failure: BaseException | None = None  # why it died
         self._residency = ResidencyTime(time.monotonic())
@@ -143,7 +143,7 @@ class Worker:
     async def _be_member(self, stop: asyncio.Event) -> None:
         """Join under a new id, work until `stop` or the engine's death, leave. Raises Fenced in a group."""
         await self._join()
-        self.engine.finish_start()  # the fleet has seen the beat, so that its first requests come while this is done
+        self.engine.finish_start()  # the fleet has the heartbeat, so its first requests arrive meanwhile
         async with asyncio.TaskGroup() as group:
             loops = [group.create_task(guarded(loop)) for loop in self.loops()]
             ends = [group.create_task(event.wait()) for event in (stop, self._engine_died)]
@@ -151,7 +151,7 @@ class Worker:
             await self._drain()
             for task in (*loops, *ends):
                 task.cancel()
-        await self._leave()  # once nothing beats any more, since a beat would find the streams gone
+        await self._leave()  # after the last heartbeat, since another one would find the streams gone
 
     def loops(self) -> list[Loop]:
         """Return what runs while it is a member.
@@ -199,7 +199,7 @@ class Worker:
         """Put everything back on the queue, deregister, end the engine."""
         if await self._requeue_all():
             await self.bus.members.leave(self.wid)
-        else:  # registered without a beat: the scheduler finds it dead and ends what is left
+        else:  # registered without a heartbeat: the scheduler finds it dead and ends what is left
             await self.bus.members.silence(self.wid)
         self.engine.stop()
 
@@ -381,12 +381,12 @@ class Worker:
         if recovery.returned:
             await self._hand_back(recovery.returned)
 
-    # ------------------------------------------------------------ beats
+    # ------------------------------------------------------------ heartbeats
 
     async def _beats(self) -> None:
-        """Beat, once a second and on change, and look whether the queue was restarted."""
+        """Send heartbeats, once a second and on change, and check whether the queue was restarted."""
         await self._beat()
-        if time.monotonic() <= self._look_s:  # a beat may also come with every end
+        if time.monotonic() <= self._look_s:  # a heartbeat may also come with every end
             return
         self._look_s = time.monotonic() + BEAT_S
         if self.loader is not None:
@@ -418,7 +418,8 @@ class Worker:
     async def _tell_adapter_events(self) -> None:
         """Report adapter events to the fleet. A lost connection loses them: nothing depends on them.
 
-        Not with each beat, of which there are ten in a second while adapters come: every store and gateway is woken.
+        Not with each heartbeat: ten are sent in a second while adapters load, and each event wakes every store and
+        gateway.
         """
         events, uses = self.engine.take_adapter_events()
         if events:

@@ -175,7 +175,7 @@ class Fleet:
             self.screen.ready(child.spec.name)
 
     async def _is_ready(self, child: Child, bus: Bus, gateway: httpx2.AsyncClient) -> bool:
-        """Return whether the child has answered or sent a beat since its latest start."""
+        """Return whether the child has answered or sent a heartbeat since its latest start."""
         since, keys = child.started_ms, bus.keys
         if child.spec.service == "gateway":
             return await _health(gateway) != 0

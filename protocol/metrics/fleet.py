@@ -24,7 +24,7 @@ class Workers(Collector):
         self._beats: list[WorkerBeat] = []
 
     def show(self, beats: Iterable[WorkerBeat]) -> None:
-        """Show these workers from now on; of two with the same name the one that beat last."""
+        """Show these workers from now on; of two with the same name the one with the later heartbeat."""
         self._beats = list({beat.name: beat for beat in sorted(beats, key=lambda beat: beat.sent_ms)}.values())
 
     def collect(self) -> Iterator[Metric]:

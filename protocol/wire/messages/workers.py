@@ -43,7 +43,7 @@ LOAD_BUCKETS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
 
 
 class WorkerCounters(msgspec.Struct, omit_defaults=True):
-    """Totals since a worker's start. The worker adds to its own; a beat carries a copy."""
+    """Totals since a worker's start. The worker adds to its own; a heartbeat carries a copy."""
 
     num_steps: int = 0
     num_preemptions: int = 0
