@@ -15,7 +15,7 @@ QUEUED_AHEAD = 2
 """Requests a worker may have above its capacity, so that it never waits for the next one."""
 
 RESERVED_ONE_IN = 8
-"""One place in this many of a worker is reserved: requests that yield leave it free."""
+"""One slot in this many of a worker is reserved: requests that yield leave it free."""
 
 RESERVED_FROM_BATCH_ONE_IN = 4
 """The same for batch work."""

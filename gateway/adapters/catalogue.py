@@ -37,7 +37,7 @@ REST, MAX_REST_S = 9, 2.0
 
 MAX_KEPT = 64
 MAX_KEPT_BYTES = 16 << 20
-"""Lists that are kept as they were written, of all tenants: how many, and their bytes."""
+"""Maximum number, and bytes, of cached lists of all tenants, as written."""
 
 
 class Copy:
@@ -181,7 +181,7 @@ class Catalogue:
     async def _made(
         self, caller: Caller, view: Hashable, make: Callable[[Copy], Awaitable[T]], num_bytes: Callable[[T], int]
     ) -> T:
-        """Return what `make` does of the copy: what was made before for somebody who sees the same, if it is kept."""
+        """Return `make` of the copy, from the cache if it was computed for a caller with equal rights."""
         copy = await self.copy()
         own = caller.name if caller.name in copy.tenants else ""
         seen = None if caller.tenant is None or caller.is_admin else caller.tenant.adapters

@@ -57,7 +57,7 @@ class BatchPace:
     max_batches_of_tenant: int = 2  # batches of one tenant among them
     retry: Backoff = RETRY  # before a batch is tried again that something keeps from going on
     max_tries: int = 20  # tries in a row without progress, about two hours, before the batch fails
-    places: float = 1.25  # calls that run at once, per place that the workers have
+    places: float = 1.25  # calls run at once, per slot of the workers
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ def _describe(schema: dict[str, Any], body: type[JsonBody]) -> None:
 
 
 class JsonBody(BaseModel):
-    """A JSON object of typed fields. What it does not know is kept apart until `check_parameters` has judged it."""
+    """A JSON object of typed fields. Unknown fields are stored separately for `check_parameters`."""
 
     model_config = ConfigDict(
         frozen=True, strict=True, extra="allow", allow_inf_nan=False, json_schema_extra=_describe

@@ -51,7 +51,7 @@ class CallAdmission:
         self._admission = admission
 
     async def check_room(self, call: ParsedCall) -> None:
-        """Refuse a call that the queue has no place for, before it costs any work. Raises Overloaded, Unavailable."""
+        """Refuse a call that the queue has no room for, before it costs any work. Raises Overloaded, Unavailable."""
         await self._fleet.require(worker=not call.options.background)
         self._admission.check(Load(call.cls))
 
@@ -86,7 +86,7 @@ class CallAdmission:
         return AdmittedCall(admitted, base, prompts, load, quota, num_bytes)
 
     def quota_of(self, caller: Caller, *, is_kept: bool = False) -> Quota | None:
-        """Return the limits that a caller's calls count against, None for nobody's. is_kept: what is made is kept."""
+        """Return the limits that a caller's calls count against, None for none. is_kept: the result is stored."""
         quota = caller.quota
         if quota is None and is_kept:
             quota = Quota(PUBLIC)  # without keys all callers together may keep what a tenant may

@@ -28,7 +28,7 @@ PER_S = 1000
 or two. With more of them than that leaves for each, each waits longer."""
 
 KEPT_BYTES = 256 << 10
-"""Events of a job that are kept for its readers: those of a thousand tokens or so."""
+"""Maximum cached events of a job: those of about a thousand tokens."""
 
 Opening = Callable[[], Awaitable[JobEvents]]
 """Begins to read a job from its first token."""
@@ -92,7 +92,7 @@ class SharedReader:
         return self.num_made - self._num_end
 
     def since(self, number: int) -> list[Event] | None:
-        """Return the events from a number on; None where some of them are kept no more."""
+        """Return the events from a number on; None where some of them are no longer cached."""
         return None if number < self._num_dropped else self._kept[number - self._num_dropped :]
 
     async def more(self, number: int, timeout_s: float) -> None:

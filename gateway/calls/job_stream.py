@@ -23,7 +23,7 @@ from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 After = Callable[[int], list[int]]
-"""Returns the places that a client knows of so many choices; raises what is wrong with what it has sent."""
+"""Returns a client's position in each of so many choices; raises BadRequest for a wrong event id."""
 
 
 class JobStream(Response):

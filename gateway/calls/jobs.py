@@ -165,7 +165,7 @@ class Jobs:
         return await self._view(job, await self.facts(job), whole=True)
 
     async def delete(self, jid: str, caller: Caller) -> dict[str, Any]:
-        """Delete a job with its requests, ending what still runs of it, and free what it kept. Raises NotFound."""
+        """Delete a job with its requests, cancelling running ones, and free its storage. Raises NotFound."""
         await self.forget(await self.load(jid, caller))
         return {"id": jid, "object": "job", "deleted": True}
 

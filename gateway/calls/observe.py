@@ -93,7 +93,7 @@ def refused(tenant: str, reason: str) -> None:
 
 
 def placed(tenant: str, target: Target, timing: m.Timing) -> None:
-    """Count a request's assignment to a worker, once it has put out something there."""
+    """Count a request's assignment to a worker, once it has emitted something there."""
     _named(series.TENANT_QUEUE_SECONDS, TENANTS.of(tenant)).observe(timing.queued_ms / 1000)
     if timing.tier:
         adapter = ADAPTERS.of(name_of(target))

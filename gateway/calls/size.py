@@ -35,7 +35,7 @@ TEXT_BYTES = 4
 """A token's text, where an answer's text is gathered: about what English, Chinese and code have."""
 
 NUMBER_BYTES = 12
-"""A number of an encoder's answer: as it came, as it is kept, and to be written."""
+"""Bytes per number of an encoder's answer: received, stored, and written."""
 
 OFFSET_BYTES = 136
 """Where a token lies in its text: a pair of two numbers."""

@@ -230,7 +230,7 @@ def usages_of(call: AdmittedCall, days: int) -> list[bytes]:
 
 
 def record_of(call: SubmittedCall, jid: str = "") -> m.Idempotent:
-    """Return what is kept under a call's Idempotency-Key. jid: of the job that the call is, "" if it is none."""
+    """Return the record stored under a call's Idempotency-Key. jid: id of its job, "" if it is none."""
     assert call.parsed.sent is not None
     body_hash = call.parsed.sent.hash
     return m.Idempotent(body_hash=body_hash, created_ms=call.created_ms, rids=call.rids, jid=jid, **facts_of(call))

@@ -105,7 +105,7 @@ def to_be_stored(request: EmbeddingsRequest) -> dict[str, Any]:
 
 
 def parse_stored(body: Mapping[str, Any], caller: Caller, settings: Settings) -> ParsedCall:
-    """Return what a body of `/v1/embeddings` that was kept as JSON asks for. Raises as `parse_embeddings`."""
+    """Parse a stored body of `/v1/embeddings`, as JSON. Raises as `parse_embeddings`."""
     return parse_embeddings(EmbeddingsRequest.model_validate(body), caller, settings)
 
 

@@ -34,7 +34,7 @@ class Storage(Protocol):
     """Holds bytes by name; a name is a few words with slashes between them."""
 
     async def check_room(self, num_bytes: int) -> None:
-        """Raise NoRoom unless so many bytes more leave this machine's disk what is kept free."""
+        """Raise NoRoom unless so many more bytes leave the free space to keep on this machine's disk."""
         ...
 
     async def write(self, name: str, chunks: AsyncIterator[bytes]) -> int:
@@ -65,7 +65,7 @@ class FolderStorage:
     """Files below a folder, which only this user may read."""
 
     def __init__(self, root: Path, reserve: Reserve | None = None) -> None:
-        """Use a folder, which is made with the first file. reserve: what is kept free of its disk; None: nothing."""
+        """Use a folder, created with the first file. reserve: free space to keep on its disk; None: none."""
         self._root = root
         self._reserve = reserve or Reserve(0)
 

@@ -76,7 +76,7 @@ class ResponseObject(BaseModel):
 
 
 class Conversation(BaseModel):
-    """A conversation that is kept."""
+    """A stored conversation."""
 
     id: str
     object: str

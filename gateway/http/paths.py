@@ -53,7 +53,7 @@ TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 PING = "/ping"
 
 SMALL_BODY_BYTES = 1 << 16
-"""Bodies up to this size wait for no place: none costs more than a few milliseconds."""
+"""Bodies up to this size need no slot: none costs more than a few milliseconds."""
 
 LORAX_PATHS = LORAX_GENERATE | LORAX_ENCODE | {TOKENIZE, "/info", PING, "/startup"}
 """Routes that answer and refuse in LoRAX's way."""

@@ -93,7 +93,7 @@ def to_be_stored(request: AnyRequest) -> dict[str, Any]:
 
 
 def parse_stored(endpoint: str, body: Mapping[str, Any], caller: Caller, settings: Settings) -> ParsedCall:
-    """Return what a body that was kept as JSON asks for. Raises as `parse`."""
+    """Parse a stored body, as JSON. Raises as `parse`."""
     return parse(BODIES[endpoint].model_validate(body), caller, settings)
 
 

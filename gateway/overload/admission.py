@@ -204,7 +204,7 @@ class Admission:
             raise Overloaded(f"{text}; the limit is {limits.max_inbound_s:g} s", wait_s)
 
     def _check_place(self, load: Load, status: m.SchedulerStatus) -> None:
-        """Refuse a call that its queue will have no place for, as far as is known."""
+        """Refuse a call that its queue is predicted to have no room for."""
         queue, max_queued = self._queues[load.cls], self._settings.max_queued
         if queue.num_counted + queue.num_new >= NEARLY_FULL * max_queued:
             expected = self._expected(queue, status) + queue.num_inbound

@@ -1,8 +1,8 @@
 """A gateway's heartbeat, sent by a thread with its own event loop and its own connection to the queue.
 
-Heartbeats of the main loop would be late under high load. A scheduler would then declare the gateway dead and cancel all
-its calls. The thread sends them for as long as the main loop makes progress at all; it also measures the main loop's
-lag, by a tick that is due ten times a second.
+Heartbeats of the main loop would be late under high load. A scheduler would then declare the gateway dead and cancel
+all its calls. The thread sends them for as long as the main loop makes progress at all; it also measures the main
+loop's lag, by a tick that is due ten times a second.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Heartbeat:
 
     @contextlib.asynccontextmanager
     async def beating(self, bus: Bus, address: str) -> AsyncIterator[None]:
-        """Send heartbeats meanwhile, the first through `bus` before this returns. `address`: the gateway's, for others."""
+        """Send heartbeats meanwhile, the first through `bus` before this returns. `address`: the gateway's."""
         await self._beat_once(bus, address)
         loop = asyncio.new_event_loop()
         task = loop.create_task(self._beats(address))

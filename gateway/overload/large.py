@@ -30,7 +30,7 @@ from protocol.wire.errors import Overloaded
 T = TypeVar("T")
 
 RETRY_S = 5.0
-"""Retry-After of a body that found no place: when one will be free is not known."""
+"""Retry-After of a body without a slot: the time until one is free is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,10 @@ class LargeLimits:
 
 
 class Places:
-    """A number of places. Those that become free go to the tenant that holds fewest, in order of arrival."""
+    """A number of slots. A freed slot goes to the tenant that holds the fewest, in order of arrival."""
 
     def __init__(self, num: int, num_of_tenant: int = 0, num_waiting: int = 0) -> None:
-        """`num_of_tenant`: most places of one tenant, `num_waiting`: most that wait; 0: no limit."""
+        """`num_of_tenant`: maximum slots of one tenant, `num_waiting`: maximum waiting bodies; 0: no limit."""
         self._num = num
         self._num_of_tenant = num_of_tenant or num
         self._num_waiting = num_waiting
@@ -55,7 +55,7 @@ class Places:
         self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}  # by tenant, in order of arrival
 
     async def take(self, tenant: str) -> None:
-        """Wait for a place. Raises Overloaded when too many wait."""
+        """Wait for a slot. Raises Overloaded when too many wait."""
         if not self._waiting and self._is_free(tenant):
             self._held[tenant] += 1
             return
@@ -86,7 +86,7 @@ class Places:
             self._waiting.pop(tenant, None)
 
     def give(self, tenant: str) -> None:
-        """Give a place back."""
+        """Release a slot."""
         self._held[tenant] -= 1
         if not self._held[tenant]:
             del self._held[tenant]
@@ -113,10 +113,10 @@ class Places:
 
 
 class LargeBody:
-    """The body of a request that costs work, and its place, if it is so large that it has one."""
+    """The body of a request that costs work, and its slot, if it is large enough to need one."""
 
     def __init__(self, tenant: str, bodies: Places | None, work: Places) -> None:
-        """`bodies`: where it has its place."""
+        """`bodies`: the owner of its slot."""
         self._tenant = tenant
         self._bodies = bodies
         self._work = work
@@ -130,7 +130,7 @@ class LargeBody:
         self._work.give(self._tenant)
 
     def release(self) -> None:
-        """Give the place back, the first time: the body is held no more."""
+        """Release the slot, idempotently: the body is no longer held."""
         if self._bodies is not None:
             self._bodies.give(self._tenant)
             self._bodies = None
@@ -221,14 +221,14 @@ class Checks:
 
 
 def release() -> None:
-    """Give the place of the current task's body back, if it has one: nothing of it is held any more."""
+    """Release the slot of the current task's body, if it has one: the body is no longer held."""
     body = _BODY.get()
     if body is not None:
         body.release()
 
 
 class LargeBodies:
-    """Lets requests with large bodies wait for a place before anything of them is read."""
+    """Lets requests with large bodies wait for a slot before any of the body is read."""
 
     def __init__(self, app: ASGIApp, shape_of: ShapeOf, limits: LargeLimits | None = None) -> None:
         """`shape_of`: how errors of a request are written."""
@@ -271,7 +271,7 @@ def _is_small(headers: Sequence[tuple[bytes, bytes]]) -> bool:
 
 
 def _tenant_of(scope: Scope) -> str:
-    """Return who shares places with others: a tenant, or where there are no keys, an address."""
+    """Return the holder of slots: a tenant, or without keys, an address."""
     caller: Caller = scope[CALLER]
     if caller.is_batch:
         return f"batches of {caller.owner}"

@@ -284,7 +284,7 @@ def _written(items: Sequence[Item]) -> list[tuple[str, bytes]]:
 
 
 def _values(raws: Sequence[bytes]) -> list[Item]:
-    """Return items that were kept as JSON, and charge for them. Raises as `memory.hold`."""
+    """Return items stored as JSON, and charge for them. Raises as `memory.hold`."""
     hold(held() + sum(len(raw) + values_bytes(raw) for raw in raws))
     return [orjson.loads(raw) for raw in raws]
 

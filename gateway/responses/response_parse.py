@@ -264,7 +264,7 @@ def to_be_stored(
 
 
 def parse_stored(kept: Mapping[str, Any], caller: Caller, settings: Settings) -> ParsedCall:
-    """Return what a response asked for that was kept, without its input. Raises as `parse`."""
+    """Parse a stored response's body, without its input. Raises as `parse`."""
     names = ("model", "tools", "tool_choice", "parallel_tool_calls", "max_output_tokens", "top_logprobs", "metadata")
     body = {name: kept["shown"][name] for name in names}
     request = ResponseRequest.model_validate({**body, "include": kept["include"], "background": kept["background"]})

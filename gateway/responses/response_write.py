@@ -193,7 +193,7 @@ def writer_of(call: SubmittedCall, choices: Sequence[Choice]) -> ResponseWriter:
 
 
 def job_api(settings: Settings) -> JobApi:
-    """Return how responses that are kept are read."""
+    """Return the reader of stored responses."""
     return JobApi(lambda kept, caller: parse_stored(kept, caller, settings), writer_of, id_prefix=ID_PREFIX)
 
 

@@ -33,7 +33,7 @@ CANCEL_WAIT_S = 10.0
 """Maximum time for a worker to release a cancelled response."""
 
 ITEM_BYTES = 1 << 8
-"""What an item that was kept counts for, where it is asked how long a body takes to be read."""
+"""Weight of a stored item in the estimate of a body's parse time."""
 
 MAX_REFERRED = 16
 """Responses that the items of one input may refer to: each is read from its log."""

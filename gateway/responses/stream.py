@@ -1,4 +1,4 @@
-"""The events of a response that is kept, from the first or from any on: the same ones each time."""
+"""The events of a stored response, from any position on: the same ones each time."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ CLAIM_MS = 60_000
 """After so long a delivery that was begun is due again, if nothing was heard of it: its gateway has died."""
 
 MAX_TESTS = 16
-"""Tests of endpoints at once at a gateway, of all tenants. Like all such places, the last quarter is for tenants that
+"""Tests of endpoints at once at a gateway, of all tenants. Like all such slots, the last quarter is for tenants that
 have none."""
 
 MAX_TESTS_OF_TENANT = 2
@@ -110,7 +110,7 @@ class WebhookSender:
         return more
 
     async def _begin(self) -> None:
-        """Give tenants a turn at the places for deliveries, those first that have fewest.
+        """Give tenants a turn at the slots for deliveries, those first that have fewest.
 
         Twice as many are looked at as there are places, so at least half of them have none: while places are free,
         each look begins something or finds all that is due.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Resident:
-    """An adapter's place in the pool."""
+    """An adapter's slot and pages in the pool."""
 
     digest: str
     slot: int

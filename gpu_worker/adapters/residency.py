@@ -23,7 +23,7 @@ class Residency:
 
     @property
     def pins(self) -> dict[str, str]:
-        """The pinned adapters, each with why it cannot be kept in the pool; "" if it is there or on its way."""
+        """The pinned adapters, each with the reason why it cannot stay in the pool; "" if it is resident or loading."""
         return dict(self._pins)
 
     def pin(self, digest: str) -> None:

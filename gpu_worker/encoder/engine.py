@@ -61,7 +61,7 @@ class EncoderEngine(BaseEngine):
         self.config = config
         self._requests: dict[str, EngineRequest] = {}  # all wait: by id, in the order they came
         self._label_site = next((site.index for site in model.sites if site.name == model.label_head), -1)
-        self._num_skips: Counter[str] = Counter()  # steps of others in which one that yields had no place, by id
+        self._num_skips: Counter[str] = Counter()  # by id, steps of others that had no room for a yielding text
 
     # ------------------------------------------------------------ a step
 

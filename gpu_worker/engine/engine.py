@@ -266,7 +266,7 @@ class Engine(BaseEngine):
                 check_choice(seq, sampled, row)
                 num_output += self._settle_one(seq, draft, sampled, row)
             except BaseException as error:  # noqa: BLE001  a request's edge: it fails alone
-                seq.num_tokens = num_tokens  # nothing of this step is put out
+                seq.num_tokens = num_tokens  # no output of this step is emitted
                 self._outputs.append(seq.fail(failure_of(seq.request, error)))
                 self._drop(seq.rid)
             finally:

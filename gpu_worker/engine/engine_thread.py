@@ -35,7 +35,7 @@ CHECK_S = 10.0
 """How often an idle engine looks for lost blocks and pages: a leak is a crash, so that it is found at once."""
 
 OnOutputs = Callable[[list[TokenOutput]], object]
-"""Called in the engine's thread with what one step put out."""
+"""Called in the engine's thread with the outputs of one step."""
 
 OnDeath = Callable[[BaseException], object]
 """Called in the engine's thread with the error that ended it."""
@@ -230,7 +230,7 @@ class EngineThread:
             _resolve(future, rids)
 
     def _step(self) -> None:
-        """Run a step, unless too many are not durable yet, and pass on what it put out."""
+        """Run a step, unless too many are not durable yet, and pass on its outputs."""
         outputs = []
         self._can_step = True
         if self._num_unacked < self._max_unacked:

@@ -15,12 +15,12 @@ MOST = 2 / 3
 """Share of all recent tokens above which a tenant counts as the heaviest."""
 
 FEW = 1 / 8
-"""Tokens a step, per place, up to which no tenant has too much: decodes in the places that it may have where all fit
+"""Tokens per step and slot up to which no tenant has too much: decodes in the slots that it may have where all fit
 (`scheduler.fairness`)."""
 
 
 class Spending:
-    """Tokens that each tenant has had in the last steps, later ones counting more."""
+    """Tokens that each tenant received in recent steps, newer ones counting more."""
 
     def __init__(self, num_places: int) -> None:
         """num_places: sequences that run at once."""

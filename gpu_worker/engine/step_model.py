@@ -71,7 +71,7 @@ class StepMeter:
         self._lap_s = now_s
 
     def stop(self, work: StepWork, num_output: int = 0, *, since_s: float = 0.0, is_limited: bool = False) -> None:
-        """Count a step, up to the last lap, that put out `num_output` tokens. is_limited: its time was.
+        """Count a step, up to the last lap, that emitted `num_output` tokens. is_limited: its time was.
 
         since_s: when it was started, if that was before the last start. The time of a step that was launched while
         another ran begins where that one was stopped.

@@ -35,7 +35,7 @@ from protocol.runtime.private_files import is_own
 logger = logging.getLogger(__name__)
 
 MAX_KEPT = 8
-"""Models whose answers are kept, the latest written: some ten megabytes each."""
+"""Maximum number of models with stored answers, the latest written: some ten megabytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class KeptAnswers:
 
 
 def answers_of(module: PreTrainedModel, folder: Path, impl: ops.Impl | None) -> KeptAnswers:
-    """Return where the answers of a model on the CPU are kept, as it is now. impl: of the kernels that run it later."""
+    """Return the store for the answers of a model on the CPU, as it is now. impl: the kernels that run it later."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(PANELS))
     states = [(path.name, *_state(path)) for path in files]
     code = [state_of(Path(package.__path__[0])) for package in (gpu_worker, lora_kernels)]

@@ -58,7 +58,7 @@ class KeptPanels:
             logger.warning("the packed weights in %s cannot be read and are rebuilt: %s", folder, error)
 
     def pack(self, name: str, weight: ops.QuantisedWeight, impl: ops.Impl | None) -> ops.QuantisedLinear:
-        """Return a layer's weight as `ops.pack_quantised` lays it out, mapped if it was kept."""
+        """Return a layer's weight as `ops.pack_quantised` lays it out, memory-mapped if it was stored."""
         kept = self._found.get(name)
         if impl is None and kept is not None and (kept.kind, kept.size) == (weight.kind, _size(weight)):
             num_bytes = kept.shape[0] * kept.shape[1]
@@ -74,7 +74,7 @@ class KeptPanels:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Write what was packed in place of what was kept, whole or not at all; unless the model cannot be read."""
+        """Replace the stored panels by the packed ones, atomically; not if the model cannot be read."""
         if kind is not None or not self._new:
             return
         try:

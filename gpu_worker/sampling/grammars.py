@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 NUM_COMPILERS = 2
 
 MAX_COMPILED = 128
-"""Compiled grammars that are kept, the most recently used."""
+"""Maximum number of cached compiled grammars, the most recently used."""
 
 MAX_VOCABULARIES = 16
-"""Adapters' tokenizers that are kept as llguidance sees them, the most recently used; some 20 MB each."""
+"""Maximum number of cached llguidance tokenizers of adapters, the most recently used; some 20 MB each."""
 
 MAX_BUILD_SHARE = 0.1
 """Share of time in which a vocabulary may be under construction: the steps stand still meanwhile."""

@@ -1,4 +1,4 @@
-"""The requests that a worker owns, and what each has put out that is not durable yet. Pure."""
+"""The requests that a worker owns, and the output of each that is not durable yet. Pure."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class OwnedRequest:
 
 
 class PendingOutput(msgspec.Struct):  # a dataclass takes three times as long to make, and each row of each step has one
-    """What one request put out and is not durable yet, of one step or several."""
+    """The output of one request that is not durable yet, from one step or several."""
 
     seq0: int = -1  # index of ids[0] in the log; -1: at the log's end, wherever that is
     ids: bytes = b""  # int32 token ids

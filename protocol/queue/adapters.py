@@ -279,7 +279,7 @@ class Adapters:
     # ------------------------------------------------------------ for the stores
 
     async def news(self, after: str) -> CatalogueNews:
-        """Return what has happened since the event `after`; "": since the oldest event that is kept."""
+        """Return the events since `after`; "": since the oldest stored event."""
         pipe = self._redis.pipeline(transaction=False)
         pipe.info("server")
         pipe.hlen(self._keys.adapters)

@@ -20,13 +20,13 @@ from protocol.wire.keys import Keys
 logger = logging.getLogger(__name__)
 
 KEPT_S = 604_800
-"""How long a letter is kept."""
+"""Retention of a letter."""
 
 MAX_LETTERS = 1024
-"""Most letters that are kept: the oldest leave. A request's has one to two kB."""
+"""Maximum number of letters; the oldest are dropped. A request's has one to two kB."""
 
 MAX_RAW_BYTES = 32 << 10
-"""Most bytes that are kept of a message that could not be read; so all letters together have 32 MiB at most."""
+"""Maximum stored bytes of an unreadable message, so that all letters have at most 32 MiB."""
 
 _ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 

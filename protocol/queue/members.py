@@ -30,7 +30,7 @@ class FleetSummary:
 
 
 class Members:
-    """The members of a fleet. Each has a heartbeat, a key with a TTL, and a place in the register of its kind."""
+    """The members of a fleet. Each has a heartbeat, a key with a TTL, and an entry in the register of its kind."""
 
     def __init__(self, client: Client, keys: Keys, scripts: Scripts) -> None:
         self._redis = client

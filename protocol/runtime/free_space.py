@@ -26,7 +26,7 @@ def free_bytes(place: Path) -> int:
 
 
 class Reserve:
-    """The free space that is kept on each disk, and the room that is promised to writers of this process."""
+    """The free space kept on each disk, and the space reserved for writers of this process."""
 
     def __init__(self, keep_free: int, free: Free = free_bytes) -> None:
         """keep_free: bytes of each disk."""

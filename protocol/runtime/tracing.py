@@ -46,7 +46,7 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A span's place: its trace, its own id, and its parent's, 0 for none."""
+    """A span's context: the ids of its trace, itself, and its parent, 0 for none."""
 
     trace_id: int
     span_id: int
@@ -63,7 +63,7 @@ class Trace:
         return f"00-{self.trace_id:032x}-{self.span_id:016x}-01"
 
     def child(self, span_id: int = 0) -> Trace:
-        """Return the place of a child, with an id of its own."""
+        """Return the context of a child, with a new id."""
         return Trace(self.trace_id, span_id or secrets.randbits(64) or 1, self.span_id)
 
 
@@ -76,7 +76,7 @@ def place_of(traceparent: str) -> Trace | None:
 
 
 def run_place(traceparent: str, rid: str, epoch: int) -> Trace | None:
-    """Return the place of a request's assignment, the same in every process; None where it has no trace."""
+    """Return the context of a request's assignment, the same in every process; None where it has no trace."""
     parent = place_of(traceparent) if traceparent else None
     if parent is None:
         return None
@@ -118,7 +118,7 @@ class Tracer:
         )
 
     def begin(self, traceparent: str) -> Trace | None:
-        """Return the place of a new request, below what its client sent; None for one that is not traced."""
+        """Return the context of a new request, a child of its client's; None if it is not traced."""
         if _TRACEPARENT.fullmatch(traceparent):  # the client has decided
             above = place_of(traceparent)
             return above.child() if above is not None else None

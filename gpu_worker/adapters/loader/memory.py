@@ -12,7 +12,7 @@ import threading
 from contextlib import suppress
 
 KEPT_BYTES = 32 << 20
-"""All that is kept for later adapters, at most."""
+"""Maximum bytes cached for later adapters."""
 
 ROUND_BYTES = 1 << 20
 """Sizes are rounded up to this: adapters of nearly one size use each other's memory."""
@@ -104,7 +104,7 @@ class KeptFiles:
         return AnonymousFile(rounded(num_bytes))
 
     def keeps(self, file: AnonymousFile) -> bool:
-        """Return whether a file is small enough to be kept."""
+        """Return whether a file is small enough to be reused."""
         return file.num_bytes <= self._max_bytes
 
     def give_back(self, file: AnonymousFile) -> None:

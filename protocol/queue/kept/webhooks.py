@@ -27,10 +27,10 @@ from protocol.wire.keys import Keys
 logger = logging.getLogger(__name__)
 
 GIVEN_UP_S = 604_800
-"""How long a delivery that was given up is kept."""
+"""Retention of a failed delivery."""
 
 MAX_GIVEN_UP = 256
-"""Deliveries of a tenant that were given up and are kept, the newest."""
+"""Maximum number of stored failed deliveries of a tenant, the newest."""
 
 UNREADABLE = "its record cannot be read"
 """The error of a delivery whose record no longer says what is to be sent."""
