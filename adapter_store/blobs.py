@@ -51,7 +51,7 @@ class AdapterFolder:
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    num_bytes: int  # size of the weights file
+    num_bytes: int  # of the weights file
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFolder:
@@ -148,7 +148,7 @@ class Blobs:
         return digest if digest in self._sizes else None
 
     def readers_of(self, version: str) -> set[str]:
-        """Return the kinds of `Reader` that have read a version. Tokens are never recorded."""
+        """Return by whose rights a version was read: kinds of `Reader`, but for tokens, which prove no other's."""
         return self._note_of(version)[1]
 
     def note_reader(self, version: str, reader: str) -> None:

@@ -66,7 +66,7 @@ from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import load_model_files
 from gateway.tokenizer.tokenizer_routes import TokenizerEndpoints
 from gateway.webhooks.endpoints import WebhookService
-from gateway.webhooks.names import Names
+from gateway.webhooks.names import HostNames
 from gateway.webhooks.outside import Outside
 from gateway.webhooks.sender import SenderPace, WebhookSender
 from gateway.webhooks.webhook_routes import WebhookRoutes
@@ -162,7 +162,7 @@ async def _serve(
         stored = StoredResponses(pipeline, jobs)
         conversations = Conversations(bus, settings, jobs, stored, timings.conversation_sweep_s)
         batch_wake = asyncio.Event()
-        outside = Outside(private=settings.private_webhooks, names=Names(settings.webhook_dns))
+        outside = Outside(private=settings.private_webhooks, names=HostNames(settings.webhook_dns))
         sender = WebhookSender(bus, replies.gid, outside, secret, timings.webhooks)
         handlers = Handlers(
             endpoints, openai, native, operators, encoders, tokenizers, ollama,

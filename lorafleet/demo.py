@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 @dataclass(slots=True)
-class Answer:
+class StreamedAnswer:
     """One model's answer while it streams in."""
 
     model: str
@@ -100,7 +100,7 @@ async def show_answers(settings: Settings, screen: Screen, names: list[str], que
 
     max_tokens: of each answer.
     """
-    answers = [Answer(name) for name in names]
+    answers = [StreamedAnswer(name) for name in names]
     screen.say(f"\n[bold]{escape(question)}[/]")
     live = Live(console=screen.console, auto_refresh=False)
 
@@ -109,7 +109,7 @@ async def show_answers(settings: Settings, screen: Screen, names: list[str], que
 
     async with httpx2.AsyncClient(base_url=local_url(settings), timeout=300, trust_env=False) as client:
         # One token each loads the adapters first, so that the measured answers show the batch and not the loading.
-        await _ask_all(client, [Answer(name) for name in names], question, 1, lambda: None)
+        await _ask_all(client, [StreamedAnswer(name) for name in names], question, 1, lambda: None)
         started = time.monotonic()
         with live:
             await _ask_all(client, answers, question, max_tokens, show)
@@ -123,7 +123,7 @@ async def show_answers(settings: Settings, screen: Screen, names: list[str], que
 
 
 async def _ask_all(
-    client: httpx2.AsyncClient, answers: list[Answer], question: str, max_tokens: int, show: Callable[[], None]
+    client: httpx2.AsyncClient, answers: list[StreamedAnswer], question: str, max_tokens: int, show: Callable[[], None]
 ) -> None:
     """Stream all answers at once. Raises the error of the first that fails."""
     try:
@@ -135,7 +135,7 @@ async def _ask_all(
 
 
 async def _ask(
-    client: httpx2.AsyncClient, answer: Answer, question: str, max_tokens: int, show: Callable[[], None]
+    client: httpx2.AsyncClient, answer: StreamedAnswer, question: str, max_tokens: int, show: Callable[[], None]
 ) -> None:
     """Stream one answer into `answer`. Raises Internal when the fleet refuses the request."""
     body = {
@@ -173,7 +173,7 @@ async def shared_steps(settings: Settings, num_models: int) -> tuple[int, int]:
     return sum(size == num_models for size in sizes), sum(size > 0 for size in sizes)
 
 
-def _panels(answers: list[Answer]) -> Table:
+def _panels(answers: list[StreamedAnswer]) -> Table:
     grid = Table.grid(expand=True)
     for _ in range(2):
         grid.add_column(ratio=1)

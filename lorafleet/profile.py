@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, settings: Settings) -> Any:
-    """Measure as the arguments say; return a `gpu_worker.profiling.profile.Profile`."""
+    """Measure as the arguments say; return a `gpu_worker.profiling.profile.StepProfile`."""
     try:
         worker = importlib.import_module("gpu_worker.profiling.profile")
     except ModuleNotFoundError as error:
@@ -99,7 +99,7 @@ def _measure(args: argparse.Namespace, settings: Settings) -> Any:
 
 
 def print_profile(found: Any, console: Console) -> None:
-    """Print a `gpu_worker.profiling.profile.Profile`: the phases and the forward pass of each case."""
+    """Print a `gpu_worker.profiling.profile.StepProfile`: the phases and the forward pass of each case."""
     how = f"{found.num_stacked} of {found.num_layers} layers in one native call"
     console.print(
         f"[bold]{found.model}[/] in {found.dtype} on {found.device}, {_count(found.num_threads, 'thread')}, {how}, "

@@ -15,7 +15,7 @@ LINEAR = ("linear", "conv1d", OPAQUE)
 """Kinds of sites that are linear layers."""
 
 
-class Matcher:
+class TensorMatcher:
     """One adapter while it is read: its config, its tensors and the base model, and which tensors are used so far."""
 
     def __init__(

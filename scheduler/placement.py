@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from scheduler.backlog import OfferResult
-from scheduler.request import BASE, Candidate, Choice, QueuedRequest
+from scheduler.request import BASE, Candidate, QueuedRequest, WorkerChoice
 from scheduler.workers import Tier, Worker, Workers, num_reserved
 
 LOAD_BOUND = 1.25
@@ -294,7 +294,9 @@ class Placement:
         worker = found.worker
         if worker is None:
             return OfferResult.BLOCKED
-        request.choice = Choice(_reason(request, candidates, found is crowded), candidates[found.index], candidates)
+        request.choice = WorkerChoice(
+            _reason(request, candidates, found is crowded), candidates[found.index], candidates
+        )
         if preferred_open or final:
             return worker
         patience_ms = self.bandwidths.cost_ms(worker.tier(digest), facts.num_bytes)

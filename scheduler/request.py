@@ -24,7 +24,7 @@ class Candidate(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class WorkerChoice:
     """Why a worker was chosen for a request."""
 
     because: str  # one of `messages.REASONS`
@@ -54,7 +54,7 @@ class QueuedRequest:
     alone: bool = False  # it yields only because its tenant was alone
     since_ms: int = 0  # when it came to the backlog, unix time; 0: as it was submitted
     assigned_ms: int = 0  # unix time, 0 while that is not known
-    choice: Choice | None = None  # worker that it was last offered to
+    choice: WorkerChoice | None = None  # worker that it was last offered to
 
     @property
     def rid(self) -> str:

@@ -68,7 +68,7 @@ class Copy:
             yield self._aliases[self.keys[number]]
 
 
-class Catalogue:
+class CatalogueCopy:
     """The names that a caller sees."""
 
     def __init__(self, bus: Bus, max_age_s: float = MAX_AGE_S) -> None:

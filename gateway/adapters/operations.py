@@ -20,7 +20,7 @@ import msgspec
 import orjson
 
 from gateway.adapters.aliases import Aliases, error_of, is_settled
-from gateway.adapters.catalogue import OBJECTS_AT_ONCE, Catalogue
+from gateway.adapters.catalogue import OBJECTS_AT_ONCE, CatalogueCopy
 from gateway.adapters.memory import AdapterMemory, Freed
 from gateway.adapters.resolver import BASE
 from gateway.adapters.views import AdapterObjects
@@ -94,7 +94,7 @@ class AdapterOperations:
     """
 
     def __init__(
-        self, bus: Bus, settings: Settings, aliases: Aliases, catalogue: Catalogue, secret: FleetSecret | None
+        self, bus: Bus, settings: Settings, aliases: Aliases, catalogue: CatalogueCopy, secret: FleetSecret | None
     ) -> None:  # fmt: skip
         """`secret`: what the stores want to see, None in a fleet without one."""
         self._bus = bus

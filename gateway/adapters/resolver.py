@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.adapters.aliases import Aliases
-from gateway.adapters.catalogue import Catalogue
+from gateway.adapters.catalogue import CatalogueCopy
 from gateway.adapters.views import adapter_object, base_object
 from gateway.auth.callers import EVERYBODY, Caller
 from gateway.text.own_files import OwnFiles
@@ -55,7 +55,7 @@ class Resolver:
         self._shown_folder = folder if shows_paths else None
         self._aliases = aliases
         self.own = own
-        self.catalogue = Catalogue(bus)
+        self.catalogue = CatalogueCopy(bus)
 
     async def resolve(self, name: str, base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY) -> Target:
         """Return the target of `base`, the base's own name or "", of an adapter's name or source, or of `base:adapter`.

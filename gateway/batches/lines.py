@@ -90,7 +90,7 @@ class _Line(msgspec.Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class BatchLine:
     """A line that can be run."""
 
     number: int  # counted from 1
@@ -112,7 +112,7 @@ class InputLines:
 
     endpoint: str
     max_bytes: int  # maximum bytes of a line
-    lines: list[Line] = field(default_factory=list)
+    lines: list[BatchLine] = field(default_factory=list)
     problems: list[m.BatchProblem] = field(default_factory=list)
     _models: Counter[str] = field(default_factory=Counter)  # lines of each
     _names: set[bytes] = field(default_factory=set)
@@ -136,7 +136,7 @@ class InputLines:
             self._problem("invalid_json_line", f"the line is not valid JSON: {error}", number)
             return
         except RecursionError:
-            self._add(Line(number, start, len(raw), "", b"", is_too_deep=True))  # `call_of` says what is wrong
+            self._add(BatchLine(number, start, len(raw), "", b"", is_too_deep=True))  # `call_of` says what is wrong
             return
         name = _scalar(line.custom_id)
         if not isinstance(name, str) or not 0 < len(name) <= MAX_CUSTOM_ID_CHARACTERS:
@@ -163,9 +163,9 @@ class InputLines:
             self._problem("invalid_body", "body must be an object", number, "body")
             return
         model = _scalar(body.model)
-        self._add(Line(number, start, len(raw), model if isinstance(model, str) else "", _beginning(body)))
+        self._add(BatchLine(number, start, len(raw), model if isinstance(model, str) else "", _beginning(body)))
 
-    def _add(self, line: Line) -> None:
+    def _add(self, line: BatchLine) -> None:
         self.lines.append(line)
         self._models[line.model] += 1
 
@@ -186,19 +186,19 @@ class InputLines:
         """The model that all lines name, "" if they name several."""
         return next(iter(self._models)) if len(self._models) == 1 else ""
 
-    async def in_order(self, done: Container[int] = ()) -> Iterator[Line]:
+    async def in_order(self, done: Container[int] = ()) -> Iterator[BatchLine]:
         """Return the lines in the order in which they are run: by model, then by the beginnings of their prompts.
 
         Models with the most lines are first, so that the last ones run with others beside them. The order is the same
         each time, whoever asks. done: numbers of those that are left out.
         """
-        runs: list[list[Line]] = []
+        runs: list[list[BatchLine]] = []
         for some in (self.lines[i : i + SORTED_AT_ONCE] for i in range(0, len(self.lines), SORTED_AT_ONCE)):
             runs.append(sorted((line for line in some if line.number not in done), key=self._rank))
             await asyncio.sleep(0)
         return merge(*runs, key=self._rank)
 
-    def _rank(self, line: Line) -> tuple[int, str, bytes, int]:
+    def _rank(self, line: BatchLine) -> tuple[int, str, bytes, int]:
         return -self._models[line.model], line.model, line.prompt, line.number
 
 
@@ -212,7 +212,7 @@ class LineCall:
     begin: int = 0  # offset of the body in the line
 
 
-def call_of(line: Line, raw: bytes) -> LineCall:
+def call_of(line: BatchLine, raw: bytes) -> LineCall:
     """Return the call of a line that `InputLines` has found, from its bytes in the file."""
     too_deep = LineCall("", b"", f"line {line.number} is nested too deeply")
     if line.is_too_deep:  # how deep can be read depends on who asks: what was not checked then is not used now

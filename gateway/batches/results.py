@@ -42,7 +42,7 @@ _LONGEST = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class LineAnswer:
     """What a line came to."""
 
     number: int  # line number
@@ -103,7 +103,7 @@ class Results:
         """Whether so much waits that it should be written now."""
         return self._num_bytes >= MAX_PART_BYTES
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: LineAnswer) -> None:
         """Take the answer to a line that has none."""
         if self.tally.add(answer.number, answer.kind, answer.usage):
             self._waiting.append((answer.number, row := _row(answer)))
@@ -166,16 +166,16 @@ class Results:
                     yield kind, line
 
 
-def answer_of(number: int, custom_id: str, status: int, request_id: str, body: bytes) -> Answer:
+def answer_of(number: int, custom_id: str, status: int, request_id: str, body: bytes) -> LineAnswer:
     """Return the answer to a line from the response of its endpoint, whose body is JSON."""
     response = {"status_code": status, "request_id": request_id, "body": orjson.Fragment(body)}
     kind: Kind = "output" if status < 400 else "error"
-    return Answer(number, kind, _line(custom_id, response, None), usage_of(body) if status < 400 else NO_USAGE)
+    return LineAnswer(number, kind, _line(custom_id, response, None), usage_of(body) if status < 400 else NO_USAGE)
 
 
-def failure_of(number: int, custom_id: str, code: str, message: str) -> Answer:
+def failure_of(number: int, custom_id: str, code: str, message: str) -> LineAnswer:
     """Return the answer to a line that its endpoint was not asked for, or has not answered."""
-    return Answer(number, "error", _line(custom_id, None, {"code": code, "message": message}))
+    return LineAnswer(number, "error", _line(custom_id, None, {"code": code, "message": message}))
 
 
 class _Told(msgspec.Struct):
@@ -203,7 +203,7 @@ def _line(custom_id: str, response: dict[str, Any] | None, error: dict[str, str]
     return orjson.dumps(made)
 
 
-def _row(answer: Answer) -> bytes:
+def _row(answer: LineAnswer) -> bytes:
     numbers = " ".join(map(str, _numbers(answer.usage)))
     return b"%d %s %s %s\n" % (answer.number, answer.kind.encode(), numbers.encode(), answer.line)
 

@@ -19,8 +19,8 @@ import msgspec
 
 from gateway.auth.callers import Caller
 from gateway.batches.inner_calls import InnerCalls
-from gateway.batches.lines import InputLines, Line, LineCall, call_of, read_lines, turn_of
-from gateway.batches.results import KINDS, Answer, Kind, Results, answer_of, failure_of
+from gateway.batches.lines import BatchLine, InputLines, LineCall, call_of, read_lines, turn_of
+from gateway.batches.results import KINDS, Kind, LineAnswer, Results, answer_of, failure_of
 from gateway.calls.submit import cancel
 from gateway.files.files import HELD_S, FileService
 from gateway.files.storage import Storage
@@ -324,7 +324,7 @@ class BatchRun:
 
     # ------------------------------------------------------------ lines
 
-    async def _run_line(self, line: Line, source: m.File, caller: Caller) -> None:
+    async def _run_line(self, line: BatchLine, source: m.File, caller: Caller) -> None:
         """Ask the endpoint for one line's answer, until it is not too busy to give one.
 
         Between two tries no large body is held, but read again: while a call has it, that is charged for it.
@@ -332,7 +332,7 @@ class BatchRun:
         call = await self._read(line, source)
         begin = line.start + call.begin
         end = begin + len(call.body)
-        answer: Answer | None = None
+        answer: LineAnswer | None = None
         num_away = 0
         while True:
             try:
@@ -357,7 +357,7 @@ class BatchRun:
                     call = replace(call, body=await self._bytes(source, begin, end))
         await self._take(answer)
 
-    async def _ask(self, line: Line, call: LineCall, caller: Caller) -> tuple[Answer | None, float]:
+    async def _ask(self, line: BatchLine, call: LineCall, caller: Caller) -> tuple[LineAnswer | None, float]:
         """Return the endpoint's answer; None if it is too busy to give one, and after how many seconds it may.
 
         Raises what a line alone can be the cause of, and connection errors.
@@ -370,13 +370,13 @@ class BatchRun:
         request_id = answer.headers.get("x-request-id", "")
         return answer_of(line.number, call.custom_id, answer.status, request_id, answer.body), 0.0
 
-    async def _take(self, answer: Answer) -> None:
+    async def _take(self, answer: LineAnswer) -> None:
         """Take a line's answer, and write those that wait if they are many."""
         self._results.add(answer)
         if self._results.is_full:
             await self._flush()
 
-    async def _read(self, line: Line, source: m.File) -> LineCall:
+    async def _read(self, line: BatchLine, source: m.File) -> LineCall:
         """Return a line's call."""
         async with turn_of(line.num_bytes, self._means.turns):
             return call_of(line, await self._bytes(source, line.start, line.end))
@@ -384,7 +384,7 @@ class BatchRun:
     async def _bytes(self, source: m.File, start: int, end: int) -> bytes:
         return b"".join([chunk async for chunk in self._means.files.read(source, start, end)])
 
-    def _key(self, line: Line) -> str:
+    def _key(self, line: BatchLine) -> str:
         return f"{self.batch.id}:{line.number}"
 
     async def _caller(self) -> Caller:
@@ -393,7 +393,7 @@ class BatchRun:
         tenant = await self._bus.api_keys.tenant(self.batch.tenant) if keys else None
         return Caller(tenant, ("infer",), until_ms=self.batch.expires_ms)
 
-    async def _end_requests(self, lines: Sequence[Line], caller: Caller) -> None:
+    async def _end_requests(self, lines: Sequence[BatchLine], caller: Caller) -> None:
         """End what still runs in the queue of lines that nobody waits for."""
         open_lines = [line for line in lines if line.number not in self._results.tally.done]
         for some in _slices(open_lines, 256):

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 
-from gateway.calls.job_events import Event, JobEvents
+from gateway.calls.job_events import JobEvent, JobEvents
 from gateway.overload.large import Places
 from gateway.overload.memory import charging, held, hold, shared
 
@@ -54,7 +54,7 @@ class SharedReader:
         self._kept_bytes = kept_bytes
         self._turn = turn
         self._charge = shared()
-        self._kept: list[Event] = []
+        self._kept: list[JobEvent] = []
         self._num_bytes = 0
         self._num_dropped = 0
         self._num_end = 0  # events of the job's end among those that are kept
@@ -91,7 +91,7 @@ class SharedReader:
         """The events that have been made but for those of the job's end, which this reader alone sends."""
         return self.num_made - self._num_end
 
-    def since(self, number: int) -> list[Event] | None:
+    def since(self, number: int) -> list[JobEvent] | None:
         """Return the events from a number on; None where some of them are no longer cached."""
         return None if number < self._num_dropped else self._kept[number - self._num_dropped :]
 
@@ -145,7 +145,7 @@ class SharedReader:
         news, self._news = self._news, asyncio.get_running_loop().create_future()
         news.set_result(None)
 
-    def _keep(self, made: list[Event]) -> None:
+    def _keep(self, made: list[JobEvent]) -> None:
         self._kept += made
         self._num_bytes += sum(event.num_bytes for event in made)
         num = 0

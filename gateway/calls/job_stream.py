@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gateway.bodies.json_bodies import disconnected
-from gateway.calls.job_events import Event
+from gateway.calls.job_events import JobEvent
 from gateway.calls.job_readers import JobReaders, Opening, SharedReader
 from gateway.calls.writers import SSE
 from gateway.http.errors import OPENAI_ERRORS, error_of
@@ -94,7 +94,7 @@ class JobStream(Response):
                 told_s = loop.time()
                 yield SSE.idle(reader.waiting_for)
 
-    def _told(self, events: Iterable[Event]) -> bytes:
+    def _told(self, events: Iterable[JobEvent]) -> bytes:
         """Return the frames of those events that the client does not know, which it knows then."""
         out: list[bytes] = []
         for event in events:

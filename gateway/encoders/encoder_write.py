@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gateway.answers.sse import GenerationResponse
-from gateway.bodies.json_slices import Rows
+from gateway.bodies.json_slices import RowSlices
 from gateway.calls.choices import Choice, Piece
 from gateway.calls.follow import Generation
 from gateway.calls.submit import SubmittedCall
@@ -144,7 +144,7 @@ def write_entities(request: EncoderRequest | EncoderBatchRequest) -> Write:
             for text, prompt, part in zip(texts, prompts, numbers, strict=True):
                 yield entities_of(text, prompt.offsets, part[::2], part[1::2].copy().view("<f4"), labels)
 
-        return Rows(rows, at_once=VECTORS) if isinstance(request, EncoderBatchRequest) else next(rows())
+        return RowSlices(rows, at_once=VECTORS) if isinstance(request, EncoderBatchRequest) else next(rows())
 
     return write
 
@@ -176,7 +176,7 @@ def embeddings_answer(
             shown = base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_text else vector
             yield {"object": "embedding", "index": index, "embedding": shown}
 
-    data = Rows(rows, at_once=VECTORS)
+    data = RowSlices(rows, at_once=VECTORS)
     answer = {
         "object": "list",
         "data": data,

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from gateway.answers.sse import GenerationResponse
-from gateway.bodies.json_slices import Rows
+from gateway.bodies.json_slices import RowSlices
 from gateway.calls import lorax_metrics
 from gateway.calls.choices import Piece, TokenLogprob, mean_logprob
 from gateway.calls.follow import Generation
@@ -138,8 +138,8 @@ class NativeWriter:
             "finish_reason": self._reason(piece.finish, ids[-1] if ids else -1, text),
             "generated_tokens": len(ids),
             "seed": self._native.seed,
-            "prefill": Rows(prefill),
-            "tokens": Rows(lambda: self._token_writer().tokens(piece.logprobs, ended=True), self._options.rows),
+            "prefill": RowSlices(prefill),
+            "tokens": RowSlices(lambda: self._token_writer().tokens(piece.logprobs, ended=True), self._options.rows),
         }
 
     def _reason(self, finish: str, last: int, text: str) -> str:

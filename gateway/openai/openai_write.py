@@ -18,7 +18,7 @@ import orjson
 from msgspec import structs
 
 from gateway.answers.sse import GenerationResponse
-from gateway.bodies.json_slices import Rows, dumps
+from gateway.bodies.json_slices import RowSlices, dumps
 from gateway.calls.choices import NONE, Choice, Piece, TokenLogprob
 from gateway.calls.follow import Generation
 from gateway.calls.parsed_call import Conversation, Options
@@ -181,7 +181,7 @@ class _Details:
         prompt["prompt_logprobs"] = None
         if self.of_prompt:
             tokens, num = self.tokens(piece.index), self._options.num_shown_of_prompt
-            prompt["prompt_logprobs"] = Rows(
+            prompt["prompt_logprobs"] = RowSlices(
                 lambda: (_ranked(tokens, one, one.top[:num]) for one in piece.prompt), self.rows
             )
         return output, prompt
@@ -317,7 +317,7 @@ class ChatWriter:
                 top = [entry(*pair) for pair in details.top(token)]
                 yield {**entry(token.id, token.logprob), "top_logprobs": top}
 
-        return {"content": Rows(entries, details.rows), "refusal": None}
+        return {"content": RowSlices(entries, details.rows), "refusal": None}
 
 
 def _without_reasoning(parts: Sequence[Part]) -> list[Part]:
@@ -457,10 +457,12 @@ class CompletionWriter:
             yield from offsets.of_output(piece.logprobs.ids)
 
         return {
-            "text_offset": Rows(begins),
-            "tokens": Rows(lambda: (details.name(names, id_) for part in both for id_ in part.ids)),
-            "token_logprobs": Rows(lambda: (shown_logprob(value) for part in both for value in part.values)),
-            "top_logprobs": Rows(lambda: (self._top(names, token) for part in both for token in part), details.rows),
+            "text_offset": RowSlices(begins),
+            "tokens": RowSlices(lambda: (details.name(names, id_) for part in both for id_ in part.ids)),
+            "token_logprobs": RowSlices(lambda: (shown_logprob(value) for part in both for value in part.values)),
+            "top_logprobs": RowSlices(
+                lambda: (self._top(names, token) for part in both for token in part), details.rows
+            ),
         }
 
     def _top(self, tokens: TokenTable, token: TokenLogprob) -> dict[str, float] | None:

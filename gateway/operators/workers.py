@@ -15,7 +15,7 @@ from protocol.wire import messages as m
 from protocol.wire.errors import NotFound
 
 
-class Workers:
+class WorkerViews:
     """The workers of the fleet, by their heartbeats."""
 
     def __init__(self, bus: Bus) -> None:

@@ -61,7 +61,7 @@ def is_address(host: str) -> bool:
     return True
 
 
-class Names:
+class HostNames:
     """Looks names up as the machine is set up to: /etc/hosts, then the servers of /etc/resolv.conf with its search."""
 
     def __init__(

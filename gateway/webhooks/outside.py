@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from gateway.webhooks.addresses import is_public
-from gateway.webhooks.names import MAX_HOST, Names, UnknownHostError, is_address, is_name
+from gateway.webhooks.names import MAX_HOST, HostNames, UnknownHostError, is_address, is_name
 from gateway.webhooks.places import PlacesByHost
 from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
@@ -49,7 +49,7 @@ class BusyReceiverError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class WebhookTarget:
     """Where a request goes, all of it in ASCII."""
 
     scheme: str
@@ -63,7 +63,7 @@ class Outside:
     """Sends to URLs of strangers."""
 
     def __init__(
-        self, *, private: bool, names: Names | None = None, timeout_s: float = TIMEOUT_S,
+        self, *, private: bool, names: HostNames | None = None, timeout_s: float = TIMEOUT_S,
         tls: ssl.SSLContext | None = None,
     ) -> None:  # fmt: skip
         """private: whether http:// and addresses of private networks are allowed. timeout_s: of one request.
@@ -71,7 +71,7 @@ class Outside:
         tls: whose certificates are trusted; None: those that this machine trusts.
         """
         self._private = private
-        self._names = names or Names()
+        self._names = names or HostNames()
         self._timeout_s = timeout_s
         self._receivers = PlacesByHost(AT_ONE_RECEIVER, AT_ONE_RECEIVER_OF_TENANT)
         self._tls = tls
@@ -111,7 +111,7 @@ class Outside:
             except (OSError, EOFError, UnicodeError, asyncio.LimitOverrunError) as error:  # TLS raises an OSError
                 raise UnreachableError(f"{type(error).__name__}: {error}"[:200]) from error
 
-    async def _ask(self, target: Target, body: bytes, headers: Mapping[str, str]) -> int:
+    async def _ask(self, target: WebhookTarget, body: bytes, headers: Mapping[str, str]) -> int:
         address = await self._address(target.host)
         tls = await self._context() if target.scheme == "https" else None
         head = [f"POST {target.path} HTTP/1.1", f"host: {target.authority}"]
@@ -160,7 +160,7 @@ async def _status(reader: asyncio.StreamReader) -> int:
     raise UnreachableError(f"the endpoint sent no status within {MAX_LINES} lines")
 
 
-def target_of(url: str) -> Target:
+def target_of(url: str) -> WebhookTarget:
     """Return where a URL leads, its name in the DNS's form (IDNA). Raises ValueError for what cannot be asked."""
     parts = urlsplit(url)
     if not parts.hostname:
@@ -179,7 +179,7 @@ def target_of(url: str) -> Target:
     port = read.port
     if port is not None and not 0 < port < 65536:
         raise ValueError(f"there is no port {port}")
-    return Target(
+    return WebhookTarget(
         scheme=read.scheme, host=host, port=port or (443 if read.scheme == "https" else 80),
         authority=read.netloc.decode("ascii"), path=read.raw_path.decode("ascii"),
     )  # fmt: skip

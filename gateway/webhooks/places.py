@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Places:
+class TenantSlots:
     """A number of slots, of which the last quarter is for tenants that have none yet."""
 
     def __init__(self, most: int, most_of_one: int) -> None:
@@ -62,7 +62,7 @@ class PlacesByHost:
         """most: at one receiver. most_of_one: of one tenant there."""
         self.most = most
         self._limits = most, most_of_one
-        self._places: dict[str, Places] = {}
+        self._places: dict[str, TenantSlots] = {}
 
     def __len__(self) -> int:
         """Return the number of receivers at which slots are taken."""
@@ -71,7 +71,7 @@ class PlacesByHost:
     @contextmanager
     def held(self, host: str, tenant: str) -> Iterator[bool]:
         """Hold a slot at a receiver within the block, if there is room for the tenant; yield whether there is."""
-        places = self._places.setdefault(host, Places(*self._limits))
+        places = self._places.setdefault(host, TenantSlots(*self._limits))
         try:
             with places.held(tenant) as has_room:
                 yield has_room

@@ -16,7 +16,7 @@ import msgspec
 from gateway.calls.jobs import state_of
 from gateway.http.paths import RESPONSES
 from gateway.webhooks.outside import TIMEOUT_S, BusyReceiverError, Outside, UnreachableError
-from gateway.webhooks.places import Places
+from gateway.webhooks.places import TenantSlots
 from gateway.webhooks.sign import event_body, event_id, signed_headers
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.queue.kept.webhooks import Ended
@@ -71,8 +71,8 @@ class WebhookSender:
         self._secret = secret
         self._pace = pace or SenderPace()
         self._sending: dict[tuple[str, str], asyncio.Task[None]] = {}  # by tenant and delivery
-        self._places = Places(self._pace.max_sending, self._pace.max_sending_of_tenant)
-        self._tests = Places(MAX_TESTS, MAX_TESTS_OF_TENANT)
+        self._places = TenantSlots(self._pace.max_sending, self._pace.max_sending_of_tenant)
+        self._tests = TenantSlots(MAX_TESTS, MAX_TESTS_OF_TENANT)
         self._more = asyncio.Event()  # a delivery was tried, so another one may begin; or there are more ends
         # None is given up: what is wrong is one tenant's records, or a fault of this gateway, and the ends are bounded.
         self._plans = Items("webhooks", max_tries=0, backoff=Backoff(1.0, 600.0))

@@ -11,9 +11,9 @@ from collections.abc import Callable, Container, Iterable
 import numpy as np
 
 from gpu_worker.adapters.events import AdapterEvents, LoadTimes
-from gpu_worker.adapters.failures import Failures
+from gpu_worker.adapters.failures import LoadFailures
 from gpu_worker.adapters.host import HostTier
-from gpu_worker.adapters.jobs import JobEnd, Jobs
+from gpu_worker.adapters.jobs import JobEnd, LoadJobs
 from gpu_worker.adapters.merges import MergeWatch
 from gpu_worker.adapters.packing.packer import HostAdapter
 from gpu_worker.adapters.starvation import Starvation
@@ -42,7 +42,7 @@ class AdapterCache:
         weights: PoolWeights,
         read: Callable[[str], HostAdapter],
         host_bytes: int,
-        failures: Failures | None = None,
+        failures: LoadFailures | None = None,
         merge: Merge | None = None,
         merge_timeout_s: float = 60.0,
     ) -> None:
@@ -65,9 +65,9 @@ class AdapterCache:
         self.events = AdapterEvents()
         self.load_times = LoadTimes()
         self._read = read
-        self._failures = failures or Failures()
+        self._failures = failures or LoadFailures()
         self._merge = merge
-        self._jobs = Jobs(merge_timeout_s)
+        self._jobs = LoadJobs(merge_timeout_s)
         self._starvation = Starvation()
         self._wanted: set[str] = set()  # digests wanted in the last `load`
         self._tenant_of: Callable[[str], str] = lambda _: ""

@@ -39,7 +39,7 @@ class JobEnd:
     extras: Extras | None = None  # extras of a copied adapter, on the device
 
 
-class Jobs:
+class LoadJobs:
     """At most one job for each adapter. All methods but those of the threads are for the engine's thread."""
 
     def __init__(self, merge_timeout_s: float = 60.0) -> None:

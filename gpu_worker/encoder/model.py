@@ -38,7 +38,7 @@ MIXING = ("mobilebert",)
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
+class TextInputs:
     """A group of a step's texts of similar length, padded to the longest of them."""
 
     rows: Tensor  # int64 [S, L]: rows of the packed step; at padding, any row of the text
@@ -49,7 +49,7 @@ class Texts:
 class EncoderContext(StepContext):
     """A step's work lists; each text is in one of the groups."""
 
-    texts: list[Texts] = field(default_factory=list)
+    texts: list[TextInputs] = field(default_factory=list)
 
 
 class EncoderLayer:
@@ -74,7 +74,7 @@ class EncoderLayer:
                 out[texts.rows[texts.is_token]] = found[texts.is_token]
         return out
 
-    def _mask(self, texts: Texts) -> Tensor | None:
+    def _mask(self, texts: TextInputs) -> Tensor | None:
         """Return which keys are seen: bool that broadcasts to [S, H, L, L]; None: all of them."""
         mask = None if texts.is_token is None else texts.is_token[:, None, None, :]
         length = texts.rows.shape[1]
@@ -187,19 +187,19 @@ class EncoderModel:
         return found
 
 
-def group_texts(lengths: Sequence[int], device: torch.device) -> list[Texts]:
+def group_texts(lengths: Sequence[int], device: torch.device) -> list[TextInputs]:
     """Group packed texts by length, so that less than half of a group is padding."""
     starts = np.cumsum(lengths) - lengths
     groups: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
         groups.setdefault((length - 1).bit_length(), []).append(i)
-    found: list[Texts] = []
+    found: list[TextInputs] = []
     for members in groups.values():
         own = np.array([lengths[i] for i in members])
         at = np.arange(own.max())
         is_token = at < own[:, None]
         rows = starts[members][:, None] + np.minimum(at, own[:, None] - 1)
-        found.append(Texts(send(rows, device), None if is_token.all() else send(is_token, device)))
+        found.append(TextInputs(send(rows, device), None if is_token.all() else send(is_token, device)))
     return found
 
 

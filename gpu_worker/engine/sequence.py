@@ -11,7 +11,7 @@ from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.engine.speculation import Drafter
 from gpu_worker.engine.stop import StopRules
 from gpu_worker.sampling.adjustment import Adjustment
-from gpu_worker.sampling.grammars import Matcher
+from gpu_worker.sampling.grammars import GrammarMatcher
 from gpu_worker.sampling.logprobs import PromptLogprobs
 from gpu_worker.sampling.sampling import GREEDY_TEMPERATURE
 from gpu_worker.tasks.pooling import TextPool
@@ -66,8 +66,8 @@ class Sequence:
         self.active_from = 0  # position of the first token that the LoRA counts for
         self.num_base = 0  # tokens from the beginning whose keys and values are the base model's
         self.stop_rules: StopRules | None = None  # None until the tokenizer that they need is known
-        self.pending_matcher: Future[Matcher] | None = None  # result of grammar compilation
-        self.matcher: Matcher | None = None  # matcher of its grammar, if any
+        self.pending_matcher: Future[GrammarMatcher] | None = None  # result of grammar compilation
+        self.matcher: GrammarMatcher | None = None  # matcher of its grammar, if any
         self.expected_row = -1  # row of the step in flight in which its last token is chosen; -1: that is known
         self.failure: BaseException | None = None  # exception raised by a step on its own data; it ends with that step
         self.adjustment = Adjustment.of(request.sampling, self._tokens[: self.num_prompt])  # None: nothing to adjust

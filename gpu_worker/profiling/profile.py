@@ -95,7 +95,7 @@ class ProfileCase:
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
+class StepProfile:
     """The result of a whole run."""
 
     model: str
@@ -111,7 +111,7 @@ class Profile:
     cases: list[ProfileCase]
 
 
-def run_profile(settings: Settings, plan: ProfilePlan, on_progress: OnProgress) -> Profile:
+def run_profile(settings: Settings, plan: ProfilePlan, on_progress: OnProgress) -> StepProfile:
     """Load the model and measure. Takes seconds to minutes. Raises LorafleetError.
 
     settings.redis_url is a queue that nobody else uses.
@@ -127,7 +127,7 @@ def run_profile(settings: Settings, plan: ProfilePlan, on_progress: OnProgress) 
     try:
         names = load_adapters(engine, list(folders)[: max(plan.num_sequences)], on_progress)
         stacks = stacks_of(engine.model.module)
-        return Profile(
+        return StepProfile(
             model=served.name, dtype=served.dtype, device=str(engine.model.device), adapters=names,
             num_threads=torch.get_num_threads(), num_layers=len(engine.model.layers),
             num_stacked=sum(len(stack.layers) for stack in stacks), prompt_tokens=plan.prompt_tokens,

@@ -99,7 +99,7 @@ def _not_first(tokens: TokenTable, vocab_size: int) -> np.ndarray | None:
     return words_of((id_ for id_, (first, piece) in both if first != piece and id_ not in tokens.special), vocab_size)
 
 
-class Matcher:
+class GrammarMatcher:
     """One request's matcher, and which tokens may end its output besides the grammar's own end."""
 
     def __init__(self, state: LLMatcher, vocabulary: Vocabulary, stop_ids: Sequence[int], max_mask_s: float) -> None:
@@ -201,7 +201,7 @@ def _has(mask: np.ndarray, id_: int) -> bool:
     return bool(mask.view(np.uint32)[id_ >> 5] >> np.uint32(id_ & 31) & np.uint32(1))
 
 
-MatcherRow = tuple[Matcher, list[int]]
+MatcherRow = tuple[GrammarMatcher, list[int]]
 """A matcher, and the draft tokens that follow what it has seen."""
 
 
@@ -260,7 +260,7 @@ class Grammars:
 
     def make(
         self, grammar: str, tokens: TokenTable | None, output: Sequence[int], stop_ids: Sequence[int]
-    ) -> Future[Matcher]:
+    ) -> Future[GrammarMatcher]:
         """Start making the matcher of a request whose output so far is `output`.
 
         The future raises BadRequest and Internal. grammar: as in `messages.Body`. stop_ids: tokens that end it.
@@ -270,13 +270,15 @@ class Grammars:
         future.add_done_callback(lambda _: self.on_ready())
         return future
 
-    def _make(self, grammar: str, tokens: TokenTable | None, output: Sequence[int], stop_ids: Sequence[int]) -> Matcher:
+    def _make(
+        self, grammar: str, tokens: TokenTable | None, output: Sequence[int], stop_ids: Sequence[int]
+    ) -> GrammarMatcher:
         if tokens is None:
             raise BadRequest("this model has no tokenizer.json: structured output cannot be served")
         try:
             with panics_as(BadRequest):
                 vocabulary = self.vocabulary(tokens)
-                matcher = Matcher(self._compile(grammar, vocabulary), vocabulary, stop_ids, self._max_mask_s)
+                matcher = GrammarMatcher(self._compile(grammar, vocabulary), vocabulary, stop_ids, self._max_mask_s)
                 if output and not matcher.resume(output):
                     raise Internal(
                         f"the output does not match the request's grammar: {one_line(matcher.state.get_error())}"

@@ -29,7 +29,7 @@ _ID = struct.Struct("<i")
 
 
 @dataclass(slots=True)
-class Recovery:
+class OutboxRecovery:
     """What remains to be done about a step that the queue refused, before the rest is written."""
 
     dropped: list[str] = field(default_factory=list)  # ids of requests that the engine must forget
@@ -135,13 +135,13 @@ class Outbox:
                     del self._left[request.entry]
         self.released = [entry for entry in self.released if entry not in step.done_entries]
 
-    def recover(self, pending: dict[str, PendingOutput], refused: Sequence[Refused]) -> Recovery:
+    def recover(self, pending: dict[str, PendingOutput], refused: Sequence[Refused]) -> OutboxRecovery:
         """Change owned requests and `pending` by the reply to a refused step, so that the rest can be written.
 
         A row that an earlier try wrote, although its reply was lost, is recognised by the log's length. What is told of
         a request that was assigned again while the step was on its way says nothing of its new assignment.
         """
-        recovery = Recovery()
+        recovery = OutboxRecovery()
         for row in refused:
             request, new = self.owned.get(row.rid), pending.get(row.rid)
             if request is None or new is None or request is not self._built.get(row.rid):

@@ -21,7 +21,7 @@ from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.light_imports import describing_briefly, import_transformers
 from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
-from gpu_worker.service.outbox import MAX_ROWS, Outbox, Recovery, add_outputs
+from gpu_worker.service.outbox import MAX_ROWS, Outbox, OutboxRecovery, add_outputs
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from gpu_worker.service.residency_time import ResidencyTime
 from gpu_worker.service.trace import tell_handed_back
@@ -373,7 +373,7 @@ class Worker:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, 1.0)
 
-    async def _recover(self, recovery: Recovery) -> None:
+    async def _recover(self, recovery: OutboxRecovery) -> None:
         if recovery.dropped:  # before anything is waited for: they may be assigned again meanwhile
             self.engine.cancel(recovery.dropped)
         for request in recovery.repairs:

@@ -102,7 +102,7 @@ class Seen:
     at_s: float = field(default_factory=time.time)
 
 
-class Residency(Collector):
+class ResidencyMetrics(Collector):
     """Where adapters are, and vLLM's names for a fleet as a whole. Shown where `vllm_metrics` is on."""
 
     def __init__(self) -> None:
@@ -141,5 +141,5 @@ class Residency(Collector):
 
 WORKERS = Workers()
 REGISTRY.register(WORKERS)
-RESIDENCY = Residency()
+RESIDENCY = ResidencyMetrics()
 REGISTRY.register(RESIDENCY)

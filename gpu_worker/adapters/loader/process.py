@@ -28,8 +28,8 @@ from gpu_worker.adapters.loader.messages import (
     receive,
     send,
 )
-from gpu_worker.adapters.loader.reserve import Reserve
-from gpu_worker.adapters.loader.turns import Turns
+from gpu_worker.adapters.loader.reserve import MemoryReserve
+from gpu_worker.adapters.loader.turns import FifoLock
 from gpu_worker.adapters.packing.rows import RowPacker
 from gpu_worker.adapters.priority import lower_priority
 from gpu_worker.host_memory import MemoryBudget
@@ -67,7 +67,11 @@ class LoaderServer:
     """Answers one worker's messages."""
 
     def __init__(
-        self, worker: socket.socket, stores: Stores, small_bytes: int = SMALL_BYTES, reserve: Reserve | None = None
+        self,
+        worker: socket.socket,
+        stores: Stores,
+        small_bytes: int = SMALL_BYTES,
+        reserve: MemoryReserve | None = None,
     ) -> None:
         """worker: where answers are sent; its messages are given to `take`. small_bytes: of files that are small.
 
@@ -78,9 +82,9 @@ class LoaderServer:
         self._stores = stores
         self._small_bytes = small_bytes
         self._fetchers = ThreadPoolExecutor(NUM_FETCHES, thread_name_prefix="fetcher")
-        self._turns = (Turns(), Turns())  # queues for checking and packing: small adapters, large ones
+        self._turns = (FifoLock(), FifoLock())  # queues for checking and packing: small adapters, large ones
         self._kept = KeptFiles()
-        self._reserve = reserve or Reserve()
+        self._reserve = reserve or MemoryReserve()
         self._memory = MemoryBudget(FETCH_TIMEOUT_S, small_bytes)
         self._sending = threading.Lock()
 
@@ -201,7 +205,7 @@ def main() -> None:
         assert received is not None
         assert isinstance(received[0], Start)
         set_up_logging("loader", logging.getLevelName(received[0].log_level), received[0].log_format)
-        reserve = Reserve()
+        reserve = MemoryReserve()
         if sys.platform == "linux":
             reserve.start(worker.close)  # the worker hears of the end of this process by that of its socket
         server = LoaderServer(worker, StoreClient(received[0].bearer), reserve=reserve)

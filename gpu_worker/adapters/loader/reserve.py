@@ -29,7 +29,7 @@ _SIZE_BYTES = 8  # message: a file's size; the answer repeats it, with the file
 logger = logging.getLogger(__name__)
 
 
-class Reserve:
+class MemoryReserve:
     """Files without a name whose memory is there. Methods may be called from any thread."""
 
     def __init__(self, max_bytes: int = RESERVE_BYTES) -> None:

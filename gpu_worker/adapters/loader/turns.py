@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Turns:
+class FifoLock:
     """Lets one thread at a time go on, of those that wait the one with the lowest number.
 
     Threads that share a core all end late, when the last of them could. One after another half of them end early.
