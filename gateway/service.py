@@ -66,7 +66,7 @@ from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import load_model_files
 from gateway.tokenizer.tokenizer_routes import TokenizerEndpoints
 from gateway.webhooks.endpoints import WebhookService
-from gateway.webhooks.names import Names
+from gateway.webhooks.names import HostNames
 from gateway.webhooks.outside import Outside
 from gateway.webhooks.sender import SenderPace, WebhookSender
 from gateway.webhooks.webhook_routes import WebhookRoutes
@@ -84,7 +84,7 @@ from protocol.wire.errors import Unavailable
 
 logger = logging.getLogger(__name__)
 
-LAST_WORDS_S = 5  # for error frames to reach their clients once the grace is over
+LAST_WORDS_S = 5  # s, for error frames to reach clients after the grace period
 KEEP_ALIVE_S = 75  # longer than the usual 60 s of load balancers, so that they close first
 
 
@@ -147,8 +147,8 @@ async def _serve(
         native = NativeEndpoints(answers, pipeline, openai, encoder_calls.probe)
         if not settings.api_keys and not is_loopback(settings.host):
             logger.warning(
-                "API KEYS ARE OFF, and this gateway listens on %s: whoever reaches it may use, load and unload every"
-                " adapter. Turn keys on with --api-keys, and make one with `lorafleet keys create`",
+                "API KEYS ARE OFF, and this gateway listens on %s: anyone who can reach it may use, load and unload"
+                " every adapter. Turn keys on with --api-keys, and create one with `lorafleet keys create`",
                 settings.host or "every address",
             )
         encoders = EncoderEndpoints(answers, encoder_calls)
@@ -162,7 +162,7 @@ async def _serve(
         stored = StoredResponses(pipeline, jobs)
         conversations = Conversations(bus, settings, jobs, stored, timings.conversation_sweep_s)
         batch_wake = asyncio.Event()
-        outside = Outside(private=settings.private_webhooks, names=Names(settings.webhook_dns))
+        outside = Outside(private=settings.private_webhooks, names=HostNames(settings.webhook_dns))
         sender = WebhookSender(bus, replies.gid, outside, secret, timings.webhooks)
         handlers = Handlers(
             endpoints, openai, native, operators, encoders, tokenizers, ollama,
@@ -197,7 +197,7 @@ async def _serve(
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What runs, and what is told of the end."""
+    """Background loops, and the parts that take part in shutdown."""
 
     app: Envelope
     answers: Answers

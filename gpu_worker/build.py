@@ -1,4 +1,4 @@
-"""From settings to a running engine: the model, the sizes of its caches, and what the fleet is told of it."""
+"""From settings to a running engine: the model, the sizes of its caches, and what the worker reports to the fleet."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ FetchFiles = Callable[[str], FetchedAdapter]
 """Returns an adapter's files by digest. Called in loader threads; may block."""
 
 Describe = Callable[[list[RowSite], m.ServedModel, str], object]
-"""Told the model that adapters are packed for: its places for rows, the model, the key of its tokenizer.json."""
+"""Callback with the model that adapters are packed for: its sites, the model, the key of its tokenizer.json."""
 
 
 def load_engine(
@@ -92,7 +92,7 @@ def load_engine(
     started = time.monotonic()
     if settings.gpus and settings.device != "cpu":
         gpu = claim_gpu([gpu.strip() for gpu in settings.gpus.split(",")], settings.gpu_locks or settings.data / "gpus")
-        logger.info("this worker has taken GPU %s of %s", gpu, settings.gpus)
+        logger.info("this worker uses GPU %s of %s", gpu, settings.gpus)
     device = choose_device(settings.device)
     refuse_unless_on_cpu(settings, device)
     if device.type == "cpu":
@@ -219,7 +219,7 @@ def room_for_caches(model: BaseModel, settings: Settings) -> int:
     room = usable_bytes(model.device, settings)
     if model.device.type == "cpu":
         return room
-    if model.passes is not None:  # its sequences run one by one, and have caches of their own
+    if model.passes is not None:  # its sequences run unbatched, and have caches of their own
         return int(room * 0.9)
     max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
     longest = settings.max_model_len or model.max_positions or max_step_tokens
@@ -311,14 +311,14 @@ def refuse_unless_fixed(engine: Engine) -> None:
     """Raise BadRequest where what is beside a text changes bits of its logits, for all that sums are fixed."""
     model, config = engine.model, engine.config
     if model.passes is not None:
-        raise BadRequest("deterministic is on, but this model's sequences run one by one, in chunks of any length")
+        raise BadRequest("deterministic is on, but this model's sequences run unbatched, in chunks of any length")
     model.refuse_unless_fixed(config.num_blocks, config.num_states)
 
 
 def warm_up(engine: Engine) -> None:
     """Run steps of every form, so that no kernel is compiled while requests wait. Before the first request.
 
-    Nothing is done for a model whose sequences run one by one: its steps have no kernels of ours.
+    Nothing is done for a model whose sequences run unbatched: its steps have no kernels of ours.
     """
     model, limits = engine.model, engine.config.limits
     if model.passes is not None:
@@ -365,9 +365,9 @@ def engine_config(model: BaseModel, settings: Settings, kv_bytes: int) -> Engine
     on_cpu = model.device.type == "cpu"
     max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
     if settings.max_draft_tokens and (model.mixers.calls or model.passes is not None):
-        what = "sequences run one by one, whose caches" if model.passes is not None else "layers keep states, which"
+        what = "sequences run unbatched, whose caches" if model.passes is not None else "layers keep states, which"
         raise BadRequest(
-            f"max_draft_tokens is {settings.max_draft_tokens}, but this model's {what} cannot go back by a token: "
+            f"max_draft_tokens is {settings.max_draft_tokens}, but this model's {what} cannot roll back a token: "
             "leave it 0"
         )
     overlaps = _overlaps(model, settings)
@@ -417,7 +417,7 @@ def _overlaps(model: BaseModel, settings: Settings) -> bool:
     if settings.max_draft_tokens:
         against = f"max_draft_tokens is {settings.max_draft_tokens}: how many are right is known from a step's tokens"
     if model.passes is not None:
-        against = "this model's sequences run one by one"
+        against = "this model's sequences run unbatched"
     if settings.overlap == "on" and against:
         raise BadRequest(f"overlap is on, but {against}: leave it auto")
     return settings.overlap == "on" or (settings.overlap == "auto" and model.device.type != "cpu" and not against)
@@ -444,7 +444,7 @@ def _step_sizes(device: torch.device, settings: Settings) -> tuple[int, int]:
 
 
 def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: Settings) -> m.ServedModel:
-    """Return what the fleet is told of the model."""
+    """Return the model's description for the fleet."""
     own = _encoder_tasks(model) if isinstance(model, EncoderModel) else _decoder_tasks(model)
     return m.ServedModel(
         model=settings.model,

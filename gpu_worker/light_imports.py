@@ -32,7 +32,7 @@ MASKS = f"{COMPILER}._trace_wrapped_higher_order_op"
 """The one module of the compiler that transformers uses by itself, for masks."""
 
 MISSING = ("is_accelerate_available", "is_torch_distributed_available", "is_kernels_available")
-"""What transformers asks about packages, and is told no."""
+"""Packages that transformers asks for, answered as missing."""
 
 USED = ("modeling_utils", "masking_utils", "models.auto.modeling_auto")
 
@@ -84,7 +84,7 @@ class _StandIn(ModuleType):
 
 
 def _mark(function: Callable[..., Any] | None = None, *_: object, **__: object) -> Callable[..., Any]:
-    """Stand for a mark that tells the compiler of a function, which it will never see."""
+    """Stand in for a decorator that marks functions for the compiler, which never sees them."""
     return function or _mark
 
 

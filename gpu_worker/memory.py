@@ -30,7 +30,7 @@ class CacheBytes:
 
     kv: int  # keys, values, and states of layers that keep some
     pool: int  # rows of resident adapters
-    extra: int  # what adapters change beyond rows
+    extra: int  # bytes for changes of adapters beyond rows
 
 
 def share_out(room: int, settings: Settings, *, on_cpu: bool) -> CacheBytes:

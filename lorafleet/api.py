@@ -29,21 +29,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--url", help=f"the fleet's gateway (default: ${URL_VARIABLE}, the profile's, or {DEFAULT_URL})"
     )
     parser.add_argument(
-        "--key", metavar="KEY", help="the API key; every user of this machine sees it in the list of processes"
+        "--key", metavar="KEY", help="the API key; other users of this machine can see it in the process list"
     )
     parser.add_argument(
         "--api-key-file", type=Path, metavar="FILE",
-        help=f"file that holds the API key (default: ${KEY_VARIABLE}, or the profile's)",
+        help=f"file with the API key (default: ${KEY_VARIABLE}, or the profile's)",
     )  # fmt: skip
     parser.add_argument(
         "--profile", metavar="NAME", default=os.environ.get(PROFILE_VARIABLE, ""),
-        help=f"the fleet's name in {config_file()} (default: ${PROFILE_VARIABLE}, or what the file says)",
+        help=f"the fleet's name in {config_file()} (default: ${PROFILE_VARIABLE}, or the file's default)",
     )  # fmt: skip
 
 
 def add_json_flag(parser: argparse.ArgumentParser) -> None:
     """Declare that a command can print JSON."""
-    parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def print_json(value: Any) -> None:
@@ -72,7 +72,7 @@ class Api:
         try:
             self._client = httpx2.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_S, trust_env=False)
         except (httpx2.InvalidURL, UnicodeEncodeError) as error:
-            raise BadRequest(f"{self.url!r:.200} cannot be asked: {error}") from error
+            raise BadRequest(f"{self.url!r:.200} is not a usable URL: {error}") from error
 
     def __enter__(self) -> Api:
         return self
@@ -135,7 +135,7 @@ def _check(answer: httpx2.Response) -> None:
     try:
         message = answer.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
-        message = f"the server answers {answer.status_code}: {answer.text[:200]!r}"
+        message = f"the server answered {answer.status_code}: {answer.text[:200]!r}"
     default = BadRequest if answer.status_code < 500 else Unavailable
     raise _KINDS.get(answer.status_code, default)(message)
 

@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.usage = f"{parser.prog} [flags]"
     parser.add_argument("--question", default=QUESTION, help="the question (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="most tokens of each answer (%(default)s)")
-    parser.add_argument("--once", action="store_true", help="stop after the answers instead of serving")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="maximum tokens per answer (%(default)s)")
+    parser.add_argument("--once", action="store_true", help="stop after the answers instead of continuing to serve")
     add_settings(parser, first=("model", *MAIN_FLAGS), skip=("worker_name", "store_url"))
 
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the demo; return the exit code."""
     settings = load_settings(args)
     if settings.api_keys:
-        raise BadRequest("--api-keys: the demo sends no key; use it with `lorafleet up`")
+        raise BadRequest("--api-keys: the demo does not send an API key; use this flag with `lorafleet up`")
     if not settings.model:
         settings = settings.model_copy(update={"model": str(fetch_model(settings))})
     if settings.adapters is None:
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         names = await model_names(plan.settings)
         await show_answers(plan.settings, screen, names, args.question, args.tokens)
         if not args.once:
-            screen.say("\nThe fleet continues to serve. Ask it yourself, or stop it with Ctrl-C:\n")
+            screen.say("\nThe fleet continues to serve. Send it requests, or stop it with Ctrl-C:\n")
             for name in names:
                 screen.say(escape(plan.curl(name, args.question)))
         return not args.once
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 @dataclass(slots=True)
-class Answer:
+class StreamedAnswer:
     """One model's answer while it streams in."""
 
     model: str
@@ -100,7 +100,7 @@ async def show_answers(settings: Settings, screen: Screen, names: list[str], que
 
     max_tokens: of each answer.
     """
-    answers = [Answer(name) for name in names]
+    answers = [StreamedAnswer(name) for name in names]
     screen.say(f"\n[bold]{escape(question)}[/]")
     live = Live(console=screen.console, auto_refresh=False)
 
@@ -109,7 +109,7 @@ async def show_answers(settings: Settings, screen: Screen, names: list[str], que
 
     async with httpx2.AsyncClient(base_url=local_url(settings), timeout=300, trust_env=False) as client:
         # One token each loads the adapters first, so that the measured answers show the batch and not the loading.
-        await _ask_all(client, [Answer(name) for name in names], question, 1, lambda: None)
+        await _ask_all(client, [StreamedAnswer(name) for name in names], question, 1, lambda: None)
         started = time.monotonic()
         with live:
             await _ask_all(client, answers, question, max_tokens, show)
@@ -123,7 +123,7 @@ async def show_answers(settings: Settings, screen: Screen, names: list[str], que
 
 
 async def _ask_all(
-    client: httpx2.AsyncClient, answers: list[Answer], question: str, max_tokens: int, show: Callable[[], None]
+    client: httpx2.AsyncClient, answers: list[StreamedAnswer], question: str, max_tokens: int, show: Callable[[], None]
 ) -> None:
     """Stream all answers at once. Raises the error of the first that fails."""
     try:
@@ -135,7 +135,7 @@ async def _ask_all(
 
 
 async def _ask(
-    client: httpx2.AsyncClient, answer: Answer, question: str, max_tokens: int, show: Callable[[], None]
+    client: httpx2.AsyncClient, answer: StreamedAnswer, question: str, max_tokens: int, show: Callable[[], None]
 ) -> None:
     """Stream one answer into `answer`. Raises Internal when the fleet refuses the request."""
     body = {
@@ -173,7 +173,7 @@ async def shared_steps(settings: Settings, num_models: int) -> tuple[int, int]:
     return sum(size == num_models for size in sizes), sum(size > 0 for size in sizes)
 
 
-def _panels(answers: list[Answer]) -> Table:
+def _panels(answers: list[StreamedAnswer]) -> Table:
     grid = Table.grid(expand=True)
     for _ in range(2):
         grid.add_column(ratio=1)

@@ -18,10 +18,10 @@ from protocol.wire.letters import view
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     actions = parser.add_subparsers(metavar="list|show|retry", required=True)
-    listing = actions.add_parser("list", help="list dead letters, the newest first")
-    listing.add_argument("--limit", type=int, default=50, help="most that are listed (%(default)s)")
-    show = actions.add_parser("show", help="show one in full: its request, and each worker that died while running it")
-    retry = actions.add_parser("retry", help="queue requests again, with no attempts counted")
+    listing = actions.add_parser("list", help="list dead letters, newest first")
+    listing.add_argument("--limit", type=int, default=50, help="maximum number listed (%(default)s)")
+    show = actions.add_parser("show", help="show one in full: its request, and each worker failure while it ran")
+    retry = actions.add_parser("retry", help="requeue requests, with attempts reset")
     show.add_argument("letter", metavar="ID")
     retry.add_argument("letters", metavar="ID", nargs="+")
     for action, do in ((listing, _list), (show, _show), (retry, _retry)):
@@ -52,11 +52,11 @@ def _row(letter_id: str, letter: m.DeadLetter) -> list[str]:
 async def _show(bus: Bus, _: Settings, args: argparse.Namespace) -> dict[str, Any]:
     letter = await bus.dead_letters.get(args.letter)
     if not args.json:
-        _tell(args.letter, letter)
+        _print_letter(args.letter, letter)
     return view(args.letter, letter)
 
 
-def _tell(letter_id: str, letter: m.DeadLetter) -> None:
+def _print_letter(letter_id: str, letter: m.DeadLetter) -> None:
     lines = [f"{letter_id}  {_time(letter.ms)}", f"why       {letter.reason}"]
     if letter.stream:
         lines += [f"stream    {letter.stream}", f"message   {letter.raw[:400]!r}"]
@@ -65,10 +65,10 @@ def _tell(letter_id: str, letter: m.DeadLetter) -> None:
             f"request   {sub.rid} of {sub.tenant}, {sub.cls}, submitted {_time(sub.submitted_ms)}",
             f"adapter   {sub.digest or 'none (the base model)'}",
             f"tokens    {sub.num_prompt_tokens} in the prompt, {letter.num_output_tokens} of at most "
-            f"{sub.max_new_tokens} made",
+            f"{sub.max_new_tokens} generated",
             f"attempts  {letter.attempts} without progress, {len(letter.deaths)} in all",
         ]
-    print("\n".join([*lines, *(_told(death) for death in letter.deaths)]))
+    print("\n".join([*lines, *(_death_line(death) for death in letter.deaths)]))
 
 
 async def _retry(bus: Bus, settings: Settings, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -78,15 +78,15 @@ async def _retry(bus: Bus, settings: Settings, args: argparse.Namespace) -> list
         await bus.audit.note(from_command_line("dead_letter.retry", letter_id, rid))
         queued.append({"id": letter_id, "request": rid})
         if not args.json:
-            print(f"{letter_id}: {rid} is queued again")
+            print(f"{letter_id}: {rid} was requeued")
     return queued
 
 
-def _told(death: m.Death) -> str:
+def _death_line(death: m.Death) -> str:
     after_s = max(0, death.ms - death.assigned_ms) / 1000
-    done = f"{death.num_output_tokens} tokens" if death.phase == "decode" else "before a token of its own"
+    done = f"{death.num_output_tokens} tokens" if death.phase == "decode" else "before its first token"
     who = f"{death.name or '?'} ({death.wid})"
-    return f"  {_time(death.ms)}  {who} in {death.phase}, {done}, {after_s:.1f} s after it got it"
+    return f"  {_time(death.ms)}  {who} in {death.phase}, {done}, {after_s:.1f} s after the assignment"
 
 
 def _time(ms: int) -> str:

@@ -20,9 +20,9 @@ from protocol.wire.errors import BadRequest
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.description = (
-        "Make sure that the base model is on this machine, and print its folder. A Hub id is fetched into the cache of"
-        " the Hub's client; a local folder is only checked; of a GGUF file config and tokenizer are read."
-        " Without MODEL: SmolLM2-135M-Instruct, into the data folder."
+        "Make sure that the base model is on this machine, and print its folder. A Hub id is downloaded to the cache of"
+        " the Hub's client, a local folder is checked, and a GGUF file has its config and tokenizer extracted."
+        " Without MODEL, SmolLM2-135M-Instruct is downloaded to the data folder."
     )
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help="a Hub id, a local folder or a GGUF file"

@@ -24,8 +24,8 @@ from protocol.wire.errors import BadRequest
 PREFIX = str(Settings.model_config.get("env_prefix"))
 OTHER_VARIABLES = {CONFIG_VARIABLE, lifeline.VARIABLE, "LORAFLEET_CACHE_DIR", URL_VARIABLE, PROFILE_VARIABLE}
 PRECEDENCE = (
-    f"Each setting is also a variable {PREFIX}NAME and a line NAME = VALUE of the --config file. "
-    "A flag wins over a variable, and a variable over the file."
+    f"Each setting is also an environment variable {PREFIX}NAME and a line NAME = VALUE in the --config file. "
+    "Flags override variables, and variables override the file."
 )
 NO_FLAG = ("secret",)
 """Settings that every user of this machine could read in the process list, were they flags."""
@@ -57,7 +57,7 @@ def add_settings(parser: argparse.ArgumentParser, first: Sequence[str] = (), ski
     The flags in `first` lead the help; the others follow, grouped by the service that reads them.
     """
     parser.epilog = PRECEDENCE
-    parser.add_argument("--config", metavar="FILE.toml", help=f"file of settings, also {CONFIG_VARIABLE}")
+    parser.add_argument("--config", metavar="FILE.toml", help=f"TOML file of settings, also ${CONFIG_VARIABLE}")
     for name in first:
         _add_flag(parser, name)
     for section, names in sections().items():
@@ -78,15 +78,15 @@ def load_settings(args: argparse.Namespace, **given: Any) -> Settings:
         os.environ[CONFIG_VARIABLE] = args.config
     config = os.environ.get(CONFIG_VARIABLE)
     if config and not Path(config).is_file():
-        raise BadRequest(f"--config: there is no file {config}")
+        raise BadRequest(f"--config: no such file: {config}")
     if url := os.environ.get("REDIS_URL"):
         os.environ.setdefault(f"{PREFIX}REDIS_URL", url)
     _refuse_unknown_variables()
     flags = {name: value for name, value in vars(args).items() if name in Settings.model_fields} | given
     if urlsplit(str(vars(args).get("redis_url", ""))).password:
         raise BadRequest(
-            "--redis-url: every user of this machine can read a password there; give it as --redis-password-file, or"
-            " the URL as REDIS_URL"
+            "--redis-url: other users of this machine could read the password; use --redis-password-file, or give the"
+            " URL as REDIS_URL"
         )
     try:
         return Settings(**flags)

@@ -26,7 +26,7 @@ _UNITS_S = {"m": 60, "h": 3600, "d": 86_400, "y": 365 * 86_400}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     actions = parser.add_subparsers(metavar="create|list|revoke", required=True)
-    create = actions.add_parser("create", help="create a key; it is shown once, and only its hash is kept")
+    create = actions.add_parser("create", help="create a key; it is shown once, only its hash is stored")
     create.add_argument("--tenant", required=True, help="the tenant that the key belongs to")
     create.add_argument(
         "--scopes",
@@ -34,24 +34,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"permissions, separated by commas: {', '.join(SCOPES)} (%(default)s)",
     )
     create.add_argument("--expires", default="never", metavar="TIME", help="30m, 12h, 90d, 1y or never (%(default)s)")
-    create.add_argument("--note", default="", help="a remark that `list` shows")
+    create.add_argument("--note", default="", help="a note, shown by `list`")
     limits = create.add_argument_group(
-        "limits of the tenant, for all its keys together", "a given limit replaces the old one; 0: no limit"
+        "limits of the tenant, shared by all its keys", "each given limit replaces the old one; 0: no limit"
     )
     limits.add_argument("--requests-per-minute", type=int, metavar="N")
-    limits.add_argument("--tokens-per-minute", type=int, metavar="N", help="tokens of prompts and outputs")
-    limits.add_argument("--concurrency", type=int, metavar="N", help="most choices queued or running at once")
+    limits.add_argument("--tokens-per-minute", type=int, metavar="N", help="prompt and output tokens")
+    limits.add_argument("--concurrency", type=int, metavar="N", help="maximum choices queued or running at once")
     limits.add_argument(
-        "--kept-bytes", type=int, metavar="BYTES", help="most that it may keep in the queue; 0: as for every tenant"
+        "--kept-bytes", type=int, metavar="BYTES", help="maximum bytes stored in the queue; 0: the fleet's default"
     )
-    limits.add_argument("--weight", type=float, metavar="X", help="share relative to other tenants, initially 1")
+    limits.add_argument("--weight", type=float, metavar="X", help="share relative to other tenants (initially 1)")
     limits.add_argument(
         "--visible",
         metavar="PATTERNS",
-        help="patterns of the shared adapters that it may use, such as acme-*,org/*; initially *",
+        help="patterns of the shared adapters it may use, such as acme-*,org/* (initially *)",
     )
     listing = actions.add_parser("list", help="list all keys, without their secrets")
-    revoke = actions.add_parser("revoke", help="revoke a key: every gateway refuses its next request")
+    revoke = actions.add_parser("revoke", help="revoke a key; its next request is refused everywhere")
     revoke.add_argument("key", metavar="ID")
     for action, do in ((create, _create), (listing, _list), (revoke, _revoke)):
         action.set_defaults(do=do)
@@ -78,7 +78,9 @@ async def _create(bus: Bus, _: Settings, args: argparse.Namespace) -> dict[str, 
     await bus.audit.note(from_command_line("key.create", key.tenant, detail))
     if not args.json:
         print(secret)
-    Console(stderr=True).print(f"{key.id} of {key.tenant}, {_scopes(key.scopes)}; it will not be shown again")
+    Console(stderr=True).print(
+        f"{key.id} of {key.tenant}, {_scopes(key.scopes)}; this is the only time that it is shown"
+    )
     return {"key": secret, **msgspec.structs.asdict(key)}
 
 
@@ -94,7 +96,7 @@ async def _list(bus: Bus, _: Settings, args: argparse.Namespace) -> list[dict[st
 
 def _print(found: Sequence[tuple[ApiKey, Tenant]]) -> None:
     columns = (
-        "id", "tenant", "scopes", "created", "expires", "requests/min", "tokens/min", "at once", "bytes", "weight",
+        "id", "tenant", "scopes", "created", "expires", "requests/min", "tokens/min", "concurrency", "bytes", "weight",
         "adapters", "note",
     )  # fmt: skip
     rows = [
@@ -109,7 +111,7 @@ async def _revoke(bus: Bus, _: Settings, args: argparse.Namespace) -> dict[str, 
     key = await bus.api_keys.revoke(args.key)
     await bus.audit.note(from_command_line("key.revoke", key.id, f"of {key.tenant}"))
     if not args.json:
-        print(f"{key.id} of {key.tenant} is revoked; its running requests continue")
+        print(f"{key.id} of {key.tenant} was revoked; its running requests continue")
     return msgspec.structs.asdict(key)
 
 
@@ -119,7 +121,7 @@ def expiry_ms(text: str) -> int:
         return 0
     found = re.fullmatch(r"(\d{1,6})([mhdy])", text)
     if found is None or not int(found[1]):
-        raise BadRequest(f"--expires: {text!r} is not a lifetime: give 30m, 12h, 90d, 1y or never")
+        raise BadRequest(f"--expires: {text!r} is not a lifetime; use 30m, 12h, 90d, 1y or never")
     return now_ms() + int(found[1]) * _UNITS_S[found[2]] * 1000
 
 
@@ -138,4 +140,4 @@ def _time(ms: int) -> str:
 def _expiry(ms: int) -> str:
     if not ms:
         return "never"
-    return f"{_time(ms)} (over)" if ms <= now_ms() else _time(ms)
+    return f"{_time(ms)} (expired)" if ms <= now_ms() else _time(ms)

@@ -42,6 +42,6 @@ async def _done(settings: Settings, args: argparse.Namespace) -> Any:
     except CONNECTION_ERRORS as error:
         raise Unavailable(f"no queue answers at {settings.redis_url}: {error}") from error
     except QueueError as error:
-        raise PermissionDenied(f"the queue refuses: {error}") from error
+        raise PermissionDenied(f"the queue refused: {error}") from error
     finally:
         await bus.close()

@@ -34,9 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sequences", type=_numbers, default=(1, 8, 32), metavar="N,N,…", help="batch sizes (default 1,8,32)"
     )
     parser.add_argument("--steps", type=_number, default=20, metavar="N", help="measured steps per case (%(default)s)")
-    parser.add_argument("--prompt-tokens", type=_number, default=64, metavar="N", help="of each prompt (%(default)s)")
     parser.add_argument(
-        "--out", type=Path, default=Path("profile.json"), metavar="FILE", help="JSON result (%(default)s)"
+        "--prompt-tokens", type=_number, default=64, metavar="N", help="tokens per prompt (%(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("profile.json"), metavar="FILE", help="file for the JSON result (%(default)s)"
     )
     parser.add_argument(
         "--trace",
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, settings: Settings) -> Any:
-    """Measure as the arguments say; return a `gpu_worker.profiling.profile.Profile`."""
+    """Measure as the arguments say; return a `gpu_worker.profiling.profile.StepProfile`."""
     try:
         worker = importlib.import_module("gpu_worker.profiling.profile")
     except ModuleNotFoundError as error:
@@ -97,7 +99,7 @@ def _measure(args: argparse.Namespace, settings: Settings) -> Any:
 
 
 def print_profile(found: Any, console: Console) -> None:
-    """Print a `gpu_worker.profiling.profile.Profile`: the phases and the forward pass of each case."""
+    """Print a `gpu_worker.profiling.profile.StepProfile`: the phases and the forward pass of each case."""
     how = f"{found.num_stacked} of {found.num_layers} layers in one native call"
     console.print(
         f"[bold]{found.model}[/] in {found.dtype} on {found.device}, {_count(found.num_threads, 'thread')}, {how}, "
@@ -128,7 +130,7 @@ def _phases(case: Any) -> Table:
 
 
 def _operations(case: Any) -> Table:
-    table = Table("in forward, one by one", "calls", "ms", "share", box=None, header_style="bold")
+    table = Table("in forward, unbatched", "calls", "ms", "share", box=None, header_style="bold")
     shown, rest = case.operations[:MAX_OPERATIONS], case.operations[MAX_OPERATIONS:]
     rows = [(operation.name, operation.calls, operation.ms) for operation in shown]
     if rest:

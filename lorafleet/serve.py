@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     settings = load_settings(args)
     forget_secrets(args.service)
     if args.service in ("worker", "gateway") and not settings.model:
-        raise BadRequest(f"--model: the {args.service} needs the base model, a Hub id, a local folder or a GGUF file")
+        raise BadRequest(f"--model: the {args.service} needs a base model: a Hub id, a local folder or a GGUF file")
     set_up_logging(args.service, settings.log_level, settings.log_format)
     try:
         with importing():

@@ -41,7 +41,7 @@ class LaunchPlan:
     """The checked settings of a fleet that is about to start, and the folder of its model."""
 
     settings: Settings
-    folder: Path  # of the model
+    folder: Path  # folder of the model
     queue: EmbeddedServer | None = None  # None: the user has named one
 
     def curl(self, model: str, question: str = "Who are you?", does: str = "text-generation") -> str:
@@ -161,19 +161,19 @@ async def announce(plan: LaunchPlan, screen: Screen) -> bool:
     settings = plan.settings
     url = local_url(settings)
     if settings.api_keys:
-        screen.say(f"\n[bold green]ready[/] [bold]{url}[/] requires API keys; create one with\n")
+        screen.say(f"\n[bold green]ready[/] [bold]{url}[/] requires API keys; create one:\n")
         screen.say(escape(f"  {_shared(settings)} lorafleet keys create --tenant NAME"))
     else:
         async with httpx2.AsyncClient(base_url=url, trust_env=False) as client:
             models = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
             does = (await client.get("/info")).json()["model_pipeline_tag"]
-        screen.say(f"\n[bold green]ready[/] [bold]{url}[/] serves {models[0]} and {len(models) - 1} adapters; try\n")
+        screen.say(f"\n[bold green]ready[/] [bold]{url}[/] serves {models[0]} and {len(models) - 1} adapters; try:\n")
         screen.say(escape(plan.curl(models[-1], does=does)))
     joining = settings.model_copy(update=plan.queue.door("worker")) if plan.queue is not None else settings
     secret = f"LORAFLEET_SECRET_FILE={shlex.quote(str(settings.secret_file))}"
     command = f"{_shared(joining)} {secret} lorafleet serve worker --model {shlex.quote(settings.model)}"
-    screen.say(f"\nAnother worker joins with\n  {command}")
-    screen.say("Ctrl-C finishes what was accepted and stops; a second one stops at once.")
+    screen.say(f"\nTo add another worker:\n  {command}")
+    screen.say("Ctrl-C finishes accepted requests and stops; a second Ctrl-C stops immediately.")
     return True
 
 

@@ -13,17 +13,16 @@ from protocol.wire.errors import BadRequest
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.description = (
-        "Write FOLDER/queue/users.acl, with which the queue's server is started (--aclfile), and for every user"
-        " FOLDER/USER/password, to be given to that service alone (--redis-password-file). What is there"
-        " already stays."
+        "Write FOLDER/queue/users.acl for the queue's server (--aclfile), and a password file FOLDER/USER/password"
+        " for each service (--redis-password-file). Existing files are kept."
     )
+    parser.add_argument("--replicated", action="store_true", help="also create users for replicas and Sentinels")
     parser.add_argument(
-        "--replicated", action="store_true", help="also for the replicas and Sentinels of a queue of several servers"
+        "--console-keys",
+        action="store_true",
+        help="let gateways write API keys, which their setting console_keys needs",
     )
-    parser.add_argument(
-        "--console-keys", action="store_true", help="let gateways write API keys, as their setting console_keys needs"
-    )
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder of the passwords and the ACL file")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder for the passwords and the ACL file")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,7 +7,15 @@ from typing import Any
 
 from peft_adapters.json_values import is_list, is_object
 from peft_adapters.reasons import Reasons, show
-from peft_adapters.targets import MIN_CONDENSED_TARGETS, BadPattern, Layers, Names, PatternMap, SavedModules, Targets
+from peft_adapters.targets import (
+    MIN_CONDENSED_TARGETS,
+    BadPattern,
+    Layers,
+    NameTargets,
+    PatternMap,
+    SavedModules,
+    Targets,
+)
 
 MAX_ENTRIES = 4_096
 """Entries of `rank_pattern` or `alpha_pattern`."""
@@ -92,8 +100,8 @@ def read_targets(value: Mapping[str, Any], parameters: tuple[str, ...], reasons:
         reasons.add("layers_to_transform and layers_pattern cannot be used when target_modules is a pattern")
         return None
     try:
-        names = Names.read([] if is_all_linear(targets) else targets)
-        return Targets(names, Names.read(excluded) if excluded else None, _read_layers(value, reasons))
+        names = NameTargets.read([] if is_all_linear(targets) else targets)
+        return Targets(names, NameTargets.read(excluded) if excluded else None, _read_layers(value, reasons))
     except BadPattern as error:
         reasons.add(f"a pattern in target_modules, exclude_modules or layers_pattern {error}")
         return None

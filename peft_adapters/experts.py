@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from peft_adapters.config import AdapterConfig
 from peft_adapters.reasons import Reasons
-from peft_adapters.targets import BadPattern, Names, PatternMap, Targets
+from peft_adapters.targets import BadPattern, NameTargets, PatternMap, Targets
 from protocol.wire.messages import SiteShape
 
 
@@ -105,14 +105,14 @@ def convert(
         return None
     return replace(
         config,
-        targets=replace(config.targets, targets=Names(targets.endings - old.keys())),
+        targets=replace(config.targets, targets=NameTargets(targets.endings - old.keys())),
         parameters=tuple(sorted({*config.parameters, *old.values()})),
         ranks=patterns[0],
         alphas=patterns[1],
     )
 
 
-def _listed(targets: Targets, names: OldNames, sites: Mapping[str, SiteShape]) -> Names | None:
+def _listed(targets: Targets, names: OldNames, sites: Mapping[str, SiteShape]) -> NameTargets | None:
     """Return what a pattern means of a model under its old names, as a list.
 
     None if no list can mean it: it chooses some experts and not others, or layers that are named like theirs.
@@ -129,7 +129,7 @@ def _listed(targets: Targets, names: OldNames, sites: Mapping[str, SiteShape]) -
             whole.add(site.name)
     if any(name.rpartition(".")[2] in names.parameters for name in whole):
         return None
-    return Names(frozenset(whole | {leaf for leaf, chosen in experts.items() if chosen}))
+    return NameTargets(frozenset(whole | {leaf for leaf, chosen in experts.items() if chosen}))
 
 
 def _old_layers(site: SiteShape, names: OldNames) -> Iterator[str]:
@@ -143,7 +143,7 @@ def _old_layers(site: SiteShape, names: OldNames) -> Iterator[str]:
         yield f"{names.old_module(parent).rpartition('.')[0]}.{names.router}"
 
 
-def _check_pattern(targets: Names, names: OldNames, modules: Iterable[str], reasons: Reasons) -> None:
+def _check_pattern(targets: NameTargets, names: OldNames, modules: Iterable[str], reasons: Reasons) -> None:
     """Add a reason against a pattern that matches layers which PEFT would take for experts."""
     for module in modules:
         parent, _, leaf = module.rpartition(".")

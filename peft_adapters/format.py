@@ -45,7 +45,7 @@ __all__ = [
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 FOLDER_HEADER = "X-Lorafleet-Folder"
-"""The HTTP header by which a store tells in which folder of its machine an adapter's files are, quoted as in URLs."""
+"""The HTTP header that names an adapter's folder on the store's machine, quoted as in URLs."""
 
 
 def adapter_digest(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], weights: Any) -> str:

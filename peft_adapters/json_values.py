@@ -1,4 +1,4 @@
-"""JSON that anybody may have written: parsed strictly, its values told apart by type."""
+"""Untrusted JSON: strict parsing, and checks of values by type."""
 
 from __future__ import annotations
 

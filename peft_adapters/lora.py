@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from peft_adapters.config import ADALORA
-from peft_adapters.matching import Matcher
+from peft_adapters.matching import TensorMatcher
 from peft_adapters.spec import LoraWeights
 from peft_adapters.tensors import nested
 from protocol.wire.messages import SiteShape
 
 
-def read_lora(matcher: Matcher, site: SiteShape) -> Iterator[LoraWeights]:
+def read_lora(matcher: TensorMatcher, site: SiteShape) -> Iterator[LoraWeights]:
     """Yield the LoRA of a targeted layer; nothing, with reasons, if anything is wrong with it."""
     config, reasons = matcher.config, matcher.reasons
     before = len(reasons)
@@ -41,7 +41,7 @@ def read_lora(matcher: Matcher, site: SiteShape) -> Iterator[LoraWeights]:
     )  # fmt: skip
 
 
-def read_parameters(matcher: Matcher, module: str, parameters: list[str]) -> Iterator[LoraWeights]:
+def read_parameters(matcher: TensorMatcher, module: str, parameters: list[str]) -> Iterator[LoraWeights]:
     """Yield the LoRA of a module's parameters, in their order.
 
     PEFT wraps one parameter's LoRA around another's, the first one's innermost.
@@ -67,13 +67,13 @@ def read_parameters(matcher: Matcher, module: str, parameters: list[str]) -> Ite
             yield LoraWeights(site.name, rank, config.scale(name), a, b)
 
 
-def _old_layers(matcher: Matcher, module: str, parameter: str) -> tuple[str, ...]:
+def _old_layers(matcher: TensorMatcher, module: str, parameter: str) -> tuple[str, ...]:
     """Return the layers of one expert that the file has instead of a parameter; none if it has the parameter."""
     layers = matcher.old_names.layers_of(parameter) if matcher.old_names is not None else ()
     return layers if any(f"{module}.0.{layer}" in matcher.tensors.lora for layer in layers) else ()
 
 
-def _read_experts(matcher: Matcher, site: SiteShape, rank: int, layers: tuple[str, ...]) -> Iterator[LoraWeights]:
+def _read_experts(matcher: TensorMatcher, site: SiteShape, rank: int, layers: tuple[str, ...]) -> Iterator[LoraWeights]:
     """Yield the LoRA of experts that the file has as layers; nothing, with reasons, if anything is wrong with it."""
     before, module, share = len(matcher.reasons), site.name.rpartition(".")[0], len(layers)
     experts: list[tuple[tuple[str, str], ...]] = []

@@ -15,7 +15,7 @@ LINEAR = ("linear", "conv1d", OPAQUE)
 """Kinds of sites that are linear layers."""
 
 
-class Matcher:
+class TensorMatcher:
     """One adapter while it is read: its config, its tensors and the base model, and which tensors are used so far."""
 
     def __init__(
@@ -37,10 +37,10 @@ class Matcher:
         self.embedding = next((site.name for site in sites if base and _is_input(site, base)), "")
         self.head = next((site.name for site in sites if base and _is_output(site, base)), "")
         self.is_tied = base is not None and base.tied_embeddings and bool(self.embedding and self.head)
-        self.old_names: OldNames | None = None  # of experts, where the file has them as transformers 4 named them
+        self.old_names: OldNames | None = None  # old names of experts, where the file follows transformers 4
         self.vocab_size = 0  # tokens of the replaced embedding or head, 0 while they are the base's
         self.label_head = base.label_head if base else ""
-        self.num_labels = 0  # of the adapter's own head of labels, 0 while it is the base's
+        self.num_labels = 0  # labels of the adapter's own head; 0: the base's head
         self._used: set[str] = set()
 
     def size(self, site: SiteShape) -> tuple[int, int]:

@@ -8,12 +8,12 @@ from dataclasses import replace
 from peft_adapters import experts
 from peft_adapters.config import ADALORA, AdapterConfig
 from peft_adapters.lora import read_lora, read_parameters
-from peft_adapters.matching import LINEAR, Matcher
+from peft_adapters.matching import LINEAR, TensorMatcher
 from peft_adapters.reasons import Reasons
 from peft_adapters.replaced import check_vocabulary, read_head, read_replaced, read_tokens
 from peft_adapters.safetensors_header import TensorInfo
 from peft_adapters.spec import AdapterSpec, LoraWeights
-from peft_adapters.targets import Names, endings_of
+from peft_adapters.targets import NameTargets, endings_of
 from peft_adapters.tensors import AdapterTensors
 from protocol.wire.messages import OPAQUE, ServedModel, SiteShape
 
@@ -29,7 +29,7 @@ def read_spec(
 
     tensors, infos: the file's tensors by what they are, and by name. base: None where there is no model to read it for.
     """
-    matcher = Matcher(config, tensors, infos, base, reasons)
+    matcher = TensorMatcher(config, tensors, infos, base, reasons)
     _convert_old_names(matcher)
     targeted = _targeted(matcher)
     parameters = _targeted_parameters(matcher, targeted)
@@ -59,7 +59,7 @@ def read_spec(
     )
 
 
-def _convert_old_names(matcher: Matcher) -> None:
+def _convert_old_names(matcher: TensorMatcher) -> None:
     """Give experts that transformers 4 named as layers the names of today, as PEFT does."""
     old = experts.FAMILIES.get(matcher.base.model_type) if matcher.base else None
     if old is None:
@@ -70,12 +70,12 @@ def _convert_old_names(matcher: Matcher) -> None:
         matcher.tensors.lora = experts.rename(matcher.tensors.lora, old)
 
 
-def _targeted(matcher: Matcher) -> dict[str, SiteShape]:
+def _targeted(matcher: TensorMatcher) -> dict[str, SiteShape]:
     """Return the layers that the config means, by name."""
     config, targets, sites = matcher.config, matcher.config.targets, matcher.sites
     if config.all_linear:
         linear = [site.name for site in sites.values() if site.kind in LINEAR and site.name != matcher.head]
-        targets = replace(targets, targets=Names(frozenset(linear)))
+        targets = replace(targets, targets=NameTargets(frozenset(linear)))
     found = {
         site.name: site
         for site in sites.values()
@@ -105,7 +105,7 @@ def _check_target(config: AdapterConfig, site: SiteShape, reasons: Reasons) -> N
                 reasons.add(f"PEFT does not combine {name} with embeddings", site.name)
 
 
-def _targeted_parameters(matcher: Matcher, targeted: Mapping[str, SiteShape]) -> dict[str, list[str]]:
+def _targeted_parameters(matcher: TensorMatcher, targeted: Mapping[str, SiteShape]) -> dict[str, list[str]]:
     """Return the parameters that `target_parameters` means by their module, each module's in the model's order."""
     found: dict[str, list[str]] = {}
     ends = frozenset(matcher.config.parameters)

@@ -34,7 +34,7 @@ class Merge(Wire, frozen=True):
     density: float = 1.0  # share of the numbers that pruning keeps
     majority_sign: Literal["total", "frequency"] = "total"
     svd_rank: int = 0  # rank of the result; 0: the largest rank of the adapters
-    seed: int = 0  # of random pruning
+    seed: int = 0  # seed of random pruning
     arithmetic: Literal["peft", "lorax"] = "peft"
 
     @property

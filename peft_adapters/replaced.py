@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Literal
 
-from peft_adapters.matching import Matcher
+from peft_adapters.matching import TensorMatcher
 from peft_adapters.spec import ReplacedWeights, TrainedTokens
 from protocol.wire.messages import MAX_LABELS, OPAQUE, SiteShape
 
@@ -22,7 +22,7 @@ Parameter = Literal["weight", "bias"]
 # ---------------------------------------------------------------- trained tokens
 
 
-def read_tokens(matcher: Matcher, targeted: Mapping[str, SiteShape]) -> list[TrainedTokens]:
+def read_tokens(matcher: TensorMatcher, targeted: Mapping[str, SiteShape]) -> list[TrainedTokens]:
     """Return the rows of embeddings and of the head that were trained alone. targeted: the layers with LoRA."""
     if matcher.base is None:
         return []
@@ -46,7 +46,9 @@ def read_tokens(matcher: Matcher, targeted: Mapping[str, SiteShape]) -> list[Tra
     return found
 
 
-def _read_trained(matcher: Matcher, module: str, indices: tuple[int, ...], tied_to: str) -> Iterator[TrainedTokens]:
+def _read_trained(
+    matcher: TensorMatcher, module: str, indices: tuple[int, ...], tied_to: str
+) -> Iterator[TrainedTokens]:
     """Yield the trained rows of a module, or of the one it is tied to; nothing, with a reason, if they are wrong."""
     site, tensors = matcher.sites[module], matcher.tensors.tokens
     if site.kind == "embedding":
@@ -67,7 +69,7 @@ def _read_trained(matcher: Matcher, module: str, indices: tuple[int, ...], tied_
 
 
 def read_replaced(
-    matcher: Matcher, targeted: Mapping[str, SiteShape], tokens: list[TrainedTokens]
+    matcher: TensorMatcher, targeted: Mapping[str, SiteShape], tokens: list[TrainedTokens]
 ) -> list[ReplacedWeights]:
     """Return the parameters that the file brings whole: `modules_to_save`, biases, saved base weights.
 
@@ -110,7 +112,7 @@ def _parameters_of(site: SiteShape) -> tuple[Parameter, ...]:
     return ("weight", "bias") if site.has_bias else ("weight",)
 
 
-def _replacement(matcher: Matcher, site: SiteShape, wrapper: str, parameter: Parameter) -> ReplacedWeights | None:
+def _replacement(matcher: TensorMatcher, site: SiteShape, wrapper: str, parameter: Parameter) -> ReplacedWeights | None:
     """Return the parameter of a module that the file holds under a wrapper's name, None if it holds none."""
     name = matcher.tensors.plain.get((site.name, wrapper, parameter))
     if name is None or not matcher.take(name, site.name, parameter, _shape(matcher, site, parameter, name)):
@@ -119,7 +121,7 @@ def _replacement(matcher: Matcher, site: SiteShape, wrapper: str, parameter: Par
 
 
 def _tie(
-    matcher: Matcher, found: dict[tuple[str, str], ReplacedWeights], loaded: Mapping[str, ReplacedWeights]
+    matcher: TensorMatcher, found: dict[tuple[str, str], ReplacedWeights], loaded: Mapping[str, ReplacedWeights]
 ) -> None:
     """Share the weight loaded into a tied embedding or head; a module that is saved whole has its own."""
     last = loaded.get(matcher.head) or loaded.get(matcher.embedding)  # PEFT loads the head's last
@@ -129,7 +131,7 @@ def _tie(
                 found[name, "weight"] = replace(last, site=name)
 
 
-def _shape(matcher: Matcher, site: SiteShape, parameter: Parameter, name: str) -> tuple[int, ...]:
+def _shape(matcher: TensorMatcher, site: SiteShape, parameter: Parameter, name: str) -> tuple[int, ...]:
     """Return the shape that a replaced parameter must have. The file decides the numbers of tokens and of labels."""
     if site.name == matcher.label_head and matcher.base is not None and parameter == "weight":
         matcher.num_labels = _num_labels(matcher, name)
@@ -151,7 +153,7 @@ def _shape(matcher: Matcher, site: SiteShape, parameter: Parameter, name: str) -
     return (width, rows) if site.kind == "linear" else (rows, width)
 
 
-def _num_labels(matcher: Matcher, name: str) -> int:
+def _num_labels(matcher: TensorMatcher, name: str) -> int:
     """Return how many labels the head has whose weight is a tensor of the file."""
     num = matcher.infos[name].shape[0] if matcher.infos[name].shape else 0
     if not 1 <= num <= MAX_LABELS:
@@ -162,7 +164,7 @@ def _num_labels(matcher: Matcher, name: str) -> int:
 # ---------------------------------------------------------------- heads of sequence classifiers
 
 
-def read_head(matcher: Matcher) -> str:
+def read_head(matcher: TensorMatcher) -> str:
     """Return the tensor of the head that makes a classifier of a decoder, "" for none; sets the number of labels.
 
     It is none of a decoder's sites, because the base may lack it.
@@ -182,7 +184,7 @@ def read_head(matcher: Matcher) -> str:
 # ---------------------------------------------------------------- vocabulary
 
 
-def check_vocabulary(matcher: Matcher, replaced: list[ReplacedWeights], tokens: list[TrainedTokens]) -> None:
+def check_vocabulary(matcher: TensorMatcher, replaced: list[ReplacedWeights], tokens: list[TrainedTokens]) -> None:
     """Add reasons for token ids whose rows are neither in the base model nor in the file.
 
     Sets the matcher's vocabulary size where trained tokens extend it.

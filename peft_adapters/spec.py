@@ -16,7 +16,7 @@ class LoraBlock:
     begin: int
     end: int
     at: int = 0  # output of the layer to which the first of these rows belongs
-    factor: float = 1.0  # of b and the bias
+    factor: float = 1.0  # factor of b and the bias
     bias: str = ""  # tensors of which the same rows count; see `LoraWeights`
     magnitude: str = ""
 
@@ -88,8 +88,8 @@ class AdapterSpec:
     tokens: tuple[TrainedTokens, ...] = ()
     invocation: tuple[int, ...] = ()  # activated LoRA: active from these tokens' last occurrence in the prompt on
     vocab_size: int = 0  # tokens the adapter knows; 0: those of the base
-    num_labels: int = 0  # of its own head of labels; 0: it has none
-    head: str = ""  # that head, where the base has none among its layers: tensor [labels, width]
+    num_labels: int = 0  # labels of its own head; 0: no head
+    head: str = ""  # its own head, where the base has none: tensor [labels, width]
     mapped: Mapping[str, str] = field(default_factory=dict[str, str])  # names of the file -> of the base, as patterns
 
     @property

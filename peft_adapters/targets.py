@@ -42,7 +42,7 @@ def compile_pattern(pattern: str) -> Any:
     options.log_errors = False
     try:
         compiled = re2.compile(pattern, options)
-        re.compile(pattern)  # what Python cannot read, PEFT cannot either
+        re.compile(pattern)  # PEFT cannot read what Python cannot
     except (re2.error, re.error, OverflowError, RecursionError) as error:
         detail = error.args[0] if error.args else ""
         detail = detail.decode(errors="replace") if isinstance(detail, bytes) else str(detail)
@@ -51,14 +51,14 @@ def compile_pattern(pattern: str) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
+class NameTargets:
     """Modules chosen by a list of names or endings of names, or by one pattern that must match the whole name."""
 
     endings: frozenset[str]
     pattern: Any = None
 
     @classmethod
-    def read(cls, value: str | Sequence[str]) -> Names:
+    def read(cls, value: str | Sequence[str]) -> NameTargets:
         """Read a config's list or pattern. Raises BadPattern."""
         if isinstance(value, str):
             return cls(frozenset(), compile_pattern(value))
@@ -141,8 +141,8 @@ class SavedModules:
 class Targets:
     """The fields of a config that choose the adapted modules."""
 
-    targets: Names
-    excluded: Names | None = None
+    targets: NameTargets
+    excluded: NameTargets | None = None
     layers: Layers | None = None
 
     def chosen(self, module: str) -> bool:

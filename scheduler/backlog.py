@@ -71,7 +71,7 @@ class _AdapterQueue:
 class _Tenant:
     """One tenant's adapter queues in a fair queue. `order` holds (deadline, arrival, digest) of heads, maybe stale."""
 
-    serial: int  # of the tenant's one valid entry in the fair queue's heap
+    serial: int  # serial number of the tenant's valid entry in the fair queue's heap
     queues: dict[str, _AdapterQueue] = field(default_factory=dict[str, _AdapterQueue])
     order: list[tuple[int, int, str]] = field(default_factory=list[tuple[int, int, str]])
 
@@ -270,7 +270,7 @@ class _Scan:
         self._slack = slack
         self._refusals_left = max_refused
         self._yields = yields
-        self._aside: list[_Turn] = []  # of tenants that are done with
+        self._aside: list[_Turn] = []  # turns of finished tenants
         self._held: deque[tuple[float, QueuedRequest]] = deque()  # counter and held request of a tenant, by counter
         self._offered_all = True  # False once a tenant had more adapter queues than one visit offers
 

@@ -31,7 +31,7 @@ TIERS = ("resident", "loading", "host", "store")
 """Names of `workers.Tier`, in its order."""
 
 PREFETCH_AGAIN_MS = 10_000
-"""Time in which a worker is told only once to fetch an adapter ahead."""
+"""Minimum time between two prefetch orders for one adapter."""
 
 MAX_QUEUED_DIGESTS = 1024
 """Adapters with queued requests that one message to a worker names."""
@@ -41,7 +41,7 @@ MAX_QUEUED_DIGESTS = 1024
 class SchedulerConfig:
     """The scheduler's settings."""
 
-    slack_tokens: float = 4096.0  # weighted tokens by which others may pass a tenant whose request is held
+    slack_tokens: float = 4096.0  # weighted tokens that others may receive before a held request must be placed
     max_attempts: int = 3  # workers that may die while they have a request, before it fails
     beat_timeout_s: float = 3.5  # silence after which a worker counts as dead
     wait_for_worker_s: float = 0.0  # after which a call ends while there is no worker; 0: at its deadline
@@ -96,12 +96,12 @@ class Scheduler:
         self._deadlines: list[tuple[int, str]] = []
         self._alone_since_ms: float | None = None  # since when there has been no worker
         self._num_seen = 0
-        self._now_ms = 0.0  # of the last plan
+        self._now_ms = 0.0  # time of the last plan
         self._unplaced: set[str] = set()  # digests of requests submitted since the last plan
         self._wanted: list[tuple[str, str]] = []  # (worker, adapter) of new homes
-        self._prefetched: dict[str, float] = {}  # adapter -> when a worker was told to fetch it, ms
-        self._queued: dict[str, frozenset[str]] = {}  # worker -> adapters it was told that queued requests want
-        self._queued_changes: list[tuple[str, list[str]]] = []  # the same, of workers to be told
+        self._prefetched: dict[str, float] = {}  # adapter -> time of the last prefetch order, ms
+        self._queued: dict[str, frozenset[str]] = {}  # worker -> adapters of queued requests, as last sent to it
+        self._queued_changes: list[tuple[str, list[str]]] = []  # changes of the same to send
 
     # ------------------------------------------------------------ what happened
 
@@ -151,7 +151,7 @@ class Scheduler:
             self._take_out(request)
 
     def beats(self, beats: Mapping[str, m.WorkerBeat | None], elapsed_s: float) -> list[str]:
-        """Take the workers' latest beats, `elapsed_s` after the last ones. Returns the dead, see `Workers.observe`."""
+        """Take the workers' latest heartbeats, `elapsed_s` after the last. Returns the dead, see `Workers.observe`."""
         dead = self.workers.observe(beats, elapsed_s)
         for worker in self.workers.by_id.values():
             if worker.silent_s == 0.0:
@@ -258,7 +258,7 @@ class Scheduler:
         return oldest
 
     def placed(self, request: QueuedRequest, wid: str, now_ms: int) -> m.Placed:
-        """Return why a request goes to a worker, as its record tells it."""
+        """Return why a request goes to a worker, as recorded."""
         choice = request.choice
         options = [choice.chosen] if choice is not None else []
         if choice is not None:
@@ -295,7 +295,7 @@ class Scheduler:
         return request is not None and request.wid == wid
 
     def unlisted(self) -> dict[str, int]:
-        """Return assigned requests, and their epochs there, that their living worker's beat does not list."""
+        """Return assigned requests, and their epochs there, that their living worker's heartbeat does not list."""
         found: dict[str, int] = {}
         for worker in self.workers.by_id.values():
             if worker.silent_s:

@@ -80,7 +80,7 @@ class FairShares:
     requests as places are reserved, so that a flood is noticed before it has filled the workers.
 
     Two more kinds of tenants yield. One that is alone, while no other has open requests or has asked recently, so that
-    whoever comes next need not wait for it; beside requests that yield for another reason, workers let those of the one
+    a newcomer need not wait for it; beside requests that yield for another reason, workers let those of the one
     that was alone go first. And one whose counter is more than `slack_tokens` above that of a tenant
     over its share: otherwise a tenant with few requests at a time, but no pause between them, would always be served
     first.
@@ -94,7 +94,7 @@ class FairShares:
         self._slack_tokens = slack_tokens
         self.num_open: Counter[str] = Counter()
         """Open requests per tenant; tenants without any are not in it."""
-        self._weights: dict[str, float] = {}  # of the same tenants
+        self._weights: dict[str, float] = {}  # weights of the same tenants
         self._demands: Counter[tuple[int, float]] = Counter()  # (open requests, weight) -> tenants that have both
         self._asked_ms: dict[str, float] = {}  # tenant -> time of its last request, the longest ago first
         self._is_alone = True  # whether there is only one tenant with open requests or a recent one

@@ -1,7 +1,7 @@
 """What is assigned where, and what each tenant has been charged for it. Pure.
 
 An entry comes with an assignment and goes with the worker's `Ended`, with a newer epoch of the same request, or with
-the worker. Beats say in between how far each request is.
+the worker. Heartbeats say in between how far each request is.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Ledger:
         self.remove(request)
 
     def observe(self, worker: Worker) -> None:
-        """Take a new beat of a worker: how far its requests are, and whose adapter has come."""
+        """Take a new heartbeat of a worker: how far its requests are, and whose adapter has come."""
         for rid, num_output_tokens in worker.beat.progress:
             request = worker.requests.get(rid)
             if request is not None:

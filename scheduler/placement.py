@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from scheduler.backlog import OfferResult
-from scheduler.request import BASE, Candidate, Choice, QueuedRequest
+from scheduler.request import BASE, Candidate, QueuedRequest, WorkerChoice
 from scheduler.workers import Tier, Worker, Workers, num_reserved
 
 LOAD_BOUND = 1.25
@@ -175,9 +175,9 @@ class Placement:
         self._available: list[Worker] = []
         self._version = -1
         self.total_capacity = 0
-        """Places of all available workers."""
+        """Slots of all available workers."""
         self.num_reserved = 0
-        """Places among them that are reserved, see `workers.num_reserved`."""
+        """Reserved slots among them, see `workers.num_reserved`."""
         self._turn = 0
 
     def refresh(self) -> None:
@@ -294,7 +294,9 @@ class Placement:
         worker = found.worker
         if worker is None:
             return OfferResult.BLOCKED
-        request.choice = Choice(_reason(request, candidates, found is crowded), candidates[found.index], candidates)
+        request.choice = WorkerChoice(
+            _reason(request, candidates, found is crowded), candidates[found.index], candidates
+        )
         if preferred_open or final:
             return worker
         patience_ms = self.bandwidths.cost_ms(worker.tier(digest), facts.num_bytes)
@@ -330,7 +332,7 @@ class Placement:
         decode_ms = output_tokens * step_ms
         num_ahead = worker.num_in_front(sub.cls, yields=request.yields) + 1 - worker.beat.capacity
         if num_ahead > 0:
-            decode_ms *= 1 + num_ahead / worker.beat.capacity  # places come free at even intervals
+            decode_ms *= 1 + num_ahead / worker.beat.capacity  # slots become free at even intervals
         return decode_ms
 
     def _prefill_ms(self, worker: Worker, request: QueuedRequest) -> float:

@@ -85,7 +85,7 @@ class Recovery:
         if owned is None:
             return
         reason = f"{len(owned.deaths)} workers died while they ran this request"
-        logger.error("request %s is given up: %s: %s", rid, reason, ", ".join(death.wid for death in owned.deaths))
+        logger.error("giving up request %s: %s: %s", rid, reason, ", ".join(death.wid for death in owned.deaths))
         letter = m.DeadLetter(
             reason=reason, submit=owned.submit, attempts=owned.attempts, num_output_tokens=owned.num_output_tokens,
             deaths=owned.deaths, ms=now_ms(),
@@ -117,7 +117,7 @@ class Recovery:
         await self._bus.members.forget_gateway(gid)
 
     async def reconcile(self) -> None:
-        """Look up requests that their workers' beats have not listed twice in a row.
+        """Look up requests that their workers' heartbeats have not listed twice in a row.
 
         They have ended and the message was lost, or their entry on the work stream was; then they are queued again.
         """

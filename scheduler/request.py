@@ -24,12 +24,12 @@ class Candidate(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class WorkerChoice:
     """Why a worker was chosen for a request."""
 
     because: str  # one of `messages.REASONS`
     chosen: Candidate
-    candidates: list[Candidate]  # in the order in which they were looked at, the chosen one among them
+    candidates: list[Candidate]  # candidates in scan order, including the chosen one
 
 
 @dataclass(slots=True, eq=False)
@@ -37,16 +37,16 @@ class QueuedRequest:
     """One request that has not ended. `wid`, the worker it is assigned to, is "" while it is queued."""
 
     submit: m.Submit
-    epoch: int  # as read from the queue; its assignment carries epoch + 1
+    epoch: int  # epoch read from the queue; its assignment carries epoch + 1
     attempts: int = 0  # workers that died while they had it and before it made progress
-    order: int = 0  # of arrival
+    order: int = 0  # order of arrival
     wid: str = ""
     dropped: bool = False  # left the backlog; its containers discard it when they come to it
     input_charged: bool = False
     output_charged: int = 0  # output tokens charged so far; -1: charge none of those that the log already holds
     start_tokens: int = 0  # length of the log when its worker got it; -1: not seen yet
-    started: bool = False  # has made progress since then
-    ready: bool = False  # its adapter is resident on its worker, so it takes a place there
+    started: bool = False  # True: progress since then
+    ready: bool = False  # its adapter is resident on its worker, so it takes a slot there
     reserved_tokens: int = 0  # prompt and expected output, as counted on its worker
     held_since_ms: float = -1.0  # when it was first held for a worker with its adapter; -1: never
     held_until_ms: float = 0.0
@@ -54,7 +54,7 @@ class QueuedRequest:
     alone: bool = False  # it yields only because its tenant was alone
     since_ms: int = 0  # when it came to the backlog, unix time; 0: as it was submitted
     assigned_ms: int = 0  # unix time, 0 while that is not known
-    choice: Choice | None = None  # of the worker it was last offered to
+    choice: WorkerChoice | None = None  # worker that it was last offered to
 
     @property
     def rid(self) -> str:

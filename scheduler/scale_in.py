@@ -1,7 +1,7 @@
 """Which worker should go when there are to be fewer: the one that costs the others least. Pure.
 
-A worker takes with it the copies of adapters that no other worker has as near, which others fetch again for whoever
-wants them next, and the prompts and tokens of its requests, which others compute again. Both are counted in ms of work.
+The cost has two parts, in ms of work: refetching adapters that no other worker has in as near a tier, and recomputing
+the prompts and tokens of the worker's requests.
 """
 
 from __future__ import annotations

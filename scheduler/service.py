@@ -40,9 +40,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     """Lead or stand by until `stop`. Returns the exit code. Raises Internal when the queue may lose requests."""
     bus = Bus(settings.queue_url())
     candidate = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-    counters = VirtualTokenCounters(
-        SchedulerConfig.of(settings).max_lag
-    )  # what tenants have had outlives a lost connection
+    counters = VirtualTokenCounters(SchedulerConfig.of(settings).max_lag)  # token counters survive a lost connection
     try:
         with tracing(settings, "scheduler", candidate), serve_metrics(settings.metrics_port):
             num_failures = 0
@@ -51,10 +49,10 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
                 try:
                     await _lead(bus, settings, candidate, counters, stop)
                 except Deposed:
-                    logger.warning("another scheduler leads now")
+                    logger.warning("another scheduler is now the leader")
                 except Internal:
                     raise
-                except Exception as error:  # noqa: BLE001  the leadership's edge: the next one reads the queue anew
+                except Exception as error:  # noqa: BLE001  the leadership's edge: the next one re-reads the queue
                     FAILED.note("leadership", error)
                     if not isinstance(
                         error, CONNECTION_ERRORS
@@ -76,9 +74,9 @@ async def _lead(
         return
     await bus.check()
     if not (await bus.memory())[1]:
-        logger.warning("the queue has no maxmemory: it may take all of its machine's memory")
+        logger.warning("the queue has no maxmemory: it may use all memory of its machine")
     await bus.restarted()  # only later restarts count
-    logger.info("leading as %s", token)
+    logger.info("now the leader, as %s", token)
     metrics.SCHEDULER_LEADS.set(1)
     try:
         await Session(bus, settings, Lease(token, candidate, LEASE_MS), counters).run(stop)

@@ -1,7 +1,7 @@
 """One leadership: messages from the queue to the pure scheduler, its assignments back to the queue.
 
 Five loops: `_read` feeds the `Scheduler` with what was submitted and what has ended, `_dispatch` assigns what it
-plans, `_watch` looks after beats, deaths and deadlines, `_renew` renews the lease, `_search` finds requests whose
+plans, `_watch` looks after heartbeats, deaths and deadlines, `_renew` renews the lease, `_search` finds requests whose
 worker is unknown. Requests that arrive while an assignment is written go into the next one together: batches grow
 under load, and an idle queue adds no delay.
 """
@@ -37,10 +37,10 @@ from scheduler.trace import tell_placed
 logger = logging.getLogger(__name__)
 
 WATCH_S = 0.5
-"""Pause between looks at beats and deadlines."""
+"""Pause between looks at heartbeats and deadlines."""
 
 LOADS_S = 0.1
-"""Pause between looks at beats alone while requests wait because enough adapters are on their way."""
+"""Pause between looks at heartbeats alone while requests wait because enough adapters are on their way."""
 
 SEARCH_AGAIN_S = 30.0
 """By then every write has arrived that was on its way when the queue restarted."""
@@ -50,7 +50,7 @@ COALESCE_S = 0.003
 """Pause between plans while requests are queued, so that busy workers do not cost one plan per ended request."""
 
 GATEWAY_GRACE_S = 2.0
-"""Silence after which a gateway whose beat has expired counts as dead."""
+"""Silence after which a gateway whose heartbeat has expired counts as dead."""
 
 WORK_STREAM_TTL_S = 3600
 """Life time of a worker's streams after their last use."""
@@ -66,7 +66,7 @@ MAX_TOLD = 64
 """Adapters of running and of waiting requests that the status names."""
 
 DRAIN_ROUNDS = 10
-"""Looks at the workers until it is said anew which should go first: thousands of adapters are compared for that."""
+"""Worker scans between two choices of the one to drain next, which compare thousands of adapters."""
 
 MEMORY_FOR_BATCH = 0.95
 """Share of its memory up to which the queue's jobs are dispatched: their answers stay there for a day."""
@@ -101,7 +101,7 @@ class Session:
         self._drain_next = ""  # name of the worker that should go first
         self._memory_is_short = False
         self._again_ms: float | None = None  # when to plan again though nothing has changed
-        self._rounds = 0  # of `_watch`
+        self._rounds = 0  # rounds of `_watch`
         self._watched_s = time.monotonic()  # when the last one began
         self._watched = Items("watch", max_tries=0, backoff=BRISK)
         self._told_running = False  # whether the published status says that requests run
@@ -225,7 +225,7 @@ class Session:
         if status == "deposed":
             raise Deposed
         if status == "gone":
-            # The worker was declared dead but is alive: create its streams again; its next beat makes it available.
+            # The worker was declared dead but is alive: recreate its streams; its next heartbeat makes it available.
             logger.warning("worker %s has no work stream", wid)
             self.scheduler.workers.set_unreachable(wid)
             await self._bus.streams.create(self._bus.keys.work(wid), WORK_STREAM_TTL_S)
@@ -250,7 +250,7 @@ class Session:
         await self._recovery.find_orphans()
 
     async def _watch(self) -> None:
-        """Look after beats, deaths, deadlines and lost messages; publish the status; wait for the next round.
+        """Look after heartbeats, deaths, deadlines and lost messages; publish the status; wait for the next round.
 
         What fails of that keeps none of the rest from being done, and is done again with a later round.
         """
@@ -263,7 +263,7 @@ class Session:
             await done(rid, partial(self._recovery.end, rid, DeadlineExceeded("the request's deadline has passed")))
         wait_s = self.scheduler.config.wait_for_worker_s
         for rid in self.scheduler.unserved(now_ms()):
-            why = Unavailable(f"no worker has come within wait_for_worker_s, {wait_s:g} s")
+            why = Unavailable(f"no worker joined within wait_for_worker_s, {wait_s:g} s")
             await done(rid, partial(self._recovery.end, rid, why))
         if rounds % 2 == 0:
             await done("status", self._publish_status)
@@ -274,12 +274,12 @@ class Session:
         await self._pause()
 
     async def _pause(self) -> None:
-        """Wait for the next round; look at beats meanwhile if one may tell of an adapter that lets a request go on."""
+        """Wait for the next round; read heartbeats meanwhile if a loaded adapter may unblock a request."""
         end_s = time.monotonic() + WATCH_S
         while (left_s := end_s - time.monotonic()) > 0:
             await asyncio.sleep(min(left_s, LOADS_S) if self.scheduler.requests else left_s)
             if self._told_running and not self.scheduler.workers.num_assigned:
-                await self._publish_status()  # who waits for the last answer looks right after it
+                await self._publish_status()  # clients read it right after the last answer
             if left_s > LOADS_S and self.scheduler.waits_for_loads:
                 await self._watch_workers(0.0)  # the round counts the time
                 self._wake.set()
@@ -337,7 +337,7 @@ class Session:
         """Log once when the queue's memory becomes short, and once when it is not any more."""
         is_short = most > 0 and used >= MEMORY_ALARM * most
         if is_short and not self._memory_is_short:
-            logger.warning("the queue holds %d of %d bytes; calls are refused from nine tenths on", used, most)
+            logger.warning("the queue holds %d of %d bytes; calls are refused above 90 %%", used, most)
         elif self._memory_is_short and not is_short:
             logger.info("the queue holds %d of %d bytes", used, most)
         self._memory_is_short = is_short

@@ -1,4 +1,4 @@
-"""The workers: which are alive, what each holds, how much each may still get. Fed with beats; knows no queue."""
+"""The workers: which are alive, what each holds, how much each may still get. Fed with heartbeats; knows no queue."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ QUEUED_AHEAD = 2
 """Requests a worker may have above its capacity, so that it never waits for the next one."""
 
 RESERVED_ONE_IN = 8
-"""One place in this many of a worker is reserved: requests that yield leave it free."""
+"""One slot in this many of a worker is reserved: requests that yield leave it free."""
 
 RESERVED_FROM_BATCH_ONE_IN = 4
 """The same for batch work."""
@@ -61,11 +61,11 @@ class Worker:
     num_ready: int = 0  # requests whose adapter is resident; each takes a place
     num_yielding: int = 0  # requests that yield
     num_ready_yielding: int = 0  # requests that yield and take a place, which others may take from them
-    num_ready_batch: int = 0  # of those batch work, whose places may also be taken by others that yield
+    num_ready_batch: int = 0  # batch requests among them, whose slots others that yield may also take
     by_digest: Counter[str] = field(default_factory=Counter[str])
     cold: Counter[str] = field(default_factory=Counter[str])  # digest -> requests that wait for it
     suspects: Counter[int] = field(default_factory=Counter[int])  # attempts -> requests, until they make progress here
-    ranks: dict[str, int] = field(default_factory=dict[str, int])  # of the distinct adapters of its requests
+    ranks: dict[str, int] = field(default_factory=dict[str, int])  # ranks of the distinct adapters of its requests
     rank_sum: int = 0
     num_tokens: int = 0  # prompt and expected output of its requests
     prefill_until_ms: float = 0.0  # when it should be through with the prompts it was given
@@ -163,7 +163,7 @@ class Workers:
         return (worker for worker in self.by_id.values() if worker.available)
 
     def observe(self, beats: Mapping[str, m.WorkerBeat | None], elapsed_s: float) -> list[str]:
-        """Take the registered workers' latest beats, None where expired, `elapsed_s` after the last call.
+        """Take the registered workers' latest heartbeats, None where expired, `elapsed_s` after the last call.
 
         Silence counts only while the scheduler listened: a pause of the scheduler or the queue kills no worker.
         Returns the workers that are dead: silent too long, gone from the registry, or replaced by a new process.
@@ -211,7 +211,7 @@ class Workers:
         return next((model for model in models if model != m.StepModel()), UNFITTED_STEP)
 
     def note_resident(self, worker: Worker, digest: str) -> None:
-        """Note that an adapter has become resident, before the worker's next beat says so."""
+        """Note that an adapter has become resident, before the worker's next heartbeat says so."""
         if digest not in worker.resident:
             worker.resident |= {digest}
             self._index(worker)

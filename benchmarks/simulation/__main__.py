@@ -98,7 +98,7 @@ def arguments() -> argparse.ArgumentParser:
         "--slack",
         type=float,
         default=4096.0,
-        help="weighted tokens by which others may pass a tenant whose request is held (%(default)g)",
+        help="weighted tokens that others may receive before a held request must be placed (%(default)g)",
     )
     parser.add_argument("--json", type=Path, help="file to write the figures to as JSON")
     return parser

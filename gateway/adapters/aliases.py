@@ -125,7 +125,7 @@ class Aliases:
         return _or_raise(found)
 
     async def _from_source(self, name: str, reference: Reference, caller: Caller, timeout_s: float) -> m.Alias:
-        """Return the alias of a source; the stores look at it anew unless it was looked at lately."""
+        """Return the alias of a source; the stores check it again unless they did recently."""
         token = caller.token
         tenant = owner_of(token, self._secret)
         alias = await self._bus.adapters.alias(name, tenant)
@@ -168,7 +168,7 @@ class Aliases:
         """
         if alias.reason and alias.confirmed_ms and now_ms() - alias.confirmed_ms >= self._access_ms:
             raise Unavailable(
-                f"the source does not answer whether it still lets the token read `{alias.name}`: {alias.reason}",
+                f"the source did not confirm that the token may still read `{alias.name}`: {alias.reason}",
                 param="model",
                 code="adapter_unavailable",
             )
@@ -188,7 +188,7 @@ class Aliases:
     ) -> m.Alias:  # fmt: skip
         """Have the stores look at a name's source, all who wait by one look; return the alias after it.
 
-        `ask` tells them, and returns when that was. Raises why the name is not served.
+        `ask` asks the stores, and returns the time. Raises the reason why the name is not served.
         """
         key = private_name(name, tenant)
         asked_ms = self._asked.get(key, 0) or await ask()
@@ -242,7 +242,7 @@ class Aliases:
     def sealed(self, token: str, key: str) -> str:
         """Return a token encrypted for Redis, under a private name. Raises BadRequest if this fleet has no secret."""
         if token and self._secret is None:
-            raise BadRequest("this fleet has no secret, without which it keeps no tokens: set LORAFLEET_SECRET_FILE")
+            raise BadRequest("this fleet has no secret, which is needed to store tokens: set LORAFLEET_SECRET_FILE")
         return self._secret.seal(token, key) if self._secret is not None else ""
 
     # ------------------------------------------------------------ waiting

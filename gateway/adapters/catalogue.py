@@ -2,7 +2,7 @@
 
 A gateway reads the catalogue when somebody lists it and it has changed: some hundreds of names at a time, once for all
 who ask meanwhile, and for no more than a tenth of the time. What a list shows, whole, is written once for all who see
-the same names. So a list costs a page, or a look at what was written before, whoever asks and however many do.
+the same names. So a list costs one page, or one look-up in the cache, for any number of callers.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ REST, MAX_REST_S = 9, 2.0
 
 MAX_KEPT = 64
 MAX_KEPT_BYTES = 16 << 20
-"""Lists that are kept as they were written, of all tenants: how many, and their bytes."""
+"""Maximum number, and bytes, of cached lists of all tenants, as written."""
 
 
 class Copy:
     """All names as they were at one time, in order: by name, everybody's before tenants'."""
 
     def __init__(self, number: int, stamp: bytes) -> None:
-        self.number = number  # of the read
-        self.stamp = stamp  # of the catalogue before it
+        self.number = number  # serial number of the read
+        self.stamp = stamp  # stamp of the catalogue before the read
         self.read_s = 0.0  # when it ended, in the loop's time
         self.keys: list[str] = []
         self.tenants: set[str] = set()
@@ -68,19 +68,19 @@ class Copy:
             yield self._aliases[self.keys[number]]
 
 
-class Catalogue:
+class CatalogueCopy:
     """The names that a caller sees."""
 
     def __init__(self, bus: Bus, max_age_s: float = MAX_AGE_S) -> None:
-        """`max_age_s`: of the copy, where nothing tells that it is old."""
+        """`max_age_s`: maximum age of the copy, where no event invalidates it."""
         self._bus = bus
         self._max_age_s = max_age_s
         self._turns = Places(1)
         self._copy: Copy | None = None
         self._num_begun = 0
         self._reading: asyncio.Task[None] | None = None
-        self._rested_s = 0.0  # until when nothing is read, in the loop's time
-        self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()  # what was made, and its bytes; oldest first
+        self._rested_s = 0.0  # loop time (s) of the next allowed read
+        self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()  # values and their bytes, oldest first
         self._kept_bytes = 0
 
     async def copy(self) -> Copy:
@@ -121,7 +121,7 @@ class Catalogue:
     ) -> tuple[list[m.Alias], bool]:  # fmt: skip
         """Return the next `limit` aliases that are to be shown, and whether there are more.
 
-        after: `NAME,TENANT` as the page before ended; or a name, which all tenants' of that name are left out with.
+        after: `NAME,TENANT`, the end of the previous page. A bare name skips every tenant's adapter of that name.
         """
         name, has_tenant, tenant = after.partition(",")  # no name has a comma
         found: list[m.Alias] = []
@@ -181,7 +181,7 @@ class Catalogue:
     async def _made(
         self, caller: Caller, view: Hashable, make: Callable[[Copy], Awaitable[T]], num_bytes: Callable[[T], int]
     ) -> T:
-        """Return what `make` does of the copy: what was made before for somebody who sees the same, if it is kept."""
+        """Return `make` of the copy, from the cache if it was computed for a caller with equal rights."""
         copy = await self.copy()
         own = caller.name if caller.name in copy.tenants else ""
         seen = None if caller.tenant is None or caller.is_admin else caller.tenant.adapters

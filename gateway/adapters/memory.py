@@ -58,11 +58,11 @@ class AdapterMemory:
             self._open[event.order].put_nowait(event)
 
     async def beats(self) -> list[m.WorkerBeat]:
-        """Return the latest beats of the workers that are alive."""
+        """Return the latest heartbeats of the workers that are alive."""
         return [beat for beat in (await self._bus.members.worker_beats()).values() if beat is not None]
 
     async def next_beats(self) -> list[m.WorkerBeat]:
-        """Return the beats in POLL_S at most: one look for all who wait, however many do."""
+        """Return the heartbeats in POLL_S at most: one look for all who wait, however many do."""
         if self._look is None or self._look.done():
             self._look = asyncio.create_task(self._after_pause())
         look = self._look
@@ -160,9 +160,9 @@ class AdapterMemory:
                 except httpx2.HTTPError as error:
                     raise Unavailable(f"an adapter store does not answer: {error!r}", code="no_store") from error
                 if answer.status_code == 409:
-                    raise Conflict(f"its files stay: {_message(answer)}", code="adapter_in_use")
+                    raise Conflict(f"its files are kept: {_message(answer)}", code="adapter_in_use")
                 if answer.status_code != 200:
-                    raise Unavailable(f"an adapter store answers {answer.status_code}", code="no_store")
+                    raise Unavailable(f"an adapter store answered {answer.status_code}", code="no_store")
                 freed += msgspec.json.decode(answer.content, type=dict[str, int])["freed_bytes"]
         return freed
 
@@ -179,7 +179,7 @@ class AdapterMemory:
             async with httpx2.AsyncClient(timeout=UPLOAD_TIMEOUT, trust_env=False) as http:
                 answer = await http.post(f"{urls[0]}/uploads", content=body, headers=headers)
         except httpx2.HTTPError as error:
-            raise Unavailable(f"an adapter store does not take the upload: {error!r}", code="no_store") from error
+            raise Unavailable(f"an adapter store refused the upload: {error!r}", code="no_store") from error
         if answer.status_code != 200:
             raise _refusal(answer)
         return msgspec.json.decode(answer.content, type=dict[str, str])["source"], urls[0]
@@ -215,7 +215,7 @@ def _refusal(answer: httpx2.Response) -> LorafleetError:
         told = msgspec.json.decode(answer.content, type=dict[str, dict[str, str | None]])["error"]
     except (msgspec.DecodeError, KeyError):
         told = {}
-    message, code = told.get("message") or f"the store answers {answer.status_code}", told.get("code")
+    message, code = told.get("message") or f"the store answered {answer.status_code}", told.get("code")
     kinds = {400: BadRequest, 409: Conflict, 413: TooLarge, 507: NoRoom}
     if answer.status_code == 429:
         return Overloaded(message, 5.0)

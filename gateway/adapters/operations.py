@@ -20,7 +20,7 @@ import msgspec
 import orjson
 
 from gateway.adapters.aliases import Aliases, error_of, is_settled
-from gateway.adapters.catalogue import OBJECTS_AT_ONCE, Catalogue
+from gateway.adapters.catalogue import OBJECTS_AT_ONCE, CatalogueCopy
 from gateway.adapters.memory import AdapterMemory, Freed
 from gateway.adapters.resolver import BASE
 from gateway.adapters.views import AdapterObjects
@@ -70,8 +70,8 @@ class Wanted:
     name: str
     source: str  # "": the name is its source
     caller: Caller
-    tenant: str  # whose name it is; "": everybody's
-    token: str = ""  # for the source
+    tenant: str  # owner of the name; "": shared by all tenants
+    token: str = ""  # access token for the source
     replace: bool = False  # also if the name stands for another source now
     wait_s: float = 60.0
 
@@ -94,7 +94,7 @@ class AdapterOperations:
     """
 
     def __init__(
-        self, bus: Bus, settings: Settings, aliases: Aliases, catalogue: Catalogue, secret: FleetSecret | None
+        self, bus: Bus, settings: Settings, aliases: Aliases, catalogue: CatalogueCopy, secret: FleetSecret | None
     ) -> None:  # fmt: skip
         """`secret`: what the stores want to see, None in a fleet without one."""
         self._bus = bus
@@ -115,7 +115,7 @@ class AdapterOperations:
     async def list(self, caller: Caller, tenant: str | None, after: str, limit: int) -> dict[str, Any]:
         """Return a page of at most `limit` adapters by name: those the caller sees, or a tenant's own.
 
-        after: `last_id` of the page before; or a name, which all tenants' adapters of that name are left out with.
+        after: `last_id` of the previous page. A bare name skips every tenant's adapter of that name.
         """
         owner = None if tenant is None else caller.namespace(tenant)
         page, has_more = await self._catalogue.page(
@@ -179,7 +179,9 @@ class AdapterOperations:
         is_known = await self.is_registered(wanted.name, tenant)
         source_before = before.source if before is not None else alias.source if alias is not None else ""
         if is_known and source_before != reference.source and not wanted.replace:
-            raise Conflict(f"`{wanted.name}` stands for {source_before}: replace it", code="name_taken")
+            raise Conflict(
+                f"`{wanted.name}` is already served from {source_before}; use replace to change it", code="name_taken"
+            )
         asked_ms = now_ms()
         token = self._aliases.sealed(wanted.token, private_name(wanted.name, tenant))
         if not token and before is not None and source_before == reference.source:
@@ -217,7 +219,7 @@ class AdapterOperations:
         wanted.caller.require("admin")
         check_name(wanted.name)
         if not wanted.replace and await self.is_registered(wanted.name, wanted.tenant):
-            raise Conflict(f"`{wanted.name}` is served already: replace it", code="name_taken")
+            raise Conflict(f"`{wanted.name}` is already served; use replace to change it", code="name_taken")
         source, url = await self.memory.send_upload(body, length)
         try:
             return await self.register(replace(wanted, source=source))
@@ -231,12 +233,14 @@ class AdapterOperations:
         They are lent to a tenant for no place that it does not see, whatever the name that it registers.
         """
         if reference.path.startswith("/") and caller.tenant is not None and not caller.is_admin:
-            text = "only the scope admin may load from --adapter-roots: what lies there is no tenant's"
+            text = "only keys with the scope admin may load from --adapter-roots, whose adapters belong to no tenant"
             raise PermissionDenied(text, param="source")
         is_visible = caller.may_use(reference.place)
         as_fleet = caller.is_admin or (is_visible and self._policy.lends(reference))
         if reference.scheme == "local" and not is_visible:
-            raise PermissionDenied(f"the folder {brief(reference.source, 200)} is not for this tenant", param="source")
+            raise PermissionDenied(
+                f"the folder {brief(reference.source, 200)} is not available to this tenant", param="source"
+            )
         self._policy.check(reference, on_request=False, as_fleet=as_fleet)
         return as_fleet
 
@@ -266,7 +270,7 @@ class AdapterOperations:
         reference = parse_source(source) or parse_source(f"local:{source}")
         if reference is None:
             raise BadRequest(
-                f"{brief(source, 300)} is not a place adapters come from: local:FOLDER or a path under the adapter"
+                f"{brief(source, 300)} is not an adapter source: use local:FOLDER or a path under the adapter"
                 " root, ORG/NAME[@REVISION] on the Hub, s3://BUCKET/PREFIX",
                 param="source",
             )
@@ -286,8 +290,7 @@ class AdapterOperations:
                         raise _not_a_folder(path)
                     return reference
         raise NotFound(
-            f"{brief(path, 300)} is in no folder that adapters are loaded from: --adapters names one, --adapter-roots"
-            " further ones",
+            f"{brief(path, 300)} is in no adapter folder; these are set by --adapters and --adapter-roots",
             param="source",
         )
 
@@ -328,11 +331,11 @@ class AdapterOperations:
         caller.require("adapters")
         known = await self.seen(name, caller, tenant)
         if known.tenant != caller.namespace(tenant) and not caller.is_admin:
-            raise PermissionDenied(f"`{name}` is everybody's: its operator refreshes it", param="name")
+            raise PermissionDenied(f"`{name}` is shared by all tenants: only its operator can refresh it", param="name")
         asked_ms = now_ms()
         if not await self._bus.adapters.ask_again(name, known.tenant, asked_ms):
             raise Conflict(
-                f"`{name}` is a folder under the adapter root, which stores look at by themselves",
+                f"`{name}` is a folder under the adapter root, which stores scan on their own",
                 code="adapter_folder",
             )
 
@@ -435,7 +438,7 @@ class AdapterOperations:
             raise ModelNotFound(name)
         if alias is not None and alias.is_folder:
             raise Conflict(
-                f"`{name}` is a folder under the adapter root, served as long as it is there; evict frees its memory",
+                f"`{name}` is a folder under the adapter root, and is served while it exists; evict frees its memory",
                 code="adapter_folder",
             )
         if not tenant and (await self._bus.adapters.pins()).get(name) == API:
@@ -450,7 +453,7 @@ class AdapterOperations:
         if not digest or (kept_by if caller.is_admin else kept_by and kept_by != [OTHERS]):
             return Unloaded(name, digest, Freed(), [one for one in kept_by if one != OTHERS or caller.is_admin], 0)
         if not caller.is_admin:
-            # Whether other tenants have this content is not told: not by what is freed, nor by how long that takes.
+            # Whether other tenants have this content is not revealed, neither by freed bytes nor by the duration.
             num_ended = await self.memory.end_requests(digest, error, caller.name) if force else 0
             if not others and len(self._freeing) < MAX_FREEING:
                 task = asyncio.create_task(self._free_later(digest, blob=blob, wait_s=min(wait_s, FREEING_S)))
@@ -474,14 +477,14 @@ class AdapterOperations:
             async with self._free_slots:
                 await self._free(digest, blob=blob, wait_s=wait_s)
         except LorafleetError as error:
-            logger.warning("what an unloaded adapter takes is not all freed: %s", error)
+            logger.warning("not all memory of an unloaded adapter was freed: %s", error)
         except CONNECTION_ERRORS as error:
-            logger.warning("what an unloaded adapter takes is not all freed: %s", error)
+            logger.warning("not all memory of an unloaded adapter was freed: %s", error)
 
 
 def _not_a_folder(path: str) -> BadRequest:
     return BadRequest(
-        f"{brief(path, 300)} is under a root of adapters, but not a folder that can be served: at most 8 folders deep,"
+        f"{brief(path, 300)} is under an adapter root, but cannot be served: at most 8 folders deep,"
         " each name of at most 96 letters, digits, dots, dashes and underscores, the first a letter or a digit",
         param="source",
     )
@@ -491,7 +494,7 @@ def check_name(name: str) -> None:
     """Raise BadRequest unless a text can be an adapter's name."""
     if name == BASE or not (FOLDER.fullmatch(name) or parse_reference(name)):
         raise BadRequest(
-            f"{brief(name, 200)} cannot be an adapter's name: NAME or ORG/NAME of letters, digits, dots, dashes and"
-            " underscores, at most 96 each, or the place itself",
+            f"{brief(name, 200)} is not a valid adapter name: use NAME or ORG/NAME of letters, digits, dots, dashes and"
+            " underscores, at most 96 each, or its source",
             param="name",
         )

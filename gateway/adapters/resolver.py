@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.adapters.aliases import Aliases
-from gateway.adapters.catalogue import Catalogue
+from gateway.adapters.catalogue import CatalogueCopy
 from gateway.adapters.views import adapter_object, base_object
 from gateway.auth.callers import EVERYBODY, Caller
 from gateway.text.own_files import OwnFiles
@@ -27,13 +27,13 @@ SOURCES = ("hub", "local", "s3")
 class Target:
     """The model that answers a request: the base model, an adapter, or a merge of adapters."""
 
-    name: str  # as the API shows it
+    name: str  # name shown by the API
     digest: str  # "" for the base model
     files: ModelFiles  # its own tokenizer and chat template, or the base's
     texts: str = ""  # hash of its own files, "" if it has none
     vocab_size: int = 0  # tokens it knows; 0: those of the base
     source: str = ""  # kind of its source, one of SOURCES; "" for the base model
-    num_labels: int = 0  # of its own head; 0: it has none
+    num_labels: int = 0  # labels of its own head; 0: no head
 
     def payer(self, caller: Caller) -> str:
         """Return the tenant that a request of a caller counts for: its own or, without API keys, the model."""
@@ -48,14 +48,14 @@ class Resolver:
     ) -> None:  # fmt: skip
         """`own`: the files that adapters bring; `folder`: the root whose sub-folders are served as adapters.
 
-        `shows_paths`: models' objects tell where on this machine an adapter lies.
+        `shows_paths`: models' objects show an adapter's path on this machine.
         """
         self._bus = bus
         self._folder = folder
         self._shown_folder = folder if shows_paths else None
         self._aliases = aliases
         self.own = own
-        self.catalogue = Catalogue(bus)
+        self.catalogue = CatalogueCopy(bus)
 
     async def resolve(self, name: str, base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY) -> Target:
         """Return the target of `base`, the base's own name or "", of an adapter's name or source, or of `base:adapter`.
@@ -87,7 +87,7 @@ class Resolver:
         if known is not None and known.source.startswith(f"{kind}:"):
             return name
         if kind == "local":
-            raise ModelNotFound(adapter_id, "No adapter of this name lies in the folder that is served.")
+            raise ModelNotFound(adapter_id, "The adapter folder has no adapter of this name.")
         scheme = "s3://" if kind == "s3" else "hub:"
         return adapter_id if adapter_id.startswith(scheme) else f"{scheme}{adapter_id}"
 
@@ -111,7 +111,7 @@ class Resolver:
         """Return an adapter's name without the base's name as its prefix. Raises ModelNotFound if nothing is left."""
         for prefix in (f"{base.name}:", f"{BASE}:"):
             if name == prefix:
-                raise ModelNotFound(name, "No adapter is named behind the colon.")
+                raise ModelNotFound(name, "No adapter is named after the colon.")
             if name.startswith(prefix):
                 return name.removeprefix(prefix)
         return name

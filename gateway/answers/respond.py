@@ -34,7 +34,9 @@ class Answers:
         """Return the response that a call comes to, kept alive until then. Raises Unavailable while draining."""
         if self.draining:
             answer.close()
-            raise Unavailable("this gateway is shutting down; another one can take the request", code="shutting_down")
+            raise Unavailable(
+                "this gateway is shutting down; retry, so that another one can take the request", code="shutting_down"
+            )
         return KeepAliveResponse(answer, stream=stream, keepalive_s=self._keepalive_s, errors=errors, framing=framing)
 
 

@@ -71,7 +71,7 @@ class GenerationResponse(Response):
         except ClientGoneError:
             observe.client_gone()
             return
-        except BaseException as failure:  # the edge of a call: every failure is told or logged
+        except BaseException as failure:  # the edge of a call: every failure is sent or logged
             if not is_failure(failure):
                 raise
             error = error_of(failure)

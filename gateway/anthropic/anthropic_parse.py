@@ -54,7 +54,7 @@ class MessagesRules(Rules):
         return min(options.max_tokens or room, room)
 
     def limit_headers(self, standing: Standing) -> dict[str, str]:
-        """Return the headers that tell what is left of the tenant's limits. Times are in RFC 3339."""
+        """Return the headers with the rest of the tenant's limits. Times are in RFC 3339."""
         headers: dict[str, str] = {}
         for what, allowance in (("requests", standing.requests), ("tokens", standing.tokens)):
             if allowance is not None:
@@ -129,7 +129,7 @@ def _options(request: MessagesRequest, settings: Settings) -> Options:
     budget = thinking.budget_tokens if thinking is not None else None
     if budget is not None and budget >= request.max_tokens:
         if not request.tools:  # else it may be one for all answers between which tools are called, as at Anthropic
-            limit = f"it must be less than max_tokens, which is {request.max_tokens}, or tools be given"
+            limit = f"it must be less than max_tokens, {request.max_tokens}, unless tools are given"
             raise BadRequest(f"thinking.budget_tokens is {budget}; {limit}", param="thinking.budget_tokens")
         budget = None  # max_tokens ends this answer before
     return Options(
@@ -151,7 +151,7 @@ def _options(request: MessagesRequest, settings: Settings) -> Options:
 
 
 def _variables(request: CountTokensRequest) -> dict[str, Any]:
-    """Return how templates are told whether, and how much, to reason: each family has variables of its own."""
+    """Return the template variables that set reasoning and its effort; each model family has its own."""
     variables = _thinking_variables(request.thinking)
     if request.output_config is not None and request.output_config.effort is not None:
         variables["reasoning_effort"] = request.output_config.effort

@@ -41,12 +41,12 @@ FRAMING = Framing(SSE.media_type, lambda body: event(b"error", body), _ping)
 """How errors, and what only keeps the connection alive, stand in a stream."""
 
 
-class Step(NamedTuple):
+class BlockStep(NamedTuple):
     """One change of a message's blocks: one begins, gains a text of a kind, or ends."""
 
     kind: str  # open, text_delta, thinking_delta, signature_delta, input_json_delta or close
     text: str = ""
-    block: Any = None  # of open: the block, without what it gains
+    block: Any = None  # content block of an open step, before its deltas
 
 
 _GAINS = {
@@ -75,7 +75,7 @@ class Blocks:
         """Calls begun so far."""
         return self._splitter.num_calls if self._splitter is not None else 0
 
-    def read(self, text: str, *, ended: bool) -> Iterator[Step]:
+    def read(self, text: str, *, ended: bool) -> Iterator[BlockStep]:
         """Yield what further text changes, and with the end of it what ends."""
         if self._splitter is None:
             parts = [Part("text", text)] if text else []
@@ -86,10 +86,10 @@ class Blocks:
         if ended:
             yield from self._close()
 
-    def _take(self, part: Part) -> Iterator[Step]:
+    def _take(self, part: Part) -> Iterator[BlockStep]:
         if part.kind == "text":
             yield from self._begin("text", {"type": "text", "text": ""})
-            yield Step("text_delta", part.text)
+            yield BlockStep("text_delta", part.text)
         elif part.kind == "reasoning":
             # White space alone is what templates and models write for no reasoning.
             text = part.text if self._open == "thinking" else part.text.lstrip()
@@ -97,33 +97,33 @@ class Blocks:
                 yield from self._begin("thinking", {"type": "thinking", "thinking": "", "signature": ""})
                 self._signed.update(text.encode())
                 if self._shows_thinking:
-                    yield Step("thinking_delta", text)
+                    yield BlockStep("thinking_delta", text)
         elif part.kind == "call":
             assert self._form is not None
             yield from self._close()
             id_ = self._form.call_id(self._rid, part.index, "toolu_")
             yield from self._begin("tool_use", {"type": "tool_use", "id": id_, "name": part.text, "input": {}})
         else:
-            yield Step("input_json_delta", part.text)
+            yield BlockStep("input_json_delta", part.text)
 
-    def _begin(self, kind: str, block: dict[str, Any]) -> Iterator[Step]:
+    def _begin(self, kind: str, block: dict[str, Any]) -> Iterator[BlockStep]:
         if self._open != kind:
             yield from self._close()
             self._open = kind
-            yield Step("open", block=block)
+            yield BlockStep("open", block=block)
 
-    def _close(self) -> Iterator[Step]:
+    def _close(self) -> Iterator[BlockStep]:
         if self._open == "thinking":  # clients drop reasoning without a signature
-            yield Step("signature_delta", base64.b64encode(self._signed.digest()).decode())
+            yield BlockStep("signature_delta", base64.b64encode(self._signed.digest()).decode())
         if self._open:
             self._open = ""
-            yield Step("close")
+            yield BlockStep("close")
 
 
-def content_of(steps: Iterator[Step]) -> list[Any]:
+def content_of(steps: Iterator[BlockStep]) -> list[Any]:
     """Return the blocks that all steps of an answer build. Raises Internal for arguments that are no JSON object."""
     content: list[Any] = []
-    gained: defaultdict[str, list[str]] = defaultdict(list)  # of the last block, by kind of step
+    gained: defaultdict[str, list[str]] = defaultdict(list)  # by kind of step, deltas of the last block
     for step in steps:
         if step.kind == "open":
             content.append(dict(step.block))
@@ -160,7 +160,7 @@ def _input(arguments: str) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class MessageHead:
     """The fields that a message begins with."""
 
     id: str
@@ -187,7 +187,7 @@ class MessagesWriter:
     """The message of `/v1/messages`, and the events of its stream."""
 
     def __init__(
-        self, head: Head, form: AnswerForm | None, rid: str, *, max_tokens: int, shows_thinking: bool
+        self, head: MessageHead, form: AnswerForm | None, rid: str, *, max_tokens: int, shows_thinking: bool
     ) -> None:  # fmt: skip
         """form, rid: of the one choice, see `openai.write`. max_tokens: of the body; 0: no token is wanted."""
         self._head = head
@@ -195,7 +195,7 @@ class MessagesWriter:
         self._make_blocks = lambda: Blocks(form, rid, shows_thinking=shows_thinking)
         self._blocks = self._make_blocks()
         self._begun = False
-        self._index = -1  # of the latest block
+        self._index = -1  # index of the latest block
         self._last = Piece(0)
 
     def frames(self, piece: Piece) -> list[bytes]:
@@ -213,7 +213,7 @@ class MessagesWriter:
         message = self._head.message([], {"stop_reason": None, "stop_sequence": None}, usage)
         return event(b"message_start", orjson.dumps({"type": "message_start", "message": message}))
 
-    def _event(self, step: Step) -> list[bytes]:
+    def _event(self, step: BlockStep) -> list[bytes]:
         if step.kind == "open":
             self._index += 1
             begun = {"type": "content_block_start", "index": self._index, "content_block": step.block}
@@ -267,7 +267,7 @@ class MessagesResponse(GenerationResponse):
         """Take `keepalive_s` as `GenerationResponse` does. shows_thinking: else blocks of reasoning are empty."""
         [choice] = generation.choices
         parsed = generation.call.parsed
-        head = Head(f"msg_{generation.call.id}", parsed.model_name, choice.prompt.num_tokens)
+        head = MessageHead(f"msg_{generation.call.id}", parsed.model_name, choice.prompt.num_tokens)
         max_tokens = 0 if parsed.options.scores_only else parsed.options.max_tokens or 0
         writer = MessagesWriter(
             head, choice.prompt.form, choice.rid, max_tokens=max_tokens, shows_thinking=shows_thinking

@@ -19,18 +19,21 @@ _FIELDS: Mapping[str, Mapping[str, Any]] = {
         "items": {"type": "integer"},
         "minItems": 2,
         "maxItems": 2,
-        "description": "Of view: the first and the last line to show, from 1; -1 is the last one of the file.",
+        "description": "For view: the first and last line to show, from 1; -1 is the end of the file.",
     },
-    "file_text": {**_STRING, "description": "Of create: what the file is to contain."},
-    "old_str": {**_STRING, "description": "Of str_replace: the text to replace, exactly as it is in the file, once."},
+    "file_text": {**_STRING, "description": "For create: the content of the file."},
+    "old_str": {
+        **_STRING,
+        "description": "For str_replace: the text to replace, exactly as in the file, where it must occur once.",
+    },
     "new_str": {
         **_STRING,
-        "description": "Of str_replace: the text in its place. Of an insert that has no other: the text.",
+        "description": "For str_replace: the replacement. For insert without insert_text: the text to insert.",
     },
-    "insert_line": {**_LINE, "description": "Of insert: the line after which the text goes, 0 for the beginning."},
-    "insert_text": {**_STRING, "description": "Of insert: the text."},
-    "old_path": {**_STRING, "description": "Of rename: the path as it is."},
-    "new_path": {**_STRING, "description": "Of rename: the path as it is to be."},
+    "insert_line": {**_LINE, "description": "For insert: the line after which to insert, 0 for the beginning."},
+    "insert_text": {**_STRING, "description": "For insert: the text to insert."},
+    "old_path": {**_STRING, "description": "For rename: the current path."},
+    "new_path": {**_STRING, "description": "For rename: the new path."},
 }
 
 
@@ -49,21 +52,21 @@ def _commands(what: str, commands: Sequence[str], fields: Sequence[str], require
 
 
 _BASH = {
-    "description": "Runs a command in a bash session that goes on between calls, and returns what it prints.",
+    "description": "Runs a command in a persistent bash session, and returns its output.",
     "input_schema": {
         "type": "object",
         "properties": {
             "command": {**_STRING, "description": "The command to run; not needed with restart."},
-            "restart": {"type": "boolean", "description": "true begins a new session."},
+            "restart": {"type": "boolean", "description": "true starts a new session."},
         },
         "required": [],
         "additionalProperties": False,
     },
 }
-_EDITOR = "Shows, makes and edits files of text."
+_EDITOR = "Views, creates and edits text files."
 _EDITS = ("view", "create", "str_replace", "insert")
 _EDITED = ("path", "view_range", "file_text", "old_str", "new_str", "insert_line", "insert_text")
-_FIRST_EDITED = _EDITED[:-1]  # of the first editor, whose insert takes new_str
+_FIRST_EDITED = _EDITED[:-1]  # fields of the first editor, whose insert takes new_str
 
 CLIENT_TOOLS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "bash_20241022": _BASH,
@@ -73,7 +76,7 @@ CLIENT_TOOLS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "text_editor_20250429": _commands(_EDITOR, _EDITS, _EDITED, ["path"]),
     "text_editor_20250728": _commands(_EDITOR, _EDITS, _EDITED, ["path"]),
     "memory_20250818": _commands(
-        "Keeps files below /memories from one conversation to the next.",
+        "Stores files under /memories across conversations.",
         (*_EDITS, "delete", "rename"),
         (*_EDITED, "old_path", "new_path"),
         [],

@@ -33,7 +33,7 @@ _NOT_READ = {
     "redacted_thinking": "it is encrypted, and Anthropic alone can read it",
     "container_upload": _AT_ANTHROPIC,
     "server_tool_use": _AT_ANTHROPIC,
-    "tool_reference": "it refers to a search among tools, and all tools are shown here",
+    "tool_reference": "it refers to a tool search, but all tools are given to the model here",
 }
 """Type of a block that is not served -> why."""
 
@@ -183,7 +183,7 @@ def _of_others(role: str, blocks: Sequence[dict[str, Any]], place: str, calls: s
 def _result(block: Mapping[str, Any], place: str, calls: set[str]) -> Message:
     id_, content, is_error = _string(block, "tool_use_id", place), block.get("content"), block.get("is_error")
     if id_ not in calls:
-        text = f"{place}.tool_use_id: {brief(id_)} is the id of no tool_use block before it"
+        text = f"{place}.tool_use_id: {brief(id_)} is not the id of an earlier tool_use block"
         raise BadRequest(text, param=f"{place}.tool_use_id")
     if not isinstance(is_error, bool | None):
         raise BadRequest(f"{place}.is_error must be true or false", param=f"{place}.is_error")

@@ -100,7 +100,7 @@ def tables() -> str:
 
 
 def _scopes_table(table: RouteTable) -> str:
-    methods: dict[tuple[str, Access], list[str]] = {}  # by what keys are asked for, whatever is sent
+    methods: dict[tuple[str, Access], list[str]] = {}  # methods by required keys, whatever the body
     for method, match in table.matches:
         access: Access = getattr(match.route, "access")  # noqa: B009 - JsonRoute's, which FastAPI's class lacks
         methods.setdefault((match.path, replace(access, kind="plain")), []).append(method)

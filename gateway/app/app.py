@@ -275,14 +275,16 @@ class Envelope:
                 await self._app(scope, self._limited(match, headers, receive), send_marked)
         except asyncio.CancelledError:
             if not status:  # The server is closing and waits no longer; uvicorn would answer in plain text.
-                error = Unavailable("this gateway is shutting down; another one can take it", code="shutting_down")
+                error = Unavailable(
+                    "this gateway is shutting down; retry, so that another one can take it", code="shutting_down"
+                )
                 await shape_of(scope).response(error)(scope, receive, send_marked)
             raise
         except BaseException as failure:
             if not is_failure(failure):
                 raise
             logger.exception("%s %s failed, x-request-id %s", scope["method"], scope["path"], request_id)
-            if not status:  # not yet told by `errors.add_handlers`, which knows of exceptions but not of panics
+            if not status:  # not yet answered by `errors.add_handlers`, which handles exceptions but not panics
                 await shape_of(scope).response(Internal("the gateway failed"))(scope, receive, send_marked)
         finally:
             if trace is not None and TRACING.tracer is not None:

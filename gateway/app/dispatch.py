@@ -40,7 +40,7 @@ class Dispatch:
         if match.kind != "call" or not isinstance(match.route, JsonRoute):
             await self._app(scope, receive, send)
             return
-        scope["app"], scope["route"] = self._app, match.route  # as FastAPI's router sets them
+        scope["app"], scope["route"] = self._app, match.route  # set as FastAPI's router does
         has_begun = False
 
         async def send_noting(message: Message) -> None:

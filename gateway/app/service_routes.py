@@ -31,7 +31,7 @@ class Endpoints:
     def __init__(
         self, answers: Answers, pipeline: Pipeline, admission: Admission, disk_full: Callable[[], bool]
     ) -> None:  # fmt: skip
-        """disk_full: tells whether the queue's server cannot write to its disk."""
+        """disk_full: returns whether the queue's server cannot write to its disk."""
         self._answers = answers
         self._pipeline = pipeline
         self._admission = admission
@@ -76,7 +76,7 @@ class Endpoints:
         """Answer `/health`: 200 while requests are served, 503 otherwise."""
         fleet = self._pipeline.fleet
         await fleet.refresh()
-        disk_full = self._disk_full()  # then beats of workers cannot be written either
+        disk_full = self._disk_full()  # then heartbeats of workers cannot be written either
         ready = fleet.is_ready and not self._answers.draining and not disk_full
         waits = "queue_disk_full" if disk_full else "no_worker"
         state = "draining" if self._answers.draining else "ready" if ready else waits
@@ -136,4 +136,4 @@ def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     for path in ("/", PING, "/health"):
         routes.get(path, OPEN, responses=openapi.HEALTH)(endpoints.health)
         routes.head(path, OPEN, include_in_schema=False)(endpoints.health)
-    routes.post(PING, OPEN, responses=openapi.HEALTH)(endpoints.health)  # as SageMaker and vLLM have it
+    routes.post(PING, OPEN, responses=openapi.HEALTH)(endpoints.health)  # also served by SageMaker and vLLM

@@ -65,7 +65,7 @@ class Authentication:
             raise Unauthorized("no API key was given: send `Authorization: Bearer KEY`, or `x-api-key: KEY`")
         found = await self._keys.find(key)
         if found is None:
-            raise Unauthorized(f"the API key {_shown(key)} is not known here, has expired, or was revoked")
+            raise Unauthorized(f"the API key {_shown(key)} is unknown, expired or revoked")
         api_key, tenant = found
         caller = Caller(tenant, api_key.scopes, api_key.id, token, self._secret)
         caller.require(*match.scopes or ())
@@ -93,7 +93,7 @@ def _shown(key: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether only this machine reaches what listens on `host`."""
+    """Return whether a listener on `host` can only be reached from this machine."""
     if host == "localhost":
         return True
     try:

@@ -56,8 +56,8 @@ class Browsers:
         for host in headers.getlist("host"):
             if not self._is_own(host, is_browser=is_browser):
                 raise PermissionDenied(
-                    f"this gateway has no API keys and does not answer under the name {host:.200}; if that is its name,"
-                    " add it to the setting allowed_hosts",
+                    f"this gateway has no API keys and does not answer to the host name {host:.200}; if it is the"
+                    " gateway's, add it to the setting allowed_hosts",
                     code="unknown_host",
                 )
         if not is_browser or _ANY in self._origins:

@@ -27,10 +27,10 @@ class Caller:
 
     tenant: Tenant | None = None  # None: there are no keys
     scopes: Sequence[str] = SCOPES
-    key_id: str = ""  # of its API key; "" without keys
-    token: str = field(default="", repr=False)  # for the source of an adapter
-    secret: FleetSecret | None = field(default=None, repr=False)  # of the fleet, which hashes tokens with it
-    headers: dict[str, str] = field(default_factory=dict)  # of the response, about limits; filled on submission
+    key_id: str = ""  # id of the API key; "" without keys
+    token: str = field(default="", repr=False)  # access token for the source of an adapter
+    secret: FleetSecret | None = field(default=None, repr=False)  # the fleet's secret, which hashes tokens
+    headers: dict[str, str] = field(default_factory=dict)  # response headers about limits; set on submission
     until_ms: int = 0  # unix time until which its calls, the lines of a batch, may take; 0: it is no batch
 
     @property
@@ -69,7 +69,7 @@ class Caller:
         tenant = self.tenant
         if tenant is None:
             return None
-        if self.is_batch:  # what runs when nobody else does takes nothing from the tenant's rates
+        if self.is_batch:  # batch work runs on idle capacity, and is exempt from the tenant's rates
             return Quota(tenant.name, 0, 0, 0, tenant.kept_bytes)
         limits = (tenant.requests_per_minute, tenant.tokens_per_minute, tenant.concurrency, tenant.kept_bytes)
         return Quota(tenant.name, *limits)
@@ -92,7 +92,7 @@ class Caller:
         if self.is_admin:
             return asked or ""
         if asked not in (None, self.name):
-            raise PermissionDenied(f"only the scope admin may name a tenant, as {brief(asked)} here")
+            raise PermissionDenied(f"only keys with the scope admin may name a tenant: {brief(asked)}")
         return self.name
 
     def require(self, *scopes: str) -> None:

@@ -55,8 +55,8 @@ def limit_text(quota: Quota, standing: Standing, num: int, num_tokens: int) -> s
     if standing.over == "bytes":
         return (
             f"tenant {quota.tenant} keeps {standing.kept_bytes} bytes in the queue, in requests, answers and jobs, and"
-            f" the call may add {standing.added_bytes}; its limit is {quota.max_bytes}. Answers of jobs are kept for a"
-            " day: DELETE those that have been read"
+            f" the call may add {standing.added_bytes}; its limit is {quota.max_bytes}. Answers of jobs are stored for"
+            " a day: DELETE those you have read"
         )
     if standing.over == "concurrency":
         running = f"{standing.running} choices are queued or running, the call adds {num}"

@@ -1,1 +1,1 @@
-"""Batches: files of calls that are run when the fleet has places left, as OpenAI's API has them."""
+"""Batches: files of calls that run when the fleet has free slots, as in OpenAI's API."""

@@ -21,7 +21,7 @@ ID_PREFIX = "batch_"
 WINDOWS = {"24h": 86_400}
 """completion_window -> seconds."""
 
-_RETRY_S = 60.0  # until one of too many batches may have ended
+_RETRY_S = 60.0  # s, until one of too many batches may have ended
 
 
 class BatchService:
@@ -35,7 +35,7 @@ class BatchService:
     async def create(self, request: BatchRequest, caller: Caller) -> dict[str, Any]:
         """Take a batch. Its lines are looked at later. Raises BadRequest, Overloaded."""
         if request.endpoint not in BATCH_ENDPOINTS:
-            text = f"endpoint is {brief(request.endpoint)}; a batch may be for {', '.join(sorted(BATCH_ENDPOINTS))}"
+            text = f"endpoint is {brief(request.endpoint)}; batches support {', '.join(sorted(BATCH_ENDPOINTS))}"
             raise BadRequest(text, param="endpoint")
         if request.completion_window not in WINDOWS:
             text = f"completion_window is {brief(request.completion_window)}; it must be {', '.join(WINDOWS)}"
@@ -66,7 +66,7 @@ class BatchService:
         ttl_ms = int((self._settings.file_ttl_s + window_s) * 1000)
         num_open = await self._bus.batches.open(batch, ttl_ms=ttl_ms, max_open=self._settings.tenant_batches)
         if num_open >= 0:
-            text = f"{num_open} batches have not ended; the limit is {self._settings.tenant_batches}"
+            text = f"{num_open} batches are unfinished; the limit is {self._settings.tenant_batches}"
             raise Overloaded(text, _RETRY_S)
         return view(batch)
 
@@ -81,7 +81,7 @@ class BatchService:
         """Ask for the end of a batch; return it. A second time does nothing more. Raises NotFound, Conflict."""
         batch = await self.get(batch_id, caller)
         if batch.status in m.ENDED_BATCH and batch.status != "cancelled":
-            raise Conflict(f"batch {batch_id} is {batch.status}: it cannot be cancelled any more")
+            raise Conflict(f"batch {batch_id} is {batch.status}: it can no longer be cancelled")
         if batch.status not in m.ENDED_BATCH:
             await self._bus.batches.cancel(batch_id)
         return await self.get(batch_id, caller)

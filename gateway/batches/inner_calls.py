@@ -83,7 +83,7 @@ class InnerCalls:
         except BaseException as failure:
             if not is_failure(failure) or not start:
                 raise
-            logger.exception("%s failed for a batch, x-request-id %s", path, request_id)  # its client has been told
+            logger.exception("%s failed for a batch, x-request-id %s", path, request_id)  # its client has the answer
         finally:
             has_ended.set()
         headers = {name.decode().lower(): value.decode() for name, value in start["headers"]}

@@ -30,7 +30,7 @@ from protocol.wire.brief import brief
 
 MAX_LINES = 50_000
 MAX_NUMBER = 2 * MAX_LINES
-"""Lines of a file, empty ones counted."""
+"""Lines of a file, including empty ones."""
 
 LINES_AT_ONCE = 16
 """Lines that are read before others have their turn."""
@@ -42,7 +42,7 @@ SORTED_AT_ONCE = 256
 """Lines that are sorted before others have their turn."""
 
 MAX_PROBLEMS = 50
-"""Problems of a file that are told; the rest are counted by nobody."""
+"""Maximum number of reported problems of a file; the rest are ignored."""
 
 MAX_CUSTOM_ID_CHARACTERS = 512
 SORTED_BYTES = 96
@@ -90,7 +90,7 @@ class _Line(msgspec.Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class BatchLine:
     """A line that can be run."""
 
     number: int  # counted from 1
@@ -98,7 +98,7 @@ class Line:
     num_bytes: int
     model: str
     prompt: bytes  # the beginning of it, to sort by
-    is_too_deep: bool = False  # to be read: nothing of it was checked
+    is_too_deep: bool = False  # nested too deeply to parse: not checked further
 
     @property
     def end(self) -> int:
@@ -111,8 +111,8 @@ class InputLines:
     """What was found in an input file."""
 
     endpoint: str
-    max_bytes: int  # of a line
-    lines: list[Line] = field(default_factory=list)
+    max_bytes: int  # maximum bytes of a line
+    lines: list[BatchLine] = field(default_factory=list)
     problems: list[m.BatchProblem] = field(default_factory=list)
     _models: Counter[str] = field(default_factory=Counter)  # lines of each
     _names: set[bytes] = field(default_factory=set)
@@ -130,13 +130,13 @@ class InputLines:
         try:
             line = _line_of(raw)
         except msgspec.ValidationError:
-            self._problem("invalid_json_line", "the line is no JSON object", number)
+            self._problem("invalid_json_line", "the line is not a JSON object", number)
             return
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            self._problem("invalid_json_line", f"the line is no JSON: {error}", number)
+            self._problem("invalid_json_line", f"the line is not valid JSON: {error}", number)
             return
         except RecursionError:
-            self._add(Line(number, start, len(raw), "", b"", is_too_deep=True))  # `call_of` says what is wrong
+            self._add(BatchLine(number, start, len(raw), "", b"", is_too_deep=True))  # `call_of` says what is wrong
             return
         name = _scalar(line.custom_id)
         if not isinstance(name, str) or not 0 < len(name) <= MAX_CUSTOM_ID_CHARACTERS:
@@ -145,7 +145,9 @@ class InputLines:
             return
         digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if digest in self._names:
-            self._problem("duplicate_custom_id", f"custom_id {brief(name)} was there before", number, "custom_id")
+            self._problem(
+                "duplicate_custom_id", f"custom_id {brief(name)} was used by an earlier line", number, "custom_id"
+            )
             return
         self._names.add(digest)
         method, url = _scalar(line.method), _scalar(line.url)
@@ -161,16 +163,16 @@ class InputLines:
             self._problem("invalid_body", "body must be an object", number, "body")
             return
         model = _scalar(body.model)
-        self._add(Line(number, start, len(raw), model if isinstance(model, str) else "", _beginning(body)))
+        self._add(BatchLine(number, start, len(raw), model if isinstance(model, str) else "", _beginning(body)))
 
-    def _add(self, line: Line) -> None:
+    def _add(self, line: BatchLine) -> None:
         self.lines.append(line)
         self._models[line.model] += 1
 
     def finish(self, number: int) -> None:
         """Note that there are no more lines than `number`, empty ones too."""
         if number > MAX_NUMBER:
-            self._problem("too_many_tasks", f"the file has more than {MAX_NUMBER} lines, empty ones counted", None)
+            self._problem("too_many_tasks", f"the file has more than {MAX_NUMBER} lines, including empty ones", None)
         if not self.lines and not self.problems:
             self._problem("empty_file", "the file has no lines", None)
         self._names.clear()
@@ -184,19 +186,19 @@ class InputLines:
         """The model that all lines name, "" if they name several."""
         return next(iter(self._models)) if len(self._models) == 1 else ""
 
-    async def in_order(self, done: Container[int] = ()) -> Iterator[Line]:
+    async def in_order(self, done: Container[int] = ()) -> Iterator[BatchLine]:
         """Return the lines in the order in which they are run: by model, then by the beginnings of their prompts.
 
         Models with the most lines are first, so that the last ones run with others beside them. The order is the same
         each time, whoever asks. done: numbers of those that are left out.
         """
-        runs: list[list[Line]] = []
+        runs: list[list[BatchLine]] = []
         for some in (self.lines[i : i + SORTED_AT_ONCE] for i in range(0, len(self.lines), SORTED_AT_ONCE)):
             runs.append(sorted((line for line in some if line.number not in done), key=self._rank))
             await asyncio.sleep(0)
         return merge(*runs, key=self._rank)
 
-    def _rank(self, line: Line) -> tuple[int, str, bytes, int]:
+    def _rank(self, line: BatchLine) -> tuple[int, str, bytes, int]:
         return -self._models[line.model], line.model, line.prompt, line.number
 
 
@@ -205,14 +207,14 @@ class LineCall:
     """A line that is to be run."""
 
     custom_id: str  # "" of one that is nested so deeply that nothing of it can be read
-    body: bytes  # as it was written
+    body: bytes  # bytes as written in the file
     refusal: str  # why its endpoint is not asked, "" for nothing
-    begin: int = 0  # of the body in the line
+    begin: int = 0  # offset of the body in the line
 
 
-def call_of(line: Line, raw: bytes) -> LineCall:
+def call_of(line: BatchLine, raw: bytes) -> LineCall:
     """Return the call of a line that `InputLines` has found, from its bytes in the file."""
-    too_deep = LineCall("", b"", f"line {line.number} is nested too deeply to be read")
+    too_deep = LineCall("", b"", f"line {line.number} is nested too deeply")
     if line.is_too_deep:  # how deep can be read depends on who asks: what was not checked then is not used now
         return too_deep
     try:
@@ -268,10 +270,10 @@ class Splitter:
     def __init__(self, max_bytes: int) -> None:
         """max_bytes: of a line; of a longer one nothing is held."""
         self._max_bytes = max_bytes
-        self._parts: list[bytes] = []  # of the line that has not ended
-        self._num_bytes = 0  # of it
-        self._start = 0  # of it, in the file
-        self.number = 1  # of the line that has not ended
+        self._parts: list[bytes] = []  # chunks of the unfinished line
+        self._num_bytes = 0  # bytes of the unfinished line
+        self._start = 0  # offset of the unfinished line in the file
+        self.number = 1  # number of the unfinished line
 
     def feed(self, chunk: bytes) -> Iterator[tuple[int, int, bytes | None]]:
         """Yield the lines that have ended: number, bytes before it in the file, the line or None if it is too long."""

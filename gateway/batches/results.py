@@ -42,12 +42,12 @@ _LONGEST = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class LineAnswer:
     """What a line came to."""
 
-    number: int  # of the line
+    number: int  # line number
     kind: Kind
-    line: bytes  # of the output or error file, as JSON, without its end
+    line: bytes  # JSON line of the output or error file, without newline
     usage: m.BatchUsage = NO_USAGE
 
 
@@ -87,7 +87,7 @@ class Results:
         self.num_written = 0  # lines whose answers cannot be lost any more
         self.num_read = 0  # rows of the files that were made
         self.tally = Tally()
-        self.file_bytes: Counter[Kind] = Counter()  # that the two files will have
+        self.file_bytes: Counter[Kind] = Counter()  # total bytes of the two files
 
     async def load(self) -> None:
         """Count what has been written, by other gateways or by an earlier run of this one. Raises Unavailable."""
@@ -103,7 +103,7 @@ class Results:
         """Whether so much waits that it should be written now."""
         return self._num_bytes >= MAX_PART_BYTES
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: LineAnswer) -> None:
         """Take the answer to a line that has none."""
         if self.tally.add(answer.number, answer.kind, answer.usage):
             self._waiting.append((answer.number, row := _row(answer)))
@@ -115,7 +115,7 @@ class Results:
 
         hold: is told the bytes that the two files will have with what waits, before it is written. What it raises is
         raised, and all waits on.
-        Whoever calls it while another does waits until that one has ended, lest the files are made without its answers.
+        A concurrent caller waits for the running call to end, so that the files include its answers.
         """
         async with self._writing:
             return await self._write_waiting(hold)
@@ -166,16 +166,16 @@ class Results:
                     yield kind, line
 
 
-def answer_of(number: int, custom_id: str, status: int, request_id: str, body: bytes) -> Answer:
+def answer_of(number: int, custom_id: str, status: int, request_id: str, body: bytes) -> LineAnswer:
     """Return the answer to a line from the response of its endpoint, whose body is JSON."""
     response = {"status_code": status, "request_id": request_id, "body": orjson.Fragment(body)}
     kind: Kind = "output" if status < 400 else "error"
-    return Answer(number, kind, _line(custom_id, response, None), usage_of(body) if status < 400 else NO_USAGE)
+    return LineAnswer(number, kind, _line(custom_id, response, None), usage_of(body) if status < 400 else NO_USAGE)
 
 
-def failure_of(number: int, custom_id: str, code: str, message: str) -> Answer:
+def failure_of(number: int, custom_id: str, code: str, message: str) -> LineAnswer:
     """Return the answer to a line that its endpoint was not asked for, or has not answered."""
-    return Answer(number, "error", _line(custom_id, None, {"code": code, "message": message}))
+    return LineAnswer(number, "error", _line(custom_id, None, {"code": code, "message": message}))
 
 
 class _Told(msgspec.Struct):
@@ -185,11 +185,11 @@ class _Told(msgspec.Struct):
 
 
 def usage_of(body: bytes) -> m.BatchUsage:
-    """Return the tokens that an answer tells of, in the words of any of the APIs."""
+    """Return the token usage of an answer in the form of any of the APIs."""
     usage = msgspec.json.decode(body, type=_Told).usage or {}
     given = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
     made = usage.get("completion_tokens_details") or usage.get("output_tokens_details") or {}
-    anthropic = usage.get("cache_read_input_tokens") or 0  # which its input_tokens do not count
+    anthropic = usage.get("cache_read_input_tokens") or 0  # not included in Anthropic's input_tokens
     return m.BatchUsage(
         input_tokens=usage.get("prompt_tokens") or (usage.get("input_tokens") or 0) + anthropic,
         cached_tokens=given.get("cached_tokens") or anthropic,
@@ -203,7 +203,7 @@ def _line(custom_id: str, response: dict[str, Any] | None, error: dict[str, str]
     return orjson.dumps(made)
 
 
-def _row(answer: Answer) -> bytes:
+def _row(answer: LineAnswer) -> bytes:
     numbers = " ".join(map(str, _numbers(answer.usage)))
     return b"%d %s %s %s\n" % (answer.number, answer.kind.encode(), numbers.encode(), answer.line)
 

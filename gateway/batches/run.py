@@ -2,7 +2,7 @@
 
 A batch is read twice: its lines are checked, then run in an order that suits adapters and prefix caches, a few at a
 time. Answers are written in parts; a line without one is asked again after a crash, under the same Idempotency-Key, so
-that what the fleet has computed is found and not computed anew.
+that results of the fleet are found and not computed again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import msgspec
 
 from gateway.auth.callers import Caller
 from gateway.batches.inner_calls import InnerCalls
-from gateway.batches.lines import InputLines, Line, LineCall, call_of, read_lines, turn_of
-from gateway.batches.results import KINDS, Answer, Kind, Results, answer_of, failure_of
+from gateway.batches.lines import BatchLine, InputLines, LineCall, call_of, read_lines, turn_of
+from gateway.batches.results import KINDS, Kind, LineAnswer, Results, answer_of, failure_of
 from gateway.calls.submit import cancel
 from gateway.files.files import HELD_S, FileService
 from gateway.files.storage import Storage
@@ -39,7 +39,7 @@ End = Literal["completed", "expired", "cancelled"]
 logger = logging.getLogger(__name__)
 
 RETRIED = frozenset({429, 502, 503, 529})
-"""Statuses that tell of a fleet that is busy, and not of the line."""
+"""Statuses that are caused by a busy fleet, not by the line."""
 
 
 RETRY = Backoff(1.0, 600.0)
@@ -52,12 +52,12 @@ class BatchPace:
     poll_s: float = 1.0  # pause between looks for batches that nobody runs
     lease_s: float = 10.0  # silence after which another gateway takes a batch over
     beat_s: float = 2.0  # pause between two words that a batch goes on, with its counts
-    min_calls: int = 8  # that run at once, however small the fleet is
-    max_batches: int = 4  # that one gateway runs at once; the others wait
-    max_batches_of_tenant: int = 2  # of those
+    min_calls: int = 8  # calls run at once, however small the fleet is
+    max_batches: int = 4  # batches run by one gateway at once; others wait
+    max_batches_of_tenant: int = 2  # batches of one tenant among them
     retry: Backoff = RETRY  # before a batch is tried again that something keeps from going on
-    max_tries: int = 20  # in a row by which no line more was answered: about two hours; then it fails
-    places: float = 1.25  # calls that run at once, per place that the workers have
+    max_tries: int = 20  # tries in a row without progress, about two hours, before the batch fails
+    places: float = 1.25  # calls run at once, per slot of the workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class BatchMeans:
     settings: Settings
     calls: InnerCalls
     pace: BatchPace = field(default_factory=BatchPace)
-    turns: asyncio.Lock = field(default_factory=asyncio.Lock)  # by which large lines of all batches are read
+    turns: asyncio.Lock = field(default_factory=asyncio.Lock)  # serialises reading large lines of all batches
 
 
 class Lost(Exception):
@@ -82,7 +82,7 @@ class BatchRun:
     """One batch while this gateway runs it."""
 
     def __init__(self, means: BatchMeans, claimed: ClaimedBatch, num_calls: Callable[[], int]) -> None:
-        """num_calls: tells how many of its lines may run now."""
+        """num_calls: returns how many of its lines may run now."""
         self._means = means
         self._bus = means.bus
         self._settings = means.settings
@@ -133,7 +133,7 @@ class BatchRun:
         Where even these cannot be written, they stay in the storage, and the log says where.
         """
         code = "storage_unavailable" if isinstance(error, Unavailable) else "internal_error"
-        why = error.message if isinstance(error, LorafleetError) else "the gateway failed while it ran the batch"
+        why = error.message if isinstance(error, LorafleetError) else "the gateway failed while running the batch"
         problem = m.BatchProblem(code=code, message=f"given up after {tries} tries: {why}")
         status: m.BatchStatus = "cancelled" if self.batch.cancelling_ms else "failed"
         logger.error("batch %s is %s, %s", self.batch.id, status, problem.message)
@@ -148,7 +148,7 @@ class BatchRun:
         except Exception as second:
             if is_queue_away(second):
                 raise
-            logger.exception("answers of batch %s are left in the storage, in %s", self.batch.id, self._results.folder)
+            logger.exception("answers of batch %s remain in the storage, in %s", self.batch.id, self._results.folder)
             await self._save(status=status, ended_ms=now_ms(), problems=[problem])
 
     async def _beat(self) -> None:
@@ -193,7 +193,7 @@ class BatchRun:
         except NotFound as error:
             # Its record goes right after its bytes, so if it stays, these are lost: a folder that is not mounted looks
             # so. That may pass by; no batch of the fleet ends of it at once.
-            raise Unavailable(f"the storage does not have the input file: {error.message}") from error
+            raise Unavailable(f"the storage lacks the input file: {error.message}") from error
         if found.problems:
             await self._save(status="failed", problems=found.problems, ended_ms=now_ms())
             return
@@ -209,7 +209,7 @@ class BatchRun:
         else:
             end = self.batch.end or ("cancelled" if self.batch.cancelling_ms else "completed")
         await self._flush()
-        # Noted, since whoever has to begin its end anew finds an answer, if only a failure, for each line. Not so where
+        # Recorded, so that a gateway that repeats the end finds an answer or a failure for each line. Not so where
         # there is no room for these: then the lines are run again, up to where room ends.
         noted = "" if end == "completed" or self._no_room is not None else end
         await self._save(status="finalizing", finalizing_ms=self.batch.finalizing_ms or now_ms(), end=noted)
@@ -251,7 +251,7 @@ class BatchRun:
         """Write the output files and the end of the batch. Raises Unavailable when answers have gone meanwhile."""
         if self._no_room is not None:
             problems = [*problems, self._no_room]
-            await self._count_anew()  # what was not written is no answer
+            await self._count_anew()  # discard answers that were not written
         self._results.num_read = 0
         output, errors = await self._write("output"), await self._write("error")
         if self._results.num_read != self._results.num_written:
@@ -269,7 +269,7 @@ class BatchRun:
         """Write an output file. Returns its id, "" when there is nothing in it."""
         batch = self.batch
         file_id = self._file_id(kind)
-        if await self._bus.files.get(file_id, batch.tenant) is not None:  # of a try that did not come to its end
+        if await self._bus.files.get(file_id, batch.tenant) is not None:  # left by an interrupted try
             await self._bus.files.forget(file_id, batch.tenant)
         life_s = float(batch.output_life_s or self._settings.file_ttl_s)
         made = await self._means.files.make(
@@ -324,7 +324,7 @@ class BatchRun:
 
     # ------------------------------------------------------------ lines
 
-    async def _run_line(self, line: Line, source: m.File, caller: Caller) -> None:
+    async def _run_line(self, line: BatchLine, source: m.File, caller: Caller) -> None:
         """Ask the endpoint for one line's answer, until it is not too busy to give one.
 
         Between two tries no large body is held, but read again: while a call has it, that is charged for it.
@@ -332,7 +332,7 @@ class BatchRun:
         call = await self._read(line, source)
         begin = line.start + call.begin
         end = begin + len(call.body)
-        answer: Answer | None = None
+        answer: LineAnswer | None = None
         num_away = 0
         while True:
             try:
@@ -357,7 +357,7 @@ class BatchRun:
                     call = replace(call, body=await self._bytes(source, begin, end))
         await self._take(answer)
 
-    async def _ask(self, line: Line, call: LineCall, caller: Caller) -> tuple[Answer | None, float]:
+    async def _ask(self, line: BatchLine, call: LineCall, caller: Caller) -> tuple[LineAnswer | None, float]:
         """Return the endpoint's answer; None if it is too busy to give one, and after how many seconds it may.
 
         Raises what a line alone can be the cause of, and connection errors.
@@ -370,13 +370,13 @@ class BatchRun:
         request_id = answer.headers.get("x-request-id", "")
         return answer_of(line.number, call.custom_id, answer.status, request_id, answer.body), 0.0
 
-    async def _take(self, answer: Answer) -> None:
+    async def _take(self, answer: LineAnswer) -> None:
         """Take a line's answer, and write those that wait if they are many."""
         self._results.add(answer)
         if self._results.is_full:
             await self._flush()
 
-    async def _read(self, line: Line, source: m.File) -> LineCall:
+    async def _read(self, line: BatchLine, source: m.File) -> LineCall:
         """Return a line's call."""
         async with turn_of(line.num_bytes, self._means.turns):
             return call_of(line, await self._bytes(source, line.start, line.end))
@@ -384,7 +384,7 @@ class BatchRun:
     async def _bytes(self, source: m.File, start: int, end: int) -> bytes:
         return b"".join([chunk async for chunk in self._means.files.read(source, start, end)])
 
-    def _key(self, line: Line) -> str:
+    def _key(self, line: BatchLine) -> str:
         return f"{self.batch.id}:{line.number}"
 
     async def _caller(self) -> Caller:
@@ -393,7 +393,7 @@ class BatchRun:
         tenant = await self._bus.api_keys.tenant(self.batch.tenant) if keys else None
         return Caller(tenant, ("infer",), until_ms=self.batch.expires_ms)
 
-    async def _end_requests(self, lines: Sequence[Line], caller: Caller) -> None:
+    async def _end_requests(self, lines: Sequence[BatchLine], caller: Caller) -> None:
         """End what still runs in the queue of lines that nobody waits for."""
         open_lines = [line for line in lines if line.number not in self._results.tally.done]
         for some in _slices(open_lines, 256):

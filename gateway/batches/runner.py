@@ -1,6 +1,6 @@
 """The batches that this gateway runs: each for as long as it says so to the queue, and the next gateway from there on.
 
-What keeps one from going on is told, counted, and tried again ever later, by whichever gateway; at last it ends.
+An error that blocks a batch is logged and counted. Any gateway retries it with growing pauses, up to a limit.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class BatchRunner:
         self._bus = means.bus
         self._pace = means.pace
         self._running: dict[str, asyncio.Task[None]] = {}  # by batch id
-        self._tenants: dict[str, str] = {}  # of those
+        self._tenants: dict[str, str] = {}  # tenant by batch id
         self._wake = wake
-        self._num_places = 0  # of all workers
+        self._num_places = 0  # slots of all workers
         self._newer: dict[str, None] = {}  # batches that newer gateways can read alone
 
     def loop(self) -> Loop:
-        """Return what begins batches. Whoever has run it then calls `leave`."""
+        """Return the loop that starts batches. The caller must call `leave` after it."""
         return Loop("batches", self._look, self._pace.poll_s, self._wake)
 
     async def leave(self) -> None:
@@ -79,7 +79,7 @@ class BatchRunner:
     async def _claim(self, batch_id: str, tenant: str) -> ClaimedBatch | None:
         try:
             return await self._bus.batches.claim(batch_id, tenant, self._means.gid, int(self._pace.lease_s * 1000))
-        except NewerRecord as error:  # whoever can read it has it when this lease is over
+        except NewerRecord as error:  # a gateway that can read it takes over when this lease expires
             FAILED.note("batches", error, batch_id)
             self._newer[batch_id] = None
             if len(self._newer) > _MAX_NEWER:
@@ -94,7 +94,7 @@ class BatchRunner:
                 try:
                     await self._try(going_on)
                     going_on = None
-                except CONNECTION_ERRORS as error:  # of the queue: nothing can be noted there
+                except CONNECTION_ERRORS as error:  # the queue is unreachable, so nothing can be recorded there
                     FAILED.note("batches", error, batch_id)
                     num_away += 1
                     await asyncio.sleep(self._pace.retry.pause_s(num_away))
@@ -131,7 +131,7 @@ class BatchRunner:
                     GIVEN_UP.labels("batches").inc()
                     await run.give_up(error, tries)
         except Lost:
-            logger.warning("batch %s is run by another gateway, or has ended", batch.id)
+            logger.warning("batch %s now runs on another gateway, or has ended", batch.id)
 
     async def _places(self) -> int:
         """Return how many requests all workers can run at once."""

@@ -22,7 +22,7 @@ def table() -> str:
         lines += [f"### {', '.join(_place(name) for name in objects)}", ""]
         lines += [f"| parameter | {' | '.join(SERVERS.values())} | here |"]
         lines += ["| --- " * (len(SERVERS) + 2) + "|"]
-        same: dict[str, list[str]] = {}  # what parameters have in common -> their names
+        same: dict[str, list[str]] = {}  # row cells -> parameter names that share them
         for parameter in rows:
             same.setdefault(_cells(parameter), []).append(f"`{parameter.name}`")
         lines += [f"| {', '.join(names)} | {cells} |" for cells, names in same.items()] + [""]

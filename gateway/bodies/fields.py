@@ -51,7 +51,7 @@ Prompts = Annotated[
 
 
 def sources_of(prompts: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:
-    """Return prompts one by one."""
+    """Yield single prompts."""
     several: Any = prompts
     return [several] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else several
 

@@ -179,19 +179,19 @@ def _checked(endpoint: Handler) -> Handler:
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Return a value, which may hold `Rows`, as a JSON answer."""
+    """Return a value, which may hold `RowSlices`, as a JSON answer."""
     return Response(dumps(value), status, headers, media_type="application/json")
 
 
 def json_answer(value: Any, status: int = 200) -> Response:
-    """Return a value as a JSON answer, in slices if it holds `Rows`."""
+    """Return a value as a JSON answer, in slices if it holds `RowSlices`."""
     return SlicedResponse(value, status) if has_rows(value) else json_response(value, status)
 
 
 class SlicedResponse(Response):
     """A JSON answer that is written a slice at a time, as its client reads it; between two of them others have a turn.
 
-    So it is never there as a whole, and its length is not told before.
+    So it is never in memory as a whole, and its length is not announced.
     """
 
     media_type = "application/json"

@@ -20,11 +20,11 @@ def rows_of(num_entries: int) -> int:
     return min(ROWS, max(ENTRIES // max(num_entries, 1), 1))
 
 
-class Rows:
+class RowSlices:
     """A list whose entries are made when they are written, so that they are never there all at once."""
 
     def __init__(self, rows: Callable[[], Iterable[Any]], at_once: int = ROWS) -> None:
-        """rows: begins them anew. at_once: how many may be made and written at a time."""
+        """rows: returns a new iterator. at_once: rows formatted and written at a time."""
         self._rows = rows
         self._at_once = at_once
 
@@ -47,8 +47,8 @@ def dumps(value: Any) -> bytes:
 
 
 def slices(value: Any) -> Iterator[bytes]:
-    """Return the JSON text of a value in order, in pieces of which none takes long: what is no `Rows` is small."""
-    if isinstance(value, Rows):
+    """Return the JSON text of a value in order, in pieces of which none takes long: what is no `RowSlices` is small."""
+    if isinstance(value, RowSlices):
         yield from value.slices()
     elif isinstance(value, dict) and has_rows(value):
         begin = b"{"
@@ -69,13 +69,13 @@ def slices(value: Any) -> Iterator[bytes]:
 
 
 def has_rows(value: Any) -> bool:
-    """Return whether a value holds `Rows` somewhere."""
+    """Return whether a value holds `RowSlices` somewhere."""
     if isinstance(value, Mapping):
         return any(map(has_rows, value.values()))
-    return isinstance(value, Rows) or (isinstance(value, list) and any(map(has_rows, value)))
+    return isinstance(value, RowSlices) or (isinstance(value, list) and any(map(has_rows, value)))
 
 
 def _whole(value: Any) -> list[Any]:
-    if isinstance(value, Rows):
+    if isinstance(value, RowSlices):
         return value.whole()
     raise TypeError

@@ -61,7 +61,7 @@ def _is_deeper(outside: bytes, limit: int) -> bool:
     """Return whether brackets are nested deeper than a limit; of those that do not match it may say either."""
     brackets = outside.translate(_SQUARE, _NO_BRACKETS)
     if 2 * brackets.count(b"[") != len(brackets):
-        return False  # it is no JSON; millions of brackets that close nothing are not walked through again and again
+        return False  # not JSON; do not rescan millions of brackets that close nothing
     for _ in range(limit):
         inner = brackets.replace(b"[]", b"")
         if len(inner) == len(brackets):

@@ -31,7 +31,7 @@ MAX_NAME_CHARACTERS = 64
 
 
 def _describe(schema: dict[str, Any], body: type[JsonBody]) -> None:
-    """Tell in `/openapi.json` what a body may have beside its fields."""
+    """Add a body's further parameters to `/openapi.json`."""
     schema["additionalProperties"] = False
     for name, parameter in PARAMETERS_OF[body.OBJECT].items():
         if parameter.fate == "accepted":
@@ -39,7 +39,7 @@ def _describe(schema: dict[str, Any], body: type[JsonBody]) -> None:
 
 
 class JsonBody(BaseModel):
-    """A JSON object of typed fields. What it does not know is kept apart until `check_parameters` has judged it."""
+    """A JSON object of typed fields. Unknown fields are stored separately for `check_parameters`."""
 
     model_config = ConfigDict(
         frozen=True, strict=True, extra="allow", allow_inf_nan=False, json_schema_extra=_describe
@@ -58,7 +58,7 @@ class Ignored:
     object: str
     known: Parameter | None  # None: no object of this kind has such a parameter
 
-    def told(self) -> str:
+    def message(self) -> str:
         """Return what is wrong with it."""
         if self.known is not None:
             return f"`{self.path}` {self.known.why}."
@@ -83,21 +83,21 @@ def check_parameters(body: JsonBody, policy: Literal["refuse", "warn"]) -> str:
         return ""
     if policy == "refuse":
         first = found[0]
-        rest = f" Nor: {', '.join(one.path for one in found[1:])}." if len(found) > 1 else ""
+        rest = f" Also unsupported: {', '.join(one.path for one in found[1:])}." if len(found) > 1 else ""
         code = "unknown_parameter" if first.known is None else "unsupported_parameter"
-        raise BadRequest(f"{first.told()}{rest}", param=first.path, code=code)
+        raise BadRequest(f"{first.message()}{rest}", param=first.path, code=code)
     return ", ".join(one.path for one in found)
 
 
 def ignore(headers: MutableMapping[str, str], names: Sequence[str]) -> None:
     """Name in an answer's headers what its call is served without, besides what they name already.
 
-    names: printable ASCII; no more than `MAX_NAMED` are told.
+    names: printable ASCII; at most `MAX_NAMED` are named.
     """
     before = headers[IGNORED_HEADER].split(", ") if IGNORED_HEADER in headers else []
-    told = list(dict.fromkeys([*before, *names]))[:MAX_NAMED]
-    if told:
-        headers[IGNORED_HEADER] = ", ".join(told)
+    named = list(dict.fromkeys([*before, *names]))[:MAX_NAMED]
+    if named:
+        headers[IGNORED_HEADER] = ", ".join(named)
 
 
 def _ignored(value: JsonBody | dict[str, Any], kind: str, path: str) -> Iterator[Ignored]:
@@ -125,7 +125,7 @@ def _within(value: Any, kind: str, path: str) -> Iterator[Ignored]:
         for i, entry in enumerate(islice(value, MAX_ENTRIES)):
             if isinstance(entry, dict) and (known := _kind_of(entry, kind)) is not None:
                 yield from _ignored(entry, known, f"{path}[{i}].")
-    elif kind not in BY_TYPE and (isinstance(value, dict) or hasattr(value, "OBJECT")):  # those stand in lists
+    elif kind not in BY_TYPE and (isinstance(value, dict) or hasattr(value, "OBJECT")):  # these occur in lists
         yield from _ignored(value, kind, path + ".")
 
 

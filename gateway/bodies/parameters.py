@@ -57,12 +57,12 @@ class Parameter:
     """One parameter of one or more objects."""
 
     name: str
-    objects: Sequence[str]  # of `OBJECTS`: where it is a field
-    servers: frozenset[str]  # who knows it; none: only this project
+    objects: Sequence[str]  # names in `OBJECTS` that have this field
+    servers: frozenset[str]  # servers that know it; empty: only this project
     fate: Literal["served", "accepted", "refused"]
     why: str  # why it has no effect, or is refused: a sentence without its subject, the parameter
     neutral: Sequence[Any]  # values at which a refused parameter has no effect, and is accepted; null always is
-    holds: str  # of `OBJECTS` or `BY_TYPE`: what its value is, or each entry of a list
+    holds: str  # type of the value or of each list entry: a name in `OBJECTS` or `BY_TYPE`
 
     def has_effect(self, value: Any) -> bool:
         """Return whether the parameter would change anything at this value."""

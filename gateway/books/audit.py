@@ -79,12 +79,12 @@ def names_of(route: JsonRoute) -> list[str]:
 
 
 def about(request: Request, target: str, detail: str = "") -> None:
-    """Tell what an action is done to, where the path does not say it."""
+    """Set the target of an action, where the path does not name it."""
     request.scope[_ABOUT] = (target, detail)
 
 
 def done(request: Request) -> None:
-    """Tell that an action is done, also if what its caller is told of it then fails."""
+    """Record an action as done, even if its answer fails afterwards."""
     request.scope[_DONE] = True
 
 

@@ -17,10 +17,10 @@ from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 GROUPS = ("project_id", "model", "batch", "adapter", "base_model")
-"""By what usage is told apart. The last two are not OpenAI's: an adapter's digest, and the base model."""
+"""Fields to group usage by. The last two are not OpenAI's: an adapter's digest, and the base model."""
 
 NOT_COUNTED = ("user_id", "api_key_id", "service_tier", "api_source")
-"""By what OpenAI tells it apart, and this fleet does not."""
+"""Fields that OpenAI can group by, and this fleet cannot."""
 
 MAX_RESULTS = 20_000
 """Most results of an answer, over all its days."""
@@ -48,7 +48,7 @@ class Query:
 
     @property
     def shows_residency(self) -> bool:
-        """Whether the time of adapters in pools can be told, which is nobody's in particular."""
+        """Whether adapters' residency can be reported: it belongs to no single tenant."""
         return self.group_by in ((), ("adapter",)) and not self.models and not self.projects and self.batch is None
 
     def takes(self, row: UsageRow) -> bool:
@@ -62,7 +62,7 @@ class Day:
 
     day: int
     sums: dict[tuple[Any, ...], list[int]] = field(default_factory=dict[tuple[Any, ...], list[int]])
-    seconds: Mapping[str, float] | None = None  # by digest; None where it is not told
+    seconds: Mapping[str, float] | None = None  # by digest; None where it is not reported
 
     def add(self, rows: Iterable[UsageRow], query: Query) -> None:
         """Add rows of this day."""
@@ -119,7 +119,7 @@ def page(days: Sequence[Day], query: Query) -> dict[str, Any]:
 def check_number(num: int) -> None:
     """Raise BadRequest for more results than an answer may have."""
     if num > MAX_RESULTS:
-        text = f"an answer may have {MAX_RESULTS} results: ask for fewer days, projects or groups"
+        text = f"the answer would exceed {MAX_RESULTS} results: ask for fewer days, projects or groups"
         raise BadRequest(text, param="limit", code="limit_exceeded")
 
 
@@ -145,5 +145,5 @@ def day_of_page(name: str) -> int:
     """Return the day with which a `page` begins. Raises BadRequest."""
     number = name.removeprefix("page_")
     if not (name.startswith("page_") and number.isascii() and number.isdecimal() and len(number) < 8):
-        raise BadRequest(f"{brief(name)} is no page: give the next_page of an answer", param="page")
+        raise BadRequest(f"{brief(name)} is not a page: use next_page of an earlier answer", param="page")
     return int(number)

@@ -63,7 +63,9 @@ class UsageEndpoints:
         if caller.is_admin:
             return sorted(query.projects) or await self._usage.tenants(day)
         if query.projects - {caller.owner}:
-            raise PermissionDenied("only the scope admin may see the usage of other tenants", param="project_ids")
+            raise PermissionDenied(
+                "only keys with the scope admin may see the usage of other tenants", param="project_ids"
+            )
         return [caller.owner]
 
 
@@ -109,7 +111,7 @@ def _number(request: Request, name: str, default: int, least: int, most: int) ->
     if text is None:
         return default
     if not (text.isascii() and text.isdecimal() and len(text) < 16 and least <= int(text) <= most):
-        raise BadRequest(f"{name}: {brief(text)} is no number from {least} to {most}", param=name)
+        raise BadRequest(f"{name}: {brief(text)} is not a number from {least} to {most}", param=name)
     return int(text)
 
 

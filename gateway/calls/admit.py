@@ -38,8 +38,8 @@ class AdmittedCall(msgspec.Struct, frozen=True):
     base: m.ServedModel
     prompts: list[Prompt]  # with the most tokens that each answer may have
     load: Load
-    quota: Quota | None  # whose limits it counts against, None for nobody's: without keys, and nothing of it is kept
-    num_bytes: int = 0  # of memory that it may hold from the queue on
+    quota: Quota | None  # limits that it counts against; None without keys, if nothing is stored
+    num_bytes: int = 0  # memory (bytes) that it may hold while queued
 
 
 class CallAdmission:
@@ -51,7 +51,7 @@ class CallAdmission:
         self._admission = admission
 
     async def check_room(self, call: ParsedCall) -> None:
-        """Refuse a call that the queue has no place for, before it costs any work. Raises Overloaded, Unavailable."""
+        """Refuse a call that the queue has no room for, before it costs any work. Raises Overloaded, Unavailable."""
         await self._fleet.require(worker=not call.options.background)
         self._admission.check(Load(call.cls))
 
@@ -86,7 +86,7 @@ class CallAdmission:
         return AdmittedCall(admitted, base, prompts, load, quota, num_bytes)
 
     def quota_of(self, caller: Caller, *, is_kept: bool = False) -> Quota | None:
-        """Return the limits that a caller's calls count against, None for nobody's. is_kept: what is made is kept."""
+        """Return the limits that a caller's calls count against, None for none. is_kept: the result is stored."""
         quota = caller.quota
         if quota is None and is_kept:
             quota = Quota(PUBLIC)  # without keys all callers together may keep what a tenant may
@@ -116,8 +116,8 @@ class CallAdmission:
             return  # the scheduler has not met the workers yet; it gives the call to none that is too old
         unknown = set(needs) - set(status.knows)
         if unknown:
-            text = f"no worker knows {', '.join(sorted(unknown))}: all are older than this gateway"
-            raise Unavailable(f"{text}; it can be asked when one of its version has joined", code="workers_too_old")
+            text = f"no worker supports {', '.join(sorted(unknown))}: all run an older version than this gateway"
+            raise Unavailable(f"{text}; retry when a worker of its version has joined", code="workers_too_old")
 
     def lifetime_s(self, call: ParsedCall) -> float:
         """Return after how many seconds a call is ended, done or not."""
@@ -135,7 +135,7 @@ class CallAdmission:
             raise self._admission.full(load, int(told))
         if outcome == "conversation":
             if told < 0:
-                raise NotFound("the conversation is gone", param="conversation", code="conversation_not_found")
+                raise NotFound("the conversation was deleted", param="conversation", code="conversation_not_found")
             text = f"{told} responses of this conversation have not ended, or not been added; the limit is {MAX_TURNS}"
             raise Overloaded(text, TURN_RETRY_S)
         if isinstance(told, Standing):

@@ -23,7 +23,7 @@ class TokenLogprob(NamedTuple):
     id: int
     logprob: float
     top: list[tuple[int, float]]  # or those that were asked for
-    rank: int = 0  # of a prompt's token: how many are as likely, itself among them
+    rank: int = 0  # rank of a prompt token: number of tokens at least as likely, itself included
 
 
 class Logprobs:
@@ -96,8 +96,8 @@ class Piece(Struct):
     index: int
     text: str = ""
     logprobs: Logprobs = NONE
-    prompt: Logprobs = NONE  # of the prompt's tokens, if they are wanted
-    ids: list[int] = []  # of the output's tokens, if they are wanted
+    prompt: Logprobs = NONE  # logprobs of the prompt's tokens, if requested
+    ids: list[int] = []  # ids of the output's tokens, if requested
     finish: str = ""  # "stop" or "length" at the end
     stop: str | None = None  # the stop string that ended it, if one did
     end_id: int | None = None  # the token that ended it, if one did

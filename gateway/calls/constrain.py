@@ -27,7 +27,7 @@ async def constrain(call: TokenizedCall, grammars: GrammarCheck, checks: Checks)
     options = call.options
     if options.constraint is None and options.tools is None and options.max_thought is None:
         return call
-    made: dict[tuple[int, int], str] = {}  # by model files and form
+    made: dict[tuple[int, int], str] = {}  # grammars by model files and form
     for prompt in call.prompts:
         key = id(prompt.files), id(prompt.form)
         if key not in made:

@@ -27,7 +27,7 @@ from protocol.wire.errors import IdempotencyKeyReused, NotFound
 ATTACHED_POLL_S = 0.1
 
 UNKNOWN_MODEL_LEN = 1 << 17
-"""The context that a model is taken to have while no worker has told its model to this gateway."""
+"""The assumed context length while no worker has reported its model to this gateway."""
 
 
 class EarlierCalls:
@@ -115,4 +115,4 @@ class EarlierCalls:
 def check_same_body(record: m.Idempotent, sent: Sent) -> None:
     """Refuse an Idempotency-Key that comes back with another body. Raises IdempotencyKeyReused (422)."""
     if record.body_hash != sent.hash:
-        raise IdempotencyKeyReused("this Idempotency-Key was used with another body")
+        raise IdempotencyKeyReused("this Idempotency-Key was already used with a different body")

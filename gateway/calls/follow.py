@@ -61,7 +61,7 @@ class Generation:
         self._finishes: list[str] = []
         self._first_ns = 0  # when the first token was there, where the call is traced
         self._timings: dict[str, m.Timing] = {}  # the latest of each request
-        self._failure: LorafleetError | None = None  # what has ended the call, once its pieces were returned
+        self._failure: LorafleetError | None = None  # error that ended the call, raised after its pieces
         self._kind = observe.kind_of("".join(target.digest for target in call.targets))
 
     @property
@@ -137,7 +137,7 @@ class Generation:
         return list(pieces.values())
 
     def pass_on(self, take: Callable[[m.Delta], bool]) -> None:
-        """Give deltas to `take` as they come while `advance` waits. It returns False for those that `advance` takes."""
+        """Call `take` for each delta while `advance` is suspended; it returns False to leave a delta to `advance`."""
         self._mail.at_once = take
 
     def piece_of(self, delta: m.Delta) -> Piece | None:
@@ -172,7 +172,7 @@ class Generation:
     # ------------------------------------------------------------ order
 
     def _note(self, choice: Choice, timing: m.Timing) -> None:
-        """Take the times that a worker tells of an assignment, twice at most: with the first token and with the end."""
+        """Take an assignment's times, which a worker reports at most twice: with the first token and with the end."""
         before = self._timings.get(choice.rid)
         self._timings[choice.rid] = timing
         if before is None or before.taken_ms != timing.taken_ms:
@@ -212,7 +212,7 @@ class Generation:
                 break  # the others' logs are read in the next turn
         slack_ms = min(DEADLINE_SLACK_MS, self.call.deadline_ms - self.call.created_ms)
         if self._open and now_ms() > self.call.deadline_ms + slack_ms:
-            raise DeadlineExceeded("the request took longer than it may")
+            raise DeadlineExceeded("the request exceeded its deadline")
 
     async def _take(self, choice: Choice, delta: m.Delta, pieces: Pieces) -> None:
         if choice.cursor.is_stale(delta):
@@ -237,7 +237,7 @@ class Generation:
                 observe.choice_ended(one.finish)
                 if by_token and len(pieces) > 1:
                     del pieces[place]
-                    self._failure = error  # told once the tokens before it are
+                    self._failure = error  # raised after the tokens before it
                     return
                 self._open.discard(choice.rid)
                 raise
@@ -256,7 +256,7 @@ class Generation:
             delta = await self._insist(read)
         if delta is None:
             self._open.discard(choice.rid)
-            raise Unavailable(f"the queue does not know the request {choice.rid} any more", code="request_lost")
+            raise Unavailable(f"the queue no longer has the request {choice.rid}", code="request_lost")
         if limit and len(delta.ids) >= 4 * limit:
             self._mail.nudge()  # there is more, which the next turn reads
         return delta

@@ -1,7 +1,7 @@
-"""The events of a job in order, made token by token from the logs: the same ones each time, whoever reads them.
+"""The events of a job in order, made token by token from the logs: the same for every reader.
 
 They do not depend on when somebody asks, nor which gateway. Each has a place, which grows with its choice's tokens, so
-that a reader is told what comes after the places that it knows.
+that a reader gets the events after its position.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Places = Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class JobEvent:
     """What one token, or an end, adds to a stream: whole frames, of which the last carries the id."""
 
     choice: int
-    place: int | None  # None: every reader is told
+    place: int | None  # None: sent to every reader
     frames: list[bytes]
 
     @property
@@ -72,13 +72,13 @@ class JobEvents:
         pairs = zip(self.places, goal, strict=True)
         return all(own >= wanted or i in self._failed for i, (own, wanted) in enumerate(pairs))
 
-    def first(self) -> list[Event]:
+    def first(self) -> list[JobEvent]:
         """Return what a stream begins with, before any token."""
         return []
 
-    async def advance(self) -> list[Event]:
+    async def advance(self) -> list[JobEvent]:
         """Look into each choice's log once; return the events of what has come, with the end's if that is there."""
-        made: list[Event] = []
+        made: list[JobEvent] = []
         self.is_behind = False
         try:
             for choice in self.choices:
@@ -86,19 +86,19 @@ class JobEvents:
                     await self._advance(choice, self._at_once, made)
             if all(choice.cursor.ended for choice in self.choices):
                 made += self._ended(await self.last())
-        except BaseException as failure:  # the edge of a call: every failure is told
+        except BaseException as failure:  # the edge of a call: every failure is sent
             if not is_failure(failure):
                 raise
             made += self._ended(self.failed(error_of(failure)))
         return made
 
-    def _ended(self, end: list[Event]) -> list[Event]:
+    def _ended(self, end: list[JobEvent]) -> list[JobEvent]:
         self.is_over, self.num_end = True, len(end)
         return end
 
-    async def catch_up(self, goal: Places) -> list[Event]:
-        """Return as `advance` the next events up to these places, without the end, which another reader tells."""
-        made: list[Event] = []
+    async def catch_up(self, goal: Places) -> list[JobEvent]:
+        """Return as `advance` the next events up to these places, without the end, which another reader sends."""
+        made: list[JobEvent] = []
         for i, choice in enumerate(self.choices):
             limit = min(goal[i] - choice.cursor.next, self._at_once)
             if limit <= 0 or choice.cursor.ended or i in self._failed:
@@ -109,7 +109,7 @@ class JobEvents:
                 self._failed.add(i)
         return made
 
-    async def _advance(self, choice: Choice, limit: int, made: list[Event]) -> None:
+    async def _advance(self, choice: Choice, limit: int, made: list[JobEvent]) -> None:
         """Add the events of a choice's next tokens. Raises what has ended it, after those of the tokens before."""
         delta = await self._read(choice, limit)
         if delta is None:
@@ -141,18 +141,18 @@ class JobEvents:
             return None
         return delta
 
-    def events(self, choice: Choice, piece: Piece, frames: list[bytes]) -> list[Event]:
+    def events(self, choice: Choice, piece: Piece, frames: list[bytes]) -> list[JobEvent]:
         """Return the event of one token or of the end, of which the frames are; none if there are none."""
-        return [Event(choice.index, choice.cursor.next + bool(piece.finish), frames)] if frames else []
+        return [JobEvent(choice.index, choice.cursor.next + bool(piece.finish), frames)] if frames else []
 
-    async def last(self) -> list[Event]:
+    async def last(self) -> list[JobEvent]:
         """Return what comes after all tokens."""
         usage = self.choices[0].options.include_usage
-        return [Event(0, None, [*([self._writer.usage_frame(usage_of(self.choices))] if usage else []), DONE])]
+        return [JobEvent(0, None, [*([self._writer.usage_frame(usage_of(self.choices))] if usage else []), DONE])]
 
-    def failed(self, error: LorafleetError) -> list[Event]:
+    def failed(self, error: LorafleetError) -> list[JobEvent]:
         """Return what a stream ends with that cannot go on."""
-        return [Event(0, None, [SSE.event(OPENAI_ERRORS.body(error))])]
+        return [JobEvent(0, None, [SSE.event(OPENAI_ERRORS.body(error))])]
 
     async def waiting_for(self) -> str:
         """Return in a few words what the job waits for."""

@@ -1,7 +1,7 @@
-"""Whoever waits for jobs here: one look at a job for all who stream it or wait for its end, and not too many a second.
+"""Readers that wait for jobs: all streams of a job share one read of the queue, and the reads per second are limited.
 
-What a stream is told was read once, whoever reads it. What was read lately is kept for readers that are a little
-slower; one that is slower still, or that came later, catches up by itself. Whoever is behind what a log holds reads
+Each event is read once for all streams. Recent events are cached for readers that are a little
+slower; one that is slower still, or that came later, catches up by itself. A reader that is behind its log reads
 some tokens at a time, in turns of tenants: a thousand who come late to long answers take no more of the event loop than
 one.
 """
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 
-from gateway.calls.job_events import Event, JobEvents
+from gateway.calls.job_events import JobEvent, JobEvents
 from gateway.overload.large import Places
 from gateway.overload.memory import charging, held, hold, shared
 
@@ -24,18 +24,18 @@ END_POLL_S = 0.2
 """Shortest pause between looks whether a job has ended."""
 
 PER_S = 1000
-"""Most times a second that one tenant's readers, on one gateway, are told something or look for it: a tenth of a core
+"""Maximum notifications and reads per second for one tenant's readers on one gateway: a tenth of a core
 or two. With more of them than that leaves for each, each waits longer."""
 
 KEPT_BYTES = 256 << 10
-"""Events of a job that are kept for its readers: those of a thousand tokens or so."""
+"""Maximum cached events of a job: those of about a thousand tokens."""
 
 Opening = Callable[[], Awaitable[JobEvents]]
 """Begins to read a job from its first token."""
 
 
 class SharedReader:
-    """The events of one job, read as fast as the fastest of those who are told."""
+    """The events of one job, read as fast as its fastest reader."""
 
     def __init__(
         self, opening: Opening, pause_s: Callable[[float], float], keepalive_s: float, kept_bytes: int,
@@ -43,7 +43,7 @@ class SharedReader:
     ) -> None:  # fmt: skip
         """Begin to open the job; `opening` raises what is wrong with it.
 
-        `pause_s`: how long a pause is to be that could be so short. `keepalive_s`: how often readers are told what the
+        `pause_s`: how long a pause is to be that could be so short. `keepalive_s`: how often readers are sent the
         job waits for. `kept_bytes`: of the latest events. `turn`: in which is read what the log holds already.
         """
         self.num_readers = 0
@@ -54,11 +54,11 @@ class SharedReader:
         self._kept_bytes = kept_bytes
         self._turn = turn
         self._charge = shared()
-        self._kept: list[Event] = []
+        self._kept: list[JobEvent] = []
         self._num_bytes = 0
         self._num_dropped = 0
         self._num_end = 0  # events of the job's end among those that are kept
-        self._wanted = asyncio.Event()  # somebody has been told all there is
+        self._wanted = asyncio.Event()  # a reader has consumed everything
         self._news = asyncio.get_running_loop().create_future()
         self._opened: asyncio.Task[JobEvents] = asyncio.create_task(self._open())
         self._reading: asyncio.Task[None] | None = None
@@ -88,11 +88,11 @@ class SharedReader:
 
     @property
     def num_told(self) -> int:
-        """The events that have been made but for those of the job's end, which this reader alone tells."""
+        """The events that have been made but for those of the job's end, which this reader alone sends."""
         return self.num_made - self._num_end
 
-    def since(self, number: int) -> list[Event] | None:
-        """Return the events from a number on; None where some of them are kept no more."""
+    def since(self, number: int) -> list[JobEvent] | None:
+        """Return the events from a number on; None where some of them are no longer cached."""
         return None if number < self._num_dropped else self._kept[number - self._num_dropped :]
 
     async def more(self, number: int, timeout_s: float) -> None:
@@ -104,7 +104,7 @@ class SharedReader:
             raise self._failure
 
     def close(self) -> None:
-        """Stop reading, and be charged nothing any more: nobody is told."""
+        """Stop reading and release the charge, without notifying readers."""
         for task in (self._opened, self._reading):
             if task is not None:
                 task.cancel()
@@ -119,7 +119,7 @@ class SharedReader:
         return events
 
     async def _read(self) -> None:
-        """Read until the job has ended: no further than somebody wants to be told."""
+        """Read until the job has ended: no further than a reader wants."""
         events, loop = self._opened.result(), asyncio.get_running_loop()
         asked_s = loop.time()
         try:
@@ -137,15 +137,15 @@ class SharedReader:
                     self.waiting_for = await events.waiting_for()
                 if not events.is_behind and not events.is_over:
                     await asyncio.sleep(self._pause_s(POLL_S if events.has_begun else WAITING_POLL_S))
-        except Exception as error:  # noqa: BLE001  the job's edge: all its readers are told
+        except Exception as error:  # noqa: BLE001  the job's edge: all its readers get the error
             self._failure = error
             self._tell()
 
     def _tell(self) -> None:
-        told, self._news = self._news, asyncio.get_running_loop().create_future()
-        told.set_result(None)
+        news, self._news = self._news, asyncio.get_running_loop().create_future()
+        news.set_result(None)
 
-    def _keep(self, made: list[Event]) -> None:
+    def _keep(self, made: list[JobEvent]) -> None:
         self._kept += made
         self._num_bytes += sum(event.num_bytes for event in made)
         num = 0
@@ -168,7 +168,7 @@ class JobReaders:
     """The jobs that somebody streams here, or whose end somebody waits for."""
 
     def __init__(self, keepalive_s: float, kept_bytes: int = KEPT_BYTES, per_s: int = PER_S) -> None:
-        """`kept_bytes`: of a job's latest events, `per_s`: times a second that one tenant's readers are told."""
+        """`kept_bytes`: of a job's latest events, `per_s`: notifications per second for one tenant's readers."""
         self.keepalive_s = keepalive_s
         self._kept_bytes = kept_bytes
         self._per_s = per_s

@@ -1,7 +1,7 @@
 """A job's answer as a stream, from its first token or from where a client was.
 
 The id of an event counts, for each choice, the tokens that are shown with it, and its end as one more; a client that
-sends it back as `Last-Event-ID` is told what comes after.
+sends it back as `Last-Event-ID` gets the following events.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gateway.bodies.json_bodies import disconnected
-from gateway.calls.job_events import Event
+from gateway.calls.job_events import JobEvent
 from gateway.calls.job_readers import JobReaders, Opening, SharedReader
 from gateway.calls.writers import SSE
 from gateway.http.errors import OPENAI_ERRORS, error_of
@@ -23,7 +23,7 @@ from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 After = Callable[[int], list[int]]
-"""Returns the places that a client knows of so many choices; raises what is wrong with what it has sent."""
+"""Returns a client's position in each of so many choices; raises BadRequest for a wrong event id."""
 
 
 class JobStream(Response):
@@ -39,7 +39,7 @@ class JobStream(Response):
         self._opening = opening
         self._after = after
         self._with_ids = with_ids
-        self._known: list[int] = []  # the places that the client has been told
+        self._known: list[int] = []  # the client's position in each choice
         self.started = False  # the headers have been sent
         self.background = None
 
@@ -58,14 +58,14 @@ class JobStream(Response):
                         await send({"type": "http.response.body", "body": frames, "more_body": True})
                 finally:
                     left.cancel()
-        except BaseException as failure:  # the edge of a call: every failure is told
+        except BaseException as failure:  # the edge of a call: every failure is sent
             if not self.started or not is_failure(failure):
                 raise
             last = SSE.event(OPENAI_ERRORS.body(error_of(failure)))
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _frames(self, reader: SharedReader, left: asyncio.Task[None]) -> AsyncIterator[bytes]:
-        """Yield what the client is not told yet, until the end or until it has left."""
+        """Yield the client's next events, until the end or until it has left."""
         loop, number, own, charged = asyncio.get_running_loop(), 0, None, held()
         told_s = loop.time()
         while not left.done():
@@ -94,7 +94,7 @@ class JobStream(Response):
                 told_s = loop.time()
                 yield SSE.idle(reader.waiting_for)
 
-    def _told(self, events: Iterable[Event]) -> bytes:
+    def _told(self, events: Iterable[JobEvent]) -> bytes:
         """Return the frames of those events that the client does not know, which it knows then."""
         out: list[bytes] = []
         for event in events:
@@ -116,5 +116,5 @@ def numbers_of(event_id: str, num_choices: int) -> list[int]:
         return [0] * num_choices
     numbers = event_id.split(",")
     if len(numbers) != num_choices or not all(number.isdecimal() and len(number) < 12 for number in numbers):
-        raise BadRequest(f"{brief(event_id)} is no id of an event of this job: it has {num_choices} numbers")
+        raise BadRequest(f"{brief(event_id)} is not an event id of this job, which consists of {num_choices} numbers")
     return [int(number) for number in numbers]

@@ -43,7 +43,7 @@ KEPT_AFTER_EXPIRY_S = 3600
 MAX_PAGE_COST = 1 << 20
 """What one page of a list may cost, but for its last few jobs: the bytes of their records, and `_LOOK_UP_COST`s."""
 
-_LOOK_UP_COST = 1024  # of one request: 2 µs of the queue, 20 µs here
+_LOOK_UP_COST = 1024  # cost of one request: 2 µs of the queue, 20 µs here
 _AT_ONCE = 8  # jobs of a list, or requests of a job, that are looked up together
 
 JobStatus = Literal["queued", "running", "completed", "failed", "cancelled", "expired"]
@@ -54,7 +54,7 @@ Facts = Sequence[RequestFacts | None]
 class JobApi:
     """The first and the last stage of an endpoint whose calls may run in the background."""
 
-    parse: Callable[[Mapping[str, Any], Caller], ParsedCall]  # of a body as JSON
+    parse: Callable[[Mapping[str, Any], Caller], ParsedCall]  # parses a body given as JSON
     writer: Callable[[SubmittedCall, Sequence[Choice]], Writer]
     generates: bool = True  # whether answers are text, which comes token by token
     id_prefix: str = ID_PREFIX
@@ -110,7 +110,10 @@ class Jobs:
         self, made: SubmittedCall, sent: Sent, request: Mapping[str, Any], *, background: bool = True,
         conversation: str = "",
     ) -> NewJob:  # fmt: skip
-        """Return a call as a job. background: nobody follows it, so its end is told. conversation: whose turn it is."""
+        """Return a call as a job.
+
+        background: no client follows it, so webhooks report its end. conversation: the one that gets its turn.
+        """
         job = m.Job(
             jid=self._apis[sent.endpoint].id_prefix + made.id,
             endpoint=sent.endpoint,
@@ -162,7 +165,7 @@ class Jobs:
         return await self._view(job, await self.facts(job), whole=True)
 
     async def delete(self, jid: str, caller: Caller) -> dict[str, Any]:
-        """Delete a job with its requests, ending what still runs of it, and free what it kept. Raises NotFound."""
+        """Delete a job with its requests, cancelling running ones, and free its storage. Raises NotFound."""
         await self.forget(await self.load(jid, caller))
         return {"id": jid, "object": "job", "deleted": True}
 
@@ -255,7 +258,7 @@ class Jobs:
         return view
 
     async def _outlook(self, job: m.Job, facts: Facts) -> dict[str, Any]:
-        """Return what a job waits for whose first token has not come: its place, when it may begin, what is first."""
+        """Return the queue position, estimated start and blocking reason of a job that has no token yet."""
         rid = next(
             (rid for rid, fact in zip(job.rids, facts, strict=True) if fact and not fact.is_terminal), ""
         )  # fmt: skip
@@ -291,7 +294,7 @@ class Jobs:
         reads.spend(sum(fact.num_output_tokens for fact in facts if fact is not None) / reads.TOKENS_PER_READ)
         api = self._apis[job.endpoint]
         with as_kept(f"what {job.jid} asked for"):
-            tools = request.get("tools") or request.get("shown", {}).get("tools")  # what of a body takes long
+            tools = request.get("tools") or request.get("shown", {}).get("tools")  # the slow part of a body
             num_bytes = len(orjson.dumps(tools)) if tools else 0
             parsed = await self._pipeline.checks.do(
                 partial(api.parse, request, EVERYBODY), ("tools",), num_bytes, job.tenant
@@ -304,7 +307,7 @@ class Jobs:
         """Return a job's answer as a stream, after the event with an id, "" for all. Raises NotFound, BadRequest."""
         job = await self.load(jid, caller)
         if not self._generates(job):
-            raise BadRequest(f"the answer of {job.endpoint} comes as a whole: GET /v1/jobs/{jid} has it")
+            raise BadRequest(f"the answer of {job.endpoint} is not streamed: GET /v1/jobs/{jid} returns it")
         return JobStream(self.readers, jid, job.tenant, partial(self._events, job), partial(numbers_of, event_id))
 
     async def _events(self, job: m.Job) -> JobEvents:
@@ -314,7 +317,7 @@ class Jobs:
         if options.by_token:
             raise BadRequest(f"the stream of {job.jid} is at {job.endpoint}/{job.jid}?stream=true")
         if 0 < options.num_best < options.n:
-            raise BadRequest("which choices are the best is known when all have ended: best_of cannot be streamed")
+            raise BadRequest("best_of cannot be streamed: the best choices are known only when all have ended")
         choices = choices_of(call)
         hold(held() + first_event_bytes(options, call.prompts))
         return JobEvents(self._bus, choices, api.writer(call, choices))

@@ -47,12 +47,12 @@ def name_of_digest(digest: str) -> str | None:
 
 
 def name_of(target: Target) -> str:
-    """Return the label of whoever answers."""
+    """Return the label of the answering model."""
     return MERGES if is_merge(target.digest) else target.name
 
 
 def kind_of(digest: str) -> str:
-    """Return a metric's label of whoever answers: an adapter, or the base model."""
+    """Return a metric's label of the answering model: an adapter, or the base."""
     return series.KIND_ADAPTER if digest else series.KIND_BASE
 
 
@@ -93,7 +93,7 @@ def refused(tenant: str, reason: str) -> None:
 
 
 def placed(tenant: str, target: Target, timing: m.Timing) -> None:
-    """Count a request's assignment to a worker, once it has put out something there."""
+    """Count a request's assignment to a worker, once it has emitted something there."""
     _named(series.TENANT_QUEUE_SECONDS, TENANTS.of(tenant)).observe(timing.queued_ms / 1000)
     if timing.tier:
         adapter = ADAPTERS.of(name_of(target))

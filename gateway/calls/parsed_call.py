@@ -43,20 +43,20 @@ class Options(msgspec.Struct, frozen=True):
     stream: bool = False
     include_usage: bool = False
     includes_stop: bool = False  # the text ends with what ended it, a stop string or a token that is text
-    running_usage: bool = False  # every chunk tells the usage so far
+    running_usage: bool = False  # every chunk reports the usage so far
     echo: bool = False
     background: bool = False
     cls: str = INTERACTIVE
     lora_scale: float | None = None  # None: 1
-    constraint: Constraint | None = None  # on the form of the output
-    tools: Tools | None = None  # that may be called
+    constraint: Constraint | None = None  # constraint on the output's form
+    tools: Tools | None = None  # tools that the model may call
     max_thought: int | None = None  # most tokens of reasoning, where they can be bounded; None: any number
-    num_best: int = 0  # of the n choices of a prompt only so many are shown, those with the best mean logprob; 0: all
+    num_best: int = 0  # best_of: show only this many of a prompt's n choices, by mean logprob; 0: all
     num_shown: int | None = None  # most likely tokens shown beside each of the output; None: no logprobs are shown
     num_shown_of_prompt: int | None = None  # the same of the prompt, apart from those of `echo`
     shows_ids: bool = False  # the answer has the ids of its tokens, and of the prompt's
     names_ids: bool = False  # logprobs name tokens by their ids
-    shows_metrics: bool = False  # the answer tells how long its parts took
+    shows_metrics: bool = False  # the answer reports timings
     hides_reasoning: bool = False  # an answer has no reasoning, though the model does
     scores_only: bool = False  # no token is wanted, only the logprobs of the prompt
     by_token: bool = False  # each token is a piece of its own, so that the events of an answer are the same each time
@@ -90,9 +90,9 @@ class Models(msgspec.Struct, frozen=True):
     """The models that are to answer: the base or adapters by name, or an adapter merged of others for this call."""
 
     names: Sequence[str]  # each gives its own choices
-    source: str | None = None  # where the adapters lie, in LoRAX's words: hub, local or s3
+    source: str | None = None  # LoRAX's name of the source: hub, local or s3
     merged: MergedAdapters | None = None
-    token: str = ""  # for that source; "": the caller's
+    token: str = ""  # access token for the source; "": the caller's
     adapter: str = ""  # one that is to answer in place of the base, which the names must name; "": none
 
 
@@ -102,7 +102,7 @@ class Truncation:
 
     num: int | None  # tokens that are left; None: as many as fit beside the longest output
     keeps_first: bool = False  # its first tokens are left, and not its last
-    drops_messages: bool = False  # of a conversation: whole messages go instead, the earliest first
+    drops_messages: bool = False  # True: whole messages are dropped from a conversation, earliest first
 
     def limit(self, max_model_len: int, max_tokens: int | None) -> int:
         """Return how many tokens are left of a prompt at most."""
@@ -118,7 +118,7 @@ class Conversation:
     """One prompt, which the chat template makes of messages."""
 
     messages: list[dict[str, Any]]
-    variables: dict[str, Any] = field(default_factory=dict)  # for the template, besides the messages
+    variables: dict[str, Any] = field(default_factory=dict)  # template variables besides the messages
     add_generation_prompt: bool = True
     continue_final: bool = False  # the answer goes on with the last message, which is the assistant's
     add_special_tokens: bool = False  # beside those that the template writes
@@ -132,7 +132,7 @@ class Texts(msgspec.Struct, frozen=True):
 
     sources: Sequence[Source]
     truncation: Truncation | None = None
-    with_offsets: bool = False  # where each token lies in its text is wanted, see `Prompt.offsets`
+    with_offsets: bool = False  # True: token offsets are requested, see `Prompt.offsets`
     add_special_tokens: bool = True
 
 
@@ -144,8 +144,8 @@ class Pairs:
     """
 
     firsts: Sequence[str]  # one of all pairs, or one of each
-    seconds: Sequence[str]  # of each pair
-    most_tokens: int  # of all pairs together: a first text counts in each of its pairs
+    seconds: Sequence[str]  # second text of each pair
+    most_tokens: int  # maximum tokens of all pairs; a first text counts in each of its pairs
     most_second: int | None = None  # tokens that are left of each second text; None: all
     apart: bool = False  # each text is a prompt of its own
 
@@ -179,7 +179,7 @@ class Rules:
     def check_total(self, num_tokens: int, limit: int) -> None:
         """Refuse a call whose choices have too many prompt tokens together. Raises BadRequest."""
         if num_tokens > limit:
-            message = f"the prompts of all choices have {num_tokens} tokens together; the limit of a call is {limit}"
+            message = f"the prompts of all choices have {num_tokens} tokens in total; the limit per call is {limit}"
             raise BadRequest(message, param=self.param, code="limit_exceeded")
 
     def check_base(self, options: Options, base: m.ServedModel) -> None:
@@ -193,15 +193,15 @@ class Rules:
         return ()
 
     def refused_adapter(self, error: LorafleetError) -> LorafleetError:
-        """Return how it is told that an adapter cannot be served."""
+        """Return the error for an adapter that cannot be served."""
         return error
 
     def empty_prompt(self) -> BadRequest:
-        """Return how it is told that a prompt has no tokens."""
+        """Return the error for a prompt without tokens."""
         return BadRequest(f"a {self.param} is empty", param=self.param)
 
     def limit_headers(self, standing: Standing) -> dict[str, str]:
-        """Return the headers that tell what is left of the tenant's limits."""
+        """Return the headers with the rest of the tenant's limits."""
         return limit_headers(standing)
 
     def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
@@ -241,7 +241,7 @@ class Sent:
     raw: bytes
     key: str = ""  # the Idempotency-Key, "" for none
     request_id: str = ""  # the X-Request-Id, "" for none
-    known_hash: str = ""  # of a body that is held no more
+    known_hash: str = ""  # hash of a body that is no longer in memory
 
     @property
     def hash(self) -> str:
@@ -257,15 +257,15 @@ class ParsedCall(msgspec.Struct, frozen=True):
     inputs: Conversation | Texts | Pairs
     options: Options
     rules: Rules
-    task: m.Task = "generate"  # of pairs "score", until it is known that the base computes embeddings
-    model_name: str = ""  # of who answers, as the answer has it
+    task: m.Task = "generate"  # "score" for pairs, until it is known that the base computes embeddings
+    model_name: str = ""  # model name in the answer
     names_each: bool = False  # every choice names its model
     form_param: str = "response_format"  # the field that demands something of the output's form
-    metadata: Mapping[str, str] = {}  # of a job
-    answer_id: str = ""  # what the answer's id ends with, "" for one that is made here
+    metadata: Mapping[str, str] = {}  # metadata of a job
+    answer_id: str = ""  # suffix of the answer's id; "": a new one
     call_id: str = ""  # the id of the call, "" for one that is made as it is submitted
     shown: Mapping[str, Any] = {}  # fields of the body that the answer repeats
-    left_out: Sequence[str] = ()  # places in the body of what it is served without, which the answer's headers tell
+    left_out: Sequence[str] = ()  # body paths of ignored parameters, for the answer's headers
     cache_salt: str = ""  # keeps prefixes in the cache apart, besides the tenant
     sent: Sent | None = None
 
@@ -296,7 +296,7 @@ class ParsedCall(msgspec.Struct, frozen=True):
 
     @property
     def served_without(self) -> Sequence[str]:
-        """What the answer's headers tell that the call is served without."""
+        """Ignored parameters, for the answer's headers."""
         unread = self.inputs.left_out if isinstance(self.inputs, Conversation) else ()
         tools = self.options.tools
         return [*self.left_out, *unread, *(tools.not_held if tools is not None else ())]

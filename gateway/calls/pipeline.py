@@ -82,7 +82,7 @@ class Pipeline:
         admitted = await self.prepare(call)
         with stage("submit"):
             submitted = await self.submitter.submit(admitted, job)
-        if isinstance(submitted, m.Idempotent):  # what its key was used for, a moment ago
+        if isinstance(submitted, m.Idempotent):  # the call that used this key a moment ago
             return await self.attach(call, submitted)
         large.release()
         memory.hold(admitted.num_bytes)

@@ -101,7 +101,7 @@ class Subscription:
         self._until_s = 0.0  # end of the present wait, in the loop's time
         self._timer: asyncio.Handle | None = None
         self._timer_s = 0.0  # when the timer fires
-        self._timeout_s = 0.0  # of the present wait
+        self._timeout_s = 0.0  # timeout of the current wait
         self.at_once: Callable[[m.Delta], bool] | None = None
         """Is given each delta that comes while the call waits; returns whether the call need not be woken for it."""
 
@@ -113,7 +113,7 @@ class Subscription:
                 if self.at_once(delta):
                     self._until_s = self._waiter.get_loop().time() + self._timeout_s
                     return
-            except Exception as error:  # noqa: BLE001  the call's edge: whoever delivers does so for all calls
+            except Exception as error:  # noqa: BLE001  the call's edge: the reader serves all calls
                 self.fail(error)
                 return
         pending.append(delta)
@@ -153,7 +153,7 @@ class Subscription:
         return deltas
 
     def close(self) -> None:
-        """Cancel the timer, and let go of whoever is given deltas."""
+        """Cancel the timer, and drop the callback for deltas."""
         self.at_once = None
         self._cancel_timer()
 
@@ -244,7 +244,7 @@ class Replies:
         for _, fields in found.get(self._stream, ()):
             try:
                 self._deliver(fields.get(b"b", b""))
-            except Exception as error:  # noqa: BLE001  the entry's edge: whoever gets nothing looks into the log
+            except Exception as error:  # noqa: BLE001  the entry's edge: calls without deltas read the log
                 FAILED.note("replies", error, "an entry of the out stream")
 
     async def keep(self) -> None:

@@ -58,7 +58,7 @@ class CallResolver:
         elif call.task == "generate":
             refuse_classifiers(targets)
         if call.options.lora_scale is not None and not any(target.digest for target in targets):
-            raise BadRequest("lora_scale scales an adapter, and the base model has none", param="lora_scale")
+            raise BadRequest("lora_scale applies to adapters only, and the base model is asked", param="lora_scale")
         return ResolvedCall(call, base, targets)
 
     async def targets(
@@ -83,9 +83,7 @@ class CallResolver:
         names = models.names
         if models.adapter:
             if not all(is_base(name, base) for name in names):
-                message = (
-                    f"model is {brief(names[0])} and lora_path {brief(models.adapter)}: one of them names who answers"
-                )
+                message = f"model is {brief(names[0])} and lora_path {brief(models.adapter)}: give only one of them"
                 raise BadRequest(message, param="lora_path")
             names = [models.adapter] * len(names)
         targets = [await of(names[0])] if len(names) == 1 else await asyncio.gather(*map(of, names))  # tasks cost
@@ -108,7 +106,7 @@ DOES: Mapping[m.Task, str] = {
 }  # fmt: skip
 
 _NEEDED: Mapping[m.Task, str] = {
-    "generate": "text needs a model that generates it", "embed": "embeddings need an encoder",
+    "generate": "text needs a generative model", "embed": "embeddings need an encoder",
     "classify": "labels need a token classifier", "score": "labels of texts need a sequence classifier",
 }  # fmt: skip
 
@@ -118,7 +116,7 @@ def check_task(base: m.ServedModel, wanted: m.Task) -> None:
     if base.does(wanted):
         return
     if wanted == "generate":
-        kind = "has no language model's head" if base.does("embed") and base.tasks else "is an encoder"
+        kind = "has no language modelling head" if base.does("embed") and base.tasks else "is an encoder"
         raise BadRequest(f"{_NO_TEXT[base.task]}: {base.name} {kind} ({base.model_type}) and {DOES[base.task]}")
     message = f"{base.name} ({base.model_type}) {DOES[base.task]}; {_NEEDED[wanted]} as base model"
     raise BadRequest(message, param="model")
@@ -129,7 +127,7 @@ def refuse_classifiers(targets: Sequence[Target]) -> None:
     for target in targets:
         if target.num_labels:
             message = f"{target.name} is a classifier of {target.num_labels} labels and generates no text"
-            raise BadRequest(f"{message}: /v1/classify asks it", param="model")
+            raise BadRequest(f"{message}: use /v1/classify", param="model")
 
 
 def num_labels(base: m.ServedModel, target: Target) -> int:
@@ -149,11 +147,11 @@ def with_heads(call: ParsedCall, base: m.ServedModel, targets: Sequence[Target])
             call.rules.check_apart()
             return msgspec.structs.replace(call, task="embed", inputs=replace(pairs, apart=True))
         if not num and base.does("score"):
-            raise BadRequest(f"{target.name} has no head that labels texts: ask an adapter that has one", param="model")
+            raise BadRequest(f"{target.name} has no classification head: use an adapter that has one", param="model")
         if not num:
             message = f"{base.name} ({base.model_type}) {DOES[base.task]}; scores of pairs need a cross-encoder, a"
             raise BadRequest(f"{message} reranker or a model of embeddings as base model", param="model")
         if pairs is not None and num > 1:
-            message = f"{target.name} has {num} labels, and the score of a pair is that of one: /v1/classify tells all"
+            message = f"{target.name} has {num} labels, but scoring pairs needs exactly one: /v1/classify returns all"
             raise BadRequest(message, param="model")
     return call

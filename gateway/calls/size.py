@@ -35,7 +35,7 @@ TEXT_BYTES = 4
 """A token's text, where an answer's text is gathered: about what English, Chinese and code have."""
 
 NUMBER_BYTES = 12
-"""A number of an encoder's answer: as it came, as it is kept, and to be written."""
+"""Bytes per number of an encoder's answer: received, stored, and written."""
 
 OFFSET_BYTES = 136
 """Where a token lies in its text: a pair of two numbers."""
@@ -44,7 +44,7 @@ GROWTH_BYTES = 1 << 14
 """What a growing answer is charged at a time."""
 
 ENTRY_BYTES = 160
-"""A `logit_bias` entry, an id of a list or a letter of a bad word, here and in the body that may be told again."""
+"""A `logit_bias` entry, an id of a list or a letter of a bad word, here and in the body that may be resubmitted."""
 
 RECORDS = 3
 """How often logprobs are held, as bytes: as they came, to tell them to the queue again, and to be written."""

@@ -30,7 +30,7 @@ from protocol.wire.messages.requests import fields_in_use
 
 logger = logging.getLogger(__name__)
 
-PREFIX_TOKENS = 128  # of a prompt, hashed for the scheduler's prefix affinity
+PREFIX_TOKENS = 128  # prompt tokens hashed for the scheduler's prefix affinity
 
 Requests = list[tuple[m.Submit, m.Body]]
 
@@ -40,14 +40,14 @@ class SubmittedCall(Struct, frozen=True):
 
     id: str
     parsed: ParsedCall
-    base: m.ServedModel | None  # None: submitted earlier, and no worker has told its model to this gateway
+    base: m.ServedModel | None  # None: submitted earlier, and no worker has reported its model to this gateway
     prompts: list[Prompt]
     created_ms: int
     deadline_ms: int
     ended_ms: int = 0  # unix time of its end, 0 where that is not known
     submitted_s: float = 0.0  # monotonic: the moment before it was submitted
     poll_s: float = 0.0  # how often to look into the log, when another gateway gets the deltas; 0: they come here
-    mail: Subscription | None = None  # where its deltas arrive; None if nobody waits for them
+    mail: Subscription | None = None  # mailbox for its deltas; None if nobody waits for them
     resubmit: Callable[[], Awaitable[object]] | None = None  # repeatable; for a queue that has lost the requests
 
     @property
@@ -106,7 +106,7 @@ class Submitter:
         if earlier is not None:
             self._replies.unsubscribe(mail)
             return earlier
-        # What was accepted may not be refused when a queue that lost its last second is told of it again.
+        # An accepted call must not be refused when it is resubmitted to a queue that lost its last second.
         return structs.replace(
             made, mail=mail, resubmit=partial(self._write, call, requests, record, forced=True, job=new)
         )
@@ -230,7 +230,7 @@ def usages_of(call: AdmittedCall, days: int) -> list[bytes]:
 
 
 def record_of(call: SubmittedCall, jid: str = "") -> m.Idempotent:
-    """Return what is kept under a call's Idempotency-Key. jid: of the job that the call is, "" if it is none."""
+    """Return the record stored under a call's Idempotency-Key. jid: id of its job, "" if it is none."""
     assert call.parsed.sent is not None
     body_hash = call.parsed.sent.hash
     return m.Idempotent(body_hash=body_hash, created_ms=call.created_ms, rids=call.rids, jid=jid, **facts_of(call))

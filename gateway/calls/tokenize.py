@@ -45,12 +45,12 @@ class Prompt(msgspec.Struct, frozen=True):
     target: Target
     ids: bytes  # int32; b"" when it has been submitted before and is not needed again
     num_tokens: int
-    max_new_tokens: int = 0  # of each of its choices; 0 until it is admitted
+    max_new_tokens: int = 0  # per choice; 0 until admitted
     echo: str = ""  # the text that answers begin with
-    grammar: str = ""  # that answers must follow, as in `messages.Body`
-    form: AnswerForm | None = None  # what answers may consist of besides text
-    offsets: Sequence[Offset] = ()  # of each token, if the call wants them
-    second: int = 0  # where the second text of a pair begins, as in `messages.Body`
+    grammar: str = ""  # grammar of the answers, as in `messages.Body`
+    form: AnswerForm | None = None  # allowed parts of answers besides text
+    offsets: Sequence[Offset] = ()  # offset of each token, if requested
+    second: int = 0  # index of a pair's second text, as in `messages.Body`
     bad_words: list[list[int]] = []  # sequences of tokens that answers may not have
 
     @property
@@ -117,7 +117,7 @@ async def tokenize(call: ResolvedCall) -> TokenizedCall:
     """Return a call with its prompts. Raises BadRequest for messages and ids that the model cannot take."""
     parsed, base = call.parsed, call.base
     prompts: list[Prompt] = []
-    same: dict[tuple[int, int], list[Prompt]] = {}  # what models with the same tokenizer and vocabulary share
+    same: dict[tuple[int, int], list[Prompt]] = {}  # prompts shared by models with equal tokenizer and vocabulary
     for target in call.targets:
         vocab_size = target.vocab_size or base.vocab_size
         shared = id(target.files), vocab_size
@@ -185,11 +185,11 @@ async def _rendered(call: ParsedCall, inputs: Conversation, target: Target, base
         check=check,
     )
     if not encoded.ids:
-        raise BadRequest("the chat template makes an empty prompt of these messages", param=call.rules.param)
+        raise BadRequest("the chat template renders these messages as an empty prompt", param=call.rules.param)
     form = await found_form(files, tools, opened=encoded.opened, continued=encoded.continued)
     ignore(call.caller.headers, call.rules.check_form(form))
     if encoded.continued and form is not None and form.style is not None and not form.style.marker:
-        message = "this model's tool calls are whole answers: none can follow a message that is continued; leave out"
+        message = "this model's tool calls are complete answers and cannot follow a continued message; leave out"
         raise BadRequest(f"{message} tools, or continue_final_message", param="continue_final_message")
     ids = encoded.ids if limit is None or inputs.truncation is None else inputs.truncation.cut(encoded.ids, limit)
     return Prompt(target, pack(ids), len(ids), echo=echoed(call, "", files), form=form)
@@ -240,8 +240,8 @@ async def _of_pairs(
     if inputs.apart:
         return await _of_texts(call, Texts(inputs.sources), target, vocab_size, base)
     if base.task == "generate" and not target.num_labels and files.template_of_pairs is None:
-        message = f"{target.name} ranks by a prompt: its chat template names no roles query and document"
-        raise BadRequest(f"{message}, and the setting pair_template names no other", param="model")
+        message = f"{target.name} ranks with a prompt, but its chat template has no roles query and document"
+        raise BadRequest(f"{message}, and the setting pair_template is empty", param="model")
     await _check_pairs(call, inputs, target, base)
     pairs = await files.encode_pairs(inputs.texts, tenant=tenant)
     return [Prompt(target, pack(pair.ids), len(pair.ids), second=pair.second) for pair in pairs]
@@ -303,7 +303,7 @@ async def _bad_words(words: Sequence[str], files: ModelFiles, tenant: str) -> li
             found.append(spaced)
     num = sum(map(len, found))
     if num > MAX_BAD_WORD_TOKENS:
-        message = f"bad_words has {num} tokens, words with a space before them counted apart"
+        message = f"bad_words has {num} tokens (each word counts with and without a leading space)"
         raise BadRequest(f"{message}; the limit is {MAX_BAD_WORD_TOKENS}", param="bad_words")
     return found
 
@@ -319,7 +319,7 @@ def check_token_ids(options: Options, vocab_size: int) -> None:
     ):
         if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
             wrong = next(id_ for id_ in ids if not 0 <= id_ < vocab_size)
-            raise BadRequest(f"{param}: {wrong} is not a token id, which are 0 to {vocab_size - 1}", param=param)
+            raise BadRequest(f"{param}: {wrong} is not a token id; these are 0 to {vocab_size - 1}", param=param)
 
 
 def echoed(call: ParsedCall, source: Source, files: ModelFiles) -> str:

@@ -21,7 +21,7 @@ _NOTHING = nullcontext()
 
 @dataclass(slots=True)
 class CallTrace:
-    """A call that is traced: the place of its span, which is told when the call has been answered."""
+    """A traced call: the context of its span, which is exported when the call has been answered."""
 
     place: Trace
     began_ns: int = field(default_factory=time.time_ns)
@@ -63,7 +63,7 @@ class CallTrace:
         self.stages.append((name, begin_ns, end_ns or time.time_ns()))
 
     def tell(self, tracer: Tracer, status: int, route: str) -> None:
-        """Tell the call's span, and those of its stages."""
+        """Export the call's span, and those of its stages."""
         for name, begin_ns, end_ns in self.stages:
             tracer.tell(name, self.place.child(), begin_ns, end_ns, {})
         more = {"http.request.method": "POST", "http.route": route, "http.response.status_code": status}

@@ -1,4 +1,4 @@
-"""What a call waits for until its first token: its place in the queue, then its adapter."""
+"""What a call waits for until its first token: its queue position, then its adapter."""
 
 from __future__ import annotations
 

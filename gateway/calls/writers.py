@@ -45,7 +45,7 @@ class Framing:
     """How the parts of a stream stand one after the other."""
 
     media_type: bytes
-    event: Callable[[bytes], bytes]  # from one JSON text to a part
+    event: Callable[[bytes], bytes]  # turns one JSON text into an event
     idle: Callable[[str], bytes]  # a part that only keeps the connection alive; takes what the call waits for
 
     @property
@@ -76,7 +76,7 @@ class Writer(Protocol):
         ...
 
     def show_usage(self, usage: Usage) -> None:
-        """Let the frames from now on tell a call's usage so far."""
+        """Include a call's usage so far in all following frames."""
         ...
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:

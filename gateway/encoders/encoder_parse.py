@@ -64,11 +64,11 @@ class EncoderRules(Rules):
             raise BadRequest(message, param="use_activation")
 
     def refused_adapter(self, error: LorafleetError) -> LorafleetError:
-        """Return how it is told that an adapter cannot be served."""
+        """Return the error for an adapter that cannot be served."""
         return GenerationFailed(error) if self.native_adapter else error
 
     def empty_prompt(self) -> BadRequest:
-        """Return how it is told that a text is empty."""
+        """Return the error for an empty text."""
         message = "`inputs` cannot be empty" if self.native else f"{self.param}: a text is empty"
         return BadRequest(message, param=self.param)
 
@@ -105,7 +105,7 @@ def to_be_stored(request: EmbeddingsRequest) -> dict[str, Any]:
 
 
 def parse_stored(body: Mapping[str, Any], caller: Caller, settings: Settings) -> ParsedCall:
-    """Return what a body of `/v1/embeddings` that was kept as JSON asks for. Raises as `parse_embeddings`."""
+    """Parse a stored body of `/v1/embeddings`, as JSON. Raises as `parse_embeddings`."""
     return parse_embeddings(EmbeddingsRequest.model_validate(body), caller, settings)
 
 
@@ -151,7 +151,9 @@ def parse_classify(request: ClassifyRequest, caller: Caller, settings: Settings)
     else:
         for name in ("messages", *_OF_CHAT):
             if getattr(request, name) is not None:
-                raise BadRequest(f"{name} has no effect beside input: it is of another form of this route", param=name)
+                raise BadRequest(
+                    f"{name} has no effect with input: it belongs to another form of this route", param=name
+                )
         sources = sources_of(request.input)
         if not all(sources):
             raise rules.empty_prompt()
@@ -180,7 +182,7 @@ def text_of(document: Any, place: str) -> str:
     if not isinstance(text, str):
         raise BadRequest(f"{place} must be a string, or an object with a string under text", param=place)
     if others := [name for name in document if name != "text"]:
-        message = f"{place}.{others[0]:.64} has no effect: of a document only its text is ranked"
+        message = f"{place}.{others[0]:.64} has no effect: only a document's text is ranked"
         raise BadRequest(message, param=f"{place}.{others[0]:.64}", code="unsupported_parameter")
     return text
 

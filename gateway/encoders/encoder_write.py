@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from gateway.answers.sse import GenerationResponse
-from gateway.bodies.json_slices import Rows
+from gateway.bodies.json_slices import RowSlices
 from gateway.calls.choices import Choice, Piece
 from gateway.calls.follow import Generation
 from gateway.calls.submit import SubmittedCall
@@ -44,7 +44,7 @@ class EncoderResponse(GenerationResponse):
     """The answer to a call of an encoder."""
 
     def __init__(self, generation: Generation, write: Write, *, native: bool, keepalive_s: float) -> None:
-        """native: failures are told in LoRAX's way."""
+        """native: errors have LoRAX's form."""
         super().__init__(generation, _NoFrames(), keepalive_s=keepalive_s)
         self._write = write
         self.errors = LORAX_GENERATION_ERRORS if native else OPENAI_ERRORS
@@ -60,7 +60,7 @@ class EncoderResponse(GenerationResponse):
         return sum(choice.cursor.next for choice in self.generation.choices) > FEW_NUMBERS
 
     async def own_headers(self) -> dict[str, str]:
-        """Return the headers that tell more than the answer."""
+        """Return the additional headers of the answer."""
         return {}
 
 
@@ -73,7 +73,7 @@ class ClassifyResponse(EncoderResponse):
         self._started_s = started_s
 
     async def own_headers(self) -> dict[str, str]:
-        """Return the headers that tell more than the answer."""
+        """Return the additional headers of the answer."""
         times = await times_of(self.generation, self._started_s)
         return {"x-compute-type": compute_type(_base(self.generation)), **{key: times[key] for key in CLASSIFY_HEADERS}}
 
@@ -99,7 +99,7 @@ class EmbeddingsWriter(_NoFrames):
     def __init__(self, call: SubmittedCall, choices: Sequence[Choice]) -> None:
         """Raise Unavailable while the base model is not known, without which its vectors cannot be read."""
         if call.base is None:
-            raise Unavailable("no worker has told its model to this gateway yet", code="no_worker")
+            raise Unavailable("no worker has reported its model to this gateway yet", code="no_worker")
         self._base = call.base
         self._model = call.parsed.model_name
         self._rules = call.parsed.rules
@@ -144,7 +144,7 @@ def write_entities(request: EncoderRequest | EncoderBatchRequest) -> Write:
             for text, prompt, part in zip(texts, prompts, numbers, strict=True):
                 yield entities_of(text, prompt.offsets, part[::2], part[1::2].copy().view("<f4"), labels)
 
-        return Rows(rows, at_once=VECTORS) if isinstance(request, EncoderBatchRequest) else next(rows())
+        return RowSlices(rows, at_once=VECTORS) if isinstance(request, EncoderBatchRequest) else next(rows())
 
     return write
 
@@ -176,7 +176,7 @@ def embeddings_answer(
             shown = base64.b64encode(vector.astype("<f4").tobytes()).decode() if as_text else vector
             yield {"object": "embedding", "index": index, "embedding": shown}
 
-    data = Rows(rows, at_once=VECTORS)
+    data = RowSlices(rows, at_once=VECTORS)
     answer = {
         "object": "list",
         "data": data,

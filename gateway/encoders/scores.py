@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gateway.bodies.json_slices import Rows
+from gateway.bodies.json_slices import RowSlices
 from gateway.calls.follow import Generation
 from gateway.encoders.encoder_bodies import (
     ClassifyRequest,
@@ -55,7 +55,7 @@ def write_labels(request: ClassifyRequest) -> Write:
 
         more = {"completion_tokens": 0, "prompt_tokens_details": None}
         return {
-            **_head(generation, "classify-"), "model": name, "data": Rows(rows, at_once=VECTORS),
+            **_head(generation, "classify-"), "model": name, "data": RowSlices(rows, at_once=VECTORS),
             "usage": _usage(generation) | more,
         }  # fmt: skip
 
@@ -75,7 +75,7 @@ def write_text_labels(request: EncoderRequest | EncoderBatchRequest) -> Write:
                 names = label_names(base, len(probs))
                 yield [{"label": names[i], "score": float(probs[i])} for i in np.argsort(-probs, kind="stable")]
 
-        return Rows(rows, at_once=VECTORS) if is_batch else next(rows())
+        return RowSlices(rows, at_once=VECTORS) if is_batch else next(rows())
 
     return write
 
@@ -91,7 +91,7 @@ def write_scores(request: ScoreRequest, num_firsts: int) -> Write:
             for index, score in enumerate(scores):
                 yield {"index": index, "object": "score", "score": score}
 
-        return {**_head(generation, "score-"), "model": name, "data": Rows(rows), "usage": _usage(generation)}
+        return {**_head(generation, "score-"), "model": name, "data": RowSlices(rows), "usage": _usage(generation)}
 
     return write
 
@@ -112,7 +112,7 @@ def write_ranks(request: RerankRequest, documents: Sequence[str]) -> Write:
 
         return {
             "id": f"rerank-{generation.call.id}", "model": name, "usage": _usage(generation),
-            "results": Rows(rows, at_once=VECTORS),
+            "results": RowSlices(rows, at_once=VECTORS),
         }  # fmt: skip
 
     return write

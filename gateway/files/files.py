@@ -152,7 +152,7 @@ class FileService:
         """Return why a file is too much for its tenant. num: of the bytes, or files, that the tenant has."""
         if outcome == "bytes":
             limit = self._settings.tenant_file_bytes
-            text = f"your files have {num} bytes and this one {num_bytes}; the limit is {limit}: delete some"
+            text = f"your files have {num} bytes, and this one adds {num_bytes}; the limit is {limit}: delete some"
         else:
             text = f"you have {num} files; the limit is {self._settings.tenant_files}: delete some"
         return Overloaded(text, 60.0)
@@ -163,7 +163,7 @@ class FileService:
             await self._storage.delete(place_of(file.id))
             await self._bus.files.forget(file.id, file.tenant)
         except (LorafleetError, *CONNECTION_ERRORS) as error:
-            logger.warning("what was begun of %s is deleted later: %s", file.id, error)
+            logger.warning("partial data of %s will be deleted later: %s", file.id, error)
 
     async def hold_output(self, file_id: str, tenant: str, num_bytes: int, until_ms: int) -> None:
         """Hold room for an output file that is being gathered, until a time or `make`. Raises Overloaded.
@@ -217,7 +217,7 @@ class FileService:
         except CONNECTION_ERRORS as error:
             if len(self._without_bytes) < MAX_WITHOUT_BYTES:
                 self._without_bytes[file_id] = caller.owner
-            text = "the file's bytes are deleted; its record goes once the queue can be written"
+            text = "the file's content is deleted; its record follows once the queue accepts writes"
             raise Unavailable(text, code="queue_unavailable") from error
 
     async def list(
@@ -245,7 +245,7 @@ class FileService:
     async def sweep(self) -> None:
         """Delete what has expired or was never finished."""
         await self.delete_expired()
-        if random.random() < SWEEP_S / TIDY_S:  # at other times than other gateways
+        if random.random() < SWEEP_S / TIDY_S:  # randomised, so that gateways do not all sweep at once
             await self._storage.tidy()
 
     async def delete_expired(self) -> None:
@@ -318,7 +318,7 @@ def _check_fields(fields: Mapping[str, str]) -> None:
             raise BadRequest(f"unknown field of the form: {brief(name)}", param=name)
     purpose = fields.get("purpose")
     if purpose is not None and purpose not in PURPOSES:
-        raise BadRequest(f"purpose is {brief(purpose)}; files are for: {', '.join(PURPOSES)}", param="purpose")
+        raise BadRequest(f"purpose is {brief(purpose)}; supported purposes: {', '.join(PURPOSES)}", param="purpose")
 
 
 def _life_s(fields: Mapping[str, str], default_s: float) -> float:

@@ -19,7 +19,7 @@ def open_storage(place: str, default: Path, s3_endpoint: str = "", keep_free: in
         return FolderStorage(Path(place).expanduser() if place else default, Reserve(keep_free))
     bucket, _, prefix = place.removeprefix("s3://").rstrip("/").partition("/")
     if not bucket:
-        raise BadRequest(f"files: {place!r} names no bucket; it is s3://BUCKET/PREFIX")
+        raise BadRequest(f"files: {place!r} has no bucket; the form is s3://BUCKET/PREFIX")
     from gateway.files.s3_storage import S3Storage, make_client  # boto3 takes a gateway a third of a second more
 
     return S3Storage(make_client(s3_endpoint), bucket, f"{prefix}/" if prefix else "", Reserve(keep_free))

@@ -83,7 +83,7 @@ class S3Storage:
             if code == "InvalidRange":
                 return
             if code in ("NoSuchKey", "404"):
-                raise NotFound("the bytes of this file are not there any more") from error
+                raise NotFound("the content of this file no longer exists") from error
             raise _failed(error) from error
         except BotoCoreError as error:
             raise _failed(error) from error
@@ -114,4 +114,4 @@ class S3Storage:
 
 
 def _failed(error: Exception) -> LorafleetError:
-    return Unavailable(f"the storage of files in S3 fails: {type(error).__name__}")
+    return Unavailable(f"the S3 file storage failed: {type(error).__name__}")

@@ -34,7 +34,7 @@ class Storage(Protocol):
     """Holds bytes by name; a name is a few words with slashes between them."""
 
     async def check_room(self, num_bytes: int) -> None:
-        """Raise NoRoom unless so many bytes more leave this machine's disk what is kept free."""
+        """Raise NoRoom unless so many more bytes leave the free space to keep on this machine's disk."""
         ...
 
     async def write(self, name: str, chunks: AsyncIterator[bytes]) -> int:
@@ -65,7 +65,7 @@ class FolderStorage:
     """Files below a folder, which only this user may read."""
 
     def __init__(self, root: Path, reserve: Reserve | None = None) -> None:
-        """Use a folder, which is made with the first file. reserve: what is kept free of its disk; None: nothing."""
+        """Use a folder, created with the first file. reserve: free space to keep on its disk; None: none."""
         self._root = root
         self._reserve = reserve or Reserve(0)
 
@@ -86,7 +86,7 @@ class FolderStorage:
                     num_bytes += len(chunk)
                 await asyncio.to_thread(_finish, file, part, path)
             finally:
-                with suppress(OSError):  # what could not be written has been told, or is not wanted any more
+                with suppress(OSError):  # write errors were raised before, or no longer matter
                     file.close()
         except OSError as error:
             raise as_unavailable(error) from error
@@ -108,9 +108,9 @@ class FolderStorage:
                 return
             file = await _opened(lambda: path.open("rb"))
         except FileNotFoundError as error:
-            raise NotFound("the bytes of this file are not there any more") from error
+            raise NotFound("the content of this file no longer exists") from error
         except OSError as error:
-            raise Unavailable(f"the storage of files cannot be read: {error.strerror}") from error
+            raise Unavailable(f"the file storage cannot be read: {error.strerror}") from error
         with file:
             file.seek(start)
             while end is None or start < end:
@@ -137,7 +137,7 @@ class FolderStorage:
         try:
             await asyncio.to_thread(self._delete, name)
         except OSError as error:
-            raise Unavailable(f"the storage of files cannot be changed: {error.strerror}") from error
+            raise Unavailable(f"the file storage cannot be changed: {error.strerror}") from error
 
     def _delete(self, name: str) -> None:
         path = self._root / name
@@ -160,14 +160,14 @@ class FolderStorage:
 def as_unavailable(error: OSError) -> Unavailable:
     """Return what is raised for a disk that does not take bytes."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoRoom(f"the storage of files has no room: {error.strerror}")
-    return Unavailable(f"the storage of files cannot be written: {error.strerror}")
+        return NoRoom(f"the file storage is full: {error.strerror}")
+    return Unavailable(f"the file storage cannot be written: {error.strerror}")
 
 
 def _unless_absent(error: OSError) -> None:
     """Raise Unavailable for a folder that is there and cannot be listed: it is not an empty one."""
     if not isinstance(error, FileNotFoundError):
-        raise Unavailable(f"the storage of files cannot be read: {error.strerror}") from error
+        raise Unavailable(f"the file storage cannot be read: {error.strerror}") from error
 
 
 def _part(path: Path, start: int, end: int) -> bytes:

@@ -37,10 +37,10 @@ class UploadedForm:
         self.has_file = False
         self.num_bytes = 0
         self._max_bytes = max_bytes
-        self._ready: list[bytes] = []  # of the file, not passed on yet
+        self._ready: list[bytes] = []  # file bytes not passed on yet
         self._num_parts = 0
         self._is_file = False
-        self._header = b""  # of the current part
+        self._header = b""  # name of the current part's header
         self._value = b""
         self._headers: dict[bytes, bytes] = {}
         self._field = ""
@@ -70,7 +70,7 @@ class UploadedForm:
                 yield chunk
             self._ready.clear()
         if not self._has_ended:
-            raise BadRequest("the form ends in the middle of a part")
+            raise BadRequest("the form ends within a part")
         if not self.has_file:
             raise BadRequest("the form has no file: send it as the part `file`", param="file")
 
@@ -126,7 +126,7 @@ class UploadedForm:
             try:
                 self.fields[self._field] = self._value.decode()
             except UnicodeDecodeError as error:
-                raise BadRequest(f"the field {brief(self._field)} is no UTF-8", param=self._field) from error
+                raise BadRequest(f"the field {brief(self._field)} is not UTF-8", param=self._field) from error
 
     def _finish(self) -> None:
         self._has_ended = True

@@ -54,7 +54,7 @@ class FleetView:
             series.FLEET_OLDEST_SECONDS.labels(cls).set(max(0, now_ms() - oldest_ms) / 1000 if oldest_ms else 0)
 
     async def show_workers(self) -> list[m.WorkerBeat]:
-        """Set the fleet's metrics and those of each live worker, and return these workers' beats.
+        """Set the fleet's metrics and those of each live worker, and return these workers' heartbeats.
 
         There are none while the queue cannot be reached.
         """
@@ -72,7 +72,7 @@ class FleetView:
     def demand(self) -> int:
         """How many requests workers are needed for: those that wait and those that run.
 
-        At least one before any worker has told its model, since without it no call can be accepted.
+        At least one before any worker has reported its model, since without it no call can be accepted.
         """
         num = self.status.queued + self.status.running if self.status is not None else 0
         return num if self.base is not None else max(num, 1)

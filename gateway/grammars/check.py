@@ -25,7 +25,7 @@ Key = tuple[str, bytes]
 
 @dataclass
 class _Trial:
-    """A grammar that is being compiled; whoever asks for it meanwhile waits for the same result."""
+    """A grammar that is being compiled; concurrent callers wait for the same result."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     error: ServerError | None = None  # why it could not be tried, for those who waited
@@ -45,7 +45,7 @@ class GrammarCheck:
         self._sandbox = sandbox
         self._limit_s = limit_s
         self._facts: OrderedDict[bytes, str] = OrderedDict()  # why a grammar is refused, "" if it compiles, by digest
-        self._limits: OrderedDict[Key, tuple[str, float]] = OrderedDict()  # what it took, and until when that holds
+        self._limits: OrderedDict[Key, tuple[str, float]] = OrderedDict()  # refusal, and loop time of its expiry
         self._trials: WeakValueDictionary[Key, _Trial] = WeakValueDictionary()
 
     async def check(self, grammar: str, param: str, tenant: str) -> None:
@@ -89,7 +89,7 @@ class GrammarCheck:
             return limit.message
         except ServerError as error:
             trial.error = error
-            del self._trials[key]  # whoever asks from now on has a try of its own
+            del self._trials[key]  # later callers start a new try
             raise
         self._facts[digest] = refusal
         if len(self._facts) > MAX_REMEMBERED:

@@ -1,7 +1,7 @@
 """Closes the objects of a JSON schema: an object that names its properties has no others. Pure.
 
 Libraries that make schemas of classes leave `additionalProperties` out, which by the letter allows any key. Models then
-write on, the same key again and again, for a grammar knows no other bound. What a schema itself says of
+write on, repeating the same key, because a grammar has no other bound. What a schema itself says of
 `additionalProperties` holds. Objects of free keys, which the grammar cannot keep from repeating, have so many and no
 more.
 """
@@ -32,7 +32,7 @@ _ALL, _ANY = "allOf", ("anyOf", "oneOf")
 _APPLIED = (_ALL, *_ANY, "$ref")  # schemas that hold for the same value
 _OBJECT = ("properties", "patternProperties", "additionalProperties", "required", "minProperties", "maxProperties")
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
-_OF_PARTS = ("items", "prefixItems", "additionalItems", "additionalProperties")  # of other values: one or a list
+_OF_PARTS = ("items", "prefixItems", "additionalItems", "additionalProperties")  # they hold other values
 
 Schema = dict[str, Any]
 
@@ -55,7 +55,7 @@ def closed(schema: Schema, place: str, *, num_bytes: int, close: bool = True, st
 class _Names:
     """What the schemas that hold for one value say about its properties."""
 
-    names: dict[str, None] = field(default_factory=dict)  # in the schema's order
+    names: dict[str, None] = field(default_factory=dict)  # names in the schema's order
     has_properties: bool = False
     as_written: bool = False  # it says itself what else may be there, or that cannot be told
 
@@ -72,7 +72,7 @@ class _Walk:
         self._copy_of: dict[str, str] = {}  # reference -> the name of its open copy
         self._to_copy: list[tuple[str, Schema]] = []
         self._targets: dict[str, Schema | None] = {}
-        self._num = 0  # of the last copy's name
+        self._num = 0  # number of the latest copy's name
 
     def copies(self) -> Schema:
         """Return, by name, what is to be added to the root's `$defs`: what is referred to beside others, left open."""
@@ -178,7 +178,7 @@ class _Walk:
     def _spend(self, steps: int) -> None:
         self._steps -= steps
         if self._steps < 0:
-            text = f"{self._place}: its schemas refer to each other so often that closing its objects takes more than"
+            text = f"{self._place}: its schemas have so many references that closing its objects takes more than"
             text = f"{text} {self._max_steps} steps, the limit for its size; give them additionalProperties"
             raise BadRequest(text, param=self._place)
 

@@ -20,7 +20,7 @@ _TOKEN = re.compile(
 )
 _HEX = re.compile(r"\\x([0-9a-fA-F]{2})")
 _WIDE = re.compile(r"\\U([0-9a-fA-F]{8})")
-_IN_CLASS = re.compile(r"\\.|[/\[&~]", re.DOTALL)  # what a regular expression of Rust reads differently in a class
+_IN_CLASS = re.compile(r"\\.|[/\[&~]", re.DOTALL)  # Rust's regular expressions treat these differently in a class
 
 
 def is_ebnf(text: str) -> bool:
@@ -40,13 +40,13 @@ def lark_of(text: str, place: str) -> str:
         if num_tokens > MAX_TOKENS:
             raise BadRequest(f"{place} has more than {MAX_TOKENS} parts, which is the limit", param=place)
         if token is None or token.lastgroup in (None, "wrong"):
-            raise BadRequest(f"{place} is no EBNF at {text[at : at + 20]!r}", param=place)
+            raise BadRequest(f"{place} is not valid EBNF at {text[at : at + 20]!r}", param=place)
         at, kind, found = token.end(), token.lastgroup, token[token.lastgroup or 0]
         if kind in ("rule", "name"):
             name = names.setdefault(found, f"rule_{len(names)}")
             if kind == "rule":
                 if found in defined:
-                    raise BadRequest(f"{place} has the rule {found:.100} twice", param=place)
+                    raise BadRequest(f"{place} defines the rule {found:.100} twice", param=place)
                 defined.add(found)
             pieces.append(f"\n{name}:" if kind == "rule" else name)
         elif kind == "string":
@@ -71,7 +71,7 @@ def _literal(token: str, place: str) -> str:
     try:
         return json.loads(_HEX.sub(r"\\u00\1", text).replace("\\[", "[").replace("\\]", "]"), strict=False)
     except ValueError:
-        raise BadRequest(f"{place} has a string with a wrong escape: {token:.60}", param=place) from None
+        raise BadRequest(f"{place} has a string with an invalid escape: {token:.60}", param=place) from None
 
 
 def _escaped(found: re.Match[str]) -> str:

@@ -1,7 +1,7 @@
 """What a schema, regular expression or grammar may hold, found out before anything compiles it. Pure.
 
 Each function here reads every character a bounded number of times: patterns are possessive, and what begins like a
-string or an expression and does not end is one token too, so that no search begins anew within it.
+string or an expression and does not end is one token too, so that no search restarts within it.
 
 Whether it compiles, and at what cost, is found out in the sandbox. Here is refused what is written in a few bytes and
 costs without bound, counted repetitions inside each other, and what is too deep or too wide to walk through. `minItems`
@@ -34,8 +34,8 @@ MAX_WHITESPACE_BYTES = 256
 
 _LISTS = ("enum", "anyOf", "oneOf", "allOf", "prefixItems", "required")
 _BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-_VALUES = frozenset({"const", "enum", "default", "example", "examples"})  # what is in them is no schema
-_SCHEMA, _NAMES, _VALUE = "schema", "names", "value"  # what a part of a schema is: _NAMES has schemas by name
+_VALUES = frozenset({"const", "enum", "default", "example", "examples"})  # keywords whose values are not schemas
+_SCHEMA, _NAMES, _VALUE = "schema", "names", "value"  # kinds of schema parts; _NAMES maps names to schemas
 
 _TIMES = re.compile(r"\{(\d*+)(,?+)(\d*+)\}")
 _MAX_DIGITS = 9

@@ -38,7 +38,7 @@ JSON_STYLE: dict[str, Any] = {
 }
 
 STYLE = "x-guidance"
-"""The key of a schema by which llguidance is told how to write its JSON: ours alone."""
+"""The schema key that sets llguidance's JSON style; only this project sets it."""
 
 _KINDS = ("json", "json_object", "regex", "choice", "grammar")
 
@@ -77,7 +77,7 @@ def native_constraint(response_format: Mapping[str, Any] | None, settings: Setti
     if response_format is None or response_format.get("schema", ...) is None:
         return None
     if response_format.get("value") is not None or response_format.get("json_schema") is not None:
-        return _response_format(response_format, settings)  # as the clients of other servers write it
+        return _response_format(response_format, settings)  # form used by clients of other servers
     kind = response_format.get("type")
     if kind == "text":
         return None
@@ -111,7 +111,7 @@ def _response_format(form: Mapping[str, Any], settings: Settings) -> Constraint 
     kind = form.get("type")
     given = [name for name in ("json_schema", "schema", "value") if form.get(name) is not None]
     if len(given) > 1 or (given and kind == "text") or (given == ["json_schema"] and kind == "json_object"):
-        message = f"response_format.{given[-1]} has no effect beside the others, whose type is {brief(kind)}"
+        message = f"response_format.{given[-1]} has no effect with the type {brief(kind)}"
         raise BadRequest(message, param=f"response_format.{given[-1]}")
     if given == ["value"]:
         return tgi_constraint(form, "response_format", settings)
@@ -121,7 +121,7 @@ def _response_format(form: Mapping[str, Any], settings: Settings) -> Constraint 
         return _json(form.get("schema", ANY_OBJECT), "response_format.schema", settings)
     if kind != "json_schema":
         raise BadRequest(f"response_format of type {kind!r} is not supported", param="response_format")
-    if "json_schema" not in form and "schema" in form:  # as LoRAX takes it
+    if "json_schema" not in form and "schema" in form:  # LoRAX's form
         return _json(form["schema"], "response_format.schema", settings)
     inner = form.get("json_schema")
     if not isinstance(inner, dict):

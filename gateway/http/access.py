@@ -57,12 +57,12 @@ ADMIN_PAGE = Access(("admin",), is_page=True)
 class Match:
     """The route of a request, and what its callers need."""
 
-    path: str  # of the request, normalised
+    path: str  # normalised path of the request
     route: APIRoute | None = None  # None: no route has the path, or none has it with this method
     params: Mapping[str, str] = field(default_factory=dict)
     scopes: (
         tuple[Scope, ...] | None
-    ) = ()  # as in `Access`; so a stranger is told no more of unknown paths than of others
+    ) = ()  # as in `Access`; strangers learn no more about unknown paths than about others
     kind: Kind = "plain"
     any_token: bool = False  # whether any bearer may be the token of an adapter's source
     allowed: tuple[str, ...] = ()  # other methods that the path has, where it has none for this one

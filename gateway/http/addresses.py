@@ -14,7 +14,7 @@ def origin_of(address: Any) -> str:
 
 
 def client_of(scope: Mapping[str, Any]) -> str:
-    """Return the same of whoever has sent a request, given as an ASGI scope; "" also where that is not known."""
+    """Return the same for the sender of a request, given as an ASGI scope; "" if unknown."""
     client = scope.get("client")
     return origin_of(tuple(client)) if client else ""
 

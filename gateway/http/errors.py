@@ -1,4 +1,4 @@
-"""Errors as HTTP: their shape on every status, and the headers that tell a client whether to try again."""
+"""Errors as HTTP: their shape on every status, and the headers that say whether a client should retry."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from protocol.wire.errors import (
 logger = logging.getLogger(__name__)
 
 MAX_RETRY_AFTER_S = 60
-"""OpenAI's clients give up when they are told to wait for much longer."""
+"""s; OpenAI's clients give up on a much longer Retry-After."""
 
 MAX_TEXT_CHARACTERS = 1900
 """Most characters of an error's message."""
@@ -46,7 +46,7 @@ FORM = "form "
 
 _RANGES = {"gt", "ge", "lt", "le"}
 _MAX_LISTED = 3  # reasons shown for one field
-_OWN_WORDS = {  # pydantic's error type -> text for whoever wrote the JSON
+_OWN_WORDS = {  # pydantic's error type -> text for the author of the JSON
     "missing": "it is missing",
     "string_type": "it must be a string",
     "int_type": "it must be an integer",
@@ -102,7 +102,7 @@ class OpenAIErrors:
 OPENAI_ERRORS = OpenAIErrors()
 
 ERROR_SHAPE = "lorafleet.errors"
-"""Scope key of the shape of a request's errors, where its body tells the API and not its path."""
+"""Scope key of the shape of a request's errors, where its body determines the API, not its path."""
 
 
 def cut(text: str) -> str:
@@ -125,7 +125,7 @@ class HttpError(ClientError):
 
 
 def retry_headers(error: LorafleetError) -> dict[str, str]:
-    """Return the headers that tell a client whether and when to try again."""
+    """Return the headers that say whether and when a client should retry."""
     if isinstance(error, Overloaded) and (refusals := REFUSALS_OF.get(None)) is not None:
         refusals.append(error.reason)
     headers = {"x-should-retry": "true" if error.retryable else "false"}
@@ -139,7 +139,7 @@ def unreachable_queue(cause: BaseException) -> Unavailable:
     """Log what keeps the queue from doing its part, and return the error for the client."""
     if isinstance(cause, MemoryFull):
         logger.error("the queue's memory is full")
-        return QueueFull("the queue's memory is full: nothing new can be stored until something ends or expires")
+        return QueueFull("the queue's memory is full: nothing can be stored until requests end or expire")
     if isinstance(cause, DiskFull):
         logger.error("the queue's server cannot write to its disk: %s", cause)
         return Unavailable("the queue's server cannot write to its disk", code="queue_unavailable")
@@ -166,20 +166,20 @@ def response_to(error: Exception, request: Request, shape_of: ShapeOf) -> Respon
     """Return the response to an error that leaves a route, in the shape that the request wants."""
     headers: Mapping[str, str] | None = None
     if isinstance(error, LorafleetError):
-        told = error
+        answer = error
     elif isinstance(error, RequestValidationError):
-        told = _from_validation(error.errors(), request.headers.get("content-type", ""))
+        answer = _from_validation(error.errors(), request.headers.get("content-type", ""))
     elif isinstance(error, HTTPException):
         allowed: Sequence[str] = request.scope[MATCH].allowed  # the router, which looks at no path, knows 404 alone
-        told, headers = _from_http(request, error, allowed), error.headers
-        if told.status == 405:
+        answer, headers = _from_http(request, error, allowed), error.headers
+        if answer.status == 405:
             headers = {**(headers or {}), "Allow": ", ".join(allowed)}
     elif isinstance(error, CONNECTION_ERRORS):
-        told = unreachable_queue(error)
+        answer = unreachable_queue(error)
     else:
-        told = Internal("the gateway failed")
+        answer = Internal("the gateway failed")
     shape = request.scope.get(ERROR_SHAPE) or shape_of(request.scope)
-    return shape.response(told, headers)
+    return shape.response(answer, headers)
 
 
 def let_go(error: BaseException) -> None:

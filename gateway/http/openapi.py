@@ -76,7 +76,7 @@ class ResponseObject(BaseModel):
 
 
 class Conversation(BaseModel):
-    """A conversation that is kept."""
+    """A stored conversation."""
 
     id: str
     object: str
@@ -211,7 +211,7 @@ class Batch(BaseModel):
 
 
 class Webhook(BaseModel):
-    """An endpoint of webhooks; its secret is told where it is new."""
+    """An endpoint of webhooks; only its creation returns its secret."""
 
     id: str
     object: str
@@ -311,7 +311,7 @@ def _errors(schema: dict[str, Any]) -> Responses:
 _TEXT = {"type": "string"}
 _NUMBER, _INTEGER = {"type": "number"}, {"type": "integer"}
 _MAYBE = {"type": ["string", "null"]}
-_EVENTS = {EVENTS: {"schema": _object(data=_TEXT)}}  # of one event, as in OpenAPI 3.2; schemathesis reads it so
+_EVENTS = {EVENTS: {"schema": _object(data=_TEXT)}}  # schema of one event, as in OpenAPI 3.2; schemathesis reads it so
 
 _OPENAI_ERROR = _object(error=_object(message=_TEXT, type=_TEXT, param=_MAYBE, code=_MAYBE))
 _NATIVE_ERROR = _object(error=_TEXT, error_type=_TEXT)
@@ -324,14 +324,14 @@ _ANTHROPIC = _errors(
 )
 MESSAGES: Responses = {200: {"model": Message, "content": _EVENTS}, **_ANTHROPIC}
 COUNTED: Responses = {200: {"model": Counted}, **_ANTHROPIC}
-HEALTH: Responses = {200: {"model": Health}, 503: {"model": Health, "description": "Nothing is served now"}}
+HEALTH: Responses = {200: {"model": Health}, 503: {"model": Health, "description": "No requests are served now"}}
 PAGE: Responses = {200: {"model": Page}}
 _MODELS = {"type": "object", "required": ["data"], "properties": {"data": {"type": "array"}}}
 MODELS: Responses = {200: _json("OpenAI's list or, with the header anthropic-version, a page of Anthropic's", _MODELS)}
 JOB: Responses = {200: {"model": Job}}
 DELETED: Responses = {200: {"model": Deleted}}
 LATER: Responses = {202: _json("Accepted; it is not done yet", {"type": "object"})}
-REGISTERED: Responses = {201: _json("A new name, served", {"type": "object"}), **LATER}
+REGISTERED: Responses = {201: _json("A new name is served", {"type": "object"}), **LATER}
 STREAMED: Responses = {200: {"content": _EVENTS}}
 GENERATED: Responses = {
     200: {"model": Generated, "content": _EVENTS},
@@ -417,19 +417,21 @@ VERSION: Responses = {200: {"model": Version}}
 LOAD: Responses = {200: {"model": Load}}
 FLEET: Responses = {200: {"model": Fleet}}
 WORKER: Responses = {200: _json("A worker", _object(id=_TEXT, object=_TEXT, name=_MAYBE, state=_TEXT))}
-WORKER[202] = {**WORKER[200], "description": "Told; it has not answered yet"}
+WORKER[202] = {**WORKER[200], "description": "Requested; the worker has not confirmed it yet"}
 LETTER: Responses = {200: _json("A request that was given up", _object(id=_TEXT, object=_TEXT, reason=_TEXT))}
-RETRIED: Responses = {200: _json("It is queued again", _object(id=_TEXT, object=_TEXT, request=_TEXT))}
+RETRIED: Responses = {200: _json("It was requeued", _object(id=_TEXT, object=_TEXT, request=_TEXT))}
 NEW_KEY: Responses = {201: _json("A new key, and its secret", _object(id=_TEXT, object=_TEXT, secret=_TEXT))}
 TENANT: Responses = {200: _json("A tenant and its limits", _object(id=_TEXT, object=_TEXT, weight=_NUMBER))}
 _CANCELLED = {"type": "array", "items": _object(id=_TEXT, state=_MAYBE)}
 CANCELLED: Responses = {
-    200: _json("Asked to end, if they had not", _object(id=_TEXT, object=_TEXT, requests=_CANCELLED))
+    200: _json(
+        "Cancellation was requested for those that had not ended", _object(id=_TEXT, object=_TEXT, requests=_CANCELLED)
+    )
 }
 _HAPPENED = _object(ms=_INTEGER, event=_TEXT, text=_TEXT)
 EXPLAINED: Responses = {
     200: _json(
-        "What became of a request",
+        "The state and timeline of a request",
         _object(
             id=_TEXT, object=_TEXT, call=_TEXT, state=_TEXT, prompt_tokens=_INTEGER, output_tokens=_INTEGER,
             attempts=_INTEGER, timeline={"type": "array", "items": _HAPPENED},
@@ -438,7 +440,7 @@ EXPLAINED: Responses = {
 }  # fmt: skip
 REPLAYED: Responses = {
     200: _json(
-        "How a request compares with itself, run again",
+        "A replay compared with the original request",
         _object(id=_TEXT, replay=_TEXT, equal={"type": "boolean"}, tokens=_INTEGER, tokens_now=_INTEGER),
     )
 }

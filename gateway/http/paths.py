@@ -22,7 +22,7 @@ CONVERSATIONS = "/v1/conversations"
 COUNT_TOKENS = f"{MESSAGES}/count_tokens"
 
 MODELS = "/v1/models"
-"""It, and what is below it, answers in Anthropic's way whoever sends `anthropic-version`, else in OpenAI's."""
+"""These routes answer in Anthropic's form to clients that send `anthropic-version`, and in OpenAI's to others."""
 
 OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED = "/api/chat", "/api/generate", "/api/embed"
 OLLAMA_PREFIX = "/api/"
@@ -53,7 +53,7 @@ TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 PING = "/ping"
 
 SMALL_BODY_BYTES = 1 << 16
-"""Bodies up to this size wait for no place: none costs more than a few milliseconds."""
+"""Bodies up to this size need no slot: none costs more than a few milliseconds."""
 
 LORAX_PATHS = LORAX_GENERATE | LORAX_ENCODE | {TOKENIZE, "/info", PING, "/startup"}
 """Routes that answer and refuse in LoRAX's way."""
@@ -63,13 +63,13 @@ INVOCATIONS = "/invocations"
 OPENAI_FORMS = {
     TOKENIZE: {"prompt", "messages"}, "/classify": {"input", "messages"}, INVOCATIONS: {"prompt", "messages"}
 }  # fmt: skip
-"""Paths of LoRAX's that also take a body in OpenAI's or vLLM's form -> the fields that tell it by.
+"""Paths of LoRAX's that also take a body in OpenAI's or vLLM's form -> the fields that identify it.
 
 Its errors are OpenAI's.
 """
 
 PROBES = frozenset({"/health", PING})
-"""What programs read again and again to see whether a gateway is well: cheap, and never refused for its number."""
+"""Routes that programs poll to check a gateway's health: cheap, and exempt from limits on reads."""
 
 LISTS = frozenset(
     {

@@ -31,12 +31,12 @@ class NativeCall:
 
     call: ParsedCall
     prompt: str
-    adapter_id: str  # as it was given
-    seed: int | None  # as the client gave it or it was drawn; None when greedy
+    adapter_id: str  # id as given by the client
+    seed: int | None  # given by the client or drawn; None when greedy
     details: bool
     alternatives: bool
     full_text: bool
-    as_list: bool  # as `POST /` answers
+    as_list: bool  # True: answer as a list, as `POST /` does
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class NativeRules(Rules):
         return GenerationFailed(error)
 
     def empty_prompt(self) -> BadRequest:
-        """Return how it is told that a prompt has no tokens."""
+        """Return the error for a prompt without tokens."""
         return _bad("`inputs` cannot be empty", self.param)
 
     def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
@@ -122,7 +122,7 @@ def parse(
 
 
 def _drawn_seed(sent: Sent) -> int:
-    """Return a seed, with an Idempotency-Key the same each time, since answers tell it."""
+    """Return a seed; with an Idempotency-Key the same each time, since answers contain it."""
     if not sent.key:
         return secrets.randbits(SEED_BITS)
     digest = hashlib.sha256(f"{sent.key}\0{sent.hash}".encode()).digest()

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from gateway.answers.sse import GenerationResponse
-from gateway.bodies.json_slices import Rows
+from gateway.bodies.json_slices import RowSlices
 from gateway.calls import lorax_metrics
 from gateway.calls.choices import Piece, TokenLogprob, mean_logprob
 from gateway.calls.follow import Generation
@@ -110,7 +110,7 @@ class NativeWriter:
         return b""
 
     def show_usage(self, usage: Usage) -> None:
-        """Do nothing: LoRAX's events do not tell the usage."""
+        """Do nothing: LoRAX's events do not report usage."""
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
         """Return the answer: the choice with the best mean logprob, the others beside it."""
@@ -138,8 +138,8 @@ class NativeWriter:
             "finish_reason": self._reason(piece.finish, ids[-1] if ids else -1, text),
             "generated_tokens": len(ids),
             "seed": self._native.seed,
-            "prefill": Rows(prefill),
-            "tokens": Rows(lambda: self._token_writer().tokens(piece.logprobs, ended=True), self._options.rows),
+            "prefill": RowSlices(prefill),
+            "tokens": RowSlices(lambda: self._token_writer().tokens(piece.logprobs, ended=True), self._options.rows),
         }
 
     def _reason(self, finish: str, last: int, text: str) -> str:
@@ -178,7 +178,7 @@ class NativeResponse(GenerationResponse):
         return [answer] if self._native.as_list else answer, headers
 
     def _headers(self) -> dict[str, str]:
-        """Return what the headers tell besides tokens and times."""
+        """Return the headers besides those of tokens and times."""
         base, [target] = self.generation.call.base, self.generation.call.targets
         assert base is not None
         headers = {

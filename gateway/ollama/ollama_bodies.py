@@ -12,7 +12,7 @@ from gateway.openai.openai_bodies import MAX_REPETITION_WINDOW
 
 
 def _whole(value: Any) -> Any:
-    """Return a float that is a whole number as one: JSON of JavaScript and Go does not tell them apart."""
+    """Return a float that is a whole number as one: JSON of JavaScript and Go does not distinguish them."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 

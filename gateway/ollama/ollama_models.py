@@ -84,7 +84,7 @@ def listed(base: m.ServedModel, known: Known | None) -> dict[str, Any]:
 
 
 def _size(known: Known | None) -> int:
-    """Return an adapter's bytes; 0 for the base, whose size no worker tells."""
+    """Return an adapter's bytes; 0 for the base, whose size no worker reports."""
     return 0 if known is None else known[1].num_bytes
 
 

@@ -179,7 +179,7 @@ def _conversation(request: ChatRequest, settings: Settings) -> Conversation:
 
 
 def _variables(request: ChatRequest | GenerateRequest) -> dict[str, Any]:
-    """Return how templates are told whether, and how much, to reason: each family has a variable of its own."""
+    """Return the template variables that set reasoning and its effort; each model family has its own."""
     if request.think is None:
         return {}
     variables: dict[str, Any] = {"enable_thinking": bool(request.think), "thinking": bool(request.think)}
@@ -220,7 +220,7 @@ class _OpenCalls:
     """The calls without a result, in their order; each is added and found in the same time, however many there are."""
 
     def __init__(self) -> None:
-        self._ids: dict[int, Any] = {}  # by number
+        self._ids: dict[int, Any] = {}  # ids by call number
         self._of_name: defaultdict[str, deque[int]] = defaultdict(deque)  # numbers, maybe of calls that have results
         self._num = 0
 

@@ -1,6 +1,6 @@
 """*Write* for Ollama's API: an answer as one object, or as objects one a line, the last of them with counts and times.
 
-A tool call is an object of a message, so it is told when it is whole.
+A tool call is an object of a message, so it is sent when it is complete.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import orjson
 
 from gateway.answers.sse import GenerationResponse
 from gateway.bodies import json_values
-from gateway.bodies.json_slices import Rows, dumps
+from gateway.bodies.json_slices import RowSlices, dumps
 from gateway.calls.choices import Piece, TokenLogprob
 from gateway.calls.follow import Generation
 from gateway.calls.writers import MIN_LOGPROB, Framing, Usage
@@ -52,7 +52,7 @@ def time_text(ms: int | None = None) -> str:
 class Objects:
     """Makes the objects of one answer."""
 
-    model: str  # as the client named it
+    model: str  # name given by the client
     is_chat: bool
 
     def part(self, text: str = "", *, thinking: str = "", calls: Sequence[Any] = (), done: bool = False) -> Any:
@@ -191,7 +191,7 @@ class OllamaWriter:
         return self._objects.part(done=True)
 
     def _entries(self, piece: Piece) -> dict[str, Any]:
-        return {"logprobs": Rows(lambda: map(self._entry, piece.logprobs))}
+        return {"logprobs": RowSlices(lambda: map(self._entry, piece.logprobs))}
 
     def _entry(self, token: TokenLogprob) -> dict[str, Any]:
         top = [self._scored(*pair) for pair in token.top]
@@ -268,7 +268,7 @@ class EmbedResponse(EncoderResponse):
         def write(numbers: list[np.ndarray], generation: Generation) -> Any:
             return {
                 "model": model,
-                "embeddings": Rows(lambda: map(shown, numbers), at_once=VECTORS),
+                "embeddings": RowSlices(lambda: map(shown, numbers), at_once=VECTORS),
                 "total_duration": round((time.monotonic() - started_s) * 1e9),
                 "prompt_eval_count": generation.usage.prompt_tokens,
             }

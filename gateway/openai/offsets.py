@@ -29,7 +29,7 @@ class TextOffsets:
         for id_ in ids:
             yield min(at, len(echo))
             text = detokenizer.add((id_,))
-            if id_ in tokens.special and not is_of_ids:  # of the tokenizer, or spelled out by the client
+            if id_ in tokens.special and not is_of_ids:  # from the template, or spelled out by the client
                 text = tokens.text_of(id_)
                 text = text if echo.startswith(text, at) else ""
             at += len(text)

@@ -40,18 +40,18 @@ Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
 class StreamOptions(JsonBody):
-    """What a stream tells besides its text."""
+    """What a stream reports besides its text."""
 
     OBJECT = "stream_options"
 
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None  # vLLM's: with the former, every chunk tells the usage so far
+    continuous_usage_stats: bool | None = None  # vLLM's: with the former, every chunk reports the usage so far
 
 
 class GenerationRequest(JsonBody):
     """The fields of both routes. null always means the default."""
 
-    model: Name | Annotated[list[Name], Field(min_length=1, fail_fast=True)]  # of a list each gives its own choices
+    model: Name | Annotated[list[Name], Field(min_length=1, fail_fast=True)]  # each model of a list gives choices
     lora_scale: Annotated[float, Field(ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)] | None = None
     merged_adapters: MergedAdapters | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None

@@ -22,7 +22,7 @@ class OpenAICalls:
     """The way of a call of OpenAI's routes, from *parse* to *write*."""
 
     def __init__(self, pipeline: Pipeline, others: Mapping[str, JobApi]) -> None:
-        """others: path -> how the jobs of other APIs are read, which are kept with those of OpenAI's."""
+        """others: path -> reader of other APIs' jobs, which are stored with OpenAI's."""
         self._pipeline = pipeline
         self._settings = pipeline.settings
         apis = {

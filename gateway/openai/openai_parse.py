@@ -93,7 +93,7 @@ def to_be_stored(request: AnyRequest) -> dict[str, Any]:
 
 
 def parse_stored(endpoint: str, body: Mapping[str, Any], caller: Caller, settings: Settings) -> ParsedCall:
-    """Return what a body that was kept as JSON asks for. Raises as `parse`."""
+    """Parse a stored body, as JSON. Raises as `parse`."""
     return parse(BODIES[endpoint].model_validate(body), caller, settings)
 
 
@@ -134,7 +134,7 @@ def conversation_of(request: ChatRequest, truncation: Truncation | None = None) 
     """Return what a chat's prompt is made of. Raises BadRequest for parameters that contradict each other."""
     variables, continue_final = request.template_variables, bool(request.continue_final_message)
     if continue_final and request.add_generation_prompt:
-        message = "continue_final_message and add_generation_prompt exclude each other: an answer goes on, or begins"
+        message = "continue_final_message and add_generation_prompt exclude each othereach other"
         raise BadRequest(message, param="continue_final_message")
     check_variables(variables)
     begin_answer = request.add_generation_prompt is not False and not continue_final
@@ -150,7 +150,7 @@ def check_variables(variables: Mapping[str, Any]) -> None:
     for name in _NO_VARIABLES:
         if name in variables:
             param = f"chat_template_kwargs.{name}"
-            raise BadRequest(f"{param} has no effect: {name} is a parameter of its own", param=param)
+            raise BadRequest(f"{param} has no effect: {name} is a separate parameter", param=param)
 
 
 def _form_param(request: AnyRequest) -> str:
@@ -187,9 +187,9 @@ def _options(request: AnyRequest, settings: Settings) -> Options:
     if stream and background:
         raise BadRequest("a background job cannot be streamed; leave out stream, or background", param="stream")
     if background and max_tokens == 0:
-        raise BadRequest("max_tokens is 0: there is nothing to do in the background", param="max_tokens")
+        raise BadRequest("max_tokens is 0, so there is nothing to run in the background", param="max_tokens")
     if request.include_metrics and background:
-        raise BadRequest("a job's times are its own fields: leave out include_metrics", param="include_metrics")
+        raise BadRequest("jobs report their timings as fields: leave out include_metrics", param="include_metrics")
     usage_wish = request.stream_options
     include_usage = settings.force_include_usage or bool(usage_wish and usage_wish.include_usage)
     return Options(
@@ -236,7 +236,7 @@ def _check_logprobs(request: AnyRequest, num_shown: int | None, max_tokens: int 
         if getattr(request, name) and num_shown is None:
             raise BadRequest(f"{name} needs logprobs", param=name)
     if request.logprob_token_ids and max_tokens == 0:
-        raise BadRequest("logprob_token_ids is about the output, and max_tokens is 0", param="logprob_token_ids")
+        raise BadRequest("logprob_token_ids needs output tokens, but max_tokens is 0", param="logprob_token_ids")
     if request.prompt_logprobs is not None and request.stream:
         message = "prompt_logprobs cannot be streamed, as in vLLM; echo with logprobs can"
         raise BadRequest(message, param="prompt_logprobs")
@@ -310,7 +310,9 @@ def _best_of(request: CompletionRequest, n: int, settings: Settings) -> int:
     if best_of > settings.max_choices:
         raise BadRequest(f"best_of is {best_of}; the limit is {settings.max_choices}", param="best_of")
     if best_of > n and request.stream:
-        raise BadRequest("the best of several choices is known at their end: it cannot be streamed", param="best_of")
+        raise BadRequest(
+            "best_of cannot be streamed: the best choices are known only when all have ended", param="best_of"
+        )
     return best_of
 
 
@@ -321,7 +323,7 @@ def _sampling(request: GenerationRequest, num_logprobs: int | None, prompt_logpr
     penalty = given(request.repetition_penalty, request.repeat_penalty)
     if request.repeat_penalty not in (None, penalty):
         raise BadRequest(
-            "repeat_penalty is another name of repetition_penalty, which says otherwise", param="repeat_penalty"
+            "repeat_penalty is an alias of repetition_penalty, which has another value", param="repeat_penalty"
         )
     return m.Sampling(
         temperature=given(request.temperature, 1.0),

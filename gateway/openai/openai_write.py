@@ -18,7 +18,7 @@ import orjson
 from msgspec import structs
 
 from gateway.answers.sse import GenerationResponse
-from gateway.bodies.json_slices import Rows, dumps
+from gateway.bodies.json_slices import RowSlices, dumps
 from gateway.calls.choices import NONE, Choice, Piece, TokenLogprob
 from gateway.calls.follow import Generation
 from gateway.calls.parsed_call import Conversation, Options
@@ -79,7 +79,7 @@ class Head:
     created: int  # unix seconds
     model: str
     fingerprint: str
-    model_of: Sequence[str] = ()  # of each choice, if the call gave a list of models
+    model_of: Sequence[str] = ()  # model of each choice, if the call gave a list of models
 
     def choice(self, index: int) -> dict[str, Any]:
         """Return the first fields of a choice."""
@@ -106,17 +106,17 @@ class _Frames:
     def __init__(self, head: Head, kind: str, include_usage: bool) -> None:
         self._start = b"data: " + orjson.dumps(head.json(kind))[:-1] + b',"choices":['
         self._end = self._role_end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
-        self._num_told = 0  # output tokens that earlier chunks told of
+        self._num_told = 0  # output tokens in earlier chunks
 
     def choice(self, *body: bytes) -> bytes:
         return b"".join((self._start, *body, self._end))
 
     def role(self, body: bytes, ids: bytes) -> bytes:
-        """Return the chunk before a choice's first tokens: it does not tell of these. ids: a field of the chunk."""
+        """Return the chunk before a choice's first tokens, without these. ids: a field of the chunk."""
         return self._start + body + b"]" + ids + self._role_end[1:]
 
     def show_usage(self, usage: Usage) -> None:
-        """Let the chunks from now on tell the usage so far."""
+        """Report the usage so far in all following chunks."""
         before, self._num_told = replace(usage, completion_tokens=self._num_told), usage.completion_tokens
         self._role_end = b'],"usage":' + orjson.dumps(before.json()) + b"}\n\n"
         self._end = b'],"usage":' + orjson.dumps(usage.json()) + b"}\n\n"
@@ -126,7 +126,7 @@ class _Frames:
 
 
 class _Details:
-    """What the writers of both routes tell of tokens, besides their text."""
+    """What the writers of both routes report about tokens, besides their text."""
 
     def __init__(self, prompts: Sequence[Prompt], options: Options) -> None:
         """prompts: of each choice that is shown."""
@@ -181,7 +181,7 @@ class _Details:
         prompt["prompt_logprobs"] = None
         if self.of_prompt:
             tokens, num = self.tokens(piece.index), self._options.num_shown_of_prompt
-            prompt["prompt_logprobs"] = Rows(
+            prompt["prompt_logprobs"] = RowSlices(
                 lambda: (_ranked(tokens, one, one.top[:num]) for one in piece.prompt), self.rows
             )
         return output, prompt
@@ -271,11 +271,11 @@ class ChatWriter:
         return self._frames.usage(usage)
 
     def show_usage(self, usage: Usage) -> None:
-        """Let the chunks from now on tell the usage so far."""
+        """Report the usage so far in all following chunks."""
         self._frames.show_usage(usage)
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
-        """Return the answer as one object. What it tells of the prompt is with the choices if there are several."""
+        """Return the answer as one object. With several choices, data of the prompt is with each choice."""
         answer: dict[str, Any] = {
             **self._head.json("chat.completion"),
             "choices": [self._choice(piece) for piece in choices],
@@ -317,7 +317,7 @@ class ChatWriter:
                 top = [entry(*pair) for pair in details.top(token)]
                 yield {**entry(token.id, token.logprob), "top_logprobs": top}
 
-        return {"content": Rows(entries, details.rows), "refusal": None}
+        return {"content": RowSlices(entries, details.rows), "refusal": None}
 
 
 def _without_reasoning(parts: Sequence[Part]) -> list[Part]:
@@ -338,7 +338,7 @@ def _delta(part: Part, form: AnswerForm, rid: str) -> dict[str, Any]:
 def _message(parts: Sequence[Part], form: AnswerForm, rid: str) -> dict[str, Any]:
     """Return the fields of a message that consists of parts."""
     text = "".join(part.text for part in parts if part.kind == "text")
-    arguments: defaultdict[int, list[str]] = defaultdict(list)  # by call
+    arguments: defaultdict[int, list[str]] = defaultdict(list)  # argument deltas by call
     for part in parts:
         if part.kind == "arguments":
             arguments[part.index].append(part.text)
@@ -378,7 +378,7 @@ class CompletionWriter:
         self._offsets = [TextOffsets(prompt.files.tokens, prompt.echo) for prompt in prompts if self._details.logprobs]
         self._frames = _Frames(head, "text_completion", options.include_usage)
         self._starts = [head.choice_start(index) + b',"text":' for index in range(len(prompts))]
-        self._started: set[int] = set()  # choices whose prompt has been told of
+        self._started: set[int] = set()  # choices whose prompt data was sent
 
     def frames(self, piece: Piece) -> Iterable[bytes]:
         """Return the chunks of a piece, of which one with a long prompt has many; none when it shows nothing yet."""
@@ -417,15 +417,15 @@ class CompletionWriter:
         if piece.index in self._started:
             return ids
         self._started.add(piece.index)
-        told = self._details.prompt_ids(piece.index) if self._details.ids else None
-        return ids + b',"prompt_token_ids":' + orjson.dumps(told)
+        prompt_ids = self._details.prompt_ids(piece.index) if self._details.ids else None
+        return ids + b',"prompt_token_ids":' + orjson.dumps(prompt_ids)
 
     def usage_frame(self, usage: Usage) -> bytes:
         """Return the chunk after the last choice's end."""
         return self._frames.usage(usage)
 
     def show_usage(self, usage: Usage) -> None:
-        """Let the chunks from now on tell the usage so far."""
+        """Report the usage so far in all following chunks."""
         self._frames.show_usage(usage)
 
     def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
@@ -457,10 +457,12 @@ class CompletionWriter:
             yield from offsets.of_output(piece.logprobs.ids)
 
         return {
-            "text_offset": Rows(begins),
-            "tokens": Rows(lambda: (details.name(names, id_) for part in both for id_ in part.ids)),
-            "token_logprobs": Rows(lambda: (shown_logprob(value) for part in both for value in part.values)),
-            "top_logprobs": Rows(lambda: (self._top(names, token) for part in both for token in part), details.rows),
+            "text_offset": RowSlices(begins),
+            "tokens": RowSlices(lambda: (details.name(names, id_) for part in both for id_ in part.ids)),
+            "token_logprobs": RowSlices(lambda: (shown_logprob(value) for part in both for value in part.values)),
+            "top_logprobs": RowSlices(
+                lambda: (self._top(names, token) for part in both for token in part), details.rows
+            ),
         }
 
     def _top(self, tokens: TokenTable, token: TokenLogprob) -> dict[str, float] | None:

@@ -43,7 +43,7 @@ class RegisterRequest(JsonBody):
     pin: bool = False
     preload: bool = False
     wait_s: Annotated[float, Field(ge=0, le=MAX_WAIT_S)] = 60.0
-    tenant: Annotated[str, Field(max_length=64)] | None = None  # whose name it is; an admin may name one
+    tenant: Annotated[str, Field(max_length=64)] | None = None  # owner of the name; only admins may set it
 
 
 class LoadRequest(JsonBody):
@@ -90,7 +90,7 @@ class OperatorEndpoints:
         about(request, body.name, f"source={body.source} replace={body.replace} pin={body.pin}")
         tenant = caller.namespace(body.tenant)
         if body.pin and tenant:
-            raise BadRequest("only an adapter for everybody can be pinned", param="pin")
+            raise BadRequest("only an adapter shared by all tenants can be pinned", param="pin")
         token = body.token or caller.token
         wanted = Wanted(body.name, body.source, caller, tenant, token, body.replace, body.wait_s)
         is_served, is_new = await self._operations.register(wanted)
@@ -116,7 +116,7 @@ class OperatorEndpoints:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/zip":
             raise BadRequest("an adapter is uploaded as application/zip", code="bad_zip")
         if not length.isdecimal() or not int(length):
-            raise BadRequest("an upload says its length first, as Content-Length", code="bad_zip")
+            raise BadRequest("an upload needs a Content-Length", code="bad_zip")
         wanted = Wanted(name, "", caller, "", replace=replace, wait_s=wait_s)
         is_served, is_new = await self._operations.upload(wanted, request.stream(), int(length))
         done(request)

@@ -68,13 +68,11 @@ class KeyAdministration:
         keys = self._writable(caller)
         if "admin" in body.scopes:
             raise PermissionDenied(
-                "keys with the scope admin are made by `lorafleet keys create` alone", param="scopes",
+                "keys with the scope admin can only be created by `lorafleet keys create`", param="scopes",
                 code="admin_keys_by_command",
             )  # fmt: skip
         if await keys.count() >= MAX_KEYS:
-            raise Conflict(
-                f"the fleet has {MAX_KEYS} keys, as many as are made here: revoke some", code="too_many_keys"
-            )
+            raise Conflict(f"the fleet has {MAX_KEYS} keys, which is the limit: revoke some", code="too_many_keys")
         expires_ms = now_ms() + body.expires_in_s * 1000 if body.expires_in_s else 0
         try:
             secret, key = await keys.create(body.tenant, body.scopes, expires_ms, body.note)
@@ -117,8 +115,8 @@ class KeyAdministration:
         keys = self._known()
         if not self._writes:
             raise PermissionDenied(
-                "keys and limits are changed by `lorafleet keys` alone here; the setting console_keys lets operators"
-                " change them over HTTP too",
+                "keys and limits can only be changed by `lorafleet keys` here; the setting console_keys allows it over"
+                " HTTP too",
                 code="keys_by_command",
             )
         return keys
@@ -129,7 +127,7 @@ _TENANT_FIELDS = frozenset(field.name for field in msgspec.structs.fields(Tenant
 
 def _not_allowed(error: QueueError) -> PermissionDenied:
     return PermissionDenied(
-        f"the queue does not let this gateway write keys ({error}): make its users with console_keys too",
+        f"the queue does not let this gateway write keys ({error}): create the queue's users with --console-keys",
         code="keys_by_command",
     )
 

@@ -14,7 +14,7 @@ from gateway.http import openapi
 from gateway.http.access import ADMIN, Routes
 from gateway.http.paths import DEAD_LETTERS, KEYS, TENANTS, WORKERS
 from gateway.operators.keys import KeyAdministration, KeyRequest, TenantChange
-from gateway.operators.workers import Workers
+from gateway.operators.workers import WorkerViews
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 from protocol.wire.letters import view
@@ -31,7 +31,7 @@ class FleetEndpoints:
     def __init__(self, bus: Bus, settings: Settings) -> None:
         self._letters = bus.dead_letters
         self._retry_s = settings.request_timeout_s
-        self._workers = Workers(bus)
+        self._workers = WorkerViews(bus)
         self._keys = KeyAdministration(bus.api_keys if settings.api_keys else None, writes=settings.console_keys)
 
     # ------------------------------------------------------------ workers

@@ -15,8 +15,8 @@ from protocol.wire import messages as m
 from protocol.wire.errors import NotFound
 
 
-class Workers:
-    """The workers of the fleet, by their beats."""
+class WorkerViews:
+    """The workers of the fleet, by their heartbeats."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -62,7 +62,7 @@ def _place(wid: str, beat: m.WorkerBeat | None) -> tuple[bool, str, str]:
 
 
 def view(wid: str, beat: m.WorkerBeat | None) -> dict[str, Any]:
-    """Return the object of a worker; None: its beat has expired, and the scheduler has not yet found it dead."""
+    """Return the object of a worker; None: its heartbeat has expired, and the scheduler has not yet found it dead."""
     if beat is None:
         return {"id": wid, "object": "worker", "name": None, "state": "lost"}
     return {

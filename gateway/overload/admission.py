@@ -47,8 +47,8 @@ STATUS_LIFE_MS = 5000
 class OverloadLimits:
     """Limits of a gateway that operators do not set."""
 
-    max_lag_s: float = 2.0  # of the event loop
-    max_inbound_s: float = 5.0  # from arrival to the queue: calls that take longer would time out on their way
+    max_lag_s: float = 2.0  # maximum lag of the event loop
+    max_inbound_s: float = 5.0  # maximum time from arrival to the queue; longer calls would time out on the way
     min_inbound: int = 128  # calls below which the time from arrival to the queue is not estimated
     inbound_span_s: float = 1.5  # least time for which the rate of inbound calls is measured
 
@@ -86,7 +86,7 @@ class _Queue:
     """What this gateway knows of the requests of one class."""
 
     counted_ms: int = 0
-    num_counted: int = 0  # that waited then, without those of `num_new`
+    num_counted: int = 0  # requests queued then, without those of `num_new`
     num_new: int = 0  # submitted by this gateway since the scheduler's status
     num_inbound: int = 0  # calls of this gateway that have passed the check before any work
 
@@ -196,7 +196,7 @@ class Admission:
             raise Overloaded(text, self._drain_s(ROOM * max_open))
         lag_s = self._lag_s()
         if lag_s >= limits.max_lag_s:
-            text = f"this gateway is {lag_s:.1f} s late with what it has; the limit is {limits.max_lag_s:g} s"
+            text = f"this gateway is {lag_s:.1f} s behind with its work; the limit is {limits.max_lag_s:g} s"
             raise Overloaded(text, max(MIN_RETRY_S, lag_s))
         wait_s = self._inbound.wait_s(self._now_s())
         if wait_s >= limits.max_inbound_s:
@@ -204,7 +204,7 @@ class Admission:
             raise Overloaded(f"{text}; the limit is {limits.max_inbound_s:g} s", wait_s)
 
     def _check_place(self, load: Load, status: m.SchedulerStatus) -> None:
-        """Refuse a call that its queue will have no place for, as far as is known."""
+        """Refuse a call that its queue is predicted to have no room for."""
         queue, max_queued = self._queues[load.cls], self._settings.max_queued
         if queue.num_counted + queue.num_new >= NEARLY_FULL * max_queued:
             expected = self._expected(queue, status) + queue.num_inbound

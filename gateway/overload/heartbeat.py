@@ -1,8 +1,8 @@
-"""A gateway's sign of life, from a thread with an event loop and a connection to the queue of its own.
+"""A gateway's heartbeat, sent by a thread with its own event loop and its own connection to the queue.
 
-Beats of the gateway's main loop would be late just when it has most to do: then a scheduler would take it for dead, and
-cancel all that it has let in. The thread beats for as long as the main loop turns at all; how late that loop runs is
-measured here too, by a tick that is due ten times a second.
+Heartbeats of the main loop would be late under high load. A scheduler would then declare the gateway dead and cancel
+all its calls. The thread sends them for as long as the main loop makes progress at all; it also measures the main
+loop's lag, by a tick that is due ten times a second.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Pace:
 
     tick_s: float = 0.1
     beat_s: float = 1.0
-    ttl_ms: int = 5000  # of a beat in the queue
+    ttl_ms: int = 5000  # TTL of the heartbeat in the queue
     stuck_s: float = 60.0  # without a turn of its loop a gateway counts as dead, though its process lives
     clock: Callable[[], float] = time.monotonic
 
@@ -72,9 +72,9 @@ class Heartbeat:
         self._gid = gid
         self._pace = pace or Pace()
         self._lag = LoopLag(self._pace.tick_s, self._pace.clock())
-        self._failure: BaseException | None = None  # what ended the thread
+        self._failure: BaseException | None = None  # exception that ended the thread
         self.disk_full = False
-        """Whether the queue's server has refused the last beat since it cannot write to its disk."""
+        """Whether the queue's server has refused the last heartbeat since it cannot write to its disk."""
 
     @property
     def lag_s(self) -> float:
@@ -90,7 +90,7 @@ class Heartbeat:
 
     @contextlib.asynccontextmanager
     async def beating(self, bus: Bus, address: str) -> AsyncIterator[None]:
-        """Beat meanwhile, the first time through `bus` before this returns. `address`: the gateway's, for others."""
+        """Send heartbeats meanwhile, the first through `bus` before this returns. `address`: the gateway's."""
         await self._beat_once(bus, address)
         loop = asyncio.new_event_loop()
         task = loop.create_task(self._beats(address))
@@ -126,12 +126,12 @@ class Heartbeat:
     async def _beat_unless_stuck(self, bus: Bus, address: str) -> None:
         stuck_s = self._pace.clock() - self._lag.ticked_s
         if stuck_s > self._pace.stuck_s:
-            logger.error("no beat: the loop has not turned for %.0f s", stuck_s)
+            logger.error("no heartbeat: the event loop has been blocked for %.0f s", stuck_s)
             return
         try:
             await self._beat_once(bus, address)
             self.disk_full = False
-        except Exception as error:  # noqa: BLE001  the turn's edge: the next beat is a second away
+        except Exception as error:  # noqa: BLE001  the turn's edge: the next heartbeat is a second away
             self.disk_full = isinstance(error, DiskFull)
             FAILED.note("heartbeat", error)
 

@@ -17,10 +17,10 @@ class Inbound:
     min_crowd: int  # calls below which there is no crowd, and no wait is predicted
     span_s: float
     num: int = 0
-    _at_s: float = 0.0  # of the latest event
-    _crowded_s: float = 0.0  # of the current span
+    _at_s: float = 0.0  # time of the latest event
+    _crowded_s: float = 0.0  # crowded time in the current span
     _num_through: int = 0  # calls that reached the queue in it
-    _last_crowded_s: float = 0.0  # of the span before
+    _last_crowded_s: float = 0.0  # crowded time in the previous span
     _last_num_through: int = 0
 
     def begin(self, now_s: float) -> None:

@@ -30,7 +30,7 @@ from protocol.wire.errors import Overloaded
 T = TypeVar("T")
 
 RETRY_S = 5.0
-"""Retry-After of a body that found no place: when one will be free is not known."""
+"""Retry-After of a body without a slot: the time until one is free is unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,24 +38,24 @@ class LargeLimits:
     """Limits for large bodies."""
 
     num_bodies: int = 12  # held at once, from the first byte that is read to the queue: up to 60 MB each as objects
-    num_of_tenant: int = 4  # of these, for one tenant
-    num_waiting: int = 64  # for a place, with nothing read
-    num_turns: int = 1  # of work at once: up to 800 MB each, for four million tokens
+    num_of_tenant: int = 4  # slots per tenant
+    num_waiting: int = 64  # unread bodies waiting for a slot
+    num_turns: int = 1  # bodies processed at once; each takes up to 800 MB, for four million tokens
 
 
 class Places:
-    """A number of places. Those that become free go to the tenant that holds fewest, in order of arrival."""
+    """A number of slots. A freed slot goes to the tenant that holds the fewest, in order of arrival."""
 
     def __init__(self, num: int, num_of_tenant: int = 0, num_waiting: int = 0) -> None:
-        """`num_of_tenant`: most places of one tenant, `num_waiting`: most that wait; 0: no limit."""
+        """`num_of_tenant`: maximum slots of one tenant, `num_waiting`: maximum waiting bodies; 0: no limit."""
         self._num = num
         self._num_of_tenant = num_of_tenant or num
         self._num_waiting = num_waiting
         self._held: Counter[str] = Counter()
-        self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}  # by tenant, in the order of arrival
+        self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}  # by tenant, in order of arrival
 
     async def take(self, tenant: str) -> None:
-        """Wait for a place. Raises Overloaded when too many wait."""
+        """Wait for a slot. Raises Overloaded when too many wait."""
         if not self._waiting and self._is_free(tenant):
             self._held[tenant] += 1
             return
@@ -63,7 +63,9 @@ class Places:
         # A tenant may fill half of the line, so that there is always room for another.
         own = len(self._waiting.get(tenant, ()))
         if self._num_waiting and (waiting >= self._num_waiting or 2 * own >= self._num_waiting):
-            raise Overloaded(f"{waiting} large bodies wait to be read; send smaller ones, or later", RETRY_S)
+            raise Overloaded(
+                f"{waiting} large bodies are waiting to be read; send a smaller one, or retry later", RETRY_S
+            )
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(tenant, {})[turn] = None
         self._hand_out()
@@ -84,7 +86,7 @@ class Places:
             self._waiting.pop(tenant, None)
 
     def give(self, tenant: str) -> None:
-        """Give a place back."""
+        """Release a slot."""
         self._held[tenant] -= 1
         if not self._held[tenant]:
             del self._held[tenant]
@@ -111,10 +113,10 @@ class Places:
 
 
 class LargeBody:
-    """The body of a request that costs work, and its place, if it is so large that it has one."""
+    """The body of a request that costs work, and its slot, if it is large enough to need one."""
 
     def __init__(self, tenant: str, bodies: Places | None, work: Places) -> None:
-        """`bodies`: where it has its place."""
+        """`bodies`: the owner of its slot."""
         self._tenant = tenant
         self._bodies = bodies
         self._work = work
@@ -128,7 +130,7 @@ class LargeBody:
         self._work.give(self._tenant)
 
     def release(self) -> None:
-        """Give the place back, the first time: the body is held no more."""
+        """Release the slot, idempotently: the body is no longer held."""
         if self._bodies is not None:
             self._bodies.give(self._tenant)
             self._bodies = None
@@ -162,7 +164,7 @@ async def working() -> AsyncIterator[None]:
 async def work(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
     """Return what a coroutine returns that works in threads, as `working` does.
 
-    Threads cannot be cancelled: whoever is, leaves at once, but a turn that has begun ends with the work. So no client
+    Threads cannot be cancelled: a cancelled caller leaves at once, but its turn lasts until the work ends. So no client
     can have more work done at a time by hanging up.
     """
     body = _BODY.get()
@@ -181,7 +183,7 @@ async def _in_turn(
         _TURNS.discard(task)
         give()
         if not task.cancelled():
-            task.exception()  # whoever has left does not want to know
+            task.exception()  # its caller has left
 
     task.add_done_callback(end)
     return await asyncio.shield(task)
@@ -219,14 +221,14 @@ class Checks:
 
 
 def release() -> None:
-    """Give the place of the current task's body back, if it has one: nothing of it is held any more."""
+    """Release the slot of the current task's body, if it has one: the body is no longer held."""
     body = _BODY.get()
     if body is not None:
         body.release()
 
 
 class LargeBodies:
-    """Lets requests with large bodies wait for a place before anything of them is read."""
+    """Lets requests with large bodies wait for a slot before any of the body is read."""
 
     def __init__(self, app: ASGIApp, shape_of: ShapeOf, limits: LargeLimits | None = None) -> None:
         """`shape_of`: how errors of a request are written."""
@@ -269,7 +271,7 @@ def _is_small(headers: Sequence[tuple[bytes, bytes]]) -> bool:
 
 
 def _tenant_of(scope: Scope) -> str:
-    """Return who shares places with others: a tenant, or where there are no keys, an address."""
+    """Return the holder of slots: a tenant, or without keys, an address."""
     caller: Caller = scope[CALLER]
     if caller.is_batch:
         return f"batches of {caller.owner}"

@@ -45,14 +45,14 @@ class MemoryAccount:
         self.max_bytes = max_bytes
         self.max_share = max_bytes // SHARE
         self.num_bytes = 0
-        self._of: dict[str, int] = {}  # of each holder that holds any
+        self._of: dict[str, int] = {}  # bytes by holder
 
     def held_by(self, holder: str) -> int:
         """Return the bytes that a holder has."""
         return self._of.get(holder, 0)
 
     def open(self, holder: str) -> Charge:
-        """Return a charge of nothing; whoever opens it closes it."""
+        """Return an empty charge; the caller must close it."""
         return Charge(self, holder)
 
     def move(self, holder: str, num: int) -> None:
@@ -60,7 +60,7 @@ class MemoryAccount:
         own = self._of.get(holder, 0) + num
         if num > 0:
             if own > self.max_share:
-                held = f"{holder} holds {own - num} bytes of this gateway's memory, and this may take {num} more"
+                held = f"{holder} holds {own - num} bytes of this gateway's memory, and this call may take {num} more"
                 raise Overloaded(f"{held}; the limit is {self.max_share}", RETRY_S, "memory")
             if self.num_bytes + num > self.max_bytes:
                 held = f"calls hold {self.num_bytes} bytes of this gateway's memory, and this one may take {num} more"
@@ -89,7 +89,7 @@ class Charge:
         """
         if num_bytes > self._account.max_share:
             raise BadRequest(
-                f"this may take {num_bytes} bytes of the gateway's memory; the limit of one caller is"
+                f"this call may take {num_bytes} bytes of the gateway's memory; the limit per caller is"
                 f" {self._account.max_share}: ask for fewer tokens, choices or logprobs",
                 code="limit_exceeded",
             )
@@ -124,9 +124,9 @@ def hold(num_bytes: int) -> None:
 
 
 def shared() -> Charge | None:
-    """Return a charge of nothing to whoever the current call is charged to, for what outlives that call.
+    """Return an empty charge on the current call's holder, for memory that outlives the call.
 
-    Whoever takes it closes it. None where nothing is charged.
+    The caller must close it. None where nothing is charged.
     """
     charge = _CHARGE.get()
     return None if charge is None else charge.beside()

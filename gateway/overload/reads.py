@@ -57,7 +57,7 @@ class _Reader:
     per_s: float
     left: float
     at_s: float  # when that was
-    num_lists: int = 0  # that are being made
+    num_lists: int = 0  # lists being prepared
 
     def owe(self, cost: float) -> None:
         """Have less left, or a debt, which has an end."""
@@ -66,8 +66,8 @@ class _Reader:
     def refusal(self, cost: float) -> Overloaded:
         """Return the error of a read for which not enough is left."""
         wait_s = (cost - self.left) / self.per_s
-        limits = f"{self.per_s:g} reads a second, of which a list costs {LIST_COST}, and one for each 4 kB of it"
-        text = f"{self.name} may make {limits}: it has none left for {wait_s:.1f} s"
+        limits = f"{self.per_s:g} reads per second (a list counts as {LIST_COST}, plus one per 4 kB)"
+        text = f"{self.name} may make {limits}; retry in {wait_s:.1f} s"
         return Overloaded(text, max(wait_s, 1.0), "reads")
 
 
@@ -85,7 +85,7 @@ def owe(cost: float) -> None:
 def spend(cost: float) -> None:
     """Let the current read cost so many more before they are made. Raises Overloaded if its reader has none left."""
     reader = _READER.get()
-    if reader is None or cost < 1:  # as much as is paid for already
+    if reader is None or cost < 1:  # already paid for
         return
     if reader.left < 0:
         raise reader.refusal(1)
@@ -157,7 +157,9 @@ class Reads:
 def _take(reader: _Reader, cost: int, *, is_list: bool) -> None:
     """Let a reader read once more. Raises Overloaded."""
     if is_list and reader.num_lists >= LISTS_AT_ONCE:
-        raise Overloaded(f"{reader.num_lists} lists are being made for {reader.name}, as many as may be", 1.0, "reads")
+        raise Overloaded(
+            f"{reader.num_lists} lists are being prepared for {reader.name}, which is the limit", 1.0, "reads"
+        )
     if reader.left < cost:
         raise reader.refusal(cost)
     reader.left -= cost

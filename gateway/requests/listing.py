@@ -30,12 +30,12 @@ _PLACES = {
     "queued": re.compile(rf"(?:(?:{'|'.join(CLASSES)})/(?:[0-9]{{1,18}}-[0-9]{{1,18}})?)?"),
     "ended": re.compile(r"(?:[0-9]{1,18}-[0-9]{1,18}/[0-9]{1,6})?"),
 }
-"""State -> what a place in its list looks like."""
+"""State -> form of a cursor in its list."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A request at a place of a list: the page after it goes on from there."""
+    """A request and its cursor in a list: the next page starts after it."""
 
     place: str
     rid: str
@@ -60,7 +60,7 @@ class RequestList:
         now, place = _after(after)
         states: list[State] = [state] if state is not None else list(STATES)
         if now is not None and now not in states:
-            raise BadRequest(f"{brief(after)} is no place of this list", param="after")
+            raise BadRequest(f"{brief(after)} is not a cursor of this list", param="after")
         beats = {wid: beat for wid, beat in (await self._bus.members.worker_beats()).items() if beat is not None}
         page: list[RequestSummary] = []
         seen: set[str] = set()
@@ -82,7 +82,7 @@ class RequestList:
         return _shown(page, beats, None)
 
     async def _walk(self, kind: State, place: str, beats: dict[str, m.WorkerBeat]) -> AsyncIterator[list[_Found]]:
-        """Make the requests of a state from after a place on, some at a time."""
+        """Yield the requests of a state after a cursor, some at a time."""
         if kind == "running":
             rids = {_place_of(rid): rid for beat in beats.values() for rid, _ in beat.progress}
             places = sorted(one for one in rids if one > place)
@@ -112,19 +112,19 @@ class RequestList:
 
 
 def _place_of(rid: str) -> str:
-    """Return the place of a request that runs. A page may end with another tenant's, whose id it does not tell."""
+    """Return the cursor of a running request. A page may end with another tenant's, whose id it must not reveal."""
     return hashlib.blake2b(rid.encode(), digest_size=12).hexdigest()
 
 
 def _after(after: str) -> tuple[State | None, str]:
-    """Return the state and the place of a cursor. Raises BadRequest."""
+    """Return the state and the position of a cursor. Raises BadRequest."""
     if not after:
         return None, ""
     name, _, place = after.partition(":")
     known: dict[str, State] = {one: one for one in STATES}
     state = known.get(name)
     if state is None or not _PLACES[state].fullmatch(place):
-        raise BadRequest(f"{brief(after)} is no place of this list", param="after")
+        raise BadRequest(f"{brief(after)} is not a cursor of this list", param="after")
     return state, place
 
 

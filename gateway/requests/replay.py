@@ -35,10 +35,10 @@ async def replay(pipeline: Pipeline, rid: str, caller: Caller) -> dict[str, Any]
     if owned is None or record is None:
         raise NotFound(f"there is no request {rid}", code="request_not_found")
     if record.facts.state != "completed":
-        raise Conflict(f"the request is {record.facts.state}: only one that has completed is compared")
+        raise Conflict(f"the request is {record.facts.state}: only completed requests can be replayed")
     body = (await bus.inputs([owned.submit]))[0].body()
     if body is None:
-        text = "the prompts of requests that have ended are kept with --keep-prompts only, and as long as their records"
+        text = "prompts of ended requests are stored only with --keep-prompts, and as long as their records"
         raise Conflict(text, code="prompt_not_kept")
     before = await bus.tokens(rid) or b""
     call = uuid.uuid4().hex
@@ -77,7 +77,7 @@ async def _run(pipeline: Pipeline, submit: m.Submit, body: m.Body, model: str, c
                 if facts.error:
                     raise error_from(facts.error)
                 return await bus.tokens(submit.rid) or b""
-        raise DeadlineExceeded("the request took longer than it may")
+        raise DeadlineExceeded("the request exceeded its deadline")
     finally:
         replies.unsubscribe(mail)
         if not ended:

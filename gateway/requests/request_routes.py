@@ -87,7 +87,7 @@ class RequestEndpoints:
             record = await self._pipeline.bus.record(name)
             if record is not None and (caller.is_admin or record.tenant == caller.name):
                 return name, record
-        text = f"there is no request {request_id:.100}: records live until 2 minutes after the end, those of jobs a day"
+        text = f"there is no request {request_id:.100}: records live for 2 minutes after the end, those of jobs a day"
         raise NotFound(text, code="request_not_found")
 
 

@@ -14,7 +14,7 @@ from protocol.wire.records import Assignment, RequestRecord
 
 TIERS = {
     "resident": "its adapter was in the pool",
-    "loading": "its adapter was on its way",
+    "loading": "its adapter was loading",
     "host": "its adapter was in host memory",
     "store": "its adapter was at the store",
     "": "it needs no adapter",
@@ -51,7 +51,7 @@ def timeline(record: RequestRecord) -> list[dict[str, Any]]:
     for number, one in enumerate(record.assignments, start=1):
         events += _of_assignment(number, one)
     if facts.first_ms:
-        events.append(_event(facts.first_ms, "first_token", "the first token was visible"))
+        events.append(_event(facts.first_ms, "first_token", "the first token was delivered"))
     if facts.ended_ms:
         text = f"{facts.state} after {facts.num_output_tokens} tokens: {facts.finish}"
         events.append(_event(facts.ended_ms, "ended", text, state=facts.state, finish=facts.finish))
@@ -82,42 +82,44 @@ def _of_assignment(number: int, one: Assignment) -> list[dict[str, Any]]:
     if one.left_ms:
         text = f"{name} died" if one.left_how == "died" else f"{name} handed it back"
         event = "worker_died" if one.left_how == "died" else "handed_back"
-        events.append(_event(one.left_ms, event, f"{text}; queued again", assignment=number, worker=name))
+        events.append(_event(one.left_ms, event, f"{text}; requeued", assignment=number, worker=name))
     return events
 
 
 def _why(placed: m.Placed) -> str:
-    words = [m.REASONS.get(placed.because, placed.because) or "no reason was kept"]
+    words = [m.REASONS.get(placed.because, placed.because) or "no reason was recorded"]
     if placed.options:
         words[0] += f", {placed.options[0].wait_ms} ms"
     others = [f"{o.worker} {o.wait_ms} ms{' (crowded)' if o.crowded else ''}" for o in placed.options[1:]]
     if others:
         words.append(f"others: {', '.join(others)}")
     if placed.held_ms:
-        words.append(f"kept for {placed.held_ms} ms for a worker with its adapter")
+        words.append(f"held {placed.held_ms} ms for a worker with its adapter")
     if placed.yields:
-        words.append("it yields to tenants that have less than their share")
+        words.append("lower priority: its tenant is over its fair share")
     return "; ".join(words)
 
 
 def _of_run(number: int, name: str, timing: m.Timing) -> list[dict[str, Any]]:
     """Return what a worker tells of an assignment."""
     taken, common = timing.taken_ms, {"assignment": number, "worker": name}
-    events = [_event(taken, "taken", f"{name} has it; {TIERS[timing.tier]}", adapter=timing.tier or None, **common)]
+    events = [
+        _event(taken, "taken", f"received by {name}; {TIERS[timing.tier]}", adapter=timing.tier or None, **common)
+    ]
     if timing.staged_ms >= 0:
-        text = f"its adapter came to host memory, after {timing.staged_ms} ms"
+        text = f"its adapter was in host memory after {timing.staged_ms} ms"
         events.append(_event(taken + timing.staged_ms, "adapter_staged", text, after_ms=timing.staged_ms, **common))
     if timing.ready_ms >= 0:
-        text = f"its adapter was in the pool, after {timing.ready_ms} ms"
+        text = f"its adapter was in the pool after {timing.ready_ms} ms"
         events.append(_event(taken + timing.ready_ms, "adapter_ready", text, after_ms=timing.ready_ms, **common))
     if timing.begun_ms >= 0:
         cached = timing.num_cached_tokens
-        text = f"its first step; {cached} tokens of its prompt were cached"
+        text = f"first step; {cached} tokens of its prompt were cached"
         events.append(_event(taken + timing.begun_ms, "begun", text, cached_tokens=cached, **common))
     if timing.first_ms >= 0:
-        events.append(_event(taken + timing.first_ms, "token", f"its first token on {name}", **common))
+        events.append(_event(taken + timing.first_ms, "token", f"first token on {name}", **common))
     if timing.ended_ms >= 0:
-        preempted = f"; it lost its KV blocks {timing.num_preempted} times" if timing.num_preempted else ""
+        preempted = f"; preempted {timing.num_preempted} times" if timing.num_preempted else ""
         text = f"done on {name}{preempted}"
         events.append(_event(taken + timing.ended_ms, "done", text, preemptions=timing.num_preempted, **common))
     return events

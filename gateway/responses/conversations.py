@@ -1,7 +1,7 @@
 """Conversations that clients keep: made, changed and listed; and the turns that responses add to them.
 
 A response of a conversation is made of the items that are there when it is asked, and of its own input. Its turn, its
-input and its output, is added as a whole once it has ended with an answer: by whoever reads the conversation next, or
+input and its output, is added as a whole once it has ended with an answer: by the next reader of the conversation, or
 by the sweep of any gateway, whichever gateway the response was asked at.
 """
 
@@ -50,7 +50,7 @@ RETRY = Backoff(1.0, 600.0)
 
 _ID = re.compile(r"conv_[0-9a-f]{32}")
 _AT_ONCE, _OF_TENANT = 1000, 16  # turns that are looked at together, and added of each tenant
-_RETRY_S = 60.0  # until something may have been deleted, or has expired
+_RETRY_S = 60.0  # s, until something may have been deleted or expired
 
 
 class TurnFailed(Exception):
@@ -215,7 +215,7 @@ class Conversations:
     async def add_due_turns(self) -> None:
         """Look at each response whose time has come, by turns of tenants; add those that have ended to conversations.
 
-        One whose turn fails again and again adds nothing.
+        One whose turn fails repeatedly adds nothing.
         """
         while due := await self._queue.due(now_ms(), _AT_ONCE):
             turns, later = shares(due, attrgetter("tenant"), _OF_TENANT)
@@ -284,7 +284,7 @@ def _written(items: Sequence[Item]) -> list[tuple[str, bytes]]:
 
 
 def _values(raws: Sequence[bytes]) -> list[Item]:
-    """Return items that were kept as JSON, and charge for them. Raises as `memory.hold`."""
+    """Return items stored as JSON, and charge for them. Raises as `memory.hold`."""
     hold(held() + sum(len(raw) + values_bytes(raw) for raw in raws))
     return [orjson.loads(raw) for raw in raws]
 

@@ -43,7 +43,7 @@ _TEXT_OF = {"input_text": "text", "output_text": "text", "refusal": "refusal", "
 """Type of a part -> its field that has the text."""
 
 
-class Reference(NamedTuple):
+class ItemReference(NamedTuple):
     """An item that an earlier response has."""
 
     call: str  # the id of that response, without its prefix
@@ -55,7 +55,7 @@ def item_id(kind: str, call: str, number: int) -> str:
     return f"{PREFIXES[kind]}_{call}{number:04x}"
 
 
-def references(given: str | Sequence[Item] | None) -> Iterator[Reference]:
+def references(given: str | Sequence[Item] | None) -> Iterator[ItemReference]:
     """Yield the references to items of other responses. Raises BadRequest for what is no such id."""
     if given is None or isinstance(given, str):
         return
@@ -64,9 +64,9 @@ def references(given: str | Sequence[Item] | None) -> Iterator[Reference]:
             continue
         found = _ID.fullmatch(item["id"]) if isinstance(item.get("id"), str) else None
         if found is None:
-            text = f"input[{i}].id: {brief(item.get('id'))} is the id of no item that is kept"
+            text = f"input[{i}].id: {brief(item.get('id'))} is not the id of a stored item"
             raise BadRequest(text, param=f"input[{i}].id")
-        yield Reference(found[1], found[0])
+        yield ItemReference(found[1], found[0])
 
 
 def items_of(
@@ -152,7 +152,7 @@ def _message(given: Item, place: str) -> Item:
         content = [{"type": allowed[0], "text": content}]
     parts = _parts(content, f"{place}.content", allowed)
     for part in parts:
-        if part["type"] == "output_text":  # as the official client's types have it
+        if part["type"] == "output_text":  # form of the official client's types
             part |= {"annotations": [], "logprobs": []}
     return {"type": "message", "role": role, "status": "completed", "content": parts}
 

@@ -1,6 +1,6 @@
 """The output of one answer as it comes, token by token: its items, and the events that build them. Pure.
 
-The same tokens make the same items and events each time, whoever reads them and when.
+The same tokens give the same items and events for every reader at any time.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ class Output:
         self._namespaces = options.tools.namespaces if options.tools is not None else {}
         self._splitter = form.splitter() if form is not None else None
         self._open = ""  # the type of the item to which text may still be added
-        self._texts: list[str] = []  # of that item
-        self._logprobs: list[bytes] = []  # of that item's tokens, as JSON
-        self._waiting: list[bytes] = []  # those of tokens whose text has not come
+        self._texts: list[str] = []  # texts of that item
+        self._logprobs: list[bytes] = []  # logprobs of that item's tokens, as JSON
+        self._waiting: list[bytes] = []  # logprobs of tokens whose text has not arrived
         self._reasons = form is not None and form.thought is not None
 
     def read(self, piece: Piece) -> Iterator[Event]:

@@ -40,8 +40,8 @@ ENCRYPTED = "reasoning.encrypted_content"
 class Context:
     """What a body's input goes on with."""
 
-    items: Sequence[Item] = ()  # of the previous response, its output at their end
-    known: Mapping[str, Item] = field(default_factory=dict[str, Item])  # by id, those that the input refers to
+    items: Sequence[Item] = ()  # items of the previous response, its output last
+    known: Mapping[str, Item] = field(default_factory=dict[str, Item])  # by id, items that the input refers to
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def check_prompt(request: PromptRequest, settings: Settings) -> None:
     if not isinstance(request.input, str | None):
         check_num(len(request.input), min(settings.max_messages, MAX_ENTRIES), "entries", "input")
     if request.conversation is not None and request.previous_response_id is not None:
-        text = "conversation and previous_response_id are both given: either goes on with what was said before"
+        text = "conversation and previous_response_id exclude each other: both continue an earlier exchange"
         raise BadRequest(text, param="conversation", code="mutually_exclusive_parameters")
 
 
@@ -90,14 +90,14 @@ def check_input(request: ResponseRequest, settings: Settings, caller: Caller) ->
     """Refuse what can be seen to be wrong before anything is looked up. Raises BadRequest."""
     check_prompt(request, settings)
     if request.background and request.store is False:
-        raise BadRequest("background needs store, which is false: who would find the response?", param="store")
+        raise BadRequest("background needs store to be true: the response could not be retrieved", param="store")
     if caller.is_batch and request.store:
         raise BadRequest("store cannot be true in a batch: the batch's output file has the response", param="store")
     if caller.is_batch and request.conversation is not None:
-        text = "conversation has no place in a batch: its lines run in any order, and nothing of them is kept"
+        text = "conversation is not supported in a batch: its lines run in any order, and nothing is stored"
         raise BadRequest(text, param="conversation")
     if request.conversation is not None and request.store is False:
-        raise BadRequest("conversation needs store, which is false: it keeps what is said", param="store")
+        raise BadRequest("conversation needs store to be true: its items are stored", param="store")
     for name in request.include or ():
         if name not in (LOGPROBS, ENCRYPTED):
             text = f"include: {brief(name)} is not supported; there is {LOGPROBS}, and {ENCRYPTED} without effect"
@@ -137,7 +137,7 @@ def parse_count(
 
     most: tokens that are counted; `truncation` leaves no more than the context has room for.
     """
-    _constraint(request, settings)  # what the response would be refused for is not counted
+    _constraint(request, settings)  # refuse an invalid response before anything is counted
     rules = ResponseRules("input", 1) if request.truncation == "auto" else CountRules("input", 1, most)
     return ParsedCall(
         caller=caller,
@@ -151,7 +151,7 @@ def parse_count(
 
 def _inputs(request: PromptRequest, settings: Settings, items: Sequence[Item]) -> Conversation:
     """Return what the template makes the prompt of. Raises BadRequest."""
-    check_num(len(items), min(settings.max_messages, MAX_ENTRIES), "items with those that were before", "input")
+    check_num(len(items), min(settings.max_messages, MAX_ENTRIES), "items, including earlier ones", "input")
     truncation = Truncation(None, drops_messages=True) if request.truncation == "auto" else None
     left_out = list(islice(unread_results(request.input), MAX_NAMED))
     messages = messages_of(request.instructions, items)
@@ -219,7 +219,7 @@ def _options(request: ResponseRequest, settings: Settings) -> Options:
 
 
 def _variables(request: PromptRequest) -> dict[str, Any]:
-    """Return how templates are told how much to reason."""
+    """Return the template variables that set the reasoning effort."""
     effort = request.reasoning.effort if request.reasoning is not None else None
     given = request.chat_template_kwargs or {}
     check_variables(given)
@@ -264,7 +264,7 @@ def to_be_stored(
 
 
 def parse_stored(kept: Mapping[str, Any], caller: Caller, settings: Settings) -> ParsedCall:
-    """Return what a response asked for that was kept, without its input. Raises as `parse`."""
+    """Parse a stored response's body, without its input. Raises as `parse`."""
     names = ("model", "tools", "tool_choice", "parallel_tool_calls", "max_output_tokens", "top_logprobs", "metadata")
     body = {name: kept["shown"][name] for name in names}
     request = ResponseRequest.model_validate({**body, "include": kept["include"], "background": kept["background"]})

@@ -60,7 +60,7 @@ FRAMING = Framing(SSE.media_type, lambda body: b"event: error\ndata: " + body + 
 class End:
     """How an answer has ended, or that it has not."""
 
-    status: str  # as the object has it
+    status: str  # status as in the object
     error: LorafleetError | None = None
     ended_ms: int = 0  # unix time
 
@@ -193,7 +193,7 @@ def writer_of(call: SubmittedCall, choices: Sequence[Choice]) -> ResponseWriter:
 
 
 def job_api(settings: Settings) -> JobApi:
-    """Return how responses that are kept are read."""
+    """Return the reader of stored responses."""
     return JobApi(lambda kept, caller: parse_stored(kept, caller, settings), writer_of, id_prefix=ID_PREFIX)
 
 

@@ -30,10 +30,10 @@ from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, NotFound
 
 CANCEL_WAIT_S = 10.0
-"""Most time until a worker has let go of a response that is cancelled."""
+"""Maximum time for a worker to release a cancelled response."""
 
 ITEM_BYTES = 1 << 8
-"""What an item that was kept counts for, where it is asked how long a body takes to be read."""
+"""Weight of a stored item in the estimate of a body's parse time."""
 
 MAX_REFERRED = 16
 """Responses that the items of one input may refer to: each is read from its log."""
@@ -146,7 +146,7 @@ class Responses:
         job, facts = await self._stored.load(response_id, caller)
         end = end_of(job, facts)
         if end.status not in GOES_ON:
-            text = f"response {response_id} is {end.status}: only one with an answer can be gone on with"
+            text = f"response {response_id} is {end.status}: only a response with an answer can be continued"
             raise BadRequest(text, param="previous_response_id", code="previous_response_not_completed")
         return await self._stored.all_items(job, facts)
 
@@ -164,7 +164,7 @@ class Responses:
         """End a response of the background and return it. A second time does nothing. Raises NotFound, BadRequest."""
         job, _ = await self._stored.load(response_id, caller)
         if not job.background:
-            raise BadRequest("Cannot cancel a synchronous response: end its connection", code="not_background")
+            raise BadRequest("Cannot cancel a synchronous response: close its connection", code="not_background")
         await self._jobs.cancel(response_id, caller)
         await self._jobs.wait_ended(job, CANCEL_WAIT_S)
         return await self.get(response_id, caller)

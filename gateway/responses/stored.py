@@ -36,7 +36,7 @@ GOES_ON = ("completed", "incomplete")
 
 
 class StoredResponses:
-    """The responses that are kept, by id."""
+    """The stored responses, by id."""
 
     def __init__(self, pipeline: Pipeline, jobs: Jobs) -> None:
         self._pipeline = pipeline

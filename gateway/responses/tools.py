@@ -59,7 +59,7 @@ def tools_in(request: PromptRequest, settings: Settings) -> Tools | None:
     spaces = [tool for tool in request.tools or () if tool.get("type") == "namespace"]
     within = sum(len(space["tools"]) for space in spaces if isinstance(space.get("tools"), list))
     num = len(request.tools or ()) - len(spaces) + within
-    check_num(num, MAX_TOOLS, "entries, with those in namespaces", "tools")
+    check_num(num, MAX_TOOLS, "entries, including those in namespaces", "tools")
     given: list[dict[str, Any]] = []
     places: list[str] = []
     namespaces: dict[str, tuple[str, str]] = {}
@@ -81,7 +81,7 @@ def tools_in(request: PromptRequest, settings: Settings) -> Tools | None:
 def _within(namespace: Mapping[str, Any], place: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield the functions of a namespace: the place of each in the body, its name there, and as chats have it.
 
-    The first one's description tells what the namespace is for: said with each, it would be as many times as long.
+    Only the first one's description contains the namespace's description: repeated in each, it would use many tokens.
     """
     tools, about = namespace.get("tools"), namespace.get("description")
     check_name(namespace.get("name"), f"{place}.name", MAX_NAME)
@@ -97,8 +97,8 @@ def _within(namespace: Mapping[str, Any], place: str) -> Iterator[tuple[str, str
         function, name = definition["function"], tool["name"]
         function["name"] = flat_name(namespace["name"], name)
         if about and i == 0:
-            told = f"[{namespace['name']}: {about}]"
-            function["description"] = "\n\n".join(filter(None, [told, function.get("description")]))
+            intro = f"[{namespace['name']}: {about}]"
+            function["description"] = "\n\n".join(filter(None, [intro, function.get("description")]))
         yield where, name, definition
 
 
@@ -108,7 +108,7 @@ def _definition(tool: dict[str, Any], place: str) -> dict[str, Any]:
     if kind != "function":
         why = "it runs at OpenAI"
         if kind == "custom":
-            why = "a tool's own kind has no place here: give a function"
+            why = "tools of this type are not allowed in a namespace: use a function"
         elif kind == "namespace":
             why = "a namespace has functions, and no other namespaces"
         raise BadRequest(f"{place}: tools of type {brief(kind)} are not supported: {why}", param=f"{place}.type")

@@ -63,8 +63,8 @@ class ConnectionLimits:
     idle_s: float = 75.0  # before a request begins; longer than the usual 60 s of load balancers: they close first
     head_s: float = 15.0
     body_s: float = 60.0  # and a second for each MIN_BYTES_PER_S that have arrived
-    send_s: float = 60.0  # until an answer is read, and a second for each MIN_BYTES_PER_S that wait
-    discarded_bytes: int = 32 << 20  # of a body that nobody reads
+    send_s: float = 60.0  # maximum time for a client to read its answer, plus a second per MIN_BYTES_PER_S unsent bytes
+    discarded_bytes: int = 32 << 20  # maximum discarded bytes of an unread body
 
 
 class Parts:
@@ -117,8 +117,8 @@ class Connection(HttpToolsProtocol):
         self._parts = parts
         self._phase: Phase = "idle"
         self._since_s = self.loop.time()  # begin of the phase
-        self._num_bytes = 0  # that have come in it, roughly: what came in one piece counts for where the piece ended
-        self._num_body = 0  # of these, bytes of the body
+        self._num_bytes = 0  # bytes received for it, approximately: a piece counts for the request in which it ends
+        self._num_body = 0  # bytes of the body among them
         self._num_headers = 0
         self._head_bytes = 0
         self._unsent_since_s: float | None = None  # since when the client has not read
@@ -163,7 +163,7 @@ class Connection(HttpToolsProtocol):
             self._refuse(_head_too_large())
         elif self._phase == "body":
             if self._num_bytes > MAX_HEAD_BYTES + 2 * self._num_body:
-                self._refuse(HttpError(400, "the body's chunks are too small, or too much is between them"))
+                self._refuse(HttpError(400, "the body's chunks are too small, or have too much overhead"))
             elif self._num_body > self._limits.discarded_bytes:
                 self._drop("body_too_large")
         if self._num_bytes + len(data) > FREE_BYTES and not self.transport.is_closing():
@@ -193,7 +193,7 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Begin to answer."""
         if len(self.pipeline) >= MAX_PIPELINED:
-            self._fail(HttpError(400, f"at most {MAX_PIPELINED} requests may be sent ahead", code="too_many_requests"))
+            self._fail(HttpError(400, f"at most {MAX_PIPELINED} requests may be pipelined", code="too_many_requests"))
         self._enter("body")
         super().on_headers_complete()
 
@@ -279,7 +279,7 @@ class Connection(HttpToolsProtocol):
             self._refuse(_too_slow(f"the request's head took longer than {limits.head_s:g} s"))
         elif self._phase == "body" and not self.flow.read_paused and seconds > self._body_s():
             HTTP_DROPPED.labels("slow_body").inc()
-            self._refuse(_too_slow(f"the request's body came too slowly: {self._num_body} bytes in {seconds:.0f} s"))
+            self._refuse(_too_slow(f"the request's body arrived too slowly: {self._num_body} bytes in {seconds:.0f} s"))
 
     def _body_s(self) -> float:
         """Return how long the body may take that has come so far."""

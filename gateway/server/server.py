@@ -125,7 +125,7 @@ class HttpServer(uvicorn.Server):
 
     def _rest(self, listener: socket.socket, why: object) -> None:
         """Leave new connections to the system's queue for a while."""
-        logger.error("no connection can be taken for %g s: %s", self._rest_s, why)
+        logger.error("no connections are accepted for %g s: %s", self._rest_s, why)
         loop = asyncio.get_running_loop()
         loop.remove_reader(listener)
         loop.call_later(self._rest_s, self._resume, listener)
@@ -139,7 +139,7 @@ class HttpServer(uvicorn.Server):
         is_counted = True
 
         def lost() -> None:
-            """Count the connection no more, whoever says it first: what was opened and then failed says it, too."""
+            """Stop counting the connection; idempotent, because an opened connection that fails also calls it."""
             nonlocal is_counted
             if is_counted:
                 is_counted = False

@@ -1,4 +1,4 @@
-"""The HTTP bodies of the tokenizer's routes. `/tokenize` has three forms, told apart by what is to be tokenized."""
+"""The HTTP bodies of the tokenizer's routes. `/tokenize` has three forms, distinguished by the field to tokenize."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class TokenizeRequest(AdapterParameters):
         foreign = {"inputs": (*_VLLM, *_CHAT), "prompt": (*_ADAPTER, *_CHAT), "messages": _ADAPTER}[form]
         for name in (*others, *foreign):
             if getattr(self, name) is not None:
-                raise BadRequest(f"{name} has no effect beside {form}: it is of another form of this route", param=name)
+                raise BadRequest(
+                    f"{name} has no effect with {form}: it belongs to another form of this route", param=name
+                )
         return form
 
 

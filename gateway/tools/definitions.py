@@ -35,11 +35,11 @@ OPENAI_WORDS = ToolWords()
 class Tools:
     """The tools that a request may call."""
 
-    definitions: list[dict[str, Any]]  # as the client sent them, for the template
-    schemas: dict[str, dict[str, Any]]  # of the arguments, by name
-    required: bool  # at least one call must come
+    definitions: list[dict[str, Any]]  # given by the client, for the template
+    schemas: dict[str, dict[str, Any]]  # argument schemas by tool name
+    required: bool  # True: at least one call is required
     parallel: bool  # more than one may
-    num_bytes: int  # of all definitions as JSON
+    num_bytes: int  # bytes of all definitions as JSON
     strict: frozenset[str] = frozenset()  # names of those whose schemas must be held whole
     not_held: Sequence[str] = ()  # places in the body, and the keywords there that calls are not held to
     namespaces: Mapping[str, tuple[str, str]] = field(default_factory=dict[str, tuple[str, str]])
@@ -60,9 +60,9 @@ class _Tool(NamedTuple):
     """A tool as its definition has it."""
 
     name: str
-    schema: dict[str, Any]  # of its arguments, as the grammar has it
+    schema: dict[str, Any]  # schema of its arguments, as in the grammar
     is_strict: bool
-    place: str  # of its schema in the body
+    place: str  # location of its schema in the body
     given: dict[str, Any] | None  # the schema as it was given, None where nothing but its outline is held
 
 
@@ -87,7 +87,7 @@ def tools_of(
     for place, given in zip(places, tools, strict=True):
         tool = _definition(given, place, settings, words)
         if tool.name in known:
-            raise BadRequest(f"{place}{words.name}: {tool.name!r} is there twice", param=f"{place}{words.name}")
+            raise BadRequest(f"{place}{words.name}: {tool.name!r} is defined twice", param=f"{place}{words.name}")
         known[tool.name] = tool
     wanted, required = _chosen(choice, list(known))
     if not wanted:
@@ -137,16 +137,16 @@ def _definition(tool: dict[str, Any], place: str, settings: Settings, words: Too
 
 def _not_held(tools: Iterable[_Tool]) -> list[str]:
     """Return the places and keywords of tools' schemas that calls are not held to, as far as these are looked into."""
-    told: list[str] = []
+    ignored: list[str] = []
     left = MAX_LOOKED_AT
     for tool in tools:
         if tool.given is None:
-            told.append(tool.place)
+            ignored.append(tool.place)
         elif not tool.is_strict:
             keywords, num = not_held(tool.given, left)
-            told += [f"{tool.place}: {keyword}" for keyword in keywords]
+            ignored += [f"{tool.place}: {keyword}" for keyword in keywords]
             left -= num
-    return told
+    return ignored
 
 
 def _chosen(choice: str | dict[str, Any] | None, names: list[str]) -> tuple[list[str], bool]:
@@ -157,7 +157,7 @@ def _chosen(choice: str | dict[str, Any] | None, names: list[str]) -> tuple[list
         return [], False
     if choice == "required":
         return names, True
-    if isinstance(choice, str) and choice in names:  # as LoRAX has it
+    if isinstance(choice, str) and choice in names:  # LoRAX's form
         return [choice], True
     if isinstance(choice, dict) and choice.get("type") == "function":
         return [_known(choice, names)], True
@@ -169,7 +169,7 @@ def _chosen(choice: str | dict[str, Any] | None, names: list[str]) -> tuple[list
             raise BadRequest(
                 "tool_choice.allowed_tools must have tools, and a mode: auto or required", param="tool_choice"
             )
-        check_num(len(tools), len(names), "tools, and there are fewer", "tool_choice.allowed_tools")
+        check_num(len(tools), len(names), "tools, but fewer are given", "tool_choice.allowed_tools")
         return [_known(tool, names) for tool in tools], mode == "required"
     raise BadRequest(
         f"tool_choice must be auto, none, required or a function's name in an object, not {choice!r}",
@@ -178,9 +178,9 @@ def _chosen(choice: str | dict[str, Any] | None, names: list[str]) -> tuple[list
 
 
 def _known(tool: Any, names: list[str]) -> str:
-    """Return the name of a tool that a `tool_choice` names. Raises BadRequest if it is none of the tools."""
+    """Return the name of a tool that a `tool_choice` names. Raises BadRequest if it is not among the tools."""
     function = tool.get("function") if isinstance(tool, dict) else None
     name = function.get("name") if isinstance(function, dict) else None
     if name not in names:
-        raise BadRequest(f"tool_choice names {name!r}, which is none of the tools", param="tool_choice")
+        raise BadRequest(f"tool_choice names {name!r}, which is not among the tools", param="tool_choice")
     return name

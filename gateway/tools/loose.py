@@ -33,14 +33,14 @@ MAX_LOOKED_AT = 4096
 """Objects and lists in all schemas of a request that are looked into for such keywords: about a millisecond."""
 
 _BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
-_VALUES = frozenset({"const", "enum", "default", "example", "examples", "required"})  # what is in them is no schema
-_UNNAMABLE = re.compile(r"[>\n]")  # in the names of tags, see `xml_calls`
+_VALUES = frozenset({"const", "enum", "default", "example", "examples", "required"})  # their values are not schemas
+_UNNAMABLE = re.compile(r"[>\n]")  # characters not allowed in tag names, see `xml_calls`
 
 
 def not_held(schema: dict[str, Any], most: int) -> tuple[list[str], int]:
     """Return the keywords of a schema, and of those in it, that a grammar does not hold answers to, sorted.
 
-    Beside them how many of its objects and lists were looked at, `most` at most: what lies in others is not told.
+    Beside them how many of its objects and lists were looked at, `most` at most: others are not searched.
     """
     found: set[str] = set()
     waiting: list[Any] = [schema]

@@ -23,7 +23,7 @@ class ToolStyle:
     arguments: str = ""  # the key of the arguments, in bodies {"name": …, KEY: …}
     body: Literal["json", "named", "xml"] = "json"  # an object as above, NAME[ARGS]{…}, or tags, see xml_calls
     call_ids: bool = False  # named bodies are NAME[CALL_ID]…[ARGS]{…}
-    id_characters: int = 24  # of a call's id, after "call_"; 9: without "call_", as Mistral's templates demand
+    id_characters: int = 24  # length of a call's id after "call_"; 9: without "call_", as Mistral's templates require
 
 
 HERMES = ToolStyle("<tool_call>", "", "<tool_call>\n", "\n</tool_call>", "\n", "", "arguments")

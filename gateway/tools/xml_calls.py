@@ -113,9 +113,9 @@ class XmlArguments:
     def __init__(self, raw: Collection[str]) -> None:
         """raw: the parameters whose values are written as they are."""
         self._raw = raw
-        self._name: str | None = None  # of the parameter whose value is being read
+        self._name: str | None = None  # parameter whose value is being read
         self._num = 0
-        self._is_lost = False  # what came is no tag
+        self._is_lost = False  # True: the text was not a tag
         self.ended = False
 
     def take(self, text: str) -> tuple[str, str]:

@@ -1,1 +1,1 @@
-"""Webhooks: clients are told by a POST that their jobs and batches have ended, in OpenAI's form."""
+"""Webhooks: a POST, in OpenAI's form, notifies clients of the end of their jobs and batches."""

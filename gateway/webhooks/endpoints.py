@@ -25,7 +25,7 @@ MAX_ENDPOINTS = 20
 
 OLD_SECRET_MS = 24 * 3600 * 1000
 _HINT_CHARACTERS = 4
-_RETRY_S = 60.0  # until one of too many deliveries may have arrived
+_RETRY_S = 60.0  # s, until one of too many deliveries may have arrived
 
 
 class WebhookService:
@@ -39,7 +39,7 @@ class WebhookService:
         self._secret = secret
 
     async def create(self, request: WebhookRequest, caller: Caller) -> dict[str, Any]:
-        """Keep an endpoint; return it with its secret, which no later call tells. Raises BadRequest, Conflict."""
+        """Store an endpoint; return it with its secret, which no later call returns. Raises BadRequest, Conflict."""
         self._outside.check(request.url)
         events = _checked(request.event_types, "event_types")
         given, id_, created_ms = new_secret(), f"we_{secrets.token_hex(12)}", now_ms()
@@ -49,7 +49,7 @@ class WebhookService:
             updated_ms=created_ms,
         )  # fmt: skip
         if not await self._webhooks.keep_endpoint(endpoint, MAX_ENDPOINTS):
-            raise Conflict(f"you have as many webhook endpoints as the limit of {MAX_ENDPOINTS} allows: delete some")
+            raise Conflict(f"you have reached the limit of {MAX_ENDPOINTS} webhook endpoints: delete some")
         return {**view(endpoint), "signing_secret": given}
 
     async def get(self, endpoint_id: str, caller: Caller) -> m.WebhookEndpoint:
@@ -94,7 +94,7 @@ class WebhookService:
         try:
             status = await self._sender.test(endpoint, new_delivery(endpoint, type_, subject))
         except UnreachableError as error:
-            raise BadRequest(f"{endpoint.url:.200} cannot be asked: {error}", code="webhook_unreachable") from error
+            raise BadRequest(f"{endpoint.url:.200} cannot be reached: {error}", code="webhook_unreachable") from error
         return {
             "object": "webhook_endpoint.test", "webhook_endpoint_id": endpoint.id, "event_type": type_,
             "status_code": status, "success": is_success(status),
@@ -128,13 +128,13 @@ class WebhookService:
         """
         found = [one for one in await self._webhooks.given_up(caller.owner) if one.id == delivery_id]
         if not found:
-            raise NotFound(f"there is no delivery {brief(delivery_id)} that was given up", code="delivery_not_found")
+            raise NotFound(f"there is no failed delivery {brief(delivery_id)}", code="delivery_not_found")
         if not found[0].type:
             raise Conflict(f"the delivery {brief(delivery_id)} cannot be sent again: {found[0].error}")
         again = msgspec.structs.replace(found[0], attempts=0, error="", created_ms=now_ms())
         [num_waiting] = await self._webhooks.add(caller.owner, [again], MAX_WAITING)
         if num_waiting >= 0:
-            text = f"{num_waiting} of your deliveries wait to arrive; the limit is {MAX_WAITING}"
+            text = f"{num_waiting} of your deliveries are waiting; the limit is {MAX_WAITING}"
             raise Overloaded(text, _RETRY_S)
         return delivery_view(again)
 
@@ -145,7 +145,7 @@ class WebhookService:
 
     def _sealed(self, given: str, endpoint_id: str) -> str:
         if self._secret is None:
-            raise BadRequest("this fleet has no secret, which the secrets of webhooks are kept with: set --secret-file")
+            raise BadRequest("this fleet has no secret, which is needed to store webhooks' secrets: set --secret-file")
         return self._secret.seal(given, endpoint_id)
 
 
@@ -157,7 +157,7 @@ def _checked(events: Sequence[str], param: str) -> list[str]:
     """Return types of events, each once. Raises BadRequest for one that is never sent."""
     for type_ in events:
         if type_ not in EVENTS:
-            text = f"{param} has {brief(type_)}; what is sent is {', '.join(EVENTS)}"
+            text = f"{param} has {brief(type_)}; supported events: {', '.join(EVENTS)}"
             raise BadRequest(text, param=param)
     return list(dict.fromkeys(events))
 

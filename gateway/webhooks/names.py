@@ -41,7 +41,7 @@ _NUMBER = re.compile(r"\d+|0x[0-9a-f]*", re.IGNORECASE | re.ASCII)
 
 
 class UnknownHostError(Exception):
-    """A host has no address, or nobody says; the text tells which."""
+    """A host has no address, or no server answers; the text says which."""
 
 
 def is_name(host: str) -> bool:
@@ -61,7 +61,7 @@ def is_address(host: str) -> bool:
     return True
 
 
-class Names:
+class HostNames:
     """Looks names up as the machine is set up to: /etc/hosts, then the servers of /etc/resolv.conf with its search."""
 
     def __init__(
@@ -92,7 +92,7 @@ class Names:
         if is_address(host):
             return [host]
         if not is_name(host):
-            raise UnknownHostError("it is no name")
+            raise UnknownHostError("it is not a valid name")
         known, resolver = await self._settings()
         found = known.get(host.lower().removesuffix(".")) or await self._asked(resolver, host)
         return sorted(found, key=_has_no_route)
@@ -126,7 +126,7 @@ class Names:
         try:
             resolver = dns_resolver.Resolver(filename=str(self._resolv), configure=not self._server)
         except dns_exception.DNSException as error:
-            raise UnknownHostError(f"{self._resolv} names no DNS server") from error
+            raise UnknownHostError(f"{self._resolv} lists no DNS server") from error
         address, _, port = self._server.partition(":")
         servers = [(address, int(port or 53))] if address else [(str(one), self._port) for one in resolver.nameservers]
         resolver.nameservers = [_datagrams_to(*one) for one in servers]

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from gateway.webhooks.addresses import is_public
-from gateway.webhooks.names import MAX_HOST, Names, UnknownHostError, is_address, is_name
+from gateway.webhooks.names import MAX_HOST, HostNames, UnknownHostError, is_address, is_name
 from gateway.webhooks.places import PlacesByHost
 from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
@@ -49,13 +49,13 @@ class BusyReceiverError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class WebhookTarget:
     """Where a request goes, all of it in ASCII."""
 
     scheme: str
     host: str  # without brackets
     port: int
-    authority: str  # for the header `host`
+    authority: str  # value of the header `host`
     path: str  # with the query
 
 
@@ -63,7 +63,7 @@ class Outside:
     """Sends to URLs of strangers."""
 
     def __init__(
-        self, *, private: bool, names: Names | None = None, timeout_s: float = TIMEOUT_S,
+        self, *, private: bool, names: HostNames | None = None, timeout_s: float = TIMEOUT_S,
         tls: ssl.SSLContext | None = None,
     ) -> None:  # fmt: skip
         """private: whether http:// and addresses of private networks are allowed. timeout_s: of one request.
@@ -71,7 +71,7 @@ class Outside:
         tls: whose certificates are trusted; None: those that this machine trusts.
         """
         self._private = private
-        self._names = names or Names()
+        self._names = names or HostNames()
         self._timeout_s = timeout_s
         self._receivers = PlacesByHost(AT_ONE_RECEIVER, AT_ONE_RECEIVER_OF_TENANT)
         self._tls = tls
@@ -84,7 +84,7 @@ class Outside:
         try:
             target = target_of(url)
         except ValueError as error:
-            raise BadRequest(f"url is none: {brief(url)}: {error}", param="url") from error
+            raise BadRequest(f"url is not a valid URL: {brief(url)}: {error}", param="url") from error
         if target.scheme not in schemes:
             raise BadRequest(f"url must be {' or '.join(schemes)}: {brief(url)}", param="url")
 
@@ -95,13 +95,13 @@ class Outside:
         """
         try:
             target = target_of(url)
-        except ValueError as error:  # of a version that took what this one does not
+        except ValueError as error:  # stored by a release that accepted URLs which this one refuses
             raise UnreachableError(f"the URL cannot be used: {error}") from error
         with self._receivers.held(target.host.lower(), tenant) as has_room:
             if not has_room:
                 raise BusyReceiverError(
-                    f"{AT_ONE_RECEIVER_OF_TENANT} requests of yours, or {AT_ONE_RECEIVER} of all tenants, are on their"
-                    f" way to {target.host:.100}; these are the limits"
+                    f"{AT_ONE_RECEIVER_OF_TENANT} requests of yours, or {AT_ONE_RECEIVER} of all tenants, are being"
+                    f" sent to {target.host:.100}; these are the limits"
                 )
             try:
                 async with asyncio.timeout(self._timeout_s):
@@ -111,7 +111,7 @@ class Outside:
             except (OSError, EOFError, UnicodeError, asyncio.LimitOverrunError) as error:  # TLS raises an OSError
                 raise UnreachableError(f"{type(error).__name__}: {error}"[:200]) from error
 
-    async def _ask(self, target: Target, body: bytes, headers: Mapping[str, str]) -> int:
+    async def _ask(self, target: WebhookTarget, body: bytes, headers: Mapping[str, str]) -> int:
         address = await self._address(target.host)
         tls = await self._context() if target.scheme == "https" else None
         head = [f"POST {target.path} HTTP/1.1", f"host: {target.authority}"]
@@ -152,15 +152,15 @@ async def _status(reader: asyncio.StreamReader) -> int:
         if is_first:
             found = _STATUS.match(line.rstrip(b"\n"))
             if found is None:
-                raise UnreachableError("what the endpoint answers is no HTTP")
+                raise UnreachableError("the endpoint's answer is not HTTP")
             status = int(found[1])
             if not 100 <= status < 200 or status == 101:
                 return status
         is_first = not line.strip()  # an answer before the last one has ended
-    raise UnreachableError(f"the endpoint answers no status within {MAX_LINES} lines")
+    raise UnreachableError(f"the endpoint sent no status within {MAX_LINES} lines")
 
 
-def target_of(url: str) -> Target:
+def target_of(url: str) -> WebhookTarget:
     """Return where a URL leads, its name in the DNS's form (IDNA). Raises ValueError for what cannot be asked."""
     parts = urlsplit(url)
     if not parts.hostname:
@@ -175,11 +175,11 @@ def target_of(url: str) -> Target:
         raise ValueError("it has a user")
     host = read.raw_host.decode("ascii")
     if not is_name(host) and not is_address(host):
-        raise ValueError(f"{brief(host)} is neither a name of the DNS nor an IP address")
+        raise ValueError(f"{brief(host)} is neither a DNS name nor an IP address")
     port = read.port
     if port is not None and not 0 < port < 65536:
         raise ValueError(f"there is no port {port}")
-    return Target(
+    return WebhookTarget(
         scheme=read.scheme, host=host, port=port or (443 if read.scheme == "https" else 80),
         authority=read.netloc.decode("ascii"), path=read.raw_path.decode("ascii"),
     )  # fmt: skip

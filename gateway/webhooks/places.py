@@ -1,4 +1,4 @@
-"""Places that tenants share: none takes so many that another finds none. Pure."""
+"""Slots that tenants share: none takes so many that another finds none. Pure."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Places:
-    """A number of places, of which the last quarter is for tenants that have none yet."""
+class TenantSlots:
+    """A number of slots, of which the last quarter is for tenants that have none yet."""
 
     def __init__(self, most: int, most_of_one: int) -> None:
         """most: of all tenants. most_of_one: of one tenant."""
@@ -18,33 +18,33 @@ class Places:
 
     @property
     def num_taken(self) -> int:
-        """The places of all tenants that are taken."""
+        """The taken slots of all tenants."""
         return self._taken.total()
 
     def of(self, tenant: str) -> int:
-        """Return how many places a tenant has."""
+        """Return how many slots a tenant has."""
         return self._taken[tenant]
 
     def room(self, tenant: str) -> int:
-        """Return how many more places a tenant may take."""
+        """Return how many more slots a tenant may take."""
         left, has = self.most - self.num_taken, self._taken[tenant]
         if not has and left > 0:
             return max(1, min(self.most_of_one, left - self.most // 4))
         return max(0, min(self.most_of_one - has, left - self.most // 4))
 
     def take(self, tenant: str) -> None:
-        """Take a place for a tenant, which has room."""
+        """Take a slot for a tenant, which has room."""
         self._taken[tenant] += 1
 
     def leave(self, tenant: str) -> None:
-        """Give a place back."""
+        """Release a slot."""
         self._taken[tenant] -= 1
         if not self._taken[tenant]:
             del self._taken[tenant]
 
     @contextmanager
     def held(self, tenant: str) -> Iterator[bool]:
-        """Hold a place within the block, if there is room for the tenant; say whether there is."""
+        """Hold a slot within the block, if there is room for the tenant; yield whether there is."""
         has_room = self.room(tenant) > 0
         if has_room:
             self.take(tenant)
@@ -56,22 +56,22 @@ class Places:
 
 
 class PlacesByHost:
-    """Places at each of many receivers; one that nobody has a place at takes no memory."""
+    """Slots at each of many receivers; an unused receiver takes no memory."""
 
     def __init__(self, most: int, most_of_one: int) -> None:
         """most: at one receiver. most_of_one: of one tenant there."""
         self.most = most
         self._limits = most, most_of_one
-        self._places: dict[str, Places] = {}
+        self._places: dict[str, TenantSlots] = {}
 
     def __len__(self) -> int:
-        """Return the number of receivers at which places are taken."""
+        """Return the number of receivers at which slots are taken."""
         return len(self._places)
 
     @contextmanager
     def held(self, host: str, tenant: str) -> Iterator[bool]:
-        """Hold a place at a receiver within the block, if there is room for the tenant; say whether there is."""
-        places = self._places.setdefault(host, Places(*self._limits))
+        """Hold a slot at a receiver within the block, if there is room for the tenant; yield whether there is."""
+        places = self._places.setdefault(host, TenantSlots(*self._limits))
         try:
             with places.held(tenant) as has_room:
                 yield has_room

@@ -16,7 +16,7 @@ import msgspec
 from gateway.calls.jobs import state_of
 from gateway.http.paths import RESPONSES
 from gateway.webhooks.outside import TIMEOUT_S, BusyReceiverError, Outside, UnreachableError
-from gateway.webhooks.places import Places
+from gateway.webhooks.places import TenantSlots
 from gateway.webhooks.sign import event_body, event_id, signed_headers
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.queue.kept.webhooks import Ended
@@ -36,13 +36,13 @@ CLAIM_MS = 60_000
 """After so long a delivery that was begun is due again, if nothing was heard of it: its gateway has died."""
 
 MAX_TESTS = 16
-"""Tests of endpoints at once at a gateway, of all tenants. Like all such places, the last quarter is for tenants that
+"""Tests of endpoints at once at a gateway, of all tenants. Like all such slots, the last quarter is for tenants that
 have none."""
 
 MAX_TESTS_OF_TENANT = 2
 
-_TENANTS_AT_ONCE = 16  # whose ends are looked at together
-_ENDS_OF_TURN = 16  # of a tenant
+_TENANTS_AT_ONCE = 16  # tenants whose ended jobs are read together
+_ENDS_OF_TURN = 16  # ended jobs per tenant and turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class SenderPace:
     lease_s: float = 10.0
     first_retry_s: float = 5.0  # four times as long after each attempt
     max_retry_s: float = 4 * 3600.0
-    busy_s: float = 5.0  # until a delivery whose receiver had too many requests is looked at again
+    busy_s: float = 5.0  # delay before retrying a delivery whose receiver had too many requests
     max_sending: int = 64  # deliveries at once, of all tenants
     max_sending_of_tenant: int = 4
 
@@ -71,14 +71,14 @@ class WebhookSender:
         self._secret = secret
         self._pace = pace or SenderPace()
         self._sending: dict[tuple[str, str], asyncio.Task[None]] = {}  # by tenant and delivery
-        self._places = Places(self._pace.max_sending, self._pace.max_sending_of_tenant)
-        self._tests = Places(MAX_TESTS, MAX_TESTS_OF_TENANT)
+        self._places = TenantSlots(self._pace.max_sending, self._pace.max_sending_of_tenant)
+        self._tests = TenantSlots(MAX_TESTS, MAX_TESTS_OF_TENANT)
         self._more = asyncio.Event()  # a delivery was tried, so another one may begin; or there are more ends
         # None is given up: what is wrong is one tenant's records, or a fault of this gateway, and the ends are bounded.
         self._plans = Items("webhooks", max_tries=0, backoff=Backoff(1.0, 600.0))
 
     def loop(self) -> Loop:
-        """Return what sends. Whoever has run it then calls `leave`."""
+        """Return the sending loop. The caller must call `leave` after it."""
         return Loop("webhooks", self._look, self._pace.poll_s, self._more)
 
     async def leave(self) -> None:
@@ -110,7 +110,7 @@ class WebhookSender:
         return more
 
     async def _begin(self) -> None:
-        """Give tenants a turn at the places for deliveries, those first that have fewest.
+        """Give tenants a turn at the slots for deliveries, those first that have fewest.
 
         Twice as many are looked at as there are places, so at least half of them have none: while places are free,
         each look begins something or finds all that is due.
@@ -127,7 +127,7 @@ class WebhookSender:
                     self._sending[tenant, delivery.id] = asyncio.create_task(self._send(delivery))
 
     async def _plan(self, tenant: str) -> None:
-        """Make deliveries of a tenant's oldest ends. Raises NewerRecord if only newer gateways can tell of which."""
+        """Make deliveries of a tenant's oldest ends. Raises NewerRecord if only newer gateways can read them."""
         webhooks = self._bus.webhooks
         endpoints = await webhooks.endpoints(tenant, leave_newer=True)
         ended = await webhooks.ended(tenant, _ENDS_OF_TURN)
@@ -138,7 +138,7 @@ class WebhookSender:
             except (NewerRecord, *CONNECTION_ERRORS):
                 raise
             except Exception as error:  # noqa: BLE001  what is kept of it cannot be read; it must not keep the others back
-                FAILED.note("webhooks", error, f"the end of {one.id}, which no webhook tells")
+                FAILED.note("webhooks", error, f"the end of {one.id}, which no webhook reports")
                 continue
             deliveries += [new_delivery(endpoint, type_, one.id) for endpoint in endpoints if type_ in endpoint.events]
         counts = await webhooks.add(tenant, deliveries, MAX_WAITING) if deliveries else []
@@ -199,7 +199,7 @@ class WebhookSender:
         """
         try:
             endpoint = await self._bus.webhooks.endpoint(delivery.tenant, delivery.endpoint)
-        except UnreadableRecord as error:  # it may be written anew, or another release may read it, within the day
+        except UnreadableRecord as error:  # it may be rewritten, or another release may read it, within the day
             return str(error)
         if endpoint is None:
             return ""
@@ -212,7 +212,7 @@ class WebhookSender:
         except Exception as error:  # noqa: BLE001  an attempt like any other: it is counted, the next comes later
             FAILED.note("webhooks", error, delivery.id)
             return f"it cannot be sent: {type(error).__name__}"
-        return "" if is_success(status) else f"the endpoint answers {status}"
+        return "" if is_success(status) else f"the endpoint answered {status}"
 
     async def _note(self, tried: m.Delivery) -> None:
         """Note that a delivery was tried: it is done, or given up, or tried again later."""
@@ -235,7 +235,7 @@ class WebhookSender:
         with self._tests.held(endpoint.tenant) as has_room:
             if not has_room:
                 raise Overloaded(
-                    f"{self._tests.of(endpoint.tenant)} tests of your webhooks are on their way, and"
+                    f"{self._tests.of(endpoint.tenant)} tests of your webhooks are being sent, and"
                     f" {self._tests.num_taken} of all tenants; the limits of this gateway are {MAX_TESTS_OF_TENANT} and"
                     f" {MAX_TESTS}",
                     TIMEOUT_S,

@@ -1,1 +1,1 @@
-"""Adapters in a worker: fetched, packed, kept in host memory and in the pool."""
+"""Adapters in a worker: fetched, packed, stored in host memory and in the pool."""

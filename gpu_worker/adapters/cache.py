@@ -11,9 +11,9 @@ from collections.abc import Callable, Container, Iterable
 import numpy as np
 
 from gpu_worker.adapters.events import AdapterEvents, LoadTimes
-from gpu_worker.adapters.failures import Failures
+from gpu_worker.adapters.failures import LoadFailures
 from gpu_worker.adapters.host import HostTier
-from gpu_worker.adapters.jobs import JobEnd, Jobs
+from gpu_worker.adapters.jobs import JobEnd, LoadJobs
 from gpu_worker.adapters.merges import MergeWatch
 from gpu_worker.adapters.packing.packer import HostAdapter
 from gpu_worker.adapters.starvation import Starvation
@@ -42,7 +42,7 @@ class AdapterCache:
         weights: PoolWeights,
         read: Callable[[str], HostAdapter],
         host_bytes: int,
-        failures: Failures | None = None,
+        failures: LoadFailures | None = None,
         merge: Merge | None = None,
         merge_timeout_s: float = 60.0,
     ) -> None:
@@ -56,20 +56,20 @@ class AdapterCache:
         self.pool.cost = self._reload_s
         self.host = HostTier(host_bytes)
         self.slot_ranks = np.zeros(weights.num_slots, np.int64)  # largest rank of the adapter in each slot
-        self.extras: dict[str, Extras] = {}  # of the adapters in the pool that have any, on the device
-        self.invocations: dict[str, tuple[int, ...]] = {}  # of the activated LoRA in the pool
-        self.tokens: dict[str, TokenTable] = {}  # of the adapters in the pool that bring their own
+        self.extras: dict[str, Extras] = {}  # by digest, extras of resident adapters, on the device
+        self.invocations: dict[str, tuple[int, ...]] = {}  # by digest, invocation tokens of resident aLoRA adapters
+        self.tokens: dict[str, TokenTable] = {}  # by digest, token tables of resident adapters with own tokenizers
         self.on_evicted: Callable[[str], object] | None = None  # called when an adapter leaves the pool
         self.num_loads = 0  # into the pool
         self.num_fetches = 0  # to the host
         self.events = AdapterEvents()
         self.load_times = LoadTimes()
         self._read = read
-        self._failures = failures or Failures()
+        self._failures = failures or LoadFailures()
         self._merge = merge
-        self._jobs = Jobs(merge_timeout_s)
+        self._jobs = LoadJobs(merge_timeout_s)
         self._starvation = Starvation()
-        self._wanted: set[str] = set()  # of the last `load`
+        self._wanted: set[str] = set()  # digests wanted in the last `load`
         self._tenant_of: Callable[[str], str] = lambda _: ""
         self._prefetches: set[str] = set()
         self._staging_s: dict[str, float] = {}  # measured, by digest
@@ -195,7 +195,7 @@ class AdapterCache:
         """Return why an adapter has no room in the pool, whatever is evicted; None if it has."""
         needed, total = self.pool.bytes_of(adapter.num_pages), self.pool.total_bytes
         if not self.pool.can_ever_hold(adapter.num_pages):
-            return AdapterRefused([f"it needs {needed} bytes of the adapter pool, whose groups share {total}"])
+            return AdapterRefused([f"it needs {needed} bytes of the adapter pool, which has {total}"])
         if not self.pool.can_hold_beside_pins(adapter.num_pages):
             return Unavailable(f"it needs {needed} bytes of the adapter pool's {total}, and pinned adapters leave less")
         return None

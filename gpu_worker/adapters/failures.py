@@ -16,7 +16,7 @@ class _Failure:
     again_s: float
 
 
-class Failures:
+class LoadFailures:
     """The last failure of each adapter. Times are monotonic seconds."""
 
     def __init__(self, refusal: Backoff = REFUSAL, trouble: Backoff = TROUBLE, max_kept: int = 10_000) -> None:

@@ -36,10 +36,10 @@ class JobEnd:
     error: LorafleetError | None  # None, without an adapter: it was given up
     copied: bool  # whether it copied, or tried to copy, into the pool, not to the host
     seconds: float
-    extras: Extras | None = None  # on the device, of an adapter that was copied
+    extras: Extras | None = None  # extras of a copied adapter, on the device
 
 
-class Jobs:
+class LoadJobs:
     """At most one job for each adapter. All methods but those of the threads are for the engine's thread."""
 
     def __init__(self, merge_timeout_s: float = 60.0) -> None:
@@ -97,7 +97,7 @@ class Jobs:
         except LorafleetError as known:
             error = known
         except GivenUp:
-            logger.info("merge %.40s is given up: nobody waits for it", digest)
+            logger.info("merge %.40s is cancelled: no request waits for it", digest)
         except BaseException:  # a thread's edge, also for panics of libraries in Rust: the requests must hear of it
             logger.exception("loading adapter %.12s failed", digest)
             error = Internal(f"loading adapter {digest:.12} failed")

@@ -28,7 +28,7 @@ class GivenUp(Exception):
 
 
 class MergeWatch:
-    """Tells a merge that runs when it must end. `check` is for its thread, `give_up` for any."""
+    """The cancellation token of a running merge. `check` is for its thread, `give_up` for any."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
@@ -75,7 +75,7 @@ class Merges:
     """The merges of one worker that wait or run. For the engine's thread only."""
 
     timeout_s: float
-    _merges: dict[str, _Merge] = field(default_factory=dict[str, _Merge])  # by digest, in the order of their arrival
+    _merges: dict[str, _Merge] = field(default_factory=dict[str, _Merge])  # by digest, in order of arrival
     _pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(NUM_MERGERS, "merger", initializer=lower_priority)
     )

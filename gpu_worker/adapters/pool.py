@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Resident:
-    """An adapter's place in the pool."""
+    """An adapter's slot and pages in the pool."""
 
     digest: str
     slot: int
-    pages: list[list[int]]  # by group
+    pages: list[list[int]]  # page numbers by group
     num_bytes: int
     refs: int = 0  # running requests that use it
     pinned: bool = False

@@ -23,7 +23,7 @@ class Residency:
 
     @property
     def pins(self) -> dict[str, str]:
-        """The pinned adapters, each with why it cannot be kept in the pool; "" if it is there or on its way."""
+        """The pinned adapters, each with the reason why it cannot stay in the pool; "" if it is resident or loading."""
         return dict(self._pins)
 
     def pin(self, digest: str) -> None:
@@ -71,7 +71,7 @@ class Residency:
         residents = self._cache.pool.residents
         for digest, problem in self._pins.items():
             if not problem and digest in residents and not residents[digest].pinned:
-                self._pins[digest] = "pinned adapters would take more than half of the pool with it"
+                self._pins[digest] = "pinning it would let pinned adapters take more than half of the pool"
         for digest in [digest for digest in self._leaving if digest not in queued]:
             freed = self._cache.drop(digest)
             if freed is None:

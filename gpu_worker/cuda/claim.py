@@ -26,4 +26,4 @@ def claim_gpu(gpus: Sequence[str], folder: Path, environment: MutableMapping[str
             continue
         environment["CUDA_VISIBLE_DEVICES"] = gpu  # the lock stays open, and ends with the process
         return gpu
-    raise Conflict(f"all GPUs of this machine's workers ({', '.join(gpus)}) are held by others of them")
+    raise Conflict(f"all GPUs of this machine's workers ({', '.join(gpus)}) are in use by other workers")

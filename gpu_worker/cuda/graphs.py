@@ -154,7 +154,7 @@ class StepGraph:
         self._kinds: tuple[Tiles, ...] = ("small", "none") if decodes else ("large", "small", "none")
         self._logits = torch.empty(0)
         self._replays: dict[Tiles, Replay] = {}
-        self._num_rows = 0  # of the step that the tensors hold
+        self._num_rows = 0  # rows of the step in the tensors
         self._tiles: Tiles = "none"
 
     def forward(self, tiles: Tiles) -> Tensor:
@@ -162,7 +162,7 @@ class StepGraph:
         context = self._model.context
         context.attention = self.attention
         lora = self.lora
-        if tiles == "large":  # which a batch's tiles are, if it has so many rows to a segment
+        if tiles == "large":  # a batch with so many rows per segment uses these tiles
             lora = replace(lora, num_rows=LARGE_TILE_ROWS_PER_SEGMENT * lora.num_segments)
         context.lora, context.lora_logits = (None, None) if tiles == "none" else (lora, self.lora_logits)
         context.extras, context.extras_logits = [], []

@@ -59,7 +59,7 @@ def warm_up_steps(
             yield WarmUpStep(num_new, np.repeat(np.arange(num_seqs, dtype=np.int32), num_new), has_scales)
         for num in _sizes(max_step_tokens):
             slots = np.zeros(num, np.int32)
-            slots[:1] = -1  # where all tokens have one adapter, a library's products may take the kernels' place
+            slots[:1] = -1  # with one adapter for all tokens, library products may replace the kernels
             yield WarmUpStep(np.array([num]), slots, has_scales, through_head=num <= max_prompt_rows)
 
 

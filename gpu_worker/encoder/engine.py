@@ -35,11 +35,11 @@ class EncoderConfig:
     max_step_tokens: int  # a longer text has a step of its own
     max_model_len: int  # tokens of one text
     max_slowdown: float = 0.0  # how many times as long a step may be for what yields; 0: any time
-    max_batch_slowdown: float = 0.0  # for batch work; 0: as for what yields
+    max_batch_slowdown: float = 0.0  # limit for batch work; 0: as for lower-priority requests
 
 
 @dataclass(slots=True)
-class Batch:
+class TextBatch:
     """The texts of one step, and the slots of their adapters (-1: none)."""
 
     requests: list[EngineRequest] = field(default_factory=list)
@@ -61,7 +61,7 @@ class EncoderEngine(BaseEngine):
         self.config = config
         self._requests: dict[str, EngineRequest] = {}  # all wait: by id, in the order they came
         self._label_site = next((site.index for site in model.sites if site.name == model.label_head), -1)
-        self._num_skips: Counter[str] = Counter()  # steps of others in which one that yields had no place, by id
+        self._num_skips: Counter[str] = Counter()  # by id, steps of others that had no room for a yielding text
 
     # ------------------------------------------------------------ a step
 
@@ -77,20 +77,20 @@ class EncoderEngine(BaseEngine):
         self.can_step = bool(batch.requests and self._requests)
         return self._put_out()
 
-    def _plan(self) -> Batch:
+    def _plan(self) -> TextBatch:
         """Choose the step's texts, then the adapters to load for later steps."""
         batch = self._next_batch()
         self.timelines.begin(request.rid for request in batch.requests)
         self._request_adapters()
         return batch
 
-    def _next_batch(self) -> Batch:
+    def _next_batch(self) -> TextBatch:
         """Take the next texts whose adapters are in the pool, in order; those that yield after the others.
 
         Beside others, what yields has as many tokens as make the step `max_slowdown` times as long, batch work
-        `max_batch_slowdown` times. Whoever was passed over `MAX_SKIPS` times yields no more, but for batch work.
+        `max_batch_slowdown` times. A text passed over `MAX_SKIPS` times no longer yields, except batch work.
         """
-        config, batch = self.config, Batch()
+        config, batch = self.config, TextBatch()
         classes: list[list[EngineRequest]] = [[] for _ in range(BATCH_PRIORITY + 1)]
         for request in self._requests.values():
             is_late = request.priority < BATCH_PRIORITY and self._num_skips[request.rid] > MAX_SKIPS
@@ -104,7 +104,7 @@ class EncoderEngine(BaseEngine):
                 self._num_skips.update(request.rid for request in requests if request.rid in self._requests)
         return batch
 
-    def _take(self, requests: Iterable[EngineRequest], batch: Batch, most: int) -> None:
+    def _take(self, requests: Iterable[EngineRequest], batch: TextBatch, most: int) -> None:
         """Add texts to a batch, in order, until it has `most` tokens; a longer text may be alone in it."""
         for request in requests:
             is_over = batch.num_tokens + len(request.prompt) > most
@@ -123,8 +123,8 @@ class EncoderEngine(BaseEngine):
             batch.slots.append(slot)
             batch.num_tokens += len(request.prompt)
 
-    def _run(self, batch: Batch) -> None:
-        """Compute a batch, let go of its adapters, and put out its results."""
+    def _run(self, batch: TextBatch) -> None:
+        """Compute a batch, release its adapters, and emit its results."""
         try:
             results = self._compute(batch)
         finally:
@@ -139,7 +139,7 @@ class EncoderEngine(BaseEngine):
     def _adapter_misfit(self, request: EngineRequest) -> LorafleetError | None:
         """Return why a text cannot be computed with its adapter, which is in the pool; None if it can."""
         if self.model.missing and not request.digest:
-            message = f"the base model's folder has no weights of {', '.join(self.model.missing)}: ask an adapter"
+            message = f"the base model's folder has no weights of {', '.join(self.model.missing)}: use an adapter"
             return BadRequest(message, param="model")
         if self.adapters.invocations.get(request.digest):
             return BadRequest("adapters with alora_invocation_tokens are not served on encoders", param="model")
@@ -149,7 +149,7 @@ class EncoderEngine(BaseEngine):
             return BadRequest(f"the text holds token ids outside 0 … {vocab_size - 1}", param="input")
         return None
 
-    def _compute(self, batch: Batch) -> list[np.ndarray]:
+    def _compute(self, batch: TextBatch) -> list[np.ndarray]:
         """Return what goes into each text's log, int32; see `messages.Body.task`."""
         model, lengths = self.model, batch.lengths
         with torch.inference_mode():
@@ -173,7 +173,7 @@ class EncoderEngine(BaseEngine):
             pairs = torch.stack([best.indices.int(), best.values.view(torch.int32)], -1).cpu().numpy()
         return [part.reshape(-1) for part in np.split(pairs, np.cumsum(lengths)[:-1])]
 
-    def _set_adapters(self, batch: Batch) -> None:
+    def _set_adapters(self, batch: TextBatch) -> None:
         """Set which rows of the step have which adapter, in the model's context."""
         context, device, lengths = self.model.context, self.model.device, batch.lengths
         scales = np.array([request.lora_scale for request in batch.requests], np.float32)
@@ -186,7 +186,7 @@ class EncoderEngine(BaseEngine):
             active = np.ones(len(rows), bool)
             context.extras.append(extra_rows(self.adapters.extras[digest], rows, active, scale, device))
 
-    def _set_text(self, batch: Batch, index: int) -> None:
+    def _set_text(self, batch: TextBatch, index: int) -> None:
         """Set the adapter of all rows of a pass, which are of one text."""
         request, device = batch.requests[index], self.model.device
         slot, scale = batch.slots[index], request.lora_scale
@@ -201,7 +201,7 @@ class EncoderEngine(BaseEngine):
         self.model.context.of_all = of_all
         self.model.context.lora, self.model.context.extras = of_all(len(request.prompt))
 
-    def _set_head_adapters(self, batch: Batch, members: Sequence[int]) -> None:
+    def _set_head_adapters(self, batch: TextBatch, members: Sequence[int]) -> None:
         """Set which adapter each row of the head has, where its rows are some of a batch's texts."""
         context, device = self.model.context, self.model.device
         requests = [batch.requests[i] for i in members]

@@ -38,7 +38,7 @@ MIXING = ("mobilebert",)
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
+class TextInputs:
     """A group of a step's texts of similar length, padded to the longest of them."""
 
     rows: Tensor  # int64 [S, L]: rows of the packed step; at padding, any row of the text
@@ -49,7 +49,7 @@ class Texts:
 class EncoderContext(StepContext):
     """A step's work lists; each text is in one of the groups."""
 
-    texts: list[Texts] = field(default_factory=list)
+    texts: list[TextInputs] = field(default_factory=list)
 
 
 class EncoderLayer:
@@ -74,7 +74,7 @@ class EncoderLayer:
                 out[texts.rows[texts.is_token]] = found[texts.is_token]
         return out
 
-    def _mask(self, texts: Texts) -> Tensor | None:
+    def _mask(self, texts: TextInputs) -> Tensor | None:
         """Return which keys are seen: bool that broadcasts to [S, H, L, L]; None: all of them."""
         mask = None if texts.is_token is None else texts.is_token[:, None, None, :]
         length = texts.rows.shape[1]
@@ -110,11 +110,11 @@ class EncoderModel:
     width: int  # entries of a hidden state, or the labels of a token or text
     pooling: Pooling
     max_positions: int  # tokens of the longest text; 0: no limit known
-    padding_id: int | None  # where positions start behind this id and skip it, as RoBERTa's; None: they start at 0
+    padding_id: int | None  # RoBERTa: positions start after this id and skip it; None: they start at 0
     fingerprint: str
-    takes_types: bool = False  # whether it tells the second text of a pair from the first by type ids
-    classifier: Classifier | None = None  # of `score`
-    label_head: str = ""  # of `score`: the layer that makes the logits
+    takes_types: bool = False  # True: type ids mark the second text of a pair
+    classifier: Classifier | None = None  # classifier of `score`
+    label_head: str = ""  # `score`: layer that computes the logits
     missing: list[str] = field(default_factory=list[str])  # parts of the head that adapters must bring
     apart: bool = False  # whether each text has a forward pass of its own, because its attention cannot be packed
 
@@ -187,19 +187,19 @@ class EncoderModel:
         return found
 
 
-def group_texts(lengths: Sequence[int], device: torch.device) -> list[Texts]:
+def group_texts(lengths: Sequence[int], device: torch.device) -> list[TextInputs]:
     """Group packed texts by length, so that less than half of a group is padding."""
     starts = np.cumsum(lengths) - lengths
     groups: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
         groups.setdefault((length - 1).bit_length(), []).append(i)
-    found: list[Texts] = []
+    found: list[TextInputs] = []
     for members in groups.values():
         own = np.array([lengths[i] for i in members])
         at = np.arange(own.max())
         is_token = at < own[:, None]
         rows = starts[members][:, None] + np.minimum(at, own[:, None] - 1)
-        found.append(Texts(send(rows, device), None if is_token.all() else send(is_token, device)))
+        found.append(TextInputs(send(rows, device), None if is_token.all() else send(is_token, device)))
     return found
 
 
@@ -268,7 +268,7 @@ def prepare_encoder(
 
 
 def takes_types(module: PreTrainedModel) -> bool:
-    """Return whether a model tells the second text of a pair from the first by type ids."""
+    """Return whether a model uses type ids to mark the second text of a pair."""
     takes = "token_type_ids" in inspect.signature(module.forward).parameters
     return takes and (getattr(module.config, "type_vocab_size", None) or 0) > 1
 
@@ -338,7 +338,7 @@ class Probe:
     """Random texts, and what the untouched model makes of each alone, for the finished model to be held against."""
 
     texts: list[Tensor]  # int64 [T]
-    seconds: list[int]  # where the second text of each pair begins, 0 for no pair
+    seconds: list[int]  # index of each pair's second text, 0 for single texts
     states: list[Tensor]  # hidden states [T, D], or for labels of tokens their logits [T, labels]
     found: list[Tensor]  # the same; of `score` the logits [1, labels]
 

@@ -1,4 +1,4 @@
-"""What every engine does around its batches: adapters come and go, outputs wait to be put out, steps are measured."""
+"""The common part of all engines: loading adapters, pending outputs, measuring steps."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class BaseEngine(ABC):
         self.counters = self.meter.counters
         self.timelines = Timelines()
         self.can_step = False  # whether the next step may do something without a new request or adapter
-        self._outputs: list[TokenOutput] = []  # put out at the end of the next step
+        self._outputs: list[TokenOutput] = []  # emitted at the end of the next step
         adapters.on_evicted = self._on_evicted
 
     @property
     def has_work(self) -> bool:
-        """Whether any request is held or any output waits to be put out."""
+        """Whether any request is held or any output is pending."""
         return bool(self._held() or self._outputs)
 
     @abstractmethod
     def add(self, request: EngineRequest) -> None:
-        """Take a request. What is wrong with it is put out by the next step as its error.
+        """Take a request. Its errors are emitted by the next step.
 
         A newer epoch of a request replaces an older one; one that was delivered twice is ignored.
         """
@@ -55,7 +55,7 @@ class BaseEngine(ABC):
         let_go_of_libraries()
 
     def cancel(self, rid: str) -> None:
-        """Forget a request; nothing more is put out for it."""
+        """Forget a request; no more output is emitted for it."""
         self._outputs = [output for output in self._outputs if output.rid != rid]
         self._drop(rid)
         self.timelines.forget(rid)
@@ -104,7 +104,7 @@ class BaseEngine(ABC):
         """End a request that waits with an error."""
 
     def _note_taken(self, request: EngineRequest) -> None:
-        """Begin a request's times, and tell the fleet if it is for an adapter."""
+        """Start a request's times, and report it to the fleet if it is for an adapter."""
         tier = self.adapters.tier(request.digest) if request.digest else ""
         self.timelines.take(request, tier)
         if request.digest:

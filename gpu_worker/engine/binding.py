@@ -129,13 +129,13 @@ class RequestBinder:
         if request.task == "embed":
             seq.pool = TextPool(tasks.pooling.mode)
             if tasks.pooling.mode == "cls":
-                seq.end_at(1)  # what a token sees are those before it
+                seq.end_at(1)  # each token sees only those before it
             return
         seq.pool = TextPool("lasttoken")
         if head_of(seq, tasks, self._adapters.extras) is None:
             if tasks.score_tokens is None:
                 who = "neither this adapter nor its base" if request.digest else "this base model has no"
-                has = "has a classification head" if request.digest else "classification head: ask an adapter with one"
+                has = "has a classification head" if request.digest else "classification head: use an adapter with one"
                 raise BadRequest(f"{who} {has}", param="model")
             seq.is_scored_by_tokens = True
             return

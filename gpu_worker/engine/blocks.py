@@ -34,10 +34,10 @@ class BlockPool:
         self._refs = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # least recently used first
         self._hash: list[bytes | None] = [None] * num_blocks
-        self._owner = [""] * num_blocks  # of a published block, see `publish`
+        self._owner = [""] * num_blocks  # owner of each published block, see `publish`
         self._block: dict[bytes, int] = {}  # hash -> published block
         self._owned: dict[str, set[int]] = {}  # owner -> its published blocks
-        self.on_forget: Callable[[bytes], object] = lambda _: None  # told the hash of a block that is found no longer
+        self.on_forget: Callable[[bytes], object] = lambda _: None  # called with the hash of each evicted block
 
     @property
     def num_free(self) -> int:

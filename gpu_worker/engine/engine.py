@@ -55,14 +55,14 @@ class EngineConfig:
     num_blocks: int
     max_model_len: int  # tokens of prompt and output of one request
     num_states: int = 0  # slots for the states of layers that keep states
-    kv_bytes: int = 0  # of all blocks
+    kv_bytes: int = 0  # bytes of all blocks
     max_mask_s: float = 30.0  # CPU time of the masks of one request with a grammar
     overlaps: bool = False  # whether a step is launched before the tokens of the one before are known
 
     def __post_init__(self) -> None:
         """Raise ValueError for sizes that contradict each other."""
         if self.overlaps and self.limits.max_draft_tokens:
-            raise ValueError("with draft tokens, where a sequence goes on is not known before its tokens are")
+            raise ValueError("with draft tokens, a sequence's next position is known only with its tokens")
 
 
 class Engine(BaseEngine):
@@ -209,9 +209,7 @@ class Engine(BaseEngine):
         for seq in sorted(sizes, key=lambda seq: sizes[seq], reverse=True):
             if num_failed < most or seq.prompt_logprobs is not None or seq.pool is not None:
                 num_failed += sizes[seq]
-                text = (
-                    f"the worker has no memory for a step of {len(sizes)} requests, of which this is one of the largest"
-                )
+                text = f"the worker is out of memory for a step of {len(sizes)} requests; this is one of the largest"
                 self._fail_waiting(seq.rid, Unavailable(text, code="out_of_memory"))
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -268,7 +266,7 @@ class Engine(BaseEngine):
                 check_choice(seq, sampled, row)
                 num_output += self._settle_one(seq, draft, sampled, row)
             except BaseException as error:  # noqa: BLE001  a request's edge: it fails alone
-                seq.num_tokens = num_tokens  # nothing of this step is put out
+                seq.num_tokens = num_tokens  # no output of this step is emitted
                 self._outputs.append(seq.fail(failure_of(seq.request, error)))
                 self._drop(seq.rid)
             finally:
@@ -385,4 +383,4 @@ class Engine(BaseEngine):
 
 
 def _log_no_memory(plan: StepPlan, error: BaseException) -> None:
-    logger.warning("no memory for a step of %d tokens: %s", plan.num_tokens, error)
+    logger.warning("out of memory for a step of %d tokens: %s", plan.num_tokens, error)

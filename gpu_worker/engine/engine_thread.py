@@ -35,7 +35,7 @@ CHECK_S = 10.0
 """How often an idle engine looks for lost blocks and pages: a leak is a crash, so that it is found at once."""
 
 OnOutputs = Callable[[list[TokenOutput]], object]
-"""Called in the engine's thread with what one step put out."""
+"""Called in the engine's thread with the outputs of one step."""
 
 OnDeath = Callable[[BaseException], object]
 """Called in the engine's thread with the error that ended it."""
@@ -108,7 +108,7 @@ class EngineThread:
         self._command(lambda: self.engine.residency.unpin(digest))
 
     def evict(self, digest: str, order: str) -> None:
-        """Remove an adapter as soon as no request needs it. An event that repeats `order` tells what that freed."""
+        """Remove an adapter as soon as no request needs it. An event that repeats `order` reports what that freed."""
         self._command(lambda: self.engine.residency.evict(digest, order))
 
     def set_queued(self, digests: list[str]) -> None:
@@ -230,7 +230,7 @@ class EngineThread:
             _resolve(future, rids)
 
     def _step(self) -> None:
-        """Run a step, unless too many are not durable yet, and pass on what it put out."""
+        """Run a step, unless too many are not durable yet, and pass on its outputs."""
         outputs = []
         self._can_step = True
         if self._num_unacked < self._max_unacked:
@@ -265,6 +265,6 @@ class EngineThread:
 
 
 def _resolve(future: Future[T], result: T) -> None:
-    """Set a future's result, unless whoever waited for it has given up."""
+    """Set a future's result, unless its waiter has cancelled it."""
     if future.set_running_or_notify_cancel():
         future.set_result(result)

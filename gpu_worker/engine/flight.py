@@ -22,7 +22,7 @@ class Launched:
     work: StepWork
     inputs: StepInputs
     logits: Tensor  # [n, V], of the rows that the inputs name
-    started_s: float  # by time.perf_counter
+    started_s: float  # start time by time.perf_counter
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Flight:
     plan: StepPlan
     work: StepWork
     started_s: float
-    ready: list[Sequence]  # those that get a token
+    ready: list[Sequence]  # sequences that get a token
     sample: PendingSample | None  # one row of each, and one of each draft token; None where no sequence is ready
     end: Arriving  # arrives when the step is computed
 

@@ -34,7 +34,7 @@ class OneByOneInputs(StepInputs):
 
 
 class OneByOneRunner(Runner):
-    """Runs plans on a model whose sequences run one by one."""
+    """Runs plans on a model whose sequences run unbatched."""
 
     def __init__(
         self, model: BaseModel, passes: Passes, num_blocks: int, extras: Mapping[str, Extras] | None = None
@@ -45,7 +45,7 @@ class OneByOneRunner(Runner):
 
     def record(self, recorder: GraphRecorder, max_num_seqs: int, max_model_len: int, max_step_tokens: int = 0) -> None:
         """Raise Unrecordable."""
-        raise Unrecordable("its sequences run one by one")
+        raise Unrecordable("its sequences run unbatched")
 
     def prepare(self, plan: StepPlan, coming: Tensor | None = None) -> OneByOneInputs:
         """Return which rows of logits a plan's passes will give; nothing is sent before they run.

@@ -26,7 +26,7 @@ class PooledRows:
     """The rows of a step that belong to a request for numbers."""
 
     seq: Sequence
-    seq_index: int  # which of the step's sequences it is
+    seq_index: int  # index of its sequence in the step
     first: int  # row of its first token among the step's
     num: int
     start: int  # position of that token in its text

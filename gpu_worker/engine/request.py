@@ -23,7 +23,7 @@ class EngineRequest:
 
     rid: str
     epoch: int
-    digest: str  # of its adapter; "" for the base model
+    digest: str  # digest of the adapter; "": the base model
     prompt: np.ndarray  # int32 token ids
     sampling: m.Sampling
     max_new_tokens: int  # counts `output` too
@@ -32,13 +32,13 @@ class EngineRequest:
     stop_token_ids: list[int] = field(default_factory=list)
     salt: str = ""  # separates the prefix caches of tenants
     lora_scale: float = 1.0  # multiplies the adapter's own scale
-    tenant: str = ""  # whose it is; "" if that is not known
+    tenant: str = ""  # tenant; "" if unknown
     yields: bool = False  # to requests that do not, see `Policy`
     alone: bool = False  # whether it yields only because its tenant was alone: not beside others that yield
     batch: bool = False  # whether it is of the class `batch`: it yields to all that are not
-    grammar: str = ""  # that the output must follow, as in `messages.Body`
-    task: m.Task = "generate"  # what its output is, see `messages.Body`
-    second: int = 0  # where the second text of a pair begins, as in `messages.Body`
+    grammar: str = ""  # grammar of the output, as in `messages.Body`
+    task: m.Task = "generate"  # kind of output, see `messages.Body`
+    second: int = 0  # index of a pair's second text, as in `messages.Body`
 
     @property
     def priority(self) -> int:
@@ -68,24 +68,24 @@ class TokenOutput(msgspec.Struct):  # a dataclass takes three times as long to m
 
 @dataclass(slots=True)
 class EngineStats:
-    """The engine's figures, which a worker's beat tells the fleet."""
+    """The engine's figures, which a worker's heartbeat reports to the fleet."""
 
     capacity: int  # requests it would hold at once
     running: int = 0
     waiting: int = 0
-    waiting_adapter: int = 0  # of `waiting`, those whose adapter is not in the pool
+    waiting_adapter: int = 0  # those of `waiting` whose adapter is not resident
     kv_blocks_free: int = 0
     kv_blocks_total: int = 0
     pool_bytes_free: int = 0
     pool_bytes_total: int = 0
     step_model: m.StepModel = field(default_factory=m.StepModel)
     resident: list[str] = field(default_factory=list)  # digests of the adapters in the pool
-    loading: list[str] = field(default_factory=list)  # on their way there
+    loading: list[str] = field(default_factory=list)  # digests being loaded into the pool
     host: list[str] = field(default_factory=list)  # packed in host memory
     pinned: dict[str, str] = field(default_factory=dict)  # digest -> why it is not in the pool
     num_loads: int = 0  # adapters copied into the pool
     num_fetches: int = 0  # adapters fetched and packed
-    load_seconds: dict[str, list[float]] = field(default_factory=dict)  # as in `messages.WorkerBeat`
+    load_seconds: dict[str, list[float]] = field(default_factory=dict)  # see `messages.WorkerBeat`
     kv_bytes_total: int = 0
     host_bytes_used: int = 0
     host_bytes_total: int = 0
@@ -99,7 +99,7 @@ def failure_of(request: EngineRequest, error: BaseException) -> LorafleetError:
     """
     if isinstance(error, LorafleetError):
         return error
-    logger.error("request %s fails by itself", request.rid, exc_info=error)
+    logger.error("request %s fails; others are not affected", request.rid, exc_info=error)
     if request.digest and not isinstance(error, Exception):
         return AdapterRefused([f"its files make a library fail: {type(error).__name__}"])
     return Internal(f"the request cannot be computed: {type(error).__name__}")

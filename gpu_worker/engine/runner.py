@@ -36,7 +36,7 @@ class StepInputs:
     """What is to be computed in one step, and what its rows of logits are."""
 
     ready: list[Sequence]  # sequences whose next token can be chosen: theirs are the first rows, in this order
-    prompt_rows: list[PromptRows] = field(default_factory=list[PromptRows])  # whose rows follow
+    prompt_rows: list[PromptRows] = field(default_factory=list[PromptRows])  # prompts whose rows follow
     pooled: list[PooledRows] = field(default_factory=list[PooledRows])  # those scored by tokens have the last rows
 
 
@@ -178,7 +178,7 @@ class HeadRows:
 class DecodeLists:
     """What a step of decodes reads on a CPU, written over by the next such step of the same sequences.
 
-    Making it anew would take three times as long: after a forward pass the processor's caches hold little of numpy.
+    Rebuilding it would take three times as long: after a forward pass the processor's caches hold little of numpy.
     """
 
     def __init__(self, num_seqs: int) -> None:
@@ -215,15 +215,15 @@ class RunningBatch:
     """What stays as it is from step to step while the same sequences run."""
 
     def __init__(self, seqs: list[Sequence]) -> None:
-        self.decodes: HeadRows | None = None  # of the steps in which each gets its next token, once there was one
-        self._lists: DecodeLists | None = None  # of these steps on a CPU
+        self.decodes: HeadRows | None = None  # head rows of pure decode steps, reused between steps
+        self._lists: DecodeLists | None = None  # lists of pure decode steps on a CPU
         self._seqs = seqs
         self._blocks = [seq.blocks for seq in seqs]
         self._num_listed = [0] * len(seqs)  # blocks of each that the tables have
         self._tables = np.zeros((len(seqs), 0), np.int32)
 
     def is_of(self, seqs: list[Sequence]) -> bool:
-        """Return whether it is the batch of these sequences, none of which was admitted anew."""
+        """Return whether it is the batch of these sequences, none of which was readmitted."""
         return seqs == self._seqs and all(map(operator.is_, self._blocks, [seq.blocks for seq in seqs]))
 
     def next_decodes(self, plan: StepPlan) -> DecodeLists | None:
@@ -409,7 +409,7 @@ class Runner:
         if self.model.kv_dtype == torch.int8:
             limit = max(limit, CODED_LIMIT)
         if not error < limit:
-            kept = f"; at an earlier start they were as kept in {check.origin}" if check.origin else ""
+            kept = f"; at an earlier start they were as stored in {check.origin}" if check.origin else ""
             raise BadRequest(
                 f"model type {self.model.module.config.model_type} cannot be served: its logits are off by {error:.2g} "
                 f"of their spread (limit {limit:.2g}){kept}"

@@ -11,7 +11,7 @@ from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.engine.speculation import Drafter
 from gpu_worker.engine.stop import StopRules
 from gpu_worker.sampling.adjustment import Adjustment
-from gpu_worker.sampling.grammars import Matcher
+from gpu_worker.sampling.grammars import GrammarMatcher
 from gpu_worker.sampling.logprobs import PromptLogprobs
 from gpu_worker.sampling.sampling import GREEDY_TEMPERATURE
 from gpu_worker.tasks.pooling import TextPool
@@ -50,12 +50,12 @@ class Sequence:
         self.num_computed = 0
         self.num_cached: int | None = None  # prompt tokens found in the prefix cache when first admitted
         self.blocks: list[int] = []
-        self.hashes: list[bytes] = []  # of the full blocks, as far as known
+        self.hashes: list[bytes] = []  # hashes of the full blocks known so far
         self.slot = -1  # adapter slot while running, -1 for the base model
         self.state_slots: list[int] = []  # slots of its states, where the model has any; see `Batcher`
         self.state_read = -1  # the slot with which the next step begins
         self.state_saved = b""  # hash of the newest state saved of its output
-        self.kept: object = None  # what its model keeps of it, where sequences run one by one
+        self.kept: object = None  # its model's cache, if sequences run unbatched
         self.num_skips = 0  # plans that passed it over for lack of blocks
         self.last_turn = 0  # the last plan of limited time that it was part of, where it yields
         self.yields = request.priority > 0  # to lower classes, until it has been passed over too often
@@ -66,16 +66,16 @@ class Sequence:
         self.active_from = 0  # position of the first token that the LoRA counts for
         self.num_base = 0  # tokens from the beginning whose keys and values are the base model's
         self.stop_rules: StopRules | None = None  # None until the tokenizer that they need is known
-        self.pending_matcher: Future[Matcher] | None = None  # result of grammar compilation
-        self.matcher: Matcher | None = None  # of its grammar, if it has one
+        self.pending_matcher: Future[GrammarMatcher] | None = None  # result of grammar compilation
+        self.matcher: GrammarMatcher | None = None  # matcher of its grammar, if any
         self.expected_row = -1  # row of the step in flight in which its last token is chosen; -1: that is known
-        self.failure: BaseException | None = None  # what its own data has made a step raise; it ends with that step
+        self.failure: BaseException | None = None  # exception raised by a step on its own data; it ends with that step
         self.adjustment = Adjustment.of(request.sampling, self._tokens[: self.num_prompt])  # None: nothing to adjust
         greedy, num_logprobs = request.sampling.temperature < GREEDY_TEMPERATURE, request.sampling.num_logprobs
-        self.wants_likeliest = greedy and num_logprobs is None  # of the tokens that it may choose
+        self.wants_likeliest = greedy and num_logprobs is None  # among the allowed tokens
         self.drafter: Drafter | None = None  # proposes its next tokens, where the engine speculates
         self.prompt_logprobs: PromptLogprobs | None = None  # recorded until its first token comes, if wanted
-        self.pool: TextPool | None = None  # of a request for numbers, see `pooled.py`
+        self.pool: TextPool | None = None  # pool of an embedding or scoring request, see `pooled.py`
         self.is_scored_by_tokens = False  # whether its result is read off the logits of its last token
 
     @property
@@ -154,7 +154,7 @@ class Sequence:
         return "stop" if self.matcher.is_complete else finish
 
     def put_out(self, ids: list[int], finish: str = "", logprobs: bytes = b"") -> TokenOutput:
-        """Return the output that tells of the newest tokens, `ids`, and of the end if there is one."""
+        """Return the output with the newest tokens, `ids`, and the end if there is one."""
         seq0 = self.num_tokens - self.num_prompt - (self.expected_row >= 0) - len(ids)
         return TokenOutput(self.rid, self.request.epoch, seq0, ids, logprobs, finish, None, self.num_cached or 0)
 

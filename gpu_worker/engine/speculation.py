@@ -24,7 +24,7 @@ class Drafter:
     def __init__(self, max_tokens: int) -> None:
         """max_tokens: most draft tokens of one proposal."""
         self._max = max_tokens
-        self._length = min(FIRST_DRAFT_TOKENS, max_tokens)  # of the next proposal
+        self._length = min(FIRST_DRAFT_TOKENS, max_tokens)  # length of the next draft
         self._pause = 0  # length of the last pause
         self._rest = 0  # proposals still to be left out
         self._continuations: dict[tuple[int, ...], int] = {}  # n-gram -> the position after its last occurrence
@@ -41,7 +41,7 @@ class Drafter:
         if not start or length < 1:
             return []
         draft = tokens[start : start + length].tolist()
-        while len(draft) < length:  # what followed overlaps the newest tokens: the text repeats itself
+        while len(draft) < length:  # the continuation overlaps the newest tokens: the text repeats itself
             draft.append(draft[len(draft) - (num - start)])
         return draft
 

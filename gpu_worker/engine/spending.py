@@ -1,4 +1,4 @@
-"""Which tenant has had most of the steps of late, by tokens. Pure.
+"""Which tenant received most tokens in recent steps. Pure.
 
 The scheduler shares places. A tenant with few of them can still fill every step, by prompts: a step of 512 tokens takes
 thirty times as long as the decode of one who streams beside it.
@@ -12,15 +12,15 @@ KEEP = 0.98
 """Weight that a step keeps per later step: about the last 50 count."""
 
 MOST = 2 / 3
-"""Share of all tokens of late from which on a tenant has most."""
+"""Share of all recent tokens above which a tenant counts as the heaviest."""
 
 FEW = 1 / 8
-"""Tokens a step, per place, up to which no tenant has too much: decodes in the places that it may have where all fit
+"""Tokens per step and slot up to which no tenant has too much: decodes in the slots that it may have where all fit
 (`scheduler.fairness`)."""
 
 
 class Spending:
-    """Tokens that each tenant has had in the last steps, later ones counting more."""
+    """Tokens that each tenant received in recent steps, newer ones counting more."""
 
     def __init__(self, num_places: int) -> None:
         """num_places: sequences that run at once."""

@@ -1,6 +1,6 @@
 """How much longer a step may become for what yields. Pure; the batcher decides by it.
 
-Everybody in a step waits for its end, so whoever fills steps slows all others down, however evenly places are shared.
+Everybody in a step waits for its end, so a tenant that fills steps slows all others, however evenly slots are shared.
 What yields (`scheduler.fairness`) therefore takes part only as far as a step becomes no longer than `max_slowdown`
 times what the others' decodes take alone; batch work, `max_batch_slowdown` times.
 """
@@ -34,7 +34,7 @@ PROMPT_SHARE = 0.5
 once no others are left all of them would come in long steps."""
 
 BATCH_STEP = 3.0
-"""Times as long as an empty step a step of nothing but batch work may take, while others may come soon: whoever comes
+"""Times as long as an empty step a step of nothing but batch work may take, while others may come soon: a newcomer
 waits for its end."""
 
 
@@ -45,10 +45,10 @@ class StepTime:
         self.model = model
         self.seconds = model.a
         self.limit_s = math.inf
-        self.others_s = 0.0  # of that, what was there when the limit was set
-        self.reserved_s = 0.0  # of the time that is left, for later
+        self.others_s = 0.0  # part of it present when the limit was set
+        self.reserved_s = 0.0  # part of the remaining time that is reserved for later
         self.is_empty = True  # nothing has been added since the limit was set
-        self.num_tokens = 0  # in it
+        self.num_tokens = 0  # tokens in the step
         self._digests: set[str] = set()
 
     def add(self, num_tokens: int, num_kv_tokens: float, digest: str = "", rank: float = 0) -> None:
@@ -82,8 +82,8 @@ class StepLimit:
 
     def __init__(self) -> None:
         self._left = 0  # limited steps until the next one without what yields
-        self._alone: deque[float] = deque(maxlen=NUM_MEASURED)  # what steps of the others took ÷ what was predicted
-        self._more: deque[float] = deque(maxlen=NUM_MEASURED)  # what yields took ÷ what was predicted of it
+        self._alone: deque[float] = deque(maxlen=NUM_MEASURED)  # measured ÷ predicted time of higher-priority work
+        self._more: deque[float] = deque(maxlen=NUM_MEASURED)  # measured ÷ predicted time of lower-priority work
 
     def applies(self, model: StepModel) -> bool:
         """Return whether steps can be limited: something is known of their time."""

@@ -51,7 +51,7 @@ class StepMeter:
     def __init__(self) -> None:
         self.counters = WorkerCounters()  # totals since the start
         self.fit = StepFit()
-        self.model = StepModel()  # of the time of steps, as far as they have shown
+        self.model = StepModel()  # fitted model of step time
         self.last_s = 0.0  # seconds of the last step that was counted
         self.started_s = self._lap_s = self._stopped_s = 0.0
 
@@ -71,7 +71,7 @@ class StepMeter:
         self._lap_s = now_s
 
     def stop(self, work: StepWork, num_output: int = 0, *, since_s: float = 0.0, is_limited: bool = False) -> None:
-        """Count a step, up to the last lap, that put out `num_output` tokens. is_limited: its time was.
+        """Count a step, up to the last lap, that emitted `num_output` tokens. is_limited: its time was.
 
         since_s: when it was started, if that was before the last start. The time of a step that was launched while
         another ran begins where that one was stopped.

@@ -1,4 +1,4 @@
-"""When what happened to the requests that an engine holds: what is told of each with its first token and its end."""
+"""Event times of the engine's requests, reported with each one's first token and its end."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Timelines:
         self._all: dict[str, _Times] = {}
         self._without_adapter: set[str] = set()
         self._not_begun: set[str] = set()
-        self._silent: set[str] = set()  # nothing was put out yet
+        self._silent: set[str] = set()  # requests without output yet
 
     def take(self, request: EngineRequest, tier: str) -> None:
         """Begin the times of a request. tier: where its adapter is; "" without one."""

@@ -31,9 +31,7 @@ class AdaptableModules:
     embeddings: dict[str, AdaptableEmbedding] = field(default_factory=dict)
     norms: dict[str, AdaptableModule] = field(default_factory=dict)
     modules: dict[str, AdaptableModule] = field(default_factory=dict)  # with parameters that LoRA can be put on
-    experts: dict[str, GroupedExperts] = field(
-        default_factory=dict
-    )  # those of `modules` whose LoRA has rows in the pool
+    experts: dict[str, GroupedExperts] = field(default_factory=dict)  # `modules` whose LoRA is stored as pool rows
 
     def norm_of(self, module: nn.Module) -> AdaptableModule | None:
         """Return the adaptable norm that a module is, None if it is none."""

@@ -26,7 +26,7 @@ class ExtraRows:
     extras: Extras
     rows: Tensor  # int64
     active: Tensor  # int64: the rows on which its LoRA is active; fewer than `rows` only for an activated LoRA
-    scale: float  # what the requests multiply the adapter's scale by
+    scale: float  # factor on the adapter's scale, set per request
 
 
 # ---------------------------------------------------------------- linear layers
@@ -143,7 +143,7 @@ class TokenLayout:
 
     args: tuple[int, ...]
     outs: tuple[int, ...]
-    num_dims: int  # of the first tensor among the arguments
+    num_dims: int  # number of dimensions of the first tensor argument
 
     @classmethod
     def of(cls, args: Sequence[Any], out: Any, num_tokens: int) -> TokenLayout | None:
@@ -219,7 +219,7 @@ class AdaptableModule:
             if call is not None and self.few_experts is None:
                 self.few_experts = self._agrees(call, group, out)
                 which = "with the experts that its rows go to" if self.few_experts else "whole"
-                logger.warning("LoRA on %s is no rows of the pool: each adapter runs it again, %s", self.name, which)
+                logger.warning("LoRA on %s cannot use the pool: it runs once per adapter, %s", self.name, which)
             if call is not None and self.few_experts:
                 return call.run(loras, group.scale)
         own = {lora.parameter: adapted(self.module.get_parameter(lora.parameter), lora, group.scale) for lora in loras}
@@ -250,7 +250,7 @@ class ExpertsCall:
 
     @classmethod
     def of(cls, module: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> ExpertsCall | None:
-        """Return a call with the experts that it needs; None where that cannot be told, or most are needed."""
+        """Return a call with the experts that it needs; None where that is unknown, or most are needed."""
         sizes = {
             len(parameter) for parameter in module._parameters.values() if parameter is not None and parameter.ndim == 3
         }

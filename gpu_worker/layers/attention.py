@@ -64,7 +64,7 @@ class AttentionCall:
     softcap: float
     sinks: Tensor | None
     is_causal: bool
-    mask: Tensor | None  # as it was given; None after the trial
+    mask: Tensor | None  # mask passed by the model; None after the trial
     kv: tuple[Tensor, Tensor] | None  # keys and values, whose identity shows which calls share them; see `make_layers`
     chunk: int = 0  # queries see only keys of their own chunk of that many positions; 0: there are no chunks
     has_own_mask: bool = False  # whether it was given a mask that transformers did not make for our attention
@@ -94,7 +94,7 @@ class PagedLayer:
         self.context = context
         self.impl: ops.Impl | None = impl
         self.owner = owner
-        self.handle: Tensor | None = None  # by which compiled layers find it, see `compiled.py`
+        self.handle: Tensor | None = None  # key by which compiled layers find it, see `compiled.py`
         self.k_cache: Tensor | None = None  # [blocks, Hkv, 16, D], or int8 as lora_kernels.kv_codes has it
         self.v_cache: Tensor | None = None  # [blocks, Hkv, 16, Dv]
 

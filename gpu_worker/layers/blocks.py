@@ -160,8 +160,8 @@ class LayerStack:
     def __init__(self, layers: list[PreNormLayer], impl: ops.Impl | None) -> None:
         self.layers = layers
         self.impl: ops.Impl | None = impl
-        self.one_call = True  # False: the layers run one by one, so that a profile shows their parts
-        self.ends: Callable[[], ops.ModelEnds] | None = None  # what makes a whole model of the layers, if anything does
+        self.one_call = True  # False: one call per layer, so that a profile shows their parts
+        self.ends: Callable[[], ops.ModelEnds] | None = None  # builds a whole-model call from the layers, if possible
         self._stack: ops.DecoderStack | None = None
         self._built_for: tuple[object, ...] = ()  # the KV cache, the adapter table and the ends that `_stack` holds
 
@@ -176,7 +176,7 @@ class LayerStack:
         return self.layers[0].attention.qkv.table
 
     def native(self) -> ops.DecoderStack | None:
-        """Return what runs a step's layers in one call; None if they run one by one."""
+        """Return what runs a step's layers in one call; None if each has its own call."""
         holds = (self.layers[0].attention.layer.k_cache, self.table, self.ends)
         if len(self._built_for) != len(holds) or any(map(operator.is_not, holds, self._built_for)):
             ends = None if self.ends is None else self.ends()

@@ -42,7 +42,7 @@ class ExpertShape:
 class ExpertSite:
     """One of the two products of a module of experts, as a place for LoRA."""
 
-    name: str  # of the parameter, "model.layers.0.mlp.experts.gate_up_proj"
+    name: str  # parameter name, "model.layers.0.mlp.experts.gate_up_proj"
     weight: Tensor  # [E, N, K], or [E, K, N] where the module keeps it transposed
     bias: Tensor | None  # [E, N]
     shape: ExpertShape
@@ -55,10 +55,10 @@ class GroupedExperts:
     """A module of experts whose products take LoRA."""
 
     module: Any
-    sites: list[ExpertSite]  # of its first product and of its second
+    sites: list[ExpertSite]  # sites of its first and second product
     num_experts: int
     impl: ops.Impl | None = None
-    names: list[str] = field(default_factory=list[str])  # of the arguments: hidden states, experts' ids, their weights
+    names: list[str] = field(default_factory=list[str])  # argument names: hidden states, experts' ids, their weights
 
     @classmethod
     def of(cls, name: str, module: nn.Module, impl: ops.Impl | None) -> GroupedExperts | None:

@@ -57,7 +57,7 @@ class LinearExtras:
 
     weight: Tensor | None = None  # [N, K], takes the place of the layer's
     bias: Tensor | None = None  # [N], takes the place of the layer's
-    lora: LowRank | None = None  # where the pool cannot hold it
+    lora: LowRank | None = None  # LoRA that the pool cannot hold
     lora_bias: Tensor | None = None  # fp32 [N], the adapter's scale included
     dora: Dora | None = None
     tokens: Tokens | None = None

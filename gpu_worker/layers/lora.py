@@ -84,7 +84,7 @@ class SharedInput:
         else:
             self._opaque = linears
             self._biases = [getattr(linear, "bias", None) for linear in linears]
-        self.handle: Tensor | None = None  # by which compiled layers find them, see `compiled.py`
+        self.handle: Tensor | None = None  # key by which compiled layers find it, see `compiled.py`
         self._x: Tensor | None = None
         self._outs: list[Tensor] = []
 

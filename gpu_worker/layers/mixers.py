@@ -46,7 +46,7 @@ class Run:
     end: int
     read: int  # slot of the state that it begins with
     write: int  # slot of the state that it leaves
-    num_prompt: int  # of its tokens, those of the prompt, which come first
+    num_prompt: int  # number of its prompt tokens, which come first
     save: int = -1  # another slot for that state; -1: none
 
 
@@ -66,7 +66,7 @@ class StateBatch:
     singles: Singles | None  # None: there are none
     runs: list[Run]
     copies: tuple[Tensor, Tensor] | None  # int64 [n] each: slots to be copied after the step, and to which
-    all_runs: Tensor  # of one token and of more, as `ops.delta_rule` takes them
+    all_runs: Tensor  # single-token and longer runs, in the form of `ops.delta_rule`
 
     @classmethod
     def of(
@@ -229,7 +229,7 @@ class ChunkScan(MixerCall):
     """mamba2_chunk_scan(x [1, T, H, P], dt [1, T, H], A [H], B, C [1, T, G, N], …): a state is [H, P, N] in fp32.
 
     Dao and Gu, Transformers are SSMs, 2024. Transformers limits dt in prompts only. Where there are limits, output
-    tokens that are computed again are computed one by one, as they were the first time.
+    recomputed tokens are computed one at a time, as they were the first time.
     """
 
     def __init__(self, many: Callable[..., Any], one: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> None:
@@ -372,7 +372,7 @@ class MixerStates:
     """The calls of a model's mixers in one forward pass, in order."""
 
     calls: list[MixerCall] = field(default_factory=list[MixerCall])
-    batch: StateBatch | None = None  # of the step
+    batch: StateBatch | None = None  # batch of the current step
     _next: int = 0
 
     @property
@@ -406,7 +406,7 @@ class MixerStates:
 
 
 _active = threading.local()
-_switches: set[Callable[..., Any]] = set()  # what `install_functions` has put into transformers' modules
+_switches: set[Callable[..., Any]] = set()  # functions that `install_functions` put into transformers' modules
 
 
 @contextmanager

@@ -271,7 +271,7 @@ CACHE_NAMES = ("cache", "past_key_values")
 
 
 def takes_positions(module: PreTrainedModel) -> bool:
-    """Return whether a model is told the tokens' positions."""
+    """Return whether a model takes the tokens' positions as an argument."""
     return "position_ids" in inspect.signature(module.forward).parameters
 
 

@@ -27,7 +27,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True, slots=True)
-class Architecture:
+class GgufArchitecture:
     """How llama.cpp keeps the weights of an architecture otherwise than transformers."""
 
     interleaves: bool = False  # the halves of query and key heads
@@ -35,11 +35,11 @@ class Architecture:
 
 
 ARCHITECTURES = {
-    "llama": Architecture(interleaves=True),
-    "qwen2": Architecture(),
-    "qwen3": Architecture(),
-    "gemma2": Architecture(adds_one=True),
-    "gemma3": Architecture(adds_one=True),
+    "llama": GgufArchitecture(interleaves=True),
+    "qwen2": GgufArchitecture(),
+    "qwen3": GgufArchitecture(),
+    "gemma2": GgufArchitecture(adds_one=True),
+    "gemma3": GgufArchitecture(adds_one=True),
 }
 """The architectures of GGUF that are served, by `general.architecture`."""
 
@@ -82,7 +82,7 @@ def make_folder(file: Path, folder: Path) -> None:
         made.rename(folder)
 
 
-def index_of(reader: Any, model: PreTrainedModel, architecture: Architecture) -> Index:
+def index_of(reader: Any, model: PreTrainedModel, architecture: GgufArchitecture) -> Index:
     """Return where the tensors of a model lie in its file. Raises BadRequest for those that are not served."""
     names: dict[str, str] = get_gguf_hf_weights_map(model, TensorProcessor())
     entries: dict[str, Entry] = {}

@@ -35,7 +35,7 @@ from protocol.runtime.private_files import is_own
 logger = logging.getLogger(__name__)
 
 MAX_KEPT = 8
-"""Models whose answers are kept, the latest written: some ten megabytes each."""
+"""Maximum number of models with stored answers, the latest written: some ten megabytes each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +58,11 @@ class KeptAnswers:
                 agreed = frozenset(about["agreed"].split("\n")) if "agreed" in about else None
                 prompts, logits = ([file.get_tensor(f"{part}.{i}") for i in range(num)] for part in ("ids", "logits"))
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            logger.warning("the answers in %s cannot be read, and the model is asked again: %s", self.path, error)
+            logger.warning(
+                "the stored answers in %s cannot be read; running the model's self-test again: %s", self.path, error
+            )
             return None
-        logger.info("the finished engine is held against the answers of an earlier start, in %s", self.path)
+        logger.info("running self-test against the answers stored in %s", self.path)
         return LogitsCheck(prompts, logits, sensitivity, str(self.path), agreed), width
 
     def write(self, check: LogitsCheck, width: int) -> None:
@@ -86,11 +88,13 @@ class KeptAnswers:
             for path in sorted(folder.glob("*.safetensors"), key=_written_ns, reverse=True)[MAX_KEPT:]:
                 path.unlink(missing_ok=True)
         except OSError as error:
-            logger.warning("a model's answers cannot be kept in %s, so that each start asks it: %s", folder, error)
+            logger.warning(
+                "self-test answers cannot be stored in %s, so every start recomputes them: %s", folder, error
+            )
 
 
 def answers_of(module: PreTrainedModel, folder: Path, impl: ops.Impl | None) -> KeptAnswers:
-    """Return where the answers of a model on the CPU are kept, as it is now. impl: of the kernels that run it later."""
+    """Return the store for the answers of a model on the CPU, as it is now. impl: the kernels that run it later."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(PANELS))
     states = [(path.name, *_state(path)) for path in files]
     code = [state_of(Path(package.__path__[0])) for package in (gpu_worker, lora_kernels)]

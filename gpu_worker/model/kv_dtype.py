@@ -21,7 +21,7 @@ def choose_kv_dtype(model: BaseModel, wanted: Literal["auto", "int8"]) -> torch.
     if model.device.type != "cpu":
         raise BadRequest(f"{given}, which is served on a CPU only; the device is {model.device.type}")
     if model.passes is not None:
-        raise BadRequest(f"{given}, but this model's sequences run one by one, with caches of transformers' own")
+        raise BadRequest(f"{given}, but this model's sequences run unbatched, with caches of transformers' own")
     if not model.layers:
         raise BadRequest(f"{given}, but this model keeps no keys and values")
     for dim in (dim for layer in model.layers for dim in (layer.call.head_dim, layer.call.value_dim)):

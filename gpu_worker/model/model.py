@@ -50,10 +50,10 @@ class BaseModel:
     tasks: ModelTasks
     width: int  # entries of a hidden state; 0: they cannot be had
     check: LogitsCheck | None = None
-    answers: KeptAnswers | None = None  # where `check` is kept for later starts, if it is
+    answers: KeptAnswers | None = None  # stores `check` for later starts, if enabled
     kv_dtype: torch.dtype | None = None  # dtype of keys and values in the caches, int8 for codes; None: `dtype`
-    plain: PlainModel | None = None  # what steps call in the module's place
-    passes: Passes | None = None  # of a model whose sequences run one by one, which has no `layers` and no `mixers`
+    plain: PlainModel | None = None  # replaces the module in steps
+    passes: Passes | None = None  # set for models whose sequences run unbatched; they have no `layers` and no `mixers`
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -153,7 +153,7 @@ class BaseModel:
             together = self.packed_logits(texts, steps, num_blocks, num_states)
             if not all(torch.equal(one, other) for one, other in zip(alone, together, strict=True)):
                 kind = self.config.model_type
-                raise BadRequest(f"deterministic is on, but {kind} computes a text {way} to other bits than alone")
+                raise BadRequest(f"deterministic is on, but {kind} computes a text {way} with other bits than alone")
 
     def _check_runs(self, starts: np.ndarray, ends: np.ndarray, zero: int) -> StateBatch | None:
         """Return the runs of chunks [start, end) of prompts, whose states are in the first slots. zero: an empty one's.

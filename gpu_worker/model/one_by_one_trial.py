@@ -1,4 +1,4 @@
-"""How the sequences of a model run one by one: found by making passes and comparing their logits."""
+"""How a model's sequences run unbatched, found by running passes and comparing their logits."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def find_passes(
                 passes.learn(lambda: _run(passes, None, check.prompts[0])[1])
             if difference(passes, check) < limit and _measure(passes, text) < limit:
                 return passes
-        except CANNOT_RUN:  # what a model raises that does not take its own cache back
+        except CANNOT_RUN:  # raised by models that do not accept their own cache
             continue
     return None
 
@@ -56,7 +56,7 @@ def find_passes(
 def difference(passes: Passes, check: LogitsCheck) -> float:
     """Return by how much the logits of prompts differ from the right ones, as `spread_of` does.
 
-    The prompts are computed in parts: their first half, a part of the rest, their last tokens one by one.
+    The prompts are computed in parts: their first half, a part of the rest, then single tokens.
     """
     got: list[Tensor] = []
     expected: list[Tensor] = []

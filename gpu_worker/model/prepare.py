@@ -80,7 +80,7 @@ def prepare_model(
 ) -> BaseModel:
     """Turn a Hugging Face causal LM into one that runs packed steps over paged caches. Changes `module`.
 
-    Where its layers cannot be packed, its sequences run one by one (`passes`). eos_ids: token ids that end a text.
+    Where its layers cannot be packed, its sequences run unbatched (`passes`). eos_ids: token ids that end a text.
     impl: the kernels' implementation, None for the device's own. tasks: what it is asked for, None for what any causal
     LM is. compiled: torch compiles each layer as Hugging Face wrote it, instead of shortcuts. answers: those of an
     earlier start, whose layers were packed. Raises BadRequest naming what cannot be served.
@@ -101,7 +101,7 @@ def prepare_model(
     )  # fmt: skip
     trial, reasons = _pack(model, impl)
     if compiled and (trial.mixers or reasons):
-        what = "sequences run one by one" if reasons else "layers keep states"
+        what = "sequences run unbatched" if reasons else "layers keep states"
         raise BadRequest(f"compile is on, but this model's {what}, and cannot be compiled")
     if reasons:
         trial = _run_one_by_one(model, reasons)
@@ -162,9 +162,9 @@ def _pack(model: BaseModel, impl: ops.Impl | None) -> tuple[Trial, list[str]]:
 
 
 def _run_one_by_one(model: BaseModel, reasons: list[str]) -> Trial:
-    """Let a model's sequences run one by one, and return the trial of that.
+    """Let a model's sequences run unbatched, and return the trial of that.
 
-    reasons: why they cannot be packed. Raises BadRequest where they cannot run one by one either.
+    reasons: why they cannot be packed. Raises BadRequest where they cannot run unbatched either.
     """
     module, check = model.module, model.check
     assert check is not None
@@ -172,14 +172,14 @@ def _run_one_by_one(model: BaseModel, reasons: list[str]) -> Trial:
     with torch.inference_mode():
         passes = find_passes(module, check, keeps_logits=model.keeps_logits, max_positions=model.max_positions)
         if passes is None:
-            raise refusal(module, [*reasons, "no cache of its own to go on from"])
+            raise refusal(module, [*reasons, "no cache of its own to continue from"])
         trial = watch(passes)
     if not any(part.isdigit() for call in trial.linears for part in call.name.split(".")):
         raise refusal(module, [*reasons, "no linear layer that sees every token"])
     model.passes = passes
     account, name = passes.account, module.config.model_type
     logger.warning(
-        "%s cannot be packed (%s): its sequences run one by one, going on by %s; %d bytes each and %d a token",
+        "%s cannot be packed (%s): its sequences run unbatched, continued by %s; %d bytes each and %d a token",
         name, "; ".join(reasons), passes.continues, account.sequence_bytes, account.token_bytes,
     )  # fmt: skip
     return trial
@@ -209,7 +209,7 @@ def _install(model: BaseModel, trial: Trial, impl: ops.Impl | None, *, compiled:
         logger.info("%d layers of %s are compiled", num_compiled, module.config.model_type)
     elif model.passes is None:
         num, model_type = model.num_shortcuts, module.config.model_type
-        logger.info("%d of %d layers of %s run by shortcuts", num, len(layers), model_type)
+        logger.info("%d of %d layers of %s use native shortcuts", num, len(layers), model_type)
 
 
 def _compute_angles_on_one_thread(module: nn.Module) -> None:
@@ -245,7 +245,7 @@ def _unpackable(module: PreTrainedModel, trial: Trial) -> list[str]:
     if not calls and not trial.mixers:
         reasons.append("attention that cannot be replaced (no AttentionInterface)")
     if calls and not takes_positions(module):
-        reasons.append("no way to be told the tokens' positions")
+        reasons.append("no argument for the tokens' positions")
     if any(not call.is_causal for call in calls):
         reasons.append("attention in both directions")
     if any(call.has_own_mask for call in calls):
@@ -259,7 +259,7 @@ def _unpackable(module: PreTrainedModel, trial: Trial) -> list[str]:
 def _max_positions(config: Any, calls: list[AttentionCall] | None = None) -> int:
     """Return the longest sequence that is computed exactly whatever else is in its step; 0 if there is no limit.
 
-    calls: of attention that is packed; None for sequences that run one by one.
+    calls: of attention that is packed; None for sequences that run unbatched.
     """
     limits = [getattr(config, "max_position_embeddings", None), getattr(config, "n_positions", None)]
     limits += _rope_limits(config)

@@ -48,7 +48,7 @@ class _Found:
     """The blocks that stand in a model so far, by the module that each replaces."""
 
     context: StepContext
-    known: Collection[str] | None  # of an earlier start: what agreed then
+    known: Collection[str] | None  # shortcuts that agreed at an earlier start
     agreed: set[str] = field(default_factory=set)
     norms: dict[nn.Module, Norm] = field(default_factory=dict)
     blocks: dict[nn.Module, Block] = field(default_factory=dict)

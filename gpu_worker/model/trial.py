@@ -19,7 +19,7 @@ from gpu_worker.layers.mixers import MixerCall, MixerRecorder, install_functions
 from gpu_worker.loading.checkpoint import takes_positions
 
 NUM_TOKENS = 5
-NUM_HEAD_ROWS = 2  # a number that tells the head's rows from all tokens
+NUM_HEAD_ROWS = 2  # distinguishes the head's rows from all tokens
 
 
 @dataclass(slots=True)

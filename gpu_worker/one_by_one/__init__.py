@@ -1,1 +1,1 @@
-"""Models whose sequences run one by one, each with the cache that transformers makes for it."""
+"""Models whose sequences run unbatched, each with its own cache of transformers."""

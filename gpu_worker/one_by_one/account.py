@@ -19,14 +19,14 @@ A model that does not go on computes a text's tokens again for each new one.
 class Account:
     """Bytes that the cache of a sequence takes."""
 
-    token_bytes: int  # for each of its tokens
+    token_bytes: int  # bytes per token
     sequence_bytes: int  # besides
 
     @classmethod
     def through(cls, short: tuple[int, int], long: tuple[int, int], *others: tuple[int, int]) -> Account:
         """Return an account that no measured cache, (tokens, bytes), exceeds.
 
-        short, long: of texts that were computed at once, by which a token's bytes are told.
+        short, long: of texts that were computed at once, which give the bytes per token.
         """
         token_bytes = max(0, math.ceil((long[1] - short[1]) / (long[0] - short[0])))
         return cls(token_bytes, max(0, *(size - token_bytes * num for num, size in (short, long, *others))))

@@ -1,6 +1,6 @@
 """Forward passes of one sequence at a time, and what transformers keeps of it between them.
 
-A model's forward pass puts out what it keeps, a cache object or a state, under the name by which the next pass takes
+A model's forward pass returns its cache object or state under the name by which the next pass takes
 it. Some models fill a cache object that they are given, and do not put it out; some modules keep tensors in attributes
 of their own, which are put back before a sequence's next pass.
 """
@@ -22,12 +22,12 @@ from gpu_worker.one_by_one.account import Account, Continues
 
 @dataclass(slots=True)
 class Kept:
-    """What is kept of one sequence."""
+    """The cache of one sequence."""
 
     end: int = 0  # its first tokens, so many, are computed
-    results: dict[str, Any] = field(default_factory=dict[str, Any])  # of its last pass, those that the next one takes
-    attributes: list[Tensor | None] = field(default_factory=list[Tensor | None])  # of modules, see `Passes`
-    logits: Tensor | None = None  # of its last token, if that may be asked for again
+    results: dict[str, Any] = field(default_factory=dict[str, Any])  # results of its last pass that the next pass takes
+    attributes: list[Tensor | None] = field(default_factory=list[Tensor | None])  # attributes of modules, see `Passes`
+    logits: Tensor | None = None  # logits of its last token, if they may be needed again
 
     @property
     def num_bytes(self) -> int:
@@ -47,7 +47,7 @@ class Passes:
         self._keeps_logits = keeps_logits
         self._names = set(inspect.signature(module.forward).parameters)
         self._attributes: list[tuple[nn.Module, str]] = []
-        self._given = ""  # the name of the cache that passes are given and do not put out; "": there is none
+        self._given = ""  # name of the cache that passes take and do not return; "": none
 
     def run(self, kept: Kept | None, ids: Tensor, rows: Tensor) -> tuple[Tensor, Kept]:
         """Compute a sequence's next tokens, int64 [n], and return the logits [m, V] of rows, int64 [m], among them.
@@ -87,7 +87,7 @@ class Passes:
         self._attributes = [key for key, tensor in second.items() if key in first and first[key] is not tensor]
 
     def _begin(self) -> Kept:
-        """Return what is kept of no token."""
+        """Return an empty cache."""
         cache = {self._given: DynamicCache(config=self.module.config.get_text_config())} if self._given else {}
         return Kept(results=cache, attributes=[None] * len(self._attributes))
 

@@ -1,4 +1,4 @@
-"""What an engine's steps spend their time on: phases as they run, then operations with layers run one by one.
+"""What an engine's steps spend their time on: phases as they run, then operations with one call per layer.
 
 For `lorafleet profile`, which shows the result; `docs/engine.md` says how to read it.
 """
@@ -67,7 +67,7 @@ class ProfilePlan:
     num_steps: int
     prompt_tokens: int
     adapters: Path | None = None  # folder whose sub-folders are adapters
-    trace: Path | None = None  # where to write chrome traces of the watched steps, one per case: NAME-decode-8.json
+    trace: Path | None = None  # path for chrome traces, one per case: NAME-decode-8.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +88,14 @@ class ProfileCase:
     num_adapters: int  # distinct ones among the sequences
     num_steps: int
     tokens: float
-    step_ms: float  # until the next step can begin: all phases but publish, which runs beside the next step
+    step_ms: float  # time until the next step can begin: all phases but publish, which overlaps it
     phases_ms: dict[str, float]
-    forward_ms: float  # of the steps under the profiler: layers one by one, and the profiler's own time
-    operations: list[Operation]  # of those steps, longest first; the rest of forward_ms is Python between them
+    forward_ms: float  # forward time under the profiler: layers as single calls, plus overhead
+    operations: list[Operation]  # profiled operations, longest first; the rest of forward_ms is Python between them
 
 
 @dataclass(frozen=True, slots=True)
-class Profile:
+class StepProfile:
     """The result of a whole run."""
 
     model: str
@@ -106,12 +106,12 @@ class Profile:
     num_stacked: int  # layers that otherwise run as one native call
     adapters: list[str]
     prompt_tokens: int
-    kv_tokens: int  # that the KV cache holds
+    kv_tokens: int  # capacity of the KV cache
     kv_dtype: str
     cases: list[ProfileCase]
 
 
-def run_profile(settings: Settings, plan: ProfilePlan, on_progress: OnProgress) -> Profile:
+def run_profile(settings: Settings, plan: ProfilePlan, on_progress: OnProgress) -> StepProfile:
     """Load the model and measure. Takes seconds to minutes. Raises LorafleetError.
 
     settings.redis_url is a queue that nobody else uses.
@@ -127,7 +127,7 @@ def run_profile(settings: Settings, plan: ProfilePlan, on_progress: OnProgress) 
     try:
         names = load_adapters(engine, list(folders)[: max(plan.num_sequences)], on_progress)
         stacks = stacks_of(engine.model.module)
-        return Profile(
+        return StepProfile(
             model=served.name, dtype=served.dtype, device=str(engine.model.device), adapters=names,
             num_threads=torch.get_num_threads(), num_layers=len(engine.model.layers),
             num_stacked=sum(len(stack.layers) for stack in stacks), prompt_tokens=plan.prompt_tokens,
@@ -230,7 +230,7 @@ def _totals(steps: Decode) -> dict[str, float]:
 
 @contextmanager
 def _layer_by_layer(engine: Engine) -> Iterator[None]:
-    """Let stacked layers run one by one, and mark where forward passes begin and end."""
+    """Run each stacked layer in its own call, and mark where forward passes begin and end."""
     run, stacks = engine.runner.run, stacks_of(engine.model.module)
 
     def marked(inputs: StepInputs) -> Tensor:

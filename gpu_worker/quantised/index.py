@@ -30,8 +30,8 @@ class Entry(msgspec.Struct, frozen=True):
     """A tensor of the file."""
 
     kind: Kind | NumberKind
-    shape: tuple[int, ...]  # of the numbers
-    offset: int  # in bytes
+    shape: tuple[int, ...]  # logical shape
+    offset: int  # byte offset
     heads: int = 0  # rows to be put back in order: llama.cpp keeps the halves of each of these heads interleaved
     minus_one: bool = False  # numbers that llama.cpp keeps with 1 added
 

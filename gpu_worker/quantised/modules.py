@@ -30,7 +30,7 @@ class BlockLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.packed = packed
         self._impl: ops.Impl | None = impl
-        # Tells the model's fingerprint of the kind.
+        # Makes the kind part of the model's fingerprint.
         self.register_buffer(weight.kind, torch.empty(self.out_features, self.in_features, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:

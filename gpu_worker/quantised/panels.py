@@ -28,11 +28,11 @@ PANELS = "panels-"
 class Panels(msgspec.Struct, frozen=True):
     """Where a packed weight lies."""
 
-    offset: int  # in bytes
+    offset: int  # byte offset
     shape: tuple[int, int]  # uint8
     form: int
     kind: str
-    size: tuple[int, int]  # of the weight
+    size: tuple[int, int]  # shape of the weight
 
 
 class KeptPanels:
@@ -55,10 +55,10 @@ class KeptPanels:
         except FileNotFoundError:
             pass
         except (OSError, msgspec.DecodeError, RuntimeError) as error:
-            logger.warning("the packed weights in %s cannot be read, and are made again: %s", folder, error)
+            logger.warning("the packed weights in %s cannot be read and are rebuilt: %s", folder, error)
 
     def pack(self, name: str, weight: ops.QuantisedWeight, impl: ops.Impl | None) -> ops.QuantisedLinear:
-        """Return a layer's weight as `ops.pack_quantised` lays it out, mapped if it was kept."""
+        """Return a layer's weight as `ops.pack_quantised` lays it out, memory-mapped if it was stored."""
         kept = self._found.get(name)
         if impl is None and kept is not None and (kept.kind, kept.size) == (weight.kind, _size(weight)):
             num_bytes = kept.shape[0] * kept.shape[1]
@@ -74,14 +74,14 @@ class KeptPanels:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Write what was packed in place of what was kept, whole or not at all; unless the model cannot be read."""
+        """Replace the stored panels by the packed ones, atomically; not if the model cannot be read."""
         if kind is not None or not self._new:
             return
         try:
             self._write()
         except OSError as problem:
             logger.warning(
-                "packed weights cannot be kept in %s, so that each start packs them: %s", self._folder, problem
+                "packed weights cannot be stored in %s, so every start packs them: %s", self._folder, problem
             )
 
     def _write(self) -> None:
@@ -95,7 +95,7 @@ class KeptPanels:
                     shape = (panels.shape[0], panels.shape[1])
                     index[name] = Panels(out.tell(), shape, form, weight.kind, _size(weight))
                     panels.numpy().tofile(out)
-            for path in self._folder.glob(f"{PANELS}*"):  # who has mapped one keeps it
+            for path in self._folder.glob(f"{PANELS}*"):  # existing mappings of a deleted file stay valid
                 path.unlink()
             os.replace(part, self._folder / f"{self._name}.bin")
             part.write_bytes(msgspec.json.encode(index))

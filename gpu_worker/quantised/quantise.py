@@ -65,7 +65,7 @@ def quantised_folder(
         shutil.rmtree(made, ignore_errors=True)
         new.rename(made)
     logger.info("%s quantised to %s in %.1f s", folder, quantization, time.monotonic() - started)
-    prune_folders(root, num_kept)  # who has mapped one of them keeps it
+    prune_folders(root, num_kept)  # existing mappings of a deleted folder stay valid
     return made
 
 

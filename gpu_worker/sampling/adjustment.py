@@ -1,6 +1,6 @@
 """What a request wants changed in its logits, kept from token to token, so that each costs no more than the last. Pure.
 
-Counting a text of 30,000 tokens anew takes longer than a step of a small model.
+Recounting a text of 30,000 tokens takes longer than a step of a small model.
 """
 
 from __future__ import annotations

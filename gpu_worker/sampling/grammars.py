@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 NUM_COMPILERS = 2
 
 MAX_COMPILED = 128
-"""Compiled grammars that are kept, the most recently used."""
+"""Maximum number of cached compiled grammars, the most recently used."""
 
 MAX_VOCABULARIES = 16
-"""Adapters' tokenizers that are kept as llguidance sees them, the most recently used; some 20 MB each."""
+"""Maximum number of cached llguidance tokenizers of adapters, the most recently used; some 20 MB each."""
 
 MAX_BUILD_SHARE = 0.1
 """Share of time in which a vocabulary may be under construction: the steps stand still meanwhile."""
@@ -82,7 +82,7 @@ class _Tokens(TokenizerWrapper):
         self.special_token_ids = sorted(tokens.special)
         end: Any = ends[0] if ends else None  # llguidance takes None too, and adds a token of its own
         self.eos_token_id = end
-        self._vocabulary = ref(vocabulary)  # which holds this object, by way of llguidance
+        self._vocabulary = ref(vocabulary)  # weak, because the vocabulary holds this object through llguidance
 
     def __call__(self, text: str) -> list[int]:
         """Return the tokens of a text: the longest ones from its beginning."""
@@ -99,7 +99,7 @@ def _not_first(tokens: TokenTable, vocab_size: int) -> np.ndarray | None:
     return words_of((id_ for id_, (first, piece) in both if first != piece and id_ not in tokens.special), vocab_size)
 
 
-class Matcher:
+class GrammarMatcher:
     """One request's matcher, and which tokens may end its output besides the grammar's own end."""
 
     def __init__(self, state: LLMatcher, vocabulary: Vocabulary, stop_ids: Sequence[int], max_mask_s: float) -> None:
@@ -146,14 +146,14 @@ class Matcher:
         if self._is_fresh and self._vocabulary.not_first is not None and self._failure is None:
             mask &= ~self._vocabulary.not_first
             if not mask.any():
-                self._failure = BadRequest("the output's grammar cannot be followed: no token can begin it")
+                self._failure = BadRequest("the output's grammar cannot be satisfied: no token can begin it")
 
     def check(self) -> None:
         """Raise why the output cannot go on, if it cannot."""
         if self._failure is not None:
             raise self._failure
         if self.state.is_error():
-            raise BadRequest(f"the output's grammar cannot be followed: {one_line(self.state.get_error())}")
+            raise BadRequest(f"the output's grammar cannot be satisfied: {one_line(self.state.get_error())}")
         if self.cost.error is not None:
             raise self.cost.error
 
@@ -171,7 +171,7 @@ class Matcher:
         """Return the draft tokens up to the first that the grammar does not allow."""
         try:
             return draft[: self.state.validate_tokens(draft)]
-        except BaseException as error:  # noqa: BLE001  a request's edge: `check` tells of it
+        except BaseException as error:  # noqa: BLE001  a request's edge: `check` reports it
             self._failure = error
             return []
 
@@ -201,7 +201,7 @@ def _has(mask: np.ndarray, id_: int) -> bool:
     return bool(mask.view(np.uint32)[id_ >> 5] >> np.uint32(id_ & 31) & np.uint32(1))
 
 
-MatcherRow = tuple[Matcher, list[int]]
+MatcherRow = tuple[GrammarMatcher, list[int]]
 """A matcher, and the draft tokens that follow what it has seen."""
 
 
@@ -225,7 +225,7 @@ class Grammars:
         self._base: Vocabulary | BadRequest | None = None  # or why there is none
         self._lock = threading.Lock()
         # _lock guards these.
-        self._vocabularies: OrderedDict[str, Vocabulary] = OrderedDict()  # of adapters' tokenizers, last used last
+        self._vocabularies: OrderedDict[str, Vocabulary] = OrderedDict()  # by tokenizer, least recently used first
         self._compiled: OrderedDict[tuple[str, bytes], LLMatcher] = OrderedDict()  # each has consumed nothing
         self._compilers = ThreadPoolExecutor(NUM_COMPILERS, thread_name_prefix="grammar")
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="vocabulary")
@@ -243,7 +243,7 @@ class Grammars:
     def prepare(self) -> None:
         """Make what grammars of the base model need. Takes half a second: call it before there are requests.
 
-        Where it cannot be made, each request with a grammar is told why.
+        Where it cannot be built, each request with a grammar gets the reason.
         """
         if self._tokens is None or self._base is not None:
             return
@@ -260,7 +260,7 @@ class Grammars:
 
     def make(
         self, grammar: str, tokens: TokenTable | None, output: Sequence[int], stop_ids: Sequence[int]
-    ) -> Future[Matcher]:
+    ) -> Future[GrammarMatcher]:
         """Start making the matcher of a request whose output so far is `output`.
 
         The future raises BadRequest and Internal. grammar: as in `messages.Body`. stop_ids: tokens that end it.
@@ -270,15 +270,19 @@ class Grammars:
         future.add_done_callback(lambda _: self.on_ready())
         return future
 
-    def _make(self, grammar: str, tokens: TokenTable | None, output: Sequence[int], stop_ids: Sequence[int]) -> Matcher:
+    def _make(
+        self, grammar: str, tokens: TokenTable | None, output: Sequence[int], stop_ids: Sequence[int]
+    ) -> GrammarMatcher:
         if tokens is None:
             raise BadRequest("this model has no tokenizer.json: structured output cannot be served")
         try:
             with panics_as(BadRequest):
                 vocabulary = self.vocabulary(tokens)
-                matcher = Matcher(self._compile(grammar, vocabulary), vocabulary, stop_ids, self._max_mask_s)
+                matcher = GrammarMatcher(self._compile(grammar, vocabulary), vocabulary, stop_ids, self._max_mask_s)
                 if output and not matcher.resume(output):
-                    raise Internal(f"a request's output is not its grammar's: {one_line(matcher.state.get_error())}")
+                    raise Internal(
+                        f"the output does not match the request's grammar: {one_line(matcher.state.get_error())}"
+                    )
                 return matcher
         except LorafleetError:
             raise

@@ -101,7 +101,7 @@ class PromptRows(NamedTuple):
     """Rows of a step's logits that belong to a prompt whose logprobs are recorded."""
 
     recorder: PromptLogprobs
-    seq_index: int  # which of the step's sequences it is
+    seq_index: int  # index of its sequence in the step
     start: int  # position of the first row's token
     num_rows: int
 

@@ -3,7 +3,7 @@
 Most masks take some ten microseconds, a hostile grammar's 20 ms, and which it is shows only afterwards. So none is
 computed in the engine's thread: it waits for those of a step for a limited time, and a sequence whose mask is late
 takes part in a later step. Matchers that have proved quick are filled together; new ones, and those that were slow
-once, one by one, so that what each costs is known. Each kind has threads of its own: none delays another.
+once, one at a time, so that the cost of each is known. Each kind has threads of its own: none delays another.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class MaskCost:
         self._max_s = max_s
         self._num_quick = 0
         self.spent_s = 0.0
-        self.is_slow = False  # for good, once a mask was
+        self.is_slow = False  # permanent, once a mask was slow
 
     @property
     def is_proven(self) -> bool:
@@ -55,7 +55,7 @@ class MaskCost:
         if self.spent_s <= self._max_s:
             return None
         return BadRequest(
-            "the output's grammar is too ambiguous: finding out which tokens it allows has taken "
+            "the output's grammar is too ambiguous: computing its token masks took "
             f"{self.spent_s:.1f} s, the limit is {self._max_s:g} s"
         )
 

@@ -72,7 +72,7 @@ class Sampled:
     """The tokens chosen, on the host."""
 
     ids: np.ndarray  # int64 [n]
-    finite: list[bool]  # of each; False: the logits hold no usable maximum, the id means nothing
+    finite: list[bool]  # per choice; False: the logits have no usable maximum, and the id is meaningless
     logprobs: list[bytes]  # one record of `logprobs.py` each, b"" where none were asked for
     failed: Mapping[int, BaseException] = field(default_factory=dict[int, BaseException])
     """Rows whose own settings made something fail; their ids mean nothing."""
@@ -86,7 +86,7 @@ class Chosen:
     finite: Tensor  # bool [n], as in `Sampled`
     logits: Tensor  # [n, V], adjusted and masked
     warped: dict[int, Tensor]  # fp32 [V] by row, of those that are drawn and whose request asks for these numbers
-    failed: dict[int, BaseException]  # as in `Sampled`
+    failed: dict[int, BaseException]  # see `Sampled`
 
     def drawn_from(self, row: int) -> Tensor:
         """Return the logits [V] that a row's token was chosen by."""

@@ -1,6 +1,6 @@
 """The requests that a worker owns, what of each is durable, and the step scripts that make the rest so. Pure.
 
-A token counts once the queue has accepted the step script that holds it. A refused row tells what became of its request
+A token counts once the queue has accepted its step script. A refused row reports what became of its request
 meanwhile. `service.py` sends the scripts.
 """
 
@@ -29,11 +29,11 @@ _ID = struct.Struct("<i")
 
 
 @dataclass(slots=True)
-class Recovery:
+class OutboxRecovery:
     """What remains to be done about a step that the queue refused, before the rest is written."""
 
     dropped: list[str] = field(default_factory=list)  # ids of requests that the engine must forget
-    returned: list[str] = field(default_factory=list)  # those of `dropped` that must be queued again
+    returned: list[str] = field(default_factory=list)  # rids among `dropped` that must be requeued
     repairs: list[OwnedRequest] = field(default_factory=list)  # requests whose log in Redis lost its end
 
 
@@ -50,7 +50,7 @@ class Outbox:
         self.owned: dict[str, OwnedRequest] = {}  # by request id
         self.released: list[bytes] = []  # work entries emptied outside a step; the next step deletes them
         self._left: dict[bytes, int] = {}  # work entry -> its requests that have not ended
-        self._built: dict[str, OwnedRequest] = {}  # those of the step that was built last, as they were owned then
+        self._built: dict[str, OwnedRequest] = {}  # requests of the last built step, as owned then
 
     def knows(self, entry: bytes) -> bool:
         """Return whether a work entry was taken and some request of it has not ended."""
@@ -120,7 +120,7 @@ class Outbox:
         for row in step.rows:
             request = self._built[row.rid]
             if self.owned.get(row.rid) is not request:
-                continue  # it was assigned again meanwhile; its next row is refused, and tells what it missed
+                continue  # it was assigned again meanwhile; its next row is refused, and reports what it missed
             request.log += row.ids
             request.logprobs += row.logprobs
             new, before = pending[row.rid], request.timing
@@ -135,13 +135,13 @@ class Outbox:
                     del self._left[request.entry]
         self.released = [entry for entry in self.released if entry not in step.done_entries]
 
-    def recover(self, pending: dict[str, PendingOutput], refused: Sequence[Refused]) -> Recovery:
-        """Change owned requests and `pending` by what a refused step tells, so that the rest can be written.
+    def recover(self, pending: dict[str, PendingOutput], refused: Sequence[Refused]) -> OutboxRecovery:
+        """Change owned requests and `pending` by the reply to a refused step, so that the rest can be written.
 
         A row that an earlier try wrote, although its reply was lost, is recognised by the log's length. What is told of
         a request that was assigned again while the step was on its way says nothing of its new assignment.
         """
-        recovery = Recovery()
+        recovery = OutboxRecovery()
         for row in refused:
             request, new = self.owned.get(row.rid), pending.get(row.rid)
             if request is None or new is None or request is not self._built.get(row.rid):
@@ -213,7 +213,7 @@ def add_outputs(pending: dict[str, PendingOutput], outputs: Iterable[TokenOutput
 
 
 def _timing(request: OwnedRequest, new: PendingOutput) -> m.Timing | None:
-    """Return the times of a request that are to be told with what is new of it."""
+    """Return the times of a request to report with its new output."""
     return msgspec.structs.replace(new.timing, queued_ms=request.queued_ms) if new.timing is not None else None
 
 

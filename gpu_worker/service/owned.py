@@ -1,4 +1,4 @@
-"""The requests that a worker owns, and what each has put out that is not durable yet. Pure."""
+"""The requests that a worker owns, and the output of each that is not durable yet. Pure."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class OwnedRequest:
     log: bytearray = field(default_factory=bytearray)  # int32 ids that are durable; repairs a log that lost its end
     logprobs: bytearray = field(default_factory=bytearray)  # their logprob records
     task: m.Task = "generate"
-    queued_ms: int = 0  # from its submission to this assignment
-    trace: str = ""  # as in `messages.Assigned`
+    queued_ms: int = 0  # ms from submission to this assignment
+    trace: str = ""  # see `messages.Assigned`
     timing: m.Timing | None = None  # the latest that is durable
     scored_prompt: bytes = b""  # its prompt (int32), if logprobs of it are wanted
 
@@ -40,7 +40,7 @@ class OwnedRequest:
 
 
 class PendingOutput(msgspec.Struct):  # a dataclass takes three times as long to make, and each row of each step has one
-    """What one request put out and is not durable yet, of one step or several."""
+    """The output of one request that is not durable yet, from one step or several."""
 
     seq0: int = -1  # index of ids[0] in the log; -1: at the log's end, wherever that is
     ids: bytes = b""  # int32 token ids

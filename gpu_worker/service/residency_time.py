@@ -1,6 +1,6 @@
-"""For how long adapters are in this worker's pool, as it is told to the fleet's books. Pure.
+"""How long adapters are in this worker's pool, for the fleet's accounting. Pure.
 
-A worker looks once a second, so each stay is right to about a second; what it has not told yet is lost when it dies.
+A worker looks once a second, so each stay is right to about a second; time not reported yet is lost when it dies.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from peft_adapters.recipe import is_merge
 
 TELL_S = 30.0
-"""How often a worker tells it. A worker that is killed takes at most so much with it, per adapter."""
+"""s between reports. A killed worker loses at most this time per adapter."""
 
 
 class ResidencyTime:
@@ -31,7 +31,7 @@ class ResidencyTime:
                 self._seconds[digest] = self._seconds.get(digest, 0.0) + passed_s
 
     def take(self, now_s: float, *, at_once: bool = False) -> dict[str, int]:
-        """Return what is to be told, ms by digest, and begin anew; {} before `TELL_S` have passed, unless `at_once`."""
+        """Return the times to report, ms by digest, and reset them; {} within `TELL_S`, unless `at_once`."""
         if not at_once and now_s - self._told_s < TELL_S:
             return {}
         found = {digest: round(seconds * 1000) for digest, seconds in self._seconds.items()}

@@ -21,7 +21,7 @@ from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.light_imports import import_transformers
 from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
-from gpu_worker.service.outbox import MAX_ROWS, Outbox, Recovery, add_outputs
+from gpu_worker.service.outbox import MAX_ROWS, Outbox, OutboxRecovery, add_outputs
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from gpu_worker.service.residency_time import ResidencyTime
 from gpu_worker.service.trace import tell_handed_back
@@ -41,17 +41,17 @@ from protocol.wire.errors import DeadlineExceeded, Internal, LorafleetError, Pro
 logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
-"""Seconds between two beats, and between two looks whether the queue was restarted."""
+"""Seconds between two heartbeats, and between two looks whether the queue was restarted."""
 
 END_BEAT_S = 0.5
-"""Age of a beat from which on the end of a request makes another. The scheduler reads no more of them, and is told of
-ends by the steps."""
+"""s; the end of a request sends another heartbeat if the last is older. The scheduler reads no more of them, and gets
+ends from the steps."""
 
 BEAT_TTL_MS = 4000
-"""Life of a beat: a worker whose beat has expired is dead to the fleet."""
+"""Life of a heartbeat: a worker whose heartbeat has expired is dead to the fleet."""
 
 STREAM_TTL_S = 3600
-"""Life of a worker's streams; each beat renews it."""
+"""Life of a worker's streams; each heartbeat renews it."""
 
 MAX_FAILURES = 8
 """Failures of a loop in a row, a queue that is away aside, after which this process ends."""
@@ -66,7 +66,7 @@ class Fenced(Exception):
 
 
 class Worker:
-    """One engine's life on the queue: it joins, takes assignments, publishes outputs, beats, and leaves."""
+    """One engine's life on the queue: it joins, takes assignments, publishes outputs, sends heartbeats, and leaves."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Worker:
         settings: Settings,
         loader: Loader | None = None,
     ) -> None:
-        """loader: fetches adapters, if the engine has any; it is told where the stores are."""
+        """loader: fetches adapters, if the engine has any; it gets the stores' addresses."""
         self.bus = bus
         self.engine = engine
         self.served = served
@@ -87,17 +87,17 @@ class Worker:
         self.loader = loader
         self.draining = False
         self._pending: dict[str, PendingOutput] = {}  # by request id
-        self._unwritten: dict[str, PendingOutput] = {}  # what was taken out of `_pending` and failed to be written
-        self._last_ids: dict[str, bytes] = {}  # by stream, the last entry that is dealt with
+        self._unwritten: dict[str, PendingOutput] = {}  # taken out of `_pending`, but not yet written
+        self._last_ids: dict[str, bytes] = {}  # by stream, the last processed entry id
         self._restarted = False  # the queue was, and the work stream is still to be read from its beginning
-        self._look_s = 0.0  # when the next beat looks after that, monotonic
+        self._look_s = 0.0  # when the next heartbeat looks after that, monotonic
         self._num_unacked = 0  # engine steps in `_pending`
         self._publishing = asyncio.Lock()
         self._publish_s = 0.0  # waited for step scripts, since the start
         self._has_outputs = asyncio.Event()
         self._beat_now = asyncio.Event()
-        self._end_beat_s = 0.0  # time from which on the end of a request makes it beat
-        self._beaten_loads = 0  # adapters that had come to the pool by the last beat
+        self._end_beat_s = 0.0  # monotonic time from which on the end of a request sends a heartbeat
+        self._beaten_loads = 0  # adapters that had come to the pool by the last heartbeat
         self._engine_died = asyncio.Event()
         self._failure: BaseException | None = None  # why it died
         self._residency = ResidencyTime(time.monotonic())
@@ -133,7 +133,7 @@ class Worker:
                     await self._be_member(stop)
                     break
                 except* Fenced:
-                    logger.warning("worker %s was taken for dead; joining again", self.wid)
+                    logger.warning("worker %s was declared dead; rejoining", self.wid)
                     self.engine.cancel(list(self.outbox.owned))
         if self._failure is not None:
             logger.error("the engine died: %r", self._failure)
@@ -143,7 +143,7 @@ class Worker:
     async def _be_member(self, stop: asyncio.Event) -> None:
         """Join under a new id, work until `stop` or the engine's death, leave. Raises Fenced in a group."""
         await self._join()
-        self.engine.finish_start()  # the fleet has seen the beat, so that its first requests come while this is done
+        self.engine.finish_start()  # the fleet has the heartbeat, so its first requests arrive meanwhile
         async with asyncio.TaskGroup() as group:
             loops = [group.create_task(guarded(loop)) for loop in self.loops()]
             ends = [group.create_task(event.wait()) for event in (stop, self._engine_died)]
@@ -151,7 +151,7 @@ class Worker:
             await self._drain()
             for task in (*loops, *ends):
                 task.cancel()
-        await self._leave()  # once nothing beats any more, since a beat would find the streams gone
+        await self._leave()  # after the last heartbeat, since another one would find the streams gone
 
     def loops(self) -> list[Loop]:
         """Return what runs while it is a member.
@@ -199,7 +199,7 @@ class Worker:
         """Put everything back on the queue, deregister, end the engine."""
         if await self._requeue_all():
             await self.bus.members.leave(self.wid)
-        else:  # registered without a beat: the scheduler finds it dead and ends what is left
+        else:  # registered without a heartbeat: the scheduler finds it dead and ends what is left
             await self.bus.members.silence(self.wid)
         self.engine.stop()
 
@@ -331,7 +331,7 @@ class Worker:
     async def _publish_once(self) -> None:
         """Make everything pending durable, in scripts of at most MAX_ROWS rows; retry until Redis answers."""
         async with self._publishing:
-            if self._unwritten:  # of a turn that has failed
+            if self._unwritten:  # left by a failed turn
                 await self._write(self._unwritten)
                 self._unwritten = {}
             whole, self._pending = self._pending, {}
@@ -349,7 +349,7 @@ class Worker:
             finally:  # also when they are given up with the membership: the engine must not wait for them
                 for _ in range(num_steps):
                     self.engine.ack_step()
-        # The scheduler lets a worker load few adapters at a time, and sends more when a beat tells that one has come.
+        # The scheduler lets a worker load few adapters at a time, and sends more when a heartbeat reports a loaded one.
         if self.engine.stats().num_loads != self._beaten_loads or (has_ends and time.monotonic() > self._end_beat_s):
             self._beat_now.set()
 
@@ -373,7 +373,7 @@ class Worker:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, 1.0)
 
-    async def _recover(self, recovery: Recovery) -> None:
+    async def _recover(self, recovery: OutboxRecovery) -> None:
         if recovery.dropped:  # before anything is waited for: they may be assigned again meanwhile
             self.engine.cancel(recovery.dropped)
         for request in recovery.repairs:
@@ -381,12 +381,12 @@ class Worker:
         if recovery.returned:
             await self._hand_back(recovery.returned)
 
-    # ------------------------------------------------------------ beats
+    # ------------------------------------------------------------ heartbeats
 
     async def _beats(self) -> None:
-        """Beat, once a second and on change, and look whether the queue was restarted."""
+        """Send heartbeats, once a second and on change, and check whether the queue was restarted."""
         await self._beat()
-        if time.monotonic() <= self._look_s:  # a beat may also come with every end
+        if time.monotonic() <= self._look_s:  # a heartbeat may also come with every end
             return
         self._look_s = time.monotonic() + BEAT_S
         if self.loader is not None:
@@ -405,7 +405,7 @@ class Worker:
         )  # fmt: skip
 
     async def _beat(self) -> None:
-        """Tell the fleet that this worker lives and how it is. Raises Fenced when its streams are gone."""
+        """Send the worker's heartbeat. Raises Fenced when its streams are gone."""
         keys, beat = self.bus.keys, self._own_beat()
         streams = (keys.work(self.wid), keys.ctl(self.wid))
         key = keys.worker_beat(self.wid)
@@ -416,9 +416,10 @@ class Worker:
             WORKERS.show([beat])
 
     async def _tell_adapter_events(self) -> None:
-        """Tell the fleet what happened to adapters here. A lost connection loses them: nothing depends on them.
+        """Report adapter events to the fleet. A lost connection loses them: nothing depends on them.
 
-        Not with each beat, of which there are ten in a second while adapters come: every store and gateway is woken.
+        Not with each heartbeat: ten are sent in a second while adapters load, and each event wakes every store and
+        gateway.
         """
         events, uses = self.engine.take_adapter_events()
         if events:

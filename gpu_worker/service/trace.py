@@ -1,4 +1,4 @@
-"""A worker's spans of requests that are traced: told once what they are about is durable."""
+"""A worker's spans of traced requests, exported once their subject is durable."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MS = 1_000_000
 
 
 def tell_step(request: OwnedRequest, before: m.Timing | None, new: PendingOutput, worker: str) -> None:
-    """Tell what a step that has just become durable has ended for a request: its prefill, or all of it.
+    """Export what a step that has just become durable has ended for a request: its prefill, or all of it.
 
-    before: its times as they were told last. The parts up to the first token are told at once, so that they outlive
+    before: its times as last exported. The parts up to the first token are exported at once, so that they survive
     the worker.
     """
     place, timing = _place(request), request.timing
@@ -29,7 +29,7 @@ def tell_step(request: OwnedRequest, before: m.Timing | None, new: PendingOutput
 
 
 def tell_handed_back(request: OwnedRequest, worker: str) -> None:
-    """Tell the part of a request that this worker had, before another one gets it."""
+    """Export this worker's part of a request, before another worker gets it."""
     place = _place(request)
     if place is None:
         return
@@ -43,7 +43,7 @@ def _place(request: OwnedRequest) -> Trace | None:
 
 
 def _tell(name: str, place: Trace, timing: m.Timing, begin_ms: int, end_ms: int, **attributes: str | int) -> None:
-    """Tell a part. begin_ms, end_ms: since it was taken."""
+    """Export a part. begin_ms, end_ms: since it was taken."""
     assert TRACING.tracer is not None
     begin_ns, end_ns = (timing.taken_ms + begin_ms) * MS, (timing.taken_ms + end_ms) * MS
     TRACING.tracer.tell(name, place.child(), begin_ns, end_ns, attributes)
@@ -78,7 +78,7 @@ def _tell_run(
     request: OwnedRequest, place: Trace, begin_ns: int, end_ns: int, worker: str, *, error: str = "",
     events: Sequence[tuple[str, int]] = (),
 ) -> None:  # fmt: skip
-    """Tell an assignment; one that goes on with another's work links to it."""
+    """Export an assignment's span; one that continues another's work links to it."""
     assert TRACING.tracer is not None
     before = run_place(request.trace, request.rid, request.epoch - 2) if request.epoch > 1 else None
     attributes = {

@@ -51,7 +51,7 @@ def read_decoder(
         labels=[] if tokens is None else ["LABEL_0"],
     )  # fmt: skip
     if tokens is not None and has_no_lm_head(name):
-        raise BadRequest(f"{name} has no language model's head from which the tokens of a score could be read")
+        raise BadRequest(f"{name} has no language modelling head to score tokens with")
     if name.endswith(CLASSIFIER):
         return _classifier(read_model(folder, device, dtype, AutoModelForSequenceClassification), tasks)
     if has_no_lm_head(name):
@@ -59,7 +59,7 @@ def read_decoder(
     module = read_model(folder, device, dtype, may_lack_head=(folder / MODULES).is_file())
     generates = not isinstance(module.get_output_embeddings(), nn.Identity)
     if tokens is not None and not (generates and max(tokens) < config.get_text_config().vocab_size):
-        raise BadRequest(f"the tokens {tokens} of a score are none of the head's")
+        raise BadRequest(f"the tokens {tokens} of a score are outside the head's vocabulary")
     return module, replace(tasks, generates=generates)
 
 

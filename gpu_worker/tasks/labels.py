@@ -64,7 +64,7 @@ def folder_activation(folder: Path) -> Activation | None:
 
 
 def _named(path: object) -> Activation:
-    """Return the activation of a class's name with its module's."""
+    """Map a dotted class path (`torch.nn.Sigmoid`) to an activation."""
     name = str(path).rpartition(".")[2]
     if name not in _OF_CLASSES:
         raise BadRequest(f"scores by the activation {path!r} are not served; {', '.join(_OF_CLASSES)} are")

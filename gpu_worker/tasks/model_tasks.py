@@ -35,10 +35,10 @@ class ModelTasks:
     """What one decoder is asked for."""
 
     generates: bool = True  # whether it has a language model's head
-    pooling: Pooling | None = DEFAULT_POOLING  # of embeddings; None: it makes none
+    pooling: Pooling | None = DEFAULT_POOLING  # pooling of embeddings; None: no embeddings
     head: Tensor | None = None  # [labels, D], of its own, for scores
-    head_name: str = ""  # of the linear layer that is the head of a classifier of this type; "": there is none
-    labels: list[str] = field(default_factory=list[str])  # of scores without an adapter's head, by index
+    head_name: str = ""  # linear layer that is this type's classification head; "": none
+    labels: list[str] = field(default_factory=list[str])  # labels of scores without an adapter's head, by index
     score_tokens: tuple[int, int] | None = None  # score = logit of the first less that of the second, if that is >= 0
 
     @property
@@ -63,7 +63,7 @@ class ModelTasks:
 
     @property
     def fingerprint(self) -> str:
-        """What tells the results of two models apart that have the same weights; "" for a plain causal LM's."""
+        """A key that distinguishes results of models with equal weights; "" for a plain causal LM."""
         pooling = self.pooling
         if self.generates and pooling == DEFAULT_POOLING and self.score_tokens is None:
             return ""

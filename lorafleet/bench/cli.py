@@ -21,37 +21,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.add_argument("url", help="URL of the server, for example http://127.0.0.1:8000")
     what = parser.add_argument_group("requests")
-    what.add_argument("--model", help="base model to ask (default without --adapters: the first that /v1/models lists)")
+    what.add_argument("--model", help="base model to query (default without --adapters: the first in /v1/models)")
     what.add_argument(
         "--adapters",
         metavar="A,B,…|N",
-        help="adapters to ask: their names, or the number of names made from the format",
+        help="adapters to query: their names, or a number of names generated from --adapter-format",
     )
     what.add_argument("--adapter-format", default="adapter-{i}", help="name of the i-th adapter (%(default)s)")
     what.add_argument(
-        "--zipf", type=float, metavar="S", help="ask the i-th target in proportion to 1/i^S (default: each in turn)"
+        "--zipf",
+        type=float,
+        metavar="S",
+        help="weight of the i-th target: 1/i^S (default: round robin)",
     )
     what.add_argument("--chat", action="store_true", help="use /v1/chat/completions instead of /v1/completions")
-    what.add_argument("--prompt-words", type=int, default=64, help="random words in a prompt (%(default)s)")
-    what.add_argument("--output-tokens", type=int, default=64, help="tokens to generate for a request (%(default)s)")
-    what.add_argument("--stop-at-eos", action="store_true", help="let answers end early (default: ignore_eos)")
+    what.add_argument("--prompt-words", type=int, default=64, help="random words per prompt (%(default)s)")
+    what.add_argument("--output-tokens", type=int, default=64, help="tokens to generate per request (%(default)s)")
+    what.add_argument(
+        "--stop-at-eos", action="store_true", help="let answers stop at an end token (default: ignore_eos)"
+    )
     what.add_argument("--seed", type=int, default=0, help="seed of prompts, targets and arrivals (%(default)s)")
     load = parser.add_argument_group("load")
-    load.add_argument("--requests", type=int, help="measured requests (default: 8 × concurrency; with --rate 256)")
     load.add_argument(
-        "--concurrency", type=int, help=f"requests in flight (8; with --rate at most {_OPEN_LOOP_CONCURRENCY})"
+        "--requests", type=int, help="number of measured requests (default: 8 × concurrency; with --rate 256)"
+    )
+    load.add_argument(
+        "--concurrency", type=int, help=f"concurrent requests (8; with --rate at most {_OPEN_LOOP_CONCURRENCY})"
     )
     load.add_argument(
         "--rate", type=float, metavar="R", help="open loop: Poisson arrivals, R per second, instead of a closed loop"
     )
+    load.add_argument("--warmup", type=int, help="number of warm-up requests (default: the concurrency, at most 32)")
     load.add_argument(
-        "--warmup", type=int, help="requests before the measurement (default: the concurrency, at most 32)"
-    )
-    load.add_argument(
-        "--timeout", type=float, default=300.0, metavar="S", help="deadline of a request, seconds (%(default)g)"
+        "--timeout", type=float, default=300.0, metavar="S", help="deadline of a request, in seconds (%(default)g)"
     )
     parser.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="file that holds the API key (default: $OPENAI_API_KEY)"
+        "--api-key-file", type=Path, metavar="FILE", help="file with the API key (default: $OPENAI_API_KEY)"
     )
     parser.add_argument(
         "--out", type=Path, default=Path("bench.json"), help="JSON file of the result; the plot is a PNG beside it"

@@ -22,7 +22,7 @@ class StaleConnectionError(ConnectionError):
     """The server closed an idle connection just as it was reused, so the request can be sent again."""
 
 
-class Connection(asyncio.Protocol):
+class BenchConnection(asyncio.Protocol):
     """A keep-alive connection that carries one exchange at a time."""
 
     def __init__(self) -> None:
@@ -170,7 +170,7 @@ class Client:
         self._headers = f"Host: {parts.netloc.rpartition('@')[2]}\r\nContent-Type: application/json\r\n"
         if api_key is not None:
             self._headers += f"Authorization: Bearer {api_key}\r\n"
-        self._idle: list[Connection] = []
+        self._idle: list[BenchConnection] = []
 
     async def post(self, path: str, body: dict[str, Any], record: RequestRecord) -> None:
         """Stream the answer to one POST into `record`. Raises OSError when the server is unreachable or breaks off."""
@@ -186,14 +186,14 @@ class Client:
                 self._idle.append(connection)
             return
 
-    async def _connect(self) -> Connection:
+    async def _connect(self) -> BenchConnection:
         while self._idle:
             connection = self._idle.pop()
             if not connection.closed:
                 return connection
         context = ssl.create_default_context() if self._tls else None
         _, connection = await asyncio.get_running_loop().create_connection(
-            Connection, self._host, self._port, ssl=context
+            BenchConnection, self._host, self._port, ssl=context
         )
         return connection
 

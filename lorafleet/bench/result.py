@@ -23,7 +23,7 @@ class RequestRecord:
     target: str
     start_s: float = 0.0
     end_s: float = 0.0
-    arrivals_s: list[float] = field(default_factory=list[float])  # of each chunk with text
+    arrivals_s: list[float] = field(default_factory=list[float])  # arrival times of chunks with text
     prompt_tokens: int = 0
     output_tokens: int = 0
     text: str = ""
@@ -31,7 +31,7 @@ class RequestRecord:
     complete: bool = False  # the final [DONE] has arrived
     error: str | None = None
     status: int = 0  # HTTP status; 0: no answer
-    headers: dict[str, str] = field(default_factory=dict[str, str])  # of an answer other than 200, names in lower case
+    headers: dict[str, str] = field(default_factory=dict[str, str])  # lower-case, of an answer other than 200
 
     def as_row(self, origin_s: float) -> dict[str, Any]:
         """Return the request as JSON, without text and single chunks. `start_s` counts from `origin_s`."""
@@ -124,9 +124,9 @@ class BenchResult:
 
     config: dict[str, Any]  # the BenchConfig without its key
     started_at: str  # ISO 8601, UTC
-    wall_s: float  # from sending the first request to the end of the last answer
+    wall_s: float  # time from sending the first request to the end of the last answer
     generator_cpu_s: float  # CPU time of the load generator itself
-    records: list[RequestRecord]  # in the order in which they ended
+    records: list[RequestRecord]  # records in order of completion
 
     @property
     def summary(self) -> Summary:

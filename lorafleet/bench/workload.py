@@ -22,7 +22,7 @@ WORDS = tuple(_TEXT.split())
 class Target:
     """A model or adapter to ask, with the request fields that select it."""
 
-    name: str  # in reports
+    name: str  # name in reports
     body: Mapping[str, Any]  # merged into each request, usually {"model": name}
 
     @classmethod
@@ -35,7 +35,7 @@ class Target:
 class BenchConfig:
     """A load run against one server."""
 
-    url: str  # of the server, with or without a trailing /v1
+    url: str  # URL of the server, with or without a trailing /v1
     targets: tuple[Target, ...]
     zipf_s: float | None = None  # the i-th target is asked in proportion to 1 / i**s; None: round robin
     num_requests: int = 64
@@ -46,7 +46,7 @@ class BenchConfig:
     ignore_eos: bool = True
     chat: bool = False  # /v1/chat/completions instead of /v1/completions
     num_warmup: int = 0  # unmeasured requests at the start, round robin over the targets
-    timeout_s: float = 300.0  # for one request
+    timeout_s: float = 300.0  # deadline per request
     seed: int = 0
     api_key: str | None = None
     body: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0})  # further request fields

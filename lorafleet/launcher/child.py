@@ -56,7 +56,7 @@ class Spec:
     """The command, environment and log of a service process."""
 
     service: str  # the argument of `lorafleet serve`
-    name: str  # of this process, such as "worker-0"
+    name: str  # process name, such as "worker-0"
     command: tuple[str, ...]
     environment: dict[str, str]
     log: Path
@@ -106,10 +106,10 @@ class Child:
                 proven = proven or was_ready
                 failed += 1
                 if not proven and (code == WRONG_USAGE or failed == MAX_FAILED_STARTS):
-                    raise ServiceFailed(f"{name} does not start ({_ending(code)}); its log ends:\n{self.log_tail()}")
+                    raise ServiceFailed(f"{name} did not start ({_ending(code)}); end of its log:\n{self.log_tail()}")
                 if was_ready and time.monotonic() - started > STEADY_S:
                     pause_s = self._first_pause_s
-                self._say(f"[yellow]{name}[/] {_ending(code)}; starting it again in {pause_s:g} s")
+                self._say(f"[yellow]{name}[/] {_ending(code)}; restarting it in {pause_s:g} s")
                 await wait_any(self._stopping, pause_s)
                 pause_s = min(2 * pause_s, MAX_PAUSE_S)
         finally:
@@ -160,7 +160,9 @@ class Child:
         except OSError as error:
             with suppress(OSError):
                 older.unlink()
-            self._say(f"[yellow]{self.spec.name}[/] its log begins again, and could not be kept: {escape(str(error))}")
+            self._say(
+                f"[yellow]{self.spec.name}[/] its log was truncated and could not be rotated: {escape(str(error))}"
+            )
         os.truncate(log, 0)
         self._log_offset = 0
 

@@ -29,7 +29,7 @@ from protocol.wire.errors import BadRequest, Conflict, Internal
 MAX_SOCKET_PATH = 100  # bytes; Linux allows 107
 START_S = 60.0  # loading a long append-only file takes a while
 LOCK_S = 5.0  # a server whose launcher was killed takes a moment to end
-MEMORY_SHARE = 0.25  # of the machine's, for what the queue holds
+MEMORY_SHARE = 0.25  # fraction of the machine's memory for the queue's data
 
 
 def server_binary() -> str:
@@ -102,7 +102,7 @@ class EmbeddedServer:
             server_binary(), "--port", "0", "--unixsocket", str(self.socket), "--unixsocketperm", "700", "--save", "",
             "--appendonly", "yes" if self._durable else "no", "--appendfsync", "everysec", "--dir", str(self.folder),
             "--maxmemory", str(self._max_bytes), "--maxmemory-policy", "noeviction", "--logfile", str(self.log),
-            # A hundred requests of a worker are then found by hash and not one by one: 0.5 µs less per token.
+            # A hundred requests of a worker are then found by hash and not by a scan: 0.5 µs less per token.
             "--hash-max-listpack-entries", "32",
             # The percentiles of each command are never read, and cost 5 % of the CPU.
             "--latency-tracking", "no",
@@ -189,7 +189,7 @@ def _lock(folder: Path, timeout_s: float) -> int:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 os.close(fd)
-                raise Conflict(f"another fleet is running with the data in {folder}: choose another --data") from None
+                raise Conflict(f"another fleet is using the data folder {folder}; choose another --data") from None
         time.sleep(0.05)
 
 

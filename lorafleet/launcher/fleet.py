@@ -107,7 +107,7 @@ class Fleet:
         if not self._stop.is_set():
             self._stop.set()
             self.screen.close()
-            self.screen.say("Finishing accepted requests; a second signal stops at once.")
+            self.screen.say("Finishing accepted requests; a second signal stops immediately.")
         else:
             self._hurry = True
             for child in self.children:
@@ -175,7 +175,7 @@ class Fleet:
             self.screen.ready(child.spec.name)
 
     async def _is_ready(self, child: Child, bus: Bus, gateway: httpx2.AsyncClient) -> bool:
-        """Return whether the child has answered or sent a beat since its latest start."""
+        """Return whether the child has answered or sent a heartbeat since its latest start."""
         since, keys = child.started_ms, bus.keys
         if child.spec.service == "gateway":
             return await _health(gateway) != 0
@@ -189,7 +189,7 @@ class Fleet:
 
     def _revive_queue(self) -> None:
         if self.queue is not None and self.queue.process.poll() is not None:
-            self.screen.say(f"[yellow]queue[/] ended with exit code {self.queue.process.returncode}; starting it again")
+            self.screen.say(f"[yellow]queue[/] ended with exit code {self.queue.process.returncode}; restarting it")
             self.queue.start()
 
 

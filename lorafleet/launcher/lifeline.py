@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 
 VARIABLE = "LORAFLEET_LIFELINE"
-"""Tells a service that its standard input is a lifeline."""
+"""Set for a service whose standard input is a lifeline."""
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)  # loaded here because a forked child must not load libraries

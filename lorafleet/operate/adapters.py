@@ -12,47 +12,51 @@ from lorafleet.tables import print_list, size_text
 PATH = "/v1/adapters"
 PAGE = 1000
 ORDERS = {
-    "pin": "keep one in every worker's memory",
-    "unpin": "let one leave workers' memory again",
-    "preload": "have every worker fetch one",
-    "evict": "free what one takes in workers; it is still served",
+    "pin": "keep an adapter in every worker's memory",
+    "unpin": "allow an adapter to be evicted again",
+    "preload": "load an adapter on every worker",
+    "evict": "free an adapter's memory in all workers; it stays served",
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     actions = parser.add_subparsers(metavar="list|add|pin|unpin|preload|evict|refresh|remove", required=True)
-    listing = actions.add_parser("list", help="list adapters by name, and where they are")
-    listing.add_argument("--limit", type=int, default=100, help="most that are listed (%(default)s)")
+    listing = actions.add_parser("list", help="list adapters by name, with state and location")
+    listing.add_argument("--limit", type=int, default=100, help="maximum number listed (%(default)s)")
     listing.set_defaults(do=_list)
-    add = actions.add_parser("add", help="have an adapter served under a name")
+    add = actions.add_parser("add", help="serve an adapter under a name")
     add.add_argument("name", metavar="NAME")
     add.add_argument(
         "source", metavar="SOURCE", nargs="?", default="",
-        help="where it comes from: local:FOLDER, ORG/NAME[@REVISION], s3://BUCKET/PREFIX (default: its name)",
+        help="its source: local:FOLDER, ORG/NAME[@REVISION], s3://BUCKET/PREFIX (default: NAME)",
     )  # fmt: skip
-    add.add_argument("--replace", action="store_true", help="also if the name stands for another source now")
-    add.add_argument("--pin", action="store_true", help="keep it in every worker's memory")
-    add.add_argument("--preload", action="store_true", help="have every worker fetch it")
+    add.add_argument("--replace", action="store_true", help="replace an adapter with this name from another source")
+    add.add_argument("--pin", action="store_true", help="also pin it in every worker's memory")
+    add.add_argument("--preload", action="store_true", help="also load it on every worker")
     add.set_defaults(do=_add)
     found = [listing, add]
     for name, text in ORDERS.items():
         order = actions.add_parser(name, help=text)
         order.set_defaults(do=_order, order=name)
         found.append(order)
-    refresh = actions.add_parser("refresh", help="look at one's source again, and serve what is there now")
+    refresh = actions.add_parser("refresh", help="check an adapter's source for changes, and serve the latest version")
     refresh.set_defaults(do=_refresh)
-    remove = actions.add_parser("remove", help="stop serving one, and free what it takes")
-    remove.add_argument("--force", action="store_true", help="fail the requests that use it, in place of waiting")
-    remove.add_argument("--blob", action="store_true", help="free the stores' disks too")
+    remove = actions.add_parser("remove", help="stop serving an adapter, and free its memory")
+    remove.add_argument(
+        "--force", action="store_true", help="fail the requests that use it instead of waiting for them"
+    )
+    remove.add_argument("--blob", action="store_true", help="also delete it from the stores' disks")
     remove.set_defaults(do=_remove)
     found += [refresh, remove]
     for action in found[2:]:
         action.add_argument("name", metavar="NAME")
     for action in found[1:]:
-        action.add_argument("--wait", type=float, default=30.0, metavar="SECONDS", help="how long (%(default)g)")
+        action.add_argument(
+            "--wait", type=float, default=30.0, metavar="SECONDS", help="seconds to wait until it is done (%(default)g)"
+        )
     for action in found:
-        action.add_argument("--tenant", help="whose name it is; with an admin key (default: everybody's)")
+        action.add_argument("--tenant", help="owner of the name; needs an admin key (default: shared by all tenants)")
         add_json_flag(action)
         add_flags(action)
 
@@ -86,7 +90,7 @@ def _shown(value: Any) -> str:
 def _add(api: Api, args: argparse.Namespace) -> dict[str, Any]:
     body = {"name": args.name, "source": args.source, "replace": args.replace, "pin": args.pin,
             "preload": args.preload, "wait_s": args.wait, **_of(args)}  # fmt: skip
-    return _told(args, api.ask("POST", PATH, json=body, timeout=args.wait + 60))
+    return _printed(args, api.ask("POST", PATH, json=body, timeout=args.wait + 60))
 
 
 def _order(api: Api, args: argparse.Namespace) -> dict[str, Any]:
@@ -94,40 +98,41 @@ def _order(api: Api, args: argparse.Namespace) -> dict[str, Any]:
     if args.order == "preload":
         params |= _of(args)
     answer = api.request("POST", f"{PATH}/{in_path(args.name)}/{args.order}", params=params, timeout=args.wait + 60)
-    told = answer.json()
+    result = answer.json()
     if not args.json:
-        later = "; it is not done yet" if answer.status_code == 202 else ""
-        freed = f", {_freed(told)}" if "freed" in told else f" is {told['state']}"
+        later = "; still in progress" if answer.status_code == 202 else ""
+        freed = f", {_freed(result)}" if "freed" in result else f" is {result['state']}"
         print(f"{args.name}{freed}{later}")
-    return told
+    return result
 
 
 def _refresh(api: Api, args: argparse.Namespace) -> dict[str, Any]:
     known = api.ask("GET", f"{PATH}/{in_path(args.name)}", params=_of(args))
     body = {"name": args.name, "source": known["source"] or "", "wait_s": args.wait, **_of(args)}
-    return _told(args, api.ask("POST", PATH, json=body, timeout=args.wait + 60))
+    return _printed(args, api.ask("POST", PATH, json=body, timeout=args.wait + 60))
 
 
 def _remove(api: Api, args: argparse.Namespace) -> dict[str, Any]:
     params = {"force": args.force, "blob": args.blob, "wait_s": args.wait, **_of(args)}
-    told = api.ask("DELETE", f"{PATH}/{in_path(args.name)}", params=params, timeout=args.wait + 60)
+    result = api.ask("DELETE", f"{PATH}/{in_path(args.name)}", params=params, timeout=args.wait + 60)
     if not args.json:
-        kept = f"; its content is still {', '.join(told['kept_by'])}" if told["kept_by"] else ""
-        print(f"{args.name} is not served any more, {_freed(told)}{kept}")
-    return told
+        kept = f"; its content is still used by {', '.join(result['kept_by'])}" if result["kept_by"] else ""
+        print(f"{args.name} is no longer served, {_freed(result)}{kept}")
+    return result
 
 
-def _told(args: argparse.Namespace, adapter: dict[str, Any]) -> dict[str, Any]:
+def _printed(args: argparse.Namespace, adapter: dict[str, Any]) -> dict[str, Any]:
     if not args.json:
         why = adapter["reason"] or adapter["warning"]
         print(f"{adapter['name']} is {adapter['state']}" + (f": {why}" if why else ""))
     return adapter
 
 
-def _freed(told: dict[str, Any]) -> str:
-    freed = told["freed"]
-    waiting = f"; {told['waiting']} workers follow when their requests end" if told["waiting"] else ""
-    return f"freed {size_text(freed['pool_bytes'])} of pools, {size_text(freed['host_bytes'])} of host memory{waiting}"
+def _freed(result: dict[str, Any]) -> str:
+    freed = result["freed"]
+    pool, host = size_text(freed["pool_bytes"]), size_text(freed["host_bytes"])
+    waiting = f"; {result['waiting']} workers will free theirs when their requests end" if result["waiting"] else ""
+    return f"freed {pool} of pool memory, {host} of host memory{waiting}"
 
 
 def _of(args: argparse.Namespace) -> dict[str, str]:

@@ -12,13 +12,13 @@ from lorafleet.tables import print_list
 
 PATH = "/v1/audit"
 PAGE = 1000
-COLUMNS = ("when", "who", "tenant", "from", "what", "on", "", "outcome")
+COLUMNS = ("time", "key", "tenant", "address", "action", "target", "details", "outcome")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("--limit", type=int, default=50, help="most that are listed (%(default)s)")
-    parser.add_argument("--tenants", action="store_true", help="what tenants did with their adapters, instead")
+    parser.add_argument("--limit", type=int, default=50, help="maximum number listed (%(default)s)")
+    parser.add_argument("--tenants", action="store_true", help="show tenants' actions on their adapters instead")
     add_json_flag(parser)
     add_flags(parser)
 
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(found)
     else:
-        print_list(COLUMNS, list(map(_row, found)), "nothing was done", width=160)
+        print_list(COLUMNS, list(map(_row, found)), "no actions", width=160)
     return 0
 
 

@@ -28,25 +28,25 @@ MAX_SHOWN = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     actions = parser.add_subparsers(metavar="run|list|show|cancel", required=True)
-    start = actions.add_parser("run", help="upload a file of calls, wait for its answers and download them")
+    start = actions.add_parser("run", help="upload a file of calls, wait for the answers and download them")
     start.description = (
-        "Each line of the file is a call: {custom_id, method, url, body}. Exit code 0 if every line has an answer,"
-        " 1 if some failed, 130 if you leave before: the batch goes on, `lorafleet batch show` follows it."
+        "Each line of the file is a call: {custom_id, method, url, body}. Exit code: 0 if every line was answered,"
+        " 1 if some failed, 130 if interrupted; the batch then continues, and `lorafleet batch show` shows it."
     )
     start.add_argument("file", metavar="FILE.jsonl", type=Path)
-    start.add_argument("--model", help="the model of lines that name none")
-    start.add_argument("--endpoint", help="the endpoint of all lines (default: the url of the first)")
-    start.add_argument("--out", type=Path, metavar="FILE", help="where the answers go (default: FILE.output.jsonl)")
-    start.add_argument("--errors", type=Path, metavar="FILE", help="where failures go (default: FILE.errors.jsonl)")
+    start.add_argument("--model", help="model for lines that name none")
+    start.add_argument("--endpoint", help="endpoint of all lines (default: the url of the first line)")
+    start.add_argument("--out", type=Path, metavar="FILE", help="file for the answers (default: FILE.output.jsonl)")
+    start.add_argument("--errors", type=Path, metavar="FILE", help="file for the errors (default: FILE.errors.jsonl)")
     start.set_defaults(do=_run)
-    listing = actions.add_parser("list", help="list batches, the newest first")
-    listing.add_argument("--limit", type=int, default=20, help="most that are listed (%(default)s)")
+    listing = actions.add_parser("list", help="list batches, newest first")
+    listing.add_argument("--limit", type=int, default=20, help="maximum number listed (%(default)s)")
     listing.set_defaults(do=_list)
-    show = actions.add_parser("show", help="show one as JSON, and download what it has if it has ended")
-    show.add_argument("--out", type=Path, metavar="FILE", help="where the answers go (default: they stay there)")
-    show.add_argument("--errors", type=Path, metavar="FILE", help="where failures go (default: they stay there)")
+    show = actions.add_parser("show", help="show a batch as JSON, and download its results if it has ended")
+    show.add_argument("--out", type=Path, metavar="FILE", help="file for the answers (default: not downloaded)")
+    show.add_argument("--errors", type=Path, metavar="FILE", help="file for the errors (default: not downloaded)")
     show.set_defaults(do=_show, json=True)
-    cancel = actions.add_parser("cancel", help="end one; what it has is kept")
+    cancel = actions.add_parser("cancel", help="cancel a batch; its results so far are kept")
     cancel.set_defaults(do=_cancel)
     for action in (show, cancel):
         action.add_argument("batch", metavar="ID")
@@ -69,11 +69,11 @@ def _run(api: Api, args: argparse.Namespace) -> dict[str, Any]:
         uploaded = api.ask("POST", "/v1/files", files={"file": (args.file.name, file)}, data={"purpose": "batch"})
     asked = {"input_file_id": uploaded["id"], "endpoint": endpoint, "completion_window": "24h"}
     batch = api.ask("POST", "/v1/batches", json=asked)
-    print(f"{batch['id']} is made of {args.file}", file=sys.stderr)
+    print(f"{batch['id']} was created from {args.file}", file=sys.stderr)
     try:
         batch = _follow(api, batch)
     except KeyboardInterrupt:
-        print(f"\nit goes on: `lorafleet batch show {batch['id']}`", file=sys.stderr)
+        print(f"\nthe batch continues: `lorafleet batch show {batch['id']}`", file=sys.stderr)
         raise
     out = args.out or args.file.with_suffix(".output.jsonl")
     errors = args.errors or args.file.with_suffix(".errors.jsonl")
@@ -121,7 +121,7 @@ def _tell(batch: dict[str, Any]) -> None:
         print(f"{where}{problem['message']} ({problem['code']})", file=sys.stderr)
     print(
         f"{batch['status']}: {counts['completed']} of {counts['total']} lines answered, {counts['failed']} failed;"
-        f" {usage['input_tokens']} tokens in, {usage['output_tokens']} out",
+        f" {usage['input_tokens']} input tokens, {usage['output_tokens']} output tokens",
         file=sys.stderr,
     )
 

@@ -12,18 +12,18 @@ from typing import Any
 from lorafleet.api import Api, add_flags
 from protocol.wire.errors import LorafleetError
 
-HELP = "/reset begins anew, /undo takes the last question back, /model NAME goes on with another, /quit ends"
+HELP = "/reset starts a new chat, /undo removes the last question, /model NAME switches models, /quit exits"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.epilog = f"In the conversation: {HELP}."
+    parser.epilog = f"Commands in the chat: {HELP}."
     parser.add_argument("model", metavar="MODEL", help="the base model or an adapter")
-    parser.add_argument("--system", metavar="TEXT", help="what the model is told first")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="maximum tokens per answer")
     parser.add_argument("--temperature", type=float, metavar="X")
     parser.add_argument("--seed", type=int, metavar="N")
-    parser.add_argument("--json", action="store_true", help="print each answer as a line of JSON, for scripts")
+    parser.add_argument("--json", action="store_true", help="print each answer as a line of JSON")
     add_flags(parser)
 
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
                 chat.take(line)
             except KeyboardInterrupt:
                 chat.undo()
-                print("\n(stopped; the question is taken back)", file=sys.stderr)
+                print("\n(stopped; the question was removed)", file=sys.stderr)
             except LorafleetError as error:
                 chat.undo()
                 failed = True

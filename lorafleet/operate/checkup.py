@@ -13,54 +13,56 @@ from protocol.wire import messages as m
 Level = Literal["ok", "warning", "problem"]
 
 MAX_SKEW_MS = 1000
-"""Clocks that differ by more make deadlines and waits that are told wrong."""
+"""ms; with a larger clock difference, deadlines and estimated waits are wrong."""
 
 MAX_ANSWER_MS = 20.0
-"""A queue that takes longer to answer makes every step and every call late."""
+"""ms; a slower queue delays every step and every call."""
 
-MAKE_ROOM = "make room on its disk: DELETE of files works all the same; then look at the server's log"
+MAKE_ROOM = "free space on its disk (files can still be deleted), then check the server's log"
 
 LEAST_FREE, LEAST_FREE_BYTES = 0.05, 2 << 30
-"""Part and bytes of a disk, or of the queue's memory, below which it is nearly full."""
+"""Free fraction, and bytes, below which a disk or the queue's memory counts as nearly full."""
 
 WEIGHTS_PART = 0.7
-"""Part of a memory that weights may take: the rest is for caches, adapters and what a step needs."""
+"""Fraction of a memory that weights may take: the rest is for caches, adapters and the workspace of a step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     name: str
     level: Level
     text: str
-    advice: str = ""  # what to do; "" if nothing
+    advice: str = ""  # the suggested fix; "" if none is needed
 
 
 def of_queue(facts: ServerFacts) -> list[Finding]:
     """Judge the queue's server."""
     found = [Finding("queue", "ok", f"{facts.version} answers in {facts.answer_ms:.1f} ms")]
     if facts.answer_ms > MAX_ANSWER_MS:
-        text = f"{facts.version} takes {facts.answer_ms:.0f} ms to answer; every step waits for it"
-        found = [Finding("queue", "warning", text, "run it near the services, on a machine that is not overloaded")]
+        text = f"{facts.version} takes {facts.answer_ms:.0f} ms to answer, which delays every step"
+        found = [Finding("queue", "warning", text, "run it close to the services, on a machine with spare capacity")]
     if facts.role != "master":
-        text = f"this server is a {facts.role}, which takes no writes"
-        found.append(Finding("queue's role", "problem", text, "name the primary, or the Sentinels: redis-sentinel://"))
+        text = f"this server is a {facts.role} and accepts no writes"
+        found.append(
+            Finding("queue's role", "problem", text, "use the primary's URL, or the Sentinels': redis-sentinel://")
+        )
     if facts.policy == "noeviction":
         found.append(Finding("queue's eviction", "ok", "maxmemory-policy is noeviction"))
     else:
-        text = f"maxmemory-policy is {facts.policy}: the server may throw requests away, and services refuse to start"
+        text = f"maxmemory-policy is {facts.policy}: the server may evict requests, and services refuse to start"
         found.append(Finding("queue's eviction", "problem", text, "CONFIG SET maxmemory-policy noeviction"))
     if not facts.appends:
         text = "appendonly is off: a restart of the server loses every request and API key"
         found.append(Finding("queue's file", "warning", text, "CONFIG SET appendonly yes"))
     elif not facts.append_ok:
-        text = "the server cannot write its append-only file: it refuses all writes, so all calls fail"
+        text = "the server cannot write its append-only file and refuses all writes, so every call fails"
         found.append(Finding("queue's file", "problem", text, MAKE_ROOM))
     else:
         found.append(Finding("queue's file", "ok", "appendonly is on"))
     if not facts.snapshot_ok:
-        text = "the server could not write its last snapshot: unless told otherwise, it refuses all writes"
+        text = "the server could not write its last snapshot; by default it then refuses all writes"
         found.append(Finding("queue's snapshot", "problem", text, MAKE_ROOM))
     return [*found, _memory(facts), _clock("queue's clock", facts.ahead_ms)]
 
@@ -68,11 +70,11 @@ def of_queue(facts: ServerFacts) -> list[Finding]:
 def _memory(facts: ServerFacts) -> Finding:
     used = size_text(facts.used_bytes)
     if not facts.max_bytes:
-        text = f"{used} are used, and maxmemory is not set: it may take all of its machine's"
-        return Finding("queue's memory", "warning", text, "CONFIG SET maxmemory, to less than the machine has")
-    text = f"{used} of {size_text(facts.max_bytes)} are used"
+        text = f"{used} used, and maxmemory is not set: it may take all memory of its machine"
+        return Finding("queue's memory", "warning", text, "CONFIG SET maxmemory to less than the machine's memory")
+    text = f"{used} of {size_text(facts.max_bytes)} used"
     if facts.used_bytes > (1 - 2 * LEAST_FREE) * facts.max_bytes:
-        advice = "raise maxmemory, or lower what tenants may keep (tenant_bytes); a full queue refuses new calls"
+        advice = "raise maxmemory, or lower the limit per tenant (tenant_bytes); a full queue refuses new calls"
         return Finding("queue's memory", "problem", text, advice)
     return Finding("queue's memory", "ok", text)
 
@@ -81,82 +83,84 @@ def _clock(name: str, ahead_ms: float) -> Finding:
     if abs(ahead_ms) <= MAX_SKEW_MS:
         return Finding(name, "ok", f"differs by {abs(ahead_ms):.0f} ms from this machine's")
     word = "ahead of" if ahead_ms > 0 else "behind"
-    text = f"is {abs(ahead_ms) / 1000:.1f} s {word} this machine's: deadlines and waits are told wrong"
-    return Finding(name, "problem", text, "keep time by NTP on both machines (timedatectl set-ntp true)")
+    text = f"is {abs(ahead_ms) / 1000:.1f} s {word} this machine's: deadlines and estimated waits are wrong"
+    return Finding(name, "problem", text, "synchronise both clocks with NTP (timedatectl set-ntp true)")
 
 
 def of_members(
     beats: Mapping[str, m.WorkerBeat | None], status: m.SchedulerStatus | None, versions: Mapping[str, str], own: str
 ) -> list[Finding]:
-    """Judge who is there. versions: of gateways and stores, "" where they did not tell; own: this program's."""
+    """Judge the fleet's members. versions: of gateways and stores, "" if unknown; own: this program's."""
     alive = {beat.name: beat for beat in beats.values() if beat is not None}
     found: list[Finding] = []
     if status is None:
         advice = "start one: lorafleet serve scheduler"
-        found.append(Finding("scheduler", "problem", "no scheduler leads: requests wait for ever", advice))
+        found.append(
+            Finding("scheduler", "problem", "no scheduler is active: no request is assigned to a worker", advice)
+        )
     else:
-        found.append(Finding("scheduler", "ok", f"{status.leader.partition(':')[0] or 'one'} leads"))
+        found.append(Finding("scheduler", "ok", f"{status.leader.partition(':')[0] or 'one'} is active"))
     if not alive:
-        text = "no worker is there: every call is refused"
+        text = "no worker is running: every call is refused"
         found.append(Finding("workers", "problem", text, "start one: lorafleet serve worker"))
     else:
         draining = sorted(name for name, beat in alive.items() if beat.draining)
-        text = f"{len(alive)} are there" + (f", of them draining: {', '.join(draining)}" if draining else "")
+        text = f"{len(alive)} running" + (f", draining: {', '.join(draining)}" if draining else "")
         all_drain = len(draining) == len(alive)
         advice = "lorafleet workers resume NAME" if all_drain else ""
         found.append(Finding("workers", "problem" if all_drain else "ok", text, advice))
     lost = sorted(wid for wid, beat in beats.items() if beat is None)
     if lost:
-        text = f"{', '.join(lost)} do not beat any more"
-        found.append(Finding("lost workers", "warning", text, "look at their logs; a scheduler takes them off in 4 s"))
+        text = f"{', '.join(lost)} stopped sending heartbeats"
+        found.append(Finding("lost workers", "warning", text, "check their logs; a scheduler removes them within 4 s"))
     if status is not None and status.dead_letters:
         text = f"{status.dead_letters} requests were given up"
-        found.append(
-            Finding("dead letters", "warning", text, "lorafleet dlq list says why; dlq retry queues them again")
-        )
-    told = {f"worker {name}": beat.version for name, beat in alive.items()} | dict(versions)
+        found.append(Finding("dead letters", "warning", text, "lorafleet dlq list shows why; dlq retry requeues them"))
+    reported = {f"worker {name}": beat.version for name, beat in alive.items()} | dict(versions)
     if status is not None:
-        told["scheduler"] = status.version
-    return [*found, *_versions(told, own)]
+        reported["scheduler"] = status.version
+    return [*found, *_versions(reported, own)]
 
 
 def of_base(base: m.ServedModel | None) -> list[Finding]:
-    """Judge in which numbers and by which kernels workers compute; nothing before there was a worker."""
+    """Judge the dtype and kernels that workers compute with; no findings before the first worker."""
     if base is None:
         return []
     text = f"{base.name} in {base.dtype} on {base.device}" + (f": {base.dtype_reason}" if base.dtype_reason else "")
     if base.device == "cpu" and base.dtype_reason and not base.kernels:
         advice = (
-            "leave --kernels at auto, and install g++ or a wheel with the native kernels; the worker's log says more"
+            "leave --kernels at auto, and install g++ or a wheel with native kernels; see the worker's log for details"
         )
-        return [Finding("base", "warning", f"{text}; plain torch computes, several times slower", advice)]
-    return [Finding("base", "ok", text + (f", by {base.kernels} kernels" if base.kernels else ""))]
+        return [Finding("base", "warning", f"{text}; it falls back to plain torch, several times slower", advice)]
+    return [Finding("base", "ok", text + (f", with {base.kernels} kernels" if base.kernels else ""))]
 
 
-def _versions(told: Mapping[str, str], own: str) -> list[Finding]:
-    others = {name: version for name, version in told.items() if version and version != own}
-    silent = sorted(name for name, version in told.items() if not version)
+def _versions(reported: Mapping[str, str], own: str) -> list[Finding]:
+    others = {name: version for name, version in reported.items() if version and version != own}
+    silent = sorted(name for name, version in reported.items() if not version)
     found: list[Finding] = []
     if others:
         text = ", ".join(f"{name} {version}" for name, version in sorted(others.items())) + f"; this is {own}"
         advice = "update workers first, then schedulers and stores, then gateways"
         found.append(Finding("versions", "warning", text, advice))
-    elif told:
-        found.append(Finding("versions", "ok", f"{len(told) - len(silent)} services run {own}"))
+    elif reported:
+        found.append(Finding("versions", "ok", f"{len(reported) - len(silent)} services run {own}"))
     if silent:
-        text = f"{', '.join(silent)} did not tell"
-        found.append(Finding("versions", "warning", text, "ask from a machine that reaches them, or update them"))
+        text = f"version unknown: {', '.join(silent)}"
+        found.append(
+            Finding("versions", "warning", text, "run doctor on a machine that can reach them, or update them")
+        )
     return found
 
 
 def of_disk(name: str, path: str, free: int, total: int, keep_free: int) -> Finding:
     """Judge a disk, in bytes. keep_free: that files and adapters leave."""
-    text = f"{size_text(free)} of {size_text(total)} are free at {path}"
+    text = f"{size_text(free)} of {size_text(total)} free at {path}"
     if free < keep_free:
-        text += f", less than the {size_text(keep_free)} that are kept free: uploads and downloads are refused"
+        text += f", less than the {size_text(keep_free)} to keep free: uploads and downloads are refused"
         return Finding(name, "problem", text, MAKE_ROOM)
     if free < LEAST_FREE * total or free < LEAST_FREE_BYTES:
-        advice = "free some, or move --data; set --store-quota-bytes, so that mirrored adapters leave"
+        advice = "free some space, or move --data; set --store-quota-bytes to evict mirrored adapters"
         return Finding(name, "problem", text, advice)
     return Finding(name, "ok", text)
 
@@ -167,12 +171,12 @@ def of_model(num_bytes: int, free: Mapping[str, int], *, workers: int) -> list[F
     for name, room in free.items():
         num = workers if name == "memory" else 1
         text = f"weights of {size_text(num_bytes)}" + (f" for each of {num} workers" if num > 1 else "")
-        text += f", and {size_text(room)} are free"
+        text += f", {size_text(room)} free"
         if num * num_bytes > room:
-            advice = "take a smaller or quantised model (--quantization), fewer --workers, or a larger machine"
+            advice = "use a smaller or quantised model (--quantization), fewer --workers, or a larger machine"
             found.append(Finding(f"model in {name}", "problem", text, advice))
         elif num * num_bytes > WEIGHTS_PART * room:
-            advice = "little is left for caches and adapters: set --kv-cache-bytes, --adapter-pool-bytes"
+            advice = "little memory is left for caches and adapters: set --kv-cache-bytes, --adapter-pool-bytes"
             found.append(Finding(f"model in {name}", "warning", text, advice))
         else:
             found.append(Finding(f"model in {name}", "ok", text))
@@ -186,16 +190,18 @@ def of_compiler(machine: str, compiler: str | None, *, is_shipped: bool, is_buil
     """
     name = "compiler"
     if is_shipped:
-        return Finding(name, "ok", "none is needed: the native kernels came built")
+        return Finding(name, "ok", "not needed: the package includes native kernels")
     if machine not in ("x86_64", "aarch64"):
-        text = f"native CPU kernels are for x86-64 and aarch64; this is {machine}: plain torch computes, more slowly"
-        return Finding(name, "warning", text, "use a GPU, or such a machine with Linux")
+        text = f"native CPU kernels are for x86-64 and aarch64; this is {machine}, and falls back to slower plain torch"
+        return Finding(name, "warning", text, "use a GPU, or a Linux machine with one of these CPUs")
     if compiler is not None:
         return Finding(name, "ok", f"{compiler} builds the native kernels")
     if is_built:
-        return Finding(name, "ok", "there is none, but kernels were built before")
-    text = "there is no C++ compiler, and no kernels were built: plain torch computes, more slowly"
-    return Finding(name, "warning", text, "install g++ (apt-get install g++) or a wheel with them, or set CXX")
+        return Finding(name, "ok", "not found, but the kernels are already built")
+    text = "no C++ compiler, and no native kernels: falling back to slower plain torch"
+    return Finding(
+        name, "warning", text, "install g++ (apt-get install g++) or a wheel with native kernels, or set CXX"
+    )
 
 
 def of_clock(name: str, ahead_ms: float) -> Finding:

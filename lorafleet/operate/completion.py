@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the script; return the exit code."""
-    from lorafleet.__main__ import COMMANDS, parser_of  # which imports this module
+    from lorafleet.__main__ import COMMANDS, parser_of  # imported here, because it imports this module
 
     parser = parser_of(COMMANDS)
     _complete_files(parser)

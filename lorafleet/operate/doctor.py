@@ -35,7 +35,7 @@ from protocol.wire.errors import LorafleetError
 
 FLAGS = ("redis_url", "redis_password_file", "data", "keep_free", "model", "workers", "device")
 ASK_S = 3.0
-"""How long a gateway or a store may take to tell its version."""
+"""Timeout for reading the version of a gateway or a store."""
 
 MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "problem": "[red]✗[/]"}
 
@@ -72,11 +72,11 @@ def _of_gateway(args: argparse.Namespace) -> list[Finding]:
             answer = api.request("GET", "/version")
             state = api.ask("GET", "/health")["status"]
         except LorafleetError as error:
-            text, advice = error.message, "start the fleet, or name its gateway: --url, and --api-key-file"
+            text, advice = error.message, "start the fleet, or give its address and key: --url, --api-key-file"
             return [Finding("gateway", "problem", f"{api.url}: {text}", advice)]
     date = parsedate_to_datetime(answer.headers["date"]).timestamp() if "date" in answer.headers else None
     found = [Finding("gateway", "ok", f"{api.url} is {state}")]
-    if date is not None:  # it tells whole seconds
+    if date is not None:  # it has whole seconds
         ahead_ms = 1000 * (date + 0.5 - time.time())
         found.append(checkup.of_clock("gateway's clock", ahead_ms if abs(ahead_ms) > 1500 else 0.0))
     return found
@@ -87,7 +87,9 @@ async def _of_queue(settings: Settings) -> list[Finding]:
         named = with_queue(settings)
         url = named.queue_url()
     except LorafleetError as error:
-        return [Finding("queue", "problem", error.message, "name it: --redis-url and --redis-password-file")]
+        return [
+            Finding("queue", "problem", error.message, "give its URL and password: --redis-url, --redis-password-file")
+        ]
     bus = Bus(url)
     try:
         facts = await bus.server.facts()
@@ -97,18 +99,18 @@ async def _of_queue(settings: Settings) -> list[Finding]:
         gateways, stores = await bus.members.gateway_urls(), await bus.members.store_urls()
     except CONNECTION_ERRORS as error:
         text = f"no queue answers at {named.redis_url}: {error}"
-        advice = "start it, or name another: --redis-url, with its operator's password: --redis-password-file"
+        advice = "start it, or give another URL: --redis-url, with the operator's password: --redis-password-file"
         return [Finding("queue", "problem", text, advice)]
     except QueueError as error:
-        text = f"the queue refuses: {error}"
+        text = f"the queue refused: {error}"
         return [Finding("queue", "problem", text, "give the operator's password: --redis-password-file")]
     finally:
         await bus.close()
     async with httpx2.AsyncClient(timeout=ASK_S, trust_env=False) as http:
         asked = [(f"gateway {one}", f"{one}/version") for one in gateways]
         asked += [(f"store {one}", f"{one}/health") for one in stores]
-        told = await asyncio.gather(*(_version(http, url) for _, url in asked))
-    versions = {name: found for (name, _), found in zip(asked, told, strict=True)}
+        found_versions = await asyncio.gather(*(_version(http, url) for _, url in asked))
+    versions = {name: found for (name, _), found in zip(asked, found_versions, strict=True)}
     of_members = checkup.of_members(beats, status, versions, RELEASE)
     return [*checkup.of_queue(facts), *of_members, *checkup.of_base(base)]
 
@@ -149,8 +151,8 @@ def _kernels_folder() -> Path:
 def _of_model(settings: Settings) -> list[Finding]:
     num_bytes = weight_bytes(Path(settings.model).expanduser())
     if num_bytes is None:
-        text = f"{settings.model} is not on this machine as a folder or file, so its size is not known"
-        return [Finding("model", "warning", text, f"lorafleet fetch {settings.model}, and name its folder: --model")]
+        text = f"{settings.model} is not on this machine as a folder or file, so its size is unknown"
+        return [Finding("model", "warning", text, f"lorafleet fetch {settings.model}, then give its folder: --model")]
     gpus = free_gpu_bytes() if settings.device != "cpu" else {}
     return checkup.of_model(num_bytes, gpus or {"memory": free_memory_bytes()}, workers=settings.workers)
 
@@ -173,7 +175,7 @@ def free_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
 
 
 def free_gpu_bytes() -> Mapping[str, int]:
-    """Return the free bytes of each GPU, as nvidia-smi tells them; {} without one."""
+    """Return the free bytes of each GPU, as nvidia-smi reports them; {} without one."""
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", "--query-gpu=index,memory.free", "--format=csv,noheader,nounits"]

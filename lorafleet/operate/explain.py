@@ -1,4 +1,4 @@
-"""`lorafleet explain` tells what became of a request; `--replay` runs it again and compares the tokens."""
+"""`lorafleet explain` shows the timeline of a request; `--replay` runs it again and compares the tokens."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from lorafleet.tables import print_list
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("request", metavar="ID", help="id of a completion or of a request; ID-2: its third choice")
-    parser.add_argument("--replay", action="store_true", help="run it again now, and compare token by token")
+    parser.add_argument("request", metavar="ID", help="id of a completion or request; ID-2 is its third choice")
+    parser.add_argument("--replay", action="store_true", help="replay it now, and compare token by token")
     parser.add_argument("--json", action="store_true", help="print JSON")
     add_flags(parser)
 
@@ -20,30 +20,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code: 1 if a replay differs. Raises what the fleet refuses, and Unavailable."""
     with Api(args) as api:
-        told = api.ask("GET", f"/v1/requests/{args.request}")
+        request = api.ask("GET", f"/v1/requests/{args.request}")
         compared = api.ask("POST", f"/v1/requests/{args.request}/replay") if args.replay else None
     if args.json:
-        print_json(told | ({"replay": compared} if compared else {}))
+        print_json(request | ({"replay": compared} if compared else {}))
     else:
-        _print(told)
+        _print(request)
         if compared:
             print(_of_replay(compared))
     return 0 if compared is None or compared["equal"] else 1
 
 
-def _print(told: dict[str, Any]) -> None:
-    adapter = told["adapter"] or {}
+def _print(request: dict[str, Any]) -> None:
+    adapter = request["adapter"] or {}
     who = adapter.get("name") or adapter.get("digest", "")[:12] or "the base model"
     print(
-        f"{told['id']}: {told['state']}, {who}, {told['prompt_tokens']} prompt tokens"
-        f" ({told['cached_tokens']} cached), {told['output_tokens']} tokens\n"
+        f"{request['id']}: {request['state']}, {who}, {request['prompt_tokens']} prompt tokens"
+        f" ({request['cached_tokens']} cached), {request['output_tokens']} tokens\n"
     )
-    events = told["timeline"]
+    events = request["timeline"]
     start_ms = events[0]["ms"]
     rows = [[f"+{event['ms'] - start_ms} ms", event["event"], event["text"]] for event in events]
-    print_list(("when", "what", ""), rows, "nothing is known of it", width=200)
-    if told["error"]:
-        print(f"\n{told['error']['code']}: {told['error']['message']}")
+    print_list(("time", "event", "details"), rows, "no events are recorded", width=200)
+    if request["error"]:
+        print(f"\n{request['error']['code']}: {request['error']['message']}")
 
 
 def _of_replay(compared: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""`lorafleet top` shows what a running fleet does, again and again."""
+"""`lorafleet top` shows live metrics of a running fleet."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Sample = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks (%(default)g)")
-    parser.add_argument("--once", action="store_true", help="show it once, after two looks, and end")
-    parser.add_argument("--json", action="store_true", help="print each look as a line of JSON, for scripts")
+    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="refresh interval (%(default)g)")
+    parser.add_argument("--once", action="store_true", help="print one sample, measured over one interval, and exit")
+    parser.add_argument("--json", action="store_true", help="print each sample as a line of JSON")
     add_flags(parser)
 
 
@@ -39,14 +39,14 @@ def run(args: argparse.Namespace) -> int:
     with Api(args) as api:
         looks = islice(_looks(api, max(args.every, 0.1)), 1 if args.once else None)
         if args.json:
-            for told in looks:
-                print(json.dumps(told), flush=True)
+            for now in looks:
+                print(json.dumps(now), flush=True)
         elif args.once:
             Console(width=max(120, Console().width)).print(frame(api.url, next(looks)))
         else:
-            with Live(Text(f"asking {api.url} …"), screen=True, auto_refresh=False) as live:
-                for told in looks:
-                    live.update(frame(api.url, told), refresh=True)
+            with Live(Text(f"connecting to {api.url} …"), screen=True, auto_refresh=False) as live:
+                for now in looks:
+                    live.update(frame(api.url, now), refresh=True)
     return 0
 
 
@@ -85,25 +85,25 @@ def figures(before: Sample, now: Sample) -> dict[str, Any]:
     return {"fleet": now["fleet"], "workers": workers, "tokens_per_s": total, "passed_s": passed_s}
 
 
-def frame(url: str, told: dict[str, Any]) -> RenderableType:
+def frame(url: str, now: dict[str, Any]) -> RenderableType:
     """Return one picture of a fleet."""
-    fleet, queue = told["fleet"], told["fleet"].get("queue") or {}
+    fleet, queue = now["fleet"], now["fleet"].get("queue") or {}
     head = Table.grid(padding=(0, 3))
     oldest = [f"{cls} {_age(ms)}" for cls, ms in sorted((queue.get("oldest_ms") or {}).items()) if ms]
     head.add_row(f"[bold]{escape(str(fleet.get('model') or 'no model'))}[/]", escape(url), time.strftime("%H:%M:%S"))
     head.add_row(
         f"queued [bold]{fleet['queued']}[/]" + (f" (oldest: {', '.join(oldest)})" if oldest else ""),
         f"running [bold]{fleet['running']}[/]",
-        f"[bold]{told['tokens_per_s']:.0f}[/] tokens/s",
+        f"[bold]{now['tokens_per_s']:.0f}[/] tokens/s",
     )
     letters = queue.get("dead_letters", 0)
     head.add_row(
-        f"queue's memory {size_text(queue.get('used_bytes'))}"
+        f"queue memory {size_text(queue.get('used_bytes'))}"
         + (f" ({part_text(queue['used_bytes'], queue['max_bytes'])})" if queue.get("max_bytes") else ""),
         f"[red]{letters} dead letters[/]" if letters else "no dead letters",
-        f"leader {escape(queue.get('leader') or 'none')}" if queue else "[red]no scheduler leads[/]",
+        f"leader {escape(queue.get('leader') or 'none')}" if queue else "[red]no active scheduler[/]",
     )
-    return Group(head, Text(), _workers(told["workers"]))
+    return Group(head, Text(), _workers(now["workers"]))
 
 
 def _workers(workers: Sequence[dict[str, Any]]) -> RenderableType:

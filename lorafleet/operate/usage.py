@@ -1,4 +1,4 @@
-"""`lorafleet usage` tells what was used, by day and model."""
+"""`lorafleet usage` reports usage by day, tenant and model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ COUNTS = ("num_model_requests", "input_tokens", "input_cached_tokens", "output_t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("--days", type=int, default=7, metavar="N", help="today and the days before it (%(default)s)")
+    parser.add_argument("--days", type=int, default=7, metavar="N", help="number of days, today included (%(default)s)")
     parser.add_argument(
         "--by", default="project_id,model", metavar="NAMES",
-        help=f"what is told apart, separated by commas: {', '.join(GROUPS)} (%(default)s); project_id is the tenant",
+        help=f"columns to group by, comma-separated: {', '.join(GROUPS)} (%(default)s); project_id is the tenant",
     )  # fmt: skip
     parser.add_argument("--csv", action="store_true", help="print CSV")
     add_json_flag(parser)
@@ -43,7 +43,5 @@ def run(args: argparse.Namespace) -> int:
              *(str(one[name]) for name in COUNTS)]
             for bucket in answer.json()["data"] for one in bucket["results"]
         ]  # fmt: skip
-        print_list(
-            ("day", *by, "requests", "prompt tokens", "of them cached", "output tokens"), rows, "nothing was used"
-        )
+        print_list(("day", *by, "requests", "prompt tokens", "cached", "output tokens"), rows, "no usage")
     return 0

@@ -1,4 +1,4 @@
-"""`lorafleet workers` lists the workers of a running fleet, and takes one out of its work and back."""
+"""`lorafleet workers` lists, drains and resumes the workers of a running fleet."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ from lorafleet.tables import part_text, print_list
 from protocol.wire.errors import Unavailable
 
 PATH, FLEET_PATH = "/v1/workers", "/v1/fleet"
-COLUMNS = ("name", "state", "running", "waiting", "places", "kv", "pool", "resident", "host", "id")
+COLUMNS = ("name", "state", "running", "waiting", "slots", "kv", "pool", "resident", "host", "id")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     actions = parser.add_subparsers(metavar="list|drain|resume", required=True)
-    listing = actions.add_parser("list", help="list workers and what they do")
+    listing = actions.add_parser("list", help="list workers, with state and load")
     listing.set_defaults(do=_list)
-    for name, text in (("drain", "have one take no more requests"), ("resume", "have one take requests again")):
+    for name, text in (
+        ("drain", "let a worker finish and take no new requests"),
+        ("resume", "let a worker take requests again"),
+    ):
         order = actions.add_parser(name, help=text)
         which = order.add_mutually_exclusive_group(required=True)
-        which.add_argument("name", metavar="NAME", nargs="?", default="", help="its name or id")
+        which.add_argument("name", metavar="NAME", nargs="?", default="", help="name or id of the worker")
         if name == "drain":
-            text = "the one whose end costs the others least, as the scheduler names it"
+            text = "the worker that is cheapest to lose, chosen by the scheduler"
             which.add_argument("--least-valuable", action="store_true", help=text)
-        order.add_argument("--wait", type=float, default=5.0, metavar="SECONDS", help="how long (%(default)g)")
+        order.add_argument(
+            "--wait",
+            type=float,
+            default=5.0,
+            metavar="SECONDS",
+            help="seconds to wait for its confirmation (%(default)g)",
+        )
         order.set_defaults(do=_order, order=name)
     for action in actions.choices.values():
         add_json_flag(action)
@@ -59,9 +68,9 @@ def row(worker: dict[str, Any]) -> list[str]:
 def _order(api: Api, args: argparse.Namespace) -> dict[str, Any]:
     name = args.name or api.ask("GET", FLEET_PATH)["drain_next"]
     if not name:
-        raise Unavailable("the scheduler names no worker: none is ready, or no scheduler leads")
+        raise Unavailable("the scheduler proposes no worker: none is ready, or no scheduler is active")
     path = f"{PATH}/{in_path(name)}/{args.order}"
     worker = api.ask("POST", path, params={"wait_s": args.wait}, timeout=args.wait + 60)
     if not args.json:
-        print(f"{worker['name']} is {worker['state']}, {worker['running']} requests run there")
+        print(f"{worker['name']} is {worker['state']}, {worker['running']} requests running")
     return worker

@@ -28,10 +28,10 @@ neighbours, as rows of one that pairs halves of a head (llama.cpp's `permute`, u
 class Moved:
     """A tensor of the result."""
 
-    name: str  # as PEFT names it
+    name: str  # name in PEFT's format
     source: TensorInfo  # its numbers in the source file
     order: Order = "same"
-    head_dim: int = 0  # of an unpaired one
+    head_dim: int = 0  # head size of an unpaired one
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -26,10 +26,10 @@ _FAMILIES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class FusedPart:
     """A part of a fused layer: rows [begin, end) of its output."""
 
-    name: str  # of the module
+    name: str  # name of the module
     begin: int
     end: int
 
@@ -38,9 +38,9 @@ class Part:
 class Cut:
     """The base's layers in the place of which the adapter has others."""
 
-    is_fused: bool  # in the adapter
+    is_fused: bool  # True: fused in the adapter
     fused: str  # name of the fused module
-    parts: tuple[Part, ...]
+    parts: tuple[FusedPart, ...]
 
 
 def cut_sites(
@@ -73,10 +73,10 @@ def _fuse(found: dict[str, SiteShape], parent: str, fused: str, parts: tuple[str
     sites = [site for site in own if site is not None and site.kind == "linear"]
     if len(sites) < len(parts) or len({site.in_features for site in sites}) > 1:
         return None
-    begin, rows = 0, list[Part]()
+    begin, rows = 0, list[FusedPart]()
     for site in sites:
         del found[site.name]
-        rows.append(Part(site.name, begin, begin := begin + site.out_features))
+        rows.append(FusedPart(site.name, begin, begin := begin + site.out_features))
     name = f"{parent}.{fused}"
     found[name] = SiteShape(name, sites[0].in_features, begin)
     return Cut(is_fused=True, fused=name, parts=tuple(rows))
@@ -91,11 +91,11 @@ def _split(
     if site is None or sizes is None or site.kind != "linear":
         return None
     del found[site.name]
-    begin, rows = 0, list[Part]()
+    begin, rows = 0, list[FusedPart]()
     for part, size in zip(parts, sizes, strict=True):
         name = f"{parent}.{part}"
         found[name] = SiteShape(name, site.in_features, size)
-        rows.append(Part(name, begin, begin := begin + size))
+        rows.append(FusedPart(name, begin, begin := begin + size))
     return Cut(is_fused=False, fused=site.name, parts=tuple(rows))
 
 
@@ -127,7 +127,7 @@ def uncut(lora: Iterable[LoraWeights], cuts: Sequence[Cut], reasons: Reasons) ->
     parts = {part.name: (cut, part) for cut in cuts if not cut.is_fused for part in cut.parts}
     whole = {cut.fused: cut for cut in cuts if cut.is_fused}
     found: list[LoraWeights] = []
-    grouped: dict[str, list[tuple[Part, LoraWeights]]] = {}
+    grouped: dict[str, list[tuple[FusedPart, LoraWeights]]] = {}
     for own in lora:
         if own.site not in parts and own.site not in whole:
             found.append(own)
@@ -151,7 +151,7 @@ def uncut(lora: Iterable[LoraWeights], cuts: Sequence[Cut], reasons: Reasons) ->
     return found + [_join(cut, grouped[cut.fused]) for cut in cuts if cut.fused in grouped]
 
 
-def _join(cut: Cut, own: list[tuple[Part, LoraWeights]]) -> LoraWeights:
+def _join(cut: Cut, own: list[tuple[FusedPart, LoraWeights]]) -> LoraWeights:
     """Return one LoRA for a fused layer. The first part's scale holds for all; the others' B make up for it."""
     scale = next((lora.scale for _, lora in own if lora.scale), 0.0)
     blocks = tuple(

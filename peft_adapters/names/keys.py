@@ -27,21 +27,21 @@ _WITH_WEIGHT = ("lora_A", "lora_B")
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
+class TensorNames:
     """The tensors of a file by the names that PEFT would give them."""
 
     files: dict[str, str]  # PEFT's name -> the file's
-    rules: dict[str, str]  # what was changed of all names -> into what, for people
+    rules: dict[str, str]  # renaming applied to all names, old -> new, for display
 
 
-def peft_keys(names: Iterable[str]) -> Keys:
+def peft_keys(names: Iterable[str]) -> TensorNames:
     """Return PEFT's name for each tensor of a file. A file that mixes ways to name keeps its own names.
 
     names: the file's own.
     """
     own = list(names)
     if all(name.startswith(PREFIX) and name.endswith(_USUAL) and "._" not in name for name in own):
-        return Keys({name: name for name in own}, {})
+        return TensorNames({name: name for name in own}, {})
     rules: dict[str, str] = {}
     found = [_WRAPPERS.sub("", name) for name in own]
     if found != own:
@@ -54,8 +54,8 @@ def peft_keys(names: Iterable[str]) -> Keys:
         rules["*"] = f"{PREFIX}*"
         found = [PREFIX + name for name in found]
     if not rules or len(set(found)) < len(found):
-        return Keys({name: name for name in own}, {})
-    return Keys(dict(zip(found, own, strict=True)), rules)
+        return TensorNames({name: name for name in own}, {})
+    return TensorNames(dict(zip(found, own, strict=True)), rules)
 
 
 def _adapter_in(name: str) -> re.Match[str] | None:

@@ -24,8 +24,8 @@ class Translation:
 
     base: ServedModel  # with the adapter's names
     names: Mapping[str, str]  # the adapter's name of a module or parameter -> the base's, where they differ
-    cuts: Sequence[Cut]  # by the adapter's names
-    rules: Mapping[str, str]  # what was mapped to what, as patterns, for people
+    cuts: Sequence[Cut]  # cuts by the adapter's names
+    rules: Mapping[str, str]  # name patterns and what they were mapped to, for display
 
     def back(self, spec: AdapterSpec, order: Iterable[SiteShape], reasons: Reasons) -> AdapterSpec:
         """Return what the adapter changes of the base under the base's own names. Adds reasons for what cannot be said.

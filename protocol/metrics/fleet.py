@@ -1,4 +1,4 @@
-"""What the workers tell in their heartbeats, as metrics; and which adapters they hold, under names that others read."""
+"""Metrics from the workers' heartbeats, and of the adapters they hold, under names that other tools read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Workers(Collector):
         self._beats: list[WorkerBeat] = []
 
     def show(self, beats: Iterable[WorkerBeat]) -> None:
-        """Show these workers from now on; of two with the same name the one that beat last."""
+        """Show these workers from now on; of two with the same name the one with the later heartbeat."""
         self._beats = list({beat.name: beat for beat in sorted(beats, key=lambda beat: beat.sent_ms)}.values())
 
     def collect(self) -> Iterator[Metric]:
@@ -90,19 +90,19 @@ class Seen:
 
     model: str
     running: int = 0
-    waiting: int = 0  # for a worker
-    deferred: int = 0  # at one, while it loads their adapter
+    waiting: int = 0  # requests waiting for a worker
+    deferred: int = 0  # requests waiting on their worker for their adapter
     kv_usage: float = 0.0
-    num_steps: int = 0  # of all workers since their starts, and the tokens in them
+    num_steps: int = 0  # steps of all workers since their starts, and the tokens in them
     num_step_tokens: int = 0
     holdings: Sequence[Holding] = ()
     running_adapters: Sequence[str] = ()
     waiting_adapters: Sequence[str] = ()
-    max_adapters: int = 0  # that fit the pools, as far as is known
+    max_adapters: int = 0  # number of adapters that fit the pools, as far as known
     at_s: float = field(default_factory=time.time)
 
 
-class Residency(Collector):
+class ResidencyMetrics(Collector):
     """Where adapters are, and vLLM's names for a fleet as a whole. Shown where `vllm_metrics` is on."""
 
     def __init__(self) -> None:
@@ -141,5 +141,5 @@ class Residency(Collector):
 
 WORKERS = Workers()
 REGISTRY.register(WORKERS)
-RESIDENCY = Residency()
+RESIDENCY = ResidencyMetrics()
 REGISTRY.register(RESIDENCY)

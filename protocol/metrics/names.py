@@ -12,10 +12,10 @@ OTHER = "other"
 """The value that stands for all names without series of their own."""
 
 CANDIDATES = 4
-"""Names that are counted, in multiples of those with series: whoever is used more than these may take their place."""
+"""Names that are counted, in multiples of those with series, so that a name in heavier use can replace one of these."""
 
 RANK_S = 60.0
-"""How often the most used are chosen anew. What was counted before counts half."""
+"""Seconds between choices of the most used. Earlier counts are halved each time."""
 
 
 class TopNames:
@@ -32,7 +32,7 @@ class TopNames:
         self._metrics = metrics
         self._now_s = now_s
         self._limit = 100
-        self._uses: dict[str, float] = {}  # of names with series and of candidates
+        self._uses: dict[str, float] = {}  # use counts of names with series and of candidates
         self._named: set[str] = set()
         self._due_s = 0.0
         self.on_drop: Callable[[str], object] = lambda _: None

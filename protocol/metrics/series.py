@@ -1,4 +1,4 @@
-"""Every series that the fleet shows to Prometheus, declared once, with its help text and whoever shows it.
+"""Every series that the fleet shows to Prometheus, declared once, with its help text and the service that exports it.
 
 `DECLARED` is the list: docs/metrics.md is made from it, and a test holds dashboards and rules to it. Units are in the
 names. A label whose values strangers choose, as names of adapters and tenants, goes through `names.TopNames`, which
@@ -24,11 +24,11 @@ _NAMED_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 10, 60)
 class Series:
     """One declared series."""
 
-    name: str  # as a query has it; of a histogram without _bucket, _sum and _count
+    name: str  # name in queries; for histograms without _bucket, _sum and _count
     kind: str  # counter, gauge, histogram or summary
     text: str
     labels: tuple[str, ...]
-    shown_by: str  # whose /metrics has it
+    shown_by: str  # service whose /metrics has it
 
 
 DECLARED: dict[str, Series] = {}
@@ -63,7 +63,7 @@ class _Shown:
         return Histogram(name, text, labels, buckets=buckets)
 
     def family(self, name: str, kind: str, text: str, labels: Sequence[str] = ()) -> Family:
-        """Declare what a collector makes anew for each page."""
+        """Declare a series that a collector computes for each scrape."""
         self._declare(name, kind, text, labels)
         return Family(DECLARED[name])
 

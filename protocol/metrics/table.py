@@ -1,4 +1,4 @@
-"""The page of all series: `python -m protocol.metrics.table` writes docs/metrics.md anew."""
+"""The page of all series: `python -m protocol.metrics.table` rewrites docs/metrics.md."""
 
 from __future__ import annotations
 

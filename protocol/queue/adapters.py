@@ -91,7 +91,7 @@ def _readable(raw: bytes | None, kind: type[R]) -> R | None:
 class CatalogueNews:
     """What has happened to the catalogue since a look at it."""
 
-    run_id: str  # of the server
+    run_id: str  # run id of the server
     num_names: int
     events: list[tuple[str, bytes]]  # (stream id, `messages.AdapterEvent` as it is on the wire), oldest first
 
@@ -164,7 +164,7 @@ class Adapters:
         if registration.on_request:
             max_registered = min(max_registered, MAX_ON_REQUEST)
         tenant, registered = limits.tenant if limits is not None else "", self._keys.registrations
-        count = self._keys.registered(tenant, now_ms() // 60_000) if tenant else registered  # which then counts nothing
+        count = self._keys.registered(tenant, now_ms() // 60_000) if tenant else registered  # then it counts nothing
         reply = await self._redis.eval(
             _REGISTER, 2, registered, count,
             private_name(registration.name, registration.tenant), m.encode(registration), max_registered,
@@ -172,7 +172,7 @@ class Adapters:
             "0" if registration.on_request else "1",
         )  # fmt: skip
         if limits is not None and reply == b"own":
-            text = f"tenant {limits.tenant} has {limits.max_own} adapters registered, as many as it may: unload one"
+            text = f"tenant {limits.tenant} has {limits.max_own} registered adapters, which is the limit: unload one"
             raise Conflict(text, code="too_many_adapters")
         if limits is not None and reply == b"rate":
             raise Overloaded(f"a tenant may register {limits.max_per_minute} adapters a minute", 60.0)
@@ -279,7 +279,7 @@ class Adapters:
     # ------------------------------------------------------------ for the stores
 
     async def news(self, after: str) -> CatalogueNews:
-        """Return what has happened since the event `after`; "": since the oldest event that is kept."""
+        """Return the events since `after`; "": since the oldest stored event."""
         pipe = self._redis.pipeline(transaction=False)
         pipe.info("server")
         pipe.hlen(self._keys.adapters)
@@ -307,7 +307,7 @@ class Adapters:
         await pipe.execute()
 
     def _stamp(self, pipe: Pipeline) -> None:
-        """Tell those who keep a copy of the catalogue that it changes: not by a number, which could come again."""
+        """Invalidate copies of the catalogue by a random stamp: a counter could repeat after a loss."""
         pipe.set(self._keys.adapters_stamp, uuid.uuid4().bytes)
 
     async def known_digests(self) -> list[str]:

@@ -79,7 +79,7 @@ class Bus:
         self._line = Line(self._blocking, TIMEOUT_S)
         self._scripts = Scripts(self._redis, self._line, self.keys.tag, lua)
         self._seal = seal
-        self._run_id = ""  # of the server, when last asked
+        self._run_id = ""  # run id of the server, when last read
         self.streams = Streams(self._redis, self._blocking, self.keys, self._scripts)
         self.members = Members(self._redis, self.keys, self._scripts)
         self.adapters = Adapters(self._redis, self.keys)
@@ -110,7 +110,7 @@ class Bus:
             raise Internal(f"Redis has maxmemory-policy {policy}; the queue needs noeviction, or it loses requests")
 
     async def restarted(self) -> bool:
-        """Return whether the server has started anew since the last call: then it may have lost its last second."""
+        """Return whether the server was restarted since the last call: then it may have lost its last second."""
         asked_at_ns = time.monotonic_ns()
         facts = await self._redis.info("server")
         CLOCK.learn(1000 * facts["server_time_usec"], asked_at_ns, time.monotonic_ns())
@@ -470,5 +470,5 @@ class Bus:
 
 
 def _ended(rid: str) -> bytes:
-    """Return the message that tells the scheduler of an end from outside its worker."""
+    """Return the scheduler's message about an end that its worker did not write."""
     return m.encode([m.Ended(rid, "", 0, 0)])

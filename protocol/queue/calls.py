@@ -20,7 +20,7 @@ from protocol.wire.errors import ProtocolError
 COMMON = "common"
 
 _FIELDS = m.Body.__struct_fields__
-_VECTOR_BYTES = 16_384  # of an embedding: 4,096 entries
+_VECTOR_BYTES = 16_384  # bytes of an embedding with 4,096 entries
 
 
 def packed_bodies(bodies: Sequence[m.Body]) -> tuple[list[int], dict[str, bytes]]:

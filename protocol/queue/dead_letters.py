@@ -20,13 +20,13 @@ from protocol.wire.keys import Keys
 logger = logging.getLogger(__name__)
 
 KEPT_S = 604_800
-"""How long a letter is kept."""
+"""Retention of a letter."""
 
 MAX_LETTERS = 1024
-"""Most letters that are kept: the oldest leave. A request's has one to two kB."""
+"""Maximum number of letters; the oldest are dropped. A request's has one to two kB."""
 
 MAX_RAW_BYTES = 32 << 10
-"""Most bytes that are kept of a message that could not be read; so all letters together have 32 MiB at most."""
+"""Maximum stored bytes of an unreadable message, so that all letters have at most 32 MiB."""
 
 _ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 
@@ -38,7 +38,7 @@ async def set_aside(
 
     place: where it lay. taken: commands that take it away from there, with the same script.
     """
-    logger.error("%s goes to the dead letters: %s", place, reason)
+    logger.error("%s becomes a dead letter: %s", place, reason)
     letter = m.DeadLetter(reason=reason, stream=place, raw=raw[:MAX_RAW_BYTES], ms=now_ms())
     oldest = now_ms() - KEPT_S * 1000
     await scripts.write_vital(
@@ -101,7 +101,7 @@ class DeadLetters:
 
 def _check_id(letter_id: str) -> None:
     if not _ID.fullmatch(letter_id):
-        raise BadRequest(f"{letter_id!r:.100} is no dead letter's id, which looks like 1764043172123-0")
+        raise BadRequest(f"{letter_id!r:.100} is not a dead letter's id, which looks like 1764043172123-0")
 
 
 def _read(fields: dict[bytes, bytes]) -> m.DeadLetter:

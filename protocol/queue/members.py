@@ -24,20 +24,20 @@ MAX_STORE_SILENCE_MS = 10_000
 class FleetSummary:
     """What admission asks about the fleet."""
 
-    num_workers: int  # registered, and heard of lately
+    num_workers: int  # registered, with a recent heartbeat
     base: m.ServedModel | None
     status: m.SchedulerStatus | None
 
 
 class Members:
-    """The members of a fleet. Each has a heartbeat, a key with a TTL, and a place in the register of its kind."""
+    """The members of a fleet. Each has a heartbeat, a key with a TTL, and an entry in the register of its kind."""
 
     def __init__(self, client: Client, keys: Keys, scripts: Scripts) -> None:
         self._redis = client
         self._keys = keys
         self._scripts = scripts
 
-    # ------------------------------------------------------------ beating and leaving
+    # ------------------------------------------------------------ heartbeats and leaving
 
     async def beat(
         self, key: str, registry: str, member: str, raw: bytes, ttl_ms: int, renew: Iterable[str] = ()
@@ -83,22 +83,22 @@ class Members:
     # ------------------------------------------------------------ asking
 
     async def ids(self, registry: str, max_age_ms: int | None = None) -> list[str]:
-        """Return who is on a register, by last beat; None: however long ago that was."""
+        """Return who is on a register, by last heartbeat; None: however long ago that was."""
         low: float | str = "-inf" if max_age_ms is None else now_ms() - max_age_ms
         return [member.decode() for member in await self._redis.zrangebyscore(registry, low, "+inf")]
 
     async def has_beaten(self, registry: str, since_ms: int) -> bool:
-        """Return whether any member on a register has beaten since a unix time in ms."""
+        """Return whether any member on a register has sent a heartbeat since a unix time in ms."""
         return bool(await self._redis.zrangebyscore(registry, since_ms, "+inf", start=0, num=1))
 
     async def worker_beats(self) -> dict[str, m.WorkerBeat | None]:
-        """Return each registered worker's last beat, None for one whose beat has expired."""
+        """Return each registered worker's last heartbeat, None for one whose heartbeat has expired."""
         wids = await self.ids(self._keys.workers)
         raws = await read_many(self._redis, [self._keys.worker_beat(wid) for wid in wids])
         return {wid: _beat(raw) for wid, raw in zip(wids, raws, strict=True)}
 
     async def gateways_alive(self) -> dict[str, bool]:
-        """Return each registered gateway and whether its beat is there."""
+        """Return each registered gateway and whether its heartbeat is there."""
         gids = await self.ids(self._keys.gateways)
         raws = await read_many(self._redis, [self._keys.gateway_beat(gid) for gid in gids])
         return {gid: raw is not None for gid, raw in zip(gids, raws, strict=True)}
@@ -130,9 +130,9 @@ class Members:
 
 
 def _beat(raw: bytes | None) -> m.WorkerBeat | None:
-    """Decode a beat; one that cannot be read counts as missing, and must not hide the others."""
+    """Decode a heartbeat; one that cannot be read counts as missing, and must not hide the others."""
     try:
         return decode(raw, m.WorkerBeat) if raw else None
     except ProtocolError:
-        logger.exception("a worker's beat cannot be read")
+        logger.exception("a worker's heartbeat cannot be read")
         return None

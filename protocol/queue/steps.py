@@ -27,7 +27,7 @@ class StepRow(msgspec.Struct):  # a dataclass takes three times as long to make,
     finish: str = ""
     error: str = ""  # JSON of `messages.ErrorInfo`
     prompt_logprobs: bytes = b""  # with the first token: the prompt (int32), then its records
-    num_cached: int = 0  # of one that ended: tokens of its prompt that the prefix cache had
+    num_cached: int = 0  # for an ended request: prompt tokens found in the prefix cache
     note: bytes = b""  # `messages.Timing`, with the first token of an assignment and with its end
 
 
@@ -47,8 +47,8 @@ class Refused:
 
     rid: str
     code: Literal["missing", "terminal", "stale", "cancelled", "length"]
-    epoch: int  # of the request now
-    length: int  # of its log, in tokens
+    epoch: int  # the request's current epoch
+    length: int  # tokens in its log
 
 
 def step_call(

@@ -41,8 +41,8 @@ class Streams:
         self._blocking = blocking
         self._keys = keys
         self._scripts = scripts
-        self._lines: set[Line] = set()  # for reads, each of which keeps what comes behind it waiting
-        self._free: list[Line] = []  # those of which no read waits for a reply
+        self._lines: set[Line] = set()  # connections for reads; a blocking read delays everything behind it
+        self._free: list[Line] = []  # connections without a pending read
 
     async def close(self) -> None:
         """Close the connections that are for reads."""

@@ -54,7 +54,7 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
     answers = (k.tok("*"), k.lp("*"), k.plp("*"))
     request = (k.req("*"), *answers)
     use = k.quota("*")  # with all that is counted of a tenant; every script that ends a request settles it
-    # Every script that ends a job tells of it; `old_ends` is for services of the version before, which still run.
+    # Scripts that end a job note it for webhooks; `old_ends` is for services of the version before, which still run.
     ends = (k.ends, k.ends_of("*"), k.old_ends)
     usage = k.usage_tenants("*")  # with each tenant's: every script that ends a request adds to it
     return {
@@ -82,7 +82,7 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
                 k.leader_epoch, k.status, use, usage, k.workers, k.worker_beat("*"), k.gateways, k.dlq,
             ),
             reads=(k.gateway_beat("*"), k.adapter("*")),
-            adds=(*answers, k.body("*"), k.out("*"), *ends),  # what it ends expires
+            adds=(*answers, k.body("*"), k.out("*"), *ends),  # it sets the expiry of what it ends
             scans=True,
         ),
         "worker": Rights(
@@ -108,7 +108,7 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
                 k.status, k.workers, k.worker_beat("*"), k.gateways, k.gateway_beat("*"), k.stores, k.store_beat("*"),
                 k.base, k.work("*"), k.out("*"),
             ),
-            adds=(*answers, k.body("*"), k.sub("*"), k.audit),  # what it retries lives longer
+            adds=(*answers, k.body("*"), k.sub("*"), k.audit),  # it extends the TTL of what it retries
         ),
     }  # fmt: skip
 

@@ -76,7 +76,7 @@ def parse_reference(name: str) -> Reference | None:
 def parse_source(source: str) -> Reference | None:
     """Parse the source of a registration: a reference, or "local:FOLDER", which no request can name.
 
-    A FOLDER in a further root is its whole path; whether it is in one, whoever has the settings finds out.
+    A FOLDER in a further root is its whole path; the owner of the settings checks whether it is in one.
     """
     if source.startswith("local:"):
         path = source.removeprefix("local:")

@@ -1,7 +1,7 @@
 """The part of every disk that nothing brought from outside may take.
 
 The queue's log is often on the same disk as files, adapters and answers of batches. A disk that these filled would stop
-the queue, and with it the whole fleet, deletions among it. So whoever writes what others bring asks here first, and
+the queue, and with it the whole fleet, deletions among it. So code that writes clients' data asks here first, and
 again with every piece.
 """
 
@@ -26,7 +26,7 @@ def free_bytes(place: Path) -> int:
 
 
 class Reserve:
-    """The free space that is kept on each disk, and the room that is promised to writers of this process."""
+    """The free space kept on each disk, and the space reserved for writers of this process."""
 
     def __init__(self, keep_free: int, free: Free = free_bytes) -> None:
         """keep_free: bytes of each disk."""
@@ -46,9 +46,9 @@ class Reserve:
     def _check(self, place: Path, num_bytes: int, promised: int) -> None:
         free = self._free(place)
         if free - promised - num_bytes < self._keep_free:
-            taken = f", of which {promised} are promised to others" if promised else ""
+            taken = f", with {promised} reserved for others" if promised else ""
             raise NoRoom(
-                f"{num_bytes} bytes have no room: the disk has {free} free{taken}, and {self._keep_free} are kept free"
+                f"{num_bytes} bytes do not fit: the disk has {free} free{taken}, and {self._keep_free} are kept free"
             )
 
     @contextmanager

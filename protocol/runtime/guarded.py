@@ -1,6 +1,6 @@
 """Loops and units of work that fail without taking others along: logged once per cause, counted, tried ever later.
 
-A loop is begun again for as long as its process lives, unless it is told what ends it. A unit of work with a key (a
+A loop is restarted while its process lives, unless it names the errors that end it. A unit of work with a key (a
 batch, a file, a conversation) is given up after so many tries, with an end that is written for its owner.
 """
 
@@ -75,7 +75,7 @@ class Failures:
             return
         is_known = is_queue_away(error) or isinstance(error, LorafleetError)
         text = f"{name} has failed{' with ' + what if what else ''}: {error or type(error).__name__}"
-        text += f" ({num} more since it was last told)" if num else ""
+        text += f" ({num} more since the last report)" if num else ""
         logger.warning("%s", text, exc_info=None if is_known else (type(error), error, error.__traceback__))
 
 
@@ -85,15 +85,15 @@ FAILED = Failures()
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """What a service does again and again."""
+    """A background loop of a service."""
 
-    name: str  # in the log and the metric
+    name: str  # name in the log and the metric
     work: Callable[[], Awaitable[object]]
     pause_s: float | None = None  # between two turns, each a call of `work`; None: `work` does not return by itself
     wake: asyncio.Event | None = None  # ends such a pause
     backoff: Backoff = TROUBLE  # before the next turn, and before `work` is begun again, after a failure
     ends: tuple[type[BaseException], ...] = ()  # errors that are its owner's to see: they are raised
-    max_failures: int = 0  # in a row, a queue that is away aside, after which the last is raised; 0: it is not given up
+    max_failures: int = 0  # failures in a row, queue outages excluded, after which the last is raised; 0: no limit
 
 
 async def guarded(
@@ -147,14 +147,14 @@ class Items:
         self, name: str, *, max_tries: int = 8, backoff: Backoff = TROUBLE, max_keys: int = 10_000,
         failed: Failures = FAILED, clock: Clock = time.monotonic,
     ) -> None:  # fmt: skip
-        """max_tries: 0: none is given up. max_keys: that are remembered; beyond, the oldest begin anew."""
+        """max_tries: 0: no limit. max_keys: remembered keys; beyond that, the oldest start over."""
         self._name = name
         self._max_tries = max_tries
         self._backoff = backoff
         self._max_keys = max_keys
         self._failed = failed
         self._clock = clock
-        self._tries: OrderedDict[str, tuple[int, float]] = OrderedDict()  # by key: how many, when the next is due
+        self._tries: OrderedDict[str, tuple[int, float]] = OrderedDict()  # by key: tries, due time of the next
 
     def is_due(self, key: str) -> bool:
         """Return whether a unit may be worked on now."""

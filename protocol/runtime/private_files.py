@@ -72,7 +72,7 @@ def own_folder(folder: Path) -> Path:
             folder.chmod(stat.S_IMODE(found.st_mode) & ~WRITTEN_BY_OTHERS)
             logger.warning("%s could be written by other users: closed it", folder)
             return folder
-    except OSError:  # it cannot be made, so nothing can be there: whoever wants to write there will be told
+    except OSError:  # it cannot be created, so it is empty; a later write to it fails with the reason
         return folder
     if _is_closed(found):
         return folder

@@ -1,4 +1,4 @@
-"""The version of this program, which services tell each other."""
+"""The version of this program, which services report to each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What requests ask, encrypted while it lies in the queue: whoever reads the queue's files or backups reads no prompts.
+"""Encryption of requests' contents in the queue, so that its files and backups contain no readable prompts.
 
 Gateways and workers seal and open with a key that is derived from the fleet's secret; the queue never has it. Each text
 is bound to its place in the queue, so that no two can be exchanged. Not sealed are tokens, the logs of answers, names
@@ -53,7 +53,7 @@ class Seal:
         try:
             return self._cipher(place).decrypt(nonce, text, place.encode())
         except (InvalidTag, ValueError):
-            raise ProtocolError(f"{place} was sealed with another secret, or changed since") from None
+            raise ProtocolError(f"{place} was sealed with another secret, or modified") from None
 
     def _cipher(self, place: str) -> AESGCM:
         # A key for each place: under one key, random nonces would be safe for 2^32 texts only.

@@ -31,7 +31,7 @@ _JSON_ESCAPES = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), 0x2028,
 
 YOUNG_OBJECTS = 10_000
 """New objects after which the collector looks through them. Python's 700 are a few requests', which are still under
-way: looking at them again and again took a tenth of a gateway's time."""
+way: scanning them repeatedly took a tenth of a gateway's time."""
 
 
 class JsonLines(logging.Formatter):

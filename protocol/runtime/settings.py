@@ -28,7 +28,7 @@ waits for its end. At two tokens per sequence, decodes take one each and leave a
 """
 
 SHORT_STEPS_AFTER = 64
-"""Steps that stay short after the last request that does not yield: whoever asks now and then asks again soon."""
+"""Steps that stay short after the last request that does not yield: an occasional client soon asks again."""
 
 
 class Settings(BaseSettings):
@@ -43,325 +43,323 @@ class Settings(BaseSettings):
     redis_url: str = Field(
         default="redis://127.0.0.1:6379/0",
         repr=False,
-        description="the queue: a Redis or Valkey server, as redis://, rediss:// (TLS) or unix:// URL, or several of"
-        " them behind Sentinels, as redis-sentinel://USER@HOST:PORT,HOST:PORT/NAME/DB",
+        description="URL of the queue, a Redis or Valkey server: redis://, rediss:// (TLS), unix://, or with Sentinels"
+        " redis-sentinel://USER@HOST:PORT,HOST:PORT/NAME/DB",
     )
     redis_password_file: Path | None = Field(
-        default=None, description="file that holds the password of the user that the queue's URL names"
+        default=None, description="file with the password of the user named in the queue's URL"
     )
     redis_sentinel_password_file: Path | None = Field(
-        default=None, description="file that holds the password of the Sentinels, if they have one"
+        default=None, description="file with the password of the Sentinels, if they have one"
     )
     redis_ca_file: Path | None = Field(
-        default=None, description="certificates that the queue's must be signed by; default: this machine's"
+        default=None, description="CA certificates that must have signed the queue's certificate; default: the system's"
     )
-    redis_cert_file: Path | None = Field(default=None, description="client certificate to show to the queue")
+    redis_cert_file: Path | None = Field(default=None, description="client certificate for the queue")
     redis_key_file: Path | None = Field(default=None, description="private key of the client certificate")
     queue_bytes: int = Field(
-        default=0, ge=0, description="most memory of the queue that `up` starts; 0: a quarter of this machine's"
+        default=0, ge=0, description="memory limit of the queue that `up` starts; 0: a quarter of this machine's"
     )
     model: str = Field(default="", description="the base model: a Hub id, a local folder or a GGUF file")
     task: Literal["auto", "score"] = Field(
         default="auto",
-        description="what the base model is for; score makes a classifier of texts of an encoder whose folder has no"
-        " head, so that each adapter must bring one",
+        description="task of the base model; score serves an encoder without a head as a text classifier, and every"
+        " adapter must bring its own head",
     )
     served_name: str = Field(default="", description="name of the base model in the API; default: its Hub id or folder")
     data: Path = Field(
         default=Path("~/.cache/lorafleet"), description="folder for the queue's data, adapters, caches and logs"
     )
-    keep_free: int = Field(default=1 << 30, ge=0, description="bytes of each disk that files and adapters leave free")
-    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="lowest level logged")
+    keep_free: int = Field(default=1 << 30, ge=0, description="free space that files and adapters leave on each disk")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="minimum log level")
     log_format: Literal["text", "json"] = Field(default="text", description="format of log lines")
     metrics_port: int = Field(
-        default=0, ge=0, le=65535, description="port of the metrics of scheduler, store and worker; 0: none"
+        default=0, ge=0, le=65535, description="port where scheduler, store and worker serve metrics; 0: none"
     )
     metrics_names: int = Field(
-        default=100, ge=0, le=1000, description="adapters, and tenants, with series of their own; the rest are `other`"
+        default=100, ge=0, le=1000, description="adapters, and tenants, with their own time series; the rest: `other`"
     )
     vllm_metrics: bool = Field(
-        default=False, description="show where adapters are, and vLLM's series, on the gateways' /metrics too"
+        default=False, description="also export vLLM's series and adapters' locations on gateways' /metrics"
     )
-    otlp_endpoint: str = Field(default="", description="collector that spans are sent to, as http://HOST:4318")
+    otlp_endpoint: str = Field(default="", description="OpenTelemetry collector that receives spans: http://HOST:4318")
     trace_share: float = Field(
-        default=0.1, ge=0, le=1, description="part of the calls without a traceparent of their own that are traced"
+        default=0.1, ge=0, le=1, description="fraction of calls to trace, of those that bring no traceparent"
     )
     grace_s: float = Field(
-        default=30.0, ge=0, description="how long a stopping service may take to finish or hand over its requests"
+        default=30.0, ge=0, description="maximum time for a stopping service to finish or hand over its requests"
     )
     secret: str = Field(
         default="",
         repr=False,
-        description="secret that all services share: a variable, or better --secret-file; there is no flag",
+        description="secret shared by all services: a variable, or better --secret-file; there is no flag",
     )
     secret_file: Path | None = Field(
         default=None,
-        description="file that holds the secret, created if missing; default for `up`: a file in the data folder",
+        description="file with the shared secret, created if missing; default for `up`: a file in the data folder",
     )
     wait_for_worker_s: float = Field(
         default=0.0,
         ge=0,
-        description="how long a call waits in the queue while there is no worker, which then may be started for it;"
-        " 0: such calls get 503 at once; the same for all gateways and schedulers",
+        description="maximum time a call waits in the queue while no worker is up, so that one can be started for it"
+        " (scale from zero); 0: such calls get 503 at once; set it alike for all gateways and schedulers",
     )
     seal_bodies: bool = Field(
         default=False,
-        description="encrypt prompts while they lie in the queue, by the secret; the same for all gateways and workers",
+        description="encrypt prompts in the queue with the secret; set it alike for all gateways and workers",
     )
 
     # Gateway
-    host: str = Field(default="127.0.0.1", description="address the gateway listens on")
+    host: str = Field(default="127.0.0.1", description="address that the gateway listens on")
     port: int = Field(default=8000, ge=0, le=65535, description="the gateway's port; 0: any free one (`up` only)")
     api_keys: bool = Field(
         default=False,
-        description="require API keys (see `lorafleet keys`); otherwise anyone who reaches the gateway has full access",
+        description="require API keys (see `lorafleet keys`); otherwise anyone who reaches it has full access",
     )
     console_keys: bool = Field(
-        default=False, description="let operators make, limit and revoke API keys over HTTP and in the console"
+        default=False, description="let operators create, limit and revoke API keys over HTTP and in the console"
     )
     open_pages: bool = Field(
         default=False,
-        description="with API keys: serve /metrics and /openapi.json without a key (else /metrics needs scope admin)",
+        description="with API keys: serve /metrics and /openapi.json without one (/metrics then needs no scope admin)",
     )
     allowed_hosts: str = Field(
         default="",
-        description="without API keys: names by which clients reach the gateway, separated by commas, besides this "
+        description="without API keys: comma-separated host names that clients may use for the gateway, besides this "
         "machine's; *: any",
     )
     unknown_parameters: Literal["refuse", "warn"] = Field(
         default="refuse",
-        description="what a request's unknown or unsupported parameter becomes: a 400, or a header and a log line",
+        description="response to unknown or unsupported request parameters: a 400, or a header and a log line",
     )
     hosted_tools: Literal["leave_out", "refuse"] = Field(
-        default="leave_out", description="what a tool that runs at OpenAI or Anthropic becomes: none, or a 400"
+        default="leave_out", description="handling of tools hosted by OpenAI or Anthropic: left out, or a 400"
     )
-    force_include_usage: bool = Field(default=False, description="streams of OpenAI's routes always tell the usage")
-    per_request_metrics: bool = Field(default=False, description="chats and completions tell their times: metrics")
-    return_tokens_as_token_ids: bool = Field(default=False, description="logprobs name tokens token_id:NUMBER")
+    force_include_usage: bool = Field(default=False, description="always report usage in streams of OpenAI's routes")
+    per_request_metrics: bool = Field(default=False, description="chats and completions report their timings: metrics")
+    return_tokens_as_token_ids: bool = Field(default=False, description="name tokens as token_id:NUMBER in logprobs")
     keep_prompts: bool = Field(
-        default=False, description="keep prompts as long as the records of requests, so that these can be replayed"
+        default=False, description="store prompts as long as the records of requests, so that requests can be replayed"
     )
-    max_queued: int = Field(
-        default=10_000, ge=1, description="most requests that may wait in the queue; beyond that, new ones get 429"
-    )
+    max_queued: int = Field(default=10_000, ge=1, description="maximum queued requests; beyond it, new ones get 429")
     max_queued_tokens: int = Field(
         default=100_000_000,
         ge=1,
-        description="most tokens (prompts and longest outputs) that may wait; beyond that, new requests get 429",
+        description="maximum queued tokens (prompts and longest outputs); beyond it, new requests get 429",
     )
     max_wait_s: float = Field(
         default=0.0,
         ge=0,
-        description="longest predicted wait for a first token; beyond that, requests get 429; 0: their deadline",
+        description="maximum predicted time to first token; beyond it, requests get 429; 0: their deadline",
     )
     tenant_bytes: int = Field(
         default=256 << 20,
         ge=0,
-        description="most bytes that a tenant may keep in the queue: requests, answers, jobs, conversations; 0: no"
-        " limit; `lorafleet keys` sets it for one; without keys: of all that outlives its client",
+        description="maximum bytes per tenant in the queue: requests, answers, jobs, conversations; 0: no limit;"
+        " `lorafleet keys` sets it for one tenant; without keys: of everything that outlives its client",
     )
     max_open_calls: int = Field(
-        default=16_384, ge=1, description="most calls that one gateway answers at once; beyond that, new ones get 429"
+        default=16_384, ge=1, description="maximum concurrent calls per gateway; beyond it, new ones get 429"
     )
     gateway_memory: int = Field(
         default=2 << 30,
         ge=1 << 20,
-        description="bytes of memory that calls may hold in one gateway, a quarter of them one tenant's or, without "
-        "keys, one address's; beyond that, new ones get 429 or 503",
+        description="bytes of memory that calls may hold in one gateway; one tenant (without keys: one address) gets at"
+        " most a quarter; beyond it, new calls get 429 or 503",
     )
     pair_template: Path | None = Field(
         default=None,
-        description="file with the chat template that makes prompts of a reranker's pairs, whose messages have the"
-        " roles query and document; without it the model's own template, if it names these",
+        description="file with the chat template that renders a reranker's pairs, as messages with the roles query and"
+        " document; default: the model's own template, if it has these roles",
     )
-    max_body_bytes: int = Field(default=4 << 20, ge=1, description="largest HTTP request body")
+    max_body_bytes: int = Field(default=4 << 20, ge=1, description="maximum size of an HTTP request body")
     cors_origins: str = Field(
         default="",
-        description="origins allowed to call from a browser (CORS), separated by commas; *: any; empty: none",
+        description="comma-separated origins allowed to call from a browser (CORS); *: any; empty: none",
     )
     path_prefix: str = Field(
         default="",
-        description="path prefix that every route also answers under, for clients that need one: /tenant/llms/name",
+        description="additional path prefix of every route, for clients that need one: /tenant/llms/name",
     )
-    max_connections: int = Field(default=20_000, ge=1, description="most open connections of one gateway; others wait")
+    max_connections: int = Field(default=20_000, ge=1, description="maximum open connections per gateway; others wait")
     max_connections_per_address: int = Field(
         default=1024,
         ge=0,
-        description="most open connections from one address (IPv6: a /64), this machine's own not counted; 0: no limit",
+        description="maximum open connections per address (IPv6: /64), except this machine's; 0: no limit",
     )
     reads_per_s: float = Field(
         default=500,
         ge=0,
-        description="requests a second that are no calls, of a tenant or an address; lists cost more; 0: no limit",
+        description="maximum reads per second (no generation) of a tenant or address; lists cost more; 0: no limit",
     )
-    head_timeout_s: float = Field(default=15.0, gt=0, description="longest time for a request's head to arrive")
+    head_timeout_s: float = Field(default=15.0, gt=0, description="maximum time for a request's head to arrive")
     body_timeout_s: float = Field(
-        default=60.0, gt=0, description="longest time for a body, plus a second for each 8 kB of it that have arrived"
+        default=60.0, gt=0, description="maximum time for a body to arrive, plus one second per 8 kB received"
     )
     send_timeout_s: float = Field(
         default=60.0,
         gt=0,
-        description="longest time for which a client may not read its answer, plus a second for each 8 kB that wait",
+        description="maximum time a client may stop reading its answer, plus one second per 8 kB buffered",
     )
-    max_choices: int = Field(default=128, ge=1, description="most choices in one call: its prompts times n")
+    max_choices: int = Field(default=128, ge=1, description="maximum choices per call: prompts × n")
     max_call_tokens: int = Field(
-        default=4 << 20, ge=1, description="most prompt tokens in one call, counted for each of its choices"
+        default=4 << 20, ge=1, description="maximum prompt tokens per call, counted for each of its choices"
     )
     max_inputs: int = Field(
-        default=2048, ge=1, description="most texts in one call for embeddings or labels, and most pairs for scores"
+        default=2048, ge=1, description="maximum texts per call for embeddings or labels, and pairs per call for scores"
     )
-    max_stop_strings: int = Field(default=64, ge=0, description="most stop strings in one request")
-    max_stop_characters: int = Field(default=1024, ge=1, description="longest stop string, in characters")
-    max_logit_bias: int = Field(default=1024, ge=0, description="most tokens in one logit_bias")
-    max_messages: int = Field(default=2048, ge=1, description="most messages in one chat")
+    max_stop_strings: int = Field(default=64, ge=0, description="maximum stop strings per request")
+    max_stop_characters: int = Field(default=1024, ge=1, description="maximum length of a stop string, in characters")
+    max_logit_bias: int = Field(default=1024, ge=0, description="maximum tokens in one logit_bias")
+    max_messages: int = Field(default=2048, ge=1, description="maximum messages per chat")
     max_grammar_bytes: int = Field(
-        default=65_536, ge=1, description="largest JSON schema, regular expression or grammar in a request"
+        default=65_536, ge=1, description="maximum size of a JSON schema, regular expression or grammar in a request"
     )
     close_objects: bool = Field(
         default=True,
-        description="in schemas of outputs and tools, objects that name properties have no others, unless the schema"
-        " itself says so with additionalProperties",
+        description="in schemas of outputs and tools, treat objects with properties as closed unless the schema sets"
+        " additionalProperties",
     )
-    max_grammar_depth: int = Field(default=64, ge=1, le=200, description="deepest nesting of a request's JSON schema")
+    max_grammar_depth: int = Field(default=64, ge=1, le=200, description="maximum nesting of a request's JSON schema")
     grammar_timeout_s: float = Field(
-        default=5.0, gt=0, description="most CPU time to compile a schema or grammar before it is refused"
+        default=5.0, gt=0, description="maximum CPU time to compile a schema or grammar before it is refused"
     )
     template_timeout_s: float = Field(
-        default=5.0, gt=0, description="most CPU time to render a chat template that an adapter brings"
+        default=5.0, gt=0, description="maximum CPU time to render an adapter's own chat template"
     )
     sandboxes: int = Field(
         default=3,
         ge=2,
         le=16,
-        description="most processes at once that run adapters' templates and compile grammars; a tenant gets one less",
+        description="maximum sandbox processes, for adapters' templates and grammars; one tenant gets all but one",
     )
-    max_logprobs: int = Field(default=20, ge=0, description="largest top_logprobs in a request")
-    request_timeout_s: float = Field(default=3600.0, description="deadline of a request, counted from its submission")
-    job_ttl_s: float = Field(default=86_400.0, description="how long a job and its result are kept")
+    max_logprobs: int = Field(default=20, ge=0, description="maximum top_logprobs of a request")
+    request_timeout_s: float = Field(default=3600.0, description="deadline of a request, from its submission")
+    job_ttl_s: float = Field(default=86_400.0, description="retention of a job and its result")
     conversation_ttl_s: float = Field(
-        default=30 * 86_400.0, gt=0, description="how long a conversation is kept after it changed; at least as a job"
+        default=30 * 86_400.0,
+        gt=0,
+        description="retention of a conversation after its last change; at least that of a job",
     )
     tenant_conversations: int = Field(
-        default=10_000, ge=0, description="most conversations of a tenant; 0: no limit; without keys: of all"
+        default=10_000, ge=0, description="maximum conversations per tenant; 0: no limit; without keys: in all"
     )
-    usage_days: int = Field(default=62, ge=0, le=400, description="days that usage is kept; 0: it is not counted")
+    usage_days: int = Field(default=62, ge=0, le=400, description="days that usage data is kept; 0: none is counted")
     files: str = Field(
         default="",
-        description="where uploaded files and the answers of batches are: a folder that all gateways share, or"
+        description="storage of uploaded files and batch results: a folder shared by all gateways, or"
         " s3://BUCKET/PREFIX; default: a folder in the data folder",
     )
-    max_file_bytes: int = Field(default=200 << 20, ge=1, description="largest uploaded file")
+    max_file_bytes: int = Field(default=200 << 20, ge=1, description="maximum size of an uploaded file")
     tenant_file_bytes: int = Field(
-        default=10 << 30, ge=0, description="most bytes of a tenant's files; 0: no limit; without keys: of all files"
+        default=10 << 30, ge=0, description="maximum total size of a tenant's files; 0: no limit; without keys: of all"
     )
     tenant_files: int = Field(
-        default=10_000, ge=0, description="most files of a tenant; 0: no limit; without keys: of all files"
+        default=10_000, ge=0, description="maximum files per tenant; 0: no limit; without keys: in all"
     )
-    file_ttl_s: float = Field(
-        default=30 * 86_400.0, gt=0, description="how long a file is kept; a client may ask for less"
-    )
+    file_ttl_s: float = Field(default=30 * 86_400.0, gt=0, description="retention of a file; a client may ask for less")
     tenant_batches: int = Field(
-        default=32, ge=1, description="most batches of a tenant that have not ended; without keys: of all batches"
+        default=32, ge=1, description="maximum unfinished batches per tenant; without keys: in all"
     )
     max_batch_calls: int = Field(
-        default=1024, ge=1, description="most lines of batches that one gateway runs at once, if workers have places"
+        default=1024, ge=1, description="maximum batch lines that one gateway runs at once, if workers have free slots"
     )
     private_webhooks: bool = Field(
         default=False,
-        description="let webhooks go to http:// and to addresses of private networks; else only to https:// outside",
+        description="allow webhooks to http:// URLs and to private networks; otherwise only to public https:// URLs",
     )
     webhook_dns: str = Field(
         default="", pattern=r"^(\d+(\.\d+){3}(:\d+)?)?$",
-        description="IPv4 address, or ADDRESS:PORT, of the DNS server for webhooks; empty: as /etc/resolv.conf says",
+        description="DNS server for webhooks: IPv4 ADDRESS or ADDRESS:PORT; empty: that of /etc/resolv.conf",
     )  # fmt: skip
-    keepalive_s: float = Field(default=10.0, description="silence after which a stream gets a keep-alive comment")
+    keepalive_s: float = Field(default=10.0, description="idle time after which a stream gets a keep-alive comment")
 
     # Scheduler
-    beat_timeout_s: float = Field(default=3.5, description="silence after which a worker counts as dead")
-    max_attempts: int = Field(default=3, description="worker deaths after which a request is moved to the dead letters")
+    beat_timeout_s: float = Field(default=3.5, description="time without heartbeat after which a worker is dead")
+    max_attempts: int = Field(default=3, description="worker failures after which a request becomes a dead letter")
     affinity_slack_tokens: int = Field(
         default=4096,
-        description="tokens by which a tenant may get ahead of its fair share so that warm adapters are used",
+        description="affinity slack: weighted tokens that other tenants may receive while a request waits for a worker"
+        " that has its adapter",
     )
 
     # Worker
     workers: int = Field(default=1, ge=1, description="number of workers that `up` starts")
     worker_name: str = Field(
-        default="", description="name of the worker, the same across restarts; default: host name and process id"
+        default="", description="name of the worker, stable across restarts; default: host name and process id"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="device of the workers; auto: a GPU if there is one"
     )
-    gpus: str = Field(
-        default="", description="GPUs of which each worker takes one that no other has; empty: the first that it sees"
-    )
-    gpu_locks: Path | None = Field(default=None, description="folder of their locks; default: in the data folder")
+    gpus: str = Field(default="", description="GPUs to share out, one per worker; empty: the first visible one")
+    gpu_locks: Path | None = Field(default=None, description="folder of the locks on GPUs; default: in the data folder")
     quantization: Literal["none", "int8", "int4"] = Field(
         default="none",
-        description="on a CPU: quantise the base's linear layers to 8 or 4 bits once, in the cache, and serve these",
+        description="CPU only: serve the base's linear layers in 8 or 4 bits, quantised once and cached",
     )
     quantize_activations: bool = Field(
-        default=False, description="on a CPU: round inputs of quantised layers to int8 too: faster, less exact"
+        default=False, description="CPU only: also round the inputs of quantised layers to int8; faster, less exact"
     )
     kept_models: int = Field(
         default=4,
         ge=1,
-        description="most folders in the cache that are made of GGUF files, and most quantised ones; those used least"
-        " recently are deleted",
+        description="maximum cached folders made from GGUF, and quantised ones; the least recently used are deleted",
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         default="auto",
-        description="type of weights and activations; auto: bfloat16, but float32 where torch computes on a processor"
-        " that does not multiply it",
+        description="dtype of weights and activations; auto: bfloat16, or float32 where torch computes on a CPU without"
+        " bfloat16 arithmetic",
     )
     lora_dtype: Literal["auto", "int8"] = Field(
-        default="auto", description="type of adapters' rows; auto: dtype; int8: on a CPU, rounded, and half the bytes"
+        default="auto", description="dtype of adapter weights; auto: as dtype; int8: CPU only, half the memory"
     )
     max_model_len: int = Field(
-        default=0, description="longest prompt plus output; 0: what the model and the KV cache allow"
+        default=0, description="maximum length of prompt plus output; 0: what the model and the KV cache allow"
     )
     score_tokens: str = Field(
         default="",
-        description="two tokens, as no,yes, by which a reranker's base scores a text: the logit of the second less that"
-        " of the first; empty: what the model's folder says",
+        description="two tokens, such as no,yes: a reranker's score is the logit of the second minus that of the first;"
+        " empty: as in the model's folder",
     )
     max_num_seqs: int = Field(
-        default=0, description="most sequences that a worker runs at once; 0: 64 on a CPU, 256 on a GPU"
+        default=0, description="maximum sequences per worker at once; 0: 64 on a CPU, 256 on a GPU"
     )
-    max_step_tokens: int = Field(default=0, description="most tokens in one step; 0: 512 on a CPU, 2048 on a GPU")
+    max_step_tokens: int = Field(default=0, description="maximum tokens per step; 0: 512 on a CPU, 2048 on a GPU")
     max_step_s: float = Field(
         default=60.0,
         gt=0,
-        description="longest step; a worker that is in one for longer logs all its stacks and ends, to be restarted",
+        description="maximum duration of a step; a worker that exceeds it logs all stacks and exits, to be restarted",
     )
     max_slowdown: float = Field(
         default=1.5,
         ge=0,
-        description="how many times as long a step may take for tenants with more than their share; 0: any time",
+        description="factor by which tenants over their fair share may lengthen a step; 0: no limit",
     )
     max_batch_slowdown: float = Field(
-        default=1.1, ge=0, description="how many times as long a step may take for batch work; 0: as max_slowdown"
+        default=1.1, ge=0, description="factor by which batch work may lengthen a step; 0: as max_slowdown"
     )
     max_mask_s: float = Field(
         default=30.0,
         gt=0,
-        description="most CPU time to find out which tokens the grammar of one request allows; beyond that it fails",
+        description="maximum CPU time for the token masks of a request's grammar; beyond it, the request fails",
     )
     gpu_memory_utilization: float = Field(
-        default=0.9, gt=0, le=1, description="part of a GPU's memory that weights, steps and caches may fill"
+        default=0.9, gt=0, le=1, description="fraction of a GPU's memory for weights, steps and caches"
     )
     kv_cache_bytes: int = Field(default=0, description="memory for KV blocks; 0: a share of the free memory")
-    kv_cache_dtype: Literal["auto", "int8"] = Field(default="auto", description="type of keys, values; int8: CPU only")
+    kv_cache_dtype: Literal["auto", "int8"] = Field(default="auto", description="dtype of the KV cache; int8: CPU only")
     adapter_pool_bytes: int = Field(
-        default=0, description="memory for the LoRA rows of resident adapters; 0: a share of the free memory"
+        default=0, description="memory for the LoRA weights of resident adapters; 0: a share of the free memory"
     )
     adapter_extra_bytes: int = Field(
         default=0,
-        description="memory for LoRA rows of experts, and what adapters change beyond rows; 0: a share of what is free",
+        description="memory for experts' LoRA weights and adapters' other changes; 0: a share of the free memory",
     )
-    adapter_host_bytes: int = Field(default=0, description="host memory for packed adapters; 0: part of what is free")
-    merge_timeout_s: float = Field(default=60.0, gt=0, description="longest time that a merge of adapters may take")
-    prefix_cache: bool = Field(default=True, description="reuse the KV blocks of prompts that begin alike")
+    adapter_host_bytes: int = Field(
+        default=0, description="host memory for packed adapters; 0: a share of what is free"
+    )
+    merge_timeout_s: float = Field(default=60.0, gt=0, description="maximum duration of a merge of adapters")
+    prefix_cache: bool = Field(default=True, description="reuse the KV blocks of shared prompt prefixes")
     threads: int = Field(
         default=0, description="CPU threads of a worker; 0: the machine's cores divided by its workers"
     )
@@ -370,81 +368,81 @@ class Settings(BaseSettings):
         description="auto: native kernels where they exist; reference: plain torch; or the instruction set of a CPU",
     )
     max_draft_tokens: int = Field(
-        default=0, ge=0, description="most draft tokens per sequence and step, proposed from its own text; 0: none"
+        default=0, ge=0, description="maximum draft tokens per sequence and step (prompt lookup); 0: none"
     )
     cuda_graphs: Literal["auto", "on", "off"] = Field(
-        default="auto", description="record steps as CUDA graphs; auto: if the model allows it; on: or fail"
+        default="auto", description="record steps as CUDA graphs; auto: if the model allows it; on: fail if it does not"
     )
     overlap: Literal["auto", "on", "off"] = Field(
-        default="auto", description="launch a step before the tokens of the one before are known; auto: on a GPU"
+        default="auto", description="launch a step before the previous step's tokens are known; auto: on a GPU"
     )
     deterministic: bool = Field(
-        default=False, description="add in one order whatever is beside a text, so that it has the same bits; slower"
+        default=False, description="make outputs bit-identical whatever else is in the batch; slower"
     )
     compile: bool = Field(default=False, description="compile each decoder layer with torch.compile")
 
     # Store
     adapters: Path | None = Field(
-        default=None, description="folder whose sub-folders are adapters, served under their names"
+        default=None, description="folder whose subfolders are adapters, served under their names"
     )
-    adapter_roots: str = Field(default="", description="more folders of adapters, by commas, to be loaded by path")
-    store_host: str = Field(default="127.0.0.1", description="address the store listens on for workers")
-    store_port: int = Field(default=0, ge=0, le=65535, description="port the store listens on; 0: any free one")
+    adapter_roots: str = Field(default="", description="more folders of adapters, comma-separated, to load by path")
+    store_host: str = Field(default="127.0.0.1", description="address that the store listens on for workers")
+    store_port: int = Field(default=0, ge=0, le=65535, description="port that the store listens on; 0: any free one")
     store_url: str = Field(default="", description="URL of the store for workers; default: from its host and port")
     scan_interval_s: float = Field(default=1.0, description="pause between scans of the adapter folder")
-    max_adapter_bytes: int = Field(default=8 << 30, ge=1, description="largest file of an adapter")
+    max_adapter_bytes: int = Field(default=8 << 30, ge=1, description="maximum size of an adapter's file")
     upload_bytes: int = Field(
-        default=20 << 30, ge=0, description="most bytes of uploaded adapters in the adapter folder; 0: none are taken"
+        default=20 << 30, ge=0, description="maximum size of all uploads in the adapter folder; 0: uploads are off"
     )
     effect_test: Literal["off", "folders", "all"] = Field(
         default="folders",
-        description="which adapters are looked through for having no effect: all that they add is zero",
+        description="which adapters are checked for having no effect (everything they add is zero)",
     )
     store_quota_bytes: int = Field(
-        default=0, ge=0, description="space for mirrored adapters; the least recently used leave first; 0: no limit"
+        default=0,
+        ge=0,
+        description="disk space for mirrored adapters; the least recently used are evicted; 0: no limit",
     )
     request_sources: str = Field(
-        default="", description="sources whose adapters a request may name without registration: hub, s3 or hub,s3"
+        default="", description="sources whose adapters requests may name without registration: hub, s3 or hub,s3"
     )
     hub_orgs: str = Field(
-        default="", description="Hub organisations that adapters may come from, separated by commas; empty: any"
+        default="", description="comma-separated Hub organisations that adapters may come from; empty: any"
     )
     s3_buckets: str = Field(
-        default="", description="S3 buckets that adapters may come from, separated by commas; empty: none"
+        default="", description="comma-separated S3 buckets that adapters may come from; empty: none"
     )
     tenant_places: str = Field(
         default="",
-        description="Hub organisations and s3://BUCKET[/PREFIX] that tenants with API keys read with the fleet's own"
-        " credentials, separated by commas; empty: none",
+        description="comma-separated Hub organisations and s3://BUCKET[/PREFIX] that tenants with API keys may"
+        " read with the fleet's credentials; empty: none",
     )
     max_tenant_adapters: int = Field(
-        default=1000, ge=1, description="most adapters that one tenant with API keys may have registered"
+        default=1000, ge=1, description="maximum registered adapters per tenant with API keys"
     )
     max_registrations_per_minute: int = Field(
-        default=60, ge=1, description="most adapters that one tenant with API keys may register in a minute"
+        default=60, ge=1, description="maximum registrations per minute and tenant with API keys"
     )
     access_check_s: float = Field(
         default=60.0,
         gt=0,
-        description="how long it holds that the Hub lets a caller's token read an adapter; then the Hub is asked again",
+        description="time for which the Hub's permission to read an adapter with a caller's token is cached",
     )
     hub_endpoint: str = Field(default="", description="URL of the Hub; default: HF_ENDPOINT or huggingface.co")
     s3_endpoint: str = Field(
-        default="", description="URL of an S3-compatible server; default: AWS or what its variables say"
+        default="", description="URL of an S3-compatible server; default: AWS, or as its variables say"
     )
     preload: str = Field(
         default="",
-        description="adapters that every worker fetches at its start, separated by commas: names, Hub ids, s3:// URLs",
+        description="comma-separated adapters that every worker fetches at its start: names, Hub ids, s3:// URLs",
     )
     pin: str = Field(
         default="",
-        description="adapters that never leave a worker's memory, separated by commas, named as for --preload",
+        description="comma-separated adapters that always stay in every worker's memory, named as for --preload",
     )
-    refresh_s: float = Field(default=300.0, gt=0, description="how often names from remote sources are looked up again")
-    max_downloads: int = Field(default=8, ge=1, description="most adapters a store fetches at once from one source")
-    store_bucket: str = Field(
-        default="", description="s3://BUCKET/PREFIX where several stores share what they have fetched"
-    )
+    refresh_s: float = Field(default=300.0, gt=0, description="interval between checks of remote sources for changes")
+    max_downloads: int = Field(default=8, ge=1, description="maximum concurrent downloads per store and source")
+    store_bucket: str = Field(default="", description="s3://BUCKET/PREFIX where several stores share fetched adapters")
 
     @field_validator(
         "data", "adapters", "gpu_locks", "secret_file", "redis_password_file", "redis_sentinel_password_file",

@@ -1,9 +1,9 @@
-"""Spans of requests, told to an OpenTelemetry collector over OTLP. Off unless `otlp_endpoint` is set.
+"""Spans of requests, exported to an OpenTelemetry collector over OTLP. Off unless `otlp_endpoint` is set.
 
-A span is told once, when it has ended, with its begin: nothing is kept open, and nothing is asked of a context that
+A span is exported once, when it has ended: nothing is kept open, and nothing is asked of a context that
 tasks would have to carry. What belongs to the same request has the same trace id, which travels in the queue's messages
 as a W3C `traceparent`. The span of an assignment has an id that follows from the request and its epoch, so that the
-next owner can link to it and the scheduler can tell it for a worker that died before it could.
+next owner can link to it and the scheduler can export it for a worker that died before.
 
 Off, this module imports nothing of OpenTelemetry, `TRACING.tracer` is None, and messages carry no trace.
 """
@@ -30,13 +30,13 @@ SCHEMA_URL = "https://opentelemetry.io/schemas/1.37.0"
 """The version of the semantic conventions, those for generative AI among them, that names of attributes are from."""
 
 EXPORT_MS = 1000
-"""Longest that a span waits to be told: what a worker has told survives it."""
+"""Maximum delay (s) of a span's export: exported spans survive their worker."""
 
 MAX_WAITING = 8192
-"""Spans that wait to be told, while a collector does not answer; further ones are dropped."""
+"""Maximum queued spans while a collector does not answer; further ones are dropped."""
 
 FLUSH_S = 2.0
-"""Longest that the end of a service waits for its last spans to be told."""
+"""Maximum time (s) that a stopping service waits for the export of its last spans."""
 
 TRACE_ID: ContextVar[str] = ContextVar("trace_id", default="")
 """The trace of the request that the current task works for, for log lines and errors; "" for none."""
@@ -46,7 +46,7 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A span's place: its trace, its own id, and its parent's, 0 for none."""
+    """A span's context: the ids of its trace, itself, and its parent, 0 for none."""
 
     trace_id: int
     span_id: int
@@ -63,7 +63,7 @@ class Trace:
         return f"00-{self.trace_id:032x}-{self.span_id:016x}-01"
 
     def child(self, span_id: int = 0) -> Trace:
-        """Return the place of a child, with an id of its own."""
+        """Return the context of a child, with a new id."""
         return Trace(self.trace_id, span_id or secrets.randbits(64) or 1, self.span_id)
 
 
@@ -76,7 +76,7 @@ def place_of(traceparent: str) -> Trace | None:
 
 
 def run_place(traceparent: str, rid: str, epoch: int) -> Trace | None:
-    """Return the place of a request's assignment, the same in every process; None where it has no trace."""
+    """Return the context of a request's assignment, the same in every process; None where it has no trace."""
     parent = place_of(traceparent) if traceparent else None
     if parent is None:
         return None
@@ -85,7 +85,7 @@ def run_place(traceparent: str, rid: str, epoch: int) -> Trace | None:
 
 
 class Tracer:
-    """Tells spans to a collector, from a thread of its own."""
+    """Exports spans to a collector, from its own thread."""
 
     def __init__(self, endpoint: str, service: str, instance: str, share: float) -> None:
         """endpoint: URL of OTLP over HTTP. share: of requests without a `traceparent` that are traced, 0 to 1.
@@ -118,7 +118,7 @@ class Tracer:
         )
 
     def begin(self, traceparent: str) -> Trace | None:
-        """Return the place of a new request, below what its client sent; None for one that is not traced."""
+        """Return the context of a new request, a child of its client's; None if it is not traced."""
         if _TRACEPARENT.fullmatch(traceparent):  # the client has decided
             above = place_of(traceparent)
             return above.child() if above is not None else None
@@ -130,7 +130,7 @@ class Tracer:
         self, name: str, place: Trace, begin_ns: int, end_ns: int, attributes: Mapping[str, Any], *,
         kind: str = "INTERNAL", error: str = "", links: Sequence[Trace] = (), events: Sequence[tuple[str, int]] = (),
     ) -> None:  # fmt: skip
-        """Tell a span that has ended. Times are unix ns; kind: of `SpanKind`; error: why it failed, "" if it did not.
+        """Export a span that has ended. Times are unix ns; kind: of `SpanKind`; error: why it failed, "" if it did not.
 
         events: (name, unix ns) of moments in it.
         """
@@ -150,7 +150,7 @@ class Tracer:
         return self._api.SpanContext(trace_id, span_id, is_remote=False, trace_flags=self._sampled)
 
     def close(self) -> None:
-        """Tell what waits, for at most `FLUSH_S`, and end the thread."""
+        """Export queued spans, for at most `FLUSH_S`, and end the thread."""
         # The library's own end waits for half a minute for a collector that does not answer.
         ending = threading.Thread(target=self._processor.shutdown, daemon=True)
         ending.start()

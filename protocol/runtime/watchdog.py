@@ -41,15 +41,17 @@ class Watchdog:
     async def watch(self) -> None:
         """Wind the timer as long as there is progress, until cancelled. What follows has once more `limit_s`."""
         try:
-            seen, seen_s, told = object(), time.monotonic(), False
+            seen, seen_s, warned = object(), time.monotonic(), False
             while True:
                 now = self._progress() if self._progress is not None else object()
                 if now != seen:
-                    seen, seen_s, told = now, time.monotonic(), False
+                    seen, seen_s, warned = now, time.monotonic(), False
                     self.wind()
-                elif not told and time.monotonic() - seen_s > self.limit_s / 2:
-                    told = True
-                    logger.error("no progress for %.0f s; this process ends after %g s", self.limit_s / 2, self.limit_s)
+                elif not warned and time.monotonic() - seen_s > self.limit_s / 2:
+                    warned = True
+                    logger.error(
+                        "no progress for %.0f s; this process exits after %g s", self.limit_s / 2, self.limit_s
+                    )
                 await asyncio.sleep(min(1.0, self.limit_s / 4))
         finally:
             self.wind()

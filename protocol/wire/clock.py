@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 
 class FleetClock:
-    """The server's unix time, estimated from what it last told."""
+    """The server's unix time, estimated from its last reply."""
 
     def __init__(self, wall_ns: Callable[[], int] = time.time_ns) -> None:
-        """wall_ns: this host's unix time, which is asked once and stands until a server has told the time."""
+        """wall_ns: this host's unix time, read once, and used until a server has replied."""
         self._offset_ns = wall_ns() - time.monotonic_ns()
 
     def ns(self) -> int:
@@ -23,7 +23,7 @@ class FleetClock:
         return time.monotonic_ns() + self._offset_ns
 
     def learn(self, told_ns: int, asked_at_ns: int, heard_at_ns: int) -> None:
-        """Take the server's time, which it told between two times of this process's monotonic clock.
+        """Take the server's time, read between two times of this process's monotonic clock.
 
         An estimate that the answer allows stays as it is, so that a slow answer moves nothing.
         """

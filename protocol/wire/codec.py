@@ -53,7 +53,7 @@ def decode_record(raw: bytes, type_: type[R]) -> R:
             form, cause = 0, error
         found = None
     if form > type_.FORM:
-        text = f"this {type_.__name__} has form {form}, and this release knows {type_.FORM}: a newer one has written it"
+        text = f"this {type_.__name__} has form {form}, but this release knows {type_.FORM}: a newer release wrote it"
         raise NewerRecord(text) from cause
     if found is None:
         raise UnreadableRecord(f"this {type_.__name__} cannot be read: {cause}") from cause

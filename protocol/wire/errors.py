@@ -162,7 +162,7 @@ class QueueFull(Unavailable):
 
 
 class NoRoom(Unavailable):
-    """A disk has no room for it beyond what is kept free. Room is made by deleting, which is always possible."""
+    """A disk has no room for it beyond the free space to keep. Deleting, which is always possible, frees space."""
 
     status = 507
     code = "no_room"
@@ -195,7 +195,7 @@ class ProtocolError(LorafleetError):
 
 
 class UnreadableRecord(ProtocolError):
-    """What was kept in the queue cannot be read: another release has written it, or it is damaged."""
+    """A stored record cannot be read: another release has written it, or it is damaged."""
 
     code = "record_unreadable"
 

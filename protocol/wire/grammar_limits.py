@@ -15,7 +15,7 @@ class GrammarLimits(TypedDict):
     max_items_in_row: int  # parser items after one token
     step_max_items: int  # parser items of one mask
     step_lexer_fuel: int  # work of the lexer for one mask
-    max_lexer_states: int  # of one request: tens of MB
+    max_lexer_states: int  # per request: tens of MB
 
 
 GRAMMAR_LIMITS: GrammarLimits = {

@@ -278,7 +278,7 @@ class Keys:
         """Hash: tenant -> `api_keys.Tenant`, its limits. Written by operators."""
         return f"{self.namespace}:tenants"
 
-    # Members of the fleet. Beats expire by themselves; the sorted sets are cleaned by score.
+    # Members of the fleet. Heartbeats expire by themselves; the sorted sets are cleaned by score.
     def worker_beat(self, wid: str) -> str:
         """String PX 4 s: `messages.WorkerBeat`."""
         return f"{self.namespace}:w:{wid}:hb"
@@ -293,17 +293,17 @@ class Keys:
 
     @property
     def workers(self) -> str:
-        """Sorted set wid -> last beat, ms. Permanent, cleaned by the scheduler."""
+        """Sorted set wid -> last heartbeat, ms. Permanent, cleaned by the scheduler."""
         return f"{self.namespace}:workers"
 
     @property
     def gateways(self) -> str:
-        """Sorted set gid -> last beat, ms. Permanent, cleaned by the scheduler."""
+        """Sorted set gid -> last heartbeat, ms. Permanent, cleaned by the scheduler."""
         return f"{self.namespace}:gateways"
 
     @property
     def stores(self) -> str:
-        """Sorted set sid -> last beat, ms. Permanent, cleaned by the stores."""
+        """Sorted set sid -> last heartbeat, ms. Permanent, cleaned by the stores."""
         return f"{self.namespace}:stores"
 
     @property
@@ -369,7 +369,7 @@ class Keys:
         return f"{self.namespace}:adapters:ev"
 
     def is_permanent(self, key: str) -> bool:
-        """Tell whether `key` may live without a TTL."""
+        """Return whether `key` may live without a TTL."""
         fixed = {
             self.ended, self.workers, self.gateways, self.stores, self.leader_epoch,
             self.base, self.adapters, self.adapters_stamp, self.registrations, self.pins, self.adapter_events,

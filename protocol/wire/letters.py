@@ -1,4 +1,4 @@
-"""Dead letters as JSON: what `/v1/dead_letters` and `lorafleet dlq --json` tell of them. Pure."""
+"""Dead letters as JSON, for `/v1/dead_letters` and `lorafleet dlq --json`. Pure."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class RequestFacts:
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """One assignment of a request, as far as its record tells of it."""
+    """One assignment of a request, as far as its record has it."""
 
     placed: m.Placed
     timing: m.Timing | None = None  # None: nothing came of it, or not yet
@@ -67,12 +67,12 @@ class RequestRecord:
     tenant: str
     cls: str
     digest: str
-    model: str  # that was asked for, as the API shows it
+    model: str  # requested model, as shown by the API
     call: str
     num_cached_tokens: int
     num_ahead: int  # requests of its class that waited when it came
     deadline_ms: int
-    assignments: list[Assignment]  # in order; of very many the first and the last ones
+    assignments: list[Assignment]  # assignments in order; of very many, the first and the last ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +83,8 @@ class RequestSummary:
     state: str
     tenant: str
     cls: str
-    digest: str  # of its adapter, "" for the base model
-    model: str  # that was asked for, as the API shows it
+    digest: str  # digest of its adapter, "" for the base model
+    model: str  # requested model, as shown by the API
     call: str
     owner: str  # wid; "" while it is queued
     finish: str
@@ -107,7 +107,7 @@ class Holder:
 
     state: str
     owner: str  # wid; "" while it is queued
-    digest: str  # of its adapter, "" for the base model
+    digest: str  # digest of its adapter, "" for the base model
 
 
 @dataclass(slots=True)
@@ -117,9 +117,9 @@ class AdapterUse:
     hits: int = 0  # requests that found it in their worker's pool
     misses: int = 0  # requests that did not
     last_ms: int = 0  # unix time of the last request
-    fetches: int = 0  # from a store to a worker's host memory
+    fetches: int = 0  # fetches from a store to a worker's host memory
     fetch_ms: int = 0  # all fetches together
-    loads: int = 0  # from host memory into a pool
+    loads: int = 0  # loads from host memory into a pool
     load_ms: int = 0
 
 

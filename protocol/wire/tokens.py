@@ -1,7 +1,7 @@
 """Token ids to text: a table of every token's bytes, and a decoder that needs nothing else.
 
 The library `tokenizers` decodes as well, with whatever a tokenizer.json tells it to do. Here that was settled when the
-table was made (`peft_adapters/texts/tokenizer_json.py`), so a token costs a look into a list, whoever wrote the file.
+table was made (`peft_adapters/texts/tokenizer_json.py`), so a token costs one list look-up, for any file.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TokenTable(msgspec.Struct, dict=True, weakref=True):
     """A character, and how many of them are taken from the beginning of a text."""
 
     key: str = ""
-    """The hash of the tokenizer.json that the table was made of; it tells tables apart."""
+    """The hash of the tokenizer.json that the table was made of; it identifies the table."""
 
     refusal: str = ""
     """Why ids cannot be decoded, "" if they can."""

@@ -194,7 +194,7 @@ async def test_a_disk_without_room_takes_no_adapter(tmp_path: Path, subtests: py
             if is_taken:
                 assert (await mirror.take(source, name, LLAMA)).digest in mirror.blobs
                 continue
-            with pytest.raises(NoRoom, match="bytes have no room"):
+            with pytest.raises(NoRoom, match="bytes do not fit"):
                 await mirror.take(source, name, LLAMA)
             assert size_of(folder) == 0
 

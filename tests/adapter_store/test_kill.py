@@ -134,7 +134,7 @@ async def test_full_disk(bus: Bus, settings: Settings) -> None:
         old = await in_state(bus, "old", "on_disk")
         url = await url_of(bus, set())
         write_adapter(settings.adapters / "new", seed=2, rank=1000)
-        assert "bytes have no room: the disk has" in (await in_state(bus, "new", "failed")).reason
+        assert "bytes do not fit: the disk has" in (await in_state(bus, "new", "failed")).reason
         await ask(url, old.digest)
         there = ["nsenter", f"--target={process.pid}", "--user", "--preserve-credentials", "--mount", "--"]
         await asyncio.to_thread(

@@ -128,7 +128,7 @@ async def test_a_network_cut_moves_streams_and_its_worker_joins_again(
 
     near.run("ip link set cable1 up")
     far = fleet.members["far"]
-    again = "was taken for dead; joining again"
+    again = "was declared dead; rejoining"
     await wait_until(lambda: again in far.log.read_text(), "the far worker hears that it is dead", timeout_s=60)
     await wait_until(lambda: running_on(fleet, "far", 0), "it is heard of again", timeout_s=60)
     assert far.is_running

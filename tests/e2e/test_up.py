@@ -122,7 +122,7 @@ async def test_a_second_fleet_on_the_same_port_or_data_is_refused(
     with fleet_up(tmp_path / "data", model, "--data", str(fleet.output_file.parent / "data")) as second:
         await wait_until(second.has_ended, "it was refused")
         assert second.process.returncode == 2
-        assert "another fleet is running with the data in" in second.output
+        assert "another fleet is using the data folder" in second.output
 
 
 async def test_a_hot_swap_under_32_streams(fleet: RunningFleet, model: Path, adapters: Path) -> None:

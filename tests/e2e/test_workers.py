@@ -89,7 +89,7 @@ async def test_clients_get_their_whole_text_whatever_happens_to_workers(
     await asking
     assert texts == expected
     await wait_until(lambda: joined(queue, 2), "worker-0 takes requests again", timeout_s=100)
-    assert "worker-0 was killed by SIGKILL; starting it again" in fleet.output
+    assert "worker-0 was killed by SIGKILL; restarting it" in fleet.output
 
     # One leaves in the middle of its work: it hands over.
     asking = await ask_until_it_works(fleet, queue, "joined", texts)

@@ -65,7 +65,7 @@ class Tab:
         await self.page.goto(f"{self.url}/console")
         if key:
             await self.page.get_by_label("API key").fill(key)
-            await self.page.get_by_role("button", name="Enter").click()
+            await self.page.get_by_role("button", name="Sign in").click()
         await self.page.get_by_role("heading", name="Overview").wait_for()
 
     async def go(self, title: str) -> None:

@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from lorafleet.bench import BenchConfig, RequestRecord, Summary, Target, WarmupError, run_load
 from lorafleet.bench.cli import add_arguments, config_of, run
-from lorafleet.bench.client import Connection, api_base
+from lorafleet.bench.client import BenchConnection, api_base
 from lorafleet.bench.workload import choose_targets, plan_requests
 
 
@@ -174,7 +174,7 @@ HEAD = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(ANSWER)
 class ReplayTransport(asyncio.Transport):
     """A server that answers any request with fixed pieces."""
 
-    def __init__(self, connection: Connection, pieces: list[bytes]) -> None:
+    def __init__(self, connection: BenchConnection, pieces: list[bytes]) -> None:
         super().__init__()
         self._connection, self._pieces = connection, pieces
 
@@ -189,7 +189,7 @@ def test_answer_reads_the_same_wherever_the_network_cuts_it(cuts: set[int]) -> N
     pieces = [(HEAD + ANSWER)[start:stop] for start, stop in pairwise(edges)]
 
     async def receive() -> RequestRecord:
-        connection, record = Connection(), RequestRecord("base")
+        connection, record = BenchConnection(), RequestRecord("base")
         connection.connection_made(ReplayTransport(connection, pieces))
         await connection.exchange(b"", record)
         return record
@@ -202,7 +202,7 @@ def test_answer_reads_the_same_wherever_the_network_cuts_it(cuts: set[int]) -> N
 
 async def test_a_refusal_is_kept_with_its_headers() -> None:
     answer = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 7\r\nContent-Length: 4\r\n\r\nbusy"
-    connection, record = Connection(), RequestRecord("base")
+    connection, record = BenchConnection(), RequestRecord("base")
     connection.connection_made(ReplayTransport(connection, [answer[:30], answer[30:]]))
     await connection.exchange(b"", record)
     assert (record.status, record.headers["retry-after"], record.error) == (429, "7", "HTTP 429: busy")

@@ -42,7 +42,7 @@ def test_a_letter_is_listed_shown_and_retried(
     told = json.loads(capsys.readouterr().out)
     assert (told["id"], told["request"]["id"], told["deaths"][0]["phase"]) == (letter_id, "a-0", "decode")
     assert main(["dlq", "retry", letter_id, *flags]) == 0
-    assert "a-0 is queued again" in capsys.readouterr().out
+    assert "a-0 was requeued" in capsys.readouterr().out
     assert asyncio.run(audited(queue_server)) == [("cli", "dead_letter.retry", letter_id)]
     assert main(["dlq", "list", *flags]) == 0
     assert "no dead letters" in capsys.readouterr().out

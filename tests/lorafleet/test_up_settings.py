@@ -130,7 +130,7 @@ def test_settings_survive_the_way_to_a_child(monkeypatch: pytest.MonkeyPatch) ->
         (["up", "x/y", "--prot", "1"], "unrecognized arguments: --prot"),
         (["up", "./nowhere", "--port", "0"], "'./nowhere' is neither a folder nor a Hub id"),
         (["up", "x/y", "--adapters", "./nowhere"], "--adapters: nowhere is not a folder"),
-        (["up", "x/y", "--config", "./nowhere.toml"], "there is no file ./nowhere.toml"),
+        (["up", "x/y", "--config", "./nowhere.toml"], "no such file: ./nowhere.toml"),
         (["up", "x/y", "--redis-url", "http://host"], "--redis-url: "),
         (["serve", "cook"], "invalid choice: 'cook'"),
         (["serve", "worker"], "--model: the worker needs"),

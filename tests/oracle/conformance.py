@@ -40,7 +40,7 @@ GOES_ON_BY: dict[Continues, str] = {
     "tokens": ", prompts by token after the first chunk",
     "nothing": ", each token after a pass over all of its text",
 }
-"""What a user must know of how sequences run one by one."""
+"""What a user must know of how sequences run unbatched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ def notes_on(model: PreTrainedModel, engine: Engine, sites: list[SiteInfo]) -> l
         notes.append("text only")
     passes = engine.model.passes
     if passes is not None:
-        notes.append(f"one by one{GOES_ON_BY[passes.continues]}")
+        notes.append(f"unbatched{GOES_ON_BY[passes.continues]}")
     layers = engine.model.layers
     if any(layer.call.chunk for layer in layers):
         notes.append("sequences of one attention chunk at most")

@@ -28,7 +28,7 @@ from protocol.wire.messages import OPAQUE
     ("model_type", "fields", "reason"),
     [
         ("bert", {"is_decoder": False}, "both directions"),
-        ("xlnet", {}, "AttentionInterface.*no cache of its own to go on from"),
+        ("xlnet", {}, "AttentionInterface.*no cache of its own to continue from"),
         ("reformer", {}, "no cache of its own"),  # long texts draw lots
     ],
 )

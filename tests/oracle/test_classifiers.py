@@ -172,7 +172,7 @@ def test_a_head_that_only_adapters_bring(tmp_path: Path) -> None:
     error = found["none"].error
     assert error is not None
     assert error.message == (
-        "the base model's folder has no weights of classifier.dense, classifier.out_proj: ask an adapter"
+        "the base model's folder has no weights of classifier.dense, classifier.out_proj: use an adapter"
     )
 
 

@@ -76,7 +76,7 @@ def test_without_it_a_batch_changes_bits_or_nothing_would_be_shown() -> None:
 
 @pytest.mark.usefixtures("fixed")
 def test_models_that_cannot_be_fixed_are_refused() -> None:
-    with pytest.raises(BadRequest, match="sequences run one by one"):
+    with pytest.raises(BadRequest, match="sequences run unbatched"):
         Oracle(tiny_model("falcon"), {}, scale=0.4).engine(deterministic=True)
 
 

@@ -101,7 +101,7 @@ def _model(**changes: Any) -> Any:
     ("changes", "message"),
     [
         ({"device": torch.device("cuda")}, "served on a CPU only; the device is cuda"),
-        ({"passes": object()}, "sequences run one by one"),
+        ({"passes": object()}, "sequences run unbatched"),
         ({"layers": []}, "keeps no keys and values"),
         ({"layers": [SimpleNamespace(call=SimpleNamespace(head_dim=64, value_dim=6))]}, "have 6 numbers, no multiple"),
     ],

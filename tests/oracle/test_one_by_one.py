@@ -1,4 +1,4 @@
-"""Sequences that run one by one: whatever happens to a request, its tokens are those of transformers and PEFT."""
+"""Sequences that run unbatched: whatever happens to a request, its tokens are those of transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -216,11 +216,11 @@ def test_caches_take_their_part_of_the_memory() -> None:
 
 def test_settings_that_need_packed_steps_are_refused() -> None:
     oracle = Oracle(tiny_model("falcon"), {}, scale=0.4)
-    with pytest.raises(BadRequest, match="max_draft_tokens is 4, but this model's sequences run one by one"):
+    with pytest.raises(BadRequest, match="max_draft_tokens is 4, but this model's sequences run unbatched"):
         oracle.engine(max_draft_tokens=4)
-    with pytest.raises(BadRequest, match="compile is on, but this model's sequences run one by one"):
+    with pytest.raises(BadRequest, match="compile is on, but this model's sequences run unbatched"):
         prepare_model(tiny_model("falcon"), frozenset(), None, compiled=True)
-    with pytest.raises(BadRequest, match="overlap is on, but this model's sequences run one by one"):
+    with pytest.raises(BadRequest, match="overlap is on, but this model's sequences run unbatched"):
         oracle.engine(overlap="on")
     assert not oracle.engine().config.limits.prefix_cache
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_adapters.targets import BadPattern, Names, PatternMap, SavedModules, compile_pattern
+from peft_adapters.targets import BadPattern, NameTargets, PatternMap, SavedModules, compile_pattern
 
 PIECES = ["q_proj", "model", "layers", ".", r"\.", ".*", ".*?", "[0-9]", r"\d", r"\d+", "(", ")", "|", "^", "$", "?",
           "+", "*", "{2}", "{,3}", "{1,}", "[^.]", "[[:alpha:]]", r"\w", r"\b", "(?:", "(?i)", "(?P<a>", r"\Z", r"\1",
@@ -23,7 +23,7 @@ def test_an_accepted_pattern_means_what_python_says(pattern: str) -> None:
         compile_pattern(pattern)
     except BadPattern:
         return
-    names = Names.read(pattern)
+    names = NameTargets.read(pattern)
     for module in MODULES:
         assert names.chosen(module) == (re.fullmatch(pattern, module) is not None)
 
@@ -31,7 +31,7 @@ def test_an_accepted_pattern_means_what_python_says(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", [r"(.*a){20}$", r"(a|aa)+$", r"(.*.*.*.*.*)*x", r"(?:.*?){9}y"])
 def test_hostile_patterns_take_no_time(pattern: str) -> None:
     """Each would keep Python's `re` busy for ages on one name: the test's time limit is the check."""
-    names = Names.read(pattern)
+    names = NameTargets.read(pattern)
     assert not any(names.chosen("a" * 5000 + "b") for _ in range(20))
 
 

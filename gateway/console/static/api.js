@@ -1,4 +1,4 @@
-// The gateway's routes, asked with the operator's key. The key stays in this tab: sessionStorage forgets it with it.
+// The gateway's API, called with the operator's key, which sessionStorage holds until the tab is closed.
 
 const KEY = "lorafleet.key";
 const ROOT = new URL("../", location.href); // the gateway, under whatever prefix the console is served
@@ -10,7 +10,7 @@ export const key = {
 
 export const gateway = ROOT.href.replace(/\/$/, "");
 
-// What went wrong, in the gateway's words.
+// An error answer of the gateway.
 export class Refused extends Error {
   constructor(status, message, code, reasons) {
     super(message);
@@ -31,17 +31,17 @@ function headers(more) {
 async function refusal(answer) {
   let error = {};
   try {
-    const told = await answer.json();
-    error = typeof told.error === "object" && told.error !== null ? told.error : { message: told.error };
+    const { error: given } = await answer.json();
+    error = typeof given === "object" && given !== null ? given : { message: given };
   } catch {
     error = {};
   }
-  const refused = new Refused(answer.status, error.message || `the gateway answers ${answer.status}`, error.code, error.reasons);
+  const refused = new Refused(answer.status, error.message || `the gateway answered ${answer.status}`, error.code, error.reasons);
   if (answer.status === 401) onLocked(refused.message);
   return refused;
 }
 
-// Sends a request and returns the answer, whatever it holds; throws `Refused`.
+// Sends a request and returns the answer; throws `Refused`.
 export async function send(path, { method = "GET", body, raw, signal, more } = {}) {
   const init = { method, signal, headers: headers(more), cache: "no-store", redirect: "error" };
   if (body !== undefined) {
@@ -65,7 +65,7 @@ export const get = async (path, signal) => (await send(path, { signal })).json()
 export const post = async (path, body, signal) => (await send(path, { method: "POST", body, signal })).json();
 export const remove = async (path) => (await send(path, { method: "DELETE" })).json();
 
-// A path's part: names of adapters keep their slashes.
+// Encodes a name for a path; slashes in adapter names stay.
 export const part = (text) => text.split("/").map(encodeURIComponent).join("/");
 
 export function query(values) {
@@ -73,7 +73,7 @@ export function query(values) {
   return given.length ? `?${new URLSearchParams(given)}` : "";
 }
 
-// Reads a list page by page, until it ends or has `most` objects. `next` makes a page's path of a cursor.
+// Reads a list page by page, up to `most` objects. `next` returns the path of the page after a cursor.
 export async function pages(next, most, signal) {
   const found = [];
   let after = "";
@@ -87,7 +87,7 @@ export async function pages(next, most, signal) {
   return { data: found, more: true };
 }
 
-// Yields the JSON values of a stream of server-sent events.
+// Yields the JSON values of a server-sent event stream.
 export async function* events(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";

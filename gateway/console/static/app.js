@@ -1,4 +1,4 @@
-// The frame: which page is shown, and the door where keys are on.
+// The frame: navigation between pages, and the sign-in form where API keys are on.
 
 import { html, render, useEffect, useState } from "./vendor/preact-htm.js";
 import { get, key, whenLocked } from "./api.js";
@@ -19,7 +19,7 @@ const PAGES = [
 
 const here = () => location.hash.replace(/^#\/?/, "").split("?")[0] || "overview";
 
-function Door({ text, onOpen }) {
+function SignIn({ text, onOpen }) {
   const [value, setValue] = useState("");
   const [error, setError] = useState(null);
   async function enter(event) {
@@ -36,11 +36,11 @@ function Door({ text, onOpen }) {
   return html`<main>
     <form class="panel" onSubmit=${enter}>
       <h1>Lorafleet</h1>
-      <p>${text || "This fleet asks for API keys."} The console needs one with the scope <code>admin</code>. It stays in this tab, until the tab is closed.</p>
+      <p>${text || "This fleet requires API keys."} The console needs a key with the scope <code>admin</code>. It is stored in this tab only, until the tab is closed.</p>
       <${Problem} error=${error} />
       <label><span>API key</span>
         <input type="password" autocomplete="off" spellcheck=${false} required value=${value} onInput=${(event) => setValue(event.target.value)} /></label>
-      <p class="row end"><button class="main">Enter</button></p>
+      <p class="row end"><button class="main">Sign in</button></p>
     </form>
   </main>`;
 }
@@ -62,14 +62,14 @@ function App() {
   useEffect(() => {
     document.title = `${title} · Lorafleet`;
   }, [title]);
-  if (locked === null) return html`<main><h1>Lorafleet</h1><p>Asking the gateway …</p></main>`;
-  if (locked) return html`<${Door} text=${key.get() ? locked : ""} onOpen=${() => setLocked("")} />`;
+  if (locked === null) return html`<main><h1>Lorafleet</h1><p>Connecting …</p></main>`;
+  if (locked) return html`<${SignIn} text=${key.get() ? locked : ""} onOpen=${() => setLocked("")} />`;
   return html`
-    <a class="skip" href="#content" onClick=${(event) => { event.preventDefault(); document.getElementById("content").focus(); }}>To the content</a>
+    <a class="skip" href="#content" onClick=${(event) => { event.preventDefault(); document.getElementById("content").focus(); }}>Skip to content</a>
     <header class="top">
       <span class="brand">Lorafleet</span>
       <nav aria-label="Pages">${PAGES.map(([one, words]) => html`<a href=${`#/${one}`} aria-current=${one === name ? "page" : undefined}>${words}</a>`)}</nav>
-      ${key.get() ? html`<button type="button" onClick=${() => { key.set(""); setLocked("The key is forgotten."); }}>Forget the key</button>` : null}
+      ${key.get() ? html`<button type="button" onClick=${() => { key.set(""); setLocked("Signed out."); }}>Sign out</button>` : null}
     </header>
     <main id="content" tabindex="-1"><h1>${title}</h1><${Page} key=${name} /></main>
     <${Confirm} />

@@ -1,10 +1,10 @@
-// Lines over time. uPlot is a script of its own, which leaves one name.
+// Time series charts. uPlot is a plain script that defines one global name.
 
 import { html, useEffect, useRef } from "./vendor/preact-htm.js";
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-// times: unix seconds; lines: [{ label, values }], null where nothing is known.
+// times: unix seconds; lines: [{ label, values }], null where there is no sample.
 export function Lines({ title, times, lines, unit }) {
   const ref = useRef(null);
   const plot = useRef(null);
@@ -39,7 +39,7 @@ export function Lines({ title, times, lines, unit }) {
     };
   }, []);
   useEffect(() => plot.current?.setData(data));
-  const last = lines.map((line) => `${line.label} ${line.values.at(-1) === null || line.values.length === 0 ? "not known" : `${line.values.at(-1).toFixed(1)} ${unit}`}`);
+  const last = lines.map((line) => `${line.label} ${line.values.at(-1) === null || line.values.length === 0 ? "no data" : `${line.values.at(-1).toFixed(1)} ${unit}`}`);
   return html`<div>
     <h2>${title}</h2>
     <div ref=${ref} class="plot" role="img" aria-label=${`${title}: ${last.join(", ")} now`}></div>

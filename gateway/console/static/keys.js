@@ -1,4 +1,4 @@
-// Tenants and their keys: who may ask, for how much, and what was used.
+// Tenants with limits, API keys, usage and the audit log.
 
 import { html, useState } from "./vendor/preact-htm.js";
 import { pages, part, post, query, remove } from "./api.js";
@@ -7,8 +7,8 @@ import { Audit, Usage } from "./usage.js";
 
 const MOST = 10_000;
 const LIMITS = [
-  ["requests_per_minute", "Requests a minute"], ["tokens_per_minute", "Tokens a minute"], ["concurrency", "At once"],
-  ["kept_bytes", "Bytes kept in the queue"], ["weight", "Share (1 is usual)"],
+  ["requests_per_minute", "Requests per minute"], ["tokens_per_minute", "Tokens per minute"], ["concurrency", "Concurrency"],
+  ["kept_bytes", "Bytes stored in the queue"], ["weight", "Weight (default 1)"],
 ];
 
 const read = async (signal) => {
@@ -33,8 +33,8 @@ function NewKey({ onClose, again }) {
       setError(refused);
     }
   }
-  if (made) return html`<${Dialog} title="The new key" onClose=${onClose}>
-    <p>It is shown this once; only its hash is kept.</p>
+  if (made) return html`<${Dialog} title="New key" onClose=${onClose}>
+    <p>The key is shown only once; only its hash is stored.</p>
     <pre class="panel" data-secret>${made.secret}</pre>
     <div class="row end"><button type="button" class="main" onClick=${() => copy(made.secret)}>Copy</button></div>
   <//>`;
@@ -46,12 +46,12 @@ function NewKey({ onClose, again }) {
         <label><span>Days until it expires (0: never)</span><input name="days" type="number" min="0" max="3650" value="90" required /></label>
         <label><span>Note</span><input name="note" maxlength="200" autocomplete="off" /></label>
       </div>
-      <fieldset><legend>What it may do</legend>
-        <label class="check"><input type="checkbox" name="infer" defaultChecked=${true} /> infer: generate, list</label>
-        <label class="check"><input type="checkbox" name="adapters" /> adapters: register and unload the tenant's own</label>
+      <fieldset><legend>Scopes</legend>
+        <label class="check"><input type="checkbox" name="infer" defaultChecked=${true} /> infer: generate and list models</label>
+        <label class="check"><input type="checkbox" name="adapters" /> adapters: register and unload the tenant's adapters</label>
       </fieldset>
-      <p class="soft">Keys with the scope admin are made by <code>lorafleet keys create</code> alone.</p>
-      <p class="row end"><button class="main">Make the key</button></p>
+      <p class="soft">Keys with the scope admin can only be created by <code>lorafleet keys create</code>.</p>
+      <p class="row end"><button class="main">Create key</button></p>
     </form>
   <//>`;
 }
@@ -74,10 +74,10 @@ function Limits({ tenant, onClose, again }) {
   return html`<${Dialog} title=${`Limits of ${tenant.id}`} onClose=${onClose}>
     <form onSubmit=${save}>
       <${Problem} error=${error} />
-      <p class="soft">For all its keys together, from the next request on; 0 is no limit, and of bytes what the settings say.</p>
+      <p class="soft">Shared by all keys of the tenant, effective from the next request. 0: no limit; for bytes, the fleet's default.</p>
       <div class="form">${LIMITS.map(([name, words]) => html`<label><span>${words}</span>
         <input name=${name} type="number" min=${name === "weight" ? 0.001 : 0} step=${name === "weight" ? "any" : 1} required value=${tenant[name]} /></label>`)}
-        <label><span>Shared adapters that it sees (patterns)</span><input name="adapters" value=${tenant.adapters.join(" ")} /></label>
+        <label><span>Visible shared adapters (patterns)</span><input name="adapters" value=${tenant.adapters.join(" ")} /></label>
       </div>
       <p class="row end"><button class="main">Save</button></p>
     </form>
@@ -88,33 +88,33 @@ export function Keys() {
   const { value, error, again } = usePoll(read, 15_000);
   const [making, setMaking] = useState(false);
   const [limiting, setLimiting] = useState(null);
-  if (error?.code === "api_keys_off") return html`<p class="note">API keys are off: whoever reaches this gateway may do everything. <code>--api-keys</code> turns them on.</p><${Usage} /><${Audit} />`;
+  if (error?.code === "api_keys_off") return html`<p class="note">API keys are off: anyone who can reach this gateway has full access. <code>--api-keys</code> turns them on.</p><${Usage} /><${Audit} />`;
   const revoke = async (key) =>
-    (await confirmed(`${key.id} of ${key.tenant} is refused from its next request on.`, "Revoke")) && remove(`v1/keys/${part(key.id)}`);
+    (await confirmed(`${key.id} of ${key.tenant} stops working with its next request.`, "Revoke")) && remove(`v1/keys/${part(key.id)}`);
   const writable = value?.writable ?? false;
   const limit = (value_) => value_ || "–";
   const tenants = [
     { title: "Tenant", of: (one) => html`<${Cut} text=${one.id} />` },
     { title: "Requests/min", kind: "num", of: (one) => limit(one.requests_per_minute && count(one.requests_per_minute)) },
     { title: "Tokens/min", kind: "num", of: (one) => limit(one.tokens_per_minute && count(one.tokens_per_minute)) },
-    { title: "At once", kind: "num", of: (one) => limit(one.concurrency) },
-    { title: "Keeps", kind: "num", of: (one) => limit(one.kept_bytes && bytes(one.kept_bytes)) },
-    { title: "Share", kind: "num", of: (one) => one.weight },
-    { title: "Sees", of: (one) => html`<${Cut} text=${one.adapters.join(" ") || "none"} />` },
-    { title: "Orders", of: (one) => html`<button type="button" disabled=${!writable} aria-label=${`Limit ${one.id}`} onClick=${() => setLimiting(one)}>Limit …</button>` },
+    { title: "Concurrency", kind: "num", of: (one) => limit(one.concurrency) },
+    { title: "Stored bytes", kind: "num", of: (one) => limit(one.kept_bytes && bytes(one.kept_bytes)) },
+    { title: "Weight", kind: "num", of: (one) => one.weight },
+    { title: "Visible adapters", of: (one) => html`<${Cut} text=${one.adapters.join(" ") || "none"} />` },
+    { title: "Actions", of: (one) => html`<button type="button" disabled=${!writable} aria-label=${`Limit ${one.id}`} onClick=${() => setLimiting(one)}>Limit …</button>` },
   ];
   const keys = [
     { title: "Key", of: (one) => html`<code>${one.id}</code>` },
     { title: "Tenant", of: (one) => html`<${Cut} text=${one.tenant} />` },
     { title: "Scopes", of: (one) => one.scopes.join(", ") },
-    { title: "Made", of: (one) => ago(one.created_ms) },
+    { title: "Created", of: (one) => ago(one.created_ms) },
     { title: "Expires", of: (one) => (one.expired ? html`<${State} of="expired" />` : one.expires_ms ? clock(one.expires_ms) : "never") },
     { title: "Note", of: (one) => html`<${Cut} text=${one.note || "–"} />` },
-    { title: "Orders", of: (one) => html`<${Act} kind="danger" label=${`Revoke ${one.id}`} disabled=${!writable} does=${() => revoke(one)} done=${`${one.id} is revoked.`} after=${again}>Revoke …<//>` },
+    { title: "Actions", of: (one) => html`<${Act} kind="danger" label=${`Revoke ${one.id}`} disabled=${!writable} does=${() => revoke(one)} done=${`${one.id} was revoked.`} after=${again}>Revoke …<//>` },
   ];
   return html`
     <${Problem} error=${error} />
-    ${value && !writable ? html`<p class="note">This gateway may not write keys and limits: <code>lorafleet keys</code> does, or the setting <code>console_keys</code>, which docs/keys.md weighs.</p>` : null}
+    ${value && !writable ? html`<p class="note">Read-only: change keys and limits with <code>lorafleet keys</code>, or allow it here with the setting <code>console_keys</code> (see docs/keys.md for the risks).</p>` : null}
     <section class="panel"><h2>Tenants</h2><${Table} name="Tenants" columns=${tenants} rows=${value?.tenants ?? []} id=${(one) => one.id} /></section>
     <section class="panel">
       <div class="row"><h2 class="grow">Keys</h2><button type="button" class="main" disabled=${!writable} onClick=${() => setMaking(true)}>New key …</button></div>

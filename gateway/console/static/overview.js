@@ -1,4 +1,4 @@
-// The fleet now: its queue, its workers, and the last minutes of tokens and first tokens, from its own counters.
+// The fleet's current state: queue, workers, and recent throughput and time to first token, from its own counters.
 
 import { html } from "./vendor/preact-htm.js";
 import { get, pages, post } from "./api.js";
@@ -6,15 +6,15 @@ import { Lines } from "./charts.js";
 import { Act, Cut, Problem, Share, State, ago, bytes, confirmed, count, usePoll } from "./parts.js";
 
 const EVERY_MS = 2000;
-const KEPT = 450; // points of a line: a quarter of an hour
-const RECENT_MS = 60_000; // ends from which times of first tokens are taken
+const KEPT = 450; // points per series: 15 minutes
+const RECENT_MS = 60_000; // window of ended requests for time to first token
 
-// What was seen, kept while other pages are shown.
+// Samples, kept while other pages are shown.
 const past = { times: [], tokens: [], median: [], tail: [], workers: new Map(), seen: 0 };
 
 const PHASES = ["plan_s", "inputs_s", "forward_s", "sample_s", "finish_s"];
 
-// Tokens a second of all workers, and each one's time of a step, from two looks at their counters.
+// Throughput of all workers and step time of each, from two samples of their counters.
 function compared(workers) {
   let rate = null;
   const steps = new Map();
@@ -67,14 +67,14 @@ async function look(signal) {
 
 function Workers({ workers, steps, again }) {
   const drain = async (worker) => {
-    if (!(await confirmed(`${worker.name} gets no more requests and ends those that it has. It stays up until it is stopped or resumed.`, "Drain"))) return false;
+    if (!(await confirmed(`${worker.name} finishes its requests and gets no new ones, until it is resumed or stopped.`, "Drain"))) return false;
     return post(`v1/workers/${encodeURIComponent(worker.id)}/drain`);
   };
   return html`<div class="scroll" tabindex="0" role="region" aria-label="Workers"><table>
     <caption class="hidden">Workers</caption>
-    <thead><tr>${["Worker", "State", "Running", "Waiting", "Step", "KV cache", "Pool", "Adapters", ""].map((title) => html`<th scope="col">${title || html`<span class="hidden">Orders</span>`}</th>`)}</tr></thead>
+    <thead><tr>${["Worker", "State", "Running", "Waiting", "Step", "KV cache", "Pool", "Adapters", ""].map((title) => html`<th scope="col">${title || html`<span class="hidden">Actions</span>`}</th>`)}</tr></thead>
     <tbody>${workers.map((worker) => worker.state === "lost"
-      ? html`<tr key=${worker.id}><th scope="row"><${Cut} text=${worker.id} /></th><td><${State} of="lost" /></td><td colspan="7" class="soft">It has been silent; its requests go to others.</td></tr>`
+      ? html`<tr key=${worker.id}><th scope="row"><${Cut} text=${worker.id} /></th><td><${State} of="lost" /></td><td colspan="7" class="soft">No heartbeat; its requests move to other workers.</td></tr>`
       : html`<tr key=${worker.id}>
         <th scope="row"><${Cut} text=${worker.name} /></th>
         <td><${State} of=${worker.state} /></td>
@@ -83,37 +83,37 @@ function Workers({ workers, steps, again }) {
         <td>${steps.has(worker.id) ? `${steps.get(worker.id).toFixed(1)} ms` : "–"}</td>
         <td><${Share} used=${worker.kv.blocks - worker.kv.free} total=${worker.kv.blocks} label="of the KV cache" /></td>
         <td><${Share} used=${worker.pool.bytes - worker.pool.free} total=${worker.pool.bytes} label="of the pool" /></td>
-        <td>${count(worker.adapters.resident)} in the pool, ${count(worker.adapters.host)} in host memory</td>
+        <td>${count(worker.adapters.resident)} resident, ${count(worker.adapters.host)} in host memory</td>
         <td>${worker.state === "draining"
-          ? html`<${Act} label=${`Resume ${worker.name}`} does=${() => post(`v1/workers/${encodeURIComponent(worker.id)}/resume`)} done=${`${worker.name} takes requests again.`} after=${again}>Resume<//>`
-          : html`<${Act} label=${`Drain ${worker.name}`} does=${() => drain(worker)} done=${`${worker.name} drains.`} after=${again}>Drain<//>`}</td>
+          ? html`<${Act} label=${`Resume ${worker.name}`} does=${() => post(`v1/workers/${encodeURIComponent(worker.id)}/resume`)} done=${`${worker.name} accepts requests again.`} after=${again}>Resume<//>`
+          : html`<${Act} label=${`Drain ${worker.name}`} does=${() => drain(worker)} done=${`${worker.name} is draining.`} after=${again}>Drain<//>`}</td>
       </tr>`)}</tbody>
   </table></div>`;
 }
 
 export function Overview() {
   const { value, error, again } = usePoll(look, EVERY_MS);
-  if (!value) return error ? html`<${Problem} error=${error} />` : html`<p>Asking …</p>`;
+  if (!value) return error ? html`<${Problem} error=${error} />` : html`<p>Loading …</p>`;
   const { fleet, workers, steps, rate } = value;
   const queue = fleet.queue;
   const oldest = queue ? Math.min(...Object.values(queue.oldest_ms).filter(Boolean), Infinity) : Infinity;
   const facts = [
-    ["Model", fleet.model ?? "no worker has told yet"],
+    ["Model", fleet.model ?? "unknown until a worker joins"],
     ["Running", count(fleet.running)],
-    ["Waiting", `${count(fleet.queued)}${queue?.batch ? ` (${count(queue.batch)} of batches)` : ""}`],
-    ["Oldest that waits", Number.isFinite(oldest) ? ago(oldest) : "none"],
-    ["Tokens a second", rate === null ? "–" : rate.toFixed(0)],
+    ["Queued", `${count(fleet.queued)}${queue?.batch ? ` (${count(queue.batch)} batch)` : ""}`],
+    ["Oldest queued", Number.isFinite(oldest) ? ago(oldest) : "none"],
+    ["Throughput", rate === null ? "–" : `${rate.toFixed(0)} tokens/s`],
     ["Workers", count(fleet.workers)],
     ["Dead letters", queue ? count(queue.dead_letters) : "–"],
-    ["Queue's memory", queue ? `${bytes(queue.used_bytes)}${queue.max_bytes ? ` of ${bytes(queue.max_bytes)}` : ""}` : "–"],
+    ["Queue memory", queue ? `${bytes(queue.used_bytes)}${queue.max_bytes ? ` of ${bytes(queue.max_bytes)}` : ""}` : "–"],
   ];
   return html`
     <${Problem} error=${error} />
-    ${queue ? null : html`<p class="note">No scheduler leads: requests wait until one does.</p>`}
+    ${queue ? null : html`<p class="note">No active scheduler: requests stay queued until one starts.</p>`}
     <section class="panel" aria-label="Queue"><dl class="facts">${facts.map(([name, fact]) => html`<div><dt>${name}</dt><dd>${fact}</dd></div>`)}</dl></section>
     <div class="grid">
-      <section class="panel"><${Lines} title="Tokens a second" unit="tok/s" times=${past.times} lines=${[{ label: "all workers", values: past.tokens }]} /></section>
-      <section class="panel"><${Lines} title="Time to first token, of what ended in the last minute" unit="ms" times=${past.times} lines=${[{ label: "median", values: past.median }, { label: "95 of 100 within", values: past.tail }]} /></section>
+      <section class="panel"><${Lines} title="Throughput" unit="tokens/s" times=${past.times} lines=${[{ label: "all workers", values: past.tokens }]} /></section>
+      <section class="panel"><${Lines} title="Time to first token, requests of the last minute" unit="ms" times=${past.times} lines=${[{ label: "median", values: past.median }, { label: "p95", values: past.tail }]} /></section>
     </div>
     <section class="panel"><h2>Workers</h2><${Workers} workers=${workers} steps=${steps} again=${again} /></section>`;
 }

@@ -1,8 +1,8 @@
-// What all pages are made of. Foreign text becomes text nodes only: nothing here makes markup of a string.
+// Components shared by all pages. Untrusted text becomes text nodes only; no string is ever parsed as markup.
 
 import { html, useEffect, useLayoutEffect, useRef, useState } from "./vendor/preact-htm.js";
 
-// ------------------------------------------------------------ words
+// ------------------------------------------------------------ formatting
 
 export const count = (value) => (value ?? 0).toLocaleString("en");
 
@@ -25,7 +25,7 @@ export function lasted(ms) {
 export const ago = (ms) => (ms ? `${lasted(Math.max(0, Date.now() - ms))} ago` : "–");
 export const clock = (ms) => (ms ? new Date(ms).toLocaleString("en-GB") : "–");
 
-// ------------------------------------------------------------ saying things
+// ------------------------------------------------------------ notifications
 
 const said = { lines: [], number: 0, shown: new Set() };
 
@@ -40,7 +40,7 @@ export function say(text) {
   setTimeout(() => keep(said.lines.filter((line) => line.id !== id)), 6000);
 }
 
-// An open dialog has one of its own: of what is behind it, screen readers tell nothing.
+// An open dialog has its own, because screen readers ignore what is behind a dialog.
 export function Said() {
   const [lines, setLines] = useState(said.lines);
   useEffect(() => {
@@ -55,9 +55,9 @@ export function Said() {
 export const Problem = ({ error }) =>
   error ? html`<p class="problem" role="alert">${error.message}${error.code ? html` <code>${error.code}</code>` : ""}</p>` : null;
 
-// ------------------------------------------------------------ asking again and again
+// ------------------------------------------------------------ polling
 
-// Asks now and then as long as the page is seen. What was known stays while an answer fails.
+// Polls while the page is visible. The last value stays while requests fail.
 export function usePoll(ask, ms, deps = []) {
   const [state, setState] = useState({ value: null, error: null });
   const again = useRef(() => {});
@@ -92,7 +92,7 @@ export function usePoll(ask, ms, deps = []) {
   return { ...state, again: () => again.current() };
 }
 
-// A button that does something at the gateway: it waits for that, and says what came of it.
+// A button that calls the gateway, waits for the answer and reports the result.
 export function Act({ does, children, label, kind = "", disabled = false, done, after }) {
   const [busy, setBusy] = useState(false);
   async function run() {
@@ -148,9 +148,9 @@ export function Confirm() {
 // ------------------------------------------------------------ tables
 
 const ROW = 40; // px, as `th, td` of style.css
-const SPARE = 8; // rows made above and below what is seen
+const SPARE = 8; // rows rendered above and below the visible ones
 
-// A table of any length: only the rows that are seen are made. columns: [{ title, of, kind }].
+// A virtual table: only visible rows are rendered. columns: [{ title, of, kind }].
 export function Table({ name, columns, rows, id, selected }) {
   const ref = useRef(null);
   const [seen, setSeen] = useState({ top: 0, height: 800 });
@@ -201,6 +201,6 @@ export async function copy(text) {
     await navigator.clipboard.writeText(text);
     say("Copied.");
   } catch {
-    say("The browser does not let this page copy; mark the text.");
+    say("The browser does not allow copying; select the text instead.");
   }
 }

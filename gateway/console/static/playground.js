@@ -1,14 +1,14 @@
-// One conversation with one model, or one prompt to several side by side; and the same call for programs.
+// A chat with one model, or one prompt to several models side by side; and the same call as code.
 
 import { html, useMemo, useRef, useState } from "./vendor/preact-htm.js";
 import { events, gateway, get, key, pages, query, send } from "./api.js";
 import { Problem, copy, lasted, usePoll } from "./parts.js";
 
 const MOST_SIDE_BY_SIDE = 6;
-const OFFERED = 100; // names below the field
+const OFFERED = 100; // maximum number of suggested names
 
 const PARAMETERS = [
-  ["max_tokens", "Most tokens", 256, 1], ["temperature", "Temperature", 0.7, "any"], ["top_p", "top_p", 1, "any"], ["seed", "Seed (empty: any)", "", 1],
+  ["max_tokens", "Max tokens", 256, 1], ["temperature", "Temperature", 0.7, "any"], ["top_p", "top_p", 1, "any"], ["seed", "Seed (empty: random)", "", 1],
 ];
 
 function body(model, mode, turns, values) {
@@ -20,7 +20,7 @@ function body(model, mode, turns, values) {
 
 const route = (mode) => (mode === "text" ? "v1/completions" : "v1/chat/completions");
 
-// ------------------------------------------------------------ the same for programs
+// ------------------------------------------------------------ code snippets
 
 const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
@@ -43,21 +43,21 @@ function Program({ mode, wanted }) {
   const [open, setOpen] = useState("curl");
   const text = open === "curl" ? curl(mode, wanted) : python(mode, wanted);
   return html`<section class="panel">
-    <div class="row"><h2 class="grow">The same from a program</h2>
+    <div class="row"><h2 class="grow">Code</h2>
       ${["curl", "Python"].map((name) => html`<button type="button" aria-pressed=${name === open ? "true" : "false"} onClick=${() => setOpen(name)}>${name}</button>`)}
       <button type="button" onClick=${() => copy(text)}>Copy</button></div>
-    <pre tabindex="0" aria-label=${`The call as ${open}`}>${text}</pre>
+    <pre tabindex="0" aria-label=${`Code: ${open}`}>${text}</pre>
   </section>`;
 }
 
 // ------------------------------------------------------------ answers
 
-// Streams an answer; `show` gets what is known so far.
+// Streams an answer; `show` gets the answer so far.
 async function stream(model, mode, turns, values, signal, show) {
   const began = performance.now();
   let text = "";
   let first = null;
-  const told = { text: "", first: null, took: null, tokens: null, finish: "" };
+  const end = { tokens: null, finish: "" };
   const answer = await send(route(mode), { method: "POST", signal, body: { ...body(model, mode, turns, values), stream: true, stream_options: { include_usage: true } } });
   for await (const event of events(answer)) {
     if (event.error) throw new Error(event.error.message);
@@ -65,9 +65,9 @@ async function stream(model, mode, turns, values, signal, show) {
     const gained = (mode === "text" ? choice?.text : choice?.delta?.content) ?? "";
     if (gained && first === null) first = performance.now() - began;
     text += gained;
-    if (choice?.finish_reason) told.finish = choice.finish_reason;
-    if (event.usage) told.tokens = event.usage.completion_tokens;
-    show({ ...told, text, first, took: performance.now() - began });
+    if (choice?.finish_reason) end.finish = choice.finish_reason;
+    if (event.usage) end.tokens = event.usage.completion_tokens;
+    show({ ...end, text, first, took: performance.now() - began });
   }
 }
 
@@ -77,7 +77,7 @@ function Answer({ model, turns, now, error }) {
     ${turns.map((turn) => html`<div class=${`turn ${turn.role}`}><span class="hidden">${turn.role}: </span>${turn.content}</div>`)}
     ${now && (now.text || !now.finish) ? html`<div class="turn assistant" aria-busy=${!now.finish}>${now.text || "…"}</div>` : null}
     ${now ? html`
-      <p class="soft">${now.first === null ? "waiting" : `first token after ${lasted(now.first)}, ${lasted(now.took)} in all`}${now.tokens ? `, ${now.tokens} tokens, ${((1000 * now.tokens) / now.took).toFixed(1)} tok/s` : ""}${now.finish ? `, ${now.finish}` : ""}</p>` : null}
+      <p class="soft">${now.first === null ? "waiting" : `first token after ${lasted(now.first)}, latency ${lasted(now.took)}`}${now.tokens ? `, ${now.tokens} tokens, ${((1000 * now.tokens) / now.took).toFixed(1)} tokens/s` : ""}${now.finish ? `, ${now.finish}` : ""}</p>` : null}
     <${Problem} error=${error} />
   </section>`;
 }
@@ -98,7 +98,7 @@ export function Playground() {
   const [prompt, setPrompt] = useState("");
   const [values, setValues] = useState({ ...Object.fromEntries(PARAMETERS.map(([name, , value]) => [name, value])), system: "" });
   const [past, setPast] = useState({}); // model -> turns
-  const [now, setNow] = useState({}); // model -> what streams
+  const [now, setNow] = useState({}); // model -> the streaming answer
   const [errors, setErrors] = useState({});
   const running = useRef(null);
   const [busy, setBusy] = useState(false);
@@ -148,23 +148,23 @@ export function Playground() {
     <${Problem} error=${known.error} />
     <form class="panel" onSubmit=${add} aria-label="Models">
       <div class="row">
-        <label class="grow"><span>Model or adapter (up to ${MOST_SIDE_BY_SIDE}, answered side by side; none: the base model)</span>
+        <label class="grow"><span>Model or adapter (up to ${MOST_SIDE_BY_SIDE} side by side; default: the base model)</span>
           <input list="models" value=${typed} autocomplete="off" spellcheck=${false} onInput=${(event) => setTyped(event.target.value)} /></label>
         <datalist id="models">${offered.map((name) => html`<option key=${name} value=${name}></option>`)}</datalist>
         <button disabled=${models.length >= MOST_SIDE_BY_SIDE}>Add</button>
       </div>
-      <div class="chips">${models.map((name) => html`<button type="button" key=${name} aria-label=${`Take ${name} away`} onClick=${() => setModels(models.filter((one) => one !== name))}>${name} ✕</button>`)}</div>
+      <div class="chips">${models.map((name) => html`<button type="button" key=${name} aria-label=${`Remove ${name}`} onClick=${() => setModels(models.filter((one) => one !== name))}>${name} ✕</button>`)}</div>
     </form>
-    <form class="panel" onSubmit=${ask} aria-label="What to ask">
+    <form class="panel" onSubmit=${ask} aria-label="Request">
       <div class="form">
-        <label><span>Asked as</span><select value=${mode} onChange=${(event) => setMode(event.target.value)}><option value="chat">a chat</option><option value="text">plain text</option></select></label>
+        <label><span>Endpoint</span><select value=${mode} onChange=${(event) => setMode(event.target.value)}><option value="chat">chat completions</option><option value="text">completions</option></select></label>
         ${PARAMETERS.map(([name, words, , step]) => html`<label><span>${words}</span><input type="number" step=${step} min="0" value=${values[name]} onInput=${(event) => setValues({ ...values, [name]: event.target.value })} /></label>`)}
       </div>
       ${mode === "chat" ? html`<label><span>System prompt</span><input value=${values.system} onInput=${(event) => setValues({ ...values, system: event.target.value })} /></label>` : null}
       <label><span>Prompt</span><textarea required value=${prompt} onInput=${(event) => setPrompt(event.target.value)}></textarea></label>
       <p class="row end">
-        <button type="button" disabled=${busy} onClick=${() => { setPast({}); setNow({}); setErrors({}); }}>Begin anew</button>
-        ${busy ? html`<button key="stop" type="button" class="danger" onClick=${() => running.current?.abort()}>Stop</button>` : html`<button key="ask" class="main" disabled=${!asked.length}>Ask</button>`}
+        <button type="button" disabled=${busy} onClick=${() => { setPast({}); setNow({}); setErrors({}); }}>New chat</button>
+        ${busy ? html`<button key="stop" type="button" class="danger" onClick=${() => running.current?.abort()}>Stop</button>` : html`<button key="ask" class="main" disabled=${!asked.length}>Send</button>`}
       </p>
     </form>
     <div class="answers">${asked.filter((model) => past[model] || now[model]).map((model) => html`<${Answer} key=${model} model=${model} turns=${past[model] ?? []} now=${now[model]?.text || (busy && now[model]) || now[model]?.finish ? now[model] : null} error=${errors[model]} />`)}</div>

@@ -1,4 +1,4 @@
-// What tenants have used, day by day, and what operators have done.
+// Usage per day, and the audit log.
 
 import { html, useState } from "./vendor/preact-htm.js";
 import { get, query } from "./api.js";
@@ -21,10 +21,10 @@ export function Usage() {
     { title: "Day (UTC)", of: (one) => one.day },
     { title: GROUPS.find(([name]) => name === by)[1], of: (one) => html`<${Cut} text=${one[by] || (by === "adapter" ? "the base model" : "–")} />` },
     { title: "Requests", kind: "num", of: (one) => count(one.num_model_requests) },
-    { title: "Tokens in", kind: "num", of: (one) => count(one.input_tokens) },
-    { title: "of them cached", kind: "num", of: (one) => count(one.input_cached_tokens) },
-    { title: "Tokens out", kind: "num", of: (one) => count(one.output_tokens) },
-    ...(by === "adapter" ? [{ title: "Seconds in pools", kind: "num", of: (one) => (one.adapter_seconds === null ? "–" : count(Math.round(one.adapter_seconds))) }] : []),
+    { title: "Input tokens", kind: "num", of: (one) => count(one.input_tokens) },
+    { title: "Cached", kind: "num", of: (one) => count(one.input_cached_tokens) },
+    { title: "Output tokens", kind: "num", of: (one) => count(one.output_tokens) },
+    ...(by === "adapter" ? [{ title: "Pool residency (s)", kind: "num", of: (one) => (one.adapter_seconds === null ? "–" : count(Math.round(one.adapter_seconds))) }] : []),
   ];
   return html`<section class="panel">
     <div class="row"><h2 class="grow">Usage</h2>
@@ -36,19 +36,19 @@ export function Usage() {
   </section>`;
 }
 
-// What operators have done, the latest first.
+// Operators' actions, newest first.
 export function Audit() {
   const { value, error } = usePoll((signal) => get("v1/audit?limit=200", signal), 30_000);
   const columns = [
-    { title: "When", of: (one) => clock(one.ms) },
-    { title: "Key", of: (one) => html`<${Cut} text=${[one.who, one.tenant].filter(Boolean).join(" of ") || "nobody's"} />` },
-    { title: "What", of: (one) => html`<code>${one.action}</code>` },
-    { title: "To", of: (one) => html`<${Cut} text=${one.target || "–"} />` },
-    { title: "With", of: (one) => html`<${Cut} text=${one.detail || "–"} />` },
+    { title: "Time", of: (one) => clock(one.ms) },
+    { title: "Key", of: (one) => html`<${Cut} text=${[one.who, one.tenant].filter(Boolean).join(" of ") || "anonymous"} />` },
+    { title: "Action", of: (one) => html`<code>${one.action}</code>` },
+    { title: "Target", of: (one) => html`<${Cut} text=${one.target || "–"} />` },
+    { title: "Details", of: (one) => html`<${Cut} text=${one.detail || "–"} />` },
     { title: "Outcome", of: (one) => html`<${Cut} text=${one.outcome} />` },
   ];
-  return html`<section class="panel"><h2>What operators did</h2>
+  return html`<section class="panel"><h2>Audit log</h2>
     <${Problem} error=${error} />
-    <${Table} name="What operators did" columns=${columns} rows=${value?.data ?? []} id=${(one) => one.id} />
+    <${Table} name="Audit log" columns=${columns} rows=${value?.data ?? []} id=${(one) => one.id} />
   </section>`;
 }

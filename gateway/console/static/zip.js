@@ -1,4 +1,4 @@
-// Makes a zip of files without reading them twice into memory: the browser streams the parts of the Blob from disk.
+// Creates a zip without holding the files in memory: the browser streams the parts of the Blob from disk.
 
 const TABLE = new Uint32Array(256).map((_, byte) => {
   let value = byte;
@@ -30,7 +30,7 @@ function record(signature, fields) {
 
 export const MOST_BYTES = 0xfffffff0; // a zip without its 64-bit extension
 
-// files: [{ name, file }]. Nothing is compressed: weights hardly are. `onBytes` is told what has been read.
+// files: [{ name, file }]. Stored uncompressed, as weights hardly compress. `onBytes` is called with bytes read.
 export async function zip(files, onBytes = () => {}) {
   const parts = [];
   const directory = [];

@@ -58,13 +58,13 @@ class Loader:
     """A `StoreClient` in another process. Methods may be called from any thread."""
 
     def __init__(self, bearer: str = "") -> None:
-        """Start nothing yet: the process starts once it is told anything, so that it is ready when it is needed.
+        """Start nothing yet: the process starts with its first message, so that it is ready when it is needed.
 
         Until then the worker reads its model, and the machine's cores have enough to do. bearer: the token that the
         stores ask for, `FleetSecret.bearer`.
         """
         self._bearer = bearer
-        self._told: dict[type[Message], Message] = {}  # what a new process must be told
+        self._told: dict[type[Message], Message] = {}  # state messages to replay to a new process
         self._lock = threading.Lock()
         self._closed = False
         self._process: _Process | None = None
@@ -152,7 +152,7 @@ class _Process:
         self._sending = threading.Lock()
         self._asked: dict[int, Future[FetchedAdapter | Rows]] = {}
         self._asking = threading.Lock()
-        self._tables: WeakValueDictionary[str, TokenTable] = WeakValueDictionary()  # of adapters that are held
+        self._tables: WeakValueDictionary[str, TokenTable] = WeakValueDictionary()  # token tables of adapters in use
         self.ended = False  # guarded by _asking
         self._receiver = threading.Thread(target=self._receive, name="loader", daemon=True)
         self._receiver.start()
@@ -164,7 +164,7 @@ class _Process:
             try:
                 send(self._socket, message)
             except OSError as error:
-                logger.debug("the loader process takes no more messages: %r", error)
+                logger.debug("the loader process accepts no more messages: %r", error)
 
     def ask(self, digest: str, *, whole: bool) -> Future[FetchedAdapter | Rows]:
         """Ask for an adapter. Raises `_Died`, or the future does, if the process ends before it answers."""
@@ -183,9 +183,9 @@ class _Process:
             while received := receive(self._socket):
                 self._settle(*received)
         except OSError as error:
-            logger.debug("the loader process is gone: %r", error)
-        except BaseException:  # the thread's edge: whoever waits for an adapter must hear of it
-            logger.exception("the loader process cannot be understood; another is started")
+            logger.debug("the loader process has ended: %r", error)
+        except BaseException:  # the thread's edge: waiting callers must get the error
+            logger.exception("the loader process sent an unreadable message; starting another")
             self.popen.kill()
         with self._asking:
             self.ended = True
@@ -202,8 +202,8 @@ class _Process:
         except LorafleetError as error:
             future.set_exception(error)
         except BaseException as error:  # such as no room to map it: this adapter's requests must hear of it
-            logger.exception("an adapter of the loader process cannot be taken")
-            future.set_exception(Internal(f"an adapter cannot be taken from the loader process: {error!r}"))
+            logger.exception("cannot receive an adapter from the loader process")
+            future.set_exception(Internal(f"cannot receive an adapter from the loader process: {error!r}"))
 
     def _content(self, message: Fetched | Packed | Failed, fd: int | None) -> FetchedAdapter | Rows:
         """Return what the loader's process has answered. Raises what it says, or that it cannot be mapped."""

@@ -39,7 +39,7 @@ class FetchedAdapter:
 
     config: dict[str, Any]
     weights: bytes | bytearray | memoryview | mmap.mmap  # a safetensors file
-    tokens: TokenTable | None = None  # of its own tokenizer, if it brings one
+    tokens: TokenTable | None = None  # table of its own tokenizer, if it has one
 
 
 Allocate = Callable[[int], Any]
@@ -97,7 +97,7 @@ class StoreClient:
                     if is_right:
                         return files
                     self._elsewhere.add(url)
-                    logger.error("store %s gave other content for adapter %.12s; asking again", url, digest)
+                    logger.error("store %s returned different content for adapter %.12s; retrying", url, digest)
             if urls and missing == len(urls):
                 raise NotFound(f"no adapter store has the adapter {digest:.12}", param="model")
             if time.monotonic() > deadline:

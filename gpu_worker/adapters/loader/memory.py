@@ -12,7 +12,7 @@ import threading
 from contextlib import suppress
 
 KEPT_BYTES = 32 << 20
-"""All that is kept for later adapters, at most."""
+"""Maximum bytes cached for later adapters."""
 
 ROUND_BYTES = 1 << 20
 """Sizes are rounded up to this: adapters of nearly one size use each other's memory."""
@@ -73,7 +73,7 @@ class AnonymousFile:
                 self.memory.madvise(mmap.MADV_REMOVE, first, last - first)
 
     def handed_over(self, num_bytes: int) -> int:
-        """Cut the file to its first bytes, and return a descriptor of its own for whoever gets it."""
+        """Cut the file to its first bytes, and return a duplicate descriptor for its receiver."""
         os.truncate(self.fd, num_bytes)
         return os.dup(self.fd)
 
@@ -85,7 +85,7 @@ class AnonymousFile:
 
 
 class KeptFiles:
-    """Files that were used before, for whoever needs one next. Methods may be called from any thread."""
+    """A pool of files for reuse. Methods may be called from any thread."""
 
     def __init__(self, max_bytes: int = KEPT_BYTES) -> None:
         """max_bytes: of all files that wait to be used."""
@@ -104,7 +104,7 @@ class KeptFiles:
         return AnonymousFile(rounded(num_bytes))
 
     def keeps(self, file: AnonymousFile) -> bool:
-        """Return whether a file is small enough to be kept."""
+        """Return whether a file is small enough to be reused."""
         return file.num_bytes <= self._max_bytes
 
     def give_back(self, file: AnonymousFile) -> None:

@@ -41,7 +41,7 @@ class Describe(msgspec.Struct, tag=True):
 class Fetch(msgspec.Struct, tag=True):
     """A request for an adapter. One answer comes back: `Fetched`, `Packed` or `Failed`."""
 
-    number: int  # of the request, for its answer
+    number: int  # request number, repeated in the answer
     digest: str
     whole: bool = False  # the files themselves are wanted, not rows
 

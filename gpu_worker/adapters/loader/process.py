@@ -28,8 +28,8 @@ from gpu_worker.adapters.loader.messages import (
     receive,
     send,
 )
-from gpu_worker.adapters.loader.reserve import Reserve
-from gpu_worker.adapters.loader.turns import Turns
+from gpu_worker.adapters.loader.reserve import MemoryReserve
+from gpu_worker.adapters.loader.turns import FifoLock
 from gpu_worker.adapters.packing.rows import RowPacker
 from gpu_worker.adapters.priority import lower_priority
 from gpu_worker.host_memory import MemoryBudget
@@ -67,7 +67,11 @@ class LoaderServer:
     """Answers one worker's messages."""
 
     def __init__(
-        self, worker: socket.socket, stores: Stores, small_bytes: int = SMALL_BYTES, reserve: Reserve | None = None
+        self,
+        worker: socket.socket,
+        stores: Stores,
+        small_bytes: int = SMALL_BYTES,
+        reserve: MemoryReserve | None = None,
     ) -> None:
         """worker: where answers are sent; its messages are given to `take`. small_bytes: of files that are small.
 
@@ -78,9 +82,9 @@ class LoaderServer:
         self._stores = stores
         self._small_bytes = small_bytes
         self._fetchers = ThreadPoolExecutor(NUM_FETCHES, thread_name_prefix="fetcher")
-        self._turns = (Turns(), Turns())  # at checking and packing: of small adapters, and of large ones
+        self._turns = (FifoLock(), FifoLock())  # queues for checking and packing: small adapters, large ones
         self._kept = KeptFiles()
-        self._reserve = reserve or Reserve()
+        self._reserve = reserve or MemoryReserve()
         self._memory = MemoryBudget(FETCH_TIMEOUT_S, small_bytes)
         self._sending = threading.Lock()
 
@@ -114,7 +118,7 @@ class LoaderServer:
     def _load(self, request: Fetch) -> tuple[Message, int]:
         """Return the answer to a request and the descriptor to send with it, which the caller closes."""
         with ExitStack() as undo:
-            fetched: list[tuple[memoryview, AnonymousFile]] = []  # what was read into, and the file it is of
+            fetched: list[tuple[memoryview, AnonymousFile]] = []  # views of the fetched data, and their files
 
             def allocate(num_bytes: int) -> memoryview:
                 view, file = self._take(num_bytes, undo)
@@ -135,7 +139,7 @@ class LoaderServer:
             return Fetched(request.number, files.config, tokens), file.handed_over(len(weights))
 
     def _turn(self, number: int, num_bytes: int) -> AbstractContextManager[object]:
-        """Return a turn at what takes the processor, for a request with a file of so many bytes."""
+        """Serialise CPU-bound work (check, pack) in request order; large and small files queue separately."""
         return self._turns[num_bytes > self._small_bytes].take(number)
 
     def _take(self, num_bytes: int, undo: ExitStack) -> tuple[memoryview, AnonymousFile]:
@@ -156,7 +160,7 @@ class LoaderServer:
         """
         is_large = len(weights) > self._small_bytes
         with ExitStack() as held, ExitStack() as undo:
-            packed: list[tuple[memoryview, AnonymousFile]] = []  # what it was packed into, and the file that is of
+            packed: list[tuple[memoryview, AnonymousFile]] = []  # views of the packed data, and their files
 
             def allocate(num_bytes: int) -> memoryview:
                 held.enter_context(self._memory.hold(num_bytes))
@@ -201,14 +205,14 @@ def main() -> None:
         assert received is not None
         assert isinstance(received[0], Start)
         set_up_logging("loader", logging.getLevelName(received[0].log_level), received[0].log_format)
-        reserve = Reserve()
+        reserve = MemoryReserve()
         if sys.platform == "linux":
             reserve.start(worker.close)  # the worker hears of the end of this process by that of its socket
         server = LoaderServer(worker, StoreClient(received[0].bearer), reserve=reserve)
         while received := receive(worker):
             server.take(received[0])
     except ConnectionError as error:
-        logger.debug("the worker is gone: %r", error)
+        logger.debug("the worker has ended: %r", error)
     os._exit(0)  # fetches under way end too
 
 

@@ -24,20 +24,20 @@ RESERVE_BYTES = 32 << 20
 NUM_ASKED = 2
 """Files that are asked for when one is taken, so that the reserve grows while adapters come."""
 
-_SIZE_BYTES = 8  # of a message: the size of a file; the answer to it has the same, and the file
+_SIZE_BYTES = 8  # message: a file's size; the answer repeats it, with the file
 
 logger = logging.getLogger(__name__)
 
 
-class Reserve:
+class MemoryReserve:
     """Files without a name whose memory is there. Methods may be called from any thread."""
 
     def __init__(self, max_bytes: int = RESERVE_BYTES) -> None:
         """Start no process yet: until then there is nothing in reserve. max_bytes: of files, and of those asked for."""
-        self.pid = 0  # of the process
+        self.pid = 0  # id of the helper process
         self._max_bytes = max_bytes
         self._files: list[tuple[int, int]] = []  # (size, descriptor), oldest first
-        self._asked: Counter[int] = Counter()  # by size
+        self._asked: Counter[int] = Counter()  # outstanding requests by size
         self._socket: socket.socket | None = None
         self._lock = threading.Lock()
 

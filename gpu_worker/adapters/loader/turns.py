@@ -1,4 +1,4 @@
-"""Turns of threads at what takes the processor: one after another, whoever was asked for first."""
+"""A first-in, first-out lock for CPU-bound work of threads."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Turns:
+class FifoLock:
     """Lets one thread at a time go on, of those that wait the one with the lowest number.
 
     Threads that share a core all end late, when the last of them could. One after another half of them end early.

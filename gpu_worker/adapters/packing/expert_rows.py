@@ -33,7 +33,7 @@ class ExpertRows:
 
 
 def expert_sites(experts: Mapping[str, GroupedExperts]) -> list[ExpertSite]:
-    """Return all places for LoRA on grouped experts, in a fixed order."""
+    """Return all sites for LoRA on grouped experts, in a fixed order."""
     return [site for module in experts.values() for site in module.sites]
 
 

@@ -32,7 +32,7 @@ def check_bytes(num_bytes: int, max_bytes: int) -> None:
     if num_bytes > max_bytes:
         raise AdapterRefused(
             [
-                f"merging these adapters takes {num_bytes} bytes of memory; {max_bytes} are for it here: take fewer or"
+                f"merging these adapters takes {num_bytes} bytes of memory; {max_bytes} are available: use fewer or"
                 " smaller adapters, or merge_strategy svd, which needs no whole matrices"
             ]
         )
@@ -126,14 +126,14 @@ def _read(files: FetchedAdapter, packer: Packer, weight: float) -> MergeInput:
         "target_parameters": bool(config.parameters),
         "trained tokens": bool(spec.tokens),
         "another vocabulary": bool(spec.vocab_size),
-        "names that are not the base model's": bool(spec.mapped),  # by its config's names the merge finds its layers
+        "names that are not the base model's": bool(spec.mapped),  # the merge finds layers by the names in the config
         "LoRA on experts": bool(spec.parameters and not config.parameters),
         "whole modules or biases": bool(
             packer.pack_spec("", replace(spec, sites=(), embeddings=(), parameters=()), get).extras
         ),
     }
     reasons = [
-        f"merging knows plain LoRA only; one of the adapters has {name}" for name, is_on in more.items() if is_on
+        f"merging supports plain LoRA only; one of the adapters has {name}" for name, is_on in more.items() if is_on
     ]
     if reasons:
         raise AdapterRefused(reasons)

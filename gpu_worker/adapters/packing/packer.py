@@ -82,12 +82,12 @@ class HostAdapter:
     ranks: np.ndarray  # int32 [sites]; 0: the adapter does not change the site
     scales: np.ndarray  # float32 [sites]
     rows: LinearRows
-    num_pages: tuple[int, ...]  # by group of the pool, then by shape of experts, extras last
+    num_pages: tuple[int, ...]  # by pool group, then by shape of experts, extras last
     num_bytes: int
     extras: Extras = field(default_factory=Extras)
     experts: tuple[ExpertRows, ...] = ()
     invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
-    tokens: TokenTable | None = None  # of its own tokenizer, if it brings one
+    tokens: TokenTable | None = None  # table of its own tokenizer, if it has one
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,17 @@ class Packer:
 
     @cached_property
     def row_sites(self) -> list[RowSite]:
-        """All places for rows, linear layers first, as `RowPacker` takes them."""
+        """All sites for rows, linear layers first, as `RowPacker` takes them."""
         return row_sites(self.sites, self.expert_sites, int8=self.int8)
 
     @cached_property
     def layout(self) -> RowLayout:
-        """Where rows of all of these places lie in a buffer."""
+        """The offsets of all these sites' rows in a buffer."""
         return RowLayout(self.row_sites)
 
     @cached_property
     def expert_sites(self) -> list[ExpertSite]:
-        """The places for LoRA on experts whose rows are in the pool."""
+        """The sites for LoRA on experts whose rows are in the pool."""
         return expert_sites(self.adaptable.experts)
 
     def pack(self, digest: str, config: dict[str, Any], weights: Any) -> HostAdapter:
@@ -207,7 +207,7 @@ class Packer:
 
 
 def row_sites(sites: Sequence[SiteInfo], experts: Sequence[ExpertSite] = (), *, int8: bool = False) -> list[RowSite]:
-    """Return the places for rows in a model as `RowPacker` takes them: linear layers, then products of experts.
+    """Return a model's sites for rows as `RowPacker` takes them: linear layers, then products of experts.
 
     int8: whether the pool keeps the rows of linear layers so.
     """

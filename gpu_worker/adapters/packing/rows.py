@@ -54,7 +54,7 @@ class RowSite(msgspec.Struct, frozen=True):
     name: str
     in_features: int
     out_features: int
-    dtype: str  # of the rows; int8: see `quantise`. Adapters that change a layer of any other are not plain
+    dtype: str  # dtype of the rows; int8: see `quantise`. An adapter that changes a layer of another dtype is not plain
     num_experts: int = 0  # 0: a linear layer
 
     @property
@@ -76,7 +76,7 @@ class Rows:
     ranks: NDArray[np.int32]  # [sites]; 0: the adapter does not change the site
     scales: NDArray[np.float32]  # [sites]
     invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
-    tokens: TokenTable | None = None  # of its own tokenizer, if it brings one
+    tokens: TokenTable | None = None  # table of its own tokenizer, if it has one
 
 
 class RowLayout:
@@ -85,7 +85,7 @@ class RowLayout:
     def __init__(self, sites: Sequence[RowSite]) -> None:
         sizes = [(s.in_features * s.item_bytes, s.out_features * s.item_bytes, 4 * (s.dtype == "int8")) for s in sites]
         matrices = np.array([site.num_matrices for site in sites], np.int64)
-        self._bytes = matrices[:, None] * np.array(sizes, np.int64).reshape(-1, 3)  # of one rank of A, B and factors
+        self._bytes = matrices[:, None] * np.array(sizes, np.int64).reshape(-1, 3)  # bytes per rank: A, B, factors
 
     def spans(self, ranks: NDArray[np.int32]) -> NDArray[np.int64]:
         """Return (site index, begin of A, of B, of factors, end) for every site with rows: int64 [n, 5], in bytes.
@@ -117,7 +117,7 @@ class _Outline:
     tensors: Mapping[str, TensorInfo]  # the header, which `read_header` gives as one object to all that have the same
     ranks: NDArray[np.int32]  # [sites]
     divisors: NDArray[np.float64]  # [sites]; a scale is alpha by this, see `AdapterConfig.scale`
-    parts: dict[int, LoraWeights]  # by site
+    parts: dict[int, LoraWeights]  # weights by site
     spans: list[list[int]]  # see `RowLayout.spans`
     invocation: tuple[int, ...]
 

@@ -38,9 +38,9 @@ class Tenant(m.Wire, frozen=True):
 
     name: str
     requests_per_minute: int = 0  # HTTP calls
-    tokens_per_minute: int = 0  # of prompts and outputs
+    tokens_per_minute: int = 0  # limit on prompt and output tokens
     concurrency: int = 0  # choices queued or running at once
-    kept_bytes: int = 0  # that it may keep in the queue; 0: what the setting `tenant_bytes` says
+    kept_bytes: int = 0  # limit on bytes in the queue; 0: the setting `tenant_bytes`
     weight: float = 1.0  # its share relative to others
     adapters: tuple[str, ...] = ("*",)  # patterns of the names of everybody's adapters that it sees
 
@@ -117,7 +117,7 @@ class ApiKeys:
         check_tenant(tenant)
         unknown = [scope for scope in scopes if scope not in SCOPES]
         if unknown or not scopes:
-            raise BadRequest(f"{', '.join(unknown) or 'none'} cannot be a key's scopes, which are {', '.join(SCOPES)}")
+            raise BadRequest(f"{', '.join(unknown) or 'none'} are not valid scopes; these are {', '.join(SCOPES)}")
         secret = PREFIX + secrets.token_urlsafe(_NUM_SECRET_BYTES)
         key = ApiKey(
             id=f"key_{secrets.token_hex(6)}", tenant=tenant, scopes=list(dict.fromkeys(scopes)), created_ms=now_ms(),

@@ -29,7 +29,7 @@ MAX_TEXT = 300
 """Longest text of an entry, in characters."""
 
 CLI = "cli"
-"""The name in the audit log of whoever uses the command line: there the queue's password stands for an API key."""
+"""The actor of commands in the audit log: the queue's password stands for an API key there."""
 
 _ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 
@@ -39,11 +39,11 @@ class AuditEntry(m.Wire, frozen=True):
 
     ms: int  # unix time
     who: str  # id of the API key; `CLI`; "" without keys
-    tenant: str  # of the key; at the command line the user and the machine
-    address: str  # that the call came from; "" at the command line
-    action: str  # as "adapter.pin"
-    target: str  # what it was done to: a name or an id
-    detail: str  # what else was asked for
+    tenant: str  # tenant of the key; on the command line, user and machine
+    address: str  # client address; "" on the command line
+    action: str  # action, such as "adapter.pin"
+    target: str  # name or id that it was done to
+    detail: str  # further parameters
     outcome: str  # "done", or the code of the error
     by_operator: bool
 
@@ -81,7 +81,7 @@ class AuditLog:
         of_tenants: those of tenants in place of operators.
         """
         if before and not _ID.fullmatch(before):
-            raise BadRequest(f"{before!r:.100} is no entry's id, which looks like 1764043172123-0", param="after")
+            raise BadRequest(f"{before!r:.100} is not an entry's id, which looks like 1764043172123-0", param="after")
         stream = self._keys.tenants_audit if of_tenants else self._keys.audit
         entries = await self._redis.xrevrange(stream, f"({before}" if before else "+", "-", count=limit)
         return [(entry.decode(), decode(fields[b"b"], AuditEntry)) for entry, fields in entries]

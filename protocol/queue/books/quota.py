@@ -27,7 +27,7 @@ class Allowance:
 
     limit: int
     remaining: int
-    reset_ms: int  # until all of it is available again
+    reset_ms: int  # ms until all of it is available again
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Standing:
     tokens: Allowance | None
     running: int  # choices queued or running
     over: str = ""  # "", requests, tokens, concurrency or bytes
-    retry_ms: int = 0  # until the refused call would fit; 0: not known
+    retry_ms: int = 0  # ms until the refused call would fit; 0: unknown
     kept_bytes: int = 0  # when bytes are over: what the tenant keeps in the queue
     added_bytes: int = 0  # and the most that the call would add
 

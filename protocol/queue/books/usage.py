@@ -1,7 +1,7 @@
 """What tenants have used, by day: the scripts that end requests count it (`count_usage` of `lua/common.lua`).
 
 A tenant's day is a hash with a row for each model that answered it. As a row is written with the end of its request, or
-not at all, each request counts once, whoever dies and however often it was run.
+not at all, each request counts once, whatever dies and however often it was run.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from protocol.wire.keys import Keys
 
 DAY_S = 86_400
 MAX_NAME = 128
-"""Longest name of a model in a row, in characters; longer ones end there, and their digests tell them apart."""
+"""Longest name of a model in a row, in characters; longer ones are cut, and distinguished by their digests."""
 
 MAX_RESIDENT = 4096
-"""Most adapters whose time in pools is told apart on a day."""
+"""Maximum number of adapters per day with residency of their own."""
 
 OTHERS = "other"
 """Stands for the models and adapters that came after too many others on one day."""
@@ -36,11 +36,11 @@ class Counted:
     """For what a request counts."""
 
     tenant: str
-    model: str  # as the API shows it
-    digest: str  # of the adapter; "" for the base model, and for merges
+    model: str  # name shown by the API
+    digest: str  # digest of the adapter; "" for the base model, and for merges
     base: str
     batch: bool  # it is the line of a batch
-    days: int  # that it is kept
+    days: int  # retention in days
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class UsageRow:
     batch: bool
     requests: int  # calls: the choices of one count once
     prompt_tokens: int  # a prompt with several choices counts once
-    cached_tokens: int  # of them, those that the prefix cache had
+    cached_tokens: int  # tokens among them found in the prefix cache
     output_tokens: int
 
 

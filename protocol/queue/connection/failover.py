@@ -33,7 +33,7 @@ class Sentinels:
     """Those who know which server is the primary. The one that answered last is asked first."""
 
     addresses: list[tuple[str, int]]
-    name: str  # of the primary, with them
+    name: str  # name of the primary in the Sentinels' configuration
     password: str | None = field(default=None, repr=False)
     tls: dict[str, Any] | None = None  # arguments of connections to them; None: they are not encrypted
     known: tuple[str, int] | None = None  # the primary that this process has connected to last
@@ -51,7 +51,7 @@ class Sentinels:
                 self.addresses.remove(address)
                 self.addresses.insert(0, address)
                 return found[0].decode(), int(found[1])
-            failures.append(f"{address[0]}:{address[1]} knows no {self.name}")
+            failures.append(f"{address[0]}:{address[1]} has no primary named {self.name}")
         raise RedisConnectionError(f"no Sentinel names the queue's primary: {'; '.join(failures)}")
 
     async def _ask(self, address: tuple[str, int]) -> list[bytes] | None:
@@ -91,12 +91,12 @@ def split(url: str) -> tuple[Sentinels, str]:
 def _address(text: str) -> tuple[str, int]:
     parts = urlsplit(f"//{text}")
     if not parts.hostname:
-        raise ValueError(f"{text!r} is no address of a Sentinel")
+        raise ValueError(f"{text!r} is not a Sentinel address")
     return parts.hostname, parts.port or DEFAULT_PORT
 
 
 def found_by(sentinels: Sentinels, base: Any) -> Any:
-    """Return a class of connections like `base` that go to whoever is the primary when they are opened.
+    """Return a class of connections like `base` that go to the server that is the primary when they are opened.
 
     Once one of them has found another primary, the others leave the old one, even if it still answers: what one
     connection wrote, another must be able to read.
@@ -115,7 +115,7 @@ def found_by(sentinels: Sentinels, base: Any) -> Any:
             # INFO and not ROLE, which counts as dangerous: services may not run it.
             await self.send_command("INFO", "replication", check_health=False)
             if b"role:master" not in await self.read_response(disable_decoding=True):
-                raise RedisConnectionError(f"{self.host}:{self.port} is no primary: a failover is going on")
+                raise RedisConnectionError(f"{self.host}:{self.port} is not the primary: a failover is in progress")
             sentinels.known = (self.host, self.port)
             self.is_of = sentinels.known
 
@@ -123,7 +123,7 @@ def found_by(sentinels: Sentinels, base: Any) -> Any:
             if self.is_of not in (None, sentinels.known):
                 self.is_of = None
                 await self.disconnect(nowait=True)
-                raise RedisConnectionError(f"{self.host}:{self.port} is the primary no longer")
+                raise RedisConnectionError(f"{self.host}:{self.port} is no longer the primary")
             await super().send_packed_command(command, check_health)  # pyright: ignore[reportUnknownMemberType]
 
     return ToPrimary

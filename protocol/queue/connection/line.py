@@ -31,7 +31,7 @@ MAX_WAITING = 256
 REST_S = 1.0
 """Time after a failure to connect in which it is not tried again."""
 
-_LOST = "the line to the queue was lost"
+_LOST = "the connection to the queue was lost"
 
 _Push: type = getattr(hiredis, "PushNotification")  # noqa: B009  untyped
 
@@ -90,7 +90,7 @@ class _Talk(asyncio.Protocol):
                 self.end(error)
                 break
             future, _ = self._waiting.popleft()
-            if future.done():  # whoever asked has been cancelled
+            if future.done():  # its caller was cancelled
                 continue
             if error is None:
                 future.set_result(reply)
@@ -98,11 +98,11 @@ class _Talk(asyncio.Protocol):
                 future.set_exception(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell those who wait."""
+        """Fail all waiting callers."""
         self.end(RedisConnectionError(_LOST))
 
     def end(self, error: Exception) -> None:
-        """Close the connection; whoever waits is told why."""
+        """Close the connection; waiting callers get the reason."""
         self.is_over = True
         self._transport.abort()
         if self._timer is not None:
@@ -166,7 +166,7 @@ class Line:
             if self._talk is not None and not self._talk.is_over:
                 return self._talk
             if asyncio.get_running_loop().time() < self._rests_until_s:
-                raise RedisConnectionError("the line to the queue is broken")
+                raise RedisConnectionError("the connection to the queue is broken")
             connection = self._client.connection_pool.make_connection()
             try:
                 async with asyncio.timeout(self._timeout_s):

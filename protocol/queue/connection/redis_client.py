@@ -37,7 +37,7 @@ CONNECTION_ERRORS = (
     RedisConnectionError, RedisTimeoutError, ConnectionError, OSError, NoScriptError, MemoryFull, DiskFull,
 )  # fmt: skip
 """What a lost connection looks like, and a server without room; loops catch it, wait and go on. A missing script comes
-from a server that was started anew between being given it and being asked to run it."""
+from a server that was restarted after the script was loaded and before it was run."""
 
 QUEUE_AWAY.update(CONNECTION_ERRORS)
 
@@ -93,7 +93,7 @@ class _Cancellable:
     async def read_response(self, *args: Any, **options: Any) -> Any:
         """Read a reply. Raises a connection error for those of a server that is `UNFIT`.
 
-        Whoever asked connects again, and then finds one that is not. Raises DiskFull.
+        The caller reconnects, and then finds one that is not. Raises DiskFull.
         """
         try:
             return await super().read_response(*args, **options)  # type: ignore[misc]
@@ -136,8 +136,8 @@ class _Timed:
         await super().on_connect_check_health(check_health)  # type: ignore[misc]
         asked_at_ns = time.monotonic_ns()
         await self.send_command("TIME", check_health=False)  # type: ignore[attr-defined]
-        told = cast(Any, await self.read_response(disable_decoding=True))  # type: ignore[attr-defined]
-        seconds, micros = int(told[0]), int(told[1])
+        time_reply = cast(Any, await self.read_response(disable_decoding=True))  # type: ignore[attr-defined]
+        seconds, micros = int(time_reply[0]), int(time_reply[1])
         CLOCK.learn(seconds * 10**9 + micros * 1000, asked_at_ns, time.monotonic_ns())
 
 

@@ -21,8 +21,8 @@ class ServerFacts:
     append_ok: bool  # whether it could write there last
     role: str  # "master", or a replica's
     answer_ms: float
-    ahead_ms: float  # its clock before this machine's, as far as the time of the answer lets tell
-    cpu_s: float = 0.0  # that its main thread has used
+    ahead_ms: float  # its clock before this machine's, as precisely as the answer's duration allows
+    cpu_s: float = 0.0  # CPU time of its main thread
     snapshot_ok: bool = True  # whether it could write its last snapshot
 
 

@@ -1,1 +1,1 @@
-"""What outlives a connection: files, batches, jobs, conversations, and those who are told of an end."""
+"""What outlives a connection: files, batches, jobs, conversations and webhooks."""

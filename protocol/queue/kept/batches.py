@@ -1,6 +1,6 @@
 """The records of batches, and which gateway runs which.
 
-A gateway runs a batch for a few seconds at a time, and says again and again that it goes on. When it has been silent
+A gateway runs a batch under a lease of a few seconds, which it keeps renewing. When it has been silent
 another one takes the batch over under a higher epoch, by which the first one can write no more.
 """
 
@@ -34,7 +34,7 @@ class ClaimedBatch:
     batch: m.Batch
     epoch: int
     cancelled_ms: int  # when its client cancelled it, 0 if not
-    tries: int = 0  # by which nothing more of it was answered: those that failed, and whose gateway has died
+    tries: int = 0  # tries without progress: failed ones, and those whose gateway died
 
 
 class Batches:

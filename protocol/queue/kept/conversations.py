@@ -28,10 +28,10 @@ class ConversationLimits:
     """What a tenant's conversations may come to, and how long each lives."""
 
     ttl_ms: int  # after its last change
-    max_conversations: int  # of the tenant, 0: no limit
-    max_items: int  # of one
-    max_bytes: int  # of one
-    max_kept: int  # of the tenant, with all else that it keeps in the queue; 0: no limit
+    max_conversations: int  # limit per tenant; 0: no limit
+    max_items: int  # limit per conversation
+    max_bytes: int  # limit per conversation
+    max_kept: int  # limit on all bytes of the tenant in the queue; 0: no limit
 
     def with_kept(self, max_kept: int) -> ConversationLimits:
         """Return the limits of a tenant that may keep so many bytes."""
@@ -42,7 +42,7 @@ class Outcome(NamedTuple):
     """What has become of a change."""
 
     code: str  # ok, gone; or the limit that has refused it: conversations, items, bytes, kept
-    there: int = 0  # of that limit
+    there: int = 0  # current value of that limit's quantity
     added: int = 0  # bytes that the change would have added, where `kept` has refused it
 
 

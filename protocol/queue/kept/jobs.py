@@ -20,7 +20,7 @@ class NewJob:
     """A job as `Bus.submit` writes it, together with its requests."""
 
     job: m.Job
-    request: bytes  # what of its HTTP body writing its answer needs, as JSON
+    request: bytes  # parts of the HTTP body needed to write the answer, as JSON
     ttl_ms: int
 
 

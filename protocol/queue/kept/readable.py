@@ -15,7 +15,7 @@ R = TypeVar("R", bound=m.Record)
 
 
 def readable(raws: Iterable[bytes | None], type_: type[R], *, leave_newer: bool = False) -> list[R]:
-    """Return those of these records that are there and can be read, in their order; the others are counted and told.
+    """Return those of these records that are there and can be read, in their order; the others are counted and logged.
 
     leave_newer: for who takes what is not among them for deleted; raises NewerRecord if one is for newer releases.
     """

@@ -27,10 +27,10 @@ from protocol.wire.keys import Keys
 logger = logging.getLogger(__name__)
 
 GIVEN_UP_S = 604_800
-"""How long a delivery that was given up is kept."""
+"""Retention of a failed delivery."""
 
 MAX_GIVEN_UP = 256
-"""Deliveries of a tenant that were given up and are kept, the newest."""
+"""Maximum number of stored failed deliveries of a tenant, the newest."""
 
 UNREADABLE = "its record cannot be read"
 """The error of a delivery whose record no longer says what is to be sent."""
@@ -40,9 +40,9 @@ UNREADABLE = "its record cannot be read"
 class Ended:
     """The end of a job or a batch."""
 
-    entry: str  # of the tenant's stream
+    entry: str  # entry id in the tenant's stream
     id: str
-    type: str  # of the event; "": a job, whose state tells it
+    type: str  # event type; "": a job, whose state determines it
 
 
 class Webhooks:
@@ -154,7 +154,7 @@ class Webhooks:
         for id_, raw in zip(flat[::2], flat[1::2], strict=True):
             try:
                 read = decode_record(raw, m.Delivery)
-            except NewerRecord as error:  # for a newer gateway, once it sends: this one has only had its turn
+            except NewerRecord as error:  # left for a newer gateway; this one has only used its turn
                 FAILED.note("records", error, "a Delivery")
                 continue
             except UnreadableRecord as error:

@@ -11,7 +11,7 @@ local rid, deltas, order, ended = unpack(ARGV)
 local now = now_ms()
 local f = redis.call('HMGET', req_key(rid), 'state', 'owner', 'gateway', 'cancel')
 if not f[1] then return '' end
--- Whoever asks again and again adds nothing: the order is on its way.
+-- Repeated calls have no effect: the order is on its way.
 if is_terminal(f[1]) or f[4] == '1' then return f[1] end
 redis.call('HSET', req_key(rid), 'cancel', 1)
 if f[1] == 'queued' then

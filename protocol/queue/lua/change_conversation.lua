@@ -30,7 +30,7 @@ local f = redis.call('HMGET', conversation, 'tenant', 'bytes', 'next', 'b')
 if response ~= '' then redis.call('ZREM', all_turns, tenant .. ':' .. id .. ':' .. response) end
 if is_new and f[1] then return {'ok'} end  -- an earlier reply was lost
 if not is_new and f[1] ~= tenant then return {'gone'} end
--- Whoever takes the response out adds its turn: nobody does so twice.
+-- The caller that removes the response adds its turn, so it is added once.
 if response ~= '' and redis.call('ZREM', turns, response) == 0 then return {'ok'} end
 
 local num, added = 0, record == '' and 0 or #record - #(f[4] or '')

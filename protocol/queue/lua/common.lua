@@ -47,7 +47,7 @@ local function note_slot(epoch)
 end
 
 -- Return the key of what is known of a call, a hash, by the id of its first request. Fields: open: how many of its
--- requests have not ended; job: `<tenant>:<id>` of a job whose end is told; and where the tenant's bytes are counted,
+-- requests have not ended; job: `<tenant>:<id>` of a job whose end webhooks report; and where the tenant's bytes are counted,
 -- kept: bytes of bodies that live on; who: the tenant; bytes: what is counted of the call now; left: what stays of those that have ended; last: unix ms until which the records of a job and an
 -- Idempotency-Key live, 0 without.
 local function call_key(call) return P .. ':call:' .. call end
@@ -116,14 +116,14 @@ local function kept_bytes(tenant, now)
   return -tonumber(redis.call('ZSCORE', key, 'sum') or 0)
 end
 
--- Tell that a job or a batch has ended, to whoever sends webhooks. `type`: of the event, '' for a job's, whose requests
+-- Note the end of a job or a batch, for the gateways that send webhooks. `type`: of the event, '' for a job's, whose requests
 -- say how it ended. Each tenant has a stream of its own, so that none pushes out, or waits behind, another's ends.
 local function tell_end(tenant, id, type)
   redis.call('XADD', P .. ':ends:' .. tenant, 'MAXLEN', '~', '10000', '*', 'id', id, 'type', type)
   redis.call('ZADD', P .. ':ends', 'NX', now_ms(), tenant)
 end
 
--- Tell that a call has ended if it is a job; `job` is `<tenant>:<id>`, or false.
+-- Note a call's end for webhooks if it is a job; `job` is `<tenant>:<id>`, or false.
 local function tell_job(job)
   if not job then return end
   local tenant, id = string.match(job, '^([^:]*):(.*)$')
@@ -230,7 +230,7 @@ local function write_end(rid, state, finish, error, now, is_dead)
   end
 end
 
--- Tell the scheduler that requests have ended: `message` is a packed list of `messages.Ended`.
+-- Notify the scheduler that requests have ended: `message` is a packed list of `messages.Ended`.
 local function tell_scheduler(message)
   redis.call('XADD', P .. ':ended', 'MAXLEN', '~', '10000', '*', 'b', message)
 end

@@ -1,12 +1,12 @@
 #!lua flags=allow-oom
--- Register a worker with its first beat, unless live workers serve another model.
+-- Register a worker with its first heartbeat, unless live workers serve another model.
 --
 -- KEYS  base         string  the base model, as messages.ServedModel
---       workers      zset    worker id -> unix ms of its last beat
---       worker_beat  string  the worker's beat; the key holds its id
+--       workers      zset    worker id -> unix ms of its last heartbeat
+--       worker_beat  string  the worker's heartbeat; the key holds its id
 -- ARGV  wid          str     the worker's id: letters and digits
---       beat         bytes   its beat
---       ttl_ms       int     ms that the beat lasts
+--       beat         bytes   its heartbeat
+--       ttl_ms       int     ms that the heartbeat lasts
 --       at_ms        int     unix ms now
 --       known        bytes   the base model as the caller read it; '' if there was none
 --       is_same      int     1 if that is the caller's own model, else 0

@@ -22,7 +22,7 @@
 --       job_record    bytes   `messages.Job`, msgpack
 --       job_request   bytes   what of the job's HTTP body writing its answer needs
 --       job_ttl_ms    int     ms that the job lives
---       is_told       int     1: the job's end is told to whoever sends webhooks, else 0
+--       is_told       int     1: webhooks report the job's end, else 0
 --       max_turns     int     most turns of a conversation that are to be added
 --       body_bytes    int     bytes of the bodies where they live on as long as the requests, 0 where they go with the
 --                             last one

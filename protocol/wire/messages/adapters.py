@@ -38,8 +38,8 @@ class Registration(Record, frozen=True):
 
     name: str
     source: str  # `Reference.source`
-    token: str = ""  # for the source, sealed by `FleetSecret`; "": the store's own
-    tenant: str = ""  # who sees the name; "": everybody
+    token: str = ""  # access token for the source, sealed by `FleetSecret`; "": the store's own
+    tenant: str = ""  # owner of the name; "": shared by all tenants
     asked_ms: int = 0  # when it was last asked for: a look at the source before that is out of date
     on_request: bool = False  # a request named the source itself
     as_fleet: bool = False  # read with the fleet's own credentials where there is no token
@@ -61,7 +61,7 @@ class AdapterRecord(Record, frozen=True):
     source: str
     created_ms: int
     vocab_size: int = 0  # tokens it knows, 0: those of the base
-    num_labels: int = 0  # of its own head, see `ServedModel.label_head`; 0: it has none
+    num_labels: int = 0  # labels of its own head, see `ServedModel.label_head`; 0: no head
     no_effect: bool = False  # every product that it adds is zero
     mapped: dict[str, str] = {}  # names of its file -> of the base model, as patterns, where they differ
 
@@ -76,7 +76,7 @@ class AdapterEvent(Wire, frozen=True):
     digest: str = ""
     name: str = ""
     source: str = ""  # wid or sid
-    ms: float = 0.0  # what it took
-    order: str = ""  # of an `evicted` that answers `Control.order`
+    ms: float = 0.0  # duration
+    order: str = ""  # id of the order that an `evicted` answers, see `Control.order`
     pool_bytes: int = 0  # taken or freed in a worker's pool
     host_bytes: int = 0  # taken or freed in its host memory

@@ -19,16 +19,16 @@ class Assigned(Packed, frozen=True):
     choice: int = 0  # this and the next two as in `Submit`
     call: str = ""
     part: int = 0
-    batch: bool = False  # of the class `batch`: it yields to all that is not
-    queued_ms: int = 0  # from its submission to this assignment
-    trace: str = ""  # as in `Submit`
+    batch: bool = False  # class `batch`: yields to all other requests
+    queued_ms: int = 0  # ms from submission to this assignment
+    trace: str = ""  # see `Submit.trace`
     alone: bool = False  # it yields only because no other tenant asked for anything; see `FairShares`
 
 
 REASONS = {
     "least_wait": "the shortest estimated wait",
     "only_place": "no other worker could take it",
-    "all_crowded": "the shortest estimated wait; all had more than their share of the requests",
+    "all_crowded": "the shortest estimated wait; all had more than their share of requests",
     "held_enough": "it had waited for a worker with its adapter for as long as loading it takes",
     "resumed": "a worker had it before; the shortest estimated wait of those with room",
 }
@@ -40,7 +40,7 @@ class Option(Packed, frozen=True):
 
     worker: str  # name
     wait_ms: int  # estimated, until the request would be done there: prompts before it, its adapter, its decoding
-    tier: str  # where its adapter was: resident, loading, host or store; "" for the base model
+    tier: str  # tier of its adapter: resident, loading, host or store; "" for the base model
     crowded: bool = False  # it had more than its share of the requests, so that any other was better
 
 
@@ -52,7 +52,7 @@ class Placed(Packed, frozen=True):
     because: str  # one of `REASONS`
     options: list[Option]  # the one that was chosen first, then the others, the shortest wait first; at most 4
     num_others: int = 0  # workers that were looked at beyond these
-    held_ms: int = 0  # for how long it was kept for a worker with its adapter
+    held_ms: int = 0  # ms it was held for a worker with its adapter
     yields: bool = False  # to requests of tenants that have less than their fair share
     lead_tokens: int = 0  # weighted tokens by which its tenant was ahead of the tenant served least
     num_queued: int = 0  # requests that still waited then
@@ -64,5 +64,5 @@ class Control(Wire, frozen=True):
     kind: Literal["cancel", "prefetch", "pin", "unpin", "evict", "queued", "drain", "resume"]
     rid: str = ""
     digest: str = ""
-    digests: list[str] = []  # of `queued`: adapters that waiting requests need, which should stay
-    order: str = ""  # of `evict`: id that the answering event repeats
+    digests: list[str] = []  # `queued`: adapters that waiting requests need, which should stay
+    order: str = ""  # `evict`: id that the answering event repeats

@@ -24,7 +24,7 @@ class Record(Wire, frozen=True, kw_only=True):
     """Base of messages that are kept for longer than the process lives that wrote them.
 
     A change that older releases would misread, which no new field with a default is, makes `FORM` of its class greater,
-    and whoever makes use of it writes that as `form`.
+    and a sender that uses it writes that as `form`.
     """
 
     FORM: ClassVar[int] = 1

@@ -52,10 +52,10 @@ class Batch(Record, frozen=True):
     endpoint: str
     input_file: str
     created_ms: int
-    expires_ms: int  # by then what has no answer is given up
+    expires_ms: int  # unix ms at which unanswered lines expire
     window: str = "24h"
     metadata: dict[str, str] | None = None
-    output_life_s: int = 0  # of its output files; 0: as the settings say
+    output_life_s: int = 0  # retention of its output files; 0: the setting's
     status: BatchStatus = "validating"
     total: int = 0
     completed: int = 0
@@ -64,7 +64,7 @@ class Batch(Record, frozen=True):
     problems: list[BatchProblem] = []
     output_file: str = ""
     error_file: str = ""
-    model: str = ""  # that all of its lines name; "": several
+    model: str = ""  # model of all its lines; "": several
     cancelling_ms: int = 0
     in_progress_ms: int = 0
     finalizing_ms: int = 0

@@ -10,11 +10,11 @@ class Death(Packed, frozen=True):
     """A worker's death under a request. Times are unix milliseconds."""
 
     wid: str
-    name: str  # of the worker, "" if it is not known any more
+    name: str  # name of the worker; "" if no longer known
     ms: int  # when it was noticed
     assigned_ms: int
-    num_output_tokens: int  # of the request's log at the death
-    num_at_start: int  # of the log when the worker got the request
+    num_output_tokens: int  # length of the request's log at the death
+    num_at_start: int  # length of its log at the assignment
 
     @property
     def phase(self) -> str:
@@ -26,8 +26,8 @@ class DeadLetter(Wire, frozen=True):
     """A request that was given up, or a message that could not be read, and why."""
 
     reason: str
-    stream: str = ""  # where an unreadable message lay
-    raw: bytes = b""  # that message
+    stream: str = ""  # stream of an unreadable message
+    raw: bytes = b""  # the unreadable message
     submit: Submit | None = None
     attempts: int = 0
     num_output_tokens: int = 0

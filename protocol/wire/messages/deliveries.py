@@ -14,21 +14,21 @@ class Usage(Packed, frozen=True):
 
 
 class Timing(Packed, frozen=True):
-    """What one assignment of a request has taken so far: told with its first token there, and with its end.
+    """The times of one assignment of a request so far, reported with its first token there and with its end.
 
     `taken_ms` is unix time by the worker's clock. The other times are ms since then, -1 for what has not happened.
     """
 
     taken_ms: int
     queued_ms: int = 0  # before: from its submission to this assignment
-    tier: str = ""  # where its adapter was when it came: resident, loading, host or store; "" for the base model
-    staged_ms: int = -1  # until its adapter was in host memory, where it was not
-    ready_ms: int = -1  # until its adapter was in the pool, where it was not
-    begun_ms: int = -1  # until its first step
-    first_ms: int = -1  # until its first token there
+    tier: str = ""  # tier of its adapter on arrival: resident, loading, host or store; "" for the base model
+    staged_ms: int = -1  # ms until its adapter was in host memory; -1: it was there
+    ready_ms: int = -1  # ms until its adapter was in the pool; -1: it was there
+    begun_ms: int = -1  # ms until its first step
+    first_ms: int = -1  # ms until its first token there
     ended_ms: int = -1
     num_preempted: int = 0  # times that it lost its KV blocks to others
-    num_cached_tokens: int = 0  # of its prompt, found in the prefix cache
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
 
     @property
     def adapter_ms(self) -> int:
@@ -61,7 +61,7 @@ class ErrorInfo(Wire, frozen=True):
     code: str | None = None
     param: str | None = None
     retry_after_s: float | None = None
-    reasons: list[str] = []  # of an `AdapterRefused`
+    reasons: list[str] = []  # reasons of an `AdapterRefused`
 
 
 def logprob_record_bytes(num_logprobs: int) -> int:

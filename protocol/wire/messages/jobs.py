@@ -11,17 +11,17 @@ class Job(Record, frozen=True):
     jid: str
     endpoint: str
     tenant: str
-    model: str  # as the client named it
+    model: str  # model named by the client
     created_ms: int
     expires_ms: int
     rids: list[str]
     metadata: dict[str, str] = {}
-    digests: list[str] = []  # of the adapters that answer, "" for the base model
-    texts: list[str] = []  # of each, the hash of the tokenizer and template it brings, "" if none
-    opened: list[bool] = []  # of each, whether its prompt ends within the model's reasoning
-    background: bool = True  # nobody follows it, so its end is told
+    digests: list[str] = []  # digests of the answering adapters, "" for the base model
+    texts: list[str] = []  # per adapter, hash of its own tokenizer and template, "" if none
+    opened: list[bool] = []  # per adapter, whether its prompt ends within the model's reasoning
+    background: bool = True  # no client follows it, so webhooks report its end
     key: str = ""  # the Idempotency-Key it was made with, "" for none
-    conversation: str = ""  # whose turn it is, once it has ended; "" for none
+    conversation: str = ""  # conversation that gets its turn at the end; "": none
 
 
 class Conversation(Record, frozen=True):
@@ -39,7 +39,7 @@ class Idempotent(Record, frozen=True):
     body_hash: str  # sha256 of endpoint and HTTP body
     created_ms: int
     rids: list[str]
-    digests: list[str] = []  # of the adapters that answer, "" for the base model
-    texts: list[str] = []  # of each, the hash of the tokenizer and template it brings, "" if none
-    jid: str = ""  # of a background job
-    opened: list[bool] = []  # as in `Job`
+    digests: list[str] = []  # digests of the answering adapters, "" for the base model
+    texts: list[str] = []  # per adapter, hash of its own tokenizer and template, "" if none
+    jid: str = ""  # id of a background job
+    opened: list[bool] = []  # see `Job.opened`

@@ -17,39 +17,39 @@ class SiteShape(Packed, frozen=True):
     """A part of the model that an adapter can change, as the model names it."""
 
     name: str  # "model.layers.0.self_attn.q_proj"; of a parameter with the parameter: "….mlp.experts.gate_up_proj"
-    in_features: int  # of an embedding: its entries; of a norm: its width
+    in_features: int  # embedding: number of entries; norm: width
     out_features: int
     kind: Literal["linear", "conv1d", "opaque", "embedding", "norm", "parameter"] = "linear"  # opaque: see `OPAQUE`
     has_bias: bool = False
-    num_experts: int = 0  # of a parameter: matrices in it
+    num_experts: int = 0  # parameter: number of matrices in it
 
 
 class ServedModel(Wire, frozen=True):
     """What the fleet serves: enough to validate requests and adapters without the weights."""
 
-    model: str  # as given to the worker
+    model: str  # model as given to the worker
     name: str  # served name
-    fingerprint: str  # of config and weight layout; workers with another one refuse to join
+    fingerprint: str  # hash of config and weight layout; workers with another one refuse to join
     model_type: str
     vocab_size: int
     max_model_len: int  # tokens of prompt + output that a worker's cache can hold
     sites: list[SiteShape]
-    dtype: str = ""  # of weights and activations
+    dtype: str = ""  # dtype of weights and activations
     dtype_reason: str = ""  # why it is that one
     kernels: str = ""  # the native CPU kernels' instruction set; "": others compute
     tied_embeddings: bool = False
     created_ms: int = 0
     device: str = ""  # "cpu" or "cuda"
-    task: Task = "generate"  # what it is for
-    tasks: list[Task] = []  # what it does besides, for the base model or for adapters alone, see `labels`
-    labels: list[str] = []  # of `classify` and `score`, by index; [] of `score`: only adapters with a head can be asked
-    activation: Activation = ""  # of `score`: what makes the labels' probabilities of the logits of a text
-    pair_activation: Activation = ""  # of `score`: what makes the score of a pair of its one logit
-    label_head: str = ""  # of `score`: the site whose outputs are the logits; an adapter's may have another number
-    missing: list[str] = []  # of `score`: sites that the base has no weights of, so that adapters must bring them
-    width: int = 0  # of `embed`: entries of a vector
-    unit_length: bool = False  # of `embed`: whether vectors are normalised to length 1
-    head_dim: int = 0  # of an attention head; 0: not known
+    task: Task = "generate"  # main task
+    tasks: list[Task] = []  # further tasks, of the base model or only of adapters, see `labels`
+    labels: list[str] = []  # `classify`, `score`: labels by index; [] of `score`: only adapters with a head answer
+    activation: Activation = ""  # `score`: activation from a text's logits to label probabilities
+    pair_activation: Activation = ""  # `score`: activation from a pair's one logit to its score
+    label_head: str = ""  # `score`: site that outputs the logits; an adapter's may have another number
+    missing: list[str] = []  # `score`: sites without weights in the base, so that adapters must bring them
+    width: int = 0  # `embed`: entries of a vector
+    unit_length: bool = False  # `embed`: whether vectors are normalised to length 1
+    head_dim: int = 0  # size of an attention head; 0: unknown
 
     def does(self, task: Task) -> bool:
         """Return whether requests may ask this of the model."""

@@ -34,9 +34,9 @@ class Sampling(Wire, frozen=True):
     min_tokens: int = 0
     ignore_eos: bool = False
     shows_special: bool = False  # special tokens are text, in which stop strings are found too
-    penalties: Literal["openai", "lorax"] = "openai"  # what frequency and presence count, see `sampling._adjust_`
+    penalties: Literal["openai", "lorax"] = "openai"  # counts for frequency and presence, see `sampling._adjust_`
     watermark: bool = False
-    prompt_logprobs: int | None = None  # of the prompt's tokens too, so many most likely at each; into `Keys.plp`
+    prompt_logprobs: int | None = None  # number of most likely tokens at each prompt token, for `Keys.plp`; None: none
     logprobs_of: Literal["model", "choice"] = "model"  # the model's own distribution, or the one drawn from
 
     def of_choice(self, index: int) -> Sampling:
@@ -62,8 +62,8 @@ class Body(Wire, frozen=True):
     stop_token_ids: list[int] = []
     salt: str = ""  # separates the prefix caches of tenants
     lora_scale: float = 1.0
-    grammar: str = ""  # that the output must follow: llguidance's list of grammars as JSON; "": none
-    task: Task = "generate"  # what the log becomes, see below
+    grammar: str = ""  # grammar of the output: llguidance's list of grammars as JSON; "": none
+    task: Task = "generate"  # content of the log, see below
     second: int = 0  # index of the first token of the second text of a pair, whose type id is 1; 0: all are of type 0
 
 
@@ -75,7 +75,7 @@ EVERY_WORKER_KNOWS = frozenset({
 })  # fmt: skip
 """The fields of `Sampling` and `Body` that workers know without saying so: those of the first version that is asked.
 
-A field that is added later is not entered here. It counts as new by itself: workers tell that they know it, and a
+A field that is added later is not entered here. It counts as new by itself: workers report that they know it, and a
 request that uses it goes only to them, since others would ignore it and answer something else.
 """
 
@@ -113,13 +113,13 @@ class Submit(Wire, frozen=True):
     num_prompt_tokens: int
     max_new_tokens: int
     deadline_ms: int  # unix time
-    gateway: str  # who gets the tokens; "" when nobody listens (background jobs)
+    gateway: str  # gateway that gets the tokens; "": none (background jobs)
     stored: bool = False  # lives on without its gateway
     submitted_ms: int = 0
     prefix: str = ""  # hash of the prompt's first blocks, for prefix affinity
     weight: float = 1.0  # the tenant's share relative to others
-    choice: int = 0  # of its prompt, see `Sampling.of_choice`
+    choice: int = 0  # choice of its prompt, see `Sampling.of_choice`
     call: str = ""  # first request of its call; "": itself. This and the next are set by `Bus.submit`
-    part: int = 0  # which of the call's bodies is its own
+    part: int = 0  # index of its body among the call's
     needs: list[str] = []  # fields that its worker must know, see `fields_in_use`
     trace: str = ""  # W3C traceparent of the span that submitted it; "" without one

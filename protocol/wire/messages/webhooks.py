@@ -1,4 +1,4 @@
-"""Gateway to gateway: who is told that jobs and batches have ended, and what is still to be told."""
+"""Gateway to gateway: webhook endpoints for ends of jobs and batches, and pending deliveries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class WebhookEndpoint(Record, frozen=True):
     name: str
     url: str
     events: list[str]  # job.completed, batch.failed …
-    secret: str  # that events are signed with, encrypted by the fleet's secret
+    secret: str  # signing secret of events, encrypted with the fleet's secret
     hint: str  # the end of it, to be shown
     created_ms: int
     updated_ms: int
@@ -24,7 +24,7 @@ class WebhookEndpoint(Record, frozen=True):
 class Delivery(Record, frozen=True):
     """An event on its way to an endpoint."""
 
-    id: str  # of event and endpoint: the same however often it is sent
+    id: str  # id of event and endpoint, the same in every attempt
     event: str  # its id
     endpoint: str
     tenant: str
@@ -32,5 +32,5 @@ class Delivery(Record, frozen=True):
     subject: str  # the job or batch that has ended
     created_ms: int
     attempts: int = 0
-    error: str = ""  # of the latest attempt
+    error: str = ""  # error of the latest attempt
     tried_ms: int = 0

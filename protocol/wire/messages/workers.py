@@ -43,21 +43,21 @@ LOAD_BUCKETS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0)
 
 
 class WorkerCounters(msgspec.Struct, omit_defaults=True):
-    """Totals since a worker's start. The worker adds to its own; a beat carries a copy."""
+    """Totals since a worker's start. The worker adds to its own; a heartbeat carries a copy."""
 
     num_steps: int = 0
     num_preemptions: int = 0
-    num_computed_tokens: int = 0  # of prompts and outputs, recomputed ones too
+    num_computed_tokens: int = 0  # prompt and output tokens, recomputed ones included
     num_cached_tokens: int = 0  # found in the prefix cache instead
     num_output_tokens: int = 0
     num_drafted_tokens: int = 0  # drafted by speculation
-    num_accepted_tokens: int = 0  # of them, those that were accepted
+    num_accepted_tokens: int = 0  # accepted tokens among them
     num_evictions: int = 0  # adapters that left the pool for others
     plan_s: float = 0.0  # choosing the step's tokens, advancing adapter loads
     inputs_s: float = 0.0  # building and sending the work lists
     forward_s: float = 0.0
     sample_s: float = 0.0
-    mask_s: float = 0.0  # of `sample_s`, computing which tokens grammars allow
+    mask_s: float = 0.0  # part of `sample_s` for computing token masks of grammars
     finish_s: float = 0.0  # stop checks and outputs
     publish_s: float = 0.0  # making steps durable and visible, while the next ones are computed
 
@@ -70,7 +70,7 @@ class WorkerBeat(Wire, frozen=True):
     capacity: int  # requests it would hold at once
     running: int = 0
     waiting: int = 0
-    waiting_adapter: int = 0  # of `waiting`, those whose adapter is being loaded; they take no capacity
+    waiting_adapter: int = 0  # those of `waiting` whose adapter is loading; they take no capacity
     progress: list[tuple[str, int]] = []  # (rid, output tokens so far) of all requests it holds
     kv_blocks_free: int = 0
     kv_blocks_total: int = 0
@@ -87,13 +87,13 @@ class WorkerBeat(Wire, frozen=True):
     """Where adapters came from (store, host) -> of its loads, how many are in each of `LOAD_BUCKETS_S` and beyond, and
     the sum of their seconds."""
     kv_bytes_total: int = 0
-    host_bytes_used: int = 0  # of packed adapters
+    host_bytes_used: int = 0  # bytes of packed adapters
     host_bytes_total: int = 0
     counters: WorkerCounters = msgspec.field(default_factory=WorkerCounters)
     draining: bool = False
     sent_ms: int = 0
     knows: list[str] = []  # `requests.KNOWN_FIELDS` of its version
-    version: str = ""  # of its program
+    version: str = ""  # version of its program
 
 
 class SchedulerStatus(Wire, frozen=True):
@@ -104,15 +104,15 @@ class SchedulerStatus(Wire, frozen=True):
     workers: int
     drain_rate: float  # requests finished per second while others waited; 0: not known yet
     queued_tokens: int = 0
-    queued_batch: int = 0  # of `queued`, those of class batch
-    used_bytes: int = 0  # of the queue server's memory
-    max_bytes: int = 0  # that it may hold; 0: no limit
+    queued_batch: int = 0  # those of `queued` in class batch
+    used_bytes: int = 0  # memory of the queue's server
+    max_bytes: int = 0  # its memory limit; 0: no limit
     sent_ms: int = 0
     oldest_ms: dict[str, int] = {}  # class -> unix time when the oldest request that waits was submitted
     dead_letters: int = 0
     leader: str = ""  # its token, "<id>:<epoch>"
     running_adapters: list[str] = []  # digests of the adapters with most requests on workers, at most 64
     waiting_adapters: list[str] = []  # the same of requests that wait
-    knows: list[str] = []  # of `WorkerBeat`: those of the worker that knows most
-    version: str = ""  # of its program
+    knows: list[str] = []  # `WorkerBeat.knows` of the newest worker
+    version: str = ""  # version of its program
     drain_next: str = ""  # name of the worker that should go first when there are to be fewer; "": none is there

@@ -8,7 +8,7 @@ import httpx2
 import pytest
 from helpers.scripted_fleet import ScriptedFleet
 
-from gateway.adapters.catalogue import Catalogue
+from gateway.adapters.catalogue import CatalogueCopy
 from gateway.auth.callers import Caller
 from protocol.queue.books.api_keys import Tenant
 from protocol.queue.bus import Bus
@@ -19,7 +19,7 @@ def alias(name: str, tenant: str = "", state: m.AdapterState = "on_disk") -> tup
     return m.Alias(name=name, state=state, digest="d", source=f"local:{name}", tenant=tenant), None
 
 
-class CountingCatalogue(Catalogue):
+class CountingCatalogue(CatalogueCopy):
     """Counts how often the whole catalogue is read."""
 
     num_read = 0
@@ -29,7 +29,7 @@ class CountingCatalogue(Catalogue):
         await super()._read()
 
 
-async def names(catalogue: Catalogue) -> list[str]:
+async def names(catalogue: CatalogueCopy) -> list[str]:
     found = (await catalogue.copy()).after("", "")
     return [one.name async for one in found]
 
@@ -96,14 +96,14 @@ async def test_a_page_costs_a_page_and_pages_together_are_the_list(bus: Bus) -> 
 
 
 @pytest.fixture
-async def shared(bus: Bus) -> Catalogue:
+async def shared(bus: Bus) -> CatalogueCopy:
     await bus.adapters.publish(
         [alias("acme-de"), alias("common"), alias("common", "acme"), alias("broken", "", "failed")]
     )
-    return Catalogue(bus)
+    return CatalogueCopy(bus)
 
 
-async def test_what_was_written_is_for_those_alone_who_see_the_same(shared: Catalogue) -> None:
+async def test_what_was_written_is_for_those_alone_who_see_the_same(shared: CatalogueCopy) -> None:
     made: list[str] = []
 
     def show(one: m.Alias, _: m.AdapterRecord | None) -> dict[str, str]:

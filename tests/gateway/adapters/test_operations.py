@@ -289,14 +289,14 @@ async def test_nothing_stays_of_what_could_not_be_registered(fleet: Fleet) -> No
 
 async def test_orders_that_make_no_sense(subtests: pytest.Subtests, fleet: Fleet) -> None:
     for body, part in [
-        ({"name": "base", "source": "org/a"}, "cannot be an adapter's name"),
+        ({"name": "base", "source": "org/a"}, "is not a valid adapter name"),
         ({"source": "org/a"}, "name: it is missing"),
-        ({"name": "a b", "source": "org/a"}, "cannot be an adapter's name"),
-        ({"name": "a", "source": "./"}, "not a place"),
-        ({"name": "a", "source": "../x"}, "not a place"),
-        ({"name": "a", "source": "local:../x"}, "not a place"),
+        ({"name": "a b", "source": "org/a"}, "is not a valid adapter name"),
+        ({"name": "a", "source": "./"}, "not an adapter source"),
+        ({"name": "a", "source": "../x"}, "not an adapter source"),
+        ({"name": "a", "source": "local:../x"}, "not an adapter source"),
         ({"name": "a", "source": "org/a", "wait": 3}, "wait"),
-        ({"name": "a", "source": "a\0b"}, "not a place"),
+        ({"name": "a", "source": "a\0b"}, "not an adapter source"),
         ({"name": "a", "source": "org/a", "wait_s": -1}, "wait_s"),
         ({"name": "a:b", "source": "org/a"}, "cannot be"),
     ]:
@@ -339,14 +339,14 @@ async def test_as_vllm_has_it(fleet: Fleet) -> None:
     await load("x", "org/none", 404)
     for outside in ("/etc/passwd", f"{fleet.root}-not", "local:/etc", "/"):
         said = (await load("x", outside, 404))["error"]["message"]
-        assert "is in no folder that adapters are loaded from: --adapters names one, --adapter-roots" in said
+        assert "is in no adapter folder; these are set by --adapters and --adapter-roots" in said
     write_adapter(fleet.root / "run" / "seed" / "checkpoint-10", seed=8)
     await load("deep", str(fleet.root / "run" / "seed" / "checkpoint-10"))
     await fleet.ask("deep")
     assert (await fleet.shows("deep"))["source"] == "local:run/seed/checkpoint-10"
     assert "no adapter folder" in (await load("x", "run/seed/checkpoint-11", 404))["error"]["message"]
     odd = await load("x", str(fleet.root / "run" / ".hidden"), 400)
-    assert "is under a root of adapters, but not a folder that can be served" in odd["error"]["message"]
+    assert "is under an adapter root, but cannot be served" in odd["error"]["message"]
     (fleet.root / "run" / "seed" / "away").symlink_to("/etc")
     assert "leaves the adapter root" in (await load("x", "run/seed/away", 422))["error"]["message"]
 

@@ -64,7 +64,7 @@ def test_further_roots_are_for_operators(tmp_path: Path) -> None:
     reference = operations.reference_of(f"{tmp_path}/step_1")
     assert reference.source == f"local:{tmp_path}/step_1"
     tenant = Caller(Tenant("acme"), ("adapters", "infer"))
-    with pytest.raises(PermissionDenied, match="only the scope admin may load from --adapter-roots"):
+    with pytest.raises(PermissionDenied, match="only keys with the scope admin may load from --adapter-roots"):
         operations._check_place(reference, tenant)
     assert operations._check_place(reference, Caller(Tenant("ops"), ("admin",)))
     assert operations._check_place(reference, EVERYBODY)

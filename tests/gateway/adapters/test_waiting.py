@@ -8,7 +8,7 @@ from typing import Any
 
 from helpers.script_queue import make_body, make_submit
 
-from gateway.adapters.catalogue import Catalogue
+from gateway.adapters.catalogue import CatalogueCopy
 from gateway.adapters.memory import AT_ONCE, POLL_S, AdapterMemory
 from gateway.adapters.operations import AdapterOperations, Unloaded
 from gateway.auth.callers import Caller
@@ -80,7 +80,7 @@ async def test_a_name_that_is_unloaded_many_times_at_once_is_unloaded_once(bus: 
     """Whatever an unloading looks at, the catalogue and with `force` the queue, it looks at once for each name."""
     names, num_read, ended = ["own-0", "own-1", "own-2"], 0, []
 
-    class Counted(Catalogue):
+    class Counted(CatalogueCopy):
         async def _read(self) -> None:
             nonlocal num_read
             num_read += 1

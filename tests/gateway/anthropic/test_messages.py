@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from gateway.anthropic.anthropic_write import Head, MessagesWriter
+from gateway.anthropic.anthropic_write import MessageHead, MessagesWriter
 from gateway.calls.choices import Piece
 from gateway.calls.writers import Usage
 from gateway.text.answer_form import AnswerForm
@@ -354,7 +354,7 @@ def test_any_answer_streams_as_it_is_whole(words: list[str], cuts: list[int], sh
     text = "".join(words)
     ends = sorted(min(cut, len(text)) for cut in cuts)
     for form in (FORM, None):
-        writer = MessagesWriter(Head("msg_1", "base", 5), form, "r", max_tokens=100, shows_thinking=shows)
+        writer = MessagesWriter(MessageHead("msg_1", "base", 5), form, "r", max_tokens=100, shows_thinking=shows)
         raw, usage = b"", Usage(5, 7, 3)
         for begin, end in zip([0, *ends], ends, strict=False):
             raw += b"".join(writer.frames(Piece(0, text[begin:end])))

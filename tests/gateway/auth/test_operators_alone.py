@@ -13,7 +13,7 @@ from gateway.adapters.operations import AdapterOperations, Wanted
 from gateway.auth.callers import NOBODY, Caller
 from gateway.operators.keys import KeyAdministration, KeyRequest, TenantChange
 from gateway.operators.operator_routes import FleetEndpoints
-from gateway.operators.workers import Workers
+from gateway.operators.workers import WorkerViews
 from protocol.queue.books.api_keys import Tenant
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import PermissionDenied
@@ -89,7 +89,7 @@ async def test_operations_check_before_they_act(name: str, tmp_path: Path) -> No
 
 async def test_orders_and_keys_check_before_they_act() -> None:
     untouched: Any = Untouched()
-    keys, workers = KeyAdministration(untouched, writes=True), Workers(untouched)
+    keys, workers = KeyAdministration(untouched, writes=True), WorkerViews(untouched)
     fleet = FleetEndpoints.__new__(FleetEndpoints)
     fleet._letters = untouched
     acts: list[Callable[[Caller], Awaitable[object]]] = [

@@ -49,7 +49,7 @@ async def test_run_writes_answers_and_failures(
     assert json.loads(capsys.readouterr().out)["id"] == name
     assert (tmp_path / "again").read_text() == (tmp_path / "out").read_text()
     assert await lorafleet(gateway, "cancel", name) == 2
-    assert "cannot be cancelled" in capsys.readouterr().err
+    assert "no longer be cancelled" in capsys.readouterr().err
 
 
 async def test_a_wrong_file_is_told(
@@ -59,7 +59,7 @@ async def test_a_wrong_file_is_told(
     path.write_text(call(1, model=BASE_NAME) + "\n{")
     assert await lorafleet(gateway, "run", str(path)) == 1
     assert "line 2" in capsys.readouterr().err
-    for text, told in (("{", "line 1"), ("{}", "--endpoint"), ("[]", "no JSON object")):
+    for text, told in (("{", "line 1"), ("{}", "--endpoint"), ("[]", "not a JSON object")):
         path.write_text(text)
         assert await lorafleet(gateway, "run", str(path)) == 2
         assert told in capsys.readouterr().err

@@ -242,7 +242,7 @@ async def test_an_input_that_is_out_of_sight_for_a_while_ends_no_batch(bus: Bus,
     def fails(method: str, name: str) -> BaseException | None:
         nonlocal num
         num += method == "read" and name == "files/file-in"
-        return NotFound("the bytes of this file are not there any more") if num in (1, 2, 7, 8, 15) else None
+        return NotFound("the content of this file no longer exists") if num in (1, 2, 7, 8, 15) else None
 
     world = shaky_world(bus, tmp_path, fails)
     await world.batch(10)

@@ -20,7 +20,7 @@ from openai import AsyncOpenAI
 from gateway.adapters.catalogue import OBJECTS_AT_ONCE
 from gateway.answers.sse import GenerationResponse
 from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse
-from gateway.bodies.json_slices import ROWS, Rows, dumps, rows_of, slices
+from gateway.bodies.json_slices import ROWS, RowSlices, dumps, rows_of, slices
 from gateway.calls.choices import Logprobs, Piece
 from gateway.calls.follow import ClientGoneError
 from gateway.calls.parsed_call import Options
@@ -34,14 +34,16 @@ VALUES = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(st.text(max_size=3), inner, max_size=4)
-        | st.tuples(st.lists(inner, max_size=9), st.integers(1, 3)).map(lambda pair: Rows(lambda: pair[0], pair[1]))
+        | st.tuples(st.lists(inner, max_size=9), st.integers(1, 3)).map(
+            lambda pair: RowSlices(lambda: pair[0], pair[1])
+        )
     ),
     max_leaves=20,
 )
 
 
 def plain(value: Any) -> Any:
-    if isinstance(value, Rows):
+    if isinstance(value, RowSlices):
         return [plain(row) for row in value.whole()]
     if isinstance(value, list):
         return [plain(row) for row in value]
@@ -62,7 +64,7 @@ def test_rows_are_made_when_they_are_written() -> None:
             made.append(number)
             yield {"n": number, "v": np.ones(2, np.float32)}
 
-    parts = slices({"a": 1, "rows": Rows(rows, at_once=10), "z": [2]})
+    parts = slices({"a": 1, "rows": RowSlices(rows, at_once=10), "z": [2]})
     before = 0
     for part in parts:
         assert len(made) - before <= 10, part
@@ -91,7 +93,7 @@ async def test_an_answer_in_slices_stops_when_its_client_leaves() -> None:
         if len(sent) == 5:
             left.set()
 
-    await SlicedResponse(Rows(rows))({"type": "http"}, receive, send)
+    await SlicedResponse(RowSlices(rows))({"type": "http"}, receive, send)
     assert 5 <= len(sent) < 10
     assert len(made) * 100 < 10 * (SENT_BYTES + 10_000)
     assert all(len(message.get("body", b"")) < SENT_BYTES + 10_000 for message in sent)

@@ -100,7 +100,7 @@ def test_every_entry_of_the_list_says_what_it_must() -> None:
         assert not parameter.neutral or parameter.fate == "refused", parameter.name
         assert not parameter.holds or parameter.holds in {*OBJECTS, *BY_TYPE}, parameter.name
         for kind in parameter.objects:
-            assert (parameter.name, kind) not in seen, f"{parameter.name} is there twice"
+            assert (parameter.name, kind) not in seen, f"{parameter.name} is defined twice"
             seen.add((parameter.name, kind))
     assert all(PARAMETERS_OF[kind] for kind in OBJECTS)
     assert all(kind in OBJECTS for kinds in BY_TYPE.values() for kind in kinds.values())

@@ -12,7 +12,7 @@ import pytest
 from helpers.scripted_fleet import Script, ScriptedFleet
 from helpers.waiting import wait_until
 
-from gateway.calls.job_events import Event
+from gateway.calls.job_events import JobEvent
 from gateway.calls.job_readers import KEPT_BYTES, JobReaders
 from gateway.calls.job_stream import JobStream
 from protocol.queue.bus import Bus
@@ -45,22 +45,22 @@ class Told:
     def places(self) -> list[int]:
         return [self.next]
 
-    def first(self) -> list[Event]:
+    def first(self) -> list[JobEvent]:
         return []
 
     def has_reached(self, goal: Sequence[int]) -> bool:
         return self.next >= goal[0]
 
-    async def advance(self) -> list[Event]:
+    async def advance(self) -> list[JobEvent]:
         self.num_looks += 1
         made = await self.catch_up([min(self.known(), self.next + 4)])
         self.num_end = 2 * self.is_over
-        return [*made, *[Event(0, None, [END])] * self.num_end]
+        return [*made, *[JobEvent(0, None, [END])] * self.num_end]
 
-    async def catch_up(self, goal: Sequence[int]) -> list[Event]:
+    async def catch_up(self, goal: Sequence[int]) -> list[JobEvent]:
         await asyncio.sleep(0)
         begin, self.next = self.next, min(self.next + 4, goal[0])
-        return [Event(0, place, [f"data: {place}\n\n".encode()]) for place in range(begin + 1, self.next + 1)]
+        return [JobEvent(0, place, [f"data: {place}\n\n".encode()]) for place in range(begin + 1, self.next + 1)]
 
     async def waiting_for(self) -> str:
         return "a test"
@@ -167,7 +167,7 @@ class Behind(Told):
         self.tenant, self.order, self.reading = tenant, order, reading
         self.is_behind = True
 
-    async def catch_up(self, goal: Sequence[int]) -> list[Event]:
+    async def catch_up(self, goal: Sequence[int]) -> list[JobEvent]:
         assert not self.reading, "another one reads"
         self.reading.add(id(self))
         self.order.append(self.tenant)

@@ -23,7 +23,7 @@ def test_a_call_is_refused_that_no_worker_knows_all_of() -> None:
     status = m.SchedulerStatus(queued=0, running=0, workers=2, drain_rate=0.0, knows=["later"])
     admission(status).check_known([])
     admission(status).check_known(["later"])
-    with pytest.raises(Unavailable, match="no worker knows forbidden, last: all are older") as caught:
+    with pytest.raises(Unavailable, match="no worker supports forbidden, last: all run an older version") as caught:
         admission(status).check_known(["later", "last", "forbidden"])
     assert (caught.value.status, caught.value.code, caught.value.retryable) == (503, "workers_too_old", True)
 

@@ -78,22 +78,22 @@ def zipped(folder: Path) -> bytes:
     return raw.getvalue()
 
 
-# ---------------------------------------------------------------- the door and the overview
+# ---------------------------------------------------------------- signing in, and the overview
 
 
-async def test_the_door_takes_an_operator_s_key_alone(fleet: ConsoleFleet, browser: Any) -> None:
+async def test_only_an_operator_s_key_signs_in(fleet: ConsoleFleet, browser: Any) -> None:
     page = await browser.new_page()
     await page.goto(f"{fleet.processes.url}/console")
     theirs, _ = await fleet.processes.bus.api_keys.create("acme", ["infer"])
-    for key, why in (("sk-lf-wrong", "is not known here"), (theirs, "needs a key with the scope admin")):
+    for key, why in (("sk-lf-wrong", "is unknown"), (theirs, "needs a key with the scope admin")):
         await page.get_by_label("API key").fill(key)
-        await page.get_by_role("button", name="Enter").click()
+        await page.get_by_role("button", name="Sign in").click()
         await page.get_by_role("alert").filter(has_text=why).wait_for()
     assert await page.evaluate("() => sessionStorage.length + localStorage.length + document.cookie.length") == 0
     await page.get_by_label("API key").fill(fleet.key)
     await page.keyboard.press("Enter")
     await page.get_by_role("heading", name="Overview").wait_for()
-    await page.get_by_role("button", name="Forget the key").click()
+    await page.get_by_role("button", name="Sign out").click()
     await page.get_by_label("API key").wait_for()
     assert await page.evaluate("() => sessionStorage.length") == 0
     await page.close()
@@ -104,13 +104,13 @@ async def test_workers_are_drained_resumed_and_watched_as_one_is_killed(fleet: C
     await row.get_by_text("ready").wait_for()
     await tab.page.get_by_role("button", name="Drain two").click()
     await tab.page.get_by_role("dialog").get_by_role("button", name="Drain").click()
-    await tab.said("two drains.")
+    await tab.said("two is draining.")
     await row.get_by_text("draining").wait_for()
     await tab.page.get_by_role("button", name="Resume two").click()
-    await tab.said("two takes requests again.")
+    await tab.said("two accepts requests again.")
     await row.get_by_text("ready").wait_for()
     rid = await fleet.long()
-    rate = tab.page.locator(".facts div").filter(has_text="Tokens a second").get_by_role("definition")
+    rate = tab.page.locator(".facts div").filter(has_text="Throughput").get_by_role("definition")
     await rate.filter(has_text=re.compile("^[1-9]")).wait_for()
     await shot(tab, "overview")
     fleet.processes.kill("two")
@@ -133,16 +133,16 @@ async def test_adapters_are_found_and_ordered_about(fleet: ConsoleFleet, tab: Ta
     await tab.page.get_by_role("searchbox").fill("")
     await tab.page.get_by_role("button", name="broken").click()
     dialog = tab.page.get_by_role("dialog")
-    await dialog.get_by_text("refused: it is not served").wait_for()
+    await dialog.get_by_text("refused: not served").wait_for()
     await dialog.locator(".problem").wait_for()
     await dialog.get_by_role("button", name="Close").click()
     await tab.page.get_by_role("button", name="alpha").click()
     await dialog.get_by_role("button", name="Pin", exact=True).click()
-    await tab.said("Workers keep it from now on.")
+    await tab.said("Pinned on all workers.")
     await dialog.get_by_role("button", name="Unpin").click()
-    await tab.said("It may be evicted again.")
+    await tab.said("Unpinned.")
     await dialog.get_by_role("button", name="Preload").click()
-    await tab.said("Workers fetch it.")
+    await tab.said("Workers are loading it.")
     await dialog.get_by_role("cell", name="resident").first.wait_for()
     await shot(tab, "adapter")
     await dialog.get_by_role("button", name="Evict").click()
@@ -156,8 +156,8 @@ async def test_a_folder_and_a_zip_are_uploaded(fleet: ConsoleFleet, tab: Tab, tm
     await tab.go("Adapters")
     dialog = tab.page.get_by_role("dialog")
     await tab.page.get_by_role("button", name="Add …").click()
-    await dialog.get_by_label("its files, or a zip").set_input_files([str(path) for path in made.iterdir()])
-    await dialog.get_by_label("Name to serve it under").fill("mine")
+    await dialog.get_by_label("files or a zip").set_input_files([str(path) for path in made.iterdir()])
+    await dialog.get_by_label("Name", exact=True).fill("mine")
     await dialog.get_by_role("button", name="Upload").click()
     await tab.said("mine is served.")
     await dialog.wait_for(state="detached")
@@ -177,10 +177,10 @@ async def test_a_folder_and_a_zip_are_uploaded(fleet: ConsoleFleet, tab: Tab, tm
     )
     await dialog.get_by_text("1 files").wait_for()
     await shot(tab, "upload")
-    await dialog.get_by_label("Name to serve it under").fill("mine")
+    await dialog.get_by_label("Name", exact=True).fill("mine")
     await dialog.get_by_role("button", name="Upload").click()
-    await dialog.get_by_role("alert").filter(has_text="replace it").wait_for()
-    await dialog.get_by_label("replace what has the name").check()
+    await dialog.get_by_role("alert").filter(has_text="use replace").wait_for()
+    await dialog.get_by_label("replace an existing adapter").check()
     await dialog.get_by_role("button", name="Upload").click()
     await tab.said("mine is served.")
     await dialog.wait_for(state="detached")
@@ -189,15 +189,15 @@ async def test_a_folder_and_a_zip_are_uploaded(fleet: ConsoleFleet, tab: Tab, tm
     await tab.page.get_by_role("button", name="Add …").click()
     wrong = {"name": "adapter_config.json", "mimeType": "application/json", "buffer": b'{"peft_type": "IA3"}'}
     weights = {"name": "adapter_model.safetensors", "mimeType": "", "buffer": bytes(8) + b"{}"}
-    await dialog.get_by_label("its files, or a zip").set_input_files([wrong, weights])
-    await dialog.get_by_label("Name to serve it under").fill("wrong")
+    await dialog.get_by_label("files or a zip").set_input_files([wrong, weights])
+    await dialog.get_by_label("Name", exact=True).fill("wrong")
     await dialog.get_by_role("button", name="Upload").click()
     await dialog.get_by_role("alert").wait_for()
     await dialog.get_by_role("button", name="Close").click()
     await tab.page.get_by_role("button", name="mine").click()
     await dialog.get_by_role("button", name="Unload …").click()
     await tab.page.get_by_role("dialog").last.get_by_role("button", name="Unload", exact=True).click()
-    await tab.said("mine is unloaded.")
+    await tab.said("mine was unloaded.")
     assert (await fleet.http.get("/v1/adapters/mine")).status_code == 404
 
 
@@ -205,14 +205,14 @@ async def test_a_place_is_registered(fleet: ConsoleFleet, tab: Tab) -> None:
     await tab.go("Adapters")
     dialog = tab.page.get_by_role("dialog")
     await tab.page.get_by_role("button", name="Add …").click()
-    await dialog.get_by_role("button", name="From a place").click()
+    await dialog.get_by_role("button", name="Hub / S3 / local path").click()
     await dialog.get_by_label("Name", exact=True).fill("again")
-    await dialog.get_by_label("Source (empty").fill("local:beta")
+    await dialog.get_by_label("Source (default").fill("local:beta")
     await dialog.get_by_role("button", name="Register").click()
     await tab.said("again: ")
     await tab.page.get_by_role("button", name="again", exact=True).click()
     await dialog.get_by_role("button", name="Refresh").click()
-    await tab.said("A store has looked at its source again.")
+    await tab.said("Checked its source for changes.")
     await fleet.http.delete("/v1/adapters/again")
 
 
@@ -231,7 +231,7 @@ async def test_a_request_is_followed_and_cancelled(fleet: ConsoleFleet, tab: Tab
         await shot(tab, "request")
         await dialog.get_by_role("button", name="Cancel …").click()
         await tab.page.get_by_role("dialog").last.get_by_role("button", name="Cancel the request").click()
-        await tab.said("It was asked to end.")
+        await tab.said("Cancellation was requested.")
     finally:
         for worker in ("one", "two"):
             fleet.processes.signal(worker, signal.SIGCONT)
@@ -257,7 +257,7 @@ async def test_a_dead_letter_is_queued_again(fleet: ConsoleFleet, tab: Tab) -> N
     await tab.page.get_by_role("button", name="Dead letters").click()
     await tab.page.get_by_text("three workers died").wait_for()
     await tab.page.get_by_role("button", name="Retry").click()
-    await tab.said(f"{rid} is queued again.")
+    await tab.said(f"{rid} was requeued.")
 
     async def is_done() -> bool:
         facts = (await bus.requests([rid]))[0]
@@ -286,13 +286,13 @@ async def test_a_key_is_made_limited_and_revoked(fleet: ConsoleFleet, tab: Tab) 
     dialog = tab.page.get_by_role("dialog")
     await dialog.get_by_label("Tenant", exact=True).fill("globex")
     await dialog.get_by_label("Note").fill("from the console")
-    await dialog.get_by_role("button", name="Make the key").click()
+    await dialog.get_by_role("button", name="Create key").click()
     secret = await dialog.locator("[data-secret]").inner_text()
     await dialog.get_by_role("button", name="Close").click()
     theirs = {"authorization": f"Bearer {secret}"}
     assert (await fleet.http.get("/v1/models", headers=theirs)).status_code == 200
     await tab.page.get_by_role("button", name="Limit globex").click()
-    await dialog.get_by_label("Requests a minute").fill("7")
+    await dialog.get_by_label("Requests per minute").fill("7")
     await dialog.get_by_role("button", name="Save").click()
     await tab.page.get_by_role("row").filter(has_text="globex").first.get_by_text("7", exact=True).wait_for()
     assert (await fleet.processes.bus.api_keys.tenant("globex")).requests_per_minute == 7
@@ -300,7 +300,7 @@ async def test_a_key_is_made_limited_and_revoked(fleet: ConsoleFleet, tab: Tab) 
     row = tab.page.get_by_role("row").filter(has_text="from the console")
     await row.get_by_role("button").click()
     await tab.page.get_by_role("dialog").get_by_role("button", name="Revoke").click()
-    await tab.said("is revoked.")
+    await tab.said("was revoked.")
     await row.wait_for(state="detached")
     assert (await fleet.http.get("/v1/models", headers=theirs)).status_code == 401
 
@@ -310,15 +310,15 @@ async def test_prompts_are_answered_side_by_side_and_by_the_same_call(fleet: Con
     for name in ("alpha", "beta"):
         await tab.page.get_by_label("Model or adapter").fill(name)
         await tab.page.get_by_role("button", name="Add", exact=True).click()
-    await tab.page.get_by_label("Asked as").select_option("text")
-    await tab.page.get_by_label("Most tokens").fill("12")
+    await tab.page.get_by_label("Endpoint").select_option("text")
+    await tab.page.get_by_label("Max tokens").fill("12")
     await tab.page.get_by_label("Temperature").fill("0")
     await tab.page.get_by_role("textbox", name="Prompt", exact=True).fill("the dog's day")
-    await tab.page.get_by_role("button", name="Ask", exact=True).click()
+    await tab.page.get_by_role("button", name="Send", exact=True).click()
     told: dict[str, str] = {}
     for name in ("alpha", "beta"):
         answer = tab.page.get_by_role("region", name=f"Answers of {name}")
-        await answer.get_by_text("tok/s").wait_for()
+        await answer.get_by_text("tokens/s").wait_for()
         told[name] = (await answer.locator(".turn.assistant").inner_text()).strip()
     assert told["alpha"] != told["beta"]
     await shot(tab, "playground")
@@ -335,12 +335,12 @@ async def test_prompts_are_answered_side_by_side_and_by_the_same_call(fleet: Con
 async def test_a_chat_goes_on(fleet: ConsoleFleet, tab: Tab) -> None:
     await tab.go("Playground")
     for turn in (1, 2):
-        await tab.page.get_by_label("Most tokens").fill("8")
+        await tab.page.get_by_label("Max tokens").fill("8")
         await tab.page.get_by_role("textbox", name="Prompt", exact=True).fill(f"turn {turn}")
-        await tab.page.get_by_role("button", name="Ask", exact=True).click()
+        await tab.page.get_by_role("button", name="Send", exact=True).click()
         refused = tab.page.get_by_role("alert")
         await tab.page.locator(".turn.user").nth(turn - 1).wait_for()
-        await tab.page.get_by_role("button", name="Ask", exact=True).wait_for()
+        await tab.page.get_by_role("button", name="Send", exact=True).wait_for()
         assert await refused.count() == 0, await refused.inner_text()
 
 
@@ -362,7 +362,7 @@ async def test_axe_finds_nothing_on_any_page(fleet: ConsoleFleet, browser: Any, 
 
     for title in PAGES:
         await tab.go(title)
-        await tab.page.get_by_text("Asking …").first.wait_for(state="detached")
+        await tab.page.get_by_text("Loading …").first.wait_for(state="detached")
         await hold(title)
         if size == "phone":
             await shot(tab, f"phone-{scheme}-{title.split()[0].lower()}")
@@ -375,17 +375,17 @@ async def test_axe_finds_nothing_on_any_page(fleet: ConsoleFleet, browser: Any, 
     await tab.page.get_by_role("button", name="Close").click()
     await tab.page.get_by_role("button", name="Add …").click()
     await hold("upload")
-    await tab.page.get_by_role("button", name="From a place").click()
+    await tab.page.get_by_role("button", name="Hub / S3 / local path").click()
     await hold("a place")
     await tab.page.get_by_role("button", name="Close").click()
     await tab.go("Requests and jobs")
     for view in ("Jobs", "Batches", "Dead letters", "Ended"):
         await tab.page.get_by_role("button", name=view).click()
-        await tab.page.get_by_text("Asking …").first.wait_for(state="detached")
+        await tab.page.get_by_text("Loading …").first.wait_for(state="detached")
         await hold(view)
     if await tab.page.locator("tbody button.plain").count():
         await tab.page.locator("tbody button.plain").first.click()
-        await tab.page.get_by_role("heading", name="What happened").wait_for()
+        await tab.page.get_by_role("heading", name="Timeline").wait_for()
         await hold("a request")
         await tab.page.get_by_role("button", name="Close").click()
     await tab.go("Tenants and keys")

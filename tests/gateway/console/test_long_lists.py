@@ -96,7 +96,7 @@ async def test_foreign_text_is_text_wherever_it_is_shown(bus: Bus, fleet: Script
     await tab.page.get_by_role("button", name="Dead letters").click()
     await shown()
     await tab.page.locator("tbody button.plain").click()
-    await tab.page.get_by_role("heading", name="The message").wait_for()
+    await tab.page.get_by_role("heading", name="Message").wait_for()
     await shown()
 
 
@@ -104,9 +104,9 @@ async def test_markup_in_an_answer_is_text(fleet: ScriptedFleet, tab: Tab) -> No
     fleet.script = lambda submit, body: Script(text=MARKUP)
     await tab.enter()
     await tab.go("Playground")
-    await tab.page.get_by_label("Most tokens").fill("120")
+    await tab.page.get_by_label("Max tokens").fill("120")
     await tab.page.get_by_label("Prompt", exact=True).fill(MARKUP)
-    await tab.page.get_by_role("button", name="Ask", exact=True).click()
+    await tab.page.get_by_role("button", name="Send", exact=True).click()
     answers: Any = tab.page.locator(".turn.assistant", has_text="onerror")
     await answers.wait_for()
     assert await tab.page.locator("img, main script").count() == 0
@@ -117,12 +117,12 @@ async def test_a_stream_is_stopped(bus: Bus, fleet: ScriptedFleet, tab: Tab) -> 
     fleet.script = lambda submit, body: Script(text="one two three four", hold_after=3)
     await tab.enter()
     await tab.go("Playground")
-    await tab.page.get_by_label("Most tokens").fill("120")
+    await tab.page.get_by_label("Max tokens").fill("120")
     await tab.page.get_by_label("Prompt", exact=True).fill("count")
-    await tab.page.get_by_role("button", name="Ask", exact=True).click()
+    await tab.page.get_by_role("button", name="Send", exact=True).click()
     await tab.page.locator(".turn.assistant", has_text="o").wait_for()
     await tab.page.get_by_role("button", name="Stop").click()
-    await tab.page.get_by_role("button", name="Ask", exact=True).wait_for()
+    await tab.page.get_by_role("button", name="Send", exact=True).wait_for()
     rid = fleet.seen[-1][0].rid
 
     async def is_cancelled() -> bool:

@@ -183,7 +183,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("/classify", {"model": "base", "input": ""}, "input: a text is empty"),
     ("/classify", {"input": "ada", "inputs": "ada"}, "Unknown parameter: `inputs`."),
     ("/v1/classify", {"input": LONG}, "input: a text has 10 tokens; this model takes at most 9"),
-    ("/v1/classify", {"input": "a", "messages": [{"role": "user", "content": "a"}]}, "messages has no effect beside"),
+    ("/v1/classify", {"input": "a", "messages": [{"role": "user", "content": "a"}]}, "messages has no effect with"),
     ("/v1/classify", {"input": "a", "truncate_prompt_tokens": 3}, "`truncate_prompt_tokens` is not supported"),
     ("/v1/classify", {"messages": [{"role": "user", "content": "a"}]}, "this model has no chat template"),
     ("/v1/rerank", {**RANK, "documents": []}, "documents is an empty list"),
@@ -211,7 +211,7 @@ async def test_a_long_query_is_counted_in_each_pair(bus: Bus, fleet: ScriptedFle
     async with gateway(bus, fleet, folder, {"max_call_tokens": 17}, **facts) as http:
         sent = {"model": "base", "query": "ada " * 5, "documents": ["paris"] * 3}
         error = (await http.post("/v1/rerank", json=sent)).json()["error"]
-        assert error["message"].endswith("have 18 tokens together; the limit of a call is 17")
+        assert error["message"].endswith("have 18 tokens in total; the limit per call is 17")
         assert error["code"] == "limit_exceeded"
         assert not fleet.seen
         sent["documents"] = ["paris"]
@@ -233,8 +233,7 @@ async def test_a_base_without_a_head_answers_by_adapters(bus: Bus, fleet: Script
     async with gateway(bus, fleet, folder, {}, task="score", label_head="classifier") as http:
         answer = await http.post("/v1/classify", json={"model": "base", "input": "ada"})
         assert (
-            answer.json()["error"]["message"]
-            == f"{BASE_NAME} has no head that labels texts: ask an adapter that has one"
+            answer.json()["error"]["message"] == f"{BASE_NAME} has no classification head: use an adapter that has one"
         )
         assert (await http.post("/v1/classify", json={"model": "moods", "input": "ada"})).status_code == 200
         assert (await http.post("/v1/score", json=PAIR)).status_code == 200
@@ -255,7 +254,7 @@ async def test_a_reranker_is_asked_by_a_prompt(bus: Bus, fleet: ScriptedFleet, t
     async with gateway(bus, fleet, folder, {}, **facts) as http:
         answer = await http.post("/v1/rerank", json=sent)
         assert answer.status_code == 400
-        assert "its chat template names no roles query and document" in answer.json()["error"]["message"]
+        assert "its chat template has no roles query and document" in answer.json()["error"]["message"]
         chat = {"model": "base", "messages": [{"role": "user", "content": "the fox"}]}
         assert len((await http.post("/v1/classify", json=chat)).json()["data"]) == 1
         told = fleet.tokenizer.decode(ids_of(fleet.seen[0][1]), skip_special_tokens=False)

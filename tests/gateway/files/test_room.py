@@ -236,7 +236,7 @@ async def test_deleting_frees_bytes_while_the_queue_cannot_write(
     file = await upload(files, b"x" * 1000)
     await refuse_writes(durable, bus)
     for _ in range(2):  # as clients do, again and again
-        with pytest.raises(Unavailable, match="bytes are deleted") as told:
+        with pytest.raises(Unavailable, match="content is deleted") as told:
             await files.delete(file.id, EVERYBODY)
         assert told.value.code == "queue_unavailable"
         assert below(tmp_path / "files") == []

@@ -111,7 +111,7 @@ def test_the_setting_names_a_folder_or_a_bucket(tmp_path: Path, monkeypatch: pyt
     assert isinstance(open_storage("", tmp_path), FolderStorage)
     assert isinstance(open_storage(str(tmp_path), tmp_path), FolderStorage)
     assert isinstance(open_storage("s3://bucket/some/prefix", tmp_path), S3Storage)
-    with pytest.raises(BadRequest, match="names no bucket"):
+    with pytest.raises(BadRequest, match="has no bucket"):
         open_storage("s3:///prefix", tmp_path)
 
 

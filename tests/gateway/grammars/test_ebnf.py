@@ -28,10 +28,10 @@ def test_ebnf_becomes_lark(ebnf: str, lark: str) -> None:
     [
         ("root ::= x", "has no rule x"),
         ('x ::= "a"', "has no rule root"),
-        ('root ::= "a"\nroot ::= "b"', "has the rule root twice"),
-        ('root ::= ::= "a"', "is no EBNF at"),
-        ('root ::= "a', "is no EBNF at"),
-        ('root ::= "\\q"', "wrong escape"),
+        ('root ::= "a"\nroot ::= "b"', "defines the rule root twice"),
+        ('root ::= ::= "a"', "is not valid EBNF at"),
+        ('root ::= "a', "is not valid EBNF at"),
+        ('root ::= "\\q"', "invalid escape"),
         ("root ::= " + "a " * 20_000, "more than 10000 parts"),
     ],
 )

@@ -21,11 +21,11 @@ async def test_an_unknown_url_is_told_what_exists(subtests: pytest.Subtests, htt
         ("POST", "/v3/rerank", "POST /v2/rerank"),
         ("POST", "/pooling", "not served: numbers of single tokens"),
         ("POST", "/v1/responses/compact", "not served: nothing is compacted"),
-        ("GET", "/is_sleeping", "not served: workers do not sleep"),
+        ("GET", "/is_sleeping", "not served: workers have no sleep mode"),
         ("POST", "/flush_cache/", "not served: prefix caches"),
         ("GET", "/get_server_info", "/info and /v1/models"),
         ("POST", "/update_named_param", "POST /load_lora_adapter, which loads it in place"),
-        ("POST", "/load_lora_adapter_from_tensors", "adapters' are not pushed as tensors"),
+        ("POST", "/load_lora_adapter_from_tensors", "adapters cannot be sent as tensors"),
         ("GET", "/get_world_size", "/v1/adapters/upload"),
         ("GET", "/qqq", "GET /qqq. /openapi.json lists"),
         ("GET", "/v1", "the base URL of their clients: POST /v1/chat/completions"),
@@ -50,7 +50,7 @@ async def test_a_name_that_lacks_is_told(http: httpx2.AsyncClient) -> None:
             error = answer.json()["error"]
             assert (answer.status_code, error["code"]) == (404, "model_not_found")
             assert error["message"].startswith(f"The model `{name}` does not exist")
-            assert "No adapter is named behind the colon." in error["message"]
+            assert "No adapter is named after the colon." in error["message"]
 
 
 async def test_long_unknown_urls_are_not_compared(http: httpx2.AsyncClient) -> None:

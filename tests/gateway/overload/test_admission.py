@@ -126,7 +126,7 @@ def test_the_lag_of_the_loop_is_limited() -> None:
     site.lag_s = 3.0
     refused = site.refusal(None)
     assert refused is not None
-    assert refused.message == "this gateway is 3.0 s late with what it has; the limit is 2 s"
+    assert refused.message == "this gateway is 3.0 s behind with its work; the limit is 2 s"
     assert refused.retry_after_s == pytest.approx(3.0)
     assert site.refusal(load()) is None  # what was let in goes on
 

@@ -52,7 +52,7 @@ async def test_a_gateway_whose_loop_stands_still_beats_until_it_is_stuck(
                 return int(queue.pttl(key))  # type: ignore[arg-type]
 
             def wait_for_refused_beats(num: int) -> None:
-                while caplog.text.count("no beat: the loop has not turned") < num:
+                while caplog.text.count("no heartbeat: the event loop has been blocked") < num:
                     left_ms()
 
             clock.speed = 0.0  # however slow this machine is, the loop has not stood still for long yet

@@ -282,7 +282,7 @@ def test_what_cannot_fit_the_context_is_not_tokenized(files: Counting) -> None:
 def test_models_prompts_and_choices_are_multiplied_before_any_work(files: Counting) -> None:
     call = call_of(files, [5] * 200, [5] * 50, models=8, n=2)
     check_size(call, 4000)
-    with pytest.raises(BadRequest, match="4000 tokens together; the limit of a call is 3999"):
+    with pytest.raises(BadRequest, match="4000 tokens in total; the limit per call is 3999"):
         check_size(call, 3999)
 
 

@@ -96,13 +96,13 @@ TestAccount = Account.TestCase
 def test_one_holder_leaves_room_for_others() -> None:
     account = MemoryAccount(400)
     account.open("a").hold(100)
-    with pytest.raises(Overloaded, match="a holds 100 bytes of this gateway's memory, and this may take 1 more"):
+    with pytest.raises(Overloaded, match="a holds 100 bytes of this gateway's memory, and this call may take 1 more"):
         account.open("a").hold(1)
     for holder in "bcd":
         account.open(holder).hold(100)
     with pytest.raises(Unavailable, match=r"calls hold 400 bytes .* may take 1 more; the limit is 400"):
         account.open("e").hold(1)
-    with pytest.raises(BadRequest, match=r"this may take 101 bytes .* the limit of one caller is 100"):
+    with pytest.raises(BadRequest, match=r"this call may take 101 bytes .* the limit per caller is 100"):
         account.open("e").hold(101)
 
 

@@ -12,7 +12,7 @@ import orjson
 import pytest
 from starlette.requests import Request
 
-from gateway.adapters.catalogue import Catalogue
+from gateway.adapters.catalogue import CatalogueCopy
 from gateway.app.access_table import unserved
 from gateway.app.shapes import shape_of
 from gateway.auth.callers import CALLER, EVERYBODY, Caller
@@ -254,7 +254,7 @@ async def test_pages_that_show_nothing_cost_what_was_looked_at(bus: Bus) -> None
         [day] = orjson.loads((await UsageEndpoints(bus.usage).usage(request)).body)["data"]
         assert day["results"] == []
 
-    catalogue = Catalogue(bus)
+    catalogue = CatalogueCopy(bus)
     assert await catalogue.page("", 1, caller.sees) == ([], False)
     assert await cost_of("a", lambda: catalogue.page("", 1, caller.sees)) == pytest.approx(num / NAMES_PER_READ)
     listed = RequestList(bus)

@@ -82,7 +82,7 @@ async def test_a_death_is_in_the_timeline_and_the_replay_is_the_same(
     flags = ["explain", call, "--url", str(small.http.base_url)]
     assert await asyncio.to_thread(main, [*flags, "--replay"]) == 0
     shown = capsys.readouterr().out
-    assert "one died; queued again" in shown
+    assert "one died; requeued" in shown
     assert "the same 400 tokens" in shown
     assert await asyncio.to_thread(main, [*flags, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["state"] == "completed"

@@ -385,7 +385,7 @@ async def test_conversations_are_bounded(bus: Bus, fleet: ScriptedFleet, model_f
         one = await made(http, items=[USER] * 3)
         items = f"{PATH}/{one}/items"
         await refused(400, "has 3 items and this would add 2; the limit is 4", items, items=[USER] * 2)
-        await refused(400, "5 items with those that were before; the limit is 4", RESPONSES, model="base",
+        await refused(400, "5 items, including earlier ones; the limit is 4", RESPONSES, model="base",
                       input=[USER] * 2, conversation=one)  # fmt: skip
         long = {"role": "user", "content": "x" * 12_000}
         two = await made(http, items=[long])

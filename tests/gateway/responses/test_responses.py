@@ -275,7 +275,7 @@ async def test_a_conversation_is_bounded(bus: Bus, fleet: ScriptedFleet, model_f
         more = {"input": [{"role": "user", "content": "x"}] * 3, "previous_response_id": first["id"]}
         answer = await http.post(PATH, json={**BODY, **more})
         assert answer.status_code == 400
-        assert "input has 5 items with those that were before; the limit is 4" in answer.text
+        assert "input has 5 items, including earlier ones; the limit is 4" in answer.text
 
 
 async def test_what_is_kept_without_keys_is_bounded(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:

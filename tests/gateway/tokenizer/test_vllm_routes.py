@@ -77,8 +77,8 @@ async def test_the_body_says_whose_route_it_is(http: httpx2.AsyncClient, tokeniz
     assert [token["id"] for token in answer] == tokenizer.encode("the dog").ids
     assert answer[0].keys() == {"id", "text", "start", "stop"}
     for body, status, words in (
-        ({"prompt": "x", "adapter_id": "fox"}, 400, "adapter_id has no effect beside prompt"),
-        ({"prompt": "x", "messages": MESSAGES}, 400, "messages has no effect beside prompt"),
+        ({"prompt": "x", "adapter_id": "fox"}, 400, "adapter_id has no effect with prompt"),
+        ({"prompt": "x", "messages": MESSAGES}, 400, "messages has no effect with prompt"),
         ({"messages": MESSAGES, "continue_final_message": True, "add_generation_prompt": True}, 400, "exclude"),
         ({"messages": []}, 400, "messages"),
         ({"prompt": "x", "add_generation_prompt": True}, 400, "add_generation_prompt"),

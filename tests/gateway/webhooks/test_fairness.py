@@ -14,7 +14,7 @@ from helpers.dns_server import DnsServer, answering
 from helpers.flaky import failures
 from helpers.waiting import wait_until
 
-from gateway.webhooks.names import Names
+from gateway.webhooks.names import HostNames
 from gateway.webhooks.outside import Outside
 from gateway.webhooks.sender import MAX_AGE_MS, SenderPace, WebhookSender
 from protocol.metrics.series import UNREADABLE
@@ -113,7 +113,7 @@ async def test_a_black_hole_keeps_no_other_tenant_waiting(bus: Bus, receiver: Re
             await hook(bus, "attacker", f"http://h{number}.example:{receiver.port}/attacker", number)
         await hook(bus, "victim", f"http://127.0.0.1:{receiver.port}/victim")
         await fill(bus, "attacker", 1000)
-        async with sending(bus, Outside(private=True, names=Names(server.address), timeout_s=600.0)):
+        async with sending(bus, Outside(private=True, names=HostNames(server.address), timeout_s=600.0)):
             await wait_until(lambda: receiver.got.count("attacker") >= 2, "the attacker is at it")
             await bus.webhooks.add("victim", deliveries("victim", range(3)), 1000)
             await wait_until(lambda: receiver.got.count("victim") == 3, "all of the victim's have arrived")
@@ -130,7 +130,7 @@ async def test_names_that_hang_keep_no_other_tenant_waiting(bus: Bus, receiver: 
         await hook(bus, "attacker", "http://silent.example/")
         await hook(bus, "victim", f"http://victim.example:{receiver.port}/victim")
         await fill(bus, "attacker", 1000)
-        names = Names(server.address, lookup_s=600.0)
+        names = HostNames(server.address, lookup_s=600.0)
         async with sending(bus, Outside(private=True, names=names, timeout_s=600.0)):
             await wait_until(lambda: server.asked["silent.example"] >= 2, "the attacker's name is looked up")
             await bus.webhooks.add("victim", deliveries("victim", range(3)), 1000)
@@ -146,7 +146,7 @@ async def test_many_tenants_with_black_holes_take_turns_with_others(bus: Bus, re
             await hook(bus, f"t{number}", f"http://h{number}.example:{receiver.port}/t{number}")
             await fill(bus, f"t{number}", 100)
         await hook(bus, "victim", f"http://127.0.0.1:{receiver.port}/victim")
-        async with sending(bus, Outside(private=True, names=Names(server.address), timeout_s=1.0), pace):
+        async with sending(bus, Outside(private=True, names=HostNames(server.address), timeout_s=1.0), pace):
             await wait_until(lambda: len(receiver.got) >= 8, "all places are taken")
             await bus.webhooks.add("victim", deliveries("victim", range(1)), 1000)
             before = len(receiver.got)
@@ -166,7 +166,7 @@ async def test_a_flood_of_ends_keeps_no_other_tenant_s_back(bus: Bus, receiver: 
         pipe.zadd(bus.keys.ends, {tenant: now_ms()}, nx=True)
         await pipe.execute()
     async with answering(DnsServer(none=["nowhere.example"])) as server:
-        async with sending(bus, Outside(private=True, names=Names(server.address))):
+        async with sending(bus, Outside(private=True, names=HostNames(server.address))):
             await wait_until(lambda: "victim" in receiver.got, "the victim's has arrived")
             assert await bus.streams.length(bus.keys.ends_of("attacker")) > 1000
             await wait_until(lambda: _is_looked_at(bus), "all ends were looked at")
@@ -242,7 +242,7 @@ async def test_an_endpoint_that_cannot_be_read_is_tried_for_a_day(bus: Bus) -> N
         await wait_until(are_tried, "both are tried")
     [given_up], [waiting] = await bus.webhooks.given_up("a"), await bus.webhooks.waiting("a")
     assert (given_up.id, given_up.attempts, waiting.attempts) == (old.id, 1, 1)
-    assert "a newer one has written it" in given_up.error
+    assert "a newer release wrote it" in given_up.error
 
 
 async def test_a_sender_that_fails_is_told_once_counted_and_goes_on(
@@ -271,7 +271,7 @@ async def test_urls_that_an_older_version_took_are_sent_or_given_up(bus: Bus, re
     known = {"xn--bcher-kva.example": ["127.0.0.1"]}
     async with (
         answering(DnsServer(known)) as server,
-        sending(bus, Outside(private=True, names=Names(server.address))),
+        sending(bus, Outside(private=True, names=HostNames(server.address))),
     ):
         await wait_until(lambda: _none_waits(bus, "idna"), "it has arrived")
         [given_up] = await wait_until(lambda: bus.webhooks.given_up("bad"), "the other one is given up")

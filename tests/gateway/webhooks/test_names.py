@@ -12,7 +12,7 @@ import pytest
 from helpers.dns_server import DnsServer, answering
 from helpers.waiting import wait_until
 
-from gateway.webhooks.names import Names, UnknownHostError, is_address, is_name
+from gateway.webhooks.names import HostNames, UnknownHostError, is_address, is_name
 
 
 def num_sockets() -> int:
@@ -28,7 +28,7 @@ def num_sockets() -> int:
 async def test_a_name_has_addresses_of_both_kinds() -> None:
     known = {"a.example": ["127.0.0.7", "127.0.0.8"], "six.example": ["::1"]}
     async with answering(DnsServer(known | {"A.Example": known["a.example"]}, none=["gone.example"])) as server:
-        names = Names(server.address)
+        names = HostNames(server.address)
         for host in ("a.example", "A.Example."):
             assert set(await names.addresses(host)) == {"127.0.0.7", "127.0.0.8"}
         assert await names.addresses("six.example") == ["::1"]
@@ -42,7 +42,7 @@ async def test_what_is_no_name_is_not_asked() -> None:
     async with answering() as server:
         for host in ("127.1", "0", "2130706433", "0x7f000001", "a..b", "-a.example", "a" * 64, "a." * 127 + "ab", "ü"):
             with pytest.raises(UnknownHostError, match="no name"):
-                await Names(server.address).addresses(host)
+                await HostNames(server.address).addresses(host)
         assert not server.asked
 
 
@@ -50,7 +50,7 @@ async def test_names_of_the_machine_s_own_file_come_first(tmp_path: Path) -> Non
     hosts = tmp_path / "hosts"
     hosts.write_text("# a.example\n127.0.0.9 here.example also # not\nno-address wrong.example\n::1 also\n\n")
     async with answering(DnsServer({"here.example": ["127.0.0.1"]}, none=["not"])) as server:
-        names = Names(server.address, hosts=hosts)
+        names = HostNames(server.address, hosts=hosts)
         assert await names.addresses("HERE.example") == ["127.0.0.9"]
         assert await names.addresses("also") == ["127.0.0.9", "::1"]
         with pytest.raises(UnknownHostError):
@@ -65,25 +65,25 @@ async def test_the_machine_s_domains_are_searched(tmp_path: Path) -> None:
     resolv.write_text("nameserver 127.0.0.1\nsearch cluster.local example\noptions ndots:2\n")
     async with answering(DnsServer({"svc.example": ["127.0.0.3"]}, none=["svc.cluster.local", "svc"])) as server:
         port = int(server.address.partition(":")[2])
-        names = Names(hosts=tmp_path / "none", resolv=resolv, port=port)
+        names = HostNames(hosts=tmp_path / "none", resolv=resolv, port=port)
         assert await names.addresses("svc") == ["127.0.0.3"]
         assert list(server.asked) == ["svc.cluster.local", "svc.example"]
 
 
 async def test_no_settings_are_no_crash(tmp_path: Path) -> None:
-    names = Names(hosts=tmp_path / "none", resolv=tmp_path / "none")
-    with pytest.raises(UnknownHostError, match="names no DNS server"):
+    names = HostNames(hosts=tmp_path / "none", resolv=tmp_path / "none")
+    with pytest.raises(UnknownHostError, match="lists no DNS server"):
         await names.addresses("a.example")
 
 
 async def test_an_answer_that_is_cut_off_is_used_as_far_as_it_goes() -> None:
     async with answering(DnsServer({"a.example": ["127.0.0.7"]}, truncates=True)) as server:
-        assert await Names(server.address).addresses("a.example") == ["127.0.0.7"]
+        assert await HostNames(server.address).addresses("a.example") == ["127.0.0.7"]
 
 
 async def test_a_lookup_that_is_cancelled_leaves_nothing() -> None:
     async with answering(DnsServer({"warm.example": ["127.0.0.1"]})) as server:
-        names = Names(server.address)
+        names = HostNames(server.address)
         await names.addresses("warm.example")
         before = num_sockets()
         lookups = [asyncio.create_task(names.addresses(f"silent{number}.example")) for number in range(50)]
@@ -98,13 +98,13 @@ async def test_a_lookup_that_is_cancelled_leaves_nothing() -> None:
 async def test_silence_ends() -> None:
     async with answering() as server:
         with pytest.raises(UnknownHostError, match=r"within 0\.2 s"):
-            await Names(server.address, lookup_s=0.2).addresses("silent.example")
+            await HostNames(server.address, lookup_s=0.2).addresses("silent.example")
 
 
 async def test_names_that_nobody_answers_keep_no_other_waiting() -> None:
     """Two hundred lookups hang; neither a stranger's name nor one that the loop's own threads look up waits."""
     async with answering(DnsServer({"a.example": ["127.0.0.7"]})) as server:
-        names = Names(server.address, lookup_s=600.0)
+        names = HostNames(server.address, lookup_s=600.0)
         hanging = [asyncio.create_task(names.addresses(f"silent{number}.example")) for number in range(200)]
         await wait_until(lambda: len(server.asked) == 200, "all are asked for")
         assert await names.addresses("a.example") == ["127.0.0.7"]
@@ -119,7 +119,7 @@ async def test_the_largest_answer_takes_no_time_of_the_loop() -> None:
     """The median of many, in CPU time: 30 addresses, and a name that is as long as names get."""
     host = ".".join(["a" * 61] * 4)
     async with answering(DnsServer({host: [f"10.0.0.{number}" for number in range(15)]})) as server:
-        names = Names(server.address)
+        names = HostNames(server.address)
         await names.addresses(host)
         began = time.process_time()
         for _ in range(20):

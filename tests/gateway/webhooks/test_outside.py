@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.webhooks.addresses import is_public
-from gateway.webhooks.names import Names
+from gateway.webhooks.names import HostNames
 from gateway.webhooks.outside import (
     AT_ONE_RECEIVER,
     AT_ONE_RECEIVER_OF_TENANT,
@@ -76,7 +76,7 @@ def test_addresses_that_are(address: str) -> None:
 )
 async def test_names_of_this_machine_are_not_asked(host: str) -> None:
     async with answering(DnsServer({"localhost": ["127.0.0.1"]})) as server:
-        outside = Outside(private=False, names=Names(server.address))
+        outside = Outside(private=False, names=HostNames(server.address))
         with pytest.raises(UnreachableError, match=r"not of the public internet|neither a name"):
             await outside.post(f"https://{host}/", b"", {}, "a")
 
@@ -84,7 +84,7 @@ async def test_names_of_this_machine_are_not_asked(host: str) -> None:
 async def test_one_private_address_among_many_is_too_many() -> None:
     async with answering(DnsServer({"a.example": ["1.1.1.1", "10.0.0.1"]})) as server:
         with pytest.raises(UnreachableError, match="not of the public internet"):
-            await Outside(private=False, names=Names(server.address)).post("https://a.example/", b"", {}, "a")
+            await Outside(private=False, names=HostNames(server.address)).post("https://a.example/", b"", {}, "a")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_the_longest_international_names_take_no_time() -> None:
 
 async def test_places_at_a_receiver_are_shared() -> None:
     async with receiving(saying()) as port, answering(DnsServer({"b.example": ["127.0.0.1"]})) as server:
-        outside = Outside(private=True, names=Names(server.address), timeout_s=30.0)
+        outside = Outside(private=True, names=HostNames(server.address), timeout_s=30.0)
 
         def post(tenant: str, host: str = "127.0.0.1") -> asyncio.Task[int]:
             return asyncio.create_task(outside.post(f"http://{host}:{port}/", b"", {}, tenant))
@@ -272,7 +272,7 @@ async def test_a_certificate_must_be_of_the_name_that_was_asked_for(tmp_path: Pa
         receiving(saying(b"HTTP/1.1 200 OK\r\n"), shown) as port,
         answering(DnsServer(known)) as server,
     ):
-        names = Names(server.address)
+        names = HostNames(server.address)
         outside = Outside(private=True, names=names, tls=trusting)
         assert await outside.post(f"https://Bücher.example:{port}/", b"{}", {}, "a") == 200
         for other, host in ((outside, "b.example"), (Outside(private=True, names=names), "bücher.example")):

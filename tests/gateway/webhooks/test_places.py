@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.webhooks.places import Places, PlacesByHost
+from gateway.webhooks.places import PlacesByHost, TenantSlots
 
 TENANTS = st.sampled_from("abcdefghijklmnopqrstuvwxyz")
 
@@ -13,7 +13,7 @@ TENANTS = st.sampled_from("abcdefghijklmnopqrstuvwxyz")
 @settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 6), st.lists(st.tuples(TENANTS, st.booleans())))
 def test_no_limit_is_passed_whoever_asks(most: int, most_of_one: int, asked: list[tuple[str, bool]]) -> None:
-    places, held = Places(most, most_of_one), dict.fromkeys("abcdefghijklmnopqrstuvwxyz", 0)
+    places, held = TenantSlots(most, most_of_one), dict.fromkeys("abcdefghijklmnopqrstuvwxyz", 0)
     for tenant, takes in asked:
         if takes and places.room(tenant):
             for _ in range(places.room(tenant)):
@@ -30,7 +30,7 @@ def test_no_limit_is_passed_whoever_asks(most: int, most_of_one: int, asked: lis
 @settings(deadline=None)
 @given(st.integers(4, 64), st.integers(1, 6))
 def test_the_last_quarter_is_for_tenants_that_have_none(most: int, most_of_one: int) -> None:
-    places, num_tenants = Places(most, most_of_one), 0
+    places, num_tenants = TenantSlots(most, most_of_one), 0
     while places.room(f"t{num_tenants}"):
         for _ in range(places.room(f"t{num_tenants}")):
             places.take(f"t{num_tenants}")

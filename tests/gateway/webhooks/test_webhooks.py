@@ -183,7 +183,7 @@ async def test_what_is_given_up_is_listed_and_sent_again(
 
         [given_up] = await wait_until(listed, "it was given up")
         assert (given_up["event_id"], given_up["attempts"], given_up["error"]) == (
-            "evt_1", 1, "the endpoint answers 302"
+            "evt_1", 1, "the endpoint answered 302"
         )  # fmt: skip
         assert (await http.post("/v1/webhook_deliveries/none/retry")).status_code == 404
         assert (await http.post("/v1/webhook_deliveries/d/retry")).json()["attempts"] == 0

@@ -19,7 +19,7 @@ from helpers.tokenizer_files import tokenizer_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from gpu_worker.adapters.failures import Failures
+from gpu_worker.adapters.failures import LoadFailures
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import load_engine
 from gpu_worker.engine.engine import Engine
@@ -156,7 +156,7 @@ def test_an_adapter_that_cannot_be_had_fails_its_requests_only(running: Running)
 
 
 def test_a_failed_adapter_is_tried_again_for_a_new_request(running: Running) -> None:
-    running.engine.adapters._failures = Failures(trouble=Backoff(0.0, 0.0))
+    running.engine.adapters._failures = LoadFailures(trouble=Backoff(0.0, 0.0))
     for _ in range(2):
         running.thread.submit(request("x", "missing"))
         running.ends({"x"})
@@ -490,7 +490,7 @@ def test_a_step_without_memory_fails_its_largest_requests_alone(
     assert runner.num_refused > 0
     error = ends.pop("large").error
     assert isinstance(error, Unavailable)
-    assert "no memory for a step of" in error.message
+    assert "out of memory for a step of" in error.message
     assert {end.finish for end in ends.values()} == {"length"}
     assert {rid: running.ids[f"{rid}-again"] for rid in wanted} == expected
     running.engine.check_integrity()

@@ -83,4 +83,4 @@ def test_a_folder_that_cannot_be_written_is_served(folder: Path, caplog: pytest.
         (path / "file").touch()
     again = read(gone)
     assert all(torch.equal(model[name], tensor) for name, tensor in again.items())
-    assert "each start packs them" in caplog.text
+    assert "every start packs them" in caplog.text

@@ -12,7 +12,7 @@ import pytest
 from helpers.tokenizer_files import added, families, tokenizer_file
 from jsonschema import Draft202012Validator
 
-from gpu_worker.sampling.grammars import MAX_VOCABULARIES, Grammars, Matcher
+from gpu_worker.sampling.grammars import MAX_VOCABULARIES, GrammarMatcher, Grammars
 from peft_adapters.texts.tokenizer_json import OwnTokenizer
 from protocol.wire.errors import BadRequest
 from protocol.wire.tokens import TokenTable
@@ -40,7 +40,7 @@ def grammars() -> Iterator[Grammars]:
     grammars.close()
 
 
-def random_output(grammars: Grammars, matcher: Matcher, rng: np.random.Generator) -> list[int]:
+def random_output(grammars: Grammars, matcher: GrammarMatcher, rng: np.random.Generator) -> list[int]:
     """Return the ids of an output, each chosen at random among those that the grammar allows."""
     ids: list[int] = []
     while not matcher.is_complete:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpu_worker.service.outbox import Outbox, Recovery
+from gpu_worker.service.outbox import Outbox, OutboxRecovery
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from protocol.queue.bus import Refused
 
@@ -29,7 +29,7 @@ def test_a_refusal_says_nothing_of_a_later_assignment(code: str, epoch: int) -> 
     assert outbox.build(pending).rows
     assert outbox.take(AGAIN, [request(AGAIN, epoch=epoch)]) == ["r"]
     recovery = outbox.recover(pending, [Refused("r", code, epoch, 1)])  # type: ignore[arg-type]
-    assert recovery == Recovery()
+    assert recovery == OutboxRecovery()
     assert outbox.owned == {"r": request(AGAIN, epoch=epoch)}
     assert outbox.knows(AGAIN)
     assert outbox.released == [FIRST]

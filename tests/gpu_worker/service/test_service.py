@@ -17,7 +17,7 @@ from helpers.waiting import wait_until
 from benchmarks.common.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine, fake_served
 from gpu_worker.engine.request import EngineRequest, EngineStats
 from gpu_worker.service import service
-from gpu_worker.service.outbox import Recovery
+from gpu_worker.service.outbox import OutboxRecovery
 from gpu_worker.service.owned import OwnedRequest
 from gpu_worker.service.service import Worker
 from protocol.queue.bus import Bus, Refused, Step, decode
@@ -218,7 +218,7 @@ async def test_what_is_dropped_is_cancelled_before_anything_is_waited_for(
 
         monkeypatch.setattr(worker.engine, "cancel", lambda rids: done.append(f"cancelled {rids}"))
         monkeypatch.setattr(worker.bus, "repair", repair)
-        await worker._recover(Recovery(dropped=["s"], repairs=[owned]))
+        await worker._recover(OutboxRecovery(dropped=["s"], repairs=[owned]))
         monkeypatch.undo()
     assert done == ["cancelled ['s']", "repaired"]
 

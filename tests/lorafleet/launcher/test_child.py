@@ -79,7 +79,7 @@ async def test_a_process_that_never_gets_ready_is_given_up_with_its_log(
 ) -> None:
     code = "import sys; open('starts', 'a').write('x'); sys.exit('the disk is on fire')"
     child = make_child(code, tmp_path, lifeline[0])
-    with pytest.raises(ServiceFailed, match=r"(?s)worker-0 does not start \(ended with exit code 1\).*disk is on fire"):
+    with pytest.raises(ServiceFailed, match=r"(?s)worker-0 did not start \(ended with exit code 1\).*disk is on fire"):
         await child.supervise()
     assert len((tmp_path / "starts").read_text()) == MAX_FAILED_STARTS
 
@@ -219,4 +219,4 @@ async def test_a_log_that_cannot_be_kept_begins_again_all_the_same(tmp_path: Pat
     log.write_text("more than ten bytes\n")
     child.follow_log()
     assert log.stat().st_size == 0
-    assert "could not be kept" in said[0]
+    assert "could not be rotated" in said[0]

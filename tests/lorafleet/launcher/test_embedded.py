@@ -48,7 +48,7 @@ def test_the_memory_of_this_machine_is_the_container_s(tmp_path: Path) -> None:
 
 def test_two_servers_never_share_a_folder(tmp_path: Path) -> None:
     server = start_embedded(tmp_path, durable=False)
-    with pytest.raises(Conflict, match="another fleet is running"):
+    with pytest.raises(Conflict, match="another fleet is using the data folder"):
         start_embedded(tmp_path, durable=False, lock_s=0.0)
     server.stop()
     start_embedded(tmp_path, durable=False).stop()

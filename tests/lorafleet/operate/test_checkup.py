@@ -93,7 +93,7 @@ def test_a_disk_that_is_nearly_full_is_a_problem() -> None:
     assert bad([of_disk("disk", "/data", GiB, 10 * GiB, 0)]) == [("disk", "problem")]
     refusing = of_disk("disk", "/data", 100 * GiB, 500 * GiB, 101 * GiB)
     assert bad([refusing]) == [("disk", "problem")]
-    assert "kept free: uploads and downloads are refused" in refusing.text
+    assert "to keep free: uploads and downloads are refused" in refusing.text
 
 
 def test_a_model_must_leave_room() -> None:

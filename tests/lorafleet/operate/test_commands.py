@@ -68,7 +68,7 @@ async def test_adapters_are_listed_added_moved_and_removed(command: Command, fle
     assert (await read(command, "adapters", "refresh", "mine"))["digest"] == added["digest"]
     assert (await read(command, "adapters", "preload", "two"))["state"] in ("resident", "loading", "host")
     assert (await read(command, "adapters", "evict", "mine"))["freed"]["pool_bytes"] > 0
-    assert "not served any more" in await command("adapters", "remove", "mine")
+    assert "no longer served" in await command("adapters", "remove", "mine")
     assert {one["name"] for one in await read(command, "adapters", "list")} == {"one", "two"}
     assert "nobody" in await command("adapters", "pin", "nobody", code=2)
 
@@ -95,7 +95,7 @@ async def test_the_worker_that_costs_least_is_drained(command: Command, fleet: P
     await wait_until(is_named, "the scheduler names the only worker", timeout_s=30)
     assert "w0 is draining" in await command("workers", "drain", "--least-valuable", "--wait", "30")
     await wait_until(nobody_is_named, "the scheduler names none that drains", timeout_s=30)
-    assert "names no worker" in await command("workers", "drain", "--least-valuable", code=1)
+    assert "proposes no worker" in await command("workers", "drain", "--least-valuable", code=1)
     assert "w0 is ready" in await command("workers", "resume", "w0", "--wait", "30")
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers.adapter_files import BASE, safetensors
 
 from peft_adapters.format import AdapterSpec, parse_header, read_adapter
-from peft_adapters.names.fused import Cut, Part, uncut
+from peft_adapters.names.fused import Cut, FusedPart, uncut
 from peft_adapters.names.layouts import LAYOUTS
 from peft_adapters.reasons import Reasons
 from peft_adapters.spec import LoraWeights
@@ -267,7 +267,7 @@ FUSIONS: dict[str, Case] = {
 def test_values_of_adalora_are_not_cut() -> None:
     own = LoraWeights("m.qkv_proj", 2, 1.0, "a", "b", singular="e")
     found = Reasons()
-    assert uncut([own], [Cut(is_fused=True, fused="m.qkv_proj", parts=(Part("m.q_proj", 0, 16),))], found) == []
+    assert uncut([own], [Cut(is_fused=True, fused="m.qkv_proj", parts=(FusedPart("m.q_proj", 0, 16),))], found) == []
     assert "AdaLoRA is not served" in found.render()[0]
 
 

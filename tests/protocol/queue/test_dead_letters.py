@@ -86,7 +86,7 @@ async def test_what_cannot_be_retried_is_said(bus: Bus) -> None:
     assert letter.raw == b"\xc1"
     with pytest.raises(Conflict, match="could not be read"):
         await letters.retry(newest, 60)
-    with pytest.raises(BadRequest, match="no dead letter's id"):
+    with pytest.raises(BadRequest, match="not a dead letter's id"):
         await letters.get("latest")
 
 

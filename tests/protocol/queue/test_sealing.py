@@ -118,7 +118,7 @@ async def test_a_body_put_in_anothers_place_is_noticed(bus: Bus, sealed: Bus) ->
     raw = await bus._redis.hget(bus.keys.body("r"), "0")
     await bus._redis.hset(bus.keys.body("r2"), "0", raw)
     (found,) = await sealed.inputs([make_submit("r2")])
-    with pytest.raises(ProtocolError, match="changed since"):
+    with pytest.raises(ProtocolError, match="modified"):
         found.body()
 
 

@@ -24,7 +24,7 @@ class Disk:
 def test_a_refusal_tells_what_is_free_and_what_is_kept(tmp_path: Path) -> None:
     reserve = Reserve(100, Disk(150))
     reserve.check(tmp_path / "not" / "there" / "yet", 50)
-    with pytest.raises(NoRoom, match="51 bytes have no room: the disk has 150 free, and 100 are kept free") as refused:
+    with pytest.raises(NoRoom, match="51 bytes do not fit: the disk has 150 free, and 100 are kept free") as refused:
         reserve.check(tmp_path, 51)
     assert (refused.value.status, refused.value.code) == (507, "no_room")
 
@@ -32,7 +32,7 @@ def test_a_refusal_tells_what_is_free_and_what_is_kept(tmp_path: Path) -> None:
 def test_promised_room_is_given_to_nobody_else(tmp_path: Path) -> None:
     reserve = Reserve(100, Disk(200))
     with reserve.room(tmp_path, lambda: 60):
-        with pytest.raises(NoRoom, match="60 are promised to others"), reserve.room(tmp_path, lambda: 41):
+        with pytest.raises(NoRoom, match="60 reserved for others"), reserve.room(tmp_path, lambda: 41):
             pass
         with reserve.room(tmp_path, lambda: 40), pytest.raises(NoRoom), reserve.room(tmp_path, lambda: 1):
             pass

@@ -153,7 +153,7 @@ def test_a_cause_is_logged_once_and_again_after_ten_minutes(caplog: pytest.LogCa
             fail_in("x", failed, Unavailable("the disk is full"))
     texts = [record.getMessage() for record in caplog.records]
     assert len(texts) == 4
-    assert f"({LOG_AGAIN_S - 1:.0f} more since it was last told)" in texts[2]
+    assert f"({LOG_AGAIN_S - 1:.0f} more since the last report)" in texts[2]
     assert all(bool(record.exc_info) == ("differs" in record.getMessage()) for record in caplog.records)
 
 

@@ -58,7 +58,7 @@ def test_an_aws_key_id_is_hidden() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "worker-0 was killed by SIGKILL; starting it again in 0.5 s",
+        "worker-0 was killed by SIGKILL; restarting it in 0.5 s",
         "redis://queue:6379/0 cannot be reached", "unix:///tmp/a/queue.sock", "unix://worker@/tmp/a/queue.sock",
         "12 tokens: 5 in the prompt", "max_new_tokens=12345678", "adapter 0123456789ab at hub:org/name@main",
     ],

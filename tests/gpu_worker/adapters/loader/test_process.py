@@ -18,7 +18,7 @@ from gpu_worker.adapters.loader.fetch import Allocate, FetchedAdapter, Turn
 from gpu_worker.adapters.loader.memory import new_file, rounded
 from gpu_worker.adapters.loader.messages import Describe, Failed, Fetch, Fetched, Packed, receive
 from gpu_worker.adapters.loader.process import LoaderServer
-from gpu_worker.adapters.loader.reserve import Reserve
+from gpu_worker.adapters.loader.reserve import MemoryReserve
 from gpu_worker.adapters.packing.rows import RowSite
 from protocol.wire.messages import ServedModel, SiteShape
 
@@ -147,7 +147,7 @@ class SomeAdapters:
         return FetchedAdapter(config | ({"use_dora": True} if digest == "files" else {}), memory)
 
 
-class MemoryInReserve(Reserve):
+class MemoryInReserve(MemoryReserve):
     """Memory of any size, without a process, in which nobody has written but zeros."""
 
     num_taken = 0
@@ -174,7 +174,7 @@ def test_adapters_have_nothing_of_others_whose_memory_they_are_read_into() -> No
         sites=[SiteShape("layers.0.q", 8191, 8191)],
     )  # fmt: skip
 
-    def answers(digests: list[str], reserve: Reserve | None = None) -> list[bytes]:
+    def answers(digests: list[str], reserve: MemoryReserve | None = None) -> list[bytes]:
         ours, theirs = socket.socketpair()
         got: list[bytes] = []
         with closing(ours), closing(theirs):

@@ -12,7 +12,7 @@ from contextlib import closing
 import pytest
 
 from gpu_worker.adapters.loader.memory import ROUND_BYTES, copy_of
-from gpu_worker.adapters.loader.reserve import NUM_ASKED, Reserve
+from gpu_worker.adapters.loader.reserve import NUM_ASKED, MemoryReserve
 from tests.helpers.waiting import wait_until
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the reserve is Linux's alone")
@@ -21,18 +21,18 @@ MAX_FILES = 4
 
 
 @pytest.fixture
-def reserve() -> Iterator[Reserve]:
-    with closing(Reserve(MAX_FILES * ROUND_BYTES)) as started:
+def reserve() -> Iterator[MemoryReserve]:
+    with closing(MemoryReserve(MAX_FILES * ROUND_BYTES)) as started:
         started.start()
         yield started
 
 
-async def taken(reserve: Reserve, num_bytes: int) -> int:
+async def taken(reserve: MemoryReserve, num_bytes: int) -> int:
     """Take a file as soon as there is one."""
     return await wait_until(lambda: reserve.take(num_bytes), f"a file for {num_bytes} bytes is in reserve")
 
 
-async def test_a_file_in_reserve_has_its_memory_and_nothing_in_it(reserve: Reserve) -> None:
+async def test_a_file_in_reserve_has_its_memory_and_nothing_in_it(reserve: MemoryReserve) -> None:
     assert reserve.take(ROUND_BYTES + 1) is None, "nobody asked for such a size before"
     fd = await taken(reserve, ROUND_BYTES + 1)
     status = os.fstat(fd)
@@ -41,14 +41,14 @@ async def test_a_file_in_reserve_has_its_memory_and_nothing_in_it(reserve: Reser
     os.close(fd)
 
 
-async def test_what_is_copied_into_a_file_in_reserve_is_all_that_it_has(reserve: Reserve) -> None:
+async def test_what_is_copied_into_a_file_in_reserve_is_all_that_it_has(reserve: MemoryReserve) -> None:
     fd = copy_of(memoryview(b"rows"), await taken(reserve, 4))
     assert os.pread(fd, 100, 0) == b"rows"
     assert os.fstat(fd).st_size == 4
     os.close(fd)
 
 
-async def test_the_reserve_grows_while_files_are_taken_up_to_its_limit(reserve: Reserve) -> None:
+async def test_the_reserve_grows_while_files_are_taken_up_to_its_limit(reserve: MemoryReserve) -> None:
     reserve.take(1)
     assert reserve.num_bytes == NUM_ASKED * ROUND_BYTES
     for _ in range(3 * MAX_FILES):
@@ -58,7 +58,7 @@ async def test_the_reserve_grows_while_files_are_taken_up_to_its_limit(reserve: 
     assert reserve.num_bytes >= (MAX_FILES - 1) * ROUND_BYTES, "what can never be in reserve drives nothing out"
 
 
-async def test_files_of_other_sizes_give_way(reserve: Reserve) -> None:
+async def test_files_of_other_sizes_give_way(reserve: MemoryReserve) -> None:
     while reserve.num_bytes < (MAX_FILES - 1) * ROUND_BYTES:
         os.close(await taken(reserve, 1))
     num_open = len(os.listdir("/proc/self/fd"))
@@ -67,7 +67,7 @@ async def test_files_of_other_sizes_give_way(reserve: Reserve) -> None:
     assert len(os.listdir("/proc/self/fd")) < num_open
 
 
-async def test_where_the_process_is_gone_there_is_nothing_in_reserve(reserve: Reserve) -> None:
+async def test_where_the_process_is_gone_there_is_nothing_in_reserve(reserve: MemoryReserve) -> None:
     os.close(await taken(reserve, 1))
     os.kill(reserve.pid, signal.SIGKILL)
     while (fd := reserve.take(1)) is not None:  # what had come before
@@ -83,7 +83,7 @@ def test_where_no_process_can_be_started_nothing_is_asked_for(monkeypatch: pytes
 
     monkeypatch.setattr(os, "fork", refuse)
     num_open = len(os.listdir("/proc/self/fd"))
-    reserve = Reserve()
+    reserve = MemoryReserve()
     reserve.start()
     assert reserve.take(1) is None
     assert reserve.num_bytes == 0

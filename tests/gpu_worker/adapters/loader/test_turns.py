@@ -8,11 +8,11 @@ import threading
 import pytest
 from helpers.waiting import wait_until
 
-from gpu_worker.adapters.loader.turns import Turns
+from gpu_worker.adapters.loader.turns import FifoLock
 
 
 def test_turns_go_to_the_earliest_request_that_waits() -> None:
-    turns = Turns()
+    turns = FifoLock()
     done: list[int] = []
 
     def work(number: int) -> None:
@@ -33,7 +33,7 @@ def test_turns_go_to_the_earliest_request_that_waits() -> None:
 
 
 def test_a_turn_that_fails_is_passed_on() -> None:
-    turns = Turns()
+    turns = FifoLock()
     with pytest.raises(ValueError, match="a fault"), turns.take(1):
         raise ValueError("a fault")
     with turns.take(2):

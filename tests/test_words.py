@@ -1,0 +1,107 @@
+"""What users read has no words that only this project uses: help, settings, messages, the console, the README."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lorafleet.__main__ import COMMANDS, parser_of
+from protocol.runtime.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PRODUCT = (
+    "gateway", "gpu_worker", "kernels/lora_kernels", "lorafleet", "peft_adapters", "protocol",
+    "scheduler",
+)  # fmt: skip
+CONSOLE = ROOT / "gateway" / "console"
+
+STANDARD = {
+    "whoever": "anyone who, the caller",
+    "told": "reported, sent",
+    "again and again": "repeatedly",
+    "of late": "recent",
+    "one by one": "unbatched, one at a time",
+    "let go": "release",
+    "lets go": "releases",
+    "anew": "again",
+    "beat": "heartbeat",
+    "beats": "heartbeats",
+    "put out": "emit",
+    "puts out": "emits",
+    "spending": "recent tokens",
+}
+"""A private word, and the field's words for it."""
+
+HARD = re.compile("|".join(rf"\b{re.escape(word)}\b" for word in STANDARD), re.IGNORECASE)
+
+
+def found_in(text: str) -> list[str]:
+    """Return what is to be said otherwise, with the words around it."""
+    line = " ".join(text.split())
+    return [
+        f"{line[max(0, hit.start() - 30) : hit.end() + 30]!r}: {STANDARD[hit[0].lower()]}"
+        for hit in HARD.finditer(line)
+    ]
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """Yield a parser and those of its commands."""
+    yield parser
+    for action in parser._actions:  # argparse has no other way to ask
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from parsers(below)
+
+
+def messages(path: Path) -> Iterator[str]:
+    """Yield the texts of a module that are no docstrings: of errors, log lines and what commands print."""
+    tree = ast.parse(path.read_text())
+    docs = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in docs
+            and " " in node.value
+        ):
+            yield node.value
+
+
+def test_a_private_word_is_found_in_any_case_and_across_lines() -> None:
+    assert found_in("Whoever asks\nagain  and\nagain") != []
+    assert found_in("the toldest beating heart: a heartbeat") == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_in_standard_words(command: str) -> None:
+    texts = [parser.format_help() for parser in parsers(parser_of([command]))]
+    assert len(texts) > 1
+    assert [hit for text in texts for hit in found_in(text)] == []
+
+
+def test_settings_are_described_in_standard_words() -> None:
+    described = {name: field.description for name, field in Settings.model_fields.items()}
+    assert [name for name, text in described.items() if not text] == []
+    assert [(name, hit) for name, text in described.items() for hit in found_in(text or "")] == []
+
+
+@pytest.mark.parametrize("package", PRODUCT)
+def test_messages_are_in_standard_words(package: str) -> None:
+    modules = sorted((ROOT / package).rglob("*.py"))
+    assert modules
+    assert [(path.name, hit) for path in modules for text in messages(path) for hit in found_in(text)] == []
+
+
+def test_the_console_is_in_standard_words() -> None:
+    files = [path for kind in ("js", "html") for path in CONSOLE.rglob(f"*.{kind}") if "vendor" not in path.parts]
+    assert len(files) > 10
+    assert [(path.name, hit) for path in files for hit in found_in(path.read_text())] == []
+
+
+def test_the_readme_is_in_standard_words() -> None:
+    assert found_in((ROOT / "README.md").read_text()) == []
