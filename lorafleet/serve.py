@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.usage = f"{parser.prog} {'|'.join(SERVICES)} [flags]"
     parser.add_argument(
-        "service", choices=tuple(SERVICES), help="the service; the first signal drains it, the second ends it"
+        "service", choices=tuple(SERVICES), help="the service; the first signal drains it, the second stops it"
     )
     add_settings(parser, first=MAIN_FLAGS, skip=("workers",))
 
