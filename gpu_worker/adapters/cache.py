@@ -58,7 +58,7 @@ class AdapterCache:
         self.slot_ranks = np.zeros(weights.num_slots, np.int64)  # largest rank of the adapter in each slot
         self.extras: dict[str, Extras] = {}  # of the adapters in the pool that have any, on the device
         self.invocations: dict[str, tuple[int, ...]] = {}  # of the activated LoRA in the pool
-        self.tokens: dict[str, TokenTable] = {}  # of the adapters in the pool that bring their own
+        self.tokens: dict[str, TokenTable] = {}  # of the adapters in the pool that bring a tokenizer
         self.on_evicted: Callable[[str], object] | None = None  # called when an adapter leaves the pool
         self.num_loads = 0  # into the pool
         self.num_fetches = 0  # to the host

@@ -33,7 +33,7 @@ MAX_COMPILED = 128
 """Compiled grammars that are kept, the most recently used."""
 
 MAX_VOCABULARIES = 16
-"""Adapters' tokenizers that are kept as llguidance sees them, the most recently used; some 20 MB each."""
+"""Tokens of adapters that add some, kept as llguidance sees them, the most recently used; some 20 MB each."""
 
 MAX_BUILD_SHARE = 0.1
 """Share of time in which a vocabulary may be under construction: the steps stand still meanwhile."""
@@ -225,7 +225,7 @@ class Grammars:
         self._base: Vocabulary | BadRequest | None = None  # or why there is none
         self._lock = threading.Lock()
         # _lock guards these.
-        self._vocabularies: OrderedDict[str, Vocabulary] = OrderedDict()  # of adapters' tokenizers, last used last
+        self._vocabularies: OrderedDict[str, Vocabulary] = OrderedDict()  # of adapters that add tokens, last used last
         self._compiled: OrderedDict[tuple[str, bytes], LLMatcher] = OrderedDict()  # each has consumed nothing
         self._compilers = ThreadPoolExecutor(NUM_COMPILERS, thread_name_prefix="grammar")
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="vocabulary")

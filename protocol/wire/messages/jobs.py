@@ -17,7 +17,7 @@ class Job(Record, frozen=True):
     rids: list[str]
     metadata: dict[str, str] = {}
     digests: list[str] = []  # of the adapters that answer, "" for the base model
-    texts: list[str] = []  # of each, the hash of the tokenizer and template it brings, "" if none
+    texts: list[str] = []  # of each, the hash of the tokens and template it brings, "" if none
     opened: list[bool] = []  # of each, whether its prompt ends within the model's reasoning
     background: bool = True  # nobody follows it, so its end is told
     key: str = ""  # the Idempotency-Key it was made with, "" for none
@@ -40,6 +40,6 @@ class Idempotent(Record, frozen=True):
     created_ms: int
     rids: list[str]
     digests: list[str] = []  # of the adapters that answer, "" for the base model
-    texts: list[str] = []  # of each, the hash of the tokenizer and template it brings, "" if none
+    texts: list[str] = []  # of each, the hash of the tokens and template it brings, "" if none
     jid: str = ""  # of a background job
     opened: list[bool] = []  # as in `Job`

@@ -50,6 +50,12 @@ class ServedModel(Wire, frozen=True):
     width: int = 0  # of `embed`: entries of a vector
     unit_length: bool = False  # of `embed`: whether vectors are normalised to length 1
     head_dim: int = 0  # of an attention head; 0: not known
+    tokenizer: dict[str, str] = {}  # the digests of the parts of its tokenizer.json, by name; {} if it has none
+
+    @property
+    def identity(self) -> tuple[str, dict[str, str]]:
+        """What adapters must be checked for again where it is another."""
+        return self.fingerprint, self.tokenizer
 
     def does(self, task: Task) -> bool:
         """Return whether requests may ask this of the model."""
