@@ -17,9 +17,11 @@ import shutil
 import threading
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from peft_adapters.effect import has_effect
 from peft_adapters.format import (
@@ -34,7 +36,7 @@ from peft_adapters.format import (
     parse_config,
     parse_header,
 )
-from peft_adapters.texts.files import TEXT_FILES, TEXTS_FIELD, TEXTS_FILE, join_texts, split_texts
+from peft_adapters.texts.files import TEXT_FILES, TEXTS_FIELD, TEXTS_FILE, OwnTexts, parse_texts, read_texts
 from protocol.runtime.free_space import Reserve, size_of
 from protocol.wire.errors import AdapterRefused, Unavailable
 
@@ -46,16 +48,25 @@ STALE_STAGING_S = 7 * 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """A folder that holds an adapter, with its config and the header of its weights parsed."""
+    """A folder that holds an adapter, with its config, the header of its weights and its texts parsed."""
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     num_bytes: int  # of the weights file
+    texts: OwnTexts | None = None  # what counts of them, if it has any
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFolder:
-        """Parse the config and the header of the weights. Raises AdapterRefused, OSError."""
+        """Parse the files of a blob, and check the texts against the config. Raises AdapterRefused, OSError."""
+        files = cls.read(folder)
+        if TEXTS_FIELD not in files.config:
+            return files
+        return replace(files, texts=parse_texts((folder / TEXTS_FILE).read_bytes(), files.config[TEXTS_FIELD]))
+
+    @classmethod
+    def read(cls, folder: Path) -> AdapterFolder:
+        """Parse the config and the header of the weights, in any folder. Raises AdapterRefused, OSError."""
         with (folder / CONFIG_FILE).open("rb") as file:
             config = parse_config(file.read(MAX_CONFIG_BYTES + 1))
         with (folder / WEIGHTS_FILE).open("rb") as file:
@@ -66,12 +77,10 @@ class AdapterFolder:
         return cls(folder, config, tensors, num_bytes)
 
     def digest(self) -> str:
-        """Return the digest of the content, after checking the texts against the config.
+        """Return the digest of the content.
 
         The weights are memory-mapped, so nothing may write them meanwhile. Raises AdapterRefused, OSError.
         """
-        if TEXTS_FIELD in self.config:
-            split_texts((self.folder / TEXTS_FILE).read_bytes(), self.config[TEXTS_FIELD])
         with (
             (self.folder / WEIGHTS_FILE).open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view,
@@ -89,19 +98,26 @@ class AdapterFolder:
 
     @classmethod
     def open_fetched(cls, folder: Path) -> AdapterFolder:
-        """Parse what was fetched from a source, and join its text files into one. Raises AdapterRefused, OSError."""
-        files = cls.open(folder)
-        found = {name: (folder / name).read_bytes() for name in TEXT_FILES if (folder / name).exists()}
-        texts = join_texts(found)
+        """Parse the files of a source. Raises AdapterRefused, OSError."""
+        files = cls.read(folder)
         files.config.pop(TEXTS_FIELD, None)
-        if texts:
-            (folder / TEXTS_FILE).write_bytes(texts)
-            files.config[TEXTS_FIELD] = hashlib.sha256(texts).hexdigest()
-        return files
+        return replace(files, texts=texts_in(folder))
+
+    def keep_texts(self) -> None:
+        """Write what counts of the text files into the one that a blob has, and its hash into the config."""
+        if self.texts is not None:
+            raw = msgspec.json.encode(self.texts)
+            (self.folder / TEXTS_FILE).write_bytes(raw)
+            self.config[TEXTS_FIELD] = hashlib.sha256(raw).hexdigest()
 
     def names(self) -> list[str]:
         """Return the names of the files that make up the adapter."""
         return [CONFIG_FILE, WEIGHTS_FILE, *([TEXTS_FILE] if TEXTS_FIELD in self.config else [])]
+
+
+def texts_in(folder: Path) -> OwnTexts | None:
+    """Return what counts of the text files of a source, None if there are none. Raises AdapterRefused, OSError."""
+    return read_texts({name: (folder / name).read_bytes() for name in TEXT_FILES if (folder / name).exists()})
 
 
 class Blobs:

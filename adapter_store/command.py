@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from adapter_store.blobs import AdapterFolder
+from adapter_store.blobs import AdapterFolder, texts_in
 from adapter_store.formats import convert, depends_on_base, plan_conversion
 from adapter_store.sources import choose_weights, needs_config
 from peft_adapters.effect import is_zero_product
@@ -100,13 +100,16 @@ def _check(args: argparse.Namespace, base: ServedModel | None) -> int:
     folder, weights = args.folder, _weights_of(args.folder)
     conversion = plan_conversion(folder, weights, (folder / weights).stat().st_size, base)
     if conversion is None:
-        files = AdapterFolder.open(folder)
+        files = AdapterFolder.read(folder)
         config, tensors = files.config, files.tensors
         sources = tensors
     else:
         config, tensors = conversion.config, conversion.infos()
         sources = {moved.name: moved.source for moved in conversion.tensors}
     spec = read_adapter(config, tensors, base)
+    texts = texts_in(folder)
+    if texts is not None and base is not None:
+        texts.check_base(base)
     raw = memoryview((folder / weights).read_bytes())
     zero = {
         part.site for part in (*spec.sites, *spec.embeddings, *spec.parameters) if is_zero_product(part, sources, raw)

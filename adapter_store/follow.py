@@ -53,7 +53,7 @@ class Follower:
 
     def set_base(self, base: ServedModel) -> None:
         """Set the model that adapters must fit; if it is another one, check every folder again."""
-        if self._base is None or self._base.fingerprint != base.fingerprint:
+        if self._base is None or self._base.identity != base.identity:
             self._watch.recheck_all()
         self._base = base
 

@@ -230,7 +230,9 @@ class Mirror:
                 raise Changed(f"{name} of {version.source} does not match the {file.checksum[0]} that its source gives")
         if conversion is not None:
             convert(folder, version.weights, conversion, folder, self.blobs.reserve)
-        return self.blobs.put(version.key, AdapterFolder.open_fetched(folder), sync=not version.at_hand)
+        files = AdapterFolder.open_fetched(folder)
+        files.keep_texts()
+        return self.blobs.put(version.key, files, sync=not version.at_hand)
 
     async def describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
         """Check a blob against the base model and return its catalogue record.
@@ -244,6 +246,8 @@ class Mirror:
         if files is None:
             raise Changed(f"adapter {digest:.12} has left the disk")
         spec = read_adapter(files.config, files.tensors, base)
+        if files.texts is not None:
+            files.texts.check_base(base)
         tested = self._effect_test == "all" or (self._effect_test == "folders" and source.startswith("local:"))
         no_effect = tested and not files.has_effect(spec)
         if no_effect:

@@ -71,7 +71,7 @@ class Registrar:
 
     def set_base(self, base: ServedModel) -> None:
         """Set the model that adapters must fit; if it is another one, fetch every name again."""
-        if self._base is None or self._base.fingerprint != base.fingerprint:
+        if self._base is None or self._base.identity != base.identity:
             self._outcomes.clear()
         self._base = base
 

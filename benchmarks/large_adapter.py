@@ -180,7 +180,7 @@ def main() -> None:
         try:
             with served_folder(folder, digest) as url:
                 loader.set_urls((url,))
-                loader.describe(packer.row_sites, packer.served, "")
+                loader.describe(packer.row_sites, packer.served)
                 peak = Peak(loader.pid, psutil.Process().pid)
                 started = time.perf_counter()
                 rows = loader.fetch(digest)

@@ -55,7 +55,7 @@ from gpu_worker.tasks.pooling import read_pooling
 from lora_kernels import ops
 from peft_adapters.recipe import merge_of
 from peft_adapters.texts.files import TOKENIZER
-from peft_adapters.texts.tokenizer_json import key_of
+from peft_adapters.texts.tokenizer_json import BaseTokens, parts_of
 from protocol.queue.bus import now_ms
 from protocol.runtime.model_files import WEIGHT_FILES, model_folder, served_name
 from protocol.runtime.settings import BLOCK_TOKENS, Settings
@@ -78,8 +78,8 @@ Fetch = Callable[[str], FetchedAdapter | Rows]
 FetchFiles = Callable[[str], FetchedAdapter]
 """Returns an adapter's files by digest. Called in loader threads; may block."""
 
-Describe = Callable[[list[RowSite], m.ServedModel, str], object]
-"""Callback with the model that adapters are packed for: its sites, the model, the key of its tokenizer.json."""
+Describe = Callable[[list[RowSite], m.ServedModel], object]
+"""Callback with the model that adapters are packed for, and its sites."""
 
 
 def load_engine(
@@ -135,10 +135,11 @@ def load_engine(
     if served.does("score") and served.labels:
         own = folder_activation(folder)
         served = structs.replace(served, pair_activation=served.pair_activation if own is None else own)
-    served = structs.replace(served, dtype_reason=reason, kernels=isa)
+    parts = parts_of(tokenizer) if tokenizer is not None else {}
+    served = structs.replace(served, dtype_reason=reason, kernels=isa, tokenizer=parts)
     if describe is not None:
         places = row_sites(model.sites, expert_sites(model.adaptable.experts), int8=settings.lora_dtype == "int8")
-        describe(places, served, key_of(tokenizer) if tokenizer else "")
+        describe(places, served)
     logger.info(
         "%s in %s (%s) on %s: %s%d tokens a request, %.1f MiB of adapters; ready in %.1f s",
         served.name, served.dtype, reason, device, room, served.max_model_len,
@@ -177,9 +178,10 @@ def build_engine(
     memory = share_out(room_for_caches(model, settings), settings, on_cpu=model.device.type == "cpu")
     config = engine_config(model, settings, memory.kv)
     served = served_model(model, config.max_model_len, settings)
-    cache = adapter_cache(model, served, settings, memory, fetch, fetch_files)
+    tokens = BaseTokens(tokenizer) if tokenizer is not None else None
+    cache = adapter_cache(model, served, settings, memory, fetch, fetch_files, tokens)
     with compile_errors() if settings.compile else nullcontext():
-        engine = Engine(model, config, cache, tokenizer)
+        engine = Engine(model, config, cache, tokens.table if tokens is not None else None, tokenizer)
         if settings.deterministic:
             refuse_unless_fixed(engine)
         if settings.compile:
@@ -252,8 +254,9 @@ def adapter_cache(
     memory: CacheBytes,
     fetch: Fetch,
     fetch_files: FetchFiles | None = None,
+    tokens: BaseTokens | None = None,
 ) -> AdapterCache:
-    """Allocate the adapter pool of a loaded model. Arguments as of `build_engine`."""
+    """Allocate the adapter pool of a loaded model. tokens: the model's; other arguments as of `build_engine`."""
     on_cpu, int8 = model.device.type == "cpu", settings.lora_dtype == "int8"
     host_bytes = settings.adapter_host_bytes or min(int(free_bytes(torch.device("cpu")) * 0.1), 2 * GiB)
     weights = PoolWeights(
@@ -270,8 +273,9 @@ def adapter_cache(
             adapter = packer.wrap(digest, files)
         else:
             adapter = packer.pack(digest, files.config, files.weights)
-            adapter = replace(adapter, tokens=files.tokens)
-        return adapter
+        if tokens is None or files.added is None:
+            return adapter
+        return replace(adapter, tokens=tokens.with_added(files.added))
 
     merge_bytes = free_bytes(torch.device("cpu")) // (2 * NUM_MERGERS * (settings.workers if on_cpu else 1))
 

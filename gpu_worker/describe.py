@@ -20,6 +20,8 @@ from gpu_worker.layers.lora import linear_shape
 from gpu_worker.loading.checkpoint import CLASSES, head_dim_of, read_config, task_of
 from gpu_worker.tasks.headless import has_no_lm_head
 from gpu_worker.tasks.model_tasks import head_name_of
+from peft_adapters.texts.files import TOKENIZER
+from peft_adapters.texts.tokenizer_json import parts_of
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder, served_name
 from protocol.wire.errors import LorafleetError
 from protocol.wire.messages import ServedModel, SiteShape
@@ -27,7 +29,8 @@ from protocol.wire.messages import ServedModel, SiteShape
 
 def describe(model: str) -> ServedModel:
     """Return what adapters must fit of a model, a folder or a Hub id. Raises BadRequest, and the Hub's OSErrors."""
-    config = read_config(model_folder(model, TOKENIZER_FILES))
+    folder = model_folder(model, TOKENIZER_FILES)
+    config, tokenizer = read_config(folder), folder / TOKENIZER
     task = task_of(config)
     with torch.device("meta"):
         module = CLASSES[task].from_config(config)
@@ -42,6 +45,7 @@ def describe(model: str) -> ServedModel:
         tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)), task=task, head_dim=head_dim_of(config),
         label_head=head_name_of(config) if is_decoder else _label_head(module) if task == "score" else "",
         width=text.hidden_size if is_decoder else 0,
+        tokenizer=parts_of(tokenizer.read_text()) if tokenizer.is_file() else {},
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ class Target:
 
     name: str  # name shown by the API
     digest: str  # "" for the base model
-    files: ModelFiles  # its own tokenizer and chat template, or the base's
+    files: ModelFiles  # the base's, with its own tokens and chat template
     texts: str = ""  # hash of its own files, "" if it has none
     vocab_size: int = 0  # tokens it knows; 0: those of the base
     source: str = ""  # kind of its source, one of SOURCES; "" for the base model

@@ -69,7 +69,7 @@ class EarlierCalls:
     ) -> SubmittedCall:
         """Return an earlier call without resolving or tokenizing it again; `facts` are those of its requests.
 
-        Raises NotFound when its result has expired, or its adapter's tokenizer is gone.
+        Raises NotFound when its result has expired, or its adapter's texts are gone.
         """
         if isinstance(call.inputs, Pairs) and len(record.rids) != len(call.sources):
             call = structs.replace(call, task="embed", inputs=replace(call.inputs, apart=True))
@@ -107,8 +107,7 @@ class EarlierCalls:
             return [()] * len(call.sources)
         texts = [source for source in inputs.sources if isinstance(source, str)]
         check = partial(call.rules.most_tokens, call.options, max_model_len=max_model_len)
-        tenant = target.payer(call.caller)
-        found = await encoded(target.files, texts, tenant, check, special=inputs.add_special_tokens)
+        found = await encoded(target.files, texts, check, special=inputs.add_special_tokens)
         return [offsets for _, offsets in found]
 
 

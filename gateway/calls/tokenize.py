@@ -130,7 +130,7 @@ async def tokenize(call: ResolvedCall) -> TokenizedCall:
             else:
                 same[shared] = await _of_texts(parsed, parsed.inputs, target, vocab_size, base)
             if parsed.options.bad_words:
-                bad = await _bad_words(parsed.options.bad_words, target.files, target.payer(parsed.caller))
+                bad = await _bad_words(parsed.options.bad_words, target.files)
                 same[shared] = [structs.replace(prompt, bad_words=bad) for prompt in same[shared]]
         prompts += [
             prompt if prompt.target is target else structs.replace(prompt, target=target) for prompt in same[shared]
@@ -202,10 +202,8 @@ async def _of_texts(
         call.rules.most_tokens(call.options, num_tokens, base.max_model_len)
 
     texts = [source for source in inputs.sources if isinstance(source, str)]
-    found = await encoded(
-        target.files, texts, target.payer(call.caller), check if inputs.with_offsets else None,
-        special=inputs.add_special_tokens,
-    )  # fmt: skip
+    check_offsets = check if inputs.with_offsets else None
+    found = await encoded(target.files, texts, check_offsets, special=inputs.add_special_tokens)
     make = partial(_prompts, call, inputs, target, vocab_size, found, most_left(inputs, call.options, base))
     # In a thread the loop has its turn meanwhile; for few tokens that would cost more than it gives.
     num_tokens = sum(map(len, inputs.sources))
@@ -233,9 +231,9 @@ def _prompts(
 async def _of_pairs(
     call: ParsedCall, inputs: Pairs, target: Target, vocab_size: int, base: m.ServedModel
 ) -> list[Prompt]:
-    files, tenant = target.files, target.payer(call.caller)
+    files = target.files
     if inputs.most_second is not None:
-        cut = await files.encoder.shortened(inputs.seconds, inputs.most_second, tenant=tenant)
+        cut = await files.encoder.shortened(inputs.seconds, inputs.most_second)
         inputs = replace(inputs, seconds=cut)
     if inputs.apart:
         return await _of_texts(call, Texts(inputs.sources), target, vocab_size, base)
@@ -243,7 +241,7 @@ async def _of_pairs(
         message = f"{target.name} ranks with a prompt, but its chat template has no roles query and document"
         raise BadRequest(f"{message}, and the setting pair_template is empty", param="model")
     await _check_pairs(call, inputs, target, base)
-    pairs = await files.encode_pairs(inputs.texts, tenant=tenant)
+    pairs = await files.encode_pairs(inputs.texts, tenant=target.payer(call.caller))
     return [Prompt(target, pack(pair.ids), len(pair.ids), second=pair.second) for pair in pairs]
 
 
@@ -254,7 +252,7 @@ async def _check_pairs(call: ParsedCall, inputs: Pairs, target: Target, base: m.
     `memory.hold`.
     """
     texts = [*inputs.firsts, *inputs.seconds]
-    ids = await target.files.encoder.encode(texts, add_special_tokens=False, tenant=target.payer(call.caller))
+    ids = await target.files.encoder.encode(texts, add_special_tokens=False)
     sizes = [(len(one), len(text)) for one, text in zip(ids, texts, strict=True)]
     firsts, seconds = sizes[: len(inputs.firsts)], sizes[len(inputs.firsts) :]
     if len(firsts) == 1:
@@ -267,7 +265,7 @@ async def _check_pairs(call: ParsedCall, inputs: Pairs, target: Target, base: m.
 
 
 async def encoded(
-    files: ModelFiles, texts: Sequence[str], tenant: str, check: Callable[[int], object] | None, *, special: bool
+    files: ModelFiles, texts: Sequence[str], check: Callable[[int], object] | None, *, special: bool
 ) -> list[Encoded]:
     """Return of each text its token ids, with the special ones if they are wanted, and with a `check` their offsets.
 
@@ -277,8 +275,8 @@ async def encoded(
         return []
     encoder = files.encoder
     if check is None:
-        return [(ids, ()) for ids in await encoder.encode(texts, add_special_tokens=special, tenant=tenant)]
-    encodings = await encoder.detailed(texts, add_special_tokens=special, tenant=tenant, check=check)
+        return [(ids, ()) for ids in await encoder.encode(texts, add_special_tokens=special)]
+    encodings = await encoder.detailed(texts, add_special_tokens=special, check=check)
     return [
         (e.ids, [None if special else (start, end)
                  for (start, end), special in zip(e.offsets, e.special, strict=True)])
@@ -286,14 +284,14 @@ async def encoded(
     ]  # fmt: skip
 
 
-async def _bad_words(words: Sequence[str], files: ModelFiles, tenant: str) -> list[list[int]]:
+async def _bad_words(words: Sequence[str], files: ModelFiles) -> list[list[int]]:
     """Return words as tokens: each as it begins a text and, where that is one other token first, after a space.
 
     That is what vLLM does. Raises BadRequest for a word that has no tokens, and for too many tokens.
     """
     bare = [word.lstrip() for word in words]
     texts = [text for word in bare for text in (word, f" {word}")]
-    ids = await files.encoder.encode(texts, add_special_tokens=False, tenant=tenant)
+    ids = await files.encoder.encode(texts, add_special_tokens=False)
     found: list[list[int]] = []
     for word, first, spaced in zip(words, ids[::2], ids[1::2], strict=True):
         if not first:

@@ -186,7 +186,7 @@ class Conversations:
                 if status in GOES_ON:
                     try:
                         items = await self._turn(jobs[id_], fact)
-                    except NotFound as error:  # such as the adapter's tokenizer, which may come back
+                    except NotFound as error:  # such as the adapter's texts, which may come back
                         FAILED.note("conversations", error, id_)
                         continue
             await self._queue.change(conversation_id, tenant, self._limits, items=_written(items), response=id_)

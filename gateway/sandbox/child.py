@@ -1,4 +1,4 @@
-"""The sandbox's process: renders templates, compiles grammars, reads and runs tokenizers, and can do nothing else.
+"""The sandbox's process: renders templates, compiles grammars, and can do nothing else.
 
 Reads jobs from standard input and writes answers to standard output, each as four bytes of length and MessagePack. A
 first byte says that it is ready: all that it needs is imported and open, and what it does not need is taken away.
@@ -11,23 +11,16 @@ import os
 import resource
 import sys
 import time
-import zlib
-from array import array
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
-from itertools import chain
 from typing import Any, ClassVar
 
 import msgspec
-from tokenizers import Tokenizer
 
 from gateway.chat.template import ChatTemplate
 from gateway.sandbox.lockdown import lock_down
-from peft_adapters.texts.files import MAX_TOKENIZER_BYTES, TOKENIZER
-from peft_adapters.texts.tokenizer_json import OwnTokenizer
-from protocol.wire.errors import AdapterRefused, BadRequest
+from protocol.wire.errors import BadRequest
 from protocol.wire.grammar_limits import GRAMMAR_LIMITS
 
 MAX_MEMORY_BYTES = 1 << 30
@@ -35,9 +28,6 @@ WORN_BYTES = MAX_MEMORY_BYTES // 2
 """A process that has grown by so much makes place for a new one, so that no job pays for those before it."""
 
 MAX_ANSWER_BYTES = 16 << 20
-MAX_KEPT_TOKENIZER_BYTES = 24 << 20
-"""Bytes of the tokenizers that a process remembers, as files: it needs 15 times as much. The last one always stays."""
-
 MAX_REFUSAL = 1000  # characters
 READY, READY_UNFILTERED = b"!", b"?"
 """The second: the kernel does not filter the process's system calls."""
@@ -79,44 +69,7 @@ class Check(msgspec.Struct, tag=True):
     grammar: str  # as in `messages.Body`
 
 
-class ReadTokenizer(msgspec.Struct, tag=True):
-    """An adapter's tokenizer whose tokens are wanted."""
-
-    what: ClassVar[str] = "reading the adapter's tokenizer"
-
-    file: bytes  # its tokenizer.json, packed by zlib
-    name: str  # a token whose id is wanted too
-
-
-class Encode(msgspec.Struct, tag=True):
-    """Texts that an adapter's tokenizer is to make tokens of."""
-
-    what: ClassVar[str] = "the adapter's tokenizer"
-
-    key: str  # of the tokenizer, see `tokenizer_json.key_of`
-    file: bytes  # as in `ReadTokenizer`, b"" where the process may have it already
-    texts: Sequence[str | tuple[str, str]]  # or pairs of texts
-    add_special_tokens: bool
-    detailed: bool  # whether more than ids is wanted
-
-
-def second_of(types: Sequence[int]) -> int:
-    """Return the index from which on all tokens of a pair are of type 1, 0 if there are none, or others after them."""
-    second = len(types) - sum(types)
-    return second if 0 < second < len(types) and types[second] == 1 else 0
-
-
-SandboxJob = Render | Check | ReadTokenizer | Encode
-
-
-class Encoded(msgspec.Struct, array_like=True):
-    """A text as tokens."""
-
-    ids: bytes  # int32
-    offsets: bytes = b""  # int32 [ids, 2]: where each token begins and ends in the text, in characters
-    special: bytes = b""  # uint8: 1 for each special token, else 0
-    tokens: list[str] = []
-    second: int = 0  # of a pair: index of the first token of type 1; 0: there is none
+SandboxJob = Render | Check
 
 
 class Answer(msgspec.Struct):
@@ -124,9 +77,6 @@ class Answer(msgspec.Struct):
 
     text: str = ""
     refusal: str = ""  # what is wrong with the template, or the grammar
-    tokens: bytes = b""  # a TokenTable
-    id: int | None = None  # of the named token
-    encoded: list[Encoded] | None = None  # None: the process does not have the tokenizer
     worn: bool = False  # the process should make place for a new one
 
 
@@ -145,7 +95,6 @@ class Worker:
         self._is_worn = is_worn
         self._template = lru_cache(maxsize=64)(self._read_template)
         self._vocabulary = lru_cache(maxsize=1)(self._read_vocabulary)
-        self._tokenizers: OrderedDict[str, tuple[Tokenizer, int]] = OrderedDict()  # with bytes; last used last
 
     def answer(self, payload: bytes) -> bytes:
         """Return the framed answer to a job, whatever a stranger's code makes libraries raise."""
@@ -153,10 +102,10 @@ class Worker:
         try:
             job = msgspec.msgpack.decode(payload, type=SandboxJob)
             what = job.what
-            answer = self._do(job)
+            answer = self._render(job) if isinstance(job, Render) else self._check(job)
             answer.worn = self._is_worn()
             message = framed(answer)
-        except (BadRequest, AdapterRefused) as error:
+        except BadRequest as error:
             message = _refusal(error.message)
         except MemoryError:
             message = _refusal(f"{what} wants more than {MAX_MEMORY_BYTES} bytes", worn=True)
@@ -167,17 +116,6 @@ class Worker:
         if len(message) > SIZE_BYTES + MAX_ANSWER_BYTES:
             message = _refusal(f"{what} makes {len(message)} bytes; the limit is {MAX_ANSWER_BYTES}")
         return message
-
-    def _do(self, job: SandboxJob) -> Answer:
-        match job:
-            case Render():
-                return self._render(job)
-            case Check():
-                return self._check(job)
-            case ReadTokenizer():
-                return self._read_tokenizer(job)
-            case Encode():
-                return self._encode(job)
 
     def _render(self, job: Render) -> Answer:
         template = self._template(job.source, tuple(sorted(job.special_tokens.items())))
@@ -208,56 +146,6 @@ class Worker:
         with open(self._tokenizer_file, encoding="utf-8", closefd=False) as file:
             file.seek(0)  # an earlier job may have run out of memory while it read
             return LLTokenizer(file.read())
-
-    def _read_tokenizer(self, job: ReadTokenizer) -> Answer:
-        own = OwnTokenizer.read(_unpacked(job.file))
-        return Answer(tokens=msgspec.msgpack.encode(own.tokens()), id=own.id_of(job.name))
-
-    def _encode(self, job: Encode) -> Answer:
-        tokenizer = self._tokenizer(job)
-        if tokenizer is None:
-            return Answer()
-        if job.texts and isinstance(job.texts[0], tuple):
-            found = tokenizer.encode_batch(job.texts, add_special_tokens=job.add_special_tokens)
-            return Answer(encoded=[Encoded(array("i", e.ids).tobytes(), second=second_of(e.type_ids)) for e in found])
-        if not job.detailed:
-            found = tokenizer.encode_batch_fast(job.texts, add_special_tokens=job.add_special_tokens)
-            return Answer(encoded=[Encoded(array("i", e.ids).tobytes()) for e in found])
-        found = tokenizer.encode_batch(job.texts, add_special_tokens=job.add_special_tokens)
-        return Answer(
-            encoded=[
-                Encoded(
-                    array("i", e.ids).tobytes(),
-                    array("i", chain.from_iterable(e.offsets)).tobytes(),
-                    bytes(e.special_tokens_mask),
-                    e.tokens,
-                )
-                for e in found
-            ]
-        )
-
-    def _tokenizer(self, job: Encode) -> Tokenizer | None:
-        """Return a job's tokenizer, None if it is not known and the job does not bring it."""
-        if job.key in self._tokenizers:
-            self._tokenizers.move_to_end(job.key)
-        elif not job.file:
-            return None
-        else:
-            encoding = OwnTokenizer.read(_unpacked(job.file)).encoding()
-            num_bytes = len(encoding) + sum(size for _, size in self._tokenizers.values())
-            while self._tokenizers and num_bytes > MAX_KEPT_TOKENIZER_BYTES:
-                _, (_, size) = self._tokenizers.popitem(last=False)
-                num_bytes -= size
-            self._tokenizers[job.key] = Tokenizer.from_buffer(encoding), len(encoding)
-        return self._tokenizers[job.key][0]
-
-
-def _unpacked(file: bytes) -> bytes:
-    """Return a tokenizer.json. Raises AdapterRefused for one that is too large."""
-    raw = zlib.decompressobj().decompress(file, MAX_TOKENIZER_BYTES + 1)
-    if len(raw) > MAX_TOKENIZER_BYTES:
-        raise AdapterRefused([f"{TOKENIZER} has more than {MAX_TOKENIZER_BYTES} bytes"])
-    return raw
 
 
 def _refusal(text: str, *, worn: bool = False) -> bytes:

@@ -1,48 +1,38 @@
-"""The tokenizers and chat templates that adapters bring, fetched from the stores and kept for the next request."""
+"""The chat templates and added tokens that adapters bring, fetched from the stores and kept for the next request."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import zlib
 from collections import OrderedDict
 from functools import cached_property
 from weakref import WeakValueDictionary
 
 import httpx2
-import msgspec
 
 from gateway.overload.large import Places
-from gateway.sandbox.child import ReadTokenizer
 from gateway.sandbox.sandbox import SandboxedTemplate, SandboxPool
-from gateway.text.tokenizer import TOKENIZER_S, BaseEncoder, Encoder, ModelFiles, OwnEncoder
-from peft_adapters.texts.files import (
-    MAX_TOKENIZER_BYTES,
-    TEXTS_FIELD,
-    TEXTS_FILE,
-    TOKENIZER,
-    special_tokens,
-    split_texts,
-    template_of,
-)
+from gateway.text.tokenizer import Encoder, ModelFiles
+from peft_adapters.texts.files import MAX_TEXTS_BYTES, TEXTS_FIELD, TEXTS_FILE, OwnTexts, parse_texts, special_tokens
+from peft_adapters.texts.tokenizer_json import AddedToken
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
-from protocol.wire.errors import AdapterRefused, NotFound, Unavailable
+from protocol.wire.errors import NotFound, Unavailable
 from protocol.wire.tokens import TokenTable
 
 logger = logging.getLogger(__name__)
 
 MAX_KEPT = 32
-"""Sets of files that are kept; those with equal tokenizers share one."""
+"""Sets of files that are kept; those with equal added tokens share these."""
 
 MAX_KEPT_BYTES = 128 << 20
-"""Bytes of packed tokenizers that are kept, the newest one always."""
+"""Bytes of tokens that are kept, the newest ones always."""
 
 NUM_READ, NUM_WAITING = 2, 64
-"""Adapters' texts that are read and packed at once, one of a tenant, and that wait for that."""
+"""Adapters' texts that are read at once, one of a tenant, and that wait for that."""
 
-READ_BYTES = 7 * MAX_TOKENIZER_BYTES
-"""What one takes meanwhile: as it was fetched, twice with escapes; as a text, four bytes a character; and as UTF-8."""
+READ_BYTES = 4 * MAX_TEXTS_BYTES
+"""What one takes meanwhile: as it was fetched, and as what it says."""
 
 MAX_FACTS = 10_000
 
@@ -50,7 +40,7 @@ TIMEOUT = httpx2.Timeout(30.0, connect=2.0)
 
 
 class OwnFiles:
-    """The tokenizers and chat templates of adapters, kept by their hash."""
+    """The texts of adapters, kept by their hash."""
 
     def __init__(
         self, bus: Bus, base: ModelFiles, sandbox: SandboxPool, bearer: str = "", max_kept_bytes: int = MAX_KEPT_BYTES
@@ -96,15 +86,15 @@ class OwnFiles:
     async def files(self, digest: str, texts: str, tenant: str) -> ModelFiles:
         """Return the files to serve an adapter with: the base's, where it brings none (`texts` is ""), or its own.
 
-        tenant: for whom the sandbox reads a tokenizer. Raises AdapterRefused when they cannot be used, NotFound and
-        Unavailable when they cannot be had, Overloaded when the sandbox has no place.
+        tenant: for whom they are read. Raises AdapterRefused when they cannot be used, NotFound and Unavailable when
+        they cannot be had, Overloaded when too many wait for that.
         """
         if not texts:
             return self.base
         async with self._locks.setdefault(texts, asyncio.Lock()):
             files = self._kept.get(texts)
             if files is None:
-                files = await self._read(await self._prepared(digest, texts, tenant), tenant)
+                files = await self._read(digest, texts, tenant)
             self._kept[texts] = files
             self._kept.move_to_end(texts)
             self._drop_oldest()
@@ -116,27 +106,39 @@ class OwnFiles:
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of the packed tokenizers that are kept."""
-        encoders = {id(files.encoder): files.encoder for files in self._kept.values()}
-        return sum(encoder.num_bytes for encoder in encoders.values() if isinstance(encoder, OwnEncoder))
+        """The bytes that the added tokens of what is kept take."""
+        own = {id(files.encoder): files for files in self._kept.values() if files.encoder is not self.base.encoder}
+        return sum(files.encoder.num_bytes + files.tokens.num_bytes for files in own.values())
 
-    async def _prepared(self, digest: str, texts: str, tenant: str) -> tuple[dict[str, str], bytes | None]:
-        """Fetch an adapter's texts. Returns them without the tokenizer, and that packed: b"" the base's, None none.
-
-        Whole they may take READ_BYTES, so a few are read at a time, by turns of tenants.
-        """
+    async def _read(self, digest: str, texts: str, tenant: str) -> ModelFiles:
+        """Fetch an adapter's texts, and make of them what it is served with: a few at a time, by turns of tenants."""
         await self._reading.take(tenant)
         try:
-            return await asyncio.to_thread(self._packed, await self._fetch(digest), texts)
+            raw = await self._fetch(digest)
+            return await asyncio.to_thread(lambda: self._made(parse_texts(raw, texts)))
         finally:
             self._reading.give(tenant)
 
-    def _packed(self, raw: bytes, digest: str) -> tuple[dict[str, str], bytes | None]:
-        texts = split_texts(raw, digest)
-        text = texts.pop(TOKENIZER, None)
-        if text is None:
-            return texts, None
-        return texts, b"" if text == self.base.texts[TOKENIZER] else zlib.compress(text.encode(), 1)
+    def _made(self, own: OwnTexts) -> ModelFiles:
+        base = self.base
+        encoder, tokens, eos_ids, template = base.encoder, base.tokens, base.eos_ids, base.template
+        if own.tokenizer is not None:
+            encoder, tokens = self._with_added(own.tokenizer.added)
+            eos = encoder.id_of(own.special_tokens.get("eos_token", ""))
+            eos_ids = eos_ids if eos is None else eos_ids | {eos}
+        if own.template is not None:
+            template = SandboxedTemplate(own.template, special_tokens(base.texts) | own.special_tokens, self._sandbox)
+        return ModelFiles(base.name, encoder, tokens, template, eos_ids, base.texts, base.pair_template)
+
+    def _with_added(self, added: list[AddedToken]) -> tuple[Encoder, TokenTable]:
+        """Return the base's tokenizer with added tokens, which those with the same share. Raises AdapterRefused."""
+        base = self.base
+        assert base.base_tokens is not None
+        tokens = base.base_tokens.with_added(added)
+        for known in (base, *tuple(self._kept.values())):
+            if known.tokens is tokens:
+                return known.encoder, tokens
+        return base.encoder.with_added(added), tokens
 
     async def _fetch(self, digest: str) -> bytes:
         urls = await self._bus.members.store_urls()
@@ -153,38 +155,5 @@ class OwnFiles:
             else:
                 return response.content
         if urls and missing == len(urls):
-            raise NotFound(f"no adapter store has the tokenizer of the adapter {digest:.12} any more", param="model")
-        raise Unavailable(f"no adapter store gave the tokenizer of the adapter {digest:.12}", code="no_store")
-
-    async def _read(self, prepared: tuple[dict[str, str], bytes | None], tenant: str) -> ModelFiles:
-        base, (texts, tokenizer) = self.base, prepared
-        encoder, tokens, eos_ids = base.encoder, base.tokens, base.eos_ids
-        if tokenizer is not None:
-            name = special_tokens(texts).get("eos_token", "")
-            if not tokenizer:
-                assert isinstance(encoder, BaseEncoder)
-                eos = encoder.id_of(name)
-            else:
-                encoder, tokens, eos = await self._own_tokenizer(tokenizer, name, tenant)
-            eos_ids = base.eos_ids if eos is None else base.eos_ids | {eos}
-        template, source = base.template, template_of(texts)
-        if source is not None:
-            template = SandboxedTemplate(source, special_tokens(base.texts) | special_tokens(texts), self._sandbox)
-        return ModelFiles(base.name, encoder, tokens, template, eos_ids, base.texts, base.pair_template)
-
-    async def _own_tokenizer(self, file: bytes, name: str, tenant: str) -> tuple[Encoder, TokenTable, int | None]:
-        """Return what encodes as a packed tokenizer.json does, its tokens, and a token's id. Raises AdapterRefused.
-
-        All adapters with equal files share the first two.
-        """
-        answer = await self._sandbox.do(ReadTokenizer(file, name), tenant=tenant, limit_s=TOKENIZER_S)
-        if answer.refusal:
-            raise AdapterRefused([answer.refusal])
-        try:
-            tokens = msgspec.msgpack.decode(answer.tokens, type=TokenTable)
-        except msgspec.MsgspecError as error:
-            raise AdapterRefused([f"its {TOKENIZER} cannot be read: {error}"]) from error
-        for known in self._kept.values():
-            if known.tokens.key == tokens.key:
-                return known.encoder, known.tokens, answer.id
-        return OwnEncoder(tokens.key, file, self._sandbox), tokens, answer.id
+            raise NotFound(f"no adapter store has the texts of the adapter {digest:.12} any more", param="model")
+        raise Unavailable(f"no adapter store gave the texts of the adapter {digest:.12}", code="no_store")

@@ -1,4 +1,4 @@
-"""The tokenizer and chat template of a model or an adapter. Encoding runs in threads: the library frees the GIL."""
+"""The tokenizer and chat template of a model or an adapter."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tokenizers import AddedToken as LibraryToken
 from tokenizers import Tokenizer
 
 from gateway.chat.messages import Message, check_roles, normalize_messages, text_of
 from gateway.chat.template import ChatTemplate
-from gateway.sandbox.child import Encode, Encoded, second_of
-from gateway.sandbox.sandbox import SandboxedTemplate, SandboxPool
+from gateway.sandbox.sandbox import SandboxedTemplate
 from gateway.text.answer_parts import THOUGHTS
 from gateway.tools.prompt import explain_tools, knows_tools, without_calls
 from peft_adapters.texts.files import TEXT_FILES, TOKENIZER, special_tokens
-from peft_adapters.texts.tokenizer_json import token_table
+from peft_adapters.texts.tokenizer_json import AddedToken, BaseTokens
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder, served_name
+from protocol.runtime.panics import panics_as
 from protocol.runtime.settings import Settings
-from protocol.wire.errors import AdapterRefused, BadRequest
+from protocol.wire.errors import AdapterRefused, BadRequest, LorafleetError
 from protocol.wire.tokens import TokenTable
 
 
@@ -48,27 +49,53 @@ class EncodedPair(NamedTuple):
     second: int = 0  # index of the first token of type 1; 0: there is none
 
 
-class BaseEncoder:
-    """The base model's tokenizer. It runs in threads, where the library frees the interpreter."""
+class Encoder:
+    """A tokenizer: the base model's, or that with an adapter's added tokens.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    It runs in threads, where the library frees the interpreter.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, num_bytes: int = 0) -> None:
+        """num_bytes: the memory that it takes beside the base's."""
         self._tokenizer = tokenizer
+        self.num_bytes = num_bytes
 
     def id_of(self, token: str) -> int | None:
         """Return a token's id, None if there is no such token."""
         return self._tokenizer.token_to_id(token)
+
+    def with_added(self, added: Sequence[AddedToken]) -> Encoder:
+        """Return what encodes with these added tokens in place of the own ones, and shares all else with this. Blocks.
+
+        added: which `BaseTokens.with_added` takes. Raises AdapterRefused for those that the library numbers otherwise.
+        """
+        base = self._tokenizer
+        made = Tokenizer(base.model)
+        made.normalizer, made.pre_tokenizer = base.normalizer, base.pre_tokenizer
+        made.post_processor, made.decoder = base.post_processor, base.decoder
+        try:
+            with panics_as(lambda text: AdapterRefused([text])):
+                made.add_tokens([_as_library(token) for token in added])
+        except LorafleetError:
+            raise
+        except Exception as error:  # the library raises plain exceptions
+            raise AdapterRefused([f"{TOKENIZER}: its added tokens cannot be looked for: {error}"]) from error
+        for token in added:
+            if made.token_to_id(token.content) != token.id:
+                raise AdapterRefused([f"{TOKENIZER}: the added token {token.content!r:.80} would have another id"])
+        return Encoder(made, sum(TOKEN_BYTES + CHARACTER_BYTES * len(token.content) for token in added))
 
     def ids(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """Return the ids of each text. Blocks."""
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         return [encoding.ids for encoding in found]
 
-    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool, tenant: str) -> list[list[int]]:
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """Return the ids of each text."""
         return await asyncio.to_thread(self.ids, texts, add_special_tokens=add_special_tokens)
 
     async def detailed(
-        self, texts: Sequence[str], *, add_special_tokens: bool, tenant: str, check: Callable[[int], object]
+        self, texts: Sequence[str], *, add_special_tokens: bool, check: Callable[[int], object]
     ) -> list[Encoding]:
         """Return the tokens of each text, with what belongs to them.
 
@@ -83,7 +110,7 @@ class BaseEncoder:
 
         return await asyncio.to_thread(encode)
 
-    async def shortened(self, texts: Sequence[str], most: int, *, tenant: str) -> list[str]:
+    async def shortened(self, texts: Sequence[str], most: int) -> list[str]:
         """Return of each text its first tokens, at most so many, as text."""
 
         def cut() -> list[str]:
@@ -98,83 +125,34 @@ class BaseEncoder:
 
         return await asyncio.to_thread(cut)
 
-    async def pairs(self, pairs: Sequence[Pair], *, tenant: str) -> list[EncodedPair]:
+    async def pairs(self, pairs: Sequence[Pair]) -> list[EncodedPair]:
         """Return the ids of each pair, and where its second text begins."""
 
         def encode() -> list[EncodedPair]:
             found = self._tokenizer.encode_batch(list(pairs), add_special_tokens=True)
-            return [EncodedPair(e.ids, second_of(e.type_ids)) for e in found]
+            return [EncodedPair(e.ids, _second_of(e.type_ids)) for e in found]
 
         return await asyncio.to_thread(encode)
 
 
-class OwnEncoder:
-    """An adapter's tokenizer, which only ever runs in the sandbox."""
-
-    def __init__(self, key: str, file: bytes, sandbox: SandboxPool) -> None:
-        """key, file: as in `gateway.sandbox.child.Encode`."""
-        self._key, self._file = key, file
-        self._sandbox = sandbox
-
-    @property
-    def num_bytes(self) -> int:
-        """The memory that it takes here."""
-        return len(self._file)
-
-    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool, tenant: str) -> list[list[int]]:
-        """Return the ids of each text. Raises as `SandboxPool.do`, and BadRequest for what it cannot encode."""
-        found = await self._do(texts, add_special_tokens, detailed=False, tenant=tenant)
-        return [memoryview(e.ids).cast("i").tolist() for e in found]
-
-    async def detailed(
-        self, texts: Sequence[str], *, add_special_tokens: bool, tenant: str, check: Callable[[int], object]
-    ) -> list[Encoding]:
-        """Return the tokens of each text, with what belongs to them. check: as of `BaseEncoder`. Raises as `encode`."""
-        found = await self._do(texts, add_special_tokens, detailed=True, tenant=tenant)
-        for encoded in found:
-            check(len(encoded.ids) // 4)
-        return await asyncio.to_thread(lambda: [_unpacked(encoded) for encoded in found])
-
-    async def shortened(self, texts: Sequence[str], most: int, *, tenant: str) -> list[str]:
-        """Return of each text its first tokens, at most so many, as text. Raises as `encode`."""
-        found = await self._do(texts, special=False, detailed=True, tenant=tenant)
-        return [
-            text[: memoryview(e.offsets).cast("i")[2 * most - 1]] if len(e.ids) > 4 * most else text
-            for text, e in zip(texts, found, strict=True)
-        ]
-
-    async def pairs(self, pairs: Sequence[Pair], *, tenant: str) -> list[EncodedPair]:
-        """Return the ids of each pair, and where its second text begins. Raises as `encode`."""
-        found = await self._do(pairs, special=True, detailed=False, tenant=tenant)
-        return [EncodedPair(memoryview(e.ids).cast("i").tolist(), e.second) for e in found]
-
-    async def _do(
-        self, texts: Sequence[str] | Sequence[Pair], special: bool, *, detailed: bool, tenant: str
-    ) -> list[Encoded]:
-        # A process that has the tokenizer already, which most have, needs not be sent it.
-        for file in (b"", self._file):
-            job = Encode(self._key, file, list(texts), special, detailed)
-            answer = await self._sandbox.do(job, tenant=tenant, limit_s=TOKENIZER_S)
-            if answer.refusal:
-                raise BadRequest(answer.refusal)
-            if answer.encoded is not None and len(answer.encoded) == len(texts):
-                return answer.encoded
-        raise BadRequest("the adapter's tokenizer does not encode these texts")
+def _as_library(token: AddedToken) -> LibraryToken:
+    return LibraryToken(
+        token.content, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip,
+        normalized=token.normalized, special=token.special,
+    )  # fmt: skip
 
 
-def _unpacked(encoded: Encoded) -> Encoding:
-    ends = memoryview(encoded.offsets).cast("i").tolist()
-    offsets = list(zip(ends[::2], ends[1::2], strict=True))
-    return Encoding(memoryview(encoded.ids).cast("i").tolist(), offsets, encoded.special, encoded.tokens)
+def _second_of(types: Sequence[int]) -> int:
+    """Return the index from which on all tokens of a pair are of type 1, 0 if there are none, or others after them."""
+    second = len(types) - sum(types)
+    return second if 0 < second < len(types) and types[second] == 1 else 0
 
 
-Encoder = BaseEncoder | OwnEncoder
+TOKEN_BYTES, CHARACTER_BYTES = 1000, 100
+"""What the library takes for an added token and for each of its characters: measured, rounded up."""
 
 MAX_RENDERED_CHARS = 4 << 20
 """Characters that an adapter's template may make of a conversation: no request has more either."""
-
-TOKENIZER_S = 15.0
-"""Most CPU seconds of a job with a tokenizer: a large one takes some seconds to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +166,7 @@ class EncodedChat:
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """The base model's tokenizer, chat template and end tokens, or those that an adapter brings."""
+    """The base model's tokenizer, chat template and end tokens, or these with what an adapter brings."""
 
     name: str  # served name of the base
     encoder: Encoder
@@ -197,6 +175,7 @@ class ModelFiles:
     eos_ids: frozenset[int]
     texts: Mapping[str, str]  # the base model's files that these were read from, by name
     pair_template: ChatTemplate | None = None  # the settings', that makes prompts of pairs of texts
+    base_tokens: BaseTokens | None = None  # what `tokens` are of; None in files that are no model's own
 
     @property
     def template_of_pairs(self) -> ChatTemplate | SandboxedTemplate | None:
@@ -216,7 +195,7 @@ class ModelFiles:
         """
         template = self.template_of_pairs
         if template is None:
-            return await self.encoder.pairs(pairs, tenant=tenant)
+            return await self.encoder.pairs(pairs)
         options: dict[str, Any] = {"add_generation_prompt": True, "variables": {}}
         messages = [[{"role": "query", "content": a}, {"role": "document", "content": b}] for a, b in pairs]
         if isinstance(template, SandboxedTemplate):
@@ -227,7 +206,7 @@ class ModelFiles:
                 raise BadRequest(f"{message}; the limit is {MAX_RENDERED_CHARS}")
         else:
             texts = await asyncio.to_thread(lambda: [template.render(pair, **options) for pair in messages])
-        ids = await self.encoder.encode(texts, add_special_tokens=False, tenant=tenant)
+        ids = await self.encoder.encode(texts, add_special_tokens=False)
         return [EncodedPair(one) for one in ids]
 
     async def encode_chat(
@@ -259,7 +238,6 @@ class ModelFiles:
 
         def render_and_encode() -> EncodedChat:
             assert isinstance(template, ChatTemplate)
-            assert isinstance(encoder, BaseEncoder)
             normal, final, options = prepare()
             text = template.render(normal, **options)
             check_roles(normal, text)
@@ -267,22 +245,19 @@ class ModelFiles:
                 check(text)
             return _chat(text, encoder.ids([text], add_special_tokens=add_special_tokens), final)
 
-        if isinstance(template, ChatTemplate) and isinstance(encoder, BaseEncoder):
+        if isinstance(template, ChatTemplate):
             return await asyncio.to_thread(render_and_encode)
         normal, final, options = await asyncio.to_thread(prepare)
-        if isinstance(template, SandboxedTemplate):
-            text = await template.render(normal, **options, tenant=tenant)
-            if len(text) > MAX_RENDERED_CHARS:
-                raise BadRequest(
-                    f"the adapter's chat template makes {len(text)} characters; the limit is {MAX_RENDERED_CHARS}",
-                    param="messages",
-                )
-        else:
-            text = await asyncio.to_thread(template.render, normal, **options)
+        text = await template.render(normal, **options, tenant=tenant)
+        if len(text) > MAX_RENDERED_CHARS:
+            raise BadRequest(
+                f"the adapter's chat template makes {len(text)} characters; the limit is {MAX_RENDERED_CHARS}",
+                param="messages",
+            )
         await asyncio.to_thread(check_roles, normal, text)
         if check is not None:
             check(text)
-        ids = await encoder.encode([text], add_special_tokens=add_special_tokens, tenant=tenant)
+        ids = await encoder.encode([text], add_special_tokens=add_special_tokens)
         return _chat(text, ids, final)
 
 
@@ -313,17 +288,18 @@ def load_model_files(settings: Settings) -> ModelFiles:
     if TOKENIZER not in texts:
         raise BadRequest(f"{folder} has no {TOKENIZER}")
     try:
-        tokens = token_table(texts[TOKENIZER])
+        tokens = BaseTokens(texts[TOKENIZER])
     except AdapterRefused as error:
         raise BadRequest(f"{folder}: {error.message}") from error
     return ModelFiles(
         name=served_name(settings.model, settings.served_name),
-        encoder=BaseEncoder(_read_tokenizer(texts[TOKENIZER])),
-        tokens=tokens,
+        encoder=Encoder(_read_tokenizer(texts[TOKENIZER])),
+        tokens=tokens.table,
         template=ChatTemplate.of(texts),
         pair_template=_pair_template(settings, texts),
         eos_ids=_eos_ids(folder),
         texts=texts,
+        base_tokens=tokens,
     )
 
 

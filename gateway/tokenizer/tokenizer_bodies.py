@@ -21,7 +21,7 @@ _ADAPTER = tuple(AdapterParameters.model_fields)
 class TokenizeRequest(AdapterParameters):
     """`POST /tokenize`: LoRAX's form has `inputs`, vLLM's have `prompt` or `messages`.
 
-    LoRAX takes no adapter here; ours may bring their own tokenizer.
+    LoRAX takes no adapter here; ours may bring tokens of their own.
     """
 
     OBJECT = "tokenize"

@@ -9,7 +9,7 @@ import orjson
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from gateway.adapters.resolver import BASE, Target
+from gateway.adapters.resolver import Target
 from gateway.answers.respond import Answers
 from gateway.auth.callers import Caller, caller_of
 from gateway.bodies import json_values
@@ -84,7 +84,7 @@ class TokenizerEndpoints:
             [target] = await pipeline.call_resolver.targets(models_of(body), base, caller, GenerationFailed)
 
         async def tokenize() -> bytes:
-            encoding = await self._encoding(text, body.add_special_tokens is not False, target, base, caller, "inputs")
+            encoding = await self._encoding(text, body.add_special_tokens is not False, target, base, "inputs")
             return await asyncio.to_thread(_tokens_json, encoding)
 
         return Response(await large.work(tokenize), media_type="application/json")
@@ -96,7 +96,7 @@ class TokenizerEndpoints:
         text, strings = body.prompt or "", bool(body.return_token_strs)
 
         async def tokenize() -> bytes:
-            encoding = await self._encoding(text, body.add_special_tokens is not False, target, base, caller, "prompt")
+            encoding = await self._encoding(text, body.add_special_tokens is not False, target, base, "prompt")
             return await asyncio.to_thread(_answer, encoding.ids, encoding.tokens if strings else None, base)
 
         return Response(await large.work(tokenize), media_type="application/json")
@@ -132,7 +132,7 @@ class TokenizerEndpoints:
             check_tokens(most, "messages")(len(encoded.ids))
             if not body.return_token_strs:
                 return await asyncio.to_thread(_answer, encoded.ids, None, base)
-            encoding = await self._encoding(rendered, special, target, base, caller, "messages")
+            encoding = await self._encoding(rendered, special, target, base, "messages")
             return await asyncio.to_thread(_answer, encoding.ids, encoding.tokens, base)
 
         return Response(await large.work(tokenize), media_type="application/json")
@@ -158,14 +158,13 @@ class TokenizerEndpoints:
         return base, target
 
     async def _encoding(
-        self, text: str, special: bool, target: Target | None, base: m.ServedModel | None, caller: Caller, param: str
+        self, text: str, special: bool, target: Target | None, base: m.ServedModel | None, param: str
     ) -> Encoding:
         """Return the tokens of a text. Raises BadRequest naming `param` for too many."""
         files = self._pipeline.files if target is None else target.files
-        tenant = (caller.name or BASE) if target is None else target.payer(caller)
         check = check_tokens(most_tokenized(base), param)
         check(len(text) // MAX_CHARACTERS_PER_TOKEN)
-        [encoding] = await files.encoder.detailed([text], add_special_tokens=special, tenant=tenant, check=check)
+        [encoding] = await files.encoder.detailed([text], add_special_tokens=special, check=check)
         return encoding
 
 

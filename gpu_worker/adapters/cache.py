@@ -58,7 +58,7 @@ class AdapterCache:
         self.slot_ranks = np.zeros(weights.num_slots, np.int64)  # largest rank of the adapter in each slot
         self.extras: dict[str, Extras] = {}  # by digest, extras of resident adapters, on the device
         self.invocations: dict[str, tuple[int, ...]] = {}  # by digest, invocation tokens of resident aLoRA adapters
-        self.tokens: dict[str, TokenTable] = {}  # by digest, token tables of resident adapters with own tokenizers
+        self.tokens: dict[str, TokenTable] = {}  # by digest, token tables of resident adapters that bring a tokenizer
         self.on_evicted: Callable[[str], object] | None = None  # called when an adapter leaves the pool
         self.num_loads = 0  # into the pool
         self.num_fetches = 0  # to the host

@@ -27,7 +27,7 @@ NEVER = 1 << 40
 class RequestBinder:
     """Opens requests as sequences, and binds each to its adapter and its grammar once these are there.
 
-    An adapter may bring a tokenizer and a vocabulary of its own, so that much of a request cannot be checked before.
+    An adapter may bring tokens and a vocabulary of its own, so that much of a request cannot be checked before.
     Methods return how a request has ended already, "" if it has not: a worker that dies between a request's last token
     and its end leaves one whose output is complete.
     """
@@ -70,7 +70,7 @@ class RequestBinder:
             seq.prompt_logprobs = PromptLogprobs(request.prompt, num_top)
         if self._max_draft_tokens:
             seq.drafter = Drafter(self._max_draft_tokens)
-        if request.digest and any(request.stop):  # the adapter's tokenizer may be another
+        if request.digest and any(request.stop):  # the adapter may add tokens
             return seq, ""
         finish = self._apply_stop_rules(seq, self._tokens)
         if request.grammar and not request.digest and not finish:

@@ -33,8 +33,8 @@ from gpu_worker.model.model import BaseModel
 from gpu_worker.sampling.grammars import Grammars
 from gpu_worker.sampling.logprobs import record_prompts
 from gpu_worker.sampling.sampling import Sampled, begin_sample
-from peft_adapters.texts.tokenizer_json import token_table
 from protocol.wire.errors import LorafleetError, Unavailable
+from protocol.wire.tokens import TokenTable
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +69,10 @@ class Engine(BaseEngine):
     """Runs requests of any adapters together, step by step."""
 
     def __init__(
-        self, model: BaseModel, config: EngineConfig, adapters: AdapterCache, tokenizer: str | None = None
-    ) -> None:
-        """Allocate the KV cache and check the model. tokenizer: its tokenizer.json, if it has one.
+        self, model: BaseModel, config: EngineConfig, adapters: AdapterCache, tokens: TokenTable | None = None,
+        tokenizer: str | None = None,
+    ) -> None:  # fmt: skip
+        """Allocate the KV cache and check the model. tokens, tokenizer: its own, and its tokenizer.json, if it has one.
 
         Raises BadRequest for a model that is computed wrongly.
         """
@@ -88,7 +89,6 @@ class Engine(BaseEngine):
         mixers = model.mixers
         states = StatePool(config.num_states, saves_outputs=not mixers.tells_prompts_apart) if mixers.calls else None
         self.batcher = Batcher(limits, self.blocks, adapters, model.fingerprint, states)
-        tokens = token_table(tokenizer) if tokenizer is not None else None
         self.grammars = Grammars(model.vocab_size, model.eos_ids, config.max_mask_s, tokens, tokenizer)
         self._binder = RequestBinder(
             model, adapters, self.grammars, tokens,

@@ -95,7 +95,7 @@ class EngineStats:
 def failure_of(request: EngineRequest, error: BaseException) -> LorafleetError:
     """Return the error that ends a request whose own data made `error`, which is logged if nobody expected it.
 
-    A panic of a library in Rust is no `Exception`. It comes of a tokenizer, and that is the adapter's if it has one.
+    A panic of a library in Rust is no `Exception`. It comes of the adapter's files, if it has one.
     """
     if isinstance(error, LorafleetError):
         return error

@@ -33,7 +33,7 @@ MAX_COMPILED = 128
 """Maximum number of cached compiled grammars, the most recently used."""
 
 MAX_VOCABULARIES = 16
-"""Maximum number of cached llguidance tokenizers of adapters, the most recently used; some 20 MB each."""
+"""Maximum number of cached llguidance tokenizers of adapters that add tokens; some 20 MB each."""
 
 MAX_BUILD_SHARE = 0.1
 """Share of time in which a vocabulary may be under construction: the steps stand still meanwhile."""
@@ -225,7 +225,7 @@ class Grammars:
         self._base: Vocabulary | BadRequest | None = None  # or why there is none
         self._lock = threading.Lock()
         # _lock guards these.
-        self._vocabularies: OrderedDict[str, Vocabulary] = OrderedDict()  # by tokenizer, least recently used first
+        self._vocabularies: OrderedDict[str, Vocabulary] = OrderedDict()  # by token table, least recently used first
         self._compiled: OrderedDict[tuple[str, bytes], LLMatcher] = OrderedDict()  # each has consumed nothing
         self._compilers = ThreadPoolExecutor(NUM_COMPILERS, thread_name_prefix="grammar")
         self._builder = ThreadPoolExecutor(1, thread_name_prefix="vocabulary")

@@ -19,7 +19,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from gpu_worker.tasks.pooling import MODULES, Pooling, module_kinds, module_settings, read_pooling
 from peft_adapters.texts.files import TOKENIZER
-from peft_adapters.texts.tokenizer_json import token_table
+from peft_adapters.texts.tokenizer_json import BaseTokens
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Task
 
@@ -150,7 +150,7 @@ def _named_tokens(folder: Path, named: str) -> tuple[int, int]:
     file = folder / TOKENIZER
     if len(words) != 2 or not file.is_file():
         raise BadRequest(f"score_tokens is {named!r}: it names two tokens of the model's {TOKENIZER}, as no,yes does")
-    pieces = token_table(file.read_text()).pieces
+    pieces = BaseTokens(file.read_text()).table.pieces
     missing = [word for word in words if word.encode() not in pieces]
     if missing:
         raise BadRequest(f"score_tokens: the model's {TOKENIZER} has no token {missing[0]!r}")

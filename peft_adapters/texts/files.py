@@ -1,7 +1,7 @@
-"""The texts an adapter may bring beside its weights: a tokenizer and a chat template of its own.
+"""The texts an adapter may bring beside its weights: a chat template, special tokens, and tokens that it adds.
 
-The store keeps them as one file, whose hash is a field of the adapter's config and so part of its digest: the same
-weights with another template are another adapter.
+The store keeps what counts of them as one file, whose hash is a field of the adapter's config and so part of its
+digest: the same weights with another template are another adapter.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import msgspec
 from peft_adapters.json_values import is_list, is_object
 from peft_adapters.texts.tokenizer_json import OwnTokenizer
 from protocol.wire.errors import AdapterRefused
+from protocol.wire.messages import ServedModel
 
 TEXTS_FILE = "texts.json"
 TEXTS_FIELD = "lorafleet_texts"
@@ -31,13 +32,41 @@ MAX_CONFIG_BYTES = 4 << 20
 
 _MAX_BYTES = {TOKENIZER: MAX_TOKENIZER_BYTES, TEMPLATE: MAX_TEMPLATE_BYTES}
 
+MAX_TEXTS_BYTES = 8 << 20
+"""Largest size of the file that the store keeps: with all tokens that an adapter may add it has 5 MB."""
+
 MAX_TEMPLATES = 64
 MAX_SPECIAL_TOKENS = 64
 MAX_TOKEN_CHARS = 1_024
 
 
-def join_texts(files: Mapping[str, bytes]) -> bytes:
-    """Return an adapter's text files, by name, as one file; b"" if neither tokenizer nor template is among them.
+class OwnTexts(msgspec.Struct, forbid_unknown_fields=True):
+    """What is kept of an adapter's text files."""
+
+    template: str | None = None
+    special_tokens: dict[str, str] = {}  # by the names that templates use, such as "eos_token"
+    tokenizer: OwnTokenizer | None = None
+
+    def check(self) -> None:
+        """Raise AdapterRefused for what no adapter may bring."""
+        _check_size(TEMPLATE, len((self.template or "").encode()))
+        num = len(self.special_tokens)
+        if num > MAX_SPECIAL_TOKENS:
+            raise AdapterRefused([f"special_tokens_map.json has {num} tokens; the limit is {MAX_SPECIAL_TOKENS}"])
+        for name, token in self.special_tokens.items():
+            if max(len(name), len(token)) > MAX_TOKEN_CHARS:
+                raise AdapterRefused([f"{name:.80} has {len(token)} characters; the limit is {MAX_TOKEN_CHARS}"])
+        if self.tokenizer is not None:
+            self.tokenizer.check()
+
+    def check_base(self, base: ServedModel) -> None:
+        """Raise AdapterRefused if the adapter brings another tokenizer than a base has."""
+        if self.tokenizer is not None:
+            self.tokenizer.check_base(base.tokenizer)
+
+
+def read_texts(files: Mapping[str, bytes]) -> OwnTexts | None:
+    """Return what counts of an adapter's text files, by name; None if neither tokenizer nor template is among them.
 
     Raises AdapterRefused for a file that is not UTF-8, is too large, or holds what no adapter may bring.
     """
@@ -49,28 +78,33 @@ def join_texts(files: Mapping[str, bytes]) -> bytes:
                 texts[name] = files[name].decode()
             except UnicodeDecodeError as error:
                 raise AdapterRefused([f"{name} cannot be read: {error}"]) from error
-    _check(texts)
-    if TOKENIZER in texts:
-        OwnTokenizer.read(texts[TOKENIZER])
-    elif not template_of(texts):
-        return b""
-    return msgspec.json.encode(texts)
-
-
-def _check(texts: Mapping[str, str]) -> None:
-    """Check what gateways read of an adapter's texts themselves. Raises AdapterRefused."""
-    for name, text in texts.items():
-        _check_size(name, len(text))
     source = _config(texts, "tokenizer_config.json").get("chat_template")
     if is_list(source) and len(source) > MAX_TEMPLATES:
         raise AdapterRefused([f"tokenizer_config.json has {len(source)} templates; the limit is {MAX_TEMPLATES}"])
-    _check_size(TEMPLATE, len((template_of(texts) or "").encode()))
-    tokens = special_tokens(texts)
-    if len(tokens) > MAX_SPECIAL_TOKENS:
-        raise AdapterRefused([f"special_tokens_map.json has {len(tokens)} tokens; the limit is {MAX_SPECIAL_TOKENS}"])
-    for name, token in tokens.items():
-        if max(len(name), len(token)) > MAX_TOKEN_CHARS:
-            raise AdapterRefused([f"{name:.80} has {len(token)} characters; the limit is {MAX_TOKEN_CHARS}"])
+    found = OwnTexts(template_of(texts), special_tokens(texts))
+    found.check()
+    if TOKENIZER in texts:
+        found.tokenizer = OwnTokenizer.read(texts[TOKENIZER])
+    elif not found.template:
+        return None
+    return found
+
+
+def parse_texts(raw: bytes, digest: str) -> OwnTexts:
+    """Return what a store keeps of an adapter's texts.
+
+    Raises AdapterRefused if the sha256 (hex) is not `digest`, or if it holds what no adapter may bring.
+    """
+    if len(raw) > MAX_TEXTS_BYTES:
+        raise AdapterRefused([f"{TEXTS_FILE} has {len(raw)} bytes; the limit is {MAX_TEXTS_BYTES}"])
+    if hashlib.sha256(raw).hexdigest() != digest:
+        raise AdapterRefused([f"{TEXTS_FILE} has another hash"])
+    try:
+        texts = msgspec.json.decode(raw, type=OwnTexts)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise AdapterRefused([f"{TEXTS_FILE} cannot be read: {error}"]) from error
+    texts.check()
+    return texts
 
 
 def max_bytes(name: str) -> int:
@@ -81,21 +115,6 @@ def max_bytes(name: str) -> int:
 def _check_size(name: str, num_bytes: int) -> None:
     if num_bytes > max_bytes(name):
         raise AdapterRefused([f"{name} has {num_bytes} bytes; the limit is {max_bytes(name)}"])
-
-
-def split_texts(raw: bytes, digest: str) -> dict[str, str]:
-    """Return the text files in a stored file, by name, checked except for the tokenizer: see `OwnTokenizer`.
-
-    Raises AdapterRefused if the file's sha256 (hex) is not `digest`, or if it holds what no adapter may bring.
-    """
-    if hashlib.sha256(raw).hexdigest() != digest:
-        raise AdapterRefused([f"{TEXTS_FILE} has another hash"])
-    try:
-        texts = msgspec.json.decode(raw, type=dict[str, str])
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise AdapterRefused([f"{TEXTS_FILE} cannot be read: {error}"]) from error
-    _check(texts)
-    return texts
 
 
 def template_of(texts: Mapping[str, str]) -> str | None:

@@ -1,34 +1,24 @@
-"""A tokenizer.json: its tokens as bytes, and the limits of one that an adapter brings.
+"""A tokenizer.json: what tells two of them apart, the tokens that an adapter's adds, and tokens as bytes.
 
-The library `tokenizers` runs what a file says, and a file may say: double the text twenty times. So an adapter's file
-is read here first, as `tokenizer_components.py` knows it, and what `tokenizers` gets to encode with is written anew
-from what was read: no field reaches it that was not checked. Decoding needs no library: `token_table` works out once
-what each token adds to a text.
+An adapter is served with its base's tokenizer and the tokens that its own file adds to that. Nothing of its file is
+run: the store reads it (`OwnTokenizer`), holds the digests of its parts against the base's, and keeps the added tokens
+alone. Decoding needs no library: `BaseTokens` works out once what each token adds to a text.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
+from weakref import WeakValueDictionary
 
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from peft_adapters.texts.tokenizer_components import (
-    DECODERS,
-    NORMALIZERS,
-    POST_PROCESSORS,
-    PRE_TOKENIZERS,
-    Component,
-    check_growth,
-    component_list,
-    refusal,
-    written,
-)
+from peft_adapters.json_values import is_list, is_object
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.tokens import TokenTable
 
@@ -39,72 +29,24 @@ MAX_COMMAS = 3 << 20
 """Bounds the values of a file before any is made: two a token, and two a merge, of the largest files there are."""
 
 MAX_ADDED = 16_384
+MAX_ADDED_BYTES = 512 << 10
+"""Bytes of UTF-8 that all tokens which an adapter's file adds have together; Gemma's 6,400 have 60,000."""
+
 MAX_TOKEN_CHARS = 1_024
 MAX_COMPONENT_BYTES = 2 << 20
-MAX_AFFIX_CHARS = 16
-MAX_WORD_CHARS = 1_000
-MAX_MISSING_IDS = 65_536
-"""Ids below the largest that are no token, in an adapter's vocabulary."""
+MAX_NESTING = 32
 
 _Token = Annotated[str, Meta(max_length=MAX_TOKEN_CHARS)]
-_Affix = Annotated[str, Meta(max_length=MAX_AFFIX_CHARS)]
 _Id = Annotated[int, Meta(ge=0, lt=MAX_ENTRIES)]
 _Ids = Annotated[dict[_Token, _Id], Meta(max_length=MAX_ENTRIES)]
-_Merges = Annotated[list[str | tuple[str, str]], Meta(max_length=MAX_ENTRIES)]
 _Scores = Annotated[list[tuple[_Token, float]], Meta(max_length=MAX_ENTRIES)]
+_Merges = Annotated[list[str | tuple[str, str]], Meta(max_length=MAX_ENTRIES)]
 
 
-class Bpe(Struct, tag="BPE"):
-    """Byte pair encoding."""
-
-    vocab: _Ids
-    merges: _Merges
-    dropout: float | None = None
-    unk_token: _Token | None = None
-    continuing_subword_prefix: _Affix | None = None
-    end_of_word_suffix: _Affix | None = None
-    fuse_unk: bool = False
-    byte_fallback: bool = False
-    ignore_merges: bool = False
-
-
-class Unigram(Struct, tag=True):
-    """SentencePiece's model of tokens and their scores."""
-
-    vocab: _Scores
-    unk_id: _Id | None = None
-    byte_fallback: bool = False
-
-
-class WordPiece(Struct, tag=True):
-    """BERT's longest match within words."""
-
-    vocab: _Ids
-    unk_token: _Token = "[UNK]"
-    continuing_subword_prefix: _Affix = "##"
-    max_input_chars_per_word: Annotated[int, Meta(ge=0, le=MAX_WORD_CHARS)] = 100
-
-
-class WordLevel(Struct, tag=True):
-    """Whole words."""
-
-    vocab: _Ids
-    unk_token: _Token = "<unk>"
-
-
-Model = Bpe | Unigram | WordPiece | WordLevel
-
-
-class _Vocabulary(Struct):
-    """The tokens of a model that maps tokens to ids. Its merges, which take as long to read, are left unread."""
-
-    vocab: _Ids
-
-
-class Added(Struct):
+class AddedToken(Struct):
     """A token beside the model's vocabulary, or one of it that is looked for as a whole."""
 
-    id: int
+    id: Annotated[int, Meta(ge=0, lt=MAX_ENTRIES + MAX_ADDED)]
     content: _Token
     special: bool
     single_word: bool = False
@@ -113,169 +55,303 @@ class Added(Struct):
     normalized: bool = True
 
 
+AddedTokens = Annotated[list[AddedToken], Meta(max_length=MAX_ADDED)]
+
+
 class _File(Struct):
     model: Raw
-    added_tokens: Annotated[list[Added], Meta(max_length=MAX_ADDED)] = []
+    added_tokens: AddedTokens = []
     normalizer: Raw = Raw(b"null")
     pre_tokenizer: Raw = Raw(b"null")
     post_processor: Raw = Raw(b"null")
     decoder: Raw = Raw(b"null")
 
 
-class _Type(Struct):
-    """What tells a model's kind; files of before 2020 do not name it."""
+class _Model(Struct):
+    """The tokens of a model: their ids, or a Unigram's scores. Merges, which take as long to read, are left unread."""
 
-    type: str = ""
-    merges: Raw = Raw()
-    unk_id: Raw = Raw()
-    max_input_chars_per_word: Raw = Raw()
+    vocab: _Ids | _Scores
 
 
-@dataclass(frozen=True, slots=True)
-class OwnTokenizer:
-    """An adapter's tokenizer, checked."""
+class OwnTokenizer(Struct, forbid_unknown_fields=True):
+    """What is kept of the tokenizer.json that an adapter brings."""
 
-    key: str
-    _model: Model
-    _added: list[Added]
-    _normalizer: list[Component]
-    _pre_tokenizer: list[Component]
-    _post_processor: list[Component]
-    _decoding: _Decoding
+    parts: dict[str, str]
+    """The digest of each part, as `parts_of` returns them."""
+
+    added: AddedTokens
+    """The added tokens, the base's among them, with the ids that `tokenizers` gives them."""
 
     @classmethod
     def read(cls, text: str | bytes) -> OwnTokenizer:
-        """Read and check a tokenizer.json. Raises AdapterRefused with the component that is over its limit."""
+        """Read and check an adapter's tokenizer.json. Raises AdapterRefused."""
         file = _read(text)
-        normalizer = component_list(_value(file.normalizer, "normalizer"), "normalizer", NORMALIZERS)
-        pre_tokenizer = component_list(_value(file.pre_tokenizer, "pre_tokenizer"), "pre_tokenizer", PRE_TOKENIZERS)
-        post_processor = component_list(
-            _value(file.post_processor, "post_processor"), "post_processor", POST_PROCESSORS
-        )
-        check_growth([*normalizer, *pre_tokenizer])
-        decoding = _decoding(_value(file.decoder, "decoder"))
-        model = _model(file)
-        _check_own(model, file.added_tokens)
-        return cls(key_of(text), model, file.added_tokens, normalizer, pre_tokenizer, post_processor, decoding)
+        vocab = _vocab(file)
+        own = cls(_parts(file, vocab), _numbered(file.added_tokens, vocab))
+        own.check()
+        return own
 
-    def tokens(self) -> TokenTable:
-        """Return the tokens. Takes a second for a large vocabulary. Raises AdapterRefused."""
-        table = _table(self._model, self._added, self._decoding)
-        table.key = self.key
-        return table
+    def check(self) -> None:
+        """Raise AdapterRefused for added tokens that no adapter may bring."""
+        if len({token.content for token in self.added}) < len(self.added):
+            raise _refusal("added_tokens", "has a token twice")
+        num_bytes = sum(len(token.content.encode()) for token in self.added)
+        if num_bytes > MAX_ADDED_BYTES:
+            raise _refusal("added_tokens", f"has tokens of {num_bytes} bytes; the limit is {MAX_ADDED_BYTES}")
 
-    def id_of(self, token: str) -> int | None:
-        """Return a token's id, None if there is no such token."""
-        ids = _ids(self._model)
-        return _given_ids(self._added, ids, len(self._model.vocab)).get(token, ids.get(token))
+    def check_base(self, parts: Mapping[str, str]) -> None:
+        """Raise AdapterRefused unless this is a base's tokenizer with other added tokens at most.
 
-    def encoding(self) -> bytes:
-        """Return a tokenizer.json that encodes as this one does, and cannot decode."""
-        file = {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": self._added,
-            "normalizer": written(self._normalizer, "normalizers"),
-            "pre_tokenizer": written(self._pre_tokenizer, "pretokenizers"),
-            "post_processor": written(self._post_processor, "processors"),
-            "decoder": None,
-            "model": self._model,
-        }
-        return msgspec.json.encode(file)
+        parts: of the base's, as `parts_of` returns them; none where it has no tokenizer.json.
+        """
+        if not parts:
+            raise _refusal("", "cannot be served: the base model has none")
+        others = [name for name in parts if self.parts.get(name) != parts[name]]
+        if others:
+            *most, last = others
+            names = f"{', '.join(most)} and {last}" if most else last
+            raise _refusal(
+                "",
+                f"differs from the base model's in its {names}; only added tokens are served: remove the file to use"
+                " the base's tokenizer, or retrain with the base's",
+            )
 
 
-def token_table(text: str) -> TokenTable:
-    """Return the tokens of any tokenizer.json. Raises AdapterRefused if it cannot be read."""
+def parts_of(text: str) -> dict[str, str]:
+    """Return a digest (hex) of each part of a tokenizer.json but its added tokens, by the part's name.
+
+    Equal parts have equal digests however they are written: merges as texts or as pairs, defaults or nothing in their
+    place, sequences within sequences. Padding, truncation and what changes nothing do not count. Raises AdapterRefused.
+    """
     file = _read(text)
-    try:
-        decoding, problem = _decoding(_value(file.decoder, "decoder")), ""
-    except AdapterRefused as error:
-        decoding, problem = _Decoding([]), f"tokens of this model cannot be decoded: {error.message}"
-    model = _parsed(file.model, Unigram if _kind(file) == "Unigram" else _Vocabulary, "model")
-    table = _table(model, file.added_tokens, decoding)
-    table.key, table.refusal = key_of(text), problem
-    return table
+    return _parts(file, _vocab(file))
 
 
-def key_of(text: str | bytes) -> str:
-    """Return the sha256 (hex) of a tokenizer.json: who serves an adapter with the base's knows it by this."""
-    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
+def _parts(file: _File, vocab: dict[str, int] | list[tuple[str, float]]) -> dict[str, str]:
+    fields = _parsed(file.model, dict[str, Raw], "model")
+    del fields["vocab"]
+    is_bpe = "merges" in fields
+    merges = _parsed(fields.pop("merges", Raw(b"[]")), _Merges, "model.merges")
+    settings = {name: _value(raw, f"model.{name}") for name, raw in fields.items()}
+    if not settings.get("type"):  # a file of before 2021
+        words = "WordPiece" if "max_input_chars_per_word" in settings else "WordLevel"
+        settings["type"] = "BPE" if is_bpe else "Unigram" if isinstance(vocab, list) else words
+    found = {
+        "vocabulary": vocab,
+        "merges": [merge.split(" ") if isinstance(merge, str) else merge for merge in merges],
+        "model": _canonical(settings, "model"),
+        "normalizer": _components(_value(file.normalizer, "normalizer"), "normalizer"),
+        "pre_tokenizer": _components(_value(file.pre_tokenizer, "pre_tokenizer"), "pre_tokenizer"),
+        "post_processor": _components(_value(file.post_processor, "post_processor"), "post_processor"),
+        "decoder": _components(_value(file.decoder, "decoder"), "decoder"),
+    }
+    return {name: _digest(part) for name, part in found.items()}
+
+
+def _components(value: Any, part: str, depth: int = 0) -> list[Any]:
+    """Return the components of a part, in order, in their one form. Raises AdapterRefused."""
+    if depth > MAX_NESTING:
+        raise _refusal(part, f"is nested deeper than {MAX_NESTING}")
+    if value is None:
+        return [None] if part == "decoder" else []  # without a decoder, tokens are joined by spaces
+    kind = value.get("type") if is_object(value) else None
+    if kind == "Sequence":
+        inner = next((value[name] for name in _SEQUENCES if is_list(value.get(name))), [])
+        return [found for one in inner for found in _components(one, part, depth + 1)]
+    if part == "post_processor" and (kind == "ByteLevel" or _adds_nothing(value)):
+        return []  # of which the first moves offsets, and changes no token
+    if kind == "ByteLevel" and part == "decoder":  # its fields mean nothing here
+        return [kind]
+    return [_canonical(value, part, depth)]
+
+
+def _adds_nothing(value: Any) -> bool:
+    """Return whether a post-processor is the template that transformers 5 writes where there was none."""
+    first, second = ({"Sequence": {"id": id_, "type_id": i}} for i, id_ in enumerate("AB"))
+    return is_object(value) and (value.get("single"), value.get("pair")) == ([first], [first, second])
+
+
+_SEQUENCES = ("normalizers", "pretokenizers", "processors", "decoders")
+
+
+def _canonical(value: Any, part: str, depth: int = 0) -> Any:
+    """Return a JSON value without fields that have their default, or that older releases wrote otherwise."""
+    if depth > MAX_NESTING:
+        raise _refusal(part, f"is nested deeper than {MAX_NESTING}")
+    if is_list(value):
+        return [_canonical(one, part, depth + 1) for one in value]
+    if not is_object(value):
+        return value
+    kind = value.get("type")
+    if kind == "Metaspace":
+        scheme = value.get("prepend_scheme") or ("never" if value.get("add_prefix_space") is False else "always")
+        return [kind, value.get("replacement"), scheme, value.get("split") is not False]
+    dropped = "trim_offsets" if kind == "ByteLevel" else ""  # means something in post-processors alone
+    return {
+        name: _canonical(one, part, depth + 1)
+        for name, one in value.items()
+        if name != dropped and not _is_default(name, one)
+    }
+
+
+def _is_default(name: str, value: Any) -> bool:
+    """Return whether a field says what its absence says."""
+    if name == "use_regex":
+        return value is True
+    return value is None or value is False or value == "" or (name == "behavior" and value == "Isolated")
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(msgspec.json.encode(value, order="deterministic")).hexdigest()
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _refusal(place: str, what: str) -> AdapterRefused:
+    """Return the error that names a place in a tokenizer.json, "" for all of it, and what is wrong with it."""
+    return AdapterRefused([f"tokenizer.json: {place} {what}" if place else f"tokenizer.json {what}"])
 
 
 def _read(text: str | bytes) -> _File:
     num_commas = text.count(",") if isinstance(text, str) else text.count(b",")
     if num_commas > MAX_COMMAS:
-        raise refusal("", f"has more than {MAX_COMMAS} values")
+        raise _refusal("", f"has more than {MAX_COMMAS} values")
     return _parsed(text, _File, "")
+
+
+def _vocab(file: _File) -> dict[str, int] | list[tuple[str, float]]:
+    return _parsed(file.model, _Model, "model").vocab
 
 
 def _parsed(raw: str | bytes | Raw, kind: Any, place: str) -> Any:
     try:
         return msgspec.json.decode(raw, type=kind)
     except (msgspec.MsgspecError, UnicodeError) as error:
-        raise refusal(place, f"cannot be read: {error}") from error
+        raise _refusal(place, f"cannot be read: {error}") from error
     except RecursionError as error:
-        raise refusal(place, "cannot be read: it is nested too deeply") from error
+        raise _refusal(place, "cannot be read: it is nested too deeply") from error
 
 
-def _value(raw: Raw, place: str) -> Any:
+def _value(raw: Raw, place: str, kind: Any = Any) -> Any:
     if len(bytes(raw)) > MAX_COMPONENT_BYTES:
-        raise refusal(place, f"has {len(bytes(raw))} bytes; the limit is {MAX_COMPONENT_BYTES}")
-    return _parsed(raw, Any, place)
+        raise _refusal(place, f"has {len(bytes(raw))} bytes; the limit is {MAX_COMPONENT_BYTES}")
+    return _parsed(raw, kind, place)
 
 
-def _kind(file: _File) -> str:
-    """Return the type of a file's model. Raises AdapterRefused."""
-    kind = _parsed(file.model, _Type, "model")
-    name = kind.type
-    if not name:
-        words = "WordPiece" if bytes(kind.max_input_chars_per_word) else "WordLevel"
-        name = "BPE" if bytes(kind.merges) else "Unigram" if bytes(kind.unk_id) else words
-    if name not in _MODELS:
-        raise refusal("model", f"is of the type {name[:40]!r}, not one of {', '.join(_MODELS)}")
-    return name
+def _numbered(
+    added: Sequence[AddedToken], vocab: dict[str, int] | list[tuple[str, float]]
+) -> list[AddedToken]:  # fmt: skip
+    """Return added tokens with the ids that `tokenizers` gives them, whatever the file says, and none without text.
 
-
-def _model(file: _File) -> Model:
-    """Return a file's model. Raises AdapterRefused."""
-    model = _parsed(file.model, _MODELS[_kind(file)], "model")
-    if isinstance(model, Bpe):
-        model.merges = [_pair(merge) for merge in model.merges]
-    return model
-
-
-_MODELS: Mapping[str, type[Model]] = {"BPE": Bpe, "Unigram": Unigram, "WordPiece": WordPiece, "WordLevel": WordLevel}
-
-
-def _pair(merge: str | tuple[str, str]) -> tuple[str, str]:
-    """Return the two tokens of a merge, which older files have as one text."""
-    if not isinstance(merge, str):
-        return merge
-    first, space, second = merge.partition(" ")
-    if not space or " " in second:
-        raise refusal("model.merges", f"has {merge[:80]!r}, which is not two tokens")
-    return first, second
-
-
-def _check_own(model: Model, added: Sequence[Added]) -> None:
-    """Raise AdapterRefused for a vocabulary that no adapter may bring."""
-    if not isinstance(model, Unigram):
-        ids = set(model.vocab.values())
-        if len(ids) < len(model.vocab):
-            raise refusal("model.vocab", "gives an id to two tokens")
-        num_missing = max(ids, default=-1) + 1 - len(ids)
-        if num_missing > MAX_MISSING_IDS:
-            raise refusal("model.vocab", f"leaves {num_missing} ids out; the limit is {MAX_MISSING_IDS}")
-    if len({token.content for token in added}) < len(added):
-        raise refusal("added_tokens", "has a token twice")
-    if isinstance(model, Bpe) and model.dropout:
-        raise refusal("model.dropout", f"is {model.dropout}: a text would have other tokens each time")
-    if isinstance(model, Unigram) and not all(math.isfinite(score) for _, score in model.vocab):
-        raise refusal("model.vocab", "has a score that is no finite number")
+    A token of the vocabulary keeps its id, others are counted on from its size.
+    """
+    ids = {token: i for i, (token, _) in enumerate(vocab)} if isinstance(vocab, list) else vocab
+    found: list[AddedToken] = []
+    highest = -1
+    for token in added:
+        if token.content:
+            id_ = ids.get(token.content, max(len(vocab), highest + 1))
+            highest = max(highest, id_)
+            found.append(msgspec.structs.replace(token, id=id_))
+    return found
 
 
 # ---------------------------------------------------------------- tokens
+
+
+class BaseTokens:
+    """What the tokens of a base model's tokenizer.json add to a text, and those of adapters that add others to it.
+
+    Usable from several threads.
+    """
+
+    def __init__(self, text: str) -> None:
+        """Read the tokens, which takes a second for a large vocabulary. Raises AdapterRefused."""
+        file = _read(text)
+        vocab = _vocab(file)
+        try:
+            self._decoding, self._refusal = _decoding(_value(file.decoder, "decoder", _Decoder | None)), ""
+        except AdapterRefused as error:
+            self._decoding = _Decoding([])
+            self._refusal = f"tokens of this model cannot be decoded: {error.message}"
+        self._key = hashlib.sha256(text.encode()).hexdigest()
+        self._normalizer = bytes(file.normalizer)
+        names = {id_: token for token, id_ in vocab.items()} if isinstance(vocab, dict) else _by_index(vocab)
+        size = max(names, default=-1) + 1
+        self._plain: dict[Place, list[bytes]] = {place: [b""] * size for place in ("", *self._decoding.special_places)}
+        for place, pieces in self._plain.items():
+            for id_, token in names.items():
+                pieces[id_] = self._decoding.piece(token, place)
+        self._gaps = frozenset(range(size)) - names.keys()
+        self._added = list({token.content: token for token in _numbered(file.added_tokens, vocab)}.values())
+        self._lock = threading.Lock()
+        self._tables: WeakValueDictionary[str, TokenTable] = WeakValueDictionary()  # of adapters, while one is held
+        self.table = self._table(self._added, self._found(self._added), self._key)
+
+    def with_added(self, added: Sequence[AddedToken]) -> TokenTable:
+        """Return the tokens where these are added in place of the base's own: one table for equal ones.
+
+        added: all of them, as `OwnTokenizer` has them; for the base's own it is the base's table. Raises AdapterRefused
+        for tokens of which normalizing leaves nothing, or the same.
+        """
+        if list(added) == self._added:
+            return self.table
+        found = self._found(added)
+        if "" in found.values() or len(set(found.values())) < len(found):
+            raise _refusal("added_tokens", "has tokens of which the base's normalizer leaves nothing, or the same")
+        key = hashlib.sha256(self._key.encode() + msgspec.json.encode(added)).hexdigest()
+        with self._lock:
+            table = self._tables.get(key)
+            if table is None:
+                self._tables[key] = table = self._table(added, found, key)
+            return table
+
+    def _found(self, added: Sequence[AddedToken]) -> dict[str, str]:
+        """Return by their texts what `tokenizers` looks for, and decodes, in the place of added tokens.
+
+        Recent releases decode, of those that are normalized, what the normalizer makes of them; earlier ones do not.
+        """
+        found = {token.content: token.content for token in added}
+        if self._normalizer == b"null" or not any(token.normalized for token in added):
+            return found
+        from tokenizers import AddedToken as Token  # here, because most processes never need it
+        from tokenizers import Tokenizer
+
+        library = Tokenizer.from_buffer(_NORMALIZING % self._normalizer)
+        names = [token.content for token in added if token.normalized]
+        library.add_tokens([Token(name, normalized=True) for name in names])
+        return found | {name: library.id_to_token(i) or "" for i, name in enumerate(names)}
+
+    def _table(self, added: Sequence[AddedToken], found: Mapping[str, str], key: str) -> TokenTable:
+        size = len(self._plain[""])
+        more = max((token.id + 1 - size for token in added), default=0)
+        tables = {place: [*pieces, *[b""] * more] for place, pieces in self._plain.items()}
+        special = frozenset(token.id for token in added if token.special and found[token.content] == token.content)
+        for place, pieces in tables.items():
+            for token in added:
+                is_hidden = token.id in special and not place
+                text = found[token.content]
+                pieces[token.id] = text.encode() if is_hidden else self._decoding.piece(text, place)
+        return TokenTable(
+            pieces=tables[""],
+            first=tables.get("first"),
+            last=tables.get("last"),
+            added={token.content: token.id for token in added},
+            special=special,
+            unknown=self._gaps.union(range(size, size + more)).difference(token.id for token in added),
+            invalid="byte" if self._decoding.bytes_as == "ByteFallback" else "part",
+            strip=self._decoding.strip,
+            key=key,
+            refusal=self._refusal,
+        )
+
+
+_NORMALIZING = b'{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]},"normalizer":%b}'
+
+
+def _by_index(vocab: list[tuple[str, float]]) -> dict[int, str]:
+    return dict(enumerate(token for token, _ in vocab))
 
 
 Place = Literal["", "first", "last"]
@@ -283,6 +359,29 @@ Place = Literal["", "first", "last"]
 
 Stage = Callable[[str, Place], str]
 """A decoder's work on one token."""
+
+
+class _Decoder(Struct):
+    """A decoder: the fields of all kinds that are known."""
+
+    type: str
+    decoders: list[_Decoder] = []
+    pattern: dict[str, str] = {}
+    content: str = " "
+    start: int = 0
+    stop: int = 0
+    replacement: str = "▁"
+    prepend_scheme: str | None = None
+    add_prefix_space: bool | None = None
+    prefix: str = "##"
+    suffix: str = "</w>"
+    cleanup: bool = True
+
+    @property
+    def prepends(self) -> bool:
+        """Whether, of a Metaspace, a text begins with a mark that stands for nothing."""
+        default = "never" if self.add_prefix_space is False else "always"
+        return (self.prepend_scheme or default) != "never"
 
 
 @dataclass(slots=True)
@@ -308,64 +407,61 @@ class _Decoding:
         return token.encode()
 
 
-def _decoding(value: Any) -> _Decoding:
-    """Return what the decoder in a file does. Raises AdapterRefused for components and orders that are not known."""
-    if value is None:
+def _decoding(decoder: _Decoder | None) -> _Decoding:
+    """Return what a decoder does. Raises AdapterRefused for components and orders that are not known."""
+    if decoder is None:
         return _Decoding([lambda token, place: token if place == "first" else f" {token}"], {"first"})
     decoding = _Decoding([])
     is_whole = False  # all tokens are one text now
-    components = component_list(value, "decoder", DECODERS)
-    for component in components:
-        kind, fields = component.type, component.fields
-        if kind == "Strip" and is_whole and not decoding.strip[1]:
-            decoding.strip = fields.get("content", " "), fields.get("start", 0)
+    parts = _flat(decoder)
+    for part in parts:
+        kind = part.type
+        if kind == "Strip" and is_whole and not decoding.strip[1] and not part.stop:
+            decoding.strip = part.content, part.start
         elif kind == "Fuse":
             is_whole = True
         elif is_whole or decoding.bytes_as:
-            raise refusal("decoder", f"has {kind} behind components that nothing but Fuse and Strip may follow")
+            raise _refusal("decoder", f"has {kind} behind components that nothing but Fuse and Strip may follow")
         elif kind in ("ByteLevel", "ByteFallback"):
             decoding.bytes_as, is_whole = kind, kind == "ByteLevel"
-        elif kind == "BPEDecoder" and len(components) > 1:
-            raise refusal("decoder", "has a BPEDecoder beside others")
-        elif kind == "Replace" and component.growth > 1:
-            raise refusal("decoder", "has a Replace that makes tokens longer")
+        elif kind not in _STAGES or (kind == "Replace" and "String" not in part.pattern) or part.stop:
+            raise _refusal("decoder", f"has {kind[:40]}, which is not known")
+        elif kind == "BPEDecoder" and len(parts) > 1:
+            raise _refusal("decoder", "has a BPEDecoder beside others")
         else:
-            decoding.stages.append(_STAGES[kind](fields))
-            if kind == "WordPiece" or (kind == "Metaspace" and _prepends(fields)):
+            decoding.stages.append(_STAGES[kind](part))
+            if kind == "WordPiece" or (kind == "Metaspace" and part.prepends):
                 decoding.special_places.add("first")
             if kind == "BPEDecoder":
                 decoding.special_places.add("last")
     return decoding
 
 
-def _prepends(metaspace: Mapping[str, Any]) -> bool:
-    """Return whether a text begins with a mark that stands for nothing."""
-    default = "always" if metaspace.get("add_prefix_space", True) else "never"
-    return metaspace.get("prepend_scheme", default) != "never"
+def _flat(decoder: _Decoder) -> list[_Decoder]:
+    if decoder.type != "Sequence":
+        return [decoder]
+    return [part for inner in decoder.decoders for part in _flat(inner)]
 
 
-def _replace(fields: Mapping[str, Any]) -> Stage:
-    pattern, content = fields["pattern"]["String"], fields["content"]
-    return lambda token, place: token.replace(pattern, content)
+def _replace(part: _Decoder) -> Stage:
+    pattern = part.pattern["String"]
+    return lambda token, place: token.replace(pattern, part.content)
 
 
-def _metaspace(fields: Mapping[str, Any]) -> Stage:
-    mark, at_first = fields["replacement"], "" if _prepends(fields) else " "
-    return lambda token, place: token.replace(mark, at_first if place == "first" else " ")
+def _metaspace(part: _Decoder) -> Stage:
+    at_first = "" if part.prepends else " "
+    return lambda token, place: token.replace(part.replacement, at_first if place == "first" else " ")
 
 
-def _strip(fields: Mapping[str, Any]) -> Stage:
-    character, count = fields["content"], fields["start"]
-    return lambda token, place: token[min(count, len(token) - len(token.lstrip(character))) :]
+def _strip(part: _Decoder) -> Stage:
+    return lambda token, place: token[min(part.start, len(token) - len(token.lstrip(part.content))) :]
 
 
-def _words(fields: Mapping[str, Any]) -> Stage:
-    prefix, cleanup = fields["prefix"], fields["cleanup"]
-
+def _words(part: _Decoder) -> Stage:
     def join(token: str, place: Place) -> str:
         if place != "first":
-            token = token.removeprefix(prefix) if token.startswith(prefix) else f" {token}"
-        if cleanup:
+            token = token.removeprefix(part.prefix) if token.startswith(part.prefix) else f" {token}"
+        if part.cleanup:
             for written, clean in _CLEANUP:
                 token = token.replace(written, clean)
         return token
@@ -373,12 +469,11 @@ def _words(fields: Mapping[str, Any]) -> Stage:
     return join
 
 
-def _word_ends(fields: Mapping[str, Any]) -> Stage:
-    suffix = fields.get("suffix", "</w>")
-    return lambda token, place: token.replace(suffix, "" if place == "last" else " ")
+def _word_ends(part: _Decoder) -> Stage:
+    return lambda token, place: token.replace(part.suffix, "" if place == "last" else " ")
 
 
-_STAGES: Mapping[str, Callable[[Mapping[str, Any]], Stage]] = {
+_STAGES: Mapping[str, Callable[[_Decoder], Stage]] = {
     "BPEDecoder": _word_ends,
     "Replace": _replace,
     "Metaspace": _metaspace,
@@ -390,59 +485,6 @@ _CLEANUP = (
     (" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
 )  # fmt: skip
 _BYTE_TOKEN = re.compile(r"<0x(\+?[0-9A-Fa-f]|[0-9A-Fa-f]{2})>")
-
-
-def _ids(model: Model | _Vocabulary) -> dict[str, int]:
-    """Return the ids of a vocabulary's tokens."""
-    return {token: i for i, (token, _) in enumerate(model.vocab)} if isinstance(model, Unigram) else model.vocab
-
-
-def _table(model: Model | _Vocabulary, added: Sequence[Added], decoding: _Decoding) -> TokenTable:
-    """Return the tokens of a vocabulary. Raises AdapterRefused."""
-    ids = _ids(model)
-    given = _given_ids(added, ids, len(model.vocab))
-    names = {id_: token for token, id_ in ids.items()}
-    if isinstance(model, Unigram):  # may have a token twice
-        names = dict(enumerate(token for token, _ in model.vocab))
-    names |= {id_: token for token, id_ in given.items()}
-    size = max(names, default=-1) + 1
-    not_shown = {token.content for token in added if token.special}
-    special = frozenset(id_ for id_, token in names.items() if token in not_shown)
-    pieces = [b""] * size
-    try:
-        for id_, token in names.items():
-            pieces[id_] = token.encode() if id_ in special else decoding.piece(token, "")
-        elsewhere: dict[Place, list[bytes]] = {place: pieces.copy() for place in decoding.special_places}
-        for place, others in elsewhere.items():
-            for id_, token in names.items():
-                others[id_] = decoding.piece(token, place)
-    except UnicodeEncodeError as error:
-        raise refusal("the vocabulary", f"has a token that is not valid Unicode: {error}") from error
-    return TokenTable(
-        pieces=pieces,
-        first=elsewhere.get("first"),
-        last=elsewhere.get("last"),
-        added=given,
-        special=special,
-        unknown=frozenset(range(size)) - names.keys(),
-        invalid="byte" if decoding.bytes_as == "ByteFallback" else "part",
-        strip=decoding.strip,
-    )
-
-
-def _given_ids(added: Sequence[Added], ids: Mapping[str, int], size: int) -> dict[str, int]:
-    """Return the id that `tokenizers` gives each added token, whatever the file says. size: of the model's vocabulary.
-
-    A token of the vocabulary keeps its id, others are counted on from its size.
-    """
-    given: dict[str, int] = {}
-    highest = -1
-    for token in added:
-        if token.content and token.content not in given:
-            id_ = ids.get(token.content, max(size, highest + 1))
-            given[token.content] = id_
-            highest = max(highest, id_)
-    return given
 
 
 def _byte_level() -> dict[int, int]:

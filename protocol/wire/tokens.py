@@ -1,7 +1,7 @@
 """Token ids to text: a table of every token's bytes, and a decoder that needs nothing else.
 
 The library `tokenizers` decodes as well, with whatever a tokenizer.json tells it to do. Here that was settled when the
-table was made (`peft_adapters/texts/tokenizer_json.py`), so a token costs one list look-up, for any file.
+table was made (`peft_adapters/texts/tokenizer_json.py`), so a token costs a look into a list.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TokenTable(msgspec.Struct, dict=True, weakref=True):
     """A character, and how many of them are taken from the beginning of a text."""
 
     key: str = ""
-    """The hash of the tokenizer.json that the table was made of; it identifies the table."""
+    """The hash of what the table was made of; it tells tables apart."""
 
     refusal: str = ""
     """Why ids cannot be decoded, "" if they can."""
@@ -61,6 +61,11 @@ class TokenTable(msgspec.Struct, dict=True, weakref=True):
     def longest(self) -> int:
         """Most characters of a token: a text cannot have fewer tokens than it has of these."""
         return max(UNKNOWN_CHARACTERS, max(map(len, self.pieces), default=0))
+
+    @property
+    def num_bytes(self) -> int:
+        """The memory that its lists take, whose entries may be another table's."""
+        return 8 * sum(len(pieces) for pieces in (self.pieces, self.first, self.last) if pieces is not None)
 
     def bytes_of(self, id_: int) -> bytes:
         """Return a token's UTF-8 bytes, which may be only a part of a character; b"" for what is no token."""

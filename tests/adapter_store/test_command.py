@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from helpers.adapter_files import lora_config, lora_tensors, safetensors, write_adapter
 from helpers.other_formats import peft_pairs, write_gguf, write_mlx
+from msgspec import structs
 from safetensors.numpy import load_file
 
 from adapter_store.command import add_arguments, run
 from gpu_worker.describe import describe
 from lorafleet.__main__ import main
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.texts.tokenizer_json import parts_of
 from protocol.wire.messages import ServedModel
 
 MODEL = {
@@ -78,6 +80,18 @@ def test_check_gives_every_reason(tmp_path: Path, described: ServedModel, capsys
     out = capsys.readouterr().out
     for part in ("use_qalora", "does not target", "missing for targeted layers"):
         assert part in out
+
+
+def test_check_compares_the_tokenizer(
+    tmp_path: Path, described: ServedModel, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    file = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}}
+    served = structs.replace(described, tokenizer=parts_of(json.dumps(file)))
+    folder = write_adapter(tmp_path / "a")
+    for merges, code in ((["a b"], 0), ([], 1)):
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {**file["model"], "merges": merges}}))
+        assert adapter(served, "check", str(folder)) == code
+    assert "differs from the base model's in its merges" in capsys.readouterr().out
 
 
 def test_wrong_usage_is_told(tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:

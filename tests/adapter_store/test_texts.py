@@ -1,4 +1,4 @@
-"""Adapters with their own tokenizer or chat template: from every source, part of the digest, never lost."""
+"""Adapters with tokens and a chat template of their own: from every source, part of the digest, never lost."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 
 import httpx2
 import pytest
-from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
+from helpers.adapter_files import BASE as PLAIN_BASE
+from helpers.adapter_files import lora_config, lora_tensors, safetensors, write_adapter
 from helpers.hub_stub import Repo, run_hub
 from helpers.s3_server import BUCKET, run_s3
 from helpers.store_run import QUICK, RunStore, ask, in_state
+from helpers.waiting import wait_until
+from msgspec import structs
 
 from adapter_store.blobs import Blobs
 from adapter_store.mirror import Mirror
@@ -26,16 +29,23 @@ from peft_adapters.texts.files import (
     MAX_TOKENIZER_BYTES,
     TEXTS_FIELD,
     TEXTS_FILE,
-    join_texts,
-    special_tokens,
-    split_texts,
-    template_of,
+    OwnTexts,
+    parse_texts,
+    read_texts,
 )
-from protocol.queue.bus import Bus
+from peft_adapters.texts.tokenizer_json import AddedToken, parts_of
+from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import AdapterRefused
+from protocol.wire.messages import Registration
 
-TOKENIZER = b'{"model": {"type": "WordLevel", "vocab": {"\xc3\xa4": 0}}}'
+FILE: dict[str, Any] = {
+    "model": {"type": "BPE", "vocab": {"ä": 0, "b": 1, "äb": 2}, "merges": [["ä", "b"]]},
+    "added_tokens": [{"id": 3, "content": "<new>", "special": True, "normalized": False}],
+}
+TOKENIZER = json.dumps(FILE, ensure_ascii=False).encode()
+BASE = structs.replace(PLAIN_BASE, tokenizer=parts_of(json.dumps({**FILE, "added_tokens": []})))
+NEW = AddedToken(3, "<new>", special=True, normalized=False)
 TEXTS = {"tokenizer.json": TOKENIZER, "chat_template.jinja": b"{{ messages }}"}
 ADAPTER = {
     CONFIG_FILE: json.dumps(lora_config()).encode(),
@@ -49,10 +59,11 @@ def config(**fields: Any) -> dict[str, bytes]:
     return {"tokenizer_config.json": json.dumps(fields).encode()}
 
 
-def texts_of(blobs: Blobs, digest: str) -> dict[str, str]:
+def texts_of(blobs: Blobs, digest: str) -> OwnTexts:
     files = blobs.open(digest)
     assert files is not None
-    return split_texts((files.folder / TEXTS_FILE).read_bytes(), files.config[TEXTS_FIELD])
+    assert files.texts is not None
+    return files.texts
 
 
 def write_texts(folder: Path, **texts: str) -> None:
@@ -77,8 +88,8 @@ async def test_texts_are_served_and_part_of_the_digest(bus: Bus, settings: Setti
         answer = await http.get(f"{url}/adapters/{first.digest}/{TEXTS_FILE}")
         missing = await http.get(f"{url}/adapters/{plain.digest}/{TEXTS_FILE}")
     assert hashlib.sha256(answer.content).hexdigest() == config[TEXTS_FIELD]
-    texts = split_texts(answer.content, config[TEXTS_FIELD])
-    assert (template_of(texts), special_tokens(texts)) == ("{{ 1 }}", {"bos_token": "<s>"})
+    texts = parse_texts(answer.content, config[TEXTS_FIELD])
+    assert texts == OwnTexts("{{ 1 }}", {"bos_token": "<s>"})
     assert missing.status_code == 404
     write_texts(own, chat_template__jinja="{{ 2 }}")
     second = await in_state(bus, "own", "on_disk", not_digest=first.digest)
@@ -110,6 +121,62 @@ async def test_a_text_that_is_none_refuses_the_adapter(bus: Bus, settings: Setti
     assert "tokenizer.json cannot be read" in (await in_state(bus, "bad", "failed")).reason
 
 
+OTHER = json.dumps({**FILE, "model": {**FILE["model"], "merges": []}})
+DIFFERS = "tokenizer.json differs from the base model's in its merges; only added tokens are served: remove the file"
+
+
+async def test_another_tokenizer_than_the_base_s_is_refused(
+    bus: Bus, settings: Settings, run_store: RunStore
+) -> None:  # fmt: skip
+    """A copy of the base's is served, however it is written, and so is one with added tokens."""
+    root = settings.adapters
+    assert root is not None
+    await bus.set(bus.keys.base, BASE)
+    older = {**FILE, "model": {"vocab": FILE["model"]["vocab"], "merges": ["ä b"], "ignore_merges": False}}
+    texts = {"copy": json.dumps({**older, "added_tokens": []}), "more": json.dumps(older), "other": OTHER}
+    for name, text in texts.items():
+        write_texts(write_adapter(root / name), tokenizer__json=text)
+    run_store()
+    other = await in_state(bus, "other", "failed")
+    assert (other.status, DIFFERS in other.reason) == (422, True), other.reason
+    digests = {(await in_state(bus, name, "on_disk")).digest for name in ("copy", "more")}
+    assert len(digests) == 2
+    await bus.set(bus.keys.base, structs.replace(BASE, tokenizer=parts_of(OTHER)))  # with the same weights
+    assert DIFFERS in (await in_state(bus, "copy", "failed")).reason
+    assert (await in_state(bus, "other", "on_disk")).digest
+
+
+async def test_a_name_is_not_registered_for_another_tokenizer(bus: Bus, run_store: RunStore) -> None:
+    async with run_hub() as hub:
+        hub.repos["org/own"] = Repo()
+        hub.repos["org/own"].commit({**ADAPTER, "tokenizer.json": OTHER.encode()})
+        await bus.set(bus.keys.base, BASE)
+        run_store(hub_endpoint=hub.url)
+        await bus.adapters.register(Registration(name="own", tenant="", source="hub:org/own", asked_ms=now_ms()))
+        alias = await in_state(bus, "own", "failed")
+        assert (alias.status, DIFFERS in alias.reason) == (422, True), alias.reason
+
+
+async def test_texts_that_an_older_store_kept_are_fetched_again(
+    bus: Bus, settings: Settings, run_store: RunStore
+) -> None:  # fmt: skip
+    root = settings.adapters
+    assert root is not None
+    await bus.set(bus.keys.base, BASE)
+    write_texts(write_adapter(root / "own"), chat_template__jinja="{{ 1 }}")
+    store = run_store()
+    digest = (await in_state(bus, "own", "on_disk")).digest
+    await store.end()
+    kept = settings.data / "adapters" / "blobs" / digest
+    older = json.dumps({"chat_template.jinja": "{{ 1 }}"}).encode()
+    (kept / TEXTS_FILE).write_bytes(older)
+    config = json.loads((kept / CONFIG_FILE).read_bytes()) | {TEXTS_FIELD: hashlib.sha256(older).hexdigest()}
+    (kept / CONFIG_FILE).write_text(json.dumps(config))
+    run_store()
+    await wait_until(lambda: kept.exists() and (kept / TEXTS_FILE).read_bytes() != older, "it is fetched again")
+    assert (await in_state(bus, "own", "on_disk")).digest == digest
+
+
 async def test_from_the_hub(tmp_path: Path) -> None:
     async with run_hub() as hub:
         repo = hub.repos["org/own"] = Repo()
@@ -118,7 +185,9 @@ async def test_from_the_hub(tmp_path: Path) -> None:
         taken = await Mirror(blobs, max_bytes=1 << 20).take(source, "org/own", BASE)
         await source.close()
     texts = texts_of(blobs, taken.digest)
-    assert texts == {name: ADAPTER[name].decode() for name in (*TEXTS, "tokenizer_config.json")}
+    assert (texts.template, texts.special_tokens) == ("{{ messages }}", {"eos_token": "<end>"})
+    assert texts.tokenizer is not None
+    assert (texts.tokenizer.parts, texts.tokenizer.added) == (BASE.tokenizer, [NEW])
     assert blobs.verified(taken.digest)
     assert sorted(path.name for path in (tmp_path / "blobs" / taken.digest).iterdir()) == [
         CONFIG_FILE, WEIGHTS_FILE, TEXTS_FILE,
@@ -163,7 +232,7 @@ async def test_from_s3_and_through_the_shared_bucket(tmp_path: Path) -> None:
 )
 def test_what_is_no_text_is_refused(files: dict[str, bytes], said: str) -> None:
     with pytest.raises(AdapterRefused, match=said):
-        join_texts(files)
+        read_texts(files)
 
 
 @pytest.mark.parametrize(
@@ -177,10 +246,10 @@ def test_what_is_no_text_is_refused(files: dict[str, bytes], said: str) -> None:
 )
 def test_only_a_tokenizer_or_a_template_counts(config: dict[str, Any], template: str | None) -> None:
     files = {"tokenizer_config.json": json.dumps(config).encode()}
-    assert bool(join_texts(files)) == (template is not None)
-    assert template_of({name: text.decode() for name, text in files.items()}) == template
+    texts = read_texts(files)
+    assert (texts.template if texts is not None else None) == template
 
 
 def test_another_hash_is_noticed() -> None:
     with pytest.raises(AdapterRefused, match="another hash"):
-        split_texts(join_texts(TEXTS), "0" * 64)
+        parse_texts(b"{}", "0" * 64)

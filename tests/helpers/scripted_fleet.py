@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from gateway.service import GatewayTimings, serve
 from helpers.waiting import wait_until
-from peft_adapters.texts.tokenizer_json import token_table
+from peft_adapters.texts.tokenizer_json import BaseTokens
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Step, StepRow, decode, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -35,7 +35,7 @@ MAX_MODEL_LEN = 256
 
 @lru_cache
 def _table_of(tokenizer: Tokenizer) -> TokenTable:
-    return token_table(tokenizer.to_str())
+    return BaseTokens(tokenizer.to_str()).table
 
 
 CORPUS = "the quick brown fox jumps over the lazy dog and the dog sleeps in the sun all day long"

@@ -8,19 +8,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from peft_adapters.texts.tokenizer_json import MAX_ADDED
+
 SPARSE_BYTES = 1_500_000_000
-BOMB = [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 22
-PANIC = [
-    {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-    {"type": "Replace", "pattern": {"Regex": "[a-z]"}, "content": "x" * 40},
-    {"type": "Replace", "pattern": {"Regex": "(?:x+x+)+y"}, "content": ""},
-]
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 HUNGRY = "{% set ns = namespace(t='x' * 1000) %}{% for a in range(60) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}"
 
 TEMPLATES = [f"endless-{number}" for number in range(3)] + [f"hungry-{number}" for number in range(2)]
-TOKENIZERS = ("panics", "metaspace", "giant-id", "grows", "shrinks", "deep")
+TOKENIZERS = ("metaspace", "giant-id", "deep", "added")
+"""All but the last have another tokenizer than the base; that one has as many tokens more as an adapter may add."""
+
 CONFIGS = ("sparse", "many-saved")
 GOOD_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -29,12 +27,10 @@ def write_all(root: Path, good: Path, model: Path) -> None:
     """Write every hostile adapter below `root`, with the weights of a good one and texts like those of its model."""
     plain = json.loads((model / "tokenizer.json").read_text())
     changes: dict[str, dict[str, Any]] = {
-        "panics": {"decoder": {"type": "Sequence", "decoders": PANIC}},
         "metaspace": {"decoder": METASPACE, "pre_tokenizer": METASPACE},
         "giant-id": {"model": {**plain["model"], "vocab": {**plain["model"]["vocab"], "far": 4_000_000_000}}},
-        "grows": {"normalizer": {"type": "Sequence", "normalizers": BOMB}},
-        "shrinks": {"decoder": {"type": "Sequence", "decoders": [plain["decoder"], *BOMB]}},
         "deep": {"normalizer": _nested({"type": "NFC"}, 90)},
+        "added": {"added_tokens": [*plain["added_tokens"], *_many_tokens(MAX_ADDED - len(plain["added_tokens"]))]},
     }
     for name, change in changes.items():
         _write(root, good, name, {"tokenizer.json": json.dumps({**plain, **change})})
@@ -59,6 +55,14 @@ def _write(root: Path, good: Path, name: str, files: dict[str, str]) -> Path:
     for file, text in files.items():
         (root / name / file).write_text(text)
     return root / name
+
+
+def _many_tokens(num: int) -> list[dict[str, Any]]:
+    """Return tokens with every flag that costs the library something: the letter of the prompts, and new ones."""
+    flags = {"special": False, "single_word": False, "lstrip": True, "rstrip": True, "normalized": True}
+    return [{"id": 0, "content": "a", **flags}] + [
+        {"id": 0, "content": f"<|a {number}|>", **flags, "special": number % 2 == 0} for number in range(num - 1)
+    ]
 
 
 def _nested(inner: dict[str, Any], depth: int) -> dict[str, Any]:

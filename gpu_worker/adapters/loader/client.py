@@ -17,9 +17,7 @@ import sys
 import threading
 from concurrent.futures import Future
 from contextlib import suppress
-from weakref import WeakValueDictionary
 
-import msgspec
 import numpy as np
 
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
@@ -29,7 +27,6 @@ from gpu_worker.adapters.loader.messages import (
     Fetch,
     Fetched,
     Message,
-    OwnTokens,
     Packed,
     Start,
     Urls,
@@ -42,7 +39,6 @@ from protocol.runtime.service import log_format
 from protocol.wire import errors
 from protocol.wire.errors import Internal, LorafleetError, Unavailable
 from protocol.wire.messages import ServedModel
-from protocol.wire.tokens import TokenTable
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +75,9 @@ class Loader:
         """Say which stores are alive."""
         self._tell(Urls(urls))
 
-    def describe(self, sites: list[RowSite], served: ServedModel, tokenizer: str) -> None:
-        """Say for which model to pack adapters. tokenizer: key of its tokenizer.json, "" if it has none."""
-        self._tell(Describe(sites, served, tokenizer))
+    def describe(self, sites: list[RowSite], served: ServedModel) -> None:
+        """Say for which model to pack adapters."""
+        self._tell(Describe(sites, served))
 
     def _tell(self, message: Message) -> None:
         with self._lock:
@@ -152,7 +148,6 @@ class _Process:
         self._sending = threading.Lock()
         self._asked: dict[int, Future[FetchedAdapter | Rows]] = {}
         self._asking = threading.Lock()
-        self._tables: WeakValueDictionary[str, TokenTable] = WeakValueDictionary()  # token tables of adapters in use
         self.ended = False  # guarded by _asking
         self._receiver = threading.Thread(target=self._receive, name="loader", daemon=True)
         self._receiver.start()
@@ -214,21 +209,10 @@ class _Process:
             memory = memoryview(mmap.mmap(fd, 0))
         finally:
             os.close(fd)
-        tokens = self._table(message.tokens)
         if isinstance(message, Fetched):
-            return FetchedAdapter(message.config, memory, tokens)
+            return FetchedAdapter(message.config, memory, message.added)
         ranks, scales = np.frombuffer(message.ranks, np.int32), np.frombuffer(message.scales, np.float32)
-        return Rows(memory, ranks.copy(), scales.copy(), message.invocation, tokens)
-
-    def _table(self, tokens: OwnTokens | None) -> TokenTable | None:
-        """Return the tokens of an adapter's tokenizer, the same object for all adapters that bring the same one."""
-        if tokens is None:
-            return None
-        table = self._tables.get(tokens.key)
-        if table is None:
-            table = msgspec.msgpack.decode(tokens.table, type=TokenTable)
-            self._tables[tokens.key] = table
-        return table
+        return Rows(memory, ranks.copy(), scales.copy(), message.invocation, message.added)
 
     def close(self) -> None:
         """End the process and wait for its end."""

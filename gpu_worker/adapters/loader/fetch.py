@@ -8,7 +8,6 @@ import os
 import stat
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
@@ -21,10 +20,9 @@ import msgspec
 from gpu_worker.host_memory import MemoryBudget
 from peft_adapters.format import CONFIG_FILE, FOLDER_HEADER, WEIGHTS_FILE, adapter_digest
 from peft_adapters.safetensors_header import read_header
-from peft_adapters.texts.files import TEXTS_FIELD, TEXTS_FILE, TOKENIZER, split_texts
-from peft_adapters.texts.tokenizer_json import OwnTokenizer, key_of
+from peft_adapters.texts.files import TEXTS_FIELD, TEXTS_FILE, parse_texts
+from peft_adapters.texts.tokenizer_json import AddedToken
 from protocol.wire.errors import AdapterRefused, Internal, NotFound, Unavailable
-from protocol.wire.tokens import TokenTable
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +37,7 @@ class FetchedAdapter:
 
     config: dict[str, Any]
     weights: bytes | bytearray | memoryview | mmap.mmap  # a safetensors file
-    tokens: TokenTable | None = None  # table of its own tokenizer, if it has one
+    added: list[AddedToken] | None = None  # to the base's tokenizer, if it brings that
 
 
 Allocate = Callable[[int], Any]
@@ -56,8 +54,6 @@ class StoreClient:
     def __init__(self, bearer: str = "") -> None:
         """bearer: the token that the stores ask for, `FleetSecret.bearer`."""
         self.urls: tuple[str, ...] = ()
-        self.base_tokenizer = ""  # key of the model's tokenizer.json: an adapter with the same one brings none
-        self._tables = _TokenTables()
         self._elsewhere: set[str] = set()  # stores that gave wrong content: their folders may be another machine's
         self._known = threading.Event()
         self._memory = MemoryBudget(FETCH_TIMEOUT_S)
@@ -125,11 +121,9 @@ class StoreClient:
                 weights = self._read(os.path.join(os.fsdecode(unquote_to_bytes(own_folder)), WEIGHTS_FILE), allocate)
             if weights is None:
                 weights, _ = self._get(connection, f"{folder}/{WEIGHTS_FILE}", allocate)
-            own = config.get(TEXTS_FIELD)
-            texts = split_texts(self._get(connection, f"{folder}/{TEXTS_FILE}")[0], own) if own else {}
-            tokenizer = texts.get(TOKENIZER, "")
-            is_own = tokenizer and key_of(tokenizer) != self.base_tokenizer
-            return FetchedAdapter(config, weights, self._tables.read(tokenizer) if is_own else None)
+            texts = config.get(TEXTS_FIELD)
+            own = parse_texts(self._get(connection, f"{folder}/{TEXTS_FILE}")[0], texts).tokenizer if texts else None
+            return FetchedAdapter(config, weights, own.added if own is not None else None)
 
     def _read(self, path: str, allocate: Allocate) -> Any:
         """Return a file of a store on this machine, None if it cannot be read here. Raises Unavailable.
@@ -176,25 +170,6 @@ def _fill(memory: Any, read_into: Callable[[memoryview], int | None], num_bytes:
         while num_read < num_bytes and (num := read_into(view[num_read:num_bytes])):
             num_read += num
     return num_read
-
-
-class _TokenTables:
-    """The tokens of the last few tokenizers: many adapters bring the same one. Usable from several threads."""
-
-    def __init__(self, max_kept: int = 4) -> None:
-        self._max_kept = max_kept
-        self._kept: OrderedDict[str, TokenTable] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, tokenizer: str) -> TokenTable:
-        """Return the tokens of an adapter's tokenizer.json. Raises AdapterRefused."""
-        key = key_of(tokenizer)
-        with self._lock:
-            found = self._kept.pop(key, None) or OwnTokenizer.read(tokenizer).tokens()
-            self._kept[key] = found
-            if len(self._kept) > self._max_kept:
-                self._kept.popitem(last=False)
-            return found
 
 
 def _connect(url: str) -> HTTPConnection:

@@ -12,8 +12,8 @@ from typing import Any
 import msgspec
 
 from gpu_worker.adapters.packing.rows import RowSite
+from peft_adapters.texts.tokenizer_json import AddedToken
 from protocol.wire.messages import ServedModel
-from protocol.wire.tokens import TokenTable
 
 
 class Start(msgspec.Struct, tag=True):
@@ -35,7 +35,6 @@ class Describe(msgspec.Struct, tag=True):
 
     sites: list[RowSite]
     served: ServedModel
-    tokenizer: str  # key of the model's tokenizer.json: an adapter with the same one brings none
 
 
 class Fetch(msgspec.Struct, tag=True):
@@ -46,24 +45,12 @@ class Fetch(msgspec.Struct, tag=True):
     whole: bool = False  # the files themselves are wanted, not rows
 
 
-class OwnTokens(msgspec.Struct):
-    """The tokens of an adapter's own tokenizer. The worker keeps one table of each, and may have this one."""
-
-    key: str
-    table: msgspec.Raw  # a TokenTable
-
-    @classmethod
-    def of(cls, tokens: TokenTable) -> OwnTokens:
-        """Return a table as it travels."""
-        return cls(tokens.key, msgspec.Raw(msgspec.msgpack.encode(tokens)))
-
-
 class Fetched(msgspec.Struct, tag=True):
     """An adapter's files; the descriptor is of the weights file."""
 
     number: int
     config: dict[str, Any]
-    tokens: OwnTokens | None
+    added: list[AddedToken] | None  # as in `FetchedAdapter`
 
 
 class Packed(msgspec.Struct, tag=True):
@@ -73,7 +60,7 @@ class Packed(msgspec.Struct, tag=True):
     ranks: bytes  # int32 [sites]
     scales: bytes  # float32 [sites]
     invocation: tuple[int, ...]
-    tokens: OwnTokens | None
+    added: list[AddedToken] | None  # as in `FetchedAdapter`
 
 
 class Failed(msgspec.Struct, tag=True):

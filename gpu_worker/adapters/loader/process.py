@@ -11,7 +11,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 from gpu_worker.adapters.loader.fetch import FETCH_TIMEOUT_S, Allocate, FetchedAdapter, StoreClient, Turn
 from gpu_worker.adapters.loader.memory import AnonymousFile, KeptFiles, copy_of
@@ -21,7 +21,6 @@ from gpu_worker.adapters.loader.messages import (
     Fetch,
     Fetched,
     Message,
-    OwnTokens,
     Packed,
     Start,
     Urls,
@@ -48,8 +47,6 @@ SMALL_BYTES = 64 << 20
 
 class Stores(Protocol):
     """Where adapters come from: a `StoreClient`."""
-
-    base_tokenizer: str  # key of the model's tokenizer.json, "" if it has none or is not known yet
 
     def set_urls(self, urls: tuple[str, ...]) -> None:
         """Say which stores are alive."""
@@ -94,7 +91,6 @@ class LoaderServer:
             self._stores.set_urls(message.urls)
         elif isinstance(message, Describe):
             self.packer = RowPacker(message.sites, message.served)
-            self._stores.base_tokenizer = message.tokenizer
         elif isinstance(message, Fetch):
             self._fetchers.submit(self.answer, message)
 
@@ -127,16 +123,15 @@ class LoaderServer:
 
             files = self._stores.fetch(request.digest, allocate, partial(self._turn, request.number))
             weights, file = next(pair for pair in fetched if pair[0] is files.weights)
-            tokens = OwnTokens.of(files.tokens) if files.tokens is not None else None
             if self.packer is not None and not request.whole:
-                packed = self._pack(self.packer, request.number, files.config, tokens, weights, file)
+                packed = self._pack(self.packer, request.number, files, weights, file)
                 if packed is not None:
                     undo.pop_all()
                     for view, file in fetched:
                         _release(view)
                         self._kept.give_back(file)
                     return packed
-            return Fetched(request.number, files.config, tokens), file.handed_over(len(weights))
+            return Fetched(request.number, files.config, files.added), file.handed_over(len(weights))
 
     def _turn(self, number: int, num_bytes: int) -> AbstractContextManager[object]:
         """Serialise CPU-bound work (check, pack) in request order; large and small files queue separately."""
@@ -151,9 +146,8 @@ class LoaderServer:
         return view, file
 
     def _pack(
-        self, packer: RowPacker, number: int, config: dict[str, Any], tokens: OwnTokens | None, weights: memoryview,
-        file: AnonymousFile,
-    ) -> tuple[Packed, int] | None:  # fmt: skip
+        self, packer: RowPacker, number: int, files: FetchedAdapter, weights: memoryview, file: AnonymousFile
+    ) -> tuple[Packed, int] | None:
         """Return a plain adapter's rows and the descriptor of their buffer, None for any other adapter.
 
         file: what the weights lie in, from its begin on. Raises Unavailable where there is no memory for its rows.
@@ -169,7 +163,7 @@ class LoaderServer:
                 return view
 
             with self._turn(number, len(weights)):
-                rows = packer.pack(config, weights, allocate, file.drop if is_large else _keep)
+                rows = packer.pack(files.config, weights, allocate, file.drop if is_large else _keep)
             if rows is None:
                 return None
             ((view, to),) = packed
@@ -180,7 +174,7 @@ class LoaderServer:
                 self._kept.give_back(to)
             else:
                 fd = to.handed_over(len(view))
-            return Packed(number, rows.ranks.tobytes(), rows.scales.tobytes(), rows.invocation, tokens), fd
+            return Packed(number, rows.ranks.tobytes(), rows.scales.tobytes(), rows.invocation, files.added), fd
 
 
 def _release(view: memoryview) -> None:

@@ -87,7 +87,7 @@ class HostAdapter:
     extras: Extras = field(default_factory=Extras)
     experts: tuple[ExpertRows, ...] = ()
     invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
-    tokens: TokenTable | None = None  # table of its own tokenizer, if it has one
+    tokens: TokenTable | None = None  # the base's with those that it adds, if it brings a tokenizer
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,6 @@ class Packer:
             memory.nbytes,
             experts=tuple(experts),
             invocation=packed.invocation,
-            tokens=packed.tokens,
         )
 
     def pack_spec(self, digest: str, spec: AdapterSpec, get: GetTensor) -> HostAdapter:

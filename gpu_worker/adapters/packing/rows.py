@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from peft_adapters.config_fields import is_alpha
 from peft_adapters.format import AdapterSpec, LoraWeights, canonical_config, read_adapter
 from peft_adapters.safetensors_header import MAX_KEPT_HEADER_BYTES, TensorInfo, read_header
+from peft_adapters.texts.tokenizer_json import AddedToken
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel
-from protocol.wire.tokens import TokenTable
 
 MAX_RANK = 4096
 MAX_EXPERT_RANK = 256
@@ -76,7 +76,7 @@ class Rows:
     ranks: NDArray[np.int32]  # [sites]; 0: the adapter does not change the site
     scales: NDArray[np.float32]  # [sites]
     invocation: tuple[int, ...] = ()  # activated LoRA, see `AdapterSpec`
-    tokens: TokenTable | None = None  # table of its own tokenizer, if it has one
+    added: list[AddedToken] | None = None  # to the base's tokenizer, if it brings that
 
 
 class RowLayout:

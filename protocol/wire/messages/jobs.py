@@ -17,7 +17,7 @@ class Job(Record, frozen=True):
     rids: list[str]
     metadata: dict[str, str] = {}
     digests: list[str] = []  # digests of the answering adapters, "" for the base model
-    texts: list[str] = []  # per adapter, hash of its own tokenizer and template, "" if none
+    texts: list[str] = []  # per adapter, hash of the tokens and template it brings, "" if none
     opened: list[bool] = []  # per adapter, whether its prompt ends within the model's reasoning
     background: bool = True  # no client follows it, so webhooks report its end
     key: str = ""  # the Idempotency-Key it was made with, "" for none
@@ -40,6 +40,6 @@ class Idempotent(Record, frozen=True):
     created_ms: int
     rids: list[str]
     digests: list[str] = []  # digests of the answering adapters, "" for the base model
-    texts: list[str] = []  # per adapter, hash of its own tokenizer and template, "" if none
+    texts: list[str] = []  # per adapter, hash of the tokens and template it brings, "" if none
     jid: str = ""  # id of a background job
     opened: list[bool] = []  # see `Job.opened`

@@ -50,6 +50,12 @@ class ServedModel(Wire, frozen=True):
     width: int = 0  # `embed`: entries of a vector
     unit_length: bool = False  # `embed`: whether vectors are normalised to length 1
     head_dim: int = 0  # size of an attention head; 0: unknown
+    tokenizer: dict[str, str] = {}  # digests of the parts of its tokenizer.json, by name; {}: it has none
+
+    @property
+    def identity(self) -> tuple[str, dict[str, str]]:
+        """What adapters must be checked for again where it is another."""
+        return self.fingerprint, self.tokenizer
 
     def does(self, task: Task) -> bool:
         """Return whether requests may ask this of the model."""

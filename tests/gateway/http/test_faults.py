@@ -13,7 +13,7 @@ from starlette.responses import Response
 from gateway.answers.keep_alive import KeepAliveResponse
 from gateway.app.app import Envelope
 from gateway.http.access import RouteTable
-from gateway.text.tokenizer import BaseEncoder
+from gateway.text.tokenizer import Encoder
 from protocol.runtime.settings import Settings
 
 
@@ -78,7 +78,7 @@ async def test_a_gateway_outlives_a_panic_of_its_tokenizer(
 
     body, native = {"model": "base", "prompt": "hi"}, {"inputs": "hi"}
     with monkeypatch.context() as patch:
-        patch.setattr(BaseEncoder, "ids", panic)
+        patch.setattr(Encoder, "ids", panic)
         for stream in (True, False):
             answer = await http.post("/v1/completions", json={**body, "stream": stream})
             assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal_error")

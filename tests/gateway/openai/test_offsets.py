@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from gateway.bodies.json_slices import ROWS
 from gateway.openai.offsets import TextOffsets
-from peft_adapters.texts.tokenizer_json import token_table
+from peft_adapters.texts.tokenizer_json import BaseTokens
 from protocol.wire.tokens import TokenTable
 
 IM_START, IM_END = 0, 1
@@ -22,7 +22,7 @@ IM_START, IM_END = 0, 1
 
 @pytest.fixture(scope="session")
 def table(tokenizer: Tokenizer) -> TokenTable:
-    return token_table(tokenizer.to_str())
+    return BaseTokens(tokenizer.to_str()).table
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gateway.grammars.closed_schemas import MAX_FREE_KEYS
 from gateway.grammars.structured import JSON_STYLE
-from peft_adapters.texts.tokenizer_json import token_table
+from peft_adapters.texts.tokenizer_json import BaseTokens
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 
@@ -401,12 +401,12 @@ def test_tokens_have_their_true_bytes() -> None:
     byte_level.decoder = decoders.Sequence([decoders.ByteLevel()])
     byte_level.add_special_tokens(["<|end|>"])
     byte_level.add_tokens(["neu é"])
-    tokens = token_table(byte_level.to_str())
+    tokens = BaseTokens(byte_level.to_str()).table
     assert [tokens.bytes_of(i) for i in range(6)] == [b"\xc3", b"\xa9", b" a", b"\n", b"<|end|>", "neu é".encode()]
     assert [tokens.text_of(i) for i in range(3)] == ["bytes:\\xc3", "bytes:\\xa9", " a"]
     pieces = Tokenizer(models.BPE({"▁the": 0, "<0xC3>": 1, "é": 2, "<0x41": 3}, [], byte_fallback=True))
     pieces.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokens = token_table(pieces.to_str())
+    tokens = BaseTokens(pieces.to_str()).table
     assert [tokens.bytes_of(i) for i in range(4)] == [b" the", b"\xc3", "é".encode(), b"<0x41"]
     assert tokens.bytes_of(99) == b""
 

@@ -21,13 +21,13 @@ from transformers import PreTrainedTokenizerFast
 from gateway.chat.messages import normalize_messages
 from gateway.chat.template import ChatTemplate
 from gateway.chat.template_forms import in_forms
-from gateway.text.tokenizer import BaseEncoder, ModelFiles
+from gateway.text.tokenizer import Encoder, ModelFiles
 from protocol.wire.errors import BadRequest
 from protocol.wire.tokens import TokenTable
 
 FOLDER = Path(__file__).parents[1] / "templates" / "families"
 FAMILIES = {path.stem: path.read_text() for path in sorted(FOLDER.glob("*.jinja"))}
-ENCODER = BaseEncoder(make_tokenizer().backend_tokenizer)
+ENCODER = Encoder(make_tokenizer().backend_tokenizer)
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 TEMPLATES = {name: ChatTemplate(source, SPECIAL) for name, source in FAMILIES.items()}
 Conversation = list[dict[str, Any]]

@@ -1,50 +1,42 @@
-"""The tokenizers of adapters that a gateway keeps, and reads, have a limit of bytes whatever their sizes."""
+"""The added tokens of adapters that a gateway keeps, and reads, have a limit of bytes whatever their sizes."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 from pathlib import Path
-from random import Random
 from typing import Any, cast
 
 import msgspec
 import pytest
 
-from gateway.sandbox.child import ReadTokenizer
 from gateway.sandbox.sandbox import SandboxPool
 from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import ModelFiles, load_model_files
+from peft_adapters.texts.files import OwnTexts
+from peft_adapters.texts.tokenizer_json import AddedToken, OwnTokenizer
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
-from protocol.wire.tokens import TokenTable
 
-MOST = 100_000
-
-
-class Answer(msgspec.Struct):
-    tokens: bytes
-    id: int | None = None
-    refusal: str = ""
-
-
-class Sandbox:
-    """Reads a tokenizer as one that has the key of its bytes."""
-
-    async def do(self, job: ReadTokenizer, *, tenant: str, limit_s: float) -> Answer:
-        return Answer(msgspec.msgpack.encode(TokenTable([b"a"], key=hashlib.sha256(job.file).hexdigest())))
+MOST = 1_000_000
 
 
 class Files(OwnFiles):
-    """Adapters whose tokenizers are as large as their digests say, in bytes that cannot be packed."""
+    """Adapters that add as many tokens as their digests say."""
 
     num_reading = most_reading = 0
     go: asyncio.Event | None = None
 
     def raw_of(self, digest: str) -> bytes:
-        random = Random(digest)
-        return json.dumps({"tokenizer.json": random.randbytes(int(digest.partition("-")[0]) // 2).hex()}).encode()
+        size = len(self.base.tokens.pieces)
+        num = int(digest.partition("-")[0])
+        added = [AddedToken(size + i, f"<|{digest} {i}|>", special=True) for i in range(num)]
+        return msgspec.json.encode(OwnTexts(tokenizer=OwnTokenizer({}, [*self.own, *added])))
+
+    @property
+    def own(self) -> list[AddedToken]:
+        """The base's added tokens."""
+        return [AddedToken(id_, token, special=True, normalized=False) for token, id_ in self.base.tokens.added.items()]
 
     async def _fetch(self, digest: str) -> bytes:
         self.num_reading += 1
@@ -61,30 +53,42 @@ class Files(OwnFiles):
 @pytest.fixture
 def files(bus: Bus, model_folder: Path) -> Files:
     base = load_model_files(Settings(redis_url=bus.url, model=str(model_folder)))
-    return Files(bus, base, cast("SandboxPool", cast("Any", Sandbox())), max_kept_bytes=MOST)
+    return Files(bus, base, cast("SandboxPool", cast("Any", None)), max_kept_bytes=MOST)
 
 
-async def test_kept_tokenizers_never_pass_their_limit(files: Files) -> None:
+async def test_kept_tokens_never_pass_their_limit(files: Files) -> None:
     """Many small ones first, then large ones: one that came must not drop one that went alone."""
     for number in range(30):
-        await files.ask(f"100-{number}")
+        await files.ask(f"1-{number}")
     most = 0
     for number in range(32):
-        await files.ask(f"60000-{number}")
+        await files.ask(f"100-{number}")
         most = max(most, files.num_bytes)
-    assert 30_000 < most <= MOST
-    alone = await files.ask("900000-0")
-    assert alone.encoder is (await files.ask("900000-0")).encoder  # the newest one is kept, whatever it has
-    await files.ask("100-0")
+    assert MOST // 2 < most <= MOST
+    alone = await files.ask("2000-0")
+    assert files.num_bytes > MOST
+    assert alone.encoder is (await files.ask("2000-0")).encoder  # the newest one is kept, whatever it has
+    await files.ask("1-0")
     assert files.num_bytes < MOST
+
+
+async def test_those_with_the_same_tokens_share_them(files: Files) -> None:
+    base = await files.ask("0-0")
+    assert (base.encoder, base.tokens) == (files.base.encoder, files.base.tokens)
+    texts = msgspec.json.decode(files.raw_of("3-0"), type=OwnTexts)
+    texts.template = "{{ messages }}"
+    first, second = await files.ask("3-0"), files._made(texts)
+    assert first.encoder is second.encoder is not files.base.encoder
+    assert first.tokens is second.tokens
+    assert second.template is not first.template
 
 
 async def test_a_tenant_reads_one_after_the_other(files: Files) -> None:
     files.go = asyncio.Event()
-    greedy = [asyncio.create_task(files.ask(f"100-{number}", "greedy")) for number in range(8)]
+    greedy = [asyncio.create_task(files.ask(f"1-{number}", "greedy")) for number in range(8)]
     await asyncio.sleep(0)
-    other = asyncio.create_task(files.ask("100-other", "other"))
-    third = asyncio.create_task(files.ask("100-third", "third"))
+    other = asyncio.create_task(files.ask("1-other", "other"))
+    third = asyncio.create_task(files.ask("1-third", "third"))
     for _ in range(10):
         await asyncio.sleep(0)
     assert files.num_reading == 2  # one of the greedy one's, and the other's

@@ -1,4 +1,4 @@
-"""Adapters that bring a tokenizer and a chat template are asked and answered with these, which can do no harm."""
+"""Adapters that bring tokens and a chat template are asked and answered with these, which can do no harm."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import msgspec
 import pytest
 import pytest_asyncio
 from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
-from helpers.tokenizer_files import tokenizer_file
 from helpers.waiting import wait_until
 from tokenizers import AddedToken, Tokenizer
 
 from adapter_store.http import BlobServer
-from peft_adapters.texts.files import TEXTS_FIELD, TEXTS_FILE
+from peft_adapters.texts.files import TEXTS_FIELD, TEXTS_FILE, OwnTexts
+from peft_adapters.texts.tokenizer_json import MAX_ADDED, MAX_ADDED_BYTES, OwnTokenizer
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 
@@ -34,8 +35,8 @@ class Store:
         self.fleet = fleet
         self.num_asked = 0
 
-    async def add(self, name: str, digest: str, files: dict[str, str], vocab_size: int = 0) -> None:
-        raw = json.dumps(files).encode()  # unchecked
+    async def add(self, name: str, digest: str, texts: OwnTexts | bytes, vocab_size: int = 0) -> None:
+        raw = texts if isinstance(texts, bytes) else msgspec.json.encode(texts)  # unchecked
         (self.root / digest).mkdir()
         (self.root / digest / TEXTS_FILE).write_bytes(raw)
         await self.fleet.add_adapter(name, digest)
@@ -68,12 +69,12 @@ async def store(fleet: ScriptedFleet, bus: Bus, tmp_path: Path, own_tokenizer: T
     server = BlobServer(store.locate, drop, dict)
     port = await server.start("127.0.0.1", 0)
     await bus.members.beat(bus.keys.store_beat("s"), bus.keys.stores, "s", f"http://127.0.0.1:{port}".encode(), 60_000)
-    files = {
-        "tokenizer.json": own_tokenizer.to_str(),
-        "tokenizer_config.json": json.dumps({"eos_token": "<|end|>"}),
-        "chat_template.jinja": "{{ messages[0].content }}<|end|>zebra{{ eos_token }}{{ add_generation_prompt }}",
-    }
-    await store.add("own", OWN, files, own_tokenizer.get_vocab_size())
+    texts = OwnTexts(
+        template="{{ messages[0].content }}<|end|>zebra{{ eos_token }}{{ add_generation_prompt }}",
+        special_tokens={"eos_token": "<|end|>"},
+        tokenizer=OwnTokenizer.read(own_tokenizer.to_str()),
+    )
+    await store.add("own", OWN, texts, own_tokenizer.get_vocab_size())
     yield store
     await server.close()
 
@@ -144,7 +145,7 @@ async def test_its_tokenizer_makes_the_answer(
 
 
 async def test_a_broken_template_is_its_own_fault(http: httpx2.AsyncClient, store: Store) -> None:
-    await store.add("broken", BROKEN, {"chat_template.jinja": "{% if %}"})
+    await store.add("broken", BROKEN, OwnTexts("{% if %}"))
     answer = await http.post("/v1/chat/completions", json={"model": "broken", **QUESTION})
     assert (answer.status_code, "template is broken" in answer.text) == (400, True)
     # Its tokenizer is the base's, and good enough without a template.
@@ -155,7 +156,7 @@ async def test_endless_templates_of_one_adapter_hold_up_no_other(
     bus: Bus, fleet: ScriptedFleet, store: Store, model_folder: Path
 ) -> None:
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    await store.add("endless", BROKEN, {"chat_template.jinja": endless})
+    await store.add("endless", BROKEN, OwnTexts(endless))
     async with (
         running_gateway(bus, model_folder, template_timeout_s=0.5) as gateway,
         httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
@@ -172,33 +173,39 @@ async def test_endless_templates_of_one_adapter_hold_up_no_other(
         assert "took longer than 0.5 s" in answer.text or "sandbox_busy" in answer.text
 
 
-BOMBS: dict[str, dict[str, Any]] = {
-    "normalizer": {"normalizer": {"type": "Sequence", "normalizers": [
-        {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 22}},
-    "decoder": {"decoder": {"type": "Sequence", "decoders": [
-        {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 22}},
-    "regex": {"normalizer": {"type": "Replace", "pattern": {"Regex": "(?:x+x+)+y"}, "content": ""}},
-    "id": {"model": {"type": "BPE", "vocab": {"a": 4_000_000_000}, "merges": []}},
-}  # fmt: skip
+def added(num: int, size: int = 0) -> dict[str, Any]:
+    tokens = [{"id": 300 + i, "content": f"{i:{size}}", "special": False} for i in range(num)]
+    return {"tokenizer": {"parts": {}, "added": tokens}}
 
 
-@pytest.mark.parametrize("parts", BOMBS.values(), ids=BOMBS)
-async def test_tokenizers_that_no_store_would_let_in_are_refused(
-    http: httpx2.AsyncClient, fleet: ScriptedFleet, store: Store, parts: dict[str, Any]
+BOMBS: dict[str, tuple[dict[str, Any], str]] = {
+    "of an older store": ({"tokenizer.json": "{}"}, "texts.json cannot be read"),
+    "many tokens": (added(MAX_ADDED + 1), "texts.json cannot be read"),
+    "much of them": (added(MAX_ADDED_BYTES // 1000 + 1, 1000), f"the limit is {MAX_ADDED_BYTES}"),
+    "a token twice": ({"tokenizer": {"parts": {}, "added": [*added(1)["tokenizer"]["added"]] * 2}}, "a token twice"),
+    "a long token": (added(1, 1025), "texts.json cannot be read"),
+    "another id": ({"tokenizer": {"parts": {}, "added": [{"id": 9, "content": "x y", "special": True}]}}, "another id"),
+    "a large file": ({"template": "x" * (8 << 20)}, "texts.json has 83886"),
+}
+
+
+@pytest.mark.parametrize(("texts", "said"), BOMBS.values(), ids=BOMBS)
+async def test_texts_that_no_store_would_let_in_are_refused(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet, store: Store, texts: dict[str, Any], said: str
 ) -> None:
     """What a store has is checked again: an older one may have taken it."""
-    await store.add("bomb", BROKEN, {"tokenizer.json": json.dumps(tokenizer_file(**parts))})
+    await store.add("bomb", BROKEN, json.dumps(texts).encode())
     for path, body, status in (
         ("/v1/completions", {"model": "bomb", "prompt": "aaaaaa"}, 422),
         ("/tokenize", {"inputs": "aaaaaa", "adapter_id": "bomb"}, 424),
     ):
         answer = await http.post(path, json=body)
-        assert (answer.status_code, "tokenizer.json: " in answer.text) == (status, True), answer.text
+        assert (answer.status_code, said in answer.text) == (status, True), answer.text
     assert fleet.seen == []
 
 
 async def test_a_template_that_makes_much_of_little_is_refused(http: httpx2.AsyncClient, store: Store) -> None:
-    await store.add("long", BROKEN, {"chat_template.jinja": "{{ 'a ' * 3000000 }}"})
+    await store.add("long", BROKEN, OwnTexts("{{ 'a ' * 3000000 }}"))
     answer = await http.post("/v1/chat/completions", json={"model": "long", **QUESTION})
     assert (answer.status_code, "makes 6000000 characters" in answer.text) == (400, True)
 
@@ -206,10 +213,10 @@ async def test_a_template_that_makes_much_of_little_is_refused(http: httpx2.Asyn
 async def test_what_cannot_be_used_or_had_is_said(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, store: Store, bus: Bus
 ) -> None:
-    await store.add("broken", BROKEN, {"tokenizer.json": '{"model": 3}'})
+    await store.add("broken", BROKEN, b'{"template": 3}')
     answer = await http.post("/v1/completions", json={"model": "broken", "prompt": "hi"})
-    assert (answer.status_code, "tokenizer.json: model cannot be read" in answer.text) == (422, True)
-    await store.add("gone", GONE, {"chat_template.jinja": "x"})
+    assert (answer.status_code, "texts.json cannot be read" in answer.text) == (422, True)
+    await store.add("gone", GONE, OwnTexts("x"))
     (store.root / GONE / TEXTS_FILE).unlink()
     answer = await http.post("/v1/completions", json={"model": "gone", "prompt": "hi"})
     assert (answer.status_code, "no adapter store has" in answer.text) == (404, True)

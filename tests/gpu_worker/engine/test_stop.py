@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.stop import StopRules
-from peft_adapters.texts.tokenizer_json import OwnTokenizer, token_table
+from peft_adapters.texts.tokenizer_json import BaseTokens
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Sampling
 from protocol.wire.text import OutputText, StopRule
@@ -39,7 +39,7 @@ def check(
         "r", 1, "", np.array([5, 6], np.int32), sampling or Sampling(), max_new, stop=[*stop],
         stop_token_ids=[*stop_token_ids],
     )  # fmt: skip
-    tokens = token_table(tokenizer.to_str()) if tokenizer is not None else None
+    tokens = BaseTokens(tokenizer.to_str()).table if tokenizer is not None else None
     return StopRules(request, max_new, frozenset({EOS}), tokens)
 
 
@@ -89,7 +89,7 @@ def test_nothing_stops_within_min_tokens(tokenizer: Tokenizer) -> None:
 def test_gateway_and_worker_end_at_the_same_token(data: st.DataObject) -> None:
     """Whatever the tokenizer, the stop rule, the special tokens that a chat answer shows, and the steps."""
     file = data.draw(st.sampled_from(list(families().values())), label="tokenizer")
-    tokens = OwnTokenizer.read(json.dumps(file)).tokens()
+    tokens = BaseTokens(json.dumps(file)).table
     id_ = st.integers(0, len(tokens.pieces) - 1)
     likely = st.sampled_from([*data.draw(st.lists(id_, min_size=1, max_size=5)), *tokens.special])
     output = data.draw(st.lists(likely | id_, max_size=20), label="output")

@@ -1,4 +1,4 @@
-"""Grammars over tokenizers that adapters bring: outputs follow them, and what cannot be used is one request's error."""
+"""Grammars over tables of tokens: outputs follow them, and what cannot be used is one request's error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers.tokenizer_files import added, families, tokenizer_file
 from jsonschema import Draft202012Validator
 
 from gpu_worker.sampling.grammars import MAX_VOCABULARIES, GrammarMatcher, Grammars
-from peft_adapters.texts.tokenizer_json import OwnTokenizer
+from peft_adapters.texts.tokenizer_json import BaseTokens
 from protocol.wire.errors import BadRequest
 from protocol.wire.tokens import TokenTable
 
@@ -30,7 +30,7 @@ SERVED = ["T5Tokenizer", "Llama-2, older", "Llama-3", "GemmaTokenizer", "XLMRobe
 
 
 def tokens_of(file: dict[str, Any]) -> TokenTable:
-    return OwnTokenizer.read(json.dumps(file)).tokens()
+    return BaseTokens(json.dumps(file)).table
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_a_base_without_a_vocabulary_refuses_grammars_at_once(monkeypatch: pytes
 
     monkeypatch.setattr("gpu_worker.sampling.grammars.LLTokenizer", refuse)
     text = json.dumps(tokenizer_file())
-    base = Grammars(10, frozenset([END]), 60.0, OwnTokenizer.read(text).tokens(), text)
+    base = Grammars(10, frozenset([END]), 60.0, BaseTokens(text).table, text)
     base.prepare()
     for _ in range(2):
         with pytest.raises(BadRequest, match="no tokens"):
@@ -151,7 +151,7 @@ def test_a_base_without_a_vocabulary_refuses_grammars_at_once(monkeypatch: pytes
 
 def test_a_base_that_the_library_cannot_read_is_served(grammars: Grammars) -> None:
     text = json.dumps(families()["T5Tokenizer"])
-    base = Grammars(10, frozenset([END]), 60.0, OwnTokenizer.read(text).tokens(), text)
+    base = Grammars(10, frozenset([END]), 60.0, BaseTokens(text).table, text)
     base.prepare()
     tokens = base._tokens
     assert tokens is not None

@@ -6,6 +6,7 @@ import hashlib
 import json
 from typing import Any
 
+import msgspec
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
 from hostile.fuzz import odd
 from hostile.fuzz.engine import Target, pure
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from peft_adapters import config as config_module
 from peft_adapters.format import adapter_digest, canonical_config, parse_config, parse_header, read_adapter
-from peft_adapters.texts.files import TEXT_FILES, join_texts, special_tokens, split_texts, template_of
+from peft_adapters.texts.files import TEXT_FILES, parse_texts, read_texts
 from protocol.wire.errors import AdapterRefused
 
 WEIGHTS = safetensors(lora_tensors())
@@ -119,16 +120,14 @@ TEXT_FIELDS = ("chat_template", "eos_token", "bos_token", "model", "decoder", "a
 
 def _check_texts(files: dict[str, bytes]) -> str:
     try:
-        raw = join_texts(files)
+        texts = read_texts(files)
     except AdapterRefused as refusal:
         return odd.kind_of(refusal)
-    if not raw:
+    if texts is None:
         return "none"
-    texts = split_texts(raw, hashlib.sha256(raw).hexdigest())
-    template = template_of(texts)
-    assert template is None or isinstance(template, str)
-    assert all(isinstance(token, str) for token in special_tokens(texts).values())
-    return "taken with a template" if template else "taken"
+    raw = msgspec.json.encode(texts)
+    assert parse_texts(raw, hashlib.sha256(raw).hexdigest()) == texts
+    return "taken with a template" if texts.template else "taken"
 
 
 TARGETS = (

@@ -1,21 +1,28 @@
-"""An adapter's tokenizer.json: all that transformers writes is served as `tokenizers` does, and bombs are refused."""
+"""A tokenizer.json: the base's tokens become text as `tokenizers` says, and of an adapter's only added tokens count."""
 
 from __future__ import annotations
 
-import base64
 import copy
 import json
 from typing import Any
 
 import pytest
-from helpers.tokenizer_files import LLAMA_3, added, families, model, tokenizer_file
+from helpers.tokenizer_files import added, families, model, tokenizer_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-from peft_adapters.texts.regexes import regex_cost
-from peft_adapters.texts.tokenizer_json import MAX_COMMAS, OwnTokenizer, token_table
+from peft_adapters.texts.tokenizer_json import (
+    MAX_ADDED,
+    MAX_ADDED_BYTES,
+    MAX_COMMAS,
+    MAX_NESTING,
+    BaseTokens,
+    OwnTokenizer,
+    parts_of,
+)
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.tokens import Detokenizer, TokenTable
 
@@ -35,6 +42,10 @@ def load(file: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
+def table_of(file: dict[str, Any]) -> TokenTable:
+    return BaseTokens(json.dumps(file)).table
+
+
 def read(file: dict[str, Any]) -> OwnTokenizer:
     return OwnTokenizer.read(json.dumps(file))
 
@@ -44,19 +55,12 @@ def test_there_are_families() -> None:
     assert len(by_decoder()) > 10
 
 
-@pytest.mark.parametrize("name", families())
-def test_every_family_encodes_as_before(name: str) -> None:
-    file = families()[name]
-    theirs, ours = load(file), Tokenizer.from_buffer(read(file).encoding())
-    for text in TEXTS:
-        for special in (True, False):
-            expected, found = (t.encode(text, add_special_tokens=special) for t in (theirs, ours))
-            assert (found.ids, found.offsets, found.tokens) == (expected.ids, expected.offsets, expected.tokens)
+# ---------------------------------------------------------------- tokens
 
 
 @pytest.mark.parametrize("file", by_decoder())
 def test_tokens_of_every_family_are_known(file: dict[str, Any]) -> None:
-    tokenizer, table = load(file), read(file).tokens()
+    tokenizer, table = load(file), table_of(file)
     assert not table.refusal
     decoder = tokenizer.get_added_tokens_decoder()
     assert table.added == {token.content: id_ for id_, token in decoder.items()}
@@ -64,7 +68,34 @@ def test_tokens_of_every_family_are_known(file: dict[str, Any]) -> None:
     known = {id_ for id_ in range(len(table.pieces)) if tokenizer.id_to_token(id_) is not None}
     assert known == set(range(len(table.pieces))) - table.unknown
     assert tokenizer.id_to_token(len(table.pieces)) is None
-    assert token_table(json.dumps(file)) == table
+
+
+OTHERS = [
+    *(added(name, special=True) for name in ("<s>", "<unk>", "ab", "<|im_end|>")),
+    added("▁new x"),
+    added("Ġa"),
+    added("<|tool|>"),
+    added("<pad>", special=True),
+]
+"""Tokens of the vocabulary and new ones; of those that `tokenizer_file` adds, two are ordinary and two are gone."""
+
+
+@pytest.mark.parametrize("file", by_decoder())
+def test_an_adapter_s_tokens_are_the_base_s_and_its_own(file: dict[str, Any]) -> None:
+    base, theirs = BaseTokens(json.dumps(file)), {**file, "added_tokens": OTHERS}
+    own = read(theirs)
+    table, whole = base.with_added(own.added), table_of(theirs)
+    assert replace(table, key="") == replace(whole, key="")
+    assert table.key not in (base.table.key, whole.key)
+    assert base.with_added(read(theirs).added) is table
+    assert base.with_added(read(file).added) is base.table
+    tokenizer = load(theirs)
+    assert {token.content: token.id for token in own.added} == {
+        token.content: id_ for id_, token in tokenizer.get_added_tokens_decoder().items()
+    }
+    for text in ["a <|tool|>ab<|im_end|>", "▁new x Ġa zebra ▁ <|end|></s>"]:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        assert streamed(table, ids, [1] * len(ids)) == tokenizer.decode(ids)
 
 
 def streamed(table: TokenTable, ids: list[int], sizes: list[int]) -> str:
@@ -80,7 +111,7 @@ def streamed(table: TokenTable, ids: list[int], sizes: list[int]) -> str:
 @given(data=st.data())
 def test_ids_of_every_family_become_their_text(file: dict[str, Any], data: st.DataObject) -> None:
     """However they are cut into steps, with special tokens, unknown ids and halves of characters among them."""
-    tokenizer, table = load(file), read(file).tokens()
+    tokenizer, table = load(file), table_of(file)
     bytes_ = [i for i, piece in enumerate(table.pieces) if table.invalid == "byte" and _is_byte(tokenizer, i)]
     ids = data.draw(st.lists(st.integers(0, len(table.pieces) + 3), max_size=20), label="ids")
     sizes = data.draw(st.lists(st.integers(0, 4), max_size=6), label="sizes")
@@ -122,7 +153,7 @@ def _is_regular(run: bytes) -> bool:
 @pytest.mark.parametrize("name", families())
 def test_a_text_is_shown_no_later_than_by_tokenizers(name: str) -> None:
     file = families()[name]
-    tokenizer, table = load(file), read(file).tokens()
+    tokenizer, table = load(file), table_of(file)
     for text in TEXTS:
         stream, detokenizer = DecodeStream(skip_special_tokens=True), Detokenizer(table)
         theirs = ours = ""
@@ -136,34 +167,142 @@ def test_bytes_that_are_no_text_after_some_that_are() -> None:
     """What was shown stays; each byte that is no text becomes one mark, as `tokenizers` does where none was shown."""
     file = families()["Llama-2, older"]
     ids = file["model"]["vocab"]
-    table = read(file).tokens()
+    table = table_of(file)
     assert table.decode([ids["<0xE6>"], ids["<0xBC>"], ids["<0xA2>"], ids["<0xE6>"], ids["<0xBC>"]]) == "漢\ufffd\ufffd"
 
 
-def test_what_tokenizers_never_got_cannot_reach_it() -> None:
-    """Fields that are not known, and keys that stand twice, end here."""
-    file = tokenizer_file(normalizer={"type": "Lowercase", "surprise": 1}, surprise={"type": "Replace"})
-    text = json.dumps(file).replace('"normalizer"', '"normalizer": {"type": "NFC"}, "normalizer"', 1)
-    written = json.loads(OwnTokenizer.read(text).encoding())
-    assert written["normalizer"] == {"type": "Lowercase"}
-    assert "surprise" not in written
+# ---------------------------------------------------------------- parts
 
 
-def test_older_files_are_read() -> None:
-    """Models without a type, and merges as one text."""
-    file = tokenizer_file(model={"vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}, added_tokens=[])
-    assert json.loads(read(file).encoding())["model"]["merges"] == [["a", "b"]]
-    assert Tokenizer.from_buffer(read(file).encoding()).encode("ab").ids == [2]
-
-
-REPLACE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
-REGEX = {"type": "Replace", "pattern": {"Regex": "(?:x+x+)+y"}, "content": ""}
-EXPAND = {"type": "Replace", "pattern": {"Regex": "[a-z]"}, "content": "x" * 40}
-TEXT = {"Sequence": {"id": "A", "type_id": 0}}
-
-
-def sequence(name: str, *parts: dict[str, Any]) -> dict[str, Any]:
+def sequence(name: str, *parts: Any) -> dict[str, Any]:
     return {"type": "Sequence", name: list(parts)}
+
+
+@pytest.mark.parametrize("name", families())
+def test_a_copy_that_tokenizers_wrote_is_the_same(name: str) -> None:
+    file = families()[name]
+    own = OwnTokenizer.read(load(file).to_str(pretty=True))
+    own.check_base(parts_of(json.dumps(file)))
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+SPLIT = {"type": "Split", "pattern": {"Regex": "a+"}, "behavior": "Isolated", "invert": False}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+}
+BASE = tokenizer_file(
+    normalizer={"type": "NFC"},
+    pre_tokenizer=sequence("pretokenizers", SPLIT, BYTE_LEVEL),
+    post_processor=sequence("processors", BYTE_LEVEL, TEMPLATE),
+    decoder=BYTE_LEVEL,
+)
+WORDS = model("WordLevel")
+SAME: dict[str, dict[str, Any]] = {
+    "added tokens": {"added_tokens": OTHERS},
+    "padding and truncation": {
+        "padding": {"strategy": "BatchLongest", "direction": "Left", "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"},
+        "truncation": {"max_length": 8, "strategy": "LongestFirst", "direction": "Right", "stride": 0},
+    },
+    "merges as texts": {"model": {**BASE["model"], "merges": ["a b"]}},
+    "defaults of the model": {
+        "model": {
+            **BASE["model"], "dropout": None, "continuing_subword_prefix": "", "end_of_word_suffix": None,
+            "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+        },
+    },
+    "a model without a type": {"model": {key: value for key, value in BASE["model"].items() if key != "type"}},
+    "a vocabulary in another order": {
+        "model": {**BASE["model"], "vocab": dict(reversed(BASE["model"]["vocab"].items()))},
+    },
+    "a field without its default": {
+        "pre_tokenizer": sequence("pretokenizers", SPLIT, {"type": "ByteLevel", "add_prefix_space": False}),
+    },
+    "a sequence of one": {"normalizer": sequence("normalizers", {"type": "NFC"})},
+    "a sequence in a sequence": {
+        "pre_tokenizer": sequence("pretokenizers", sequence("pretokenizers", SPLIT), BYTE_LEVEL),
+    },
+    "a post-processor that moves offsets": {"post_processor": TEMPLATE},
+    "fields that a decoder does not read": {"decoder": {"type": "ByteLevel", "use_regex": False}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parts", SAME.values(), ids=SAME)
+def test_what_is_written_otherwise_is_the_same(parts: dict[str, Any]) -> None:
+    read({**BASE, **parts}).check_base(parts_of(json.dumps(BASE)))
+
+
+def test_a_template_that_adds_nothing_is_none() -> None:
+    """transformers 5 writes one where there was none."""
+    single, pair = [{"Sequence": {"id": "A", "type_id": 0}}], [{"Sequence": {"id": "B", "type_id": 1}}]
+    template = {"type": "TemplateProcessing", "single": single, "pair": single + pair, "special_tokens": {}}
+    file = tokenizer_file()
+    read({**file, "post_processor": template}).check_base(parts_of(json.dumps(file)))
+    with pytest.raises(AdapterRefused, match="post_processor"):
+        read({**file, "post_processor": {**template, "pair": pair + single}}).check_base(parts_of(json.dumps(file)))
+
+
+def test_older_components_are_the_same() -> None:
+    older = {"type": "Metaspace", "replacement": "▁", "add_prefix_space": True, "str_rep": "▁"}
+    pairs = [(older, METASPACE), ({**older, "add_prefix_space": False}, {**METASPACE, "prepend_scheme": "never"})]
+    for old, new in pairs:
+        file = tokenizer_file("Unigram", pre_tokenizer=new, decoder=new)
+        read({**file, "pre_tokenizer": old, "decoder": old}).check_base(parts_of(json.dumps(file)))
+    for kind in ("Unigram", "WordPiece", "WordLevel"):
+        file = tokenizer_file(kind)
+        older = {key: value for key, value in file["model"].items() if key != "type"}
+        read({**file, "model": older}).check_base(parts_of(json.dumps(file)))
+
+
+def bpe(**changes: Any) -> dict[str, Any]:
+    return {"model": {**BASE["model"], **changes}}
+
+
+OTHER: dict[str, tuple[dict[str, Any], str]] = {
+    "merges": (bpe(merges=[["a", "b"], ["b", "a"]]), "merges"),
+    "merges in another order": (bpe(merges=[]), "merges"),
+    "a token more": (bpe(vocab={**BASE["model"]["vocab"], "more": 999}), "vocabulary"),
+    "ids": (bpe(vocab={**BASE["model"]["vocab"], "a": 4, "▁a": 6}), "vocabulary"),
+    "an unknown token": (bpe(unk_token="<s>"), "model"),
+    "bytes for unknown tokens": (bpe(byte_fallback=True), "model"),
+    "words": ({"model": WORDS}, "merges and model"),
+    "scores": ({"model": model("Unigram")}, "vocabulary, merges and model"),
+    "a normalizer": ({"normalizer": {"type": "NFKC"}}, "normalizer"),
+    "no normalizer": ({"normalizer": None}, "normalizer"),
+    "a pattern": ({"pre_tokenizer": sequence("pretokenizers", {**SPLIT, "pattern": {"Regex": "b+"}}, BYTE_LEVEL)},
+                  "pre_tokenizer"),
+    "an order": ({"pre_tokenizer": sequence("pretokenizers", BYTE_LEVEL, SPLIT)}, "pre_tokenizer"),
+    "a flag": ({"pre_tokenizer": sequence("pretokenizers", SPLIT, {**BYTE_LEVEL, "use_regex": False})},
+               "pre_tokenizer"),
+    "a space before": ({"pre_tokenizer": sequence("pretokenizers", SPLIT, {**BYTE_LEVEL, "add_prefix_space": True})},
+                       "pre_tokenizer"),
+    "a template": ({"post_processor": {**TEMPLATE, "single": TEMPLATE["single"][1:]}}, "post_processor"),
+    "no template": ({"post_processor": None}, "post_processor"),
+    "a decoder": ({"decoder": METASPACE}, "decoder"),
+    "no decoder": ({"decoder": None}, "decoder"),
+    "nothing but a model": ({"normalizer": None, "pre_tokenizer": None, "post_processor": None, "decoder": None},
+                            "normalizer, pre_tokenizer, post_processor and decoder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("parts", "named"), OTHER.values(), ids=OTHER)
+def test_another_tokenizer_is_refused_by_its_parts(parts: dict[str, Any], named: str) -> None:
+    with pytest.raises(AdapterRefused) as refused:
+        read({**BASE, **parts}).check_base(parts_of(json.dumps(BASE)))
+    said = refused.value.message
+    assert f"tokenizer.json differs from the base model's in its {named}; only added tokens are served" in said
+    assert "remove the file to use the base's tokenizer" in said
+
+
+def test_a_base_without_a_tokenizer_has_none_to_compare_with() -> None:
+    with pytest.raises(AdapterRefused, match="the base model has none"):
+        read(BASE).check_base({})
+
+
+# ---------------------------------------------------------------- limits
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -173,83 +312,49 @@ def nested(depth: int) -> dict[str, Any]:
     return inner
 
 
-def charsmap(raw: bytes) -> dict[str, Any]:
-    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(raw).decode()}
-
-
-def bpe(**changes: Any) -> dict[str, Any]:
-    return {**model("BPE"), **changes}
-
-
-def template(*single: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return {"type": "TemplateProcessing", "single": list(single), "pair": [], "special_tokens": {}, **changes}
+def lists(depth: int) -> dict[str, Any]:
+    inner: Any = 1
+    for _ in range(depth):
+        inner = [inner]
+    return {"type": "NFC", "deep": inner}
 
 
 BOMBS: dict[str, tuple[dict[str, Any], str]] = {
-    "doubling": ({"normalizer": sequence("normalizers", *[REPLACE] * 16)}, "128 times longer"),
-    "doubling in 22 steps": ({"normalizer": sequence("normalizers", *[REPLACE] * 22)}, "more than 16 components"),
-    "doubling bytes": ({"pre_tokenizer": sequence("pretokenizers", *[{"type": "ByteLevel"}] * 8)}, "times longer"),
-    "one long replacement": ({"normalizer": EXPAND}, "content has 40 characters"),
-    "replacing nothing": ({"normalizer": {**REPLACE, "pattern": {"String": ""}}}, "has 0 characters"),
-    "replacing what may be nothing": (
-        {"normalizer": sequence("normalizers", *[{**REPLACE, "pattern": {"Regex": "b?"}}] * 6)}, "times longer",
-    ),
-    "a regex": ({"normalizer": REGEX}, "repeats without bound"),
-    "a regex that splits": (
-        {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a|a)*$"}, "behavior": "Isolated", "invert": False}},
-        "pre_tokenizer (Split).pattern",
-    ),
-    "a panic of a decoder": (
-        {"decoder": sequence("decoders", {"type": "ByteLevel"}, {**EXPAND, "content": "x"}, REGEX)}, "no decoder needs",
-    ),
-    "doubling decoders": ({"decoder": sequence("decoders", *[REPLACE] * 8)}, "makes tokens longer"),
-    "a decoder behind bytes": (
-        {"decoder": sequence("decoders", {"type": "ByteLevel"}, {**REPLACE, "content": "b"})}, "has Replace behind",
-    ),
-    "stripping the end": (
-        {"decoder": {"type": "Strip", "content": "a", "start": 0, "stop": 3}}, "stop is not a number from 0 to 0",
-    ),
-    "an unknown decoder": ({"decoder": {"type": "CTC"}}, "of the type 'CTC'"),
-    "half a decoder": ({"decoder": {"type": "Replace"}}, "has no content, pattern"),
-    "an unknown model": ({"model": {"type": "Mystery"}}, "of the type 'Mystery'"),
-    "deep sequences": ({"normalizer": nested(6)}, "nested deeper than 4"),
-    "wide sequences": ({"normalizer": sequence("normalizers", *[{"type": "NFC"}] * 17)}, "more than 16"),
-    "no charsmap": ({"normalizer": charsmap(b"\1")}, "not a charsmap"),
-    "a charsmap that ends early": ({"normalizer": charsmap(b"\xff\xff\xff\xff")}, "not a charsmap"),
-    "a charsmap that grows": ({"normalizer": charsmap(b"\4\0\0\0abcd" + b"x" * 65 + b"\0")}, "64 bytes of a character"),
-    "two charsmaps": (
-        {"normalizer": sequence("normalizers", *[charsmap(b"\4\0\0\0abcdx\0")] * 2)}, "more than one Precompiled",
-    ),
-    "a charsmap that is no text": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "?"}}, "base64"),
-    "a text twice": ({"post_processor": template(TEXT, TEXT)}, "repeats a text"),
-    "a text that is not there": ({"post_processor": template({"Sequence": {"id": "B", "type_id": 0}})}, "not one of A"),
-    "a token that is not there": (
-        {"post_processor": template({"SpecialToken": {"id": "<x>", "type_id": 0}})}, "no special token '<x>'",
-    ),
-    "a token of many ids": (
-        {"post_processor": template(special_tokens={"<x>": {"id": "<x>", "ids": [1] * 17, "tokens": ["x"] * 17}})},
-        "at most 16",
-    ),
-    "a large id": ({"model": bpe(vocab={"a": 4_000_000_000})}, "model cannot be read"),
-    "a negative id": ({"model": bpe(vocab={"a": -1})}, "model cannot be read"),
-    "missing ids": ({"model": bpe(vocab={"a": 1_000_000}, merges=[])}, "leaves 1000000"),
-    "an id twice": ({"model": bpe(vocab={"a": 1, "b": 1}, merges=[])}, "gives an id to two tokens"),
-    "a long token": ({"model": bpe(vocab={"a" * 1025: 1}, merges=[])}, "model cannot be read"),
-    "chance": ({"model": bpe(dropout=0.5)}, "dropout is 0.5"),
-    "half a merge": ({"model": bpe(merges=["a"])}, "not two tokens"),
-    "a long word": ({"model": {**model("WordPiece"), "max_input_chars_per_word": 10**9}}, "model cannot be read"),
+    "deep sequences": ({"normalizer": nested(MAX_NESTING + 1)}, f"normalizer is nested deeper than {MAX_NESTING}"),
+    "deep lists": ({"decoder": lists(MAX_NESTING + 1)}, f"decoder is nested deeper than {MAX_NESTING}"),
+    "a large component": ({"normalizer": {"type": "x" * (2 << 20)}}, "normalizer has 20971"),
+    "a large setting": ({"model": {**BASE["model"], "more": "x" * (2 << 20)}}, "model.more has 2097"),
+    "a large id": (bpe(vocab={"a": 4_000_000_000}), "model cannot be read"),
+    "a negative id": (bpe(vocab={"a": -1}), "model cannot be read"),
+    "a long token": (bpe(vocab={"a" * 1025: 1}), "model cannot be read"),
+    "a merge of three": (bpe(merges=[["a", "b", "c"]]), "model.merges cannot be read"),
+    "no vocabulary": ({"model": {"type": "BPE", "merges": []}}, "model cannot be read"),
     "an added token twice": ({"added_tokens": [added("x"), added("x", special=True)]}, "has a token twice"),
     "a giant added token": ({"added_tokens": [added("x" * 1025)]}, "tokenizer.json cannot be read"),
-    "many added tokens": ({"added_tokens": [added(str(i)) for i in range(16_385)]}, "tokenizer.json cannot be read"),
+    "a giant id": ({"added_tokens": [added("x", 1 << 40)]}, "tokenizer.json cannot be read"),
+    "many added tokens": (
+        {"added_tokens": [added(str(i)) for i in range(MAX_ADDED + 1)]}, "tokenizer.json cannot be read",
+    ),
+    "much of them": (
+        {"added_tokens": [added(f"{i:1000}") for i in range(MAX_ADDED_BYTES // 1000 + 1)]},
+        f"the limit is {MAX_ADDED_BYTES}",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("parts", "said"), BOMBS.values(), ids=BOMBS)
 def test_bombs_are_refused_by_name(parts: dict[str, Any], said: str) -> None:
     with pytest.raises(AdapterRefused) as refused:
-        read(tokenizer_file(**parts))
+        read({**BASE, **parts})
     assert said in refused.value.message
     assert refused.value.message.startswith("tokenizer.json")
+
+
+def test_the_largest_that_is_taken_is_read() -> None:
+    many = [added(f"<|{i:0>27}|>") for i in range(MAX_ADDED)]
+    own = read({**BASE, "added_tokens": many})
+    assert len(own.added) == MAX_ADDED
+    assert BaseTokens(json.dumps(BASE)).with_added(own.added).pieces[-1] == many[-1]["content"].encode()
 
 
 @pytest.mark.parametrize(
@@ -267,7 +372,7 @@ def test_bombs_are_refused_by_name(parts: dict[str, Any], said: str) -> None:
     ids=["nested lists", "nested objects", "many values", "NaN", "infinity", "half a character", "nothing", "no model"],
 )
 def test_what_is_no_tokenizer_is_refused(text: str, said: str) -> None:
-    for reader in (OwnTokenizer.read, token_table):
+    for reader in (OwnTokenizer.read, BaseTokens, parts_of):
         with pytest.raises(AdapterRefused, match=said):
             reader(text)
 
@@ -275,8 +380,9 @@ def test_what_is_no_tokenizer_is_refused(text: str, said: str) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_a_changed_file_is_served_or_refused(data: st.DataObject) -> None:
-    """Whatever stands in a place of a file: either it is refused, or `tokenizers` and the table agree on it."""
-    file = copy.deepcopy(families()[data.draw(st.sampled_from(sorted(families())), label="family")])
+    """Whatever stands in a place of a file: it is refused, or its added tokens become text."""
+    base = families()[data.draw(st.sampled_from(sorted(families())), label="family")]
+    file = copy.deepcopy(base)
     holder: Any = file
     key: Any = data.draw(st.sampled_from(sorted(file)), label="part")
     while isinstance(holder[key], dict | list) and holder[key] and data.draw(st.booleans(), label="deeper"):
@@ -289,26 +395,9 @@ def test_a_changed_file_is_served_or_refused(data: st.DataObject) -> None:
         odd | st.lists(odd, max_size=2) | st.dictionaries(st.text(), odd, max_size=2), label="value"
     )
     try:
-        tokens = read(file).tokens()
+        own = read(file)
+        own.check_base(parts_of(json.dumps(base)))
     except AdapterRefused:
         return
+    tokens = BaseTokens(json.dumps(base)).with_added(own.added)
     assert tokens.decode(range(len(tokens.pieces))) is not None
-
-
-def test_the_cost_of_regular_expressions() -> None:
-    assert regex_cost(LLAMA_3).degree == 2
-    assert (regex_cost(r"ab?c{2,3}").shortest, regex_cost(r"ab?c{2,3}").longest) == (3, 5)
-    assert regex_cost(r"(?=(\d{3})+(?!\d))").shortest == 0
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "(?:x+x+)+y", "(a|a)*b", "(a*)*", "a?" * 40 + "a" * 40, "(?:a|a){0,30}b", r"(a)\1", r"\g<0>", "(?~x)", ".*" * 5,
-        "(", ")", "[", r"\k<a>", "(a?){30}", "(" * 100 + ")" * 100, "a{100000}", "(?(1)a|b)", "(a|ab)*c", "(?=a*)*",
-        "x{3}{2,}*", "(|a)+", "(?:a{0,9}){9}", "x" * 40_000, "(?x)(?:x+ #)\n x+)+y", "[" * 10_000, "a++*",
-    ],
-)  # fmt: skip
-def test_regular_expressions_that_cost_too_much_are_refused(pattern: str) -> None:
-    with pytest.raises(AdapterRefused):
-        regex_cost(pattern)

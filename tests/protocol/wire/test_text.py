@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from peft_adapters.texts.tokenizer_json import token_table
+from peft_adapters.texts.tokenizer_json import BaseTokens
 from protocol.wire.text import OutputText, StopMatcher, StopRule, overlap
 from protocol.wire.tokens import Detokenizer
 
@@ -28,7 +28,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 TOKENIZER = byte_tokenizer()
-TOKENS = token_table(TOKENIZER.to_str())
+TOKENS = BaseTokens(TOKENIZER.to_str()).table
 texts = st.text(ALPHABET, max_size=30)
 stops = st.lists(st.text(ALPHABET, min_size=1, max_size=4), max_size=3)
 

@@ -11,20 +11,19 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
+import msgspec
 import numpy as np
 import pytest
-from helpers.tokenizer_files import tokenizer_file
 from safetensors.numpy import save
 
 from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.adapters.loader.fetch import FetchedAdapter, StoreClient, digest_of
 from gpu_worker.adapters.packing.rows import RowPacker, Rows, RowSite
 from peft_adapters.format import CONFIG_FILE, FOLDER_HEADER, WEIGHTS_FILE
-from peft_adapters.texts.files import TEXTS_FIELD, TEXTS_FILE, TOKENIZER
-from peft_adapters.texts.tokenizer_json import OwnTokenizer
+from peft_adapters.texts.files import TEXTS_FIELD, TEXTS_FILE, OwnTexts
+from peft_adapters.texts.tokenizer_json import AddedToken, OwnTokenizer
 from protocol.wire.errors import AdapterRefused, NotFound
 from protocol.wire.messages import ServedModel, SiteShape
 
@@ -72,9 +71,9 @@ def store(files: dict[str, bytes], folder: Path | None = None, asked: list[str] 
     server.server_close()
 
 
-def with_tokenizer(file: dict[str, Any]) -> tuple[str, dict[str, bytes]]:
-    """Return the digest of an adapter with a tokenizer of its own, and what a store has of it, unchecked."""
-    texts = json.dumps({TOKENIZER: json.dumps(file)}).encode()
+def with_texts(own: OwnTexts) -> tuple[str, dict[str, bytes]]:
+    """Return the digest of an adapter with texts of its own, and what a store has of it, unchecked."""
+    texts = msgspec.json.encode(own)
     adapter = FetchedAdapter({**CONFIG, TEXTS_FIELD: hashlib.sha256(texts).hexdigest()}, GOOD.weights)
     digest = digest_of(adapter)
     return digest, {**files_of(digest, adapter), f"/adapters/{digest}/{TEXTS_FILE}": texts}
@@ -153,22 +152,17 @@ def test_a_fetch_waits_for_the_first_store(client: StoreClient | Loader) -> None
         assert found == [GOOD]
 
 
-def test_tokenizers_come_as_tokens_or_are_refused(client: StoreClient | Loader) -> None:
-    file = tokenizer_file()
-    own = OwnTokenizer.read(json.dumps(file)).tokens()
-    digest, files = with_tokenizer(file)
-    bomb = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
-    bad_digest, bad = with_tokenizer(tokenizer_file(decoder=bomb))
-    with store(files | bad) as good:
+def test_added_tokens_come_with_an_adapter_or_are_refused(client: StoreClient | Loader) -> None:
+    token = AddedToken(7, "<|tool|>", special=True, rstrip=True)
+    digest, files = with_texts(OwnTexts(tokenizer=OwnTokenizer({"merges": "0"}, [token])))
+    plain_digest, plain = with_texts(OwnTexts("{{ messages }}"))
+    bad_digest, bad = with_texts(OwnTexts(tokenizer=OwnTokenizer({}, [token, token])))
+    with store(files | plain | bad) as good:
         client.set_urls((good,))
-        first, second = client.fetch(digest), client.fetch(digest)
-        assert first.tokens == own
-        assert first.tokens is second.tokens
-        with pytest.raises(AdapterRefused, match="makes tokens longer"):
+        assert client.fetch(digest).added == [token]
+        assert client.fetch(plain_digest).added is None
+        with pytest.raises(AdapterRefused, match="has a token twice"):
             client.fetch(bad_digest)
-        if isinstance(client, StoreClient):
-            client.base_tokenizer = own.key
-            assert client.fetch(digest).tokens is None
 
 
 def expert_weights() -> bytes:
@@ -208,7 +202,7 @@ def test_adapters_for_a_known_model_come_packed_also_after_a_death(adapter: Fetc
     with closing(loader), store(files_of(digest, adapter)) as good:
         loader.set_urls((good,))
         assert isinstance(loader.fetch(digest), FetchedAdapter)
-        loader.describe(sites, served, "")
+        loader.describe(sites, served)
         for _ in range(2):
             rows = loader.fetch(digest)
             assert isinstance(rows, Rows)

@@ -26,8 +26,6 @@ from protocol.wire.messages import ServedModel, SiteShape
 class OneAdapter:
     """Stores that hold one adapter under every digest."""
 
-    base_tokenizer = ""
-
     def set_urls(self, urls: tuple[str, ...]) -> None:
         return
 
@@ -88,8 +86,6 @@ def test_no_memory_stays_open_when_nothing_is_packed(
 class KeptFile:
     """Stores that hold one adapter under every digest, and keep a view of the memory that it was read into."""
 
-    base_tokenizer = ""
-
     def __init__(self, config: dict[str, Any], weights: bytes) -> None:
         self.config, self.weights = config, weights
         self.view = memoryview(b"")
@@ -116,7 +112,7 @@ def test_a_large_file_is_given_back_while_it_is_packed(is_large: bool) -> None:
     ours, theirs = socket.socketpair()
     with closing(ours), closing(theirs):
         server = LoaderServer(theirs, store, 0 if is_large else 1 << 30)
-        server.take(Describe([RowSite("layers.0.q", 8192, 8192, "float32")], served, ""))
+        server.take(Describe([RowSite("layers.0.q", 8192, 8192, "float32")], served))
         server.answer(Fetch(1, "d"))
         received = receive(ours)
     assert received is not None
@@ -131,8 +127,6 @@ def test_a_large_file_is_given_back_while_it_is_packed(is_large: bool) -> None:
 
 class SomeAdapters:
     """Stores whose adapters are given by digest."""
-
-    base_tokenizer = ""
 
     def __init__(self, weights: dict[str, bytes]) -> None:
         self.weights = weights
@@ -179,7 +173,7 @@ def test_adapters_have_nothing_of_others_whose_memory_they_are_read_into() -> No
         got: list[bytes] = []
         with closing(ours), closing(theirs):
             server = LoaderServer(theirs, stores, reserve=reserve)
-            server.take(Describe([RowSite("layers.0.q", 8191, 8191, "bfloat16")], served, ""))
+            server.take(Describe([RowSite("layers.0.q", 8191, 8191, "bfloat16")], served))
             for number, digest in enumerate(digests):
                 server.answer(Fetch(number, digest))
                 received = receive(ours)
