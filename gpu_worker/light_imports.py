@@ -48,7 +48,7 @@ MADE_WITHOUT = {"gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "
 """Types of models that are made on no device without META_KERNELS."""
 
 LATE = {META_KERNELS, "torch.export", "torch.fx.passes", "torch.masked", "torch.nested"}
-"""What torch imports with itself, and what is imported late instead: a quarter of the time that it takes."""
+"""Modules that torch imports with itself, deferred here: a quarter of its import time."""
 
 USED = ("modeling_utils", "masking_utils", "models.auto.modeling_auto")
 
@@ -86,7 +86,7 @@ def is_plain(settings: Settings) -> bool:
 
 
 def _config(settings: Settings) -> dict[str, Any]:
-    """Return the model's config.json; nothing where it cannot be read: loading the model says what is wrong."""
+    """Return the model's config.json; empty where it cannot be read: loading the model reports the error."""
     try:
         config = json.loads((model_folder(settings.model, WEIGHT_FILES) / "config.json").read_text())
     except (OSError, ValueError, LorafleetError):

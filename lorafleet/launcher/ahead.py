@@ -1,4 +1,4 @@
-"""A worker's process that is started before it is known what it will serve, and imports meanwhile.
+"""A worker process that is started before its settings are known, and imports meanwhile.
 
 A worker imports torch for half a second, and the launcher needs as long until it can start one. So `lorafleet up`
 starts this process first of all. It is one like any other worker's: a program of its own, with the variables that a
