@@ -118,7 +118,7 @@ class StatePool:
         return saves
 
     def complete(self, seq: Sequence, num_new: int, saves: Mapping[int, int]) -> None:
-        """Record that a sequence's next tokens are computed: it continues from their states, and saved ones can be found.
+        """Record that a sequence's next tokens are computed: it continues from them, and saved states can be found.
 
         num_new: 0 if they were taken back, because the mask for the token after them is late.
         """
