@@ -214,7 +214,7 @@ def build_encoder_engine(
 
 
 def room_for_caches(model: BaseModel, settings: Settings) -> int:
-    """Return the bytes that caches may take: on a GPU what is left by weights and the largest steps, which are run.
+    """Return the bytes that caches may take: on a GPU the rest after weights and the largest steps, which are run.
 
     Raises BadRequest when nothing is left.
     """
@@ -312,7 +312,7 @@ def refuse_unless_on_cpu(settings: Settings, device: torch.device) -> None:
 
 
 def refuse_unless_fixed(engine: Engine) -> None:
-    """Raise BadRequest where what is beside a text changes bits of its logits, for all that sums are fixed."""
+    """Raise BadRequest where the rest of a batch changes bits of a text's logits despite fixed sums."""
     model, config = engine.model, engine.config
     if model.passes is not None:
         raise BadRequest("deterministic is on, but this model's sequences run unbatched, in chunks of any length")

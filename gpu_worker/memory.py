@@ -62,21 +62,21 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def host_tensor(array: np.ndarray, device: torch.device) -> Tensor:
-    """Return an array as a host tensor that is copied to a device while the host goes on: page-locked for a GPU."""
+    """Return an array as a host tensor for asynchronous copies to a device: page-locked for a GPU."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def send(array: np.ndarray, device: torch.device) -> Tensor:
-    """Return a copy of an array on a device. The host does not wait; what is launched there later sees the copy."""
+    """Return a copy of an array on a device. The host does not wait; later launches see the copy."""
     return host_tensor(array, device).to(device, non_blocking=True)
 
 
 class Arriving:
-    """Tensors on their way to the host, which goes on meanwhile: launched after what makes them, not waited for."""
+    """Asynchronous copies of tensors to the host, launched after the kernels that compute them."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        """tensors: of one device; they may change or be freed by what is launched there later."""
+        """tensors: of one device; later launches may change or free them."""
         self._event: torch.cuda.Event | None = None
         self._tensors = list(tensors)
         if tensors and tensors[0].device.type == "cuda":

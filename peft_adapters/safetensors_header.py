@@ -92,7 +92,7 @@ def _kept_header(head: bytes, file_size: int) -> Mapping[str, TensorInfo]:
 
 
 def _entry_problem(entry: Any) -> str:
-    """Return what is wrong with a header entry, "" if nothing is."""
+    """Return the error of a header entry, "" if it is valid."""
     if not is_object(entry) or set(entry) != {"dtype", "shape", "data_offsets"}:
         return "header entries must have exactly dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -155,7 +155,7 @@ class CatalogueCopy:
         self, caller: Caller, view: Hashable, first: dict[str, Any],
         show: Callable[[m.Alias, m.AdapterRecord | None], dict[str, Any] | None],
     ) -> bytes:  # fmt: skip
-        """Return the JSON list of an object and, by name, what is shown of every adapter that a caller sees.
+        """Return the JSON list of an object and, by name, the views of all adapters visible to a caller.
 
         view: what `first` and `show` depend on, besides the adapters. show: None for what is left out. Raises as
         `memory.hold` when there is no room for it.

@@ -212,10 +212,10 @@ def _message(answer: httpx2.Response) -> str:
 def _refusal(answer: httpx2.Response) -> LorafleetError:
     """Return why a store has refused an upload."""
     try:
-        told = msgspec.json.decode(answer.content, type=dict[str, dict[str, str | None]])["error"]
+        error = msgspec.json.decode(answer.content, type=dict[str, dict[str, str | None]])["error"]
     except (msgspec.DecodeError, KeyError):
-        told = {}
-    message, code = told.get("message") or f"the store answered {answer.status_code}", told.get("code")
+        error = {}
+    message, code = error.get("message") or f"the store answered {answer.status_code}", error.get("code")
     kinds = {400: BadRequest, 409: Conflict, 413: TooLarge, 507: NoRoom}
     if answer.status_code == 429:
         return Overloaded(message, 5.0)

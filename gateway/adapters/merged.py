@@ -17,7 +17,7 @@ MAX_SVD_RANK = 4096
 
 
 class MergedAdapters(JsonBody):
-    """What is merged, and how. The last three fields are not in LoRAX."""
+    """A merge of adapters. The last three fields are not in LoRAX."""
 
     OBJECT = "merged_adapters"
 

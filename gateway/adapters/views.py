@@ -10,7 +10,7 @@ from protocol.wire import messages as m
 from protocol.wire.records import AdapterUse
 
 TIERS = ("resident", "loading", "host", "on_disk")
-"""Where an adapter may be, seen from a worker, the nearest first; what is on disk is at the store."""
+"""Tiers of an adapter, seen from a worker, the nearest first; on disk means at the store."""
 
 NO_EFFECT = "no_effect"
 """The state, in place of where it is, of an adapter that is served and gives what the base model gives."""

@@ -149,7 +149,7 @@ class GenerationResponse(Response):
         return usage + self.done
 
     def failed(self, error: LorafleetError) -> bytes:
-        """Return what a stream ends with that cannot go on."""
+        """Return the last frames of a stream that fails."""
         return self.framing.event(self.errors.body(error))
 
     async def _advance(self) -> list[Piece]:

@@ -14,7 +14,7 @@ from gateway.http.errors import REQUEST_ID_OF, cut, retry_headers, traced
 from protocol.wire.errors import LorafleetError
 
 OVERLOADED = 529
-"""Anthropic's status for what is 503 elsewhere."""
+"""Anthropic's status in place of 503."""
 
 _STATUS = {503: OVERLOADED}
 
@@ -44,8 +44,8 @@ class AnthropicErrors:
         code = _CODES.get((error.code or "", error.param or ""), error.code)
         given = {"error_code": code, "param": None if error.param is None else cut(error.param)}
         details = {name: value for name, value in given.items() if value is not None}
-        told = {"type": kind, "message": cut(error.message), **({"details": details} if details else {})}
-        return orjson.dumps(traced({"type": "error", "error": told, "request_id": REQUEST_ID_OF.get() or None}))
+        content = {"type": kind, "message": cut(error.message), **({"details": details} if details else {})}
+        return orjson.dumps(traced({"type": "error", "error": content, "request_id": REQUEST_ID_OF.get() or None}))
 
     def response(self, error: LorafleetError, headers: Mapping[str, str] | None = None) -> Response:
         """Return the response that an error is."""

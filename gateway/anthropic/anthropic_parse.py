@@ -100,7 +100,7 @@ def conversation_of(request: CountTokensRequest, settings: Settings) -> Conversa
     last, place = messages[-1], f"messages[{len(request.messages) - 1}]"
     if "tool_calls" in last:
         raise BadRequest(f"{place}: the calls of the last message have no results yet", param=place)
-    if not last["content"] and len(messages) > 1:  # nothing that the answer could go on with
+    if not last["content"] and len(messages) > 1:  # no text that the answer could continue
         return Conversation(messages[:-1], variables, left_out=left_out)
     if not last["content"]:
         raise BadRequest(f"{place} is empty, and the only message", param=place)

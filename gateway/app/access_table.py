@@ -86,7 +86,7 @@ def example_of(path: str) -> str:
 
 
 def found(table: RouteTable, method: str, raw: str) -> Match | None:
-    """Return what is found for a path as it stands in a request line, None where it is refused. As `Envelope` does."""
+    """Return the route of a path in a request line, None where it is refused, as `Envelope` does."""
     try:
         return table.match(method, normal_path(unquote(raw), ""))
     except BadRequest:

@@ -40,7 +40,7 @@ def refusal(quota: Quota, standing: Standing, num: int, num_tokens: int) -> Lora
 
 
 def limit_headers(standing: Standing) -> dict[str, str]:
-    """Return OpenAI's headers, which say what is left of each limit."""
+    """Return OpenAI's headers with the rest of each limit."""
     headers: dict[str, str] = {}
     for what, allowance in (("requests", standing.requests), ("tokens", standing.tokens)):
         if allowance is not None:

@@ -40,7 +40,7 @@ class InnerCalls:
     """Asks the endpoints of this gateway."""
 
     def __init__(self, app: ASGIApp, table: RouteTable) -> None:
-        """`app`: what is behind authentication. `table`: its routes."""
+        """`app`: the application behind authentication. `table`: its routes."""
         self._app = app
         self._table = table
 

@@ -108,7 +108,7 @@ class BatchLine:
 
 @dataclass(slots=True)
 class InputLines:
-    """What was found in an input file."""
+    """The result of checking an input file."""
 
     endpoint: str
     max_bytes: int  # maximum bytes of a line

@@ -90,7 +90,7 @@ class Results:
         self.file_bytes: Counter[Kind] = Counter()  # total bytes of the two files
 
     async def load(self) -> None:
-        """Count what has been written, by other gateways or by an earlier run of this one. Raises Unavailable."""
+        """Count the answers written by other gateways or by an earlier run of this one. Raises Unavailable."""
         mine = f"{self.folder}/{self._epoch:08}-"
         names = [name for name in await self._storage.names(self.folder) if name.startswith(mine)]
         self._num_parts = max((int(name.removeprefix(mine)) for name in names), default=0)
@@ -113,7 +113,7 @@ class Results:
     async def flush(self, hold: Hold = _no_limit) -> list[int]:
         """Write what waits. Returns the numbers of these lines, whose answers cannot be lost any more.
 
-        hold: is told the bytes that the two files will have with what waits, before it is written. What it raises is
+        hold: called with the total bytes of the two files, pending ones included, before each write. What it raises is
         raised, and all waits on.
         A concurrent caller waits for the running call to end, so that the files include its answers.
         """
@@ -179,7 +179,7 @@ def failure_of(number: int, custom_id: str, code: str, message: str) -> LineAnsw
 
 
 class _Told(msgspec.Struct):
-    """What is looked at of an answer; the rest, which may be megabytes, is passed over."""
+    """The fields read from an answer; the rest, which may be megabytes, is skipped."""
 
     usage: dict[str, Any] | None = None
 

@@ -51,7 +51,7 @@ class BatchPace:
 
     poll_s: float = 1.0  # pause between looks for batches that nobody runs
     lease_s: float = 10.0  # silence after which another gateway takes a batch over
-    beat_s: float = 2.0  # pause between two words that a batch goes on, with its counts
+    beat_s: float = 2.0  # s between renewals of a batch's lease, with its counts
     min_calls: int = 8  # calls run at once, however small the fleet is
     max_batches: int = 4  # batches run by one gateway at once; others wait
     max_batches_of_tenant: int = 2  # batches of one tenant among them
@@ -116,7 +116,7 @@ class BatchRun:
         return 0 if 0 <= self._num_done < self._results.num_written else self._tries
 
     async def leave(self, wait_s: float = 0.0, tries: int | None = None) -> None:
-        """Write what there is, and let any gateway go on after `wait_s`. tries: that were in vain, None: as before."""
+        """Write the answers so far; any gateway may continue after `wait_s`. tries: failed ones, None: as before."""
         try:
             await self._flush()
         except Exception as error:  # the batch's edge: what is not written is found again by its keys
@@ -152,7 +152,7 @@ class BatchRun:
             await self._save(status=status, ended_ms=now_ms(), problems=[problem])
 
     async def _beat(self) -> None:
-        """Say that the batch goes on, and how far it is; notice that it was cancelled. Raises Lost."""
+        """Renew the batch's lease with its progress; notice that it was cancelled. Raises Lost."""
         pace = self._means.pace
         deadline = asyncio.get_running_loop().time() + pace.lease_s
         while True:
@@ -290,7 +290,7 @@ class BatchRun:
 
     @contextmanager
     def _within_limits(self) -> Generator[None]:
-        """End the batch with what is written when its tenant may have no more files, or bytes in them."""
+        """End the batch with the answers so far, because its tenant has reached the limit of files or their bytes."""
         try:
             yield
         except Overloaded as error:

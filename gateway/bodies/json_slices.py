@@ -47,7 +47,7 @@ def dumps(value: Any) -> bytes:
 
 
 def slices(value: Any) -> Iterator[bytes]:
-    """Return the JSON text of a value in order, in pieces of which none takes long: what is no `RowSlices` is small."""
+    """Return the JSON text of a value in order, in short pieces: values outside `RowSlices` are small."""
     if isinstance(value, RowSlices):
         yield from value.slices()
     elif isinstance(value, dict) and has_rows(value):

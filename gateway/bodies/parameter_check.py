@@ -59,7 +59,7 @@ class Ignored:
     known: Parameter | None  # None: no object of this kind has such a parameter
 
     def message(self) -> str:
-        """Return what is wrong with it."""
+        """Return the error message."""
         if self.known is not None:
             return f"`{self.path}` {self.known.why}."
         unknown = f"Unknown parameter: `{self.path}`."

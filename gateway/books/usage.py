@@ -1,4 +1,4 @@
-"""What was used, in the shape of OpenAI's `/v1/organization/usage/completions`: a bucket for each day. Pure.
+"""Usage in the shape of OpenAI's `/v1/organization/usage/completions`: a bucket for each day. Pure.
 
 A tenant is what OpenAI calls a project.
 """
@@ -31,7 +31,7 @@ _COLUMNS = ("date", "start_time", "end_time", *GROUPS, *_COUNTS, "adapter_second
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """What is asked for."""
+    """A parsed query."""
 
     first_day: int  # days since 1970, UTC
     end_day: int  # the first that is not asked for any more

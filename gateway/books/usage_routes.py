@@ -38,7 +38,7 @@ class UsageEndpoints:
         self._usage = usage
 
     async def usage(self, request: Request) -> Response:
-        """Answer with what was used, a day at a time, as JSON or CSV."""
+        """Return usage by day, as JSON or CSV."""
         query, caller = query_of(request), caller_of(request)
         days: list[Day] = []
         num = 0

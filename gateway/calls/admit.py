@@ -101,12 +101,12 @@ class CallAdmission:
         self._admission.check(Load(load.cls))
         self._admission.check(load)
 
-    def settle_again(self, load: Load, quota: Quota | None, outcome: str, told: Any) -> None:
+    def settle_again(self, load: Load, quota: Quota | None, outcome: str, result: Any) -> None:
         """Take note of what the queue made of a request that is run once more. Raises as `settle`."""
         if outcome == "full":
-            raise self._admission.full(load, int(told))
-        if quota is not None and isinstance(told, Standing) and told.over:
-            raise refusal(quota, told, load.num, load.num_tokens)
+            raise self._admission.full(load, int(result))
+        if quota is not None and isinstance(result, Standing) and result.over:
+            raise refusal(quota, result, load.num, load.num_tokens)
         self._admission.submitted(load)
 
     def check_known(self, needs: Sequence[str]) -> None:
@@ -125,24 +125,26 @@ class CallAdmission:
             return max(1.0, (call.caller.until_ms - now_ms()) / 1000)
         return self._settings.job_ttl_s if call.options.background else self._settings.request_timeout_s
 
-    def settle(self, call: AdmittedCall, outcome: str, told: Any) -> None:
+    def settle(self, call: AdmittedCall, outcome: str, result: Any) -> None:
         """Take note of what the queue made of a call, see `Bus.submit`.
 
         Raises Overloaded if it was refused there, and BadRequest if it always will be.
         """
         caller, load = call.parsed.caller, call.load
         if outcome == "full":
-            raise self._admission.full(load, int(told))
+            raise self._admission.full(load, int(result))
         if outcome == "conversation":
-            if told < 0:
+            if result < 0:
                 raise NotFound("the conversation was deleted", param="conversation", code="conversation_not_found")
-            text = f"{told} responses of this conversation have not ended, or not been added; the limit is {MAX_TURNS}"
+            text = (
+                f"{result} responses of this conversation have not ended, or not been added; the limit is {MAX_TURNS}"
+            )
             raise Overloaded(text, TURN_RETRY_S)
-        if isinstance(told, Standing):
-            caller.headers.update(call.parsed.rules.limit_headers(told))
-            if told.over:
+        if isinstance(result, Standing):
+            caller.headers.update(call.parsed.rules.limit_headers(result))
+            if result.over:
                 assert call.quota is not None
-                raise refusal(call.quota, told, load.num, load.num_tokens)
+                raise refusal(call.quota, result, load.num, load.num_tokens)
         self._admission.submitted(load)
 
     def reached_queue(self) -> None:

@@ -198,7 +198,7 @@ class Generation:
                 await self._insist(repair)
 
     async def _catch_up(self, pieces: Pieces) -> None:
-        """Read what was not delivered from the logs of all open requests. Raises DeadlineExceeded."""
+        """Read undelivered tokens from the logs of all open requests. Raises DeadlineExceeded."""
         num_tokens = 0
         for rid in list(self._open):
             choice = self._by_rid[rid]

@@ -77,7 +77,7 @@ class JobEvents:
         return []
 
     async def advance(self) -> list[JobEvent]:
-        """Look into each choice's log once; return the events of what has come, with the end's if that is there."""
+        """Read each choice's log once; return the new events, with the end's if it is there."""
         made: list[JobEvent] = []
         self.is_behind = False
         try:
@@ -110,7 +110,7 @@ class JobEvents:
         return made
 
     async def _advance(self, choice: Choice, limit: int, made: list[JobEvent]) -> None:
-        """Add the events of a choice's next tokens. Raises what has ended it, after those of the tokens before."""
+        """Add the events of a choice's next tokens. Raises the error that ended it, after the events before it."""
         delta = await self._read(choice, limit)
         if delta is None:
             return
@@ -151,7 +151,7 @@ class JobEvents:
         return [JobEvent(0, None, [*([self._writer.usage_frame(usage_of(self.choices))] if usage else []), DONE])]
 
     def failed(self, error: LorafleetError) -> list[JobEvent]:
-        """Return what a stream ends with that cannot go on."""
+        """Return the last frames of a stream that fails."""
         return [JobEvent(0, None, [SSE.event(OPENAI_ERRORS.body(error))])]
 
     async def waiting_for(self) -> str:

@@ -41,7 +41,7 @@ class SharedReader:
         self, opening: Opening, pause_s: Callable[[float], float], keepalive_s: float, kept_bytes: int,
         turn: Callable[[], AbstractAsyncContextManager[None]],
     ) -> None:  # fmt: skip
-        """Begin to open the job; `opening` raises what is wrong with it.
+        """Start to open the job; `opening` raises its error.
 
         `pause_s`: how long a pause is to be that could be so short. `keepalive_s`: how often readers are sent the
         job waits for. `kept_bytes`: of the latest events. `turn`: in which is read what the log holds already.
@@ -80,7 +80,7 @@ class SharedReader:
         return self._opened.result().places
 
     async def open(self) -> None:
-        """Find the job, once for all who come meanwhile. Raises what is wrong with it."""
+        """Find the job, once for all concurrent callers. Raises its error."""
         await asyncio.wait([self._opened])
         self._opened.result()
         if self._reading is None:

@@ -70,7 +70,7 @@ class Jobs:
         self._apis = dict(apis)
         self.readers = JobReaders(pipeline.settings.keepalive_s)
         self.before_forget: Callable[[m.Job], Awaitable[None]] = _do_nothing
-        """What is done before a job is deleted."""
+        """A callback before a job is deleted."""
 
     def serve(self, endpoint: str, api: JobApi) -> None:
         """Let another endpoint's calls be jobs."""
@@ -274,7 +274,7 @@ class Jobs:
         }
 
     async def request(self, job: m.Job) -> Any:
-        """Return what is kept of a job's body, and charge for it.
+        """Return the stored part of a job's body, and charge for it.
 
         Raises NotFound, UnreadableRecord, and as `memory.hold` and `reads.spend`.
         """
@@ -331,7 +331,7 @@ class Jobs:
         return writer.whole(best_of(pieces, call.parsed.options), usage_of(choices))
 
     async def read(self, choices: Sequence[Choice], writer: Writer) -> list[Piece]:
-        """Return what the choices of a job have come to; it has ended. Raises NotFound, and what has ended a request.
+        """Return the choices of an ended job. Raises NotFound, and the error that ended a request.
 
         writer: reads the tokens too where each is a piece of its own.
         """

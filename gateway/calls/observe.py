@@ -1,4 +1,4 @@
-"""What is counted of calls, under our metric names and LoRAX's.
+"""Metrics of calls, under our names and LoRAX's.
 
 Who answers and who asks are labels too, as long as they are among the most used: see `protocol.metrics.names`.
 """
@@ -103,7 +103,7 @@ def placed(tenant: str, target: Target, timing: m.Timing) -> None:
 
 
 def adapter_event(event: m.AdapterEvent) -> None:
-    """Count an adapter's way to a worker, or there into the pool. Names are known of what was asked for here lately."""
+    """Count an adapter's fetch to a worker, or load into its pool. Names are known for recently requested adapters."""
     tier = _TIERS.get(event.kind)
     if tier is not None:
         name = MERGES if is_merge(event.digest) else _NAMES.get(event.digest, OTHER)

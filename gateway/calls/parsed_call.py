@@ -120,7 +120,7 @@ class Conversation:
     messages: list[dict[str, Any]]
     variables: dict[str, Any] = field(default_factory=dict)  # template variables besides the messages
     add_generation_prompt: bool = True
-    continue_final: bool = False  # the answer goes on with the last message, which is the assistant's
+    continue_final: bool = False  # True: the answer continues the last message, which is the assistant's
     add_special_tokens: bool = False  # beside those that the template writes
     truncation: Truncation | None = None
     echoes: bool = False  # answers begin with the text of the last message, if its role is theirs

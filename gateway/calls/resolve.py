@@ -112,7 +112,7 @@ _NEEDED: Mapping[m.Task, str] = {
 
 
 def check_task(base: m.ServedModel, wanted: m.Task) -> None:
-    """Raise BadRequest, saying why, unless the base model does what is wanted."""
+    """Raise BadRequest with the reason unless the base model supports the task."""
     if base.does(wanted):
         return
     if wanted == "generate":

@@ -170,10 +170,10 @@ class Submitter:
         record: what is kept under that key. job: what the call is in the background. Raises Overloaded.
         """
         try:
-            outcome, told = await self._write(call, requests, record, job=job)
+            outcome, result = await self._write(call, requests, record, job=job)
             if outcome == "idem":
-                return decode(told, m.Idempotent)
-            self._admission.settle(call, outcome, told)
+                return decode(result, m.Idempotent)
+            self._admission.settle(call, outcome, result)
         finally:
             self._admission.reached_queue()
         observe.accepted(call.parsed.caller.owner, call.prompts)
@@ -237,7 +237,7 @@ def record_of(call: SubmittedCall, jid: str = "") -> m.Idempotent:
 
 
 def facts_of(call: SubmittedCall) -> dict[str, Any]:
-    """Return what has to be known of those who answer, beside a call's body, to write its answer later.
+    """Return the facts about the answering models that are needed, beside a call's body, to write its answer later.
 
     These are their digests, the hashes of their own texts, and whether their prompt ends within the model's reasoning.
     """

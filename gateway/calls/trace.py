@@ -1,4 +1,4 @@
-"""The spans of one call in its gateway: what each stage took, and what was asked and answered."""
+"""The spans of one call in its gateway: times of its stages, and attributes of request and answer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CallTrace:
     stages: list[tuple[str, int, int]] = field(default_factory=list)  # name, begin and end in unix ns
 
     def about(self, call: ParsedCall) -> None:
-        """Note what is asked, in the words of the conventions for generative AI; neither prompts nor answers."""
+        """Set the request's attributes, by the conventions for generative AI; neither prompts nor answers."""
         options, models = call.options, ",".join(call.models.names)[:256]
         is_chat = isinstance(call.inputs, Conversation)
         operation = OPERATIONS.get(call.task) or ("chat" if is_chat else "text_completion")
@@ -49,7 +49,7 @@ class CallTrace:
             self.attributes["gen_ai.request.max_tokens"] = options.max_tokens
 
     def answered(self, call_id: str, usage: Usage, finishes: Sequence[str]) -> None:
-        """Note what was answered."""
+        """Set the answer's attributes."""
         self.attributes |= {
             "gen_ai.response.id": call_id,
             "gen_ai.response.finish_reasons": list(finishes),

@@ -175,7 +175,7 @@ def parse_rerank(request: RerankRequest, caller: Caller, settings: Settings) -> 
 
 
 def text_of(document: Any, place: str) -> str:
-    """Return the text of a document: itself, or what is under `text`. Raises BadRequest for anything else."""
+    """Return the text of a document: the string itself, or its field `text`. Raises BadRequest for anything else."""
     if isinstance(document, str):
         return document
     text = document.get("text") if isinstance(document, dict) else None

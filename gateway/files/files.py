@@ -243,13 +243,13 @@ class FileService:
     # ------------------------------------------------------------ expiry
 
     async def sweep(self) -> None:
-        """Delete what has expired or was never finished."""
+        """Delete expired and unfinished files."""
         await self.delete_expired()
         if random.random() < SWEEP_S / TIDY_S:  # randomised, so that gateways do not all sweep at once
             await self._storage.tidy()
 
     async def delete_expired(self) -> None:
-        """Delete what has expired, by turns of tenants, and records of bytes that went while the queue took no writes.
+        """Delete expired files, tenants in turn, and records whose content was deleted while the queue refused writes.
 
         What cannot be deleted now is tried again ever later.
         """

@@ -38,7 +38,7 @@ class Storage(Protocol):
         ...
 
     async def write(self, name: str, chunks: AsyncIterator[bytes]) -> int:
-        """Write under a name, all or nothing, in place of what was there. Returns the number of bytes.
+        """Write or replace a file atomically. Returns the number of bytes.
 
         Raises what `chunks` raises, NoRoom as soon as the disk has no more than what is kept free, and Unavailable.
         """
@@ -57,7 +57,7 @@ class Storage(Protocol):
         ...
 
     async def tidy(self) -> None:
-        """Delete what was begun long ago and never finished."""
+        """Delete old unfinished files."""
         ...
 
 
@@ -147,7 +147,7 @@ class FolderStorage:
             path.unlink(missing_ok=True)
 
     async def tidy(self) -> None:
-        """Delete what was begun long ago and never finished."""
+        """Delete old unfinished files."""
         await asyncio.to_thread(self._tidy)
 
     def _tidy(self) -> None:
@@ -158,7 +158,7 @@ class FolderStorage:
 
 
 def as_unavailable(error: OSError) -> Unavailable:
-    """Return what is raised for a disk that does not take bytes."""
+    """Return the error for a disk that does not accept writes."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoRoom(f"the file storage is full: {error.strerror}")
     return Unavailable(f"the file storage cannot be written: {error.strerror}")

@@ -57,7 +57,7 @@ class _Names:
 
     names: dict[str, None] = field(default_factory=dict)  # names in the schema's order
     has_properties: bool = False
-    as_written: bool = False  # it says itself what else may be there, or that cannot be told
+    as_written: bool = False  # True: it defines its additional properties itself, or they are unknown
 
 
 class _Walk:
@@ -75,7 +75,7 @@ class _Walk:
         self._num = 0  # number of the latest copy's name
 
     def copies(self) -> Schema:
-        """Return, by name, what is to be added to the root's `$defs`: what is referred to beside others, left open."""
+        """Return additions to the root's `$defs` by name: open copies of schemas referenced beside others."""
         copies: Schema = {}
         while self._to_copy:
             name, target = self._to_copy.pop()

@@ -78,7 +78,7 @@ def check_schema(schema: Any, place: str, settings: Settings) -> None:
 
 
 def _parts(kind: str, group: Any, place: str) -> list[tuple[str, Any]]:
-    """Return the objects and lists in one, each with its kind; raise BadRequest for what is beyond the limits."""
+    """Return the objects and lists in one, each with its kind; raise BadRequest beyond the limits."""
     if isinstance(group, list):
         return [(kind, part) for part in group if isinstance(part, dict | list)]
     if kind == _SCHEMA:

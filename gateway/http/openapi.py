@@ -92,7 +92,7 @@ class Item(BaseModel):
 
 
 class Deleted(BaseModel):
-    """What was deleted."""
+    """A deleted object."""
 
     id: str
     object: str

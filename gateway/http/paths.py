@@ -13,7 +13,7 @@ LORAX_GENERATE = frozenset({"/", "/generate", "/generate_stream", "/invocations"
 LORAX_ENCODE = frozenset({"/embed", "/classify", "/classify_batch"})
 
 MESSAGES = "/v1/messages"
-"""What is below it, too, answers and refuses in Anthropic's way."""
+"""This path and those below it answer in Anthropic's form, errors too."""
 
 RESPONSES = "/v1/responses"
 INPUT_TOKENS = f"{RESPONSES}/input_tokens"
@@ -26,7 +26,7 @@ MODELS = "/v1/models"
 
 OLLAMA_CHAT, OLLAMA_GENERATE, OLLAMA_EMBED = "/api/chat", "/api/generate", "/api/embed"
 OLLAMA_PREFIX = "/api/"
-"""What is below it answers and refuses in Ollama's way."""
+"""Paths below it answer in Ollama's form, errors too."""
 
 FILES, BATCHES, WEBHOOKS = "/v1/files", "/v1/batches", "/v1/webhook_endpoints"
 
@@ -36,7 +36,7 @@ WORKERS, DEAD_LETTERS, KEYS, TENANTS = "/v1/workers", "/v1/dead_letters", "/v1/k
 AUDIT = "/v1/audit"
 
 CONSOLE = "/console"
-"""It, and what is below it, are the console's files."""
+"""This path and those below it are the console's files."""
 
 DOCS = "/docs"
 """It, and what is below it, shows `/openapi.json` in a browser, and needs a key where that does."""

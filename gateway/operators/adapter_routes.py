@@ -181,8 +181,8 @@ class OperatorEndpoints:
     async def load_for_trainer(self, body: LoadRequest, request: Request) -> Response:
         """Load an adapter in place of any of its name, as prime-rl's and SGLang's clients ask for it."""
         await self._load(body, request, in_place=True)
-        told = {"success": True, "status": "ok", "error_message": ""}
-        return json_response({**told, "loaded_adapters": {body.lora_name: body.lora_path}})
+        answer = {"success": True, "status": "ok", "error_message": ""}
+        return json_response({**answer, "loaded_adapters": {body.lora_name: body.lora_path}})
 
     async def _load(self, body: LoadRequest, request: Request, *, in_place: bool) -> None:
         """Register an adapter and have it fetched. Raises as `register`."""

@@ -62,11 +62,11 @@ async def _run(pipeline: Pipeline, submit: m.Submit, body: m.Body, model: str, c
     mail = replies.subscribe([submit.rid], eager=False)
     ended = False
     try:
-        outcome, told = await bus.submit(
+        outcome, result = await bus.submit(
             submit.cls, [(submit, body)], max_queued=pipeline.settings.max_queued, quota=quota,
             usages=[usage],
         )  # fmt: skip
-        pipeline.admission.settle_again(load, quota, outcome, told)
+        pipeline.admission.settle_again(load, quota, outcome, result)
         while now_ms() < submit.deadline_ms:
             await mail.take(LOOK_S)
             facts = (await bus.requests([submit.rid]))[0]

@@ -76,7 +76,7 @@ class AdapterCache:
 
     @property
     def on_loaded(self) -> Callable[[], object] | None:
-        """What is called, from a job's thread, when `poll` has something to take in."""
+        """Callback, from a job's thread, when `poll` has new results."""
         return self._jobs.on_end
 
     @on_loaded.setter
@@ -227,7 +227,7 @@ class AdapterCache:
         return resident.num_bytes if resident is not None else 0, self.host.drop(digest)
 
     def _left_pool(self, digest: str) -> None:
-        """Forget what is known of an adapter only while it is in the pool."""
+        """Drop the data of an adapter that exists only while it is in the pool."""
         self.extras.pop(digest, None)
         self.invocations.pop(digest, None)
         self.tokens.pop(digest, None)
@@ -276,7 +276,7 @@ class AdapterCache:
         self.events.record(AdapterEvent(kind="resident", digest=end.digest, ms=ms, pool_bytes=num_bytes))
 
     def _take_staged(self, end: JobEnd, adapter: HostAdapter) -> LorafleetError | None:
-        """Keep an adapter that has come to the host, and go on with it if it was only prefetched.
+        """Store an adapter that has arrived in host memory, and continue its load unless it was only prefetched.
 
         Returns why it is not kept, if no pool could ever hold it: the next request must not fetch it again.
         """

@@ -65,7 +65,7 @@ class CopyStream:
         return allocated
 
     def wait_for_steps(self) -> None:
-        """Make what is launched here from now on wait for what the default stream has been given until now."""
+        """Make later launches on this stream wait for all work of the default stream so far."""
         self._stream.wait_stream(torch.cuda.default_stream(self._device))
 
     def use(self) -> AbstractContextManager[object]:

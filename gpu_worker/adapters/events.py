@@ -47,7 +47,7 @@ class AdapterEvents:
         self._uses.append((digest, resident))
 
     def take(self) -> tuple[list[AdapterEvent], dict[str, AdapterUse]]:
-        """Return what was recorded since the last call: the events, and the use of each adapter by digest.
+        """Return the records since the last call: the events, and the use of each adapter by digest.
 
         Merges that requests ask for have no name under which anybody could read their use, and there may be any number.
         """

@@ -66,7 +66,7 @@ class EncoderEngine(BaseEngine):
     # ------------------------------------------------------------ a step
 
     def step(self) -> list[TokenOutput]:
-        """Compute one batch. Returns what it made of each request that ended."""
+        """Compute one batch. Returns the outputs of requests that ended."""
         self.meter.start()
         self._collect_adapters()
         batch = self._plan()

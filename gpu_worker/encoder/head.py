@@ -27,7 +27,7 @@ class _Output(BaseModelOutputWithPooling):
 
 
 class _Computed(nn.Module):
-    """In the place of a body: returns hidden states [S, L, D] that are known, with what the body's pooler makes."""
+    """Replaces a body: returns given hidden states [S, L, D], with the output of the body's pooler."""
 
     def __init__(self, body: Any) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _Computed(nn.Module):
 
 
 class _NoPooler(nn.Module):
-    """In the place of a body's pooler, which runs with the head: what it returns is not used."""
+    """Replaces a body's pooler, which runs with the head; its output is not used."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden

@@ -43,7 +43,7 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def step(self) -> list[TokenOutput]:
-        """Compute one batch. Returns what it made of each request that got a token or ended."""
+        """Compute one batch. Returns the outputs of requests that got a token or ended."""
 
     @abstractmethod
     def stats(self) -> EngineStats:
@@ -74,7 +74,7 @@ class BaseEngine(ABC):
         self.adapters.prefetch(digest)
 
     def wake_with(self, wake: Callable[[], object]) -> None:
-        """Have `wake` called, from any thread, when something has come that a step may go on with."""
+        """Set `wake`, called from any thread when new input lets a step proceed."""
         self.adapters.on_loaded = wake
 
     def close(self) -> None:
@@ -93,7 +93,7 @@ class BaseEngine(ABC):
 
     @abstractmethod
     def _drop(self, rid: str) -> None:
-        """Forget a request, if it is held, and free what it holds."""
+        """Forget a request, if it is held, and free its memory."""
 
     @abstractmethod
     def _waiting(self) -> Iterable[EngineRequest]:

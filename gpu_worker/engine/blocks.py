@@ -66,7 +66,7 @@ class BlockPool:
             self._refs[block] += 1
 
     def allocate(self, num: int) -> list[int]:
-        """Return `num` free blocks, the least recently used, each with one reference; what they held is forgotten.
+        """Return `num` free blocks, the least recently used, each with one reference; their cached content is dropped.
 
         In ascending order: attention reads a table's blocks one after the other, and a core fetches ahead upwards (of
         blocks in descending order, as `release` leaves a chain's, half as fast). Raises ValueError if there are fewer.

@@ -253,7 +253,7 @@ class Engine(BaseEngine):
         return max(MASK_WAIT_S, MASK_WAIT_SHARE * self.meter.elapsed_s)
 
     def _settle(self, flight: Flight, sampled: Sampled | None) -> int:
-        """Append the chosen tokens, end what they end, and put them out. Returns how many they are."""
+        """Append the chosen tokens, finish ended sequences, and emit them. Returns their number."""
         num_output = row = 0
         for seq in flight.ready:
             assert sampled is not None

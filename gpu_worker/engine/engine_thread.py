@@ -88,7 +88,7 @@ class EngineThread:
         self._command(self.engine.finish_start)
 
     def submit(self, request: EngineRequest) -> None:
-        """Give the engine a request. What is wrong with it comes out as its error."""
+        """Give the engine a request. Its errors are emitted as output."""
         self._command(lambda: self.engine.add(request))
 
     def cancel(self, rids: Sequence[str]) -> None:

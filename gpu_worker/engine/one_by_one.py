@@ -105,7 +105,7 @@ class OneByOneRunner(Runner):
     def _pass(
         self, seq: Sequence, kept: Kept | None, first: int, behind: int, wanted: list[int]
     ) -> tuple[Tensor, Kept]:
-        """Run the pass of the tokens [first, behind); return logits of `wanted`, at least one row, and what is kept."""
+        """Run the pass of the tokens [first, behind); return logits of `wanted`, at least one row, and the cache."""
         step = StepRows.after([seq], [first], [behind - first])
         slots, scales = step.adapters()
         rows = np.array(wanted or [first]) - first

@@ -1,4 +1,4 @@
-"""Requests for an embedding or for scores: what is kept of a text's hidden states, and what is made of them at its end.
+"""Requests for an embedding or for scores: accumulating a text's hidden states, and the result at its end.
 
 Such a request runs as any other prompt does, in the same steps, and ends where its prompt ends: no token is sampled.
 """

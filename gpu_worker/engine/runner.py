@@ -33,7 +33,7 @@ from protocol.wire.errors import BadRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
-    """What is to be computed in one step, and what its rows of logits are."""
+    """The inputs of one step, and the meaning of its rows of logits."""
 
     ready: list[Sequence]  # sequences whose next token can be chosen: theirs are the first rows, in this order
     prompt_rows: list[PromptRows] = field(default_factory=list[PromptRows])  # prompts whose rows follow

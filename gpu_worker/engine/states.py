@@ -35,7 +35,7 @@ def worth_saving(num_prompt: int, first: int, end: int, *, with_output: bool = T
 
 
 class StatePool:
-    """Slots 0 … num_slots - 1. What is saved is reused in LRU order, when a slot is needed."""
+    """Slots 0 … num_slots - 1. Saved states are evicted in LRU order, when a slot is needed."""
 
     def __init__(self, num_slots: int, *, saves_outputs: bool = True) -> None:
         """saves_outputs: whether the state after an output is that of a prompt with the same tokens."""
@@ -118,7 +118,7 @@ class StatePool:
         return saves
 
     def complete(self, seq: Sequence, num_new: int, saves: Mapping[int, int]) -> None:
-        """Note that a sequence's next tokens are computed: it goes on from the states left, and the saved are found.
+        """Record that a sequence's next tokens are computed: it continues from them, and saved states can be found.
 
         num_new: 0 if they were taken back, because the mask for the token after them is late.
         """
@@ -136,7 +136,7 @@ class StatePool:
                 seq.state_saved = hash_
 
     def end_step(self) -> None:
-        """Note that a step has read what it had to."""
+        """Record that a step has read its states."""
         self._read.clear()
 
     def check_integrity(self, held: Iterable[int]) -> None:

@@ -30,7 +30,7 @@ all steps had one size, what more of anything costs was not known, and of the fi
 
 _SCALE = np.array([1.0, 1e3, 1e5, 1e3, 10.0])  # usual sizes of the five terms: keeps the equations well conditioned
 _RIDGE = 1e-6
-"""Relative weight of what was known before: of terms that recent steps leave open it stays."""
+"""Relative weight of the previous fit, which decides terms that recent steps do not determine."""
 
 Phase = Literal["plan", "inputs", "forward", "sample", "finish"]
 

@@ -15,7 +15,7 @@ RESIDENT = "resident"
 
 @dataclass(slots=True)
 class _Times:
-    """Times of one request, in seconds since it was taken, below 0 for what has not happened."""
+    """Times of one request, in seconds since it was taken, below 0 for events that have not happened."""
 
     taken_s: float  # unix time
     digest: str

@@ -226,7 +226,7 @@ class AdaptableModule:
         return run_with(self.module, own, *args, **kwargs)
 
     def _agrees(self, call: ExpertsCall, group: ExtraRows, out: Any) -> bool:
-        """Return whether the module makes of rows what it has made of them, with the experts alone that they go to."""
+        """Return whether the module gives the same outputs for these rows when it runs with only their experts."""
         found = tensors_in(call.run([], 1.0))
         expected = [
             part.index_select(dim, group.active) for dim, part in zip(self.layout.outs, tensors_in(out), strict=True)

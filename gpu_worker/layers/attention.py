@@ -221,7 +221,7 @@ def make_layers(calls: list[AttentionCall], context: StepContext, impl: ops.Impl
 
 
 def bound_to(module: nn.Module) -> PagedLayer | LoopedAttention | AttentionRecorder | None:
-    """Return what is bound to a module, None if nothing is."""
+    """Return the object bound to a module, None if there is none."""
     return module.__dict__.get(_SLOT)
 
 

@@ -78,7 +78,7 @@ _attend = switch("lightning_attention", LightningAttention, attend, attend_one)
 
 
 def install_lightning(model: nn.Module) -> None:
-    """Let a model's lightning attention run in packed steps; without a cache it computes what it did."""
+    """Let a model's lightning attention run in packed steps; without a cache it is unchanged."""
     for layer in model.modules():
         if all(hasattr(layer, name) for name in PARTS) and "forward" not in vars(layer):
             layer.forward = _forward(layer, layer.forward)

@@ -54,7 +54,7 @@ class RecordedMasks:
 
 @contextmanager
 def record_masks() -> Iterator[RecordedMasks]:
-    """Make transformers build masks for our attention, and record what they hide."""
+    """Make transformers build masks for our attention, and record which keys they hide."""
     masks = RecordedMasks()
 
     def make(q_length: int, kv_length: int, mask_function: Any, device: Any, **_: Any) -> Tensor:

@@ -336,7 +336,7 @@ FUNCTIONS: dict[str, tuple[type[MixerCall], str]] = {
     "mamba2_chunk_scan": (ChunkScan, "mamba2_selective_state_update"),
     "mamba_selective_scan": (SelectiveScan, "mamba_selective_state_update"),
 }
-"""Transformers' functions for several tokens -> what they are here, and its function for one token."""
+"""Transformers' functions for several tokens -> their replacements, and its function for one token."""
 
 
 def _bind(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

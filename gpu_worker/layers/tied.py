@@ -20,7 +20,7 @@ class TiedEmbedding(nn.Embedding):
     """An embedding without memory of its own. Its `weight` has shape and dtype alone."""
 
     def __init__(self, embedding: nn.Embedding, packed: ops.PackedLinear) -> None:
-        """embedding: what it takes the place of, which may scale its rows. packed: its weight, bit for bit."""
+        """embedding: the module to replace, which may scale its rows. packed: its weight, bit for bit."""
         num, width = embedding.weight.shape
         super().__init__(num, width, _weight=embedding.weight.detach().to("meta"), _freeze=True)
         self.embed_scale = getattr(embedding, "embed_scale", None)

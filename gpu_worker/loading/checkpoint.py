@@ -1,4 +1,4 @@
-"""Reads a model folder as a Hugging Face model, or raises one line that says what is wrong with it."""
+"""Reads a model folder as a Hugging Face model, or raises a one-line error."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ CLASSES: Mapping[Task, Any] = {
     "generate": AutoModelForCausalLM, "embed": AutoModel, "classify": AutoModelForTokenClassification,
     "score": AutoModelForSequenceClassification,
 }  # fmt: skip
-"""The class that loads a model for what it is to do."""
+"""The class that loads a model for its task."""
 
 QUANTISATIONS = {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"}
 
@@ -262,7 +262,7 @@ def one_line(error: BaseException) -> str:
 
 
 def refusal(module: PreTrainedModel, reasons: list[str]) -> BadRequest:
-    """Return the refusal of a model for what it has, each reason being a noun phrase."""
+    """Return the refusal of a model; each reason is a noun phrase."""
     return BadRequest(f"model type {module.config.model_type} cannot be served: it has {'; '.join(reasons)}")
 
 

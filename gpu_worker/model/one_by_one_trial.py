@@ -27,7 +27,7 @@ NUM_LAST_TOKENS = 16
 """Tokens of the long text that are no part of its first chunk."""
 
 WAYS: tuple[Continues, ...] = ("chunks", "tokens", "nothing")
-"""Ways to go on from a cache, the fastest first."""
+"""Ways to continue from a cache, the fastest first."""
 
 
 def find_passes(

@@ -115,7 +115,7 @@ def prepare_model(
 
 
 def _ask(module: PreTrainedModel) -> tuple[LogitsCheck, int]:
-    """Ask the untouched model. Returns what it says, and the width of its hidden states (0: they cannot be had)."""
+    """Run the unmodified model. Returns its outputs, and the width of its hidden states (0: not available)."""
     decoder = decoder_of(module)
     watched = nullcontext([]) if decoder is None else hidden_states(decoder)
     with refuse_what_cannot_run(module), torch.inference_mode(), watched as hidden:

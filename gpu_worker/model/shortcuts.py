@@ -1,4 +1,4 @@
-"""Finds the blocks that most decoders share and puts `blocks` in their place.
+"""Finds the blocks that most decoders share and replaces them by `blocks`.
 
 A block is recognised by what it is made of, never by its model's name, and replaced only after the replacement has
 computed what the original computes, on the original's own input, at this start or an earlier one. What is not
@@ -225,7 +225,7 @@ def _plain_decoder(holder: nn.Module, stack: LayerStack, found: _Found, max_posi
 
 
 class _StackedHolder:
-    """The module around a list of layers, with a stack in the layers' place while it runs."""
+    """The module around a list of layers, which a stack replaces while it runs."""
 
     def __init__(self, holder: nn.Module, layers: list[nn.Module], stack: LayerStack) -> None:
         self.holder = holder
@@ -233,7 +233,7 @@ class _StackedHolder:
         self._stack = stack
 
     def install(self) -> None:
-        """Put the stack in the place of the first layer; the others pass on what it returns."""
+        """Replace the first layer by the stack; the others pass on its output."""
         self._layers[0].forward = self._stack.forward
         for layer in self._layers[1:]:
             layer.forward = _pass_on

@@ -43,7 +43,7 @@ class Trial:
 
 
 def run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
-    """Run a few tokens through a causal LM whose attention is ours, and record what is called.
+    """Run a few tokens through a causal LM with our attention, and record the calls.
 
     keeps_logits: whether its forward takes logits_to_keep.
     """
@@ -60,7 +60,7 @@ def run_trial(module: PreTrainedModel, keeps_logits: bool) -> Trial:
 
 
 def run_encoder_trial(module: PreTrainedModel) -> Trial:
-    """Run a few tokens through an encoder whose attention is ours, and record what is called, masks included."""
+    """Run a few tokens through an encoder with our attention, and record the calls, masks included."""
     trial = _watch(module, NUM_TOKENS, NUM_HEAD_ROWS, keeps_logits=False)
     _watch_again(module, trial, keeps_logits=False)
     return trial

@@ -9,7 +9,7 @@ from typing import Literal
 from protocol.wire.errors import BadRequest
 
 Continues = Literal["chunks", "tokens", "nothing"]
-"""How a model goes on from its own cache: with any number of tokens, with one at a time, or not at all.
+"""How a model continues from its own cache: with any number of tokens, with one at a time, or not at all.
 
 A model that does not go on computes a text's tokens again for each new one.
 """

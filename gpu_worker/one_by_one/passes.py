@@ -77,7 +77,7 @@ class Passes:
         return logits, Kept(kept.end + len(ids), results, attributes)
 
     def learn(self, run: Callable[[], Kept]) -> None:
-        """Find out what is kept where. run: makes a pass from a text's beginning, and returns what that keeps."""
+        """Find the model's caches. run: runs a pass from a text's beginning, and returns its caches."""
         if not run().results:
             self._given = next((name for name in CACHE_NAMES if name in self._names), "")
         run()

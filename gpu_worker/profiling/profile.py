@@ -56,7 +56,7 @@ OPERATIONS = {
 """Names in torch's profiler -> ours; other operations keep the names they have there."""
 
 OnProgress = Callable[[str, int, int], object]
-"""Called with what is being done, how much of it is done, and how much there is; 0 of 0 where that is unknown."""
+"""Progress callback: the current activity, its done and total amounts; 0 of 0 where these are unknown."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from protocol.runtime.model_files import QUANTISED_INDEX
 from protocol.wire.errors import BadRequest
 
 FORMAT = 1
-"""Version of what is written. Part of the names of cached folders, so that no version reads another's."""
+"""Version of the file format. Part of the names of cached folders, so that no version reads another's."""
 
 ALIGNMENT = 64
 

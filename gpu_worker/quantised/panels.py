@@ -36,7 +36,7 @@ class Panels(msgspec.Struct, frozen=True):
 
 
 class KeptPanels:
-    """The packed weights of a folder. As a context, what was packed meanwhile is written at its end."""
+    """The packed weights of a folder. As a context manager, it writes newly packed weights at its end."""
 
     def __init__(self, folder: Path, weights: Path) -> None:
         """weights: the file that they come from."""

@@ -70,7 +70,7 @@ def quantised_folder(
 
 
 def _key(folder: Path, files: list[Path], quantization: str) -> str:
-    """Return the name of what is made of a folder: of its files, their sizes and times, and how they are quantised.
+    """Return the cache name of a quantised folder: a hash of its files, their sizes and times, and the quantisation.
 
     A file of the Hub's cache is a link to one that is named by its content.
     """

@@ -48,7 +48,7 @@ class TokenCounts:
                 self._count(token, 1)
 
     def copy(self) -> TokenCounts:
-        """Return counts that go on by themselves."""
+        """Return an independent copy of the counts."""
         own = copy.copy(self)
         own._places, own._ids, own._counts = self._places.copy(), self._ids.copy(), self._counts.copy()
         return own
@@ -91,7 +91,7 @@ class Adjustment:
         return cls(sampling, prompt) if changes else None
 
     def copy(self) -> Adjustment:
-        """Return an adjustment for a text that may not come true, which goes on by itself."""
+        """Return an independent copy of the adjustment, for a speculative text."""
         own = copy.copy(self)
         own._of_output = None if self._of_output is None else self._of_output.copy()
         own._of_text = None if self._of_text is None else self._of_text.copy()

@@ -149,7 +149,7 @@ class GrammarMatcher:
                 self._failure = BadRequest("the output's grammar cannot be satisfied: no token can begin it")
 
     def check(self) -> None:
-        """Raise why the output cannot go on, if it cannot."""
+        """Raise the error that stops the output, if any."""
         if self._failure is not None:
             raise self._failure
         if self.state.is_error():
@@ -202,7 +202,7 @@ def _has(mask: np.ndarray, id_: int) -> bool:
 
 
 MatcherRow = tuple[GrammarMatcher, list[int]]
-"""A matcher, and the draft tokens that follow what it has seen."""
+"""A matcher, and the draft tokens that follow its consumed tokens."""
 
 
 class Grammars:
@@ -234,7 +234,7 @@ class Grammars:
         self._filler = MaskFiller(lambda: self.on_ready())
 
     def close(self) -> None:
-        """Compile and fill nothing more; does not wait for what is in progress."""
+        """Stop compiling and filling; does not wait for running work."""
         self._closed.set()
         self._compilers.shutdown(wait=False, cancel_futures=True)
         self._builder.shutdown(wait=False, cancel_futures=True)

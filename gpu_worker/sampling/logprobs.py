@@ -26,7 +26,7 @@ class LogprobRows:
         self, logprobs: Tensor, ids: Tensor, num_top: Sequence[int], listed: Sequence[Sequence[int]] = (),
         *, ranks: bool = False,
     ) -> None:  # fmt: skip
-        """Launch what is needed of `logprobs`, fp32 [n, V]; the host does not wait.
+        """Launch the requested parts of `logprobs`, fp32 [n, V]; the host does not wait.
 
         ids: int64 [n] on the same device, the tokens chosen. num_top: for each row, how many of the most likely tokens
         to list. listed: for each row, the tokens that are listed after these, whatever their logprobs; empty: none.

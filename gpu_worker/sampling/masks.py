@@ -51,7 +51,7 @@ class MaskCost:
 
     @property
     def error(self) -> BadRequest | None:
-        """Why the request cannot go on, None if it can."""
+        """The error that stops the request, None if there is none."""
         if self.spent_s <= self._max_s:
             return None
         return BadRequest(
@@ -96,7 +96,7 @@ class MaskFiller:
         self._executor: LLExecutor | None = None
 
     def close(self) -> None:
-        """Fill nothing more; does not wait for what is being filled."""
+        """Stop filling; does not wait for running work."""
         for pool in (self._proven, self._new, self._slow):
             pool.shutdown(wait=False, cancel_futures=True)
 

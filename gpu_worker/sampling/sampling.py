@@ -80,7 +80,7 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The tokens chosen, on the device, and what they were chosen from."""
+    """The chosen tokens, on the device, and the logits they were chosen from."""
 
     ids: Tensor  # int64 [n]
     finite: Tensor  # bool [n], as in `Sampled`

@@ -204,7 +204,7 @@ class Worker:
         self.engine.stop()
 
     async def _requeue_all(self) -> bool:
-        """Queue again what was assigned to this worker, also what comes in meanwhile, then close its stream.
+        """Requeue all requests assigned to this worker, also those that arrive meanwhile, then close its stream.
 
         Returns False when some of it can only be ended, which is for the scheduler to do.
         """
@@ -236,7 +236,7 @@ class Worker:
     # ------------------------------------------------------------ in
 
     async def _intake(self) -> None:
-        """Read assignments and orders, and do what they say, no faster than the engine takes them."""
+        """Read and execute assignments and orders, no faster than the engine accepts them."""
         keys = self.bus.keys
         await asyncio.wrap_future(self.engine.room())
         found = await self.bus.streams.read(dict(self._last_ids), block_ms=5000)

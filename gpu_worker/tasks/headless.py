@@ -39,7 +39,7 @@ def has_no_lm_head(architecture: str) -> bool:
 def read_decoder(
     folder: Path, device: torch.device, dtype: torch.dtype, score_tokens: str = ""
 ) -> tuple[PreTrainedModel, ModelTasks]:
-    """Load a folder's decoder, and what it is asked for. Raises BadRequest in one line.
+    """Load a folder's decoder for its task. Raises BadRequest in one line.
 
     score_tokens: see `read_score_tokens`.
     """

@@ -1,4 +1,4 @@
-"""`lorafleet bench` puts load on a server and reports what it measured."""
+"""`lorafleet bench` benchmarks a server and reports the results."""
 
 import argparse
 import os

@@ -155,7 +155,7 @@ def start_embedded(
     folder: Path, *, durable: bool = True, guarded: bool = False, lock_s: float = LOCK_S, max_bytes: int = 0,
     console_keys: bool = False,
 ) -> EmbeddedServer:  # fmt: skip
-    """Start a server with its data in `folder`. The parameters and what it raises are those of `EmbeddedServer`."""
+    """Start a server with its data in `folder`. The parameters and errors are those of `EmbeddedServer`."""
     server = EmbeddedServer(
         folder, durable=durable, guarded=guarded, lock_s=lock_s, max_bytes=max_bytes, console_keys=console_keys
     )

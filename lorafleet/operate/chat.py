@@ -116,7 +116,7 @@ class Chat:
 
 
 def _lines() -> Iterator[str]:
-    """Yield what is typed, or piped, until its end."""
+    """Yield lines of the terminal or a pipe, until their end."""
     while True:
         try:
             yield input("> ") if sys.stdin.isatty() else input()

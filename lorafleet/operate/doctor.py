@@ -166,7 +166,7 @@ def weight_bytes(model: Path) -> int | None:
 
 
 def free_memory_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Return the bytes of memory that a new process may take: what is free of this machine's, or of the container's."""
+    """Return the bytes of memory that a new process may take: the free memory of this machine or the container."""
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
         return min(int(lines["MemAvailable"].split()[0]) * 1024, memory_bytes())

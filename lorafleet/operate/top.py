@@ -23,7 +23,7 @@ from lorafleet.tables import part_text, size_text
 FLEET = "/v1/fleet"
 
 Sample = dict[str, Any]
-"""What was asked at one moment: `s` (monotonic), `fleet` and `workers`, as the API answers them."""
+"""A sample: its time `s` (monotonic), and the API's answers `fleet` and `workers`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,7 +23,7 @@ _NAMED = re.compile(
 _USUAL = (".lora_A.weight", ".lora_B.weight")
 """Ends of names, of which most files have no others."""
 _WITH_WEIGHT = ("lora_A", "lora_B")
-"""What is a module with a weight of its own; the rest are parameters, or `modules_to_save`."""
+"""Kinds of modules with their own weight; the rest are parameters, or `modules_to_save`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""A service's `/metrics`: Prometheus's text, or OpenMetrics with exemplars for who asks for it."""
+"""A service's `/metrics`: Prometheus's text, or OpenMetrics with exemplars on request."""
 
 from __future__ import annotations
 

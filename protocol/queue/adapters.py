@@ -89,7 +89,7 @@ def _readable(raw: bytes | None, kind: type[R]) -> R | None:
 
 @dataclass(frozen=True, slots=True)
 class CatalogueNews:
-    """What has happened to the catalogue since a look at it."""
+    """Changes of the catalogue since a given event."""
 
     run_id: str  # run id of the server
     num_names: int
@@ -135,7 +135,7 @@ class Adapters:
         return found if tenant is None else [alias for alias in found if alias.tenant in ("", tenant)]
 
     async def stamp(self) -> bytes:
-        """Return what is another one after each change of the catalogue; b"" if no store has written one yet."""
+        """Return the catalogue's stamp, which each change replaces; b"" if no store has written one yet."""
         return await self._redis.get(self._keys.adapters_stamp) or b""
 
     async def some(self) -> AsyncIterator[list[m.Alias]]:
@@ -236,7 +236,7 @@ class Adapters:
     # ------------------------------------------------------------ pins and use
 
     async def pins(self) -> dict[str, str]:
-        """Return the names that are to stay in workers' pools, and who asked for it: "settings" or "api"."""
+        """Return the pinned names, and the origin of each pin: "settings" or "api"."""
         return {name.decode(): by.decode() for name, by in (await self._redis.hgetall(self._keys.pins)).items()}
 
     async def pin(self, name: str, by: str) -> None:
@@ -290,7 +290,7 @@ class Adapters:
         )
 
     async def publish(self, published: Iterable[tuple[m.Alias, m.AdapterRecord | None]]) -> None:
-        """Write names and the records of what they stand for, all at once."""
+        """Write names and the records that they refer to, atomically."""
         pipe = self._redis.pipeline(transaction=True)
         for alias, record in published:
             if record is not None:
@@ -344,7 +344,7 @@ class Adapters:
         return bool(await self._redis.set(self._keys.fetching(field), "1", nx=True, px=ttl_ms))
 
     async def renew_leases(self, fields: Iterable[str], ttl_ms: int) -> None:
-        """Go on fetching these names for `ttl_ms` from now."""
+        """Continue to fetch these names for `ttl_ms` from now."""
         pipe = self._redis.pipeline(transaction=False)
         for field in fields:
             pipe.pexpire(self._keys.fetching(field), ttl_ms)

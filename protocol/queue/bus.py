@@ -409,7 +409,7 @@ class Bus:
         return found
 
     async def work_of(self, wid: str) -> list[m.Assigned]:
-        """Return everything on a worker's stream: at least what it has not ended. Unreadable entries are rejected."""
+        """Return everything on a worker's stream: at least its unfinished requests. Unreadable entries are rejected."""
         stream = self.keys.work(wid)
         items: list[m.Assigned] = []
         for entry in await self.streams.entries(stream):
@@ -420,7 +420,7 @@ class Bus:
         return items
 
     async def holder(self, rid: str) -> Holder:
-        """Return who has a request now, and which adapter it wants; all empty when it is unknown."""
+        """Return a request's current owner and its adapter; all empty when it is unknown."""
         found = await self._redis.hmget(self.keys.req(rid), "state", "owner", "digest")
         return Holder(*((value or b"").decode() for value in found))
 

@@ -201,7 +201,7 @@ class _Process:
             future.set_exception(Internal(f"cannot receive an adapter from the loader process: {error!r}"))
 
     def _content(self, message: Fetched | Packed | Failed, fd: int | None) -> FetchedAdapter | Rows:
-        """Return what the loader's process has answered. Raises what it says, or that it cannot be mapped."""
+        """Return the loader process's answer. Raises its error, or that its memory cannot be mapped."""
         if isinstance(message, Failed):
             raise _rebuild(message)
         assert fd is not None

@@ -45,7 +45,7 @@ Allocate = Callable[[int], Any]
 
 
 Turn = Callable[[int], AbstractContextManager[object]]
-"""Returns what is entered for checking an adapter with weights of so many bytes, which takes the processor."""
+"""Returns the lock for checking an adapter with weights of so many bytes, which is CPU-bound."""
 
 
 class StoreClient:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class FifoLock:
-    """Lets one thread at a time go on, of those that wait the one with the lowest number.
+    """Lets one thread at a time proceed: the waiting one with the lowest number.
 
     Threads that share a core all end late, when the last of them could. One after another half of them end early.
     """

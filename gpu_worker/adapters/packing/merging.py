@@ -75,7 +75,7 @@ class _Factor:
     weight: float
 
     def delta(self, *, transposed: bool) -> Tensor:
-        """Return what it adds to the weight [out, in], or to the transposed weight."""
+        """Return its delta of the weight [out, in], or of the transposed weight."""
         product = self.b @ self.a
         return (product.T if transposed else product) * self.scale
 

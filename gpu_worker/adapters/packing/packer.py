@@ -155,7 +155,7 @@ class Packer:
         )
 
     def pack_spec(self, digest: str, spec: AdapterSpec, get: GetTensor) -> HostAdapter:
-        """Pack what has been read. get: returns the spec's tensors by name. Raises AdapterRefused."""
+        """Pack an adapter's tensors. get: returns the spec's tensors by name. Raises AdapterRefused."""
         if spec.rank > MAX_RANK:
             raise AdapterRefused([f"rank {spec.rank} is over this worker's limit of {MAX_RANK}"])
         by_name = {site.name: site for site in self.sites}

@@ -256,7 +256,7 @@ class RowPacker:
 
 
 def _refuse(bad: Iterable[str], dtype: str) -> None:
-    """Raise AdapterRefused if there are names of what is not finite in a dtype."""
+    """Raise AdapterRefused if any names of tensors that are not finite in a dtype are given."""
     if names := list(dict.fromkeys(bad)):
         raise AdapterRefused([f"numbers that are not finite in {dtype}: {', '.join(names[:5])}"])
 

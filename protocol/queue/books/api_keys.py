@@ -21,13 +21,13 @@ from protocol.wire.errors import BadRequest, NotFound
 from protocol.wire.keys import Keys
 
 PREFIX = "sk-lf-"
-"""Prefix of every key: it tells a key from a token for an adapter's source, and a reader what was found."""
+"""Prefix of every key: it distinguishes keys from tokens for adapter sources, and identifies leaked keys."""
 
 Scope = Literal["infer", "adapters", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 RESERVED = ("public",)
-"""Tenants that own what is made while API keys are off."""
+"""Owners of objects created while API keys are off."""
 
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NUM_SECRET_BYTES = 32

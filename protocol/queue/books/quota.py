@@ -23,7 +23,7 @@ class Quota:
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """What is left of one limit."""
+    """The rest of one limit."""
 
     limit: int
     remaining: int

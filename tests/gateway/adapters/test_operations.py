@@ -298,7 +298,7 @@ async def test_orders_that_make_no_sense(subtests: pytest.Subtests, fleet: Fleet
         ({"name": "a", "source": "org/a", "wait": 3}, "wait"),
         ({"name": "a", "source": "a\0b"}, "not an adapter source"),
         ({"name": "a", "source": "org/a", "wait_s": -1}, "wait_s"),
-        ({"name": "a:b", "source": "org/a"}, "cannot be"),
+        ({"name": "a:b", "source": "org/a"}, "is not a valid adapter name"),
     ]:
         with subtests.test(body=body, part=part):
             assert part in (await fleet.do("POST", "/v1/adapters", 400, body))["error"]["message"]

@@ -57,7 +57,7 @@ async def test_errors_of_the_request(http: httpx2.AsyncClient, fleet: ScriptedFl
     assert "nobody" in error["message"]
     refused(await http.post(COUNT, json={**ASKED, "model": "nobody"}), 404, "not_found_error")
     error = refused(await http.post(f"{PATH}/batches", json={}), 404, "not_found_error")
-    assert "one by one" in error["message"]
+    assert "send each to" in error["message"]
     refused(await http.get(PATH), 405, "invalid_request_error")
     error = refused(await http.post(PATH, content=b"{", headers={"content-type": "application/json"}), 400,
                     "invalid_request_error")  # fmt: skip

@@ -54,7 +54,7 @@ async def test_thousands_of_rows_are_listed_by_making_few(bus: Bus, fleet: Scrip
     await tab.page.get_by_role("searchbox").fill("tenant-3210")
     await tab.page.get_by_text("1 of 5,000 adapters").wait_for()
     await tab.page.get_by_role("button", name="tenant-3210/adapter").click()
-    await tab.page.get_by_role("dialog").get_by_text("at the store").wait_for()
+    await tab.page.get_by_role("dialog").get_by_text("on the store's disk").wait_for()
     await tab.page.keyboard.press("Escape")
     await tab.go("Requests and jobs")
     await tab.page.get_by_text("1,000 requests").wait_for()
