@@ -32,9 +32,10 @@ DEADLINE_SLACK_MS = 5000
 
 RECONNECT_S = 0.2
 
-TEXT_TOKENS, MATCHED_TOKENS = 1024, 128
+TEXT_TOKENS, MATCHED_TOKENS, REGEX_TOKENS = 1024, 128, 32
 """Tokens that are read from a log at a time, without logprobs: a millisecond's work or two, after which others have
-their turn. MATCHED_TOKENS: where stop strings are looked for in their text, a microsecond or two for each character."""
+their turn. MATCHED_TOKENS: where stop strings are looked for in their text, a microsecond or two for each character.
+REGEX_TOKENS: where expressions are, up to forty."""
 
 
 class ClientGoneError(Exception):
@@ -288,6 +289,8 @@ def log_limit(choice: Choice) -> int:
         return 0
     if choice.record_bytes:
         return choice.options.rows
+    if choice.options.sampling.stop_regex:
+        return REGEX_TOKENS
     return MATCHED_TOKENS if choice.options.stop else TEXT_TOKENS
 
 

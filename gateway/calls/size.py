@@ -46,6 +46,9 @@ GROWTH_BYTES = 1 << 14
 ENTRY_BYTES = 160
 """A `logit_bias` entry, an id of a list or a letter of a bad word, here and in the body that may be resubmitted."""
 
+REGEX_BYTES, SEARCH_BYTES = 1 << 19, 48 << 10
+"""The automaton of a call's `stop_regex` with the characters that it knows, and what each choice has of its own."""
+
 RECORDS = 3
 """How often logprobs are held, as bytes: as they came, to tell them to the queue again, and to be written."""
 
@@ -123,14 +126,17 @@ def call_bytes(options: Options, prompts: Sequence[Prompt], num_numbers: int = 0
     num_entries = len(given.logit_bias) + len(given.allowed_token_ids) + len(given.logprob_token_ids)
     num_bytes += ENTRY_BYTES * (num_entries + len(options.stop_token_ids) + sum(map(len, options.bad_words)))
     num_bytes += CHARACTER_BYTES * sum(map(len, options.stop))
+    if given.stop_regex:
+        num_bytes += REGEX_BYTES + num_choices * SEARCH_BYTES
     if options.tools is not None:
         num_bytes += LARGE_FACTOR * options.tools.num_bytes
     return num_bytes
 
 
 def gathers_text(options: Options) -> bool:
-    """Return whether an answer's text is held until its end."""
-    return not options.stream or options.by_token or options.output == "tokens" or options.tools is not None
+    """Return whether an answer's text is held until its end, or may be, as the beginning of a match."""
+    is_held = options.by_token or options.output == "tokens" or options.tools is not None
+    return not options.stream or is_held or bool(options.sampling.stop_regex)
 
 
 def texts_held(options: Options) -> int:

@@ -85,8 +85,9 @@ class GenerationRequest(JsonBody):
     guided_choice: Strings | None = None
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
-    regex: str | None = None  # this and the next are SGLang's
+    regex: str | None = None  # this and the next two are SGLang's
     ebnf: str | None = None
+    stop_regex: str | Strings | None = None
     lora_path: Name | None = None  # SGLang's: the adapter, where `model` names the base
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None  # this and what follows are vLLM's
     truncation_side: Literal["left", "right"] | None = None

@@ -43,6 +43,7 @@ from gateway.openai.openai_bodies import (
 from gateway.tools.definitions import Tools, tools_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from protocol.wire import stop_regex
 from protocol.wire.errors import BadRequest
 from protocol.wire.keys import BATCH, INTERACTIVE
 from protocol.wire.messages.requests import SEED_BITS
@@ -344,6 +345,7 @@ def _sampling(request: GenerationRequest, num_logprobs: int | None, prompt_logpr
         prompt_logprobs=prompt_logprobs,
         min_tokens=given(request.min_tokens, 0),
         ignore_eos=bool(request.ignore_eos or request.ignore_eos_token),
+        stop_regex=stop_regex.checked(request.stop_regex),
     )
 
 

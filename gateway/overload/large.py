@@ -197,9 +197,9 @@ PLAIN_BYTES = 1 << 14
 
 _FORMS = frozenset(
     {"tools", "response_format", "structured_outputs", "format", "text", "output_config", "grammar", "parameters",
-     "guided_json", "guided_regex", "guided_choice", "guided_grammar", "regex", "ebnf", "json_schema"}
+     "guided_json", "guided_regex", "guided_choice", "guided_grammar", "regex", "ebnf", "json_schema", "stop_regex"}
 )  # fmt: skip
-"""Fields of any API's bodies that say, or whose fields say, which form an answer has."""
+"""Fields of any API's bodies that say, or whose fields say, which form an answer has, or what ends it."""
 
 
 class Checks:

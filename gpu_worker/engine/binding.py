@@ -70,7 +70,8 @@ class RequestBinder:
             seq.prompt_logprobs = PromptLogprobs(request.prompt, num_top)
         if self._max_draft_tokens:
             seq.drafter = Drafter(self._max_draft_tokens)
-        if request.digest and any(request.stop):  # the adapter may add tokens
+        reads_text = any(request.stop) or bool(request.sampling.stop_regex)
+        if request.digest and reads_text:  # the adapter may add tokens
             return seq, ""
         finish = self._apply_stop_rules(seq, self._tokens)
         if request.grammar and not request.digest and not finish:

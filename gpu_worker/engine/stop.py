@@ -1,4 +1,4 @@
-"""When a request ends: end-of-text tokens, stop tokens, stop strings, length."""
+"""When a request ends: end-of-text tokens, stop tokens, stop strings, expressions, length."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _NONE = np.empty(0, np.int64)
 class StopRules:
     """One request's stop rules, fed with every output token in order, those made before a resumption included.
 
-    Among the first `min_tokens` output tokens no stop token is sampled (see `banned`) and no stop string counts.
+    Among the first `min_tokens` output tokens no stop token is sampled (see `banned`), and no stop string counts and no
+    text that matches an expression.
     """
 
     def __init__(
@@ -23,15 +24,15 @@ class StopRules:
     ) -> None:
         """max_output: output tokens that end it. tokens: of its tokenizer, None if there is none.
 
-        Raises BadRequest where stop strings need a tokenizer that is missing or cannot decode.
+        Raises BadRequest where stop strings or expressions need a tokenizer that is missing or cannot decode.
         """
         self._rule = StopRule.of(request.stop, request.stop_token_ids, request.sampling, eos_ids)
         self._end_ids = np.array(sorted(self._rule.end_ids), np.int64)
         self._max_output = max_output
-        has_stops = any(self._rule.stop)
-        if has_stops and tokens is None:
-            raise BadRequest("this model has no tokenizer.json: stop strings cannot be served", param="stop")
-        self._output = OutputText(tokens, self._rule) if has_stops else None  # None: only ids and length end it
+        reads_text = self._rule.reads_text
+        if reads_text and tokens is None:
+            raise BadRequest("this model has no tokenizer.json: nothing that ends a text can be served", param="stop")
+        self._output = OutputText(tokens, self._rule) if reads_text else None  # None: only ids and length end it
         self._num_tokens = 0
 
     def banned(self, num_ahead: int = 0) -> np.ndarray:
@@ -40,7 +41,7 @@ class StopRules:
 
     @property
     def stop(self) -> str:
-        """The stop string that was found, or ""."""
+        """The stop string that was found, or the expression, or ""."""
         return (self._output.stop if self._output is not None else None) or ""
 
     def add(self, token: int) -> str:

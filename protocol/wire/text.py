@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from protocol.wire import messages as m
+from protocol.wire.stop_regex import Search, automaton_of
 from protocol.wire.tokens import Detokenizer, TokenTable
 
 
@@ -15,14 +16,21 @@ from protocol.wire.tokens import Detokenizer, TokenTable
 class StopRule:
     """Where the output of a request ends: the worker generates no further, and the gateway shows no more.
 
-    It ends before the first stop string in the text, and with the first token of `end_ids`; neither counts within the
-    first `min_tokens` tokens. The text is without special tokens unless the request wants them.
+    It ends before the first stop string in the text, or the first text that matches one of `stop_regex`, and with the
+    first token of `end_ids`; none counts within the first `min_tokens` tokens. The text is without special tokens
+    unless the request wants them.
     """
 
     stop: Sequence[str] = ()
     end_ids: frozenset[int] = frozenset()
     min_tokens: int = 0
     with_special: bool = False  # special tokens are part of the text
+    stop_regex: Sequence[str] = ()
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether something is looked for in the text."""
+        return any(self.stop) or bool(self.stop_regex)
 
     @classmethod
     def of(
@@ -32,7 +40,7 @@ class StopRule:
         end_ids = frozenset(stop_token_ids)
         if not sampling.ignore_eos:
             end_ids |= eos_ids
-        return cls(stop, end_ids, sampling.min_tokens, sampling.shows_special)
+        return cls(stop, end_ids, sampling.min_tokens, sampling.shows_special, sampling.stop_regex)
 
 
 class StopMatcher:
@@ -49,6 +57,11 @@ class StopMatcher:
         self._ends = tuple(self._sorted)  # as `str.endswith` takes them
         self._held = ""
         self.matched: str | None = None
+
+    @property
+    def ending(self) -> str:
+        """The text that has matched, "" if none has."""
+        return self.matched or ""
 
     def add(self, text: str) -> str:
         """Take new text; return the text that can be shown. Returns "" once `matched` is set."""
@@ -84,6 +97,58 @@ class StopMatcher:
         return rest
 
 
+class RegexMatcher:
+    """Finds the first text that matches an expression, or is a stop string, and holds back what may become one.
+
+    What is held back of a text depends on nothing but the text: on the place where the earliest match under way began.
+    """
+
+    def __init__(self, stops: Sequence[str], expressions: Sequence[str]) -> None:
+        """Begin a text. Raises BadRequest for expressions that are not served, see `stop_regex`."""
+        self._strings = StopMatcher(stops)
+        self._expressions = expressions
+        self._search = Search(automaton_of(tuple(expressions)))
+        self._held: list[str] = []
+        self._num_shown = 0  # characters given out, and below, of all that were read, those free of stop strings
+        self._num_free = 0
+        self.matched: str | None = None  # the stop string, or the expression
+        self.ending = ""  # the text that has matched
+
+    def add(self, text: str) -> str:
+        """Take new text; return the text that can be shown. Returns "" once `matched` is set."""
+        if self.matched is not None:
+            return ""
+        self._held.append(text)
+        self._num_free += len(self._strings.add(text))
+        self._search.add(text)
+        match, stop = self._search.match, self._strings.matched
+        if stop is not None and (match is None or self._num_free <= match.begin):
+            shown = self._release(self._num_free)
+            self.matched = self.ending = stop
+        elif match is not None:
+            shown = self._release(match.begin)
+            self.matched = self._expressions[match.expression]
+            self.ending = "".join(self._held)[: match.end - match.begin]
+        else:
+            return self._release(min(self._num_free, self._search.earliest))
+        self._held = []
+        return shown
+
+    def _release(self, end: int) -> str:
+        """Give out what is held of the text up to a place in it."""
+        num = end - self._num_shown
+        if not num:
+            return ""
+        text, self._num_shown = "".join(self._held), end
+        self._held = [text[num:]]
+        return text[:num]
+
+    def flush(self) -> str:
+        """Return the text still held back, after the last of the text."""
+        rest, self._held = "".join(self._held), []
+        return rest
+
+
 def overlap(text: str, stop: str) -> int:
     """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     for size in range(min(len(text), len(stop) - 1), 0, -1):
@@ -101,16 +166,16 @@ class OutputText:
     def __init__(
         self, tokens: TokenTable | None, rule: StopRule, *, shown: Mapping[int, str] = {}, includes_stop: bool = False
     ) -> None:
-        """tokens: None where no text is wanted, and there is no stop string to look for in it.
+        """tokens: None where no text is wanted, and there is nothing to look for in it.
 
         shown: special tokens that are written into the text, and how; stop strings are looked for without them. Of a
         text with all special tokens they are part already. includes_stop: what ended the text is shown, if it is text.
-        Raises BadRequest if ids of this tokenizer cannot be decoded.
+        Raises BadRequest if ids of this tokenizer cannot be decoded, and for expressions that are not served.
         """
-        assert tokens is not None or not any(rule.stop)
+        assert tokens is not None or not rule.reads_text
         self._detokenizer = None if tokens is None else Detokenizer(tokens, special=rule.with_special)
-        self._matcher = StopMatcher(rule.stop)
-        self._has_stops = any(rule.stop)
+        self._matcher = RegexMatcher(rule.stop, rule.stop_regex) if rule.stop_regex else StopMatcher(rule.stop)
+        self._reads_text = rule.reads_text
         self._min_tokens, self._end_ids = rule.min_tokens, rule.end_ids
         self._shown: Mapping[int, str] = {} if rule.with_special else shown
         self._includes_stop = includes_stop
@@ -123,7 +188,7 @@ class OutputText:
 
     @property
     def stop(self) -> str | None:
-        """The stop string that ended the text, if one did."""
+        """The stop string, or the expression, that ended the text, if one did."""
         return self._matcher.matched
 
     def add(self, ids: Iterable[int]) -> str:
@@ -146,11 +211,11 @@ class OutputText:
                 self._num_read += len(text)
                 if id_ in self._shown:
                     self._markers.append((self._num_read, self._shown[id_]))
-            if may_end and self._has_stops:
+            if may_end and self._reads_text:
                 text = self._matcher.add(text)
                 self.ended = self._matcher.matched is not None
                 if self.ended and self._includes_stop:
-                    text += self._matcher.matched or ""
+                    text += self._matcher.ending
             pieces.append(self._with_markers(text) if self._shown else text)
         return pieces[0] if len(pieces) == 1 else "".join(pieces)
 
@@ -161,8 +226,8 @@ class OutputText:
         self.ended = True
         rest = self._detokenizer.flush() if self._detokenizer is not None else ""
         text = self._matcher.add(rest) + self._matcher.flush()
-        if self._matcher.matched is not None and self._includes_stop:
-            text += self._matcher.matched
+        if self._includes_stop:
+            text += self._matcher.ending
         return self._shown_text(text)
 
     def _shown_text(self, text: str) -> str:

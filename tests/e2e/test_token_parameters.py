@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
+import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -241,3 +243,37 @@ async def test_generating_until_any_of_several_strings(http: httpx2.AsyncClient,
         answer = await post(http, name, prompt=[ids, ids], stop=stops, seed=1234, ignore_eos=True)
         assert [choice["text"] for choice in answer["choices"]] == [text[:cut]] * 2
         assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
+
+
+async def test_an_answer_ends_where_an_expression_matches(http: httpx2.AsyncClient, oracle: Oracle) -> None:
+    """Python's `re` says after which token of the answer without expressions, and before which text."""
+    ids = oracle.tokenizer(PROMPT)["input_ids"]
+    jobs: list[tuple[str, list[str], str]] = []
+    for name in NAMES:
+        answer = oracle.greedy(name, ids)
+        texts = [oracle.tokenizer.decode(answer[:num], skip_special_tokens=True) for num in range(NUM + 1)]
+        whole = texts[-1]
+        given = [
+            r"\w\W", r"[aeiou].?[^aeiou]", r"(\d|\s){2}", r"[^\w\s]", r"(.)(.){0,3}" + re.escape(whole[9:11]),
+            f"(?i){re.escape(whole[6:8].swapcase())}", re.escape(whole[3:5]) + r"[\s\S]*" + re.escape(whole[12:13]),
+            "never (there|here)",
+        ]  # fmt: skip
+        for expressions in [[one] for one in given] + [given]:
+            found = [[re.search(one, text) for one in expressions] for text in texts]
+            first = next((num for num, matches in enumerate(found) if any(matches)), NUM)
+            begin = min((match.start() for match in found[first] if match), default=None)
+            jobs.append((name, expressions, texts[first][:begin]))
+    assert len({text for _, _, text in jobs}) > len(jobs) // 3, "the expressions must cut at different places"
+
+    async def text_of(name: str, expressions: list[str], *, stream: bool) -> str:
+        body = {"model": name, "prompt": PROMPT, "temperature": 0, "max_tokens": NUM, "ignore_eos": True}
+        answer = await http.post("/v1/completions", json={**body, "stop_regex": expressions, "stream": stream})
+        assert answer.status_code == 200, answer.text
+        if not stream:
+            return answer.json()["choices"][0]["text"]
+        events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: {")]
+        return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+    for stream in (False, True):
+        answers = await asyncio.gather(*(text_of(name, given, stream=stream) for name, given, _ in jobs))
+        assert answers == [text for _, _, text in jobs]

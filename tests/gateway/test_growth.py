@@ -23,7 +23,7 @@ from gateway.tools.definitions import tools_of
 from gateway.tools.styles import HERMES, LLAMA, MISTRAL_WITH_IDS, QWEN_CODER, ToolStyle
 from gateway.tools.xml_calls import arguments_rules
 from protocol.runtime.settings import Settings
-from protocol.wire.text import StopMatcher
+from protocol.wire.text import RegexMatcher, StopMatcher
 
 SETTINGS = Settings(max_grammar_bytes=1 << 20)
 GRAMMAR, ANSWER, BODY = 1 << 16, 1 << 14, 1 << 18
@@ -193,7 +193,24 @@ def stops(stop: str, unit: str) -> Made:
     return made
 
 
+def expression(expression: str, unit: str) -> Made:
+    def made(size: int) -> Callable[[], object]:
+        text = filled(unit, size)
+
+        def read() -> None:
+            matcher = RegexMatcher([], [expression])
+            for at in range(0, len(text), 4):
+                matcher.add(text[at : at + 4])
+
+        return read
+
+    return made
+
+
 ANSWERS |= {
+    "an expression that never ends": expression("a[^\0]*\0", "a"),
+    "an expression that nearly ends": expression("a.{500}b", "a"),
+    "an expression that begins anew": expression("(a|b)*c", "ab\n"),
     "a message of many calls": message_of_calls,
     "a stop string that nearly comes": stops("a" * 1023 + "b", "a"),
     "a stop string of pairs": stops("ab" * 511 + "c", "ab"),

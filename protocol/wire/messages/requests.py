@@ -38,6 +38,7 @@ class Sampling(Wire, frozen=True):
     watermark: bool = False
     prompt_logprobs: int | None = None  # number of most likely tokens at each prompt token, for `Keys.plp`; None: none
     logprobs_of: Literal["model", "choice"] = "model"  # the model's own distribution, or the one drawn from
+    stop_regex: list[str] = []  # expressions, see `protocol.wire.stop_regex`: the text ends where one matches
 
     def of_choice(self, index: int) -> Sampling:
         """Return how a prompt's choice is sampled: by a seed of its own. The first keeps the client's, whatever n."""

@@ -27,6 +27,8 @@ from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, LorafleetError, Overloaded, Unavailable
+from protocol.wire.stop_regex import automaton_of
+from protocol.wire.text import RegexMatcher
 
 LONG = {"prompt": "the quick brown fox", "max_tokens": 200, "model": "base"}
 
@@ -147,6 +149,26 @@ def test_a_longer_answer_is_charged_more(n: int, new: int, top: int | None, stre
     assert of(n + 1, new, top) > whole
     assert of(n, new + 1, top) > whole
     assert of(n, new, 0 if top is None else top + 1) > whole
+
+
+def test_what_looks_for_expressions_takes_no_more_than_is_charged() -> None:
+    """In a stream, too: all of an answer may become a match."""
+    expressions = ["(?i)" + "".join(f"[{chr(97 + i % 26)}{chr(0x4E00 + i)}é]" for i in range(85))] * 2 + ["a[^z]*z"]
+    text = "".join(chr(0x4E00 + i) for i in range(300, 0, -1)) + "a" * 700
+    plain = Options(m.Sampling(), stream=True)
+    asked = Options(m.Sampling(stop_regex=expressions), stream=True)
+    charged = call_bytes(asked, [prompt_of(250)]) - call_bytes(plain, [prompt_of(250)])
+    automaton_of.cache_clear()
+    tracemalloc.start()
+    try:
+        matcher = RegexMatcher([], expressions)
+        shown = "".join(matcher.add(text[at : at + 4]) for at in range(0, len(text), 4))
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert matcher.matched is None
+    assert len(shown) <= 300
+    assert taken < charged
 
 
 def prompt_of(new: int) -> Prompt:

@@ -169,25 +169,33 @@ def test_nothing_waits_for_a_cold_adapter(running: Running) -> None:
     assert "cold" in running.thread.stats().resident
 
 
-def test_stop_strings_are_found_with_the_adapters_own_tokens(folder: Path) -> None:
+def test_what_ends_a_text_is_found_with_the_adapters_own_tokens(folder: Path) -> None:
     running = Running(folder)
     own = [AddedToken(i, f"word{i}", special=False) for i in range(running.served.vocab_size)]
     running.store.added = {"warm": own}
     running.thread.submit(request("plain", "warm"))
     running.ends({"plain"})
     ids = running.ids["plain"]
-    stop = [f"word{ids[1]}"]
     assert ids[1] != ids[0]
     wanted = {"own": "warm", "base": "", "other": "cold"}
-    for rid, digest in wanted.items():
-        running.thread.submit(request(rid, digest, stop=stop))
-    ends = running.ends(set(wanted))
-    assert {rid: end.finish for rid, end in ends.items()} == {"own": "stop", "base": "length", "other": "length"}
-    assert running.ids["own"] == ids[:2]
-    for num_known, num_new in ((1, 1), (2, 0)):  # with two, its last worker died before it said that this is the end
-        running.thread.submit(request("resumed", "warm", stop=stop, output=ids[:num_known]))
-        [end] = running.steps.get(timeout=60)
-        assert (end.finish, end.seq0, end.ids) == ("stop", num_known, ids[num_known:][:num_new])
+    ways: list[dict[str, Any]] = [
+        {"stop": [f"word{ids[1]}"]},
+        {"sampling": replace_sampling(stop_regex=["never", f"[vw]o?rd{ids[1]}"])},
+    ]
+    for i, way in enumerate(ways):
+        names = {f"{name}{i}": digest for name, digest in wanted.items()}
+        for rid, digest in names.items():
+            running.thread.submit(request(rid, digest, **way))
+        ends = running.ends(set(names))
+        assert [ends[f"{name}{i}"].finish for name in wanted] == ["stop", "length", "length"]
+        assert running.ids[f"own{i}"] == ids[:2]
+        for num_known, num_new in (
+            (1, 1),
+            (2, 0),
+        ):  # with two, its last worker died before it said that this is the end
+            running.thread.submit(request("resumed", "warm", output=ids[:num_known], **way))
+            [end] = running.steps.get(timeout=60)
+            assert (end.finish, end.seq0, end.ids) == ("stop", num_known, ids[num_known:][:num_new])
     running.thread.stop()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -76,12 +77,26 @@ def test_a_stop_string_across_tokens_stops(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(ids[:taken]) == "one two END"
 
 
+def test_a_match_across_tokens_stops_and_does_again_after_a_resumption(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two END three").ids
+    sampling = Sampling(stop_regex=["nothing", r"t[a-z]o\sE[A-Z]+D"])
+    taken, finish = feed(check(tokenizer, sampling=sampling, stop=["three"]), ids)
+    assert (tokenizer.decode(ids[:taken]), finish) == ("one two END", "stop")
+    for known in range(taken):
+        stop = check(tokenizer, sampling=sampling)
+        assert feed(stop, ids[:known]) == (known, "")
+        assert feed(stop, ids[known:]) == (taken - known, "stop")
+        assert stop.stop == sampling.stop_regex[1]
+
+
 def test_nothing_stops_within_min_tokens(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("ENDxxxEND").ids
     stop = check(tokenizer, sampling=Sampling(min_tokens=3), stop=["END"], stop_token_ids=[8])
     assert stop.banned().tolist() == [EOS, 8]
     assert feed(stop, ids) == (9, "stop")
     assert not len(stop.banned())
+    stop = check(tokenizer, sampling=Sampling(min_tokens=3, stop_regex=["E[A-Z]{2}"]))
+    assert feed(stop, ids) == (9, "stop")
 
 
 @settings(max_examples=200, deadline=None)
@@ -94,7 +109,10 @@ def test_gateway_and_worker_end_at_the_same_token(data: st.DataObject) -> None:
     likely = st.sampled_from([*data.draw(st.lists(id_, min_size=1, max_size=5)), *tokens.special])
     output = data.draw(st.lists(likely | id_, max_size=20), label="output")
     texts = st.text(max_size=3) | likely.map(tokens.text_of)
-    sampling = Sampling(min_tokens=data.draw(st.integers(0, 6)), ignore_eos=data.draw(st.booleans()))
+    expressions = data.draw(st.lists(texts.filter(bool).map(re.escape).map("{}.?[^a]+".format), max_size=2))
+    sampling = Sampling(
+        min_tokens=data.draw(st.integers(0, 6)), ignore_eos=data.draw(st.booleans()), stop_regex=expressions
+    )
     stop = data.draw(st.lists(texts, max_size=3), label="stop")
     end_ids = data.draw(st.lists(likely, max_size=2), label="stop tokens")
     shown = dict.fromkeys(
@@ -115,3 +133,5 @@ def test_gateway_and_worker_end_at_the_same_token(data: st.DataObject) -> None:
 def test_stop_strings_without_a_tokenizer_are_refused() -> None:
     with pytest.raises(BadRequest, match=r"tokenizer\.json"):
         check(None, stop=["x"])
+    with pytest.raises(BadRequest, match=r"tokenizer\.json"):
+        check(None, sampling=Sampling(stop_regex=["x"]))

@@ -150,6 +150,7 @@ LIKELY: dict[str, tuple[Any, ...]] = {
         {"ids": ["one"], "weights": [1], "merge_strategy": "ties", "density": 0},
     ),
     "logit_bias": ({"5": 1}, {"-1": 1}, {"1e3": 1}, {"5": 1e300}, {"٣": 1}, {" 5 ": 1}, {"9" * 5000: 1}),
+    "stop_regex": ("a+", ["a|b", "\\d{2}"], ["("], ["a{9999}"], ["(a?){99}"], ["\ud83d"], ["a"] * 17, "a*", [5]),
     "stop": (["a"], [""], "", ["\ud83d"], ["a"] * 70, "a" * 2000, ["\0"]),
     "model": ("base", "one", "nobody", "base:one", "org/x", "s3://b/x", [], ["base", "one"], "\0", "/", ".."),
     "n": (2, 3, 128, 129), "best_of": (2, 500), "logprobs": (0, 5, True), "top_logprobs": (0, 20, 21), "echo": (True,),

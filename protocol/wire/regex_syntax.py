@@ -1,0 +1,269 @@
+"""The syntax of `stop_regex`: Python's, without what looks beyond the characters of a match."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from protocol.wire.errors import BadRequest
+
+PARAM = "stop_regex"
+
+MAX_DEPTH = 32
+"""Most groups inside each other."""
+
+KINDS: Mapping[str, Callable[[str], bool]] = {
+    "d": str.isdecimal,
+    "s": str.isspace,
+    "w": lambda character: character == "_" or character.isalnum(),
+    "D": lambda character: not character.isdecimal(),
+    "S": lambda character: not character.isspace(),
+    "W": lambda character: character != "_" and not character.isalnum(),
+}
+"""The letter after a backslash -> which characters it stands for."""
+
+_CONTROLS = {"a": "\a", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
+_CODE_DIGITS = {"x": 2, "u": 4, "U": 8}
+_TIMES = re.compile(r"[*+?]|\{(?P<least>[0-9]*+)(?P<comma>,?+)(?P<most>[0-9]*+)\}")
+_FLAGS = re.compile(r"(?P<on>[ims]*+)(?:-(?P<off>[ims]++))?+:")
+_FLAGS_OF_ALL = re.compile(r"\(\?([ims]++)\)")
+_NAME = re.compile(r"P<[^\W\d]\w*+>")
+
+
+@dataclass(frozen=True, slots=True)
+class Letters:
+    """The characters of which one stands at a place of an expression."""
+
+    characters: frozenset[str] = frozenset()
+    ranges: tuple[tuple[str, str], ...] = ()
+    kinds: tuple[str, ...] = ()  # keys of `KINDS`
+    negated: bool = False
+    ignores_case: bool = False
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """The first and last numbers of characters in it, before it is negated; at least one, which may be empty."""
+        found = [(ord(one), ord(one)) for one in self.characters]
+        return [*found, *((ord(low), ord(high)) for low, high in self.ranges)] or [(1, 0)]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Parts one after another."""
+
+    parts: Sequence[Part]
+
+
+@dataclass(frozen=True, slots=True)
+class Either:
+    """Parts of which there is one."""
+
+    parts: Sequence[Part]
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """A part again and again."""
+
+    part: Part
+    least: int
+    most: int | None  # None: any number
+
+
+Part = Letters | Row | Either | Times
+
+
+def forms_of(character: str) -> frozenset[str]:
+    """Return a character in both cases, and characters that are the same in another case."""
+    once = {character, character.lower(), character.upper()}
+    return frozenset(form for one in once for form in (one, one.lower(), one.upper()) if len(form) == 1)
+
+
+def parts_of(expression: str) -> Part:
+    """Return what an expression says. Raises BadRequest for what is none, or has what is not supported."""
+    return _Reader(expression).read()
+
+
+class _Reader:
+    """Reads one expression. Every character is read once, but for those of a `{` that counts nothing."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._at = 0
+        self._depth = 0
+        self._names: set[str] = set()
+
+    def read(self) -> Part:
+        """Return what the expression says. Raises BadRequest."""
+        flags = frozenset[str]()
+        while (found := _FLAGS_OF_ALL.match(self._text, self._at)) is not None:
+            flags |= frozenset(found[1])
+            self._at = found.end()
+        part = self._either(flags)
+        if self._at < len(self._text):
+            raise self._wrong("a ) without its (")
+        return part
+
+    def _wrong(self, what: str) -> BadRequest:
+        return BadRequest(f"{PARAM}: {shown(self._text)} has {what} at position {self._at}", param=PARAM)
+
+    def _unsupported(self, what: str, instead: str = "") -> BadRequest:
+        message = f"{PARAM}: {shown(self._text)} has {what} before position {self._at}, which is not supported{instead}"
+        return BadRequest(message, param=PARAM)
+
+    def _take(self, text: str) -> bool:
+        if not self._text.startswith(text, self._at):
+            return False
+        self._at += len(text)
+        return True
+
+    def _next(self, what: str) -> str:
+        """Take a character. what: what is missing where there is none."""
+        if self._at >= len(self._text):
+            raise self._wrong(what)
+        self._at += 1
+        return self._text[self._at - 1]
+
+    def _either(self, flags: frozenset[str]) -> Part:
+        parts = [self._row(flags)]
+        while self._take("|"):
+            parts.append(self._row(flags))
+        return parts[0] if len(parts) == 1 else Either(parts)
+
+    def _row(self, flags: frozenset[str]) -> Part:
+        parts: list[Part] = []
+        while self._at < len(self._text) and self._text[self._at] not in "|)":
+            if self._times() is not None:
+                raise self._wrong("nothing to repeat")
+            part = self._one(flags)
+            times = self._times()
+            if times is not None:
+                if self._take("+"):
+                    raise self._unsupported("a possessive repetition")
+                self._take("?")  # which of its texts is tried first does not matter
+                if self._times() is not None:
+                    raise self._wrong("a repetition of a repetition")
+                part = Times(part, *times)
+            parts.append(part)
+        return parts[0] if len(parts) == 1 else Row(parts)
+
+    def _times(self) -> tuple[int, int | None] | None:
+        """Take how often something is repeated; None where it is not."""
+        found = _TIMES.match(self._text, self._at)
+        if found is None or found[0] == "{}":
+            return None
+        self._at = found.end()
+        if found[0] in "*+?":
+            return int(found[0] == "+"), 1 if found[0] == "?" else None
+        least = int(found["least"] or 0)
+        most = least if not found["comma"] else int(found["most"]) if found["most"] else None
+        if most is not None and least > most:
+            raise self._wrong("a repetition of at least more than at most")
+        return least, most
+
+    def _one(self, flags: frozenset[str]) -> Part:
+        character = self._next("an end")
+        ignores_case = "i" in flags
+        if character == "(":
+            return self._group(flags)
+        if character == "[":
+            return self._letters(ignores_case)
+        if character == ".":
+            return Letters(frozenset() if "s" in flags else frozenset("\n"), negated=True)
+        if character in "^$":
+            raise self._unsupported(character, ": write \\n for a line's beginning or end")
+        kind = ""
+        if character == "\\":
+            character, kind = self._escape()
+        if kind:
+            return Letters(kinds=(kind,))
+        return Letters(forms_of(character) if ignores_case else frozenset(character), ignores_case=ignores_case)
+
+    def _group(self, flags: frozenset[str]) -> Part:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise self._wrong(f"groups nested deeper than {MAX_DEPTH}, which is the limit,")
+        if self._take("?"):
+            if (found := _FLAGS.match(self._text, self._at)) is not None:
+                on, off = frozenset(found["on"]), frozenset(found["off"] or "")
+                if on & off:
+                    raise self._wrong("a flag that is both set and taken away")
+                flags = (flags | on) - off
+            elif (found := _NAME.match(self._text, self._at)) is None:
+                raise self._unsupported(f"(?{self._text[self._at : self._at + 2]}")
+            elif found[0] in self._names:
+                raise self._wrong("a second group of a name")
+            else:
+                self._names.add(found[0])
+            self._at = found.end()
+        part = self._either(flags)
+        if not self._take(")"):
+            raise self._wrong("a ( without its )")
+        self._depth -= 1
+        return part
+
+    def _escape(self, *, in_letters: bool = False) -> tuple[str, str]:
+        """Return the character that stands after a backslash, or "" and the kind of characters."""
+        character = self._next("a \\ and nothing after it")
+        if character in KINDS:
+            return "", character
+        if character in _CONTROLS:
+            return _CONTROLS[character], ""
+        if character in _CODE_DIGITS:
+            digits = self._text[self._at : self._at + _CODE_DIGITS[character]]
+            is_whole = len(digits) == _CODE_DIGITS[character] and all(one in "0123456789abcdefABCDEF" for one in digits)
+            if not is_whole or int(digits, 16) > 0x10FFFF:
+                raise self._wrong(f"a \\{character} without the digits of a character")
+            self._at += len(digits)
+            return chr(int(digits, 16)), ""
+        if in_letters and character == "b":
+            return "\b", ""
+        if character in "AZbB":
+            raise self._unsupported(f"\\{character}", ": only characters are matched, not places between them")
+        if character.isascii() and character.isdigit():
+            raise self._unsupported(f"\\{character}", ": neither groups nor octal numbers can be referred to")
+        if character.isascii() and character.isalpha():
+            raise self._unsupported(f"\\{character}")
+        return character, ""
+
+    def _letters(self, ignores_case: bool) -> Letters:
+        """Read what stands in brackets, the first of which is read."""
+        negated = self._take("^")
+        characters, ranges, kinds, is_first = set[str](), list[tuple[str, str]](), list[str](), True
+        while is_first or not self._take("]"):
+            is_first = False
+            low, kind = self._member()
+            if self._text.startswith("-", self._at) and not self._text.startswith("-]", self._at):
+                self._at += 1
+                high, high_kind = self._member()
+                if kind or high_kind or low > high:
+                    raise self._wrong("a range that is none")
+                ranges.append((low, high))
+            elif kind:
+                kinds.append(kind)
+            else:
+                characters |= forms_of(low) if ignores_case else {low}
+        return Letters(frozenset(characters), tuple(ranges), tuple(kinds), negated, ignores_case)
+
+    def _member(self) -> tuple[str, str]:
+        character = self._next("a [ without its ]")
+        return self._escape(in_letters=True) if character == "\\" else (character, "")
+
+
+def shown(expression: str) -> str:
+    """Return the beginning of an expression as errors show it."""
+    return f"/{expression:.40}/"
+
+
+def num_places(part: Part) -> int:
+    """Return how many characters and alternatives there are when repetitions are written out, at least 1."""
+    match part:
+        case Letters():
+            return 1
+        case Row():
+            return max(sum(map(num_places, part.parts)), 1)
+        case Either():
+            return len(part.parts) + sum(map(num_places, part.parts))
+        case Times():
+            return num_places(part.part) * max(part.least if part.most is None else part.most, 1)

@@ -1,0 +1,242 @@
+"""Expressions that end a text mean what Python's do, cost no more than they may, and cut a text as stop strings do."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from protocol.wire.errors import BadRequest
+from protocol.wire.regex_syntax import MAX_DEPTH
+from protocol.wire.stop_regex import (
+    MAX_CHARACTERS,
+    MAX_EXPRESSIONS,
+    MAX_KNOWN,
+    MAX_LINKS,
+    MAX_PLACES,
+    Automaton,
+    checked,
+)
+from protocol.wire.text import RegexMatcher, overlap
+
+ALPHABET = "abAé_1 \n-"
+
+atoms = st.sampled_from([
+    *"abAé1 ", ".", r"\w", r"\W", r"\d", r"\D", r"\s", r"\S", r"\n", r"\x61", r"\u00e9", r"\.", "[ab]", "[^a]",
+    "[a-b1]", r"[\w-]", r"[^\s\d]", "[]a]", "[^]a]", r"[A\-b]", "{", "a{", "{}", "-", r"\-", "(?i:a)", "(?i:[^b])",
+    "(?s:.)", "É",
+])  # fmt: skip
+times = st.sampled_from(["", "", "", "*", "+", "?", "*?", "+?", "??", "{2}", "{0}", "{1,}", "{,2}", "{0,3}", "{2,3}?"])
+
+
+def _compound(inner: st.SearchStrategy[str], times: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    row = st.lists(inner, min_size=1, max_size=3).map("".join)
+    either = st.lists(row, min_size=1, max_size=3).map("|".join)
+    groups = st.sampled_from(["(", "(?:", "(?i:", "(?s:", "(?is:"])
+    return st.tuples(groups, either, times).map(lambda parts: f"{parts[0]}{parts[1]}){parts[2]}")
+
+
+simple = st.tuples(atoms, times).map("".join)
+grouped = simple | _compound(simple, times)
+nested = grouped | _compound(grouped, st.sampled_from(["", "?", "{2}", "{0,2}"]))  # Python takes long for more
+rows = st.lists(nested, min_size=1, max_size=4).map("".join)
+flags = st.sampled_from(["", "", "(?i)", "(?s)", "(?im)"])
+expressions = st.tuples(flags, st.lists(rows, min_size=1, max_size=2).map("|".join)).map("".join)
+pieces = st.lists(st.text(ALPHABET, max_size=3), max_size=5)
+
+
+def compiled(expression: str) -> re.Pattern[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what may come to mean something else
+        return re.compile(expression)
+
+
+def served(given: Sequence[str]) -> list[re.Pattern[str]]:
+    """Return expressions as Python reads them; give a case up that has one which may not be served."""
+    patterns = []
+    for expression in given:
+        try:
+            pattern = compiled(expression)
+        except re.error:
+            assume(False)
+            raise
+        assume(pattern.fullmatch("") is None)
+        patterns.append(pattern)
+    return patterns
+
+
+class SlowMatcher:
+    """What `RegexMatcher` does, by looking through the whole text after each piece."""
+
+    def __init__(self, stops: Sequence[str], patterns: Sequence[re.Pattern[str]]) -> None:
+        self.stops, self.patterns = [stop for stop in stops if stop], patterns
+        self.text = ""
+        self.matched: str | None = None
+        self.begin = 0
+        self.ending = ""
+
+    def add(self, text: str) -> None:
+        if self.matched is not None:
+            return
+        self.text += text
+        found = [(at, i, stop, stop) for i, stop in enumerate(self.stops) if (at := self.text.find(stop)) >= 0]
+        for i, pattern in enumerate(self.patterns, len(self.stops)):
+            match = pattern.search(self.text)
+            if match is not None:
+                ends = range(len(self.text), match.start(), -1)
+                end = next(end for end in ends if pattern.fullmatch(self.text, match.start(), end))
+                found.append((match.start(), i, pattern.pattern, self.text[match.start() : end]))
+        if found:
+            self.begin, _, self.matched, self.ending = min(found)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(expressions, min_size=1, max_size=3), st.lists(st.text("ab1 ", max_size=3), max_size=2), pieces)
+def test_a_text_ends_where_python_finds_a_match(given: list[str], stops: list[str], texts: list[str]) -> None:
+    slow = SlowMatcher(stops, served(given))
+    try:
+        matcher = RegexMatcher(stops, given)
+    except BadRequest as refusal:
+        if "limit" not in refusal.message:
+            raise
+        return
+    shown = ""
+    for text in texts:
+        shown += matcher.add(text)
+        slow.add(text)
+        assert (matcher.matched, matcher.ending) == (slow.matched, slow.ending)
+    shown += matcher.flush()
+    assert shown == (slow.text if slow.matched is None else slow.text[: slow.begin])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab01{},()[]|*+?.\\^$-dwsbu:P<>im", max_size=9), st.text(ALPHABET + "(){}[]", max_size=6))
+def test_what_is_served_is_an_expression_of_python_s(expression: str, text: str) -> None:
+    """What Python refuses is refused, and what is served means the same."""
+    try:
+        pattern = compiled(expression)
+    except (re.error, OverflowError):
+        with pytest.raises(BadRequest):
+            Automaton([expression])
+        return
+    if pattern.fullmatch("") is not None:
+        with pytest.raises(BadRequest):
+            Automaton([expression])
+        return
+    try:
+        matcher = RegexMatcher([], [expression])
+    except BadRequest:
+        assert set(expression) & set("^$\\+?{"), "nothing but places, references and repetitions may be refused"
+        return
+    matcher.add(text)
+    assert (matcher.matched is not None) == (pattern.search(text) is not None)
+
+
+@pytest.mark.parametrize(
+    ("given", "texts", "shown", "matched"),
+    [
+        ([r"\n(User|Human):"], ["Yes", ".\nUs", "er", ": no"], ["Yes", ".", "", ""], r"\n(User|Human):"),
+        ([r"\n(User|Human):"], ["Yes", ".\nUs", "ing"], ["Yes", ".", "\nUsing"], None),
+        ([r"\d{4}-\d{2}"], ["in 20", "24-1", "2-01"], ["in ", "", ""], r"\d{4}-\d{2}"),
+        (["a.*b"], ["x a", "c", "\n", "ab"], ["x ", "", "ac\n", ""], "a.*b"),
+        (["b", "abc"], ["a", "bc"], ["", ""], "abc"),
+        (["abc", "ab"], ["abc"], [""], "abc"),
+        (["(?i)stop"], ["Sto", "P"], ["", ""], "(?i)stop"),
+        (["end.{0,3}"], ["the e", "nd"], ["the ", ""], "end.{0,3}"),
+    ],
+)
+def test_what_may_become_a_match_is_held_back(
+    given: list[str], texts: list[str], shown: list[str], matched: str | None
+) -> None:
+    matcher = RegexMatcher([], given)
+    assert [matcher.add(text) for text in texts] == shown
+    assert matcher.matched == matched
+    assert matcher.add("!") == ("" if matched else "!")
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3), pieces)
+def test_of_plain_texts_no_more_is_held_back_than_of_stop_strings(stops: list[str], texts: list[str]) -> None:
+    matcher, read = RegexMatcher([], stops), ""
+    shown = ""
+    for text in texts:
+        shown += matcher.add(text)
+        read += text
+        if matcher.matched is not None:
+            return
+        held = max(overlap(read, stop) for stop in stops)
+        assert shown == read[: len(read) - held]
+
+
+# ---------------------------------------------------------------- limits
+
+REFUSED = [
+    ("(", "without its )"), (")", "without its ("), ("[a", "without its ]"), ("a\\", "nothing after it"),
+    ("*a", "nothing to repeat"), ("a**", "repetition of a repetition"), ("a{3,2}", "at least more than at most"),
+    ("[b-a]", "range"), (r"\x6", "digits"), (r"\U00110000", "digits"), ("(?i-i:a)", "flag"),
+    ("(?P<n>a)(?P<n>b)", "name"), ("^a", "write \\n"), ("a$", "write \\n"), (r"\bend\b", "not supported"),
+    (r"(a)\1", "not supported"), ("a(?=b)", "not supported"), ("(?<!a)b", "not supported"), ("(?>a)", "not supported"),
+    ("a++", "possessive"), ("(?x)a", "not supported"), (r"\q", "not supported"), ("a*", "the empty text"),
+    ("(|a)", "the empty text"), ("a{0}", "the empty text"),
+    ("a" * (MAX_CHARACTERS + 1), f"{MAX_CHARACTERS + 1} characters; the limit is {MAX_CHARACTERS}"),
+    (f"a{{{MAX_PLACES + 1}}}", f"{MAX_PLACES + 1} characters and alternatives"),
+    ("(((a{999}){999}){999}){999}", f"a million or more characters and alternatives when its repetitions are written "
+     f"out; the limit is {MAX_PLACES}"),
+    ("(){999999999}a", f"the limit is {MAX_PLACES}"), ("(a?){99}b", f"{MAX_LINKS} pairs"),
+    ("(" * (MAX_DEPTH + 1) + "a" + ")" * (MAX_DEPTH + 1), f"nested deeper than {MAX_DEPTH}"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("expression", "told"), REFUSED, ids=[one[0][:20] for one in REFUSED])
+def test_what_is_not_served_is_told(expression: str, told: str) -> None:
+    with pytest.raises(BadRequest) as refusal:
+        checked([expression])
+    assert told in refusal.value.message
+    assert refusal.value.param == "stop_regex"
+    assert "stop_regex" in refusal.value.message
+    assert len(refusal.value.message) < 250
+
+
+def test_expressions_are_counted_together() -> None:
+    assert checked(None) == checked([]) == checked("") == checked(["", ""]) == []
+    assert checked("a+") == checked(["", "a+"]) == ["a+"]
+    assert len(checked(["ab"] * MAX_EXPRESSIONS)) == MAX_EXPRESSIONS
+    with pytest.raises(BadRequest, match=f"{MAX_EXPRESSIONS + 1} expressions; the limit is {MAX_EXPRESSIONS}"):
+        checked(["ab"] * (MAX_EXPRESSIONS + 1))
+    assert checked(["[^a]" * 128] * 2)
+    with pytest.raises(BadRequest, match=f"{MAX_CHARACTERS + 1} characters; the limit is {MAX_CHARACTERS}"):
+        checked(["[^a]" * 128, "[^a]" * 128, "a"])
+    half = f"a{{{MAX_PLACES // 2}}}"
+    assert checked([half, half]) == [half, half]
+    with pytest.raises(BadRequest, match=f"{MAX_PLACES + 1} characters and alternatives"):
+        checked([half, half, "b"])
+
+
+HOSTILE = {
+    "a chain": "a.{510}b",
+    "optional parts": "(a?){88}b",
+    "nested counts": "((a{1,4}b?){1,4}c?){1,8}d",
+    "alternatives": "|".join("ab" for _ in range(170)),
+    "kinds": r"(\w|\d|\s|[^a]){1,60}\D",
+    "many classes": "".join(f"[{a}{b}]" for a in "abcdefgh" for b in "ijklmnopqrstuvw")[:MAX_CHARACTERS],
+}
+
+
+@pytest.mark.parametrize("expression", HOSTILE.values(), ids=HOSTILE)
+def test_what_is_served_is_small(expression: str) -> None:
+    """The work for a character is that of arrays of these sizes, whatever the text."""
+    [kept] = checked([expression])
+    automaton = Automaton([kept])
+    assert automaton.num_places <= MAX_PLACES
+    assert len(automaton.links) <= MAX_LINKS
+    for code in range(3 * MAX_KNOWN):
+        automaton.reading(chr(code))
+    assert len(automaton._known) <= MAX_KNOWN
+
+
+def test_a_counted_part_has_few_links() -> None:
+    """Written out one inside the other, optional parts are followed by the next one alone."""
+    assert len(Automaton(["a.{0,500}b"]).links) < 1600
