@@ -6,16 +6,13 @@ import argparse
 import importlib
 import sys
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from protocol.runtime.imports import importing
 from protocol.runtime.private_files import use_private_umask
 from protocol.runtime.redaction import redact
 from protocol.runtime.release import RELEASE
 from protocol.wire.errors import ClientError, LorafleetError
-
-if TYPE_CHECKING:
-    from lorafleet.launcher.ahead import WorkerAhead
 
 COMMANDS = {
     "up": ("lorafleet.up", "start a whole fleet on this machine"),
@@ -44,9 +41,6 @@ COMMANDS = {
     "completion": ("lorafleet.operate.completion", "print what makes a shell complete these commands"),
 }
 
-NOT_AHEAD = ("-h", "--help", "--workers", "--threads")
-"""Flags of `lorafleet up` with which no worker is started before they are read."""
-
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -73,24 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     use_private_umask()
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in words if not word.startswith("-")), None)
-    ahead: WorkerAhead | None = None
-    # Neither for help, nor where the first worker's share of the cores is another one than the machine.
-    if argv is None and chosen == "up" and not any(word.startswith(NOT_AHEAD) for word in words):
-        from lorafleet.launcher.ahead import WorkerAhead
-
-        ahead = WorkerAhead()
     try:
         args = parser_of([] if chosen is None else [chosen]).parse_args(words)
-        args.ahead = ahead
         return args.run(args)
     except LorafleetError as error:
         print(f"lorafleet {chosen}: error: {redact(error.message)}", file=sys.stderr)
         return 2 if isinstance(error, ClientError) else 1
     except KeyboardInterrupt:
         return 130
-    finally:
-        if ahead is not None:
-            ahead.close()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from rich.markup import escape
 
 from lorafleet.fetch import fetch_model
 from lorafleet.flags import add_settings, load_settings
-from lorafleet.launcher.ahead import WorkerAhead
 from lorafleet.launcher.child import Child
 from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from lorafleet.launcher.fleet import Fleet, local_url, service_specs
@@ -84,13 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the fleet until a signal; return the exit code."""
-    return launch(load_settings(args), announce, args.ahead)
+    return launch(load_settings(args), announce)
 
 
-def launch(settings: Settings, on_ready: OnReady, ahead: WorkerAhead | None = None) -> int:
+def launch(settings: Settings, on_ready: OnReady) -> int:
     """Run a fleet until a signal, and return the exit code; `on_ready` is awaited once the fleet can answer.
-
-    ahead: becomes the first worker.
 
     Raises LorafleetError when it cannot start. However it ends, no process of it is left running.
     """
@@ -109,9 +106,7 @@ def launch(settings: Settings, on_ready: OnReady, ahead: WorkerAhead | None = No
             plan = replace(plan, settings=plan.settings.model_copy(update=queue.door("operator")), queue=queue)
             screen.say(f"[green]✓[/] {'queue':10} unix://{queue.socket}")
         specs = service_specs(plan.settings, _fresh_logs(plan.settings), queue)
-        children = [
-            Child(spec, lifeline, screen.say, ahead=ahead if spec.name == "worker-0" else None) for spec in specs
-        ]
+        children = [Child(spec, lifeline, screen.say) for spec in specs]
         fleet = Fleet(plan.settings, children, queue, screen, lambda: on_ready(plan, screen))
         return asyncio.run(fleet.run())
     finally:

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,7 +17,6 @@ from pathlib import Path
 from rich.markup import escape
 
 from lorafleet.launcher import lifeline
-from lorafleet.launcher.ahead import WorkerAhead
 from protocol.queue.bus import now_ms
 from protocol.runtime.service import wait_any
 from protocol.wire.errors import LorafleetError
@@ -64,42 +62,17 @@ class Spec:
     log: Path
 
 
-class _Ahead:
-    """A process that runs already, as asyncio shows those that it has started."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self.pid = process.pid
-        self._process = process
-
-    @property
-    def returncode(self) -> int | None:
-        """The exit code, None as long as it runs."""
-        return self._process.returncode
-
-    def send_signal(self, number: int) -> None:
-        """Send it a signal, unless it has ended."""
-        self._process.send_signal(number)
-
-    async def wait(self) -> int:
-        """Wait until it has ended, and return its exit code."""
-        code = await asyncio.to_thread(self._process.wait)
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        return code
-
-
 class Child:
     """A service process and those that replace it."""
 
     def __init__(
         self, spec: Spec, lifeline_fd: int, say: Callable[[str], None], first_pause_s: float = FIRST_PAUSE_S,
-        ahead: WorkerAhead | None = None, max_log_bytes: int = MAX_LOG_BYTES,
+        max_log_bytes: int = MAX_LOG_BYTES,
     ) -> None:  # fmt: skip
         """Prepare without starting.
 
         `lifeline_fd` becomes the standard input of the process, `say` shows a line to the user, and `first_pause_s`
-        comes before the first restart; later pauses double. `ahead`: what becomes the first process, if it
-        can. A log of `max_log_bytes` begins again.
+        comes before the first restart; later pauses double. A log of `max_log_bytes` begins again.
         """
         self.spec = spec
         self.ready = asyncio.Event()  # set from outside, cleared when the process ends
@@ -110,8 +83,7 @@ class Child:
         self._first_pause_s = first_pause_s
         self._stopping = asyncio.Event()
         self._ended = asyncio.Event()
-        self._process: asyncio.subprocess.Process | _Ahead | None = None
-        self._ahead = ahead
+        self._process: asyncio.subprocess.Process | None = None
         self._log_offset = 0
         self._max_log_bytes = max_log_bytes
         spec.log.touch()
@@ -201,16 +173,12 @@ class Child:
 
     async def _run_once(self) -> int:
         self.started_ms = now_ms()
-        ahead = self._ahead and self._ahead.take(self.spec.environment, self.spec.log)
-        if ahead is not None:
-            self._process = _Ahead(ahead)
-        else:
-            with self.spec.log.open("ab") as log:
-                # In its own session, it does not get the terminal's Ctrl-C, and its whole group can be killed.
-                self._process = await asyncio.create_subprocess_exec(
-                    *self.spec.command, stdin=self._lifeline_fd, stdout=log, stderr=log, start_new_session=True,
-                    env={**self.spec.environment, lifeline.VARIABLE: "1"},
-                )  # fmt: skip
+        with self.spec.log.open("ab") as log:
+            # In its own session, it does not get the terminal's Ctrl-C, and its whole group can be killed.
+            self._process = await asyncio.create_subprocess_exec(
+                *self.spec.command, stdin=self._lifeline_fd, stdout=log, stderr=log, start_new_session=True,
+                env={**self.spec.environment, lifeline.VARIABLE: "1"},
+            )  # fmt: skip
         if self._stopping.is_set():  # `stop` was called during the start
             self._process.send_signal(signal.SIGTERM)
         try:

@@ -206,7 +206,5 @@ async def chunks(response: httpx2.Response) -> AsyncIterator[str]:
 
 def _is_worker(process: psutil.Process, name: str) -> bool:
     command = process.cmdline()
-    if "lorafleet.launcher.ahead" in command:  # it was started before it got a name
-        return name == "worker-0"
     named = name in command or process.environ().get("LORAFLEET_WORKER_NAME") == name
     return named and {"serve", "worker"} <= set(command)
