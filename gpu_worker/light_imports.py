@@ -1,9 +1,8 @@
-"""Imports torch and transformers without what a worker on a CPU never calls, which is most of the time that they take.
+"""Imports transformers without what a worker on a CPU never calls, which is most of the time that it takes.
 
 Transformers imports torch's compiler, its distributed tensors and accelerate, whether a model needs them or not, and
 reads the sources of all its models to learn what is where. A model that is neither compiled nor quantised by a library
-needs none of the former, and what the latter finds is kept. Torch imports parts that only its compiler and training
-need; they are imported late, by whoever uses them first.
+needs none of the former, and what the latter finds is kept.
 """
 
 from __future__ import annotations
@@ -12,13 +11,12 @@ import functools
 import hashlib
 import importlib
 import importlib.machinery
-import inspect
 import json
 import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -41,30 +39,16 @@ MASKS = f"{COMPILER}._trace_wrapped_higher_order_op"
 MISSING = ("is_accelerate_available", "is_torch_distributed_available", "is_kernels_available")
 """What transformers asks about packages, and is told no."""
 
-META_KERNELS = "torch._meta_registrations"
-"""Shapes of results on no device, written in Python. Torch has most of them in C++."""
-
-MADE_WITHOUT = {"gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3", "smollm3"}
-"""Types of models that are made on no device without META_KERNELS."""
-
-LATE = {META_KERNELS, "torch.export", "torch.fx.passes", "torch.masked", "torch.nested"}
-"""What torch imports with itself, and what is imported late instead: a quarter of the time that it takes."""
-
 USED = ("modeling_utils", "masking_utils", "models.auto.modeling_auto")
 
 
 def import_transformers(settings: Settings) -> None:
     """Import what a worker needs of transformers, unless its model may need all of it: then nothing is imported yet."""
     if "transformers" in sys.modules or settings.compile or not is_plain(settings):
-        load_late(META_KERNELS)
         return
-    import_torch()
     import torch
 
-    has_gpu = settings.device != "cpu" and torch.cuda.is_available()
-    if has_gpu or _config(settings).get("model_type") not in MADE_WITHOUT:
-        load_late(META_KERNELS)
-    if has_gpu or COMPILER in sys.modules:
+    if COMPILER in sys.modules or (settings.device != "cpu" and torch.cuda.is_available()):
         return
     try:
         with _without_compiler():
@@ -73,106 +57,19 @@ def import_transformers(settings: Settings) -> None:
                 importlib.import_module(f"transformers.{module}")
     except (ImportError, AttributeError) as error:  # another version than those that this was written for
         logger.warning("transformers is imported whole, which takes two seconds more: %s", error)
-        load_late(META_KERNELS)
         for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
             del sys.modules[name]
 
 
 def is_plain(settings: Settings) -> bool:
     """Return whether the model's config can be read, and names no library that has quantised it."""
-    config = _config(settings)
-    parts = [config, *config.values()]
-    return bool(config) and not any(isinstance(part, dict) and "quantization_config" in part for part in parts)
-
-
-def _config(settings: Settings) -> dict[str, Any]:
-    """Return the model's config.json; nothing where it cannot be read: loading the model says what is wrong."""
     try:
         config = json.loads((model_folder(settings.model, WEIGHT_FILES) / "config.json").read_text())
     except (OSError, ValueError, LorafleetError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-# ---------------------------------------------------------------- parts of torch that are imported late
-
-
-class _Late(ModuleType):
-    """A module that runs its code when something is looked for in it which is not there yet."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__all__":  # what is asked of every module, used or not
-            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        load_late(self.__name__)
-        return getattr(self, name)
-
-
-class _LateLoader(importlib.machinery.SourceFileLoader):
-    """Makes a module whose code runs later."""
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
-        return _Late(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        module.__file__ = self.path
-
-
-class _LateFinder:
-    """Finds the modules of LATE, for Python's import; and before the compiler come the kernels that it needs."""
-
-    @staticmethod
-    def find_spec(
-        name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name in (COMPILER, "torch._inductor"):
-            load_late(META_KERNELS)
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target) if name in LATE else None
-        if spec is not None and spec.origin is not None:
-            spec.loader = _LateLoader(name, spec.origin)
-        return spec
-
-
-def load_late(name: str) -> None:
-    """Run the code of a module that was to run later, unless it has run. Nobody asks META_KERNELS for anything."""
-    module: Any = sys.modules.get(name)
-    if type(module).__name__ == _Late.__name__:
-        module.__class__ = ModuleType
-        loader = importlib.machinery.SourceFileLoader(name, module.__file__)
-        module.__spec__.loader = module.__loader__ = loader
-        loader.exec_module(module)
-
-
-def import_torch() -> None:
-    """Import torch with the modules of LATE to come late, unless it is imported already."""
-    if "torch" in sys.modules:
-        return
-    sys.meta_path.insert(0, _LateFinder())
-    with describing_briefly():
-        import torch
-    if hasattr(torch._C, "_set_generator_metaclass"):  # no generator can be made without it; META_KERNELS set it else
-        opaque = importlib.import_module("torch._opaque_base")
-        torch._C._set_generator_metaclass(opaque.OpaqueBaseMeta)
-
-
-@contextmanager
-def describing_briefly() -> Iterator[None]:
-    """Let frames be described by what they say themselves within the block, which defines operators of torch.
-
-    Torch notes in what module, file and line each is defined. Python would look for the files of all modules that there
-    are, for lines of context around these and to find the module.
-    """
-    getframeinfo, getmodule = inspect.getframeinfo, inspect.getmodule
-
-    def module_of(described: Any, _filename: str | None = None) -> ModuleType | None:
-        if inspect.isframe(described):
-            return sys.modules.get(described.f_globals.get("__name__", ""))
-        return getmodule(described, _filename)
-
-    inspect.getframeinfo, inspect.getmodule = functools.partial(getframeinfo, context=0), module_of
-    try:
-        yield
-    finally:
-        inspect.getframeinfo, inspect.getmodule = getframeinfo, getmodule
+        return False  # loading the model says what is wrong
+    if not isinstance(config, dict) or not config:
+        return False
+    return not any(isinstance(part, dict) and "quantization_config" in part for part in (config, *config.values()))
 
 
 # ---------------------------------------------------------------- stand-ins

@@ -19,7 +19,7 @@ import msgspec
 from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.engine.request import EngineRequest, TokenOutput
-from gpu_worker.light_imports import describing_briefly, import_transformers
+from gpu_worker.light_imports import import_transformers
 from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
 from gpu_worker.service.outbox import MAX_ROWS, Outbox, Recovery, add_outputs
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
@@ -460,9 +460,8 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> int:
 
 def _load(settings: Settings, loader: Loader) -> tuple[EngineThread, m.ServedModel]:
     """Build the engine. Imports torch, so it runs in a thread and is not part of importing this module."""
-    with describing_briefly():  # our own operators are defined when the first of them is called
-        with importing():
-            import_transformers(settings)
-            from gpu_worker.build import load_engine
+    with importing():
+        import_transformers(settings)
+        from gpu_worker.build import load_engine
 
-        return load_engine(settings, loader.fetch, loader.describe, loader.fetch_files)
+    return load_engine(settings, loader.fetch, loader.describe, loader.fetch_files)
