@@ -1,8 +1,7 @@
 """Imports transformers without what a worker on a CPU never calls, which is most of the time that it takes.
 
-Transformers imports torch's compiler, its distributed tensors and accelerate, whether a model needs them or not, and
-reads the sources of all its models to learn what is where. A model that is neither compiled nor quantised by a library
-needs none of the former, and what the latter finds is kept.
+Transformers imports torch's compiler, its distributed tensors and accelerate, whether a model needs them or not. One
+that is neither compiled nor quantised by a library needs none of them.
 """
 
 from __future__ import annotations
@@ -15,18 +14,14 @@ import json
 import logging
 import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import msgspec
-
-from protocol.runtime.model_files import WEIGHT_FILES, cache_folder, model_folder
-from protocol.runtime.private_files import is_own
+from protocol.runtime.model_files import WEIGHT_FILES, model_folder
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import LorafleetError
 
@@ -52,7 +47,7 @@ def import_transformers(settings: Settings) -> None:
         return
     try:
         with _without_compiler():
-            _answer_and_keep(_questions())
+            _answer(_questions())
             for module in USED:
                 importlib.import_module(f"transformers.{module}")
     except (ImportError, AttributeError) as error:  # another version than those that this was written for
@@ -116,8 +111,8 @@ def _questions() -> Any:
         del sys.modules["transformers"]
 
 
-def _answer_and_keep(questions: Any) -> None:
-    """Let transformers find none of the packages in MISSING, and keep what it finds in the sources of its models."""
+def _answer(questions: Any) -> None:
+    """Let transformers find none of the packages in MISSING."""
     import torch
 
     find, is_available = questions._is_package_available, torch.distributed.is_available
@@ -129,7 +124,8 @@ def _answer_and_keep(questions: Any) -> None:
             question()  # the answer is kept, and given ever after
     finally:
         questions._is_package_available, torch.distributed.is_available = find, is_available
-    questions.create_import_structure_from_path = functools.cache(_kept(questions.create_import_structure_from_path))
+    # Transformers asks twice what the sources of all its models hold, and reads them each time.
+    questions.create_import_structure_from_path = functools.cache(questions.create_import_structure_from_path)
 
 
 @contextmanager
@@ -145,62 +141,6 @@ def drawing_nothing_on_meta() -> Iterator[None]:
         yield
     finally:
         del torch.Tensor.normal_
-
-
-# ---------------------------------------------------------------- what is in the sources
-
-
-def _kept(read: Callable[[str | Path], Any]) -> Callable[[str | Path], Any]:
-    """Return a function that reads sources as `read` does, but those of all models only once as long as none changes.
-
-    They are known by the paths, sizes and times of all files. What was read is kept beside the native kernels.
-    """
-    state = functools.cache(state_of)  # transformers asks twice
-
-    def read_once(path: str | Path) -> Any:
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        if folder.name != "models":  # one of its folders, by which `read` calls itself
-            return read(path)
-        kept = cache_folder() / f"transformers-{state(folder)}.json"
-        if is_own(kept):
-            try:
-                return unpacked(msgspec.json.decode(kept.read_bytes()))
-            except (OSError, msgspec.DecodeError, ValueError, TypeError) as error:
-                logger.warning("%s cannot be read, and is made again: %s", kept, error)
-        found = read(path)
-        try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as part:
-                part.write(msgspec.json.encode(packed(found)))
-            os.replace(part.name, kept)
-        except OSError as error:
-            logger.info("what transformers consists of cannot be kept: %s", error)
-        return found
-
-    return read_once
-
-
-def packed(found: Any) -> Any:
-    """Return nested dicts, sets and strings as what JSON can hold: lists that begin with their kind."""
-    if isinstance(found, Mapping):
-        return ["dict", *([packed(key), packed(value)] for key, value in found.items())]
-    if isinstance(found, (frozenset, set)):
-        return ["frozenset" if isinstance(found, frozenset) else "set", *sorted(found)]
-    if not isinstance(found, str):
-        raise TypeError(f"{type(found).__name__} is not kept")
-    return found
-
-
-def unpacked(found: Any) -> Any:
-    """Return what `packed` was given. Raises ValueError, TypeError for anything else."""
-    if isinstance(found, str):
-        return found
-    kind, *entries = found
-    if kind == "dict":
-        return {unpacked(key): unpacked(value) for key, value in entries}
-    if kind not in ("set", "frozenset") or not all(isinstance(entry, str) for entry in entries):
-        raise ValueError(f"no set of strings: {str(found)[:100]}")
-    return frozenset(entries) if kind == "frozenset" else set(entries)
 
 
 def state_of(folder: Path) -> str:
