@@ -65,6 +65,8 @@ def test_a_script_reads_what_its_signature_says(kind: type[lua.Call]) -> None:
     assert [*keys, *args, *lists] == list(hints)
     assert {name for name, hint in hints.items() if hint is lua.Key} == set(keys)
     assert {name: _type(hints[name]) for name in args} == args
+    call: lua.Call = kind(**{name: () if name in lists else name for name in hints})
+    assert [*map(list, call.split())] == [list(keys), list(args)]
     groups: dict[str, list[str]] = {}
     for name, said in lists.items():
         assert get_origin(hints[name]) is not None
