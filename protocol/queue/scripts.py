@@ -15,7 +15,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from protocol.queue.connection.line import LOST, Line, NotTakenError
 from protocol.queue.connection.redis_client import Client
-from protocol.queue.signatures import SIGNATURES, Call, Vital, Word
+from protocol.queue.signatures import SIGNATURES, Call, Vital, Word, shape_of
 
 FOLDER = Path(__file__).parent / "lua"
 
@@ -32,24 +32,24 @@ class Scripts:
         self._client = client
         self._line = line
         self._tag = tag
-        self._registered: dict[type[Call], Any] = {}
+        self._registered: dict[type[Call], tuple[Any, int]] = {}  # with the number of its keys
         common = (folder / "common.lua").read_text()
         for kind in SIGNATURES:
             flags, rest = (folder / f"{kind.script()}.lua").read_text().split("\n", 1)
-            self._registered[kind] = client.register_script(f"{flags}\n{common}{rest}")
+            self._registered[kind] = client.register_script(f"{flags}\n{common}{rest}"), 1 + shape_of(kind)[0]
 
     async def run(self, call: Call) -> Any:
         """Run a script. Replies are bytes, ints, and lists of them."""
-        script = self._registered[type(call)]
-        keys, args = call.split()
+        script, num_keys = self._registered[type(call)]
+        words = [self._tag, *call.laid_out()]
         try:
-            return await self._line.ask(("EVALSHA", script.sha, len(keys) + 1, self._tag, *keys, *args))
+            return await self._line.ask(("EVALSHA", script.sha, num_keys, *words))
         except RedisTimeoutError:
             # Connections that were opened to the same silent server would each take as long.
             await self._client.connection_pool.disconnect(inuse_connections=False)
         except (*LOST, NotTakenError, NoScriptError):
             pass
-        return await script(keys=[self._tag, *keys], args=args)
+        return await script(keys=words[:num_keys], args=words[num_keys:])
 
     async def write_vital(self, *commands: Sequence[Word]) -> list[Any]:
         """Run writes that the fleet lives by, all at once, and return their replies. See `vital.lua`."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import cache
-from itertools import chain
 from typing import Annotated, Any, TypeAlias, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -34,14 +33,18 @@ class Call(msgspec.Struct):
         """Return the name of the script."""
         return _WORDS.sub("_", cls.__name__).lower()
 
-    def split(self) -> tuple[Sequence[Any], list[Any]]:
-        """Return keys and arguments, as the script takes them."""
-        num_keys, num_single, have_groups = shape_of(type(self))
+    def laid_out(self) -> list[Any]:
+        """Return the keys, then the arguments, as the script takes them."""
+        _, num_single, have_groups = shape_of(type(self))
         values = astuple(self)
-        args = [*values[num_keys:num_single]]
+        found = [*values[:num_single]]
         for items, has_groups in zip(values[num_single:], have_groups, strict=True):
-            args += chain.from_iterable(map(astuple, items)) if has_groups else items
-        return values[:num_keys], args
+            if not has_groups:
+                found += items
+                continue
+            for item in items:
+                found += astuple(item)
+        return found
 
 
 @cache

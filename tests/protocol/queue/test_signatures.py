@@ -66,7 +66,7 @@ def test_a_script_reads_what_its_signature_says(kind: type[lua.Call]) -> None:
     assert {name for name, hint in hints.items() if hint is lua.Key} == set(keys)
     assert {name: _type(hints[name]) for name in args} == args
     call: lua.Call = kind(**{name: () if name in lists else name for name in hints})
-    assert [*map(list, call.split())] == [list(keys), list(args)]
+    assert (call.laid_out(), lua.shape_of(kind)[0]) == ([*keys, *args], len(keys))
     groups: dict[str, list[str]] = {}
     for name, said in lists.items():
         assert get_origin(hints[name]) is not None
@@ -117,6 +117,6 @@ def test_what_a_script_is_called_with_is_named(kind: type[lua.Call]) -> None:
 def test_a_call_is_laid_out_in_the_order_of_its_fields() -> None:
     rows = [lua.AssignRow(placed=b"why", epoch=1, rid="a"), lua.AssignRow(rid="b", epoch=2, placed=b"")]
     call = lua.Assign(rows=rows, entry=b"e", wid="w", token="t", work="work", leader="leader")
-    assert [*map(list, call.split())] == [["leader", "work"], ["t", "w", b"e", "a", 1, b"why", "b", 2, b""]]
+    assert call.laid_out() == ["leader", "work", "t", "w", b"e", "a", 1, b"why", "b", 2, b""]
     call = lua.Requeue(rids=["a", "b"], max_attempts=3, name="n", has_died=1, wid="w")
-    assert [*map(list, call.split())] == [[], ["w", 1, "n", 3, "a", "b"]]
+    assert call.laid_out() == ["w", 1, "n", 3, "a", "b"]
