@@ -167,9 +167,9 @@ def _lines(path: Path, model: str | None) -> Iterator[tuple[IO[bytes], str]]:
             try:
                 line = json.loads(raw) if raw.strip() else {}
             except ValueError as error:
-                raise BadRequest(f"{path}, line {number}: no JSON: {error}") from error
+                raise BadRequest(f"{path}, line {number}: not valid JSON: {error}") from error
             if not isinstance(line, dict):
-                raise BadRequest(f"{path}, line {number}: no JSON object")
+                raise BadRequest(f"{path}, line {number}: not a JSON object")
             if number == 1 and isinstance(line.get("url"), str):
                 first_url = line["url"]
             if model is not None and line:

@@ -97,7 +97,7 @@ def test_what_has_no_room_is_refused_before_it_is_fetched(tmp_path: Path) -> Non
         Blobs(tmp_path / "a", quota_bytes=100).room(101, 101, tmp_path)
     blobs = Blobs(tmp_path / "b", reserve=Reserve(1000, lambda place: 1500))
     folder = blobs.staging("v")
-    with blobs.room(100, 300, folder), pytest.raises(NoRoom, match="300 are promised"), blobs.room(1, 201, folder):
+    with blobs.room(100, 300, folder), pytest.raises(NoRoom, match="300 reserved"), blobs.room(1, 201, folder):
         pass
     (folder / WEIGHTS_FILE).write_bytes(bytes(200))
     with blobs.room(100, 700, folder), pytest.raises(NoRoom), blobs.room(1, 201, folder):

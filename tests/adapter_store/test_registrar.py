@@ -256,7 +256,7 @@ async def test_tenants_have_a_share_of_the_registrations(bus: Bus) -> None:
 
     for name in ("a", "b", "a"):
         assert await new(name, "acme")
-    with pytest.raises(Conflict, match="tenant acme has 2 adapters registered"):
+    with pytest.raises(Conflict, match="tenant acme has 2 registered adapters"):
         await new("c", "acme")
     assert await new("c", "acm")
     assert await new("org/x", "acme", on_request=True), "which is nobody's own"

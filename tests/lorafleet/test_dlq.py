@@ -37,7 +37,7 @@ def test_a_letter_is_listed_shown_and_retried(
     assert main(["dlq", "show", letter_id, *flags]) == 0
     shown = capsys.readouterr().out
     assert "worker-0 (w) in decode, 2 tokens" in shown
-    assert "3 in the prompt, 2 of at most 8 made" in shown
+    assert "3 in the prompt, 2 of at most 8 generated" in shown
     assert main(["dlq", "show", letter_id, "--json", *flags]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["id"], told["request"]["id"], told["deaths"][0]["phase"]) == (letter_id, "a-0", "decode")

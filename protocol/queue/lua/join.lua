@@ -1,5 +1,5 @@
 #!lua flags=allow-oom
--- Register a worker with its first heartbeat, unless live workers serve another model.
+-- Register a worker with its first beat, unless live workers serve another model.
 --
 -- KEYS  base         string  the base model, as messages.ServedModel
 --       workers      zset    worker id -> unix ms of its last heartbeat

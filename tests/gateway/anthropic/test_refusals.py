@@ -212,7 +212,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "user", "content": "x", "nam": 1}]}, "messages[0].nam", "Unknown parameter"),
     ({"messages": []}, "messages", "at least 1"),
     ({"messages": CALLED}, "messages[1]", "the calls of the last message have no results yet"),
-    (result(tool_use_id="t2"), "messages[2].content[0].tool_use_id", "'t2' is the id of no tool_use block"),
+    (result(tool_use_id="t2"), "messages[2].content[0].tool_use_id", "'t2' is not the id of an earlier tool_use block"),
     (result(content=[{"type": "search_result"}]), "messages[2].content[0].content[0]", "this model reads text"),
     (result(is_error="x"), "messages[2].content[0].is_error", "true or false"),
     (
@@ -232,7 +232,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{"name": "a", "input_schema": {"type": "string"}}]}, "tools[0].input_schema", "must be object"),
     ({"tools": [TOOL, TOOL]}, "tools[1].name", "defined twice"),
     ({"tools": [{**TOOL, "parameters": {}}]}, "tools[0].parameters", "Unknown parameter"),
-    ({"tools": [{**TOOL, "defer_loading": True}]}, "tools[0].defer_loading", "a tool search"),
+    ({"tools": [{**TOOL, "defer_loading": True}]}, "tools[0].defer_loading", "a search among tools"),
     ({"tools": [{**TOOL, "description": 3}]}, "tools[0].description", "must be a string"),
     ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice.name", "needs it"),
     ({"tools": [TOOL], "tool_choice": {"type": "any", "name": "add"}}, "tool_choice.name", "belongs to the type tool"),

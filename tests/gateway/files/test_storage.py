@@ -100,7 +100,7 @@ async def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 async def test_a_bucket_that_is_not_there_is_told(s3: S3Server) -> None:
     storage = S3Storage(s3.client(), "nobodys", "")
-    with pytest.raises(Unavailable, match="fails"):
+    with pytest.raises(Unavailable, match="failed"):
         await storage.write("a", chunks(b"1"))
     with pytest.raises(Unavailable):
         await content(storage, "a")

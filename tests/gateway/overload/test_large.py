@@ -103,7 +103,7 @@ async def test_one_tenant_leaves_room_for_others() -> None:
 async def test_the_line_is_bounded_and_half_of_it_is_for_others() -> None:
     places = Places(1, num_waiting=4)
     tasks = await taken(places, "a", "a", "a")
-    with pytest.raises(Overloaded, match="2 large bodies wait"):
+    with pytest.raises(Overloaded, match="2 large bodies are waiting"):
         await places.take("a")
     tasks += await taken(places, "b", "b")
     with pytest.raises(Overloaded, match="4 large bodies wait"):

@@ -29,7 +29,7 @@ def test_each_worker_takes_another_and_gives_it_back_when_it_ends(tmp_path: Path
     try:
         taken = {other.stdout.readline().strip() for other in others if other.stdout is not None}
         assert taken == {"0", "1"}
-        with pytest.raises(Conflict, match=r"\(0, 1\) are held"):
+        with pytest.raises(Conflict, match=r"\(0, 1\) are in use"):
             claim_gpu(["0", "1"], folder, environment)
         assert environment == {}
         assert claim_gpu(["0", "1", "GPU-a/b"], folder, environment) == "GPU-a/b"

@@ -138,7 +138,7 @@ def test_an_engine_that_answers_otherwise_is_refused(folder: Path) -> None:
     tensors = load_file(path)
     about = {"num": "2", "width": "64", "sensitivity": "0.0"}
     save_file({name: tensor.flip(-1) if "logits" in name else tensor for name, tensor in tensors.items()}, path, about)
-    with pytest.raises(BadRequest, match=f"its logits are off by .* as kept in {path}"):
+    with pytest.raises(BadRequest, match=f"its logits are off by .* as stored in {path}"):
         start(folder)
 
 

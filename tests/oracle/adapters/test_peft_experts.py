@@ -194,7 +194,7 @@ def test_rows_read_the_experts_that_they_go_to_alone(
     modules = [module for name, module in engine.model.adaptable.modules.items() if name.endswith(".experts")]
     assert modules
     assert all(module.few_experts for module in modules)
-    assert all(f"LoRA on {module.name} is no rows of the pool" in caplog.text for module in modules)
+    assert all(f"LoRA on {module.name} cannot use the pool" in caplog.text for module in modules)
 
     parameters = engine.adapters.extras["tuned"].parameters
     poisoned = [lora for loras in parameters.values() for lora in loras]

@@ -51,7 +51,7 @@ def test_what_is_written_of_a_promise_is_not_counted_twice(tmp_path: Path) -> No
         disk.free -= 50
         with reserve.room(tmp_path, lambda: 40):
             pass
-        with pytest.raises(NoRoom, match="10 are promised"), reserve.room(tmp_path, lambda: 41):
+        with pytest.raises(NoRoom, match="10 reserved"), reserve.room(tmp_path, lambda: 41):
             pass
 
 
