@@ -29,6 +29,9 @@ MAX_COMMAS = 3 << 20
 """Bounds the values of a file before any is made: two a token, and two a merge, of the largest files there are."""
 
 MAX_ADDED = 16_384
+MAX_OWN_ADDED = 8_192
+"""Tokens that an adapter's file may add: the library takes them in one call, which holds the interpreter for 0.1 s."""
+
 MAX_ADDED_BYTES = 512 << 10
 """Bytes of UTF-8 that all tokens which an adapter's file adds have together; Gemma's 6,400 have 60,000."""
 
@@ -93,6 +96,8 @@ class OwnTokenizer(Struct, forbid_unknown_fields=True):
 
     def check(self) -> None:
         """Raise AdapterRefused for added tokens that no adapter may bring."""
+        if len(self.added) > MAX_OWN_ADDED:
+            raise _refusal("added_tokens", f"has {len(self.added)} tokens; the limit is {MAX_OWN_ADDED}")
         if len({token.content for token in self.added}) < len(self.added):
             raise _refusal("added_tokens", "has a token twice")
         num_bytes = sum(len(token.content.encode()) for token in self.added)
@@ -156,8 +161,8 @@ def _components(value: Any, part: str, depth: int = 0) -> list[Any]:
         return [None] if part == "decoder" else []  # without a decoder, tokens are joined by spaces
     kind = value.get("type") if is_object(value) else None
     if kind == "Sequence":
-        inner = next((value[name] for name in _SEQUENCES if is_list(value.get(name))), [])
-        return [found for one in inner for found in _components(one, part, depth + 1)]
+        lists: list[list[Any]] = [value[name] for name in _SEQUENCES if is_list(value.get(name))]
+        return [found for one in (lists[0] if lists else []) for found in _components(one, part, depth + 1)]
     if part == "post_processor" and (kind == "ByteLevel" or _adds_nothing(value)):
         return []  # of which the first moves offsets, and changes no token
     if kind == "ByteLevel" and part == "decoder":  # its fields mean nothing here
@@ -318,7 +323,7 @@ class BaseTokens:
         from tokenizers import AddedToken as Token  # here, because most processes never need it
         from tokenizers import Tokenizer
 
-        library = Tokenizer.from_buffer(_NORMALIZING % self._normalizer)
+        library: Any = Tokenizer.from_buffer(_NORMALIZING % self._normalizer)
         names = [token.content for token in added if token.normalized]
         library.add_tokens([Token(name, normalized=True) for name in names])
         return found | {name: library.id_to_token(i) or "" for i, name in enumerate(names)}
@@ -326,7 +331,7 @@ class BaseTokens:
     def _table(self, added: Sequence[AddedToken], found: Mapping[str, str], key: str) -> TokenTable:
         size = len(self._plain[""])
         more = max((token.id + 1 - size for token in added), default=0)
-        tables = {place: [*pieces, *[b""] * more] for place, pieces in self._plain.items()}
+        tables: dict[Place, list[bytes]] = {place: [*pieces, *[b""] * more] for place, pieces in self._plain.items()}
         special = frozenset(token.id for token in added if token.special and found[token.content] == token.content)
         for place, pieces in tables.items():
             for token in added:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from peft_adapters.texts.tokenizer_json import MAX_ADDED
+from peft_adapters.texts.tokenizer_json import MAX_OWN_ADDED
 
 SPARSE_BYTES = 1_500_000_000
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
@@ -30,7 +30,7 @@ def write_all(root: Path, good: Path, model: Path) -> None:
         "metaspace": {"decoder": METASPACE, "pre_tokenizer": METASPACE},
         "giant-id": {"model": {**plain["model"], "vocab": {**plain["model"]["vocab"], "far": 4_000_000_000}}},
         "deep": {"normalizer": _nested({"type": "NFC"}, 90)},
-        "added": {"added_tokens": [*plain["added_tokens"], *_many_tokens(MAX_ADDED - len(plain["added_tokens"]))]},
+        "added": {"added_tokens": [*plain["added_tokens"], *_many_tokens(MAX_OWN_ADDED - len(plain["added_tokens"]))]},
     }
     for name, change in changes.items():
         _write(root, good, name, {"tokenizer.json": json.dumps({**plain, **change})})

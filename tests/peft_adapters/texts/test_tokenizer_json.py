@@ -19,6 +19,7 @@ from peft_adapters.texts.tokenizer_json import (
     MAX_ADDED_BYTES,
     MAX_COMMAS,
     MAX_NESTING,
+    MAX_OWN_ADDED,
     BaseTokens,
     OwnTokenizer,
     parts_of,
@@ -335,6 +336,9 @@ BOMBS: dict[str, tuple[dict[str, Any], str]] = {
     "many added tokens": (
         {"added_tokens": [added(str(i)) for i in range(MAX_ADDED + 1)]}, "tokenizer.json cannot be read",
     ),
+    "more than an adapter may": (
+        {"added_tokens": [added(str(i)) for i in range(MAX_OWN_ADDED + 1)]}, f"the limit is {MAX_OWN_ADDED}",
+    ),
     "much of them": (
         {"added_tokens": [added(f"{i:1000}") for i in range(MAX_ADDED_BYTES // 1000 + 1)]},
         f"the limit is {MAX_ADDED_BYTES}",
@@ -351,9 +355,9 @@ def test_bombs_are_refused_by_name(parts: dict[str, Any], said: str) -> None:
 
 
 def test_the_largest_that_is_taken_is_read() -> None:
-    many = [added(f"<|{i:0>27}|>") for i in range(MAX_ADDED)]
+    many = [added(f"<|{i:0>27}|>") for i in range(MAX_OWN_ADDED)]
     own = read({**BASE, "added_tokens": many})
-    assert len(own.added) == MAX_ADDED
+    assert len(own.added) == MAX_OWN_ADDED
     assert BaseTokens(json.dumps(BASE)).with_added(own.added).pieces[-1] == many[-1]["content"].encode()
 
 
