@@ -222,10 +222,10 @@ class World:
         """Call the step script once, or twice as a client does that lost its connection; None: the reply is lost."""
         is_repeated = self.random.random() < 0.2
 
-        async def ask(command: Any) -> Any:
+        async def ask(command: Any, within_s: float | None = None) -> Any:
             if is_repeated:
-                await self.ask(command)
-            reply = await self.ask(command)
+                await self.ask(command, within_s)
+            reply = await self.ask(command, within_s)
             if lose_reply:
                 raise LostReplyError
             return reply
