@@ -106,7 +106,7 @@ async def test_the_line_is_bounded_and_half_of_it_is_for_others() -> None:
     with pytest.raises(Overloaded, match="2 large bodies are waiting"):
         await places.take("a")
     tasks += await taken(places, "b", "b")
-    with pytest.raises(Overloaded, match="4 large bodies wait"):
+    with pytest.raises(Overloaded, match="4 large bodies are waiting"):
         await places.take("c")
     for task in tasks:
         task.cancel()
