@@ -53,8 +53,8 @@ class AdapterFolder:
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
-    num_bytes: int  # of the weights file
-    texts: OwnTexts | None = None  # what counts of them, if it has any
+    num_bytes: int  # size of the weights file
+    texts: OwnTexts | None = None  # its template, special and added tokens; None: it brings none
 
     @classmethod
     def open(cls, folder: Path) -> AdapterFolder:
@@ -164,7 +164,7 @@ class Blobs:
         return digest if digest in self._sizes else None
 
     def readers_of(self, version: str) -> set[str]:
-        """Return by whose rights a version was read: kinds of `Reader`, but for tokens, which prove no other's."""
+        """Return the kinds of `Reader` that have read a version. Tokens are never recorded."""
         return self._note_of(version)[1]
 
     def note_reader(self, version: str, reader: str) -> None:

@@ -56,7 +56,7 @@ class Catalogue:
         self._run_id: str = ""
         self._last_event = ""  # id of the last event seen; "": none
         self._unnamed: dict[str, float] | None = None  # digest without a name -> when its record is deleted
-        self.aliases: dict[str, m.Alias] = {}  # of all stores, as last loaded, by field
+        self.aliases: dict[str, m.Alias] = {}  # by field, aliases of all stores as last loaded
 
     async def load(self) -> bool:
         """Load what all stores have published; return whether anything has changed since the last load.
@@ -66,7 +66,7 @@ class Catalogue:
         news = await self._bus.adapters.news(self._last_event)
         lost = news.num_names == 0 or news.run_id != self._run_id
         if lost and self._mine:
-            logger.warning("Redis was restarted or emptied: publishing %d names again", len(self._mine))
+            logger.warning("Redis was restarted or flushed: republishing %d names", len(self._mine))
             await self._write(self._mine.values())
         self._run_id = news.run_id
         if news.events:

@@ -33,21 +33,21 @@ DESCRIBE_S = 600.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments on `parser`."""
     actions = parser.add_subparsers(metavar="check|convert", required=True)
-    check = actions.add_parser("check", help="say what of an adapter takes effect, or every reason against it")
+    check = actions.add_parser("check", help="show what an adapter changes, or every reason why it is refused")
     check.description = (
-        "Print what an adapter changes, and what its names are mapped to. Exit code 0 if it is served and changes"
-        " something, 1 if it is refused or has no effect, 2 for wrong usage."
+        "Print what an adapter changes, and how its module names are mapped. Exit code: 0 if it can be served and has"
+        " an effect, 1 if it is refused or has no effect, 2 for wrong usage."
     )
-    check.add_argument("folder", metavar="DIR", type=Path, help="folder of an adapter of PEFT, MLX-LM or llama.cpp")
+    check.add_argument("folder", metavar="DIR", type=Path, help="folder of a PEFT, MLX-LM or llama.cpp adapter")
     check.set_defaults(do=_check)
-    conversion = actions.add_parser("convert", help="write an adapter of MLX-LM or llama.cpp as PEFT would")
+    conversion = actions.add_parser("convert", help="convert an MLX-LM or llama.cpp adapter to PEFT's format")
     conversion.add_argument("folder", metavar="SRC", type=Path, help="folder of the adapter; it is not changed")
-    conversion.add_argument("target", metavar="DST", type=Path, help="folder to write, which must not exist")
+    conversion.add_argument("target", metavar="DST", type=Path, help="folder to write; it must not exist")
     conversion.set_defaults(do=_convert)
     for action in (check, conversion):
         action.add_argument(
             "--base", metavar="MODEL", default="",
-            help="the base model, a Hub id or a folder: only its config is read. GGUF cannot be read without it",
+            help="base model, a Hub id or a folder; only its config is read; required for GGUF",
         )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, describe: Callable[[str], ServedModel] | None 
 def describe_base(model: str) -> ServedModel:
     """Return what adapters must fit of a base model, by way of a process that has torch. Raises BadRequest."""
     if Path(model).expanduser().exists():
-        model_folder(model, TOKENIZER_FILES)  # what is no model's folder is told without that process
+        model_folder(model, TOKENIZER_FILES)  # refuses anything but a model folder without starting that process
     done = subprocess.run(
         [sys.executable, "-m", "gpu_worker.describe", model], capture_output=True, text=True, timeout=DESCRIBE_S,
         env=child_environment(*COMPUTE, *HUB_CACHE, *HUB, *NETWORK), check=False,
@@ -126,7 +126,7 @@ def _check(args: argparse.Namespace, base: ServedModel | None) -> int:
     for theirs, own in spec.mapped.items():
         console.print(f"mapped: {escape(theirs)} → {escape(own)}", soft_wrap=True)
     if base is None:
-        console.print("Without --base it is not known whether the base model has these modules.", soft_wrap=True)
+        console.print("Without --base, these modules are not checked against the base model.", soft_wrap=True)
     if not any(row.has_effect for row in rows):
         console.print("[bold red]no effect[/]: everything that it adds to the base model is zero")
         return 1
@@ -165,15 +165,15 @@ def _pattern(module: str) -> str:
 def _convert(args: argparse.Namespace, base: ServedModel | None) -> int:
     folder, weights = args.folder, _weights_of(args.folder)
     if depends_on_base(weights) and base is None:
-        raise BadRequest("an adapter in GGUF can be converted for a base model only: name it with --base")
+        raise BadRequest("converting a GGUF adapter needs its base model: --base")
     conversion = plan_conversion(folder, weights, (folder / weights).stat().st_size, base)
     if conversion is None:
-        raise BadRequest(f"{folder} is an adapter as PEFT saves it already")
+        raise BadRequest(f"{folder} is already a PEFT adapter")
     read_adapter(conversion.config, conversion.infos(), base)
     try:
         args.target.mkdir(parents=True)
     except FileExistsError:
-        raise BadRequest(f"{args.target} is there already") from None
+        raise BadRequest(f"{args.target} exists already") from None
     convert(folder, weights, conversion, args.target)
     print(f"{args.target}: {len(conversion.tensors)} tensors, digest {AdapterFolder.open(args.target).digest()}")
     return 0

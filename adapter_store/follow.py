@@ -78,11 +78,11 @@ class Follower:
         )
         for name in changes.removed:
             self._retries.pop(name, None)
-            logger.info("adapter %s is gone", name)
+            logger.info("adapter %s was removed", name)
             await self._catalogue.remove(name)
         for name in changes.settled:
             if FOLDER.fullmatch(name) is None:
-                logger.warning("the folder %.200r is not served: its name is not valid for an adapter", name)
+                logger.warning("the folder %.200r is not served: its name is not a valid adapter name", name)
             elif name in self._busy:
                 self._watch.recheck(name)  # once the work in progress has ended
             else:
@@ -104,7 +104,7 @@ class Follower:
             except (LorafleetError, OSError) as error:
                 await self._fail(name, error)
         except (Changed, QueueError) as error:
-            logger.info("adapter %s is read again: %s", name, error or "it was changed meanwhile")
+            logger.info("adapter %s is being re-read: %s", name, error or "it was changed meanwhile")
             self._watch.recheck(name)
         except asyncio.CancelledError:
             raise

@@ -64,7 +64,7 @@ class HttpRequest:
     method: str
     path: str
     headers: dict[str, str]  # names in lower case
-    length: int = 0  # of its body, which only an upload has
+    length: int = 0  # bytes of the body; only uploads have one
 
     @property
     def keep_alive(self) -> bool:
@@ -187,7 +187,7 @@ class BlobServer:
         except FileNotFoundError:  # evicted just now
             if match[2] == TEXTS_FILE and folder.exists():
                 return _error(404, f"the adapter has no texts: {match[1]}")
-            return _error(503, "the adapter left the disk: ask again")
+            return _error(503, "the adapter was evicted from disk: retry")
         answer = _file_answer(request, folder / match[2], size, match[1])
         if match[2] == CONFIG_FILE:
             answer.headers[FOLDER_HEADER] = quote(os.fsencode(folder.absolute()))
@@ -202,7 +202,7 @@ class BlobServer:
         if request.method != "POST":
             return _error(404, f"no such path: {request.path}")
         if not request.length:
-            return _error(411, "an upload says its length first")
+            return _error(411, "an upload needs a Content-Length")
         body = _body(reader, request.length)
         try:
             return _json(200, {"source": await uploads.take(body, request.length)})

@@ -227,7 +227,7 @@ class Mirror:
     def _finish(self, version: Version, folder: Path, conversion: Conversion | None) -> str:
         for name, file in version.files.items():
             if file.checksum is not None and _checksum(folder / name, file.checksum[0]) != file.checksum[1]:
-                raise Changed(f"{name} of {version.source} does not match the {file.checksum[0]} that its source gives")
+                raise Changed(f"{name} of {version.source} does not match the {file.checksum[0]} of its source")
         if conversion is not None:
             convert(folder, version.weights, conversion, folder, self.blobs.reserve)
         files = AdapterFolder.open_fetched(folder)
@@ -237,14 +237,14 @@ class Mirror:
     async def describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
         """Check a blob against the base model and return its catalogue record.
 
-        Raises AdapterRefused when it does not fit the base, Changed when the blob has left the disk.
+        Raises AdapterRefused when it does not fit the base, Changed when the blob was evicted.
         """
         return await asyncio.to_thread(self._describe, digest, source, base)
 
     def _describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
         files = self.blobs.open(digest)
         if files is None:
-            raise Changed(f"adapter {digest:.12} has left the disk")
+            raise Changed(f"adapter {digest:.12} was evicted from disk")
         spec = read_adapter(files.config, files.tensors, base)
         if files.texts is not None:
             files.texts.check_base(base)
@@ -293,7 +293,7 @@ def _for_base(version: Version, base: ServedModel | None) -> Version:
     if not depends_on_base(version.weights):
         return version
     if base is None:
-        raise Unavailable(f"{version.source} can be read once a worker has told which model it is for")
+        raise Unavailable(f"{version.source} can be read once a worker has reported its base model")
     return replace(version, key=f"{version.key}:{base.model_type}:{base.head_dim}")
 
 

@@ -1,8 +1,8 @@
 """Makes workers hold the adapters that are pinned or preloaded.
 
-Each tick compares the workers' beats with what they should hold and sends control messages for the differences. So a
-worker that has just joined, a name that was moved to other content and a lost message are all corrected by the next
-tick. The messages are idempotent, so every store of a fleet may send them.
+Each tick compares the workers' heartbeats with what they should hold, and sends control messages for the differences.
+So the next tick corrects a worker that has just joined, a name that was moved to other content, and a lost message.
+The messages are idempotent, so every store of a fleet may send them.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class PinController:
     ) -> list[tuple[str, m.Control]]:
         """Return the control messages to send, each with its worker's id, and remember them as sent.
 
-        `beats` are the workers' latest beats by id, `pinned` and `preloaded` the digests that every worker should hold,
-        `now_s` is monotonic.
+        `beats` are the workers' latest heartbeats by id, `pinned` and `preloaded` the digests that every worker should
+        hold, `now_s` is monotonic.
         """
         messages: list[tuple[str, m.Control]] = []
         for wid, beat in beats.items():

@@ -144,7 +144,7 @@ class Registrar:
         await self._bus.adapters.renew_leases(self._busy, LEASE_MS)
 
     def accesses_to(self, digest: str) -> list[Access]:
-        """Return by whose rights the names of this content were fetched, each once; those of no token first.
+        """Return the distinct readers whose rights fetched the names of this content, those without a token first.
 
         A token that cannot be read here is left out.
         """
@@ -157,7 +157,7 @@ class Registrar:
         return sorted(found, key=lambda access: (access.token != "", not access.as_fleet, access.token))
 
     def _access(self, field: str, registration: Registration) -> Access:
-        """Return by whose rights a registration's source is read. Raises PermissionDenied for an unreadable token."""
+        """Return the reader with whose rights a registration is read. Raises PermissionDenied for an invalid token."""
         as_fleet = registration.as_fleet or registration.is_operators
         if not registration.token:
             return Access(as_fleet=as_fleet)
@@ -177,7 +177,7 @@ class Registrar:
             finally:
                 await self._bus.adapters.release_lease(field)
         except QueueError as error:
-            logger.warning("adapter %s is fetched again later: %s", registration.name, error)
+            logger.warning("adapter %s will be fetched again later: %s", registration.name, error)
         except asyncio.CancelledError:
             raise
         except BaseException:  # also panics of libraries in Rust
@@ -223,7 +223,7 @@ class Registrar:
         reference = parse_source(registration.source)
         source = self._sources.get(reference.scheme) if reference else None
         if reference is None or source is None:
-            raise BadRequest(f"{registration.source!r} is not a place that adapters can be fetched from")
+            raise BadRequest(f"{registration.source!r} is not a supported adapter source")
         as_fleet = registration.as_fleet or registration.is_operators
         self._policy.check(reference, on_request=registration.on_request, as_fleet=as_fleet)
         return reference, source

@@ -1,4 +1,4 @@
-"""The store as a process: its HTTP server, its beats, and the loop that keeps the catalogue up to date."""
+"""The store as a process: its HTTP server, its heartbeats, and the loop that keeps the catalogue up to date."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class Store:
         if settings.adapters is not None or settings.adapter_roots:
             more = [Path(path) for path in names_of(settings.adapter_roots)]
             self.sources["local"] = LocalSource(settings.adapters, more, reserve=reserve)
-        self.follower: Follower | None = None  # from the first look at the catalogue on
+        self.follower: Follower | None = None  # set once the catalogue was read
         self.pin_controller = PinController(bus, self.catalogue, settings)
         policy = Policy.of(settings)
         self.registrar = Registrar(
@@ -259,12 +259,12 @@ class Store:
         try:
             await self.bus.members.leave_store(self.sid)
         except CONNECTION_ERRORS:
-            logger.info("Redis does not answer; the store's beat will expire")
+            logger.info("Redis does not answer; the store's heartbeat will expire")
 
     # ------------------------------------------------------------ blobs on request
 
     async def locate(self, digest: str) -> Path | None:
-        """Return the verified folder of a digest, fetched again if it has left the disk; None for an unknown digest.
+        """Return the verified folder of a digest, fetched again if it was evicted; None for an unknown digest.
 
         Raises the errors of its source.
         """

@@ -12,7 +12,7 @@ from protocol.runtime.backoff import REFUSAL, TROUBLE, Backoff
 class StoreTimings:
     """How long a store waits and remembers. It reads each value when it needs it."""
 
-    retries: Retries = field(default_factory=Retries)  # of one call to a source
+    retries: Retries = field(default_factory=Retries)  # retries within one call to a source
     trouble: Backoff = TROUBLE  # between fetches of a name that failed for a reason that passes by itself
     refusal: Backoff = REFUSAL  # between fetches of a name that was refused, if it is requested again
     reload_s: float = 10.0  # between reads of all registrations, should an event have been lost

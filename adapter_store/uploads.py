@@ -87,14 +87,14 @@ class Uploads:
         self._busy += 1
         try:
             await asyncio.to_thread(self._root.mkdir, parents=True, exist_ok=True)
-            # Counted anew, since other stores may share the root; off the loop, since there may be thousands.
+            # Counted each time, since other stores may share the root; off the loop, since there may be thousands.
             kept = await asyncio.to_thread(_kept_bytes, self._root)
             with self._promise(kept, length):
                 return await self._take(self._root, chunks, length)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise NoRoom(f"the store's disk has no room: {error.strerror}") from error
-            raise Conflict(f"the upload cannot be kept: {error.strerror}", code="uploads_off") from error
+            raise Conflict(f"the upload cannot be stored: {error.strerror}", code="uploads_off") from error
         finally:
             self._busy -= 1
 
@@ -103,7 +103,7 @@ class Uploads:
         """Count an upload against the limit meanwhile. Raises TooLarge. The zip and what is in it lie there at once."""
         used, most = kept + self._promised, 2 * length
         if used + most > self._max_bytes:
-            text = f"uploads have {used} bytes, and this one takes twice its {length} while it is unpacked"
+            text = f"uploads use {used} bytes, and this one needs twice its {length} while it is unpacked"
             raise TooLarge(f"{text}; upload_bytes is {self._max_bytes}")
         self._promised += most
         try:
@@ -153,7 +153,7 @@ class Uploads:
                 if age_s > KEPT_S / 100:
                     os.utime(entry.path)
             elif age_s > (PART_S if entry.name.startswith(".") else KEPT_S):
-                logger.info("the upload %s is deleted: no name stands for it", entry.name)
+                logger.info("the upload %s is deleted: no name refers to it", entry.name)
                 _remove(Path(entry.path))
 
 
@@ -234,7 +234,9 @@ def _write(
 ) -> int:  # fmt: skip
     """Write one entry, whatever it says of its size at most `max_bytes`; return its bytes."""
     if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise BadRequest(f"{path.name} in the zip is encrypted, or packed in another way than deflate", code="bad_zip")
+        raise BadRequest(
+            f"{path.name} in the zip is encrypted, or uses a compression other than deflate", code="bad_zip"
+        )
     num = 0
     with found.open(entry) as source, path.open("xb") as out:
         while chunk := source.read(CHUNK_BYTES):

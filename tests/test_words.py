@@ -15,7 +15,7 @@ from protocol.runtime.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PRODUCT = (
-    "gateway", "gpu_worker", "kernels/lora_kernels", "lorafleet", "peft_adapters", "protocol",
+    "adapter_store", "gateway", "gpu_worker", "kernels/lora_kernels", "lorafleet", "peft_adapters", "protocol",
     "scheduler",
 )  # fmt: skip
 CONSOLE = ROOT / "gateway" / "console"

@@ -35,7 +35,9 @@ def choose_weights(names: Iterable[str]) -> str:
             return name
     gguf = sorted(name for name in found if _GGUF.fullmatch(name))
     if len(gguf) > 1:
-        raise AdapterRefused([f"there are {len(gguf)} GGUF files, of which an adapter is one: {', '.join(gguf)[:200]}"])
+        raise AdapterRefused(
+            [f"there are {len(gguf)} GGUF files, but an adapter must be a single one: {', '.join(gguf)[:200]}"]
+        )
     return gguf[0] if gguf else ""
 
 
@@ -53,7 +55,7 @@ class RemoteFile:
     """Size and checksum of one file of a version, as its source states them."""
 
     num_bytes: int
-    etag: str = ""  # by which the source recognizes the same content
+    etag: str = ""  # identifies equal content at the source
     checksum: tuple[Literal["sha256", "md5", "git"], str] | None = None  # hex, if the source knows it; git: blob id
 
 
@@ -62,12 +64,12 @@ class Version:
     """The content of a target at one time: fetching it twice gives the same bytes, or an error."""
 
     key: str  # equal keys mean equal content
-    source: str  # as shown to users: "local:NAME", "hub:ORG/NAME@COMMIT", "s3://BUCKET/PREFIX"
+    source: str  # name shown to users: "local:NAME", "hub:ORG/NAME@COMMIT", "s3://BUCKET/PREFIX"
     target: str
     files: Mapping[str, RemoteFile] = field(
         default_factory=dict[str, RemoteFile]
-    )  # by name: a weights file, its config if it needs one, and MORE_FILES that exist
-    at_hand: bool = False  # on this machine: so cheap to fetch again that it needs no sync to disk
+    )  # by name: a weights file, its config if it needs one, and existing MORE_FILES
+    at_hand: bool = False  # True if local: cheap to fetch again, so it needs no sync to disk
 
     @property
     def weights(self) -> str:

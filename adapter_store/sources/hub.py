@@ -136,7 +136,7 @@ class HubSource:
                 refusal = _refusal(error.response, repo)
                 if refusal is not None:
                     raise refusal from error
-                await attempts.pause(f"the Hub answers {error.response.status_code}", error.response.headers)
+                await attempts.pause(f"the Hub answered {error.response.status_code}", error.response.headers)
             except httpx2.TransportError as error:
                 await attempts.pause(f"the Hub cannot be reached: {type(error).__name__}")
 
@@ -164,7 +164,7 @@ class HubSource:
             refusal = _refusal(answer, repo)
             if refusal is not None:
                 raise refusal
-            await attempts.pause(f"the Hub answers {answer.status_code}", answer.headers)
+            await attempts.pause(f"the Hub answered {answer.status_code}", answer.headers)
 
     # ------------------------------------------------------------ fetch
 
@@ -181,10 +181,10 @@ class HubSource:
                     refusal = _refusal(answer.response, repo)
                     if refusal is not None:
                         raise refusal from None
-                    await attempts.pause(f"the Hub answers {answer.response.status_code}", answer.response.headers)
+                    await attempts.pause(f"the Hub answered {answer.response.status_code}", answer.response.headers)
                 except (httpx2.TransportError, _Cut) as error:
                     if file.tell() > at:
-                        attempts = Attempts(self._retries)  # progress was made: count anew
+                        attempts = Attempts(self._retries)  # progress was made: reset the count
                     await attempts.pause(f"the download of {repo} broke off: {type(error).__name__}")
 
     async def _read(self, url: str, file: BinaryIO, end: int, num_bytes: int, token: str) -> None:
@@ -196,13 +196,13 @@ class HubSource:
             if response.status_code == 206:
                 match = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
                 if match is None or int(match[1]) != at or int(match[3]) != num_bytes:
-                    raise Changed(f"the Hub does not give bytes {at}- of {num_bytes}")
+                    raise Changed(f"the Hub did not return bytes {at}- of {num_bytes}")
             elif response.status_code == 200:
                 at = 0
                 file.seek(0)
                 file.truncate()
             elif response.status_code == 416:
-                raise Changed(f"the Hub says that the file is shorter than {num_bytes} bytes")
+                raise Changed(f"the Hub reports a file shorter than {num_bytes} bytes")
             else:
                 raise _Answer(response)
             await _append(response, file, end - at, lambda num: self._reserve.check(Path(file.name), num))
@@ -262,14 +262,14 @@ def _refusal(response: httpx2.Response, repo: str) -> LorafleetError | None:
         return PermissionDenied(f"the token has no access to {repo}")
     if status in (401, 404):
         return NotFound(f"{repo} does not exist on the Hub, or is private and not for this token")
-    return Unavailable(f"the Hub answers {status} for {repo}")
+    return Unavailable(f"the Hub answered {status} for {repo}")
 
 
 def _remote_file(sibling: Any) -> RemoteFile:
     if sibling.lfs is not None:
         return RemoteFile(sibling.lfs.size, checksum=("sha256", sibling.lfs.sha256))
     if sibling.size is None:
-        raise Unavailable(f"the Hub does not give the size of {sibling.rfilename}")
+        raise Unavailable(f"the Hub did not report the size of {sibling.rfilename}")
     return RemoteFile(sibling.size, checksum=("git", sibling.blob_id) if sibling.blob_id else None)
 
 

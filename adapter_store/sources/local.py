@@ -54,7 +54,7 @@ class FolderState:
     config: Stamp | None = None
     weights: Stamp | None = None
     weights_name: str = WEIGHTS_FILE
-    more: tuple[tuple[str, Stamp], ...] = ()  # of the files in MORE_FILES that exist, by name
+    more: tuple[tuple[str, Stamp], ...] = ()  # by name, stamps of existing files in MORE_FILES
     problem: str = ""  # why it cannot be an adapter, whatever its files contain
 
     @property
@@ -135,7 +135,7 @@ class LocalSource:
         place = self._place(name)
         state = self._state(place[0], str(place[1]), maybe_outside=True) if place is not None else None
         if place is None or state is None:
-            # Tenants are told why a name is not served, and no path of this machine.
+            # Tenants see why a name is not served, but no path of this machine.
             raise NotFound(f"there is no adapter folder {os.path.basename(name) if name.startswith('/') else name!r}")
         if state.problem:
             raise AdapterRefused([state.problem])

@@ -60,7 +60,7 @@ class S3Source:
     async def resolve(self, target: str, access: Access = FLEET) -> Version:
         """Return the version of the objects as they are now; see `Source.resolve`."""
         if not access.as_fleet:
-            raise PermissionDenied(f"s3:{target:.300} is not for tenants to read with the fleet's credentials")
+            raise PermissionDenied(f"s3:{target:.300} may not be read by tenants with the fleet's credentials")
         return await asyncio.to_thread(self._resolve, target)
 
     def _resolve(self, target: str) -> Version:
@@ -123,7 +123,9 @@ class S3Source:
         except BotoCoreError as error:
             raise _unreachable(error) from error
         if page.get("IsTruncated"):
-            raise AdapterRefused([f"{reference.source} has more than {MAX_LISTED} objects: too many to look for GGUF"])
+            raise AdapterRefused(
+                [f"{reference.source} has more than {MAX_LISTED} objects: too many to search for GGUF"]
+            )
         return [entry["Key"].removeprefix(prefix) for entry in page.get("Contents", ())]
 
     async def confirm(self, version: Version, access: Access) -> None:
@@ -139,10 +141,10 @@ class S3Source:
                 except ClientError as error:
                     if _status(error) < 500:
                         raise _refusal(error, f"{version.source}/{name}") from error
-                    await attempts.pause(f"S3 answers {_status(error)}")
+                    await attempts.pause(f"S3 answered {_status(error)}")
                 except (BotoCoreError, HTTPError, _Cut) as error:
                     if file.tell() > at:
-                        attempts = Attempts(self._retries)  # progress was made: count anew
+                        attempts = Attempts(self._retries)  # progress was made: reset the count
                     await attempts.pause(f"the download of {version.source} broke off: {type(error).__name__}")
 
     def _read(self, version: Version, name: str, file: BinaryIO, end: int) -> None:
@@ -156,7 +158,7 @@ class S3Source:
         )
         with closing(reply["Body"]) as body:
             if at and not str(reply.get("ContentRange", "")).startswith(f"bytes {at}-"):
-                raise Changed(f"S3 does not give bytes {at}- of {version.source}/{name}")
+                raise Changed(f"S3 did not return bytes {at}- of {version.source}/{name}")
             for chunk in body.iter_chunks(CHUNK_BYTES):
                 self._reserve.check(Path(file.name), len(chunk))
                 file.write(chunk[: end - file.tell()])
@@ -190,7 +192,7 @@ def _refusal(error: ClientError, what: str) -> LorafleetError | Changed:
         return PermissionDenied(f"the store has no access to {what}")
     if status in (412, 416):
         return Changed(f"{what} was replaced")
-    return Unavailable(f"S3 answers {status} for {what}")
+    return Unavailable(f"S3 answered {status} for {what}")
 
 
 def _unreachable(error: BotoCoreError) -> LorafleetError:

@@ -119,7 +119,7 @@ def test_mlx_is_converted(tmp_path: Path, described: ServedModel, capsys: pytest
     assert json.loads((target / CONFIG_FILE).read_text())["lora_alpha"] == 80.0
     assert adapter(described, "check", str(target)) == 0
     assert main(["adapter", "convert", str(source), str(target)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_gguf_is_converted_for_a_base(

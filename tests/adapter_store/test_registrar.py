@@ -115,7 +115,7 @@ async def test_stale_is_said_and_fresh_again_too(bus: Bus, hub: HubStub, run_sto
         assert (alias.state, alias.digest) == ("on_disk", first.digest)
         return alias.reason == "" if text == "" else text in alias.reason
 
-    await wait_until(lambda: says("may be out of date: the Hub answers 503"), "it is marked stale")
+    await wait_until(lambda: says("may be out of date: the Hub answered 503"), "it is marked stale")
     await ask(await store.url(), first.digest, SECRET)
     hub.down = False
     await wait_until(lambda: says(""), "it is fresh again")
@@ -131,8 +131,8 @@ async def test_refusals_say_why_and_are_looked_at_again_when_asked(bus: Bus, hub
     await register(bus, "bucket", "s3://secret/adapters/a")
     assert "use_qalora" in (await in_state(bus, "bad", "failed")).reason
     assert "does not exist" in (await in_state(bus, "none", "failed")).reason
-    assert "not a place" in (await in_state(bus, "nowhere", "failed")).reason
-    assert "not a place" in (await in_state(bus, "bucket", "failed")).reason
+    assert "not a supported" in (await in_state(bus, "nowhere", "failed")).reason
+    assert "not a supported" in (await in_state(bus, "bucket", "failed")).reason
     hub.repos["org/bad"].commit(adapter(3))
     hub.seen.clear()
     await register(bus)

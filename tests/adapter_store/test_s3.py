@@ -144,7 +144,7 @@ async def test_tenants_get_nothing_with_the_fleets_credentials(s3: S3Server, sou
     upload(s3, "team/a", weights())
     await mirror.take(source, f"//{BUCKET}/team/a", BASE)
     for access in (Access(), Access("hf_any")):
-        with pytest.raises(PermissionDenied, match="not for tenants"):
+        with pytest.raises(PermissionDenied, match="not be read by tenants"):
             await mirror.take(source, f"//{BUCKET}/team/a", BASE, access)
 
 

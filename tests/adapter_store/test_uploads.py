@@ -106,7 +106,7 @@ def test_a_text_is_bounded_by_itself(tmp_path: Path) -> None:
         (zipped({"README.md": b"x"}), "has no adapter"),
         (zipped({"a/adapter_model.safetensors": b"1", "b/adapter_model.safetensors": b"2"}), "2 adapters side by side"),
         (zipped({"a.gguf": b"1", "b.gguf": b"2"}), "GGUF"),
-        (zipped(GOOD, zipfile.ZIP_LZMA), "another way than deflate"),
+        (zipped(GOOD, zipfile.ZIP_LZMA), "compression other than deflate"),
         (zipped(GOOD)[:-30], "cannot be read"),
         (zipped({f"f{number}": b"" for number in range(1001)} | GOOD), "1003 entries"),
         (zipped({f"{number:0>1100}": b"" for number in range(1000)}), "directory is too large"),
@@ -234,11 +234,11 @@ async def test_uploads_beside_each_other_share_the_limit(tmp_path: Path) -> None
             inner.append(error)
 
     await kept.take(outer(), len(raw))
-    assert "and this one takes twice its" in inner[0].message
+    assert "and this one needs twice its" in inner[0].message
     for _ in range(2):
         await kept.take(chunks(raw), len(raw))
     for process in (kept, Uploads(tmp_path, most, 1 << 20)):
-        with pytest.raises(TooLarge, match="uploads have 21006 bytes"):
+        with pytest.raises(TooLarge, match="uploads use 21006 bytes"):
             await process.take(chunks(raw), 501)
 
 

@@ -176,7 +176,7 @@ async def test_trouble_is_a_503_with_a_time(hub: HubStub, http: httpx2.AsyncClie
     answer = await ask(http, "org/a")
     assert answer.status_code == 503
     assert int(answer.headers["retry-after"]) >= 1
-    assert "the Hub answers 503" in answer.json()["error"]["message"]
+    assert "the Hub answered 503" in answer.json()["error"]["message"]
 
 
 async def test_private_is_for_those_whose_token_opens_it(
