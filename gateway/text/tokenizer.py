@@ -22,6 +22,7 @@ from peft_adapters.texts.tokenizer_json import AddedToken, BaseTokens
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder, served_name
 from protocol.runtime.panics import panics_as
 from protocol.runtime.settings import Settings
+from protocol.wire.brief import brief
 from protocol.wire.errors import AdapterRefused, BadRequest, LorafleetError
 from protocol.wire.tokens import TokenTable
 
@@ -82,7 +83,7 @@ class Encoder:
             raise AdapterRefused([f"{TOKENIZER}: its added tokens cannot be looked for: {error}"]) from error
         for token in added:
             if made.token_to_id(token.content) != token.id:
-                raise AdapterRefused([f"{TOKENIZER}: the added token {token.content!r:.80} would have another id"])
+                raise AdapterRefused([f"{TOKENIZER}: the added token {brief(token.content, 80)} would have another id"])
         return Encoder(made, sum(TOKEN_BYTES + CHARACTER_BYTES * len(token.content) for token in added))
 
     def ids(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:

@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from types import TracebackType
 from typing import cast
 
 from protocol.metrics.series import FAILURES, GIVEN_UP
@@ -61,11 +62,7 @@ class Failures:
     def note(self, name: str, error: BaseException, what: str = "") -> None:
         """Count a failure of a loop; what: the unit of work that has failed, for the log."""
         FAILURES.labels(name).inc()
-        frame = error.__traceback__
-        while frame is not None and frame.tb_next is not None:
-            frame = frame.tb_next
-        place = (frame.tb_frame.f_code, frame.tb_lineno) if frame is not None else None
-        cause = (name, type(error), place)
+        cause = (name, type(error), _raised_at(error))
         told_s, num = self._told.pop(cause, (-LOG_AGAIN_S, 0))
         is_told = self._clock() - told_s < LOG_AGAIN_S
         self._told[cause] = (told_s, num + 1) if is_told else (self._clock(), 0)
@@ -77,6 +74,22 @@ class Failures:
         text = f"{name} has failed{' with ' + what if what else ''}: {error or type(error).__name__}"
         text += f" ({num} more since the last report)" if num else ""
         logger.warning("%s", text, exc_info=None if is_known else (type(error), error, error.__traceback__))
+
+
+def _raised_at(error: BaseException) -> tuple[object, int] | None:
+    """Return the innermost line of code that failed, outside of the queue's client, which has several ways to ask."""
+    frames: list[TracebackType] = []
+    frame = error.__traceback__
+    while frame is not None:
+        frames.insert(0, frame)
+        frame = frame.tb_next
+    outside = (one for one in frames if not _is_of_the_queue(one.tb_frame.f_globals.get("__name__", "")))
+    found = next(outside, frames[0] if frames else None)
+    return (found.tb_frame.f_code, found.tb_lineno) if found is not None else None
+
+
+def _is_of_the_queue(module: str) -> bool:
+    return module.startswith(("protocol.queue.", "redis."))
 
 
 FAILED = Failures()

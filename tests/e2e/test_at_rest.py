@@ -26,7 +26,7 @@ SECRETS = {
 }
 MAY_SEE = {
     "gateway": {"LORAFLEET_SECRET"},
-    "worker": set[str](),  # it reads its variables from a pipe
+    "worker": {"LORAFLEET_SECRET"},  # it opens sealed bodies
     "scheduler": set[str](),
     "store": {"LORAFLEET_SECRET", "HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"},
 }

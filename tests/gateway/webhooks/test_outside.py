@@ -77,7 +77,7 @@ def test_addresses_that_are(address: str) -> None:
 async def test_names_of_this_machine_are_not_asked(host: str) -> None:
     async with answering(DnsServer({"localhost": ["127.0.0.1"]})) as server:
         outside = Outside(private=False, names=HostNames(server.address))
-        with pytest.raises(UnreachableError, match=r"not of the public internet|neither a name"):
+        with pytest.raises(UnreachableError, match=r"not of the public internet|neither a DNS name"):
             await outside.post(f"https://{host}/", b"", {}, "a")
 
 

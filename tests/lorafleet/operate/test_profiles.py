@@ -79,5 +79,5 @@ def test_what_is_wrong_in_the_file_is_named(config: Path, text: str, name: str, 
 
 def test_a_profile_without_a_file_is_refused(config: Path) -> None:
     assert load_profile("").url == ""
-    with pytest.raises(BadRequest, match="no file"):
+    with pytest.raises(BadRequest, match="no such file"):
         load_profile("prod")
