@@ -8,17 +8,16 @@ alone. Decoding needs no library: `BaseTokens` works out once what each token ad
 from __future__ import annotations
 
 import hashlib
-import re
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 from weakref import WeakValueDictionary
 
 import msgspec
 from msgspec import Meta, Raw, Struct
 
 from peft_adapters.json_values import is_list, is_object
+from peft_adapters.texts.decoders import Decoder, Decoding, Place, decoding_of, refusal
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.tokens import TokenTable
 
@@ -97,12 +96,12 @@ class OwnTokenizer(Struct, forbid_unknown_fields=True):
     def check(self) -> None:
         """Raise AdapterRefused for added tokens that no adapter may bring."""
         if len(self.added) > MAX_OWN_ADDED:
-            raise _refusal("added_tokens", f"has {len(self.added)} tokens; the limit is {MAX_OWN_ADDED}")
+            raise refusal("added_tokens", f"has {len(self.added)} tokens; the limit is {MAX_OWN_ADDED}")
         if len({token.content for token in self.added}) < len(self.added):
-            raise _refusal("added_tokens", "has a token twice")
+            raise refusal("added_tokens", "has a token twice")
         num_bytes = sum(len(token.content.encode()) for token in self.added)
         if num_bytes > MAX_ADDED_BYTES:
-            raise _refusal("added_tokens", f"has tokens of {num_bytes} bytes; the limit is {MAX_ADDED_BYTES}")
+            raise refusal("added_tokens", f"has tokens of {num_bytes} bytes; the limit is {MAX_ADDED_BYTES}")
 
     def check_base(self, parts: Mapping[str, str]) -> None:
         """Raise AdapterRefused unless this is a base's tokenizer with other added tokens at most.
@@ -110,12 +109,12 @@ class OwnTokenizer(Struct, forbid_unknown_fields=True):
         parts: of the base's, as `parts_of` returns them; none where it has no tokenizer.json.
         """
         if not parts:
-            raise _refusal("", "cannot be served: the base model has none")
+            raise refusal("", "cannot be served: the base model has none")
         others = [name for name in parts if self.parts.get(name) != parts[name]]
         if others:
             *most, last = others
             names = f"{', '.join(most)} and {last}" if most else last
-            raise _refusal(
+            raise refusal(
                 "",
                 f"differs from the base model's in its {names}; only added tokens are served: remove the file to use"
                 " the base's tokenizer, or retrain with the base's",
@@ -156,7 +155,7 @@ def _parts(file: _File, vocab: dict[str, int] | list[tuple[str, float]]) -> dict
 def _components(value: Any, part: str, depth: int = 0) -> list[Any]:
     """Return the components of a part, in order, in their one form. Raises AdapterRefused."""
     if depth > MAX_NESTING:
-        raise _refusal(part, f"is nested deeper than {MAX_NESTING}")
+        raise refusal(part, f"is nested deeper than {MAX_NESTING}")
     if value is None:
         return [None] if part == "decoder" else []  # without a decoder, tokens are joined by spaces
     kind = value.get("type") if is_object(value) else None
@@ -182,7 +181,7 @@ _SEQUENCES = ("normalizers", "pretokenizers", "processors", "decoders")
 def _canonical(value: Any, part: str, depth: int = 0) -> Any:
     """Return a JSON value without fields that have their default, or that older releases wrote otherwise."""
     if depth > MAX_NESTING:
-        raise _refusal(part, f"is nested deeper than {MAX_NESTING}")
+        raise refusal(part, f"is nested deeper than {MAX_NESTING}")
     if is_list(value):
         return [_canonical(one, part, depth + 1) for one in value]
     if not is_object(value):
@@ -213,15 +212,10 @@ def _digest(value: Any) -> str:
 # ---------------------------------------------------------------- reading
 
 
-def _refusal(place: str, what: str) -> AdapterRefused:
-    """Return the error that names a place in a tokenizer.json, "" for all of it, and what is wrong with it."""
-    return AdapterRefused([f"tokenizer.json: {place} {what}" if place else f"tokenizer.json {what}"])
-
-
 def _read(text: str | bytes) -> _File:
     num_commas = text.count(",") if isinstance(text, str) else text.count(b",")
     if num_commas > MAX_COMMAS:
-        raise _refusal("", f"has more than {MAX_COMMAS} values")
+        raise refusal("", f"has more than {MAX_COMMAS} values")
     return _parsed(text, _File, "")
 
 
@@ -233,14 +227,14 @@ def _parsed(raw: str | bytes | Raw, kind: Any, place: str) -> Any:
     try:
         return msgspec.json.decode(raw, type=kind)
     except (msgspec.MsgspecError, UnicodeError) as error:
-        raise _refusal(place, f"cannot be read: {error}") from error
+        raise refusal(place, f"cannot be read: {error}") from error
     except RecursionError as error:
-        raise _refusal(place, "cannot be read: it is nested too deeply") from error
+        raise refusal(place, "cannot be read: it is nested too deeply") from error
 
 
 def _value(raw: Raw, place: str, kind: Any = Any) -> Any:
     if len(bytes(raw)) > MAX_COMPONENT_BYTES:
-        raise _refusal(place, f"has {len(bytes(raw))} bytes; the limit is {MAX_COMPONENT_BYTES}")
+        raise refusal(place, f"has {len(bytes(raw))} bytes; the limit is {MAX_COMPONENT_BYTES}")
     return _parsed(raw, kind, place)
 
 
@@ -276,9 +270,9 @@ class BaseTokens:
         file = _read(text)
         vocab = _vocab(file)
         try:
-            self._decoding, self._refusal = _decoding(_value(file.decoder, "decoder", _Decoder | None)), ""
+            self._decoding, self._refusal = decoding_of(_value(file.decoder, "decoder", Decoder | None)), ""
         except AdapterRefused as error:
-            self._decoding = _Decoding([])
+            self._decoding = Decoding([])
             self._refusal = f"tokens of this model cannot be decoded: {error.message}"
         self._key = hashlib.sha256(text.encode()).hexdigest()
         self._normalizer = bytes(file.normalizer)
@@ -304,7 +298,7 @@ class BaseTokens:
             return self.table
         found = self._found(added)
         if "" in found.values() or len(set(found.values())) < len(found):
-            raise _refusal("added_tokens", "has tokens of which the base's normalizer leaves nothing, or the same")
+            raise refusal("added_tokens", "has tokens of which the base's normalizer leaves nothing, or the same")
         key = hashlib.sha256(self._key.encode() + msgspec.json.encode(added)).hexdigest()
         with self._lock:
             table = self._tables.get(key)
@@ -357,149 +351,3 @@ _NORMALIZING = b'{"version":"1.0","model":{"type":"BPE","vocab":{},"merges":[]},
 
 def _by_index(vocab: list[tuple[str, float]]) -> dict[int, str]:
     return dict(enumerate(token for token, _ in vocab))
-
-
-Place = Literal["", "first", "last"]
-"""Where a token stands in a text, if that matters; "" elsewhere."""
-
-Stage = Callable[[str, Place], str]
-"""A decoder's work on one token."""
-
-
-class _Decoder(Struct):
-    """A decoder: the fields of all kinds that are known."""
-
-    type: str
-    decoders: list[_Decoder] = []
-    pattern: dict[str, str] = {}
-    content: str = " "
-    start: int = 0
-    stop: int = 0
-    replacement: str = "▁"
-    prepend_scheme: str | None = None
-    add_prefix_space: bool | None = None
-    prefix: str = "##"
-    suffix: str = "</w>"
-    cleanup: bool = True
-
-    @property
-    def prepends(self) -> bool:
-        """Whether, of a Metaspace, a text begins with a mark that stands for nothing."""
-        default = "never" if self.add_prefix_space is False else "always"
-        return (self.prepend_scheme or default) != "never"
-
-
-@dataclass(slots=True)
-class _Decoding:
-    """What a decoder does: to each token, then to bytes, then to the whole text."""
-
-    stages: list[Stage]
-    special_places: set[Place] = field(default_factory=set[Place])  # where a token becomes something else
-    bytes_as: str = ""  # "ByteLevel" or "ByteFallback"
-    strip: tuple[str, int] = ("", 0)
-
-    def piece(self, token: str, place: Place) -> bytes:
-        """Return what a token adds to a text."""
-        for stage in self.stages:
-            token = stage(token, place)
-        if self.bytes_as == "ByteLevel":
-            try:
-                return token.translate(_BYTE_LEVEL).encode("latin-1")
-            except UnicodeEncodeError:  # an added token, which is not in the alphabet of bytes
-                return token.encode()
-        if self.bytes_as == "ByteFallback" and (byte := _BYTE_TOKEN.fullmatch(token)):
-            return bytes([int(byte[1], 16)])
-        return token.encode()
-
-
-def _decoding(decoder: _Decoder | None) -> _Decoding:
-    """Return what a decoder does. Raises AdapterRefused for components and orders that are not known."""
-    if decoder is None:
-        return _Decoding([lambda token, place: token if place == "first" else f" {token}"], {"first"})
-    decoding = _Decoding([])
-    is_whole = False  # all tokens are one text now
-    parts = _flat(decoder)
-    for part in parts:
-        kind = part.type
-        if kind == "Strip" and is_whole and not decoding.strip[1] and not part.stop:
-            decoding.strip = part.content, part.start
-        elif kind == "Fuse":
-            is_whole = True
-        elif is_whole or decoding.bytes_as:
-            raise _refusal("decoder", f"has {kind} behind components that nothing but Fuse and Strip may follow")
-        elif kind in ("ByteLevel", "ByteFallback"):
-            decoding.bytes_as, is_whole = kind, kind == "ByteLevel"
-        elif kind not in _STAGES or (kind == "Replace" and "String" not in part.pattern) or part.stop:
-            raise _refusal("decoder", f"has {kind[:40]}, which is not known")
-        elif kind == "BPEDecoder" and len(parts) > 1:
-            raise _refusal("decoder", "has a BPEDecoder beside others")
-        else:
-            decoding.stages.append(_STAGES[kind](part))
-            if kind == "WordPiece" or (kind == "Metaspace" and part.prepends):
-                decoding.special_places.add("first")
-            if kind == "BPEDecoder":
-                decoding.special_places.add("last")
-    return decoding
-
-
-def _flat(decoder: _Decoder) -> list[_Decoder]:
-    if decoder.type != "Sequence":
-        return [decoder]
-    return [part for inner in decoder.decoders for part in _flat(inner)]
-
-
-def _replace(part: _Decoder) -> Stage:
-    pattern = part.pattern["String"]
-    return lambda token, place: token.replace(pattern, part.content)
-
-
-def _metaspace(part: _Decoder) -> Stage:
-    at_first = "" if part.prepends else " "
-    return lambda token, place: token.replace(part.replacement, at_first if place == "first" else " ")
-
-
-def _strip(part: _Decoder) -> Stage:
-    return lambda token, place: token[min(part.start, len(token) - len(token.lstrip(part.content))) :]
-
-
-def _words(part: _Decoder) -> Stage:
-    def join(token: str, place: Place) -> str:
-        if place != "first":
-            token = token.removeprefix(part.prefix) if token.startswith(part.prefix) else f" {token}"
-        if part.cleanup:
-            for written, clean in _CLEANUP:
-                token = token.replace(written, clean)
-        return token
-
-    return join
-
-
-def _word_ends(part: _Decoder) -> Stage:
-    return lambda token, place: token.replace(part.suffix, "" if place == "last" else " ")
-
-
-_STAGES: Mapping[str, Callable[[_Decoder], Stage]] = {
-    "BPEDecoder": _word_ends,
-    "Replace": _replace,
-    "Metaspace": _metaspace,
-    "Strip": _strip,
-    "WordPiece": _words,
-}
-_CLEANUP = (
-    (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m"),
-    (" do not", " don't"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
-)  # fmt: skip
-_BYTE_TOKEN = re.compile(r"<0x(\+?[0-9A-Fa-f]|[0-9A-Fa-f]{2})>")
-
-
-def _byte_level() -> dict[int, int]:
-    """Return the byte that each character of byte-level BPE's alphabet stands for, and no byte for the others.
-
-    Printable Latin-1 characters stand for themselves, the other 68 bytes are moved to U+0100 and up, in order.
-    """
-    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [value for value in range(256) if value not in kept]
-    return dict.fromkeys(moved, 0xFFFF) | {0x100 + i: value for i, value in enumerate(moved)}
-
-
-_BYTE_LEVEL = _byte_level()
