@@ -53,10 +53,14 @@ LONGER_S: dict[str, int] = {
 
 
 THOROUGH = (
+    "adapter_store/test_kill.py",
+    "benchmarks/test_gpu.py",
     "e2e/test_adapters.py",
     "e2e/test_encoders.py",
     "e2e/test_network.py",
     "e2e/test_pooled.py",
+    "e2e/test_reliability.py",
+    "e2e/test_token_parameters.py",
     "e2e/test_traces.py",
     "e2e/test_workers.py",
     "examples/test_tours.py",
@@ -73,9 +77,12 @@ THOROUGH = (
     "oracle/test_compiled.py",
     "oracle/test_encoder_types.py",
     "oracle/test_graphs.py",
+    "oracle/test_greedy.py",
     "oracle/test_models.py",
     "oracle/test_one_by_one.py",
     "oracle/test_states.py",
+    "protocol/queue/connection/test_failover.py",
+    "protocol/queue/test_interleavings.py",
     "protocol/queue/test_lost_tail.py",
 )
 """Files that only `make test-all` runs, and whoever names them: long ones, each a further look at what others hold."""
