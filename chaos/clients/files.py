@@ -44,7 +44,7 @@ class FileClient:
         """Do one round. An upload whose answer was lost is sent again, and may be stored twice."""
         told = Round(time.monotonic())
         sent = rng.randbytes(rng.randrange(1, MAX_FILE_BYTES))
-        form = {"files": {"file": ("kept.bin", sent)}, "data": {"purpose": "user_data"}}
+        form = {"files": {"file": ("kept.bin", sent)}, "data": {"purpose": "batch"}}
         stored = await self._http.ask("POST", "/v1/files", **form)
         if "error" in stored:
             told.wrong.append(f"upload: {stored['error']}")
@@ -55,7 +55,7 @@ class FileClient:
 
     async def _meet(self, told: Round, file_id: str, sent: bytes) -> None:
         path = f"/v1/files/{file_id}"
-        listed = await self._http.ask("GET", "/v1/files?purpose=user_data&limit=100")
+        listed = await self._http.ask("GET", "/v1/files?purpose=batch&limit=100")
         if file_id not in [file["id"] for file in listed.get("data", ())]:
             told.wrong.append(f"{file_id} is not listed: {listed.get('error', '')}")
         found = await self._http.ask("GET", f"{path}/content")
