@@ -372,4 +372,4 @@ def test_a_pool_begins_anew_with_the_first_token() -> None:
         pool.add(torch.full((3, 4), 100.0), 0)
         for start, end in ((0, 4), (4, 5), (5, 9)):
             pool.add(hidden[start:end], start)
-        assert torch.allclose(pool.vector, Pooling(mode).apply(hidden))
+        assert torch.allclose(pool.vector, Pooling(mode).apply(hidden), atol=1e-6)  # sums in another order
