@@ -220,7 +220,7 @@ class Store:
         if time.monotonic() >= self._sweep_at_s:
             self._sweep_at_s = time.monotonic() + SWEEP_S
             sources = {one.source for one in (await self.bus.adapters.registrations()).values()}
-            # Of what newer releases alone can read, the names at least: they stay for as long as they are registered.
+            # Records that only newer releases can read: at least their names stay for as long as they are registered.
             sources |= {alias.registered for alias in self.catalogue.aliases.values()}
             await asyncio.to_thread(self.uploads.sweep, sources)
 

@@ -493,4 +493,4 @@ class NoteResidency(Call, kw_only=True):
 
 
 SIGNATURES: tuple[type[Call], ...] = tuple(Call.__subclasses__())
-"""Of every script."""
+"""The signatures of all scripts."""

@@ -81,8 +81,9 @@ def _raised_at(error: BaseException) -> tuple[object, int] | None:
     frames: list[TracebackType] = []
     frame = error.__traceback__
     while frame is not None:
-        frames.insert(0, frame)
+        frames.append(frame)
         frame = frame.tb_next
+    frames.reverse()
     outside = (one for one in frames if not _is_of_the_queue(one.tb_frame.f_globals.get("__name__", "")))
     found = next(outside, frames[0] if frames else None)
     return (found.tb_frame.f_code, found.tb_lineno) if found is not None else None

@@ -178,7 +178,7 @@ class Behind(Told):
 
 
 async def test_who_is_behind_reads_in_turns_of_tenants() -> None:
-    """Of a hundred who come late to one answer, and a hundred answers, one reads at a time; another waits for few."""
+    """One reader at a time of a hundred that come late, to one answer or to many; another tenant waits for few."""
     readers, num, order, reading = JobReaders(10.0, kept_bytes=100, per_s=10_000), 40, list[str](), set[int]()
 
     async def ask(tenant: str, jid: str) -> list[int]:

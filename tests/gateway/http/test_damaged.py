@@ -16,7 +16,7 @@ from protocol.queue.bus import Bus
 from protocol.runtime.free_space import size_of
 
 Clients = tuple[httpx2.AsyncClient, httpx2.AsyncClient]
-"""Of the owner, and of another tenant."""
+"""HTTP clients: the owner's, and another tenant's."""
 
 
 @pytest_asyncio.fixture

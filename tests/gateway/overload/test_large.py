@@ -455,7 +455,7 @@ def test_logprobs_of_all_choices_are_bounded(files: Counting) -> None:
 
 
 async def test_addresses_of_one_network_share_places_as_they_share_memory() -> None:
-    """Who has an IPv6 /64 has 2^64 addresses, and no more places than one."""
+    """An IPv6 /64 has 2^64 addresses, which share the places of one."""
     inside: list[str] = []
     go = asyncio.Event()
 
