@@ -85,6 +85,7 @@ class Front:
             self.ran.append(route)
             return Response()
 
+        assert route.dependant.path == route.path_format  # all of it is made before parts are replaced
         route.app = answer  # what the router asks
         if route.access.kind == "call":  # what is asked past the router
             route.endpoint = call
