@@ -7,6 +7,7 @@ new work do not; those that carry accepted work on, and end it, do: so a full qu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,17 @@ from protocol.queue.connection.redis_client import Client
 from protocol.queue.signatures import SIGNATURES, Call, Vital, Word, shape_of
 
 FOLDER = Path(__file__).parent / "lua"
+
+
+@cache
+def _texts(folder: Path) -> dict[type[Call], str]:
+    """Return the text of each script in a folder, with `common.lua` after its first line."""
+    common = (folder / "common.lua").read_text()
+    texts: dict[type[Call], str] = {}
+    for kind in SIGNATURES:
+        flags, rest = (folder / f"{kind.script()}.lua").read_text().split("\n", 1)
+        texts[kind] = f"{flags}\n{common}{rest}"
+    return texts
 
 
 class Scripts:
@@ -33,10 +45,8 @@ class Scripts:
         self._line = line
         self._tag = tag
         self._registered: dict[type[Call], tuple[Any, int]] = {}  # with the number of its keys
-        common = (folder / "common.lua").read_text()
-        for kind in SIGNATURES:
-            flags, rest = (folder / f"{kind.script()}.lua").read_text().split("\n", 1)
-            self._registered[kind] = client.register_script(f"{flags}\n{common}{rest}"), 1 + shape_of(kind)[0]
+        for kind, text in _texts(folder).items():
+            self._registered[kind] = client.register_script(text), 1 + shape_of(kind)[0]
 
     async def run(self, call: Call) -> Any:
         """Run a script. Replies are bytes, ints, and lists of them."""

@@ -51,6 +51,9 @@ primary that does not hear its replicas (`min-replicas-to-write`), or one that w
 NOTHING: Final = object()
 """What a parser of replies returns while none is whole."""
 
+_DRIVER = redis.DriverInfo()
+"""What connections say of their library: redis-py looks it up among the installed packages, for each one anew."""
+
 CONNECT_TIMEOUT_S = 5
 MAX_CONNECTIONS = 32
 """Connections of one client; further commands wait for one."""
@@ -159,6 +162,7 @@ def connect(url: str, *, timeout_s: float | None, timed: bool = False) -> Client
         socket_timeout=timeout_s,
         socket_connect_timeout=CONNECT_TIMEOUT_S,
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.02), retries),
+        driver_info=_DRIVER,
     )
     kinds = (_Timed, _Cancellable) if timed else (_Cancellable,)
     pool.connection_class = type("CancellableConnection", (*kinds, pool.connection_class), {})
