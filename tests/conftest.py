@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import httpcore2
+import hypothesis
 import pytest
 import pytest_asyncio
+from helpers import examples
 
 from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from protocol.queue.bus import Bus
@@ -56,8 +58,10 @@ THOROUGH = (
     "adapter_store/test_kill.py",
     "benchmarks/test_gpu.py",
     "e2e/test_adapters.py",
+    "e2e/test_demo.py",
     "e2e/test_encoders.py",
     "e2e/test_network.py",
+    "e2e/test_observed.py",
     "e2e/test_pooled.py",
     "e2e/test_reliability.py",
     "e2e/test_token_parameters.py",
@@ -85,7 +89,8 @@ THOROUGH = (
     "protocol/queue/test_interleavings.py",
     "protocol/queue/test_lost_tail.py",
 )
-"""Files that only `make test-all` runs, and whoever names them: long ones, each a further look at what others hold."""
+"""Files that only `make test-all` runs, and whoever names them: long ones, each a further look at what others hold.
+Single tests of this kind are marked `thorough`; `helpers/examples.py` says how many examples hypothesis draws."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -116,6 +121,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if config.pluginmanager.has_plugin("dsession"):
         config.pluginmanager.register(TellWorkers())
+    examples.are_many = is_thorough(config)
+    hypothesis.settings.register_profile("some", max_examples=examples.of(100))
+    hypothesis.settings.load_profile("some")
     gc.disable()
     httpcore2.default_ssl_context = cache(httpcore2.default_ssl_context)
     sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]  # an import of it fails
@@ -128,9 +136,15 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave out the files of THOROUGH, which are not even imported."""
+    is_left_out = collection_path.is_relative_to(TESTS) and _name(collection_path) in THOROUGH
+    return True if is_left_out and not is_thorough(config) else None
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out THOROUGH files, set the limits of LONGER_S, and begin with the files that take longest.
+    """Leave out tests that are marked `thorough`, set the limits of LONGER_S, begin with the files that take longest.
 
     A marker at a test wins over LONGER_S. Files are handed to processes one by one in this order, so that no long one
     is begun when the others have ended.
@@ -139,9 +153,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if missing:
         raise pytest.UsageError(f"tests/conftest.py names files that do not exist: {', '.join(missing)}")
     if not is_thorough(config):
-        left_out = [item for item in items if item.path.relative_to(TESTS).as_posix() in THOROUGH]
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item.path.relative_to(TESTS).as_posix() not in THOROUGH]
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     for item in items:
         limit_s = _limit_s(item.path)
         if limit_s and item.get_closest_marker("timeout") is None:
@@ -149,10 +163,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: _limit_s(item.path), reverse=True)
 
 
+def _name(path: Path) -> str:
+    return path.relative_to(TESTS).as_posix()
+
+
 @cache
 def _limit_s(path: Path) -> int:
     """Return the limit that LONGER_S sets for the tests of a file, s; 0: none."""
-    name = path.relative_to(TESTS).as_posix()
+    name = _name(path)
     return max(
         (limit for prefix, limit in LONGER_S.items() if name == prefix or name.startswith(f"{prefix}/")), default=0
     )

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator, Set
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -71,9 +72,16 @@ def sources(package: str) -> list[Path]:
     return sorted((ROOT / PACKAGES[package]).rglob("*.py"))
 
 
+@cache
+def import_nodes(path: Path) -> tuple[ast.stmt, ...]:
+    """Return every import in a file, also of those inside functions."""
+    nodes = ast.walk(ast.parse(path.read_text(), path))
+    return tuple(node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom))
+
+
 def imports(path: Path) -> Iterator[str]:
     """Yield the top-level name of every import in a file, also of those inside functions."""
-    for node in ast.walk(ast.parse(path.read_text(), path)):
+    for node in import_nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -105,7 +113,7 @@ def test_packages_import_only_what_the_design_allows(package: str) -> None:
 
 def dotted_imports(path: Path) -> Iterator[str]:
     """Yield the full name of every module that a file imports from."""
-    for node in ast.walk(ast.parse(path.read_text(), path)):
+    for node in import_nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -113,6 +121,7 @@ def dotted_imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
+@cache
 def module_graph() -> dict[str, set[str]]:
     """Return which of our modules each of them imports, also inside functions and for type checkers alone."""
     modules: dict[str, Path] = {}
@@ -126,7 +135,7 @@ def module_graph() -> dict[str, set[str]]:
 
 def imported_modules(path: Path, modules: Set[str]) -> Iterator[str]:
     """Yield the modules, of those given, that a file imports or imports names from."""
-    for node in ast.walk(ast.parse(path.read_text(), path)):
+    for node in import_nodes(path):
         names: list[tuple[str, str]] = []
         if isinstance(node, ast.Import):
             names = [(alias.name, alias.name) for alias in node.names]
@@ -182,8 +191,10 @@ def test_only_the_queue_package_touches_redis() -> None:
     for path in paths:
         if path.is_relative_to(queue):
             continue
+        if "redis" not in (text := path.read_text()):
+            continue
         assert "redis" not in set(imports(path)), path
-        nodes = ast.walk(ast.parse(path.read_text(), path))
+        nodes = ast.walk(ast.parse(text, path))
         assert not {node.attr for node in nodes if isinstance(node, ast.Attribute)} & {"redis", "_redis"}, path
 
 
@@ -207,11 +218,9 @@ def test_names_of_tests_are_short() -> None:
     paths = sorted((ROOT / "tests").rglob("test_*.py"))
     assert paths, "the check would prove nothing"
     long_names = [
-        f"{path.relative_to(ROOT)}: {node.name}"
+        f"{path.relative_to(ROOT)}: {name}"
         for path in paths
-        for node in ast.walk(ast.parse(path.read_text(), path))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
-        if len(node.name) >= 70
+        for name in re.findall(r"^ *(?:async )?def (test_\w{65,})", path.read_text(), re.MULTILINE)
     ]
     assert long_names == []
 
@@ -221,7 +230,8 @@ def test_tests_patch_nothing_of_ours() -> None:
     patching = {
         path.relative_to(ROOT / "tests").as_posix()
         for path in (ROOT / "tests").rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(), path))
+        if re.search(r"\.(setattr|setitem|delattr)\b", text := path.read_text())
+        for node in ast.walk(ast.parse(text, path))
         if isinstance(node, ast.Call)
         if isinstance(node.func, ast.Attribute) and node.func.attr in ("setattr", "setitem", "delattr")
     }
@@ -257,6 +267,7 @@ def test_kernels_never_finds_our_code(tmp_path: Path) -> None:
     assert run_python(behind_us) == "theirs"
 
 
+@pytest.mark.thorough
 def test_transformers_and_peft_import_beside_us() -> None:
     code = "from transformers import LlamaForCausalLM; import peft, lora_kernels; print(LlamaForCausalLM.__name__)"
     assert run_python(code) == "LlamaForCausalLM"

@@ -10,6 +10,7 @@ from urllib.parse import unquote
 import httpx2
 import pytest
 import pytest_asyncio
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,7 +80,7 @@ async def test_ranges(client: httpx2.AsyncClient, wanted: str, begin: int, end: 
 
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(1, 20))
-@settings(max_examples=200)
+@settings(max_examples=examples.of(200))
 def test_a_range_is_never_more_than_asked_for(first: int, last: int, size: int) -> None:
     request = HttpRequest("GET", "", {"range": f"bytes={first}-{last}"})
     answer = _file_answer(request, Path("x.bin"), size, DIGEST)

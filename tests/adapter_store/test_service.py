@@ -353,6 +353,7 @@ async def test_more_adapters_than_disk(bus: Bus, root: Path, run_store: RunStore
         assert (await http.get(f"{await store.url()}/health")).json()["num_bytes"] <= 3 * size
 
 
+@pytest.mark.thorough
 async def test_a_thousand_adapters(bus: Bus, root: Path, run_store: RunStore) -> None:
     """All registered at once, any of them can be used; equal contents share one blob."""
     await bus.set(bus.keys.base, BASE)

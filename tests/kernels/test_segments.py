@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from lora_kernels.ops import (
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples.of(60))
 @given(st.lists(st.integers(-1, 5), min_size=1, max_size=200))
 def test_lora_batch_lists_each_adapter_row_once(slots: list[int]) -> None:
     token_slots = np.array(slots)

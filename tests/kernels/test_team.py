@@ -40,7 +40,7 @@ def check(x: torch.Tensor, packed: ops.PackedLinear, expected: torch.Tensor) -> 
     torch.testing.assert_close(ops.linear(x, packed, impl="cpu").double(), expected, rtol=1e-2, atol=1e-1)
 
 
-@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("rows", [1, pytest.param(40, marks=pytest.mark.thorough)])
 def test_more_threads_than_cores_and_than_tasks(native: Impl, num_threads: int, rows: int) -> None:
     del native, num_threads
     x, weight, expected = case(0, rows)

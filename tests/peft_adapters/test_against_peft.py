@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from helpers import examples
 from helpers.peft_configs import lora_configs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -106,7 +107,7 @@ def as_json(config: LoraConfig) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples.of(60), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_reads_what_peft_applies(family: str, data: st.DataObject) -> None:
     """Same modules, ranks and scales, from the config as written and as saved; PEFT's errors are refusals."""

@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+from helpers import examples
 from helpers.adapter_files import lora_config, lora_tensors, safetensors
 from helpers.peft_configs import lora_configs
 from hypothesis import given, settings
@@ -64,7 +65,7 @@ def test_digest_sees_every_byte_and_name() -> None:
     assert adapter_digest(lora_config(), renamed, raw) != expected
 
 
-@settings(max_examples=50)
+@settings(max_examples=examples.of(50))
 @given(st.data())
 def test_canonical_config_is_stable(data: st.DataObject) -> None:
     fields = data.draw(lora_configs("llama"))

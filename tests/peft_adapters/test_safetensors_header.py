@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import examples
 from helpers.adapter_files import lora_tensors, safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -143,7 +144,7 @@ ATTACKS: dict[str, Callable[[Header], None]] = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-@settings(max_examples=20)
+@settings(max_examples=examples.of(20))
 @given(file=good_files())
 def test_refuses(attack: str, file: tuple[Header, int]) -> None:
     header, num_bytes = file

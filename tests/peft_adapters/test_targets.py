@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +17,7 @@ PIECES = ["q_proj", "model", "layers", ".", r"\.", ".*", ".*?", "[0-9]", r"\d", 
 MODULES = ["model.layers.0.self_attn.q_proj", "model.layers.12.mlp.gate_proj", "lm_head", "q_proj", "MODEL.x", "0"]
 
 
-@settings(max_examples=500)
+@settings(max_examples=examples.of(500))
 @given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
 def test_an_accepted_pattern_means_what_python_says(pattern: str) -> None:
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from typing import Any
 
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -152,7 +153,7 @@ class BacklogMachine(RuleBasedStateMachine):
 
 
 TestBacklogMachine = BacklogMachine.TestCase
-TestBacklogMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestBacklogMachine.settings = settings(max_examples=examples.of(150), stateful_step_count=40, deadline=None)
 
 
 @given(st.lists(st.tuples(st.sampled_from(TENANTS), st.integers(1, 60)), min_size=1, max_size=120), st.integers(1, 4))

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -149,7 +150,7 @@ def test_blocked_when_no_worker_may_take_it() -> None:
     assert not site.placement.has_room(request("x"))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples.of(60))
 @given(st.lists(st.tuples(st.sampled_from(["", "a", "b", "c", "d"]), st.integers(1, 500)), max_size=150))
 def test_no_worker_gets_more_than_its_bound_while_others_are_free(items: list[tuple[str, int]]) -> None:
     capacities = (16, 16, 48)

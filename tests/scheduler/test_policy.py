@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 import pytest
+from helpers import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -142,7 +143,7 @@ def test_batch_work_fills_only_slack() -> None:
     assert together.end_ms <= simulate(batch).end_ms + 20_000.0
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=examples.of(25))
 @given(
     st.integers(1, 5),
     st.lists(

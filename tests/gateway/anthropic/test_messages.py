@@ -9,6 +9,7 @@ from typing import Any
 import httpx2
 import orjson
 import pytest
+from helpers import examples
 from helpers.anthropic_events import Event, built, events_of, held_to
 from helpers.scripted_fleet import MAX_MODEL_LEN, Script, ScriptedFleet, make_model_folder, running_gateway
 from hypothesis import given, settings
@@ -348,7 +349,7 @@ PIECES = ["<think>", "</think>", "<tool_call>\n", "\n</tool_call>", "\n", " ", "
           '{"name": "add", "arguments": ', '{"p": "}\\"{"}', "{}", '{"q": [1, {}]}', "}"]  # fmt: skip
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=examples.of(60))
 @given(st.lists(st.sampled_from([*PIECES, CALL]), max_size=12), st.lists(st.integers(0, 99), max_size=6), st.booleans())
 def test_any_answer_streams_as_it_is_whole(words: list[str], cuts: list[int], shows: bool) -> None:
     text = "".join(words)

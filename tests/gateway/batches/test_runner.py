@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import orjson
@@ -19,6 +19,7 @@ from gateway.batches.runner import BatchRunner
 from gateway.files.files import FileService
 from gateway.files.storage import FolderStorage
 from protocol.queue.bus import Bus, now_ms
+from protocol.runtime.backoff import Backoff
 from protocol.runtime.free_space import size_of
 from protocol.runtime.guarded import guarded
 from protocol.runtime.settings import Settings
@@ -87,7 +88,7 @@ class World:
     async def gateway(self, gid: str, calls: Endpoint, pace: BatchPace = PACE) -> AsyncIterator[asyncio.Task[None]]:
         means = BatchMeans(self.bus, gid, self.files, self.storage, self.settings, calls, pace)
         runner = BatchRunner(means, asyncio.Event())
-        task = asyncio.create_task(guarded(runner.loop()))
+        task = asyncio.create_task(guarded(replace(runner.loop(), backoff=Backoff(0.01, 0.05))))
         try:
             yield task
         finally:

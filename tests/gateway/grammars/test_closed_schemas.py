@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import pytest
+from helpers import examples
 from helpers.factories import make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -278,7 +279,7 @@ def random_answer(matcher: LLMatcher, seed: int, most: int) -> str | None:
     return TOKENIZER.decode(ids) if matcher.is_accepting() else None
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples.of(150), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(roots(), st.integers(0, 1 << 30))
 def test_any_answer_is_valid_and_what_is_meant_stays(case: tuple[dict[str, Any], Any], seed: int) -> None:
     schema, value = case

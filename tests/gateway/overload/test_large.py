@@ -301,6 +301,7 @@ def test_an_answer_does_not_hold_its_body(files: Counting) -> None:
 # ---------------------------------------------------------------- a gateway
 
 
+@pytest.mark.thorough
 async def test_the_gateway_answers_while_it_works_on_large_bodies(gateway: RunningGateway) -> None:
     text = "the quick brown fox "
     body = json.dumps({"inputs": text * (1_000_000 // len(text))}).encode()

@@ -291,6 +291,7 @@ async def test_an_answer_of_long_words_ends_when_there_is_no_room(
         await until_free()
 
 
+@pytest.mark.thorough
 async def test_eight_hundred_short_chats_meet_no_limit(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     fleet.script = lambda submit, body: Script(text="ok", hold_after=1)
     chat = {"model": "base", "stream": True, "max_tokens": 100, "messages": [{"role": "user", "content": "Hi you!"}]}

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 import msgspec
+from helpers import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -99,7 +100,7 @@ STEP = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples.of(300), deadline=None)
 @given(st.lists(STEP, max_size=60))
 @example([("ask", "a"), ("turn", 3), ("send", 0, 1), ("noise", 0, b"\0")])  # all that follows is cut wrongly
 def test_answers_are_never_mixed_up(steps: list[tuple[Any, ...]]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import examples
 from helpers.factories import make_tokenizer
 from helpers.growth import MOST, growth
 from helpers.tokenizer_files import added, families, tokenizer_file
@@ -78,7 +79,7 @@ async def test_pairs_and_shortened_texts(name: str) -> None:
 WORDS = ["<a>", "b", " ab", "Ab", "<a>b", "  ", "é", "▁a", "漢字", "\n", "don", "<A>", "x" * 20]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples.of(150), deadline=None)
 @given(
     name=st.sampled_from([name for name in SOME if name in families()]),
     tokens=st.lists(
@@ -118,8 +119,11 @@ def test_a_token_of_which_normalizing_leaves_nothing_is_refused(contents: list[s
         BaseTokens(json.dumps(base)).with_added(own.added)
 
 
+UNITS = ["<a>", "<a> ", " ", "<", "<a"]
+
+
 @pytest.mark.parametrize("flag", ["special", "single_word", "lstrip", "rstrip", "normalized"])
-@pytest.mark.parametrize("unit", ["<a>", "<a> ", " <a>b", " ", "<", "<a"])
+@pytest.mark.parametrize("unit", [" <a>b", *(pytest.param(u, marks=pytest.mark.thorough) for u in UNITS)])
 def test_added_tokens_are_looked_for_in_linear_time(flag: str, unit: str) -> None:
     base = families()["Llama-3"]
     tokens = [{**added("<a>"), flag: True}, {**added("<a>b<a>"), flag: True}]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import examples
 from helpers.factories import make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -111,7 +112,7 @@ MESSAGE = st.one_of(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples.of(120), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(messages=st.lists(MESSAGE, min_size=1, max_size=6), with_tools=st.booleans())
 def test_any_conversation_is_rendered_or_refused_in_the_template_s_words(
     name: str, messages: Conversation, with_tools: bool

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
+from helpers import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -214,7 +215,7 @@ def predicted_s(plan: StepPlan, seqs: Iterable[Sequence], model: StepModel) -> f
 LOWER = [{0}, {1}, {0, 1}]
 
 TestBatcherMachine = BatcherMachine.TestCase
-TestBatcherMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestBatcherMachine.settings = settings(max_examples=examples.of(40), stateful_step_count=40, deadline=None)
 
 
 def test_a_long_prompt_is_computed_in_chunks_beside_decodes() -> None:

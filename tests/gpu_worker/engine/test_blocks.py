@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from helpers import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
@@ -103,7 +104,7 @@ class BlockMachine(RuleBasedStateMachine):
 
 
 TestBlockMachine = BlockMachine.TestCase
-TestBlockMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestBlockMachine.settings = settings(max_examples=examples.of(60), stateful_step_count=40, deadline=None)
 
 
 def publish_chain(pool: BlockPool, blocks: list[int], name: str, owner: str = "") -> list[bytes]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from helpers import examples
 from helpers.factories import make_tokenizer
 from helpers.tokenizer_files import families
 from hypothesis import given, settings
@@ -99,7 +100,7 @@ def test_nothing_stops_within_min_tokens(tokenizer: Tokenizer) -> None:
     assert feed(stop, ids) == (9, "stop")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples.of(200), deadline=None)
 @given(data=st.data())
 def test_gateway_and_worker_end_at_the_same_token(data: st.DataObject) -> None:
     """Whatever the tokenizer, the stop rule, the special tokens that a chat answer shows, and the steps."""

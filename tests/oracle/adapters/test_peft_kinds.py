@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import examples
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from oracle.adapters.peft_kinds import (
@@ -231,7 +232,7 @@ def kinds(draw: st.DrawFn) -> Kind:
 
 # The same configs each time: what PEFT does not combine is without number. Look for more without `derandomize`.
 @settings(
-    max_examples=25, deadline=None, derandomize=True,
+    max_examples=examples.of(25), deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 @given(kind=kinds())

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from oracle.adapters.peft_kinds import (
@@ -180,7 +181,7 @@ def test_what_is_not_refused_is_what_peft_computes(root: Path, tmp_path: Path) -
     base = make_base(BIASED)
     prompt = asked_prompts(Kind(BIASED))[1]
 
-    @settings(max_examples=150, deadline=None, suppress_health_check=SLOW_AND_LARGE, derandomize=True)
+    @settings(max_examples=examples.of(150), deadline=None, suppress_health_check=SLOW_AND_LARGE, derandomize=True)
     @given(data=st.data(), name=st.sampled_from(sorted(ADAPTERS)))
     def one(data: st.DataObject, name: str) -> None:
         key = f"{name}{next(numbers)}"

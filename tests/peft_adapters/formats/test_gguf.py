@@ -10,6 +10,7 @@ import gguf
 import msgspec
 import numpy as np
 import pytest
+from helpers import examples
 from helpers.adapter_files import BASE
 from helpers.other_formats import permute, write_gguf
 from hypothesis import HealthCheck, given, settings
@@ -175,7 +176,7 @@ def test_fields_are_bounded(raw: bytes, reason: str) -> None:
         parse_gguf(raw, len(raw))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples.of(200), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(at=st.integers(0, 600), value=st.binary(min_size=1, max_size=8), size=st.integers(0, 1200))
 def test_any_change_is_read_or_refused(tmp_path: Path, at: int, value: bytes, size: int) -> None:
     raw = bytearray(file()(tmp_path))

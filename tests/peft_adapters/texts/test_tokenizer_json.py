@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from helpers import examples
 from helpers.tokenizer_files import added, families, model, tokenizer_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -108,7 +109,7 @@ def streamed(table: TokenTable, ids: list[int], sizes: list[int]) -> str:
 
 
 @pytest.mark.parametrize("file", by_decoder())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples.of(60), deadline=None)
 @given(data=st.data())
 def test_ids_of_every_family_become_their_text(file: dict[str, Any], data: st.DataObject) -> None:
     """However they are cut into steps, with special tokens, unknown ids and halves of characters among them."""
@@ -381,7 +382,7 @@ def test_what_is_no_tokenizer_is_refused(text: str, said: str) -> None:
             reader(text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples.of(300), deadline=None)
 @given(st.data())
 def test_a_changed_file_is_served_or_refused(data: st.DataObject) -> None:
     """Whatever stands in a place of a file: it is refused, or its added tokens become text."""

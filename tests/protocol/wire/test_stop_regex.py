@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 import pytest
+from helpers import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -94,7 +95,7 @@ class SlowMatcher:
             self.begin, _, self.matched, self.ending = min(found)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples.of(100), deadline=None)
 @given(st.lists(expressions, min_size=1, max_size=3), st.lists(st.text("ab1 ", max_size=3), max_size=2), pieces)
 def test_a_text_ends_where_python_finds_a_match(given: list[str], stops: list[str], texts: list[str]) -> None:
     slow = SlowMatcher(stops, served(given))
@@ -113,7 +114,7 @@ def test_a_text_ends_where_python_finds_a_match(given: list[str], stops: list[st
     assert shown == (slow.text if slow.matched is None else slow.text[: slow.begin])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples.of(200), deadline=None)
 @given(st.text("ab01{},()[]|*+?.\\^$-dwsbu:P<>im", max_size=9), st.text(ALPHABET + "(){}[]", max_size=6))
 def test_what_is_served_is_an_expression_of_python_s(expression: str, text: str) -> None:
     """What Python refuses is refused, and what is served means the same."""
