@@ -64,7 +64,7 @@ async def test_files_of_other_sizes_give_way(reserve: MemoryReserve) -> None:
     num_open = len(os.listdir("/proc/self/fd"))
     os.close(await taken(reserve, MAX_FILES * ROUND_BYTES))
     assert reserve.num_bytes == MAX_FILES * ROUND_BYTES, "the next one of that size"
-    assert len(os.listdir("/proc/self/fd")) < num_open
+    await wait_until(lambda: len(os.listdir("/proc/self/fd")) < num_open, "those of other sizes are closed")
 
 
 async def test_where_the_process_is_gone_there_is_nothing_in_reserve(reserve: MemoryReserve) -> None:
