@@ -73,6 +73,19 @@ async def test_adapters_are_listed_added_moved_and_removed(command: Command, fle
     assert "nobody" in await command("adapters", "pin", "nobody", code=2)
 
 
+async def test_a_folder_that_is_not_there_leaves_no_name(command: Command) -> None:
+    before = await read(command, "adapters", "list")
+    for flags in ((), ("--replace",)):
+        assert "no adapter folder" in await command("adapters", "add", "absent", *flags, code=2)
+        assert await read(command, "adapters", "list") == before
+    assert "does not exist" in await command("adapters", "remove", "absent", code=2)
+    assert (await read(command, "adapters", "add", "absent", "local:one"))["digest"] == before[0]["digest"]
+    assert "no adapter folder" in await command("adapters", "add", "absent", "local:absent", "--replace", code=2)
+    assert (await read(command, "adapters", "list"))[0]["source"] == "local:one"
+    assert "no longer served" in await command("adapters", "remove", "absent")
+    assert await read(command, "adapters", "list") == before
+
+
 async def test_workers_are_listed_drained_and_resumed(command: Command) -> None:
     (worker,) = await read(command, "workers", "list")
     assert worker["state"] == "ready"
