@@ -10,7 +10,7 @@ from lorafleet.tables import size_text
 from protocol.queue.connection.server import ServerFacts
 from protocol.wire import messages as m
 
-Level = Literal["ok", "warning", "problem"]
+Level = Literal["ok", "skipped", "warning", "problem"]
 
 MAX_SKEW_MS = 1000
 """ms; with a larger clock difference, deadlines and estimated waits are wrong."""
