@@ -107,10 +107,10 @@ class Api:
 
     def _unreachable(self, error: Exception) -> Unavailable:
         hint = "; start a fleet with `lorafleet up MODEL`, or give its --url" if self._is_default else ""
-        return Unavailable(f"no gateway answers at {self.url}: {error or type(error).__name__}{hint}")
+        return Unavailable(f"cannot reach the gateway at {self.url}: {error or type(error).__name__}{hint}")
 
     def health(self) -> dict[str, Any]:
-        """Return the gateway's health, also where it is not ready. Raises Unavailable if no gateway answers."""
+        """Return the gateway's health, also where it is not ready. Raises Unavailable if cannot reach the gateway."""
         try:
             answer = self._client.get("/health")
         except httpx2.HTTPError as error:

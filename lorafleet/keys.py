@@ -79,9 +79,7 @@ async def _create(bus: Bus, _: Settings, args: argparse.Namespace) -> dict[str, 
     await bus.audit.note(from_command_line("key.create", key.tenant, detail))
     if not args.json:
         print(secret)
-    Console(stderr=True).print(
-        f"{key.id} of {key.tenant}, {_scopes(key.scopes)}; this is the only time that it is shown"
-    )
+    Console(stderr=True).print(f"{key.id} of {key.tenant}, {_scopes(key.scopes)}; shown only once")
     return {"key": secret, **msgspec.structs.asdict(key)}
 
 

@@ -55,7 +55,7 @@ async def _done(settings: Settings, args: argparse.Namespace) -> Any:
     try:
         return await do(bus, settings, args)
     except CONNECTION_ERRORS as error:
-        raise Unavailable(f"no queue answers at {settings.redis_url}: {error}") from error
+        raise Unavailable(f"cannot reach the queue at {settings.redis_url}: {error}") from error
     except QueueError as error:
         raise PermissionDenied(f"the queue refused: {error}") from error
     finally:

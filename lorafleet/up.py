@@ -252,10 +252,10 @@ def _has_queue(settings: Settings) -> bool:
 
 
 def _check_queue(settings: Settings) -> None:
-    """Raise BadRequest for a malformed URL, Unavailable when no queue answers there."""
+    """Raise BadRequest for a malformed URL, Unavailable when cannot reach the queue there."""
     try:
         ping(settings.queue_url(), timeout_s=5)
     except ValueError as error:
         raise BadRequest(f"--redis-url: {error}") from error
     except QueueError as error:
-        raise Unavailable(f"no queue answers at {settings.redis_url}: {error}") from error
+        raise Unavailable(f"cannot reach the queue at {settings.redis_url}: {error}") from error

@@ -112,7 +112,7 @@ async def _of_queue(settings: Settings, *, is_needed: bool) -> list[Finding]:
         base = await bus.get(bus.keys.base, m.ServedModel)
         gateways, stores = await bus.members.gateway_urls(), await bus.members.store_urls()
     except CONNECTION_ERRORS as error:
-        text = f"no queue answers at {named.redis_url}: {error}"
+        text = f"cannot reach the queue at {named.redis_url}: {error}"
         advice = "start it, or give another URL: --redis-url, with the operator's password: --redis-password-file"
         return [Finding("queue", "problem", text, advice)]
     except QueueError as error:

@@ -47,7 +47,7 @@ async def test_a_late_gateway_refuses_unread_calls_and_keeps_its_streams(
 
         await wait_until(is_refused, "the gateway is late")
         assert answer.status_code == 429
-        assert "s behind with its work; the limit is 2 s" in answer.json()["error"]["message"]
+        assert "s behind its event loop's schedule; the limit is 2 s" in answer.json()["error"]["message"]
         assert 2 < int(answer.headers["retry-after"]) <= 60
         assert answer.headers["x-should-retry"] == "true"
         native = await http.post("/generate", json={"inputs": "hi"})

@@ -99,7 +99,7 @@ async def test_a_list_is_filtered_and_read_page_by_page(fleet: ScriptedFleet, ht
     found = await has_num(http, 5)
     ends = [one["ended_ms"] for one in found if one["state"] == "completed"]
     assert ends == sorted(ends, reverse=True)
-    for query, wanted in (
+    queries: tuple[tuple[dict[str, Any], list[str]], ...] = (
         ({"status": "refused"}, ["nobody"]),
         ({"status": "completed", "model": "pirate"}, ["pirate", "pirate"]),
         ({"q": "NOBOD"}, ["nobody"]),
@@ -108,7 +108,8 @@ async def test_a_list_is_filtered_and_read_page_by_page(fleet: ScriptedFleet, ht
         ({"until": ends[1]}, [one["model"] for one in found if one["ended_ms"] < ends[1]]),
         ({"until": ends[-1]}, []),
         ({"status": "cancelled"}, []),
-    ):
+    )
+    for query, wanted in queries:
         assert [one["model"] for one in await listed(http, **query)] == wanted, query
     pages, after = [], ""
     while True:
@@ -118,7 +119,8 @@ async def test_a_list_is_filtered_and_read_page_by_page(fleet: ScriptedFleet, ht
             break
         after = page["last_id"]
     assert [one["id"] for one in pages] == [one["id"] for one in found]
-    for query in ({"since": -1}, {"status": "odd"}, {"q": "x" * 101}, {"until": 1 << 60}):
+    wrong: tuple[dict[str, Any], ...] = ({"since": -1}, {"status": "odd"}, {"q": "x" * 101}, {"until": 1 << 60})
+    for query in wrong:
         await listed(http, 400, **query)
 
 

@@ -86,7 +86,7 @@ def test_of_several_fleets_one_has_to_be_chosen(tmp_path: Path, capsys: pytest.C
             assert main(words) == 2
             assert "2 fleets run on this machine: http://127.0.0.1:" in capsys.readouterr().err
         assert main(["workers", "list", "--url", "http://127.0.0.1:2"]) == 1
-        assert "no gateway answers at http://127.0.0.1:2" in capsys.readouterr().err
+        assert "cannot reach the gateway at http://127.0.0.1:2" in capsys.readouterr().err
         assert main(["status", "--json"]) == 1
         told = json.loads(capsys.readouterr().out)
         assert [(one["url"], one["state"]) for one in told] == [

@@ -127,7 +127,9 @@ async def test_a_conversation_goes_on_and_can_begin_anew(command: Command) -> No
     assert shown == f"{first['content']} [length]\n" or first["finish_reason"] == "stop"
     for typed in ("hello\n", ""):
         assert "does not exist" in await command("chat", "nobody", typed=typed, code=2)
-        assert "no gateway answers" in await command("chat", "one", "--url", "http://127.0.0.1:9", typed=typed, code=1)
+        assert "cannot reach the gateway" in await command(
+            "chat", "one", "--url", "http://127.0.0.1:9", typed=typed, code=1
+        )
     assert "did you mean two?" in await command("chat", "tow", code=2)
 
 
@@ -199,4 +201,4 @@ async def test_what_scripts_read_is_json(command: Command, fleet: ProcessFleet, 
 
 async def test_a_fleet_that_is_not_there_is_said(command: Command) -> None:
     for words in (("top", "--once"), ("workers", "list"), ("audit",), ("adapters", "list")):
-        assert "no gateway answers" in await command(*words, "--url", "http://127.0.0.1:9", code=1)
+        assert "cannot reach the gateway" in await command(*words, "--url", "http://127.0.0.1:9", code=1)
