@@ -119,7 +119,7 @@ def load_engine(
             model.answers.write(model.check, model.width)
         model.check = None
         gc.collect()  # modules whose weights were packed hold each other, and the files that these were mapped from
-        room = f"KV cache for {engine.blocks.num_blocks * BLOCK_TOKENS} KV tokens in {name_of(model.cache_dtype)}, "
+        room = f"KV cache for {engine.blocks.num_blocks * BLOCK_TOKENS} tokens in {name_of(model.cache_dtype)}, "
     elif settings.quantize_activations:
         raise BadRequest("quantize_activations is on, which is served for causal LMs only")
     else:

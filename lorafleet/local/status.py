@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         columns = ("url", "state", "model", "workers", "queued", "running", "up", "pid", "data", "logs")
         rows = [[str(one[name] if one[name] is not None else "-") for name in columns] for one in found]
-        print_list(columns, rows, NONE)
+        print_list(columns, rows, NONE, width=200)
         for one in found:
             if one["error"]:
                 print(f"{one['url']}: {one['error']}")

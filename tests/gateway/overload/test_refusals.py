@@ -109,6 +109,6 @@ async def test_calls_wait_in_the_queue_and_not_before_it(
         told = [answer.result() for answer in asked]
         refused = [answer for answer in told if answer.status_code != 200]
         assert {answer.status_code for answer in refused} == {429}
-        assert all("calls are on their way to the queue" in answer.json()["error"]["message"] for answer in refused)
+        assert all("calls are waiting to be queued" in answer.json()["error"]["message"] for answer in refused)
         assert len(fleet.seen) == len(told) - len(refused) >= 2
         assert (await post(http)).status_code == 200
