@@ -22,6 +22,10 @@ PRODUCT = (
 PAGES = (
     "README.md", "docs/features.md", "docs/stability.md", "docs/first-adapter.md", "docs/operate.md", "docs/keys.md",
     "docs/metrics.md", "docs/evaluation.md", "docs/lorax.md", "docs/encoders.md", "CHANGELOG.md", "docs/kubernetes.md",
+    "docs/adapters.md", "docs/batches.md", "docs/drop-in.md", "docs/structured.md", "docs/responses.md",
+    "docs/messages.md", "docs/models.md", "docs/gpus.md", "docs/peft.md", "docs/reliability.md", "docs/compat.md",
+    "SECURITY.md", "examples/README.md",
+    *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs" / "runbooks").glob("*.md"))),
 )  # fmt: skip
 """Pages that users read before and while they run a fleet."""
 
