@@ -23,6 +23,9 @@ MAX_TENANTS = 200
 MAX_REFUSALS = 1000
 """Refused calls that are kept of a tenant."""
 
+MAINTAIN_MS = 10_000
+"""Pause between prolongations of a history's life by the scripts, see `note_history` in `lua/common.lua`."""
+
 _FIRST, _NEXT = 200, 100
 """Entries that are read at once: at first of all streams together, then of one."""
 
@@ -68,7 +71,7 @@ class History:
             pipe.xadd(key, {"b": m.encode(entry)}, maxlen=MAX_REFUSALS)
             pipe.xtrim(key, minid=entry.ended_ms - keep_ms)
             pipe.pexpire(key, keep_ms)
-            pipe.zadd(self._keys.histories, {tenant: entry.ended_ms})
+            pipe.zadd(self._keys.histories, {tenant: entry.ended_ms - MAINTAIN_MS}, gt=True)  # the next end still looks
             pipe.pexpire(self._keys.histories, keep_ms)
         await pipe.execute()
 
