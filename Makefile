@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 QUANT := build/quantised
+SITE := build/docs-site
 SUPPLY := build/supply
 LM_EVAL := build/lm-eval
 CHART := build/chart
@@ -25,7 +26,7 @@ TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --i
 CONSOLE = .venv-console
 PURELIB = 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: test-console wheel test-wheel chart demo up test test-all test-gpu bench-gpu test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour forms api-check docker-smoke lock-images audit sbom licences pin-images clean help
+.PHONY: docs test-console wheel test-wheel chart demo up test test-all test-gpu bench-gpu test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour forms api-check docker-smoke lock-images audit sbom licences pin-images clean help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +36,9 @@ demo: $(VENV)/.stamp-demo  ## fetch a small model, start a fleet, ask the base a
 
 up: $(VENV)/.stamp-demo  ## start a fleet on this machine: make up MODEL=org/name ADAPTERS=folder
 	$(BIN)/lorafleet up "$(MODEL)" $(if $(ADAPTERS),--adapters "$(ADAPTERS)") $(ARGS)
+
+docs: $(SITE)/.stamp  ## build the documentation site from docs/ and README.md: build/docs/html/index.html
+	$(SITE)/bin/python .ci/docs_site.py $(BIN)/python
 
 test: $(VENV)/.stamp-dev  ## run all but the longest tests in random order, three files at a time: no network, GPU, Docker or Redis needed
 	-$(BIN)/python -m lora_kernels.cpu  # before the tests, whose time limits know nothing of a compiler
@@ -101,12 +105,12 @@ pin-images:  ## write the outside images with their digests of now to .env
 models-table: $(VENV)/.stamp-dev  ## try every model type of transformers and write docs/models.md
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:tests $(BIN)/python -m oracle.models_table
 
-check: $(VENV)/.stamp-dev chart  ## lint, format, types, file length, import graph, rights on the queue, the Helm chart
+check: $(VENV)/.stamp-dev chart  ## lint, format, types, file length, import graph, rights on the queue, links in the docs, the Helm chart
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/python .ci/file_length.py
-	$(BIN)/python -m pytest tests/test_packaging.py tests/protocol/queue/test_users.py
+	$(BIN)/python -m pytest tests/test_packaging.py tests/protocol/queue/test_users.py tests/test_docs.py
 
 lint-fix: $(VENV)/.stamp-dev  ## let ruff fix and format
 	$(BIN)/ruff check --fix .
@@ -193,6 +197,12 @@ $(VENV)/.stamp-dev: pyproject.toml requirements-dev.lock | $(VENV)/bin/python
 $(SUPPLY)/.stamp: | $(VENV)/bin/python
 	$(BIN)/python -m venv $(SUPPLY)
 	$(SUPPLY)/bin/python -m pip install --disable-pip-version-check --quiet 'uv>=0.5,<1' 'pip-audit>=2.7,<3' 'cyclonedx-bom>=5,<8'
+	@touch $@
+
+# In its own environment: MkDocs with its theme and Swagger UI are no part of the product.
+$(SITE)/.stamp: Makefile | $(VENV)/.stamp-dev
+	$(BIN)/python -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --disable-pip-version-check --quiet 'mkdocs-material>=9.6,<10' 'mkdocs-swagger-ui-tag>=0.7,<0.8'
 	@touch $@
 
 # In its own environment, which sees the packages of the other one: lm-eval brings fifty more.

@@ -1,4 +1,4 @@
-"""`lorafleet adapter` checks and converts adapters in folders, without a fleet."""
+"""`lorafleet adapters check` and `convert`: adapters in folders, without a fleet."""
 
 from __future__ import annotations
 
@@ -30,27 +30,6 @@ from protocol.wire.messages import ServedModel
 DESCRIBE_S = 600.0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments on `parser`."""
-    actions = parser.add_subparsers(metavar="check|convert", required=True)
-    check = actions.add_parser("check", help="show what an adapter changes, or every reason why it is refused")
-    check.description = (
-        "Print what an adapter changes, and how its module names are mapped. Exit code: 0 if it can be served and has"
-        " an effect, 1 if it is refused or has no effect, 2 for wrong usage."
-    )
-    check.add_argument("folder", metavar="DIR", type=Path, help="folder of a PEFT, MLX-LM or llama.cpp adapter")
-    check.set_defaults(do=_check)
-    conversion = actions.add_parser("convert", help="convert an MLX-LM or llama.cpp adapter to PEFT's format")
-    conversion.add_argument("folder", metavar="SRC", type=Path, help="folder of the adapter; it is not changed")
-    conversion.add_argument("target", metavar="DST", type=Path, help="folder to write; it must not exist")
-    conversion.set_defaults(do=_convert)
-    for action in (check, conversion):
-        action.add_argument(
-            "--base", metavar="MODEL", default="",
-            help="base model, a Hub id or a folder; only its config is read; required for GGUF",
-        )  # fmt: skip
-
-
 def run(args: argparse.Namespace, describe: Callable[[str], ServedModel] | None = None) -> int:
     """Run the command; return the exit code. describe: how a base model is; None: as `describe_base`.
 
@@ -58,7 +37,7 @@ def run(args: argparse.Namespace, describe: Callable[[str], ServedModel] | None 
     """
     base = (describe or describe_base)(args.base) if args.base else None
     try:
-        return args.do(args, base)
+        return {"check": _check, "convert": _convert}[args.offline](args, base)
     except AdapterRefused as refused:
         console = Console(highlight=False)
         console.print(f"[bold red]refused[/]: {args.folder}")
@@ -122,7 +101,7 @@ def _check(args: argparse.Namespace, base: ServedModel | None) -> int:
         table.add_row(escape(row.modules), str(count), row.what, row.rank, row.scale, effect)
     console.print(table)
     if conversion is not None:
-        console.print(f"{weights}: read as `lorafleet adapter convert` would write it", soft_wrap=True)
+        console.print(f"{weights}: read as `lorafleet adapters convert` would write it", soft_wrap=True)
     for theirs, own in spec.mapped.items():
         console.print(f"mapped: {escape(theirs)} → {escape(own)}", soft_wrap=True)
     if base is None:

@@ -259,7 +259,7 @@ class Store:
         try:
             await self.bus.members.leave_store(self.sid)
         except CONNECTION_ERRORS:
-            logger.info("Redis does not answer; the store's heartbeat will expire")
+            logger.info("Redis is not responding; the store's heartbeat will expire")
 
     # ------------------------------------------------------------ blobs on request
 

@@ -105,4 +105,4 @@ class SharedBucket:
     def _log_unless_missing(self, error: Exception) -> None:
         code = error.response.get("Error", {}).get("Code") if isinstance(error, ClientError) else ""
         if code not in ("404", "NoSuchKey"):
-            logger.warning("the shared bucket does not answer: %s", error)
+            logger.warning("the shared bucket is not responding: %s", error)

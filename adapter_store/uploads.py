@@ -83,7 +83,7 @@ class Uploads:
             what = "no adapter root: set --adapters" if self._root is None else "upload_bytes at 0"
             raise Conflict(f"the store has {what}", code="uploads_off")
         if self._busy >= AT_ONCE:
-            raise Overloaded(f"{AT_ONCE} uploads are being taken: try again later", 5.0)
+            raise Overloaded(f"{AT_ONCE} uploads are in progress: retry later", 5.0)
         self._busy += 1
         try:
             await asyncio.to_thread(self._root.mkdir, parents=True, exist_ok=True)

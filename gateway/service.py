@@ -10,6 +10,7 @@ import asyncio
 import logging
 import socket
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -51,6 +52,7 @@ from gateway.operators.operator_routes import FleetEndpoints
 from gateway.overload.admission import Admission, OverloadLimits
 from gateway.overload.heartbeat import Heartbeat, HeartbeatDied, Pace
 from gateway.overload.memory import MemoryAccount
+from gateway.requests.refusals import FLUSH_S, Refusals
 from gateway.requests.request_routes import RequestEndpoints
 from gateway.responses.conversation_routes import ConversationEndpoints
 from gateway.responses.conversations import SWEEP_S as CONVERSATION_SWEEP_S
@@ -72,7 +74,7 @@ from gateway.webhooks.sender import SenderPace, WebhookSender
 from gateway.webhooks.webhook_routes import WebhookRoutes
 from peft_adapters.texts.files import TOKENIZER
 from protocol.metrics.series import GATEWAY_HELD_BYTES
-from protocol.queue.bus import Bus
+from protocol.queue.bus import CONNECTION_ERRORS, Bus
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.guarded import BRISK, Loop, guarded
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder
@@ -164,6 +166,7 @@ async def _serve(
         batch_wake = asyncio.Event()
         outside = Outside(private=settings.private_webhooks, names=HostNames(settings.webhook_dns))
         sender = WebhookSender(bus, replies.gid, outside, secret, timings.webhooks)
+        requests = RequestEndpoints(answers, pipeline)
         handlers = Handlers(
             endpoints, openai, native, operators, encoders, tokenizers, ollama,
             FileEndpoints(uploads, settings.max_file_bytes),
@@ -171,7 +174,7 @@ async def _serve(
             anthropic, ResponseEndpoints(answers, Responses(pipeline, jobs, stored, conversations)),
             ConversationEndpoints(conversations),
             WebhookRoutes(WebhookService(bus, outside, sender, secret)),
-            RequestEndpoints(answers, pipeline), FleetEndpoints(bus, settings), UsageEndpoints(bus.usage),
+            requests, FleetEndpoints(bus, settings), UsageEndpoints(bus.usage),
             AuditEndpoints(bus.audit), ConsolePages(), DocsPages(),
         )  # fmt: skip
         app, inner = build_app(handlers, settings, admission, memory, keys, secret)
@@ -181,7 +184,8 @@ async def _serve(
             address = _address(listener)
             await replies.open()
             parts = _Parts(
-                app, answers, replies, fleet, aliases, heartbeat, uploads, runner, sender, conversations
+                app, answers, replies, fleet, aliases, heartbeat, uploads, runner, sender, conversations,
+                requests.refusals,
             )  # fmt: skip
             async with heartbeat.beating(beats, address):
                 logger.info("listening on %s", address)
@@ -209,6 +213,7 @@ class _Parts:
     batches: BatchRunner
     webhooks: WebhookSender
     conversations: Conversations
+    refusals: Refusals
 
     def loops(self) -> list[Loop]:
         """Return what runs until the end, beside `batches.loop`, which ends before."""
@@ -221,6 +226,7 @@ class _Parts:
             Loop("event loop", self.heartbeat.tick, ends=(HeartbeatDied,)),
             Loop("expired files", self.files.sweep, SWEEP_S),
             Loop("conversations", self.conversations.add_due_turns, self.conversations.sweep_s),
+            Loop("refused calls", self.refusals.flush, FLUSH_S),
             self.webhooks.loop(),
         ]
 
@@ -245,6 +251,8 @@ async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace
         for loop in loops:
             loop.cancel()
     await parts.webhooks.leave()
+    with suppress(*CONNECTION_ERRORS):
+        await parts.refusals.flush()
 
 
 async def _idle(app: Envelope, timeout_s: float) -> bool:

@@ -119,7 +119,7 @@ def load_engine(
             model.answers.write(model.check, model.width)
         model.check = None
         gc.collect()  # modules whose weights were packed hold each other, and the files that these were mapped from
-        room = f"room for {engine.blocks.num_blocks * BLOCK_TOKENS} KV tokens in {name_of(model.cache_dtype)}, "
+        room = f"KV cache for {engine.blocks.num_blocks * BLOCK_TOKENS} tokens in {name_of(model.cache_dtype)}, "
     elif settings.quantize_activations:
         raise BadRequest("quantize_activations is on, which is served for causal LMs only")
     else:
@@ -203,7 +203,7 @@ def build_encoder_engine(
     max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
     longest = model.max_positions or max_step_tokens
     if settings.max_model_len > longest:
-        raise BadRequest(f"max_model_len is {settings.max_model_len}, the model is made for {longest} tokens")
+        raise BadRequest(f"max_model_len is {settings.max_model_len}, the model supports {longest} tokens")
     config = EncoderConfig(
         max_num_seqs, max_step_tokens, settings.max_model_len or longest, max_slowdown=settings.max_slowdown,
         max_batch_slowdown=settings.max_batch_slowdown,
@@ -334,7 +334,7 @@ def warm_up(engine: Engine) -> None:
         model, steps, max_model_len=engine.config.max_model_len, block=engine.blocks.num_blocks,
         empty_state=engine.config.num_states,
     )  # fmt: skip
-    logger.info("%d steps tried in %.1f s", len(steps), time.monotonic() - started)
+    logger.info("warm-up: %d steps in %.1f s", len(steps), time.monotonic() - started)
 
 
 def record_steps(engine: Engine, settings: Settings) -> None:
@@ -358,7 +358,7 @@ def record_steps(engine: Engine, settings: Settings) -> None:
             raise BadRequest(f"cuda_graphs is on, but this model's steps cannot be recorded: {error}") from error
         logger.warning("no CUDA graphs, steps are launched kernel by kernel: %s", error)
     else:
-        logger.info("steps recorded in %.1f s", time.monotonic() - started)
+        logger.info("CUDA graphs captured in %.1f s", time.monotonic() - started)
 
 
 def engine_config(model: BaseModel, settings: Settings, kv_bytes: int) -> EngineConfig:
@@ -402,7 +402,7 @@ def engine_config(model: BaseModel, settings: Settings, kv_bytes: int) -> Engine
     if passes is not None and passes.continues == "nothing":  # every token is a pass over all of its text
         longest = min(longest, max_step_tokens)
     if settings.max_model_len > longest:
-        raise BadRequest(f"max_model_len is {settings.max_model_len}, the model is made for {longest} tokens")
+        raise BadRequest(f"max_model_len is {settings.max_model_len}, the model supports {longest} tokens")
     max_model_len = settings.max_model_len or min(longest, room)
     if room < max(max_model_len, BLOCK_TOKENS):
         raise BadRequest(f"kv_cache_bytes holds {room} tokens: too few for one request of {max_model_len}")

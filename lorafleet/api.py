@@ -12,6 +12,8 @@ from urllib.parse import quote
 
 import httpx2
 
+from lorafleet.launcher.records import LocalFleet, the_only
+from lorafleet.parser import Parser, suggestion
 from lorafleet.profiles import config_file, load_profile, read_key
 from protocol.wire.errors import BadRequest, LorafleetError, NotFound, PermissionDenied, Unauthorized, Unavailable
 from protocol.wire.lines import iter_lines
@@ -23,25 +25,26 @@ TIMEOUT_S = 60.0
 _KINDS: dict[int, type[LorafleetError]] = {401: Unauthorized, 403: PermissionDenied, 404: NotFound}
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: Parser) -> None:
     """Declare how the fleet is reached: a flag wins over a variable, and a variable over the profile."""
     parser.add_argument(
-        "--url", help=f"the fleet's gateway (default: ${URL_VARIABLE}, the profile's, or {DEFAULT_URL})"
+        "--url",
+        help=f"the gateway (default: ${URL_VARIABLE}, the profile's, the fleet on this machine, or {DEFAULT_URL})",
     )
     parser.add_argument(
-        "--key", metavar="KEY", help="the API key; other users of this machine can see it in the process list"
+        "--key", metavar="KEY", help="API key; other users of this machine can see it in the process list"
     )
     parser.add_argument(
         "--api-key-file", type=Path, metavar="FILE",
-        help=f"file with the API key (default: ${KEY_VARIABLE}, or the profile's)",
+        help=f"file with the API key (default: ${KEY_VARIABLE}, the profile's, or that of the fleet on this machine)",
     )  # fmt: skip
     parser.add_argument(
         "--profile", metavar="NAME", default=os.environ.get(PROFILE_VARIABLE, ""),
-        help=f"the fleet's name in {config_file()} (default: ${PROFILE_VARIABLE}, or the file's default)",
+        help=f"a profile in {config_file()} (default: ${PROFILE_VARIABLE}, or the file's default)",
     )  # fmt: skip
 
 
-def add_json_flag(parser: argparse.ArgumentParser) -> None:
+def add_json_flag(parser: Parser) -> None:
     """Declare that a command can print JSON."""
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -59,16 +62,25 @@ def in_path(text: str) -> str:
 class Api:
     """A client of one gateway."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        """Take the flags of `add_flags`. Raises BadRequest when key or profile cannot be read."""
+    def __init__(self, args: argparse.Namespace, fleet: LocalFleet | None = None) -> None:
+        """Take the flags of `add_flags`. fleet: the local fleet to ask; None: as the flags say.
+
+        Raises BadRequest when key or profile cannot be read, and where several local fleets could be meant.
+        """
         profile = load_profile(args.profile)
-        url = args.url or os.environ.get(URL_VARIABLE) or profile.url or DEFAULT_URL
+        url = args.url or os.environ.get(URL_VARIABLE) or profile.url
+        if fleet is None and not url:
+            fleet = the_only()
+        url = fleet.url if fleet is not None else url or DEFAULT_URL
         if args.api_key_file:
             key = read_key(args.api_key_file, "--api-key-file")
         else:
             key = args.key or os.environ.get(KEY_VARIABLE) or profile.key
+        if not key and fleet is not None and fleet.key_file:
+            key = read_key(Path(fleet.key_file), "the fleet's key")
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self.url: str = url.rstrip("/")
+        self._is_default = self.url == DEFAULT_URL
         try:
             self._client = httpx2.Client(base_url=self.url, headers=headers, timeout=TIMEOUT_S, trust_env=False)
         except (httpx2.InvalidURL, UnicodeEncodeError) as error:
@@ -89,9 +101,23 @@ class Api:
         try:
             answer = self._client.request(method, path, **options)
         except httpx2.HTTPError as error:
-            raise _unreachable(self.url, error) from error
+            raise self._unreachable(error) from error
         _check(answer)
         return answer
+
+    def _unreachable(self, error: Exception) -> Unavailable:
+        hint = "; start a fleet with `lorafleet up MODEL`, or give its --url" if self._is_default else ""
+        return Unavailable(f"cannot reach the gateway at {self.url}: {error or type(error).__name__}{hint}")
+
+    def health(self) -> dict[str, Any]:
+        """Return the gateway's health, also where it is not ready. Raises Unavailable if cannot reach the gateway."""
+        try:
+            answer = self._client.get("/health")
+        except httpx2.HTTPError as error:
+            raise self._unreachable(error) from error
+        if answer.status_code not in (200, 503):
+            _check(answer)
+        return answer.json()
 
     def pages(self, path: str, **params: Any) -> Iterator[dict[str, Any]]:
         """Yield the objects of a list, page by page. Raises as `ask`."""
@@ -112,7 +138,7 @@ class Api:
                 for chunk in answer.iter_bytes():
                     file.write(chunk)
         except httpx2.HTTPError as error:
-            raise _unreachable(self.url, error) from error
+            raise self._unreachable(error) from error
 
     def events(self, path: str, method: str = "GET", **options: Any) -> Iterator[dict[str, Any]]:
         """Yield the events of a stream, until its end. Raises as `ask`."""
@@ -125,7 +151,7 @@ class Api:
                     if line.startswith("data: ") and line != "data: [DONE]":
                         yield json.loads(line.removeprefix("data: "))
         except httpx2.HTTPError as error:
-            raise _unreachable(self.url, error) from error
+            raise self._unreachable(error) from error
 
 
 def _check(answer: httpx2.Response) -> None:
@@ -140,17 +166,27 @@ def _check(answer: httpx2.Response) -> None:
     raise _KINDS.get(answer.status_code, default)(message)
 
 
-def _unreachable(url: str, error: Exception) -> Unavailable:
-    return Unavailable(f"no gateway answers at {url}: {error or type(error).__name__}")
+def suggested(api: Api, error: NotFound, name: str) -> NotFound:
+    """Return the error about an unknown model or adapter with the name that is most like it, if there is any."""
+    try:
+        names = [model["id"] for model in api.ask("GET", "/v1/models")["data"]]
+    except LorafleetError:
+        return error
+    return NotFound(error.message.rstrip(".") + suggestion(name, names))
 
 
 def run_action(args: argparse.Namespace, code_of: Callable[[Any], int] | None = None) -> int:
     """Run `args.do` with the fleet's API; return the exit code. With `--json` its answer is printed, else it prints.
 
+    An unknown adapter, `args.adapter`, gets a suggestion.
+
     code_of: makes the code of the answer; None: 0. Raises what the fleet refuses, and Unavailable.
     """
     with Api(args) as api:
-        answer = args.do(api, args)
+        try:
+            answer = args.do(api, args)
+        except NotFound as error:
+            raise suggested(api, error, args.adapter) if getattr(args, "adapter", "") else error from None
     if args.json:
         print_json(answer)
     return code_of(answer) if code_of is not None else 0

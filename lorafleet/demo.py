@@ -22,6 +22,7 @@ from lorafleet.fetch import fetch_model
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.fleet import local_url
 from lorafleet.launcher.screen import Screen
+from lorafleet.parser import Parser
 from lorafleet.up import MAIN_FLAGS, LaunchPlan, launch
 from protocol.queue.bus import Bus, decode
 from protocol.runtime.settings import Settings
@@ -35,7 +36,7 @@ TOKENS = 80
 COLORS = ("white", "cyan", "magenta", "green", "yellow", "blue")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.usage = f"{parser.prog} [flags]"
     parser.add_argument("--question", default=QUESTION, help="the question (%(default)s)")

@@ -1,93 +1,152 @@
-"""`lorafleet dlq` lists, shows and retries dead letters: requests that were given up."""
+"""`lorafleet dlq` lists, shows and retries dead letters: by the gateway, or on the queue itself where it is named."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Mapping
 from datetime import datetime
+from itertools import islice
 from typing import Any
 
-from lorafleet.on_queue import add_flags, run_action
+from lorafleet import api, on_queue
+from lorafleet.api import URL_VARIABLE, Api
+from lorafleet.flags import PREFIX
+from lorafleet.parser import ALIASES, Parser
 from lorafleet.tables import print_list
 from protocol.queue.books.audit import from_command_line
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
-from protocol.wire import messages as m
 from protocol.wire.letters import view
 
+PATH = "/v1/dead_letters"
+PAGE = 100
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
+    parser.epilog = "The gateway is asked, or with --redis-url or --data the queue itself, while no gateway runs."
     actions = parser.add_subparsers(metavar="list|show|retry", required=True)
-    listing = actions.add_parser("list", help="list dead letters, newest first")
+    listing = actions.add_parser("list", aliases=ALIASES, help="list dead letters, newest first")
     listing.add_argument("--limit", type=int, default=50, help="maximum number listed (%(default)s)")
-    show = actions.add_parser("show", help="show one in full: its request, and each worker failure while it ran")
+    show = actions.add_parser("show", help="show one with its request, and each worker failure while it ran")
     retry = actions.add_parser("retry", help="requeue requests, with attempts reset")
     show.add_argument("letter", metavar="ID")
     retry.add_argument("letters", metavar="ID", nargs="+")
-    for action, do in ((listing, _list), (show, _show), (retry, _retry)):
-        action.set_defaults(do=do)
-        add_flags(action, "request_timeout_s")
+    for action, do, on_the_queue in (
+        (listing, _list, _list_on_queue), (show, _show, _show_on_queue), (retry, _retry, _retry_on_queue),
+    ):  # fmt: skip
+        action.set_defaults(by_gateway=do, on_the_queue=on_the_queue)
+        on_queue.add_flags(action, "request_timeout_s")
+        api.add_flags(action)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code. Raises NotFound, Conflict, Unavailable."""
-    return run_action(args)
+    if names_queue(args, os.environ):
+        args.do = args.on_the_queue
+        return on_queue.run_action(args)
+    args.do = args.by_gateway
+    return api.run_action(args)
 
 
-async def _list(bus: Bus, _: Settings, args: argparse.Namespace) -> list[dict[str, Any]]:
-    found = await bus.dead_letters.newest(args.limit)
+def names_queue(args: argparse.Namespace, variables: Mapping[str, str]) -> bool:
+    """Return whether the queue is named, and no gateway by what stands before it: flags before variables. Pure."""
+    if args.url or args.profile:
+        return False
+    if {"redis_url", "data"} & vars(args).keys():
+        return True
+    if variables.get(URL_VARIABLE):
+        return False
+    return bool({"REDIS_URL", f"{PREFIX}REDIS_URL", f"{PREFIX}DATA"} & variables.keys())
+
+
+def _list(gateway: Api, args: argparse.Namespace) -> list[dict[str, Any]]:
+    found = islice(gateway.pages(PATH, limit=min(args.limit, PAGE)), args.limit)
+    return _listed(list(found), args)
+
+
+async def _list_on_queue(bus: Bus, _: Settings, args: argparse.Namespace) -> list[dict[str, Any]]:
+    return _listed([view(*one) for one in await bus.dead_letters.newest(args.limit)], args)
+
+
+def _listed(found: list[dict[str, Any]], args: argparse.Namespace) -> list[dict[str, Any]]:
     if not args.json:
-        columns = ("id", "when", "request", "adapter", "tokens", "deaths", "why")
-        print_list(columns, [_row(*one) for one in found], "no dead letters")
-    return [view(*one) for one in found]
+        columns = ("id", "time", "request", "adapter", "tokens", "worker failures", "reason")
+        print_list(columns, list(map(_row, found)), "no dead letters")
+    return found
 
 
-def _row(letter_id: str, letter: m.DeadLetter) -> list[str]:
-    sub = letter.submit
-    rid, digest = (sub.rid, sub.digest[:12] or "base") if sub else ("", letter.stream)
-    num_tokens, num_deaths = str(letter.num_output_tokens), str(len(letter.deaths))
-    return [letter_id, _time(letter.ms), rid, digest, num_tokens, num_deaths, letter.reason]
+def _row(letter: dict[str, Any]) -> list[str]:
+    request = letter["request"]
+    adapter = (request["digest"] or "base")[:12] if request else letter["stream"] or ""
+    num_tokens = request["output_tokens"] if request else 0
+    return [
+        letter["id"], _time(letter["created_ms"]), request["id"] if request else "", adapter, str(num_tokens),
+        str(len(letter["deaths"])), letter["reason"],
+    ]  # fmt: skip
 
 
-async def _show(bus: Bus, _: Settings, args: argparse.Namespace) -> dict[str, Any]:
-    letter = await bus.dead_letters.get(args.letter)
+def _show(gateway: Api, args: argparse.Namespace) -> dict[str, Any]:
+    return _shown(gateway.ask("GET", f"{PATH}/{api.in_path(args.letter)}"), args)
+
+
+async def _show_on_queue(bus: Bus, _: Settings, args: argparse.Namespace) -> dict[str, Any]:
+    return _shown(view(args.letter, await bus.dead_letters.get(args.letter)), args)
+
+
+def _shown(letter: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     if not args.json:
-        _print_letter(args.letter, letter)
-    return view(args.letter, letter)
+        print("\n".join(_lines(letter)))
+    return letter
 
 
-def _print_letter(letter_id: str, letter: m.DeadLetter) -> None:
-    lines = [f"{letter_id}  {_time(letter.ms)}", f"why       {letter.reason}"]
-    if letter.stream:
-        lines += [f"stream    {letter.stream}", f"message   {letter.raw[:400]!r}"]
-    if sub := letter.submit:
+def _lines(letter: dict[str, Any]) -> list[str]:
+    lines = [f"{letter['id']}  {_time(letter['created_ms'])}", f"reason    {letter['reason']}"]
+    if letter["stream"]:
+        lines += [f"stream    {letter['stream']}", f"message   {letter['raw']}"]
+    if request := letter["request"]:
         lines += [
-            f"request   {sub.rid} of {sub.tenant}, {sub.cls}, submitted {_time(sub.submitted_ms)}",
-            f"adapter   {sub.digest or 'none (the base model)'}",
-            f"tokens    {sub.num_prompt_tokens} in the prompt, {letter.num_output_tokens} of at most "
-            f"{sub.max_new_tokens} generated",
-            f"attempts  {letter.attempts} without progress, {len(letter.deaths)} in all",
+            f"request   {request['id']} of {request['tenant']}, {request['class']},"
+            f" submitted {_time(request['submitted_ms'])}",
+            f"adapter   {request['digest'] or 'none (the base model)'}",
+            f"tokens    {request['prompt_tokens']} in the prompt, {request['output_tokens']} of at most "
+            f"{request['max_tokens']} generated",
+            f"attempts  {letter['attempts']} without progress, {len(letter['deaths'])} in all",
         ]
-    print("\n".join([*lines, *(_death_line(death) for death in letter.deaths)]))
+    return [*lines, *(_failure_line(failure) for failure in letter["deaths"])]
 
 
-async def _retry(bus: Bus, settings: Settings, args: argparse.Namespace) -> list[dict[str, Any]]:
+def _retry(gateway: Api, args: argparse.Namespace) -> list[dict[str, Any]]:
+    queued: list[dict[str, Any]] = []
+    for letter_id in args.letters:
+        answer = gateway.ask("POST", f"{PATH}/{api.in_path(letter_id)}/retry")
+        queued.append(_requeued(letter_id, answer["request"], args))
+    return queued
+
+
+async def _retry_on_queue(bus: Bus, settings: Settings, args: argparse.Namespace) -> list[dict[str, Any]]:
     queued: list[dict[str, Any]] = []
     for letter_id in args.letters:
         rid = await bus.dead_letters.retry(letter_id, settings.request_timeout_s)
         await bus.audit.note(from_command_line("dead_letter.retry", letter_id, rid))
-        queued.append({"id": letter_id, "request": rid})
-        if not args.json:
-            print(f"{letter_id}: {rid} was requeued")
+        queued.append(_requeued(letter_id, rid, args))
     return queued
 
 
-def _death_line(death: m.Death) -> str:
-    after_s = max(0, death.ms - death.assigned_ms) / 1000
-    done = f"{death.num_output_tokens} tokens" if death.phase == "decode" else "before its first token"
-    who = f"{death.name or '?'} ({death.wid})"
-    return f"  {_time(death.ms)}  {who} in {death.phase}, {done}, {after_s:.1f} s after the assignment"
+def _requeued(letter_id: str, rid: str, args: argparse.Namespace) -> dict[str, Any]:
+    if not args.json:
+        print(f"{letter_id}: {rid} was requeued")
+    return {"id": letter_id, "request": rid}
 
 
-def _time(ms: int) -> str:
+def _failure_line(failure: dict[str, Any]) -> str:
+    num = failure["output_tokens"]
+    done = f"{num} tokens" if failure["phase"] == "decode" else "before its first token"
+    who = f"{failure['worker'] or '?'} ({failure['wid']})"
+    after_s = failure["after_ms"] / 1000
+    return f"  {_time(failure['ms'])}  {who} in {failure['phase']}, {done}, {after_s:.1f} s after the assignment"
+
+
+def _time(ms: int | None) -> str:
     return datetime.fromtimestamp(ms / 1000).isoformat(" ", "milliseconds") if ms else "-"

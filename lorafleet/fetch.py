@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx2
 
 from lorafleet.flags import add_settings, load_settings
+from lorafleet.parser import Parser
 from lorafleet.quickstart import fetch_quickstart_model
 from protocol.runtime.environment import COMPUTE, HUB_CACHE, child_environment
 from protocol.runtime.model_files import WEIGHT_FILES, gguf_folder, is_gguf, model_folder, prune_folders
@@ -17,7 +18,7 @@ from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.description = (
         "Make sure that the base model is on this machine, and print its folder. A Hub id is downloaded to the cache of"

@@ -17,16 +17,16 @@ from pydantic_settings import SettingsError
 
 from lorafleet.api import PROFILE_VARIABLE, URL_VARIABLE
 from lorafleet.launcher import lifeline
+from lorafleet.parser import Parser
 from protocol.runtime.redaction import redact
 from protocol.runtime.settings import CONFIG_VARIABLE, Settings
 from protocol.wire.errors import BadRequest
 
 PREFIX = str(Settings.model_config.get("env_prefix"))
 OTHER_VARIABLES = {CONFIG_VARIABLE, lifeline.VARIABLE, "LORAFLEET_CACHE_DIR", URL_VARIABLE, PROFILE_VARIABLE}
-PRECEDENCE = (
-    f"Each setting is also an environment variable {PREFIX}NAME and a line NAME = VALUE in the --config file. "
-    "Flags override variables, and variables override the file."
-)
+PRECEDENCE = f"""\
+Each setting is also an environment variable {PREFIX}NAME, and a line NAME = VALUE in the --config file.
+Flags override variables, and variables override the file."""
 NO_FLAG = ("secret",)
 """Settings that every user of this machine could read in the process list, were they flags."""
 SECTIONS = {
@@ -51,19 +51,22 @@ def sections() -> dict[str, list[str]]:
     return found
 
 
-def add_settings(parser: argparse.ArgumentParser, first: Sequence[str] = (), skip: Sequence[str] = ()) -> None:
+def add_settings(parser: Parser, first: Sequence[str] = (), skip: Sequence[str] = ()) -> None:
     """Declare `--config` and a flag for every field of `Settings` that is not in `skip`.
 
-    The flags in `first` lead the help; the others follow, grouped by the service that reads them.
+    The flags in `first` are in the help; the others, grouped by the service that reads them, in that of `--help-all`.
     """
     parser.epilog = PRECEDENCE
     parser.add_argument("--config", metavar="FILE.toml", help=f"TOML file of settings, also ${CONFIG_VARIABLE}")
     for name in first:
         _add_flag(parser, name)
+    if len(first) + len(skip) < len(Settings.model_fields):
+        parser.add_help_all()
     for section, names in sections().items():
         rest = [name for name in names if name not in first and name not in skip]
         if rest:
             group = parser.add_argument_group(f"settings of {section}")
+            parser.long_groups.append(group)
             for name in rest:
                 _add_flag(group, name)
 

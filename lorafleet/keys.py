@@ -12,6 +12,7 @@ import msgspec
 from rich.console import Console
 
 from lorafleet.on_queue import add_flags, run_action
+from lorafleet.parser import ALIASES, Parser
 from lorafleet.tables import print_list
 from protocol.queue.books.api_keys import SCOPES, ApiKey, Tenant
 from protocol.queue.books.audit import from_command_line
@@ -23,7 +24,7 @@ LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency", "kept_bytes
 _UNITS_S = {"m": 60, "h": 3600, "d": 86_400, "y": 365 * 86_400}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     actions = parser.add_subparsers(metavar="create|list|revoke", required=True)
     create = actions.add_parser("create", help="create a key; it is shown once, only its hash is stored")
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERNS",
         help="patterns of the shared adapters it may use, such as acme-*,org/* (initially *)",
     )
-    listing = actions.add_parser("list", help="list all keys, without their secrets")
+    listing = actions.add_parser("list", aliases=ALIASES, help="list all keys, without their secrets")
     revoke = actions.add_parser("revoke", help="revoke a key; its next request is refused everywhere")
     revoke.add_argument("key", metavar="ID")
     for action, do in ((create, _create), (listing, _list), (revoke, _revoke)):
@@ -78,9 +79,7 @@ async def _create(bus: Bus, _: Settings, args: argparse.Namespace) -> dict[str, 
     await bus.audit.note(from_command_line("key.create", key.tenant, detail))
     if not args.json:
         print(secret)
-    Console(stderr=True).print(
-        f"{key.id} of {key.tenant}, {_scopes(key.scopes)}; this is the only time that it is shown"
-    )
+    Console(stderr=True).print(f"{key.id} of {key.tenant}, {_scopes(key.scopes)}; shown only once")
     return {"key": secret, **msgspec.structs.asdict(key)}
 
 

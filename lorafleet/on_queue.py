@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from lorafleet.api import add_json_flag, print_json
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.embedded import with_queue
+from lorafleet.launcher.records import the_only
+from lorafleet.parser import Parser
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import PermissionDenied, Unavailable
@@ -17,7 +20,19 @@ from protocol.wire.errors import PermissionDenied, Unavailable
 FLAGS = ("redis_url", "redis_password_file", "data")
 
 
-def add_flags(parser: argparse.ArgumentParser, *more: str) -> None:
+def load_local_settings(args: argparse.Namespace) -> Settings:
+    """Return the settings; without a queue and a data folder in them, with the folder of the fleet on this machine.
+
+    Raises BadRequest, also where several fleets could be meant.
+    """
+    settings = load_settings(args)
+    if {"redis_url", "data"} & settings.model_fields_set:
+        return settings
+    fleet = the_only()
+    return settings if fleet is None else settings.model_copy(update={"data": Path(fleet.data)})
+
+
+def add_flags(parser: Parser, *more: str) -> None:
     """Declare how the queue is reached, other settings by name, and `--json`."""
     add_json_flag(parser)
     add_settings(parser, first=(*FLAGS, *more), skip=tuple(Settings.model_fields))
@@ -28,7 +43,7 @@ def run_action(args: argparse.Namespace) -> int:
 
     Raises what it raises, and Unavailable, PermissionDenied.
     """
-    answer = asyncio.run(_done(with_queue(load_settings(args)), args))
+    answer = asyncio.run(_done(with_queue(load_local_settings(args)), args))
     if args.json:
         print_json(answer)
     return 0
@@ -40,7 +55,7 @@ async def _done(settings: Settings, args: argparse.Namespace) -> Any:
     try:
         return await do(bus, settings, args)
     except CONNECTION_ERRORS as error:
-        raise Unavailable(f"no queue answers at {settings.redis_url}: {error}") from error
+        raise Unavailable(f"cannot reach the queue at {settings.redis_url}: {error}") from error
     except QueueError as error:
         raise PermissionDenied(f"the queue refused: {error}") from error
     finally:

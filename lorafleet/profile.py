@@ -16,6 +16,7 @@ from rich.table import Table
 
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.embedded import start_embedded
+from lorafleet.parser import Parser
 from protocol.runtime.service import set_up_logging
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
@@ -27,7 +28,7 @@ FLAGS = (
 MAX_OPERATIONS = 12
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.add_argument("model", help="the base model: a Hub id or a local folder")
     parser.add_argument(

@@ -7,6 +7,7 @@ import importlib
 
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.lifeline import hold_lifeline
+from lorafleet.parser import Parser
 from protocol.runtime.environment import forget_secrets
 from protocol.runtime.imports import importing
 from protocol.runtime.service import run as run_service
@@ -27,7 +28,7 @@ MAIN_FLAGS = (
 """The settings that `--help` shows first."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.usage = f"{parser.prog} {'|'.join(SERVICES)} [flags]"
     parser.add_argument(

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shlex
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,11 @@ from lorafleet.launcher.child import Child
 from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from lorafleet.launcher.fleet import Fleet, local_url, service_specs
 from lorafleet.launcher.machine import claim_port
+from lorafleet.launcher.records import LocalFleet, registered
 from lorafleet.launcher.screen import Screen
+from lorafleet.parser import Parser
+from protocol.queue.books.api_keys import SCOPES
+from protocol.queue.bus import Bus
 from protocol.queue.connection.redis_client import QueueError, ping
 from protocol.runtime.model_files import cache_folder, hold_folder, is_gguf, served_name
 from protocol.runtime.private_files import private_folder
@@ -30,8 +35,16 @@ from protocol.runtime.redaction import redact
 from protocol.runtime.settings import Settings, names_of
 from protocol.wire.errors import BadRequest, Unavailable
 
+CONSOLE = "/console/"
+"""Path of the web console."""
+
+LOCAL_TENANT = "local"
+"""Tenant of the key with which the commands on this machine ask a fleet that requires keys."""
+
 MAIN_FLAGS = (
-    "adapters", "host", "port", "workers", "device", "dtype", "max_model_len", "served_name", "api_keys", "data",
+    "adapters", "adapter_roots", "request_sources", "host", "port", "api_keys", "served_name", "workers", "device",
+    "dtype", "quantization", "max_model_len", "max_num_seqs", "kv_cache_bytes", "adapter_pool_bytes", "pin",
+    "data", "redis_url", "log_level",
 )  # fmt: skip
 """The settings that `--help` shows first."""
 
@@ -71,7 +84,7 @@ OnReady = Callable[[LaunchPlan, Screen], Awaitable[bool]]
 """Called once the fleet answers; returns whether it should continue to serve."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.usage = f"{parser.prog} MODEL [flags]"
     parser.add_argument(
@@ -107,13 +120,42 @@ def launch(settings: Settings, on_ready: OnReady) -> int:
             screen.say(f"[green]✓[/] {'queue':10} unix://{queue.socket}")
         specs = service_specs(plan.settings, _fresh_logs(plan.settings), queue)
         children = [Child(spec, lifeline, screen.say) for spec in specs]
+        key_file = _own_key(plan.settings) if plan.settings.api_keys else None
+        record = LocalFleet(
+            os.getpid(), local_url(plan.settings), plan.settings.served_name, str(plan.settings.data),
+            str(specs[0].log.parent), time.time(), str(key_file or ""),
+        )  # fmt: skip
         fleet = Fleet(plan.settings, children, queue, screen, lambda: on_ready(plan, screen))
-        return asyncio.run(fleet.run())
+        with registered(record):
+            return asyncio.run(fleet.run())
     finally:
         os.close(held)
         os.close(lifeline)
         if queue is not None:
             queue.stop()
+
+
+def _own_key(settings: Settings) -> Path:
+    """Return the file of an API key for this user's commands; make the key, unless the file has a valid one.
+
+    Who starts a fleet has the passwords of its queue, and so all rights; the file is in the data folder beside them.
+    """
+    path = settings.data / "local.key"
+
+    async def make() -> None:
+        bus = Bus(settings.queue_url())
+        try:
+            keys = bus.api_keys
+            if path.is_file() and await keys.find(path.read_text().strip()) is not None:
+                return
+            secret, _ = await keys.create(LOCAL_TENANT, SCOPES, 0, "commands on the machine of `lorafleet up`")
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+                file.write(secret)
+        finally:
+            await bus.close()
+
+    asyncio.run(make())
+    return path
 
 
 def prepare(settings: Settings) -> LaunchPlan:
@@ -162,7 +204,7 @@ async def announce(plan: LaunchPlan, screen: Screen) -> bool:
     url = local_url(settings)
     if settings.api_keys:
         screen.say(f"\n[bold green]ready[/] [bold]{url}[/] requires API keys; create one:\n")
-        screen.say(escape(f"  {_shared(settings)} lorafleet keys create --tenant NAME"))
+        screen.say(escape("  lorafleet keys create --tenant NAME"))
     else:
         async with httpx2.AsyncClient(base_url=url, trust_env=False) as client:
             models = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
@@ -172,7 +214,9 @@ async def announce(plan: LaunchPlan, screen: Screen) -> bool:
     joining = settings.model_copy(update=plan.queue.door("worker")) if plan.queue is not None else settings
     secret = f"LORAFLEET_SECRET_FILE={shlex.quote(str(settings.secret_file))}"
     command = f"{_shared(joining)} {secret} lorafleet serve worker --model {shlex.quote(settings.model)}"
-    screen.say(f"\nTo add another worker:\n  {command}")
+    screen.say(f"\nconsole: {url}{CONSOLE}")
+    screen.say("commands: lorafleet chat MODEL, status, adapters list, logs, stop")
+    screen.say(f"to add another worker:\n  {command}")
     screen.say("Ctrl-C finishes accepted requests and stops; a second Ctrl-C stops immediately.")
     return True
 
@@ -208,10 +252,10 @@ def _has_queue(settings: Settings) -> bool:
 
 
 def _check_queue(settings: Settings) -> None:
-    """Raise BadRequest for a malformed URL, Unavailable when no queue answers there."""
+    """Raise BadRequest for a malformed URL, Unavailable when cannot reach the queue there."""
     try:
         ping(settings.queue_url(), timeout_s=5)
     except ValueError as error:
         raise BadRequest(f"--redis-url: {error}") from error
     except QueueError as error:
-        raise Unavailable(f"no queue answers at {settings.redis_url}: {error}") from error
+        raise Unavailable(f"cannot reach the queue at {settings.redis_url}: {error}") from error

@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 
 from lorafleet.launcher.queue_users import make_users, password_file
+from lorafleet.parser import Parser
 from protocol.queue.users import SERVERS, table
 from protocol.wire.errors import BadRequest
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.description = (
         "Write FOLDER/queue/users.acl for the queue's server (--aclfile), and a password file FOLDER/USER/password"

@@ -76,7 +76,7 @@ async def _lead(
     if not (await bus.memory())[1]:
         logger.warning("the queue has no maxmemory: it may use all memory of its machine")
     await bus.restarted()  # only later restarts count
-    logger.info("now the leader, as %s", token)
+    logger.info("elected leader as %s", token)
     metrics.SCHEDULER_LEADS.set(1)
     try:
         await Session(bus, settings, Lease(token, candidate, LEASE_MS), counters).run(stop)

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import secrets
+import shutil
 import socket
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from functools import cache
@@ -119,6 +122,9 @@ def pytest_configure(config: pytest.Config) -> None:
     Garbage is not looked for while tests are imported: that is half the time of it. Certificates are read once, not by
     every client of HTTP. And `jsonschema` does not make the grammars of IRIs, which no schema here asks for.
     """
+    # No test finds a fleet of this user, or of another test process, by the record that it leaves.
+    os.environ["XDG_RUNTIME_DIR"] = tempfile.mkdtemp(prefix="lorafleet-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_RUNTIME_DIR"], ignore_errors=True)
     if config.pluginmanager.has_plugin("dsession"):
         config.pluginmanager.register(TellWorkers())
     examples.are_many = is_thorough(config)

@@ -1,9 +1,12 @@
-"""Documentation names files that exist."""
+"""Documentation names files that exist, is in the site whole, and has one version with all that is released."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,3 +42,43 @@ def test_linked_headings_exist(page: Path) -> None:
         if anchor and target.endswith(".md"):
             headings = re.findall(r"^#+ (.+)$", (page.parent / target).read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+
+
+def _docs_site() -> Any:
+    spec = importlib.util.spec_from_file_location("docs_site", ROOT / ".ci" / "docs_site.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    pages = {str(place) for place in _docs_site().places().values() if place.suffix == ".md"} | {"api.md"}
+    listed = re.findall(r"^ +- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    assert set(listed) == pages
+
+
+@pytest.mark.parametrize(
+    ("page", "text", "wanted"),
+    [
+        ("README.md", "[a](docs/keys.md#tenants)", "[a](keys.md#tenants)"),
+        ("README.md", "[`a`](LICENSE) [b](https://x.y/z)", "`a` [b](https://x.y/z)"),
+        ("docs/measured/starts.md", "[a](../../CONTRIBUTING.md) [b](#top)", "[a](../contributing.md) [b](#top)"),
+        ("docs/console.md", "![a](images/console-keys.png)", "![a](images/console-keys.png)"),
+        ("docs/keys.md", "```\n[a](../LICENSE)\n```\n[a](../LICENSE)", "```\n[a](../LICENSE)\n```\na"),
+    ],
+)
+def test_links_lead_to_places_in_the_site(page: str, text: str, wanted: str) -> None:
+    site = _docs_site()
+    assert site.moved(text, Path(page), site.places()) == wanted
+
+
+def test_all_that_is_released_has_one_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    chart = (ROOT / "deploy/helm/lorafleet/Chart.yaml").read_text()
+    assert re.findall(r'^(?:version|appVersion): "?([\d.]+)"?$', chart, re.MULTILINE) == [version, version]
+    images = re.findall(r'image\.version="([\d.]+)"', (ROOT / "deploy/Dockerfile").read_text())
+    assert images == [version, version]
+    assert re.findall(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version

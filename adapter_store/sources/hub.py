@@ -185,7 +185,7 @@ class HubSource:
                 except (httpx2.TransportError, _Cut) as error:
                     if file.tell() > at:
                         attempts = Attempts(self._retries)  # progress was made: reset the count
-                    await attempts.pause(f"the download of {repo} broke off: {type(error).__name__}")
+                    await attempts.pause(f"the download of {repo} was interrupted: {type(error).__name__}")
 
     async def _read(self, url: str, file: BinaryIO, end: int, num_bytes: int, token: str) -> None:
         """Append bytes `[file.tell(), end)` of a remote file of `num_bytes`."""

@@ -145,7 +145,7 @@ class S3Source:
                 except (BotoCoreError, HTTPError, _Cut) as error:
                     if file.tell() > at:
                         attempts = Attempts(self._retries)  # progress was made: reset the count
-                    await attempts.pause(f"the download of {version.source} broke off: {type(error).__name__}")
+                    await attempts.pause(f"the download of {version.source} was interrupted: {type(error).__name__}")
 
     def _read(self, version: Version, name: str, file: BinaryIO, end: int) -> None:
         bucket, _, prefix = version.target.removeprefix("//").partition("/")

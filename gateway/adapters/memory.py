@@ -158,7 +158,7 @@ class AdapterMemory:
                 try:
                     answer = await http.delete(f"{url}/adapters/{digest}")
                 except httpx2.HTTPError as error:
-                    raise Unavailable(f"an adapter store does not answer: {error!r}", code="no_store") from error
+                    raise Unavailable(f"an adapter store is not responding: {error!r}", code="no_store") from error
                 if answer.status_code == 409:
                     raise Conflict(f"its files are kept: {_message(answer)}", code="adapter_in_use")
                 if answer.status_code != 200:

@@ -43,7 +43,7 @@ def page(
     models: list[m.Alias | None] = [None, *aliases]
     names = [base.name, *(alias.name for alias in aliases)]
     if after is not None and before is not None:
-        raise BadRequest("after_id and before_id exclude each other", param="before_id")
+        raise BadRequest("after_id and before_id cannot be used together", param="before_id")
     for param, name in (("after_id", after), ("before_id", before)):
         if name is not None and name not in names:
             raise BadRequest(f"{param}: no model is named {brief(name)}", param=param)

@@ -42,7 +42,7 @@ from gateway.encoders.encoder_routes import EncoderEndpoints, add_encoder_routes
 from gateway.files.file_routes import FileEndpoints, add_file_routes
 from gateway.http import openapi
 from gateway.http.access import API_PAGE, MATCH, Match, Routes, RouteTable, normal_path
-from gateway.http.errors import REFUSALS_OF, REQUEST_ID_OF, add_handlers
+from gateway.http.errors import OUTCOME_OF, REQUEST_ID_OF, Outcome, add_handlers
 from gateway.http.headers import header_of
 from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.lorax.lorax_routes import NativeEndpoints, add_native_routes
@@ -54,6 +54,7 @@ from gateway.overload.admission import Admission
 from gateway.overload.large import LargeBodies
 from gateway.overload.memory import Charged, MemoryAccount
 from gateway.overload.reads import Reads
+from gateway.requests.refusals import Refusals
 from gateway.requests.request_routes import RequestEndpoints, add_request_routes
 from gateway.responses.conversation_routes import ConversationEndpoints, add_conversation_routes
 from gateway.responses.response_routes import ResponseEndpoints, add_response_routes
@@ -61,6 +62,7 @@ from gateway.tokenizer.tokenizer_routes import TokenizerEndpoints, add_tokenizer
 from gateway.webhooks.webhook_routes import WebhookRoutes, add_webhook_routes
 from protocol.metrics.series import HTTP_REQUESTS, HTTP_REQUESTS_OPEN
 from protocol.queue.books.api_keys import ApiKeys
+from protocol.queue.bus import now_ms
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.guarded import is_failure
 from protocol.runtime.settings import Settings, names_of
@@ -173,7 +175,7 @@ def build_app(
         )
     if keys is None:
         guarded = Browsers(guarded, settings, shape_of)
-    return Envelope(guarded, settings, table), InnerCalls(charged, table)
+    return Envelope(guarded, settings, table, handlers.requests.refusals), InnerCalls(charged, table)
 
 
 class Admitted:
@@ -200,8 +202,11 @@ class Admitted:
 class Envelope:
     """Gives every request its route, an id and a limit of its body's size; counts, measures it, logs its failure."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, table: RouteTable) -> None:
-        """`table`: the routes of `app`."""
+    def __init__(
+        self, app: ASGIApp, settings: Settings, table: RouteTable, refusals: Refusals | None = None
+    ) -> None:  # fmt: skip
+        """`table`: the routes of `app`. `refusals`: takes refused calls, None to keep none."""
+        self._refusals = refusals
         self._app = app
         self._table = table
         self._max_body_bytes = settings.max_body_bytes
@@ -242,8 +247,8 @@ class Envelope:
         given = header_of(headers, b"x-request-id") or ""
         request_id = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
         REQUEST_ID_OF.set(request_id)
-        refusals: list[str] = []
-        REFUSALS_OF.set(refusals)
+        outcome = Outcome(now_ms())
+        OUTCOME_OF.set(outcome)
         ids = [(b"x-request-id", request_id.encode())]
         if speaks_anthropic(scope):
             ids.append((b"request-id", request_id.encode()))
@@ -291,9 +296,13 @@ class Envelope:
                 trace.tell(TRACING.tracer, status, scope["path"])
         route = getattr(scope.get("route"), "path", "unknown")
         HTTP_REQUESTS.labels(route, scope["method"], str(status)).inc()
+        error = outcome.error
         if status == 429:
-            observe.refused(scope[CALLER].owner if CALLER in scope else "", refusals[-1] if refusals else "gateway")
+            reason = error.reason if isinstance(error, Overloaded) else "gateway"
+            observe.refused(scope[CALLER].owner if CALLER in scope else "", reason)
         if match.kind == "call":
+            if error is not None and not outcome.is_queued and CALLER in scope and self._refusals is not None:
+                self._refusals.note(scope[CALLER].owner, request_id, match.path, status, outcome)
             lorax_metrics.answered(status, time.monotonic() - started_s)
 
     def _limited(self, match: Match, headers: Sequence[tuple[bytes, bytes]], receive: Receive) -> Receive:

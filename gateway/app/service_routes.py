@@ -18,7 +18,7 @@ from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.calls.pipeline import Pipeline
 from gateway.http import openapi
 from gateway.http.access import ADMIN_PAGE, INFER, OPEN, Routes
-from gateway.http.paths import FLEET, MODELS, PING
+from gateway.http.paths import CONSOLE, FLEET, MODELS, PING
 from gateway.overload.admission import Admission
 from protocol.runtime.release import RELEASE
 from protocol.wire.errors import ModelNotFound, NotFound
@@ -85,6 +85,15 @@ class Endpoints:
             return json_response(body)
         return json_response({**body, "error": "unhealthy", "error_type": "healthcheck"}, 503)
 
+    async def root(self, request: Request) -> Response:
+        """Answer `/`: send a browser to the console, and tell a program the health.
+
+        The address is relative, so that it is right behind a proxy that adds a prefix.
+        """
+        if "text/html" in request.headers.get("accept", ""):
+            return Response(None, 307, {"location": f"{CONSOLE.removeprefix('/')}/", "vary": "accept"})
+        return await self.health()
+
     async def fleet(self) -> Response:
         """Answer `/v1/fleet`: what a program asks that starts and stops workers."""
         fleet = self._pipeline.fleet
@@ -133,7 +142,9 @@ def add_routes(app: FastAPI, endpoints: Endpoints) -> None:
     routes.get(FLEET, ADMIN_PAGE, responses=openapi.FLEET)(endpoints.fleet)
     routes.get("/version", INFER, responses=openapi.VERSION)(endpoints.version)
     routes.get("/load", ADMIN_PAGE, responses=openapi.LOAD)(endpoints.load)
-    for path in ("/", PING, "/health"):
+    routes.get("/", OPEN, responses=openapi.HEALTH)(endpoints.root)
+    routes.head("/", OPEN, include_in_schema=False)(endpoints.root)
+    for path in (PING, "/health"):
         routes.get(path, OPEN, responses=openapi.HEALTH)(endpoints.health)
         routes.head(path, OPEN, include_in_schema=False)(endpoints.health)
     routes.post(PING, OPEN, responses=openapi.HEALTH)(endpoints.health)  # also served by SageMaker and vLLM

@@ -56,7 +56,7 @@ class Browsers:
         for host in headers.getlist("host"):
             if not self._is_own(host, is_browser=is_browser):
                 raise PermissionDenied(
-                    f"this gateway has no API keys and does not answer to the host name {host:.200}; if it is the"
+                    f"API keys are off on this gateway, and it does not serve the host name {host:.200}; if it is the"
                     " gateway's, add it to the setting allowed_hosts",
                     code="unknown_host",
                 )
@@ -88,7 +88,7 @@ class Browsers:
 
 def _foreign(who: str) -> PermissionDenied:
     return PermissionDenied(
-        f"this gateway has no API keys, so {who} may not use it; the setting cors_origins allows them",
+        f"API keys are off on this gateway, so {who} may not use it; the setting cors_origins allows them",
         code="foreign_origin",
     )
 

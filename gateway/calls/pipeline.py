@@ -35,6 +35,7 @@ from gateway.calls.tokenize import check_size, tokenize
 from gateway.calls.trace import TRACE_OF, stage
 from gateway.fleet.view import FleetView
 from gateway.grammars.check import GrammarCheck
+from gateway.http.errors import OUTCOME_OF
 from gateway.overload import large, memory
 from gateway.overload.admission import Admission
 from gateway.overload.large import Checks
@@ -95,6 +96,9 @@ class Pipeline:
 
     async def prepare(self, call: ParsedCall) -> AdmittedCall:
         """Take a call from *parse* to *admit*: what costs least is refused first. Raises as `run`."""
+        outcome = OUTCOME_OF.get(None)
+        if outcome is not None:
+            outcome.model = call.model_name
         call.rules.check_number(len(call.models.names), len(call.sources), call.options.n)
         await self.admission.check_room(call)
         ignore(call.caller.headers, call.served_without)

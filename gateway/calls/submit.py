@@ -20,9 +20,11 @@ from gateway.calls.parsed_call import ParsedCall
 from gateway.calls.replies import Replies, Subscription
 from gateway.calls.tokenize import Prompt
 from gateway.calls.trace import TRACE_OF
+from gateway.http.errors import OUTCOME_OF
 from peft_adapters.recipe import is_merge
 from protocol.queue.books.usage import Counted, usage_of
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
+from protocol.queue.history import kept_for
 from protocol.queue.kept.jobs import NewJob
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -71,6 +73,7 @@ class Submitter:
         self._max_queued = settings.max_queued
         self._keep_bodies = settings.keep_prompts
         self._usage_days = settings.usage_days
+        self._history = kept_for(settings.history_s, settings.history_requests)
         self._bus = bus
         self._replies = replies
         self._admission = admission
@@ -177,6 +180,9 @@ class Submitter:
         finally:
             self._admission.reached_queue()
         observe.accepted(call.parsed.caller.owner, call.prompts)
+        outcome_of_call = OUTCOME_OF.get(None)
+        if outcome_of_call is not None:
+            outcome_of_call.is_queued = True
         return None
 
     async def _write(
@@ -190,7 +196,7 @@ class Submitter:
             idem_key=self._bus.keys.idem(caller.owner, key) if key else "",
             idem_value=m.encode(record) if record is not None else b"",
             quota=call.quota, forced=forced, job=job, keep_bodies=self._keep_bodies,
-            usages=usages_of(call, self._usage_days),
+            usages=usages_of(call, self._usage_days), history="" if caller.is_batch else self._history,
         )  # fmt: skip
 
 

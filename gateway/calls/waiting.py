@@ -29,7 +29,7 @@ def adapter_state(digest: str, beat: m.WorkerBeat | None) -> str:
     if beat is None:
         return "waiting for its worker"
     if not digest or digest in beat.resident:
-        return "its prompt is being read"
+        return "its prompt is being processed"
     if digest in beat.loading or digest in beat.host:
         return "its adapter is being loaded"
     return "its adapter is being fetched"

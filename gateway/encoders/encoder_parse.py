@@ -141,7 +141,7 @@ def parse_classify(request: ClassifyRequest, caller: Caller, settings: Settings)
             message = f"messages has {len(request.messages)} entries; the limit is {settings.max_messages}"
             raise BadRequest(message, param="messages")
         if request.add_generation_prompt and request.continue_final_message:
-            message = "continue_final_message and add_generation_prompt exclude each other"
+            message = "continue_final_message and add_generation_prompt cannot be used together"
             raise BadRequest(message, param="continue_final_message")
         inputs = Conversation(
             request.messages, request.chat_template_kwargs or {},

@@ -64,7 +64,7 @@ def constraint_of(
         structured = _structured_outputs(structured_outputs or {}, others, settings)
     if formatted is not None and structured is not None:
         place = "structured_outputs" if structured_outputs is not None else next(iter(others))
-        raise BadRequest(f"response_format and {place} exclude each other", param=place)
+        raise BadRequest(f"response_format and {place} cannot be used together", param=place)
     return structured if formatted is None else formatted
 
 
@@ -142,7 +142,7 @@ def _structured_outputs(wish: Mapping[str, Any], others: Mapping[str, Any], sett
     for name, value in others.items():
         kind = OTHER_NAMES[name]
         if kind in given:
-            raise BadRequest(f"{places[kind]} and {name} exclude each other", param=name)
+            raise BadRequest(f"{places[kind]} and {name} cannot be used together", param=name)
         given[kind], places[kind] = value, name
     kinds = [name for name in _KINDS if name in given]
     if len(kinds) != 1:

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import orjson
@@ -24,7 +25,6 @@ from protocol.wire.errors import (
     Internal,
     LorafleetError,
     NotFound,
-    Overloaded,
     QueueFull,
     TooLarge,
     Unavailable,
@@ -80,8 +80,26 @@ REQUEST_ID_OF: ContextVar[str] = ContextVar("request_id", default="")
 """The id of the request that the current task answers, which some errors have in their body; "" where there is none."""
 
 
-REFUSALS_OF: ContextVar[list[str]] = ContextVar("refusals")
-"""Takes what the current request's 429s are too many of; shared with the tasks that work for the request."""
+@dataclass(slots=True)
+class Outcome:
+    """What became of a request, as far as its answer does not say it."""
+
+    began_ms: int = 0  # unix time
+    model: str = ""  # the requested model, once the body is read
+    is_queued: bool = False  # it is in the queue, which records its end
+    error: LorafleetError | None = None  # the last one that was written to the client
+
+
+OUTCOME_OF: ContextVar[Outcome] = ContextVar("outcome")
+"""The outcome of the current request; shared with the tasks that work for it, absent outside a request."""
+
+
+def note(error: LorafleetError) -> LorafleetError:
+    """Note the error that the current request is answered with; return it."""
+    outcome = OUTCOME_OF.get(None)
+    if outcome is not None:
+        outcome.error = error
+    return error
 
 
 class OpenAIErrors:
@@ -126,8 +144,7 @@ class HttpError(ClientError):
 
 def retry_headers(error: LorafleetError) -> dict[str, str]:
     """Return the headers that say whether and when a client should retry."""
-    if isinstance(error, Overloaded) and (refusals := REFUSALS_OF.get(None)) is not None:
-        refusals.append(error.reason)
+    note(error)
     headers = {"x-should-retry": "true" if error.retryable else "false"}
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
@@ -150,11 +167,11 @@ def unreachable_queue(cause: BaseException) -> Unavailable:
 def error_of(cause: BaseException) -> LorafleetError:
     """Return the error for a client whose answer has failed; log the failure unless it is the client's."""
     if isinstance(cause, LorafleetError):
-        return cause
+        return note(cause)
     if isinstance(cause, CONNECTION_ERRORS):
-        return unreachable_queue(cause)
+        return note(unreachable_queue(cause))
     logger.error("a call failed", exc_info=cause)
-    return Internal("the gateway failed while answering")
+    return note(Internal("the gateway failed while answering"))
 
 
 def is_foreseen(error: Exception) -> bool:

@@ -418,7 +418,9 @@ LOAD: Responses = {200: {"model": Load}}
 FLEET: Responses = {200: {"model": Fleet}}
 WORKER: Responses = {200: _json("A worker", _object(id=_TEXT, object=_TEXT, name=_MAYBE, state=_TEXT))}
 WORKER[202] = {**WORKER[200], "description": "Requested; the worker has not confirmed it yet"}
-LETTER: Responses = {200: _json("A request that was given up", _object(id=_TEXT, object=_TEXT, reason=_TEXT))}
+LETTER: Responses = {
+    200: _json("A dead letter: a request that failed too often", _object(id=_TEXT, object=_TEXT, reason=_TEXT))
+}
 RETRIED: Responses = {200: _json("It was requeued", _object(id=_TEXT, object=_TEXT, request=_TEXT))}
 NEW_KEY: Responses = {201: _json("A new key, and its secret", _object(id=_TEXT, object=_TEXT, secret=_TEXT))}
 TENANT: Responses = {200: _json("A tenant and its limits", _object(id=_TEXT, object=_TEXT, weight=_NUMBER))}

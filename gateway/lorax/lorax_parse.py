@@ -166,7 +166,7 @@ def _sampling(p: Parameters, seed: int, *, sampled: bool) -> m.Sampling:
 
 def _constraint(p: Parameters, settings: Settings) -> Constraint | None:
     if p.grammar is not None and p.response_format is not None:
-        raise _bad("`grammar` and `response_format` exclude each other", "grammar")
+        raise _bad("`grammar` and `response_format` cannot be used together", "grammar")
     if p.grammar is not None:
         return tgi_constraint(p.grammar, "grammar", settings)
     return native_constraint(p.response_format, settings)

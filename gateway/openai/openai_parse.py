@@ -135,7 +135,7 @@ def conversation_of(request: ChatRequest, truncation: Truncation | None = None) 
     """Return what a chat's prompt is made of. Raises BadRequest for parameters that contradict each other."""
     variables, continue_final = request.template_variables, bool(request.continue_final_message)
     if continue_final and request.add_generation_prompt:
-        message = "continue_final_message and add_generation_prompt exclude each othereach other"
+        message = "continue_final_message and add_generation_prompt cannot be used togethereach other"
         raise BadRequest(message, param="continue_final_message")
     check_variables(variables)
     begin_answer = request.add_generation_prompt is not False and not continue_final

@@ -196,11 +196,13 @@ class Admission:
             raise Overloaded(text, self._drain_s(ROOM * max_open))
         lag_s = self._lag_s()
         if lag_s >= limits.max_lag_s:
-            text = f"this gateway is {lag_s:.1f} s behind with its work; the limit is {limits.max_lag_s:g} s"
+            text = (
+                f"this gateway is {lag_s:.1f} s behind its event loop's schedule; the limit is {limits.max_lag_s:g} s"
+            )
             raise Overloaded(text, max(MIN_RETRY_S, lag_s))
         wait_s = self._inbound.wait_s(self._now_s())
         if wait_s >= limits.max_inbound_s:
-            text = f"{self._inbound.num} calls are on their way to the queue, for about {wait_s:.0f} s"
+            text = f"{self._inbound.num} calls are waiting to be queued, for about {wait_s:.0f} s"
             raise Overloaded(f"{text}; the limit is {limits.max_inbound_s:g} s", wait_s)
 
     def _check_place(self, load: Load, status: m.SchedulerStatus) -> None:
@@ -283,4 +285,4 @@ def _check_memory(status: m.SchedulerStatus) -> None:
     """Refuse a call that would take memory of the queue which running ones may need. Raises QueueFull."""
     most = int(MAX_MEMORY_SHARE * status.max_bytes)
     if status.max_bytes and status.used_bytes >= most:
-        raise QueueFull(f"the queue holds {status.used_bytes} bytes; calls are let in below {most}")
+        raise QueueFull(f"the queue holds {status.used_bytes} bytes; new calls are accepted below {most}")

@@ -1,4 +1,4 @@
-"""The list of the fleet's requests: those that run, those that wait, and those that have ended lately.
+"""The list of the fleet's requests: those that run, those that wait, and the history of those that have ended.
 
 A page looks at MAX_LOOKED_AT requests at most; it may have fewer than asked for, even none, and yet not be the last.
 """
@@ -7,30 +7,71 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from gateway.auth.callers import Caller
 from gateway.overload import reads
 from protocol.queue.bus import Bus
+from protocol.queue.history import Place
 from protocol.wire import messages as m
 from protocol.wire.brief import brief
+from protocol.wire.error_codec import error_from
 from protocol.wire.errors import BadRequest
 from protocol.wire.keys import CLASSES
 from protocol.wire.records import RequestSummary
 
 State = Literal["running", "queued", "ended"]
 STATES: tuple[State, ...] = get_args(State)
+Status = Literal["completed", "failed", "cancelled", "refused"]
+"""States of what has ended, and of a call that was refused."""
 MAX_LOOKED_AT = 1000
+LATE_MS = 5000
+"""How long after a refusal its entry is written, at most, unless the gateway is overloaded."""
+MAX_SEARCHED = 20_000
+"""Ends that are looked at for one id."""
 _AT_ONCE = 100
 
 _PLACES = {
     "running": re.compile(r"(?:[0-9a-f]{24})?"),
     "queued": re.compile(rf"(?:(?:{'|'.join(CLASSES)})/(?:[0-9]{{1,18}}-[0-9]{{1,18}})?)?"),
-    "ended": re.compile(r"(?:[0-9]{1,18}-[0-9]{1,18}/[0-9]{1,6})?"),
+    "ended": re.compile(r"(?:([0-9]{1,18})-([0-9]{1,18})/([0-9a-f]{12}))?"),
 }
 """State -> form of a cursor in its list."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """Which requests a list shows; "", None and 0 stand for all."""
+
+    state: State | None = None
+    status: Status | None = None
+    tenant: str | None = None
+    model: str = ""
+    q: str = ""  # part of an id, a model's or worker's name, or an error, in any case
+    since_ms: int = 0  # unix time of the end, or of the submission of what has not ended
+    until_ms: int = 0  # exclusive
+
+    @property
+    def states(self) -> list[State]:
+        """The states to look through, in their order."""
+        if self.state is not None:
+            return [self.state]
+        return ["ended"] if self.status is not None else list(STATES)
+
+    def shows(self, view: dict[str, Any]) -> bool:
+        """Return whether an object of the list is shown, as far as its text and times say."""
+        ms = view["ended_ms"] or view["submitted_ms"]
+        if ms < self.since_ms or (self.until_ms and ms >= self.until_ms):
+            return False
+        if self.status is not None and view["state"] != self.status:
+            return False
+        if self.model and view["model"] != self.model:
+            return False
+        error = view["error"] or {}
+        texts = (view["id"], view["call"], view["model"], view["worker"], error.get("code"), error.get("message"))
+        return not self.q or any(self.q.lower() in text.lower() for text in texts if text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,68 +88,103 @@ class RequestList:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
 
-    async def page(
-        self, caller: Caller, state: State | None, tenant: str | None, limit: int, after: str
-    ) -> dict[str, Any]:
+    async def page(self, caller: Caller, filters: Filters, limit: int, after: str) -> dict[str, Any]:
         """Return a page of the requests that a caller sees: its tenant's, an admin all or those of a tenant it names.
 
-        state: only those. after: `last_id` of the page before. Raises BadRequest, PermissionDenied.
+        after: `last_id` of the page before. Raises BadRequest, PermissionDenied.
         """
-        owner = caller.name if not caller.is_admin else tenant
-        if not caller.is_admin and tenant is not None:
-            owner = caller.namespace(tenant)
+        owner = caller.name if not caller.is_admin else filters.tenant
+        if not caller.is_admin and filters.tenant is not None:
+            owner = caller.namespace(filters.tenant)
         now, place = _after(after)
-        states: list[State] = [state] if state is not None else list(STATES)
+        states = filters.states
         if now is not None and now not in states:
             raise BadRequest(f"{brief(after)} is not a cursor of this list", param="after")
         beats = {wid: beat for wid, beat in (await self._bus.members.worker_beats()).items() if beat is not None}
-        page: list[RequestSummary] = []
+        page: list[dict[str, Any]] = []
         seen: set[str] = set()
         last, looked = after, 0
         for kind in states[states.index(now) if now is not None else 0 :]:
-            async for chunk in self._walk(kind, place, beats):
+            chunks = self._ended(place, owner, filters) if kind == "ended" else self._open(kind, place, beats, owner)
+            async for chunk in chunks:
                 reads.owe(len(chunk) / reads.REQUESTS_PER_READ)
-                found = await self._bus.request_lists.summaries([one.rid for one in chunk])
-                for one, summary in zip(chunk, found, strict=True):
+                for at, view in chunk:
                     if len(page) == limit or looked >= MAX_LOOKED_AT:
-                        return _shown(page, beats, last)
-                    looked, last = looked + 1, f"{kind}:{one.place}"
-                    if summary is None or one.rid in seen or owner not in (None, summary.tenant):
+                        return _listed(page, last)
+                    looked, last = looked + 1, f"{kind}:{at}"
+                    if view is None or not filters.shows(view):
                         continue
-                    if summary.is_terminal == (kind == "ended"):  # it may have gone on meanwhile
-                        seen.add(one.rid)
-                        page.append(summary)
+                    if kind == "ended" or view["id"] not in seen:  # it may have gone on meanwhile
+                        seen.add(view["id"])
+                        page.append(view)
             place = ""
-        return _shown(page, beats, None)
+        return _listed(page, None)
+
+    async def find(self, caller: Caller, names: set[str]) -> dict[str, Any] | None:
+        """Return the object of a request that has ended and has one of these ids.
+
+        None if it is not among the latest MAX_SEARCHED ends that the caller sees.
+        """
+        looked = 0
+        async for chunk in self._ended("", None if caller.is_admin else caller.name, Filters()):
+            reads.owe(len(chunk) / reads.REQUESTS_PER_READ)
+            for _, view in chunk:
+                if view is not None and view["id"] in names:
+                    return view
+            looked += len(chunk)
+            if looked >= MAX_SEARCHED:
+                return None
+        return None
+
+    async def _open(
+        self, kind: State, place: str, beats: dict[str, m.WorkerBeat], owner: str | None
+    ) -> AsyncIterator[list[tuple[str, dict[str, Any] | None]]]:
+        """Yield requests that have not ended with their cursors, some at a time; None for one that is not shown."""
+        async for chunk in self._walk(kind, place, beats):
+            summaries = await self._bus.request_lists.summaries([one.rid for one in chunk])
+            yield [
+                (
+                    one.place,
+                    None
+                    if summary is None or summary.is_terminal or owner not in (None, summary.tenant)
+                    else _view(summary, beats),
+                )
+                for one, summary in zip(chunk, summaries, strict=True)
+            ]
+
+    async def _ended(
+        self, place: str, owner: str | None, filters: Filters
+    ) -> AsyncIterator[list[tuple[str, dict[str, Any] | None]]]:
+        """Yield what has ended with its cursors, the latest first, some at a time."""
+        parts = _PLACES["ended"].fullmatch(place)
+        after = Place(int(parts[1]), int(parts[2]), parts[3]) if parts is not None and parts[1] else None
+        history = self._bus.history
+        tenants = [owner] if owner is not None else await history.tenants()
+        chunk: list[tuple[str, dict[str, Any] | None]] = []
+        until_ms = filters.until_ms + LATE_MS if filters.until_ms else 0
+        async for at, tenant, entry in history.walk(tenants, filters.since_ms, until_ms, after):
+            view = _past(entry, tenant) if entry is not None else None
+            chunk.append((f"{at.ms}-{at.seq}/{at.mark}", view))
+            if len(chunk) == _AT_ONCE:
+                yield chunk
+                chunk = []
+        if chunk:
+            yield chunk
 
     async def _walk(self, kind: State, place: str, beats: dict[str, m.WorkerBeat]) -> AsyncIterator[list[_Found]]:
-        """Yield the requests of a state after a cursor, some at a time."""
+        """Yield the requests that run or wait after a cursor, some at a time."""
         if kind == "running":
             rids = {_place_of(rid): rid for beat in beats.values() for rid, _ in beat.progress}
             places = sorted(one for one in rids if one > place)
             for begin in range(0, len(places), _AT_ONCE):
                 yield [_Found(one, rids[one]) for one in places[begin : begin + _AT_ONCE]]
-        elif kind == "queued":
-            now, _, entry = place.partition("/")
-            for cls in CLASSES[CLASSES.index(now) if now else 0 :]:
-                while found := await self._bus.request_lists.queued(cls, entry, _AT_ONCE):
-                    entry = found[-1][0]
-                    yield [_Found(f"{cls}/{one}", submit.rid if submit is not None else "") for one, submit in found]
-                entry = ""
-        else:
-            entry, _, done = place.partition("/")
-            while ends := await self._bus.request_lists.ended(entry, _AT_ONCE):
-                chunk = [
-                    _Found(f"{one}/{number}", rid)
-                    for one, rids in ends
-                    for number, rid in enumerate(rids, 1)
-                    if one != entry or number > int(done or 0)
-                ]
-                for begin in range(0, len(chunk), _AT_ONCE):
-                    yield chunk[begin : begin + _AT_ONCE]
-                if len(ends) < _AT_ONCE:
-                    return
-                entry, done = ends[-1][0], str(len(ends[-1][1]))
+            return
+        now, _, entry = place.partition("/")
+        for cls in CLASSES[CLASSES.index(now) if now else 0 :]:
+            while found := await self._bus.request_lists.queued(cls, entry, _AT_ONCE):
+                entry = found[-1][0]
+                yield [_Found(f"{cls}/{one}", submit.rid if submit is not None else "") for one, submit in found]
+            entry = ""
 
 
 def _place_of(rid: str) -> str:
@@ -128,28 +204,56 @@ def _after(after: str) -> tuple[State | None, str]:
     return state, place
 
 
-def _shown(page: list[RequestSummary], beats: dict[str, m.WorkerBeat], last: str | None) -> dict[str, Any]:
+def _listed(page: Sequence[dict[str, Any]], last: str | None) -> dict[str, Any]:
     """Return a page as JSON; last: where the next one goes on, None for the last page."""
-    workers = {wid: beat.name for wid, beat in beats.items()}
-    data = [_view(one, workers) for one in page]
-    return {"object": "list", "data": data, "has_more": last is not None, "last_id": last}
+    return {"object": "list", "data": page, "has_more": last is not None, "last_id": last}
 
 
-def _view(one: RequestSummary, workers: dict[str, str]) -> dict[str, Any]:
+def _view(one: RequestSummary, beats: dict[str, m.WorkerBeat]) -> dict[str, Any]:
+    beat = beats.get(one.owner)
+    return _object(
+        one.rid, one.call, one.state, one.tenant, one.cls, one.model, one.digest, beat.name if beat else one.owner,
+        finish=one.finish, error=one.error, attempts=one.attempts,
+        tokens=(one.num_prompt_tokens, one.num_cached_tokens, one.num_output_tokens),
+        times=(one.submitted_ms, one.first_ms, one.ended_ms),
+    )  # fmt: skip
+
+
+def _past(one: m.HistoryEntry, tenant: str) -> dict[str, Any]:
+    return _object(
+        one.rid, one.call, one.state, tenant, one.cls, one.model, one.digest, one.worker, finish=one.finish,
+        error=one.error, tokens=(one.num_prompt_tokens, one.num_cached_tokens, int(one.num_output_tokens)),
+        attempts=one.attempts, times=(one.submitted_ms, one.first_ms, one.ended_ms), endpoint=one.endpoint,
+        status=one.status,
+    )  # fmt: skip
+
+
+def _object(
+    rid: str, call: str, state: str, tenant: str, cls: str, model: str, digest: str, worker: str, *, finish: str,
+    error: str, tokens: tuple[int, int, int], attempts: int, times: tuple[int, int, int], endpoint: str = "",
+    status: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the object of a request in the list. tokens: of the prompt, of them cached, of the output."""
+    why = error_from(error) if error else None
     return {
-        "id": one.rid,
+        "id": rid,
         "object": "request",
-        "call": one.call or one.rid,
-        "state": one.state,
-        "finish": one.finish or None,
-        "tenant": one.tenant,
-        "class": one.cls,
-        "adapter": {"digest": one.digest, "name": one.model or None} if one.digest else None,
-        "worker": workers.get(one.owner, one.owner) or None,
-        "prompt_tokens": one.num_prompt_tokens,
-        "output_tokens": one.num_output_tokens,
-        "attempts": one.attempts,
-        "submitted_ms": one.submitted_ms,
-        "first_ms": one.first_ms or None,
-        "ended_ms": one.ended_ms or None,
+        "call": call or rid,
+        "state": state,
+        "finish": finish or None,
+        "error": {"message": why.message, "code": why.code} if why is not None else None,
+        "status": status or None,
+        "endpoint": endpoint or None,
+        "tenant": tenant,
+        "class": cls or None,
+        "model": model or None,
+        "adapter": {"digest": digest, "name": model or None} if digest else None,
+        "worker": worker or None,
+        "prompt_tokens": tokens[0],
+        "cached_tokens": tokens[1],
+        "output_tokens": tokens[2],
+        "attempts": attempts,
+        "submitted_ms": times[0],
+        "first_ms": times[1] or None,
+        "ended_ms": times[2] or None,
     }

@@ -13,6 +13,7 @@ from gateway.calls.submit import cancel, rid_of
 from gateway.overload.admission import Load
 from protocol.queue.books.usage import Counted, usage_of
 from protocol.queue.bus import now_ms
+from protocol.queue.history import kept_for
 from protocol.wire import messages as m
 from protocol.wire.error_codec import error_from
 from protocol.wire.errors import Conflict, DeadlineExceeded, NotFound
@@ -64,7 +65,7 @@ async def _run(pipeline: Pipeline, submit: m.Submit, body: m.Body, model: str, c
     try:
         outcome, result = await bus.submit(
             submit.cls, [(submit, body)], max_queued=pipeline.settings.max_queued, quota=quota,
-            usages=[usage],
+            usages=[usage], history=kept_for(pipeline.settings.history_s, pipeline.settings.history_requests),
         )  # fmt: skip
         pipeline.admission.settle_again(load, quota, outcome, result)
         while now_ms() < submit.deadline_ms:

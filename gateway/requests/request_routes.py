@@ -16,17 +16,20 @@ from gateway.calls.pipeline import Pipeline
 from gateway.http import openapi
 from gateway.http.access import INFER, Routes
 from gateway.http.paths import REQUESTS
-from gateway.requests.listing import RequestList, State
+from gateway.requests.listing import Filters, RequestList, State, Status
+from gateway.requests.refusals import Refusals
 from gateway.requests.replay import replay
-from gateway.requests.timeline import described
+from gateway.requests.timeline import described, recalled
 from protocol.wire.errors import NotFound
 from protocol.wire.records import RequestRecord
 
 MAX_CHARACTERS = 200
+MAX_MS = 1 << 45
+"""The latest time that a list may be asked for, unix ms: in the year 3084."""
 
 _AT_ONCE = 16
 
-_ID = re.compile(r"(?:(?:chatcmpl|cmpl)-|msg_|resp_)?(.+)")
+_ID = re.compile(r"(?:(?:chatcmpl|cmpl|rerank)-|msg_|resp_|job_)?(.+)")
 _CHOICE = re.compile(r"-\d+$")
 
 
@@ -37,21 +40,35 @@ class RequestEndpoints:
         self._answers = answers
         self._pipeline = pipeline
         self._list = RequestList(pipeline.bus)
+        self.refusals = Refusals(pipeline.bus, pipeline.settings.history_s)
 
     async def list(
         self,
         request: Request,
         state: State | None = None,
+        status: Status | None = None,
         tenant: Annotated[str, Query(max_length=64)] | None = None,
+        model: Annotated[str, Query(max_length=200)] = "",
+        q: Annotated[str, Query(max_length=100)] = "",
+        since: Annotated[int, Query(ge=0, le=MAX_MS)] = 0,
+        until: Annotated[int, Query(ge=0, le=MAX_MS)] = 0,
         limit: Annotated[int, Query(ge=1, le=100)] = 50,
         after: Annotated[str, Query(max_length=200)] = "",
     ) -> Response:
-        """Answer `GET /v1/requests`: those that run, that wait, and that have ended lately."""
-        return json_response(await self._list.page(caller_of(request), state, tenant, limit, after))
+        """Answer `GET /v1/requests`: those that run, those that wait, and the history of those that have ended."""
+        filters = Filters(state, status, tenant, model, q, since, until)
+        return json_response(await self._list.page(caller_of(request), filters, limit, after))
 
     async def explain(self, request_id: str, request: Request) -> Response:
         """Answer `GET /v1/requests/{id}`: of a call with several choices the first, or the one named: `ID-2`."""
-        rid, record = await self._find(request_id, caller_of(request))
+        caller = caller_of(request)
+        try:
+            rid, record = await self._find(request_id, caller)
+        except NotFound:
+            past = await self._list.find(caller, {request_id, _name_of(request_id)})
+            if past is None:
+                raise
+            return json_response(recalled(past))
         return json_response(described(rid, record))
 
     async def replay(self, request_id: str, request: Request) -> Response:
@@ -81,14 +98,23 @@ class RequestEndpoints:
 
     async def _find(self, request_id: str, caller: Caller) -> tuple[str, RequestRecord]:
         """Return a request's id and record. Raises NotFound, also for another tenant's."""
-        found = _ID.fullmatch(request_id[:MAX_CHARACTERS])
-        rid = found[1] if found else request_id[:MAX_CHARACTERS]
-        for name in (rid,) if _CHOICE.search(rid) else (f"{rid}-0",):
-            record = await self._pipeline.bus.record(name)
-            if record is not None and (caller.is_admin or record.tenant == caller.name):
-                return name, record
-        text = f"there is no request {request_id:.100}: records live for 2 minutes after the end, those of jobs a day"
+        name = _name_of(request_id)
+        record = await self._pipeline.bus.record(name)
+        if record is not None and (caller.is_admin or record.tenant == caller.name):
+            return name, record
+        kept_h = self._pipeline.settings.history_s / 3600
+        text = (
+            f"there is no request {request_id:.100}; timelines are kept for 2 minutes after the end (jobs: a day), and"
+            f" the history for {kept_h:g} h"
+        )
         raise NotFound(text, code="request_not_found")
+
+
+def _name_of(request_id: str) -> str:
+    """Return a request's id in the queue: of a call, as its answer names it, the first choice."""
+    found = _ID.fullmatch(request_id[:MAX_CHARACTERS])
+    rid = found[1] if found else request_id[:MAX_CHARACTERS]
+    return rid if _CHOICE.search(rid) else f"{rid}-0"
 
 
 def add_request_routes(app: FastAPI, requests: RequestEndpoints) -> None:

@@ -44,6 +44,21 @@ def described(rid: str, record: RequestRecord) -> dict[str, Any]:
     }
 
 
+def recalled(past: dict[str, Any]) -> dict[str, Any]:
+    """Return the same object of a request whose record has expired, from an object of the list: its main events."""
+    events: list[dict[str, Any]] = []
+    if past["state"] == "refused":
+        text = f"refused with status {past['status']}: {past['error']['message']}"
+        events.append(_event(past["ended_ms"], "refused", text))
+    else:
+        events.append(_event(past["submitted_ms"], "accepted", "queued"))
+        if past["first_ms"]:
+            events.append(_event(past["first_ms"], "first_token", "the first token was delivered"))
+        text = f"{past['state']} after {past['output_tokens']} tokens: {past['finish']}"
+        events.append(_event(past["ended_ms"], "ended", text, state=past["state"], finish=past["finish"]))
+    return {**past, "deadline_ms": None, "timeline": events}
+
+
 def timeline(record: RequestRecord) -> list[dict[str, Any]]:
     """Return what happened to a request: each with `ms`, `event`, a sentence `text`, and what belongs to it."""
     facts = record.facts

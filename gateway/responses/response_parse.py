@@ -82,7 +82,7 @@ def check_prompt(request: PromptRequest, settings: Settings) -> None:
     if not isinstance(request.input, str | None):
         check_num(len(request.input), min(settings.max_messages, MAX_ENTRIES), "entries", "input")
     if request.conversation is not None and request.previous_response_id is not None:
-        text = "conversation and previous_response_id exclude each other: both continue an earlier exchange"
+        text = "conversation and previous_response_id cannot be used together: both continue an earlier exchange"
         raise BadRequest(text, param="conversation", code="mutually_exclusive_parameters")
 
 

@@ -151,9 +151,9 @@ class OwnFiles:
                     continue
                 response.raise_for_status()
             except httpx2.HTTPError as error:
-                logger.warning("store %s did not give the texts of adapter %.12s: %r", url, digest, error)
+                logger.warning("store %s did not return the texts of adapter %.12s: %r", url, digest, error)
             else:
                 return response.content
         if urls and missing == len(urls):
             raise NotFound(f"no adapter store has the texts of the adapter {digest:.12} any more", param="model")
-        raise Unavailable(f"no adapter store gave the texts of the adapter {digest:.12}", code="no_store")
+        raise Unavailable(f"no adapter store returned the texts of the adapter {digest:.12}", code="no_store")

@@ -101,5 +101,5 @@ def failure_of(request: EngineRequest, error: BaseException) -> LorafleetError:
         return error
     logger.error("request %s fails; others are not affected", request.rid, exc_info=error)
     if request.digest and not isinstance(error, Exception):
-        return AdapterRefused([f"its files make a library fail: {type(error).__name__}"])
+        return AdapterRefused([f"a library failed on its files: {type(error).__name__}"])
     return Internal(f"the request cannot be computed: {type(error).__name__}")

@@ -211,12 +211,10 @@ def choose_dtype(dtype: str, *, multiplies: bool, isa: str, is_encoder: bool) ->
     if dtype != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[dtype], "as set"
     if multiplies:
-        return torch.bfloat16, "the hardware multiplies it"
+        return torch.bfloat16, "native bfloat16 arithmetic"
     if isa and not is_encoder:
-        return torch.bfloat16, "the native kernels read it, and multiply it in fp32"
-    return torch.float32, "the processor does not multiply bfloat16" + (
-        "" if isa else ", and there are no native kernels"
-    )
+        return torch.bfloat16, "native kernels compute in fp32"
+    return torch.float32, "this CPU has no bfloat16 arithmetic" + ("" if isa else ", and there are no native kernels")
 
 
 def fingerprint_of(module: PreTrainedModel) -> str:

@@ -116,7 +116,7 @@ class Decode:
         num_tokens = self._prompt_tokens + num_prefills + num_steps
         if num_tokens > config.max_model_len:
             raise BadRequest(
-                f"prompt and steps come to {num_tokens} tokens a sequence, max_model_len is {config.max_model_len}"
+                f"prompt and steps total {num_tokens} tokens a sequence, max_model_len is {config.max_model_len}"
             )
         num_blocks = number * (1 - (-num_tokens // BLOCK_TOKENS))  # one more each, which the batcher keeps free
         if num_blocks > config.num_blocks:

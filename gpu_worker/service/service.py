@@ -220,7 +220,7 @@ class Worker:
                 outcomes = await self.bus.requeue(
                     self.wid, rids, counts=crashed, max_attempts=self.settings.max_attempts, name=self.name
                 )
-                logger.info("handed back %d requests", sum(o == "requeued" for o in outcomes.values()))
+                logger.info("returned %d requests to the queue", sum(o == "requeued" for o in outcomes.values()))
                 if any(outcome in ("exhausted", "cancelled") for outcome in outcomes.values()):
                     return False
             if await self.bus.streams.delete(stream, len(entries)):

@@ -13,11 +13,12 @@ from lorafleet.bench.load import WarmupError, run_bench
 from lorafleet.bench.report import print_result, save_json, save_plot
 from lorafleet.bench.result import BenchResult, RequestRecord
 from lorafleet.bench.workload import BenchConfig, Target
+from lorafleet.parser import Parser
 
 _OPEN_LOOP_CONCURRENCY = 1024
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.add_argument("url", help="URL of the server, for example http://127.0.0.1:8000")
     what = parser.add_argument_group("requests")

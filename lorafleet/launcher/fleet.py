@@ -154,7 +154,7 @@ class Fleet:
             if not await self.on_ready():
                 self._stop.set()
         except httpx2.HTTPError as error:
-            self._fail(Unavailable(f"the gateway does not answer: {error!r}"))
+            self._fail(Unavailable(f"the gateway is not responding: {error!r}"))
         except LorafleetError as error:
             self._fail(error)
 

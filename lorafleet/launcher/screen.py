@@ -1,4 +1,4 @@
-"""The terminal output of `lorafleet up`: a spinner for each service until it is ready, then lines."""
+"""The output of `lorafleet up`: until a service is ready a spinner, or lines where there is no terminal; then lines."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-MAX_ACTIVITY = 60
+MAX_ACTIVITY, MAX_LINE = 60, 200
+"""Longest activity shown beside a spinner and in a line, in characters."""
+
+REPEAT_S = 15.0
+"""Pause after which a line without a terminal says again what a service is doing."""
 
 
 class Screen:
     """Lines and spinners on standard output; without a terminal only lines."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        """Show nothing yet. `console` is standard output by default."""
+    def __init__(self, console: Console | None = None, repeat_s: float = REPEAT_S) -> None:
+        """Show nothing yet. `console` is standard output by default. `repeat_s`: see `REPEAT_S`."""
+        self._repeat_s = repeat_s
         self.console = console or Console(highlight=False, soft_wrap=True)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         self._progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
         self._rows: dict[str, TaskID] = {}
+        self._shown: dict[str, tuple[str, float]] = {}
         self._since: dict[str, float] = {}
 
     def say(self, text: str) -> None:
@@ -30,13 +36,24 @@ class Screen:
 
     def starting(self, name: str, activity: str) -> None:
         """Show that a service is starting, and its current activity."""
-        self._since.setdefault(name, time.monotonic())
+        since_s = self._since.setdefault(name, time.monotonic())
+        if not self.console.is_terminal:
+            self._say_progress(name, activity, since_s)
+            return
         text = f"{name:10} [dim]{escape(activity[:MAX_ACTIVITY])}[/]"
         if name in self._rows:
             self._progress.update(self._rows[name], description=text)
         else:
             self._progress.start()
             self._rows[name] = self._progress.add_task(text, total=None)
+
+    def _say_progress(self, name: str, activity: str, since_s: float) -> None:
+        """Print a line where there is no terminal: what a service does now, at once and then every REPEAT_S."""
+        now_s = time.monotonic()
+        shown, at_s = self._shown.get(name, ("", 0.0))
+        if activity != shown or now_s - at_s >= self._repeat_s:
+            self._shown[name] = activity, now_s
+            self.say(f"  {name:10} {escape(activity[:MAX_LINE])} ({now_s - since_s:.0f} s)")
 
     def ready(self, name: str) -> None:
         """Replace the spinner of a service by a line."""

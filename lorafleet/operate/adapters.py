@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from lorafleet.api import Api, add_flags, add_json_flag, in_path, run_action
+from lorafleet.parser import ALIASES, Parser
 from lorafleet.tables import print_list, size_text
+from protocol.runtime.imports import importing
 
 PATH = "/v1/adapters"
 PAGE = 1000
@@ -19,10 +23,12 @@ ORDERS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
-    actions = parser.add_subparsers(metavar="list|add|pin|unpin|preload|evict|refresh|remove", required=True)
-    listing = actions.add_parser("list", help="list adapters by name, with state and location")
+    actions = parser.add_subparsers(
+        metavar="list|add|pin|unpin|preload|evict|refresh|remove|check|convert", required=True
+    )
+    listing = actions.add_parser("list", aliases=ALIASES, help="list adapters by name, with state and location")
     listing.add_argument("--limit", type=int, default=100, help="maximum number listed (%(default)s)")
     listing.set_defaults(do=_list)
     add = actions.add_parser("add", help="serve an adapter under a name")
@@ -50,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     remove.set_defaults(do=_remove)
     found += [refresh, remove]
     for action in found[2:]:
-        action.add_argument("name", metavar="NAME")
+        action.add_argument("adapter", metavar="NAME")
     for action in found[1:]:
         action.add_argument(
             "--wait", type=float, default=30.0, metavar="SECONDS", help="seconds to wait until it is done (%(default)g)"
@@ -59,10 +65,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("--tenant", help="owner of the name; needs an admin key (default: shared by all tenants)")
         add_json_flag(action)
         add_flags(action)
+    _add_offline(actions)
+
+
+def _add_offline(actions: Any) -> None:
+    """Declare the actions on folders, which need no fleet."""
+    check = actions.add_parser("check", help="show what an adapter changes, or why it is refused; needs no fleet")
+    check.description = (
+        "Print what an adapter changes, and how its module names are mapped. Exit code: 0 if it can be served and has"
+        " an effect, 1 if it is refused or has no effect, 2 for wrong usage."
+    )
+    check.add_argument("folder", metavar="DIR", type=Path, help="folder of a PEFT, MLX-LM or llama.cpp adapter")
+    conversion = actions.add_parser("convert", help="convert an MLX-LM or llama.cpp adapter to PEFT; needs no fleet")
+    conversion.add_argument("folder", metavar="SRC", type=Path, help="folder of the adapter; it is not changed")
+    conversion.add_argument("target", metavar="DST", type=Path, help="folder to write; it must not exist")
+    for name, action in (("check", check), ("convert", conversion)):
+        action.set_defaults(offline=name)
+        action.add_argument(
+            "--base", metavar="MODEL", default="",
+            help="base model, a Hub id or a folder; only its config is read; required for GGUF",
+        )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
+    if "offline" in args:
+        with importing():
+            offline = importlib.import_module("adapter_store.command")  # takes longer than all other actions
+        return offline.run(args)
     return run_action(args)
 
 
@@ -97,27 +127,27 @@ def _order(api: Api, args: argparse.Namespace) -> dict[str, Any]:
     params = {} if args.order == "unpin" else {"wait_s": args.wait}
     if args.order == "preload":
         params |= _of(args)
-    answer = api.request("POST", f"{PATH}/{in_path(args.name)}/{args.order}", params=params, timeout=args.wait + 60)
+    answer = api.request("POST", f"{PATH}/{in_path(args.adapter)}/{args.order}", params=params, timeout=args.wait + 60)
     result = answer.json()
     if not args.json:
         later = "; still in progress" if answer.status_code == 202 else ""
         freed = f", {_freed(result)}" if "freed" in result else f" is {result['state']}"
-        print(f"{args.name}{freed}{later}")
+        print(f"{args.adapter}{freed}{later}")
     return result
 
 
 def _refresh(api: Api, args: argparse.Namespace) -> dict[str, Any]:
-    known = api.ask("GET", f"{PATH}/{in_path(args.name)}", params=_of(args))
-    body = {"name": args.name, "source": known["source"] or "", "wait_s": args.wait, **_of(args)}
+    known = api.ask("GET", f"{PATH}/{in_path(args.adapter)}", params=_of(args))
+    body = {"name": args.adapter, "source": known["source"] or "", "wait_s": args.wait, **_of(args)}
     return _printed(args, api.ask("POST", PATH, json=body, timeout=args.wait + 60))
 
 
 def _remove(api: Api, args: argparse.Namespace) -> dict[str, Any]:
     params = {"force": args.force, "blob": args.blob, "wait_s": args.wait, **_of(args)}
-    result = api.ask("DELETE", f"{PATH}/{in_path(args.name)}", params=params, timeout=args.wait + 60)
+    result = api.ask("DELETE", f"{PATH}/{in_path(args.adapter)}", params=params, timeout=args.wait + 60)
     if not args.json:
         kept = f"; its content is still used by {', '.join(result['kept_by'])}" if result["kept_by"] else ""
-        print(f"{args.name} is no longer served, {_freed(result)}{kept}")
+        print(f"{args.adapter} is no longer served, {_freed(result)}{kept}")
     return result
 
 

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 from lorafleet.api import Api, add_flags, add_json_flag, print_json
+from lorafleet.parser import Parser
 from lorafleet.tables import print_list
 
 PATH = "/v1/audit"
@@ -15,7 +16,7 @@ PAGE = 1000
 COLUMNS = ("time", "key", "tenant", "address", "action", "target", "details", "outcome")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.add_argument("--limit", type=int, default=50, help="maximum number listed (%(default)s)")
     parser.add_argument("--tenants", action="store_true", help="show tenants' actions on their adapters instead")

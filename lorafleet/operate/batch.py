@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lorafleet.api import Api, add_flags, add_json_flag, run_action
+from lorafleet.parser import ALIASES, Parser
 from lorafleet.tables import print_list
 from protocol.wire.errors import BadRequest
 
@@ -25,7 +26,7 @@ MAX_SHOWN = 10
 """Problems of an input file that are printed."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     actions = parser.add_subparsers(metavar="run|list|show|cancel", required=True)
     start = actions.add_parser("run", help="upload a file of calls, wait for the answers and download them")
@@ -39,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start.add_argument("--out", type=Path, metavar="FILE", help="file for the answers (default: FILE.output.jsonl)")
     start.add_argument("--errors", type=Path, metavar="FILE", help="file for the errors (default: FILE.errors.jsonl)")
     start.set_defaults(do=_run)
-    listing = actions.add_parser("list", help="list batches, newest first")
+    listing = actions.add_parser("list", aliases=ALIASES, help="list batches, newest first")
     listing.add_argument("--limit", type=int, default=20, help="maximum number listed (%(default)s)")
     listing.set_defaults(do=_list)
     show = actions.add_parser("show", help="show a batch as JSON, and download its results if it has ended")

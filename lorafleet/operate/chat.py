@@ -9,13 +9,15 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from lorafleet.api import Api, add_flags
-from protocol.wire.errors import LorafleetError
+from lorafleet.api import Api, add_flags, in_path, suggested
+from lorafleet.parser import Parser
+from protocol.runtime.adapter_refs import FOLDER
+from protocol.wire.errors import LorafleetError, NotFound
 
 HELP = "/reset starts a new chat, /undo removes the last question, /model NAME switches models, /quit exits"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.epilog = f"Commands in the chat: {HELP}."
     parser.add_argument("model", metavar="MODEL", help="the base model or an adapter")
@@ -28,13 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code: 1 if a question failed without a terminal. Raises BadRequest."""
+    """Run the command; return the exit code: 1 if a question failed without a terminal.
+
+    Raises BadRequest, NotFound for an unknown model, and Unavailable.
+    """
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives `input` a history and keys to edit with
-        print(f"{args.model}: {HELP}", file=sys.stderr)
     failed = False
     with Api(args) as api:
+        _check_model(api, args.model)
+        if sys.stdin.isatty():
+            print(f"{args.model}: {HELP}", file=sys.stderr)
         chat = Chat(api, args)
         for line in _lines():
             if line == "/quit":
@@ -49,6 +56,18 @@ def run(args: argparse.Namespace) -> int:
                 failed = True
                 print(f"error: {error.message}", file=sys.stderr)
     return int(failed and not sys.stdin.isatty())
+
+
+def _check_model(api: Api, model: str) -> None:
+    """Raise NotFound for a model that is not served, with the name that is most like it; Unavailable without a fleet.
+
+    What a request may name beside names, such as a repository of the Hub, is for the first question to tell.
+    """
+    try:
+        api.ask("GET", f"/v1/models/{in_path(model)}")
+    except NotFound as error:
+        if FOLDER.fullmatch(model):
+            raise suggested(api, error, model) from None
 
 
 class Chat:

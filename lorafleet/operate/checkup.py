@@ -10,7 +10,7 @@ from lorafleet.tables import size_text
 from protocol.queue.connection.server import ServerFacts
 from protocol.wire import messages as m
 
-Level = Literal["ok", "warning", "problem"]
+Level = Literal["ok", "skipped", "warning", "problem"]
 
 MAX_SKEW_MS = 1000
 """ms; with a larger clock difference, deadlines and estimated waits are wrong."""
@@ -114,7 +114,7 @@ def of_members(
         text = f"{', '.join(lost)} stopped sending heartbeats"
         found.append(Finding("lost workers", "warning", text, "check their logs; a scheduler removes them within 4 s"))
     if status is not None and status.dead_letters:
-        text = f"{status.dead_letters} requests were given up"
+        text = f"{status.dead_letters} requests failed too often"
         found.append(Finding("dead letters", "warning", text, "lorafleet dlq list shows why; dlq retry requeues them"))
     reported = {f"worker {name}": beat.version for name, beat in alive.items()} | dict(versions)
     if status is not None:

@@ -9,15 +9,16 @@ import argparse
 
 import shtab
 
+from lorafleet.parser import Parser
+
 HINTS = """\
 eval "$(lorafleet completion bash)"   # in ~/.bashrc
 eval "$(lorafleet completion zsh)"    # in ~/.zshrc, after compinit
 lorafleet completion fish | source     # in ~/.config/fish/config.fish"""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = HINTS
     parser.add_argument("shell", choices=("bash", "zsh", "fish"))
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _complete_files(parser: argparse.ArgumentParser) -> None:
+def _complete_files(parser: Parser) -> None:
     """Let every value without choices complete names of files, which many are, in all commands of a parser."""
     for action in parser._actions:  # argparse has no other way to ask
         if isinstance(action, argparse._SubParsersAction):

@@ -20,27 +20,29 @@ from rich.console import Console
 from rich.markup import escape
 
 from lorafleet.api import Api, add_flags, add_json_flag, print_json
-from lorafleet.flags import add_settings, load_settings
+from lorafleet.flags import add_settings
 from lorafleet.launcher.embedded import with_queue
 from lorafleet.launcher.machine import memory_bytes
+from lorafleet.on_queue import load_local_settings
 from lorafleet.operate import checkup
 from lorafleet.operate.checkup import Finding, worst
+from lorafleet.parser import Parser
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError
 from protocol.runtime.environment import child_environment
 from protocol.runtime.model_files import cache_folder, is_gguf
 from protocol.runtime.release import RELEASE
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import LorafleetError
+from protocol.wire.errors import LorafleetError, PermissionDenied, Unauthorized
 
 FLAGS = ("redis_url", "redis_password_file", "data", "keep_free", "model", "workers", "device")
 ASK_S = 3.0
 """Timeout for reading the version of a gateway or a store."""
 
-MARKS = {"ok": "[green]✓[/]", "warning": "[yellow]![/]", "problem": "[red]✗[/]"}
+MARKS = {"ok": "[green]✓[/]", "skipped": "–", "warning": "[yellow]![/]", "problem": "[red]✗[/]"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     add_flags(parser)
     add_json_flag(parser)
@@ -49,8 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code: 1 if anything is a problem. Raises BadRequest for wrong settings."""
-    settings = load_settings(args)
-    found = [*_of_gateway(args), *asyncio.run(_of_queue(settings)), *of_machine(settings)]
+    settings = load_local_settings(args)
+    gateway = _of_gateway(args)
+    queue = asyncio.run(_of_queue(settings, is_needed=worst(gateway) == "problem"))
+    found = [*gateway, *queue, *of_machine(settings)]
     if args.json:
         print_json([asdict(finding) for finding in found])
     else:
@@ -69,11 +73,17 @@ def _of_gateway(args: argparse.Namespace) -> list[Finding]:
     """Ask the gateway, as clients do. Raises BadRequest for a wrong profile."""
     with Api(args) as api:
         try:
+            state = api.health()["status"]
             answer = api.request("GET", "/version")
-            state = api.ask("GET", "/health")["status"]
+        except (Unauthorized, PermissionDenied) as error:
+            advice = "give an API key: --api-key-file or $OPENAI_API_KEY; `lorafleet keys create` makes one"
+            return [Finding("gateway", "problem", f"{api.url} requires an API key: {error.message}", advice)]
         except LorafleetError as error:
-            text, advice = error.message, "start the fleet, or give its address and key: --url, --api-key-file"
-            return [Finding("gateway", "problem", f"{api.url}: {text}", advice)]
+            advice = "start the fleet with `lorafleet up`, or give its address: --url"
+            return [Finding("gateway", "problem", error.message, advice)]
+    if state != "ready":
+        advice = "see what is wrong with the workers and the queue below, and their logs: `lorafleet logs`"
+        return [Finding("gateway", "problem", f"{api.url} is not ready: {state}", advice)]
     date = parsedate_to_datetime(answer.headers["date"]).timestamp() if "date" in answer.headers else None
     found = [Finding("gateway", "ok", f"{api.url} is {state}")]
     if date is not None:  # it has whole seconds
@@ -82,11 +92,15 @@ def _of_gateway(args: argparse.Namespace) -> list[Finding]:
     return found
 
 
-async def _of_queue(settings: Settings) -> list[Finding]:
+async def _of_queue(settings: Settings, *, is_needed: bool) -> list[Finding]:
+    """Look at the queue. is_needed: whether it is a problem that none is named or found on this machine."""
     try:
         named = with_queue(settings)
         url = named.queue_url()
     except LorafleetError as error:
+        if not is_needed and "redis_url" not in settings.model_fields_set:
+            text = "not checked: no queue on this machine; to check it, give --redis-url and --redis-password-file"
+            return [Finding("queue", "skipped", text)]
         return [
             Finding("queue", "problem", error.message, "give its URL and password: --redis-url, --redis-password-file")
         ]
@@ -98,7 +112,7 @@ async def _of_queue(settings: Settings) -> list[Finding]:
         base = await bus.get(bus.keys.base, m.ServedModel)
         gateways, stores = await bus.members.gateway_urls(), await bus.members.store_urls()
     except CONNECTION_ERRORS as error:
-        text = f"no queue answers at {named.redis_url}: {error}"
+        text = f"cannot reach the queue at {named.redis_url}: {error}"
         advice = "start it, or give another URL: --redis-url, with the operator's password: --redis-password-file"
         return [Finding("queue", "problem", text, advice)]
     except QueueError as error:

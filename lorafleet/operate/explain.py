@@ -6,10 +6,11 @@ import argparse
 from typing import Any
 
 from lorafleet.api import Api, add_flags, print_json
+from lorafleet.parser import Parser
 from lorafleet.tables import print_list
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.add_argument("request", metavar="ID", help="id of a completion or request; ID-2 is its third choice")
     parser.add_argument("--replay", action="store_true", help="replay it now, and compare token by token")

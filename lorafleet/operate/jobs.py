@@ -7,14 +7,15 @@ import sys
 from typing import Any
 
 from lorafleet.api import Api, add_flags, add_json_flag, run_action
+from lorafleet.parser import ALIASES, Parser
 from lorafleet.tables import print_list
 from protocol.wire.errors import Internal
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     actions = parser.add_subparsers(metavar="list|show|tail|cancel", required=True)
-    listing = actions.add_parser("list", help="list jobs, newest first")
+    listing = actions.add_parser("list", aliases=ALIASES, help="list jobs, newest first")
     listing.add_argument("--limit", type=int, default=20, help="maximum number listed (%(default)s)")
     listing.add_argument("--status", help="filter by status: queued, running, completed, failed, cancelled or expired")
     listing.add_argument("--model", help="filter by model")

@@ -18,6 +18,7 @@ from rich.text import Text
 from lorafleet.api import Api, add_flags
 from lorafleet.operate.workers import COLUMNS, row
 from lorafleet.operate.workers import PATH as WORKERS
+from lorafleet.parser import Parser
 from lorafleet.tables import part_text, size_text
 
 FLEET = "/v1/fleet"
@@ -26,7 +27,7 @@ Sample = dict[str, Any]
 """A sample: its time `s` (monotonic), and the API's answers `fleet` and `workers`."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="refresh interval (%(default)g)")
     parser.add_argument("--once", action="store_true", help="print one sample, measured over one interval, and exit")

@@ -6,6 +6,7 @@ import argparse
 import time
 
 from lorafleet.api import Api, add_flags, add_json_flag, print_json
+from lorafleet.parser import Parser
 from lorafleet.tables import print_list
 
 PATH = "/v1/usage"
@@ -14,7 +15,7 @@ GROUPS = ("project_id", "model", "batch", "adapter", "base_model")
 COUNTS = ("num_model_requests", "input_tokens", "input_cached_tokens", "output_tokens")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.add_argument("--days", type=int, default=7, metavar="N", help="number of days, today included (%(default)s)")
     parser.add_argument(

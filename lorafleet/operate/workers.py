@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from lorafleet.api import Api, add_flags, add_json_flag, in_path, run_action
+from lorafleet.parser import ALIASES, Parser
 from lorafleet.tables import part_text, print_list
 from protocol.wire.errors import Unavailable
 
@@ -13,10 +14,10 @@ PATH, FLEET_PATH = "/v1/workers", "/v1/fleet"
 COLUMNS = ("name", "state", "running", "waiting", "slots", "kv", "pool", "resident", "host", "id")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     actions = parser.add_subparsers(metavar="list|drain|resume", required=True)
-    listing = actions.add_parser("list", help="list workers, with state and load")
+    listing = actions.add_parser("list", aliases=ALIASES, help="list workers, with state and load")
     listing.set_defaults(do=_list)
     for name, text in (
         ("drain", "let a worker finish and take no new requests"),
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="seconds to wait for its confirmation (%(default)g)",
         )
         order.set_defaults(do=_order, order=name)
-    for action in actions.choices.values():
+    for action in dict.fromkeys(actions.choices.values()):  # one that has two names comes twice
         add_json_flag(action)
         add_flags(action)
 

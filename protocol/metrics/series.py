@@ -93,7 +93,7 @@ _gateway = _Shown("gateway")
 
 HTTP_REQUESTS = _gateway.counter("lorafleet_http_requests_total", "HTTP responses.", ["route", "method", "status"])
 HTTP_REQUESTS_OPEN = _gateway.gauge("lorafleet_http_requests_open", "HTTP requests being answered.")
-GENERATIONS = _gateway.counter("lorafleet_generations_total", "Choices that have ended, by reason.", ["finish"])
+GENERATIONS = _gateway.counter("lorafleet_generations_total", "Finished choices, by finish reason.", ["finish"])
 PROMPT_TOKENS = _gateway.counter("lorafleet_prompt_tokens_total", "Prompt tokens of accepted calls.", ["kind"])
 OUTPUT_TOKENS = _gateway.counter("lorafleet_output_tokens_total", "Tokens delivered to clients.", ["kind"])
 FIRST_TOKEN_SECONDS = _gateway.histogram(
@@ -101,12 +101,12 @@ FIRST_TOKEN_SECONDS = _gateway.histogram(
 )
 CALL_SECONDS = _gateway.histogram("lorafleet_call_seconds", "From a call's admission to its last token.", ["kind"])
 HTTP_DROPPED = _gateway.counter(
-    "lorafleet_http_dropped_total", "Connections dropped, or not taken, for what their clients did.", ["reason"]
+    "lorafleet_http_dropped_total", "Connections dropped or refused because of their clients' behaviour.", ["reason"]
 )
 CLIENTS_GONE = _gateway.counter("lorafleet_clients_gone_total", "Calls whose client left before the end.")
 GATEWAY_LOG_READS = _gateway.counter("lorafleet_gateway_log_reads_total", "Times a call read its tokens from the log.")
 GATEWAY_HELD_BYTES = _gateway.gauge("lorafleet_gateway_held_bytes", "Bytes of memory that calls are charged for here.")
-GATEWAY_STALE_DELTAS = _gateway.counter("lorafleet_gateway_stale_deltas_total", "Deltas that nobody waited for.")
+GATEWAY_STALE_DELTAS = _gateway.counter("lorafleet_gateway_stale_deltas_total", "Deltas without a waiting call.")
 
 # ---------------------------------------------------------------- gateway, by adapter and by tenant
 
@@ -121,25 +121,25 @@ ADAPTER_FIRST_TOKEN_SECONDS = _gateway.histogram(
 )
 ADAPTER_USES = _gateway.counter(
     "lorafleet_adapter_uses_total",
-    "Requests that came to a worker, by where their adapter was then: resident is a hit, all else a miss.",
+    "Requests that reached a worker, by their adapter's location: resident is a hit, anything else a miss.",
     ["adapter", "tier"],
 )
 ADAPTER_WAIT_SECONDS = _gateway.histogram(
     "lorafleet_adapter_wait_seconds",
-    "How long requests waited on their worker for their adapter, by where it was; of the time to the first token.",
+    "Time requests waited on their worker for their adapter, by its location; part of the time to first token.",
     ["adapter", "tier"], _NAMED_S,
 )  # fmt: skip
 ADAPTER_LOAD_SECONDS = _gateway.histogram(
     "lorafleet_adapter_load_seconds",
-    "How long an adapter took to come on any worker, by where it was: from the store to host memory (store), and from"
-    " there into the pool (host). Every gateway counts all.",
+    "Load time of adapters on all workers: from the store to host memory (store), and from host memory into the pool"
+    " (host). Every gateway counts all.",
     ["adapter", "tier"], _NAMED_S,
 )  # fmt: skip
 TENANT_TOKENS = _gateway.counter(
     "lorafleet_tenant_tokens_total", "Prompt tokens queued, and output tokens delivered.", ["tenant", "kind"]
 )
 TENANT_REFUSED = _gateway.counter(
-    "lorafleet_tenant_refused_total", "Calls answered 429, by what they were too many of.", ["tenant", "reason"]
+    "lorafleet_tenant_refused_total", "Calls refused with 429, by the limit that was exceeded.", ["tenant", "reason"]
 )
 TENANT_QUEUE_SECONDS = _gateway.histogram(
     "lorafleet_tenant_queue_seconds", "From submission to the latest assignment.", ["tenant"], _NAMED_S
@@ -176,7 +176,7 @@ LORAX_MAX_NEW = _lorax.histogram(
 LORAX_GENERATED = _lorax.histogram("lorax_request_generated_tokens", "Tokens of an answer.", buckets=_LORAX_TOKENS)
 LORAX_INPUT_COUNT = _lorax.summary("lorax_request_input_count", "Prompts of a call.")
 LORAX_QUEUE_LENGTH = _lorax.gauge("lorax_queue_length", "Requests waiting for a worker.")
-LORAX_BATCH_SIZE = _lorax.gauge("lorax_batch_current_size", "Requests that workers run.")
+LORAX_BATCH_SIZE = _lorax.gauge("lorax_batch_current_size", "Requests running on workers.")
 
 # ---------------------------------------------------------------- the fleet, as the leading scheduler reports it
 
@@ -186,15 +186,15 @@ FLEET_QUEUED = _fleet.gauge("lorafleet_queued_requests", "Requests waiting for a
 FLEET_RUNNING = _fleet.gauge("lorafleet_running_requests", "Requests assigned to workers.")
 FLEET_WORKERS = _fleet.gauge("lorafleet_workers", "Workers alive.")
 FLEET_OLDEST_SECONDS = _fleet.gauge(
-    "lorafleet_oldest_queued_seconds", "Age of the oldest request that waits for a worker, by class.", ["class"]
+    "lorafleet_oldest_queued_seconds", "Age of the oldest queued request, by class.", ["class"]
 )
-FLEET_DEAD_LETTERS = _fleet.gauge("lorafleet_dead_letters", "Requests that were given up and wait for an operator.")
-FLEET_HAS_LEADER = _fleet.gauge("lorafleet_has_leader", "1 while a scheduler leads, else 0.")
-FLEET_LEADER_EPOCH = _fleet.gauge("lorafleet_leader_epoch", "Counter of leaderships: it rises with each new leader.")
-QUEUE_USED_BYTES = _fleet.gauge("lorafleet_queue_used_bytes", "Memory that the queue's server uses.")
-QUEUE_MAX_BYTES = _fleet.gauge("lorafleet_queue_max_bytes", "Memory that the queue's server may use; 0: no limit.")
+FLEET_DEAD_LETTERS = _fleet.gauge("lorafleet_dead_letters", "Dead letters: requests that failed too often.")
+FLEET_HAS_LEADER = _fleet.gauge("lorafleet_has_leader", "1 while a scheduler is leader, else 0.")
+FLEET_LEADER_EPOCH = _fleet.gauge("lorafleet_leader_epoch", "Leader epoch: increases with each new leader.")
+QUEUE_USED_BYTES = _fleet.gauge("lorafleet_queue_used_bytes", "Memory used by the queue's server.")
+QUEUE_MAX_BYTES = _fleet.gauge("lorafleet_queue_max_bytes", "Memory limit of the queue's server; 0: no limit.")
 QUEUE_ANSWER_SECONDS = _fleet.histogram(
-    "lorafleet_queue_answer_seconds", "How long the queue's server took to answer, asked once a second.",
+    "lorafleet_queue_answer_seconds", "Round-trip time to the queue's server, measured once a second.",
     buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
 )  # fmt: skip
 
@@ -214,7 +214,7 @@ WORKER_TOKENS = _worker.family(
     "Tokens computed, found in the prefix cache, output, drafted, accepted.", ["worker", "kind"],
 )  # fmt: skip
 WORKER_PREEMPTIONS = _worker.family(
-    "lorafleet_worker_preemptions_total", "counter", "Requests that lost their KV blocks to others.", ["worker"]
+    "lorafleet_worker_preemptions_total", "counter", "Preemptions of requests.", ["worker"]
 )
 WORKER_ADAPTER_EVENTS = _worker.family(
     "lorafleet_worker_adapter_events_total", "counter",
@@ -222,7 +222,7 @@ WORKER_ADAPTER_EVENTS = _worker.family(
 )  # fmt: skip
 WORKER_LOAD_SECONDS = _worker.family(
     "lorafleet_worker_adapter_load_seconds", "histogram",
-    "How long adapters took to come: from the store to host memory, and from there into the pool, by where they were.",
+    "Load time of adapters: from the store to host memory (store), and from host memory into the pool (host).",
     ["worker", "tier"],
 )  # fmt: skip
 WORKER_REQUESTS = _worker.family(
@@ -250,11 +250,11 @@ ADAPTER_LOADED = _residency.family(
     ["worker", "adapter", "level", "pinned", "rank"],
 )  # fmt: skip
 VLLM_LORA_LOADED = _residency.family(
-    "vllm:lora_adapter_loaded", "gauge", "As lorafleet_adapter_loaded, under the name that others look for.",
+    "vllm:lora_adapter_loaded", "gauge", "As lorafleet_adapter_loaded, under a name that other tools expect.",
     ["worker", "lora_name", "level", "pinned", "rank"],
 )  # fmt: skip
 VLLM_RUNNING = _residency.family(
-    "vllm:num_requests_running", "gauge", "Requests that workers compute, or soon will.", ["model_name"]
+    "vllm:num_requests_running", "gauge", "Requests running, or about to run.", ["model_name"]
 )  # fmt: skip
 VLLM_WAITING = _residency.family(
     "vllm:num_requests_waiting", "gauge", "Requests waiting for a worker, or at one for their adapter.", ["model_name"]
@@ -265,7 +265,7 @@ VLLM_WAITING_BY_REASON = _residency.family(
     ["model_name", "reason"],
 )  # fmt: skip
 VLLM_KV_USAGE = _residency.family(
-    "vllm:kv_cache_usage_perc", "gauge", "Part of all workers' KV blocks in use, 0 to 1.", ["model_name"]
+    "vllm:kv_cache_usage_perc", "gauge", "Fraction of all workers' KV blocks in use, 0 to 1.", ["model_name"]
 )
 VLLM_ITERATION_TOKENS = _residency.family(
     "vllm:iteration_tokens_total",
@@ -284,12 +284,12 @@ VLLM_LORA_INFO = _residency.family(
 _scheduler = _Shown("scheduler")
 
 SCHEDULER_LEADS = _scheduler.gauge("lorafleet_scheduler_leads", "1 in the scheduler that leads, 0 in a standby.")
-ASSIGNED = _scheduler.counter("lorafleet_assigned_requests_total", "Requests given to workers.", ["adapter"])
+ASSIGNED = _scheduler.counter("lorafleet_assigned_requests_total", "Requests assigned to workers.", ["adapter"])
 QUEUE_SECONDS = _scheduler.histogram("lorafleet_queue_seconds", "From submission to assignment.")
 PLAN_SECONDS = _scheduler.histogram(
-    "lorafleet_plan_seconds", "Time to decide what goes where.", buckets=(1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
+    "lorafleet_plan_seconds", "Time of a placement decision.", buckets=(1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
 )
-WORKERS_LOST = _scheduler.counter("lorafleet_workers_lost_total", "Workers found dead.")
+WORKERS_LOST = _scheduler.counter("lorafleet_workers_lost_total", "Workers declared dead.")
 REQUEUED = _scheduler.counter("lorafleet_requeued_requests_total", "Requests taken from dead workers.", ["outcome"])
 
 # ---------------------------------------------------------------- adapter store
@@ -311,12 +311,8 @@ STORE_FETCH_SECONDS = _store.histogram(
 _service = _Shown("every service")
 
 FAILURES = _service.counter("lorafleet_loop_failures_total", "Failures of loops, and of what they work on.", ["loop"])
-GIVEN_UP = _service.counter(
-    "lorafleet_given_up_total", "Units of work that have failed so often that they were given up.", ["loop"]
-)
-UNREADABLE = _service.counter(
-    "lorafleet_unreadable_records_total", "Times a record was met in the queue that cannot be read.", ["kind"]
-)
+GIVEN_UP = _service.counter("lorafleet_given_up_total", "Units of work given up after repeated failures.", ["loop"])
+UNREADABLE = _service.counter("lorafleet_unreadable_records_total", "Unreadable records found in the queue.", ["kind"])
 
 ADAPTER_THERE = "there"
 ADAPTER_COMING = "coming"

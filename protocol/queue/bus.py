@@ -30,6 +30,7 @@ from protocol.queue.connection.redis_client import (
 )
 from protocol.queue.connection.server import Server
 from protocol.queue.dead_letters import DeadLetters
+from protocol.queue.history import History
 from protocol.queue.kept.batches import Batches
 from protocol.queue.kept.conversations import MAX_TURNS, Conversations
 from protocol.queue.kept.files import Files
@@ -94,6 +95,7 @@ class Bus:
         self.usage = Usage(self._redis, self.keys, self._scripts)
         self.dead_letters = DeadLetters(self._redis, self.keys, self._scripts)
         self.request_lists = RequestLists(self._redis, self.keys)
+        self.history = History(self._redis, self.keys)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -156,12 +158,14 @@ class Bus:
         job: NewJob | None = None,
         keep_bodies: bool = False,
         usages: Sequence[bytes] = (),
+        history: str = "",
     ) -> tuple[Literal["ok", "full", "idem", "limit", "conversation"], Any]:
         """Accept the requests of a call all together, as a background `job` if given, and reserve their use.
 
         Requests with the same body, the very object, share it in the queue. `forced`: whatever the tenant's limits say.
         `keep_bodies`: they live on with the records of requests that have ended. `usages`: what each request's end adds
-        to its tenant's usage, see `usage.usage_of`; () for nothing.
+        to its tenant's usage, see `usage.usage_of`; () for nothing. `history`: how their ends are kept, see
+        `kept_for`; "": not at all.
         Returns ("ok", `Standing` of the tenant, or None); or, not accepted, ("full", queued), ("idem", earlier value),
         ("limit", `Standing`) or ("conversation", turns that are to be added, or -1 where its tenant has none such).
         """
@@ -195,7 +199,7 @@ class Bus:
             record_bytes=len(idem_key) + len(idem_value) + len(record) + len(request),
             jid=job.job.jid if job else "", job_record=record, job_request=request,
             job_ttl_ms=job.ttl_ms if job else 0, is_told=int(job.job.background) if job else 0, max_turns=MAX_TURNS,
-            body_bytes=body_bytes if keep_bodies else 0, num_fields=len(fields),
+            body_bytes=body_bytes if keep_bodies else 0, history=history, num_fields=len(fields),
             fields=[lua.BodyField(name=name, value=value) for name, value in fields.items()], rows=rows,
         ))  # fmt: skip
         outcome, *rest = reply[0].decode(), *reply[1:]

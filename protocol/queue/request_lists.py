@@ -1,11 +1,11 @@
-"""The requests of a fleet, as lists: those that wait, those that have ended, and what a line of a list says of one."""
+"""The requests of a fleet that wait, and what a line of a list says of a request."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from protocol.queue.books.usage import model_of
+from protocol.queue.books.usage import model_of, owner_of
 from protocol.queue.connection.redis_client import Client
 from protocol.wire import messages as m
 from protocol.wire.codec import decode
@@ -15,12 +15,12 @@ from protocol.wire.records import RequestSummary
 
 _FIELDS = (
     "state", "tenant", "cls", "digest", "call", "owner", "finish", "n_prompt", "attempts", "t_submit", "t_first",
-    "t_end", "usage",
+    "t_end", "cached", "error", "usage",
 )  # fmt: skip
 
 
 class RequestLists:
-    """Reads the streams that requests come by and leave by."""
+    """Reads the streams that requests come by."""
 
     def __init__(self, client: Client, keys: Keys) -> None:
         self._redis = client
@@ -41,18 +41,6 @@ class RequestLists:
                 found.append((entry.decode(), None))
         return found
 
-    async def ended(self, until: str, limit: int) -> list[tuple[str, list[str]]]:
-        """Return (entry, rids) of ends, latest first, from an entry on, which is the first of them; "": from all."""
-        entries = await self._redis.xrevrange(self._keys.ended, until or "+", "-", count=limit)
-        found: list[tuple[str, list[str]]] = []
-        for entry, fields in entries:
-            try:
-                ends = decode(fields.get(b"b", b""), list[m.Ended])
-            except ProtocolError:
-                ends = []
-            found.append((entry.decode(), [end.rid for end in ends]))
-        return found
-
     async def summaries(self, rids: Sequence[str]) -> list[RequestSummary | None]:
         """Return what a list says of requests, None for one that has expired or never was."""
         pipe = self._redis.pipeline(transaction=False)
@@ -67,11 +55,11 @@ class RequestLists:
                 continue
             words: list[str] = [(value or b"").decode() for value in row[:-1]]
             state, tenant, cls, digest, call, owner, finish = words[:7]
-            num_prompt, attempts, submitted, first, ended = (int(word or 0) for word in words[7:])
+            num_prompt, attempts, submitted, first, ended, cached = (int(word or 0) for word in words[7:13])
             found.append(
                 RequestSummary(
-                    rid, state, tenant, cls, digest, model_of(row[-1] or b""), call, owner, finish, num_prompt,
-                    length // 4, attempts, submitted, first, ended,
+                    rid, state, owner_of(row[-1] or b"") or tenant, cls, digest, model_of(row[-1] or b""), call,
+                    owner, finish, words[13], num_prompt, cached, length // 4, attempts, submitted, first, ended,
                 )
             )  # fmt: skip
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from protocol.queue.books.usage import model_of
+from protocol.queue.books.usage import model_of, owner_of
 from protocol.wire import messages as m
 from protocol.wire.codec import decode
 from protocol.wire.records import FIRST_NOTES, LAST_NOTES, Assignment, RequestFacts, RequestRecord
@@ -23,8 +23,9 @@ def record_of(fields: Mapping[bytes, bytes], log_bytes: int) -> RequestRecord:
         text("state"), number("epoch"), text("finish"), text("error"), text("gateway"), number("n_prompt"),
         log_bytes // 4, number("attempts"), number("t_submit"), number("t_first"), number("t_end"), number("t_assign"),
     )  # fmt: skip
+    usage = fields.get(b"usage", b"")
     return RequestRecord(
-        facts, text("tenant"), text("cls"), text("digest"), model_of(fields.get(b"usage", b"")), text("call"),
+        facts, owner_of(usage) or text("tenant"), text("cls"), text("digest"), model_of(usage), text("call"),
         number("cached"), number("ahead"), number("deadline"), _assignments(fields),
     )  # fmt: skip
 

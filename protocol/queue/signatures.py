@@ -109,6 +109,7 @@ class Submit(Call, kw_only=True):
     is_told: int
     max_turns: int
     body_bytes: int
+    history: str
     num_fields: int
     fields: Sequence[BodyField]
     rows: Sequence[SubmitRow]

@@ -57,17 +57,18 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
     # Scripts that end a job note it for webhooks; `old_ends` is for services of the version before, which still run.
     ends = (k.ends, k.ends_of("*"), k.old_ends)
     usage = k.usage_tenants("*")  # with each tenant's: every script that ends a request adds to it
+    history = k.histories, k.history("*")  # with refusals; every script that ends a request adds to it
     return {
         "gateway": Rights(
             # An empty name stands for a call without an Idempotency-Key among the keys of `submit.lua`.
             writes=(
-                *request, k.tag, k.call("*"), k.body("*"), k.sub("*"), k.out("*"), use, usage, k.job("*"), k.jobs("*"),
-                k.idem("*", "*"), "", k.gateway_beat("*"), k.gateways, k.registrations, k.registered("*", "*"), k.pins,
-                k.adapter_events, k.file("*"), k.files("*"), k.file_expiry, k.batch("*"), k.batches("*"),
-                k.open_batches, k.conversation("*"), k.conversations("*"), k.turns, k.hooks("*"), k.ends,
-                k.ends_of("*"), k.outboxes, k.outbox("*"), k.outbox_times("*"), k.undelivered("*"), k.sender,
-                k.old_hooks, k.old_ends, k.old_cursor, k.old_deliveries, k.old_delivery_times, k.dlq, k.audit,
-                k.tenants_audit, *(administered if console_keys else ()),
+                *request, k.tag, k.call("*"), k.body("*"), k.sub("*"), k.out("*"), use, usage, *history, k.job("*"),
+                k.jobs("*"), k.idem("*", "*"), "", k.gateway_beat("*"), k.gateways, k.registrations,
+                k.registered("*", "*"), k.pins, k.adapter_events, k.file("*"), k.files("*"), k.file_expiry,
+                k.batch("*"), k.batches("*"), k.open_batches, k.conversation("*"), k.conversations("*"), k.turns,
+                k.hooks("*"), k.ends, k.ends_of("*"), k.outboxes, k.outbox("*"), k.outbox_times("*"),
+                k.undelivered("*"), k.sender, k.old_hooks, k.old_ends, k.old_cursor, k.old_deliveries,
+                k.old_delivery_times, k.dlq, k.audit, k.tenants_audit, *(administered if console_keys else ()),
             ),
             reads=(
                 *(() if console_keys else administered), k.ended, k.adapters, k.adapters_stamp, k.adapter("*"),
@@ -82,7 +83,7 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
                 k.leader_epoch, k.status, use, usage, k.workers, k.worker_beat("*"), k.gateways, k.dlq,
             ),
             reads=(k.gateway_beat("*"), k.adapter("*")),
-            adds=(*answers, k.body("*"), k.out("*"), *ends),  # it sets the expiry of what it ends
+            adds=(*answers, k.body("*"), k.out("*"), *ends, *history),  # it sets the expiry of what it ends
             scans=True,
         ),
         "worker": Rights(
@@ -91,7 +92,7 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
                 k.worker_beat("*"), k.workers, k.base, k.adapter_use("*"), k.residency("*"),
             ),
             reads=(k.body("*"), k.stores, k.store_beat("*")),
-            adds=(k.out("*"), k.body("*"), k.sub("*"), k.dlq, k.adapter_events, *ends),
+            adds=(k.out("*"), k.body("*"), k.sub("*"), k.dlq, k.adapter_events, *ends, *history),
         ),
         "store": Rights(
             writes=(

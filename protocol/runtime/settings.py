@@ -244,6 +244,14 @@ class Settings(BaseSettings):
     tenant_conversations: int = Field(
         default=10_000, ge=0, description="maximum conversations per tenant; 0: no limit; without keys: in all"
     )
+    history_s: float = Field(
+        default=86_400.0,
+        ge=60,
+        description="retention of the history of requests that have ended or were refused",
+    )
+    history_requests: int = Field(
+        default=10_000, ge=100, le=1_000_000, description="maximum requests in a tenant's history; without keys: in all"
+    )
     usage_days: int = Field(default=62, ge=0, le=400, description="days that usage data is kept; 0: none is counted")
     files: str = Field(
         default="",

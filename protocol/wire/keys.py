@@ -256,6 +256,20 @@ class Keys:
         """Hash: digest -> ms for which workers had it in their pools on a day, all workers together."""
         return f"{self.tag}:resident:{day}"
 
+    # The history of requests. All live as long as the settings say after the last one; MAXLEN bounds each stream.
+    @property
+    def histories(self) -> str:
+        """Sorted set: tenant with a `history` -> unix ms of the last end."""
+        return f"{self.tag}:hist"
+
+    def history(self, tenant: str) -> str:
+        """Stream: `messages.HistoryEntry`, a tenant's requests that have ended. Scripts write it at ends."""
+        return f"{self.tag}:hist:{tenant}"
+
+    def refusals(self, tenant: str) -> str:
+        """Stream: `messages.HistoryEntry`, a tenant's calls that a gateway refused."""
+        return f"{self.tag}:hist:{tenant}:refused"
+
     # The audit log: who did what. Its keys never expire; MAXLEN bounds each stream.
     @property
     def audit(self) -> str:

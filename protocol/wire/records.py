@@ -81,14 +81,16 @@ class RequestSummary:
 
     rid: str
     state: str
-    tenant: str
+    tenant: str  # the tenant as the API shows it
     cls: str
     digest: str  # digest of its adapter, "" for the base model
     model: str  # requested model, as shown by the API
     call: str
-    owner: str  # wid; "" while it is queued
+    owner: str  # wid; "" while it is queued, and of one that has ended
     finish: str
+    error: str  # JSON of `messages.ErrorInfo`, "" without an error
     num_prompt_tokens: int
+    num_cached_tokens: int
     num_output_tokens: int
     attempts: int
     submitted_ms: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -13,9 +12,11 @@ from helpers.other_formats import peft_pairs, write_gguf, write_mlx
 from msgspec import structs
 from safetensors.numpy import load_file
 
-from adapter_store.command import add_arguments, run
+from adapter_store.command import run
 from gpu_worker.describe import describe
 from lorafleet.__main__ import main
+from lorafleet.operate.adapters import add_arguments
+from lorafleet.parser import Parser
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from peft_adapters.texts.tokenizer_json import parts_of
 from protocol.wire.messages import ServedModel
@@ -41,18 +42,18 @@ def described(base: str) -> ServedModel:
 
 def adapter(described: ServedModel, *words: str) -> int:
     """Run a command for a base that is described already; return its exit code."""
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_arguments(parser)
     return run(parser.parse_args([*words, "--base", "described"]), lambda _: described)
 
 
 def test_check_shows_what_takes_effect(tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(write_adapter(tmp_path / "a", alpha_pattern={"v_proj": 2}))
-    assert main(["adapter", "check", folder, "--base", base]) == 0
+    assert main(["adapters", "check", folder, "--base", base]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["model.layers.*.self_attn.q_proj", "2", "LoRA", "4", "2", "yes"] in lines
     assert ["model.layers.*.self_attn.v_proj", "2", "LoRA", "4", "0.5", "yes"] in lines
-    assert main(["adapter", "check", folder]) == 0
+    assert main(["adapters", "check", folder]) == 0
     assert "Without --base" in capsys.readouterr().out
 
 
@@ -103,7 +104,7 @@ def test_wrong_usage_is_told(tmp_path: Path, base: str, capsys: pytest.CaptureFi
         (["check", folder, "--base", str(tmp_path / "empty")], "no config.json"),
         (["convert", folder, str(tmp_path / "b")], "already"),
     ):
-        assert main(["adapter", *words]) == 2
+        assert main(["adapters", *words]) == 2
         assert reason in capsys.readouterr().err
 
 
@@ -112,13 +113,13 @@ def test_mlx_is_converted(tmp_path: Path, described: ServedModel, capsys: pytest
     source, target = write_mlx(peft, tmp_path / "mlx", scale=20.0), tmp_path / "out"
     assert adapter(described, "check", str(source)) == 0
     assert "adapters.safetensors: read as" in capsys.readouterr().out
-    assert main(["adapter", "convert", str(source), str(target)]) == 0
+    assert main(["adapters", "convert", str(source), str(target)]) == 0
     assert "digest" in capsys.readouterr().out
     found, expected = load_file(target / WEIGHTS_FILE), load_file(peft / WEIGHTS_FILE)
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
     assert json.loads((target / CONFIG_FILE).read_text())["lora_alpha"] == 80.0
     assert adapter(described, "check", str(target)) == 0
-    assert main(["adapter", "convert", str(source), str(target)]) == 2
+    assert main(["adapters", "convert", str(source), str(target)]) == 2
     assert "exists already" in capsys.readouterr().err
 
 
@@ -128,7 +129,7 @@ def test_gguf_is_converted_for_a_base(
     peft = write_adapter(tmp_path / "peft")
     write_gguf(peft_pairs(peft), tmp_path / "cpp" / "lora.gguf", "llama", 8.0, heads=(2, 2))
     source, target = str(tmp_path / "cpp"), tmp_path / "out"
-    assert main(["adapter", "convert", source, str(target)]) == 2
+    assert main(["adapters", "convert", source, str(target)]) == 2
     assert "--base" in capsys.readouterr().err
     assert adapter(described, "convert", source, str(target)) == 0
     found, expected = load_file(target / WEIGHTS_FILE), load_file(peft / WEIGHTS_FILE)

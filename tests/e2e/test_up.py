@@ -1,6 +1,8 @@
 """`lorafleet up` as a user runs it: answers, adapters that come later, and nothing left when it ends."""
 
 import asyncio
+import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +12,8 @@ from helpers.factories import make_adapter, make_tiny_model
 from helpers.fleets import RunningFleet, chunks, completion, fleet_up
 from helpers.text_oracle import Oracle
 from helpers.waiting import wait_until
+
+from lorafleet.__main__ import main
 
 PROMPT = "Once upon a time"
 
@@ -54,6 +58,20 @@ async def test_it_answers_as_transformers_and_peft_do(fleet: RunningFleet, model
     assert base == Oracle(model).greedy(PROMPT, 12)
     assert adapted == Oracle(model).greedy(PROMPT, 12, adapters / "first")
     assert adapted != base
+
+
+async def test_other_commands_find_it(fleet: RunningFleet, capfd: pytest.CaptureFixture[str]) -> None:
+    assert f"console: {fleet.url}/console/" in fleet.output
+    assert re.search(r"^  worker-0 +\S.*\(\d+ s\)$", fleet.output, re.MULTILINE)  # progress, without a terminal
+    assert await asyncio.to_thread(main, ["status", "--json"]) == 0
+    (told,) = json.loads(capfd.readouterr().out)
+    assert (told["url"], told["state"], told["model"], told["workers"]) == (fleet.url, "ready", "tiny", 1)
+    assert told["pid"] == fleet.process.pid
+    for words in ("workers list", "keys list", "dlq list", "dlq list --data " + told["data"], "logs gateway", "doctor"):
+        assert await asyncio.to_thread(main, words.split()) == 0, words
+        assert capfd.readouterr().out, words
+    assert await asyncio.to_thread(main, ["chat", "frist"]) == 2
+    assert "did you mean first?" in capfd.readouterr().err
 
 
 async def test_a_folder_that_appears_later_is_served(

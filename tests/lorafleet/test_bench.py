@@ -25,6 +25,7 @@ from lorafleet.bench import BenchConfig, RequestRecord, Summary, Target, WarmupE
 from lorafleet.bench.cli import add_arguments, config_of, run
 from lorafleet.bench.client import BenchConnection, api_base
 from lorafleet.bench.workload import choose_targets, plan_requests
+from lorafleet.parser import Parser
 
 
 @dataclass
@@ -327,7 +328,7 @@ def test_url_may_end_in_the_api_version(url: str) -> None:
 
 
 def arguments(*argv: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_arguments(parser)
     return parser.parse_args(argv)
 

@@ -75,4 +75,4 @@ def test_the_queue_of_a_running_fleet_is_found_by_its_data_folder(
 
 def test_a_queue_that_does_not_answer_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dlq", "list", "--redis-url", f"unix://{tmp_path}/none.sock"]) == 1
-    assert "no queue answers" in capsys.readouterr().err
+    assert "cannot reach the queue" in capsys.readouterr().err

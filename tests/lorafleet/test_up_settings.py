@@ -1,6 +1,5 @@
 """Flags over variables over the file, wrong values in one line, and what each service is started with."""
 
-import argparse
 import os
 import socket
 import subprocess
@@ -14,6 +13,7 @@ from lorafleet.__main__ import main
 from lorafleet.flags import NO_FLAG, add_settings, load_settings, sections
 from lorafleet.launcher.fleet import local_url, service_specs
 from lorafleet.launcher.machine import claim_port, num_cores, visible_gpus
+from lorafleet.parser import Parser
 from lorafleet.up import LaunchPlan, fleet_name, prepare
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Conflict
@@ -37,7 +37,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def load(*words: str) -> Settings:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_settings(parser)
     return load_settings(parser.parse_args(words))
 
@@ -56,7 +56,7 @@ def error_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_every_setting_has_a_flag() -> None:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_settings(parser)
     flags = {option for action in parser._actions for option in action.option_strings}
     assert {"--" + name.replace("_", "-") for name in Settings.model_fields if name not in NO_FLAG} <= flags
@@ -66,7 +66,7 @@ def test_every_setting_has_a_flag() -> None:
 def test_no_secret_can_be_given_where_everybody_reads_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "unrecognized arguments: --secret" in error_of(["up", "x/y", "--secret", "0123456789abcdef"], capsys)
+    assert "unknown argument --secret" in error_of(["up", "x/y", "--secret", "0123456789abcdef"], capsys)
     words = ["up", "x/y", "--redis-url", "redis://user:hunter2@h/0"]
     printed = error_of(words, capsys)
     assert "--redis-password-file" in printed
@@ -75,18 +75,18 @@ def test_no_secret_can_be_given_where_everybody_reads_it(
     assert "hunter2" not in error_of(["up", "x/y"], capsys)
 
 
-def test_help_shows_ten_main_settings_and_groups_the_others() -> None:
+def test_help_shows_the_main_settings_and_that_of_all_groups_the_others() -> None:
     listed = [name for names in sections().values() for name in names]
     assert listed == list(Settings.model_fields)
     for module in (up, serve):
-        parser = argparse.ArgumentParser()
+        parser = Parser()
         module.add_arguments(parser)
-        main_part, *groups = parser.format_help().split("settings of ")
-        assert len(module.MAIN_FLAGS) == 10
+        main_part, *groups = parser.format_whole_help().split("settings of ")
+        assert parser.format_help().count("settings of ") == 0
         assert all(f"--{name.replace('_', '-')}" in main_part for name in module.MAIN_FLAGS)
         assert [group.partition(":")[0] for group in groups] == list(sections())
         assert "--max-queued " in groups[1]
-        assert "--max-num-seqs " in groups[3]
+        assert "--kernels " in groups[3]
 
 
 def test_a_flag_wins_over_a_variable_and_a_variable_over_the_file(
@@ -121,18 +121,18 @@ def test_settings_survive_the_way_to_a_child(monkeypatch: pytest.MonkeyPatch) ->
     ("words", "expected"),
     [
         ([], "COMMAND"),
-        (["upp"], "invalid choice: 'upp'"),
+        (["upp"], "unknown command 'upp'"),
         (["up"], "MODEL is missing"),
         (["up", "x/y", "--port", "web"], "--port: Input should be a valid integer"),
         (["up", "x/y", "--port", "70000"], "--port: Input should be less than or equal to 65535"),
         (["up", "x/y", "--device", "tpu"], "--device: Input should be 'auto', 'cpu' or 'cuda', not 'tpu'"),
         (["up", "x/y", "--workers", "0"], "--workers: Input should be greater than or equal to 1"),
-        (["up", "x/y", "--prot", "1"], "unrecognized arguments: --prot"),
+        (["up", "x/y", "--prot", "1"], "unknown argument --prot; did you mean --port?"),
         (["up", "./nowhere", "--port", "0"], "'./nowhere' is neither a folder nor a Hub id"),
         (["up", "x/y", "--adapters", "./nowhere"], "--adapters: nowhere is not a folder"),
         (["up", "x/y", "--config", "./nowhere.toml"], "no such file: ./nowhere.toml"),
         (["up", "x/y", "--redis-url", "http://host"], "--redis-url: "),
-        (["serve", "cook"], "invalid choice: 'cook'"),
+        (["serve", "cook"], "'cook' is not one of gateway"),
         (["serve", "worker"], "--model: the worker needs"),
     ],
 )  # fmt: skip

@@ -86,7 +86,7 @@ class StoreClient:
                 except NotFound:
                     missing += 1
                 except (OSError, HTTPException) as error:
-                    logger.warning("store %s did not give adapter %.12s: %r", url, digest, error)
+                    logger.warning("store %s did not return adapter %.12s: %r", url, digest, error)
                 else:
                     with turn(len(files.weights)):
                         is_right = self._is_right(files, url, digest)
@@ -97,7 +97,7 @@ class StoreClient:
             if urls and missing == len(urls):
                 raise NotFound(f"no adapter store has the adapter {digest:.12}", param="model")
             if time.monotonic() > deadline:
-                raise Unavailable(f"no adapter store gave the adapter {digest:.12} within {FETCH_TIMEOUT_S:.0f} s")
+                raise Unavailable(f"no adapter store returned the adapter {digest:.12} within {FETCH_TIMEOUT_S:.0f} s")
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 2.0)
 

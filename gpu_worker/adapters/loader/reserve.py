@@ -52,7 +52,7 @@ class MemoryReserve:
             try:
                 self.pid = os.fork()
             except OSError as error:
-                logger.warning("memory for adapters is not taken in advance: %r", error)
+                logger.warning("memory for adapters is not preallocated: %r", error)
                 ours.close()
                 return
             if not self.pid:
@@ -85,7 +85,7 @@ class MemoryReserve:
                     self._files.remove(own)
                 self._ask(size)
             except OSError as error:
-                logger.warning("memory for adapters is no longer taken in advance: %r", error)
+                logger.warning("memory for adapters is no longer preallocated: %r", error)
                 self._end()
             return None if own is None else own[1]
 

@@ -65,8 +65,8 @@ class AuditLog:
         """
         entry = msgspec.structs.replace(entry, target=_on_a_line(entry.target), detail=_on_a_line(entry.detail))
         logger.info(
-            "audit: %s %s %s by %s of %s from %s: %s", entry.action, entry.target, entry.detail, entry.who or "anybody",
-            entry.tenant or "nobody", entry.address or "this machine", entry.outcome,
+            "audit: %s %s %s by %s of %s from %s: %s", entry.action, entry.target, entry.detail,
+            entry.who or "anonymous", entry.tenant or "anonymous", entry.address or "this machine", entry.outcome,
         )  # fmt: skip
         stream = self._keys.audit if entry.by_operator else self._keys.tenants_audit
         try:

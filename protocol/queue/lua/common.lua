@@ -202,13 +202,41 @@ local function leave_call(rid, call, ttl, now, is_stored)
   end
 end
 
+-- Add a request that ends at `now`, ms, to its tenant's history: a stream of `messages.HistoryEntry`, which live for some
+-- ms, at most so many. `history`: both numbers, with a space between; `usage`: as of `count_usage`.
+local function note_history(rid, history, usage, state, finish, error, now)
+  local ms, max = string.match(history, '^(%d+) (%d+)$')
+  local _, _, _, _, tenant, row = unpack(cmsgpack.unpack(usage))
+  local f = redis.call('HMGET', req_key(rid), 'call', 'cls', 'epoch', 'n_prompt', 'cached', 'attempts', 't_submit', 't_first')
+  for i = 3, 8 do f[i] = tonumber(f[i] or 0) end
+  -- Of its last worker: `messages.Placed`, whose first option has the name.
+  local placed = redis.call('HGET', req_key(rid), 'placed:' .. note_slot(f[3]))
+  local options = placed and cmsgpack.unpack(placed)[4] or {}
+  local worker = options[1] and options[1][1] or ''
+  local output = redis.call('STRLEN', P .. ':tok:' .. rid) / 4
+  local entry = cmsgpack.pack({rid, f[1], row, f[2], state, finish, error, worker, f[4], f[5], output, f[6], f[7],
+    f[8], now})
+  local all = P .. ':hist'
+  local key = all .. ':' .. tenant
+  redis.call('XADD', key, 'MAXLEN', '~', max, '*', 'b', entry)
+  -- Lives are prolonged, and old entries trimmed, every ten seconds: at each end this would double its cost.
+  if now - tonumber(redis.call('ZSCORE', all, tenant) or 0) < 10000 then return end
+  redis.call('XTRIM', key, 'MINID', '~', now - ms)
+  redis.call('PEXPIRE', key, ms)
+  redis.call('ZADD', all, now, tenant)
+  redis.call('ZREMRANGEBYSCORE', all, '-inf', now - ms)
+  redis.call('PEXPIRE', all, ms)
+end
+
 -- Write the end of a request: its state, reason (`finish`), error and time (`now`, ms); shorten the life of its keys.
 -- `is_dead`: it may be retried for 7 days, so it does not leave its call.
 local function write_end(rid, state, finish, error, now, is_dead)
   local key = req_key(rid)
-  local f = redis.call('HMGET', key, 'stored', 'quota', 'max_new', 'n_prompt', 't_assign', 'call', 'usage', 'cached')
+  local f = redis.call('HMGET', key, 'stored', 'quota', 'max_new', 'n_prompt', 't_assign', 'call', 'usage', 'cached',
+    'history')
   redis.call('HSET', key, 'state', state, 'finish', finish, 'error', error, 'owner', '', 't_end', now)
   if f[2] then settle(rid, f[2], f[3], f[4], f[5]) end
+  if f[9] then note_history(rid, f[9], f[7], state, finish, error, now) end
   if f[7] then count_usage(rid, f[7], state, tonumber(f[8] or 0), now, is_dead) end
   -- A request that is not stored is read only by the gateway that waits for it, at once. An encoder's result
   -- (max_new is 0) is large.

@@ -13,6 +13,7 @@ from protocol.wire.messages.deliveries import (
     logprob_record_bytes,
     prompt_record_bytes,
 )
+from protocol.wire.messages.history import HistoryEntry
 from protocol.wire.messages.jobs import Conversation, Idempotent, Job
 from protocol.wire.messages.model import OPAQUE, Activation, ServedModel, SiteShape
 from protocol.wire.messages.requests import Body, Sampling, Submit
@@ -54,6 +55,7 @@ __all__ = [
     "ErrorInfo",
     "File",
     "FinishReason",
+    "HistoryEntry",
     "Idempotent",
     "Job",
     "Option",

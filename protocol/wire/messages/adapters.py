@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from protocol.wire.errors import NotFound
 from protocol.wire.messages.base import Record, Wire
 
 AdapterState = Literal["unknown", "downloading", "on_disk", "failed"]
@@ -29,8 +30,9 @@ class Alias(Record, frozen=True):
 
     @property
     def is_folder(self) -> bool:
-        """Whether it is a folder under the adapter root, under its own name."""
-        return not self.tenant and self.source == f"local:{self.name}"
+        """Whether it is a folder under the adapter root, under its own name; not if no store found such a folder."""
+        is_absent = self.state == "failed" and self.status == NotFound.status
+        return not self.tenant and self.source == f"local:{self.name}" and not is_absent
 
 
 class Registration(Record, frozen=True):

@@ -29,8 +29,8 @@ REASONS = {
     "least_wait": "the shortest estimated wait",
     "only_place": "no other worker could take it",
     "all_crowded": "the shortest estimated wait; all had more than their share of requests",
-    "held_enough": "it had waited for a worker with its adapter for as long as loading it takes",
-    "resumed": "a worker had it before; the shortest estimated wait of those with room",
+    "held_enough": "it had waited for a worker with its adapter as long as loading takes",
+    "resumed": "resumed: the shortest estimated wait of workers with free slots",
 }
 """Why a worker was chosen for a request, by the words of `Placed.because`."""
 

@@ -69,4 +69,4 @@ async def test_a_wrong_file_is_told(
 
 def test_a_gateway_that_does_not_answer_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["batch", "list", "--url", "http://127.0.0.1:9"]) == 1
-    assert "no gateway answers at http://127.0.0.1:9" in capsys.readouterr().err
+    assert "cannot reach the gateway at http://127.0.0.1:9" in capsys.readouterr().err

@@ -229,7 +229,7 @@ async def test_who_waits_is_told_for_what(bus: Bus, fleet: ScriptedFleet, model_
             await comes(": its adapter is being loaded")
             fleet.resident = ["d1"]
             await fleet.beat()
-            await comes(": its prompt is being read")
+            await comes(": its prompt is being processed")
             fleet.go.set()
             rest = [line async for line in lines]
             assert rest[-2] == "data: [DONE]"

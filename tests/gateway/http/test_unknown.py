@@ -73,3 +73,13 @@ async def test_a_405_names_all_methods_of_a_path(http: httpx2.AsyncClient) -> No
         assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
         assert answer.json()["error"]["message"] == f"PUT is not allowed on {path}: only {allowed}"
     assert (await http.put("/generate")).headers["allow"] == "POST"
+
+
+async def test_a_browser_at_the_root_is_sent_to_the_console(http: httpx2.AsyncClient) -> None:
+    for accept in ("text/html", "text/html,application/xhtml+xml;q=0.9,*/*;q=0.8"):
+        sent = await http.get("/", headers={"accept": accept})
+        assert (sent.status_code, sent.headers["location"]) == (307, "console/")
+    followed = await http.get("/", headers={"accept": "text/html"}, follow_redirects=True)
+    assert "<html" in followed.text
+    for accept in ("*/*", "application/json", ""):  # programs, which ask for the health
+        assert (await http.get("/", headers={"accept": accept})).json()["status"] == "ready"

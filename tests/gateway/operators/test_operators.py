@@ -15,7 +15,7 @@ from helpers.small_fleet import SmallFleet, small_fleet
 from helpers.waiting import wait_until
 
 from gateway.auth.callers import Caller
-from gateway.requests.listing import MAX_LOOKED_AT, RequestList
+from gateway.requests.listing import MAX_LOOKED_AT, Filters, RequestList
 from protocol.queue.books.api_keys import Tenant
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire import messages as m
@@ -145,7 +145,7 @@ async def test_a_page_does_not_tell_where_it_ended_among_others(bus: Bus) -> Non
     await bus._redis.expire(bus.keys.req(own), 60)
     listed, caller, after, found, places = RequestList(bus), Caller(Tenant("acme"), ("infer",)), "", [], []
     while True:
-        page = await listed.page(caller, "running", None, 100, after)
+        page = await listed.page(caller, Filters(state="running"), 100, after)
         found += [one["id"] for one in page["data"]]
         if not page["has_more"]:
             break
@@ -166,6 +166,7 @@ async def test_ended_requests_are_listed_the_latest_first(small: SmallFleet) -> 
     await wait_until(are_told, "the ends are told")
     assert [one["id"] for one in found] == wanted[::-1]
     assert {(one["state"], one["output_tokens"], one["adapter"]) for one in found} == {("completed", 12, None)}
+    assert {one["worker"] for one in found} <= {"one", "two"}
     page = await got(small.http, "/v1/requests?state=ended&limit=1")
     rest = await got(small.http, f"/v1/requests?state=ended&after={page['last_id']}")
     assert [one["id"] for one in page["data"] + rest["data"]] == wanted[::-1]

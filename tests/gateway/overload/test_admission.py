@@ -113,7 +113,7 @@ def test_no_call_is_let_in_while_the_queue_s_memory_is_nearly_full() -> None:
     assert site.refusal(load()) is None
     site.told = msgspec.structs.replace(status(0), used_bytes=900, max_bytes=1000)
     for wanted in (Load(INTERACTIVE), load(), load(BATCH)):
-        with pytest.raises(QueueFull, match="the queue holds 900 bytes; calls are let in below 900") as refused:
+        with pytest.raises(QueueFull, match="the queue holds 900 bytes; new calls are accepted below 900") as refused:
             site.admission.check(wanted)
         assert (refused.value.status, refused.value.code, refused.value.retry_after_s) == (503, "queue_full", 5.0)
 
@@ -126,7 +126,7 @@ def test_the_lag_of_the_loop_is_limited() -> None:
     site.lag_s = 3.0
     refused = site.refusal(None)
     assert refused is not None
-    assert refused.message == "this gateway is 3.0 s behind with its work; the limit is 2 s"
+    assert refused.message == "this gateway is 3.0 s behind its event loop's schedule; the limit is 2 s"
     assert refused.retry_after_s == pytest.approx(3.0)
     assert site.refusal(load()) is None  # what was let in goes on
 
@@ -142,7 +142,7 @@ def test_the_way_to_the_queue_is_limited() -> None:
         call.close()  # it counts once
     refused = site.refusal(None)
     assert refused is not None
-    assert refused.message == "800 calls are on their way to the queue, for about 8 s; the limit is 5 s"
+    assert refused.message == "800 calls are waiting to be queued, for about 8 s; the limit is 5 s"
     assert refused.retry_after_s == pytest.approx(8.0, rel=0.02)
     while len(site.calls) > 450:
         site.calls.pop().close()

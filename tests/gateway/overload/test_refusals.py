@@ -47,7 +47,7 @@ async def test_a_late_gateway_refuses_unread_calls_and_keeps_its_streams(
 
         await wait_until(is_refused, "the gateway is late")
         assert answer.status_code == 429
-        assert "s behind with its work; the limit is 2 s" in answer.json()["error"]["message"]
+        assert "s behind its event loop's schedule; the limit is 2 s" in answer.json()["error"]["message"]
         assert 2 < int(answer.headers["retry-after"]) <= 60
         assert answer.headers["x-should-retry"] == "true"
         native = await http.post("/generate", json={"inputs": "hi"})
@@ -109,6 +109,6 @@ async def test_calls_wait_in_the_queue_and_not_before_it(
         told = [answer.result() for answer in asked]
         refused = [answer for answer in told if answer.status_code != 200]
         assert {answer.status_code for answer in refused} == {429}
-        assert all("calls are on their way to the queue" in answer.json()["error"]["message"] for answer in refused)
+        assert all("calls are waiting to be queued" in answer.json()["error"]["message"] for answer in refused)
         assert len(fleet.seen) == len(told) - len(refused) >= 2
         assert (await post(http)).status_code == 200

@@ -222,5 +222,5 @@ async def test_what_cannot_be_used_or_had_is_said(
     assert (answer.status_code, "no adapter store has" in answer.text) == (404, True)
     await bus._redis.zrem(bus.keys.stores, "s")
     answer = await http.post("/v1/completions", json={"model": "gone", "prompt": "hi"})
-    assert (answer.status_code, "no adapter store gave" in answer.text) == (503, True)
+    assert (answer.status_code, "no adapter store returned" in answer.text) == (503, True)
     assert fleet.seen == []

@@ -79,7 +79,11 @@ async def test_the_body_says_whose_route_it_is(http: httpx2.AsyncClient, tokeniz
     for body, status, words in (
         ({"prompt": "x", "adapter_id": "fox"}, 400, "adapter_id has no effect with prompt"),
         ({"prompt": "x", "messages": MESSAGES}, 400, "messages has no effect with prompt"),
-        ({"messages": MESSAGES, "continue_final_message": True, "add_generation_prompt": True}, 400, "exclude"),
+        (
+            {"messages": MESSAGES, "continue_final_message": True, "add_generation_prompt": True},
+            400,
+            "cannot be used together",
+        ),
         ({"messages": []}, 400, "messages"),
         ({"prompt": "x", "add_generation_prompt": True}, 400, "add_generation_prompt"),
         ({"prompt": "x", "promt": "y"}, 400, "Did you mean `prompt`"),

@@ -71,6 +71,20 @@ async def test_adapters_are_listed_added_moved_and_removed(command: Command, fle
     assert "no longer served" in await command("adapters", "remove", "mine")
     assert {one["name"] for one in await read(command, "adapters", "list")} == {"one", "two"}
     assert "nobody" in await command("adapters", "pin", "nobody", code=2)
+    assert "did you mean two?" in await command("adapters", "pin", "twoo", code=2)
+
+
+async def test_a_folder_that_is_not_there_leaves_no_name(command: Command) -> None:
+    before = await read(command, "adapters", "list")
+    for flags in ((), ("--replace",)):
+        assert "no adapter folder" in await command("adapters", "add", "absent", *flags, code=2)
+        assert await read(command, "adapters", "list") == before
+    assert "does not exist" in await command("adapters", "remove", "absent", code=2)
+    assert (await read(command, "adapters", "add", "absent", "local:one"))["digest"] == before[0]["digest"]
+    assert "no adapter folder" in await command("adapters", "add", "absent", "local:absent", "--replace", code=2)
+    assert (await read(command, "adapters", "list"))[0]["source"] == "local:one"
+    assert "no longer served" in await command("adapters", "remove", "absent")
+    assert await read(command, "adapters", "list") == before
 
 
 async def test_workers_are_listed_drained_and_resumed(command: Command) -> None:
@@ -111,7 +125,12 @@ async def test_a_conversation_goes_on_and_can_begin_anew(command: Command) -> No
     assert other["content"] != first["content"]
     shown = await command("chat", "base", "--max-tokens", "4", "--temperature", "0", typed="hello\n")
     assert shown == f"{first['content']} [length]\n" or first["finish_reason"] == "stop"
-    assert "does not exist" in await command("chat", "nobody", typed="hello\n", code=1)
+    for typed in ("hello\n", ""):
+        assert "does not exist" in await command("chat", "nobody", typed=typed, code=2)
+        assert "cannot reach the gateway" in await command(
+            "chat", "one", "--url", "http://127.0.0.1:9", typed=typed, code=1
+        )
+    assert "did you mean two?" in await command("chat", "tow", code=2)
 
 
 async def test_top_shows_a_frame(command: Command, fleet: ProcessFleet) -> None:
@@ -158,13 +177,16 @@ async def test_the_doctor_finds_a_fleet_well_and_its_queue_at_risk(
         assert levels[name] == "ok", told
     assert levels["queue's file"] == "warning"  # this one has none
     assert "→ CONFIG SET appendonly yes" in await command("doctor", *flags)
+    told = json.loads(await command("doctor", "--data", str(tmp_path), "--json"))
+    assert {one["level"] for one in told if one["name"] == "gateway"} == {"ok"}
+    assert {one["level"] for one in told if one["name"] == "queue"} == {"skipped"}
     gone = await command("doctor", "--redis-url", f"unix://{tmp_path}/none.sock", "--data", str(tmp_path), code=1)
     assert gone == ""
 
 
 @pytest.mark.parametrize("words", ["jobs list", "batch list", "keys list", "dlq list", "keys create --tenant one"])
 async def test_what_scripts_read_is_json(command: Command, fleet: ProcessFleet, words: str) -> None:
-    flags = ["--redis-url", fleet.bus.url] if words.startswith(("keys", "dlq")) else []
+    flags = ["--redis-url", fleet.bus.url] if words.startswith("keys") else []
     told = await read(command, *words.split(), *flags)
     if words == "keys create --tenant one":
         assert (told["tenant"], told["scopes"]) == ("one", ["infer"])
@@ -179,4 +201,4 @@ async def test_what_scripts_read_is_json(command: Command, fleet: ProcessFleet, 
 
 async def test_a_fleet_that_is_not_there_is_said(command: Command) -> None:
     for words in (("top", "--once"), ("workers", "list"), ("audit",), ("adapters", "list")):
-        assert "no gateway answers" in await command(*words, "--url", "http://127.0.0.1:9", code=1)
+        assert "cannot reach the gateway" in await command(*words, "--url", "http://127.0.0.1:9", code=1)

@@ -25,7 +25,7 @@ def test_a_fleet_that_is_not_there_is_a_problem(tmp_path: Path, capsys: pytest.C
     assert "--url" in found["gateway"]["advice"]
     assert "--redis-url" in found["queue"]["advice"]
     found = told(capsys, "--redis-url", f"unix://{tmp_path}/none.sock", "--data", str(tmp_path))
-    assert "no queue answers" in found["queue"]["text"]
+    assert "cannot reach the queue" in found["queue"]["text"]
 
 
 def test_a_queue_without_services_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import pytest
 
 from lorafleet.api import DEFAULT_URL, Api, add_flags
+from lorafleet.parser import Parser
 from lorafleet.profiles import load_profile
 from protocol.wire.errors import BadRequest
 
@@ -23,7 +23,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def api(*words: str) -> Api:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_flags(parser)
     return Api(parser.parse_args(words))
 

@@ -1,0 +1,123 @@
+"""The fleets that `lorafleet up` runs on this machine, as other commands of the same user find them.
+
+Each leaves a record in a folder that only its user may enter, and holds a lock on the record while it runs: a record
+without the lock is of a fleet that was killed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+
+from protocol.runtime.private_files import private_folder
+from protocol.wire.errors import BadRequest, Internal
+
+
+class LocalFleet(msgspec.Struct, frozen=True):
+    """A running fleet."""
+
+    pid: int  # process id of `lorafleet up`
+    url: str  # its gateway
+    model: str  # name of the base model in the API
+    data: str  # data folder
+    logs: str  # folder of the services' logs
+    started_s: float  # unix time
+    key_file: str = ""  # file with an API key for this user, "" without keys
+
+
+def folder(uid: int | None = None) -> Path:
+    """Return the folder of the records, which only this user may enter. Raises Internal if somebody else owns it.
+
+    uid: the user, None for that of this process.
+    """
+    uid = os.getuid() if uid is None else uid
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    base = Path(runtime) / "lorafleet" if runtime else Path(tempfile.gettempdir()) / f"lorafleet-{uid}"
+    found = private_folder(base)
+    if found.stat().st_uid != uid:
+        raise Internal(f"{found} belongs to another user; set XDG_RUNTIME_DIR to a folder of your own")
+    return found
+
+
+@contextmanager
+def registered(fleet: LocalFleet) -> Generator[None]:
+    """Let other commands find a fleet during the block."""
+    path = folder() / f"{fleet.pid}.json"
+    draft = path.with_suffix(".part")
+    fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        os.write(fd, msgspec.json.encode(fleet))
+        draft.rename(path)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(fd)
+
+
+def running() -> list[LocalFleet]:
+    """Return the fleets of this user that run, the oldest first; delete the records of those that were killed."""
+    found: list[LocalFleet] = []
+    for path in folder().glob("*.json"):
+        with suppress(FileNotFoundError, msgspec.MsgspecError):  # it has ended meanwhile, or is of another release
+            fleet = _read(path)
+            if fleet is not None:
+                found.append(fleet)
+    return sorted(found, key=lambda fleet: fleet.started_s)
+
+
+def _read(path: Path) -> LocalFleet | None:
+    """Return the fleet of a record; None, and the record is deleted, if it does not run any more."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return msgspec.json.decode(path.read_bytes(), type=LocalFleet)
+        path.unlink(missing_ok=True)
+        return None
+    finally:
+        os.close(fd)
+
+
+def is_running(fleet: LocalFleet) -> bool:
+    """Return whether a fleet still runs."""
+    return fleet in running()
+
+
+def the_only() -> LocalFleet | None:
+    """Return the fleet that runs on this machine, None without one. Raises BadRequest if there are several."""
+    fleets = running()
+    if len(fleets) > 1:
+        listed = ", ".join(f"{fleet.url} ({fleet.model})" for fleet in fleets)
+        raise BadRequest(f"{len(fleets)} fleets run on this machine: {listed}; choose one with --url")
+    return fleets[0] if fleets else None
+
+
+def chosen(url: str) -> LocalFleet:
+    """Return the local fleet with this URL, "" for the only one. Raises BadRequest."""
+    if not url:
+        fleet = the_only()
+        if fleet is None:
+            raise BadRequest("no fleet runs on this machine; start one with `lorafleet up MODEL`")
+        return fleet
+    for fleet in running():
+        if fleet.url == url.rstrip("/"):
+            return fleet
+    raise BadRequest(f"no fleet of this machine has the URL {url}; `lorafleet status` lists them")
+
+
+def age_text(fleet: LocalFleet) -> str:
+    """Return how long a fleet has run, as people read it."""
+    seconds = int(time.time() - fleet.started_s)
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"

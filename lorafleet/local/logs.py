@@ -1,0 +1,72 @@
+"""`lorafleet logs` shows what the services of a fleet on this machine have logged."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from lorafleet.launcher import records
+from lorafleet.parser import Parser, suggestion
+from protocol.wire.errors import BadRequest
+
+POLL_S = 0.2
+TAIL_BYTES = 1 << 20
+"""Bytes at the end of a log in which the last lines are looked for."""
+
+
+def add_arguments(parser: Parser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.add_argument(
+        "services", metavar="SERVICE", nargs="*", help="gateway, scheduler, store, worker-0, … (default: all)"
+    )
+    parser.add_argument("-n", "--lines", type=int, default=20, metavar="N", help="last lines per service (%(default)s)")
+    parser.add_argument("-f", "--follow", action="store_true", help="continue with new lines until the fleet stops")
+    parser.add_argument("--url", default="", help="which fleet, if several run (default: the only one)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the lines; return the exit code. Raises BadRequest for a service that there is not."""
+    fleet = records.chosen(args.url)
+    logs = {path.stem: path for path in sorted(Path(fleet.logs).glob("*.log"))}
+    for name in args.services:
+        if name not in logs:
+            raise BadRequest(f"no service {name}: there are {', '.join(logs)}{suggestion(name, list(logs))}")
+    names = args.services or list(logs)
+    width = max(map(len, names), default=0) if len(names) > 1 else 0
+    files = {name: logs[name].open("rb") for name in names}
+    try:
+        for name, file in files.items():
+            _print(name, _last(file, args.lines), width)
+        while args.follow and records.is_running(fleet):
+            time.sleep(POLL_S)
+            for name, file in files.items():
+                _print(name, _new(file), width)
+    finally:
+        for file in files.values():
+            file.close()
+    return 0
+
+
+def _last(file: BinaryIO, num: int) -> Sequence[str]:
+    file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
+    return deque((line.decode(errors="replace").rstrip("\n") for line in file), maxlen=max(num, 0))
+
+
+def _new(file: BinaryIO) -> Sequence[str]:
+    """Return whole lines that were added; from the beginning, if the log began again."""
+    at = file.tell()
+    if file.seek(0, 2) < at:
+        at = 0
+    file.seek(at)
+    whole, newline, _ = file.read().rpartition(b"\n")
+    file.seek(at + len(whole) + len(newline))
+    return whole.decode(errors="replace").split("\n") if newline else ()
+
+
+def _print(name: str, lines: Sequence[str], width: int) -> None:
+    for line in lines:
+        print(f"{name:{width}}  {line}" if width else line, flush=True)

@@ -1,0 +1,62 @@
+"""`lorafleet status` shows the fleets of this machine, or the one at a URL: whether each answers, and what it does."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import Any
+
+from lorafleet.api import URL_VARIABLE, Api, add_flags, add_json_flag, print_json
+from lorafleet.launcher import records
+from lorafleet.parser import Parser
+from lorafleet.tables import print_list
+from protocol.wire.errors import LorafleetError
+
+NONE = "no fleet runs on this machine; start one with `lorafleet up MODEL`"
+
+
+def add_arguments(parser: Parser) -> None:
+    """Declare the command's arguments on `parser`."""
+    add_json_flag(parser)
+    add_flags(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; return the exit code: 0 if all of the fleets are ready, else 1. Raises BadRequest."""
+    is_named = args.url or os.environ.get(URL_VARIABLE) or args.profile
+    fleets = [None] if is_named else records.running()
+    found = [_of(args, fleet) for fleet in fleets]
+    if args.json:
+        print_json(found)
+    elif not found:
+        print(NONE)
+    else:
+        columns = ("url", "state", "model", "workers", "queued", "running", "up", "pid", "data", "logs")
+        rows = [[str(one[name] if one[name] is not None else "-") for name in columns] for one in found]
+        print_list(columns, rows, NONE, width=200)
+        for one in found:
+            if one["error"]:
+                print(f"{one['url']}: {one['error']}")
+    return 0 if found and all(one["state"] == "ready" for one in found) else 1
+
+
+def _of(args: argparse.Namespace, fleet: records.LocalFleet | None) -> dict[str, Any]:
+    """Return what is known of a fleet. None: of the one that the flags name."""
+    found: dict[str, Any] = dict.fromkeys(
+        ("state", "model", "workers", "queued", "running", "up", "pid", "data", "logs", "error")
+    )
+    if fleet is not None:
+        facts = {"up": records.age_text(fleet), "pid": fleet.pid, "data": fleet.data, "logs": fleet.logs}
+        found |= {"model": fleet.model, **facts}
+    with Api(args, fleet) as api:
+        found["url"] = api.url
+        try:
+            health = api.health()
+            found |= {"state": health["status"], "workers": health["workers"]}
+            state = api.ask("GET", "/v1/fleet")
+            found |= {name: state[name] for name in ("queued", "running")}
+            found["model"] = state["model"] or found["model"]
+        except LorafleetError as error:
+            found["state"] = found["state"] or "unreachable"
+            found["error"] = error.message
+    return found

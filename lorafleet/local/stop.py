@@ -1,0 +1,35 @@
+"""`lorafleet stop` stops a fleet that `lorafleet up` runs on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import time
+
+from lorafleet.launcher import records
+from lorafleet.parser import Parser
+
+POLL_S = 0.1
+
+
+def add_arguments(parser: Parser) -> None:
+    """Declare the command's arguments on `parser`."""
+    parser.add_argument("--url", default="", help="which fleet, if several run (default: the only one)")
+    parser.add_argument("--now", action="store_true", help="stop immediately instead of finishing accepted requests")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Stop the fleet and wait for its end; return the exit code. Raises BadRequest if none is chosen."""
+    fleet = records.chosen(args.url)
+    os.kill(fleet.pid, signal.SIGTERM)
+    if args.now:
+        time.sleep(POLL_S)  # the second signal is another one only once the first has been handled
+        if records.is_running(fleet):
+            os.kill(fleet.pid, signal.SIGTERM)
+    else:
+        print(f"stopping {fleet.url}: finishing accepted requests; `lorafleet stop --now` does not wait", flush=True)
+    while records.is_running(fleet):
+        time.sleep(POLL_S)
+    print(f"{fleet.url} has stopped")
+    return 0

@@ -1,0 +1,91 @@
+"""The parser of the command line: suggestions for unknown words, examples in the help, and a short and a long help."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+from lorafleet.examples import EXAMPLES
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of the command line, or of one of its commands.
+
+    `set_defaults` of each command's parser names it as `parser`, so that unknown flags are reported by the right one.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        options.setdefault("allow_abbrev", False)
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **options)
+        self.long_groups: list[Any] = []
+        """Groups of flags that only `--help-all` shows."""
+        self.set_defaults(parser=self)
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong and where help is, and exit with 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def format_help(self) -> str:
+        """Return the help without the groups that only `--help-all` shows."""
+        return self.format_whole_help(shows_all=not self.long_groups)
+
+    def format_whole_help(self, *, shows_all: bool = True) -> str:
+        """Return the help; shows_all: with every group."""
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        for group in self._action_groups:
+            if shows_all or group not in self.long_groups:
+                formatter.start_section(group.title)
+                formatter.add_text(group.description)
+                formatter.add_arguments(group._group_actions)
+                formatter.end_section()
+        lines = EXAMPLES.get(self.prog, ())
+        if lines:
+            formatter.add_text("examples:\n" + "\n".join(f"  {line}" for line in lines))
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def add_help_all(self) -> None:
+        """Declare `--help-all`, which shows the groups that `--help` leaves out."""
+        self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show all flags and exit")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = [str(choice) for choice in action.choices]
+            close = suggestion(str(value), choices)
+            if isinstance(action, argparse._SubParsersAction):
+                self.error(f"unknown command {str(value)!r:.100}{close}")
+            raise argparse.ArgumentError(action, f"{value!r:.100} is not one of {', '.join(choices)}{close}")
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        assert isinstance(parser, Parser)
+        sys.stdout.write(parser.format_whole_help())
+        parser.exit()
+
+
+ALIASES = ("ls",)
+"""Second names of `list`."""
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """Return the end of an error about an unknown word: the known one that is most like it, if there is any."""
+    close = get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def parse(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
+    """Return the arguments; exit with 2, and a suggestion, where a flag or word is unknown."""
+    args, unknown = parser.parse_known_args(words)
+    if unknown:
+        used: Parser = args.parser
+        word = unknown[0].partition("=")[0]
+        flags = list(used._option_string_actions)
+        used.error(f"unknown argument {word}{suggestion(word, flags)}")
+    return args

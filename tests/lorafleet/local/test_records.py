@@ -1,0 +1,135 @@
+"""Commands find the fleets that run on this machine, and no others; they show their logs and stop them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from helpers.waiting import wait_until
+
+from lorafleet.__main__ import main
+from lorafleet.launcher import records
+from lorafleet.launcher.records import LocalFleet, registered, running
+from protocol.wire.errors import Internal
+
+RUN = """
+import os, signal, sys, threading, time
+from lorafleet.launcher.records import LocalFleet, registered
+ended = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: ended.set())
+with registered(LocalFleet(os.getpid(), sys.argv[1], "tiny", sys.argv[2], sys.argv[2], time.time())):
+    print("registered", flush=True)
+    ended.wait()
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    for name in ("LORAFLEET_URL", "REDIS_URL", "LORAFLEET_PROFILE", "XDG_CONFIG_HOME", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path / "run" / "lorafleet"
+
+
+@contextmanager
+def fleet_process(url: str, data: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-c", RUN, url, str(data)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "registered\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_record_is_there_while_its_fleet_runs_and_is_private(folder: Path) -> None:
+    fleet = LocalFleet(os.getpid(), "http://127.0.0.1:1", "tiny", "/data", "/logs", 1.0)
+    assert running() == []
+    with registered(fleet):
+        assert running() == [fleet]
+        (path,) = folder.glob("*.json")
+        assert (path.stat().st_mode & 0o777, folder.stat().st_mode & 0o777) == (0o600, 0o700)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_fleet_that_was_killed_is_not_found(folder: Path, tmp_path: Path) -> None:
+    with fleet_process("http://127.0.0.1:1", tmp_path) as process:
+        assert [fleet.pid for fleet in running()] == [process.pid]
+        process.kill()
+        process.wait()
+        assert list(folder.glob("*.json")) != []
+        assert running() == []
+        assert list(folder.glob("*.json")) == []
+
+
+def test_what_is_no_record_is_passed_over(folder: Path) -> None:
+    assert running() == []
+    (folder / "other.json").write_text("{}")
+    (folder / "link.json").symlink_to("/etc/passwd")
+    (folder / "link.json").unlink()
+    assert running() == []
+
+
+def test_of_several_fleets_one_has_to_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with fleet_process("http://127.0.0.1:1", tmp_path), fleet_process("http://127.0.0.1:2", tmp_path):
+        for words in (["workers", "list"], ["stop"], ["logs"], ["keys", "list"], ["dlq", "list"]):
+            assert main(words) == 2
+            assert "2 fleets run on this machine: http://127.0.0.1:" in capsys.readouterr().err
+        assert main(["workers", "list", "--url", "http://127.0.0.1:2"]) == 1
+        assert "cannot reach the gateway at http://127.0.0.1:2" in capsys.readouterr().err
+        assert main(["status", "--json"]) == 1
+        told = json.loads(capsys.readouterr().out)
+        assert [(one["url"], one["state"]) for one in told] == [
+            ("http://127.0.0.1:1", "unreachable"), ("http://127.0.0.1:2", "unreachable"),
+        ]  # fmt: skip
+
+
+async def test_stop_ends_a_fleet_and_waits_for_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stop"]) == 2
+    assert "no fleet runs on this machine" in capsys.readouterr().err
+    with fleet_process("http://127.0.0.1:1", tmp_path) as process:
+        assert main(["stop", "--url", "http://127.0.0.1:9"]) == 2
+        assert main(["stop"]) == 0
+        assert process.wait() == 0
+    assert "http://127.0.0.1:1 has stopped" in capsys.readouterr().out
+
+
+async def test_logs_show_the_last_lines_and_follow_new_ones(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "gateway.log").write_text("one\ntwo\nthree\n")
+    (tmp_path / "worker-0.log").write_text("loading\n")
+    with fleet_process("http://127.0.0.1:1", tmp_path) as process:
+        assert main(["logs", "-n", "2"]) == 0
+        assert capfd.readouterr().out == "gateway   two\ngateway   three\nworker-0  loading\n"
+        assert main(["logs", "gatway"]) == 2
+        assert "did you mean gateway?" in capfd.readouterr().err
+        following = threading.Thread(target=main, args=(["logs", "worker-0", "-f"],))
+        following.start()
+        seen = ""
+
+        def is_shown(word: str) -> bool:
+            nonlocal seen
+            seen += capfd.readouterr().out
+            return word in seen
+
+        await wait_until(lambda: is_shown("loading"), "the last line is shown")
+        with (tmp_path / "worker-0.log").open("a") as log:
+            log.write("ready\nhalf")
+        await wait_until(lambda: is_shown("ready"), "the new line is shown")
+        process.send_signal(signal.SIGTERM)
+        following.join()
+    assert (seen + capfd.readouterr().out) == "loading\nready\n"
+
+
+def test_another_users_folder_is_not_believed() -> None:
+    with pytest.raises(Internal, match="belongs to another user"):
+        records.folder(uid=os.getuid() + 1)

@@ -1,0 +1,81 @@
+"""The command line helps: examples that work in every help, suggestions, and a short help of what has many flags."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Iterator
+
+import pytest
+
+from lorafleet.__main__ import COMMANDS, main, parser_of
+from lorafleet.examples import EXAMPLES
+from lorafleet.parser import Parser, parse
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[Parser]:
+    """Yield a parser and those of its commands."""
+    assert isinstance(parser, Parser)
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from parsers(below)
+
+
+WHOLE = parser_of(COMMANDS)
+
+
+def test_every_help_has_examples_that_parse(subtests: pytest.Subtests) -> None:
+    names = {parser.prog for parser in parsers(WHOLE)}
+    assert EXAMPLES.keys() == names
+    for name, lines in EXAMPLES.items():
+        for line in lines:
+            with subtests.test(line=line):
+                found = re.search(r"lorafleet [^)\"|#]*", line)
+                assert found is not None
+                words = shlex.split(found[0])[1:]
+                assert parse(WHOLE, words).parser.prog.startswith(name)
+    shown = next(parser for parser in parsers(WHOLE) if parser.prog == "lorafleet adapters add").format_help()
+    assert f"examples:\n  {EXAMPLES['lorafleet adapters add'][0]}\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("adaptors", "unknown command 'adaptors'; did you mean adapters?"),
+        ("adapters lst", "unknown command 'lst'; did you mean list?"),
+        ("adapters list --tennant x", "adapters list: error: unknown argument --tennant; did you mean --tenant?"),
+        ("up x --adaptrs=y", "lorafleet up: error: unknown argument --adaptrs; did you mean --adapters?"),
+        ("completion fsh", "'fsh' is not one of bash, zsh, fish; did you mean fish?"),
+        ("zzzz", "unknown command 'zzzz' (see lorafleet --help)"),
+    ],
+)  # fmt: skip
+def test_an_unknown_word_gets_a_suggestion(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n") == 1
+
+
+def test_ls_is_list_everywhere() -> None:
+    for name in ("adapters", "workers", "jobs", "batch", "keys", "dlq"):
+        assert parse(WHOLE, [name, "ls"]).parser.prog == f"lorafleet {name} list"
+
+
+def test_the_help_of_up_is_short_and_that_of_all_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    short, whole = (_printed(["up", flag], capsys) for flag in ("--help", "--help-all"))
+    assert 15 <= len(re.findall(r"^  --", short, re.MULTILINE)) <= 24
+    assert len(re.findall(r"^  --", whole, re.MULTILINE)) > 100
+    assert "--max-queued" in whole
+    assert "--max-queued" not in short
+
+
+def _printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 0
+    return capsys.readouterr().out
