@@ -29,6 +29,7 @@ from gateway.batches.batches import BatchService
 from gateway.batches.run import BatchMeans, BatchPace
 from gateway.batches.runner import BatchRunner
 from gateway.books.audit_routes import AuditEndpoints
+from gateway.books.timeseries_routes import TimeSeriesEndpoints
 from gateway.books.usage_routes import UsageEndpoints
 from gateway.calls import observe
 from gateway.calls.pipeline import Pipeline
@@ -39,6 +40,7 @@ from gateway.encoders.encoder_routes import EncoderEndpoints
 from gateway.files.file_routes import FileEndpoints
 from gateway.files.files import SWEEP_S, FileService
 from gateway.files.place import open_storage
+from gateway.fleet.sampler import SAMPLE_S, Sampler
 from gateway.fleet.view import REFRESH_S, FleetView
 from gateway.grammars.check import GrammarCheck
 from gateway.http.paths import RESPONSES
@@ -122,6 +124,7 @@ async def _serve(
         await bus.check()
         replies = Replies(bus, gid, beats)
         fleet = FleetView(beats, settings.beat_timeout_s, waits=settings.wait_for_worker_s > 0)
+        sampler = Sampler(beats, fleet, observe.SERIES)
         heartbeat = Heartbeat(settings.queue_url(), replies.gid, timings.pace)
         admission = Admission(settings, lambda: fleet.status, lambda: heartbeat.lag_s, timings.overload)
         memory = MemoryAccount(settings.gateway_memory)
@@ -172,7 +175,7 @@ async def _serve(
             ConversationEndpoints(conversations),
             WebhookRoutes(WebhookService(bus, outside, sender, secret)),
             RequestEndpoints(answers, pipeline), FleetEndpoints(bus, settings), UsageEndpoints(bus.usage),
-            AuditEndpoints(bus.audit), ConsolePages(), DocsPages(),
+            AuditEndpoints(bus.audit), TimeSeriesEndpoints(observe.SERIES, sampler), ConsolePages(), DocsPages(),
         )  # fmt: skip
         app, inner = build_app(handlers, settings, admission, memory, keys, secret)
         means = BatchMeans(bus, replies.gid, uploads, storage, settings, inner, timings.batches)
@@ -181,7 +184,7 @@ async def _serve(
             address = _address(listener)
             await replies.open()
             parts = _Parts(
-                app, answers, replies, fleet, aliases, heartbeat, uploads, runner, sender, conversations
+                app, answers, replies, fleet, aliases, heartbeat, uploads, runner, sender, conversations, sampler
             )  # fmt: skip
             async with heartbeat.beating(beats, address):
                 logger.info("listening on %s", address)
@@ -209,6 +212,7 @@ class _Parts:
     batches: BatchRunner
     webhooks: WebhookSender
     conversations: Conversations
+    sampler: Sampler
 
     def loops(self) -> list[Loop]:
         """Return what runs until the end, beside `batches.loop`, which ends before."""
@@ -216,6 +220,7 @@ class _Parts:
             Loop("replies", self.replies.read, 0.0, backoff=BRISK),  # each waits for entries itself
             Loop("out stream", self.replies.keep, KEEP_S, backoff=BRISK),
             Loop("fleet view", self.fleet.refresh, REFRESH_S, backoff=BRISK),
+            Loop("time series", self.sampler.sample, SAMPLE_S, backoff=BRISK),
             Loop("adapter events", self.aliases.listen, 0.0, backoff=BRISK),
             # Its thread is what others take this gateway for alive by: without it all calls are cancelled.
             Loop("event loop", self.heartbeat.tick, ends=(HeartbeatDied,)),
