@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 pytest.importorskip("playwright.async_api", reason=REASON)
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)]
 
-PAGES = ("Overview", "Adapters", "Requests and jobs", "Tenants and keys", "Playground")
+PAGES = (
+    "Overview", "Adapters", "Requests", "Jobs", "Batches", "Dead letters", "Usage", "Tenants and keys", "Playground",
+)  # fmt: skip
 SHOTS = os.environ.get("SHOTS", "")
 
 
@@ -131,12 +133,12 @@ async def test_adapters_are_found_and_ordered_about(fleet: ConsoleFleet, tab: Ta
     await tab.page.get_by_role("searchbox").fill("GAM")
     await tab.page.get_by_text("1 of 4 adapters").wait_for()
     await tab.page.get_by_role("searchbox").fill("")
-    await tab.page.get_by_role("button", name="broken").click()
+    await tab.page.get_by_role("link", name="broken").click()
     dialog = tab.page.get_by_role("dialog")
     await dialog.get_by_text("refused: not served").wait_for()
     await dialog.locator(".problem").wait_for()
     await dialog.get_by_role("button", name="Close").click()
-    await tab.page.get_by_role("button", name="alpha").click()
+    await tab.page.get_by_role("link", name="alpha").click()
     await dialog.get_by_role("button", name="Pin", exact=True).click()
     await tab.said("Pinned on all workers.")
     await dialog.get_by_role("button", name="Unpin").click()
@@ -158,7 +160,7 @@ async def test_a_folder_and_a_zip_are_uploaded(fleet: ConsoleFleet, tab: Tab, tm
     await tab.page.get_by_role("button", name="Add …").click()
     await dialog.get_by_label("files or a zip").set_input_files([str(path) for path in made.iterdir()])
     await dialog.get_by_label("Name", exact=True).fill("mine")
-    await dialog.get_by_role("button", name="Upload").click()
+    await dialog.get_by_role("button", name="Upload", exact=True).click()
     await tab.said("mine is served.")
     await dialog.wait_for(state="detached")
     first = (await fleet.http.get("/v1/adapters/mine")).json()
@@ -178,10 +180,10 @@ async def test_a_folder_and_a_zip_are_uploaded(fleet: ConsoleFleet, tab: Tab, tm
     await dialog.get_by_text("1 files").wait_for()
     await shot(tab, "upload")
     await dialog.get_by_label("Name", exact=True).fill("mine")
-    await dialog.get_by_role("button", name="Upload").click()
+    await dialog.get_by_role("button", name="Upload", exact=True).click()
     await dialog.get_by_role("alert").filter(has_text="use replace").wait_for()
     await dialog.get_by_label("replace an existing adapter").check()
-    await dialog.get_by_role("button", name="Upload").click()
+    await dialog.get_by_role("button", name="Upload", exact=True).click()
     await tab.said("mine is served.")
     await dialog.wait_for(state="detached")
     assert (await fleet.http.get("/v1/adapters/mine")).json()["digest"] != first["digest"]
@@ -191,10 +193,10 @@ async def test_a_folder_and_a_zip_are_uploaded(fleet: ConsoleFleet, tab: Tab, tm
     weights = {"name": "adapter_model.safetensors", "mimeType": "", "buffer": bytes(8) + b"{}"}
     await dialog.get_by_label("files or a zip").set_input_files([wrong, weights])
     await dialog.get_by_label("Name", exact=True).fill("wrong")
-    await dialog.get_by_role("button", name="Upload").click()
+    await dialog.get_by_role("button", name="Upload", exact=True).click()
     await dialog.get_by_role("alert").wait_for()
     await dialog.get_by_role("button", name="Close").click()
-    await tab.page.get_by_role("button", name="mine").click()
+    await tab.page.get_by_role("link", name="mine").click()
     await dialog.get_by_role("button", name="Unload …").click()
     await tab.page.get_by_role("dialog").last.get_by_role("button", name="Unload", exact=True).click()
     await tab.said("mine was unloaded.")
@@ -210,7 +212,7 @@ async def test_a_place_is_registered(fleet: ConsoleFleet, tab: Tab) -> None:
     await dialog.get_by_label("Source (default").fill("local:beta")
     await dialog.get_by_role("button", name="Register").click()
     await tab.said("again: ")
-    await tab.page.get_by_role("button", name="again", exact=True).click()
+    await tab.page.get_by_role("link", name="again", exact=True).click()
     await dialog.get_by_role("button", name="Refresh").click()
     await tab.said("Checked its source for changes.")
     await fleet.http.delete("/v1/adapters/again")
@@ -224,8 +226,8 @@ async def test_a_request_is_followed_and_cancelled(fleet: ConsoleFleet, tab: Tab
     for worker in ("one", "two"):  # so that it does not end before it is cancelled
         fleet.processes.signal(worker, signal.SIGSTOP)
     try:
-        await tab.go("Requests and jobs")
-        await tab.page.get_by_role("button", name=rid).click()
+        await tab.go("Requests")
+        await tab.page.get_by_role("link", name=rid).click()
         dialog = tab.page.get_by_role("dialog").first
         await dialog.get_by_text("queued behind").wait_for()
         await shot(tab, "request")
@@ -237,8 +239,12 @@ async def test_a_request_is_followed_and_cancelled(fleet: ConsoleFleet, tab: Tab
             fleet.processes.signal(worker, signal.SIGCONT)
     await dialog.get_by_text("cancelled").first.wait_for()
     await dialog.get_by_role("button", name="Close").click()
-    await tab.page.get_by_role("button", name="Jobs").click()
-    await tab.page.get_by_text("jobs of this key's tenant").wait_for()
+    await tab.go("Jobs")
+    job = f"job_{rid.removesuffix('-0')}"
+    await tab.page.get_by_role("link", name=job).click()
+    await dialog.get_by_text("/v1/completions").wait_for()
+    assert tab.page.url.endswith(f"#/jobs/{job}")
+    await dialog.get_by_role("button", name="Close").click()
     await fleet.http.post(f"/v1/requests/{rid.removesuffix('-0')}/cancel")
 
 
@@ -253,8 +259,7 @@ async def test_a_dead_letter_is_queued_again(fleet: ConsoleFleet, tab: Tab) -> N
             break
     else:
         pytest.fail("all twenty were answered before they could be given up")
-    await tab.go("Requests and jobs")
-    await tab.page.get_by_role("button", name="Dead letters").click()
+    await tab.go("Dead letters")
     await tab.page.get_by_text("three workers died").wait_for()
     await tab.page.get_by_role("button", name="Retry").click()
     await tab.said(f"{rid} was requeued.")
@@ -272,8 +277,7 @@ async def test_a_batch_shows_its_progress(fleet: ConsoleFleet, tab: Tab) -> None
     file = (await fleet.http.post("/v1/files", data={"purpose": "batch"}, files=files)).json()
     body = {"input_file_id": file["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
     assert (await fleet.http.post("/v1/batches", json=body)).status_code == 200
-    await tab.go("Requests and jobs")
-    await tab.page.get_by_role("button", name="Batches").click()
+    await tab.go("Batches")
     await tab.page.get_by_text("1 of 1").wait_for(timeout=60_000)
 
 
@@ -369,7 +373,7 @@ async def test_axe_finds_nothing_on_any_page(fleet: ConsoleFleet, browser: Any, 
         elif scheme == "dark" and title == "Overview":
             await shot(tab, "overview-dark")
     await tab.go("Adapters")
-    await tab.page.get_by_role("button", name="broken").click()
+    await tab.page.get_by_role("link", name="broken").click()
     await tab.page.get_by_role("dialog").get_by_text("By worker").wait_for()
     await hold("an adapter")
     await tab.page.get_by_role("button", name="Close").click()
@@ -378,16 +382,15 @@ async def test_axe_finds_nothing_on_any_page(fleet: ConsoleFleet, browser: Any, 
     await tab.page.get_by_role("button", name="Hub / S3 / local path").click()
     await hold("a place")
     await tab.page.get_by_role("button", name="Close").click()
-    await tab.go("Requests and jobs")
-    for view in ("Jobs", "Batches", "Dead letters", "Ended"):
-        await tab.page.get_by_role("button", name=view).click()
-        await tab.page.get_by_text("Loading …").first.wait_for(state="detached")
-        await hold(view)
-    if await tab.page.locator("tbody button.plain").count():
-        await tab.page.locator("tbody button.plain").first.click()
-        await tab.page.get_by_role("heading", name="Timeline").wait_for()
-        await hold("a request")
-        await tab.page.get_by_role("button", name="Close").click()
+    await tab.go("Requests")
+    await tab.page.locator("tbody a.code").first.click()
+    await tab.page.get_by_role("heading", name="Timeline").wait_for()
+    await hold("a request")
+    await tab.page.get_by_role("button", name="Close").click()
+    await tab.go("Batches")
+    await tab.page.get_by_role("button", name="New batch …").click()
+    await hold("a new batch")
+    await tab.page.get_by_role("button", name="Close").click()
     await tab.go("Tenants and keys")
     await tab.page.get_by_role("button", name="New key …").click()
     await hold("a new key")
