@@ -35,10 +35,10 @@ function figures(turn) {
 }
 
 function Turn({ turn, last, busy, onRetry, onResults }) {
-  if (turn.role !== "assistant") return html`<div class=${`turn ${turn.role}`}><span class="hidden">${turn.role}: </span>${turn.content}</div>`;
+  if (turn.role !== "assistant") return html`<span class="hidden">${turn.role}:</span><div class=${`turn ${turn.role}`}>${turn.content}</div>`;
   const shown = turn.content || (turn.finish || turn.tool_calls?.length ? "" : "…");
   return html`
-    ${shown ? html`<div class="turn assistant" aria-busy=${!turn.finish}><span class="hidden">assistant: </span>${shown}</div>` : null}
+    ${shown ? html`<span class="hidden">assistant:</span><div class="turn assistant" aria-busy=${!turn.finish}>${shown}</div>` : null}
     ${turn.tool_calls?.length ? html`<${Calls} turn=${turn} waits=${last && !busy && !turn.error} onResults=${onResults} />` : null}
     <${Problem} error=${turn.error} />
     <div class="row figures"><span class="soft grow">${figures(turn)}</span>

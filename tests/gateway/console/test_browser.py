@@ -412,7 +412,7 @@ async def test_it_is_used_by_keyboard_alone(fleet: ConsoleFleet, tab: Tab) -> No
 
     await reach("Adapters")
     await page.keyboard.press("Enter")
-    await page.get_by_role("button", name="alpha").wait_for()
+    await page.get_by_role("link", name="alpha").wait_for()
     await reach("alpha")
     await page.keyboard.press("Enter")
     await page.get_by_role("dialog").get_by_text("By worker").wait_for()
