@@ -134,7 +134,7 @@ export function Batches({ route }) {
     { title: "Actions", of: (batch) => (open(batch) ? html`<${Cancel} batch=${batch} after=${poll.again} />` : batch.output_file_id ? html`<${Save} file=${batch.output_file_id} name=${`${batch.id}.output.jsonl`}>Download<//>` : "–") },
   ];
   return html`<section class="panel">
-    <div class="row"><p class="grow" role="status">${value ? `${count(rows.length)} batches of this key's tenant` : "Loading …"}</p>
+    <div class="row"><p class="grow" role="status">${value ? `${count(rows.length)} ${rows.length === 1 ? "batch" : "batches"} of this key's tenant` : "Loading …"}</p>
       <button type="button" class="main" onClick=${() => setMaking(true)}>New batch …</button></div>
     <${Stale} poll=${poll} />
     ${value ? html`<${Table} name="Batches" columns=${columns} rows=${rows} id=${(batch) => batch.id} selected=${route.id} empty="No batches yet." />` : null}

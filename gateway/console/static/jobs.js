@@ -2,7 +2,7 @@
 
 import { html } from "./vendor/preact-htm.js";
 import { get, pages, part, post, query } from "./api.js";
-import { Act, Cut, Dialog, Problem, Stale, State, Table, When, copy, count, usePoll } from "./parts.js";
+import { Act, Cut, Dialog, Problem, Stale, State, Table, When, copy, count, plural, usePoll } from "./parts.js";
 import { go, href } from "./route.js";
 import { why } from "./requests.js";
 
@@ -57,7 +57,7 @@ export function Jobs({ route }) {
     { title: "Actions", of: (job) => (open(job) ? html`<${Cancel} job=${job} after=${poll.again} />` : "–") },
   ];
   return html`<section class="panel">
-    <p role="status">${value ? `${count(rows.length)} jobs of this key's tenant` : "Loading …"}</p>
+    <p role="status">${value ? `${plural(rows.length, "job")} of this key's tenant` : "Loading …"}</p>
     <${Stale} poll=${poll} />
     ${value ? html`<${Table} name="Jobs" columns=${columns} rows=${rows} id=${(job) => job.id} selected=${route.id} empty=${html`No jobs. A call with <code>"background": true</code> starts one.`} />` : null}
   </section>

@@ -2,7 +2,7 @@
 
 import { html } from "./vendor/preact-htm.js";
 import { get, pages, part, post, query } from "./api.js";
-import { Act, Cut, Dialog, Problem, Stale, Table, When, clock, count, lasted, usePoll } from "./parts.js";
+import { Act, Cut, Dialog, Problem, Stale, Table, When, clock, count, lasted, plural, usePoll } from "./parts.js";
 import { go, href } from "./route.js";
 
 const MOST = 1000; // maximum number of listed dead letters
@@ -37,7 +37,7 @@ export function Letters({ route }) {
     { title: "Actions", of: (letter) => html`<${Retry} letter=${letter} after=${poll.again} />` },
   ];
   return html`<section class="panel">
-    <p role="status">${value ? `${count(rows.length)} dead letters` : "Loading …"}</p>
+    <p role="status">${value ? plural(rows.length, "dead letter") : "Loading …"}</p>
     <${Stale} poll=${poll} />
     ${value ? html`<${Table} name="Dead letters" columns=${columns} rows=${rows} id=${(letter) => letter.id} selected=${route.id} empty="No dead letters." />` : null}
   </section>

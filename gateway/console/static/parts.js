@@ -5,6 +5,7 @@ import { html, useEffect, useLayoutEffect, useRef, useState } from "./vendor/pre
 // ------------------------------------------------------------ formatting
 
 export const count = (value) => (value ?? 0).toLocaleString("en");
+export const plural = (num, word) => `${count(num)} ${word}${num === 1 ? "" : "s"}`;
 
 export function bytes(value) {
   if (value === null || value === undefined) return "–";

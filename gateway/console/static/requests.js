@@ -2,7 +2,7 @@
 
 import { html, useMemo } from "./vendor/preact-htm.js";
 import { get, pages, post, query } from "./api.js";
-import { Act, Cut, Dialog, Problem, Stale, State, Table, When, clock, confirmed, count, lasted, usePoll } from "./parts.js";
+import { Act, Cut, Dialog, Problem, Stale, State, Table, When, clock, confirmed, count, lasted, plural, usePoll } from "./parts.js";
 import { go, href, replace } from "./route.js";
 
 const MOST = 1000; // maximum number of listed requests
@@ -113,7 +113,7 @@ export function Requests({ route }) {
   ];
   return html`<section class="panel">
     <${Filters} given=${given} change=${change} />
-    <div class="row"><p class="grow" role="status">${value ? `${count(rows.length)} requests${value.more ? `, out of the latest ${count(MOST)}` : ""}` : "Loading …"}</p>
+    <div class="row"><p class="grow" role="status">${value ? `${plural(rows.length, "request")}${value.more ? `, out of the latest ${count(MOST)}` : ""}` : "Loading …"}</p>
       ${filtered ? html`<button type="button" onClick=${() => replace(href("requests"))}>Clear filters</button>` : null}</div>
     <${Stale} poll=${poll} />
     ${value ? html`<${Table} name="Requests" columns=${columns} rows=${rows} id=${(one) => one.id} selected=${route.id}

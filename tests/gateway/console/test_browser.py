@@ -177,7 +177,7 @@ async def test_a_folder_and_a_zip_are_uploaded(fleet: ConsoleFleet, tab: Tab, tm
         }""",
         raw,
     )
-    await dialog.get_by_text("1 files").wait_for()
+    await dialog.get_by_text("1 file,").wait_for()
     await shot(tab, "upload")
     await dialog.get_by_label("Name", exact=True).fill("mine")
     await dialog.get_by_role("button", name="Upload", exact=True).click()

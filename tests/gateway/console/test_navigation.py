@@ -1,4 +1,4 @@
-"""Addresses, times, themes and small screens; and what is shown when the gateway is gone or there is nothing to show."""
+"""Addresses, times, themes and small screens; and what is shown without a gateway, or where there is nothing."""
 
 from __future__ import annotations
 
