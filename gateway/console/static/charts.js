@@ -33,6 +33,7 @@ export function Lines({ title, times, lines, unit = "", bars = false }) {
   const data = [times, ...order.map((place) => heights[place])];
   const latest = useRef(null);
   latest.current = { data, lines, order };
+  const few = lines.every((line) => line.values.filter((value) => value !== null && value !== undefined).length < 3);
   const labels = lines.map((line) => line.label).join("\n");
   useEffect(() => {
     if (!shown) return undefined;
@@ -50,7 +51,7 @@ export function Lines({ title, times, lines, unit = "", bars = false }) {
             ...places.map((place) => {
               const ink = colour(`--plot-${(place % 8) + 1}`);
               return {
-                label: drawn[place].label, stroke: ink, width: bars ? 0 : 2, fill: bars ? ink : undefined, points: { show: false },
+                label: drawn[place].label, stroke: ink, width: bars ? 0 : 2, fill: bars ? ink : undefined, points: { show: few && !bars },
                 paths: bars ? uPlot.paths.bars({ size: [0.7, 60] }) : undefined,
                 value: (_, __, ___, at) => said(latest.current.lines[place]?.values[at ?? latest.current.data[0].length - 1], unit),
               };
@@ -75,7 +76,7 @@ export function Lines({ title, times, lines, unit = "", bars = false }) {
       plot.current.destroy();
       plot.current = null;
     };
-  }, [shown, labels, unit, bars]);
+  }, [shown, labels, unit, bars, few]);
   useEffect(() => plot.current?.setData(data));
   const last = lines.map((line) => `${line.label} ${said(line.values.findLast((value) => value !== null && value !== undefined), unit)}`);
   return html`<div>

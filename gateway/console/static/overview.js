@@ -83,12 +83,24 @@ function Workers({ workers, steps, again, lost }) {
 const share = (part, rest) => part.map((value, place) => (value === null || !(value + rest[place]) ? null : (100 * value) / (value + rest[place])));
 const per = (values, s) => values.map((value) => (value === null ? null : value / s));
 
-function Charts({ range }) {
-  const { value, error } = usePoll((signal) => get(`v1/timeseries${query({ range, group_by: "model" })}`, signal), range === "15m" ? 5000 : 30_000, [range]);
+// What the chart of models or tenants shows: its title, its unit, and the values of a group.
+const METRICS = {
+  requests: ["Requests", "requests/min", (one, step) => per(one.requests, step / 60)],
+  tokens: ["Output tokens", "tokens/s", (one, step) => per(one.output_tokens, step)],
+  ttft: ["Time to first token (p95)", "ms", (one) => one.ttft_p95_ms],
+  hits: ["Pool hit rate", "%", (one) => share(one.hits, one.misses)],
+};
+
+function Charts({ params, set }) {
+  const { range } = params;
+  const by = params.by === "tenant" ? "tenant" : "model";
+  const metric = METRICS[params.metric] ? params.metric : "requests";
+  const { value, error } = usePoll((signal) => get(`v1/timeseries${query({ range, group_by: by })}`, signal), range === "15m" ? 5000 : 30_000, [range, by]);
   if (!value) return error ? null : html`<p>Loading …</p>`;
   const { fleet, step_s: step } = value;
   const times = Array.from({ length: value.num }, (_, place) => value.start_time + place * step);
-  const [all, ...models] = value.groups;
+  const [all, ...groups] = value.groups;
+  const [title, unit, values] = METRICS[metric];
   const minute = step / 60;
   return html`
     ${value.gateways > 1 ? html`<p class="note">There are ${value.gateways} gateways: calls, errors and times to first token are those of the one that serves this page. Queue, throughput and prefix cache are of the whole fleet.</p>` : null}
@@ -97,8 +109,14 @@ function Charts({ range }) {
       <section class="panel"><${Lines} title="Throughput" unit="tokens/s" times=${times} lines=${[{ label: "all workers", values: per(fleet.output_tokens, step) }]} /></section>
       <section class="panel"><${Lines} title="Time to first token" unit="ms" times=${times} lines=${[{ label: "p50", values: all.ttft_p50_ms }, { label: "p95", values: all.ttft_p95_ms }]} /></section>
       <section class="panel"><${Lines} title="Errors" unit="calls/min" times=${times} lines=${[["rate limited (429)", all.refused], ["client errors (4xx)", all.client_errors], ["server errors (5xx)", all.server_errors]].map(([label, values]) => ({ label, values: per(values, minute) }))} /></section>
-      <section class="panel"><${Lines} title="Requests by model" unit="requests/min" times=${times} lines=${models.filter((one) => one.name).map((one) => ({ label: one.name, values: per(one.requests, minute) }))} /></section>
       <section class="panel"><${Lines} title="Hit rate" unit="%" times=${times} lines=${[{ label: "adapter pool", values: share(all.hits, all.misses) }, { label: "prefix cache", values: share(fleet.cached_tokens, fleet.computed_tokens) }]} /></section>
+      <section class="panel">
+        <${Lines} title=${`${title} by ${by}`} unit=${unit} times=${times} lines=${groups.filter((one) => one.name).map((one) => ({ label: one.name, values: values(one, step) }))} />
+        <div class="row filters">
+          <label><span>Metric</span><select value=${metric} onChange=${(event) => set({ metric: event.target.value })}>${Object.entries(METRICS).map(([name, [words]]) => html`<option value=${name}>${words}</option>`)}</select></label>
+          <label><span>Group by</span><select value=${by} onChange=${(event) => set({ by: event.target.value })}><option value="model">model</option><option value="tenant">tenant</option></select></label>
+        </div>
+      </section>
     </div>`;
 }
 
@@ -107,6 +125,7 @@ function Charts({ range }) {
 export function Overview({ route }) {
   const poll = usePoll(look, EVERY_MS);
   const range = RANGES.some(([name]) => name === route.params.range) ? route.params.range : "15m";
+  const set = (more) => replace(href("overview", "", { ...route.params, ...more }));
   if (!poll.value) return poll.error ? html`<${Stale} poll=${poll} />` : html`<p>Loading …</p>`;
   const { fleet, workers, steps, rate } = poll.value;
   const queue = fleet.queue;
@@ -126,6 +145,6 @@ export function Overview({ route }) {
     ${queue || poll.error ? null : html`<p class="note">No active scheduler: requests stay queued until one starts.</p>`}
     <section class=${`panel ${poll.error ? "stale" : ""}`} aria-label="Queue"><dl class="facts">${facts.map(([name, fact]) => html`<div><dt>${name}</dt><dd>${fact}</dd></div>`)}</dl></section>
     <section class="panel"><h2>Workers</h2><${Workers} workers=${workers} steps=${steps} again=${poll.again} lost=${poll.error?.status === 0} /></section>
-    <div class="row tabs" role="group" aria-label="Range of the charts">${RANGES.map(([name, words]) => html`<button type="button" aria-pressed=${name === range ? "true" : "false"} onClick=${() => replace(href("overview", "", { range: name }))}>${words}</button>`)}</div>
-    <${Charts} range=${range} />`;
+    <div class="row tabs" role="group" aria-label="Range of the charts">${RANGES.map(([name, words]) => html`<button type="button" aria-pressed=${name === range ? "true" : "false"} onClick=${() => set({ range: name })}>${words}</button>`)}</div>
+    <${Charts} params=${{ ...route.params, range }} set=${set} />`;
 }

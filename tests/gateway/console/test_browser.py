@@ -1,13 +1,9 @@
-"""Each page and each action of the console in a real Chromium, on a real fleet of two workers, one of which is killed.
-
-SHOTS=FOLDER keeps pictures of the pages there, as docs/console.md shows them.
-"""
+"""Each page and action of the console in a real Chromium, on a real fleet of two workers, one of which is killed."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shlex
 import signal
@@ -35,7 +31,6 @@ pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(120)
 PAGES = (
     "Overview", "Adapters", "Requests", "Jobs", "Batches", "Dead letters", "Usage", "Tenants and keys", "Playground",
 )  # fmt: skip
-SHOTS = os.environ.get("SHOTS", "")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -65,11 +60,6 @@ async def tab(fleet: ConsoleFleet, browser: Any) -> AsyncIterator[Tab]:
     yield tab
     await tab.page.context.close()
     assert tab.wrong == []
-
-
-async def shot(tab: Tab, name: str) -> None:
-    if SHOTS:
-        await tab.page.screenshot(path=Path(SHOTS) / f"console-{name}.png")
 
 
 def zipped(folder: Path) -> bytes:
@@ -114,7 +104,6 @@ async def test_workers_are_drained_resumed_and_watched_as_one_is_killed(fleet: C
     rid = await fleet.long()
     rate = tab.page.locator(".facts div").filter(has_text="Throughput").get_by_role("definition")
     await rate.filter(has_text=re.compile("^[1-9]")).wait_for()
-    await shot(tab, "overview")
     fleet.processes.kill("two")
     await row.wait_for(state="detached")
     fleet.processes.start("worker", "two")
@@ -146,7 +135,6 @@ async def test_adapters_are_found_and_ordered_about(fleet: ConsoleFleet, tab: Ta
     await dialog.get_by_role("button", name="Preload").click()
     await tab.said("Workers are loading it.")
     await dialog.get_by_role("cell", name="resident").first.wait_for()
-    await shot(tab, "adapter")
     await dialog.get_by_role("button", name="Evict").click()
     await tab.said("Freed")
     await dialog.get_by_role("button", name="Refresh").click()
@@ -178,7 +166,6 @@ async def test_a_folder_and_a_zip_are_uploaded(fleet: ConsoleFleet, tab: Tab, tm
         raw,
     )
     await dialog.get_by_text("1 file,").wait_for()
-    await shot(tab, "upload")
     await dialog.get_by_label("Name", exact=True).fill("mine")
     await dialog.get_by_role("button", name="Upload", exact=True).click()
     await dialog.get_by_role("alert").filter(has_text="use replace").wait_for()
@@ -230,7 +217,6 @@ async def test_a_request_is_followed_and_cancelled(fleet: ConsoleFleet, tab: Tab
         await tab.page.get_by_role("link", name=rid).click()
         dialog = tab.page.get_by_role("dialog").first
         await dialog.get_by_text("queued behind").wait_for()
-        await shot(tab, "request")
         await dialog.get_by_role("button", name="Cancel …").click()
         await tab.page.get_by_role("dialog").last.get_by_role("button", name="Cancel the request").click()
         await tab.said("Cancellation was requested.")
@@ -300,7 +286,6 @@ async def test_a_key_is_made_limited_and_revoked(fleet: ConsoleFleet, tab: Tab) 
     await dialog.get_by_role("button", name="Save").click()
     await tab.page.get_by_role("row").filter(has_text="globex").first.get_by_text("7", exact=True).wait_for()
     assert (await fleet.processes.bus.api_keys.tenant("globex")).requests_per_minute == 7
-    await shot(tab, "keys")
     row = tab.page.get_by_role("row").filter(has_text="from the console")
     await row.get_by_role("button").click()
     await tab.page.get_by_role("dialog").get_by_role("button", name="Revoke").click()
@@ -325,7 +310,6 @@ async def test_prompts_are_answered_side_by_side_and_by_the_same_call(fleet: Con
         await answer.get_by_text("tokens/s").wait_for()
         told[name] = (await answer.locator(".turn.assistant").inner_text()).strip()
     assert told["alpha"] != told["beta"]
-    await shot(tab, "playground")
     words = shlex.split((await tab.page.locator("pre").inner_text()).replace("\\\n", " "))
     wanted = json.loads(words[words.index("-d") + 1])
     again = (await fleet.http.post(words[1], json=wanted)).json()
@@ -368,10 +352,6 @@ async def test_axe_finds_nothing_on_any_page(fleet: ConsoleFleet, browser: Any, 
         await tab.go(title)
         await tab.page.get_by_text("Loading …").first.wait_for(state="detached")
         await hold(title)
-        if size == "phone":
-            await shot(tab, f"phone-{scheme}-{title.split()[0].lower()}")
-        elif scheme == "dark" and title == "Overview":
-            await shot(tab, "overview-dark")
     await tab.go("Adapters")
     await tab.page.get_by_role("link", name="broken").click()
     await tab.page.get_by_role("dialog").get_by_text("By worker").wait_for()

@@ -12,6 +12,7 @@ from helpers.script_queue import make_body, make_submit
 from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet
 from helpers.waiting import wait_until
 
+from gateway.calls import observe
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire import messages as m
 
@@ -83,7 +84,9 @@ async def test_foreign_text_is_text_wherever_it_is_shown(bus: Bus, fleet: Script
         assert await tab.page.locator("img, main script, dialog script").count() == 0
         assert not await tab.page.evaluate("() => window.hurt")
 
+    observe.SERIES.count(MARKUP, MARKUP, "requests")
     await tab.enter()
+    await tab.page.get_by_role("img", name="onerror").wait_for()  # a chart with that name in its legend
     await shown()
     await tab.go("Adapters")
     await shown()

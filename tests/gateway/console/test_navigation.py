@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from helpers.browser import PHONE, REASON, Tab, running_browser
+from helpers.browser import PHONE, REASON, WIDE, Tab, axe, running_browser
 from helpers.script_queue import make_body, make_submit
 from helpers.scripted_fleet import RunningGateway, ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
@@ -89,6 +89,28 @@ async def test_all_times_are_written_in_one_way(
         assert re.findall(r"\d+/\d+/\d+|\d ?[ap]m\b|\bago\b", main) == [], title
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_axe_finds_nothing_in_what_is_opened(
+    bus: Bus, fleet: ScriptedFleet, gateway: RunningGateway, http: httpx2.AsyncClient, scheme: str
+) -> None:
+    script = axe()
+    addresses = [*(await populate(bus, fleet, http)).values(), "nope", "requests?span=custom", "requests/none"]
+    wrong: dict[str, list[str]] = {}
+    async with running_browser() as browser:
+        for viewport in (WIDE, PHONE):
+            tab = Tab(await browser.new_page(viewport=viewport, color_scheme=scheme), gateway.url)
+            await tab.enter()
+            await tab.page.evaluate(script)
+            for address in addresses:
+                await tab.page.goto(f"{tab.url}/console/#/{address}")
+                await tab.page.locator("dialog dl, dialog p, main > p, main input").last.wait_for()
+                if found := await tab.violations():
+                    wrong[f"{address} {viewport['width']}"] = found
+            assert tab.wrong == []
+    assert wrong == {}
+
+
 async def test_an_unknown_address_is_said_to_be_none(fleet: ScriptedFleet, tab: Tab) -> None:
     await tab.enter()
     await tab.page.goto(f"{tab.url}/console/#/nope")
@@ -143,10 +165,14 @@ async def test_charts_have_units_and_what_was_before_a_reload(fleet: ScriptedFle
         await tab.page.get_by_role("img", name=re.compile(r"^Hit rate, .*adapter pool \S+ %")).wait_for()
         assert await tab.page.locator(".plot canvas").count() == 6
         await tab.page.reload()
+    observe.SERIES.count("acme", "sql", "output_tokens", 900)
+    await tab.page.get_by_label("Group by").select_option("tenant")
+    await tab.page.get_by_label("Metric").select_option("tokens")
+    await tab.page.get_by_role("img", name=re.compile(r"^Output tokens by tenant, .*public")).wait_for()
     async with tab.page.expect_response(re.compile(r"timeseries\?range=24h")) as asked:
         await tab.page.get_by_role("button", name="24 hours").click()
     assert (await (await asked.value).json())["step_s"] == 300
-    assert tab.page.url.endswith("#/overview?range=24h")
+    assert tab.page.url.endswith("#/overview?by=tenant&metric=tokens&range=24h")
 
 
 async def test_the_theme_is_kept_and_refresh_is_paused(fleet: ScriptedFleet, tab: Tab) -> None:
