@@ -82,6 +82,8 @@ async def chat(page: Any) -> None:
     """Ask three adapters one question."""
     await page.goto(page.url.partition("#")[0] + "#/playground?model=pirate,haiku,json&prompt=Who+are+you%3F")
     await page.get_by_role("button", name="Remove json").wait_for()
+    if not await page.get_by_label("Max tokens").is_visible():  # as on phones
+        await page.get_by_text("Parameters", exact=True).click()
     await page.get_by_label("Max tokens").fill("60")
     await page.get_by_label("Temperature").fill("0")
     await page.get_by_role("button", name="Send", exact=True).click()
@@ -101,7 +103,7 @@ async def take(browser: Any, url: str, key: str, folder: Path, size: str, scheme
         await page.screenshot(path=folder / f"console-{name}-{size}-{scheme}.png", full_page=whole)
 
     await page.locator(".plot canvas").nth(5).wait_for()
-    await page.get_by_text(" tokens/s").first.wait_for()
+    await page.locator(".facts").get_by_text("tokens/s").wait_for()
     await shot("overview", whole=size == "wide")
     await tab.go("Requests")
     await page.locator("tbody a.code").first.wait_for()

@@ -93,8 +93,11 @@ export function upload(path, form, { signal, progress }) {
   });
 }
 
-// Encodes a name for a path; slashes in adapter names stay.
-export const part = (text) => text.split("/").map(encodeURIComponent).join("/");
+// Encodes a name for a path. Slashes in adapter names stay, unless the path would then lead elsewhere.
+export function part(text) {
+  const names = text.split("/");
+  return names.some((name) => name === "." || name === "..") ? encodeURIComponent(text) : names.map(encodeURIComponent).join("/");
+}
 
 export function query(values) {
   const given = Object.entries(values).filter(([, value]) => value !== "" && value !== undefined && value !== null);

@@ -7,6 +7,8 @@ const HEIGHT = 180;
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const width = (box) => Math.max(200, box.clientWidth);
 
+const utcDay = (seconds) => new Date(1000 * seconds).toISOString().slice(0, 10);
+
 // 12345 -> 12.3k
 export function short(value) {
   if (value === null || value === undefined) return "–";
@@ -23,7 +25,7 @@ function stacked(lines) {
   return lines.map((line) => line.values.map((value, place) => (sums[place] += value ?? 0)));
 }
 
-// times: unix seconds; lines: [{ label, values }], null where there is no sample; bars: stacked, a bar for each time.
+// times: unix seconds; lines: [{ label, values }], null where there is no sample; bars: stacked, one for each day of UTC.
 export function Lines({ title, times, lines, unit = "", bars = false }) {
   const ref = useRef(null);
   const plot = useRef(null);
@@ -45,9 +47,9 @@ export function Lines({ title, times, lines, unit = "", bars = false }) {
       const span = (ticks) => ticks.at(-1) - ticks[0] > 2 * 86_400;
       plot.current = new uPlot(
         {
-          width: width(box), height: HEIGHT, cursor: { y: false },
+          width: width(box), height: HEIGHT, cursor: { y: false }, tzDate: bars ? (s) => uPlot.tzDate(new Date(1000 * s), "Etc/UTC") : undefined,
           series: [
-            { label: "Time", value: (_, value) => (value === null || value === undefined ? "now" : clock(1000 * value)) },
+            { label: bars ? "Day" : "Time", value: (_, value) => (value === null || value === undefined ? "latest" : bars ? utcDay(value) : clock(1000 * value)) },
             ...places.map((place) => {
               const ink = colour(`--plot-${(place % 8) + 1}`);
               return {
@@ -58,7 +60,7 @@ export function Lines({ title, times, lines, unit = "", bars = false }) {
             }),
           ],
           axes: [
-            { ...axis, values: (_, ticks) => ticks.map((tick) => (bars || span(ticks) ? date(1000 * tick) : hour(1000 * tick))), incrs: bars ? [86_400, 7 * 86_400] : undefined },
+            { ...axis, values: (_, ticks) => ticks.map((tick) => (bars ? utcDay(tick).slice(5) : span(ticks) ? date(1000 * tick) : hour(1000 * tick))), incrs: bars ? [86_400, 7 * 86_400] : undefined },
             { ...axis, size: 64, values: (_, ticks) => ticks.map(short) },
           ],
           scales: { y: { range: (_, low, high) => [0, Math.max(unit === "%" ? 100 : 1, high || 0) * (unit === "%" ? 1 : 1.1)] }, x: bars ? { range: (_, low, high) => [low - 43_200, high + 43_200] } : {} },

@@ -14,7 +14,7 @@ from helpers.scripted_fleet import RunningGateway
 async def tab(gateway: RunningGateway) -> AsyncIterator[Tab]:
     pytest.importorskip("playwright.async_api", reason=REASON)
     async with running_browser() as browser:
-        context = await browser.new_context(viewport=WIDE)
+        context = await browser.new_context(viewport=WIDE, timezone_id="America/New_York")
         await context.grant_permissions(["clipboard-read", "clipboard-write"], origin=gateway.url)
         tab = Tab(await context.new_page(), gateway.url)
         tab.page.set_default_timeout(15_000)  # less than a test may take, so that it says what it waits for

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
@@ -17,7 +18,7 @@ from helpers.browser import REASON, Tab
 from helpers.script_queue import make_body, make_submit
 from helpers.scripted_fleet import Script, ScriptedFleet
 
-from protocol.queue.bus import Bus
+from protocol.queue.bus import Bus, now_ms
 from protocol.wire.errors import WorkerLost
 
 pytest.importorskip("playwright.async_api", reason=REASON)
@@ -151,6 +152,10 @@ async def test_usage_is_a_chart_and_a_file(bus: Bus, fleet: ScriptedFleet, http:
     await chart.wait_for()
     label = await chart.get_attribute("aria-label")
     assert label.startswith("Requests per day (UTC), latest values: sql 2, ")
+    box = await tab.page.locator(".u-over").bounding_box()
+    await tab.page.mouse.move(box["x"] + box["width"] * 6.5 / 7, box["y"] + 9)  # over the last of seven days
+    day = time.strftime("%Y-%m-%d", time.gmtime(now_ms() / 1000))  # of UTC, wherever the browser is
+    await tab.page.locator(".u-legend").get_by_text(day).wait_for()
     async with tab.page.expect_download() as saved:
         await tab.page.get_by_role("button", name="Export CSV").click()
     download = await saved.value

@@ -127,12 +127,12 @@ async def test_chats_are_kept_while_other_pages_are_shown_and_after_a_reload(fle
     address = tab.page.url
     assert "#/playground/" in address
     await tab.page.reload()
-    await tab.page.get_by_text("one two three four").wait_for()
+    await tab.page.locator(".turn.assistant", has_text="one two three four").wait_for()
     assert await tab.page.get_by_label("Prompt", exact=True).input_value() == "a draft"
     await tab.page.get_by_role("button", name="New chat").click()
-    await tab.page.get_by_text("one two three four").wait_for(state="detached")
+    await tab.page.locator(".turn.assistant", has_text="one two three four").wait_for(state="detached")
     await tab.page.get_by_role("combobox", name="Chat").first.select_option(address.rpartition("/")[2])
-    await tab.page.get_by_text("one two three four").wait_for()
+    await tab.page.locator(".turn.assistant", has_text="one two three four").wait_for()
     await tab.page.get_by_role("button", name="Delete chat").click()
     await tab.said("The chat was deleted.")
     await tab.page.goto(address)
