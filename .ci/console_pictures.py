@@ -32,6 +32,15 @@ MODELS = ("pirate", "haiku", "json", "base")
 TENANTS = ("acme", "globex", "initech")
 
 
+PICTURES = {
+    ("wide", "light"): {"overview", "requests", "request", "adapter", "batches", "usage", "keys", "playground"},
+    ("wide", "dark"): {"overview", "playground"},
+    ("phone", "light"): {"overview", "playground"},
+    ("phone", "dark"): {"overview", "requests"},
+}
+"""Size and colour scheme -> what is taken."""
+
+
 class Load:
     """Clients of three tenants, more and fewer of them in turn."""
 
@@ -91,14 +100,18 @@ async def chat(page: Any) -> None:
     await page.get_by_role("button", name="Send", exact=True).wait_for(timeout=60_000)
 
 
-async def take(browser: Any, url: str, key: str, folder: Path, size: str, scheme: str) -> None:
+async def take(browser: Any, url: str, key: str, folder: Path, look: tuple[str, str]) -> None:
     """Take the pictures of a size and a colour scheme."""
+    size, scheme = look
+    wanted = PICTURES[look]
     context = await browser.new_context(viewport=WIDE if size == "wide" else PHONE, color_scheme=scheme)
     tab = Tab(await context.new_page(), url)
     page = tab.page
     await tab.enter(key)
 
     async def shot(name: str, *, whole: bool = False) -> None:
+        if name not in wanted:
+            return
         await page.locator("text=Loading …").first.wait_for(state="detached")
         await page.screenshot(path=folder / f"console-{name}-{size}-{scheme}.png", full_page=whole)
 
@@ -133,9 +146,8 @@ async def main(url: str, folder: Path, key: str) -> None:
         load = asyncio.create_task(Load(url, await prepare(http)).run())
         await asyncio.sleep(BUSY_S)
         async with running_browser() as browser:
-            for scheme in ("light", "dark"):
-                for size in ("wide", "phone"):
-                    await take(browser, url, key, folder, size, scheme)
+            for look in PICTURES:
+                await take(browser, url, key, folder, look)
         load.cancel()
 
 

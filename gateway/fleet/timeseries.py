@@ -30,7 +30,10 @@ MAX_OPEN_ROWS = 256
 """The same of the bucket of now, of which it is not known yet which will be the busiest."""
 
 MAX_NAME = 100
-"""Characters of a name that are kept. All names and counts take 12 MB at most (tests/gateway/fleet)."""
+"""Characters of a name that are kept."""
+
+MAX_BYTES = 12 << 20
+"""What all names and counts take at most, as tests/gateway/fleet measures."""
 
 FIELDS = (
     "requests", "prompt_tokens", "output_tokens", "refused", "client_errors", "server_errors", "hits", "misses",

@@ -75,7 +75,7 @@ function Filters({ given, change }) {
     ${given.span === "custom" ? html`${field("from", "From", { type: "datetime-local", step: 1 })}${field("to", "To", { type: "datetime-local", step: 1 })}` : null}
     ${field("model", "Model or adapter", { spellcheck: false })}
     ${field("tenant", "Tenant", { spellcheck: false, maxlength: 64 })}
-    ${field("q", "Search ID, worker or error", { type: "search", spellcheck: false, maxlength: 100 })}
+    ${field("q", "Search (ID, worker, error)", { type: "search", spellcheck: false, maxlength: 100 })}
   </form>`;
 }
 

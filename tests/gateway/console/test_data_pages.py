@@ -47,7 +47,7 @@ async def test_filters_narrow_the_list_and_are_in_the_address(bus: Bus, fleet: S
     await tab.page.get_by_text("3 requests", exact=True).wait_for()
     for label, value, shown in (
         ("Tenant", "acme", {"r0", "r1"}),
-        ("Search ID, worker or error", "R1", {"r1"}),
+        ("Search (ID, worker, error)", "R1", {"r1"}),
     ):
         await tab.page.get_by_label(label).fill(value)
         await tab.page.keyboard.press("Enter")

@@ -13,6 +13,7 @@ from helpers.waiting import wait_until
 
 from gateway.fleet.timeseries import (
     BOUNDS_MS,
+    MAX_BYTES,
     MAX_GROUPS,
     MAX_NAME,
     MAX_OPEN_ROWS,
@@ -151,7 +152,7 @@ async def test_names_that_strangers_choose_fill_twelve_megabytes_at_most() -> No
         added = tracemalloc.get_traced_memory()[0] - num_bytes
     finally:
         tracemalloc.stop()
-    assert 5_000_000 < num_bytes + 2 * added < 12_000_000  # of the other tiers, open buckets may be as full
+    assert 5_000_000 < num_bytes + 2 * added < MAX_BYTES  # of the other tiers, open buckets may be as full
     answer = await series.read(900, None, "tenant")
     assert all(len(group["name"] or "") <= MAX_NAME for group in answer["groups"])
 
