@@ -16,8 +16,8 @@ from gateway.http.access import INFER, Routes
 from gateway.http.paths import TIMESERIES
 from gateway.overload import reads
 
-READ_COST = 20
-"""What an answer costs beside its bytes, in reads: it takes some 20 ms of the event loop, in turns of less than one."""
+READ_COST = 100
+"""What an answer costs beside its bytes, in reads: it takes some 30 ms of the event loop, in turns of less than one."""
 
 
 class TimeSeriesEndpoints:
