@@ -154,8 +154,10 @@ class TimeSeries:
     async def read(self, range_s: int, tenant: str | None, group: Group | None) -> dict[str, Any]:
         """Return a range up to now as JSON: the sums, then the busiest groups, each a list with a value per bucket.
 
-        range_s: one of `RANGES_S`. tenant: whose calls, None: everybody's, and the fleet's numbers. None in a list: the
-        gateway did not run then, or nothing was measured. It takes some 30 ms, in turns of less than one.
+        The last bucket is that of now, of which `elapsed_s` have passed. None in a list: the gateway did not run then,
+        or nothing was measured. It takes some 30 ms, in turns of less than one.
+
+        range_s: one of `RANGES_S`. tenant: whose calls, None: everybody's, and the fleet's numbers.
         """
         self._now()
         tier = next(number for number, (step, num) in enumerate(TIERS) if step * num >= range_s)
@@ -184,6 +186,7 @@ class TimeSeries:
             groups.append(await _columns(OTHER, group, rest))
         return {
             "object": "timeseries", "start_time": first_s, "step_s": step, "num": len(times),
+            "elapsed_s": min(step, max(1, int(self._now_s()) - newest.start_s)),
             "fleet": fleet, "groups": groups,
         }  # fmt: skip
 

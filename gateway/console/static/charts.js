@@ -19,6 +19,8 @@ export function short(value) {
 
 const said = (value, unit) => (value === null || value === undefined ? "–" : `${short(value)}${unit ? ` ${unit}` : ""}`);
 
+const newest = (values) => values.findLast((value) => value !== null && value !== undefined);
+
 // Values on top of one another: each line's values with those of all lines before.
 function stacked(lines) {
   const sums = (lines[0]?.values ?? []).map(() => 0);
@@ -55,7 +57,7 @@ export function Lines({ title, times, lines, unit = "", bars = false }) {
               return {
                 label: drawn[place].label, stroke: ink, width: bars ? 0 : 2, fill: bars ? ink : undefined, points: { show: few && !bars },
                 paths: bars ? uPlot.paths.bars({ size: [0.7, 60] }) : undefined,
-                value: (_, __, ___, at) => said(latest.current.lines[place]?.values[at ?? latest.current.data[0].length - 1], unit),
+                value: (_, __, ___, at) => said(at === undefined || at === null ? newest(latest.current.lines[place]?.values ?? []) : latest.current.lines[place]?.values[at], unit),
               };
             }),
           ],
@@ -80,7 +82,7 @@ export function Lines({ title, times, lines, unit = "", bars = false }) {
     };
   }, [shown, labels, unit, bars, few]);
   useEffect(() => plot.current?.setData(data));
-  const last = lines.map((line) => `${line.label} ${said(line.values.findLast((value) => value !== null && value !== undefined), unit)}`);
+  const last = lines.map((line) => `${line.label} ${said(newest(line.values), unit)}`);
   return html`<div>
     <h2>${title}${unit ? html` <span class="soft">(${unit})</span>` : ""}</h2>
     ${shown

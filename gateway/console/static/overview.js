@@ -81,12 +81,20 @@ function Workers({ workers, steps, again, lost }) {
 // ------------------------------------------------------------ charts
 
 const share = (part, rest) => part.map((value, place) => (value === null || !(value + rest[place]) ? null : (100 * value) / (value + rest[place])));
-const per = (values, s) => values.map((value) => (value === null ? null : value / s));
+// Values per so many seconds, of periods of which the last may be shorter.
+const per = (values, s, { step_s, elapsed_s }) => values.map((value, place) => (value === null ? null : (value * s) / (place < values.length - 1 ? step_s : elapsed_s)));
+
+// An answer without the period of now, where the next one soon has it.
+function complete(answer) {
+  if (answer.step_s > 10) return answer;
+  const cut = (columns) => Object.fromEntries(Object.entries(columns).map(([name, one]) => [name, Array.isArray(one) ? one.slice(0, -1) : one]));
+  return { ...answer, num: answer.num - 1, elapsed_s: answer.step_s, fleet: cut(answer.fleet), groups: answer.groups.map(cut) };
+}
 
 // What the chart of models or tenants shows: its title, its unit, and the values of a group.
 const METRICS = {
-  requests: ["Requests", "requests/min", (one, step) => per(one.requests, step / 60)],
-  tokens: ["Output tokens", "tokens/s", (one, step) => per(one.output_tokens, step)],
+  requests: ["Requests", "requests/min", (one, answer) => per(one.requests, 60, answer)],
+  tokens: ["Output tokens", "tokens/s", (one, answer) => per(one.output_tokens, 1, answer)],
   ttft: ["Time to first token (p95)", "ms", (one) => one.ttft_p95_ms],
   hits: ["Pool hit rate", "%", (one) => share(one.hits, one.misses)],
 };
@@ -95,23 +103,22 @@ function Charts({ params, set }) {
   const { range } = params;
   const by = params.by === "tenant" ? "tenant" : "model";
   const metric = METRICS[params.metric] ? params.metric : "requests";
-  const { value, error } = usePoll((signal) => get(`v1/timeseries${query({ range, group_by: by })}`, signal), range === "15m" ? 5000 : 30_000, [range, by]);
+  const { value, error } = usePoll(async (signal) => complete(await get(`v1/timeseries${query({ range, group_by: by })}`, signal)), range === "15m" ? 5000 : 30_000, [range, by]);
   if (!value) return error ? null : html`<p>Loading …</p>`;
   const { fleet, step_s: step } = value;
   const times = Array.from({ length: value.num }, (_, place) => value.start_time + place * step);
   const [all, ...groups] = value.groups;
   const [title, unit, values] = METRICS[metric];
-  const minute = step / 60;
   return html`
     ${value.gateways > 1 ? html`<p class="note">There are ${value.gateways} gateways: calls, errors and times to first token are those of the one that serves this page. Queue, throughput and prefix cache are of the whole fleet.</p>` : null}
     <div class="grid charts">
       <section class="panel"><${Lines} title="Queue" unit="requests" times=${times} lines=${[{ label: "running", values: fleet.running }, { label: "queued", values: fleet.queued }]} /></section>
-      <section class="panel"><${Lines} title="Throughput" unit="tokens/s" times=${times} lines=${[{ label: "all workers", values: per(fleet.output_tokens, step) }]} /></section>
+      <section class="panel"><${Lines} title="Throughput" unit="tokens/s" times=${times} lines=${[{ label: "all workers", values: per(fleet.output_tokens, 1, value) }]} /></section>
       <section class="panel"><${Lines} title="Time to first token" unit="ms" times=${times} lines=${[{ label: "p50", values: all.ttft_p50_ms }, { label: "p95", values: all.ttft_p95_ms }]} /></section>
-      <section class="panel"><${Lines} title="Errors" unit="calls/min" times=${times} lines=${[["rate limited (429)", all.refused], ["client errors (4xx)", all.client_errors], ["server errors (5xx)", all.server_errors]].map(([label, values]) => ({ label, values: per(values, minute) }))} /></section>
+      <section class="panel"><${Lines} title="Errors" unit="calls/min" times=${times} lines=${[["rate limited (429)", all.refused], ["client errors (4xx)", all.client_errors], ["server errors (5xx)", all.server_errors]].map(([label, values]) => ({ label, values: per(values, 60, value) }))} /></section>
       <section class="panel"><${Lines} title="Hit rate" unit="%" times=${times} lines=${[{ label: "adapter pool", values: share(all.hits, all.misses) }, { label: "prefix cache", values: share(fleet.cached_tokens, fleet.computed_tokens) }]} /></section>
       <section class="panel">
-        <${Lines} title=${`${title} by ${by}`} unit=${unit} times=${times} lines=${groups.filter((one) => one.name).map((one) => ({ label: one.name, values: values(one, step) }))} />
+        <${Lines} title=${`${title} by ${by}`} unit=${unit} times=${times} lines=${groups.filter((one) => one.name).map((one) => ({ label: one.name, values: values(one, value) }))} />
         <div class="row filters">
           <label><span>Metric</span><select value=${metric} onChange=${(event) => set({ metric: event.target.value })}>${Object.entries(METRICS).map(([name, [words]]) => html`<option value=${name}>${words}</option>`)}</select></label>
           <label><span>Group by</span><select value=${by} onChange=${(event) => set({ by: event.target.value })}><option value="model">model</option><option value="tenant">tenant</option></select></label>

@@ -170,6 +170,7 @@ async def test_charts_have_units_and_what_was_before_a_reload(fleet: ScriptedFle
     observe.SERIES.count("public", "sql", "hits", 3)
     observe.SERIES.count("public", "", "refused", 2)
     await tab.enter()
+    await tab.page.get_by_role("button", name="24 hours").click()
     for _ in range(2):
         await tab.page.get_by_role("img", name=re.compile(r"^Queue, .*queued \d+ requests")).wait_for()
         await tab.page.get_by_role("img", name=re.compile(r"^Time to first token, .*p95 \S+ ms")).wait_for()
@@ -183,10 +184,12 @@ async def test_charts_have_units_and_what_was_before_a_reload(fleet: ScriptedFle
     await tab.page.get_by_label("Group by").select_option("tenant")
     await tab.page.get_by_label("Metric").select_option("tokens")
     await tab.page.get_by_role("img", name=re.compile(r"^Output tokens by tenant, .*public")).wait_for()
-    async with tab.page.expect_response(re.compile(r"timeseries\?range=24h")) as asked:
-        await tab.page.get_by_role("button", name="24 hours").click()
-    assert (await (await asked.value).json())["step_s"] == 300
-    assert tab.page.url.endswith("#/overview?by=tenant&metric=tokens&range=24h")
+    async with tab.page.expect_response(re.compile(r"timeseries\?range=7d")) as asked:
+        await tab.page.get_by_role("button", name="7 days").click()
+    assert (await (await asked.value).json())["step_s"] == 1800
+    assert tab.page.url.endswith("#/overview?range=7d&by=tenant&metric=tokens")
+    await tab.page.get_by_role("button", name="15 min").click()  # ends with the last whole period of 10 s
+    await tab.page.get_by_role("img", name=re.compile(r"^Queue, .*queued \d+ requests")).wait_for()
 
 
 async def test_the_theme_is_kept_and_refresh_is_paused(fleet: ScriptedFleet, tab: Tab) -> None:

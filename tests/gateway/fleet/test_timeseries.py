@@ -58,6 +58,7 @@ async def test_a_range_has_what_happened_in_it_and_nothing_older(span: str) -> N
             series.count("acme", "sql", "requests")
     answer = await series.read(range_s, None, None)
     assert answer["step_s"] == step
+    assert answer["elapsed_s"] == max(1, step * (per_step - 1) // per_step)
     assert answer["num"] == range_s // step == len(answer["groups"][0]["requests"])
     assert answer["start_time"] == START_S + num_steps * step - range_s
     assert answer["groups"][0]["requests"] == [per_step] * answer["num"]
