@@ -104,6 +104,7 @@ async def take(browser: Any, url: str, key: str, folder: Path, look: tuple[str, 
     """Take the pictures of a size and a colour scheme."""
     size, scheme = look
     wanted = PICTURES[look]
+    end = ("-phone" if size == "phone" else "") + ("-dark" if scheme == "dark" else "")
     context = await browser.new_context(viewport=WIDE if size == "wide" else PHONE, color_scheme=scheme)
     tab = Tab(await context.new_page(), url)
     page = tab.page
@@ -113,7 +114,7 @@ async def take(browser: Any, url: str, key: str, folder: Path, look: tuple[str, 
         if name not in wanted:
             return
         await page.locator("text=Loading …").first.wait_for(state="detached")
-        await page.screenshot(path=folder / f"console-{name}-{size}-{scheme}.png", full_page=whole)
+        await page.screenshot(path=folder / f"console-{name}{end}.png", full_page=whole)
 
     await page.locator(".plot canvas").nth(5).wait_for()
     await page.locator(".facts").get_by_text("tokens/s").wait_for()
