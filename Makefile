@@ -26,7 +26,7 @@ TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --i
 CONSOLE = .venv-console
 PURELIB = 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: docs test-console wheel test-wheel chart demo up test test-all test-gpu bench-gpu test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour forms api-check docker-smoke lock-images audit sbom licences pin-images clean help
+.PHONY: docs test-console console-pictures wheel test-wheel chart demo up test test-all test-gpu bench-gpu test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour forms api-check docker-smoke lock-images audit sbom licences pin-images clean help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,8 +52,11 @@ coverage: $(VENV)/.stamp-dev  ## run every test and show the lines that none of 
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/coverage run -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder --timeout=120 $(ARGS); status=$$?; \
 	$(BIN)/coverage combine --quiet && $(BIN)/coverage report && $(BIN)/python .ci/coverage_table.py && exit $$status
 
-test-console: $(CONSOLE)/.stamp  ## the console in a real Chromium (Debian's chromium), about four minutes: make test-console SHOTS=docs/images
-	OMP_NUM_THREADS=1 SHOTS=$(SHOTS) $(CONSOLE)/bin/python -m pytest -n 0 tests/gateway/console $(ARGS)
+test-console: $(CONSOLE)/.stamp  ## the console in a real Chromium (Debian's chromium), about four minutes: make test-console ARGS="-k name"
+	OMP_NUM_THREADS=1 $(CONSOLE)/bin/python -m pytest -n 0 tests/gateway/console $(ARGS)
+
+console-pictures: $(CONSOLE)/.stamp  ## pictures of the console, of a running fleet: KEY=… make console-pictures URL=http://127.0.0.1:8000 SHOTS=docs/images
+	$(CONSOLE)/bin/python .ci/console_pictures.py $(URL) $(SHOTS)
 
 $(CONSOLE)/.stamp: $(VENV)/.stamp-dev tests/gateway/console/requirements.txt .ci/console_assets.py
 	python3 -m venv $(CONSOLE)

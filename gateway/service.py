@@ -30,6 +30,7 @@ from gateway.batches.batches import BatchService
 from gateway.batches.run import BatchMeans, BatchPace
 from gateway.batches.runner import BatchRunner
 from gateway.books.audit_routes import AuditEndpoints
+from gateway.books.timeseries_routes import TimeSeriesEndpoints
 from gateway.books.usage_routes import UsageEndpoints
 from gateway.calls import observe
 from gateway.calls.pipeline import Pipeline
@@ -40,6 +41,7 @@ from gateway.encoders.encoder_routes import EncoderEndpoints
 from gateway.files.file_routes import FileEndpoints
 from gateway.files.files import SWEEP_S, FileService
 from gateway.files.place import open_storage
+from gateway.fleet.sampler import SAMPLE_S, Sampler
 from gateway.fleet.view import REFRESH_S, FleetView
 from gateway.grammars.check import GrammarCheck
 from gateway.http.paths import RESPONSES
@@ -124,6 +126,7 @@ async def _serve(
         await bus.check()
         replies = Replies(bus, gid, beats)
         fleet = FleetView(beats, settings.beat_timeout_s, waits=settings.wait_for_worker_s > 0)
+        sampler = Sampler(beats, fleet, observe.SERIES)
         heartbeat = Heartbeat(settings.queue_url(), replies.gid, timings.pace)
         admission = Admission(settings, lambda: fleet.status, lambda: heartbeat.lag_s, timings.overload)
         memory = MemoryAccount(settings.gateway_memory)
@@ -175,7 +178,7 @@ async def _serve(
             ConversationEndpoints(conversations),
             WebhookRoutes(WebhookService(bus, outside, sender, secret)),
             requests, FleetEndpoints(bus, settings), UsageEndpoints(bus.usage),
-            AuditEndpoints(bus.audit), ConsolePages(), DocsPages(),
+            AuditEndpoints(bus.audit), TimeSeriesEndpoints(observe.SERIES, sampler), ConsolePages(), DocsPages(),
         )  # fmt: skip
         app, inner = build_app(handlers, settings, admission, memory, keys, secret)
         means = BatchMeans(bus, replies.gid, uploads, storage, settings, inner, timings.batches)
@@ -185,7 +188,7 @@ async def _serve(
             await replies.open()
             parts = _Parts(
                 app, answers, replies, fleet, aliases, heartbeat, uploads, runner, sender, conversations,
-                requests.refusals,
+                requests.refusals, sampler,
             )  # fmt: skip
             async with heartbeat.beating(beats, address):
                 logger.info("listening on %s", address)
@@ -214,6 +217,7 @@ class _Parts:
     webhooks: WebhookSender
     conversations: Conversations
     refusals: Refusals
+    sampler: Sampler
 
     def loops(self) -> list[Loop]:
         """Return what runs until the end, beside `batches.loop`, which ends before."""
@@ -221,6 +225,7 @@ class _Parts:
             Loop("replies", self.replies.read, 0.0, backoff=BRISK),  # each waits for entries itself
             Loop("out stream", self.replies.keep, KEEP_S, backoff=BRISK),
             Loop("fleet view", self.fleet.refresh, REFRESH_S, backoff=BRISK),
+            Loop("time series", self.sampler.sample, SAMPLE_S, backoff=BRISK),
             Loop("adapter events", self.aliases.listen, 0.0, backoff=BRISK),
             # Its thread is what others take this gateway for alive by: without it all calls are cancelled.
             Loop("event loop", self.heartbeat.tick, ends=(HeartbeatDied,)),

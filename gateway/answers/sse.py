@@ -76,7 +76,7 @@ class GenerationResponse(Response):
                 raise
             error = error_of(failure)
         if self.started:
-            observe.cut_off()
+            observe.cut_off(self.generation.call.parsed.caller.owner)
             # Without [DONE], so that no client takes this for a normal end.
             await send({"type": "http.response.body", "body": self.failed(error), "more_body": False})
         else:

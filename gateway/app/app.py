@@ -34,6 +34,7 @@ from gateway.bodies.fields import REQUEST_ID
 from gateway.bodies.json_bodies import JsonRoute
 from gateway.bodies.parameter_check import IGNORED_HEADER
 from gateway.books.audit_routes import AuditEndpoints, add_audit_routes
+from gateway.books.timeseries_routes import TimeSeriesEndpoints, add_timeseries_routes
 from gateway.books.usage_routes import UsageEndpoints, add_usage_routes
 from gateway.calls import lorax_metrics, observe
 from gateway.calls.trace import TRACE_OF, CallTrace
@@ -104,6 +105,7 @@ class Handlers:
     fleet: FleetEndpoints
     usage: UsageEndpoints
     audit: AuditEndpoints
+    timeseries: TimeSeriesEndpoints
     console: ConsolePages
     docs: DocsPages
 
@@ -134,6 +136,7 @@ def routed(handlers: Handlers) -> FastAPI:
     add_console(app, handlers.console)
     add_console(app, handlers.docs)
     add_audit_routes(app, handlers.audit)
+    add_timeseries_routes(app, handlers.timeseries)
     page, turn = b"", asyncio.Lock()
 
     async def api_page() -> Response:
@@ -301,6 +304,7 @@ class Envelope:
             reason = error.reason if isinstance(error, Overloaded) else "gateway"
             observe.refused(scope[CALLER].owner if CALLER in scope else "", reason)
         if match.kind == "call":
+            observe.answered(scope[CALLER].owner if CALLER in scope else "", status)
             if error is not None and not outcome.is_queued and CALLER in scope and self._refusals is not None:
                 self._refusals.note(scope[CALLER].owner, request_id, match.path, status, outcome)
             lorax_metrics.answered(status, time.monotonic() - started_s)

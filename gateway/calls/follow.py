@@ -132,7 +132,7 @@ class Generation:
         if pieces and not self._has_token:
             self._has_token = True
             first = self.choices[next(iter(pieces.values())).index]
-            observe.first_token(first.prompt.target, time.monotonic() - self._started_s, self._trace_id)
+            observe.first_token(self._tenant, first.prompt.target, time.monotonic() - self._started_s, self._trace_id)
             if self._trace is not None:
                 self._first_ns = time.time_ns()
         return list(pieces.values())

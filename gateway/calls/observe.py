@@ -1,4 +1,4 @@
-"""Metrics of calls, under our names and LoRAX's.
+"""Metrics of calls, under our names and LoRAX's, and the same numbers over time for charts.
 
 Who answers and who asks are labels too, as long as they are among the most used: see `protocol.metrics.names`.
 """
@@ -14,10 +14,14 @@ from prometheus_client import Counter, Histogram
 from gateway.adapters.resolver import Target
 from gateway.calls import lorax_metrics
 from gateway.calls.tokenize import Prompt
+from gateway.fleet.timeseries import TimeSeries
 from peft_adapters.recipe import is_merge
 from protocol.metrics import series
 from protocol.metrics.names import OTHER, TopNames
 from protocol.wire import messages as m
+
+SERIES = TimeSeries()
+"""What `GET /v1/timeseries` shows: of this process, as the metrics."""
 
 MERGES = "merged"
 """Name of all adapters that calls have merged of others."""
@@ -84,12 +88,23 @@ def accepted(tenant: str, prompts: Sequence[Prompt]) -> None:
         _named(series.ADAPTER_REQUESTS, adapter).inc()
         _named(series.ADAPTER_TOKENS, adapter, "prompt").inc(prompt.num_tokens)
         _named(series.TENANT_TOKENS, who, "prompt").inc(prompt.num_tokens)
+        SERIES.count(tenant, name_of(prompt.target), "requests")
+        SERIES.count(tenant, name_of(prompt.target), "prompt_tokens", prompt.num_tokens)
     lorax_metrics.accepted([(prompt.num_tokens, prompt.max_new_tokens) for prompt in prompts])
 
 
 def refused(tenant: str, reason: str) -> None:
     """Count a 429. tenant: who asked, "" where that was not asked yet; reason: what there was too much of."""
     _named(series.TENANT_REFUSED, TENANTS.of(tenant), reason).inc()
+    SERIES.count(tenant, "", "refused")
+
+
+def answered(tenant: str, status: int) -> None:
+    """Count a call's HTTP status if it is an error other than 429."""
+    if status >= 500:
+        SERIES.count(tenant, "", "server_errors")
+    elif status >= 400 and status != 429:
+        SERIES.count(tenant, "", "client_errors")
 
 
 def placed(tenant: str, target: Target, timing: m.Timing) -> None:
@@ -98,6 +113,7 @@ def placed(tenant: str, target: Target, timing: m.Timing) -> None:
     if timing.tier:
         adapter = ADAPTERS.of(name_of(target))
         _named(series.ADAPTER_USES, adapter, timing.tier).inc()
+        SERIES.count(tenant, name_of(target), "hits" if timing.tier == "resident" else "misses")
         if timing.ready_ms >= 0:
             _named(series.ADAPTER_WAIT_SECONDS, adapter, timing.tier).observe(timing.ready_ms / 1000)
 
@@ -110,11 +126,12 @@ def adapter_event(event: m.AdapterEvent) -> None:
         _named(series.ADAPTER_LOAD_SECONDS, ADAPTERS.shown(name), tier).observe(event.ms / 1000)
 
 
-def first_token(target: Target, seconds: float, trace_id: str = "") -> None:
+def first_token(tenant: str, target: Target, seconds: float, trace_id: str = "") -> None:
     """Note how long a call waited for its first token. trace_id: of its trace, "" without one."""
     exemplar = {"trace_id": trace_id} if trace_id else None
     _child(series.FIRST_TOKEN_SECONDS, kind_of(target.digest)).observe(seconds, exemplar)
     _named(series.ADAPTER_FIRST_TOKEN_SECONDS, ADAPTERS.of(name_of(target))).observe(seconds, exemplar)
+    SERIES.first_token(tenant, name_of(target), seconds)
 
 
 def choice_ended(finish: str) -> None:
@@ -127,6 +144,7 @@ def left(tenant: str, target: Target, num_tokens: int) -> None:
     _child(series.OUTPUT_TOKENS, kind_of(target.digest)).inc(num_tokens)
     _named(series.ADAPTER_TOKENS, ADAPTERS.of(name_of(target)), "output").inc(num_tokens)
     _named(series.TENANT_TOKENS, TENANTS.of(tenant), "output").inc(num_tokens)
+    SERIES.count(tenant, name_of(target), "output_tokens", num_tokens)
 
 
 def succeeded(kind: str, seconds: float, num_tokens: int, trace_id: str = "") -> None:
@@ -141,6 +159,7 @@ def client_gone() -> None:
     lorax_metrics.failed("dropped")
 
 
-def cut_off() -> None:
+def cut_off(tenant: str) -> None:
     """Count an answer that failed once it had begun."""
+    SERIES.count(tenant, "", "server_errors")
     lorax_metrics.failed("incomplete")

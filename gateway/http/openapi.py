@@ -457,6 +457,22 @@ USAGE: Responses = {
         },
     }
 }
+_COLUMN = {"type": "array", "items": {"type": ["number", "null"]}}
+_SERIES = _object(
+    name=_MAYBE, group=_MAYBE, requests=_COLUMN, prompt_tokens=_COLUMN, output_tokens=_COLUMN, refused=_COLUMN,
+    client_errors=_COLUMN, server_errors=_COLUMN, hits=_COLUMN, misses=_COLUMN, ttft_p50_ms=_COLUMN,
+    ttft_p95_ms=_COLUMN,
+)  # fmt: skip
+TIMESERIES: Responses = {
+    200: _json(
+        "Values per period of `step_s` seconds from `start_time` (unix time) on; null where nothing was measured",
+        _object(
+            object=_TEXT, start_time=_INTEGER, step_s=_INTEGER, num=_INTEGER, elapsed_s=_INTEGER, range=_TEXT,
+            gateways=_INTEGER, fleet={"type": ["object", "null"], "additionalProperties": _COLUMN},
+            groups={"type": "array", "items": _SERIES},
+        ),
+    )
+}  # fmt: skip
 OLLAMA = _errors(_object(error=_TEXT))
 OLLAMA_GENERATED: Responses = {
     200: {

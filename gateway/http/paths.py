@@ -34,6 +34,7 @@ REQUESTS = "/v1/requests"
 
 WORKERS, DEAD_LETTERS, KEYS, TENANTS = "/v1/workers", "/v1/dead_letters", "/v1/keys", "/v1/tenants"
 AUDIT = "/v1/audit"
+TIMESERIES = "/v1/timeseries"
 
 CONSOLE = "/console"
 """This path and those below it are the console's files."""
@@ -85,6 +86,6 @@ LISTS = frozenset(
         BATCHES,
         WEBHOOKS,
     }
-    | {REQUESTS, WORKERS, DEAD_LETTERS, KEYS, TENANTS, AUDIT}
+    | {REQUESTS, WORKERS, DEAD_LETTERS, KEYS, TENANTS, AUDIT, TIMESERIES}
 )
 """A GET of one of these is put together of many things, and costs more than another."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from gateway.adapters import catalogue
 from gateway.batches.lines import MAX_LINES
 from gateway.batches.run import BatchPace
+from gateway.fleet import timeseries
 from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.overload.large import LargeLimits
 from gateway.overload.memory import SHARE
@@ -61,6 +62,7 @@ def gateway_bytes(settings: Settings, crowd: Crowd) -> dict[str, int]:
         "tokenizing": turns * TOKENIZED * settings.max_body_bytes,
         "tokenizing small": MAX_THREADS * TOKENIZED * SMALL_BODY_BYTES,
         "catalogue": CATALOGUE_BYTES * MAX_REGISTERED,
+        "time series": timeseries.MAX_BYTES,
         "lists": catalogue.MAX_KEPT_BYTES,
         "jobs for sandboxes": min(crowd.holders * MAX_TENANT_BYTES, MAX_WAITING_BYTES),
         "adapters' texts": MAX_KEPT_BYTES,

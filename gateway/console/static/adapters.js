@@ -2,7 +2,8 @@
 
 import { html, useMemo, useState } from "./vendor/preact-htm.js";
 import { get, pages, part, post, query, remove } from "./api.js";
-import { Act, Cut, Dialog, Problem, State, Table, ago, bytes, clock, confirmed, count, lasted, usePoll } from "./parts.js";
+import { Act, Cut, Dialog, Problem, State, Scroll, Stale, Table, When, bytes, confirmed, count, lasted, usePoll } from "./parts.js";
+import { go, href } from "./route.js";
 import { Upload } from "./upload.js";
 
 const MOST = 20_000; // maximum number of listed names
@@ -10,7 +11,7 @@ const SMALL = 1000; // maximum number of names with automatic refresh
 const EVERY_MS = 10_000;
 
 const path = (adapter, what = "", values = {}) =>
-  `v1/adapters/${part(adapter.name)}${what ? `/${what}` : ""}${query(values)}`;
+  `v1/adapters/${part(adapter.name)}${what ? `/${what}` : ""}${query({ ...values, tenant: adapter.tenant })}`;
 
 const list = (signal) =>
   pages((after) => `v1/adapters${query({ limit: 1000, after })}`, MOST, signal);
@@ -31,12 +32,12 @@ const MEANING = {
 function Where({ adapter }) {
   const places = Object.entries(adapter.workers);
   if (!places.length) return html`<p class="soft">Not loaded on any worker.</p>`;
-  return html`<div class="scroll" tabindex="0" role="region" aria-label="Workers"><table>
+  return html`<${Scroll} name="Workers"><table>
     <caption class="hidden">Workers that have ${adapter.name}</caption>
     <thead><tr><th scope="col">Worker</th><th scope="col">Tier</th><th scope="col">Pinned</th></tr></thead>
     <tbody>${places.map(([worker, place]) => html`<tr key=${worker}><th scope="row"><${Cut} text=${worker} /></th><td><${State} of=${place.tier} /></td>
       <td class="wrap">${place.pinned ? "yes" : place.problem ? html`<span class="bad">no: ${place.problem}</span>` : "no"}</td></tr>`)}</tbody>
-  </table></div>`;
+  </table><//>`;
 }
 
 function rate(use) {
@@ -44,13 +45,13 @@ function rate(use) {
   return total ? `${Math.round((100 * use.hits) / total)} % of ${count(total)} requests` : "–";
 }
 
-export function Details({ adapter, onClose, again }) {
+function Facts({ adapter, onClose, again }) {
   const use = adapter.use;
   const facts = [
     ["Source", adapter.source ?? "–"], ["Digest", adapter.digest ?? "–"], ["Rank", adapter.rank ?? "–"], ["Size", bytes(adapter.bytes)],
     ["Target modules", adapter.modules?.join(", ") || "–"], ["Pinned by", adapter.pinned ?? "–"],
-    ["Created by a request", adapter.on_request ? "yes" : "no"], ["Created", clock(adapter.created_ms)], ["Last change", ago(adapter.changed_ms)],
-    ["Pool hit rate", rate(use)], ["Last used", ago(use?.last_used_ms)],
+    ["Created by a request", adapter.on_request ? "yes" : "no"], ["Created", html`<${When} ms=${adapter.created_ms} />`], ["Last change", html`<${When} ms=${adapter.changed_ms} />`],
+    ["Pool hit rate", rate(use)], ["Last used", html`<${When} ms=${use?.last_used_ms} />`],
     ["Fetches", use ? `${count(use.fetches)}, ${lasted(use.mean_fetch_ms)} on average` : "–"],
     ["Loads", use ? `${count(use.loads)}, ${lasted(use.mean_load_ms)} on average` : "–"],
   ];
@@ -60,7 +61,7 @@ export function Details({ adapter, onClose, again }) {
     return remove(path(adapter));
   };
   const act = (title, what, values, done) => html`<${Act} does=${() => post(path(adapter, what, values))} done=${done} after=${again}>${title}<//>`;
-  return html`<${Dialog} title=${adapter.name} onClose=${onClose}>
+  return html`
     <p><${State} of=${adapter.state} /> <span class="soft">${MEANING[adapter.state] ?? ""}</span></p>
     ${adapter.reason ? html`<p class="problem">${adapter.reason}</p>` : null}
     ${adapter.warning ? html`<p class="note">${adapter.warning}</p>` : null}
@@ -71,13 +72,25 @@ export function Details({ adapter, onClose, again }) {
       ${act("Preload", "preload", { wait_s: 5 }, "Workers are loading it.")}
       ${act("Evict", "evict", { wait_s: 5 }, ({ freed }) => `Freed ${bytes(freed.pool_bytes)} of pool memory and ${bytes(freed.host_bytes)} of host memory.`)}
       ${act("Refresh", "refresh", { wait_s: 20 }, "Checked its source for changes.")}
+      <a class="button" href=${href("playground", "", { model: adapter.name })}>Try it</a>
       <${Act} kind="danger" does=${unload} done=${({ name }) => `${name} was unloaded.`} after=${() => { again(); onClose(); }}>Unload …<//>
     </div>
     <dl class="facts">${facts.map(([name, fact]) => html`<div><dt>${name}</dt><dd>${fact}</dd></div>`)}</dl>
     <h2>By worker</h2>
-    <${Where} adapter=${adapter} />
+    <${Where} adapter=${adapter} />`;
+}
+
+// The adapter that the address names, read again after each action.
+function Details({ name, tenant, known, onClose, again }) {
+  const poll = usePoll((signal) => get(path({ name, tenant }), signal), EVERY_MS, [name, tenant]);
+  const adapter = poll.value ?? known;
+  return html`<${Dialog} title=${name} onClose=${onClose}>
+    <${Problem} error=${poll.error} />
+    ${adapter ? html`<${Facts} adapter=${adapter} onClose=${onClose} again=${() => { again(); poll.again(); }} />` : poll.error ? null : html`<p>Loading …</p>`}
   <//>`;
 }
+
+const idOf = (adapter) => `${adapter.tenant ?? ""}\n${adapter.name}`;
 
 const TIERS = ["resident", "loading", "host"];
 
@@ -87,7 +100,7 @@ function tiers(adapter) {
     .map(([tier, num]) => `${tier} on ${num}`).join(", ") || "–";
 }
 
-export function Adapters() {
+export function Adapters({ route }) {
   const [num, setNum] = useState(0);
   const found = usePoll(async (signal) => {
     const all = await list(signal);
@@ -96,7 +109,6 @@ export function Adapters() {
   }, num > SMALL ? 0 : EVERY_MS, [num > SMALL]);
   const [words, setWords] = useState("");
   const [state, setState] = useState("");
-  const [open, setOpen] = useState(null);
   const [adding, setAdding] = useState(false);
   const all = found.value?.data ?? [];
   const shown = useMemo(() => {
@@ -104,24 +116,10 @@ export function Adapters() {
     return all.filter((one) => (!state || one.state === state) &&
       wanted.every((word) => one.name.toLowerCase().includes(word) || (one.source ?? "").toLowerCase().includes(word) || (one.digest ?? "").startsWith(word)));
   }, [all, words, state]);
+  const chosen = { name: route.id, tenant: route.params.tenant };
   const states = useMemo(() => [...new Set(all.map((one) => one.state))].sort(), [all]);
-  // Updates the open adapter, unless another one was opened meanwhile.
-  async function renew(adapter) {
-    const same = (now) => now?.name === adapter.name;
-    try {
-      const fresh = await get(path(adapter));
-      setOpen((now) => (same(now) ? fresh : now));
-    } catch {
-      setOpen((now) => (same(now) ? null : now));
-      found.again();
-    }
-  }
-  function look(adapter) {
-    setOpen(adapter);
-    renew(adapter);
-  }
   const columns = [
-    { title: "Name", of: (one) => html`<button type="button" class="plain cut" title=${one.name} onClick=${() => look(one)}>${one.name}</button>` },
+    { title: "Name", of: (one) => html`<a class="cut" title=${one.name} href=${href("adapters", one.name, { tenant: one.tenant })}>${one.name}</a>` },
     { title: "State", of: (one) => html`<${State} of=${one.state} />` },
     { title: "Tiers", of: tiers },
     { title: "Rank", kind: "num", of: (one) => one.rank ?? "–" },
@@ -132,9 +130,9 @@ export function Adapters() {
     { title: "Error", of: (one) => html`<${Cut} text=${one.reason ?? "–"} />` },
   ];
   return html`
-    <${Problem} error=${found.error} />
+    <${Stale} poll=${found} />
     <section class="panel">
-      <div class="row">
+      <div class="row filters">
         <label class="grow"><span>Search by name, source or digest</span><input type="search" value=${words} onInput=${(event) => setWords(event.target.value)} /></label>
         <label><span>State</span><select value=${state} onChange=${(event) => setState(event.target.value)}>
           <option value="">any</option>${states.map((one) => html`<option value=${one}>${one.replaceAll("_", " ")}</option>`)}</select></label>
@@ -142,8 +140,9 @@ export function Adapters() {
         <button type="button" class="main" onClick=${() => setAdding(true)}>Add …</button>
       </div>
       <p role="status">${found.value ? `${count(shown.length)} of ${count(all.length)} adapters` : "Loading …"}${found.value?.more ? `; showing the first ${count(MOST)}` : ""}${num > SMALL ? html`<span class="soft">; automatic refresh is off for long lists</span>` : ""}</p>
-      <${Table} name="Adapters" columns=${columns} rows=${shown} id=${(one) => one.name} selected=${open?.name} />
+      ${found.value ? html`<${Table} name="Adapters" columns=${columns} rows=${shown} id=${idOf} selected=${idOf(chosen)}
+        empty=${all.length ? "No adapter matches the search." : "No adapters yet. Add one, or put its folder into the adapter root."} />` : null}
     </section>
-    ${open ? html`<${Details} adapter=${open} onClose=${() => setOpen(null)} again=${() => { found.again(); renew(open); }} />` : null}
+    ${route.id ? html`<${Details} key=${idOf(chosen)} ...${chosen} known=${all.find((one) => idOf(one) === idOf(chosen))} onClose=${() => go(href("adapters"))} again=${found.again} />` : null}
     ${adding ? html`<${Upload} onClose=${() => setAdding(false)} again=${found.again} />` : null}`;
 }

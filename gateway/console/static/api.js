@@ -55,7 +55,7 @@ export async function send(path, { method = "GET", body, raw, signal, more } = {
     answer = await fetch(new URL(path, ROOT), init);
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new Refused(0, "the gateway cannot be reached");
+    throw new Refused(0, "the gateway can't be reached");
   }
   if (!answer.ok) throw await refusal(answer);
   return answer;
@@ -65,8 +65,39 @@ export const get = async (path, signal) => (await send(path, { signal })).json()
 export const post = async (path, body, signal) => (await send(path, { method: "POST", body, signal })).json();
 export const remove = async (path) => (await send(path, { method: "DELETE" })).json();
 
-// Encodes a name for a path; slashes in adapter names stay.
-export const part = (text) => text.split("/").map(encodeURIComponent).join("/");
+// Saves what the gateway answers as a file of this computer.
+export async function download(path, name) {
+  const url = URL.createObjectURL(await (await send(path)).blob());
+  const link = document.createElement("a");
+  [link.href, link.download] = [url, name];
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+}
+
+// Posts a form and reports the share of its bytes that were sent, which `fetch` cannot. Throws `Refused`.
+export function upload(path, form, { signal, progress }) {
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest();
+    request.open("POST", new URL(path, ROOT));
+    for (const [name, value] of Object.entries(headers())) request.setRequestHeader(name, value);
+    request.upload.onprogress = (event) => event.lengthComputable && progress(event.loaded / event.total);
+    request.onerror = () => reject(new Refused(0, "the gateway can't be reached"));
+    request.onabort = () => reject(new DOMException("stopped", "AbortError"));
+    request.onload = async () => {
+      const answer = new Response(request.responseText, { status: request.status });
+      if (answer.ok) resolve(await answer.json());
+      else reject(await refusal(answer));
+    };
+    signal.addEventListener("abort", () => request.abort());
+    request.send(form);
+  });
+}
+
+// Encodes a name for a path. Slashes in adapter names stay, unless the path would then lead elsewhere.
+export function part(text) {
+  const names = text.split("/");
+  return names.some((name) => name === "." || name === "..") ? encodeURIComponent(text) : names.map(encodeURIComponent).join("/");
+}
 
 export function query(values) {
   const given = Object.entries(values).filter(([, value]) => value !== "" && value !== undefined && value !== null);

@@ -1,9 +1,9 @@
-// Tenants with limits, API keys, usage and the audit log.
+// Tenants with limits, API keys and the audit log.
 
 import { html, useState } from "./vendor/preact-htm.js";
 import { pages, part, post, query, remove } from "./api.js";
-import { Act, Cut, Dialog, Problem, State, Table, ago, bytes, clock, confirmed, copy, count, usePoll } from "./parts.js";
-import { Audit, Usage } from "./usage.js";
+import { Act, Cut, Dialog, Problem, Stale, State, Table, When, bytes, confirmed, copy, count, usePoll } from "./parts.js";
+import { Audit } from "./audit.js";
 
 const MOST = 10_000;
 const LIMITS = [
@@ -85,10 +85,11 @@ function Limits({ tenant, onClose, again }) {
 }
 
 export function Keys() {
-  const { value, error, again } = usePoll(read, 15_000);
+  const poll = usePoll(read, 15_000);
+  const { value, error, again } = poll;
   const [making, setMaking] = useState(false);
   const [limiting, setLimiting] = useState(null);
-  if (error?.code === "api_keys_off") return html`<p class="note">API keys are off: anyone who can reach this gateway has full access. <code>--api-keys</code> turns them on.</p><${Usage} /><${Audit} />`;
+  if (error?.code === "api_keys_off") return html`<p class="note">API keys are off: anyone who can reach this gateway has full access. <code>--api-keys</code> turns them on.</p><${Audit} />`;
   const revoke = async (key) =>
     (await confirmed(`${key.id} of ${key.tenant} stops working with its next request.`, "Revoke")) && remove(`v1/keys/${part(key.id)}`);
   const writable = value?.writable ?? false;
@@ -107,20 +108,19 @@ export function Keys() {
     { title: "Key", of: (one) => html`<code>${one.id}</code>` },
     { title: "Tenant", of: (one) => html`<${Cut} text=${one.tenant} />` },
     { title: "Scopes", of: (one) => one.scopes.join(", ") },
-    { title: "Created", of: (one) => ago(one.created_ms) },
-    { title: "Expires", of: (one) => (one.expired ? html`<${State} of="expired" />` : one.expires_ms ? clock(one.expires_ms) : "never") },
+    { title: "Created", of: (one) => html`<${When} ms=${one.created_ms} />` },
+    { title: "Expires", of: (one) => (one.expired ? html`<${State} of="expired" />` : one.expires_ms ? html`<${When} ms=${one.expires_ms} />` : "never") },
     { title: "Note", of: (one) => html`<${Cut} text=${one.note || "–"} />` },
     { title: "Actions", of: (one) => html`<${Act} kind="danger" label=${`Revoke ${one.id}`} disabled=${!writable} does=${() => revoke(one)} done=${`${one.id} was revoked.`} after=${again}>Revoke …<//>` },
   ];
   return html`
-    <${Problem} error=${error} />
+    <${Stale} poll=${poll} />
     ${value && !writable ? html`<p class="note">Read-only: change keys and limits with <code>lorafleet keys</code>, or allow it here with the setting <code>console_keys</code> (see docs/keys.md for the risks).</p>` : null}
-    <section class="panel"><h2>Tenants</h2><${Table} name="Tenants" columns=${tenants} rows=${value?.tenants ?? []} id=${(one) => one.id} /></section>
+    <section class="panel"><h2>Tenants</h2>${value ? html`<${Table} name="Tenants" columns=${tenants} rows=${value.tenants} id=${(one) => one.id} empty="No tenants yet." />` : html`<p>Loading …</p>`}</section>
     <section class="panel">
       <div class="row"><h2 class="grow">Keys</h2><button type="button" class="main" disabled=${!writable} onClick=${() => setMaking(true)}>New key …</button></div>
-      <${Table} name="Keys" columns=${keys} rows=${value?.keys ?? []} id=${(one) => one.id} />
+      ${value ? html`<${Table} name="Keys" columns=${keys} rows=${value.keys} id=${(one) => one.id} empty="No keys yet." />` : null}
     </section>
-    <${Usage} />
     <${Audit} />
     ${making ? html`<${NewKey} onClose=${() => setMaking(false)} again=${again} />` : null}
     ${limiting ? html`<${Limits} tenant=${limiting} onClose=${() => setLimiting(null)} again=${again} />` : null}`;

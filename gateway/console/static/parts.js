@@ -5,6 +5,7 @@ import { html, useEffect, useLayoutEffect, useRef, useState } from "./vendor/pre
 // ------------------------------------------------------------ formatting
 
 export const count = (value) => (value ?? 0).toLocaleString("en");
+export const plural = (num, word) => `${count(num)} ${word}${num === 1 ? "" : "s"}`;
 
 export function bytes(value) {
   if (value === null || value === undefined) return "–";
@@ -23,7 +24,17 @@ export function lasted(ms) {
 }
 
 export const ago = (ms) => (ms ? `${lasted(Math.max(0, Date.now() - ms))} ago` : "–");
-export const clock = (ms) => (ms ? new Date(ms).toLocaleString("en-GB") : "–");
+
+const two = (value) => String(value).padStart(2, "0");
+const day = (date) => `${date.getFullYear()}-${two(date.getMonth() + 1)}-${two(date.getDate())}`;
+const hours = (date) => `${two(date.getHours())}:${two(date.getMinutes())}`;
+
+// All times of the console, charts too, are in the browser's time zone and this style: 2026-11-30 18:05:34.
+export const clock = (ms) => (ms ? `${day(new Date(ms))} ${hours(new Date(ms))}:${two(new Date(ms).getSeconds())}` : "–");
+export const hour = (ms) => hours(new Date(ms));
+export const date = (ms) => day(new Date(ms)).slice(5);
+
+export const When = ({ ms }) => (ms ? html`<time datetime=${new Date(ms).toISOString()} title=${ago(ms)}>${clock(ms)}</time>` : "–");
 
 // ------------------------------------------------------------ notifications
 
@@ -57,9 +68,25 @@ export const Problem = ({ error }) =>
 
 // ------------------------------------------------------------ polling
 
-// Polls while the page is visible. The last value stays while requests fail.
+const pause = { on: false, shown: new Set() };
+
+export function setPaused(on) {
+  pause.on = on;
+  for (const show of pause.shown) show(on);
+}
+
+export function usePaused() {
+  const [on, setOn] = useState(pause.on);
+  useEffect(() => {
+    pause.shown.add(setOn);
+    return () => pause.shown.delete(setOn);
+  }, []);
+  return on;
+}
+
+// Polls while the page is visible and refresh is not paused. The last value stays while requests fail, and `at` is its time.
 export function usePoll(ask, ms, deps = []) {
-  const [state, setState] = useState({ value: null, error: null });
+  const [state, setState] = useState({ value: null, error: null, at: 0 });
   const again = useRef(() => {});
   useEffect(() => {
     const abort = new AbortController();
@@ -71,26 +98,33 @@ export function usePoll(ask, ms, deps = []) {
       if (!document.hidden) {
         try {
           const value = await ask(abort.signal);
-          if (!abort.signal.aborted && own === round) setState({ value, error: null });
+          if (!abort.signal.aborted && own === round) setState({ value, error: null, at: Date.now() });
         } catch (error) {
           if (abort.signal.aborted) return;
           if (own === round) setState((now) => ({ ...now, error }));
         }
       }
-      if (ms && own === round && !abort.signal.aborted) timer = setTimeout(look, ms);
+      if (ms && own === round && !abort.signal.aborted && !pause.on) timer = setTimeout(look, ms);
     }
-    const seen = () => document.hidden || look();
+    const seen = () => document.hidden || pause.on || look();
+    const resumed = (on) => (on ? clearTimeout(timer) : look());
     document.addEventListener("visibilitychange", seen);
+    pause.shown.add(resumed);
     again.current = look;
     look();
     return () => {
       abort.abort();
       clearTimeout(timer);
       document.removeEventListener("visibilitychange", seen);
+      pause.shown.delete(resumed);
     };
   }, deps);
   return { ...state, again: () => again.current() };
 }
+
+// Says that what is shown is old, because the gateway no longer answers.
+export const Stale = ({ poll }) =>
+  poll.error ? html`<p class="problem" role="alert">${poll.error.message}${poll.error.code ? html` <code>${poll.error.code}</code>` : ""}${poll.value ? ` – last values from ${clock(poll.at)}` : ""}</p>` : null;
 
 // A button that calls the gateway, waits for the answer and reports the result.
 export function Act({ does, children, label, kind = "", disabled = false, done, after }) {
@@ -114,12 +148,16 @@ export function Act({ does, children, label, kind = "", disabled = false, done, 
 
 export function Dialog({ title, onClose, children }) {
   const ref = useRef(null);
+  const gone = useRef(false);
   useLayoutEffect(() => {
     const dialog = ref.current;
     if (!dialog.open) dialog.showModal();
-    return () => dialog.close();
+    return () => {
+      gone.current = true; // the event of this close comes later, when another page may be shown
+      dialog.close();
+    };
   }, []);
-  return html`<dialog ref=${ref} aria-label=${title} onCancel=${onClose} onClose=${onClose}>
+  return html`<dialog ref=${ref} aria-label=${title} onClose=${() => gone.current || onClose()}>
     <div class="row"><h2 class="grow">${title}</h2><button type="button" onClick=${onClose}>Close</button></div>
     ${children}
     <${Said} />
@@ -150,8 +188,29 @@ export function Confirm() {
 const ROW = 40; // px, as `th, td` of style.css
 const SPARE = 8; // rows rendered above and below the visible ones
 
-// A virtual table: only visible rows are rendered. columns: [{ title, of, kind }].
-export function Table({ name, columns, rows, id, selected }) {
+// A scrolling region that says so where some of its columns are out of sight.
+export function Scroll({ name, kind = "", box, children }) {
+  const own = useRef(null);
+  const ref = box ?? own;
+  const [wide, setWide] = useState(false);
+  useEffect(() => {
+    const look = () => setWide(ref.current.scrollWidth > ref.current.clientWidth + 1);
+    const watch = new ResizeObserver(look);
+    watch.observe(ref.current);
+    if (ref.current.firstElementChild) watch.observe(ref.current.firstElementChild);
+    look();
+    return () => watch.disconnect();
+  }, []);
+  return html`<div class=${`scroll ${kind}`} ref=${ref} tabindex="0" role="region" aria-label=${name}>${children}</div>
+    ${wide ? html`<p class="cue">Scroll sideways for more columns →</p>` : null}`;
+}
+
+// A virtual table: only visible rows are rendered. columns: [{ title, of, kind }]. empty: said instead of no rows.
+export function Table(means) {
+  return means.rows.length ? html`<${Rows} ...${means} />` : html`<p class="empty">${means.empty ?? "None."}</p>`;
+}
+
+function Rows({ name, columns, rows, id, selected }) {
   const ref = useRef(null);
   const [seen, setSeen] = useState({ top: 0, height: 800 });
   useEffect(() => {
@@ -169,7 +228,7 @@ export function Table({ name, columns, rows, id, selected }) {
   const first = Math.max(0, Math.min(Math.floor(seen.top / ROW) - SPARE, rows.length - 1));
   const last = Math.min(rows.length, Math.ceil((seen.top + seen.height) / ROW) + SPARE);
   const space = (num) => (num > 0 ? html`<tr class="space" aria-hidden="true"><td colspan=${columns.length} style=${{ height: `${num * ROW}px` }}></td></tr>` : null);
-  return html`<div class="scroll virtual" ref=${ref} tabindex="0" role="region" aria-label=${name}>
+  return html`<${Scroll} name=${name} kind="virtual" box=${ref}>
     <table aria-rowcount=${rows.length + 1}>
       <caption class="hidden">${name}, ${count(rows.length)} rows</caption>
       <thead><tr aria-rowindex="1">${columns.map((column) => html`<th scope="col" class=${column.kind}>${column.title}</th>`)}</tr></thead>
@@ -181,7 +240,7 @@ export function Table({ name, columns, rows, id, selected }) {
         ${space(rows.length - last)}
       </tbody>
     </table>
-  </div>`;
+  <//>`;
 }
 
 export const Cut = ({ text }) => html`<span class="cut" title=${text}>${text}</span>`;
@@ -193,7 +252,7 @@ export function Share({ used, total, label }) {
 }
 
 const GOOD = new Set(["ready", "resident", "completed", "assigned", "host"]);
-const BAD = new Set(["failed", "lost", "expired"]);
+const BAD = new Set(["failed", "lost", "expired", "refused", "unknown"]);
 export const State = ({ of }) => html`<span class=${`tag ${GOOD.has(of) ? "good" : BAD.has(of) ? "bad" : "warn"}`}>${of === "assigned" ? "running" : of.replaceAll("_", " ")}</span>`;
 
 export async function copy(text) {

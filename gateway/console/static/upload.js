@@ -2,7 +2,7 @@
 
 import { html, useRef, useState } from "./vendor/preact-htm.js";
 import { post, query, send } from "./api.js";
-import { Dialog, Problem, bytes, say } from "./parts.js";
+import { Dialog, Problem, bytes, plural, say } from "./parts.js";
 import { MOST_BYTES, zip } from "./zip.js";
 
 // Maximum number of files of a dropped folder; an adapter has a handful.
@@ -80,7 +80,7 @@ function Files({ onClose, again }) {
         <label class="button"><span>files or a zip</span><input type="file" multiple onChange=${(event) => take(chosen(event.target.files))} /></label>
         <label class="button"><span>a folder</span><input type="file" webkitdirectory onChange=${(event) => take(chosen(event.target.files))} /></label>
       </div>
-      <p role="status">${files.length ? `${files.length} files, ${bytes(size)}` : "no files chosen"}</p>
+      <p role="status">${files.length ? `${plural(files.length, "file")}, ${bytes(size)}` : "no files chosen"}</p>
     </div>
     <div class="form">
       <label><span>Name</span><input name="name" required maxlength="200" autocomplete="off" spellcheck=${false} /></label>

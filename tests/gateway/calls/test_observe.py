@@ -46,7 +46,7 @@ def test_ten_thousand_adapters_and_tenants_have_a_bounded_page() -> None:
         target, tenant = Target(f"adapter-{i}", f"digest-{i}", files), f"tenant-{i}"
         observe.accepted(tenant, [Prompt(target, b"", 7, 9)])
         observe.placed(tenant, target, m.Timing(1, 5, "store", 10, 20, 30, 40))
-        observe.first_token(target, 0.1)
+        observe.first_token(tenant, target, 0.1)
         for kind in ("staged", "resident"):
             observe.adapter_event(m.AdapterEvent(kind=kind, digest=target.digest, ms=5))
         observe.left(tenant, target, 3)

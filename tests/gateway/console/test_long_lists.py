@@ -12,6 +12,7 @@ from helpers.script_queue import make_body, make_submit
 from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet
 from helpers.waiting import wait_until
 
+from gateway.calls import observe
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire import messages as m
 
@@ -49,19 +50,19 @@ async def test_thousands_of_rows_are_listed_by_making_few(bus: Bus, fleet: Scrip
     assert await num_rows(tab) < 60
     region = tab.page.get_by_role("region", name="Adapters")
     await region.evaluate("box => box.scrollTo(0, box.scrollHeight)")
-    await tab.page.get_by_role("button", name="tenant-4999/adapter").wait_for()
+    await tab.page.get_by_role("link", name="tenant-4999/adapter").wait_for()
     assert await num_rows(tab) < 60
     await tab.page.get_by_role("searchbox").fill("tenant-3210")
     await tab.page.get_by_text("1 of 5,000 adapters").wait_for()
-    await tab.page.get_by_role("button", name="tenant-3210/adapter").click()
+    await tab.page.get_by_role("link", name="tenant-3210/adapter").click()
     await tab.page.get_by_role("dialog").get_by_text("on the store's disk").wait_for()
     await tab.page.keyboard.press("Escape")
-    await tab.go("Requests and jobs")
+    await tab.go("Requests")
     await tab.page.get_by_text("1,000 requests").wait_for()
     assert await num_rows(tab) < 60
     region = tab.page.get_by_role("region", name="Requests")
     await region.evaluate("box => box.scrollTo(0, box.scrollHeight)")
-    await tab.page.get_by_role("button", name="r0999").wait_for()
+    await tab.page.get_by_role("link", name="r0000").wait_for()
     assert await tab.page.locator("table").get_attribute("aria-rowcount") == "1001"
 
 
@@ -83,19 +84,21 @@ async def test_foreign_text_is_text_wherever_it_is_shown(bus: Bus, fleet: Script
         assert await tab.page.locator("img, main script, dialog script").count() == 0
         assert not await tab.page.evaluate("() => window.hurt")
 
+    observe.SERIES.count(MARKUP, MARKUP, "requests")
     await tab.enter()
+    await tab.page.get_by_role("img", name="onerror").wait_for()  # a chart with that name in its legend
     await shown()
     await tab.go("Adapters")
     await shown()
-    await tab.page.get_by_role("button", name="onerror").click()
+    await tab.page.get_by_role("link", name="onerror").click()
     await tab.page.get_by_role("dialog").get_by_text("refused: <img").wait_for()
     await shown()
     await tab.page.keyboard.press("Escape")
-    await tab.go("Requests and jobs")
+    await tab.go("Requests")
     await shown()
-    await tab.page.get_by_role("button", name="Dead letters").click()
+    await tab.go("Dead letters")
     await shown()
-    await tab.page.locator("tbody button.plain").click()
+    await tab.page.locator("tbody a.code").click()
     await tab.page.get_by_role("heading", name="Message").wait_for()
     await shown()
 

@@ -1,0 +1,210 @@
+"""What charts show: every count is in each range that covers it, a tenant sees its own, and memory has a bound."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
+from helpers.waiting import wait_until
+
+from gateway.fleet.timeseries import (
+    BOUNDS_MS,
+    MAX_BYTES,
+    MAX_GROUPS,
+    MAX_NAME,
+    MAX_OPEN_ROWS,
+    MAX_ROWS,
+    OTHER,
+    RANGES_S,
+    TIERS,
+    FleetSample,
+    TimeSeries,
+    quantile,
+)  # fmt: skip
+from protocol.queue.bus import Bus
+from protocol.wire.errors import WorkerLost
+
+START_S = 1_800_000 * 1000  # a multiple of every bucket
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = float(START_S)
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def total(answer: dict[str, Any], what: str = "requests", name: str | None = None) -> int:
+    (group,) = [one for one in answer["groups"] if one["name"] == name]
+    return sum(value or 0 for value in group[what])
+
+
+@pytest.mark.parametrize("span", RANGES_S)
+async def test_a_range_has_what_happened_in_it_and_nothing_older(span: str) -> None:
+    clock = Clock()
+    series = TimeSeries(clock)
+    range_s = RANGES_S[span]
+    step = next(step for step, num in TIERS if step * num >= range_s)
+    per_step = 3
+    num_steps = 2 * range_s // step
+    for number in range(num_steps):
+        for part in range(per_step):
+            clock.now_s = START_S + step * number + step * part / per_step
+            series.count("acme", "sql", "requests")
+    answer = await series.read(range_s, None, None)
+    assert answer["step_s"] == step
+    assert answer["elapsed_s"] == max(1, step * (per_step - 1) // per_step)
+    assert answer["num"] == range_s // step == len(answer["groups"][0]["requests"])
+    assert answer["start_time"] == START_S + num_steps * step - range_s
+    assert answer["groups"][0]["requests"] == [per_step] * answer["num"]
+
+
+async def test_before_the_gateway_ran_there_is_nothing_and_not_zero() -> None:
+    clock = Clock()
+    series = TimeSeries(clock)
+    series.sample(FleetSample(queued=3, running=2, workers=1, output_tokens=50))
+    clock.now_s += 10
+    series.sample(FleetSample(queued=1, running=4, workers=2, output_tokens=70))
+    answer = await series.read(900, None, None)
+    assert answer["groups"][0]["requests"] == [None] * 88 + [0, 0]
+    assert answer["fleet"]["queued"][-3:] == [None, 3, 1]
+    assert answer["fleet"]["output_tokens"][-2:] == [50, 70]
+    day = await series.read(86_400, None, None)
+    assert (day["fleet"]["queued"][-1], day["fleet"]["running"][-1], day["fleet"]["output_tokens"][-1]) == (3, 4, 120)
+    assert day["fleet"]["workers"][-2:] == [None, 2]
+
+
+async def test_a_clock_that_goes_back_loses_nothing() -> None:
+    clock = Clock()
+    series = TimeSeries(clock)
+    clock.now_s += 100
+    series.count("a", "m", "requests")
+    clock.now_s -= 70
+    series.count("a", "m", "requests")
+    assert total(await series.read(900, None, None)) == 2
+
+
+async def test_a_tenant_sees_its_own_calls_and_nothing_of_the_fleet() -> None:
+    series = TimeSeries(Clock())
+    series.count("acme", "sql", "requests", 2)
+    series.count("globex", "sql", "requests", 40)
+    series.count("globex", "secret", "refused", 5)
+    series.sample(FleetSample(queued=9))
+    answer = await series.read(900, "acme", "model")
+    assert answer["fleet"] is None
+    assert [group["name"] for group in answer["groups"]] == [None, "sql"]
+    assert total(answer) == total(answer, name="sql") == 2
+    assert total(answer, "refused") == 0
+    assert total(await series.read(900, None, "tenant"), "refused", "globex") == 5
+
+
+async def test_the_busiest_are_apart_and_the_others_are_counted_together() -> None:
+    clock = Clock()
+    series = TimeSeries(clock)
+    for number in range(MAX_ROWS + 9):
+        series.count("acme", f"adapter-{number}", "requests", number + 1)
+    for minutes in (0, 61):  # in an open bucket, and in one that became part of a longer one
+        clock.now_s += 60 * minutes
+        answer = await series.read(86_400, None, "model")
+        names = [group["name"] for group in answer["groups"]]
+        top = [f"adapter-{MAX_ROWS + 8 - number}" for number in range(MAX_GROUPS)]
+        assert names == [None, *top, OTHER]
+        everything = sum(range(1, MAX_ROWS + 10))
+        assert total(answer) == everything
+        assert total(answer, name=OTHER) == everything - sum(total(answer, name=name) for name in top)
+
+
+def test_a_quantile_is_between_the_bounds_of_its_calls() -> None:
+    counts = [0] * (len(BOUNDS_MS) + 1)
+    assert quantile(counts, 0.5) is None
+    counts[3] = 10  # from 35 to 60 ms
+    assert quantile(counts, 0.5) == 47.5
+    assert quantile(counts, 1.0) == 60
+    counts[-1] = 90
+    assert quantile(counts, 0.95) == BOUNDS_MS[-1]
+
+
+async def test_first_tokens_are_counted_within_their_bounds() -> None:
+    series = TimeSeries(Clock())
+    for ms in (50, 50, 50, 60_001):
+        series.first_token("acme", "sql", ms / 1000)
+    answer = await series.read(900, None, None)
+    assert 35 <= answer["groups"][0]["ttft_p50_ms"][-1] <= 60
+    assert answer["groups"][0]["ttft_p95_ms"][-1] == BOUNDS_MS[-1]
+
+
+async def test_names_that_strangers_choose_fill_twelve_megabytes_at_most() -> None:
+    clock = Clock()
+    series = TimeSeries(clock)
+    tracemalloc.start()
+    try:
+        for bucket in range(sum(num for _, num in TIERS)):
+            for number in range(MAX_ROWS + 1):  # each name new, and longer than is kept
+                series.count(f"{bucket}-{number}" + "t" * 2000, f"{bucket}-{number}" + "m" * 2000, "requests")
+            clock.now_s += TIERS[-1][0]  # every bucket closes one of each tier
+        num_bytes = tracemalloc.get_traced_memory()[0]
+        for number in range(MAX_OPEN_ROWS * 2):
+            series.count(f"{number}", "model", "requests")
+        added = tracemalloc.get_traced_memory()[0] - num_bytes
+    finally:
+        tracemalloc.stop()
+    assert 5_000_000 < num_bytes + 2 * added < MAX_BYTES  # of the other tiers, open buckets may be as full
+    answer = await series.read(900, None, "tenant")
+    assert all(len(group["name"] or "") <= MAX_NAME for group in answer["groups"])
+
+
+async def test_the_route_shows_calls_errors_and_refusals_to_whom_they_belong(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path
+) -> None:
+    keys = {
+        name: (await bus.api_keys.create(name, [scope]))[0]
+        for name, scope in (("charts-mine", "infer"), ("charts-other", "infer"), ("charts-ops", "admin"))
+    }
+    heads = {name: {"authorization": f"Bearer {key}"} for name, key in keys.items()}
+    await fleet.add_adapter("sql", "d" * 64)
+    async with (
+        running_gateway(bus, model_folder, api_keys=True) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+    ):
+
+        async def ask(model: str, status: int) -> None:
+            body = {"model": model, "prompt": "the dog", "max_tokens": 6}
+            assert (await http.post("/v1/completions", json=body, headers=heads["charts-mine"])).status_code == status
+
+        async def read(name: str, **query: str) -> dict[str, Any]:
+            answer = await http.get("/v1/timeseries", params=query, headers=heads[name])
+            assert answer.status_code == 200, answer.text
+            return answer.json()
+
+        await ask("sql", 200)
+        await ask("base", 200)
+        await ask("nobody", 404)
+        fleet.script = lambda submit, body: Script(error=WorkerLost("its worker died"))
+        await ask("sql", 500)
+
+        async def is_counted() -> bool:  # when the gateway has left the calls, after their last bytes
+            return total(await read("charts-mine"), "server_errors") == 1
+
+        await wait_until(is_counted, "the failed call is counted")
+        mine = await read("charts-mine", group_by="model")
+        assert (total(mine), total(mine, "client_errors"), total(mine, "output_tokens")) == (3, 1, 18)
+        assert total(mine, name="sql") == 2
+        assert mine["groups"][0]["ttft_p50_ms"][-1] is not None
+        other = await read("charts-other", group_by="model")
+        assert (other["fleet"], len(other["groups"]), total(other)) == (None, 1, 0)
+        everything = await read("charts-ops", group_by="tenant", range="24h")
+        assert total(everything, name="charts-mine") == 3
+
+        async def is_sampled() -> bool:
+            return (await read("charts-ops"))["fleet"]["workers"][-1] == 1
+
+        await wait_until(is_sampled, "the fleet is sampled")
+        assert everything["gateways"] >= 1
+        for query in ({"range": "2h"}, {"group_by": "secret"}):
+            assert (await http.get("/v1/timeseries", params=query, headers=heads["charts-ops"])).status_code == 400
+        assert (await http.get("/v1/timeseries")).status_code == 401
