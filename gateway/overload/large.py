@@ -215,6 +215,10 @@ class Checks:
         """
         if num_bytes <= (PLAIN_BYTES if _FORMS.isdisjoint(fields) else FEW_BYTES):
             return make()
+        return await self.in_thread(make, tenant)
+
+    async def in_thread(self, make: Callable[[], T], tenant: str) -> T:
+        """Return what a function returns, or raise what it raises, in a thread, when it is the tenant's turn."""
         return await _in_turn(
             partial(self._turns.take, tenant), partial(self._turns.give, tenant), lambda: asyncio.to_thread(make)
         )

@@ -151,7 +151,10 @@ def filled(unit: bytes, before: bytes = b"[", after: bytes = b"]") -> bytes:
     [
         (filled(b"[],"), "lists and objects"),
         (filled(b"{},"), "lists and objects"),
-        (filled(b'{"a":1},'), "strings"),
+        (filled(b'{"a":1},'), "lists and objects"),
+        (b"{" + filled(b'"a":1,', b"", b"") + b"}", "strings"),
+        (b"{" + b",".join(b'"%d":1' % i for i in range(5000)) + b"}", "fields"),
+        (filled(b":"), "values"),
         (filled(b'"",'), "strings"),
         (filled(b'"\\"",'), "strings"),
         (filled(b'"\\\\",'), "strings"),
