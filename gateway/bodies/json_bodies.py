@@ -27,7 +27,7 @@ from gateway.http.access import MATCH, Access
 from gateway.http.errors import ERROR_SHAPE, OPENAI_ERRORS
 from gateway.http.headers import header_of
 from gateway.http.paths import OPENAI_FORMS
-from gateway.overload.large import PLAIN_BYTES, Checks, working
+from gateway.overload.large import PLAIN_BYTES, Checks, keep, working
 from gateway.overload.memory import bytes_of_values, hold_values, values_bytes
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
@@ -56,7 +56,9 @@ async def body_value(raw: bytes, scope: MutableMapping[str, Any]) -> Any:
         marks = await in_thread(scope, partial(json_values.Marks, raw))
         if is_call:
             hold_values(len(raw), bytes_of_values(len(raw), marks.num_values, marks.num_containers))
-        return await in_thread(scope, marks.value)
+        value = await in_thread(scope, marks.value)
+        keep(value)
+        return value
     except BadRequest as error:
         raise HTTPException(400, error.message) from error
 

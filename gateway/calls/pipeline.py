@@ -27,7 +27,7 @@ from gateway.calls.admit import AdmittedCall, CallAdmission
 from gateway.calls.constrain import constrain
 from gateway.calls.earlier import EarlierCalls
 from gateway.calls.follow import Generation
-from gateway.calls.parsed_call import ParsedCall
+from gateway.calls.parsed_call import Conversation, ParsedCall
 from gateway.calls.replies import Replies
 from gateway.calls.resolve import CallResolver
 from gateway.calls.submit import SubmittedCall, Submitter
@@ -95,6 +95,8 @@ class Pipeline:
 
     async def prepare(self, call: ParsedCall) -> AdmittedCall:
         """Take a call from *parse* to *admit*: what costs least is refused first. Raises as `run`."""
+        if isinstance(call.inputs, Conversation):
+            large.keep(call.inputs.messages)
         call.rules.check_number(len(call.models.names), len(call.sources), call.options.n)
         await self.admission.check_room(call)
         ignore(call.caller.headers, call.served_without)
