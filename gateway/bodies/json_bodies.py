@@ -36,8 +36,11 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-SENT_BYTES = 1 << 14
+SENT_BYTES = 1 << 13
 """Bytes of a large answer that are gathered before they are sent."""
+
+SHORT_BYTES = 1 << 7
+"""What is shorter is a name or a number, and no slice of a list: many of these take no time."""
 
 Handler = Callable[..., Coroutine[Any, Any, Response]]
 
@@ -247,6 +250,8 @@ class SlicedResponse(Response):
         for part in slices(self._value):
             gathered += part
             if len(gathered) < SENT_BYTES:
+                if len(part) > SHORT_BYTES:
+                    await asyncio.sleep(0)
                 continue
             if is_over():
                 return

@@ -11,8 +11,8 @@ import orjson
 ROWS = 64
 """Rows that are made and written at a time."""
 
-ENTRIES = 21 * ROWS
-"""Entries of rows that are, where each has several: a millisecond or two, or three."""
+ENTRIES = 21 * 16
+"""Entries of rows that are, where each has several: half a millisecond, or a whole one."""
 
 
 def rows_of(num_entries: int) -> int:

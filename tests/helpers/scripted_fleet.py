@@ -211,8 +211,9 @@ class ScriptedFleet:
         usage = m.Usage(len(body.prompt) // 4, seq0 + len(ids), 3) if end else None
         row = StepRow(order.rid, order.epoch, seq0, raw, records, state, finish, info, num_cached=3 if end else 0)
         if s.prompt_logprobs is not None and not seq0:
-            prompt = [logprob_record(id_, s.prompt_logprobs, rank=7) for id_ in memoryview(body.prompt).cast("i")]
-            row.prompt_logprobs = body.prompt + struct.pack("<f", math.nan) + b"".join(prompt)[4:]
+            prompt = memoryview(body.prompt).cast("i")
+            made = {id_: logprob_record(id_, s.prompt_logprobs, rank=7) for id_ in set(prompt)}
+            row.prompt_logprobs = body.prompt + struct.pack("<f", math.nan) + b"".join(map(made.__getitem__, prompt))[4:]
         delta = m.Delta(order.rid, order.epoch, seq0, raw, records, finish=finish, error=info, usage=usage)
         outs = {order.gateway: [delta]} if order.gateway else {}
         refused = await self.bus.step(self.wid, Step([row], outs))
