@@ -225,11 +225,15 @@ class SlicedResponse(Response):
 
     def __init__(
         self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None,
-        is_over: Callable[[], bool] | None = None,
+        is_over: Callable[[], bool] | None = None, *, in_thread: bool = False,
     ) -> None:  # fmt: skip
-        """is_over: whether nobody reads it any more; None: the answer finds that out itself."""
+        """is_over: whether nobody reads it any more; None: the answer finds that out itself.
+
+        in_thread: its slices are made in a thread, since a row takes milliseconds.
+        """
         super().__init__(None, status, headers)
         self._value = value
+        self._in_thread = in_thread
         self._is_over = is_over
         del self.headers["content-length"]
 
@@ -246,8 +250,8 @@ class SlicedResponse(Response):
 
     async def _send(self, send: Send, is_over: Callable[[], bool]) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        gathered = b""
-        for part in slices(self._value):
+        gathered, next_part = b"", partial(next, slices(self._value), b"")
+        while part := await asyncio.to_thread(next_part) if self._in_thread else next_part():
             gathered += part
             if len(gathered) < SENT_BYTES:
                 if len(part) > SHORT_BYTES:
