@@ -54,6 +54,11 @@ class Places:
         self._held: Counter[str] = Counter()
         self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}  # by tenant, in order of arrival
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for a slot."""
+        return bool(self._waiting)
+
     async def take(self, tenant: str) -> None:
         """Wait for a slot. Raises Overloaded when too many wait."""
         if not self._waiting and self._is_free(tenant):
