@@ -18,6 +18,7 @@ from gateway.bodies.json_bodies import disconnected
 from gateway.calls.job_stream import JobStream
 from gateway.calls.writers import SSE, Framing
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape, error_of
+from gateway.overload import large
 from gateway.overload.admission import is_inbound
 from protocol.metrics.series import CLIENTS_GONE
 from protocol.runtime.guarded import is_failure
@@ -58,6 +59,7 @@ class KeepAliveResponse(Response):
                 return
             response = answer.result()
             is_taken = True
+            large.free()
         except BaseException as failure:
             if not self._has_headers or not is_failure(failure):
                 raise

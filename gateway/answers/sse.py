@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -20,6 +21,8 @@ from gateway.server.connection import CONNECTION, Connection
 from protocol.runtime.guarded import is_failure
 from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError
+
+T = TypeVar("T")
 
 FEW_LOGPROB_BYTES = 1 << 14
 """Logprobs up to which an answer is written in one piece: that takes a few milliseconds."""
@@ -100,7 +103,7 @@ class GenerationResponse(Response):
                 frames = self.framing.idle(await generation.waiting_for())
             await self._send_frames(send, frames, more=True)
             self._last_s = loop.time()
-            if self._connection is not None and not self._growth.is_gathered:
+            if self._connection is not None and not self._growth.is_gathered and not self._in_thread:
                 generation.pass_on(self._pass_on)
         await self._send_frames(send, frames + await self.last_frames(), more=False)
 
@@ -111,7 +114,8 @@ class GenerationResponse(Response):
         """
         gathered, num_bytes = list[bytes](), 0
         for piece in pieces:
-            for frame in self.writer.frames(piece):
+            frames = iter(await self._done(partial(self.writer.frames, piece)))
+            while frame := await self._done(partial(next, frames, b"")):
                 gathered.append(frame)
                 num_bytes += len(frame)
                 if num_bytes > SENT_BYTES:
@@ -173,6 +177,14 @@ class GenerationResponse(Response):
         """Return the answer of a call that is not streamed, and its headers."""
         return self.writer.whole(best_of(choices, self.options), self.generation.usage), {}
 
+    async def _done(self, make: Callable[[], T]) -> T:
+        return await asyncio.to_thread(make) if self._in_thread else make()
+
+    @property
+    def _in_thread(self) -> bool:
+        """Whether a token's logprobs take so long to write that this is done in a thread."""
+        return self.options.sampling.vocabulary > 0
+
     @property
     def is_large(self) -> bool:
         """Whether the answer of a call that is not streamed takes long to write."""
@@ -190,7 +202,9 @@ class GenerationResponse(Response):
                 break
         answer, headers = await self.whole(whole)
         if self.is_large:
-            response: Response = SlicedResponse(answer, 200, headers, lambda: self.generation.client_gone)
+            response: Response = SlicedResponse(
+                answer, 200, headers, lambda: self.generation.client_gone, in_thread=self._in_thread
+            )  # fmt: skip
         else:
             response = json_response(answer, headers=headers)
         self.started = True

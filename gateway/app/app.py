@@ -52,7 +52,7 @@ from gateway.openai.openai_routes import OpenAIEndpoints, add_openai_routes
 from gateway.operators.adapter_routes import OperatorEndpoints, add_operator_routes
 from gateway.operators.operator_routes import FleetEndpoints, add_fleet_routes
 from gateway.overload.admission import Admission
-from gateway.overload.large import LargeBodies
+from gateway.overload.large import Checks, LargeBodies
 from gateway.overload.memory import Charged, MemoryAccount
 from gateway.overload.reads import Reads
 from gateway.requests.refusals import Refusals
@@ -154,6 +154,7 @@ def build_app(
     settings: Settings,
     admission: Admission,
     memory: MemoryAccount,
+    checks: Checks,
     keys: ApiKeys | None,
     secret: FleetSecret | None = None,
 ) -> tuple[Envelope, InnerCalls]:
@@ -164,6 +165,7 @@ def build_app(
     """
     app = routed(handlers)
     app.state.settings = settings
+    app.state.checks = checks
     app.state.audit = handlers.audit.log
     add_handlers(app, shape_of)
     table = RouteTable(app.routes, open_pages=settings.open_pages)

@@ -33,7 +33,8 @@ class Dispatch:
             return
         match: Match = scope[MATCH]
         try:
-            scope[CALLER].require(*match.scopes or ())
+            if match.scopes is not None:  # the route needs a key
+                scope[CALLER].require(*match.scopes)
         except PermissionDenied as error:
             await self._shape_of(scope).response(error)(scope, receive, send)
             return

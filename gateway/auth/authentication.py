@@ -68,7 +68,7 @@ class Authentication:
             raise Unauthorized(f"the API key {_shown(key)} is unknown, expired or revoked")
         api_key, tenant = found
         caller = Caller(tenant, api_key.scopes, api_key.id, token, self._secret)
-        caller.require(*match.scopes or ())
+        caller.require(*match.scopes)
         return caller
 
 

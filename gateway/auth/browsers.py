@@ -74,7 +74,8 @@ class Browsers:
         """Return whether a name is the gateway's.
 
         Where it listens for this machine alone, that are this machine's names. Elsewhere others know it by names that
-        it cannot know; of these a browser may use those that no stranger's page can have.
+        it cannot know; of these a browser may use those that no stranger's page can have. Where the operator has named
+        any, that holds for all clients: a page can hide that a browser sends its requests.
         """
         name = _name_of(host)
         if _ANY in self._hosts or name in self._hosts or name == self._host:
@@ -83,7 +84,8 @@ class Browsers:
             return True  # no page of a stranger has an address or this machine as its name
         if is_loopback(self._host):
             return False
-        return not is_browser or "." not in name or name.endswith(PRIVATE_SUFFIXES)
+        is_program = not is_browser and not self._hosts
+        return is_program or "." not in name or name.endswith(PRIVATE_SUFFIXES)
 
 
 def _foreign(who: str) -> PermissionDenied:

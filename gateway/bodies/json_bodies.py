@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
 import json
 import logging
 import threading
 from collections.abc import Callable, Coroutine, Mapping, MutableMapping
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Match, compile_path
 from starlette.types import Receive, Scope, Send
 
-from gateway.auth.callers import caller_of
+from gateway.auth.callers import CALLER, caller_of
 from gateway.bodies import json_values
 from gateway.bodies.json_slices import dumps, has_rows, slices
 from gateway.bodies.parameter_check import IGNORED_HEADER, JsonBody, check_parameters
@@ -28,27 +28,51 @@ from gateway.http.access import MATCH, Access
 from gateway.http.errors import ERROR_SHAPE, OPENAI_ERRORS
 from gateway.http.headers import header_of
 from gateway.http.paths import OPENAI_FORMS
-from gateway.overload.large import working
-from gateway.overload.memory import hold_values
+from gateway.overload.large import PLAIN_BYTES, Checks, keep, working
+from gateway.overload.memory import bytes_of_values, hold_values, values_bytes
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
+T = TypeVar("T")
+
 logger = logging.getLogger(__name__)
 
-SENT_BYTES = 1 << 14
+SENT_BYTES = 1 << 13
 """Bytes of a large answer that are gathered before they are sent."""
+
+SHORT_BYTES = 1 << 7
+"""What is shorter is a name or a number, and no slice of a list: many of these take no time."""
 
 Handler = Callable[..., Coroutine[Any, Any, Response]]
 
 _filling = threading.RLock()
 
 
-def body_value(raw: bytes) -> Any:
-    """Return the value of a body. Raises JSONDecodeError, and HTTPException, as FastAPI lets it pass, for too many."""
+async def body_value(raw: bytes, scope: MutableMapping[str, Any]) -> Any:
+    """Return the value of a request's body, and charge a call for it. What is long is read in a thread.
+
+    Raises JSONDecodeError; HTTPException, as FastAPI lets it pass, for too many values; and as `memory.hold`.
+    """
+    is_call = scope[MATCH].kind == "call"
     try:
-        return json_values.loads(raw)
+        if len(raw) <= PLAIN_BYTES:
+            if is_call:
+                hold_values(len(raw), values_bytes(raw))
+            return json_values.loads(raw)
+        marks = await in_thread(scope, partial(json_values.Marks, raw))
+        if is_call:
+            hold_values(len(raw), bytes_of_values(len(raw), marks.num_values, marks.num_containers))
+        value = await in_thread(scope, marks.value)
+        keep(value)
+        return value
     except BadRequest as error:
         raise HTTPException(400, error.message) from error
+
+
+async def in_thread(scope: MutableMapping[str, Any], make: Callable[[], T]) -> T:
+    """Return what a function makes of a request's body, in a thread, when it is the turn of its tenant."""
+    checks: Checks = scope["app"].state.checks
+    return await checks.in_thread(make, scope[CALLER].owner)
 
 
 def note_form(scope: MutableMapping[str, Any], value: Any) -> None:
@@ -62,7 +86,7 @@ class _JsonRequest(Request):
     """Parses bodies with `body_value`."""
 
     async def json(self) -> Any:
-        value = body_value(await self.body())
+        value = await body_value(await self.body(), self.scope)
         note_form(self.scope, value)
         return value
 
@@ -119,26 +143,27 @@ class JsonRoute(APIRoute):
         request = Request(scope, receive)
         await _whole(request)
         async with working():
-            response = await self.endpoint(body=self._body_of(await request.body(), request), request=request)
+            body = await self._body_of(await request.body(), request)
+            response = await self.endpoint(body=body, request=request)
         del request  # and its body with it, which is not held until the answer's end
         await response(scope, receive, send)
 
-    def _body_of(self, raw: bytes, request: Request) -> Any:
+    async def _body_of(self, raw: bytes, request: Request) -> Any:
         """Return a body as the route's type. Raises HTTPException and RequestValidationError as FastAPI does."""
-        refused = functools.partial(RequestValidationError, body=None)
+        refused = partial(RequestValidationError, body=None)
         if not raw:
             raise refused([{"type": "missing", "loc": ("body",), "msg": "", "input": None}])
         if not self.any_type and not _is_json(header_of(request.scope["headers"], b"content-type") or ""):
             raise refused([{"type": "model_type", "loc": ("body",), "msg": "", "input": None}])
-        hold_values(raw)
         try:
-            value = body_value(raw)
+            value = await body_value(raw, request.scope)
         except json.JSONDecodeError as error:
             place = {"loc": ("body", error.pos), "ctx": {"error": error.msg}}
             raise refused([{"type": "json_invalid", "msg": "", "input": {}, **place}]) from error
         note_form(request.scope, value)
         assert self.body_field is not None
-        body, errors = self.body_field.validate(value, {}, loc=("body",))
+        validate = partial(self.body_field.validate, value, {}, loc=("body",))
+        body, errors = validate() if len(raw) <= PLAIN_BYTES else await in_thread(request.scope, validate)
         if errors:
             raise refused(errors)
         return body
@@ -185,10 +210,12 @@ def _is_json(content_type: str) -> bool:
 def _checked(endpoint: Handler) -> Handler:
     """Return a handler that is called with bodies whose parameters `check_parameters` has judged."""
 
-    @functools.wraps(endpoint)
+    @wraps(endpoint)
     async def checked(*, request: Request, body: JsonBody, **others: Any) -> Response:
         settings: Settings = request.app.state.settings
-        ignored = check_parameters(body, settings.unknown_parameters)
+        check = partial(check_parameters, body, settings.unknown_parameters)
+        is_long = len(await request.body()) > PLAIN_BYTES
+        ignored = await in_thread(request.scope, check) if is_long else check()
         if ignored:
             logger.warning("%s is served without %s", request.scope["path"], ignored)
             caller_of(request).headers[IGNORED_HEADER] = ignored
@@ -217,11 +244,15 @@ class SlicedResponse(Response):
 
     def __init__(
         self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None,
-        is_over: Callable[[], bool] | None = None,
+        is_over: Callable[[], bool] | None = None, *, in_thread: bool = False,
     ) -> None:  # fmt: skip
-        """is_over: whether nobody reads it any more; None: the answer finds that out itself."""
+        """is_over: whether nobody reads it any more; None: the answer finds that out itself.
+
+        in_thread: its slices are made in a thread, since a row takes milliseconds.
+        """
         super().__init__(None, status, headers)
         self._value = value
+        self._in_thread = in_thread
         self._is_over = is_over
         del self.headers["content-length"]
 
@@ -238,10 +269,12 @@ class SlicedResponse(Response):
 
     async def _send(self, send: Send, is_over: Callable[[], bool]) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        gathered = b""
-        for part in slices(self._value):
+        gathered, next_part = b"", partial(next, slices(self._value), b"")
+        while part := await asyncio.to_thread(next_part) if self._in_thread else next_part():
             gathered += part
             if len(gathered) < SENT_BYTES:
+                if len(part) > SHORT_BYTES:
+                    await asyncio.sleep(0)
                 continue
             if is_over():
                 return

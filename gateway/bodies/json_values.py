@@ -1,14 +1,17 @@
 """What a JSON text may cost, found out by counting in its bytes before any of its values exists. Pure.
 
-orjson and pydantic hold the interpreter while they work, in whatever thread. Within these limits the longest that they
-do for a text of 4 MB is some milliseconds, whatever it contains; without them it was five seconds.
+orjson holds the interpreter while it works, in whatever thread. So a long text is counted, and then read, in pieces of
+a tenth of a millisecond each: where that is done in a thread, the event loop has its turn between two of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from protocol.wire.errors import BadRequest
 
@@ -16,7 +19,7 @@ MAX_DEPTH = 100
 """Deepest nesting of lists and objects; everything that reads JSON later can take that much."""
 
 MAX_VALUES = 1 << 20
-"""Most values in a text of up to 4 MB; a larger one may have one for each four of its bytes."""
+"""Most values in a text of up to 4 MB, with keys; a larger one may have one for each four of its bytes."""
 
 MAX_CONTAINERS = 1 << 14
 """Most lists and objects: each costs fifty times its bytes."""
@@ -24,8 +27,18 @@ MAX_CONTAINERS = 1 << 14
 MAX_STRINGS = 1 << 16
 """Most strings, the keys of objects among them."""
 
-_SQUARE = bytes.maketrans(b"{}", b"[]")
-_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+MAX_FIELDS = 1 << 9
+"""Most fields of the outermost object: several times what any API's body has."""
+
+PIECE_BYTES, PIECE_MARKS = 1 << 16, 1 << 10
+"""Bytes and marks that are read at once, but for a single string or number, which is read at once however long."""
+
+_SPACE = b" \t\r\n"
+_QUOTE, _COMMA, _COLON, _LIST = b'",:['
+_CHANGE = np.zeros(256, np.int8)
+_CHANGE[list(b"[{")], _CHANGE[list(b"]}")] = 1, -1
+_IS_MARK = _CHANGE != 0
+_IS_MARK[list(b'",:')] = True
 
 
 def loads(raw: bytes, what: str = "the body") -> Any:
@@ -33,38 +46,170 @@ def loads(raw: bytes, what: str = "the body") -> Any:
 
     As JSON demands, NaN and Infinity are none, nor are lone surrogates text.
     """
-    if len(raw) > MAX_CONTAINERS or raw.count(b"[") + raw.count(b"{") > MAX_DEPTH:
-        _check(raw, what)
-    return orjson.loads(raw)
+    if len(raw) <= MAX_CONTAINERS and raw.count(b"[") + raw.count(b"{") <= MAX_DEPTH:
+        return orjson.loads(raw)
+    return Marks(raw, what).value()
 
 
-def _check(raw: bytes, what: str) -> None:
-    """Raise BadRequest for a text with too many values, or too deep ones."""
-    # Without escaped ones, every quote begins or ends a string.
-    plain = raw.replace(rb"\\", b"").replace(rb"\"", b"") if b"\\" in raw else raw
-    _check_number(what, "strings", plain.count(b'"') // 2, MAX_STRINGS)
-    outside = b"".join(plain.split(b'"')[::2])
-    num_containers = outside.count(b"[") + outside.count(b"{")
-    _check_number(what, "lists and objects", num_containers, MAX_CONTAINERS)
-    num_values = outside.count(b",") + num_containers + 1
-    _check_number(what, "values", num_values, max(MAX_VALUES, len(raw) // 4))
-    if num_containers > MAX_DEPTH and _is_deeper(outside, MAX_DEPTH):
-        raise BadRequest(f"{what} is nested too deeply; the limit is {MAX_DEPTH} levels")
+class Marks:
+    """The marks of a JSON text: its brackets, commas and colons outside of strings, and in how many brackets each is.
+
+    A list or object of level 1 is in no other; its own brackets, commas and colons are of its level.
+    """
+
+    def __init__(self, raw: bytes, what: str = "the body") -> None:
+        """Find them. Raises BadRequest if the text costs too much, JSONDecodeError if its brackets do not match."""
+        self._raw = raw
+        self._what = what
+        self._num_values = self.num_containers = 0
+        found = [*self._count(), (np.zeros(0, np.int32), np.zeros(0, np.uint8), np.zeros(0, np.int8))]
+        self._places, self._kinds, self._levels = (np.concatenate(part) for part in zip(*found, strict=True))
+        self._order = np.argsort(self._levels, kind="stable").astype(np.int32)
+        self._starts = np.searchsorted(self._levels[self._order], np.arange(MAX_DEPTH + 2))
+        if raw.lstrip(_SPACE)[:1] == b"{":
+            outer = self._kinds[self._order[self._starts[1] : self._starts[2]]]
+            self._check("fields", int(np.count_nonzero(outer == _COMMA)) + 1, MAX_FIELDS)
+
+    @property
+    def num_values(self) -> int:
+        """The number of values, the keys of objects among them, or more."""
+        return self._num_values
+
+    def value(self) -> Any:
+        """Return the value of the text. Raises JSONDecodeError if it is no JSON."""
+        raw, places = self._raw, self._places
+        last = len(places) - 1
+        is_short = last < PIECE_MARKS and len(raw) <= PIECE_BYTES
+        if is_short or last < 1 or not self._is_container(0, last, 1):
+            return self._read(0, b"", len(raw), b"")
+        self._check_blank(0, places[0])
+        self._check_blank(places[last] + 1, len(raw))
+        return self._container(0, last, 1)
+
+    # ------------------------------------------------------------ counting
+
+    def _count(self) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
+        """Yield places, kinds and levels of the marks, of one piece of the text after the other."""
+        raw, begin, num_quotes, num_commas, depth = self._raw, 0, 0, 0, 0
+        most = max(MAX_VALUES, len(raw) // 4)
+        while begin < len(raw):
+            piece = raw[begin : begin + PIECE_BYTES]
+            if b"\\" in piece:
+                if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # what it escapes comes with it
+                    piece = raw[begin : begin + len(piece) + 1]
+                # Without escaped ones, every quote begins or ends a string.
+                text = np.frombuffer(piece.replace(rb"\\", b"__").replace(rb"\"", b"__"), np.uint8)
+            else:
+                text = np.frombuffer(piece, np.uint8)
+            places = np.flatnonzero(_IS_MARK[text])
+            kinds = text[places]
+            quotes = kinds == _QUOTE
+            before = num_quotes + np.cumsum(quotes)
+            is_outside = (before % 2 == 0) & ~quotes
+            places, kinds = places[is_outside], kinds[is_outside]
+            change = _CHANGE[kinds]
+            depths = depth + np.cumsum(change)
+            if len(kinds):
+                if depths.min() < 0:
+                    raise self._broken("unexpected character", begin + int(places[depths.argmin()]))
+                if depths.max() > MAX_DEPTH:
+                    raise BadRequest(f"{self._what} is nested too deeply; the limit is {MAX_DEPTH} levels")
+                depth = int(depths[-1])
+            num_quotes += int(np.count_nonzero(quotes))
+            self.num_containers += int(np.count_nonzero(change > 0))
+            num_commas += int(np.count_nonzero(change == 0))
+            self._check("strings", num_quotes // 2, MAX_STRINGS)
+            self._check("lists and objects", self.num_containers, MAX_CONTAINERS)
+            self._check("values", num_commas + self.num_containers + 1, most)
+            yield (places + begin).astype(np.int32), kinds, (depths + (change < 0)).astype(np.int8)
+            begin += len(piece)
+        if depth or num_quotes % 2:
+            raise self._broken("unexpected end of data", len(raw))
+        self._num_values = num_commas + self.num_containers + 1
+
+    def _check(self, of: str, num: int, limit: int) -> None:
+        if num > limit:
+            raise BadRequest(f"{self._what} has {num} {of}; the limit is {limit}")
+
+    # ------------------------------------------------------------ reading
+
+    def _own(self, begin: int, end: int, level: int) -> NDArray[np.int32]:
+        """Return which marks of a level are between two others, these included."""
+        own = self._order[self._starts[level] : self._starts[level + 1]]
+        return own[_num_below(own, begin) : _num_below(own, end + 1)]
+
+    def _is_container(self, begin: int, end: int, level: int) -> bool:
+        """Return whether two marks, and none between them, begin and end a list or an object of a level."""
+        own = self._own(begin, end, level)
+        change = _CHANGE[self._kinds[own]]
+        is_whole = len(own) > 1 and own[0] == begin and own[-1] == end and change[0] == 1 and change[-1] == -1
+        return bool(is_whole) and np.count_nonzero(change) == 2
+
+    def _container(self, begin: int, end: int, level: int) -> Any:
+        """Return the list or object between two marks."""
+        is_list = self._kinds[begin] == _LIST
+        left, right = (b"[", b"]") if is_list else (b"{", b"}")
+        if self._kinds[end] != right[0]:
+            raise self._broken("unexpected character", int(self._places[end]))
+        values: list[Any] = []
+        fields: dict[str, Any] = {}
+        own = self._own(begin, end, level)[1:]
+        ends = own[self._kinds[own] != _COLON]  # the mark after each entry
+        places = self._places[ends]
+        before, done = begin, 0  # the mark before the next entry, and how many are read
+        while done < len(ends):
+            start = int(self._places[before]) + 1
+            num = min(_num_below(ends, before + PIECE_MARKS), _num_below(places, start + PIECE_BYTES)) - done
+            if num > 0:
+                found = self._read(start, left, int(places[done + num - 1]), right)
+                if not found and end > begin + 1:  # a comma has nothing before or after it
+                    raise self._broken("unexpected character", start)
+                values.extend(found) if is_list else fields.update(found)
+            elif is_list:
+                num = 1
+                values.append(self._large(before, int(ends[done]), level))
+            else:
+                num = 1
+                colon = before + 1
+                if self._kinds[colon] != _COLON or self._levels[colon] != level:
+                    raise self._broken("unexpected character", start)
+                key = self._read(start, b"", int(self._places[colon]), b"")
+                if not isinstance(key, str):
+                    raise self._broken("unexpected character", start)
+                fields[key] = self._large(colon, int(ends[done]), level)
+            done += num
+            before = int(ends[done - 1])
+        return values if is_list else fields
+
+    def _large(self, before: int, after: int, level: int) -> Any:
+        """Return the value between two marks of a level."""
+        begin, end = before + 1, after - 1
+        if begin >= end or not self._is_container(begin, end, level + 1):
+            return self._read(int(self._places[before]) + 1, b"", int(self._places[after]), b"")
+        self._check_blank(int(self._places[before]) + 1, int(self._places[begin]))
+        self._check_blank(int(self._places[end]) + 1, int(self._places[after]))
+        return self._container(begin, end, level + 1)
+
+    def _read(self, begin: int, left: bytes, end: int, right: bytes) -> Any:
+        """Return the value of a part of the text with brackets around it."""
+        try:
+            return orjson.loads(left + self._raw[begin:end] + right if left else memoryview(self._raw)[begin:end])
+        except orjson.JSONDecodeError as error:
+            raise self._broken(error.msg, begin, error.pos - len(left)) from None
+
+    def _check_blank(self, begin: int, end: int) -> None:
+        if self._raw[begin:end].strip(_SPACE):
+            raise self._broken("unexpected character", begin)
+
+    def _broken(self, reason: str, num_bytes: int, num_characters: int = 0) -> orjson.JSONDecodeError:
+        """Return the error of a text at so many bytes and characters after them."""
+        at = len(self._raw[:num_bytes].decode(errors="replace")) + num_characters
+        return orjson.JSONDecodeError(reason, "", at)
 
 
-def _check_number(what: str, of: str, num: int, limit: int) -> None:
-    if num > limit:
-        raise BadRequest(f"{what} has {num} {of}; the limit is {limit}")
+def _num_below(sorted_numbers: NDArray[np.int32], number: int) -> int:
+    """Return how many of some sorted numbers are below one. It is made an int32: numpy would make int64 of the others.
 
-
-def _is_deeper(outside: bytes, limit: int) -> bool:
-    """Return whether brackets are nested deeper than a limit; of those that do not match it may say either."""
-    brackets = outside.translate(_SQUARE, _NO_BRACKETS)
-    if 2 * brackets.count(b"[") != len(brackets):
-        return False  # not JSON; do not rescan millions of brackets that close nothing
-    for _ in range(limit):
-        inner = brackets.replace(b"[]", b"")
-        if len(inner) == len(brackets):
-            break  # none are left, or they do not match
-        brackets = inner
-    return b"[]" in brackets or b"[" * (limit + 1) in brackets
+    That would take as long as all of them, each time.
+    """
+    return int(np.searchsorted(sorted_numbers, np.int32(number)))

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from msgspec import Struct, structs
 
 from gateway.calls.parsed_call import Options
@@ -29,18 +30,21 @@ class TokenLogprob(NamedTuple):
 class Logprobs:
     """Tokens with their logprobs, packed as they come from the log: as objects they would take twenty times as much."""
 
-    __slots__ = ("_of_prompt", "_records", "packed")
+    __slots__ = ("_is_whole", "_of_prompt", "_records", "packed")
 
     def __init__(
-        self, packed: bytes | bytearray = b"", records: bytes | bytearray = b"", *, of_prompt: bool = False
-    ) -> None:
+        self, packed: bytes | bytearray = b"", records: bytes | bytearray = b"", *, of_prompt: bool = False,
+        is_whole: bool = False,
+    ) -> None:  # fmt: skip
         """packed: ids, int32. records: a logprob (float32), of a prompt's token its rank (int32), then others' ids.
 
-        Each of these is followed by its logprob (int32, float32).
+        Each of these is followed by its logprob (int32, float32). is_whole: in place of these, the logprobs of all
+        tokens by id (float32).
         """
         self.packed = packed
         self._records = records
         self._of_prompt = of_prompt
+        self._is_whole = is_whole
 
     def __len__(self) -> int:
         return len(self.packed) // 4
@@ -59,6 +63,9 @@ class Logprobs:
         """Make the tokens one after the other."""
         if not self.packed:
             return
+        if self._is_whole:
+            yield from self._whole()
+            return
         num_top = (len(self._records) * 4 // len(self.packed) - 4) // 8
         first = int(self._of_prompt)
         layout = struct.Struct("<f" + "i" * first + "if" * num_top)
@@ -66,13 +73,23 @@ class Logprobs:
             top = list(zip(rest[first::2], rest[first + 1 :: 2], strict=True))
             yield TokenLogprob(id_, logprob, top, rest[0] if first else 0)
 
+    def _whole(self) -> Iterator[TokenLogprob]:
+        """Make tokens beside which all others are listed, the likeliest first; that takes milliseconds for each."""
+        first = 1 + self._of_prompt
+        rows = np.frombuffer(self._records, "<f4").reshape(len(self), -1)
+        ranks = rows[:, 1].view("<i4").tolist() if self._of_prompt else [0] * len(rows)
+        for id_, rank, row in zip(self.ids, ranks, rows, strict=True):
+            order = np.argsort(-row[first:], kind="stable")
+            top = list(zip(order.tolist(), row[first:][order].tolist(), strict=True))
+            yield TokenLogprob(id_, float(row[0]), top, rank)
+
     def part(self, begin: int, end: int) -> Logprobs:
         """Return the tokens from one on, up to another."""
         if begin == 0 and end == len(self):
             return self
         size = len(self._records) // max(len(self), 1)
         records = self._records[begin * size : end * size]
-        return Logprobs(self.packed[4 * begin : 4 * end], records, of_prompt=self._of_prompt)
+        return self._with(self.packed[4 * begin : 4 * end], records)
 
     def joined(self, more: Logprobs) -> Logprobs:
         """Return these tokens with more after them. It may be this object, which then has grown."""
@@ -80,11 +97,14 @@ class Logprobs:
             return self if self.packed else more
         if not isinstance(self.packed, bytearray):
             packed, records = bytearray(self.packed) + more.packed, bytearray(self._records) + more._records
-            return Logprobs(packed, records, of_prompt=self._of_prompt)
+            return self._with(packed, records)
         assert isinstance(self._records, bytearray)
         self.packed += more.packed
         self._records += more._records
         return self
+
+    def _with(self, packed: bytes | bytearray, records: bytes | bytearray) -> Logprobs:
+        return Logprobs(packed, records, of_prompt=self._of_prompt, is_whole=self._is_whole)
 
 
 NONE = Logprobs()
@@ -153,7 +173,9 @@ class Choice:
     def give_prompt(self, ids: bytes, records: bytes) -> None:
         """Take the prompt's tokens (int32) and their logprob records, to be shown with the next piece."""
         self.needs_prompt = False
-        self._prompt = Logprobs(ids, records, of_prompt=True)
+        self._prompt = Logprobs(
+            ids, records, of_prompt=True, is_whole=self.options.sampling.prompt_logprobs == m.WHOLE
+        )  # fmt: skip
 
     def take(self, delta: m.Delta, piece: Piece) -> None:
         """Add a delta that leaves no gap to `piece`. Raises the error that ended the request."""
@@ -207,7 +229,7 @@ class Choice:
         if not self._record_bytes:
             piece.text += self._output.add(numbers)
             return
-        tokens = Logprobs(ids, records)
+        tokens = Logprobs(ids, records, is_whole=options.sampling.num_logprobs == m.WHOLE)
         if options.output != "tokens":
             num = 0
             for id_ in numbers:

@@ -67,18 +67,19 @@ class Options(msgspec.Struct, frozen=True):
     def record_bytes(self) -> int:
         """Size of a token's logprob record, 0 without logprobs."""
         num = self.sampling.num_logprobs
-        return 0 if num is None else m.logprob_record_bytes(num)
+        return 0 if num is None else m.logprob_record_bytes(num, self.sampling.vocabulary)
 
     @property
     def prompt_record_bytes(self) -> int:
         """Size of a prompt token's logprob record, 0 without such logprobs."""
         num = self.sampling.prompt_logprobs
-        return 0 if num is None else m.prompt_record_bytes(num)
+        return 0 if num is None else m.prompt_record_bytes(num, self.sampling.vocabulary)
 
     @property
     def rows(self) -> int:
         """Tokens whose logprobs are made to JSON and written at a time."""
-        return rows_of(1 + max(self.sampling.num_logprobs or 0, self.sampling.prompt_logprobs or 0))
+        sampling = self.sampling
+        return rows_of(1 + max(sampling.num_logprobs or 0, sampling.prompt_logprobs or 0, sampling.vocabulary))
 
     @property
     def is_empty(self) -> bool:

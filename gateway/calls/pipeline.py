@@ -27,7 +27,7 @@ from gateway.calls.admit import AdmittedCall, CallAdmission
 from gateway.calls.constrain import constrain
 from gateway.calls.earlier import EarlierCalls
 from gateway.calls.follow import Generation
-from gateway.calls.parsed_call import ParsedCall
+from gateway.calls.parsed_call import Conversation, ParsedCall
 from gateway.calls.replies import Replies
 from gateway.calls.resolve import CallResolver
 from gateway.calls.submit import SubmittedCall, Submitter
@@ -99,6 +99,8 @@ class Pipeline:
         outcome = OUTCOME_OF.get(None)
         if outcome is not None:
             outcome.model = call.model_name
+        if isinstance(call.inputs, Conversation):
+            large.keep(call.inputs.messages)
         call.rules.check_number(len(call.models.names), len(call.sources), call.options.n)
         await self.admission.check_room(call)
         ignore(call.caller.headers, call.served_without)

@@ -59,7 +59,7 @@ class CallResolver:
             refuse_classifiers(targets)
         if call.options.lora_scale is not None and not any(target.digest for target in targets):
             raise BadRequest("lora_scale applies to adapters only, and the base model is asked", param="lora_scale")
-        return ResolvedCall(call, base, targets)
+        return ResolvedCall(with_vocabulary(call, base, targets), base, targets)
 
     async def targets(
         self, models: Models, base: m.ServedModel, caller: Caller,
@@ -133,6 +133,18 @@ def refuse_classifiers(targets: Sequence[Target]) -> None:
 def num_labels(base: m.ServedModel, target: Target) -> int:
     """Return how many labels the head has by which a target labels texts, its own or the base's; 0: there is none."""
     return (target.num_labels or len(base.labels)) if base.does("score") else 0
+
+
+def with_vocabulary(call: ParsedCall, base: m.ServedModel, targets: Sequence[Target]) -> ParsedCall:
+    """Return a call that knows how many tokens there are, if it asks for the logprobs of all. Raises BadRequest."""
+    sampling = call.options.sampling
+    if m.WHOLE not in (sampling.num_logprobs, sampling.prompt_logprobs):
+        return call
+    sizes = {target.vocab_size or base.vocab_size for target in targets}
+    if len(sizes) > 1:
+        raise BadRequest("logprobs of the whole vocabulary: these models have different ones; ask one of them")
+    sampling = msgspec.structs.replace(sampling, vocabulary=sizes.pop())
+    return msgspec.structs.replace(call, options=msgspec.structs.replace(call.options, sampling=sampling))
 
 
 def with_heads(call: ParsedCall, base: m.ServedModel, targets: Sequence[Target]) -> ParsedCall:

@@ -19,6 +19,9 @@ from protocol.wire.errors import BadRequest
 MAX_LOGPROB_BYTES = 1 << 27
 """Most bytes that the logprobs of a call may take in the logs of its requests."""
 
+MAX_WHOLE_BYTES = 1 << 24
+"""The same of a call that asks for the whole vocabulary, whose answer takes fifteen times as many bytes as JSON."""
+
 CHOICE_BYTES = 4 << 10
 """A choice without its tokens: its request, its end, its stop rule."""
 
@@ -62,6 +65,10 @@ WRITTEN_TOKENS, WRITTEN_BYTES = 64, 16
 """Tokens whose logprobs are written at a time, and bytes that this takes for each of a record's."""
 
 
+WRITTEN_WHOLE_BYTES = 96
+"""The same where each token has those of the whole vocabulary, of which one token's are written at a time."""
+
+
 def longest(options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
     """Return the most tokens of an answer."""
     wanted = options.default_tokens if options.max_tokens is None else options.max_tokens
@@ -70,13 +77,15 @@ def longest(options: Options, num_prompt_tokens: int, max_model_len: int) -> int
 
 def check_logprobs(options: Options, prompts: Sequence[Prompt]) -> None:
     """Refuse a call whose choices may have too many logprobs together. Raises BadRequest."""
-    num_bytes = logprob_bytes(options, prompts)
-    if num_bytes > MAX_LOGPROB_BYTES:
+    num_bytes, vocabulary = logprob_bytes(options, prompts), options.sampling.vocabulary
+    limit = MAX_WHOLE_BYTES if vocabulary else MAX_LOGPROB_BYTES
+    if num_bytes > limit:
         num_old = sum(prompt.num_tokens for prompt in prompts) if options.prompt_record_bytes else 0
         num_tokens = options.n * (sum(prompt.max_new_tokens for prompt in prompts) + num_old)
         raise BadRequest(
-            f"the logprobs of up to {num_tokens} tokens take {num_bytes} bytes; the limit of a call is"
-            f" {MAX_LOGPROB_BYTES}: ask for fewer tokens, choices or likely tokens",
+            f"the logprobs of up to {num_tokens} tokens{f', each of {vocabulary},' if vocabulary else ''} take"
+            f" {num_bytes} bytes; the limit of {'such ' if vocabulary else ''}a call is {limit}: ask for fewer tokens,"
+            " choices or likely tokens",
             param="max_tokens", code="limit_exceeded",
         )  # fmt: skip
 
@@ -114,7 +123,8 @@ def call_bytes(options: Options, prompts: Sequence[Prompt], num_numbers: int = 0
     num_choices, record = options.n * len(prompts), max(options.record_bytes, options.prompt_record_bytes)
     num_new = options.n * sum(prompt.max_new_tokens for prompt in prompts)
     num_bytes = CALL_BYTES + num_choices * CHOICE_BYTES + NUMBER_BYTES * num_numbers
-    num_bytes += max_pending(num_choices) * (DELTA_BYTES + record) + WRITTEN_TOKENS * WRITTEN_BYTES * record
+    written = WRITTEN_WHOLE_BYTES if options.sampling.vocabulary else WRITTEN_TOKENS * WRITTEN_BYTES
+    num_bytes += max_pending(num_choices) * (DELTA_BYTES + record) + written * record
     num_bytes += num_new * (ID_BYTES + (texts_held(options) * TEXT_BYTES if gathers_text(options) else 0))
     num_bytes += (WRITTEN_RECORDS if options.by_token else RECORDS) * logprob_bytes(options, prompts)
     if options.shows_ids:

@@ -192,7 +192,8 @@ async def _rendered(call: ParsedCall, inputs: Conversation, target: Target, base
         message = "this model's tool calls are complete answers and cannot follow a continued message; leave out"
         raise BadRequest(f"{message} tools, or continue_final_message", param="continue_final_message")
     ids = encoded.ids if limit is None or inputs.truncation is None else inputs.truncation.cut(encoded.ids, limit)
-    return Prompt(target, pack(ids), len(ids), echo=echoed(call, "", files), form=form)
+    packed = pack(ids) if len(ids) <= FEW_TOKENS else await asyncio.to_thread(pack, ids)
+    return Prompt(target, packed, len(ids), echo=echoed(call, "", files), form=form)
 
 
 async def _of_texts(
@@ -242,7 +243,9 @@ async def _of_pairs(
         raise BadRequest(f"{message}, and the setting pair_template is empty", param="model")
     await _check_pairs(call, inputs, target, base)
     pairs = await files.encode_pairs(inputs.texts, tenant=target.payer(call.caller))
-    return [Prompt(target, pack(pair.ids), len(pair.ids), second=pair.second) for pair in pairs]
+    return await asyncio.to_thread(
+        lambda: [Prompt(target, pack(pair.ids), len(pair.ids), second=pair.second) for pair in pairs]
+    )
 
 
 async def _check_pairs(call: ParsedCall, inputs: Pairs, target: Target, base: m.ServedModel) -> None:

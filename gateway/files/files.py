@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import secrets
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
 from functools import partial
@@ -39,6 +40,10 @@ OUTPUT_PURPOSE = "batch_output"
 
 NUM_UPLOADS, NUM_UPLOADS_OF_TENANT, NUM_WAITING = 16, 4, 64
 """Files that a gateway receives at once, in all and of one tenant, and that wait for that."""
+
+SLOW_BYTES_PER_S, SLOW_AFTER_S = 128 << 10, 30.0
+"""An upload that is slower than this, and has lasted so long, ends where others wait for a place: four tenants could
+otherwise hold all places for days, at the 8 kB/s that every body may take."""
 
 HELD_S = 86_400.0
 """How long room is held for a file that is being uploaded: a slower upload is broken off."""
@@ -126,9 +131,16 @@ class FileService:
 
     async def _held(self, file: m.File, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Pass a file's bytes on; hold more room before those that come beyond it. Raises Overloaded."""
-        come, held = 0, file.num_bytes
+        come, held, began_s = 0, file.num_bytes, time.monotonic()
         async for chunk in chunks:
             come += len(chunk)
+            lasts_s = time.monotonic() - began_s
+            if self._uploads.is_awaited and lasts_s >= SLOW_AFTER_S and come < SLOW_BYTES_PER_S * lasts_s:
+                raise Overloaded(
+                    f"others wait, and this upload has brought {int(come / max(lasts_s, 1.0))} bytes a second;"
+                    f" it must then be {SLOW_BYTES_PER_S}",
+                    60.0,
+                )
             if come > held:
                 held = await self._hold(file, come, HELD_AHEAD_BYTES)
             yield chunk

@@ -60,9 +60,7 @@ class Match:
     path: str  # normalised path of the request
     route: APIRoute | None = None  # None: no route has the path, or none has it with this method
     params: Mapping[str, str] = field(default_factory=dict)
-    scopes: (
-        tuple[Scope, ...] | None
-    ) = ()  # as in `Access`; strangers learn no more about unknown paths than about others
+    scopes: tuple[Scope, ...] | None = ()  # as in `Access`; of unknown paths strangers learn no more than of others
     kind: Kind = "plain"
     any_token: bool = False  # whether any bearer may be the token of an adapter's source
     allowed: tuple[str, ...] = ()  # other methods that the path has, where it has none for this one

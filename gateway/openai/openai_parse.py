@@ -62,6 +62,8 @@ _NO_VARIABLES = ("messages", "add_generation_prompt", "continue_final_message")
 
 def parse(request: AnyRequest, caller: Caller, settings: Settings, sent: Sent | None = None) -> ParsedCall:
     """Return what a body asks for. Raises BadRequest naming the parameter."""
+    if caller.is_batch and (param := asks_whole(request)) is not None:
+        raise BadRequest(f"{param} is -1, the whole vocabulary, which no file of a batch holds", param=param)
     is_chat = isinstance(request, ChatRequest)
     return ParsedCall(
         caller=caller,
@@ -112,11 +114,19 @@ def _check_kept(request: AnyRequest) -> None:
     """Refuse what answers cannot be written with once their prompts are gone. Raises BadRequest."""
     if request.return_token_ids:
         param, what = "return_token_ids", "the ids of a prompt are"
+    elif (param := asks_whole(request)) is not None:
+        what = "the logprobs of the whole vocabulary are"
     elif request.truncate_prompt_tokens is not None and request.echo and isinstance(request, CompletionRequest):
         param, what = "echo", "the echo of a shortened prompt is"
     else:
         return
     raise BadRequest(f"{what} not kept: leave out background, the Idempotency-Key or {param}", param=param)
+
+
+def asks_whole(request: AnyRequest) -> str | None:
+    """Return the field that asks for the logprobs of the whole vocabulary, None where none does."""
+    names = ("prompt_logprobs", "top_logprobs" if isinstance(request, ChatRequest) else "logprobs")
+    return next((name for name in names if getattr(request, name) == m.WHOLE), None)
 
 
 def _truncation(request: AnyRequest) -> Truncation | None:
@@ -194,7 +204,7 @@ def _options(request: AnyRequest, settings: Settings) -> Options:
     usage_wish = request.stream_options
     include_usage = settings.force_include_usage or bool(usage_wish and usage_wish.include_usage)
     return Options(
-        sampling=_sampling(request, num_logprobs, max(of_prompt, default=None)),
+        sampling=_sampling(request, num_logprobs, m.WHOLE if m.WHOLE in of_prompt else max(of_prompt, default=None)),
         n=n,
         max_tokens=max_tokens,
         default_tokens=UNLIMITED if isinstance(request, ChatRequest) else DEFAULT_COMPLETION_TOKENS,
@@ -230,8 +240,9 @@ def _check_logprobs(request: AnyRequest, num_shown: int | None, max_tokens: int 
     """Refuse more logprobs than there may be, and wishes about logprobs that there are not. Raises BadRequest."""
     param = "top_logprobs" if isinstance(request, ChatRequest) else "logprobs"
     for name, num in ((param, num_shown), ("prompt_logprobs", request.prompt_logprobs)):
-        if num is not None and not 0 <= num <= settings.max_logprobs:
-            asked = "-1, the whole vocabulary" if num < 0 else num
+        # The whole vocabulary is bounded in bytes, by `calls.size`, once its size is known.
+        if num is not None and (num > settings.max_logprobs or (num == m.WHOLE and not settings.max_logprobs)):
+            asked = "-1, the whole vocabulary" if num == m.WHOLE else num
             raise BadRequest(f"{name} is {asked}; the limit is {settings.max_logprobs}", param=name)
     for name in ("logprob_token_ids", "return_tokens_as_token_ids"):
         if getattr(request, name) and num_shown is None:

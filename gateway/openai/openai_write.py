@@ -10,15 +10,15 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import islice
+from functools import lru_cache, partial
+from itertools import chain, islice, starmap
 from typing import Any
 
 import orjson
 from msgspec import structs
 
 from gateway.answers.sse import GenerationResponse
-from gateway.bodies.json_slices import RowSlices, dumps
+from gateway.bodies.json_slices import ENTRIES, FieldSlices, RowSlices, dumps, joined
 from gateway.calls.choices import NONE, Choice, Piece, TokenLogprob
 from gateway.calls.follow import Generation
 from gateway.calls.parsed_call import Conversation, Options
@@ -29,6 +29,7 @@ from gateway.openai.offsets import TextOffsets
 from gateway.openai.timed import TimedResponse
 from gateway.text.answer_form import AnswerForm
 from gateway.text.answer_parts import AnswerParts, Part
+from protocol.wire import messages as m
 from protocol.wire.tokens import TokenTable
 
 
@@ -135,6 +136,8 @@ class _Details:
         self.of_prompt = options.num_shown_of_prompt is not None
         self.only_calls = options.tools is not None and options.tools.required  # an answer has no text
         self.hides_reasoning = options.hides_reasoning
+        self.is_whole = options.sampling.vocabulary > 0  # the logprobs of the whole vocabulary are shown
+        self.dumps = joined if self.is_whole else dumps
         self.rows = options.rows  # tokens whose logprobs are made and written at a time
         self._prompts = prompts
         self._options = options
@@ -153,9 +156,10 @@ class _Details:
         beside: it does not count among the number of these.
         """
         asked = bool(self._options.sampling.logprob_token_ids) and not token.rank
-        others = token.top if asked else token.top[: self._options.num_shown]
+        num = _shown(self._options.num_shown)
+        others = token.top if asked else token.top[:num]
         shown = [(token.id, token.logprob), *(other for other in others if other[0] != token.id)]
-        return shown if asked or beside else shown[: self._options.num_shown]
+        return shown if asked or beside else shown[:num]
 
     def token_ids(self, piece: Piece) -> bytes:
         """Return a field of a chunk's choice: the ids of its tokens, null if they are not wanted."""
@@ -180,22 +184,31 @@ class _Details:
         prompt: dict[str, Any] = {"prompt_token_ids": self.prompt_ids(piece.index) if self.ids else None}
         prompt["prompt_logprobs"] = None
         if self.of_prompt:
-            tokens, num = self.tokens(piece.index), self._options.num_shown_of_prompt
+            tokens, num = self.tokens(piece.index), _shown(self._options.num_shown_of_prompt)
             prompt["prompt_logprobs"] = RowSlices(
                 lambda: (_ranked(tokens, one, one.top[:num]) for one in piece.prompt), self.rows
             )
         return output, prompt
 
 
-def _ranked(tokens: TokenTable, token: TokenLogprob, top: Sequence[tuple[int, float]]) -> dict[str, Any] | None:
+def _shown(num: int | None) -> int | None:
+    """Return where the list of likely tokens ends, None for all."""
+    return None if num == m.WHOLE else num
+
+
+def _ranked(tokens: TokenTable, token: TokenLogprob, top: Sequence[tuple[int, float]]) -> Any:
     """Return a prompt's token and the most likely ones by id, as vLLM does; None for the first token."""
     if math.isnan(token.logprob):
         return None
-    ranked = [(token.id, token.logprob, token.rank), *((*one, rank) for rank, one in enumerate(top, 1))]
-    return {
-        str(id_): {"logprob": max(logprob, MIN_LOGPROB), "rank": rank, "decoded_token": tokens.text_of(id_)}
-        for id_, logprob, rank in ranked
-    }
+
+    def ranked(id_: int, logprob: float, rank: int) -> tuple[str, dict[str, Any]]:
+        return str(id_), {"logprob": max(logprob, MIN_LOGPROB), "rank": rank, "decoded_token": tokens.text_of(id_)}
+
+    own = ranked(token.id, token.logprob, token.rank)
+    others = (ranked(*one, rank) for rank, one in enumerate(top, 1))
+    if len(top) <= ENTRIES:
+        return dict([own, *others])
+    return FieldSlices(lambda: chain([own], (other for other in others if other[0] != own[0])), ENTRIES)
 
 
 class ChatWriter:
@@ -223,7 +236,7 @@ class ChatWriter:
         if piece.index in self.forms:
             return out + self._split_frames(piece, start)
         if piece.text or piece.logprobs or piece.ids or piece.finish:
-            logprobs = dumps(self._content(piece)) if self._details.logprobs else b"null"
+            logprobs = self._details.dumps(self._content(piece)) if self._details.logprobs else b"null"
             body = b'{"content":%b},"logprobs":%b,' % (orjson.dumps(piece.text), logprobs)
             out.append(self._frames.choice(start, body, self._end(piece), self._details.token_ids(piece), b"}"))
         return out
@@ -263,7 +276,7 @@ class ChatWriter:
             if piece.finish and i == len(deltas) - 1:
                 body |= self._details.end(piece, _finish(piece.finish, splitter))
             body["token_ids"] = (piece.ids if i == 0 else []) if self._details.ids else None
-            out.append(self._frames.choice(start + orjson.dumps(delta) + b"," + dumps(body)[1:]))
+            out.append(self._frames.choice(start + orjson.dumps(delta) + b"," + self._details.dumps(body)[1:]))
         return out
 
     def usage_frame(self, usage: Usage) -> bytes:
@@ -314,7 +327,10 @@ class ChatWriter:
 
         def entries() -> Iterator[dict[str, Any]]:
             for token in piece.logprobs:
-                top = [entry(*pair) for pair in details.top(token)]
+                shown = details.top(token)
+                top: Any = [entry(*pair) for pair in shown]
+                if details.is_whole:
+                    top = RowSlices(partial(starmap, entry, shown), ENTRIES)
                 yield {**entry(token.id, token.logprob), "top_logprobs": top}
 
         return {"content": RowSlices(entries, details.rows), "refusal": None}
@@ -390,7 +406,7 @@ class CompletionWriter:
 
     def _chunk(self, piece: Piece, offsets: Sequence[int] | None = None) -> bytes:
         """Return one chunk. offsets: those of the prompt's tokens in it, None where these are all."""
-        logprobs = dumps(self._lists(piece, offsets)) if self._details.logprobs else b"null"
+        logprobs = self._details.dumps(self._lists(piece, offsets)) if self._details.logprobs else b"null"
         end = b'"finish_reason":null,"stop_reason":null'
         if piece.finish:
             end = orjson.dumps(self._details.end(piece, piece.finish))[1:-1]
@@ -465,7 +481,7 @@ class CompletionWriter:
             ),
         }
 
-    def _top(self, tokens: TokenTable, token: TokenLogprob) -> dict[str, float] | None:
+    def _top(self, tokens: TokenTable, token: TokenLogprob) -> Any:
         """Return the logprobs of the tokens shown beside one, and its own, by text; of equal texts the likeliest."""
         if math.isnan(token.logprob):
             return None
@@ -473,4 +489,4 @@ class CompletionWriter:
         for id_, logprob in self._details.top(token, beside=True):
             text = self._details.name(tokens, id_)
             best[text] = max(best.get(text, MIN_LOGPROB), logprob)
-        return best
+        return FieldSlices(best.items, ENTRIES) if len(best) > ENTRIES else best

@@ -54,6 +54,11 @@ class Places:
         self._held: Counter[str] = Counter()
         self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}  # by tenant, in order of arrival
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether somebody waits for a slot."""
+        return bool(self._waiting)
+
     async def take(self, tenant: str) -> None:
         """Wait for a slot. Raises Overloaded when too many wait."""
         if not self._waiting and self._is_free(tenant):
@@ -120,6 +125,7 @@ class LargeBody:
         self._tenant = tenant
         self._bodies = bodies
         self._work = work
+        self._values: list[Any] = []
 
     async def take_turn(self) -> None:
         """Wait for a turn to work."""
@@ -129,12 +135,25 @@ class LargeBody:
         """End a turn."""
         self._work.give(self._tenant)
 
+    def keep(self, value: object) -> None:
+        """Keep what a body was read into until `free`, so that nobody else frees it, and all at once."""
+        self._values.append(value)
+
+    def free(self) -> None:
+        """Let go of what was kept, in a thread. Nobody may hold it otherwise."""
+        if self._values:
+            values, self._values = self._values, []
+            asyncio.get_running_loop().run_in_executor(None, free_slowly, values)
+
     def release(self) -> None:
         """Release the slot, idempotently: the body is no longer held."""
         if self._bodies is not None:
             self._bodies.give(self._tenant)
             self._bodies = None
 
+
+FREED_AT_ONCE = 1 << 9
+"""Values that are freed before others have their turn."""
 
 _BODY: ContextVar[LargeBody | None] = ContextVar("large_body", default=None)
 """The body that the current task works on; None for a small one."""
@@ -215,9 +234,43 @@ class Checks:
         """
         if num_bytes <= (PLAIN_BYTES if _FORMS.isdisjoint(fields) else FEW_BYTES):
             return make()
+        return await self.in_thread(make, tenant)
+
+    async def in_thread(self, make: Callable[[], T], tenant: str) -> T:
+        """Return what a function returns, or raise what it raises, in a thread, when it is the tenant's turn."""
         return await _in_turn(
             partial(self._turns.take, tenant), partial(self._turns.give, tenant), lambda: asyncio.to_thread(make)
         )
+
+
+def keep(value: object) -> None:
+    """Keep a value that the current task's body was read into until nobody else holds it; see `free`."""
+    body = _BODY.get()
+    if body is not None:
+        body.keep(value)
+
+
+def free() -> None:
+    """Free what was kept of the current task's body, in a thread: nobody else holds it any more."""
+    body = _BODY.get()
+    if body is not None:
+        body.free()
+
+
+def free_slowly(values: list[Any]) -> None:
+    """Free lists and objects within each other a few at a time, and empty the list that was given.
+
+    Freeing the outermost would free all of them at once, which holds the interpreter for milliseconds.
+    """
+    for value in values:  # the list grows meanwhile: what is within a value comes after it
+        if isinstance(value, dict):
+            values.extend(value.values())
+        elif isinstance(value, list):
+            values.extend(value)
+    value = None
+    values.reverse()
+    while values:
+        del values[-FREED_AT_ONCE:]
 
 
 def release() -> None:
@@ -260,6 +313,7 @@ class LargeBodies:
         finally:
             _BODY.reset(token)
             body.release()
+            body.free()
 
 
 def _is_small(headers: Sequence[tuple[bytes, bytes]]) -> bool:

@@ -142,16 +142,20 @@ def charging(charge: Charge | None) -> Iterator[None]:
         _CHARGE.reset(token)
 
 
-def hold_values(raw: bytes) -> None:
-    """Charge the current task's call for its body and the values that are about to be made of it."""
-    hold(CALL_BYTES + 2 * len(raw) + values_bytes(raw))
+def hold_values(num_bytes: int, values_bytes: int) -> None:
+    """Charge the current task's call for a body and the values that are about to be made of it."""
+    hold(CALL_BYTES + 2 * num_bytes + values_bytes)
 
 
 def values_bytes(raw: bytes) -> int:
-    """Return the most bytes that the values of a JSON text take, found by counting in it."""
+    """Return the most bytes that the values of a short JSON text take, found by counting in it."""
     num_containers = raw.count(b"[") + raw.count(b"{")
-    num_values = raw.count(b",") + raw.count(b":") + num_containers + 1
-    return CHARACTER_BYTES * len(raw) + VALUE_BYTES * num_values + CONTAINER_BYTES * num_containers
+    return bytes_of_values(len(raw), raw.count(b",") + raw.count(b":") + num_containers + 1, num_containers)
+
+
+def bytes_of_values(num_bytes: int, num_values: int, num_containers: int) -> int:
+    """Return the most bytes that the values of a JSON text take: keys count as values, as do lists and objects."""
+    return CHARACTER_BYTES * num_bytes + VALUE_BYTES * num_values + CONTAINER_BYTES * num_containers
 
 
 def tenant_holder(name: str) -> str:

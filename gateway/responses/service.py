@@ -77,9 +77,11 @@ class Responses:
 
         num_bytes = len(sent.raw) + ITEM_BYTES * len(context.items)
         own, items, call = await pipeline.parsed(body, caller, num_bytes, make)
+        large.keep(items)
         if not call.shown["store"]:
             return FollowedResponse(await pipeline.run(call), self._settings.keepalive_s)
-        kept = to_be_stored(call, body, items, len(own), self._settings.max_body_bytes)
+        store = partial(to_be_stored, call, body, items, len(own), self._settings.max_body_bytes)
+        kept = await pipeline.parsed(body, caller, num_bytes, store)
         conversation = conversation_id_of(body)
         if not body.background:
             job = partial(

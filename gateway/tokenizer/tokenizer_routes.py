@@ -105,11 +105,11 @@ class TokenizerEndpoints:
         settings = self._pipeline.settings
         check_num(len(body.messages or ()), settings.max_messages, "entries", "messages")
         check_num(len(body.tools or ()), MAX_TOOLS, "entries", "tools")
-        asked = body.model_dump(
-            include={"messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
-        )  # fmt: skip
 
         def make() -> tuple[Conversation, Tools | None]:
+            asked = body.model_dump(
+                include={"messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
+            )  # fmt: skip
             chat = conversation_of(ChatRequest(model=body.model or "", **asked))
             return chat, tools_of(body.tools, None, None, settings)
 

@@ -67,7 +67,7 @@ class RequestBinder:
             return seq, "stop" if request.output else ""
         num_top = request.sampling.prompt_logprobs
         if num_top is not None and not request.output:
-            seq.prompt_logprobs = PromptLogprobs(request.prompt, num_top)
+            seq.prompt_logprobs = PromptLogprobs(request.prompt, num_top, request.sampling.vocabulary)
         if self._max_draft_tokens:
             seq.drafter = Drafter(self._max_draft_tokens)
         reads_text = any(request.stop) or bool(request.sampling.stop_regex)
@@ -196,6 +196,8 @@ def check_ids(request: EngineRequest, vocab_size: int) -> None:
     if request.prompt.min() < 0 or request.prompt.max() >= vocab_size:
         raise BadRequest(f"the prompt holds token ids outside 0 … {vocab_size - 1}", param="prompt")
     s = request.sampling
+    if not 0 <= s.vocabulary <= vocab_size:
+        raise BadRequest(f"logprobs of {s.vocabulary} tokens are asked for; the model has {vocab_size}")
     words = [id_ for word in s.bad_words for id_ in word]
     for ids in (s.logit_bias, s.allowed_token_ids, s.logprob_token_ids, words, request.stop_token_ids):
         if ids and not (min(ids) >= 0 and max(ids) < vocab_size):

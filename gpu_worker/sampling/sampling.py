@@ -26,7 +26,7 @@ from gpu_worker.memory import Arriving, send
 from gpu_worker.sampling.adjustment import Adjustment
 from gpu_worker.sampling.logprobs import LogprobRows
 from lora_kernels import ops
-from protocol.wire.messages import Sampling
+from protocol.wire.messages import WHOLE, Sampling
 
 GREEDY_TEMPERATURE = 1e-5
 """Below this a temperature is 0: dividing by it would overflow."""
@@ -132,9 +132,14 @@ def begin_sample(logits: Tensor, rows: Sequence[SampleRow]) -> PendingSample:
             if rows[i].sampling.logprobs_of == "choice":
                 raw[at] = chosen.drawn_from(i)
         listed = [rows[i].sampling.logprob_token_ids for i in wanting]
-        num_top = [0 if own else rows[i].sampling.num_logprobs or 0 for i, own in zip(wanting, listed, strict=True)]
+        num_top = [
+            0 if own else max(rows[i].sampling.num_logprobs or 0, 0) for i, own in zip(wanting, listed, strict=True)
+        ]
+        whole = [
+            rows[i].sampling.vocabulary if rows[i].sampling.num_logprobs == WHOLE else 0 for i in wanting
+        ]  # fmt: skip
         ids = chosen.ids[_index(wanting, logits.device)]
-        logprobs = LogprobRows(raw.log_softmax(-1), ids, num_top, listed)
+        logprobs = LogprobRows(raw.log_softmax(-1), ids, num_top, listed, whole=whole)
     return PendingSample(chosen, len(rows), logprobs, wanting)
 
 

@@ -41,7 +41,7 @@ def owned_request(item: m.Assigned, entry: bytes, body: m.Body | None, log: byte
             trace=item.trace,
         )
     num_top = body.sampling.num_logprobs
-    record_bytes = 0 if num_top is None else m.logprob_record_bytes(num_top)
+    record_bytes = 0 if num_top is None else m.logprob_record_bytes(num_top, body.sampling.vocabulary)
     return OwnedRequest(
         item.rid, item.epoch, entry, item.gateway, item.tenant, len(body.prompt) // 4, record_bytes,
         bytearray(log), bytearray(logprobs), body.task,

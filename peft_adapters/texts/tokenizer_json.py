@@ -28,8 +28,10 @@ MAX_COMMAS = 3 << 20
 """Bounds the values of a file before any is made: two a token, and two a merge, of the largest files there are."""
 
 MAX_ADDED = 16_384
+"""Most added tokens of any tokenizer.json: a base's own, which an operator has chosen, may be as many."""
+
 MAX_OWN_ADDED = 8_192
-"""Tokens that an adapter's file may add: the library takes them in one call, which holds the interpreter for 0.1 s."""
+"""Most of an adapter's: the library takes them in one call, which holds the interpreter for 0.1 s."""
 
 MAX_ADDED_BYTES = 512 << 10
 """Bytes of UTF-8 that all tokens which an adapter's file adds have together; Gemma's 6,400 have 60,000."""

@@ -83,8 +83,8 @@ def most_log_bytes(body: m.Body) -> int:
     if body.task == "score":
         return 4 * m.MAX_LABELS
     num_top, num_of_prompt = sampling.num_logprobs, sampling.prompt_logprobs
-    token_bytes = 4 if num_top is None else 4 + m.logprob_record_bytes(num_top)
-    prompt_bytes = 0 if num_of_prompt is None else 4 + m.prompt_record_bytes(num_of_prompt)
+    token_bytes = 4 if num_top is None else 4 + m.logprob_record_bytes(num_top, sampling.vocabulary)
+    prompt_bytes = 0 if num_of_prompt is None else 4 + m.prompt_record_bytes(num_of_prompt, sampling.vocabulary)
     return token_bytes * body.max_new_tokens + prompt_bytes * num_prompt
 
 

@@ -233,7 +233,9 @@ class Settings(BaseSettings):
         le=16,
         description="maximum sandbox processes, for adapters' templates and grammars; one tenant gets all but one",
     )
-    max_logprobs: int = Field(default=20, ge=0, description="maximum top_logprobs of a request")
+    max_logprobs: int = Field(
+        default=20, ge=0, description="maximum top_logprobs of a request; -1, all, is bounded in bytes; 0: none"
+    )
     request_timeout_s: float = Field(default=3600.0, description="deadline of a request, from its submission")
     job_ttl_s: float = Field(default=86_400.0, description="retention of a job and its result")
     conversation_ttl_s: float = Field(

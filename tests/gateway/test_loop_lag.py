@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import orjson
 import pytest
 import pytest_asyncio
 from helpers.loop_lag import measured_lag
 from helpers.scripted_fleet import ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
 
+from gateway.bodies import json_bodies
+from gateway.overload import large
+from gateway.overload.large import PLAIN_BYTES
 from protocol.queue.bus import Bus
 
 MOST_S = 0.6
@@ -116,17 +121,39 @@ async def http(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> AsyncItera
             yield plain
 
 
-async def test_no_body_holds_the_event_loop(http: httpx2.Client, subtests: pytest.Subtests) -> None:
+def noting(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, size: Callable[..., int]) -> list[int]:
+    """Have a function note the size of what it is called with in this thread, which is the event loop's."""
+    found: list[int] = []
+    function, loop_thread = getattr(module, name), threading.get_ident()
+
+    def noted(*args: Any) -> Any:
+        if threading.get_ident() == loop_thread:
+            found.append(size(*args))
+        return function(*args)
+
+    monkeypatch.setattr(module, name, noted)
+    return found
+
+
+async def test_no_body_holds_the_event_loop(
+    http: httpx2.Client, subtests: pytest.Subtests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = noting(monkeypatch, orjson, "loads", len)
+    freed = noting(monkeypatch, large, "free_slowly", len)
+    judged = noting(monkeypatch, json_bodies, "check_parameters", lambda *_: current_bytes)
     headers = {"content-type": "application/json"}
     for name, (path, body) in BODIES.items():
         raw = json.dumps(body, separators=(",", ":")).encode()
         assert len(raw) <= BODY, name
+        current_bytes = len(raw)
         with subtests.test(name):
             async with measured_lag() as lag:
                 answer = await asyncio.to_thread(http.post, path, content=raw, headers=headers)
             assert answer.status_code < 500 or answer.status_code in (503, 529), answer.text  # no time to compile
             assert lag.num_ticks > 0, "nothing was measured"
             assert lag.longest_s < MOST_S
+            assert max([0, *read, *judged]) <= PLAIN_BYTES
+            assert freed == []
 
 
 ECHOED = completion(prompt="the quick brown fox " * 2000, echo=True, logprobs=20)

@@ -204,15 +204,20 @@ class ScriptedFleet:
         """Write one step of one request; returns False when it was refused, and ends a cancelled request."""
         raw = array("i", ids).tobytes()
         s = body.sampling
-        records = b"".join(logprob_record(id_, s.num_logprobs, logprob, listed=s.logprob_token_ids) for id_ in ids)
+        records = b"".join(
+            logprob_record(id_, s.num_logprobs, logprob, listed=s.logprob_token_ids, size=s.vocabulary) for id_ in ids
+        )
         info = error_json(error) if end else ""
         finish = "error" if info else end
         state = {"": "", "error": "failed"}.get(finish, "completed")
         usage = m.Usage(len(body.prompt) // 4, seq0 + len(ids), 3) if end else None
         row = StepRow(order.rid, order.epoch, seq0, raw, records, state, finish, info, num_cached=3 if end else 0)
         if s.prompt_logprobs is not None and not seq0:
-            prompt = [logprob_record(id_, s.prompt_logprobs, rank=7) for id_ in memoryview(body.prompt).cast("i")]
-            row.prompt_logprobs = body.prompt + struct.pack("<f", math.nan) + b"".join(prompt)[4:]
+            prompt = memoryview(body.prompt).cast("i")
+            made = {id_: logprob_record(id_, s.prompt_logprobs, rank=7, size=s.vocabulary) for id_ in set(prompt)}
+            row.prompt_logprobs = (
+                body.prompt + struct.pack("<f", math.nan) + b"".join(map(made.__getitem__, prompt))[4:]
+            )
         delta = m.Delta(order.rid, order.epoch, seq0, raw, records, finish=finish, error=info, usage=usage)
         outs = {order.gateway: [delta]} if order.gateway else {}
         refused = await self.bus.step(self.wid, Step([row], outs))
@@ -239,11 +244,18 @@ class ScriptedFleet:
 
 
 def logprob_record(
-    id_: int, num_top: int | None, logprob: float = -0.5, *, rank: int | None = None, listed: Sequence[int] = ()
-) -> bytes:
-    """Return the record of a token: `logprob` for itself, then `listed` or the following ids with -1, -2, ..."""
+    id_: int, num_top: int | None, logprob: float = -0.5, *, rank: int | None = None, listed: Sequence[int] = (),
+    size: int = 0,
+) -> bytes:  # fmt: skip
+    """Return the record of a token: `logprob` for itself, then `listed` or the following ids with -1, -2, ...
+
+    size: of the vocabulary, where all of it is asked for; id 0 then follows the last one.
+    """
     if num_top is None:
         return b""
+    if num_top == m.WHOLE and not listed:
+        head = struct.pack("<f", logprob) + (b"" if rank is None else struct.pack("<i", rank))
+        return head + array("f", [-1.0 - (other - id_) % size for other in range(size)]).tobytes()
     ids = listed or range(id_, id_ + num_top)
     top = [value for i, other in enumerate(ids, 1) for value in (other, -1.0 * i)]
     ranks = [] if rank is None else [rank]

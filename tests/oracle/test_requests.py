@@ -92,6 +92,37 @@ def test_logprobs_are_those_of_the_model(tiny: Oracle) -> None:
         assert np.allclose(records["top"]["lp"], values.numpy(), atol=1e-4)
 
 
+def test_logprobs_of_the_whole_vocabulary_are_those_of_the_model(tiny: Oracle) -> None:
+    """Of the output and of the prompt, beside requests that want a few, or none."""
+    prompt, num = prompts(1, TINY_VOCAB, (30,))[0], 4
+    ways = {"whole": (-1, -1, TINY_VOCAB), "few": (3, 2, 0), "none": (None, None, 0)}
+    requests = [
+        EngineRequest(
+            f"{name} {way}", 1, name, prompt,
+            Sampling(seed=4, ignore_eos=True, num_logprobs=top, prompt_logprobs=old, vocabulary=size), num,
+        )
+        for name in tiny.names
+        for way, (top, old, size) in ways.items()
+    ]  # fmt: skip
+    asked = ask(tiny.engine(), requests)
+    found: list[np.ndarray] = []
+    for name in tiny.names:
+        rid = f"{name} whole"
+        assert asked.ids[rid] == asked.ids[f"{name} few"] == asked.ids[f"{name} none"]
+        ids = np.concatenate([prompt, asked.ids[rid]]).astype(np.int64)
+        expected = logits_under(tiny, name, ids)[:-1].log_softmax(-1)
+        chosen = expected[torch.arange(len(ids) - 1), torch.from_numpy(ids[1:])].numpy()
+        output = np.frombuffer(asked.logprobs[rid], "<f4").reshape(num, 1 + TINY_VOCAB)
+        assert np.allclose(output[:, 0], chosen[-num:], atol=1e-4)
+        assert np.allclose(output[:, 1:], expected[-num:].numpy(), atol=1e-4)
+        given = np.frombuffer(asked.prompt_logprobs[rid], "<f4").reshape(len(prompt), 2 + TINY_VOCAB)
+        assert np.isnan(given[0, 0])
+        assert np.allclose(given[1:, 0], chosen[: len(prompt) - 1], atol=1e-4)
+        assert np.allclose(given[1:, 2:], expected[: len(prompt) - 1].numpy(), atol=1e-4)
+        found.append(output)
+    assert not any(np.allclose(found[0], other, atol=1e-2) for other in found[1:])  # the adapters matter
+
+
 @pytest.mark.parametrize("overlap", ["off", "on"])
 def test_logprobs_of_prompts_are_those_of_the_model(tiny: Oracle, overlap: str) -> None:
     """In chunks, beside others, from the cache for others only, and after a preemption."""

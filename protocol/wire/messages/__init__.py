@@ -6,6 +6,7 @@ from protocol.wire.messages.base import MAX_LABELS, TERMINAL, FinishReason, Pack
 from protocol.wire.messages.batches import ENDED_BATCH, Batch, BatchProblem, BatchStatus, BatchUsage, File
 from protocol.wire.messages.dead_letters import DeadLetter, Death
 from protocol.wire.messages.deliveries import (
+    WHOLE,
     Delta,
     ErrorInfo,
     Timing,
@@ -34,6 +35,7 @@ __all__ = [
     "OPAQUE",
     "REASONS",
     "TERMINAL",
+    "WHOLE",
     "Activation",
     "AdapterEvent",
     "AdapterRecord",

@@ -64,11 +64,18 @@ class ErrorInfo(Wire, frozen=True):
     reasons: list[str] = []  # reasons of an `AdapterRefused`
 
 
-def logprob_record_bytes(num_logprobs: int) -> int:
-    """Return the bytes of a token's record: its float32 logprob, then `num_logprobs` (int32 id, float32 logprob)."""
-    return 4 + 8 * num_logprobs
+WHOLE = -1
+"""Number of likely tokens at a place that stands for all of the vocabulary."""
 
 
-def prompt_record_bytes(num_logprobs: int) -> int:
+def logprob_record_bytes(num_logprobs: int, vocabulary: int = 0) -> int:
+    """Return the bytes of a token's record: its float32 logprob, then `num_logprobs` (int32 id, float32 logprob).
+
+    Where that is `WHOLE`, then the float32 logprobs of all `vocabulary` tokens, by id.
+    """
+    return 4 + (4 * vocabulary if num_logprobs == WHOLE else 8 * num_logprobs)
+
+
+def prompt_record_bytes(num_logprobs: int, vocabulary: int = 0) -> int:
     """Return the bytes of a prompt token's record: as of an output's, with its int32 rank after its logprob."""
-    return 4 + logprob_record_bytes(num_logprobs)
+    return 4 + logprob_record_bytes(num_logprobs, vocabulary)

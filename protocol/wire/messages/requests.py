@@ -29,15 +29,16 @@ class Sampling(Wire, frozen=True):
     logit_bias: dict[int, float] = {}
     allowed_token_ids: list[int] = []  # tokens that may be chosen; []: all
     bad_words: list[list[int]] = []  # sequences of tokens that may not occur in the output
-    num_logprobs: int | None = None  # top logprobs per token besides the chosen one's; None: no logprobs at all
+    num_logprobs: int | None = None  # top logprobs per token besides the chosen one's; None: no logprobs; `WHOLE`: all
     logprob_token_ids: list[int] = []  # the `num_logprobs` tokens listed in place of the most likely ones; []: those
     min_tokens: int = 0
     ignore_eos: bool = False
     shows_special: bool = False  # special tokens are text, in which stop strings are found too
     penalties: Literal["openai", "lorax"] = "openai"  # counts for frequency and presence, see `sampling._adjust_`
     watermark: bool = False
-    prompt_logprobs: int | None = None  # number of most likely tokens at each prompt token, for `Keys.plp`; None: none
+    prompt_logprobs: int | None = None  # number of most likely tokens at each prompt token, for `Keys.plp`; as before
     logprobs_of: Literal["model", "choice"] = "model"  # the model's own distribution, or the one drawn from
+    vocabulary: int = 0  # number of tokens whose logprobs are listed, by id, where that of likely ones is `WHOLE`
     stop_regex: list[str] = []  # expressions, see `protocol.wire.stop_regex`: the text ends where one matches
 
     def of_choice(self, index: int) -> Sampling:

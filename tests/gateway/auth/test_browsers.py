@@ -63,6 +63,9 @@ async def test_a_public_name_is_answered_to_programs_and_not_to_pages() -> None:
     assert await status("llm.example.com", host_setting="0.0.0.0", sent=CHROME) == 403
     for allowed in ("llm.example.com", "a.example,LLM.example.com:8443"):
         assert await status("llm.example.com", host_setting="0.0.0.0", sent=CHROME, allowed_hosts=allowed) == 200
+    # A page in Firefox can send another User-Agent, and its GETs then look like a program's.
+    assert await status("evil.example.com", host_setting="0.0.0.0", allowed_hosts="llm.example.com") == 403
+    assert await status("gateway", host_setting="0.0.0.0", allowed_hosts="llm.example.com") == 200
 
 
 @pytest.mark.parametrize("host_setting", ["127.0.0.1", "0.0.0.0"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,37 @@ async def test_a_disk_that_fills_meanwhile_ends_an_upload(bus: Bus, tmp_path: Pa
         await upload(files, *[b"x" * 1000] * 3, length=3300)
     assert below(tmp_path) == []
     assert await held(bus) == {b"sum": b"0"}
+
+
+async def test_a_slow_upload_makes_place_for_who_waits(
+    bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"NUM_UPLOADS": 1, "SLOW_AFTER_S": 0.0, "SLOW_BYTES_PER_S": 1 << 50}.items():
+        monkeypatch.setattr(f"gateway.files.files.{name}", value)
+    files = service(bus, FolderStorage(tmp_path, Reserve(0, Disk(1 << 30))))
+    assert (await upload(files, b"a", b"b")).num_bytes == 2  # nobody waits
+    has_begun, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def drip() -> AsyncIterator[bytes]:
+        yield HEAD + b"a"
+        has_begun.set()
+        await may_go_on.wait()
+        yield b"b" * 1000
+        yield END
+
+    slow = asyncio.create_task(files.upload(UploadedForm(FORM_TYPE, 1 << 30), drip(), EVERYBODY, 0))
+    await has_begun.wait()
+    other = asyncio.create_task(upload(files, b"c"))
+
+    async def waits() -> bool:
+        return files._uploads.is_awaited
+
+    await wait_until(waits, "another upload waits")
+    may_go_on.set()
+    with pytest.raises(Overloaded, match="others wait"):
+        await slow
+    assert (await other).num_bytes == 1
+    assert len(below(tmp_path)) == 2
 
 
 async def test_files_on_their_way_to_s3_leave_the_reserve(tmp_path: Path) -> None:

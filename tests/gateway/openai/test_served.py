@@ -105,19 +105,6 @@ async def test_repetitions_are_penalised_as_far_back_as_is_asked(
         assert (await http.post(CHAT, json={"model": "base", "messages": USER, **fields})).status_code == 400
 
 
-async def test_a_whole_vocabulary_is_refused_by_its_limit(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    for path, fields in (
-        (CHAT, {"messages": USER, "logprobs": True, "top_logprobs": -1}),
-        (CHAT, {"messages": USER, "prompt_logprobs": -1}),
-        (COMPLETIONS, {"prompt": "hi", "logprobs": -1}),
-        (COMPLETIONS, {"prompt": "hi", "prompt_logprobs": -1}),
-    ):
-        error = (await http.post(path, json={"model": "base", **fields})).json()["error"]
-        name = next(key for key, value in fields.items() if value == -1)
-        assert (error["param"], error["message"]) == (name, f"{name} is -1, the whole vocabulary; the limit is 20")
-    assert fleet.seen == []
-
-
 async def test_settings_do_what_vllm_s_flags_do(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     async with (
         running_gateway(bus, model_folder, force_include_usage=True, return_tokens_as_token_ids=True) as gateway,

@@ -10,7 +10,7 @@ import tracemalloc
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx2
 import pytest
@@ -151,7 +151,10 @@ def filled(unit: bytes, before: bytes = b"[", after: bytes = b"]") -> bytes:
     [
         (filled(b"[],"), "lists and objects"),
         (filled(b"{},"), "lists and objects"),
-        (filled(b'{"a":1},'), "strings"),
+        (filled(b'{"a":1},'), "lists and objects"),
+        (b"{" + filled(b'"a":1,', b"", b"") + b"}", "strings"),
+        (b"{" + b",".join(b'"%d":1' % i for i in range(5000)) + b"}", "fields"),
+        (filled(b":"), "values"),
         (filled(b'"",'), "strings"),
         (filled(b'"\\"",'), "strings"),
         (filled(b'"\\\\",'), "strings"),
@@ -479,3 +482,37 @@ async def test_addresses_of_one_network_share_places_as_they_share_memory() -> N
     go.set()
     await asyncio.gather(*tasks)
     assert len(inside) == 5
+
+
+# ---------------------------------------------------------------- freeing
+
+
+class Noted(dict[str, Any]):
+    """Notes how many of it there are."""
+
+    num: ClassVar[int] = 0
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**values)
+        Noted.num += 1
+
+    def __del__(self) -> None:
+        Noted.num -= 1
+
+
+def test_values_within_each_other_are_freed_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large, "FREED_AT_ONCE", 10)
+    left: list[int] = []
+
+    class Watched(list[Any]):
+        def __delitem__(self, where: Any) -> None:
+            before = Noted.num
+            super().__delitem__(where)
+            left.append(before - Noted.num)
+
+    free = [[Noted(a=[Noted(), {"b": Noted()}]) for _ in range(100)]]
+    assert Noted.num == 300
+    large.free_slowly(Watched(free.pop()))
+    assert Noted.num == 0
+    assert sum(left) == 300
+    assert max(left) <= 10

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from prometheus_client import REGISTRY
 
-from gateway.bodies.json_bodies import body_value
+from gateway.bodies import json_values
 from gateway.calls.parsed_call import Options
 from gateway.calls.size import TEXT_BYTES, TextGrowth, call_bytes
 from gateway.calls.tokenize import Prompt
@@ -110,6 +110,9 @@ def test_one_holder_leaves_room_for_others() -> None:
 
 # ---------------------------------------------------------------- what is charged
 
+KEPT_BYTES = 2048
+"""What the interpreter keeps of reading, whatever is read."""
+
 TEXTS: dict[str, Callable[[], bytes]] = {
     "empty objects": lambda: b"[" + b",".join([b"{}"] * 16_000) + b"]",
     "objects of an empty name": lambda: b"[" + b",".join([b'{"":[]}'] * 8000) + b"]",
@@ -117,7 +120,7 @@ TEXTS: dict[str, Callable[[], bytes]] = {
     "numbers": lambda: b"[" + b",".join([b"123456789"] * 10_000) + b"]",
     "floats": lambda: b"[" + b",".join([b"1.5"] * 20_000) + b"]",
     "short strings": lambda: b"[" + b",".join([b'"ab"'] * 20_000) + b"]",
-    "names": lambda: b"{" + b",".join(b'"k%d":%d' % (i, i + 300) for i in range(8000)) + b"}",
+    "names": lambda: b"[{" + b",".join(b'"k%d":%d' % (i, i + 300) for i in range(8000)) + b"}]",
     "one text of wide characters": lambda: orjson.dumps("😀" + "a" * 100_000),
     "a chat": lambda: orjson.dumps({"messages": [{"role": "user", "content": "hé" * 50}] * 300}),
 }
@@ -128,12 +131,12 @@ def test_the_values_of_a_text_take_no_more_than_is_charged(name: str) -> None:
     raw = TEXTS[name]()
     tracemalloc.start()
     try:
-        value = body_value(raw)
+        value = json_values.loads(raw)
         taken, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert value
-    assert taken < values_bytes(raw)
+    assert taken < values_bytes(raw) + KEPT_BYTES
 
 
 @given(n=st.integers(1, 8), new=st.integers(1, 5000), top=st.none() | st.integers(0, 20), stream=st.booleans())
