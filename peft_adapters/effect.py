@@ -38,6 +38,9 @@ def is_zero_product(part: LoraWeights, tensors: Mapping[str, TensorInfo], weight
 
     if part.magnitude:
         return False
+    if part.of_kind is not None:
+        zero_if = (part.of_kind.tensors[name] for name in part.of_kind.rows.zero_if)
+        return not part.scale or any(map(is_zero, zero_if))
     if not part.scale:
         return True
     if not all(is_zero(bias) for bias in part.biases):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from peft_adapters import experts
 from peft_adapters.config import ADALORA, AdapterConfig
+from peft_adapters.kinds.reading import read_kind
 from peft_adapters.lora import read_lora, read_parameters
 from peft_adapters.matching import LINEAR, TensorMatcher
 from peft_adapters.reasons import Reasons
@@ -30,7 +31,11 @@ def read_spec(
     tensors, infos: the file's tensors by what they are, and by name. base: None where there is no model to read it for.
     """
     matcher = TensorMatcher(config, tensors, infos, base, reasons)
-    _convert_old_names(matcher)
+    own = config.own
+    if own is None:
+        _convert_old_names(matcher)
+    elif base is None:
+        return AdapterSpec(())  # the tensors of another kind do not say how large the layers are
     targeted = _targeted(matcher)
     parameters = _targeted_parameters(matcher, targeted)
     if not targeted and not parameters:
@@ -40,7 +45,9 @@ def read_spec(
     replaced = read_replaced(matcher, targeted, tokens)
     sites: list[LoraWeights] = []
     embeddings: list[LoraWeights] = []
-    for site in targeted.values():
+    if own is not None:
+        sites.extend(read_kind(matcher, own, targeted))
+    for site in targeted.values() if own is None else ():
         (embeddings if site.kind == "embedding" else sites).extend(read_lora(matcher, site))
     wrapped = [lora for module, names in parameters.items() for lora in read_parameters(matcher, module, names)]
     head = read_head(matcher)
@@ -90,6 +97,8 @@ def _targeted(matcher: TensorMatcher) -> dict[str, SiteShape]:
 
 def _check_target(config: AdapterConfig, site: SiteShape, reasons: Reasons) -> None:
     """Add reasons against LoRA on a layer of this kind."""
+    if config.own is not None:
+        return  # see `read_kind`
     if site.kind == "norm":
         reasons.add("PEFT cannot adapt modules of this kind", site.name)
     elif site.kind == OPAQUE and config.use_dora:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from peft_adapters.kinds.kind import BASE_WEIGHT, Rows, Unfit
+from protocol.wire.errors import AdapterRefused
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +25,37 @@ class LoraBlock:
     factor: float = 1.0  # factor of b and the bias
     bias: str = ""  # tensors of which the same rows count; see `LoraWeights`
     magnitude: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KindRows:
+    """The rank rows of another kind than LoRA on one layer."""
+
+    kind: str  # PEFT's name
+    rows: Rows
+    tensors: Mapping[str, str]  # the tensors that it takes: name in the kind -> in the file
+
+    def matrices(
+        self, read: Callable[[str], NDArray[Any]], weight: NDArray[Any] | None = None
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return A [rank, in] and B [out, rank], fp32, the scale apart.
+
+        read: returns a tensor of the file, fp32 or whole numbers. weight: the base's [out, in] in fp32, where
+        `Rows.needs_weight`. Raises AdapterRefused for numbers that no such adapter can have.
+        """
+        import numpy as np  # here, since a store that has read no such adapter needs none of it
+
+        def get(name: str) -> NDArray[Any]:
+            if name != BASE_WEIGHT:
+                return read(self.tensors[name])
+            assert weight is not None
+            return weight
+
+        try:
+            with np.errstate(all="ignore"):  # numbers that are not finite are refused later
+                return self.rows.make(get)
+        except Unfit as unfit:
+            raise AdapterRefused([f"{self.kind}: {unfit}"]) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +82,21 @@ class LoraWeights:
     Then bias and magnitude are one block's, and say that all blocks have them.
     """
     width: int = 0  # out, where there are blocks
+    of_kind: KindRows | None = None  # in the place of a and b, of an adapter that is not LoRA
 
     @property
     def tensors(self) -> list[tuple[str, str]]:
-        """The names of all pairs of a and b."""
+        """The names of all pairs of a and b; none of another kind than LoRA."""
+        if self.of_kind is not None:
+            return []
         if self.blocks:
             return [(block.a, block.b) for block in self.blocks]
         return [pair for pairs in self.experts for pair in pairs] or [(self.a, self.b)]
+
+    @property
+    def needs_weight(self) -> bool:
+        """Whether the base's weight is needed to say what it adds."""
+        return bool(self.magnitude) or (self.of_kind is not None and self.of_kind.rows.needs_weight)
 
     @property
     def biases(self) -> list[str]:

@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.adapters.packing.rows import quantise
@@ -28,6 +30,26 @@ def pack_extras(
     AdapterRefused for what needs the weights of quantised layers.
     """
     return _ExtrasPacker(sites, adaptable, get, int8=int8).pack(spec)
+
+
+def matrices_of(part: LoraWeights, get: GetTensor, adaptable: AdaptableModules) -> tuple[Tensor, Tensor]:
+    """Return A [rank, in] and B [out, rank] of one module as `lora_matrices` does, of other kinds than LoRA in fp32.
+
+    Raises AdapterRefused for a kind that needs the weights of quantised layers.
+    """
+    if part.of_kind is None:
+        return lora_matrices(part, get)
+    weight = None
+    if part.needs_weight:
+        base = adaptable.parameter(part.site, "weight")
+        assert base is not None
+        weight = base.float().cpu().numpy()
+    a, b = part.of_kind.matrices(lambda name: _as_numpy(get(name)), weight)
+    return torch.from_numpy(np.ascontiguousarray(a)), torch.from_numpy(np.ascontiguousarray(b))
+
+
+def _as_numpy(tensor: Tensor) -> NDArray[Any]:
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
 def lora_matrices(part: LoraWeights, get: GetTensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +138,7 @@ class _ExtrasPacker:
     def _pack_linear(self, part: LoraWeights) -> None:
         """Take what LoRA on a linear layer has beyond rows for the pool."""
         site = self._sites[part.site]
-        a, b = lora_matrices(part, self._get)
+        a, b = matrices_of(part, self._get, self._adaptable)
         # Pooled rows are added to the output of the base's weight: not to another one's, nor in another vocabulary.
         if len(b) != site.out_features or "weight" in self._linear.get(part.site, {}):
             self._linear[part.site]["lora"] = LowRank(a.to(site.dtype), b.T.to(site.dtype).contiguous(), part.scale)
@@ -168,7 +190,7 @@ class _ExtrasPacker:
 
     def _added(self, part: LoraWeights) -> tuple[Tensor, Tensor]:
         """Return the A and B that steps will add: what rows of the pool stand for, where it has them in int8."""
-        a, b = lora_matrices(part, self._get)
+        a, b = matrices_of(part, self._get, self._adaptable)
         if not self._int8 or part.site not in self._sites or "lora" in self._linear[part.site]:
             return a, b
         return _rounded(a), _rounded(b.T).T
