@@ -20,7 +20,7 @@ from rich.table import Table
 from adapter_store.blobs import AdapterFolder, texts_in
 from adapter_store.formats import convert, depends_on_base, plan_conversion
 from adapter_store.sources import choose_weights, needs_config
-from peft_adapters.effect import is_zero_product
+from peft_adapters.effect import is_zero_operation, is_zero_product
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, AdapterSpec, read_adapter
 from peft_adapters.kinds.registry import kind_of
 from protocol.runtime.environment import COMPUTE, HUB, HUB_CACHE, NETWORK, child_environment
@@ -117,6 +117,7 @@ def _check(args: argparse.Namespace, base: ServedModel | None) -> int:
     zero = {
         part.site for part in (*spec.sites, *spec.embeddings, *spec.parameters) if is_zero_product(part, sources, raw)
     }
+    zero |= {part.site for part in spec.operations if is_zero_operation(part, sources, raw)}
     rows = Counter(_rows(spec, zero))
     console = Console(highlight=False)
     table = Table("modules", "layers", "what", "rank", "scale", "takes effect", box=None, header_style="bold")
@@ -153,6 +154,8 @@ def _rows(spec: AdapterSpec, zero: set[str]) -> Iterator[_Row]:
         kind = "LoRA" if part.of_kind is None else part.of_kind.kind
         what = " + ".join([kind, *(name for name, tensor in more.items() if tensor)])
         yield _Row(_pattern(part.site), what, str(part.rank), f"{part.scale:g}", part.site not in zero)
+    for part in spec.operations:
+        yield _Row(_pattern(part.site), part.kind, has_effect=part.site not in zero)
     for whole in spec.replaced:
         yield _Row(_pattern(whole.site), f"whole {whole.parameter}")
     for tokens in spec.tokens:

@@ -81,6 +81,9 @@ _ALWAYS_WITHOUT_EFFECT = frozenset(
 )  # fmt: skip
 """Fields of every kind."""
 
+_LISTS_OF_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules")
+"""Fields that may be lists whose order does not count."""
+
 _HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")
 """Ways to initialise that do not change the base weights; nor do true and false."""
 
@@ -167,7 +170,7 @@ def _canonical_of_kind(config: Mapping[str, Any], own: Kind) -> dict[str, Any]:
 
 def _in_order(key: str, value: Any) -> Any:
     """Return a field's value, sorted where it is a list whose order does not count."""
-    if key in ("target_modules", "exclude_modules", "modules_to_save") and is_list(value):
+    if key in _LISTS_OF_NAMES and is_list(value):
         return sorted(set(map(str, value)))
     return value
 

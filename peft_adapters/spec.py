@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from peft_adapters.kinds.kind import BASE_WEIGHT, Rows, Unfit
+from peft_adapters.kinds.kind import BASE_WEIGHT, Change, Numbers, Operation, Rows, Unfit
 from protocol.wire.errors import AdapterRefused
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,6 @@ class KindRows:
         read: returns a tensor of the file, fp32 or whole numbers. weight: the base's [out, in] in fp32, where
         `Rows.needs_weight`. Raises AdapterRefused for numbers that no such adapter can have.
         """
-        import numpy as np  # here, since a store that has read no such adapter needs none of it
 
         def get(name: str) -> NDArray[Any]:
             if name != BASE_WEIGHT:
@@ -51,11 +53,32 @@ class KindRows:
             assert weight is not None
             return weight
 
-        try:
-            with np.errstate(all="ignore"):  # numbers that are not finite are refused later
-                return self.rows.make(get)
-        except Unfit as unfit:
-            raise AdapterRefused([f"{self.kind}: {unfit}"]) from None
+        return _made(self.kind, self.rows.make, get)
+
+
+def _made(kind: str, make: Callable[[Numbers], _Made], get: Numbers) -> _Made:
+    """Return what a kind makes of its tensors. Raises AdapterRefused for numbers that no such adapter can have."""
+    import numpy as np  # here, since a store that has read no such adapter needs none of it
+
+    try:
+        with np.errstate(all="ignore"):  # numbers that are not finite are refused later
+            return make(get)
+    except (Unfit, np.linalg.LinAlgError) as error:
+        raise AdapterRefused([f"{kind}: {error}"]) from None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOperation:
+    """What an adapter does to one linear layer that is not rank rows."""
+
+    site: str  # SiteShape.name
+    kind: str  # PEFT's name
+    operation: Operation
+    tensors: Mapping[str, str]  # as of `KindRows`
+
+    def change(self, read: Callable[[str], NDArray[Any]]) -> Change:
+        """Return the change. read: as of `KindRows.matrices`. Raises AdapterRefused."""
+        return _made(self.kind, self.operation.make, lambda name: read(self.tensors[name]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +152,13 @@ class AdapterSpec:
     sites: tuple[LoraWeights, ...]  # linear layers
     embeddings: tuple[LoraWeights, ...] = ()
     parameters: tuple[LoraWeights, ...] = ()
+    operations: tuple[LayerOperation, ...] = ()
     replaced: tuple[ReplacedWeights, ...] = ()
     tokens: tuple[TrainedTokens, ...] = ()
     invocation: tuple[int, ...] = ()  # activated LoRA: active from these tokens' last occurrence in the prompt on
     vocab_size: int = 0  # tokens the adapter knows; 0: those of the base
     num_labels: int = 0  # labels of its own head; 0: no head
+    unscaled: str = ""  # the kind, of an adapter that PEFT cannot scale
     head: str = ""  # its own head, where the base has none: tensor [labels, width]
     mapped: Mapping[str, str] = field(default_factory=dict[str, str])  # names of the file -> of the base, as patterns
 
@@ -145,5 +170,5 @@ class AdapterSpec:
     @property
     def modules(self) -> list[str]:
         """Last names of the modules that the adapter changes, such as "q_proj", sorted."""
-        parts = (*self.sites, *self.embeddings, *self.parameters, *self.replaced, *self.tokens)
+        parts = (*self.sites, *self.embeddings, *self.parameters, *self.operations, *self.replaced, *self.tokens)
         return sorted({part.site.rpartition(".")[2] for part in parts})

@@ -1,14 +1,15 @@
-"""What a kind of adapter is to the reader: its config fields, its tensors, and what it adds to one layer.
+"""What a kind of adapter is to the reader: its config fields, its tensors, and its form on one layer.
 
-A kind adds B @ A to a layer's weight, as LoRA does. Its tensors are A and B in another form, from which A and B follow
-exactly: no singular values are computed, and nothing is left out.
+Most kinds add B @ A to a layer's weight, as LoRA does (`Rows`). Their tensors are A and B in another form, from which A
+and B follow exactly: no singular values are computed, and nothing is left out. Others scale or rotate a layer's inputs
+or outputs, or add numbers at a few places of its weight (`Operation`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from peft_adapters.config_fields import is_alpha
 
@@ -70,6 +71,7 @@ def choice(default: Any, *others: Any) -> Field:
 class Layer:
     """A layer that a kind is read for."""
 
+    name: str
     options: Mapping[str, Any]  # the kind's fields by name; `r` and `alpha` are those of this layer
     in_features: int
     out_features: int
@@ -89,6 +91,39 @@ class Rows:
     needs_weight: bool = False  # whether `make` asks for BASE_WEIGHT
 
 
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """A linear change of vectors [D] that costs less than a matrix: of their numbers, pairs or blocks."""
+
+    scale: NDArray[Any] | None = None  # [D], multiplies the numbers
+    across: NDArray[Any] | None = None  # [D], multiplies a number's partner, which is added then
+    group: int = 0  # numbers of a group, in which the first half's partners are the second half, with the sign changed
+    blocks: NDArray[Any] | None = None  # [D / size, size, size], by which blocks of the vector are multiplied
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What an operation does to one layer, in fp32."""
+
+    inputs: Transform | None = None
+    outputs: Transform | None = None  # of the output with the layer's bias
+    bias: NDArray[Any] | None = None  # [out], added to the output
+    places: NDArray[Any] | None = None  # int64 [2, n], ascending: output and input of the numbers added to the weight
+    numbers: NDArray[Any] | None = None  # [n]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A form that is not rank rows."""
+
+    shapes: Mapping[str, Shape]  # as of `Rows`
+    make: Callable[[Numbers], Change]
+    num_numbers: int  # that a change has
+    integers: frozenset[str] = frozenset()
+    zero_if: tuple[str, ...] = ()  # it changes nothing if one of these tensors is zero
+    has_scale: bool = False  # whether PEFT can scale it, as `lora_scale` does
+
+
 class Unfit(ValueError):
     """A layer or a config that the kind has no form for. Its text is a reason."""
 
@@ -101,7 +136,8 @@ class Kind:
     fields: Mapping[str, Field]
     no_effect: frozenset[str]  # fields that only training reads, or that the tensors say again
     tensors: tuple[str, ...]  # ends of the names of a layer's tensors
-    rows: Callable[[Layer], Rows]  # raises Unfit
+    form: Callable[[Layer], Rows | Operation]  # raises Unfit
     shared: tuple[str, ...] = ()  # tensors that all layers share
     conv1d: bool = False  # whether PEFT has it on `Conv1D`
+    changes: Literal["layers", "norms", "tokens"] = "layers"
     patterns: frozenset[str] = field(default_factory=frozenset[str])  # which of `rank_pattern` and `alpha_pattern`

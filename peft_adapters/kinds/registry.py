@@ -10,8 +10,10 @@ from peft_adapters.kinds.kind import Kind
 _FAMILIES = {
     "LOHA": "lycoris", "LOKR": "lycoris",
     "DELORA": "blocks", "GRALORA": "blocks", "MISS": "blocks",
-    "PVERA": "vectors", "VBLORA": "vectors", "VERA": "vectors",
+    "PVERA": "vectors", "UNILORA": "vectors", "VBLORA": "vectors", "VERA": "vectors",
     "DEFT": "projections", "HRA": "projections",
+    "BEFT": "operations", "IA3": "operations", "OFT": "operations", "ROAD": "operations", "SHIRA": "operations",
+    "LN_TUNING": "replacing", "TRAINABLE_TOKENS": "replacing",
 }  # fmt: skip
 """The module of each kind, of which `KINDS` holds it."""
 
@@ -19,7 +21,7 @@ NAMES = tuple(_FAMILIES)
 
 
 def kind_of(peft_type: Any) -> Kind | None:
-    """Return the kind of a config's `peft_type`; None for LoRA, AdaLoRA, and what is not served as rank rows."""
+    """Return the kind of a config's `peft_type`; None for LoRA, AdaLoRA, and what is not served."""
     family = _FAMILIES.get(peft_type) if isinstance(peft_type, str) else None
     if family is None:
         return None

@@ -10,7 +10,19 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "peft.md"
 BEGIN, END = "<!-- kinds: generated -->\n", "<!-- end of kinds -->\n"
 
 ROWS = "exact, as rank rows"
+OPERATION = "exact, by an operation"
+WHOLE = "exact, in the place of parameters"
 SERVED = {
+    "BEFT": (OPERATION, "a bias"),
+    "IA3": (OPERATION, "factors of outputs; of inputs in `feedforward_modules`"),
+    "LN_TUNING": (WHOLE, "norms"),
+    "OFT": (
+        OPERATION,
+        "rotations of blocks of inputs; `coft`, `block_share`, both forms of Cayley's transform",
+    ),
+    "ROAD": (OPERATION, "rotations of pairs of outputs; all variants"),
+    "SHIRA": (OPERATION, "numbers at places of the weight, as a sparse product"),
+    "TRAINABLE_TOKENS": (WHOLE, "rows of the embedding and the head, tied ones too"),
     "LORA": (ROWS, "its rank; every option above"),
     "ADALORA": (ROWS, "its rank, with the rank pattern that training left"),
     "DEFT": (ROWS, "its rank: `Q (R - Qᵀ W)`, of the base's weight when it is loaded; `relu`, `qr` and PaRa"),
@@ -21,6 +33,7 @@ SERVED = {
     "LOKR": (ROWS, "rank of the first matrix × rank of the second, by the Kronecker product; all decomposed forms"),
     "MISS": (ROWS, "its rank; the forms `true` and `mini`, not `bat`, whose rank is full"),
     "PVERA": (ROWS, "its rank, with its means; not `sample_at_inference`"),
+    "UNILORA": (ROWS, "its rank, with its indices saved (`save_indices`)"),
     "VBLORA": (ROWS, "its rank, from logits or from the best weights alone"),
     "VERA": (ROWS, "its rank, with its projections saved (`save_projection`, PEFT's default)"),
 }
@@ -37,7 +50,7 @@ def rows() -> dict[str, str]:
 def table() -> str:
     """Return the table."""
     return (
-        "\n| `peft_type` | what it gets | rank rows, or why not |\n| --- | --- | --- |\n"
+        "\n| `peft_type` | what it gets | its form: of rank rows, how many; or why not |\n| --- | --- | --- |\n"
         + "".join(rows().values())
         + "\n"
     )

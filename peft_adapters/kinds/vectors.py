@@ -1,4 +1,4 @@
-"""Kinds whose layers share matrices or vectors: VeRA, PVeRA and VB-LoRA (`peft/tuners/vera`, `pvera`, `vblora`).
+"""Kinds whose layers share matrices or vectors: VeRA, PVeRA, VB-LoRA and UniLoRA.
 
 VeRA: Kopiczko et al., 2024. PVeRA: a probabilistic VeRA, which answers with its means. VB-LoRA: Li et al., 2024.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_adapters.kinds.kind import Kind, Layer, Numbers, Rows, Shape, Unfit, choice, whole
+from peft_adapters.kinds.kind import Field, Kind, Layer, Numbers, Rows, Shape, Unfit, choice, whole
 
 # ---------------------------------------------------------------- VeRA and PVeRA
 
@@ -86,6 +86,31 @@ def _kept_weights(get: Numbers, name: str, _topk: int) -> tuple[NDArray[Any], ND
     return index.astype(np.int64), np.concatenate([first, 1 - first.sum(-1, keepdims=True)], axis=-1)
 
 
+# ---------------------------------------------------------------- UniLoRA
+
+
+def _unilora(layer: Layer) -> Rows:
+    """Return A and B whose numbers are numbers of one vector, by indices that the file has, times factors."""
+    r = layer.options["r"]
+    shapes: dict[str, Shape] = {"unilora_theta_d": (layer.options["theta_d_length"],)}
+    for half, shape in (("A", (r, layer.in_features)), ("B", (layer.out_features, r))):
+        shapes |= {f"unilora_indices_{half}": shape, f"unilora_scales_{half}": shape}
+    integers = frozenset({"unilora_indices_A", "unilora_indices_B"})
+    return Rows(shapes, r, _unilora_rows, zero_if=("unilora_theta_d",), integers=integers)
+
+
+def _unilora_rows(get: Numbers) -> tuple[NDArray[Any], NDArray[Any]]:
+    vector = get("unilora_theta_d")
+    a, b = (_picked(vector, get(f"unilora_indices_{half}")) * get(f"unilora_scales_{half}") for half in "AB")
+    return a, b
+
+
+def _picked(vector: NDArray[Any], index: NDArray[Any]) -> NDArray[Any]:
+    if index.size and not 0 <= index.min() <= index.max() < len(vector):
+        raise Unfit(f"unilora_indices are outside a vector of {len(vector)} numbers")
+    return vector[index]
+
+
 def _vera_kind(name: str, halves: int, **more: Any) -> Kind:
     prefix = name.lower()
     fields = {"r": whole(256), "save_projection": choice(True), **more}
@@ -98,6 +123,8 @@ def _vera_kind(name: str, halves: int, **more: Any) -> Kind:
     )  # fmt: skip
 
 
+_SAVED = Field(False, lambda value: value is True, "true: without its indices, they depend on the order of all modules")
+
 KINDS = {
     "VERA": _vera_kind("VERA", 1),
     "PVERA": _vera_kind("PVERA", 2, sample_at_inference=choice(False)),
@@ -108,5 +135,11 @@ KINDS = {
         frozenset({"vblora_dropout", "fan_in_fan_out", "init_vector_bank_bound", "init_logits_std"}),
         tuple(f"vblora_logits_{half}{end}" for half in "AB" for end in ("", "_topk_indices", "_topk_weights")),
         _vblora, shared=("vblora_vector_bank",), conv1d=True,
+    ),
+    "UNILORA": Kind(
+        "UNILORA", {"r": whole(4), "theta_d_length": whole(256), "save_indices": _SAVED},
+        frozenset({"proj_seed", "unilora_dropout", "fan_in_fan_out", "init_theta_d_bound", "init_weights"}),
+        tuple(f"unilora_{what}_{half}" for what in ("indices", "scales") for half in "AB"), _unilora,
+        shared=("unilora_theta_d",), conv1d=True,
     ),
 }  # fmt: skip

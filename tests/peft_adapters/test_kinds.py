@@ -9,7 +9,7 @@ import numpy as np
 import peft
 import pytest
 from helpers.adapter_files import BASE
-from helpers.kind_files import SMALL, kind_config, kind_tensors, written
+from helpers.kind_files import KIND_BASE, SMALL, kind_config, kind_tensors, written
 from msgspec import structs
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -28,17 +28,23 @@ from protocol.wire.errors import AdapterRefused
 CHANGED: dict[str, Any] = {
     "r": 1, "alpha": 3, "apply_GS": True, "decompose_both": True, "decompose_factor": 2, "gralora_k": 1, "hybrid_r": 2,
     "init_weights": "mini", "mini_r": 2, "para": True, "decomposition_method": "qr", "num_vectors": 9, "topk": 1,
-    "vector_length": 2, "save_only_topk_weights": False,
+    "vector_length": 2, "save_only_topk_weights": False, "feedforward_modules": ["q_proj"], "variant": "road_4",
+    "group_size": 2, "oft_block_size": 8, "coft": True, "eps": 0.1, "block_share": True, "use_cayley_neumann": False,
+    "num_cayley_neumann_terms": 3, "token_indices": [7], "theta_d_length": 9,
 }  # fmt: skip
 """Another valid value of each field that changes what is computed; a field without one has only one that is served."""
 
 
-def read(config: dict[str, Any], tensors: dict[str, Any], base: m.ServedModel | None = BASE) -> AdapterSpec:
+UNKNOWN_EFFECT = {"HRA", "DEFT", "IA3", "ROAD", "LN_TUNING", "TRAINABLE_TOKENS"}
+"""Kinds of which the file alone does not tell."""
+
+
+def read(config: dict[str, Any], tensors: dict[str, Any], base: m.ServedModel | None = KIND_BASE) -> AdapterSpec:
     raw = written(tensors)
     return read_adapter(config, parse_header(raw, len(raw)), base)
 
 
-def reasons(config: dict[str, Any], tensors: dict[str, Any], base: m.ServedModel | None = BASE) -> str:
+def reasons(config: dict[str, Any], tensors: dict[str, Any], base: m.ServedModel | None = KIND_BASE) -> str:
     with pytest.raises(AdapterRefused) as refused:
         read(config, tensors, base)
     return "\n".join(refused.value.reasons)
@@ -68,6 +74,7 @@ def test_every_field_of_peft_is_known(name: str) -> None:
     assert set(kind.fields) <= theirs
     assert {pattern for pattern in ("rank_pattern", "alpha_pattern") if pattern in theirs} == kind.patterns
     defaults = {field.name: field.default for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)])}
+    defaults["token_indices"] = ()  # by a factory
     assert {key: field.default for key, field in kind.fields.items()} == {key: defaults[key] for key in kind.fields}
 
 
@@ -79,7 +86,10 @@ def test_reads_the_layers_and_refuses_what_does_not_fit(name: str) -> None:
     config = kind_config(name)
     tensors = kind_tensors(config)
     spec = read(config, tensors)
-    assert [part.site for part in spec.sites] == [site.name for site in BASE.sites]
+    changed = [part.site for part in (*spec.sites, *spec.operations, *spec.replaced, *spec.tokens)]
+    assert changed == [
+        site.name for site in KIND_BASE.sites if site.name.rpartition(".")[2] in config["target_modules"]
+    ]
     first = next(iter(tensors))
     assert "missing" in reasons(config, {key: value for key, value in tensors.items() if key != first})
     assert "has shape" in reasons(config, tensors | {first: np.zeros((3, 3), np.float32)})
@@ -104,7 +114,8 @@ def test_refuses_wrong_fields_with_their_values(name: str) -> None:
     assert kind is not None
     for field, form in kind.fields.items():
         whole = [-7.5, 1 << 60] if type(form.default) is int and form.wants.startswith("a whole") else []
-        for wrong in ("odd value", [1], float("nan"), *whole):
+        texts = [] if field == "feedforward_modules" else ["odd value"]  # which is a pattern there
+        for wrong in ([-1], {}, *texts, *whole):
             assert f"{field} " in reasons(config | {field: wrong}, tensors)
     assert "bias some" in reasons(config | {"bias": "some"}, tensors)
 
@@ -122,10 +133,9 @@ def test_refuses_features_that_are_not_served_by_name() -> None:
 
 
 def test_refuses_modules_that_no_kind_has() -> None:
-    site = m.SiteShape("model.embed_tokens", 64, 16, "embedding")
-    base = structs.replace(BASE, sites=[*BASE.sites, site])
-    config = kind_config("LOHA", target_modules=["q_proj", "v_proj", "embed_tokens"])
-    assert "not served on modules of this kind: model.embed_tokens" in reasons(config, kind_tensors(config), base)
+    for name, module in (("LOHA", "embed_tokens"), ("IA3", "norm"), ("LN_TUNING", "q_proj")):
+        config = kind_config(name, target_modules=["q_proj", "v_proj", module])
+        assert f"{name} is not served on modules of this kind" in reasons(config, kind_tensors(config))
 
 
 # ---------------------------------------------------------------- limits
@@ -158,18 +168,18 @@ def test_dimensions_are_cut_as_peft_cuts_them(factor: int) -> None:
 # ---------------------------------------------------------------- effect and digest
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"HRA", "DEFT"}))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - UNKNOWN_EFFECT))
 def test_knows_an_adapter_without_effect(name: str) -> None:
     """A hybrid GraLoRA is the sum of two products, and so is not tested."""
     config = kind_config(name, **({"hybrid_r": 0} if name == "GRALORA" else {}))
     tensors = kind_tensors(config)
     raw = written(tensors)
     infos = parse_header(raw, len(raw))
-    assert has_effect(read_adapter(config, infos, BASE), infos, memoryview(raw))
+    assert has_effect(read_adapter(config, infos, KIND_BASE), infos, memoryview(raw))
     zero = {key: np.zeros_like(value) for key, value in tensors.items()}
     raw = written(zero)
     infos = parse_header(raw, len(raw))
-    assert not has_effect(read_adapter(config, infos, BASE), infos, memoryview(raw))
+    assert not has_effect(read_adapter(config, infos, KIND_BASE), infos, memoryview(raw))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -185,12 +195,12 @@ def test_digest_is_of_the_maths_only(name: str) -> None:
 
     assert digest(task_type="CAUSAL_LM", base_model_name_or_path="/x", peft_version="9", bias="none") == digest()
     assert digest(**dict.fromkeys(kind.no_effect, 0.5)) == digest()
-    assert digest(target_modules=["v_proj", "q_proj"]) == digest()
+    assert digest(target_modules=[*reversed(config["target_modules"])]) == digest()
     assert canonical_config(canonical_config(config)) == canonical_config(config)
     for field in kind.fields.keys() & CHANGED.keys():
         changed = CHANGED[field] if CHANGED[field] != config.get(field, kind.fields[field].default) else 2
         assert digest(**{field: changed}) != digest(), field
-    assert digest(target_modules=["q_proj"]) != digest()
+    assert digest(target_modules=["k_proj"]) != digest()
     assert digest(modules_to_save=["x"]) != digest()
     assert "peft_type" in canonical_config(config)
 

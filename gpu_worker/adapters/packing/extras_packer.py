@@ -13,9 +13,20 @@ from torch import Tensor
 
 from gpu_worker.adapters.packing.rows import quantise
 from gpu_worker.layers.adaptable_modules import AdaptableModules
-from gpu_worker.layers.extras import Dora, EmbeddingExtras, Extras, LinearExtras, LowRank, ParameterLora, Tokens
+from gpu_worker.layers.extras import (
+    Dora,
+    EmbeddingExtras,
+    Extras,
+    LinearExtras,
+    LowRank,
+    ParameterLora,
+    Places,
+    Tokens,
+    Transform,
+)
 from gpu_worker.layers.lora import SiteInfo
 from peft_adapters.format import AdapterSpec, LoraWeights, ReplacedWeights, TrainedTokens
+from peft_adapters.spec import LayerOperation
 
 GetTensor = Callable[[str], Tensor]
 """Returns a tensor of the adapter by name, in the file's dtype."""
@@ -50,6 +61,10 @@ def matrices_of(part: LoraWeights, get: GetTensor, adaptable: AdaptableModules) 
 
 def _as_numpy(tensor: Tensor) -> NDArray[Any]:
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _tensor(numbers: NDArray[Any] | None) -> Any:
+    return None if numbers is None else torch.from_numpy(np.ascontiguousarray(numbers))
 
 
 def lora_matrices(part: LoraWeights, get: GetTensor) -> tuple[Tensor, Tensor]:
@@ -97,6 +112,8 @@ class _ExtrasPacker:
             self._replace(part)
         for part in spec.sites:
             self._pack_linear(part)
+        for part in spec.operations:
+            self._pack_operation(part)
         for part in spec.embeddings:
             self._pack_embedding(part)
         for part in spec.tokens:
@@ -112,6 +129,7 @@ class _ExtrasPacker:
             norms=dict(self._norms),
             parameters=dict(parameters),
             vocab_size=spec.vocab_size,
+            unscaled=spec.unscaled,
             head=self._get(spec.head).to(next(iter(self._sites.values())).dtype) if spec.head else None,
             in_layers=any(part.isdigit() for name in inner for part in name.split(".")),
         )
@@ -146,6 +164,18 @@ class _ExtrasPacker:
             self._linear[part.site]["lora_bias"] = part.scale * self._bias(part)
         if part.magnitude:
             self._linear[part.site]["dora"] = self._dora(part, self._weight(part.site))
+
+    def _pack_operation(self, part: LayerOperation) -> None:
+        """Take what an adapter does to a linear layer besides adding rank rows."""
+        change = part.change(lambda name: _as_numpy(self._get(name)))
+        fields = self._linear[part.site]
+        for name, own in (("inputs", change.inputs), ("outputs", change.outputs)):
+            if own is not None:
+                fields[name] = Transform(_tensor(own.scale), _tensor(own.across), own.group, _tensor(own.blocks))
+        if change.bias is not None:
+            fields["lora_bias"] = _tensor(change.bias)
+        if change.places is not None:
+            fields["places"] = Places(_tensor(change.places), _tensor(change.numbers))
 
     def _pack_embedding(self, part: LoraWeights) -> None:
         a, b = (tensor.to(self._dtype(part.site)) for tensor in lora_matrices(part, self._get))

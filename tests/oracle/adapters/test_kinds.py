@@ -8,6 +8,8 @@ import pytest
 from oracle.adapters.kind_cases import CASES
 from oracle.adapters.peft_kinds import MAX_DIFFERENCE, make_adapter, measure
 
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of PEFT's SHiRA
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_peft(name: str, tmp_path: Path) -> None:
