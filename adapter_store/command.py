@@ -20,8 +20,9 @@ from rich.table import Table
 from adapter_store.blobs import AdapterFolder, texts_in
 from adapter_store.formats import convert, depends_on_base, plan_conversion
 from adapter_store.sources import choose_weights, needs_config
-from peft_adapters.effect import is_zero_product
+from peft_adapters.effect import is_zero_operation, is_zero_product
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, AdapterSpec, read_adapter
+from peft_adapters.kinds.registry import kind_of
 from protocol.runtime.environment import COMPUTE, HUB, HUB_CACHE, NETWORK, child_environment
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder
 from protocol.wire.errors import AdapterRefused, BadRequest, NotFound
@@ -85,6 +86,8 @@ def _check(args: argparse.Namespace, base: ServedModel | None) -> int:
     else:
         config, tensors = conversion.config, conversion.infos()
         sources = {moved.name: moved.source for moved in conversion.tensors}
+    if base is None and kind_of(config.get("peft_type")) is not None:
+        raise BadRequest(f"checking an adapter of peft_type {config['peft_type']} needs its base model: --base")
     spec = read_adapter(config, tensors, base)
     texts = texts_in(folder)
     if texts is not None and base is not None:
@@ -93,6 +96,7 @@ def _check(args: argparse.Namespace, base: ServedModel | None) -> int:
     zero = {
         part.site for part in (*spec.sites, *spec.embeddings, *spec.parameters) if is_zero_product(part, sources, raw)
     }
+    zero |= {part.site for part in spec.operations if is_zero_operation(part, sources, raw)}
     rows = Counter(_rows(spec, zero))
     console = Console(highlight=False)
     table = Table("modules", "layers", "what", "rank", "scale", "takes effect", box=None, header_style="bold")
@@ -126,8 +130,11 @@ class _Row:
 def _rows(spec: AdapterSpec, zero: set[str]) -> Iterator[_Row]:
     for part in (*spec.sites, *spec.embeddings, *spec.parameters):
         more = {"DoRA": part.magnitude, "bias": part.bias, "AdaLoRA": part.singular}
-        what = " + ".join(["LoRA", *(name for name, tensor in more.items() if tensor)])
+        kind = "LoRA" if part.of_kind is None else part.of_kind.kind
+        what = " + ".join([kind, *(name for name, tensor in more.items() if tensor)])
         yield _Row(_pattern(part.site), what, str(part.rank), f"{part.scale:g}", part.site not in zero)
+    for part in spec.operations:
+        yield _Row(_pattern(part.site), part.kind, has_effect=part.site not in zero)
     for whole in spec.replaced:
         yield _Row(_pattern(whole.site), f"whole {whole.parameter}")
     for tokens in spec.tokens:

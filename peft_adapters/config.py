@@ -1,10 +1,10 @@
-"""Reads `adapter_config.json` of PEFT's LoRA and AdaLoRA: each field is served, refused by name, or has no effect."""
+"""Reads `adapter_config.json`: each field is served, refused by name, or has no effect."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from peft_adapters.config_fields import (
@@ -21,6 +21,8 @@ from peft_adapters.config_fields import (
     read_tokens,
 )
 from peft_adapters.json_values import is_list, load_json_object
+from peft_adapters.kinds.kind import Kind
+from peft_adapters.kinds.registry import kind_of
 from peft_adapters.reasons import Reasons, show
 from peft_adapters.targets import PatternMap, SavedModules, Targets
 from peft_adapters.texts.files import TEXTS_FIELD
@@ -67,6 +69,21 @@ _ADALORA_TRAINING = {
 }  # fmt: skip
 """Fields of AdaLoRA that only training reads."""
 
+_COMMON = (
+    "peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
+    "alpha_pattern",
+)  # fmt: skip
+"""The fields of `_DEFAULTS` that other kinds share with LoRA; they have `modules_to_save` and `bias` too."""
+
+_ALWAYS_WITHOUT_EFFECT = frozenset(
+    {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+     "runtime_config", TEXTS_FIELD}
+)  # fmt: skip
+"""Fields of every kind."""
+
+_LISTS_OF_NAMES = ("target_modules", "exclude_modules", "modules_to_save", "feedforward_modules")
+"""Fields that may be lists whose order does not count."""
+
 _HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")
 """Ways to initialise that do not change the base weights; nor do true and false."""
 
@@ -75,8 +92,8 @@ _HARMLESS_INITS = ("gaussian", "eva", "orthogonal", "mica")
 class AdapterConfig:
     """The fields of a config that count, checked."""
 
-    kind: str  # LORA or ADALORA
-    r: int  # init_r of AdaLoRA
+    kind: str  # LORA, ADALORA, or the name of `own`
+    r: int  # init_r of AdaLoRA; 1 of kinds without a rank
     alpha: float
     use_rslora: bool
     targets: Targets
@@ -91,6 +108,8 @@ class AdapterConfig:
     parameters: tuple[str, ...]  # ends of the names of adapted parameters
     invocation: tuple[int, ...]
     tie: bool  # whether a tied head gets what the input embedding gets
+    own: Kind | None = None  # None: LoRA or AdaLoRA
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])  # the fields of `own`
 
     def rank(self, site: str) -> int:
         """Return the rank on a layer or parameter."""
@@ -119,10 +138,11 @@ def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
     first match counts.
     """
     canonical: dict[str, Any] = {}
+    own = kind_of(config.get("peft_type"))
+    if own is not None:
+        return _canonical_of_kind(config, own)
     for key in (*_DEFAULTS, *_SERVED, *_UNSERVED, "bias", "init_lora_weights", TEXTS_FIELD):
-        value = config.get(key)
-        if key in ("target_modules", "exclude_modules", "modules_to_save") and is_list(value):
-            value = sorted(set(map(str, value)))
+        value = _in_order(key, config.get(key))
         if key == "bias" and value == "none":
             continue
         if key == "init_lora_weights" and (isinstance(value, bool) or value in _HARMLESS_INITS):
@@ -135,8 +155,31 @@ def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return canonical
 
 
+def _canonical_of_kind(config: Mapping[str, Any], own: Kind) -> dict[str, Any]:
+    """Return the fields that count of a kind's config, as `canonical_config` does."""
+    defaults = {key: _DEFAULTS[key] for key in _COMMON} | {key: field.default for key, field in own.fields.items()}
+    canonical: dict[str, Any] = {}
+    for key in (*_COMMON, *own.fields, "modules_to_save", "bias", TEXTS_FIELD):
+        value = _in_order(key, config.get(key))
+        if value is None or (key in defaults and value == defaults[key]) or (key == "bias" and value == "none"):
+            continue
+        if key in defaults or value:
+            canonical[key] = value
+    return canonical
+
+
+def _in_order(key: str, value: Any) -> Any:
+    """Return a field's value, sorted where it is a list whose order does not count."""
+    if key in _LISTS_OF_NAMES and is_list(value):
+        return sorted(set(map(str, value)))
+    return value
+
+
 def read_config(config: Mapping[str, Any], reasons: Reasons) -> AdapterConfig | None:
     """Read and check a whole config. None, with reasons, if a field is wrong; other reasons may be added too."""
+    own = kind_of(config.get("peft_type"))
+    if own is not None:
+        return _read_kind(config, own, reasons)
     before = len(reasons)
     kind = LORA if config.get("peft_type") == LORA else ADALORA
     _check_features(config, kind, reasons)
@@ -161,13 +204,47 @@ def read_config(config: Mapping[str, Any], reasons: Reasons) -> AdapterConfig | 
     if len(reasons) > unserved or ranks is None or alphas is None or targets is None or saved is None:
         return None
     result = AdapterConfig(
-        kind=kind, r=r, alpha=value["lora_alpha"], **flags, targets=targets,
+        kind=kind, r=r, alpha=value["lora_alpha"], use_rslora=flags["use_rslora"], use_dora=flags["use_dora"],
+        lora_bias=flags["lora_bias"], targets=targets,
         all_linear=is_all_linear(value["target_modules"]), ranks=ranks, alphas=alphas, kept_ranks=kept, saved=saved,
         tokens=tokens, parameters=parameters, invocation=invocation, tie=bool(config.get("ensure_weight_tying")),
     )  # fmt: skip
     if len(reasons) == before:
         _check_combinations(config, result, reasons)
     return result
+
+
+def _read_kind(config: Mapping[str, Any], own: Kind, reasons: Reasons) -> AdapterConfig | None:
+    """Read the config of a kind that is not LoRA. None, with reasons, if a field is wrong."""
+    before = len(reasons)
+    options: dict[str, Any] = {}
+    for name, field_ in own.fields.items():
+        value = config.get(name, field_.default)
+        if not field_.valid(value):
+            reasons.add(f"{name} {show(value)} of {own.name} is not {field_.wants}")
+        options[name] = value
+    known = {*_COMMON, *own.fields, *own.no_effect, *_ALWAYS_WITHOUT_EFFECT, "modules_to_save", "bias"}
+    for key, value in config.items():
+        if value and (key not in known or (key in ("rank_pattern", "alpha_pattern") and key not in own.patterns)):
+            reasons.add("config fields that are not understood", key)
+    bias: Any = config.get("bias", "none")
+    if bias not in ("none", "all", f"{own.name.lower()}_only"):
+        reasons.add(f"bias {show(bias)} is not none, all or {own.name.lower()}_only")
+    value = {key: config.get(key, _DEFAULTS[key]) for key in _COMMON}
+    ranks, alphas = (
+        read_pattern_map(f"{name}_pattern", value[f"{name}_pattern"], own.fields[option].valid, reasons)
+        if option in own.fields else read_pattern_map(f"{name}_pattern", {}, is_rank, reasons)
+        for name, option in (("rank", "r"), ("alpha", "alpha"))
+    )  # fmt: skip
+    targets = read_targets(value, (), reasons)
+    saved = read_saved(config.get("modules_to_save") or [], reasons)
+    if len(reasons) > before or ranks is None or alphas is None or targets is None or saved is None:
+        return None
+    return AdapterConfig(
+        kind=own.name, r=options.get("r", 1), alpha=0.0, use_rslora=False, targets=targets,
+        all_linear=is_all_linear(value["target_modules"]), ranks=ranks, alphas=alphas, kept_ranks={}, use_dora=False,
+        lora_bias=False, saved=saved, tokens={}, parameters=(), invocation=(), tie=False, own=own, options=options,
+    )  # fmt: skip
 
 
 def _check_features(config: Mapping[str, Any], kind: str, reasons: Reasons) -> None:

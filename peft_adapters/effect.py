@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peft_adapters.safetensors_header import ITEM_BYTES, TensorInfo
-from peft_adapters.spec import AdapterSpec, LoraWeights
+from peft_adapters.spec import AdapterSpec, LayerOperation, LoraWeights
 
 CHUNK_BYTES = 1 << 20
 
@@ -23,8 +23,15 @@ def has_effect(spec: AdapterSpec, tensors: Mapping[str, TensorInfo], weights: me
     """
     if spec.replaced or spec.tokens or spec.head:
         return True
+    if not all(is_zero_operation(part, tensors, weights) for part in spec.operations):
+        return True
     parts = (*spec.sites, *spec.embeddings, *spec.parameters)
     return any(not is_zero_product(part, tensors, weights) for part in parts)
+
+
+def is_zero_operation(part: LayerOperation, tensors: Mapping[str, TensorInfo], weights: memoryview) -> bool:
+    """Return whether an operation on one layer changes nothing. tensors, weights: as in `has_effect`."""
+    return any(_is_zero(tensors[part.tensors[name]], weights) for name in part.operation.zero_if)
 
 
 def is_zero_product(part: LoraWeights, tensors: Mapping[str, TensorInfo], weights: memoryview) -> bool:
@@ -38,6 +45,9 @@ def is_zero_product(part: LoraWeights, tensors: Mapping[str, TensorInfo], weight
 
     if part.magnitude:
         return False
+    if part.of_kind is not None:
+        zero_if = (part.of_kind.tensors[name] for name in part.of_kind.rows.zero_if)
+        return not part.scale or any(map(is_zero, zero_if))
     if not part.scale:
         return True
     if not all(is_zero(bias) for bias in part.biases):

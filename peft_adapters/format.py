@@ -26,6 +26,8 @@ from peft_adapters.config import (
     parse_config,
     read_config,
 )
+from peft_adapters.kinds.refused import why_refused
+from peft_adapters.kinds.registry import kind_of
 from peft_adapters.names.keys import peft_keys
 from peft_adapters.names.translation import translate
 from peft_adapters.reader import read_spec
@@ -79,12 +81,13 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], b
     that the config targets must have its tensors. Raises AdapterRefused with all reasons.
     """
     kind = config.get("peft_type")
-    if kind not in (LORA, ADALORA):
-        raise AdapterRefused([f"peft_type {show(kind)} is not served; only LORA and ADALORA are"])
+    own = kind_of(kind)
+    if own is None and kind not in (LORA, ADALORA):
+        raise AdapterRefused([f"peft_type {show(kind)} is not served{why_refused(kind)}"])
     reasons = Reasons()
     fields = read_config(config, reasons)
     keys = peft_keys(tensors)
-    sorted_tensors = sort_tensors(keys.files, reasons)
+    sorted_tensors = sort_tensors(keys.files, reasons, own)
     if fields is None:
         raise AdapterRefused(reasons.render())
     other = None if base is None else translate(_outputs(sorted_tensors, tensors), _modules(sorted_tensors), base)
@@ -99,7 +102,7 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], b
 
 def _modules(tensors: AdapterTensors) -> set[str]:
     """Return the modules that a file has tensors of."""
-    return {module for module, _ in tensors.by_module()}
+    return {module for module, _ in tensors.by_module() if module}
 
 
 def _outputs(tensors: AdapterTensors, infos: Mapping[str, TensorInfo]) -> dict[str, int]:

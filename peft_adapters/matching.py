@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from peft_adapters.config import AdapterConfig
 from peft_adapters.experts import OldNames
 from peft_adapters.reasons import Reasons
-from peft_adapters.safetensors_header import TensorInfo
+from peft_adapters.safetensors_header import FLOATS, TensorInfo
 from peft_adapters.tensors import AdapterTensors
 from protocol.wire.messages import OPAQUE, ServedModel, SiteShape
 
@@ -53,10 +53,12 @@ class TensorMatcher:
             return site.in_features, self.num_labels
         return site.in_features, site.out_features
 
-    def take(self, name: str | None, module: str, what: str, shape: tuple[int, ...]) -> str:
+    def take(
+        self, name: str | None, module: str, what: str, shape: tuple[int, ...], *, integers: bool = False
+    ) -> str:  # fmt: skip
         """Use a tensor for a module and return its name; "", with a reason, if it is missing or has another shape.
 
-        what: the tensor's part of the module, for the reason.
+        what: the tensor's part of the module, for the reason. integers: whether it must hold whole numbers.
         """
         if name is None:
             self.reasons.add("tensors missing for targeted layers", f"{module}.{what}")
@@ -65,6 +67,9 @@ class TensorMatcher:
         found = self.infos[name].shape
         if found != shape:
             self.reasons.add(f"{what} has shape {list(found)} where config and base model want {list(shape)}", module)
+            return ""
+        if (self.infos[name].dtype not in FLOATS) != integers:
+            self.reasons.add(f"{what} has dtype {self.infos[name].dtype}", module)
             return ""
         return name
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 from peft_adapters import experts
 from peft_adapters.config import ADALORA, AdapterConfig
+from peft_adapters.kinds.kind import Kind
+from peft_adapters.kinds.reading import KindParts, read_kind, take_tokens
 from peft_adapters.lora import read_lora, read_parameters
 from peft_adapters.matching import LINEAR, TensorMatcher
 from peft_adapters.reasons import Reasons
@@ -30,33 +32,51 @@ def read_spec(
     tensors, infos: the file's tensors by what they are, and by name. base: None where there is no model to read it for.
     """
     matcher = TensorMatcher(config, tensors, infos, base, reasons)
-    _convert_old_names(matcher)
+    own = config.own
+    if own is None:
+        _convert_old_names(matcher)
+    elif base is None:
+        return AdapterSpec(())  # the tensors of another kind do not say how large the layers are
     targeted = _targeted(matcher)
     parameters = _targeted_parameters(matcher, targeted)
     if not targeted and not parameters:
         reasons.add("target_modules matches no layer of the base model")
+    if own is not None and own.changes == "tokens":
+        take_tokens(matcher, targeted)
+        targeted = {}
     # Before LoRA, because what replaces embedding or head decides the vocabulary, and with it the shapes of LoRA there.
     tokens = read_tokens(matcher, targeted)
     replaced = read_replaced(matcher, targeted, tokens)
     sites: list[LoraWeights] = []
     embeddings: list[LoraWeights] = []
-    for site in targeted.values():
+    whole = {part.site for part in replaced if part.parameter == "weight"}
+    parts = read_kind(matcher, own, targeted, whole) if own is not None else KindParts()
+    for site in targeted.values() if own is None else ():
         (embeddings if site.kind == "embedding" else sites).extend(read_lora(matcher, site))
     wrapped = [lora for module, names in parameters.items() for lora in read_parameters(matcher, module, names)]
     head = read_head(matcher)
     matcher.check_unused()
     check_vocabulary(matcher, replaced, tokens)
     return AdapterSpec(
-        sites=(*sites, *(lora for lora in wrapped if matcher.sites[lora.site].kind in LINEAR)),
+        sites=(*parts.sites, *sites, *(lora for lora in wrapped if matcher.sites[lora.site].kind in LINEAR)),
         embeddings=tuple(embeddings),
         parameters=tuple(lora for lora in wrapped if matcher.sites[lora.site].kind not in LINEAR),
-        replaced=tuple(replaced),
+        operations=tuple(parts.operations),
+        replaced=(*replaced, *parts.replaced),
         tokens=tuple(tokens),
         invocation=matcher.config.invocation,
         vocab_size=matcher.vocab_size,
+        unscaled=_unscaled(own, parts),
         head=head,
         num_labels=matcher.num_labels,
     )
+
+
+def _unscaled(own: Kind | None, parts: KindParts) -> str:
+    """Return the name of a kind that PEFT cannot scale; "" for LoRA, and for what adds to weights."""
+    if own is None or (own.changes == "layers" and all(part.operation.has_scale for part in parts.operations)):
+        return ""
+    return own.name
 
 
 def _convert_old_names(matcher: TensorMatcher) -> None:
@@ -90,6 +110,8 @@ def _targeted(matcher: TensorMatcher) -> dict[str, SiteShape]:
 
 def _check_target(config: AdapterConfig, site: SiteShape, reasons: Reasons) -> None:
     """Add reasons against LoRA on a layer of this kind."""
+    if config.own is not None:
+        return  # see `read_kind`
     if site.kind == "norm":
         reasons.add("PEFT cannot adapt modules of this kind", site.name)
     elif site.kind == OPAQUE and config.use_dora:

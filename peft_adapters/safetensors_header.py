@@ -22,8 +22,13 @@ MAX_KEPT_HEADER_BYTES = 256 << 10
 NUM_KEPT_HEADERS = 8
 """Headers up to this size that stay parsed: adapters of one recipe have the same one, byte by byte."""
 
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-"""Bytes of a number by dtype, as safetensors names it. Other dtypes are not served."""
+FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of a number by dtype, as safetensors names it: what LoRA's tensors may have."""
+
+ITEM_BYTES = {**FLOATS, "I64": 8, "I32": 4, "I16": 2, "U8": 1}
+"""Bytes of a number by dtype. Whole numbers are indices, which some kinds of adapters save. Others are not served."""
+
+MAX_DIMENSIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,7 @@ def parse_header(head: bytes, file_size: int) -> dict[str, TensorInfo]:
     """Read the header of a safetensors file. Returns its tensors by name.
 
     head: the file's first `8 + MAX_HEADER_BYTES` bytes, or all. file_size: in bytes. The tensors must fill the rest of
-    the file without hole or overlap, be of a dtype in ITEM_BYTES, and have one or two dimensions. Raises
+    the file without hole or overlap, be of a dtype in ITEM_BYTES, and have one to three dimensions. Raises
     AdapterRefused.
     """
     if len(head) < 8:
@@ -98,8 +103,8 @@ def _entry_problem(entry: Any) -> str:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         return f"dtype {show(dtype)} is not served (only {', '.join(ITEM_BYTES)})"
-    if not _are_sizes(shape) or not 1 <= len(shape) <= 2:
-        return f"shape {show(shape)} is not one of one or two dimensions"
+    if not _are_sizes(shape) or not 1 <= len(shape) <= MAX_DIMENSIONS:
+        return f"shape {show(shape)} is not one of one to {MAX_DIMENSIONS} dimensions"
     if not _are_sizes(offsets) or len(offsets) != 2:
         return f"data_offsets {show(offsets)} are not a begin and an end"
     begin, end = offsets

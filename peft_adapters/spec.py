@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from peft_adapters.kinds.kind import BASE_WEIGHT, Change, Numbers, Operation, Rows, Unfit
+from protocol.wire.errors import AdapterRefused
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +28,57 @@ class LoraBlock:
     factor: float = 1.0  # factor of b and the bias
     bias: str = ""  # tensors of which the same rows count; see `LoraWeights`
     magnitude: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class KindRows:
+    """The rank rows of another kind than LoRA on one layer."""
+
+    kind: str  # PEFT's name
+    rows: Rows
+    tensors: Mapping[str, str]  # the tensors that it takes: name in the kind -> in the file
+
+    def matrices(
+        self, read: Callable[[str], NDArray[Any]], weight: NDArray[Any] | None = None
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Return A [rank, in] and B [out, rank], fp32, the scale apart.
+
+        read: returns a tensor of the file, fp32 or whole numbers. weight: the base's [out, in] in fp32, where
+        `Rows.needs_weight`. Raises AdapterRefused for numbers that no such adapter can have.
+        """
+
+        def get(name: str) -> NDArray[Any]:
+            if name != BASE_WEIGHT:
+                return read(self.tensors[name])
+            assert weight is not None
+            return weight
+
+        return _made(self.kind, self.rows.make, get)
+
+
+def _made(kind: str, make: Callable[[Numbers], _Made], get: Numbers) -> _Made:
+    """Return what a kind makes of its tensors. Raises AdapterRefused for numbers that no such adapter can have."""
+    import numpy as np  # here, since a store that has read no such adapter needs none of it
+
+    try:
+        with np.errstate(all="ignore"):  # numbers that are not finite are refused later
+            return make(get)
+    except (Unfit, np.linalg.LinAlgError) as error:
+        raise AdapterRefused([f"{kind}: {error}"]) from None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOperation:
+    """What an adapter does to one linear layer that is not rank rows."""
+
+    site: str  # SiteShape.name
+    kind: str  # PEFT's name
+    operation: Operation
+    tensors: Mapping[str, str]  # as of `KindRows`
+
+    def change(self, read: Callable[[str], NDArray[Any]]) -> Change:
+        """Return the change. read: as of `KindRows.matrices`. Raises AdapterRefused."""
+        return _made(self.kind, self.operation.make, lambda name: read(self.tensors[name]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +105,21 @@ class LoraWeights:
     Then bias and magnitude are one block's, and say that all blocks have them.
     """
     width: int = 0  # out, where there are blocks
+    of_kind: KindRows | None = None  # in the place of a and b, of an adapter that is not LoRA
 
     @property
     def tensors(self) -> list[tuple[str, str]]:
-        """The names of all pairs of a and b."""
+        """The names of all pairs of a and b; none of another kind than LoRA."""
+        if self.of_kind is not None:
+            return []
         if self.blocks:
             return [(block.a, block.b) for block in self.blocks]
         return [pair for pairs in self.experts for pair in pairs] or [(self.a, self.b)]
+
+    @property
+    def needs_weight(self) -> bool:
+        """Whether the base's weight is needed to say what it adds."""
+        return bool(self.magnitude) or (self.of_kind is not None and self.of_kind.rows.needs_weight)
 
     @property
     def biases(self) -> list[str]:
@@ -84,11 +152,13 @@ class AdapterSpec:
     sites: tuple[LoraWeights, ...]  # linear layers
     embeddings: tuple[LoraWeights, ...] = ()
     parameters: tuple[LoraWeights, ...] = ()
+    operations: tuple[LayerOperation, ...] = ()
     replaced: tuple[ReplacedWeights, ...] = ()
     tokens: tuple[TrainedTokens, ...] = ()
     invocation: tuple[int, ...] = ()  # activated LoRA: active from these tokens' last occurrence in the prompt on
     vocab_size: int = 0  # tokens the adapter knows; 0: those of the base
     num_labels: int = 0  # labels of its own head; 0: no head
+    unscaled: str = ""  # the kind, of an adapter that PEFT cannot scale
     head: str = ""  # its own head, where the base has none: tensor [labels, width]
     mapped: Mapping[str, str] = field(default_factory=dict[str, str])  # names of the file -> of the base, as patterns
 
@@ -100,5 +170,5 @@ class AdapterSpec:
     @property
     def modules(self) -> list[str]:
         """Last names of the modules that the adapter changes, such as "q_proj", sorted."""
-        parts = (*self.sites, *self.embeddings, *self.parameters, *self.replaced, *self.tokens)
+        parts = (*self.sites, *self.embeddings, *self.parameters, *self.operations, *self.replaced, *self.tokens)
         return sorted({part.site.rpartition(".")[2] for part in parts})

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from peft_adapters.names.keys import PREFIX
+from peft_adapters.kinds.kind import Kind
+from peft_adapters.names.keys import MODEL_PREFIX, PREFIX
 from peft_adapters.reasons import Reasons
 
 _WRAPPED = ".base_layer"
@@ -36,6 +37,8 @@ class AdapterTensors:
     embedding: dict[str, Halves] = field(default_factory=dict[str, Halves])  # by module
     magnitude: dict[str, str] = field(default_factory=dict[str, str])  # DoRA's, by module
     tokens: dict[str, str] = field(default_factory=dict[str, str])  # trained rows, by module
+    of_kind: dict[str, dict[str, str]] = field(default_factory=dict[str, dict[str, str]])  # by module, of another kind
+    shared: dict[str, str] = field(default_factory=dict[str, str])  # tensors of a kind that belong to no module
     # (module, its wrapper, parameter) -> tensor
     plain: dict[tuple[str, str, str], str] = field(default_factory=dict[tuple[str, str, str], str])
 
@@ -44,26 +47,45 @@ class AdapterTensors:
         return {owner for owner, _, parameter in self.plain if parameter == "weight"}
 
     def by_module(self) -> Iterator[tuple[str, str]]:
-        """Yield (module, tensor) for every tensor."""
+        """Yield (module, tensor) for every tensor; the module is "" of one that belongs to none."""
         for groups in (self.lora, self.embedding):
             for module, names in groups.items():
                 owner = unwrapped(module)
                 yield from [(owner, name) for name in names.values()]
+        for module, names in self.of_kind.items():
+            yield from [(module, name) for name in names.values()]
+        yield from (("", name) for name in self.shared.values())
         for flat in (self.magnitude, self.tokens):
             yield from flat.items()
         yield from ((module, name) for (module, _, _), name in self.plain.items())
 
 
-def sort_tensors(names: Mapping[str, str], reasons: Reasons) -> AdapterTensors:
+def sort_tensors(names: Mapping[str, str], reasons: Reasons, kind: Kind | None = None) -> AdapterTensors:
     """Sort the tensors of a file by their names. Adds a reason for names that PEFT does not write.
 
-    names: the file's names of its tensors by the names that PEFT gives them, see `peft_keys`.
+    names: the file's names of its tensors by the names that PEFT gives them, see `peft_keys`. kind: of an adapter that
+    is not LoRA.
     """
     found = AdapterTensors()
     for name, own in names.items():
+        if kind is not None and _sort_kind(name, own, kind, found):
+            continue
         if not name.startswith(PREFIX) or not _sort(name.removeprefix(PREFIX), own, found):
             reasons.add("tensors that are not understood", own)
     return found
+
+
+def _sort_kind(name: str, own: str, kind: Kind, found: AdapterTensors) -> bool:
+    """Enter a tensor that a kind has; False for any other, such as a module that is saved whole."""
+    for shared in kind.shared:
+        if name == f"{MODEL_PREFIX}{shared}":
+            found.shared[shared] = own
+            return True
+    path = name.removeprefix(PREFIX)
+    end = next((end for end in kind.tensors if path.endswith(f".{end}")), "")
+    if end and path != name:
+        found.of_kind.setdefault(path.removesuffix(f".{end}"), {})[end] = own
+    return bool(end) and path != name
 
 
 def _sort(path: str, name: str, found: AdapterTensors) -> bool:

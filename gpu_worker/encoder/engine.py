@@ -144,6 +144,8 @@ class EncoderEngine(BaseEngine):
         if self.adapters.invocations.get(request.digest):
             return BadRequest("adapters with alora_invocation_tokens are not served on encoders", param="model")
         extras = self.adapters.extras.get(request.digest)
+        if extras is not None and (error := extras.scale_error(request.lora_scale)) is not None:
+            return error
         vocab_size = (extras.vocab_size if extras is not None else 0) or self.model.vocab_size
         if request.prompt.min() < 0 or request.prompt.max() >= vocab_size:
             return BadRequest(f"the text holds token ids outside 0 … {vocab_size - 1}", param="input")

@@ -90,6 +90,8 @@ class RequestBinder:
         request = seq.request
         extras = self._adapters.extras.get(request.digest)
         check_ids(request, (extras.vocab_size if extras is not None else 0) or self._model.vocab_size)
+        if extras is not None and (error := extras.scale_error(request.lora_scale)) is not None:
+            raise error
         invocation = self._adapters.invocations.get(request.digest)
         if request.task != "generate":
             if invocation:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpu_worker.layers.extras import EmbeddingExtras, Extras, LinearExtras, LowRank, ParameterLora
+from gpu_worker.layers.extras import EmbeddingExtras, Extras, LinearExtras, LowRank, ParameterLora, Places
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,17 @@ class ExtraRows:
 # ---------------------------------------------------------------- linear layers
 
 
+def transformed_inputs(groups: list[ExtraRows], site: int, x: Tensor) -> Tensor:
+    """Return the inputs x [T, K] of a layer as adapters transform those of their rows; x itself if none does."""
+    found = [(group.rows, part.inputs) for group in groups if (part := group.extras.linear.get(site)) and part.inputs]
+    changed = x.clone() if found else x
+    for rows, transform in found:
+        changed[rows] = transform.apply(x[rows])
+    return changed
+
+
 def apply_linear(groups: list[ExtraRows], site: int, out: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply the extras of every group to the output of one linear layer.
+    """Apply the extras of every group to the output of one linear layer, but for changes of its inputs.
 
     out: [T, N], the base output with bias [N] and pooled LoRA already added; changed in place. x: [T, K], the input.
     Returns `out`, or a wider tensor where an adapter has more tokens than the head.
@@ -58,6 +67,12 @@ def _apply_linear(part: LinearExtras, group: ExtraRows, out: Tensor, x: Tensor, 
         out[active, :width] = (out[active, :width].float() + delta).to(out.dtype)
     if part.lora_bias is not None:
         out[active] = (out[active].float() + part.lora_bias * group.scale).to(out.dtype)
+    if part.places is not None:
+        out[active] = (out[active].float() + _at_places(part.places, x[active], out.shape[-1], group.scale)).to(
+            out.dtype
+        )
+    if part.outputs is not None:
+        out[rows] = part.outputs.apply(out[rows])
     if part.dora is not None:
         factor = part.dora.at(group.scale)
         y = out[rows, : len(factor)].float()
@@ -76,6 +91,13 @@ def _apply_linear(part: LinearExtras, group: ExtraRows, out: Tensor, x: Tensor, 
 def _low_rank(lora: LowRank, x: Tensor, scale: float) -> Tensor:
     """Return what LoRA adds for x [n, K]: fp32 [n, N]."""
     return (x.float() @ lora.a.float().T) @ lora.b.float() * (lora.scale * scale)
+
+
+def _at_places(places: Places, x: Tensor, width: int, scale: float) -> Tensor:
+    """Return what numbers at places of a weight [width, K] add for x [n, K]: fp32 [n, width]."""
+    size = (width, x.shape[-1])
+    weight = torch.sparse_coo_tensor(places.indices, places.numbers, size, is_coalesced=True, check_invariants=False)
+    return torch.sparse.mm(weight, x.float().T).T * scale
 
 
 def _put(out: Tensor, rows: Tensor, values: Tensor) -> Tensor:

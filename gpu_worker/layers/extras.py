@@ -11,7 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from protocol.wire.errors import BadRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,45 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Transform:
+    """A linear change of vectors [n, D] in fp32; see `peft_adapters.kinds.kind.Transform`."""
+
+    scale: Tensor | None = None  # [D]
+    across: Tensor | None = None  # [D]
+    group: int = 0
+    blocks: Tensor | None = None  # [D / size, size, size]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return what becomes of x [n, D], in its dtype."""
+        y = x.float()
+        if self.blocks is not None:
+            num, size, _ = self.blocks.shape
+            # One product for each block, of all rows.
+            changed = torch.bmm(y.view(len(y), num, size).transpose(0, 1), self.blocks)
+            return changed.transpose(0, 1).reshape(y.shape).to(x.dtype)
+        assert self.scale is not None
+        changed = y * self.scale
+        if self.across is not None:
+            first, second = y.view(len(y), -1, 2, self.group // 2).unbind(2)
+            changed += torch.stack([-second, first], 2).view(y.shape) * self.across
+        return changed.to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Numbers that an adapter adds to a weight [N, K] at a few places."""
+
+    indices: Tensor  # int64 [2, n]: output and input, ascending, each once and within the weight
+    numbers: Tensor  # fp32 [n]
+
+
+@dataclass(frozen=True, slots=True)
 class LinearExtras:
     """An adapter's extras at one linear layer. N differs from the layer's where the vocabulary does."""
+
+    inputs: Transform | None = None  # of what the layer reads
+    outputs: Transform | None = None  # of what it returns, with its bias
+    places: Places | None = None
 
     weight: Tensor | None = None  # [N, K], takes the place of the layer's
     bias: Tensor | None = None  # [N], takes the place of the layer's
@@ -93,10 +133,17 @@ class Extras:
     parameters: dict[str, list[ParameterLora]] = field(default_factory=dict)  # by module name
     vocab_size: int = 0  # 0: the base model's
     in_layers: bool = False  # whether any of it lies within the decoder layers
+    unscaled: str = ""  # the kind of adapter, of one that cannot be scaled
     head: Tensor | None = None  # [labels, D], of the sequence classifier that the adapter makes of the model
 
     def __bool__(self) -> bool:
         return self.in_steps or self.head is not None
+
+    def scale_error(self, scale: float) -> BadRequest | None:
+        """Return why a request may not scale the adapter, None if it may or does not."""
+        if not self.unscaled or scale == 1.0:
+            return None
+        return BadRequest(f"lora_scale {scale:g}: adapters of kind {self.unscaled} have no scale", param="lora_scale")
 
     @property
     def in_steps(self) -> bool:

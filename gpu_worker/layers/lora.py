@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gpu_worker.layers.apply_extras import apply_linear
+from gpu_worker.layers.apply_extras import ExtraRows, apply_linear, transformed_inputs
 from gpu_worker.layers.attention import StepContext
 from gpu_worker.quantised.modules import BlockLinear, beside_each_other
 from lora_kernels import ops
@@ -131,23 +131,42 @@ class SharedInput:
 
         Those of plain layers are slices of one tensor.
         """
-        if self._packed is None:
-            x = rows.view(*self._lead, *rows.shape)
-            outs = [linear(x).reshape(len(rows), -1).contiguous() for linear in self._opaque]
-        else:
-            out = ops.linear(rows, self._packed, self._bias, impl=self.impl)
-            outs = list(out.split_with_sizes(self.sizes, -1)) if len(self.sizes) > 1 else [out]
         if self.context.of_all is not None:
             batch, extras = self.context.of_all(len(rows))
         elif self.is_head:
             batch, extras = self.context.lora_logits, self.context.extras_logits
         else:
             batch, extras = self.context.lora, self.context.extras
+        outs = self._transformed_products(extras, rows) if extras else self._products(rows)
         if batch is not None and self.table is not None:
             ops.lora_add_(outs, rows, self.lora_sites, self.table, batch, impl=self.impl)
         if extras:
             for i, site in enumerate(self.lora_sites):
                 outs[i] = apply_linear(extras, site.index, outs[i], rows, self._biases[i])
+        return outs
+
+    def _products(self, rows: Tensor) -> list[Tensor]:
+        """Return the layers' own outputs [T, N] for rows [T, K]."""
+        if self._packed is None:
+            x = rows.view(*self._lead, *rows.shape)
+            return [linear(x).reshape(len(rows), -1).contiguous() for linear in self._opaque]
+        out = ops.linear(rows, self._packed, self._bias, impl=self.impl)
+        return list(out.split_with_sizes(self.sizes, -1)) if len(self.sizes) > 1 else [out]
+
+    def _transformed_products(self, extras: list[ExtraRows], rows: Tensor) -> list[Tensor]:
+        """Return the layers' own outputs, each for its inputs as adapters change them.
+
+        Siblings whose inputs are changed are computed once more, for the changed rows alone: adapters change the inputs
+        of layers without siblings in most models, and those of any cost one product.
+        """
+        if self.num_siblings == 1 and self.lora_sites:
+            return self._products(transformed_inputs(extras, self.lora_sites[0].index, rows))
+        outs = self._products(rows)
+        for i, site in enumerate(self.lora_sites):
+            for group in extras:
+                part = group.extras.linear.get(site.index)
+                if part is not None and part.inputs is not None:
+                    outs[i][group.rows] = self._products(part.inputs.apply(rows[group.rows]))[i]
         return outs
 
     def weight(self, index: int) -> Tensor:

@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 PREFIX = "base_model.model."
-"""With this PEFT begins the name of every tensor."""
+"""With this PEFT begins the name of every tensor that belongs to a module."""
+MODEL_PREFIX = "base_model."
+"""With this PEFT begins the names of the others, which layers share."""
 
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.|^module\.")
 _NAMED = re.compile(

@@ -44,6 +44,7 @@ class Translation:
             sites=tuple(sorted(sites, key=lambda lora: places.get(lora.site, 0))),
             embeddings=tuple(replace(part, site=self._own(part.site)) for part in spec.embeddings),
             parameters=tuple(replace(part, site=self._own(part.site)) for part in spec.parameters),
+            operations=tuple(replace(part, site=self._own(part.site)) for part in spec.operations),
             replaced=tuple(replace(part, site=self._own(part.site)) for part in spec.replaced),
             tokens=tuple(replace(part, site=self._own(part.site)) for part in spec.tokens),
         )

@@ -127,7 +127,7 @@ BAD: dict[str, tuple[dict[str, Any] | bytes | None, bytes | None, str]] = {
     "overlap": (lora_config(), overlap(), "overlaps"),
     "size-bomb": (lora_config(), (1 << 63).to_bytes(8, "little") + b"{}", "the limit is"),
     "missing-tensors": (lora_config(), drop("layers.1.self_attn.q_proj.lora_A"), "missing"),
-    "loha": (lora_config(peft_type="LOHA"), GOOD, "LOHA"),
+    "c3a": (lora_config(peft_type="C3A"), GOOD, "C3A"),
     "rank-0": (lora_config(r=0), GOOD, "rank 0"),
     "qalora": (lora_config(use_qalora=True), GOOD, "use_qalora"),
     "no-json": (b"{", GOOD, "not valid JSON"),

@@ -140,7 +140,7 @@ def write_bad(root: Path, good: Path) -> dict[str, str]:
         ("cut", weights, raw[: len(raw) // 2], {}, "bytes where its header describes"),
         ("bomb", weights, (1 << 63).to_bytes(8, "little") + b"{}", {}, "the limit is"),
         ("rank", weights, raw, {"r": 0}, "rank 0"),
-        ("kind", weights, raw, {"peft_type": "LOHA"}, "LOHA"),
+        ("kind", weights, raw, {"peft_type": "C3A"}, "C3A"),
         *[("nan", weights, poison, {}, "not finite")] * 5,
     ]
     reasons: dict[str, str] = {}

@@ -6,14 +6,27 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gpu_worker.adapters.packing.rows import quantise
 from gpu_worker.layers.adaptable_modules import AdaptableModules
-from gpu_worker.layers.extras import Dora, EmbeddingExtras, Extras, LinearExtras, LowRank, ParameterLora, Tokens
+from gpu_worker.layers.extras import (
+    Dora,
+    EmbeddingExtras,
+    Extras,
+    LinearExtras,
+    LowRank,
+    ParameterLora,
+    Places,
+    Tokens,
+    Transform,
+)
 from gpu_worker.layers.lora import SiteInfo
 from peft_adapters.format import AdapterSpec, LoraWeights, ReplacedWeights, TrainedTokens
+from peft_adapters.spec import LayerOperation
 
 GetTensor = Callable[[str], Tensor]
 """Returns a tensor of the adapter by name, in the file's dtype."""
@@ -28,6 +41,30 @@ def pack_extras(
     AdapterRefused for what needs the weights of quantised layers.
     """
     return _ExtrasPacker(sites, adaptable, get, int8=int8).pack(spec)
+
+
+def matrices_of(part: LoraWeights, get: GetTensor, adaptable: AdaptableModules) -> tuple[Tensor, Tensor]:
+    """Return A [rank, in] and B [out, rank] of one module as `lora_matrices` does, of other kinds than LoRA in fp32.
+
+    Raises AdapterRefused for a kind that needs the weights of quantised layers.
+    """
+    if part.of_kind is None:
+        return lora_matrices(part, get)
+    weight = None
+    if part.needs_weight:
+        base = adaptable.parameter(part.site, "weight")
+        assert base is not None
+        weight = base.float().cpu().numpy()
+    a, b = part.of_kind.matrices(lambda name: _as_numpy(get(name)), weight)
+    return torch.from_numpy(np.ascontiguousarray(a)), torch.from_numpy(np.ascontiguousarray(b))
+
+
+def _as_numpy(tensor: Tensor) -> NDArray[Any]:
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _tensor(numbers: NDArray[Any] | None) -> Any:
+    return None if numbers is None else torch.from_numpy(np.ascontiguousarray(numbers))
 
 
 def lora_matrices(part: LoraWeights, get: GetTensor) -> tuple[Tensor, Tensor]:
@@ -75,6 +112,8 @@ class _ExtrasPacker:
             self._replace(part)
         for part in spec.sites:
             self._pack_linear(part)
+        for part in spec.operations:
+            self._pack_operation(part)
         for part in spec.embeddings:
             self._pack_embedding(part)
         for part in spec.tokens:
@@ -90,6 +129,7 @@ class _ExtrasPacker:
             norms=dict(self._norms),
             parameters=dict(parameters),
             vocab_size=spec.vocab_size,
+            unscaled=spec.unscaled,
             head=self._get(spec.head).to(next(iter(self._sites.values())).dtype) if spec.head else None,
             in_layers=any(part.isdigit() for name in inner for part in name.split(".")),
         )
@@ -116,7 +156,7 @@ class _ExtrasPacker:
     def _pack_linear(self, part: LoraWeights) -> None:
         """Take what LoRA on a linear layer has beyond rows for the pool."""
         site = self._sites[part.site]
-        a, b = lora_matrices(part, self._get)
+        a, b = matrices_of(part, self._get, self._adaptable)
         # Pooled rows are added to the output of the base's weight: not to another one's, nor in another vocabulary.
         if len(b) != site.out_features or "weight" in self._linear.get(part.site, {}):
             self._linear[part.site]["lora"] = LowRank(a.to(site.dtype), b.T.to(site.dtype).contiguous(), part.scale)
@@ -124,6 +164,18 @@ class _ExtrasPacker:
             self._linear[part.site]["lora_bias"] = part.scale * self._bias(part)
         if part.magnitude:
             self._linear[part.site]["dora"] = self._dora(part, self._weight(part.site))
+
+    def _pack_operation(self, part: LayerOperation) -> None:
+        """Take what an adapter does to a linear layer besides adding rank rows."""
+        change = part.change(lambda name: _as_numpy(self._get(name)))
+        fields = self._linear[part.site]
+        for name, own in (("inputs", change.inputs), ("outputs", change.outputs)):
+            if own is not None:
+                fields[name] = Transform(_tensor(own.scale), _tensor(own.across), own.group, _tensor(own.blocks))
+        if change.bias is not None:
+            fields["lora_bias"] = _tensor(change.bias)
+        if change.places is not None:
+            fields["places"] = Places(_tensor(change.places), _tensor(change.numbers))
 
     def _pack_embedding(self, part: LoraWeights) -> None:
         a, b = (tensor.to(self._dtype(part.site)) for tensor in lora_matrices(part, self._get))
@@ -168,7 +220,7 @@ class _ExtrasPacker:
 
     def _added(self, part: LoraWeights) -> tuple[Tensor, Tensor]:
         """Return the A and B that steps will add: what rows of the pool stand for, where it has them in int8."""
-        a, b = lora_matrices(part, self._get)
+        a, b = matrices_of(part, self._get, self._adaptable)
         if not self._int8 or part.site not in self._sites or "lora" in self._linear[part.site]:
             return a, b
         return _rounded(a), _rounded(b.T).T

@@ -119,6 +119,7 @@ def _read(files: FetchedAdapter, packer: Packer, weight: float) -> MergeInput:
     assert config is not None  # `Packer.read` refuses a config with anything wrong
     loras = (*spec.sites, *spec.embeddings)
     more = {
+        f"peft_type {config.kind}": config.own is not None,
         "DoRA": any(lora.magnitude for lora in loras),
         "lora_bias": any(lora.bias for lora in loras),
         "AdaLoRA": any(lora.singular for lora in loras),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.adapters.packing.expert_rows import ExpertRows, expert_sites, pack_experts, pages_by_shape
-from gpu_worker.adapters.packing.extras_packer import GetTensor, lora_matrices, pack_extras
+from gpu_worker.adapters.packing.extras_packer import GetTensor, matrices_of, pack_extras
 from gpu_worker.adapters.packing.rows import MAX_RANK, RowLayout, Rows, RowSite, quantise
 from gpu_worker.layers.adaptable_modules import AdaptableModules
 from gpu_worker.layers.expert_modules import ExpertSite
@@ -35,7 +35,10 @@ _WHOLE_WEIGHTS = threading.Semaphore(2)
 """Adapters packed at once for which whole weights of the base are computed with, as for DoRA: several times the memory
 of the base's largest layer each."""
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,19 +165,19 @@ class Packer:
         ranks, scales = np.zeros(len(self.sites), np.int32), np.zeros(len(self.sites), np.float32)
         rows: list[tuple[int, Tensor, Tensor]] = []
         names: list[str] = []
-        has_dora = any(part.magnitude for part in (*spec.sites, *spec.embeddings))
-        with _WHOLE_WEIGHTS if has_dora else nullcontext(), torch.inference_mode():
+        needs_weights = any(part.needs_weight for part in (*spec.sites, *spec.embeddings))
+        with _WHOLE_WEIGHTS if needs_weights else nullcontext(), torch.inference_mode():
             experts, others = pack_experts(spec.parameters, get, self.adaptable.experts)
             extras = pack_extras(replace(spec, parameters=tuple(others)), get, by_name, self.adaptable, int8=self.int8)
             for part in spec.sites:
                 site = by_name[part.site]
-                a, b = lora_matrices(part, get)
+                a, b = matrices_of(part, get, self.adaptable)
                 own = extras.linear.get(site.index)
                 if own is not None and own.lora is not None:
                     continue  # the pool cannot hold it
                 dtype = torch.float32 if self.int8 else site.dtype
                 rows.append((site.index, a.to(dtype), b.T.to(dtype).contiguous()))
-                names += part.tensors[0]
+                names += part.tensors[0] if part.tensors else (part.site, part.site)
                 ranks[site.index], scales[site.index] = part.rank, part.scale
         _check_finite(rows, names, experts, extras)
         parts = {index: _quantised(a, b) if self.int8 else (a, b) for index, a, b in rows}

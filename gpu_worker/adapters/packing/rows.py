@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from peft_adapters.config_fields import is_alpha
 from peft_adapters.format import AdapterSpec, LoraWeights, canonical_config, read_adapter
-from peft_adapters.safetensors_header import MAX_KEPT_HEADER_BYTES, TensorInfo, read_header
+from peft_adapters.safetensors_header import FLOATS, MAX_KEPT_HEADER_BYTES, TensorInfo, read_header
+from peft_adapters.spec import KindRows
 from peft_adapters.texts.tokenizer_json import AddedToken
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel
@@ -46,6 +47,7 @@ _EXPONENTS = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
 """The exponent's bits, which are all set in infinities and NaN alone."""
 
 _FILE_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_WHOLE = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "U8": np.uint8}
 
 
 class RowSite(msgspec.Struct, frozen=True):
@@ -163,15 +165,21 @@ class RowPacker:
             shapes = [(site.num_matrices, rank, width) for width in (site.in_features, site.out_features)]
             item = _ITEMS.get(site.dtype, np.int8)
             a, b = (np.ndarray(shape, item, buffer, begin) for shape, begin in zip(shapes, begins, strict=False))
+            of_kind = parts[index].of_kind
             if site.num_experts or a.nbytes + b.nbytes < end - begins[0]:  # with bytes that no number is written to
                 np.ndarray(end - begins[0], np.uint8, buffer, begins[0]).fill(0)
             if site.dtype == "int8":
                 wide_a, wide_b = (np.zeros(shape, np.uint32) for shape in shapes)
-                _pack_site(wide_a, wide_b, parts[index], tensors, partial(_copy, file, "float32"))
+                if of_kind is not None:
+                    _write_kind(wide_a, wide_b, of_kind, tensors, file, "float32")
+                else:
+                    _pack_site(wide_a, wide_b, parts[index], tensors, partial(_copy, file, "float32"))
                 (a[0], steps_a), (b[0], steps_b) = (quantise(wide[0].view(np.float32)) for wide in (wide_a, wide_b))
                 np.ndarray(rank, np.float32, buffer, begins[2])[:] = steps_a * steps_b
-                steps = zip(parts[index].tensors[0], (steps_a, steps_b), strict=True)
+                steps = zip(_labels(parts[index]), (steps_a, steps_b), strict=True)
                 bad += [name for name, own in steps if not np.isfinite(own).all()]
+            elif of_kind is not None:
+                _write_kind(a, b, of_kind, tensors, file, site.dtype)
             else:
                 _pack_site(a, b, parts[index], tensors, partial(_copy, file, site.dtype))
             for name in itertools.chain.from_iterable(parts[index].tensors):
@@ -223,14 +231,14 @@ class RowPacker:
             if dtype == "int8" or _is_finite(buffer, same[0][1], same[-1][-1], dtype):
                 continue
             halves = [
-                (parts[index].tensors[0][half] if len(parts[index].tensors) == 1 else parts[index].site, begin, end)
+                (_labels(parts[index])[half], begin, end)
                 for index, *bounds, _ in same
                 for half, (begin, end) in enumerate(itertools.pairwise(bounds))
             ]
             _refuse([name for name, begin, end in halves if not _is_finite(buffer, begin, end, dtype)], dtype)
 
     def _is_plain(self, spec: AdapterSpec, tensors: Mapping[str, TensorInfo]) -> bool:
-        if spec.embeddings or spec.replaced or spec.tokens or spec.vocab_size or spec.head:
+        if spec.operations or spec.embeddings or spec.replaced or spec.tokens or spec.vocab_size or spec.head:
             return False
         parts = [*spec.sites, *spec.parameters]
         if not parts or spec.rank > MAX_RANK or len({part.site for part in parts}) < len(parts):
@@ -239,6 +247,7 @@ class RowPacker:
             (site := self._known(part)) is not None
             and (site.dtype in _ITEMS or site.dtype == "int8")
             and not (part.bias or part.magnitude or part.singular or part.blocks)
+            and not (part.of_kind is not None and part.of_kind.rows.needs_weight)
             and self._fits(site, part, tensors)
             for part in parts
         )
@@ -247,6 +256,8 @@ class RowPacker:
         """Return whether the pool can hold a part's rows: of few enough rank rows, or in the base's vocabulary."""
         if site.num_experts:
             return _rank_of(part, tensors) <= MAX_EXPERT_RANK
+        if part.of_kind is not None:
+            return part.width == site.out_features
         return tensors[part.b].shape[0] == site.out_features
 
     def _known(self, part: LoraWeights) -> RowSite | None:
@@ -273,6 +284,31 @@ def _is_finite(buffer: Any, begin: int, end: int, dtype: str) -> bool:
 def _rank_of(part: LoraWeights, tensors: Mapping[str, TensorInfo]) -> int:
     """Return the rows of A at a layer, or of one expert: those of all layers that its parameter fuses."""
     return sum(tensors[name].shape[0] for name, _ in part.experts[0]) if part.experts else part.rank
+
+
+def _labels(part: LoraWeights) -> tuple[str, str]:
+    """Return by which names A and B of a site are reported."""
+    return part.tensors[0] if len(part.tensors) == 1 else (part.site, part.site)
+
+
+def _write_kind(
+    a: NDArray[Any], b: NDArray[Any], of_kind: KindRows, tensors: Mapping[str, TensorInfo], file: bytes | memoryview,
+    dtype: str,
+) -> None:  # fmt: skip
+    """Write the rows that another kind than LoRA has on a layer, as bits: a [1, rank, in], b [1, rank, out]."""
+    rows, columns = of_kind.matrices(lambda name: read_numbers(file, tensors[name]))
+    for to, numbers in ((a[0], rows), (b[0], columns.T)):
+        step = max(1, PIECE_BYTES // max(1, 4 * to.shape[1]))
+        for begin in range(0, len(to), step):
+            part = np.ascontiguousarray(numbers[begin : begin + step], np.float32)
+            to[begin : begin + step] = _convert(part.view(np.uint32), "float32", dtype)
+
+
+def read_numbers(file: bytes | memoryview, info: TensorInfo) -> NDArray[Any]:
+    """Return a tensor of a safetensors file in fp32; whole numbers as they are."""
+    if info.dtype not in FLOATS:
+        return np.ndarray(info.shape, _WHOLE[info.dtype], file, info.begin)
+    return _convert(_numbers(file, info), _FILE_DTYPES[info.dtype], "float32").view(np.float32)
 
 
 def _pack_site(
@@ -305,7 +341,7 @@ def _copy(file: bytes | memoryview, dtype: str, info: TensorInfo, to: NDArray[An
         return
     step = max(1, PIECE_BYTES * len(numbers) // max(1, numbers.nbytes))
     for begin in range(0, len(numbers), step):
-        to[begin : begin + step] = _convert(numbers[begin : begin + step], info, dtype)
+        to[begin : begin + step] = _convert(numbers[begin : begin + step], _FILE_DTYPES[info.dtype], dtype)
 
 
 def _numbers(file: bytes | memoryview, info: TensorInfo) -> NDArray[Any]:
@@ -313,9 +349,8 @@ def _numbers(file: bytes | memoryview, info: TensorInfo) -> NDArray[Any]:
     return np.ndarray(info.shape, _ITEMS[_FILE_DTYPES[info.dtype]], file, info.begin)
 
 
-def _convert(numbers: NDArray[Any], info: TensorInfo, dtype: str) -> NDArray[Any]:
+def _convert(numbers: NDArray[Any], source: str, dtype: str) -> NDArray[Any]:
     """Return numbers, as bits, in another dtype: rounded to nearest even, infinite where they are too large for it."""
-    source = _FILE_DTYPES[info.dtype]
     if source == "bfloat16":
         wide = (numbers.astype(np.uint32) << 16).view(np.float32)
     else:

@@ -72,7 +72,7 @@ class Kind:
 def make_adapter(kind: Kind, folder: Path, scale: float = 0.3, seed: int = 5) -> None:
     """Let PEFT make and save an adapter in which everything that is trained is random."""
     model = base_for(kind)
-    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    fields = _fields(kind)
     if kind.config is AdaLoraConfig:
         fields["total_step"] = 10
     generator = torch.Generator().manual_seed(seed)
@@ -83,6 +83,9 @@ def make_adapter(kind: Kind, folder: Path, scale: float = 0.3, seed: int = 5) ->
             for name, parameter in peft.named_parameters():
                 if parameter.requires_grad and "ranknum" not in name:
                     noise = torch.randn(parameter.shape, generator=generator)
+                    if not issubclass(kind.config, LoraConfig):
+                        parameter += scale * noise
+                        continue
                     is_lora = "lora_" in name and "magnitude" not in name
                     parameter.copy_(
                         scale * noise if is_lora else parameter + 0.3 * noise * parameter.std().nan_to_num(1)
@@ -91,9 +94,15 @@ def make_adapter(kind: Kind, folder: Path, scale: float = 0.3, seed: int = 5) ->
         peft.save_pretrained(str(folder), save_embedding_layers=True if resized else "auto")
 
 
+def _fields(kind: Kind) -> dict[str, Any]:
+    """Return the fields that every adapter here has, unless its options say otherwise."""
+    fields: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    return fields | {"r": 4, "lora_alpha": 8} if issubclass(kind.config, LoraConfig) else fields
+
+
 def train_adapter(kind: Kind, folder: Path) -> bool:
     """Let PEFT make an adapter, train it for three steps and save it. Returns whether every part of it changed."""
-    fields = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    fields = _fields(kind)
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(1)

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.adapter_files import BASE
 from helpers.adapter_loading import rows_of
+from helpers.kind_files import KIND_BASE, kind_config, kind_tensors, written
 from safetensors.torch import save
 from torch import Tensor
 
@@ -18,7 +20,9 @@ from gpu_worker.layers.adaptable_modules import AdaptableModules
 from gpu_worker.layers.attention import StepContext
 from gpu_worker.layers.expert_modules import ExpertShape, ExpertSite, GroupedExperts
 from gpu_worker.layers.lora import SiteInfo
-from peft_adapters.safetensors_header import MAX_KEPT_HEADER_BYTES
+from peft_adapters.format import read_adapter
+from peft_adapters.kinds.registry import NAMES as KIND_NAMES
+from peft_adapters.safetensors_header import MAX_KEPT_HEADER_BYTES, read_header
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel, SiteShape
 
@@ -98,6 +102,34 @@ def expert_adapter(*, layers: bool, rank: int = 3) -> tuple[dict[str, Any], dict
 
 def pack_rows(packer: RowPacker, weights: dict[str, Tensor], config: dict[str, Any] = CONFIG) -> Rows | None:
     return packer.pack(config, save(weights), lambda num_bytes: bytearray(b"\xff") * num_bytes)  # of NaN
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_other_kinds_are_those_of_torch(dtype: torch.dtype, int8: bool) -> None:
+    """For each kind, whose rows are made of its tensors; what is more than rows, or needs weights, is left alone."""
+    served = KIND_BASE
+    sites = [SiteInfo(s.name, i, 0, s.in_features, s.out_features, "linear", dtype) for i, s in enumerate(BASE.sites)]
+    packer = Packer(sites, served, AdaptableModules(StepContext()), int8=int8)
+    for kind in KIND_NAMES:
+        config = kind_config(kind)
+        weights = written(kind_tensors(config))
+        rows = RowPacker(packer.row_sites, served).pack(config, weights, lambda n: bytearray(b"\xff") * n)
+        spec = read_adapter(config, read_header(weights), served)
+        if not spec.sites or any(part.needs_weight for part in spec.sites):
+            assert rows is None
+            continue
+        assert rows is not None
+        found, expected = packer.wrap("d", rows), packer.pack("d", config, weights)
+        assert torch.equal(found.rows.buffer, expected.rows.buffer), kind
+        assert (found.ranks == expected.ranks).all()
+        assert (found.ranks > 0).all()
+        assert (found.scales == expected.scales).all()
+        broken = {name: value.copy() for name, value in kind_tensors(config).items()}
+        worst = next(value for value in broken.values() if value.dtype == np.float32)
+        worst.flat[0] = np.inf
+        with pytest.raises(AdapterRefused, match="not finite"):
+            RowPacker(packer.row_sites, served).pack(config, written(broken), bytearray)
 
 
 @pytest.mark.parametrize("stored", DTYPES, ids=str)

@@ -1,0 +1,107 @@
+"""Reads the layers of an adapter that is not LoRA: the tensors that its kind has there, and what they make."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from peft_adapters.config_fields import read_ids
+from peft_adapters.kinds.kind import MAX_KIND_NUMBERS, MAX_KIND_ROWS, Kind, Layer, Operation, Unfit
+from peft_adapters.matching import TensorMatcher
+from peft_adapters.replaced import Parameter
+from peft_adapters.spec import KindRows, LayerOperation, LoraWeights, ReplacedWeights
+from protocol.wire.messages import OPAQUE, SiteShape
+
+_TOKENS = "trainable_tokens_delta"
+
+CONVERT = "convert it to LoRA: `lorafleet adapter convert SRC DST --base MODEL --rank auto`"
+"""What to do about an adapter that has no form of few enough rows."""
+
+
+@dataclass(slots=True)
+class KindParts:
+    """What an adapter of a kind changes, by its form."""
+
+    sites: list[LoraWeights] = field(default_factory=list[LoraWeights])
+    operations: list[LayerOperation] = field(default_factory=list[LayerOperation])
+    replaced: list[ReplacedWeights] = field(default_factory=list[ReplacedWeights])
+
+
+def read_kind(
+    matcher: TensorMatcher, kind: Kind, targeted: Mapping[str, SiteShape], replaced: Collection[str] = ()
+) -> KindParts:  # fmt: skip
+    """Return what a kind changes of the targeted layers; less, with reasons, where anything is wrong.
+
+    replaced: modules whose weight the file brings, such as a head of another vocabulary. Nothing is made of the tensors
+    here: what it would take is known from config and shapes, and refused where it is too much.
+    """
+    sizes = [matcher.size(site) for site in targeted.values()]
+    widest = (max((rows for rows, _ in sizes), default=0), max((width for _, width in sizes), default=0))
+    layers = ("linear", "conv1d", OPAQUE) if kind.conv1d else ("linear", OPAQUE)
+    served = ("norm",) if kind.changes == "norms" else layers
+    found, num_numbers = KindParts(), 0
+    for site in targeted.values():
+        if site.kind not in served:
+            matcher.reasons.add(f"{kind.name} is not served on modules of this kind", site.name)
+        elif kind.changes == "norms":
+            found.replaced += _read_norm(matcher, site)
+        else:
+            num_numbers += _read_layer(matcher, kind, site, widest, found, is_replaced=site.name in replaced)
+    if num_numbers > MAX_KIND_NUMBERS:
+        matcher.reasons.add(
+            f"{kind.name} makes {num_numbers} numbers of this file, where {MAX_KIND_NUMBERS} are served; {CONVERT}"
+        )
+    return found
+
+
+def take_tokens(matcher: TensorMatcher, targeted: Mapping[str, SiteShape]) -> None:
+    """Give the matcher trainable tokens as LoRA names them: the targeted modules' tokens, and their tensors."""
+    indices = read_ids("token_indices", matcher.config.options["token_indices"], matcher.reasons)
+    matcher.config = replace(matcher.config, tokens=dict.fromkeys(targeted, indices))
+    matcher.tensors.tokens |= {module: own[_TOKENS] for module, own in matcher.tensors.of_kind.items()}
+    matcher.tensors.of_kind = {}
+
+
+def _read_norm(matcher: TensorMatcher, site: SiteShape) -> Iterator[ReplacedWeights]:
+    own = matcher.tensors.of_kind.get(site.name, {})
+    parameters: tuple[Parameter, ...] = ("weight", "bias") if site.has_bias else ("weight",)
+    for parameter in parameters:
+        name = f"ln_tuning_layers.{parameter}"
+        if taken := matcher.take(own.get(name), site.name, name, (site.in_features,)):
+            yield ReplacedWeights(site.name, parameter, taken)
+
+
+def _read_layer(
+    matcher: TensorMatcher, kind: Kind, site: SiteShape, widest: tuple[int, int], found: KindParts, *, is_replaced: bool
+) -> int:  # fmt: skip
+    """Enter what a kind does to a layer; nothing, with reasons, if anything is wrong. Returns its numbers."""
+    config, reasons, before = matcher.config, matcher.reasons, len(matcher.reasons)
+    inputs, outputs = matcher.size(site)
+    options = dict(config.options)
+    for name, pattern in (("r", config.ranks), ("alpha", config.alphas)):
+        if name in options:
+            options[name] = pattern.get(site.name, options[name])
+    try:
+        form = kind.form(Layer(site.name, options, inputs, outputs, widest))
+    except Unfit as unfit:
+        reasons.add(f"{kind.name}: {unfit}", site.name)
+        return 0
+    tensors = {**matcher.tensors.shared, **matcher.tensors.of_kind.get(site.name, {})}
+    taken = {
+        name: matcher.take(tensors.get(name), site.name, name, shape, integers=name in form.integers)
+        for name, shape in form.shapes.items()
+    }
+    if is_replaced and (isinstance(form, Operation) or form.needs_weight):
+        reasons.add(f"{kind.name} is not served on a layer whose weight the adapter replaces", site.name)
+    if isinstance(form, Operation):
+        if len(reasons) == before:
+            found.operations.append(LayerOperation(site.name, kind.name, form, taken))
+        return form.num_numbers
+    if form.needs_weight and site.kind == OPAQUE:
+        reasons.add(f"{kind.name} needs weights of the base model, which are quantised", site.name)
+    if form.rank > MAX_KIND_ROWS:
+        reasons.add(f"{kind.name} makes {form.rank} rank rows, where {MAX_KIND_ROWS} are served; {CONVERT}", site.name)
+    if len(reasons) == before:
+        rows = KindRows(kind.name, form, taken)
+        found.sites.append(LoraWeights(site.name, form.rank, form.scale, "", "", width=outputs, of_kind=rows))
+    return form.rank * (inputs + outputs)

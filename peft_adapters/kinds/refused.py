@@ -1,0 +1,42 @@
+"""Why kinds of adapters are refused, and what their users can do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_FULL_RANK = "what it adds to a weight has full rank"
+_PROMPT = "it is virtual tokens, not a change of layers"
+
+REFUSED = {
+    "ADAMSS": "its subspaces are found by clustering when it is loaded",
+    "ADAPTION_PROMPT": "it changes how attention is computed, in PEFT for Llama and Mistral alone",
+    "BOFT": "its butterfly rotations are not served",
+    "C3A": _FULL_RANK,
+    "CARTRIDGE": _PROMPT,
+    "CPT": _PROMPT,
+    "FOURIERFT": _FULL_RANK,
+    "FROD": _FULL_RANK,
+    "GLORA": "it scales the base's weight and bias by matrices",
+    "HIRA": _FULL_RANK,
+    "SUPERTUNING": "its sparse changes and its LoRA on one layer are not served",
+    "TINYLORA": "which layer has which vector depends on the order of the model's modules",
+    "LILY": "its router takes the mean over all tokens of a pass: an answer would depend on what runs beside it",
+    "MULTITASK_PROMPT_TUNING": _PROMPT,
+    "OSF": "it replaces the base's weights",
+    "PEANUT": _FULL_RANK,
+    "POLY": "a task id of each request chooses its parts",
+    "PREFIX_TUNING": _PROMPT,
+    "PROMPT_TUNING": _PROMPT,
+    "PSOFT": "its bases are singular vectors of the base's weights, which its file does not have",
+    "P_TUNING": _PROMPT,
+    "RANDLORA": _FULL_RANK,
+    "SHADOW": "it is a second model beside the base",
+    "WAVEFT": _FULL_RANK,
+    "XLORA": "a classifier weighs several adapters in a second pass",
+}
+
+
+def why_refused(kind: Any) -> str:
+    """Return what follows "is not served" in the reason against a `peft_type`: why, or nothing for an unknown one."""
+    reason = REFUSED.get(kind) if isinstance(kind, str) else None
+    return f": {reason}" if reason else ""

@@ -1,0 +1,145 @@
+"""Kinds whose layers share matrices or vectors: VeRA, PVeRA, VB-LoRA and UniLoRA.
+
+VeRA: Kopiczko et al., 2024. PVeRA: a probabilistic VeRA, which answers with its means. VB-LoRA: Li et al., 2024.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peft_adapters.kinds.kind import Field, Kind, Layer, Numbers, Rows, Shape, Unfit, choice, whole
+
+# ---------------------------------------------------------------- VeRA and PVeRA
+
+
+def _vera(layer: Layer, *, prefix: str, halves: int) -> Rows:
+    """Return two matrices that all layers share, cut to the layer's size, with rank rows and outputs scaled."""
+    r = layer.options["r"]
+    shapes: dict[str, Shape] = {
+        f"{prefix}_A": (halves * r, layer.widest[0]), f"{prefix}_B": (layer.widest[1], r),
+        f"{prefix}_lambda_d": (halves * r,), f"{prefix}_lambda_b": (layer.out_features,),
+    }  # fmt: skip
+    make = partial(_vera_rows, prefix=prefix, r=r, inputs=layer.in_features, outputs=layer.out_features)
+    return Rows(shapes, r, make, zero_if=tuple(shapes))
+
+
+def _vera_rows(
+    get: Numbers, *, prefix: str, r: int, inputs: int, outputs: int
+) -> tuple[NDArray[Any], NDArray[Any]]:  # fmt: skip
+    a, b = get(f"{prefix}_A")[:r, :inputs], get(f"{prefix}_B")[:outputs]
+    return get(f"{prefix}_lambda_d")[:r, None] * a, get(f"{prefix}_lambda_b")[:, None] * b
+
+
+# ---------------------------------------------------------------- VB-LoRA
+
+
+def _vblora(layer: Layer) -> Rows:
+    """Return A and B of pieces, each a weighted sum of a few vectors of one bank: those with the largest logits."""
+    r, num_vectors, length, topk, best = (
+        layer.options[name] for name in ("r", "num_vectors", "vector_length", "topk", "save_only_topk_weights")
+    )
+    if topk > num_vectors:
+        raise Unfit(f"topk is {topk}, of {num_vectors} vectors")
+    shapes: dict[str, Shape] = {"vblora_vector_bank": (num_vectors, length)}
+    for half, size in (("A", layer.in_features), ("B", layer.out_features)):
+        if size % length:
+            raise Unfit(f"vector_length is {length}, of which {size} features are no multiple")
+        pieces = (r, size // length) if half == "A" else (size // length, r)
+        name = f"vblora_logits_{half}"
+        if best:
+            shapes |= {f"{name}_topk_indices": (*pieces, topk), f"{name}_topk_weights": (*pieces, topk - 1)}
+        else:
+            shapes[name] = (*pieces, num_vectors)
+    integers = frozenset(name for name in shapes if name.endswith("_indices"))
+    make = partial(_vblora_rows, topk=topk, best=best)
+    return Rows(shapes, r, make, zero_if=("vblora_vector_bank",), integers=integers)
+
+
+def _vblora_rows(get: Numbers, *, topk: int, best: bool) -> tuple[NDArray[Any], NDArray[Any]]:
+    read = _kept_weights if best else _chosen_weights
+    bank = get("vblora_vector_bank")
+    (index_a, weights_a), (index_b, weights_b) = (read(get, f"vblora_logits_{half}", topk) for half in "AB")
+    a = np.einsum("rpk,rpkl->rpl", weights_a, bank[index_a])
+    b = np.einsum("prk,prkl->plr", weights_b, bank[index_b])
+    return a.reshape(len(a), -1), b.reshape(-1, b.shape[-1])
+
+
+def _chosen_weights(get: Numbers, name: str, topk: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the indices of the largest logits of each piece, and their softmax."""
+    logits = get(name)
+    index = np.argpartition(logits, logits.shape[-1] - topk, axis=-1)[..., logits.shape[-1] - topk :]
+    chosen = np.take_along_axis(logits, index, axis=-1)
+    powers = np.exp(chosen - chosen.max(-1, keepdims=True))
+    return index, powers / powers.sum(-1, keepdims=True)
+
+
+def _kept_weights(get: Numbers, name: str, _topk: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the saved indices and weights of each piece, of which the last weight is what is left to one."""
+    index, first = get(f"{name}_topk_indices"), get(f"{name}_topk_weights")
+    num_vectors = len(get("vblora_vector_bank"))
+    if index.size and not 0 <= index.min() <= index.max() < num_vectors:
+        raise Unfit(f"{name}_topk_indices name vectors outside the {num_vectors} of the bank")
+    return index.astype(np.int64), np.concatenate([first, 1 - first.sum(-1, keepdims=True)], axis=-1)
+
+
+# ---------------------------------------------------------------- UniLoRA
+
+
+def _unilora(layer: Layer) -> Rows:
+    """Return A and B whose numbers are numbers of one vector, by indices that the file has, times factors."""
+    r = layer.options["r"]
+    shapes: dict[str, Shape] = {"unilora_theta_d": (layer.options["theta_d_length"],)}
+    for half, shape in (("A", (r, layer.in_features)), ("B", (layer.out_features, r))):
+        shapes |= {f"unilora_indices_{half}": shape, f"unilora_scales_{half}": shape}
+    integers = frozenset({"unilora_indices_A", "unilora_indices_B"})
+    return Rows(shapes, r, _unilora_rows, zero_if=("unilora_theta_d",), integers=integers)
+
+
+def _unilora_rows(get: Numbers) -> tuple[NDArray[Any], NDArray[Any]]:
+    vector = get("unilora_theta_d")
+    a, b = (_picked(vector, get(f"unilora_indices_{half}")) * get(f"unilora_scales_{half}") for half in "AB")
+    return a, b
+
+
+def _picked(vector: NDArray[Any], index: NDArray[Any]) -> NDArray[Any]:
+    if index.size and not 0 <= index.min() <= index.max() < len(vector):
+        raise Unfit(f"unilora_indices are outside a vector of {len(vector)} numbers")
+    return vector[index]
+
+
+def _vera_kind(name: str, halves: int, **more: Any) -> Kind:
+    prefix = name.lower()
+    fields = {"r": whole(256), "save_projection": choice(True), **more}
+    training = frozenset(
+        {f"{prefix}_dropout", "projection_prng_key", "d_initial", "fan_in_fan_out", "init_weights", "generator_seed"}
+    )
+    return Kind(
+        name, fields, training, (f"{prefix}_lambda_b", f"{prefix}_lambda_d"),
+        partial(_vera, prefix=prefix, halves=halves), shared=(f"{prefix}_A", f"{prefix}_B"), conv1d=True,
+    )  # fmt: skip
+
+
+_SAVED = Field(False, lambda value: value is True, "true: without its indices, they depend on the order of all modules")
+
+KINDS = {
+    "VERA": _vera_kind("VERA", 1),
+    "PVERA": _vera_kind("PVERA", 2, sample_at_inference=choice(False)),
+    "VBLORA": Kind(
+        "VBLORA",
+        {"r": whole(4), "num_vectors": whole(256), "vector_length": whole(256), "topk": whole(2),
+         "save_only_topk_weights": choice(False, True)},
+        frozenset({"vblora_dropout", "fan_in_fan_out", "init_vector_bank_bound", "init_logits_std"}),
+        tuple(f"vblora_logits_{half}{end}" for half in "AB" for end in ("", "_topk_indices", "_topk_weights")),
+        _vblora, shared=("vblora_vector_bank",), conv1d=True,
+    ),
+    "UNILORA": Kind(
+        "UNILORA", {"r": whole(4), "theta_d_length": whole(256), "save_indices": _SAVED},
+        frozenset({"proj_seed", "unilora_dropout", "fan_in_fan_out", "init_theta_d_bound", "init_weights"}),
+        tuple(f"unilora_{what}_{half}" for what in ("indices", "scales") for half in "AB"), _unilora,
+        shared=("unilora_theta_d",), conv1d=True,
+    ),
+}  # fmt: skip

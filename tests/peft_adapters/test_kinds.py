@@ -1,0 +1,209 @@
+"""Kinds of adapters besides LoRA: what each config field does, what is refused, and what its digest is of."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+from helpers.adapter_files import BASE
+from helpers.kind_files import KIND_BASE, SMALL, kind_config, kind_tensors, written
+from msgspec import structs
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lokr.layer import factorization as peft_factorization
+
+from peft_adapters import config as config_module
+from peft_adapters.effect import has_effect
+from peft_adapters.format import AdapterSpec, adapter_digest, canonical_config, parse_header, read_adapter
+from peft_adapters.kinds import table
+from peft_adapters.kinds.kind import MAX_KIND_NUMBERS, MAX_KIND_ROWS, MAX_WHOLE
+from peft_adapters.kinds.lycoris import factorization
+from peft_adapters.kinds.registry import NAMES, kind_of
+from protocol.wire import messages as m
+from protocol.wire.errors import AdapterRefused
+
+CHANGED: dict[str, Any] = {
+    "r": 1, "alpha": 3, "apply_GS": True, "decompose_both": True, "decompose_factor": 2, "gralora_k": 1, "hybrid_r": 2,
+    "init_weights": "mini", "mini_r": 2, "para": True, "decomposition_method": "qr", "num_vectors": 9, "topk": 1,
+    "vector_length": 2, "save_only_topk_weights": False, "feedforward_modules": ["q_proj"], "variant": "road_4",
+    "group_size": 2, "oft_block_size": 8, "coft": True, "eps": 0.1, "block_share": True, "use_cayley_neumann": False,
+    "num_cayley_neumann_terms": 3, "token_indices": [7], "theta_d_length": 9,
+}  # fmt: skip
+"""Another valid value of each field that changes what is computed; a field without one has only one that is served."""
+
+
+UNKNOWN_EFFECT = {"HRA", "DEFT", "IA3", "ROAD", "LN_TUNING", "TRAINABLE_TOKENS"}
+"""Kinds of which the file alone does not tell."""
+
+
+def read(config: dict[str, Any], tensors: dict[str, Any], base: m.ServedModel | None = KIND_BASE) -> AdapterSpec:
+    raw = written(tensors)
+    return read_adapter(config, parse_header(raw, len(raw)), base)
+
+
+def reasons(config: dict[str, Any], tensors: dict[str, Any], base: m.ServedModel | None = KIND_BASE) -> str:
+    with pytest.raises(AdapterRefused) as refused:
+        read(config, tensors, base)
+    return "\n".join(refused.value.reasons)
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_the_table_has_a_row_for_every_kind_of_peft() -> None:
+    assert set(table.rows()) == {kind.value for kind in PeftType}
+    assert table.table() in table.PAGE.read_text(), "python -m peft_adapters.kinds.table"
+
+
+def test_what_the_table_calls_served_is_read() -> None:
+    assert set(table.SERVED) == {"LORA", "ADALORA", *NAMES}
+    assert set(SMALL) == set(NAMES), "every kind is tested here"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_of_peft_is_known(name: str) -> None:
+    """A field that PEFT has is read, or is known to change nothing; a field of ours is one of PEFT's."""
+    kind = kind_of(name)
+    assert kind is not None
+    theirs = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)])}
+    common = {*config_module._COMMON, *config_module._ALWAYS_WITHOUT_EFFECT, "bias", "modules_to_save"}
+    assert theirs <= {*kind.fields, *kind.no_effect, *common}
+    assert set(kind.fields) <= theirs
+    assert {pattern for pattern in ("rank_pattern", "alpha_pattern") if pattern in theirs} == kind.patterns
+    defaults = {field.name: field.default for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)])}
+    defaults["token_indices"] = ()  # by a factory
+    assert {key: field.default for key, field in kind.fields.items()} == {key: defaults[key] for key in kind.fields}
+
+
+# ---------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reads_the_layers_and_refuses_what_does_not_fit(name: str) -> None:
+    config = kind_config(name)
+    tensors = kind_tensors(config)
+    spec = read(config, tensors)
+    changed = [part.site for part in (*spec.sites, *spec.operations, *spec.replaced, *spec.tokens)]
+    assert changed == [
+        site.name for site in KIND_BASE.sites if site.name.rpartition(".")[2] in config["target_modules"]
+    ]
+    first = next(iter(tensors))
+    assert "missing" in reasons(config, {key: value for key, value in tensors.items() if key != first})
+    assert "has shape" in reasons(config, tensors | {first: np.zeros((3, 3), np.float32)})
+    other = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert other in reasons(config, tensors | {other: np.zeros((2, 16), np.float32)})
+    assert "not understood: brand_new" in reasons(config | {"brand_new": 1}, tensors)
+    assert "matches no layer" in reasons(config | {"target_modules": ["nothing"]}, tensors)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_without_a_base_only_the_config_is_checked(name: str) -> None:
+    config = kind_config(name)
+    assert read(config, kind_tensors(config), None).sites == ()
+    assert "brand_new" in reasons(config | {"brand_new": 1}, {}, None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_refuses_wrong_fields_with_their_values(name: str) -> None:
+    config = kind_config(name)
+    tensors = kind_tensors(config)
+    kind = kind_of(name)
+    assert kind is not None
+    for field, form in kind.fields.items():
+        whole = [-7.5, 1 << 60] if type(form.default) is int and form.wants.startswith("a whole") else []
+        texts = [] if field == "feedforward_modules" else ["odd value"]  # which is a pattern there
+        for wrong in ([-1], {}, *texts, *whole):
+            assert f"{field} " in reasons(config | {field: wrong}, tensors)
+    assert "bias some" in reasons(config | {"bias": "some"}, tensors)
+
+
+def test_refuses_features_that_are_not_served_by_name() -> None:
+    for name, field, value in (
+        ("MISS", "init_weights", "bat"), ("VERA", "save_projection", False), ("PVERA", "sample_at_inference", True)
+    ):  # fmt: skip
+        config = kind_config(name)
+        assert f"{field} {value} of {name}" in reasons(config | {field: value}, kind_tensors(config))
+    config = kind_config("LOHA")
+    assert "rank_pattern has values" in reasons(config | {"rank_pattern": {"q_proj": 0}}, kind_tensors(config))
+    config = kind_config("MISS")
+    assert "not understood: rank_pattern" in reasons(config | {"rank_pattern": {"q_proj": 1}}, kind_tensors(config))
+
+
+def test_refuses_modules_that_no_kind_has() -> None:
+    for name, module in (("LOHA", "embed_tokens"), ("IA3", "norm"), ("LN_TUNING", "q_proj")):
+        config = kind_config(name, target_modules=["q_proj", "v_proj", module])
+        assert f"{name} is not served on modules of this kind" in reasons(config, kind_tensors(config))
+
+
+# ---------------------------------------------------------------- limits
+
+
+def test_rows_are_counted_before_any_are_made() -> None:
+    """A few kB may stand for gigabytes: the number is in the reason."""
+    config = kind_config("LOHA", r=65)
+    found = reasons(config, kind_tensors(config))
+    assert f"LOHA makes {65 * 65} rank rows, where {MAX_KIND_ROWS} are served" in found
+    assert "lorafleet adapter convert" in found
+    size = 8192
+    wide = structs.replace(BASE, sites=[m.SiteShape(f"model.layers.{i}.q_proj", size, size) for i in range(40)])
+    config = kind_config("LOKR", r=1, decompose_factor=64, decompose_both=False, target_modules=["q_proj"])
+    tensors = kind_tensors(config, wide)
+    assert sum(tensor.nbytes for tensor in tensors.values()) < 3_000_000
+    read(config, tensors, wide)
+    config = kind_config("LOKR", r=40, decompose_factor=64, target_modules=["q_proj"])
+    num = 40 * 64 * 40 * 2 * size
+    assert num > MAX_KIND_NUMBERS
+    assert f"LOKR makes {num} numbers" in reasons(config, kind_tensors(config, wide), wide)
+
+
+@pytest.mark.parametrize("factor", [-1, 1, 2, 3, 8, 64, 10_000, MAX_WHOLE])
+def test_dimensions_are_cut_as_peft_cuts_them(factor: int) -> None:
+    for dimension in (*range(1, 130), 3072, 4096, 14336, 4099, 32003):
+        assert factorization(dimension, factor) == peft_factorization(dimension, factor)
+
+
+# ---------------------------------------------------------------- effect and digest
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - UNKNOWN_EFFECT))
+def test_knows_an_adapter_without_effect(name: str) -> None:
+    """A hybrid GraLoRA is the sum of two products, and so is not tested."""
+    config = kind_config(name, **({"hybrid_r": 0} if name == "GRALORA" else {}))
+    tensors = kind_tensors(config)
+    raw = written(tensors)
+    infos = parse_header(raw, len(raw))
+    assert has_effect(read_adapter(config, infos, KIND_BASE), infos, memoryview(raw))
+    zero = {key: np.zeros_like(value) for key, value in tensors.items()}
+    raw = written(zero)
+    infos = parse_header(raw, len(raw))
+    assert not has_effect(read_adapter(config, infos, KIND_BASE), infos, memoryview(raw))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_digest_is_of_the_maths_only(name: str) -> None:
+    config = kind_config(name)
+    raw = written(kind_tensors(config))
+    infos = parse_header(raw, len(raw))
+    kind = kind_of(name)
+    assert kind is not None
+
+    def digest(**changes: Any) -> str:
+        return adapter_digest(config | changes, infos, raw)
+
+    assert digest(task_type="CAUSAL_LM", base_model_name_or_path="/x", peft_version="9", bias="none") == digest()
+    assert digest(**dict.fromkeys(kind.no_effect, 0.5)) == digest()
+    assert digest(target_modules=[*reversed(config["target_modules"])]) == digest()
+    assert canonical_config(canonical_config(config)) == canonical_config(config)
+    for field in kind.fields.keys() & CHANGED.keys():
+        changed = CHANGED[field] if CHANGED[field] != config.get(field, kind.fields[field].default) else 2
+        assert digest(**{field: changed}) != digest(), field
+    assert digest(target_modules=["k_proj"]) != digest()
+    assert digest(modules_to_save=["x"]) != digest()
+    assert "peft_type" in canonical_config(config)
+
+
+def test_peft_is_the_version_that_this_was_read_from() -> None:
+    assert peft.__version__.startswith("0.21."), "compare `peft_adapters/kinds` with PEFT's layers again"
