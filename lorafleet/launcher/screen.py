@@ -21,6 +21,7 @@ class Screen:
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         self._progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
         self._rows: dict[str, TaskID] = {}
+        self._said: dict[str, str] = {}
         self._since: dict[str, float] = {}
 
     def say(self, text: str) -> None:
@@ -29,8 +30,11 @@ class Screen:
             self.console.print(text)
 
     def starting(self, name: str, activity: str) -> None:
-        """Show that a service is starting, and its current activity."""
+        """Show that a service is starting, and its current activity: without a terminal as a line when it changes."""
         self._since.setdefault(name, time.monotonic())
+        if not self.console.is_terminal and self._said.get(name, "") != activity:
+            self._said[name] = activity
+            self.say(f"  {name:10} {escape(activity)}")
         text = f"{name:10} [dim]{escape(activity[:MAX_ACTIVITY])}[/]"
         if name in self._rows:
             self._progress.update(self._rows[name], description=text)
