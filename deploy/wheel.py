@@ -25,15 +25,15 @@ class KernelsHook(BuildHookInterface[Any]):
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Add the library to the wheel."""
+        """Add the libraries to the wheel."""
         machine = os.environ.get("LORAFLEET_WHEEL")
         if not machine or version == "editable":
             return
         self._folder = tempfile.TemporaryDirectory()
-        library = _builder(Path(self.root)).compile_library(Path(self._folder.name), machine)
+        libraries = _compile(Path(self._folder.name), _builder(Path(self.root)), machine)
         build_data["pure_python"] = False
-        build_data["tag"] = f"py3-none-manylinux_2_{oldest_system(library)}_{machine}"
-        build_data["force_include"][str(library)] = "lora_kernels/cpu/lora_kernels.so"
+        build_data["tag"] = f"py3-none-manylinux_2_{max(map(oldest_system, libraries))}_{machine}"
+        build_data["force_include"].update({str(library): f"lora_kernels/cpu/{library.name}" for library in libraries})
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
         """Delete what was compiled."""
@@ -41,11 +41,23 @@ class KernelsHook(BuildHookInterface[Any]):
             self._folder.cleanup()
 
 
+def _compile(folder: Path, builder: Any, machine: str) -> list[Path]:
+    """Compile the operations and the kernels of each instruction set; return their libraries."""
+    operations: Path | None = None
+    libraries: list[Path] = []
+    for isa in ("", *builder.ISA_FLAGS[machine]):
+        own = folder / (isa or "operations")
+        own.mkdir()
+        libraries.append(builder.compile_library(own / builder.library_name(isa), machine, isa, operations))
+        operations = libraries[0]
+    return libraries
+
+
 def oldest_system(library: Path) -> int:
     """Return n of glibc 2.n, of the oldest systems whose glibc and libstdc++ have every symbol a library asks for."""
     text = library.read_bytes()
-    glibc = max(int(version) for version in re.findall(rb"GLIBC_2\.(\d+)", text))
-    libstdcxx = max(int(version) for version in re.findall(rb"GLIBCXX_3\.4\.(\d+)", text))
+    glibc = max((int(version) for version in re.findall(rb"GLIBC_2\.(\d+)", text)), default=0)
+    libstdcxx = max((int(version) for version in re.findall(rb"GLIBCXX_3\.4\.(\d+)", text)), default=0)
     return max(glibc, min(system for version, system in LIBSTDCXX.items() if version >= libstdcxx))
 
 

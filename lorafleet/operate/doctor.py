@@ -148,7 +148,7 @@ def of_machine(settings: Settings) -> list[Finding]:
     if settings.model:
         found += _of_model(settings)
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    is_built = any(cache_folder().glob("lora_kernels-*.so"))
+    is_built = any(cache_folder().glob("lora_kernels-*-*.so"))  # an instruction set's
     shipped = _kernels_folder() / "cpu/lora_kernels.so"
     of_compiler = checkup.of_compiler(platform.machine(), compiler, is_shipped=shipped.exists(), is_built=is_built)
     return [*found, of_compiler]

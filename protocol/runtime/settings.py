@@ -373,7 +373,9 @@ class Settings(BaseSettings):
     threads: int = Field(
         default=0, description="CPU threads of a worker; 0: the machine's cores divided by its workers"
     )
-    kernels: Literal["auto", "reference", "avx2", "avx512", "avx512_bf16", "amx_bf16", "neon"] = Field(
+    kernels: Literal[
+        "auto", "reference", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16", "amx_bf16", "neon"
+    ] = Field(
         default="auto",
         description="auto: native kernels where they exist; reference: plain torch; or the instruction set of a CPU",
     )

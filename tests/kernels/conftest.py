@@ -9,24 +9,18 @@ import pytest
 from lora_kernels import cpu
 from lora_kernels.ops import Impl
 
-
-def native_isas() -> list[str]:
-    """The instruction sets that this processor offers the native kernels."""
-    if not cpu.load():
-        return []
-    best = cpu.isa()
-    found = []
-    for isa in ("avx2", "avx512", "avx512_bf16", "amx_bf16", "neon"):
-        try:
-            cpu.set_isa(isa)
-        except ValueError:
-            continue
-        found.append(isa)
-    cpu.set_isa(best)
-    return found
+ALIKE = (("amx_bf16", "avx512_bf16"), ("avx512_vnni", "avx512"), ("avx2_vnni", "avx2"), ("neon",))
+"""Instruction sets whose kernels differ in few places: without `--thorough` the first that is here stands for them."""
 
 
-NATIVE = [f"cpu-{isa}" for isa in native_isas()]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give `impl` the reference and the native kernels, and `native` these alone."""
+    is_thorough = metafunc.config.getoption("--thorough")
+    here = [[isa for isa in isas if isa in cpu.isas()] for isas in ALIKE]
+    native = [f"cpu-{isa}" for isas in here for isa in (isas if is_thorough else isas[:1])]
+    for name, params in (("impl", ["reference", *native]), ("native", native)):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, params, indirect=True)
 
 
 def use_implementation(name: str) -> Iterator[Impl]:
@@ -40,11 +34,11 @@ def use_implementation(name: str) -> Iterator[Impl]:
     cpu.set_isa(before)
 
 
-@pytest.fixture(params=["reference", *NATIVE])
+@pytest.fixture
 def impl(request: pytest.FixtureRequest) -> Iterator[Impl]:
     yield from use_implementation(request.param)
 
 
-@pytest.fixture(params=NATIVE)
+@pytest.fixture
 def native(request: pytest.FixtureRequest) -> Iterator[Impl]:
     yield from use_implementation(request.param)

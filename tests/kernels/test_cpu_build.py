@@ -11,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+from lora_kernels import cpu
 from lora_kernels.cpu.build import BuildError, build_library, cache_dir
 
 SERVE_ONE_OP = """
@@ -30,10 +32,56 @@ except RuntimeError as error:
 
 def test_native_kernels_are_there_where_a_compiler_is() -> None:
     if shutil.which("g++"):
-        from lora_kernels import cpu
-
         assert cpu.load()
+        assert cpu.isa() == cpu.isas()[0]
         assert build_library().is_relative_to(cache_dir())
+        assert build_library(cpu.isa()).is_relative_to(cache_dir())
+
+
+def test_a_machine_compiles_only_the_instruction_set_that_it_uses(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, log = tmp_path / "cache", tmp_path / "log"
+    monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(cache))
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path / "compiler", log)))
+    with caplog.at_level(logging.INFO):
+        library = build_library("avx2", machine="x86_64")
+    said = [record.getMessage() for record in caplog.records]
+    assert [line for line in said if line.startswith("compiling native kernels for avx2: first start only")]
+    assert sorted(path.name for path in cache.glob("*.so")) == sorted(
+        (library.name, library.name.replace("-avx2", "")), key=str
+    )
+    runs = log.read_text().splitlines()
+    sources = [run for run in runs if "/isa/" in run and " -c " in run]
+    assert len(sources) == 4
+    assert all("-mavx2" in run and "avx512" not in run for run in sources)
+    assert str(cache / library.name.replace("-avx2", "")) in runs[-1], "it is linked to the operations"
+    build_library("avx512_vnni", machine="x86_64")
+    more = log.read_text().splitlines()[len(runs) :]
+    assert len(more) == len(sources) + 1, "the operations are there"
+    assert all("-mavx512vnni" in run for run in more[:-1])
+
+
+def test_an_instruction_set_is_built_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not cpu.load():
+        pytest.skip("no native kernels")
+    asked: list[str] = []
+
+    def fail(isa: str) -> Path:
+        asked.append(isa)
+        raise BuildError("there is no compiler now")
+
+    best, lowest = cpu.isa(), cpu.isas()[-1]
+    monkeypatch.setattr(cpu, "build_library", fail)
+    cpu._library_of.cache_clear()
+    with pytest.raises(ValueError, match="its kernels cannot be used: there is no compiler now"):
+        cpu.set_isa(lowest)
+    with pytest.raises(ValueError, match="this processor has no sse2"):
+        cpu.set_isa("sse2")
+    assert asked == [lowest]
+    assert cpu.isa() == best, "the kernels in use stay"
+    assert "no-such-file" in torch.ops.lorafleet.use_isa(lowest, "/no-such-file.so")
+    assert cpu.isa() == best
 
 
 def test_a_second_build_takes_the_cached_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -215,9 +215,9 @@ void print_states(Scalar type) {
 }  // namespace
 }  // namespace lorafleet
 
-int main(int, char** arguments) {
+int main() {
   using namespace lorafleet;
-  if (!set_isa(arguments[1])) return 1;
+  active = lorafleet_kernels();
   print_linear();
   for (const Scalar type : {Scalar::kFloat, Scalar::kBFloat16, Scalar::kHalf}) {
     print_quantised(type), print_pointwise(type), print_attention(type), print_lora(type), print_states(type);

@@ -25,14 +25,16 @@ pytestmark = [
 ]
 
 
-def build(compiler: str, machine: str, folder: Path) -> Path:
-    """Compile the program beside this file for a family of processors; return its path. It needs no library there."""
+def build(compiler: str, machine: str, isa: str, folder: Path) -> Path:
+    """Compile the program beside this file for an instruction set; return its path. It needs no library there."""
     folder.mkdir()
     flags = [*COMMON_FLAGS, "-O1", f"-I{SOURCES}", "-c"]
     sources = [Path(__file__).with_name("operations.cpp"), *(SOURCES / f"{part}.cpp" for part in PARTS)]
     jobs = [[str(source), "-o", str(folder / f"{index}.o")] for index, source in enumerate(sources)]
-    for isa, isa_flags in ISA_FLAGS[machine].items():
-        jobs.append([str(SOURCES / "isa.cpp"), "-o", str(folder / f"{isa}.o"), f"-DLORAFLEET_ISA={isa}", *isa_flags])
+    jobs += [
+        [str(source), "-o", str(folder / f"isa-{source.stem}.o"), *ISA_FLAGS[machine][isa]]
+        for source in (SOURCES / "isa").glob("*.cpp")
+    ]
     for job in jobs:
         subprocess.run([compiler, *flags, *job], check=True)
     program = folder / "operations"
@@ -47,8 +49,8 @@ def results(command: list[str]) -> list[tuple[str, list[float]]]:
 
 
 def test_neon_computes_what_avx2_computes(tmp_path: Path) -> None:
-    expected = results([str(build("g++", "x86_64", tmp_path / "x86_64")), "avx2"])
-    got = results([QEMU, str(build(CROSS, "aarch64", tmp_path / "aarch64")), "neon"])
+    expected = results([str(build("g++", "x86_64", "avx2", tmp_path / "x86_64"))])
+    got = results([QEMU, str(build(CROSS, "aarch64", "neon", tmp_path / "aarch64"))])
     assert [name for name, _ in got] == [name for name, _ in expected]
     assert len({name for name, _ in got}) > 60
     for (name, numbers), (_, others) in zip(got, expected, strict=True):

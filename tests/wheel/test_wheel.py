@@ -17,7 +17,7 @@ from helpers.factories import make_adapter, make_tiny_model
 from helpers.fleets import MARKER
 from helpers.processes import with_variable
 
-from lora_kernels.cpu.build import ISA_FLAGS
+from lora_kernels.cpu.build import ISA_FLAGS, library_name
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -60,10 +60,13 @@ def clean(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
 def test_the_wheel_is_named_by_what_it_needs(wheel: Path) -> None:
     assert wheel.name.split("-")[2:4] == ["py3", "none"], "it is tied to no version of Python"
     assert wheel.stem.endswith(platform.machine())
-    library = zipfile.ZipFile(wheel).read("lora_kernels/cpu/lora_kernels.so")
     glibc = int(wheel.stem.split("manylinux_2_")[1].split("_")[0])
-    assert b"GLIBC_2." in library
-    assert not any(f"GLIBC_2.{later}".encode() in library for later in range(glibc + 1, glibc + 50))
+    content = zipfile.ZipFile(wheel)
+    names = {f"lora_kernels/cpu/{library_name(isa)}" for isa in ("", *ISA_FLAGS[platform.machine()])}
+    assert names == {name for name in content.namelist() if name.endswith(".so")}
+    libraries = b"".join(content.read(name) for name in names)
+    assert b"GLIBC_2." in libraries
+    assert not any(f"GLIBC_2.{later}".encode() in libraries for later in range(glibc + 1, glibc + 50))
 
 
 def test_its_kernels_load_without_a_compiler(clean: dict[str, str], tmp_path: Path) -> None:

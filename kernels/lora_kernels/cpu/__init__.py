@@ -1,4 +1,4 @@
-"""The operations in native C++, for AVX2, AVX-512, AVX-512 with bf16 or AMX, chosen at run time, or for NEON.
+"""The operations in native C++, for the best of the instruction sets of build.py that the processor has.
 
 The functions of `reference`, as `torch.library` operators. `load` must be called first: it returns whether they can be
 used on this machine.
@@ -45,8 +45,9 @@ def load() -> bool:
     """
     try:
         torch.ops.load_library(str(build_library()))
-        if not _ops.isa():
+        if not _ops.isas():
             raise BuildError("the processor has no AVX2")
+        _use(_ops.isas().split()[0])
     except (BuildError, OSError) as error:
         _log.warning("CPU operations run in plain torch, several times slower than the native kernels: %s", error)
         return False
@@ -62,14 +63,36 @@ def fix_sums(is_fixed: bool) -> None:
 
 
 def isa() -> str:
-    """Return the instruction set in use: avx2, avx512, avx512_bf16, amx_bf16 or neon."""
+    """Return the instruction set in use, a name in `build.ISA_FLAGS`."""
     return _ops.isa()
 
 
+def isas() -> list[str]:
+    """Return the instruction sets that this processor has kernels for, the best one first; none if none can be used."""
+    return _ops.isas().split() if load() else []
+
+
 def set_isa(name: str) -> None:
-    """Use an instruction set instead of the best one. Raises ValueError where there are no kernels for it here."""
-    if not load() or not _ops.set_isa(name):
+    """Use an instruction set instead of the best one, after building its kernels where that is needed.
+
+    Raises ValueError where there are no kernels for it here.
+    """
+    if name not in isas():
         raise ValueError(f"this processor has no {name}, or no native kernels run here")
+    try:
+        _use(name)
+    except BuildError as error:
+        raise ValueError(f"its kernels cannot be used: {error}") from error
+
+
+def _use(name: str) -> None:
+    if failure := _ops.use_isa(name, _library_of(name)):
+        raise BuildError(failure)
+
+
+@functools.cache
+def _library_of(name: str) -> str:
+    return str(build_library(name))
 
 
 def lora_add_(

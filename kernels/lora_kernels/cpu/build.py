@@ -1,7 +1,8 @@
 """Compiles the native kernels: for a wheel, which carries them, or once per machine into the user's cache.
 
-The name of a file in the cache contains a hash of everything that it is built from, so no version ever uses another
-one's build. Run `python -m lora_kernels.cpu` to build ahead of time.
+One library has the operations, and one for each instruction set has its kernels: of these a machine compiles only what
+it uses. The name of a file in the cache contains a hash of everything that it is built from, so no version ever uses
+another one's build. Run `python -m lora_kernels.cpu` to build ahead of time.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -16,55 +18,75 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
-SHIPPED = Path(__file__).parent / "lora_kernels.so"
-"""The library of a wheel that carries it; it is not there in a source tree."""
+SHIPPED = Path(__file__).parent
+"""Where the libraries of a wheel are that carries them; they are not there in a source tree."""
 
 COMMON_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 _SOURCE_DIR = Path(__file__).parent / "csrc"
-_HOST_PARTS = ("bind", "lora", "operations", "pack", "processor", "quantised", "stack", "states", "team")
+_HOST_PARTS = ("bind", "stack", "operations", "lora", "pack", "processor", "quantised", "states", "team")
+_ISA_PARTS = ("quantised", "attention", "products", "rows")  # what takes longest first
 _WRITTEN_BY_OTHERS = 0o022
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10, as pyproject.toml demands
+_AVX512 = "-march=skylake-avx512"
 ISA_FLAGS = {
     "x86_64": {
         "avx2": ("-mavx2", "-mfma", "-mf16c"),
-        "avx512": ("-march=skylake-avx512",),
-        "avx512_bf16": ("-march=skylake-avx512", "-mavx512bf16", "-mavx512vnni"),
-        "amx_bf16": ("-march=skylake-avx512", "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"),
+        "avx2_vnni": ("-mavx2", "-mfma", "-mf16c", "-mavxvnni"),
+        "avx512": (_AVX512,),
+        "avx512_vnni": (_AVX512, "-mavx512vnni"),
+        "avx512_bf16": (_AVX512, "-mavx512vnni", "-mavx512bf16"),
+        "amx_bf16": (_AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     },
     "aarch64": {"neon": ()},
 }
-"""Family of processors -> instruction set -> the flags of isa.cpp for it."""
+"""Family of processors -> instruction set -> the compiler's flags for the files of csrc/isa."""
+_log = logging.getLogger(__name__)
 
 
 class BuildError(Exception):
     """The native kernels cannot be built or used on this machine; the message says why."""
 
 
-def build_library(flags: Sequence[str] = COMMON_FLAGS, machine: str = "") -> Path:
-    """Return the library: the shipped one, else that of the cache, which is built if it is not there (a minute).
+def build_library(isa: str = "", flags: Sequence[str] = COMMON_FLAGS, machine: str = "") -> Path:
+    """Return a library: a shipped one, else that of the cache, which is built if it is not there (half a minute).
 
-    flags: of the compiler, for every source. machine: the processor's family, "" for this machine's. Raises BuildError.
+    isa: the instruction set whose kernels it has, or "" for the operations. flags: of the compiler, for every source.
+    machine: the processor's family, "" for this machine's. Raises BuildError.
     """
-    if SHIPPED.exists():
-        return SHIPPED
+    if (shipped := SHIPPED / library_name(isa)).exists():
+        return shipped
     machine = machine or platform.machine()
     if machine not in ISA_FLAGS or sys.platform != "linux":
         raise BuildError(f"they are for Linux on {' and '.join(ISA_FLAGS)}, this is {sys.platform} on {machine}")
-    library = cache_dir() / f"lora_kernels-{fingerprint(flags)}.so"
+    operations = build_library("", flags, machine) if isa else None
+    library = cache_dir() / library_name(isa, fingerprint(flags))
     if _is_own(library):
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
     with (library.parent / "lora_kernels.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # workers of one machine start together: one of them builds
         if not _is_own(library):
-            with tempfile.TemporaryDirectory(dir=library.parent) as build_dir:
-                os.replace(compile_library(Path(build_dir), machine, flags), library)
+            what = f"native kernels for {isa}" if isa else "native operations"
+            _log.info("compiling %s: first start only, about %d s on two cores", what, 25 if isa else 10)
+            begin = time.monotonic()
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                os.replace(compile_library(Path(folder) / library.name, machine, isa, operations, flags), library)
+            _log.info("compiled %s in %.0f s", what, time.monotonic() - begin)
     return library
+
+
+def library_name(isa: str, version: str = "") -> str:
+    """Return the name of the file of an instruction set's kernels, or of the operations if it is "".
+
+    version: what tells it from others in one folder.
+    """
+    return f"{'-'.join(filter(None, ('lora_kernels', version, isa)))}.so"
 
 
 def cache_dir() -> Path:
@@ -118,27 +140,35 @@ def fingerprint(flags: Sequence[str] = COMMON_FLAGS) -> str:
     return digest.hexdigest()[:16]
 
 
-def compile_library(build_dir: Path, machine: str, flags: Sequence[str] = COMMON_FLAGS) -> Path:
-    """Compile the library for a family of processors in an empty folder; return its path there. Raises BuildError.
+def compile_library(
+    library: Path, machine: str, isa: str = "", operations: Path | None = None, flags: Sequence[str] = COMMON_FLAGS
+) -> Path:
+    """Compile a library for a family of processors, in a folder that has nothing else; return its path.
 
-    It depends on torch's stable ABI alone, so neither on the version of torch, from 2.10 on, nor on that of Python.
+    isa: as for `build_library`; its library needs that of the `operations`. Raises BuildError.
+
+    The operations depend on torch's stable ABI alone, so neither on the version of torch, from 2.10 on, nor on that of
+    Python.
     """
     default = "g++" if machine == platform.machine() else f"{machine}-linux-gnu-g++"
     compiler = shutil.which(os.environ.get("CXX", default))
     if compiler is None:
         raise BuildError(f"no C++ compiler: {os.environ.get('CXX', default)} is not on the path")
-    jobs = [[str(_SOURCE_DIR / f"{name}.cpp"), "-o", str(build_dir / f"{name}.o")] for name in _HOST_PARTS]
-    jobs[0] += [_TORCH_TARGET, "-isystem", str(_torch_headers())]
-    for isa, isa_flags in ISA_FLAGS[machine].items():
-        source, output = str(_SOURCE_DIR / "isa.cpp"), str(build_dir / f"{isa}.o")
-        jobs.append([source, "-o", output, f"-DLORAFLEET_ISA={isa}", *isa_flags])
+    folder, parts = (_SOURCE_DIR / "isa", _ISA_PARTS) if isa else (_SOURCE_DIR, _HOST_PARTS)
+    jobs = [[str(folder / f"{part}.cpp"), "-o", str(library.with_suffix(f".{part}.o"))] for part in parts]
+    flags = [*flags, *(ISA_FLAGS[machine][isa] if isa else ())]
+    if not isa:
+        jobs[0] += [_TORCH_TARGET, "-isystem", str(_torch_headers())]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         list(pool.map(lambda job: _run([compiler, *flags, "-c", *job]), jobs))
-    # An empty library stands for torch's: the loader needs no more than the name of the one that has the functions.
-    stub = build_dir / "libtorch_cpu.so"
-    _run([compiler, "-shared", "-nostdlib", f"-Wl,-soname,{stub.name}", "-x", "c++", os.devnull, "-o", str(stub)])
-    library = build_dir / "lora_kernels.so"
-    _run([compiler, "-shared", "-s", "-o", str(library), *(job[2] for job in jobs), "-Wl,--no-as-needed", str(stub)])
+    # The loader needs no more than the name of a library that is there already and has the functions: torch's, which an
+    # empty one stands for, or that of the operations, which opens the one of an instruction set.
+    needed = operations or library.with_name("libtorch_cpu.so")
+    if operations is None:
+        empty = ["-nostdlib", f"-Wl,-soname,{needed.name}", "-x", "c++", os.devnull]
+        _run([compiler, "-shared", *empty, "-o", str(needed)])
+    linked = [*(job[2] for job in jobs), "-Wl,--no-as-needed", str(needed), "-ldl"]
+    _run([compiler, "-shared", "-s", f"-Wl,-soname,{library.name}", "-o", str(library), *linked])
     return library
 
 

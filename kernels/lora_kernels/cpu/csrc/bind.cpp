@@ -149,7 +149,8 @@ Tensor plain_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&
 
 STABLE_TORCH_LIBRARY(lorafleet, m) {
   m.def("isa() -> str");
-  m.def("set_isa(str name) -> bool");
+  m.def("isas() -> str");
+  m.def("use_isa(str name, str library) -> str");
   m.def("fix_sums(bool is_fixed) -> ()");
   m.def("pack_linear_(Tensor(a!) packed, Tensor[] weights) -> ()");
   m.def("linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
@@ -199,7 +200,8 @@ STABLE_TORCH_LIBRARY(lorafleet, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(lorafleet, CompositeExplicitAutograd, m) {
   m.impl("isa", &boxed<isa>);
-  m.impl("set_isa", &boxed<set_isa>);
+  m.impl("isas", &boxed<isas>);
+  m.impl("use_isa", &boxed<use_isa>);
   m.impl("fix_sums", &boxed<fix_sums>);
   m.impl("quantised_form", &boxed<quantised_form>);
   m.impl("stack_new", &boxed<stack_new>);

@@ -1,5 +1,5 @@
 // The native kernels as plain C++: raw pointers, element strides, no torch. operations.cpp checks and calls them;
-// isa.cpp is compiled once per instruction set and fills one Kernels table each.
+// the files of isa/ are compiled once per instruction set, to a library that fills a Kernels table.
 #pragma once
 
 #include <array>
@@ -257,8 +257,8 @@ struct ConvArgs {
   bool silu;
 };
 
+// The kernels of one instruction set.
 struct Kernels {
-  const char* name;
   void (*linear)(const LinearArgs&);
   void (*linear_lora)(const LinearArgs&, const LinearLora&);
   void (*lora_shrink)(const LoraArgs&);
@@ -282,22 +282,20 @@ struct Kernels {
   // Of a block of rows that one thread computes between two attentions, about: what it writes stays in its second-level
   // cache. A block reads all weights. 0: products are so fast that threads had better share these.
   int64_t block_rows;
-  // Whether linear_lora is a gain. Products in tile registers end too soon to ask for adapters' rows meanwhile.
+  // Whether there are linear_lora and lora_shrink, and they are a gain. Products in tile registers end too soon to ask for
+  // adapters' rows meanwhile.
   bool has_slow_products;
 };
 
-const Kernels& avx2_kernels();
-const Kernels& avx512_kernels();
-const Kernels& avx512_bf16_kernels();
-const Kernels& amx_bf16_kernels();
-const Kernels& neon_kernels();
+// What the library of an instruction set finds in the library that opens it.
+#define LORAFLEET_SHARED __attribute__((visibility("default")))
 
 // Whether the processor is one of AMD's.
-extern const bool is_amd;
+extern const LORAFLEET_SHARED bool is_amd;
 
 // Runs task(context, i) for i in [0, num_tasks), on as many threads as torch would use or on up to num_threads;
 // neighbouring tasks mostly on one thread, in order.
-void run_tasks(int64_t num_tasks, void (*task)(const void* context, int64_t index), const void* context);
+LORAFLEET_SHARED void run_tasks(int64_t num_tasks, void (*task)(const void* context, int64_t index), const void* context);
 void run_tasks(int num_threads, int64_t num_tasks, void (*task)(const void* context, int64_t index),
                const void* context);
 
@@ -311,6 +309,9 @@ constexpr int kMaxAheadParts = 4;
 void announce(const std::array<ReadAhead, kMaxAheadParts>& parts);
 
 // The calling thread's scratch memory, 64-byte aligned; valid until its next call of scratch.
-float* scratch(int64_t num_floats);
+LORAFLEET_SHARED float* scratch(int64_t num_floats);
 
 }  // namespace lorafleet
+
+// Of the library of an instruction set: its kernels.
+extern "C" LORAFLEET_SHARED const lorafleet::Kernels* lorafleet_kernels();

@@ -84,10 +84,14 @@ Tensor stack_logits(int64_t stack, const Tensor& tokens, const Tensor& positions
                     const OptionalTensor& logit_rows, Tensors attention, Tensors table, Tensors lora,
                     const OptionalTensor& row_scales, Tensors head_lora, const OptionalTensor& head_scales);
 
-// The kernels in use; null where the processor has none.
+// The kernels in use; null until there are some.
 extern const Kernels* active;
+// The name of their instruction set.
 std::string isa();
-bool set_isa(std::string_view name);
+// The instruction sets that the processor has kernels for, the best one first, with spaces between them.
+std::string isas();
+// Uses the kernels of an instruction set, which a library has. Returns "", or why not.
+std::string use_isa(std::string_view name, std::string_view library);
 
 // Sets whether a row's sums are added in an order that does not depend on the rows beside it. See sums.py.
 void fix_sums(bool is_fixed);

@@ -1,4 +1,6 @@
-// Which of the instruction sets' kernels are in use: the best ones that the processor has, unless another is chosen.
+// Which instruction sets the processor has kernels for, and which of these are in use.
+#include <dlfcn.h>
+
 #include "operations.h"
 
 #ifndef __aarch64__
@@ -11,37 +13,22 @@ namespace lorafleet {
 namespace {
 
 #ifndef __aarch64__
+struct Leaf {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+
+  explicit Leaf(unsigned part) { __get_cpuid_count(7, part, &a, &b, &c, &d); }
+};
+
 // Whether the processor multiplies bf16 in tile registers (AMX) and the system lets this process use them.
 bool may_use_tiles() {
   constexpr unsigned kBf16 = 1 << 22, kTile = 1 << 24;
   constexpr long kAskFor = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
+  if ((Leaf(0).d & (kBf16 | kTile)) != (kBf16 | kTile)) return false;
   return syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
 }
 #endif
 
-const Kernels* find_kernels(std::string_view isa) {
-#ifdef __aarch64__
-  if (isa == "neon") return &neon_kernels();
-#else
-  __builtin_cpu_init();
-  if (isa == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &avx2_kernels();
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (isa == "avx512" && avx512) return &avx512_kernels();
-  const bool avx512_bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-  if (isa == "avx512_bf16" && avx512_bf16) return &avx512_bf16_kernels();
-  if (isa == "amx_bf16" && avx512_bf16 && may_use_tiles()) return &amx_bf16_kernels();
-#endif
-  return nullptr;
-}
-
-const Kernels* best_kernels() {
-  for (const char* isa : {"amx_bf16", "avx512_bf16", "avx512", "avx2", "neon"})
-    if (const Kernels* found = find_kernels(isa)) return found;
-  return nullptr;
-}
+std::string in_use;
 
 }  // namespace
 
@@ -51,14 +38,43 @@ const bool is_amd = false;
 const bool is_amd = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
 #endif
 
-const Kernels* active = best_kernels();
+const Kernels* active = nullptr;
 
-std::string isa() { return active ? active->name : ""; }
+std::string isa() { return in_use; }
 
-bool set_isa(std::string_view name) {
-  const Kernels* found = find_kernels(name);
-  if (found) active = found;
-  return found;
+std::string isas() {
+#ifdef __aarch64__
+  return "neon";
+#else
+  __builtin_cpu_init();  // of registers that the system does not save, it reports nothing
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx512_vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool avx512_bf16 = avx512_vnni && __builtin_cpu_supports("avx512bf16");
+  constexpr unsigned kAvxVnni = 1 << 4;
+  const std::pair<const char*, bool> found[] = {
+      {"amx_bf16", avx512_bf16 && may_use_tiles()},
+      {"avx512_bf16", avx512_bf16},
+      {"avx512_vnni", avx512_vnni},
+      {"avx512", avx512},
+      {"avx2_vnni", avx2 && Leaf(1).a & kAvxVnni},
+      {"avx2", avx2},
+  };
+  std::string names;
+  for (const auto& [name, is_there] : found)
+    if (is_there) names += (names.empty() ? "" : " ") + std::string(name);
+  return names;
+#endif
+}
+
+std::string use_isa(std::string_view name, std::string_view library) {
+  void* const handle = dlopen(std::string(library).c_str(), RTLD_NOW | RTLD_LOCAL);  // stays open: its kernels may run
+  void* const kernels = handle ? dlsym(handle, "lorafleet_kernels") : nullptr;
+  if (!kernels) return dlerror();
+  active = reinterpret_cast<decltype(&lorafleet_kernels)>(kernels)();
+  in_use = name;
+  return "";
 }
 
 }  // namespace lorafleet

@@ -91,10 +91,11 @@ inline void move_peak(const SoftmaxState& state, int64_t row, int64_t v_dim, flo
 }
 
 // One step of some rows: turns products [Rows, kKeys] into weights, of which only those of `keys` are not zero, and rescales
-// the state. Several rows at once, since each waits for its largest logit, and for its sum, longer than it computes.
+// the state. Several rows at once, since each waits for its largest logit, and for its sum, longer than it computes. Not
+// inlined: all kinds of rounds share its code, and it is long to compile.
 template <int Rows, typename Weight>
-inline void softmax_rows(const AttentionArgs& args, const float* products, const KeyRange* keys, Weight* weights,
-                         const SoftmaxState& state) {
+__attribute__((noinline)) void softmax_rows(const AttentionArgs& args, const float* products, const KeyRange* keys,
+                                            Weight* weights, const SoftmaxState& state) {
   constexpr int kVecs = kKeys / kLanes;
   Vec logits[Rows][kVecs], highest[Rows];
   for (int r = 0; r < Rows; ++r) {
@@ -152,7 +153,7 @@ inline void write_rows(const AttentionArgs& args, const AttentionTask& task, con
 }
 
 #include "attention_rounds.h"
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include "attention_direct.h"
 #endif
 
@@ -223,16 +224,21 @@ void merge_tasks(const AttentionArgs& args, const AttentionMerge& merge) {
 }
 
 template <typename T>
+constexpr bool kIsBf16 = false;
+template <>
+constexpr bool kIsBf16<bf16> = true;
+
+template <typename T>
 inline void run_task(const AttentionArgs& args, const AttentionTask& task) {
-#ifdef __AVX512BF16__
-  const int64_t rows = task.num_queries * (args.heads / args.kv_heads);
-  if constexpr (Product<T>::kDepth == 2)
+  [[maybe_unused]] const int64_t rows = task.num_queries * (args.heads / args.kv_heads);
+#ifdef __AVX512F__
+  if constexpr (kIsBf16<T>)
     if (!args.is_coded && !args.fixed_sums && DirectRounds::fits(args, rows))
       return attention_task<T, DirectRounds>(args, task);
 #endif
   if (!args.is_coded) return attention_task<T, TypedRounds<T, T>>(args, task);
 #ifdef __AVX512VNNI__
-  if constexpr (Product<T>::kDepth == 2)
+  if constexpr (kIsBf16<T>)
     return DirectSplitRounds<T>::fits(args, rows) ? attention_task<T, DirectSplitRounds<T>>(args, task)
                                                   : attention_task<T, SplitRounds<T>>(args, task);
   else

@@ -208,7 +208,7 @@ struct DirectSplitRounds : SplitRounds<T> {
 };
 #endif
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 // Of bf16 caches whose keys and values are multiples of 32 wide.
 struct DirectRounds {
   static constexpr int kAheadOfRow = 0;

@@ -7,14 +7,15 @@
 // while memory waits for the others.
 #pragma once
 
-constexpr int kPanelVecs = kPanel / kLanes;
 #if defined(__AVX512BF16__)
 constexpr int kMaxRows = 14;  // 28 accumulators, 2 vectors of weights, 1 of inputs
 #elif defined(__AVX512F__)
-constexpr int kMaxRows = 12;  // products in fp32 need the even and odd halves apart
+constexpr int kMaxRows = 12;  // products in fp32 need the even and odd halves of weights apart
 #else
-constexpr int kMaxRows = 2;
+constexpr int kMaxRows = 5;
 #endif
+// Of a tile that computes all columns of a panel at once; more rows leave vectors of eight lanes room for half of them.
+constexpr int kWideRows = kLanes == 16 ? kMaxRows : 2;
 
 constexpr int64_t kPairBytes = kPanel * 4;  // of a panel, for a pair of inputs
 
@@ -55,17 +56,71 @@ inline void store_tile(const LinearArgs& args, bf16* to, int64_t col, const Vec 
   }
 }
 
+// A chunk of a tile's rows, and how pairs of a panel are multiplied by them.
+#ifdef __AVX512BF16__
+template <int Rows>
+struct RowsOfChunk {
+  const uint16_t* x;
+
+  void load_from(const uint16_t* from, int64_t) { x = from; }
+
+  template <int Vecs>
+  void add_products(int64_t pair, const Pairs (&w)[Vecs], Vec (&acc)[Rows][Vecs]) const {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      int both;
+      __builtin_memcpy(&both, x + i * kXChunk + pair * 2, 4);
+      const Pairs xv = set1_pair(both);
+#pragma GCC unroll 4
+      for (int v = 0; v < Vecs; ++v) acc[i][v] = dot_pairs(acc[i][v], w[v], xv);
+    }
+  }
+};
+#else
+// In fp32 once for all columns: a number that is broadcast from memory takes no instruction of those that multiply, and
+// the halves of a pair that is broadcast take two.
+template <int Rows>
+struct RowsOfChunk {
+  alignas(64) float x[Rows][kXChunk];
+
+  void load_from(const uint16_t* from, int64_t inputs) {
+    for (int i = 0; i < Rows; ++i) {
+      const auto* row = reinterpret_cast<const bf16*>(from) + i * kXChunk;
+      each_vector(inputs, [&](int64_t k, auto n) { store(x[i] + k, load_n(row + k, n)); });
+    }
+  }
+
+  template <int Vecs>
+  void add_products(int64_t pair, const Pairs (&w)[Vecs], Vec (&acc)[Rows][Vecs]) const {
+    const auto add_half = [&](int half, const auto& of_pairs) __attribute__((always_inline)) {
+      Vec own[Vecs];
+#pragma GCC unroll 4
+      for (int v = 0; v < Vecs; ++v) own[v] = of_pairs(w[v]);
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) {
+        const Vec xv = set1(x[i][pair * 2 + half]);
+#pragma GCC unroll 4
+        for (int v = 0; v < Vecs; ++v) acc[i][v] = fma(own[v], xv, acc[i][v]);
+      }
+    };
+    add_half(0, [](Pairs p) { return even_half(p); });
+    add_half(1, [](Pairs p) { return odd_half(p); });
+  }
+};
+#endif
+
 // Rows of a panel's columns. also: called for each pair of inputs by one of several tiles. All loops over totals are
 // unrolled: a compiler that has to look one of them up by number keeps all of them in memory.
 template <int Rows, bool IsOnly, typename Also>
 inline void panel_tile(const LinearArgs& args, int64_t row, int64_t col, const uint16_t* panel, PanelAhead ahead,
                        Also& shared) {
+  constexpr int kVecs = Rows > kWideRows ? kPanelVecs / 2 : kPanelVecs;
   Also also = shared;  // stays in registers
-  Vec acc[Rows][kPanelVecs];
+  Vec totals[Rows][kPanelVecs];
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kPanelVecs; ++v) acc[i][v] = zero();
+    for (int v = 0; v < kPanelVecs; ++v) totals[i][v] = zero();
   }
   // Asked for before they are written: of an output that no cache holds, as logits, all rows' lines come from memory.
   auto* to = static_cast<bf16*>(args.out.data) + row * args.out.stride + col;
@@ -75,31 +130,42 @@ inline void panel_tile(const LinearArgs& args, int64_t row, int64_t col, const u
   const int64_t pairs = args.in_features / 2;
   for (int64_t first = 0; first < pairs; first += kXChunk / 2, x += args.rows * kXChunk) {
     const int64_t end = min(kXChunk / 2, pairs - first);
+    RowsOfChunk<Rows> chunk;
+    chunk.load_from(x, 2 * end);
     if (IsOnly) touch_pages(reinterpret_cast<const char*>(panel) + kPagesAhead, end * kPairBytes);
-    for (int64_t p = 0; p < end; ++p, panel += kPanel * 2) {
-      Pairs w[kPanelVecs];
+#pragma GCC unroll 2
+    for (int side = 0; side < kPanelVecs; side += kVecs) {
+      Vec acc[Rows][kVecs];
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kPanelVecs; ++v) {
-        w[v] = load_pairs(panel + v * 2 * kLanes);
-        if (IsOnly) prefetch_line(reinterpret_cast<const char*>(panel + v * 2 * kLanes) + kLinesAhead);
+        for (int v = 0; v < kVecs; ++v) acc[i][v] = totals[i][side + v];
       }
-      if (!IsOnly) {
-        prefetch_line(ahead.at);
-        ahead.at += ahead.step;
-        also();
+      const uint16_t* weights = panel + side * 2 * kLanes;
+      for (int64_t p = 0; p < end; ++p, weights += kPanel * 2) {
+        Pairs w[kVecs];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) {
+          w[v] = load_pairs(weights + v * 2 * kLanes);
+          if (IsOnly) prefetch_line(reinterpret_cast<const char*>(weights + v * 2 * kLanes) + kLinesAhead);
+        }
+        if (!IsOnly && side == 0) {
+          prefetch_line(ahead.at);
+          ahead.at += ahead.step;
+          also();
+        }
+        chunk.add_products(p, w, acc);
       }
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
-        int pair;
-        __builtin_memcpy(&pair, x + i * kXChunk + p * 2, 4);
-        const Pairs xv = set1_pair(pair);
 #pragma GCC unroll 4
-        for (int v = 0; v < kPanelVecs; ++v) acc[i][v] = dot_pairs(acc[i][v], w[v], xv);
+        for (int v = 0; v < kVecs; ++v) totals[i][side + v] = acc[i][v];
       }
     }
+    panel += end * kPanel * 2;
   }
   shared = also;
-  store_tile<Rows>(args, to, col, acc);
+  store_tile<Rows>(args, to, col, totals);
 }
 
 // The part of the next panel that one of several tiles asks for.
@@ -113,12 +179,15 @@ inline PanelAhead part_of_next(const LinearArgs& args, int64_t panel, int64_t ti
 // Rows [first, first + rows) times one panel.
 template <typename Also>
 inline void panel_rows(const LinearArgs& args, int64_t first, int64_t rows, int64_t panel, Also& also) {
-  const int64_t col = panel * kPanel, tiles = ceil_div(rows, kMaxRows);
+  // Weights of few rows come from memory, which a pass over half of each line would read at half the speed.
+  const int64_t most_rows = rows <= 3 * kWideRows ? kWideRows : kMaxRows;
+  const int64_t col = panel * kPanel, tiles = ceil_div(rows, most_rows);
   const uint16_t* weights = args.panels + col * args.in_features;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t begin = rows * tile / tiles, row = first + begin;
     with_size<kMaxRows>(rows * (tile + 1) / tiles - begin, [&]<int Rows>() {
-      if (tiles == 1) return panel_tile<Rows, true>(args, row, col, weights, {}, also);
+      if constexpr (Rows <= kWideRows)
+        if (tiles == 1) return panel_tile<Rows, true>(args, row, col, weights, {}, also);
       panel_tile<Rows, false>(args, row, col, weights, part_of_next(args, panel, tile, tiles), also);
     });
   }
@@ -144,7 +213,7 @@ void linear(const LinearArgs& args) {
   });
 }
 
-void linear_lora(const LinearArgs& args, const LinearLora& with) {
+inline void linear_lora(const LinearArgs& args, const LinearLora& with) {
   const int64_t panels = ceil_div(args.out_features, kPanel);
   run(with.num_tasks, [&](int64_t task) {
     const int64_t first = panels * task / with.num_tasks, last = panels * (task + 1) / with.num_tasks;

@@ -308,7 +308,7 @@ inline void sites_in(const LoraArgs& args, int64_t begin, int64_t end, const F& 
 }
 
 // Products with A alone, into args.hidden.
-void lora_shrink(const LoraArgs& args) {
+inline void lora_shrink(const LoraArgs& args) {
   run(args.num_tiles, [&](int64_t task) {
     with_dtype(args.dtype, [&]<typename T>() {
       const LoraTile<T> tile(args, args.tiles + 3 * task);

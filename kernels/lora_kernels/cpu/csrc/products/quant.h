@@ -77,12 +77,14 @@ __attribute__((always_inline)) inline void integer_parts(const PackedChunk<F>& c
       const uint16_t* x = t.x + (part + S) * Chunk::kGroup + Q * 8;
       repeat<4>([&]<int I>() __attribute__((always_inline)) {
         const Pairs codes[kPanelVecs] = {first.template pair<I, Q % 2 == 1>(), second.template pair<I, Q % 2 == 1>()};
-        repeat<Rows>([&]<int R>() __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
           int pair;
-          __builtin_memcpy(&pair, x + R * kXChunk + I * 2, 4);
+          __builtin_memcpy(&pair, x + r * kXChunk + I * 2, 4);
           const Pairs xv = set1_pair(pair);
-          for (int v = 0; v < kPanelVecs; ++v) acc[S][R][v] = dot_pairs(acc[S][R][v], codes[v], xv);
-        });
+#pragma GCC unroll 2
+          for (int v = 0; v < kPanelVecs; ++v) acc[S][r][v] = dot_pairs(acc[S][r][v], codes[v], xv);
+        }
       });
     });
   });
@@ -127,7 +129,12 @@ void integer_panel(const QuantArgs& args, const uint8_t* panel, int64_t row, int
 #ifdef __AMX_BF16__
   if (quant_in_tiles(args, form)) return integer_panel_in_tiles<F>(args, panel, row, rows, sums, memory);
 #endif
-  const int64_t tiles = ceil_div(rows, kIntegerRows), groups = args.in_features / 32;
+#ifdef __AMX_BF16__
+  constexpr int kMostRows = min(kIntegerRows, fewest_tile_rows(form) - 1);
+#else
+  constexpr int kMostRows = kIntegerRows;
+#endif
+  const int64_t tiles = ceil_div(rows, kMostRows), groups = args.in_features / 32;
   for (int64_t first = 0; first < args.in_features; first += kChunk) {
     const int64_t inputs = min(kChunk, args.in_features - first);
     const PackedChunk<F> chunk(panel);
@@ -135,7 +142,7 @@ void integer_panel(const QuantArgs& args, const uint8_t* panel, int64_t row, int
       const int64_t begin = rows * tile / tiles, num = rows * (tile + 1) / tiles - begin, at = row + begin;
       const IntegerTile t = {args.x_chunks + (first / kXChunk * args.rows + at) * kXChunk,
                              form.min ? args.x_sums + at * groups + first / 32 : nullptr, groups, sums + begin * kPanel};
-      with_size<kIntegerRows>(num, [&]<int Rows>() { integer_tile<F, Rows>(chunk, t, inputs); });
+      with_size<kMostRows>(num, [&]<int Rows>() { integer_tile<F, Rows>(chunk, t, inputs); });
     }
     panel += super_head_bytes(form) + inputs / 32 * group_bytes(form);
   }

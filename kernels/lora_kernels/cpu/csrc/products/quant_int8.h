@@ -85,12 +85,13 @@ void int8_tile(const Int8Chunk& chunk, const Int8Rows& t, int64_t col, int64_t g
         load_quad<Bits, kQuad>(codes, col, quad);
         prefetch_once<Bits * 32>(codes + kQuad * Bits * 32 + kLinesAhead);
         repeat<2>([&]<int Half>() __attribute__((always_inline)) {
-          repeat<Rows>([&]<int R>() __attribute__((always_inline)) {
+#pragma GCC unroll 8
+          for (int r = 0; r < Rows; ++r) {
             int x;
-            __builtin_memcpy(&x, t.x + R * kXChunk + g * 32 + kQuad * 8 + Half * 4, 4);
-            Ints* to = acc[Half % kChains][R];
+            __builtin_memcpy(&x, t.x + r * kXChunk + g * 32 + kQuad * 8 + Half * 4, 4);
+            Ints* to = acc[Half % kChains][r];
             for (int v = 0; v < kInt8Vecs; ++v) to[v] = dot_codes<Bits>(to[v], quad[Half][v], x);
-          });
+          }
         });
       });
       for (int v = 0; v < kInt8Vecs; ++v) {
@@ -232,8 +233,12 @@ inline int64_t most_digit_rows([[maybe_unused]] const QuantForm& form) {
   return 2;
 #elif defined(__AVX512BF16__)
   return is_amd ? 0 : 4;
+#elif defined(__AVX512VNNI__)
+  return form.bits == 8 ? 6 : 8;
 #elif defined(__AVX512F__)
   return form.bits == 8 ? 2 : 3;
+#elif defined(__AVXVNNI__)
+  return form.bits == 8 ? 2 : form.bits == 6 ? 6 : 8;
 #elif defined(__AVX2__)
   return form.bits == 8 ? 1 : 4;
 #else

@@ -1,6 +1,8 @@
 // Register tiles the kernels are built from. Included inside the instruction set's namespace.
 #pragma once
 
+constexpr int kPanelVecs = kPanel / kLanes;
+
 constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

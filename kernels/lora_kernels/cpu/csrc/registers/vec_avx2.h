@@ -136,8 +136,12 @@ inline Vec to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
 template <int Bits>
 inline Ints dot_codes(Ints acc, Words codes, int x) {
   const __m256i own = reinterpret_cast<__m256i>(codes), all = _mm256_set1_epi32(x);
+#ifdef __AVXVNNI__
+  return _mm256_dpbusd_avx_epi32(acc, own, all);
+#else
   // Two products of 128 and 127 fit into 16 bits.
   const __m256i products = Bits < 8 ? _mm256_maddubs_epi16(own, all)
                                     : _mm256_maddubs_epi16(_mm256_abs_epi8(own), _mm256_sign_epi8(all, own));
   return add_ints(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+#endif
 }

@@ -4,6 +4,7 @@
 
 template <typename T>
 inline Vec load_n(const T* p, int64_t n) {
+  if (n == kLanes) return load(p);  // as nearly always: a copy of so many bytes takes a call
   T lanes[kLanes] = {};
   __builtin_memcpy(lanes, p, n * sizeof(T));
   return load(lanes);
@@ -11,6 +12,7 @@ inline Vec load_n(const T* p, int64_t n) {
 
 template <typename T>
 inline void store_n(T* p, Vec v, int64_t n) {
+  if (n == kLanes) return store(p, v);
   T lanes[kLanes];
   store(lanes, v);
   __builtin_memcpy(p, lanes, n * sizeof(T));
@@ -18,7 +20,11 @@ inline void store_n(T* p, Vec v, int64_t n) {
 
 // Codes of weights as integer products want them: bytes, four inputs of each of kLanes columns.
 typedef uint16_t Words __attribute__((vector_size(32)));
+#ifdef __AVXVNNI__
+constexpr bool kUnsignedBytes = true;  // signed bytes are multiplied as unsigned ones, 128 larger
+#else
 constexpr bool kUnsignedBytes = false;
+#endif
 // mask ? a : b, bit by bit.
 inline Words select(uint16_t mask, Words a, Words b) { return (a & mask) | (b & static_cast<uint16_t>(~mask)); }
 // Bytes of rows [columns], of which the first two and the fifth and sixth are read: 0, 4, 1, 5 of each column.
@@ -37,6 +43,7 @@ inline void load_fours(const uint8_t* rows, Words (&out)[1]) {
       xy, zw, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28,
       29, 30, 31));
   out[0] = __builtin_shufflevector(pairs, pairs, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+  if constexpr (kUnsignedBytes) out[0] ^= 0x8080;
 }
 // Writes 32 integers as int8 codes, each eight of them in the order 0, 4, 1, 5, 2, 6, 3, 7.
 inline void store_eights(int8_t* p, const Vec (&integers)[4]) {

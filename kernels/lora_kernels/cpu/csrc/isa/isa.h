@@ -1,0 +1,47 @@
+// What the kernels of an instruction set are built from: the compiler's flags say which instructions there are. Each file of
+// this folder includes this first, and then its kernels in the same namespaces.
+#pragma once
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#else
+#include <arm_neon.h>
+#endif
+
+#include "../kernels.h"
+
+namespace lorafleet {
+
+// Each puts its part of the kernels into the table.
+void put_attention(Kernels& kernels);
+void put_products(Kernels& kernels);
+void put_quantised(Kernels& kernels);
+void put_rows(Kernels& kernels);
+
+namespace {
+
+#if defined(__aarch64__)
+#include "../registers/vec_neon.h"
+#elif defined(__AVX512F__)
+#include "../registers/vec_avx512.h"
+#else
+#include "../registers/vec_avx2.h"
+#endif
+
+template <typename F>
+inline void with_dtype(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::kF32:
+      return f.template operator()<float>();
+    case Dtype::kBf16:
+      return f.template operator()<bf16>();
+    case Dtype::kF16:
+      return f.template operator()<f16>();
+  }
+}
+
+#include "../registers/math.h"
+#include "../registers/tiles.h"
+
+}  // namespace
+}  // namespace lorafleet
