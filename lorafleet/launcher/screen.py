@@ -50,7 +50,7 @@ class Screen:
     def _say_progress(self, name: str, activity: str, since_s: float) -> None:
         """Print a line where there is no terminal: what a service does now, at once and then every REPEAT_S."""
         now_s = time.monotonic()
-        shown, at_s = self._shown.get(name, ("", 0.0))
+        shown, at_s = self._shown.get(name, ("", since_s))
         if activity != shown or now_s - at_s >= self._repeat_s:
             self._shown[name] = activity, now_s
             self.say(f"  {name:10} {escape(activity[:MAX_LINE])} ({now_s - since_s:.0f} s)")

@@ -246,11 +246,7 @@ class Settings(BaseSettings):
     tenant_conversations: int = Field(
         default=10_000, ge=0, description="maximum conversations per tenant; 0: no limit; without keys: in all"
     )
-    history_s: float = Field(
-        default=86_400.0,
-        ge=60,
-        description="retention of the history of requests that have ended or were refused",
-    )
+    history_s: float = Field(default=86_400.0, ge=60, description="retention of ended and refused requests, in seconds")
     history_requests: int = Field(
         default=10_000, ge=100, le=1_000_000, description="maximum requests in a tenant's history; without keys: in all"
     )
