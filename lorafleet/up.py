@@ -120,7 +120,7 @@ def launch(settings: Settings, on_ready: OnReady) -> int:
             screen.say(f"[green]✓[/] {'queue':10} unix://{queue.socket}")
         specs = service_specs(plan.settings, _fresh_logs(plan.settings), queue)
         children = [Child(spec, lifeline, screen.say) for spec in specs]
-        key_file = _own_key(plan.settings) if plan.settings.api_keys else None
+        key_file = own_key(plan.settings) if plan.settings.api_keys else None
         record = LocalFleet(
             os.getpid(), local_url(plan.settings), plan.settings.served_name, str(plan.settings.data),
             str(specs[0].log.parent), time.time(), str(key_file or ""),
@@ -135,7 +135,7 @@ def launch(settings: Settings, on_ready: OnReady) -> int:
             queue.stop()
 
 
-def _own_key(settings: Settings) -> Path:
+def own_key(settings: Settings) -> Path:
     """Return the file of an API key for this user's commands; make the key, unless the file has a valid one.
 
     Who starts a fleet has the passwords of its queue, and so all rights; the file is in the data folder beside them.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 
 import httpx2
@@ -11,6 +10,7 @@ from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet
 
 from lorafleet.__main__ import main
 from lorafleet.api import Api, add_flags
+from lorafleet.parser import Parser
 from protocol.wire.errors import WorkerLost
 
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "n": 2, "background": True}
@@ -61,7 +61,7 @@ async def test_an_answer_with_odd_ends_of_lines_is_printed_as_it_is(
     job = (await http.post("/v1/completions", json=body)).json()["id"]
     assert await lorafleet(gateway, "tail", job) == 0
     assert odd in capsys.readouterr().out
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_flags(parser)
     call = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 100, "stream": True}
 

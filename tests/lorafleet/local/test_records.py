@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -16,8 +17,14 @@ import pytest
 from helpers.waiting import wait_until
 
 from lorafleet.__main__ import main
+from lorafleet.api import Api, add_flags
 from lorafleet.launcher import records
+from lorafleet.launcher.embedded import start_embedded
 from lorafleet.launcher.records import LocalFleet, registered, running
+from lorafleet.parser import Parser
+from lorafleet.up import own_key
+from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
 from protocol.wire.errors import Internal
 
 RUN = """
@@ -133,3 +140,48 @@ async def test_logs_show_the_last_lines_and_follow_new_ones(tmp_path: Path, capf
 def test_another_users_folder_is_not_believed() -> None:
     with pytest.raises(Internal, match="belongs to another user"):
         records.folder(uid=os.getuid() + 1)
+
+
+def test_the_key_of_the_fleet_is_sent_to_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "local.key").write_text("sk-lf-local\n")
+    fleet = LocalFleet(os.getpid(), "http://127.0.0.1:1", "tiny", "/data", "/logs", 1.0, str(tmp_path / "local.key"))
+
+    def key_of(*words: str) -> str | None:
+        parser = Parser()
+        add_flags(parser)
+        with Api(parser.parse_args(words)) as api:
+            return api._client.headers.get("authorization")
+
+    with registered(fleet):
+        assert key_of() == "Bearer sk-lf-local"
+        assert key_of("--key", "sk-lf-mine") == "Bearer sk-lf-mine"
+        assert key_of("--url", "http://127.0.0.1:2") is None
+        monkeypatch.setenv("LORAFLEET_URL", "http://127.0.0.1:2")
+        assert key_of() is None
+    monkeypatch.delenv("LORAFLEET_URL")
+    assert key_of() is None
+
+
+def test_a_fleet_with_keys_makes_one_for_its_user_and_keeps_it(tmp_path: Path) -> None:
+    server = start_embedded(tmp_path / "queue", durable=False, guarded=True)
+    try:
+        settings = Settings(data=tmp_path, **server.door("operator"))
+        path = own_key(settings)
+        secret = path.read_text()
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert own_key(settings).read_text() == secret
+
+        async def found() -> tuple[str, list[str]]:
+            bus = Bus(settings.queue_url())
+            try:
+                key = await bus.api_keys.find(secret)
+                assert key is not None
+                await bus.api_keys.revoke(key[0].id)
+                return key[0].tenant, key[0].scopes
+            finally:
+                await bus.close()
+
+        assert asyncio.run(found()) == ("local", ["infer", "adapters", "admin"])
+        assert own_key(settings).read_text() != secret  # it was revoked
+    finally:
+        server.stop()
