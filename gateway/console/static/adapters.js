@@ -3,7 +3,7 @@
 import { html, useMemo, useState } from "./vendor/preact-htm.js";
 import { get, pages, part, post, query, remove } from "./api.js";
 import { Act, Cut, Dialog, Problem, State, Scroll, Stale, Table, When, bytes, confirmed, count, lasted, usePoll } from "./parts.js";
-import { go, href } from "./route.js";
+import { href, leave } from "./route.js";
 import { Upload } from "./upload.js";
 
 const MOST = 20_000; // maximum number of listed names
@@ -143,6 +143,6 @@ export function Adapters({ route }) {
       ${found.value ? html`<${Table} name="Adapters" columns=${columns} rows=${shown} id=${idOf} selected=${idOf(chosen)}
         empty=${all.length ? "No adapter matches the search." : "No adapters yet. Add one, or put its folder into the adapter root."} />` : null}
     </section>
-    ${route.id ? html`<${Details} key=${idOf(chosen)} ...${chosen} known=${all.find((one) => idOf(one) === idOf(chosen))} onClose=${() => go(href("adapters"))} again=${found.again} />` : null}
+    ${route.id ? html`<${Details} key=${idOf(chosen)} ...${chosen} known=${all.find((one) => idOf(one) === idOf(chosen))} onClose=${() => leave(route)} again=${found.again} />` : null}
     ${adding ? html`<${Upload} onClose=${() => setAdding(false)} again=${found.again} />` : null}`;
 }

@@ -3,7 +3,7 @@
 import { html, useRef, useState } from "./vendor/preact-htm.js";
 import { download, get, pages, part, post, query, upload } from "./api.js";
 import { Act, Cut, Dialog, Problem, Stale, State, Table, When, bytes, count, say, usePoll } from "./parts.js";
-import { go, href } from "./route.js";
+import { go, href, leave } from "./route.js";
 
 const MOST = 1000; // maximum number of listed batches
 const EVERY_MS = 3000;
@@ -139,6 +139,6 @@ export function Batches({ route }) {
     <${Stale} poll=${poll} />
     ${value ? html`<${Table} name="Batches" columns=${columns} rows=${rows} id=${(batch) => batch.id} selected=${route.id} empty="No batches yet." />` : null}
   </section>
-  ${route.id ? html`<${Details} key=${route.id} id=${route.id} onClose=${() => go(href("batches"))} />` : null}
+  ${route.id ? html`<${Details} key=${route.id} id=${route.id} onClose=${() => leave(route)} />` : null}
   ${making ? html`<${NewBatch} onClose=${() => setMaking(false)} again=${poll.again} />` : null}`;
 }

@@ -3,7 +3,7 @@
 import { html } from "./vendor/preact-htm.js";
 import { get, pages, part, post, query } from "./api.js";
 import { Act, Cut, Dialog, Problem, Stale, State, Table, When, copy, count, plural, usePoll } from "./parts.js";
-import { go, href } from "./route.js";
+import { href, leave } from "./route.js";
 import { why } from "./requests.js";
 
 const MOST = 1000; // maximum number of listed jobs
@@ -61,5 +61,5 @@ export function Jobs({ route }) {
     <${Stale} poll=${poll} />
     ${value ? html`<${Table} name="Jobs" columns=${columns} rows=${rows} id=${(job) => job.id} selected=${route.id} empty=${html`No jobs. A call with <code>"background": true</code> starts one.`} />` : null}
   </section>
-  ${route.id ? html`<${Details} key=${route.id} id=${route.id} onClose=${() => go(href("jobs"))} />` : null}`;
+  ${route.id ? html`<${Details} key=${route.id} id=${route.id} onClose=${() => leave(route)} />` : null}`;
 }

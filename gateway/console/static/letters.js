@@ -3,7 +3,7 @@
 import { html } from "./vendor/preact-htm.js";
 import { get, pages, part, post, query } from "./api.js";
 import { Act, Cut, Dialog, Problem, Stale, Table, When, clock, count, lasted, plural, usePoll } from "./parts.js";
-import { go, href } from "./route.js";
+import { href, leave } from "./route.js";
 
 const MOST = 1000; // maximum number of listed dead letters
 const EVERY_MS = 4000;
@@ -41,5 +41,5 @@ export function Letters({ route }) {
     <${Stale} poll=${poll} />
     ${value ? html`<${Table} name="Dead letters" columns=${columns} rows=${rows} id=${(letter) => letter.id} selected=${route.id} empty="No dead letters." />` : null}
   </section>
-  ${route.id ? html`<${Details} key=${route.id} id=${route.id} again=${poll.again} onClose=${() => go(href("dead-letters"))} />` : null}`;
+  ${route.id ? html`<${Details} key=${route.id} id=${route.id} again=${poll.again} onClose=${() => leave(route)} />` : null}`;
 }

@@ -3,15 +3,17 @@
 import { html, useMemo } from "./vendor/preact-htm.js";
 import { get, pages, post, query } from "./api.js";
 import { Act, Cut, Dialog, Problem, Stale, State, Table, When, clock, confirmed, count, lasted, plural, usePoll } from "./parts.js";
-import { go, href, replace } from "./route.js";
+import { href, leave, replace } from "./route.js";
 
 const MOST = 1000; // maximum number of listed requests
 const EVERY_MS = 4000;
 const ENDED = ["completed", "failed", "cancelled", "refused"];
 const SPANS = [["", "any time"], ["300", "last 5 minutes"], ["3600", "last hour"], ["86400", "last 24 hours"], ["custom", "from … to …"]];
 
-export const modelOf = (one) => one.model ?? one.adapter?.name ?? one.adapter?.digest.slice(0, 12) ?? "base";
-export const why = (error) => (error ? [error.message, error.code].filter(Boolean).join(" – ") : "");
+export const modelOf = (one) => one.model ?? one.adapter?.name ?? one.adapter?.digest.slice(0, 12) ?? (one.state === "refused" ? "–" : "base");
+
+// An error as one line, after the HTTP status where it is known.
+export const why = (error, status) => (error ? `${status ? `${status}: ` : ""}${[error.message, error.code].filter(Boolean).join(" – ")}` : "");
 
 // ------------------------------------------------------------ one request
 
@@ -35,7 +37,7 @@ function Timeline({ id, onClose }) {
         <div><dt>Tokens</dt><dd>${count(value.prompt_tokens)} in (${count(value.cached_tokens)} cached), ${count(value.output_tokens)} out</dd></div>
         <div><dt>Worker failures</dt><dd>${count(value.attempts)}</dd></div>
       </dl>
-      ${value.error ? html`<p class="problem">${why(value.error)}</p>` : null}
+      ${value.error ? html`<p class="problem">${why(value.error, value.status)}</p>` : null}
       <h2>Timeline</h2>
       <ol class="time">${(value.timeline ?? []).map((event) => html`<li class=${event.event === "worker_died" ? "bad" : ""}>
         <span class="soft code" title=${clock(event.ms)}>+${lasted(event.ms - begin)}</span> ${event.text}</li>`)}</ol>
@@ -102,7 +104,7 @@ export function Requests({ route }) {
     { title: "Request", of: (one) => html`<a class="cut code" title=${one.id} href=${href("requests", one.id, given)}>${one.id}</a>` },
     { title: "Model", of: (one) => html`<${Cut} text=${modelOf(one)} />` },
     { title: "Tenant", of: (one) => html`<${Cut} text=${one.tenant || "–"} />` },
-    { title: "Error", of: (one) => html`<${Cut} text=${why(one.error) || (one.state === "failed" ? one.finish ?? "error" : "–")} />` },
+    { title: "Error", of: (one) => html`<${Cut} text=${why(one.error, one.status) || (one.state === "failed" ? one.finish ?? "error" : "–")} />` },
     { title: "Worker", of: (one) => html`<${Cut} text=${one.worker ?? "–"} />` },
     { title: "Input tokens", kind: "num", of: (one) => count(one.prompt_tokens) },
     { title: "Output tokens", kind: "num", of: (one) => count(one.output_tokens) },
@@ -119,5 +121,5 @@ export function Requests({ route }) {
     ${value ? html`<${Table} name="Requests" columns=${columns} rows=${rows} id=${(one) => one.id} selected=${route.id}
       empty=${filtered ? "No request matches the filters." : "No requests yet. The playground sends one."} />` : null}
   </section>
-  ${route.id ? html`<${Timeline} key=${route.id} id=${route.id} onClose=${() => go(href("requests", "", given))} />` : null}`;
+  ${route.id ? html`<${Timeline} key=${route.id} id=${route.id} onClose=${() => leave(route, given)} />` : null}`;
 }

@@ -31,6 +31,12 @@ export function go(address) {
   if (location.hash !== address) location.hash = address;
 }
 
+// Goes from an object to its list, unless the address has become another meanwhile.
+export function leave({ page, id }, params = {}) {
+  const now = here();
+  if (now.page === page && now.id === id) go(href(page, "", params));
+}
+
 // Changes the address without a step in the browser's history, as filters do.
 export function replace(address) {
   history.replaceState(null, "", address);

@@ -17,6 +17,7 @@ import pytest
 from helpers.browser import REASON, Tab
 from helpers.script_queue import make_body, make_submit
 from helpers.scripted_fleet import Script, ScriptedFleet
+from helpers.waiting import wait_until
 
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire.errors import WorkerLost
@@ -54,7 +55,8 @@ async def test_filters_narrow_the_list_and_are_in_the_address(bus: Bus, fleet: S
         await tab.page.get_by_text(re.compile(rf"^{len(shown)} requests?$")).wait_for()
         assert await rows(tab) == shown
     assert tab.page.url.endswith("#/requests?tenant=acme&q=R1")
-    assert {"tenant": ["acme"], "q": ["R1"], "limit": ["100"]} in asked
+    wanted = {"tenant": ["acme"], "q": ["R1"], "limit": ["100"]}
+    await wait_until(lambda: wanted in asked, "the gateway is asked for what was typed")
     await tab.page.reload()
     await tab.page.get_by_text("1 request", exact=True).wait_for()
     await tab.page.get_by_role("link", name="r1").click()
@@ -66,13 +68,17 @@ async def test_filters_narrow_the_list_and_are_in_the_address(bus: Bus, fleet: S
     await tab.page.get_by_text("No request matches the filters.").wait_for()
     await tab.page.goto(f"{tab.url}/console/#/requests?state=queued&span=3600")
     await tab.page.get_by_text("3 requests", exact=True).wait_for()
-    assert any(one.get("state") == ["queued"] and "since" in one for one in asked)
+    await wait_until(
+        lambda: any(one.get("state") == ["queued"] and "since" in one for one in asked),
+        "the gateway is asked for those",
+    )
     await tab.page.get_by_label("Model or adapter").fill("sql")
     await tab.page.keyboard.press("Enter")
     await tab.page.get_by_text("No request matches the filters.").wait_for()
-    assert any(one.get("model") == ["sql"] for one in asked)
+    await wait_until(lambda: any(one.get("model") == ["sql"] for one in asked), "the gateway is asked for the model")
     await tab.page.goto(f"{tab.url}/console/#/requests?span=custom&from=2001-01-01T00:00&to=2001-01-02T00:00")
     await tab.page.get_by_text("No request matches the filters.").wait_for()
+    await wait_until(lambda: any("until" in one for one in asked), "the gateway is asked for the times")
     (span,) = {(one["since"][0], one["until"][0]) for one in asked if "until" in one}
     assert int(span[1]) - int(span[0]) == DAY_MS
 
@@ -89,7 +95,7 @@ async def test_an_error_is_shown_in_the_list_as_the_gateway_gives_it(fleet: Scri
     await tab.enter()
     await tab.go("Requests")
     row = tab.page.get_by_role("row").filter(has_text="r1")
-    for text in ("refused", "sql", "acme", "w7", "too many tokens – rate_limit_exceeded", "500 ms"):
+    for text in ("refused", "sql", "acme", "w7", "429: too many tokens – rate_limit_exceeded", "500 ms"):
         await row.get_by_text(text, exact=True).wait_for()
     await tab.page.get_by_label("Search").fill("TOO MANY")
     await tab.page.keyboard.press("Enter")
