@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import orjson
@@ -22,28 +23,23 @@ VALUES = st.recursive(
 BYTES = st.sampled_from([bytes([byte]) for byte in b'[]{},:"\\ 1a\n'] + [b"", b"\xff"])
 
 
+tiny = partial(json_values.Marks, piece_bytes=12, piece_marks=4)
+
+
 def read(raw: bytes, at_once: bool) -> Any:
     """Return a text's value in a list, None if it is no JSON."""
     try:
-        return [orjson.loads(raw) if at_once else json_values.Marks(raw).value()]
+        return [orjson.loads(raw) if at_once else tiny(raw).value()]
     except ValueError:
         return None
 
 
-@pytest.fixture
-def tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_values, "PIECE_BYTES", 12)
-    monkeypatch.setattr(json_values, "PIECE_MARKS", 4)
-
-
-@pytest.mark.usefixtures("tiny_pieces")
 @given(value=VALUES, spaced=st.booleans())
 def test_pieces_have_the_value_of_the_whole(value: Any, spaced: bool) -> None:
     raw = orjson.dumps(value, option=orjson.OPT_INDENT_2 if spaced else None)
-    assert json_values.Marks(raw).value() == value
+    assert tiny(raw).value() == value
 
 
-@pytest.mark.usefixtures("tiny_pieces")
 @given(value=VALUES, at=st.integers(0, 400), num=st.integers(0, 2), put=BYTES)
 def test_pieces_are_json_only_where_the_whole_is(value: Any, at: int, num: int, put: bytes) -> None:
     whole = orjson.dumps(value)
@@ -56,7 +52,6 @@ def test_pieces_are_json_only_where_the_whole_is(value: Any, at: int, num: int, 
     assert found == read(raw, at_once=True)
 
 
-@pytest.mark.usefixtures("tiny_pieces")
 @pytest.mark.parametrize(
     "raw",
     [b"[1,2,3,4,,5]", b"[1,2,3,4,]", b"[,1,2,3,4]", b'{"a":1,"b":2,"c":3,}', b"[[1,2,3,4,5] 6]", b"[7 [1,2,3,4,5]]",
@@ -67,30 +62,28 @@ def test_what_is_between_pieces_is_read_too(raw: bytes) -> None:
     assert read(raw, at_once=False) is None
 
 
-@pytest.mark.usefixtures("tiny_pieces")
 def test_errors_name_their_character() -> None:
     raw = '["ééé",1,2,3,4,5,6,nul]'.encode()
     with pytest.raises(orjson.JSONDecodeError) as whole:
         orjson.loads(raw)
     with pytest.raises(orjson.JSONDecodeError) as pieces:
-        json_values.Marks(raw).value()
+        tiny(raw).value()
     assert pieces.value.pos == whole.value.pos
 
 
-async def test_the_event_loop_has_its_turn_between_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No piece that is read at once has more than its bytes and marks, in whatever a body consists of."""
-    longest = 0
-    loads = orjson.loads
+async def test_the_event_loop_has_its_turn_between_pieces() -> None:
+    """No piece that is read at once has more than its bytes, whatever a body consists of."""
+    read: list[int] = []
 
-    def noted(raw: bytes | memoryview) -> Any:
-        nonlocal longest
-        longest = max(longest, len(raw))
-        return loads(raw)
+    class Noted(json_values.Marks):
+        def _read(self, begin: int, left: bytes, end: int, right: bytes) -> Any:
+            read.append(end - begin)
+            return super()._read(begin, left, end, right)
 
-    monkeypatch.setattr(json_values.orjson, "loads", noted)
     tools = [{"name": f"f{i}", "schema": {f"a{k}": {} for k in range(3000)}} for i in range(5)]
     for value in (tools, {"a": tools}, list(range(200_000)), ["text" * 10] * 60_000, [[[tools]]]):
         raw = orjson.dumps(value)
-        assert await asyncio.to_thread(json_values.loads, raw) == value
-        assert 0 < longest <= json_values.PIECE_BYTES + 2
-        longest = 0
+        assert await asyncio.to_thread(lambda raw=raw: Noted(raw).value()) == value
+        assert sum(read) > len(raw) // 2
+        assert max(read) <= json_values.PIECE_BYTES
+        read.clear()

@@ -499,8 +499,7 @@ class Noted(dict[str, Any]):
         Noted.num -= 1
 
 
-def test_values_within_each_other_are_freed_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large, "FREED_AT_ONCE", 10)
+def test_values_within_each_other_are_freed_a_few_at_a_time() -> None:
     left: list[int] = []
 
     class Watched(list[Any]):
@@ -511,7 +510,7 @@ def test_values_within_each_other_are_freed_a_few_at_a_time(monkeypatch: pytest.
 
     free = [[Noted(a=[Noted(), {"b": Noted()}]) for _ in range(100)]]
     assert Noted.num == 300
-    large.free_slowly(Watched(free.pop()))
+    large.free_slowly(Watched(free.pop()), 10)
     assert Noted.num == 0
     assert sum(left) == 300
     assert max(left) <= 10
