@@ -1,8 +1,11 @@
-"""A JSON text that is read in pieces has the value, and the errors, of one that is read at once."""
+"""A JSON text that is read in pieces has the value and the errors of one that is read at once; its cost is bounded."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import time
+import tracemalloc
 from functools import partial
 from typing import Any
 
@@ -20,6 +23,8 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=6) | st.dictionaries(STRINGS, inner, max_size=6),
     max_leaves=60,
 )
+MAX_BODY = 4 << 20
+
 BYTES = st.sampled_from([bytes([byte]) for byte in b'[]{},:"\\ 1a\n'] + [b"", b"\xff"])
 
 
@@ -87,3 +92,85 @@ async def test_the_event_loop_has_its_turn_between_pieces() -> None:
         assert sum(read) > len(raw) // 2
         assert max(read) <= json_values.PIECE_BYTES
         read.clear()
+
+
+# ---------------------------------------------------------------- limits
+
+
+def filled(unit: bytes, before: bytes = b"[", after: bytes = b"]") -> bytes:
+    """Return the largest body that repeats a value."""
+    num = (MAX_BODY - len(before) - len(after)) // len(unit)
+    return before + (unit * num)[:-1] + after
+
+
+@pytest.mark.parametrize(
+    ("raw", "word"),
+    [
+        (filled(b"[],"), "lists and objects"),
+        (filled(b"{},"), "lists and objects"),
+        (filled(b'{"a":1},'), "lists and objects"),
+        (b"{" + filled(b'"a":1,', b"", b"") + b"}", "strings"),
+        (b"{" + b",".join(b'"%d":1' % i for i in range(5000)) + b"}", "fields"),
+        (filled(b":"), "values"),
+        (filled(b'"",'), "strings"),
+        (filled(b'"\\"",'), "strings"),
+        (filled(b'"\\\\",'), "strings"),
+        (filled(b"1,"), "values"),
+        (b"[" * 101 + b"]" * 101, "too deeply"),
+        (b'[{"a":' * 60 + b"1" + b"}]" * 60, "too deeply"),
+    ],
+)
+def test_values_are_counted_before_they_are_made(raw: bytes, word: str) -> None:
+    with pytest.raises(BadRequest, match=word):
+        json_values.loads(raw)
+
+
+@pytest.mark.parametrize("before", [b"[" * 16_000, (b"[" * 100 + b"]" * 100) * 160], ids=["deep", "in groups"])
+def test_brackets_that_close_nothing_cost_no_more_than_others(before: bytes) -> None:
+    def cpu_s(raw: bytes) -> float:
+        began_s = time.thread_time()
+        with pytest.raises((BadRequest, ValueError)):
+            json_values.loads(raw)
+        return time.thread_time() - began_s
+
+    usual_s = min(cpu_s(filled(b"[],")) for _ in range(3))
+    assert min(cpu_s(before + b"]" * (MAX_BODY - len(before))) for _ in range(3)) <= 12 * usual_s
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        filled(b"123456,"),
+        filled(b"[1,", b'["', b'"]'),  # brackets in a text are no lists
+        filled(b'\\",', b'["', b'."]'),
+        b"[" * 100 + b"]" * 100,
+        b"[" + b",".join([b"[]"] * 16_000) + b"]",
+        b'{"a":"' + b"[" * 1000 + b'"}',
+    ],
+)
+def test_large_values_that_are_few_enough_are_read(raw: bytes) -> None:
+    assert json_values.loads(raw) == json.loads(raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        filled(b"1.5,"),
+        filled(b"300,"),
+        b"[" + b",".join(b'{"%d":"%d"}' % (i, i) for i in range(16_000)) + b"," + b"1.5," * 700_000 + b"1]",
+        b"[" + b",".join(b'"%d\xc3\xa9"' % i for i in range(65_000)) + b"," + b"1.5," * 500_000 + b"1]",
+        b'["' + ("😀" + "a" * 1000).encode() * 4000 + b'"]',
+    ],
+    ids=["floats", "integers", "objects", "strings", "a wide text"],
+)
+def test_values_take_a_known_multiple_of_their_bytes(raw: bytes) -> None:
+    """As docs/reliability.md counts them."""
+    tracemalloc.start()
+    try:
+        value = json_values.loads(raw)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(value)
+    assert held <= 12 * len(raw)
+    assert peak <= 25 * len(raw)
