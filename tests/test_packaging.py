@@ -43,6 +43,7 @@ MAY_BE_HEAVY = {"gpu_worker", "lora_kernels", "chaos"}
 PATCHES = {
     "gateway/http/test_faults.py",  # a panic of the tokenizers library
     "gateway/http/test_life.py",  # a queue that does what it is told and is not heard; one that was restarted
+    "gateway/test_loop_lag.py",  # what reads, judges and frees bodies, and in which thread
     "gateway/overload/test_refusals.py",  # a queue that is slow for as long as the test wants
     "gpu_worker/adapters/loader/test_reserve.py",  # a system that allows no further process
     "gpu_worker/cuda/test_waits.py",  # a mode of torch that needs a GPU

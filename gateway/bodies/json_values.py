@@ -57,8 +57,14 @@ class Marks:
     A list or object of level 1 is in no other; its own brackets, commas and colons are of its level.
     """
 
-    def __init__(self, raw: bytes, what: str = "the body") -> None:
-        """Find them. Raises BadRequest if the text costs too much, JSONDecodeError if its brackets do not match."""
+    def __init__(
+        self, raw: bytes, what: str = "the body", *, piece_bytes: int = PIECE_BYTES, piece_marks: int = PIECE_MARKS
+    ) -> None:
+        """Find them. Raises BadRequest if the text costs too much, JSONDecodeError if its brackets do not match.
+
+        piece_bytes, piece_marks: bytes and marks that are read at once.
+        """
+        self._piece_bytes, self._piece_marks = piece_bytes, piece_marks
         self._raw = raw
         self._what = what
         self._num_values = self.num_containers = 0
@@ -79,7 +85,7 @@ class Marks:
         """Return the value of the text. Raises JSONDecodeError if it is no JSON."""
         raw, places = self._raw, self._places
         last = len(places) - 1
-        is_short = last < PIECE_MARKS and len(raw) <= PIECE_BYTES
+        is_short = last < self._piece_marks and len(raw) <= self._piece_bytes
         if is_short or last < 1 or not self._is_container(0, last, 1):
             return self._read(0, b"", len(raw), b"")
         self._check_blank(0, places[0])
@@ -93,7 +99,7 @@ class Marks:
         raw, begin, num_quotes, num_commas, depth = self._raw, 0, 0, 0, 0
         most = max(MAX_VALUES, len(raw) // 4)
         while begin < len(raw):
-            piece = raw[begin : begin + PIECE_BYTES]
+            piece = raw[begin : begin + self._piece_bytes]
             if b"\\" in piece:
                 if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # what it escapes comes with it
                     piece = raw[begin : begin + len(piece) + 1]
@@ -159,7 +165,8 @@ class Marks:
         before, done = begin, 0  # the mark before the next entry, and how many are read
         while done < len(ends):
             start = int(self._places[before]) + 1
-            num = min(_num_below(ends, before + PIECE_MARKS), _num_below(places, start + PIECE_BYTES)) - done
+            most = before + self._piece_marks, start + self._piece_bytes
+            num = min(_num_below(ends, most[0]), _num_below(places, most[1])) - done
             if num > 0:
                 found = self._read(start, left, int(places[done + num - 1]), right)
                 if not found and end > begin + 1:  # a comma has nothing before or after it

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -38,12 +39,20 @@ PURPOSES = ("batch",)
 
 OUTPUT_PURPOSE = "batch_output"
 
-NUM_UPLOADS, NUM_UPLOADS_OF_TENANT, NUM_WAITING = 16, 4, 64
-"""Files that a gateway receives at once, in all and of one tenant, and that wait for that."""
 
-SLOW_BYTES_PER_S, SLOW_AFTER_S = 128 << 10, 30.0
-"""An upload that is slower than this, and has lasted so long, ends where others wait for a place: four tenants could
-otherwise hold all places for days, at the 8 kB/s that every body may take."""
+@dataclass(frozen=True, slots=True)
+class UploadLimits:
+    """Files that a gateway receives at once, and how slowly they may come while others wait.
+
+    Four tenants could otherwise hold all places for days, at the 8 kB/s that every body may take.
+    """
+
+    num: int = 16
+    num_of_tenant: int = 4
+    num_waiting: int = 64
+    slow_bytes_per_s: int = 128 << 10  # an upload that is slower ends where others wait for its place,
+    slow_after_s: float = 30.0  # once it has lasted so long
+
 
 HELD_S = 86_400.0
 """How long room is held for a file that is being uploaded: a slower upload is broken off."""
@@ -75,12 +84,13 @@ _SWEPT_AT_ONCE, _SWEPT_OF_TENANT = 1000, 16  # expired files that are looked at 
 class FileService:
     """The files of the fleet."""
 
-    def __init__(self, bus: Bus, storage: Storage, settings: Settings) -> None:
+    def __init__(self, bus: Bus, storage: Storage, settings: Settings, limits: UploadLimits | None = None) -> None:
         self._bus = bus
+        self._limits = limits = limits or UploadLimits()
         self._storage = storage
         self._settings = settings
         self._without_bytes: dict[str, str] = {}  # file id -> tenant, of records that are still to be forgotten
-        self._uploads = Places(NUM_UPLOADS, NUM_UPLOADS_OF_TENANT, NUM_WAITING)
+        self._uploads = Places(limits.num, limits.num_of_tenant, limits.num_waiting)
         # None is given up: its owner does not have it any more, and its bytes are to go once the storage is back.
         self._expiring = Items("expired files", max_tries=0, backoff=Backoff(1.0, 3600.0))
 
@@ -134,11 +144,11 @@ class FileService:
         come, held, began_s = 0, file.num_bytes, time.monotonic()
         async for chunk in chunks:
             come += len(chunk)
-            lasts_s = time.monotonic() - began_s
-            if self._uploads.is_awaited and lasts_s >= SLOW_AFTER_S and come < SLOW_BYTES_PER_S * lasts_s:
+            lasts_s, least = time.monotonic() - began_s, self._limits.slow_bytes_per_s
+            if self._uploads.is_awaited and lasts_s >= self._limits.slow_after_s and come < least * lasts_s:
                 raise Overloaded(
                     f"others wait, and this upload has brought {int(come / max(lasts_s, 1.0))} bytes a second;"
-                    f" it must then be {SLOW_BYTES_PER_S}",
+                    f" it must then be {least}",
                     60.0,
                 )
             if come > held:

@@ -186,7 +186,7 @@ class _Details:
         if self.of_prompt:
             tokens, num = self.tokens(piece.index), _shown(self._options.num_shown_of_prompt)
             prompt["prompt_logprobs"] = RowSlices(
-                lambda: (_ranked(tokens, one, one.top[:num]) for one in piece.prompt), self.rows
+                lambda: (_ranked(tokens, one, one.top[:num], self.is_whole) for one in piece.prompt), self.rows
             )
         return output, prompt
 
@@ -196,7 +196,7 @@ def _shown(num: int | None) -> int | None:
     return None if num == m.WHOLE else num
 
 
-def _ranked(tokens: TokenTable, token: TokenLogprob, top: Sequence[tuple[int, float]]) -> Any:
+def _ranked(tokens: TokenTable, token: TokenLogprob, top: Sequence[tuple[int, float]], is_whole: bool) -> Any:
     """Return a prompt's token and the most likely ones by id, as vLLM does; None for the first token."""
     if math.isnan(token.logprob):
         return None
@@ -206,7 +206,7 @@ def _ranked(tokens: TokenTable, token: TokenLogprob, top: Sequence[tuple[int, fl
 
     own = ranked(token.id, token.logprob, token.rank)
     others = (ranked(*one, rank) for rank, one in enumerate(top, 1))
-    if len(top) <= ENTRIES:
+    if not is_whole:
         return dict([own, *others])
     return FieldSlices(lambda: chain([own], (other for other in others if other[0] != own[0])), ENTRIES)
 
@@ -489,4 +489,4 @@ class CompletionWriter:
         for id_, logprob in self._details.top(token, beside=True):
             text = self._details.name(tokens, id_)
             best[text] = max(best.get(text, MIN_LOGPROB), logprob)
-        return FieldSlices(best.items, ENTRIES) if len(best) > ENTRIES else best
+        return FieldSlices(best.items, ENTRIES) if self._details.is_whole else best

@@ -257,8 +257,8 @@ def free() -> None:
         body.free()
 
 
-def free_slowly(values: list[Any]) -> None:
-    """Free lists and objects within each other a few at a time, and empty the list that was given.
+def free_slowly(values: list[Any], at_once: int = FREED_AT_ONCE) -> None:
+    """Free lists and objects within each other, `at_once` of them, and empty the list that was given.
 
     Freeing the outermost would free all of them at once, which holds the interpreter for milliseconds.
     """
@@ -270,7 +270,7 @@ def free_slowly(values: list[Any]) -> None:
     value = None
     values.reverse()
     while values:
-        del values[-FREED_AT_ONCE:]
+        del values[-at_once:]
 
 
 def release() -> None:

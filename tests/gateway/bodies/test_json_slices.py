@@ -20,7 +20,7 @@ from openai import AsyncOpenAI
 from gateway.adapters.catalogue import OBJECTS_AT_ONCE
 from gateway.answers.sse import GenerationResponse
 from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse
-from gateway.bodies.json_slices import ROWS, RowSlices, dumps, rows_of, slices
+from gateway.bodies.json_slices import ROWS, FieldSlices, RowSlices, dumps, joined, rows_of, slices
 from gateway.calls.choices import Logprobs, Piece
 from gateway.calls.follow import ClientGoneError
 from gateway.calls.parsed_call import Options
@@ -175,6 +175,16 @@ async def test_others_have_a_turn_between_the_frames_of_many_pieces() -> None:
     with pytest.raises(ClientGoneError):
         await response._send_pieces(send, [Piece(index) for index in range(30)])
     turns.cancel()
+
+
+def test_rows_may_have_slices_and_be_fields() -> None:
+    def field(number: int) -> FieldSlices:
+        return FieldSlices(lambda: ((f"k{i}", number) for i in range(5)), 2)
+
+    value = {"a": RowSlices(lambda: map(field, range(3))), "empty": FieldSlices(dict[str, int]().items)}
+    expected = {"a": [{f"k{i}": number for i in range(5)} for number in range(3)], "empty": {}}
+    assert json.loads(joined(value)) == json.loads(dumps(value)) == expected
+    assert max(map(len, slices(value))) <= len(b'{"k0":0,"k1":0')
 
 
 def test_rows_of_many_entries_are_few() -> None:

@@ -1,8 +1,12 @@
-"""A JSON text that is read in pieces has the value, and the errors, of one that is read at once."""
+"""A JSON text that is read in pieces has the value and the errors of one that is read at once; its cost is bounded."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import time
+import tracemalloc
+from functools import partial
 from typing import Any
 
 import orjson
@@ -19,31 +23,28 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=6) | st.dictionaries(STRINGS, inner, max_size=6),
     max_leaves=60,
 )
+MAX_BODY = 4 << 20
+
 BYTES = st.sampled_from([bytes([byte]) for byte in b'[]{},:"\\ 1a\n'] + [b"", b"\xff"])
+
+
+tiny = partial(json_values.Marks, piece_bytes=12, piece_marks=4)
 
 
 def read(raw: bytes, at_once: bool) -> Any:
     """Return a text's value in a list, None if it is no JSON."""
     try:
-        return [orjson.loads(raw) if at_once else json_values.Marks(raw).value()]
+        return [orjson.loads(raw) if at_once else tiny(raw).value()]
     except ValueError:
         return None
 
 
-@pytest.fixture
-def tiny_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(json_values, "PIECE_BYTES", 12)
-    monkeypatch.setattr(json_values, "PIECE_MARKS", 4)
-
-
-@pytest.mark.usefixtures("tiny_pieces")
 @given(value=VALUES, spaced=st.booleans())
 def test_pieces_have_the_value_of_the_whole(value: Any, spaced: bool) -> None:
     raw = orjson.dumps(value, option=orjson.OPT_INDENT_2 if spaced else None)
-    assert json_values.Marks(raw).value() == value
+    assert tiny(raw).value() == value
 
 
-@pytest.mark.usefixtures("tiny_pieces")
 @given(value=VALUES, at=st.integers(0, 400), num=st.integers(0, 2), put=BYTES)
 def test_pieces_are_json_only_where_the_whole_is(value: Any, at: int, num: int, put: bytes) -> None:
     whole = orjson.dumps(value)
@@ -56,7 +57,6 @@ def test_pieces_are_json_only_where_the_whole_is(value: Any, at: int, num: int, 
     assert found == read(raw, at_once=True)
 
 
-@pytest.mark.usefixtures("tiny_pieces")
 @pytest.mark.parametrize(
     "raw",
     [b"[1,2,3,4,,5]", b"[1,2,3,4,]", b"[,1,2,3,4]", b'{"a":1,"b":2,"c":3,}', b"[[1,2,3,4,5] 6]", b"[7 [1,2,3,4,5]]",
@@ -67,30 +67,110 @@ def test_what_is_between_pieces_is_read_too(raw: bytes) -> None:
     assert read(raw, at_once=False) is None
 
 
-@pytest.mark.usefixtures("tiny_pieces")
 def test_errors_name_their_character() -> None:
     raw = '["ééé",1,2,3,4,5,6,nul]'.encode()
     with pytest.raises(orjson.JSONDecodeError) as whole:
         orjson.loads(raw)
     with pytest.raises(orjson.JSONDecodeError) as pieces:
-        json_values.Marks(raw).value()
+        tiny(raw).value()
     assert pieces.value.pos == whole.value.pos
 
 
-async def test_the_event_loop_has_its_turn_between_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No piece that is read at once has more than its bytes and marks, in whatever a body consists of."""
-    longest = 0
-    loads = orjson.loads
+async def test_the_event_loop_has_its_turn_between_pieces() -> None:
+    """No piece that is read at once has more than its bytes, whatever a body consists of."""
+    read: list[int] = []
 
-    def noted(raw: bytes | memoryview) -> Any:
-        nonlocal longest
-        longest = max(longest, len(raw))
-        return loads(raw)
+    class Noted(json_values.Marks):
+        def _read(self, begin: int, left: bytes, end: int, right: bytes) -> Any:
+            read.append(end - begin)
+            return super()._read(begin, left, end, right)
 
-    monkeypatch.setattr(json_values.orjson, "loads", noted)
     tools = [{"name": f"f{i}", "schema": {f"a{k}": {} for k in range(3000)}} for i in range(5)]
     for value in (tools, {"a": tools}, list(range(200_000)), ["text" * 10] * 60_000, [[[tools]]]):
         raw = orjson.dumps(value)
-        assert await asyncio.to_thread(json_values.loads, raw) == value
-        assert 0 < longest <= json_values.PIECE_BYTES + 2
-        longest = 0
+        assert await asyncio.to_thread(lambda raw=raw: Noted(raw).value()) == value
+        assert sum(read) > len(raw) // 2
+        assert max(read) <= json_values.PIECE_BYTES
+        read.clear()
+
+
+# ---------------------------------------------------------------- limits
+
+
+def filled(unit: bytes, before: bytes = b"[", after: bytes = b"]") -> bytes:
+    """Return the largest body that repeats a value."""
+    num = (MAX_BODY - len(before) - len(after)) // len(unit)
+    return before + (unit * num)[:-1] + after
+
+
+@pytest.mark.parametrize(
+    ("raw", "word"),
+    [
+        (filled(b"[],"), "lists and objects"),
+        (filled(b"{},"), "lists and objects"),
+        (filled(b'{"a":1},'), "lists and objects"),
+        (b"{" + filled(b'"a":1,', b"", b"") + b"}", "strings"),
+        (b"{" + b",".join(b'"%d":1' % i for i in range(5000)) + b"}", "fields"),
+        (filled(b":"), "values"),
+        (filled(b'"",'), "strings"),
+        (filled(b'"\\"",'), "strings"),
+        (filled(b'"\\\\",'), "strings"),
+        (filled(b"1,"), "values"),
+        (b"[" * 101 + b"]" * 101, "too deeply"),
+        (b'[{"a":' * 60 + b"1" + b"}]" * 60, "too deeply"),
+    ],
+)
+def test_values_are_counted_before_they_are_made(raw: bytes, word: str) -> None:
+    with pytest.raises(BadRequest, match=word):
+        json_values.loads(raw)
+
+
+@pytest.mark.parametrize("before", [b"[" * 16_000, (b"[" * 100 + b"]" * 100) * 160], ids=["deep", "in groups"])
+def test_brackets_that_close_nothing_cost_no_more_than_others(before: bytes) -> None:
+    def cpu_s(raw: bytes) -> float:
+        began_s = time.thread_time()
+        with pytest.raises((BadRequest, ValueError)):
+            json_values.loads(raw)
+        return time.thread_time() - began_s
+
+    usual_s = min(cpu_s(filled(b"[],")) for _ in range(3))
+    assert min(cpu_s(before + b"]" * (MAX_BODY - len(before))) for _ in range(3)) <= 12 * usual_s
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        filled(b"123456,"),
+        filled(b"[1,", b'["', b'"]'),  # brackets in a text are no lists
+        filled(b'\\",', b'["', b'."]'),
+        b"[" * 100 + b"]" * 100,
+        b"[" + b",".join([b"[]"] * 16_000) + b"]",
+        b'{"a":"' + b"[" * 1000 + b'"}',
+    ],
+)
+def test_large_values_that_are_few_enough_are_read(raw: bytes) -> None:
+    assert json_values.loads(raw) == json.loads(raw)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        filled(b"1.5,"),
+        filled(b"300,"),
+        b"[" + b",".join(b'{"%d":"%d"}' % (i, i) for i in range(16_000)) + b"," + b"1.5," * 700_000 + b"1]",
+        b"[" + b",".join(b'"%d\xc3\xa9"' % i for i in range(65_000)) + b"," + b"1.5," * 500_000 + b"1]",
+        b'["' + ("😀" + "a" * 1000).encode() * 4000 + b'"]',
+    ],
+    ids=["floats", "integers", "objects", "strings", "a wide text"],
+)
+def test_values_take_a_known_multiple_of_their_bytes(raw: bytes) -> None:
+    """As docs/reliability.md counts them."""
+    tracemalloc.start()
+    try:
+        value = json_values.loads(raw)
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(value)
+    assert held <= 12 * len(raw)
+    assert peak <= 25 * len(raw)

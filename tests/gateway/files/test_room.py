@@ -17,7 +17,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from chaos.shortage import disk_again, no_disk
 from gateway.auth.callers import EVERYBODY
-from gateway.files.files import FORM_BYTES, FileService
+from gateway.files.files import FORM_BYTES, FileService, UploadLimits
 from gateway.files.s3_storage import S3Storage
 from gateway.files.storage import FolderStorage, Storage
 from gateway.files.upload import UploadedForm
@@ -93,12 +93,10 @@ async def test_a_disk_that_fills_meanwhile_ends_an_upload(bus: Bus, tmp_path: Pa
     assert await held(bus) == {b"sum": b"0"}
 
 
-async def test_a_slow_upload_makes_place_for_who_waits(
-    bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {"NUM_UPLOADS": 1, "SLOW_AFTER_S": 0.0, "SLOW_BYTES_PER_S": 1 << 50}.items():
-        monkeypatch.setattr(f"gateway.files.files.{name}", value)
-    files = service(bus, FolderStorage(tmp_path, Reserve(0, Disk(1 << 30))))
+async def test_a_slow_upload_makes_place_for_who_waits(bus: Bus, tmp_path: Path) -> None:
+    settings = Settings(redis_url=bus.url, model="any")
+    limits = UploadLimits(num=1, slow_bytes_per_s=1 << 50, slow_after_s=0.0)
+    files = FileService(bus, FolderStorage(tmp_path, Reserve(0, Disk(1 << 30))), settings, limits)
     assert (await upload(files, b"a", b"b")).num_bytes == 2  # nobody waits
     has_begun, may_go_on = asyncio.Event(), asyncio.Event()
 

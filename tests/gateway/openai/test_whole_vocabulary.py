@@ -11,7 +11,6 @@ import pytest
 from helpers.scripted_fleet import Script, ScriptedFleet
 from tokenizers import Tokenizer
 
-from gateway.bodies import json_slices
 from gateway.calls.size import MAX_WHOLE_BYTES
 from gateway.http.paths import CHAT, COMPLETIONS
 from protocol.wire import messages as m
@@ -21,10 +20,7 @@ NUM = 2
 
 
 @pytest.fixture(autouse=True)
-def several_slices(monkeypatch: pytest.MonkeyPatch, fleet: ScriptedFleet) -> None:
-    """The tests' vocabulary is small."""
-    monkeypatch.setattr(json_slices, "ENTRIES", 7)
-    monkeypatch.setattr("gateway.openai.openai_write.ENTRIES", 7)
+def a_token_each_step(fleet: ScriptedFleet) -> None:
     fleet.script = lambda submit, body: Script("dog", chunk=1, eos=False)
 
 
