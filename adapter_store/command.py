@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rich.console import Console
@@ -20,9 +22,11 @@ from rich.table import Table
 from adapter_store.blobs import AdapterFolder, texts_in
 from adapter_store.formats import convert, depends_on_base, plan_conversion
 from adapter_store.sources import choose_weights, needs_config
+from peft_adapters.config import ADALORA, LORA
 from peft_adapters.effect import is_zero_operation, is_zero_product
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, AdapterSpec, read_adapter
 from peft_adapters.kinds.registry import kind_of
+from peft_adapters.reasons import show
 from protocol.runtime.environment import COMPUTE, HUB, HUB_CACHE, NETWORK, child_environment
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder
 from protocol.wire.errors import AdapterRefused, BadRequest, NotFound
@@ -154,7 +158,7 @@ def _convert(args: argparse.Namespace, base: ServedModel | None) -> int:
         raise BadRequest("converting a GGUF adapter needs its base model: --base")
     conversion = plan_conversion(folder, weights, (folder / weights).stat().st_size, base)
     if conversion is None:
-        raise BadRequest(f"{folder} is already a PEFT adapter")
+        return _approximate(args, base)
     read_adapter(conversion.config, conversion.infos(), base)
     try:
         args.target.mkdir(parents=True)
@@ -162,4 +166,33 @@ def _convert(args: argparse.Namespace, base: ServedModel | None) -> int:
         raise BadRequest(f"{args.target} exists already") from None
     convert(folder, weights, conversion, args.target)
     print(f"{args.target}: {len(conversion.tensors)} tensors, digest {AdapterFolder.open(args.target).digest()}")
+    return 0
+
+
+def _approximate(args: argparse.Namespace, base: ServedModel | None) -> int:
+    """Write a PEFT adapter of another kind as LoRA, by way of a process that has torch. Raises BadRequest."""
+    kind: Any = AdapterFolder.read(args.folder).config.get("peft_type")
+    if not args.rank or kind in (LORA, ADALORA):
+        hint = "" if kind in (LORA, ADALORA) else "; --rank auto approximates it by LoRA"
+        raise BadRequest(f"{args.folder} is already a PEFT adapter, of kind {show(kind)}{hint}")
+    if base is None:
+        raise BadRequest("approximating an adapter needs the weights of its base model: --base")
+    if not 0 < args.keep <= 1:
+        raise BadRequest(f"--keep {args.keep:g} is not a share from 0 to 1")
+    if args.target.exists():
+        raise BadRequest(f"{args.target} exists already")
+    words = (args.base, str(args.folder), str(args.target), str(args.keep))
+    done = subprocess.run(
+        [sys.executable, "-m", "gpu_worker.svd_convert", *words], capture_output=True, text=True, check=False,
+        env=child_environment(*COMPUTE, *HUB_CACHE, *HUB, *NETWORK),
+    )  # fmt: skip
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise BadRequest(f"{args.folder}: {lines[-1] if lines else 'it cannot be converted'}")
+    errors: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    files = AdapterFolder.read(args.target)
+    rank = read_adapter(files.config, files.tensors, base).rank
+    worst = max(errors, key=errors.__getitem__, default="")
+    print(f"{args.target}: LoRA of rank {rank} at most, digest {files.digest()}")
+    print(f"largest error of {len(errors)} layers: {errors.get(worst, 0.0):.2g} of the norm, at {worst}")
     return 0

@@ -33,6 +33,9 @@ MAX_CONFIG_BYTES = 1 << 19
 
 LORA, ADALORA = "LORA", "ADALORA"
 
+CONVERTED_FIELD = "lorafleet_converted"
+"""What `lorafleet adapters convert` writes of an adapter of another kind: the kind, the share kept, errors by layer."""
+
 _DEFAULTS: dict[str, Any] = {
     "peft_type": None, "r": 8, "lora_alpha": 8, "use_rslora": False, "target_modules": None, "exclude_modules": None,
     "layers_to_transform": None, "layers_pattern": None, "rank_pattern": {}, "alpha_pattern": {},
@@ -58,7 +61,7 @@ _OBJECTS = {"use_bdlora", *(key for key in _UNSERVED if key.endswith("_config"))
 _NO_EFFECT = {
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "lora_dropout", "fan_in_fan_out", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "qalora_group_size", "runtime_config", "bias", "init_lora_weights", TEXTS_FIELD,
+    CONVERTED_FIELD, "qalora_group_size", "runtime_config", "bias", "init_lora_weights", TEXTS_FIELD,
 }  # fmt: skip
 """Fields without effect on the weights. `bias` and `init_lora_weights` have a check of their own; biases are known by
 their tensors. In the place of `fan_in_fan_out` PEFT takes the layer's own value. The `*_config` fields configure an

@@ -80,6 +80,7 @@ THOROUGH = (
     "lorafleet/test_fetch.py",
     "lorafleet/test_quickstart.py",
     "oracle/adapters/test_expert_rows.py",
+    "oracle/adapters/test_kind_forms.py",
     "oracle/test_architectures.py",
     "oracle/test_compiled.py",
     "oracle/test_encoder_types.py",

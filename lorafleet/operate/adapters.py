@@ -76,14 +76,24 @@ def _add_offline(actions: Any) -> None:
         " an effect, 1 if it is refused or has no effect, 2 for wrong usage."
     )
     check.add_argument("folder", metavar="DIR", type=Path, help="folder of a PEFT, MLX-LM or llama.cpp adapter")
-    conversion = actions.add_parser("convert", help="convert an MLX-LM or llama.cpp adapter to PEFT; needs no fleet")
+    conversion = actions.add_parser(
+        "convert", help="write an MLX-LM, llama.cpp or other kind of adapter as LoRA; needs no fleet"
+    )
     conversion.add_argument("folder", metavar="SRC", type=Path, help="folder of the adapter; it is not changed")
     conversion.add_argument("target", metavar="DST", type=Path, help="folder to write; it must not exist")
+    conversion.add_argument(
+        "--rank", choices=("auto",), default="",
+        help="approximate an adapter of a full-rank kind at the least rank that keeps a share of what it adds",
+    )  # fmt: skip
+    conversion.add_argument(
+        "--keep", type=float, default=0.999,
+        help="that share, of the Frobenius norm at each layer (default: %(default)s)",
+    )  # fmt: skip
     for name, action in (("check", check), ("convert", conversion)):
         action.set_defaults(offline=name)
         action.add_argument(
             "--base", metavar="MODEL", default="",
-            help="base model, a Hub id or a folder; only its config is read; required for GGUF",
+            help="base model, a Hub id or a folder; required for GGUF and for kinds besides LoRA",
         )  # fmt: skip
 
 

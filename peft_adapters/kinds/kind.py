@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 MAX_KIND_ROWS = 4_096
 """Rank rows on one layer, as many as a worker's pool holds of one adapter."""
 
-MAX_KIND_NUMBERS = 1 << 30
-"""Numbers of A and B on all layers: 4 GB in fp32. A file of some kB may stand for more."""
+MAX_KIND_NUMBERS = 1 << 28
+"""Numbers of A and B on all layers: 1 GB in fp32. A file of some kB may stand for more."""
 
 MAX_WHOLE = 1 << 20
 """The largest whole number in a field: more than any layer has inputs."""

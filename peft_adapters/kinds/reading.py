@@ -7,15 +7,13 @@ from dataclasses import dataclass, field, replace
 
 from peft_adapters.config_fields import read_ids
 from peft_adapters.kinds.kind import MAX_KIND_NUMBERS, MAX_KIND_ROWS, Kind, Layer, Operation, Unfit
+from peft_adapters.kinds.refused import what_to_do
 from peft_adapters.matching import TensorMatcher
 from peft_adapters.replaced import Parameter
 from peft_adapters.spec import KindRows, LayerOperation, LoraWeights, ReplacedWeights
 from protocol.wire.messages import OPAQUE, SiteShape
 
 _TOKENS = "trainable_tokens_delta"
-
-CONVERT = "convert it to LoRA: `lorafleet adapter convert SRC DST --base MODEL --rank auto`"
-"""What to do about an adapter that has no form of few enough rows."""
 
 
 @dataclass(slots=True)
@@ -48,9 +46,8 @@ def read_kind(
         else:
             num_numbers += _read_layer(matcher, kind, site, widest, found, is_replaced=site.name in replaced)
     if num_numbers > MAX_KIND_NUMBERS:
-        matcher.reasons.add(
-            f"{kind.name} makes {num_numbers} numbers of this file, where {MAX_KIND_NUMBERS} are served; {CONVERT}"
-        )
+        limit = f"where {MAX_KIND_NUMBERS} are served{what_to_do(kind.name)}"
+        matcher.reasons.add(f"{kind.name} makes {num_numbers} numbers of this file, {limit}")
     return found
 
 
@@ -100,7 +97,8 @@ def _read_layer(
     if form.needs_weight and site.kind == OPAQUE:
         reasons.add(f"{kind.name} needs weights of the base model, which are quantised", site.name)
     if form.rank > MAX_KIND_ROWS:
-        reasons.add(f"{kind.name} makes {form.rank} rank rows, where {MAX_KIND_ROWS} are served; {CONVERT}", site.name)
+        limit = f"where {MAX_KIND_ROWS} are served{what_to_do(kind.name)}"
+        reasons.add(f"{kind.name} makes {form.rank} rank rows, {limit}", site.name)
     if len(reasons) == before:
         rows = KindRows(kind.name, form, taken)
         found.sites.append(LoraWeights(site.name, form.rank, form.scale, "", "", width=outputs, of_kind=rows))

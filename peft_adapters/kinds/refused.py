@@ -7,6 +7,15 @@ from typing import Any
 _FULL_RANK = "what it adds to a weight has full rank"
 _PROMPT = "it is virtual tokens, not a change of layers"
 
+CONVERT = "`lorafleet adapters convert SRC DST --base MODEL --rank auto` approximates it by LoRA"
+"""What can be done about a kind that PEFT itself can write as LoRA."""
+
+CONVERTIBLE = frozenset(
+    {"C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA",
+     "VBLORA", "VERA", "WAVEFT"}
+)  # fmt: skip
+"""Kinds of which PEFT says so."""
+
 REFUSED = {
     "ADAMSS": "its subspaces are found by clustering when it is loaded",
     "ADAPTION_PROMPT": "it changes how attention is computed, in PEFT for Llama and Mistral alone",
@@ -39,4 +48,9 @@ REFUSED = {
 def why_refused(kind: Any) -> str:
     """Return what follows "is not served" in the reason against a `peft_type`: why, or nothing for an unknown one."""
     reason = REFUSED.get(kind) if isinstance(kind, str) else None
-    return f": {reason}" if reason else ""
+    return f": {reason}{what_to_do(kind)}" if reason else ""
+
+
+def what_to_do(kind: str) -> str:
+    """Return what can be done about an adapter of a kind, to be put behind a reason; "" if nothing can."""
+    return f"; {CONVERT}" if kind in CONVERTIBLE else ""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from peft_adapters.kinds.refused import REFUSED
+from peft_adapters.kinds.refused import CONVERTIBLE, REFUSED
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "peft.md"
 BEGIN, END = "<!-- kinds: generated -->\n", "<!-- end of kinds -->\n"
 
 ROWS = "exact, as rank rows"
 OPERATION = "exact, by an operation"
+CONVERTED = "refused; converted on request"
 WHOLE = "exact, in the place of parameters"
 SERVED = {
     "BEFT": (OPERATION, "a bias"),
@@ -43,7 +44,10 @@ SERVED = {
 def rows() -> dict[str, str]:
     """Return a line of the table for each kind, in the order of their names."""
     lines = {kind: f"| `{kind}` | {gets} | {form} |\n" for kind, (gets, form) in SERVED.items()}
-    lines |= {kind: f"| `{kind}` | refused | {reason} |\n" for kind, reason in REFUSED.items()}
+    lines |= {
+        kind: f"| `{kind}` | {CONVERTED if kind in CONVERTIBLE else 'refused'} | {reason} |\n"
+        for kind, reason in REFUSED.items()
+    }
     return dict(sorted(lines.items()))
 
 

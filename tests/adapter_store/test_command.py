@@ -98,11 +98,16 @@ def test_check_compares_the_tokenizer(
 def test_wrong_usage_is_told(tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     folder = str(write_adapter(tmp_path / "a"))
+    other, loha = (str(write_adapter(tmp_path / kind, peft_type=kind)) for kind in ("C3A", "LOHA"))
     for words, reason in (
         (["check", str(tmp_path / "nowhere")], "is not a folder"),
         (["check", str(tmp_path / "empty")], "has neither"),
         (["check", folder, "--base", str(tmp_path / "empty")], "no config.json"),
         (["convert", folder, str(tmp_path / "b")], "already"),
+        (["convert", folder, str(tmp_path / "b"), "--rank", "auto"], "already"),
+        (["convert", other, str(tmp_path / "b")], "of kind C3A; --rank auto approximates it"),
+        (["convert", other, str(tmp_path / "b"), "--rank", "auto"], "needs the weights of its base model"),
+        (["check", loha], "needs its base model: --base"),
     ):
         assert main(["adapters", *words]) == 2
         assert reason in capsys.readouterr().err

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -15,13 +16,18 @@ from typing import Any, Literal
 import httpx2
 import pytest
 import pytest_asyncio
+import torch
 from helpers.factories import make_adapter, make_tiny_model
 from helpers.fleets import chunks, completion
 from helpers.hosts import two_hosts
 from helpers.preloaded import fork
 from helpers.text_oracle import Oracle
 from helpers.waiting import wait_until
+from oracle.adapters.kind_cases import CASES
+from oracle.adapters.peft_kinds import LLAMA, Kind
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from chaos.fleet import ProcessFleet, Shape
 from scheduler.workers import QUEUED_AHEAD
@@ -30,7 +36,11 @@ GOOD = ("one", "two", "three")
 PROMPT = "Once upon a time"
 NUM_RUNNING = 2
 
-pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(240)]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks"),  # of PEFT's SHiRA
+    pytest.mark.asyncio(loop_scope="module"),
+    pytest.mark.timeout(240),
+]
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -94,6 +104,51 @@ async def test_a_worker_on_another_host_has_adapters_from_the_store_alone(
     for hidden in hidden_folders(fleet):
         assert os.listdir(hidden)
         assert not os.listdir(f"/proc/{worker.pid}/root{hidden}")
+
+
+async def test_every_kind_that_peft_trains_is_asked_by_its_folders_name(
+    fleet: ProcessFleet, http: httpx2.AsyncClient, right: dict[str, str]
+) -> None:
+    """Trained by PEFT, saved and dropped into the folder, as a user does it; asked for together."""
+    names: dict[str, Kind] = {}
+    for name, kind in CASES.items():
+        if kind.base == LLAMA:
+            names[f"kind-{name}"] = kind
+            train_on(fleet.folder / "model", kind, fleet.folder / "new" / f"kind-{name}")
+    oracle = Oracle(fleet.folder / "model")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = {name: oracle.greedy(PROMPT, 12, fleet.folder / "new" / name) for name in names}
+    assert sum(text != right["model"] for text in expected.values()) >= len(names) - 2, "they must change the answer"
+    for name in names:
+        shutil.move(fleet.folder / "new" / name, fleet.folder / "adapters" / name)
+
+    async def are_settled() -> bool:
+        aliases = {alias.name: alias for alias in await fleet.bus.adapters.aliases()}
+        assert not [alias.reason for name, alias in aliases.items() if name in names and alias.state == "failed"]
+        return all(name in aliases and aliases[name].state == "on_disk" for name in names)
+
+    await wait_until(are_settled, "the store has looked at all", timeout_s=60)
+    texts = await asyncio.gather(*(text_of(http, name) for name in names))
+    assert dict(zip(names, texts, strict=True)) == expected
+    assert await text_of(http, "one") == right["one"]
+
+
+def train_on(model: Path, kind: Kind, folder: Path) -> None:
+    """Let PEFT train an adapter for a model for a few large steps, and save it."""
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    options = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"} | kind.options
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers that PEFT knows less of, and the like
+        torch.manual_seed(1)
+        adapted: Any = get_peft_model(base, kind.config(**options))
+        optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=0.2)
+        for _ in range(5):
+            ids = torch.randint(base.config.vocab_size, (2, 16))
+            optimizer.zero_grad()
+            adapted(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+        adapted.save_pretrained(str(folder))
 
 
 async def test_fifty_bad_adapters_in_a_row_disturb_nobody(

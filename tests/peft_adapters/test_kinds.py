@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from helpers.adapter_files import BASE
 from helpers.kind_files import KIND_BASE, SMALL, kind_config, kind_tensors, written
 from msgspec import structs
 from peft import PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lokr.layer import factorization as peft_factorization
 
 from peft_adapters import config as config_module
@@ -21,6 +22,7 @@ from peft_adapters.format import AdapterSpec, adapter_digest, canonical_config, 
 from peft_adapters.kinds import table
 from peft_adapters.kinds.kind import MAX_KIND_NUMBERS, MAX_KIND_ROWS, MAX_WHOLE
 from peft_adapters.kinds.lycoris import factorization
+from peft_adapters.kinds.refused import CONVERTIBLE
 from peft_adapters.kinds.registry import NAMES, kind_of
 from protocol.wire import messages as m
 from protocol.wire.errors import AdapterRefused
@@ -61,6 +63,22 @@ def test_the_table_has_a_row_for_every_kind_of_peft() -> None:
 def test_what_the_table_calls_served_is_read() -> None:
     assert set(table.SERVED) == {"LORA", "ADALORA", *NAMES}
     assert set(SMALL) == set(NAMES), "every kind is tested here"
+
+
+def test_peft_can_convert_what_is_told_to_be_converted() -> None:
+    can = {kind.value for kind in PeftType if _converts(kind)}
+    assert can - {"LORA", "ADALORA"} == CONVERTIBLE
+
+
+def _converts(kind: PeftType) -> bool:
+    """Return whether the source of a kind's layers says that PEFT can convert them."""
+    layer = getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(kind), "tuner_layer_cls", None)
+    if layer is None:
+        return False
+    classes = vars(inspect.getmodule(layer)).values()
+    answers = [c.supports_lora_conversion for c in classes if inspect.isclass(c) and issubclass(c, layer)]
+    texts = [inspect.getsource(answer) for answer in answers]
+    return any("return True" in text or "return not isinstance" in text for text in texts)  # but for Conv1D
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -146,7 +164,7 @@ def test_rows_are_counted_before_any_are_made() -> None:
     config = kind_config("LOHA", r=65)
     found = reasons(config, kind_tensors(config))
     assert f"LOHA makes {65 * 65} rank rows, where {MAX_KIND_ROWS} are served" in found
-    assert "lorafleet adapter convert" in found
+    assert "lorafleet adapters convert" in found
     size = 8192
     wide = structs.replace(BASE, sites=[m.SiteShape(f"model.layers.{i}.q_proj", size, size) for i in range(40)])
     config = kind_config("LOKR", r=1, decompose_factor=64, decompose_both=False, target_modules=["q_proj"])

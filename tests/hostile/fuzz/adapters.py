@@ -7,13 +7,19 @@ import json
 from typing import Any
 
 import msgspec
+import numpy as np
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
+from helpers.kind_files import KIND_BASE, kind_config, kind_tensors, written
 from hostile.fuzz import odd
 from hostile.fuzz.engine import Target, pure
 from hypothesis import strategies as st
 
+from gpu_worker.adapters.packing.rows import RowPacker, RowSite, read_numbers
 from peft_adapters import config as config_module
+from peft_adapters.effect import has_effect
 from peft_adapters.format import adapter_digest, canonical_config, parse_config, parse_header, read_adapter
+from peft_adapters.kinds.registry import NAMES as KIND_NAMES
+from peft_adapters.kinds.registry import kind_of
 from peft_adapters.texts.files import TEXT_FILES, parse_texts, read_texts
 from protocol.wire.errors import AdapterRefused
 
@@ -130,7 +136,65 @@ def _check_texts(files: dict[str, bytes]) -> str:
     return "taken with a template" if texts.template else "taken"
 
 
+# ---------------------------------------------------------------- kinds besides LoRA
+
+KIND_FIELDS = ("peft_type", "target_modules", "rank_pattern", "alpha_pattern", "bias", "modules_to_save", "odd")
+
+
+@st.composite
+def kind_files(draw: st.DrawFn) -> tuple[bytes, bytes]:
+    """Config and weights of an adapter of another kind than LoRA, in which a few things are wrong."""
+    name = draw(st.sampled_from(KIND_NAMES))
+    config = kind_config(name)
+    tensors = kind_tensors(config, seed=draw(st.integers(0, 3)))
+    kind = kind_of(name)
+    assert kind is not None
+    fields = (*KIND_FIELDS, *kind.fields)
+    for _ in range(draw(st.integers(0, 2))):
+        config[draw(st.sampled_from(fields))] = draw(st.one_of(st.sampled_from(LIKELY), odd.wild_values))
+    for _ in range(draw(st.integers(0, 2))):
+        tensor = draw(st.sampled_from(sorted(tensors)))
+        change = draw(st.sampled_from(("drop", "rename", "shape", "worst", "whole")))
+        if change == "drop" and len(tensors) > 1:
+            del tensors[tensor]
+        elif change == "rename":
+            tensors[draw(st.sampled_from(("base_model.x", f"{tensor}.y", "base_model.model.lm_head.weight")))] = (
+                tensors.pop(tensor)
+            )
+        elif change == "shape":
+            tensors[tensor] = np.zeros(draw(st.lists(st.integers(0, 9), min_size=1, max_size=3)), np.float32)
+        elif change == "worst":
+            worst = draw(st.sampled_from((np.nan, np.inf, -3e38, 255.0)))
+            tensors[tensor] = np.full_like(tensors[tensor], 255 if tensors[tensor].dtype == np.uint8 else worst)
+        else:
+            tensors[tensor] = np.zeros(tensors[tensor].shape, np.uint8)
+    return odd.written(config), written(tensors)
+
+
+def _check_kind(files: tuple[bytes, bytes]) -> str:
+    """Read an adapter as a store does, and pack it as a worker's loader does."""
+    raw, weights = files
+    try:
+        config = parse_config(raw)
+        tensors = parse_header(weights, len(weights))
+        spec = read_adapter(config, tensors, KIND_BASE)
+        json.dumps(canonical_config(config))
+        assert adapter_digest(config, tensors, weights)
+        has_effect(spec, tensors, memoryview(weights))
+        packed = PACKER.pack(config, weights, bytearray)
+        for part in spec.operations:
+            part.change(lambda name: read_numbers(weights, tensors[name]))
+    except AdapterRefused as refusal:
+        return odd.kind_of(refusal)
+    return f"{config.get('peft_type')} {'packed' if packed is not None else 'read'}"
+
+
+PACKER = RowPacker(
+    [RowSite(site.name, site.in_features, site.out_features, "float32") for site in BASE.sites], KIND_BASE
+)  # fmt: skip
+
 TARGETS = (
+    Target("kinds besides LoRA", kind_files(), pure(_check_kind)),
     Target("adapter config", configs(), pure(_check_config)),
     Target("safetensors header", headers(), pure(_check_header)),
     Target("text files of an adapter", text_files(), pure(_check_texts)),

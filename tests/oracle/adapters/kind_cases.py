@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from oracle.adapters.peft_kinds import BIASED, GPT2, LLAMA, TIED, Base, Kind
+from oracle.adapters.peft_kinds import BIASED, GPT2, LLAMA, MIXTRAL, TIED, Base, Kind
 from peft import (
     BeftConfig,
     DeftConfig,
@@ -27,61 +27,67 @@ from peft import (
 )
 
 ALL: dict[str, Any] = {"target_modules": "all-linear"}
-QWEN3: Base = ("qwen3", {"head_dim": 16})
+BASES: dict[str, Base] = {
+    "qwen3": ("qwen3", {"head_dim": 16}), "mixtral": MIXTRAL, "falcon_h1": ("falcon_h1", {"tiny": True})
+}  # fmt: skip
 LISTED: dict[str, Any] = {
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 }  # fmt: skip
 CONV1D: dict[str, Any] = {"target_modules": ["c_attn", "c_proj"]}
-BANK: dict[str, Any] = {"num_vectors": 24, "vector_length": 16, "topk": 3, "r": 3}
+BANK: dict[str, Any] = {"num_vectors": 24, "vector_length": 8, "topk": 3, "r": 3}
 
 TOKENS: dict[str, Any] = {"token_indices": [3, 150, 17]}
 
 CASES: dict[str, Kind] = {
     "loha": Kind(LLAMA, {"r": 3, "alpha": 5, **ALL}, config=LoHaConfig),
+    "lokr": Kind(LLAMA, {"r": 2, "alpha": 4, **ALL}, config=LoKrConfig),
+    "vera": Kind(LLAMA, {"r": 16, **ALL}, config=VeraConfig),
+    "pvera": Kind(LLAMA, {"r": 16}, config=PveraConfig),
+    "vblora": Kind(LLAMA, {**BANK, **ALL}, config=VBLoRAConfig),
+    "miss": Kind(LLAMA, {"r": 5, **ALL}, config=MissConfig),
+    "delora": Kind(LLAMA, {"r": 4, "rank_pattern": {"q_proj": 3}, **ALL}, config=DeloraConfig),
+    "gralora": Kind(LLAMA, {"r": 8, "gralora_k": 4, **ALL}, config=GraloraConfig),
+    "hra": Kind(LLAMA, {"r": 4, **ALL}, config=HRAConfig),
+    "deft": Kind(LLAMA, {"r": 4, "alpha": 6, **ALL}, config=DeftConfig),
+    "unilora": Kind(LLAMA, {**ALL, "r": 3, "theta_d_length": 500, "save_indices": True}, config=UniLoraConfig),
+    "ia3": Kind(LLAMA, {**LISTED, "feedforward_modules": ["down_proj"]}, config=IA3Config),
+    "beft": Kind(BIASED, {}, config=BeftConfig),
+    "road": Kind(LLAMA, {**ALL, "group_size": 8}, config=RoadConfig),
+    "oft": Kind(LLAMA, {**ALL, "oft_block_size": 16}, config=OFTConfig),
+    "shira": Kind(LLAMA, {**ALL, "r": 3}, config=ShiraConfig),
+    "ln_tuning": Kind(LLAMA, {"target_modules": ["norm", "input_layernorm"]}, config=LNTuningConfig),
+    "trainable_tokens": Kind(LLAMA, {**TOKENS, "target_modules": None}, config=TrainableTokensConfig),
+}  # fmt: skip
+"""Each kind once."""
+
+FORMS: dict[str, Kind] = {
     "loha, patterns": Kind(
         LLAMA, {"r": 2, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"down_proj": 3}}, config=LoHaConfig
     ),
-    "lokr": Kind(LLAMA, {"r": 2, "alpha": 4, **ALL}, config=LoKrConfig),
     "lokr, whole": Kind(LLAMA, {"r": 16}, config=LoKrConfig),
     "lokr, both decomposed": Kind(LLAMA, {"r": 2, "decompose_both": True}, config=LoKrConfig),
     "lokr, factor": Kind(LLAMA, {"r": 2, "decompose_factor": 4, "decompose_both": True}, config=LoKrConfig),
-    "vera": Kind(LLAMA, {"r": 16, **ALL}, config=VeraConfig),
     "vera, conv1d": Kind(GPT2, {"r": 16, "fan_in_fan_out": True, **CONV1D}, config=VeraConfig),
-    "pvera": Kind(LLAMA, {"r": 16}, config=PveraConfig),
-    "vblora": Kind(LLAMA, {**BANK, **ALL}, config=VBLoRAConfig),
     "vblora, best weights": Kind(LLAMA, {**BANK, "save_only_topk_weights": True}, config=VBLoRAConfig),
-    "miss": Kind(LLAMA, {"r": 5, **ALL}, config=MissConfig),
     "miss, mini": Kind(LLAMA, {"r": 4, "init_weights": "mini", "mini_r": 8}, config=MissConfig),
-    "delora": Kind(LLAMA, {"r": 4, "rank_pattern": {"q_proj": 3}, **ALL}, config=DeloraConfig),
-    "gralora": Kind(LLAMA, {"r": 8, "gralora_k": 4, **ALL}, config=GraloraConfig),
     "gralora, hybrid": Kind(LLAMA, {"r": 4, "gralora_k": 2, "hybrid_r": 3}, config=GraloraConfig),
-    "hra": Kind(LLAMA, {"r": 4, **ALL}, config=HRAConfig),
     "hra, orthogonal": Kind(LLAMA, {"r": 4, "apply_GS": True}, config=HRAConfig),
-    "deft": Kind(LLAMA, {"r": 4, "alpha": 6, **ALL}, config=DeftConfig),
     "deft, qr": Kind(LLAMA, {"r": 4, "decomposition_method": "qr"}, config=DeftConfig),
     "deft, para": Kind(LLAMA, {"r": 2, "para": True, "decomposition_method": "qr"}, config=DeftConfig),
-    "unilora": Kind(LLAMA, {**ALL, "r": 3, "theta_d_length": 500, "save_indices": True}, config=UniLoraConfig),
-    "ia3": Kind(LLAMA, {**LISTED, "feedforward_modules": ["down_proj"]}, config=IA3Config),
     "ia3, siblings": Kind(LLAMA, {**LISTED, "feedforward_modules": ["gate_proj", "q_proj"]}, config=IA3Config),
     "ia3, biases": Kind(BIASED, {"feedforward_modules": r".*\.down_proj"}, config=IA3Config),
     "ia3, conv1d": Kind(
         GPT2, {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}, config=IA3Config
     ),
-    "beft": Kind(BIASED, {}, config=BeftConfig),
     "beft without biases": Kind(LLAMA, ALL, config=BeftConfig),
-    "road": Kind(LLAMA, {**ALL, "group_size": 16}, config=RoadConfig),
     "road_2": Kind(BIASED, {"group_size": 8, "variant": "road_2"}, config=RoadConfig),
     "road_4": Kind(LLAMA, {"group_size": 32, "variant": "road_4"}, config=RoadConfig),
-    "oft": Kind(LLAMA, {**ALL, "oft_block_size": 16}, config=OFTConfig),
     "oft, exact": Kind(BIASED, {"r": 5, "oft_block_size": 0, "use_cayley_neumann": False}, config=OFTConfig),
     "oft, constrained": Kind(LLAMA, {"oft_block_size": 7, "coft": True, "eps": 0.5}, config=OFTConfig),
     "oft, shared": Kind(
         LLAMA, {"oft_block_size": 8, "block_share": True, "num_cayley_neumann_terms": 2}, config=OFTConfig
     ),
-    "shira": Kind(LLAMA, {**ALL, "r": 3}, config=ShiraConfig),
-    "ln_tuning": Kind(LLAMA, {"target_modules": ["norm", "input_layernorm"]}, config=LNTuningConfig),
     "ln_tuning with biases": Kind(GPT2, {"target_modules": ["ln_1", "ln_f"]}, config=LNTuningConfig),
-    "trainable_tokens": Kind(LLAMA, {**TOKENS, "target_modules": None}, config=TrainableTokensConfig),
     "trainable_tokens, tied": Kind(TIED, {**TOKENS, "target_modules": None}, config=TrainableTokensConfig),
     "trainable_tokens of a head": Kind(LLAMA, {**TOKENS, "target_modules": ["lm_head"]}, config=TrainableTokensConfig),
     "operations and a head": Kind(
@@ -93,3 +99,4 @@ CASES: dict[str, Kind] = {
     "bias of its own": Kind(BIASED, {"r": 4, "bias": "vera_only"}, config=VeraConfig),
     "modules_to_save": Kind(LLAMA, {"r": 2, "modules_to_save": ["lm_head", "norm"]}, config=LoKrConfig),
 }  # fmt: skip
+"""Their other forms, and what an adapter may have beside."""

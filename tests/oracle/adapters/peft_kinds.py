@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, packed_engine, prompts, round_rows, vary_norms
+from oracle.tiny_models import tiny_model
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -37,7 +38,7 @@ INVOCATION = [7, 11, 13]
 NUM_TOKENS = 5  # of output
 
 Base = tuple[str, dict[str, Any]]
-"""Model type, and fields of its config besides TINY."""
+"""Model type, and fields of its config besides TINY; {"tiny": True}: those that `tiny_model` gives it."""
 
 LLAMA: Base = ("llama", {})
 TIED: Base = ("llama", {"tie_word_embeddings": True})
@@ -51,6 +52,8 @@ GPT_OSS: Base = ("gpt_oss", {"head_dim": 16, "sliding_window": 12, **EXPERTS})
 def make_base(base: Base) -> PreTrainedModel:
     """Return a tiny random model in fp32 with no parameter at its usual start."""
     model_type, fields = base
+    if fields.get("tiny"):
+        return tiny_model(model_type, vocab_size=TINY_VOCAB)
     config = type(AutoConfig.for_model(model_type))(**TINY | fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

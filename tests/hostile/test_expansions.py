@@ -1,0 +1,57 @@
+"""A file of a few kB that stands for gigabytes is refused before anything is made of it: by name, with the number."""
+
+from __future__ import annotations
+
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.adapter_files import BASE
+from helpers.kind_files import kind_config, written
+from msgspec import structs
+
+from peft_adapters.format import parse_header, read_adapter
+from peft_adapters.kinds.kind import MAX_KIND_NUMBERS, MAX_KIND_ROWS, MAX_WHOLE
+from protocol.wire.errors import AdapterRefused
+from protocol.wire.messages import SiteShape
+
+SIZE = 8192
+MAX_BYTES = 4 << 20
+WIDE = structs.replace(BASE, sites=[SiteShape(f"model.layers.{i}.q_proj", SIZE, SIZE) for i in range(64)])
+
+BOMBS: dict[str, dict[str, Any]] = {
+    "LOHA": {"r": MAX_WHOLE}, "LOKR": {"r": 4096, "decompose_factor": 64}, "VERA": {"r": MAX_WHOLE},
+    "MISS": {"r": MAX_KIND_ROWS, "init_weights": "mini", "mini_r": 1}, "DELORA": {"r": MAX_WHOLE},
+    "GRALORA": {"r": SIZE, "gralora_k": SIZE}, "VBLORA": {"r": MAX_KIND_ROWS, "vector_length": 1, "num_vectors": 2},
+    "UNILORA": {"r": MAX_WHOLE}, "HRA": {"r": MAX_WHOLE}, "OFT": {"oft_block_size": SIZE}, "SHIRA": {"r": 4000},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_bomb_is_refused_by_its_number_alone(kind: str) -> None:
+    config = kind_config(kind, target_modules=["q_proj"], **BOMBS[kind])
+    weights = written({"base_model.model.model.layers.0.q_proj.x": np.zeros(1, np.float32)})
+    infos = parse_header(weights, len(weights))
+    with pytest.raises(AdapterRefused):
+        read_adapter(config, infos, WIDE)  # imports what it needs
+    tracemalloc.start()
+    try:
+        with pytest.raises(AdapterRefused) as refused:
+            read_adapter(config, infos, WIDE)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    text = "\n".join(refused.value.reasons)
+    assert f"where {MAX_KIND_ROWS} are served" in text or f"where {MAX_KIND_NUMBERS} are served" in text
+    assert peak < MAX_BYTES
+    assert len(text) < 10_000
+
+
+def test_a_small_file_within_the_limits_is_read() -> None:
+    """The largest that a file of 64 numbers for each layer may stand for."""
+    config = kind_config("MISS", target_modules=["q_proj"], r=64, init_weights="mini", mini_r=1)
+    tensors = {f"base_model.model.{site.name}.miss_block": np.ones((64, 1), np.float32) for site in WIDE.sites}
+    weights = written(tensors)
+    spec = read_adapter(config, parse_header(weights, len(weights)), WIDE)
+    assert sum(part.rank * 2 * SIZE for part in spec.sites) == 64 * 64 * 2 * SIZE <= MAX_KIND_NUMBERS

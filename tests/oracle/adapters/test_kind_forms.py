@@ -1,0 +1,114 @@
+"""Other forms of the kinds besides LoRA, on other bases: Qwen3, a mixture, a hybrid; rows in int8; after training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from oracle.adapters.kind_cases import BASES, CASES, FORMS
+from oracle.adapters.peft_kinds import (
+    LLAMA,
+    MAX_DIFFERENCE,
+    Kind,
+    asked_prompts,
+    engine_logits,
+    load,
+    make_adapter,
+    make_base,
+    make_engine,
+    measure,
+    model_logits,
+    peft_logits,
+    train_adapter,
+)
+from oracle.peft_oracle import greedy_request
+from peft import C3AConfig, FourierFTConfig, HiraConfig
+
+from gpu_worker.svd_convert import convert
+from lorafleet.__main__ import main
+from peft_adapters.config import CONVERTED_FIELD
+from peft_adapters.format import CONFIG_FILE
+from protocol.wire.errors import BadRequest
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of PEFT's SHiRA
+
+ELSEWHERE = [
+    (name, base) for name, kind in CASES.items() for base in BASES
+    if kind.base == LLAMA and (name, base) != ("ln_tuning", "falcon_h1")  # PEFT fails on its norm without a weight
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_logits_are_those_of_peft(name: str, tmp_path: Path) -> None:
+    make_adapter(FORMS[name], tmp_path)
+    measured = measure(FORMS[name], tmp_path, max_step_tokens=16, max_num_seqs=8)
+    assert measured.difference <= MAX_DIFFERENCE
+    assert measured.change >= 100 * MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize(("name", "base"), ELSEWHERE)
+def test_other_bases_give_what_peft_gives(name: str, base: str, tmp_path: Path) -> None:
+    kind = replace(CASES[name], base=BASES[base])
+    make_adapter(kind, tmp_path)
+    measured = measure(kind, tmp_path, max_step_tokens=16, max_num_seqs=8)
+    assert measured.difference <= MAX_DIFFERENCE
+    assert measured.change >= 10 * MAX_DIFFERENCE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_trained_adapter_is_read(name: str, tmp_path: Path) -> None:
+    """As PEFT leaves it after a few steps of training: with its own start, in which much is zero."""
+    train_adapter(CASES[name], tmp_path)
+    measured = measure(CASES[name], tmp_path)
+    assert measured.difference <= MAX_DIFFERENCE
+    assert measured.change > 2 * MAX_DIFFERENCE
+
+
+FULL_RANK = {
+    "c3a": Kind(LLAMA, {"block_size": 16, "init_weights": "gaussian"}, config=C3AConfig),
+    "fourierft": Kind(LLAMA, {"n_frequency": 500, "scaling": 30.0}, config=FourierFTConfig),
+}
+
+
+@pytest.mark.parametrize("name", FULL_RANK)
+def test_a_kind_of_full_rank_is_approximated_on_request(name: str, tmp_path: Path) -> None:
+    """All of it gives PEFT's logits; less of it has fewer rows, and the error that is told."""
+    kind = FULL_RANK[name]
+    make_base(LLAMA).save_pretrained(str(tmp_path / "base"))
+    make_adapter(kind, tmp_path / "adapter")
+    peft, prompt = load(kind, tmp_path / "adapter"), asked_prompts(kind)[1]
+    differences: list[float] = []
+    for keep in (1.0, 0.9):
+        errors = convert(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / f"lora-{keep}", keep)
+        assert len(errors) == 4
+        assert max(errors.values()) <= (1 - keep * keep) ** 0.5 + 1e-4
+        record = json.loads((tmp_path / f"lora-{keep}" / CONFIG_FILE).read_text())[CONVERTED_FIELD]
+        assert record == {"peft_type": name.upper(), "keep": keep, "errors": errors}
+        engine = make_engine(LLAMA, {"tuned": tmp_path / f"lora-{keep}"})
+        ids, logits = engine_logits(engine, [greedy_request("r", "tuned", prompt, 4)])["r"]
+        differences.append(float((logits - peft_logits(peft, prompt, ids)).abs().max()))
+        assert (logits - model_logits(make_base(LLAMA), prompt, ids)).abs().max() > 100 * MAX_DIFFERENCE
+    assert differences[0] <= 10 * MAX_DIFFERENCE < differences[1]
+
+
+def test_the_command_says_the_largest_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base, adapter, target = (str(tmp_path / name) for name in ("base", "adapter", "lora"))
+    make_base(LLAMA).save_pretrained(base)
+    make_adapter(FULL_RANK["c3a"], tmp_path / "adapter")
+    words = ["adapter", "convert", adapter, target, "--base", base, "--rank", "auto"]
+    assert main([*words, "--keep", "2"]) == 2
+    assert "--keep 2 is not a share" in capfd.readouterr().err
+    assert main(words) == 0
+    assert "largest error of 4 layers: 0.0" in capfd.readouterr().out
+    assert main(words) == 2
+    assert "exists already" in capfd.readouterr().err
+
+
+def test_what_peft_cannot_convert_is_refused(tmp_path: Path) -> None:
+    make_base(LLAMA).save_pretrained(str(tmp_path / "base"))
+    make_adapter(Kind(LLAMA, {"r": 2}, config=HiraConfig), tmp_path / "adapter")
+    with pytest.raises(BadRequest, match="HIRA cannot be converted to LoRA by PEFT"):
+        convert(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "lora", 0.9)
+    assert not (tmp_path / "lora").exists()
