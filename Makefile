@@ -37,7 +37,7 @@ up: $(VENV)/.stamp-demo  ## start a fleet on this machine: make up MODEL=org/nam
 	$(BIN)/lorafleet up "$(MODEL)" $(if $(ADAPTERS),--adapters "$(ADAPTERS)") $(ARGS)
 
 test: $(VENV)/.stamp-dev  ## run all but the longest tests in random order, three files at a time: no network, GPU, Docker or Redis needed
-	-$(BIN)/python -m lora_kernels.cpu  # before the tests, whose time limits know nothing of a compiler
+	-$(BIN)/python -m lora_kernels.cpu --sets $(if $(findstring --thorough,$(ARGS)),all,distinct)  # time limits of tests know nothing of a compiler
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all:  ## run every test: before a release

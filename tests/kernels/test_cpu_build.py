@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from lora_kernels import cpu
-from lora_kernels.cpu.build import BuildError, build_library, cache_dir
+from lora_kernels.cpu.build import ISA_FLAGS, BuildError, build_library, cache_dir
 
 SERVE_ONE_OP = """
 import logging, torch
@@ -60,6 +61,18 @@ def test_a_machine_compiles_only_the_instruction_set_that_it_uses(
     more = log.read_text().splitlines()[len(runs) :]
     assert len(more) == len(sources) + 1, "the operations are there"
     assert all("-mavx512vnni" in run for run in more[:-1])
+
+
+def test_the_best_instruction_set_is_the_first() -> None:
+    isas = cpu.isas()
+    if not isas:
+        pytest.skip("no native kernels")
+    assert set(isas) <= set(ISA_FLAGS[platform.machine()])
+    assert isas[-1] in ("avx2", "neon")
+    assert cpu.distinct_isas()[0] in isas
+    if {"avx512_bf16", "avx512_vnni"} <= set(isas):
+        is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+        assert (isas.index("avx512_bf16") < isas.index("avx512_vnni")) == is_amd
 
 
 def test_an_instruction_set_is_built_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
