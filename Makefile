@@ -41,7 +41,7 @@ docs: $(SITE)/.stamp  ## build the documentation site from docs/ and README.md: 
 	$(SITE)/bin/python .ci/docs_site.py $(BIN)/python
 
 test: $(VENV)/.stamp-dev  ## run all but the longest tests in random order, three files at a time: no network, GPU, Docker or Redis needed
-	-$(BIN)/python -m lora_kernels.cpu  # before the tests, whose time limits know nothing of a compiler
+	-$(BIN)/python -m lora_kernels.cpu --sets $(if $(findstring --thorough,$(ARGS)),all,distinct)  # time limits of tests know nothing of a compiler
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-all:  ## run every test: before a release

@@ -5,7 +5,8 @@
 The base model in bf16, one adapter and as many adapters as requests (rank 16), and its weights as Q8_0 and Q4_0; 1, 8
 and 32 requests of 64 tokens and more. Only `Engine.step` is measured, in this process, without HTTP and queue. Each
 step runs on another instruction set than the one before it. Figures are tokens a second by the median step, and
-ratios to the set below: the median over rounds, each of which has all sets once. Takes some minutes.
+ratios to the set below: the median over rounds, each of which has all sets once. With `--threads 1` seconds are the
+processor's, which other programs change less than those of the clock. Takes some minutes.
 """
 
 from __future__ import annotations
@@ -46,13 +47,14 @@ def step_ms(engine: Engine, digests: list[str], num: int, isas: list[str], round
         )  # fmt: skip
     while len(engine.batcher.running) < num or any(seq.num_pending != 1 for seq in engine.batcher.running):
         engine.step()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times = np.zeros((rounds + 1, len(isas)))
     for one in times:
         for place, isa in enumerate(isas):
             cpu.set_isa(isa)
-            started = time.perf_counter()
+            started = clock()
             outputs = engine.step()
-            one[place] = 1e3 * (time.perf_counter() - started)
+            one[place] = 1e3 * (clock() - started)
             if error := next((output.error for output in outputs if output.error), None):
                 raise error
     engine.hand_over()
@@ -70,7 +72,7 @@ def main() -> None:
         raise SystemExit("the native operations cannot be built here; the log says why")
     torch.set_num_threads(args.threads)
     machine, model = report.machine(), args.model or quickstart_model()
-    rounds = 9 if args.short else 41
+    rounds = 11 if args.short else 41
     points: list[tuple[str, int, list[float], list[float]]] = []  # case, requests, tokens/s, ratios to the set below
     with scratch_folder() as scratch:
         make_adapters(model, scratch / "adapters", NAMES, [RANK])

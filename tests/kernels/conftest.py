@@ -9,15 +9,11 @@ import pytest
 from lora_kernels import cpu
 from lora_kernels.ops import Impl
 
-ALIKE = (("amx_bf16", "avx512_bf16"), ("avx512_vnni", "avx512"), ("avx2_vnni", "avx2"), ("neon",))
-"""Instruction sets whose kernels differ in few places: without `--thorough` the first that is here stands for them."""
-
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give `impl` the reference and the native kernels, and `native` these alone."""
-    is_thorough = metafunc.config.getoption("--thorough")
-    here = [[isa for isa in isas if isa in cpu.isas()] for isas in ALIKE]
-    native = [f"cpu-{isa}" for isas in here for isa in (isas if is_thorough else isas[:1])]
+    """Give `impl` the reference and the native kernels, and `native` these alone: with `--thorough` of all sets."""
+    isas = cpu.isas() if metafunc.config.getoption("--thorough") else cpu.distinct_isas()
+    native = [f"cpu-{isa}" for isa in isas]
     for name, params in (("impl", ["reference", *native]), ("native", native)):
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, params, indirect=True)

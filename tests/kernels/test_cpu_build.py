@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from lora_kernels import cpu
-from lora_kernels.cpu.build import BuildError, build_library, cache_dir
+from lora_kernels.cpu.build import ISA_FLAGS, BuildError, build_library, cache_dir
 
 SERVE_ONE_OP = """
 import logging, torch
@@ -62,26 +63,31 @@ def test_a_machine_compiles_only_the_instruction_set_that_it_uses(
     assert all("-mavx512vnni" in run for run in more[:-1])
 
 
-def test_an_instruction_set_is_built_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_instruction_set_is_the_first() -> None:
+    isas = cpu.isas()
+    if not isas:
+        pytest.skip("no native kernels")
+    assert set(isas) <= set(ISA_FLAGS[platform.machine()])
+    assert isas[-1] in ("avx2", "neon")
+    assert cpu.distinct_isas()[0] in isas
+    if {"avx512_bf16", "avx512_vnni"} <= set(isas):
+        is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+        assert (isas.index("avx512_bf16") < isas.index("avx512_vnni")) == is_amd
+
+
+def test_an_instruction_set_is_built_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if not cpu.load():
         pytest.skip("no native kernels")
-    asked: list[str] = []
-
-    def fail(isa: str) -> Path:
-        asked.append(isa)
-        raise BuildError("there is no compiler now")
-
     best, lowest = cpu.isa(), cpu.isas()[-1]
-    monkeypatch.setattr(cpu, "build_library", fail)
     cpu._library_of.cache_clear()
-    with pytest.raises(ValueError, match="its kernels cannot be used: there is no compiler now"):
+    monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"its kernels cannot be used: no C\+\+ compiler"):
         cpu.set_isa(lowest)
     with pytest.raises(ValueError, match="this processor has no sse2"):
         cpu.set_isa("sse2")
-    assert asked == [lowest]
-    assert cpu.isa() == best, "the kernels in use stay"
     assert "no-such-file" in torch.ops.lorafleet.use_isa(lowest, "/no-such-file.so")
-    assert cpu.isa() == best
+    assert cpu.isa() == best, "the kernels in use stay"
 
 
 def test_a_second_build_takes_the_cached_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

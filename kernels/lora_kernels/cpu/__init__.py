@@ -34,6 +34,7 @@ from lora_kernels.tables import (
 _log = logging.getLogger(__name__)
 _ops = torch.ops.lorafleet
 
+_ALIKE = (("amx_bf16", "avx512_bf16"), ("avx512_vnni", "avx512"), ("avx2_vnni", "avx2"), ("neon",))
 _PANEL = 32  # columns, see csrc/products/linear.h
 
 
@@ -70,6 +71,12 @@ def isa() -> str:
 def isas() -> list[str]:
     """Return the instruction sets that this processor has kernels for, the best one first; none if none can be used."""
     return _ops.isas().split() if load() else []
+
+
+def distinct_isas() -> list[str]:
+    """Return those of `isas` that tests try by default: of sets whose kernels differ in few places the best one."""
+    here = [[name for name in alike if name in isas()] for alike in _ALIKE]
+    return [names[0] for names in here if names]
 
 
 def set_isa(name: str) -> None:

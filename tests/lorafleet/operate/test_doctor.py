@@ -94,5 +94,7 @@ def test_a_compiler_is_looked_for(
     found = told(capsys, "--data", str(tmp_path))
     assert found["compiler"]["level"] == "warning"
     assert "g++" in found["compiler"]["advice"]
-    (tmp_path / "lora_kernels-0.so").touch()
+    (tmp_path / "lora_kernels-0.so").touch()  # operations, without the kernels of an instruction set
+    assert told(capsys, "--data", str(tmp_path))["compiler"]["level"] == "warning"
+    (tmp_path / "lora_kernels-0-avx2.so").touch()
     assert told(capsys, "--data", str(tmp_path))["compiler"]["level"] == "ok"
