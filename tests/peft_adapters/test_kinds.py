@@ -156,6 +156,19 @@ def test_refuses_modules_that_no_kind_has() -> None:
         assert f"{name} is not served on modules of this kind" in reasons(config, kind_tensors(config))
 
 
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"LN_TUNING", "TRAINABLE_TOKENS"}))
+def test_on_quantised_layers_only_what_needs_their_weight_is_refused(name: str) -> None:
+    base = structs.replace(KIND_BASE, sites=[structs.replace(site, kind=m.OPAQUE) for site in BASE.sites])
+    config = kind_config(name)
+    if name in ("HRA", "DEFT"):
+        assert f"{name} needs weights of the base model, which are quantised" in reasons(
+            config, kind_tensors(config), base
+        )
+        return
+    spec = read(config, kind_tensors(config), base)
+    assert len(spec.sites) + len(spec.operations) == len(BASE.sites)
+
+
 # ---------------------------------------------------------------- limits
 
 
