@@ -75,7 +75,7 @@ def _converts(kind: PeftType) -> bool:
     layer = getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(kind), "tuner_layer_cls", None)
     if layer is None:
         return False
-    classes = vars(inspect.getmodule(layer)).values()
+    classes: list[Any] = list(vars(inspect.getmodule(layer)).values())
     answers = [c.supports_lora_conversion for c in classes if inspect.isclass(c) and issubclass(c, layer)]
     texts = [inspect.getsource(answer) for answer in answers]
     return any("return True" in text or "return not isinstance" in text for text in texts)  # but for Conv1D
