@@ -76,7 +76,8 @@ def _converts(kind: PeftType) -> bool:
     if layer is None:
         return False
     classes: list[Any] = list(vars(inspect.getmodule(layer)).values())
-    answers = [c.supports_lora_conversion for c in classes if inspect.isclass(c) and issubclass(c, layer)]
+    own: list[Any] = [c for c in classes if inspect.isclass(c) and issubclass(c, layer)]
+    answers = [layer_class.supports_lora_conversion for layer_class in own]
     texts = [inspect.getsource(answer) for answer in answers]
     return any("return True" in text or "return not isinstance" in text for text in texts)  # but for Conv1D
 
