@@ -75,8 +75,9 @@ def _converts(kind: PeftType) -> bool:
     layer = getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(kind), "tuner_layer_cls", None)
     if layer is None:
         return False
-    classes = vars(inspect.getmodule(layer)).values()
-    answers = [c.supports_lora_conversion for c in classes if inspect.isclass(c) and issubclass(c, layer)]
+    classes: list[Any] = list(vars(inspect.getmodule(layer)).values())
+    own: list[Any] = [c for c in classes if inspect.isclass(c) and issubclass(c, layer)]
+    answers = [layer_class.supports_lora_conversion for layer_class in own]
     texts = [inspect.getsource(answer) for answer in answers]
     return any("return True" in text or "return not isinstance" in text for text in texts)  # but for Conv1D
 
@@ -154,6 +155,19 @@ def test_refuses_modules_that_no_kind_has() -> None:
     for name, module in (("LOHA", "embed_tokens"), ("IA3", "norm"), ("LN_TUNING", "q_proj")):
         config = kind_config(name, target_modules=["q_proj", "v_proj", module])
         assert f"{name} is not served on modules of this kind" in reasons(config, kind_tensors(config))
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"LN_TUNING", "TRAINABLE_TOKENS"}))
+def test_on_quantised_layers_only_what_needs_their_weight_is_refused(name: str) -> None:
+    base = structs.replace(KIND_BASE, sites=[structs.replace(site, kind=m.OPAQUE) for site in BASE.sites])
+    config = kind_config(name)
+    if name in ("HRA", "DEFT"):
+        assert f"{name} needs weights of the base model, which are quantised" in reasons(
+            config, kind_tensors(config), base
+        )
+        return
+    spec = read(config, kind_tensors(config), base)
+    assert len(spec.sites) + len(spec.operations) == len(BASE.sites)
 
 
 # ---------------------------------------------------------------- limits

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from oracle.adapters.kind_cases import CASES
 from oracle.adapters.peft_kinds import (
     GPT2,
     LLAMA,
@@ -235,11 +236,16 @@ def test_what_cannot_be_merged_is_refused_with_the_reason(tmp_path: Path) -> Non
     for name, fields in options.items():
         make_adapter(Kind(LLAMA, fields), tmp_path / f"{name}2")
         merging.folders[digest_of(name)] = tmp_path / f"{name}2"
+    for name in ("loha", "ia3"):
+        make_adapter(CASES[name], tmp_path / f"{name}2")
+        merging.folders[digest_of(name)] = tmp_path / f"{name}2"
     prompt = prompts(1, TINY_VOCAB, (8,))[0]
     rename(tmp_path / "named2" / WEIGHTS_FILE)
     reasons = {
         "wide": "needs equal ranks; these have 4, 9: take cat or svd",
         "dora": "DoRA",
+        "loha": "peft_type LOHA",
+        "ia3": "peft_type IA3",
         "pattern": "patterns",
         "named": "names that are not",
     }
