@@ -94,6 +94,9 @@ def main() -> None:
         (title, f"{own['p50_ms']:.1f}", f"{own['mean_ms']:.1f}", f"{figures['LoRA']['mean_ms'] / own['mean_ms']:.2f}")
         for title, own in figures.items()
     ]
+    about = {"machine": report.machine(), "rounds": rounds, "output_tokens": output_tokens}
+    report.save(args.out / "kinds", {**about, "figures": figures}, 1,
+                lambda axes: axes[0].boxplot(list(gaps.values()), labels=list(gaps), showfliers=False))  # fmt: skip
     print(f"{report.machine()}, {rounds} rounds of {output_tokens} tokens")
     print(report.table(("32 streams of", "inter-token p50, ms", "mean", "throughput ÷ LoRA's"), rows))
 

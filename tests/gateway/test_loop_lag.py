@@ -167,8 +167,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
 async def test_no_answer_holds_the_event_loop(
     http: httpx2.Client, fleet: ScriptedFleet, subtests: pytest.Subtests
 ) -> None:
-    fleet.max_model_len = 1 << 14
-    await fleet.register()
+    await fleet.set_context(http.base_url, 1 << 14)
     for name, body in ANSWERS.items():
         with subtests.test(name):
             async with measured_lag() as lag:
@@ -180,8 +179,7 @@ async def test_no_answer_holds_the_event_loop(
 async def test_a_background_job_of_long_prompts_is_streamed_beside_others(
     http: httpx2.Client, fleet: ScriptedFleet
 ) -> None:
-    fleet.max_model_len = 1 << 14
-    await fleet.register()
+    await fleet.set_context(http.base_url, 1 << 14)
     job = (await asyncio.to_thread(lambda: http.post(COMPLETIONS, json={**ECHOED, "background": True}))).json()
     headers = {"prefer": "wait=30"}
     ended = (await asyncio.to_thread(lambda: http.get(f"/v1/jobs/{job['id']}", headers=headers))).json()

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import msgspec
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -117,6 +118,18 @@ class ScriptedFleet:
         await self.bus.streams.create(self.bus.keys.ctl(self.wid), 300)
         if worker:
             await self.beat()
+
+    async def set_context(self, gateway: httpx2.URL, num_tokens: int) -> None:
+        """Change how much the model may hold, and wait until a gateway has seen it."""
+        self.max_model_len = num_tokens
+        await self.register()
+
+        async def is_seen() -> bool:
+            (base, *_) = (await client.get("/v1/models")).json()["data"]
+            return base["max_model_len"] == num_tokens
+
+        async with httpx2.AsyncClient(base_url=gateway, timeout=30) as client:
+            await wait_until(is_seen, "the gateway has seen the model", every_s=0.05)
 
     async def beat(self) -> None:
         beat = m.WorkerBeat(wid=self.wid, name=self.wid, capacity=64, resident=self.resident, host=self.host)

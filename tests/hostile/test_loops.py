@@ -35,7 +35,7 @@ from tests.scheduler.fakes import FakeWorker, holds, make_submit, running_schedu
 LOOPS = {
     "gateway": {
         "replies", "out stream", "fleet view", "adapter events", "event loop", "expired files", "conversations",
-        "webhooks", "batches",
+        "time series", "refused calls", "webhooks", "batches",
     },
     "scheduler": {"submissions", "assignments", "watch", "lease"},
     "worker": {"intake", "publishing", "beats"},

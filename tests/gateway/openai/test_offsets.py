@@ -47,8 +47,7 @@ async def test_offsets_of_an_echo(http: httpx2.AsyncClient, fleet: ScriptedFleet
 async def test_a_long_echo_comes_in_chunks_with_their_part_of_the_text(
     http: httpx2.AsyncClient, fleet: ScriptedFleet
 ) -> None:
-    fleet.max_model_len = 1024
-    await fleet.register()
+    await fleet.set_context(http.base_url, 1024)
     fleet.script = lambda submit, body: Script(text="é!", chunk=1)
     body = {"model": "base", "prompt": "<|im_start|>the dög 😀 jumps, " * 25, "echo": True, "logprobs": 3, "n": 2}
     whole = (await http.post("/v1/completions", json=body)).json()["choices"]

@@ -84,8 +84,7 @@ async def test_prompts_have_all_tokens_at_each_place(http: httpx2.AsyncClient, t
 
 async def test_what_is_too_much_is_refused_before_any_work(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     size = fleet.tokenizer.get_vocab_size()
-    fleet.max_model_len = 1 << 16
-    await fleet.register()
+    await fleet.set_context(http.base_url, 1 << 16)
     fits = MAX_WHOLE_BYTES // m.logprob_record_bytes(m.WHOLE, size)
     for path, fields in ((COMPLETIONS, {"logprobs": -1}), (CHAT, {"logprobs": True, "top_logprobs": -1})):
         for n, num in ((1, fits + 1), (4, fits // 4 + 1)):

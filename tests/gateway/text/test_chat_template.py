@@ -294,7 +294,7 @@ def test_templates_are_found_where_models_keep_them(tmp_path: Path, files: dict[
         ({"role": "r" * 10_000, "content": "a"}, "not 'rrr"),
         ({"role": "user", "content": [{"type": ["text"]}]}, "are not supported"),
         (
-            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 200_000}}]},
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" + "[]," * 200_000}}]},
             "lists and objects",
         ),
         (
