@@ -57,13 +57,13 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
     # Scripts that end a job note it for webhooks; `old_ends` is for services of the version before, which still run.
     ends = (k.ends, k.ends_of("*"), k.old_ends)
     usage = k.usage_tenants("*")  # with each tenant's: every script that ends a request adds to it
-    history = k.histories, k.history("*")  # with refusals; every script that ends a request adds to it
+    history = k.history("*")  # with refusals; every script that ends a request adds to it, and looks when one last did
     return {
         "gateway": Rights(
             # An empty name stands for a call without an Idempotency-Key among the keys of `submit.lua`.
             writes=(
-                *request, k.tag, k.call("*"), k.body("*"), k.sub("*"), k.out("*"), use, usage, *history, k.job("*"),
-                k.jobs("*"), k.idem("*", "*"), "", k.gateway_beat("*"), k.gateways, k.registrations,
+                *request, k.tag, k.call("*"), k.body("*"), k.sub("*"), k.out("*"), use, usage, k.histories, history,
+                k.job("*"), k.jobs("*"), k.idem("*", "*"), "", k.gateway_beat("*"), k.gateways, k.registrations,
                 k.registered("*", "*"), k.pins, k.adapter_events, k.file("*"), k.files("*"), k.file_expiry,
                 k.batch("*"), k.batches("*"), k.open_batches, k.conversation("*"), k.conversations("*"), k.turns,
                 k.hooks("*"), k.ends, k.ends_of("*"), k.outboxes, k.outbox("*"), k.outbox_times("*"),
@@ -80,19 +80,19 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
         "scheduler": Rights(
             writes=(
                 k.req("*"), k.tag, k.call("*"), k.sub("*"), k.work("*"), k.own("*"), k.ctl("*"), k.ended, k.leader,
-                k.leader_epoch, k.status, use, usage, k.workers, k.worker_beat("*"), k.gateways, k.dlq,
+                k.leader_epoch, k.status, use, usage, k.histories, k.workers, k.worker_beat("*"), k.gateways, k.dlq,
             ),
             reads=(k.gateway_beat("*"), k.adapter("*")),
-            adds=(*answers, k.body("*"), k.out("*"), *ends, *history),  # it sets the expiry of what it ends
+            adds=(*answers, k.body("*"), k.out("*"), *ends, history),  # it sets the expiry of what it ends
             scans=True,
         ),
         "worker": Rights(
             writes=(
-                *request, k.tag, k.call("*"), k.own("*"), k.work("*"), k.ended, use, usage, k.ctl("*"),
+                *request, k.tag, k.call("*"), k.own("*"), k.work("*"), k.ended, use, usage, k.histories, k.ctl("*"),
                 k.worker_beat("*"), k.workers, k.base, k.adapter_use("*"), k.residency("*"),
             ),
             reads=(k.body("*"), k.stores, k.store_beat("*")),
-            adds=(k.out("*"), k.body("*"), k.sub("*"), k.dlq, k.adapter_events, *ends, *history),
+            adds=(k.out("*"), k.body("*"), k.sub("*"), k.dlq, k.adapter_events, *ends, history),
         ),
         "store": Rights(
             writes=(

@@ -21,6 +21,7 @@ from lorafleet.launcher.queue_users import password_file
 from protocol.queue.adapters import NameLimits
 from protocol.queue.books.api_keys import Tenant
 from protocol.queue.books.quota import Quota
+from protocol.queue.books.usage import Counted, usage_of
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Step, now_ms
 from protocol.queue.connection.redis_client import connect
 from protocol.queue.kept.conversations import ConversationLimits
@@ -141,9 +142,11 @@ async def test_a_request_lives_its_whole_life_with_four_users(buses: dict[str, B
         await worker.streams.create(stream, 60)
     token = await scheduler.lead("", "s", 60_000)
     quota = Quota("acme", requests_per_minute=100, tokens_per_minute=10_000, concurrency=10, max_bytes=1 << 20)
+    counted = usage_of(Counted("acme", "m", "", "b", batch=False, days=30), calls=1, prompt_tokens=2, has_output=True)
     for rids in (["r"], ["r2", "r3"]):
         pairs = [(make_submit(rid, tenant="acme"), make_body()) for rid in rids]
-        assert (await gateway.submit("interactive", pairs, max_queued=10, quota=quota))[0] == "ok"
+        kept = {"usages": [counted] * len(rids), "history": "60000 100"}
+        assert (await gateway.submit("interactive", pairs, max_queued=10, quota=quota, **kept))[0] == "ok"
     idem_key, idem_value = keys.idem("acme", "once"), m.encode(m.Idempotent("hash", now_ms(), ["r4"]))
     pairs = [(make_submit("r4"), make_body())]
     assert (await gateway.submit("batch", pairs, max_queued=9, idem_key=idem_key, idem_value=idem_value))[0] == "ok"
