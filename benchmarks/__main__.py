@@ -14,17 +14,19 @@ from benchmarks.common import report
 from benchmarks.common.fleet import quickstart_model
 from protocol.runtime.environment import COMPUTE, HUB_CACHE, child_environment
 
-FULL = ("kernels", "distinct_adapters", "adapters", "cold_loads", "hit_rate", "mixed_ranks", "fairness", "prediction",
-        "control_plane")  # fmt: skip
-SHORT = ("distinct_adapters", "adapters", "cold_loads", "mixed_ranks", "control_plane")
-OWN_FLAGS = ("kernels",)  # takes the name of its output file and no model
+FULL = (
+    "engine.kernels", "engine.distinct_adapters", "fleet.adapters", "fleet.cold_loads", "fleet.hit_rate",
+    "fleet.mixed_ranks", "fleet.fairness", "fleet.prediction", "fleet.control_plane",
+)  # fmt: skip
+SHORT = ("engine.distinct_adapters", "fleet.adapters", "fleet.cold_loads", "fleet.mixed_ranks", "fleet.control_plane")
+OWN_FLAGS = ("engine.kernels",)  # takes the name of its output file and no model
 
 
 def command(name: str, model: str, out: str, short: bool) -> list[str]:
     """Return the command line of one benchmark."""
     flags = [f"--out={out}", f"--model={model}", *(["--short"] if short else [])]
     if name in OWN_FLAGS:
-        flags = [f"--out={out}/{name}.json"]
+        flags = [f"--out={out}/{name.rpartition('.')[2]}.json"]
     return [sys.executable, "-m", f"benchmarks.{name}", *flags]
 
 

@@ -1,6 +1,6 @@
 """sentence-transformers as a program: a line of JSON with texts in, a line with seconds and the first vectors out.
 
-Run by `benchmarks.encoders` in an environment of its own, with the model's folder and its dtype as arguments.
+Run by `benchmarks.fleet.encoders` in an environment of its own, with the model's folder and its dtype as arguments.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.eviction import run
+from benchmarks.simulation.eviction import run
 
 
 def test_gdsf_loads_less_than_lru_and_a_pool_for_all_loads_each_once() -> None:

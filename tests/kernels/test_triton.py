@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.fixed_sums import fixed_sums
 
-from benchmarks import triton_aot
+from benchmarks.engine import triton_aot
 from lora_kernels.ops import AdapterTable, LoraSite, build_attention_batch, build_lora_batch
 from lora_kernels.triton_ops.attention import Logits, attention_kernel, plan_attention
 from lora_kernels.triton_ops.lora import plan_lora

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.scale_in import fetched
+from benchmarks.simulation.scale_in import fetched
 from protocol.wire import messages as m
 from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.placement import AdapterFacts, Bandwidths

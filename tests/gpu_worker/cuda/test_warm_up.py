@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import triton_aot
+from benchmarks.engine import triton_aot
 from gpu_worker.cuda.warm_up import WarmUpStep, warm_up_steps
 from lora_kernels.experts import ExpertPages, expert_batch, order_by_expert
 from lora_kernels.ops import AdapterTable, LoraSite, build_attention_batch, build_lora_batch

@@ -22,7 +22,8 @@ FOREIGN = {"splitlines", "iter_lines", "aiter_lines"}
 
 OF_THE_SYSTEM = {
     "adapter_store/blobs.py", "adapter_store/command.py", "benchmarks/common/report.py", "benchmarks/gpu/__main__.py",
-    "benchmarks/peers/servers.py", "benchmarks/structured.py", "benchmarks/triton_aot.py", "chaos/report.py",
+    "benchmarks/peers/servers.py", "benchmarks/engine/structured.py", "benchmarks/engine/triton_aot.py",
+    "chaos/report.py",
     "examples/tours/__main__.py", "examples/tours/environments.py", "examples/tours/fleets.py",
     "examples/tours/tools/aiperf_tour.py", "examples/tours/tools/forms.py", "examples/tours/tools/lm_eval_tour.py",
     "gateway/grammars/limits.py", "gpu_worker/model/compiled.py", "lorafleet/fetch.py", "lorafleet/operate/doctor.py",

@@ -1,0 +1,110 @@
+"""Decode steps of a whole model by each instruction set that this processor has, in turns, step by step.
+
+    python -m benchmarks.engine.steps_by_isa [--model FOLDER] [--short] [--sets avx512,avx2] [--threads N]
+
+The base model in bf16, one adapter and as many adapters as requests (rank 16), and its weights as Q8_0 and Q4_0; 1, 8
+and 32 requests of 64 tokens and more. Only `Engine.step` is measured, in this process, without HTTP and queue. Each
+step runs on another instruction set than the one before it. Figures are tokens a second by the median step, and
+ratios to the set below: the median over rounds, each of which has all sets once. With `--threads 1` seconds are the
+processor's, which other programs change less than those of the clock. Takes some minutes.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import orjson
+import torch
+
+from benchmarks.common import report
+from benchmarks.common.fleet import make_adapters, quickstart_model, scratch_folder
+from benchmarks.engine.distinct_adapters import NAMES, RANK, start_engine
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.request import EngineRequest
+from gpu_worker.loading.checkpoint import read_config
+from gpu_worker.quantised.quantise import quantised_folder
+from lora_kernels import cpu
+from protocol.wire.messages import Sampling
+
+REQUESTS = (1, 8, 32)
+PROMPT_TOKENS = 64
+WEIGHTS: dict[str, Literal["int8", "int4"] | None] = {"bf16": None, "Q8_0": "int8", "Q4_0": "int4"}
+
+
+def step_ms(engine: Engine, digests: list[str], num: int, isas: list[str], rounds: int) -> np.ndarray:
+    """Decode `num` requests of the adapters in turn; return milliseconds [rounds, instruction sets]."""
+    rng = np.random.default_rng(0)
+    for index in range(num):
+        prompt = rng.integers(engine.model.vocab_size, size=PROMPT_TOKENS, dtype=np.int32)
+        engine.add(
+            EngineRequest(
+                rid=str(index), epoch=1, digest=digests[index % len(digests)], prompt=prompt,
+                sampling=Sampling(temperature=0, ignore_eos=True), max_new_tokens=engine.config.max_model_len,
+            )
+        )  # fmt: skip
+    while len(engine.batcher.running) < num or any(seq.num_pending != 1 for seq in engine.batcher.running):
+        engine.step()
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    times = np.zeros((rounds + 1, len(isas)))
+    for one in times:
+        for place, isa in enumerate(isas):
+            cpu.set_isa(isa)
+            started = clock()
+            outputs = engine.step()
+            one[place] = 1e3 * (clock() - started)
+            if error := next((output.error for output in outputs if output.error), None):
+                raise error
+    engine.hand_over()
+    return times[1:]
+
+
+def main() -> None:
+    """Measure, print a table, and save the figures."""
+    parser = report.parser(__doc__)
+    parser.add_argument("--sets", default="", help="instruction sets, the lowest first (all that are here)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)")
+    args = parser.parse_args()
+    isas = args.sets.split(",") if args.sets else cpu.isas()[::-1]
+    if not isas:
+        raise SystemExit("the native operations cannot be built here; the log says why")
+    torch.set_num_threads(args.threads)
+    machine, model = report.machine(), args.model or quickstart_model()
+    rounds = 11 if args.short else 41
+    points: list[tuple[str, int, list[float], list[float]]] = []  # case, requests, tokens/s, ratios to the set below
+    with scratch_folder() as scratch:
+        make_adapters(model, scratch / "adapters", NAMES, [RANK])
+        for weights, kind in WEIGHTS.items():
+            folder: Path = quantised_folder(model, read_config(model), kind, 8) if kind else model
+            engine = start_engine(folder, scratch / "adapters")
+            cases = {weights: [""]}
+            if kind is None:
+                cases |= {"one adapter": NAMES[:1], "an adapter each": NAMES}
+                step_ms(engine, NAMES, len(NAMES), isas, 1)  # loads the adapters
+            for name, digests in cases.items():
+                for num in REQUESTS:
+                    times = step_ms(engine, digests, num, isas, rounds)
+                    below = np.median(times[:, :-1] / times[:, 1:], axis=0)
+                    tokens_s = 1e3 * num / np.median(times, axis=0)
+                    points.append((name, num, tokens_s.tolist(), below.tolist()))
+                    print(name, num, np.round(tokens_s), np.round(below, 2), flush=True)
+    rows = [
+        (name, num, *(f"{rate:.0f}" for rate in rates), *(f"{ratio:.2f}" for ratio in ratios))
+        for name, num, rates, ratios in points
+    ]
+    header = ("case", "requests", *(f"{isa}, tok/s" for isa in isas), *(f"{isa} over below" for isa in isas[1:]))
+    print(report.table(header, rows))
+    found = [
+        {"case": name, "requests": num, "tokens_per_s": dict(zip(isas, rates, strict=True)),
+         "over_the_set_below": dict(zip(isas[1:], ratios, strict=True))}
+        for name, num, rates, ratios in points
+    ]  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    about = {"machine": machine, "threads": args.threads, "rank": RANK, "rounds": rounds, "points": found}
+    (args.out / "steps-by-isa.json").write_bytes(orjson.dumps(about, option=orjson.OPT_INDENT_2))
+
+
+if __name__ == "__main__":
+    main()

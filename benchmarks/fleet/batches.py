@@ -1,0 +1,258 @@
+"""What batches cost: adapter loads in their order, interactive requests beside them, and 50,000 lines without a model.
+
+    python -m benchmarks.fleet.batches [--model FOLDER] [--parts order,beside,many] [--short]
+
+- order: lines over 200 adapters in turn, with a pool for 16: how often an adapter is copied into the pool when 3,000
+  lines are a batch, and when 1,000 of the same calls come over HTTP in the order of the file, as many at a time.
+- beside: interactive requests at Poisson times, about a third of what the worker can do, in turns alone and beside a
+  batch that fills it: time to first token and gaps between tokens.
+- many: 50,000 lines of one token for workers without a model: lines a second, and the gateway's memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+import psutil
+
+from benchmarks.common import report
+from benchmarks.common.fleet import (
+    RunningFleet,
+    Setup,
+    adapter_bytes,
+    fleet,
+    make_adapters,
+    quickstart_model,
+    scratch_folder,
+)
+from benchmarks.fleet.control_plane import start, wait_until_ready
+from lorafleet.bench import BenchConfig, Target, run_bench
+from lorafleet.bench.result import inter_token_gaps_s
+
+COMPLETIONS = "/v1/completions"
+ENDED = ("completed", "failed", "expired", "cancelled")
+RANK = 8
+NUM_ADAPTERS, NUM_IN_POOL = 200, 16
+IN_FLIGHT = 80  # 1.25 for each of 64 places, as many as a batch has
+OUTPUT_TOKENS = 64
+TURNS = 3  # of interactive requests alone, then beside a batch, in a round
+INTERACTIVE = [f"interactive-{index}" for index in range(4)]
+
+
+def lines_of(models: Sequence[str], num: int, max_tokens: int) -> list[dict[str, Any]]:
+    """Return calls of the models in turn, with a prompt of their own each."""
+    rng = np.random.default_rng(0)
+    words = [" ".join(f"word{n}" for n in rng.integers(0, 1000, 8)) for _ in range(num)]
+    bodies = [
+        {"model": models[i % len(models)], "prompt": f"{i} {text}", "max_tokens": max_tokens, "ignore_eos": True}
+        for i, text in enumerate(words)
+    ]
+    return [{"custom_id": str(i), "method": "POST", "url": COMPLETIONS, "body": body} for i, body in enumerate(bodies)]
+
+
+def begin(url: str, lines: Sequence[dict[str, Any]]) -> str:
+    """Start a batch; return its id."""
+    text = "\n".join(map(json.dumps, lines)).encode()
+    with httpx2.Client(base_url=url, timeout=120, trust_env=False) as http:
+        uploaded = http.post("/v1/files", files={"file": ("in.jsonl", text)}, data={"purpose": "batch"})
+        asked = {
+            "input_file_id": uploaded.raise_for_status().json()["id"], "endpoint": COMPLETIONS,
+            "completion_window": "24h",
+        }  # fmt: skip
+        return http.post("/v1/batches", json=asked).raise_for_status().json()["id"]
+
+
+def look(url: str, batch_id: str) -> dict[str, Any]:
+    """Return a batch."""
+    return httpx2.get(f"{url}/v1/batches/{batch_id}", timeout=60, trust_env=False).raise_for_status().json()
+
+
+def finish(url: str, batch_id: str) -> dict[str, Any]:
+    """Wait for the end of a batch; return it. Raises RuntimeError unless every line has an answer."""
+    while (batch := look(url, batch_id))["status"] not in ENDED:
+        time.sleep(0.5)
+    if batch["status"] != "completed" or batch["request_counts"]["failed"]:
+        raise RuntimeError(f"the batch is {batch['status']}: {batch['request_counts']}, {batch['errors']}")
+    return batch
+
+
+def ask_in_order(url: str, lines: Sequence[dict[str, Any]]) -> None:
+    """Send the same calls over HTTP, in the order of the file, `IN_FLIGHT` at a time."""
+    with httpx2.Client(base_url=url, timeout=600, trust_env=False) as http, ThreadPoolExecutor(IN_FLIGHT) as pool:
+
+        def ask(line: dict[str, Any]) -> None:
+            http.post(line["url"], json={**line["body"], "service_tier": "flex"}).raise_for_status()
+
+        list(pool.map(ask, lines))
+
+
+def measure_order(model: Path, scratch: Path, num_lines: int) -> dict[str, Any]:
+    """Return the adapter loads of a batch, and of the same calls in the order of the file."""
+    names, adapters = [f"a{index:03}" for index in range(NUM_ADAPTERS)], scratch / "order-adapters"
+    make_adapters(model, adapters, names, [RANK])
+    pool_bytes = NUM_IN_POOL * adapter_bytes(adapters, names[0])
+    environment = {"LORAFLEET_ADAPTER_POOL_BYTES": str(pool_bytes), "LORAFLEET_KV_CACHE_BYTES": str(1 << 30)}
+    (scratch / "order").mkdir()
+    found: dict[str, Any] = {}
+    with fleet(Setup(model, adapters, scratch / "order", environment=environment)) as running:
+        for name in ("as a batch", "in the order of the file"):
+            num = num_lines if name == "as a batch" else num_lines // 3
+            lines, before, started = lines_of(names, num, 8), running.num_loads()[0], time.monotonic()
+            if name == "as a batch":
+                finish(running.url, begin(running.url, lines))
+            else:
+                ask_in_order(running.url, lines)
+            seconds = time.monotonic() - started
+            num_loads = running.num_loads()[0] - before
+            found[name] = {"loads": num_loads, "seconds": seconds, "loads_per_1000": 1000 * num_loads / num}
+    return found
+
+
+def interactive(running: RunningFleet, num: int, rate: float, seed: int) -> BenchConfig:
+    """Return the load of interactive requests, 64 words in and 64 tokens out."""
+    targets = tuple(Target.model(name) for name in INTERACTIVE)
+    return BenchConfig(
+        url=running.url, targets=targets, num_requests=num, concurrency=num, rate_per_s=rate, prompt_words=64,
+        output_tokens=OUTPUT_TOKENS, seed=seed,
+    )  # fmt: skip
+
+
+def measure_beside(model: Path, scratch: Path, rounds: int, per_turn: int) -> dict[str, Any]:
+    """Return TTFT and gaps of interactive requests alone and beside a batch, which fills what they leave."""
+    adapters = scratch / "beside-adapters"
+    names = [f"batch-{index}" for index in range(8)]
+    make_adapters(model, adapters, [*INTERACTIVE, *names], [RANK])
+    (scratch / "beside").mkdir()
+    ttft: dict[str, list[list[float]]] = {"alone": [], "beside a batch": []}  # of each round
+    gaps: dict[str, list[list[float]]] = {"alone": [], "beside a batch": []}
+    lines_per_s: list[float] = []
+    environment = {"LORAFLEET_KV_CACHE_BYTES": str(1 << 30)}
+    with fleet(Setup(model, adapters, scratch / "beside", environment=environment)) as running:
+        targets = tuple(Target.model(name) for name in [*INTERACTIVE, *names])
+        full = BenchConfig(
+            url=running.url, targets=targets, num_requests=96, concurrency=32, prompt_words=64, output_tokens=64
+        )  # fmt: skip
+        run_bench(full)  # loads the adapters
+        rate = run_bench(full).summary.requests_per_s / 3
+        for turn in range(rounds * TURNS):
+            for name in ttft:
+                batch_id = "" if name == "alone" else begin_filling(running, names)
+                before, started = num_tokens(running), time.monotonic()
+                seed = 2 * turn + bool(batch_id)  # else the prefix cache would know the prompts
+                measured = run_bench(interactive(running, per_turn, rate, seed))
+                if batch_id:
+                    num = num_tokens(running) - before - per_turn * OUTPUT_TOKENS
+                    lines_per_s.append(num / OUTPUT_TOKENS / (time.monotonic() - started))
+                    httpx2.post(f"{running.url}/v1/batches/{batch_id}/cancel", trust_env=False)
+                    with suppress(RuntimeError):
+                        finish(running.url, batch_id)
+                if turn % TURNS == 0:
+                    ttft[name].append([])
+                    gaps[name].append([])
+                ttft[name][-1] += [1e3 * (record.arrivals_s[0] - record.start_s) for record in measured.records]
+                gaps[name][-1] += (1e3 * inter_token_gaps_s(measured.records)).tolist()
+        batch_alone_per_s = rate_alone(running, names)
+    found: dict[str, Any] = {
+        "rate_per_s": rate, "batch_lines_per_s": lines_per_s, "batch_alone_lines_per_s": batch_alone_per_s
+    }  # fmt: skip
+    for what, values in (("ttft_ms", ttft), ("gap_ms", gaps)):
+        found[what] = {name: percentiles(of_rounds) for name, of_rounds in values.items()}
+        for q in ("p50", "p99"):
+            alone, beside = (found[what][name][q] for name in values)
+            found[f"{what}_{q}_ratio"] = beside["median"] / alone["median"]
+    return found
+
+
+def rate_alone(running: RunningFleet, names: Sequence[str]) -> float:
+    """Return the lines a second of a batch beside which nobody asks."""
+    batch_id = begin_filling(running, names)
+    before, started = num_tokens(running), time.monotonic()
+    time.sleep(15.0)
+    found = (num_tokens(running) - before) / OUTPUT_TOKENS / (time.monotonic() - started)
+    httpx2.post(f"{running.url}/v1/batches/{batch_id}/cancel", trust_env=False)
+    return found
+
+
+def begin_filling(running: RunningFleet, names: Sequence[str]) -> str:
+    """Start a batch that fills what the fleet has left; return its id once its first lines are answered."""
+    batch_id = begin(running.url, lines_of(names, 5000, OUTPUT_TOKENS))
+    while not look(running.url, batch_id)["request_counts"]["completed"]:
+        time.sleep(0.2)
+    return batch_id
+
+
+def num_tokens(running: RunningFleet) -> int:
+    """Return how many tokens the workers have put out: lines are too long to be counted in a few seconds."""
+    return sum(beat.counters.num_output_tokens for beat in running.beats_of_now())
+
+
+def percentiles(of_rounds: Sequence[Sequence[float]]) -> dict[str, dict[str, Any]]:
+    """Return percentiles of each round with their median, and of all rounds together."""
+    found: dict[str, dict[str, Any]] = {}
+    for q in (50, 90, 99):
+        each = [float(np.percentile(some, q)) for some in of_rounds]
+        together = float(np.percentile(np.concatenate(of_rounds), q))
+        found[f"p{q}"] = {"rounds": each, "median": float(np.median(each)), "together": together}
+    return found
+
+
+def measure_many(model: Path, num_lines: int) -> dict[str, Any]:
+    """Return lines a second and the gateway's memory, MB, of a batch of tiny calls for workers without a model."""
+    with tempfile.TemporaryDirectory() as folder:
+        services, queue = start(
+            Path(folder), model, Path(__file__).resolve().parents[2], {}, workers=4, step_ms=5.0, capacity=256
+        )  # fmt: skip
+        url = f"http://127.0.0.1:{services.url_port}"
+        gateway, server = (
+            psutil.Process(pid) for pid in (services.processes["gateway"].pid, services.queue_pid)
+        )  # fmt: skip
+        rss: dict[str, dict[str, float]] = {"gateway": {}, "queue": {}}
+        try:
+            asyncio.run(wait_until_ready(queue.url, services, 4))
+            batch_id, started = begin(url, lines_of(["fake"], num_lines, 1)), time.monotonic()
+            while (batch := look(url, batch_id))["status"] not in ENDED:
+                fifth = min(4, batch["request_counts"]["completed"] * 5 // num_lines)
+                until = f"up to {(fifth + 1) * num_lines // 5} lines"
+                for name, process in (("gateway", gateway), ("queue", server)):
+                    rss[name][until] = max(rss[name].get(until, 0.0), process.memory_info().rss / 1e6)
+                time.sleep(0.5)
+            finish(url, batch_id)
+            seconds = time.monotonic() - started
+        finally:
+            for process in services.processes.values():
+                process.terminate()
+            for process in services.processes.values():
+                process.wait()
+            queue.stop()
+    return {"lines": num_lines, "lines_per_s": num_lines / seconds, "largest_rss_mb": rss}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = report.parser(__doc__, without=("out",))
+    parser.add_argument("--parts", default="order,beside,many", help="what to measure (default: all)")
+    args = parser.parse_args()
+    parts, model = args.parts.split(","), args.model or quickstart_model()
+    found: dict[str, Any] = {"machine": report.machine()}
+    with scratch_folder() as scratch:
+        if "order" in parts:
+            found["order"] = measure_order(model, scratch, 600 if args.short else 3000)
+        if "beside" in parts:
+            found["beside"] = measure_beside(model, scratch, 1 if args.short else 3, 15 if args.short else 30)
+        if "many" in parts:
+            found["many"] = measure_many(model, 5_000 if args.short else 50_000)
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

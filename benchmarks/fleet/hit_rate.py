@@ -1,0 +1,207 @@
+"""2,000 adapters, a pool for 64 of them: how often a request finds its adapter, and whether all answers are right.
+
+    python -m benchmarks.fleet.hit_rate [--model FOLDER] [--short]
+
+A real fleet in fp32 is asked with Zipf popularity, 16 requests in flight, from an empty pool. The same trace is played
+by `benchmarks.simulation.eviction`. Every adapter has weights of its own and all get one prompt, greedily: so all
+answers of one adapter must be equal, those of different adapters should differ, and 50 of the adapters are held against transformers
+and PEFT. Hit rate: requests that needed no copy into the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import numpy as np
+
+from benchmarks.common import report
+from benchmarks.common.fleet import RunningFleet, Setup, fleet, quickstart_model, scratch_folder
+from benchmarks.peers.make_adapters import module_shapes
+from benchmarks.simulation.eviction import play, zipf_trace
+
+NUM_ADAPTERS, NUM_REQUESTS, ZIPF = 2000, 2000, 1.0
+POOL_ADAPTERS = 64
+CONCURRENCY = 16
+RANK = 4
+TARGETS = ("self_attn.q_proj", "self_attn.v_proj")
+B_STD = 0.3
+PROMPT = "The weather report for tomorrow:"
+OUTPUT_TOKENS = 8
+WEIGHTS = "adapter_model.safetensors"
+NUM_CHECKED = 50
+MAX_DIFFERENCE = 0.1  # wanted: relative difference of the hit rate from the simulation's
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The answers of the fleet to a trace, and their cost."""
+
+    texts: list[str]  # by request
+    wall_s: float
+    num_loads: int
+    num_fetches: int  # loads that fetched from the store
+    resident: int  # adapters in the pool at the end
+    progress: list[tuple[int, int]]  # (answers, loads) so far, about once a second
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the requests that needed no copy into the pool."""
+        return 1 - self.num_loads / len(self.texts)
+
+
+def write_adapters(model: Path, root: Path, names: Sequence[str]) -> None:
+    """Write adapters of rank `RANK` on q and v, each with random weights of its own."""
+    from safetensors.numpy import save_file
+
+    shapes = {name: shape for name, shape in module_shapes(model).items() if name.endswith(tuple(TARGETS))}
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(model), "r": RANK}
+    config |= {"lora_alpha": 2 * RANK, "target_modules": [name.rpartition(".")[2] for name in TARGETS]}
+    for seed, name in enumerate(names):
+        random = np.random.default_rng(seed)
+        tensors: dict[str, np.ndarray] = {}
+        for module, (num_out, num_in) in shapes.items():
+            prefix = f"base_model.model.{module}"
+            a = random.standard_normal((RANK, num_in), np.float32) / num_in**0.5
+            b = random.standard_normal((num_out, RANK), np.float32) * B_STD
+            tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a, b
+        folder = root / name
+        folder.mkdir(parents=True)
+        save_file({key: tensor.astype(np.float16) for key, tensor in tensors.items()}, folder / WEIGHTS)
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def pool_bytes(model: Path, num_adapters: int, item_bytes: int = 4) -> int:
+    """Return the least budget in bytes whose pool has a page of each layer for so many adapters."""
+    from transformers import AutoConfig
+
+    from gpu_worker.adapters.weights import split_budget
+    from lora_kernels.ops import PAGE_ROWS
+
+    config = AutoConfig.from_pretrained(model)
+    widths = {"self_attn": 0, "mlp": 0}
+    for module, shape in module_shapes(model).items():
+        widths[module.split(".")[-2]] += sum(shape)
+    pages = [item_bytes * PAGE_ROWS * width for width in (*widths.values(), config.hidden_size + config.vocab_size)]
+    budgets = itertools.count(num_adapters * sum(pages[:2]), pages[0] // 8)
+    return next(budget for budget in budgets if split_budget(pages, budget)[0] >= num_adapters)
+
+
+def ask_all(running: RunningFleet, names: Sequence[str]) -> Run:
+    """Ask every name in turn, `CONCURRENCY` at once. Raises HTTPStatusError when one gets an error."""
+    before = running.num_loads()
+    started_s = time.perf_counter()
+    texts, progress = asyncio.run(_ask_all(running, names))
+    wall_s = time.perf_counter() - started_s
+    num_loads, num_fetches = (now - then for now, then in zip(running.num_loads(), before, strict=True))
+    resident = sum(len(beat.resident) for beat in running.beats())
+    return Run(texts, wall_s, num_loads, num_fetches, resident, [*progress, (len(names), num_loads)])
+
+
+async def _ask_all(running: RunningFleet, names: Sequence[str]) -> tuple[list[str], list[tuple[int, int]]]:
+    texts: dict[int, str] = {}
+    progress: list[tuple[int, int]] = []
+    todo = iter(enumerate(names))
+
+    async def client(http: httpx2.AsyncClient) -> None:
+        for index, name in todo:
+            body = {"model": name, "prompt": PROMPT, "max_tokens": OUTPUT_TOKENS, "temperature": 0, "ignore_eos": True}
+            response = (await http.post("/v1/completions", json=body)).raise_for_status()
+            texts[index] = response.json()["choices"][0]["text"]
+
+    async def watch() -> None:
+        while True:
+            beats = await asyncio.to_thread(running.beats)
+            progress.append((len(texts), sum(beat.num_loads for beat in beats)))
+            await asyncio.sleep(1)
+
+    watcher = asyncio.create_task(watch())
+    async with httpx2.AsyncClient(base_url=running.url, timeout=120, trust_env=False) as http, asyncio.TaskGroup() as g:
+        for _ in range(CONCURRENCY):
+            g.create_task(client(http))
+    watcher.cancel()
+    return [texts[index] for index in range(len(names))], progress
+
+
+def oracle_texts(model: Path, adapters: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return what transformers and PEFT answer under each adapter, one at a time."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    base.generation_config.eos_token_id = None  # as `ignore_eos`
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    texts: dict[str, str] = {}
+    tuned: Any = None
+    for name in names:
+        if tuned is None:
+            tuned = PeftModel.from_pretrained(base, str(adapters / name), adapter_name=name)
+        else:
+            tuned.load_adapter(str(adapters / name), adapter_name=name)
+            tuned.set_adapter(name)
+        with torch.inference_mode():
+            ids = tuned.generate(**prompt, max_new_tokens=OUTPUT_TOKENS, do_sample=False)
+        texts[name] = tokenizer.decode(ids[0, prompt.input_ids.shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def draw(axes: Sequence[Any], run: Run, simulated: dict[str, np.ndarray]) -> None:
+    """Fill one panel: loads so far over requests so far, of the fleet and of the simulation."""
+    (axis,) = axes
+    for (policy, hits), color in zip(simulated.items(), (report.BLUE, report.MUTED), strict=True):
+        axis.plot(np.cumsum(~hits), "--", color=color, label=f"{policy}, simulated")
+    axis.plot(*zip(*run.progress, strict=True), color=report.ORANGE, label="the fleet")
+    axis.set(title="copies into the pool", xlabel="requests", xlim=(0, None), ylim=(0, None))
+    axis.legend(fontsize=7)
+
+
+def main() -> None:
+    """Measure hits of many adapters beside their simulation."""
+    args = report.parser(__doc__).parse_args()
+    machine, model = report.machine(), args.model or quickstart_model()
+    num_adapters, num_requests = (200, 200) if args.short else (NUM_ADAPTERS, NUM_REQUESTS)
+    names = [f"adapter-{index:04}" for index in range(num_adapters)]
+    random = np.random.default_rng(0)
+    trace = zipf_trace(random, num_adapters, num_requests, ZIPF)
+    room = {"capacity": POOL_ADAPTERS, "num_running": CONCURRENCY}
+    simulated = {policy: play(policy, trace, [1] * num_adapters, **room) for policy in ("GDSF", "LRU")}
+    with scratch_folder() as scratch:
+        adapters = scratch / "adapters"
+        write_adapters(model, adapters, names)
+        flags = ["--dtype=float32", f"--adapter-pool-bytes={pool_bytes(model, POOL_ADAPTERS)}"]
+        asked = [names[adapter] for adapter in trace]
+        with fleet(Setup(model, adapters, scratch, flags)) as running:
+            run = ask_all(running, asked)
+        print(f"{len(run.texts)} answers in {run.wall_s:.0f} s", flush=True)
+        answers: dict[str, set[str]] = {}
+        for name, text in zip(asked, run.texts, strict=True):
+            answers.setdefault(name, set()).add(text)
+        checked = random.permutation(sorted(answers))[:NUM_CHECKED].tolist()
+        right = oracle_texts(model, adapters, checked)
+    hit_rates = {policy: float(hits.mean()) for policy, hits in simulated.items()}
+    results = {
+        "machine": machine, "model": model.name, "num_adapters": num_adapters, "num_requests": num_requests,
+        "zipf": ZIPF, "pool_adapters": POOL_ADAPTERS, "resident_at_the_end": run.resident, "concurrency": CONCURRENCY,
+        "rank": RANK, "output_tokens": OUTPUT_TOKENS, "wall_s": round(run.wall_s, 1), "hit_rate": run.hit_rate,
+        "num_loads": run.num_loads, "num_fetches": run.num_fetches, "simulated_hit_rate": hit_rates,
+        "simulated_loads": {policy: int((~hits).sum()) for policy, hits in simulated.items()},
+        "difference_from_simulation": run.hit_rate / hit_rates["GDSF"] - 1, "wanted_difference": MAX_DIFFERENCE,
+        "adapters_asked": len(answers), "adapters_with_one_answer": sum(len(texts) == 1 for texts in answers.values()),
+        "different_answers": len({text for texts in answers.values() for text in texts}),
+        "checked": len(checked), "checked_right": sum(answers[name] == {text} for name, text in right.items()),
+    }  # fmt: skip
+    report.save(args.out / "hit-rate", results, 1, lambda axes: draw(axes, run, simulated))
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""A hybrid of Qwen3.5-0.8B's shape under load: the base, one adapter and 32 adapters, at 1, 8 and 32 in flight.
+
+    python -m benchmarks.fleet.hybrid [--peers /opt/peers --systems lorafleet,llama.cpp,vllm]
+
+The weights are random, in bf16, because only the shape decides the speed; the tokenizer is the quickstart model's. Each
+server is measured as `benchmarks.peers.run` measures: 64 random words in, 64 tokens out, streamed, end of text ignored.
+Adapters have rank 16 on every linear layer, those of the gated delta rule's layers too. Takes about seven minutes on
+two cores and 4 GB of disk for Lorafleet alone; peers are those of `benchmarks/peers/setup.sh`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+from benchmarks.common.fleet import scratch_folder
+from benchmarks.common.random_model import random_model, save_with_tokenizer
+from benchmarks.peers.make_adapters import convert, make_adapter
+from benchmarks.peers.run import compare, lab_of, parse_arguments, servers_of
+from protocol.runtime.environment import COMPUTE, child_environment
+
+RANK = 16
+CACHE_GIB = 4  # 32 sequences have a state of 20 MB each, or two, and as many again are saved
+POOL_GIB = 2  # an adapter of all linear layers takes 23 MB
+
+SHAPE = Qwen3_5TextConfig(
+    vocab_size=248_320, hidden_size=1024, intermediate_size=3584, num_hidden_layers=24, num_attention_heads=8,
+    num_key_value_heads=2, head_dim=256, linear_num_key_heads=16, linear_num_value_heads=16, linear_key_head_dim=128,
+    linear_value_head_dim=128, linear_conv_kernel_dim=4, layer_types=[*3 * ["linear_attention"], "full_attention"] * 6,
+    max_position_embeddings=32_768,
+    tie_word_embeddings=True,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+)  # fmt: skip
+"""Qwen3.5-0.8B's text model as its makers publish it: 18 layers with a gated delta rule, 6 with attention."""
+
+
+def make_model(folder: Path) -> None:
+    """Write a model of `SHAPE` with random weights."""
+    model = random_model(Qwen3_5ForCausalLM, SHAPE)
+    model.generation_config.eos_token_id = None
+    model.config.update({"mtp_num_hidden_layers": 1})  # llama.cpp's converters ask for it; it is not written
+    save_with_tokenizer(model, folder)
+
+
+def make_lab(root: Path, num_adapters: int, peers: Path | None, systems: Sequence[str]) -> None:
+    """Put model and adapters into a folder, and what the peers among `systems` need."""
+    model = root / "model"
+    if not model.exists():
+        make_model(model)
+    adapters = [root / "adapters/peft" / f"adapter-{index}" for index in range(num_adapters)]
+    for index, adapter in enumerate(adapters):
+        if not adapter.exists():
+            make_adapter(model, adapter, RANK, seed=index)
+    if peers is not None:
+        for name in ("vllm", "llama", "llama.cpp"):
+            if not (root / name).exists():
+                (root / name).symlink_to(peers.resolve() / name)
+    if "llama.cpp" not in systems:
+        return
+    gguf = root / "model.bf16.gguf"
+    if not gguf.exists():
+        script = root / "llama.cpp/convert_hf_to_gguf.py"
+        command = [sys.executable, str(script), "--no-nextn", "--outtype", "bf16", "--outfile", str(gguf), str(model)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=child_environment(*COMPUTE))
+    for adapter in adapters:
+        converted = root / "adapters/gguf" / f"{adapter.name}.gguf"
+        if not converted.exists():
+            convert(root / "llama.cpp", model, adapter, converted)
+
+
+def main() -> None:
+    """Make what is missing, measure, and save the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=Path, help="the folder that benchmarks/peers/setup.sh made")
+    parser.add_argument(
+        "--lab", type=Path, help="a folder to keep the model and adapters in (default: a temporary one)"
+    )
+    args = parse_arguments(parser, "lorafleet", waves=2)
+    with scratch_folder() as scratch:
+        root = args.lab or scratch / "lab"
+        make_lab(root, max(args.num_adapters), args.peers, args.systems)
+        lab = lab_of(root, args, cache_gib=CACHE_GIB, pool_gib=POOL_GIB)
+        compare(partial(servers_of, lab, args.systems), "hybrid", args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The weights that one stream reads a second through the whole path, beside a plain read of as many bytes.
+
+    python -m benchmarks.fleet.one_stream MODEL.gguf [--rounds 16]
+
+A fleet as `lorafleet up` starts it answers one request of 64 random words at a time with 64 tokens, streamed; between
+two answers this process reads as much memory as a token does, twelve times, with all cores. A token reads every weight
+of the file but an embedding beside a head of its own; its keys and values, which are little here, are not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+
+from benchmarks.common import report
+from benchmarks.common.fleet import scratch_folder
+from benchmarks.peers.servers import PORT, Server, running
+from lorafleet.bench import BenchConfig, Target, run_bench
+
+READS = 12
+
+
+def bytes_of_a_token(file: Path) -> int:
+    """Return the bytes of the matrices that a token is multiplied by."""
+    tensors: list[Any] = gguf.GGUFReader(file).tensors
+    matrices = {str(tensor.name): int(tensor.n_bytes) for tensor in tensors if len(tensor.shape) > 1}
+    if "output.weight" in matrices:
+        del matrices["token_embd.weight"]
+    return sum(matrices.values())
+
+
+def seconds_of_a_read(memory: torch.Tensor) -> float:
+    """Return the median of some reads."""
+    times: list[float] = []
+    for _ in range(READS):
+        begin = time.perf_counter()
+        torch.sum(memory)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+def seconds_of_a_token(url: str, model: str, seed: int) -> float:
+    """Return the mean seconds between two tokens of one answer."""
+    load = BenchConfig(
+        url=url, targets=(Target.model(model),), concurrency=1, num_requests=1, output_tokens=64, seed=seed
+    )
+    (record,) = run_bench(load).records
+    return (record.arrivals_s[-1] - record.arrivals_s[0]) / (len(record.arrivals_s) - 1)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="a GGUF file whose weights are more than the processor's caches hold")
+    parser.add_argument("--rounds", type=int, default=16)
+    args = parser.parse_args()
+    size = bytes_of_a_token(args.file)
+    memory, machine = torch.ones(size // 4), report.machine()
+    with scratch_folder() as scratch:
+        command = [sys.executable, "-m", "lorafleet", "up", str(args.file), "--host", "127.0.0.1", "--port", PORT]
+        command += ["--data", str(scratch / "data")]
+        with running(Server("Lorafleet", command, {}), scratch / "up.log") as url:
+            with urllib.request.urlopen(f"{url}/v1/models", timeout=60) as answer:
+                model = json.load(answer)["data"][0]["id"]
+            seconds_of_a_token(url, model, 0)
+            pairs = [
+                (seconds_of_a_token(url, model, seed + 1), seconds_of_a_read(memory)) for seed in range(args.rounds)
+            ]
+    shares = sorted(read / token for token, read in pairs)
+    rows = [(f"{1e3 * token:.1f}", f"{1e-9 * size / token:.1f}", f"{1e-9 * size / read:.1f}") for token, read in pairs]
+    print(machine)
+    print(report.table(("ms a token", "GB/s", "a read, GB/s"), rows))
+    print(f"{size / 1e6:.0f} MB: {statistics.median(shares):.2f} of a read ({shares[0]:.2f} to {shares[-1]:.2f})")
+
+
+if __name__ == "__main__":
+    main()

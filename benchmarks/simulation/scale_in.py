@@ -1,0 +1,64 @@
+"""Which worker goes when there are to be fewer: the one that the scheduler names, another, or the one worth most.
+
+`python -m benchmarks.simulation.scale_in`. The scheduler's own code with simulated workers, seeded: five workers serve adapters of a Zipf distribution, and after 100 s one of them drains. Counted are the adapters that the
+others fetch in the minute after that, ten loads each.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from benchmarks.common.report import table
+from benchmarks.simulation.load import SyntheticLoad, adapters, generate
+from benchmarks.simulation.run import Simulation
+from benchmarks.simulation.worker import WorkerModel
+from scheduler.core import Scheduler, SchedulerConfig
+from scheduler.scale_in import costs_ms
+
+NUM_WORKERS = 5
+SECONDS, AT_S = 160, 100
+SEEDS = range(10)
+LOADS = ((60, 1.2), (300, 1.5), (300, 1.0))
+"""Numbers of adapters, and the exponent of their popularity."""
+Choose = Callable[[dict[str, float]], str]
+
+
+def fetched(num: int, zipf: float, seed: int, choose: Choose) -> int:
+    """Return how many adapters are fetched after the worker that `choose` takes, given each one's cost, drains."""
+    facts = adapters(num, seed)
+    scheduler = Scheduler(SchedulerConfig())
+    for digest, known in facts.items():
+        scheduler.learn(digest, known)
+
+    def pick(now_ms: float) -> str:
+        placement = scheduler.placement
+        wanted = {digest: scheduler.popularity.of(digest, now_ms) for digest in facts}
+        workers = list(scheduler.workers.available())
+        return choose(costs_ms(workers, wanted.__getitem__, placement.facts_of, placement.bandwidths))
+
+    load = SyntheticLoad(rate=4, seconds=SECONDS, num_adapters=num, zipf=zipf, prompt_tokens=128, seed=seed)
+    simulation = Simulation(scheduler, WorkerModel(), NUM_WORKERS, facts, (1000.0 * AT_S, pick))
+    result = simulation.run(list(generate(load)))
+    return result.num_fetches - result.num_fetched_before
+
+
+def main() -> None:
+    """Run all, and print the table."""
+    rows: list[list[object]] = []
+    for num, zipf in LOADS:
+        found: list[list[int]] = []
+        for seed in SEEDS:
+            rng = random.Random(seed)
+            ways: tuple[Choose, ...] = (
+                lambda costs: min(costs, key=costs.__getitem__),
+                lambda costs, rng=rng: rng.choice(sorted(costs)),
+                lambda costs: max(costs, key=costs.__getitem__),
+            )
+            found.append([fetched(num, zipf, seed, choose) for choose in ways])
+        rows.append([num, zipf, *(sum(one) for one in zip(*found, strict=True))])
+    print(table(["adapters", "zipf", "the one that is named", "any", "the one worth most"], rows))
+
+
+if __name__ == "__main__":
+    main()
