@@ -4,8 +4,8 @@
 
 A real fleet in fp32 is asked with Zipf popularity, 16 requests in flight, from an empty pool. The same trace is played
 by `benchmarks.simulation.eviction`. Every adapter has weights of its own and all get one prompt, greedily: so all
-answers of one adapter must be equal, those of different adapters should differ, and 50 of the adapters are held against transformers
-and PEFT. Hit rate: requests that needed no copy into the pool.
+answers of one adapter must be equal, those of different adapters should differ, and 50 of the adapters are held against
+transformers and PEFT. Hit rate: requests that needed no copy into the pool.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which adapters to evict from the pool: GDSF, as the worker's `PagePool` has it, beside LRU, on Zipf traces.
 
 `python -m benchmarks.simulation.eviction --json FILE`. Simulated, no model: a request takes a reference to its adapter,
-some requests run at once, an adapter that is not in the pool has to be loaded. Seeded: every run gives the same numbers.
+some requests run at once, an adapter that is not in the pool has to be loaded. Seeded: every run gives the same
+numbers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Which worker goes when there are to be fewer: the one that the scheduler names, another, or the one worth most.
 
-`python -m benchmarks.simulation.scale_in`. The scheduler's own code with simulated workers, seeded: five workers serve adapters of a Zipf distribution, and after 100 s one of them drains. Counted are the adapters that the
-others fetch in the minute after that, ten loads each.
+`python -m benchmarks.simulation.scale_in`. The scheduler's own code with simulated workers, seeded: five workers serve
+adapters of a Zipf distribution, and after 100 s one of them drains. Counted are the adapters that the others fetch in
+the minute after that, ten loads each.
 """
 
 from __future__ import annotations

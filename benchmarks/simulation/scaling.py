@@ -1,12 +1,12 @@
 """A day of workers that come and go by demand: what it costs, and how long first tokens take.
 
-`python -m benchmarks.simulation.scaling`. Simulated in steps of a second, no model; seeded, every run gives the same numbers.
-The load rises and falls over the day, with twelve bursts of five minutes at twice the rate. Workers are scaled as the Helm
-chart's ScaledObject has it: one for each `target` requests that wait or run, looked at every 15 s (the autoscaler's
-period), up at once, down by one a minute to the most that was wanted in the last five minutes. A worker takes its start
-time until it serves, and drains before it goes. *With a schedule*, there are besides as many as the same quarter of an
-hour wanted yesterday where workers started at once, twice as many with *room*, and they are started early enough to be
-there in time: KEDA's cron triggers do that.
+`python -m benchmarks.simulation.scaling`. Simulated in steps of a second, no model; seeded, every run gives the same
+numbers. The load rises and falls over the day, with twelve bursts of five minutes at twice the rate. Workers are scaled
+as the Helm chart's ScaledObject has it: one for each `target` requests that wait or run, looked at every 15 s (the
+autoscaler's period), up at once, down by one a minute to the most that was wanted in the last five minutes. A worker
+takes its start time until it serves, and drains before it goes. *With a schedule*, there are besides as many as the
+same quarter of an hour wanted yesterday where workers started at once, twice as many with *room*, and they are started
+early enough to be there in time: KEDA's cron triggers do that.
 """
 
 from __future__ import annotations
