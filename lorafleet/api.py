@@ -65,8 +65,10 @@ class Api:
     def __init__(self, args: argparse.Namespace, fleet: LocalFleet | None = None) -> None:
         """Take the flags of `add_flags`. fleet: the local fleet to ask; None: as the flags say.
 
+        A given fleet gets no key but that of a flag or its own: variable and profile may be for another fleet.
         Raises BadRequest when key or profile cannot be read, and where several local fleets could be meant.
         """
+        is_given = fleet is not None
         profile = load_profile(args.profile)
         url = args.url or os.environ.get(URL_VARIABLE) or profile.url
         if fleet is None and not url:
@@ -75,7 +77,7 @@ class Api:
         if args.api_key_file:
             key = read_key(args.api_key_file, "--api-key-file")
         else:
-            key = args.key or os.environ.get(KEY_VARIABLE) or profile.key
+            key = args.key or ("" if is_given else os.environ.get(KEY_VARIABLE) or profile.key)
         if not key and fleet is not None and fleet.key_file:
             key = read_key(Path(fleet.key_file), "the fleet's key")
         headers = {"authorization": f"Bearer {key}"} if key else {}

@@ -4,61 +4,73 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
 from datetime import datetime
 from itertools import islice
 from typing import Any
 
 from lorafleet import api, on_queue
-from lorafleet.api import URL_VARIABLE, Api
-from lorafleet.flags import PREFIX
-from lorafleet.parser import ALIASES, Parser
+from lorafleet.api import PROFILE_VARIABLE, URL_VARIABLE, Api
+from lorafleet.flags import load_settings
+from lorafleet.parser import ALIASES, Parser, number
 from lorafleet.tables import print_list
 from protocol.queue.books.audit import from_command_line
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
+from protocol.wire.errors import BadRequest
 from protocol.wire.letters import view
 
 PATH = "/v1/dead_letters"
 PAGE = 100
+GATEWAY_FLAGS = ("url", "profile", "key", "api_key_file")
+QUEUE_FLAGS = (*on_queue.FLAGS, "request_timeout_s", "config")
 
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.epilog = "The gateway is asked, or with --redis-url or --data the queue itself, while no gateway runs."
+    parser.epilog = "The gateway is asked, or the queue itself where the settings redis_url or data are given."
     actions = parser.add_subparsers(metavar="list|show|retry", required=True)
     listing = actions.add_parser("list", aliases=ALIASES, help="list dead letters, newest first")
-    listing.add_argument("--limit", type=int, default=50, help="maximum number listed (%(default)s)")
+    listing.add_argument("--limit", type=number, default=50, help="maximum number listed (%(default)s)")
     show = actions.add_parser("show", help="show one with its request, and each worker failure while it ran")
     retry = actions.add_parser("retry", help="requeue requests, with attempts reset")
     show.add_argument("letter", metavar="ID")
     retry.add_argument("letters", metavar="ID", nargs="+")
-    for action, do, on_the_queue in (
-        (listing, _list, _list_on_queue), (show, _show, _show_on_queue), (retry, _retry, _retry_on_queue),
+    for action, do, on_the_queue, settings in (
+        (listing, _list, _list_on_queue, ()), (show, _show, _show_on_queue, ()),
+        (retry, _retry, _retry_on_queue, ("request_timeout_s",)),
     ):  # fmt: skip
-        action.set_defaults(by_gateway=do, on_the_queue=on_the_queue)
-        on_queue.add_flags(action, "request_timeout_s")
+        on_queue.add_flags(action, *settings)
         api.add_flags(action)
+        action.set_defaults(by_gateway=do, on_the_queue=on_the_queue, profile="")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code. Raises NotFound, Conflict, Unavailable."""
-    if names_queue(args, os.environ):
+    """Run the command; return the exit code. Raises BadRequest, NotFound, Conflict, Unavailable."""
+    if _asks_queue(args):
         args.do = args.on_the_queue
         return on_queue.run_action(args)
     args.do = args.by_gateway
+    args.profile = args.profile or os.environ.get(PROFILE_VARIABLE, "")
     return api.run_action(args)
 
 
-def names_queue(args: argparse.Namespace, variables: Mapping[str, str]) -> bool:
-    """Return whether the queue is named, and no gateway by what stands before it: flags before variables. Pure."""
-    if args.url or args.profile:
+def _asks_queue(args: argparse.Namespace) -> bool:
+    """Return whether the queue is named, and no gateway by what stands before it: flags before variables.
+
+    Raises BadRequest for wrong settings, and for a flag that whoever is asked would ignore.
+    """
+    given = {name for name, value in vars(args).items() if value != args.parser.get_default(name)}
+    gateway, queue = (
+        [f"--{name.replace('_', '-')}" for name in names if name in given] for names in (GATEWAY_FLAGS, QUEUE_FLAGS)
+    )
+    if gateway and queue:
+        raise BadRequest(f"{gateway[0]} and {queue[0]} do not go together: one is for the gateway, one for the queue")
+    if gateway or (not queue and (os.environ.get(URL_VARIABLE) or os.environ.get(PROFILE_VARIABLE))):
         return False
-    if {"redis_url", "data"} & vars(args).keys():
-        return True
-    if variables.get(URL_VARIABLE):
-        return False
-    return bool({"REDIS_URL", f"{PREFIX}REDIS_URL", f"{PREFIX}DATA"} & variables.keys())
+    is_named = bool({"redis_url", "data"} & load_settings(args).model_fields_set)
+    if queue and not is_named:
+        raise BadRequest(f"{queue[0]} is for the queue, which nothing names: give --redis-url or --data as well")
+    return is_named
 
 
 def _list(gateway: Api, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ def load_local_settings(args: argparse.Namespace) -> Settings:
     settings = load_settings(args)
     if {"redis_url", "data"} & settings.model_fields_set:
         return settings
-    fleet = the_only()
+    fleet = the_only("--data")
     return settings if fleet is None else settings.model_copy(update={"data": Path(fleet.data)})
 
 

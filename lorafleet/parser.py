@@ -74,6 +74,14 @@ ALIASES = ("ls",)
 """Second names of `list`."""
 
 
+def number(text: str) -> int:
+    """Return the value of a flag that counts something. Raises ArgumentTypeError unless it is from 1 to 2⁶³ − 1."""
+    value = int(text)
+    if not 1 <= value <= sys.maxsize:
+        raise argparse.ArgumentTypeError(f"{text} is not from 1 to {sys.maxsize}")
+    return value
+
+
 def suggestion(word: str, known: Sequence[str]) -> str:
     """Return the end of an error about an unknown word: the known one that is most like it, if there is any."""
     close = get_close_matches(word, known, n=1, cutoff=0.6)

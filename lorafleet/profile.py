@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.embedded import start_embedded
-from lorafleet.parser import Parser
+from lorafleet.parser import Parser, number
 from protocol.runtime.service import set_up_logging
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
@@ -34,10 +34,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--sequences", type=_numbers, default=(1, 8, 32), metavar="N,N,…", help="batch sizes (default 1,8,32)"
     )
-    parser.add_argument("--steps", type=_number, default=20, metavar="N", help="measured steps per case (%(default)s)")
-    parser.add_argument(
-        "--prompt-tokens", type=_number, default=64, metavar="N", help="tokens per prompt (%(default)s)"
-    )
+    parser.add_argument("--steps", type=number, default=20, metavar="N", help="measured steps per case (%(default)s)")
+    parser.add_argument("--prompt-tokens", type=number, default=64, metavar="N", help="tokens per prompt (%(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("profile.json"), metavar="FILE", help="file for the JSON result (%(default)s)"
     )
@@ -148,12 +146,5 @@ def _aligned(table: Table) -> Table:
     return table
 
 
-def _number(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
-
-
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(_number(part) for part in text.split(","))
+    return tuple(number(part) for part in text.split(","))

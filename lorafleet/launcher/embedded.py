@@ -22,7 +22,7 @@ from lorafleet.launcher.queue_users import make_users, password_file
 from protocol.queue.connection.redis_client import QueueError, ping
 from protocol.runtime.environment import child_environment
 from protocol.runtime.imports import import_within
-from protocol.runtime.private_files import UMASK, private_folder
+from protocol.runtime.private_files import UMASK, claimed_folder, private_folder
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Conflict, Internal
 
@@ -93,7 +93,7 @@ class EmbeddedServer:
         Raises Conflict when another server uses the folder, Internal with the end of the log when it does not start.
         """
         lock = _lock(self.folder, self._lock_s)
-        _make_private(self.socket.parent)
+        claimed_folder(self.socket.parent)  # who can write there could answer instead of the server
         users: list[str] = []
         if self.users is not None:
             users = ["--aclfile", str(make_users(self.users, console_keys=self._console_keys))]
@@ -170,12 +170,6 @@ def _socket_path(folder: Path) -> Path:
         return path
     name = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
     return Path(tempfile.gettempdir()) / f"lorafleet-{os.getuid()}-{name}" / "queue.sock"
-
-
-def _make_private(folder: Path) -> None:
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():  # another user who can write there could answer instead of the server
-        raise Internal(f"{folder} belongs to another user")
 
 
 def _lock(folder: Path, timeout_s: float) -> int:

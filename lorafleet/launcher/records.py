@@ -7,6 +7,7 @@ without the lock is of a fleet that was killed.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import tempfile
 import time
@@ -16,8 +17,10 @@ from pathlib import Path
 
 import msgspec
 
-from protocol.runtime.private_files import private_folder
+from protocol.runtime.private_files import claimed_folder, is_own
 from protocol.wire.errors import BadRequest, Internal
+
+logger = logging.getLogger(__name__)
 
 
 class LocalFleet(msgspec.Struct, frozen=True):
@@ -32,41 +35,60 @@ class LocalFleet(msgspec.Struct, frozen=True):
     key_file: str = ""  # file with an API key for this user, "" without keys
 
 
-def folder(uid: int | None = None) -> Path:
-    """Return the folder of the records, which only this user may enter. Raises Internal if somebody else owns it.
-
-    uid: the user, None for that of this process.
-    """
-    uid = os.getuid() if uid is None else uid
+def _folder() -> Path:
+    """Return where the records are. Raises OSError if there is no temporary folder, where one is needed."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    base = Path(runtime) / "lorafleet" if runtime else Path(tempfile.gettempdir()) / f"lorafleet-{uid}"
-    found = private_folder(base)
-    if found.stat().st_uid != uid:
-        raise Internal(f"{found} belongs to another user; set XDG_RUNTIME_DIR to a folder of your own")
-    return found
+    return Path(runtime) / "lorafleet" if runtime else Path(tempfile.gettempdir()) / f"lorafleet-{os.getuid()}"
 
 
 @contextmanager
 def registered(fleet: LocalFleet) -> Generator[None]:
-    """Let other commands find a fleet during the block."""
-    path = folder() / f"{fleet.pid}.json"
+    """Let other commands find a fleet during the block; without a record, and with a warning, where none can be kept.
+
+    That depends on others: the folder's parent may be gone or full, or everybody may write there.
+    """
+    try:
+        path, fd = _write(fleet)
+    except (OSError, Internal) as error:
+        logger.warning("other commands do not find this fleet, only by its --url: no record can be kept: %s", error)
+        yield
+        return
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # without the lock it is nobody's record
+            path.unlink()
+        os.close(fd)
+
+
+def _write(fleet: LocalFleet) -> tuple[Path, int]:
+    """Write a fleet's record; return it with the file descriptor that holds its lock. Raises OSError, Internal."""
+    path = claimed_folder(_folder()) / f"{fleet.pid}.json"
     draft = path.with_suffix(".part")
     fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         os.write(fd, msgspec.json.encode(fleet))
         draft.rename(path)
-        yield
-    finally:
-        path.unlink(missing_ok=True)
+    except OSError:
+        draft.unlink(missing_ok=True)
         os.close(fd)
+        raise
+    return path, fd
 
 
 def running() -> list[LocalFleet]:
-    """Return the fleets of this user that run, the oldest first; delete the records of those that were killed."""
+    """Return the fleets of this user that run, the oldest first; delete the records of those that were killed.
+
+    There is none where the folder of the records is absent, cannot be read, or can be written by another user.
+    """
+    paths: list[Path] = []
+    with suppress(OSError):
+        if is_own(_folder()):
+            paths = list(_folder().glob("*.json"))
     found: list[LocalFleet] = []
-    for path in folder().glob("*.json"):
-        with suppress(FileNotFoundError, msgspec.MsgspecError):  # it has ended meanwhile, or is of another release
+    for path in paths:
+        with suppress(OSError, msgspec.MsgspecError):  # it has ended meanwhile, or is of another user or release
             fleet = _read(path)
             if fleet is not None:
                 found.append(fleet)
@@ -92,12 +114,15 @@ def is_running(fleet: LocalFleet) -> bool:
     return fleet in running()
 
 
-def the_only() -> LocalFleet | None:
-    """Return the fleet that runs on this machine, None without one. Raises BadRequest if there are several."""
+def the_only(flag: str = "--url") -> LocalFleet | None:
+    """Return the fleet that runs on this machine, None without one. Raises BadRequest if there are several.
+
+    flag: the one by which the command chooses a fleet, for the error.
+    """
     fleets = running()
     if len(fleets) > 1:
-        listed = ", ".join(f"{fleet.url} ({fleet.model})" for fleet in fleets)
-        raise BadRequest(f"{len(fleets)} fleets run on this machine: {listed}; choose one with --url")
+        listed = ", ".join(f"{fleet.url} ({fleet.model}, data in {fleet.data})" for fleet in fleets)
+        raise BadRequest(f"{len(fleets)} fleets run on this machine: {listed}; choose one with {flag}")
     return fleets[0] if fleets else None
 
 

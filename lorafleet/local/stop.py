@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import time
+from contextlib import suppress
 
 from lorafleet.launcher import records
 from lorafleet.parser import Parser
@@ -22,14 +23,19 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Stop the fleet and wait for its end; return the exit code. Raises BadRequest if none is chosen."""
     fleet = records.chosen(args.url)
-    os.kill(fleet.pid, signal.SIGTERM)
+    _signal(fleet)
     if args.now:
         time.sleep(POLL_S)  # the second signal is another one only once the first has been handled
         if records.is_running(fleet):
-            os.kill(fleet.pid, signal.SIGTERM)
+            _signal(fleet)
     else:
         print(f"stopping {fleet.url}: finishing accepted requests; `lorafleet stop --now` does not wait", flush=True)
     while records.is_running(fleet):
         time.sleep(POLL_S)
     print(f"{fleet.url} has stopped")
     return 0
+
+
+def _signal(fleet: records.LocalFleet) -> None:
+    with suppress(ProcessLookupError):  # it has ended by itself meanwhile
+        os.kill(fleet.pid, signal.SIGTERM)

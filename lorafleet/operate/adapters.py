@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.api import Api, add_flags, add_json_flag, in_path, run_action
-from lorafleet.parser import ALIASES, Parser
+from lorafleet.parser import ALIASES, Parser, number
 from lorafleet.tables import print_list, size_text
 from protocol.runtime.imports import importing
 
@@ -29,7 +29,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="list|add|pin|unpin|preload|evict|refresh|remove|check|convert", required=True
     )
     listing = actions.add_parser("list", aliases=ALIASES, help="list adapters by name, with state and location")
-    listing.add_argument("--limit", type=int, default=100, help="maximum number listed (%(default)s)")
+    listing.add_argument("--limit", type=number, default=100, help="maximum number listed (%(default)s)")
     listing.set_defaults(do=_list)
     add = actions.add_parser("add", help="serve an adapter under a name")
     add.add_argument("name", metavar="NAME")

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from lorafleet.api import Api, add_flags, add_json_flag, print_json
-from lorafleet.parser import Parser
+from lorafleet.parser import Parser, number
 from lorafleet.tables import print_list
 
 PATH = "/v1/audit"
@@ -18,7 +18,7 @@ COLUMNS = ("time", "key", "tenant", "address", "action", "target", "details", "o
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("--limit", type=int, default=50, help="maximum number listed (%(default)s)")
+    parser.add_argument("--limit", type=number, default=50, help="maximum number listed (%(default)s)")
     parser.add_argument("--tenants", action="store_true", help="show tenants' actions on their adapters instead")
     add_json_flag(parser)
     add_flags(parser)

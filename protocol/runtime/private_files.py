@@ -7,7 +7,10 @@ import logging
 import os
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+from protocol.wire.errors import Internal
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,21 @@ def private_folder(folder: Path) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not close_to_others(folder):
         logger.warning("%s can be entered by other users, and belongs to one of them", folder)
+    return folder
+
+
+def claimed_folder(folder: Path) -> Path:
+    """Make or close a folder of this user in one where everybody may write, such as the temporary folder; return it.
+
+    Nothing changes where another user was here first: with a folder, or with a link to a folder of this user, which
+    then would be closed. Raises Internal in that case, and OSError when the folder cannot be made.
+    """
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700, parents=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise Internal(f"{folder} is no folder, or another user's")
+    close_to_others(folder)
     return folder
 
 

@@ -13,6 +13,9 @@ from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from protocol.queue.bus import Bus
 from tests.protocol.queue.test_dead_letters import give_up
 
+NAMES_OF_QUEUES = ("REDIS_URL", "LORAFLEET_REDIS_URL", "LORAFLEET_DATA", "LORAFLEET_CONFIG")
+NOBODY = "http://127.0.0.1:9"
+
 
 @pytest.fixture
 def letter_id(queue_server: EmbeddedServer) -> str:
@@ -76,3 +79,74 @@ def test_the_queue_of_a_running_fleet_is_found_by_its_data_folder(
 def test_a_queue_that_does_not_answer_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["dlq", "list", "--redis-url", f"unix://{tmp_path}/none.sock"]) == 1
     assert "cannot reach the queue" in capsys.readouterr().err
+
+
+@pytest.fixture
+def nothing_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave no variable that names a queue or a gateway, also none that a command of the test sets."""
+    for name in (*NAMES_OF_QUEUES, "LORAFLEET_URL", "LORAFLEET_PROFILE", "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+
+@pytest.mark.usefixtures("nothing_named")
+@pytest.mark.parametrize("name", NAMES_OF_QUEUES)
+def test_the_queue_is_asked_wherever_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Else a gateway would be asked that may be another fleet's."""
+    url = f"unix://{tmp_path}/none.sock"
+    (tmp_path / "fleet.toml").write_text(f'redis_url = "{url}"\n')
+    values = {"LORAFLEET_CONFIG": str(tmp_path / "fleet.toml"), "LORAFLEET_DATA": str(tmp_path)}
+    monkeypatch.setenv(name, values.get(name, url))
+    told = f"running with --data {tmp_path}: none" if name == "LORAFLEET_DATA" else "cannot reach the queue"
+    assert main(["dlq", "list"]) == (2 if name == "LORAFLEET_DATA" else 1)
+    assert told in capsys.readouterr().err
+    monkeypatch.setenv("LORAFLEET_URL", NOBODY)  # it stands before what names the queue
+    assert main(["dlq", "list"]) == 1
+    assert f"cannot reach the gateway at {NOBODY}" in capsys.readouterr().err
+    assert main(["dlq", "list", "--redis-url", url]) == 1  # as a flag does before a variable
+    assert "cannot reach the queue" in capsys.readouterr().err
+    monkeypatch.delenv("LORAFLEET_URL")
+    assert main(["dlq", "list", "--url", NOBODY]) == 1
+    assert f"cannot reach the gateway at {NOBODY}" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nothing_named")
+def test_the_file_that_names_the_queue_may_be_a_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "fleet.toml").write_text(f'redis_url = "unix://{tmp_path}/none.sock"\n')
+    assert main(["dlq", "list", "--config", str(tmp_path / "fleet.toml")]) == 1
+    assert "cannot reach the queue" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("nothing_named")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("list --redis-password-file none", "--redis-password-file is for the queue, which nothing names"),
+        ("list --config fleet.toml", "--config is for the queue, which nothing names"),
+        ("retry 1-0 --request-timeout-s 5", "--request-timeout-s is for the queue, which nothing names"),
+        (f"retry 1-0 --request-timeout-s 5 --url {NOBODY}", "--url and --request-timeout-s do not go together"),
+        (f"list --redis-url unix:///none --url {NOBODY}", "--url and --redis-url do not go together"),
+        ("show 1-0 --data none --key sk", "--key and --data do not go together"),
+        ("list --data none --profile prod", "--profile and --data do not go together"),
+        ("list --data none --api-key-file none", "--api-key-file and --data do not go together"),
+    ],
+)
+def test_a_flag_of_the_other_way_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fleet.toml").write_text("port = 1\n")
+    assert main(["dlq", *words.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["dlq list", "audit", "adapters list"])
+@pytest.mark.parametrize("limit", ["-1", "0", "9" * 30, "many"])
+def test_a_limit_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], command: str, limit: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*command.split(), "--limit", limit])
+    assert limit in capsys.readouterr().err

@@ -13,19 +13,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from helpers.waiting import wait_until
 
 from lorafleet.__main__ import main
 from lorafleet.api import Api, add_flags
-from lorafleet.launcher import records
 from lorafleet.launcher.embedded import start_embedded
 from lorafleet.launcher.records import LocalFleet, registered, running
 from lorafleet.parser import Parser
 from lorafleet.up import own_key
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
-from protocol.wire.errors import Internal
 
 RUN = """
 import os, signal, sys, threading, time
@@ -36,6 +35,9 @@ with registered(LocalFleet(os.getpid(), sys.argv[1], "tiny", sys.argv[2], sys.ar
     print("registered", flush=True)
     ended.wait()
 """
+FLEET = LocalFleet(os.getpid(), "http://127.0.0.1:1", "tiny", "/data", "/logs", 1.0)
+
+only_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a folder another user's")
 
 
 @pytest.fixture(autouse=True)
@@ -60,10 +62,9 @@ def fleet_process(url: str, data: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_record_is_there_while_its_fleet_runs_and_is_private(folder: Path) -> None:
-    fleet = LocalFleet(os.getpid(), "http://127.0.0.1:1", "tiny", "/data", "/logs", 1.0)
     assert running() == []
-    with registered(fleet):
-        assert running() == [fleet]
+    with registered(FLEET):
+        assert running() == [FLEET]
         (path,) = folder.glob("*.json")
         assert (path.stat().st_mode & 0o777, folder.stat().st_mode & 0o777) == (0o600, 0o700)
     assert list(folder.iterdir()) == []
@@ -80,18 +81,88 @@ def test_a_fleet_that_was_killed_is_not_found(folder: Path, tmp_path: Path) -> N
 
 
 def test_what_is_no_record_is_passed_over(folder: Path) -> None:
-    assert running() == []
+    folder.mkdir(parents=True, mode=0o700)
     (folder / "other.json").write_text("{}")
     (folder / "link.json").symlink_to("/etc/passwd")
-    (folder / "link.json").unlink()
     assert running() == []
+
+
+@pytest.mark.parametrize("runtime", ["none", "/proc/none"])
+def test_looking_for_fleets_needs_no_folder_and_makes_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runtime: str
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / runtime))
+    assert running() == []
+    assert main(["status"]) == 1
+    assert "no fleet runs on this machine" in capsys.readouterr().out
+    assert main(["stop"]) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_records_are_not_believed_where_others_may_write(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record of another user could name an address that then gets this user's key."""
+    with registered(FLEET):
+        folder.chmod(0o777)
+        assert running() == []
+        folder.chmod(0o700)
+        assert running() == [FLEET]
+        (tmp_path / "lorafleet").symlink_to(folder)
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+        assert running() == []
+
+
+@only_root
+def test_another_users_records_are_not_believed(folder: Path) -> None:
+    with registered(FLEET):
+        os.chown(folder, 12_345, -1)
+        assert running() == []
+
+
+def modes(within: Path) -> dict[Path, int]:
+    return {path: path.lstat().st_mode for path in within.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "place", ["unreachable", "a link", "a file", pytest.param("another user's", marks=only_root), "in the way"]
+)
+def test_a_fleet_runs_without_a_record_where_none_can_be_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    """Without XDG_RUNTIME_DIR anybody may put something where the folder would be."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    mine.chmod(0o755)
+    folder.parent.mkdir()
+    if place == "unreachable":
+        monkeypatch.setenv("XDG_RUNTIME_DIR", "/proc/none")
+    elif place == "a link":
+        folder.symlink_to(mine)
+    elif place == "a file":
+        folder.write_text("")
+    elif place == "another user's":
+        folder.mkdir()
+        folder.chmod(0o755)
+        os.chown(folder, 12_345, -1)
+    else:
+        (folder / f"{FLEET.pid}.json").mkdir(parents=True)
+        folder.chmod(0o700)
+    before = modes(tmp_path)
+    with registered(FLEET):
+        assert running() == []
+    assert "other commands do not find this fleet" in caplog.text
+    assert modes(tmp_path) == before
 
 
 def test_of_several_fleets_one_has_to_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with fleet_process("http://127.0.0.1:1", tmp_path), fleet_process("http://127.0.0.1:2", tmp_path):
         for words in (["workers", "list"], ["stop"], ["logs"], ["keys", "list"], ["dlq", "list"]):
             assert main(words) == 2
-            assert "2 fleets run on this machine: http://127.0.0.1:" in capsys.readouterr().err
+            told = capsys.readouterr().err
+            assert "2 fleets run on this machine: http://127.0.0.1:" in told
+            assert f"choose one with {'--data' if words[0] == 'keys' else '--url'}" in told
+            assert f"data in {tmp_path}" in told
         assert main(["workers", "list", "--url", "http://127.0.0.1:2"]) == 1
         assert "cannot reach the gateway at http://127.0.0.1:2" in capsys.readouterr().err
         assert main(["status", "--json"]) == 1
@@ -109,6 +180,30 @@ async def test_stop_ends_a_fleet_and_waits_for_it(tmp_path: Path, capsys: pytest
         assert main(["stop"]) == 0
         assert process.wait() == 0
     assert "http://127.0.0.1:1 has stopped" in capsys.readouterr().out
+
+
+def pid_of_nobody() -> int:
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
+
+
+async def test_a_fleet_that_ends_before_the_signal_has_stopped(capfd: pytest.CaptureFixture[str]) -> None:
+    codes: list[int] = []
+    stopping = threading.Thread(target=lambda: codes.append(main(["stop"])))
+    with registered(msgspec.structs.replace(FLEET, pid=pid_of_nobody())):  # its process is gone, its lock is not yet
+        stopping.start()
+        seen = ""
+
+        def is_stopping() -> bool:
+            nonlocal seen
+            seen += capfd.readouterr().out
+            return "finishing accepted requests" in seen or not stopping.is_alive()
+
+        await wait_until(is_stopping, "the signal was sent")
+    stopping.join()
+    assert codes == [0]
+    assert "http://127.0.0.1:1 has stopped" in seen + capfd.readouterr().out
 
 
 async def test_logs_show_the_last_lines_and_follow_new_ones(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -137,19 +232,14 @@ async def test_logs_show_the_last_lines_and_follow_new_ones(tmp_path: Path, capf
     assert (seen + capfd.readouterr().out) == "loading\nready\n"
 
 
-def test_another_users_folder_is_not_believed() -> None:
-    with pytest.raises(Internal, match="belongs to another user"):
-        records.folder(uid=os.getuid() + 1)
-
-
 def test_the_key_of_the_fleet_is_sent_to_it_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "local.key").write_text("sk-lf-local\n")
     fleet = LocalFleet(os.getpid(), "http://127.0.0.1:1", "tiny", "/data", "/logs", 1.0, str(tmp_path / "local.key"))
 
-    def key_of(*words: str) -> str | None:
+    def key_of(*words: str, given: LocalFleet | None = None) -> str | None:
         parser = Parser()
         add_flags(parser)
-        with Api(parser.parse_args(words)) as api:
+        with Api(parser.parse_args(words), given) as api:
             return api._client.headers.get("authorization")
 
     with registered(fleet):
@@ -160,6 +250,15 @@ def test_the_key_of_the_fleet_is_sent_to_it_alone(tmp_path: Path, monkeypatch: p
         assert key_of() is None
     monkeypatch.delenv("LORAFLEET_URL")
     assert key_of() is None
+    config = tmp_path / ".config" / "lorafleet" / "config.toml"
+    config.parent.mkdir(parents=True)
+    config.touch(mode=0o600)
+    config.write_text('profile = "prod"\n[prod]\nurl = "https://prod"\nkey = "sk-lf-prod"\n')
+    assert key_of() == "Bearer sk-lf-prod"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-lf-variable")
+    assert key_of(given=fleet) == "Bearer sk-lf-local"
+    assert key_of("--key", "sk-lf-mine", given=fleet) == "Bearer sk-lf-mine"
+    assert key_of(given=msgspec.structs.replace(fleet, key_file="")) is None
 
 
 def test_a_fleet_with_keys_makes_one_for_its_user_and_keeps_it(tmp_path: Path) -> None:

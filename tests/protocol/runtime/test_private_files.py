@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from protocol.runtime.fleet_secret import read_or_make
-from protocol.runtime.private_files import close_to_others, is_own, own_folder, private_folder
+from protocol.runtime.private_files import claimed_folder, close_to_others, is_own, own_folder, private_folder
+from protocol.wire.errors import Internal
 
 
 def mode_of(path: Path) -> int:
@@ -38,6 +39,29 @@ def test_a_folder_of_another_user_is_told(
         private_folder(tmp_path)
     assert "belongs to one of them" in caplog.text
     assert mode_of(tmp_path) == 0o755
+
+
+def test_a_folder_where_everybody_may_write_is_claimed_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user may have put a link to one of this user's folders there, which then is not closed either."""
+    assert mode_of(claimed_folder(tmp_path / "a" / "new")) == 0o700
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    mine.chmod(0o755)
+    (tmp_path / "link").symlink_to(mine)
+    with pytest.raises(Internal, match="link is no folder, or another user's"):
+        claimed_folder(tmp_path / "link")
+    assert mode_of(mine) == 0o755
+    with monkeypatch.context() as patched:
+        patched.setattr("os.geteuid", lambda: 1_000_000)
+        with pytest.raises(Internal, match="another user's"):
+            claimed_folder(mine)
+    assert mode_of(mine) == 0o755
+    assert mode_of(claimed_folder(mine)) == 0o700
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Internal, match="is no folder"):
+        claimed_folder(tmp_path / "file")
 
 
 def test_a_secret_that_others_could_read_is_closed(tmp_path: Path) -> None:
