@@ -13,8 +13,9 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from heapq import nlargest
-from operator import add
+from functools import reduce
+from heapq import nlargest, nsmallest
+from operator import add, itemgetter
 from typing import Any, Literal
 
 from protocol.metrics.names import OTHER
@@ -23,11 +24,14 @@ from protocol.wire.clock import now_ms
 TIERS = ((10, 360), (300, 288), (1800, 336))
 """Seconds of a bucket, and how many are kept: an hour, a day, a week."""
 
-MAX_ROWS = 16
-"""Pairs of a tenant and a model that a bucket keeps apart, the busiest; the others are counted together."""
+MAX_ROWS = 24
+"""Rows that a bucket keeps, beside that of all others: of its tenants, then of their models, each tenant's in turn."""
 
-MAX_OPEN_ROWS = 256
-"""The same of the bucket of now, of which it is not known yet which will be the busiest."""
+MAX_TENANTS = 16
+"""Tenants that a bucket keeps apart, the busiest; the others are counted together."""
+
+MAX_OPEN_ROWS = 128
+"""Rows of a bucket that is still counted in, of which it is not known yet which will be the busiest."""
 
 MAX_NAME = 100
 """Characters of a name that are kept."""
@@ -53,7 +57,8 @@ RANGES_S: Mapping[str, int] = {"15m": 900, "1h": 3600, "6h": 21_600, "24h": 86_4
 MAX_GROUPS = 6
 """Tenants or models that an answer shows apart, the busiest of the range."""
 
-BUCKETS_AT_ONCE = 8  # read before others get their turn on the event loop: half a millisecond
+BUCKETS_AT_ONCE = 4  # read before others get their turn on the event loop: a third of a millisecond
+ROWS_AT_ONCE = 64  # of open buckets, which are added before the same
 
 Field = Literal[
     "requests", "prompt_tokens", "output_tokens", "refused", "client_errors", "server_errors", "hits", "misses"
@@ -61,7 +66,11 @@ Field = Literal[
 Group = Literal["tenant", "model"]
 _PLACES: dict[str, int] = {name: place for place, name in enumerate(FIELDS)}
 _EMPTY = (0,) * (len(FIELDS) + len(BOUNDS_MS) + 1)
-_OTHERS = (OTHER, OTHER)
+
+Key = tuple[str | None, str | None]
+"""A tenant and a model. None stands for all others, since strangers choose names and no name is None."""
+
+_OTHERS: Key = (None, None)
 
 Row = array  # FIELDS, then how many calls had their first token within each bound; uint64
 
@@ -93,38 +102,58 @@ class Bucket:
 
     start_s: int
     fleet: FleetSample | None = None
-    rows: dict[tuple[str, str], Row[int]] = field(default_factory=dict[tuple[str, str], "Row[int]"])
+    rows: dict[Key, Row[int]] = field(default_factory=dict[Key, "Row[int]"])
 
-    def row(self, key: tuple[str, str]) -> Row[int]:
-        """Return the row of a tenant and a model, which may be that of all others."""
+    def row(self, key: Key) -> Row[int]:
+        """Return the row of a tenant and a model, for which others are counted together if there are many."""
         row = self.rows.get(key)
         if row is None:
             if len(self.rows) >= MAX_OPEN_ROWS:
-                key = _OTHERS
+                self.trim()
             row = self.rows.setdefault(key, array("Q", _EMPTY))
         return row
+
+    def add(self, key: Key, row: Row[int]) -> None:
+        """Add a row that another bucket counted. Rows that a reader has taken do not change."""
+        self.rows[key] = _sum(self.row(key), row)
 
     def merge(self, other: Bucket) -> None:
         """Add what another bucket counted."""
         for key, row in other.rows.items():
-            mine = self.row(key)
-            mine[:] = _sum(mine, row)
+            self.add(key, row)
+        self.merge_fleet(other)
+
+    def merge_fleet(self, other: Bucket) -> None:
+        """Add another bucket's sample of the fleet."""
         if other.fleet is not None:
             self.fleet = self.fleet or FleetSample()
             self.fleet.merge(other.fleet)
 
     def trim(self) -> None:
-        """Count all but the busiest pairs together."""
+        """Keep the busiest tenants and each one's busiest models apart, and count the others together.
+
+        The sums of a tenant that is kept stay exact, and no tenant's models take the places of another's first ones.
+        """
         if len(self.rows) <= MAX_ROWS:
             return
-        rows = self.rows
-        kept = nlargest(MAX_ROWS, (key for key in rows if key != _OTHERS), key=lambda key: _weight(rows[key]))
-        self.rows = {key: rows[key] for key in kept}
-        rest = array("Q", _EMPTY)
+        weights = {key: _weight(row) for key, row in self.rows.items()}
+        tenants: dict[str, int] = {}
+        for (tenant, _), weight in weights.items():
+            if tenant is not None:
+                tenants[tenant] = tenants.get(tenant, 0) + weight
+        turns = dict.fromkeys(nlargest(MAX_TENANTS, tenants, key=tenants.__getitem__), 0)
+        pairs: list[tuple[int, Key]] = []
+        for key in sorted(weights, key=weights.__getitem__, reverse=True):
+            tenant, model = key
+            if tenant in turns and model is not None:
+                pairs.append((turns[tenant], key))
+                turns[tenant] += 1
+        kept = {key for _, key in nsmallest(MAX_ROWS - len(turns), pairs, key=itemgetter(0))}
+        rows, self.rows = self.rows, {}
         for key, row in rows.items():
-            if key not in self.rows:
-                rest = _sum(rest, row)
-        self.rows[_OTHERS] = rest
+            place = key if key in kept else (key[0], None) if key[0] in turns else _OTHERS
+            mine = self.rows.get(place)
+            self.rows[place] = row if mine is None else _sum(mine, row)
 
 
 class TimeSeries:
@@ -155,21 +184,20 @@ class TimeSeries:
         """Return a range up to now as JSON: the sums, then the busiest groups, each a list with a value per bucket.
 
         The last bucket is that of now, of which `elapsed_s` have passed. None in a list: the gateway did not run then,
-        or nothing was measured. It takes some 30 ms, in turns of less than one.
+        nothing was measured, or the tenant was not among the busiest, which are counted apart. What is called `other`
+        is counted with all others. It takes some 40 ms, in turns of less than one.
 
         range_s: one of `RANGES_S`. tenant: whose calls, None: everybody's, and the fleet's numbers.
         """
         self._now()
         tier = next(number for number, (step, num) in enumerate(TIERS) if step * num >= range_s)
         step = TIERS[tier][0]
-        newest = Bucket(self._start(tier))
-        for bucket in self._open[: tier + 1]:
-            if bucket is not None:
-                newest.merge(bucket)
-        first_s = newest.start_s - range_s + step
-        found = {one.start_s: one for one in self._kept[tier] if one.start_s >= first_s} | {newest.start_s: newest}
+        newest_s = self._start(tier)
+        first_s = newest_s - range_s + step
+        found = {one.start_s: one for one in self._kept[tier] if one.start_s >= first_s}
+        found |= await self._copies(tier, first_s, tenant)
         names = await self._busiest(found.values(), tenant, group)
-        times = range(first_s, newest.start_s + 1, step)
+        times = range(first_s, newest_s + 1, step)
         shown: dict[str | None, list[Sequence[int] | None]] = {name: [] for name in (None, *names)}
         rest: list[Sequence[int] | None] = []
         for number, time_s in enumerate(times):
@@ -182,13 +210,36 @@ class TimeSeries:
         await asyncio.sleep(0)
         fleet = _fleet([found.get(time_s) for time_s in times]) if tenant is None else None
         groups = [await _columns(name, group, rows) for name, rows in shown.items()]
-        if any(row is not None and any(row) for row in rest):
+        if group is not None and any(row is not None and any(row) for row in rest):
             groups.append(await _columns(OTHER, group, rest))
         return {
             "object": "timeseries", "start_time": first_s, "step_s": step, "num": len(times),
-            "elapsed_s": min(step, max(1, int(self._now_s()) - newest.start_s)),
+            "elapsed_s": min(step, max(1, int(self._now_s()) - newest_s)),
             "fleet": fleet, "groups": groups,
         }  # fmt: skip
+
+    async def _copies(self, tier: int, first_s: int, tenant: str | None) -> dict[int, Bucket]:
+        """Return what open buckets have counted since `first_s` in buckets of a tier, by the times when these began.
+
+        A bucket that has ended stays open until the next shorter one has ended too, so these are of up to two times.
+        What ends meanwhile is counted once: rows are taken before others get a turn.
+        """
+        copies: dict[int, Bucket] = {}
+        taken: list[tuple[Bucket, Key, Row[int]]] = []
+        for bucket in self._open[: tier + 1]:
+            if bucket is None or (start_s := bucket.start_s - bucket.start_s % TIERS[tier][0]) < first_s:
+                continue
+            copy = copies.setdefault(start_s, Bucket(start_s))
+            copy.merge_fleet(bucket)
+            taken += [(copy, *pair) for pair in bucket.rows.items() if tenant is None or pair[0][0] in (tenant, None)]
+        for number, (copy, key, row) in enumerate(taken):
+            if number % ROWS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+            copy.add(key, row)
+        for copy in copies.values():
+            await asyncio.sleep(0)
+            copy.trim()
+        return copies
 
     async def _busiest(self, buckets: Iterable[Bucket], tenant: str | None, group: Group | None) -> list[str]:
         """Return the names of the groups that an answer shows apart, the busiest first."""
@@ -199,7 +250,7 @@ class TimeSeries:
                     await asyncio.sleep(0)
                 for key, row in bucket.rows.items():
                     name = key[group == "model"]
-                    if tenant in (None, key[0]) and name != OTHER:
+                    if tenant in (None, key[0]) and name not in (None, OTHER):
                         weights[name] = weights.get(name, 0) + _weight(row)
         return nlargest(MAX_GROUPS, weights, key=weights.__getitem__)
 
@@ -243,23 +294,24 @@ def _weight(row: Row[int]) -> int:
 def _grouped(
     bucket: Bucket | None, tenant: str | None, group: Group | None, names: Sequence[str]
 ) -> tuple[dict[str | None, Row[int]], Row[int] | None]:
-    """Return a bucket's sums, of all under None and of each name, and those of all other names."""
+    """Return a bucket's sums, of all under None and of each name, and those of all other names.
+
+    Nothing where there is no bucket, or where the tenant may be among those that it counted together.
+    """
     sums: dict[str | None, Row[int]] = {}
     if bucket is None:
         return sums, None
-    empty = array("Q", _EMPTY)
-    sums[None], rest = empty, empty
+    if tenant is not None and _OTHERS in bucket.rows and all(key[0] != tenant for key in bucket.rows):
+        return sums, None
+    empty = rest = array("Q", _EMPTY)
     for key, row in bucket.rows.items():
-        if tenant is not None and key[0] != tenant:
-            continue
-        sums[None] = _sum(sums[None], row)
-        if group is not None:
+        if tenant in (None, key[0]):
             name = key[group == "model"]
             if name in names:
                 sums[name] = _sum(sums.get(name, empty), row)
             else:
                 rest = _sum(rest, row)
-    return dict.fromkeys(names, empty) | sums, rest
+    return dict.fromkeys(names, empty) | sums | {None: reduce(_sum, sums.values(), rest)}, rest
 
 
 async def _columns(name: str | None, group: Group | None, rows: Sequence[Sequence[int] | None]) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 import tracemalloc
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import httpx2
@@ -11,6 +14,7 @@ import pytest
 from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
 
+from gateway.fleet import timeseries
 from gateway.fleet.timeseries import (
     BOUNDS_MS,
     MAX_BYTES,
@@ -18,6 +22,7 @@ from gateway.fleet.timeseries import (
     MAX_NAME,
     MAX_OPEN_ROWS,
     MAX_ROWS,
+    MAX_TENANTS,
     OTHER,
     RANGES_S,
     TIERS,
@@ -62,6 +67,56 @@ async def test_a_range_has_what_happened_in_it_and_nothing_older(span: str) -> N
     assert answer["num"] == range_s // step == len(answer["groups"][0]["requests"])
     assert answer["start_time"] == START_S + num_steps * step - range_s
     assert answer["groups"][0]["requests"] == [per_step] * answer["num"]
+
+
+AFTER_S = (0, 5, 10, 295, 300, 305, 310, 315)  # since a bucket of every length began
+
+
+@pytest.mark.parametrize("span", RANGES_S)
+async def test_a_bucket_that_ends_keeps_what_it_counted(span: str) -> None:
+    range_s = RANGES_S[span]
+    step = next(step for step, num in TIERS if step * num >= range_s)
+    every_s = 5
+    for after_s in AFTER_S:
+        clock = Clock()
+        series = TimeSeries(clock)
+        for clock.now_s in range(START_S, START_S + 2 * TIERS[-1][0] + after_s + 1, every_s):
+            series.count("acme", "sql", "requests")
+            series.sample(FleetSample(output_tokens=7))
+        answer = await series.read(range_s, None, None)
+        since_s = after_s % step
+        num_full = min(answer["num"] - 1, (2 * TIERS[-1][0] + after_s) // step)
+        requests = [step // every_s] * num_full + [since_s // every_s + 1]
+        assert answer["groups"][0]["requests"] == [None] * (answer["num"] - len(requests)) + requests, after_s
+        assert answer["fleet"]["output_tokens"][-len(requests) :] == [7 * num for num in requests]
+        assert answer["elapsed_s"] == max(1, since_s)
+
+
+async def test_buckets_from_before_a_pause_are_where_they_were() -> None:
+    clock = Clock()
+    series = TimeSeries(clock)
+    series.count("acme", "sql", "requests", 3)
+    clock.now_s += 7200
+    day = await series.read(86_400, None, None)
+    assert day["groups"][0]["requests"][-25:] == [3] + [None] * 23 + [0]
+    assert total(await series.read(3600, None, None)) == 0
+    clock.now_s += 8 * 86_400
+    assert total(await series.read(604_800, None, None)) == 0
+
+
+async def test_what_ends_while_it_is_read_is_counted_once() -> None:
+    clock = Clock()
+    series = TimeSeries(clock)
+    for number in range(MAX_OPEN_ROWS):
+        clock.now_s = START_S + TIERS[-1][0] - 400 + 390 * number // MAX_OPEN_ROWS
+        series.count("acme", f"adapter-{number}", "requests")
+    clock.now_s = START_S + TIERS[-1][0] - 1
+    reading = [asyncio.create_task(series.read(range_s, None, "model")) for range_s in RANGES_S.values()]
+    while not all(task.done() for task in reading):
+        await asyncio.sleep(0)
+        clock.now_s += 10
+        series.sample(FleetSample())
+    assert [total(await task) for task in reading] == [MAX_OPEN_ROWS] * len(reading)
 
 
 async def test_before_the_gateway_ran_there_is_nothing_and_not_zero() -> None:
@@ -119,6 +174,109 @@ async def test_the_busiest_are_apart_and_the_others_are_counted_together() -> No
         assert total(answer, name=OTHER) == everything - sum(total(answer, name=name) for name in top)
 
 
+async def test_sums_are_exact_where_full_buckets_are_put_together() -> None:
+    clock = Clock()
+    series = TimeSeries(clock)
+    for bucket in range(2):
+        clock.now_s = START_S + 10 * bucket
+        for number in range(MAX_OPEN_ROWS):  # the first are the least busy, so the rest of a kept bucket comes first
+            series.count("acme", f"adapter-{number}", "requests", number + 1)
+    for tenant in (None, "acme"):
+        for range_s in RANGES_S.values():
+            assert total(await series.read(range_s, tenant, "model")) == MAX_OPEN_ROWS * (MAX_OPEN_ROWS + 1)
+
+
+@pytest.mark.parametrize("tenant", [OTHER, "", "None", "null", "\0", "public"])
+@pytest.mark.parametrize("group", ["tenant", "model", None])
+async def test_no_name_shows_what_others_did(tenant: str, group: timeseries.Group | None) -> None:
+    clock = Clock()
+    series = TimeSeries(clock)
+    for number in range(3 * MAX_OPEN_ROWS):  # more tenants than are kept apart
+        series.count(f"tenant-{number}", tenant, "requests", 5)
+    for minutes in (0, 1, 61):
+        clock.now_s += 60 * minutes
+        answer = await series.read(86_400, tenant, group)
+        assert total(answer) == 0
+        assert [group["name"] for group in answer["groups"]] == [None]
+    series.count(tenant, OTHER, "requests", 9)
+    series.count(tenant, "sql", "requests", 2)
+    answer = await series.read(86_400, tenant, group)
+    assert total(answer) == 11
+    if group == "model":
+        assert (total(answer, name="sql"), total(answer, name=OTHER)) == (2, 9)
+
+
+@pytest.mark.parametrize("what", ["requests", "refused", "client_errors"])
+async def test_one_busy_tenant_hides_nothing_of_another(what: timeseries.Field) -> None:
+    clock = Clock()
+    series = TimeSeries(clock)
+    num_buckets = 40
+    for _ in range(num_buckets):
+        series.count("small", "sql", "requests")
+        for number in range(2 * MAX_OPEN_ROWS):
+            series.count("acme", f"adapter-{number}", what, 50)
+        series.count("small", "chat", "requests")
+        series.count("small", "chat", "output_tokens", 8)
+        clock.now_s += 10
+    for range_s in RANGES_S.values():
+        answer = await series.read(range_s, "small", "model")
+        assert [group["name"] for group in answer["groups"]] in ([None, "sql", "chat"], [None, "chat", "sql"])
+        assert total(answer) == 2 * num_buckets
+        assert total(answer, name="sql") == total(answer, name="chat") == num_buckets
+        assert total(answer, "output_tokens", "chat") == 8 * num_buckets
+        everybody = await series.read(range_s, None, "tenant")
+        assert total(everybody, what, "acme") == num_buckets * 2 * MAX_OPEN_ROWS * 50
+
+
+async def test_a_tenant_that_is_not_kept_apart_has_no_number_and_not_zero() -> None:
+    clock = Clock()
+    series = TimeSeries(clock)
+    series.count("small", "sql", "requests")
+    clock.now_s += 10
+    series.count("small", "sql", "requests")
+    for number in range(MAX_ROWS):
+        series.count(f"tenant-{number}", "sql", "requests", 2 + (number < MAX_TENANTS))
+    clock.now_s += 10
+    series.count("tenant-0", "sql", "requests")
+    answer = await series.read(900, "small", None)
+    assert answer["groups"][0]["requests"][-4:] == [None, 1, None, 0]
+    assert answer["groups"][0]["ttft_p95_ms"][-2:] == [None, None]
+    everybody = await series.read(900, None, "tenant")
+    assert total(everybody) == 2 + 2 * MAX_ROWS + MAX_TENANTS + 1
+    assert (await series.read(900, "tenant-3", None))["groups"][0]["requests"][-3:] == [0, 3, 0]
+
+
+READERS: tuple[tuple[str | None, timeseries.Group], ...] = ((None, "tenant"), (None, "model"), ("3", "model"))
+
+
+async def test_a_turn_of_a_read_adds_few_rows() -> None:
+    clock = Clock()
+    series = TimeSeries(clock)
+    for bucket in range(400):
+        clock.now_s = START_S + 10 * bucket
+        for number in range(MAX_OPEN_ROWS if bucket > 390 else MAX_ROWS):
+            series.count(f"{number % (2 * MAX_TENANTS)}", f"{bucket}-{number}", "requests")
+    num_sums, most = 0, 0
+
+    def watch(frame: FrameType, event: str, _: object) -> None:
+        nonlocal num_sums
+        num_sums += event == "call" and frame.f_code is timeseries._sum.__code__
+
+    for tenant, group in READERS:
+        for range_s in RANGES_S.values():
+            task = asyncio.create_task(series.read(range_s, tenant, group))
+            sys.setprofile(watch)
+            try:
+                while not task.done():
+                    before = num_sums
+                    await asyncio.sleep(0)
+                    most = max(most, num_sums - before)
+            finally:
+                sys.setprofile(None)
+            assert total(task.result()) > 0
+    assert 0 < most <= MAX_OPEN_ROWS + timeseries.ROWS_AT_ONCE
+
+
 def test_a_quantile_is_between_the_bounds_of_its_calls() -> None:
     counts = [0] * (len(BOUNDS_MS) + 1)
     assert quantile(counts, 0.5) is None
@@ -144,12 +302,13 @@ async def test_names_that_strangers_choose_fill_twelve_megabytes_at_most() -> No
     tracemalloc.start()
     try:
         for bucket in range(sum(num for _, num in TIERS)):
-            for number in range(MAX_ROWS + 1):  # each name new, and longer than is kept
-                series.count(f"{bucket}-{number}" + "t" * 2000, f"{bucket}-{number}" + "m" * 2000, "requests")
+            for number in range(2 * (MAX_TENANTS + 1)):  # each name new, and longer than is kept
+                tenant = f"{bucket}-{number % (MAX_TENANTS + 1)}" + "t" * 2000
+                series.count(tenant, f"{bucket}-{number}" + "m" * 2000, "requests")
             clock.now_s += TIERS[-1][0]  # every bucket closes one of each tier
         num_bytes = tracemalloc.get_traced_memory()[0]
-        for number in range(MAX_OPEN_ROWS * 2):
-            series.count(f"{number}", "model", "requests")
+        for number in range(MAX_OPEN_ROWS):
+            series.count(f"{number}" + "t" * 2000, f"{number}" + "m" * 2000, "requests")
         added = tracemalloc.get_traced_memory()[0] - num_bytes
     finally:
         tracemalloc.stop()
