@@ -17,7 +17,7 @@ from gateway.http.paths import TIMESERIES
 from gateway.overload import reads
 
 READ_COST = 100
-"""What an answer costs beside its bytes, in reads: it takes some 30 ms of the event loop, in turns of less than one."""
+"""What an answer costs beside its bytes, in reads: it takes some 40 ms of the event loop, in turns of less than one."""
 
 
 class TimeSeriesEndpoints:

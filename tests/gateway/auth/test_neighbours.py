@@ -14,6 +14,7 @@ from helpers.waiting import wait_until
 from adapter_store.sources.local import LocalSource
 from gateway.app.access_table import unserved
 from gateway.http.access import RouteTable
+from gateway.http.paths import TIMESERIES
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 from protocol.wire.errors import NotFound
@@ -21,6 +22,7 @@ from protocol.wire.keys import private_name
 
 SHARED, PRIVATE = "ab" * 32, "cd" * 32
 GENERATES = {"/startup"}
+OF_REQUESTS = ("requests", "prompt_tokens", "output_tokens", "refused", "server_errors", "hits", "misses")
 
 
 def read_paths(name: str = "shared") -> list[str]:
@@ -30,6 +32,15 @@ def read_paths(name: str = "shared") -> list[str]:
     return [
         path.replace("{name:path}", name).replace("{", "").replace("}", "") for path in paths if path not in GENERATES
     ]
+
+
+def timeless(answer: httpx2.Response) -> str:
+    """Return the text of an answer; of time series only what the tenant's requests came to, for its reads fail too."""
+    if answer.url.path != TIMESERIES:
+        return answer.text
+    told = answer.json()
+    sums = {name: [sum(num or 0 for num in group[name]) for group in told["groups"]] for name in OF_REQUESTS}
+    return f"{told['fleet']} {sums}"
 
 
 async def test_what_a_tenant_reads_does_not_change_with_what_others_do(
@@ -48,7 +59,7 @@ async def test_what_a_tenant_reads_does_not_change_with_what_others_do(
 
         async def seen() -> dict[str, tuple[int, str]]:
             answers = {path: await http.get(path, headers=heads["quiet"]) for path in read_paths()}
-            return {path: (answer.status_code, answer.text) for path, answer in answers.items()}
+            return {path: (answer.status_code, timeless(answer)) for path, answer in answers.items()}
 
         before = await seen()
         assert sum(status == 200 for status, _ in before.values()) > 20, "the check would prove nothing"
