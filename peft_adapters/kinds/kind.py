@@ -20,7 +20,7 @@ MAX_KIND_ROWS = 4_096
 """Rank rows on one layer, as many as a worker's pool holds of one adapter."""
 
 MAX_KIND_NUMBERS = 1 << 28
-"""Numbers of A and B on all layers: 1 GB in fp32. A file of some kB may stand for more."""
+"""Numbers of what is made on all layers: 1 GB in fp32. A file of some kB may stand for more."""
 
 MAX_WHOLE = 1 << 20
 """The largest whole number in a field: more than any layer has inputs."""
@@ -89,6 +89,7 @@ class Rows:
     zero_if: tuple[str, ...] = ()  # B @ A is zero if one of these tensors is
     integers: frozenset[str] = frozenset()  # tensors of whole numbers
     needs_weight: bool = False  # whether `make` asks for BASE_WEIGHT
+    num_added: int = 0  # numbers that `make` reads or adds up on the way, where these may be more than A and B have
 
 
 @dataclass(frozen=True, slots=True)

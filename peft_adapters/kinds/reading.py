@@ -102,4 +102,4 @@ def _read_layer(
     if len(reasons) == before:
         rows = KindRows(kind.name, form, taken)
         found.sites.append(LoraWeights(site.name, form.rank, form.scale, "", "", width=outputs, of_kind=rows))
-    return form.rank * (inputs + outputs)
+    return max(form.rank * (inputs + outputs), form.num_added)
