@@ -22,6 +22,12 @@ MAX_KIND_ROWS = 4_096
 MAX_KIND_NUMBERS = 1 << 28
 """Numbers of what is made on all layers: 1 GB in fp32. A file of some kB may stand for more."""
 
+MAX_KIND_PRODUCTS = 1 << 39
+"""Multiplications for what is made on all layers: ten to thirty seconds of one core.
+
+Those with the base's weights are not counted: there are at most `MAX_KIND_NUMBERS` times a layer's width of them.
+"""
+
 MAX_WHOLE = 1 << 20
 """The largest whole number in a field: more than any layer has inputs."""
 
@@ -90,6 +96,7 @@ class Rows:
     integers: frozenset[str] = frozenset()  # tensors of whole numbers
     needs_weight: bool = False  # whether `make` asks for BASE_WEIGHT
     num_added: int = 0  # numbers that `make` reads or adds up on the way, where these may be more than A and B have
+    num_products: int = 0  # multiplications that `make` does to decompose matrices or to solve for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +127,7 @@ class Operation:
     shapes: Mapping[str, Shape]  # as of `Rows`
     make: Callable[[Numbers], Change]
     num_numbers: int  # that a change has
+    num_products: int = 0  # as of `Rows`
     integers: frozenset[str] = frozenset()
     zero_if: tuple[str, ...] = ()  # it changes nothing if one of these tensors is zero
     has_scale: bool = False  # whether PEFT can scale it, as `lora_scale` does
