@@ -104,7 +104,7 @@ class LoraWeights:
 
     Then bias and magnitude are one block's, and say that all blocks have them.
     """
-    width: int = 0  # out, where there are blocks
+    width: int = 0  # out, where there are blocks or `of_kind`
     of_kind: KindRows | None = None  # in the place of a and b, of an adapter that is not LoRA
 
     @property

@@ -45,7 +45,8 @@ def apply_linear(groups: list[ExtraRows], site: int, out: Tensor, x: Tensor, bia
     """Apply the extras of every group to the output of one linear layer, but for changes of its inputs.
 
     out: [T, N], the base output with bias [N] and pooled LoRA already added; changed in place. x: [T, K], the input.
-    Returns `out`, or a wider tensor where an adapter has more tokens than the head.
+    Returns `out`, or a wider tensor where an adapter has more tokens than the head. The adapters that follow find it
+    wider than what they change, and each changes its own width.
     """
     for group in groups:
         part = group.extras.linear.get(site)
@@ -60,19 +61,21 @@ def _apply_linear(part: LinearExtras, group: ExtraRows, out: Tensor, x: Tensor, 
     if part.weight is not None:
         out = _put(out, rows, F.linear(x[rows], part.weight, own_bias))
     elif part.bias is not None and bias is not None:
-        out[rows] += part.bias - bias
+        out[rows, : len(bias)] += part.bias - bias
     if part.lora is not None:
         delta = _low_rank(part.lora, x[active], group.scale)
         width = delta.shape[-1]
         out[active, :width] = (out[active, :width].float() + delta).to(out.dtype)
     if part.lora_bias is not None:
-        out[active] = (out[active].float() + part.lora_bias * group.scale).to(out.dtype)
+        width = len(part.lora_bias)
+        out[active, :width] = (out[active, :width].float() + part.lora_bias * group.scale).to(out.dtype)
     if part.places is not None:
         out[active] = (out[active].float() + _at_places(part.places, x[active], out.shape[-1], group.scale)).to(
             out.dtype
         )
     if part.outputs is not None:
-        out[rows] = part.outputs.apply(out[rows])
+        width = part.outputs.width
+        out[rows, :width] = part.outputs.apply(out[rows, :width])
     if part.dora is not None:
         factor = part.dora.at(group.scale)
         y = out[rows, : len(factor)].float()

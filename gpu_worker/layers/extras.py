@@ -63,6 +63,14 @@ class Transform:
     group: int = 0
     blocks: Tensor | None = None  # [D / size, size, size]
 
+    @property
+    def width(self) -> int:
+        """D."""
+        if self.blocks is not None:
+            return self.blocks.shape[0] * self.blocks.shape[1]
+        assert self.scale is not None
+        return len(self.scale)
+
     def apply(self, x: Tensor) -> Tensor:
         """Return what becomes of x [n, D], in its dtype."""
         y = x.float()

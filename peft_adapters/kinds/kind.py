@@ -20,7 +20,13 @@ MAX_KIND_ROWS = 4_096
 """Rank rows on one layer, as many as a worker's pool holds of one adapter."""
 
 MAX_KIND_NUMBERS = 1 << 28
-"""Numbers of A and B on all layers: 1 GB in fp32. A file of some kB may stand for more."""
+"""Numbers of what is made on all layers: 1 GB in fp32. A file of some kB may stand for more."""
+
+MAX_KIND_PRODUCTS = 1 << 39
+"""Multiplications for what is made on all layers: ten to thirty seconds of one core.
+
+Those with the base's weights are not counted: there are at most `MAX_KIND_NUMBERS` times a layer's width of them.
+"""
 
 MAX_WHOLE = 1 << 20
 """The largest whole number in a field: more than any layer has inputs."""
@@ -89,6 +95,8 @@ class Rows:
     zero_if: tuple[str, ...] = ()  # B @ A is zero if one of these tensors is
     integers: frozenset[str] = frozenset()  # tensors of whole numbers
     needs_weight: bool = False  # whether `make` asks for BASE_WEIGHT
+    num_added: int = 0  # numbers that `make` reads or adds up on the way, where these may be more than A and B have
+    num_products: int = 0  # multiplications that `make` does to decompose matrices or to solve for them
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +127,7 @@ class Operation:
     shapes: Mapping[str, Shape]  # as of `Rows`
     make: Callable[[Numbers], Change]
     num_numbers: int  # that a change has
+    num_products: int = 0  # as of `Rows`
     integers: frozenset[str] = frozenset()
     zero_if: tuple[str, ...] = ()  # it changes nothing if one of these tensors is zero
     has_scale: bool = False  # whether PEFT can scale it, as `lora_scale` does

@@ -131,7 +131,8 @@ def _oft(layer: Layer) -> Operation:
     eps = options["eps"] if options["coft"] else None
     make = partial(_oft_change, size=size, repeats=inputs // size // num, terms=terms, eps=eps)
     shapes: dict[str, Shape] = {"oft_R.weight": (num, size * (size - 1) // 2)}
-    return Operation(shapes, make, inputs * size, zero_if=tuple(shapes))
+    num_products = num * size**3 * max(terms, 2)  # by Cayley's transform as many as two products have
+    return Operation(shapes, make, inputs * size, zero_if=tuple(shapes), num_products=num_products)
 
 
 def _oft_change(get: Numbers, *, size: int, repeats: int, terms: int, eps: float | None) -> Change:

@@ -12,30 +12,58 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peft_adapters.kinds.kind import BASE_WEIGHT, Field, Kind, Layer, Numbers, Rows, Shape, choice, is_alpha, whole
+from peft_adapters.kinds.kind import (
+    BASE_WEIGHT,
+    Field,
+    Kind,
+    Layer,
+    Numbers,
+    Rows,
+    Shape,
+    Unfit,
+    choice,
+    is_alpha,
+    whole,
+)
 
 # ---------------------------------------------------------------- HRA
 
 
+_LEAST_PART = np.float32(1e-6)
+"""The least share of a vector's length that must be orthogonal to those before it: less is rounding error in fp32."""
+
+
 def _hra(layer: Layer) -> Rows:
     """Return the weight times r reflections, W (H - I): each reflection adds one rank row."""
-    r = layer.options["r"]
-    make = partial(_hra_rows, orthogonal=layer.options["apply_GS"])
-    return Rows({"hra_u": (layer.in_features, r)}, r, make, needs_weight=True)
+    r, orthogonal, inputs = layer.options["r"], layer.options["apply_GS"], layer.in_features
+    if orthogonal and r > inputs:
+        raise Unfit(f"r is {r}, of a layer with {inputs} inputs, which have no more orthogonal vectors")
+    num_products = r * r * (2 * inputs if orthogonal else inputs + layer.out_features)
+    make = _orthogonal_rows if orthogonal else _hra_rows
+    return Rows({"hra_u": (inputs, r)}, r, make, needs_weight=True, num_products=num_products)
 
 
-def _hra_rows(get: Numbers, *, orthogonal: bool) -> tuple[NDArray[Any], NDArray[Any]]:
-    u = get("hra_u").copy()
-    for i in range(u.shape[1]):
-        if orthogonal:  # Gram and Schmidt's way, one vector after the other as PEFT does it
-            for j in range(i):
-                u[:, i] -= (u[:, j] @ u[:, i]) * u[:, j]
-        u[:, i] /= np.linalg.norm(u[:, i])
-    b = get(BASE_WEIGHT) @ u
-    # A reflection I - 2 u uᵀ acts on the weight as changed by those before it.
-    for i in range(u.shape[1] if not orthogonal else 0):
-        b[:, i] -= 2 * b[:, :i] @ (u[:, :i].T @ u[:, i])
-    return u.T, -2 * b
+def _hra_rows(get: Numbers) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return Uᵀ and -W U T, where I - U T Uᵀ is the product of the reflections I - 2 u uᵀ in their order.
+
+    T is the inverse of the upper half of UᵀU with 1/2 on its diagonal: Schreiber and Van Loan, "A Storage-Efficient WY
+    Representation for Products of Householder Transformations", 1989.
+    """
+    u = get("hra_u")
+    u = u / np.linalg.norm(u, axis=0)
+    inverse = np.triu(u.T @ u, 1)
+    np.fill_diagonal(inverse, 0.5)
+    b: NDArray[Any] = np.linalg.solve(inverse.T, (get(BASE_WEIGHT) @ u).T).T
+    return u.T, -b
+
+
+def _orthogonal_rows(get: Numbers) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the rows of reflections along orthogonal vectors, Gram and Schmidt's, whose signs do not count."""
+    given = get("hra_u")
+    u, own = np.linalg.qr(given)
+    if (np.abs(np.diag(own)) <= _LEAST_PART * np.linalg.norm(given, axis=0)).any():
+        raise Unfit(f"hra_u has {given.shape[1]} vectors, of which some depend on others")
+    return u.T, -2 * get(BASE_WEIGHT) @ u
 
 
 # ---------------------------------------------------------------- DEFT
@@ -48,8 +76,10 @@ def _deft(layer: Layer) -> Rows:
     if not para:
         shapes["deft_R"] = (r, layer.in_features)
     scale = alpha / r if alpha else 1.0
-    make = partial(_deft_rows, method=layer.options["decomposition_method"], para=para, scale=np.float32(scale))
-    return Rows(shapes, r, make, needs_weight=True)
+    method = layer.options["decomposition_method"]
+    make = partial(_deft_rows, method=method, para=para, scale=np.float32(scale))
+    num_products = 2 * r * r * layer.out_features if method == "qr" else 0
+    return Rows(shapes, r, make, needs_weight=True, num_products=num_products)
 
 
 def _deft_rows(get: Numbers, *, method: str, para: bool, scale: np.float32) -> tuple[NDArray[Any], NDArray[Any]]:

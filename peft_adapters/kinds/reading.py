@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from peft_adapters.config_fields import read_ids
-from peft_adapters.kinds.kind import MAX_KIND_NUMBERS, MAX_KIND_ROWS, Kind, Layer, Operation, Unfit
+from peft_adapters.kinds.kind import MAX_KIND_NUMBERS, MAX_KIND_PRODUCTS, MAX_KIND_ROWS, Kind, Layer, Operation, Unfit
 from peft_adapters.kinds.refused import what_to_do
 from peft_adapters.matching import TensorMatcher
 from peft_adapters.replaced import Parameter
@@ -23,6 +23,8 @@ class KindParts:
     sites: list[LoraWeights] = field(default_factory=list[LoraWeights])
     operations: list[LayerOperation] = field(default_factory=list[LayerOperation])
     replaced: list[ReplacedWeights] = field(default_factory=list[ReplacedWeights])
+    num_numbers: int = 0  # that are made of the file
+    num_products: int = 0  # multiplications that this takes
 
 
 def read_kind(
@@ -37,17 +39,20 @@ def read_kind(
     widest = (max((rows for rows, _ in sizes), default=0), max((width for _, width in sizes), default=0))
     layers = ("linear", "conv1d", OPAQUE) if kind.conv1d else ("linear", OPAQUE)
     served = ("norm",) if kind.changes == "norms" else layers
-    found, num_numbers = KindParts(), 0
+    found = KindParts()
     for site in targeted.values():
         if site.kind not in served:
             matcher.reasons.add(f"{kind.name} is not served on modules of this kind", site.name)
         elif kind.changes == "norms":
             found.replaced += _read_norm(matcher, site)
         else:
-            num_numbers += _read_layer(matcher, kind, site, widest, found, is_replaced=site.name in replaced)
-    if num_numbers > MAX_KIND_NUMBERS:
+            _read_layer(matcher, kind, site, widest, found, is_replaced=site.name in replaced)
+    if found.num_numbers > MAX_KIND_NUMBERS:
         limit = f"where {MAX_KIND_NUMBERS} are served{what_to_do(kind.name)}"
-        matcher.reasons.add(f"{kind.name} makes {num_numbers} numbers of this file, {limit}")
+        matcher.reasons.add(f"{kind.name} makes {found.num_numbers} numbers of this file, {limit}")
+    if found.num_products > MAX_KIND_PRODUCTS:
+        limit = f"where {MAX_KIND_PRODUCTS} are served"
+        matcher.reasons.add(f"{kind.name} takes {found.num_products} multiplications to load, {limit}")
     return found
 
 
@@ -70,8 +75,8 @@ def _read_norm(matcher: TensorMatcher, site: SiteShape) -> Iterator[ReplacedWeig
 
 def _read_layer(
     matcher: TensorMatcher, kind: Kind, site: SiteShape, widest: tuple[int, int], found: KindParts, *, is_replaced: bool
-) -> int:  # fmt: skip
-    """Enter what a kind does to a layer; nothing, with reasons, if anything is wrong. Returns its numbers."""
+) -> None:  # fmt: skip
+    """Enter what a kind does to a layer, and count what this takes; with reasons if anything is wrong."""
     config, reasons, before = matcher.config, matcher.reasons, len(matcher.reasons)
     inputs, outputs = matcher.size(site)
     options = dict(config.options)
@@ -82,7 +87,8 @@ def _read_layer(
         form = kind.form(Layer(site.name, options, inputs, outputs, widest))
     except Unfit as unfit:
         reasons.add(f"{kind.name}: {unfit}", site.name)
-        return 0
+        return
+    found.num_products += form.num_products
     tensors = {**matcher.tensors.shared, **matcher.tensors.of_kind.get(site.name, {})}
     taken = {
         name: matcher.take(tensors.get(name), site.name, name, shape, integers=name in form.integers)
@@ -91,9 +97,11 @@ def _read_layer(
     if is_replaced and (isinstance(form, Operation) or form.needs_weight):
         reasons.add(f"{kind.name} is not served on a layer whose weight the adapter replaces", site.name)
     if isinstance(form, Operation):
+        found.num_numbers += form.num_numbers
         if len(reasons) == before:
             found.operations.append(LayerOperation(site.name, kind.name, form, taken))
-        return form.num_numbers
+        return
+    found.num_numbers += max(form.rank * (inputs + outputs), form.num_added)
     if form.needs_weight and site.kind == OPAQUE:
         reasons.add(f"{kind.name} needs weights of the base model, which are quantised", site.name)
     if form.rank > MAX_KIND_ROWS:
@@ -102,4 +110,3 @@ def _read_layer(
     if len(reasons) == before:
         rows = KindRows(kind.name, form, taken)
         found.sites.append(LoraWeights(site.name, form.rank, form.scale, "", "", width=outputs, of_kind=rows))
-    return form.rank * (inputs + outputs)

@@ -56,16 +56,25 @@ def _vblora(layer: Layer) -> Rows:
             shapes[name] = (*pieces, num_vectors)
     integers = frozenset(name for name in shapes if name.endswith("_indices"))
     make = partial(_vblora_rows, topk=topk, best=best)
-    return Rows(shapes, r, make, zero_if=("vblora_vector_bank",), integers=integers)
+    num_added = num_vectors * length + topk * r * (layer.in_features + layer.out_features)
+    return Rows(shapes, r, make, zero_if=("vblora_vector_bank",), integers=integers, num_added=num_added)
 
 
 def _vblora_rows(get: Numbers, *, topk: int, best: bool) -> tuple[NDArray[Any], NDArray[Any]]:
-    read = _kept_weights if best else _chosen_weights
     bank = get("vblora_vector_bank")
-    (index_a, weights_a), (index_b, weights_b) = (read(get, f"vblora_logits_{half}", topk) for half in "AB")
-    a = np.einsum("rpk,rpkl->rpl", weights_a, bank[index_a])
-    b = np.einsum("prk,prkl->plr", weights_b, bank[index_b])
-    return a.reshape(len(a), -1), b.reshape(-1, b.shape[-1])
+    a, b = (
+        _sums(bank, *(_kept_weights(get, name, len(bank)) if best else _chosen_weights(get, name, topk)))
+        for name in ("vblora_logits_A", "vblora_logits_B")
+    )
+    return a.reshape(len(a), -1), b.transpose(0, 2, 1).reshape(-1, b.shape[1])
+
+
+def _sums(bank: NDArray[Any], index: NDArray[Any], weights: NDArray[Any]) -> NDArray[Any]:
+    """Return weighted sums [.., length] of the bank's vectors that index [.., topk] names, one vector at a time."""
+    found = np.zeros((*index.shape[:-1], bank.shape[1]), np.float32)
+    for k in range(index.shape[-1]):
+        found += weights[..., k, None] * bank[index[..., k]]
+    return found
 
 
 def _chosen_weights(get: Numbers, name: str, topk: int) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -77,10 +86,9 @@ def _chosen_weights(get: Numbers, name: str, topk: int) -> tuple[NDArray[Any], N
     return index, powers / powers.sum(-1, keepdims=True)
 
 
-def _kept_weights(get: Numbers, name: str, _topk: int) -> tuple[NDArray[Any], NDArray[Any]]:
+def _kept_weights(get: Numbers, name: str, num_vectors: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return the saved indices and weights of each piece, of which the last weight is what is left to one."""
     index, first = get(f"{name}_topk_indices"), get(f"{name}_topk_weights")
-    num_vectors = len(get("vblora_vector_bank"))
     if index.size and not 0 <= index.min() <= index.max() < num_vectors:
         raise Unfit(f"{name}_topk_indices name vectors outside the {num_vectors} of the bank")
     return index.astype(np.int64), np.concatenate([first, 1 - first.sum(-1, keepdims=True)], axis=-1)

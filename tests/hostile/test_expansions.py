@@ -8,29 +8,38 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.adapter_files import BASE
-from helpers.kind_files import kind_config, written
+from helpers.kind_files import kind_config, kind_tensors, written
 from msgspec import structs
 
 from peft_adapters.format import parse_header, read_adapter
-from peft_adapters.kinds.kind import MAX_KIND_NUMBERS, MAX_KIND_ROWS, MAX_WHOLE
+from peft_adapters.kinds.kind import MAX_KIND_NUMBERS, MAX_KIND_PRODUCTS, MAX_KIND_ROWS, MAX_WHOLE
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import SiteShape
 
 SIZE = 8192
 MAX_BYTES = 4 << 20
 WIDE = structs.replace(BASE, sites=[SiteShape(f"model.layers.{i}.q_proj", SIZE, SIZE) for i in range(64)])
+FOUR = [f"{i}.q_proj" for i in range(4)]
 
 BOMBS: dict[str, dict[str, Any]] = {
     "LOHA": {"r": MAX_WHOLE}, "LOKR": {"r": 4096, "decompose_factor": 64}, "VERA": {"r": MAX_WHOLE},
     "MISS": {"r": MAX_KIND_ROWS, "init_weights": "mini", "mini_r": 1}, "DELORA": {"r": MAX_WHOLE},
     "GRALORA": {"r": SIZE, "gralora_k": SIZE}, "VBLORA": {"r": MAX_KIND_ROWS, "vector_length": 1, "num_vectors": 2},
+    "VBLORA, long sums": {"r": 128, "vector_length": SIZE, "num_vectors": 256, "topk": 256},
+    "VBLORA, a large bank": {"r": 1, "vector_length": SIZE, "num_vectors": 4096},
+    "HRA, many reflections": {"target_modules": FOUR, "r": MAX_KIND_ROWS},
+    "HRA, made orthogonal": {"target_modules": FOUR, "r": MAX_KIND_ROWS, "apply_GS": True},
+    "DEFT, made orthogonal": {"target_modules": FOUR, "r": MAX_KIND_ROWS, "decomposition_method": "qr"},
+    "OFT, one block": {"target_modules": FOUR, "oft_block_size": SIZE, "num_cayley_neumann_terms": 1},
+    "OFT, many terms": {"target_modules": FOUR, "oft_block_size": SIZE // 2, "num_cayley_neumann_terms": 64},
+    "OFT, solved": {"target_modules": FOUR, "oft_block_size": SIZE, "use_cayley_neumann": False},
     "UNILORA": {"r": MAX_WHOLE}, "HRA": {"r": MAX_WHOLE}, "OFT": {"oft_block_size": SIZE}, "SHIRA": {"r": 4000},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", BOMBS)
-def test_a_bomb_is_refused_by_its_number_alone(kind: str) -> None:
-    config = kind_config(kind, target_modules=["q_proj"], **BOMBS[kind])
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_is_refused_by_its_number_alone(name: str) -> None:
+    config = kind_config(name.partition(",")[0], **({"target_modules": ["q_proj"]} | BOMBS[name]))
     weights = written({"base_model.model.model.layers.0.q_proj.x": np.zeros(1, np.float32)})
     infos = parse_header(weights, len(weights))
     with pytest.raises(AdapterRefused):
@@ -43,7 +52,7 @@ def test_a_bomb_is_refused_by_its_number_alone(kind: str) -> None:
     finally:
         tracemalloc.stop()
     text = "\n".join(refused.value.reasons)
-    assert f"where {MAX_KIND_ROWS} are served" in text or f"where {MAX_KIND_NUMBERS} are served" in text
+    assert any(f"where {limit} are served" in text for limit in (MAX_KIND_ROWS, MAX_KIND_NUMBERS, MAX_KIND_PRODUCTS))
     assert peak < MAX_BYTES
     assert len(text) < 10_000
 
@@ -55,3 +64,23 @@ def test_a_small_file_within_the_limits_is_read() -> None:
     weights = written(tensors)
     spec = read_adapter(config, parse_header(weights, len(weights)), WIDE)
     assert sum(part.rank * 2 * SIZE for part in spec.sites) == 64 * 64 * 2 * SIZE <= MAX_KIND_NUMBERS
+
+
+def test_sums_of_many_vectors_take_no_more_memory_than_what_they_make() -> None:
+    """Of VB-LoRA: the vectors of a sum are added one after the other, not laid beside each other first."""
+    size = 1024
+    base = structs.replace(BASE, sites=[SiteShape("model.layers.0.q_proj", size, size)])
+    config = kind_config("VBLORA", target_modules=["q_proj"], r=64, vector_length=size, num_vectors=64, topk=64)
+    tensors = kind_tensors(config, base)
+    weights = written(tensors)
+    (part,) = read_adapter(config, parse_header(weights, len(weights)), base).sites
+    assert part.of_kind is not None
+    tracemalloc.start()
+    try:
+        a, b = part.of_kind.matrices(tensors.__getitem__)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 * (a.nbytes + b.nbytes)
+    assert a.any()
+    assert b.any()

@@ -12,6 +12,7 @@ import pytest
 from helpers.adapter_files import BASE
 from helpers.kind_files import KIND_BASE, SMALL, kind_config, kind_tensors, written
 from msgspec import structs
+from numpy.typing import NDArray
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lokr.layer import factorization as peft_factorization
@@ -189,6 +190,49 @@ def test_rows_are_counted_before_any_are_made() -> None:
     num = 40 * 64 * 40 * 2 * size
     assert num > MAX_KIND_NUMBERS
     assert f"LOKR makes {num} numbers" in reasons(config, kind_tensors(config, wide), wide)
+
+
+def hra_rows(u: NDArray[Any], weight: NDArray[Any], *, orthogonal: bool) -> tuple[NDArray[Any], NDArray[Any]]:
+    outputs, inputs = weight.shape
+    base = structs.replace(BASE, sites=[m.SiteShape("q_proj", inputs, outputs)])
+    config = kind_config("HRA", target_modules=["q_proj"], r=u.shape[1], apply_GS=orthogonal)
+    (part,) = read(config, {"base_model.model.q_proj.hra_u": u}, base).sites
+    assert part.of_kind is not None
+    return part.of_kind.matrices(lambda _: u, weight)
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_many_reflections_are_what_one_after_the_other_gives(shift: float, orthogonal: bool) -> None:
+    """shift: of all vectors, which makes them alike. Compared with PEFT's loops, in fp64."""
+    generator = np.random.default_rng(0)
+    u = (generator.normal(size=(96, 70)) + shift).astype(np.float32)
+    weight = generator.normal(size=(40, 96)).astype(np.float32)
+    expected = weight.astype(np.float64)
+    seen: list[NDArray[Any]] = []
+    for vector in u.T.astype(np.float64):
+        own = vector
+        for other in seen if orthogonal else ():
+            own = own - (own @ other) * other
+        seen.append(own / np.linalg.norm(own))
+        expected = expected - 2 * np.outer(expected @ seen[-1], seen[-1])
+    a, b = hra_rows(u, weight, orthogonal=orthogonal)
+    assert np.abs(weight + b @ a - expected).max() < 1e-4
+    assert np.abs(weight - expected).max() > 1
+
+
+def test_vectors_without_an_orthogonal_part_of_their_own_are_refused() -> None:
+    """What PEFT makes of them are the directions of its rounding errors."""
+    generator = np.random.default_rng(0)
+    pairs = np.repeat(generator.normal(size=(96, 4)).astype(np.float32), 2, axis=1)
+    weight = generator.normal(size=(40, 96)).astype(np.float32)
+    a, b = hra_rows(pairs, weight, orthogonal=False)
+    assert np.abs(b @ a).max() < 1e-4, "a reflection undoes itself"
+    for u in (pairs, pairs * 0):
+        with pytest.raises(AdapterRefused, match="HRA: hra_u has 8 vectors, of which some depend on others"):
+            hra_rows(u, weight, orthogonal=True)
+    config = kind_config("HRA", r=17, apply_GS=True)
+    assert "r is 17, of a layer with 16 inputs" in reasons(config, kind_tensors(config | {"apply_GS": False}))
 
 
 @pytest.mark.parametrize("factor", [-1, 1, 2, 3, 8, 64, 10_000, MAX_WHOLE])

@@ -156,9 +156,10 @@ class _ExtrasPacker:
     def _pack_linear(self, part: LoraWeights) -> None:
         """Take what LoRA on a linear layer has beyond rows for the pool."""
         site = self._sites[part.site]
-        a, b = matrices_of(part, self._get, self._adaptable)
+        width = part.width or len(self._get(part.b))
         # Pooled rows are added to the output of the base's weight: not to another one's, nor in another vocabulary.
-        if len(b) != site.out_features or "weight" in self._linear.get(part.site, {}):
+        if width != site.out_features or "weight" in self._linear.get(part.site, {}):
+            a, b = matrices_of(part, self._get, self._adaptable)
             self._linear[part.site]["lora"] = LowRank(a.to(site.dtype), b.T.to(site.dtype).contiguous(), part.scale)
         if part.bias:
             self._linear[part.site]["lora_bias"] = part.scale * self._bias(part)

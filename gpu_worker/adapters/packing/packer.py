@@ -171,10 +171,10 @@ class Packer:
             extras = pack_extras(replace(spec, parameters=tuple(others)), get, by_name, self.adaptable, int8=self.int8)
             for part in spec.sites:
                 site = by_name[part.site]
-                a, b = matrices_of(part, get, self.adaptable)
                 own = extras.linear.get(site.index)
                 if own is not None and own.lora is not None:
                     continue  # the pool cannot hold it
+                a, b = matrices_of(part, get, self.adaptable)
                 dtype = torch.float32 if self.int8 else site.dtype
                 rows.append((site.index, a.to(dtype), b.T.to(dtype).contiguous()))
                 names += part.tensors[0] if part.tensors else (part.site, part.site)
