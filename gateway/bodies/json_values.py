@@ -159,6 +159,8 @@ class Marks:
             raise self._broken("unexpected character", int(self._places[end]))
         values: list[Any] = []
         fields: dict[str, Any] = {}
+        if end == begin + 1 and not self._raw[self._places[begin] + 1 : self._places[end]].strip(_SPACE):
+            return values if is_list else fields
         own = self._own(begin, end, level)[1:]
         ends = own[self._kinds[own] != _COLON]  # the mark after each entry
         places = self._places[ends]
@@ -169,7 +171,7 @@ class Marks:
             num = min(_num_below(ends, most[0]), _num_below(places, most[1])) - done
             if num > 0:
                 found = self._read(start, left, int(places[done + num - 1]), right)
-                if not found and end > begin + 1:  # a comma has nothing before or after it
+                if not found:  # a comma has nothing before or after it
                     raise self._broken("unexpected character", start)
                 values.extend(found) if is_list else fields.update(found)
             elif is_list:

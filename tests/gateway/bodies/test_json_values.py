@@ -67,6 +67,14 @@ def test_what_is_between_pieces_is_read_too(raw: bytes) -> None:
     assert read(raw, at_once=False) is None
 
 
+@pytest.mark.parametrize("raw", [b"[%b]", b"{%b}", b"[1,[%b]]", b'{"a":{%b}}', b'{"a":[[%b],2]}'])
+def test_what_is_empty_may_have_any_space_inside(raw: bytes) -> None:
+    for num in (0, 1, 13, 40):
+        spaced = raw % (b"\n \t\r" * num)
+        assert tiny(spaced).value() == json.loads(spaced)
+        assert read(spaced.replace(b"\t", b"\x0b"), at_once=False) == read(spaced.replace(b"\t", b"\x0b"), at_once=True)
+
+
 def test_errors_name_their_character() -> None:
     raw = '["ééé",1,2,3,4,5,6,nul]'.encode()
     with pytest.raises(orjson.JSONDecodeError) as whole:
