@@ -56,7 +56,7 @@ class Places:
 
     @property
     def num_kept_waiting(self) -> int:
-        """How many wait for a slot because of others: with more slots they would have one, by their tenants' maximum."""
+        """How many wait for a slot because of others: with more slots they would have one, within their own maximum."""
         if self._held.total() < self._num:
             return 0
         return sum(min(len(line), self._num_of_tenant - self._held[name]) for name, line in self._waiting.items())
