@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse, json_response
+from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse, in_thread, json_response
 from gateway.calls import observe
 from gateway.calls.choices import Piece, best_of
 from gateway.calls.follow import ClientGoneError, Generation
@@ -52,6 +52,7 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer, whole or as a stream, until it ends or its client leaves."""
+        self._scope = scope
         self._send_body: Send = scope[RAW_SEND]
         self._connection = scope.get(CONNECTION)
         async with asyncio.TaskGroup() as group:
@@ -178,11 +179,11 @@ class GenerationResponse(Response):
         return self.writer.whole(best_of(choices, self.options), self.generation.usage), {}
 
     async def _done(self, make: Callable[[], T]) -> T:
-        return await asyncio.to_thread(make) if self._in_thread else make()
+        return await in_thread(self._scope, make) if self._in_thread else make()
 
     @property
     def _in_thread(self) -> bool:
-        """Whether a token's logprobs take so long to write that this is done in a thread."""
+        """Whether a token's logprobs take so long to write that this is done in a thread, by turns of tenants."""
         return self.options.sampling.vocabulary > 0
 
     @property

@@ -71,7 +71,7 @@ async def body_value(raw: bytes, scope: MutableMapping[str, Any]) -> Any:
 
 
 async def in_thread(scope: MutableMapping[str, Any], make: Callable[[], T]) -> T:
-    """Return what a function makes of a request's body, in a thread, when it is the turn of its tenant."""
+    """Return what a function makes of a request's body, or for its answer, in a thread, at a turn of its tenant's."""
     checks: Checks = scope["app"].state.checks
     return await checks.in_thread(make, scope[CALLER].owner)
 
@@ -249,7 +249,7 @@ class SlicedResponse(Response):
     ) -> None:  # fmt: skip
         """is_over: whether nobody reads it any more; None: the answer finds that out itself.
 
-        in_thread: its slices are made in a thread, since a row takes milliseconds.
+        in_thread: its slices are made in a thread by turns of tenants, since a row takes milliseconds.
         """
         super().__init__(None, status, headers)
         self._value = value
@@ -260,18 +260,18 @@ class SlicedResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer, as far as its client is there."""
         if self._is_over is not None:
-            await self._send(send, self._is_over)
+            await self._send(scope, send, self._is_over)
             return
         left = asyncio.create_task(disconnected(receive))
         try:
-            await self._send(send, left.done)
+            await self._send(scope, send, left.done)
         finally:
             left.cancel()
 
-    async def _send(self, send: Send, is_over: Callable[[], bool]) -> None:
+    async def _send(self, scope: Scope, send: Send, is_over: Callable[[], bool]) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         gathered, next_part = b"", partial(next, slices(self._value), b"")
-        while part := await asyncio.to_thread(next_part) if self._in_thread else next_part():
+        while part := await in_thread(scope, next_part) if self._in_thread else next_part():
             gathered += part
             if len(gathered) < SENT_BYTES:
                 if len(part) > SHORT_BYTES:

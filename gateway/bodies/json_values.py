@@ -86,8 +86,10 @@ class Marks:
         raw, places = self._raw, self._places
         last = len(places) - 1
         is_short = last < self._piece_marks and len(raw) <= self._piece_bytes
-        if is_short or last < 1 or not self._is_container(0, last, 1):
+        if is_short or last < 0:
             return self._read(0, b"", len(raw), b"")
+        if not self._is_container(0, last, 1):
+            raise self._broken("unexpected character", self._odd_place(0, 1))
         self._check_blank(0, places[0])
         self._check_blank(places[last] + 1, len(raw))
         return self._container(0, last, 1)
@@ -151,6 +153,16 @@ class Marks:
         is_whole = len(own) > 1 and own[0] == begin and own[-1] == end and change[0] == 1 and change[-1] == -1
         return bool(is_whole) and np.count_nonzero(change) == 2
 
+    def _odd_place(self, begin: int, level: int) -> int:
+        """Return the place of the first mark, from one on, that cannot be there: what should be a list or object ends.
+
+        level: that the list or object would have. Reading all of it just to find its first error would take too long.
+        """
+        if _CHANGE[self._kinds[begin]] != 1:
+            return int(self._places[begin])
+        own = self._own(begin, len(self._places) - 1, level)
+        return int(self._places[own[_CHANGE[self._kinds[own]] == -1][0] + 1])
+
     def _container(self, begin: int, end: int, level: int) -> Any:
         """Return the list or object between two marks."""
         is_list = self._kinds[begin] == _LIST
@@ -159,6 +171,8 @@ class Marks:
             raise self._broken("unexpected character", int(self._places[end]))
         values: list[Any] = []
         fields: dict[str, Any] = {}
+        if end == begin + 1 and not self._raw[self._places[begin] + 1 : self._places[end]].strip(_SPACE):
+            return values if is_list else fields
         own = self._own(begin, end, level)[1:]
         ends = own[self._kinds[own] != _COLON]  # the mark after each entry
         places = self._places[ends]
@@ -169,7 +183,7 @@ class Marks:
             num = min(_num_below(ends, most[0]), _num_below(places, most[1])) - done
             if num > 0:
                 found = self._read(start, left, int(places[done + num - 1]), right)
-                if not found and end > begin + 1:  # a comma has nothing before or after it
+                if not found:  # a comma has nothing before or after it
                     raise self._broken("unexpected character", start)
                 values.extend(found) if is_list else fields.update(found)
             elif is_list:
@@ -191,8 +205,10 @@ class Marks:
     def _large(self, before: int, after: int, level: int) -> Any:
         """Return the value between two marks of a level."""
         begin, end = before + 1, after - 1
-        if begin >= end or not self._is_container(begin, end, level + 1):
+        if begin > end:
             return self._read(int(self._places[before]) + 1, b"", int(self._places[after]), b"")
+        if not self._is_container(begin, end, level + 1):
+            raise self._broken("unexpected character", self._odd_place(begin, level + 1))
         self._check_blank(int(self._places[before]) + 1, int(self._places[begin]))
         self._check_blank(int(self._places[end]) + 1, int(self._places[after]))
         return self._container(begin, end, level + 1)

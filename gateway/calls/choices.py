@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 from msgspec import Struct, structs
+from numpy.typing import NDArray
 
+from gateway.bodies.json_slices import ENTRIES
 from gateway.calls.parsed_call import Options
 from gateway.calls.replies import Cursor
 from gateway.calls.tokenize import Prompt
@@ -23,8 +25,36 @@ class TokenLogprob(NamedTuple):
 
     id: int
     logprob: float
-    top: list[tuple[int, float]]  # or those that were asked for
+    top: Sequence[tuple[int, float]]  # or those that were asked for
     rank: int = 0  # rank of a prompt token: number of tokens at least as likely, itself included
+
+
+class Ranking(Sequence[tuple[int, float]]):
+    """Ids with their logprobs, made when they are read, so that they are never there all at once as objects."""
+
+    __slots__ = ("_ids", "_logprobs")
+
+    def __init__(self, ids: NDArray[np.intp], logprobs: NDArray[np.float32]) -> None:
+        """Take as many ids as logprobs."""
+        self._ids = ids
+        self._logprobs = logprobs
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, float]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Ranking: ...
+    def __getitem__(self, index: int | slice) -> tuple[int, float] | Ranking:
+        if isinstance(index, slice):
+            return Ranking(self._ids[index], self._logprobs[index])
+        return int(self._ids[index]), float(self._logprobs[index])
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        for begin in range(0, len(self), ENTRIES):  # numpy makes lists without a turn for other threads
+            part = slice(begin, begin + ENTRIES)
+            yield from zip(self._ids[part].tolist(), self._logprobs[part].tolist(), strict=True)
 
 
 class Logprobs:
@@ -80,8 +110,7 @@ class Logprobs:
         ranks = rows[:, 1].view("<i4").tolist() if self._of_prompt else [0] * len(rows)
         for id_, rank, row in zip(self.ids, ranks, rows, strict=True):
             order = np.argsort(-row[first:], kind="stable")
-            top = list(zip(order.tolist(), row[first:][order].tolist(), strict=True))
-            yield TokenLogprob(id_, float(row[0]), top, rank)
+            yield TokenLogprob(id_, float(row[0]), Ranking(order, row[first:][order]), rank)
 
     def part(self, begin: int, end: int) -> Logprobs:
         """Return the tokens from one on, up to another."""

@@ -50,7 +50,7 @@ class UploadLimits:
     num: int = 16
     num_of_tenant: int = 4
     num_waiting: int = 64
-    slow_bytes_per_s: int = 128 << 10  # an upload that is slower ends where others wait for its place,
+    slow_bytes_per_s: int = 128 << 10  # an upload that is slower ends for another that waits for its place,
     slow_after_s: float = 30.0  # once it has lasted so long
 
 
@@ -91,6 +91,7 @@ class FileService:
         self._settings = settings
         self._without_bytes: dict[str, str] = {}  # file id -> tenant, of records that are still to be forgotten
         self._uploads = Places(limits.num, limits.num_of_tenant, limits.num_waiting)
+        self._ending: set[str] = set()  # ids of slow uploads that still have the place they end for
         # None is given up: its owner does not have it any more, and its bytes are to go once the storage is back.
         self._expiring = Items("expired files", max_tries=0, backoff=Backoff(1.0, 3600.0))
 
@@ -109,7 +110,10 @@ class FileService:
                 id=new_id(), tenant=caller.owner, filename="", purpose="", created_ms=now,
                 expires_ms=now + int(HELD_S * 1000), num_bytes=max(0, length - FORM_BYTES),
             )  # fmt: skip
-            return await self._receive(file, form, body)
+            try:
+                return await self._receive(file, form, body)
+            finally:
+                self._ending.discard(file.id)
         finally:
             self._uploads.give(caller.owner)
 
@@ -145,7 +149,9 @@ class FileService:
         async for chunk in chunks:
             come += len(chunk)
             lasts_s, least = time.monotonic() - began_s, self._limits.slow_bytes_per_s
-            if self._uploads.is_awaited and lasts_s >= self._limits.slow_after_s and come < least * lasts_s:
+            is_slow = lasts_s >= self._limits.slow_after_s and come < least * lasts_s
+            if is_slow and self._uploads.num_kept_waiting > len(self._ending):  # one ends for each who waits
+                self._ending.add(file.id)
                 raise Overloaded(
                     f"others wait, and this upload has brought {int(come / max(lasts_s, 1.0))} bytes a second;"
                     f" it must then be {least}",

@@ -55,9 +55,11 @@ class Places:
         self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}  # by tenant, in order of arrival
 
     @property
-    def is_awaited(self) -> bool:
-        """Whether somebody waits for a slot."""
-        return bool(self._waiting)
+    def num_kept_waiting(self) -> int:
+        """How many wait for a slot because of others: with more slots they would have one, within their own maximum."""
+        if self._held.total() < self._num:
+            return 0
+        return sum(min(len(line), self._num_of_tenant - self._held[name]) for name, line in self._waiting.items())
 
     async def take(self, tenant: str) -> None:
         """Wait for a slot. Raises Overloaded when too many wait."""

@@ -127,6 +127,29 @@ def test_a_library_that_others_may_write_is_built_anew(monkeypatch: pytest.Monke
     assert cache.stat().st_mode & 0o777 == 0o755
 
 
+def test_a_group_that_may_write_new_files_has_no_part_in_a_build(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path / "compiler", log)))
+    before = os.umask(0o002)
+    try:
+        library = build_library()
+        num_runs = len(log.read_text().splitlines())
+        assert build_library() == library
+    finally:
+        os.umask(before)
+    assert len(log.read_text().splitlines()) == num_runs, "it is built once"
+    assert library.stat().st_mode & 0o777 == 0o755
+
+
+def test_processor_families_share_a_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path / "compiler", tmp_path / "log")))
+    assert len({build_library(machine=machine) for machine in ISA_FLAGS}) == len(ISA_FLAGS)
+
+
 def test_of_several_that_start_together_one_builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     log = tmp_path / "log"
     monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path / "cache"))

@@ -65,7 +65,7 @@ def build_library(isa: str = "", flags: Sequence[str] = COMMON_FLAGS, machine: s
     if machine not in ISA_FLAGS or sys.platform != "linux":
         raise BuildError(f"they are for Linux on {' and '.join(ISA_FLAGS)}, this is {sys.platform} on {machine}")
     operations = build_library("", flags, machine) if isa else None
-    library = cache_dir() / library_name(isa, fingerprint(flags))
+    library = cache_dir() / library_name(isa, fingerprint(machine, flags))
     if _is_own(library):
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,9 @@ def build_library(isa: str = "", flags: Sequence[str] = COMMON_FLAGS, machine: s
             _log.info("compiling %s: first start only, about %d s on two cores", what, 25 if isa else 10)
             begin = time.monotonic()
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-                os.replace(compile_library(Path(folder) / library.name, machine, isa, operations, flags), library)
+                built = compile_library(Path(folder) / library.name, machine, isa, operations, flags)
+                built.chmod(0o755)  # a umask may let a group write new files, and `_is_own` refuses these
+                os.replace(built, library)
             _log.info("compiled %s in %.0f s", what, time.monotonic() - begin)
     return library
 
@@ -131,9 +133,12 @@ def _is_closed(found: os.stat_result) -> bool:
     return found.st_uid in (os.geteuid(), 0) and not found.st_mode & _WRITTEN_BY_OTHERS
 
 
-def fingerprint(flags: Sequence[str] = COMMON_FLAGS) -> str:
-    """Hash all that the library depends on, but for the compiler: a machine with a finished build needs none."""
-    digest = hashlib.sha256(repr(tuple(flags)).encode())
+def fingerprint(machine: str, flags: Sequence[str]) -> str:
+    """Hash all that the library depends on, but for the compiler: a machine with a finished build needs none.
+
+    Machines of several families may share a home, and so a cache.
+    """
+    digest = hashlib.sha256(repr((machine, *flags)).encode())
     sources = sorted(path for path in _SOURCE_DIR.rglob("*") if path.is_file())
     for source in (Path(__file__), *sources):
         digest.update(source.name.encode() + source.read_bytes())

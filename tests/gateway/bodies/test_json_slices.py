@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
+import tracemalloc
 from collections.abc import Iterator
+from operator import itemgetter
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,12 +22,15 @@ from openai import AsyncOpenAI
 
 from gateway.adapters.catalogue import OBJECTS_AT_ONCE
 from gateway.answers.sse import GenerationResponse
+from gateway.auth.callers import CALLER, Caller
 from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse
 from gateway.bodies.json_slices import ROWS, FieldSlices, RowSlices, dumps, joined, rows_of, slices
 from gateway.calls.choices import Logprobs, Piece
 from gateway.calls.follow import ClientGoneError
 from gateway.calls.parsed_call import Options
+from gateway.overload.large import Checks
 from protocol.queue.adapters import ALIASES_AT_ONCE
+from protocol.queue.books.api_keys import Tenant
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 
@@ -97,6 +103,59 @@ async def test_an_answer_in_slices_stops_when_its_client_leaves() -> None:
     assert 5 <= len(sent) < 10
     assert len(made) * 100 < 10 * (SENT_BYTES + 10_000)
     assert all(len(message.get("body", b"")) < SENT_BYTES + 10_000 for message in sent)
+
+
+async def test_rows_that_take_long_are_made_by_turns_of_tenants() -> None:
+    made: list[str] = []  # whose rows, in order
+    num_at_once, most_at_once = 0, 0
+    app = SimpleNamespace(state=SimpleNamespace(checks=Checks()))
+
+    async def answer(name: str, num_rows: int) -> None:
+        def rows() -> Iterator[str]:
+            nonlocal num_at_once, most_at_once
+            for _ in range(num_rows):
+                num_at_once += 1
+                most_at_once = max(most_at_once, num_at_once)
+                made.append(name)
+                time.sleep(0.0005)  # another thread would have its turn here
+                num_at_once -= 1
+                yield "x"
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: Any) -> None:
+            pass
+
+        scope = {"type": "http", "app": app, CALLER: Caller(Tenant(name))}
+        await SlicedResponse(RowSlices(rows, 1), in_thread=True)(scope, receive, send)
+
+    many = asyncio.gather(*(answer("many", 10) for _ in range(20)))
+    await answer("one", 10)
+    assert most_at_once == 1
+    assert made.count("many") <= 2 * 10 + 2, "two of another tenant's for each of its own, and those of the ends"
+    await many
+    assert made.count("many") == 200
+
+
+def test_a_whole_vocabulary_is_made_as_it_is_read() -> None:
+    size = 100_000
+    row = np.random.default_rng(0).permutation(size).astype(np.float32)
+    logprobs = Logprobs(np.int32(7).tobytes(), np.append(np.float32(-0.5), row).tobytes(), is_whole=True)
+    tracemalloc.start()
+    try:
+        [token] = logprobs
+        assert sum(1 for _ in token.top) == size
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 40 * size, "a few numbers of each token, and no object"
+    likeliest = int(row.argmax())
+    assert (token.id, token.logprob, len(token.top)) == (7, -0.5, size)
+    assert token.top[0] == (likeliest, float(row[likeliest]))
+    assert list(token.top[:3]) == [token.top[0], token.top[1], token.top[2]] == list(token.top)[:3]
+    assert list(token.top) == sorted(enumerate(row.tolist()), key=itemgetter(1), reverse=True)
 
 
 def test_packed_logprobs_are_those_of_the_log() -> None:

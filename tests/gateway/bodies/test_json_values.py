@@ -67,6 +67,31 @@ def test_what_is_between_pieces_is_read_too(raw: bytes) -> None:
     assert read(raw, at_once=False) is None
 
 
+@pytest.mark.parametrize("raw", [b"[%b]", b"{%b}", b"[1,[%b]]", b'{"a":{%b}}', b'{"a":[[%b],2]}'])
+def test_what_is_empty_may_have_any_space_inside(raw: bytes) -> None:
+    for num in (0, 1, 13, 40):
+        spaced = raw % (b"\n \t\r" * num)
+        assert tiny(spaced).value() == json.loads(spaced)
+        assert read(spaced.replace(b"\t", b"\x0b"), at_once=False) == read(spaced.replace(b"\t", b"\x0b"), at_once=True)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"%b,", b"%b 1", b"1 %b", b"%b%b", b"%b,%b", b'{"a":%b []}', b'{"a":[] %b}', b'{"a":%b1}', b"[%b 1]", b"[1 %b]",
+     b"[%b:1]", b'{"a":%b:1}', b"[[1,2] %b]", b'{"a":"b" %b}', b"{%b:1}", b'{"a":%b%b}'],
+)  # fmt: skip
+@pytest.mark.parametrize("large", [b"[1,2,3,4,5,6,7,8]", b'{"a":1,"b":2,"c":3,"d":4}', b"[[1,2,3,4,5,6,7,8]]"])
+def test_a_text_beside_a_large_value_makes_nothing_be_read_at_once(raw: bytes, large: bytes) -> None:
+    class Bounded(json_values.Marks):
+        def _read(self, begin: int, left: bytes, end: int, right: bytes) -> Any:
+            assert end - begin <= 12, "it is longer than a piece"
+            return super()._read(begin, left, end, right)
+
+    text = raw.replace(b"%b", large)
+    with pytest.raises(orjson.JSONDecodeError):
+        Bounded(text, piece_bytes=12, piece_marks=4).value()
+
+
 def test_errors_name_their_character() -> None:
     raw = '["ééé",1,2,3,4,5,6,nul]'.encode()
     with pytest.raises(orjson.JSONDecodeError) as whole:

@@ -104,3 +104,16 @@ async def test_a_place_that_came_too_late_is_given_back() -> None:
     second.cancel()
     await asyncio.wait([second])
     await places.take("c")
+
+
+async def test_only_who_would_have_a_further_place_is_kept_waiting_by_others() -> None:
+    places = Places(3, num_of_tenant=2)
+    tasks = await taken(places, "a", "a", "a")
+    assert (done(tasks), places.num_kept_waiting) == ([True, True, False], 0), "a place is free, but it has its share"
+    tasks += await taken(places, "b", "b", "b", "c")
+    assert places.num_kept_waiting == 2, "one of b, which may have one more, and c"
+    places.give("a")
+    await asyncio.sleep(0)
+    assert (done(tasks)[-1], places.num_kept_waiting) == (True, 2), "one of a and one of b"
+    for task in tasks:
+        task.cancel()
