@@ -213,6 +213,46 @@ async def cost_of(tenant: str, what: Callable[[], Awaitable[object]]) -> float:
     return BURST_S * 10_000 - clocked.reads._readers[f"tenant {tenant}"].left - LIST_COST
 
 
+async def test_misses_together_look_at_no_more_than_their_reader_has(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id that is nowhere is looked for in the whole history: many at once end with 429."""
+    caller, num = Caller(Tenant(name="a"), ("infer",)), 1000
+    pipe = bus._redis.pipeline(transaction=False)
+    for i in range(num):
+        end = m.HistoryEntry(f"{i}-0", f"{i}-0", "", "interactive", "completed", "stop", "", "w", 1, 0, 1, 0, 1, 1, 2)
+        pipe.xadd(bus.keys.history("a"), {"b": m.encode(end)})
+    pipe.expire(bus.keys.history("a"), 60)
+    await pipe.execute()
+    looked, fill = 0, bus.history._fill
+
+    async def counted(readers: list[Any], *args: Any) -> None:
+        nonlocal looked
+        await fill(readers, *args)
+        looked += sum(len(one.entries) for one in readers)
+
+    monkeypatch.setattr(bus.history, "_fill", counted)
+    listed, clocked, missed, refused = RequestList(bus), Clocked(), 0, 0
+
+    async def miss() -> None:
+        nonlocal missed, refused
+        try:
+            assert await listed.find(caller, {"nobody"}) is None
+        except Overloaded:
+            refused += 1
+        else:
+            missed += 1
+
+    clocked.does = miss
+    answers = await asyncio.gather(*(clocked.ask("/v1/requests/nobody") for _ in range(200)))
+    late = sum(status == 429 for status, _ in answers)  # came when nothing was left
+    assert missed + refused + late == 200
+    assert refused + late > 100
+    assert looked <= 2 * REQUESTS_PER_READ * BURST_S * PER_S < 200 * num
+    clocked.s += 2 * BURST_S
+    before = missed
+    await clocked.ask("/v1/requests/nobody")
+    assert missed == before + 1, "one at a time they are looked for to the end"
+
+
 async def test_pages_that_show_nothing_cost_what_was_looked_at(bus: Bus) -> None:
     """Whatever list it is: what is left out of it, as another tenant's or by a filter, has cost its work too."""
     caller, num = Caller(Tenant(name="a", adapters=("none-*",)), ("infer",)), 512
