@@ -12,7 +12,7 @@ LISTS = (
     "/v1/adapters?limit=1000", "/v1/models", "/api/tags", "/api/ps", "/info", "/v1/requests?limit=100",
     "/v1/jobs?limit=100", "/v1/files", "/v1/batches", "/v1/usage", "/v1/jobs?status=expired&limit=100",
     "/v1/requests?state=ended&limit=1", "/v1/adapters?tenant=attacker&limit=1", "/v1/files?purpose=vision",
-    "/v1/timeseries?range=24h&group_by=model",
+    "/v1/timeseries?range=24h&group_by=model", "/v1/requests/nobody",
 )  # fmt: skip
 READERS, ROUNDS = 24, 5
 

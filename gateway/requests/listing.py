@@ -5,6 +5,7 @@ A page looks at MAX_LOOKED_AT requests at most; it may have fewer than asked for
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 from collections.abc import AsyncIterator, Sequence
@@ -123,18 +124,25 @@ class RequestList:
     async def find(self, caller: Caller, names: set[str]) -> dict[str, Any] | None:
         """Return the object of a request that has ended and has one of these ids.
 
-        None if it is not among the latest MAX_SEARCHED ends that the caller sees.
+        None if it is not among the latest MAX_SEARCHED ends that the caller sees. Raises Overloaded once the caller's
+        reads are used up: each _AT_ONCE ends are paid for before they are looked at.
         """
-        looked = 0
-        async for chunk in self._ended("", None if caller.is_admin else caller.name, Filters()):
-            reads.owe(len(chunk) / reads.REQUESTS_PER_READ)
-            for _, view in chunk:
-                if view is not None and view["id"] in names:
-                    return view
-            looked += len(chunk)
-            if looked >= MAX_SEARCHED:
+        tenants, looked = await self._tenants(None if caller.is_admin else caller.name), 0
+        reads.spend(_AT_ONCE / reads.REQUESTS_PER_READ)
+        async for _, tenant, entry in self._bus.history.walk(tenants, 0, 0, None):
+            if entry is not None and entry.rid in names:
+                return _past(entry, tenant)
+            looked += 1
+            if looked == MAX_SEARCHED:
                 return None
+            if looked % _AT_ONCE == 0:
+                await asyncio.sleep(0)  # others have a turn, and may use up the reads
+                reads.spend(_AT_ONCE / reads.REQUESTS_PER_READ)
         return None
+
+    async def _tenants(self, owner: str | None) -> list[str]:
+        """Return the tenants whose histories are read: the owner, or for None those with the latest ends."""
+        return [owner] if owner is not None else await self._bus.history.tenants()
 
     async def _open(
         self, kind: State, place: str, beats: dict[str, m.WorkerBeat], owner: str | None
@@ -158,11 +166,11 @@ class RequestList:
         """Yield what has ended with its cursors, the latest first, some at a time."""
         parts = _PLACES["ended"].fullmatch(place)
         after = Place(int(parts[1]), int(parts[2]), parts[3]) if parts is not None and parts[1] else None
-        history = self._bus.history
-        tenants = [owner] if owner is not None else await history.tenants()
         chunk: list[tuple[str, dict[str, Any] | None]] = []
         until_ms = filters.until_ms + LATE_MS if filters.until_ms else 0
-        async for at, tenant, entry in history.walk(tenants, filters.since_ms, until_ms, after):
+        async for at, tenant, entry in self._bus.history.walk(
+            await self._tenants(owner), filters.since_ms, until_ms, after
+        ):
             view = _past(entry, tenant) if entry is not None else None
             chunk.append((f"{at.ms}-{at.seq}/{at.mark}", view))
             if len(chunk) == _AT_ONCE:

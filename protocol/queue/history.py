@@ -1,13 +1,15 @@
 """The history of requests: what has ended, and what was refused, by tenant, the latest first.
 
-Each tenant has two streams, bounded in time and number, so that no tenant shortens another's history and refused calls
-do not shorten that of served ones.
+Each tenant has two streams, bounded in time and number, so that refused calls do not shorten that of served ones. A
+tenant shortens another's only where there are so many that each has less than its number:
+then all have equal shares.
 """
 
 from __future__ import annotations
 
 import hashlib
 import heapq
+import random
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +24,9 @@ MAX_TENANTS = 200
 
 MAX_REFUSALS = 1000
 """Refused calls that are kept of a tenant."""
+
+MAX_ALL_REFUSALS = 50_000
+"""Refused calls that are kept of all tenants, in equal shares."""
 
 MAINTAIN_MS = 10_000
 """Pause between prolongations of a history's life by the scripts, see `note_history` in `lua/common.lua`."""
@@ -65,10 +70,16 @@ class History:
 
     async def add_refusals(self, found: Sequence[tuple[str, m.HistoryEntry]], keep_ms: int) -> None:
         """Add refused calls, each with its tenant. keep_ms: how long they are kept."""
+        num = max(await self._redis.zcard(self._keys.histories), 1)
+        share = max(1, min(MAX_REFUSALS, MAX_ALL_REFUSALS // num))
+        place = random.randrange(num)  # a tenant that may have had a larger share before it fell silent
+        others = await self._redis.zrange(self._keys.histories, place, place)
         pipe = self._redis.pipeline(transaction=False)
+        for other in others:
+            pipe.xtrim(self._keys.refusals(other.decode()), maxlen=share)
         for tenant, entry in found:
             key = self._keys.refusals(tenant)
-            pipe.xadd(key, {"b": m.encode(entry)}, maxlen=MAX_REFUSALS)
+            pipe.xadd(key, {"b": m.encode(entry)}, maxlen=share)
             pipe.xtrim(key, minid=entry.ended_ms - keep_ms)
             pipe.pexpire(key, keep_ms)
             pipe.zadd(self._keys.histories, {tenant: entry.ended_ms - MAINTAIN_MS}, gt=True)  # the next end still looks

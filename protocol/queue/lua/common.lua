@@ -202,8 +202,24 @@ local function leave_call(rid, call, ttl, now, is_stored)
   end
 end
 
+-- Most ends that stay in all histories together, in equal shares of the tenants, and the most bytes of an error's message
+-- in one of them: 200,000 entries are about 80 MB.
+local history_entries, history_message = 200000, 300
+
+-- Return an error, JSON of `messages.ErrorInfo`, as an entry of a history has it: a long one with the begin of its
+-- message, its kind and its code alone. What is none becomes an empty object, which readers call unreadable.
+local function short_error(error)
+  if #error <= history_message then return error end
+  local is_read, info = pcall(cjson.decode, error)
+  if not is_read or type(info) ~= 'table' or type(info.message) ~= 'string' then return '{}' end
+  local message, last = info.message, math.min(#info.message, history_message)
+  while last < #message and string.find(string.sub(message, last + 1, last + 1), '[\128-\191]') do last = last - 1 end
+  return cjson.encode({message = string.sub(message, 1, last), kind = info.kind, code = info.code})
+end
+
 -- Add a request that ends at `now`, ms, to its tenant's history: a stream of `messages.HistoryEntry`, which live for some
--- ms, at most so many. `history`: both numbers, with a space between; `usage`: as of `count_usage`.
+-- ms, at most so many, or the tenant's share of all. `history`: both numbers, with a space between; `usage`: as of
+-- `count_usage`.
 local function note_history(rid, history, usage, state, finish, error, now)
   local ms, max = string.match(history, '^(%d+) (%d+)$')
   local _, _, _, _, tenant, row = unpack(cmsgpack.unpack(usage))
@@ -214,18 +230,25 @@ local function note_history(rid, history, usage, state, finish, error, now)
   local options = placed and cmsgpack.unpack(placed)[4] or {}
   local worker = options[1] and options[1][1] or ''
   local output = redis.call('STRLEN', P .. ':tok:' .. rid) / 4
-  local entry = cmsgpack.pack({rid, f[1], row, f[2], state, finish, error, worker, f[4], f[5], output, f[6], f[7],
-    f[8], now})
+  local entry = cmsgpack.pack({rid, f[1], row, f[2], state, finish, short_error(error), worker, f[4], f[5], output, f[6],
+    f[7], f[8], now})
   local all = P .. ':hist'
   local key = all .. ':' .. tenant
+  local num = math.max(redis.call('ZCARD', all), 1)
+  max = math.max(1, math.min(tonumber(max), math.floor(history_entries / num)))
   redis.call('XADD', key, 'MAXLEN', '~', max, '*', 'b', entry)
-  -- Lives are prolonged, and old entries trimmed, every ten seconds: at each end this would double its cost.
-  if now - tonumber(redis.call('ZSCORE', all, tenant) or 0) < 10000 then return end
+  -- Lives are prolonged, and old entries trimmed, every ten seconds: at each end this would double its cost. A stream that
+  -- was just made has no life yet, whatever time a gateway with a fast clock has noted for its tenant.
+  local is_due = now - tonumber(redis.call('ZSCORE', all, tenant) or 0) >= 10000
+  if not is_due and redis.call('PTTL', key) > 0 then return end
   redis.call('XTRIM', key, 'MINID', '~', now - ms)
   redis.call('PEXPIRE', key, ms)
   redis.call('ZADD', all, now, tenant)
   redis.call('ZREMRANGEBYSCORE', all, '-inf', now - ms)
   redis.call('PEXPIRE', all, ms)
+  -- A tenant that ends nothing more keeps what was its share when they were fewer, until one of the others trims it here.
+  local other = redis.call('ZRANGE', all, now % num, now % num)[1]
+  if other then redis.call('XTRIM', all .. ':' .. other, 'MAXLEN', '~', max) end
 end
 
 -- Write the end of a request: its state, reason (`finish`), error and time (`now`, ms); shorten the life of its keys.

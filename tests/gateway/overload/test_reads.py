@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -38,6 +38,7 @@ from gateway.overload.reads import (
 from gateway.requests.listing import Filters, RequestList
 from protocol.queue.books.api_keys import Tenant
 from protocol.queue.bus import Bus
+from protocol.queue.history import History
 from protocol.wire import messages as m
 from protocol.wire.errors import Overloaded
 from protocol.wire.keys import private_name
@@ -211,6 +212,50 @@ async def cost_of(tenant: str, what: Callable[[], Awaitable[object]]) -> float:
     clocked.does = what
     assert (await clocked.ask("/v1/requests", tenant))[0] == 200
     return BURST_S * 10_000 - clocked.reads._readers[f"tenant {tenant}"].left - LIST_COST
+
+
+class CountedHistory(History):
+    """A history that counts the entries it reads."""
+
+    num_read = 0
+
+    async def _fill(self, readers: Sequence[Any], low: str, num: int) -> None:
+        await super()._fill(readers, low, num)
+        self.num_read += sum(len(one.entries) for one in readers)
+
+
+async def test_misses_together_look_at_no_more_than_their_reader_has(bus: Bus) -> None:
+    """An id that is nowhere is looked for in the whole history: many at once end with 429."""
+    caller, num = Caller(Tenant(name="a"), ("infer",)), 1000
+    pipe = bus._redis.pipeline(transaction=False)
+    for i in range(num):
+        end = m.HistoryEntry(f"{i}-0", f"{i}-0", "", "interactive", "completed", "stop", "", "w", 1, 0, 1, 0, 1, 1, 2)
+        pipe.xadd(bus.keys.history("a"), {"b": m.encode(end)})
+    pipe.expire(bus.keys.history("a"), 60)
+    await pipe.execute()
+    history = CountedHistory(bus._redis, bus.keys)
+    seen: Any = SimpleNamespace(history=history)
+    listed, clocked, missed, refused = RequestList(seen), Clocked(), 0, 0
+
+    async def miss() -> None:
+        nonlocal missed, refused
+        try:
+            assert await listed.find(caller, {"nobody"}) is None
+        except Overloaded:
+            refused += 1
+        else:
+            missed += 1
+
+    clocked.does = miss
+    answers = await asyncio.gather(*(clocked.ask("/v1/requests/nobody") for _ in range(200)))
+    late = sum(status == 429 for status, _ in answers)  # came when nothing was left
+    assert missed + refused + late == 200
+    assert refused + late > 100
+    assert history.num_read <= 2 * REQUESTS_PER_READ * BURST_S * PER_S < 200 * num
+    clocked.s += 2 * BURST_S
+    before = missed
+    await clocked.ask("/v1/requests/nobody")
+    assert missed == before + 1, "one at a time they are looked for to the end"
 
 
 async def test_pages_that_show_nothing_cost_what_was_looked_at(bus: Bus) -> None:
