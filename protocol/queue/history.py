@@ -31,8 +31,9 @@ MAX_ALL_REFUSALS = 50_000
 MAINTAIN_MS = 10_000
 """Pause between prolongations of a history's life by the scripts, see `note_history` in `lua/common.lua`."""
 
-_FIRST, _NEXT = 200, 100
-"""Entries that are read at once: at first of all streams together, then of one."""
+_FIRST, _MOST = 200, 100
+"""Entries that are read at once: at first of all streams together, then of one at most. Each read of a stream has twice
+as many as the one before, so that no more is read than a small multiple of what is looked at."""
 
 
 def kept_for(seconds: float, num: int) -> str:
@@ -57,6 +58,7 @@ class _Reader:
     key: str
     mark: str
     after: str  # where the next read begins, exclusive
+    num: int  # entries of the next read
     entries: list[tuple[bytes, dict[bytes, bytes]]] = field(default_factory=list[tuple[bytes, dict[bytes, bytes]]])
     is_done: bool = False
 
@@ -101,13 +103,14 @@ class History:
         top = f"({until_ms}" if until_ms else "+"
         if after is not None:
             top = f"({after.ms}-{after.seq + 1}"  # others of the same place come after it
+        num = max(2, _FIRST // max(2 * len(tenants), 1))
         readers = [
-            _Reader(tenant, key, hashlib.blake2b(key.encode(), digest_size=6).hexdigest(), top)
+            _Reader(tenant, key, hashlib.blake2b(key.encode(), digest_size=6).hexdigest(), top, num)
             for tenant in tenants
             for key in (self._keys.history(tenant), self._keys.refusals(tenant))
         ]
         low = str(max(since_ms, 0))
-        await self._fill(readers, low, max(2, _FIRST // max(len(readers), 1)))
+        await self._fill(readers, low)
         heap: list[tuple[int, int, str, int]] = []
         for number, reader in enumerate(readers):
             self._push(heap, number, reader)
@@ -119,7 +122,7 @@ class History:
             if after is None or (place.ms, place.seq) != (after.ms, after.seq) or mark > after.mark:
                 yield place, reader.tenant, _read(fields)
             if not reader.entries and not reader.is_done:
-                await self._fill([reader], low, _NEXT)
+                await self._fill([reader], low)
             self._push(heap, number, reader)
 
     @staticmethod
@@ -128,13 +131,14 @@ class History:
             ms, _, seq = reader.entries[0][0].decode().partition("-")
             heapq.heappush(heap, (-int(ms), -int(seq), reader.mark, number))
 
-    async def _fill(self, readers: Sequence[_Reader], low: str, num: int) -> None:
+    async def _fill(self, readers: Sequence[_Reader], low: str) -> None:
         pipe = self._redis.pipeline(transaction=False)
         for reader in readers:
-            pipe.xrevrange(reader.key, reader.after, low, count=num)
+            pipe.xrevrange(reader.key, reader.after, low, count=reader.num)
         for reader, entries in zip(readers, await pipe.execute() if readers else [], strict=True):
             reader.entries = entries
-            reader.is_done = len(entries) < num
+            reader.is_done = len(entries) < reader.num
+            reader.num = max(reader.num, min(2 * reader.num, _MOST))
             if entries:
                 reader.after = f"({entries[-1][0].decode()}"
 

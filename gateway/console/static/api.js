@@ -104,11 +104,12 @@ export function query(values) {
   return given.length ? `?${new URLSearchParams(given)}` : "";
 }
 
-// Reads a list page by page, up to `most` objects. `next` returns the path of the page after a cursor.
-export async function pages(next, most, signal) {
+// Reads a list page by page, up to `most` objects and `mostPages` pages: a page may be empty, and not be the last one.
+// `next` returns the path of the page after a cursor.
+export async function pages(next, most, signal, mostPages = 100) {
   const found = [];
   let after = "";
-  for (let number = 0; number < 100; number++) {
+  for (let number = 0; number < mostPages; number++) {
     const page = await get(next(after), signal);
     found.push(...page.data);
     after = page.last_id;

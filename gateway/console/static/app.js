@@ -38,6 +38,7 @@ function SignIn({ text, onOpen }) {
   const [error, setError] = useState(null);
   async function enter(event) {
     event.preventDefault();
+    if (value.trim() !== key.get()) forgetChats(); // they are another key's
     key.set(value.trim());
     try {
       await get("v1/fleet");

@@ -1,4 +1,4 @@
-// The playground's chats: kept in this browser, answered whichever page is shown, and deleted by signing out.
+// The playground's chats: kept in this tab, answered whichever page is shown, and deleted by signing out or in.
 
 import { useEffect, useState } from "./vendor/preact-htm.js";
 import { events, send } from "./api.js";
@@ -15,7 +15,16 @@ export const PARAMETERS = [
 
 // A chat: { id, changed_ms, mode, models, values, system, tools, draft, turns }, where `turns` has a list for each model.
 // A turn: { role, content, tool_calls?, tool_call_id? }, of an answer also { first, took, tokens, finish, error }.
-let chats = recall("chats", []);
+const areTexts = (...values) => values.every((value) => typeof value === "string");
+const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
+const isCall = (call) => areTexts(call?.id, call?.function?.name, call?.function?.arguments);
+const isTurn = (turn) => areTexts(turn?.role, turn?.content) && (turn.tool_calls === undefined || (Array.isArray(turn.tool_calls) && turn.tool_calls.every(isCall)));
+const isChat = (chat) =>
+  areTexts(chat?.id, chat?.mode, chat?.system, chat?.tools, chat?.draft) && Array.isArray(chat.models) && areTexts(...chat.models) && isObject(chat.values) &&
+  isObject(chat.turns) && Object.values(chat.turns).every((turns) => Array.isArray(turns) && turns.every(isTurn));
+
+const recalled = recall("chats", []);
+let chats = Array.isArray(recalled) ? recalled.filter(isChat) : []; // another release may have kept another shape
 for (const chat of chats) for (const turns of Object.values(chat.turns)) for (const turn of turns) if (turn.role === "assistant" && !turn.finish) turn.finish = "interrupted";
 
 const running = new Map(); // chat's id -> what stops its answers

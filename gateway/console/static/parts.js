@@ -84,27 +84,29 @@ export function usePaused() {
   return on;
 }
 
-// Polls while the page is visible and refresh is not paused. The last value stays while requests fail, and `at` is its time.
-export function usePoll(ask, ms, deps = []) {
+// Polls while the page is visible, refresh is not paused, and `isFinal(value)` is not true. The last value stays while requests fail, and `at` is its time.
+export function usePoll(ask, ms, deps = [], isFinal = () => false) {
   const [state, setState] = useState({ value: null, error: null, at: 0 });
   const again = useRef(() => {});
   useEffect(() => {
     const abort = new AbortController();
     let timer = 0;
     let round = 0;
+    let ended = false;
     async function look() {
       clearTimeout(timer);
       const own = ++round;
       if (!document.hidden) {
         try {
           const value = await ask(abort.signal);
+          ended = isFinal(value);
           if (!abort.signal.aborted && own === round) setState({ value, error: null, at: Date.now() });
         } catch (error) {
           if (abort.signal.aborted) return;
           if (own === round) setState((now) => ({ ...now, error }));
         }
       }
-      if (ms && own === round && !abort.signal.aborted && !pause.on) timer = setTimeout(look, ms);
+      if (ms && !ended && own === round && !abort.signal.aborted && !pause.on) timer = setTimeout(look, ms);
     }
     const seen = () => document.hidden || pause.on || look();
     const resumed = (on) => (on ? clearTimeout(timer) : look());

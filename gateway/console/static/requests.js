@@ -6,6 +6,7 @@ import { Act, Cut, Dialog, Problem, Stale, State, Table, When, clock, confirmed,
 import { href, leave, replace } from "./route.js";
 
 const MOST = 1000; // maximum number of listed requests
+const MOST_PAGES = 10; // of a poll, each of up to 1,000 requests that the gateway looks at
 const EVERY_MS = 4000;
 const ENDED = ["completed", "failed", "cancelled", "refused"];
 const SPANS = [["", "any time"], ["300", "last 5 minutes"], ["3600", "last hour"], ["86400", "last 24 hours"], ["custom", "from … to …"]];
@@ -17,10 +18,12 @@ export const why = (error, status) => (error ? `${status ? `${status}: ` : ""}${
 
 // ------------------------------------------------------------ one request
 
+const isEnded = (one) => ENDED.includes(one.state);
+
 function Timeline({ id, onClose }) {
-  const poll = usePoll((signal) => get(`v1/requests/${encodeURIComponent(id)}`, signal), 2000, [id]);
+  const poll = usePoll((signal) => get(`v1/requests/${encodeURIComponent(id)}`, signal), 2000, [id], isEnded);
   const { value, error } = poll;
-  const ended = value && ENDED.includes(value.state);
+  const ended = value && isEnded(value);
   const begin = value?.timeline?.[0]?.ms ?? 0;
   const worker = value?.worker ?? value?.timeline?.findLast((event) => event.worker)?.worker;
   const cancel = async () =>
@@ -89,7 +92,7 @@ export function Requests({ route }) {
   const poll = usePoll((signal) => {
     const { state, status, tenant, model, q } = given;
     const { since, until } = limits(given);
-    return pages((after) => `v1/requests${query({ state, status, tenant, model, q, since: since || "", until: until || "", limit: 100, after })}`, MOST, signal);
+    return pages((after) => `v1/requests${query({ state, status, tenant, model, q, since: since || "", until: until || "", limit: 100, after })}`, MOST, signal, MOST_PAGES);
   }, EVERY_MS, [asked]);
   const { value } = poll;
   const rows = useMemo(() => {
@@ -115,7 +118,7 @@ export function Requests({ route }) {
   ];
   return html`<section class="panel">
     <${Filters} given=${given} change=${change} />
-    <div class="row"><p class="grow" role="status">${value ? `${plural(rows.length, "request")}${value.more ? `, out of the latest ${count(MOST)}` : ""}` : "Loading …"}</p>
+    <div class="row"><p class="grow" role="status">${value ? `${plural(rows.length, "request")}${value.more ? (value.data.length < MOST ? ", older ones were not searched" : `, out of the latest ${count(MOST)}`) : ""}` : "Loading …"}</p>
       ${filtered ? html`<button type="button" onClick=${() => replace(href("requests"))}>Clear filters</button>` : null}</div>
     <${Stale} poll=${poll} />
     ${value ? html`<${Table} name="Requests" columns=${columns} rows=${rows} id=${(one) => one.id} selected=${route.id}

@@ -1,10 +1,11 @@
-// What this browser remembers besides the key: the theme and the playground's chats. Signing out deletes the chats.
+// What this browser remembers besides the key: the theme, and in the tab alone, as the key, the playground's chats.
 
 const PREFIX = "lorafleet.";
+const storage = (name) => (name === "theme" ? localStorage : sessionStorage); // throws where the browser forbids it
 
 export function recall(name, otherwise) {
   try {
-    return JSON.parse(localStorage.getItem(PREFIX + name)) ?? otherwise;
+    return JSON.parse(storage(name).getItem(PREFIX + name)) ?? otherwise;
   } catch {
     return otherwise;
   }
@@ -13,12 +14,19 @@ export function recall(name, otherwise) {
 // Returns whether it was stored: a browser may have no room, or forbid it.
 export function remember(name, value) {
   try {
-    if (value === null) localStorage.removeItem(PREFIX + name);
-    else localStorage.setItem(PREFIX + name, JSON.stringify(value));
+    if (value === null) storage(name).removeItem(PREFIX + name);
+    else storage(name).setItem(PREFIX + name, JSON.stringify(value));
     return true;
   } catch {
     return false;
   }
+}
+
+// Earlier releases kept chats for all tabs and keys.
+try {
+  localStorage.removeItem(`${PREFIX}chats`);
+} catch {
+  // There is nothing to delete where the browser forbids storage.
 }
 
 // ------------------------------------------------------------ theme

@@ -177,3 +177,32 @@ async def test_usage_is_a_chart_and_a_file(bus: Bus, fleet: ScriptedFleet, http:
     await tab.page.get_by_label("Days").select_option("31")
     await chart.wait_for()
     assert tab.page.url.endswith("#/usage?by=adapter&metric=num_model_requests&days=31")
+
+
+async def test_what_has_ended_is_asked_for_once(fleet: ScriptedFleet, http: httpx2.AsyncClient, tab: Tab) -> None:
+    done = (await http.post("/v1/completions", json={"model": "base", "prompt": "the dog", "max_tokens": 6})).json()
+    lists: list[str] = []
+    timelines: list[str] = []
+    await tab.enter()
+    tab.page.on("request", lambda one: (timelines if "/v1/requests/" in one.url else lists).append(one.url))
+    await tab.page.goto(f"{tab.url}/console/#/requests/{done['id']}")
+    await tab.page.get_by_role("dialog").get_by_text("completed").first.wait_for()
+    lists.clear()
+    await wait_until(lambda: len(lists) >= 2, "the list behind it is asked for twice, every four seconds")
+    assert len(timelines) == 1
+
+
+async def test_a_search_without_a_match_reads_ten_pages(fleet: ScriptedFleet, tab: Tab) -> None:
+    asked: list[str] = []
+
+    async def answer(route: Any) -> None:
+        asked.append(route.request.url)
+        page = {"object": "list", "data": [], "has_more": True, "last_id": f"ended:{len(asked)}-1/{'0' * 12}"}
+        await route.fulfill(json=page)
+
+    await tab.enter()
+    await tab.page.route("**/v1/requests?*", answer)
+    await tab.page.goto(f"{tab.url}/console/#/requests?q=nobody")
+    await tab.page.get_by_text("0 requests, older ones were not searched").wait_for()
+    assert len(asked) % 10 == 0
+    assert len(asked) <= 20, "of two polls at most"

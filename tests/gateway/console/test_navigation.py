@@ -262,3 +262,81 @@ async def test_on_a_phone_states_are_seen_and_columns_are_announced(
             assert await tab.page.evaluate(clipped) == [], title
             await tab.page.keyboard.press("Escape")
         assert tab.wrong == []
+
+
+async def test_a_chat_is_seen_by_no_other_key_and_in_no_other_tab(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path
+) -> None:
+    made = [await bus.api_keys.create(name, ["admin"]) for name in ("ops", "others")]
+    keys = [secret for secret, _ in made]
+    kept = "() => JSON.stringify([{...localStorage}, {...sessionStorage}])"
+    async with (
+        running_gateway(bus, model_folder, api_keys=True) as gateway,
+        running_browser() as browser,
+    ):
+        context = await browser.new_context(viewport=WIDE)
+        one, two = [Tab(await context.new_page(), gateway.url) for _ in range(2)]
+        for tab in (one, two):
+            await tab.enter(keys[0])
+            await tab.go("Playground")
+            await tab.page.get_by_label("Prompt", exact=True).fill("a secret draft")
+            await tab.go("Overview")
+            await wait_until(lambda tab=tab: is_kept(tab, "a secret draft"), "the draft is kept in its tab")
+            assert "a secret draft" not in await tab.page.evaluate("() => JSON.stringify({...localStorage})")
+        await one.page.get_by_role("button", name="Sign out").click()
+        await one.page.get_by_label("API key").wait_for()
+        await two.go("Playground")
+        await two.page.get_by_label("Prompt", exact=True).fill("a second draft")
+        await wait_until(lambda: is_kept(two, "a second draft"), "the other tab goes on")
+        assert await one.page.evaluate(kept) == "[{},{}]"
+        # The key is revoked, and another tenant signs in where the form comes up.
+        await bus.api_keys.revoke(made[0][1].id)
+        await two.page.get_by_role("link", name="Overview", exact=True).click()
+        await two.page.get_by_label("API key").wait_for()
+        await two.page.get_by_label("API key").fill(keys[1])
+        await two.page.get_by_role("button", name="Sign in").click()
+        await two.page.get_by_role("heading", name="Overview").wait_for()
+        assert "draft" not in await two.page.evaluate(kept)
+        assert [tab.wrong for tab in (one, two)] == [[], []]
+
+
+async def is_kept(tab: Tab, text: str) -> bool:
+    return text in await tab.page.evaluate("() => JSON.stringify({...sessionStorage})")
+
+
+GOOD = {
+    "id": "good", "changed_ms": 1, "mode": "chat", "models": ["base"], "values": {"max_tokens": 9}, "system": "",
+    "tools": "", "draft": "kept draft", "turns": {"base": [{"role": "user", "content": "said before"}]},
+}  # fmt: skip
+
+
+WRONG = [
+    "no JSON", "7", '"text"', "{}", "[null]", "[7]", '[{"id":"a"}]',
+    *(json.dumps([{**GOOD, **wrong}]) for wrong in (
+        {"turns": None}, {"turns": {"base": 7}}, {"turns": {"base": [None]}}, {"models": "base"}, {"values": None},
+        {"turns": {"base": [{"role": "user", "content": 7}]}}, {"id": 7}, {"draft": None}, {"tools": {}},
+        {"turns": {"base": [{"role": "assistant", "content": "x", "tool_calls": 7}]}},
+        {"turns": {"base": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]}},
+    )),
+]  # fmt: skip
+
+
+async def test_chats_that_cannot_be_read_are_left_out(fleet: ScriptedFleet, tab: Tab) -> None:
+    await tab.enter()
+    for raw in WRONG:
+        for name in ("sessionStorage", "localStorage"):
+            await tab.page.evaluate(f"(raw) => {name}.setItem('lorafleet.chats', raw)", raw)
+        await tab.page.goto(f"{tab.url}/console/#/playground/good")
+        await tab.page.reload()
+        await tab.page.get_by_text("This tab has no chat").wait_for()
+        assert tab.wrong == [], raw
+    assert await tab.page.evaluate("() => localStorage.length") == 0, "where earlier releases kept chats"
+
+
+async def test_a_chat_of_the_right_shape_is_read(fleet: ScriptedFleet, tab: Tab) -> None:
+    await tab.enter()
+    await tab.page.evaluate("(raw) => sessionStorage.setItem('lorafleet.chats', raw)", json.dumps([None, GOOD]))
+    await tab.page.goto(f"{tab.url}/console/#/playground/good")
+    await tab.page.reload()
+    await tab.page.locator(".turn.user", has_text="said before").wait_for()
+    assert await tab.page.get_by_label("Prompt", exact=True).input_value() == "kept draft"

@@ -136,7 +136,7 @@ async def test_chats_are_kept_while_other_pages_are_shown_and_after_a_reload(fle
     await tab.page.get_by_role("button", name="Delete chat").click()
     await tab.said("The chat was deleted.")
     await tab.page.goto(address)
-    await tab.page.get_by_text("This browser has no chat").wait_for()
+    await tab.page.get_by_text("This tab has no chat").wait_for()
 
 
 async def test_a_link_opens_a_prompt_for_models(fleet: ScriptedFleet, tab: Tab) -> None:

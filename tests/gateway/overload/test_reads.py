@@ -219,8 +219,8 @@ class CountedHistory(History):
 
     num_read = 0
 
-    async def _fill(self, readers: Sequence[Any], low: str, num: int) -> None:
-        await super()._fill(readers, low, num)
+    async def _fill(self, readers: Sequence[Any], low: str) -> None:
+        await super()._fill(readers, low)
         self.num_read += sum(len(one.entries) for one in readers)
 
 
@@ -256,6 +256,25 @@ async def test_misses_together_look_at_no_more_than_their_reader_has(bus: Bus) -
     before = missed
     await clocked.ask("/v1/requests/nobody")
     assert missed == before + 1, "one at a time they are looked for to the end"
+
+
+async def test_of_many_tenants_no_more_is_read_than_is_looked_at(bus: Bus) -> None:
+    history, tenants, looked = CountedHistory(bus._redis, bus.keys), [f"t{number}" for number in range(50)], 0
+    pipe = bus._redis.pipeline(transaction=False)
+    end = m.HistoryEntry("r", "r", "", "interactive", "completed", "stop", "", "w", 1, 0, 1, 0, 1, 1, 2)
+    for tenant in tenants:
+        for number in range(40):
+            pipe.xadd(bus.keys.history(tenant), {"b": m.encode(end)}, id=f"{1000 + number}-1")
+        pipe.expire(bus.keys.history(tenant), 60)
+    await pipe.execute()
+    async for _ in history.walk(tenants, 0, 0, None):
+        looked += 1
+        if looked == 200:
+            break
+    assert history.num_read <= 4 * 2 * len(tenants) + 2 * looked
+    async for _ in history.walk(tenants, 0, 0, None):
+        looked += 1
+    assert looked == 200 + 50 * 40, "and all are found in the end"
 
 
 async def test_pages_that_show_nothing_cost_what_was_looked_at(bus: Bus) -> None:
