@@ -47,7 +47,7 @@ def convert(model: str, source: Path, target: Path, keep: float) -> dict[str, fl
         with torch.no_grad():
             config, tensors = convert_to_lora(adapted, rank=keep * keep, adapter_name=_ADAPTER)  # the share of squares
             errors = _errors(adapted, tensors)
-    except (TypeError, ValueError, torch.linalg.LinAlgError) as error:
+    except (TypeError, ValueError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise BadRequest(f"{kind} cannot be converted to LoRA by PEFT: {error}") from error
     if bad := [name for name, error in errors.items() if not math.isfinite(error)]:
         raise BadRequest(f"{kind}: what it adds is not finite, or has no finite norm, at {', '.join(bad[:5])}")
