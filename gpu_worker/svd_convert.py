@@ -8,7 +8,9 @@ process, so that nobody else needs torch.
 from __future__ import annotations
 
 import json
+import math
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -31,8 +33,9 @@ _ADAPTER = "default"
 def convert(model: str, source: Path, target: Path, keep: float) -> dict[str, float]:
     """Write an adapter as LoRA into a folder; return the relative error of each layer, in the Frobenius norm.
 
-    model: the base, a folder or a Hub id. keep: share of the norm of what the adapter adds to a layer, 0 to 1. Raises
-    BadRequest for a kind that PEFT cannot convert.
+    model: the base, a folder or a Hub id. keep: share of the norm of what the adapter adds to a layer, 0 to 1. The
+    folder is there only when it is whole. Raises BadRequest for a kind that PEFT cannot convert, and for numbers that
+    are not finite; OSError for a folder that cannot be written.
     """
     folder = model_folder(model, TOKENIZER_FILES)
     base = CLASSES[task_of(read_config(folder))].from_pretrained(folder, dtype=torch.float32)
@@ -44,14 +47,22 @@ def convert(model: str, source: Path, target: Path, keep: float) -> dict[str, fl
         with torch.no_grad():
             config, tensors = convert_to_lora(adapted, rank=keep * keep, adapter_name=_ADAPTER)  # the share of squares
             errors = _errors(adapted, tensors)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, torch.linalg.LinAlgError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise BadRequest(f"{kind} cannot be converted to LoRA by PEFT: {error}") from error
-    target.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target / WEIGHTS_FILE)
-    config.save_pretrained(str(target))
-    path = target / CONFIG_FILE
+    if bad := [name for name, error in errors.items() if not math.isfinite(error)]:
+        raise BadRequest(f"{kind}: what it adds is not finite, or has no finite norm, at {', '.join(bad[:5])}")
     record = {"peft_type": kind, "keep": keep, "errors": errors}
-    path.write_text(json.dumps(json.loads(path.read_text()) | {CONVERTED_FIELD: record}, indent=2))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # In a folder beside it first, so that a failure leaves none by its name.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".converting-") as scratch:
+        made = Path(scratch) / "adapter"
+        made.mkdir()
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, made / WEIGHTS_FILE)
+        config.save_pretrained(str(made))
+        path = made / CONFIG_FILE
+        fields = json.loads(path.read_text()) | {CONVERTED_FIELD: record}
+        path.write_text(json.dumps(fields, indent=2, allow_nan=False))
+        made.rename(target)
     return errors
 
 

@@ -160,21 +160,26 @@ def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _canonical_of_kind(config: Mapping[str, Any], own: Kind) -> dict[str, Any]:
     """Return the fields that count of a kind's config, as `canonical_config` does."""
-    defaults = {key: _DEFAULTS[key] for key in _COMMON} | {key: field.default for key, field in own.fields.items()}
     canonical: dict[str, Any] = {}
     for key in (*_COMMON, *own.fields, "modules_to_save", "bias", TEXTS_FIELD):
         value = _in_order(key, config.get(key))
-        if value is None or (key in defaults and value == defaults[key]) or (key == "bias" and value == "none"):
-            continue
-        if key in defaults or value:
+        if key in own.fields:
+            # What only looks like a default, such as 1 for true, is refused, and so is null.
+            default, valid = own.fields[key].default, own.fields[key].valid
+            is_default = key not in config or (valid(value) and value == default)
+        elif key == "bias":
+            is_default = key not in config or value == "none"
+        else:
+            is_default = value is None or value == _DEFAULTS[key] if key in _COMMON else not value
+        if not is_default:
             canonical[key] = value
     return canonical
 
 
 def _in_order(key: str, value: Any) -> Any:
     """Return a field's value, sorted where it is a list whose order does not count."""
-    if key in _LISTS_OF_NAMES and is_list(value):
-        return sorted(set(map(str, value)))
+    if key in _LISTS_OF_NAMES and is_list(value) and all(isinstance(item, str) for item in value):
+        return sorted(set(value))
     return value
 
 
@@ -231,7 +236,8 @@ def _read_kind(config: Mapping[str, Any], own: Kind, reasons: Reasons) -> Adapte
         if value and (key not in known or (key in ("rank_pattern", "alpha_pattern") and key not in own.patterns)):
             reasons.add("config fields that are not understood", key)
     bias: Any = config.get("bias", "none")
-    if bias not in ("none", "all", f"{own.name.lower()}_only"):
+    is_own = isinstance(bias, str) and bias.lower() == f"{own.name.lower()}_only"  # PEFT documents `MiSS_only`
+    if bias not in ("none", "all") and not is_own:
         reasons.add(f"bias {show(bias)} is not none, all or {own.name.lower()}_only")
     value = {key: config.get(key, _DEFAULTS[key]) for key in _COMMON}
     ranks, alphas = (

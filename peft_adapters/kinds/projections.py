@@ -51,10 +51,10 @@ def _hra_rows(get: Numbers) -> tuple[NDArray[Any], NDArray[Any]]:
     """
     u = get("hra_u")
     u = u / np.linalg.norm(u, axis=0)
-    inverse = np.triu(u.T @ u, 1)
+    inverse: NDArray[np.float32] = np.tril(u.T @ u, -1)  # transposed
     np.fill_diagonal(inverse, 0.5)
-    b: NDArray[Any] = np.linalg.solve(inverse.T, (get(BASE_WEIGHT) @ u).T).T
-    return u.T, -b
+    changed: NDArray[np.float32] = u.T @ get(BASE_WEIGHT).T
+    return u.T, -np.linalg.solve(inverse, changed).T
 
 
 def _orthogonal_rows(get: Numbers) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -281,5 +281,33 @@ def test_digest_is_of_the_maths_only(name: str) -> None:
     assert "peft_type" in canonical_config(config)
 
 
+def test_a_bias_of_its_own_is_taken_in_any_case() -> None:
+    """PEFT documents `MiSS_only`, and compares the end alone."""
+    config = kind_config("MISS")
+    for bias in ("MiSS_only", "miss_only", "MISS_only"):
+        assert read(config | {"bias": bias}, kind_tensors(config)).sites
+    for bias in ("vera_only", ["miss_only"], 1, None):
+        assert "bias " in reasons(config | {"bias": bias}, kind_tensors(config))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_refused_has_no_digest_of_what_is_read(name: str) -> None:
+    """1 is not true, 0 not false, 8.0 not 8: each stays in the canonical config if it stands for a default."""
+    kind = kind_of(name)
+    assert kind is not None
+    config = kind_config(name)
+    tensors = kind_tensors(config)
+    for field, form in kind.fields.items():
+        for value in (None, 0, 1, False, True, 0.0, float(form.default) if type(form.default) is int else 2.5):
+            given = config | {field: value}
+            if form.valid(value):
+                continue
+            text = reasons(given, tensors)
+            assert f"{field} " in text
+            assert reasons(canonical_config(given), tensors) == text, (field, value)
+    without = {key: value for key, value in config.items() if key != "modules_to_save"}
+    assert canonical_config(without | {"modules_to_save": None, "bias": "none"}) == canonical_config(without)
+
+
 def test_peft_is_the_version_that_this_was_read_from() -> None:
     assert peft.__version__.startswith("0.21."), "compare `peft_adapters/kinds` with PEFT's layers again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from oracle.adapters.peft_kinds import (
 )
 from oracle.peft_oracle import greedy_request
 from peft import C3AConfig, FourierFTConfig, HiraConfig
+from safetensors.torch import load_file, save_file
 
 from gpu_worker.svd_convert import convert
 from lorafleet.__main__ import main
@@ -97,7 +99,7 @@ def test_the_command_says_the_largest_error(tmp_path: Path, capfd: pytest.Captur
     base, adapter, target = (str(tmp_path / name) for name in ("base", "adapter", "lora"))
     make_base(LLAMA).save_pretrained(base)
     make_adapter(FULL_RANK["c3a"], tmp_path / "adapter")
-    words = ["adapter", "convert", adapter, target, "--base", base, "--rank", "auto"]
+    words = ["adapters", "convert", adapter, target, "--base", base, "--rank", "auto"]
     assert main([*words, "--keep", "2"]) == 2
     assert "--keep 2 is not a share" in capfd.readouterr().err
     assert main(words) == 0
@@ -112,3 +114,35 @@ def test_what_peft_cannot_convert_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match="HIRA cannot be converted to LoRA by PEFT"):
         convert(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "lora", 0.9)
     assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("spoiled", ["adapter", "base"])
+def test_what_has_no_finite_error_leaves_no_folder(spoiled: str, tmp_path: Path) -> None:
+    """PEFT fails on the adapter's numbers; the base's reach the errors."""
+    make_base(LLAMA).save_pretrained(str(tmp_path / "base"))
+    make_adapter(FULL_RANK["c3a"], tmp_path / "adapter")
+    (file,) = (tmp_path / spoiled).glob("*.safetensors")
+    tensors = load_file(file)
+    next(tensor for name, tensor in tensors.items() if "layers.0.self_attn.q_proj" in name).fill_(float("inf"))
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(BadRequest, match="C3A cannot be converted" if spoiled == "adapter" else "C3A: .* not finite"):
+        convert(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "lora", 0.9)
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def test_a_disk_that_fills_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next try finds nothing in its way."""
+    make_base(LLAMA).save_pretrained(str(tmp_path / "base"))
+    make_adapter(FULL_RANK["c3a"], tmp_path / "adapter")
+
+    def full(_path: Path, _text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="No space left"):
+            convert(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "deep" / "lora", 0.9)
+    assert not list(tmp_path.glob("deep/*"))
+    assert convert(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "deep" / "lora", 0.9)
+    assert {path.name for path in tmp_path.glob("deep/*")} == {"lora"}
+    assert (tmp_path / "deep" / "lora").stat().st_mode & 0o777 == (tmp_path / "deep").stat().st_mode & 0o777
