@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import platform
 import os
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from gpu_worker.quantised.index import ALIGNMENT
 from lora_kernels import ops
-from lora_kernels.cpu.build import fingerprint
+from lora_kernels.cpu.build import COMMON_FLAGS, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class KeptPanels:
     def __init__(self, folder: Path, weights: Path) -> None:
         """weights: the file that they come from."""
         state = weights.stat()
-        key = hashlib.sha256(repr((fingerprint(), state.st_size, state.st_mtime_ns)).encode()).hexdigest()[:16]
+        made_of = fingerprint(platform.machine(), COMMON_FLAGS), state.st_size, state.st_mtime_ns
+        key = hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]
         self._folder, self._name = folder, f"{PANELS}{key}"
         self._found: dict[str, Panels] = {}
         self._memory = torch.empty(0, dtype=torch.uint8)
