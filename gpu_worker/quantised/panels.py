@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import platform
 import os
+import platform
 import tempfile
 from pathlib import Path
 
