@@ -237,10 +237,10 @@ local function note_history(rid, history, usage, state, finish, error, now)
   local num = math.max(redis.call('ZCARD', all), 1)
   max = math.max(1, math.min(tonumber(max), math.floor(history_entries / num)))
   redis.call('XADD', key, 'MAXLEN', '~', max, '*', 'b', entry)
-  -- Lives are prolonged, and old entries trimmed, every ten seconds: at each end this would double its cost. A stream that
-  -- was just made has no life yet, whatever time a gateway with a fast clock has noted for its tenant.
-  local is_due = now - tonumber(redis.call('ZSCORE', all, tenant) or 0) >= 10000
-  if not is_due and redis.call('PTTL', key) > 0 then return end
+  -- A stream that was just made has no life yet, whatever time a gateway with a fast clock has noted for its tenant.
+  redis.call('PEXPIRE', key, ms, 'NX')
+  -- Lives are prolonged, and old entries trimmed, every ten seconds: at each end this would double its cost.
+  if now - tonumber(redis.call('ZSCORE', all, tenant) or 0) < 10000 then return end
   redis.call('XTRIM', key, 'MINID', '~', now - ms)
   redis.call('PEXPIRE', key, ms)
   redis.call('ZADD', all, now, tenant)

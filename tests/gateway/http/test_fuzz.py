@@ -232,6 +232,7 @@ NUM = int(os.environ.get("LORAFLEET_FUZZ", "200"))
     max_examples=NUM, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 @given(sent=bodies())
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")  # a gateway in a thread does
 def test_any_body_gets_an_answer(url: str, patient: httpx2.Client, sent: tuple[str, bytes]) -> None:
     path, body = sent
     answer = patient.post(url + path, content=body, headers={"content-type": "application/json"})
