@@ -54,7 +54,7 @@ LONGER_S: dict[str, int] = {
     "scheduler": 120,  # hypothesis; fleets in virtual time
     "test_packaging.py": 120,  # imports everything in new interpreters
 }
-"""File or folder -> the limit of each of its tests, s, where 30 s are not enough on two busy cores."""
+"""File or folder -> what its longest test may take on two busy cores, s. Those that take longest begin first."""
 
 
 THOROUGH = (
@@ -165,7 +165,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     for item in items:
         limit_s = _limit_s(item.path)
-        if limit_s and item.get_closest_marker("timeout") is None:
+        if limit_s > config.getoption("timeout") and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(limit_s))
     items.sort(key=lambda item: _limit_s(item.path), reverse=True)
 
