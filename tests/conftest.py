@@ -165,7 +165,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     for item in items:
         limit_s = _limit_s(item.path)
-        if limit_s > config.getoption("timeout") and item.get_closest_marker("timeout") is None:
+        if limit_s > (config.getoption("timeout") or 0) and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(limit_s))
     items.sort(key=lambda item: _limit_s(item.path), reverse=True)
 
