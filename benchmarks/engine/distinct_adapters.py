@@ -54,8 +54,8 @@ def start_engine(model: Path, adapters: Path, **fields: Any) -> Engine:
     return build_engine(load_model(model, torch.device("cpu"), torch.bfloat16, None), settings, fetch, None)[0]
 
 
-def decode_ms(engine: Engine, digests: Sequence[str], num_steps: int, num: int = NUM_REQUESTS) -> list[float]:
-    """Run `num` requests of the adapters in turn; return the milliseconds of each step that decoded all of them."""
+def add_requests(engine: Engine, digests: Sequence[str], num: int) -> None:
+    """Add `num` requests of the adapters in turn, with random prompts of PROMPT_TOKENS, that decode without end."""
     rng = np.random.default_rng(0)
     for index in range(num):
         prompt = rng.integers(engine.model.vocab_size, size=PROMPT_TOKENS, dtype=np.int32)
@@ -65,6 +65,11 @@ def decode_ms(engine: Engine, digests: Sequence[str], num_steps: int, num: int =
                 sampling=Sampling(temperature=0, ignore_eos=True), max_new_tokens=engine.config.max_model_len,
             )
         )  # fmt: skip
+
+
+def decode_ms(engine: Engine, digests: Sequence[str], num_steps: int, num: int = NUM_REQUESTS) -> list[float]:
+    """Run `num` requests of the adapters in turn; return the milliseconds of each step that decoded all of them."""
+    add_requests(engine, digests, num)
     times: list[float] = []
     while len(times) < num_steps:
         decodes = len(engine.batcher.running) == num and all(seq.num_pending == 1 for seq in engine.batcher.running)

@@ -21,30 +21,19 @@ import torch
 
 from benchmarks.common import report
 from benchmarks.common.fleet import make_adapters, quickstart_model, scratch_folder
-from benchmarks.engine.distinct_adapters import NAMES, RANK, start_engine
+from benchmarks.engine.distinct_adapters import NAMES, RANK, add_requests, start_engine
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.request import EngineRequest
 from gpu_worker.loading.checkpoint import read_config
 from gpu_worker.quantised.quantise import quantised_folder
 from lora_kernels import cpu
-from protocol.wire.messages import Sampling
 
 REQUESTS = (1, 8, 32)
-PROMPT_TOKENS = 64
 WEIGHTS: dict[str, Literal["int8", "int4"] | None] = {"bf16": None, "Q8_0": "int8", "Q4_0": "int4"}
 
 
 def step_ms(engine: Engine, digests: list[str], num: int, isas: list[str], rounds: int) -> np.ndarray:
     """Decode `num` requests of the adapters in turn; return milliseconds [rounds, instruction sets]."""
-    rng = np.random.default_rng(0)
-    for index in range(num):
-        prompt = rng.integers(engine.model.vocab_size, size=PROMPT_TOKENS, dtype=np.int32)
-        engine.add(
-            EngineRequest(
-                rid=str(index), epoch=1, digest=digests[index % len(digests)], prompt=prompt,
-                sampling=Sampling(temperature=0, ignore_eos=True), max_new_tokens=engine.config.max_model_len,
-            )
-        )  # fmt: skip
+    add_requests(engine, digests, num)
     while len(engine.batcher.running) < num or any(seq.num_pending != 1 for seq in engine.batcher.running):
         engine.step()
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter

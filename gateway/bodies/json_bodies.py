@@ -115,7 +115,7 @@ class JsonRoute(APIRoute):
         if access.kind == "call" and taken != ["body", "request"]:
             raise TypeError(f"the handler of {path} takes {', '.join(taken)}; calls have body and request")
         self._fill = functools.partial(super().__init__, path, _checked(endpoint), **options)
-        # Of what FastAPI makes, this is what finding a route needs.
+        # The router reads these four before a first request makes FastAPI fill in the others.
         self.path, self.methods = path, set(options["methods"])
         self.path_regex, _, self.param_convertors = compile_path(path)
 

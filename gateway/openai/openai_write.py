@@ -328,9 +328,8 @@ class ChatWriter:
         def entries() -> Iterator[dict[str, Any]]:
             for token in piece.logprobs:
                 shown = details.top(token)
-                top: Any = [entry(*pair) for pair in shown]
-                if details.is_whole:
-                    top = RowSlices(partial(starmap, entry, shown), ENTRIES)
+                made = partial(starmap, entry, shown)
+                top: Any = RowSlices(made, ENTRIES) if details.is_whole else list(made())
                 yield {**entry(token.id, token.logprob), "top_logprobs": top}
 
         return {"content": RowSlices(entries, details.rows), "refusal": None}

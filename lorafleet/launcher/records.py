@@ -22,6 +22,8 @@ from protocol.wire.errors import BadRequest, Internal
 
 logger = logging.getLogger(__name__)
 
+NO_FLEET = "no fleet runs on this machine; start one with `lorafleet up MODEL`"
+
 
 class LocalFleet(msgspec.Struct, frozen=True):
     """A running fleet."""
@@ -131,7 +133,7 @@ def chosen(url: str) -> LocalFleet:
     if not url:
         fleet = the_only()
         if fleet is None:
-            raise BadRequest("no fleet runs on this machine; start one with `lorafleet up MODEL`")
+            raise BadRequest(NO_FLEET)
         return fleet
     for fleet in running():
         if fleet.url == url.rstrip("/"):

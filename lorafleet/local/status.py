@@ -12,8 +12,6 @@ from lorafleet.parser import Parser
 from lorafleet.tables import print_list
 from protocol.wire.errors import LorafleetError
 
-NONE = "no fleet runs on this machine; start one with `lorafleet up MODEL`"
-
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
@@ -29,11 +27,11 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(found)
     elif not found:
-        print(NONE)
+        print(records.NO_FLEET)
     else:
         columns = ("url", "state", "model", "workers", "queued", "running", "up", "pid", "data", "logs")
         rows = [[str(one[name] if one[name] is not None else "-") for name in columns] for one in found]
-        print_list(columns, rows, NONE, width=200)
+        print_list(columns, rows, records.NO_FLEET, width=200)
         for one in found:
             if one["error"]:
                 print(f"{one['url']}: {one['error']}")

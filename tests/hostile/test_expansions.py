@@ -67,7 +67,7 @@ def test_a_small_file_within_the_limits_is_read() -> None:
 
 
 def test_sums_of_many_vectors_take_no_more_memory_than_what_they_make() -> None:
-    """Of VB-LoRA: the vectors of a sum are added one after the other, not laid beside each other first."""
+    """VB-LoRA's sums take memory for one vector at a time, whatever topk is."""
     size = 1024
     base = structs.replace(BASE, sites=[SiteShape("model.layers.0.q_proj", size, size)])
     config = kind_config("VBLORA", target_modules=["q_proj"], r=64, vector_length=size, num_vectors=64, topk=64)

@@ -93,7 +93,7 @@ def test_logprobs_are_those_of_the_model(tiny: Oracle) -> None:
 
 
 def test_logprobs_of_the_whole_vocabulary_are_those_of_the_model(tiny: Oracle) -> None:
-    """Of the output and of the prompt, beside requests that want a few, or none."""
+    """Whole vocabularies of output and prompt are right in a batch with requests that want a few logprobs, or none."""
     prompt, num = prompts(1, TINY_VOCAB, (30,))[0], 4
     ways = {"whole": (-1, -1, TINY_VOCAB), "few": (3, 2, 0), "none": (None, None, 0)}
     requests = [

@@ -225,7 +225,7 @@ local function note_history(rid, history, usage, state, finish, error, now)
   local _, _, _, _, tenant, row = unpack(cmsgpack.unpack(usage))
   local f = redis.call('HMGET', req_key(rid), 'call', 'cls', 'epoch', 'n_prompt', 'cached', 'attempts', 't_submit', 't_first')
   for i = 3, 8 do f[i] = tonumber(f[i] or 0) end
-  -- Of its last worker: `messages.Placed`, whose first option has the name.
+  -- The note of its last placement is `messages.Placed`; the first of its options names the worker.
   local placed = redis.call('HGET', req_key(rid), 'placed:' .. note_slot(f[3]))
   local options = placed and cmsgpack.unpack(placed)[4] or {}
   local worker = options[1] and options[1][1] or ''

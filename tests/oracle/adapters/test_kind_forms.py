@@ -75,7 +75,7 @@ FULL_RANK = {
 
 @pytest.mark.parametrize("name", FULL_RANK)
 def test_a_kind_of_full_rank_is_approximated_on_request(name: str, tmp_path: Path) -> None:
-    """All of it gives PEFT's logits; less of it has fewer rows, and the error that is told."""
+    """A conversion that keeps all gives PEFT's logits; one that keeps less has fewer rows and the error it reports."""
     kind = FULL_RANK[name]
     make_base(LLAMA).save_pretrained(str(tmp_path / "base"))
     make_adapter(kind, tmp_path / "adapter")
