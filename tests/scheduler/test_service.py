@@ -345,10 +345,11 @@ async def test_who_waits_for_adapters_goes_on_as_soon_as_beats_tell(bus: Bus, mo
     worker = await FakeWorker(bus, "w1", capacity=64).join()
     async with running_scheduler(bus):
         await wait_until(lambda: status_is(bus, workers=1), "the worker is known")
-        monkeypatch.setattr(session, "WATCH_S", 3600.0)
-        await submit(bus, *(make_submit(f"r{i}", digest=f"c{i}") for i in range(3 * MAX_LOADS)))
-        for num in (1, 2, 3):
+        await submit(bus, *(make_submit(f"r{i}", digest=f"c{i}") for i in range(4 * MAX_LOADS)))
+        for num in (1, 2, 3, 4):
             await holds(worker, *(f"r{i}" for i in range(num * MAX_LOADS)))
+            # From here on at most one pause between rounds ends. An idle scheduler's would not look at requests at all.
+            monkeypatch.setattr(session, "WATCH_S", 3600.0)
             worker.resident = [f"c{i}" for i in range(num * MAX_LOADS)]
             await worker.beat()
 
