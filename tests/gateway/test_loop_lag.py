@@ -147,7 +147,7 @@ async def test_no_body_holds_the_event_loop(
         assert len(raw) <= BODY, name
         current_bytes = len(raw)
         with subtests.test(name):
-            async with measured_lag() as lag:
+            async with measured_lag(name) as lag:
                 answer = await asyncio.to_thread(http.post, path, content=raw, headers=headers)
             assert answer.status_code < 500 or answer.status_code in (503, 529), answer.text  # no time to compile
             assert lag.num_ticks > 0, "nothing was measured"
@@ -170,7 +170,7 @@ async def test_no_answer_holds_the_event_loop(
     await fleet.set_context(http.base_url, 1 << 14)
     for name, body in ANSWERS.items():
         with subtests.test(name):
-            async with measured_lag() as lag:
+            async with measured_lag(name) as lag:
                 answer = await asyncio.to_thread(http.post, COMPLETIONS, json=body)
             assert answer.status_code == 200, answer.text
             assert lag.longest_s < MOST_S
@@ -184,7 +184,7 @@ async def test_a_background_job_of_long_prompts_is_streamed_beside_others(
     headers = {"prefer": "wait=30"}
     ended = (await asyncio.to_thread(lambda: http.get(f"/v1/jobs/{job['id']}", headers=headers))).json()
     assert ended["status"] == "completed"
-    async with measured_lag() as lag:
+    async with measured_lag("a job's stream") as lag:
         told = (await asyncio.to_thread(http.get, f"/v1/jobs/{job['id']}/stream")).text
     assert told.endswith("data: [DONE]\n\n")
     assert lag.longest_s < MOST_S
@@ -194,7 +194,7 @@ async def test_no_query_or_header_holds_the_event_loop(http: httpx2.Client, subt
     long = "1-" * 15_000
     for path in (f"/v1/jobs?after={long}", f"/v1/requests?after={long}", f"/v1/files?after={long}", f"/v1/jobs/{long}"):
         with subtests.test(path[:20]):
-            async with measured_lag() as lag:
+            async with measured_lag(path[:20]) as lag:
                 answer = await asyncio.to_thread(http.get, path, headers={"prefer": "wait=" * 5000})
             assert answer.status_code < 500, answer.text
             assert lag.longest_s < MOST_S
@@ -216,7 +216,7 @@ async def test_no_line_of_a_batch_holds_the_event_loop(http: httpx2.Client) -> N
         deepest="[" * 2_000_000 + "]" * 2_000_000,
     )  # fmt: skip
     good = json.dumps({"custom_id": "good", "method": "POST", "url": COMPLETIONS, "body": completion()}).encode()
-    async with measured_lag() as lag:
+    async with measured_lag("lines of a batch") as lag:
         form = {"file": ("a.jsonl", b"\n".join([*wrong, good])), "purpose": (None, "batch")}
         file = (await asyncio.to_thread(lambda: http.post("/v1/files", files=form))).json()
         asked = {"input_file_id": file["id"], "endpoint": COMPLETIONS, "completion_window": "24h"}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -18,8 +22,11 @@ class Lag:
 
 
 @asynccontextmanager
-async def measured_lag() -> AsyncIterator[Lag]:
-    """Measure the current loop until the block ends: what it does within a millisecond, and the round that ends it."""
+async def measured_lag(name: str = "") -> AsyncIterator[Lag]:
+    """Measure the current loop until the block ends: what it does within a millisecond, and the round that ends it.
+
+    The result is logged under `name`; `pytest --log-cli-level=info` shows it.
+    """
     lag = Lag()
 
     async def tick() -> None:
@@ -37,3 +44,4 @@ async def measured_lag() -> AsyncIterator[Lag]:
     finally:
         await asyncio.sleep(0.002)
         ticking.cancel()
+        logger.info("%s: the loop was held for at most %.2f ms", name, 1000 * lag.longest_s)
