@@ -19,7 +19,7 @@ from operator import add, itemgetter
 from typing import Any, Literal
 
 from protocol.metrics.names import OTHER
-from protocol.wire.clock import now_ms
+from protocol.wire.clock import now_s as fleet_now_s
 
 TIERS = ((10, 360), (300, 288), (1800, 336))
 """Seconds of a bucket, and how many are kept: an hour, a day, a week."""
@@ -159,9 +159,9 @@ class Bucket:
 class TimeSeries:
     """Counts what happens now, and returns what happened in a range of time."""
 
-    def __init__(self, now_s: Callable[[], float] | None = None) -> None:
+    def __init__(self, now_s: Callable[[], float] = fleet_now_s) -> None:
         """now_s: returns the unix time; default: the queue's server's, as everywhere."""
-        self._now_s = now_s or (lambda: now_ms() / 1000)
+        self._now_s = now_s
         self._open: list[Bucket | None] = [None for _ in TIERS]
         self._kept: list[deque[Bucket]] = [deque(maxlen=num) for _, num in TIERS]
 
@@ -264,8 +264,10 @@ class TimeSeries:
 
     def _now(self) -> Bucket:
         """Return the bucket of now. A clock that goes back stays in the bucket that was begun."""
-        now_s, step = int(self._now_s()), TIERS[0][0]
-        return self._opened(0, now_s - now_s % step)
+        now_s, bucket = int(self._now_s()), self._open[0]
+        if bucket is not None and now_s < bucket.start_s + TIERS[0][0]:
+            return bucket
+        return self._opened(0, now_s - now_s % TIERS[0][0])
 
     def _opened(self, tier: int, start_s: int) -> Bucket:
         """Return a tier's open bucket, which begins at `start_s` unless a later one is open."""
