@@ -163,7 +163,7 @@ class _Details:
 
     def token_ids(self, piece: Piece) -> bytes:
         """Return a field of a chunk's choice: the ids of its tokens, null if they are not wanted."""
-        return b',"token_ids":' + (orjson.dumps(piece.ids) if self.ids else b"null")
+        return b',"token_ids":' + orjson.dumps(piece.ids) if self.ids else b',"token_ids":null'
 
     def end(self, piece: Piece, finish: str) -> dict[str, Any]:
         """Return how a choice ended, in the words of OpenAI, vLLM and SGLang. finish: OpenAI's."""
@@ -237,8 +237,8 @@ class ChatWriter:
             return out + self._split_frames(piece, start)
         if piece.text or piece.logprobs or piece.ids or piece.finish:
             logprobs = self._details.dumps(self._content(piece)) if self._details.logprobs else b"null"
-            body = b'{"content":%b},"logprobs":%b,' % (orjson.dumps(piece.text), logprobs)
-            out.append(self._frames.choice(start, body, self._end(piece), self._details.token_ids(piece), b"}"))
+            parts = (b'{"content":', orjson.dumps(piece.text), b'},"logprobs":', logprobs, b",", self._end(piece))
+            out.append(self._frames.choice(start, *parts, self._details.token_ids(piece), b"}"))
         return out
 
     def _end(self, piece: Piece) -> bytes:
@@ -397,20 +397,22 @@ class CompletionWriter:
 
     def frames(self, piece: Piece) -> Iterable[bytes]:
         """Return the chunks of a piece, of which one with a long prompt has many; none when it shows nothing yet."""
-        if len(piece.prompt) > self._details.rows and self._shows_prompt:
+        if self._shows_prompt and len(piece.prompt) > self._details.rows:
             return self._of_long_prompt(piece)
         if piece.text or piece.logprobs or piece.prompt or piece.ids or piece.finish:
-            return [self._chunk(piece)]
-        return []
+            return (self._chunk(piece),)
+        return ()
 
     def _chunk(self, piece: Piece, offsets: Sequence[int] | None = None) -> bytes:
         """Return one chunk. offsets: those of the prompt's tokens in it, None where these are all."""
-        logprobs = self._details.dumps(self._lists(piece, offsets)) if self._details.logprobs else b"null"
+        details = self._details
+        logprobs = details.dumps(self._lists(piece, offsets)) if details.logprobs else b"null"
         end = b'"finish_reason":null,"stop_reason":null'
         if piece.finish:
-            end = orjson.dumps(self._details.end(piece, piece.finish))[1:-1]
-        body = b'%b,"logprobs":%b,%b' % (orjson.dumps(piece.text), logprobs, end)
-        return self._frames.choice(self._starts[piece.index], body, self._ids(piece), b"}")
+            end = orjson.dumps(details.end(piece, piece.finish))[1:-1]
+        ids = details.token_ids(piece) if piece.index in self._started else self._first_ids(piece)
+        text = orjson.dumps(piece.text)
+        return self._frames.choice(self._starts[piece.index], text, b',"logprobs":', logprobs, b",", end, ids, b"}")
 
     def _of_long_prompt(self, piece: Piece) -> Iterator[bytes]:
         """Make the chunks of a piece that begins with a prompt's tokens: some of them in each, with their text."""
@@ -426,14 +428,11 @@ class CompletionWriter:
                 yield self._chunk(structs.replace(piece, text=piece.text[at:], prompt=prompt), some)
             begin, some = end, later
 
-    def _ids(self, piece: Piece) -> bytes:
-        """Return the fields of a chunk that hold ids: the prompt's in the first one of a choice."""
-        ids = self._details.token_ids(piece)
-        if piece.index in self._started:
-            return ids
+    def _first_ids(self, piece: Piece) -> bytes:
+        """Return the fields of a choice's first chunk that hold ids, the prompt's among them."""
         self._started.add(piece.index)
         prompt_ids = self._details.prompt_ids(piece.index) if self._details.ids else None
-        return ids + b',"prompt_token_ids":' + orjson.dumps(prompt_ids)
+        return self._details.token_ids(piece) + b',"prompt_token_ids":' + orjson.dumps(prompt_ids)
 
     def usage_frame(self, usage: Usage) -> bytes:
         """Return the chunk after the last choice's end."""
