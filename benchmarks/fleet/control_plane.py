@@ -1,12 +1,14 @@
 """The capacity of the control plane alone: gateway, scheduler and queue with workers that have no model.
 
     python -m benchmarks.fleet.control_plane --observed SHARE [--rounds N]     # what metrics and tracing cost
+    python -m benchmarks.fleet.control_plane --before CHECKOUT --together [--rounds N]    # CPU beside another checkout
     python -m benchmarks.fleet.control_plane [--model FOLDER] [--before CHECKOUT] [--rounds N] [--short]
 
 FOLDER needs only a tokenizer. With `--before`, the services of another checkout are measured in the same run, each load
 on both, with the same client and engine; who comes first changes from round to round, and the table has the medians of
 the rounds. The client only reads sockets and counts events, so it costs little beside the server; its own CPU time is
-reported.
+reported. With `--together`, both have the same load at the same time, so that whatever else the machine does concerns
+both alike, and only their CPU time is compared.
 """
 
 from __future__ import annotations
@@ -314,42 +316,73 @@ def draw(axes: Sequence[Any], results: dict[str, list[dict[str, Any]]]) -> None:
     cost.legend()
 
 
-def observe(model: Path, trees: Mapping[str, Path], share: float, rounds: int, out: Path) -> None:
-    """Measure 256 streams with metrics and tracing on beside off, and print the CPU time of a token.
+PARTS = ("gateway", "queue", "workers", "scheduler")
 
-    The fleets of a pair run at the same time, so that whatever else the machine does concerns both alike. Each pair of
-    new processes has two loads. share: of the calls that are traced.
+
+def fleet_of(load: str) -> dict[str, Any]:
+    """Return the fleet of a load, which it gets twice."""
+    one = next(one for one in fleets(False) if any(load == each["name"] for each in one["loads"]))
+    return one | {"loads": 2 * [each for each in one["loads"] if each["name"] == load]}
+
+
+def at_once(
+    model: Path, kinds: Sequence[tuple[str, Path, Mapping[str, str]]], fleet: Mapping[str, Any], rounds: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Measure fleets at the same time, so that whatever else the machine does concerns all alike.
+
+    kinds: a label, a checkout, and variables of its services.
     """
-    fleet = next(one for one in fleets(False) if one["loads"][0]["name"] == "256 streams")
-    fleet = fleet | {"loads": 2 * fleet["loads"]}
+    found: dict[str, list[dict[str, Any]]] = {label: [] for label, _, _ in kinds}
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        for i in range(rounds):
+            order = kinds[:: -1 if i % 2 else 1]
+
+            async def all_of(order: Sequence[tuple[str, Path, Mapping[str, str]]] = order) -> list[Any]:
+                barrier = asyncio.Barrier(len(order))
+                asked = (run(model, tree, own, together=barrier, **fleet) for _, tree, own in order)
+                return await asyncio.gather(*asked)
+
+            for (label, _, _), results in zip(order, runner.run(all_of()), strict=True):
+                found[label] += results
+    return found
+
+
+def compare(model: Path, trees: Mapping[str, Path], rounds: int) -> None:
+    """Print the CPU time of two checkouts that have the same load at the same time: a request's, and a token's."""
+    rows: list[list[str]] = []
+    for load in ("requests", "256 streams"):
+        found = at_once(model, [(label, tree, {}) for label, tree in trees.items()], fleet_of(load), rounds)
+        for part in (*PARTS, "all"):
+            before, now = ([_us(result, part) for result in found[label]] for label in ("before", "now"))
+            ratios = [one / max(other, 1e-9) for one, other in zip(now, before, strict=True)]
+            middle = [f"{statistics.median(values):.2f}" for values in (before, now)]
+            rows.append([load, part, *middle, f"{statistics.geometric_mean(ratios):.3f}"])
+    print(report.table(["load", "CPU of", "before, µs", "now, µs", "now ÷ before, mean of pairs"], rows))
+
+
+def _us(result: Mapping[str, Any], part: str) -> float:
+    us = result["cpu_us_per_token"]
+    return us[part] if part != "all" else sum(us[one] for one in PARTS)
+
+
+def observe(model: Path, trees: Mapping[str, Path], share: float, rounds: int, out: Path) -> None:
+    """Measure 256 streams with metrics and tracing on beside off at the same time, and print the CPU time of a token.
+
+    Each pair of new processes has two loads. share: of the calls that are traced.
+    """
     with sink() as url:
         on = {"LORAFLEET_OTLP_ENDPOINT": url, "LORAFLEET_TRACE_SHARE": str(share), "LORAFLEET_VLLM_METRICS": "true"}
         kinds = [(label, tree, {}) for label, tree in trees.items()] + [("observed", HERE, on)]
-        found: dict[str, list[dict[str, Any]]] = {label: [] for label, _, _ in kinds}
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            for i in range(rounds):
-                order = kinds[:: -1 if i % 2 else 1]
-
-                async def pair(order: Sequence[tuple[str, Path, dict[str, str]]] = order) -> list[list[dict[str, Any]]]:
-                    barrier = asyncio.Barrier(len(order))
-                    asked = (run(model, tree, own, together=barrier, **fleet) for _, tree, own in order)
-                    return await asyncio.gather(*asked)
-
-                for (label, _, _), results in zip(order, runner.run(pair()), strict=True):
-                    found[label] += results
-    parts = ("gateway", "queue", "workers", "scheduler")
-    us = {
-        label: [sum(result["cpu_us_per_token"][part] for part in parts) for result in results]
-        for label, results in found.items()
-    }
+        found = at_once(model, kinds, fleet_of("256 streams"), rounds)
+    us = {label: [_us(result, "all") for result in results] for label, results in found.items()}
     rows = []
     for label, results in found.items():
         ratios = [one / base for one, base in zip(us[label], us["now"], strict=True)]
-        each = [round(statistics.median(r["cpu_us_per_token"][part] for r in results), 2) for part in parts]
+        each = [round(statistics.median(r["cpu_us_per_token"][part] for r in results), 2) for part in PARTS]
         speed = round(statistics.median(r["tok_s"] for r in results))
         rows.append([label, round(statistics.median(us[label]), 2), *each, speed,
                      f"{statistics.median(ratios):.3f} ({min(ratios):.3f} … {max(ratios):.3f})"])  # fmt: skip
-    print(report.table(["", "µs/token", *parts, "tok/s", "÷ now, by pairs"], [[str(v) for v in row] for row in rows]))
+    print(report.table(["", "µs/token", *PARTS, "tok/s", "÷ now, by pairs"], [[str(v) for v in row] for row in rows]))
     out.mkdir(parents=True, exist_ok=True)
     (out / f"observed-{share:g}.json").write_text(json.dumps({"machine": report.machine(), "results": found}, indent=1))
 
@@ -375,6 +408,7 @@ def main() -> None:
     parser.add_argument(
         "--observed", type=float, metavar="SHARE", help="256 streams alone: unobserved, and with this share traced"
     )
+    parser.add_argument("--together", action="store_true", help="compare CPU beside the other checkout")
     parser.add_argument("--rounds", type=int, default=1, help="how often everything is measured")
     args = parser.parse_args()
     about = report.machine()
@@ -382,6 +416,11 @@ def main() -> None:
     trees = ({"before": args.before.resolve()} if args.before else {}) | {"now": HERE}
     if args.observed is not None:
         observe(model, trees, args.observed, args.rounds, args.out)
+        return
+    if args.together:
+        if args.before is None:
+            parser.error("--together needs --before CHECKOUT")
+        compare(model, trees, args.rounds)
         return
     results: dict[str, list[dict[str, Any]]] = {label: [] for label in trees}
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
