@@ -152,7 +152,7 @@ def refusals(tour: Tour, client: Anthropic) -> None:
         image = {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}
         with raises(BadRequestError, "this model reads text"):
             ask.create(model=tour.base, messages=[{"role": "user", "content": [image]}], **GREEDY)
-        with raises(NotFoundError, "one by one"):
+        with raises(NotFoundError, "send each to /v1/messages"):
             client.messages.batches.create(requests=[])
         refused: NotFoundError | None = None
         try:
