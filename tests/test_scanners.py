@@ -34,7 +34,7 @@ READERS = {
     "gateway/grammars/ebnf.py": "one string of a grammar, without lists and objects",
     "gateway/grammars/limits.py": "a schema within a grammar of `max_grammar_bytes`, in a thread; then held to limits",
     "gateway/text/tokenizer.py": "generation_config.json of the operator's model",
-    "gateway/calls/jobs.py": "a record of ours, of a body that json_values has let pass; its size is charged",
+    "gateway/jobs/jobs.py": "a record of ours, of a body that json_values has let pass; its size is charged",
     "gateway/responses/conversations.py": "records of ours, of such a body; their size is charged",
     "gateway/responses/stored.py": "a copy of what was just written",
     "gateway/batches/lines.py": "lines are passed over: no value of a body is made",

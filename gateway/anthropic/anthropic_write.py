@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import orjson
 from pydantic_core import from_json
 
-from gateway.answers.sse import GenerationResponse
+from gateway.answers.sse import GenerationAnswer
 from gateway.anthropic.anthropic_errors import ANTHROPIC_ERRORS
 from gateway.calls.choices import Piece
 from gateway.calls.follow import Generation
@@ -257,14 +257,14 @@ class MessagesWriter:
         return {"stop_reason": reason, "stop_sequence": piece.stop}
 
 
-class MessagesResponse(GenerationResponse):
+class MessagesAnswer(GenerationAnswer):
     """The answer of `/v1/messages`."""
 
     errors = ANTHROPIC_ERRORS
     framing = FRAMING
 
-    def __init__(self, generation: Generation, keepalive_s: float, *, shows_thinking: bool) -> None:
-        """Take `keepalive_s` as `GenerationResponse` does. shows_thinking: else blocks of reasoning are empty."""
+    def __init__(self, generation: Generation, *, shows_thinking: bool) -> None:
+        """shows_thinking: else blocks of reasoning are empty."""
         [choice] = generation.choices
         parsed = generation.call.parsed
         head = MessageHead(f"msg_{generation.call.id}", parsed.model_name, choice.prompt.num_tokens)
@@ -272,7 +272,7 @@ class MessagesResponse(GenerationResponse):
         writer = MessagesWriter(
             head, choice.prompt.form, choice.rid, max_tokens=max_tokens, shows_thinking=shows_thinking
         )  # fmt: skip
-        super().__init__(generation, writer, keepalive_s=keepalive_s)
+        super().__init__(generation, writer)
         self._made = writer
 
     async def last_frames(self) -> bytes:

@@ -20,7 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.answers.sse import RAW_SEND
+from gateway.answers.call_response import RAW_SEND
 from gateway.anthropic.anthropic_routes import AnthropicEndpoints, add_anthropic_routes
 from gateway.app.dispatch import Dispatch
 from gateway.app.service_routes import Endpoints, add_routes

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Scope
 
-from gateway.answers.sse import RAW_SEND
+from gateway.answers.call_response import RAW_SEND
 from gateway.auth.callers import CALLER, Caller
 from gateway.http.access import MATCH, RouteTable
 from protocol.runtime.guarded import is_failure

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from gateway.answers.sse import GenerationResponse
+from gateway.answers.sse import GenerationAnswer
 from gateway.bodies.json_slices import RowSlices
 from gateway.calls.choices import Choice, Piece
 from gateway.calls.follow import Generation
@@ -40,12 +40,12 @@ Write: TypeAlias = "Callable[[list[np.ndarray], Generation], Any]"
 """From the numbers of each text (int32) to what the answer is as JSON; floats are stored bit by bit."""
 
 
-class EncoderResponse(GenerationResponse):
+class EncoderAnswer(GenerationAnswer):
     """The answer to a call of an encoder."""
 
-    def __init__(self, generation: Generation, write: Write, *, native: bool, keepalive_s: float) -> None:
+    def __init__(self, generation: Generation, write: Write, *, native: bool) -> None:
         """native: errors have LoRAX's form."""
-        super().__init__(generation, _NoFrames(), keepalive_s=keepalive_s)
+        super().__init__(generation, _NoFrames())
         self._write = write
         self.errors = LORAX_GENERATION_ERRORS if native else OPENAI_ERRORS
 
@@ -64,12 +64,12 @@ class EncoderResponse(GenerationResponse):
         return {}
 
 
-class ClassifyResponse(EncoderResponse):
+class ClassifyAnswer(EncoderAnswer):
     """The answer to a call for labels, with LoRAX's headers of its times."""
 
-    def __init__(self, generation: Generation, write: Write, started_s: float, keepalive_s: float) -> None:
+    def __init__(self, generation: Generation, write: Write, started_s: float) -> None:
         """Take the call's arrival, `started_s`, monotonic."""
-        super().__init__(generation, write, native=True, keepalive_s=keepalive_s)
+        super().__init__(generation, write, native=True)
         self._started_s = started_s
 
     async def own_headers(self) -> dict[str, str]:

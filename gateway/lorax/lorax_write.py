@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from gateway.answers.sse import GenerationResponse
+from gateway.answers.sse import GenerationAnswer
 from gateway.bodies.json_slices import RowSlices
 from gateway.calls import lorax_metrics
 from gateway.calls.choices import Piece, TokenLogprob, mean_logprob
@@ -151,18 +151,16 @@ class NativeWriter:
         return "eos_token" if last in self._eos_ids or by_grammar else "stop_sequence"
 
 
-class NativeResponse(GenerationResponse):
+class NativeAnswer(GenerationAnswer):
     """A native call's answer."""
 
     errors = LORAX_GENERATION_ERRORS
     done = b""
 
-    def __init__(self, generation: Generation, native: NativeCall, started_s: float, keepalive_s: float) -> None:
-        """Take the call's arrival, `started_s`, monotonic, and `keepalive_s` as `GenerationResponse` does."""
+    def __init__(self, generation: Generation, native: NativeCall, started_s: float) -> None:
+        """Take the call's arrival, `started_s`, monotonic."""
         [prompt] = generation.call.prompts
-        super().__init__(
-            generation, NativeWriter(prompt.files, native, prompt.num_tokens), keepalive_s=keepalive_s
-        )  # fmt: skip
+        super().__init__(generation, NativeWriter(prompt.files, native, prompt.num_tokens))
         self._native = native
         self._started_s = started_s
 

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 from msgspec import structs
 
-from gateway.answers.sse import GenerationResponse
+from gateway.answers.sse import GenerationAnswer
 from gateway.bodies.json_slices import ENTRIES, FieldSlices, RowSlices, dumps, joined
 from gateway.calls.choices import NONE, Choice, Piece, TokenLogprob
 from gateway.calls.follow import Generation
@@ -26,18 +26,18 @@ from gateway.calls.submit import SubmittedCall
 from gateway.calls.tokenize import Prompt
 from gateway.calls.writers import MIN_LOGPROB, Usage, Writer, shown_logprob
 from gateway.openai.offsets import TextOffsets
-from gateway.openai.timed import TimedResponse
+from gateway.openai.timed import TimedAnswer
 from gateway.text.answer_form import AnswerForm
 from gateway.text.answer_parts import AnswerParts, Part
 from protocol.wire import messages as m
 from protocol.wire.tokens import TokenTable
 
 
-def write(generation: Generation, keepalive_s: float) -> GenerationResponse:
-    """Return the response that a call is answered with while it is followed."""
+def write(generation: Generation) -> GenerationAnswer:
+    """Return the answer of a call while it is followed."""
     writer = writer_of(generation.call, generation.choices)
-    kind = TimedResponse if generation.call.parsed.options.shows_metrics else GenerationResponse
-    return kind(generation, writer, keepalive_s=keepalive_s)
+    kind = TimedAnswer if generation.call.parsed.options.shows_metrics else GenerationAnswer
+    return kind(generation, writer)
 
 
 def writer_of(call: SubmittedCall, choices: Sequence[Choice]) -> Writer:

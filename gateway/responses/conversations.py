@@ -18,8 +18,8 @@ from typing import Any
 import orjson
 
 from gateway.auth.callers import Caller
-from gateway.calls.jobs import KEPT_AFTER_EXPIRY_S, Jobs
 from gateway.http.list_page import list_page
+from gateway.jobs.jobs import KEPT_AFTER_EXPIRY_S, Jobs
 from gateway.overload.memory import held, hold, values_bytes
 from gateway.overload.shares import shares
 from gateway.responses.items import Item, items_of

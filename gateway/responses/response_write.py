@@ -11,13 +11,13 @@ from typing import Any
 
 import orjson
 
-from gateway.answers.sse import GenerationResponse
+from gateway.answers.sse import GenerationAnswer
 from gateway.calls.choices import Choice, Piece
 from gateway.calls.follow import Generation, usage_of
-from gateway.calls.jobs import JobApi
 from gateway.calls.submit import SubmittedCall
 from gateway.calls.writers import SSE, Framing, Usage
 from gateway.http.errors import OPENAI_ERRORS, OpenAIErrors, cut
+from gateway.jobs.jobs import JobApi
 from gateway.responses.output import Output
 from gateway.responses.response_parse import parse_stored
 from protocol.queue.bus import now_ms
@@ -197,15 +197,15 @@ def job_api(settings: Settings) -> JobApi:
     return JobApi(lambda kept, caller: parse_stored(kept, caller, settings), writer_of, id_prefix=ID_PREFIX)
 
 
-class FollowedResponse(GenerationResponse):
+class FollowedAnswer(GenerationAnswer):
     """The answer of `/v1/responses` while it is made, whole or as a stream."""
 
     errors = STREAM_ERRORS
     framing = FRAMING
 
-    def __init__(self, generation: Generation, keepalive_s: float) -> None:
+    def __init__(self, generation: Generation) -> None:
         self._made = writer_of(generation.call, generation.choices)
-        super().__init__(generation, self._made, keepalive_s=keepalive_s)
+        super().__init__(generation, self._made)
 
     async def last_frames(self) -> bytes:
         """Return what a stream ends with."""

@@ -13,8 +13,8 @@ from functools import partial
 
 import msgspec
 
-from gateway.calls.jobs import state_of
 from gateway.http.paths import RESPONSES
+from gateway.jobs.jobs import state_of
 from gateway.webhooks.outside import TIMEOUT_S, BusyReceiverError, Outside, UnreachableError
 from gateway.webhooks.places import TenantSlots
 from gateway.webhooks.sign import event_body, event_id, signed_headers

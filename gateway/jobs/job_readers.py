@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 
-from gateway.calls.job_events import JobEvent, JobEvents
+from gateway.jobs.job_events import JobEvent, JobEvents
 from gateway.overload.large import Places
 from gateway.overload.memory import charging, held, hold, shared
 

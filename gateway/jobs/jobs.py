@@ -17,9 +17,6 @@ from gateway.calls.admit import AdmittedCall
 from gateway.calls.choices import Choice, Piece, best_of, tokens_of
 from gateway.calls.earlier import check_same_body
 from gateway.calls.follow import choices_of, log_limit, usage_of
-from gateway.calls.job_events import JobEvents
-from gateway.calls.job_readers import JobReaders
-from gateway.calls.job_stream import JobStream, numbers_of
 from gateway.calls.parsed_call import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.size import TextGrowth, first_event_bytes
@@ -27,6 +24,9 @@ from gateway.calls.submit import SubmittedCall, facts_of, record_of
 from gateway.calls.waiting import waiting_state
 from gateway.calls.writers import Writer
 from gateway.http.list_page import list_page
+from gateway.jobs.job_events import JobEvents
+from gateway.jobs.job_readers import JobReaders
+from gateway.jobs.job_stream import JobStream, numbers_of
 from gateway.overload import reads
 from gateway.overload.memory import held, hold, values_bytes
 from protocol.queue.bus import RequestFacts, now_ms
