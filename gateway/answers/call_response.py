@@ -18,7 +18,7 @@ from gateway.bodies.json_bodies import disconnected
 from gateway.calls.writers import SSE, Framing
 from gateway.http.errors import OPENAI_ERRORS, ErrorShape, error_of
 from gateway.overload import large
-from gateway.overload.admission import is_inbound
+from gateway.overload.cost import is_inbound
 from protocol.metrics.series import CLIENTS_GONE
 from protocol.runtime.guarded import is_failure
 from protocol.wire.errors import LorafleetError

@@ -40,7 +40,7 @@ class InnerCalls:
     """Asks the endpoints of this gateway."""
 
     def __init__(self, app: ASGIApp, table: RouteTable) -> None:
-        """`app`: the application behind authentication. `table`: its routes."""
+        """`app`: the application behind the gate's first questions. `table`: its routes."""
         self._app = app
         self._table = table
 

@@ -29,8 +29,9 @@ from gateway.http.access import MATCH, Access
 from gateway.http.errors import ERROR_SHAPE, OPENAI_ERRORS
 from gateway.http.headers import header_of
 from gateway.http.paths import OPENAI_FORMS
+from gateway.overload.cost import hold_values
 from gateway.overload.large import PLAIN_BYTES, Checks, keep, working
-from gateway.overload.memory import bytes_of_values, hold_values, values_bytes
+from gateway.overload.memory import bytes_of_values, values_bytes
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
@@ -52,7 +53,7 @@ _filling = threading.RLock()
 async def body_value(raw: bytes, scope: MutableMapping[str, Any]) -> Any:
     """Return the value of a request's body, and charge a call for it. What is long is read in a thread.
 
-    Raises JSONDecodeError; HTTPException, as FastAPI lets it pass, for too many values; and as `memory.hold`.
+    Raises JSONDecodeError; HTTPException, as FastAPI lets it pass, for too many values; and as `cost.hold`.
     """
     is_call = scope[MATCH].kind == "call"
     try:

@@ -19,7 +19,8 @@ from gateway.calls.size import call_bytes, check_logprobs, numbers_of
 from gateway.calls.tokenize import Prompt, TokenizedCall
 from gateway.fleet.view import FleetView
 from gateway.overload.admission import Admission, Load
-from gateway.overload.memory import CHARACTER_BYTES, held, hold
+from gateway.overload.cost import held, hold
+from gateway.overload.memory import CHARACTER_BYTES
 from protocol.queue.books.quota import Quota, Standing
 from protocol.queue.bus import now_ms
 from protocol.queue.kept.conversations import MAX_TURNS

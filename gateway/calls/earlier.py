@@ -16,7 +16,7 @@ from gateway.calls.size import call_bytes, longest, numbers_of
 from gateway.calls.submit import SubmittedCall, call_of
 from gateway.calls.tokenize import Offset, Prompt, echoed, encoded
 from gateway.fleet.view import FleetView
-from gateway.overload.memory import held, hold
+from gateway.overload.cost import held, hold
 from gateway.text.answer_form import found_form
 from gateway.text.own_files import OwnFiles
 from protocol.queue.bus import Bus, RequestFacts
@@ -47,7 +47,7 @@ class EarlierCalls:
     async def attach(self, call: ParsedCall, record: m.Idempotent) -> SubmittedCall:
         """Return an earlier call, to be followed from its first token, and charge for what it holds beside its body.
 
-        Raises as `check_same_body` and `memory.hold`, and NotFound.
+        Raises as `check_same_body` and `cost.hold`, and NotFound.
         """
         assert call.sent is not None
         check_same_body(record, call.sent)

@@ -36,7 +36,7 @@ from gateway.calls.trace import TRACE_OF, stage
 from gateway.fleet.view import FleetView
 from gateway.grammars.check import GrammarCheck
 from gateway.http.errors import OUTCOME_OF
-from gateway.overload import large, memory
+from gateway.overload import cost, large
 from gateway.overload.admission import Admission
 from gateway.overload.large import Checks
 from gateway.text.tokenizer import ModelFiles
@@ -86,7 +86,7 @@ class Pipeline:
         if isinstance(submitted, m.Idempotent):  # the call that used this key a moment ago
             return await self.attach(call, submitted)
         large.release()
-        memory.hold(admitted.num_bytes)
+        cost.hold(admitted.num_bytes)
         return self.follow(submitted)
 
     async def run_once(self, call: ParsedCall) -> Generation:
@@ -119,10 +119,10 @@ class Pipeline:
     async def attach(self, call: ParsedCall, record: m.Idempotent) -> Generation:
         """Follow what a call's Idempotency-Key was used for before. Raises ClientError if that was another body."""
         self.admission.left()
-        of_body = memory.held()
+        of_body = cost.held()
         attached = await self.earlier.attach(call, record)
         large.release()
-        memory.hold(memory.held() - of_body)
+        cost.hold(cost.held() - of_body)
         return self.follow(attached)
 
     def follow(self, call: SubmittedCall) -> Generation:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from gateway.calls.parsed_call import Options
 from gateway.calls.replies import max_pending
 from gateway.calls.tokenize import Prompt
-from gateway.overload import memory
+from gateway.overload import cost
 from gateway.overload.memory import CALL_BYTES, CHARACTER_BYTES, LARGE_FACTOR
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
@@ -165,10 +165,10 @@ class TextGrowth:
         self._times = texts_held(options)
 
     def add(self, text: str) -> None:
-        """Note a piece of text that is gathered. Raises as `memory.hold` when there is no room for it."""
+        """Note a piece of text that is gathered. Raises as `cost.hold` when there is no room for it."""
         if self.is_gathered and text:
             self._room -= len(text) if text.isascii() else CHARACTER_BYTES * len(text)
             if self._room < 0:
                 more = -self._room + GROWTH_BYTES
-                memory.hold(memory.held() + self._times * more)
+                cost.hold(cost.held() + self._times * more)
                 self._room += more

@@ -16,7 +16,7 @@ from gateway.bodies.parameter_check import ignore
 from gateway.calls.parsed_call import Conversation, Options, Pairs, ParsedCall, Source, Texts
 from gateway.calls.resolve import ResolvedCall
 from gateway.chat.messages import text_in
-from gateway.overload import memory
+from gateway.overload import cost
 from gateway.overload.memory import CHARACTER_BYTES
 from gateway.text.answer_form import AnswerForm, found_form
 from gateway.text.tokenizer import ModelFiles
@@ -252,7 +252,7 @@ async def _check_pairs(call: ParsedCall, inputs: Pairs, target: Target, base: m.
     """Refuse pairs that are too long, alone or together, and charge for them, before they are made.
 
     A first text stands in each of its pairs, so that these may be much longer than the body. Raises BadRequest, and as
-    `memory.hold`.
+    `cost.hold`.
     """
     texts = [*inputs.firsts, *inputs.seconds]
     ids = await target.files.encoder.encode(texts, add_special_tokens=False)
@@ -264,7 +264,7 @@ async def _check_pairs(call: ParsedCall, inputs: Pairs, target: Target, base: m.
         call.rules.most_tokens(call.options, first + second, base.max_model_len)
     num_tokens, num_characters = (sum(size[which] for size in firsts + seconds) for which in (0, 1))
     call.rules.check_total(num_tokens, inputs.most_tokens)
-    memory.hold(memory.held() + ENCODED_BYTES * num_tokens + CHARACTER_BYTES * num_characters)
+    cost.hold(cost.held() + ENCODED_BYTES * num_tokens + CHARACTER_BYTES * num_characters)
 
 
 async def encoded(

@@ -14,7 +14,7 @@ from gateway.calls.writers import SSE
 from gateway.http.errors import OPENAI_ERRORS
 from gateway.jobs.job_events import JobEvent
 from gateway.jobs.job_readers import JobReaders, Opening, SharedReader
-from gateway.overload.memory import held, hold
+from gateway.overload.cost import held, hold
 from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, LorafleetError
 

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from gateway.overload.cost import COST
 from gateway.overload.inbound import Inbound
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -64,24 +63,6 @@ class Load:
 
 
 @dataclass(slots=True)
-class _Call:
-    """A call in flight."""
-
-    inbound: bool = True
-    cls: str = ""  # "" until it is known
-
-
-_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
-"""The call that the current task works for."""
-
-
-def is_inbound() -> bool:
-    """Return whether the current task's call is on its way to the queue, which may still refuse it."""
-    call = _CALL.get()
-    return call is not None and call.inbound
-
-
-@dataclass(slots=True)
 class _Queue:
     """What this gateway knows of the requests of one class."""
 
@@ -121,27 +102,32 @@ class Admission:
         """Calls that this gateway is answering."""
         return self._num_in_flight
 
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Count the current task's call while it lasts: in flight until the end, inbound until `leave_inbound`."""
-        _CALL.set(_Call())
+    def enter(self) -> None:
+        """Count the current task's call as in flight until `leave`, and as inbound until `leave_inbound`."""
+        cost = COST.get()
+        assert cost is not None
+        assert not cost.is_open
+        cost.is_open = cost.is_inbound = True
         self._num_in_flight += 1
         self._inbound.begin(self._now_s())
-        try:
-            yield
-        finally:
+
+    def leave(self) -> None:
+        """Count the current task's call no more, if it was counted."""
+        cost = COST.get()
+        if cost is not None and cost.is_open:
             self.leave_inbound()
+            cost.is_open = False
             self._num_in_flight -= 1
 
     def leave_inbound(self, *, reached_queue: bool = False) -> None:
         """Count the current task's call as inbound no more: it `reached_queue`, waits for something else, or ends."""
-        call = _CALL.get()
-        if call is None or not call.inbound:
+        cost = COST.get()
+        if cost is None or not cost.is_inbound:
             return
-        call.inbound = False
+        cost.is_inbound = False
         self._inbound.end(self._now_s(), reached_queue=reached_queue)
-        if call.cls:
-            self._queues[call.cls].num_inbound -= 1
+        if cost.cls:
+            self._queues[cost.cls].num_inbound -= 1
 
     def submitted(self, load: Load) -> None:
         """Note what the queue has taken."""
@@ -183,9 +169,9 @@ class Admission:
         else:
             self._check_place(load, status)
         self._check_wait(load, status)
-        call = _CALL.get()
-        if call is not None and call.inbound and not call.cls:
-            call.cls = load.cls
+        cost = COST.get()
+        if cost is not None and cost.is_inbound and not cost.cls:
+            cost.cls = load.cls
             self._queues[load.cls].num_inbound += 1
 
     def _check_gateway(self) -> None:

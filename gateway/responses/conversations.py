@@ -20,7 +20,8 @@ import orjson
 from gateway.auth.callers import Caller
 from gateway.http.list_page import list_page
 from gateway.jobs.jobs import KEPT_AFTER_EXPIRY_S, Jobs
-from gateway.overload.memory import held, hold, values_bytes
+from gateway.overload.cost import held, hold
+from gateway.overload.memory import values_bytes
 from gateway.overload.shares import shares
 from gateway.responses.items import Item, items_of
 from gateway.responses.response_bodies import ConversationRequest, Metadata
@@ -284,7 +285,7 @@ def _written(items: Sequence[Item]) -> list[tuple[str, bytes]]:
 
 
 def _values(raws: Sequence[bytes]) -> list[Item]:
-    """Return items stored as JSON, and charge for them. Raises as `memory.hold`."""
+    """Return items stored as JSON, and charge for them. Raises as `cost.hold`."""
     hold(held() + sum(len(raw) + values_bytes(raw) for raw in raws))
     return [orjson.loads(raw) for raw in raws]
 

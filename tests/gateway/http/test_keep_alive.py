@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from gateway.answers.call_response import CallResponse, SentAnswer
 from gateway.overload.admission import Admission
+from gateway.overload.cost import COST, RequestCost
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import LorafleetError, NotFound, Overloaded
 
@@ -106,15 +107,16 @@ async def test_a_stream_has_no_headers_before_its_call_may_still_be_refused(wait
         sent.append(message)
         go.set()
 
-    with admission.enter():
-        response = CallResponse(answer(), stream=True, keepalive_s=0.01)
-        if waits:
+    COST.set(RequestCost())
+    admission.enter()
+    response = CallResponse(answer(), stream=True, keepalive_s=0.01)
+    if waits:
+        await response({"type": "http"}, receive, send)
+        assert sent[0]["status"] == 200
+    else:
+        with pytest.raises(Overloaded):
             await response({"type": "http"}, receive, send)
-            assert sent[0]["status"] == 200
-        else:
-            with pytest.raises(Overloaded):
-                await response({"type": "http"}, receive, send)
-            assert sent == []
+        assert sent == []
 
 
 class Running:

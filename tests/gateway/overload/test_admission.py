@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ import msgspec
 import pytest
 
 from gateway.overload.admission import Admission, Load
+from gateway.overload.cost import COST, RequestCost
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Overloaded, QueueFull
@@ -36,8 +36,8 @@ class Call:
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self._context = copy_context()
-        self._end = ExitStack()
-        self.run(self._end.enter_context, admission.enter())
+        self.run(COST.set, RequestCost())
+        self.run(admission.enter)
 
     def run(self, do: Callable[..., object], *args: Any, **more: Any) -> None:
         self._context.run(do, *args, **more)
@@ -46,7 +46,7 @@ class Call:
         self.run(self._admission.leave_inbound, reached_queue=True)
 
     def close(self) -> None:
-        self.run(self._end.close)
+        self.run(self._admission.leave)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from msgspec import structs
 
 from gateway.adapters.resolver import Target
 from gateway.app.shapes import shape_of
+from gateway.auth.authentication import Authentication
 from gateway.auth.callers import CALLER, EVERYBODY
 from gateway.calls.parsed_call import Conversation, Models, Options, ParsedCall, Rules, Sent, Texts, Truncation
 from gateway.calls.resolve import ResolvedCall
@@ -26,7 +27,11 @@ from gateway.calls.tokenize import Prompt, check_size, tokenize
 from gateway.http.access import MATCH, Match
 from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.overload import large
-from gateway.overload.large import LargeBodies, LargeBody, LargeLimits, Places
+from gateway.overload.admission import Admission
+from gateway.overload.cost import COST, LargeBody, RequestCost, free_slowly
+from gateway.overload.gate import Gate, LargeLimits
+from gateway.overload.memory import MemoryAccount
+from gateway.overload.slots import FairSlots
 from gateway.text.tokenizer import ModelFiles, load_model_files
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
@@ -233,7 +238,7 @@ async def test_a_large_chat_is_answered(http: httpx2.AsyncClient, fleet: Scripte
 
 async def test_who_hangs_up_has_no_more_done_at_a_time() -> None:
     """Threads cannot be cancelled, so a turn lasts as long as its work."""
-    work, go, begun = Places(1), asyncio.Event(), 0
+    work, go, begun = FairSlots(1), asyncio.Event(), 0
 
     async def do() -> None:
         nonlocal begun
@@ -241,7 +246,9 @@ async def test_who_hangs_up_has_no_more_done_at_a_time() -> None:
         await go.wait()
 
     async def call() -> None:
-        large._BODY.set(LargeBody("a", None, work))
+        cost = RequestCost()
+        cost.body = LargeBody("a", None, work)
+        COST.set(cost)
         await large.work(do)
 
     tasks = [asyncio.create_task(call()) for _ in range(3)]
@@ -288,13 +295,14 @@ async def test_addresses_of_one_network_share_places_as_they_share_memory() -> N
     async def never(message: Any = None) -> Any:
         raise AssertionError
 
-    bodies = LargeBodies(app, shape_of, LargeLimits(num_bodies=4, num_of_tenant=1))
+    admission, limits = Admission(Settings(), lambda: None, lambda: 0.0), LargeLimits(num_bodies=4, num_of_tenant=1)
+    gate = Gate(app, shape_of, admission, Authentication(None), MemoryAccount(1 << 30), MAX_BODY, limits)
     match = Match("/v1/chat/completions", kind="call")
     tasks: list[asyncio.Task[None]] = []
     for address in ("2001:db8::1", "2001:db8::2", "2001:db8:0:1::1", "10.0.0.1", "::ffff:10.0.0.1"):
         headers = [(b"content-length", b"1000000")]
         scope = {"type": "http", "headers": headers, MATCH: match, CALLER: EVERYBODY, "client": (address, 1)}
-        tasks.append(asyncio.create_task(bodies(scope, never, never)))
+        tasks.append(asyncio.create_task(gate.inner(scope, never, never)))
         await asyncio.sleep(0)
     assert inside == ["2001:db8::1", "2001:db8:0:1::1", "10.0.0.1"]
     go.set()
@@ -329,7 +337,7 @@ def test_values_within_each_other_are_freed_a_few_at_a_time() -> None:
 
     free = [[Noted(a=[Noted(), {"b": Noted()}]) for _ in range(100)]]
     assert Noted.num == 300
-    large.free_slowly(Watched(free.pop()), 10)
+    free_slowly(Watched(free.pop()), 10)
     assert Noted.num == 0
     assert sum(left) == 300
     assert max(left) <= 10
