@@ -19,7 +19,7 @@ from gateway.bodies.parameter_check import MAX_ENTRIES, MAX_NAMED
 from gateway.calls.parsed_call import Conversation, Models, Options, ParsedCall, Rules, Sent
 from gateway.grammars.limits import check_num
 from gateway.grammars.notation import Constraint
-from gateway.grammars.structured import checked_schema
+from gateway.grammars.schemas import checked_schema
 from gateway.openai.openai_bodies import MAX_TOOLS
 from gateway.openai.openai_parse import check_variables, stop_strings
 from gateway.text.answer_form import AnswerForm

@@ -21,7 +21,7 @@ from gateway.encoders.encoder_bodies import EmbeddingsRequest
 from gateway.encoders.encoder_parse import parse_embeddings
 from gateway.grammars.limits import check_num
 from gateway.grammars.notation import Constraint
-from gateway.grammars.structured import ANY_OBJECT, checked_schema
+from gateway.grammars.schemas import ANY_OBJECT, checked_schema
 from gateway.ollama import ollama_bodies
 from gateway.ollama.ollama_bodies import ChatRequest, EmbedRequest, GenerateRequest
 from gateway.openai.openai_bodies import MAX_TOOLS

@@ -16,7 +16,7 @@ from gateway.bodies.parameter_check import MAX_ENTRIES, MAX_NAMED
 from gateway.calls.parsed_call import Conversation, Models, Options, ParsedCall, Rules, Sent, Truncation
 from gateway.grammars.limits import check_num
 from gateway.grammars.notation import Constraint
-from gateway.grammars.structured import ANY_OBJECT, checked_schema, is_strict
+from gateway.grammars.schemas import ANY_OBJECT, checked_schema, is_strict
 from gateway.openai.openai_parse import check_variables, stop_strings
 from gateway.responses.items import Item, messages_of, unread_results
 from gateway.responses.response_bodies import InputTokensRequest, PromptRequest, ResponseRequest, conversation_id_of

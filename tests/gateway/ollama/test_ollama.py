@@ -20,7 +20,7 @@ from helpers.scripted_fleet import (
     running_gateway,
 )
 
-from gateway.grammars.structured import JSON_STYLE
+from gateway.grammars.schemas import JSON_STYLE
 from gateway.ollama.ollama_parse import openai_messages, plain_name, tagged_name
 from gateway.ollama.ollama_routes import VERSION
 from protocol.queue.bus import Bus

@@ -13,8 +13,7 @@ from helpers.scripted_fleet import BASE_NAME, MAX_MODEL_LEN, Script, ScriptedFle
 from openai import AsyncOpenAI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gateway.grammars.closed_schemas import MAX_FREE_KEYS
-from gateway.grammars.structured import JSON_STYLE
+from gateway.grammars.schemas import JSON_STYLE, MAX_FREE_KEYS
 from peft_adapters.texts.tokenizer_json import BaseTokens
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
