@@ -32,7 +32,7 @@ READERS = {
     "gateway/bodies/json_values.py": "the function itself",
     "gateway/chat/messages.py": "again, for integers beyond 64 bits, what json_values has let pass",
     "gateway/grammars/ebnf.py": "one string of a grammar, without lists and objects",
-    "gateway/grammars/structured.py": "a schema within a grammar of `max_grammar_bytes`, in a thread; then held to limits",
+    "gateway/grammars/structured.py": "a schema in a grammar of `max_grammar_bytes`, in a thread; then held to limits",
     "gateway/text/tokenizer.py": "generation_config.json of the operator's model",
     "gateway/jobs/jobs.py": "a record of ours, of a body that json_values has let pass; its size is charged",
     "gateway/responses/conversations.py": "records of ours, of such a body; their size is charged",

@@ -29,7 +29,7 @@ from gateway.bodies.json_slices import dumps
 from gateway.overload.cost import held, hold
 from gateway.overload.slots import FairSlots
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
-from protocol.runtime.adapter_refs import FOLDER, Policy, Reference, in_root, parse_reference, parse_source
+from protocol.runtime.adapter_refs import FOLDER, Reference, SourcePolicy, in_root, parse_reference, parse_source
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.settings import Settings, names_of
 from protocol.wire import messages as m
@@ -100,7 +100,7 @@ class AdapterOperations:
         self._bus = bus
         self._catalogue = catalogue
         self._aliases = aliases
-        self._policy = Policy.of(settings)
+        self._policy = SourcePolicy.of(settings)
         self._has_first = settings.adapters is not None
         first = [settings.adapters] if settings.adapters is not None else []
         self._roots = [*first, *(Path(root).expanduser() for root in names_of(settings.adapter_roots))]

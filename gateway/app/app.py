@@ -42,7 +42,7 @@ from gateway.console.console_routes import ConsolePages, DocsPages, add_console
 from gateway.encoders.encoder_routes import EncoderEndpoints, add_encoder_routes
 from gateway.files.file_routes import FileEndpoints, add_file_routes
 from gateway.http import openapi
-from gateway.http.access import API_PAGE, MATCH, Match, Routes, RouteTable, normal_path
+from gateway.http.access import API_PAGE, MATCH, RouteMatch, Routes, RouteTable, normal_path
 from gateway.http.errors import OUTCOME_OF, REQUEST_ID_OF, Outcome, add_handlers
 from gateway.http.headers import header_of
 from gateway.http.paths import SMALL_BODY_BYTES
@@ -213,7 +213,7 @@ class Envelope:
         try:
             match = self._table.match(scope["method"], normal_path(scope["path"], self._prefix))
         except BadRequest as error:
-            match, refusal = Match(scope["path"]), error
+            match, refusal = RouteMatch(scope["path"]), error
         scope = {**scope, MATCH: match, "path": match.path}
         self._num_open += 1
         self._idle.clear()
@@ -290,7 +290,7 @@ class Envelope:
                 self._refusals.note(scope[CALLER].owner, request_id, match.path, status, outcome)
             lorax_metrics.answered(status, time.monotonic() - started_s)
 
-    def _limited(self, match: Match, headers: Sequence[tuple[bytes, bytes]], receive: Receive) -> Receive:
+    def _limited(self, match: RouteMatch, headers: Sequence[tuple[bytes, bytes]], receive: Receive) -> Receive:
         """Return a `receive` that refuses a body once it has become too large."""
         limit = self._max_body_bytes
         if match.kind == "file":

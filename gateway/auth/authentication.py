@@ -10,7 +10,7 @@ import ipaddress
 from collections.abc import Sequence
 
 from gateway.auth.callers import NOBODY, Caller
-from gateway.http.access import Match
+from gateway.http.access import RouteMatch
 from gateway.http.errors import unreachable_queue
 from gateway.http.headers import header_of
 from protocol.queue.books.api_keys import PREFIX, ApiKeys
@@ -29,7 +29,7 @@ class Authentication:
         self._keys = keys
         self._secret = secret
 
-    async def caller(self, match: Match, headers: Sequence[tuple[bytes, bytes]]) -> Caller:
+    async def caller(self, match: RouteMatch, headers: Sequence[tuple[bytes, bytes]]) -> Caller:
         """Return who sent a request for a route. Raises Unauthorized, PermissionDenied and Unavailable."""
         bearer = _bearer(headers)
         if self._keys is None:
@@ -52,7 +52,7 @@ class Authentication:
         return caller
 
 
-def source_token(bearer: str, match: Match) -> str:
+def source_token(bearer: str, match: RouteMatch) -> str:
     """Return a bearer as the token for an adapter's source: any on LoRAX's routes, only Hub tokens on the others.
 
     An API key of this fleet is never such a token, so that no Hub is shown one.

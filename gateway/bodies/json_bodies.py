@@ -25,7 +25,7 @@ from gateway.auth.callers import CALLER, caller_of
 from gateway.bodies import json_values
 from gateway.bodies.json_slices import dumps, has_rows, slices
 from gateway.bodies.parameter_check import IGNORED_HEADER, JsonBody, check_parameters
-from gateway.http.access import MATCH, Access
+from gateway.http.access import MATCH, RouteAccess
 from gateway.http.errors import ERROR_SHAPE, OPENAI_ERRORS
 from gateway.http.headers import header_of
 from gateway.http.paths import OPENAI_FORMS
@@ -106,7 +106,7 @@ class JsonRoute(APIRoute):
     any_type = False
     """Whether a body is taken for JSON whatever its content type says."""
 
-    def __init__(self, path: str, endpoint: Handler, *, access: Access, **options: Any) -> None:
+    def __init__(self, path: str, endpoint: Handler, *, access: RouteAccess, **options: Any) -> None:
         """`access`: what it asks of its callers. The rest is FastAPI's.
 
         Raises TypeError for a call whose handler takes more than its body and the request.

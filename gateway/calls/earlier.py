@@ -8,9 +8,9 @@ from functools import partial
 
 from msgspec import structs
 
-from gateway.adapters.resolver import Target
+from gateway.adapters.resolver import CallTarget
 from gateway.auth.callers import Caller
-from gateway.calls.parsed_call import Conversation, Pairs, ParsedCall, Sent, Texts
+from gateway.calls.parsed_call import ChatPrompt, Pairs, ParsedCall, Sent, Texts
 from gateway.calls.replies import Replies
 from gateway.calls.size import call_bytes, longest, numbers_of
 from gateway.calls.submit import SubmittedCall, call_of
@@ -78,10 +78,10 @@ class EarlierCalls:
         of_prompts = iter(facts[:: call.options.n])
         for i, (digest, texts) in enumerate(zip(record.digests, record.texts, strict=True)):
             files = await self._own.files(digest, texts, call.caller.name or digest)
-            target = Target("", digest, files, texts)
+            target = CallTarget("", digest, files, texts)
             opened = i < len(record.opened) and record.opened[i]
             form = None
-            if isinstance(call.inputs, Conversation):
+            if isinstance(call.inputs, ChatPrompt):
                 form = await found_form(files, call.options.tools, opened=opened)
             offsets = await self._offsets(call, target, max_model_len)
             for source, of_tokens in zip(call.sources, offsets, strict=True):
@@ -99,7 +99,7 @@ class EarlierCalls:
         )  # fmt: skip
 
     async def _offsets(
-        self, call: ParsedCall, target: Target, max_model_len: int
+        self, call: ParsedCall, target: CallTarget, max_model_len: int
     ) -> Sequence[Sequence[Offset]]:  # fmt: skip
         """Return where the tokens of each prompt lie in its text, () where that is not wanted."""
         inputs = call.inputs

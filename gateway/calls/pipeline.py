@@ -27,7 +27,7 @@ from gateway.calls.admit import AdmittedCall, CallAdmission
 from gateway.calls.constrain import constrain
 from gateway.calls.earlier import EarlierCalls
 from gateway.calls.follow import Generation
-from gateway.calls.parsed_call import Conversation, ParsedCall
+from gateway.calls.parsed_call import ChatPrompt, ParsedCall
 from gateway.calls.replies import Replies
 from gateway.calls.resolve import CallResolver
 from gateway.calls.submit import SubmittedCall, Submitter
@@ -99,7 +99,7 @@ class Pipeline:
         outcome = OUTCOME_OF.get(None)
         if outcome is not None:
             outcome.model = call.model_name
-        if isinstance(call.inputs, Conversation):
+        if isinstance(call.inputs, ChatPrompt):
             large.keep(call.inputs.messages)
         call.rules.check_number(len(call.models.names), len(call.sources), call.options.n)
         await self.admission.check_room(call)

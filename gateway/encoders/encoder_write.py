@@ -13,7 +13,7 @@ from gateway.calls.choices import Choice, Piece
 from gateway.calls.follow import Generation
 from gateway.calls.submit import SubmittedCall
 from gateway.calls.tokenize import Offset
-from gateway.calls.writers import Usage
+from gateway.calls.writers import CallUsage
 from gateway.encoders.encoder_bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
 from gateway.encoders.encoder_parse import EncoderRules
 from gateway.http.errors import OPENAI_ERRORS
@@ -84,12 +84,12 @@ class _NoFrames:
     def frames(self, piece: Piece) -> list[bytes]:
         return []
 
-    def usage_frame(self, usage: Usage) -> bytes:
+    def usage_frame(self, usage: CallUsage) -> bytes:
         return b""
 
-    def show_usage(self, usage: Usage) -> None: ...
+    def show_usage(self, usage: CallUsage) -> None: ...
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         return {}
 
 
@@ -105,7 +105,7 @@ class EmbeddingsWriter(_NoFrames):
         self._rules = call.parsed.rules
         self._choices = choices
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         """Return the answer that the endpoint would have given."""
         rules = self._rules
         assert isinstance(rules, EncoderRules)

@@ -13,7 +13,7 @@ from gateway.bodies.json_slices import RowSlices
 from gateway.calls import lorax_metrics
 from gateway.calls.choices import Piece, TokenLogprob, mean_logprob
 from gateway.calls.follow import Generation
-from gateway.calls.writers import MIN_LOGPROB, Usage, shown_logprob
+from gateway.calls.writers import MIN_LOGPROB, CallUsage, shown_logprob
 from gateway.lorax.lorax_errors import LORAX_GENERATION_ERRORS
 from gateway.lorax.lorax_parse import NativeCall
 from gateway.text.tokenizer import ModelFiles
@@ -105,14 +105,14 @@ class NativeWriter:
             frames.append(b"data: " + orjson.dumps(chunk) + b"\n\n")
         return frames
 
-    def usage_frame(self, usage: Usage) -> bytes:
+    def usage_frame(self, usage: CallUsage) -> bytes:
         """Return nothing: the last token's event has the counts."""
         return b""
 
-    def show_usage(self, usage: Usage) -> None:
+    def show_usage(self, usage: CallUsage) -> None:
         """Do nothing: LoRAX's events do not report usage."""
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         """Return the answer: the choice with the best mean logprob, the others beside it."""
         order = sorted(choices, key=mean_logprob, reverse=True)
         best, *others = [self._sequence(piece) for piece in order]

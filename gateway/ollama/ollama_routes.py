@@ -24,7 +24,7 @@ from gateway.http import openapi
 from gateway.http.access import CALL, INFER, Routes
 from gateway.http.paths import OLLAMA_CHAT, OLLAMA_EMBED, OLLAMA_GENERATE
 from gateway.ollama import ollama_models
-from gateway.ollama.ollama_bodies import ChatRequest, EmbedRequest, GenerateRequest, ShowRequest
+from gateway.ollama.ollama_bodies import EmbedRequest, OllamaChatRequest, OllamaGenerateRequest, ShowRequest
 from gateway.ollama.ollama_errors import OLLAMA_ERRORS
 from gateway.ollama.ollama_models import Known
 from gateway.ollama.ollama_parse import parse, parse_embed, plain_name
@@ -45,17 +45,17 @@ class OllamaEndpoints:
 
     # ------------------------------------------------------------ generation
 
-    async def chat(self, body: ChatRequest, request: Request) -> Response:
+    async def chat(self, body: OllamaChatRequest, request: Request) -> Response:
         """Answer `/api/chat`."""
         return await self._generate(body, request)
 
-    async def generate(self, body: GenerateRequest, request: Request) -> Response:
+    async def generate(self, body: OllamaGenerateRequest, request: Request) -> Response:
         """Answer `/api/generate`."""
         return await self._generate(body, request)
 
-    async def _generate(self, body: ChatRequest | GenerateRequest, request: Request) -> Response:
+    async def _generate(self, body: OllamaChatRequest | OllamaGenerateRequest, request: Request) -> Response:
         started_s, caller, sent = time.monotonic(), caller_of(request), await sent_of(request.scope["path"], request)
-        objects = Objects(body.model, isinstance(body, ChatRequest))
+        objects = Objects(body.model, isinstance(body, OllamaChatRequest))
 
         async def answer() -> CallResult:
             if body.is_empty:

@@ -18,7 +18,7 @@ from gateway.bodies import json_values
 from gateway.bodies.json_slices import RowSlices, dumps
 from gateway.calls.choices import Piece, TokenLogprob
 from gateway.calls.follow import Generation
-from gateway.calls.writers import MIN_LOGPROB, Framing, Usage
+from gateway.calls.writers import MIN_LOGPROB, CallUsage, Framing
 from gateway.encoders.encoder_write import VECTORS, EncoderAnswer, shortened
 from gateway.ollama.ollama_bodies import EmbedRequest
 from gateway.ollama.ollama_errors import OLLAMA_ERRORS
@@ -171,14 +171,14 @@ class OllamaWriter:
         made = self._objects.part(gained.text, thinking=gained.thinking, calls=gained.calls)
         return [line(dumps({**made, **(self._entries(piece) if shows else {})}))]
 
-    def usage_frame(self, usage: Usage) -> bytes:
+    def usage_frame(self, usage: CallUsage) -> bytes:
         """Return nothing: the last object has the counts."""
         return b""
 
-    def show_usage(self, usage: Usage) -> None:
+    def show_usage(self, usage: CallUsage) -> None:
         """Do nothing: only the last object has counts."""
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         """Return the answer as one object, without counts and times."""
         [piece] = choices
         self.finish = piece.finish

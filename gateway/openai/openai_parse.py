@@ -14,9 +14,9 @@ from gateway.bodies.fields import sources_of
 from gateway.bodies.parameter_check import MAX_NAMED
 from gateway.calls.parsed_call import (
     UNLIMITED,
-    Conversation,
+    CallOptions,
+    ChatPrompt,
     Models,
-    Options,
     ParsedCall,
     Rules,
     Sent,
@@ -106,7 +106,7 @@ def parse_stored(endpoint: str, body: Mapping[str, Any], caller: Caller, setting
     return parse(BODIES[endpoint].model_validate(body), caller, settings)
 
 
-def _inputs(request: AnyRequest, sent: Sent | None) -> Conversation | Texts:
+def _inputs(request: AnyRequest, sent: Sent | None) -> ChatPrompt | Texts:
     truncation = _truncation(request)
     if request.background or (sent is not None and sent.key):
         _check_kept(request)
@@ -147,7 +147,7 @@ def _truncation(request: AnyRequest) -> Truncation | None:
     return Truncation(None if num == -1 else num, keeps_first=request.truncation_side == "right")
 
 
-def conversation_of(request: ChatRequest, truncation: Truncation | None = None) -> Conversation:
+def conversation_of(request: ChatRequest, truncation: Truncation | None = None) -> ChatPrompt:
     """Return what a chat's prompt is made of. Raises BadRequest for parameters that contradict each other."""
     variables, continue_final = _variables(request), bool(request.continue_final_message)
     if continue_final and request.add_generation_prompt:
@@ -155,7 +155,7 @@ def conversation_of(request: ChatRequest, truncation: Truncation | None = None) 
         raise BadRequest(message, param="continue_final_message")
     check_variables(variables)
     begin_answer = request.add_generation_prompt is not False and not continue_final
-    return Conversation(
+    return ChatPrompt(
         request.messages, variables, begin_answer, continue_final,
         add_special_tokens=bool(request.add_special_tokens), truncation=truncation, echoes=bool(request.echo),
         left_out=list(islice(unread_results(request.messages), MAX_NAMED)),
@@ -189,7 +189,7 @@ def _form_param(request: AnyRequest, others: Mapping[str, Any]) -> str:
     return next(iter(others), "response_format")
 
 
-def _options(request: AnyRequest, settings: Settings) -> Options:
+def _options(request: AnyRequest, settings: Settings) -> CallOptions:
     """Return the parameters of a call but for its answer's form. Raises BadRequest."""
     if isinstance(request, ChatRequest):
         max_tokens, num_shown, echo = _check_chat(request)
@@ -220,7 +220,7 @@ def _options(request: AnyRequest, settings: Settings) -> Options:
         raise BadRequest("jobs report their timings as fields: leave out include_metrics", param="include_metrics")
     usage_wish = request.stream_options
     include_usage = settings.force_include_usage or bool(usage_wish and usage_wish.include_usage)
-    return Options(
+    return CallOptions(
         sampling=_sampling(request, num_logprobs, m.WHOLE if m.WHOLE in of_prompt else max(of_prompt, default=None)),
         n=n,
         max_tokens=max_tokens,

@@ -53,7 +53,7 @@ class OverloadLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class CallLoad:
     """What a call would add to the queue, as far as it is known."""
 
     cls: str
@@ -90,7 +90,7 @@ class Admission:
         self._limits = limits or OverloadLimits()
         self._now_s = now_s
         self._queues = {cls: _Queue() for cls in CLASSES}
-        self._new: deque[tuple[int, Load]] = deque()  # (unix ms, submitted since the status), oldest first
+        self._new: deque[tuple[int, CallLoad]] = deque()  # (unix ms, submitted since the status), oldest first
         self._num_new_tokens = 0
         self._inbound = Inbound(self._limits.min_inbound, self._limits.inbound_span_s)
         self._num_in_flight = 0
@@ -129,7 +129,7 @@ class Admission:
         if cost.cls:
             self._queues[cost.cls].num_inbound -= 1
 
-    def submitted(self, load: Load) -> None:
+    def submitted(self, load: CallLoad) -> None:
         """Note what the queue has taken."""
         now_ms = self._now_ms()
         self._forget(now_ms - STATUS_LIFE_MS)
@@ -137,7 +137,7 @@ class Admission:
         self._queues[load.cls].num_new += load.num
         self._num_new_tokens += load.num_tokens
 
-    def full(self, load: Load, num_queued: int) -> Overloaded:
+    def full(self, load: CallLoad, num_queued: int) -> Overloaded:
         """Note that the queue refused a load since `num_queued` requests of its class waited; return the error."""
         queue = self._queues[load.cls]
         queue.counted_ms, queue.num_counted = self._now_ms(), num_queued - queue.num_new
@@ -145,7 +145,7 @@ class Admission:
 
     # ------------------------------------------------------------ whether it is let in
 
-    def check(self, load: Load | None = None) -> None:
+    def check(self, load: CallLoad | None = None) -> None:
         """Raise Overloaded for a call that is too much.
 
         Asked three times, the earlier the cheaper: at a call's arrival, when nothing of it has been read (no `load`);
@@ -191,7 +191,7 @@ class Admission:
             text = f"{self._inbound.num} calls are waiting to be queued, for about {wait_s:.0f} s"
             raise Overloaded(f"{text}; the limit is {limits.max_inbound_s:g} s", wait_s)
 
-    def _check_place(self, load: Load, status: m.SchedulerStatus) -> None:
+    def _check_place(self, load: CallLoad, status: m.SchedulerStatus) -> None:
         """Refuse a call that its queue is predicted to have no room for."""
         queue, max_queued = self._queues[load.cls], self._settings.max_queued
         if queue.num_counted + queue.num_new >= NEARLY_FULL * max_queued:
@@ -208,7 +208,7 @@ class Admission:
             text = f"requests of {queued_tokens} tokens are waiting; the limit is {max_tokens}"
             raise Overloaded(text, self._drain_s(excess * num_queued), "queued_tokens")
 
-    def _check_wait(self, load: Load, status: m.SchedulerStatus) -> None:
+    def _check_wait(self, load: CallLoad, status: m.SchedulerStatus) -> None:
         """Refuse a call whose first token would come too late."""
         wait_s = self._wait_s(load, status)
         max_wait_s = min(self._settings.max_wait_s or load.timeout_s, load.timeout_s)
@@ -216,7 +216,7 @@ class Admission:
             text = f"the first token would come in about {wait_s:.0f} s; the limit is {max_wait_s:g} s"
             raise Overloaded(text, max(MIN_RETRY_S, wait_s - (1 - ROOM) * max_wait_s), "wait")
 
-    def _wait_s(self, load: Load, status: m.SchedulerStatus) -> float:
+    def _wait_s(self, load: CallLoad, status: m.SchedulerStatus) -> float:
         """Return the time to a call's first token: until it is in the queue, and until those ahead of it have left.
 
         The queue drains while calls are inbound, so it is the longer of the two. What is unknown counts as 0.
@@ -261,7 +261,7 @@ class Admission:
         status = self._status()
         return max(MIN_RETRY_S, num / status.drain_rate) if status and status.drain_rate else UNKNOWN_RETRY_S
 
-    def _full(self, load: Load, num_queued: int) -> Overloaded:
+    def _full(self, load: CallLoad, num_queued: int) -> Overloaded:
         max_queued = self._settings.max_queued
         text = f"{num_queued} requests are waiting; the limit is {max_queued}"
         return Overloaded(text, self._drain_s(num_queued + load.num - (1 - ROOM) * max_queued), "queue")

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.auth.authentication import Authentication
 from gateway.auth.callers import CALLER, Caller
-from gateway.http.access import MATCH, Match
+from gateway.http.access import MATCH, RouteMatch
 from gateway.http.addresses import client_of
 from gateway.http.errors import ShapeOf
 from gateway.http.headers import header_of
@@ -107,7 +107,7 @@ class Gate:
 
     async def _let_in(self, scope: Scope) -> None:
         """Count a call as in flight, and find who sent a request. Raises Overloaded, and as `Authentication.caller`."""
-        match: Match = scope[MATCH]
+        match: RouteMatch = scope[MATCH]
         if match.kind == "call":
             self._admission.check()
             self._admission.enter()
@@ -115,7 +115,7 @@ class Gate:
 
     async def _take(self, cost: RequestCost, scope: Scope) -> None:
         """Charge a request for its body, and wait for a slot if that is large. Raises as `Charge.hold` and `take`."""
-        match: Match = scope[MATCH]
+        match: RouteMatch = scope[MATCH]
         holder = _holder_of(scope)
         cost.charge = self._memory.open(holder)
         cost.charge.hold(self._bytes_of(match, scope["headers"]))
@@ -126,7 +126,7 @@ class Gate:
         if not is_small or match.kind == "text":
             cost.body = LargeBody(holder, None if is_small else self._bodies, self._work)
 
-    def _bytes_of(self, match: Match, headers: Sequence[tuple[bytes, bytes]]) -> int:
+    def _bytes_of(self, match: RouteMatch, headers: Sequence[tuple[bytes, bytes]]) -> int:
         """Return what a request may take until the values of its body are counted. One without a body takes nothing."""
         length = header_of(headers, b"content-length")
         most = self._max_body_bytes if match.is_large else min(self._max_body_bytes, SMALL_BODY_BYTES)

@@ -28,7 +28,7 @@ from gateway.responses.response_bodies import ConversationRequest, Metadata
 from gateway.responses.stored import GOES_ON, StoredResponses, end_of
 from protocol.metrics.series import UNREADABLE
 from protocol.queue.bus import Bus, RequestFacts, now_ms
-from protocol.queue.kept.conversations import ConversationLimits, Outcome
+from protocol.queue.kept.conversations import ConversationLimits, TurnOutcome
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.guarded import FAILED, Items, is_queue_away
 from protocol.runtime.settings import Settings
@@ -299,7 +299,7 @@ def _no_item(item_id: str) -> NotFound:
     return NotFound(f"Item with id {brief(item_id)} not found.", param="item_id", code="item_not_found")
 
 
-def _refusal(made: Outcome, limits: ConversationLimits, num: int, tenant: str) -> LorafleetError:
+def _refusal(made: TurnOutcome, limits: ConversationLimits, num: int, tenant: str) -> LorafleetError:
     """Return the error of a change that a limit has refused. num: of items that it would have added."""
     if made.code == "conversations":
         text = f"you have {made.there} conversations; the limit is {limits.max_conversations}: delete some"

@@ -16,7 +16,7 @@ from gateway.auth.callers import Caller
 from gateway.calls.choices import Choice
 from gateway.calls.follow import choices_of, usage_of
 from gateway.calls.pipeline import Pipeline
-from gateway.calls.writers import Usage
+from gateway.calls.writers import CallUsage
 from gateway.http.paths import RESPONSES
 from gateway.jobs.job_events import JobEvents
 from gateway.jobs.job_stream import JobStream
@@ -100,7 +100,7 @@ class StoredResponses:
         writer, _ = await self._read(job, facts, kept)
         return orjson.loads(orjson.dumps(writer.output.items))
 
-    async def _read(self, job: m.Job, facts: Facts, kept: Any) -> tuple[ResponseWriter, Usage]:
+    async def _read(self, job: m.Job, facts: Facts, kept: Any) -> tuple[ResponseWriter, CallUsage]:
         """Return the writer of a response that has ended, with all that this has come to. Raises NotFound."""
         choices, writer = await self._open(job, facts, kept)
         try:

@@ -27,7 +27,7 @@ from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse
 from gateway.bodies.json_slices import ROWS, FieldSlices, RowSlices, dumps, joined, rows_of, slices
 from gateway.calls.choices import Logprobs, Piece
 from gateway.calls.follow import ClientGoneError
-from gateway.calls.parsed_call import Options
+from gateway.calls.parsed_call import CallOptions
 from gateway.overload.large import Checks
 from protocol.queue.adapters import ALIASES_AT_ONCE
 from protocol.queue.books.api_keys import Tenant
@@ -221,7 +221,7 @@ async def test_others_have_a_turn_between_the_frames_of_many_pieces() -> None:
         assert more
         sent.append(part)
 
-    call = SimpleNamespace(parsed=SimpleNamespace(options=Options(m.Sampling(), stream=True)), prompts=[])
+    call = SimpleNamespace(parsed=SimpleNamespace(options=CallOptions(m.Sampling(), stream=True)), prompts=[])
     generation: Any = SimpleNamespace(call=call, client_gone=False)
     answer = GenerationAnswer(generation, Frames())  # type: ignore[arg-type]
     to: Any = SimpleNamespace(has_headers=True, write=write)
@@ -250,7 +250,7 @@ def test_rows_may_have_slices_and_be_fields() -> None:
 
 def test_rows_of_many_entries_are_few() -> None:
     assert [rows_of(num) for num in (0, 1, 5, 21, 22, 129, 1001)] == [64, 64, 64, 16, 15, 2, 1]
-    options = Options(m.Sampling(num_logprobs=128, prompt_logprobs=None))
+    options = CallOptions(m.Sampling(num_logprobs=128, prompt_logprobs=None))
     assert options.rows == 2
 
 

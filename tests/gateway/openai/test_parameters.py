@@ -247,7 +247,7 @@ async def test_a_prompt_can_be_scored_alone(client: AsyncOpenAI, fleet: Scripted
 async def test_the_best_of_several_choices_are_shown(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, logprobs: int | None
 ) -> None:
-    def worse(submit: m.Submit, body: m.Body) -> Script:
+    def worse(submit: m.RequestHead, body: m.Body) -> Script:
         return Script(text=str(submit.rid[-1]), logprob=-1.0 * (int(submit.rid[-1]) * 3 % 4), eos=False)
 
     fleet.script = worse
