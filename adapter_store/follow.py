@@ -28,7 +28,7 @@ MAX_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Retry:
+class NextTry:
     """When to try a name again that failed for a reason that may pass."""
 
     at_s: float  # monotonic
@@ -48,7 +48,7 @@ class Follower:
         self._base: ServedModel | None = None
         self._busy: set[str] = set()
         self._slots = asyncio.Semaphore(MAX_AT_ONCE)
-        self._retries: dict[str, Retry] = {}
+        self._retries: dict[str, NextTry] = {}
         self._root_error = ""
 
     def set_base(self, base: ServedModel) -> None:
@@ -143,4 +143,4 @@ class Follower:
     def _retry_later(self, name: str) -> None:
         last = self._retries.get(name)
         pause_s = min(2 * last.pause_s, MAX_RETRY_S) if last else FIRST_RETRY_S
-        self._retries[name] = Retry(time.monotonic() + pause_s, pause_s)
+        self._retries[name] = NextTry(time.monotonic() + pause_s, pause_s)

@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 
 from adapter_store.blobs import AdapterFolder, Blobs
 from adapter_store.formats import HEAD_BYTES, convert, depends_on_base, plan_conversion
-from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, Source, Version
+from adapter_store.sources import FLEET, MORE_FILES, Changed, Source, SourceAccess, SourceVersion
 from peft_adapters.format import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
@@ -47,7 +47,7 @@ class Mirrored:
     """A version whose content is in the blobs."""
 
     digest: str
-    version: Version
+    version: SourceVersion
 
 
 class Mirror:
@@ -75,7 +75,7 @@ class Mirror:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def take(
-        self, source: Source, target: str, base: ServedModel | None, access: Access = FLEET, tenant: str = ""
+        self, source: Source, target: str, base: ServedModel | None, access: SourceAccess = FLEET, tenant: str = ""
     ) -> Mirrored:
         """Make sure that the blobs hold the content that `target` stands for now; return its digest and version.
 
@@ -102,7 +102,7 @@ class Mirror:
                     await self._note_reader(version, access)
         return Mirrored(digest, version)
 
-    async def _known(self, source: Source, version: Version, access: Access) -> str | None:
+    async def _known(self, source: Source, version: SourceVersion, access: SourceAccess) -> str | None:
         """Return the digest of a version that is here, once it is known that `access` may read it; None otherwise."""
         digest = await asyncio.to_thread(self._open_to, version.key, access)
         if digest is None:
@@ -112,7 +112,7 @@ class Mirror:
                 await self._note_reader(version, access)
         return digest
 
-    async def _note_reader(self, version: Version, access: Access) -> None:
+    async def _note_reader(self, version: SourceVersion, access: SourceAccess) -> None:
         if access.reader != "token":
             await asyncio.to_thread(self.blobs.note_reader, version.key, access.reader)
 
@@ -123,12 +123,12 @@ class Mirror:
         async with own if tenant else nullcontext(), self._slots[source]:
             yield
 
-    def _open_to(self, version: str, access: Access) -> str | None:
+    def _open_to(self, version: str, access: SourceAccess) -> str | None:
         """Return the digest of a version that `access` is known to be allowed to read; None if it is not known."""
         proofs = {"anyone"} if access.reader == "token" else {"anyone", access.reader}
         return self.blobs.digest_of(version) if proofs & self.blobs.readers_of(version) else None
 
-    def _check_sizes(self, version: Version) -> None:
+    def _check_sizes(self, version: SourceVersion) -> None:
         """Raise AdapterRefused for files that are too large, going by what the source says of them."""
         limits = {CONFIG_FILE: MAX_CONFIG_BYTES, **{name: max_bytes(name) for name in MORE_FILES}}
         reasons = [
@@ -139,7 +139,9 @@ class Mirror:
         if reasons:
             raise AdapterRefused(reasons)
 
-    async def _fetch_measured(self, source: Source, version: Version, base: ServedModel | None, access: Access) -> str:
+    async def _fetch_measured(
+        self, source: Source, version: SourceVersion, base: ServedModel | None, access: SourceAccess
+    ) -> str:
         scheme, outcome = version.source.partition(":")[0], "failed"
         try:
             with STORE_FETCH_SECONDS.labels(scheme).time():
@@ -178,7 +180,7 @@ class Mirror:
             self.blobs.discard(version)
 
     async def _fetch_or_restore(
-        self, source: Source, version: Version, base: ServedModel | None, access: Access
+        self, source: Source, version: SourceVersion, base: ServedModel | None, access: SourceAccess
     ) -> str:  # fmt: skip
         try:
             if self._bucket is not None and not version.at_hand:
@@ -203,7 +205,9 @@ class Mirror:
                 await asyncio.to_thread(self._bucket.push, version.key, digest, folder)
         return digest
 
-    async def _fetch(self, source: Source, version: Version, base: ServedModel | None, access: Access) -> str:
+    async def _fetch(
+        self, source: Source, version: SourceVersion, base: ServedModel | None, access: SourceAccess
+    ) -> str:
         folder = await asyncio.to_thread(self.blobs.staging, version.key)
         weights, config = version.weights, version.files.get(CONFIG_FILE)
         num_bytes = version.files[weights].num_bytes
@@ -224,7 +228,7 @@ class Mirror:
                 await source.fetch(version, name, folder / name, version.files[name].num_bytes, access)
             return await asyncio.to_thread(self._finish, version, folder, conversion)
 
-    def _finish(self, version: Version, folder: Path, conversion: Conversion | None) -> str:
+    def _finish(self, version: SourceVersion, folder: Path, conversion: Conversion | None) -> str:
         for name, file in version.files.items():
             if file.checksum is not None and _checksum(folder / name, file.checksum[0]) != file.checksum[1]:
                 raise Changed(f"{name} of {version.source} does not match the {file.checksum[0]} of its source")
@@ -284,11 +288,11 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _text_bytes(version: Version) -> int:
+def _text_bytes(version: SourceVersion) -> int:
     return sum(file.num_bytes for name, file in version.files.items() if name in MORE_FILES)
 
 
-def _for_base(version: Version, base: ServedModel | None) -> Version:
+def _for_base(version: SourceVersion, base: ServedModel | None) -> SourceVersion:
     """Return a version whose key names what its conversion needs to know of the base. Raises Unavailable without it."""
     if not depends_on_base(version.weights):
         return version

@@ -18,10 +18,10 @@ import msgspec
 
 from adapter_store.catalogue import Catalogue, field_of
 from adapter_store.mirror import Mirror
-from adapter_store.sources import Access, Changed, Source
+from adapter_store.sources import Changed, Source, SourceAccess
 from adapter_store.timings import StoreTimings
 from protocol.queue.bus import Bus, QueueError, now_ms
-from protocol.runtime.adapter_refs import Policy, Reference, parse_source
+from protocol.runtime.adapter_refs import Reference, SourcePolicy, parse_source
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.wire.errors import AdapterRefused, BadRequest, ClientError, LorafleetError, PermissionDenied
 from protocol.wire.messages import Alias, Registration, ServedModel
@@ -33,7 +33,7 @@ LEASE_MS = 15_000
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class FetchOutcome:
     """How the last fetch of a name by this process ended."""
 
     registration: Registration
@@ -47,7 +47,7 @@ class Registrar:
     """One store's work on the registrations of its fleet."""
 
     def __init__(
-        self, bus: Bus, sources: Mapping[str, Source], mirror: Mirror, catalogue: Catalogue, policy: Policy,
+        self, bus: Bus, sources: Mapping[str, Source], mirror: Mirror, catalogue: Catalogue, policy: SourcePolicy,
         secret: FleetSecret | None = None, timings: StoreTimings | None = None, access_check_s: float = 60.0,
     ) -> None:  # fmt: skip
         """Start with nothing fetched.
@@ -65,7 +65,7 @@ class Registrar:
         self._timings = timings or StoreTimings()
         self._base: ServedModel | None = None
         self._busy: set[str] = set()
-        self._outcomes: dict[str, Outcome] = {}
+        self._outcomes: dict[str, FetchOutcome] = {}
         self._registrations: dict[str, Registration] = {}
         self._reload_at_s = 0.0  # monotonic
 
@@ -143,12 +143,12 @@ class Registrar:
     async def _renew_leases(self) -> None:
         await self._bus.adapters.renew_leases(self._busy, LEASE_MS)
 
-    def accesses_to(self, digest: str) -> list[Access]:
+    def accesses_to(self, digest: str) -> list[SourceAccess]:
         """Return the distinct readers whose rights fetched the names of this content, those without a token first.
 
         A token that cannot be read here is left out.
         """
-        found: set[Access] = set()
+        found: set[SourceAccess] = set()
         for field, alias in self._catalogue.aliases.items():
             registration = self._registrations.get(field)
             if alias.digest == digest and registration is not None:
@@ -156,14 +156,14 @@ class Registrar:
                     found.add(self._access(field, registration))
         return sorted(found, key=lambda access: (access.token != "", not access.as_fleet, access.token))
 
-    def _access(self, field: str, registration: Registration) -> Access:
+    def _access(self, field: str, registration: Registration) -> SourceAccess:
         """Return the reader with whose rights a registration is read. Raises PermissionDenied for an invalid token."""
         as_fleet = registration.as_fleet or registration.is_operators
         if not registration.token:
-            return Access(as_fleet=as_fleet)
+            return SourceAccess(as_fleet=as_fleet)
         if self._secret is None:
             raise PermissionDenied("this store has no secret, so it cannot decrypt the token")
-        return Access(self._secret.open(registration.token, field), as_fleet)
+        return SourceAccess(self._secret.open(registration.token, field), as_fleet)
 
     # ------------------------------------------------------------ one name
 
@@ -208,7 +208,7 @@ class Registrar:
             return
         # The content of a commit never changes, but the permission of a token may.
         pause_s = math.inf if reference.is_fixed and not registration.token else refresh_s
-        self._outcomes[field] = Outcome(registration, time.monotonic(), pause_s)
+        self._outcomes[field] = FetchOutcome(registration, time.monotonic(), pause_s)
         if field in self._registrations:
             digest, place = mirrored.digest, mirrored.version.source
             confirmed_ms = began_ms if registration.token and registration.tenant else 0
@@ -276,5 +276,5 @@ class Registrar:
         failures = 1 + (last.num_failures if last is not None and last.refused == refused else 0)
         backoff = self._timings.refusal if refused else self._timings.trouble
         pause_s = backoff.pause_s(failures)
-        self._outcomes[field] = Outcome(registration, time.monotonic(), pause_s, failures, refused)
+        self._outcomes[field] = FetchOutcome(registration, time.monotonic(), pause_s, failures, refused)
         return pause_s

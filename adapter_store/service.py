@@ -29,7 +29,7 @@ from adapter_store.uploads import Uploads
 from protocol.metrics import series as metrics
 from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode
-from protocol.runtime.adapter_refs import Policy
+from protocol.runtime.adapter_refs import SourcePolicy
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.free_space import Reserve
@@ -142,7 +142,7 @@ class Store:
             self.sources["local"] = LocalSource(settings.adapters, more, reserve=reserve)
         self.follower: Follower | None = None  # set once the catalogue was read
         self.pin_controller = PinController(bus, self.catalogue, settings)
-        policy = Policy.of(settings)
+        policy = SourcePolicy.of(settings)
         self.registrar = Registrar(
             bus, self.sources, self.mirror, self.catalogue, policy, secret, timings, settings.access_check_s
         )

@@ -31,7 +31,7 @@ from chaos.check import percentile
 from chaos.fleet import ProcessFleet, Shape
 from chaos.report import machine
 from lorafleet.bench.client import Client
-from lorafleet.bench.result import RequestRecord
+from lorafleet.bench.result import BenchRequest
 from protocol.runtime.service import set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ class Load:
             "max_tokens": self._num_tokens, "temperature": 0, "ignore_eos": True,
             "stream_options": {"include_usage": True},
         }  # fmt: skip
-        record = RequestRecord(str(body["model"]), start_s=time.perf_counter())
+        record = BenchRequest(str(body["model"]), start_s=time.perf_counter())
         try:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 await self._rng.choice(self._clients).post("/v1/completions", body, record)
@@ -127,7 +127,7 @@ class Load:
             record.error = record.error or repr(error)
         self._count(course, record)
 
-    def _count(self, course: Course, record: RequestRecord) -> None:
+    def _count(self, course: Course, record: BenchRequest) -> None:
         now_s = time.monotonic()
         if record.arrivals_s:
             course.ttft_s.append(record.arrivals_s[0] - record.start_s)

@@ -20,7 +20,7 @@ from gpu_worker.adapters.merges import NUM_MERGERS, MergeWatch
 from gpu_worker.adapters.packing.expert_rows import expert_sites
 from gpu_worker.adapters.packing.merging import check_bytes, merge_adapters
 from gpu_worker.adapters.packing.packer import HostAdapter, Packer, name_of, row_sites
-from gpu_worker.adapters.packing.rows import Rows, RowSite
+from gpu_worker.adapters.packing.rows import PackedRows, RowSite
 from gpu_worker.adapters.weights import PoolWeights
 from gpu_worker.cuda.capture import CudaRecorder
 from gpu_worker.cuda.claim import claim_gpu
@@ -72,7 +72,7 @@ LONGEST_WITHOUT_LIMIT = 1 << 17
 """Tokens of the longest request to a model that names no limit and keeps nothing per token."""
 
 
-Fetch = Callable[[str], FetchedAdapter | Rows]
+Fetch = Callable[[str], FetchedAdapter | PackedRows]
 """Returns an adapter's files by digest, or rows packed from them. Called in loader threads; may block."""
 
 FetchFiles = Callable[[str], FetchedAdapter]
@@ -269,7 +269,7 @@ def adapter_cache(
 
     def read(digest: str) -> HostAdapter:
         files = fetch(digest)
-        if isinstance(files, Rows):
+        if isinstance(files, PackedRows):
             adapter = packer.wrap(digest, files)
         else:
             adapter = packer.pack(digest, files.config, files.weights)

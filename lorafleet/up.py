@@ -21,7 +21,7 @@ from lorafleet.fetch import fetch_model
 from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.child import Child
 from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
-from lorafleet.launcher.fleet import Fleet, local_url, service_specs
+from lorafleet.launcher.fleet import FleetLauncher, local_url, service_specs
 from lorafleet.launcher.machine import claim_port
 from lorafleet.launcher.records import LocalFleet, registered
 from lorafleet.launcher.screen import Screen
@@ -125,7 +125,7 @@ def launch(settings: Settings, on_ready: OnReady) -> int:
             os.getpid(), local_url(plan.settings), plan.settings.served_name, str(plan.settings.data),
             str(specs[0].log.parent), time.time(), str(key_file or ""),
         )  # fmt: skip
-        fleet = Fleet(plan.settings, children, queue, screen, lambda: on_ready(plan, screen))
+        fleet = FleetLauncher(plan.settings, children, queue, screen, lambda: on_ready(plan, screen))
         with registered(record):
             return asyncio.run(fleet.run())
     finally:

@@ -105,7 +105,7 @@ class Scheduler:
 
     # ------------------------------------------------------------ what happened
 
-    def submit(self, sub: m.Submit, epoch: int, attempts: int = 0) -> None:
+    def submit(self, sub: m.RequestHead, epoch: int, attempts: int = 0) -> None:
         """Queue a request, new or handed back. An older or equal epoch of a known one is a repetition."""
         known = self.requests.get(sub.rid)
         request = QueuedRequest(sub, epoch, attempts, output_charged=-1 if epoch else 0)
@@ -120,7 +120,7 @@ class Scheduler:
         if sub.digest != BASE and sub.digest not in self.workers.holders:
             self._unplaced.add(sub.digest)
 
-    def adopt(self, wid: str, sub: m.Submit, epoch: int, attempts: int, *, yields: bool = False) -> None:
+    def adopt(self, wid: str, sub: m.RequestHead, epoch: int, attempts: int, *, yields: bool = False) -> None:
         """Take over a request that an earlier leader assigned; `epoch` and `yields` are those of the assignment."""
         worker = self.workers.by_id.get(wid)
         if worker is None or sub.rid in self.requests:
@@ -312,7 +312,7 @@ class Scheduler:
 
     # ------------------------------------------------------------ helpers
 
-    def _open(self, sub: m.Submit) -> None:
+    def _open(self, sub: m.RequestHead) -> None:
         heappush(self._deadlines, (sub.deadline_ms, sub.rid))
         if sub.cls != BATCH:
             self.shares.opened(sub.tenant, sub.weight, self._now_ms)

@@ -36,7 +36,7 @@ class WorkerChoice:
 class QueuedRequest:
     """One request that has not ended. `wid`, the worker it is assigned to, is "" while it is queued."""
 
-    submit: m.Submit
+    submit: m.RequestHead
     epoch: int  # epoch read from the queue; its assignment carries epoch + 1
     attempts: int = 0  # workers that died while they had it and before it made progress
     order: int = 0  # order of arrival

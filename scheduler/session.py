@@ -158,11 +158,11 @@ class Session:
             self._wake.set()
 
     async def _take(self, cls: str, entries: list[Entry]) -> None:
-        submits: list[tuple[m.Submit, int, int]] = []
+        submits: list[tuple[m.RequestHead, int, int]] = []
         for entry in entries:
             fields = entry[1]
             try:
-                sub = decode(fields[b"b"], m.Submit)
+                sub = decode(fields[b"b"], m.RequestHead)
                 if sub.cls != cls:
                     raise ProtocolError(f"class {sub.cls!r} on the stream of {cls!r}")
                 submits.append((sub, int(fields[b"e"]), int(fields.get(b"a", 0))))

@@ -185,6 +185,23 @@ def test_rooms_are_layers(package: str) -> None:
     between.prepare()  # raises where a module beside the rooms closes a circle
 
 
+SHOWN = {"Batch", "Conversation", "Delivery", "File", "Job"}
+"""Records of the queue that the API shows under the same names: those of its schemas, in /openapi.json."""
+
+
+def test_a_class_name_has_one_meaning() -> None:
+    """A public class has a name of its own among all packages, so that a search for it finds one thing."""
+    found: dict[str, list[str]] = {}
+    for package in WHEEL:
+        for path in sources(package):
+            for node in ast.walk(ast.parse(path.read_text(), path)):
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    found.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    doubled = {name: paths for name, paths in found.items() if len(paths) > 1}
+    schemas = {name for name, paths in doubled.items() if "gateway/http/openapi.py" in paths and len(paths) == 2}
+    assert doubled.keys() == SHOWN == schemas, doubled
+
+
 def test_only_the_queue_package_touches_redis() -> None:
     """Everybody else calls typed methods: no Redis client is imported, and `Bus._redis` is nobody else's."""
     queue = ROOT / "protocol/queue"

@@ -60,7 +60,7 @@ class RemoteFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Version:
+class SourceVersion:
     """The content of a target at one time: fetching it twice gives the same bytes, or an error."""
 
     key: str  # equal keys mean equal content
@@ -81,7 +81,7 @@ Reader = Literal["anyone", "fleet", "token"]
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
+class SourceAccess:
     """By whose rights a source is read: those of a token, else of the store itself, else of anyone."""
 
     token: str = field(default="", repr=False)
@@ -93,7 +93,7 @@ class Access:
         return "token" if self.token else "fleet" if self.as_fleet else "anyone"
 
 
-FLEET = Access(as_fleet=True)
+FLEET = SourceAccess(as_fleet=True)
 
 
 class Source(Protocol):
@@ -102,14 +102,14 @@ class Source(Protocol):
     It is made with a `reserve`: what it leaves free of the disk that it fetches to, None for nothing.
     """
 
-    def fixed(self, target: str) -> Version | None:
+    def fixed(self, target: str) -> SourceVersion | None:
         """Return the version of a target that can never change, without asking the source; None if it can change.
 
         The version's `files` are empty.
         """
         ...
 
-    async def resolve(self, target: str, access: Access = FLEET) -> Version:
+    async def resolve(self, target: str, access: SourceAccess = FLEET) -> SourceVersion:
         """Return the version that `target` refers to now.
 
         Raises NotFound, PermissionDenied, AdapterRefused when it holds no adapter, Unavailable when another try may
@@ -117,14 +117,16 @@ class Source(Protocol):
         """
         ...
 
-    async def confirm(self, version: Version, access: Access) -> None:
+    async def confirm(self, version: SourceVersion, access: SourceAccess) -> None:
         """Ask whether `access` may read the content of a resolved version. Raises as `resolve` if it may not.
 
         Some sources show a version to more than may read it.
         """
         ...
 
-    async def fetch(self, version: Version, name: str, path: Path, end: int, access: Access = FLEET) -> None:
+    async def fetch(
+        self, version: SourceVersion, name: str, path: Path, end: int, access: SourceAccess = FLEET
+    ) -> None:
         """Download bytes `[0, end)` of the file `name` to `path`, continuing after those that `path` already holds.
 
         Never more than `end` bytes are written, whatever the source sends.

@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import httpx2
 
-from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, RemoteFile, Version, choose_weights, needs_config
+from adapter_store.sources import (
+    FLEET,
+    MORE_FILES,
+    Changed,
+    RemoteFile,
+    SourceAccess,
+    SourceVersion,
+    choose_weights,
+    needs_config,
+)
 from adapter_store.sources.retry import Attempts, Retries
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from protocol.runtime.adapter_refs import parse_reference
@@ -76,21 +85,21 @@ class HubSource:
     def _api(self) -> hub.HfApi:
         return hub.HfApi(endpoint=self._endpoint)
 
-    def _token_of(self, access: Access) -> str:
+    def _token_of(self, access: SourceAccess) -> str:
         return access.token or (self._token or "" if access.as_fleet else "")
 
     # ------------------------------------------------------------ resolve
 
-    def fixed(self, target: str) -> Version | None:
+    def fixed(self, target: str) -> SourceVersion | None:
         """Return the version of a target that names a commit; None for any other."""
         reference = parse_reference(f"hub:{target}")
         return self._version(target) if reference is not None and reference.is_fixed else None
 
-    def _version(self, target: str, files: Mapping[str, RemoteFile] | None = None) -> Version:
+    def _version(self, target: str, files: Mapping[str, RemoteFile] | None = None) -> SourceVersion:
         """Return the version of ORG/NAME@COMMIT."""
-        return Version(f"hub:{self._endpoint}/{target}", source=f"hub:{target}", target=target, files=files or {})
+        return SourceVersion(f"hub:{self._endpoint}/{target}", source=f"hub:{target}", target=target, files=files or {})
 
-    async def resolve(self, target: str, access: Access = FLEET) -> Version:
+    async def resolve(self, target: str, access: SourceAccess = FLEET) -> SourceVersion:
         """Ask the Hub for the commit and the files of ORG/NAME[@REVISION]; see `Source.resolve`."""
         reference = parse_reference(f"hub:{target}")
         if reference is None:
@@ -140,7 +149,7 @@ class HubSource:
             except httpx2.TransportError as error:
                 await attempts.pause(f"the Hub cannot be reached: {type(error).__name__}")
 
-    async def confirm(self, version: Version, access: Access) -> None:
+    async def confirm(self, version: SourceVersion, access: SourceAccess) -> None:
         """Ask for the head of a file: the Hub shows gated repositories to all; see `Source.confirm`."""
         repo, _, commit = version.target.partition("@")
         name = version.weights if version.files and CONFIG_FILE not in version.files else CONFIG_FILE
@@ -168,7 +177,9 @@ class HubSource:
 
     # ------------------------------------------------------------ fetch
 
-    async def fetch(self, version: Version, name: str, path: Path, end: int, access: Access = FLEET) -> None:
+    async def fetch(
+        self, version: SourceVersion, name: str, path: Path, end: int, access: SourceAccess = FLEET
+    ) -> None:
         """Download a part of a file, with retries; see `Source.fetch`."""
         repo, _, commit = version.target.partition("@")
         url = hub.hf_hub_url(repo, name, revision=commit, endpoint=self._endpoint)

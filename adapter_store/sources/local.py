@@ -16,10 +16,10 @@ from pathlib import Path
 from adapter_store.sources import (
     FLEET,
     MORE_FILES,
-    Access,
     Changed,
     RemoteFile,
-    Version,
+    SourceAccess,
+    SourceVersion,
     choose_weights,
     needs_config,
 )
@@ -114,11 +114,11 @@ class LocalSource:
 
     # ------------------------------------------------------------ Source
 
-    def fixed(self, target: str) -> Version | None:
+    def fixed(self, target: str) -> SourceVersion | None:
         """Return None: every folder can change."""
         return None
 
-    async def resolve(self, target: str, access: Access = FLEET) -> Version:
+    async def resolve(self, target: str, access: SourceAccess = FLEET) -> SourceVersion:
         """Return the version of a folder as it is now; see `Source.resolve`."""
         return await asyncio.to_thread(self._resolve, target)
 
@@ -131,7 +131,7 @@ class LocalSource:
                 return root, Path(target)
         return None
 
-    def _resolve(self, name: str) -> Version:
+    def _resolve(self, name: str) -> SourceVersion:
         place = self._place(name)
         state = self._state(place[0], str(place[1]), maybe_outside=True) if place is not None else None
         if place is None or state is None:
@@ -142,7 +142,7 @@ class LocalSource:
         if state.weights is None:
             raise AdapterRefused([_why_no_weights(place[1])])
         config = {CONFIG_FILE: RemoteFile(state.config.num_bytes, str(state.config))} if state.config else {}
-        return Version(
+        return SourceVersion(
             key=f"local:{place[0]}:{name}:{state.config}:{state.weights}" + "".join(f":{part}" for part in state.more),
             source=f"local:{name}",
             target=name,
@@ -154,14 +154,16 @@ class LocalSource:
             },
         )
 
-    async def confirm(self, version: Version, access: Access) -> None:
+    async def confirm(self, version: SourceVersion, access: SourceAccess) -> None:
         """Do nothing: gateways decide who may name a folder."""
 
-    async def fetch(self, version: Version, name: str, path: Path, end: int, access: Access = FLEET) -> None:
+    async def fetch(
+        self, version: SourceVersion, name: str, path: Path, end: int, access: SourceAccess = FLEET
+    ) -> None:
         """Copy a part of a file; see `Source.fetch`."""
         await asyncio.to_thread(self._copy, version, name, path, end)
 
-    def _copy(self, version: Version, name: str, path: Path, end: int) -> None:
+    def _copy(self, version: SourceVersion, name: str, path: Path, end: int) -> None:
         place = self._place(version.target)
         real = os.path.realpath(place[1] / name) if place is not None else ""
         if place is None or not _inside(place[0], real):

@@ -22,7 +22,16 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from urllib3.exceptions import HTTPError
 
-from adapter_store.sources import FLEET, MORE_FILES, Access, Changed, RemoteFile, Version, choose_weights, needs_config
+from adapter_store.sources import (
+    FLEET,
+    MORE_FILES,
+    Changed,
+    RemoteFile,
+    SourceAccess,
+    SourceVersion,
+    choose_weights,
+    needs_config,
+)
 from adapter_store.sources.retry import Attempts, Retries
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from peft_adapters.formats.mlx import MLX_WEIGHTS
@@ -53,17 +62,17 @@ class S3Source:
         self._endpoint: str = client.meta.endpoint_url
         self._retries = retries or Retries()
 
-    def fixed(self, target: str) -> Version | None:
+    def fixed(self, target: str) -> SourceVersion | None:
         """Return None: every object can be replaced."""
         return None
 
-    async def resolve(self, target: str, access: Access = FLEET) -> Version:
+    async def resolve(self, target: str, access: SourceAccess = FLEET) -> SourceVersion:
         """Return the version of the objects as they are now; see `Source.resolve`."""
         if not access.as_fleet:
             raise PermissionDenied(f"s3:{target:.300} may not be read by tenants with the fleet's credentials")
         return await asyncio.to_thread(self._resolve, target)
 
-    def _resolve(self, target: str) -> Version:
+    def _resolve(self, target: str) -> SourceVersion:
         reference = parse_reference(f"s3:{target}")
         if reference is None:
             raise NotFound(f"s3:{target} is not an address of the form s3://bucket/prefix")
@@ -74,7 +83,7 @@ class S3Source:
             if file is not None:
                 files[name] = file
         etags = ",".join(file.etag for file in files.values())
-        return Version(
+        return SourceVersion(
             key=f"s3:{self._endpoint}/{bucket}/{prefix}:{etags}",
             source=reference.source,
             target=f"//{bucket}/{prefix}",
@@ -128,10 +137,12 @@ class S3Source:
             )
         return [entry["Key"].removeprefix(prefix) for entry in page.get("Contents", ())]
 
-    async def confirm(self, version: Version, access: Access) -> None:
+    async def confirm(self, version: SourceVersion, access: SourceAccess) -> None:
         """Do nothing: S3 has decided when it gave the heads of the objects."""
 
-    async def fetch(self, version: Version, name: str, path: Path, end: int, access: Access = FLEET) -> None:
+    async def fetch(
+        self, version: SourceVersion, name: str, path: Path, end: int, access: SourceAccess = FLEET
+    ) -> None:
         """Download a part of an object, with retries; see `Source.fetch`."""
         attempts = Attempts(self._retries)
         with path.open("ab") as file:
@@ -147,7 +158,7 @@ class S3Source:
                         attempts = Attempts(self._retries)  # progress was made: reset the count
                     await attempts.pause(f"the download of {version.source} was interrupted: {type(error).__name__}")
 
-    def _read(self, version: Version, name: str, file: BinaryIO, end: int) -> None:
+    def _read(self, version: SourceVersion, name: str, file: BinaryIO, end: int) -> None:
         bucket, _, prefix = version.target.removeprefix("//").partition("/")
         at = file.tell()
         reply = self._s3.get_object(

@@ -20,7 +20,7 @@ import numpy as np
 from gpu_worker.engine.engine_thread import EngineThread, OnDeath, OnOutputs
 from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
 from gpu_worker.engine.timelines import Timelines
-from gpu_worker.service.service import Worker
+from gpu_worker.service.service import WorkerService
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.service import run, set_up_logging
 from protocol.runtime.settings import Settings
@@ -231,7 +231,7 @@ async def serve_fake(settings: Settings, engine: FakeEngine, served: m.ServedMod
     """Run the worker service around a fake engine; several may run in one process."""
     bus = Bus(settings.queue_url())
     try:
-        return await Worker(bus, engine, served, settings).run(stop)
+        return await WorkerService(bus, engine, served, settings).run(stop)
     finally:
         engine.stop()
         await bus.close()

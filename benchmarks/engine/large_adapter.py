@@ -33,7 +33,7 @@ from gpu_worker.adapters.expert_pool import EXPERT_SHARE, ExpertPool, page_bytes
 from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.adapters.packing.expert_rows import expert_shapes
 from gpu_worker.adapters.packing.packer import Packer
-from gpu_worker.adapters.packing.rows import Rows
+from gpu_worker.adapters.packing.rows import PackedRows
 from gpu_worker.layers.adaptable_modules import AdaptableModules, parameter_shapes
 from gpu_worker.layers.apply_extras import AdaptableModule, TokenLayout
 from gpu_worker.layers.attention import StepContext
@@ -185,7 +185,7 @@ def main() -> None:
                 started = time.perf_counter()
                 rows = loader.fetch(digest)
                 timed("fetch, check and pack", started)
-                assert isinstance(rows, Rows)
+                assert isinstance(rows, PackedRows)
                 adapter = packer.wrap(digest, rows)
                 started = time.perf_counter()
                 pages = adapter.num_pages[len(GROUPS) : -1]

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.common import report
 from benchmarks.common.fleet import RunningFleet, Setup, fleet, make_adapters, quickstart_model, scratch_folder
-from lorafleet.bench import BenchConfig, Target, run_bench
+from lorafleet.bench import BenchConfig, BenchTarget, run_bench
 
 COUNTS = (1, 4, 16, 64, 256, 1000)
 ZIPFS = (0.0, 0.9, 1.2)
@@ -52,7 +52,7 @@ def measure(
     seed: of prompts and their order. Loads of one seed share prompts: an adapter that both ask has them in the prefix
     cache the second time. beside: entered for what is measured alone.
     """
-    targets = tuple(Target.model(name) for name in names)
+    targets = tuple(BenchTarget.model(name) for name in names)
     shared: dict[str, Any] = {"url": running.url, "targets": targets, "concurrency": CONCURRENCY, "zipf_s": zipf}
     if fill_pool:
         fill: dict[str, Any] = {"num_requests": min(2 * len(names), 512), "output_tokens": 2, "prompt_words": 4}

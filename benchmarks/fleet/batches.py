@@ -36,7 +36,7 @@ from benchmarks.common.fleet import (
     scratch_folder,
 )
 from benchmarks.fleet.control_plane import start, wait_until_ready
-from lorafleet.bench import BenchConfig, Target, run_bench
+from lorafleet.bench import BenchConfig, BenchTarget, run_bench
 from lorafleet.bench.result import inter_token_gaps_s
 
 COMPLETIONS = "/v1/completions"
@@ -120,7 +120,7 @@ def measure_order(model: Path, scratch: Path, num_lines: int) -> dict[str, Any]:
 
 def interactive(running: RunningFleet, num: int, rate: float, seed: int) -> BenchConfig:
     """Return the load of interactive requests, 64 words in and 64 tokens out."""
-    targets = tuple(Target.model(name) for name in INTERACTIVE)
+    targets = tuple(BenchTarget.model(name) for name in INTERACTIVE)
     return BenchConfig(
         url=running.url, targets=targets, num_requests=num, concurrency=num, rate_per_s=rate, prompt_words=64,
         output_tokens=OUTPUT_TOKENS, seed=seed,
@@ -138,7 +138,7 @@ def measure_beside(model: Path, scratch: Path, rounds: int, per_turn: int) -> di
     lines_per_s: list[float] = []
     environment = {"LORAFLEET_KV_CACHE_BYTES": str(1 << 30)}
     with fleet(Setup(model, adapters, scratch / "beside", environment=environment)) as running:
-        targets = tuple(Target.model(name) for name in [*INTERACTIVE, *names])
+        targets = tuple(BenchTarget.model(name) for name in [*INTERACTIVE, *names])
         full = BenchConfig(
             url=running.url, targets=targets, num_requests=96, concurrency=32, prompt_words=64, output_tokens=64
         )  # fmt: skip

@@ -35,7 +35,7 @@ from benchmarks.common.fleet import (
 from benchmarks.common.slow_link import Link, slow_link
 from benchmarks.fleet.hit_rate import pool_bytes
 from benchmarks.fleet.neighbours import Beside, run_beside, streams
-from lorafleet.bench import BenchConfig, RequestRecord, Target
+from lorafleet.bench import BenchConfig, BenchRequest, BenchTarget
 from lorafleet.launcher.machine import claim_port
 
 WARM = [f"warm-{index}" for index in range(8)]
@@ -53,7 +53,7 @@ class Case:
     """The pooled measurements of all turns of one case."""
 
     gaps_ms: list[np.ndarray] = field(default_factory=list)
-    others: list[RequestRecord] = field(default_factory=list)
+    others: list[BenchRequest] = field(default_factory=list)
     texts: list[list[tuple[str, str]]] = field(default_factory=list)
 
     def add(self, run: Beside) -> None:
@@ -83,7 +83,7 @@ class Case:
 
 def short_requests(url: str, names: Sequence[str]) -> BenchConfig:
     """Return a load for `names` in turn, of requests so short that their own cost is negligible."""
-    targets = tuple(Target.model(name) for name in names)
+    targets = tuple(BenchTarget.model(name) for name in names)
     return BenchConfig(
         url=url, targets=targets, rate_per_s=RATE_PER_S, num_requests=COLD_PER_TURN, concurrency=COLD_PER_TURN,
         prompt_words=4, output_tokens=2,

@@ -28,7 +28,7 @@ from benchmarks.common import report
 from benchmarks.common.fleet import RunningFleet, Setup, fleet, make_adapters, quickstart_model, scratch_folder
 from benchmarks.fleet.neighbours import run_beside
 from benchmarks.simulation.run import jain
-from lorafleet.bench import BenchConfig, BenchResult, Target, run_bench
+from lorafleet.bench import BenchConfig, BenchResult, BenchTarget, run_bench
 from lorafleet.bench.result import inter_token_gaps_s
 from protocol.runtime.settings import Settings
 
@@ -43,7 +43,7 @@ OUTPUT_WEIGHT = 2  # of an output token, beside a prompt's
 
 def load(url: str, names: Sequence[str], **fields: Any) -> BenchConfig:
     """Return a load of these adapters, 64 words in and 64 tokens out."""
-    targets = tuple(Target.model(name) for name in names)
+    targets = tuple(BenchTarget.model(name) for name in names)
     return BenchConfig(url=url, targets=targets, prompt_words=64, output_tokens=64, **fields)
 
 

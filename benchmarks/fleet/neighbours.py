@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lorafleet.bench import BenchConfig, BenchResult, RequestRecord, Target, run_load
+from lorafleet.bench import BenchConfig, BenchRequest, BenchResult, BenchTarget, run_load
 from lorafleet.bench.result import inter_token_gaps_s
 
 
@@ -18,7 +18,7 @@ class Beside:
     """The records of measured streams and of the requests beside them."""
 
     measured: BenchResult
-    others: list[RequestRecord]  # those that ended before the last measured stream did
+    others: list[BenchRequest]  # those that ended before the last measured stream did
 
     def gaps_ms(self) -> np.ndarray:
         """Return the inter-token gaps of all measured streams, ms: float64."""
@@ -35,7 +35,7 @@ def run_beside(config: BenchConfig, others: BenchConfig | None) -> Beside:
 
 
 async def _run_beside(config: BenchConfig, others: BenchConfig | None) -> Beside:
-    ended: list[RequestRecord] = []
+    ended: list[BenchRequest] = []
     task = asyncio.create_task(run_load(others, ended.append)) if others is not None else None
     try:
         measured = await run_load(config)
@@ -52,7 +52,7 @@ async def _run_beside(config: BenchConfig, others: BenchConfig | None) -> Beside
 
 def streams(url: str, names: Sequence[str], output_tokens: int) -> BenchConfig:
     """Return the load of one stream for each adapter, all at the same time."""
-    targets = tuple(Target.model(name) for name in names)
+    targets = tuple(BenchTarget.model(name) for name in names)
     num = len(names)
     return BenchConfig(
         url=url, targets=targets, num_requests=num, concurrency=num, prompt_words=16, output_tokens=output_tokens

@@ -24,7 +24,7 @@ import torch
 from benchmarks.common import report
 from benchmarks.common.fleet import scratch_folder
 from benchmarks.peers.servers import PORT, Server, running
-from lorafleet.bench import BenchConfig, Target, run_bench
+from lorafleet.bench import BenchConfig, BenchTarget, run_bench
 
 READS = 12
 
@@ -51,7 +51,7 @@ def seconds_of_a_read(memory: torch.Tensor) -> float:
 def seconds_of_a_token(url: str, model: str, seed: int) -> float:
     """Return the mean seconds between two tokens of one answer."""
     load = BenchConfig(
-        url=url, targets=(Target.model(model),), concurrency=1, num_requests=1, output_tokens=64, seed=seed
+        url=url, targets=(BenchTarget.model(model),), concurrency=1, num_requests=1, output_tokens=64, seed=seed
     )
     (record,) = run_bench(load).records
     return (record.arrivals_s[-1] - record.arrivals_s[0]) / (len(record.arrivals_s) - 1)

@@ -34,7 +34,7 @@ from benchmarks.simulation.load import FAR_AHEAD_MS
 from benchmarks.simulation.policies import POLICIES, make_dispatcher
 from benchmarks.simulation.run import Arrival, Simulation
 from benchmarks.simulation.worker import WorkerModel
-from lorafleet.bench import BenchConfig, BenchResult, Target, run_bench
+from lorafleet.bench import BenchConfig, BenchResult, BenchTarget, run_bench
 from protocol.wire import messages as m
 from protocol.wire.keys import INTERACTIVE
 from scheduler.core import SchedulerConfig
@@ -63,7 +63,7 @@ STEP_TOKENS = 512  # what a worker on a CPU puts into one step at most, see the 
 
 def config(url: str, **fields: Any) -> BenchConfig:
     """Return a load of all adapters, Zipf-popular."""
-    targets = tuple(Target.model(name) for name in NAMES)
+    targets = tuple(BenchTarget.model(name) for name in NAMES)
     return BenchConfig(
         url=url, targets=targets, zipf_s=1.0, prompt_words=PROMPT_WORDS, output_tokens=OUTPUT_TOKENS, **fields
     )
@@ -76,7 +76,7 @@ def trace(result: BenchResult) -> list[Arrival]:
     records = sorted(result.records, key=lambda record: record.start_s)
     arrivals: list[Arrival] = []
     for number, record in enumerate(records):
-        submit = m.Submit(
+        submit = m.RequestHead(
             rid=f"r{number}", tenant=record.target, cls=INTERACTIVE, digest=record.target,
             num_prompt_tokens=record.prompt_tokens, max_new_tokens=record.output_tokens, deadline_ms=FAR_AHEAD_MS,
             gateway="",

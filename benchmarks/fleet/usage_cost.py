@@ -15,13 +15,13 @@ from pathlib import Path
 
 from benchmarks.common import report
 from lorafleet.launcher.embedded import start_embedded
-from protocol.queue.books.usage import Counted, usage_of
-from protocol.queue.bus import Bus, Step, StepRow, now_ms
+from protocol.queue.books.usage import CountedFor, usage_of
+from protocol.queue.bus import Bus, StepResult, StepRow, now_ms
 from protocol.wire import messages as m
 
 NUM, TOKENS = 128, 20
 ONE = (7).to_bytes(4, "little")
-COUNTED = Counted("acme", "sql", "d" * 64, "tiny", False, 62)
+COUNTED = CountedFor("acme", "sql", "d" * 64, "tiny", False, 62)
 PARTS = ("submission of a call", "token", "end of a request")
 
 
@@ -56,17 +56,17 @@ async def _once(bus: Bus, name: str, *, counts: bool) -> tuple[float, ...]:
     body = m.Body(prompt=ONE * 64, sampling=m.Sampling(), max_new_tokens=64)
     begin = await _cpu_us(bus)
     for rid in rids:
-        submit = m.Submit(rid, "acme", "interactive", "d" * 64, 64, 64, now_ms() + 60_000, "g")
+        submit = m.RequestHead(rid, "acme", "interactive", "d" * 64, 64, 64, now_ms() + 60_000, "g")
         await bus.submit("interactive", [(submit, body)], max_queued=1 << 20, usages=[usage] if counts else ())
     submitted = await _cpu_us(bus)
     await bus.assign("w", [(m.Assigned(rid, 1, ""), 0) for rid in rids])
-    await bus.step("w", Step(rows=[StepRow(rid, 1, 0, ONE) for rid in rids]))
+    await bus.step("w", StepResult(rows=[StepRow(rid, 1, 0, ONE) for rid in rids]))
     first = await _cpu_us(bus)
     for place in range(1, TOKENS):
-        await bus.step("w", Step(rows=[StepRow(rid, 1, place, ONE) for rid in rids]))
+        await bus.step("w", StepResult(rows=[StepRow(rid, 1, place, ONE) for rid in rids]))
     made = await _cpu_us(bus)
     ends = [StepRow(rid, 1, TOKENS, ONE, state="completed", finish="stop") for rid in rids]
-    refused = await bus.step("w", Step(rows=ends))
+    refused = await bus.step("w", StepResult(rows=ends))
     assert not refused, refused
     ended = await _cpu_us(bus)
     return (submitted - begin) / NUM, (made - first) / NUM / (TOKENS - 1), (ended - made) / NUM

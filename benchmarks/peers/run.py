@@ -25,7 +25,7 @@ import orjson
 from benchmarks.common.report import RESULTS, machine
 from benchmarks.peers.report import markdown, save_plot
 from benchmarks.peers.servers import SYSTEMS, Lab, Server, running
-from lorafleet.bench import BenchConfig, Target, run_bench
+from lorafleet.bench import BenchConfig, BenchTarget, run_bench
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def check_adapters_differ(server: Server, url: str) -> None:
         raise RuntimeError(f"{server.name}: different adapters gave one answer: {answers}")
 
 
-def _answer(target: Target, url: str) -> str:
+def _answer(target: BenchTarget, url: str) -> str:
     body = {"prompt": "Once upon a time", "max_tokens": 48, "temperature": 0, **target.body}
     response = httpx2.post(f"{url}/v1/completions", json=body, timeout=120).raise_for_status()
     return response.json()["choices"][0]["text"]

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lorafleet.bench import Target
+from lorafleet.bench import BenchTarget
 from lorafleet.launcher.machine import claim_port
 from protocol.runtime.environment import COMPUTE, HUB_CACHE, child_environment
 
@@ -56,7 +56,7 @@ class Server:
 
     name: str
     command: list[str]  # contains PORT
-    scenarios: dict[str, tuple[Target, ...]]  # by `scenario_names`: targets, requested in turn
+    scenarios: dict[str, tuple[BenchTarget, ...]]  # by `scenario_names`: targets, requested in turn
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -70,15 +70,15 @@ def scenario_names(lab: Lab) -> list[str]:
     return ["base", "one adapter", *(f"{count} adapters" for count in lab.adapter_counts)]
 
 
-def _scenarios(lab: Lab, base: Target, adapters: Sequence[Target]) -> dict[str, tuple[Target, ...]]:
+def _scenarios(lab: Lab, base: BenchTarget, adapters: Sequence[BenchTarget]) -> dict[str, tuple[BenchTarget, ...]]:
     """Return the targets of each load. adapters: all of them."""
     targets = [(base,), *(tuple(adapters[:count]) for count in (1, *lab.adapter_counts))]
     return dict(zip(scenario_names(lab), targets, strict=True))
 
 
-def _by_model_name(lab: Lab) -> dict[str, tuple[Target, ...]]:
+def _by_model_name(lab: Lab) -> dict[str, tuple[BenchTarget, ...]]:
     """Return the loads of servers where an adapter is a model, which are vLLM and Lorafleet."""
-    return _scenarios(lab, Target.model(MODEL_NAME), [Target.model(name) for name in lab.adapter_names])
+    return _scenarios(lab, BenchTarget.model(MODEL_NAME), [BenchTarget.model(name) for name in lab.adapter_names])
 
 
 def lorafleet(lab: Lab, scratch: Path) -> list[Server]:
@@ -125,10 +125,10 @@ def llama_cpp(lab: Lab, _: Path) -> list[Server]:
     command += ["--cache-ram", "0"]  # copies of idle slots only cost time here
     gguf = [str(lab.root / f"adapters/gguf/{name}.gguf") for name in lab.adapter_names]
     adapters = [
-        Target(name, {"model": MODEL_NAME, "lora": [{"id": index, "scale": 1.0}]})
+        BenchTarget(name, {"model": MODEL_NAME, "lora": [{"id": index, "scale": 1.0}]})
         for index, name in enumerate(lab.adapter_names)
     ]
-    scenarios = _scenarios(lab, Target.model(MODEL_NAME), adapters)
+    scenarios = _scenarios(lab, BenchTarget.model(MODEL_NAME), adapters)
     base = scenarios.pop("base")
     environment = {"LD_LIBRARY_PATH": str(folder)}
     with_lora = [*command, "--lora-init-without-apply", "--lora", ",".join(gguf)]

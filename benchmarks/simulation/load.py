@@ -51,7 +51,7 @@ def generate(load: SyntheticLoad) -> Iterator[Arrival]:
         tenant = f"t{rng.randrange(load.num_tenants)}" if load.num_tenants else digest
         num_prompt = 1 + int(rng.expovariate(1 / load.prompt_tokens))
         num_output = 1 + int(rng.expovariate(1 / load.output_tokens))
-        sub = m.Submit(
+        sub = m.RequestHead(
             rid=f"r{number}", tenant=tenant, cls=INTERACTIVE, digest=digest, num_prompt_tokens=num_prompt,
             max_new_tokens=4 * load.output_tokens + num_output, deadline_ms=FAR_AHEAD_MS, gateway="",
         )  # fmt: skip

@@ -16,9 +16,9 @@ class SimpleDispatcher:
     def __init__(self) -> None:
         self._workers: dict[str, m.WorkerBeat] = {}
         self._load: dict[str, int] = {}
-        self._new: list[m.Submit] = []
+        self._new: list[m.RequestHead] = []
 
-    def submit(self, sub: m.Submit, epoch: int, attempts: int = 0) -> None:
+    def submit(self, sub: m.RequestHead, epoch: int, attempts: int = 0) -> None:
         """Queue a request until the next plan."""
         self._new.append(sub)
 
@@ -46,7 +46,7 @@ class SimpleDispatcher:
         self._new.clear()
         return plan
 
-    def _choose(self, sub: m.Submit) -> str:
+    def _choose(self, sub: m.RequestHead) -> str:
         """Return a worker's id."""
         raise NotImplementedError
 
@@ -58,7 +58,7 @@ class RoundRobin(SimpleDispatcher):
         super().__init__()
         self._turn = -1
 
-    def _choose(self, sub: m.Submit) -> str:
+    def _choose(self, sub: m.RequestHead) -> str:
         self._turn += 1
         return list(self._workers)[self._turn % len(self._workers)]
 
@@ -66,7 +66,7 @@ class RoundRobin(SimpleDispatcher):
 class LeastLoaded(SimpleDispatcher):
     """The worker with the fewest requests."""
 
-    def _choose(self, sub: m.Submit) -> str:
+    def _choose(self, sub: m.RequestHead) -> str:
         return min(self._workers, key=self._load.__getitem__)
 
 
@@ -77,7 +77,7 @@ class PureAffinity(SimpleDispatcher):
         super().__init__()
         self._rendezvous = Rendezvous()
 
-    def _choose(self, sub: m.Submit) -> str:
+    def _choose(self, sub: m.RequestHead) -> str:
         self._rendezvous.set_members({wid: (beat.name, beat.capacity) for wid, beat in self._workers.items()})
         return self._rendezvous.order(sub.digest)[0]
 

@@ -24,7 +24,7 @@ class Arrival:
     """One request of a trace."""
 
     at_ms: float
-    submit: m.Submit
+    submit: m.RequestHead
     num_output_tokens: int
 
 

@@ -33,7 +33,7 @@ class WorkerModel:
 class SimulatedRequest:
     """One request of the trace on its way through a worker. Times in ms of virtual time, -1 before they happen."""
 
-    submit: m.Submit
+    submit: m.RequestHead
     num_output_tokens: int  # it will make
     epoch: int = 0
     yields: bool = False

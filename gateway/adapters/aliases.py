@@ -16,7 +16,7 @@ from dataclasses import replace
 from gateway.auth.callers import EVERYBODY, Caller
 from protocol.queue.adapters import NameLimits
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
-from protocol.runtime.adapter_refs import Policy, Reference, parse_reference
+from protocol.runtime.adapter_refs import Reference, SourcePolicy, parse_reference
 from protocol.runtime.fleet_secret import FleetSecret, owner_of
 from protocol.runtime.guarded import FAILED
 from protocol.runtime.settings import Settings
@@ -52,7 +52,7 @@ class Aliases:
         self._bus = bus
         self._on_wait = on_wait
         self._poll_s = poll_s
-        self._policy = Policy.of(settings)
+        self._policy = SourcePolicy.of(settings)
         self._refresh_ms = int(1000 * settings.refresh_s)
         self._access_ms = int(1000 * settings.access_check_s)
         self._asking: set[asyncio.Task[object]] = set()  # looks that nobody waits for

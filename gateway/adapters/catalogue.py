@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 from gateway.auth.callers import Caller
 from gateway.bodies.json_slices import dumps
 from gateway.overload import reads
-from gateway.overload.large import Places
-from gateway.overload.memory import held, hold
+from gateway.overload.cost import held, hold
+from gateway.overload.slots import FairSlots
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 
@@ -75,7 +75,7 @@ class CatalogueCopy:
         """`max_age_s`: maximum age of the copy, where no event invalidates it."""
         self._bus = bus
         self._max_age_s = max_age_s
-        self._turns = Places(1)
+        self._turns = FairSlots(1)
         self._copy: Copy | None = None
         self._num_begun = 0
         self._reading: asyncio.Task[None] | None = None
@@ -158,7 +158,7 @@ class CatalogueCopy:
         """Return the JSON list of an object and, by name, the views of all adapters visible to a caller.
 
         view: what `first` and `show` depend on, besides the adapters. show: None for what is left out. Raises as
-        `memory.hold` when there is no room for it.
+        `cost.hold` when there is no room for it.
         """
 
         async def make(copy: Copy) -> bytes:

@@ -115,7 +115,7 @@ class AdapterMemory:
         `tenant`: only those of one tenant.
         """
 
-        def counts(request: m.Submit | m.Assigned) -> bool:
+        def counts(request: m.RequestHead | m.Assigned) -> bool:
             return tenant in (None, request.tenant) and involves(request.digest, digest)
 
         rids: list[str] = []

@@ -26,10 +26,10 @@ from gateway.adapters.resolver import BASE
 from gateway.adapters.views import AdapterObjects
 from gateway.auth.callers import Caller
 from gateway.bodies.json_slices import dumps
-from gateway.overload.large import Places
-from gateway.overload.memory import held, hold
+from gateway.overload.cost import held, hold
+from gateway.overload.slots import FairSlots
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
-from protocol.runtime.adapter_refs import FOLDER, Policy, Reference, in_root, parse_reference, parse_source
+from protocol.runtime.adapter_refs import FOLDER, Reference, SourcePolicy, in_root, parse_reference, parse_source
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.settings import Settings, names_of
 from protocol.wire import messages as m
@@ -100,12 +100,12 @@ class AdapterOperations:
         self._bus = bus
         self._catalogue = catalogue
         self._aliases = aliases
-        self._policy = Policy.of(settings)
+        self._policy = SourcePolicy.of(settings)
         self._has_first = settings.adapters is not None
         first = [settings.adapters] if settings.adapters is not None else []
         self._roots = [*first, *(Path(root).expanduser() for root in names_of(settings.adapter_roots))]
         self.memory = AdapterMemory(bus, secret)
-        self._unloading = Places(sys.maxsize, num_of_tenant=1)
+        self._unloading = FairSlots(sys.maxsize, num_of_tenant=1)
         self._free_slots = asyncio.Semaphore(FREEING_AT_ONCE)
         self._freeing: set[asyncio.Task[None]] = set()
         aliases.listeners.append(self.memory.on_event)

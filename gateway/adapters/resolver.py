@@ -24,7 +24,7 @@ SOURCES = ("hub", "local", "s3")
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class CallTarget:
     """The model that answers a request: the base model, an adapter, or a merge of adapters."""
 
     name: str  # name shown by the API
@@ -57,19 +57,19 @@ class Resolver:
         self.own = own
         self.catalogue = CatalogueCopy(bus)
 
-    async def resolve(self, name: str, base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY) -> Target:
+    async def resolve(self, name: str, base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY) -> CallTarget:
         """Return the target of `base`, the base's own name or "", of an adapter's name or source, or of `base:adapter`.
 
         Waits up to `timeout_s` while the adapter is being fetched. `caller`: sees the name, and has the token for its
         source. Raises ModelNotFound, PermissionDenied, AdapterRefused, Unavailable.
         """
         if is_base(name, base):
-            return Target(base.name, "", self.own.base)
+            return CallTarget(base.name, "", self.own.base)
         alias = await self._aliases.served(self._plain(name, base), timeout_s, caller)
         texts, vocab_size, num_labels = await self.own.facts(alias.digest)
         files = await self.own.files(alias.digest, texts, caller.name or alias.digest)
         source = alias.source.partition(":")[0]
-        return Target(alias.name, alias.digest, files, texts, vocab_size, source, num_labels)
+        return CallTarget(alias.name, alias.digest, files, texts, vocab_size, source, num_labels)
 
     async def name_in(self, source: str | None, adapter_id: str, caller: Caller) -> str:
         """Return the name under which an adapter of LoRAX's `adapter_source` is resolved; its id without a source.

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import Response
 
-from gateway.answers.keep_alive import KeepAliveResponse
+from gateway.answers.call_response import CallResponse, CallResult, SentAnswer
 from gateway.bodies.fields import REQUEST_ID
 from gateway.calls.parsed_call import Sent
 from gateway.calls.writers import SSE, Framing
@@ -28,16 +28,28 @@ class Answers:
         self.draining = False
 
     async def respond(
-        self, answer: Coroutine[Any, Any, Response], *, stream: bool = False, errors: ErrorShape = OPENAI_ERRORS,
+        self,
+        answer: Coroutine[Any, Any, CallResult],
+        *,
+        stream: bool = False,
+        errors: ErrorShape = OPENAI_ERRORS,
         framing: Framing = SSE,
-    ) -> Response:  # fmt: skip
+    ) -> Response:
         """Return the response that a call comes to, kept alive until then. Raises Unavailable while draining."""
         if self.draining:
             answer.close()
             raise Unavailable(
                 "this gateway is shutting down; retry, so that another one can take the request", code="shutting_down"
             )
-        return KeepAliveResponse(answer, stream=stream, keepalive_s=self._keepalive_s, errors=errors, framing=framing)
+        return CallResponse(answer, stream=stream, keepalive_s=self._keepalive_s, errors=errors, framing=framing)
+
+    def show(self, answer: SentAnswer) -> Response:
+        """Return the response that sends an answer which is there, as of a call that began earlier."""
+        return CallResponse(_ready(answer), stream=True, keepalive_s=self._keepalive_s)
+
+
+async def _ready(answer: SentAnswer) -> SentAnswer:
+    return answer
 
 
 async def sent_of(endpoint: str, request: Request) -> Sent:

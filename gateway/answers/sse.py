@@ -1,4 +1,4 @@
-"""The response to a call: a stream or one JSON object, until its client leaves."""
+"""The answer of a call that generates: a stream or one JSON object, until its client leaves."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
+from gateway.answers.call_response import CallResponse, SentAnswer
 from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse, in_thread, json_response
 from gateway.calls import observe
 from gateway.calls.choices import Piece, best_of
@@ -27,66 +27,48 @@ T = TypeVar("T")
 FEW_LOGPROB_BYTES = 1 << 14
 """Logprobs up to which an answer is written in one piece: that takes a few milliseconds."""
 
-RAW_SEND = "lorafleet.send"
-"""Scope key of the server's own `send`: wrappers between server and route need only the start of a response."""
 
-
-class GenerationResponse(Response):
-    """Sends the answer of a running generation, and closes the generation in every case."""
+class GenerationAnswer(SentAnswer):
+    """The answer of a running generation, which is closed in every case."""
 
     errors = OPENAI_ERRORS
     framing = SSE
     done = DONE  # the frame that ends a stream
 
-    def __init__(self, generation: Generation, writer: Writer, *, keepalive_s: float) -> None:
-        """keepalive_s: time without a frame after which a stream gets a comment."""
+    def __init__(self, generation: Generation, writer: Writer) -> None:
         self.generation = generation
         self.writer = writer
         self.options = generation.call.parsed.options
-        self.keepalive_s = keepalive_s
-        self.background = None
-        self.started = False  # the headers have been sent
         self._growth = TextGrowth(self.options, generation.call.prompts)
         self._last_s = 0.0  # when a frame was sent last, in the loop's time
         self._connection: Connection | None = None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def send(self, to: CallResponse) -> None:
         """Send the answer, whole or as a stream, until it ends or its client leaves."""
-        self._scope = scope
-        self._send_body: Send = scope[RAW_SEND]
-        self._connection = scope.get(CONNECTION)
-        async with asyncio.TaskGroup() as group:
-            watch = group.create_task(self._watch(receive))
-            try:
-                await self._answer(scope, receive, send)
-            finally:
-                watch.cancel()
-                await self.generation.close()
-
-    async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.generation.hang_up()
-
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._to = to
+        self._connection = to.scope.get(CONNECTION)
+        to.client().add_done_callback(self._hang_up)
         try:
-            await (self._send_stream(send) if self.options.stream else self._send_whole(scope, receive, send))
-            return
+            await (self._send_stream() if self.options.stream else self._send_whole())
         except ClientGoneError:
             observe.client_gone()
-            return
         except BaseException as failure:  # the edge of a call: every failure is sent or logged
             if not is_failure(failure):
                 raise
-            error = error_of(failure)
-        if self.started:
-            observe.cut_off(self.generation.call.parsed.caller.owner)
-            # Without [DONE], so that no client takes this for a normal end.
-            await send({"type": "http.response.body", "body": self.failed(error), "more_body": False})
-        else:
-            await self.errors.response(error)(scope, receive, send)
+            if to.has_headers:
+                observe.cut_off(self.generation.call.parsed.caller.owner)
+                raise
+            await to.send_response(self.errors.response(error_of(failure)))
 
-    async def _send_stream(self, send: Send) -> None:
+    async def close(self) -> None:
+        """Stop following the generation."""
+        await self.generation.close()
+
+    def _hang_up(self, client: asyncio.Task[None]) -> None:
+        if not client.cancelled():
+            self.generation.hang_up()
+
+    async def _send_stream(self) -> None:
         """Send frames as they come. The headers are sent with the first one, so that earlier errors are HTTP errors."""
         loop = asyncio.get_running_loop()
         self._last_s = loop.time()
@@ -95,20 +77,20 @@ class GenerationResponse(Response):
             pieces = await self._advance()
             if self.options.running_usage:
                 self.writer.show_usage(generation.usage)
-            frames = await self._send_pieces(send, pieces)
+            frames = await self._send_pieces(pieces)
             if generation.is_done:
                 break
             if not frames:
-                if loop.time() - self._last_s < self.keepalive_s:
+                if loop.time() - self._last_s < self._to.keepalive_s:
                     continue
                 frames = self.framing.idle(await generation.waiting_for())
-            await self._send_frames(send, frames, more=True)
+            await self._send_frames(frames, more=True)
             self._last_s = loop.time()
             if self._connection is not None and not self._growth.is_gathered and not self._in_thread:
                 generation.pass_on(self._pass_on)
-        await self._send_frames(send, frames + await self.last_frames(), more=False)
+        await self._send_frames(frames + await self.last_frames(), more=False)
 
-    async def _send_pieces(self, send: Send, pieces: Sequence[Piece]) -> bytes:
+    async def _send_pieces(self, pieces: Sequence[Piece]) -> bytes:
         """Return the frames of pieces or, where they are long, the last of them, once those before are sent.
 
         Between two parts of these others have their turn.
@@ -120,7 +102,7 @@ class GenerationResponse(Response):
                 gathered.append(frame)
                 num_bytes += len(frame)
                 if num_bytes > SENT_BYTES:
-                    await self._send_frames(send, b"".join(gathered), more=True)
+                    await self._send_frames(b"".join(gathered), more=True)
                     self._last_s = asyncio.get_running_loop().time()
                     gathered, num_bytes = [], 0
                     await asyncio.sleep(0)
@@ -154,21 +136,20 @@ class GenerationResponse(Response):
         return usage + self.done
 
     def failed(self, error: LorafleetError) -> bytes:
-        """Return the last frames of a stream that fails."""
+        """Return the last frames of a stream that fails: without [DONE], so that no client takes it for the end."""
         return self.framing.event(self.errors.body(error))
 
     async def _advance(self) -> list[Piece]:
         """Wait for progress. Raises as `Generation.advance`, and for a text that there is no room for."""
-        pieces = await self.generation.advance(self.keepalive_s)
+        pieces = await self.generation.advance(self._to.keepalive_s)
         for piece in pieces:
             self._growth.add(piece.text)
         return pieces
 
-    async def _send_frames(self, send: Send, frames: bytes, *, more: bool) -> None:
-        if not self.started:
-            self.started = True
-            await send({"type": "http.response.start", "status": 200, "headers": self.stream_headers()})
-        await self._send_body({"type": "http.response.body", "body": frames, "more_body": more})
+    async def _send_frames(self, frames: bytes, *, more: bool) -> None:
+        if not self._to.has_headers:
+            await self._to.begin(self.stream_headers())
+        await self._to.write(frames, more=more)
 
     def stream_headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers of a streamed answer."""
@@ -179,7 +160,7 @@ class GenerationResponse(Response):
         return self.writer.whole(best_of(choices, self.options), self.generation.usage), {}
 
     async def _done(self, make: Callable[[], T]) -> T:
-        return await in_thread(self._scope, make) if self._in_thread else make()
+        return await in_thread(self._to.scope, make) if self._in_thread else make()
 
     @property
     def _in_thread(self) -> bool:
@@ -192,7 +173,7 @@ class GenerationResponse(Response):
         num_bytes = self.generation.usage.completion_tokens * self.options.record_bytes
         return num_bytes > FEW_LOGPROB_BYTES or self.options.sampling.prompt_logprobs is not None
 
-    async def _send_whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _send_whole(self) -> None:
         whole = [Piece(choice.index) for choice in self.generation.choices]
         while True:
             for piece in await self._advance():
@@ -208,5 +189,5 @@ class GenerationResponse(Response):
             )  # fmt: skip
         else:
             response = json_response(answer, headers=headers)
-        self.started = True
-        await response(scope, receive, send)
+        self._to.has_headers = True
+        await self._to.send_response(response)

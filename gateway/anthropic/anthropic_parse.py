@@ -16,10 +16,10 @@ from gateway.anthropic.anthropic_bodies import CountTokensRequest, MessagesReque
 from gateway.anthropic.content import WORDS, definition_of, is_beyond, messages_of, unread_results
 from gateway.auth.callers import Caller
 from gateway.bodies.parameter_check import MAX_ENTRIES, MAX_NAMED
-from gateway.calls.parsed_call import Conversation, Models, Options, ParsedCall, Rules, Sent
+from gateway.calls.parsed_call import CallOptions, ChatPrompt, Models, ParsedCall, Rules, Sent
 from gateway.grammars.limits import check_num
 from gateway.grammars.notation import Constraint
-from gateway.grammars.structured import checked_schema
+from gateway.grammars.schemas import checked_schema
 from gateway.openai.openai_bodies import MAX_TOOLS
 from gateway.openai.openai_parse import check_variables, stop_strings
 from gateway.text.answer_form import AnswerForm
@@ -44,7 +44,7 @@ class MessagesRules(Rules):
         """Return what answers go without: reasoning, if the model's template has no marks of it."""
         return ["thinking"] if self.thinks and (form is None or form.thought is None) else ()
 
-    def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
+    def most_tokens(self, options: CallOptions, num_prompt_tokens: int, max_model_len: int) -> int:
         """Return how many tokens the answer may have: no more than the context has room for. Raises BadRequest."""
         room = max_model_len - num_prompt_tokens
         if room < 1:
@@ -90,21 +90,21 @@ def rules_of(request: CountTokensRequest, settings: Settings) -> MessagesRules:
     return MessagesRules("messages", settings.max_choices, thinks)
 
 
-def conversation_of(request: CountTokensRequest, settings: Settings) -> Conversation:
+def conversation_of(request: CountTokensRequest, settings: Settings) -> ChatPrompt:
     """Return what a prompt is made of. Raises BadRequest naming the place."""
     check_num(len(request.messages), min(settings.max_messages, MAX_ENTRIES), "entries", "messages")
     messages, variables = messages_of(request.system, request.messages), _variables(request)
     left_out = list(islice(unread_results(request.messages), MAX_NAMED))
     if messages[-1]["role"] != "assistant":
-        return Conversation(messages, variables, left_out=left_out)
+        return ChatPrompt(messages, variables, left_out=left_out)
     last, place = messages[-1], f"messages[{len(request.messages) - 1}]"
     if "tool_calls" in last:
         raise BadRequest(f"{place}: the calls of the last message have no results yet", param=place)
     if not last["content"] and len(messages) > 1:  # no text that the answer could continue
-        return Conversation(messages[:-1], variables, left_out=left_out)
+        return ChatPrompt(messages[:-1], variables, left_out=left_out)
     if not last["content"]:
         raise BadRequest(f"{place} is empty, and the only message", param=place)
-    return Conversation(messages, variables, add_generation_prompt=False, continue_final=True, left_out=left_out)
+    return ChatPrompt(messages, variables, add_generation_prompt=False, continue_final=True, left_out=left_out)
 
 
 def tools_in(request: CountTokensRequest, settings: Settings) -> Tools | None:
@@ -124,7 +124,7 @@ def tools_in(request: CountTokensRequest, settings: Settings) -> Tools | None:
     return tools_of(given, chosen, parallel, settings, WORDS, list(kept))
 
 
-def _options(request: MessagesRequest, settings: Settings) -> Options:
+def _options(request: MessagesRequest, settings: Settings) -> CallOptions:
     thinking, top_p = request.thinking, request.top_p
     budget = thinking.budget_tokens if thinking is not None else None
     if budget is not None and budget >= request.max_tokens:
@@ -132,7 +132,7 @@ def _options(request: MessagesRequest, settings: Settings) -> Options:
             limit = f"it must be less than max_tokens, {request.max_tokens}, unless tools are given"
             raise BadRequest(f"thinking.budget_tokens is {budget}; {limit}", param="thinking.budget_tokens")
         budget = None  # max_tokens ends this answer before
-    return Options(
+    return CallOptions(
         sampling=m.Sampling(
             temperature=DEFAULT_TEMPERATURE if request.temperature is None else request.temperature,
             top_p=1.0 if top_p is None else top_p,

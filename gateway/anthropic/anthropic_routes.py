@@ -11,7 +11,7 @@ from gateway.answers.respond import Answers, sent_of
 from gateway.anthropic.anthropic_bodies import CountTokensRequest, MessagesRequest
 from gateway.anthropic.anthropic_errors import ANTHROPIC_ERRORS
 from gateway.anthropic.anthropic_parse import conversation_of, parse, rules_of, tools_in
-from gateway.anthropic.anthropic_write import FRAMING, MessagesResponse
+from gateway.anthropic.anthropic_write import FRAMING, MessagesAnswer
 from gateway.auth.callers import Caller, caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.bodies.parameter_check import ignore
@@ -39,12 +39,12 @@ class AnthropicEndpoints:
             answer, stream=bool(body.stream), errors=ANTHROPIC_ERRORS, framing=FRAMING
         )  # fmt: skip
 
-    async def _answer(self, body: MessagesRequest, sent: Sent, caller: Caller) -> Response:
+    async def _answer(self, body: MessagesRequest, sent: Sent, caller: Caller) -> MessagesAnswer:
         pipeline = self._pipeline
         make = partial(parse, body, caller, pipeline.settings, sent)
         generation = await pipeline.run_once(await pipeline.parsed(body, caller, len(sent.raw), make))
         shows = body.thinking is None or body.thinking.display != "omitted"
-        return MessagesResponse(generation, pipeline.settings.keepalive_s, shows_thinking=shows)
+        return MessagesAnswer(generation, shows_thinking=shows)
 
     async def count_tokens(self, body: CountTokensRequest, request: Request) -> Response:
         """Answer `/v1/messages/count_tokens`."""

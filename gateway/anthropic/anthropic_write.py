@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 import orjson
 from pydantic_core import from_json
 
-from gateway.answers.sse import GenerationResponse
+from gateway.answers.sse import GenerationAnswer
 from gateway.anthropic.anthropic_errors import ANTHROPIC_ERRORS
 from gateway.calls.choices import Piece
 from gateway.calls.follow import Generation
-from gateway.calls.writers import SSE, Framing, Usage
+from gateway.calls.writers import SSE, CallUsage, Framing
 from gateway.text.answer_form import AnswerForm
 from gateway.text.answer_parts import Part
 from protocol.wire.errors import Internal
@@ -173,7 +173,7 @@ class MessageHead:
         return {**kind, "content": content, **stop, "usage": usage}
 
 
-def usage_json(usage: Usage) -> dict[str, Any]:
+def usage_json(usage: CallUsage) -> dict[str, Any]:
     """Return the `usage` of a message. Its input is what the prefix cache did not have; nothing is stored for a fee."""
     return {
         "input_tokens": max(usage.prompt_tokens - usage.cached_tokens, 0),
@@ -209,7 +209,7 @@ class MessagesWriter:
 
     def _start(self) -> bytes:
         self._begun = True
-        usage = usage_json(Usage(prompt_tokens=self._head.num_prompt_tokens))
+        usage = usage_json(CallUsage(prompt_tokens=self._head.num_prompt_tokens))
         message = self._head.message([], {"stop_reason": None, "stop_sequence": None}, usage)
         return event(b"message_start", orjson.dumps({"type": "message_start", "message": message}))
 
@@ -225,27 +225,27 @@ class MessagesWriter:
         body = b'{"type":"content_block_delta","index":%d,"delta":%b}' % (self._index, delta)
         return [event(b"content_block_delta", body)]
 
-    def last_frames(self, usage: Usage) -> bytes:
+    def last_frames(self, usage: CallUsage) -> bytes:
         """Return the events that end a stream, after those of all blocks."""
         delta = self._stop(self._last, self._blocks, usage)
         ended = {"type": "message_delta", "delta": delta, "usage": usage_json(usage)}
         return event(b"message_delta", orjson.dumps(ended)) + event(b"message_stop", b'{"type":"message_stop"}')
 
-    def usage_frame(self, usage: Usage) -> bytes:
+    def usage_frame(self, usage: CallUsage) -> bytes:
         """Return nothing: the last events have the counts."""
         return b""
 
-    def show_usage(self, usage: Usage) -> None:
+    def show_usage(self, usage: CallUsage) -> None:
         """Do nothing: only the first and the last events have counts."""
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         """Return the answer as one message."""
         [piece] = choices
         blocks = self._make_blocks()
         content = content_of(blocks.read(piece.text, ended=True))
         return self._head.message(content, self._stop(piece, blocks, usage), usage_json(usage))
 
-    def _stop(self, piece: Piece, blocks: Blocks, usage: Usage) -> dict[str, Any]:
+    def _stop(self, piece: Piece, blocks: Blocks, usage: CallUsage) -> dict[str, Any]:
         if piece.stop is not None:
             reason = "stop_sequence"
         elif piece.finish == "stop":
@@ -257,14 +257,14 @@ class MessagesWriter:
         return {"stop_reason": reason, "stop_sequence": piece.stop}
 
 
-class MessagesResponse(GenerationResponse):
+class MessagesAnswer(GenerationAnswer):
     """The answer of `/v1/messages`."""
 
     errors = ANTHROPIC_ERRORS
     framing = FRAMING
 
-    def __init__(self, generation: Generation, keepalive_s: float, *, shows_thinking: bool) -> None:
-        """Take `keepalive_s` as `GenerationResponse` does. shows_thinking: else blocks of reasoning are empty."""
+    def __init__(self, generation: Generation, *, shows_thinking: bool) -> None:
+        """shows_thinking: else blocks of reasoning are empty."""
         [choice] = generation.choices
         parsed = generation.call.parsed
         head = MessageHead(f"msg_{generation.call.id}", parsed.model_name, choice.prompt.num_tokens)
@@ -272,7 +272,7 @@ class MessagesResponse(GenerationResponse):
         writer = MessagesWriter(
             head, choice.prompt.form, choice.rid, max_tokens=max_tokens, shows_thinking=shows_thinking
         )  # fmt: skip
-        super().__init__(generation, writer, keepalive_s=keepalive_s)
+        super().__init__(generation, writer)
         self._made = writer
 
     async def last_frames(self) -> bytes:

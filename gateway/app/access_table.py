@@ -16,7 +16,7 @@ from urllib.parse import quote, unquote
 from fastapi import FastAPI
 
 from gateway.app.app import Handlers, routed
-from gateway.http.access import Access, Match, RouteTable, normal_path
+from gateway.http.access import RouteAccess, RouteMatch, RouteTable, normal_path
 from protocol.queue.books.api_keys import SCOPES
 from protocol.wire.errors import BadRequest
 
@@ -85,7 +85,7 @@ def example_of(path: str) -> str:
     return _PARAMETER.sub("name", path)
 
 
-def found(table: RouteTable, method: str, raw: str) -> Match | None:
+def found(table: RouteTable, method: str, raw: str) -> RouteMatch | None:
     """Return the route of a path in a request line, None where it is refused, as `Envelope` does."""
     try:
         return table.match(method, normal_path(unquote(raw), ""))
@@ -100,9 +100,9 @@ def tables() -> str:
 
 
 def _scopes_table(table: RouteTable) -> str:
-    methods: dict[tuple[str, Access], list[str]] = {}  # methods by required keys, whatever the body
+    methods: dict[tuple[str, RouteAccess], list[str]] = {}  # methods by required keys, whatever the body
     for method, match in table.matches:
-        access: Access = getattr(match.route, "access")  # noqa: B009 - JsonRoute's, which FastAPI's class lacks
+        access: RouteAccess = getattr(match.route, "access")  # noqa: B009 - JsonRoute's, which FastAPI's class lacks
         methods.setdefault((match.path, replace(access, kind="plain")), []).append(method)
     lines = [f"| route | no key | {' | '.join(f'`{scope}`' for scope in SCOPES)} |", "| --- " * (2 + len(SCOPES)) + "|"]
     for (path, access), names in sorted(methods.items(), key=lambda item: item[0][0]):
@@ -112,13 +112,13 @@ def _scopes_table(table: RouteTable) -> str:
     return "\n".join([*lines, f"| any other method or path | 401 | {rest} |"])
 
 
-def _stranger(access: Access) -> str:
+def _stranger(access: RouteAccess) -> str:
     if access.scopes is None:
         return "✓"
     return "401; `open_pages`: ✓" if access.is_page else "401"
 
 
-def _cell(access: Access, scopes: Sequence[str]) -> str:
+def _cell(access: RouteAccess, scopes: Sequence[str]) -> str:
     allowed = not access.scopes or "admin" in scopes or set(access.scopes) & set(scopes)
     return "✓" if allowed else "403"
 
@@ -135,7 +135,7 @@ def _spellings_table(table: RouteTable) -> str:
     return "\n".join(lines)
 
 
-def _outcome(meant: Match, got: Match | None) -> str:
+def _outcome(meant: RouteMatch, got: RouteMatch | None) -> str:
     if got is None:
         return "400 `invalid_path`"
     if got.route is None:

@@ -1,7 +1,7 @@
 """The ASGI application: the routes, and what wraps them.
 
-From the outside in: envelope, browsers, CORS, admission, authentication, reads, memory, large bodies, calls. The
-envelope finds the route of a request, and everything within goes by it (`access.py`).
+From the outside in: envelope, browsers, CORS, gate, reads, dispatch. The envelope finds the route of a request, and
+everything within goes by it (`access.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.answers.sse import RAW_SEND
+from gateway.answers.call_response import RAW_SEND
 from gateway.anthropic.anthropic_routes import AnthropicEndpoints, add_anthropic_routes
 from gateway.app.dispatch import Dispatch
 from gateway.app.service_routes import Endpoints, add_routes
@@ -42,7 +42,7 @@ from gateway.console.console_routes import ConsolePages, DocsPages, add_console
 from gateway.encoders.encoder_routes import EncoderEndpoints, add_encoder_routes
 from gateway.files.file_routes import FileEndpoints, add_file_routes
 from gateway.http import openapi
-from gateway.http.access import API_PAGE, MATCH, Match, Routes, RouteTable, normal_path
+from gateway.http.access import API_PAGE, MATCH, RouteMatch, Routes, RouteTable, normal_path
 from gateway.http.errors import OUTCOME_OF, REQUEST_ID_OF, Outcome, add_handlers
 from gateway.http.headers import header_of
 from gateway.http.paths import SMALL_BODY_BYTES
@@ -52,8 +52,9 @@ from gateway.openai.openai_routes import OpenAIEndpoints, add_openai_routes
 from gateway.operators.adapter_routes import OperatorEndpoints, add_operator_routes
 from gateway.operators.operator_routes import FleetEndpoints, add_fleet_routes
 from gateway.overload.admission import Admission
-from gateway.overload.large import Checks, LargeBodies
-from gateway.overload.memory import Charged, MemoryAccount
+from gateway.overload.gate import Gate
+from gateway.overload.large import Checks
+from gateway.overload.memory import MemoryAccount
 from gateway.overload.reads import Reads
 from gateway.requests.refusals import Refusals
 from gateway.requests.request_routes import RequestEndpoints, add_request_routes
@@ -169,10 +170,9 @@ def build_app(
     app.state.audit = handlers.audit.log
     add_handlers(app, shape_of)
     table = RouteTable(app.routes, open_pages=settings.open_pages)
-    bodies = LargeBodies(Dispatch(app, shape_of), shape_of)
-    charged = Charged(bodies, memory, shape_of, settings.max_body_bytes)
-    reads = Reads(charged, shape_of, settings.reads_per_s)
-    guarded: ASGIApp = Admitted(Authentication(reads, keys, shape_of, secret), admission)
+    reads = Reads(Dispatch(app, shape_of), shape_of, settings.reads_per_s)
+    gate = Gate(reads, shape_of, admission, Authentication(keys, secret), memory, settings.max_body_bytes)
+    guarded: ASGIApp = gate
     origins = names_of(settings.cors_origins)
     if origins:
         guarded = CORSMiddleware(
@@ -180,28 +180,7 @@ def build_app(
         )
     if keys is None:
         guarded = Browsers(guarded, settings, shape_of)
-    return Envelope(guarded, settings, table, handlers.requests.refusals), InnerCalls(charged, table)
-
-
-class Admitted:
-    """Refuses calls that are too many before anything is read of them, and counts the others while they last."""
-
-    def __init__(self, app: ASGIApp, admission: Admission) -> None:
-        self._app = app
-        self._admission = admission
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it with 429."""
-        if scope["type"] != "http" or scope[MATCH].kind != "call":
-            await self._app(scope, receive, send)
-            return
-        try:
-            self._admission.check()
-        except Overloaded as error:
-            await shape_of(scope).response(error)(scope, receive, send)
-            return
-        with self._admission.enter():
-            await self._app(scope, receive, send)
+    return Envelope(guarded, settings, table, handlers.requests.refusals), InnerCalls(gate.inner, table)
 
 
 class Envelope:
@@ -234,7 +213,7 @@ class Envelope:
         try:
             match = self._table.match(scope["method"], normal_path(scope["path"], self._prefix))
         except BadRequest as error:
-            match, refusal = Match(scope["path"]), error
+            match, refusal = RouteMatch(scope["path"]), error
         scope = {**scope, MATCH: match, "path": match.path}
         self._num_open += 1
         self._idle.clear()
@@ -311,7 +290,7 @@ class Envelope:
                 self._refusals.note(scope[CALLER].owner, request_id, match.path, status, outcome)
             lorax_metrics.answered(status, time.monotonic() - started_s)
 
-    def _limited(self, match: Match, headers: Sequence[tuple[bytes, bytes]], receive: Receive) -> Receive:
+    def _limited(self, match: RouteMatch, headers: Sequence[tuple[bytes, bytes]], receive: Receive) -> Receive:
         """Return a `receive` that refuses a body once it has become too large."""
         limit = self._max_body_bytes
         if match.kind == "file":

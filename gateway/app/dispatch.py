@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from gateway.auth.callers import CALLER
 from gateway.bodies.json_bodies import JsonRoute
-from gateway.http.access import MATCH, Match
+from gateway.http.access import MATCH, RouteMatch
 from gateway.http.errors import ShapeOf, is_foreseen, let_go, response_to
 from protocol.wire.errors import PermissionDenied
 
@@ -31,7 +31,7 @@ class Dispatch:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        match: Match = scope[MATCH]
+        match: RouteMatch = scope[MATCH]
         try:
             if match.scopes is not None:  # the route needs a key
                 scope[CALLER].require(*match.scopes)

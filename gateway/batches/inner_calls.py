@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Scope
 
-from gateway.answers.sse import RAW_SEND
+from gateway.answers.call_response import RAW_SEND
 from gateway.auth.callers import CALLER, Caller
 from gateway.http.access import MATCH, RouteTable
 from protocol.runtime.guarded import is_failure
@@ -40,7 +40,7 @@ class InnerCalls:
     """Asks the endpoints of this gateway."""
 
     def __init__(self, app: ASGIApp, table: RouteTable) -> None:
-        """`app`: the application behind authentication. `table`: its routes."""
+        """`app`: the application behind the gate's first questions. `table`: its routes."""
         self._app = app
         self._table = table
 

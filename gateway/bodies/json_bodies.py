@@ -25,12 +25,13 @@ from gateway.auth.callers import CALLER, caller_of
 from gateway.bodies import json_values
 from gateway.bodies.json_slices import dumps, has_rows, slices
 from gateway.bodies.parameter_check import IGNORED_HEADER, JsonBody, check_parameters
-from gateway.http.access import MATCH, Access
+from gateway.http.access import MATCH, RouteAccess
 from gateway.http.errors import ERROR_SHAPE, OPENAI_ERRORS
 from gateway.http.headers import header_of
 from gateway.http.paths import OPENAI_FORMS
+from gateway.overload.cost import hold_values
 from gateway.overload.large import PLAIN_BYTES, Checks, keep, working
-from gateway.overload.memory import bytes_of_values, hold_values, values_bytes
+from gateway.overload.memory import bytes_of_values, values_bytes
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
@@ -52,7 +53,7 @@ _filling = threading.RLock()
 async def body_value(raw: bytes, scope: MutableMapping[str, Any]) -> Any:
     """Return the value of a request's body, and charge a call for it. What is long is read in a thread.
 
-    Raises JSONDecodeError; HTTPException, as FastAPI lets it pass, for too many values; and as `memory.hold`.
+    Raises JSONDecodeError; HTTPException, as FastAPI lets it pass, for too many values; and as `cost.hold`.
     """
     is_call = scope[MATCH].kind == "call"
     try:
@@ -105,7 +106,7 @@ class JsonRoute(APIRoute):
     any_type = False
     """Whether a body is taken for JSON whatever its content type says."""
 
-    def __init__(self, path: str, endpoint: Handler, *, access: Access, **options: Any) -> None:
+    def __init__(self, path: str, endpoint: Handler, *, access: RouteAccess, **options: Any) -> None:
         """`access`: what it asks of its callers. The rest is FastAPI's.
 
         Raises TypeError for a call whose handler takes more than its body and the request.

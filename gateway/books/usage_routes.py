@@ -14,7 +14,7 @@ from gateway.books.usage import GROUPS, NOT_COUNTED, Day, Query, check_number, c
 from gateway.http import openapi
 from gateway.http.access import INFER, Routes
 from gateway.overload import reads
-from protocol.queue.books.usage import DAY_S, Usage
+from protocol.queue.books.usage import DAY_S, UsageBook
 from protocol.wire.brief import brief
 from protocol.wire.clock import now_ms
 from protocol.wire.errors import BadRequest, PermissionDenied
@@ -34,7 +34,7 @@ _LAST_S = 100_000 * DAY_S  # far beyond what is asked for
 class UsageEndpoints:
     """The route's handler."""
 
-    def __init__(self, usage: Usage) -> None:
+    def __init__(self, usage: UsageBook) -> None:
         self._usage = usage
 
     async def usage(self, request: Request) -> Response:

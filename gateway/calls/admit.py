@@ -18,8 +18,9 @@ from gateway.calls.parsed_call import ParsedCall
 from gateway.calls.size import call_bytes, check_logprobs, numbers_of
 from gateway.calls.tokenize import Prompt, TokenizedCall
 from gateway.fleet.view import FleetView
-from gateway.overload.admission import Admission, Load
-from gateway.overload.memory import CHARACTER_BYTES, held, hold
+from gateway.overload.admission import Admission, CallLoad
+from gateway.overload.cost import held, hold
+from gateway.overload.memory import CHARACTER_BYTES
 from protocol.queue.books.quota import Quota, Standing
 from protocol.queue.bus import now_ms
 from protocol.queue.kept.conversations import MAX_TURNS
@@ -37,7 +38,7 @@ class AdmittedCall(msgspec.Struct, frozen=True):
     parsed: ParsedCall
     base: m.ServedModel
     prompts: list[Prompt]  # with the most tokens that each answer may have
-    load: Load
+    load: CallLoad
     quota: Quota | None  # limits that it counts against; None without keys, if nothing is stored
     num_bytes: int = 0  # memory (bytes) that it may hold while queued
 
@@ -53,7 +54,7 @@ class CallAdmission:
     async def check_room(self, call: ParsedCall) -> None:
         """Refuse a call that the queue has no room for, before it costs any work. Raises Overloaded, Unavailable."""
         await self._fleet.require(worker=not call.options.background)
-        self._admission.check(Load(call.cls))
+        self._admission.check(CallLoad(call.cls))
 
     def admit(self, call: TokenizedCall) -> AdmittedCall:
         """Let a call in. Raises Overloaded, Unavailable, and BadRequest for more than can ever be let in."""
@@ -73,9 +74,9 @@ class CallAdmission:
         hold(held() + num_bytes)  # beside the body, until it is submitted
         admitted, quota = parsed.without_prompts(), self.quota_of(parsed.caller, is_kept=parsed.is_kept)
         if options.is_empty:
-            return AdmittedCall(admitted, base, prompts, Load(parsed.cls, 0, 0, 0.0), quota, num_bytes)
+            return AdmittedCall(admitted, base, prompts, CallLoad(parsed.cls, 0, 0, 0.0), quota, num_bytes)
         num_tokens = options.n * sum(prompt.num_tokens + prompt.max_new_tokens for prompt in prompts)
-        load = Load(parsed.cls, len(prompts) * options.n, num_tokens, self.lifetime_s(parsed))
+        load = CallLoad(parsed.cls, len(prompts) * options.n, num_tokens, self.lifetime_s(parsed))
         try:
             if quota is not None:
                 check_quota(quota, load.num, load.num_tokens)
@@ -94,14 +95,14 @@ class CallAdmission:
             quota = replace(quota, max_bytes=self._settings.tenant_bytes)
         return quota
 
-    def check_again(self, load: Load, quota: Quota | None) -> None:
+    def check_again(self, load: CallLoad, quota: Quota | None) -> None:
         """Refuse to run a request once more that its caller, or the queue, has no room for. Raises as `admit`."""
         if quota is not None:
             check_quota(quota, load.num, load.num_tokens)
-        self._admission.check(Load(load.cls))
+        self._admission.check(CallLoad(load.cls))
         self._admission.check(load)
 
-    def settle_again(self, load: Load, quota: Quota | None, outcome: str, result: Any) -> None:
+    def settle_again(self, load: CallLoad, quota: Quota | None, outcome: str, result: Any) -> None:
         """Take note of what the queue made of a request that is run once more. Raises as `settle`."""
         if outcome == "full":
             raise self._admission.full(load, int(result))

@@ -11,7 +11,7 @@ from msgspec import Struct, structs
 from numpy.typing import NDArray
 
 from gateway.bodies.json_slices import ENTRIES
-from gateway.calls.parsed_call import Options
+from gateway.calls.parsed_call import CallOptions
 from gateway.calls.replies import Cursor
 from gateway.calls.tokenize import Prompt
 from protocol.wire import messages as m
@@ -164,7 +164,7 @@ class Piece(Struct):
 class Choice:
     """The state of one choice, which is one request in the queue."""
 
-    def __init__(self, index: int, rid: str, prompt: Prompt, options: Options) -> None:
+    def __init__(self, index: int, rid: str, prompt: Prompt, options: CallOptions) -> None:
         self.index = index
         self.rid = rid
         self.prompt = prompt
@@ -293,7 +293,7 @@ def mean_logprob(piece: Piece) -> float:
     return sum(piece.logprobs.values) / max(len(piece.logprobs), 1)
 
 
-def best_of(pieces: Sequence[Piece], options: Options) -> Sequence[Piece]:
+def best_of(pieces: Sequence[Piece], options: CallOptions) -> Sequence[Piece]:
     """Return the choices that are shown: for each prompt all `n`, or those with the best mean logprob, best first."""
     n, num_best = options.n, options.num_best or options.n
     if num_best == n:

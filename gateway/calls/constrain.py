@@ -8,7 +8,7 @@ import orjson
 from msgspec import structs
 
 from gateway.bodies.parameter_check import ignore
-from gateway.calls.parsed_call import Options
+from gateway.calls.parsed_call import CallOptions
 from gateway.calls.tokenize import Prompt, TokenizedCall
 from gateway.grammars.check import GrammarCheck
 from gateway.grammars.notation import grammar_text
@@ -64,7 +64,7 @@ async def _checked(
     return grammar
 
 
-def _grammar(options: Options, tools: Tools | None, prompt: Prompt) -> str:
+def _grammar(options: CallOptions, tools: Tools | None, prompt: Prompt) -> str:
     """Return the grammar of a prompt's answers as it crosses the queue, "" for none."""
     made = answer_grammar(options.constraint, tools, prompt.form, marker_ids(prompt.files), options.max_thought)
     return grammar_text(*made) if made else ""

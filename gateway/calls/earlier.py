@@ -8,15 +8,15 @@ from functools import partial
 
 from msgspec import structs
 
-from gateway.adapters.resolver import Target
+from gateway.adapters.resolver import CallTarget
 from gateway.auth.callers import Caller
-from gateway.calls.parsed_call import Conversation, Pairs, ParsedCall, Sent, Texts
+from gateway.calls.parsed_call import ChatPrompt, Pairs, ParsedCall, Sent, Texts
 from gateway.calls.replies import Replies
 from gateway.calls.size import call_bytes, longest, numbers_of
 from gateway.calls.submit import SubmittedCall, call_of
 from gateway.calls.tokenize import Offset, Prompt, echoed, encoded
 from gateway.fleet.view import FleetView
-from gateway.overload.memory import held, hold
+from gateway.overload.cost import held, hold
 from gateway.text.answer_form import found_form
 from gateway.text.own_files import OwnFiles
 from protocol.queue.bus import Bus, RequestFacts
@@ -47,7 +47,7 @@ class EarlierCalls:
     async def attach(self, call: ParsedCall, record: m.Idempotent) -> SubmittedCall:
         """Return an earlier call, to be followed from its first token, and charge for what it holds beside its body.
 
-        Raises as `check_same_body` and `memory.hold`, and NotFound.
+        Raises as `check_same_body` and `cost.hold`, and NotFound.
         """
         assert call.sent is not None
         check_same_body(record, call.sent)
@@ -78,10 +78,10 @@ class EarlierCalls:
         of_prompts = iter(facts[:: call.options.n])
         for i, (digest, texts) in enumerate(zip(record.digests, record.texts, strict=True)):
             files = await self._own.files(digest, texts, call.caller.name or digest)
-            target = Target("", digest, files, texts)
+            target = CallTarget("", digest, files, texts)
             opened = i < len(record.opened) and record.opened[i]
             form = None
-            if isinstance(call.inputs, Conversation):
+            if isinstance(call.inputs, ChatPrompt):
                 form = await found_form(files, call.options.tools, opened=opened)
             offsets = await self._offsets(call, target, max_model_len)
             for source, of_tokens in zip(call.sources, offsets, strict=True):
@@ -99,7 +99,7 @@ class EarlierCalls:
         )  # fmt: skip
 
     async def _offsets(
-        self, call: ParsedCall, target: Target, max_model_len: int
+        self, call: ParsedCall, target: CallTarget, max_model_len: int
     ) -> Sequence[Sequence[Offset]]:  # fmt: skip
         """Return where the tokens of each prompt lie in its text, () where that is not wanted."""
         inputs = call.inputs

@@ -15,7 +15,7 @@ from gateway.calls.replies import Replies
 from gateway.calls.submit import SubmittedCall, cancel
 from gateway.calls.trace import TRACE_OF
 from gateway.calls.waiting import waiting_state
-from gateway.calls.writers import Usage
+from gateway.calls.writers import CallUsage
 from protocol.queue.bus import CONNECTION_ERRORS, RequestFacts, now_ms
 from protocol.wire import messages as m
 from protocol.wire.errors import DeadlineExceeded, LorafleetError, Unavailable
@@ -76,7 +76,7 @@ class Generation:
         return self._mail.client_gone
 
     @property
-    def usage(self) -> Usage:
+    def usage(self) -> CallUsage:
         """Tokens of the call so far."""
         return usage_of(self.choices)
 
@@ -273,10 +273,10 @@ class Generation:
                 await asyncio.sleep(RECONNECT_S)
 
 
-def usage_of(choices: Sequence[Choice]) -> Usage:
+def usage_of(choices: Sequence[Choice]) -> CallUsage:
     """Return the tokens of choices so far; those that share a prompt count it once, as their first has found it."""
     prompts = {id(choice.prompt): choice for choice in reversed(choices)}.values()
-    return Usage(
+    return CallUsage(
         prompt_tokens=sum(choice.prompt.num_tokens for choice in prompts),
         completion_tokens=sum(choice.num_output_tokens for choice in choices),
         cached_tokens=sum(choice.num_cached_tokens for choice in prompts),

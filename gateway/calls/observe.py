@@ -11,7 +11,7 @@ from typing import Any
 
 from prometheus_client import Counter, Histogram
 
-from gateway.adapters.resolver import Target
+from gateway.adapters.resolver import CallTarget
 from gateway.calls import lorax_metrics
 from gateway.calls.tokenize import Prompt
 from gateway.fleet.timeseries import TimeSeries
@@ -50,7 +50,7 @@ def name_of_digest(digest: str) -> str | None:
     return _NAMES.get(digest)
 
 
-def name_of(target: Target) -> str:
+def name_of(target: CallTarget) -> str:
     """Return the label of the answering model."""
     return MERGES if is_merge(target.digest) else target.name
 
@@ -107,7 +107,7 @@ def answered(tenant: str, status: int) -> None:
         SERIES.count(tenant, "", "client_errors")
 
 
-def placed(tenant: str, target: Target, timing: m.Timing) -> None:
+def placed(tenant: str, target: CallTarget, timing: m.Timing) -> None:
     """Count a request's assignment to a worker, once it has emitted something there."""
     _named(series.TENANT_QUEUE_SECONDS, TENANTS.of(tenant)).observe(timing.queued_ms / 1000)
     if timing.tier:
@@ -126,7 +126,7 @@ def adapter_event(event: m.AdapterEvent) -> None:
         _named(series.ADAPTER_LOAD_SECONDS, ADAPTERS.shown(name), tier).observe(event.ms / 1000)
 
 
-def first_token(tenant: str, target: Target, seconds: float, trace_id: str = "") -> None:
+def first_token(tenant: str, target: CallTarget, seconds: float, trace_id: str = "") -> None:
     """Note how long a call waited for its first token. trace_id: of its trace, "" without one."""
     exemplar = {"trace_id": trace_id} if trace_id else None
     _child(series.FIRST_TOKEN_SECONDS, kind_of(target.digest)).observe(seconds, exemplar)
@@ -139,7 +139,7 @@ def choice_ended(finish: str) -> None:
     _child(series.GENERATIONS, finish).inc()
 
 
-def left(tenant: str, target: Target, num_tokens: int) -> None:
+def left(tenant: str, target: CallTarget, num_tokens: int) -> None:
     """Count the output tokens of a choice that nobody follows any more."""
     _child(series.OUTPUT_TOKENS, kind_of(target.digest)).inc(num_tokens)
     _named(series.ADAPTER_TOKENS, ADAPTERS.of(name_of(target)), "output").inc(num_tokens)

@@ -30,7 +30,7 @@ Source = str | list[int]
 """A prompt as a text, or as token ids."""
 
 
-class Options(msgspec.Struct, frozen=True):
+class CallOptions(msgspec.Struct, frozen=True):
     """The parameters of a call. A struct, as all that each call makes: a frozen dataclass takes ten times as long."""
 
     sampling: m.Sampling  # its seed is the one of choice 0
@@ -115,7 +115,7 @@ class Truncation:
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
+class ChatPrompt:
     """One prompt, which the chat template makes of messages."""
 
     messages: list[dict[str, Any]]
@@ -183,7 +183,7 @@ class Rules:
             message = f"the prompts of all choices have {num_tokens} tokens in total; the limit per call is {limit}"
             raise BadRequest(message, param=self.param, code="limit_exceeded")
 
-    def check_base(self, options: Options, base: m.ServedModel) -> None:
+    def check_base(self, options: CallOptions, base: m.ServedModel) -> None:
         """Refuse what the base model cannot do. Raises BadRequest."""
 
     def check_apart(self) -> None:
@@ -205,7 +205,7 @@ class Rules:
         """Return the headers with the rest of the tenant's limits."""
         return limit_headers(standing)
 
-    def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
+    def most_tokens(self, options: CallOptions, num_prompt_tokens: int, max_model_len: int) -> int:
         """Return how many tokens a choice may have. Raises BadRequest when prompt and output do not fit the context."""
         room, wanted = max_model_len - num_prompt_tokens, options.max_tokens
         if wanted is not None and wanted >= max_model_len:  # whatever is in the prompt
@@ -255,8 +255,8 @@ class ParsedCall(msgspec.Struct, frozen=True):
 
     caller: Caller
     models: Models
-    inputs: Conversation | Texts | Pairs
-    options: Options
+    inputs: ChatPrompt | Texts | Pairs
+    options: CallOptions
     rules: Rules
     task: m.Task = "generate"  # "score" for pairs, until it is known that the base computes embeddings
     model_name: str = ""  # model name in the answer
@@ -273,7 +273,7 @@ class ParsedCall(msgspec.Struct, frozen=True):
     @property
     def sources(self) -> Sequence[Source]:
         """The prompts that each model is asked, one entry for each; that of a conversation is not known yet."""
-        return [""] if isinstance(self.inputs, Conversation) else self.inputs.sources
+        return [""] if isinstance(self.inputs, ChatPrompt) else self.inputs.sources
 
     @property
     def cls(self) -> str:
@@ -298,14 +298,14 @@ class ParsedCall(msgspec.Struct, frozen=True):
     @property
     def served_without(self) -> Sequence[str]:
         """Ignored parameters, for the answer's headers."""
-        unread = self.inputs.left_out if isinstance(self.inputs, Conversation) else ()
+        unread = self.inputs.left_out if isinstance(self.inputs, ChatPrompt) else ()
         tools = self.options.tools
         return [*self.left_out, *unread, *(tools.not_held if tools is not None else ())]
 
     def without_prompts(self) -> ParsedCall:
         """Return the call without what only its tokens were made of, so that an answer does not hold its body."""
         inputs, sent = self.inputs, None
-        inputs = Conversation([]) if isinstance(inputs, Conversation) else Texts([""] * len(inputs.sources))
+        inputs = ChatPrompt([]) if isinstance(inputs, ChatPrompt) else Texts([""] * len(inputs.sources))
         if self.sent is not None and self.sent.key:
             sent = Sent(self.sent.endpoint, b"", self.sent.key, known_hash=self.sent.hash)
         return msgspec.structs.replace(self, inputs=inputs, sent=sent)

@@ -27,7 +27,7 @@ from gateway.calls.admit import AdmittedCall, CallAdmission
 from gateway.calls.constrain import constrain
 from gateway.calls.earlier import EarlierCalls
 from gateway.calls.follow import Generation
-from gateway.calls.parsed_call import Conversation, ParsedCall
+from gateway.calls.parsed_call import ChatPrompt, ParsedCall
 from gateway.calls.replies import Replies
 from gateway.calls.resolve import CallResolver
 from gateway.calls.submit import SubmittedCall, Submitter
@@ -36,7 +36,7 @@ from gateway.calls.trace import TRACE_OF, stage
 from gateway.fleet.view import FleetView
 from gateway.grammars.check import GrammarCheck
 from gateway.http.errors import OUTCOME_OF
-from gateway.overload import large, memory
+from gateway.overload import cost, large
 from gateway.overload.admission import Admission
 from gateway.overload.large import Checks
 from gateway.text.tokenizer import ModelFiles
@@ -86,7 +86,7 @@ class Pipeline:
         if isinstance(submitted, m.Idempotent):  # the call that used this key a moment ago
             return await self.attach(call, submitted)
         large.release()
-        memory.hold(admitted.num_bytes)
+        cost.hold(admitted.num_bytes)
         return self.follow(submitted)
 
     async def run_once(self, call: ParsedCall) -> Generation:
@@ -99,7 +99,7 @@ class Pipeline:
         outcome = OUTCOME_OF.get(None)
         if outcome is not None:
             outcome.model = call.model_name
-        if isinstance(call.inputs, Conversation):
+        if isinstance(call.inputs, ChatPrompt):
             large.keep(call.inputs.messages)
         call.rules.check_number(len(call.models.names), len(call.sources), call.options.n)
         await self.admission.check_room(call)
@@ -119,10 +119,10 @@ class Pipeline:
     async def attach(self, call: ParsedCall, record: m.Idempotent) -> Generation:
         """Follow what a call's Idempotency-Key was used for before. Raises ClientError if that was another body."""
         self.admission.left()
-        of_body = memory.held()
+        of_body = cost.held()
         attached = await self.earlier.attach(call, record)
         large.release()
-        memory.hold(memory.held() - of_body)
+        cost.hold(cost.held() - of_body)
         return self.follow(attached)
 
     def follow(self, call: SubmittedCall) -> Generation:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import msgspec
 
 from gateway.adapters.merged import MergedAdapters, merge_of_request
-from gateway.adapters.resolver import Resolver, Target, is_base
+from gateway.adapters.resolver import CallTarget, Resolver, is_base
 from gateway.auth.callers import Caller
 from gateway.calls.parsed_call import Models, Pairs, ParsedCall
 from gateway.fleet.view import FleetView
@@ -30,7 +30,7 @@ class ResolvedCall(msgspec.Struct, frozen=True):
 
     parsed: ParsedCall
     base: m.ServedModel
-    targets: list[Target]  # one for each of `parsed.models.names`
+    targets: list[CallTarget]  # one for each of `parsed.models.names`
 
 
 class CallResolver:
@@ -64,12 +64,12 @@ class CallResolver:
     async def targets(
         self, models: Models, base: m.ServedModel, caller: Caller,
         refused: Callable[[LorafleetError], LorafleetError] | None = None,
-    ) -> list[Target]:  # fmt: skip
+    ) -> list[CallTarget]:  # fmt: skip
         """Return what names stand for, waiting for all at once. Raises as `resolve`, or what `refused` makes of it."""
         if models.token:
             caller = replace(caller, token=models.token)
 
-        async def of(name: str) -> Target:
+        async def of(name: str) -> CallTarget:
             try:
                 known = name if is_base(name, base) else await self._resolver.name_in(models.source, name, caller)
                 return await self._resolver.resolve(known, base, self._timeout_s, caller)
@@ -94,11 +94,11 @@ class CallResolver:
         return [_merged(models.merged, await asyncio.gather(*map(of, models.merged.ids)), targets[0])]
 
 
-def _merged(merged: MergedAdapters, parts: list[Target], base: Target) -> Target:
+def _merged(merged: MergedAdapters, parts: list[CallTarget], base: CallTarget) -> CallTarget:
     """Return the adapter that a call has made of others. Raises BadRequest."""
     digest = digest_of_merge(merge_of_request(merged, [part.digest for part in parts]))
     sources = ",".join(sorted({part.source for part in parts}))
-    return Target(",".join(merged.ids), digest, base.files, source=sources)
+    return CallTarget(",".join(merged.ids), digest, base.files, source=sources)
 
 
 DOES: Mapping[m.Task, str] = {
@@ -122,7 +122,7 @@ def check_task(base: m.ServedModel, wanted: m.Task) -> None:
     raise BadRequest(message, param="model")
 
 
-def refuse_classifiers(targets: Sequence[Target]) -> None:
+def refuse_classifiers(targets: Sequence[CallTarget]) -> None:
     """Raise BadRequest for adapters that make a classifier of their base, where text is wanted."""
     for target in targets:
         if target.num_labels:
@@ -130,12 +130,12 @@ def refuse_classifiers(targets: Sequence[Target]) -> None:
             raise BadRequest(f"{message}: use /v1/classify", param="model")
 
 
-def num_labels(base: m.ServedModel, target: Target) -> int:
+def num_labels(base: m.ServedModel, target: CallTarget) -> int:
     """Return how many labels the head has by which a target labels texts, its own or the base's; 0: there is none."""
     return (target.num_labels or len(base.labels)) if base.does("score") else 0
 
 
-def with_vocabulary(call: ParsedCall, base: m.ServedModel, targets: Sequence[Target]) -> ParsedCall:
+def with_vocabulary(call: ParsedCall, base: m.ServedModel, targets: Sequence[CallTarget]) -> ParsedCall:
     """Return a call that knows how many tokens there are, if it asks for the logprobs of all. Raises BadRequest."""
     sampling = call.options.sampling
     if m.WHOLE not in (sampling.num_logprobs, sampling.prompt_logprobs):
@@ -147,7 +147,7 @@ def with_vocabulary(call: ParsedCall, base: m.ServedModel, targets: Sequence[Tar
     return msgspec.structs.replace(call, options=msgspec.structs.replace(call.options, sampling=sampling))
 
 
-def with_heads(call: ParsedCall, base: m.ServedModel, targets: Sequence[Target]) -> ParsedCall:
+def with_heads(call: ParsedCall, base: m.ServedModel, targets: Sequence[CallTarget]) -> ParsedCall:
     """Return a call for labels or scores as those who answer can compute it: pairs, where they have no head, apart.
 
     Raises BadRequest where they can do neither.

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gateway.calls.parsed_call import Options
+from gateway.calls.parsed_call import CallOptions
 from gateway.calls.replies import max_pending
 from gateway.calls.tokenize import Prompt
-from gateway.overload import memory
+from gateway.overload import cost
 from gateway.overload.memory import CALL_BYTES, CHARACTER_BYTES, LARGE_FACTOR
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
@@ -69,13 +69,13 @@ WRITTEN_WHOLE_BYTES = 96
 """The same where each token has those of the whole vocabulary, of which one token's are written at a time."""
 
 
-def longest(options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
+def longest(options: CallOptions, num_prompt_tokens: int, max_model_len: int) -> int:
     """Return the most tokens of an answer."""
     wanted = options.default_tokens if options.max_tokens is None else options.max_tokens
     return max(min(wanted, max_model_len - num_prompt_tokens), 0)
 
 
-def check_logprobs(options: Options, prompts: Sequence[Prompt]) -> None:
+def check_logprobs(options: CallOptions, prompts: Sequence[Prompt]) -> None:
     """Refuse a call whose choices may have too many logprobs together. Raises BadRequest."""
     num_bytes, vocabulary = logprob_bytes(options, prompts), options.sampling.vocabulary
     limit = MAX_WHOLE_BYTES if vocabulary else MAX_LOGPROB_BYTES
@@ -90,7 +90,7 @@ def check_logprobs(options: Options, prompts: Sequence[Prompt]) -> None:
         )  # fmt: skip
 
 
-def logprob_bytes(options: Options, prompts: Sequence[Prompt]) -> int:
+def logprob_bytes(options: CallOptions, prompts: Sequence[Prompt]) -> int:
     """Return the most bytes that the logprobs of a call's answers and prompts have in the logs."""
     record, prompt_record = options.record_bytes, options.prompt_record_bytes
     if not (record or prompt_record):
@@ -99,7 +99,7 @@ def logprob_bytes(options: Options, prompts: Sequence[Prompt]) -> int:
     return options.n * (num_new * record + num_old * prompt_record)
 
 
-def first_event_bytes(options: Options, prompts: Sequence[Prompt]) -> int:
+def first_event_bytes(options: CallOptions, prompts: Sequence[Prompt]) -> int:
     """Return the most bytes of a job's first events, each of which has the logprobs of its prompt, if it is echoed."""
     num_old = options.n * sum(prompt.num_tokens for prompt in prompts)
     return WRITTEN_BYTES * num_old * options.prompt_record_bytes if options.echo else 0
@@ -115,7 +115,7 @@ def numbers_of(task: m.Task, prompts: Sequence[Prompt], base: m.ServedModel | No
     return len(prompts) * base.width if task == "embed" and base is not None else 0
 
 
-def call_bytes(options: Options, prompts: Sequence[Prompt], num_numbers: int = 0) -> int:
+def call_bytes(options: CallOptions, prompts: Sequence[Prompt], num_numbers: int = 0) -> int:
     """Return the most bytes that a call holds from the queue on.
 
     prompts: with the most tokens of each answer. num_numbers: of an encoder's answer.
@@ -143,13 +143,13 @@ def call_bytes(options: Options, prompts: Sequence[Prompt], num_numbers: int = 0
     return num_bytes
 
 
-def gathers_text(options: Options) -> bool:
+def gathers_text(options: CallOptions) -> bool:
     """Return whether an answer's text is held until its end, or may be, as the beginning of a match."""
     is_held = options.by_token or options.output == "tokens" or options.tools is not None
     return not options.stream or is_held or bool(options.sampling.stop_regex)
 
 
-def texts_held(options: Options) -> int:
+def texts_held(options: CallOptions) -> int:
     """Return how often an answer's text is held at its end."""
     return WHOLE_TEXTS if options.by_token else 1
 
@@ -157,7 +157,7 @@ def texts_held(options: Options) -> int:
 class TextGrowth:
     """The text of a call's answers as far as it is longer than what the call was charged for it."""
 
-    def __init__(self, options: Options, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, options: CallOptions, prompts: Sequence[Prompt]) -> None:
         self._room = 0
         if gathers_text(options):
             self._room = TEXT_BYTES * options.n * sum(prompt.max_new_tokens for prompt in prompts)
@@ -165,10 +165,10 @@ class TextGrowth:
         self._times = texts_held(options)
 
     def add(self, text: str) -> None:
-        """Note a piece of text that is gathered. Raises as `memory.hold` when there is no room for it."""
+        """Note a piece of text that is gathered. Raises as `cost.hold` when there is no room for it."""
         if self.is_gathered and text:
             self._room -= len(text) if text.isascii() else CHARACTER_BYTES * len(text)
             if self._room < 0:
                 more = -self._room + GROWTH_BYTES
-                memory.hold(memory.held() + self._times * more)
+                cost.hold(cost.held() + self._times * more)
                 self._room += more

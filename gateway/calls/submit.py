@@ -13,7 +13,7 @@ from typing import Any
 
 from msgspec import Struct, structs
 
-from gateway.adapters.resolver import Target
+from gateway.adapters.resolver import CallTarget
 from gateway.calls import observe
 from gateway.calls.admit import AdmittedCall, CallAdmission
 from gateway.calls.parsed_call import ParsedCall
@@ -22,7 +22,7 @@ from gateway.calls.tokenize import Prompt
 from gateway.calls.trace import TRACE_OF
 from gateway.http.errors import OUTCOME_OF
 from peft_adapters.recipe import is_merge
-from protocol.queue.books.usage import Counted, usage_of
+from protocol.queue.books.usage import CountedFor, usage_of
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
 from protocol.queue.history import kept_for
 from protocol.queue.kept.jobs import NewJob
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 PREFIX_TOKENS = 128  # prompt tokens hashed for the scheduler's prefix affinity
 
-Requests = list[tuple[m.Submit, m.Body]]
+Requests = list[tuple[m.RequestHead, m.Body]]
 
 
 class SubmittedCall(Struct, frozen=True):
@@ -58,7 +58,7 @@ class SubmittedCall(Struct, frozen=True):
         return [rid_of(self.id, i) for i in range(len(self.prompts) * self.parsed.options.n)]
 
     @property
-    def targets(self) -> list[Target]:
+    def targets(self) -> list[CallTarget]:
         """The targets of the call."""
         return targets_of(self.parsed, self.prompts)
 
@@ -141,7 +141,7 @@ class Submitter:
         for index, rid in enumerate(call.rids):
             which, choice = divmod(index, options.n)
             prompt = call.prompts[which]
-            submit = m.Submit(
+            submit = m.RequestHead(
                 rid=rid, tenant=prompt.target.payer(caller), cls=call.parsed.cls, digest=prompt.target.digest,
                 num_prompt_tokens=prompt.num_tokens, max_new_tokens=prompt.max_new_tokens,
                 deadline_ms=call.deadline_ms, gateway=gateway, stored=stored, submitted_ms=now_ms(),
@@ -209,7 +209,7 @@ async def cancel(bus: Bus, rids: Sequence[str]) -> None:
         logger.warning("%d requests could not be cancelled: %s", len(rids), error)
 
 
-def targets_of(parsed: ParsedCall, prompts: Sequence[Prompt]) -> list[Target]:
+def targets_of(parsed: ParsedCall, prompts: Sequence[Prompt]) -> list[CallTarget]:
     """Return those who answer a call, in order."""
     return [prompt.target for prompt in prompts[:: len(parsed.sources)]]
 
@@ -224,7 +224,7 @@ def usages_of(call: AdmittedCall, days: int) -> list[bytes]:
     has_output = not parsed.options.scores_only and parsed.options.output != "numbers"
     for which, prompt in enumerate(call.prompts):
         target = prompt.target
-        counted = Counted(
+        counted = CountedFor(
             parsed.caller.owner, observe.name_of(target), "" if is_merge(target.digest) else target.digest,
             call.base.name, parsed.caller.is_batch, days,
         )  # fmt: skip

@@ -11,12 +11,12 @@ from functools import partial
 import msgspec
 from msgspec import structs
 
-from gateway.adapters.resolver import Target
+from gateway.adapters.resolver import CallTarget
 from gateway.bodies.parameter_check import ignore
-from gateway.calls.parsed_call import Conversation, Options, Pairs, ParsedCall, Source, Texts
+from gateway.calls.parsed_call import CallOptions, ChatPrompt, Pairs, ParsedCall, Source, Texts
 from gateway.calls.resolve import ResolvedCall
 from gateway.chat.messages import text_in
-from gateway.overload import memory
+from gateway.overload import cost
 from gateway.overload.memory import CHARACTER_BYTES
 from gateway.text.answer_form import AnswerForm, found_form
 from gateway.text.tokenizer import ModelFiles
@@ -42,7 +42,7 @@ FEW_TOKENS = 1 << 14
 class Prompt(msgspec.Struct, frozen=True):
     """One prompt of a call, for one of those who answer."""
 
-    target: Target
+    target: CallTarget
     ids: bytes  # int32; b"" when it has been submitted before and is not needed again
     num_tokens: int
     max_new_tokens: int = 0  # per choice; 0 until admitted
@@ -71,7 +71,7 @@ class TokenizedCall(msgspec.Struct, frozen=True):
         return self.resolved.parsed
 
     @property
-    def options(self) -> Options:
+    def options(self) -> CallOptions:
         """The parameters."""
         return self.resolved.parsed.options
 
@@ -83,7 +83,7 @@ def check_size(call: ResolvedCall, max_call_tokens: int) -> None:
     end of it is taken.
     """
     inputs, rules, options = call.parsed.inputs, call.parsed.rules, call.parsed.options
-    if isinstance(inputs, Conversation):
+    if isinstance(inputs, ChatPrompt):
         return  # `encode_chat` holds what the template makes of it against the same limit
     num_tokens, limit = 0, None
     if isinstance(inputs, Pairs):  # `_check_pairs` holds what becomes of them against the same limit
@@ -98,7 +98,7 @@ def check_size(call: ResolvedCall, max_call_tokens: int) -> None:
     rules.check_total(num_tokens * len(call.targets) * options.n, max_call_tokens)
 
 
-def most_left(inputs: Conversation | Texts, options: Options, base: m.ServedModel) -> int | None:
+def most_left(inputs: ChatPrompt | Texts, options: CallOptions, base: m.ServedModel) -> int | None:
     """Return how many tokens are left of each prompt at most, None where none is cut off. Raises BadRequest."""
     if inputs.truncation is None:
         return None
@@ -123,7 +123,7 @@ async def tokenize(call: ResolvedCall) -> TokenizedCall:
         shared = id(target.files), vocab_size
         if shared not in same:
             check_token_ids(parsed.options, vocab_size)
-            if isinstance(parsed.inputs, Conversation):
+            if isinstance(parsed.inputs, ChatPrompt):
                 same[shared] = [await _of_conversation(parsed, parsed.inputs, target, base)]
             elif isinstance(parsed.inputs, Pairs):
                 same[shared] = await _of_pairs(parsed, parsed.inputs, target, vocab_size, base)
@@ -138,7 +138,7 @@ async def tokenize(call: ResolvedCall) -> TokenizedCall:
     return TokenizedCall(call, prompts)
 
 
-async def _of_conversation(call: ParsedCall, inputs: Conversation, target: Target, base: m.ServedModel) -> Prompt:
+async def _of_conversation(call: ParsedCall, inputs: ChatPrompt, target: CallTarget, base: m.ServedModel) -> Prompt:
     """Return the prompt that the template makes of messages; of as many as fit where they may be dropped.
 
     Those of the system at the beginning stay, and what remains begins with the user. Each try renders the template:
@@ -166,7 +166,7 @@ async def _of_conversation(call: ParsedCall, inputs: Conversation, target: Targe
     return fitting
 
 
-async def _rendered(call: ParsedCall, inputs: Conversation, target: Target, base: m.ServedModel) -> Prompt:
+async def _rendered(call: ParsedCall, inputs: ChatPrompt, target: CallTarget, base: m.ServedModel) -> Prompt:
     tools, files = call.options.tools, target.files
     limit = most_left(inputs, call.options, base)
 
@@ -197,7 +197,7 @@ async def _rendered(call: ParsedCall, inputs: Conversation, target: Target, base
 
 
 async def _of_texts(
-    call: ParsedCall, inputs: Texts, target: Target, vocab_size: int, base: m.ServedModel
+    call: ParsedCall, inputs: Texts, target: CallTarget, vocab_size: int, base: m.ServedModel
 ) -> list[Prompt]:
     def check(num_tokens: int) -> None:
         call.rules.most_tokens(call.options, num_tokens, base.max_model_len)
@@ -212,7 +212,7 @@ async def _of_texts(
 
 
 def _prompts(
-    call: ParsedCall, inputs: Texts, target: Target, vocab_size: int, found: Sequence[Encoded], limit: int | None
+    call: ParsedCall, inputs: Texts, target: CallTarget, vocab_size: int, found: Sequence[Encoded], limit: int | None
 ) -> list[Prompt]:
     rules, files, of_texts = call.rules, target.files, iter(found)
     prompts: list[Prompt] = []
@@ -230,7 +230,7 @@ def _prompts(
 
 
 async def _of_pairs(
-    call: ParsedCall, inputs: Pairs, target: Target, vocab_size: int, base: m.ServedModel
+    call: ParsedCall, inputs: Pairs, target: CallTarget, vocab_size: int, base: m.ServedModel
 ) -> list[Prompt]:
     files = target.files
     if inputs.most_second is not None:
@@ -248,11 +248,11 @@ async def _of_pairs(
     )
 
 
-async def _check_pairs(call: ParsedCall, inputs: Pairs, target: Target, base: m.ServedModel) -> None:
+async def _check_pairs(call: ParsedCall, inputs: Pairs, target: CallTarget, base: m.ServedModel) -> None:
     """Refuse pairs that are too long, alone or together, and charge for them, before they are made.
 
     A first text stands in each of its pairs, so that these may be much longer than the body. Raises BadRequest, and as
-    `memory.hold`.
+    `cost.hold`.
     """
     texts = [*inputs.firsts, *inputs.seconds]
     ids = await target.files.encoder.encode(texts, add_special_tokens=False)
@@ -264,7 +264,7 @@ async def _check_pairs(call: ParsedCall, inputs: Pairs, target: Target, base: m.
         call.rules.most_tokens(call.options, first + second, base.max_model_len)
     num_tokens, num_characters = (sum(size[which] for size in firsts + seconds) for which in (0, 1))
     call.rules.check_total(num_tokens, inputs.most_tokens)
-    memory.hold(memory.held() + ENCODED_BYTES * num_tokens + CHARACTER_BYTES * num_characters)
+    cost.hold(cost.held() + ENCODED_BYTES * num_tokens + CHARACTER_BYTES * num_characters)
 
 
 async def encoded(
@@ -309,7 +309,7 @@ async def _bad_words(words: Sequence[str], files: ModelFiles) -> list[list[int]]
     return found
 
 
-def check_token_ids(options: Options, vocab_size: int) -> None:
+def check_token_ids(options: CallOptions, vocab_size: int) -> None:
     """Refuse parameters with token ids that a model does not have. Raises BadRequest."""
     sampling = options.sampling
     for param, ids in (
@@ -329,7 +329,7 @@ def echoed(call: ParsedCall, source: Source, files: ModelFiles) -> str:
     In a chat it is that of the last message, if its role is the answer's. "" where none is wanted.
     """
     inputs = call.inputs
-    if not (inputs.echoes if isinstance(inputs, Conversation) else call.options.echo):
+    if not (inputs.echoes if isinstance(inputs, ChatPrompt) else call.options.echo):
         return ""
     if isinstance(inputs, Pairs):
         return ""

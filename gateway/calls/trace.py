@@ -9,8 +9,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.calls.parsed_call import Conversation, ParsedCall
-from gateway.calls.writers import Usage
+from gateway.calls.parsed_call import ChatPrompt, ParsedCall
+from gateway.calls.writers import CallUsage
 from protocol.runtime.tracing import Trace, Tracer
 
 OPERATIONS = {"embed": "embeddings", "classify": "classify", "score": "score"}
@@ -32,7 +32,7 @@ class CallTrace:
     def about(self, call: ParsedCall) -> None:
         """Set the request's attributes, by the conventions for generative AI; neither prompts nor answers."""
         options, models = call.options, ",".join(call.models.names)[:256]
-        is_chat = isinstance(call.inputs, Conversation)
+        is_chat = isinstance(call.inputs, ChatPrompt)
         operation = OPERATIONS.get(call.task) or ("chat" if is_chat else "text_completion")
         self.name = f"{operation} {models}"
         self.attributes |= {
@@ -48,7 +48,7 @@ class CallTrace:
         if options.max_tokens is not None:
             self.attributes["gen_ai.request.max_tokens"] = options.max_tokens
 
-    def answered(self, call_id: str, usage: Usage, finishes: Sequence[str]) -> None:
+    def answered(self, call_id: str, usage: CallUsage, finishes: Sequence[str]) -> None:
         """Set the answer's attributes."""
         self.attributes |= {
             "gen_ai.response.id": call_id,

@@ -13,7 +13,7 @@ MIN_LOGPROB = -9999.0  # JSON has no infinity; OpenAI writes this for what is im
 
 
 @dataclass(slots=True)
-class Usage:
+class CallUsage:
     """The tokens of a call; each prompt counts once."""
 
     prompt_tokens: int = 0
@@ -71,15 +71,15 @@ class Writer(Protocol):
         """
         ...
 
-    def usage_frame(self, usage: Usage) -> bytes:
+    def usage_frame(self, usage: CallUsage) -> bytes:
         """Return the frame after the last choice's end."""
         ...
 
-    def show_usage(self, usage: Usage) -> None:
+    def show_usage(self, usage: CallUsage) -> None:
         """Include a call's usage so far in all following frames."""
         ...
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         """Return the answer of a call that was not streamed."""
         ...
 

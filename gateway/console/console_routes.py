@@ -54,7 +54,7 @@ HEADERS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class ConsolePage:
     """A file of the console."""
 
     body: bytes
@@ -62,15 +62,15 @@ class Page:
     tag: str  # ETag
 
 
-def load(folder: Path = FOLDER) -> dict[str, Page]:
+def load(folder: Path = FOLDER) -> dict[str, ConsolePage]:
     """Return the console's files by their paths. They have a few hundred kB together, and stay in memory."""
-    pages: dict[str, Page] = {}
+    pages: dict[str, ConsolePage] = {}
     for path in sorted(folder.rglob("*")):
         kind = KINDS.get(path.suffix)
         if kind is not None and path.is_file():
             body = path.read_bytes()
             tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-            pages[path.relative_to(folder).as_posix()] = Page(body, kind, tag)
+            pages[path.relative_to(folder).as_posix()] = ConsolePage(body, kind, tag)
     return pages
 
 
@@ -80,7 +80,7 @@ class ConsolePages:
     path, access, headers = CONSOLE, OPEN, HEADERS
     folder = FOLDER
 
-    def __init__(self, pages: dict[str, Page] | None = None) -> None:
+    def __init__(self, pages: dict[str, ConsolePage] | None = None) -> None:
         self._pages = load(self.folder) if pages is None else pages
 
     async def enter(self) -> Response:

@@ -9,13 +9,12 @@ from typing import TypeVar
 
 import msgspec
 from pydantic import BaseModel
-from starlette.responses import Response
 
+from gateway.answers.call_response import CallResult
 from gateway.auth.callers import Caller
 from gateway.bodies.json_bodies import json_answer
 from gateway.calls.earlier import check_same_body
 from gateway.calls.follow import Generation
-from gateway.calls.jobs import JobApi, Jobs
 from gateway.calls.parsed_call import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.encoders.encoder_bodies import (
@@ -36,9 +35,9 @@ from gateway.encoders.encoder_parse import (
     to_be_stored,
 )
 from gateway.encoders.encoder_write import (
-    ClassifyResponse,
+    ClassifyAnswer,
     EmbeddingsWriter,
-    EncoderResponse,
+    EncoderAnswer,
     Write,
     write_embedding,
     write_embeddings,
@@ -46,6 +45,7 @@ from gateway.encoders.encoder_write import (
 )
 from gateway.encoders.scores import write_labels, write_ranks, write_scores, write_text_labels
 from gateway.http.paths import EMBEDDINGS
+from gateway.jobs.jobs import JobApi, Jobs
 from protocol.wire.messages import Task
 
 T = TypeVar("T")
@@ -63,7 +63,7 @@ class EncoderCalls:
             EMBEDDINGS, JobApi(partial(parse_stored, settings=pipeline.settings), EmbeddingsWriter, generates=False)
         )
 
-    async def embeddings(self, request: EmbeddingsRequest, sent: Sent, caller: Caller) -> Response:
+    async def embeddings(self, request: EmbeddingsRequest, sent: Sent, caller: Caller) -> CallResult:
         """Answer `/v1/embeddings`. Raises what the client did wrong, Overloaded and Unavailable."""
         earlier = await self._pipeline.earlier.find(sent, caller)
         if earlier is not None and earlier.jid:
@@ -75,15 +75,15 @@ class EncoderCalls:
             return json_answer(await self._jobs.create(prepared, sent, to_be_stored(request)), 202)
         return self._answer(await self._run(call, sent), write_embeddings(request))
 
-    async def embed(self, request: EncoderRequest, sent: Sent | None, caller: Caller) -> EncoderResponse:
+    async def embed(self, request: EncoderRequest, sent: Sent | None, caller: Caller) -> EncoderAnswer:
         """Answer `/embed`. Raises as `embeddings`, and GenerationFailed."""
         make = partial(parse_native, request, "embed", caller, self._settings)
         generation = await self._run(await self._parsed(request, sent, caller, make), sent)
-        return EncoderResponse(generation, write_embedding, native=True, keepalive_s=self._settings.keepalive_s)
+        return EncoderAnswer(generation, write_embedding, native=True)
 
     async def classify(
         self, request: EncoderRequest | EncoderBatchRequest, sent: Sent | None, caller: Caller, started_s: float
-    ) -> EncoderResponse:
+    ) -> EncoderAnswer:
         """Answer `/classify` and `/classify_batch`. started_s: monotonic, of its arrival. Raises as `embed`."""
         base = await self._pipeline.fleet.require(worker=True)
         of_texts = base.does("score") and not base.does("classify")
@@ -91,7 +91,7 @@ class EncoderCalls:
         make = partial(parse_native, request, task, caller, self._settings)
         generation = await self._run(await self._parsed(request, sent, caller, make), sent)
         write = write_text_labels(request) if of_texts else write_entities(request)
-        return ClassifyResponse(generation, write, started_s, self._settings.keepalive_s)
+        return ClassifyAnswer(generation, write, started_s)
 
     async def probe(self, text: str, task: Task, caller: Caller) -> Generation:
         """Begin a call about a text, of the kind that a base model of a task answers. Raises as `embed`."""
@@ -100,19 +100,19 @@ class EncoderCalls:
             return (await self.embed(request, None, caller)).generation
         return (await self.classify(request, None, caller, time.monotonic())).generation
 
-    async def labels(self, request: ClassifyRequest, sent: Sent, caller: Caller) -> EncoderResponse:
+    async def labels(self, request: ClassifyRequest, sent: Sent, caller: Caller) -> EncoderAnswer:
         """Answer `/v1/classify`. Raises as `embeddings`."""
         make = partial(parse_classify, request, caller, self._settings)
         generation = await self._run(await self._parsed(request, sent, caller, make), sent)
         return self._answer(generation, write_labels(request))
 
-    async def ranks(self, request: RerankRequest, sent: Sent, caller: Caller) -> EncoderResponse:
+    async def ranks(self, request: RerankRequest, sent: Sent, caller: Caller) -> EncoderAnswer:
         """Answer `/v1/rerank`. Raises as `embeddings`."""
         make = partial(parse_rerank, request, caller, self._settings)
         parsed, documents = await self._parsed(request, sent, caller, make)
         return self._answer(await self._run(parsed, sent), write_ranks(request, documents))
 
-    async def scores(self, request: ScoreRequest, sent: Sent, caller: Caller) -> EncoderResponse:
+    async def scores(self, request: ScoreRequest, sent: Sent, caller: Caller) -> EncoderAnswer:
         """Answer `/v1/score`. Raises as `embeddings`."""
         make = partial(parse_score, request, caller, self._settings)
         parsed, num_firsts = await self._parsed(request, sent, caller, make)
@@ -128,5 +128,5 @@ class EncoderCalls:
         await self._pipeline.fleet.require(worker=False)  # without the base model's sizes no numbers can be read
         return await self._pipeline.run_once(msgspec.structs.replace(call, sent=sent))
 
-    def _answer(self, generation: Generation, write: Write) -> EncoderResponse:
-        return EncoderResponse(generation, write, native=False, keepalive_s=self._settings.keepalive_s)
+    def _answer(self, generation: Generation, write: Write) -> EncoderAnswer:
+        return EncoderAnswer(generation, write, native=False)

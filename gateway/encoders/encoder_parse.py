@@ -10,7 +10,7 @@ import msgspec
 
 from gateway.auth.callers import Caller
 from gateway.bodies.fields import sources_of
-from gateway.calls.parsed_call import Conversation, Models, Options, Pairs, ParsedCall, Rules, Source, Texts
+from gateway.calls.parsed_call import CallOptions, ChatPrompt, Models, Pairs, ParsedCall, Rules, Source, Texts
 from gateway.encoders.encoder_bodies import (
     ClassifyRequest,
     EmbeddingsRequest,
@@ -27,7 +27,7 @@ from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, LorafleetError
 from protocol.wire.keys import BATCH
 
-OPTIONS = Options(sampling=m.Sampling(), output="numbers")
+OPTIONS = CallOptions(sampling=m.Sampling(), output="numbers")
 IN_BACKGROUND = msgspec.structs.replace(OPTIONS, background=True, cls=BATCH)
 
 
@@ -51,7 +51,7 @@ class EncoderRules(Rules):
             message = f"{self.param} has {num_prompts} {what}; the limit is {self.max_choices}"
             raise BadRequest(message, param=self.param)
 
-    def check_base(self, options: Options, base: m.ServedModel) -> None:
+    def check_base(self, options: CallOptions, base: m.ServedModel) -> None:
         """Refuse more entries than the model's vectors have. Raises BadRequest."""
         if self.dimensions is not None and self.dimensions > base.width:
             message = f"dimensions is {self.dimensions}; this model's embeddings have {base.width} entries"
@@ -72,7 +72,7 @@ class EncoderRules(Rules):
         message = "`inputs` cannot be empty" if self.native else f"{self.param}: a text is empty"
         return BadRequest(message, param=self.param)
 
-    def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
+    def most_tokens(self, options: CallOptions, num_prompt_tokens: int, max_model_len: int) -> int:
         """Return 0: no token is generated. Raises BadRequest for a text that is longer than the model takes."""
         if num_prompt_tokens <= max_model_len:
             return 0
@@ -143,7 +143,7 @@ def parse_classify(request: ClassifyRequest, caller: Caller, settings: Settings)
         if request.add_generation_prompt and request.continue_final_message:
             message = "continue_final_message and add_generation_prompt cannot be used together"
             raise BadRequest(message, param="continue_final_message")
-        inputs = Conversation(
+        inputs = ChatPrompt(
             request.messages, request.chat_template_kwargs or {},
             add_generation_prompt=bool(request.add_generation_prompt),
             continue_final=bool(request.continue_final_message), add_special_tokens=bool(request.add_special_tokens),
@@ -210,7 +210,7 @@ def parse_score(request: ScoreRequest, caller: Caller, settings: Settings) -> tu
 
 
 def _scored(
-    caller: Caller, request: ClassifyRequest | RerankRequest | ScoreRequest, inputs: Conversation | Texts | Pairs,
+    caller: Caller, request: ClassifyRequest | RerankRequest | ScoreRequest, inputs: ChatPrompt | Texts | Pairs,
     rules: EncoderRules,
 ) -> ParsedCall:  # fmt: skip
     return ParsedCall(

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from gateway.answers.sse import GenerationResponse
+from gateway.answers.sse import GenerationAnswer
 from gateway.bodies.json_slices import RowSlices
 from gateway.calls.choices import Choice, Piece
 from gateway.calls.follow import Generation
 from gateway.calls.submit import SubmittedCall
 from gateway.calls.tokenize import Offset
-from gateway.calls.writers import Usage
+from gateway.calls.writers import CallUsage
 from gateway.encoders.encoder_bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
 from gateway.encoders.encoder_parse import EncoderRules
 from gateway.http.errors import OPENAI_ERRORS
@@ -40,12 +40,12 @@ Write: TypeAlias = "Callable[[list[np.ndarray], Generation], Any]"
 """From the numbers of each text (int32) to what the answer is as JSON; floats are stored bit by bit."""
 
 
-class EncoderResponse(GenerationResponse):
+class EncoderAnswer(GenerationAnswer):
     """The answer to a call of an encoder."""
 
-    def __init__(self, generation: Generation, write: Write, *, native: bool, keepalive_s: float) -> None:
+    def __init__(self, generation: Generation, write: Write, *, native: bool) -> None:
         """native: errors have LoRAX's form."""
-        super().__init__(generation, _NoFrames(), keepalive_s=keepalive_s)
+        super().__init__(generation, _NoFrames())
         self._write = write
         self.errors = LORAX_GENERATION_ERRORS if native else OPENAI_ERRORS
 
@@ -64,12 +64,12 @@ class EncoderResponse(GenerationResponse):
         return {}
 
 
-class ClassifyResponse(EncoderResponse):
+class ClassifyAnswer(EncoderAnswer):
     """The answer to a call for labels, with LoRAX's headers of its times."""
 
-    def __init__(self, generation: Generation, write: Write, started_s: float, keepalive_s: float) -> None:
+    def __init__(self, generation: Generation, write: Write, started_s: float) -> None:
         """Take the call's arrival, `started_s`, monotonic."""
-        super().__init__(generation, write, native=True, keepalive_s=keepalive_s)
+        super().__init__(generation, write, native=True)
         self._started_s = started_s
 
     async def own_headers(self) -> dict[str, str]:
@@ -84,12 +84,12 @@ class _NoFrames:
     def frames(self, piece: Piece) -> list[bytes]:
         return []
 
-    def usage_frame(self, usage: Usage) -> bytes:
+    def usage_frame(self, usage: CallUsage) -> bytes:
         return b""
 
-    def show_usage(self, usage: Usage) -> None: ...
+    def show_usage(self, usage: CallUsage) -> None: ...
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         return {}
 
 
@@ -105,7 +105,7 @@ class EmbeddingsWriter(_NoFrames):
         self._rules = call.parsed.rules
         self._choices = choices
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         """Return the answer that the endpoint would have given."""
         rules = self._rules
         assert isinstance(rules, EncoderRules)

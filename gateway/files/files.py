@@ -21,8 +21,8 @@ from gateway.files.storage import Storage
 from gateway.files.upload import UploadedForm
 from gateway.http.list_page import list_page
 from gateway.overload import reads
-from gateway.overload.large import Places
 from gateway.overload.shares import shares
+from gateway.overload.slots import FairSlots
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.guarded import Items
@@ -90,7 +90,7 @@ class FileService:
         self._storage = storage
         self._settings = settings
         self._without_bytes: dict[str, str] = {}  # file id -> tenant, of records that are still to be forgotten
-        self._uploads = Places(limits.num, limits.num_of_tenant, limits.num_waiting)
+        self._uploads = FairSlots(limits.num, limits.num_of_tenant, limits.num_waiting)
         self._ending: set[str] = set()  # ids of slow uploads that still have the place they end for
         # None is given up: its owner does not have it any more, and its bytes are to go once the storage is back.
         self._expiring = Items("expired files", max_tries=0, backoff=Backoff(1.0, 3600.0))

@@ -1,4 +1,4 @@
-"""What a schema, regular expression or grammar may hold, found out before anything compiles it. Pure.
+"""What a regular expression or a grammar may hold, found out before anything compiles it. Pure.
 
 Each function here reads every character a bounded number of times: patterns are possessive, and what begins like a
 string or an expression and does not end is one token too, so that no search restarts within it.
@@ -10,15 +10,10 @@ and its kin cost nothing, however large.
 
 from __future__ import annotations
 
-import json
 import re
-from typing import Any
 
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
-
-MAX_VALUES = 20_000
-"""Values in one schema, objects and lists included."""
 
 MAX_CHOICES = 10_000
 """Values in one `enum` or `choice`, schemas in one `anyOf`."""
@@ -32,19 +27,8 @@ MAX_TIMES = 16
 MAX_WHITESPACE_BYTES = 256
 """Longest `whitespace_pattern`, which stands between all parts of the JSON."""
 
-_LISTS = ("enum", "anyOf", "oneOf", "allOf", "prefixItems", "required")
-_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-_VALUES = frozenset({"const", "enum", "default", "example", "examples"})  # keywords whose values are not schemas
-_SCHEMA, _NAMES, _VALUE = "schema", "names", "value"  # kinds of schema parts; _NAMES maps names to schemas
-
 _TIMES = re.compile(r"\{(\d*+)(,?+)(\d*+)\}")
 _MAX_DIGITS = 9
-_LARK_TOKEN = re.compile(
-    r'"(?:[^"\\\n]|\\.)*+(?P<end>"?+)|/(?![/*])(?P<regex>(?:[^/\\\n]|\\.)++)(?P<slash>/?+)|//[^\n]*+'
-    r"|(?P<json>%json\s*+(?=[{\[]))"
-)
-_NAME = re.compile(r"[A-Za-z_]\w*")
-_JSON = json.JSONDecoder()
 
 
 def check_bytes(text: str, place: str, settings: Settings) -> None:
@@ -55,56 +39,12 @@ def check_bytes(text: str, place: str, settings: Settings) -> None:
 def check_num(num: int, limit: int, what: str, place: str) -> None:
     """Raise BadRequest if there are more than `limit` of something."""
     if num > limit:
-        raise BadRequest(f"{place} has {num} {what}; the limit is {limit}", param=place)
+        raise too_many(num, limit, what, place)
 
 
-# ---------------------------------------------------------------- JSON schemas
-
-
-def check_schema(schema: Any, place: str, settings: Settings) -> None:
-    """Raise BadRequest for a schema that is too deep, has too many values, or a pattern beyond the limits."""
-    num, depth, limit = 0, 0, settings.max_grammar_depth
-    groups: list[tuple[str, Any]] = [(_SCHEMA, schema)]
-    while groups:
-        depth += 1
-        if depth > limit:
-            raise BadRequest(f"{place} is nested deeper than {limit} levels, which is the limit", param=place)
-        inner: list[tuple[str, Any]] = []
-        for kind, group in groups:
-            num += len(group)
-            check_num(num, MAX_VALUES, "values", place)
-            inner += _parts(kind, group, place)
-        groups = inner
-
-
-def _parts(kind: str, group: Any, place: str) -> list[tuple[str, Any]]:
-    """Return the objects and lists in one, each with its kind; raise BadRequest beyond the limits."""
-    if isinstance(group, list):
-        return [(kind, part) for part in group if isinstance(part, dict | list)]
-    if kind == _SCHEMA:
-        _check_keywords(group, place)
-    parts: list[tuple[str, Any]] = []
-    for key, part in group.items():
-        if isinstance(part, dict | list):
-            inner = kind if kind == _VALUE else _SCHEMA
-            if kind == _SCHEMA:
-                inner = _NAMES if key in _BY_NAME else _VALUE if key in _VALUES else _SCHEMA
-            parts.append((inner, part))
-    return parts
-
-
-def _check_keywords(schema: dict[str, Any], place: str) -> None:
-    for key in _LISTS:
-        if isinstance(values := schema.get(key), list):
-            check_num(len(values), MAX_CHOICES, f"values in {key}", place)
-    if isinstance(pattern := schema.get("pattern"), str):
-        check_regex(pattern, place)
-    if isinstance(patterns := schema.get("patternProperties"), dict):
-        for pattern in patterns:
-            check_regex(pattern, place)
-    style = schema.get("x-guidance")
-    if isinstance(style, dict) and isinstance(white := style.get("whitespace_pattern"), str):
-        check_whitespace(white, place)
+def too_many(num: int, limit: int, what: str, place: str) -> BadRequest:
+    """Return the error of more than `limit` of something."""
+    return BadRequest(f"{place} has {num} {what}; the limit is {limit}", param=place)
 
 
 # ---------------------------------------------------------------- regular expressions
@@ -170,28 +110,3 @@ def _after_piece(pattern: str, at: int) -> int:
         open_classes += (pattern[at] == "[") - (pattern[at] == "]")
         at += 2 if pattern[at] == "\\" else 1
     return at
-
-
-# ---------------------------------------------------------------- Lark
-
-
-def check_lark(text: str, place: str, settings: Settings) -> None:
-    """Raise BadRequest for a grammar with a regular expression, a JSON schema or repetitions beyond the limits."""
-    at, outside, is_json = 0, list[str](), True
-    while (token := _LARK_TOKEN.search(text, at)) is not None:
-        is_open = token["end"] == "" or token["slash"] == ""  # the compiler says that it does not end
-        outside += (text[at : token.start()], token[0] if is_open else "_")  # one part
-        at = token.end()
-        if token["slash"]:
-            check_regex(token["regex"], place)
-        elif token["json"] is not None and is_json:
-            try:
-                schema, at = _JSON.raw_decode(text, at)
-            except (ValueError, RecursionError):
-                is_json = False  # the compiler says what is wrong; the error of each would count the lines before it
-                continue
-            if isinstance(schema, dict | list):
-                check_schema(schema, place, settings)
-    outside.append(text[at:])
-    for rule in "".join(outside).splitlines():
-        check_regex(_NAME.sub("_", rule), place)

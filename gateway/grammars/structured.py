@@ -6,39 +6,35 @@ SGLang, `grammar` as TGI. `check` finds out whether a grammar can be compiled.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import orjson
 
 from gateway.bodies import json_values
-from gateway.grammars.closed_schemas import closed
 from gateway.grammars.ebnf import is_ebnf, lark_of
 from gateway.grammars.limits import (
     MAX_CHOICES,
     check_bytes,
-    check_lark,
     check_num,
     check_regex,
-    check_schema,
     check_whitespace,
 )
 from gateway.grammars.notation import Constraint, lark_string, regex_literal
+from gateway.grammars.schemas import ANY_OBJECT, JSON_STYLE, check_schema, checked_schema, is_strict
 from protocol.runtime.settings import Settings
 from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
-ANY_OBJECT: dict[str, Any] = {"type": "object"}
+_LARK_TOKEN = re.compile(
+    r'"(?:[^"\\\n]|\\.)*+(?P<end>"?+)|/(?![/*])(?P<regex>(?:[^/\\\n]|\\.)++)(?P<slash>/?+)|//[^\n]*+'
+    r"|(?P<json>%json\s*+(?=[{\[]))"
+)
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_JSON = json.JSONDecoder()
 
-JSON_STYLE: dict[str, Any] = {
-    # Models write a space or a new line between tokens of JSON; small ones never stop where any number is allowed.
-    "whitespace_pattern": r"[ ]|\n[ \t]{0,32}",
-    "whitespace_flexible": True,
-    "lenient": False,  # refuse what cannot be enforced
-}
-
-STYLE = "x-guidance"
-"""The schema key that sets llguidance's JSON style; only this project sets it."""
 
 _KINDS = ("json", "json_object", "regex", "choice", "grammar")
 
@@ -205,36 +201,30 @@ def _choice(choices: Any, place: str, settings: Settings) -> Constraint:
     return {"lark_grammar": "start: " + " | ".join(lark_string(text) for text in choices)}
 
 
-# ---------------------------------------------------------------- schemas
-
-
 def _json(schema: Any, place: str, settings: Settings, style: Mapping[str, Any] = JSON_STYLE) -> Constraint:
     return {"json_schema": checked_schema(schema, place, settings, style)}
 
 
-def checked_schema(
-    schema: Any, place: str, settings: Settings, style: Mapping[str, Any] = JSON_STYLE, *,
-    close: bool | None = None, strict: bool = False,
-) -> dict[str, Any]:  # fmt: skip
-    """Return a JSON schema with its objects closed, and how its JSON is to be written. Raises BadRequest.
-
-    close: whether objects that name their properties have no others, None for the setting. strict: as OpenAI has it.
-    """
-    if not isinstance(schema, dict):
-        raise BadRequest(f"{place} must be an object", param=place)
-    if STYLE in schema:
-        other = "structured_outputs has whitespace_pattern and disable_any_whitespace"
-        raise BadRequest(f"{place}.{STYLE} is not supported: {other}", param=f"{place}.{STYLE}")
-    num_bytes = len(orjson.dumps(schema))
-    check_num(num_bytes, settings.max_grammar_bytes, "bytes", place)  # before its patterns are looked through
-    check_schema(schema, place, settings)
-    close = strict or (settings.close_objects if close is None else close)
-    return {**closed(schema, place, num_bytes=num_bytes, close=close, strict=strict), STYLE: dict(style)}
+# ---------------------------------------------------------------- grammars
 
 
-def is_strict(definition: Mapping[str, Any], place: str) -> bool:
-    """Return whether a schema's or a function's definition is `strict`. Raises BadRequest."""
-    strict = definition.get("strict")
-    if strict is not None and not isinstance(strict, bool):
-        raise BadRequest(f"{place}.strict must be a boolean", param=f"{place}.strict")
-    return bool(strict)
+def check_lark(text: str, place: str, settings: Settings) -> None:
+    """Raise BadRequest for a grammar with a regular expression, a JSON schema or repetitions beyond the limits."""
+    at, outside, is_json = 0, list[str](), True
+    while (token := _LARK_TOKEN.search(text, at)) is not None:
+        is_open = token["end"] == "" or token["slash"] == ""  # the compiler says that it does not end
+        outside += (text[at : token.start()], token[0] if is_open else "_")  # one part
+        at = token.end()
+        if token["slash"]:
+            check_regex(token["regex"], place)
+        elif token["json"] is not None and is_json:
+            try:
+                schema, at = _JSON.raw_decode(text, at)
+            except (ValueError, RecursionError):
+                is_json = False  # the compiler says what is wrong; the error of each would count the lines before it
+                continue
+            if isinstance(schema, dict | list):
+                check_schema(schema, place, settings)
+    outside.append(text[at:])
+    for rule in "".join(outside).splitlines():
+        check_regex(_NAME.sub("_", rule), place)

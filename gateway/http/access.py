@@ -21,7 +21,7 @@ from protocol.queue.books.api_keys import Scope
 from protocol.wire.errors import BadRequest
 
 MATCH = "lorafleet.match"
-"""Key of an ASGI scope under which its `Match` is."""
+"""Key of an ASGI scope under which its `RouteMatch` is."""
 
 Kind = Literal["plain", "call", "text", "file"]
 """What a route does with a body: `call` puts it into the queue, `text` tokenizes it, `file` keeps it; `plain` takes
@@ -32,7 +32,7 @@ TOKENS_OF_ITS_OWN = ("/v1/", "/api/")
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
+class RouteAccess:
     """What a route asks of its callers, and what they may send."""
 
     scopes: tuple[Scope, ...] | None  # one of them is enough; (): any key will do; None: no key is needed
@@ -40,27 +40,29 @@ class Access:
     is_page: bool = False  # needs no key where the setting `open_pages` says so
 
 
-OPEN = Access(None)
-INFER = Access(("infer",))
-CALL = Access(("infer",), "call")
-TEXT = Access(("infer",), "text")
-FILE = Access(("infer",), "file")
-READ_ADAPTERS = Access(("infer", "adapters"))
-ADAPTERS = Access(("adapters",))
-ADMIN = Access(("admin",))
-ADMIN_FILE = Access(("admin",), "file")
-API_PAGE = Access((), is_page=True)
-ADMIN_PAGE = Access(("admin",), is_page=True)
+OPEN = RouteAccess(None)
+INFER = RouteAccess(("infer",))
+CALL = RouteAccess(("infer",), "call")
+TEXT = RouteAccess(("infer",), "text")
+FILE = RouteAccess(("infer",), "file")
+READ_ADAPTERS = RouteAccess(("infer", "adapters"))
+ADAPTERS = RouteAccess(("adapters",))
+ADMIN = RouteAccess(("admin",))
+ADMIN_FILE = RouteAccess(("admin",), "file")
+API_PAGE = RouteAccess((), is_page=True)
+ADMIN_PAGE = RouteAccess(("admin",), is_page=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Match:
+class RouteMatch:
     """The route of a request, and what its callers need."""
 
     path: str  # normalised path of the request
     route: APIRoute | None = None  # None: no route has the path, or none has it with this method
     params: Mapping[str, str] = field(default_factory=dict)
-    scopes: tuple[Scope, ...] | None = ()  # as in `Access`; of unknown paths strangers learn no more than of others
+    scopes: (
+        tuple[Scope, ...] | None
+    ) = ()  # as in `RouteAccess`; of unknown paths strangers learn no more than of others
     kind: Kind = "plain"
     any_token: bool = False  # whether any bearer may be the token of an adapter's source
     allowed: tuple[str, ...] = ()  # other methods that the path has, where it has none for this one
@@ -79,23 +81,23 @@ class Routes:
         self._app = app
         self._class = route_class
 
-    def get(self, path: str, access: Access, **options: Any) -> Callable[[Any], None]:
+    def get(self, path: str, access: RouteAccess, **options: Any) -> Callable[[Any], None]:
         """Return what binds GET to a handler. `options`: as FastAPI's."""
         return partial(self._add, "GET", path, access, options)
 
-    def head(self, path: str, access: Access, **options: Any) -> Callable[[Any], None]:
+    def head(self, path: str, access: RouteAccess, **options: Any) -> Callable[[Any], None]:
         """Return what binds HEAD to a handler."""
         return partial(self._add, "HEAD", path, access, options)
 
-    def post(self, path: str, access: Access, **options: Any) -> Callable[[Any], None]:
+    def post(self, path: str, access: RouteAccess, **options: Any) -> Callable[[Any], None]:
         """Return what binds POST to a handler."""
         return partial(self._add, "POST", path, access, options)
 
-    def delete(self, path: str, access: Access, **options: Any) -> Callable[[Any], None]:
+    def delete(self, path: str, access: RouteAccess, **options: Any) -> Callable[[Any], None]:
         """Return what binds DELETE to a handler."""
         return partial(self._add, "DELETE", path, access, options)
 
-    def _add(self, method: str, path: str, access: Access, options: dict[str, Any], handler: Any) -> None:
+    def _add(self, method: str, path: str, access: RouteAccess, options: dict[str, Any], handler: Any) -> None:
         kind: Any = partial(self._class, access=access)
         self._app.router.add_api_route(path, handler, methods=[method], route_class_override=kind, **options)
 
@@ -108,14 +110,16 @@ class RouteTable:
 
         Raises TypeError for a route that does not say who may ask it, so that no gateway starts with one.
         """
-        self._fixed: dict[str, dict[str, Match]] = {}  # path -> method -> what is found
-        self._with_params: list[tuple[str, re.Pattern[str], Match]] = []  # method, path's expression, what is found
-        self.matches: list[tuple[str, Match]] = []  # every method and route
+        self._fixed: dict[str, dict[str, RouteMatch]] = {}  # path -> method -> what is found
+        self._with_params: list[
+            tuple[str, re.Pattern[str], RouteMatch]
+        ] = []  # method, path's expression, what is found
+        self.matches: list[tuple[str, RouteMatch]] = []  # every method and route
         for route in routes:
             access = getattr(route, "access", None)
-            if not isinstance(route, APIRoute) or not isinstance(access, Access):
+            if not isinstance(route, APIRoute) or not isinstance(access, RouteAccess):
                 raise TypeError(f"{getattr(route, 'path', route)} does not say which scope it needs: see access.py")
-            found = Match(
+            found = RouteMatch(
                 route.path, route, {}, None if open_pages and access.is_page else access.scopes, access.kind,
                 any_token=not route.path.startswith(TOKENS_OF_ITS_OWN),
             )  # fmt: skip
@@ -128,7 +132,7 @@ class RouteTable:
                 else:
                     self._fixed[route.path][method] = found
 
-    def match(self, method: str, path: str) -> Match:
+    def match(self, method: str, path: str) -> RouteMatch:
         """Return the route of a method and a path. A slash at the end is left out where no route has it."""
         found = self._match(method, path)
         if found.route is None and path.endswith("/") and path != "/":
@@ -136,7 +140,7 @@ class RouteTable:
             return found if shorter.route is None and (found.allowed or not shorter.allowed) else shorter
         return found
 
-    def _match(self, method: str, path: str) -> Match:
+    def _match(self, method: str, path: str) -> RouteMatch:
         fixed = self._fixed.get(path, {})
         if method in fixed:
             return fixed[method]
@@ -145,11 +149,11 @@ class RouteTable:
             if (parts := expression.fullmatch(path)) is None:
                 continue
             if known == method:
-                return Match(
+                return RouteMatch(
                     path, found.route, parts.groupdict(), found.scopes, found.kind, any_token=found.any_token
                 )  # fmt: skip
             allowed.add(known)
-        return Match(path, allowed=tuple(sorted(allowed)))
+        return RouteMatch(path, allowed=tuple(sorted(allowed)))
 
 
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufffd]")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway.auth.callers import Caller
-from gateway.calls.parsed_call import Models, Options, ParsedCall, Rules, Sent, Texts, Truncation
+from gateway.calls.parsed_call import CallOptions, Models, ParsedCall, Rules, Sent, Texts, Truncation
 from gateway.grammars.notation import Constraint
 from gateway.grammars.structured import native_constraint, tgi_constraint
 from gateway.lorax.lorax_bodies import AdapterParameters, GenerateRequest, Parameters
@@ -45,7 +45,7 @@ class NativeRules(Rules):
 
     truncate: int | None = None
 
-    def check_base(self, options: Options, base: m.ServedModel) -> None:
+    def check_base(self, options: CallOptions, base: m.ServedModel) -> None:
         """Refuse limits beyond the context, LoRAX's `max_total_tokens`. Raises BadRequest."""
         limit, truncate = base.max_model_len, self.truncate
         if options.max_tokens is not None and options.max_tokens > limit:
@@ -61,7 +61,7 @@ class NativeRules(Rules):
         """Return the error for a prompt without tokens."""
         return _bad("`inputs` cannot be empty", self.param)
 
-    def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
+    def most_tokens(self, options: CallOptions, num_prompt_tokens: int, max_model_len: int) -> int:
         """Return how many tokens may be made. Raises BadRequest when prompt and output do not fit the context."""
         if num_prompt_tokens >= max_model_len:
             raise _bad(f"`inputs` must have less than {max_model_len} tokens. Given: {num_prompt_tokens}", "inputs")
@@ -95,7 +95,7 @@ def parse(
     if best_of > 1 and p.seed is not None:
         raise _bad("`seed` must not be set when `best_of` > 1", "seed")
     seed = _drawn_seed(sent) if p.seed is None else p.seed
-    options = Options(
+    options = CallOptions(
         sampling=_sampling(p, seed, sampled=sampled),
         n=best_of,
         max_tokens=p.max_new_tokens,

@@ -24,7 +24,7 @@ from gateway.http.paths import INVOCATIONS
 from gateway.lorax.lorax_bodies import CompatRequest, GenerateRequest, InvocationRequest, Parameters, StreamRequest
 from gateway.lorax.lorax_errors import LORAX_ERRORS
 from gateway.lorax.lorax_parse import NativeCall, parse
-from gateway.lorax.lorax_write import NativeResponse
+from gateway.lorax.lorax_write import NativeAnswer
 from gateway.openai.openai_bodies import ChatRequest, CompletionRequest
 from gateway.openai.openai_routes import OpenAIEndpoints
 from protocol.metrics.fleet import RESIDENCY
@@ -86,7 +86,7 @@ class NativeEndpoints:
         started_s, settings = time.monotonic(), self._pipeline.settings
         sent = await sent_of(request.scope["path"], request)
 
-        async def answer() -> Response:
+        async def answer() -> NativeAnswer:
             caller = caller_of(request)
             make = partial(parse, body, caller, settings, sent, stream=stream, as_list=as_list)
             native = await self._pipeline.parsed(body, caller, len(sent.raw), make)
@@ -94,9 +94,9 @@ class NativeEndpoints:
 
         return await self._answers.respond(answer(), stream=stream, errors=LORAX_ERRORS)
 
-    async def _answer(self, native: NativeCall, started_s: float) -> NativeResponse:
+    async def _answer(self, native: NativeCall, started_s: float) -> NativeAnswer:
         generation = await self._pipeline.run_once(native.call)
-        return NativeResponse(generation, native, started_s, self._pipeline.settings.keepalive_s)
+        return NativeAnswer(generation, native, started_s)
 
     # ------------------------------------------------------------ operation
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import orjson
 
-from gateway.answers.sse import GenerationResponse
+from gateway.answers.sse import GenerationAnswer
 from gateway.bodies.json_slices import RowSlices
 from gateway.calls import lorax_metrics
 from gateway.calls.choices import Piece, TokenLogprob, mean_logprob
 from gateway.calls.follow import Generation
-from gateway.calls.writers import MIN_LOGPROB, Usage, shown_logprob
+from gateway.calls.writers import MIN_LOGPROB, CallUsage, shown_logprob
 from gateway.lorax.lorax_errors import LORAX_GENERATION_ERRORS
 from gateway.lorax.lorax_parse import NativeCall
 from gateway.text.tokenizer import ModelFiles
@@ -105,14 +105,14 @@ class NativeWriter:
             frames.append(b"data: " + orjson.dumps(chunk) + b"\n\n")
         return frames
 
-    def usage_frame(self, usage: Usage) -> bytes:
+    def usage_frame(self, usage: CallUsage) -> bytes:
         """Return nothing: the last token's event has the counts."""
         return b""
 
-    def show_usage(self, usage: Usage) -> None:
+    def show_usage(self, usage: CallUsage) -> None:
         """Do nothing: LoRAX's events do not report usage."""
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         """Return the answer: the choice with the best mean logprob, the others beside it."""
         order = sorted(choices, key=mean_logprob, reverse=True)
         best, *others = [self._sequence(piece) for piece in order]
@@ -151,18 +151,16 @@ class NativeWriter:
         return "eos_token" if last in self._eos_ids or by_grammar else "stop_sequence"
 
 
-class NativeResponse(GenerationResponse):
+class NativeAnswer(GenerationAnswer):
     """A native call's answer."""
 
     errors = LORAX_GENERATION_ERRORS
     done = b""
 
-    def __init__(self, generation: Generation, native: NativeCall, started_s: float, keepalive_s: float) -> None:
-        """Take the call's arrival, `started_s`, monotonic, and `keepalive_s` as `GenerationResponse` does."""
+    def __init__(self, generation: Generation, native: NativeCall, started_s: float) -> None:
+        """Take the call's arrival, `started_s`, monotonic."""
         [prompt] = generation.call.prompts
-        super().__init__(
-            generation, NativeWriter(prompt.files, native, prompt.num_tokens), keepalive_s=keepalive_s
-        )  # fmt: skip
+        super().__init__(generation, NativeWriter(prompt.files, native, prompt.num_tokens))
         self._native = native
         self._started_s = started_s
 

@@ -57,7 +57,7 @@ class _Request(JsonBody):
         return self.stream is not False
 
 
-class ChatRequest(_Request):
+class OllamaChatRequest(_Request):
     """`POST /api/chat`."""
 
     OBJECT = "ollama_chat"
@@ -71,7 +71,7 @@ class ChatRequest(_Request):
         return not self.messages
 
 
-class GenerateRequest(_Request):
+class OllamaGenerateRequest(_Request):
     """`POST /api/generate`."""
 
     OBJECT = "ollama_generate"

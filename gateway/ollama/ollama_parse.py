@@ -15,15 +15,15 @@ from typing import Any
 
 from gateway.auth.callers import Caller
 from gateway.bodies.parameter_check import MAX_NAMED
-from gateway.calls.parsed_call import Conversation, Models, Options, ParsedCall, Rules, Texts
+from gateway.calls.parsed_call import CallOptions, ChatPrompt, Models, ParsedCall, Rules, Texts
 from gateway.chat.messages import stand_in
 from gateway.encoders.encoder_bodies import EmbeddingsRequest
 from gateway.encoders.encoder_parse import parse_embeddings
 from gateway.grammars.limits import check_num
 from gateway.grammars.notation import Constraint
-from gateway.grammars.structured import ANY_OBJECT, checked_schema
+from gateway.grammars.schemas import ANY_OBJECT, checked_schema
 from gateway.ollama import ollama_bodies
-from gateway.ollama.ollama_bodies import ChatRequest, EmbedRequest, GenerateRequest
+from gateway.ollama.ollama_bodies import EmbedRequest, OllamaChatRequest, OllamaGenerateRequest
 from gateway.openai.openai_bodies import MAX_TOOLS
 from gateway.openai.openai_parse import stop_strings
 from gateway.text.answer_form import AnswerForm
@@ -57,7 +57,7 @@ class OllamaRules(Rules):
             raise BadRequest(f'"{self.thinks}" does not support thinking', param="think")
         return ()
 
-    def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
+    def most_tokens(self, options: CallOptions, num_prompt_tokens: int, max_model_len: int) -> int:
         """Return how many tokens the answer may have: no more than the context has room for. Raises BadRequest."""
         context = min(self.num_ctx or max_model_len, max_model_len)
         room = context - num_prompt_tokens
@@ -77,9 +77,9 @@ def tagged_name(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else name + TAG
 
 
-def parse(request: ChatRequest | GenerateRequest, caller: Caller, settings: Settings) -> ParsedCall:
+def parse(request: OllamaChatRequest | OllamaGenerateRequest, caller: Caller, settings: Settings) -> ParsedCall:
     """Return what a body asks for. Raises BadRequest naming the parameter."""
-    is_chat = isinstance(request, ChatRequest)
+    is_chat = isinstance(request, OllamaChatRequest)
     given = request.options or ollama_bodies.Options()
     rules = OllamaRules(
         "messages" if is_chat else "prompt", settings.max_choices, given.num_ctx,
@@ -88,11 +88,11 @@ def parse(request: ChatRequest | GenerateRequest, caller: Caller, settings: Sett
     return ParsedCall(
         caller=caller,
         models=Models([plain_name(request.model)]),
-        inputs=_conversation(request, settings) if isinstance(request, ChatRequest) else _inputs(request),
+        inputs=_conversation(request, settings) if isinstance(request, OllamaChatRequest) else _inputs(request),
         options=_options(request, given, settings),
         rules=rules,
         model_name=request.model,
-        form_param="tools" if isinstance(request, ChatRequest) and request.tools else "format",
+        form_param="tools" if isinstance(request, OllamaChatRequest) and request.tools else "format",
     )
 
 
@@ -102,20 +102,22 @@ def parse_embed(request: EmbedRequest, caller: Caller, settings: Settings) -> Pa
     return parse_embeddings(asked, caller, settings)
 
 
-def _options(request: ChatRequest | GenerateRequest, given: ollama_bodies.Options, settings: Settings) -> Options:
+def _options(
+    request: OllamaChatRequest | OllamaGenerateRequest, given: ollama_bodies.Options, settings: Settings
+) -> CallOptions:
     num_logprobs = _num_logprobs(request, settings)
-    return Options(
+    return CallOptions(
         sampling=_sampling(given, num_logprobs),
         max_tokens=given.num_predict if given.num_predict is not None and given.num_predict > 0 else None,
         stop=stop_strings(given.stop, settings),
         stream=request.streams,
         constraint=_constraint(request.format, settings),
         num_shown=num_logprobs,
-        tools=_tools(request, settings) if isinstance(request, ChatRequest) else None,
+        tools=_tools(request, settings) if isinstance(request, OllamaChatRequest) else None,
     )
 
 
-def _num_logprobs(request: ChatRequest | GenerateRequest, settings: Settings) -> int | None:
+def _num_logprobs(request: OllamaChatRequest | OllamaGenerateRequest, settings: Settings) -> int | None:
     num = request.top_logprobs
     if num is not None and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
@@ -149,12 +151,12 @@ def _constraint(form: str | dict[str, Any] | None, settings: Settings) -> Constr
     return {"json_schema": checked_schema(ANY_OBJECT if form == "json" else form, "format", settings)}
 
 
-def _tools(request: ChatRequest, settings: Settings) -> Tools | None:
+def _tools(request: OllamaChatRequest, settings: Settings) -> Tools | None:
     check_num(len(request.tools or ()), MAX_TOOLS, "entries", "tools")
     return tools_of(request.tools, None, None, settings)
 
 
-def _inputs(request: GenerateRequest) -> Conversation | Texts:
+def _inputs(request: OllamaGenerateRequest) -> ChatPrompt | Texts:
     prompt = request.prompt or ""
     if request.raw:
         for name in _WITHOUT_RAW:
@@ -162,23 +164,23 @@ def _inputs(request: GenerateRequest) -> Conversation | Texts:
                 raise BadRequest(f"{name} has no effect beside raw: no template is rendered", param=name)
         return Texts([prompt])
     messages = [{"role": "system", "content": request.system}] if request.system else []
-    return Conversation([*messages, {"role": "user", "content": prompt}], _variables(request))
+    return ChatPrompt([*messages, {"role": "user", "content": prompt}], _variables(request))
 
 
-def _conversation(request: ChatRequest, settings: Settings) -> Conversation:
+def _conversation(request: OllamaChatRequest, settings: Settings) -> ChatPrompt:
     given = request.messages or []
     check_num(len(given), settings.max_messages, "entries", "messages")
     messages = openai_messages(given)
     last = messages[-1]
     goes_on = last.get("role") == "assistant" and bool(last.get("content")) and not last.get("tool_calls")
     unread = (f"messages[{i}].images" for i, one in enumerate(given) if one.get("images"))
-    return Conversation(
+    return ChatPrompt(
         messages, _variables(request), add_generation_prompt=not goes_on, continue_final=goes_on,
         left_out=list(islice(unread, MAX_NAMED)),
     )  # fmt: skip
 
 
-def _variables(request: ChatRequest | GenerateRequest) -> dict[str, Any]:
+def _variables(request: OllamaChatRequest | OllamaGenerateRequest) -> dict[str, Any]:
     """Return the template variables that set reasoning and its effort; each model family has its own."""
     if request.think is None:
         return {}

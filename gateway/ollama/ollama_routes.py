@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from gateway.adapters.catalogue import OBJECTS_AT_ONCE
 from gateway.adapters.resolver import BASE
+from gateway.answers.call_response import CallResult
 from gateway.answers.respond import Answers, sent_of
 from gateway.auth.callers import Caller, caller_of
 from gateway.bodies.json_bodies import AnyTypeRoute, json_response
@@ -23,11 +24,11 @@ from gateway.http import openapi
 from gateway.http.access import CALL, INFER, Routes
 from gateway.http.paths import OLLAMA_CHAT, OLLAMA_EMBED, OLLAMA_GENERATE
 from gateway.ollama import ollama_models
-from gateway.ollama.ollama_bodies import ChatRequest, EmbedRequest, GenerateRequest, ShowRequest
+from gateway.ollama.ollama_bodies import EmbedRequest, OllamaChatRequest, OllamaGenerateRequest, ShowRequest
 from gateway.ollama.ollama_errors import OLLAMA_ERRORS
 from gateway.ollama.ollama_models import Known
 from gateway.ollama.ollama_parse import parse, parse_embed, plain_name
-from gateway.ollama.ollama_write import EmbedResponse, Objects, OllamaResponse
+from gateway.ollama.ollama_write import EmbedAnswer, Objects, OllamaAnswer
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, ModelNotFound
 
@@ -44,26 +45,25 @@ class OllamaEndpoints:
 
     # ------------------------------------------------------------ generation
 
-    async def chat(self, body: ChatRequest, request: Request) -> Response:
+    async def chat(self, body: OllamaChatRequest, request: Request) -> Response:
         """Answer `/api/chat`."""
         return await self._generate(body, request)
 
-    async def generate(self, body: GenerateRequest, request: Request) -> Response:
+    async def generate(self, body: OllamaGenerateRequest, request: Request) -> Response:
         """Answer `/api/generate`."""
         return await self._generate(body, request)
 
-    async def _generate(self, body: ChatRequest | GenerateRequest, request: Request) -> Response:
+    async def _generate(self, body: OllamaChatRequest | OllamaGenerateRequest, request: Request) -> Response:
         started_s, caller, sent = time.monotonic(), caller_of(request), await sent_of(request.scope["path"], request)
-        objects = Objects(body.model, isinstance(body, ChatRequest))
-        keepalive_s = self._pipeline.settings.keepalive_s
+        objects = Objects(body.model, isinstance(body, OllamaChatRequest))
 
-        async def answer() -> Response:
+        async def answer() -> CallResult:
             if body.is_empty:
                 await self._require(body.model, caller)
                 return json_response(objects.loaded())
             make = partial(parse, body, caller, self._pipeline.settings)
             generation = await self._run(await self._pipeline.parsed(body, caller, len(sent.raw), make), sent)
-            return OllamaResponse(generation, objects, started_s, keepalive_s)
+            return OllamaAnswer(generation, objects, started_s)
 
         stream = body.streams and not body.is_empty
         return await self._answers.respond(
@@ -75,10 +75,10 @@ class OllamaEndpoints:
         started_s, caller, settings = time.monotonic(), caller_of(request), self._pipeline.settings
         sent = await sent_of(request.scope["path"], request)
 
-        async def answer() -> Response:
+        async def answer() -> CallResult:
             make = partial(parse_embed, body, caller, settings)
             generation = await self._run(await self._pipeline.parsed(body, caller, len(sent.raw), make), sent)
-            return EmbedResponse(generation, body, started_s, settings.keepalive_s)
+            return EmbedAnswer(generation, body, started_s)
 
         return await self._answers.respond(answer(), errors=OLLAMA_ERRORS)
 

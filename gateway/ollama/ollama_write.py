@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from gateway.answers.sse import GenerationResponse
+from gateway.answers.sse import GenerationAnswer
 from gateway.bodies import json_values
 from gateway.bodies.json_slices import RowSlices, dumps
 from gateway.calls.choices import Piece, TokenLogprob
 from gateway.calls.follow import Generation
-from gateway.calls.writers import MIN_LOGPROB, Framing, Usage
-from gateway.encoders.encoder_write import VECTORS, EncoderResponse, shortened
+from gateway.calls.writers import MIN_LOGPROB, CallUsage, Framing
+from gateway.encoders.encoder_write import VECTORS, EncoderAnswer, shortened
 from gateway.ollama.ollama_bodies import EmbedRequest
 from gateway.ollama.ollama_errors import OLLAMA_ERRORS
 from gateway.text.answer_form import AnswerForm
@@ -171,14 +171,14 @@ class OllamaWriter:
         made = self._objects.part(gained.text, thinking=gained.thinking, calls=gained.calls)
         return [line(dumps({**made, **(self._entries(piece) if shows else {})}))]
 
-    def usage_frame(self, usage: Usage) -> bytes:
+    def usage_frame(self, usage: CallUsage) -> bytes:
         """Return nothing: the last object has the counts."""
         return b""
 
-    def show_usage(self, usage: Usage) -> None:
+    def show_usage(self, usage: CallUsage) -> None:
         """Do nothing: only the last object has counts."""
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         """Return the answer as one object, without counts and times."""
         [piece] = choices
         self.finish = piece.finish
@@ -202,19 +202,19 @@ class OllamaWriter:
         return {"token": tokens.text_of(id_), "logprob": max(logprob, MIN_LOGPROB), "bytes": list(tokens.bytes_of(id_))}
 
 
-class OllamaResponse(GenerationResponse):
+class OllamaAnswer(GenerationAnswer):
     """The answer of `/api/chat` and `/api/generate`."""
 
     errors = OLLAMA_ERRORS
 
-    def __init__(self, generation: Generation, objects: Objects, started_s: float, keepalive_s: float) -> None:
-        """Take the call's arrival, `started_s`, monotonic, and `keepalive_s` as `GenerationResponse` does."""
+    def __init__(self, generation: Generation, objects: Objects, started_s: float) -> None:
+        """Take the call's arrival, `started_s`, monotonic."""
         [choice] = generation.choices
         shows = generation.call.parsed.options.num_shown is not None
         writer = OllamaWriter(
             objects, choice.prompt.files.tokens, choice.prompt.form, choice.rid, logprobs=shows
         )  # fmt: skip
-        super().__init__(generation, writer, keepalive_s=keepalive_s)
+        super().__init__(generation, writer)
         self._made = writer
         self._started_s = started_s
         self.framing = objects.framing()
@@ -255,11 +255,11 @@ async def durations(generation: Generation, started_s: float) -> dict[str, int]:
     return total | {name: max(ms, 0) * NS_PER_MS for name, ms in spans_ms.items()}
 
 
-class EmbedResponse(EncoderResponse):
+class EmbedAnswer(EncoderAnswer):
     """The answer of `/api/embed`: vectors of length 1, as Ollama gives them."""
 
-    def __init__(self, generation: Generation, request: EmbedRequest, started_s: float, keepalive_s: float) -> None:
-        """Take the call's arrival, `started_s`, monotonic, and `keepalive_s` as `GenerationResponse` does."""
+    def __init__(self, generation: Generation, request: EmbedRequest, started_s: float) -> None:
+        """Take the call's arrival, `started_s`, monotonic."""
         model, dimensions = request.model, request.dimensions
 
         def shown(part: np.ndarray) -> np.ndarray:
@@ -273,7 +273,7 @@ class EmbedResponse(EncoderResponse):
                 "prompt_eval_count": generation.usage.prompt_tokens,
             }
 
-        super().__init__(generation, write, native=False, keepalive_s=keepalive_s)
+        super().__init__(generation, write, native=False)
         self.errors = OLLAMA_ERRORS
 
 

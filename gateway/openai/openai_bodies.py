@@ -108,16 +108,6 @@ class GenerationRequest(JsonBody):
     api_token: str | None = None
     ignore_eos_token: bool | None = None
 
-    @property
-    def models(self) -> list[str]:
-        """The names asked for."""
-        return [self.model] if isinstance(self.model, str) else self.model
-
-    @property
-    def model_name(self) -> str:
-        """The name that the answer carries."""
-        return ",".join(self.models)
-
 
 class ChatRequest(GenerationRequest):
     """`POST /v1/chat/completions`."""
@@ -138,16 +128,6 @@ class ChatRequest(GenerationRequest):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     include_reasoning: bool | None = None  # vLLM's
-
-    @property
-    def template_variables(self) -> dict[str, Any]:
-        """Variables for the chat template, besides the messages."""
-        own = {
-            name: value
-            for name in ("guideline", "documents", "reasoning_effort")
-            if (value := getattr(self, name)) is not None
-        }
-        return own | (self.chat_template_kwargs or {})
 
 
 class CompletionRequest(GenerationRequest):

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from starlette.responses import Response
-
+from gateway.answers.call_response import CallResult
 from gateway.auth.callers import Caller
 from gateway.bodies.json_bodies import json_answer
 from gateway.calls.earlier import check_same_body
-from gateway.calls.jobs import JobApi, Jobs
-from gateway.calls.parsed_call import ParsedCall, Sent
+from gateway.calls.parsed_call import Sent
 from gateway.calls.pipeline import Pipeline
+from gateway.jobs.jobs import JobApi, Jobs
 from gateway.openai.openai_bodies import BODIES, AnyRequest
 from gateway.openai.openai_parse import parse, parse_stored, to_be_stored
 from gateway.openai.openai_write import write, writer_of
@@ -30,21 +29,18 @@ class OpenAICalls:
         }  # fmt: skip
         self.jobs = Jobs(pipeline, {**apis, **others})
 
-    async def answer(self, body: AnyRequest, sent: Sent, caller: Caller) -> Response:
+    async def answer(self, body: AnyRequest, sent: Sent, caller: Caller) -> CallResult:
         """Answer a call. Raises what the client did wrong, Overloaded and Unavailable."""
-        earlier = await self._pipeline.earlier.find(sent, caller)
+        earlier = await self._pipeline.earlier.find(sent, caller) if sent.key else None
         if earlier is not None:
             check_same_body(earlier, sent)
-            if not earlier.jid:
-                generation = await self._pipeline.attach(await self._parse(body, sent, caller), earlier)
-                return write(generation, self._settings.keepalive_s)
-            return json_answer(await self.jobs.get(earlier.jid, caller), 202)
-        call = await self._parse(body, sent, caller)
+            if earlier.jid:
+                return json_answer(await self.jobs.get(earlier.jid, caller), 202)
+        make = partial(parse, body, caller, self._settings, sent)
+        call = await self._pipeline.parsed(body, caller, len(sent.raw), make)
+        if earlier is not None:
+            return write(await self._pipeline.attach(call, earlier))
         if call.options.background:
             job = await self.jobs.create(await self._pipeline.prepare(call), sent, to_be_stored(body))
             return json_answer(job, 202)
-        return write(await self._pipeline.run(call), self._settings.keepalive_s)
-
-    async def _parse(self, body: AnyRequest, sent: Sent, caller: Caller) -> ParsedCall:
-        make = partial(parse, body, caller, self._settings, sent)
-        return await self._pipeline.parsed(body, caller, len(sent.raw), make)
+        return write(await self._pipeline.run(call))

@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
+from msgspec import structs
+
 from gateway.auth.callers import Caller
 from gateway.bodies.fields import sources_of
 from gateway.bodies.parameter_check import MAX_NAMED
 from gateway.calls.parsed_call import (
     UNLIMITED,
-    Conversation,
+    CallOptions,
+    ChatPrompt,
     Models,
-    Options,
     ParsedCall,
     Rules,
     Sent,
@@ -22,7 +24,6 @@ from gateway.calls.parsed_call import (
     Truncation,
 )
 from gateway.chat.messages import unread_results
-from gateway.grammars.notation import Constraint
 from gateway.grammars.structured import OTHER_NAMES, constraint_of
 from gateway.openai.openai_bodies import (
     BODIES,
@@ -40,7 +41,7 @@ from gateway.openai.openai_bodies import (
     CompletionRequest,
     GenerationRequest,
 )
-from gateway.tools.definitions import Tools, tools_of
+from gateway.tools.definitions import tools_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire import stop_regex
@@ -62,24 +63,29 @@ _NO_VARIABLES = ("messages", "add_generation_prompt", "continue_final_message")
 
 def parse(request: AnyRequest, caller: Caller, settings: Settings, sent: Sent | None = None) -> ParsedCall:
     """Return what a body asks for. Raises BadRequest naming the parameter."""
-    if caller.is_batch and (param := asks_whole(request)) is not None:
+    if (param := asks_whole(request)) is not None and caller.is_batch:
         raise BadRequest(f"{param} is -1, the whole vocabulary, which no file of a batch holds", param=param)
     is_chat = isinstance(request, ChatRequest)
+    names, others = [request.model] if isinstance(request.model, str) else request.model, _other_names(request)
+    form_param, options = _form_param(request, others), _options(request, settings)
+    inputs = _inputs(request, sent)
+    constraint = constraint_of(request.response_format, request.structured_outputs, settings, others)
+    tools = tools_of(request.tools, request.tool_choice, request.parallel_tool_calls, settings) if is_chat else None
     return ParsedCall(
         caller=caller,
         models=Models(
-            request.models,
+            names,
             request.adapter_source,
             request.merged_adapters,
             request.api_token or "",
             request.lora_path or "",
         ),
-        inputs=_inputs(request, sent),
-        options=_options(request, settings),
+        inputs=inputs,
+        options=structs.replace(options, constraint=constraint, tools=tools),
         rules=Rules("messages" if is_chat else "prompt", settings.max_choices),
-        model_name=request.model_name,
+        model_name=",".join(names),
         names_each=isinstance(request.model, list),
-        form_param=_form_param(request),
+        form_param=form_param,
         metadata=request.metadata or {},
         answer_id=(sent.request_id if sent is not None else "") or request.request_id or "",
         cache_salt=request.cache_salt or "",
@@ -100,7 +106,7 @@ def parse_stored(endpoint: str, body: Mapping[str, Any], caller: Caller, setting
     return parse(BODIES[endpoint].model_validate(body), caller, settings)
 
 
-def _inputs(request: AnyRequest, sent: Sent | None) -> Conversation | Texts:
+def _inputs(request: AnyRequest, sent: Sent | None) -> ChatPrompt | Texts:
     truncation = _truncation(request)
     if request.background or (sent is not None and sent.key):
         _check_kept(request)
@@ -141,19 +147,29 @@ def _truncation(request: AnyRequest) -> Truncation | None:
     return Truncation(None if num == -1 else num, keeps_first=request.truncation_side == "right")
 
 
-def conversation_of(request: ChatRequest, truncation: Truncation | None = None) -> Conversation:
+def conversation_of(request: ChatRequest, truncation: Truncation | None = None) -> ChatPrompt:
     """Return what a chat's prompt is made of. Raises BadRequest for parameters that contradict each other."""
-    variables, continue_final = request.template_variables, bool(request.continue_final_message)
+    variables, continue_final = _variables(request), bool(request.continue_final_message)
     if continue_final and request.add_generation_prompt:
-        message = "continue_final_message and add_generation_prompt cannot be used togethereach other"
+        message = "continue_final_message and add_generation_prompt cannot be used together"
         raise BadRequest(message, param="continue_final_message")
     check_variables(variables)
     begin_answer = request.add_generation_prompt is not False and not continue_final
-    return Conversation(
+    return ChatPrompt(
         request.messages, variables, begin_answer, continue_final,
         add_special_tokens=bool(request.add_special_tokens), truncation=truncation, echoes=bool(request.echo),
         left_out=list(islice(unread_results(request.messages), MAX_NAMED)),
     )  # fmt: skip
+
+
+def _variables(request: ChatRequest) -> dict[str, Any]:
+    """Return variables for the chat template, besides the messages."""
+    own = {
+        name: value
+        for name in ("guideline", "documents", "reasoning_effort")
+        if (value := getattr(request, name)) is not None
+    }
+    return own | (request.chat_template_kwargs or {})
 
 
 def check_variables(variables: Mapping[str, Any]) -> None:
@@ -164,16 +180,17 @@ def check_variables(variables: Mapping[str, Any]) -> None:
             raise BadRequest(f"{param} has no effect: {name} is a separate parameter", param=param)
 
 
-def _form_param(request: AnyRequest) -> str:
-    """Return the field that demands something of the output's form."""
+def _form_param(request: AnyRequest, others: Mapping[str, Any]) -> str:
+    """Return the field that demands something of the output's form. others: of `OTHER_NAMES`, those that are given."""
     if isinstance(request, ChatRequest) and request.tools and request.tool_choice != "none":
         return "tools"
     if request.structured_outputs is not None:
         return "structured_outputs"
-    return next(iter(_other_names(request)), "response_format")
+    return next(iter(others), "response_format")
 
 
-def _options(request: AnyRequest, settings: Settings) -> Options:
+def _options(request: AnyRequest, settings: Settings) -> CallOptions:
+    """Return the parameters of a call but for its answer's form. Raises BadRequest."""
     if isinstance(request, ChatRequest):
         max_tokens, num_shown, echo = _check_chat(request)
     else:
@@ -203,7 +220,7 @@ def _options(request: AnyRequest, settings: Settings) -> Options:
         raise BadRequest("jobs report their timings as fields: leave out include_metrics", param="include_metrics")
     usage_wish = request.stream_options
     include_usage = settings.force_include_usage or bool(usage_wish and usage_wish.include_usage)
-    return Options(
+    return CallOptions(
         sampling=_sampling(request, num_logprobs, m.WHOLE if m.WHOLE in of_prompt else max(of_prompt, default=None)),
         n=n,
         max_tokens=max_tokens,
@@ -218,7 +235,6 @@ def _options(request: AnyRequest, settings: Settings) -> Options:
         background=background,
         cls=BATCH if background or request.service_tier == "flex" else INTERACTIVE,
         lora_scale=request.lora_scale,
-        constraint=_constraint(request, settings),
         includes_stop=bool(request.include_stop_str_in_output),
         num_best=num_best,
         num_shown=num_shown,
@@ -228,7 +244,6 @@ def _options(request: AnyRequest, settings: Settings) -> Options:
         names_ids=_given(request.return_tokens_as_token_ids, settings.return_tokens_as_token_ids),
         hides_reasoning=isinstance(request, ChatRequest) and request.include_reasoning is False,
         scores_only=scores_only,
-        tools=_tools(request, settings) if isinstance(request, ChatRequest) else None,
     )
 
 
@@ -282,18 +297,10 @@ def _check_sizes(request: GenerationRequest, settings: Settings) -> None:
             raise BadRequest(message, param=what.split()[-1])
 
 
-def _constraint(request: AnyRequest, settings: Settings) -> Constraint | None:
-    return constraint_of(request.response_format, request.structured_outputs, settings, _other_names(request))
-
-
 def _other_names(request: AnyRequest) -> dict[str, Any]:
     """Return what the fields of `OTHER_NAMES` demand, those that are given."""
     given = {name: getattr(request, name, None) for name in OTHER_NAMES}
     return {name: value for name, value in given.items() if value is not None and value is not False}
-
-
-def _tools(request: ChatRequest, settings: Settings) -> Tools | None:
-    return tools_of(request.tools, request.tool_choice, request.parallel_tool_calls, settings)
 
 
 def _check_chat(request: ChatRequest) -> tuple[int | None, int | None, bool]:
@@ -356,7 +363,7 @@ def _sampling(request: GenerationRequest, num_logprobs: int | None, prompt_logpr
         prompt_logprobs=prompt_logprobs,
         min_tokens=given(request.min_tokens, 0),
         ignore_eos=bool(request.ignore_eos or request.ignore_eos_token),
-        stop_regex=stop_regex.checked(request.stop_regex),
+        stop_regex=stop_regex.checked(request.stop_regex) if request.stop_regex else [],
     )
 
 

@@ -11,10 +11,10 @@ from starlette.responses import Response
 from gateway.answers.respond import Answers, sent_of
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_answer, json_response
-from gateway.calls.jobs import JobStatus
 from gateway.http import openapi
 from gateway.http.access import CALL, INFER, Routes
 from gateway.http.paths import CHAT, COMPLETIONS
+from gateway.jobs.jobs import JobStatus
 from gateway.openai.openai_bodies import AnyRequest, ChatRequest, CompletionRequest
 from gateway.openai.openai_calls import OpenAICalls
 
@@ -63,7 +63,8 @@ class OpenAIEndpoints:
 
     async def stream_job(self, jid: str, request: Request) -> Response:
         """Answer `/v1/jobs/{jid}/stream`."""
-        return await self._jobs.stream(jid, caller_of(request), request.headers.get("last-event-id", ""))
+        after = request.headers.get("last-event-id", "")
+        return self._answers.show(await self._jobs.stream(jid, caller_of(request), after))
 
     async def cancel_job(self, jid: str, request: Request) -> Response:
         """Answer `/v1/jobs/{jid}/cancel`."""

@@ -17,34 +17,34 @@ from typing import Any
 import orjson
 from msgspec import structs
 
-from gateway.answers.sse import GenerationResponse
+from gateway.answers.sse import GenerationAnswer
 from gateway.bodies.json_slices import ENTRIES, FieldSlices, RowSlices, dumps, joined
 from gateway.calls.choices import NONE, Choice, Piece, TokenLogprob
 from gateway.calls.follow import Generation
-from gateway.calls.parsed_call import Conversation, Options
+from gateway.calls.parsed_call import CallOptions, ChatPrompt
 from gateway.calls.submit import SubmittedCall
 from gateway.calls.tokenize import Prompt
-from gateway.calls.writers import MIN_LOGPROB, Usage, Writer, shown_logprob
+from gateway.calls.writers import MIN_LOGPROB, CallUsage, Writer, shown_logprob
 from gateway.openai.offsets import TextOffsets
-from gateway.openai.timed import TimedResponse
+from gateway.openai.timed import TimedAnswer
 from gateway.text.answer_form import AnswerForm
 from gateway.text.answer_parts import AnswerParts, Part
 from protocol.wire import messages as m
 from protocol.wire.tokens import TokenTable
 
 
-def write(generation: Generation, keepalive_s: float) -> GenerationResponse:
-    """Return the response that a call is answered with while it is followed."""
+def write(generation: Generation) -> GenerationAnswer:
+    """Return the answer of a call while it is followed."""
     writer = writer_of(generation.call, generation.choices)
-    kind = TimedResponse if generation.call.parsed.options.shows_metrics else GenerationResponse
-    return kind(generation, writer, keepalive_s=keepalive_s)
+    kind = TimedAnswer if generation.call.parsed.options.shows_metrics else GenerationAnswer
+    return kind(generation, writer)
 
 
 def writer_of(call: SubmittedCall, choices: Sequence[Choice]) -> Writer:
     """Return what writes the answer of a call's endpoint."""
     parsed, options = call.parsed, call.parsed.options
     shown = [choice for choice in choices if choice.index % options.n < (options.num_best or options.n)]
-    kind = ChatWriter if isinstance(parsed.inputs, Conversation) else CompletionWriter
+    kind = ChatWriter if isinstance(parsed.inputs, ChatPrompt) else CompletionWriter
     num = len(shown) // len(parsed.models.names)
     model_of = [name for name in parsed.models.names for _ in range(num)] if parsed.names_each else []
     head = Head(
@@ -116,20 +116,20 @@ class _Frames:
         """Return the chunk before a choice's first tokens, without these. ids: a field of the chunk."""
         return self._start + body + b"]" + ids + self._role_end[1:]
 
-    def show_usage(self, usage: Usage) -> None:
+    def show_usage(self, usage: CallUsage) -> None:
         """Report the usage so far in all following chunks."""
         before, self._num_told = replace(usage, completion_tokens=self._num_told), usage.completion_tokens
         self._role_end = b'],"usage":' + orjson.dumps(before.json()) + b"}\n\n"
         self._end = b'],"usage":' + orjson.dumps(usage.json()) + b"}\n\n"
 
-    def usage(self, usage: Usage) -> bytes:
+    def usage(self, usage: CallUsage) -> bytes:
         return self._start + b'],"usage":' + orjson.dumps(usage.json()) + b"}\n\n"
 
 
 class _Details:
     """What the writers of both routes report about tokens, besides their text."""
 
-    def __init__(self, prompts: Sequence[Prompt], options: Options) -> None:
+    def __init__(self, prompts: Sequence[Prompt], options: CallOptions) -> None:
         """prompts: of each choice that is shown."""
         self.logprobs = options.num_shown is not None
         self.ids = options.shows_ids
@@ -216,7 +216,7 @@ class ChatWriter:
 
     id_prefix = "chatcmpl-"
 
-    def __init__(self, head: Head, prompts: Sequence[Prompt], options: Options) -> None:
+    def __init__(self, head: Head, prompts: Sequence[Prompt], options: CallOptions) -> None:
         self.forms: dict[int, tuple[AnswerForm, str]] = {}
         """Answer form and request id of each choice that may consist of more than text."""
         self._head = head
@@ -279,15 +279,15 @@ class ChatWriter:
             out.append(self._frames.choice(start + orjson.dumps(delta) + b"," + self._details.dumps(body)[1:]))
         return out
 
-    def usage_frame(self, usage: Usage) -> bytes:
+    def usage_frame(self, usage: CallUsage) -> bytes:
         """Return the chunk after the last choice's end."""
         return self._frames.usage(usage)
 
-    def show_usage(self, usage: Usage) -> None:
+    def show_usage(self, usage: CallUsage) -> None:
         """Report the usage so far in all following chunks."""
         self._frames.show_usage(usage)
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         """Return the answer as one object. With several choices, data of the prompt is with each choice."""
         answer: dict[str, Any] = {
             **self._head.json("chat.completion"),
@@ -385,7 +385,7 @@ class CompletionWriter:
 
     id_prefix = "cmpl-"
 
-    def __init__(self, head: Head, prompts: Sequence[Prompt], options: Options) -> None:
+    def __init__(self, head: Head, prompts: Sequence[Prompt], options: CallOptions) -> None:
         self._head = head
         self._details = _Details(prompts, options)
         self._echoes = options.echo
@@ -434,15 +434,15 @@ class CompletionWriter:
         prompt_ids = self._details.prompt_ids(piece.index) if self._details.ids else None
         return self._details.token_ids(piece) + b',"prompt_token_ids":' + orjson.dumps(prompt_ids)
 
-    def usage_frame(self, usage: Usage) -> bytes:
+    def usage_frame(self, usage: CallUsage) -> bytes:
         """Return the chunk after the last choice's end."""
         return self._frames.usage(usage)
 
-    def show_usage(self, usage: Usage) -> None:
+    def show_usage(self, usage: CallUsage) -> None:
         """Report the usage so far in all following chunks."""
         self._frames.show_usage(usage)
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         """Return the answer as one object."""
         return {
             **self._head.json("text_completion"),

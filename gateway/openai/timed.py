@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from gateway.answers.sse import GenerationResponse
+from gateway.answers.sse import GenerationAnswer
 from gateway.calls.choices import Piece
 from protocol.wire.records import RequestFacts
 
@@ -33,7 +33,7 @@ def metrics_of(known: RequestFacts | None) -> dict[str, float | None]:
     }
 
 
-class TimedResponse(GenerationResponse):
+class TimedAnswer(GenerationAnswer):
     """An answer with `metrics`: of one choice, as the times of several are not those of the call."""
 
     async def last_frames(self) -> bytes:

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from gateway.overload.cost import COST
 from gateway.overload.inbound import Inbound
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -54,31 +53,13 @@ class OverloadLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class CallLoad:
     """What a call would add to the queue, as far as it is known."""
 
     cls: str
     num: int = 1  # requests
     num_tokens: int = 0  # prompts and longest outputs of all requests; 0: nothing is tokenized yet
     timeout_s: float = math.inf  # a request that has not begun by then is lost; inf: not known yet
-
-
-@dataclass(slots=True)
-class _Call:
-    """A call in flight."""
-
-    inbound: bool = True
-    cls: str = ""  # "" until it is known
-
-
-_CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
-"""The call that the current task works for."""
-
-
-def is_inbound() -> bool:
-    """Return whether the current task's call is on its way to the queue, which may still refuse it."""
-    call = _CALL.get()
-    return call is not None and call.inbound
 
 
 @dataclass(slots=True)
@@ -109,7 +90,7 @@ class Admission:
         self._limits = limits or OverloadLimits()
         self._now_s = now_s
         self._queues = {cls: _Queue() for cls in CLASSES}
-        self._new: deque[tuple[int, Load]] = deque()  # (unix ms, submitted since the status), oldest first
+        self._new: deque[tuple[int, CallLoad]] = deque()  # (unix ms, submitted since the status), oldest first
         self._num_new_tokens = 0
         self._inbound = Inbound(self._limits.min_inbound, self._limits.inbound_span_s)
         self._num_in_flight = 0
@@ -121,29 +102,34 @@ class Admission:
         """Calls that this gateway is answering."""
         return self._num_in_flight
 
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Count the current task's call while it lasts: in flight until the end, inbound until `leave_inbound`."""
-        _CALL.set(_Call())
+    def enter(self) -> None:
+        """Count the current task's call as in flight until `leave`, and as inbound until `leave_inbound`."""
+        cost = COST.get()
+        assert cost is not None
+        assert not cost.is_open
+        cost.is_open = cost.is_inbound = True
         self._num_in_flight += 1
         self._inbound.begin(self._now_s())
-        try:
-            yield
-        finally:
+
+    def leave(self) -> None:
+        """Count the current task's call no more, if it was counted."""
+        cost = COST.get()
+        if cost is not None and cost.is_open:
             self.leave_inbound()
+            cost.is_open = False
             self._num_in_flight -= 1
 
     def leave_inbound(self, *, reached_queue: bool = False) -> None:
         """Count the current task's call as inbound no more: it `reached_queue`, waits for something else, or ends."""
-        call = _CALL.get()
-        if call is None or not call.inbound:
+        cost = COST.get()
+        if cost is None or not cost.is_inbound:
             return
-        call.inbound = False
+        cost.is_inbound = False
         self._inbound.end(self._now_s(), reached_queue=reached_queue)
-        if call.cls:
-            self._queues[call.cls].num_inbound -= 1
+        if cost.cls:
+            self._queues[cost.cls].num_inbound -= 1
 
-    def submitted(self, load: Load) -> None:
+    def submitted(self, load: CallLoad) -> None:
         """Note what the queue has taken."""
         now_ms = self._now_ms()
         self._forget(now_ms - STATUS_LIFE_MS)
@@ -151,7 +137,7 @@ class Admission:
         self._queues[load.cls].num_new += load.num
         self._num_new_tokens += load.num_tokens
 
-    def full(self, load: Load, num_queued: int) -> Overloaded:
+    def full(self, load: CallLoad, num_queued: int) -> Overloaded:
         """Note that the queue refused a load since `num_queued` requests of its class waited; return the error."""
         queue = self._queues[load.cls]
         queue.counted_ms, queue.num_counted = self._now_ms(), num_queued - queue.num_new
@@ -159,7 +145,7 @@ class Admission:
 
     # ------------------------------------------------------------ whether it is let in
 
-    def check(self, load: Load | None = None) -> None:
+    def check(self, load: CallLoad | None = None) -> None:
         """Raise Overloaded for a call that is too much.
 
         Asked three times, the earlier the cheaper: at a call's arrival, when nothing of it has been read (no `load`);
@@ -183,9 +169,9 @@ class Admission:
         else:
             self._check_place(load, status)
         self._check_wait(load, status)
-        call = _CALL.get()
-        if call is not None and call.inbound and not call.cls:
-            call.cls = load.cls
+        cost = COST.get()
+        if cost is not None and cost.is_inbound and not cost.cls:
+            cost.cls = load.cls
             self._queues[load.cls].num_inbound += 1
 
     def _check_gateway(self) -> None:
@@ -205,7 +191,7 @@ class Admission:
             text = f"{self._inbound.num} calls are waiting to be queued, for about {wait_s:.0f} s"
             raise Overloaded(f"{text}; the limit is {limits.max_inbound_s:g} s", wait_s)
 
-    def _check_place(self, load: Load, status: m.SchedulerStatus) -> None:
+    def _check_place(self, load: CallLoad, status: m.SchedulerStatus) -> None:
         """Refuse a call that its queue is predicted to have no room for."""
         queue, max_queued = self._queues[load.cls], self._settings.max_queued
         if queue.num_counted + queue.num_new >= NEARLY_FULL * max_queued:
@@ -222,7 +208,7 @@ class Admission:
             text = f"requests of {queued_tokens} tokens are waiting; the limit is {max_tokens}"
             raise Overloaded(text, self._drain_s(excess * num_queued), "queued_tokens")
 
-    def _check_wait(self, load: Load, status: m.SchedulerStatus) -> None:
+    def _check_wait(self, load: CallLoad, status: m.SchedulerStatus) -> None:
         """Refuse a call whose first token would come too late."""
         wait_s = self._wait_s(load, status)
         max_wait_s = min(self._settings.max_wait_s or load.timeout_s, load.timeout_s)
@@ -230,7 +216,7 @@ class Admission:
             text = f"the first token would come in about {wait_s:.0f} s; the limit is {max_wait_s:g} s"
             raise Overloaded(text, max(MIN_RETRY_S, wait_s - (1 - ROOM) * max_wait_s), "wait")
 
-    def _wait_s(self, load: Load, status: m.SchedulerStatus) -> float:
+    def _wait_s(self, load: CallLoad, status: m.SchedulerStatus) -> float:
         """Return the time to a call's first token: until it is in the queue, and until those ahead of it have left.
 
         The queue drains while calls are inbound, so it is the longer of the two. What is unknown counts as 0.
@@ -275,7 +261,7 @@ class Admission:
         status = self._status()
         return max(MIN_RETRY_S, num / status.drain_rate) if status and status.drain_rate else UNKNOWN_RETRY_S
 
-    def _full(self, load: Load, num_queued: int) -> Overloaded:
+    def _full(self, load: CallLoad, num_queued: int) -> Overloaded:
         max_queued = self._settings.max_queued
         text = f"{num_queued} requests are waiting; the limit is {max_queued}"
         return Overloaded(text, self._drain_s(num_queued + load.num - (1 - ROOM) * max_queued), "queue")

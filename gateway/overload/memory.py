@@ -8,19 +8,7 @@ away. So a gateway's memory is the account's limit and what `docs/threat-model.m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-
-from starlette.types import ASGIApp, Receive, Scope, Send
-
-from gateway.auth.callers import CALLER, Caller
-from gateway.http.access import MATCH, Match
-from gateway.http.addresses import client_of
-from gateway.http.errors import ShapeOf
-from gateway.http.headers import header_of
-from gateway.http.paths import SMALL_BODY_BYTES
-from protocol.wire.errors import BadRequest, LorafleetError, Overloaded, Unavailable
+from protocol.wire.errors import BadRequest, Overloaded, Unavailable
 
 SHARE = 4
 """A holder, which is a tenant or an address, may have one part in so many of the account."""
@@ -106,47 +94,6 @@ class Charge:
         self.num_bytes = 0
 
 
-_CHARGE: ContextVar[Charge | None] = ContextVar("charge", default=None)
-"""The charge of the call that the current task works for."""
-
-
-def held() -> int:
-    """Return what the current task's call is charged."""
-    charge = _CHARGE.get()
-    return 0 if charge is None else charge.num_bytes
-
-
-def hold(num_bytes: int) -> None:
-    """Charge the current task's call so many bytes in all. Raises as `Charge.hold`."""
-    charge = _CHARGE.get()
-    if charge is not None:
-        charge.hold(num_bytes)
-
-
-def shared() -> Charge | None:
-    """Return an empty charge on the current call's holder, for memory that outlives the call.
-
-    The caller must close it. None where nothing is charged.
-    """
-    charge = _CHARGE.get()
-    return None if charge is None else charge.beside()
-
-
-@contextmanager
-def charging(charge: Charge | None) -> Iterator[None]:
-    """Charge what the block holds to another charge than the current call's."""
-    token = _CHARGE.set(charge)
-    try:
-        yield
-    finally:
-        _CHARGE.reset(token)
-
-
-def hold_values(num_bytes: int, values_bytes: int) -> None:
-    """Charge the current task's call for a body and the values that are about to be made of it."""
-    hold(CALL_BYTES + 2 * num_bytes + values_bytes)
-
-
 def values_bytes(raw: bytes) -> int:
     """Return the most bytes that the values of a short JSON text take, found by counting in it."""
     num_containers = raw.count(b"[") + raw.count(b"{")
@@ -166,54 +113,3 @@ def tenant_holder(name: str) -> str:
 def address_holder(address: str) -> str:
     """Return the holder that an address is, as connections are counted by; "" is this machine."""
     return f"address {address or 'localhost'}"
-
-
-class Charged:
-    """Charges requests for their bodies before these are read, and for all that they hold until they end."""
-
-    def __init__(self, app: ASGIApp, account: MemoryAccount, shape_of: ShapeOf, most: int) -> None:
-        """`shape_of`: how errors of a request are written. `most`: bytes of a body that does not say its length."""
-        self._app = app
-        self._account = account
-        self._shape_of = shape_of
-        self._most = most
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it with 429 or 503."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        charge = self._account.open(_holder_of(scope))
-        token = _CHARGE.set(charge)
-        try:
-            try:
-                charge.hold(self._bytes_of(scope))
-            except LorafleetError as error:
-                await self._shape_of(scope).response(error)(scope, receive, send)
-                return
-            await self._app(scope, receive, send)
-        finally:
-            _CHARGE.reset(token)
-            charge.close()
-
-    def _bytes_of(self, scope: Scope) -> int:
-        """Return what a request may take until the values of its body are counted. One without a body takes nothing."""
-        match: Match = scope[MATCH]
-        length = header_of(scope["headers"], b"content-length")
-        most = self._most if match.is_large else min(self._most, SMALL_BODY_BYTES)
-        if length is None:
-            num = most if header_of(scope["headers"], b"transfer-encoding") is not None else 0
-        else:
-            num = min(int(length), most) if length.isdecimal() else most
-        if match.kind == "call":  # see `hold_values`
-            return CALL_BYTES + 2 * num
-        return num * (SMALL_FACTOR if num <= SMALL_BODY_BYTES else LARGE_FACTOR)
-
-
-def _holder_of(scope: Scope) -> str:
-    caller: Caller = scope[CALLER]
-    if caller.is_batch:
-        return f"batches of {caller.owner}"
-    if caller.tenant is not None:
-        return tenant_holder(caller.name)
-    return address_holder(client_of(scope))

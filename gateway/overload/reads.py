@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.auth.callers import CALLER, Caller
-from gateway.http.access import MATCH, Match
+from gateway.http.access import MATCH, RouteMatch
 from gateway.http.addresses import client_of
 from gateway.http.errors import ShapeOf
 from gateway.http.headers import header_of
@@ -107,7 +107,7 @@ class Reads:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with 429."""
-        match: Match | None = scope[MATCH] if scope["type"] == "http" else None
+        match: RouteMatch | None = scope[MATCH] if scope["type"] == "http" else None
         name = _name_of(scope) if match is not None and self._per_s and _is_counted(match) else ""
         if match is None or not name:
             await self._app(scope, receive, send)
@@ -165,12 +165,12 @@ def _take(reader: _Reader, cost: int, *, is_list: bool) -> None:
     reader.left -= cost
 
 
-def _is_counted(match: Match) -> bool:
+def _is_counted(match: RouteMatch) -> bool:
     """Return whether a request has no other limit: calls have theirs, texts take turns, probes are never refused."""
     return match.kind not in ("call", "text") and _path_of(match) not in PROBES
 
 
-def _path_of(match: Match) -> str:
+def _path_of(match: RouteMatch) -> str:
     """Return the path of a request's route, however the request spells it; its own where it has no route."""
     return match.route.path if match.route is not None else match.path
 

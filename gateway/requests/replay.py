@@ -10,8 +10,8 @@ from msgspec import structs
 from gateway.auth.callers import Caller
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.submit import cancel, rid_of
-from gateway.overload.admission import Load
-from protocol.queue.books.usage import Counted, usage_of
+from gateway.overload.admission import CallLoad
+from protocol.queue.books.usage import CountedFor, usage_of
 from protocol.queue.bus import now_ms
 from protocol.queue.history import kept_for
 from protocol.wire import messages as m
@@ -51,14 +51,16 @@ async def replay(pipeline: Pipeline, rid: str, caller: Caller) -> dict[str, Any]
     return compared(rid, again.rid, before, now)
 
 
-async def _run(pipeline: Pipeline, submit: m.Submit, body: m.Body, model: str, caller: Caller) -> bytes:
+async def _run(pipeline: Pipeline, submit: m.RequestHead, body: m.Body, model: str, caller: Caller) -> bytes:
     """Run a request to its end and return its tokens (int32). It counts against the caller's limits, for a model."""
     bus, replies = pipeline.bus, pipeline.replies
-    load = Load(submit.cls, 1, submit.num_prompt_tokens + submit.max_new_tokens, pipeline.settings.request_timeout_s)
+    load = CallLoad(
+        submit.cls, 1, submit.num_prompt_tokens + submit.max_new_tokens, pipeline.settings.request_timeout_s
+    )
     quota = pipeline.admission.quota_of(caller)
     pipeline.admission.check_again(load, quota)
     base, days = pipeline.fleet.base, pipeline.settings.usage_days
-    counted = Counted(caller.owner, model, submit.digest, base.name if base else "", False, days)
+    counted = CountedFor(caller.owner, model, submit.digest, base.name if base else "", False, days)
     usage = usage_of(counted, calls=1, prompt_tokens=submit.num_prompt_tokens, has_output=body.task == "generate")
     mail = replies.subscribe([submit.rid], eager=False)
     ended = False

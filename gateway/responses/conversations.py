@@ -18,16 +18,17 @@ from typing import Any
 import orjson
 
 from gateway.auth.callers import Caller
-from gateway.calls.jobs import KEPT_AFTER_EXPIRY_S, Jobs
 from gateway.http.list_page import list_page
-from gateway.overload.memory import held, hold, values_bytes
+from gateway.jobs.jobs import KEPT_AFTER_EXPIRY_S, Jobs
+from gateway.overload.cost import held, hold
+from gateway.overload.memory import values_bytes
 from gateway.overload.shares import shares
 from gateway.responses.items import Item, items_of
 from gateway.responses.response_bodies import ConversationRequest, Metadata
 from gateway.responses.stored import GOES_ON, StoredResponses, end_of
 from protocol.metrics.series import UNREADABLE
 from protocol.queue.bus import Bus, RequestFacts, now_ms
-from protocol.queue.kept.conversations import ConversationLimits, Outcome
+from protocol.queue.kept.conversations import ConversationLimits, TurnOutcome
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.guarded import FAILED, Items, is_queue_away
 from protocol.runtime.settings import Settings
@@ -284,7 +285,7 @@ def _written(items: Sequence[Item]) -> list[tuple[str, bytes]]:
 
 
 def _values(raws: Sequence[bytes]) -> list[Item]:
-    """Return items stored as JSON, and charge for them. Raises as `memory.hold`."""
+    """Return items stored as JSON, and charge for them. Raises as `cost.hold`."""
     hold(held() + sum(len(raw) + values_bytes(raw) for raw in raws))
     return [orjson.loads(raw) for raw in raws]
 
@@ -298,7 +299,7 @@ def _no_item(item_id: str) -> NotFound:
     return NotFound(f"Item with id {brief(item_id)} not found.", param="item_id", code="item_not_found")
 
 
-def _refusal(made: Outcome, limits: ConversationLimits, num: int, tenant: str) -> LorafleetError:
+def _refusal(made: TurnOutcome, limits: ConversationLimits, num: int, tenant: str) -> LorafleetError:
     """Return the error of a change that a limit has refused. num: of items that it would have added."""
     if made.code == "conversations":
         text = f"you have {made.there} conversations; the limit is {limits.max_conversations}: delete some"

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from gateway.calls.choices import Piece
-from gateway.calls.parsed_call import Options
+from gateway.calls.parsed_call import CallOptions
 from gateway.calls.writers import MIN_LOGPROB
 from gateway.responses.items import FIRST_OUTPUT, Item, item_id
 from gateway.text.answer_form import AnswerForm
@@ -39,7 +39,7 @@ class Event(NamedTuple):
 class Output:
     """The items of one answer."""
 
-    def __init__(self, call: str, rid: str, form: AnswerForm | None, tokens: TokenTable, options: Options) -> None:
+    def __init__(self, call: str, rid: str, form: AnswerForm | None, tokens: TokenTable, options: CallOptions) -> None:
         """call: the id of the response, without its prefix. rid: of its request. form: None for nothing but text."""
         self.items: list[Item] = []
         """The items so far; text may still be added to the last one."""

@@ -13,10 +13,10 @@ import orjson
 
 from gateway.auth.callers import Caller
 from gateway.bodies.parameter_check import MAX_ENTRIES, MAX_NAMED
-from gateway.calls.parsed_call import Conversation, Models, Options, ParsedCall, Rules, Sent, Truncation
+from gateway.calls.parsed_call import CallOptions, ChatPrompt, Models, ParsedCall, Rules, Sent, Truncation
 from gateway.grammars.limits import check_num
 from gateway.grammars.notation import Constraint
-from gateway.grammars.structured import ANY_OBJECT, checked_schema, is_strict
+from gateway.grammars.schemas import ANY_OBJECT, checked_schema, is_strict
 from gateway.openai.openai_parse import check_variables, stop_strings
 from gateway.responses.items import Item, messages_of, unread_results
 from gateway.responses.response_bodies import InputTokensRequest, PromptRequest, ResponseRequest, conversation_id_of
@@ -48,7 +48,7 @@ class Context:
 class ResponseRules(Rules):
     """What later stages refuse a call for, or shorten it to, as OpenAI does."""
 
-    def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
+    def most_tokens(self, options: CallOptions, num_prompt_tokens: int, max_model_len: int) -> int:
         """Return how many tokens the answer may have: no more than the context has room for. Raises BadRequest."""
         room = max_model_len - num_prompt_tokens
         if room < 1:
@@ -66,7 +66,7 @@ class CountRules(Rules):
 
     most: int  # tokens
 
-    def most_tokens(self, options: Options, num_prompt_tokens: int, max_model_len: int) -> int:
+    def most_tokens(self, options: CallOptions, num_prompt_tokens: int, max_model_len: int) -> int:
         """Return that no answer is wanted, whatever the context has room for. Raises BadRequest."""
         check_tokens(self.most, self.param)(num_prompt_tokens)
         return 0
@@ -143,19 +143,19 @@ def parse_count(
         caller=caller,
         models=Models([request.model]),
         inputs=_inputs(request, settings, items),
-        options=Options(m.Sampling(), background=True, tools=tools_in(request, settings)),  # it needs no worker
+        options=CallOptions(m.Sampling(), background=True, tools=tools_in(request, settings)),  # it needs no worker
         rules=rules,
         form_param="tools",
     )
 
 
-def _inputs(request: PromptRequest, settings: Settings, items: Sequence[Item]) -> Conversation:
+def _inputs(request: PromptRequest, settings: Settings, items: Sequence[Item]) -> ChatPrompt:
     """Return what the template makes the prompt of. Raises BadRequest."""
     check_num(len(items), min(settings.max_messages, MAX_ENTRIES), "items, including earlier ones", "input")
     truncation = Truncation(None, drops_messages=True) if request.truncation == "auto" else None
     left_out = list(islice(unread_results(request.input), MAX_NAMED))
     messages = messages_of(request.instructions, items)
-    return Conversation(messages, _variables(request), truncation=truncation, left_out=left_out)
+    return ChatPrompt(messages, _variables(request), truncation=truncation, left_out=left_out)
 
 
 def shown(request: ResponseRequest, *, is_stored: bool) -> dict[str, Any]:
@@ -186,14 +186,14 @@ def shown(request: ResponseRequest, *, is_stored: bool) -> dict[str, Any]:
     }
 
 
-def _options(request: ResponseRequest, settings: Settings) -> Options:
+def _options(request: ResponseRequest, settings: Settings) -> CallOptions:
     num_shown = (request.top_logprobs or 0) if LOGPROBS in (request.include or ()) else None
     if num_shown is not None and num_shown > settings.max_logprobs:
         raise BadRequest(
             f"top_logprobs is {num_shown}; the limit is {settings.max_logprobs}", param="top_logprobs"
         )  # fmt: skip
     background = bool(request.background)
-    return Options(
+    return CallOptions(
         sampling=m.Sampling(
             temperature=1.0 if request.temperature is None else request.temperature,
             top_p=1.0 if request.top_p is None else request.top_p,

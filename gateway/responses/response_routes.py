@@ -58,7 +58,7 @@ class ResponseEndpoints:
         check_included(include)
         if stream:
             after = -1 if starting_after is None else starting_after
-            return await self._responses.stream(response_id, caller_of(request), after)
+            return self._answers.show(await self._responses.stream(response_id, caller_of(request), after))
         if starting_after is not None:
             raise BadRequest("starting_after needs stream=true", param="starting_after")
         return json_answer(await self._responses.get(response_id, caller_of(request)))

@@ -11,13 +11,13 @@ from typing import Any
 
 import orjson
 
-from gateway.answers.sse import GenerationResponse
+from gateway.answers.sse import GenerationAnswer
 from gateway.calls.choices import Choice, Piece
 from gateway.calls.follow import Generation, usage_of
-from gateway.calls.jobs import JobApi
 from gateway.calls.submit import SubmittedCall
-from gateway.calls.writers import SSE, Framing, Usage
+from gateway.calls.writers import SSE, CallUsage, Framing
 from gateway.http.errors import OPENAI_ERRORS, OpenAIErrors, cut
+from gateway.jobs.jobs import JobApi
 from gateway.responses.output import Output
 from gateway.responses.response_parse import parse_stored
 from protocol.queue.bus import now_ms
@@ -122,7 +122,7 @@ class ResponseWriter:
             out += self._event(*event)
         return out
 
-    def last(self, end: End | None, usage: Usage) -> list[bytes]:
+    def last(self, end: End | None, usage: CallUsage) -> list[bytes]:
         """Return the events that end a stream. end: None for that of the output."""
         out = self._run()
         end = end or self.end(self._ended_ms)
@@ -146,7 +146,7 @@ class ResponseWriter:
         body = orjson.dumps({"type": kind, "sequence_number": number, **fields})
         return [b"event: " + kind.encode() + b"\ndata: " + body + b"\n\n"]
 
-    def object(self, end: End, usage: Usage | None = None) -> dict[str, Any]:
+    def object(self, end: End, usage: CallUsage | None = None) -> dict[str, Any]:
         """Return the response object. Without usage it has no output: that comes in events of its own."""
         error, completed = end.error, end.status == "completed"
         return {
@@ -161,7 +161,7 @@ class ResponseWriter:
             "usage": None if usage is None or end.status in ("cancelled", "failed") else self._usage(usage),
         }
 
-    def _usage(self, usage: Usage) -> dict[str, Any]:
+    def _usage(self, usage: CallUsage) -> dict[str, Any]:
         return {
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
@@ -170,14 +170,14 @@ class ResponseWriter:
             "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         }
 
-    def usage_frame(self, usage: Usage) -> bytes:
+    def usage_frame(self, usage: CallUsage) -> bytes:
         """Return the event that ends the stream of a job."""
         return b"".join(self.last(None, usage))
 
-    def show_usage(self, usage: Usage) -> None:
+    def show_usage(self, usage: CallUsage) -> None:
         """Do nothing: only the last event has counts."""
 
-    def whole(self, choices: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         """Return the answer, whose tokens were read, as one object."""
         return self.object(self.end(self._ended_ms), usage)
 
@@ -197,15 +197,15 @@ def job_api(settings: Settings) -> JobApi:
     return JobApi(lambda kept, caller: parse_stored(kept, caller, settings), writer_of, id_prefix=ID_PREFIX)
 
 
-class FollowedResponse(GenerationResponse):
+class FollowedAnswer(GenerationAnswer):
     """The answer of `/v1/responses` while it is made, whole or as a stream."""
 
     errors = STREAM_ERRORS
     framing = FRAMING
 
-    def __init__(self, generation: Generation, keepalive_s: float) -> None:
+    def __init__(self, generation: Generation) -> None:
         self._made = writer_of(generation.call, generation.choices)
-        super().__init__(generation, self._made, keepalive_s=keepalive_s)
+        super().__init__(generation, self._made)
 
     async def last_frames(self) -> bytes:
         """Return what a stream ends with."""

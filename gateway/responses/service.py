@@ -7,23 +7,22 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from starlette.responses import Response
-
+from gateway.answers.call_response import CallResult, SentAnswer
 from gateway.auth.callers import Caller
 from gateway.bodies.json_bodies import json_answer
 from gateway.bodies.parameter_check import ignore
 from gateway.calls.earlier import check_same_body
-from gateway.calls.jobs import Jobs
 from gateway.calls.parsed_call import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.tokenize import tokenize
 from gateway.http.list_page import list_page
+from gateway.jobs.jobs import Jobs
 from gateway.overload import large
 from gateway.responses.conversations import Conversations
 from gateway.responses.items import Item, items_of, references
 from gateway.responses.response_bodies import InputTokensRequest, PromptRequest, ResponseRequest, conversation_id_of
 from gateway.responses.response_parse import Context, check_input, check_prompt, parse, parse_count, to_be_stored
-from gateway.responses.response_write import ID_PREFIX, FollowedResponse
+from gateway.responses.response_write import ID_PREFIX, FollowedAnswer
 from gateway.responses.stored import GOES_ON, StoredResponses, end_of
 from gateway.text.counted import most_tokenized
 from protocol.wire.brief import brief
@@ -51,7 +50,7 @@ class Responses:
         self._stored = stored
         self._conversations = conversations
 
-    async def create(self, body: ResponseRequest, sent: Sent, caller: Caller) -> Response:
+    async def create(self, body: ResponseRequest, sent: Sent, caller: Caller) -> CallResult:
         """Answer a body. Raises what the client did wrong, Overloaded and Unavailable."""
         check_input(body, self._settings, caller)
         pipeline = self._pipeline
@@ -62,7 +61,7 @@ class Responses:
                 return await self._of_background(body, earlier.jid, caller)
             again = partial(parse, body, caller, self._settings, sent)
             generation = await pipeline.attach(await pipeline.parsed(body, caller, len(sent.raw), again), earlier)
-            return FollowedResponse(generation, self._settings.keepalive_s)
+            return FollowedAnswer(generation)
         call_id = uuid.uuid4().hex
         context = await self._context(body, caller)
 
@@ -79,7 +78,7 @@ class Responses:
         own, items, call = await pipeline.parsed(body, caller, num_bytes, make)
         large.keep(items)
         if not call.shown["store"]:
-            return FollowedResponse(await pipeline.run(call), self._settings.keepalive_s)
+            return FollowedAnswer(await pipeline.run(call))
         store = partial(to_be_stored, call, body, items, len(own), self._settings.max_body_bytes)
         kept = await pipeline.parsed(body, caller, num_bytes, store)
         conversation = conversation_id_of(body)
@@ -87,11 +86,11 @@ class Responses:
             job = partial(
                 self._jobs.new, sent=sent, request=kept, background=False, conversation=conversation
             )  # fmt: skip
-            return FollowedResponse(await pipeline.run(call, job), self._settings.keepalive_s)
+            return FollowedAnswer(await pipeline.run(call, job))
         made = await self._jobs.submit(await pipeline.prepare(call), sent, kept, conversation)
         return await self._of_background(body, made.jid, caller)
 
-    async def _of_background(self, body: ResponseRequest, response_id: str, caller: Caller) -> Response:
+    async def _of_background(self, body: ResponseRequest, response_id: str, caller: Caller) -> CallResult:
         if body.stream:
             return await self.stream(response_id, caller, -1)
         return json_answer(await self.get(response_id, caller))
@@ -158,7 +157,7 @@ class Responses:
         """Return a response. Raises NotFound."""
         return await self._stored.view(*(await self._stored.load(response_id, caller)))
 
-    async def stream(self, response_id: str, caller: Caller, after: int) -> Response:
+    async def stream(self, response_id: str, caller: Caller, after: int) -> SentAnswer:
         """Return the events of a response with numbers greater than `after`, as they come. Raises NotFound."""
         return await self._stored.stream(*(await self._stored.load(response_id, caller)), after)
 

@@ -11,17 +11,16 @@ from contextlib import suppress
 from typing import Any
 
 import orjson
-from starlette.responses import Response
 
 from gateway.auth.callers import Caller
 from gateway.calls.choices import Choice
 from gateway.calls.follow import choices_of, usage_of
-from gateway.calls.job_events import JobEvents
-from gateway.calls.job_stream import JobStream
-from gateway.calls.jobs import Facts, Jobs, state_of
 from gateway.calls.pipeline import Pipeline
-from gateway.calls.writers import Usage
+from gateway.calls.writers import CallUsage
 from gateway.http.paths import RESPONSES
+from gateway.jobs.job_events import JobEvents
+from gateway.jobs.job_stream import JobStream
+from gateway.jobs.jobs import Facts, Jobs, state_of
 from gateway.responses.items import Item
 from gateway.responses.response_write import ID_PREFIX, End, ResponseWriter, failure_of, writer_of
 from gateway.responses.stream import ResponseEvents
@@ -64,7 +63,7 @@ class StoredResponses:
         writer, usage = await self._read(job, facts, kept)
         return writer.object(end, usage)
 
-    async def stream(self, job: m.Job, facts: Facts, after: int) -> Response:
+    async def stream(self, job: m.Job, facts: Facts, after: int) -> JobStream:
         """Return the events of a response with numbers greater than `after`, as they come. Raises NotFound."""
 
         async def opened() -> JobEvents:
@@ -101,7 +100,7 @@ class StoredResponses:
         writer, _ = await self._read(job, facts, kept)
         return orjson.loads(orjson.dumps(writer.output.items))
 
-    async def _read(self, job: m.Job, facts: Facts, kept: Any) -> tuple[ResponseWriter, Usage]:
+    async def _read(self, job: m.Job, facts: Facts, kept: Any) -> tuple[ResponseWriter, CallUsage]:
         """Return the writer of a response that has ended, with all that this has come to. Raises NotFound."""
         choices, writer = await self._open(job, facts, kept)
         try:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from gateway.calls.choices import Choice, Piece
 from gateway.calls.follow import usage_of
-from gateway.calls.job_events import JobEvent, JobEvents
+from gateway.jobs.job_events import JobEvent, JobEvents
 from gateway.responses.response_write import ResponseWriter, failure_of
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire.errors import LorafleetError

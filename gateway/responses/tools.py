@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from gateway.grammars.limits import check_num
-from gateway.grammars.structured import is_strict
+from gateway.grammars.schemas import is_strict
 from gateway.openai.openai_bodies import MAX_TOOLS
 from gateway.responses.response_bodies import PromptRequest
 from gateway.tools.definitions import Tools, ToolWords, check_name, tools_of

@@ -86,7 +86,7 @@ def framed(message: SandboxJob | Answer) -> bytes:
     return len(payload).to_bytes(SIZE_BYTES, "little") + payload
 
 
-class Worker:
+class SandboxWorker:
     """Does jobs, and remembers what they have in common."""
 
     def __init__(self, tokenizer_file: int | None, is_worn: Callable[[], bool]) -> None:
@@ -185,7 +185,7 @@ def main(parent: int, tokenizer: str, with_vocabulary: bool) -> None:
     os.dup2(silent, 2)  # the gateway's log is not for strangers to write
     is_filtered = lock_down(parent, MAX_MEMORY_BYTES)
     most_pages = int(os.pread(statm, 64, 0).split()[0]) + WORN_BYTES // resource.getpagesize()
-    worker = Worker(tokenizer_file, lambda: int(os.pread(statm, 64, 0).split()[0]) > most_pages)
+    worker = SandboxWorker(tokenizer_file, lambda: int(os.pread(statm, 64, 0).split()[0]) > most_pages)
     if with_vocabulary:
         worker.answer(msgspec.msgpack.encode(Check(ANY_TEXT)))  # whatever comes of it, the next one is told again
     _write(READY if is_filtered else READY_UNFILTERED)

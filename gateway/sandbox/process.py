@@ -33,7 +33,7 @@ from gateway.sandbox.child import (
     SIZE_BYTES,
     Answer,
 )
-from gateway.sandbox.turns import Turn
+from gateway.sandbox.turns import SandboxTurn
 from protocol.wire.errors import BadRequest, LorafleetError, Unavailable
 
 START_S = 30.0
@@ -64,7 +64,7 @@ PASSED_ON = ("LD_LIBRARY_PATH", "PYTHONHOME")
 
 
 @dataclass(eq=False, slots=True)
-class Job(Turn):
+class QueuedJob(SandboxTurn):
     """A job for a process, and who waits for its answer."""
 
     what: str  # names it in error messages
@@ -87,7 +87,7 @@ class SandboxProcess(asyncio.Protocol):
     """A process that is started, does jobs, and ends."""
 
     def __init__(
-        self, on_idle: Callable[[SandboxProcess], object], on_done: Callable[[Job, float], object],
+        self, on_idle: Callable[[SandboxProcess], object], on_done: Callable[[QueuedJob, float], object],
         on_gone: Callable[[SandboxProcess], object], start_s: float = START_S,
     ) -> None:  # fmt: skip
         """Take what it tells. `start_s`: most seconds until it is ready.
@@ -104,7 +104,7 @@ class SandboxProcess(asyncio.Protocol):
         self._last_moment_s = 0.0  # the loop's time at which it is killed, if its socket is closed
         self._timer: asyncio.TimerHandle | None = None
         self._received = bytearray()
-        self._job: Job | None = None
+        self._job: QueuedJob | None = None
         self._begun_s = 0.0  # the loop's time
         self._cpu_before_s: float | None = None
         self._is_slow = False  # it gives way to everything else, for good
@@ -134,7 +134,7 @@ class SandboxProcess(asyncio.Protocol):
                 raise
         await self._loop.create_unix_connection(lambda: self, sock=mine)
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: QueuedJob) -> None:
         """Do a job; it must be idle."""
         assert self._transport is not None
         self._job, self.is_idle = job, False
@@ -220,7 +220,7 @@ class SandboxProcess(asyncio.Protocol):
         else:
             self.end()  # nobody asked
 
-    def _read_answer(self, job: Job) -> None:
+    def _read_answer(self, job: QueuedJob) -> None:
         if len(self._received) < SIZE_BYTES:
             return
         whole = SIZE_BYTES + int.from_bytes(self._received[:SIZE_BYTES], "little")
@@ -249,7 +249,7 @@ class SandboxProcess(asyncio.Protocol):
         self.is_idle = True
         self._on_idle(self)
 
-    def _settle(self, job: Job, outcome: Answer | LorafleetError) -> None:
+    def _settle(self, job: QueuedJob, outcome: Answer | LorafleetError) -> None:
         """Pass on what came of its job."""
         self._job = None
         cost_s = self._used_s()
@@ -286,7 +286,7 @@ class SandboxProcess(asyncio.Protocol):
         self.gone.set()
         self._on_gone(self)
 
-    def _cause_of_death(self, job: Job) -> LorafleetError:
+    def _cause_of_death(self, job: QueuedJob) -> LorafleetError:
         assert self._process is not None
         code = self._process.returncode
         if code == -signal.SIGXCPU:
@@ -304,9 +304,9 @@ def _launched(command: Sequence[str], socket_fd: int, environment: dict[str, str
     return subprocess.Popen(command, stdin=socket_fd, stdout=socket_fd, env=environment)
 
 
-def _ended_from_outside(job: Job) -> Unavailable:
+def _ended_from_outside(job: QueuedJob) -> Unavailable:
     return Unavailable(f"the process for {job.what} has been ended", code="sandbox_ended")
 
 
-def _garbage(job: Job) -> BadRequest:
+def _garbage(job: QueuedJob) -> BadRequest:
     return BadRequest(f"{job.what} made its process give no answer that can be read")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gateway.sandbox.child import WITH_VOCABULARY, Answer, Check, Render, SandboxJob, framed
-from gateway.sandbox.process import START_S, Job, SandboxProcess
+from gateway.sandbox.process import START_S, QueuedJob, SandboxProcess
 from gateway.sandbox.turns import Turns
 from protocol.wire.errors import BadRequest, LorafleetError, Unavailable
 
@@ -49,7 +49,7 @@ class SandboxPool:
         self._had_grammars = False
         self._start_s = start_s
         self._template_s = template_s
-        self._turns: Turns[Job] = Turns(num_processes)
+        self._turns: Turns[QueuedJob] = Turns(num_processes)
         self._processes: set[SandboxProcess] = set()  # from before their start until they are gone
         self._idle: list[SandboxProcess] = []  # the next one last: it was used last, and remembers most
         self._starts: set[asyncio.Task[None]] = set()
@@ -74,7 +74,9 @@ class SandboxPool:
         except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise BadRequest(f"{job.what} cannot be given these values: {error}") from error
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        mine = Job(tenant, len(payload), job.what, self._template_s if limit_s is None else limit_s, payload, answer)
+        mine = QueuedJob(
+            tenant, len(payload), job.what, self._template_s if limit_s is None else limit_s, payload, answer
+        )
         self._turns.add(mine, time.monotonic())
         self._had_grammars |= isinstance(job, Check)
         self._dispatch()
@@ -150,7 +152,7 @@ class SandboxPool:
         self._idle.append(process)
         self._dispatch()
 
-    def _done(self, job: Job, cost_s: float) -> None:
+    def _done(self, job: QueuedJob, cost_s: float) -> None:
         self._turns.ended(job, cost_s, time.monotonic())
 
     def _gone(self, process: SandboxProcess) -> None:

@@ -30,14 +30,14 @@ MIN_FORGET = 1024
 
 
 @dataclass(eq=False, slots=True)
-class Turn:
+class SandboxTurn:
     """A job's place in the queue."""
 
     tenant: str
     num_bytes: int
 
 
-T = TypeVar("T", bound=Turn)
+T = TypeVar("T", bound=SandboxTurn)
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 
 import httpx2
 
-from gateway.overload.large import Places
+from gateway.overload.slots import FairSlots
 from gateway.sandbox.sandbox import SandboxedTemplate, SandboxPool
 from gateway.text.tokenizer import Encoder, ModelFiles
 from peft_adapters.texts.files import MAX_TEXTS_BYTES, TEXTS_FIELD, TEXTS_FILE, OwnTexts, parse_texts, special_tokens
@@ -47,7 +47,7 @@ class OwnFiles:
     ) -> None:  # fmt: skip
         """bearer: authorizes at the stores, see `FleetSecret.bearer`; "" for a fleet without a secret."""
         self._max_kept_bytes = max_kept_bytes
-        self._reading = Places(NUM_READ, 1, NUM_WAITING)
+        self._reading = FairSlots(NUM_READ, 1, NUM_WAITING)
         self._bus = bus
         self.base = base
         self._sandbox = sandbox

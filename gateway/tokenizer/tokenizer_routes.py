@@ -9,13 +9,13 @@ import orjson
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from gateway.adapters.resolver import Target
+from gateway.adapters.resolver import CallTarget
 from gateway.answers.respond import Answers
 from gateway.auth.callers import Caller, caller_of
 from gateway.bodies import json_values
 from gateway.bodies.json_bodies import JsonRoute
 from gateway.bodies.parameter_check import ignore
-from gateway.calls.parsed_call import Conversation, Models
+from gateway.calls.parsed_call import ChatPrompt, Models
 from gateway.calls.pipeline import Pipeline
 from gateway.grammars.limits import check_num
 from gateway.http import openapi
@@ -106,7 +106,7 @@ class TokenizerEndpoints:
         check_num(len(body.messages or ()), settings.max_messages, "entries", "messages")
         check_num(len(body.tools or ()), MAX_TOOLS, "entries", "tools")
 
-        def make() -> tuple[Conversation, Tools | None]:
+        def make() -> tuple[ChatPrompt, Tools | None]:
             asked = body.model_dump(
                 include={"messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
             )  # fmt: skip
@@ -151,14 +151,14 @@ class TokenizerEndpoints:
 
     # ------------------------------------------------------------ parts
 
-    async def _asked(self, model: str | None, caller: Caller) -> tuple[m.ServedModel, Target]:
+    async def _asked(self, model: str | None, caller: Caller) -> tuple[m.ServedModel, CallTarget]:
         """Return the base model, and whose tokenizer is asked for. Raises as `CallResolver.targets`."""
         base = await self._pipeline.fleet.require(worker=False)
         [target] = await self._pipeline.call_resolver.targets(Models([model or ""]), base, caller)
         return base, target
 
     async def _encoding(
-        self, text: str, special: bool, target: Target | None, base: m.ServedModel | None, param: str
+        self, text: str, special: bool, target: CallTarget | None, base: m.ServedModel | None, param: str
     ) -> Encoding:
         """Return the tokens of a text. Raises BadRequest naming `param` for too many."""
         files = self._pipeline.files if target is None else target.files

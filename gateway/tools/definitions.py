@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from gateway.grammars.limits import MAX_TIMES, check_num
-from gateway.grammars.structured import JSON_STYLE, checked_schema, is_strict
+from gateway.grammars.limits import MAX_TIMES, check_num, too_many
+from gateway.grammars.schemas import JSON_STYLE, checked_schema, is_strict
 from gateway.tools.loose import LOOSE_STYLE, MAX_LOOKED_AT, not_held, outline
 from protocol.runtime.settings import Settings
 from protocol.wire.brief import brief
@@ -56,8 +56,18 @@ class Tools:
         return replace(self, schemas=self.schemas | loose) if loose else None
 
 
+class _Definition(NamedTuple):
+    """A tool as a request defines it."""
+
+    name: str
+    parameters: Any  # schema of its arguments, unchecked
+    function: dict[str, Any]  # what it is part of
+    place: str  # location of the function in the body
+    schema_place: str
+
+
 class _Tool(NamedTuple):
-    """A tool as its definition has it."""
+    """A tool that a request may call."""
 
     name: str
     schema: dict[str, Any]  # schema of its arguments, as in the grammar
@@ -79,17 +89,17 @@ def tools_of(
         if choice not in (None, "none", "auto"):
             raise BadRequest("tool_choice needs tools", param="tool_choice")
         return None
-    num_bytes = sum(len(orjson.dumps(tool)) for tool in tools)
-    check_num(num_bytes, MAX_TIMES * settings.max_grammar_bytes, "bytes", "tools")
-    known: dict[str, _Tool] = {}
-    if places is None:
-        places = [f"tools[{i}]" for i in range(len(tools))]
-    for place, given in zip(places, tools, strict=True):
-        tool = _definition(given, place, settings, words)
-        if tool.name in known:
-            raise BadRequest(f"{place}{words.name}: {tool.name!r} is defined twice", param=f"{place}{words.name}")
-        known[tool.name] = tool
-    wanted, required = _chosen(choice, list(known))
+    num_bytes, most = sum(len(orjson.dumps(tool)) for tool in tools), MAX_TIMES * settings.max_grammar_bytes
+    if num_bytes > most:
+        raise too_many(num_bytes, most, "bytes", "tools")
+    given: dict[str, _Definition] = {}
+    for place, tool in zip(places or [f"tools[{i}]" for i in range(len(tools))], tools, strict=True):
+        definition = _definition(tool, place, words)
+        if definition.name in given:
+            raise BadRequest(f"{place}{words.name}: {definition.name!r} is defined twice", param=f"{place}{words.name}")
+        given[definition.name] = definition
+    wanted, required = _chosen(choice, list(given))
+    known = _checked(given.values(), settings)
     if not wanted:
         return None
     one = choice in known if isinstance(choice, str) else choice is not None and choice.get("type") == "function"
@@ -112,8 +122,8 @@ def check_name(name: Any, place: str, most: int) -> str:
     return name
 
 
-def _definition(tool: dict[str, Any], place: str, settings: Settings, words: ToolWords) -> _Tool:
-    """Return a tool as a request may call it."""
+def _definition(tool: dict[str, Any], place: str, words: ToolWords) -> _Definition:
+    """Return a tool as a request defines it. Raises BadRequest."""
     if tool.get("type") != "function":
         raise BadRequest(f"{place}.type must be function, not {tool.get('type')!r}", param=f"{place}.type")
     function = tool.get("function")
@@ -123,16 +133,25 @@ def _definition(tool: dict[str, Any], place: str, settings: Settings, words: Too
     parameters, where = function.get("parameters"), f"{place}{words.schema}"
     if parameters is None:
         parameters = {"type": "object", "properties": {}, "additionalProperties": False}
-    strict = is_strict(function, f"{place}.function")
     if isinstance(parameters, dict) and parameters.get("type", "object") != "object":
         raise BadRequest(f"{where}.type must be object, not {brief(parameters['type'])}", param=where)
-    try:
-        schema = checked_schema(parameters, where, settings, JSON_STYLE if strict else LOOSE_STYLE, strict=strict)
-    except BadRequest:
-        if strict or not isinstance(parameters, dict):
-            raise
-        return _Tool(name, outline(parameters), False, where, None)  # beyond what a grammar may be made of
-    return _Tool(name, {**schema, "type": "object"}, strict, where, parameters)
+    return _Definition(name, parameters, function, f"{place}.function", where)
+
+
+def _checked(definitions: Iterable[_Definition], settings: Settings) -> dict[str, _Tool]:
+    """Return tools as a request may call them, by name. Raises BadRequest."""
+    tools: dict[str, _Tool] = {}
+    for name, given, function, function_place, place in definitions:
+        strict = is_strict(function, function_place)
+        style = JSON_STYLE if strict else LOOSE_STYLE
+        try:
+            schema = checked_schema(given, place, settings, style, strict=strict)
+            tools[name] = _Tool(name, {**schema, "type": "object"}, strict, place, given)
+        except BadRequest:
+            if strict or not isinstance(given, dict):
+                raise
+            tools[name] = _Tool(name, outline(given), False, place, None)  # beyond what a grammar may be made of
+    return tools
 
 
 def _not_held(tools: Iterable[_Tool]) -> list[str]:

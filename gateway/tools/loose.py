@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from gateway.grammars.structured import JSON_STYLE, STYLE
+from gateway.grammars.schemas import JSON_STYLE, STYLE
 from gateway.tools.xml_calls import raw_parameters
 
 LOOSE_STYLE: dict[str, Any] = {**JSON_STYLE, "lenient": True}

@@ -16,9 +16,9 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from gateway.grammars.closed_schemas import MAX_FREE_KEYS
 from gateway.grammars.limits import check_num
 from gateway.grammars.notation import lark_string
+from gateway.grammars.schemas import MAX_FREE_KEYS
 from protocol.wire.errors import BadRequest
 from protocol.wire.text import overlap
 

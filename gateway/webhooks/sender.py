@@ -13,13 +13,13 @@ from functools import partial
 
 import msgspec
 
-from gateway.calls.jobs import state_of
 from gateway.http.paths import RESPONSES
+from gateway.jobs.jobs import state_of
 from gateway.webhooks.outside import TIMEOUT_S, BusyReceiverError, Outside, UnreachableError
 from gateway.webhooks.places import TenantSlots
 from gateway.webhooks.sign import event_body, event_id, signed_headers
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
-from protocol.queue.kept.webhooks import Ended
+from protocol.queue.kept.webhooks import EndedWork
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.guarded import FAILED, Items, Loop
@@ -151,7 +151,7 @@ class WebhookSender:
             await webhooks.give_up(tenant, too_many)
         await webhooks.drop_ends(tenant, ended)
 
-    async def _type_of(self, ended: Ended) -> str:
+    async def _type_of(self, ended: EndedWork) -> str:
         """Return the type of the event of an end, "" if nothing is known of it any more."""
         if ended.type:
             return ended.type

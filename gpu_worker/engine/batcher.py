@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from gpu_worker.engine.blocks import BlockPool
-from gpu_worker.engine.policy import MAX_SKIPS, BatchLimits, Policy
+from gpu_worker.engine.policy import MAX_SKIPS, BatchLimits, StepPolicy
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.states import StatePool
 from gpu_worker.engine.step_limit import StepTime
@@ -46,7 +46,7 @@ class Batcher:
     """The running and waiting sequences of one engine.
 
     A sequence that yields comes last in everything: it gets the tokens, places and blocks that the others leave. See
-    `Policy` for the tokens, and who yields; `_make_room` for places and blocks.
+    `StepPolicy` for the tokens, and who yields; `_make_room` for places and blocks.
 
     fingerprint: of the base model, part of the prefix cache's keys.
     """
@@ -65,7 +65,7 @@ class Batcher:
         self.waiting: deque[Sequence] = deque()  # in order of arrival; preempted ones first
         self.step_model = StepModel()
         """Predicts how long steps take; all zero while that is unknown."""
-        self.policy = Policy(limits)
+        self.policy = StepPolicy(limits)
         self._slots = slots
         self._fingerprint = fingerprint
 

@@ -5,7 +5,7 @@ to both. Of the classes that are here the lowest is *first*. The next one *yield
 step's tokens and, while the first decodes, of its milliseconds. A third one waits. A class that is here alone yields to
 those who may come, unless it is class 0.
 
-A step is filled in phases: `Policy.fill` lists them, in their order.
+A step is filled in phases: `StepPolicy.fill` lists them, in their order.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Queues(Protocol):
         ...
 
 
-class Policy:
+class StepPolicy:
     """Decides what comes into the steps of one engine, and remembers of earlier steps what that takes.
 
     `scheduler.fairness` decides which requests yield. Besides these, where steps are limited, all of the tenant that
@@ -223,7 +223,7 @@ class Policy:
 class Phases:
     """The phases of one step's plan."""
 
-    def __init__(self, policy: Policy, plan: StepPlan, queues: Queues) -> None:
+    def __init__(self, policy: StepPolicy, plan: StepPlan, queues: Queues) -> None:
         """Part the sequences that run by class, and into decodes and prompts."""
         self._policy, self._plan, self._queues = policy, plan, queues
         ready = [seq for seq in queues.running if not seq.sits_out]

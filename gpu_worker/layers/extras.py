@@ -55,7 +55,7 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Transform:
+class LinearTransform:
     """A linear change of vectors [n, D] in fp32; see `peft_adapters.kinds.kind.Transform`."""
 
     scale: Tensor | None = None  # [D]
@@ -99,8 +99,8 @@ class Places:
 class LinearExtras:
     """An adapter's extras at one linear layer. N differs from the layer's where the vocabulary does."""
 
-    inputs: Transform | None = None  # of what the layer reads
-    outputs: Transform | None = None  # of what it returns, with its bias
+    inputs: LinearTransform | None = None  # of what the layer reads
+    outputs: LinearTransform | None = None  # of what it returns, with its bias
     places: Places | None = None
 
     weight: Tensor | None = None  # [N, K], takes the place of the layer's

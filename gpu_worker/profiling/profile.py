@@ -71,7 +71,7 @@ class ProfilePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
+class TimedOperation:
     """One kind of operation in a step's forward pass, on average."""
 
     name: str
@@ -91,7 +91,9 @@ class ProfileCase:
     step_ms: float  # time until the next step can begin: all phases but publish, which overlaps it
     phases_ms: dict[str, float]
     forward_ms: float  # forward time under the profiler: layers as single calls, plus overhead
-    operations: list[Operation]  # profiled operations, longest first; the rest of forward_ms is Python between them
+    operations: list[
+        TimedOperation
+    ]  # profiled operations, longest first; the rest of forward_ms is Python between them
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +259,7 @@ def _record(steps: Decode, num_steps: int) -> profile:
     return profiler
 
 
-def _operations(profiler: profile, *, on_device: bool) -> tuple[list[Operation], float]:
+def _operations(profiler: profile, *, on_device: bool) -> tuple[list[TimedOperation], float]:
     """Return the operations of an average forward pass, longest first, and its milliseconds.
 
     On a GPU these are its kernels, in whatever part of the step.
@@ -274,6 +276,6 @@ def _operations(profiler: profile, *, on_device: bool) -> tuple[list[Operation],
         name = str(event.name)
         times.setdefault(OPERATIONS.get(name, name), []).append(event.time_range.elapsed_us() / 1000)
     num = len(passes)
-    found = [Operation(name, len(each) / num, sum(each) / num) for name, each in times.items()]
+    found = [TimedOperation(name, len(each) / num, sum(each) / num) for name, each in times.items()]
     forward_ms = sum(event.time_range.elapsed_us() for event in passes) / 1000 / num
     return sorted(found, key=lambda operation: -operation.ms), forward_ms

@@ -76,8 +76,8 @@ class Queue:
         self._runner.close()
 
 
-def _submission(request: EngineRequest) -> m.Submit:
-    return m.Submit(
+def _submission(request: EngineRequest) -> m.RequestHead:
+    return m.RequestHead(
         rid=request.rid, tenant=TENANT, cls="interactive", digest=request.digest, num_prompt_tokens=len(request.prompt),
         max_new_tokens=request.max_new_tokens, deadline_ms=now_ms() + 1000 * LIFE_S, gateway=GATEWAY,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import msgspec
 from gpu_worker.engine.request import TokenOutput
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from gpu_worker.service.trace import tell_step
-from protocol.queue.bus import Refused, Step, StepRow
+from protocol.queue.bus import Refused, StepResult, StepRow
 from protocol.wire import messages as m
 from protocol.wire.error_codec import error_json
 
@@ -81,13 +81,13 @@ class Outbox:
             del self._left[entry]
             self.released.append(entry)
 
-    def build(self, pending: dict[str, PendingOutput]) -> Step:
+    def build(self, pending: dict[str, PendingOutput]) -> StepResult:
         """Return the step that makes `pending` durable, by request id.
 
         It leaves out requests that are not owned any more, and outputs that do not continue the log of one that has
         been assigned again since.
         """
-        step = Step(done_entries=list(self.released))
+        step = StepResult(done_entries=list(self.released))
         self._built = {}
         ending: dict[bytes, int] = {}
         for rid, new in pending.items():
@@ -115,7 +115,7 @@ class Outbox:
         step.done_entries += [entry for entry, num in ending.items() if self._left[entry] == num]
         return step
 
-    def commit(self, step: Step, pending: dict[str, PendingOutput]) -> None:
+    def commit(self, step: StepResult, pending: dict[str, PendingOutput]) -> None:
         """Note that `step`, built from `pending` last, is durable."""
         for row in step.rows:
             request = self._built[row.rid]
@@ -181,7 +181,7 @@ class Outbox:
     def _delta(self, request: OwnedRequest, new: PendingOutput) -> m.Delta:
         usage = None
         if new.finish:
-            usage = m.Usage(request.num_prompt_tokens, request.num_output(new), new.num_cached_tokens)
+            usage = m.RequestUsage(request.num_prompt_tokens, request.num_output(new), new.num_cached_tokens)
         return m.Delta(
             request.rid, request.epoch, request.num_logged, new.ids, new.logprobs, new.finish,
             error_json(new.error), usage, _timing(request, new),

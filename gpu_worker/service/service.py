@@ -65,7 +65,7 @@ class Fenced(Exception):
     """The fleet took this worker for dead and gave its requests away; it may come back under a new id."""
 
 
-class Worker:
+class WorkerService:
     """One engine's life on the queue: it joins, takes assignments, publishes outputs, sends heartbeats, and leaves."""
 
     def __init__(
@@ -453,7 +453,7 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> int:
         # A thread that has ended cannot be stuck; what is left to do then is the loop's.
         WATCHDOG.require(lambda: object() if engine.has_ended else engine.num_turns, settings.max_step_s)
         loader.set_urls(await bus.members.store_urls())
-        return await Worker(bus, engine, served, settings, loader).run(stop)
+        return await WorkerService(bus, engine, served, settings, loader).run(stop)
     finally:
         loader.close()
         await bus.close()

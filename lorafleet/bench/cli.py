@@ -11,8 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lorafleet.bench.client import api_base
 from lorafleet.bench.load import WarmupError, run_bench
 from lorafleet.bench.report import print_result, save_json, save_plot
-from lorafleet.bench.result import BenchResult, RequestRecord
-from lorafleet.bench.workload import BenchConfig, Target
+from lorafleet.bench.result import BenchRequest, BenchResult
+from lorafleet.bench.workload import BenchConfig, BenchTarget
 from lorafleet.parser import Parser
 
 _OPEN_LOOP_CONCURRENCY = 1024
@@ -115,7 +115,7 @@ def _api_key(args: argparse.Namespace) -> str | None:
     return file.read_text().strip() if file is not None else os.environ.get("OPENAI_API_KEY")
 
 
-def _targets(args: argparse.Namespace) -> tuple[Target, ...]:
+def _targets(args: argparse.Namespace) -> tuple[BenchTarget, ...]:
     names = [args.model] if args.model else []
     if args.adapters:
         if args.adapters.isdecimal():
@@ -124,7 +124,7 @@ def _targets(args: argparse.Namespace) -> tuple[Target, ...]:
             names += [name.strip() for name in args.adapters.split(",") if name.strip()]
     if not names:
         names = [_first_model(args.url, _api_key(args))]
-    return tuple(Target.model(name) for name in names)
+    return tuple(BenchTarget.model(name) for name in names)
 
 
 def _first_model(url: str, api_key: str | None) -> str:
@@ -142,7 +142,7 @@ def _run_with_progress(config: BenchConfig, console: Console) -> BenchResult:
         task = progress.add_task("Asking", total=config.num_requests, failed="")
         num_failed = 0
 
-        def note(record: RequestRecord) -> None:
+        def note(record: BenchRequest) -> None:
             nonlocal num_failed
             num_failed += record.error is not None
             progress.update(task, advance=1, failed=f"[red]{num_failed} failed" if num_failed else "")

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httptools
 import orjson
 
-from lorafleet.bench.result import RequestRecord
+from lorafleet.bench.result import BenchRequest
 
 _MAX_ERROR_CHARS = 200
 
@@ -31,14 +31,14 @@ class BenchConnection(asyncio.Protocol):
         self.closed = False
         self._kept = False  # it has carried an exchange before
         self._parser = httptools.HttpResponseParser(self)
-        self._record: RequestRecord | None = None
+        self._record: BenchRequest | None = None
         self._done: asyncio.Future[None] | None = None
         self._buffer = b""
         self._sent_s = 0.0
         self._now = 0.0  # when the latest bytes came
         self._status = 0
 
-    async def exchange(self, request: bytes, record: RequestRecord) -> None:
+    async def exchange(self, request: bytes, record: BenchRequest) -> None:
         """Send `request` and fill `record` until the answer ends. Raises ConnectionError when the connection breaks."""
         assert self.transport is not None
         self._record, self._buffer, self._status = record, b"", 0
@@ -128,7 +128,7 @@ class BenchConnection(asyncio.Protocol):
                 self._done.set_exception(error)
 
 
-def _note_event(record: RequestRecord, payload: bytes, now_s: float) -> None:
+def _note_event(record: BenchRequest, payload: bytes, now_s: float) -> None:
     if payload == b"[DONE]":
         record.complete = True
         return
@@ -172,7 +172,7 @@ class Client:
             self._headers += f"Authorization: Bearer {api_key}\r\n"
         self._idle: list[BenchConnection] = []
 
-    async def post(self, path: str, body: dict[str, Any], record: RequestRecord) -> None:
+    async def post(self, path: str, body: dict[str, Any], record: BenchRequest) -> None:
         """Stream the answer to one POST into `record`. Raises OSError when the server is unreachable or breaks off."""
         content = orjson.dumps(body)
         head = f"POST {self._prefix}{path} HTTP/1.1\r\n{self._headers}Content-Length: {len(content)}\r\n\r\n"

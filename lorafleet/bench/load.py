@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from lorafleet.bench.client import Client
-from lorafleet.bench.result import BenchResult, RequestRecord
+from lorafleet.bench.result import BenchRequest, BenchResult
 from lorafleet.bench.workload import BenchConfig, PlannedRequest, plan_requests, plan_warmup
 
-OnRecord = Callable[[RequestRecord], None]
+OnRecord = Callable[[BenchRequest], None]
 
 
 class WarmupError(RuntimeError):
@@ -32,9 +32,9 @@ async def run_load(config: BenchConfig, on_record: OnRecord | None = None) -> Be
     client = Client(config.url, config.api_key)
     try:
         await _run(config, client, plan_warmup(config), _refuse_failure)
-        records: list[RequestRecord] = []
+        records: list[BenchRequest] = []
 
-        def note(record: RequestRecord) -> None:
+        def note(record: BenchRequest) -> None:
             records.append(record)
             if on_record is not None:
                 on_record(record)
@@ -49,7 +49,7 @@ async def run_load(config: BenchConfig, on_record: OnRecord | None = None) -> Be
     return BenchResult(_public(config), started_at, wall_s, cpu_s, records)
 
 
-def _refuse_failure(record: RequestRecord) -> None:
+def _refuse_failure(record: BenchRequest) -> None:
     if record.error is not None:
         raise WarmupError(f"warm-up request to {record.target!r} failed: {record.error}")
 
@@ -82,8 +82,8 @@ async def _run(config: BenchConfig, client: Client, requests: Iterator[PlannedRe
         raise errors.exceptions[0] from None
 
 
-async def _ask(config: BenchConfig, client: Client, request: PlannedRequest) -> RequestRecord:
-    record = RequestRecord(request.target.name)
+async def _ask(config: BenchConfig, client: Client, request: PlannedRequest) -> BenchRequest:
+    record = BenchRequest(request.target.name)
     path = "/v1/chat/completions" if config.chat else "/v1/completions"
     record.start_s = time.perf_counter()
     try:

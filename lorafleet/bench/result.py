@@ -17,7 +17,7 @@ import numpy as np
 
 
 @dataclass(slots=True)
-class RequestRecord:
+class BenchRequest:
     """A request, filled while its answer streams in. Times are seconds of one monotonic clock."""
 
     target: str
@@ -84,7 +84,7 @@ class Summary:
     e2e: Latency
 
     @classmethod
-    def of(cls, records: Sequence[RequestRecord], wall_s: float) -> "Summary":
+    def of(cls, records: Sequence[BenchRequest], wall_s: float) -> "Summary":
         """Return the figures of `records`, whose run took `wall_s` seconds."""
         good = [record for record in records if record.error is None]
         output_tokens = sum(record.output_tokens for record in good)
@@ -104,13 +104,13 @@ class Summary:
         )
 
 
-def inter_token_gaps_s(records: Iterable[RequestRecord]) -> np.ndarray:
+def inter_token_gaps_s(records: Iterable[BenchRequest]) -> np.ndarray:
     """Return the gaps between successive chunks of all requests: float64 [num_gaps], seconds."""
     gaps = [np.diff(record.arrivals_s) for record in records if len(record.arrivals_s) > 1]
     return np.concatenate(gaps) if gaps else np.empty(0)
 
 
-def _tpots_s(records: Iterable[RequestRecord]) -> list[float]:
+def _tpots_s(records: Iterable[BenchRequest]) -> list[float]:
     return [
         (record.arrivals_s[-1] - record.arrivals_s[0]) / (record.output_tokens - 1)
         for record in records
@@ -126,7 +126,7 @@ class BenchResult:
     started_at: str  # ISO 8601, UTC
     wall_s: float  # time from sending the first request to the end of the last answer
     generator_cpu_s: float  # CPU time of the load generator itself
-    records: list[RequestRecord]  # records in order of completion
+    records: list[BenchRequest]  # records in order of completion
 
     @property
     def summary(self) -> Summary:
@@ -136,7 +136,7 @@ class BenchResult:
     @property
     def per_target(self) -> dict[str, Summary]:
         """The figures of each target, those with the most requests first."""
-        groups: dict[str, list[RequestRecord]] = {}
+        groups: dict[str, list[BenchRequest]] = {}
         for record in self.records:
             groups.setdefault(record.target, []).append(record)
         ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))

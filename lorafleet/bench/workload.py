@@ -19,14 +19,14 @@ WORDS = tuple(_TEXT.split())
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class BenchTarget:
     """A model or adapter to ask, with the request fields that select it."""
 
     name: str  # name in reports
     body: Mapping[str, Any]  # merged into each request, usually {"model": name}
 
     @classmethod
-    def model(cls, name: str) -> "Target":
+    def model(cls, name: str) -> "BenchTarget":
         """Return the target that the field `model` selects."""
         return cls(name, {"model": name})
 
@@ -36,7 +36,7 @@ class BenchConfig:
     """A load run against one server."""
 
     url: str  # URL of the server, with or without a trailing /v1
-    targets: tuple[Target, ...]
+    targets: tuple[BenchTarget, ...]
     zipf_s: float | None = None  # the i-th target is asked in proportion to 1 / i**s; None: round robin
     num_requests: int = 64
     concurrency: int = 8  # requests in flight; in an open loop, their maximum
@@ -65,7 +65,7 @@ class BenchConfig:
 class PlannedRequest:
     """A request that is to be sent."""
 
-    target: Target
+    target: BenchTarget
     body: dict[str, Any]
     due_s: float  # after the start of the run; 0 in a closed loop
 
@@ -96,7 +96,7 @@ def choose_targets(config: BenchConfig, rng: np.random.Generator) -> np.ndarray:
     return rng.choice(len(config.targets), size=config.num_requests, p=weights / weights.sum())
 
 
-def _request(config: BenchConfig, target: Target, rng: np.random.Generator, due_s: float) -> PlannedRequest:
+def _request(config: BenchConfig, target: BenchTarget, rng: np.random.Generator, due_s: float) -> PlannedRequest:
     prompt = " ".join(WORDS[i] for i in rng.integers(len(WORDS), size=config.prompt_words))
     body: dict[str, Any] = {"max_tokens": config.output_tokens, "stream": True}
     body["stream_options"] = {"include_usage": True}

@@ -67,7 +67,7 @@ def local_url(settings: Settings) -> str:
 
 
 @dataclass(slots=True)
-class Fleet:
+class FleetLauncher:
     """The running services of one machine. `on_ready` is called once, when the gateway is ready for the first time."""
 
     settings: Settings

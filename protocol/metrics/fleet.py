@@ -17,7 +17,7 @@ MAX_LISTED = 64
 """Adapters that one label lists: the most recently used."""
 
 
-class Workers(Collector):
+class WorkerCollector(Collector):
     """The workers' metrics, by their heartbeats. Gateways show all workers, a worker's own port shows that one."""
 
     def __init__(self) -> None:
@@ -139,7 +139,7 @@ class ResidencyMetrics(Collector):
         yield info
 
 
-WORKERS = Workers()
+WORKERS = WorkerCollector()
 REGISTRY.register(WORKERS)
 RESIDENCY = ResidencyMetrics()
 REGISTRY.register(RESIDENCY)

@@ -17,7 +17,7 @@ from protocol.queue.adapters import Adapters
 from protocol.queue.books.api_keys import ApiKeys
 from protocol.queue.books.audit import AuditLog
 from protocol.queue.books.quota import Quota, standing_of
-from protocol.queue.books.usage import Usage
+from protocol.queue.books.usage import UsageBook
 from protocol.queue.calls import Input, most_log_bytes, packed_bodies, sealed_bodies
 from protocol.queue.connection.line import LOST, Line, NotTakenError
 from protocol.queue.connection.redis_client import (
@@ -32,16 +32,16 @@ from protocol.queue.connection.server import Server
 from protocol.queue.dead_letters import DeadLetters
 from protocol.queue.history import History
 from protocol.queue.kept.batches import Batches
-from protocol.queue.kept.conversations import MAX_TURNS, Conversations
+from protocol.queue.kept.conversations import MAX_TURNS, StoredConversations
 from protocol.queue.kept.files import Files
-from protocol.queue.kept.jobs import Jobs, NewJob
+from protocol.queue.kept.jobs import NewJob, StoredJobs
 from protocol.queue.kept.readable import readable
 from protocol.queue.kept.webhooks import Webhooks
 from protocol.queue.members import Members
 from protocol.queue.request_lists import RequestLists
 from protocol.queue.request_records import record_of
 from protocol.queue.scripts import FOLDER, Scripts
-from protocol.queue.steps import Refused, Step, StepRow, refused_rows, step_call
+from protocol.queue.steps import Refused, StepResult, StepRow, refused_rows, step_call
 from protocol.queue.streams import Entry, Streams
 from protocol.runtime.sealing import Seal
 from protocol.wire import messages as m
@@ -54,7 +54,7 @@ from protocol.wire.records import Holder, Owned, RequestFacts, RequestRecord
 
 __all__ = [
     "CONNECTION_ERRORS", "Bus", "DiskFull", "Entry", "MemoryFull", "Owned", "QueueError", "Refused", "RequestFacts",
-    "Step", "StepRow", "decode", "now_ms",
+    "StepResult", "StepRow", "decode", "now_ms",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -84,15 +84,15 @@ class Bus:
         self.streams = Streams(self._redis, self._blocking, self.keys, self._scripts)
         self.members = Members(self._redis, self.keys, self._scripts)
         self.adapters = Adapters(self._redis, self.keys)
-        self.jobs = Jobs(self._redis, self.keys, self._scripts, seal)
+        self.jobs = StoredJobs(self._redis, self.keys, self._scripts, seal)
         self.files = Files(self._redis, self.keys, self._scripts)
         self.batches = Batches(self._redis, self.keys, self._scripts)
-        self.conversations = Conversations(self._redis, self.keys, self._scripts, seal)
+        self.conversations = StoredConversations(self._redis, self.keys, self._scripts, seal)
         self.webhooks = Webhooks(self._redis, self.keys, self._scripts)
         self.api_keys = ApiKeys(self._redis, self.keys)
         self.server = Server(self._redis)
         self.audit = AuditLog(self._redis, self.keys, self._scripts)
-        self.usage = Usage(self._redis, self.keys, self._scripts)
+        self.usage = UsageBook(self._redis, self.keys, self._scripts)
         self.dead_letters = DeadLetters(self._redis, self.keys, self._scripts)
         self.request_lists = RequestLists(self._redis, self.keys)
         self.history = History(self._redis, self.keys)
@@ -148,7 +148,7 @@ class Bus:
     async def submit(
         self,
         cls: str,
-        requests: Sequence[tuple[m.Submit, m.Body]],
+        requests: Sequence[tuple[m.RequestHead, m.Body]],
         *,
         max_queued: int,
         idem_key: str = "",
@@ -232,7 +232,7 @@ class Bus:
         reply = await self._scripts.run(call)
         return reply[0].decode(), [rid.decode() for rid in reply[1:]]
 
-    async def step(self, wid: str, step: Step) -> list[Refused]:
+    async def step(self, wid: str, step: StepResult) -> list[Refused]:
         """Write a step. Returns the refused rows; when there are any, nothing at all was written."""
         if self._seal is None:
             call = step_call(step, wid, self.keys)
@@ -374,7 +374,7 @@ class Bus:
             return None
         ended = state.decode() in m.TERMINAL and (not limit or len(ids) < 4 * limit)
         logprobs = rest[0][: len(ids) // 4 * record_bytes] if rest else b""
-        usage = m.Usage(int(num_prompt), seq0 + len(ids) // 4, int(cached or 0)) if ended else None
+        usage = m.RequestUsage(int(num_prompt), seq0 + len(ids) // 4, int(cached or 0)) if ended else None
         return m.Delta(
             rid, int(epoch), seq0, ids, logprobs,
             finish=(finish or b"").decode() if ended else "", error=(error or b"").decode() if ended else "",
@@ -408,7 +408,7 @@ class Bus:
                 found.append(None)
                 continue
             deaths = [msgspec.json.decode(line, type=m.Death) for line in (lost or b"").splitlines()]
-            submit = decode(sub, m.Submit)
+            submit = decode(sub, m.RequestHead)
             found.append(Owned(submit, state.decode(), owner.decode(), int(epoch), int(attempts), deaths, length // 4))
         return found
 
@@ -432,7 +432,7 @@ class Bus:
         """Return a request's log (int32 little endian), None when there is none."""
         return await self._redis.get(self.keys.tok(rid))
 
-    async def inputs(self, items: Sequence[m.Assigned | m.Submit]) -> list[Input]:
+    async def inputs(self, items: Sequence[m.Assigned | m.RequestHead]) -> list[Input]:
         """Return each request's body, log and logprob records."""
         asked = [lua.InputRow(rid=item.rid, call=item.call or item.rid, part=item.part) for item in items]
         found = await self._scripts.run(lua.Inputs(rows=asked))

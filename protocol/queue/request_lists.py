@@ -26,17 +26,17 @@ class RequestLists:
         self._redis = client
         self._keys = keys
 
-    async def queued(self, cls: str, after: str, limit: int) -> list[tuple[str, m.Submit | None]]:
+    async def queued(self, cls: str, after: str, limit: int) -> list[tuple[str, m.RequestHead | None]]:
         """Return the entries of a class's requests that wait, oldest first, from after an entry on; "": from all.
 
         None: of an entry that cannot be read, which the scheduler puts aside.
         """
         low = f"({after}" if after else "-"
         entries = await self._redis.xrange(self._keys.sub(cls), low, "+", count=limit)
-        found: list[tuple[str, m.Submit | None]] = []
+        found: list[tuple[str, m.RequestHead | None]] = []
         for entry, fields in entries:
             try:
-                found.append((entry.decode(), decode(fields.get(b"b", b""), m.Submit)))
+                found.append((entry.decode(), decode(fields.get(b"b", b""), m.RequestHead)))
             except ProtocolError:
                 found.append((entry.decode(), None))
         return found

@@ -377,7 +377,7 @@ class SaveBatch(Call, kw_only=True):
     tries: int | str
 
 
-class Item(Group, kw_only=True):
+class ItemRow(Group, kw_only=True):
     """An item that a conversation gets."""
 
     item_id: str
@@ -403,7 +403,7 @@ class ChangeConversation(Call, kw_only=True):
     max_bytes: int
     max_kept: int
     response: str
-    new_items: Sequence[Item]
+    new_items: Sequence[ItemRow]
 
 
 class DropConversation(Call, kw_only=True):

@@ -32,7 +32,7 @@ class StepRow(msgspec.Struct):  # a dataclass takes three times as long to make,
 
 
 @dataclass(slots=True)
-class Step:
+class StepResult:
     """What one engine step makes visible."""
 
     rows: list[StepRow] = field(default_factory=list[StepRow])
@@ -52,7 +52,7 @@ class Refused:
 
 
 def step_call(
-    step: Step, wid: str, keys: Keys, sealed: Callable[[StepRow], bytes] = attrgetter("prompt_logprobs")
+    step: StepResult, wid: str, keys: Keys, sealed: Callable[[StepRow], bytes] = attrgetter("prompt_logprobs")
 ) -> lua.Step:
     """Return the call that writes a worker's step. sealed: returns a row's prompt logprobs as they lie in the queue."""
     rows: list[Any] = []

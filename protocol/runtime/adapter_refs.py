@@ -91,7 +91,7 @@ def _is_whole(path: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class SourcePolicy:
     """Which sources are allowed."""
 
     request_sources: frozenset[str]  # schemes that a request may name without registration
@@ -101,7 +101,7 @@ class Policy:
     has_tenants: bool  # whether API keys are on
 
     @classmethod
-    def of(cls, settings: Settings) -> Policy:
+    def of(cls, settings: Settings) -> SourcePolicy:
         """Return the policy of the settings."""
         lists = (settings.request_sources, settings.hub_orgs, settings.s3_buckets, settings.tenant_places)
         return cls(*(frozenset(names_of(names)) for names in lists), has_tenants=settings.api_keys)

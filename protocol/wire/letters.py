@@ -32,7 +32,7 @@ def view(letter_id: str, letter: m.DeadLetter) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _request(sub: m.Submit, letter: m.DeadLetter) -> dict[str, Any]:
+def _request(sub: m.RequestHead, letter: m.DeadLetter) -> dict[str, Any]:
     return {
         "id": sub.rid,
         "tenant": sub.tenant,

@@ -129,7 +129,7 @@ class AdapterUse:
 class Owned:
     """A request and who has it, as the scheduler needs it after a death."""
 
-    submit: m.Submit
+    submit: m.RequestHead
     state: str
     owner: str
     epoch: int

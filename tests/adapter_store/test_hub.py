@@ -18,7 +18,7 @@ from helpers.waiting import wait_until
 
 from adapter_store.blobs import Blobs
 from adapter_store.mirror import Mirror
-from adapter_store.sources import FLEET, Access, Changed
+from adapter_store.sources import FLEET, Changed, SourceAccess
 from adapter_store.sources.hub import HubSource
 from peft_adapters.format import CONFIG_FILE, MAX_HEADER_BYTES, WEIGHTS_FILE
 from protocol.wire.errors import AdapterRefused, NotFound, PermissionDenied, Unavailable
@@ -119,17 +119,17 @@ async def test_no_access(
     closed: HubStub, source: HubSource, mirror: Mirror, name: str, token: str, error: type[Exception], part: str
 ) -> None:
     with pytest.raises(error, match=part) as raised:
-        await mirror.take(source, name, BASE, Access(token))
+        await mirror.take(source, name, BASE, SourceAccess(token))
     assert token == "" or token not in str(raised.value)
     assert len(mirror.blobs) == 0
 
 
 @pytest.mark.parametrize("name", ["org/private", "org/gated"])
 async def test_access(closed: HubStub, source: HubSource, mirror: Mirror, name: str) -> None:
-    assert (await mirror.take(source, name, BASE, Access("hf_member"))).digest in mirror.blobs
+    assert (await mirror.take(source, name, BASE, SourceAccess("hf_member"))).digest in mirror.blobs
     with pytest.raises((NotFound, PermissionDenied)):
         await source.fetch(
-            await source.resolve(name, Access("hf_member")), CONFIG_FILE, Path(os.devnull), 10, Access()
+            await source.resolve(name, SourceAccess("hf_member")), CONFIG_FILE, Path(os.devnull), 10, SourceAccess()
         )  # nothing was kept open for others
 
 
@@ -140,15 +140,15 @@ async def test_what_a_token_opened_stays_closed_to_others(
     """Also by its commit, which never changes, and also where the Hub shows the repository to all."""
     closed.tokens["hf_other"] = {name}
     commit = f"{name}@{closed.repos[name].refs['main']}"
-    taken = await mirror.take(source, commit, BASE, Access("hf_member"))
+    taken = await mirror.take(source, commit, BASE, SourceAccess("hf_member"))
     for target in (name, commit):
-        for access in (Access(), FLEET, Access("hf_stranger")):
+        for access in (SourceAccess(), FLEET, SourceAccess("hf_stranger")):
             with pytest.raises((NotFound, PermissionDenied)):
                 await mirror.take(source, target, BASE, access)
-    assert (await mirror.take(source, commit, BASE, Access("hf_other"))).digest == taken.digest
+    assert (await mirror.take(source, commit, BASE, SourceAccess("hf_other"))).digest == taken.digest
     closed.tokens["hf_member"] = set()
     with pytest.raises((NotFound, PermissionDenied)):
-        await mirror.take(source, commit, BASE, Access("hf_member"))
+        await mirror.take(source, commit, BASE, SourceAccess("hf_member"))
     assert len(closed.requests(WEIGHTS_FILE)) == 1, "nobody fetched it again"
 
 
@@ -156,39 +156,39 @@ async def test_what_a_token_opened_stays_closed_to_others(
 async def test_what_a_token_has_begun_to_fetch_is_ended_by_no_other(
     closed: HubStub, source: HubSource, mirror: Mirror, name: str
 ) -> None:
-    version = await source.resolve(name, Access("hf_member"))
+    version = await source.resolve(name, SourceAccess("hf_member"))
     folder = mirror.blobs.staging(version.key)
     for file in (CONFIG_FILE, WEIGHTS_FILE):
-        await source.fetch(version, file, folder / file, version.files[file].num_bytes, Access("hf_member"))
+        await source.fetch(version, file, folder / file, version.files[file].num_bytes, SourceAccess("hf_member"))
     with pytest.raises((NotFound, PermissionDenied)):
-        await mirror.take(source, name, BASE, Access("hf_stranger"))
+        await mirror.take(source, name, BASE, SourceAccess("hf_stranger"))
     assert len(mirror.blobs) == 0
-    assert (await mirror.take(source, name, BASE, Access("hf_member"))).digest in mirror.blobs
+    assert (await mirror.take(source, name, BASE, SourceAccess("hf_member"))).digest in mirror.blobs
 
 
 async def test_a_repository_that_moved_is_confirmed_at_its_new_place(closed: HubStub, source: HubSource) -> None:
-    version = await source.resolve("org/private", Access("hf_member"))
+    version = await source.resolve("org/private", SourceAccess("hf_member"))
     closed.repos["org/new"] = closed.repos.pop("org/private")
     closed.moved["org/private"] = "org/new"
     closed.tokens["hf_member"] = {"org/new"}
-    await source.confirm(version, Access("hf_member"))
+    await source.confirm(version, SourceAccess("hf_member"))
     with pytest.raises(NotFound):
-        await source.confirm(version, Access("hf_stranger"))
+        await source.confirm(version, SourceAccess("hf_stranger"))
     closed.moved["org/private"] = "org/private"
     with pytest.raises(Unavailable, match="more than 5 times"):
-        await source.confirm(version, Access("hf_member"))
+        await source.confirm(version, SourceAccess("hf_member"))
 
 
 async def test_no_token_goes_to_another_host(closed: HubStub, source: HubSource, tmp_path: Path) -> None:
     """Where the Hub redirects to, to serve large files: it has decided then, and what follows needs no token."""
-    version = await source.resolve("org/private", Access("hf_member"))
+    version = await source.resolve("org/private", SourceAccess("hf_member"))
     async with run_hub() as other:
         other.repos["org/private"] = Repo()
         other.repos["org/private"].commits = closed.repos["org/private"].commits
         closed.elsewhere = other.url.replace("127.0.0.1", "localhost")
-        await source.confirm(version, Access("hf_member"))
+        await source.confirm(version, SourceAccess("hf_member"))
         assert other.seen == [], "it is not needed to know"
-        await source.fetch(version, CONFIG_FILE, tmp_path / "c", 10, Access("hf_member"))
+        await source.fetch(version, CONFIG_FILE, tmp_path / "c", 10, SourceAccess("hf_member"))
         assert [seen.token for seen in other.seen] == [""]
     assert {seen.token for seen in closed.requests("/resolve/")} == {"hf_member"}
 
@@ -198,16 +198,16 @@ async def test_what_the_fleet_may_read_is_not_everybodys(closed: HubStub, mirror
     commit = f"org/private@{closed.repos['org/private'].refs['main']}"
     taken = await mirror.take(source, commit, BASE)
     with pytest.raises(NotFound):
-        await mirror.take(source, commit, BASE, Access())
+        await mirror.take(source, commit, BASE, SourceAccess())
     closed.down = True
     assert (await mirror.take(source, commit, BASE)).digest == taken.digest, "the fleet has read it before"
 
 
 async def test_what_anyone_has_read_is_read_without_the_hub(hub: HubStub, source: HubSource, mirror: Mirror) -> None:
     commit = f"org/public@{hub.repos['org/public'].refs['main']}"
-    taken = await mirror.take(source, commit, BASE, Access())
+    taken = await mirror.take(source, commit, BASE, SourceAccess())
     hub.seen.clear()
-    for access in (Access(), FLEET, Access("hf_any")):
+    for access in (SourceAccess(), FLEET, SourceAccess("hf_any")):
         assert (await mirror.take(source, commit, BASE, access)).digest == taken.digest
     assert hub.seen == []
 
@@ -236,7 +236,7 @@ async def test_the_servers_token_is_used_where_the_caller_has_none(closed: HubSt
     await mirror.take(source, "org/private", BASE)
     assert {seen.token for seen in closed.seen} == {"hf_member"}
     with pytest.raises(NotFound):
-        await source.resolve("org/private", Access("hf_stranger"))
+        await source.resolve("org/private", SourceAccess("hf_stranger"))
     await source.close()
 
 
@@ -378,7 +378,7 @@ async def test_changed_content_is_not_taken(hub: HubStub, source: HubSource, mir
         def __init__(self) -> None:
             self.__dict__.update(source.__dict__)
 
-        async def resolve(self, target: str, access: Access = FLEET) -> Any:
+        async def resolve(self, target: str, access: SourceAccess = FLEET) -> Any:
             return version
 
     files[WEIGHTS_FILE] = good[:-1] + bytes([good[-1] ^ 1])

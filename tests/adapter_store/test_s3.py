@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 from adapter_store.blobs import Blobs
 from adapter_store.mirror import Mirror
 from adapter_store.shared_bucket import SharedBucket
-from adapter_store.sources import Access, Changed, RemoteFile, Version
+from adapter_store.sources import Changed, RemoteFile, SourceAccess, SourceVersion
 from adapter_store.sources.local import LocalSource
 from adapter_store.sources.s3 import S3Source
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
@@ -143,7 +143,7 @@ async def test_tenants_get_nothing_with_the_fleets_credentials(s3: S3Server, sou
     """Whatever token they bring, and also if the adapter is here already."""
     upload(s3, "team/a", weights())
     await mirror.take(source, f"//{BUCKET}/team/a", BASE)
-    for access in (Access(), Access("hf_any")):
+    for access in (SourceAccess(), SourceAccess("hf_any")):
         with pytest.raises(PermissionDenied, match="not be read by tenants"):
             await mirror.take(source, f"//{BUCKET}/team/a", BASE, access)
 
@@ -170,7 +170,7 @@ class LongBody:
 
 async def test_a_body_without_end_is_cut(tmp_path: Path) -> None:
     client, path = LongBody(), tmp_path / "w"
-    version = Version("k", "s3://b/a", "//b/a", {CONFIG_FILE: RemoteFile(100_000, "tag")})
+    version = SourceVersion("k", "s3://b/a", "//b/a", {CONFIG_FILE: RemoteFile(100_000, "tag")})
     await S3Source(client).fetch(version, CONFIG_FILE, path, 100_000)
     assert path.stat().st_size == 100_000
     assert client.num_read < 300_000

@@ -38,7 +38,7 @@ def filled(unit: str, size: int, before: str = "", after: str = "") -> str:
 def lark(unit: str, before: str = "", after: str = "") -> Made:
     def made(size: int) -> Callable[[], object]:
         text = filled(unit, size, before, after)
-        return lambda: limits.check_lark(text, "here", SETTINGS)
+        return lambda: structured.check_lark(text, "here", SETTINGS)
 
     return made
 

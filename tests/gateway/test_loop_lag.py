@@ -18,7 +18,7 @@ from helpers.scripted_fleet import ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
 
 from gateway.bodies import json_bodies
-from gateway.overload import large
+from gateway.overload import cost
 from gateway.overload.large import PLAIN_BYTES
 from protocol.queue.bus import Bus
 
@@ -139,7 +139,7 @@ async def test_no_body_holds_the_event_loop(
     http: httpx2.Client, subtests: pytest.Subtests, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = noting(monkeypatch, orjson, "loads", len)
-    freed = noting(monkeypatch, large, "free_slowly", len)
+    freed = noting(monkeypatch, cost, "free_slowly", len)
     judged = noting(monkeypatch, json_bodies, "check_parameters", lambda *_: current_bytes)
     headers = {"content-type": "application/json"}
     for name, (path, body) in BODIES.items():

@@ -5,15 +5,15 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from protocol.queue.bus import Bus, Refused, Step, StepRow, decode, now_ms
+from protocol.queue.bus import Bus, Refused, StepResult, StepRow, decode, now_ms
 from protocol.wire import messages as m
 
 GATEWAY = "g"
 DEADLINE_MS = 60_000
 
 
-def make_submit(rid: str, **more: object) -> m.Submit:
-    plain = m.Submit(
+def make_submit(rid: str, **more: object) -> m.RequestHead:
+    plain = m.RequestHead(
         rid=rid, tenant="t", cls="interactive", digest="", gateway=GATEWAY, num_prompt_tokens=3, max_new_tokens=8,
         deadline_ms=now_ms() + DEADLINE_MS,
     )  # fmt: skip
@@ -54,7 +54,7 @@ class Queue:
 
     async def write(self, *rows: StepRow) -> list[Refused]:
         """Write a step of worker `w`; return the refused rows."""
-        return await self.bus.step("w", Step(rows=list(rows)))
+        return await self.bus.step("w", StepResult(rows=list(rows)))
 
     async def requeue(self, *rids: str, counts: bool = True, wid: str = "w") -> dict[str, str]:
         return await self.bus.requeue(wid, rids, counts=counts, max_attempts=3, name='gpu "0"\n')
@@ -68,11 +68,11 @@ class Queue:
 
     async def queued(self) -> list[tuple[str, int]]:
         entries = await self.bus.streams.entries(self.keys.sub("interactive"))
-        return [(decode(fields[b"b"], m.Submit).rid, int(fields[b"e"])) for _, fields in entries]
+        return [(decode(fields[b"b"], m.RequestHead).rid, int(fields[b"e"])) for _, fields in entries]
 
-    async def submitted(self) -> list[m.Submit]:
+    async def submitted(self) -> list[m.RequestHead]:
         entries = await self.bus.streams.entries(self.keys.sub("interactive"))
-        return [decode(fields[b"b"], m.Submit) for _, fields in entries]
+        return [decode(fields[b"b"], m.RequestHead) for _, fields in entries]
 
     async def deltas(self) -> list[m.Delta]:
         entries = await self.bus.streams.entries(self.keys.out(GATEWAY))

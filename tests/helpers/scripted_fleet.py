@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from gateway.service import GatewayTimings, serve
 from helpers.waiting import wait_until
 from peft_adapters.texts.tokenizer_json import BaseTokens
-from protocol.queue.bus import CONNECTION_ERRORS, Bus, Step, StepRow, decode, now_ms
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, StepResult, StepRow, decode, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.error_codec import error_json
@@ -82,7 +82,7 @@ class Script:
     hold_after: int | None = None  # tokens after which it waits for `ScriptedFleet.go`
 
 
-Scripter = Callable[[m.Submit, m.Body], Script]
+Scripter = Callable[[m.RequestHead, m.Body], Script]
 
 
 @dataclass(slots=True)
@@ -92,7 +92,7 @@ class ScriptedFleet:
     bus: Bus
     tokenizer: Tokenizer
     script: Scripter = lambda submit, body: Script()
-    seen: list[tuple[m.Submit, m.Body]] = field(default_factory=list)
+    seen: list[tuple[m.RequestHead, m.Body]] = field(default_factory=list)
     go: asyncio.Event = field(default_factory=asyncio.Event)
     assigning: asyncio.Event = field(default_factory=asyncio.Event)  # cleared: requests stay in the queue
     wid: str = "w1"
@@ -162,7 +162,7 @@ class ScriptedFleet:
                     continue
                 for entries in read.values():
                     for _, fields in entries:
-                        submit = decode(fields[b"b"], m.Submit)
+                        submit = decode(fields[b"b"], m.RequestHead)
                         group.create_task(self._play(submit, int(fields[b"e"])))
 
     async def _beats(self) -> None:
@@ -171,7 +171,7 @@ class ScriptedFleet:
                 await self.beat()
             await asyncio.sleep(1)
 
-    async def _play(self, submit: m.Submit, epoch: int) -> None:
+    async def _play(self, submit: m.RequestHead, epoch: int) -> None:
         shared = (await self.bus.inputs([submit]))[0].body()
         if shared is None:  # cancelled before it was read: its inputs are gone
             return
@@ -223,7 +223,7 @@ class ScriptedFleet:
         info = error_json(error) if end else ""
         finish = "error" if info else end
         state = {"": "", "error": "failed"}.get(finish, "completed")
-        usage = m.Usage(len(body.prompt) // 4, seq0 + len(ids), 3) if end else None
+        usage = m.RequestUsage(len(body.prompt) // 4, seq0 + len(ids), 3) if end else None
         row = StepRow(order.rid, order.epoch, seq0, raw, records, state, finish, info, num_cached=3 if end else 0)
         if s.prompt_logprobs is not None and not seq0:
             prompt = memoryview(body.prompt).cast("i")
@@ -233,11 +233,11 @@ class ScriptedFleet:
             )
         delta = m.Delta(order.rid, order.epoch, seq0, raw, records, finish=finish, error=info, usage=usage)
         outs = {order.gateway: [delta]} if order.gateway else {}
-        refused = await self.bus.step(self.wid, Step([row], outs))
+        refused = await self.bus.step(self.wid, StepResult([row], outs))
         if refused and refused[0].code == "cancelled":
             row = StepRow(order.rid, order.epoch, seq0, b"", b"", "cancelled", "cancelled")
             delta = m.Delta(order.rid, order.epoch, seq0, finish="cancelled")
-            await self.bus.step(self.wid, Step([row], {order.gateway: [delta]} if order.gateway else {}))
+            await self.bus.step(self.wid, StepResult([row], {order.gateway: [delta]} if order.gateway else {}))
         return not refused
 
     def tokens(self, script: Script, body: m.Body) -> tuple[list[int], str]:

@@ -13,7 +13,7 @@ from gateway.batches.lines import MAX_LINES
 from gateway.batches.run import BatchPace
 from gateway.fleet import timeseries
 from gateway.http.paths import SMALL_BODY_BYTES
-from gateway.overload.large import LargeLimits
+from gateway.overload.gate import LargeLimits
 from gateway.overload.memory import SHARE
 from gateway.sandbox.turns import MAX_TENANT_BYTES, MAX_WAITING_BYTES
 from gateway.server.connection import FREE_BYTES, UNSENT_BYTES

@@ -19,7 +19,7 @@ GARBAGE = {
     "another kind": {b"b": msgspec.msgpack.encode([3])},
     "no UTF-8": {b"b": b"\x82\xa3rid\xa1\xff\xa4name\xa1\xff"},
     "a deep nest": {b"b": b"\x81\xa6config" + b"\x81\xa1a" * 20_000 + b"\xc0"},
-    "no epoch": {b"b": m.encode(m.Submit(
+    "no epoch": {b"b": m.encode(m.RequestHead(
         rid="garbage", tenant="t", cls="interactive", digest="", num_prompt_tokens=1, max_new_tokens=1, deadline_ms=1,
         gateway="g",
     )), b"e": b"x"},

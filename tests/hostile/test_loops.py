@@ -23,7 +23,7 @@ from adapter_store.service import Store
 from adapter_store.service import serve as serve_store
 from gateway import service as gateway_service
 from gateway.batches.runner import BatchRunner
-from gpu_worker.service.service import Worker
+from gpu_worker.service.service import WorkerService
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 from scheduler.session import Session
@@ -144,7 +144,7 @@ async def test_each_loop_of_a_worker_may_raise(
     for number, name in enumerate(("", *sorted(LOOPS["worker"]))):
         with subtests.test(loop=name or "all at once"), monkeypatch.context() as patch:
             flaky, rid = Flaky(frozenset({name})), f"r{number}"
-            make_flaky(patch, flaky, Worker)
+            make_flaky(patch, flaky, WorkerService)
             async with running_worker(bus) as (worker, _):
                 await wait_until(flaky.goes_on, "all loops go on")
                 await submit_to_worker(bus, rid)

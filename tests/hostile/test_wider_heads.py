@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpu_worker.layers.apply_extras import ExtraRows, apply_linear
-from gpu_worker.layers.extras import Dora, Extras, LinearExtras, LowRank, Places, Tokens, Transform
+from gpu_worker.layers.extras import Dora, Extras, LinearExtras, LinearTransform, LowRank, Places, Tokens
 
 VOCABULARY, HIDDEN, ADDED = 8, 4, 2
 
@@ -17,10 +17,10 @@ TWO = torch.full((VOCABULARY,), 2.0)
 ROTATION = torch.eye(2).flip(0).repeat(VOCABULARY // 2, 1, 1)
 
 PARTS: dict[str, dict[str, Any]] = {
-    "inputs": {"inputs": Transform(scale=torch.full((HIDDEN,), 2.0))},
-    "factors of outputs": {"outputs": Transform(scale=TWO)},
-    "pairs of outputs": {"outputs": Transform(scale=TWO, across=TWO, group=4)},
-    "blocks of outputs": {"outputs": Transform(blocks=ROTATION)},
+    "inputs": {"inputs": LinearTransform(scale=torch.full((HIDDEN,), 2.0))},
+    "factors of outputs": {"outputs": LinearTransform(scale=TWO)},
+    "pairs of outputs": {"outputs": LinearTransform(scale=TWO, across=TWO, group=4)},
+    "blocks of outputs": {"outputs": LinearTransform(blocks=ROTATION)},
     "places": {"places": Places(torch.tensor([[0, 7], [1, 3]]), torch.ones(2))},
     "weight": {"weight": torch.ones(VOCABULARY, HIDDEN)},
     "bias": {"bias": TWO},

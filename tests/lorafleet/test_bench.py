@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from lorafleet.bench import BenchConfig, RequestRecord, Summary, Target, WarmupError, run_load
+from lorafleet.bench import BenchConfig, BenchRequest, BenchTarget, Summary, WarmupError, run_load
 from lorafleet.bench.cli import add_arguments, config_of, run
 from lorafleet.bench.client import BenchConnection, api_base
 from lorafleet.bench.workload import choose_targets, plan_requests
@@ -104,7 +104,7 @@ async def fake_server(**settings: Any) -> AsyncIterator[FakeServer]:
 
 def config(fake: FakeServer | None = None, *models: str, **changes: Any) -> BenchConfig:
     url = fake.url if fake else "http://127.0.0.1:1"
-    targets = tuple(Target.model(name) for name in models or ("base",))
+    targets = tuple(BenchTarget.model(name) for name in models or ("base",))
     fields: dict[str, Any] = {"num_requests": 12, "concurrency": 3, "output_tokens": 4, "prompt_words": 5}
     return BenchConfig(url=url, targets=targets, **fields | changes)
 
@@ -144,7 +144,7 @@ def test_poisson_arrivals_have_the_asked_rate_and_spread() -> None:
 
 
 def test_target_body_selects_an_adapter_in_the_servers_own_way() -> None:
-    target = Target("one", {"model": "base", "lora": [{"id": 1, "scale": 1.0}]})
+    target = BenchTarget("one", {"model": "base", "lora": [{"id": 1, "scale": 1.0}]})
     (request,) = plan_requests(replace(config(num_requests=1), targets=(target,)))
     assert request.body["lora"] == [{"id": 1, "scale": 1.0}]
     assert request.body["ignore_eos"] is True
@@ -189,8 +189,8 @@ def test_answer_reads_the_same_wherever_the_network_cuts_it(cuts: set[int]) -> N
     edges = [0, *sorted(cuts), len(HEAD + ANSWER)]
     pieces = [(HEAD + ANSWER)[start:stop] for start, stop in pairwise(edges)]
 
-    async def receive() -> RequestRecord:
-        connection, record = BenchConnection(), RequestRecord("base")
+    async def receive() -> BenchRequest:
+        connection, record = BenchConnection(), BenchRequest("base")
         connection.connection_made(ReplayTransport(connection, pieces))
         await connection.exchange(b"", record)
         return record
@@ -203,16 +203,16 @@ def test_answer_reads_the_same_wherever_the_network_cuts_it(cuts: set[int]) -> N
 
 async def test_a_refusal_is_kept_with_its_headers() -> None:
     answer = b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 7\r\nContent-Length: 4\r\n\r\nbusy"
-    connection, record = BenchConnection(), RequestRecord("base")
+    connection, record = BenchConnection(), BenchRequest("base")
     connection.connection_made(ReplayTransport(connection, [answer[:30], answer[30:]]))
     await connection.exchange(b"", record)
     assert (record.status, record.headers["retry-after"], record.error) == (429, "7", "HTTP 429: busy")
 
 
 def test_summary_defines_latencies_as_documented() -> None:
-    fast = RequestRecord("a", start_s=10.0, end_s=10.5, arrivals_s=[10.1, 10.2, 10.4], output_tokens=5)
-    slow = RequestRecord("b", start_s=10.0, end_s=12.0, arrivals_s=[10.3, 10.9], output_tokens=3)
-    failed = RequestRecord("b", start_s=10.0, end_s=99.0, arrivals_s=[50.0], output_tokens=100, error="HTTP 500")
+    fast = BenchRequest("a", start_s=10.0, end_s=10.5, arrivals_s=[10.1, 10.2, 10.4], output_tokens=5)
+    slow = BenchRequest("b", start_s=10.0, end_s=12.0, arrivals_s=[10.3, 10.9], output_tokens=3)
+    failed = BenchRequest("b", start_s=10.0, end_s=99.0, arrivals_s=[50.0], output_tokens=100, error="HTTP 500")
     summary = Summary.of([fast, slow, failed], wall_s=2.0)
     assert (summary.num_requests, summary.num_errors) == (3, 1)
     assert summary.output_tokens_per_s == pytest.approx(4.0)

@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.adapters.packing.expert_rows import expert_sites
 from gpu_worker.adapters.packing.packer import row_sites
-from gpu_worker.adapters.packing.rows import RowPacker, Rows
+from gpu_worker.adapters.packing.rows import PackedRows, RowPacker
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.request import EngineRequest, TokenOutput
@@ -160,7 +160,7 @@ def packed_engine(
     """Return an engine to which plain adapters come packed, as the loader's process packs them."""
     packers: list[RowPacker] = []
 
-    def fetch_rows(name: str) -> FetchedAdapter | Rows:
+    def fetch_rows(name: str) -> FetchedAdapter | PackedRows:
         files = fetch(name)
         return packers[0].pack(files.config, memoryview(files.weights), bytearray) or files
 

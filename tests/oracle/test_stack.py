@@ -74,7 +74,7 @@ def test_a_stack_computes_what_its_layers_compute(model_type: str, dtype: torch.
     # fixed; of plain weights it computes all, and with fixed sums they have no stack.
     with fixed_sums() if dtype == torch.bfloat16 else nullcontext():
         got, expected = logits_of(stacked, ["", "one", "two"]), logits_of(apart, ["", "one", "two"])
-    assert type(stack._stack) is cpu.DecoderStack
+    assert type(stack._stack) is cpu.NativeDecoderStack
     assert all(layer._stack is None for layer in stacks(apart)), "or this compares stacks"
     assert len(got) == len(expected)
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
@@ -100,7 +100,7 @@ def test_products_that_add_many_adapters_do_so_bit_by_bit(place: int, lora_dtype
             got, expected = (logits_of(engine, oracle.names, (2, 3, 4)) for engine in (stacked, apart))
     finally:
         cpu.set_isa(best)
-    assert type(stack._stack) is cpu.DecoderStack
+    assert type(stack._stack) is cpu.NativeDecoderStack
     # All prompts are one step, behind whose last attention a stack computes fewer rows, and a row has other bits beside
     # those unless sums are fixed. Rows whose first tokens are the same are compared from there on.
     prompts_step, *decodes = zip(got[-6:], expected[-6:], strict=True)

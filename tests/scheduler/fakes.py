@@ -11,7 +11,7 @@ import numpy as np
 from helpers.waiting import wait_until
 
 from protocol.queue.books.quota import Quota
-from protocol.queue.bus import Bus, Step, StepRow, decode, now_ms
+from protocol.queue.bus import Bus, StepResult, StepRow, decode, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from scheduler.service import serve
@@ -19,13 +19,15 @@ from scheduler.service import serve
 GATEWAY = "g-test"
 
 
-def make_submit(rid: str, *, digest: str = "", tenant: str = "t", cls: str = "interactive", **more: object) -> m.Submit:
+def make_submit(
+    rid: str, *, digest: str = "", tenant: str = "t", cls: str = "interactive", **more: object
+) -> m.RequestHead:
     facts: dict[str, object] = {"num_prompt_tokens": 4, "max_new_tokens": 4, "deadline_ms": now_ms() + 60_000}
     facts |= {"gateway": GATEWAY, "submitted_ms": now_ms()} | more
-    return m.Submit(rid=rid, tenant=tenant, cls=cls, digest=digest, **facts)  # type: ignore[arg-type]
+    return m.RequestHead(rid=rid, tenant=tenant, cls=cls, digest=digest, **facts)  # type: ignore[arg-type]
 
 
-async def submit(bus: Bus, *subs: m.Submit, max_queued: int = 1000, quota: Quota | None = None) -> str:
+async def submit(bus: Bus, *subs: m.RequestHead, max_queued: int = 1000, quota: Quota | None = None) -> str:
     prompt = np.arange(4, dtype="<i4").tobytes()
     pairs = [(s, m.Body(prompt=prompt, sampling=m.Sampling(), max_new_tokens=s.max_new_tokens)) for s in subs]
     status, _ = await bus.submit(subs[0].cls, pairs, max_queued=max_queued, quota=quota)
@@ -94,7 +96,7 @@ class FakeWorker:
         seq0 = await self.bus._redis.strlen(self.bus.keys.tok(rid)) // 4
         ids = np.arange(seq0, seq0 + num_tokens, dtype="<i4").tobytes()
         row = StepRow(rid, item.epoch, seq0, ids, state="completed" if end else "", finish="length" if end else "")
-        step = Step(rows=[row])
+        step = StepResult(rows=[row])
         if item.gateway:
             step.outs = {item.gateway: [m.Delta(rid, item.epoch, seq0, ids, finish=row.finish)]}
         if end:

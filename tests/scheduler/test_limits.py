@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from protocol.queue.books.quota import Quota
-from protocol.queue.bus import Bus, Step, StepRow
+from protocol.queue.bus import Bus, StepResult, StepRow
 from tests.scheduler.fakes import GATEWAY, FakeWorker, becomes, holds, make_submit, running_scheduler, submit
 
 
@@ -38,7 +38,7 @@ async def test_who_dies_takes_none_of_its_tenants_limits_along(bus: Bus) -> None
         assert await bus._redis.zrange(running, 0, -1) == [b"begun"]  # until its worker has let go
         assert await third.write("begun") == ["cancelled"]
         end = StepRow("begun", third.held["begun"].epoch, 0, b"", b"", "cancelled", "cancelled")
-        assert await bus.step("w3", Step(rows=[end])) == []
+        assert await bus.step("w3", StepResult(rows=[end])) == []
         assert await bus._redis.zcard(running) == 0
         assert float(await bus._redis.hget(used, "tokens")) <= 8 + 4 + 4
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from protocol.queue.bus import Bus, Step, StepRow
+from protocol.queue.bus import Bus, StepResult, StepRow
 from protocol.wire import messages as m
 from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.recovery import Recovery
@@ -18,7 +18,7 @@ async def assign(bus: Bus, rid: str, wid: str) -> None:
     await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, b"", 4000)
     await submit(bus, make_submit(rid))
     assert (await bus.assign(wid, [(m.Assigned(rid, 1, ""), 0)]))[0] == "ok"
-    assert not await bus.step(wid, Step(rows=[StepRow(rid, 1, 0, TOKENS)]))
+    assert not await bus.step(wid, StepResult(rows=[StepRow(rid, 1, 0, TOKENS)]))
 
 
 @pytest.mark.parametrize("cancelled", [False, True])

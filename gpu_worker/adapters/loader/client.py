@@ -27,13 +27,13 @@ from gpu_worker.adapters.loader.messages import (
     Fetch,
     Fetched,
     Message,
-    Packed,
+    PackedAdapter,
     Start,
     Urls,
     receive,
     send,
 )
-from gpu_worker.adapters.packing.rows import Rows, RowSite
+from gpu_worker.adapters.packing.rows import PackedRows, RowSite
 from protocol.runtime.environment import child_environment
 from protocol.runtime.service import log_format
 from protocol.wire import errors
@@ -88,7 +88,7 @@ class Loader:
                 elif not self._closed:
                     self._start()
 
-    def fetch(self, digest: str) -> FetchedAdapter | Rows:
+    def fetch(self, digest: str) -> FetchedAdapter | PackedRows:
         """Return an adapter's rows, or its files if it has more than rows or the model is not described yet.
 
         Blocks. Raises Unavailable when no store answers, NotFound when none has the adapter, AdapterRefused, Internal.
@@ -101,7 +101,7 @@ class Loader:
         assert isinstance(files, FetchedAdapter)
         return files
 
-    def _ask(self, digest: str, *, whole: bool) -> FetchedAdapter | Rows:
+    def _ask(self, digest: str, *, whole: bool) -> FetchedAdapter | PackedRows:
         for _ in range(MAX_DEATHS):
             try:
                 return self._living().ask(digest, whole=whole).result()
@@ -146,7 +146,7 @@ class _Process:
             )
         self._numbers = itertools.count()
         self._sending = threading.Lock()
-        self._asked: dict[int, Future[FetchedAdapter | Rows]] = {}
+        self._asked: dict[int, Future[FetchedAdapter | PackedRows]] = {}
         self._asking = threading.Lock()
         self.ended = False  # guarded by _asking
         self._receiver = threading.Thread(target=self._receive, name="loader", daemon=True)
@@ -161,9 +161,9 @@ class _Process:
             except OSError as error:
                 logger.debug("the loader process accepts no more messages: %r", error)
 
-    def ask(self, digest: str, *, whole: bool) -> Future[FetchedAdapter | Rows]:
+    def ask(self, digest: str, *, whole: bool) -> Future[FetchedAdapter | PackedRows]:
         """Ask for an adapter. Raises `_Died`, or the future does, if the process ends before it answers."""
-        future: Future[FetchedAdapter | Rows] = Future()
+        future: Future[FetchedAdapter | PackedRows] = Future()
         number = next(self._numbers)
         with self._asking:
             if self.ended:
@@ -189,7 +189,7 @@ class _Process:
             future.set_exception(_Died())
 
     def _settle(self, message: Message, fd: int | None) -> None:
-        assert isinstance(message, Fetched | Packed | Failed)
+        assert isinstance(message, Fetched | PackedAdapter | Failed)
         with self._asking:
             future = self._asked.pop(message.number)
         try:
@@ -200,7 +200,7 @@ class _Process:
             logger.exception("cannot receive an adapter from the loader process")
             future.set_exception(Internal(f"cannot receive an adapter from the loader process: {error!r}"))
 
-    def _content(self, message: Fetched | Packed | Failed, fd: int | None) -> FetchedAdapter | Rows:
+    def _content(self, message: Fetched | PackedAdapter | Failed, fd: int | None) -> FetchedAdapter | PackedRows:
         """Return the loader process's answer. Raises its error, or that its memory cannot be mapped."""
         if isinstance(message, Failed):
             raise _rebuild(message)
@@ -212,7 +212,7 @@ class _Process:
         if isinstance(message, Fetched):
             return FetchedAdapter(message.config, memory, message.added)
         ranks, scales = np.frombuffer(message.ranks, np.int32), np.frombuffer(message.scales, np.float32)
-        return Rows(memory, ranks.copy(), scales.copy(), message.invocation, message.added)
+        return PackedRows(memory, ranks.copy(), scales.copy(), message.invocation, message.added)
 
     def close(self) -> None:
         """End the process and wait for its end."""

@@ -38,7 +38,7 @@ class Describe(msgspec.Struct, tag=True):
 
 
 class Fetch(msgspec.Struct, tag=True):
-    """A request for an adapter. One answer comes back: `Fetched`, `Packed` or `Failed`."""
+    """A request for an adapter. One answer comes back: `Fetched`, `PackedAdapter` or `Failed`."""
 
     number: int  # request number, repeated in the answer
     digest: str
@@ -53,7 +53,7 @@ class Fetched(msgspec.Struct, tag=True):
     added: list[AddedToken] | None  # as in `FetchedAdapter`
 
 
-class Packed(msgspec.Struct, tag=True):
+class PackedAdapter(msgspec.Struct, tag=True):
     """An adapter's rows; the descriptor is of their buffer, see `packing.rows`."""
 
     number: int
@@ -72,7 +72,7 @@ class Failed(msgspec.Struct, tag=True):
     param: str | None
 
 
-Message = Start | Urls | Describe | Fetch | Fetched | Packed | Failed
+Message = Start | Urls | Describe | Fetch | Fetched | PackedAdapter | Failed
 
 _decoder = msgspec.msgpack.Decoder(Message)
 

@@ -21,7 +21,7 @@ from gpu_worker.adapters.loader.messages import (
     Fetch,
     Fetched,
     Message,
-    Packed,
+    PackedAdapter,
     Start,
     Urls,
     receive,
@@ -147,7 +147,7 @@ class LoaderServer:
 
     def _pack(
         self, packer: RowPacker, number: int, files: FetchedAdapter, weights: memoryview, file: AnonymousFile
-    ) -> tuple[Packed, int] | None:
+    ) -> tuple[PackedAdapter, int] | None:
         """Return a plain adapter's rows and the descriptor of their buffer, None for any other adapter.
 
         file: what the weights lie in, from its begin on. Raises Unavailable where there is no memory for its rows.
@@ -174,7 +174,7 @@ class LoaderServer:
                 self._kept.give_back(to)
             else:
                 fd = to.handed_over(len(view))
-            return Packed(number, rows.ranks.tobytes(), rows.scales.tobytes(), rows.invocation, files.added), fd
+            return PackedAdapter(number, rows.ranks.tobytes(), rows.scales.tobytes(), rows.invocation, files.added), fd
 
 
 def _release(view: memoryview) -> None:

@@ -18,11 +18,11 @@ from gpu_worker.layers.extras import (
     EmbeddingExtras,
     Extras,
     LinearExtras,
+    LinearTransform,
     LowRank,
     ParameterLora,
     Places,
     Tokens,
-    Transform,
 )
 from gpu_worker.layers.lora import SiteInfo
 from peft_adapters.format import AdapterSpec, LoraWeights, ReplacedWeights, TrainedTokens
@@ -172,7 +172,7 @@ class _ExtrasPacker:
         fields = self._linear[part.site]
         for name, own in (("inputs", change.inputs), ("outputs", change.outputs)):
             if own is not None:
-                fields[name] = Transform(_tensor(own.scale), _tensor(own.across), own.group, _tensor(own.blocks))
+                fields[name] = LinearTransform(_tensor(own.scale), _tensor(own.across), own.group, _tensor(own.blocks))
         if change.bias is not None:
             fields["lora_bias"] = _tensor(change.bias)
         if change.places is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpu_worker.adapters.packing.expert_rows import ExpertRows, expert_sites, pack_experts, pages_by_shape
 from gpu_worker.adapters.packing.extras_packer import GetTensor, matrices_of, pack_extras
-from gpu_worker.adapters.packing.rows import MAX_RANK, RowLayout, Rows, RowSite, quantise
+from gpu_worker.adapters.packing.rows import MAX_RANK, PackedRows, RowLayout, RowSite, quantise
 from gpu_worker.layers.adaptable_modules import AdaptableModules
 from gpu_worker.layers.expert_modules import ExpertSite
 from gpu_worker.layers.extras import Extras, tensors_of
@@ -130,7 +130,7 @@ class Packer:
         file = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
         return spec, lambda name: _read(file, tensors[name])
 
-    def wrap(self, digest: str, packed: Rows) -> HostAdapter:
+    def wrap(self, digest: str, packed: PackedRows) -> HostAdapter:
         """Return an adapter whose rows are packed already; they stay where they are."""
         memory, num_linear = torch.frombuffer(packed.buffer, dtype=torch.uint8), len(self.sites)
         spans = self.layout.spans(packed.ranks)

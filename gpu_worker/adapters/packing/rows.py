@@ -71,7 +71,7 @@ class RowSite(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class PackedRows:
     """A plain adapter, packed."""
 
     buffer: Any  # a writable buffer, laid out as the module's docstring says
@@ -143,7 +143,7 @@ class RowPacker:
     def pack(
         self, config: Mapping[str, Any], file: bytes | memoryview, allocate: Callable[[int], Any],
         release: Callable[[int, int], object] = lambda _begin, _end: None,
-    ) -> Rows | None:  # fmt: skip
+    ) -> PackedRows | None:  # fmt: skip
         """Pack an adapter into a buffer.
 
         config: its `adapter_config.json`. file: its weights, a safetensors file. allocate: returns a buffer of as many
@@ -186,7 +186,7 @@ class RowPacker:
                 release(tensors[name].begin, tensors[name].end)
         _refuse(bad, "float32")
         self._check_finite(buffer, spans, parts)
-        return Rows(buffer, ranks, scales, outline.invocation)
+        return PackedRows(buffer, ranks, scales, outline.invocation)
 
     def _outline(self, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> tuple[_Outline, NDArray[Any]]:
         """Return what an adapter has in common with others that were trained alike, and its scales, float32 [sites].

@@ -254,7 +254,7 @@ def _floats(x: Tensor) -> Tensor:
     return x.float().contiguous()
 
 
-class DecoderStack:
+class NativeDecoderStack:
     """A `ops.DecoderStack` in native code: csrc/stack.cpp."""
 
     def __init__(self, layers: Sequence[DecoderLayer], ends: ModelEnds | None) -> None:
@@ -318,12 +318,12 @@ def _lora(lora: LoraBatch | None) -> tuple[list[Tensor], Tensor | None]:
     )
 
 
-def decoder_stack(layers: Sequence[DecoderLayer], ends: ModelEnds | None) -> DecoderStack | None:
+def decoder_stack(layers: Sequence[DecoderLayer], ends: ModelEnds | None) -> NativeDecoderStack | None:
     """See `ops.decoder_stack`. None where sums are fixed, but the library would add those of plain weights."""
     linears = [part for layer in layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     if sums.are_fixed() and any(_is_plain(part) for part in (*linears, *([] if ends is None else [ends.head]))):
         return None
-    return DecoderStack(layers, ends)
+    return NativeDecoderStack(layers, ends)
 
 
 def _is_plain(linears: SiblingLinears) -> bool:

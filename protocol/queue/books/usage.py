@@ -32,7 +32,7 @@ OTHERS = "other"
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class CountedFor:
     """For what a request counts."""
 
     tenant: str
@@ -58,7 +58,7 @@ class UsageRow:
     output_tokens: int
 
 
-def usage_of(counted: Counted, *, calls: int, prompt_tokens: int, has_output: bool) -> bytes:
+def usage_of(counted: CountedFor, *, calls: int, prompt_tokens: int, has_output: bool) -> bytes:
     """Return what a request adds to its tenant's usage when it ends, as `Bus.submit` takes it.
 
     calls, prompt_tokens: 0 for a choice after the first. has_output: whether its log holds tokens that its client asked
@@ -79,7 +79,7 @@ def owner_of(usage: bytes) -> str:
     return msgspec.msgpack.decode(usage)[-2] if usage else ""
 
 
-class Usage:
+class UsageBook:
     """The books of the fleet."""
 
     def __init__(self, redis: Client, keys: Keys, scripts: Scripts) -> None:

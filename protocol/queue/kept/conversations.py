@@ -38,7 +38,7 @@ class ConversationLimits:
         return replace(self, max_kept=max_kept)
 
 
-class Outcome(NamedTuple):
+class TurnOutcome(NamedTuple):
     """What has become of a change."""
 
     code: str  # ok, gone; or the limit that has refused it: conversations, items, bytes, kept
@@ -54,7 +54,7 @@ class Turn(NamedTuple):
     response: str
 
 
-class Conversations:
+class StoredConversations:
     """The conversations of a fleet, by id. An id that a client has sent must be checked before it becomes a key."""
 
     def __init__(self, client: Client, keys: Keys, scripts: Scripts, seal: Seal | None = None) -> None:
@@ -68,7 +68,7 @@ class Conversations:
     async def change(
         self, conversation_id: str, tenant: str, limits: ConversationLimits, *, record: m.Conversation | None = None,
         is_new: bool = False, items: Sequence[tuple[str, bytes]] = (), response: str = "",
-    ) -> Outcome:  # fmt: skip
+    ) -> TurnOutcome:  # fmt: skip
         """Make a conversation, or change it and let it live on; see `change_conversation.lua`.
 
         record: None for the one that it has. items: their ids, and each as JSON. response: whose turn they are, "" if
@@ -83,12 +83,12 @@ class Conversations:
             max_conversations=limits.max_conversations, max_items=limits.max_items, max_bytes=limits.max_bytes,
             max_kept=limits.max_kept, response=response,
             new_items=[
-                lua.Item(item_id=item_id, item=item if seal is None else seal.seal(item, f"{place}/{item_id}"))
+                lua.ItemRow(item_id=item_id, item=item if seal is None else seal.seal(item, f"{place}/{item_id}"))
                 for item_id, item in items
             ],
         )  # fmt: skip
         reply = await self._scripts.run(call)
-        return Outcome(reply[0].decode(), *map(int, reply[1:]))
+        return TurnOutcome(reply[0].decode(), *map(int, reply[1:]))
 
     async def drop(self, conversation_id: str, tenant: str, item_id: str = "") -> bool:
         """Delete a conversation, or one of its items. Returns whether the tenant had it."""

@@ -24,7 +24,7 @@ class NewJob:
     ttl_ms: int
 
 
-class Jobs:
+class StoredJobs:
     """The jobs of a fleet, by id."""
 
     def __init__(self, client: Client, keys: Keys, scripts: Scripts, seal: Seal | None = None) -> None:

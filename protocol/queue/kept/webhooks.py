@@ -37,7 +37,7 @@ UNREADABLE = "its record cannot be read"
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class EndedWork:
     """The end of a job or a batch."""
 
     entry: str  # entry id in the tenant's stream
@@ -101,15 +101,15 @@ class Webhooks:
         """Return at most `num` tenants that have ends; those whose turn is longest ago come first."""
         return [raw.decode() for raw in await self._redis.zrange(self._keys.ends, 0, num - 1)]
 
-    async def ended(self, tenant: str, num: int) -> list[Ended]:
+    async def ended(self, tenant: str, num: int) -> list[EndedWork]:
         """Return at most `num` ends of a tenant that no deliveries were made of, the oldest first."""
         entries = await self._redis.xrange(self._keys.ends_of(tenant), count=num)
         return [
-            Ended(entry.decode(), fields.get(b"id", b"").decode(), fields.get(b"type", b"").decode())
+            EndedWork(entry.decode(), fields.get(b"id", b"").decode(), fields.get(b"type", b"").decode())
             for entry, fields in entries
         ]
 
-    async def drop_ends(self, tenant: str, ended: Sequence[Ended]) -> None:
+    async def drop_ends(self, tenant: str, ended: Sequence[EndedWork]) -> None:
         """Note that deliveries were made of a tenant's ends, and that it has had its turn."""
         keys = self._keys
         # "0-0" is no entry: a tenant of which nothing was found has its turn, too.

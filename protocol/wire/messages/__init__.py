@@ -9,15 +9,15 @@ from protocol.wire.messages.deliveries import (
     WHOLE,
     Delta,
     ErrorInfo,
+    RequestUsage,
     Timing,
-    Usage,
     logprob_record_bytes,
     prompt_record_bytes,
 )
 from protocol.wire.messages.history import HistoryEntry
 from protocol.wire.messages.jobs import Conversation, Idempotent, Job
 from protocol.wire.messages.model import OPAQUE, Activation, ServedModel, SiteShape
-from protocol.wire.messages.requests import Body, Sampling, Submit
+from protocol.wire.messages.requests import Body, RequestHead, Sampling
 from protocol.wire.messages.webhooks import Delivery, WebhookEndpoint
 from protocol.wire.messages.workers import (
     LOAD_BUCKETS_S,
@@ -65,15 +65,15 @@ __all__ = [
     "Placed",
     "Record",
     "Registration",
+    "RequestHead",
+    "RequestUsage",
     "Sampling",
     "SchedulerStatus",
     "ServedModel",
     "SiteShape",
     "StepModel",
-    "Submit",
     "Task",
     "Timing",
-    "Usage",
     "WebhookEndpoint",
     "Wire",
     "WorkerBeat",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from protocol.wire.messages.base import Packed, Wire
-from protocol.wire.messages.requests import Submit
+from protocol.wire.messages.requests import RequestHead
 
 
 class Death(Packed, frozen=True):
@@ -28,7 +28,7 @@ class DeadLetter(Wire, frozen=True):
     reason: str
     stream: str = ""  # stream of an unreadable message
     raw: bytes = b""  # the unreadable message
-    submit: Submit | None = None
+    submit: RequestHead | None = None
     attempts: int = 0
     num_output_tokens: int = 0
     deaths: list[Death] = []  # workers that died under it, oldest first

@@ -5,7 +5,7 @@ from __future__ import annotations
 from protocol.wire.messages.base import Packed, Wire
 
 
-class Usage(Packed, frozen=True):
+class RequestUsage(Packed, frozen=True):
     """Numbers of tokens of a request that has ended."""
 
     num_prompt_tokens: int
@@ -49,7 +49,7 @@ class Delta(Packed, frozen=True):
     logprobs: bytes = b""  # `logprob_record_bytes` per id
     finish: str = ""  # FinishReason or "" while running
     error: str = ""  # JSON of `ErrorInfo` when finish == "error"
-    usage: Usage | None = None
+    usage: RequestUsage | None = None
     timing: Timing | None = None  # with the first token of an assignment, and with its end
 
 

@@ -105,7 +105,7 @@ KNOWN_FIELDS = sorted({*_new_of(Sampling), *_new_of(Body), SCORE})
 """What a worker of this version says that it knows."""
 
 
-class Submit(Wire, frozen=True):
+class RequestHead(Wire, frozen=True):
     """What a scheduler needs to place a request; also kept in the request's hash to queue it again."""
 
     rid: str

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from gateway.anthropic.anthropic_write import MessageHead, MessagesWriter
 from gateway.calls.choices import Piece
-from gateway.calls.writers import Usage
+from gateway.calls.writers import CallUsage
 from gateway.text.answer_form import AnswerForm
 from gateway.tools.styles import HERMES
 from protocol.queue.bus import Bus
@@ -356,7 +356,7 @@ def test_any_answer_streams_as_it_is_whole(words: list[str], cuts: list[int], sh
     ends = sorted(min(cut, len(text)) for cut in cuts)
     for form in (FORM, None):
         writer = MessagesWriter(MessageHead("msg_1", "base", 5), form, "r", max_tokens=100, shows_thinking=shows)
-        raw, usage = b"", Usage(5, 7, 3)
+        raw, usage = b"", CallUsage(5, 7, 3)
         for begin, end in zip([0, *ends], ends, strict=False):
             raw += b"".join(writer.frames(Piece(0, text[begin:end])))
         last = writer.frames(Piece(0, text[ends[-1] if ends else 0 :], finish="stop"))

@@ -133,3 +133,10 @@ async def test_no_path_of_this_machine_is_told_to_tenants(
         assert "step_5" in told["GET /v1/models/there"].text
         leaks = {name: a.text for name, a in told.items() if str(tmp_path / "runs") in f"{a.text} {a.headers}"}
         assert set(leaks) <= {f"POST /v1/adapters {{'name': 'gone', 'source': {place!r}}}"}, leaks  # it said it itself
+
+
+def test_no_two_schemas_of_the_api_have_one_name() -> None:
+    """FastAPI would show both by the modules that they come from."""
+    names = unserved().openapi()["components"]["schemas"]
+    assert {"Job", "Batch", "ChatRequest", "OllamaChatRequest"} <= names.keys()
+    assert [name for name in names if "__" in name] == []

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote
 
 import httpx2
@@ -19,7 +18,7 @@ from starlette.routing import Mount, Route
 
 from gateway.app import access_table
 from gateway.app.access_table import CONTROLS, PAGE, SPELLINGS, example_of, unserved, with_tables
-from gateway.app.app import Admitted, Envelope
+from gateway.app.app import Envelope
 from gateway.app.dispatch import Dispatch
 from gateway.app.shapes import shape_of
 from gateway.auth.authentication import Authentication
@@ -27,6 +26,8 @@ from gateway.auth.callers import Caller
 from gateway.bodies.json_bodies import JsonRoute
 from gateway.http.access import ADMIN, INFER, MAX_PATH_CHARACTERS, Routes, RouteTable, normal_path
 from gateway.http.paths import BATCH_ENDPOINTS
+from gateway.overload.gate import Gate
+from gateway.overload.memory import MemoryAccount
 from protocol.queue.books.api_keys import ApiKey, Tenant
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
@@ -56,9 +57,9 @@ class Let:
     def check(self) -> None:
         self.num += 1
 
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        yield
+    def enter(self) -> None: ...
+
+    def leave(self) -> None: ...
 
 
 class Front:
@@ -73,8 +74,9 @@ class Front:
             assert isinstance(route, JsonRoute)
             self._watch(route)
         self.table = RouteTable(self.app.routes, open_pages=bool(settings.get("open_pages")))
-        inner = Authentication(Dispatch(self.app, shape_of), Known(), shape_of)  # type: ignore[arg-type]
-        self.outside = Envelope(Admitted(inner, self.admission), Settings(**settings), self.table)  # type: ignore[arg-type]
+        admission, keys, memory = cast(Any, self.admission), cast(Any, Known()), MemoryAccount(1 << 30)
+        gate = Gate(Dispatch(self.app, shape_of), shape_of, admission, Authentication(keys), memory, 1 << 20)
+        self.outside = Envelope(gate, Settings(**settings), self.table)
 
     def _watch(self, route: JsonRoute) -> None:
         async def answer(scope: Any, receive: Any, send: Any) -> None:

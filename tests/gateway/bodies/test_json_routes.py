@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from gateway.bodies.json_bodies import JsonRoute
 from gateway.bodies.parameter_check import JsonBody
-from gateway.http.access import CALL, TEXT, Access, Routes
+from gateway.http.access import CALL, TEXT, RouteAccess, Routes
 
 
 class Body(JsonBody):
@@ -26,7 +26,7 @@ async def handler(body: Body, request: Request) -> Response:
     return Response()
 
 
-def route_of(path: str, endpoint: Any, access: Access = CALL) -> JsonRoute:
+def route_of(path: str, endpoint: Any, access: RouteAccess = CALL) -> JsonRoute:
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     Routes(app, JsonRoute).post(path, access)(endpoint)
     (route,) = app.routes

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from openai import AsyncOpenAI
 
 from gateway.adapters.catalogue import OBJECTS_AT_ONCE
-from gateway.answers.sse import GenerationResponse
+from gateway.answers.sse import GenerationAnswer
 from gateway.auth.callers import CALLER, Caller
 from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse
 from gateway.bodies.json_slices import ROWS, FieldSlices, RowSlices, dumps, joined, rows_of, slices
 from gateway.calls.choices import Logprobs, Piece
 from gateway.calls.follow import ClientGoneError
-from gateway.calls.parsed_call import Options
+from gateway.calls.parsed_call import CallOptions
 from gateway.overload.large import Checks
 from protocol.queue.adapters import ALIASES_AT_ONCE
 from protocol.queue.books.api_keys import Tenant
@@ -217,22 +217,24 @@ async def test_others_have_a_turn_between_the_frames_of_many_pieces() -> None:
 
     sent: list[bytes] = []
 
-    async def send(message: Any) -> None:
-        sent.append(message.get("body", b""))
+    async def write(part: bytes, *, more: bool) -> None:
+        assert more
+        sent.append(part)
 
-    call = SimpleNamespace(parsed=SimpleNamespace(options=Options(m.Sampling(), stream=True)), prompts=[])
+    call = SimpleNamespace(parsed=SimpleNamespace(options=CallOptions(m.Sampling(), stream=True)), prompts=[])
     generation: Any = SimpleNamespace(call=call, client_gone=False)
-    response = GenerationResponse(generation, Frames(), keepalive_s=1.0)  # type: ignore[arg-type]
-    response._send_body = send
+    answer = GenerationAnswer(generation, Frames())  # type: ignore[arg-type]
+    to: Any = SimpleNamespace(has_headers=True, write=write)
+    answer._to = to
     turns = asyncio.create_task(others())
     await asyncio.sleep(0)
-    last = await response._send_pieces(send, [Piece(index) for index in range(30)])
+    last = await answer._send_pieces([Piece(index) for index in range(30)])
     assert b"".join([*sent, last]).split() == [b"%d" % one for i in range(30) for j in range(20) for one in (i, j)]
     assert sum(made) == 600
     assert max(made) <= 20
     generation.client_gone = True
     with pytest.raises(ClientGoneError):
-        await response._send_pieces(send, [Piece(index) for index in range(30)])
+        await answer._send_pieces([Piece(index) for index in range(30)])
     turns.cancel()
 
 
@@ -248,7 +250,7 @@ def test_rows_may_have_slices_and_be_fields() -> None:
 
 def test_rows_of_many_entries_are_few() -> None:
     assert [rows_of(num) for num in (0, 1, 5, 21, 22, 129, 1001)] == [64, 64, 64, 16, 15, 2, 1]
-    options = Options(m.Sampling(num_logprobs=128, prompt_logprobs=None))
+    options = CallOptions(m.Sampling(num_logprobs=128, prompt_logprobs=None))
     assert options.rows == 2
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from gateway.auth.callers import EVERYBODY
 from gateway.calls.constrain import constrain
-from gateway.calls.parsed_call import Options
+from gateway.calls.parsed_call import CallOptions
 from gateway.calls.tokenize import Prompt, TokenizedCall
 from gateway.grammars.check import GrammarCheck
 from gateway.overload.large import Checks
@@ -50,7 +50,7 @@ class Verdicts(GrammarCheck):
 
 
 def call_of(prompts: list[Prompt]) -> TokenizedCall:
-    options = Options(m.Sampling(), tools=tools_of(TOOLS, None, None, Settings()))
+    options = CallOptions(m.Sampling(), tools=tools_of(TOOLS, None, None, Settings()))
     parsed = SimpleNamespace(options=options, caller=EVERYBODY, form_param="tools")
     resolved: Any = SimpleNamespace(parsed=parsed)
     return TokenizedCall(resolved, prompts)

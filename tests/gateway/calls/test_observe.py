@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 from prometheus_client import REGISTRY
 
-from gateway.adapters.resolver import Target
+from gateway.adapters.resolver import CallTarget
 from gateway.calls import observe
 from gateway.calls.tokenize import Prompt
 from protocol.metrics.names import OTHER
@@ -43,7 +43,7 @@ def test_ten_thousand_adapters_and_tenants_have_a_bounded_page() -> None:
     observe.ADAPTERS.set_limit(LIMIT)
     observe.TENANTS.set_limit(LIMIT)
     for i in range(NUM):
-        target, tenant = Target(f"adapter-{i}", f"digest-{i}", files), f"tenant-{i}"
+        target, tenant = CallTarget(f"adapter-{i}", f"digest-{i}", files), f"tenant-{i}"
         observe.accepted(tenant, [Prompt(target, b"", 7, 9)])
         observe.placed(tenant, target, m.Timing(1, 5, "store", 10, 20, 30, 40))
         observe.first_token(tenant, target, 0.1)
@@ -71,7 +71,7 @@ def test_loads_are_counted_by_adapter_and_tier() -> None:
         count, seconds = (value or 0.0 for value in parts)
         return count, seconds
 
-    target = Target("loaded", "digest-loaded", cast("Any", SimpleNamespace()))
+    target = CallTarget("loaded", "digest-loaded", cast("Any", SimpleNamespace()))
     observe.accepted("tenant", [Prompt(target, b"", 7, 9)])
     merges, others = loads(observe.MERGES, "host"), loads(OTHER, "store")
     observe.adapter_event(m.AdapterEvent(kind="staged", digest=target.digest, ms=200.0))
@@ -87,5 +87,5 @@ def test_loads_are_counted_by_adapter_and_tier() -> None:
 
 
 def test_merges_that_clients_invent_have_one_name() -> None:
-    target = Target("a,b", "merge-" + "0" * 64, cast("Any", Path()))
+    target = CallTarget("a,b", "merge-" + "0" * 64, cast("Any", Path()))
     assert observe.name_of(target) == observe.MERGES

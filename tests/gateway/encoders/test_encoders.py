@@ -40,7 +40,7 @@ def encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def says(submit: m.Submit, body: m.Body) -> Script:
+def says(submit: m.RequestHead, body: m.Body) -> Script:
     """Return as vector the text's length and the call's index, or as labels one for each token."""
     num, index = len(body.prompt) // 4, int(submit.rid.rpartition("-")[2])
     if body.task == "embed":

@@ -44,7 +44,7 @@ def ids_of(body: m.Body) -> list[int]:
     return memoryview(body.prompt).cast("i").tolist()
 
 
-def says(submit: m.Submit, body: m.Body) -> Script:
+def says(submit: m.RequestHead, body: m.Body) -> Script:
     """Return as logits the text's length and then ones, or as vector how often each word is in it."""
     ids = ids_of(body)
     if body.task == "embed":

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.grammars import limits as g
-from gateway.grammars.structured import JSON_STYLE, constraint_of
+from gateway.grammars.schemas import JSON_STYLE, MAX_VALUES, check_schema
+from gateway.grammars.structured import check_lark, constraint_of
 from gateway.tools.definitions import tools_of
 from gateway.tools.xml_calls import arguments_rules
 from protocol.runtime.settings import Settings
@@ -60,8 +61,8 @@ SCHEMAS: list[tuple[Any, str]] = [
     ({"patternProperties": {BOMB: {}}}, "more than 100000 parts"),
     ({"$defs": {"enum": {"anyOf": [{"pattern": BOMB}]}}}, "more than 100000 parts"),
     ({"enum": list(range(g.MAX_CHOICES + 1))}, "values in enum; the limit is"),
-    ({"a": [0] * (g.MAX_VALUES + 1)}, "values; the limit is"),
-    ({"a": [[]] * (g.MAX_VALUES + 1)}, "values; the limit is"),
+    ({"a": [0] * (MAX_VALUES + 1)}, "values; the limit is"),
+    ({"a": [[]] * (MAX_VALUES + 1)}, "values; the limit is"),
     (reduce(lambda inner, _: {"not": inner}, range(64), {}), "deeper than 64 levels"),
     ({"x-guidance": {"whitespace_pattern": " " * 257}}, "257 bytes; the limit is 256"),
     ({"x-guidance": {"whitespace_pattern": BOMB}}, "more than 100000 parts"),
@@ -71,19 +72,19 @@ SCHEMAS: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("schema", "said"), SCHEMAS)
 def test_schemas_beyond_the_limits_are_refused(schema: Any, said: str) -> None:
     with pytest.raises(BadRequest, match=said):
-        g.check_schema(schema, "here", SETTINGS)
+        check_schema(schema, "here", SETTINGS)
     text = json.dumps(schema)
     for grammar in (f"start: %json {text}", f'A: "/"\nstart: A %json{text} // %json'):
         with pytest.raises(BadRequest, match=said):
-            g.check_lark(grammar, "here", SETTINGS)
+            check_lark(grammar, "here", SETTINGS)
 
 
 def test_what_is_no_schema_is_no_keyword() -> None:
     data = {"pattern": BOMB}
-    g.check_schema({"default": data, "const": {"a": [data]}, "enum": [data]}, "here", SETTINGS)
-    g.check_schema({"default": {"enum": [0] * (g.MAX_CHOICES + 1)}}, "here", SETTINGS)
-    g.check_schema({"properties": {"enum": {"type": "integer"}, "pattern": {}}}, "here", SETTINGS)
-    g.check_schema({"maxItems": (1 << 63) - 1, "pattern": 5, "enum": "a", "patternProperties": []}, "here", SETTINGS)
+    check_schema({"default": data, "const": {"a": [data]}, "enum": [data]}, "here", SETTINGS)
+    check_schema({"default": {"enum": [0] * (g.MAX_CHOICES + 1)}}, "here", SETTINGS)
+    check_schema({"properties": {"enum": {"type": "integer"}, "pattern": {}}}, "here", SETTINGS)
+    check_schema({"maxItems": (1 << 63) - 1, "pattern": 5, "enum": "a", "patternProperties": []}, "here", SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -101,10 +102,10 @@ def test_what_is_no_schema_is_no_keyword() -> None:
 )
 def test_grammars_of_lark_are_looked_through(text: str, good: bool) -> None:
     if good:
-        g.check_lark(text, "here", SETTINGS)
+        check_lark(text, "here", SETTINGS)
     else:
         with pytest.raises(BadRequest, match="more than 100000 parts"):
-            g.check_lark(text, "here", SETTINGS)
+            check_lark(text, "here", SETTINGS)
 
 
 @pytest.mark.parametrize(

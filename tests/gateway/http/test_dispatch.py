@@ -45,8 +45,8 @@ def gateway_for(caller: Caller = EVERYBODY) -> ASGIApp:
     routes = Routes(app, JsonRoute)
 
     async def answer(body: CompletionRequest, request: Request) -> Response:
-        if body.model_name in FAULTS:
-            raise FAULTS[body.model_name]
+        if body.model in FAULTS:
+            raise FAULTS[body.model]
         return json_response({"prompt": body.prompt, "n": body.n, "sent": len(await request.body())})
 
     routes.post(COMPLETIONS, CALL)(answer)

@@ -10,7 +10,7 @@ import pytest
 from helpers.scripted_fleet import RunningGateway, ScriptedFleet
 from starlette.responses import Response
 
-from gateway.answers.keep_alive import KeepAliveResponse
+from gateway.answers.call_response import CallResponse
 from gateway.app.app import Envelope
 from gateway.http.access import RouteTable
 from gateway.text.tokenizer import Encoder
@@ -64,7 +64,7 @@ async def test_a_panic_after_the_headers_is_an_event() -> None:
     async def receive() -> Any:
         await asyncio.Event().wait()
 
-    await KeepAliveResponse(answer(), stream=True, keepalive_s=0.001)({}, receive, send)
+    await CallResponse(answer(), stream=True, keepalive_s=0.001)({}, receive, send)
     assert sent[0]["type"] == "http.response.start"
     assert b'"internal_error"' in sent[-1]["body"]
     assert not sent[-1]["more_body"]

@@ -10,11 +10,11 @@ import pytest
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from starlette.responses import Response
 
-from gateway.answers.keep_alive import KeepAliveResponse
-from gateway.answers.sse import GenerationResponse
+from gateway.answers.call_response import CallResponse, SentAnswer
 from gateway.overload.admission import Admission
+from gateway.overload.cost import COST, RequestCost
 from protocol.runtime.settings import Settings
-from protocol.wire.errors import NotFound, Overloaded
+from protocol.wire.errors import LorafleetError, NotFound, Overloaded
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ async def test_whatever_goes_wrong_ends_it_with_an_event(failure: Exception, cod
         if message.get("body", b"").startswith(b":"):
             go.set()
 
-    response = KeepAliveResponse(answer(), stream=True, keepalive_s=0.01)
+    response = CallResponse(answer(), stream=True, keepalive_s=0.01)
     await response({"type": "http"}, receive, send)
     assert sent[0]["status"] == 200
     last = sent[-1]
@@ -57,7 +57,7 @@ async def test_what_goes_wrong_soon_is_raised_before_anything_is_sent() -> None:
         raise AssertionError
 
     with pytest.raises(NotFound):
-        await KeepAliveResponse(answer(), stream=True, keepalive_s=30.0)({"type": "http"}, never, never)
+        await CallResponse(answer(), stream=True, keepalive_s=30.0)({"type": "http"}, never, never)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -80,7 +80,7 @@ async def test_an_answer_has_ended_when_its_client_has_left(stream: bool) -> Non
         assert stream
 
     before = asyncio.all_tasks()
-    await KeepAliveResponse(answer(), stream=stream, keepalive_s=0.01)({"type": "http"}, receive, send)
+    await CallResponse(answer(), stream=stream, keepalive_s=0.01)({"type": "http"}, receive, send)
     assert ended
     assert asyncio.all_tasks() == before
 
@@ -107,15 +107,16 @@ async def test_a_stream_has_no_headers_before_its_call_may_still_be_refused(wait
         sent.append(message)
         go.set()
 
-    with admission.enter():
-        response = KeepAliveResponse(answer(), stream=True, keepalive_s=0.01)
-        if waits:
+    COST.set(RequestCost())
+    admission.enter()
+    response = CallResponse(answer(), stream=True, keepalive_s=0.01)
+    if waits:
+        await response({"type": "http"}, receive, send)
+        assert sent[0]["status"] == 200
+    else:
+        with pytest.raises(Overloaded):
             await response({"type": "http"}, receive, send)
-            assert sent[0]["status"] == 200
-        else:
-            with pytest.raises(Overloaded):
-                await response({"type": "http"}, receive, send)
-            assert sent == []
+        assert sent == []
 
 
 class Running:
@@ -128,18 +129,21 @@ class Running:
         await asyncio.sleep(0)  # as one that tells the queue
 
 
-class Answering(GenerationResponse):
+class Answering(SentAnswer):
     """Sends an answer in a few turns."""
 
     def __init__(self, generation: Any) -> None:
         self.generation = generation
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        try:
-            for _ in range(3):
-                await asyncio.sleep(0)
-        finally:
-            await self.generation.close()
+    async def send(self, to: CallResponse) -> None:
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    def failed(self, error: LorafleetError) -> bytes:
+        raise AssertionError
+
+    async def close(self) -> None:
+        await self.generation.close()
 
 
 @pytest.mark.parametrize("stubborn", [False, True])
@@ -149,7 +153,7 @@ async def test_what_has_begun_is_closed_whenever_its_call_is_ended(stubborn: boo
     for num_turns in range(1, 16):
         begun: list[Running] = []
 
-        async def answer(begun: list[Running] = begun) -> Response:
+        async def answer(begun: list[Running] = begun) -> SentAnswer:
             for _ in range(4):
                 try:
                     await asyncio.sleep(0)
@@ -170,7 +174,7 @@ async def test_what_has_begun_is_closed_whenever_its_call_is_ended(stubborn: boo
             await asyncio.sleep(0)
 
         keepalive_s = 0.0 if leaves else 30.0
-        response = KeepAliveResponse(answer(), stream=True, keepalive_s=keepalive_s)
+        response = CallResponse(answer(), stream=True, keepalive_s=keepalive_s)
         task = asyncio.create_task(response({"type": "http"}, receive, send))
         for _ in range(num_turns):
             await asyncio.sleep(0)

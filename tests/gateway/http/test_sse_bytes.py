@@ -181,7 +181,7 @@ async def test_an_error_before_the_first_token_is_a_status(
 async def test_one_failing_choice_ends_the_others(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, gateway: RunningGateway, bus: Bus
 ) -> None:
-    def script(submit: m.Submit, body: m.Body) -> Script:
+    def script(submit: m.RequestHead, body: m.Body) -> Script:
         if submit.rid.endswith("-0"):
             return Script(text="", eos=False, error=WorkerLost("gone"))
         return Script(hold_after=1)

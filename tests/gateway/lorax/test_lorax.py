@@ -12,9 +12,9 @@ from helpers.scripted_fleet import BASE_NAME, MAX_MODEL_LEN, Script, ScriptedFle
 from helpers.waiting import wait_until
 from tokenizers import Tokenizer
 
-from gateway.grammars.closed_schemas import MAX_FREE_KEYS
-from gateway.grammars.structured import JSON_STYLE
+from gateway.grammars.schemas import JSON_STYLE, MAX_FREE_KEYS
 from gateway.openai.openai_bodies import ChatRequest
+from gateway.openai.openai_parse import conversation_of
 from peft_adapters.recipe import merge_of
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
@@ -280,7 +280,7 @@ async def test_openai_s_routes_take_lorax_s_fields(http: httpx2.AsyncClient, fle
         answer = await http.post("/v1/completions", json={**body, "model": "fox", "adapter_source": source})
         assert (answer.status_code, answer.json()["error"]["param"]) == (status, param)
     chat = ChatRequest(model="", messages=[{}], guideline="be kind", chat_template_kwargs={"a": 1})
-    assert chat.template_variables == {"guideline": "be kind", "a": 1}
+    assert conversation_of(chat).variables == {"guideline": "be kind", "a": 1}
     job = await http.post(
         "/v1/completions", json={**body, "model": "fox", "background": True, "api_token": "hf_secret"}
     )

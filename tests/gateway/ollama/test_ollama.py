@@ -20,7 +20,7 @@ from helpers.scripted_fleet import (
     running_gateway,
 )
 
-from gateway.grammars.structured import JSON_STYLE
+from gateway.grammars.schemas import JSON_STYLE
 from gateway.ollama.ollama_parse import openai_messages, plain_name, tagged_name
 from gateway.ollama.ollama_routes import VERSION
 from protocol.queue.bus import Bus
@@ -382,7 +382,7 @@ async def test_embed_gives_vectors_of_length_one(
     await fleet.register()
     vectors = {b"a": [3.0, 4.0, 0.0, 0.0], b"b": [0.0, 2.0, 0.0, 0.0]}
 
-    def script(submit: m.Submit, body: m.Body) -> Script:
+    def script(submit: m.RequestHead, body: m.Body) -> Script:
         text = fleet.tokenizer.decode(list(memoryview(body.prompt).cast("i"))).encode()
         return Script(numbers=np.array(vectors[text], "<f4").view("<i4").tolist(), chunk=4, eos=False)
 

@@ -10,7 +10,7 @@ import pytest
 from helpers.scripted_fleet import MAX_MODEL_LEN, Script, ScriptedFleet
 from tokenizers import Tokenizer
 
-from gateway.grammars.structured import JSON_STYLE
+from gateway.grammars.schemas import JSON_STYLE
 
 CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION: dict[str, Any] = {"model": "base", "prompt": "hi"}

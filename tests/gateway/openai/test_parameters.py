@@ -13,8 +13,7 @@ from helpers.scripted_fleet import BASE_NAME, MAX_MODEL_LEN, Script, ScriptedFle
 from openai import AsyncOpenAI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gateway.grammars.closed_schemas import MAX_FREE_KEYS
-from gateway.grammars.structured import JSON_STYLE
+from gateway.grammars.schemas import JSON_STYLE, MAX_FREE_KEYS
 from peft_adapters.texts.tokenizer_json import BaseTokens
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
@@ -248,7 +247,7 @@ async def test_a_prompt_can_be_scored_alone(client: AsyncOpenAI, fleet: Scripted
 async def test_the_best_of_several_choices_are_shown(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, logprobs: int | None
 ) -> None:
-    def worse(submit: m.Submit, body: m.Body) -> Script:
+    def worse(submit: m.RequestHead, body: m.Body) -> Script:
         return Script(text=str(submit.rid[-1]), logprob=-1.0 * (int(submit.rid[-1]) * 3 % 4), eos=False)
 
     fleet.script = worse

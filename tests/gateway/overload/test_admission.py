@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from contextvars import copy_context
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from gateway.overload.admission import Admission, Load
+from gateway.overload.admission import Admission, CallLoad
+from gateway.overload.cost import COST, RequestCost
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Overloaded, QueueFull
@@ -26,8 +26,8 @@ def status(queued: int, *, rate: float = 10.0, tokens: int = 0, batch: int = 0) 
     )
 
 
-def load(cls: str = INTERACTIVE, num: int = 1, num_tokens: int = 100, timeout_s: float = 60.0) -> Load:
-    return Load(cls, num, num_tokens, timeout_s)
+def load(cls: str = INTERACTIVE, num: int = 1, num_tokens: int = 100, timeout_s: float = 60.0) -> CallLoad:
+    return CallLoad(cls, num, num_tokens, timeout_s)
 
 
 class Call:
@@ -36,8 +36,8 @@ class Call:
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self._context = copy_context()
-        self._end = ExitStack()
-        self.run(self._end.enter_context, admission.enter())
+        self.run(COST.set, RequestCost())
+        self.run(admission.enter)
 
     def run(self, do: Callable[..., object], *args: Any, **more: Any) -> None:
         self._context.run(do, *args, **more)
@@ -46,7 +46,7 @@ class Call:
         self.run(self._admission.leave_inbound, reached_queue=True)
 
     def close(self) -> None:
-        self.run(self._end.close)
+        self.run(self._admission.leave)
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Gateway:
         )
         self.calls: list[Call] = []
 
-    def begin(self, load: Load | None = None) -> None:
+    def begin(self, load: CallLoad | None = None) -> None:
         """Let a call arrive, and hold its load against the queue."""
         call = Call(self.admission)
         try:
@@ -75,7 +75,7 @@ class Gateway:
             raise
         self.calls.append(call)
 
-    def refusal(self, wanted: Load | None) -> Overloaded | None:
+    def refusal(self, wanted: CallLoad | None) -> Overloaded | None:
         try:
             self.admission.check(wanted)
         except Overloaded as error:
@@ -112,7 +112,7 @@ def test_no_call_is_let_in_while_the_queue_s_memory_is_nearly_full() -> None:
     site.told = msgspec.structs.replace(status(0), used_bytes=899, max_bytes=1000)
     assert site.refusal(load()) is None
     site.told = msgspec.structs.replace(status(0), used_bytes=900, max_bytes=1000)
-    for wanted in (Load(INTERACTIVE), load(), load(BATCH)):
+    for wanted in (CallLoad(INTERACTIVE), load(), load(BATCH)):
         with pytest.raises(QueueFull, match="the queue holds 900 bytes; new calls are accepted below 900") as refused:
             site.admission.check(wanted)
         assert (refused.value.status, refused.value.code, refused.value.retry_after_s) == (503, "queue_full", 5.0)
@@ -155,13 +155,13 @@ def test_the_way_to_the_queue_is_limited() -> None:
 @pytest.mark.parametrize("cls", [INTERACTIVE, BATCH])
 def test_a_full_queue_refuses_before_any_work_is_done(cls: str) -> None:
     site = gateway(max_queued=50)
-    site.admission.check(Load(cls))
+    site.admission.check(CallLoad(cls))
     site.told = status(99, batch=49 if cls == BATCH else 50)
-    site.admission.check(Load(cls))
+    site.admission.check(CallLoad(cls))
     site.now_ms += 1
     site.told = msgspec.structs.replace(status(100, batch=50), sent_ms=site.now_ms)
     with pytest.raises(Overloaded, match="50 requests are waiting; the limit is 50") as refused:
-        site.admission.check(Load(cls))
+        site.admission.check(CallLoad(cls))
     assert refused.value.retry_after_s == pytest.approx(1.0)
 
 
@@ -170,7 +170,7 @@ def num_let_through(site: Gateway, at_ms: int) -> int:
     site.now_ms = at_ms
     for num in range(1000):
         try:
-            site.begin(Load(INTERACTIVE))
+            site.begin(CallLoad(INTERACTIVE))
         except Overloaded:
             return num
     return 1000
@@ -205,7 +205,7 @@ def test_between_two_counts_only_as_many_try_a_full_queue_as_left_it() -> None:
     site.told = msgspec.structs.replace(site.told, queued=20, sent_ms=NOW_MS + 260)
     assert num_let_through(site, NOW_MS) == 1000
     site.told = msgspec.structs.replace(site.told, queued=100, sent_ms=NOW_MS + 270)
-    site.admission.check(Load(BATCH))  # the classes have queues of their own
+    site.admission.check(CallLoad(BATCH))  # the classes have queues of their own
     site.told = None
     assert num_let_through(site, NOW_MS + 100) == 1000  # without a scheduler the queue alone decides
 
@@ -272,7 +272,7 @@ def test_what_would_begin_after_its_deadline_is_always_refused() -> None:
     site = gateway(status(601), max_wait_s=0.0)
     assert site.refusal(load(timeout_s=60)) is not None
     assert site.refusal(load(timeout_s=61)) is None
-    assert site.refusal(Load(INTERACTIVE)) is None  # its deadline is not known yet
+    assert site.refusal(CallLoad(INTERACTIVE)) is None  # its deadline is not known yet
 
 
 def test_what_was_submitted_since_the_status_counts() -> None:
@@ -303,10 +303,10 @@ def test_the_wait_includes_the_calls_that_are_inbound() -> None:
     """The predicted wait of an inbound call includes its way; that of a queued one is what is ahead of it."""
     site = gateway(status(190), max_wait_s=20.0)
     for _ in range(10):
-        site.begin(Load(INTERACTIVE))
-    assert site.refusal(Load(INTERACTIVE)) is None
-    site.begin(Load(INTERACTIVE))
-    refused = site.refusal(Load(INTERACTIVE))
+        site.begin(CallLoad(INTERACTIVE))
+    assert site.refusal(CallLoad(INTERACTIVE)) is None
+    site.begin(CallLoad(INTERACTIVE))
+    refused = site.refusal(CallLoad(INTERACTIVE))
     assert refused is not None
     assert refused.message == "the first token would come in about 20 s; the limit is 20 s"
     assert site.refusal(load()) is None
@@ -321,7 +321,7 @@ def test_the_wait_is_at_least_the_time_to_the_queue() -> None:
         call = site.calls.pop()
         call.reach_queue()
         call.close()  # it counts once
-    refused = site.refusal(Load(INTERACTIVE))
+    refused = site.refusal(CallLoad(INTERACTIVE))
     assert refused is not None
     assert refused.message == "the first token would come in about 4 s; the limit is 3 s"
     assert site.refusal(None) is None

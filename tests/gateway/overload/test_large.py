@@ -16,17 +16,22 @@ from helpers.scripted_fleet import MAX_MODEL_LEN, RunningGateway, ScriptedFleet,
 from helpers.waiting import wait_until
 from msgspec import structs
 
-from gateway.adapters.resolver import Target
+from gateway.adapters.resolver import CallTarget
 from gateway.app.shapes import shape_of
+from gateway.auth.authentication import Authentication
 from gateway.auth.callers import CALLER, EVERYBODY
-from gateway.calls.parsed_call import Conversation, Models, Options, ParsedCall, Rules, Sent, Texts, Truncation
+from gateway.calls.parsed_call import CallOptions, ChatPrompt, Models, ParsedCall, Rules, Sent, Texts, Truncation
 from gateway.calls.resolve import ResolvedCall
 from gateway.calls.size import check_logprobs
 from gateway.calls.tokenize import Prompt, check_size, tokenize
-from gateway.http.access import MATCH, Match
+from gateway.http.access import MATCH, RouteMatch
 from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.overload import large
-from gateway.overload.large import LargeBodies, LargeBody, LargeLimits, Places
+from gateway.overload.admission import Admission
+from gateway.overload.cost import COST, LargeBody, RequestCost, free_slowly
+from gateway.overload.gate import Gate, LargeLimits
+from gateway.overload.memory import MemoryAccount
+from gateway.overload.slots import FairSlots
 from gateway.text.tokenizer import ModelFiles, load_model_files
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
@@ -70,8 +75,8 @@ def call_of(files: Any, *sources: str | list[int], models: int = 1, n: int = 1, 
         sites=[], created_ms=1,
     )  # fmt: skip
     texts = Texts(sources, None if truncate is None else Truncation(truncate))
-    parsed = ParsedCall(EVERYBODY, Models(["b"] * models), texts, Options(m.Sampling(), n=n), Rules("prompt", 128))
-    return ResolvedCall(parsed, base, [Target(f"m{i}", f"d{i}", files) for i in range(models)])
+    parsed = ParsedCall(EVERYBODY, Models(["b"] * models), texts, CallOptions(m.Sampling(), n=n), Rules("prompt", 128))
+    return ResolvedCall(parsed, base, [CallTarget(f"m{i}", f"d{i}", files) for i in range(models)])
 
 
 async def test_models_with_one_tokenizer_share_one_encoding(files: Counting) -> None:
@@ -116,7 +121,7 @@ def test_an_answer_does_not_hold_its_body(files: Counting) -> None:
     assert keyed.sent is not None
     assert (keyed.sent.raw, keyed.key) == (b"", "key")
     assert keyed.sent.hash == Sent("/x", b"{}" * 1000).hash
-    assert structs.replace(parsed, inputs=Conversation([{"a": 1}])).without_prompts().inputs == Conversation([])
+    assert structs.replace(parsed, inputs=ChatPrompt([{"a": 1}])).without_prompts().inputs == ChatPrompt([])
 
 
 # ---------------------------------------------------------------- a gateway
@@ -233,7 +238,7 @@ async def test_a_large_chat_is_answered(http: httpx2.AsyncClient, fleet: Scripte
 
 async def test_who_hangs_up_has_no_more_done_at_a_time() -> None:
     """Threads cannot be cancelled, so a turn lasts as long as its work."""
-    work, go, begun = Places(1), asyncio.Event(), 0
+    work, go, begun = FairSlots(1), asyncio.Event(), 0
 
     async def do() -> None:
         nonlocal begun
@@ -241,7 +246,9 @@ async def test_who_hangs_up_has_no_more_done_at_a_time() -> None:
         await go.wait()
 
     async def call() -> None:
-        large._BODY.set(LargeBody("a", None, work))
+        cost = RequestCost()
+        cost.body = LargeBody("a", None, work)
+        COST.set(cost)
         await large.work(do)
 
     tasks = [asyncio.create_task(call()) for _ in range(3)]
@@ -263,9 +270,9 @@ async def test_small_bodies_take_no_turn() -> None:
 
 def test_logprobs_of_all_choices_are_bounded(files: Counting) -> None:
     def check(n: int, num_logprobs: int | None, *, of_prompt: int | None = None) -> None:
-        prompt = Prompt(Target("b", "", files), b"", 1 << 17, max_new_tokens=1 << 15)  # type: ignore[arg-type]
+        prompt = Prompt(CallTarget("b", "", files), b"", 1 << 17, max_new_tokens=1 << 15)  # type: ignore[arg-type]
         sampling = m.Sampling(num_logprobs=num_logprobs, prompt_logprobs=20 if of_prompt else None)
-        check_logprobs(Options(sampling, n=n), [prompt])
+        check_logprobs(CallOptions(sampling, n=n), [prompt])
 
     check(128, None)
     check(16, 20)
@@ -288,13 +295,14 @@ async def test_addresses_of_one_network_share_places_as_they_share_memory() -> N
     async def never(message: Any = None) -> Any:
         raise AssertionError
 
-    bodies = LargeBodies(app, shape_of, LargeLimits(num_bodies=4, num_of_tenant=1))
-    match = Match("/v1/chat/completions", kind="call")
+    admission, limits = Admission(Settings(), lambda: None, lambda: 0.0), LargeLimits(num_bodies=4, num_of_tenant=1)
+    gate = Gate(app, shape_of, admission, Authentication(None), MemoryAccount(1 << 30), MAX_BODY, limits)
+    match = RouteMatch("/v1/chat/completions", kind="call")
     tasks: list[asyncio.Task[None]] = []
     for address in ("2001:db8::1", "2001:db8::2", "2001:db8:0:1::1", "10.0.0.1", "::ffff:10.0.0.1"):
         headers = [(b"content-length", b"1000000")]
         scope = {"type": "http", "headers": headers, MATCH: match, CALLER: EVERYBODY, "client": (address, 1)}
-        tasks.append(asyncio.create_task(bodies(scope, never, never)))
+        tasks.append(asyncio.create_task(gate.inner(scope, never, never)))
         await asyncio.sleep(0)
     assert inside == ["2001:db8::1", "2001:db8:0:1::1", "10.0.0.1"]
     go.set()
@@ -329,7 +337,7 @@ def test_values_within_each_other_are_freed_a_few_at_a_time() -> None:
 
     free = [[Noted(a=[Noted(), {"b": Noted()}]) for _ in range(100)]]
     assert Noted.num == 300
-    large.free_slowly(Watched(free.pop()), 10)
+    free_slowly(Watched(free.pop()), 10)
     assert Noted.num == 0
     assert sum(left) == 300
     assert max(left) <= 10

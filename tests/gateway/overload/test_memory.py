@@ -19,7 +19,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from prometheus_client import REGISTRY
 
 from gateway.bodies import json_values
-from gateway.calls.parsed_call import Options
+from gateway.calls.parsed_call import CallOptions
 from gateway.calls.size import TEXT_BYTES, TextGrowth, call_bytes
 from gateway.calls.tokenize import Prompt
 from gateway.overload.memory import CALL_BYTES, SHARE, Charge, MemoryAccount, values_bytes
@@ -142,7 +142,7 @@ def test_the_values_of_a_text_take_no_more_than_is_charged(name: str) -> None:
 @given(n=st.integers(1, 8), new=st.integers(1, 5000), top=st.none() | st.integers(0, 20), stream=st.booleans())
 def test_a_longer_answer_is_charged_more(n: int, new: int, top: int | None, stream: bool) -> None:
     def of(n: int, new: int, top: int | None) -> int:
-        options = Options(m.Sampling(num_logprobs=top), n=n, stream=stream)
+        options = CallOptions(m.Sampling(num_logprobs=top), n=n, stream=stream)
         return call_bytes(options, [prompt_of(new)])
 
     whole = of(n, new, top)
@@ -158,8 +158,8 @@ def test_what_looks_for_expressions_takes_no_more_than_is_charged() -> None:
     """In a stream, too: all of an answer may become a match."""
     expressions = ["(?i)" + "".join(f"[{chr(97 + i % 26)}{chr(0x4E00 + i)}é]" for i in range(85))] * 2 + ["a[^z]*z"]
     text = "".join(chr(0x4E00 + i) for i in range(300, 0, -1)) + "a" * 700
-    plain = Options(m.Sampling(), stream=True)
-    asked = Options(m.Sampling(stop_regex=expressions), stream=True)
+    plain = CallOptions(m.Sampling(), stream=True)
+    asked = CallOptions(m.Sampling(stop_regex=expressions), stream=True)
     charged = call_bytes(asked, [prompt_of(250)]) - call_bytes(plain, [prompt_of(250)])
     automaton_of.cache_clear()
     tracemalloc.start()
@@ -179,12 +179,12 @@ def prompt_of(new: int) -> Prompt:
 
 
 def test_only_a_text_beyond_what_is_charged_is_charged_again() -> None:
-    growth = TextGrowth(Options(m.Sampling(), stream=False), [prompt_of(100)])
+    growth = TextGrowth(CallOptions(m.Sampling(), stream=False), [prompt_of(100)])
     growth.add("a" * 100 * TEXT_BYTES)  # no call: nothing would be charged anyway
     assert growth._room == 0
     growth.add("ä")
     assert growth._room > 0
-    streamed = TextGrowth(Options(m.Sampling(), stream=True), [prompt_of(1)])
+    streamed = TextGrowth(CallOptions(m.Sampling(), stream=True), [prompt_of(1)])
     streamed.add("a" * 10_000)
     assert streamed._room == 0
 
@@ -203,7 +203,7 @@ async def until_free() -> None:
 def enough(num_calls: int, **fields: Any) -> int:
     """Bytes of which one holder's share is enough for so many calls at once, and no more."""
     sampling = m.Sampling(num_logprobs=fields.get("logprobs"))
-    options = Options(sampling, n=fields.get("n", 1), stream=bool(fields.get("stream")))
+    options = CallOptions(sampling, n=fields.get("n", 1), stream=bool(fields.get("stream")))
     of_call = call_bytes(options, [prompt_of(fields["max_tokens"])])
     return SHARE * (num_calls * of_call + CALL_BYTES + 16_384)
 

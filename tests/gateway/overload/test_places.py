@@ -6,13 +6,13 @@ import asyncio
 
 import pytest
 
-from gateway.overload.large import Places
+from gateway.overload.slots import FairSlots
 from protocol.wire.errors import Overloaded
 
 MAX_BODY = 4 << 20
 
 
-async def taken(places: Places, *tenants: str) -> list[asyncio.Task[None]]:
+async def taken(places: FairSlots, *tenants: str) -> list[asyncio.Task[None]]:
     """Let tenants ask for places, in this order."""
     tasks = []
     for tenant in tenants:
@@ -26,7 +26,7 @@ def done(tasks: list[asyncio.Task[None]]) -> list[bool]:
 
 
 async def test_a_free_place_goes_to_whoever_holds_fewest() -> None:
-    places = Places(2)
+    places = FairSlots(2)
     tasks = await taken(places, "a", "a", "a", "a", "b")
     assert done(tasks) == [True, True, False, False, False]
     places.give("a")
@@ -41,7 +41,7 @@ async def test_a_free_place_goes_to_whoever_holds_fewest() -> None:
 
 
 async def test_who_has_left_the_line_is_not_counted_any_more() -> None:
-    places = Places(1, num_waiting=4)
+    places = FairSlots(1, num_waiting=4)
     [first, *gone] = await taken(places, "a", "b", "c", "b", "d")
     for task in gone:
         task.cancel()
@@ -58,7 +58,7 @@ async def test_who_has_left_the_line_is_not_counted_any_more() -> None:
 
 
 async def test_one_tenant_leaves_room_for_others() -> None:
-    places = Places(3, num_of_tenant=2)
+    places = FairSlots(3, num_of_tenant=2)
     tasks = await taken(places, "a", "a", "a", "b")
     assert done(tasks) == [True, True, False, True]
     places.give("b")
@@ -70,7 +70,7 @@ async def test_one_tenant_leaves_room_for_others() -> None:
 
 
 async def test_the_line_is_bounded_and_half_of_it_is_for_others() -> None:
-    places = Places(1, num_waiting=4)
+    places = FairSlots(1, num_waiting=4)
     tasks = await taken(places, "a", "a", "a")
     with pytest.raises(Overloaded, match="2 large bodies are waiting"):
         await places.take("a")
@@ -82,7 +82,7 @@ async def test_the_line_is_bounded_and_half_of_it_is_for_others() -> None:
 
 
 async def test_who_leaves_the_line_takes_no_place() -> None:
-    places = Places(1)
+    places = FairSlots(1)
     first, second, third = await taken(places, "a", "b", "c")
     second.cancel()
     places.give("a")  # before the second has heard of it
@@ -98,7 +98,7 @@ async def test_who_leaves_the_line_takes_no_place() -> None:
 
 
 async def test_a_place_that_came_too_late_is_given_back() -> None:
-    places = Places(1)
+    places = FairSlots(1)
     _, second = await taken(places, "a", "b")
     places.give("a")  # to the second, which is cancelled before it runs
     second.cancel()
@@ -107,7 +107,7 @@ async def test_a_place_that_came_too_late_is_given_back() -> None:
 
 
 async def test_only_who_would_have_a_further_place_is_kept_waiting_by_others() -> None:
-    places = Places(3, num_of_tenant=2)
+    places = FairSlots(3, num_of_tenant=2)
     tasks = await taken(places, "a", "a", "a")
     assert (done(tasks), places.num_kept_waiting) == ([True, True, False], 0), "a place is free, but it has its share"
     tasks += await taken(places, "b", "b", "b", "c")

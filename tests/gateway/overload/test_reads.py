@@ -17,10 +17,10 @@ from gateway.app.access_table import unserved
 from gateway.app.shapes import shape_of
 from gateway.auth.callers import CALLER, EVERYBODY, Caller
 from gateway.books.usage_routes import UsageEndpoints
-from gateway.calls.jobs import Jobs
 from gateway.files.files import FileService
 from gateway.http.access import MATCH, RouteTable, normal_path
 from gateway.http.paths import COMPLETIONS
+from gateway.jobs.jobs import Jobs
 from gateway.overload.reads import (
     BURST_S,
     FILES_PER_READ,

@@ -175,7 +175,7 @@ async def test_a_replay_counts_against_the_limits_of_who_asks(bus: Bus, model_fo
 
 
 async def test_many_assignments_leave_the_first_and_the_last(bus: Bus) -> None:
-    submit = m.Submit(
+    submit = m.RequestHead(
         rid="r", tenant="t", cls="interactive", digest="", num_prompt_tokens=1, max_new_tokens=9, deadline_ms=1 << 42,
         gateway="",
     )  # fmt: skip

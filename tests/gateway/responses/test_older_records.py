@@ -12,7 +12,7 @@ import pytest
 from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
 
-from gateway.calls.jobs import Facts
+from gateway.jobs.jobs import Facts
 from gateway.responses.conversations import Conversations
 from gateway.responses.items import Item
 from gateway.responses.stored import StoredResponses

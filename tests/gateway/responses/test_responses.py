@@ -12,9 +12,9 @@ from helpers.response_events import Event, built, events_of, held_to
 from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
 
-from gateway.adapters.resolver import Target
+from gateway.adapters.resolver import CallTarget
 from gateway.auth.callers import EVERYBODY
-from gateway.calls.parsed_call import Options
+from gateway.calls.parsed_call import CallOptions
 from gateway.calls.resolve import ResolvedCall
 from gateway.calls.size import RECORDS, TEXT_BYTES, WHOLE_TEXTS, WRITTEN_RECORDS, call_bytes
 from gateway.calls.tokenize import Prompt, tokenize
@@ -324,9 +324,10 @@ async def test_truncation_renders_a_few_times() -> None:
 
 
 def test_what_last_events_hold_is_charged() -> None:
-    prompt = Prompt(Target("", "", None, ""), b"", 1, 1000)  # type: ignore[arg-type]
+    prompt = Prompt(CallTarget("", "", None, ""), b"", 1, 1000)  # type: ignore[arg-type]
     sampling = m.Sampling(num_logprobs=1)
     once, again = (
-        call_bytes(Options(sampling=sampling, stream=True, by_token=by_token), [prompt]) for by_token in (False, True)
+        call_bytes(CallOptions(sampling=sampling, stream=True, by_token=by_token), [prompt])
+        for by_token in (False, True)
     )
     assert again - once == 1000 * (WHOLE_TEXTS * TEXT_BYTES + (WRITTEN_RECORDS - RECORDS) * m.logprob_record_bytes(1))

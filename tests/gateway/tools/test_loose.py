@@ -14,7 +14,7 @@ from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, run
 from llguidance import LLMatcher
 
 from gateway.bodies.parameter_check import IGNORED_HEADER
-from gateway.grammars.structured import STYLE
+from gateway.grammars.schemas import STYLE
 from gateway.tools.definitions import tools_of
 from gateway.tools.loose import FORMATS, LOOSE_STYLE, MAX_LOOKED_AT, NOT_HELD, not_held, outline
 from protocol.queue.bus import Bus

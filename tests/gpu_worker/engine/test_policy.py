@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import pytest
 
-from gpu_worker.engine.policy import BatchLimits, Policy
+from gpu_worker.engine.policy import BatchLimits, StepPolicy
 from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.step_limit import StepTime
 from gpu_worker.engine.step_plan import StepPlan
@@ -56,7 +56,7 @@ def prompt(rid: str, priority: int = 0, length: int = 20) -> Sequence:
     return make_seq(rid, np.arange(length), 50, yields=priority == 1, batch=priority == 2, tenant=rid)
 
 
-def fill(policy: Policy, queues: AllFits) -> dict[str, int]:
+def fill(policy: StepPolicy, queues: AllFits) -> dict[str, int]:
     plan = StepPlan(budget=policy.limits.max_step_tokens)
     policy.fill(plan, queues)
     return {seq.rid: num_new for seq, num_new in plan.num_new.items()}
@@ -72,7 +72,7 @@ def fill(policy: Policy, queues: AllFits) -> dict[str, int]:
 def test_the_lowest_class_is_first_and_the_next_one_yields(
     here: list[int], first: str, yielding: str, third: str
 ) -> None:
-    policy, seqs = Policy(BatchLimits(4, 64)), [decode(str(priority), priority) for priority in here]
+    policy, seqs = StepPolicy(BatchLimits(4, 64)), [decode(str(priority), priority) for priority in here]
     fill(policy, AllFits(*seqs))
     assert [seq.rid for seq in seqs if policy.is_first(seq)] == list(first)
     assert [seq.rid for seq in seqs if policy.takes_turns(seq)] == list(yielding)
@@ -81,13 +81,13 @@ def test_the_lowest_class_is_first_and_the_next_one_yields(
 
 def test_decodes_come_before_prompts_and_what_yields_last() -> None:
     seqs = [prompt("late", 1), prompt("new"), decode("flood", 1), decode("quiet"), decode("line", 2)]
-    taken = fill(Policy(BatchLimits(16, 64)), AllFits(*seqs))
+    taken = fill(StepPolicy(BatchLimits(16, 64)), AllFits(*seqs))
     assert list(taken.items()) == [("quiet", 1), ("flood", 1), ("new", 20), ("late", 10)], "a short step has 32 tokens"
 
 
 @pytest.mark.parametrize(("model", "pauses"), [(CHEAP, False), (DEAR, True)])
 def test_dear_decodes_pause_beside_a_prompt_once(model: StepModel, pauses: bool) -> None:
-    policy, flood, quiet = Policy(BatchLimits(8, 16)), decode("flood", 1), decode("quiet")
+    policy, flood, quiet = StepPolicy(BatchLimits(8, 16)), decode("flood", 1), decode("quiet")
     queues = AllFits(flood, quiet, prompt("new", 0, 90), model=model)
     taken = ["flood" in fill(policy, queues) for _ in range(4)]
     assert taken == ([False, True, False, True] if pauses else [True] * 4)
@@ -95,7 +95,7 @@ def test_dear_decodes_pause_beside_a_prompt_once(model: StepModel, pauses: bool)
 
 def test_batch_work_has_a_step_that_nobody_else_can_use() -> None:
     quiet, flood = prompt("quiet"), prompt("flood", 1)
-    policy, queues = Policy(BatchLimits(4, 64)), AllFits(decode("line", 2), quiet, flood)
+    policy, queues = StepPolicy(BatchLimits(4, 64)), AllFits(decode("line", 2), quiet, flood)
     queues.waiting.clear()
     queues.running += [quiet, flood]
     for seq in (quiet, flood):

@@ -11,7 +11,7 @@ import numpy as np
 from helpers.waiting import wait_until
 
 from benchmarks.common.fake_worker import FakeEngine, expected_token, fake_served
-from gpu_worker.service.service import Worker
+from gpu_worker.service.service import WorkerService
 from protocol.queue.bus import Bus, decode, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -30,11 +30,11 @@ async def running_worker(
     step_s: float = 0.002,
     served: m.ServedModel = SERVED,
     **settings: Any,
-) -> AsyncIterator[tuple[Worker, asyncio.Event]]:
+) -> AsyncIterator[tuple[WorkerService, asyncio.Event]]:
     """A worker on the queue; leaving the block drains it."""
     engine = engine or FakeEngine(step_s=step_s, vocab_size=VOCAB)
     own = Bus(bus.url)
-    worker = Worker(own, engine, served, Settings(worker_name="w", **settings))
+    worker = WorkerService(own, engine, served, Settings(worker_name="w", **settings))
     stop = asyncio.Event()
     task = asyncio.create_task(worker.run(stop))
     try:
@@ -48,7 +48,7 @@ async def running_worker(
 
 
 async def submit(bus: Bus, rid: str, *, max_new: int = 8, cls: str = "interactive") -> None:
-    sub = m.Submit(
+    sub = m.RequestHead(
         rid=rid, tenant="t", cls=cls, digest="", num_prompt_tokens=len(PROMPT), max_new_tokens=max_new,
         deadline_ms=now_ms() + 60_000, gateway=GATEWAY,
     )  # fmt: skip
@@ -83,5 +83,5 @@ def expected(num: int) -> list[int]:
     return [expected_token(PROMPT, position, VOCAB) for position in range(num)]
 
 
-async def beats(bus: Bus, worker: Worker) -> bool:
+async def beats(bus: Bus, worker: WorkerService) -> bool:
     return bool(worker.wid) and bool(await bus._redis.exists(bus.keys.worker_beat(worker.wid)))

@@ -19,8 +19,8 @@ from gpu_worker.engine.request import EngineRequest, EngineStats
 from gpu_worker.service import service
 from gpu_worker.service.outbox import OutboxRecovery
 from gpu_worker.service.owned import OwnedRequest
-from gpu_worker.service.service import Worker
-from protocol.queue.bus import Bus, Refused, Step, decode
+from gpu_worker.service.service import WorkerService
+from protocol.queue.bus import Bus, Refused, StepResult, decode
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import Internal
@@ -62,7 +62,7 @@ async def test_a_batch_runs_to_its_end_and_leaves_no_work_behind(bus: Bus) -> No
             seen = await deltas(bus, rid)
             assert b"".join(delta.ids for delta in seen) == np.asarray(expected(num), "<i4").tobytes()
             assert [delta.finish for delta in seen if delta.finish] == ["length"]
-            assert seen[-1].usage == m.Usage(len(PROMPT), num, 0)
+            assert seen[-1].usage == m.RequestUsage(len(PROMPT), num, 0)
         assert await bus._redis.xlen(bus.keys.work(worker.wid)) == 0
         ended = [
             item
@@ -225,7 +225,7 @@ async def test_what_is_dropped_is_cancelled_before_anything_is_waited_for(
 
 async def test_workers_of_another_model_may_not_join(bus: Bus) -> None:
     async with running_worker(bus) as (worker, _):
-        stranger = Worker(bus, FakeEngine(vocab_size=17), OTHER, Settings())
+        stranger = WorkerService(bus, FakeEngine(vocab_size=17), OTHER, Settings())
         with pytest.raises(Internal, match="cannot join"):
             await stranger.run(asyncio.Event())
         assert await bus.members.ids(bus.keys.workers) == [worker.wid]
@@ -238,7 +238,8 @@ async def test_workers_of_another_model_may_not_join(bus: Bus) -> None:
 async def test_of_workers_that_start_together_one_model_joins(bus: Bus, num_each: int) -> None:
     buses = [Bus(bus.url) for _ in range(2 * num_each)]
     workers = [
-        Worker(own, FakeEngine(vocab_size=VOCAB), (SERVED, OTHER)[i % 2], Settings()) for i, own in enumerate(buses)
+        WorkerService(own, FakeEngine(vocab_size=VOCAB), (SERVED, OTHER)[i % 2], Settings())
+        for i, own in enumerate(buses)
     ]
     stop = asyncio.Event()
     runs = [asyncio.create_task(worker.run(stop)) for worker in workers]
@@ -330,7 +331,7 @@ async def test_steps_given_up_when_fenced_are_not_owed_to_the_engine(bus: Bus) -
     async with running_worker(bus, step_s=0.0005) as (worker, _):
         write, writing = worker.bus.step, asyncio.Event()
 
-        async def never_answer(wid: str, step: Step) -> list[Refused]:
+        async def never_answer(wid: str, step: StepResult) -> list[Refused]:
             writing.set()
             return await asyncio.Future()
 
@@ -388,7 +389,7 @@ async def _num_letters(bus: Bus, num: int) -> bool:
     return await bus._redis.xlen(bus.keys.dlq) == num
 
 
-async def _is_off(bus: Bus, worker: Worker) -> bool:
+async def _is_off(bus: Bus, worker: WorkerService) -> bool:
     return worker.wid not in await bus.members.ids(bus.keys.workers)
 
 

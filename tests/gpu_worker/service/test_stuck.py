@@ -69,7 +69,7 @@ async def test_a_worker_in_a_step_that_never_ends_is_ended(bus: Bus) -> None:
             return bool(wids)
 
         await wait_until(has_joined, "the worker joins")
-        sub = m.Submit(
+        sub = m.RequestHead(
             rid="r", tenant="t", cls="interactive", digest="", num_prompt_tokens=5, max_new_tokens=8,
             deadline_ms=now_ms() + 60_000, gateway="",
         )  # fmt: skip

@@ -57,10 +57,10 @@ BODIES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
     "/tokenize": (TokenizeRequest, {"inputs": "hi"}),
     "/detokenize": (DetokenizeRequest, {"tokens": [5]}),
     "/api/chat": (
-        ollama.ChatRequest,
+        ollama.OllamaChatRequest,
         {"model": "base", "messages": [{"role": "user", "content": "hi"}], "options": {"num_predict": 2}},
     ),
-    "/api/generate": (ollama.GenerateRequest, {"model": "base", "prompt": "hi", "options": {"num_predict": 2}}),
+    "/api/generate": (ollama.OllamaGenerateRequest, {"model": "base", "prompt": "hi", "options": {"num_predict": 2}}),
     "/api/embed": (ollama.EmbedRequest, {"model": "base", "input": ["hi"]}),
     "/api/show": (ollama.ShowRequest, {"model": "base"}),
     "/v1/embeddings": (EmbeddingsRequest, {"model": "base", "input": ["hi"]}),

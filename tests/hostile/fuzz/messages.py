@@ -161,7 +161,7 @@ def _use(name: str, message: Any) -> None:
             pass
 
 
-SUBMIT = m.Submit(
+SUBMIT = m.RequestHead(
     rid="r", tenant="t", cls="interactive", digest="", num_prompt_tokens=3, max_new_tokens=8, deadline_ms=1 << 50,
     gateway="g",
 )  # fmt: skip

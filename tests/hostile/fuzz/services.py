@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 from adapter_store.service import serve as serve_store
 from benchmarks.common.fake_worker import FakeEngine, fake_served
 from gpu_worker.engine.request import TokenOutput
-from gpu_worker.service.service import Worker
+from gpu_worker.service.service import WorkerService
 from lorafleet.launcher.embedded import start_embedded
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
@@ -61,7 +61,7 @@ class Services:
         self.tasks = tasks
         self.port = 0
         self.gid = ""
-        self.worker: Worker | None = None
+        self.worker: WorkerService | None = None
         self.thread = threading.current_thread()  # it is made there
 
     def cpu_s(self) -> float:
@@ -126,7 +126,7 @@ async def _serve(
     vocab_size = Tokenizer.from_file(str(model / "tokenizer.json")).get_vocab_size()
     engine = _Engine(step_s=0.001, vocab_size=vocab_size)
     served = msgspec.structs.replace(fake_served("tiny", vocab_size), max_model_len=MAX_MODEL_LEN)
-    worker = Worker(own, engine, served, mine)
+    worker = WorkerService(own, engine, served, mine)
     tasks = {
         "scheduler": asyncio.create_task(serve_scheduler(mine, stop)),
         "store": asyncio.create_task(serve_store(mine, stop)),
@@ -154,7 +154,7 @@ async def _serve(
         logging.disable(logging.NOTSET)
 
 
-async def _is_up(bus: Bus, worker: Worker) -> bool:
+async def _is_up(bus: Bus, worker: WorkerService) -> bool:
     if not worker.wid or not await bus.has_leader():
         return False
     return worker.wid in await bus.members.ids(bus.keys.workers)

@@ -37,7 +37,7 @@ def test_the_page_of_docs_is_the_list() -> None:
 
 
 def test_a_worker_s_bytes_and_loads() -> None:
-    shown = fleet.Workers()
+    shown = fleet.WorkerCollector()
     shown.show([BEAT])
     values = {(s.name, *s.labels.values()): s.value for metric in shown.collect() for s in metric.samples}
     assert values["lorafleet_worker_kv_bytes", "one", "used"] == 3072

@@ -170,7 +170,7 @@ async def test_values_and_names_are_read_back(bus: Bus) -> None:
 
 
 async def test_a_log_is_read_from_any_place_with_its_end(bus: Bus) -> None:
-    sub = m.Submit(
+    sub = m.RequestHead(
         rid="r", tenant="t", cls="interactive", digest="", num_prompt_tokens=1, max_new_tokens=4,
         deadline_ms=now_ms() + 60_000, gateway="",
     )  # fmt: skip
@@ -241,7 +241,7 @@ async def test_a_server_that_does_not_answer_is_a_lost_connection(tmp_path: Path
 
 def test_decode_says_what_is_wrong_and_ignores_what_it_does_not_know() -> None:
     with pytest.raises(ProtocolError, match="rid"):
-        decode(m.encode({"tenant": "t"}), m.Submit)
+        decode(m.encode({"tenant": "t"}), m.RequestHead)
     raw = m.encode({"kind": "cancel", "new_field": 1})
     assert decode(raw, m.Control) == m.Control(kind="cancel")
     assert decode(m.encode(["r", 1, "d"]), m.Assigned) == m.Assigned("r", 1, "d")

@@ -9,7 +9,7 @@ import pytest
 from helpers.script_queue import Queue, ids, make_body, make_job, make_submit, row
 
 from protocol.queue.books.quota import Quota, Standing
-from protocol.queue.bus import Step, now_ms
+from protocol.queue.bus import StepResult, now_ms
 from protocol.queue.calls import packed_bodies
 from protocol.queue.kept.jobs import NewJob
 from protocol.wire import messages as m
@@ -18,7 +18,7 @@ from protocol.wire.errors import ProtocolError
 ACME = Quota("acme", max_bytes=1 << 20)
 
 
-async def submit_call(queue: Queue, bodies: list[m.Body], quota: Quota | None = None) -> list[m.Submit]:
+async def submit_call(queue: Queue, bodies: list[m.Body], quota: Quota | None = None) -> list[m.RequestHead]:
     """Submit a call of requests a0, a1, ... with these bodies; return its requests as the scheduler reads them."""
     pairs = [(make_submit(f"a{i}", choice=i), body) for i, body in enumerate(bodies)]
     assert (await queue.bus.submit("interactive", pairs, max_queued=1000, quota=quota))[0] == "ok"
@@ -85,7 +85,7 @@ async def test_bodies_go_with_the_last_end_of_their_call(queue: Queue) -> None:
     await queue.assign("a0", "a1", "a2")
     steps = [row("a0", 0, 1, finish="stop")]
     for _ in range(2):  # the reply was lost
-        await queue.bus.step("w", Step(steps))
+        await queue.bus.step("w", StepResult(steps))
     await queue.requeue("a1")
     await queue.bus.finish("a1", "failed", "error")
     await queue.bus.cancel("a3")

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 from helpers.script_queue import GATEWAY, make_body, make_submit
 
-from protocol.queue.bus import Bus, Step, StepRow, decode, now_ms
+from protocol.queue.bus import Bus, StepResult, StepRow, decode, now_ms
 from protocol.queue.dead_letters import MAX_LETTERS, MAX_RAW_BYTES
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Conflict, NotFound, WorkerLost
@@ -21,7 +21,7 @@ async def give_up(bus: Bus, rid: str) -> str:
     sub = make_submit(rid)
     await bus.submit("interactive", [(sub, make_body())], max_queued=10)
     await bus.assign("w", [(m.Assigned(rid, 1, ""), 0)])
-    await bus.step("w", Step(rows=[StepRow(rid, 1, 0, TOKENS)]))
+    await bus.step("w", StepResult(rows=[StepRow(rid, 1, 0, TOKENS)]))
     assert await bus.requeue("w", [rid], counts=True, max_attempts=0, name="worker-0") == {rid: "exhausted"}
     (owned,) = await bus.owned([rid])
     assert owned is not None
@@ -51,7 +51,7 @@ async def test_a_retried_request_is_queued_with_its_tokens(bus: Bus) -> None:
     assert await letters.retry(letter_id, 60) == "a"
     assert await letters.newest(10) == []
     ((_, fields),) = await bus.streams.entries(bus.keys.sub("interactive"))
-    sub, epoch = decode(fields[b"b"], m.Submit), int(fields[b"e"])
+    sub, epoch = decode(fields[b"b"], m.RequestHead), int(fields[b"e"])
     assert (sub.rid, sub.gateway, sub.stored) == ("a", "", True)
     assert abs(sub.deadline_ms - now_ms() - 60_000) < 30_000
     status, _ = await bus.assign("w", [(m.Assigned("a", epoch + 1, ""), epoch)])
@@ -60,7 +60,7 @@ async def test_a_retried_request_is_queued_with_its_tokens(bus: Bus) -> None:
     assert owned is not None
     assert (owned.attempts, owned.deaths, owned.num_output_tokens) == (0, [], 2)
     row = StepRow("a", epoch + 1, 2, TOKENS, state="completed", finish="length")
-    assert await bus.step("w", Step(rows=[row])) == []
+    assert await bus.step("w", StepResult(rows=[row])) == []
     assert 80_000 < await bus._redis.ttl(bus.keys.tok("a")) <= 86_400
     assert await bus._redis.xlen(bus.keys.out(GATEWAY)) == 0  # nobody waits for it any more
 

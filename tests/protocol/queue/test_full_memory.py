@@ -7,7 +7,7 @@ from helpers.full_memory import full_memory
 from helpers.script_queue import GATEWAY, Queue, ids, make_body, make_submit, row
 
 from protocol.queue.books.quota import Quota
-from protocol.queue.bus import CONNECTION_ERRORS, MemoryFull, Step
+from protocol.queue.bus import CONNECTION_ERRORS, MemoryFull, StepResult
 from protocol.wire import messages as m
 
 
@@ -39,7 +39,7 @@ async def test_a_full_queue_carries_on_and_ends_what_it_has(queue: Queue) -> Non
     await queue.submit("a", "b", "c", "d", "e")
     async with full_memory(bus):
         assert (await queue.assign("a", "b", "c", "d"))[0] == "ok"
-        step = Step([row("a", 0, 1, 2), row("b", 0, 3)], {GATEWAY: [m.Delta("a", 1, 0, ids(1, 2))]})
+        step = StepResult([row("a", 0, 1, 2), row("b", 0, 3)], {GATEWAY: [m.Delta("a", 1, 0, ids(1, 2))]})
         assert await bus.step("w", step) == []
         assert await queue.requeue("b") == {"b": "requeued"}
         assert await queue.write(row("a", 2, 4, finish="stop")) == []

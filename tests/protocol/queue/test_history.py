@@ -5,7 +5,7 @@ from __future__ import annotations
 from helpers.script_queue import Queue, make_body, make_submit
 from helpers.waiting import wait_until
 
-from protocol.queue.books.usage import Counted, usage_of
+from protocol.queue.books.usage import CountedFor, usage_of
 from protocol.queue.history import MAX_ALL_REFUSALS, kept_for
 from protocol.wire import messages as m
 from protocol.wire.codec import decode
@@ -19,7 +19,7 @@ MAX_ALL = 200_000
 
 async def end(queue: Queue, *rids: str, tenant: str = "t", error: LorafleetError | None = None) -> None:
     """Submit requests whose ends are in the history, and end them."""
-    counted = Counted(tenant, "base", "", "base", batch=False, days=1)
+    counted = CountedFor(tenant, "base", "", "base", batch=False, days=1)
     usage = usage_of(counted, calls=1, prompt_tokens=3, has_output=True)
     for rid in rids:
         pairs = [(make_submit(rid, tenant=tenant), make_body())]

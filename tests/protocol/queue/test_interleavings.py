@@ -22,7 +22,7 @@ from gpu_worker.service.outbox import Outbox
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.books.quota import Quota
-from protocol.queue.bus import Bus, Refused, Step, decode, now_ms
+from protocol.queue.bus import Bus, Refused, StepResult, decode, now_ms
 from protocol.queue.scripts import FOLDER
 from protocol.wire import messages as m
 
@@ -144,7 +144,7 @@ class World:
         body = m.Body(prompt=b"\0\0\0\0", sampling=m.Sampling(), max_new_tokens=LENGTH)
         pairs = [
             (
-                m.Submit(
+                m.RequestHead(
                     rid=one, tenant="t", cls="interactive", digest="", num_prompt_tokens=1, max_new_tokens=LENGTH,
                     deadline_ms=now_ms() + 60_000, gateway=GATEWAY,
                 ),
@@ -158,7 +158,7 @@ class World:
         """The scheduler hands out what is on the submit stream; with a stale view it does so twice."""
         slot, num = self.random.randrange(2), self.random.randint(1, 3)
         entries = self.run(self.bus.streams.entries(self.bus.keys.sub("interactive")))[:num]
-        batch = [(decode(fields[b"b"], m.Submit), int(fields[b"e"])) for _, fields in entries]
+        batch = [(decode(fields[b"b"], m.RequestHead), int(fields[b"e"])) for _, fields in entries]
         assigned = [(m.Assigned(sub.rid, epoch + 1, "", "t", GATEWAY), epoch) for sub, epoch in batch]
         if not assigned:
             return
@@ -218,7 +218,7 @@ class World:
             assert not recovery.repairs, "no log lost its end here"
         life.pending.clear()
 
-    def write_step(self, wid: str, step: Step, lose_reply: bool) -> list[Refused] | None:
+    def write_step(self, wid: str, step: StepResult, lose_reply: bool) -> list[Refused] | None:
         """Call the step script once, or twice as a client does that lost its connection; None: the reply is lost."""
         is_repeated = self.random.random() < 0.2
 

@@ -6,23 +6,23 @@ import pytest
 from helpers.script_queue import GATEWAY, Queue, ids, row
 from redis.exceptions import ResponseError
 
-from protocol.queue.bus import Refused, Step
+from protocol.queue.bus import Refused, StepResult
 from protocol.wire import messages as m
 
 
 async def test_a_step_that_meets_another_log_takes_back_what_it_appended(queue: Queue) -> None:
     await queue.running("old", "new", "other", "empty")
-    await queue.bus.step("w", Step(rows=[row("old", 0, 1, 2)]))
+    await queue.bus.step("w", StepResult(rows=[row("old", 0, 1, 2)]))
     ttl_s = await queue.ttl_s(queue.keys.tok("old"))
     rows = [row("old", 2, 3), row("new", 0, 4, logprobs=b"1234"), row("other", 1, 5), row("empty", 0, 6)]
-    step = Step(rows=rows, outs={GATEWAY: [m.Delta("old", 1, 2, ids(3))]})
+    step = StepResult(rows=rows, outs={GATEWAY: [m.Delta("old", 1, 2, ids(3))]})
     assert await queue.bus.step("w", step) == [Refused("other", "length", 1, 0)]
     assert await queue.log("old") == ids(1, 2)
     assert ttl_s - 60 < await queue.ttl_s(queue.keys.tok("old")) <= ttl_s
     logs = [kind(rid) for kind in (queue.keys.tok, queue.keys.lp) for rid in ("new", "other", "empty")]
     assert await queue.bus._redis.exists(*logs) == 0
     assert await queue.deltas() == []
-    assert await queue.bus.step("w", Step(rows=[row("old", 2, 3), row("new", 0, 4)])) == []
+    assert await queue.bus.step("w", StepResult(rows=[row("old", 2, 3), row("new", 0, 4)])) == []
 
 
 async def _owned(queue: Queue, wid: str = "w") -> dict[bytes, bytes]:
@@ -33,7 +33,9 @@ async def _owned(queue: Queue, wid: str = "w") -> dict[bytes, bytes]:
 async def test_what_a_worker_owns_follows_every_change_from_outside(queue: Queue, outside: str, code: str) -> None:
     await queue.running("a", "b")
     assert await _owned(queue) == {b"a": b"1", b"b": b"1"}
-    assert await queue.bus.step("w", Step(rows=[row("a", 0, 1), row("b", 0, 1)])) == []  # they are known from now on
+    assert (
+        await queue.bus.step("w", StepResult(rows=[row("a", 0, 1), row("b", 0, 1)])) == []
+    )  # they are known from now on
     change = {
         "finish": lambda: queue.bus.finish("a", "failed", "error"),
         "cancel": lambda: queue.bus.cancel("a"),
@@ -41,8 +43,8 @@ async def test_what_a_worker_owns_follows_every_change_from_outside(queue: Queue
     }[outside]
     await change()
     assert await _owned(queue) == {b"b": b"1"}
-    assert [r.code for r in await queue.bus.step("w", Step(rows=[row("b", 1, 1), row("a", 1, 1)]))] == [code]
-    assert await queue.bus.step("w", Step(rows=[row("b", 1, 1, finish="stop")])) == []
+    assert [r.code for r in await queue.bus.step("w", StepResult(rows=[row("b", 1, 1), row("a", 1, 1)]))] == [code]
+    assert await queue.bus.step("w", StepResult(rows=[row("b", 1, 1, finish="stop")])) == []
     assert await _owned(queue) == {}
 
 
@@ -50,14 +52,14 @@ async def test_a_worker_whose_list_of_what_it_owns_is_gone_writes_as_before(queu
     await queue.running("a")
     assert 0 < await queue.ttl_s(queue.keys.own("w")) <= 3600
     await queue.bus._redis.delete(queue.keys.own("w"))
-    assert await queue.bus.step("w", Step(rows=[row("a", 0, 1)])) == []
-    assert [r.code for r in await queue.bus.step("w", Step(rows=[row("a", 1, 1, epoch=2)]))] == ["stale"]
+    assert await queue.bus.step("w", StepResult(rows=[row("a", 0, 1)])) == []
+    assert [r.code for r in await queue.bus.step("w", StepResult(rows=[row("a", 1, 1, epoch=2)]))] == ["stale"]
 
 
 async def test_a_request_that_expired_before_its_first_token_leaves_no_log(queue: Queue) -> None:
     await queue.running("a")
     await queue.bus._redis.delete(queue.keys.req("a"))
-    assert await queue.bus.step("w", Step(rows=[row("a", 0, 1)])) == [Refused("a", "missing", 0, 0)]
+    assert await queue.bus.step("w", StepResult(rows=[row("a", 0, 1)])) == [Refused("a", "missing", 0, 0)]
     assert await queue.log("a") == b""
 
 
@@ -128,7 +130,7 @@ async def test_a_step_looks_at_no_request_that_only_goes_on(queue: Queue) -> Non
 
 async def test_an_end_without_tokens_is_written_once(queue: Queue) -> None:
     await queue.running("a")
-    assert await queue.bus.step("w", Step(rows=[row("a", 0, 1)])) == []
-    end = Step(rows=[row("a", 1, finish="stop")])
+    assert await queue.bus.step("w", StepResult(rows=[row("a", 0, 1)])) == []
+    end = StepResult(rows=[row("a", 1, finish="stop")])
     assert await queue.bus.step("w", end) == []
     assert [refused.code for refused in await queue.bus.step("w", end)] == ["terminal"]

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from helpers.script_queue import DEADLINE_MS, GATEWAY, Queue, ids, make_body, make_submit, row
 
-from protocol.queue.bus import Refused, Step, decode, now_ms
+from protocol.queue.bus import Refused, StepResult, decode, now_ms
 from protocol.wire import messages as m
 from protocol.wire.errors import WorkerLost
 
@@ -109,7 +109,7 @@ async def test_only_the_leader_assigns(queue: Queue) -> None:
 async def test_step_makes_tokens_and_ends_durable_and_visible_together(queue: Queue) -> None:
     await queue.running("a", "b")
     (entry,) = await queue.work()
-    step = Step(
+    step = StepResult(
         rows=[row("a", 0, 5, 6), row("b", 0, 7, finish="length", logprobs=b"\0" * 4)],
         outs={GATEWAY: [m.Delta("a", 1, 0, ids(5, 6)), m.Delta("b", 1, 0, ids(7), finish="length")]},
         ended=[m.Ended("b", "w", 1, 1)],
@@ -124,7 +124,7 @@ async def test_step_makes_tokens_and_ends_durable_and_visible_together(queue: Qu
     fields = await queue.fields("b")
     assert (fields["state"], fields["finish"], fields["owner"]) == ("completed", "length", "")
     assert await queue.work() == [entry]
-    last = Step(rows=[row("a", 2, finish="stop")], done_entries=[entry])
+    last = StepResult(rows=[row("a", 2, finish="stop")], done_entries=[entry])
     assert await queue.bus.step("w", last) == []
     assert await queue.work() == []
 
@@ -133,16 +133,16 @@ async def test_step_gives_keys_their_life_times(queue: Queue) -> None:
     await queue.submit("a")
     await queue.submit("kept", stored=True)
     await queue.assign("a", "kept")
-    await queue.bus.step("w", Step(rows=[row("a", 0, 1, logprobs=b"1234"), row("kept", 0, 1)]))
+    await queue.bus.step("w", StepResult(rows=[row("a", 0, 1, logprobs=b"1234"), row("kept", 0, 1)]))
     for kind in (queue.keys.tok, queue.keys.lp):
         assert 3600 < await queue.ttl_s(kind("a")) <= 3600 + DEADLINE_MS / 1000
-    await queue.bus.step("w", Step(rows=[row("a", 1, 2, finish="stop"), row("kept", 1, 2, finish="stop")]))
+    await queue.bus.step("w", StepResult(rows=[row("a", 1, 2, finish="stop"), row("kept", 1, 2, finish="stop")]))
     for kind in (queue.keys.req, queue.keys.tok, queue.keys.lp):
         assert 0 < await queue.ttl_s(kind("a")) <= 120
     assert 86_000 < await queue.ttl_s(queue.keys.tok("kept")) <= 86_400
     await queue.submit("vector", max_new_tokens=0)
     await queue.assign("vector")
-    await queue.bus.step("w", Step(rows=[row("vector", 0, 1, 2, finish="stop")]))
+    await queue.bus.step("w", StepResult(rows=[row("vector", 0, 1, 2, finish="stop")]))
     assert 0 < await queue.ttl_s(queue.keys.tok("vector")) <= 60
 
 
@@ -151,9 +151,9 @@ async def test_one_bad_row_stops_the_whole_step_and_every_reason_has_a_code(queu
     await queue.bus.finish("ended", "failed", "error")
     await queue.requeue("moved")
     await queue.bus.cancel("stopped")
-    await queue.bus.step("w", Step(rows=[row("short", 0, 1, 2)]))
+    await queue.bus.step("w", StepResult(rows=[row("short", 0, 1, 2)]))
     before = await queue.deltas()
-    step = Step(
+    step = StepResult(
         rows=[row("ok", 0, 1), row("never", 0, 1), row("ended", 0, 1), row("moved", 0, 1), row("stopped", 0, 1),
               row("short", 5, 1)],
         outs={GATEWAY: [m.Delta("ok", 1, 0, ids(1))]},
@@ -172,7 +172,7 @@ async def test_one_bad_row_stops_the_whole_step_and_every_reason_has_a_code(queu
 
 async def test_a_repeated_step_is_refused_with_the_length_it_wrote(queue: Queue) -> None:
     await queue.running("a", "b")
-    step = Step(rows=[row("a", 0, 1, 2), row("b", 0, 3, finish="length")])
+    step = StepResult(rows=[row("a", 0, 1, 2), row("b", 0, 3, finish="length")])
     assert await queue.bus.step("w", step) == []
     assert await queue.bus.step("w", step) == [Refused("a", "length", 1, 2), Refused("b", "terminal", 1, 1)]
     assert await queue.log("a") == ids(1, 2)
@@ -181,14 +181,14 @@ async def test_a_repeated_step_is_refused_with_the_length_it_wrote(queue: Queue)
 async def test_a_cancelled_request_may_still_write_its_end(queue: Queue) -> None:
     await queue.running("a")
     await queue.bus.cancel("a")
-    assert await queue.bus.step("w", Step(rows=[row("a", 0, 4, finish="cancelled")])) == []
+    assert await queue.bus.step("w", StepResult(rows=[row("a", 0, 4, finish="cancelled")])) == []
     assert (await queue.fields("a"))["state"] == "cancelled"
     assert await queue.log("a") == ids(4)
 
 
 async def test_a_step_for_a_dead_gateway_does_not_bring_its_stream_back(queue: Queue) -> None:
     await queue.running("a")
-    step = Step(rows=[row("a", 0, 1)], outs={"dead": [m.Delta("a", 1, 0, ids(1))]})
+    step = StepResult(rows=[row("a", 0, 1)], outs={"dead": [m.Delta("a", 1, 0, ids(1))]})
     assert await queue.bus.step("w", step) == []
     assert not await queue.bus._redis.exists(queue.keys.out("dead"))
 
@@ -217,7 +217,7 @@ async def test_cancel_asks_the_worker_of_a_running_request(queue: Queue) -> None
 
 async def test_cancel_after_the_end_changes_nothing(queue: Queue) -> None:
     await queue.running("a")
-    await queue.bus.step("w", Step(rows=[row("a", 0, 1, finish="stop")]))
+    await queue.bus.step("w", StepResult(rows=[row("a", 0, 1, finish="stop")]))
     assert await queue.bus.cancel("a") == "completed"
     assert await queue.orders() == []
 
@@ -235,7 +235,7 @@ async def test_finish_ends_once_fences_the_owner_and_leaves_a_dead_letter(queue:
     assert decode(fields[b"b"], m.DeadLetter) == letter
     assert 604_000 < await queue.ttl_s(queue.keys.dlq) <= 604_800
     assert await queue.orders() == [m.Control(kind="cancel", rid="a")]
-    assert [refused.code for refused in await queue.bus.step("w", Step(rows=[row("a", 0, 1)]))] == ["terminal"]
+    assert [refused.code for refused in await queue.bus.step("w", StepResult(rows=[row("a", 0, 1)]))] == ["terminal"]
     assert not await queue.bus.finish("unknown", "failed", "error")
 
 
@@ -252,11 +252,11 @@ async def test_finish_takes_a_queued_request_off_the_queue(queue: Queue) -> None
 
 async def test_requeue_keeps_the_tokens_and_fences_the_worker(queue: Queue) -> None:
     await queue.running("a")
-    await queue.bus.step("w", Step(rows=[row("a", 0, 1, 2)]))
+    await queue.bus.step("w", StepResult(rows=[row("a", 0, 1, 2)]))
     assert await queue.requeue("a", counts=False) == {"a": "requeued"}
     assert await queue.queued() == [("a", 2)]
     assert await queue.log("a") == ids(1, 2)
-    assert [refused.code for refused in await queue.bus.step("w", Step(rows=[row("a", 2, 3)]))] == ["stale"]
+    assert [refused.code for refused in await queue.bus.step("w", StepResult(rows=[row("a", 2, 3)]))] == ["stale"]
     await queue.bus.streams.create(queue.keys.work("w2"), 300)
     assert await queue.assign("a", wid="w2", epoch=2) == ("ok", [])
     fields = await queue.fields("a")
@@ -288,7 +288,7 @@ async def _die(queue: Queue, rid: str, num: int, *, progress: bool) -> list[str]
         assert (await queue.assign(rid, epoch=epoch))[0] == "ok"
         if progress:
             length = len(await queue.log(rid)) // 4
-            assert await queue.bus.step("w", Step(rows=[row(rid, length, 1, epoch=epoch + 1)])) == []
+            assert await queue.bus.step("w", StepResult(rows=[row(rid, length, 1, epoch=epoch + 1)])) == []
         outcomes.append((await queue.requeue(rid))[rid])
     return outcomes
 
@@ -358,7 +358,7 @@ async def test_repair_only_makes_a_log_longer_and_leaves_no_gap(
     queue: Queue, seq0: int, given: list[int], expected: list[int]
 ) -> None:
     await queue.running("a")
-    await queue.bus.step("w", Step(rows=[row("a", 0, 1, 2, logprobs=ids(1, 2))]))
+    await queue.bus.step("w", StepResult(rows=[row("a", 0, 1, 2, logprobs=ids(1, 2))]))
     for _ in range(2):
         assert await queue.bus.repair("a", seq0, ids(*given), ids(*given), 4) == len(expected)
         assert await queue.log("a") == await queue.bus._redis.get(queue.keys.lp("a")) == ids(*expected)
@@ -389,12 +389,12 @@ async def test_a_prompt_s_logprobs_come_with_the_first_token(queue: Queue) -> No
     await queue.running("a")
     first = row("a", 0, 5)
     first.prompt_logprobs = make_body().prompt + b"12345678abcd"
-    assert await queue.bus.step("w", Step([first])) == []
+    assert await queue.bus.step("w", StepResult([first])) == []
     assert await queue.bus.prompt_logprobs("a", 4) == (make_body().prompt, b"12345678abcd")
     assert 3600 < await queue.ttl_s(queue.keys.plp("a")) <= 3600 + DEADLINE_MS / 1000
-    assert (await queue.bus.step("w", Step([first])))[0].code == "length"  # its reply was lost
+    assert (await queue.bus.step("w", StepResult([first])))[0].code == "length"  # its reply was lost
     assert await queue.bus.prompt_logprobs("a", 4) == (make_body().prompt, b"12345678abcd")
-    await queue.bus.step("w", Step([row("a", 1, 6, finish="stop")]))
+    await queue.bus.step("w", StepResult([row("a", 1, 6, finish="stop")]))
     assert await queue.ttl_s(queue.keys.plp("a")) <= 120
     assert await queue.bus.prompt_logprobs("a", 4) == (make_body().prompt, b"12345678abcd")
     assert await queue.bus.prompt_logprobs("b", 4) is None

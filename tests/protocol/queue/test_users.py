@@ -21,8 +21,8 @@ from lorafleet.launcher.queue_users import password_file
 from protocol.queue.adapters import NameLimits
 from protocol.queue.books.api_keys import Tenant
 from protocol.queue.books.quota import Quota
-from protocol.queue.books.usage import Counted, usage_of
-from protocol.queue.bus import CONNECTION_ERRORS, Bus, Step, now_ms
+from protocol.queue.books.usage import CountedFor, usage_of
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, StepResult, now_ms
 from protocol.queue.connection.redis_client import connect
 from protocol.queue.kept.conversations import ConversationLimits
 from protocol.queue.kept.jobs import NewJob
@@ -142,7 +142,9 @@ async def test_a_request_lives_its_whole_life_with_four_users(buses: dict[str, B
         await worker.streams.create(stream, 60)
     token = await scheduler.lead("", "s", 60_000)
     quota = Quota("acme", requests_per_minute=100, tokens_per_minute=10_000, concurrency=10, max_bytes=1 << 20)
-    counted = usage_of(Counted("acme", "m", "", "b", batch=False, days=30), calls=1, prompt_tokens=2, has_output=True)
+    counted = usage_of(
+        CountedFor("acme", "m", "", "b", batch=False, days=30), calls=1, prompt_tokens=2, has_output=True
+    )
     for rids in (["r"], ["r2", "r3"]):
         pairs = [(make_submit(rid, tenant="acme"), make_body()) for rid in rids]
         kept = {"usages": [counted] * len(rids), "history": "60000 100"}
@@ -155,7 +157,9 @@ async def test_a_request_lives_its_whole_life_with_four_users(buses: dict[str, B
     assert (await scheduler.assign("w", batch, leader=token))[0] == "ok"
     await scheduler.streams.tell([("w", m.Control(kind="cancel", rid="r2"))])
     assert all(found.body() for found in await worker.inputs([make_submit("r"), make_submit("r2")]))
-    step = Step([row("r", 0, 5, 6, finish="stop")], {GATEWAY: [m.Delta("r", 1, 0, b"")]}, [m.Ended("r", "", 2, 0)])
+    step = StepResult(
+        [row("r", 0, 5, 6, finish="stop")], {GATEWAY: [m.Delta("r", 1, 0, b"")]}, [m.Ended("r", "", 2, 0)]
+    )
     assert await worker.step("w", step) == []
     delta = await gateway.read_log("r", 0)
     assert delta is not None

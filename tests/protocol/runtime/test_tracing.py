@@ -87,7 +87,7 @@ def test_a_client_s_decision_comes_before_the_share(share: float, traced: bool) 
 
 
 def test_off_messages_are_as_long_as_without_tracing() -> None:
-    submit = m.Submit(
+    submit = m.RequestHead(
         rid="r", tenant="t", cls="interactive", digest="", gateway="g", num_prompt_tokens=1, max_new_tokens=1,
         deadline_ms=1,
     )  # fmt: skip

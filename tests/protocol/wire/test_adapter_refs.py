@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from protocol.runtime.adapter_refs import Policy, Reference, parse_reference
+from protocol.runtime.adapter_refs import Reference, SourcePolicy, parse_reference
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import PermissionDenied
 
@@ -51,11 +51,11 @@ def test_only_commits_are_fixed() -> None:
     assert [name for name, reference in fixed.items() if reference and reference.is_fixed] == ["0" * 40]
 
 
-def policy(**settings: Any) -> Policy:
-    return Policy.of(Settings(**settings))
+def policy(**settings: Any) -> SourcePolicy:
+    return SourcePolicy.of(Settings(**settings))
 
 
-def allowed(policy: Policy, name: str, *, on_request: bool, as_fleet: bool = True) -> bool:
+def allowed(policy: SourcePolicy, name: str, *, on_request: bool, as_fleet: bool = True) -> bool:
     reference = parse_reference(name)
     assert reference is not None
     try:

@@ -17,7 +17,7 @@ from helpers.processes import is_running
 
 from gpu_worker.adapters.loader.client import MAX_DEATHS, Loader
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
-from gpu_worker.adapters.packing.rows import Rows
+from gpu_worker.adapters.packing.rows import PackedRows
 from protocol.wire.errors import Internal, LorafleetError, NotFound, Unavailable
 
 DIGEST = "0" * 64
@@ -66,8 +66,8 @@ def loader(store: SlowStore) -> Iterator[Loader]:
     loader.close()
 
 
-def fetch(loader: Loader) -> Future[FetchedAdapter | Rows]:
-    future: Future[FetchedAdapter | Rows] = Future()
+def fetch(loader: Loader) -> Future[FetchedAdapter | PackedRows]:
+    future: Future[FetchedAdapter | PackedRows] = Future()
 
     def run() -> None:
         try:

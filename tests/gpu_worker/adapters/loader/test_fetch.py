@@ -20,7 +20,7 @@ from safetensors.numpy import save
 
 from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.adapters.loader.fetch import FetchedAdapter, StoreClient, digest_of
-from gpu_worker.adapters.packing.rows import RowPacker, Rows, RowSite
+from gpu_worker.adapters.packing.rows import PackedRows, RowPacker, RowSite
 from peft_adapters.format import CONFIG_FILE, FOLDER_HEADER, WEIGHTS_FILE
 from peft_adapters.texts.files import TEXTS_FIELD, TEXTS_FILE, OwnTexts
 from peft_adapters.texts.tokenizer_json import AddedToken, OwnTokenizer
@@ -144,7 +144,7 @@ def test_what_no_store_has_is_not_found_at_once(client: StoreClient | Loader) ->
 def test_a_fetch_waits_for_the_first_store(client: StoreClient | Loader) -> None:
     digest = digest_of(GOOD)
     with store(files_of(digest, GOOD)) as good:
-        found: list[FetchedAdapter | Rows] = []
+        found: list[FetchedAdapter | PackedRows] = []
         thread = threading.Thread(target=lambda: found.append(client.fetch(digest)))
         thread.start()
         client.set_urls((good,))
@@ -205,7 +205,7 @@ def test_adapters_for_a_known_model_come_packed_also_after_a_death(adapter: Fetc
         loader.describe(sites, served)
         for _ in range(2):
             rows = loader.fetch(digest)
-            assert isinstance(rows, Rows)
+            assert isinstance(rows, PackedRows)
             assert bytes(rows.buffer) == bytes(expected.buffer)
             assert (rows.ranks.tolist(), rows.scales.tolist()) == (expected.ranks.tolist(), expected.scales.tolist())
             os.kill(loader.pid, signal.SIGKILL)

@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from gpu_worker.adapters.loader.fetch import Allocate, FetchedAdapter, Turn
 from gpu_worker.adapters.loader.memory import new_file, rounded
-from gpu_worker.adapters.loader.messages import Describe, Failed, Fetch, Fetched, Packed, receive
+from gpu_worker.adapters.loader.messages import Describe, Failed, Fetch, Fetched, PackedAdapter, receive
 from gpu_worker.adapters.loader.process import LoaderServer
 from gpu_worker.adapters.loader.reserve import MemoryReserve
 from gpu_worker.adapters.packing.rows import RowSite
@@ -116,7 +116,7 @@ def test_a_large_file_is_given_back_while_it_is_packed(is_large: bool) -> None:
         server.answer(Fetch(1, "d"))
         received = receive(ours)
     assert received is not None
-    assert isinstance(received[0], Packed)
+    assert isinstance(received[0], PackedAdapter)
     assert received[1] is not None
     with mmap.mmap(received[1], 0) as rows:
         assert rows[:] == bytes(ones.tobytes() * 2)
@@ -178,7 +178,7 @@ def test_adapters_have_nothing_of_others_whose_memory_they_are_read_into() -> No
                 server.answer(Fetch(number, digest))
                 received = receive(ours)
                 assert received is not None
-                assert isinstance(received[0], Fetched if digest == "files" else Packed)
+                assert isinstance(received[0], Fetched if digest == "files" else PackedAdapter)
                 assert received[1] is not None
                 with mmap.mmap(received[1], 0) as memory:
                     got.append(memory[:])

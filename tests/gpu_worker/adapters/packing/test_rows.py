@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from gpu_worker.adapters.packing.packer import Packer
-from gpu_worker.adapters.packing.rows import MAX_EXPERT_RANK, NUM_OUTLINES, PIECE_BYTES, RowPacker, Rows
+from gpu_worker.adapters.packing.rows import MAX_EXPERT_RANK, NUM_OUTLINES, PIECE_BYTES, PackedRows, RowPacker
 from gpu_worker.layers.adaptable_modules import AdaptableModules
 from gpu_worker.layers.attention import StepContext
 from gpu_worker.layers.expert_modules import ExpertShape, ExpertSite, GroupedExperts
@@ -100,7 +100,7 @@ def expert_adapter(*, layers: bool, rank: int = 3) -> tuple[dict[str, Any], dict
     return {"peft_type": "LORA", "r": rank, "lora_alpha": 5, **config}, found
 
 
-def pack_rows(packer: RowPacker, weights: dict[str, Tensor], config: dict[str, Any] = CONFIG) -> Rows | None:
+def pack_rows(packer: RowPacker, weights: dict[str, Tensor], config: dict[str, Any] = CONFIG) -> PackedRows | None:
     return packer.pack(config, save(weights), lambda num_bytes: bytearray(b"\xff") * num_bytes)  # of NaN
 
 

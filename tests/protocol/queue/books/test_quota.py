@@ -9,7 +9,7 @@ import pytest
 from helpers.script_queue import Queue, ids, make_body, make_submit, row
 
 from protocol.queue.books.quota import Quota, Standing
-from protocol.queue.bus import Step, now_ms
+from protocol.queue.bus import StepResult, now_ms
 from protocol.wire.errors import WorkerLost
 
 NO_LIMIT = Quota("acme")
@@ -89,7 +89,7 @@ async def test_tokens_are_reserved_and_what_was_not_made_is_given_back(queue: Qu
     assert (await acme.submit("c"))[1].over == "tokens"
     used = await acme.used_tokens()
     await queue.assign("a")
-    assert await queue.bus.step("w", Step([row("a", 0, 5, 6, finish="stop")])) == []
+    assert await queue.bus.step("w", StepResult([row("a", 0, 5, 6, finish="stop")])) == []
     assert await acme.used_tokens() == pytest.approx(used - 6)  # two of eight were made
     assert (await acme.submit("c"))[0] == "ok"
 
@@ -101,7 +101,7 @@ async def test_whatever_ends_a_request_settles_it_once(queue: Queue, end: str) -
     used, made = await acme.used_tokens(), 0
     if end != "cancelled in the queue":
         await queue.assign("a")
-        await queue.bus.step("w", Step([row("a", 0, 5, 6, 7)]))
+        await queue.bus.step("w", StepResult([row("a", 0, 5, 6, 7)]))
         made = 3
     if end == "worker lost":
         assert await queue.requeue("a") == {"a": "requeued"}
@@ -109,13 +109,13 @@ async def test_whatever_ends_a_request_settles_it_once(queue: Queue, end: str) -
         assert await acme.used_tokens() == used
     for _ in range(2):
         if end == "failed":
-            await queue.bus.step("w", Step([row("a", 3, finish="error")]))
+            await queue.bus.step("w", StepResult([row("a", 3, finish="error")]))
         elif end == "worker lost":
             await queue.bus.finish("a", "failed", "error", WorkerLost("gone"))
         else:
             await queue.bus.cancel("a")
             if made:
-                await queue.bus.step("w", Step([row("a", 3, finish="cancelled")]))
+                await queue.bus.step("w", StepResult([row("a", 3, finish="cancelled")]))
         assert await acme.running() == set()
         # Nothing was computed of what never left the queue.
         assert await acme.used_tokens() == pytest.approx(used - (8 - made if made else 11))

@@ -8,12 +8,12 @@ import msgspec
 import pytest
 from helpers.script_queue import Queue, make_body, make_submit, row
 
-from protocol.queue.books.usage import DAY_S, MAX_RESIDENT, OTHERS, Counted, UsageRow, usage_of
-from protocol.queue.bus import Bus, Step, now_ms
+from protocol.queue.books.usage import DAY_S, MAX_RESIDENT, OTHERS, CountedFor, UsageRow, usage_of
+from protocol.queue.bus import Bus, StepResult, now_ms
 from protocol.wire import messages as m
 from protocol.wire.errors import WorkerLost
 
-ACME = Counted("acme", "sql", "d1", "tiny", False, 3)
+ACME = CountedFor("acme", "sql", "d1", "tiny", False, 3)
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def today() -> int:
 
 
 async def submit(
-    queue: Queue, *rids: str, counted: Counted = ACME, has_output: bool = True, waits: bool = False
+    queue: Queue, *rids: str, counted: CountedFor = ACME, has_output: bool = True, waits: bool = False
 ) -> None:
     """Submit the choices of one prompt, assigned to worker `w`."""
     usages = [
@@ -81,7 +81,7 @@ async def test_a_request_that_was_run_again_counts_once(queue: Queue) -> None:
     await queue.bus.streams.create(queue.keys.work("v"), 60)
     assert (await queue.assign("a", wid="v", epoch=2))[0] == "ok"
     assert await queue.write(row("a", 2, 7, finish="stop"))  # its old owner wakes up
-    await queue.bus.step("v", Step(rows=[row("a", 2, 7, 8, epoch=3, finish="stop")]))
+    await queue.bus.step("v", StepResult(rows=[row("a", 2, 7, 8, epoch=3, finish="stop")]))
     assert await counts(queue) == [(1, 3, 0, 4)]
 
 

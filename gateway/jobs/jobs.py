@@ -17,9 +17,6 @@ from gateway.calls.admit import AdmittedCall
 from gateway.calls.choices import Choice, Piece, best_of, tokens_of
 from gateway.calls.earlier import check_same_body
 from gateway.calls.follow import choices_of, log_limit, usage_of
-from gateway.calls.job_events import JobEvents
-from gateway.calls.job_readers import JobReaders
-from gateway.calls.job_stream import JobStream, numbers_of
 from gateway.calls.parsed_call import ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.size import TextGrowth, first_event_bytes
@@ -27,8 +24,12 @@ from gateway.calls.submit import SubmittedCall, facts_of, record_of
 from gateway.calls.waiting import waiting_state
 from gateway.calls.writers import Writer
 from gateway.http.list_page import list_page
+from gateway.jobs.job_events import JobEvents
+from gateway.jobs.job_readers import JobReaders
+from gateway.jobs.job_stream import JobStream, numbers_of
 from gateway.overload import reads
-from gateway.overload.memory import held, hold, values_bytes
+from gateway.overload.cost import held, hold
+from gateway.overload.memory import values_bytes
 from protocol.queue.bus import RequestFacts, now_ms
 from protocol.queue.kept.jobs import NewJob
 from protocol.wire import messages as m
@@ -276,7 +277,7 @@ class Jobs:
     async def request(self, job: m.Job) -> Any:
         """Return the stored part of a job's body, and charge for it.
 
-        Raises NotFound, UnreadableRecord, and as `memory.hold` and `reads.spend`.
+        Raises NotFound, UnreadableRecord, and as `cost.hold` and `reads.spend`.
         """
         request = await self._bus.jobs.request(job.jid)
         if request is None:
@@ -289,7 +290,7 @@ class Jobs:
     async def call(self, job: m.Job, facts: Facts, request: Any) -> tuple[JobApi, SubmittedCall]:
         """Return a job's call as it was submitted, and charge for what it holds, and for the answer that is read of it.
 
-        request: what is kept of its body. Raises NotFound, UnreadableRecord, and as `memory.hold` and `reads.spend`.
+        request: what is kept of its body. Raises NotFound, UnreadableRecord, and as `cost.hold` and `reads.spend`.
         """
         reads.spend(sum(fact.num_output_tokens for fact in facts if fact is not None) / reads.TOKENS_PER_READ)
         api = self._apis[job.endpoint]
@@ -311,7 +312,7 @@ class Jobs:
         return JobStream(self.readers, jid, job.tenant, partial(self._events, job), partial(numbers_of, event_id))
 
     async def _events(self, job: m.Job) -> JobEvents:
-        """Return the events of a job, from the first on. Raises NotFound, BadRequest, and as `memory.hold`."""
+        """Return the events of a job, from the first on. Raises NotFound, BadRequest, and as `cost.hold`."""
         api, call = await self.call(job, await self.facts(job), await self.request(job))
         options = call.parsed.options
         if options.by_token:

@@ -9,29 +9,25 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
-
-from gateway.bodies.json_bodies import disconnected
-from gateway.calls.job_events import JobEvent
-from gateway.calls.job_readers import JobReaders, Opening, SharedReader
+from gateway.answers.call_response import CallResponse, SentAnswer
 from gateway.calls.writers import SSE
-from gateway.http.errors import OPENAI_ERRORS, error_of
-from gateway.overload.memory import held, hold
-from protocol.runtime.guarded import is_failure
+from gateway.http.errors import OPENAI_ERRORS
+from gateway.jobs.job_events import JobEvent
+from gateway.jobs.job_readers import JobReaders, Opening, SharedReader
+from gateway.overload.cost import held, hold
 from protocol.wire.brief import brief
-from protocol.wire.errors import BadRequest
+from protocol.wire.errors import BadRequest, LorafleetError
 
 After = Callable[[int], list[int]]
 """Returns a client's position in each of so many choices; raises BadRequest for a wrong event id."""
 
 
-class JobStream(Response):
+class JobStream(SentAnswer):
     """Streams the choices of a job until all have ended."""
 
     def __init__(
         self, readers: JobReaders, jid: str, tenant: str, opening: Opening, after: After, *, with_ids: bool = True
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`tenant`: whose job it is. `with_ids`: whether events carry ids."""
         self._readers = readers
         self._jid = jid
@@ -40,29 +36,22 @@ class JobStream(Response):
         self._after = after
         self._with_ids = with_ids
         self._known: list[int] = []  # the client's position in each choice
-        self.started = False  # the headers have been sent
-        self.background = None
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def send(self, to: CallResponse) -> None:
         """Send the events until the job has ended or its client leaves. Raises what goes wrong before the first."""
-        last = b""
-        try:
-            async with self._readers.stream(self._jid, self._tenant, self._opening) as reader:
-                self._known = self._after(len(reader.places))
-                left = asyncio.create_task(disconnected(receive))
-                try:
-                    if not self.started:
-                        self.started = True
-                        await send({"type": "http.response.start", "status": 200, "headers": SSE.headers})
-                    async for frames in self._frames(reader, left):
-                        await send({"type": "http.response.body", "body": frames, "more_body": True})
-                finally:
-                    left.cancel()
-        except BaseException as failure:  # the edge of a call: every failure is sent
-            if not self.started or not is_failure(failure):
-                raise
-            last = SSE.event(OPENAI_ERRORS.body(error_of(failure)))
-        await send({"type": "http.response.body", "body": last, "more_body": False})
+        async with self._readers.stream(self._jid, self._tenant, self._opening) as reader:
+            self._known = self._after(len(reader.places))
+            await to.begin(SSE.headers)
+            async for frames in self._frames(reader, to.client()):
+                await to.write(frames)
+        await to.write(b"", more=False)
+
+    def failed(self, error: LorafleetError) -> bytes:
+        """Return the event that a stream ends with that fails."""
+        return SSE.event(OPENAI_ERRORS.body(error))
+
+    async def close(self) -> None:
+        """Do nothing: a job goes on without its readers."""
 
     async def _frames(self, reader: SharedReader, left: asyncio.Task[None]) -> AsyncIterator[bytes]:
         """Yield the client's next events, until the end or until it has left."""

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from llguidance import LLMatcher, LLTokenizer
 
-from gateway.grammars.closed_schemas import MAX_FREE_KEYS, closed
 from gateway.grammars.notation import grammar_text
-from gateway.grammars.structured import checked_schema, constraint_of
+from gateway.grammars.schemas import MAX_FREE_KEYS, checked_schema, closed
+from gateway.grammars.structured import constraint_of
 from gateway.tools.definitions import tools_of
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest

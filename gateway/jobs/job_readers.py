@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 
-from gateway.calls.job_events import JobEvent, JobEvents
-from gateway.overload.large import Places
-from gateway.overload.memory import charging, held, hold, shared
+from gateway.jobs.job_events import JobEvent, JobEvents
+from gateway.overload.cost import charging, held, hold, shared
+from gateway.overload.slots import FairSlots
 
 POLL_S, WAITING_POLL_S = 0.1, 0.5
 """Shortest pauses between looks into the logs: while tokens come, and before the first."""
@@ -175,7 +175,7 @@ class JobReaders:
         self._streams: dict[str, SharedReader] = {}
         self._endings: dict[str, _Ending] = {}
         self._num_of: Counter[str] = Counter()  # readers of each tenant
-        self._behind = Places(1)
+        self._behind = FairSlots(1)
 
     @asynccontextmanager
     async def turn(self, tenant: str) -> AsyncIterator[None]:

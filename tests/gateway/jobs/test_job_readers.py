@@ -11,10 +11,12 @@ import httpx2
 import pytest
 from helpers.scripted_fleet import Script, ScriptedFleet
 from helpers.waiting import wait_until
+from starlette.responses import Response
 
-from gateway.calls.job_events import JobEvent
-from gateway.calls.job_readers import KEPT_BYTES, JobReaders
-from gateway.calls.job_stream import JobStream
+from gateway.answers.respond import Answers
+from gateway.jobs.job_events import JobEvent
+from gateway.jobs.job_readers import KEPT_BYTES, JobReaders
+from gateway.jobs.job_stream import JobStream
 from protocol.queue.bus import Bus
 from protocol.wire.errors import NotFound
 
@@ -84,6 +86,11 @@ async def never() -> dict[str, Any]:
     raise AssertionError
 
 
+def shown(stream: JobStream) -> Response:
+    """Return the response that sends a job's stream."""
+    return Answers(10.0).show(stream)
+
+
 async def streamed(
     readers: JobReaders, job: Job, after: int = 0, pause: Callable[[int], asyncio.Event | None] = lambda num: None
 ) -> list[str]:
@@ -96,7 +103,8 @@ async def streamed(
         if gate is not None:
             await gate.wait()
 
-    await JobStream(readers, "job_1", "a", job.open, lambda num: [after] * num)({"type": "http"}, never, send)
+    stream = JobStream(readers, "job_1", "a", job.open, lambda num: [after] * num)
+    await shown(stream)({"type": "http"}, never, send)
     return b"".join(sent).decode().split("\n")
 
 
@@ -190,7 +198,8 @@ async def test_who_is_behind_reads_in_turns_of_tenants() -> None:
         async def send(message: Any) -> None:
             sent.append(message.get("body", b""))
 
-        await JobStream(readers, jid, tenant, opening, lambda num: [0] * num)({"type": "http"}, never, send)
+        stream = JobStream(readers, jid, tenant, opening, lambda num: [0] * num)
+        await shown(stream)({"type": "http"}, never, send)
         return places(b"".join(sent).decode().split("\n"))
 
     many = [asyncio.create_task(ask("a", f"job_{i}")) for i in range(100)]
@@ -230,7 +239,7 @@ async def test_what_is_wrong_with_a_job_is_told_to_all_and_forgotten() -> None:
         raise AssertionError("nothing may be sent")
 
     def stream() -> Any:
-        return JobStream(readers, "job_1", "a", opening, lambda num: [0] * num)({"type": "http"}, never, send)
+        return shown(JobStream(readers, "job_1", "a", opening, lambda num: [0] * num))({"type": "http"}, never, send)
 
     found = await asyncio.gather(*(stream() for _ in range(5)), return_exceptions=True)
     assert [type(error) for error in found] == [NotFound] * 5

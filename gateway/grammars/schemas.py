@@ -1,4 +1,4 @@
-"""Closes the objects of a JSON schema: an object that names its properties has no others. Pure.
+"""What a JSON schema may hold, and its objects closed: one that names its properties has no others. Pure.
 
 Libraries that make schemas of classes leave `additionalProperties` out, which by the letter allows any key. Models then
 write on, repeating the same key, because a grammar has no other bound. What a schema itself says of
@@ -8,13 +8,15 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
 import orjson
 
+from gateway.grammars.limits import MAX_CHOICES, check_regex, check_whitespace, too_many
+from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
 MAX_FREE_KEYS = 256
@@ -28,13 +30,109 @@ COPIED_BYTES = 16
 """Bytes that are added to a schema with one step, so that one of names that are long, or of copies, grows no further
 than to eight times its size."""
 
+MAX_VALUES = 20_000
+"""Values in one schema, objects and lists included."""
+
+ANY_OBJECT: dict[str, Any] = {"type": "object"}
+
+JSON_STYLE: dict[str, Any] = {
+    # Models write a space or a new line between tokens of JSON; small ones never stop where any number is allowed.
+    "whitespace_pattern": r"[ ]|\n[ \t]{0,32}",
+    "whitespace_flexible": True,
+    "lenient": False,  # refuse what cannot be enforced
+}
+
+STYLE = "x-guidance"
+"""The schema key that sets llguidance's JSON style; only this project sets it."""
+
+_LISTS = ("enum", "anyOf", "oneOf", "allOf", "prefixItems", "required")
+_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+_VALUES = frozenset({"const", "enum", "default", "example", "examples"})  # keywords whose values are not schemas
+_SCHEMA, _NAMES, _VALUE = "schema", "names", "value"  # kinds of schema parts; _NAMES maps names to schemas
+
 _ALL, _ANY = "allOf", ("anyOf", "oneOf")
 _APPLIED = (_ALL, *_ANY, "$ref")  # schemas that hold for the same value
 _OBJECT = ("properties", "patternProperties", "additionalProperties", "required", "minProperties", "maxProperties")
-_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
+_PARTS_BY_NAME = ("properties", "patternProperties", "$defs", "definitions")
 _OF_PARTS = ("items", "prefixItems", "additionalItems", "additionalProperties")  # they hold other values
 
 Schema = dict[str, Any]
+
+
+def checked_schema(
+    schema: Any, place: str, settings: Settings, style: Mapping[str, Any] = JSON_STYLE, *,
+    close: bool | None = None, strict: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Return a JSON schema with its objects closed, and how its JSON is to be written. Raises BadRequest.
+
+    close: whether objects that name their properties have no others, None for the setting. strict: as OpenAI has it.
+    """
+    if not isinstance(schema, dict):
+        raise BadRequest(f"{place} must be an object", param=place)
+    if STYLE in schema:
+        other = "structured_outputs has whitespace_pattern and disable_any_whitespace"
+        raise BadRequest(f"{place}.{STYLE} is not supported: {other}", param=f"{place}.{STYLE}")
+    num_bytes = len(orjson.dumps(schema))
+    if num_bytes > settings.max_grammar_bytes:  # before its patterns are looked through
+        raise too_many(num_bytes, settings.max_grammar_bytes, "bytes", place)
+    check_schema(schema, place, settings)
+    close = strict or (settings.close_objects if close is None else close)
+    return {**closed(schema, place, num_bytes=num_bytes, close=close, strict=strict), STYLE: dict(style)}
+
+
+def is_strict(definition: Mapping[str, Any], place: str) -> bool:
+    """Return whether a schema's or a function's definition is `strict`. Raises BadRequest."""
+    strict = definition.get("strict")
+    if strict is not None and not isinstance(strict, bool):
+        raise BadRequest(f"{place}.strict must be a boolean", param=f"{place}.strict")
+    return bool(strict)
+
+
+def check_schema(schema: Any, place: str, settings: Settings) -> None:
+    """Raise BadRequest for a schema that is too deep, has too many values, or a pattern beyond the limits."""
+    num, depth, limit = 0, 0, settings.max_grammar_depth
+    groups: list[tuple[str, Any]] = [(_SCHEMA, schema)]
+    while groups:
+        depth += 1
+        if depth > limit:
+            raise BadRequest(f"{place} is nested deeper than {limit} levels, which is the limit", param=place)
+        inner: list[tuple[str, Any]] = []
+        for kind, group in groups:
+            num += len(group)
+            if num > MAX_VALUES:
+                raise too_many(num, MAX_VALUES, "values", place)
+            inner += _parts(kind, group, place)
+        groups = inner
+
+
+def _parts(kind: str, group: Any, place: str) -> list[tuple[str, Any]]:
+    """Return the objects and lists in one, each with its kind; raise BadRequest beyond the limits."""
+    if isinstance(group, list):
+        return [(kind, part) for part in group if isinstance(part, dict | list)]
+    if kind == _SCHEMA:
+        _check_keywords(group, place)
+    parts: list[tuple[str, Any]] = []
+    for key, part in group.items():
+        if isinstance(part, dict | list):
+            inner = kind if kind == _VALUE else _SCHEMA
+            if kind == _SCHEMA:
+                inner = _NAMES if key in _BY_NAME else _VALUE if key in _VALUES else _SCHEMA
+            parts.append((inner, part))
+    return parts
+
+
+def _check_keywords(schema: dict[str, Any], place: str) -> None:
+    for key in _LISTS:
+        if isinstance(values := schema.get(key), list) and len(values) > MAX_CHOICES:
+            raise too_many(len(values), MAX_CHOICES, f"values in {key}", place)
+    if isinstance(pattern := schema.get("pattern"), str):
+        check_regex(pattern, place)
+    if isinstance(patterns := schema.get("patternProperties"), dict):
+        for pattern in patterns:
+            check_regex(pattern, place)
+    style = schema.get("x-guidance")
+    if isinstance(style, dict) and isinstance(white := style.get("whitespace_pattern"), str):
+        check_whitespace(white, place)
 
 
 def closed(schema: Schema, place: str, *, num_bytes: int, close: bool = True, strict: bool = False) -> Schema:
@@ -114,7 +212,7 @@ class _Walk:
             raise BadRequest(text, param=self._place)
         result = dict(schema)
         for key, part in schema.items():
-            if key in _BY_NAME and isinstance(part, dict):
+            if key in _PARTS_BY_NAME and isinstance(part, dict):
                 result[key] = {name: self.alone(value) for name, value in part.items()}
             elif key in _OF_PARTS:
                 result[key] = [self.alone(value) for value in part] if isinstance(part, list) else self.alone(part)

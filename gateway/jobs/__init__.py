@@ -1,0 +1,1 @@
+"""Calls that outlive their client: stored, waited for, read again and streamed."""

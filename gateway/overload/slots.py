@@ -1,0 +1,87 @@
+"""Slots that tenants share evenly, for large bodies and whatever else takes long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+from protocol.wire.errors import Overloaded
+
+RETRY_S = 5.0
+"""Retry-After of a body without a slot: the time until one is free is unknown."""
+
+
+class FairSlots:
+    """A number of slots. A freed slot goes to the tenant that holds the fewest, in order of arrival."""
+
+    def __init__(self, num: int, num_of_tenant: int = 0, num_waiting: int = 0) -> None:
+        """`num_of_tenant`: maximum slots of one tenant, `num_waiting`: maximum waiting bodies; 0: no limit."""
+        self._num = num
+        self._num_of_tenant = num_of_tenant or num
+        self._num_waiting = num_waiting
+        self._held: Counter[str] = Counter()
+        self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}  # by tenant, in order of arrival
+
+    @property
+    def num_kept_waiting(self) -> int:
+        """How many wait for a slot because of others: with more slots they would have one, within their own maximum."""
+        if self._held.total() < self._num:
+            return 0
+        return sum(min(len(line), self._num_of_tenant - self._held[name]) for name, line in self._waiting.items())
+
+    async def take(self, tenant: str) -> None:
+        """Wait for a slot. Raises Overloaded when too many wait."""
+        if not self._waiting and self._is_free(tenant):
+            self._held[tenant] += 1
+            return
+        waiting = sum(map(len, self._waiting.values()))
+        # A tenant may fill half of the line, so that there is always room for another.
+        own = len(self._waiting.get(tenant, ()))
+        if self._num_waiting and (waiting >= self._num_waiting or 2 * own >= self._num_waiting):
+            raise Overloaded(
+                f"{waiting} large bodies are waiting to be read; send a smaller one, or retry later", RETRY_S
+            )
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(tenant, {})[turn] = None
+        self._hand_out()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():
+                self.give(tenant)  # it came too late
+            else:
+                self._leave(tenant, turn)
+            raise
+
+    def _leave(self, tenant: str, turn: asyncio.Future[None]) -> None:
+        """Take somebody out of the line who waits no more, and so is not counted any more."""
+        line = self._waiting.get(tenant, {})
+        line.pop(turn, None)  # it may have been passed over meanwhile
+        if not line:
+            self._waiting.pop(tenant, None)
+
+    def give(self, tenant: str) -> None:
+        """Release a slot."""
+        self._held[tenant] -= 1
+        if not self._held[tenant]:
+            del self._held[tenant]
+        self._hand_out()
+
+    def _is_free(self, tenant: str) -> bool:
+        return self._held.total() < self._num and self._held[tenant] < self._num_of_tenant
+
+    def _hand_out(self) -> None:
+        """Let those in who have a turn."""
+        while True:
+            able = [tenant for tenant in self._waiting if self._is_free(tenant)]
+            if not able:
+                return
+            tenant = min(able, key=self._held.__getitem__)
+            line = self._waiting.pop(tenant)
+            turn = next(iter(line))
+            del line[turn]
+            if line:
+                self._waiting[tenant] = line  # behind the other tenants
+            if not turn.cancelled():
+                self._held[tenant] += 1
+                turn.set_result(None)
