@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+import msgspec
 import orjson
 import pytest
 import pytest_asyncio
@@ -17,6 +18,8 @@ from helpers.loop_lag import measured_lag
 from helpers.scripted_fleet import ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
 
+from gateway.batches import results
+from gateway.batches.lines import InputLines
 from gateway.bodies import json_bodies
 from gateway.overload import large
 from gateway.overload.large import PLAIN_BYTES
@@ -126,10 +129,10 @@ def noting(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, size: Callab
     found: list[int] = []
     function, loop_thread = getattr(module, name), threading.get_ident()
 
-    def noted(*args: Any) -> Any:
+    def noted(*args: Any, **options: Any) -> Any:
         if threading.get_ident() == loop_thread:
-            found.append(size(*args))
-        return function(*args)
+            found.append(size(*args, **options))
+        return function(*args, **options)
 
     monkeypatch.setattr(module, name, noted)
     return found
@@ -208,14 +211,21 @@ def lines(url: str, **fields: str) -> list[bytes]:
     return shown
 
 
-async def test_no_line_of_a_batch_holds_the_event_loop(http: httpx2.Client) -> None:
+async def test_no_line_of_a_batch_holds_the_event_loop(
+    http: httpx2.Client, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does an answer to one."""
+    await fleet.set_context(http.base_url, 1 << 14)
+    checked = noting(monkeypatch, InputLines, "add", lambda *taken: len(taken[-1] or b""))
+    decoded = noting(monkeypatch, msgspec.json, "decode", lambda raw, **_: len(raw if isinstance(raw, str) else memoryview(raw)))
+    answered = noting(monkeypatch, results, "usage_of", len)
     size = BODY - 200
     wrong = lines(
         COMPLETIONS, lists=filled("[],", size, "[", "1]"),
         objects=filled('{"a":1},', size, "[", "1]"), deep="[" * 300 + "]" * 300,
         deepest="[" * 2_000_000 + "]" * 2_000_000,
     )  # fmt: skip
-    good = json.dumps({"custom_id": "good", "method": "POST", "url": COMPLETIONS, "body": completion()}).encode()
+    good = json.dumps({"custom_id": "good", "method": "POST", "url": COMPLETIONS, "body": ECHOED}).encode()
     async with measured_lag("lines of a batch") as lag:
         form = {"file": ("a.jsonl", b"\n".join([*wrong, good])), "purpose": (None, "batch")}
         file = (await asyncio.to_thread(lambda: http.post("/v1/files", files=form))).json()
@@ -231,4 +241,7 @@ async def test_no_line_of_a_batch_holds_the_event_loop(http: httpx2.Client) -> N
     assert ended["request_counts"] == {"total": 5, "completed": 1, "failed": 4}
     errors = (await asyncio.to_thread(http.get, f"/v1/files/{ended['error_file_id']}/content")).text.splitlines()
     assert {json.loads(line)["custom_id"] for line in errors} == {"lists", "objects", "deep", ""}
+    output = (await asyncio.to_thread(http.get, f"/v1/files/{ended['output_file_id']}/content")).content
+    assert len(output) > 100 * PLAIN_BYTES
     assert lag.longest_s < MOST_S
+    assert max([0, *checked, *decoded, *answered]) <= PLAIN_BYTES
