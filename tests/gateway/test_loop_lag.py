@@ -211,13 +211,17 @@ def lines(url: str, **fields: str) -> list[bytes]:
     return shown
 
 
+def num_bytes(raw: str | bytes | msgspec.Raw, **_: Any) -> int:
+    return len(raw if isinstance(raw, str) else memoryview(raw))
+
+
 async def test_no_line_of_a_batch_holds_the_event_loop(
     http: httpx2.Client, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nor does an answer to one."""
     await fleet.set_context(http.base_url, 1 << 14)
     checked = noting(monkeypatch, InputLines, "add", lambda *taken: len(taken[-1] or b""))
-    decoded = noting(monkeypatch, msgspec.json, "decode", lambda raw, **_: len(raw if isinstance(raw, str) else memoryview(raw)))
+    decoded = noting(monkeypatch, msgspec.json, "decode", num_bytes)
     answered = noting(monkeypatch, results, "usage_of", len)
     size = BODY - 200
     wrong = lines(

@@ -40,7 +40,7 @@ def outlined(value: Any, level: int = 1) -> Any:
     return value
 
 
-def passed_over(raw: bytes) -> None:
+def passed_over(raw: bytes | bytearray) -> None:
     msgspec.json.decode(raw, type=msgspec.Raw)
 
 
