@@ -12,7 +12,7 @@ from collections.abc import Callable, Coroutine, Mapping, MutableMapping
 from functools import partial, wraps
 from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import Request, routing
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
@@ -137,6 +137,8 @@ class JsonRoute(APIRoute):
             fill = self.__dict__.pop("_fill", None)
             if fill is not None:
                 fill()
+                # FastAPI reads the source of a handler at its first call, to name it in errors, and keeps what it found.
+                getattr(routing, "_extract_endpoint_context")(self.dependant.call)  # noqa: B009  private
                 self._is_made = True
             if name not in self.__dict__:
                 raise AttributeError(f"{type(self).__name__} has no {name}")
