@@ -6,6 +6,7 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest_asyncio
 from helpers.loop_lag import measured_lag
 from helpers.scripted_fleet import ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
+from tokenizers import Tokenizer
 
 from gateway.batches import results
 from gateway.batches.lines import InputLines
@@ -24,6 +26,8 @@ from gateway.bodies import json_bodies
 from gateway.overload import large
 from gateway.overload.large import PLAIN_BYTES
 from protocol.queue.bus import Bus
+from protocol.queue.connection import line
+from protocol.queue.connection.redis_client import SENT_BYTES
 
 MOST_S = 0.6
 """CPU seconds of one round of the loop: parsing 4 MB of JSON, the longest there is, takes 0.03 on a quiet core, and
@@ -116,6 +120,29 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+async def play(url: str, tokenizer: Tokenizer, stop: threading.Event) -> None:
+    own = Bus(url)
+    scripted = ScriptedFleet(own, tokenizer)
+    scripted.assigning.set()
+    playing = asyncio.create_task(scripted.run())
+    await asyncio.to_thread(stop.wait)
+    playing.cancel()
+    with suppress(asyncio.CancelledError):
+        await playing
+    await own.close()
+
+
+@pytest_asyncio.fixture
+async def fleet(bus: Bus, tokenizer: Tokenizer) -> AsyncIterator[ScriptedFleet]:
+    """A fleet whose worker is in a thread of its own: what that takes is not the gateway's. This one registers it."""
+    stop, scripted = threading.Event(), ScriptedFleet(bus, tokenizer)
+    await scripted.register()
+    playing = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(play(bus.url, tokenizer, stop))))
+    yield scripted
+    stop.set()
+    await playing
+
+
 @pytest_asyncio.fixture
 async def http(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> AsyncIterator[httpx2.Client]:
     """A client that is used in threads: its own time is not the loop's."""
@@ -177,6 +204,24 @@ async def test_no_answer_holds_the_event_loop(
                 answer = await asyncio.to_thread(http.post, COMPLETIONS, json=body)
             assert answer.status_code == 200, answer.text
             assert lag.longest_s < MOST_S
+
+
+async def test_no_long_prompt_that_is_accepted_holds_the_event_loop(
+    http: httpx2.Client, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 250,000 tokens, a megabyte, which goes into the queue and comes back in no command that is sent at once."""
+    await fleet.set_context(http.base_url, 1 << 20)
+    packed = noting(monkeypatch, line, "_pack", lambda words: max(map(len, (w for w in words if isinstance(w, bytes)))))
+    sent = noting(monkeypatch, asyncio.StreamWriter, "writelines", lambda _, parts: sum(map(len, parts)))
+    text = "the quick brown fox " * 50_000
+    for path, body in {COMPLETIONS: completion(prompt=text), CHAT: chat(text)}.items():
+        async with measured_lag(f"a long prompt to {path}") as lag:
+            answer = await asyncio.to_thread(http.post, path, json=body)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["prompt_tokens"] > 250_000
+        assert lag.longest_s < MOST_S
+    assert max(packed) <= line.MAX_COMMAND_BYTES
+    assert SENT_BYTES <= max(sent) < 2 * SENT_BYTES
 
 
 async def test_a_background_job_of_long_prompts_is_streamed_beside_others(
