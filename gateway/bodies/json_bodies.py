@@ -137,7 +137,7 @@ class JsonRoute(APIRoute):
             fill = self.__dict__.pop("_fill", None)
             if fill is not None:
                 fill()
-                # FastAPI reads the source of a handler at its first call, to name it in errors, and keeps what it found.
+                # FastAPI reads the source of a handler at its first call, to name it in errors, and keeps that.
                 getattr(routing, "_extract_endpoint_context")(self.dependant.call)  # noqa: B009  private
                 self._is_made = True
             if name not in self.__dict__:

@@ -7,12 +7,12 @@ sends it back as `Last-Event-ID` gets the following events.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway.bodies.json_bodies import disconnected
+from gateway.bodies.json_bodies import SENT_BYTES, disconnected
 from gateway.calls.job_events import JobEvent
 from gateway.calls.job_readers import JobReaders, Opening, SharedReader
 from gateway.calls.writers import SSE
@@ -56,6 +56,8 @@ class JobStream(Response):
                         await send({"type": "http.response.start", "status": 200, "headers": SSE.headers})
                     async for frames in self._frames(reader, left):
                         await send({"type": "http.response.body", "body": frames, "more_body": True})
+                        if len(frames) > SENT_BYTES:
+                            await asyncio.sleep(0)
                 finally:
                     left.cancel()
         except BaseException as failure:  # the edge of a call: every failure is sent
@@ -76,7 +78,7 @@ class JobStream(Response):
                 while not own.has_reached(goal) and not left.done():
                     async with self._readers.turn(self._tenant):
                         events = await own.catch_up(goal)
-                    if frames := self._told(events):
+                    for frames in self._told(events):
                         yield frames
                 told_s = loop.time()
                 continue
@@ -84,7 +86,7 @@ class JobStream(Response):
                 own = None
                 hold(charged)
             number += len(events)
-            if frames := self._told(events):
+            for frames in self._told(events):
                 told_s = loop.time()
                 yield frames
             if reader.is_over and number == reader.num_made:
@@ -94,10 +96,14 @@ class JobStream(Response):
                 told_s = loop.time()
                 yield SSE.idle(reader.waiting_for)
 
-    def _told(self, events: Iterable[JobEvent]) -> bytes:
-        """Return the frames of those events that the client does not know, which it knows then."""
-        out: list[bytes] = []
+    def _told(self, events: Iterable[JobEvent]) -> Iterator[bytes]:
+        """Yield the frames of those events that the client does not know, which it knows then, some of them joined."""
+        out, num_bytes = list[bytes](), 0
         for event in events:
+            if num_bytes > SENT_BYTES:
+                yield b"".join(out)
+                out, num_bytes = [], 0
+            num_bytes += sum(map(len, event.frames))
             if event.place is None:
                 out += event.frames
             elif event.place > self._known[event.choice]:
@@ -107,7 +113,8 @@ class JobStream(Response):
                 if self._with_ids:
                     out.append(b"id: %b\n" % ",".join(map(str, self._known)).encode())
                 out.append(last)
-        return b"".join(out)
+        if out:
+            yield b"".join(out)
 
 
 def numbers_of(event_id: str, num_choices: int) -> list[int]:
