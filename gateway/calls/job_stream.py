@@ -97,24 +97,29 @@ class JobStream(Response):
                 yield SSE.idle(reader.waiting_for)
 
     def _told(self, events: Iterable[JobEvent]) -> Iterator[bytes]:
-        """Yield the frames of those events that the client does not know, which it knows then, some of them joined."""
+        """Yield the frames of those events that the client does not know, some kilobytes of them joined."""
         out, num_bytes = list[bytes](), 0
-        for event in events:
+        for frame in self._unknown(events):
+            out.append(frame)
+            num_bytes += len(frame)
             if num_bytes > SENT_BYTES:
                 yield b"".join(out)
                 out, num_bytes = [], 0
-            num_bytes += sum(map(len, event.frames))
+        if out:
+            yield b"".join(out)
+
+    def _unknown(self, events: Iterable[JobEvent]) -> Iterator[bytes]:
+        """Yield the frames of those events that the client does not know, which it knows then."""
+        for event in events:
             if event.place is None:
-                out += event.frames
+                yield from event.frames
             elif event.place > self._known[event.choice]:
                 self._known[event.choice] = event.place
                 *head, last = event.frames
-                out += head
+                yield from head
                 if self._with_ids:
-                    out.append(b"id: %b\n" % ",".join(map(str, self._known)).encode())
-                out.append(last)
-        if out:
-            yield b"".join(out)
+                    yield b"id: %b\n" % ",".join(map(str, self._known)).encode()
+                yield last
 
 
 def numbers_of(event_id: str, num_choices: int) -> list[int]:
