@@ -51,6 +51,17 @@ def loads(raw: bytes, what: str = "the body") -> Any:
     return Marks(raw, what).value()
 
 
+def loads_kept(raw: bytes) -> Any:
+    """Return the value of a JSON text that the fleet keeps: in pieces, unless it has more than a body may have.
+
+    So has what several bodies were put together to. Raises JSONDecodeError.
+    """
+    try:
+        return loads(raw)
+    except BadRequest:
+        return orjson.loads(raw)
+
+
 def marks_of(
     raw: bytes | bytearray, piece_bytes: int = PIECE_BYTES
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64], int]]:
