@@ -188,7 +188,7 @@ async def _serve(
             AuditEndpoints(bus.audit), TimeSeriesEndpoints(observe.SERIES, sampler), ConsolePages(), DocsPages(),
         )  # fmt: skip
         app, inner = build_app(handlers, settings, admission, memory, pipeline.checks, keys, secret)
-        means = BatchMeans(bus, replies.gid, uploads, storage, settings, inner, timings.batches)
+        means = BatchMeans(bus, replies.gid, uploads, storage, settings, inner, pipeline.checks, timings.batches)
         runner = BatchRunner(means, batch_wake)
         with listen(settings.host, settings.port) as listener:
             address = _address(listener)

@@ -41,6 +41,8 @@ HTTP_FRAMEWORKS = {"fastapi", "starlette", "uvicorn"}
 MAY_BE_HEAVY = {"gpu_worker", "lora_kernels", "chaos"}
 
 PATCHES = {
+    "gateway/bodies/test_json_outline.py",  # how much msgspec reads at once
+    "gateway/http/test_dispatch.py",  # in which thread FastAPI makes a route
     "gateway/http/test_faults.py",  # a panic of the tokenizers library
     "gateway/http/test_life.py",  # a queue that does what it is told and is not heard; one that was restarted
     "gateway/test_loop_lag.py",  # what reads, judges and frees bodies, and in which thread
@@ -60,6 +62,7 @@ PATCHES = {
     "oracle/test_architectures.py",  # a model that is computed wrongly
     "oracle/test_stack.py",  # what transformers computes on the way
     "protocol/queue/test_bus.py",  # a restart between two commands
+    "protocol/queue/test_history.py",  # how many commands are sent at once
     "protocol/runtime/test_private_files.py",  # another user of the system
     "scheduler/test_service.py",  # the pause between looks at beats
 }

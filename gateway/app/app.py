@@ -85,6 +85,10 @@ EXPOSED_HEADERS = (
 )  # fmt: skip
 
 
+SLICE_BYTES = 1 << 16
+"""Bytes of an answer that are handed to the server at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Handlers:
     """What answers: an object for each module of routes."""
@@ -254,7 +258,7 @@ class Envelope:
                     *ids,
                     (b"openai-processing-ms", b"%d" % elapsed_ms),
                 ]
-            await send(message)
+            await send_in_slices(message, send)
 
         scope[RAW_SEND] = send
         try:
@@ -315,6 +319,16 @@ class Envelope:
             raise _too_large(limit)
 
         return receive_limited
+
+
+async def send_in_slices(message: Message, send: Send) -> None:
+    """Send a part of an answer, a large one in slices: the server copies each, and others have their turn between."""
+    body = message.get("body", b"")
+    for at in range(0, max(len(body) - SLICE_BYTES, 0), SLICE_BYTES):
+        await send({**message, "body": body[at : at + SLICE_BYTES], "more_body": True})
+        await asyncio.sleep(0)
+    rest = max(-(-len(body) // SLICE_BYTES) - 1, 0) * SLICE_BYTES
+    await send({**message, "body": body[rest:]} if rest else message)
 
 
 def _trace_of(scope: Scope) -> CallTrace | None:

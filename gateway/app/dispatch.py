@@ -38,6 +38,8 @@ class Dispatch:
         except PermissionDenied as error:
             await self._shape_of(scope).response(error)(scope, receive, send)
             return
+        if isinstance(match.route, JsonRoute):
+            await match.route.make()
         if match.kind != "call" or not isinstance(match.route, JsonRoute):
             await self._app(scope, receive, send)
             return

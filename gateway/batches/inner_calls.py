@@ -20,6 +20,9 @@ from protocol.runtime.guarded import is_failure
 
 logger = logging.getLogger(__name__)
 
+FEW_PARTS = 8
+"""Parts of an answer that are joined in the event loop: large ones come in parts of some kilobytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class CallAnswer:
@@ -88,4 +91,5 @@ class InnerCalls:
             has_ended.set()
         headers = {name.decode().lower(): value.decode() for name, value in start["headers"]}
         headers["x-request-id"] = request_id
-        return CallAnswer(start["status"], headers, b"".join(parts))
+        whole = await asyncio.to_thread(b"".join, parts) if len(parts) > FEW_PARTS else b"".join(parts)
+        return CallAnswer(start["status"], headers, whole)

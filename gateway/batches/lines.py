@@ -4,7 +4,8 @@ A line is read twice: first by itself, to find out that it is a call and of whic
 two nothing of it is held but its place, a hash of its name and what it is sorted by, some 640 bytes at most.
 
 No values are made of a line's body here: it is passed over, and what it may hold is checked by the endpoint that it is
-for, as with any body. So what is wrong with a body is an error of its line, not of the batch.
+for, as with any body. So what is wrong with a body is an error of its line, not of the batch. A large line is read in a
+thread, at turns of tenants, in pieces that let others have the interpreter between them (`json_outline`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Container, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import merge
 from typing import Any
 
@@ -24,7 +25,10 @@ import msgspec
 from msgspec import Raw
 
 from gateway.bodies import json_values
+from gateway.bodies.json_outline import Outline, TooManyFields
 from gateway.http.paths import SMALL_BODY_BYTES
+from gateway.overload.large import PLAIN_BYTES, Checks
+from gateway.overload.slots import FairSlots
 from protocol.wire import messages as m
 from protocol.wire.brief import brief
 
@@ -32,8 +36,8 @@ MAX_LINES = 50_000
 MAX_NUMBER = 2 * MAX_LINES
 """Lines of a file, including empty ones."""
 
-LINES_AT_ONCE = 16
-"""Lines that are read before others have their turn."""
+LINES_AT_ONCE, BYTES_AT_ONCE = 16, 1 << 16
+"""Lines that are read before others have their turn, and bytes."""
 
 PIECE_BYTES = 4 << 10
 """Bytes in which lines are looked for at a time: a millisecond, for lines of one byte each."""
@@ -98,7 +102,7 @@ class BatchLine:
     num_bytes: int
     model: str
     prompt: bytes  # the beginning of it, to sort by
-    is_too_deep: bool = False  # nested too deeply to parse: not checked further
+    refusal: str = ""  # why nothing of it can be read, "" for nothing: it is not checked further
 
     @property
     def end(self) -> int:
@@ -117,7 +121,7 @@ class InputLines:
     _models: Counter[str] = field(default_factory=Counter)  # lines of each
     _names: set[bytes] = field(default_factory=set)
 
-    def add(self, number: int, start: int, raw: bytes | None) -> None:
+    def add(self, number: int, start: int, raw: bytes | bytearray | None) -> None:
         """Take a line, which is not empty; None: it is too long."""
         if len(self.problems) >= MAX_PROBLEMS:
             return
@@ -128,7 +132,11 @@ class InputLines:
             self._problem("line_too_large", f"the line has more than {self.max_bytes} bytes", number)
             return
         try:
-            line = _line_of(raw)
+            outline, _ = _outlined(raw)
+            line = _line_of(outline)
+        except TooManyFields as error:
+            self._add(BatchLine(number, start, len(raw), "", b"", f"has {error}"))
+            return
         except msgspec.ValidationError:
             self._problem("invalid_json_line", "the line is not a JSON object", number)
             return
@@ -136,7 +144,7 @@ class InputLines:
             self._problem("invalid_json_line", f"the line is not valid JSON: {error}", number)
             return
         except RecursionError:
-            self._add(BatchLine(number, start, len(raw), "", b"", is_too_deep=True))  # `call_of` says what is wrong
+            self._add(BatchLine(number, start, len(raw), "", b"", "is nested too deeply"))
             return
         name = _scalar(line.custom_id)
         if not isinstance(name, str) or not 0 < len(name) <= MAX_CUSTOM_ID_CHARACTERS:
@@ -163,7 +171,8 @@ class InputLines:
             self._problem("invalid_body", "body must be an object", number, "body")
             return
         model = _scalar(body.model)
-        self._add(BatchLine(number, start, len(raw), model if isinstance(model, str) else "", _beginning(body)))
+        begun = _beginning(body, outline, raw)
+        self._add(BatchLine(number, start, len(raw), model if isinstance(model, str) else "", begun))
 
     def _add(self, line: BatchLine) -> None:
         self.lines.append(line)
@@ -214,28 +223,40 @@ class LineCall:
 
 def call_of(line: BatchLine, raw: bytes) -> LineCall:
     """Return the call of a line that `InputLines` has found, from its bytes in the file."""
-    too_deep = LineCall("", b"", f"line {line.number} is nested too deeply")
-    if line.is_too_deep:  # how deep can be read depends on who asks: what was not checked then is not used now
-        return too_deep
+    if line.refusal:  # how deep can be read depends on who asks: what was not checked then is not used now
+        return LineCall("", b"", f"line {line.number} {line.refusal}")
     try:
-        whole = msgspec.json.decode(raw, type=_Whole)
+        outline, refusal = _outlined(raw)
+        whole = msgspec.json.decode(outline.text, type=_Whole)
         body = msgspec.json.decode(whole.body, type=_Body)
     except RecursionError:
-        return too_deep
+        return LineCall("", b"", f"line {line.number} is nested too deeply")
     name = next((name for name in ("stream", "background") if _scalar(getattr(body, name))), "")
-    refusal, written = f"{name} cannot be true in a batch" if name else "", bytes(whole.body)
-    begin = raw.find(written[:LOOKED_AT_BYTES])
-    if not raw.startswith(written, begin):  # it begins as something before it does
-        begin = raw.index(written)
+    if name:
+        refusal = f"{name} cannot be true in a batch"
+    begin, end = outline.span(whole.body)
+    # Slices, as joining them leaves the interpreter to others, which one copy of megabytes does not.
+    written = b"".join(raw[at : min(at + BYTES_AT_ONCE, end)] for at in range(begin, end, BYTES_AT_ONCE))
     return LineCall(_scalar(whole.custom_id), written, refusal, begin)
 
 
-def _line_of(raw: bytes) -> _Line | _Whole:
+def _outlined(raw: bytes | bytearray) -> tuple[Outline, str]:
+    """Return a line with the fields of its body, or without them where they are too many, and then why.
+
+    Raises DecodeError as msgspec does, RecursionError, and TooManyFields for a line that has too many around its body.
+    """
+    try:
+        return Outline(raw, 2), ""
+    except TooManyFields as error:
+        return Outline(raw, 1), f"the body has {error}"
+
+
+def _line_of(outline: Outline) -> _Line | _Whole:
     """Return a line with its body, or without one that is no object. Raises as msgspec does."""
     try:
-        return msgspec.json.decode(raw, type=_Line)
+        return msgspec.json.decode(outline.text, type=_Line)
     except msgspec.ValidationError:
-        return msgspec.json.decode(raw, type=_Whole)
+        return msgspec.json.decode(outline.text, type=_Whole)
 
 
 def _scalar(raw: Raw) -> Any:
@@ -252,13 +273,16 @@ def _scalar(raw: Raw) -> Any:
         return text
 
 
-def _beginning(body: _Body) -> bytes:
-    """Return the beginning of what a body asks, as far as lines are sorted by it: its first texts, joined."""
-    found = next((one for name in _PROMPTS if memoryview(one := getattr(body, name))), _ABSENT)
+def _beginning(body: _Body, outline: Outline, raw: bytes | bytearray) -> bytes:
+    """Return the beginning of what a line's body asks, as far as lines are sorted by it: its first texts, joined."""
+    found = next((one for name in _PROMPTS if memoryview(one := getattr(body, name))), None)
+    if found is None:
+        return b""
+    begin, end = outline.span(found)
     texts, num_bytes = list[bytes](), 0
-    for text, end, colon in _TEXT.findall(bytes(memoryview(found)[:LOOKED_AT_BYTES])):
+    for text, quote, colon in _TEXT.findall(raw[begin : min(end, begin + LOOKED_AT_BYTES)]):
         if not colon and num_bytes < SORTED_BYTES:
-            value = _scalar(Raw(b'"%b"' % text)) if end else text
+            value = _scalar(Raw(b'"%b"' % text)) if quote else text
             texts.append(value.encode("utf-8", "surrogatepass") if isinstance(value, str) else value)
             num_bytes += len(texts[-1])
     return b"".join(texts)[:SORTED_BYTES]
@@ -270,81 +294,87 @@ class Splitter:
     def __init__(self, max_bytes: int) -> None:
         """max_bytes: of a line; of a longer one nothing is held."""
         self._max_bytes = max_bytes
-        self._parts: list[bytes] = []  # chunks of the unfinished line
+        self._line = bytearray()  # the unfinished line, as a list of its pieces would have to be joined
+        self._is_empty = True  # whether it is, but for blanks
         self._num_bytes = 0  # bytes of the unfinished line
         self._start = 0  # offset of the unfinished line in the file
         self.number = 1  # number of the unfinished line
 
-    def feed(self, chunk: bytes) -> Iterator[tuple[int, int, bytes | None]]:
+    def feed(self, chunk: bytes) -> Iterator[tuple[int, int, bytearray | None]]:
         """Yield the lines that have ended: number, bytes before it in the file, the line or None if it is too long."""
         *ended, rest = chunk.split(b"\n")
         for part in ended:
             self._add(part)
             yield from self.end()
             self.number, self._start = self.number + 1, self._start + self._num_bytes + 1
-            self._parts, self._num_bytes = [], 0
+            self._line, self._is_empty, self._num_bytes = bytearray(), True, 0
             if self.number > MAX_NUMBER:
                 return
         self._add(rest)
 
-    async def of(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[tuple[int, int, bytes | None]]:
+    async def of(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[tuple[int, int, bytearray | None]]:
         """Yield the lines that end in a file, as `feed` does, and let others have their turn. Raises what it raises."""
-        next_turn = LINES_AT_ONCE
+        next_turn, num_bytes = LINES_AT_ONCE, 0
         async for chunk in chunks:
             for at in range(0, len(chunk), PIECE_BYTES):
                 for line in self.feed(chunk[at : at + PIECE_BYTES]):
                     yield line
                 if self.number > MAX_NUMBER:
                     return
-                if self.number >= next_turn:
-                    next_turn = self.number + LINES_AT_ONCE
+                num_bytes += PIECE_BYTES
+                if self.number >= next_turn or num_bytes >= BYTES_AT_ONCE:
+                    next_turn, num_bytes = self.number + LINES_AT_ONCE, 0
                     await asyncio.sleep(0)
 
-    def end(self) -> Iterator[tuple[int, int, bytes | None]]:
+    def end(self) -> Iterator[tuple[int, int, bytearray | None]]:
         """Yield the line that has come so far, unless it is empty."""
-        line = b"".join(self._parts) if self._num_bytes <= self._max_bytes else None
-        if line is None or line.strip(_SKIPPED):
-            yield self.number, self._start, line
+        is_long = self._num_bytes > self._max_bytes
+        if is_long or not self._is_empty:
+            yield self.number, self._start, None if is_long else self._line
 
     def _add(self, part: bytes) -> None:
         self._num_bytes += len(part)
         if self._num_bytes > self._max_bytes:
-            self._parts.clear()
+            self._line = bytearray()
         elif part:
-            self._parts.append(part)
+            self._is_empty = self._is_empty and not part.strip(_SKIPPED)
+            self._line += part
 
 
 @asynccontextmanager
-async def turn_of(num_bytes: int, turns: asyncio.Lock) -> AsyncIterator[None]:
-    """Wait until a line may be read, and afterwards give others as long as it took: of a large line some milliseconds.
-
-    turns: one large line is read at a time, and held until it is somebody's call.
-    """
+async def turn_of(num_bytes: int, turns: FairSlots, tenant: str) -> AsyncIterator[None]:
+    """Wait until a tenant's line may be read: one large line is at a time, and held until it is somebody's call."""
     if num_bytes <= SMALL_BODY_BYTES:
         yield
         return
-    async with turns:
-        began_s = time.thread_time()
+    await turns.take(tenant)
+    try:
         yield
-        await asyncio.sleep(time.thread_time() - began_s)
+    finally:
+        turns.give(tenant)
 
 
 async def read_lines(
-    chunks: AsyncIterator[bytes], endpoint: str, max_bytes: int, turns: asyncio.Lock | None = None
+    chunks: AsyncIterator[bytes], endpoint: str, max_bytes: int, checks: Checks | None = None, tenant: str = ""
 ) -> InputLines:
     """Return the lines of an input file for an endpoint. max_bytes: of a line. Raises what `chunks` raises.
 
-    turns: what lines of all batches take turns by, see `turn_of`.
+    checks: reads large lines, at the tenant's turns; None: one of its own.
     """
-    found, splitter, turns = InputLines(endpoint, max_bytes), Splitter(max_bytes), turns or asyncio.Lock()
-    async for number, start, raw in splitter.of(chunks):
-        async with turn_of(len(raw or b""), turns):
+    found, splitter, checks = InputLines(endpoint, max_bytes), Splitter(max_bytes), checks or Checks()
+
+    async def add(number: int, start: int, raw: bytearray | None) -> None:
+        if raw is None or len(raw) <= PLAIN_BYTES:
             found.add(number, start, raw)
+        else:
+            await checks.in_thread(partial(found.add, number, start, raw), tenant)
+
+    async for number, start, raw in splitter.of(chunks):
+        await add(number, start, raw)
         if len(found.problems) >= MAX_PROBLEMS:
             break  # nobody reads more
     else:
         for number, start, raw in splitter.end() if splitter.number <= MAX_NUMBER else ():
-            async with turn_of(len(raw or b""), turns):
-                found.add(number, start, raw)
+            await add(number, start, raw)
     found.finish(splitter.number)
     return found

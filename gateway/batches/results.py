@@ -17,6 +17,7 @@ import msgspec
 import orjson
 
 from gateway.batches.lines import Splitter
+from gateway.bodies.json_outline import Outline, TooManyFields
 from gateway.files.storage import Storage
 from protocol.wire import messages as m
 
@@ -33,8 +34,11 @@ async def _no_limit(file_bytes: Mapping[Kind, int]) -> None:
 MAX_PART_BYTES = 1 << 20
 """Bytes of answers that wait to be written."""
 
-WRITTEN_BYTES = 256 << 10
-"""Bytes of an output file that are gathered before they are written."""
+WRITTEN_BYTES, LONG_BYTES = 256 << 10, 64 << 10
+"""Bytes of a file that are gathered before they are written, and from which on a part is not: joining copies it."""
+
+_HEAD_BYTES = 256
+"""More than what is written before an answer takes: six numbers and words."""
 
 NO_USAGE = m.BatchUsage()
 
@@ -81,7 +85,7 @@ class Results:
         self.folder = f"batches/{batch_id}"
         self._epoch = epoch
         self._num_parts = 0
-        self._waiting: list[tuple[int, bytes]] = []  # line and row of each answer
+        self._waiting: list[LineAnswer] = []
         self._num_bytes = 0
         self._writing = asyncio.Lock()
         self.num_written = 0  # lines whose answers cannot be lost any more
@@ -106,8 +110,8 @@ class Results:
     def add(self, answer: LineAnswer) -> None:
         """Take the answer to a line that has none."""
         if self.tally.add(answer.number, answer.kind, answer.usage):
-            self._waiting.append((answer.number, row := _row(answer)))
-            self._num_bytes += len(row)
+            self._waiting.append(answer)
+            self._num_bytes += len(answer.line)
             self.file_bytes[answer.kind] += len(answer.line) + 1
 
     async def flush(self, hold: Hold = _no_limit) -> list[int]:
@@ -128,42 +132,40 @@ class Results:
         name = f"{self.folder}/{self._epoch:08}-{self._num_parts:08}"
         try:
             await hold(dict(self.file_bytes))
-            await self._storage.write(name, _each(b"".join(row for _, row in answers)))
+            await self._storage.write(name, _gathered(_rows(answers)))
         except BaseException:  # given up in the middle, too: they wait again
             self._waiting += answers
-            self._num_bytes += sum(len(row) for _, row in answers)
+            self._num_bytes += sum(len(answer.line) for answer in answers)
             raise
         self.num_written += len(answers)
-        return [number for number, _ in answers]
+        return [answer.number for answer in answers]
 
-    async def file(self, kind: Kind) -> AsyncIterator[bytes]:
+    def file(self, kind: Kind) -> AsyncIterator[bytes | bytearray]:
         """Yield the output or the error file."""
-        gathered, num_bytes = [], 0
+        return _gathered(self._file(kind))
+
+    async def _file(self, kind: Kind) -> AsyncIterator[bytes | bytearray]:
         async for found, line in self._lines(Tally()):
-            if found != kind:
-                continue
-            self.num_read += 1
-            gathered.append(line)
-            num_bytes += len(line) + 1
-            if num_bytes >= WRITTEN_BYTES:
-                yield b"\n".join(gathered) + b"\n"
-                gathered, num_bytes = [], 0
-        if gathered:
-            yield b"\n".join(gathered) + b"\n"
+            if found == kind:
+                self.num_read += 1
+                yield line
+                yield b"\n"
 
     async def forget(self) -> None:
         """Delete the parts."""
         await self._storage.delete(self.folder)
 
-    async def _lines(self, tally: Tally) -> AsyncIterator[tuple[Kind, bytes]]:
+    async def _lines(self, tally: Tally) -> AsyncIterator[tuple[Kind, bytearray]]:
         """Yield kind and line of every answer that is written, each line's once."""
         for name in await self._storage.names(self.folder):
             async for _, _, row in Splitter(_LONGEST).of(self._storage.read(name)):
                 assert row is not None
-                number, written, *usage, line = row.split(b" ", 6)
+                head = bytes(row[:_HEAD_BYTES]).split(b" ", 6)[:6]
+                number, written, *usage = head
                 kind: Kind = "output" if written == b"output" else "error"
                 if tally.add(int(number), kind, _usage(map(int, usage))):
-                    yield kind, line
+                    del row[: len(b" ".join(head)) + 1]
+                    yield kind, row
 
 
 def answer_of(number: int, custom_id: str, status: int, request_id: str, body: bytes) -> LineAnswer:
@@ -178,6 +180,10 @@ def failure_of(number: int, custom_id: str, code: str, message: str) -> LineAnsw
     return LineAnswer(number, "error", _line(custom_id, None, {"code": code, "message": message}))
 
 
+_USAGE_LEVELS = 3
+"""Levels of an answer, its usage and the usage's details."""
+
+
 class _Told(msgspec.Struct):
     """The fields read from an answer; the rest, which may be megabytes, is skipped."""
 
@@ -186,7 +192,11 @@ class _Told(msgspec.Struct):
 
 def usage_of(body: bytes) -> m.BatchUsage:
     """Return the token usage of an answer in the form of any of the APIs."""
-    usage = msgspec.json.decode(body, type=_Told).usage or {}
+    try:
+        told = Outline(body, _USAGE_LEVELS).text
+    except TooManyFields:
+        told = body
+    usage = msgspec.json.decode(told, type=_Told).usage or {}
     given = usage.get("prompt_tokens_details") or usage.get("input_tokens_details") or {}
     made = usage.get("completion_tokens_details") or usage.get("output_tokens_details") or {}
     anthropic = usage.get("cache_read_input_tokens") or 0  # not included in Anthropic's input_tokens
@@ -203,9 +213,12 @@ def _line(custom_id: str, response: dict[str, Any] | None, error: dict[str, str]
     return orjson.dumps(made)
 
 
-def _row(answer: LineAnswer) -> bytes:
-    numbers = " ".join(map(str, _numbers(answer.usage)))
-    return b"%d %s %s %s\n" % (answer.number, answer.kind.encode(), numbers.encode(), answer.line)
+async def _rows(answers: Iterable[LineAnswer]) -> AsyncIterator[bytes]:
+    for answer in answers:
+        numbers = " ".join(map(str, _numbers(answer.usage)))
+        yield b"%d %s %s " % (answer.number, answer.kind.encode(), numbers.encode())
+        yield answer.line
+        yield b"\n"
 
 
 def _numbers(usage: m.BatchUsage) -> tuple[int, ...]:
@@ -216,6 +229,18 @@ def _usage(numbers: Iterable[int]) -> m.BatchUsage:
     return m.BatchUsage(**dict(zip(m.BatchUsage.__struct_fields__, numbers, strict=True)))
 
 
-async def _each(*chunks: bytes) -> AsyncIterator[bytes]:
-    for chunk in chunks:
-        yield chunk
+async def _gathered(parts: AsyncIterator[bytes | bytearray]) -> AsyncIterator[bytes | bytearray]:
+    """Yield the parts of a file, short ones joined."""
+    short, num_bytes = list[bytes | bytearray](), 0
+    async for part in parts:
+        is_long = len(part) >= LONG_BYTES
+        if not is_long:
+            short.append(part)
+            num_bytes += len(part)
+        if short and (is_long or num_bytes >= WRITTEN_BYTES):
+            yield b"".join(short)
+            short, num_bytes = [], 0
+        if is_long:
+            yield part
+    if short:
+        yield b"".join(short)

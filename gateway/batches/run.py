@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -25,6 +26,8 @@ from gateway.calls.submit import cancel
 from gateway.files.files import HELD_S, FileService
 from gateway.files.storage import Storage
 from gateway.http.paths import SMALL_BODY_BYTES
+from gateway.overload.large import PLAIN_BYTES, Checks
+from gateway.overload.slots import FairSlots
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.queue.kept.batches import ClaimedBatch
 from protocol.runtime.backoff import Backoff
@@ -70,8 +73,9 @@ class BatchMeans:
     storage: Storage
     settings: Settings
     calls: InnerCalls
+    checks: Checks  # reads large lines and answers
     pace: BatchPace = field(default_factory=BatchPace)
-    turns: asyncio.Lock = field(default_factory=asyncio.Lock)  # serialises reading large lines of all batches
+    turns: FairSlots = field(default_factory=lambda: FairSlots(1))  # to hold a large line until it is somebody's call
 
 
 class Lost(Exception):
@@ -189,7 +193,7 @@ class BatchRun:
         chunks = self._means.files.read(source)
         try:
             endpoint, most = self.batch.endpoint, self._settings.max_body_bytes
-            found = await read_lines(chunks, endpoint, most, self._means.turns)
+            found = await read_lines(chunks, endpoint, most, self._means.checks, self.batch.tenant)
         except NotFound as error:
             # Its record goes right after its bytes, so if it stays, these are lost: a folder that is not mounted looks
             # so. That may pass by; no batch of the fleet ends of it at once.
@@ -353,8 +357,8 @@ class BatchRun:
                 call = replace(call, body=b"")
             await asyncio.sleep(pause_s * random.uniform(1.0, 1.5))
             if is_large:
-                async with self._means.turns:
-                    call = replace(call, body=await self._bytes(source, begin, end))
+                async with turn_of(end - begin, self._means.turns, self.batch.tenant):
+                    call = replace(call, body=await self._bytes(source, begin, end, lambda raw: raw))
         await self._take(answer)
 
     async def _ask(self, line: BatchLine, call: LineCall, caller: Caller) -> tuple[LineAnswer | None, float]:
@@ -368,7 +372,8 @@ class BatchRun:
         if answer.status in RETRIED:
             return None, answer.retry_after_s
         request_id = answer.headers.get("x-request-id", "")
-        return answer_of(line.number, call.custom_id, answer.status, request_id, answer.body), 0.0
+        made = partial(answer_of, line.number, call.custom_id, answer.status, request_id, answer.body)
+        return await self._apart(len(answer.body), made), 0.0
 
     async def _take(self, answer: LineAnswer) -> None:
         """Take a line's answer, and write those that wait if they are many."""
@@ -378,11 +383,17 @@ class BatchRun:
 
     async def _read(self, line: BatchLine, source: m.File) -> LineCall:
         """Return a line's call."""
-        async with turn_of(line.num_bytes, self._means.turns):
-            return call_of(line, await self._bytes(source, line.start, line.end))
+        async with turn_of(line.num_bytes, self._means.turns, self.batch.tenant):
+            return await self._bytes(source, line.start, line.end, partial(call_of, line))
 
-    async def _bytes(self, source: m.File, start: int, end: int) -> bytes:
-        return b"".join([chunk async for chunk in self._means.files.read(source, start, end)])
+    async def _bytes(self, source: m.File, start: int, end: int, make: Callable[[bytes], T]) -> T:
+        """Return what a function makes of bytes of a file."""
+        chunks = [chunk async for chunk in self._means.files.read(source, start, end)]
+        return await self._apart(end - start, lambda: make(b"".join(chunks)))
+
+    async def _apart(self, num_bytes: int, make: Callable[[], T]) -> T:
+        """Return what a function makes of so many bytes: in a thread, at a turn of the tenant's, if they are many."""
+        return make() if num_bytes <= PLAIN_BYTES else await self._means.checks.in_thread(make, self.batch.tenant)
 
     def _key(self, line: BatchLine) -> str:
         return f"{self.batch.id}:{line.number}"

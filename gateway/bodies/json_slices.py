@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import orjson
 
 ROWS = 64
 """Rows that are made and written at a time."""
 
-ENTRIES = 21 * 16
-"""Entries of rows that are, where each has several: half a millisecond, or a whole one."""
+ENTRIES = 21 * 8
+"""Entries of rows that are, where each has several: half a millisecond."""
 
 
 def rows_of(num_entries: int) -> int:
@@ -92,8 +92,8 @@ def slices(value: Any) -> Iterator[bytes]:
 
 def has_rows(value: Any) -> bool:
     """Return whether a value holds `RowSlices` somewhere."""
-    if isinstance(value, Mapping):
-        return any(map(has_rows, value.values()))
+    if isinstance(value, dict):
+        return any(map(has_rows, cast("dict[str, Any]", value).values()))
     return isinstance(value, RowSlices) or (isinstance(value, list) and any(map(has_rows, value)))
 
 

@@ -51,6 +51,48 @@ def loads(raw: bytes, what: str = "the body") -> Any:
     return Marks(raw, what).value()
 
 
+def loads_kept(raw: bytes) -> Any:
+    """Return the value of a JSON text that the fleet keeps: in pieces, unless it has more than a body may have.
+
+    So has what several bodies were put together to. Raises JSONDecodeError.
+    """
+    try:
+        return loads(raw)
+    except BadRequest:
+        return orjson.loads(raw)
+
+
+def marks_of(
+    raw: bytes | bytearray, piece_bytes: int = PIECE_BYTES
+) -> Iterator[tuple[NDArray[np.int32], NDArray[np.uint8], NDArray[np.int64], int]]:
+    """Yield the marks outside of strings in one piece of a text after the other.
+
+    Of each piece the marks' places and kinds, in how many brackets what follows each of them is, and how many quotes
+    the text has so far. Escaped quotes are none.
+    """
+    begin = num_quotes = depth = 0
+    while begin < len(raw):
+        piece = raw[begin : begin + piece_bytes]
+        if b"\\" in piece:
+            if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # what it escapes comes with it
+                piece = raw[begin : begin + len(piece) + 1]
+            # Without escaped ones, every quote begins or ends a string.
+            text = np.frombuffer(piece.replace(rb"\\", b"__").replace(rb"\"", b"__"), np.uint8)
+        else:
+            text = np.frombuffer(piece, np.uint8)
+        places = np.flatnonzero(_IS_MARK[text])
+        kinds = text[places]
+        quotes = kinds == _QUOTE
+        before = num_quotes + np.cumsum(quotes)
+        is_outside = (before % 2 == 0) & ~quotes
+        places, kinds = places[is_outside], kinds[is_outside]
+        depths = depth + np.cumsum(_CHANGE[kinds], dtype=np.int64)
+        depth = int(depths[-1]) if len(kinds) else depth
+        num_quotes += int(np.count_nonzero(quotes))
+        yield (places + begin).astype(np.int32), kinds, depths, num_quotes
+        begin += len(piece)
+
+
 class Marks:
     """The marks of a JSON text: its brackets, commas and colons outside of strings, and in how many brackets each is.
 
@@ -98,41 +140,24 @@ class Marks:
 
     def _count(self) -> Iterator[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]]:
         """Yield places, kinds and levels of the marks, of one piece of the text after the other."""
-        raw, begin, num_quotes, num_commas, depth = self._raw, 0, 0, 0, 0
-        most = max(MAX_VALUES, len(raw) // 4)
-        while begin < len(raw):
-            piece = raw[begin : begin + self._piece_bytes]
-            if b"\\" in piece:
-                if (len(piece) - len(piece.rstrip(b"\\"))) % 2:  # what it escapes comes with it
-                    piece = raw[begin : begin + len(piece) + 1]
-                # Without escaped ones, every quote begins or ends a string.
-                text = np.frombuffer(piece.replace(rb"\\", b"__").replace(rb"\"", b"__"), np.uint8)
-            else:
-                text = np.frombuffer(piece, np.uint8)
-            places = np.flatnonzero(_IS_MARK[text])
-            kinds = text[places]
-            quotes = kinds == _QUOTE
-            before = num_quotes + np.cumsum(quotes)
-            is_outside = (before % 2 == 0) & ~quotes
-            places, kinds = places[is_outside], kinds[is_outside]
+        num_commas = num_quotes = depth = 0
+        most = max(MAX_VALUES, len(self._raw) // 4)
+        for places, kinds, depths, num_quotes in marks_of(self._raw, self._piece_bytes):
             change = _CHANGE[kinds]
-            depths = depth + np.cumsum(change)
             if len(kinds):
                 if depths.min() < 0:
-                    raise self._broken("unexpected character", begin + int(places[depths.argmin()]))
+                    raise self._broken("unexpected character", int(places[depths.argmin()]))
                 if depths.max() > MAX_DEPTH:
                     raise BadRequest(f"{self._what} is nested too deeply; the limit is {MAX_DEPTH} levels")
-                depth = int(depths[-1])
-            num_quotes += int(np.count_nonzero(quotes))
             self.num_containers += int(np.count_nonzero(change > 0))
             num_commas += int(np.count_nonzero(change == 0))
             self._check("strings", num_quotes // 2, MAX_STRINGS)
             self._check("lists and objects", self.num_containers, MAX_CONTAINERS)
             self._check("values", num_commas + self.num_containers + 1, most)
-            yield (places + begin).astype(np.int32), kinds, (depths + (change < 0)).astype(np.int8)
-            begin += len(piece)
+            depth = int(depths[-1]) if len(kinds) else depth
+            yield places, kinds, (depths + (change < 0)).astype(np.int8)
         if depth or num_quotes % 2:
-            raise self._broken("unexpected end of data", len(raw))
+            raise self._broken("unexpected end of data", len(self._raw))
         self._num_values = num_commas + self.num_containers + 1
 
     def _check(self, of: str, num: int, limit: int) -> None:

@@ -202,7 +202,7 @@ class FileService:
         await self._hold(file, num_bytes, 0)
 
     async def make(
-        self, file_id: str, tenant: str, filename: str, chunks: AsyncIterator[bytes], life_s: float
+        self, file_id: str, tenant: str, filename: str, chunks: AsyncIterator[bytes | bytearray], life_s: float
     ) -> m.File | None:
         """Write an output file under an id; None when there is nothing in it. Raises Unavailable.
 

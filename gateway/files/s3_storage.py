@@ -46,7 +46,7 @@ class S3Storage:
         """See `Storage.check_room`: of the disk on which a file waits until it is whole."""
         await asyncio.to_thread(self._reserve.check, self._waiting, num_bytes)
 
-    async def write(self, name: str, chunks: AsyncIterator[bytes]) -> int:
+    async def write(self, name: str, chunks: AsyncIterator[bytes | bytearray]) -> int:
         """See `Storage.write`. The bytes wait in a temporary file until all are there."""
         num_bytes = 0
         try:
@@ -62,7 +62,7 @@ class S3Storage:
             raise as_unavailable(error) from error
         return num_bytes
 
-    def _append(self, file: BinaryIO, chunk: bytes) -> None:
+    def _append(self, file: BinaryIO, chunk: bytes | bytearray) -> None:
         self._reserve.check(self._waiting, len(chunk))
         file.write(chunk)
 

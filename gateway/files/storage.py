@@ -37,7 +37,7 @@ class Storage(Protocol):
         """Raise NoRoom unless so many more bytes leave the free space to keep on this machine's disk."""
         ...
 
-    async def write(self, name: str, chunks: AsyncIterator[bytes]) -> int:
+    async def write(self, name: str, chunks: AsyncIterator[bytes | bytearray]) -> int:
         """Write or replace a file atomically. Returns the number of bytes.
 
         Raises what `chunks` raises, NoRoom as soon as the disk has no more than what is kept free, and Unavailable.
@@ -73,7 +73,7 @@ class FolderStorage:
         """See `Storage.check_room`."""
         await asyncio.to_thread(self._reserve.check, self._root, num_bytes)
 
-    async def write(self, name: str, chunks: AsyncIterator[bytes]) -> int:
+    async def write(self, name: str, chunks: AsyncIterator[bytes | bytearray]) -> int:
         """See `Storage.write`."""
         path = self._root / name
         part = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
@@ -95,7 +95,7 @@ class FolderStorage:
                 part.unlink(missing_ok=True)
         return num_bytes
 
-    def _append(self, file: BinaryIO, part: Path, chunk: bytes) -> None:
+    def _append(self, file: BinaryIO, part: Path, chunk: bytes | bytearray) -> None:
         self._reserve.check(part, len(chunk))
         file.write(chunk)
 

@@ -7,9 +7,10 @@ sends it back as `Last-Event-ID` gets the following events.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 
 from gateway.answers.call_response import CallResponse, SentAnswer
+from gateway.bodies.json_bodies import SENT_BYTES
 from gateway.calls.writers import SSE
 from gateway.http.errors import OPENAI_ERRORS
 from gateway.jobs.job_events import JobEvent
@@ -44,6 +45,8 @@ class JobStream(SentAnswer):
             await to.begin(SSE.headers)
             async for frames in self._frames(reader, to.client()):
                 await to.write(frames)
+                if len(frames) > SENT_BYTES:
+                    await asyncio.sleep(0)
         await to.write(b"", more=False)
 
     def failed(self, error: LorafleetError) -> bytes:
@@ -65,7 +68,7 @@ class JobStream(SentAnswer):
                 while not own.has_reached(goal) and not left.done():
                     async with self._readers.turn(self._tenant):
                         events = await own.catch_up(goal)
-                    if frames := self._told(events):
+                    for frames in self._told(events):
                         yield frames
                 told_s = loop.time()
                 continue
@@ -73,7 +76,7 @@ class JobStream(SentAnswer):
                 own = None
                 hold(charged)
             number += len(events)
-            if frames := self._told(events):
+            for frames in self._told(events):
                 told_s = loop.time()
                 yield frames
             if reader.is_over and number == reader.num_made:
@@ -83,20 +86,30 @@ class JobStream(SentAnswer):
                 told_s = loop.time()
                 yield SSE.idle(reader.waiting_for)
 
-    def _told(self, events: Iterable[JobEvent]) -> bytes:
-        """Return the frames of those events that the client does not know, which it knows then."""
-        out: list[bytes] = []
+    def _told(self, events: Iterable[JobEvent]) -> Iterator[bytes]:
+        """Yield the frames of those events that the client does not know, some kilobytes of them joined."""
+        out, num_bytes = list[bytes](), 0
+        for frame in self._unknown(events):
+            out.append(frame)
+            num_bytes += len(frame)
+            if num_bytes > SENT_BYTES:
+                yield b"".join(out)
+                out, num_bytes = [], 0
+        if out:
+            yield b"".join(out)
+
+    def _unknown(self, events: Iterable[JobEvent]) -> Iterator[bytes]:
+        """Yield the frames of those events that the client does not know, which it knows then."""
         for event in events:
             if event.place is None:
-                out += event.frames
+                yield from event.frames
             elif event.place > self._known[event.choice]:
                 self._known[event.choice] = event.place
                 *head, last = event.frames
-                out += head
+                yield from head
                 if self._with_ids:
-                    out.append(b"id: %b\n" % ",".join(map(str, self._known)).encode())
-                out.append(last)
-        return b"".join(out)
+                    yield b"id: %b\n" % ",".join(map(str, self._known)).encode()
+                yield last
 
 
 def numbers_of(event_id: str, num_choices: int) -> list[int]:

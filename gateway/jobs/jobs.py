@@ -13,6 +13,7 @@ from typing import Any, Literal
 import orjson
 
 from gateway.auth.callers import EVERYBODY, Caller
+from gateway.bodies.json_values import loads_kept
 from gateway.calls.admit import AdmittedCall
 from gateway.calls.choices import Choice, Piece, best_of, tokens_of
 from gateway.calls.earlier import check_same_body
@@ -282,10 +283,11 @@ class Jobs:
         request = await self._bus.jobs.request(job.jid)
         if request is None:
             raise NotFound("the result has expired", code="result_expired")
-        hold(held() + len(request) + values_bytes(request))
         reads.spend(len(request) / reads.KEPT_BYTES_PER_READ)
+        apart = partial(self._pipeline.checks.do, fields=(), num_bytes=len(request), tenant=job.tenant)
+        hold(held() + len(request) + await apart(partial(values_bytes, request)))
         with as_kept(f"what {job.jid} asked for"):
-            return orjson.loads(request)
+            return await apart(partial(loads_kept, request))
 
     async def call(self, job: m.Job, facts: Facts, request: Any) -> tuple[JobApi, SubmittedCall]:
         """Return a job's call as it was submitted, and charge for what it holds, and for the answer that is read of it.

@@ -23,12 +23,13 @@ class TextOffsets:
     def of_prompt(self, ids: Sequence[int]) -> Iterator[int]:
         """Make the offsets of the prompt's tokens, one after the other."""
         tokens, echo = self._tokens, self._echo
-        is_of_ids = tokens.decode(ids, special=True) == echo
+        # Without special tokens it is the same either way, and nothing has to be decoded as a whole.
+        is_of_ids = tokens.special.isdisjoint(ids) or tokens.decode(ids, special=True) == echo
         detokenizer = Detokenizer(tokens, special=is_of_ids)
         at = 0
         for id_ in ids:
             yield min(at, len(echo))
-            text = detokenizer.add((id_,))
+            text = detokenizer.add_one(id_)
             if id_ in tokens.special and not is_of_ids:  # from the template, or spelled out by the client
                 text = tokens.text_of(id_)
                 text = text if echo.startswith(text, at) else ""
@@ -38,4 +39,4 @@ class TextOffsets:
         """Make the offsets of further tokens of the output, one after the other."""
         for id_ in ids:
             yield self._at
-            self._at += len(self._output.add((id_,)))
+            self._at += len(self._output.add_one(id_))

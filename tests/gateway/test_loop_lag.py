@@ -6,21 +6,28 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import msgspec
 import orjson
 import pytest
 import pytest_asyncio
 from helpers.loop_lag import measured_lag
 from helpers.scripted_fleet import ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
+from tokenizers import Tokenizer
 
+from gateway.batches import results
+from gateway.batches.lines import InputLines
 from gateway.bodies import json_bodies
 from gateway.overload import cost
 from gateway.overload.large import PLAIN_BYTES
 from protocol.queue.bus import Bus
+from protocol.queue.connection import line
+from protocol.queue.connection.redis_client import SENT_BYTES
 
 MOST_S = 0.6
 """CPU seconds of one round of the loop: parsing 4 MB of JSON, the longest there is, takes 0.03 on a quiet core, and
@@ -113,6 +120,29 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+async def play(url: str, tokenizer: Tokenizer, stop: threading.Event) -> None:
+    own = Bus(url)
+    scripted = ScriptedFleet(own, tokenizer)
+    scripted.assigning.set()
+    playing = asyncio.create_task(scripted.run())
+    await asyncio.to_thread(stop.wait)
+    playing.cancel()
+    with suppress(asyncio.CancelledError):
+        await playing
+    await own.close()
+
+
+@pytest_asyncio.fixture
+async def fleet(bus: Bus, tokenizer: Tokenizer) -> AsyncIterator[ScriptedFleet]:
+    """A fleet whose worker is in a thread of its own: what that takes is not the gateway's. This one registers it."""
+    stop, scripted = threading.Event(), ScriptedFleet(bus, tokenizer)
+    await scripted.register()
+    playing = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(play(bus.url, tokenizer, stop))))
+    yield scripted
+    stop.set()
+    await playing
+
+
 @pytest_asyncio.fixture
 async def http(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> AsyncIterator[httpx2.Client]:
     """A client that is used in threads: its own time is not the loop's."""
@@ -126,10 +156,10 @@ def noting(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, size: Callab
     found: list[int] = []
     function, loop_thread = getattr(module, name), threading.get_ident()
 
-    def noted(*args: Any) -> Any:
+    def noted(*args: Any, **options: Any) -> Any:
         if threading.get_ident() == loop_thread:
-            found.append(size(*args))
-        return function(*args)
+            found.append(size(*args, **options))
+        return function(*args, **options)
 
     monkeypatch.setattr(module, name, noted)
     return found
@@ -176,6 +206,24 @@ async def test_no_answer_holds_the_event_loop(
             assert lag.longest_s < MOST_S
 
 
+async def test_no_long_prompt_that_is_accepted_holds_the_event_loop(
+    http: httpx2.Client, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 250,000 tokens, a megabyte, which goes into the queue and comes back in no command that is sent at once."""
+    await fleet.set_context(http.base_url, 1 << 20)
+    packed = noting(monkeypatch, line, "_pack", lambda words: max(map(len, (w for w in words if isinstance(w, bytes)))))
+    sent = noting(monkeypatch, asyncio.StreamWriter, "writelines", lambda _, parts: sum(map(len, parts)))
+    text = "the quick brown fox " * 50_000
+    for path, body in {COMPLETIONS: completion(prompt=text), CHAT: chat(text)}.items():
+        async with measured_lag(f"a long prompt to {path}") as lag:
+            answer = await asyncio.to_thread(http.post, path, json=body)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["prompt_tokens"] > 250_000
+        assert lag.longest_s < MOST_S
+    assert max(packed) <= line.MAX_COMMAND_BYTES
+    assert SENT_BYTES <= max(sent) < 2 * SENT_BYTES
+
+
 async def test_a_background_job_of_long_prompts_is_streamed_beside_others(
     http: httpx2.Client, fleet: ScriptedFleet
 ) -> None:
@@ -208,14 +256,25 @@ def lines(url: str, **fields: str) -> list[bytes]:
     return shown
 
 
-async def test_no_line_of_a_batch_holds_the_event_loop(http: httpx2.Client) -> None:
+def num_bytes(raw: str | bytes | msgspec.Raw, **_: Any) -> int:
+    return len(raw if isinstance(raw, str) else memoryview(raw))
+
+
+async def test_no_line_of_a_batch_holds_the_event_loop(
+    http: httpx2.Client, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does an answer to one."""
+    await fleet.set_context(http.base_url, 1 << 14)
+    checked = noting(monkeypatch, InputLines, "add", lambda *taken: len(taken[-1] or b""))
+    decoded = noting(monkeypatch, msgspec.json, "decode", num_bytes)
+    answered = noting(monkeypatch, results, "usage_of", len)
     size = BODY - 200
     wrong = lines(
         COMPLETIONS, lists=filled("[],", size, "[", "1]"),
         objects=filled('{"a":1},', size, "[", "1]"), deep="[" * 300 + "]" * 300,
         deepest="[" * 2_000_000 + "]" * 2_000_000,
     )  # fmt: skip
-    good = json.dumps({"custom_id": "good", "method": "POST", "url": COMPLETIONS, "body": completion()}).encode()
+    good = json.dumps({"custom_id": "good", "method": "POST", "url": COMPLETIONS, "body": ECHOED}).encode()
     async with measured_lag("lines of a batch") as lag:
         form = {"file": ("a.jsonl", b"\n".join([*wrong, good])), "purpose": (None, "batch")}
         file = (await asyncio.to_thread(lambda: http.post("/v1/files", files=form))).json()
@@ -231,4 +290,7 @@ async def test_no_line_of_a_batch_holds_the_event_loop(http: httpx2.Client) -> N
     assert ended["request_counts"] == {"total": 5, "completed": 1, "failed": 4}
     errors = (await asyncio.to_thread(http.get, f"/v1/files/{ended['error_file_id']}/content")).text.splitlines()
     assert {json.loads(line)["custom_id"] for line in errors} == {"lists", "objects", "deep", ""}
+    output = (await asyncio.to_thread(http.get, f"/v1/files/{ended['output_file_id']}/content")).content
+    assert len(output) > 100 * PLAIN_BYTES
     assert lag.longest_s < MOST_S
+    assert max([0, *checked, *decoded, *answered]) <= PLAIN_BYTES

@@ -63,6 +63,8 @@ class _Talk(asyncio.Protocol):
 
     def ask(self, command: tuple[str | bytes | int | float, ...]) -> asyncio.Future[Any]:
         """Send a command. See `Line.ask`."""
+        if any(type(word) is bytes and len(word) > MAX_COMMAND_BYTES for word in command):  # packing it would copy it
+            raise NotTakenError
         packed = _pack(command)
         if len(packed) > MAX_COMMAND_BYTES or len(self._waiting) >= MAX_WAITING:
             raise NotTakenError

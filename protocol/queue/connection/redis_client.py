@@ -54,6 +54,9 @@ NOTHING: Final = object()
 _DRIVER = redis.DriverInfo()
 """What connections say of their library: redis-py looks it up among the installed packages, for each one anew."""
 
+SENT_BYTES = 1 << 16
+"""Bytes of a large command that are sent at once."""
+
 CONNECT_TIMEOUT_S = 5
 MAX_CONNECTIONS = 32
 """Connections of one client; further commands wait for one."""
@@ -81,17 +84,35 @@ class _Cancellable:
             raise RedisConnectionError("the connection to the queue was closed")
         limit_s = self.socket_timeout
         if limit_s is None:
-            await super().send_packed_command(command, check_health)  # type: ignore[misc]
+            await self._send_slices(command, check_health)
             return
         self.socket_timeout = None  # without a timeout there is no wait_for
         try:
             async with asyncio.timeout(limit_s):
-                await super().send_packed_command(command, check_health)  # type: ignore[misc]
+                await self._send_slices(command, check_health)
         except TimeoutError:
             await self.disconnect(nowait=True)  # type: ignore[attr-defined]
             raise RedisTimeoutError("timeout writing to the queue") from None
         finally:
             self.socket_timeout = limit_s
+
+    async def _send_slices(self, command: Any, check_health: bool) -> None:
+        """Send a command, a large one in slices: others have their turn between two, and none is copied as a whole."""
+        first, *others = _slices(command)
+        await super().send_packed_command(first, check_health)  # type: ignore[misc]
+        writer = self._writer
+        try:
+            for some in others:
+                await asyncio.sleep(0)
+                if writer is None or self._writer is not writer:  # nowhere else may a command begin with its middle
+                    raise RedisConnectionError("the connection to the queue was closed")
+                writer.writelines(some)
+                await writer.drain()
+        except BaseException as error:
+            await self.disconnect(nowait=True)  # type: ignore[attr-defined]
+            if isinstance(error, (OSError, RuntimeError)):
+                raise RedisConnectionError(f"the connection to the queue was lost: {error}") from error
+            raise
 
     async def read_response(self, *args: Any, **options: Any) -> Any:
         """Read a reply. Raises a connection error for those of a server that is `UNFIT`.
@@ -119,6 +140,22 @@ class _Cancellable:
         parser: Any = getattr(self, "_parser")  # noqa: B009  untyped
         reader = hiredis.Reader(protocolError=InvalidResponse, replyError=parser.parse_error, notEnoughData=NOTHING)
         return writer, reader
+
+
+def _slices(command: Any) -> list[Any]:
+    """Return a packed command, bytes or a list of them, in parts of about `SENT_BYTES`: the command itself if short."""
+    parts: list[bytes] = [command] if isinstance(command, bytes) else command
+    if isinstance(command, str) or sum(map(len, parts)) <= SENT_BYTES:
+        return [command]
+    slices, some, num_bytes = list[Any](), list[memoryview](), 0
+    for part in parts:
+        for at in range(0, len(part), SENT_BYTES):
+            some.append(memoryview(part)[at : at + SENT_BYTES])
+            num_bytes += len(some[-1])
+            if num_bytes >= SENT_BYTES:
+                slices.append(some)
+                some, num_bytes = [], 0
+    return [*slices, some] if some else slices
 
 
 def as_raised(error: Exception) -> Exception:

@@ -23,9 +23,12 @@ from gateway.batches.lines import (
     Splitter,
     call_of,
     read_lines,
+    turn_of,
 )
 from gateway.batches.results import Results, failure_of, usage_of
 from gateway.files.storage import CHUNK_BYTES, FolderStorage
+from gateway.overload.large import Checks
+from gateway.overload.slots import FairSlots
 
 URL = "/v1/completions"
 
@@ -174,6 +177,62 @@ async def turns_beside(work: Awaitable[object]) -> int:
     others.cancel()
     await counting
     return num
+
+
+async def test_tenants_take_turns_at_large_lines() -> None:
+    """Whoever is cancelled, before its turn or in it, gives it to the next."""
+    turns, checks, order = FairSlots(1), Checks(), list[str]()
+
+    async def read(tenant: str) -> None:
+        async with turn_of(1 << 20, turns, tenant):
+            order.append(tenant)
+            await checks.in_thread(lambda: None, tenant)
+
+    tasks = [asyncio.create_task(read(tenant)) for tenant in "aaaaab"]
+    await asyncio.sleep(0)
+    tasks[0].cancel()
+    tasks[1].cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert sorted(order) == list("aaaab")
+    assert order.index("b") <= 2
+    async with asyncio.timeout(30):
+        await read("c")
+
+
+async def test_a_line_with_too_many_fields_is_its_own_trouble() -> None:
+    fields = b",".join(b'"f%d":[]' % number for number in range(3000))
+    around = b'{"custom_id":"around","method":"POST","url":"%b","body":{},%b}' % (URL.encode(), fields)
+    within = b'{"custom_id":"within","method":"POST","url":"%b","body":{"model":"m",%b}}' % (URL.encode(), fields)
+    text = b"\n".join([around, within, row(3, model="m")])
+    found = await read_lines(pieces(text, 1 << 16), URL, 1 << 20)
+    assert found.problems == []
+    calls = [call_of(line, text[line.start : line.end]) for line in found.lines]
+    assert [call.custom_id for call in calls] == ["", "within", "c3"]
+    assert [bool(call.refusal) for call in calls] == [True, True, False]
+    assert "line 1 has more than 1024 fields" in calls[0].refusal
+    assert "the body has more than 1024 fields" in calls[1].refusal
+
+
+async def test_large_lines_are_read_as_small_ones() -> None:
+    """What is wrong with one ends the batch, in the same words."""
+    filler = json.dumps([{"role": "user", "content": "x" * 50}] * 2000)[1:-1].encode()
+    told = []
+    for inner in (b"1", filler):
+        begun, messages = b'"method":"POST","url":"%b"' % URL.encode(), b'"messages":[%b]' % inner
+        lines = [
+            b'{"custom_id":"a",%b,"body":{"model":"m",%b}}' % (begun, messages),
+            b'{"custom_id":"a",%b,"body":{%b}}' % (begun, messages),
+            b'{"custom_id":"b","method":"GET","url":"%b","body":{%b}}' % (URL.encode(), messages),
+            b'{"custom_id":"c","method":"POST","url":"/x","body":{%b}}' % messages,
+            b'{"custom_id":"d",%b,"body":[%b]}' % (begun, inner),
+            b'{"custom_id":["e"],%b,"body":{%b}}' % (begun, messages),
+            b"[%b]" % inner, b'{"body":{"messages":[nul,%b]}}' % inner,
+        ]  # fmt: skip
+        found = await read_lines(pieces(b"\n".join(lines), 1 << 16), URL, 1 << 20)
+        told.append((list(found.problems), [(line.number, line.model) for line in found.lines]))
+    assert told[0] == told[1]
+    assert len(told[0][0]) == 7
+    assert told[0][1] == [(1, "m")]
 
 
 async def test_others_have_turns_while_lines_are_looked_for() -> None:

@@ -18,6 +18,7 @@ from gateway.batches.run import BatchMeans, BatchPace
 from gateway.batches.runner import BatchRunner
 from gateway.files.files import FileService
 from gateway.files.storage import FolderStorage
+from gateway.overload.large import Checks
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.free_space import size_of
@@ -86,7 +87,7 @@ class World:
 
     @asynccontextmanager
     async def gateway(self, gid: str, calls: Endpoint, pace: BatchPace = PACE) -> AsyncIterator[asyncio.Task[None]]:
-        means = BatchMeans(self.bus, gid, self.files, self.storage, self.settings, calls, pace)
+        means = BatchMeans(self.bus, gid, self.files, self.storage, self.settings, calls, Checks(), pace)
         runner = BatchRunner(means, asyncio.Event())
         task = asyncio.create_task(guarded(replace(runner.loop(), backoff=Backoff(0.01, 0.05))))
         try:

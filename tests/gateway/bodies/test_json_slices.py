@@ -249,9 +249,9 @@ def test_rows_may_have_slices_and_be_fields() -> None:
 
 
 def test_rows_of_many_entries_are_few() -> None:
-    assert [rows_of(num) for num in (0, 1, 5, 21, 22, 129, 1001)] == [64, 64, 64, 16, 15, 2, 1]
+    assert [rows_of(num) for num in (0, 1, 5, 21, 22, 129, 1001)] == [64, 64, 33, 8, 7, 1, 1]
     options = CallOptions(m.Sampling(num_logprobs=128, prompt_logprobs=None))
-    assert options.rows == 2
+    assert options.rows == 1
 
 
 async def test_a_log_is_read_so_many_tokens_at_a_time(bus: Bus, http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:

@@ -199,3 +199,10 @@ def test_values_take_a_known_multiple_of_their_bytes(raw: bytes) -> None:
     assert len(value)
     assert held <= 12 * len(raw)
     assert peak <= 25 * len(raw)
+
+
+def test_what_is_kept_is_read_whatever_it_has() -> None:
+    for value in ({"a": [1]}, [[]] * (json_values.MAX_CONTAINERS + 1), {"items": [{"text": "a"}] * 20_000}):
+        assert json_values.loads_kept(orjson.dumps(value)) == value
+    with pytest.raises(orjson.JSONDecodeError):
+        json_values.loads_kept(b"[" * 20_000)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from typing import Any
 
 import httpx2
 import pytest
 from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -102,6 +105,26 @@ async def test_calls_and_other_routes_read_bodies_alike(subtests: pytest.Subtest
             answer = await asked(app, "POST", COMPLETIONS, body, content_type)
             assert answer[0] == status
             assert answer == await asked(app, "POST", "/v1/other", body, content_type)
+
+
+async def test_a_route_is_made_in_a_thread_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FastAPI takes milliseconds for one, and 25 for the first of a process."""
+    made: list[tuple[str, int]] = []
+    fill = APIRoute.__init__
+
+    def noted(route: APIRoute, path: str, *args: Any, **options: Any) -> None:
+        made.append((path, threading.get_ident()))
+        fill(route, path, *args, **options)
+
+    monkeypatch.setattr(APIRoute, "__init__", noted)
+    app = gateway_for()
+    first = asyncio.create_task(asked(app, "POST", "/v1/other", b"{}", JSON))
+    await asyncio.sleep(0)
+    first.cancel()  # what it has begun is finished for the others
+    calls = (asked(app, "POST", path, BODIES[0][1], JSON) for path in (COMPLETIONS, "/v1/other") for _ in range(20))
+    assert {status for status, _, _ in await asyncio.gather(*calls)} == {200}
+    assert sorted(path for path, _ in made) == sorted([COMPLETIONS, "/v1/other"])  # GET has not been asked for
+    assert threading.get_ident() not in {thread for _, thread in made}
 
 
 @pytest.mark.parametrize(("method", "status"), [("GET", 200), ("HEAD", 405), ("PUT", 405), ("OPTIONS", 405)])

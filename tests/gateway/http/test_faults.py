@@ -9,9 +9,10 @@ import httpx2
 import pytest
 from helpers.scripted_fleet import RunningGateway, ScriptedFleet
 from starlette.responses import Response
+from starlette.types import Message
 
 from gateway.answers.call_response import CallResponse
-from gateway.app.app import Envelope
+from gateway.app.app import SLICE_BYTES, Envelope, send_in_slices
 from gateway.http.access import RouteTable
 from gateway.text.tokenizer import Encoder
 from protocol.runtime.settings import Settings
@@ -85,3 +86,18 @@ async def test_a_gateway_outlives_a_panic_of_its_tokenizer(
         assert set((await http.post("/generate", json=native)).json()) == {"error", "error_type"}
     assert (await http.post("/v1/completions", json=body)).status_code == 200
     assert len(fleet.seen) == 1
+
+
+@pytest.mark.parametrize("size", [0, 1, SLICE_BYTES, SLICE_BYTES + 1, 3 * SLICE_BYTES, 5 * SLICE_BYTES - 1])
+@pytest.mark.parametrize("is_last", [True, False])
+async def test_a_large_answer_is_handed_on_in_slices(size: int, is_last: bool) -> None:
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    body = bytes(range(256)) * (size // 256 + 1)
+    await send_in_slices({"type": "http.response.body", "body": body[:size], "more_body": not is_last}, send)
+    assert b"".join(part["body"] for part in sent) == body[:size]
+    assert [part["more_body"] for part in sent] == [True] * (len(sent) - 1) + [not is_last]
+    assert all(len(part["body"]) <= SLICE_BYTES for part in sent)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from helpers.script_queue import Queue, make_body, make_submit
 from helpers.waiting import wait_until
+from redis.asyncio.client import Pipeline
 
 from protocol.queue.books.usage import CountedFor, usage_of
 from protocol.queue.history import MAX_ALL_REFUSALS, kept_for
@@ -74,6 +78,24 @@ async def test_tenants_share_what_the_fleet_keeps(queue: Queue) -> None:
     await queue.bus.history.add_refusals([("t", refused)] * NUM, 60_000)
     share = MAX_ALL_REFUSALS * 10 // MAX_ALL
     assert share <= await queue.bus._redis.xlen(queue.keys.refusals("t")) < NUM
+
+
+async def test_refused_calls_are_written_a_few_at_a_time(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand commands at once, of a second in which many tenants are refused, would hold the gateway."""
+    sizes: list[int] = []
+    execute = Pipeline.execute
+
+    async def noted(pipe: Any) -> Any:
+        sizes.append(len(pipe.command_stack))
+        return await execute(pipe)
+
+    monkeypatch.setattr(Pipeline, "execute", noted)
+    refused = m.HistoryEntry("r", "r", "", "", "refused", "error", "", "", 0, 0, 0, 0, 1, 0, await now_ms(queue))
+    found = [(f"t{number % 50}", refused) for number in range(1000)]
+    await queue.bus.history.add_refusals(found, 60_000)
+    assert [await queue.bus._redis.xlen(queue.keys.refusals(f"t{number}")) for number in range(50)] == [20] * 50
+    assert max(sizes) <= 30
+    assert await queue.bus._redis.zcard(queue.keys.histories) == 50
 
 
 async def test_who_is_silent_keeps_no_more_than_its_share(queue: Queue) -> None:
