@@ -185,6 +185,7 @@ async def test_no_client_notices_that_a_worker_is_killed_in_mid_stream(
     assert await ask(client, "eight", PROMPTS[1], 12) == oracle.text("eight", PROMPTS[1], 12)
 
 
+@pytest.mark.thorough
 async def test_any_of_a_thousand_registered_adapters_can_be_asked_at_once(
     tmp_path: Path, model: Path, adapters: Path
 ) -> None:
