@@ -186,7 +186,7 @@ async def test_nothing_of_a_refused_body_stays(http: httpx2.AsyncClient, path: s
             large_lists = (kept for kept in gc.get_objects() if type(kept) is list and len(kept) == len(ids))
             return all(kept is ids for kept in large_lists)
 
-        await wait_until(is_gone, "the ids are gone", timeout_s=10)
+        await wait_until(is_gone, "the ids are gone")
     finally:
         gc.enable()
 
