@@ -258,7 +258,7 @@ async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace
             for waiters in (parts.replies, parts.aliases):
                 waiters.fail_all(Unavailable("this gateway is shutting down", code="shutting_down"))
             await _idle(parts.app, LAST_WORDS_S)
-        server.should_exit = True
+        server.end()
         await serving
         for loop in loops:
             loop.cancel()

@@ -74,7 +74,6 @@ THOROUGH = (
     "gateway/text/test_families.py",
     "gpu_worker/cuda/test_warm_up.py",
     "gpu_worker/test_light_imports.py",
-    "hostile/test_fuzz.py",
     "hostile/test_hostile.py",
     "kernels/test_triton.py",
     "lorafleet/test_fetch.py",

@@ -195,11 +195,11 @@ async def _nested_lines(attacker: Attacker) -> None:
     if not file or "id" not in file:
         return
     asked = {"input_file_id": file["id"], "endpoint": COMPLETIONS, "completion_window": "24h"}
-    batch = await attacker.post("/v1/batches", asked)
-    for _ in range(200):
+    made = await attacker.post("/v1/batches", asked)
+    for _ in range(200 if made and "id" in made else 0):
+        batch = await attacker.get(f"/v1/batches/{made['id']}")
         if not batch or batch.get("status") in ("completed", "failed", "expired", "cancelled"):
             break
-        batch = await attacker.get(f"/v1/batches/{batch['id']}")
     await attacker.send("DELETE", f"/v1/files/{file['id']}", None)
 
 

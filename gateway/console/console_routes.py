@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -62,6 +63,7 @@ class ConsolePage:
     tag: str  # ETag
 
 
+@cache
 def load(folder: Path = FOLDER) -> dict[str, ConsolePage]:
     """Return the console's files by their paths. They have a few hundred kB together, and stay in memory."""
     pages: dict[str, ConsolePage] = {}

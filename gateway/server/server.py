@@ -29,9 +29,6 @@ MAX_FILES = 1 << 16
 RESERVED_FILES = 512
 """Open files that clients may not take: they are for other uses, above all connections to the queue."""
 
-TICKS_PER_S = 10
-"""Turns of uvicorn's main loop a second."""
-
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 
@@ -69,6 +66,7 @@ class HttpServer(uvicorn.Server):
         )  # fmt: skip
         self._listeners: tuple[socket.socket, ...] = ()
         self._opening: set[asyncio.Task[None]] = set()
+        self._ending = asyncio.Event()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -87,6 +85,18 @@ class HttpServer(uvicorn.Server):
             asyncio.get_running_loop().add_reader(listener, self._accept, listener)
         self.started = True
 
+    async def main_loop(self) -> None:
+        """Look after connections once a second until the server is to end, which it then does at once."""
+        while not await self.on_tick(0):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await self._ending.wait()
+
+    def end(self) -> None:
+        """Let `serve` return once answers have ended."""
+        self.should_exit = True
+        self._ending.set()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no more, close the listeners, let answers end."""
         for listener in self._listeners:
@@ -94,7 +104,14 @@ class HttpServer(uvicorn.Server):
         self._listeners = ()
         if self._opening:
             await asyncio.wait(self._opening)
-        await super().shutdown(sockets)
+        for listener in sockets or []:
+            listener.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        for _ in range(2):  # turns in which idle connections are closed; uvicorn would wait a tenth of a second
+            await asyncio.sleep(0)
+        if self.server_state.connections or self.server_state.tasks:
+            await super().shutdown()
 
     def _accept(self, listener: socket.socket) -> None:
         """Take the connections that wait, but not so many that a turn of the loop becomes long."""
@@ -162,12 +179,11 @@ class HttpServer(uvicorn.Server):
             del self._num_of[origin]
 
     async def on_tick(self, counter: int) -> bool:
-        """Look once a second for clients that take too long; return whether to end."""
-        if counter % TICKS_PER_S == 0:
-            now_s = asyncio.get_running_loop().time()
-            for connection in list(self.server_state.connections):
-                if isinstance(connection, Connection):
-                    connection.sweep(now_s)
+        """Look for clients that take too long; return whether to end."""
+        now_s = asyncio.get_running_loop().time()
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.sweep(now_s)
         return await super().on_tick(counter)
 
 

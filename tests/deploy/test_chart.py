@@ -8,9 +8,8 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from helpers.stub_http import serving
 
 from protocol.queue.users import acl, table
 from protocol.runtime.settings import Settings
@@ -453,13 +453,8 @@ class Gateway(BaseHTTPRequestHandler):
 @pytest.fixture
 def gateway() -> Iterator[str]:
     Gateway.asked = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Gateway)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Gateway) as url:
+        yield url
 
 
 @pytest.mark.parametrize("names", [["a", "b"], ["a", "bad", "b"]], ids=["all are taken", "one is refused"])

@@ -128,7 +128,7 @@ async def test_every_kind_that_peft_trains_is_asked_by_its_folders_name(
         assert not [alias.reason for name, alias in aliases.items() if name in names and alias.state == "failed"]
         return all(name in aliases and aliases[name].state == "on_disk" for name in names)
 
-    await wait_until(are_settled, "the store has looked at all", timeout_s=60)
+    await wait_until(are_settled, "the store has looked at all")
     texts = await asyncio.gather(*(text_of(http, name) for name in names))
     assert dict(zip(names, texts, strict=True)) == expected
     assert await text_of(http, "one") == right["one"]
@@ -171,7 +171,7 @@ async def test_fifty_bad_adapters_in_a_row_disturb_nobody(
     async with asyncio.TaskGroup() as group:
         for name in right:
             group.create_task(keep_asking(name))
-        await wait_until(are_settled, "the store has looked at all", timeout_s=60)
+        await wait_until(are_settled, "the store has looked at all")
         before = dict(answered)
         for name, reason in reasons.items():
             response = await http.post("/v1/completions", json=completion(name, PROMPT))

@@ -109,7 +109,7 @@ async def services(fleet: ProcessFleet) -> ProcessFleet:
         if not fleet.members[name].is_running:
             fleet.start("worker", name)
     for name in ("w0", "w1"):
-        await wait_until(lambda name=name: fleet.is_up(fleet.members[name]), f"{name} is back", timeout_s=60)
+        await wait_until(lambda name=name: fleet.is_up(fleet.members[name]), f"{name} is back")
     return fleet
 
 
@@ -180,11 +180,12 @@ async def test_no_client_notices_that_a_worker_is_killed_in_mid_stream(
     keys = [key async for key in services.bus._redis.scan_iter(services.bus.keys.req("*").encode())]
     epochs = [int(await services.bus._redis.hget(key, "epoch")) for key in keys]
     assert max(epochs) > 1, "no request was moved: the kill showed nothing"
-    await wait_until(lambda: services.is_up(services.members[victim]), "the new worker has joined", timeout_s=60)
+    await wait_until(lambda: services.is_up(services.members[victim]), "the new worker has joined")
     services.kill(other)
     assert await ask(client, "eight", PROMPTS[1], 12) == oracle.text("eight", PROMPTS[1], 12)
 
 
+@pytest.mark.thorough
 async def test_any_of_a_thousand_registered_adapters_can_be_asked_at_once(
     tmp_path: Path, model: Path, adapters: Path
 ) -> None:

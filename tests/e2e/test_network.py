@@ -81,7 +81,7 @@ async def hosts_and_fleet(started: tuple[Host, ProcessFleet]) -> tuple[Host, Pro
             return not await running_on(fleet, "near", 0)
 
         await wait_until(is_gone, "the near worker is not heard of any more")
-    await wait_until(lambda: fleet.is_up(fleet.members["far"]), "the far worker is up", timeout_s=60)
+    await wait_until(lambda: fleet.is_up(fleet.members["far"]), "the far worker is up")
     return started
 
 
@@ -114,7 +114,7 @@ async def test_a_network_cut_moves_streams_and_its_worker_joins_again(
     right = {model: (await ask(fleet, model)).attempts[-1].text for model in ("base", "one")}
     assert right["base"] != right["one"]
     streams = [asyncio.create_task(ask(fleet, model)) for model in ("base", "one") * 2]
-    await wait_until(lambda: running_on(fleet, "far"), "the far worker runs them", timeout_s=60)
+    await wait_until(lambda: running_on(fleet, "far"), "the far worker runs them")
     near.run("ip link set cable1 down")
     start_near(near, fleet, memory)  # only now, so the streams must move here
     for call in await asyncio.gather(*streams):
@@ -124,13 +124,13 @@ async def test_a_network_cut_moves_streams_and_its_worker_joins_again(
     async def is_dead() -> bool:
         return not await running_on(fleet, "far", 0)
 
-    await wait_until(is_dead, "the far worker is taken for dead", timeout_s=60)
+    await wait_until(is_dead, "the far worker is taken for dead")
 
     near.run("ip link set cable1 up")
     far = fleet.members["far"]
     again = "was declared dead; rejoining"
-    await wait_until(lambda: again in far.log.read_text(), "the far worker hears that it is dead", timeout_s=60)
-    await wait_until(lambda: running_on(fleet, "far", 0), "it is heard of again", timeout_s=60)
+    await wait_until(lambda: again in far.log.read_text(), "the far worker hears that it is dead")
+    await wait_until(lambda: running_on(fleet, "far", 0), "it is heard of again")
     assert far.is_running
 
 
@@ -142,14 +142,14 @@ async def test_a_worker_that_the_kernel_kills_for_its_memory_loses_no_stream(
         pytest.skip(f"{MEMORY}, the memory controller of cgroups v1, is not there or may not be written to")
     near, fleet = hosts_and_fleet
     start_near(near, fleet, memory)
-    await wait_until(lambda: fleet.is_up(fleet.members["near"]), "the near worker is up", timeout_s=60)
+    await wait_until(lambda: fleet.is_up(fleet.members["near"]), "the near worker is up")
     right = {model: (await ask(fleet, model)).attempts[-1].text for model in ("base", "one")}
     fleet.signal("far", signal.SIGTERM)
-    await wait_until(lambda: not fleet.members["far"].is_running, "the far worker has left", timeout_s=60)
+    await wait_until(lambda: not fleet.members["far"].is_running, "the far worker has left")
     streams = [asyncio.create_task(ask(fleet, model)) for model in ("base", "one") * 2]
-    await wait_until(lambda: running_on(fleet, "near"), "the near worker runs them", timeout_s=60)
+    await wait_until(lambda: running_on(fleet, "near"), "the near worker runs them")
     await asyncio.to_thread(memory.exhaust)
-    await wait_until(lambda: not fleet.members["near"].is_running, "there is no page left for it", timeout_s=60)
+    await wait_until(lambda: not fleet.members["near"].is_running, "there is no page left for it")
     assert memory.num_killed >= 2
     fleet.start("worker", "far")
     for call in await asyncio.gather(*streams):

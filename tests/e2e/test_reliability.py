@@ -155,7 +155,7 @@ async def test_restarts_of_every_service_under_load_show_no_error(fleet: Process
 async def restart(fleet: ProcessFleet, member: Member) -> None:
     """Drain a member, start it again and wait until it works."""
     fleet.signal(member.name, signal.SIGTERM)
-    await wait_until(lambda: not member.is_running, f"{member.name} has drained", timeout_s=60)
+    await wait_until(lambda: not member.is_running, f"{member.name} has drained")
     assert member.process is not None
     assert member.process.returncode == 0, member.log_tail()
     fleet.start(member.service, member.name)

@@ -102,11 +102,12 @@ async def test_ctrl_c_finishes_what_was_accepted_and_leaves_nothing(tmp_path: Pa
                     fleet.process.send_signal(signal.SIGINT)
                 text += chunk
         assert text == expected
-        await wait_until(fleet.has_ended, "the launcher has ended", timeout_s=60)
+        await wait_until(fleet.has_ended, "the launcher has ended")
         assert fleet.process.returncode == 0, fleet.output
         assert fleet.is_gone()
 
 
+@pytest.mark.thorough
 async def test_a_second_ctrl_c_stops_at_once_even_while_starting(tmp_path: Path, model: Path) -> None:
     with fleet_up(tmp_path, model) as fleet:
         await wait_until(lambda: "scheduler  ready" in fleet.output, "services are running", timeout_s=100)
@@ -172,10 +173,10 @@ async def test_a_hot_swap_under_32_streams(fleet: RunningFleet, model: Path, ada
         async with asyncio.TaskGroup() as group:
             for stream in range(32):
                 group.create_task(keep_asking(stream))
-            await wait_until(lambda: all(answered), "every stream has an answer", timeout_s=60)
+            await wait_until(lambda: all(answered), "every stream has an answer")
             await register("local:version-2")
             swapped.set()
-            await wait_until(lambda: all(True in begun for begun in answered), "all have the new one", timeout_s=60)
+            await wait_until(lambda: all(True in begun for begun in answered), "all have the new one")
             ends.set()
         for folder in folders:
             (folder / "adapter_config.json").unlink()  # else their own names keep the content

@@ -139,7 +139,7 @@ async def running(limits: ConnectionLimits = LIMITS, **more: Any) -> AsyncIterat
             for writer in run.writers:
                 writer.close()
             app.go.set()
-            server.should_exit = True
+            server.end()
             await task
 
 

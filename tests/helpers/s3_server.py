@@ -62,7 +62,7 @@ def run_s3() -> Iterator[S3Server]:
         yield _with_auth(url)
     finally:
         process.stdin.close()
-        process.wait(10)
+        process.wait(60)
         process.stdout.close()
 
 

@@ -13,7 +13,7 @@ async def wait_until(
     predicate: Callable[[], Any | Awaitable[Any]],
     description: str | Callable[[], str],
     *,
-    timeout_s: float = 30.0,
+    timeout_s: float = 60.0,
     every_s: float = 0.01,
 ) -> Any:
     """Return the first true value of `predicate`. Raises AssertionError naming `description` after `timeout_s`."""

@@ -104,7 +104,7 @@ async def measure(folder: Path, num_adapters: int, num_readers: int, seconds: fl
                     return (await http.get("/health")).status_code == 200
                 return False
 
-            await wait_until(is_up, "the gateway is up", timeout_s=60)
+            await wait_until(is_up, "the gateway is up")
             job = await http.post(
                 "/v1/completions", json={**BODY, "stream": False, "max_tokens": 40, "background": True}
             )

@@ -81,7 +81,7 @@ async def scripted(bus: Bus, folder: Path) -> AsyncIterator[None]:
 
 
 async def ask(url: str) -> None:
-    async with httpx2.AsyncClient(base_url=url, timeout=20) as http:
+    async with httpx2.AsyncClient(base_url=url, timeout=60) as http:
         answer = await http.post("/v1/completions", json={"model": "base", "prompt": "a", "max_tokens": 4})
         assert answer.status_code == 200, answer.text
         assert (await http.get("/health")).status_code == 200
@@ -130,7 +130,7 @@ async def test_each_loop_of_a_scheduler_may_raise(
             make_flaky(patch, flaky, Session)
             worker = await FakeWorker(bus, f"w{number}", capacity=8).join()
             async with running_scheduler(bus):
-                await wait_until(flaky.goes_on, "all loops go on", timeout_s=20)
+                await wait_until(flaky.goes_on, "all loops go on")
                 await submit(bus, make_submit(f"r{number}"))
                 await holds(worker, f"r{number}")
                 assert await worker.write(f"r{number}", 4, end=True) == []

@@ -36,15 +36,13 @@ def inputs(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32) -> d
 
 
 def written_out(given: dict[str, Tensor], state: Tensor) -> Tensor:
-    """The output [T, C] in double precision, channel by channel; `state` [C, N] is moved on."""
+    """The output [T, C] in double precision, token by token; `state` [C, N] is moved on."""
     x, dt, a, b, c, skip, gate, bias = (value.double() for value in given.values())
     out = torch.zeros_like(x)
     for t in range(len(x)):
-        for channel in range(x.shape[1]):
-            step = torch.log1p(torch.exp(dt[t, channel] + bias[channel]))
-            state[channel] = torch.exp(step * a[channel]) * state[channel] + step * x[t, channel] * b[t]
-            y = state[channel] @ c[t] + skip[channel] * x[t, channel]
-            out[t, channel] = y * gate[t, channel] / (1 + torch.exp(-gate[t, channel]))
+        step = torch.log1p(torch.exp(dt[t] + bias))
+        state[:] = torch.exp(step[:, None] * a) * state + (step * x[t])[:, None] * b[t]
+        out[t] = (state @ c[t] + skip * x[t]) * gate[t] / (1 + torch.exp(-gate[t]))
     return out
 
 

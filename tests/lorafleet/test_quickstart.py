@@ -3,7 +3,6 @@
 import hashlib
 import http.server
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from helpers.stub_http import serving
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -78,14 +78,8 @@ class FakeHub:
 @pytest.fixture
 def hub() -> Iterator[FakeHub]:
     fake = FakeHub({"config.json": b'{"model_type": "llama"}', "model.safetensors": b"weights", "onnx/big.onnx": b"no"})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), fake.handler())
-    fake.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield fake
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(fake.handler()) as fake.url:
+        yield fake
 
 
 @pytest.fixture

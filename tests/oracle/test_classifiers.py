@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import examples
 from oracle.peft_oracle import TINY_VOCAB, prompts, vary_norms
 from oracle.test_encoders import ATTENTION, LENGTHS, MORE, SIZES, ask, floats
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -128,7 +129,7 @@ def request(rid: str, name: str, text: np.ndarray, **fields: Any) -> EngineReque
     return EngineRequest(rid, 1, name, text.astype(np.int32), Sampling(), 0, task="score", **fields)
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", examples.some(TYPES, "bert", "roberta", "distilbert", "deberta", "modernbert"))
 def test_a_mixed_batch_has_the_logits_of_peft(kind: str) -> None:
     oracle = Oracle(kind)
     engine = oracle.engine()

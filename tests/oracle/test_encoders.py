@@ -8,11 +8,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import examples
 from oracle.peft_oracle import TINY_VOCAB, prompts, vary_norms
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save
@@ -174,9 +176,13 @@ def floats(output: TokenOutput) -> np.ndarray:
     return np.array(output.ids, np.int32).view(np.float32)
 
 
-@pytest.mark.parametrize("model_type", ATTENTION)
-@pytest.mark.parametrize("task", ["embed", "classify"])
-def test_a_mixed_batch_is_what_peft_computes_alone(model_type: str, task: Task) -> None:
+@pytest.mark.parametrize(
+    "case",
+    examples.some(product(ATTENTION, ("embed", "classify")), *product(ATTENTION, ("embed",)), ("bert", "classify")),
+    ids=str,
+)
+def test_a_mixed_batch_is_what_peft_computes_alone(case: tuple[str, Task]) -> None:
+    model_type, task = case
     oracle = Oracle(make_encoder(model_type, task), task, adapters_of(model_type, task))
     engine = oracle.engine(Pooling("mean"), max_step_tokens=1024)
     texts = prompts(len(LENGTHS), TINY_VOCAB, LENGTHS)

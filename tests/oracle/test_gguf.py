@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from helpers import examples
 from helpers.gguf_models import CHAT_TEMPLATE, write_gguf
 from oracle.adapters.peft_kinds import model_logits
 from oracle.peft_oracle import ATTENTION, MLP, Lora, Oracle, ask, greedy_request, prompts, vary_norms
@@ -76,22 +77,21 @@ def answers(engine: Engine, oracle: Oracle) -> Iterator[tuple[str, Any, list[int
         yield name, prompt, got.ids[str(i)]
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "others"),
-    [
-        ("llama", "q8_0", {}),
-        ("llama, tied", "q4_0", {"token_embd": "q6_k"}),
-        ("llama", "q4_k", {"attn_v": "q6_k", "ffn_down": "q6_k", "output.": "q6_k"}),
-        ("llama", "q5_k", {"attn_k": "f16", "token_embd": "f32"}),
-        ("qwen2", "q4_1", {}),
-        ("qwen3", "q5_0", {"output.": "q8_0"}),
-        ("gemma2", "q8_0", {}),
-        ("gemma3", "q4_0", {"token_embd": "q8_0"}),
-    ],
-)
-def test_tokens_are_those_of_transformers_and_peft(
-    name: str, kind: Kind, others: dict[str, str], tmp_path: Path
-) -> None:
+FILES: dict[str, tuple[str, Kind, dict[str, str]]] = {
+    "Q8_0": ("llama", "q8_0", {}),
+    "Q4_0 and tied": ("llama, tied", "q4_0", {"token_embd": "q6_k"}),
+    "Q4_K": ("llama", "q4_k", {"attn_v": "q6_k", "ffn_down": "q6_k", "output.": "q6_k"}),
+    "Q5_K": ("llama", "q5_k", {"attn_k": "f16", "token_embd": "f32"}),
+    "qwen2": ("qwen2", "q4_1", {}),
+    "qwen3": ("qwen3", "q5_0", {"output.": "q8_0"}),
+    "gemma2": ("gemma2", "q8_0", {}),
+    "gemma3": ("gemma3", "q4_0", {"token_embd": "q8_0"}),
+}
+
+
+@pytest.mark.parametrize("case", examples.some(FILES, "Q8_0", "Q4_K", "qwen2", "gemma3"))
+def test_tokens_are_those_of_transformers_and_peft(case: str, tmp_path: Path) -> None:
+    name, kind, others = FILES[case]
     file, folder = tmp_path / "tiny.gguf", tmp_path / "folder"
     write_gguf(tiny(name), file, kind, others)
     make_folder(file, folder)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from helpers import examples
 from helpers.fixed_sums import fixed_sums
 from oracle.peft_oracle import ATTENTION, MLP, TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, warm
 from oracle.tiny_models import tiny_model
@@ -58,7 +60,7 @@ def logits_of(engine: Engine, names: list[str], lengths: Sequence[int] = (5, 33,
     return seen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", examples.some([torch.float32, torch.bfloat16], torch.bfloat16), ids=str)
 @pytest.mark.parametrize("model_type", STACKED)
 def test_a_stack_computes_what_its_layers_compute(model_type: str, dtype: torch.dtype) -> None:
     targets = STACKED[model_type]
@@ -80,9 +82,16 @@ def test_a_stack_computes_what_its_layers_compute(model_type: str, dtype: torch.
     assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("are_fixed", [False, True])
-@pytest.mark.parametrize(("place", "lora_dtype"), [(0, "auto"), (0, "int8"), (-1, "auto"), (1, "int8")])
-def test_products_that_add_many_adapters_do_so_bit_by_bit(place: int, lora_dtype: str, are_fixed: bool) -> None:
+@pytest.mark.parametrize(
+    "case",
+    examples.some(
+        product([(0, "auto"), (0, "int8"), (-1, "auto"), (1, "int8")], [False, True]),
+        ((0, "auto"), False), ((0, "int8"), True), ((-1, "auto"), True),
+    ),
+    ids=str,
+)  # fmt: skip
+def test_products_that_add_many_adapters_do_so_bit_by_bit(case: tuple[tuple[int, str], bool]) -> None:
+    (place, lora_dtype), are_fixed = case
     best, isas = cpu.isa(), cpu.distinct_isas()
     cpu.set_isa(isas[min(place, len(isas) - 1)])
     base = tiny_model("llama")

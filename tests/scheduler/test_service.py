@@ -436,7 +436,7 @@ async def test_metrics_say_who_leads_and_what_was_assigned(bus: Bus, unused_tcp_
     worker = await FakeWorker(bus, "w1", resident=["a"]).join()
 
     def scrape() -> str:
-        with urlopen(f"http://127.0.0.1:{unused_tcp_port}/metrics", timeout=5) as page:
+        with urlopen(f"http://127.0.0.1:{unused_tcp_port}/metrics", timeout=60) as page:
             return page.read().decode()
 
     def value(text: str, name: str) -> float:

@@ -41,7 +41,7 @@ async def test_nothing_is_held_of_large_lines_that_wait(bus: Bus, tmp_path: Path
     tracemalloc.start()
     try:
         async with watched.gateway("g1", endpoint, replace(SOON, lease_s=60, min_calls=num)):
-            await wait_until(lambda: len(endpoint.asked) > 3 * num, "they are asked again", timeout_s=60)
+            await wait_until(lambda: len(endpoint.asked) > 3 * num, "they are asked again")
             is_busy = False
             batch = await watched.ended()
     finally:

@@ -80,11 +80,15 @@ async def test_csv_has_a_line_for_each_result(bus: Bus, fleet: ScriptedFleet, ht
 
 
 async def test_a_call_whose_client_left_counts_what_was_made(
-    bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path
 ) -> None:
     body = {"model": "base", "prompt": "one", "max_tokens": 40, "stream": True}
     fleet.assigning.clear()
-    async with http.stream("POST", "/v1/completions", json=body):
+    async with (
+        running_gateway(bus, model_folder, keepalive_s=0.05) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        http.stream("POST", "/v1/completions", json=body),
+    ):
         pass
 
     async def is_counted() -> bool:

@@ -1,10 +1,12 @@
-"""Whatever a body holds, it gets an answer: a 4xx that says what is wrong, never a fault, never silence."""
+"""Whatever a body holds in whatever place, it gets an answer: a 4xx that says what is wrong, never a fault.
+
+`tests/hostile/test_fuzz.py` draws bodies.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -14,15 +16,11 @@ from typing import Any
 import httpx2
 import pytest
 from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from gateway.anthropic.anthropic_errors import ANTHROPIC_ERRORS
 from gateway.app.shapes import shape_of
 from gateway.http.errors import OPENAI_ERRORS
-from gateway.lorax.lorax_bodies import CompatRequest, Parameters
-from gateway.openai.openai_bodies import BODIES
 from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.bus import Bus
 
@@ -126,25 +124,6 @@ GOOD: dict[str, dict[str, Any]] = {
     "/load_lora_adapter": {"lora_name": "base", "lora_path": "nobody"},
     "/unload_lora_adapter": {"lora_name": "nobody"},
 }  # fmt: skip
-FIELDS = {
-    path: sorted(BODIES[path].model_fields) if path in BODIES else sorted(CompatRequest.model_fields) for path in GOOD
-}
-
-odd_text = st.one_of(
-    st.sampled_from(
-        ["", "\0", "\ud800", "\udfff\ud800", "\u202e", "a" * 5000, "null", "-1", "1e999", "base", "__proto__"]
-    ),
-    st.text(max_size=20),
-)
-odd_number = st.sampled_from(
-    [0, -1, 1, 2, 1 << 31, 1 << 53, 1 << 63, -(1 << 64), 10**400, 0.5, -0.0, 1e308, float("inf"), float("nan")]
-)
-odd_value = st.recursive(
-    st.one_of(st.none(), st.booleans(), odd_number, odd_text),
-    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(odd_text, inner, max_size=4)),
-    max_leaves=12,
-)
-depths = st.sampled_from([10, 60, 99, 100, 101, 600, 1023, 1024, 5000, 100_000])
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -160,40 +139,6 @@ def put(value: Any, at: tuple[Any, ...], part: Any) -> None:
     for key in at[:-1]:
         value = value[key]
     value[at[-1]] = part
-
-
-@st.composite
-def bodies(draw: st.DrawFn) -> tuple[str, bytes]:
-    """A path, and bytes to send there: junk, deep nests, any JSON, or a good body with something odd in it."""
-    path = draw(st.sampled_from(sorted(GOOD)))
-    kind = draw(
-        st.sampled_from(["bytes", "deep", "json", "field", "place", "place", "place", "nest", "parameter", "cut"])
-    )
-    if kind == "bytes":
-        return path, draw(st.binary(max_size=60))
-    good = json.loads(json.dumps(GOOD[path]))
-    if kind == "deep":
-        depth, opening, closing = draw(depths), *draw(st.sampled_from([("[", "]"), ('{"a":', "}")]))
-        nest = opening * depth + "1" + closing * depth
-        field = draw(st.sampled_from(FIELDS[path]))
-        return path, json.dumps({**good, field: "@"}).replace('"@"', nest).encode()
-    if kind in ("place", "nest"):
-        at = draw(st.sampled_from(list(places(good))))
-        if kind == "place":
-            put(good, at, draw(odd_value))
-            return path, json.dumps(good).encode()
-        depth = draw(depths)
-        put(good, at, "@")
-        nest = draw(st.sampled_from(["[" * depth + "]" * depth, json.dumps("[" * depth), json.dumps("(" * depth)]))
-        return path, json.dumps(good).replace('"@"', nest).encode()
-    if kind == "json":
-        return path, json.dumps(draw(odd_value)).encode()
-    if kind == "parameter" and "parameters" in good:
-        good["parameters"][draw(st.sampled_from(sorted(Parameters.model_fields)))] = draw(odd_value)
-    else:
-        good[draw(st.one_of(st.sampled_from(FIELDS[path]), odd_text))] = draw(odd_value)
-    raw = json.dumps(good).encode()
-    return path, raw[: draw(st.integers(0, len(raw)))] if kind == "cut" else raw
 
 
 @pytest.fixture(scope="module")
@@ -224,36 +169,20 @@ def url(queue_server: EmbeddedServer, model_folder: Path, tokenizer: Tokenizer) 
     thread.join()
 
 
-NUM = int(os.environ.get("LORAFLEET_FUZZ", "200"))
-"""Bodies that are tried; a long run is worth it when a route or a body changes."""
-
-
-@settings(
-    max_examples=NUM, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-)
-@given(sent=bodies())
-@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")  # a gateway in a thread does
-def test_any_body_gets_an_answer(url: str, patient: httpx2.Client, sent: tuple[str, bytes]) -> None:
-    path, body = sent
-    answer = patient.post(url + path, content=body, headers={"content-type": "application/json"})
-    assert answer.status_code < 500, answer.content
-    if answer.status_code >= 400:
-        error, shape = answer.json()["error"], shape_of({"path": path, "headers": []})
-        message = error if isinstance(error, str) else error["message"]
-        if shape is OPENAI_ERRORS:
-            assert set(error) == {"message", "type", "param", "code"}
-        assert isinstance(error, str) == (shape not in (OPENAI_ERRORS, ANTHROPIC_ERRORS))
-        assert isinstance(message, str)
-        assert message
-        assert len(message) < 2000
-    elif answer.headers["content-type"].startswith("text/event-stream"):
-        assert b'"error"' not in answer.content
+def check_shape(path: str, answer: httpx2.Response) -> None:
+    """Check that an error is in the shape of the path's API, and short."""
+    error, shape = answer.json()["error"], shape_of({"path": path, "headers": []})
+    assert isinstance(error, str) == (shape not in (OPENAI_ERRORS, ANTHROPIC_ERRORS))
+    assert shape is not OPENAI_ERRORS or set(error) == {"message", "type", "param", "code"}
+    message = error if isinstance(error, str) else error["message"]
+    assert isinstance(message, str)
+    assert 0 < len(message) < 2000
 
 
 @pytest.fixture(scope="module")
 def patient() -> Iterator[httpx2.Client]:
-    """A client that waits ten seconds: silence is a failure."""
-    with httpx2.Client(timeout=10, trust_env=False) as client:
+    """A client that waits a minute: silence is a failure."""
+    with httpx2.Client(timeout=60, trust_env=False) as client:
         yield client
 
 
@@ -275,6 +204,8 @@ def test_no_numbers_and_half_characters_are_client_errors(url: str, patient: htt
             answer = patient.post(url + path, content=body, headers={"content-type": "application/json"})
             if not 400 <= answer.status_code < 500:
                 wrong.append((at, odd[:20], answer.status_code, answer.content[:200]))
+            else:
+                check_shape(path, answer)
     assert not wrong
 
 
@@ -314,9 +245,6 @@ DEEP = "[" * 200_000
         ({"structured_outputs": {"json": DEEP}}, "structured_outputs.json"),
         ({"stop_token_ids": [5] * 500_000}, "stop_token_ids"),
         ({"logit_bias": {str(i): 999 for i in range(50_000)}}, "logit_bias"),
-        ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
-        ({"metadata": {"a": "x" * 513}}, "metadata"),
-        ({"metadata": {"x" * 65: "a"}}, "metadata"),
         ({"model": "x" * 2000}, "model"),
         ({"model": [5] * 500_000}, "model"),
         ({"stop": [5] * 500_000}, "stop"),

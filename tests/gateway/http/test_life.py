@@ -432,7 +432,7 @@ async def test_the_process_runs_and_ends_by_signal(bus: Bus, fleet: ScriptedFlee
             answer = await http.post("/v1/completions", json=COMPLETION)
         assert answer.json()["choices"][0]["text"] == Script().text
         process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             assert await process.wait() == 0
     finally:
         if process.returncode is None:

@@ -69,6 +69,8 @@ async def serving(
             await asyncio.sleep(0)
         yield sock.getsockname()[1]
         server.should_exit = True
+        if isinstance(server, HttpServer):
+            server.end()
         await task
 
 

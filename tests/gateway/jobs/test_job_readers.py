@@ -131,13 +131,13 @@ async def test_all_who_stream_a_job_share_its_reader() -> None:
 
 
 async def test_a_client_that_falls_behind_misses_nothing_and_holds_up_nobody() -> None:
-    readers, job = JobReaders(10.0, kept_bytes=100, per_s=10_000), Job(200, 200)
+    readers, job = JobReaders(10.0, kept_bytes=100, per_s=10_000), Job(60, 60)
     gate = asyncio.Event()
     slow = asyncio.create_task(streamed(readers, job, pause=lambda num: gate if num == 3 else None))
     await wait_until(lambda: bool(job.opened) and job.opened[0].next > 4, "the slow client was told something")
-    assert places(await streamed(readers, job)) == list(range(1, 201))
+    assert places(await streamed(readers, job)) == list(range(1, 61))
     gate.set()
-    assert places(await slow) == list(range(1, 201))
+    assert places(await slow) == list(range(1, 61))
     assert 2 <= len(job.opened) <= 3  # who came late has read by itself, and who fell behind
 
 
@@ -156,7 +156,7 @@ async def test_who_streams_a_large_job_that_has_ended_is_told_its_end(
 
 
 async def test_a_job_is_read_no_further_than_the_fastest_client_reads() -> None:
-    readers, job = JobReaders(10.0, kept_bytes=100, per_s=10_000), Job(200, 200)
+    readers, job = JobReaders(10.0, kept_bytes=100, per_s=10_000), Job(60, 60)
     gate = asyncio.Event()
     slow = asyncio.create_task(streamed(readers, job, pause=lambda num: gate if num == 3 else None))
     await wait_until(lambda: bool(job.opened) and job.opened[0].next >= 8, "the client was told something")
@@ -164,7 +164,7 @@ async def test_a_job_is_read_no_further_than_the_fastest_client_reads() -> None:
         await asyncio.sleep(0)
     assert job.opened[0].next <= 12
     gate.set()
-    assert places(await slow) == list(range(1, 201))
+    assert places(await slow) == list(range(1, 61))
 
 
 class Behind(Told):
@@ -323,7 +323,7 @@ async def test_forty_who_wait_for_a_job_look_as_often_as_one(
 
     async def looks(num: int) -> int:
         await bus._redis.config_resetstat()
-        waits = [http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=3"}) for _ in range(num)]
+        waits = [http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=2"}) for _ in range(num)]
         assert {answer.json()["status"] for answer in await asyncio.gather(*waits)} == {"queued"}
         return (await bus._redis.info("commandstats"))["cmdstat_hmget"]["calls"]
 

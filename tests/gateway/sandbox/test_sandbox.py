@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
-from helpers import sandbox_stand_in
+from helpers import examples, sandbox_stand_in
 from helpers.waiting import wait_until
 
 from gateway.grammars.check import GrammarCheck
@@ -41,6 +41,21 @@ async def running(pool: SandboxPool) -> AsyncIterator[SandboxPool]:
 def stand_in(first: str = READY.decode(), num: int = NUM, start_s: float = 30.0) -> SandboxPool:
     """Return a pool whose processes do what templates say; how they start is said by `first`."""
     return SandboxPool(num, command=(*STAND_IN, first), start_s=start_s)
+
+
+async def fault(pool: SandboxPool, asked: Render, limit_s: float) -> str:
+    """Return what a job is refused for. It is asked again where others left the machine no time to find that out."""
+
+    async def refused() -> str:
+        try:
+            await pool.do(asked, tenant="a", limit_s=limit_s)
+        except Unavailable:
+            return ""
+        except BadRequest as error:
+            return str(error)
+        raise AssertionError("it was done")
+
+    return await wait_until(refused, "the machine has time for it")
 
 
 async def ended(tasks: list[asyncio.Task[str]]) -> list[str | BaseException]:
@@ -123,20 +138,20 @@ async def test_a_job_that_is_cancelled_while_its_process_starts_leaves_nothing()
 # ---------------------------------------------------------------- hostile processes
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        b"\xff\xff\xff\xff",
-        (MAX_ANSWER_BYTES + 1).to_bytes(4, "little"),
-        b"\0\0\0\0",
-        (3).to_bytes(4, "little") + b"\xc1\xc1\xc1",
-        (2).to_bytes(4, "little") + b"\x91\x01",
-        (1000).to_bytes(4, "little") + b"\x91" * 1000,
-        framed(Answer("mine")) + framed(Answer("the next one's")),
-        framed(Answer("mine")) + b"\0",
-        (8).to_bytes(4, "little") + b"\x81\xa4text\xc3\x28",
-    ],
-)
+NO_ANSWERS = [
+    b"\xff\xff\xff\xff",
+    (MAX_ANSWER_BYTES + 1).to_bytes(4, "little"),
+    b"\0\0\0\0",
+    (3).to_bytes(4, "little") + b"\xc1\xc1\xc1",
+    (2).to_bytes(4, "little") + b"\x91\x01",
+    (1000).to_bytes(4, "little") + b"\x91" * 1000,
+    framed(Answer("mine")) + framed(Answer("the next one's")),
+    framed(Answer("mine")) + b"\0",
+    (8).to_bytes(4, "little") + b"\x81\xa4text\xc3\x28",
+]
+
+
+@pytest.mark.parametrize("raw", examples.some(NO_ANSWERS, *NO_ANSWERS[:2], NO_ANSWERS[3], NO_ANSWERS[6]))
 async def test_bytes_that_are_no_answer_end_the_process(raw: bytes) -> None:
     async with running(stand_in(num=2)) as pool:
         await pool.render(job("say hello"), tenant="a")
@@ -184,8 +199,7 @@ async def test_a_job_that_computes_long_gives_way() -> None:
 
 async def test_a_job_has_its_cpu_time_and_no_more() -> None:
     async with running(stand_in(num=2)) as pool:
-        with pytest.raises(BadRequest, match=r"longer than 0\.05 s"):
-            await pool.do(job("spin"), tenant="a", limit_s=0.05)
+        assert "longer than 0.05 s" in await fault(pool, job("spin"), limit_s=0.05)
         with pytest.raises(Unavailable, match="this machine is too busy"):  # it has not computed at all
             await pool.do(job("wait"), tenant="a", limit_s=0.05)
 
@@ -221,8 +235,7 @@ async def test_a_closed_pool_refuses() -> None:
 
 async def test_templates_and_grammars_fail_alone(model_folder: Path) -> None:
     async with running(SandboxPool(tokenizer=str(model_folder / "tokenizer.json"))) as pool:
-        with pytest.raises(BadRequest, match="longer than 1 s"):
-            await pool.do(job(ENDLESS), tenant="a", limit_s=1)
+        assert "longer than 0.1 s" in await fault(pool, job(ENDLESS), limit_s=0.1)
         for source, said in (
             ("{{ 'a' * 3000000000 }}", "wants more than"),
             ("{{ 'ab' * 9000000 }}", "the limit is"),

@@ -97,7 +97,11 @@ def written(style: ToolStyle, *calls: tuple[str, dict[str, Any]]) -> str:
 # ---------------------------------------------------------------- the grammar
 
 
-@pytest.fixture(scope="module", params=[None, False, True], ids=["written", "added", "special"])
+@pytest.fixture(
+    scope="module",
+    params=[None, False, pytest.param(True, marks=pytest.mark.thorough)],
+    ids=["written", "added", "special"],
+)
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """Markers are text, or tokens of their own, which llguidance takes for special ones, or special tokens."""
     folder = make_model_folder(tmp_path_factory.mktemp("markers"))

@@ -30,7 +30,7 @@ async def gateway(bus: Bus, fleet: ScriptedFleet, model_folder: Path, tmp_path: 
     async with answering(DnsServer({"xn--bcher-kva.example": ["127.0.0.1"]})) as server:
         settings = {
             "data": tmp_path, "private_webhooks": True, "secret": "0123456789abcdef0123", "api_keys": True,
-            "webhook_dns": server.address,
+            "webhook_dns": server.address, "grace_s": 0.0,
         }  # fmt: skip
         async with running_gateway(bus, model_folder, **settings) as running:
             yield running
@@ -49,7 +49,10 @@ async def client_of(gateway: RunningGateway, bus: Bus, tenant: str) -> AsyncIter
 async def receiving(status: str) -> AsyncIterator[str]:
     """Run a receiver that answers a status, or nothing if that is empty; yield its place."""
 
+    writers: list[asyncio.StreamWriter] = []
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
         await reader.readuntil(b"\r\n\r\n")
         if status:
             writer.write(f"HTTP/1.1 {status}\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n".encode())
@@ -61,6 +64,8 @@ async def receiving(status: str) -> AsyncIterator[str]:
         yield f"{server.sockets[0].getsockname()[1]}"
     finally:
         server.close()
+        for writer in writers:  # whose clients would wait for an answer, and their gateway for them
+            writer.close()
 
 
 async def made(http: httpx2.AsyncClient, url: str) -> str:

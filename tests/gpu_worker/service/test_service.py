@@ -403,7 +403,7 @@ async def _has_tokens(bus: Bus, rid: str, num: int) -> bool:
 
 async def test_a_worker_shows_its_own_metrics_on_its_port(bus: Bus, unused_tcp_port: int) -> None:
     def scrape() -> dict[str, float]:
-        with urlopen(f"http://127.0.0.1:{unused_tcp_port}/metrics", timeout=5) as page:
+        with urlopen(f"http://127.0.0.1:{unused_tcp_port}/metrics", timeout=60) as page:
             lines = page.read().decode().splitlines()
         return {line.rpartition(" ")[0]: float(line.split()[-1]) for line in lines if not line.startswith("#")}
 

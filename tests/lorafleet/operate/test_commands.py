@@ -106,9 +106,9 @@ async def test_the_worker_that_costs_least_is_drained(command: Command, fleet: P
     async def nobody_is_named() -> bool:
         return await named() is None
 
-    await wait_until(is_named, "the scheduler names the only worker", timeout_s=30)
+    await wait_until(is_named, "the scheduler names the only worker")
     assert "w0 is draining" in await command("workers", "drain", "--least-valuable", "--wait", "30")
-    await wait_until(nobody_is_named, "the scheduler names none that drains", timeout_s=30)
+    await wait_until(nobody_is_named, "the scheduler names none that drains")
     assert "proposes no worker" in await command("workers", "drain", "--least-valuable", code=1)
     assert "w0 is ready" in await command("workers", "resume", "w0", "--wait", "30")
 

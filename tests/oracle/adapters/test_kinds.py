@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import examples
 from oracle.adapters.kind_cases import CASES
 from oracle.adapters.peft_kinds import (
     LLAMA,
@@ -74,7 +75,10 @@ def test_all_kinds_in_one_batch_are_what_each_is_alone(tmp_path: Path) -> None:
     assert len({tuple(ids) for ids, _ in mixed.values()}) > 10, "adapters must change the answer"
 
 
-@pytest.mark.parametrize("name", ["loha", "lokr", "vera", "miss", "delora", "hra", "deft", "shira"])
+SCALED = ("loha", "lokr", "vera", "miss", "delora", "hra", "deft", "shira")
+
+
+@pytest.mark.parametrize("name", examples.some(SCALED, "loha", "vera", "hra", "shira"))
 def test_a_scale_multiplies_what_is_added_to_weights(name: str, tmp_path: Path) -> None:
     """The oracle is the base with the weights of PEFT's merge, moved half as far from its own."""
     kind = CASES[name]

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from helpers import examples
 from oracle.adapters.kind_cases import CASES
 from oracle.adapters.peft_kinds import (
     GPT2,
@@ -153,7 +154,7 @@ def test_merges_are_those_of_peft(strategy: Strategy, fields: dict[str, Any], me
     ],
     ids=["conv1d", "both ends", "pattern", "some layers"],
 )
-@pytest.mark.parametrize("strategy", ["cat", "dare_ties_svd", "ties"])
+@pytest.mark.parametrize("strategy", examples.some(["cat", "dare_ties_svd", "ties"], "dare_ties_svd"))
 def test_merges_of_other_adapters_too(base: Base, fields: dict[str, Any], strategy: Strategy, tmp_path: Path) -> None:
     options = STRATEGIES[strategy]
     merging = Merging(base, dict.fromkeys(NAMES, fields), tmp_path)

@@ -43,7 +43,15 @@ from peft_adapters.format import WEIGHTS_FILE
 TABLE = Path(__file__).parents[3] / "docs" / "peft.md"
 
 
-@pytest.mark.parametrize("name", KINDS)
+ESSENTIAL = (
+    "lora", "rslora", "patterns", "all-linear", "conv1d", "lora_bias", "bias all", "dora and biases", "dora embedding",
+    "embedding and head, tied", "scaled embedding", "modules_to_save", "modules_to_save norms", "trained tokens",
+    "added tokens", "fewer tokens", "alora", "experts", "experts, transposed", "router", "weights as parameters",
+)  # fmt: skip
+"""Kinds of which no other one runs the same code; `make test-all` has all."""
+
+
+@pytest.mark.parametrize("name", examples.some(KINDS, *ESSENTIAL))
 def test_logits_are_those_of_peft(name: str, tmp_path: Path) -> None:
     make_adapter(KINDS[name], tmp_path)
     measured = measure(KINDS[name], tmp_path, max_step_tokens=16, max_num_seqs=8)
@@ -67,7 +75,7 @@ TRAINED = {
 }
 
 
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", examples.some(TRAINED, "dora", "trained tokens"))
 def test_trained_adapters_too(name: str, tmp_path: Path) -> None:
     before = train_adapter(TRAINED[name], tmp_path)
     assert before, "training must change every part of the adapter"
@@ -86,7 +94,7 @@ HALVED = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", examples.some([torch.float16, torch.bfloat16], torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", HALVED)
 def test_tensors_in_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     make_adapter(HALVED[name], tmp_path)

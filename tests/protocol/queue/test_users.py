@@ -276,7 +276,7 @@ FORBIDDEN: list[tuple[str, Sequence[str | int]]] = [
 )
 async def test_everything_else_is_refused(guarded: EmbeddedServer, user: str, command: Sequence[str | int]) -> None:
     url = url_of(guarded, user) if user != PROBE else f"unix://{PROBE}:none@{guarded.socket}"
-    client = connect(url, timeout_s=5)
+    client = connect(url, timeout_s=60)
     try:
         assert await client.ping()
         with pytest.raises(Exception, match=r"(?i)no permission|can't access|NOPERM"):
@@ -301,7 +301,7 @@ async def test_gateways_write_keys_where_operators_do_so_over_http(tmp_path: Pat
 
 async def test_nobody_enters_without_the_password(guarded: EmbeddedServer) -> None:
     for address in (f"unix://{guarded.socket}", f"unix://gateway:wrong@{guarded.socket}"):
-        client = connect(address, timeout_s=5)
+        client = connect(address, timeout_s=60)
         with pytest.raises(CONNECTION_ERRORS, match=r"authenticated|invalid username-password"):
             await client.get(KEYS.base)
         await client.aclose()
@@ -310,7 +310,7 @@ async def test_nobody_enters_without_the_password(guarded: EmbeddedServer) -> No
 async def test_a_password_opens_one_user_only(guarded: EmbeddedServer) -> None:
     assert guarded.users is not None
     password = password_file(guarded.users, "worker").read_text()
-    client = connect(f"unix://gateway:{password}@{guarded.socket}", timeout_s=5)
+    client = connect(f"unix://gateway:{password}@{guarded.socket}", timeout_s=60)
     with pytest.raises(CONNECTION_ERRORS, match="invalid username-password"):
         await client.ping()
     await client.aclose()

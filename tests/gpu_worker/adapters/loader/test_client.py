@@ -9,11 +9,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import psutil
 import pytest
 from helpers.processes import is_running
+from helpers.stub_http import serving
 
 from gpu_worker.adapters.loader.client import MAX_DEATHS, Loader
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
@@ -27,6 +28,7 @@ class SlowStore:
     """A store that notes every request and answers 404 once `answers` is set."""
 
     def __init__(self) -> None:
+        self.url = ""
         self.asked = threading.Semaphore(0)
         self.answers = threading.Event()
         store = self
@@ -42,20 +44,15 @@ class SlowStore:
             def log_message(self, format: str, *args: object) -> None:
                 return
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.handler = Handler
 
 
 @pytest.fixture
 def store() -> Iterator[SlowStore]:
     store = SlowStore()
-    thread = threading.Thread(target=store.server.serve_forever)
-    thread.start()
-    yield store
-    store.answers.set()
-    store.server.shutdown()
-    thread.join()
-    store.server.server_close()
+    with serving(store.handler) as store.url:
+        yield store
+        store.answers.set()
 
 
 @pytest.fixture

@@ -9,13 +9,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import quote
 
 import msgspec
 import numpy as np
 import pytest
+from helpers.stub_http import serving
 from safetensors.numpy import save
 
 from gpu_worker.adapters.loader.client import Loader
@@ -62,13 +63,8 @@ def store(files: dict[str, bytes], folder: Path | None = None, asked: list[str] 
         def log_message(self, format: str, *args: object) -> None:
             return
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler) as url:
+        yield url
 
 
 def with_texts(own: OwnTexts) -> tuple[str, dict[str, bytes]]:

@@ -129,7 +129,7 @@ async def test_an_old_primary_that_was_cut_off_takes_nothing(replicated: Replica
         except CONNECTION_ERRORS:
             return False
 
-    await wait_until(written, "the bus has found the new one", timeout_s=60)
+    await wait_until(written, "the bus has found the new one")
     await replicated.until_whole()
     assert await bus._redis.get(bus.keys.tag) == b"after"
     await bus.close()
