@@ -11,7 +11,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gateway.auth.callers import caller_of
-from gateway.bodies.json_bodies import JsonRoute, disconnected, json_response
+from gateway.bodies.json_bodies import JsonRoute, disconnected, json_answer, json_response
+from gateway.bodies.json_slices import ROWS, RowSlices
 from gateway.files.files import FileService, view
 from gateway.files.upload import UploadedForm
 from gateway.http import openapi
@@ -43,7 +44,8 @@ class FileEndpoints:
     ) -> Response:
         """Answer `GET /v1/files`."""
         page = await self._files.list(caller_of(request), purpose, limit, after, oldest_first=order == "asc")
-        return json_response(page)
+        rows = page["data"]
+        return json_answer({**page, "data": RowSlices(lambda: rows)} if len(rows) > ROWS else page)
 
     async def file(self, file_id: str, request: Request) -> Response:
         """Answer `GET /v1/files/{id}`."""

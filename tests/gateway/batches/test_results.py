@@ -37,7 +37,7 @@ class SlowStorage(FolderStorage):
         self.is_asked = asyncio.Event()
         self.may_write = asyncio.Event()
 
-    async def write(self, name: str, chunks: AsyncIterator[bytes]) -> int:
+    async def write(self, name: str, chunks: AsyncIterator[bytes | bytearray]) -> int:
         self.is_asked.set()
         await self.may_write.wait()
         return await super().write(name, chunks)

@@ -45,7 +45,7 @@ class Shaky(FolderStorage):
         if (error := self.fails(method, name)) is not None:
             raise error
 
-    async def write(self, name: str, chunks: AsyncIterator[bytes]) -> int:
+    async def write(self, name: str, chunks: AsyncIterator[bytes | bytearray]) -> int:
         self._check("write", name)
         return await super().write(name, chunks)
 

@@ -12,8 +12,11 @@ import pytest
 import pytest_asyncio
 from helpers.scripted_fleet import RunningGateway, ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
+from msgspec import structs
 from openai import APIStatusError, AsyncOpenAI
 
+from gateway.auth.callers import EVERYBODY
+from gateway.bodies.json_slices import ROWS
 from gateway.files.files import FileService
 from gateway.files.storage import FolderStorage
 from protocol.queue.bus import Bus, now_ms
@@ -65,6 +68,18 @@ async def test_lists_page_in_both_orders(openai: AsyncOpenAI) -> None:
     assert [file.id async for file in openai.files.list(purpose="batch_output")] == []
     with pytest.raises(APIStatusError):
         await openai.files.list(after="file-none")
+
+
+async def test_a_long_list_is_a_page_like_others(openai: AsyncOpenAI, bus: Bus) -> None:
+    """It is written in slices."""
+    made = await openai.files.create(file=("a", LINE), purpose="batch")
+    record = await bus.files.get(made.id, EVERYBODY.owner)
+    assert record is not None
+    for number in range(2 * ROWS):
+        await bus.files.keep(structs.replace(record, id=f"file-{number}"), max_bytes=0, max_files=0)
+    page = await openai.files.list()
+    assert {file.id for file in page.data} == {made.id, *(f"file-{number}" for number in range(2 * ROWS))}
+    assert (page.has_more, page.data[0].model_copy(update={"id": made.id})) == (False, made)
 
 
 async def test_what_an_upload_refuses(openai: AsyncOpenAI, tmp_path: Path) -> None:

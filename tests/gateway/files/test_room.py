@@ -83,7 +83,7 @@ async def test_a_disk_that_fills_meanwhile_ends_an_upload(bus: Bus, tmp_path: Pa
     disk = Disk(10_000)
 
     class Filling(FolderStorage):
-        def _append(self, file: Any, part: Path, chunk: bytes) -> None:
+        def _append(self, file: Any, part: Path, chunk: bytes | bytearray) -> None:
             super()._append(file, part, chunk)
             disk.free -= 5 * len(chunk)  # others write as well
 
