@@ -29,10 +29,8 @@ from gpu_worker.cuda.warm_up import run_steps, warm_up_steps
 from gpu_worker.cuda.workspace import CudaMeter, workspace_bytes
 from gpu_worker.encoder.engine import EncoderConfig, EncoderEngine
 from gpu_worker.encoder.model import EncoderModel, prepare_encoder
-from gpu_worker.engine.batcher import MAX_PROMPT_ROWS
 from gpu_worker.engine.engine import Engine, EngineConfig
 from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.engine.policy import BatchLimits
 from gpu_worker.loading.checkpoint import (
     head_dim_of,
     quantisation_of,
@@ -47,6 +45,8 @@ from gpu_worker.model.compiled import compile_errors, warm
 from gpu_worker.model.kv_dtype import choose_kv_dtype
 from gpu_worker.model.model import BaseModel, choose_device, choose_dtype, choose_isa, multiplies_bfloat16
 from gpu_worker.model.prepare import load_model
+from gpu_worker.planning.batcher import MAX_PROMPT_ROWS
+from gpu_worker.planning.policy import BatchLimits
 from gpu_worker.quantised.index import is_quantised_folder
 from gpu_worker.quantised.quantise import quantised_folder
 from gpu_worker.tasks.headless import has_no_lm_head

@@ -19,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lorafleet.fetch import fetch_model
-from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.fleet import local_url
 from lorafleet.launcher.screen import Screen
-from lorafleet.parser import Parser
+from lorafleet.shared.flags import add_settings, load_settings
+from lorafleet.shared.parser import Parser
 from lorafleet.up import MAIN_FLAGS, LaunchPlan, launch
 from protocol.queue.bus import Bus, decode
 from protocol.runtime.settings import Settings

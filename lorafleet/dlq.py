@@ -8,11 +8,11 @@ from datetime import datetime
 from itertools import islice
 from typing import Any
 
-from lorafleet import api, on_queue
-from lorafleet.api import PROFILE_VARIABLE, URL_VARIABLE, Api
-from lorafleet.flags import load_settings
-from lorafleet.parser import ALIASES, Parser, number
-from lorafleet.tables import print_list
+from lorafleet.shared import api, on_queue
+from lorafleet.shared.api import PROFILE_VARIABLE, URL_VARIABLE, Api
+from lorafleet.shared.flags import load_settings
+from lorafleet.shared.parser import ALIASES, Parser, number
+from lorafleet.shared.tables import print_list
 from protocol.queue.books.audit import from_command_line
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings

@@ -18,14 +18,14 @@ import orjson
 from rich.markup import escape
 
 from lorafleet.fetch import fetch_model
-from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.child import Child
 from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from lorafleet.launcher.fleet import FleetLauncher, local_url, service_specs
 from lorafleet.launcher.machine import claim_port
 from lorafleet.launcher.records import LocalFleet, registered
 from lorafleet.launcher.screen import Screen
-from lorafleet.parser import Parser
+from lorafleet.shared.flags import add_settings, load_settings
+from lorafleet.shared.parser import Parser
 from protocol.queue.books.api_keys import SCOPES
 from protocol.queue.bus import Bus
 from protocol.queue.connection.redis_client import QueueError, ping

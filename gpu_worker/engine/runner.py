@@ -16,9 +16,6 @@ from torch import Tensor
 
 from gpu_worker.cuda.graphs import GraphRecorder, StepGraph, StepGraphs, StepLists
 from gpu_worker.engine.pooled import PooledRows, gather
-from gpu_worker.engine.request import EngineRequest
-from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.step_plan import StepPlan
 from gpu_worker.layers.apply_extras import ExtraRows
 from gpu_worker.layers.extras import Extras
 from gpu_worker.layers.mixers import Run, StateBatch
@@ -26,6 +23,9 @@ from gpu_worker.layers.step_rows import extra_rows, lora_batch
 from gpu_worker.memory import send
 from gpu_worker.model.logits_check import CODED_LIMIT
 from gpu_worker.model.model import BaseModel
+from gpu_worker.planning.request import EngineRequest
+from gpu_worker.planning.sequence import Sequence
+from gpu_worker.planning.step_plan import StepPlan
 from gpu_worker.sampling.logprobs import PromptRows
 from lora_kernels import ops
 from protocol.wire.errors import BadRequest

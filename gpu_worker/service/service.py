@@ -18,8 +18,8 @@ import msgspec
 
 from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.light_imports import import_transformers
+from gpu_worker.planning.request import EngineRequest, TokenOutput
 from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
 from gpu_worker.service.outbox import MAX_ROWS, Outbox, OutboxRecovery, add_outputs
 from gpu_worker.service.owned import OwnedRequest, PendingOutput

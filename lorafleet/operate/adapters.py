@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lorafleet.api import Api, add_flags, add_json_flag, in_path, run_action
-from lorafleet.parser import ALIASES, Parser, number
-from lorafleet.tables import print_list, size_text
+from lorafleet.shared.api import Api, add_flags, add_json_flag, in_path, run_action
+from lorafleet.shared.parser import ALIASES, Parser, number
+from lorafleet.shared.tables import print_list, size_text
 from protocol.runtime.imports import importing
 
 PATH = "/v1/adapters"

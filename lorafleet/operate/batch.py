@@ -15,9 +15,9 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lorafleet.api import Api, add_flags, add_json_flag, run_action
-from lorafleet.parser import ALIASES, Parser
-from lorafleet.tables import print_list
+from lorafleet.shared.api import Api, add_flags, add_json_flag, run_action
+from lorafleet.shared.parser import ALIASES, Parser
+from lorafleet.shared.tables import print_list
 from protocol.wire.errors import BadRequest
 
 ENDED = ("completed", "failed", "expired", "cancelled")

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from lorafleet.api import Api, add_flags, in_path, suggested
-from lorafleet.parser import Parser
+from lorafleet.shared.api import Api, add_flags, in_path, suggested
+from lorafleet.shared.parser import Parser
 from protocol.runtime.adapter_refs import FOLDER
 from protocol.wire.errors import LorafleetError, NotFound
 

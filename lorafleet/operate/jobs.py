@@ -6,9 +6,9 @@ import argparse
 import sys
 from typing import Any
 
-from lorafleet.api import Api, add_flags, add_json_flag, run_action
-from lorafleet.parser import ALIASES, Parser
-from lorafleet.tables import print_list
+from lorafleet.shared.api import Api, add_flags, add_json_flag, run_action
+from lorafleet.shared.parser import ALIASES, Parser
+from lorafleet.shared.tables import print_list
 from protocol.wire.errors import Internal
 
 

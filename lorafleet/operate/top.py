@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lorafleet.api import Api, add_flags
 from lorafleet.operate.workers import COLUMNS, row
 from lorafleet.operate.workers import PATH as WORKERS
-from lorafleet.parser import Parser
-from lorafleet.tables import part_text, size_text
+from lorafleet.shared.api import Api, add_flags
+from lorafleet.shared.parser import Parser
+from lorafleet.shared.tables import part_text, size_text
 
 FLEET = "/v1/fleet"
 

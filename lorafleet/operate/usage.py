@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import time
 
-from lorafleet.api import Api, add_flags, add_json_flag, print_json
-from lorafleet.parser import Parser
-from lorafleet.tables import print_list
+from lorafleet.shared.api import Api, add_flags, add_json_flag, print_json
+from lorafleet.shared.parser import Parser
+from lorafleet.shared.tables import print_list
 
 PATH = "/v1/usage"
 DAY_S = 86_400

@@ -13,8 +13,8 @@ from urllib.parse import quote
 import httpx2
 
 from lorafleet.launcher.records import LocalFleet, the_only
-from lorafleet.parser import Parser, suggestion
-from lorafleet.profiles import config_file, load_profile, read_key
+from lorafleet.shared.parser import Parser, suggestion
+from lorafleet.shared.profiles import config_file, load_profile, read_key
 from protocol.wire.errors import BadRequest, LorafleetError, NotFound, PermissionDenied, Unauthorized, Unavailable
 from protocol.wire.lines import iter_lines
 

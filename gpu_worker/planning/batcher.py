@@ -13,12 +13,12 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from gpu_worker.engine.blocks import BlockPool
-from gpu_worker.engine.policy import MAX_SKIPS, BatchLimits, StepPolicy
-from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.states import StatePool
-from gpu_worker.engine.step_limit import StepTime
-from gpu_worker.engine.step_plan import StepPlan
+from gpu_worker.planning.blocks import BlockPool
+from gpu_worker.planning.policy import MAX_SKIPS, BatchLimits, StepPolicy
+from gpu_worker.planning.sequence import Sequence
+from gpu_worker.planning.states import StatePool
+from gpu_worker.planning.step_limit import StepTime
+from gpu_worker.planning.step_plan import StepPlan
 from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire.messages import StepModel
 
