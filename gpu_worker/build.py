@@ -226,9 +226,14 @@ def room_for_caches(model: BaseModel, settings: Settings) -> int:
     max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
     longest = settings.max_model_len or model.max_positions or max_step_tokens
     needed = workspace_bytes(
-        model, CudaMeter(model.device), max_num_seqs=max_num_seqs, max_step_tokens=max_step_tokens,
-        max_model_len=longest, max_prompt_rows=MAX_PROMPT_ROWS, has_graphs=settings.cuda_graphs != "off",
-    )  # fmt: skip
+        model,
+        CudaMeter(model.device),
+        max_num_seqs=max_num_seqs,
+        max_step_tokens=max_step_tokens,
+        max_model_len=longest,
+        max_prompt_rows=MAX_PROMPT_ROWS,
+        has_graphs=settings.cuda_graphs != "off",
+    )
     logger.info("the largest steps take %.1f MiB of %.1f MiB", needed / (1 << 20), room / (1 << 20))
     if needed >= room:
         raise BadRequest(
@@ -331,9 +336,12 @@ def warm_up(engine: Engine) -> None:
     num_slots = engine.adapters.weights.num_slots
     steps = list(warm_up_steps(limits.max_num_seqs, limits.max_step_tokens, num_slots, MAX_PROMPT_ROWS))
     run_steps(
-        model, steps, max_model_len=engine.config.max_model_len, block=engine.blocks.num_blocks,
+        model,
+        steps,
+        max_model_len=engine.config.max_model_len,
+        block=engine.blocks.num_blocks,
         empty_state=engine.config.num_states,
-    )  # fmt: skip
+    )
     logger.info("warm-up: %d steps in %.1f s", len(steps), time.monotonic() - started)
 
 

@@ -140,9 +140,13 @@ async def _ask(
 ) -> None:
     """Stream one answer into `answer`. Raises Internal when the fleet refuses the request."""
     body = {
-        "model": answer.model, "messages": [{"role": "user", "content": question}], "max_tokens": max_tokens,
-        "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
-    }  # fmt: skip
+        "model": answer.model,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             raise Internal(f"{answer.model}: {(await response.aread()).decode()}")

@@ -36,9 +36,10 @@ def add_arguments(parser: Parser) -> None:
     show.add_argument("letter", metavar="ID")
     retry.add_argument("letters", metavar="ID", nargs="+")
     for action, do, on_the_queue, settings in (
-        (listing, _list, _list_on_queue, ()), (show, _show, _show_on_queue, ()),
+        (listing, _list, _list_on_queue, ()),
+        (show, _show, _show_on_queue, ()),
         (retry, _retry, _retry_on_queue, ("request_timeout_s",)),
-    ):  # fmt: skip
+    ):
         on_queue.add_flags(action, *settings)
         api.add_flags(action)
         action.set_defaults(by_gateway=do, on_the_queue=on_the_queue, profile="")
@@ -94,9 +95,14 @@ def _row(letter: dict[str, Any]) -> list[str]:
     adapter = (request["digest"] or "base")[:12] if request else letter["stream"] or ""
     num_tokens = request["output_tokens"] if request else 0
     return [
-        letter["id"], _time(letter["created_ms"]), request["id"] if request else "", adapter, str(num_tokens),
-        str(len(letter["deaths"])), letter["reason"],
-    ]  # fmt: skip
+        letter["id"],
+        _time(letter["created_ms"]),
+        request["id"] if request else "",
+        adapter,
+        str(num_tokens),
+        str(len(letter["deaths"])),
+        letter["reason"],
+    ]
 
 
 def _show(gateway: Api, args: argparse.Namespace) -> dict[str, Any]:

@@ -122,9 +122,14 @@ def launch(settings: Settings, on_ready: OnReady) -> int:
         children = [Child(spec, lifeline, screen.say) for spec in specs]
         key_file = own_key(plan.settings) if plan.settings.api_keys else None
         record = LocalFleet(
-            os.getpid(), local_url(plan.settings), plan.settings.served_name, str(plan.settings.data),
-            str(specs[0].log.parent), time.time(), str(key_file or ""),
-        )  # fmt: skip
+            os.getpid(),
+            local_url(plan.settings),
+            plan.settings.served_name,
+            str(plan.settings.data),
+            str(specs[0].log.parent),
+            time.time(),
+            str(key_file or ""),
+        )
         fleet = FleetLauncher(plan.settings, children, queue, screen, lambda: on_ready(plan, screen))
         with registered(record):
             return asyncio.run(fleet.run())

@@ -69,9 +69,13 @@ class Engine(BaseEngine):
     """Runs requests of any adapters together, step by step."""
 
     def __init__(
-        self, model: BaseModel, config: EngineConfig, adapters: AdapterCache, tokens: TokenTable | None = None,
+        self,
+        model: BaseModel,
+        config: EngineConfig,
+        adapters: AdapterCache,
+        tokens: TokenTable | None = None,
         tokenizer: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Allocate the KV cache and check the model. tokens, tokenizer: its own, and its tokenizer.json, if it has one.
 
         Raises BadRequest for a model that is computed wrongly.
@@ -91,9 +95,13 @@ class Engine(BaseEngine):
         self.batcher = Batcher(limits, self.blocks, adapters, model.fingerprint, states)
         self.grammars = Grammars(model.vocab_size, model.eos_ids, config.max_mask_s, tokens, tokenizer)
         self._binder = RequestBinder(
-            model, adapters, self.grammars, tokens,
-            max_model_len=config.max_model_len, max_draft_tokens=limits.max_draft_tokens,
-        )  # fmt: skip
+            model,
+            adapters,
+            self.grammars,
+            tokens,
+            max_model_len=config.max_model_len,
+            max_draft_tokens=limits.max_draft_tokens,
+        )
         self._seqs: dict[str, Sequence] = {}  # by request id
         self._flight: Flight | None = None  # the step whose tokens are not on the host yet
 

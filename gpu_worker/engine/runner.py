@@ -294,9 +294,12 @@ class Runner:
                 context.lora, context.lora_logits, context.extras, context.extras_logits = head.adapters
                 context.attention, self.model.mixers.batch = lists.attention, None
                 return PackedInputs(
-                    input_ids=lists.input_ids, positions=lists.attention.positions, logit_rows=None, ready=head.ready,
+                    input_ids=lists.input_ids,
+                    positions=lists.attention.positions,
+                    logit_rows=None,
+                    ready=head.ready,
                     vocab_sizes=head.vocab_sizes,
-                )  # fmt: skip
+                )
         step = StepRows.of(plan)
         ids, tables = step.token_ids(plan.drafts), self._batch.block_tables()
         head = self._batch.decodes if step.are_decodes else None
@@ -314,9 +317,12 @@ class Runner:
                     graph.fill(StepLists(ids, step.num_new, step.ends, tables, slots, scales, rows))
                     step.put_expected_(graph.input_ids, coming)
                     return PackedInputs(
-                        input_ids=graph.input_ids, positions=graph.attention.positions, logit_rows=graph.rows,
-                        ready=ready, graph=graph,
-                    )  # fmt: skip
+                        input_ids=graph.input_ids,
+                        positions=graph.attention.positions,
+                        logit_rows=graph.rows,
+                        ready=ready,
+                        graph=graph,
+                    )
             vocab_sizes = self.set_adapters(step, slots, scales, rows, heads)
             are_all = len(rows) == len(ids) and not prompt_rows and not pooled
             adapters = context.lora, context.lora_logits, context.extras, context.extras_logits

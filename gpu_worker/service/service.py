@@ -401,8 +401,12 @@ class WorkerService:
         stats = self.engine.stats()
         self._beaten_loads, self._end_beat_s = stats.num_loads, time.monotonic() + END_BEAT_S
         return worker_beat(
-            self.name, stats, self.outbox, publish_s=self._publish_s, draining=self.draining,
-        )  # fmt: skip
+            self.name,
+            stats,
+            self.outbox,
+            publish_s=self._publish_s,
+            draining=self.draining,
+        )
 
     async def _beat(self) -> None:
         """Send the worker's heartbeat. Raises Fenced when its streams are gone."""

@@ -131,10 +131,14 @@ def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:
     page = api.ask("GET", "/v1/batches", params={"limit": args.limit})
     if not args.json:
         rows = [
-            [batch["id"], batch["status"], batch["endpoint"],
-             *(str(batch["request_counts"][name]) for name in ("total", "completed", "failed"))]
+            [
+                batch["id"],
+                batch["status"],
+                batch["endpoint"],
+                *(str(batch["request_counts"][name]) for name in ("total", "completed", "failed")),
+            ]
             for batch in page["data"]
-        ]  # fmt: skip
+        ]
         print_list(("id", "status", "endpoint", "lines", "answered", "failed"), rows, "no batches")
     return page["data"]
 

@@ -107,8 +107,13 @@ class Chat:
 
     def _ask(self, text: str) -> None:
         self.messages.append({"role": "user", "content": text})
-        body = {"model": self._model, "messages": self.messages, "stream": True,
-                "stream_options": {"include_usage": True}, **self._options}  # fmt: skip
+        body = {
+            "model": self._model,
+            "messages": self.messages,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self._options,
+        }
         answer, usage, finish = "", None, None
         for event in self._api.events("/v1/chat/completions", "POST", json=body):
             if "error" in event:

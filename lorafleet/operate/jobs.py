@@ -79,7 +79,8 @@ def _text_of(choice: dict[str, Any]) -> str:
     delta = choice["delta"]
     calls = [call["function"] for call in delta.get("tool_calls") or ()]
     parts = (
-        delta.get("reasoning_content"), delta.get("content"),
+        delta.get("reasoning_content"),
+        delta.get("content"),
         *(call.get(name) for call in calls for name in ("name", "arguments")),
-    )  # fmt: skip
+    )
     return "".join(part for part in parts if part)
