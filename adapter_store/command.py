@@ -56,9 +56,13 @@ def describe_base(model: str) -> ServedModel:
     if Path(model).expanduser().exists():
         model_folder(model, TOKENIZER_FILES)  # refuses anything but a model folder without starting that process
     done = subprocess.run(
-        [sys.executable, "-m", "gpu_worker.describe", model], capture_output=True, text=True, timeout=DESCRIBE_S,
-        env=child_environment(*COMPUTE, *HUB_CACHE, *HUB, *NETWORK), check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "gpu_worker.describe", model],
+        capture_output=True,
+        text=True,
+        timeout=DESCRIBE_S,
+        env=child_environment(*COMPUTE, *HUB_CACHE, *HUB, *NETWORK),
+        check=False,
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         raise BadRequest(f"--base {model}: {lines[-1] if lines else 'it cannot be read'}")
@@ -183,9 +187,12 @@ def _approximate(args: argparse.Namespace, base: ServedModel | None) -> int:
         raise BadRequest(f"{args.target} exists already")
     words = (args.base, str(args.folder), str(args.target), str(args.keep))
     done = subprocess.run(
-        [sys.executable, "-m", "gpu_worker.svd_convert", *words], capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "gpu_worker.svd_convert", *words],
+        capture_output=True,
+        text=True,
+        check=False,
         env=child_environment(*COMPUTE, *HUB_CACHE, *HUB, *NETWORK),
-    )  # fmt: skip
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines()
         raise BadRequest(f"{args.folder}: {lines[-1] if lines else 'it cannot be converted'}")

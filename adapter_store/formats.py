@@ -39,9 +39,7 @@ def plan_conversion(folder: Path, weights: str, num_bytes: int, base: ServedMode
     return convert_gguf(parse_gguf(head, num_bytes), base)
 
 
-def convert(
-    folder: Path, weights: str, conversion: Conversion, target: Path, reserve: Reserve | None = None
-) -> None:  # fmt: skip
+def convert(folder: Path, weights: str, conversion: Conversion, target: Path, reserve: Reserve | None = None) -> None:
     """Write a planned conversion of a folder's weights file into another folder, or the same. Raises OSError, NoRoom.
 
     reserve: what is kept free of the target's disk, None: nothing.

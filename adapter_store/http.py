@@ -88,9 +88,13 @@ class BlobServer:
     """Serves blobs over HTTP until it is closed."""
 
     def __init__(
-        self, locate: Locate, drop: Drop, health: Callable[[], dict[str, object]], bearer: str = "",
+        self,
+        locate: Locate,
+        drop: Drop,
+        health: Callable[[], dict[str, object]],
+        bearer: str = "",
         uploads: Uploads | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Prepare without listening. `bearer` is the token that clients must present; "" means none."""
         self._uploads = uploads
         self._locate = locate

@@ -54,9 +54,14 @@ class Mirror:
     """Fetches adapters into one store's blobs, from their sources or from the shared bucket."""
 
     def __init__(
-        self, blobs: Blobs, *, max_bytes: int, max_parallel: int = 4, shared_bucket: SharedBucket | None = None,
+        self,
+        blobs: Blobs,
+        *,
+        max_bytes: int,
+        max_parallel: int = 4,
+        shared_bucket: SharedBucket | None = None,
         effect_test: Literal["off", "folders", "all"] = "folders",
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Set the limits.
 
         `max_bytes` is the largest file that is fetched. `max_parallel` is the number of fetches at once from one
@@ -181,7 +186,7 @@ class Mirror:
 
     async def _fetch_or_restore(
         self, source: Source, version: SourceVersion, base: ServedModel | None, access: SourceAccess
-    ) -> str:  # fmt: skip
+    ) -> str:
         try:
             if self._bucket is not None and not version.at_hand:
                 digest = await asyncio.to_thread(self._bucket.digest_of, version.key)

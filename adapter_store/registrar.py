@@ -129,8 +129,9 @@ class Registrar:
             # Another store has failed, or this one before its restart.
             return registration.asked_ms > alias.asked_ms and now_ms() >= alias.retry_ms
         if outcome is None or (outcome.registration.source, outcome.registration.token) != (
-            registration.source, registration.token,
-        ):  # fmt: skip
+            registration.source,
+            registration.token,
+        ):
             return True
         if alias is None and not outcome.num_failures:
             return True
@@ -189,9 +190,14 @@ class Registrar:
     async def _update(self, field: str, registration: Registration, refresh_s: float) -> None:
         """Fetch the content of one name and publish it, or the reason why not."""
         alias = Alias(
-            name=registration.name, tenant=registration.tenant, state="downloading", source=registration.source,
-            registered=registration.source, asked_ms=registration.asked_ms, on_request=registration.on_request,
-        )  # fmt: skip
+            name=registration.name,
+            tenant=registration.tenant,
+            state="downloading",
+            source=registration.source,
+            registered=registration.source,
+            asked_ms=registration.asked_ms,
+            on_request=registration.on_request,
+        )
         await self._catalogue.announce([alias])
         base, began_ms = self._base, now_ms()
         try:

@@ -102,9 +102,13 @@ class Store:
     """One store: its parts, and the loops that drive them."""
 
     def __init__(
-        self, bus: Bus, settings: Settings, blobs: Blobs, secret: FleetSecret | None = None,
+        self,
+        bus: Bus,
+        settings: Settings,
+        blobs: Blobs,
+        secret: FleetSecret | None = None,
         timings: StoreTimings | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Build the parts; nothing is read or fetched yet. `secret` is what the services of the fleet share."""
         timings = timings or StoreTimings()
         self.bus = bus
@@ -125,9 +129,12 @@ class Store:
             if settings.store_bucket:
                 self.shared_bucket = SharedBucket(s3, settings.store_bucket)
         self.mirror = Mirror(
-            blobs, max_bytes=settings.max_adapter_bytes, max_parallel=settings.max_downloads,
-            shared_bucket=self.shared_bucket, effect_test=settings.effect_test,
-        )  # fmt: skip
+            blobs,
+            max_bytes=settings.max_adapter_bytes,
+            max_parallel=settings.max_downloads,
+            shared_bucket=self.shared_bucket,
+            effect_test=settings.effect_test,
+        )
         self.catalogue = Catalogue(bus, self.sid, record_kept_s=timings.record_kept_s)
         self.uploads = Uploads(settings.adapters, settings.upload_bytes, settings.max_adapter_bytes, reserve)
         self.server = BlobServer(self.locate, self.drop, self.health, secret.bearer if secret else "", self.uploads)

@@ -59,9 +59,7 @@ _ID = re.compile(r"u[0-9a-f]{24}")
 class Uploads:
     """The uploaded adapters of an adapter root."""
 
-    def __init__(
-        self, root: Path | None, max_bytes: int, max_file_bytes: int, reserve: Reserve | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, root: Path | None, max_bytes: int, max_file_bytes: int, reserve: Reserve | None = None) -> None:
         """root: None without an adapter root. max_bytes: of all uploads; 0: none are taken.
 
         reserve: what is kept free of the root's disk, None: nothing.
@@ -180,9 +178,12 @@ class _Bounded:
 
 
 def unpack(
-    archive: Path, folder: Path, max_bytes: int, max_text_bytes: int = MAX_TEXT_BYTES,
+    archive: Path,
+    folder: Path,
+    max_bytes: int,
+    max_text_bytes: int = MAX_TEXT_BYTES,
     check: Callable[[int], None] = lambda num_bytes: None,
-) -> None:  # fmt: skip
+) -> None:
     """Write an adapter's files in a zip to a new folder, at most `max_bytes` together. Raises BadRequest, TooLarge.
 
     max_text_bytes: most of each file that is not the weights. check: is called before so many bytes are written, and
@@ -231,7 +232,7 @@ def _chosen(found: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
 
 def _write(
     found: zipfile.ZipFile, entry: zipfile.ZipInfo, path: Path, max_bytes: int, check: Callable[[int], None]
-) -> int:  # fmt: skip
+) -> int:
     """Write one entry, whatever it says of its size at most `max_bytes`; return its bytes."""
     if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise BadRequest(

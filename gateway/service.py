@@ -282,14 +282,20 @@ def _server(app: Envelope, settings: Settings, memory: MemoryAccount) -> HttpSer
         proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=LAST_WORDS_S,
     )  # fmt: skip
     limits = ConnectionLimits(
-        KEEP_ALIVE_S, settings.head_timeout_s, settings.body_timeout_s, settings.send_timeout_s,
+        KEEP_ALIVE_S,
+        settings.head_timeout_s,
+        settings.body_timeout_s,
+        settings.send_timeout_s,
         max(DISCARDED_BODIES * settings.max_body_bytes, settings.max_file_bytes) + (1 << 20),
-    )  # fmt: skip
+    )
     return HttpServer(
-        config, min(settings.max_connections, allow_connections()),
-        max_per_address=settings.max_connections_per_address, limits=limits, shape_of=shape_of,
+        config,
+        min(settings.max_connections, allow_connections()),
+        max_per_address=settings.max_connections_per_address,
+        limits=limits,
+        shape_of=shape_of,
         memory=memory,
-    )  # fmt: skip
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:

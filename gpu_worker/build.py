@@ -29,10 +29,8 @@ from gpu_worker.cuda.warm_up import run_steps, warm_up_steps
 from gpu_worker.cuda.workspace import CudaMeter, workspace_bytes
 from gpu_worker.encoder.engine import EncoderConfig, EncoderEngine
 from gpu_worker.encoder.model import EncoderModel, prepare_encoder
-from gpu_worker.engine.batcher import MAX_PROMPT_ROWS
 from gpu_worker.engine.engine import Engine, EngineConfig
 from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.engine.policy import BatchLimits
 from gpu_worker.loading.checkpoint import (
     head_dim_of,
     quantisation_of,
@@ -47,6 +45,8 @@ from gpu_worker.model.compiled import compile_errors, warm
 from gpu_worker.model.kv_dtype import choose_kv_dtype
 from gpu_worker.model.model import BaseModel, choose_device, choose_dtype, choose_isa, multiplies_bfloat16
 from gpu_worker.model.prepare import load_model
+from gpu_worker.planning.batcher import MAX_PROMPT_ROWS
+from gpu_worker.planning.policy import BatchLimits
 from gpu_worker.quantised.index import is_quantised_folder
 from gpu_worker.quantised.quantise import quantised_folder
 from gpu_worker.tasks.headless import has_no_lm_head
@@ -226,9 +226,14 @@ def room_for_caches(model: BaseModel, settings: Settings) -> int:
     max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
     longest = settings.max_model_len or model.max_positions or max_step_tokens
     needed = workspace_bytes(
-        model, CudaMeter(model.device), max_num_seqs=max_num_seqs, max_step_tokens=max_step_tokens,
-        max_model_len=longest, max_prompt_rows=MAX_PROMPT_ROWS, has_graphs=settings.cuda_graphs != "off",
-    )  # fmt: skip
+        model,
+        CudaMeter(model.device),
+        max_num_seqs=max_num_seqs,
+        max_step_tokens=max_step_tokens,
+        max_model_len=longest,
+        max_prompt_rows=MAX_PROMPT_ROWS,
+        has_graphs=settings.cuda_graphs != "off",
+    )
     logger.info("the largest steps take %.1f MiB of %.1f MiB", needed / (1 << 20), room / (1 << 20))
     if needed >= room:
         raise BadRequest(
@@ -331,9 +336,12 @@ def warm_up(engine: Engine) -> None:
     num_slots = engine.adapters.weights.num_slots
     steps = list(warm_up_steps(limits.max_num_seqs, limits.max_step_tokens, num_slots, MAX_PROMPT_ROWS))
     run_steps(
-        model, steps, max_model_len=engine.config.max_model_len, block=engine.blocks.num_blocks,
+        model,
+        steps,
+        max_model_len=engine.config.max_model_len,
+        block=engine.blocks.num_blocks,
         empty_state=engine.config.num_states,
-    )  # fmt: skip
+    )
     logger.info("warm-up: %d steps in %.1f s", len(steps), time.monotonic() - started)
 
 

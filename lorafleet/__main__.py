@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Collection, Sequence
 
-from lorafleet.parser import Parser, parse
+from lorafleet.shared.parser import Parser, parse
 from protocol.runtime.imports import importing
 from protocol.runtime.private_files import use_private_umask
 from protocol.runtime.redaction import redact

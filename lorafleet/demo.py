@@ -19,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lorafleet.fetch import fetch_model
-from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.fleet import local_url
 from lorafleet.launcher.screen import Screen
-from lorafleet.parser import Parser
+from lorafleet.shared.flags import add_settings, load_settings
+from lorafleet.shared.parser import Parser
 from lorafleet.up import MAIN_FLAGS, LaunchPlan, launch
 from protocol.queue.bus import Bus, decode
 from protocol.runtime.settings import Settings
@@ -140,9 +140,13 @@ async def _ask(
 ) -> None:
     """Stream one answer into `answer`. Raises Internal when the fleet refuses the request."""
     body = {
-        "model": answer.model, "messages": [{"role": "user", "content": question}], "max_tokens": max_tokens,
-        "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
-    }  # fmt: skip
+        "model": answer.model,
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
             raise Internal(f"{answer.model}: {(await response.aread()).decode()}")

@@ -8,11 +8,11 @@ from datetime import datetime
 from itertools import islice
 from typing import Any
 
-from lorafleet import api, on_queue
-from lorafleet.api import PROFILE_VARIABLE, URL_VARIABLE, Api
-from lorafleet.flags import load_settings
-from lorafleet.parser import ALIASES, Parser, number
-from lorafleet.tables import print_list
+from lorafleet.shared import api, on_queue
+from lorafleet.shared.api import PROFILE_VARIABLE, URL_VARIABLE, Api
+from lorafleet.shared.flags import load_settings
+from lorafleet.shared.parser import ALIASES, Parser, number
+from lorafleet.shared.tables import print_list
 from protocol.queue.books.audit import from_command_line
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
@@ -36,9 +36,10 @@ def add_arguments(parser: Parser) -> None:
     show.add_argument("letter", metavar="ID")
     retry.add_argument("letters", metavar="ID", nargs="+")
     for action, do, on_the_queue, settings in (
-        (listing, _list, _list_on_queue, ()), (show, _show, _show_on_queue, ()),
+        (listing, _list, _list_on_queue, ()),
+        (show, _show, _show_on_queue, ()),
         (retry, _retry, _retry_on_queue, ("request_timeout_s",)),
-    ):  # fmt: skip
+    ):
         on_queue.add_flags(action, *settings)
         api.add_flags(action)
         action.set_defaults(by_gateway=do, on_the_queue=on_the_queue, profile="")
@@ -94,9 +95,14 @@ def _row(letter: dict[str, Any]) -> list[str]:
     adapter = (request["digest"] or "base")[:12] if request else letter["stream"] or ""
     num_tokens = request["output_tokens"] if request else 0
     return [
-        letter["id"], _time(letter["created_ms"]), request["id"] if request else "", adapter, str(num_tokens),
-        str(len(letter["deaths"])), letter["reason"],
-    ]  # fmt: skip
+        letter["id"],
+        _time(letter["created_ms"]),
+        request["id"] if request else "",
+        adapter,
+        str(num_tokens),
+        str(len(letter["deaths"])),
+        letter["reason"],
+    ]
 
 
 def _show(gateway: Api, args: argparse.Namespace) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import httpx2
 
-from lorafleet.flags import add_settings, load_settings
-from lorafleet.parser import Parser
 from lorafleet.quickstart import fetch_quickstart_model
+from lorafleet.shared.flags import add_settings, load_settings
+from lorafleet.shared.parser import Parser
 from protocol.runtime.environment import COMPUTE, HUB_CACHE, child_environment
 from protocol.runtime.model_files import WEIGHT_FILES, gguf_folder, is_gguf, model_folder, prune_folders
 from protocol.runtime.settings import Settings

@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from lorafleet.on_queue import add_flags, run_action
-from lorafleet.parser import ALIASES, Parser
-from lorafleet.tables import print_list
+from lorafleet.shared.on_queue import add_flags, run_action
+from lorafleet.shared.parser import ALIASES, Parser
+from lorafleet.shared.tables import print_list
 from protocol.queue.books.api_keys import SCOPES, ApiKey, Tenant
 from protocol.queue.books.audit import from_command_line
 from protocol.queue.bus import Bus, now_ms

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.embedded import start_embedded
-from lorafleet.parser import Parser, number
+from lorafleet.shared.flags import add_settings, load_settings
+from lorafleet.shared.parser import Parser, number
 from protocol.runtime.service import set_up_logging
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 
-from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.lifeline import hold_lifeline
-from lorafleet.parser import Parser
+from lorafleet.shared.flags import add_settings, load_settings
+from lorafleet.shared.parser import Parser
 from protocol.runtime.environment import forget_secrets
 from protocol.runtime.imports import importing
 from protocol.runtime.service import run as run_service

@@ -18,14 +18,14 @@ import orjson
 from rich.markup import escape
 
 from lorafleet.fetch import fetch_model
-from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.child import Child
 from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from lorafleet.launcher.fleet import FleetLauncher, local_url, service_specs
 from lorafleet.launcher.machine import claim_port
 from lorafleet.launcher.records import LocalFleet, registered
 from lorafleet.launcher.screen import Screen
-from lorafleet.parser import Parser
+from lorafleet.shared.flags import add_settings, load_settings
+from lorafleet.shared.parser import Parser
 from protocol.queue.books.api_keys import SCOPES
 from protocol.queue.bus import Bus
 from protocol.queue.connection.redis_client import QueueError, ping
@@ -122,9 +122,14 @@ def launch(settings: Settings, on_ready: OnReady) -> int:
         children = [Child(spec, lifeline, screen.say) for spec in specs]
         key_file = own_key(plan.settings) if plan.settings.api_keys else None
         record = LocalFleet(
-            os.getpid(), local_url(plan.settings), plan.settings.served_name, str(plan.settings.data),
-            str(specs[0].log.parent), time.time(), str(key_file or ""),
-        )  # fmt: skip
+            os.getpid(),
+            local_url(plan.settings),
+            plan.settings.served_name,
+            str(plan.settings.data),
+            str(specs[0].log.parent),
+            time.time(),
+            str(key_file or ""),
+        )
         fleet = FleetLauncher(plan.settings, children, queue, screen, lambda: on_ready(plan, screen))
         with registered(record):
             return asyncio.run(fleet.run())

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from lorafleet.launcher.queue_users import make_users, password_file
-from lorafleet.parser import Parser
+from lorafleet.shared.parser import Parser
 from protocol.queue.users import SERVERS, table
 from protocol.wire.errors import BadRequest
 

@@ -49,10 +49,15 @@ _SERVED = (
 """Further fields that change the maths. Absent, null, false and empty, they change nothing."""
 
 _UNSERVED = {
-    "layer_replication": "replicated layers", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA",
-    "arrow_config": "Arrow routing", "kasa_config": "KaSA", "monteclora_config": "MonteCLoRA",
-    "velora_config": "VeLoRA", "megatron_config": "Megatron layers",
-}  # fmt: skip
+    "layer_replication": "replicated layers",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "BD-LoRA",
+    "arrow_config": "Arrow routing",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "velora_config": "VeLoRA",
+    "megatron_config": "Megatron layers",
+}
 """Features refused by name when they are switched on."""
 
 _OBJECTS = {"use_bdlora", *(key for key in _UNSERVED if key.endswith("_config"))}
@@ -67,15 +72,18 @@ _NO_EFFECT = {
 their tensors. In the place of `fan_in_fan_out` PEFT takes the layer's own value. The `*_config` fields configure an
 `init_lora_weights`."""
 
-_ADALORA_TRAINING = {
-    "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"
-}  # fmt: skip
+_ADALORA_TRAINING = {"target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
 """Fields of AdaLoRA that only training reads."""
 
 _COMMON = (
-    "peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
+    "peft_type",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
     "alpha_pattern",
-)  # fmt: skip
+)
 """The fields of `_DEFAULTS` that other kinds share with LoRA; they have `modules_to_save` and `bias` too."""
 
 _ALWAYS_WITHOUT_EFFECT = frozenset(
@@ -242,9 +250,10 @@ def _read_kind(config: Mapping[str, Any], own: Kind, reasons: Reasons) -> Adapte
     value = {key: config.get(key, _DEFAULTS[key]) for key in _COMMON}
     ranks, alphas = (
         read_pattern_map(f"{name}_pattern", value[f"{name}_pattern"], own.fields[option].valid, reasons)
-        if option in own.fields else read_pattern_map(f"{name}_pattern", {}, is_rank, reasons)
+        if option in own.fields
+        else read_pattern_map(f"{name}_pattern", {}, is_rank, reasons)
         for name, option in (("rank", "r"), ("alpha", "alpha"))
-    )  # fmt: skip
+    )
     targets = read_targets(value, (), reasons)
     saved = read_saved(config.get("modules_to_save") or [], reasons)
     if len(reasons) > before or ranks is None or alphas is None or targets is None or saved is None:

@@ -53,9 +53,7 @@ class TensorMatcher:
             return site.in_features, self.num_labels
         return site.in_features, site.out_features
 
-    def take(
-        self, name: str | None, module: str, what: str, shape: tuple[int, ...], *, integers: bool = False
-    ) -> str:  # fmt: skip
+    def take(self, name: str | None, module: str, what: str, shape: tuple[int, ...], *, integers: bool = False) -> str:
         """Use a tensor for a module and return its name; "", with a reason, if it is missing or has another shape.
 
         what: the tensor's part of the module, for the reason. integers: whether it must hold whole numbers.

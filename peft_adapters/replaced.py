@@ -11,8 +11,11 @@ from peft_adapters.spec import ReplacedWeights, TrainedTokens
 from protocol.wire.messages import MAX_LABELS, OPAQUE, SiteShape
 
 WRAPPED, TOKENS_WRAPPED, ORIGINAL, SAVED_TWICE = (
-    ".base_layer", ".token_adapter.base_layer", ".original_module", ".modules_to_save"
-)  # fmt: skip
+    ".base_layer",
+    ".token_adapter.base_layer",
+    ".original_module",
+    ".modules_to_save",
+)
 """What PEFT puts between a module's name and its own parameters where it adapts the module, trains tokens of it, or
 saves it whole. The last is a second copy of what is saved whole: written if the vocabulary has changed, never read."""
 

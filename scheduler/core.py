@@ -55,9 +55,11 @@ class SchedulerConfig:
     def of(cls, settings: Settings) -> SchedulerConfig:
         """Return the part of a service's settings that concerns the scheduler's decisions."""
         return cls(
-            float(settings.affinity_slack_tokens), settings.max_attempts, settings.beat_timeout_s,
+            float(settings.affinity_slack_tokens),
+            settings.max_attempts,
+            settings.beat_timeout_s,
             settings.wait_for_worker_s,
-        )  # fmt: skip
+        )
 
 
 @dataclass(slots=True)
@@ -267,22 +269,29 @@ class Scheduler:
         held_ms = now_ms - request.held_since_ms if request.held_since_ms >= 0 else 0
         lead = self.counters[request.submit.tenant] - self.counters.level
         return m.Placed(
-            now_ms, wid, choice.because if choice is not None else "",
+            now_ms,
+            wid,
+            choice.because if choice is not None else "",
             [
                 m.Option(one.name, round(one.wait_ms), TIERS[one.tier] if request.submit.digest else "", one.crowded)
                 for one in options
             ],
             len(choice.candidates) - len(options) if choice is not None else 0,
-            round(held_ms), request.yields, round(lead), self.backlog.num_queued,
-        )  # fmt: skip
+            round(held_ms),
+            request.yields,
+            round(lead),
+            self.backlog.num_queued,
+        )
 
     def drain_next(self, now_ms: float) -> str:
         """Return the name of the worker whose end costs the others least, "" without any."""
         placement = self.placement
         return least_valuable(
-            list(self.workers.available()), lambda digest: self.popularity.of(digest, now_ms), placement.facts_of,
+            list(self.workers.available()),
+            lambda digest: self.popularity.of(digest, now_ms),
+            placement.facts_of,
             placement.bandwidths,
-        )  # fmt: skip
+        )
 
     def assigned_to(self, wid: str) -> list[str]:
         """Return the requests that a worker has."""

@@ -87,9 +87,13 @@ class Recovery:
         reason = f"{len(owned.deaths)} workers died while they ran this request"
         logger.error("giving up request %s: %s: %s", rid, reason, ", ".join(death.wid for death in owned.deaths))
         letter = m.DeadLetter(
-            reason=reason, submit=owned.submit, attempts=owned.attempts, num_output_tokens=owned.num_output_tokens,
-            deaths=owned.deaths, ms=now_ms(),
-        )  # fmt: skip
+            reason=reason,
+            submit=owned.submit,
+            attempts=owned.attempts,
+            num_output_tokens=owned.num_output_tokens,
+            deaths=owned.deaths,
+            ms=now_ms(),
+        )
         await self._bus.finish(rid, "failed", "error", WorkerLost(reason), dead_letter=letter)
 
     async def end(self, rid: str, error: LorafleetError) -> None:

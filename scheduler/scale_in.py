@@ -41,9 +41,7 @@ class Popularity:
         return num * 0.5 ** (max(0.0, now_ms - at_ms) / HALF_LIFE_MS)
 
 
-def costs_ms(
-    workers: Collection[Worker], wanted: WantedOf, facts: FactsOf, bandwidths: Bandwidths
-) -> dict[str, float]:  # fmt: skip
+def costs_ms(workers: Collection[Worker], wanted: WantedOf, facts: FactsOf, bandwidths: Bandwidths) -> dict[str, float]:
     """Return by its id what each worker's leaving costs the others, in ms of work.
 
     wanted: requests that an adapter has had lately.
@@ -62,9 +60,7 @@ def costs_ms(
     return costs
 
 
-def least_valuable(
-    workers: Collection[Worker], wanted: WantedOf, facts: FactsOf, bandwidths: Bandwidths
-) -> str:  # fmt: skip
+def least_valuable(workers: Collection[Worker], wanted: WantedOf, facts: FactsOf, bandwidths: Bandwidths) -> str:
     """Return the name of the worker that should go first, "" without workers. Of equals the last by name goes."""
     if not workers:
         return ""

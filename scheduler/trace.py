@@ -20,12 +20,16 @@ def tell_placed(request: QueuedRequest, placed: m.Placed) -> None:
         return
     before = run_place(sub.trace, sub.rid, request.epoch - 1) if request.resumed else None
     attributes = {
-        "lorafleet.request": sub.rid, "lorafleet.epoch": request.epoch + 1, "lorafleet.class": sub.cls,
-        "lorafleet.worker": placed.options[0].worker if placed.options else "", "lorafleet.because": placed.because,
+        "lorafleet.request": sub.rid,
+        "lorafleet.epoch": request.epoch + 1,
+        "lorafleet.class": sub.cls,
+        "lorafleet.worker": placed.options[0].worker if placed.options else "",
+        "lorafleet.because": placed.because,
         "lorafleet.waits_ms": [option.wait_ms for option in placed.options],
         "lorafleet.workers": [option.worker for option in placed.options],
-        "lorafleet.held_ms": placed.held_ms, "lorafleet.attempts": request.attempts,
-    }  # fmt: skip
+        "lorafleet.held_ms": placed.held_ms,
+        "lorafleet.attempts": request.attempts,
+    }
     begin_ms = request.since_ms or sub.submitted_ms
     tracer.tell(
         "queue wait", above.child(), begin_ms * MS, placed.ms * MS, attributes, links=[before] if before else []
@@ -41,6 +45,11 @@ def tell_death(request: QueuedRequest, worker: str) -> None:
     end_ms = now_ms()
     attributes = {"lorafleet.request": sub.rid, "lorafleet.epoch": request.epoch + 1, "lorafleet.worker": worker}
     tracer.tell(
-        f"run on {worker}", place, (request.assigned_ms or end_ms) * MS, end_ms * MS, attributes, kind="CONSUMER",
+        f"run on {worker}",
+        place,
+        (request.assigned_ms or end_ms) * MS,
+        end_ms * MS,
+        attributes,
+        kind="CONSUMER",
         error="the worker died",
-    )  # fmt: skip
+    )

@@ -205,6 +205,15 @@ def test_a_class_name_has_one_meaning() -> None:
     assert doubled.keys() == SHOWN == schemas, doubled
 
 
+MAX_UNFORMATTED = 160
+"""Statements of the product that the formatter leaves as they are: tables of data, and what would take a page."""
+
+
+def test_the_formatter_has_the_last_word() -> None:
+    paths = [path for package in WHEEL for path in sources(package)]
+    assert sum(path.read_text().count("# fmt: skip") for path in paths) <= MAX_UNFORMATTED
+
+
 def test_only_the_queue_package_touches_redis() -> None:
     """Everybody else calls typed methods: no Redis client is imported, and `Bus._redis` is nobody else's."""
     queue = ROOT / "protocol/queue"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lorafleet.__main__ import COMMANDS, parser_of
-from lorafleet.parser import Parser
+from lorafleet.shared.parser import Parser
 from protocol.runtime.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent

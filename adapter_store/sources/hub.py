@@ -52,9 +52,14 @@ class HubSource:
     """One Hub: huggingface.co, or the server that HF_ENDPOINT names."""
 
     def __init__(
-        self, endpoint: str = "", *, token: str | None = None, retries: Retries | None = None,
-        offline: bool | None = None, reserve: Reserve | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        endpoint: str = "",
+        *,
+        token: str | None = None,
+        retries: Retries | None = None,
+        offline: bool | None = None,
+        reserve: Reserve | None = None,
+    ) -> None:
         """Prepare a client of `endpoint`, the configured Hub by default.
 
         `token` is the fleet's own; by default it is HF_TOKEN or that of the Hub's login. `retries` sets how calls are
@@ -223,9 +228,7 @@ def _bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"} if token else {}
 
 
-async def _append(
-    response: httpx2.Response, file: BinaryIO, num_bytes: int, check: Callable[[int], None]
-) -> None:  # fmt: skip
+async def _append(response: httpx2.Response, file: BinaryIO, num_bytes: int, check: Callable[[int], None]) -> None:
     """Append `num_bytes` of a body to a file. Raises _Cut when the body ends early; what came before is kept.
 
     check: raises NoRoom unless the disk has room for so many bytes.

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gpu_worker.engine.engine_thread import EngineThread, OnDeath, OnOutputs
-from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
 from gpu_worker.engine.timelines import Timelines
+from gpu_worker.planning.request import EngineRequest, EngineStats, TokenOutput
 from gpu_worker.service.service import WorkerService
 from protocol.queue.bus import Bus, now_ms
 from protocol.runtime.service import run, set_up_logging

@@ -27,8 +27,8 @@ from benchmarks.engine.kernels import memory_gb_s
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.request import EngineRequest
 from gpu_worker.model.prepare import load_model
+from gpu_worker.planning.request import EngineRequest
 from protocol.runtime.environment import COMPUTE, child_environment
 from protocol.runtime.settings import Settings
 from protocol.wire.messages import Sampling

@@ -25,7 +25,7 @@ from benchmarks.common.fleet import make_adapters, quickstart_model, scratch_fol
 from benchmarks.engine.distinct_adapters import NAMES, decode_ms, start_engine
 from gpu_worker.adapters.packing.packer import row_sites
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.request import EngineRequest
+from gpu_worker.planning.request import EngineRequest
 from protocol.wire.messages import Sampling
 
 RANKS = (8, 16, 32, 64)

@@ -59,7 +59,7 @@ def count(num_layers: int, *, recorded: bool) -> Counter[str]:
     """Return the launches of one step of a chunk and a few decodes, by kernel or operator."""
     from benchmarks.gpu.shapes import SHAPES, RandomAdapters, random_model
     from benchmarks.gpu.steps import engine_of, load
-    from gpu_worker.engine.request import EngineRequest
+    from gpu_worker.planning.request import EngineRequest
     from lora_kernels.triton_ops.launch import Launch
     from protocol.wire.messages import Sampling
 

@@ -29,7 +29,7 @@ from gateway.grammars.structured import constraint_of
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import load_engine
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.request import EngineRequest, TokenOutput
+from gpu_worker.planning.request import EngineRequest, TokenOutput
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import NotFound
 from protocol.wire.messages import Sampling

@@ -16,7 +16,7 @@ from benchmarks.gpu.shapes import RandomAdapters, Shape, equal_names, random_mod
 from benchmarks.gpu.steps import GREEDY, engine_of
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.engine.request import EngineRequest, TokenOutput
+from gpu_worker.planning.request import EngineRequest, TokenOutput
 
 WAIT_S = 120.0
 """Longest silence of the engine."""

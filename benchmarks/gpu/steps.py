@@ -15,8 +15,8 @@ import torch
 from benchmarks.gpu.shapes import RandomAdapters, Shape, names_of, pool_bytes, random_model
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.request import EngineRequest
 from gpu_worker.model.model import BaseModel
+from gpu_worker.planning.request import EngineRequest
 from protocol.runtime.settings import Settings
 from protocol.wire.messages import Sampling
 

@@ -97,7 +97,7 @@ class _AdapterLru:
 class SimWorker:
     """Continuous batching with chunked prefill, an adapter pool and one loader, as a worker has them, without a model.
 
-    Yielding requests are treated as `gpu_worker.engine.batcher` treats them, but for the limit of steps.
+    Yielding requests are treated as `gpu_worker.planning.batcher` treats them, but for the limit of steps.
     """
 
     def __init__(self, wid: str, model: WorkerModel, facts: Mapping[str, AdapterFacts]) -> None:

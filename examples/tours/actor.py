@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.common.fake_worker import FakeEngine, Running, fake_served, serve_fake
 from gateway.service import serve as serve_gateway
-from gpu_worker.engine.request import EngineRequest, TokenOutput
+from gpu_worker.planning.request import EngineRequest, TokenOutput
 from lorafleet.launcher.embedded import start_embedded
 from protocol.runtime.service import run, set_up_logging
 from protocol.runtime.settings import Settings

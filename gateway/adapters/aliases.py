@@ -183,9 +183,7 @@ class Aliases:
         except CONNECTION_ERRORS as error:
             logger.warning("adapter %s cannot be confirmed: %s", alias.name, error)
 
-    async def _look(
-        self, name: str, tenant: str, ask: Callable[[], Awaitable[int]], timeout_s: float
-    ) -> m.Alias:  # fmt: skip
+    async def _look(self, name: str, tenant: str, ask: Callable[[], Awaitable[int]], timeout_s: float) -> m.Alias:
         """Have the stores look at a name's source, all who wait by one look; return the alias after it.
 
         `ask` asks the stores, and returns the time. Raises the reason why the name is not served.
@@ -214,9 +212,14 @@ class Aliases:
         sealed = self.sealed(caller.token, key)
         asked_ms = self._asked[key] = now_ms()
         registration = m.Registration(
-            name=name, source=reference.source, token=sealed, tenant=tenant, asked_ms=asked_ms, on_request=True,
+            name=name,
+            source=reference.source,
+            token=sealed,
+            tenant=tenant,
+            asked_ms=asked_ms,
+            on_request=True,
             as_fleet=self._policy.lends(reference),
-        )  # fmt: skip
+        )
         try:
             await self.register(registration, caller)
         except BaseException:

@@ -116,9 +116,7 @@ class CatalogueCopy:
 
     # ------------------------------------------------------------ pages
 
-    async def page(
-        self, after: str, limit: int, shows: Callable[[m.Alias], bool]
-    ) -> tuple[list[m.Alias], bool]:  # fmt: skip
+    async def page(self, after: str, limit: int, shows: Callable[[m.Alias], bool]) -> tuple[list[m.Alias], bool]:
         """Return the next `limit` aliases that are to be shown, and whether there are more.
 
         after: `NAME,TENANT`, the end of the previous page. A bare name skips every tenant's adapter of that name.
@@ -152,9 +150,12 @@ class CatalogueCopy:
         return list(by_name.values())
 
     async def listed(
-        self, caller: Caller, view: Hashable, first: dict[str, Any],
+        self,
+        caller: Caller,
+        view: Hashable,
+        first: dict[str, Any],
         show: Callable[[m.Alias, m.AdapterRecord | None], dict[str, Any] | None],
-    ) -> bytes:  # fmt: skip
+    ) -> bytes:
         """Return the JSON list of an object and, by name, the views of all adapters visible to a caller.
 
         view: what `first` and `show` depend on, besides the adapters. show: None for what is left out. Raises as

@@ -95,7 +95,7 @@ class AdapterOperations:
 
     def __init__(
         self, bus: Bus, settings: Settings, aliases: Aliases, catalogue: CatalogueCopy, secret: FleetSecret | None
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`secret`: what the stores want to see, None in a fleet without one."""
         self._bus = bus
         self._catalogue = catalogue
@@ -120,15 +120,17 @@ class AdapterOperations:
         owner = None if tenant is None else caller.namespace(tenant)
         page, has_more = await self._catalogue.page(
             after, limit, caller.sees if owner is None else lambda alias: alias.tenant == owner
-        )  # fmt: skip
+        )
         parts = []
         for begin in range(0, len(page), OBJECTS_AT_ONCE):
             parts.append(dumps(await self._show(page[begin : begin + OBJECTS_AT_ONCE], caller))[1:-1])
             hold(held() + len(parts[-1]))
         return {
-            "object": "list", "data": orjson.Fragment(b"[" + b",".join(parts) + b"]"), "has_more": has_more,
+            "object": "list",
+            "data": orjson.Fragment(b"[" + b",".join(parts) + b"]"),
+            "has_more": has_more,
             "last_id": f"{page[-1].name},{page[-1].tenant}" if page else None,
-        }  # fmt: skip
+        }
 
     async def get(self, name: str, caller: Caller, tenant: str | None = None) -> dict[str, Any]:
         """Return the object of one adapter that the caller sees. Raises ModelNotFound."""
@@ -208,9 +210,7 @@ class AdapterOperations:
             raise error_of(found)
         return True, not is_known
 
-    async def upload(
-        self, wanted: Wanted, body: AsyncIterator[bytes], length: int
-    ) -> tuple[bool, bool]:  # fmt: skip
+    async def upload(self, wanted: Wanted, body: AsyncIterator[bytes], length: int) -> tuple[bool, bool]:
         """Keep the adapter in a zip at a store and serve it under the wanted name. Returns and raises as `register`.
 
         What is refused is not kept. Raises also PermissionDenied but for an operator, BadRequest for a bad zip,

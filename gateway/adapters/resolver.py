@@ -45,7 +45,7 @@ class Resolver:
 
     def __init__(
         self, bus: Bus, aliases: Aliases, own: OwnFiles, folder: Path | None, *, shows_paths: bool = False
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`own`: the files that adapters bring; `folder`: the root whose sub-folders are served as adapters.
 
         `shows_paths`: models' objects show an adapter's path on this machine.

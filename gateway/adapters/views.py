@@ -19,9 +19,7 @@ NO_EFFECT = "no_effect"
 class AdapterObjects:
     """Makes the objects of `/v1/adapters` from the workers' latest heartbeats."""
 
-    def __init__(
-        self, beats: Iterable[m.WorkerBeat], pins: Mapping[str, str], *, shows_paths: bool = True
-    ) -> None:  # fmt: skip
+    def __init__(self, beats: Iterable[m.WorkerBeat], pins: Mapping[str, str], *, shows_paths: bool = True) -> None:
         """`pins`: name -> who pinned it. `shows_paths`: whether the caller may see paths of this machine."""
         self._shows_paths = shows_paths
         self._pins = pins

@@ -186,7 +186,7 @@ class GenerationAnswer(SentAnswer):
         if self.is_large:
             response: Response = SlicedResponse(
                 answer, 200, headers, lambda: self.generation.client_gone, in_thread=self._in_thread
-            )  # fmt: skip
+            )
         else:
             response = json_response(answer, headers=headers)
         self._to.has_headers = True

@@ -30,9 +30,13 @@ def shown(base: m.ServedModel, alias: m.Alias | None) -> dict[str, Any]:
 
 
 def page(
-    base: m.ServedModel, aliases: Sequence[m.Alias], limit: int, after: str | None, before: str | None,
+    base: m.ServedModel,
+    aliases: Sequence[m.Alias],
+    limit: int,
+    after: str | None,
+    before: str | None,
     lifecycle: Sequence[str] | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Return a page of the base and the adapters that are served, which are given by name.
 
     after, before: the model beside which the page begins, or ends. lifecycle: the stages that are wanted, of which

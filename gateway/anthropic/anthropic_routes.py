@@ -35,9 +35,7 @@ class AnthropicEndpoints:
     async def messages(self, body: MessagesRequest, request: Request) -> Response:
         """Answer `/v1/messages`."""
         answer = self._answer(body, await sent_of(MESSAGES, request), caller_of(request))
-        return await self._answers.respond(
-            answer, stream=bool(body.stream), errors=ANTHROPIC_ERRORS, framing=FRAMING
-        )  # fmt: skip
+        return await self._answers.respond(answer, stream=bool(body.stream), errors=ANTHROPIC_ERRORS, framing=FRAMING)
 
     async def _answer(self, body: MessagesRequest, sent: Sent, caller: Caller) -> MessagesAnswer:
         pipeline = self._pipeline
@@ -63,11 +61,14 @@ class AnthropicEndpoints:
 
         async def tokenize() -> int:
             encoded = await target.files.encode_chat(
-                chat.messages, add_generation_prompt=chat.add_generation_prompt, continue_final=chat.continue_final,
-                variables=chat.variables, tenant=target.payer(caller),
+                chat.messages,
+                add_generation_prompt=chat.add_generation_prompt,
+                continue_final=chat.continue_final,
+                variables=chat.variables,
+                tenant=target.payer(caller),
                 tools=tools.definitions if tools is not None else None,
                 check=lambda text: check(len(text) // MAX_CHARACTERS_PER_TOKEN),
-            )  # fmt: skip
+            )
             form = await found_form(target.files, tools, opened=encoded.opened, continued=encoded.continued)
             ignore(caller.headers, [*chat.left_out, *rules_of(body, settings).check_form(form)])
             check(len(encoded.ids))

@@ -188,7 +188,7 @@ class MessagesWriter:
 
     def __init__(
         self, head: MessageHead, form: AnswerForm | None, rid: str, *, max_tokens: int, shows_thinking: bool
-    ) -> None:  # fmt: skip
+    ) -> None:
         """form, rid: of the one choice, see `openai.write`. max_tokens: of the body; 0: no token is wanted."""
         self._head = head
         self._max_tokens = max_tokens
@@ -271,7 +271,7 @@ class MessagesAnswer(GenerationAnswer):
         max_tokens = 0 if parsed.options.scores_only else parsed.options.max_tokens or 0
         writer = MessagesWriter(
             head, choice.prompt.form, choice.rid, max_tokens=max_tokens, shows_thinking=shows_thinking
-        )  # fmt: skip
+        )
         super().__init__(generation, writer)
         self._made = writer
 

@@ -68,18 +68,20 @@ _EDITS = ("view", "create", "str_replace", "insert")
 _EDITED = ("path", "view_range", "file_text", "old_str", "new_str", "insert_line", "insert_text")
 _FIRST_EDITED = _EDITED[:-1]  # fields of the first editor, whose insert takes new_str
 
-CLIENT_TOOLS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
-    "bash_20241022": _BASH,
-    "bash_20250124": _BASH,
-    "text_editor_20241022": _commands(_EDITOR, (*_EDITS, "undo_edit"), _FIRST_EDITED, ["path"]),
-    "text_editor_20250124": _commands(_EDITOR, (*_EDITS, "undo_edit"), _EDITED, ["path"]),
-    "text_editor_20250429": _commands(_EDITOR, _EDITS, _EDITED, ["path"]),
-    "text_editor_20250728": _commands(_EDITOR, _EDITS, _EDITED, ["path"]),
-    "memory_20250818": _commands(
-        "Stores files under /memories across conversations.",
-        (*_EDITS, "delete", "rename"),
-        (*_EDITED, "old_path", "new_path"),
-        [],
-    ),
-})  # fmt: skip
+CLIENT_TOOLS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "bash_20241022": _BASH,
+        "bash_20250124": _BASH,
+        "text_editor_20241022": _commands(_EDITOR, (*_EDITS, "undo_edit"), _FIRST_EDITED, ["path"]),
+        "text_editor_20250124": _commands(_EDITOR, (*_EDITS, "undo_edit"), _EDITED, ["path"]),
+        "text_editor_20250429": _commands(_EDITOR, _EDITS, _EDITED, ["path"]),
+        "text_editor_20250728": _commands(_EDITOR, _EDITS, _EDITED, ["path"]),
+        "memory_20250818": _commands(
+            "Stores files under /memories across conversations.",
+            (*_EDITS, "delete", "rename"),
+            (*_EDITED, "old_path", "new_path"),
+            [],
+        ),
+    }
+)
 """Type of a tool -> its description and `input_schema`."""

@@ -119,9 +119,13 @@ def routed(handlers: Handlers) -> FastAPI:
     """Return the routes of a gateway."""
     # Without redirects to URLs with or without a slash: the one place where paths are read takes both.
     app = FastAPI(
-        title="Lorafleet", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False,
+        title="Lorafleet",
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
         responses=openapi.OPENAI,
-    )  # fmt: skip
+    )
     add_routes(app, handlers.endpoints)
     add_openai_routes(app, handlers.openai)
     add_native_routes(app, handlers.native)
@@ -190,9 +194,7 @@ def build_app(
 class Envelope:
     """Gives every request its route, an id and a limit of its body's size; counts, measures it, logs its failure."""
 
-    def __init__(
-        self, app: ASGIApp, settings: Settings, table: RouteTable, refusals: Refusals | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, app: ASGIApp, settings: Settings, table: RouteTable, refusals: Refusals | None = None) -> None:
         """`table`: the routes of `app`. `refusals`: takes refused calls, None to keep none."""
         self._refusals = refusals
         self._app = app

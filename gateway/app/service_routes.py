@@ -30,7 +30,7 @@ class Endpoints:
 
     def __init__(
         self, answers: Answers, pipeline: Pipeline, admission: Admission, disk_full: Callable[[], bool]
-    ) -> None:  # fmt: skip
+    ) -> None:
         """disk_full: returns whether the queue's server cannot write to its disk."""
         self._answers = answers
         self._pipeline = pipeline
@@ -127,11 +127,16 @@ def _queue(status: SchedulerStatus | None) -> dict[str, Any] | None:
     if status is None:
         return None
     return {
-        "batch": status.queued_batch, "tokens": status.queued_tokens, "drain_rate": status.drain_rate,
-        "oldest_ms": {cls: ms or None for cls, ms in status.oldest_ms.items()}, "dead_letters": status.dead_letters,
-        "used_bytes": status.used_bytes, "max_bytes": status.max_bytes, "leader": status.leader,
+        "batch": status.queued_batch,
+        "tokens": status.queued_tokens,
+        "drain_rate": status.drain_rate,
+        "oldest_ms": {cls: ms or None for cls, ms in status.oldest_ms.items()},
+        "dead_letters": status.dead_letters,
+        "used_bytes": status.used_bytes,
+        "max_bytes": status.max_bytes,
+        "leader": status.leader,
         "sent_ms": status.sent_ms,
-    }  # fmt: skip
+    }
 
 
 def add_routes(app: FastAPI, endpoints: Endpoints) -> None:

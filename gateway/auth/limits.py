@@ -17,14 +17,16 @@ def check_quota(quota: Quota, num: int, num_tokens: int) -> None:
     if 0 < quota.concurrency < num:
         raise BadRequest(
             f"the call makes {num} choices; the limit of tenant {quota.tenant} is {quota.concurrency} at once",
-            param="n", code="limit_exceeded",
-        )  # fmt: skip
+            param="n",
+            code="limit_exceeded",
+        )
     if 0 < quota.tokens_per_minute < num_tokens:
         raise BadRequest(
             f"the call may take {num_tokens} tokens, prompts and longest outputs; the limit of tenant {quota.tenant} is"
             f" {quota.tokens_per_minute} a minute: set max_tokens",
-            param="max_tokens", code="limit_exceeded",
-        )  # fmt: skip
+            param="max_tokens",
+            code="limit_exceeded",
+        )
 
 
 def refusal(quota: Quota, standing: Standing, num: int, num_tokens: int) -> LorafleetError:

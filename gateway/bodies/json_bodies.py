@@ -260,9 +260,14 @@ class SlicedResponse(Response):
     media_type = "application/json"
 
     def __init__(
-        self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None,
-        is_over: Callable[[], bool] | None = None, *, in_thread: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        value: Any,
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+        is_over: Callable[[], bool] | None = None,
+        *,
+        in_thread: bool = False,
+    ) -> None:
         """is_over: whether nobody reads it any more; None: the answer finds that out itself.
 
         in_thread: its slices are made in a thread by turns of tenants, since a row takes milliseconds.

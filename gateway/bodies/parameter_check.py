@@ -41,9 +41,7 @@ def _describe(schema: dict[str, Any], body: type[JsonBody]) -> None:
 class JsonBody(BaseModel):
     """A JSON object of typed fields. Unknown fields are stored separately for `check_parameters`."""
 
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="allow", allow_inf_nan=False, json_schema_extra=_describe
-    )  # fmt: skip
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow", allow_inf_nan=False, json_schema_extra=_describe)
 
     OBJECT: ClassVar[str]
     """Which of `parameters.OBJECTS` this is."""

@@ -33,19 +33,26 @@ _PARTS = {
 _OBJECTS_OF = {suffix: {kind: f"{kind}_{suffix}" for kind in kinds} for suffix, kinds in _PARTS.items()}
 
 CLIENT_TOOL_TYPES = (
-    "bash_20241022", "bash_20250124", "memory_20250818", "text_editor_20241022", "text_editor_20250124",
-    "text_editor_20250429", "text_editor_20250728",
-)  # fmt: skip
+    "bash_20241022",
+    "bash_20250124",
+    "memory_20250818",
+    "text_editor_20241022",
+    "text_editor_20250124",
+    "text_editor_20250429",
+    "text_editor_20250728",
+)
 """Types of Anthropic's tools that clients run, of which `anthropic/client_tools.py` knows the parameters."""
 
-BY_TYPE: Mapping[str, Mapping[str | None, str]] = MappingProxyType({
-    "block": _OBJECTS_OF["block"],
-    "input_item": {None: "message_item", **_OBJECTS_OF["item"]},
-    "input_part": _OBJECTS_OF["part"],
-    "response_any_tool": {"function": "response_tool", "namespace": "response_namespace"},
-    "response_function": {"function": "response_tool"},
-    "any_tool": dict.fromkeys((None, "custom", *CLIENT_TOOL_TYPES), "messages_tool"),
-})  # fmt: skip
+BY_TYPE: Mapping[str, Mapping[str | None, str]] = MappingProxyType(
+    {
+        "block": _OBJECTS_OF["block"],
+        "input_item": {None: "message_item", **_OBJECTS_OF["item"]},
+        "input_part": _OBJECTS_OF["part"],
+        "response_any_tool": {"function": "response_tool", "namespace": "response_namespace"},
+        "response_function": {"function": "response_tool"},
+        "any_tool": dict.fromkeys((None, "custom", *CLIENT_TOOL_TYPES), "messages_tool"),
+    }
+)
 """Objects with a `type`: what they are called -> each type that is served -> which of `OBJECTS` that is.
 
 Other types are refused by *parse*, with reasons.

@@ -69,9 +69,12 @@ class Day:
         for row in rows:
             if query.takes(row):
                 values = {
-                    "project_id": row.tenant, "model": shown_model(row), "batch": row.batch, "adapter": row.digest,
+                    "project_id": row.tenant,
+                    "model": shown_model(row),
+                    "batch": row.batch,
+                    "adapter": row.digest,
                     "base_model": row.base,
-                }  # fmt: skip
+                }
                 group = tuple(values[name] for name in query.group_by)
                 counts = (row.requests, row.prompt_tokens, row.cached_tokens, row.output_tokens)
                 before = self.sums.get(group, (0, 0, 0, 0))
@@ -92,10 +95,11 @@ class Day:
         if self.seconds is not None:
             seconds = self.seconds.get(by["adapter"], 0.0) if by else sum(self.seconds.values())
         return {
-            "object": "organization.usage.completions.result", **dict(zip(_COUNTS, counts, strict=True)),
+            "object": "organization.usage.completions.result",
+            **dict(zip(_COUNTS, counts, strict=True)),
             **{name: by.get(name) for name in (*GROUPS, *NOT_COUNTED)},
             "adapter_seconds": None if seconds is None else round(seconds, 3),
-        }  # fmt: skip
+        }
 
 
 def shown_model(row: UsageRow) -> str:

@@ -100,10 +100,14 @@ def query_of(request: Request) -> Query:
     if "page" in given:
         first_day = max(first_day, day_of_page(given["page"]))
     return Query(
-        first_day, -(-end_s // DAY_S), _number(request, "limit", 7, 1, MAX_DAYS),
-        tuple(dict.fromkeys(lists["group_by"])), frozenset(lists["models"]), frozenset(lists["project_ids"]),
+        first_day,
+        -(-end_s // DAY_S),
+        _number(request, "limit", 7, 1, MAX_DAYS),
+        tuple(dict.fromkeys(lists["group_by"])),
+        frozenset(lists["models"]),
+        frozenset(lists["project_ids"]),
         None if batch is None else batch == "true",
-    )  # fmt: skip
+    )
 
 
 def _number(request: Request, name: str, default: int, least: int, most: int) -> int:

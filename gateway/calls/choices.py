@@ -63,9 +63,13 @@ class Logprobs:
     __slots__ = ("_is_whole", "_of_prompt", "_records", "packed")
 
     def __init__(
-        self, packed: bytes | bytearray = b"", records: bytes | bytearray = b"", *, of_prompt: bool = False,
+        self,
+        packed: bytes | bytearray = b"",
+        records: bytes | bytearray = b"",
+        *,
+        of_prompt: bool = False,
         is_whole: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """packed: ids, int32. records: a logprob (float32), of a prompt's token its rank (int32), then others' ids.
 
         Each of these is followed by its logprob (int32, float32). is_whole: in place of these, the logprobs of all
@@ -202,9 +206,7 @@ class Choice:
     def give_prompt(self, ids: bytes, records: bytes) -> None:
         """Take the prompt's tokens (int32) and their logprob records, to be shown with the next piece."""
         self.needs_prompt = False
-        self._prompt = Logprobs(
-            ids, records, of_prompt=True, is_whole=self.options.sampling.prompt_logprobs == m.WHOLE
-        )  # fmt: skip
+        self._prompt = Logprobs(ids, records, of_prompt=True, is_whole=self.options.sampling.prompt_logprobs == m.WHOLE)
 
     def take(self, delta: m.Delta, piece: Piece) -> None:
         """Add a delta that leaves no gap to `piece`. Raises the error that ended the request."""
@@ -277,11 +279,14 @@ def tokens_of(delta: m.Delta, record_bytes: int) -> list[m.Delta]:
     """
     parts = [
         m.Delta(
-            delta.rid, delta.epoch, delta.seq0 + i, delta.ids[4 * i : 4 * i + 4],
+            delta.rid,
+            delta.epoch,
+            delta.seq0 + i,
+            delta.ids[4 * i : 4 * i + 4],
             delta.logprobs[record_bytes * i : record_bytes * (i + 1)],
         )
         for i in range(len(delta.ids) // 4)
-    ]  # fmt: skip
+    ]
     if delta.finish:
         end = delta.seq0 + len(delta.ids) // 4
         parts.append(m.Delta(delta.rid, delta.epoch, end, finish=delta.finish, error=delta.error, usage=delta.usage))

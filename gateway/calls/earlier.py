@@ -57,7 +57,7 @@ class EarlierCalls:
         deadline_ms = record.created_ms + self._timeout_ms
         return structs.replace(
             known, parsed=known.parsed.without_prompts(), mail=mail, deadline_ms=deadline_ms, poll_s=ATTACHED_POLL_S
-        )  # fmt: skip
+        )
 
     def num_bytes(self, call: SubmittedCall) -> int:
         """Return the most bytes of memory that an earlier call holds while it is read."""
@@ -96,11 +96,9 @@ class EarlierCalls:
         ended_ms = max((fact.ended_ms for fact in facts if fact is not None), default=0)
         return SubmittedCall(
             call_of(record.rids[0]), call, self._fleet.base, prompts, record.created_ms, 0, ended_ms=ended_ms
-        )  # fmt: skip
+        )
 
-    async def _offsets(
-        self, call: ParsedCall, target: CallTarget, max_model_len: int
-    ) -> Sequence[Sequence[Offset]]:  # fmt: skip
+    async def _offsets(self, call: ParsedCall, target: CallTarget, max_model_len: int) -> Sequence[Sequence[Offset]]:
         """Return where the tokens of each prompt lie in its text, () where that is not wanted."""
         inputs = call.inputs
         if not (isinstance(inputs, Texts) and inputs.with_offsets):

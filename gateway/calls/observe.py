@@ -27,9 +27,14 @@ MERGES = "merged"
 """Name of all adapters that calls have merged of others."""
 
 ADAPTERS = TopNames(
-    "adapter", series.ADAPTER_REQUESTS, series.ADAPTER_TOKENS, series.ADAPTER_FIRST_TOKEN_SECONDS, series.ADAPTER_USES,
-    series.ADAPTER_WAIT_SECONDS, series.ADAPTER_LOAD_SECONDS,
-)  # fmt: skip
+    "adapter",
+    series.ADAPTER_REQUESTS,
+    series.ADAPTER_TOKENS,
+    series.ADAPTER_FIRST_TOKEN_SECONDS,
+    series.ADAPTER_USES,
+    series.ADAPTER_WAIT_SECONDS,
+    series.ADAPTER_LOAD_SECONDS,
+)
 TENANTS = TopNames("tenant", series.TENANT_TOKENS, series.TENANT_REFUSED, series.TENANT_QUEUE_SECONDS)
 
 _CHILDREN: dict[str, dict[tuple[Any, ...], Any]] = {}

@@ -62,9 +62,12 @@ class CallResolver:
         return ResolvedCall(with_vocabulary(call, base, targets), base, targets)
 
     async def targets(
-        self, models: Models, base: m.ServedModel, caller: Caller,
+        self,
+        models: Models,
+        base: m.ServedModel,
+        caller: Caller,
         refused: Callable[[LorafleetError], LorafleetError] | None = None,
-    ) -> list[CallTarget]:  # fmt: skip
+    ) -> list[CallTarget]:
         """Return what names stand for, waiting for all at once. Raises as `resolve`, or what `refused` makes of it."""
         if models.token:
             caller = replace(caller, token=models.token)
@@ -102,13 +105,18 @@ def _merged(merged: MergedAdapters, parts: list[CallTarget], base: CallTarget) -
 
 
 DOES: Mapping[m.Task, str] = {
-    "generate": "generates text", "embed": "computes embeddings", "classify": "labels tokens", "score": "labels texts"
-}  # fmt: skip
+    "generate": "generates text",
+    "embed": "computes embeddings",
+    "classify": "labels tokens",
+    "score": "labels texts",
+}
 
 _NEEDED: Mapping[m.Task, str] = {
-    "generate": "text needs a generative model", "embed": "embeddings need an encoder",
-    "classify": "labels need a token classifier", "score": "labels of texts need a sequence classifier",
-}  # fmt: skip
+    "generate": "text needs a generative model",
+    "embed": "embeddings need an encoder",
+    "classify": "labels need a token classifier",
+    "score": "labels of texts need a sequence classifier",
+}
 
 
 def check_task(base: m.ServedModel, wanted: m.Task) -> None:

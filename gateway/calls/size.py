@@ -86,8 +86,9 @@ def check_logprobs(options: CallOptions, prompts: Sequence[Prompt]) -> None:
             f"the logprobs of up to {num_tokens} tokens{f', each of {vocabulary},' if vocabulary else ''} take"
             f" {num_bytes} bytes; the limit of {'such ' if vocabulary else ''}a call is {limit}: ask for fewer tokens,"
             " choices or likely tokens",
-            param="max_tokens", code="limit_exceeded",
-        )  # fmt: skip
+            param="max_tokens",
+            code="limit_exceeded",
+        )
 
 
 def logprob_bytes(options: CallOptions, prompts: Sequence[Prompt]) -> int:

@@ -119,9 +119,14 @@ class Submitter:
         created_ms = now_ms()
         deadline_ms = created_ms + int(self._admission.lifetime_s(call.parsed) * 1000)
         return SubmittedCall(
-            call.parsed.call_id or uuid.uuid4().hex, call.parsed, call.base, call.prompts, created_ms, deadline_ms,
+            call.parsed.call_id or uuid.uuid4().hex,
+            call.parsed,
+            call.base,
+            call.prompts,
+            created_ms,
+            deadline_ms,
             submitted_s=time.monotonic(),
-        )  # fmt: skip
+        )
 
     def requests(self, call: SubmittedCall, *, gateway: str, stored: bool) -> Requests:
         """Return the queue's requests of a call, one for each choice; those of a prompt share a body.
@@ -158,12 +163,17 @@ class Submitter:
         if prompt.bad_words:
             sampling = structs.replace(sampling, bad_words=prompt.bad_words)
         return m.Body(
-            prompt=prompt.ids, sampling=sampling, max_new_tokens=prompt.max_new_tokens, stop=options.stop,
+            prompt=prompt.ids,
+            sampling=sampling,
+            max_new_tokens=prompt.max_new_tokens,
+            stop=options.stop,
             stop_token_ids=[*options.stop_token_ids, *own_ends] if own_ends else options.stop_token_ids,
             lora_scale=1.0 if options.lora_scale is None or not prompt.target.digest else options.lora_scale,
-            salt=call.salt, grammar=prompt.grammar, task=call.task,
+            salt=call.salt,
+            grammar=prompt.grammar,
+            task=call.task,
             second=prompt.second,
-        )  # fmt: skip
+        )
 
     async def put(
         self, call: AdmittedCall, requests: Requests, record: m.Idempotent | None, job: NewJob | None = None
@@ -186,9 +196,14 @@ class Submitter:
         return None
 
     async def _write(
-        self, call: AdmittedCall, requests: Requests, record: m.Idempotent | None, *, forced: bool = False,
+        self,
+        call: AdmittedCall,
+        requests: Requests,
+        record: m.Idempotent | None,
+        *,
+        forced: bool = False,
         job: NewJob | None = None,
-    ) -> tuple[str, Any]:  # fmt: skip
+    ) -> tuple[str, Any]:
         """Write requests into the queue, or find them there; see `Bus.submit`. forced: whatever the limits are."""
         caller, key = call.parsed.caller, call.parsed.key
         return await self._bus.submit(
@@ -225,9 +240,13 @@ def usages_of(call: AdmittedCall, days: int) -> list[bytes]:
     for which, prompt in enumerate(call.prompts):
         target = prompt.target
         counted = CountedFor(
-            parsed.caller.owner, observe.name_of(target), "" if is_merge(target.digest) else target.digest,
-            call.base.name, parsed.caller.is_batch, days,
-        )  # fmt: skip
+            parsed.caller.owner,
+            observe.name_of(target),
+            "" if is_merge(target.digest) else target.digest,
+            call.base.name,
+            parsed.caller.is_batch,
+            days,
+        )
         for choice in range(parsed.options.n):
             calls = int(choice == 0 and which % len(parsed.sources) == 0)
             num = 0 if choice else prompt.num_tokens

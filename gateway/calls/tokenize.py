@@ -281,10 +281,9 @@ async def encoded(
         return [(ids, ()) for ids in await encoder.encode(texts, add_special_tokens=special)]
     encodings = await encoder.detailed(texts, add_special_tokens=special, check=check)
     return [
-        (e.ids, [None if special else (start, end)
-                 for (start, end), special in zip(e.offsets, e.special, strict=True)])
+        (e.ids, [None if special else (start, end) for (start, end), special in zip(e.offsets, e.special, strict=True)])
         for e in encodings
-    ]  # fmt: skip
+    ]
 
 
 async def _bad_words(words: Sequence[str], files: ModelFiles) -> list[list[int]]:

@@ -68,9 +68,14 @@ class CallTrace:
             tracer.tell(name, self.place.child(), begin_ns, end_ns, {})
         more = {"http.request.method": "POST", "http.route": route, "http.response.status_code": status}
         tracer.tell(
-            self.name or f"POST {route}", self.place, self.began_ns, time.time_ns(), self.attributes | more,
-            kind="SERVER", error=f"HTTP {status}" if status >= 500 or not status else "",
-        )  # fmt: skip
+            self.name or f"POST {route}",
+            self.place,
+            self.began_ns,
+            time.time_ns(),
+            self.attributes | more,
+            kind="SERVER",
+            error=f"HTTP {status}" if status >= 500 or not status else "",
+        )
 
 
 TRACE_OF: ContextVar[CallTrace | None] = ContextVar("call_trace", default=None)

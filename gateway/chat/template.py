@@ -59,9 +59,13 @@ class ChatTemplate:
         return None if source is None else cls(source, special_tokens(texts))
 
     def render(
-        self, messages: list[Message], *, add_generation_prompt: bool = True, continue_final: bool = False,
+        self,
+        messages: list[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final: bool = False,
         variables: dict[str, Any],
-    ) -> str:  # fmt: skip
+    ) -> str:
         """Return the prompt of normalized messages. continue_final: it ends with the text of the last one.
 
         Raises BadRequest, with the template's own words where it has any.

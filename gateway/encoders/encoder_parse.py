@@ -89,9 +89,12 @@ def parse_embeddings(request: EmbeddingsRequest, caller: Caller, settings: Setti
     given = request.parameters
     models = Models([request.model]) if given is None else models_of(given)
     rules = EncoderRules(
-        "input", settings.max_inputs, native_adapter=given is not None, dimensions=request.dimensions,
+        "input",
+        settings.max_inputs,
+        native_adapter=given is not None,
+        dimensions=request.dimensions,
         as_base64=request.encoding_format == "base64",
-    )  # fmt: skip
+    )
     call = _call(caller, models, sources_of(request.input), "embed", rules)
     if not request.background:
         return call
@@ -144,10 +147,12 @@ def parse_classify(request: ClassifyRequest, caller: Caller, settings: Settings)
             message = "continue_final_message and add_generation_prompt cannot be used together"
             raise BadRequest(message, param="continue_final_message")
         inputs = ChatPrompt(
-            request.messages, request.chat_template_kwargs or {},
+            request.messages,
+            request.chat_template_kwargs or {},
             add_generation_prompt=bool(request.add_generation_prompt),
-            continue_final=bool(request.continue_final_message), add_special_tokens=bool(request.add_special_tokens),
-        )  # fmt: skip
+            continue_final=bool(request.continue_final_message),
+            add_special_tokens=bool(request.add_special_tokens),
+        )
     else:
         for name in ("messages", *_OF_CHAT):
             if getattr(request, name) is not None:
@@ -210,9 +215,11 @@ def parse_score(request: ScoreRequest, caller: Caller, settings: Settings) -> tu
 
 
 def _scored(
-    caller: Caller, request: ClassifyRequest | RerankRequest | ScoreRequest, inputs: ChatPrompt | Texts | Pairs,
+    caller: Caller,
+    request: ClassifyRequest | RerankRequest | ScoreRequest,
+    inputs: ChatPrompt | Texts | Pairs,
     rules: EncoderRules,
-) -> ParsedCall:  # fmt: skip
+) -> ParsedCall:
     return ParsedCall(
         caller, Models([request.model]), inputs, OPTIONS, rules, task="score", cache_salt=request.cache_salt or ""
-    )  # fmt: skip
+    )

@@ -110,9 +110,11 @@ class EmbeddingsWriter(_NoFrames):
         rules = self._rules
         assert isinstance(rules, EncoderRules)
         request = EmbeddingsRequest(
-            input="", model=self._model, dimensions=rules.dimensions,
+            input="",
+            model=self._model,
+            dimensions=rules.dimensions,
             encoding_format="base64" if rules.as_base64 else "float",
-        )  # fmt: skip
+        )
         vectors = [np.frombuffer(choice.shown[0], "<f4") for choice in self._choices]
         return embeddings_answer(request, vectors, self._base, usage.prompt_tokens)
 

@@ -55,9 +55,11 @@ def write_labels(request: ClassifyRequest) -> Write:
 
         more = {"completion_tokens": 0, "prompt_tokens_details": None}
         return {
-            **_head(generation, "classify-"), "model": name, "data": RowSlices(rows, at_once=VECTORS),
+            **_head(generation, "classify-"),
+            "model": name,
+            "data": RowSlices(rows, at_once=VECTORS),
             "usage": _usage(generation) | more,
-        }  # fmt: skip
+        }
 
     return write
 
@@ -111,9 +113,11 @@ def write_ranks(request: RerankRequest, documents: Sequence[str]) -> Write:
                 yield {"index": index, **document, "relevance_score": scores[index]}
 
         return {
-            "id": f"rerank-{generation.call.id}", "model": name, "usage": _usage(generation),
+            "id": f"rerank-{generation.call.id}",
+            "model": name,
+            "usage": _usage(generation),
             "results": RowSlices(rows, at_once=VECTORS),
-        }  # fmt: skip
+        }
 
     return write
 

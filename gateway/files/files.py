@@ -107,9 +107,14 @@ class FileService:
             await self._storage.check_room(length)
             now = now_ms()
             file = m.File(
-                id=new_id(), tenant=caller.owner, filename="", purpose="", created_ms=now,
-                expires_ms=now + int(HELD_S * 1000), num_bytes=max(0, length - FORM_BYTES),
-            )  # fmt: skip
+                id=new_id(),
+                tenant=caller.owner,
+                filename="",
+                purpose="",
+                created_ms=now,
+                expires_ms=now + int(HELD_S * 1000),
+                num_bytes=max(0, length - FORM_BYTES),
+            )
             try:
                 return await self._receive(file, form, body)
             finally:
@@ -170,8 +175,9 @@ class FileService:
         for wanted in (num_bytes + ahead, num_bytes):
             outcome, num = await self._bus.files.hold(
                 msgspec.structs.replace(file, num_bytes=wanted),
-                max_bytes=settings.tenant_file_bytes, max_files=settings.tenant_files,
-            )  # fmt: skip
+                max_bytes=settings.tenant_file_bytes,
+                max_files=settings.tenant_files,
+            )
             if outcome == "ok":
                 return wanted
         raise self._refusal(outcome, num, num_bytes)
@@ -312,16 +318,25 @@ def _with_life(file: m.File, filename: str, purpose: str, num_bytes: int, life_s
     """Return the record of an upload that is whole."""
     created_ms = now_ms()
     return msgspec.structs.replace(
-        file, filename=filename, purpose=purpose, num_bytes=num_bytes, created_ms=created_ms,
+        file,
+        filename=filename,
+        purpose=purpose,
+        num_bytes=num_bytes,
+        created_ms=created_ms,
         expires_ms=created_ms + int(life_s * 1000),
-    )  # fmt: skip
+    )
 
 
 def _of_output(file_id: str, tenant: str, filename: str, num_bytes: int, created_ms: int, expires_ms: int) -> m.File:
     return m.File(
-        id=file_id, tenant=tenant, filename=filename, purpose=OUTPUT_PURPOSE, num_bytes=num_bytes,
-        created_ms=created_ms, expires_ms=expires_ms,
-    )  # fmt: skip
+        id=file_id,
+        tenant=tenant,
+        filename=filename,
+        purpose=OUTPUT_PURPOSE,
+        num_bytes=num_bytes,
+        created_ms=created_ms,
+        expires_ms=expires_ms,
+    )
 
 
 def view(file: m.File) -> dict[str, Any]:

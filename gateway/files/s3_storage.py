@@ -72,9 +72,7 @@ class S3Storage:
             return
         ask = {"Range": f"bytes={start}-{'' if end is None else end - 1}"} if start or end is not None else {}
         try:
-            reply = await asyncio.to_thread(
-                self._s3.get_object, Bucket=self._bucket, Key=self._prefix + name, **ask
-            )  # fmt: skip
+            reply = await asyncio.to_thread(self._s3.get_object, Bucket=self._bucket, Key=self._prefix + name, **ask)
             with closing(reply["Body"]) as body:
                 while chunk := await asyncio.to_thread(body.read, CHUNK_BYTES):
                     yield chunk
@@ -98,7 +96,7 @@ class S3Storage:
     def _names(self, prefix: str) -> list[str]:
         pages = self._s3.get_paginator("list_objects_v2").paginate(
             Bucket=self._bucket, Prefix=f"{self._prefix}{prefix.rstrip('/')}/"
-        )  # fmt: skip
+        )
         return sorted(entry["Key"].removeprefix(self._prefix) for page in pages for entry in page.get("Contents", ()))
 
     async def delete(self, name: str) -> None:

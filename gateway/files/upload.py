@@ -47,10 +47,15 @@ class UploadedForm:
         self._has_ended = False
         self._check: Callable[[Mapping[str, str]], None] = lambda fields: None
         callbacks: Any = {
-            "on_part_begin": self._begin, "on_part_data": self._take, "on_part_end": self._end,
-            "on_header_field": self._take_header, "on_header_value": self._take_value,
-            "on_header_end": self._end_header, "on_headers_finished": self._end_headers, "on_end": self._finish,
-        }  # fmt: skip
+            "on_part_begin": self._begin,
+            "on_part_data": self._take,
+            "on_part_end": self._end,
+            "on_header_field": self._take_header,
+            "on_header_value": self._take_value,
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._end_headers,
+            "on_end": self._finish,
+        }
         self._parser = MultipartParser(boundary, callbacks)
 
     async def chunks(

@@ -213,10 +213,14 @@ class TimeSeries:
         if group is not None and any(row is not None and any(row) for row in rest):
             groups.append(await _columns(OTHER, group, rest))
         return {
-            "object": "timeseries", "start_time": first_s, "step_s": step, "num": len(times),
+            "object": "timeseries",
+            "start_time": first_s,
+            "step_s": step,
+            "num": len(times),
             "elapsed_s": min(step, max(1, int(self._now_s()) - newest_s)),
-            "fleet": fleet, "groups": groups,
-        }  # fmt: skip
+            "fleet": fleet,
+            "groups": groups,
+        }
 
     async def _copies(self, tier: int, first_s: int, tenant: str | None) -> dict[int, Bucket]:
         """Return what open buckets have counted since `first_s` in buckets of a tier, by the times when these began.

@@ -120,9 +120,13 @@ class RouteTable:
             if not isinstance(route, APIRoute) or not isinstance(access, RouteAccess):
                 raise TypeError(f"{getattr(route, 'path', route)} does not say which scope it needs: see access.py")
             found = RouteMatch(
-                route.path, route, {}, None if open_pages and access.is_page else access.scopes, access.kind,
+                route.path,
+                route,
+                {},
+                None if open_pages and access.is_page else access.scopes,
+                access.kind,
                 any_token=not route.path.startswith(TOKENS_OF_ITS_OWN),
-            )  # fmt: skip
+            )
             for method in sorted(route.methods or ()):
                 self.matches.append((method, found))
                 if route.param_convertors:
@@ -151,7 +155,7 @@ class RouteTable:
             if known == method:
                 return RouteMatch(
                     path, found.route, parts.groupdict(), found.scopes, found.kind, any_token=found.any_token
-                )  # fmt: skip
+                )
             allowed.add(known)
         return RouteMatch(path, allowed=tuple(sorted(allowed)))
 

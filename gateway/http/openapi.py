@@ -364,8 +364,9 @@ ENTITIES: Responses = {
     **EITHER,
 }
 ENTITIES_OF_SEVERAL: Responses = {
-    200: _json("The entities or the labels of each text", {"type": "array", "items": _OF_TEXT}), **NATIVE
-}  # fmt: skip
+    200: _json("The entities or the labels of each text", {"type": "array", "items": _OF_TEXT}),
+    **NATIVE,
+}
 FILE: Responses = {200: {"model": File}}
 BATCH: Responses = {200: {"model": Batch}}
 WEBHOOK: Responses = {200: {"model": Webhook}}
@@ -404,9 +405,11 @@ ZIP: dict[str, Any] = {
 METRICS: Responses = {200: {"content": {"text/plain": {"schema": _TEXT}}}}
 _TOKENS = {"type": "array", "items": _object(id=_INTEGER, text=_TEXT, start=_INTEGER, stop=_INTEGER)}
 _COUNTED = _object(
-    count=_INTEGER, max_model_len=_INTEGER, tokens={"type": "array", "items": _INTEGER},
+    count=_INTEGER,
+    max_model_len=_INTEGER,
+    tokens={"type": "array", "items": _INTEGER},
     token_strs={"type": ["array", "null"], "items": _TEXT},
-)  # fmt: skip
+)
 TOKENIZED: Responses = {
     200: _json("LoRAX's answer to `inputs`, vLLM's to others", {"anyOf": [_TOKENS, _COUNTED]}),
     **EITHER,

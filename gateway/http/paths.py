@@ -62,8 +62,10 @@ LORAX_PATHS = LORAX_GENERATE | LORAX_ENCODE | {TOKENIZE, "/info", PING, "/startu
 INVOCATIONS = "/invocations"
 
 OPENAI_FORMS = {
-    TOKENIZE: {"prompt", "messages"}, "/classify": {"input", "messages"}, INVOCATIONS: {"prompt", "messages"}
-}  # fmt: skip
+    TOKENIZE: {"prompt", "messages"},
+    "/classify": {"input", "messages"},
+    INVOCATIONS: {"prompt", "messages"},
+}
 """Paths of LoRAX's that also take a body in OpenAI's or vLLM's form -> the fields that identify it.
 
 Its errors are OpenAI's.

@@ -38,9 +38,13 @@ class SharedReader:
     """The events of one job, read as fast as its fastest reader."""
 
     def __init__(
-        self, opening: Opening, pause_s: Callable[[float], float], keepalive_s: float, kept_bytes: int,
+        self,
+        opening: Opening,
+        pause_s: Callable[[float], float],
+        keepalive_s: float,
+        kept_bytes: int,
         turn: Callable[[], AbstractAsyncContextManager[None]],
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Start to open the job; `opening` raises its error.
 
         `pause_s`: how long a pause is to be that could be so short. `keepalive_s`: how often readers are sent the
@@ -199,9 +203,12 @@ class JobReaders:
         reader = self._streams.get(jid)
         if reader is None:
             reader = self._streams[jid] = SharedReader(
-                opening, lambda least_s: self.pause_s(tenant, least_s), self.keepalive_s, self._kept_bytes,
+                opening,
+                lambda least_s: self.pause_s(tenant, least_s),
+                self.keepalive_s,
+                self._kept_bytes,
                 lambda: self.turn(tenant),
-            )  # fmt: skip
+            )
         with self._among(tenant, reader):
             try:
                 await reader.open()

@@ -91,7 +91,7 @@ class Jobs:
 
     async def submit(
         self, call: AdmittedCall, sent: Sent, request: Mapping[str, Any], conversation: str = ""
-    ) -> m.Job | m.Idempotent:  # fmt: skip
+    ) -> m.Job | m.Idempotent:
         """Submit a call as a job that nobody follows; or return what its Idempotency-Key was used for before.
 
         conversation: whose turn it is, "" for none.
@@ -109,9 +109,14 @@ class Jobs:
         return earlier
 
     def new(
-        self, made: SubmittedCall, sent: Sent, request: Mapping[str, Any], *, background: bool = True,
+        self,
+        made: SubmittedCall,
+        sent: Sent,
+        request: Mapping[str, Any],
+        *,
+        background: bool = True,
         conversation: str = "",
-    ) -> NewJob:  # fmt: skip
+    ) -> NewJob:
         """Return a call as a job.
 
         background: no client follows it, so webhooks report its end. conversation: the one that gets its turn.
@@ -261,9 +266,7 @@ class Jobs:
 
     async def _outlook(self, job: m.Job, facts: Facts) -> dict[str, Any]:
         """Return the queue position, estimated start and blocking reason of a job that has no token yet."""
-        rid = next(
-            (rid for rid, fact in zip(job.rids, facts, strict=True) if fact and not fact.is_terminal), ""
-        )  # fmt: skip
+        rid = next((rid for rid, fact in zip(job.rids, facts, strict=True) if fact and not fact.is_terminal), "")
         if not rid or state_of(facts)[0] != "queued":
             return {"position": None, "estimated_start_at": None, "waiting_for": None}
         position, status = await self._bus.position(rid), self._pipeline.fleet.status
@@ -349,9 +352,7 @@ class Jobs:
                 choice.give_prompt(*found)
             whole = Piece(choice.index)
             while not choice.cursor.ended:
-                delta = await self._bus.read_log(
-                    choice.rid, choice.cursor.next, choice.record_bytes, log_limit(choice)
-                )  # fmt: skip
+                delta = await self._bus.read_log(choice.rid, choice.cursor.next, choice.record_bytes, log_limit(choice))
                 if delta is None or not (delta.ids or delta.finish):
                     raise NotFound(expired, code="result_expired")
                 for one in tokens_of(delta, choice.record_bytes) if choice.options.by_token else [delta]:

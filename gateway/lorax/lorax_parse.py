@@ -106,9 +106,13 @@ def parse(
     )
     truncation = None if p.truncate is None else Truncation(p.truncate)
     call = ParsedCall(
-        caller, models_of(p), Texts([request.inputs], truncation), options,
-        NativeRules("inputs", settings.max_choices, p.truncate), sent=sent if sent.key else None,
-    )  # fmt: skip
+        caller,
+        models_of(p),
+        Texts([request.inputs], truncation),
+        options,
+        NativeRules("inputs", settings.max_choices, p.truncate),
+        sent=sent if sent.key else None,
+    )
     return NativeCall(
         call,
         prompt=request.inputs,

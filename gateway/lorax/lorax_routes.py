@@ -36,9 +36,11 @@ VERSION = "0.1.0"
 """The version that every LoRAX reports; clients compare it."""
 
 PIPELINES: dict[Task, str] = {
-    "generate": "text-generation", "embed": "feature-extraction", "classify": "token-classification",
+    "generate": "text-generation",
+    "embed": "feature-extraction",
+    "classify": "token-classification",
     "score": "text-classification",
-}  # fmt: skip
+}
 """The Hub's names of what base models do."""
 
 PROBE = "Where should Johnny live?"

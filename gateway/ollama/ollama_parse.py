@@ -82,9 +82,11 @@ def parse(request: OllamaChatRequest | OllamaGenerateRequest, caller: Caller, se
     is_chat = isinstance(request, OllamaChatRequest)
     given = request.options or ollama_bodies.Options()
     rules = OllamaRules(
-        "messages" if is_chat else "prompt", settings.max_choices, given.num_ctx,
+        "messages" if is_chat else "prompt",
+        settings.max_choices,
+        given.num_ctx,
         request.model if request.think else "",
-    )  # fmt: skip
+    )
     return ParsedCall(
         caller=caller,
         models=Models([plain_name(request.model)]),
@@ -175,9 +177,12 @@ def _conversation(request: OllamaChatRequest, settings: Settings) -> ChatPrompt:
     goes_on = last.get("role") == "assistant" and bool(last.get("content")) and not last.get("tool_calls")
     unread = (f"messages[{i}].images" for i, one in enumerate(given) if one.get("images"))
     return ChatPrompt(
-        messages, _variables(request), add_generation_prompt=not goes_on, continue_final=goes_on,
+        messages,
+        _variables(request),
+        add_generation_prompt=not goes_on,
+        continue_final=goes_on,
         left_out=list(islice(unread, MAX_NAMED)),
-    )  # fmt: skip
+    )
 
 
 def _variables(request: OllamaChatRequest | OllamaGenerateRequest) -> dict[str, Any]:

@@ -66,9 +66,7 @@ class OllamaEndpoints:
             return OllamaAnswer(generation, objects, started_s)
 
         stream = body.streams and not body.is_empty
-        return await self._answers.respond(
-            answer(), stream=stream, errors=OLLAMA_ERRORS, framing=objects.framing()
-        )  # fmt: skip
+        return await self._answers.respond(answer(), stream=stream, errors=OLLAMA_ERRORS, framing=objects.framing())
 
     async def embed(self, body: EmbedRequest, request: Request) -> Response:
         """Answer `/api/embed`."""
@@ -97,11 +95,13 @@ class OllamaEndpoints:
         """Answer `/api/tags`."""
         base = await self._pipeline.fleet.require(worker=False)
         listed = await self._pipeline.resolver.catalogue.listed(
-            caller_of(request), ("tags", m.encode(base)), ollama_models.listed(base, None),
+            caller_of(request),
+            ("tags", m.encode(base)),
+            ollama_models.listed(base, None),
             lambda alias, record: (
                 ollama_models.listed(base, (alias, record)) if record and alias.state == "on_disk" else None
             ),
-        )  # fmt: skip
+        )
         return json_response({"models": orjson.Fragment(listed)})
 
     async def ps(self, request: Request) -> Response:

@@ -152,7 +152,7 @@ class OllamaWriter:
 
     def __init__(
         self, objects: Objects, tokens: TokenTable, form: AnswerForm | None, rid: str, *, logprobs: bool
-    ) -> None:  # fmt: skip
+    ) -> None:
         """form, rid: of the one choice, see `openai.write`."""
         self._objects = objects
         self._tokens = tokens
@@ -211,9 +211,7 @@ class OllamaAnswer(GenerationAnswer):
         """Take the call's arrival, `started_s`, monotonic."""
         [choice] = generation.choices
         shows = generation.call.parsed.options.num_shown is not None
-        writer = OllamaWriter(
-            objects, choice.prompt.files.tokens, choice.prompt.form, choice.rid, logprobs=shows
-        )  # fmt: skip
+        writer = OllamaWriter(objects, choice.prompt.files.tokens, choice.prompt.form, choice.rid, logprobs=shows)
         super().__init__(generation, writer)
         self._made = writer
         self._started_s = started_s

@@ -24,9 +24,7 @@ class OpenAICalls:
         """others: path -> reader of other APIs' jobs, which are stored with OpenAI's."""
         self._pipeline = pipeline
         self._settings = pipeline.settings
-        apis = {
-            path: JobApi(partial(parse_stored, path, settings=pipeline.settings), writer_of) for path in BODIES
-        }  # fmt: skip
+        apis = {path: JobApi(partial(parse_stored, path, settings=pipeline.settings), writer_of) for path in BODIES}
         self.jobs = Jobs(pipeline, {**apis, **others})
 
     async def answer(self, body: AnyRequest, sent: Sent, caller: Caller) -> CallResult:

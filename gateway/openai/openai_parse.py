@@ -156,10 +156,15 @@ def conversation_of(request: ChatRequest, truncation: Truncation | None = None) 
     check_variables(variables)
     begin_answer = request.add_generation_prompt is not False and not continue_final
     return ChatPrompt(
-        request.messages, variables, begin_answer, continue_final,
-        add_special_tokens=bool(request.add_special_tokens), truncation=truncation, echoes=bool(request.echo),
+        request.messages,
+        variables,
+        begin_answer,
+        continue_final,
+        add_special_tokens=bool(request.add_special_tokens),
+        truncation=truncation,
+        echoes=bool(request.echo),
         left_out=list(islice(unread_results(request.messages), MAX_NAMED)),
-    )  # fmt: skip
+    )
 
 
 def _variables(request: ChatRequest) -> dict[str, Any]:

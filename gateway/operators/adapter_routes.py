@@ -241,9 +241,12 @@ def add_operator_routes(app: FastAPI, endpoints: OperatorEndpoints) -> None:
     routes.post("/v1/adapters", ADAPTERS, responses=openapi.REGISTERED)(endpoints.register)
     routes.post(UPLOAD, ADMIN_FILE, responses=openapi.REGISTERED, openapi_extra=openapi.ZIP)(endpoints.upload)
     for what, handler, access in (
-        ("preload", endpoints.preload, ADAPTERS), ("refresh", endpoints.refresh, ADAPTERS),
-        ("pin", endpoints.pin, ADMIN), ("unpin", endpoints.unpin, ADMIN), ("evict", endpoints.evict, ADMIN),
-    ):  # fmt: skip
+        ("preload", endpoints.preload, ADAPTERS),
+        ("refresh", endpoints.refresh, ADAPTERS),
+        ("pin", endpoints.pin, ADMIN),
+        ("unpin", endpoints.unpin, ADMIN),
+        ("evict", endpoints.evict, ADMIN),
+    ):
         routes.post(f"/v1/adapters/{{name:path}}/{what}", access, responses=openapi.LATER)(handler)
     routes.get("/v1/adapters/{name:path}", READ_ADAPTERS)(endpoints.get)
     routes.delete("/v1/adapters/{name:path}", ADAPTERS, responses=openapi.LATER)(endpoints.unload)

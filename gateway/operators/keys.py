@@ -68,9 +68,10 @@ class KeyAdministration:
         keys = self._writable(caller)
         if "admin" in body.scopes:
             raise PermissionDenied(
-                "keys with the scope admin can only be created by `lorafleet keys create`", param="scopes",
+                "keys with the scope admin can only be created by `lorafleet keys create`",
+                param="scopes",
                 code="admin_keys_by_command",
-            )  # fmt: skip
+            )
         if await keys.count() >= MAX_KEYS:
             raise Conflict(f"the fleet has {MAX_KEYS} keys, which is the limit: revoke some", code="too_many_keys")
         expires_ms = now_ms() + body.expires_in_s * 1000 if body.expires_in_s else 0
@@ -134,18 +135,28 @@ def _not_allowed(error: QueueError) -> PermissionDenied:
 
 def _key(key: ApiKey) -> dict[str, Any]:
     return {
-        "id": key.id, "object": "api_key", "tenant": key.tenant, "scopes": key.scopes, "created_ms": key.created_ms,
-        "expires_ms": key.expires_ms or None, "expired": bool(key.expires_ms and key.expires_ms <= now_ms()),
+        "id": key.id,
+        "object": "api_key",
+        "tenant": key.tenant,
+        "scopes": key.scopes,
+        "created_ms": key.created_ms,
+        "expires_ms": key.expires_ms or None,
+        "expired": bool(key.expires_ms and key.expires_ms <= now_ms()),
         "note": key.note,
-    }  # fmt: skip
+    }
 
 
 def _tenant(tenant: Tenant) -> dict[str, Any]:
     return {
-        "id": tenant.name, "object": "tenant", "requests_per_minute": tenant.requests_per_minute,
-        "tokens_per_minute": tenant.tokens_per_minute, "concurrency": tenant.concurrency,
-        "kept_bytes": tenant.kept_bytes, "weight": tenant.weight, "adapters": list(tenant.adapters),
-    }  # fmt: skip
+        "id": tenant.name,
+        "object": "tenant",
+        "requests_per_minute": tenant.requests_per_minute,
+        "tokens_per_minute": tenant.tokens_per_minute,
+        "concurrency": tenant.concurrency,
+        "kept_bytes": tenant.kept_bytes,
+        "weight": tenant.weight,
+        "adapters": list(tenant.adapters),
+    }
 
 
 def _page(data: list[dict[str, Any]], after: str, limit: int, *, writable: bool) -> dict[str, Any]:

@@ -30,9 +30,11 @@ class WorkerViews:
         start = order.index(after) + 1 if after else 0
         page = order[start : start + limit]
         return {
-            "object": "list", "data": [view(wid, beats[wid]) for wid in page],
-            "has_more": start + len(page) < len(order), "last_id": page[-1] if page else None,
-        }  # fmt: skip
+            "object": "list",
+            "data": [view(wid, beats[wid]) for wid in page],
+            "has_more": start + len(page) < len(order),
+            "last_id": page[-1] if page else None,
+        }
 
     async def order(self, name: str, caller: Caller, *, drain: bool, wait_s: float) -> tuple[dict[str, Any], bool]:
         """Have a worker, given by name or id, take no more requests, or take them again.
@@ -78,14 +80,16 @@ def view(wid: str, beat: m.WorkerBeat | None) -> dict[str, Any]:
         "pool": {"bytes": beat.pool_bytes_total, "free": beat.pool_bytes_free},
         "host": {"bytes": beat.host_bytes_total, "used": beat.host_bytes_used},
         "adapters": {
-            "resident": len(beat.resident), "loading": len(beat.loading), "host": len(beat.host),
+            "resident": len(beat.resident),
+            "loading": len(beat.loading),
+            "host": len(beat.host),
             "pinned": sum(not problem for problem in beat.pinned.values()),
         },
         "loads": beat.num_loads,
         "fetches": beat.num_fetches,
         "counters": {name: getattr(beat.counters, name) for name in _COUNTERS},
         "sent_ms": beat.sent_ms,
-    }  # fmt: skip
+    }
 
 
 _COUNTERS = tuple(field.name for field in msgspec.structs.fields(m.WorkerCounters))

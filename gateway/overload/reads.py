@@ -95,9 +95,7 @@ def spend(cost: float) -> None:
 class Reads:
     """Lets requests that are no calls in as far as their senders have any left, and answers the others with 429."""
 
-    def __init__(
-        self, app: ASGIApp, shape_of: ShapeOf, per_s: float, now_s: Callable[[], float] | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, app: ASGIApp, shape_of: ShapeOf, per_s: float, now_s: Callable[[], float] | None = None) -> None:
         """`shape_of`: how errors of a request are written. `per_s`: reads a second, 0 for no limit."""
         self._app = app
         self._shape_of = shape_of

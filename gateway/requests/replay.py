@@ -66,9 +66,13 @@ async def _run(pipeline: Pipeline, submit: m.RequestHead, body: m.Body, model: s
     ended = False
     try:
         outcome, result = await bus.submit(
-            submit.cls, [(submit, body)], max_queued=pipeline.settings.max_queued, quota=quota,
-            usages=[usage], history=kept_for(pipeline.settings.history_s, pipeline.settings.history_requests),
-        )  # fmt: skip
+            submit.cls,
+            [(submit, body)],
+            max_queued=pipeline.settings.max_queued,
+            quota=quota,
+            usages=[usage],
+            history=kept_for(pipeline.settings.history_s, pipeline.settings.history_requests),
+        )
         pipeline.admission.settle_again(load, quota, outcome, result)
         while now_ms() < submit.deadline_ms:
             await mail.take(LOOK_S)

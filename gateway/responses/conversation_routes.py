@@ -39,9 +39,7 @@ class ConversationEndpoints:
         """Answer `DELETE /v1/conversations/{id}`."""
         return json_response(await self._conversations.delete(conversation_id, caller_of(request)))
 
-    async def add(
-        self, conversation_id: str, body: NewItems, request: Request, include: Included = None
-    ) -> Response:  # fmt: skip
+    async def add(self, conversation_id: str, body: NewItems, request: Request, include: Included = None) -> Response:
         """Answer `POST /v1/conversations/{id}/items`."""
         check_included(include)
         return json_response(await self._conversations.add(conversation_id, body.items, caller_of(request)))

@@ -66,9 +66,14 @@ class Conversations:
     """The conversations of the fleet."""
 
     def __init__(
-        self, bus: Bus, settings: Settings, jobs: Jobs, stored: StoredResponses, sweep_s: float = SWEEP_S,
+        self,
+        bus: Bus,
+        settings: Settings,
+        jobs: Jobs,
+        stored: StoredResponses,
+        sweep_s: float = SWEEP_S,
         retry: Backoff = RETRY,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """jobs: one that is about to be deleted is added to its conversation before. retry: of a turn that fails."""
         self._bus = bus
         self._queue = bus.conversations
@@ -78,9 +83,12 @@ class Conversations:
         self._turns = Items("conversations", backoff=retry)
         ttl_s = max(settings.conversation_ttl_s, settings.job_ttl_s + KEPT_AFTER_EXPIRY_S)  # none ends before its turns
         self._limits = ConversationLimits(
-            int(ttl_s * 1000), settings.tenant_conversations, settings.max_messages, settings.max_body_bytes,
+            int(ttl_s * 1000),
+            settings.tenant_conversations,
+            settings.max_messages,
+            settings.max_body_bytes,
             settings.tenant_bytes,
-        )  # fmt: skip
+        )
         jobs.before_forget = self._add_turn_of
 
     # ------------------------------------------------------------ what clients do
@@ -242,15 +250,20 @@ class Conversations:
         return found
 
     async def _change(
-        self, conversation_id: str, caller: Caller, *, record: m.Conversation | None = None, is_new: bool = False,
+        self,
+        conversation_id: str,
+        caller: Caller,
+        *,
+        record: m.Conversation | None = None,
+        is_new: bool = False,
         items: Sequence[Item] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         limits = self._limits
         if caller.tenant is not None and caller.tenant.kept_bytes:
             limits = limits.with_kept(caller.tenant.kept_bytes)
         made = await self._queue.change(
             conversation_id, caller.owner, limits, record=record, is_new=is_new, items=_written(items)
-        )  # fmt: skip
+        )
         if made.code == "gone":
             raise _not_found(conversation_id, "conversation_id")
         if made.code != "ok":
@@ -272,7 +285,7 @@ def _given(items: Sequence[Item]) -> list[Item]:
     if len(items) > MAX_ADDED:
         raise BadRequest(
             f"items has {len(items)} entries; the limit is {MAX_ADDED} at a time", param="items", code="limit_exceeded"
-        )  # fmt: skip
+        )
     for i, item in enumerate(items):
         if item.get("type") == "item_reference":
             text = f"items[{i}]: an item_reference is not supported here: send the item itself"

@@ -38,8 +38,13 @@ _NOT_READ = {
 """Type of an item that is not served -> why."""
 
 _PARTS_OF = {"user": ("input_text",), "assistant": ("output_text", "refusal", "input_text")}
-_TEXT_OF = {"input_text": "text", "output_text": "text", "refusal": "refusal", "reasoning_text": "text",
-            "summary_text": "text"}  # fmt: skip
+_TEXT_OF = {
+    "input_text": "text",
+    "output_text": "text",
+    "refusal": "refusal",
+    "reasoning_text": "text",
+    "summary_text": "text",
+}
 """Type of a part -> its field that has the text."""
 
 
@@ -70,9 +75,14 @@ def references(given: str | Sequence[Item] | None) -> Iterator[ItemReference]:
 
 
 def items_of(
-    given: str | Sequence[Item] | None, call: str, known: Mapping[str, Item], first: int, *, renamed: bool = False,
+    given: str | Sequence[Item] | None,
+    call: str,
+    known: Mapping[str, Item],
+    first: int,
+    *,
+    renamed: bool = False,
     param: str = "input",
-) -> list[Item]:  # fmt: skip
+) -> list[Item]:
     """Return what a body has as items with ids. Raises BadRequest naming the place.
 
     call: the id of the response, without its prefix. known: the items that others refer to, by id. first: number of the
@@ -227,8 +237,9 @@ def messages_of(instructions: str | None, items: Iterable[Item]) -> list[Message
         for field in _JOINED:
             if isinstance(parts := message.get(field), list) and message["role"] == "assistant":
                 message[field] = "".join(parts)
-    return [{**message, "content": ""} if message.keys() <= {"role", "reasoning_content"} else message
-            for message in made]  # fmt: skip
+    return [
+        {**message, "content": ""} if message.keys() <= {"role", "reasoning_content"} else message for message in made
+    ]
 
 
 def _content(parts: Sequence[Mapping[str, Any]]) -> str | list[dict[str, str]]:

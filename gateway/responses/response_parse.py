@@ -107,9 +107,13 @@ def check_input(request: ResponseRequest, settings: Settings, caller: Caller) ->
 
 
 def parse(
-    request: ResponseRequest, caller: Caller, settings: Settings, sent: Sent | None = None,
-    items: Sequence[Item] = (), call_id: str = "",
-) -> ParsedCall:  # fmt: skip
+    request: ResponseRequest,
+    caller: Caller,
+    settings: Settings,
+    sent: Sent | None = None,
+    items: Sequence[Item] = (),
+    call_id: str = "",
+) -> ParsedCall:
     """Return what a body asks for. Raises BadRequest naming the parameter.
 
     items: of the whole conversation so far; none for a body whose answer is only read.
@@ -132,7 +136,7 @@ def parse(
 
 def parse_count(
     request: InputTokensRequest, caller: Caller, settings: Settings, items: Sequence[Item], most: int
-) -> ParsedCall:  # fmt: skip
+) -> ParsedCall:
     """Return the call whose prompt is to be counted. Raises BadRequest naming the parameter.
 
     most: tokens that are counted; `truncation` leaves no more than the context has room for.
@@ -189,9 +193,7 @@ def shown(request: ResponseRequest, *, is_stored: bool) -> dict[str, Any]:
 def _options(request: ResponseRequest, settings: Settings) -> CallOptions:
     num_shown = (request.top_logprobs or 0) if LOGPROBS in (request.include or ()) else None
     if num_shown is not None and num_shown > settings.max_logprobs:
-        raise BadRequest(
-            f"top_logprobs is {num_shown}; the limit is {settings.max_logprobs}", param="top_logprobs"
-        )  # fmt: skip
+        raise BadRequest(f"top_logprobs is {num_shown}; the limit is {settings.max_logprobs}", param="top_logprobs")
     background = bool(request.background)
     return CallOptions(
         sampling=m.Sampling(
@@ -246,16 +248,20 @@ def _constraint(request: PromptRequest, settings: Settings) -> Constraint | None
 
 def to_be_stored(
     call: ParsedCall, request: ResponseRequest, items: Sequence[Item], num_own: int, max_bytes: int
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Return what `parse_stored` needs to write the answer, and a later response to go on with it.
 
     num_own: how many of the items, the last ones, are the body's own. Raises BadRequest for a conversation that has
     more than `max_bytes` as JSON.
     """
     kept = {
-        "shown": dict(call.shown), "include": request.include, "background": request.background, "items": items,
-        "num_own": num_own, "stop": request.stop,
-    }  # fmt: skip
+        "shown": dict(call.shown),
+        "include": request.include,
+        "background": request.background,
+        "items": items,
+        "num_own": num_own,
+        "stop": request.stop,
+    }
     num_bytes = len(orjson.dumps(kept))
     if num_bytes > max_bytes:
         text = f"the conversation has {num_bytes} bytes; the limit is {max_bytes}"

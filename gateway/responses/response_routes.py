@@ -34,9 +34,7 @@ class ResponseEndpoints:
     async def create(self, body: ResponseRequest, request: Request) -> Response:
         """Answer `POST /v1/responses`."""
         answer = self._responses.create(body, await sent_of(RESPONSES, request), caller_of(request))
-        return await self._answers.respond(
-            answer, stream=bool(body.stream), errors=STREAM_ERRORS, framing=FRAMING
-        )  # fmt: skip
+        return await self._answers.respond(answer, stream=bool(body.stream), errors=STREAM_ERRORS, framing=FRAMING)
 
     async def count(self, body: InputTokensRequest, request: Request) -> Response:
         """Answer `POST /v1/responses/input_tokens`."""

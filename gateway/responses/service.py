@@ -41,9 +41,7 @@ MAX_REFERRED = 16
 class Responses:
     """The responses of the fleet."""
 
-    def __init__(
-        self, pipeline: Pipeline, jobs: Jobs, stored: StoredResponses, conversations: Conversations
-    ) -> None:  # fmt: skip
+    def __init__(self, pipeline: Pipeline, jobs: Jobs, stored: StoredResponses, conversations: Conversations) -> None:
         self._pipeline = pipeline
         self._settings = pipeline.settings
         self._jobs = jobs
@@ -68,7 +66,7 @@ class Responses:
         def make() -> tuple[list[Item], list[Item], ParsedCall]:
             own = items_of(
                 body.input, call_id, context.known, len(context.items), renamed=body.conversation is not None
-            )  # fmt: skip
+            )
             if not (own or context.items):
                 raise BadRequest("input: it is missing, and the conversation is empty", param="input")
             items = [*context.items, *own]
@@ -83,9 +81,7 @@ class Responses:
         kept = await pipeline.parsed(body, caller, num_bytes, store)
         conversation = conversation_id_of(body)
         if not body.background:
-            job = partial(
-                self._jobs.new, sent=sent, request=kept, background=False, conversation=conversation
-            )  # fmt: skip
+            job = partial(self._jobs.new, sent=sent, request=kept, background=False, conversation=conversation)
             return FollowedAnswer(await pipeline.run(call, job))
         made = await self._jobs.submit(await pipeline.prepare(call), sent, kept, conversation)
         return await self._of_background(body, made.jid, caller)

@@ -121,10 +121,12 @@ class SandboxWorker:
         template = self._template(job.source, tuple(sorted(job.special_tokens.items())))
         return Answer(
             template.render(
-                job.messages, add_generation_prompt=job.add_generation_prompt, continue_final=job.continue_final,
+                job.messages,
+                add_generation_prompt=job.add_generation_prompt,
+                continue_final=job.continue_final,
                 variables=job.variables,
             )
-        )  # fmt: skip
+        )
 
     def _read_template(self, source: str, special_tokens: tuple[tuple[str, str], ...]) -> ChatTemplate:
         return ChatTemplate(source, dict(special_tokens))

@@ -47,9 +47,12 @@ def lock_down(parent: int, max_memory_bytes: int) -> bool:
     memory = address_space_bytes() + max_memory_bytes
     num_files = 1 + max(map(int, os.listdir("/proc/self/fd")))
     limits = {
-        resource.RLIMIT_AS: memory, resource.RLIMIT_NOFILE: num_files, resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_NPROC: 0, resource.RLIMIT_CORE: 0,
-    }  # fmt: skip
+        resource.RLIMIT_AS: memory,
+        resource.RLIMIT_NOFILE: num_files,
+        resource.RLIMIT_FSIZE: 0,
+        resource.RLIMIT_NPROC: 0,
+        resource.RLIMIT_CORE: 0,
+    }
     for which, most in limits.items():
         resource.setrlimit(which, (most, most))
     if sys.platform != "linux":
@@ -73,8 +76,12 @@ def _filter_calls(libc: ctypes.CDLL) -> bool:
     if platform.machine() not in _CALLS:
         return False
     architecture, calls = _CALLS[platform.machine()]
-    program = [(_LOAD, 0, 0, _AT_ARCHITECTURE), (_IF_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL),
-               (_LOAD, 0, 0, _AT_NUMBER)]  # fmt: skip
+    program = [
+        (_LOAD, 0, 0, _AT_ARCHITECTURE),
+        (_IF_EQUAL, 1, 0, architecture),
+        (_RETURN, 0, 0, _KILL),
+        (_LOAD, 0, 0, _AT_NUMBER),
+    ]
     program += [(_IF_EQUAL, len(calls) - i, 0, number) for i, number in enumerate(calls)]  # jumps to the last line
     program += [(_RETURN, 0, 0, _REFUSE), (_RETURN, 0, 0, _ALLOW)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))

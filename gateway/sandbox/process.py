@@ -55,8 +55,11 @@ KILLED_COST_S = 0.5
 ENVIRONMENT = {
     "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
     # Each thread would reserve memory that counts against the limit, on a machine with many cores all of it.
-    "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1",
-}  # fmt: skip
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+}
 """What is set for a process."""
 
 PASSED_ON = ("LD_LIBRARY_PATH", "PYTHONHOME")
@@ -87,9 +90,12 @@ class SandboxProcess(asyncio.Protocol):
     """A process that is started, does jobs, and ends."""
 
     def __init__(
-        self, on_idle: Callable[[SandboxProcess], object], on_done: Callable[[QueuedJob, float], object],
-        on_gone: Callable[[SandboxProcess], object], start_s: float = START_S,
-    ) -> None:  # fmt: skip
+        self,
+        on_idle: Callable[[SandboxProcess], object],
+        on_done: Callable[[QueuedJob, float], object],
+        on_gone: Callable[[SandboxProcess], object],
+        start_s: float = START_S,
+    ) -> None:
         """Take what it tells. `start_s`: most seconds until it is ready.
 
         on_idle: it can do a job. on_done: a job has ended, and took so many CPU seconds. on_gone: it has ended.

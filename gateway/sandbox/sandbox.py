@@ -35,9 +35,14 @@ class SandboxPool:
     """A few processes for what strangers wrote, started when they are needed, shared fairly by tenants."""
 
     def __init__(
-        self, num_processes: int = 2, tokenizer: str = "", on_wait: Callable[[], object] = lambda: None,
-        command: Sequence[str] = COMMAND, start_s: float = START_S, template_s: float = TEMPLATE_S,
-    ) -> None:  # fmt: skip
+        self,
+        num_processes: int = 2,
+        tokenizer: str = "",
+        on_wait: Callable[[], object] = lambda: None,
+        command: Sequence[str] = COMMAND,
+        start_s: float = START_S,
+        template_s: float = TEMPLATE_S,
+    ) -> None:
         """tokenizer: path of the base model's tokenizer.json, for grammars. on_wait: called in a task that must wait.
 
         command: starts a process; the gateway's process id, `tokenizer` and maybe a word are added to it. start_s: its
@@ -188,9 +193,14 @@ class SandboxedTemplate:
     sandbox: SandboxPool
 
     async def render(
-        self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, continue_final: bool,
-        variables: dict[str, Any], tenant: str,
-    ) -> str:  # fmt: skip
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final: bool,
+        variables: dict[str, Any],
+        tenant: str,
+    ) -> str:
         """Return the prompt of normalized messages, as `ChatTemplate.render`. Raises as `SandboxPool.render`."""
         job = Render(self.source, self.special_tokens, messages, add_generation_prompt, variables, continue_final)
         return await self.sandbox.render(job, tenant=tenant)

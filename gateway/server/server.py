@@ -61,9 +61,7 @@ class HttpServer(uvicorn.Server):
         self._num_of: Counter[str] = Counter()
         self._rest_s = rest_s
         self._memory = memory or MemoryAccount(1 << 62)
-        self._connection = partial(
-            Connection, limits=limits or ConnectionLimits(), shape_of=shape_of, parts=Parts()
-        )  # fmt: skip
+        self._connection = partial(Connection, limits=limits or ConnectionLimits(), shape_of=shape_of, parts=Parts())
         self._listeners: tuple[socket.socket, ...] = ()
         self._opening: set[asyncio.Task[None]] = set()
         self._ending = asyncio.Event()

@@ -60,7 +60,7 @@ def form_of(files: ModelFiles, tools: Tools | None, *, opened: bool, continued: 
 
 async def found_form(
     files: ModelFiles, tools: Tools | None, *, opened: bool, continued: bool = False
-) -> AnswerForm | None:  # fmt: skip
+) -> AnswerForm | None:
     """Return what `form_of` does, which of many tools takes long."""
     make = partial(form_of, files, tools, opened=opened, continued=continued)
     return make() if tools is None or tools.num_bytes <= FEW_BYTES else await asyncio.to_thread(make)
@@ -72,9 +72,12 @@ def marker_ids(files: ModelFiles) -> MarkerId:
 
 
 def answer_grammar(
-    constraint: Constraint | None, tools: Tools | None, form: AnswerForm | None, marker: MarkerId,
+    constraint: Constraint | None,
+    tools: Tools | None,
+    form: AnswerForm | None,
+    marker: MarkerId,
     max_thought: int | None = None,
-) -> list[Constraint]:  # fmt: skip
+) -> list[Constraint]:
     """Return the grammar of an answer, followed by those that it refers to by name; [] if any answer will do.
 
     max_thought: tokens of reasoning, after which its end mark follows; None for any number. It has no effect where the

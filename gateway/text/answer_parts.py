@@ -261,9 +261,13 @@ class AnswerParts:
     """Splits one answer into the parts that its request and its model's template allow."""
 
     def __init__(
-        self, *, thought: Thought | None, opened: bool, style: ToolStyle | None,
+        self,
+        *,
+        thought: Thought | None,
+        opened: bool,
+        style: ToolStyle | None,
         raw: Mapping[str, Collection[str]] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """thought: the marks of reasoning, if any; opened: the prompt ends within it; style: of calls, if any may come.
 
         raw: of each tool, the parameters whose values stand in tags as they are.

@@ -44,7 +44,7 @@ class OwnFiles:
 
     def __init__(
         self, bus: Bus, base: ModelFiles, sandbox: SandboxPool, bearer: str = "", max_kept_bytes: int = MAX_KEPT_BYTES
-    ) -> None:  # fmt: skip
+    ) -> None:
         """bearer: authorizes at the stores, see `FleetSecret.bearer`; "" for a fleet without a secret."""
         self._max_kept_bytes = max_kept_bytes
         self._reading = FairSlots(NUM_READ, 1, NUM_WAITING)

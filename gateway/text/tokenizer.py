@@ -138,9 +138,13 @@ class Encoder:
 
 def _as_library(token: AddedToken) -> LibraryToken:
     return LibraryToken(
-        token.content, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip,
-        normalized=token.normalized, special=token.special,
-    )  # fmt: skip
+        token.content,
+        single_word=token.single_word,
+        lstrip=token.lstrip,
+        rstrip=token.rstrip,
+        normalized=token.normalized,
+        special=token.special,
+    )
 
 
 def _second_of(types: Sequence[int]) -> int:

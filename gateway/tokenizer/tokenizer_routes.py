@@ -53,9 +53,11 @@ class TokenizerEndpoints:
         form, caller = body.form(), caller_of(request)
         if form == "inputs":
             return await self._respond(self._of_inputs(body, caller), errors=LORAX_ERRORS)
-        answer = self._of_prompt(body, caller) if form == "prompt" else self._of_messages(
-            body, caller, len(await request.body())
-        )  # fmt: skip
+        answer = (
+            self._of_prompt(body, caller)
+            if form == "prompt"
+            else self._of_messages(body, caller, len(await request.body()))
+        )
         return await self._respond(answer, errors=OPENAI_ERRORS)
 
     async def detokenize(self, body: DetokenizeRequest, request: Request) -> Response:
@@ -109,7 +111,7 @@ class TokenizerEndpoints:
         def make() -> tuple[ChatPrompt, Tools | None]:
             asked = body.model_dump(
                 include={"messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"}
-            )  # fmt: skip
+            )
             chat = conversation_of(ChatRequest(model=body.model or "", **asked))
             return chat, tools_of(body.tools, None, None, settings)
 
@@ -125,10 +127,15 @@ class TokenizerEndpoints:
 
         async def tokenize() -> bytes:
             encoded = await target.files.encode_chat(
-                chat.messages, add_generation_prompt=chat.add_generation_prompt, continue_final=chat.continue_final,
-                variables=chat.variables, tenant=target.payer(caller), check=check, add_special_tokens=special,
+                chat.messages,
+                add_generation_prompt=chat.add_generation_prompt,
+                continue_final=chat.continue_final,
+                variables=chat.variables,
+                tenant=target.payer(caller),
+                check=check,
+                add_special_tokens=special,
                 tools=tools.definitions if tools is not None else None,
-            )  # fmt: skip
+            )
             check_tokens(most, "messages")(len(encoded.ids))
             if not body.return_token_strs:
                 return await asyncio.to_thread(_answer, encoded.ids, None, base)
@@ -176,9 +183,7 @@ def _tokens_json(encoding: Encoding) -> bytes:
 
 def _answer(ids: list[int], strings: Any, base: m.ServedModel) -> bytes:
     """Return vLLM's answer. strings: the tokens as the vocabulary has them, None if they are not wanted."""
-    return orjson.dumps(
-        {"count": len(ids), "max_model_len": base.max_model_len, "tokens": ids, "token_strs": strings}
-    )  # fmt: skip
+    return orjson.dumps({"count": len(ids), "max_model_len": base.max_model_len, "tokens": ids, "token_strs": strings})
 
 
 def add_tokenizer_routes(app: FastAPI, tokenizer: TokenizerEndpoints) -> None:

@@ -77,9 +77,13 @@ class _Tool(NamedTuple):
 
 
 def tools_of(
-    tools: Sequence[dict[str, Any]] | None, choice: str | dict[str, Any] | None, parallel: bool | None,
-    settings: Settings, words: ToolWords = OPENAI_WORDS, places: Sequence[str] | None = None,
-) -> Tools | None:  # fmt: skip
+    tools: Sequence[dict[str, Any]] | None,
+    choice: str | dict[str, Any] | None,
+    parallel: bool | None,
+    settings: Settings,
+    words: ToolWords = OPENAI_WORDS,
+    places: Sequence[str] | None = None,
+) -> Tools | None:
     """Return the tools, as OpenAI has them, that a request may call; None for none.
 
     places: where in the body each is, None where all of its `tools` are given. Raises BadRequest naming the wrong field

@@ -58,9 +58,10 @@ def _plain(message: Message) -> Message:
     if "tool_calls" not in message:
         return message
     calls = [
-        "<tool_call>\n" + json.dumps({"name": function["name"], "arguments": function["arguments"]}, ensure_ascii=False)
+        "<tool_call>\n"
+        + json.dumps({"name": function["name"], "arguments": function["arguments"]}, ensure_ascii=False)
         + "\n</tool_call>"
         for function in (call["function"] for call in message["tool_calls"])
-    ]  # fmt: skip
+    ]
     rest = {key: value for key, value in message.items() if key != "tool_calls"}
     return {**rest, "content": "\n".join([*([text] if text else []), *calls])}

@@ -80,9 +80,13 @@ class WebhookService:
         """Give an endpoint a new secret; return it with that. keep_old: both sign for a day. Raises NotFound."""
         endpoint, given, now = await self.get(endpoint_id, caller), new_secret(), now_ms()
         changed = msgspec.structs.replace(
-            endpoint, secret=self._sealed(given, endpoint.id), hint=given[-_HINT_CHARACTERS:], updated_ms=now,
-            old_secret=endpoint.secret if keep_old else "", old_until_ms=now + OLD_SECRET_MS if keep_old else 0,
-        )  # fmt: skip
+            endpoint,
+            secret=self._sealed(given, endpoint.id),
+            hint=given[-_HINT_CHARACTERS:],
+            updated_ms=now,
+            old_secret=endpoint.secret if keep_old else "",
+            old_until_ms=now + OLD_SECRET_MS if keep_old else 0,
+        )
         await self._keep(changed)
         return {**view(changed), "signing_secret": given}
 
@@ -96,9 +100,12 @@ class WebhookService:
         except UnreachableError as error:
             raise BadRequest(f"{endpoint.url:.200} cannot be reached: {error}", code="webhook_unreachable") from error
         return {
-            "object": "webhook_endpoint.test", "webhook_endpoint_id": endpoint.id, "event_type": type_,
-            "status_code": status, "success": is_success(status),
-        }  # fmt: skip
+            "object": "webhook_endpoint.test",
+            "webhook_endpoint_id": endpoint.id,
+            "event_type": type_,
+            "status_code": status,
+            "success": is_success(status),
+        }
 
     async def list(self, caller: Caller, limit: int, after: str | None) -> dict[str, Any]:
         """Return a page of the caller's endpoints, the oldest first. Raises NotFound when `after` is unknown."""

@@ -47,9 +47,7 @@ class UnknownHostError(Exception):
 def is_name(host: str) -> bool:
     """Return whether a host, in ASCII, may be a name of the DNS. One that ends in a number is a way to write IPv4."""
     labels = host.removesuffix(".").split(".")
-    return (
-        len(host) <= MAX_HOST and all(map(_LABEL.fullmatch, labels)) and _NUMBER.fullmatch(labels[-1]) is None
-    )  # fmt: skip
+    return len(host) <= MAX_HOST and all(map(_LABEL.fullmatch, labels)) and _NUMBER.fullmatch(labels[-1]) is None
 
 
 def is_address(host: str) -> bool:
@@ -158,7 +156,7 @@ def _datagrams_to(address: str, port: int) -> dns.nameserver.Nameserver:
         async def async_query(self, request: Any, timeout: float, *_: Any, **__: Any) -> Any:
             return await dns_asyncquery.udp(
                 request, self.address, timeout, self.port, ignore_errors=True, ignore_unexpected=True
-            )  # fmt: skip
+            )
 
     return Datagrams(address, port)
 

@@ -63,9 +63,13 @@ class Outside:
     """Sends to URLs of strangers."""
 
     def __init__(
-        self, *, private: bool, names: HostNames | None = None, timeout_s: float = TIMEOUT_S,
+        self,
+        *,
+        private: bool,
+        names: HostNames | None = None,
+        timeout_s: float = TIMEOUT_S,
         tls: ssl.SSLContext | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """private: whether http:// and addresses of private networks are allowed. timeout_s: of one request.
 
         tls: whose certificates are trusted; None: those that this machine trusts.
@@ -118,9 +122,12 @@ class Outside:
         head += [f"{name}: {value}" for name, value in headers.items()]
         head += [f"content-length: {len(body)}", "connection: close", "", ""]
         reader, writer = await asyncio.open_connection(
-            address, target.port, limit=MAX_LINE, ssl=tls,
+            address,
+            target.port,
+            limit=MAX_LINE,
+            ssl=tls,
             server_hostname=target.host.removesuffix(".") if tls else None,
-        )  # fmt: skip
+        )
         try:
             writer.write("\r\n".join(head).encode("ascii") + body)
             return await _status(reader)
@@ -180,6 +187,9 @@ def target_of(url: str) -> WebhookTarget:
     if port is not None and not 0 < port < 65536:
         raise ValueError(f"there is no port {port}")
     return WebhookTarget(
-        scheme=read.scheme, host=host, port=port or (443 if read.scheme == "https" else 80),
-        authority=read.netloc.decode("ascii"), path=read.raw_path.decode("ascii"),
-    )  # fmt: skip
+        scheme=read.scheme,
+        host=host,
+        port=port or (443 if read.scheme == "https" else 80),
+        authority=read.netloc.decode("ascii"),
+        path=read.raw_path.decode("ascii"),
+    )

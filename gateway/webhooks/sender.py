@@ -172,9 +172,9 @@ class WebhookSender:
         try:
             error = await self._tried(delivery)
             was_tried = True
-            await self._note(msgspec.structs.replace(
-                delivery, attempts=delivery.attempts + 1, error=error, tried_ms=now_ms()
-            ))  # fmt: skip
+            await self._note(
+                msgspec.structs.replace(delivery, attempts=delivery.attempts + 1, error=error, tried_ms=now_ms())
+            )
         except BusyReceiverError:
             await self._postpone(delivery)
         except Exception as error:  # noqa: BLE001  nothing is noted of it: it is due again after `CLAIM_MS`
@@ -267,6 +267,11 @@ def new_delivery(endpoint: m.WebhookEndpoint, type_: str, subject: str) -> m.Del
     """Return the delivery of an event to an endpoint."""
     event = event_id(type_, subject)
     return m.Delivery(
-        id=f"{event}:{endpoint.id}", event=event, endpoint=endpoint.id, tenant=endpoint.tenant, type=type_,
-        subject=subject, created_ms=now_ms(),
-    )  # fmt: skip
+        id=f"{event}:{endpoint.id}",
+        event=event,
+        endpoint=endpoint.id,
+        tenant=endpoint.tenant,
+        type=type_,
+        subject=subject,
+        created_ms=now_ms(),
+    )

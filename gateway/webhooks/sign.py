@@ -34,8 +34,12 @@ def event_id(type_: str, subject: str) -> str:
 def event_body(event: str, type_: str, subject: str, created_s: int) -> bytes:
     """Return an event as JSON."""
     fields: dict[str, Any] = {
-        "id": event, "object": "event", "type": type_, "created_at": created_s, "data": {"id": subject}
-    }  # fmt: skip
+        "id": event,
+        "object": "event",
+        "type": type_,
+        "created_at": created_s,
+        "data": {"id": subject},
+    }
     return orjson.dumps(fields)
 
 

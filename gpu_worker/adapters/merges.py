@@ -88,7 +88,7 @@ class Merges:
 
     def start(
         self, digest: str, tenant: str, job: MergeJob, run: Callable[[str, Callable[[], HostAdapter]], None]
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Have a merge run as soon as there is a thread for it and its tenant's earlier ones have ended.
 
         run: called in the merge's thread, with what computes it, which raises what `MergeWatch.check` does.

@@ -17,12 +17,12 @@ import torch
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.encoder.model import EncoderModel
 from gpu_worker.engine.base import BaseEngine
-from gpu_worker.engine.policy import MAX_SKIPS
-from gpu_worker.engine.request import BATCH_PRIORITY, EngineRequest, EngineStats, TokenOutput, failure_of
 from gpu_worker.engine.runner import group_by_adapter
 from gpu_worker.engine.step_model import StepWork
 from gpu_worker.layers.apply_extras import ExtraRows
 from gpu_worker.layers.step_rows import extra_rows, lora_batch
+from gpu_worker.planning.policy import MAX_SKIPS
+from gpu_worker.planning.request import BATCH_PRIORITY, EngineRequest, EngineStats, TokenOutput, failure_of
 from lora_kernels import ops
 from protocol.wire.errors import BadRequest, Internal, LorafleetError
 

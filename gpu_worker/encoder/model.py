@@ -220,9 +220,13 @@ def types_of(length: int, second: int) -> np.ndarray:
 
 
 def prepare_encoder(
-    module: PreTrainedModel, task: Task, impl: ops.Impl | None, pooling: Pooling | None = None,
-    missing: Sequence[str] = (), has_types: bool = True,
-) -> EncoderModel:  # fmt: skip
+    module: PreTrainedModel,
+    task: Task,
+    impl: ops.Impl | None,
+    pooling: Pooling | None = None,
+    missing: Sequence[str] = (),
+    has_types: bool = True,
+) -> EncoderModel:
     """Turn a Hugging Face encoder into one that runs packed steps. Changes `module`.
 
     impl: of the kernels; None: the best for the device. pooling: for embeddings. missing: tensors of the head that the

@@ -9,10 +9,10 @@ from typing import Any
 
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.adapters.residency import Residency
-from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
 from gpu_worker.engine.step_model import StepMeter
 from gpu_worker.engine.timelines import Timelines
 from gpu_worker.host_memory import give_back_freed, let_go_of_libraries
+from gpu_worker.planning.request import EngineRequest, EngineStats, TokenOutput
 from protocol.wire.errors import LorafleetError
 
 

@@ -6,11 +6,11 @@ import numpy as np
 
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.engine.pooled import head_of
-from gpu_worker.engine.request import EngineRequest
-from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.speculation import Drafter
-from gpu_worker.engine.stop import StopRules
 from gpu_worker.model.model import BaseModel
+from gpu_worker.planning.request import EngineRequest
+from gpu_worker.planning.sequence import Sequence
+from gpu_worker.planning.speculation import Drafter
+from gpu_worker.planning.stop import StopRules
 from gpu_worker.sampling.grammars import Grammars
 from gpu_worker.sampling.logprobs import PromptLogprobs
 from gpu_worker.tasks.pooling import TextPool

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from torch import Tensor
 
-from gpu_worker.engine.sequence import Sequence
 from gpu_worker.memory import send
+from gpu_worker.planning.sequence import Sequence
 from gpu_worker.sampling.grammars import Grammars
 from gpu_worker.sampling.sampling import PLAIN, Sampled, SampleRow
 from protocol.wire.errors import BadRequest, Internal

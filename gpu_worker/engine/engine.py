@@ -14,22 +14,22 @@ import torch
 
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.engine.base import BaseEngine
-from gpu_worker.engine.batcher import Batcher
 from gpu_worker.engine.binding import RequestBinder
-from gpu_worker.engine.blocks import BlockPool
 from gpu_worker.engine.decoding import accept_tokens, check_choice, grammar_masks, sample_rows, without
 from gpu_worker.engine.flight import Flight, Launched
 from gpu_worker.engine.one_by_one import OneByOneRunner
-from gpu_worker.engine.policy import BatchLimits
 from gpu_worker.engine.pooled import outputs_of
-from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput, failure_of
 from gpu_worker.engine.runner import Runner
-from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.states import StatePool
 from gpu_worker.engine.step_model import StepWork
-from gpu_worker.engine.step_plan import StepPlan
 from gpu_worker.memory import Arriving
 from gpu_worker.model.model import BaseModel
+from gpu_worker.planning.batcher import Batcher
+from gpu_worker.planning.blocks import BlockPool
+from gpu_worker.planning.policy import BatchLimits
+from gpu_worker.planning.request import EngineRequest, EngineStats, TokenOutput, failure_of
+from gpu_worker.planning.sequence import Sequence
+from gpu_worker.planning.states import StatePool
+from gpu_worker.planning.step_plan import StepPlan
 from gpu_worker.sampling.grammars import Grammars
 from gpu_worker.sampling.logprobs import record_prompts
 from gpu_worker.sampling.sampling import Sampled, begin_sample
@@ -69,9 +69,13 @@ class Engine(BaseEngine):
     """Runs requests of any adapters together, step by step."""
 
     def __init__(
-        self, model: BaseModel, config: EngineConfig, adapters: AdapterCache, tokens: TokenTable | None = None,
+        self,
+        model: BaseModel,
+        config: EngineConfig,
+        adapters: AdapterCache,
+        tokens: TokenTable | None = None,
         tokenizer: str | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Allocate the KV cache and check the model. tokens, tokenizer: its own, and its tokenizer.json, if it has one.
 
         Raises BadRequest for a model that is computed wrongly.
@@ -91,9 +95,13 @@ class Engine(BaseEngine):
         self.batcher = Batcher(limits, self.blocks, adapters, model.fingerprint, states)
         self.grammars = Grammars(model.vocab_size, model.eos_ids, config.max_mask_s, tokens, tokenizer)
         self._binder = RequestBinder(
-            model, adapters, self.grammars, tokens,
-            max_model_len=config.max_model_len, max_draft_tokens=limits.max_draft_tokens,
-        )  # fmt: skip
+            model,
+            adapters,
+            self.grammars,
+            tokens,
+            max_model_len=config.max_model_len,
+            max_draft_tokens=limits.max_draft_tokens,
+        )
         self._seqs: dict[str, Sequence] = {}  # by request id
         self._flight: Flight | None = None  # the step whose tokens are not on the host yet
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
-from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
+from gpu_worker.planning.request import EngineRequest, EngineStats, TokenOutput
 from protocol.wire.messages import AdapterEvent
 from protocol.wire.records import AdapterUse
 

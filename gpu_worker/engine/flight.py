@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from gpu_worker.engine.runner import StepInputs
-from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.step_model import StepWork
-from gpu_worker.engine.step_plan import StepPlan
 from gpu_worker.memory import Arriving
+from gpu_worker.planning.sequence import Sequence
+from gpu_worker.planning.step_plan import StepPlan
 from gpu_worker.sampling.sampling import PendingSample, Sampled
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from gpu_worker.cuda.graphs import GraphRecorder, Unrecordable
 from gpu_worker.engine.runner import Runner, StepInputs, StepRows, without_unknown_ids
-from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.step_plan import StepPlan
 from gpu_worker.layers.apply_extras import ExtraRows
 from gpu_worker.layers.extras import Extras
 from gpu_worker.layers.step_rows import extra_rows, lora_batch
@@ -23,6 +21,8 @@ from gpu_worker.model.model import BaseModel
 from gpu_worker.model.one_by_one_trial import difference
 from gpu_worker.one_by_one.account import passes_of
 from gpu_worker.one_by_one.passes import Kept, Passes
+from gpu_worker.planning.sequence import Sequence
+from gpu_worker.planning.step_plan import StepPlan
 from lora_kernels import ops
 
 

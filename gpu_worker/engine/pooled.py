@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu_worker.engine.request import TokenOutput
-from gpu_worker.engine.sequence import Sequence
 from gpu_worker.layers.extras import Extras
+from gpu_worker.planning.request import TokenOutput
+from gpu_worker.planning.sequence import Sequence
 from gpu_worker.tasks.model_tasks import ModelTasks
 from protocol.wire.errors import Internal
 

@@ -16,9 +16,6 @@ from torch import Tensor
 
 from gpu_worker.cuda.graphs import GraphRecorder, StepGraph, StepGraphs, StepLists
 from gpu_worker.engine.pooled import PooledRows, gather
-from gpu_worker.engine.request import EngineRequest
-from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.step_plan import StepPlan
 from gpu_worker.layers.apply_extras import ExtraRows
 from gpu_worker.layers.extras import Extras
 from gpu_worker.layers.mixers import Run, StateBatch
@@ -26,6 +23,9 @@ from gpu_worker.layers.step_rows import extra_rows, lora_batch
 from gpu_worker.memory import send
 from gpu_worker.model.logits_check import CODED_LIMIT
 from gpu_worker.model.model import BaseModel
+from gpu_worker.planning.request import EngineRequest
+from gpu_worker.planning.sequence import Sequence
+from gpu_worker.planning.step_plan import StepPlan
 from gpu_worker.sampling.logprobs import PromptRows
 from lora_kernels import ops
 from protocol.wire.errors import BadRequest
@@ -294,9 +294,12 @@ class Runner:
                 context.lora, context.lora_logits, context.extras, context.extras_logits = head.adapters
                 context.attention, self.model.mixers.batch = lists.attention, None
                 return PackedInputs(
-                    input_ids=lists.input_ids, positions=lists.attention.positions, logit_rows=None, ready=head.ready,
+                    input_ids=lists.input_ids,
+                    positions=lists.attention.positions,
+                    logit_rows=None,
+                    ready=head.ready,
                     vocab_sizes=head.vocab_sizes,
-                )  # fmt: skip
+                )
         step = StepRows.of(plan)
         ids, tables = step.token_ids(plan.drafts), self._batch.block_tables()
         head = self._batch.decodes if step.are_decodes else None
@@ -314,9 +317,12 @@ class Runner:
                     graph.fill(StepLists(ids, step.num_new, step.ends, tables, slots, scales, rows))
                     step.put_expected_(graph.input_ids, coming)
                     return PackedInputs(
-                        input_ids=graph.input_ids, positions=graph.attention.positions, logit_rows=graph.rows,
-                        ready=ready, graph=graph,
-                    )  # fmt: skip
+                        input_ids=graph.input_ids,
+                        positions=graph.attention.positions,
+                        logit_rows=graph.rows,
+                        ready=ready,
+                        graph=graph,
+                    )
             vocab_sizes = self.set_adapters(step, slots, scales, rows, heads)
             are_all = len(rows) == len(ids) and not prompt_rows and not pooled
             adapters = context.lora, context.lora_logits, context.extras, context.extras_logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 
-from gpu_worker.engine.request import EngineRequest, TokenOutput
+from gpu_worker.planning.request import EngineRequest, TokenOutput
 from protocol.wire.clock import now_s
 from protocol.wire.messages import Timing
 

@@ -307,6 +307,6 @@ def _joint_bias(linears: list[nn.Module], sizes: list[int]) -> Tensor | None:
     known = next((bias for bias in biases if bias is not None), None)
     if known is None:
         return None
-    return torch.cat([
-        known.new_zeros(size) if bias is None else bias.detach() for bias, size in zip(biases, sizes, strict=True)
-    ])  # fmt: skip
+    return torch.cat(
+        [known.new_zeros(size) if bias is None else bias.detach() for bias, size in zip(biases, sizes, strict=True)]
+    )

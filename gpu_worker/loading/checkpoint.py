@@ -47,9 +47,11 @@ MAX_LINE = 400
 UNSERVED_HEADS = ("SequenceClassification", "QuestionAnswering", "MultipleChoice", "NextSentencePrediction")
 
 CLASSES: Mapping[Task, Any] = {
-    "generate": AutoModelForCausalLM, "embed": AutoModel, "classify": AutoModelForTokenClassification,
+    "generate": AutoModelForCausalLM,
+    "embed": AutoModel,
+    "classify": AutoModelForTokenClassification,
     "score": AutoModelForSequenceClassification,
-}  # fmt: skip
+}
 """The class that loads a model for its task."""
 
 QUANTISATIONS = {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"}

@@ -147,8 +147,11 @@ class BaseModel:
         lengths = [min(num, room, self.max_positions or num) for num in (41, 19, 7)]
         texts = [torch.randint(self.vocab_size, (num,), generator=generator).to(self.device) for num in lengths]
         alone = [self.packed_logits([ids], [[len(ids)]], num_blocks, num_states)[0] for ids in texts]
-        ways = {"beside others": [lengths], "in chunks": [[num // 2 + 1 for num in lengths], lengths],
-                "token by token at its end": [[num - 1 for num in lengths], lengths]}  # fmt: skip
+        ways = {
+            "beside others": [lengths],
+            "in chunks": [[num // 2 + 1 for num in lengths], lengths],
+            "token by token at its end": [[num - 1 for num in lengths], lengths],
+        }
         for way, steps in ways.items():
             together = self.packed_logits(texts, steps, num_blocks, num_states)
             if not all(torch.equal(one, other) for one, other in zip(alone, together, strict=True)):

@@ -180,8 +180,12 @@ def _run_one_by_one(model: BaseModel, reasons: list[str]) -> Trial:
     account, name = passes.account, module.config.model_type
     logger.warning(
         "%s cannot be packed (%s): its sequences run unbatched, continued by %s; %d bytes each and %d a token",
-        name, "; ".join(reasons), passes.continues, account.sequence_bytes, account.token_bytes,
-    )  # fmt: skip
+        name,
+        "; ".join(reasons),
+        passes.continues,
+        account.sequence_bytes,
+        account.token_bytes,
+    )
     return trial
 
 

@@ -62,9 +62,14 @@ class _Found:
 
 
 def install_shortcuts(
-    model: nn.Module, trial: Trial, layers: list[PagedLayer], adaptable: AdaptableModules, impl: ops.Impl | None,
-    known: Collection[str] | None = None, max_positions: int = 0,
-) -> tuple[int, PlainModel | None, frozenset[str]]:  # fmt: skip
+    model: nn.Module,
+    trial: Trial,
+    layers: list[PagedLayer],
+    adaptable: AdaptableModules,
+    impl: ops.Impl | None,
+    known: Collection[str] | None = None,
+    max_positions: int = 0,
+) -> tuple[int, PlainModel | None, frozenset[str]]:
     """Replace the recognised blocks of a model whose linear layers are sites.
 
     The KV cache must have room for the trial's tokens. known: what the last result was at an earlier start of the

@@ -10,7 +10,7 @@ from itertools import count
 import numpy as np
 
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.request import EngineRequest, TokenOutput
+from gpu_worker.planning.request import EngineRequest, TokenOutput
 from gpu_worker.service.outbox import Outbox, add_outputs
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from protocol.queue.bus import Bus, now_ms

@@ -44,10 +44,13 @@ def beside_each_other(linears: list[BlockLinear]) -> ops.QuantisedLinear:
     """Return the weights of layers that read one input as one operand, which shares their memory."""
     parts = [linear.packed for linear in linears]
     return ops.QuantisedLinear(
-        [weight for part in parts for weight in part.weights], [panels for part in parts for panels in part.panels],
-        [form for part in parts for form in part.forms], [size for part in parts for size in part.sizes],
-        parts[0].in_features, parts[0].int8_inputs,
-    )  # fmt: skip
+        [weight for part in parts for weight in part.weights],
+        [panels for part in parts for panels in part.panels],
+        [form for part in parts for form in part.forms],
+        [size for part in parts for size in part.sizes],
+        parts[0].in_features,
+        parts[0].int8_inputs,
+    )
 
 
 def round_inputs_of(model: nn.Module) -> None:

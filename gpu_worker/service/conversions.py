@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-from gpu_worker.engine.request import EngineRequest, EngineStats
+from gpu_worker.planning.request import EngineRequest, EngineStats
 from gpu_worker.service.outbox import Outbox
 from gpu_worker.service.owned import OwnedRequest
 from protocol.queue.bus import Entry, decode, now_ms

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from gpu_worker.engine.request import TokenOutput
+from gpu_worker.planning.request import TokenOutput
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from gpu_worker.service.trace import tell_step
 from protocol.queue.bus import Refused, StepResult, StepRow

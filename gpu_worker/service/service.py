@@ -18,8 +18,8 @@ import msgspec
 
 from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.light_imports import import_transformers
+from gpu_worker.planning.request import EngineRequest, TokenOutput
 from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
 from gpu_worker.service.outbox import MAX_ROWS, Outbox, OutboxRecovery, add_outputs
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
@@ -401,8 +401,12 @@ class WorkerService:
         stats = self.engine.stats()
         self._beaten_loads, self._end_beat_s = stats.num_loads, time.monotonic() + END_BEAT_S
         return worker_beat(
-            self.name, stats, self.outbox, publish_s=self._publish_s, draining=self.draining,
-        )  # fmt: skip
+            self.name,
+            stats,
+            self.outbox,
+            publish_s=self._publish_s,
+            draining=self.draining,
+        )
 
     async def _beat(self) -> None:
         """Send the worker's heartbeat. Raises Fenced when its streams are gone."""

@@ -57,9 +57,7 @@ def _tell_start(place: Trace, timing: m.Timing) -> None:
         _tell("prefill", place, timing, timing.begun_ms, timing.first_ms, **cached)
 
 
-def _tell_end(
-    request: OwnedRequest, place: Trace, timing: m.Timing | None, new: PendingOutput, worker: str
-) -> None:  # fmt: skip
+def _tell_end(request: OwnedRequest, place: Trace, timing: m.Timing | None, new: PendingOutput, worker: str) -> None:
     now_ns, tracer = time.time_ns(), TRACING.tracer
     error = new.error.message if new.error is not None else ""
     if timing is None or tracer is None:  # it was cancelled before anything came of it
@@ -82,9 +80,11 @@ def _tell_run(
     assert TRACING.tracer is not None
     before = run_place(request.trace, request.rid, request.epoch - 2) if request.epoch > 1 else None
     attributes = {
-        "lorafleet.request": request.rid, "lorafleet.epoch": request.epoch, "lorafleet.worker": worker,
+        "lorafleet.request": request.rid,
+        "lorafleet.epoch": request.epoch,
+        "lorafleet.worker": worker,
         "lorafleet.tokens": request.num_logged,
-    }  # fmt: skip
+    }
     TRACING.tracer.tell(
         f"run on {worker}", place, begin_ns, end_ns, attributes, kind="CONSUMER", error=error,
         links=[before] if before is not None else [], events=events,

@@ -47,9 +47,11 @@ def read_decoder(
     name = next(iter(getattr(config, "architectures", None) or ()), "")
     tokens = read_score_tokens(folder, score_tokens)
     tasks = ModelTasks(
-        pooling=read_decoder_pooling(folder), head_name=head_name_of(config), score_tokens=tokens,
+        pooling=read_decoder_pooling(folder),
+        head_name=head_name_of(config),
+        score_tokens=tokens,
         labels=[] if tokens is None else ["LABEL_0"],
-    )  # fmt: skip
+    )
     if tokens is not None and has_no_lm_head(name):
         raise BadRequest(f"{name} has no language modelling head to score tokens with")
     if name.endswith(CLASSIFIER):

@@ -14,8 +14,11 @@ from protocol.wire.messages import MAX_LABELS, Activation
 SETTINGS = "config_sentence_transformers.json"
 
 _OF_PROBLEMS: dict[str | None, Activation] = {
-    "single_label_classification": "softmax", "multi_label_classification": "sigmoid", "regression": "none", None: ""
-}  # fmt: skip
+    "single_label_classification": "softmax",
+    "multi_label_classification": "sigmoid",
+    "regression": "none",
+    None: "",
+}
 
 _OF_CLASSES: dict[str, Activation] = {"Sigmoid": "sigmoid", "Identity": "none", "Softmax": "softmax"}
 """Classes of torch, as sentence-transformers names them in a config."""

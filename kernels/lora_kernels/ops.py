@@ -310,9 +310,14 @@ class DecoderStack(Protocol):
     """Consecutive decoder layers that run as one call."""
 
     def run(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBatch, table: AdapterTable | None,
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: AttentionBatch,
+        table: AdapterTable | None,
         lora: LoraBatch | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Replace x [T, width] by the output of the last layer, in place.
 
         cos, sin: see `rotary_`. attention, table, lora: see `paged_attention` and `lora_add_`; lora is None for a step

@@ -13,7 +13,7 @@ from lorafleet.bench.load import WarmupError, run_bench
 from lorafleet.bench.report import print_result, save_json, save_plot
 from lorafleet.bench.result import BenchRequest, BenchResult
 from lorafleet.bench.workload import BenchConfig, BenchTarget
-from lorafleet.parser import Parser
+from lorafleet.shared.parser import Parser
 
 _OPEN_LOOP_CONCURRENCY = 1024
 

@@ -66,9 +66,13 @@ class Child:
     """A service process and those that replace it."""
 
     def __init__(
-        self, spec: Spec, lifeline_fd: int, say: Callable[[str], None], first_pause_s: float = FIRST_PAUSE_S,
+        self,
+        spec: Spec,
+        lifeline_fd: int,
+        say: Callable[[str], None],
+        first_pause_s: float = FIRST_PAUSE_S,
         max_log_bytes: int = MAX_LOG_BYTES,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Prepare without starting.
 
         `lifeline_fd` becomes the standard input of the process, `say` shows a line to the user, and `first_pause_s`
@@ -178,9 +182,13 @@ class Child:
         with self.spec.log.open("ab") as log:
             # In its own session, it does not get the terminal's Ctrl-C, and its whole group can be killed.
             self._process = await asyncio.create_subprocess_exec(
-                *self.spec.command, stdin=self._lifeline_fd, stdout=log, stderr=log, start_new_session=True,
+                *self.spec.command,
+                stdin=self._lifeline_fd,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
                 env={**self.spec.environment, lifeline.VARIABLE: "1"},
-            )  # fmt: skip
+            )
         if self._stopping.is_set():  # `stop` was called during the start
             self._process.send_signal(signal.SIGTERM)
         try:

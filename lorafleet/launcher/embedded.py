@@ -152,9 +152,14 @@ class EmbeddedServer:
 
 
 def start_embedded(
-    folder: Path, *, durable: bool = True, guarded: bool = False, lock_s: float = LOCK_S, max_bytes: int = 0,
+    folder: Path,
+    *,
+    durable: bool = True,
+    guarded: bool = False,
+    lock_s: float = LOCK_S,
+    max_bytes: int = 0,
     console_keys: bool = False,
-) -> EmbeddedServer:  # fmt: skip
+) -> EmbeddedServer:
     """Start a server with its data in `folder`. The parameters and errors are those of `EmbeddedServer`."""
     server = EmbeddedServer(
         folder, durable=durable, guarded=guarded, lock_s=lock_s, max_bytes=max_bytes, console_keys=console_keys

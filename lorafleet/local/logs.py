@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lorafleet.launcher import records
-from lorafleet.parser import Parser, suggestion
+from lorafleet.shared.parser import Parser, suggestion
 from protocol.wire.errors import BadRequest
 
 POLL_S = 0.2

@@ -6,10 +6,10 @@ import argparse
 import os
 from typing import Any
 
-from lorafleet.api import URL_VARIABLE, Api, add_flags, add_json_flag, print_json
 from lorafleet.launcher import records
-from lorafleet.parser import Parser
-from lorafleet.tables import print_list
+from lorafleet.shared.api import URL_VARIABLE, Api, add_flags, add_json_flag, print_json
+from lorafleet.shared.parser import Parser
+from lorafleet.shared.tables import print_list
 from protocol.wire.errors import LorafleetError
 
 

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 
 from lorafleet.launcher import records
-from lorafleet.parser import Parser
+from lorafleet.shared.parser import Parser
 
 POLL_S = 0.1
 

@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lorafleet.api import Api, add_flags, add_json_flag, in_path, run_action
-from lorafleet.parser import ALIASES, Parser, number
-from lorafleet.tables import print_list, size_text
+from lorafleet.shared.api import Api, add_flags, add_json_flag, in_path, run_action
+from lorafleet.shared.parser import ALIASES, Parser, number
+from lorafleet.shared.tables import print_list, size_text
 from protocol.runtime.imports import importing
 
 PATH = "/v1/adapters"
@@ -34,9 +34,12 @@ def add_arguments(parser: Parser) -> None:
     add = actions.add_parser("add", help="serve an adapter under a name")
     add.add_argument("name", metavar="NAME")
     add.add_argument(
-        "source", metavar="SOURCE", nargs="?", default="",
+        "source",
+        metavar="SOURCE",
+        nargs="?",
+        default="",
         help="its source: local:FOLDER, ORG/NAME[@REVISION], s3://BUCKET/PREFIX (default: NAME)",
-    )  # fmt: skip
+    )
     add.add_argument("--replace", action="store_true", help="replace an adapter with this name from another source")
     add.add_argument("--pin", action="store_true", help="also pin it in every worker's memory")
     add.add_argument("--preload", action="store_true", help="also load it on every worker")
@@ -82,19 +85,25 @@ def _add_offline(actions: Any) -> None:
     conversion.add_argument("folder", metavar="SRC", type=Path, help="folder of the adapter; it is not changed")
     conversion.add_argument("target", metavar="DST", type=Path, help="folder to write; it must not exist")
     conversion.add_argument(
-        "--rank", choices=("auto",), default="",
+        "--rank",
+        choices=("auto",),
+        default="",
         help="approximate an adapter of a full-rank kind at the least rank that keeps a share of what it adds",
-    )  # fmt: skip
+    )
     conversion.add_argument(
-        "--keep", type=float, default=0.999,
+        "--keep",
+        type=float,
+        default=0.999,
         help="that share, of the Frobenius norm at each layer (default: %(default)s)",
-    )  # fmt: skip
+    )
     for name, action in (("check", check), ("convert", conversion)):
         action.set_defaults(offline=name)
         action.add_argument(
-            "--base", metavar="MODEL", default="",
+            "--base",
+            metavar="MODEL",
+            default="",
             help="base model, a Hub id or a folder; required for GGUF and for kinds besides LoRA",
-        )  # fmt: skip
+        )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,9 +7,9 @@ from datetime import datetime
 from itertools import islice
 from typing import Any
 
-from lorafleet.api import Api, add_flags, add_json_flag, print_json
-from lorafleet.parser import Parser, number
-from lorafleet.tables import print_list
+from lorafleet.shared.api import Api, add_flags, add_json_flag, print_json
+from lorafleet.shared.parser import Parser, number
+from lorafleet.shared.tables import print_list
 
 PATH = "/v1/audit"
 PAGE = 1000

@@ -15,9 +15,9 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lorafleet.api import Api, add_flags, add_json_flag, run_action
-from lorafleet.parser import ALIASES, Parser
-from lorafleet.tables import print_list
+from lorafleet.shared.api import Api, add_flags, add_json_flag, run_action
+from lorafleet.shared.parser import ALIASES, Parser
+from lorafleet.shared.tables import print_list
 from protocol.wire.errors import BadRequest
 
 ENDED = ("completed", "failed", "expired", "cancelled")
@@ -131,10 +131,14 @@ def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:
     page = api.ask("GET", "/v1/batches", params={"limit": args.limit})
     if not args.json:
         rows = [
-            [batch["id"], batch["status"], batch["endpoint"],
-             *(str(batch["request_counts"][name]) for name in ("total", "completed", "failed"))]
+            [
+                batch["id"],
+                batch["status"],
+                batch["endpoint"],
+                *(str(batch["request_counts"][name]) for name in ("total", "completed", "failed")),
+            ]
             for batch in page["data"]
-        ]  # fmt: skip
+        ]
         print_list(("id", "status", "endpoint", "lines", "answered", "failed"), rows, "no batches")
     return page["data"]
 

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from lorafleet.api import Api, add_flags, in_path, suggested
-from lorafleet.parser import Parser
+from lorafleet.shared.api import Api, add_flags, in_path, suggested
+from lorafleet.shared.parser import Parser
 from protocol.runtime.adapter_refs import FOLDER
 from protocol.wire.errors import LorafleetError, NotFound
 
@@ -107,8 +107,13 @@ class Chat:
 
     def _ask(self, text: str) -> None:
         self.messages.append({"role": "user", "content": text})
-        body = {"model": self._model, "messages": self.messages, "stream": True,
-                "stream_options": {"include_usage": True}, **self._options}  # fmt: skip
+        body = {
+            "model": self._model,
+            "messages": self.messages,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self._options,
+        }
         answer, usage, finish = "", None, None
         for event in self._api.events("/v1/chat/completions", "POST", json=body):
             if "error" in event:

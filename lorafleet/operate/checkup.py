@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lorafleet.tables import size_text
+from lorafleet.shared.tables import size_text
 from protocol.queue.connection.server import ServerFacts
 from protocol.wire import messages as m
 

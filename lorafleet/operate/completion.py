@@ -9,7 +9,7 @@ import argparse
 
 import shtab
 
-from lorafleet.parser import Parser
+from lorafleet.shared.parser import Parser
 
 HINTS = """\
 eval "$(lorafleet completion bash)"   # in ~/.bashrc

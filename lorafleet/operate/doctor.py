@@ -19,14 +19,14 @@ import httpx2
 from rich.console import Console
 from rich.markup import escape
 
-from lorafleet.api import Api, add_flags, add_json_flag, print_json
-from lorafleet.flags import add_settings
 from lorafleet.launcher.embedded import with_queue
 from lorafleet.launcher.machine import memory_bytes
-from lorafleet.on_queue import load_local_settings
 from lorafleet.operate import checkup
 from lorafleet.operate.checkup import Finding, worst
-from lorafleet.parser import Parser
+from lorafleet.shared.api import Api, add_flags, add_json_flag, print_json
+from lorafleet.shared.flags import add_settings
+from lorafleet.shared.on_queue import load_local_settings
+from lorafleet.shared.parser import Parser
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError
 from protocol.runtime.environment import child_environment
 from protocol.runtime.model_files import cache_folder, is_gguf

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lorafleet.api import Api, add_flags, print_json
-from lorafleet.parser import Parser
-from lorafleet.tables import print_list
+from lorafleet.shared.api import Api, add_flags, print_json
+from lorafleet.shared.parser import Parser
+from lorafleet.shared.tables import print_list
 
 
 def add_arguments(parser: Parser) -> None:

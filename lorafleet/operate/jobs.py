@@ -6,9 +6,9 @@ import argparse
 import sys
 from typing import Any
 
-from lorafleet.api import Api, add_flags, add_json_flag, run_action
-from lorafleet.parser import ALIASES, Parser
-from lorafleet.tables import print_list
+from lorafleet.shared.api import Api, add_flags, add_json_flag, run_action
+from lorafleet.shared.parser import ALIASES, Parser
+from lorafleet.shared.tables import print_list
 from protocol.wire.errors import Internal
 
 
@@ -79,7 +79,8 @@ def _text_of(choice: dict[str, Any]) -> str:
     delta = choice["delta"]
     calls = [call["function"] for call in delta.get("tool_calls") or ()]
     parts = (
-        delta.get("reasoning_content"), delta.get("content"),
+        delta.get("reasoning_content"),
+        delta.get("content"),
         *(call.get(name) for call in calls for name in ("name", "arguments")),
-    )  # fmt: skip
+    )
     return "".join(part for part in parts if part)

@@ -15,11 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lorafleet.api import Api, add_flags
 from lorafleet.operate.workers import COLUMNS, row
 from lorafleet.operate.workers import PATH as WORKERS
-from lorafleet.parser import Parser
-from lorafleet.tables import part_text, size_text
+from lorafleet.shared.api import Api, add_flags
+from lorafleet.shared.parser import Parser
+from lorafleet.shared.tables import part_text, size_text
 
 FLEET = "/v1/fleet"
 
@@ -77,11 +77,14 @@ def figures(before: Sample, now: Sample) -> dict[str, Any]:
         gained = {name: value - earlier.get(worker["id"], counters)[name] for name, value in counters.items()}
         steps = gained.get("num_steps", 0)
         step_s = sum(gained.get(name, 0.0) for name in ("plan_s", "inputs_s", "forward_s", "sample_s", "finish_s"))
-        workers.append(worker | {
-            "tokens_per_s": gained.get("num_output_tokens", 0) / passed_s,
-            "step_ms": 1000 * step_s / steps if steps else None,
-            "preemptions_per_s": gained.get("num_preemptions", 0) / passed_s,
-        })  # fmt: skip
+        workers.append(
+            worker
+            | {
+                "tokens_per_s": gained.get("num_output_tokens", 0) / passed_s,
+                "step_ms": 1000 * step_s / steps if steps else None,
+                "preemptions_per_s": gained.get("num_preemptions", 0) / passed_s,
+            }
+        )
     total = sum(worker["tokens_per_s"] for worker in workers)
     return {"fleet": now["fleet"], "workers": workers, "tokens_per_s": total, "passed_s": passed_s}
 
@@ -114,8 +117,12 @@ def _workers(workers: Sequence[dict[str, Any]]) -> RenderableType:
     table = Table(*columns, box=None, header_style="bold")
     for worker in workers:
         step_ms = worker["step_ms"]
-        cells = [*row(worker)[:-1], f"{worker['tokens_per_s']:.0f}", "-" if step_ms is None else f"{step_ms:.1f}",
-                 f"{worker['preemptions_per_s']:.1f}"]  # fmt: skip
+        cells = [
+            *row(worker)[:-1],
+            f"{worker['tokens_per_s']:.0f}",
+            "-" if step_ms is None else f"{step_ms:.1f}",
+            f"{worker['preemptions_per_s']:.1f}",
+        ]
         table.add_row(*map(escape, cells), style=None if worker["state"] == "ready" else "yellow")
     return table
 

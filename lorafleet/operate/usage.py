@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import time
 
-from lorafleet.api import Api, add_flags, add_json_flag, print_json
-from lorafleet.parser import Parser
-from lorafleet.tables import print_list
+from lorafleet.shared.api import Api, add_flags, add_json_flag, print_json
+from lorafleet.shared.parser import Parser
+from lorafleet.shared.tables import print_list
 
 PATH = "/v1/usage"
 DAY_S = 86_400
@@ -19,9 +19,11 @@ def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.add_argument("--days", type=int, default=7, metavar="N", help="number of days, today included (%(default)s)")
     parser.add_argument(
-        "--by", default="project_id,model", metavar="NAMES",
+        "--by",
+        default="project_id,model",
+        metavar="NAMES",
         help=f"columns to group by, comma-separated: {', '.join(GROUPS)} (%(default)s); project_id is the tenant",
-    )  # fmt: skip
+    )
     parser.add_argument("--csv", action="store_true", help="print CSV")
     add_json_flag(parser)
     add_flags(parser)
@@ -40,9 +42,13 @@ def run(args: argparse.Namespace) -> int:
         print_json(answer.json())
     else:
         rows = [
-            [time.strftime("%Y-%m-%d", time.gmtime(bucket["start_time"])), *(str(one[name]) for name in by),
-             *(str(one[name]) for name in COUNTS)]
-            for bucket in answer.json()["data"] for one in bucket["results"]
-        ]  # fmt: skip
+            [
+                time.strftime("%Y-%m-%d", time.gmtime(bucket["start_time"])),
+                *(str(one[name]) for name in by),
+                *(str(one[name]) for name in COUNTS),
+            ]
+            for bucket in answer.json()["data"]
+            for one in bucket["results"]
+        ]
         print_list(("day", *by, "requests", "prompt tokens", "cached", "output tokens"), rows, "no usage")
     return 0

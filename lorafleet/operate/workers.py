@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lorafleet.api import Api, add_flags, add_json_flag, in_path, run_action
-from lorafleet.parser import ALIASES, Parser
-from lorafleet.tables import part_text, print_list
+from lorafleet.shared.api import Api, add_flags, add_json_flag, in_path, run_action
+from lorafleet.shared.parser import ALIASES, Parser
+from lorafleet.shared.tables import part_text, print_list
 from protocol.wire.errors import Unavailable
 
 PATH, FLEET_PATH = "/v1/workers", "/v1/fleet"

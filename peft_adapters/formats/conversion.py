@@ -66,9 +66,7 @@ class Conversion:
         for tensor in self.tensors:
             num_bytes = tensor.source.end - tensor.source.begin
             shape, at = list(tensor.shape), at + num_bytes
-            entries[tensor.name] = {
-                "dtype": tensor.source.dtype, "shape": shape, "data_offsets": [at - num_bytes, at]
-            }  # fmt: skip
+            entries[tensor.name] = {"dtype": tensor.source.dtype, "shape": shape, "data_offsets": [at - num_bytes, at]}
         raw = json.dumps(entries, separators=(",", ":")).encode()
         return len(raw).to_bytes(8, "little") + raw
 
@@ -118,8 +116,12 @@ def config_of(ranks: Mapping[str, int], alphas: Mapping[str, float], **fields: A
     """
     rank, alpha = _commonest(ranks), _commonest(alphas)
     config: dict[str, Any] = {
-        "peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(ranks), **fields
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": sorted(ranks),
+        **fields,
+    }
     config["rank_pattern"] = {module: own for module, own in ranks.items() if own != rank}
     config["alpha_pattern"] = {module: own for module, own in alphas.items() if own != alpha}
     return config

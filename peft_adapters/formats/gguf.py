@@ -22,14 +22,20 @@ from protocol.wire.messages import ServedModel
 GGUF_END = ".gguf"
 
 _SPLIT = {
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+}
 _FUSED = {
-    "attn_qkv": "self_attn.qkv_proj", "attn_output": "self_attn.o_proj", "ffn_up": "mlp.gate_up_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_up": "mlp.gate_up_proj",
     "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+}
 _ATTENTION = {weight: module for weight, module in _SPLIT.items() if weight.startswith("attn_")}
 _HEAD = "output.weight"
 _LAYER = re.compile(r"blk\.(0|[1-9]\d{0,5})\.([\w.]{1,64})\.weight", re.ASCII)
@@ -73,12 +79,16 @@ ARCHITECTURES = {
     "lfm2": Architecture(
         ("lfm2",),
         {
-            **_ATTENTION, "attn_output": "self_attn.out_proj", "ffn_gate": "feed_forward.w1",
-            "ffn_up": "feed_forward.w3", "ffn_down": "feed_forward.w2", "shortconv.in_proj": "conv.in_proj",
+            **_ATTENTION,
+            "attn_output": "self_attn.out_proj",
+            "ffn_gate": "feed_forward.w1",
+            "ffn_up": "feed_forward.w3",
+            "ffn_down": "feed_forward.w2",
+            "shortconv.in_proj": "conv.in_proj",
             "shortconv.out_proj": "conv.out_proj",
         },
     ),
-}  # fmt: skip
+}
 """The architectures that are served. Others reorder their weights in other ways, as qwen35 those of its delta rules."""
 
 

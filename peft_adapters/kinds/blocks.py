@@ -47,8 +47,9 @@ def _gralora(layer: Layer) -> Rows:
         if size % k:
             raise Unfit(f"gralora_k is {k}, by which {what} {size} cannot be divided")
     shapes: dict[str, Shape] = {
-        "gralora_A": (k, layer.in_features // k, r), "gralora_B": (k, r, layer.out_features // k)
-    }  # fmt: skip
+        "gralora_A": (k, layer.in_features // k, r),
+        "gralora_B": (k, r, layer.out_features // k),
+    }
     if hybrid:
         shapes["gralora_A_general.weight"] = (hybrid, layer.in_features)
         shapes["gralora_B_general.weight"] = (layer.out_features, hybrid)
@@ -82,9 +83,11 @@ def _delora(layer: Layer) -> Rows:
     """Return LoRA whose rows are divided by their norms, and multiplied by the norms of the weight's columns."""
     r = layer.options["r"]
     shapes: dict[str, Shape] = {
-        "delora_A": (r, layer.in_features), "delora_B": (layer.out_features, r), "delora_lambda": (1,),
+        "delora_A": (r, layer.in_features),
+        "delora_B": (layer.out_features, r),
+        "delora_lambda": (1,),
         "delora_w_norm": (layer.in_features,),
-    }  # fmt: skip
+    }
     return Rows(shapes, r, _delora_rows, zero_if=tuple(shapes))
 
 

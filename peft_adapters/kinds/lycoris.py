@@ -66,8 +66,9 @@ def _lokr(layer: Layer) -> Rows:
     whole_first = not (layer.options["decompose_both"] and r < max(out_l, in_m) / 2)
     whole_second = not r < max(out_k, in_n) / 2
     for name, is_whole, rows, columns in (
-        ("lokr_w1", whole_first, out_l, in_m), ("lokr_w2", whole_second, out_k, in_n)
-    ):  # fmt: skip
+        ("lokr_w1", whole_first, out_l, in_m),
+        ("lokr_w2", whole_second, out_k, in_n),
+    ):
         shapes |= {name: (rows, columns)} if is_whole else {f"{name}_a": (rows, r), f"{name}_b": (r, columns)}
         rank *= min(rows, columns) if is_whole else r
     make = partial(_lokr_rows, whole_first=whole_first, whole_second=whole_second)

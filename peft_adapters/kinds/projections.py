@@ -90,14 +90,18 @@ def _deft_rows(get: Numbers, *, method: str, para: bool, scale: np.float32) -> t
 
 
 KINDS = {
-    "HRA": Kind(
-        "HRA", {"r": whole(8), "apply_GS": choice(False, True)}, frozenset({"init_weights"}), ("hra_u",), _hra
-    ),
+    "HRA": Kind("HRA", {"r": whole(8), "apply_GS": choice(False, True)}, frozenset({"init_weights"}), ("hra_u",), _hra),
     "DEFT": Kind(
         "DEFT",
-        {"r": whole(8), "decomposition_method": choice("relu", "qr"), "para": choice(False, True),
-         "alpha": Field(None, lambda value: value is None or is_alpha(value), "a finite number")},
-        frozenset({"init_scale", "fan_in_fan_out", "deft_dropout", "init_weights"}), ("deft_P", "deft_R"), _deft,
+        {
+            "r": whole(8),
+            "decomposition_method": choice("relu", "qr"),
+            "para": choice(False, True),
+            "alpha": Field(None, lambda value: value is None or is_alpha(value), "a finite number"),
+        },
+        frozenset({"init_scale", "fan_in_fan_out", "deft_dropout", "init_weights"}),
+        ("deft_P", "deft_R"),
+        _deft,
         conv1d=True,
     ),
-}  # fmt: skip
+}

@@ -29,7 +29,7 @@ class KindParts:
 
 def read_kind(
     matcher: TensorMatcher, kind: Kind, targeted: Mapping[str, SiteShape], replaced: Collection[str] = ()
-) -> KindParts:  # fmt: skip
+) -> KindParts:
     """Return what a kind changes of the targeted layers; less, with reasons, where anything is wrong.
 
     replaced: modules whose weight the file brings, such as a head of another vocabulary. Nothing is made of the tensors
@@ -75,7 +75,7 @@ def _read_norm(matcher: TensorMatcher, site: SiteShape) -> Iterator[ReplacedWeig
 
 def _read_layer(
     matcher: TensorMatcher, kind: Kind, site: SiteShape, widest: tuple[int, int], found: KindParts, *, is_replaced: bool
-) -> None:  # fmt: skip
+) -> None:
     """Enter what a kind does to a layer, and count what this takes; with reasons if anything is wrong."""
     config, reasons, before = matcher.config, matcher.reasons, len(matcher.reasons)
     inputs, outputs = matcher.size(site)

@@ -17,6 +17,9 @@ KINDS = {
     "TRAINABLE_TOKENS": Kind(
         "TRAINABLE_TOKENS",
         {"token_indices": Field((), lambda value: is_list(value) and bool(value), "a list of token ids")},
-        frozenset({"init_weights"}), ("trainable_tokens_delta",), _nothing, changes="tokens",
+        frozenset({"init_weights"}),
+        ("trainable_tokens_delta",),
+        _nothing,
+        changes="tokens",
     ),
-}  # fmt: skip
+}

@@ -20,16 +20,16 @@ def _vera(layer: Layer, *, prefix: str, halves: int) -> Rows:
     """Return two matrices that all layers share, cut to the layer's size, with rank rows and outputs scaled."""
     r = layer.options["r"]
     shapes: dict[str, Shape] = {
-        f"{prefix}_A": (halves * r, layer.widest[0]), f"{prefix}_B": (layer.widest[1], r),
-        f"{prefix}_lambda_d": (halves * r,), f"{prefix}_lambda_b": (layer.out_features,),
-    }  # fmt: skip
+        f"{prefix}_A": (halves * r, layer.widest[0]),
+        f"{prefix}_B": (layer.widest[1], r),
+        f"{prefix}_lambda_d": (halves * r,),
+        f"{prefix}_lambda_b": (layer.out_features,),
+    }
     make = partial(_vera_rows, prefix=prefix, r=r, inputs=layer.in_features, outputs=layer.out_features)
     return Rows(shapes, r, make, zero_if=tuple(shapes))
 
 
-def _vera_rows(
-    get: Numbers, *, prefix: str, r: int, inputs: int, outputs: int
-) -> tuple[NDArray[Any], NDArray[Any]]:  # fmt: skip
+def _vera_rows(get: Numbers, *, prefix: str, r: int, inputs: int, outputs: int) -> tuple[NDArray[Any], NDArray[Any]]:
     a, b = get(f"{prefix}_A")[:r, :inputs], get(f"{prefix}_B")[:outputs]
     return get(f"{prefix}_lambda_d")[:r, None] * a, get(f"{prefix}_lambda_b")[:, None] * b
 
@@ -126,9 +126,14 @@ def _vera_kind(name: str, halves: int, **more: Any) -> Kind:
         {f"{prefix}_dropout", "projection_prng_key", "d_initial", "fan_in_fan_out", "init_weights", "generator_seed"}
     )
     return Kind(
-        name, fields, training, (f"{prefix}_lambda_b", f"{prefix}_lambda_d"),
-        partial(_vera, prefix=prefix, halves=halves), shared=(f"{prefix}_A", f"{prefix}_B"), conv1d=True,
-    )  # fmt: skip
+        name,
+        fields,
+        training,
+        (f"{prefix}_lambda_b", f"{prefix}_lambda_d"),
+        partial(_vera, prefix=prefix, halves=halves),
+        shared=(f"{prefix}_A", f"{prefix}_B"),
+        conv1d=True,
+    )
 
 
 _SAVED = Field(False, lambda value: value is True, "true: without its indices, they depend on the order of all modules")

@@ -240,9 +240,7 @@ def _value(raw: Raw, place: str, kind: Any = Any) -> Any:
     return _parsed(raw, kind, place)
 
 
-def _numbered(
-    added: Sequence[AddedToken], vocab: dict[str, int] | list[tuple[str, float]]
-) -> list[AddedToken]:  # fmt: skip
+def _numbered(added: Sequence[AddedToken], vocab: dict[str, int] | list[tuple[str, float]]) -> list[AddedToken]:
     """Return added tokens with the ids that `tokenizers` gives them, whatever the file says, and none without text.
 
     A token of the vocabulary keeps its id, others are counted on from its size.

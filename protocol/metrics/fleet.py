@@ -39,10 +39,14 @@ class WorkerCollector(Collector):
         requests, blocks, kv, pool, host, resident = (
             family.now()
             for family in (
-                series.WORKER_REQUESTS, series.WORKER_KV_BLOCKS, series.WORKER_KV_BYTES, series.WORKER_POOL_BYTES,
-                series.WORKER_HOST_BYTES, series.WORKER_RESIDENT,
+                series.WORKER_REQUESTS,
+                series.WORKER_KV_BLOCKS,
+                series.WORKER_KV_BYTES,
+                series.WORKER_POOL_BYTES,
+                series.WORKER_HOST_BYTES,
+                series.WORKER_RESIDENT,
             )
-        )  # fmt: skip
+        )
         for beat in self._beats:
             name, counters = beat.name, beat.counters
             steps.add_metric([name], counters.num_steps)
@@ -62,10 +66,11 @@ class WorkerCollector(Collector):
             used = beat.kv_blocks_total - beat.kv_blocks_free
             block_bytes = beat.kv_bytes_total / beat.kv_blocks_total if beat.kv_blocks_total else 0
             sizes = (
-                (blocks, beat.kv_blocks_free, used), (kv, beat.kv_blocks_free * block_bytes, used * block_bytes),
+                (blocks, beat.kv_blocks_free, used),
+                (kv, beat.kv_blocks_free * block_bytes, used * block_bytes),
                 (pool, beat.pool_bytes_free, beat.pool_bytes_total - beat.pool_bytes_free),
                 (host, max(0, beat.host_bytes_total - beat.host_bytes_used), beat.host_bytes_used),
-            )  # fmt: skip
+            )
             for family, num_free, num_used in sizes:
                 family.add_metric([name, "free"], num_free)
                 family.add_metric([name, "used"], num_used)
@@ -120,9 +125,10 @@ class ResidencyMetrics(Collector):
             alias.add_metric(labels, 1)
         yield from (loaded, alias)
         for family, value in (
-            (series.VLLM_RUNNING, seen.running), (series.VLLM_WAITING, seen.waiting + seen.deferred),
+            (series.VLLM_RUNNING, seen.running),
+            (series.VLLM_WAITING, seen.waiting + seen.deferred),
             (series.VLLM_KV_USAGE, seen.kv_usage),
-        ):  # fmt: skip
+        ):
             metric = family.now()
             metric.add_metric([seen.model], value)
             yield metric

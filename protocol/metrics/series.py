@@ -127,14 +127,16 @@ ADAPTER_USES = _gateway.counter(
 ADAPTER_WAIT_SECONDS = _gateway.histogram(
     "lorafleet_adapter_wait_seconds",
     "Time requests waited on their worker for their adapter, by its location; part of the time to first token.",
-    ["adapter", "tier"], _NAMED_S,
-)  # fmt: skip
+    ["adapter", "tier"],
+    _NAMED_S,
+)
 ADAPTER_LOAD_SECONDS = _gateway.histogram(
     "lorafleet_adapter_load_seconds",
     "Load time of adapters on all workers: from the store to host memory (store), and from host memory into the pool"
     " (host). Every gateway counts all.",
-    ["adapter", "tier"], _NAMED_S,
-)  # fmt: skip
+    ["adapter", "tier"],
+    _NAMED_S,
+)
 TENANT_TOKENS = _gateway.counter(
     "lorafleet_tenant_tokens_total", "Prompt tokens queued, and output tokens delivered.", ["tenant", "kind"]
 )
@@ -170,9 +172,7 @@ LORAX_TOKEN_SECONDS = _lorax.histogram(
     "lorax_request_mean_time_per_token_duration", "Seconds per token of a call.", buckets=_LORAX_S
 )
 LORAX_INPUT_LENGTH = _lorax.histogram("lorax_request_input_length", "Tokens of a prompt.", buckets=_LORAX_TOKENS)
-LORAX_MAX_NEW = _lorax.histogram(
-    "lorax_request_max_new_tokens", "Tokens a request may make.", buckets=_LORAX_TOKENS
-)  # fmt: skip
+LORAX_MAX_NEW = _lorax.histogram("lorax_request_max_new_tokens", "Tokens a request may make.", buckets=_LORAX_TOKENS)
 LORAX_GENERATED = _lorax.histogram("lorax_request_generated_tokens", "Tokens of an answer.", buckets=_LORAX_TOKENS)
 LORAX_INPUT_COUNT = _lorax.summary("lorax_request_input_count", "Prompts of a call.")
 LORAX_QUEUE_LENGTH = _lorax.gauge("lorax_queue_length", "Requests waiting for a worker.")
@@ -194,9 +194,10 @@ FLEET_LEADER_EPOCH = _fleet.gauge("lorafleet_leader_epoch", "Leader epoch: incre
 QUEUE_USED_BYTES = _fleet.gauge("lorafleet_queue_used_bytes", "Memory used by the queue's server.")
 QUEUE_MAX_BYTES = _fleet.gauge("lorafleet_queue_max_bytes", "Memory limit of the queue's server; 0: no limit.")
 QUEUE_ANSWER_SECONDS = _fleet.histogram(
-    "lorafleet_queue_answer_seconds", "Round-trip time to the queue's server, measured once a second.",
+    "lorafleet_queue_answer_seconds",
+    "Round-trip time to the queue's server, measured once a second.",
     buckets=(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
-)  # fmt: skip
+)
 
 # ---------------------------------------------------------------- workers, by their last heartbeats
 
@@ -210,21 +211,26 @@ WORKER_PHASE_SECONDS = _worker.family(
     "lorafleet_worker_phase_seconds_total", "counter", "Time that steps took, by phase.", ["worker", "phase"]
 )
 WORKER_TOKENS = _worker.family(
-    "lorafleet_worker_tokens_total", "counter",
-    "Tokens computed, found in the prefix cache, output, drafted, accepted.", ["worker", "kind"],
-)  # fmt: skip
+    "lorafleet_worker_tokens_total",
+    "counter",
+    "Tokens computed, found in the prefix cache, output, drafted, accepted.",
+    ["worker", "kind"],
+)
 WORKER_PREEMPTIONS = _worker.family(
     "lorafleet_worker_preemptions_total", "counter", "Preemptions of requests.", ["worker"]
 )
 WORKER_ADAPTER_EVENTS = _worker.family(
-    "lorafleet_worker_adapter_events_total", "counter",
-    "Adapters fetched, loaded into the pool, and evicted from it.", ["worker", "event"],
-)  # fmt: skip
+    "lorafleet_worker_adapter_events_total",
+    "counter",
+    "Adapters fetched, loaded into the pool, and evicted from it.",
+    ["worker", "event"],
+)
 WORKER_LOAD_SECONDS = _worker.family(
-    "lorafleet_worker_adapter_load_seconds", "histogram",
+    "lorafleet_worker_adapter_load_seconds",
+    "histogram",
     "Load time of adapters: from the store to host memory (store), and from host memory into the pool (host).",
     ["worker", "tier"],
-)  # fmt: skip
+)
 WORKER_REQUESTS = _worker.family(
     "lorafleet_worker_requests", "gauge", "Requests it holds, by state.", ["worker", "state"]
 )
@@ -245,25 +251,29 @@ WORKER_RESIDENT = _worker.family("lorafleet_worker_resident_adapters", "gauge", 
 _residency = _Shown("gateway, with vllm_metrics")
 
 ADAPTER_LOADED = _residency.family(
-    "lorafleet_adapter_loaded", "gauge",
+    "lorafleet_adapter_loaded",
+    "gauge",
     "1 for each adapter that a worker has, with where (resident, loading, host), whether it is pinned, and its rank.",
     ["worker", "adapter", "level", "pinned", "rank"],
-)  # fmt: skip
+)
 VLLM_LORA_LOADED = _residency.family(
-    "vllm:lora_adapter_loaded", "gauge", "As lorafleet_adapter_loaded, under a name that other tools expect.",
+    "vllm:lora_adapter_loaded",
+    "gauge",
+    "As lorafleet_adapter_loaded, under a name that other tools expect.",
     ["worker", "lora_name", "level", "pinned", "rank"],
-)  # fmt: skip
+)
 VLLM_RUNNING = _residency.family(
     "vllm:num_requests_running", "gauge", "Requests running, or about to run.", ["model_name"]
-)  # fmt: skip
+)
 VLLM_WAITING = _residency.family(
     "vllm:num_requests_waiting", "gauge", "Requests waiting for a worker, or at one for their adapter.", ["model_name"]
-)  # fmt: skip
+)
 VLLM_WAITING_BY_REASON = _residency.family(
-    "vllm:num_requests_waiting_by_reason", "gauge",
+    "vllm:num_requests_waiting_by_reason",
+    "gauge",
     "Those of vllm:num_requests_waiting: for a worker (capacity), at one for their adapter (deferred).",
     ["model_name", "reason"],
-)  # fmt: skip
+)
 VLLM_KV_USAGE = _residency.family(
     "vllm:kv_cache_usage_perc", "gauge", "Fraction of all workers' KV blocks in use, 0 to 1.", ["model_name"]
 )
@@ -274,10 +284,11 @@ VLLM_ITERATION_TOKENS = _residency.family(
     ["model_name"],
 )
 VLLM_LORA_INFO = _residency.family(
-    "vllm:lora_requests_info", "gauge",
+    "vllm:lora_requests_info",
+    "gauge",
     "Unix seconds; the labels name the adapters of running and of waiting requests, and how many fit the pools.",
     ["running_lora_adapters", "waiting_lora_adapters", "max_lora"],
-)  # fmt: skip
+)
 
 # ---------------------------------------------------------------- scheduler
 

@@ -156,7 +156,7 @@ class Adapters:
 
     async def register(
         self, registration: m.Registration, max_registered: int = MAX_REGISTERED, limits: NameLimits | None = None
-    ) -> bool:  # fmt: skip
+    ) -> bool:
         """Have the stores serve a name from a source, or look at it again. Returns False if too many are registered.
 
         `limits` are those of the tenant that asks. Raises Conflict, Overloaded when it exceeds them.

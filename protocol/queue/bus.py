@@ -230,9 +230,13 @@ class Bus:
             note = m.encode(why) if why is not None else b""
             rows.append(lua.AssignRow(rid=message.rid, epoch=epoch, placed=note))
         call = lua.Assign(
-            leader=self.keys.leader, work=self.keys.work(wid), token=leader, wid=wid,
-            entry=m.encode([message for message, _ in batch]), rows=rows,
-        )  # fmt: skip
+            leader=self.keys.leader,
+            work=self.keys.work(wid),
+            token=leader,
+            wid=wid,
+            entry=m.encode([message for message, _ in batch]),
+            rows=rows,
+        )
         reply = await self._scripts.run(call)
         return reply[0].decode(), [rid.decode() for rid in reply[1:]]
 
@@ -288,7 +292,7 @@ class Bus:
         keys = self.keys
         call = lua.Lead(
             leader=keys.leader, leader_epoch=keys.leader_epoch, token=token, candidate=candidate, ttl_ms=ttl_ms
-        )  # fmt: skip
+        )
         return (await self._scripts.run(call)).decode()
 
     async def join(self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int) -> None:
@@ -380,10 +384,15 @@ class Bus:
         logprobs = rest[0][: len(ids) // 4 * record_bytes] if rest else b""
         usage = m.RequestUsage(int(num_prompt), seq0 + len(ids) // 4, int(cached or 0)) if ended else None
         return m.Delta(
-            rid, int(epoch), seq0, ids, logprobs,
-            finish=(finish or b"").decode() if ended else "", error=(error or b"").decode() if ended else "",
+            rid,
+            int(epoch),
+            seq0,
+            ids,
+            logprobs,
+            finish=(finish or b"").decode() if ended else "",
+            error=(error or b"").decode() if ended else "",
             usage=usage,
-        )  # fmt: skip
+        )
 
     async def prompt_logprobs(self, rid: str, record_bytes: int) -> tuple[bytes, bytes] | None:
         """Return a request's prompt (int32) and the logprob record of each token; None if they are not there."""

@@ -33,7 +33,7 @@ _ID = re.compile(r"[0-9]{1,18}-[0-9]{1,18}")
 
 async def set_aside(
     scripts: Scripts, keys: Keys, place: str, raw: bytes, reason: str, *taken: Sequence[str | bytes | int]
-) -> None:  # fmt: skip
+) -> None:
     """Move what cannot be used to the dead letters, of which only so many are kept, and so much of it.
 
     place: where it lay. taken: commands that take it away from there, with the same script.

@@ -66,9 +66,9 @@ def step_call(
         if row.prompt_logprobs:
             logprobs.append(lua.LogprobRow(rid=row.rid, seq0="prompt", records=sealed(row)))
         if row.state:
-            ends.append(lua.EndRow(
-                rid=row.rid, state=row.state, finish=row.finish, error=row.error, cached=row.num_cached
-            ))  # fmt: skip
+            ends.append(
+                lua.EndRow(rid=row.rid, state=row.state, finish=row.finish, error=row.error, cached=row.num_cached)
+            )
         if row.note:
             notes.append(lua.NoteRow(rid=row.rid, field=run_field(row.epoch), timing=row.note))
     return lua.Step(

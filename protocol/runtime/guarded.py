@@ -111,9 +111,11 @@ class Loop:
 
 
 async def guarded(
-    loop: Loop, failed: Failures = FAILED, clock: Clock = time.monotonic,
+    loop: Loop,
+    failed: Failures = FAILED,
+    clock: Clock = time.monotonic,
     sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
-) -> None:  # fmt: skip
+) -> None:
     """Run a loop until its task is cancelled. Raises what `loop.ends` names, and the last of `loop.max_failures`."""
     FAILURES.labels(loop.name)  # shown from the start, as rates of what begins with its first failure miss that
     num = num_own = 0
@@ -175,9 +177,11 @@ class Items:
         return key not in self._tries or self._clock() >= self._tries[key][1]
 
     async def run(
-        self, key: str, work: Callable[[], Awaitable[object]],
+        self,
+        key: str,
+        work: Callable[[], Awaitable[object]],
         give_up: Callable[[BaseException], Awaitable[object]] | None = None,
-    ) -> float:  # fmt: skip
+    ) -> float:
         """Work on a unit that is due. Returns after how many seconds it is due again, 0 when it is over.
 
         give_up: writes the end of a unit that has failed `max_tries` times; if that fails too, it is tried again later.

@@ -9,9 +9,14 @@ from protocol.wire.errors import BadRequest
 
 
 def full_url(
-    redis_url: str, *, password_file: Path | None = None, sentinel_password_file: Path | None = None,
-    ca_file: Path | None = None, cert_file: Path | None = None, key_file: Path | None = None,
-) -> str:  # fmt: skip
+    redis_url: str,
+    *,
+    password_file: Path | None = None,
+    sentinel_password_file: Path | None = None,
+    ca_file: Path | None = None,
+    cert_file: Path | None = None,
+    key_file: Path | None = None,
+) -> str:
     """Return the queue's URL as its client takes it; the files are those of the settings `redis_*`.
 
     Raises BadRequest when the files do not fit the URL or cannot be read.

@@ -34,7 +34,7 @@ SHORT_STEPS_AFTER = 64
 class Settings(BaseSettings):
     """The settings of all services; each reads those it needs. Units are in the names.
 
-    The order matters: `--help` groups the fields by `SECTIONS` of `lorafleet/flags.py`.
+    The order matters: `--help` groups the fields by `SECTIONS` of `lorafleet/shared/flags.py`.
     """
 
     model_config = SettingsConfigDict(env_prefix="LORAFLEET_", frozen=True, extra="forbid", validate_default=True)

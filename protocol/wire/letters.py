@@ -24,12 +24,16 @@ def view(letter_id: str, letter: m.DeadLetter) -> dict[str, Any]:
         "attempts": letter.attempts,
         "deaths": [
             {
-                "worker": death.name or None, "wid": death.wid, "ms": death.ms, "phase": death.phase,
-                "after_ms": max(0, death.ms - death.assigned_ms), "output_tokens": death.num_output_tokens,
+                "worker": death.name or None,
+                "wid": death.wid,
+                "ms": death.ms,
+                "phase": death.phase,
+                "after_ms": max(0, death.ms - death.assigned_ms),
+                "output_tokens": death.num_output_tokens,
             }
             for death in letter.deaths
         ],
-    }  # fmt: skip
+    }
 
 
 def _request(sub: m.RequestHead, letter: m.DeadLetter) -> dict[str, Any]:

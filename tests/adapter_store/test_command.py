@@ -16,7 +16,7 @@ from adapter_store.command import run
 from gpu_worker.describe import describe
 from lorafleet.__main__ import main
 from lorafleet.operate.adapters import add_arguments
-from lorafleet.parser import Parser
+from lorafleet.shared.parser import Parser
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from peft_adapters.texts.tokenizer_json import parts_of
 from protocol.wire.messages import ServedModel

@@ -25,7 +25,7 @@ from lorafleet.bench import BenchConfig, BenchRequest, BenchTarget, Summary, War
 from lorafleet.bench.cli import add_arguments, config_of, run
 from lorafleet.bench.client import BenchConnection, api_base
 from lorafleet.bench.workload import choose_targets, plan_requests
-from lorafleet.parser import Parser
+from lorafleet.shared.parser import Parser
 
 
 @dataclass

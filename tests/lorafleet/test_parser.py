@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 
 from lorafleet.__main__ import COMMANDS, main, parser_of
-from lorafleet.examples import EXAMPLES
-from lorafleet.parser import Parser, parse
+from lorafleet.shared.examples import EXAMPLES
+from lorafleet.shared.parser import Parser, parse
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[Parser]:

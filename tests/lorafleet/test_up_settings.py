@@ -10,10 +10,10 @@ import pytest
 
 from lorafleet import serve, up
 from lorafleet.__main__ import main
-from lorafleet.flags import NO_FLAG, add_settings, load_settings, sections
 from lorafleet.launcher.fleet import local_url, service_specs
 from lorafleet.launcher.machine import claim_port, num_cores, visible_gpus
-from lorafleet.parser import Parser
+from lorafleet.shared.flags import NO_FLAG, add_settings, load_settings, sections
+from lorafleet.shared.parser import Parser
 from lorafleet.up import LaunchPlan, fleet_name, prepare
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest, Conflict

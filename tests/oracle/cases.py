@@ -9,8 +9,8 @@ from oracle.conformance import adapters_for
 from oracle.peft_oracle import Oracle, greedy_request, prompts
 from oracle.tiny_models import tiny_model
 
-from gpu_worker.engine.states import PROMPT_TOKENS
 from gpu_worker.model.prepare import prepare_model
+from gpu_worker.planning.states import PROMPT_TOKENS
 
 NUM_TOKENS = 12
 BEGINNING = PROMPT_TOKENS + 20  # tokens that all long prompts have in common

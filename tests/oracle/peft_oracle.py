@@ -27,10 +27,10 @@ from gpu_worker.adapters.packing.packer import row_sites
 from gpu_worker.adapters.packing.rows import PackedRows, RowPacker
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.loading.checkpoint import takes_positions
 from gpu_worker.model.model import BaseModel
 from gpu_worker.model.prepare import prepare_model
+from gpu_worker.planning.request import EngineRequest, TokenOutput
 from protocol.runtime.settings import Settings
 from protocol.wire.messages import Sampling
 

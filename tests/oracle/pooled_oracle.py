@@ -22,9 +22,9 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import build_engine
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.request import EngineRequest
 from gpu_worker.loading.checkpoint import takes_positions
 from gpu_worker.model.prepare import load_model, prepare_model
+from gpu_worker.planning.request import EngineRequest
 from protocol.runtime.settings import Settings
 from protocol.wire.messages import Sampling, Task
 

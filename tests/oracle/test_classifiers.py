@@ -31,8 +31,8 @@ from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import build_encoder_engine
 from gpu_worker.encoder.engine import EncoderEngine
 from gpu_worker.encoder.model import prepare_encoder, types_of
-from gpu_worker.engine.request import EngineRequest
 from gpu_worker.loading.checkpoint import read_headless, tokenizer_types
+from gpu_worker.planning.request import EngineRequest
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Sampling

@@ -11,7 +11,7 @@ import torch
 from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, random_llama, warm
 from oracle.tiny_models import tiny_model
 
-from gpu_worker.engine.request import EngineRequest
+from gpu_worker.planning.request import EngineRequest
 from lora_kernels import ops
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Sampling

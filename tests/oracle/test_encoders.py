@@ -25,8 +25,8 @@ from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import build_encoder_engine
 from gpu_worker.encoder.engine import EncoderEngine
 from gpu_worker.encoder.model import prepare_encoder
-from gpu_worker.engine.batcher import MAX_SKIPS
-from gpu_worker.engine.request import EngineRequest, TokenOutput
+from gpu_worker.planning.batcher import MAX_SKIPS
+from gpu_worker.planning.request import EngineRequest, TokenOutput
 from gpu_worker.tasks.pooling import Pooling
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest

@@ -20,7 +20,7 @@ from llguidance import LLMatcher, LLTokenizer
 from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, prompts, random_llama, warm
 from tokenizers import Tokenizer
 
-from gpu_worker.engine.request import EngineRequest
+from gpu_worker.planning.request import EngineRequest
 from gpu_worker.sampling.masks import Filling, MaskFiller
 from protocol.wire.errors import BadRequest
 from protocol.wire.grammar_limits import GRAMMAR_LIMITS

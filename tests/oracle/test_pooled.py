@@ -29,8 +29,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gpu_worker.engine.runner import StepInputs
-from gpu_worker.engine.step_plan import StepPlan
 from gpu_worker.model.model import choose_device
+from gpu_worker.planning.step_plan import StepPlan
 from gpu_worker.tasks.headless import read_decoder
 from gpu_worker.tasks.pooling import Pooling, TextPool
 from protocol.wire.errors import BadRequest

@@ -14,10 +14,10 @@ from transformers import LlamaForCausalLM
 
 from gpu_worker.build import build_engine, load_engine, refuse_unless_on_cpu
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.request import EngineRequest
 from gpu_worker.loading.checkpoint import read_config, read_model
 from gpu_worker.model.kept_answers import answers_of
 from gpu_worker.model.prepare import prepare_model
+from gpu_worker.planning.request import EngineRequest
 from gpu_worker.quantised.modules import has_rounded_inputs, round_inputs_of
 from gpu_worker.quantised.quantise import quantised_folder
 from lora_kernels import cpu

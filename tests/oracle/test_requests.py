@@ -12,8 +12,8 @@ import torch
 from oracle.peft_oracle import TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, tiny_llama, warm
 from peft import PeftModel
 
-from gpu_worker.engine.request import EngineRequest
-from gpu_worker.engine.step_plan import StepPlan
+from gpu_worker.planning.request import EngineRequest
+from gpu_worker.planning.step_plan import StepPlan
 from protocol.wire.messages import Sampling
 
 LORAS = {"x8": Lora(8), "x3": Lora(3, ("q_proj", "v_proj")), "x17": Lora(17)}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from oracle.peft_oracle import TINY_VOCAB, Oracle, ask, greedy_request, prompts, warm
 
-from gpu_worker.engine.request import EngineRequest
+from gpu_worker.planning.request import EngineRequest
 from protocol.wire.messages import Sampling
 
 NUM_TOKENS = 40

@@ -14,7 +14,7 @@ from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, prompts, warm
 from oracle.test_grammars import assert_late_masks_change_no_token
 from oracle.tiny_models import tiny_config, tiny_model
 
-from gpu_worker.engine.states import OUTPUT_TOKENS, PROMPT_TOKENS
+from gpu_worker.planning.states import OUTPUT_TOKENS, PROMPT_TOKENS
 from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire.errors import BadRequest
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from oracle.peft_oracle import TINY_VOCAB, Oracle, ask, greedy_request, prompts, warm
 
-from gpu_worker.engine.batcher import Batcher
-from gpu_worker.engine.step_plan import StepPlan
+from gpu_worker.planning.batcher import Batcher
+from gpu_worker.planning.step_plan import StepPlan
 from protocol.wire.messages import Sampling, StepModel
 
 NUM_TOKENS = 24

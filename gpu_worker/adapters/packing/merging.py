@@ -81,9 +81,14 @@ class _Factor:
 
 
 def merge_adapters(
-    digest: str, merge: Merge, files: Sequence[FetchedAdapter], packer: Packer, order: Sequence[str],
-    watch: MergeWatch, max_bytes: int,
-) -> HostAdapter:  # fmt: skip
+    digest: str,
+    merge: Merge,
+    files: Sequence[FetchedAdapter],
+    packer: Packer,
+    order: Sequence[str],
+    watch: MergeWatch,
+    max_bytes: int,
+) -> HostAdapter:
     """Merge the adapters in `files` as `merge` says, and pack the result under `digest`.
 
     order: names of all the model's modules in its own order, in which random pruning draws. max_bytes: memory that the

@@ -36,9 +36,14 @@ _WHOLE_WEIGHTS = threading.Semaphore(2)
 of the base's largest layer each."""
 
 _DTYPES = {
-    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8,
-}  # fmt: skip
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "U8": torch.uint8,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +145,11 @@ class Packer:
             site, rank = self.row_sites[index], int(packed.ranks[index])
             parts = ((begin_a, begin_b, site.in_features), (begin_b, end, site.out_features))
             a, b = (
-                memory[begin:to].view(getattr(torch, site.dtype))[: site.num_experts * rank * width]
-                .view(site.num_experts, rank, width) for begin, to, width in parts
-            )  # fmt: skip
+                memory[begin:to]
+                .view(getattr(torch, site.dtype))[: site.num_experts * rank * width]
+                .view(site.num_experts, rank, width)
+                for begin, to, width in parts
+            )
             experts.append(ExpertRows(index - num_linear, a, b, float(packed.scales[index])))
         ranks, scales = packed.ranks[:num_linear], packed.scales[:num_linear]
         num_pages = (*self._row_pages(ranks), *pages_by_shape(experts, self.expert_sites), 0)

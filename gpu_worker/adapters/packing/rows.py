@@ -141,9 +141,12 @@ class RowPacker:
         self._index = {site.name: index for index, site in enumerate(sites)}
 
     def pack(
-        self, config: Mapping[str, Any], file: bytes | memoryview, allocate: Callable[[int], Any],
+        self,
+        config: Mapping[str, Any],
+        file: bytes | memoryview,
+        allocate: Callable[[int], Any],
         release: Callable[[int, int], object] = lambda _begin, _end: None,
-    ) -> PackedRows | None:  # fmt: skip
+    ) -> PackedRows | None:
         """Pack an adapter into a buffer.
 
         config: its `adapter_config.json`. file: its weights, a safetensors file. allocate: returns a buffer of as many
@@ -292,9 +295,13 @@ def _labels(part: LoraWeights) -> tuple[str, str]:
 
 
 def _write_kind(
-    a: NDArray[Any], b: NDArray[Any], of_kind: KindRows, tensors: Mapping[str, TensorInfo], file: bytes | memoryview,
+    a: NDArray[Any],
+    b: NDArray[Any],
+    of_kind: KindRows,
+    tensors: Mapping[str, TensorInfo],
+    file: bytes | memoryview,
     dtype: str,
-) -> None:  # fmt: skip
+) -> None:
     """Write the rows that another kind than LoRA has on a layer, as bits: a [1, rank, in], b [1, rank, out]."""
     rows, columns = of_kind.matrices(lambda name: read_numbers(file, tensors[name]))
     for to, numbers in ((a[0], rows), (b[0], columns.T)):
@@ -312,9 +319,12 @@ def read_numbers(file: bytes | memoryview, info: TensorInfo) -> NDArray[Any]:
 
 
 def _pack_site(
-    a: NDArray[Any], b: NDArray[Any], part: LoraWeights, tensors: Mapping[str, TensorInfo],
+    a: NDArray[Any],
+    b: NDArray[Any],
+    part: LoraWeights,
+    tensors: Mapping[str, TensorInfo],
     copy: Callable[[TensorInfo, NDArray[Any]], object],
-) -> None:  # fmt: skip
+) -> None:
     """Write the rows of one site: a [matrices, rank, in], and b [matrices, rank, out], which is zero.
 
     copy: writes a tensor into an array that has as many numbers in the same order.

@@ -176,8 +176,9 @@ def pack_quantised(weights: Sequence[QuantisedWeight]) -> QuantisedLinear:
     """See `ops.pack_quantised`."""
     packed = [_ops.pack_quantised.default(weight.rows, weight.kind, weight.in_features) for weight in weights]
     sizes = [weight.out_features for weight in weights]
-    return QuantisedLinear([], [panels for panels, _ in packed], [form for _, form in packed], sizes,
-                           weights[0].in_features)  # fmt: skip
+    return QuantisedLinear(
+        [], [panels for panels, _ in packed], [form for _, form in packed], sizes, weights[0].in_features
+    )
 
 
 def linear(x: Tensor, packed: PackedLinear | QuantisedLinear, bias: Tensor | None = None) -> Tensor:
@@ -288,9 +289,14 @@ class NativeDecoderStack:
             _ops.stack_ends(self._number, None if ends.embedding is None else ends.embedding.weight)
 
     def run(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBatch, table: AdapterTable | None,
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: AttentionBatch,
+        table: AdapterTable | None,
         lora: LoraBatch | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """See `ops.DecoderStack.run`."""
         _ops.stack_run.default(self._number, x, cos, sin, *_step(attention, table, lora), *_lora(lora))
 
@@ -366,9 +372,13 @@ def _register_fakes() -> None:
 
     @fake("lorafleet::quant_linear")
     def _(
-        x: Tensor, panels: Sequence[Tensor], forms: Sequence[int], sizes: Sequence[int], bias: Tensor | None,
+        x: Tensor,
+        panels: Sequence[Tensor],
+        forms: Sequence[int],
+        sizes: Sequence[int],
+        bias: Tensor | None,
         int8_inputs: bool,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         return x.new_empty(*x.shape[:-1], sum(sizes))
 
     @fake("lorafleet::paged_attention")

@@ -120,9 +120,13 @@ class ApiKeys:
             raise BadRequest(f"{', '.join(unknown) or 'none'} are not valid scopes; these are {', '.join(SCOPES)}")
         secret = PREFIX + secrets.token_urlsafe(_NUM_SECRET_BYTES)
         key = ApiKey(
-            id=f"key_{secrets.token_hex(6)}", tenant=tenant, scopes=list(dict.fromkeys(scopes)), created_ms=now_ms(),
-            expires_ms=expires_ms, note=note,
-        )  # fmt: skip
+            id=f"key_{secrets.token_hex(6)}",
+            tenant=tenant,
+            scopes=list(dict.fromkeys(scopes)),
+            created_ms=now_ms(),
+            expires_ms=expires_ms,
+            note=note,
+        )
         await self._redis.hset(self._keys.api_keys, hash_of(secret), m.encode(key))
         return secret, key
 

@@ -110,9 +110,11 @@ class UsageBook:
         """
         call = lua.NoteResidency(
             residency=self._keys.residency(now_ms() // (DAY_S * 1000)),
-            max_digests=MAX_RESIDENT, others=OTHERS, ttl_s=(days + 1) * DAY_S,
+            max_digests=MAX_RESIDENT,
+            others=OTHERS,
+            ttl_s=(days + 1) * DAY_S,
             times=[lua.ResidencyRow(digest=digest, ms=ms) for digest, ms in ms_by_digest.items()],
-        )  # fmt: skip
+        )
         await self._scripts.run(call)
 
     async def residency(self, day: int) -> dict[str, float]:

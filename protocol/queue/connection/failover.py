@@ -57,9 +57,13 @@ class Sentinels:
     async def _ask(self, address: tuple[str, int]) -> list[bytes] | None:
         kind: Any = aioredis.Connection if self.tls is None else aioredis.SSLConnection
         connection = kind(
-            host=address[0], port=address[1], password=self.password, socket_timeout=ASK_S,
-            socket_connect_timeout=ASK_S, **(self.tls or {}),
-        )  # fmt: skip
+            host=address[0],
+            port=address[1],
+            password=self.password,
+            socket_timeout=ASK_S,
+            socket_connect_timeout=ASK_S,
+            **(self.tls or {}),
+        )
         try:
             async with asyncio.timeout(2 * ASK_S):
                 await connection.connect()

@@ -41,10 +41,15 @@ class Server:
         ahead_s = int(seconds) + int(micros) / 1e6 - (before_s + took_s / 2)
         name = "valkey" if "valkey_version" in info else "redis"
         return ServerFacts(
-            f"{name} {info.get(f'{name}_version', '?')}", str(info.get("maxmemory_policy", "")),
-            int(info.get("used_memory", 0)), int(info.get("maxmemory", 0)), bool(info.get("aof_enabled", 0)),
-            info.get("aof_last_write_status", "ok") == "ok", str(info.get("role", "")),
-            took_s * 1000, ahead_s * 1000,
+            f"{name} {info.get(f'{name}_version', '?')}",
+            str(info.get("maxmemory_policy", "")),
+            int(info.get("used_memory", 0)),
+            int(info.get("maxmemory", 0)),
+            bool(info.get("aof_enabled", 0)),
+            info.get("aof_last_write_status", "ok") == "ok",
+            str(info.get("role", "")),
+            took_s * 1000,
+            ahead_s * 1000,
             float(info.get("used_cpu_user_main_thread", 0)) + float(info.get("used_cpu_sys_main_thread", 0)),
             info.get("rdb_last_bgsave_status", "ok") == "ok",
-        )  # fmt: skip
+        )

@@ -75,9 +75,13 @@ class Batches:
         One that cannot be read ends here: it has failed, and what lay there is a dead letter. Raises NewerRecord.
         """
         call = lua.ClaimBatch(
-            batch=self._keys.batch(batch_id), open_batches=self._keys.open_batches, id=batch_id, tenant=tenant, gid=gid,
+            batch=self._keys.batch(batch_id),
+            open_batches=self._keys.open_batches,
+            id=batch_id,
+            tenant=tenant,
+            gid=gid,
             lease_ms=lease_ms,
-        )  # fmt: skip
+        )
         reply = await self._scripts.run(call)
         if not reply:
             return None
@@ -103,7 +107,7 @@ class Batches:
 
     async def save(
         self, batch: m.Batch, epoch: int, *, leaves: bool = False, wait_ms: int = 0, tries: int | None = None
-    ) -> bool:  # fmt: skip
+    ) -> bool:
         """Write how far a batch is. Returns False when another gateway runs it by now, or it has ended.
 
         leaves: this gateway runs it no longer, and another may: after `wait_ms`, or before all that wait. tries: by

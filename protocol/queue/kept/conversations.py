@@ -94,10 +94,15 @@ class StoredConversations:
         """Delete a conversation, or one of its items. Returns whether the tenant had it."""
         keys = self._keys
         call = lua.DropConversation(
-            conversation=keys.conversation(conversation_id), items=keys.conversation_items(conversation_id),
-            order=keys.conversation_order(conversation_id), turns=keys.conversation_turns(conversation_id),
-            conversations=keys.conversations(tenant), id=conversation_id, tenant=tenant, item_id=item_id,
-        )  # fmt: skip
+            conversation=keys.conversation(conversation_id),
+            items=keys.conversation_items(conversation_id),
+            order=keys.conversation_order(conversation_id),
+            turns=keys.conversation_turns(conversation_id),
+            conversations=keys.conversations(tenant),
+            id=conversation_id,
+            tenant=tenant,
+            item_id=item_id,
+        )
         return bool(await self._scripts.run(call))
 
     # ------------------------------------------------------------ asking

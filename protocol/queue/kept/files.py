@@ -73,9 +73,13 @@ class Files:
         """Forget a file, or give back the room that is held for it. Returns whether the tenant had it."""
         keys = self._keys
         call = lua.DropFile(
-            file=keys.file(file_id), files=keys.files(tenant), sizes=keys.file_sizes(tenant), expiry=keys.file_expiry,
-            id=file_id, tenant=tenant,
-        )  # fmt: skip
+            file=keys.file(file_id),
+            files=keys.files(tenant),
+            sizes=keys.file_sizes(tenant),
+            expiry=keys.file_expiry,
+            id=file_id,
+            tenant=tenant,
+        )
         return bool(await self._scripts.run(call))
 
     async def rank(self, tenant: str, file_id: str, *, oldest_first: bool) -> int | None:
@@ -101,9 +105,7 @@ class Files:
         parts = {member: _parts(member) for member in found}
         for member in (member for member, own in parts.items() if own is None):
             reason = "it is no file's name, which looks like TENANT:file-ID"
-            await set_aside(
-                self._scripts, self._keys, "file", member, reason, ("ZREM", self._keys.file_expiry, member)
-            )  # fmt: skip
+            await set_aside(self._scripts, self._keys, "file", member, reason, ("ZREM", self._keys.file_expiry, member))
         return [own for own in parts.values() if own is not None]
 
     async def put_off(self, files: Sequence[tuple[str, str]], at_ms: int) -> None:

@@ -65,9 +65,7 @@ class StoredJobs:
         """Delete a job and all that its requests have left; they must have ended. Returns False if it is unknown."""
         keys = self._keys
         idem = keys.idem(job.tenant, job.key) if job.key else ""
-        call = lua.Forget(
-            job=keys.job(job.jid), jobs=keys.jobs(job.tenant), idem=idem, jid=job.jid, rids=job.rids
-        )  # fmt: skip
+        call = lua.Forget(job=keys.job(job.jid), jobs=keys.jobs(job.tenant), idem=idem, jid=job.jid, rids=job.rids)
         return bool(await self._scripts.run(call))
 
     async def rank(self, tenant: str, jid: str) -> int | None:

@@ -126,10 +126,14 @@ class Webhooks:
         """
         keys = self._keys
         call = lua.AddDeliveries(
-            outbox=keys.outbox(tenant), times=keys.outbox_times(tenant), undelivered=keys.undelivered(tenant),
-            outboxes=keys.outboxes, tenant=tenant, max_waiting=max_waiting,
+            outbox=keys.outbox(tenant),
+            times=keys.outbox_times(tenant),
+            undelivered=keys.undelivered(tenant),
+            outboxes=keys.outboxes,
+            tenant=tenant,
+            max_waiting=max_waiting,
             deliveries=[lua.DeliveryRow(id=one.id, record=m.encode(one)) for one in deliveries],
-        )  # fmt: skip
+        )
         return await self._scripts.run(call)
 
     async def tenants_with_deliveries(self, num: int) -> list[str]:
@@ -145,9 +149,13 @@ class Webhooks:
         """
         keys = self._keys
         call = lua.TakeDeliveries(
-            outbox=keys.outbox(tenant), times=keys.outbox_times(tenant), outboxes=keys.outboxes, tenant=tenant, num=num,
+            outbox=keys.outbox(tenant),
+            times=keys.outbox_times(tenant),
+            outboxes=keys.outboxes,
+            tenant=tenant,
+            num=num,
             claim_ms=claim_ms,
-        )  # fmt: skip
+        )
         flat = await self._scripts.run(call)
         found: list[m.Delivery] = []
         lost: list[m.Delivery] = []

@@ -8,7 +8,7 @@ from protocol.wire.messages.base import Record, Wire
 
 BatchStatus = Literal[
     "validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"
-]  # fmt: skip
+]
 
 ENDED_BATCH = ("failed", "completed", "expired", "cancelled")
 """States of a batch in which nothing is done for it any more."""

@@ -9,8 +9,8 @@ import pytest
 from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet
 
 from lorafleet.__main__ import main
-from lorafleet.api import Api, add_flags
-from lorafleet.parser import Parser
+from lorafleet.shared.api import Api, add_flags
+from lorafleet.shared.parser import Parser
 from protocol.wire.errors import WorkerLost
 
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "n": 2, "background": True}

@@ -19,10 +19,10 @@ from gpu_worker.adapters.failures import LoadFailures
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import load_engine
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.request import EngineRequest, TokenOutput
 from gpu_worker.engine.runner import StepInputs
-from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.step_plan import StepPlan
+from gpu_worker.planning.request import EngineRequest, TokenOutput
+from gpu_worker.planning.sequence import Sequence
+from gpu_worker.planning.step_plan import StepPlan
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
 from peft_adapters.texts.tokenizer_json import AddedToken
 from protocol.runtime.backoff import Backoff

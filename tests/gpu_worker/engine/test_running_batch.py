@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.runner import HeadRows, RunningBatch
-from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.step_plan import StepPlan
+from gpu_worker.planning.request import EngineRequest
+from gpu_worker.planning.sequence import Sequence
+from gpu_worker.planning.step_plan import StepPlan
 from lora_kernels import ops
 from protocol.wire.messages import Sampling
 

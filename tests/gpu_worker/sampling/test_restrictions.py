@@ -14,9 +14,9 @@ from transformers import LogitsProcessor, NoBadWordsLogitsProcessor, SequenceBia
 from transformers.generation.logits_process import SuppressTokensLogitsProcessor
 
 from gpu_worker.engine.decoding import sample_rows
-from gpu_worker.engine.request import EngineRequest
-from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.stop import StopRules
+from gpu_worker.planning.request import EngineRequest
+from gpu_worker.planning.sequence import Sequence
+from gpu_worker.planning.stop import StopRules
 from gpu_worker.sampling.adjustment import Adjustment
 from gpu_worker.sampling.grammars import words_of
 from gpu_worker.sampling.sampling import SampleRow, sample

@@ -14,7 +14,7 @@ from helpers.adapter_loading import Loading
 
 from gpu_worker.engine.base import BaseEngine
 from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.engine.request import EngineRequest, EngineStats, TokenOutput
+from gpu_worker.planning.request import EngineRequest, EngineStats, TokenOutput
 from protocol.wire.errors import LorafleetError
 from protocol.wire.messages import Sampling
 

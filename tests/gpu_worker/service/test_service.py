@@ -15,7 +15,7 @@ from helpers.full_memory import full_memory
 from helpers.waiting import wait_until
 
 from benchmarks.common.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine, fake_served
-from gpu_worker.engine.request import EngineRequest, EngineStats
+from gpu_worker.planning.request import EngineRequest, EngineStats
 from gpu_worker.service import service
 from gpu_worker.service.outbox import OutboxRecovery
 from gpu_worker.service.owned import OwnedRequest

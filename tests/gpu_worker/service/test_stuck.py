@@ -16,7 +16,7 @@ PROGRAM = """
 import re, sys
 from types import SimpleNamespace
 from benchmarks.common.fake_worker import fake_served
-from gpu_worker.engine.request import EngineStats
+from gpu_worker.planning.request import EngineStats
 from gpu_worker.service import service
 from gpu_worker.engine.engine_thread import EngineThread
 from protocol.runtime.service import run

@@ -30,7 +30,7 @@ from tokenizers import Tokenizer
 
 from adapter_store.service import serve as serve_store
 from benchmarks.common.fake_worker import FakeEngine, fake_served
-from gpu_worker.engine.request import TokenOutput
+from gpu_worker.planning.request import TokenOutput
 from gpu_worker.service.service import WorkerService
 from lorafleet.launcher.embedded import start_embedded
 from protocol.queue.bus import Bus

@@ -18,10 +18,10 @@ import pytest
 from helpers.waiting import wait_until
 
 from lorafleet.__main__ import main
-from lorafleet.api import Api, add_flags
 from lorafleet.launcher.embedded import start_embedded
 from lorafleet.launcher.records import LocalFleet, registered, running
-from lorafleet.parser import Parser
+from lorafleet.shared.api import Api, add_flags
+from lorafleet.shared.parser import Parser
 from lorafleet.up import own_key
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings

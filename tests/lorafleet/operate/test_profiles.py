@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lorafleet.api import DEFAULT_URL, Api, add_flags
-from lorafleet.parser import Parser
-from lorafleet.profiles import load_profile
+from lorafleet.shared.api import DEFAULT_URL, Api, add_flags
+from lorafleet.shared.parser import Parser
+from lorafleet.shared.profiles import load_profile
 from protocol.wire.errors import BadRequest
 
 

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.engine.engine import Engine
-from gpu_worker.engine.request import EngineRequest
 from gpu_worker.engine.runner import StepInputs
 from gpu_worker.model.prepare import prepare_model
+from gpu_worker.planning.request import EngineRequest
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config
 from protocol.runtime.settings import Settings
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpu_worker.engine.request import TokenOutput
+from gpu_worker.planning.request import TokenOutput
 from gpu_worker.service.outbox import add_outputs
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from lorafleet.launcher.embedded import EmbeddedServer

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
-from lorafleet.examples import EXAMPLES
+from lorafleet.shared.examples import EXAMPLES
 
 
 class Parser(argparse.ArgumentParser):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gpu_worker.engine.states import OUTPUT_TOKENS, PROMPT_TOKENS, StatePool, worth_saving
+from gpu_worker.planning.states import OUTPUT_TOKENS, PROMPT_TOKENS, StatePool, worth_saving
 from protocol.runtime.settings import BLOCK_TOKENS
 
 

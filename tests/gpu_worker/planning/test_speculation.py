@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpu_worker.engine.speculation import MAX_PAUSE, Drafter
+from gpu_worker.planning.speculation import MAX_PAUSE, Drafter
 
 
 def tokens(*ids: int) -> np.ndarray:

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
-from lorafleet.api import PROFILE_VARIABLE, URL_VARIABLE
 from lorafleet.launcher import lifeline
-from lorafleet.parser import Parser
+from lorafleet.shared.api import PROFILE_VARIABLE, URL_VARIABLE
+from lorafleet.shared.parser import Parser
 from protocol.runtime.redaction import redact
 from protocol.runtime.settings import CONFIG_VARIABLE, Settings
 from protocol.wire.errors import BadRequest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gpu_worker.engine.request import EngineRequest
+from gpu_worker.planning.request import EngineRequest
 from protocol.wire.errors import BadRequest
 from protocol.wire.text import OutputText, StopRule
 from protocol.wire.tokens import TokenTable

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.step_limit import StepTime
+from gpu_worker.planning.sequence import Sequence
+from gpu_worker.planning.step_limit import StepTime
 
 
 @dataclass(slots=True)

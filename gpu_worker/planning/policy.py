@@ -15,11 +15,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from gpu_worker.engine.request import BATCH_PRIORITY
-from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.spending import Spending
-from gpu_worker.engine.step_limit import ALONE_EVERY, BATCH_STEP, PROMPT_SHARE, StepLimit, StepTime
-from gpu_worker.engine.step_plan import StepPlan
+from gpu_worker.planning.request import BATCH_PRIORITY
+from gpu_worker.planning.sequence import Sequence
+from gpu_worker.planning.spending import Spending
+from gpu_worker.planning.step_limit import ALONE_EVERY, BATCH_STEP, PROMPT_SHARE, StepLimit, StepTime
+from gpu_worker.planning.step_plan import StepPlan
 from protocol.runtime.settings import SHORT_STEP_TOKENS_PER_SEQ, SHORT_STEPS_AFTER
 from protocol.wire.messages import StepModel
 

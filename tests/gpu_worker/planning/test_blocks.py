@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from gpu_worker.engine.blocks import BlockPool, chain_hash, chain_seed
+from gpu_worker.planning.blocks import BlockPool, chain_hash, chain_seed
 from lora_kernels import ops
 from protocol.runtime.settings import BLOCK_TOKENS
 

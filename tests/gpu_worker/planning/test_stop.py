@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from gpu_worker.engine.request import EngineRequest
-from gpu_worker.engine.stop import StopRules
+from gpu_worker.planning.request import EngineRequest
+from gpu_worker.planning.stop import StopRules
 from peft_adapters.texts.tokenizer_json import BaseTokens
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Sampling

@@ -8,11 +8,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from lorafleet.api import add_json_flag, print_json
-from lorafleet.flags import add_settings, load_settings
 from lorafleet.launcher.embedded import with_queue
 from lorafleet.launcher.records import the_only
-from lorafleet.parser import Parser
+from lorafleet.shared.api import add_json_flag, print_json
+from lorafleet.shared.flags import add_settings, load_settings
+from lorafleet.shared.parser import Parser
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import PermissionDenied, Unavailable

@@ -6,10 +6,10 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from gpu_worker.engine.blocks import chain_hash, chain_seed
-from gpu_worker.engine.request import EngineRequest, TokenOutput
-from gpu_worker.engine.speculation import Drafter
-from gpu_worker.engine.stop import StopRules
+from gpu_worker.planning.blocks import chain_hash, chain_seed
+from gpu_worker.planning.request import EngineRequest, TokenOutput
+from gpu_worker.planning.speculation import Drafter
+from gpu_worker.planning.stop import StopRules
 from gpu_worker.sampling.adjustment import Adjustment
 from gpu_worker.sampling.grammars import GrammarMatcher
 from gpu_worker.sampling.logprobs import PromptLogprobs

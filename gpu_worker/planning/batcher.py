@@ -13,12 +13,12 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from gpu_worker.engine.blocks import BlockPool
-from gpu_worker.engine.policy import MAX_SKIPS, BatchLimits, StepPolicy
-from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.states import StatePool
-from gpu_worker.engine.step_limit import StepTime
-from gpu_worker.engine.step_plan import StepPlan
+from gpu_worker.planning.blocks import BlockPool
+from gpu_worker.planning.policy import MAX_SKIPS, BatchLimits, StepPolicy
+from gpu_worker.planning.sequence import Sequence
+from gpu_worker.planning.states import StatePool
+from gpu_worker.planning.step_limit import StepTime
+from gpu_worker.planning.step_plan import StepPlan
 from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire.messages import StepModel
 
@@ -52,9 +52,13 @@ class Batcher:
     """
 
     def __init__(
-        self, limits: BatchLimits, blocks: BlockPool, slots: AdapterSlots, fingerprint: str,
+        self,
+        limits: BatchLimits,
+        blocks: BlockPool,
+        slots: AdapterSlots,
+        fingerprint: str,
         states: StatePool | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """states: of a model whose layers keep states, with a slot for every sequence that may run."""
         self.limits = limits
         self.blocks = blocks
@@ -182,10 +186,13 @@ class Batcher:
         In a step whose time is limited, sequences that yield get none.
         """
         decoding = [
-            seq for seq, num_new in plan.num_new.items()
-            if seq.num_pending == num_new == 1 and seq.drafter and (plan.limited is None or self.policy.is_first(seq))
+            seq
+            for seq, num_new in plan.num_new.items()
+            if seq.num_pending == num_new == 1
+            and seq.drafter
+            and (plan.limited is None or self.policy.is_first(seq))
             and (seq.matcher is None or seq.matcher.filling is None)
-        ]  # fmt: skip
+        ]
         room = min(self.limits.max_draft_step_tokens, self.limits.max_step_tokens) - plan.num_tokens
         for i, seq in enumerate(decoding):
             share = room // (len(decoding) - i)  # what one leaves goes to the next ones

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from gpu_worker.engine.batcher import Batcher, BatchLimits
-from gpu_worker.engine.blocks import BlockPool
-from gpu_worker.engine.request import EngineRequest
-from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.step_plan import StepPlan
+from gpu_worker.planning.batcher import Batcher, BatchLimits
+from gpu_worker.planning.blocks import BlockPool
+from gpu_worker.planning.request import EngineRequest
+from gpu_worker.planning.sequence import Sequence
+from gpu_worker.planning.step_plan import StepPlan
 from protocol.wire.messages import Sampling
 
 

@@ -13,8 +13,8 @@ from urllib.parse import quote
 import httpx2
 
 from lorafleet.launcher.records import LocalFleet, the_only
-from lorafleet.parser import Parser, suggestion
-from lorafleet.profiles import config_file, load_profile, read_key
+from lorafleet.shared.parser import Parser, suggestion
+from lorafleet.shared.profiles import config_file, load_profile, read_key
 from protocol.wire.errors import BadRequest, LorafleetError, NotFound, PermissionDenied, Unauthorized, Unavailable
 from protocol.wire.lines import iter_lines
 
@@ -35,13 +35,17 @@ def add_flags(parser: Parser) -> None:
         "--key", metavar="KEY", help="API key; other users of this machine can see it in the process list"
     )
     parser.add_argument(
-        "--api-key-file", type=Path, metavar="FILE",
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
         help=f"file with the API key (default: ${KEY_VARIABLE}, the profile's, or that of the fleet on this machine)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--profile", metavar="NAME", default=os.environ.get(PROFILE_VARIABLE, ""),
+        "--profile",
+        metavar="NAME",
+        default=os.environ.get(PROFILE_VARIABLE, ""),
         help=f"a profile in {config_file()} (default: ${PROFILE_VARIABLE}, or the file's default)",
-    )  # fmt: skip
+    )
 
 
 def add_json_flag(parser: Parser) -> None:

@@ -12,15 +12,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gpu_worker.engine.batcher import MAX_SKIPS, Batcher, BatchLimits
-from gpu_worker.engine.blocks import BlockPool
-from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.speculation import Drafter
-from gpu_worker.engine.step_plan import StepPlan
+from gpu_worker.planning.batcher import MAX_SKIPS, Batcher, BatchLimits
+from gpu_worker.planning.blocks import BlockPool
+from gpu_worker.planning.sequence import Sequence
+from gpu_worker.planning.speculation import Drafter
+from gpu_worker.planning.step_plan import StepPlan
 from gpu_worker.sampling.logprobs import PromptLogprobs
 from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire.messages import StepModel
-from tests.gpu_worker.engine.batches import FakeSlots, finish_step, make_batcher, make_seq
+from tests.gpu_worker.planning.batches import FakeSlots, finish_step, make_batcher, make_seq
 
 
 class Cache:

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import pytest
 
-from gpu_worker.engine.policy import BatchLimits, StepPolicy
-from gpu_worker.engine.sequence import Sequence
-from gpu_worker.engine.step_limit import StepTime
-from gpu_worker.engine.step_plan import StepPlan
+from gpu_worker.planning.policy import BatchLimits, StepPolicy
+from gpu_worker.planning.sequence import Sequence
+from gpu_worker.planning.step_limit import StepTime
+from gpu_worker.planning.step_plan import StepPlan
 from protocol.wire.messages import StepModel
-from tests.gpu_worker.engine.batches import make_seq
+from tests.gpu_worker.planning.batches import make_seq
 
 CHEAP = StepModel(a=1.0, b=0.01)
 DEAR = StepModel(a=1.0, b=2.0)  # a decode takes longer than an empty step

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
-from gpu_worker.engine.sequence import Sequence
+from gpu_worker.planning.sequence import Sequence
 from protocol.runtime.settings import BLOCK_TOKENS
 
 PROMPT_TOKENS = 256

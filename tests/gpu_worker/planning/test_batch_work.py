@@ -6,12 +6,12 @@ from itertools import count
 
 import numpy as np
 
-from gpu_worker.engine.batcher import Batcher
-from gpu_worker.engine.sequence import Sequence
 from gpu_worker.engine.step_model import StepMeter, StepWork
+from gpu_worker.planning.batcher import Batcher
+from gpu_worker.planning.sequence import Sequence
 from protocol.runtime.settings import SHORT_STEPS_AFTER
 from protocol.wire.messages import StepModel
-from tests.gpu_worker.engine.batches import finish_step, make_batcher, make_seq
+from tests.gpu_worker.planning.batches import finish_step, make_batcher, make_seq
 
 
 def filled(*others: Sequence, num: int = 6) -> tuple[Batcher, list[Sequence]]:
