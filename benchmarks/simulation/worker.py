@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
 
-from protocol.runtime.settings import BLOCK_TOKENS, SHORT_STEP_TOKENS_PER_SEQ, SHORT_STEPS_AFTER
+from gpu_worker.planning.step_limit import SHORT_STEP_TOKENS_PER_SEQ, SHORT_STEPS_AFTER
+from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire import messages as m
 from scheduler.placement import AdapterFacts, Bandwidths
 from scheduler.request import BASE

@@ -18,9 +18,16 @@ from typing import Protocol
 from gpu_worker.planning.request import BATCH_PRIORITY
 from gpu_worker.planning.sequence import Sequence
 from gpu_worker.planning.spending import Spending
-from gpu_worker.planning.step_limit import ALONE_EVERY, BATCH_STEP, PROMPT_SHARE, StepLimit, StepTime
+from gpu_worker.planning.step_limit import (
+    ALONE_EVERY,
+    BATCH_STEP,
+    PROMPT_SHARE,
+    SHORT_STEP_TOKENS_PER_SEQ,
+    SHORT_STEPS_AFTER,
+    StepLimit,
+    StepTime,
+)
 from gpu_worker.planning.step_plan import StepPlan
-from protocol.runtime.settings import SHORT_STEP_TOKENS_PER_SEQ, SHORT_STEPS_AFTER
 from protocol.wire.messages import StepModel
 
 MAX_SKIPS = 64

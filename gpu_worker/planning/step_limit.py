@@ -37,6 +37,16 @@ BATCH_STEP = 3.0
 """Times as long as an empty step a step of nothing but batch work may take, while others may come soon: a newcomer
 waits for its end."""
 
+SHORT_STEP_TOKENS_PER_SEQ = 2
+"""Tokens of a short step, per request that a worker may run at once.
+
+Prompts that yield are computed in short steps while there are requests that do not: a prompt that arrives during a step
+waits for its end. At two tokens per sequence, decodes take one each and leave as many for prompts.
+"""
+
+SHORT_STEPS_AFTER = 64
+"""Steps that stay short after the last request that does not yield: an occasional client soon asks again."""
+
 
 class StepTime:
     """Predicts how long a step takes while work is added to it."""

@@ -20,16 +20,6 @@ CONFIG_VARIABLE = "LORAFLEET_CONFIG"
 BLOCK_TOKENS = 16
 """Tokens of a KV block."""
 
-SHORT_STEP_TOKENS_PER_SEQ = 2
-"""Tokens of a short step, per request that a worker may run at once.
-
-Prompts that yield are computed in short steps while there are requests that do not: a prompt that arrives during a step
-waits for its end. At two tokens per sequence, decodes take one each and leave as many for prompts.
-"""
-
-SHORT_STEPS_AFTER = 64
-"""Steps that stay short after the last request that does not yield: an occasional client soon asks again."""
-
 
 class Settings(BaseSettings):
     """The settings of all services; each reads those it needs. Units are in the names.

@@ -9,7 +9,7 @@ import numpy as np
 from gpu_worker.engine.step_model import StepMeter, StepWork
 from gpu_worker.planning.batcher import Batcher
 from gpu_worker.planning.sequence import Sequence
-from protocol.runtime.settings import SHORT_STEPS_AFTER
+from gpu_worker.planning.step_limit import SHORT_STEPS_AFTER
 from protocol.wire.messages import StepModel
 from tests.gpu_worker.planning.batches import finish_step, make_batcher, make_seq
 

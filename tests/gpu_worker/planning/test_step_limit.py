@@ -10,8 +10,7 @@ import pytest
 from gpu_worker.engine.step_model import StepMeter, StepWork
 from gpu_worker.planning.batcher import Batcher
 from gpu_worker.planning.sequence import Sequence
-from gpu_worker.planning.step_limit import ALONE_EVERY
-from protocol.runtime.settings import SHORT_STEPS_AFTER
+from gpu_worker.planning.step_limit import ALONE_EVERY, SHORT_STEPS_AFTER
 from protocol.wire.messages import StepModel
 from tests.gpu_worker.planning.batches import finish_step, make_batcher, make_seq
 
