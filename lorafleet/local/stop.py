@@ -23,11 +23,9 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Stop the fleet and wait for its end; return the exit code. Raises BadRequest if none is chosen."""
     fleet = records.chosen(args.url)
-    _signal(fleet)
+    _send(fleet, signal.SIGTERM)
     if args.now:
-        time.sleep(POLL_S)  # the second signal is another one only once the first has been handled
-        if records.is_running(fleet):
-            _signal(fleet)
+        _send(fleet, signal.SIGINT)  # not SIGTERM again: of two of a kind that wait, a process gets one
     else:
         print(f"stopping {fleet.url}: finishing accepted requests; `lorafleet stop --now` does not wait", flush=True)
     while records.is_running(fleet):
@@ -36,6 +34,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _signal(fleet: records.LocalFleet) -> None:
+def _send(fleet: records.LocalFleet, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):  # it has ended by itself meanwhile
-        os.kill(fleet.pid, signal.SIGTERM)
+        os.kill(fleet.pid, number)

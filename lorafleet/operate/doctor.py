@@ -23,7 +23,7 @@ from lorafleet.launcher.embedded import with_queue
 from lorafleet.launcher.machine import memory_bytes
 from lorafleet.operate import checkup
 from lorafleet.operate.checkup import Finding, worst
-from lorafleet.shared.api import Api, add_flags, add_json_flag, print_json
+from lorafleet.shared.api import Api, add_flags, add_json_flag, given_url, print_json
 from lorafleet.shared.flags import add_settings
 from lorafleet.shared.on_queue import load_local_settings
 from lorafleet.shared.parser import Parser
@@ -51,7 +51,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code: 1 if anything is a problem. Raises BadRequest for wrong settings."""
-    settings = load_local_settings(args)
+    settings = load_local_settings(args, given_url(args))
     gateway = _of_gateway(args)
     queue = asyncio.run(_of_queue(settings, is_needed=worst(gateway) == "problem"))
     found = [*gateway, *queue, *of_machine(settings)]
@@ -73,7 +73,8 @@ def _of_gateway(args: argparse.Namespace) -> list[Finding]:
     """Ask the gateway, as clients do. Raises BadRequest for a wrong profile."""
     with Api(args) as api:
         try:
-            state = api.health()["status"]
+            health = api.health()
+            state = health["status"]
             answer = api.request("GET", "/version")
         except (Unauthorized, PermissionDenied) as error:
             advice = "give an API key: --api-key-file or $OPENAI_API_KEY; `lorafleet keys create` makes one"
@@ -85,7 +86,7 @@ def _of_gateway(args: argparse.Namespace) -> list[Finding]:
         advice = "see what is wrong with the workers and the queue below, and their logs: `lorafleet logs`"
         return [Finding("gateway", "problem", f"{api.url} is not ready: {state}", advice)]
     date = parsedate_to_datetime(answer.headers["date"]).timestamp() if "date" in answer.headers else None
-    found = [Finding("gateway", "ok", f"{api.url} is {state}")]
+    found = [Finding("gateway", "ok", f"{api.url} is {state}"), *checkup.of_history(health.get("history"))]
     if date is not None:  # it has whole seconds
         ahead_ms = 1000 * (date + 0.5 - time.time())
         found.append(checkup.of_clock("gateway's clock", ahead_ms if abs(ahead_ms) > 1500 else 0.0))

@@ -63,6 +63,11 @@ def in_path(text: str) -> str:
     return quote(text, safe="/:@")
 
 
+def given_url(args: argparse.Namespace) -> str:
+    """Return the gateway's address as flag, variable or profile give it, "" if none does. Raises BadRequest."""
+    return args.url or os.environ.get(URL_VARIABLE) or load_profile(args.profile).url
+
+
 class Api:
     """A client of one gateway."""
 
@@ -74,7 +79,7 @@ class Api:
         """
         is_given = fleet is not None
         profile = load_profile(args.profile)
-        url = args.url or os.environ.get(URL_VARIABLE) or profile.url
+        url = given_url(args)
         if fleet is None and not url:
             fleet = the_only()
         url = fleet.url if fleet is not None else url or DEFAULT_URL

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.launcher.embedded import with_queue
-from lorafleet.launcher.records import the_only
+from lorafleet.launcher.records import running, the_only
 from lorafleet.shared.api import add_json_flag, print_json
 from lorafleet.shared.flags import add_settings, load_settings
 from lorafleet.shared.parser import Parser
@@ -20,15 +20,19 @@ from protocol.wire.errors import PermissionDenied, Unavailable
 FLAGS = ("redis_url", "redis_password_file", "data")
 
 
-def load_local_settings(args: argparse.Namespace) -> Settings:
+def load_local_settings(args: argparse.Namespace, url: str | None = None) -> Settings:
     """Return the settings; without a queue and a data folder in them, with the folder of the fleet on this machine.
 
+    url: of its gateway, as a command was given it, "" if it was not; None for a command that takes none.
     Raises BadRequest, also where several fleets could be meant.
     """
     settings = load_settings(args)
     if {"redis_url", "data"} & settings.model_fields_set:
         return settings
-    fleet = the_only("--data")
+    if url:
+        fleet = next((one for one in running() if one.url == url.rstrip("/")), None)
+    else:
+        fleet = the_only("--data" if url is None else "--url")
     return settings if fleet is None else settings.model_copy(update={"data": Path(fleet.data)})
 
 

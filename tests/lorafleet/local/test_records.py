@@ -29,8 +29,14 @@ from protocol.runtime.settings import Settings
 RUN = """
 import os, signal, sys, threading, time
 from lorafleet.launcher.records import LocalFleet, registered
-ended = threading.Event()
-signal.signal(signal.SIGTERM, lambda *_: ended.set())
+ended, num = threading.Event(), int(sys.argv[3])
+def stop(*_):
+    global num
+    num -= 1
+    if num == 0:
+        ended.set()
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, stop)
 with registered(LocalFleet(os.getpid(), sys.argv[1], "tiny", sys.argv[2], sys.argv[2], time.time())):
     print("registered", flush=True)
     ended.wait()
@@ -50,8 +56,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @contextmanager
-def fleet_process(url: str, data: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", RUN, url, str(data)]
+def fleet_process(url: str, data: Path, num_signals: int = 1) -> Iterator[subprocess.Popen[str]]:
+    """Run what looks like a fleet, until it has handled so many signals."""
+    command = [sys.executable, "-c", RUN, url, str(data), str(num_signals)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -163,6 +170,12 @@ def test_of_several_fleets_one_has_to_be_chosen(tmp_path: Path, capsys: pytest.C
             assert "2 fleets run on this machine: http://127.0.0.1:" in told
             assert f"choose one with {'--data' if words[0] == 'keys' else '--url'}" in told
             assert f"data in {tmp_path}" in told
+        assert main(["doctor"]) == 2
+        assert "choose one with --url" in capsys.readouterr().err
+        assert main(["doctor", "--json", "--url", "http://127.0.0.1:2"]) == 1
+        found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+        assert "http://127.0.0.1:2" in found["gateway"]["text"]
+        assert str(tmp_path) in found["disk"]["text"]
         assert main(["workers", "list", "--url", "http://127.0.0.1:2"]) == 1
         assert "cannot reach the gateway at http://127.0.0.1:2" in capsys.readouterr().err
         assert main(["status", "--json"]) == 1
@@ -180,6 +193,26 @@ async def test_stop_ends_a_fleet_and_waits_for_it(tmp_path: Path, capsys: pytest
         assert main(["stop"]) == 0
         assert process.wait() == 0
     assert "http://127.0.0.1:1 has stopped" in capsys.readouterr().out
+
+
+def process_facts(pid: int) -> dict[str, str]:
+    """Return what the kernel says of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: text.strip() for name, _, text in (line.partition(":") for line in lines)}
+
+
+async def test_stop_now_is_two_signals_however_late_they_are_handled(tmp_path: Path) -> None:
+    codes: list[int] = []
+    stopping = threading.Thread(target=lambda: codes.append(main(["stop", "--now"])))
+    with fleet_process("http://127.0.0.1:1", tmp_path, num_signals=2) as process:
+        process.send_signal(signal.SIGSTOP)
+        await wait_until(lambda: process_facts(process.pid)["State"].startswith("T"), "the process stands still")
+        stopping.start()
+        await wait_until(lambda: int(process_facts(process.pid)["ShdPnd"], 16).bit_count() == 2, "two signals wait")
+        process.send_signal(signal.SIGCONT)
+        assert process.wait() == 0
+    stopping.join()
+    assert codes == [0]
 
 
 def pid_of_nobody() -> int:
