@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lorafleet.launcher.embedded import with_queue
 from lorafleet.launcher.records import running, the_only
@@ -15,7 +16,10 @@ from lorafleet.shared.flags import add_settings, load_settings
 from lorafleet.shared.parser import Parser
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError
 from protocol.runtime.settings import Settings
-from protocol.wire.errors import PermissionDenied, Unavailable
+from protocol.wire.brief import brief
+from protocol.wire.errors import BadRequest, PermissionDenied, Unavailable
+
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})  # noqa: S104  nothing is bound to it
 
 FLAGS = ("redis_url", "redis_password_file", "data")
 
@@ -30,10 +34,20 @@ def load_local_settings(args: argparse.Namespace, url: str | None = None) -> Set
     if {"redis_url", "data"} & settings.model_fields_set:
         return settings
     if url:
-        fleet = next((one for one in running() if one.url == url.rstrip("/")), None)
+        fleet = next((one for one in running() if _address(one.url) == _address(url)), None)
     else:
         fleet = the_only("--data" if url is None else "--url")
     return settings if fleet is None else settings.model_copy(update={"data": Path(fleet.data)})
+
+
+def _address(url: str) -> tuple[str, int | None]:
+    """Return host and port of a URL; this machine has one name. Raises BadRequest for a URL without a number as port."""
+    parts = urlsplit(url)
+    host = (parts.hostname or "").lower()
+    try:
+        return "localhost" if host in LOOPBACK else host, parts.port
+    except ValueError as error:
+        raise BadRequest(f"--url {brief(url)}: {error}") from error
 
 
 def add_flags(parser: Parser, *more: str) -> None:

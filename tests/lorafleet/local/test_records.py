@@ -172,9 +172,9 @@ def test_of_several_fleets_one_has_to_be_chosen(tmp_path: Path, capsys: pytest.C
             assert f"data in {tmp_path}" in told
         assert main(["doctor"]) == 2
         assert "choose one with --url" in capsys.readouterr().err
-        assert main(["doctor", "--json", "--url", "http://127.0.0.1:2"]) == 1
+        assert main(["doctor", "--json", "--url", "http://localhost:2"]) == 1
         found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
-        assert "http://127.0.0.1:2" in found["gateway"]["text"]
+        assert "http://localhost:2" in found["gateway"]["text"]
         assert str(tmp_path) in found["disk"]["text"]
         assert main(["workers", "list", "--url", "http://127.0.0.1:2"]) == 1
         assert "cannot reach the gateway at http://127.0.0.1:2" in capsys.readouterr().err
