@@ -173,6 +173,7 @@ async def test_tools_are_called_and_their_results_sent(bus: Bus, fleet: Scripted
     async with running_gateway(bus, folder) as gateway, running_browser() as browser:
         tab = Tab(await browser.new_page(), gateway.url)
         await start(tab)
+        assert await tab.page.locator("input[type=file]").count() == 0, "no picture is offered that is not served"
         await tab.page.get_by_label("Tools").fill('{"not": "a list"}')
         await send(tab, "is it warm?")
         await tab.page.locator(".answers").get_by_role("alert").filter(has_text="expected a JSON array").wait_for()
