@@ -96,12 +96,14 @@ class CallResponse(Response):
                 raise
             await self.write(failed(error_of(failure)), more=False)
         finally:
-            await _end(coming)
-            await self._unwatch()
-            if not coming.cancelled() and coming.exception() is None:
-                result = coming.result()
-                if isinstance(result, SentAnswer):
-                    await result.close()
+            try:
+                await _end(coming)
+                if not coming.cancelled() and coming.exception() is None:
+                    result = coming.result()
+                    if isinstance(result, SentAnswer):
+                        await result.close()  # before anything else is waited for, in which this may be cancelled
+            finally:
+                await self._unwatch()
 
     def client(self) -> asyncio.Task[None]:
         """Return the task that ends when the client leaves."""

@@ -130,17 +130,27 @@ class JsonRoute(APIRoute):
             return
         async with self._making:
             if not self._is_made:
-                await asyncio.to_thread(getattr, self, "endpoint")
+                await asyncio.to_thread(self._make)
 
-    def __getattr__(self, name: str) -> Any:
-        """Make the rest of this route; return an attribute of it. Raises AttributeError, and what FastAPI raises."""
+    def _make(self) -> None:
+        """Make the rest of this route, unless somebody has; wait for another thread that does. As often as it fails."""
         with _filling:  # the page of the API is made in a thread, beside requests
-            fill = self.__dict__.pop("_fill", None)
-            if fill is not None:
+            fill = self.__dict__.pop("_fill", None)  # FastAPI asks for attributes meanwhile
+            if fill is None:
+                return
+            try:
                 fill()
                 # FastAPI reads the source of a handler at its first call, to name it in errors, and keeps that.
                 getattr(routing, "_extract_endpoint_context")(self.dependant.call)  # noqa: B009  private
-                self._is_made = True
+            except BaseException:
+                self._fill = fill
+                raise
+            self._is_made = True
+
+    def __getattr__(self, name: str) -> Any:
+        """Make the rest of this route; return an attribute of it. Raises AttributeError, and what FastAPI raises."""
+        with _filling:
+            self._make()
             if name not in self.__dict__:
                 raise AttributeError(f"{type(self).__name__} has no {name}")
             return self.__dict__[name]

@@ -23,19 +23,33 @@ After = Callable[[int], list[int]]
 """Returns a client's position in each of so many choices; raises BadRequest for a wrong event id."""
 
 
+def error_event(error: LorafleetError) -> bytes:
+    """Return the event of an error in a stream of chunks."""
+    return SSE.event(OPENAI_ERRORS.body(error))
+
+
 class JobStream(SentAnswer):
     """Streams the choices of a job until all have ended."""
 
     def __init__(
-        self, readers: JobReaders, jid: str, tenant: str, opening: Opening, after: After, *, with_ids: bool = True
+        self,
+        readers: JobReaders,
+        jid: str,
+        tenant: str,
+        opening: Opening,
+        after: After,
+        *,
+        with_ids: bool = True,
+        failed: Callable[[LorafleetError], bytes] = error_event,
     ) -> None:
-        """`tenant`: whose job it is. `with_ids`: whether events carry ids."""
+        """`tenant`: whose job it is. `with_ids`: whether events carry ids. `failed`: returns the event of an error."""
         self._readers = readers
         self._jid = jid
         self._tenant = tenant
         self._opening = opening
         self._after = after
         self._with_ids = with_ids
+        self._failed = failed
         self._known: list[int] = []  # the client's position in each choice
 
     async def send(self, to: CallResponse) -> None:
@@ -51,7 +65,7 @@ class JobStream(SentAnswer):
 
     def failed(self, error: LorafleetError) -> bytes:
         """Return the event that a stream ends with that fails."""
-        return SSE.event(OPENAI_ERRORS.body(error))
+        return self._failed(error)
 
     async def close(self) -> None:
         """Do nothing: a job goes on without its readers."""

@@ -63,16 +63,18 @@ class MemoryAccount:
 class Charge:
     """What one call, or one connection, is charged."""
 
-    __slots__ = ("_account", "_holder", "num_bytes")
+    __slots__ = ("_account", "_holder", "_is_closed", "num_bytes")
 
     def __init__(self, account: MemoryAccount, holder: str) -> None:
         self._account = account
         self._holder = holder
+        self._is_closed = False
         self.num_bytes = 0
 
     def hold(self, num_bytes: int) -> None:
         """Be charged so many bytes instead of those before, which stay charged where that raises.
 
+        Once it is closed it does nothing: work in a thread may outlive its call, and nobody would give its bytes back.
         Raises as `MemoryAccount.move`, and BadRequest for what could never be charged.
         """
         if num_bytes > self._account.max_share:
@@ -81,8 +83,9 @@ class Charge:
                 f" {self._account.max_share}: ask for fewer tokens, choices or logprobs",
                 code="limit_exceeded",
             )
-        self._account.move(self._holder, num_bytes - self.num_bytes)
-        self.num_bytes = num_bytes
+        if not self._is_closed:
+            self._account.move(self._holder, num_bytes - self.num_bytes)
+            self.num_bytes = num_bytes
 
     def beside(self) -> Charge:
         """Return a charge of nothing to the same holder."""
@@ -90,6 +93,7 @@ class Charge:
 
     def close(self) -> None:
         """Be charged nothing any more. A second time does nothing."""
+        self._is_closed = True
         self._account.move(self._holder, -self.num_bytes)
         self.num_bytes = 0
 

@@ -56,6 +56,11 @@ FRAMING = Framing(SSE.media_type, lambda body: b"event: error\ndata: " + body + 
 """How errors, and what only keeps the connection alive, stand in a stream."""
 
 
+def error_event(error: LorafleetError) -> bytes:
+    """Return the event of an error in a stream of which it is not known how many events were sent."""
+    return FRAMING.event(STREAM_ERRORS.body(error))
+
+
 @dataclass(frozen=True, slots=True)
 class End:
     """How an answer has ended, or that it has not."""

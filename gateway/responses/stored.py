@@ -22,7 +22,7 @@ from gateway.jobs.job_events import JobEvents
 from gateway.jobs.job_stream import JobStream
 from gateway.jobs.jobs import Facts, Jobs, state_of
 from gateway.responses.items import Item
-from gateway.responses.response_write import ID_PREFIX, End, ResponseWriter, failure_of, writer_of
+from gateway.responses.response_write import ID_PREFIX, End, ResponseWriter, error_event, failure_of, writer_of
 from gateway.responses.stream import ResponseEvents
 from protocol.wire import messages as m
 from protocol.wire.brief import brief
@@ -71,7 +71,9 @@ class StoredResponses:
             writer.after = -1
             return ResponseEvents(self._pipeline.bus, choices, writer)
 
-        return JobStream(self._jobs.readers, job.jid, job.tenant, opened, lambda _: [after], with_ids=False)
+        return JobStream(
+            self._jobs.readers, job.jid, job.tenant, opened, lambda _: [after], with_ids=False, failed=error_event
+        )
 
     async def input_items(self, job: m.Job) -> list[Item]:
         """Return the items that a response was made of. Raises NotFound."""

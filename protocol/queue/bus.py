@@ -400,7 +400,7 @@ class Bus:
         num_bytes = int(await self._redis.strlen(key))
         if self._seal is not None:
             raw = await self._range(key, 0, num_bytes)
-            raw = await asyncio.to_thread(self._seal.open, raw, key) if raw else b""
+            raw = await asyncio.to_thread(self._seal.open, raw, key) if 0 < len(raw) == num_bytes else b""
             size = len(raw) // (4 + record_bytes) * 4
             return (raw[:size], raw[size:]) if raw else None
         size = num_bytes // (4 + record_bytes) * 4

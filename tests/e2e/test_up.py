@@ -107,7 +107,6 @@ async def test_ctrl_c_finishes_what_was_accepted_and_leaves_nothing(tmp_path: Pa
         assert fleet.is_gone()
 
 
-@pytest.mark.thorough
 async def test_a_second_ctrl_c_stops_at_once_even_while_starting(tmp_path: Path, model: Path) -> None:
     with fleet_up(tmp_path, model) as fleet:
         await wait_until(lambda: "scheduler  ready" in fleet.output, "services are running", timeout_s=100)

@@ -100,6 +100,20 @@ def test_long_strings_are_left_out_and_others_kept() -> None:
     assert found == {"a": "", "b": short, "": {"b": "", "a": short}}
 
 
+@pytest.mark.parametrize("blanks", [b"", b" " * (LONG_BYTES + 900)])
+def test_blanks_around_a_short_string_do_not_make_it_long(blanks: bytes) -> None:
+    filler = b'"' + b"x" * (LONG_BYTES + 900) + b'"'
+    raw = blanks.join((b"", b'{"a"', b":", b'"m"', b',"f":' + filler, b',"b"', b":", b"true", b"}"))
+    found = orjson.loads(Outline(raw + b" " * PIECE_BYTES, LEVELS).text)
+    assert found in ({"a": "m", "f": "", "b": True}, {"a": "m", "f": filler[1:-1].decode(), "b": True})
+
+
+def test_nesting_across_pieces_is_too_deep_for_every_python() -> None:
+    raw = b'{"p":"%b","a":%b1%b}' % (b"y" * (PIECE_BYTES - 1500), b"[" * 1400, b"]" * 1400)
+    with pytest.raises(RecursionError):
+        Outline(raw, LEVELS)
+
+
 def test_too_many_fields_and_levels_are_refused() -> None:
     for fields in (b'"a":[],' * 8 * MAX_PARTS, b'"a":1,' * 100_000, b" " * 300_000):
         with pytest.raises(TooManyFields):

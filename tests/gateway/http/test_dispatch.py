@@ -8,8 +8,9 @@ from typing import Any
 
 import httpx2
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, routing
 from fastapi.routing import APIRoute
+from helpers.waiting import wait_until
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -125,6 +126,44 @@ async def test_a_route_is_made_in_a_thread_and_once(monkeypatch: pytest.MonkeyPa
     assert {status for status, _, _ in await asyncio.gather(*calls)} == {200}
     assert sorted(path for path, _ in made) == sorted([COMPLETIONS, "/v1/other"])  # GET has not been asked for
     assert threading.get_ident() not in {thread for _, thread in made}
+
+
+@pytest.mark.parametrize("early", [True, False])
+async def test_a_route_whose_making_failed_is_made_again(monkeypatch: pytest.MonkeyPatch, early: bool) -> None:
+    owner, name = (APIRoute, "__init__") if early else (routing, "_extract_endpoint_context")
+    make, num = getattr(owner, name), 0
+
+    def fail_once(*args: Any, **options: Any) -> Any:
+        nonlocal num
+        num += 1
+        if num == 1:
+            raise MemoryError
+        return make(*args, **options)
+
+    monkeypatch.setattr(owner, name, fail_once)
+    app = gateway_for()
+    told = [(await asked(app, "POST", COMPLETIONS, BODIES[0][1], JSON))[0] for _ in range(3)]
+    assert told == [500, 200, 200]
+
+
+async def test_the_loop_goes_on_while_another_thread_makes_a_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, begun, go = routing._get_body_field, threading.Event(), threading.Event()  # type: ignore[attr-defined]
+
+    def wait(**options: Any) -> Any:
+        begun.set()
+        assert go.wait(60)
+        return make(**options)
+
+    monkeypatch.setattr(routing, "_get_body_field", wait)
+    app = gateway_for()
+    first = asyncio.create_task(asked(app, "POST", COMPLETIONS, BODIES[0][1], JSON))
+    await wait_until(begun.is_set, "the route is being made")
+    first.cancel()
+    second = asyncio.create_task(asked(app, "POST", COMPLETIONS, BODIES[0][1], JSON))
+    for _ in range(20):  # a loop that waited for the thread would never set `go`
+        await asyncio.sleep(0)
+    go.set()
+    assert (await second)[0] == 200
 
 
 @pytest.mark.parametrize(("method", "status"), [("GET", 200), ("HEAD", 405), ("PUT", 405), ("OPTIONS", 405)])

@@ -49,6 +49,52 @@ async def test_whatever_goes_wrong_ends_it_with_an_event(failure: Exception, cod
     assert json.loads(last["body"].removeprefix(b"data: "))["error"]["code"] == code
 
 
+class Noting(SentAnswer):
+    """Sends one part, and notes that it is closed."""
+
+    closed = False
+
+    async def send(self, to: CallResponse) -> None:
+        to.client()
+        await to.begin([])
+        await to.write(b"end", more=False)
+
+    def failed(self, error: LorafleetError) -> bytes:
+        return b"failed"
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+async def test_an_answer_is_closed_whenever_its_task_is_cancelled() -> None:
+    turns = 1
+    while True:
+        answer, sent = Noting(), list[Any]()
+
+        async def coming(answer: Noting = answer) -> Noting:
+            return answer
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: Any, sent: list[Any] = sent) -> None:
+            sent.append(message)
+
+        response = CallResponse(coming(), stream=True, keepalive_s=30)
+        task = asyncio.create_task(response({"type": "http"}, receive, send))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        was_done = task.done()
+        task.cancel()
+        await asyncio.wait([task])
+        assert answer.closed or not sent, turns
+        if was_done:
+            break
+        turns += 1
+    assert turns > 3
+
+
 async def test_what_goes_wrong_soon_is_raised_before_anything_is_sent() -> None:
     async def answer() -> Response:
         raise NotFound("no such adapter")

@@ -28,7 +28,7 @@ from gateway.http.access import MATCH, RouteMatch
 from gateway.http.paths import SMALL_BODY_BYTES
 from gateway.overload import large
 from gateway.overload.admission import Admission
-from gateway.overload.cost import COST, LargeBody, RequestCost, free_slowly
+from gateway.overload.cost import COST, LargeBody, RequestCost, free_slowly, held, hold
 from gateway.overload.gate import Gate, LargeLimits
 from gateway.overload.memory import MemoryAccount
 from gateway.overload.slots import FairSlots
@@ -259,6 +259,33 @@ async def test_who_hangs_up_has_no_more_done_at_a_time() -> None:
     assert (begun, work._held.total()) == (1, 1)
     go.set()
     await wait_until(lambda: not work._held, "all turns are over")
+
+
+async def test_work_that_outlives_its_call_leaves_nothing_charged() -> None:
+    """A client leaves while its texts are tokenized, and what they come to is charged afterwards."""
+    work, account, go = FairSlots(1), MemoryAccount(1 << 30), asyncio.Event()
+    charge = account.open("a")
+
+    async def do() -> None:
+        await go.wait()
+        hold(held() + 1000)
+
+    async def call() -> None:
+        cost = RequestCost(charge)
+        cost.body = LargeBody("a", None, work)
+        COST.set(cost)
+        try:
+            await large.work(do)
+        finally:
+            cost.close()
+
+    task = asyncio.create_task(call())
+    await wait_until(lambda: work._held.total() == 1, "it works")
+    task.cancel()
+    await asyncio.wait([task])
+    go.set()
+    await wait_until(lambda: not work._held, "its turn is over")
+    assert account.num_bytes == 0
 
 
 async def test_small_bodies_take_no_turn() -> None:

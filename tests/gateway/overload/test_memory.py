@@ -15,7 +15,7 @@ from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 from prometheus_client import REGISTRY
 
 from gateway.bodies import json_values
@@ -73,10 +73,12 @@ class Account(RuleBasedStateMachine):
             assert not refused
         assert held.num_bytes == (before if refused else num)
 
-    @rule(charge=charges)
+    @rule(charge=consumes(charges))
     def close(self, charge: tuple[str, Charge]) -> None:
         charge[1].close()
         charge[1].close()
+        charge[1].hold(1)
+        assert charge[1].num_bytes == 0
 
     @invariant()
     def sums_are_right(self) -> None:

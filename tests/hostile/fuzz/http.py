@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -241,6 +242,8 @@ PATHS = (
     "/v1/requests?after={}&limit={}", "/v1/requests?state={}&tenant={}", "/v1/requests/{}/cancel",
 )  # fmt: skip
 
+ERROR_FRAME = re.compile(rb'^(event: error|data: \{"error":)', re.MULTILINE)
+
 MAY_FAIL = frozenset({"503", "529"})
 """Only a 503, or Anthropic's 529, says that the gateway is at fault: nothing else above 499 is documented."""
 
@@ -295,6 +298,8 @@ def _gateway() -> Iterator[Check]:
             status = answer.status
             assert not (ended := running.ended()), ended
             assert status < 500 or str(status) in MAY_FAIL, (status, raw)
+            if status < 400:
+                assert not ERROR_FRAME.search(raw), (status, raw)  # a stream that fails says so within
             if status < 400 or method == "HEAD":
                 return str(status)
             return f"{status} {json_error(raw)}"

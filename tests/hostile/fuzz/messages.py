@@ -125,7 +125,7 @@ def _check(case: tuple[str, bytes]) -> str:
 def _use(name: str, message: Any) -> None:
     """Give a message to those who read such ones. Raises what would end them."""
     match name:
-        case "Submit" if message.cls in CLASSES:  # its reader refuses others
+        case "RequestHead" if message.cls in CLASSES:  # its reader refuses others
             scheduler = _scheduler()
             scheduler.submit(message, 0)
             scheduler.plan(1.0)

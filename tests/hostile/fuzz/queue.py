@@ -23,7 +23,7 @@ PLACES = (
 """Where garbage is put."""
 
 KINDS = {
-    "interactive": "Submit", "batch": "Submit", "ended": "Ended", "work": "Assigned", "orders": "Control",
+    "interactive": "RequestHead", "batch": "RequestHead", "ended": "Ended", "work": "Assigned", "orders": "Control",
     "deliveries": "Delta", "events": "AdapterEvent", "worker's beat": "WorkerBeat", "body": "Body",
     "registration": "Registration", "alias": "Alias",
 }  # fmt: skip

@@ -72,7 +72,9 @@ async def submit(client: Bus, *rids: str, job: NewJob | None = None) -> None:
 
 
 @pytest.mark.parametrize("is_sealed", [True, False])
-async def test_a_dump_holds_prompts_only_without_a_seal(bus: Bus, sealed: Bus, is_sealed: bool) -> None:
+async def test_a_dump_holds_prompts_only_without_a_seal(
+    bus: Bus, sealed: Bus, is_sealed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client = sealed if is_sealed else bus
     job = m.Job(
         jid="j", endpoint="completions", tenant="t", model="base", created_ms=now_ms(), expires_ms=now_ms(), rids=["r"]
@@ -86,6 +88,13 @@ async def test_a_dump_holds_prompts_only_without_a_seal(bus: Bus, sealed: Bus, i
     step.prompt_logprobs = PROMPT + b"\0" * 8 * (len(PROMPT) // 4)
     assert await Queue(client).write(step) == []
     assert await client.prompt_logprobs("r", 8) == (PROMPT, b"\0" * 8 * (len(PROMPT) // 4))
+
+    async def expired(*_: object) -> bytes:
+        return b""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client._redis, "getrange", expired)
+        assert await client.prompt_logprobs("r", 8) is None
     limits, made = ConversationLimits(60_000, 9, 9, 99_999, 0), m.Conversation("conv_1", "t", 1)
     await client.conversations.change("conv_1", "t", limits, record=made, is_new=True, items=[("a", SAID)])
     assert await client.conversations.item("conv_1", "a") == SAID
