@@ -19,7 +19,7 @@ from protocol.runtime.settings import Settings
 from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, PermissionDenied, Unavailable
 
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})  # noqa: S104  nothing is bound to it
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})
 
 FLAGS = ("redis_url", "redis_password_file", "data")
 
@@ -41,7 +41,7 @@ def load_local_settings(args: argparse.Namespace, url: str | None = None) -> Set
 
 
 def _address(url: str) -> tuple[str, int | None]:
-    """Return host and port of a URL; this machine has one name. Raises BadRequest for a URL without a number as port."""
+    """Return host and port of a URL; this machine has one name. Raises BadRequest where the port is no number."""
     parts = urlsplit(url)
     host = (parts.hostname or "").lower()
     try:
