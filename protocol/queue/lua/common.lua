@@ -220,10 +220,10 @@ end
 -- Add a request that ends at `now`, ms, to its tenant's history: a stream of `messages.HistoryEntry`, which live for some
 -- ms, at most so many, or the tenant's share of all. `history`: both numbers, with a space between; `usage`: as of
 -- `count_usage`.
-local function note_history(rid, history, usage, state, finish, error, now)
+-- `f`: the request's fields call, cls, epoch, n_prompt, cached, attempts, t_submit and t_first, as they are in its hash.
+local function note_history(rid, history, usage, f, state, finish, error, now)
   local ms, max = string.match(history, '^(%d+) (%d+)$')
   local _, _, _, _, tenant, row = unpack(cmsgpack.unpack(usage))
-  local f = redis.call('HMGET', req_key(rid), 'call', 'cls', 'epoch', 'n_prompt', 'cached', 'attempts', 't_submit', 't_first')
   for i = 3, 8 do f[i] = tonumber(f[i] or 0) end
   -- The note of its last placement is `messages.Placed`; the first of its options names the worker.
   local placed = redis.call('HGET', req_key(rid), 'placed:' .. note_slot(f[3]))
@@ -256,10 +256,13 @@ end
 local function write_end(rid, state, finish, error, now, is_dead)
   local key = req_key(rid)
   local f = redis.call('HMGET', key, 'stored', 'quota', 'max_new', 'n_prompt', 't_assign', 'call', 'usage', 'cached',
-    'history')
+    'history', 'cls', 'epoch', 'attempts', 't_submit', 't_first')
   redis.call('HSET', key, 'state', state, 'finish', finish, 'error', error, 'owner', '', 't_end', now)
   if f[2] then settle(rid, f[2], f[3], f[4], f[5]) end
-  if f[9] then note_history(rid, f[9], f[7], state, finish, error, now) end
+  if f[9] then
+    local fields = {f[6], f[10], f[11], f[4], f[8], f[12], f[13], f[14]}
+    note_history(rid, f[9], f[7], fields, state, finish, error, now)
+  end
   if f[7] then count_usage(rid, f[7], state, tonumber(f[8] or 0), now, is_dead) end
   -- A request that is not stored is read only by the gateway that waits for it, at once. An encoder's result
   -- (max_new is 0) is large.

@@ -130,8 +130,11 @@ for a = first_row, #ARGV, 10 do
     'tenant', tenant, 'digest', digest, 'gateway', gateway, 'stored', is_stored, 'n_prompt', num_prompt,
     'max_new', max_new, 'deadline', deadline_ms, 'sub', sub, 'sub_id', id, 't_submit', now, 'call', call,
     'ahead', queued + (a - first_row) / 10)
-  if usage ~= '' then redis.call('HSET', req_key(rid), 'usage', usage) end
-  if usage ~= '' and history ~= '' then redis.call('HSET', req_key(rid), 'history', history) end
+  if usage ~= '' and history ~= '' then
+    redis.call('HSET', req_key(rid), 'usage', usage, 'history', history)
+  elseif usage ~= '' then
+    redis.call('HSET', req_key(rid), 'usage', usage)
+  end
   redis.call('PEXPIRE', req_key(rid), ttl)
   if is_rated then
     redis.call('HSET', req_key(rid), 'quota', who)
