@@ -63,6 +63,7 @@ PATCHES = {
     "oracle/test_stack.py",  # what transformers computes on the way
     "protocol/queue/test_bus.py",  # a restart between two commands
     "protocol/queue/test_history.py",  # how many commands are sent at once
+    "protocol/queue/test_sealing.py",  # a key that expires between two commands
     "protocol/runtime/test_private_files.py",  # another user of the system
     "scheduler/test_service.py",  # the pause between looks at beats
 }
