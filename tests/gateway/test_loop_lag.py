@@ -209,7 +209,7 @@ async def test_no_answer_holds_the_event_loop(
 async def test_no_long_prompt_that_is_accepted_holds_the_event_loop(
     http: httpx2.Client, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 250,000 tokens, a megabyte, which goes into the queue and comes back in no command that is sent at once."""
+    """A prompt of 250,000 tokens is a megabyte: commands and replies that carry it are sent and read in slices."""
     await fleet.set_context(http.base_url, 1 << 20)
     packed = noting(monkeypatch, line, "_pack", lambda words: max(map(len, (w for w in words if isinstance(w, bytes)))))
     sent = noting(monkeypatch, asyncio.StreamWriter, "writelines", lambda _, parts: sum(map(len, parts)))
