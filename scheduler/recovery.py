@@ -65,11 +65,14 @@ class Recovery:
         self._scheduler.remove_worker(wid)
         await self._bus.members.leave(wid)
 
-    async def _requeue(self, wid: str, rids: list[str], *, counts: bool, name: str = "") -> None:
+    async def _requeue(self, wid: str, rids: list[str], *, counts: bool, name: str = "") -> int:
+        """Take requests from a worker and queue them again; return how many of them were its own."""
+        num_taken = 0
         for start in range(0, len(rids), CHUNK):
             outcomes = await self._bus.requeue(
                 wid, rids[start : start + CHUNK], counts=counts, max_attempts=self._max_attempts, name=name
             )
+            num_taken += sum(outcome != "other" for outcome in outcomes.values())
             for rid, outcome in outcomes.items():
                 metrics.REQUEUED.labels(outcome).inc()
                 if outcome == "exhausted":
@@ -79,6 +82,7 @@ class Recovery:
                 # Asked now: by the time the others are finished, it may be back from the submit stream.
                 if outcome != "requeued" and self._scheduler.is_assigned_to(rid, wid):
                     self._scheduler.forget(rid)
+        return num_taken
 
     async def _give_up(self, rid: str) -> None:
         owned = (await self._bus.owned([rid]))[0]
@@ -138,20 +142,25 @@ class Recovery:
                     await self._requeue(owned.owner, [rid], counts=False)
 
     async def find_orphans(self) -> int:
-        """Queue again what is assigned to a worker that nobody knows any more; return how many these were.
+        """Queue again what is assigned to a worker that is unknown, or has no work entry for it; return how many.
 
-        Workers register before they get work and leave after they have handed it back, so there are none unless a
-        queue that lost its last second has brought back the assignment and not the worker. This scans all keys: it is
+        There are none unless a queue has lost its last second. Workers register before they get work and leave after
+        they have handed it back, and an entry goes with the last end of its requests: what is lost may be the
+        registration, or an end whose worker then deletes the entry for the ends of others. This scans all keys: it is
         for a leader's beginning, which a restart of the queue brings about too.
         """
+        assigned: dict[str, list[str]] = {}  # by owner
+        async for found in self._bus.scan_assigned(CHUNK):
+            for rid, owner in found:
+                assigned.setdefault(owner, []).append(rid)
+        registered = set(await self._bus.members.ids(self._bus.keys.workers)) if assigned else set[str]()
         num_found = 0
-        async for assigned in self._bus.scan_assigned(CHUNK):
-            registered = set(await self._bus.members.ids(self._bus.keys.workers)) if assigned else set[str]()
-            for rid, owner in assigned:
-                if owner not in registered:
-                    logger.error("request %s was lost with worker %s", rid, owner)
-                    await self._requeue(owner, [rid], counts=False)
-                    num_found += 1
+        for owner, rids in assigned.items():
+            listed = {item.rid for item in await self._bus.work_of(owner)} if owner in registered else set[str]()
+            orphans = [rid for rid in rids if rid not in listed]
+            num_found += await self._requeue(owner, orphans, counts=False)
+        if num_found:
+            logger.error("%d requests were lost with their workers or work entries", num_found)
         return num_found
 
     async def _is_on_its_way(self, owned: Owned) -> bool:

@@ -201,7 +201,10 @@ class FakeEngine(EngineThread):
                 self._timelines.begin(self._requests)
                 outputs = [self._advance(running) for running in list(self._requests.values())]
                 self._timelines.tell(outputs)
-            on_outputs(outputs)
+            if outputs:
+                on_outputs(outputs)
+            else:  # all were handed over meanwhile
+                self._room.release()
 
     def _advance(self, running: Running) -> TokenOutput:
         request = running.request

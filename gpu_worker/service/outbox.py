@@ -57,7 +57,7 @@ class Outbox:
         return entry in self._left
 
     def take(self, entry: bytes, requests: Sequence[OwnedRequest]) -> list[str]:
-        """Own the requests of a work entry. Returns the ids of those that were owned already.
+        """Own requests of a work entry, all of them or more of them. Returns the ids of those that were owned already.
 
         That happens when a queue has lost its last second and assigns them again. The engine must forget them: what it
         makes of them does not continue the log as it is now.
@@ -65,7 +65,8 @@ class Outbox:
         again = [request.rid for request in requests if request.rid in self.owned]
         for rid in again:
             self.drop(rid)
-        self._left[entry] = len(requests)
+        self._left[entry] = self._left.get(entry, 0) + len(requests)
+        self.released = [other for other in self.released if other != entry]
         for request in requests:
             self.owned[request.rid] = request
         return again

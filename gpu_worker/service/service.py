@@ -265,8 +265,13 @@ class WorkerService:
             await self._handle(work, entry)
 
     async def _take(self, entry: Entry) -> None:
-        """Give the engine one work entry's requests, unless it has them."""
+        """Give the engine one work entry's requests, unless it has them.
+
+        Of an entry that was taken before, these are the requests whose ends the queue has lost.
+        """
         items = assignments_in(entry)
+        if was_taken := self.outbox.knows(entry[0]):
+            items = await self._lost_ends(items)
         if not items:
             return
         inputs = await self.bus.inputs(items)
@@ -274,6 +279,8 @@ class WorkerService:
         owned: list[OwnedRequest] = []
         failed: dict[str, LorafleetError] = {}
         for item, found in zip(items, inputs, strict=True):
+            if was_taken and item.rid in self.outbox.owned:  # assigned again meanwhile
+                continue
             body: m.Body | None = None
             try:
                 body = found.body()
@@ -286,7 +293,7 @@ class WorkerService:
                 why = error.message if isinstance(error, LorafleetError) else type(error).__name__
                 body, failed[item.rid] = None, Internal(f"the request could not be read: {why}")
             owned.append(owned_request(item, entry[0], body, found.log, found.logprobs))
-        if self.outbox.knows(entry[0]):
+        if not was_taken and self.outbox.knows(entry[0]):  # by the other of the two loops that read the stream
             return
         if again := self.outbox.take(entry[0], owned):
             self.engine.cancel(again)
@@ -296,6 +303,15 @@ class WorkerService:
         for request in requests:
             self._pending.pop(request.rid, None)
             self.engine.submit(request)
+
+    async def _lost_ends(self, items: list[m.Assigned]) -> list[m.Assigned]:
+        """Return those of an entry's requests that ended here, but run for a queue that has lost its last second."""
+        ended = [item for item in items if item.rid not in self.outbox.owned]
+        return [
+            item
+            for item, found in zip(ended, await self.bus.owned([item.rid for item in ended]), strict=True)
+            if found is not None and (found.state, found.owner, found.epoch) == ("assigned", self.wid, item.epoch)
+        ]
 
     async def _obey(self, entry: Entry) -> None:
         """Carry out one order."""

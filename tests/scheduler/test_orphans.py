@@ -37,3 +37,21 @@ async def test_what_is_assigned_to_nobody_is_queued_again_with_its_tokens(bus: B
     assert (orphan.state, orphan.num_output_tokens) == ("cancelled" if cancelled else "queued", 2)
     assert await bus._redis.xlen(bus.keys.sub("interactive")) == (0 if cancelled else 1)
     assert await recovery.find_orphans() == 0
+
+
+async def test_what_its_worker_has_no_work_entry_for_is_queued_again(bus: Bus) -> None:
+    """One end of an entry is lost with the queue's last second; the next end of the entry deletes it."""
+    await assign(bus, "kept", "w1")
+    await assign(bus, "orphan", "w2")
+    (entry, _), *_ = await bus.streams.entries(bus.keys.work("w2"))
+    assert not await bus.step("w2", StepResult(done_entries=[entry]))
+    scheduler = Scheduler(SchedulerConfig())
+    recovery = Recovery(bus, scheduler, 3)
+    await recovery.rebuild()
+    assert not scheduler.is_assigned_to("orphan", "w2")
+    assert await recovery.find_orphans() == 1
+    kept, orphan = await bus.requests(["kept", "orphan"])
+    assert kept is not None
+    assert orphan is not None
+    assert (kept.state, kept.epoch) == ("assigned", 1)
+    assert (orphan.state, orphan.num_output_tokens) == ("queued", 2)

@@ -55,3 +55,14 @@ def test_a_refusal_of_the_present_assignment_ends_it() -> None:
     assert not outbox.owned
     assert not pending
     assert outbox.released == [FIRST]
+
+
+def test_an_emptied_entry_whose_requests_are_taken_again_is_not_deleted() -> None:
+    outbox = Outbox("w")
+    outbox.take(FIRST, [request(FIRST)])
+    outbox.drop("r")
+    assert outbox.released == [FIRST]
+    outbox.take(FIRST, [request(FIRST)])
+    assert outbox.released == []
+    step = outbox.build({"r": PendingOutput(0, ids(2), finish="stop")})
+    assert step.done_entries == [FIRST]
