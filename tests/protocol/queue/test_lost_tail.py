@@ -15,9 +15,15 @@ from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.queue.bus import decode
 from protocol.wire import messages as m
+from scheduler.core import Scheduler, SchedulerConfig
+from scheduler.recovery import Recovery
 from tests.protocol.queue.test_interleavings import GATEWAY, LENGTH, RIDS, Life, World, _ids
 
 MANY = 1000  # attempts; a queue that forgets must not make poison of anything
+
+
+LENGTHS = {rid: LENGTH + 2 * number for number, rid in enumerate(RIDS)}
+"""Tokens of each request: what is assigned together does not end together."""
 
 
 def token(rid: str, position: int) -> int:
@@ -118,14 +124,27 @@ class LosingWorld(World):
         start = b"(" + life.last if life.last != b"0" else "-"
         for entry, fields in self.run(self.bus._redis.xrange(self.bus.keys.work(life.wid), min=start)):
             life.last = entry
+            items = decode(fields[b"b"], list[m.Assigned])
             if life.outbox.knows(entry):
+                items = self.lost_ends(life, items)
+            held = [self._held(item, entry) for item in items]
+            if not held:
                 continue
-            held = [self._held(item, entry) for item in decode(fields[b"b"], list[m.Assigned])]
             self.stop_engine(life.wid, life.outbox.take(entry, held))
             for request in held:
                 life.pending.pop(request.rid, None)
                 # The engine ignores what it has: see `Engine._start`.
                 self.engines[life.wid].setdefault(request.rid, request.num_logged)
+
+    def lost_ends(self, life: Life, items: list[m.Assigned]) -> list[m.Assigned]:
+        """What `gpu_worker.service` does."""
+        ended = [item for item in items if item.rid not in life.outbox.owned]
+        found = self.run(self.bus.owned([item.rid for item in ended]))
+        return [
+            item
+            for item, request in zip(ended, found, strict=True)
+            if request and (request.state, request.owner, request.epoch) == ("assigned", life.wid, item.epoch)
+        ]
 
     def stop_engine(self, wid: str, rids: list[str]) -> None:
         for rid in rids:
@@ -138,8 +157,8 @@ class LosingWorld(World):
         engine = self.engines[life.wid]
         outputs = []
         for rid, position in list(engine.items()):
-            ids = [token(rid, position)] if position < LENGTH else []
-            finish = "length" if position + 1 >= LENGTH else ""
+            ids = [token(rid, position)] if position < LENGTHS[rid] else []
+            finish = "length" if position + 1 >= LENGTHS[rid] else ""
             outputs.append(TokenOutput(rid, 0, position, ids, finish=finish))
             engine[rid] += 1
             if finish:
@@ -183,6 +202,10 @@ class LosingWorld(World):
     def bury(self, wid: str) -> None:
         super().bury(wid)
         self.buried.append(wid)
+
+    def find_orphans(self) -> None:
+        """A scheduler's new session looks for what no worker has."""
+        self.run(Recovery(self.bus, Scheduler(SchedulerConfig()), MANY).find_orphans())
 
     # ------------------------------------------------------------ the gateway
 
@@ -237,7 +260,7 @@ class LosingWorld(World):
         logs = self.run(self.bus._redis.mget([self.bus.keys.tok(rid) for rid in rids])) if rids else []
         for rid, raw in zip(rids, logs, strict=True):
             log = _ids(raw or b"")
-            expected = [token(rid, position) for position in range(LENGTH)]
+            expected = [token(rid, position) for position in range(LENGTHS[rid])]
             assert log == expected[: len(log)], f"the log of {rid} is wrong: {log}"
             assert self.shown[rid] == expected[: len(self.shown[rid])], f"a client saw {self.shown[rid]} of {rid}"
             assert len(self.ends[rid]) <= 1
@@ -251,10 +274,11 @@ class LosingWorld(World):
                 self.worker_notices()
             while self.lost:
                 self.bury(self.lost.pop(0))
+            self.find_orphans()
             for slot in (0, 1):
                 self.assign()
                 self.take_by(slot)
-                for _ in range(LENGTH + 2):
+                for _ in range(max(LENGTHS.values()) + 2):
                     self.engine_step(self.lives[slot], lose_reply=False)
             self.deliver()
         self.clients_see_the_log_and_owners_know_it()
@@ -263,7 +287,7 @@ class LosingWorld(World):
             assert facts is None or facts.is_terminal, f"{rid} never ended: {facts}"
             assert len(self.ends[rid]) == 1, f"{rid} ended for its client {len(self.ends[rid])} times"
             if self.ends[rid] == ["length"]:
-                assert len(self.shown[rid]) == LENGTH
+                assert len(self.shown[rid]) == LENGTHS[rid]
         for life in self.lives.values():
             assert self.run(self.bus._redis.xlen(self.bus.keys.work(life.wid))) == 0, "work was left behind"
         assert self.run(self.bus._redis.xlen(self.bus.keys.sub("interactive"))) == 0
@@ -277,6 +301,26 @@ class NeverLooksAgain(LosingWorld):
             self.unaware.discard(life.wid)
             if not self.run(self.bus._redis.exists(self.bus.keys.work(life.wid))):
                 self.start_worker(slot)
+
+
+class NeverFindsOrphans(LosingWorld):
+    """A scheduler that trusts every worker which is registered."""
+
+    MOVES = (
+        "submit",
+        "submit",
+        "assign",
+        "take",
+        "step",
+        "step",
+        "step",
+        "save",
+        "lose_tail",
+        "deliver",
+    )  # else it is rare
+
+    def find_orphans(self) -> None:
+        pass
 
 
 class NeverRepairs(LosingWorld):
@@ -336,7 +380,14 @@ def test_no_moment_at_which_the_queue_forgets_costs_a_token(queue_server: Embedd
 
 @pytest.mark.parametrize(
     "planted",
-    [NeverLooksAgain, NeverRepairs, NeverSubmitsAgain, KeepsTheEngineGoing, WritesWhereverTheLogEnds],
+    [
+        NeverLooksAgain,
+        NeverFindsOrphans,
+        NeverRepairs,
+        NeverSubmitsAgain,
+        KeepsTheEngineGoing,
+        WritesWhereverTheLogEnds,
+    ],
 )
 def test_the_exploration_finds_planted_bugs(queue_server: EmbeddedServer, planted: type[LosingWorld]) -> None:
     with pytest.raises(AssertionError, match="walk"):
