@@ -39,7 +39,7 @@ async def test_what_is_assigned_to_nobody_is_queued_again_with_its_tokens(bus: B
     assert await recovery.find_orphans() == 0
 
 
-async def test_what_its_worker_has_no_work_entry_for_is_queued_again(bus: Bus) -> None:
+async def test_what_has_no_work_entry_is_queued_again(bus: Bus) -> None:
     """One end of an entry is lost with the queue's last second; the next end of the entry deletes it."""
     await assign(bus, "kept", "w1")
     await assign(bus, "orphan", "w2")

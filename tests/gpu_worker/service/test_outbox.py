@@ -57,7 +57,7 @@ def test_a_refusal_of_the_present_assignment_ends_it() -> None:
     assert outbox.released == [FIRST]
 
 
-def test_an_emptied_entry_whose_requests_are_taken_again_is_not_deleted() -> None:
+def test_an_emptied_entry_that_is_taken_again_is_not_deleted() -> None:
     outbox = Outbox("w")
     outbox.take(FIRST, [request(FIRST)])
     outbox.drop("r")

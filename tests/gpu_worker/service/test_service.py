@@ -204,7 +204,7 @@ async def test_a_log_that_lost_its_end_is_mended_before_more_is_written(bus: Bus
     assert await log(bus, "r") == expected(100)
 
 
-async def test_an_end_that_the_queue_has_lost_comes_again_while_its_neighbour_runs(bus: Bus) -> None:
+async def test_a_lost_end_comes_again_while_its_neighbour_runs(bus: Bus) -> None:
     """A power cut takes the queue's last second, and with it one end of a work entry that is not done yet."""
     await bus.streams.create(bus.keys.out(GATEWAY), 300)
     await submit(bus, "ended", max_new=3)
