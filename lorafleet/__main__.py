@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Collection, Sequence
 
@@ -59,18 +60,23 @@ def parser_of(names: Collection[str]) -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 2 for wrong usage or settings, 1 for any other failure."""
+    """Run the command line; return the exit code: 2 for wrong usage or settings, 1 for other failures."""
     use_private_umask()
     words = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in words if not word.startswith("-")), None)
     try:
         args = parse(parser_of([] if chosen is None else [chosen]), words)
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except LorafleetError as error:
         print(f"lorafleet {chosen}: error: {redact(error.message)}", file=sys.stderr)
         return 2 if isinstance(error, ClientError) else 1
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # who read the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's own flush at the end fails
+        return 141
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from datetime import datetime
 from itertools import islice
 from typing import Any
 
+from lorafleet.launcher.records import URL_VARIABLE
 from lorafleet.shared import api, on_queue
-from lorafleet.shared.api import PROFILE_VARIABLE, URL_VARIABLE, Api
+from lorafleet.shared.api import PROFILE_VARIABLE, Api
 from lorafleet.shared.flags import load_settings
 from lorafleet.shared.parser import ALIASES, Parser, number
 from lorafleet.shared.tables import print_list

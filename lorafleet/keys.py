@@ -103,7 +103,7 @@ def _print(found: Sequence[tuple[ApiKey, Tenant]]) -> None:
          f"{tenant.weight:g}", " ".join(tenant.adapters), key.note]
         for key, tenant in found
     ]  # fmt: skip
-    print_list(columns, rows, "no keys", width=160)
+    print_list(columns, rows, "no keys")
 
 
 async def _revoke(bus: Bus, _: Settings, args: argparse.Namespace) -> dict[str, Any]:

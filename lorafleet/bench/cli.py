@@ -13,6 +13,8 @@ from lorafleet.bench.load import WarmupError, run_bench
 from lorafleet.bench.report import print_result, save_json, save_plot
 from lorafleet.bench.result import BenchRequest, BenchResult
 from lorafleet.bench.workload import BenchConfig, BenchTarget
+from lorafleet.launcher.records import URL_VARIABLE, the_only
+from lorafleet.shared.api import DEFAULT_URL, KEY_VARIABLE
 from lorafleet.shared.parser import Parser
 
 _OPEN_LOOP_CONCURRENCY = 1024
@@ -20,7 +22,12 @@ _OPEN_LOOP_CONCURRENCY = 1024
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("url", help="URL of the server, for example http://127.0.0.1:8000")
+    parser.add_argument(
+        "url",
+        nargs="?",
+        default="",
+        help=f"URL of the server (default: ${URL_VARIABLE}, the fleet on this machine, or {DEFAULT_URL})",
+    )
     what = parser.add_argument_group("requests")
     what.add_argument("--model", help="base model to query (default without --adapters: the first in /v1/models)")
     what.add_argument(
@@ -88,8 +95,20 @@ def run(args: argparse.Namespace) -> int:
     return 1 if result.summary.num_errors else 0
 
 
+def _choose_fleet(args: argparse.Namespace) -> None:
+    """Set URL, and file of the key, to those of the fleet that other commands would ask. Raises BadRequest."""
+    args.url = os.environ.get(URL_VARIABLE)
+    if not args.url and (fleet := the_only()) is not None:
+        args.url = fleet.url
+        if fleet.key_file and not os.environ.get(KEY_VARIABLE):
+            args.api_key_file = args.api_key_file or Path(fleet.key_file)
+    args.url = args.url or DEFAULT_URL
+
+
 def config_of(args: argparse.Namespace) -> BenchConfig:
     """Return the BenchConfig of parsed arguments. Raises ValueError for values that make no load."""
+    if not args.url:
+        _choose_fleet(args)
     concurrency = args.concurrency or (_OPEN_LOOP_CONCURRENCY if args.rate else 8)
     return BenchConfig(
         url=args.url,
@@ -117,11 +136,14 @@ def _api_key(args: argparse.Namespace) -> str | None:
 
 def _targets(args: argparse.Namespace) -> tuple[BenchTarget, ...]:
     names = [args.model] if args.model else []
-    if args.adapters:
+    if args.adapters is not None:
         if args.adapters.isdecimal():
-            names += [args.adapter_format.format(i=i) for i in range(int(args.adapters))]
+            adapters = [args.adapter_format.format(i=i) for i in range(int(args.adapters))]
         else:
-            names += [name.strip() for name in args.adapters.split(",") if name.strip()]
+            adapters = [name.strip() for name in args.adapters.split(",") if name.strip()]
+        if not adapters:
+            raise ValueError(f"--adapters {args.adapters!r} names no adapter")
+        names += adapters
     if not names:
         names = [_first_model(args.url, _api_key(args))]
     return tuple(BenchTarget.model(name) for name in names)

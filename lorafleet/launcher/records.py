@@ -14,13 +14,22 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import msgspec
 
 from protocol.runtime.private_files import claimed_folder, is_own
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, Internal
 
 logger = logging.getLogger(__name__)
+
+URL_VARIABLE = "LORAFLEET_URL"
+"""Environment variable with the URL of the gateway that commands use."""
+
+URL_HELP = f"which fleet, if several run (default: ${URL_VARIABLE}, or the only one)"
+
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})
 
 NO_FLEET = "no fleet runs on this machine; start one with `lorafleet up MODEL`"
 
@@ -128,16 +137,32 @@ def the_only(flag: str = "--url") -> LocalFleet | None:
     return fleets[0] if fleets else None
 
 
+def at(url: str) -> LocalFleet | None:
+    """Return the local fleet with this URL, however the URL names this machine. Raises BadRequest."""
+    return next((fleet for fleet in running() if _address(fleet.url) == _address(url)), None)
+
+
+def _address(url: str) -> tuple[str, int | None]:
+    """Return host and port of a URL; this machine has one name. Raises BadRequest where the port is no number."""
+    parts = urlsplit(url)
+    host = (parts.hostname or "").lower()
+    try:
+        return "localhost" if host in LOOPBACK else host, parts.port
+    except ValueError as error:
+        raise BadRequest(f"--url {brief(url)}: {error}") from error
+
+
 def chosen(url: str) -> LocalFleet:
-    """Return the local fleet with this URL, "" for the only one. Raises BadRequest."""
-    if not url:
-        fleet = the_only()
-        if fleet is None:
-            raise BadRequest(NO_FLEET)
+    """Return the local fleet with this URL; "": the one that LORAFLEET_URL names, else the only one.
+
+    Raises BadRequest.
+    """
+    url = url or os.environ.get(URL_VARIABLE, "")
+    fleet = at(url) if url else the_only()
+    if fleet is not None:
         return fleet
-    for fleet in running():
-        if fleet.url == url.rstrip("/"):
-            return fleet
+    if not url:
+        raise BadRequest(NO_FLEET)
     raise BadRequest(f"no fleet of this machine has the URL {url}; `lorafleet status` lists them")
 
 

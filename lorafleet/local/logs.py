@@ -25,7 +25,7 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.add_argument("-n", "--lines", type=int, default=20, metavar="N", help="last lines per service (%(default)s)")
     parser.add_argument("-f", "--follow", action="store_true", help="continue with new lines until the fleet stops")
-    parser.add_argument("--url", default="", help="which fleet, if several run (default: the only one)")
+    parser.add_argument("--url", default="", help=records.URL_HELP)
 
 
 def run(args: argparse.Namespace) -> int:

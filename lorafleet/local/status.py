@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from lorafleet.launcher import records
-from lorafleet.shared.api import URL_VARIABLE, Api, add_flags, add_json_flag, print_json
+from lorafleet.shared.api import Api, add_flags, add_json_flag, print_json
 from lorafleet.shared.parser import Parser
 from lorafleet.shared.tables import print_list
 from protocol.wire.errors import LorafleetError
@@ -21,7 +21,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code: 0 if all of the fleets are ready, else 1. Raises BadRequest."""
-    is_named = args.url or os.environ.get(URL_VARIABLE) or args.profile
+    is_named = args.url or os.environ.get(records.URL_VARIABLE) or args.profile
     fleets = [None] if is_named else records.running()
     found = [_of(args, fleet) for fleet in fleets]
     if args.json:
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         columns = ("url", "state", "model", "workers", "queued", "running", "up", "pid", "data", "logs")
         rows = [[str(one[name] if one[name] is not None else "-") for name in columns] for one in found]
-        print_list(columns, rows, records.NO_FLEET, width=200)
+        print_list(columns, rows, records.NO_FLEET)
         for one in found:
             if one["error"]:
                 print(f"{one['url']}: {one['error']}")
@@ -43,11 +43,11 @@ def _of(args: argparse.Namespace, fleet: records.LocalFleet | None) -> dict[str,
     found: dict[str, Any] = dict.fromkeys(
         ("state", "model", "workers", "queued", "running", "up", "pid", "data", "logs", "error")
     )
-    if fleet is not None:
-        facts = {"up": records.age_text(fleet), "pid": fleet.pid, "data": fleet.data, "logs": fleet.logs}
-        found |= {"model": fleet.model, **facts}
     with Api(args, fleet) as api:
         found["url"] = api.url
+        if (local := fleet or records.at(api.url)) is not None:
+            facts = {"up": records.age_text(local), "pid": local.pid, "data": local.data, "logs": local.logs}
+            found |= {"model": local.model, **facts}
         try:
             health = api.health()
             found |= {"state": health["status"], "workers": health["workers"]}

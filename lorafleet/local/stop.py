@@ -16,7 +16,7 @@ POLL_S = 0.1
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("--url", default="", help="which fleet, if several run (default: the only one)")
+    parser.add_argument("--url", default="", help=records.URL_HELP)
     parser.add_argument("--now", action="store_true", help="stop immediately instead of finishing accepted requests")
 
 

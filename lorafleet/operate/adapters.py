@@ -119,7 +119,7 @@ def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:
     found = list(islice(api.pages(PATH, limit=min(args.limit, PAGE), **_of(args)), args.limit))
     if not args.json:
         columns = ("name", "state", "rank", "size", "pinned", "hits", "misses", "source", "")
-        print_list(columns, list(map(_row, found)), "no adapters", width=160)
+        print_list(columns, list(map(_row, found)), "no adapters")
     return found
 
 

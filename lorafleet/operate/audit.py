@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(found)
     else:
-        print_list(COLUMNS, list(map(_row, found)), "no actions", width=160)
+        print_list(COLUMNS, list(map(_row, found)), "no actions")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""`lorafleet chat` talks with a model in the terminal: each line is a message, each answer comes as it is made."""
+"""`lorafleet chat` talks with a model in the terminal: each line is a message, each answer is streamed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from lorafleet.shared.api import Api, add_flags, in_path, suggested
 from lorafleet.shared.parser import Parser
 from protocol.runtime.adapter_refs import FOLDER
-from protocol.wire.errors import LorafleetError, NotFound
+from protocol.wire.errors import BadRequest, LorafleetError, NotFound
 
 HELP = "/reset starts a new chat, /undo removes the last question, /model NAME switches models, /quit exits"
 
@@ -21,6 +21,9 @@ def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
     parser.epilog = f"Commands in the chat: {HELP}."
     parser.add_argument("model", metavar="MODEL", help="the base model or an adapter")
+    parser.add_argument(
+        "message", metavar="MESSAGE", nargs="*", help="ask this and exit (default: each line of the input is a message)"
+    )
     parser.add_argument("--system", metavar="TEXT", help="system prompt")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="maximum tokens per answer")
     parser.add_argument("--temperature", type=float, metavar="X")
@@ -30,35 +33,40 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return the exit code: 1 if a question failed without a terminal.
+    """Run the command; return the exit code: 1 if a question failed without a person at a prompt.
 
-    Raises BadRequest, NotFound for an unknown model, and Unavailable.
+    Raises BadRequest, also where there is no message, NotFound for an unknown model, and Unavailable.
     """
-    if sys.stdin.isatty():
+    is_prompt = sys.stdin.isatty() and not args.message
+    if is_prompt:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives `input` a history and keys to edit with
-    failed = False
+    failed, is_empty = False, True
     with Api(args) as api:
-        _check_model(api, args.model)
-        if sys.stdin.isatty():
-            print(f"{args.model}: {HELP}", file=sys.stderr)
+        check_model(api, args.model)
         chat = Chat(api, args)
+        if args.message:
+            chat.ask(" ".join(args.message))
+            return 0
+        if is_prompt:
+            print(f"{args.model}: {HELP}", file=sys.stderr)
         for line in _lines():
+            is_empty = is_empty and not line.strip()
             if line == "/quit":
                 break
             try:
                 chat.take(line)
             except KeyboardInterrupt:
-                chat.undo()
                 print("\n(stopped; the question was removed)", file=sys.stderr)
             except LorafleetError as error:
-                chat.undo()
                 failed = True
                 print(f"error: {error.message}", file=sys.stderr)
-    return int(failed and not sys.stdin.isatty())
+    if not is_prompt and is_empty:
+        raise BadRequest("the input holds no message; give one as an argument, or a line of standard input")
+    return int(failed and not is_prompt)
 
 
-def _check_model(api: Api, model: str) -> None:
+def check_model(api: Api, model: str) -> None:
     """Raise NotFound for a model that is not served, with the name that is most like it; Unavailable without a fleet.
 
     What a request may name beside names, such as a repository of the Hub, is for the first question to tell.
@@ -93,11 +101,13 @@ class Chat:
         elif word == "/undo":
             self.undo()
         elif word == "/model" and rest.strip():
+            check_model(self._api, rest.strip())
             self._model = rest.strip()
+            print(f"chatting with {self._model}", file=sys.stderr)
         elif word.startswith("/") and word[1:].isalpha():
             print(f"{word}: {HELP}", file=sys.stderr)
         else:
-            self._ask(line)
+            self.ask(line)
 
     def undo(self) -> None:
         """Take the last question back, with its answer if it has one."""
@@ -105,7 +115,11 @@ class Chat:
             if self.messages.pop()["role"] == "user":
                 return
 
-    def _ask(self, text: str) -> None:
+    def ask(self, text: str) -> None:
+        """Ask a question and print the answer; without one, the question is not part of the conversation.
+
+        Raises what the fleet refuses, and Unavailable.
+        """
         self.messages.append({"role": "user", "content": text})
         body = {
             "model": self._model,
@@ -115,13 +129,17 @@ class Chat:
             **self._options,
         }
         answer, usage, finish = "", None, None
-        for event in self._api.events("/v1/chat/completions", "POST", json=body):
-            if "error" in event:
-                raise LorafleetError(event["error"]["message"])
-            usage = event.get("usage") or usage
-            for choice in event["choices"]:
-                finish = choice.get("finish_reason") or finish
-                answer += self._shown(choice["delta"])
+        try:
+            for event in self._api.events("/v1/chat/completions", "POST", json=body):
+                if "error" in event:
+                    raise LorafleetError(event["error"]["message"])
+                usage = event.get("usage") or usage
+                for choice in event["choices"]:
+                    finish = choice.get("finish_reason") or finish
+                    answer += self._shown(choice["delta"])
+        except BaseException:
+            self.undo()
+            raise
         self.messages.append({"role": "assistant", "content": answer})
         if self._json:
             print(json.dumps({"model": self._model, "content": answer, "finish_reason": finish, "usage": usage}))

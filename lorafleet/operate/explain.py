@@ -42,7 +42,7 @@ def _print(request: dict[str, Any]) -> None:
     events = request["timeline"]
     start_ms = events[0]["ms"]
     rows = [[f"+{event['ms'] - start_ms} ms", event["event"], event["text"]] for event in events]
-    print_list(("time", "event", "details"), rows, "no events are recorded", width=200)
+    print_list(("time", "event", "details"), rows, "no events are recorded")
     if request["error"]:
         print(f"\n{request['error']['code']}: {request['error']['message']}")
 

@@ -19,9 +19,12 @@ from lorafleet.operate.workers import COLUMNS, row
 from lorafleet.operate.workers import PATH as WORKERS
 from lorafleet.shared.api import Api, add_flags
 from lorafleet.shared.parser import Parser
-from lorafleet.shared.tables import part_text, size_text
+from lorafleet.shared.tables import MAX_WIDTH, part_text, size_text
 
 FLEET = "/v1/fleet"
+
+LEAST = ("host", "preempted/s", "slots", "resident", "pool", "waiting")
+"""Columns that a narrow terminal leaves out, the first of them first."""
 
 Sample = dict[str, Any]
 """A sample: its time `s` (monotonic), and the API's answers `fleet` and `workers`."""
@@ -43,11 +46,12 @@ def run(args: argparse.Namespace) -> int:
             for now in looks:
                 print(json.dumps(now), flush=True)
         elif args.once:
-            Console(width=max(120, Console().width)).print(frame(api.url, next(looks)))
+            console = Console()
+            console.print(frame(api.url, next(looks), console.width if console.is_terminal else MAX_WIDTH))
         else:
             with Live(Text(f"connecting to {api.url} …"), screen=True, auto_refresh=False) as live:
                 for now in looks:
-                    live.update(frame(api.url, now), refresh=True)
+                    live.update(frame(api.url, now, live.console.width), refresh=True)
     return 0
 
 
@@ -89,8 +93,8 @@ def figures(before: Sample, now: Sample) -> dict[str, Any]:
     return {"fleet": now["fleet"], "workers": workers, "tokens_per_s": total, "passed_s": passed_s}
 
 
-def frame(url: str, now: dict[str, Any]) -> RenderableType:
-    """Return one picture of a fleet."""
+def frame(url: str, now: dict[str, Any], width: int) -> RenderableType:
+    """Return one picture of a fleet, of at most `width` characters a line where that can be."""
     fleet, queue = now["fleet"], now["fleet"].get("queue") or {}
     head = Table.grid(padding=(0, 3))
     oldest = [f"{cls} {_age(ms)}" for cls, ms in sorted((queue.get("oldest_ms") or {}).items()) if ms]
@@ -107,23 +111,35 @@ def frame(url: str, now: dict[str, Any]) -> RenderableType:
         f"[red]{letters} dead letters[/]" if letters else "no dead letters",
         f"leader {escape(queue.get('leader') or 'none')}" if queue else "[red]no active scheduler[/]",
     )
-    return Group(head, Text(), _workers(now["workers"]))
+    return Group(head, Text(), _workers(now["workers"], width))
 
 
-def _workers(workers: Sequence[dict[str, Any]]) -> RenderableType:
+def _workers(workers: Sequence[dict[str, Any]], width: int) -> RenderableType:
     if not workers:
         return Text("no workers", style="red")
     columns = (*COLUMNS[:-1], "tokens/s", "step ms", "preempted/s")
+    table = _table(workers, columns)
+    for name in LEAST:
+        if Console(width=MAX_WIDTH).measure(table).maximum <= width:
+            break
+        columns = tuple(other for other in columns if other != name)
+        table = _table(workers, columns)
+    return table
+
+
+def _table(workers: Sequence[dict[str, Any]], columns: Sequence[str]) -> Table:
+    """Return workers as a table of the columns that are named."""
     table = Table(*columns, box=None, header_style="bold")
     for worker in workers:
         step_ms = worker["step_ms"]
-        cells = [
-            *row(worker)[:-1],
-            f"{worker['tokens_per_s']:.0f}",
-            "-" if step_ms is None else f"{step_ms:.1f}",
-            f"{worker['preemptions_per_s']:.1f}",
-        ]
-        table.add_row(*map(escape, cells), style=None if worker["state"] == "ready" else "yellow")
+        cells = dict(zip(COLUMNS, row(worker), strict=True)) | {
+            "tokens/s": f"{worker['tokens_per_s']:.0f}",
+            "step ms": "-" if step_ms is None else f"{step_ms:.1f}",
+            "preempted/s": f"{worker['preemptions_per_s']:.1f}",
+        }
+        table.add_row(
+            *(escape(cells[name]) for name in columns), style=None if worker["state"] == "ready" else "yellow"
+        )
     return table
 
 

@@ -8,31 +8,51 @@ import time
 from lorafleet.shared.api import Api, add_flags, add_json_flag, print_json
 from lorafleet.shared.parser import Parser
 from lorafleet.shared.tables import print_list
+from protocol.wire.brief import brief
 
 PATH = "/v1/usage"
 DAY_S = 86_400
-GROUPS = ("project_id", "model", "batch", "adapter", "base_model")
+GROUPS = ("tenant", "model", "batch", "adapter", "base_model")
+API_NAMES = {"tenant": "project_id"}
+"""Column -> its name in OpenAI's usage API, where that is another."""
+
+MAX_DAYS = 31
+"""Days in one answer of the API."""
+
 COUNTS = ("num_model_requests", "input_tokens", "input_cached_tokens", "output_tokens")
 
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.add_argument("--days", type=int, default=7, metavar="N", help="number of days, today included (%(default)s)")
+    parser.add_argument(
+        "--days",
+        type=_days,
+        default=7,
+        metavar="N",
+        help=f"number of days, today included: 1 to {MAX_DAYS} (%(default)s)",
+    )
     parser.add_argument(
         "--by",
-        default="project_id,model",
+        default="tenant,model",
         metavar="NAMES",
-        help=f"columns to group by, comma-separated: {', '.join(GROUPS)} (%(default)s); project_id is the tenant",
+        help=f"columns to group by, comma-separated: {', '.join(GROUPS)} (%(default)s)",
     )
     parser.add_argument("--csv", action="store_true", help="print CSV")
     add_json_flag(parser)
     add_flags(parser)
 
 
+def _days(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:4]) <= MAX_DAYS:
+        raise argparse.ArgumentTypeError(f"{brief(text)} is not a number from 1 to {MAX_DAYS}")
+    return int(text)
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code. Raises what the fleet refuses, and Unavailable."""
     start_s = (int(time.time()) // DAY_S - args.days + 1) * DAY_S
-    by = [name for name in args.by.split(",") if name]
+    names = [name for name in args.by.split(",") if name]
+    by = [API_NAMES.get(name, name) for name in names]
     params = {"start_time": start_s, "limit": args.days, "group_by": by, "format": "csv" if args.csv else "json"}
     with Api(args) as api:
         answer = api.request("GET", PATH, params=params)
@@ -50,5 +70,5 @@ def run(args: argparse.Namespace) -> int:
             for bucket in answer.json()["data"]
             for one in bucket["results"]
         ]
-        print_list(("day", *by, "requests", "prompt tokens", "cached", "output tokens"), rows, "no usage")
+        print_list(("day", *names, "requests", "prompt tokens", "cached", "output tokens"), rows, "no usage")
     return 0

@@ -12,13 +12,13 @@ from urllib.parse import quote
 
 import httpx2
 
-from lorafleet.launcher.records import LocalFleet, the_only
+from lorafleet.launcher.records import URL_VARIABLE, LocalFleet, the_only
 from lorafleet.shared.parser import Parser, suggestion
 from lorafleet.shared.profiles import config_file, load_profile, read_key
 from protocol.wire.errors import BadRequest, LorafleetError, NotFound, PermissionDenied, Unauthorized, Unavailable
 from protocol.wire.lines import iter_lines
 
-URL_VARIABLE, KEY_VARIABLE, PROFILE_VARIABLE = "LORAFLEET_URL", "OPENAI_API_KEY", "LORAFLEET_PROFILE"
+KEY_VARIABLE, PROFILE_VARIABLE = "OPENAI_API_KEY", "LORAFLEET_PROFILE"
 DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT_S = 60.0
 

@@ -19,6 +19,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "lorafleet stop": ("lorafleet stop", "lorafleet stop --now"),
     "lorafleet chat": (
         "lorafleet chat pirate",
+        "lorafleet chat pirate 'Who are you?'",
         "lorafleet chat base --system 'Answer in one sentence.' --temperature 0",
         "echo 'Who are you?' | lorafleet chat pirate --json",
     ),
@@ -66,7 +67,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     "lorafleet batch cancel": ("lorafleet batch cancel batch_0123",),
     "lorafleet top": ("lorafleet top", "lorafleet top --once --json"),
     "lorafleet explain": ("lorafleet explain chatcmpl-0123", "lorafleet explain job_0123 --replay"),
-    "lorafleet usage": ("lorafleet usage --days 30", "lorafleet usage --by project_id --csv"),
+    "lorafleet usage": ("lorafleet usage --days 30", "lorafleet usage --by tenant --csv"),
     "lorafleet audit": ("lorafleet audit --limit 20", "lorafleet audit --tenants"),
     "lorafleet dlq": ("lorafleet dlq list", "lorafleet dlq retry 1764043172123-0"),
     "lorafleet dlq list": ("lorafleet dlq list", "lorafleet dlq list --redis-url redis://operator@queue:6379/0"),
@@ -87,7 +88,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "lorafleet users": ("lorafleet users ./secrets",),
     "lorafleet fetch": ("lorafleet fetch org/model",),
-    "lorafleet bench": ("lorafleet bench http://127.0.0.1:8000 --requests 200 --concurrency 8",),
+    "lorafleet bench": ("lorafleet bench --requests 200 --concurrency 8",),
     "lorafleet profile": ("lorafleet profile org/model --adapters ./adapters",),
     "lorafleet completion": ('eval "$(lorafleet completion bash)"   # in ~/.bashrc',),
 }

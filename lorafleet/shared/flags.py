@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from pydantic_settings import SettingsError
 
 from lorafleet.launcher import lifeline
-from lorafleet.shared.api import PROFILE_VARIABLE, URL_VARIABLE
+from lorafleet.launcher.records import URL_VARIABLE
+from lorafleet.shared.api import PROFILE_VARIABLE
 from lorafleet.shared.parser import Parser
 from protocol.runtime.redaction import redact
 from protocol.runtime.settings import CONFIG_VARIABLE, Settings

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from lorafleet.launcher.embedded import with_queue
-from lorafleet.launcher.records import running, the_only
+from lorafleet.launcher.records import URL_VARIABLE, at, the_only
 from lorafleet.shared.api import add_json_flag, print_json
 from lorafleet.shared.flags import add_settings, load_settings
 from lorafleet.shared.parser import Parser
@@ -19,35 +19,30 @@ from protocol.runtime.settings import Settings
 from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, PermissionDenied, Unavailable
 
-LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1", "0.0.0.0"})
-
 FLAGS = ("redis_url", "redis_password_file", "data")
 
 
 def load_local_settings(args: argparse.Namespace, url: str | None = None) -> Settings:
     """Return the settings; without a queue and a data folder in them, with the folder of the fleet on this machine.
 
-    url: of its gateway, as a command was given it, "" if it was not; None for a command that takes none.
+    url: of its gateway, as a command was given it, "" if it was not; None for a command that takes none, for which
+        LORAFLEET_URL may name a fleet of this machine.
     Raises BadRequest, also where several fleets could be meant.
     """
     settings = load_settings(args)
     if {"redis_url", "data"} & settings.model_fields_set:
         return settings
-    if url:
-        fleet = next((one for one in running() if _address(one.url) == _address(url)), None)
+    if url is None and (named := os.environ.get(URL_VARIABLE)):
+        fleet = at(named)
+        if fleet is None:
+            raise BadRequest(
+                f"{URL_VARIABLE} is {brief(named)}, which no fleet of this machine has; name its queue: --redis-url"
+            )
+    elif url:
+        fleet = at(url)
     else:
         fleet = the_only("--data" if url is None else "--url")
     return settings if fleet is None else settings.model_copy(update={"data": Path(fleet.data)})
-
-
-def _address(url: str) -> tuple[str, int | None]:
-    """Return host and port of a URL; this machine has one name. Raises BadRequest where the port is no number."""
-    parts = urlsplit(url)
-    host = (parts.hostname or "").lower()
-    try:
-        return "localhost" if host in LOOPBACK else host, parts.port
-    except ValueError as error:
-        raise BadRequest(f"--url {brief(url)}: {error}") from error
 
 
 def add_flags(parser: Parser, *more: str) -> None:

@@ -8,16 +8,32 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+MAX_WIDTH = 10_000
+"""Characters of the longest line of a list."""
 
-def print_list(columns: Sequence[str], rows: Sequence[Sequence[str]], nothing: str, width: int = 140) -> None:
+
+def print_list(columns: Sequence[str], rows: Sequence[Sequence[str]], nothing: str) -> None:
     """Print rows of text below the names of their columns, or `nothing` if there is none.
 
-    width: columns of characters at least, however narrow the terminal is, so that no value is folded.
+    No value is folded or cut. Where a terminal is too narrow for that, each row is a block of lines, one per value.
     """
+    terminal, wide = Console(), Console(width=MAX_WIDTH)
+    if not rows:
+        print(nothing)
+        return
     table = Table(*columns, box=None, header_style="bold")
     for row in rows:
         table.add_row(*map(escape, row))
-    Console(width=max(width, Console().width)).print(table if rows else nothing)
+    if not terminal.is_terminal or wide.measure(table).maximum <= terminal.width:
+        wide.print(table)
+        return
+    for number, row in enumerate(rows):
+        block = Table(box=None, show_header=False)
+        for column, value in zip(columns, row, strict=True):
+            block.add_row(f"[bold]{escape(column)}[/]", escape(value))
+        if number:
+            print()
+        wide.print(block)
 
 
 def size_text(num_bytes: int | None) -> str:

@@ -40,12 +40,12 @@ def command(fleet: ProcessFleet, capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setenv("LORAFLEET_URL", fleet.url)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
-    async def run(*words: str, code: int = 0, typed: str = "") -> str:
+    async def run(*words: str, code: int = 0, typed: str = "", out: bool = False) -> str:
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
         capsys.readouterr()
         assert await asyncio.to_thread(main, words) == code, capsys.readouterr()
         told = capsys.readouterr()
-        return told.out if not code else told.err
+        return told.out if out or not code else told.err
 
     return run
 
@@ -125,6 +125,14 @@ async def test_a_conversation_goes_on_and_can_begin_anew(command: Command) -> No
     assert other["content"] != first["content"]
     shown = await command("chat", "base", "--max-tokens", "4", "--temperature", "0", typed="hello\n")
     assert shown == f"{first['content']} [length]\n" or first["finish_reason"] == "stop"
+    asked = await command("chat", "base", "hello", "--max-tokens", "4", "--temperature", "0")
+    assert asked == shown
+    lost = "hello\n/model nobody\nand now?\n"  # what is no model takes no question back
+    told = [
+        json.loads(line) for line in (await command("chat", "base", *flags, typed=lost, code=1, out=True)).splitlines()
+    ]
+    assert [one["usage"]["prompt_tokens"] for one in told] == [one["usage"]["prompt_tokens"] for one in (first, second)]
+    assert "no message" in await command("chat", "base", typed="\n", code=2)
     for typed in ("hello\n", ""):
         assert "does not exist" in await command("chat", "nobody", typed=typed, code=2)
         assert "cannot reach the gateway" in await command(
@@ -163,7 +171,8 @@ async def test_usage_is_told_by_model(command: Command) -> None:
     told = await read(command, "usage")
     (row,) = [row for bucket in told["data"] for row in bucket["results"] if row["model"] == "two"]
     assert row["num_model_requests"] == 1
-    assert "two" in await command("usage")
+    assert "tenant" in (shown := await command("usage"))
+    assert "two" in shown
     assert (await command("usage", "--csv")).startswith("date,")
 
 
