@@ -119,8 +119,8 @@ async def test_all_tasks_of_one_base_while_a_worker_dies(fleet: ProcessFleet, mo
     ("path", "name", "fields", "reason"),
     [
         ("/v1/completions", "sorts", {"prompt": "x"}, "generates no text"),
-        ("/v1/classify", "chat", {"input": "x"}, "no head"),
-        ("/v1/classify", "tiny", {"input": "x"}, "no head"),
+        ("/v1/classify", "chat", {"input": "x"}, "no classification head"),
+        ("/v1/classify", "tiny", {"input": "x"}, "no classification head"),
         ("/v1/embeddings", "search", {"input": "x", "dimensions": 65}, "have 64 entries"),
     ],
 )
