@@ -168,6 +168,12 @@ class TimeSeries:
         """Count something that a tenant's calls of a model did."""
         self._now().row((tenant[:MAX_NAME], model[:MAX_NAME]))[_PLACES[what]] += num
 
+    def queued(self, tenant: str, model: str, num_prompt_tokens: int) -> None:
+        """Count a request that is in the queue."""
+        row = self._now().row((tenant[:MAX_NAME], model[:MAX_NAME]))
+        row[_PLACES["requests"]] += 1
+        row[_PLACES["prompt_tokens"]] += num_prompt_tokens
+
     def first_token(self, tenant: str, model: str, seconds: float) -> None:
         """Count a call's time to its first token."""
         row = self._now().row((tenant[:MAX_NAME], model[:MAX_NAME]))
