@@ -97,11 +97,6 @@ FAILED = Failures()
 """Those of this process."""
 
 
-UNPAUSED_TURNS = 8
-"""Turns of a loop without a pause after which others have theirs, should it wait for nothing. Each time costs a look
-for what is ready, as much as to read a reply of the queue's."""
-
-
 @dataclass(frozen=True, slots=True)
 class Loop:
     """A background loop of a service."""
@@ -123,7 +118,7 @@ async def guarded(
 ) -> None:
     """Run a loop until its task is cancelled. Raises what `loop.ends` names, and the last of `loop.max_failures`."""
     FAILURES.labels(loop.name)  # shown from the start, as rates of what begins with its first failure miss that
-    num = num_own = num_turns = 0
+    num = num_own = 0
     while True:
         begun_s, pause_s = clock(), loop.pause_s or 0.0
         try:
@@ -150,7 +145,7 @@ async def guarded(
         if loop.wake is not None and num == 0:
             await wait_any(loop.wake, pause_s)
             loop.wake.clear()
-        elif pause_s or (num_turns := num_turns + 1) % UNPAUSED_TURNS == 0:
+        else:
             await sleep(pause_s)
 
 
