@@ -17,6 +17,7 @@ from gateway.auth.callers import Caller
 from gateway.bodies.json_slices import dumps
 from gateway.overload import reads
 from gateway.overload.cost import held, hold
+from gateway.overload.loop_slice import LoopSlice, each
 from gateway.overload.slots import FairSlots
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
@@ -24,10 +25,7 @@ from protocol.wire import messages as m
 T = TypeVar("T")
 
 OBJECTS_AT_ONCE = 64
-"""Objects that are made and written at a time: a millisecond's work."""
-
-LOOKED_AT_ONCE = 256
-"""Names of which it is found out at a time who sees them: half a millisecond's work."""
+"""Objects that are read from the queue, and written, at a time."""
 
 MAX_AGE_S = 10.0
 """Age at which a copy is read again though its stamp is the same: a store of an older version writes none."""
@@ -62,10 +60,10 @@ class Copy:
     async def after(self, name: str, tenant: str | None) -> AsyncIterator[m.Alias]:
         """Make the aliases after a name of a tenant in order, or after all of that name; others have their turns."""
         begin = bisect_right(self.keys, f"{name}\0{tenant}" if tenant is not None else f"{name}\0\U0010ffff")
+        turn = LoopSlice()
         for number in range(begin, len(self.keys)):
-            if (number - begin) % LOOKED_AT_ONCE == LOOKED_AT_ONCE - 1:
-                await asyncio.sleep(0)
             yield self._aliases[self.keys[number]]
+            await turn.pause()
 
 
 class CatalogueCopy:
@@ -168,8 +166,8 @@ class CatalogueCopy:
             for begin in range(0, len(aliases), OBJECTS_AT_ONCE):
                 some = aliases[begin : begin + OBJECTS_AT_ONCE]
                 records = await self._bus.adapters.records(sorted({alias.digest for alias in some if alias.digest}))
-                objects = [made for alias in some if (made := show(alias, records.get(alias.digest))) is not None]
-                if objects:
+                objects = await each(some, lambda alias, found=records: show(alias, found.get(alias.digest)))
+                if objects := [one for one in objects if one is not None]:
                     parts.append(dumps(objects)[1:-1])
                     hold(held() + len(parts[-1]))
             return b",".join(parts) + b"]"

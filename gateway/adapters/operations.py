@@ -27,6 +27,7 @@ from gateway.adapters.views import AdapterObjects
 from gateway.auth.callers import Caller
 from gateway.bodies.json_slices import dumps
 from gateway.overload.cost import held, hold
+from gateway.overload.loop_slice import each
 from gateway.overload.slots import FairSlots
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.runtime.adapter_refs import FOLDER, Reference, SourcePolicy, in_root, parse_reference, parse_source
@@ -117,11 +118,10 @@ class AdapterOperations:
 
         after: `last_id` of the previous page. A bare name skips every tenant's adapter of that name.
         """
-        owner = None if tenant is None else caller.namespace(tenant)
+        owner, parts = None if tenant is None else caller.namespace(tenant), list[bytes]()
         page, has_more = await self._catalogue.page(
             after, limit, caller.sees if owner is None else lambda alias: alias.tenant == owner
         )
-        parts = []
         for begin in range(0, len(page), OBJECTS_AT_ONCE):
             parts.append(dumps(await self._show(page[begin : begin + OBJECTS_AT_ONCE], caller))[1:-1])
             hold(held() + len(parts[-1]))
@@ -153,11 +153,11 @@ class AdapterOperations:
         digests = sorted({alias.digest for alias in aliases if alias.digest})
         records = await self._bus.adapters.records(digests)
         if not caller.is_admin:
-            objects = AdapterObjects([], {}, shows_paths=False)
-            return [objects.of(alias, records.get(alias.digest), None) for alias in aliases]
+            bare = AdapterObjects([], {}, shows_paths=False)
+            return await each(aliases, lambda alias: bare.of(alias, records.get(alias.digest), None))
         uses = await self._bus.adapters.uses(digests)
         objects = AdapterObjects(await self.memory.beats(), await self._bus.adapters.pins())
-        return [objects.of(alias, records.get(alias.digest), uses.get(alias.digest, AdapterUse())) for alias in aliases]
+        return await each(aliases, lambda a: objects.of(a, records.get(a.digest), uses.get(a.digest, AdapterUse())))
 
     # ------------------------------------------------------------ register, preload, pin
 

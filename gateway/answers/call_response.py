@@ -70,7 +70,7 @@ class CallResponse(Response):
         self._errors = errors
         self._framing = framing
         self._client: asyncio.Task[None] | None = None  # ends when the client leaves
-        self.has_headers = False
+        self.has_begun = False  # the headers of a stream are sent
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -92,7 +92,7 @@ class CallResponse(Response):
                 await self._unwatch()  # it watches the client itself, if it takes long to send
                 await self.send_response(result)
         except BaseException as failure:
-            if not self.has_headers or not is_failure(failure):
+            if not self.has_begun or not is_failure(failure):
                 raise
             await self.write(failed(error_of(failure)), more=False)
         finally:
@@ -113,8 +113,8 @@ class CallResponse(Response):
 
     async def begin(self, headers: list[tuple[bytes, bytes]]) -> None:
         """Send the headers of a stream, if none have been sent."""
-        if not self.has_headers:
-            self.has_headers = True
+        if not self.has_begun:
+            self.has_begun = True
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def write(self, part: bytes, *, more: bool = True) -> None:
@@ -122,7 +122,9 @@ class CallResponse(Response):
         await self._send_body({"type": "http.response.body", "body": part, "more_body": more})
 
     async def send_response(self, response: Response) -> None:
-        """Send a response of its own in place of a stream."""
+        """Send a response of its own in place of a stream. Raises RuntimeError once that has begun."""
+        if self.has_begun:
+            raise RuntimeError("a call whose stream has begun came to a whole response")
         await response(self.scope, self._receive, self._send)
 
     async def _keep_alive(self, coming: asyncio.Task[CallResult]) -> bool:

@@ -10,13 +10,14 @@ from typing import Any, TypeVar
 from starlette.responses import Response
 
 from gateway.answers.call_response import CallResponse, SentAnswer
-from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse, in_thread, json_response
+from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse, json_response, written
 from gateway.calls import observe
 from gateway.calls.choices import Piece, best_of
 from gateway.calls.follow import ClientGoneError, Generation
 from gateway.calls.size import TextGrowth
 from gateway.calls.writers import DONE, SSE, Writer
 from gateway.http.errors import OPENAI_ERRORS, error_of
+from gateway.overload.loop_slice import LoopSlice
 from gateway.server.connection import CONNECTION, Connection
 from protocol.runtime.guarded import is_failure
 from protocol.wire import messages as m
@@ -48,14 +49,19 @@ class GenerationAnswer(SentAnswer):
         self._to = to
         self._connection = to.scope.get(CONNECTION)
         to.client().add_done_callback(self._hang_up)
+        response: Response | None = None
         try:
-            await (self._send_stream() if self.options.stream else self._send_whole())
+            if self.options.stream:
+                await self._send_stream()
+            else:
+                response = await self._whole_response()
+                await to.send_response(response)
         except ClientGoneError:
             observe.client_gone()
         except BaseException as failure:  # the edge of a call: every failure is sent or logged
             if not is_failure(failure):
                 raise
-            if to.has_headers:
+            if to.has_begun or response is not None:  # an error would be no part of it: the connection is cut
                 observe.cut_off(self.generation.call.parsed.caller.owner)
                 raise
             await to.send_response(self.errors.response(error_of(failure)))
@@ -95,7 +101,7 @@ class GenerationAnswer(SentAnswer):
 
         Between two parts of these others have their turn.
         """
-        gathered, num_bytes = list[bytes](), 0
+        gathered, num_bytes, turn = list[bytes](), 0, LoopSlice()
         for piece in pieces:
             frames = iter(await self._done(partial(self.writer.frames, piece)))
             while frame := await self._done(partial(next, frames, b"")):
@@ -108,6 +114,7 @@ class GenerationAnswer(SentAnswer):
                     await asyncio.sleep(0)
                     if self.generation.client_gone:
                         raise ClientGoneError
+                await turn.pause()
         return b"".join(gathered)
 
     def _pass_on(self, delta: m.Delta) -> bool:
@@ -147,7 +154,7 @@ class GenerationAnswer(SentAnswer):
         return pieces
 
     async def _send_frames(self, frames: bytes, *, more: bool) -> None:
-        if not self._to.has_headers:
+        if not self._to.has_begun:
             await self._to.begin(self.stream_headers())
         await self._to.write(frames, more=more)
 
@@ -160,7 +167,7 @@ class GenerationAnswer(SentAnswer):
         return self.writer.whole(best_of(choices, self.options), self.generation.usage), {}
 
     async def _done(self, make: Callable[[], T]) -> T:
-        return await in_thread(self._to.scope, make) if self._in_thread else make()
+        return await written(self._to.scope, make) if self._in_thread else make()
 
     @property
     def _in_thread(self) -> bool:
@@ -173,7 +180,8 @@ class GenerationAnswer(SentAnswer):
         num_bytes = self.generation.usage.completion_tokens * self.options.record_bytes
         return num_bytes > FEW_LOGPROB_BYTES or self.options.sampling.prompt_logprobs is not None
 
-    async def _send_whole(self) -> None:
+    async def _whole_response(self) -> Response:
+        """Return the response of an answer that is not streamed, once it has ended. Raises as `_advance`."""
         whole = [Piece(choice.index) for choice in self.generation.choices]
         while True:
             for piece in await self._advance():
@@ -183,11 +191,6 @@ class GenerationAnswer(SentAnswer):
             if self.generation.is_done:
                 break
         answer, headers = await self.whole(whole)
-        if self.is_large:
-            response: Response = SlicedResponse(
-                answer, 200, headers, lambda: self.generation.client_gone, in_thread=self._in_thread
-            )
-        else:
-            response = json_response(answer, headers=headers)
-        self._to.has_headers = True
-        await self._to.send_response(response)
+        if not self.is_large:
+            return json_response(answer, headers=headers)
+        return SlicedResponse(answer, 200, headers, lambda: self.generation.client_gone, in_thread=self._in_thread)

@@ -175,6 +175,7 @@ def build_app(
     app = routed(handlers)
     app.state.settings = settings
     app.state.checks = checks
+    app.state.writing = Checks()
     app.state.audit = handlers.audit.log
     add_handlers(app, shape_of)
     table = RouteTable(app.routes, open_pages=settings.open_pages)

@@ -31,6 +31,7 @@ from gateway.http.headers import header_of
 from gateway.http.paths import OPENAI_FORMS
 from gateway.overload.cost import hold_values
 from gateway.overload.large import PLAIN_BYTES, Checks, keep, working
+from gateway.overload.loop_slice import LoopSlice
 from gateway.overload.memory import bytes_of_values, values_bytes
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
@@ -41,9 +42,6 @@ logger = logging.getLogger(__name__)
 
 SENT_BYTES = 1 << 13
 """Bytes of a large answer that are gathered before they are sent."""
-
-SHORT_BYTES = 1 << 7
-"""What is shorter is a name or a number, and no slice of a list: many of these take no time."""
 
 Handler = Callable[..., Coroutine[Any, Any, Response]]
 
@@ -72,9 +70,15 @@ async def body_value(raw: bytes, scope: MutableMapping[str, Any]) -> Any:
 
 
 async def in_thread(scope: MutableMapping[str, Any], make: Callable[[], T]) -> T:
-    """Return what a function makes of a request's body, or for its answer, in a thread, at a turn of its tenant's."""
+    """Return what a function makes of a request's body, in a thread, at a turn of its tenant's."""
     checks: Checks = scope["app"].state.checks
     return await checks.in_thread(make, scope[CALLER].owner)
+
+
+async def written(scope: MutableMapping[str, Any], make: Callable[[], T]) -> T:
+    """Return what a function makes for an answer as `in_thread` does, in turns that no body waits for."""
+    writing: Checks = scope["app"].state.writing
+    return await writing.in_thread(make, scope[CALLER].owner)
 
 
 def note_form(scope: MutableMapping[str, Any], value: Any) -> None:
@@ -221,11 +225,16 @@ class AnyTypeRoute(JsonRoute):
 
 
 async def _whole(request: Request) -> None:
-    """Wait until all of a body is there. Raises HTTPException if its client leaves before."""
+    """Wait until all of a body is there. Raises HTTPException if its client leaves before.
+
+    Starlette would join its parts on the event loop, which takes a millisecond or two for megabytes.
+    """
     try:
-        await request.body()
+        parts = [part async for part in request.stream() if part]
     except ClientDisconnect:
         raise HTTPException(400, "the client left before its body was complete") from None
+    is_long = sum(map(len, parts)) > PLAIN_BYTES and len(parts) > 1
+    setattr(request, "_body", await asyncio.to_thread(b"".join, parts) if is_long else b"".join(parts))  # noqa: B010
 
 
 def _is_json(content_type: str) -> bool:
@@ -301,18 +310,16 @@ class SlicedResponse(Response):
 
     async def _send(self, scope: Scope, send: Send, is_over: Callable[[], bool]) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        gathered, next_part = b"", partial(next, slices(self._value), b"")
-        while part := await in_thread(scope, next_part) if self._in_thread else next_part():
+        gathered, next_part, turn = b"", partial(next, slices(self._value), b""), LoopSlice()
+        while part := await written(scope, next_part) if self._in_thread else next_part():
             gathered += part
-            if len(gathered) < SENT_BYTES:
-                if len(part) > SHORT_BYTES:
-                    await asyncio.sleep(0)
-                continue
-            if is_over():
-                return
-            await send({"type": "http.response.body", "body": gathered, "more_body": True})
-            gathered = b""
-            await asyncio.sleep(0)
+            if len(gathered) >= SENT_BYTES:
+                if is_over():
+                    return
+                await send({"type": "http.response.body", "body": gathered, "more_body": True})
+                gathered = b""
+                await asyncio.sleep(0)
+            await turn.pause()
         await send({"type": "http.response.body", "body": gathered, "more_body": False})
 
 

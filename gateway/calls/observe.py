@@ -84,17 +84,17 @@ def accepted(tenant: str, prompts: Sequence[Prompt]) -> None:
     """Count a call that is in the queue. tenant: who asks."""
     who = TENANTS.of(tenant)
     for prompt in prompts:
-        adapter = ADAPTERS.of(name_of(prompt.target))
+        name = name_of(prompt.target)
+        adapter = ADAPTERS.of(name)
         if prompt.target.digest and prompt.target.digest not in _NAMES:
-            _NAMES[prompt.target.digest] = name_of(prompt.target)
+            _NAMES[prompt.target.digest] = name
             if len(_NAMES) > MAX_NAMES:
                 del _NAMES[next(iter(_NAMES))]
         _child(series.PROMPT_TOKENS, kind_of(prompt.target.digest)).inc(prompt.num_tokens)
         _named(series.ADAPTER_REQUESTS, adapter).inc()
         _named(series.ADAPTER_TOKENS, adapter, "prompt").inc(prompt.num_tokens)
         _named(series.TENANT_TOKENS, who, "prompt").inc(prompt.num_tokens)
-        SERIES.count(tenant, name_of(prompt.target), "requests")
-        SERIES.count(tenant, name_of(prompt.target), "prompt_tokens", prompt.num_tokens)
+        SERIES.queued(tenant, name, prompt.num_tokens)
     lorax_metrics.accepted([(prompt.num_tokens, prompt.max_new_tokens) for prompt in prompts])
 
 
@@ -135,8 +135,9 @@ def first_token(tenant: str, target: CallTarget, seconds: float, trace_id: str =
     """Note how long a call waited for its first token. trace_id: of its trace, "" without one."""
     exemplar = {"trace_id": trace_id} if trace_id else None
     _child(series.FIRST_TOKEN_SECONDS, kind_of(target.digest)).observe(seconds, exemplar)
-    _named(series.ADAPTER_FIRST_TOKEN_SECONDS, ADAPTERS.of(name_of(target))).observe(seconds, exemplar)
-    SERIES.first_token(tenant, name_of(target), seconds)
+    name = name_of(target)
+    _named(series.ADAPTER_FIRST_TOKEN_SECONDS, ADAPTERS.of(name)).observe(seconds, exemplar)
+    SERIES.first_token(tenant, name, seconds)
 
 
 def choice_ended(finish: str) -> None:
@@ -147,9 +148,10 @@ def choice_ended(finish: str) -> None:
 def left(tenant: str, target: CallTarget, num_tokens: int) -> None:
     """Count the output tokens of a choice that nobody follows any more."""
     _child(series.OUTPUT_TOKENS, kind_of(target.digest)).inc(num_tokens)
-    _named(series.ADAPTER_TOKENS, ADAPTERS.of(name_of(target)), "output").inc(num_tokens)
+    name = name_of(target)
+    _named(series.ADAPTER_TOKENS, ADAPTERS.of(name), "output").inc(num_tokens)
     _named(series.TENANT_TOKENS, TENANTS.of(tenant), "output").inc(num_tokens)
-    SERIES.count(tenant, name_of(target), "output_tokens", num_tokens)
+    SERIES.count(tenant, name, "output_tokens", num_tokens)
 
 
 def succeeded(kind: str, seconds: float, num_tokens: int, trace_id: str = "") -> None:

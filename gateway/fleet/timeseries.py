@@ -18,6 +18,7 @@ from heapq import nlargest, nsmallest
 from operator import add, itemgetter
 from typing import Any, Literal
 
+from gateway.overload.loop_slice import LoopSlice
 from protocol.metrics.names import OTHER
 from protocol.wire.clock import now_s as fleet_now_s
 
@@ -57,8 +58,6 @@ RANGES_S: Mapping[str, int] = {"15m": 900, "1h": 3600, "6h": 21_600, "24h": 86_4
 MAX_GROUPS = 6
 """Tenants or models that an answer shows apart, the busiest of the range."""
 
-BUCKETS_AT_ONCE = 4  # read before others get their turn on the event loop: a third of a millisecond
-ROWS_AT_ONCE = 64  # of open buckets, which are added before the same
 
 Field = Literal[
     "requests", "prompt_tokens", "output_tokens", "refused", "client_errors", "server_errors", "hits", "misses"
@@ -169,6 +168,12 @@ class TimeSeries:
         """Count something that a tenant's calls of a model did."""
         self._now().row((tenant[:MAX_NAME], model[:MAX_NAME]))[_PLACES[what]] += num
 
+    def queued(self, tenant: str, model: str, num_prompt_tokens: int) -> None:
+        """Count a request that is in the queue."""
+        row = self._now().row((tenant[:MAX_NAME], model[:MAX_NAME]))
+        row[_PLACES["requests"]] += 1
+        row[_PLACES["prompt_tokens"]] += num_prompt_tokens
+
     def first_token(self, tenant: str, model: str, seconds: float) -> None:
         """Count a call's time to its first token."""
         row = self._now().row((tenant[:MAX_NAME], model[:MAX_NAME]))
@@ -200,9 +205,9 @@ class TimeSeries:
         times = range(first_s, newest_s + 1, step)
         shown: dict[str | None, list[Sequence[int] | None]] = {name: [] for name in (None, *names)}
         rest: list[Sequence[int] | None] = []
-        for number, time_s in enumerate(times):
-            if number % BUCKETS_AT_ONCE == 0:
-                await asyncio.sleep(0)
+        turn = LoopSlice()
+        for time_s in times:
+            await turn.pause()
             sums, others = _grouped(found.get(time_s), tenant, group, names)
             for name, values in shown.items():
                 values.append(sums.get(name))
@@ -236,10 +241,10 @@ class TimeSeries:
             copy = copies.setdefault(start_s, Bucket(start_s))
             copy.merge_fleet(bucket)
             taken += [(copy, *pair) for pair in bucket.rows.items() if tenant is None or pair[0][0] in (tenant, None)]
-        for number, (copy, key, row) in enumerate(taken):
-            if number % ROWS_AT_ONCE == 0:
-                await asyncio.sleep(0)
+        turn = LoopSlice()
+        for copy, key, row in taken:
             copy.add(key, row)
+            await turn.pause()
         for copy in copies.values():
             await asyncio.sleep(0)
             copy.trim()
@@ -249,9 +254,9 @@ class TimeSeries:
         """Return the names of the groups that an answer shows apart, the busiest first."""
         weights: dict[str, int] = {}
         if group is not None:
-            for number, bucket in enumerate(buckets):
-                if number % BUCKETS_AT_ONCE == 0:
-                    await asyncio.sleep(0)
+            turn = LoopSlice()
+            for bucket in buckets:
+                await turn.pause()
                 for key, row in bucket.rows.items():
                     name = key[group == "model"]
                     if tenant in (None, key[0]) and name not in (None, OTHER):
@@ -322,15 +327,15 @@ def _grouped(
 
 async def _columns(name: str | None, group: Group | None, rows: Sequence[Sequence[int] | None]) -> dict[str, Any]:
     """Return rows as a list for each field, and the quantiles of their first tokens."""
-    await asyncio.sleep(0)
+    turn = LoopSlice()
     columns: dict[str, Any] = {"name": name, "group": group if name is not None else None}
     for place, title in enumerate(FIELDS):
         columns[title] = [None if row is None else row[place] for row in rows]
+        await turn.pause()
     for title, share in (("ttft_p50_ms", 0.5), ("ttft_p95_ms", 0.95)):
         values: list[float | None] = []
-        for number, row in enumerate(rows):
-            if number % (4 * BUCKETS_AT_ONCE) == 0:
-                await asyncio.sleep(0)
+        for row in rows:
+            await turn.pause()
             values.append(None if row is None else quantile(row[len(FIELDS) :], share))
         columns[title] = values
     return columns

@@ -6,7 +6,6 @@ that a reader gets the events after its position.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from gateway.calls.follow import log_limit, usage_of
 from gateway.calls.waiting import waiting_state
 from gateway.calls.writers import DONE, SSE, Writer
 from gateway.http.errors import OPENAI_ERRORS, error_of
+from gateway.overload.loop_slice import LoopSlice
 from protocol.queue.bus import CONNECTION_ERRORS, Bus
 from protocol.runtime.guarded import is_failure
 from protocol.wire import messages as m
@@ -115,14 +115,14 @@ class JobEvents:
         if delta is None:
             return
         self.is_behind = self.is_behind or len(delta.ids) == 4 * limit
+        turn = LoopSlice()
         for one in tokens_of(delta, choice.record_bytes):
             piece = Piece(choice.index)
             choice.take(one, piece)
             frames: list[bytes] = []
             for frame in self._writer.frames(piece):
-                if frames:
-                    await asyncio.sleep(0)  # there may be many, of a long prompt
                 frames.append(frame)
+                await turn.pause()
             made += self.events(choice, piece, frames)
 
     async def _read(self, choice: Choice, limit: int) -> m.Delta | None:

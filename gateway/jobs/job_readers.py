@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext
 
 from gateway.jobs.job_events import JobEvent, JobEvents
-from gateway.overload.cost import charging, held, hold, shared
+from gateway.overload.cost import held, hold, own_cost, shared
 from gateway.overload.slots import FairSlots
 
 POLL_S, WAITING_POLL_S = 0.1, 0.5
@@ -116,7 +116,7 @@ class SharedReader:
             self._charge.close()
 
     async def _open(self) -> JobEvents:
-        with charging(self._charge):
+        with own_cost(self._charge):
             events = await self._opening()
             hold(held() + self._kept_bytes)
         self._keep(events.first())

@@ -30,6 +30,7 @@ from gateway.jobs.job_readers import JobReaders
 from gateway.jobs.job_stream import JobStream, numbers_of
 from gateway.overload import reads
 from gateway.overload.cost import held, hold
+from gateway.overload.loop_slice import LoopSlice
 from gateway.overload.memory import values_bytes
 from protocol.queue.bus import RequestFacts, now_ms
 from protocol.queue.kept.jobs import NewJob
@@ -350,7 +351,7 @@ class Jobs:
                 if found is None:
                     raise NotFound(expired, code="result_expired")
                 choice.give_prompt(*found)
-            whole = Piece(choice.index)
+            whole, turn = Piece(choice.index), LoopSlice()
             while not choice.cursor.ended:
                 delta = await self._bus.read_log(choice.rid, choice.cursor.next, choice.record_bytes, log_limit(choice))
                 if delta is None or not (delta.ids or delta.finish):
@@ -362,6 +363,7 @@ class Jobs:
                     if choice.options.by_token:
                         writer.frames(piece)
                     whole.add(piece)
+                    await turn.pause()
             pieces.append(whole)
         return pieces
 

@@ -150,16 +150,16 @@ class _Details:
         """Return how logprobs name a token."""
         return f"token_id:{id_}" if self._options.names_ids else tokens.text_of(id_)
 
-    def top(self, token: TokenLogprob, *, beside: bool = False) -> list[tuple[int, float]]:
-        """Return the tokens shown at a token's place: itself first, then those asked for, or the most likely ones.
+    def top(self, token: TokenLogprob, *, beside: bool = False) -> Iterator[tuple[int, float]]:
+        """Make the tokens shown at a token's place: itself first, then those asked for, or the most likely ones.
 
         beside: it does not count among the number of these.
         """
         asked = bool(self._options.sampling.logprob_token_ids) and not token.rank
         num = _shown(self._options.num_shown)
         others = token.top if asked else token.top[:num]
-        shown = [(token.id, token.logprob), *(other for other in others if other[0] != token.id)]
-        return shown if asked or beside else shown[:num]
+        shown = chain([(token.id, token.logprob)], (other for other in others if other[0] != token.id))
+        return shown if asked or beside else islice(shown, num)
 
     def token_ids(self, piece: Piece) -> bytes:
         """Return a field of a chunk's choice: the ids of its tokens, null if they are not wanted."""
@@ -325,11 +325,12 @@ class ChatWriter:
             name, raw = details.name(tokens, id_), list(tokens.bytes_of(id_))
             return {"token": name, "logprob": max(logprob, MIN_LOGPROB), "bytes": raw}
 
+        def likeliest(token: TokenLogprob) -> Iterator[dict[str, Any]]:
+            return starmap(entry, details.top(token))
+
         def entries() -> Iterator[dict[str, Any]]:
             for token in piece.logprobs:
-                shown = details.top(token)
-                made = partial(starmap, entry, shown)
-                top: Any = RowSlices(made, ENTRIES) if details.is_whole else list(made())
+                top: Any = RowSlices(partial(likeliest, token), ENTRIES) if details.is_whole else [*likeliest(token)]
                 yield {**entry(token.id, token.logprob), "top_logprobs": top}
 
         return {"content": RowSlices(entries, details.rows), "refusal": None}

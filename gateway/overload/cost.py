@@ -120,8 +120,8 @@ def shared() -> Charge | None:
 
 
 @contextmanager
-def charging(charge: Charge | None) -> Iterator[None]:
-    """Charge what the block holds to another charge than the current call's."""
+def own_cost(charge: Charge | None) -> Iterator[None]:
+    """Let the block count for itself: it holds a charge of its own, and works on no body of the current call's."""
     token = COST.set(RequestCost(charge))
     try:
         yield

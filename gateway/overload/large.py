@@ -82,7 +82,7 @@ _FORMS = frozenset(
 
 
 class Checks:
-    """The checks of bodies that take more than a millisecond: in a thread, one at a time, by turns of tenants."""
+    """What takes more than a millisecond, in a thread, one at a time, by turns of tenants: checks of bodies, rows."""
 
     def __init__(self) -> None:
         self._turns = FairSlots(1)

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from gateway.auth.callers import Caller
 from gateway.overload import reads
+from gateway.overload.loop_slice import LoopSlice, each
 from protocol.queue.bus import Bus
 from protocol.queue.history import Place
 from protocol.wire import messages as m
@@ -150,15 +151,8 @@ class RequestList:
         """Yield requests that have not ended with their cursors, some at a time; None for one that is not shown."""
         async for chunk in self._walk(kind, place, beats):
             summaries = await self._bus.request_lists.summaries([one.rid for one in chunk])
-            yield [
-                (
-                    one.place,
-                    None
-                    if summary is None or summary.is_terminal or owner not in (None, summary.tenant)
-                    else _view(summary, beats),
-                )
-                for one, summary in zip(chunk, summaries, strict=True)
-            ]
+            views = await each(summaries, lambda one: _shown(one, beats, owner))
+            yield list(zip([one.place for one in chunk], views, strict=True))
 
     async def _ended(
         self, place: str, owner: str | None, filters: Filters
@@ -166,13 +160,14 @@ class RequestList:
         """Yield what has ended with its cursors, the latest first, some at a time."""
         parts = _PLACES["ended"].fullmatch(place)
         after = Place(int(parts[1]), int(parts[2]), parts[3]) if parts is not None and parts[1] else None
-        chunk: list[tuple[str, dict[str, Any] | None]] = []
+        chunk, turn = list[tuple[str, dict[str, Any] | None]](), LoopSlice()
         until_ms = filters.until_ms + LATE_MS if filters.until_ms else 0
         async for at, tenant, entry in self._bus.history.walk(
             await self._tenants(owner), filters.since_ms, until_ms, after
         ):
             view = _past(entry, tenant) if entry is not None else None
             chunk.append((f"{at.ms}-{at.seq}/{at.mark}", view))
+            await turn.pause()
             if len(chunk) == _AT_ONCE:
                 yield chunk
                 chunk = []
@@ -217,7 +212,10 @@ def _listed(page: Sequence[dict[str, Any]], last: str | None) -> dict[str, Any]:
     return {"object": "list", "data": page, "has_more": last is not None, "last_id": last}
 
 
-def _view(one: RequestSummary, beats: dict[str, m.WorkerBeat]) -> dict[str, Any]:
+def _shown(one: RequestSummary | None, beats: dict[str, m.WorkerBeat], owner: str | None) -> dict[str, Any] | None:
+    """Return the object of a request; None for one that has ended or is not the owner's, who is None for everybody."""
+    if one is None or one.is_terminal or owner not in (None, one.tenant):
+        return None
     beat = beats.get(one.owner)
     return _object(
         one.rid, one.call, one.state, one.tenant, one.cls, one.model, one.digest, beat.name if beat else one.owner,

@@ -103,6 +103,8 @@ class Outbox:
                 step.rows.append(StepRow(rid, request.epoch, seq0, new.ids, new.logprobs))
                 delta = m.Delta(rid, request.epoch, seq0, new.ids, new.logprobs)
             else:
+                if new.timing is not None:
+                    new.timing = msgspec.structs.replace(new.timing, queued_ms=request.queued_ms)
                 step.rows.append(self._row(request, new))
                 delta = self._delta(request, new)
             if request.gateway:
@@ -126,7 +128,7 @@ class Outbox:
             request.logprobs += row.logprobs
             new, before = pending[row.rid], request.timing
             if new.timing is not None:
-                request.timing = _timing(request, new)
+                request.timing = new.timing
             if request.trace and (new.timing is not None or new.finish):
                 tell_step(request, before, new, self.name)
             if new.finish:
@@ -172,7 +174,7 @@ class Outbox:
         if new.finish:
             state = {"error": "failed", "cancelled": "cancelled"}.get(new.finish, "completed")
             error = error_json(new.error)
-        note = m.encode(timing) if (timing := _timing(request, new)) is not None else b""
+        note = m.encode(new.timing) if new.timing is not None else b""
         return StepRow(
             request.rid, request.epoch, request.num_logged, new.ids, new.logprobs, state, new.finish, error,
             new.prompt_logprobs and request.scored_prompt + new.prompt_logprobs,
@@ -185,7 +187,7 @@ class Outbox:
             usage = m.RequestUsage(request.num_prompt_tokens, request.num_output(new), new.num_cached_tokens)
         return m.Delta(
             request.rid, request.epoch, request.num_logged, new.ids, new.logprobs, new.finish,
-            error_json(new.error), usage, _timing(request, new),
+            error_json(new.error), usage, new.timing,
         )  # fmt: skip
 
     def _ended(self, request: OwnedRequest, new: PendingOutput) -> m.Ended:
@@ -211,11 +213,6 @@ def add_outputs(pending: dict[str, PendingOutput], outputs: Iterable[TokenOutput
         new.timing = output.timing or new.timing
         if output.finish:
             new.finish, new.error = output.finish, output.error
-
-
-def _timing(request: OwnedRequest, new: PendingOutput) -> m.Timing | None:
-    """Return the times of a request to report with its new output."""
-    return msgspec.structs.replace(new.timing, queued_ms=request.queued_ms) if new.timing is not None else None
 
 
 def _adopt(request: OwnedRequest, new: PendingOutput, length: int) -> None:

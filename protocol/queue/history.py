@@ -92,7 +92,7 @@ class History:
                 key = self._keys.refusals(tenant)
                 pipe.xtrim(key, minid=ended_ms - keep_ms)
                 pipe.pexpire(key, keep_ms)
-            ends = {tenant: ended_ms - MAINTAIN_MS for tenant, ended_ms in latest.items()}  # the next end still looks
+            ends = {tenant: ended_ms - 2 * MAINTAIN_MS for tenant, ended_ms in latest.items()}  # the next end looks
             pipe.zadd(self._keys.histories, ends, gt=True)
             pipe.pexpire(self._keys.histories, keep_ms)
             await pipe.execute()

@@ -180,7 +180,7 @@ async def test_no_body_holds_the_event_loop(
             async with measured_lag(name) as lag:
                 answer = await asyncio.to_thread(http.post, path, content=raw, headers=headers)
             assert answer.status_code < 500 or answer.status_code in (503, 529), answer.text  # no time to compile
-            assert lag.num_ticks > 0, "nothing was measured"
+            assert lag.num_rounds > 0, "nothing was measured"
             assert lag.longest_s < MOST_S
             assert max([0, *read, *judged]) <= PLAIN_BYTES
             assert freed == []
@@ -233,7 +233,7 @@ async def test_a_background_job_of_long_prompts_is_streamed_beside_others(
     ended = (await asyncio.to_thread(lambda: http.get(f"/v1/jobs/{job['id']}", headers=headers))).json()
     assert ended["status"] == "completed"
     async with measured_lag("a job's stream") as lag:
-        told = (await asyncio.to_thread(http.get, f"/v1/jobs/{job['id']}/stream")).text
+        told = await asyncio.to_thread(lambda: http.get(f"/v1/jobs/{job['id']}/stream").text)
     assert told.endswith("data: [DONE]\n\n")
     assert lag.longest_s < MOST_S
 
@@ -275,8 +275,8 @@ async def test_no_line_of_a_batch_holds_the_event_loop(
         deepest="[" * 2_000_000 + "]" * 2_000_000,
     )  # fmt: skip
     good = json.dumps({"custom_id": "good", "method": "POST", "url": COMPLETIONS, "body": ECHOED}).encode()
+    form = {"file": ("a.jsonl", b"\n".join([*wrong, good])), "purpose": (None, "batch")}
     async with measured_lag("lines of a batch") as lag:
-        form = {"file": ("a.jsonl", b"\n".join([*wrong, good])), "purpose": (None, "batch")}
         file = (await asyncio.to_thread(lambda: http.post("/v1/files", files=form))).json()
         asked = {"input_file_id": file["id"], "endpoint": COMPLETIONS, "completion_window": "24h"}
         batch = (await asyncio.to_thread(lambda: http.post("/v1/batches", json=asked))).json()

@@ -63,8 +63,9 @@ class _Talk(asyncio.Protocol):
 
     def ask(self, command: tuple[str | bytes | int | float, ...]) -> asyncio.Future[Any]:
         """Send a command. See `Line.ask`."""
-        if any(type(word) is bytes and len(word) > MAX_COMMAND_BYTES for word in command):  # packing it would copy it
-            raise NotTakenError
+        for word in command:
+            if type(word) is bytes and len(word) > MAX_COMMAND_BYTES:  # packing it would copy it
+                raise NotTakenError
         packed = _pack(command)
         if len(packed) > MAX_COMMAND_BYTES or len(self._waiting) >= MAX_WAITING:
             raise NotTakenError
@@ -126,6 +127,16 @@ class _Talk(asyncio.Protocol):
             self._timer = self._loop.call_at(until_s, self._look)
 
 
+def _fail_late(reply: asyncio.Future[Any], rounds: int = 2) -> None:
+    """Fail a reply that has not come, once the loop has read what waits in the socket: not at once, as timers do."""
+    if reply.done():
+        return
+    if rounds:
+        reply.get_loop().call_soon(_fail_late, reply, rounds - 1)
+    else:
+        reply.set_exception(TimeoutError())
+
+
 class Line:
     """One connection to the queue's server, opened when it is first needed, and again after it was lost."""
 
@@ -150,13 +161,11 @@ class Line:
         reply = talk.ask(command)
         if within_s is None:
             return await reply
-        try:  # `asyncio.timeout` would cancel this before it sees a reply that waits in the socket
-            await asyncio.wait([reply], timeout=within_s)
-            if not reply.done():
-                raise TimeoutError
+        late = asyncio.get_running_loop().call_later(within_s, _fail_late, reply)
+        try:
+            return await reply
         finally:
-            reply.cancel()
-        return reply.result()
+            late.cancel()
 
     async def close(self) -> None:
         """End the connection."""

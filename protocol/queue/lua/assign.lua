@@ -37,13 +37,11 @@ local now, owned = now_ms(), {}
 for a = first, #ARGV, 3 do
   local rid, epoch, placed = unpack(ARGV, a, a + 2)
   epoch = epoch + 1
+  local slot, note = note_slot(epoch), {}
+  if placed ~= '' then note = {'placed:' .. slot, placed} end
   redis.call('HSET', req_key(rid), 'state', 'assigned', 'owner', wid, 'epoch', epoch, 'sub_id', '', 't_assign', now,
-    'start', redis.call('STRLEN', P .. ':tok:' .. rid) / 4)
-  if placed ~= '' then
-    local slot = note_slot(epoch)
-    redis.call('HSET', req_key(rid), 'placed:' .. slot, placed)
-    if slot > 8 then redis.call('HDEL', req_key(rid), 'run:' .. slot, 'left:' .. slot) end
-  end
+    'start', redis.call('STRLEN', P .. ':tok:' .. rid) / 4, unpack(note))
+  if placed ~= '' and slot > 8 then redis.call('HDEL', req_key(rid), 'run:' .. slot, 'left:' .. slot) end
   owned[#owned + 1] = rid
   owned[#owned + 1] = epoch
 end

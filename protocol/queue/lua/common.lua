@@ -60,12 +60,12 @@ local function body_key(call) return P .. ':body:' .. call end
 local function quota_key(tenant) return P .. ':q:' .. tenant end
 
 -- Give back the tokens that a request had reserved of its tenant's bucket and did not use. Deleting the field `quota`
--- makes sure that this happens once.
-local function settle(rid, tenant, max_new, num_prompt, assigned)
+-- makes sure that this happens once. `output`: the tokens of its log.
+local function settle(rid, tenant, max_new, num_prompt, assigned, output)
   local key = quota_key(tenant)
   redis.call('HDEL', req_key(rid), 'quota')
   redis.call('ZREM', key .. ':run', rid)
-  local unused = assigned and max_new - redis.call('STRLEN', P .. ':tok:' .. rid) / 4 or max_new + num_prompt
+  local unused = assigned and max_new - output or max_new + num_prompt
   -- A bucket that has expired is full again.
   if unused > 0 and redis.call('HEXISTS', key, 'tokens') == 1 then
     redis.call('HINCRBYFLOAT', key, 'tokens', -unused)
@@ -134,13 +134,13 @@ end
 local usage_rows = 1000
 
 -- Count a request that ends at `now`, ms, for its tenant's usage of that day (UTC): a hash of rows, each '<requests>
--- <prompt tokens> <of them cached> <output tokens>'. `usage` is the request's field of that name, made by `usage.py`;
--- `cached`: its prompt's tokens that the prefix cache had. Kept for 0 days, it is not counted. A prompt counts if its request has completed, or made a token.
+-- <prompt tokens> <of them cached> <output tokens>'. `usage`: what the request's field of that name has, made by
+-- `usage.py`; `made`: the tokens of its log; `cached`: its prompt's tokens that the prefix cache had. Kept for 0 days, it is not counted. A prompt counts if its request has completed, or made a token.
 -- `is_dead`: it may be queued again, so its field becomes what is still to be counted then.
-local function count_usage(rid, usage, state, cached, now, is_dead)
-  local calls, prompt, from, days, tenant, row = unpack(cmsgpack.unpack(usage))
+local function count_usage(rid, usage, made, state, cached, now, is_dead)
+  local calls, prompt, from, days, tenant, row = unpack(usage)
   if days == 0 then return end
-  local output = from < 0 and 0 or math.max(redis.call('STRLEN', P .. ':tok:' .. rid) / 4 - from, 0)
+  local output = from < 0 and 0 or math.max(made - from, 0)
   local left = 0
   if output == 0 and state ~= 'completed' then left, prompt = prompt, 0 end
   if prompt == 0 then cached = 0 end
@@ -184,12 +184,12 @@ local function leave_call(rid, call, ttl, now, is_stored)
     redis.call('HSET', key, 'open', f[1] - 1, 'left', left)
     return
   end
-  redis.call('UNLINK', key)
   if f[7] then
+    redis.call('UNLINK', key)
     redis.call('EXPIRE', body_key(call), ttl)
     left = left + tonumber(f[7])
   else
-    redis.call('UNLINK', body_key(call))
+    redis.call('UNLINK', key, body_key(call))
   end
   tell_job(f[6])
   if not f[2] then return end
@@ -203,7 +203,7 @@ local function leave_call(rid, call, ttl, now, is_stored)
 end
 
 -- Most ends that stay in all histories together, in equal shares of the tenants, and the most bytes of an error's message
--- in one of them: 200,000 entries are about 80 MB.
+-- in one of them: 200,000 entries are about 80 MB. What ends within ten seconds may come on top.
 local history_entries, history_message = 200000, 300
 
 -- Return an error, JSON of `messages.ErrorInfo`, as an entry of a history has it: a long one with the begin of its
@@ -218,29 +218,31 @@ local function short_error(error)
 end
 
 -- Add a request that ends at `now`, ms, to its tenant's history: a stream of `messages.HistoryEntry`, which live for some
--- ms, at most so many, or the tenant's share of all. `history`: both numbers, with a space between; `usage`: as of
--- `count_usage`.
--- `f`: the request's fields call, cls, epoch, n_prompt, cached, attempts, t_submit and t_first, as they are in its hash.
-local function note_history(rid, history, usage, f, state, finish, error, now)
+-- ms, at most so many, or the tenant's share of all. `history`: both numbers, with a space between; `usage` and `output`:
+-- as `usage` and `made` of `count_usage`.
+-- `f`: the request's fields call, cls, epoch, n_prompt, cached, attempts, t_submit, t_first and placed:1, as they are in
+-- its hash.
+local function note_history(rid, history, usage, output, f, state, finish, error, now)
   local ms, max = string.match(history, '^(%d+) (%d+)$')
-  local _, _, _, _, tenant, row = unpack(cmsgpack.unpack(usage))
+  local tenant, row = usage[5], usage[6]
   for i = 3, 8 do f[i] = tonumber(f[i] or 0) end
   -- The note of its last placement is `messages.Placed`; the first of its options names the worker.
-  local placed = redis.call('HGET', req_key(rid), 'placed:' .. note_slot(f[3]))
+  local slot, placed = note_slot(f[3]), f[9]
+  if slot > 1 then placed = redis.call('HGET', req_key(rid), 'placed:' .. slot) end
   local options = placed and cmsgpack.unpack(placed)[4] or {}
   local worker = options[1] and options[1][1] or ''
-  local output = redis.call('STRLEN', P .. ':tok:' .. rid) / 4
   local entry = cmsgpack.pack({rid, f[1], row, f[2], state, finish, short_error(error), worker, f[4], f[5], output, f[6],
     f[7], f[8], now})
   local all = P .. ':hist'
   local key = all .. ':' .. tenant
+  redis.call('XADD', key, 'MAXLEN', '~', max, '*', 'b', entry)
+  -- Lives are prolonged, and what is old or more than its share trimmed, every ten seconds: at each end this would double
+  -- its cost. A gateway's clock that is fast does not put that off, nor does a stream that may have expired since.
+  local since = now - tonumber(redis.call('ZSCORE', all, tenant) or 0)
+  if since >= 0 and since < math.min(10000, ms) then return end
   local num = math.max(redis.call('ZCARD', all), 1)
   max = math.max(1, math.min(tonumber(max), math.floor(history_entries / num)))
-  redis.call('XADD', key, 'MAXLEN', '~', max, '*', 'b', entry)
-  -- A stream that was just made has no life yet, whatever time a gateway with a fast clock has noted for its tenant.
-  redis.call('PEXPIRE', key, ms, 'NX')
-  -- Lives are prolonged, and old entries trimmed, every ten seconds: at each end this would double its cost.
-  if now - tonumber(redis.call('ZSCORE', all, tenant) or 0) < 10000 then return end
+  redis.call('XTRIM', key, 'MAXLEN', '~', max)
   redis.call('XTRIM', key, 'MINID', '~', now - ms)
   redis.call('PEXPIRE', key, ms)
   redis.call('ZADD', all, now, tenant)
@@ -252,18 +254,23 @@ local function note_history(rid, history, usage, f, state, finish, error, now)
 end
 
 -- Write the end of a request: its state, reason (`finish`), error and time (`now`, ms); shorten the life of its keys.
--- `is_dead`: it may be retried for 7 days, so it does not leave its call.
-local function write_end(rid, state, finish, error, now, is_dead)
+-- `is_dead`: it may be retried for 7 days, so it does not leave its call. Then come more fields of its hash, with their
+-- values: each call of a script's costs the server as much as many fields.
+local function write_end(rid, state, finish, error, now, is_dead, ...)
   local key = req_key(rid)
+  redis.call('HSET', key, 'state', state, 'finish', finish, 'error', error, 'owner', '', 't_end', now, ...)
   local f = redis.call('HMGET', key, 'stored', 'quota', 'max_new', 'n_prompt', 't_assign', 'call', 'usage', 'cached',
-    'history', 'cls', 'epoch', 'attempts', 't_submit', 't_first')
-  redis.call('HSET', key, 'state', state, 'finish', finish, 'error', error, 'owner', '', 't_end', now)
-  if f[2] then settle(rid, f[2], f[3], f[4], f[5]) end
-  if f[9] then
-    local fields = {f[6], f[10], f[11], f[4], f[8], f[12], f[13], f[14]}
-    note_history(rid, f[9], f[7], fields, state, finish, error, now)
+    'history', 'cls', 'epoch', 'attempts', 't_submit', 't_first', 'placed:1')
+  local output = (f[2] or f[7]) and redis.call('STRLEN', P .. ':tok:' .. rid) / 4
+  if f[2] then settle(rid, f[2], f[3], f[4], f[5], output) end
+  if f[7] then
+    local usage = cmsgpack.unpack(f[7])
+    if f[9] then
+      local fields = {f[6], f[10], f[11], f[4], f[8], f[12], f[13], f[14], f[15]}
+      note_history(rid, f[9], usage, output, fields, state, finish, error, now)
+    end
+    count_usage(rid, usage, output, state, tonumber(f[8] or 0), now, is_dead)
   end
-  if f[7] then count_usage(rid, f[7], state, tonumber(f[8] or 0), now, is_dead) end
   -- A request that is not stored is read only by the gateway that waits for it, at once. An encoder's result
   -- (max_new is 0) is large.
   local ttl = is_dead and 604800 or f[1] == '1' and 86400 or f[3] == '0' and 60 or 120

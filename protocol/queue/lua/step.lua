@@ -113,32 +113,49 @@ for a = first, first_end - 3, 3 do
     call('APPEND', P .. ':lp:' .. rid, records)
   end
 end
-local now = now_ms()
+-- What ends gets all its fields at once, and then a life time for all its keys.
+local now, more = now_ms(), {}
+for a = first_end, first_note - 5, 5 do
+  local rid, _, _, _, cached = unpack(ARGV, a, a + 4)
+  more[rid] = cached ~= '0' and {'cached', cached} or {}
+end
 for a = 1, #rows, 4 do
+  local rid = rows[a]
   if rows[a + 2] == 0 and rows[a + 3] > 0 then
-    -- The first token made the log: it gets the request's remaining life time.
-    call('HSET', req_key(rows[a]), 't_first', now)
-    local ttl = call('PTTL', req_key(rows[a]))
-    if ttl > 0 then call('PEXPIRE', tok .. rows[a], ttl) end
+    local fields = more[rid]
+    if fields then
+      fields[#fields + 1] = 't_first'
+      fields[#fields + 1] = now
+    else
+      -- The first token made the log: it gets the request's remaining life time.
+      call('HSET', req_key(rid), 't_first', now)
+      local ttl = call('PTTL', req_key(rid))
+      if ttl > 0 then call('PEXPIRE', tok .. rid, ttl) end
+    end
   end
 end
 for a = first, first_end - 3, 3 do
   local rid, seq0 = unpack(ARGV, a, a + 2)
-  if seq0 == '0' then
+  if seq0 == '0' and not more[rid] then
     local ttl = call('PTTL', req_key(rid))
     if ttl > 0 then call('PEXPIRE', P .. ':lp:' .. rid, ttl) end
   end
 end
 for a = first_note, first_out - 3, 3 do
   local rid, field, timing = unpack(ARGV, a, a + 2)
+  local fields = more[rid]
+  if fields then
+    fields[#fields + 1] = field
+    fields[#fields + 1] = timing
   -- What has expired meanwhile must not come back without a life time.
-  if call('EXISTS', req_key(rid)) == 1 then call('HSET', req_key(rid), field, timing) end
+  elseif call('EXISTS', req_key(rid)) == 1 then
+    call('HSET', req_key(rid), field, timing)
+  end
 end
 for a = first_end, first_note - 5, 5 do
-  local rid, state, finish, error, cached = unpack(ARGV, a, a + 4)
+  local rid, state, finish, error = unpack(ARGV, a, a + 4)
   call('HDEL', own, rid)
-  if cached ~= '0' then call('HSET', req_key(rid), 'cached', cached) end
-  write_end(rid, state, finish, error, now)
+  write_end(rid, state, finish, error, now, false, unpack(more[rid]))
 end
 for a = first_out, first_done - 2, 2 do
   local gateway, deltas = unpack(ARGV, a, a + 1)

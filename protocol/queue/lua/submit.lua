@@ -126,25 +126,28 @@ for a = first_row, #ARGV, 10 do
   local ttl = math.max(deadline_ms - now, 0) + 3600000
   to = math.max(to, now + ttl)
   local id = redis.call('XADD', queue, '*', 'b', sub, 'e', '0')
+  local more = {}
+  if usage ~= '' and history ~= '' then
+    more = {'usage', usage, 'history', history}
+  elseif usage ~= '' then
+    more = {'usage', usage}
+  end
+  if is_rated then
+    more[#more + 1] = 'quota'
+    more[#more + 1] = who
+  end
   redis.call('HSET', req_key(rid), 'state', 'queued', 'cls', cls, 'epoch', 0, 'attempts', 0, 'owner', '', 'cancel', 0,
     'tenant', tenant, 'digest', digest, 'gateway', gateway, 'stored', is_stored, 'n_prompt', num_prompt,
     'max_new', max_new, 'deadline', deadline_ms, 'sub', sub, 'sub_id', id, 't_submit', now, 'call', call,
-    'ahead', queued + (a - first_row) / 10)
-  if usage ~= '' and history ~= '' then
-    redis.call('HSET', req_key(rid), 'usage', usage, 'history', history)
-  elseif usage ~= '' then
-    redis.call('HSET', req_key(rid), 'usage', usage)
-  end
+    'ahead', queued + (a - first_row) / 10, unpack(more))
   redis.call('PEXPIRE', req_key(rid), ttl)
   if is_rated then
-    redis.call('HSET', req_key(rid), 'quota', who)
     -- Its end removes it from the set. Should that be lost with the queue's last second, its deadline does.
     redis.call('ZADD', quota_key(who) .. ':run', deadline_ms + 60000, rid)
   end
 end
-redis.call('HSET', call_key(call), 'open', num)
-if body_bytes ~= '0' then redis.call('HSET', call_key(call), 'kept', body_bytes) end
-redis.call('PEXPIREAT', call_key(call), to)
+local known = {'open', num}  -- the fields of the call
+if body_bytes ~= '0' then known = {'open', num, 'kept', body_bytes} end
 for a = first, first_row - 2, 1000 do  -- names and values, as they come
   redis.call('HSET', body_key(call), unpack(ARGV, a, math.min(a + 999, first_row - 1)))
 end
@@ -158,7 +161,10 @@ if job ~= '' then
   local ttl = tonumber(job_ttl_ms)
   lives = math.max(lives, now + ttl)
   redis.call('HSET', job, 'b', job_record, 'request', job_request)
-  if is_told == '1' then redis.call('HSET', call_key(call), 'job', owner .. ':' .. jid) end
+  if is_told == '1' then
+    known[#known + 1] = 'job'
+    known[#known + 1] = owner .. ':' .. jid
+  end
   redis.call('PEXPIRE', job, ttl)
   redis.call('ZADD', jobs, now, jid)
   redis.call('ZREMRANGEBYSCORE', jobs, '-inf', now - ttl)
@@ -169,10 +175,14 @@ if conversation_id ~= '' then
   live_until(conversation .. ':turns', redis.call('PEXPIRETIME', conversation))
   redis.call('ZADD', turns, now + 60000, owner .. ':' .. conversation_id .. ':' .. jid)
 end
-if who ~= '' then
-  redis.call('HSET', call_key(call), 'who', who, 'bytes', wanted.bytes, 'left', record_bytes, 'last', lives)
+if who == '' then
+  redis.call('HSET', call_key(call), unpack(known))
+else
+  redis.call('HSET', call_key(call), 'who', who, 'bytes', wanted.bytes, 'left', record_bytes, 'last', lives,
+    unpack(known))
   keep(who, call, wanted.bytes, math.max(to, lives))
 end
+redis.call('PEXPIREAT', call_key(call), to)
 if who == '' then return {'ok'} end
 if not is_rated then return answer('ok') end
 for _, what in ipairs({'requests', 'tokens'}) do

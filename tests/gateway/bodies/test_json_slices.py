@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -23,12 +24,13 @@ from openai import AsyncOpenAI
 from gateway.adapters.catalogue import OBJECTS_AT_ONCE
 from gateway.answers.sse import GenerationAnswer
 from gateway.auth.callers import CALLER, Caller
-from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse
+from gateway.bodies.json_bodies import SENT_BYTES, SlicedResponse, in_thread
 from gateway.bodies.json_slices import ROWS, FieldSlices, RowSlices, dumps, joined, rows_of, slices
 from gateway.calls.choices import Logprobs, Piece
 from gateway.calls.follow import ClientGoneError
 from gateway.calls.parsed_call import CallOptions
 from gateway.overload.large import Checks
+from gateway.overload.loop_slice import SLICE_S
 from protocol.queue.adapters import ALIASES_AT_ONCE
 from protocol.queue.books.api_keys import Tenant
 from protocol.queue.bus import Bus
@@ -108,7 +110,7 @@ async def test_an_answer_in_slices_stops_when_its_client_leaves() -> None:
 async def test_rows_that_take_long_are_made_by_turns_of_tenants() -> None:
     made: list[str] = []  # whose rows, in order
     num_at_once, most_at_once = 0, 0
-    app = SimpleNamespace(state=SimpleNamespace(checks=Checks()))
+    app = SimpleNamespace(state=SimpleNamespace(writing=Checks()))
 
     async def answer(name: str, num_rows: int) -> None:
         def rows() -> Iterator[str]:
@@ -137,6 +139,56 @@ async def test_rows_that_take_long_are_made_by_turns_of_tenants() -> None:
     assert made.count("many") <= 2 * 10 + 2, "two of another tenant's for each of its own, and those of the ends"
     await many
     assert made.count("many") == 200
+
+
+async def test_a_body_is_checked_beside_an_answer_whose_rows_take_long() -> None:
+    checked, making = threading.Event(), threading.Event()
+
+    def rows() -> Iterator[str]:
+        making.set()
+        assert checked.wait(60)
+        yield "x"
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: Any) -> None:
+        pass
+
+    app = SimpleNamespace(state=SimpleNamespace(checks=Checks(), writing=Checks()))
+    scope = {"type": "http", "app": app, CALLER: Caller(Tenant("a"))}
+    answer = asyncio.create_task(SlicedResponse(RowSlices(rows, 1), in_thread=True)(scope, receive, send))
+    await asyncio.to_thread(making.wait, 60)
+    await in_thread(scope, checked.set)
+    await answer
+
+
+async def test_others_have_a_turn_while_short_frames_take_long_to_make() -> None:
+    made: list[int] = []  # frames of each turn
+
+    class Frames:
+        def frames(self, piece: Piece) -> Iterator[bytes]:
+            for _ in range(20):
+                begun_s = time.perf_counter()
+                while time.perf_counter() < begun_s + SLICE_S:
+                    pass
+                made[-1] += 1
+                yield b"x"
+
+    async def others() -> None:
+        while True:
+            made.append(0)
+            await asyncio.sleep(0)
+
+    call = SimpleNamespace(parsed=SimpleNamespace(options=CallOptions(m.Sampling(), stream=True)), prompts=[])
+    generation: Any = SimpleNamespace(call=call, client_gone=False)
+    answer = GenerationAnswer(generation, Frames())  # type: ignore[arg-type]
+    turns = asyncio.create_task(others())
+    await asyncio.sleep(0)
+    assert await answer._send_pieces([Piece(index) for index in range(3)]) == b"x" * 60
+    turns.cancel()
+    assert (sum(made), max(made)) == (60, 1)
 
 
 def test_a_whole_vocabulary_is_made_as_it_is_read() -> None:
@@ -224,7 +276,7 @@ async def test_others_have_a_turn_between_the_frames_of_many_pieces() -> None:
     call = SimpleNamespace(parsed=SimpleNamespace(options=CallOptions(m.Sampling(), stream=True)), prompts=[])
     generation: Any = SimpleNamespace(call=call, client_gone=False)
     answer = GenerationAnswer(generation, Frames())  # type: ignore[arg-type]
-    to: Any = SimpleNamespace(has_headers=True, write=write)
+    to: Any = SimpleNamespace(has_begun=True, write=write)
     answer._to = to
     turns = asyncio.create_task(others())
     await asyncio.sleep(0)

@@ -30,6 +30,7 @@ from gateway.fleet.timeseries import (
     TimeSeries,
     quantile,
 )  # fmt: skip
+from gateway.overload.loop_slice import STEPS
 from protocol.queue.bus import Bus
 from protocol.wire.errors import WorkerLost
 
@@ -274,7 +275,7 @@ async def test_a_turn_of_a_read_adds_few_rows() -> None:
             finally:
                 sys.setprofile(None)
             assert total(task.result()) > 0
-    assert 0 < most <= MAX_OPEN_ROWS + timeseries.ROWS_AT_ONCE
+    assert 0 < most <= MAX_OPEN_ROWS + STEPS * MAX_ROWS
 
 
 def test_a_quantile_is_between_the_bounds_of_its_calls() -> None:

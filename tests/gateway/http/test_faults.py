@@ -7,15 +7,18 @@ from typing import Any
 
 import httpx2
 import pytest
-from helpers.scripted_fleet import RunningGateway, ScriptedFleet
+from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet
 from starlette.responses import Response
 from starlette.types import Message
 
 from gateway.answers.call_response import CallResponse
 from gateway.app.app import SLICE_BYTES, Envelope, send_in_slices
+from gateway.calls.choices import TokenLogprob
 from gateway.http.access import RouteTable
+from gateway.openai.openai_write import CompletionWriter
 from gateway.text.tokenizer import Encoder
 from protocol.runtime.settings import Settings
+from protocol.wire.tokens import TokenTable
 
 
 class Panic(BaseException):
@@ -69,6 +72,55 @@ async def test_a_panic_after_the_headers_is_an_event() -> None:
     assert sent[0]["type"] == "http.response.start"
     assert b'"internal_error"' in sent[-1]["body"]
     assert not sent[-1]["more_body"]
+
+
+async def test_no_answer_is_whole_once_a_stream_has_begun() -> None:
+    go, sent = asyncio.Event(), list[Any]()
+
+    async def answer() -> Response:
+        await go.wait()
+        return Response(b"whole")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        go.set()
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    await CallResponse(answer(), stream=True, keepalive_s=0.001)({"type": "http"}, receive, send)
+    assert [message["type"] for message in sent].count("http.response.start") == 1
+    assert b'"internal_error"' in sent[-1]["body"]
+
+
+async def test_a_json_answer_that_fails_midway_is_cut(
+    fleet: ScriptedFleet, http: httpx2.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that its client does not take it for whole; an event of an error would be no JSON."""
+    fleet.script = lambda submit, body: Script(text="abc " * 100, eos=False, finish="length", chunk=10_000)
+    num_made, made = 0, CompletionWriter._top
+
+    def failing(self: CompletionWriter, tokens: TokenTable, token: TokenLogprob) -> Any:
+        nonlocal num_made
+        num_made += 1
+        if num_made == 150:
+            raise Panic("Rust")
+        return made(self, tokens, token)
+
+    monkeypatch.setattr(CompletionWriter, "_top", failing)
+    read = bytearray()
+
+    async def ask() -> None:
+        body = {"model": "base", "prompt": "hi", "max_tokens": 200, "logprobs": 20}
+        async with http.stream("POST", "/v1/completions", json=body) as answer:
+            async for part in answer.aiter_bytes():
+                read.extend(part)
+
+    with pytest.raises(httpx2.RemoteProtocolError):
+        await ask()
+    assert read.startswith(b"{")
+    assert b"data:" not in read
+    assert num_made == 150
 
 
 async def test_a_gateway_outlives_a_panic_of_its_tokenizer(

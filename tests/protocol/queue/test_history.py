@@ -72,6 +72,7 @@ async def test_tenants_share_what_the_fleet_keeps(queue: Queue) -> None:
     await end(queue, *(f"a{number}" for number in range(NUM)))
     assert await queue.bus._redis.xlen(key) == NUM
     await make_tenants(queue, MAX_ALL // 10)
+    await queue.bus._redis.zadd(queue.keys.histories, {"t": 0.0})  # as ten seconds later
     await end(queue, "b")
     assert 10 <= await queue.bus._redis.xlen(key) < 30, "whole nodes are trimmed"
     refused = m.HistoryEntry("r", "r", "", "", "refused", "error", "", "", 0, 0, 0, 0, 1, 0, await now_ms(queue))
@@ -128,4 +129,10 @@ async def test_a_history_has_an_end_whatever_a_gateway_s_clock_says(queue: Queue
     await queue.bus._redis.zadd(queue.keys.histories, {"t": float(await now_ms(queue) + 30_000)})
     await queue.bus._redis.expire(queue.keys.histories, 60)
     await end(queue, "a")
+    assert 0 < await queue.ttl_s(queue.keys.history("t")) <= KEEP_S
+    soon_ms = await now_ms(queue) + 3000
+    refused = m.HistoryEntry("r", "r", "", "", "refused", "error", "", "", 0, 0, 0, 0, 1, 0, soon_ms)
+    await queue.bus._redis.delete(queue.keys.histories, queue.keys.history("t"))
+    await queue.bus.history.add_refusals([("t", refused)], 60_000)
+    await end(queue, "b")
     assert 0 < await queue.ttl_s(queue.keys.history("t")) <= KEEP_S

@@ -405,7 +405,7 @@ def test_no_interleaving_loses_or_doubles_a_token(queue_server: EmbeddedServer) 
         ("finish", "disown(f[2], rid)", ""),
         ("assign", "f[1] ~= 'queued' or f[2] ~= epoch", "false"),
         ("finish", "if not f[1] or is_terminal(f[1]) then", "if not f[1] then"),
-        ("common", "redis.call('UNLINK', body_key(call))", ""),
+        ("common", "redis.call('UNLINK', key, body_key(call))", "redis.call('UNLINK', key)"),
         ("common", "if f[1] ~= '1' then", "if false then"),
         ("common", "give_back(f[2], call, f[3])", ""),
     ],
