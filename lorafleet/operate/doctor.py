@@ -73,7 +73,8 @@ def _of_gateway(args: argparse.Namespace) -> list[Finding]:
     """Ask the gateway, as clients do. Raises BadRequest for a wrong profile."""
     with Api(args) as api:
         try:
-            state = api.health()["status"]
+            health = api.health()
+            state = health["status"]
             answer = api.request("GET", "/version")
         except (Unauthorized, PermissionDenied) as error:
             advice = "give an API key: --api-key-file or $OPENAI_API_KEY; `lorafleet keys create` makes one"
@@ -85,7 +86,7 @@ def _of_gateway(args: argparse.Namespace) -> list[Finding]:
         advice = "see what is wrong with the workers and the queue below, and their logs: `lorafleet logs`"
         return [Finding("gateway", "problem", f"{api.url} is not ready: {state}", advice)]
     date = parsedate_to_datetime(answer.headers["date"]).timestamp() if "date" in answer.headers else None
-    found = [Finding("gateway", "ok", f"{api.url} is {state}")]
+    found = [Finding("gateway", "ok", f"{api.url} is {state}"), *checkup.of_history(health.get("history"))]
     if date is not None:  # it has whole seconds
         ahead_ms = 1000 * (date + 0.5 - time.time())
         found.append(checkup.of_clock("gateway's clock", ahead_ms if abs(ahead_ms) > 1500 else 0.0))

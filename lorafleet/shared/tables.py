@@ -8,6 +8,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """Return a text that strangers or a model wrote, with control characters shown as escapes: they move cursors."""
+    return text.translate(_CONTROL)
+
 
 def print_list(columns: Sequence[str], rows: Sequence[Sequence[str]], nothing: str, width: int = 140) -> None:
     """Print rows of text below the names of their columns, or `nothing` if there is none.
