@@ -19,7 +19,6 @@ from gateway.requests.database import Database
 from gateway.requests.texts import MAX_CHARACTERS
 from lorafleet.__main__ import main
 from protocol.queue.archive import Past
-from protocol.queue.books.api_keys import ApiKeys
 from protocol.queue.bus import Bus, now_ms
 from protocol.queue.history import Place
 from protocol.wire import messages as m
@@ -57,7 +56,7 @@ async def text_of(http: httpx2.AsyncClient, request: str, head: dict[str, str] |
 
     async def is_there() -> bool:
         found[:] = [(await request_of(http, request, head))["text"]]
-        return found[0] is not None
+        return found[0] is not None and found[0]["problem"] is None
 
     await wait_until(is_there, f"the text of {request} is in the history")
     return found[0]
@@ -161,7 +160,6 @@ async def test_a_job_has_it_until_it_is_deleted(
         return await database.text("public", one["id"]) is None
 
     await wait_until(is_gone, "the database has no text")
-    assert BODY["prompt"].encode() not in Path(f"{tmp_path}/history.db").read_bytes()
     await database.close()
 
 
