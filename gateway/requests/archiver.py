@@ -46,13 +46,16 @@ LOST = ("request", "text", "gap")
 class Archiver:
     """The copying of one gateway."""
 
-    def __init__(self, bus: Bus, gid: str, settings: Settings, database: Database, own: OwnFiles) -> None:
+    def __init__(
+        self, bus: Bus, gid: str, settings: Settings, database: Database, own: OwnFiles, sweep_s: float = SWEEP_S
+    ) -> None:
         """own: knows what adapters bring beside their weights, by which their tokens are read later."""
         self._bus = bus
         self._gid = gid
         self._settings = settings
         self._database = database
         self._own = own
+        self._sweep_s = sweep_s
         self._keep_ms = int(1000 * settings.history_s)
         self._more = asyncio.Event()  # there is more to copy, at once
         self._is_prepared = False
@@ -180,7 +183,7 @@ class Archiver:
     async def _sweep(self) -> bool:
         """Delete what is too old or too much, some at a time. Returns whether there is more."""
         has_more = False
-        if time.monotonic() - self._swept_s >= SWEEP_S:
+        if time.monotonic() - self._swept_s >= self._sweep_s:
             has_more = await self._database.delete_before(now_ms() - self._keep_ms)
             if not has_more:
                 self._swept_s = time.monotonic()

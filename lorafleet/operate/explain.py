@@ -51,7 +51,7 @@ def _print(request: dict[str, Any]) -> None:
 
 def _print_text(text: dict[str, Any]) -> None:
     if text["problem"]:
-        print(f"\nits prompt and output cannot be shown: {text['problem']}")
+        print(f"\nprompt and output are not available: {text['problem']}")
         return
     cut = " (cut)" if text["is_cut"] else ""
     print(f"\nprompt{cut}:\n{printable(text['prompt'])}")

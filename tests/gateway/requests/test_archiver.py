@@ -223,30 +223,34 @@ async def test_what_is_lost_is_counted(bus: Bus, database: Database) -> None:
     assert bus.archive.opened("t", "kept", raw).texts == "texts of d7"
 
 
-async def test_tenants_are_trimmed_some_in_a_look(
-    bus: Bus, database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    archiver = make(bus, database, history_requests=100)
-    num = loop.TRIMMED_AT_ONCE + 1
-    for number in range(num):
-        await end(bus, f"a{number}", tenant=f"t{number}")
-    trimmed: list[str] = []
+class Trimmed(Database):
+    """A database that notes what is trimmed, and fails the first time."""
 
-    async def trim(tenant: str, max_requests: int, max_text_bytes: int) -> bool:
-        trimmed.append(tenant)
-        assert (max_requests, max_text_bytes) == (100, 16 << 20)
-        if tenant == "t0" and trimmed.count("t0") == 1:
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.trimmed: list[tuple[str, int, int]] = []
+
+    async def trim(self, tenant: str, max_requests: int, max_text_bytes: int) -> bool:
+        self.trimmed.append((tenant, max_requests, max_text_bytes))
+        if len(self.trimmed) == 1:
             raise Unavailable("it is away")
         return False
 
-    monkeypatch.setattr(database, "trim", trim)
-    monkeypatch.setattr(loop, "SWEEP_S", 0.0)
+
+async def test_tenants_are_trimmed_some_in_a_look(bus: Bus, tmp_path: Path) -> None:
+    database = Trimmed(URL.format(tmp_path))
+    settings = Settings(redis_url=bus.url, history_s=600, history_requests=100)
+    archiver = Archiver(bus, "one", settings, database, Owns(), sweep_s=0.0)  # type: ignore[arg-type]
+    num = loop.TRIMMED_AT_ONCE + 1
+    for number in range(num):
+        await end(bus, f"a{number}", tenant=f"t{number}")
     with pytest.raises(Unavailable):
         await archiver.look()
     await archiver.look()
-    assert len(trimmed) == 1 + loop.TRIMMED_AT_ONCE
+    assert len(database.trimmed) == 1 + loop.TRIMMED_AT_ONCE
     await archiver.look()
-    assert sorted(set(trimmed)) == sorted(f"t{number}" for number in range(num))
+    assert sorted(set(database.trimmed)) == [(f"t{number}", 100, 16 << 20) for number in range(num)]
+    await archiver.leave()
 
 
 async def test_calls_go_on_without_the_database_and_health_and_lists_say_so(

@@ -18,7 +18,7 @@ from sqlalchemy.dialects import postgresql
 from gateway.requests import database as tables
 from gateway.requests.database import PAGE, READS_OF_TENANT, READS_WAITING, REQUESTS, STATEMENTS, Database, url_of
 from protocol.queue.archive import Past
-from protocol.queue.history import Place
+from protocol.queue.history import MAX_REFUSALS, Place
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Overloaded, Unavailable
 
@@ -106,7 +106,7 @@ async def test_pages_have_each_entry_once_also_of_one_millisecond(database: Data
         assert [place async for place, _, _ in database.walk(None, 0, 0, places[at])] == places[at + 1 :]
 
 
-async def test_what_is_too_old_or_too_much_is_deleted(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_too_old_or_too_much_is_deleted(database: Database) -> None:
     await database.write([(end(f"t{number}", number), b"x" * 100) for number in range(230)])
     await database.write([(end(f"r{number}", number, mark="r", state="refused"), None) for number in range(5)])
     await database.write([(end("o", 500, "other"), b"x" * 100)])
@@ -129,12 +129,14 @@ async def test_much_that_is_too_much_is_said_to_be_more(database: Database) -> N
     assert len(await ids_of(database, "t")) == 10
 
 
-async def test_refused_calls_have_limits_of_their_own(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "MAX_REFUSALS", 3)
-    await database.write([(end(f"r{number}", 100 + number, mark="r", state="refused"), None) for number in range(20)])
+async def test_refused_calls_have_limits_of_their_own(database: Database) -> None:
+    refused = [end(f"r{number}", 100 + number, mark="r", state="refused") for number in range(MAX_REFUSALS + 20)]
+    await database.write([(one, None) for one in refused])
     await database.write([(end(f"t{number}", number), None) for number in range(5)])
     await database.trim("t", 100, 1)
-    assert await ids_of(database, "t") == ["r19", "r18", "r17", "t4", "t3", "t2", "t1", "t0"]
+    found = await ids_of(database, "t")
+    assert found[-6:] == ["r20", "t4", "t3", "t2", "t1", "t0"]
+    assert len(found) == MAX_REFUSALS + 5
 
 
 async def test_texts_of_strangers_are_values(database: Database) -> None:
