@@ -95,7 +95,7 @@ class Archiver:
         try:
             has_more = await self._look()
         except (Unavailable, TimeoutError) as error:
-            self._looks_at_all = True
+            self._looks_at_all, self._is_prepared = True, False
             self.problem = str(error) or "the history's database takes too long"
             HISTORY_BEHIND.set((now_ms() - self._complete_ms) / 1000)
             await archive.tell(self.problem)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import sqlite3
 from collections.abc import AsyncIterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from helpers.script_queue import make_body, make_job, make_submit
 from helpers.scripted_fleet import ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
 from prometheus_client import REGISTRY
+from sqlalchemy import event
 
 from gateway.requests import archiver as loop
 from gateway.requests.archiver import Archiver
@@ -271,8 +273,8 @@ async def test_calls_go_on_without_the_database_and_health_and_lists_say_so(
             return await status() == (None, 200)
 
         await wait_until(is_well, "the database is used")
-        for name in os.listdir(folder):
-            (folder / name).write_bytes(b"no database at all" * 1000)
+        with closing(sqlite3.connect(folder / "history.db")) as connection:
+            connection.executescript("DROP TABLE requests; CREATE VIEW requests AS SELECT 1")
 
         async def is_away() -> bool:
             await http.post("/v1/completions", json=BODY)
@@ -304,3 +306,33 @@ async def test_a_gateway_ends_while_its_database_hangs(bus: Bus) -> None:
     await asyncio.gather(task, return_exceptions=True)
     await archiver.leave()
     assert await bus.archive.lead("two")
+
+
+async def test_a_full_disk_loses_nothing(bus: Bus, database: Database) -> None:
+    limits = iter((20, 1 << 20))  # pages of the file, by connection
+
+    def limit(connection: Any, _: object) -> None:
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA max_page_count={next(limits)}")
+        cursor.close()
+
+    event.listen(database._engine.sync_engine, "connect", limit)
+    archiver = make(bus, database, history_text=0)
+    rids = [f"a{number:03}" for number in range(10 * loop.ENDS_AT_ONCE)]
+
+    async def fill() -> None:
+        for begin in range(0, len(rids), loop.ENDS_AT_ONCE):
+            await end(bus, *rids[begin : begin + loop.ENDS_AT_ONCE], text=0)
+            await archiver.look()
+
+    with pytest.raises(Unavailable, match="disk is full"):
+        await fill()
+    assert 0 < len(await rids_of(database)) < len(rids)
+    await end(bus, "last", text=0)
+    assert "disk is full" in archiver.problem
+    await database._engine.dispose()
+    await archiver.look()
+    await archiver.look()
+    assert archiver.problem == ""
+    found = await rids_of(database)
+    assert found == [*rids[: len(found) - 1], "last"]
