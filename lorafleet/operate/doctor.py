@@ -25,7 +25,7 @@ from lorafleet.operate import checkup
 from lorafleet.operate.checkup import Finding, worst
 from lorafleet.shared.api import Api, add_flags, add_json_flag, given_url, print_json
 from lorafleet.shared.flags import add_settings
-from lorafleet.shared.on_queue import load_local_settings
+from lorafleet.shared.on_queue import check_is_here, load_local_settings
 from lorafleet.shared.parser import Parser
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError
 from protocol.runtime.environment import child_environment
@@ -51,9 +51,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code: 1 if anything is a problem. Raises BadRequest for wrong settings."""
-    settings = load_local_settings(args, given_url(args))
+    url = given_url(args)
+    settings = load_local_settings(args, url)
     gateway = _of_gateway(args)
-    queue = asyncio.run(_of_queue(settings, is_needed=worst(gateway) == "problem"))
+    queue = asyncio.run(_of_queue(settings, url, is_needed=worst(gateway) == "problem"))
     found = [*gateway, *queue, *of_machine(settings)]
     if args.json:
         print_json([asdict(finding) for finding in found])
@@ -93,9 +94,13 @@ def _of_gateway(args: argparse.Namespace) -> list[Finding]:
     return found
 
 
-async def _of_queue(settings: Settings, *, is_needed: bool) -> list[Finding]:
-    """Look at the queue. is_needed: whether it is a problem that none is named or found on this machine."""
+async def _of_queue(settings: Settings, url: str, *, is_needed: bool) -> list[Finding]:
+    """Look at the queue of the gateway at `url`.
+
+    is_needed: whether it is a problem that none is named or found on this machine.
+    """
     try:
+        check_is_here(settings, url)
         named = with_queue(settings)
         url = named.queue_url()
     except LorafleetError as error:

@@ -40,6 +40,13 @@ def load_local_settings(args: argparse.Namespace, url: str | None = None) -> Set
     return settings if fleet is None else settings.model_copy(update={"data": Path(fleet.data)})
 
 
+def check_is_here(settings: Settings, url: str) -> None:
+    """Raise BadRequest where nothing names a queue, and the gateway at `url`, "" for this machine's, is elsewhere."""
+    is_named = bool({"redis_url", "data"} & settings.model_fields_set)
+    if url and not is_named and _address(url)[0] != "localhost":
+        raise BadRequest(f"{brief(url)} is another machine's, and no queue of it is on this machine")
+
+
 def _address(url: str) -> tuple[str, int | None]:
     """Return host and port of a URL; this machine has one name. Raises BadRequest where the port is no number."""
     parts = urlsplit(url)
