@@ -89,7 +89,7 @@ class _Found:
 class RequestList:
     """Makes pages of the list."""
 
-    def __init__(self, bus: Bus, database: Database | None) -> None:
+    def __init__(self, bus: Bus, database: Database | None = None) -> None:
         """database: where the history is, None: in the queue."""
         self._bus = bus
         self._database = database

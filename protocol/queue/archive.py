@@ -144,18 +144,18 @@ class Archive:
         """
         pipe = self._redis.pipeline(transaction=False)
         for tenant, rid in wanted:
-            pipe.hmget(self._keys.req(rid), "sub", "text", "usage")
+            pipe.hmget(self._keys.req(rid), "sub", "text", "usage", "call")
             pipe.zscore(self._keys.history_deleted, _deletion(tenant, rid))
         facts = await pipe.execute()
         records: list[list[Any]] = facts[::2]
-        heads: list[tuple[m.RequestHead, int] | None] = []
-        for (tenant, _), (sub, num, usage) in zip(wanted, records, strict=True):
+        heads: list[tuple[m.RequestHead, int, str] | None] = []
+        for (tenant, _), (sub, num, usage, call) in zip(wanted, records, strict=True):
             if sub is None or num is None or owner_of(usage or b"") != tenant:
                 heads.append(None)
             else:
-                heads.append((decode(sub, m.RequestHead), int(num)))
-        for head, num in filter(None, heads):
-            pipe.hmget(self._keys.body(head.call or head.rid), "common", str(head.part))
+                heads.append((decode(sub, m.RequestHead), int(num), self._keys.body(call.decode())))
+        for head, num, key in filter(None, heads):
+            pipe.hmget(key, "common", str(head.part))
             pipe.getrange(self._keys.tok(head.rid), 0, 4 * num - 1)
         read: Iterator[Any] = iter(await pipe.execute() if any(heads) else ())
         found: list[TextFound] = []
@@ -163,10 +163,9 @@ class Archive:
             if one is None:
                 found.append(TextFound(is_lost=record[0] is None and deleted is None))
                 continue
-            head, num = one
+            head, num, key = one
             (common, part), output = next(read), next(read)
-            body = Input(common, part, b"", b"", self._keys.body(head.call or head.rid), head.part, self._seal)
-            found.append(_text(head, num, body, output))
+            found.append(_text(head, num, Input(common, part, b"", b"", key, head.part, self._seal), output))
             await asyncio.sleep(0)  # a long prompt that is sealed takes some tenths of a millisecond
         return found
 
