@@ -14,13 +14,13 @@ from msgspec import structs
 
 from gateway.text.own_files import OwnFiles
 from protocol.metrics.series import HISTORY_BEHIND, HISTORY_LOST
-from protocol.queue.archive import LEASE_MS, NewPast, Past, TextFound
+from protocol.queue.archive import LEASE_MS, NewPast, Past
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.queue.history import MAINTAIN_MS
 from protocol.runtime.backoff import Backoff
 from protocol.runtime.guarded import Loop
 from protocol.runtime.settings import Settings
-from protocol.wire.errors import NotFound, Unavailable
+from protocol.wire.errors import NotFound, ProtocolError, Unavailable
 
 if TYPE_CHECKING:  # it needs packages that most fleets do not have
     from gateway.requests.database import Database
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # it needs packages that most fleets do not have
 PAUSE_S, SWEEP_S = 1.0, 60.0
 """Pause between two looks at what has ended, and between two at what is too old or too much in the database."""
 
-TENANTS_AT_ONCE, ENDS_AT_ONCE = 16, 16
+TENANTS_AT_ONCE, ENDS_AT_ONCE = 16, 32
 """Tenants whose histories are read at once, and the most entries of each of their two streams: the others' are next."""
 
 ROWS_AT_ONCE, TEXTS_AT_ONCE = 32, 8
@@ -112,10 +112,9 @@ class Archiver:
         if not self._is_prepared:
             await self._database.prepare()
             self._is_prepared = True
-        await self._database.check()  # with nothing to write, it is noticed nowhere else that it is away
         archive = self._bus.archive
         tenants = await archive.tenants(0 if self._looks_at_all else now_ms() - RECENT_MS)
-        behind_ms, has_more = 0, False
+        behind_ms, has_more, is_idle = 0, False, True
         for begin in range(0, len(tenants), TENANTS_AT_ONCE):
             if begin and not await archive.lead(self._gid):
                 return False
@@ -125,6 +124,9 @@ class Archiver:
             if oldest is not None:
                 has_more, behind_ms = True, max(behind_ms, now_ms() - oldest)
             await self._copy(found)
+            is_idle = is_idle and not found
+        if is_idle:  # then it is noticed nowhere else that the database is away
+            await self._database.check()
         self._looks_at_all = False
         self._complete_ms = now_ms() - behind_ms
         HISTORY_BEHIND.set(behind_ms / 1000)
@@ -141,36 +143,37 @@ class Archiver:
                 if not await self._bus.archive.lead(self._gid):
                     return
                 some = past[begin : begin + num]
-                await self._database.write(list(zip(some, await self._texts(some), strict=True)))
+                texts, num_lost = await self._texts(some)
+                await self._database.write(list(zip(some, texts, strict=True)))
+                HISTORY_LOST.labels("text").inc(num_lost)
         await self._bus.archive.copied(found, self._keep_ms)
         self._written |= dict.fromkeys(one.tenant for one in found)
         HISTORY_LOST.labels("request").inc(sum(one.entry is None for one in past))
         HISTORY_LOST.labels("gap").inc(sum(one.has_gap for one in found))
 
-    async def _texts(self, past: list[Past]) -> list[bytes | None]:
-        """Return the texts of ends, as the database has them."""
+    async def _texts(self, past: list[Past]) -> tuple[list[bytes | None], int]:
+        """Return the texts of ends, as the database has them, and how many are lost."""
         texts: list[bytes | None] = [None] * len(past)
         if not self._settings.history_text:
-            return texts
+            return texts, 0
         wanted = [
             (at, one.tenant, one.entry)
             for at, one in enumerate(past)
             if one.entry is not None and one.entry.state != "refused"
         ]
         found = await self._bus.archive.texts([(tenant, entry.rid) for _, tenant, entry in wanted])
+        num_lost = sum(one.is_lost for one in found)
         for (at, tenant, entry), one in zip(wanted, found, strict=True):
-            texts[at] = await self._sealed(tenant, entry.rid, one)
-        return texts
-
-    async def _sealed(self, tenant: str, rid: str, found: TextFound) -> bytes | None:
-        text, is_lost = found.text, found.is_lost
-        if text is not None and text.digest:
+            if one.text is None:
+                continue
             try:
-                text = structs.replace(text, texts=(await self._own.facts(text.digest))[0])
-            except NotFound:  # nobody knows its tokens any more
-                text, is_lost = None, True
-        HISTORY_LOST.labels("text").inc(is_lost)
-        return self._bus.archive.sealed(tenant, rid, text) if text is not None else None
+                own = (await self._own.facts(one.text.digest))[0] if one.text.digest else ""
+            except (NotFound, ProtocolError):  # nobody knows its adapter's tokens any more
+                num_lost += 1
+            else:
+                text = structs.replace(one.text, texts=own)
+                texts[at] = self._bus.archive.sealed(tenant, entry.rid, text)
+        return texts, num_lost
 
     async def _delete(self) -> bool:
         """Delete the texts that their owners have deleted. Returns whether there are more."""

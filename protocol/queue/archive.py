@@ -110,6 +110,7 @@ class Archive:
             streams = entries[2 * number : 2 * number + 2]
             if any(streams):
                 found.append(await self._new_of(tenant, streams, ids[number], num, since_ms))
+                await asyncio.sleep(0)
         return found
 
     async def _new_of(self, tenant: str, streams: list[Any], ids: list[str], num: int, since_ms: int) -> NewPast:
@@ -148,12 +149,7 @@ class Archive:
             pipe.zscore(self._keys.history_deleted, _deletion(tenant, rid))
         facts = await pipe.execute()
         records: list[list[Any]] = facts[::2]
-        heads: list[tuple[m.RequestHead, int, str] | None] = []
-        for (tenant, _), (sub, num, usage, call) in zip(wanted, records, strict=True):
-            if sub is None or num is None or owner_of(usage or b"") != tenant:
-                heads.append(None)
-            else:
-                heads.append((decode(sub, m.RequestHead), int(num), self._keys.body(call.decode())))
+        heads = [self._head(record, tenant) for record, (tenant, _) in zip(records, wanted, strict=True)]
         for head, num, key in filter(None, heads):
             pipe.hmget(key, "common", str(head.part))
             pipe.getrange(self._keys.tok(head.rid), 0, 4 * num - 1)
@@ -168,6 +164,16 @@ class Archive:
             found.append(_text(head, num, Input(common, part, b"", b"", key, head.part, self._seal), output))
             await asyncio.sleep(0)  # a long prompt that is sealed takes some tenths of a millisecond
         return found
+
+    def _head(self, record: list[Any], tenant: str) -> tuple[m.RequestHead, int, str] | None:
+        """Return a request, how many tokens of it are kept, and the key of its bodies; None where none are kept."""
+        sub, num, usage, call = record
+        if sub is None or num is None or owner_of(usage or b"") != tenant:
+            return None
+        try:
+            return decode(sub, m.RequestHead), int(num), self._keys.body(call.decode())
+        except ProtocolError:  # another release wrote it
+            return None
 
     def sealed(self, tenant: str, rid: str, text: m.KeptText) -> bytes:
         """Return a text as a database has it."""

@@ -109,9 +109,14 @@ async def test_one_gateway_copies_and_the_next_takes_over(bus: Bus, database: Da
 
 
 class Broken(Database):
-    """A database that takes nothing while it is full."""
+    """A database that takes nothing while it is full, and cannot be asked while it is away."""
 
-    is_full = False
+    is_full = is_away = False
+
+    async def check(self) -> None:
+        if self.is_away:
+            raise Unavailable("the history's database cannot be used: it is away")
+        await super().check()
 
     async def write(self, rows: Sequence[tuple[Past, bytes | None]]) -> None:
         if self.is_full:
@@ -122,7 +127,11 @@ class Broken(Database):
 async def test_what_cannot_be_written_waits_and_every_gateway_says_so(bus: Bus, tmp_path: Path) -> None:
     database, second = Broken(URL.format(tmp_path)), Database(URL.format(tmp_path))
     first, other = make(bus, database), make(bus, second, "two")
-    database.is_full = True
+    database.is_away = True
+    with pytest.raises(Unavailable):
+        await first.look()
+    assert "it is away" in first.problem, "although nothing was to be written"
+    database.is_away, database.is_full = False, True
     await first.look()
     assert first.problem == "", "nothing was to be written"
     await end(bus, "a")
