@@ -42,8 +42,10 @@ class KeptTexts:
         archive, tenant, rid = self._pipeline.bus.archive, request["tenant"], request["id"]
         found: dict[str, Any] = {"prompt": None, "output": None, "is_cut": False, "problem": None}
         try:
+            if await archive.is_deleted(tenant, rid):  # before the database is asked, which may just have deleted it
+                return None
             raw = await self._database.text(tenant, rid)
-            if raw is None or await archive.is_deleted(tenant, rid):
+            if raw is None:
                 return None
             text = archive.opened(tenant, rid, raw)
             files = await self._pipeline.resolver.own.files(text.digest, text.texts, tenant)

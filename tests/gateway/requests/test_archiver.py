@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Sequence
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -21,6 +22,7 @@ from sqlalchemy import event
 from gateway.requests import archiver as loop
 from gateway.requests.archiver import Archiver
 from gateway.requests.database import Database
+from gateway.requests.texts import KeptTexts
 from protocol.queue.archive import Past
 from protocol.queue.books.usage import CountedFor, usage_of
 from protocol.queue.bus import Bus, now_ms
@@ -216,6 +218,30 @@ async def test_what_is_deleted_while_the_database_is_away_is_deleted_later(bus: 
     database.is_full = False
     await archiver.look()
     assert await database.text("t", "a") is None
+    await archiver.leave()
+
+
+class Copying(Database):
+    """A database whose texts are deleted by the archiver just after they have been read."""
+
+    archiver: Archiver
+
+    async def text(self, tenant: str, rid: str) -> bytes | None:
+        found = await super().text(tenant, rid)
+        await self.archiver.look()
+        return found
+
+
+async def test_a_deleted_text_is_shown_to_nobody_while_it_is_being_deleted(bus: Bus, tmp_path: Path) -> None:
+    database = Copying(URL.format(tmp_path))
+    database.archiver = archiver = make(bus, database)
+    await end(bus, "a", "b", stored=True)
+    await archiver.look()
+    # Without a resolver, which is asked for a tokenizer, no text can be shown.
+    texts = KeptTexts(SimpleNamespace(bus=bus, settings=archiver._settings), database)  # type: ignore[arg-type]
+    request = {"id": "a", "tenant": "t", "state": "failed", "prompt_tokens": 3, "output_tokens": 0}
+    await bus.jobs.forget(make_job("j", "a"))
+    assert await texts.shown(request) is None
     await archiver.leave()
 
 
