@@ -60,7 +60,7 @@ class Archiver:
         self._more = asyncio.Event()  # there is more to copy, at once
         self._is_prepared = False
         self._looks_at_all = True
-        self._complete_ms = now_ms()  # when the database last had all
+        self._complete_ms = now_ms()  # when the database last had all, as far as this gateway knows
         self._written: dict[str, None] = {}  # tenants that have more in the database than when they were trimmed
         self._too_much: dict[str, None] = {}  # those of them that are to be trimmed now
         self._swept_s = time.monotonic()
@@ -87,7 +87,7 @@ class Archiver:
         """
         archive = self._bus.archive
         if not await archive.lead(self._gid):
-            self._looks_at_all, self._is_prepared = True, False
+            self._looks_at_all, self._is_prepared, self._complete_ms = True, False, now_ms()
             self.problem = await archive.problem()
             HISTORY_BEHIND.set(0)
             return
