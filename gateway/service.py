@@ -14,6 +14,7 @@ import uuid
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -55,6 +56,7 @@ from gateway.operators.operator_routes import FleetEndpoints
 from gateway.overload.admission import Admission, OverloadLimits
 from gateway.overload.heartbeat import Heartbeat, HeartbeatDied, Pace
 from gateway.overload.memory import MemoryAccount
+from gateway.requests.archiver import Archiver
 from gateway.requests.refusals import FLUSH_S, Refusals
 from gateway.requests.request_routes import RequestEndpoints
 from gateway.responses.conversation_routes import ConversationEndpoints
@@ -85,7 +87,10 @@ from protocol.runtime.sealing import Seal
 from protocol.runtime.service import unending
 from protocol.runtime.settings import Settings
 from protocol.runtime.tracing import tracing
-from protocol.wire.errors import Unavailable
+from protocol.wire.errors import BadRequest, Unavailable
+
+if TYPE_CHECKING:  # it needs packages that most fleets do not have
+    from gateway.requests.database import Database
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +157,11 @@ async def _serve(
         pipeline = Pipeline(settings, bus, files, fleet, resolver, replies, grammars, admission)
         answers = Answers(settings.keepalive_s)
         calls = OpenAICalls(pipeline, {RESPONSES: job_api(settings)})
-        endpoints = Endpoints(answers, pipeline, admission, lambda: heartbeat.disk_full)
+        database = _database(settings)
+        archiver = Archiver(bus, gid, settings, database, own) if database is not None else None
+        endpoints = Endpoints(
+            answers, pipeline, admission, lambda: heartbeat.disk_full, lambda: bool(archiver and archiver.problem)
+        )
         openai = OpenAIEndpoints(answers, calls)
         encoder_calls = EncoderCalls(pipeline, calls.jobs)
         operators = OperatorEndpoints(AdapterOperations(bus, settings, aliases, resolver.catalogue, secret))
@@ -176,7 +185,7 @@ async def _serve(
         batch_wake = asyncio.Event()
         outside = Outside(private=settings.private_webhooks, names=HostNames(settings.webhook_dns))
         sender = WebhookSender(bus, replies.gid, outside, secret, timings.webhooks)
-        requests = RequestEndpoints(answers, pipeline)
+        requests = RequestEndpoints(answers, pipeline, database)
         handlers = Handlers(
             endpoints, openai, native, operators, encoders, tokenizers, ollama,
             FileEndpoints(uploads, settings.max_file_bytes),
@@ -195,7 +204,7 @@ async def _serve(
             await replies.open()
             parts = _Parts(
                 app, answers, replies, fleet, aliases, heartbeat, uploads, runner, sender, conversations,
-                requests.refusals, sampler,
+                requests.refusals, sampler, archiver,
             )  # fmt: skip
             async with heartbeat.beating(beats, address):
                 logger.info("listening on %s", address)
@@ -207,6 +216,20 @@ async def _serve(
         await beats.close()
         await bus.close()
     return 0
+
+
+def _database(settings: Settings) -> Database | None:
+    """Return the database that the settings name for the history. Raises BadRequest for one that cannot be used."""
+    if not settings.history:
+        if settings.history_text:
+            raise BadRequest("--history-text needs --history: prompts and outputs are kept in a database only")
+        return None
+    try:
+        from gateway.requests.database import Database
+
+        return Database(settings.history)
+    except ImportError as error:
+        raise BadRequest(f"--history needs `pip install 'lorafleet[history]'`: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +248,7 @@ class _Parts:
     conversations: Conversations
     refusals: Refusals
     sampler: Sampler
+    archiver: Archiver | None
 
     def loops(self) -> list[Loop]:
         """Return what runs until the end, beside `batches.loop`, which ends before."""
@@ -240,6 +264,7 @@ class _Parts:
             Loop("conversations", self.conversations.add_due_turns, self.conversations.sweep_s),
             Loop("refused calls", self.refusals.flush, FLUSH_S),
             self.webhooks.loop(),
+            *([self.archiver.loop()] if self.archiver is not None else []),
         ]
 
 
@@ -265,6 +290,8 @@ async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace
     await parts.webhooks.leave()
     with suppress(*CONNECTION_ERRORS):
         await parts.refusals.flush()
+    if parts.archiver is not None:
+        await parts.archiver.leave()
 
 
 async def _idle(app: Envelope, timeout_s: float) -> bool:

@@ -41,6 +41,7 @@ READERS = {
     "gateway/batches/results.py": "an answer of ours, of which all but `usage` is passed over",
     "gateway/anthropic/anthropic_write.py": "arguments in an answer, whose length `max_tokens` bounds",
     "gateway/adapters/memory.py": "answers of the fleet's own store",
+    "gateway/requests/database.py": "a row of ours: an entry of the history, which scripts have bounded",
 }
 """Files of the gateway that read JSON by other means than `json_values.loads`, and why they may."""
 

@@ -29,13 +29,19 @@ class Endpoints:
     """The routes' handlers."""
 
     def __init__(
-        self, answers: Answers, pipeline: Pipeline, admission: Admission, disk_full: Callable[[], bool]
+        self,
+        answers: Answers,
+        pipeline: Pipeline,
+        admission: Admission,
+        disk_full: Callable[[], bool],
+        no_history: Callable[[], bool],
     ) -> None:
-        """disk_full: returns whether the queue's server cannot write to its disk."""
+        """disk_full: returns whether the queue's server cannot write to its disk; no_history: its database is away."""
         self._answers = answers
         self._pipeline = pipeline
         self._admission = admission
         self._disk_full = disk_full
+        self._no_history = no_history
 
     # ------------------------------------------------------------ models
 
@@ -80,7 +86,9 @@ class Endpoints:
         ready = fleet.is_ready and not self._answers.draining and not disk_full
         waits = "queue_disk_full" if disk_full else "no_worker"
         state = "draining" if self._answers.draining else "ready" if ready else waits
-        body = {"status": state, "workers": fleet.num_workers}
+        body: dict[str, Any] = {"status": state, "workers": fleet.num_workers}
+        if self._no_history():  # calls are served without it
+            body["history"] = "unavailable"
         if ready:
             return json_response(body)
         return json_response({**body, "error": "unhealthy", "error_type": "healthcheck"}, 503)

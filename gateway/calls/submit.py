@@ -74,6 +74,7 @@ class Submitter:
         self._keep_bodies = settings.keep_prompts
         self._usage_days = settings.usage_days
         self._history = kept_for(settings.history_s, settings.history_requests)
+        self._history_text = settings.history_text
         self._bus = bus
         self._replies = replies
         self._admission = admission
@@ -206,12 +207,13 @@ class Submitter:
     ) -> tuple[str, Any]:
         """Write requests into the queue, or find them there; see `Bus.submit`. forced: whatever the limits are."""
         caller, key = call.parsed.caller, call.parsed.key
+        history, text = ("", 0) if caller.is_batch else (self._history, self._history_text)
         return await self._bus.submit(
             call.parsed.cls, requests, max_queued=1 << 31 if forced else self._max_queued,
             idem_key=self._bus.keys.idem(caller.owner, key) if key else "",
             idem_value=m.encode(record) if record is not None else b"",
             quota=call.quota, forced=forced, job=job, keep_bodies=self._keep_bodies,
-            usages=usages_of(call, self._usage_days), history="" if caller.is_batch else self._history,
+            usages=usages_of(call, self._usage_days), history=history, text=text,
         )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ class Health(BaseModel):
 
     status: str
     workers: int
+    history: str | None = None
     error: str | None = None
     error_type: str | None = None
 
@@ -440,6 +441,13 @@ EXPLAINED: Responses = {
         _object(
             id=_TEXT, object=_TEXT, call=_TEXT, state=_TEXT, prompt_tokens=_INTEGER, output_tokens=_INTEGER,
             attempts=_INTEGER, timeline={"type": "array", "items": _HAPPENED},
+            text={
+                "type": ["object", "null"],
+                "description": "its prompt and output as they are kept with --history-text; null: they are not",
+                "properties": {
+                    "prompt": _MAYBE, "output": _MAYBE, "is_cut": {"type": "boolean"}, "problem": _MAYBE,
+                },
+            },
         ),
     )
 }  # fmt: skip

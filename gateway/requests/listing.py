@@ -10,7 +10,7 @@ import hashlib
 import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gateway.auth.callers import Caller
 from gateway.overload import reads
@@ -23,6 +23,9 @@ from protocol.wire.error_codec import error_from
 from protocol.wire.errors import BadRequest
 from protocol.wire.keys import CLASSES
 from protocol.wire.records import RequestSummary
+
+if TYPE_CHECKING:  # it needs packages that most fleets do not have
+    from gateway.requests.database import Database
 
 State = Literal["running", "queued", "ended"]
 STATES: tuple[State, ...] = get_args(State)
@@ -87,8 +90,10 @@ class _Found:
 class RequestList:
     """Makes pages of the list."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, database: Database | None = None) -> None:
+        """database: where the history is, None: in the queue."""
         self._bus = bus
+        self._database = database
 
     async def page(self, caller: Caller, filters: Filters, limit: int, after: str) -> dict[str, Any]:
         """Return a page of the requests that a caller sees: its tenant's, an admin all or those of a tenant it names.
@@ -125,10 +130,14 @@ class RequestList:
     async def find(self, caller: Caller, names: set[str]) -> dict[str, Any] | None:
         """Return the object of a request that has ended and has one of these ids.
 
-        None if it is not among the latest MAX_SEARCHED ends that the caller sees. Raises Overloaded once the caller's
-        reads are used up: each _AT_ONCE ends are paid for before they are looked at.
+        None if it is not among the latest MAX_SEARCHED ends in the queue that the caller sees. Raises Overloaded once
+        the caller's reads are used up: each _AT_ONCE ends are paid for before they are looked at.
         """
-        tenants, looked = await self._tenants(None if caller.is_admin else caller.name), 0
+        owner = None if caller.is_admin else caller.name
+        if self._database is not None:
+            found = await self._database.find(owner, names)
+            return _past(found[1], found[0]) if found is not None else None
+        tenants, looked = await self._tenants(owner), 0
         reads.spend(_AT_ONCE / reads.REQUESTS_PER_READ)
         async for _, tenant, entry in self._bus.history.walk(tenants, 0, 0, None):
             if entry is not None and entry.rid in names:
@@ -140,6 +149,17 @@ class RequestList:
                 await asyncio.sleep(0)  # others have a turn, and may use up the reads
                 reads.spend(_AT_ONCE / reads.REQUESTS_PER_READ)
         return None
+
+    async def _walk_past(
+        self, owner: str | None, since_ms: int, until_ms: int, after: Place | None
+    ) -> AsyncIterator[tuple[Place, str, m.HistoryEntry | None]]:
+        """Yield ends, the latest first; see `History.walk`."""
+        if self._database is not None:
+            walk = self._database.walk(owner, since_ms, until_ms, after)
+        else:
+            walk = self._bus.history.walk(await self._tenants(owner), since_ms, until_ms, after)
+        async for found in walk:
+            yield found
 
     async def _tenants(self, owner: str | None) -> list[str]:
         """Return the tenants whose histories are read: the owner, or for None those with the latest ends."""
@@ -162,9 +182,7 @@ class RequestList:
         after = Place(int(parts[1]), int(parts[2]), parts[3]) if parts is not None and parts[1] else None
         chunk, turn = list[tuple[str, dict[str, Any] | None]](), LoopSlice()
         until_ms = filters.until_ms + LATE_MS if filters.until_ms else 0
-        async for at, tenant, entry in self._bus.history.walk(
-            await self._tenants(owner), filters.since_ms, until_ms, after
-        ):
+        async for at, tenant, entry in self._walk_past(owner, filters.since_ms, until_ms, after):
             view = _past(entry, tenant) if entry is not None else None
             chunk.append((f"{at.ms}-{at.seq}/{at.mark}", view))
             await turn.pause()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
@@ -19,9 +19,13 @@ from gateway.http.paths import REQUESTS
 from gateway.requests.listing import Filters, RequestList, State, Status
 from gateway.requests.refusals import Refusals
 from gateway.requests.replay import replay
+from gateway.requests.texts import KeptTexts
 from gateway.requests.timeline import described, recalled
 from protocol.wire.errors import NotFound
 from protocol.wire.records import RequestRecord
+
+if TYPE_CHECKING:  # it needs packages that most fleets do not have
+    from gateway.requests.database import Database
 
 MAX_CHARACTERS = 200
 MAX_MS = 1 << 45
@@ -36,10 +40,12 @@ _CHOICE = re.compile(r"-\d+$")
 class RequestEndpoints:
     """The routes' handlers."""
 
-    def __init__(self, answers: Answers, pipeline: Pipeline) -> None:
+    def __init__(self, answers: Answers, pipeline: Pipeline, database: Database | None) -> None:
+        """database: where the history is, None: in the queue."""
         self._answers = answers
         self._pipeline = pipeline
-        self._list = RequestList(pipeline.bus)
+        self._list = RequestList(pipeline.bus, database)
+        self._texts = KeptTexts(pipeline, database)
         self.refusals = Refusals(pipeline.bus, pipeline.settings.history_s)
 
     async def list(
@@ -68,8 +74,9 @@ class RequestEndpoints:
             past = await self._list.find(caller, {request_id, _name_of(request_id)})
             if past is None:
                 raise
-            return json_response(recalled(past))
-        return json_response(described(rid, record))
+            return json_response(recalled(past) | {"text": await self._texts.shown(past)})
+        found = described(rid, record)
+        return json_response(found | {"text": await self._texts.shown(found)})
 
     async def replay(self, request_id: str, request: Request) -> Response:
         """Answer `POST /v1/requests/{id}/replay`."""

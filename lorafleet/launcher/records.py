@@ -142,6 +142,11 @@ def at(url: str) -> LocalFleet | None:
     return next((fleet for fleet in running() if _address(fleet.url) == _address(url)), None)
 
 
+def is_here(url: str) -> bool:
+    """Return whether a URL names this machine by a name that every machine has for itself. Raises BadRequest."""
+    return _address(url)[0] == "localhost"
+
+
 def _address(url: str) -> tuple[str, int | None]:
     """Return host and port of a URL; this machine has one name. Raises BadRequest where the port is no number."""
     parts = urlsplit(url)

@@ -79,6 +79,14 @@ def _memory(facts: ServerFacts) -> Finding:
     return Finding("queue's memory", "ok", text)
 
 
+def of_history(state: str | None) -> list[Finding]:
+    """Judge the database of the history, as a gateway's health tells it; None: nothing is wrong."""
+    if state is None:
+        return []
+    text = f"the database of --history is {state}: calls are served, and their history stays in the queue"
+    return [Finding("history", "warning", text, "check the database, and the gateway's log for the reason")]
+
+
 def _clock(name: str, ahead_ms: float) -> Finding:
     if abs(ahead_ms) <= MAX_SKEW_MS:
         return Finding(name, "ok", f"differs by {abs(ahead_ms):.0f} ms from this machine's")

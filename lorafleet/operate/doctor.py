@@ -25,7 +25,7 @@ from lorafleet.operate import checkup
 from lorafleet.operate.checkup import Finding, worst
 from lorafleet.shared.api import Api, add_flags, add_json_flag, given_url, print_json
 from lorafleet.shared.flags import add_settings
-from lorafleet.shared.on_queue import load_local_settings
+from lorafleet.shared.on_queue import check_is_here, load_local_settings
 from lorafleet.shared.parser import Parser
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError
 from protocol.runtime.environment import child_environment
@@ -51,9 +51,10 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; return the exit code: 1 if anything is a problem. Raises BadRequest for wrong settings."""
-    settings = load_local_settings(args, given_url(args))
+    url = given_url(args)
+    settings = load_local_settings(args, url)
     gateway = _of_gateway(args)
-    queue = asyncio.run(_of_queue(settings, is_needed=worst(gateway) == "problem"))
+    queue = asyncio.run(_of_queue(settings, url, is_needed=worst(gateway) == "problem"))
     found = [*gateway, *queue, *of_machine(settings)]
     if args.json:
         print_json([asdict(finding) for finding in found])
@@ -73,7 +74,8 @@ def _of_gateway(args: argparse.Namespace) -> list[Finding]:
     """Ask the gateway, as clients do. Raises BadRequest for a wrong profile."""
     with Api(args) as api:
         try:
-            state = api.health()["status"]
+            health = api.health()
+            state = health["status"]
             answer = api.request("GET", "/version")
         except (Unauthorized, PermissionDenied) as error:
             advice = "give an API key: --api-key-file or $OPENAI_API_KEY; `lorafleet keys create` makes one"
@@ -85,16 +87,20 @@ def _of_gateway(args: argparse.Namespace) -> list[Finding]:
         advice = "see what is wrong with the workers and the queue below, and their logs: `lorafleet logs`"
         return [Finding("gateway", "problem", f"{api.url} is not ready: {state}", advice)]
     date = parsedate_to_datetime(answer.headers["date"]).timestamp() if "date" in answer.headers else None
-    found = [Finding("gateway", "ok", f"{api.url} is {state}")]
+    found = [Finding("gateway", "ok", f"{api.url} is {state}"), *checkup.of_history(health.get("history"))]
     if date is not None:  # it has whole seconds
         ahead_ms = 1000 * (date + 0.5 - time.time())
         found.append(checkup.of_clock("gateway's clock", ahead_ms if abs(ahead_ms) > 1500 else 0.0))
     return found
 
 
-async def _of_queue(settings: Settings, *, is_needed: bool) -> list[Finding]:
-    """Look at the queue. is_needed: whether it is a problem that none is named or found on this machine."""
+async def _of_queue(settings: Settings, url: str, *, is_needed: bool) -> list[Finding]:
+    """Look at the queue of the gateway at `url`.
+
+    is_needed: whether it is a problem that none is named or found on this machine.
+    """
     try:
+        check_is_here(settings, url)
         named = with_queue(settings)
         url = named.queue_url()
     except LorafleetError as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorafleet.shared.api import Api, add_flags, print_json
 from lorafleet.shared.parser import Parser
-from lorafleet.shared.tables import print_list
+from lorafleet.shared.tables import print_list, printable
 
 
 def add_arguments(parser: Parser) -> None:
@@ -45,6 +45,18 @@ def _print(request: dict[str, Any]) -> None:
     print_list(("time", "event", "details"), rows, "no events are recorded")
     if request["error"]:
         print(f"\n{request['error']['code']}: {request['error']['message']}")
+    if request.get("text"):
+        _print_text(request["text"])
+
+
+def _print_text(text: dict[str, Any]) -> None:
+    if text["problem"]:
+        print(f"\nprompt and output are not available: {text['problem']}")
+        return
+    cut = " (cut)" if text["is_cut"] else ""
+    print(f"\nprompt{cut}:\n{printable(text['prompt'])}")
+    if text["output"] is not None:
+        print(f"\noutput{cut}:\n{printable(text['output'])}")
 
 
 def _of_replay(compared: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafleet.launcher.embedded import with_queue
-from lorafleet.launcher.records import URL_VARIABLE, at, the_only
+from lorafleet.launcher.records import URL_VARIABLE, at, is_here, the_only
 from lorafleet.shared.api import add_json_flag, print_json
 from lorafleet.shared.flags import add_settings, load_settings
 from lorafleet.shared.parser import Parser
@@ -43,6 +43,13 @@ def load_local_settings(args: argparse.Namespace, url: str | None = None) -> Set
     else:
         fleet = the_only("--data" if url is None else "--url")
     return settings if fleet is None else settings.model_copy(update={"data": Path(fleet.data)})
+
+
+def check_is_here(settings: Settings, url: str) -> None:
+    """Raise BadRequest where nothing names a queue, and the gateway at `url`, "" for this machine's, is elsewhere."""
+    is_named = bool({"redis_url", "data"} & settings.model_fields_set)
+    if url and not is_named and not is_here(url):
+        raise BadRequest(f"{brief(url)} is another machine's, and no queue of it is on this machine")
 
 
 def add_flags(parser: Parser, *more: str) -> None:

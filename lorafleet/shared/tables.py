@@ -11,6 +11,13 @@ from rich.table import Table
 MAX_WIDTH = 10_000
 """Characters of the longest line of a list."""
 
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+def printable(text: str) -> str:
+    """Return a text that strangers or a model wrote, with control characters shown as escapes: they move cursors."""
+    return text.translate(_CONTROL)
+
 
 def print_list(columns: Sequence[str], rows: Sequence[Sequence[str]], nothing: str) -> None:
     """Print rows of text below the names of their columns, or `nothing` if there is none.

@@ -105,6 +105,14 @@ HTTP_DROPPED = _gateway.counter(
 )
 CLIENTS_GONE = _gateway.counter("lorafleet_clients_gone_total", "Calls whose client left before the end.")
 GATEWAY_LOG_READS = _gateway.counter("lorafleet_gateway_log_reads_total", "Times a call read its tokens from the log.")
+HISTORY_LOST = _gateway.counter(
+    "lorafleet_history_lost_total",
+    "What the history's database misses: requests, texts (prompts and outputs), gaps of unknown length.",
+    ["what"],
+)
+HISTORY_BEHIND = _gateway.gauge(
+    "lorafleet_history_behind_seconds", "Age of the oldest ended request that the history's database does not have."
+)
 GATEWAY_HELD_BYTES = _gateway.gauge("lorafleet_gateway_held_bytes", "Bytes of memory that calls are charged for here.")
 GATEWAY_STALE_DELTAS = _gateway.counter("lorafleet_gateway_stale_deltas_total", "Deltas without a waiting call.")
 

@@ -15,11 +15,12 @@ import msgspec
 
 from protocol.queue import signatures as lua
 from protocol.queue.adapters import Adapters
+from protocol.queue.archive import Archive
 from protocol.queue.books.api_keys import ApiKeys
 from protocol.queue.books.audit import AuditLog
 from protocol.queue.books.quota import Quota, standing_of
 from protocol.queue.books.usage import UsageBook
-from protocol.queue.calls import Input, most_log_bytes, packed_bodies, sealed_bodies
+from protocol.queue.calls import Input, most_log_bytes, packed_bodies, sealed_bodies, submit_rows
 from protocol.queue.connection.line import LOST, Line, NotTakenError
 from protocol.queue.connection.redis_client import (
     CONNECTION_ERRORS,
@@ -100,6 +101,7 @@ class Bus:
         self.dead_letters = DeadLetters(self._redis, self.keys, self._scripts)
         self.request_lists = RequestLists(self._redis, self.keys)
         self.history = History(self._redis, self.keys)
+        self.archive = Archive(self._redis, self.keys, seal)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -163,13 +165,14 @@ class Bus:
         keep_bodies: bool = False,
         usages: Sequence[bytes] = (),
         history: str = "",
+        text: int = 0,
     ) -> tuple[Literal["ok", "full", "idem", "limit", "conversation"], Any]:
         """Accept the requests of a call all together, as a background `job` if given, and reserve their use.
 
         Requests with the same body, the very object, share it in the queue. `forced`: whatever the tenant's limits say.
         `keep_bodies`: they live on with the records of requests that have ended. `usages`: what each request's end adds
         to its tenant's usage, see `usage.usage_of`; () for nothing. `history`: how their ends are kept, see
-        `kept_for`; "": not at all.
+        `kept_for`; "": not at all. `text`: most tokens of each prompt and output that the history keeps.
         Returns ("ok", `Standing` of the tenant, or None); or, not accepted, ("full", queued), ("idem", earlier value),
         ("limit", `Standing`) or ("conversation", turns that are to be added, or -1 where its tenant has none such).
         """
@@ -177,19 +180,10 @@ class Bus:
         parts, fields = packed_bodies([body for _, body in requests])
         if self._seal is not None:
             fields = sealed_bodies(fields, keys.body(call), self._seal)
-        rows: list[lua.SubmitRow] = []
-        body_bytes = sum(map(len, fields.values()))
-        num_bytes = body_bytes
-        counted = usages or [b""] * len(requests)
-        for (given, body), part, usage in zip(requests, parts, counted, strict=True):
-            sub = given if given.rid == call else msgspec.structs.replace(given, call=call, part=part)
-            raw = m.encode(sub)
-            num_bytes += 2 * len(raw) + most_log_bytes(body)
-            rows.append(lua.SubmitRow(
-                rid=sub.rid, sub=raw, tenant=sub.tenant, digest=sub.digest, gateway=sub.gateway,
-                is_stored=int(sub.stored), num_prompt=sub.num_prompt_tokens, max_new=sub.max_new_tokens,
-                deadline_ms=sub.deadline_ms, usage=usage,
-            ))  # fmt: skip
+        body_bytes, rows = sum(map(len, fields.values())), submit_rows([head for head, _ in requests], parts, usages)
+        num_bytes = (
+            body_bytes + sum(2 * len(row.sub) for row in rows) + sum(most_log_bytes(body) for _, body in requests)
+        )
         record, request = (m.encode(job.job), self.jobs.kept(job)) if job else (b"", b"")
         conversation, limits = job.job.conversation if job else "", quota or Quota("")
         reply = await self._scripts.run(lua.Submit(
@@ -203,7 +197,8 @@ class Bus:
             record_bytes=len(idem_key) + len(idem_value) + len(record) + len(request),
             jid=job.job.jid if job else "", job_record=record, job_request=request,
             job_ttl_ms=job.ttl_ms if job else 0, is_told=int(job.job.background) if job else 0, max_turns=MAX_TURNS,
-            body_bytes=body_bytes if keep_bodies else 0, history=history, num_fields=len(fields),
+            body_bytes=body_bytes if keep_bodies or text else 0, history=history, text=text,
+            num_fields=len(fields),
             fields=[lua.BodyField(name=name, value=value) for name, value in fields.items()], rows=rows,
         ))  # fmt: skip
         outcome, *rest = reply[0].decode(), *reply[1:]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from protocol.queue import signatures as lua
 from protocol.runtime.sealing import Seal
 from protocol.wire import messages as m
 from protocol.wire.codec import MALFORMED, decode
@@ -43,6 +44,22 @@ def packed_bodies(bodies: Sequence[m.Body]) -> tuple[list[int], dict[str, bytes]
 def sealed_bodies(fields: dict[str, bytes], key: str, seal: Seal) -> dict[str, bytes]:
     """Return the fields of the hash `key`, each bound to its place in it."""
     return {name: seal.seal(text, f"{key}/{name}") for name, text in fields.items()}
+
+
+def submit_rows(heads: Sequence[m.RequestHead], parts: Sequence[int], usages: Sequence[bytes]) -> list[lua.SubmitRow]:
+    """Return the rows of a call's requests, which is named after the first of them.
+
+    parts: that each reads of the bodies. usages: what each one's end adds to its tenant's, () for nothing.
+    """
+    call, rows = heads[0].rid, list[lua.SubmitRow]()
+    for head, part, usage in zip(heads, parts, usages or [b""] * len(heads), strict=True):
+        sub = head if head.rid == call else msgspec.structs.replace(head, call=call, part=part)
+        rows.append(lua.SubmitRow(
+            rid=sub.rid, sub=m.encode(sub), tenant=sub.tenant, digest=sub.digest, gateway=sub.gateway,
+            is_stored=int(sub.stored), num_prompt=sub.num_prompt_tokens, max_new=sub.max_new_tokens,
+            deadline_ms=sub.deadline_ms, usage=usage,
+        ))  # fmt: skip
+    return rows
 
 
 class Input(NamedTuple):

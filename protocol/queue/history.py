@@ -114,7 +114,7 @@ class History:
             top = f"({after.ms}-{after.seq + 1}"  # others of the same place come after it
         num = max(2, _FIRST // max(2 * len(tenants), 1))
         readers = [
-            _Reader(tenant, key, hashlib.blake2b(key.encode(), digest_size=6).hexdigest(), top, num)
+            _Reader(tenant, key, mark_of(key), top, num)
             for tenant in tenants
             for key in (self._keys.history(tenant), self._keys.refusals(tenant))
         ]
@@ -129,7 +129,7 @@ class History:
             _, fields = reader.entries.pop(0)
             place = Place(-ms, -seq, mark)
             if after is None or (place.ms, place.seq) != (after.ms, after.seq) or mark > after.mark:
-                yield place, reader.tenant, _read(fields)
+                yield place, reader.tenant, entry_of(fields)
             if not reader.entries and not reader.is_done:
                 await self._fill([reader], low)
             self._push(heap, number, reader)
@@ -152,7 +152,13 @@ class History:
                 reader.after = f"({entries[-1][0].decode()}"
 
 
-def _read(fields: dict[bytes, bytes]) -> m.HistoryEntry | None:
+def mark_of(key: str) -> str:
+    """Return what stands for a stream in a `Place`."""
+    return hashlib.blake2b(key.encode(), digest_size=6).hexdigest()
+
+
+def entry_of(fields: dict[bytes, bytes]) -> m.HistoryEntry | None:
+    """Return what an entry of a stream says, None where another release wrote it and this one cannot read it."""
     try:
         return decode(fields.get(b"b", b""), m.HistoryEntry)
     except ProtocolError:

@@ -110,6 +110,7 @@ class Submit(Call, kw_only=True):
     max_turns: int
     body_bytes: int
     history: str
+    text: int
     num_fields: int
     fields: Sequence[BodyField]
     rows: Sequence[SubmitRow]

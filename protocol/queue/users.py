@@ -63,6 +63,7 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
             # An empty name stands for a call without an Idempotency-Key among the keys of `submit.lua`.
             writes=(
                 *request, k.tag, k.call("*"), k.body("*"), k.sub("*"), k.out("*"), use, usage, k.histories, history,
+                k.history_writer, k.history_problem, k.history_deleted,
                 k.job("*"), k.jobs("*"), k.idem("*", "*"), "", k.gateway_beat("*"), k.gateways, k.registrations,
                 k.registered("*", "*"), k.pins, k.adapter_events, k.file("*"), k.files("*"), k.file_expiry,
                 k.batch("*"), k.batches("*"), k.open_batches, k.conversation("*"), k.conversations("*"), k.turns,

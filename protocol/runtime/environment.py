@@ -35,11 +35,14 @@ HUB = ("HF_ENDPOINT", "HF_TOKEN*", "HF_XET_*", "HUGGING_FACE_HUB_TOKEN")
 S3 = ("AWS_*", "BOTO_*")
 """The sources of adapters, with this fleet's credentials for them."""
 
+DATABASE = ("PG*",)
+"""How PostgreSQL's clients reach the database of the history: PGPASSFILE, PGSSLMODE."""
+
 FLEET_SECRETS = ("LORAFLEET_SECRET", "LORAFLEET_REDIS_URL", "REDIS_URL")
 """Read once, into `Settings`."""
 
 SERVICES = {
-    "gateway": (*PROGRAM, *HUB_CACHE),
+    "gateway": (*PROGRAM, *HUB_CACHE, *DATABASE),
     "scheduler": PROGRAM,
     "worker": (*PROGRAM, *COMPUTE, *HUB_CACHE),
     "store": (*PROGRAM, *HUB_CACHE, *NETWORK, *HUB, *S3),
@@ -58,7 +61,7 @@ def forget_secrets(service: str) -> None:
 
     A gateway or worker keeps the Hub's token: it may have to fetch the base model.
     """
-    forgotten = {"store": (), "gateway": S3, "worker": S3}.get(service, (*HUB, *S3))
+    forgotten = {"store": DATABASE, "gateway": S3, "worker": (*S3, *DATABASE)}.get(service, (*HUB, *S3, *DATABASE))
     for name in list(os.environ):
         if _is_named(name, (*FLEET_SECRETS, *forgotten)):
             del os.environ[name]

@@ -240,6 +240,16 @@ class Settings(BaseSettings):
     history_requests: int = Field(
         default=10_000, ge=100, le=1_000_000, description="maximum requests in a tenant's history; without keys: in all"
     )
+    history: str = Field(
+        default="",
+        description="database of the history: sqlite:///FILE or postgresql://USER@HOST/NAME; default: the queue",
+    )
+    history_text: int = Field(
+        default=0, ge=0, le=16_384, description="maximum tokens of each prompt and output kept in --history; 0: none"
+    )
+    history_text_bytes: int = Field(
+        default=16 << 20, ge=1 << 20, description="maximum size of a tenant's kept prompts and outputs"
+    )
     usage_days: int = Field(default=62, ge=0, le=400, description="days that usage data is kept; 0: none is counted")
     files: str = Field(
         default="",

@@ -270,6 +270,25 @@ class Keys:
         """Stream: `messages.HistoryEntry`, a tenant's calls that a gateway refused."""
         return f"{self.tag}:hist:{tenant}:refused"
 
+    def copied(self, tenant: str) -> str:
+        """String: the last entries of `history` and `refusals`, a space between, that the history's database has."""
+        return f"{self.tag}:hist:{tenant}:copied"
+
+    @property
+    def history_writer(self) -> str:
+        """String PX 10 s: the gateway that writes the history's database."""
+        return f"{self.tag}:hist-writer"
+
+    @property
+    def history_problem(self) -> str:
+        """String PX 60 s: why that gateway cannot write it."""
+        return f"{self.tag}:hist-problem"
+
+    @property
+    def history_deleted(self) -> str:
+        """Sorted set: `<tenant>:<rid>` whose text is to be deleted from that database -> unix ms when it was asked."""
+        return f"{self.tag}:hist-deleted"
+
     # The audit log: who did what. Its keys never expire; MAXLEN bounds each stream.
     @property
     def audit(self) -> str:

@@ -35,7 +35,7 @@ from tests.scheduler.fakes import FakeWorker, holds, make_submit, running_schedu
 LOOPS = {
     "gateway": {
         "replies", "out stream", "fleet view", "adapter events", "event loop", "expired files", "conversations",
-        "time series", "refused calls", "webhooks", "batches",
+        "time series", "refused calls", "webhooks", "batches", "history",
     },
     "scheduler": {"submissions", "assignments", "watch", "lease"},
     "worker": {"intake", "publishing", "beats"},
@@ -97,7 +97,7 @@ async def test_each_loop_of_a_gateway_may_raise(
                 flaky = Flaky(frozenset({name}), error=PanicException if name == "webhooks" else InjectedError)
                 make_flaky(patch, flaky, gateway_service._Parts, BatchRunner)
                 before = failures(LOOPS["gateway"])
-                async with running_gateway(bus, folder) as gateway:
+                async with running_gateway(bus, folder, history=f"sqlite:///{tmp_path}/history.db") as gateway:
                     await wait_until(flaky.goes_on, "all loops go on")
                     await ask(gateway.url)
                     assert not gateway.task.done()
@@ -114,7 +114,8 @@ async def test_a_loop_that_never_recovers_stops_no_other(
     folder, spared = make_model_folder(tmp_path / "model"), {"replies", "out stream", "fleet view"}
     flaky = Flaky(frozenset(LOOPS["gateway"] - spared), times=1_000_000)
     make_flaky(monkeypatch, flaky, gateway_service._Parts, BatchRunner)
-    async with scripted(bus, folder), running_gateway(bus, folder) as gateway:
+    url = f"sqlite:///{tmp_path}/history.db"
+    async with scripted(bus, folder), running_gateway(bus, folder, history=url) as gateway:
         await wait_until(lambda: min(flaky.failed[name] for name in flaky.failing) > 5, "they fail again and again")
         await ask(gateway.url)
         assert not gateway.task.done()

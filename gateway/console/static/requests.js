@@ -20,8 +20,22 @@ export const why = (error, status) => (error ? `${status ? `${status}: ` : ""}${
 
 const isEnded = (one) => ENDED.includes(one.state);
 
+// Its text follows the end by about a second, where texts are kept.
+const isSettled = (one) => isEnded(one) && (one.text || Math.abs(Date.now() - one.timeline.at(-1).ms) > 5000);
+
+// The prompt and the output, where the gateway keeps them.
+function Texts({ of }) {
+  if (!of) return null;
+  if (of.problem) return html`<p class="problem">Prompt and output are not available: ${of.problem}</p>`;
+  const part = (title, text) => html`<h2>${title}</h2><pre tabindex="0" aria-label=${title}>${text}</pre>`;
+  return html`
+    ${part("Prompt", of.prompt)}
+    ${of.output === null ? null : part("Output", of.output)}
+    ${of.is_cut ? html`<p class="soft">Too long to be kept whole: a prompt is cut at its beginning, an output at its end.</p>` : null}`;
+}
+
 function Timeline({ id, onClose }) {
-  const poll = usePoll((signal) => get(`v1/requests/${encodeURIComponent(id)}`, signal), 2000, [id], isEnded);
+  const poll = usePoll((signal) => get(`v1/requests/${encodeURIComponent(id)}`, signal), 2000, [id], isSettled);
   const { value, error } = poll;
   const ended = value && isEnded(value);
   const begin = value?.timeline?.[0]?.ms ?? 0;
@@ -44,6 +58,7 @@ function Timeline({ id, onClose }) {
       <h2>Timeline</h2>
       <ol class="time">${(value.timeline ?? []).map((event) => html`<li class=${event.event === "worker_died" ? "bad" : ""}>
         <span class="soft code" title=${clock(event.ms)}>+${lasted(event.ms - begin)}</span> ${event.text}</li>`)}</ol>
+      <${Texts} of=${value.text} />
       ${ended ? null : html`<div class="row end"><${Act} kind="danger" does=${cancel} done="Cancellation was requested." after=${poll.again}>Cancel …<//></div>`}
     ` : error ? null : html`<p>Loading …</p>`}
   <//>`;

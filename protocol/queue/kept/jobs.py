@@ -12,6 +12,7 @@ from protocol.queue.scripts import Scripts
 from protocol.runtime.sealing import Seal
 from protocol.wire import messages as m
 from protocol.wire.codec import decode_record
+from protocol.wire.errors import Unavailable
 from protocol.wire.keys import Keys
 
 
@@ -62,11 +63,19 @@ class StoredJobs:
         return self._seal.seal(new.request, f"{self._keys.job(new.job.jid)}/request")
 
     async def forget(self, job: m.Job) -> bool:
-        """Delete a job and all that its requests have left; they must have ended. Returns False if it is unknown."""
+        """Delete a job and all that its requests have left; they must have ended. Returns False if it is unknown.
+
+        Raises Unavailable while too many deletions wait for the history's database.
+        """
         keys = self._keys
         idem = keys.idem(job.tenant, job.key) if job.key else ""
         call = lua.Forget(job=keys.job(job.jid), jobs=keys.jobs(job.tenant), idem=idem, jid=job.jid, rids=job.rids)
-        return bool(await self._scripts.run(call))
+        found = await self._scripts.run(call)
+        if found < 0:
+            raise Unavailable(
+                "too many deletions wait for the history's database; try again later", code="history_full"
+            )
+        return bool(found)
 
     async def rank(self, tenant: str, jid: str) -> int | None:
         """Return how many of a tenant's jobs are newer than one; None when it is unknown."""

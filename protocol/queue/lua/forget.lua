@@ -7,11 +7,24 @@
 --       idem     string  what its Idempotency-Key was first used for; '' without one
 -- ARGV  jid      str     id of the job; '' if it is none
 --       rids...  str     of its requests, the call's first one first
--- Reply: int, 1 if the job was there, else 0.
+-- Reply: int, 1 if the job was there, else 0; -1: too many texts wait to be deleted from the history's database, and
+--        nothing was done.
 local job, jobs, idem = unpack(KEYS, 2)
 local jid = unpack(ARGV, 1, 1)
 local first = 2
 local call = ARGV[first]
+-- Texts that a database may have by now are noted for the gateway that writes it: first come, first served.
+local deleted = P .. ':hist-deleted'
+local is_full = redis.call('ZCARD', deleted) >= 100000
+for a = first, #ARGV do
+  local r = redis.call('HMGET', req_key(ARGV[a]), 'text', 'usage', 'history')
+  if r[1] then
+    if is_full then return -1 end
+    local tenant, keep_ms = cmsgpack.unpack(r[2])[5], string.match(r[3], '^%d+')
+    redis.call('ZADD', deleted, now_ms(), tenant .. ':' .. ARGV[a])
+    redis.call('PEXPIRE', deleted, keep_ms)
+  end
+end
 local f = redis.call('HMGET', call_key(call), 'who', 'bytes')
 if f[1] then give_back(f[1], call, f[2]) end
 for a = first, #ARGV do

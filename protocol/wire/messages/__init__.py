@@ -14,7 +14,7 @@ from protocol.wire.messages.deliveries import (
     logprob_record_bytes,
     prompt_record_bytes,
 )
-from protocol.wire.messages.history import HistoryEntry
+from protocol.wire.messages.history import HistoryEntry, KeptText
 from protocol.wire.messages.jobs import Conversation, Idempotent, Job
 from protocol.wire.messages.model import OPAQUE, Activation, ServedModel, SiteShape
 from protocol.wire.messages.requests import Body, RequestHead, Sampling
@@ -60,6 +60,7 @@ __all__ = [
     "HistoryEntry",
     "Idempotent",
     "Job",
+    "KeptText",
     "Option",
     "Packed",
     "Placed",

@@ -37,3 +37,13 @@ class HistoryEntry(Packed, frozen=True):
     def digest(self) -> str:
         """Digest of its adapter, "" for the base model."""
         return msgspec.json.decode(self.row)[1] if self.row else ""
+
+
+class KeptText(Packed, frozen=True):
+    """The prompt and the output of a request in a history, as tokens: the end of one, the beginning of the other."""
+
+    prompt: bytes  # int32 ids
+    output: bytes  # int32 ids
+    digest: str  # of the adapter, whose tokens they may be; "" for the base model's
+    texts: str  # hash of the texts that the adapter brings, "" for none
+    has_output: bool = True  # whether it generates text

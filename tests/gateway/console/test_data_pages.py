@@ -206,3 +206,23 @@ async def test_a_search_without_a_match_reads_ten_pages(fleet: ScriptedFleet, ta
     await tab.page.get_by_text("0 requests, older ones were not searched").wait_for()
     assert len(asked) % 10 == 0
     assert len(asked) <= 20, "of two polls at most"
+
+
+async def test_a_kept_prompt_and_output_are_shown_as_text(
+    fleet: ScriptedFleet, http: httpx2.AsyncClient, tab: Tab
+) -> None:
+    done = (await http.post("/v1/completions", json={"model": "base", "prompt": "the dog", "max_tokens": 6})).json()
+    kept = {"prompt": "<b>the dog</b>", "output": "sleeps\nin", "is_cut": True, "problem": None}
+    texts = iter((None, kept))  # it is there about a second after the end
+
+    async def answer(route: Any) -> None:
+        found = await route.fetch()
+        await route.fulfill(json={**await found.json(), "text": next(texts, kept)})
+
+    await tab.enter()
+    await tab.page.route("**/v1/requests/*", answer)
+    await tab.page.goto(f"{tab.url}/console/#/requests/{done['id']}")
+    dialog = tab.page.get_by_role("dialog")
+    await dialog.get_by_text("<b>the dog</b>", exact=True).wait_for()
+    assert await dialog.locator("pre").all_inner_texts() == ["<b>the dog</b>", "sleeps\nin"]
+    await dialog.get_by_text("Too long to be kept whole", exact=False).wait_for()

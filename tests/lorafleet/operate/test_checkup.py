@@ -15,6 +15,7 @@ from lorafleet.operate.checkup import (
     of_base,
     of_compiler,
     of_disk,
+    of_history,
     of_members,
     of_model,
     of_queue,
@@ -123,3 +124,10 @@ def test_the_worst_decides() -> None:
     assert [worst([]), worst([ok]), worst([ok, warning]), worst([problem, warning])] == [
         "ok", "ok", "warning", "problem",
     ]  # fmt: skip
+
+
+def test_a_history_without_its_database_is_a_warning() -> None:
+    assert of_history(None) == []
+    [found] = of_history("unavailable")
+    assert (found.name, found.level) == ("history", "warning")
+    assert "calls are served" in found.text

@@ -11,6 +11,7 @@ import pytest
 from lorafleet.__main__ import main
 from lorafleet.launcher.embedded import start_embedded
 from lorafleet.operate.doctor import free_gpu_bytes, free_memory_bytes, weight_bytes
+from protocol.runtime.settings import Settings
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, dict[str, str]]:
@@ -37,6 +38,25 @@ def test_a_queue_without_services_is_looked_at(tmp_path: Path, capsys: pytest.Ca
     assert found["queue"]["level"] == "ok"
     assert found["scheduler"]["advice"].endswith("lorafleet serve scheduler")
     assert found["workers"]["level"] == "problem"
+
+
+def test_a_gateway_elsewhere_has_no_queue_in_this_machines_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Settings().data == tmp_path / ".cache" / "lorafleet"
+    server = start_embedded(Settings().data / "queue" / "of-another-fleet", durable=False)
+    try:
+        found: list[str] = []
+        for url in ("http://gateway.invalid:9", "http://127.0.0.1:9"):
+            assert main(["doctor", "--json", "--url", url]) == 1
+            findings = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+            found.append(findings["queue"]["text"])
+    finally:
+        server.stop()
+    assert "no queue of it is on this machine" in found[0]
+    assert server.socket.name not in found[0]
+    assert "no queue of it" not in found[1]
 
 
 def test_a_wrong_password_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

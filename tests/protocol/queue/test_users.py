@@ -147,7 +147,7 @@ async def test_a_request_lives_its_whole_life_with_four_users(buses: dict[str, B
     )
     for rids in (["r"], ["r2", "r3"]):
         pairs = [(make_submit(rid, tenant="acme"), make_body()) for rid in rids]
-        kept = {"usages": [counted] * len(rids), "history": "60000 100"}
+        kept = {"usages": [counted] * len(rids), "history": "60000 100", "text": 9}
         assert (await gateway.submit("interactive", pairs, max_queued=10, quota=quota, **kept))[0] == "ok"
     idem_key, idem_value = keys.idem("acme", "once"), m.encode(m.Idempotent("hash", now_ms(), ["r4"]))
     pairs = [(make_submit("r4"), make_body())]
@@ -172,12 +172,25 @@ async def test_a_request_lives_its_whole_life_with_four_users(buses: dict[str, B
     assert await scheduler.finish("r3", "failed", "error", dead_letter=letter)
     ((letter_id, _),) = await buses["operator"].dead_letters.newest(5)
     assert await buses["operator"].dead_letters.retry(letter_id, 60) == "r3"
+    archive = gateway.archive
+    assert await archive.lead(GATEWAY)
+    [past] = await archive.new(await archive.tenants(0), 9, 0)
+    assert [(one.tenant, one.entry and one.entry.rid) for one in past.found] == [("acme", "r"), ("acme", "r3")]
+    assert all(one.text is not None for one in await archive.texts([("acme", "r"), ("acme", "r3")]))
+    await archive.copied([past], 60_000)
+    await archive.tell("a problem")
+    assert await archive.problem() == "a problem"
+    await archive.leave(GATEWAY)
     job = NewJob(make_job("job_r5", "r5"), b"{}", 60_000)
     pairs = [(make_submit("r5", tenant="acme", stored=True), make_body())]
-    assert (await gateway.submit("batch", pairs, max_queued=9, quota=quota, job=job))[0] == "ok"
+    kept = {"usages": [counted], "history": "60000 100", "text": 9}
+    assert (await gateway.submit("batch", pairs, max_queued=9, quota=quota, job=job, **kept))[0] == "ok"
     assert await gateway.finish("r5", "cancelled", "cancelled")
     assert await gateway.jobs.get("job_r5") == job.job
     assert await gateway.jobs.forget(job.job)
+    assert await archive.is_deleted("acme", "r5")
+    assert await archive.deletions(9) == [("acme", "r5")]
+    await archive.deleted([("acme", "r5")])
     conversations, limits = gateway.conversations, ConversationLimits(60_000, 9, 9, 9999, 99_999)
     made = m.Conversation("conv_1", "acme", 1)
     assert (await conversations.change("conv_1", "acme", limits, record=made, is_new=True, items=[("a", b"1")]))[

@@ -1,0 +1,198 @@
+"""Copies what has ended from the queue's history into the database of `--history`, beside the calls.
+
+Every gateway of the fleet has this loop, and one of them copies at a time: whichever has the lease.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from msgspec import structs
+
+from gateway.text.own_files import OwnFiles
+from protocol.metrics.series import HISTORY_BEHIND, HISTORY_LOST
+from protocol.queue.archive import LEASE_MS, NewPast, Past
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
+from protocol.queue.history import MAINTAIN_MS
+from protocol.runtime.backoff import Backoff
+from protocol.runtime.guarded import Loop
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import NotFound, ProtocolError, Unavailable
+
+if TYPE_CHECKING:  # it needs packages that most fleets do not have
+    from gateway.requests.database import Database
+
+PAUSE_S, SWEEP_S = 1.0, 60.0
+"""Pause between two looks at what has ended, and between two at what is too old or too much in the database."""
+
+TENANTS_AT_ONCE, ENDS_AT_ONCE = 16, 32
+"""Tenants whose histories are read at once, and the most entries of each of their two streams: the others' are next."""
+
+ROWS_AT_ONCE, TEXTS_AT_ONCE = 32, 8
+"""Rows that are written at once, without and with texts."""
+
+DELETIONS_AT_ONCE, TRIMMED_AT_ONCE = 100, 8
+"""Texts deleted, and tenants trimmed, in one look."""
+
+RECENT_MS = 60_000 + MAINTAIN_MS
+"""How long after its last end was noted a tenant is still looked at. After a failure, all tenants are."""
+
+LOST = ("request", "text", "gap")
+
+
+class Archiver:
+    """The copying of one gateway."""
+
+    def __init__(
+        self, bus: Bus, gid: str, settings: Settings, database: Database, own: OwnFiles, sweep_s: float = SWEEP_S
+    ) -> None:
+        """own: knows what adapters bring beside their weights, by which their tokens are read later."""
+        self._bus = bus
+        self._gid = gid
+        self._settings = settings
+        self._database = database
+        self._own = own
+        self._sweep_s = sweep_s
+        self._keep_ms = int(1000 * settings.history_s)
+        self._more = asyncio.Event()  # there is more to copy, at once
+        self._is_prepared = False
+        self._looks_at_all = True
+        self._complete_ms = now_ms()  # when the database last had all, as far as this gateway knows
+        self._written: dict[str, None] = {}  # tenants that have more in the database than when they were trimmed
+        self._too_much: dict[str, None] = {}  # those of them that are to be trimmed now
+        self._swept_s = time.monotonic()
+        self.problem = ""
+        """Why nothing can be copied, "" for no problem."""
+
+    def loop(self) -> Loop:
+        """Return the loop. The caller must call `leave` after it."""
+        for what in LOST:
+            HISTORY_LOST.labels(what)  # shown from the start
+        return Loop("history", self.look, PAUSE_S, self._more, Backoff(1.0, 10.0))
+
+    async def leave(self) -> None:
+        """Let another gateway copy, and close the database."""
+        with suppress(*CONNECTION_ERRORS):
+            await self._bus.archive.leave(self._gid)
+        with suppress(Unavailable):
+            await self._database.close()
+
+    async def look(self) -> None:
+        """Copy what is new, delete what is to be deleted, if this gateway is the one that does so.
+
+        Raises Unavailable.
+        """
+        archive = self._bus.archive
+        if not await archive.lead(self._gid):
+            self._looks_at_all, self._is_prepared, self._complete_ms = True, False, now_ms()
+            self.problem = await archive.problem()
+            HISTORY_BEHIND.set(0)
+            return
+        begun_s = time.monotonic()
+        try:
+            has_more = await self._look()
+        except (Unavailable, TimeoutError) as error:
+            self._looks_at_all, self._is_prepared = True, False
+            self.problem = str(error) or "the history's database takes too long"
+            HISTORY_BEHIND.set((now_ms() - self._complete_ms) / 1000)
+            await archive.tell(self.problem)
+            raise
+        if has_more:
+            await asyncio.sleep(time.monotonic() - begun_s)  # calls have the loop for half of the time at least
+            self._more.set()
+        if self.problem:
+            self.problem = ""
+            await archive.tell("")
+
+    async def _look(self) -> bool:
+        """Look at all recent ends once. Returns whether there is more to do."""
+        if not self._is_prepared:
+            await self._database.prepare()
+            self._is_prepared = True
+        archive = self._bus.archive
+        tenants = await archive.tenants(0 if self._looks_at_all else now_ms() - RECENT_MS)
+        behind_ms, has_more, is_idle = 0, False, True
+        for begin in range(0, len(tenants), TENANTS_AT_ONCE):
+            if begin and not await archive.lead(self._gid):
+                return False
+            since_ms = now_ms() - self._keep_ms
+            found = await archive.new(tenants[begin : begin + TENANTS_AT_ONCE], ENDS_AT_ONCE, since_ms)
+            oldest = min((one.found[0].place.ms for one in found if one.has_more), default=None)
+            if oldest is not None:
+                has_more, behind_ms = True, max(behind_ms, now_ms() - oldest)
+            await self._copy(found)
+            is_idle = is_idle and not found
+        if is_idle:  # then it is noticed nowhere else that the database is away
+            await self._database.check()
+        self._looks_at_all = False
+        self._complete_ms = now_ms() - behind_ms
+        HISTORY_BEHIND.set(behind_ms / 1000)
+        has_more |= await self._delete()
+        return has_more | await self._sweep()
+
+    async def _copy(self, found: list[NewPast]) -> None:
+        past = [entry for one in found for entry in one.found]
+        num = TEXTS_AT_ONCE if self._settings.history_text else ROWS_AT_ONCE
+        for begin in range(0, len(past), num):
+            # What is read is written while nobody else can have taken over: a text that is deleted meanwhile is
+            # deleted from the database by whoever has the lease, later.
+            async with asyncio.timeout(LEASE_MS / 2000):
+                if not await self._bus.archive.lead(self._gid):
+                    return
+                some = past[begin : begin + num]
+                texts, num_lost = await self._texts(some)
+                await self._database.write(list(zip(some, texts, strict=True)))
+                HISTORY_LOST.labels("text").inc(num_lost)
+        await self._bus.archive.copied(found, self._keep_ms)
+        self._written |= dict.fromkeys(one.tenant for one in found)
+        HISTORY_LOST.labels("request").inc(sum(one.entry is None for one in past))
+        HISTORY_LOST.labels("gap").inc(sum(one.has_gap for one in found))
+
+    async def _texts(self, past: list[Past]) -> tuple[list[bytes | None], int]:
+        """Return the texts of ends, as the database has them, and how many are lost."""
+        texts: list[bytes | None] = [None] * len(past)
+        if not self._settings.history_text:
+            return texts, 0
+        wanted = [
+            (at, one.tenant, one.entry)
+            for at, one in enumerate(past)
+            if one.entry is not None and one.entry.state != "refused"
+        ]
+        found = await self._bus.archive.texts([(tenant, entry.rid) for _, tenant, entry in wanted])
+        num_lost = sum(one.is_lost for one in found)
+        for (at, tenant, entry), one in zip(wanted, found, strict=True):
+            if one.text is None:
+                continue
+            try:
+                own = (await self._own.facts(one.text.digest))[0] if one.text.digest else ""
+            except (NotFound, ProtocolError):  # nobody knows its adapter's tokens any more
+                num_lost += 1
+            else:
+                text = structs.replace(one.text, texts=own)
+                texts[at] = self._bus.archive.sealed(tenant, entry.rid, text)
+        return texts, num_lost
+
+    async def _delete(self) -> bool:
+        """Delete the texts that their owners have deleted. Returns whether there are more."""
+        which = await self._bus.archive.deletions(DELETIONS_AT_ONCE)
+        if which:
+            await self._database.delete_texts(which)
+            await self._bus.archive.deleted(which)
+        return len(which) == DELETIONS_AT_ONCE
+
+    async def _sweep(self) -> bool:
+        """Delete what is too old or too much, some at a time. Returns whether there is more."""
+        has_more = False
+        if time.monotonic() - self._swept_s >= self._sweep_s:
+            has_more = await self._database.delete_before(now_ms() - self._keep_ms)
+            if not has_more:
+                self._swept_s = time.monotonic()
+                self._too_much, self._written = self._too_much | self._written, {}
+        settings = self._settings
+        for tenant in list(self._too_much)[:TRIMMED_AT_ONCE]:
+            if not await self._database.trim(tenant, settings.history_requests, settings.history_text_bytes):
+                del self._too_much[tenant]
+        return has_more or bool(self._too_much)
