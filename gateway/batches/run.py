@@ -127,9 +127,7 @@ class BatchRun:
             if is_queue_away(error):
                 raise
             FAILED.note("batches", error, self.batch.id)
-        await self._bus.batches.save(
-            self._counted(), self._epoch, leaves=True, wait_ms=int(1000 * wait_s), tries=tries
-        )  # fmt: skip
+        await self._bus.batches.save(self._counted(), self._epoch, leaves=True, wait_ms=int(1000 * wait_s), tries=tries)
 
     async def give_up(self, error: BaseException, tries: int) -> None:
         """End the batch for what keeps it from going on, with the answers that it has. Raises Lost, connection errors.
@@ -263,7 +261,7 @@ class BatchRun:
             raise Unavailable(text)
         await self._save(
             status=status, ended_ms=now_ms(), output_file=output, error_file=errors, problems=list(problems)
-        )  # fmt: skip
+        )
         try:
             await self._results.forget()
         except Exception as error:  # noqa: BLE001  the batch has ended; what is left costs room alone
@@ -429,9 +427,7 @@ class BatchRun:
 
     def _counted(self) -> m.Batch:
         tally = self._results.tally
-        return msgspec.structs.replace(
-            self.batch, completed=tally.completed, failed=tally.failed, usage=tally.usage
-        )  # fmt: skip
+        return msgspec.structs.replace(self.batch, completed=tally.completed, failed=tally.failed, usage=tally.usage)
 
     async def _save(self, **changes: object) -> None:
         """Write how far the batch is. Raises Lost."""

@@ -60,9 +60,10 @@ class BatchRunner:
         if len(self._running) >= pace.max_batches:
             return
         waiting = [
-            (tenant, batch_id) for tenant, batch_id in await self._bus.batches.waiting(_LOOKED_AT)
+            (tenant, batch_id)
+            for tenant, batch_id in await self._bus.batches.waiting(_LOOKED_AT)
             if batch_id not in self._running and batch_id not in self._newer
-        ]  # fmt: skip
+        ]
         while waiting and len(self._running) < pace.max_batches:
             held = Counter(self._tenants.values())
             tenant, batch_id = min(waiting, key=lambda found: held[found[0]])

@@ -47,9 +47,11 @@ OTHER_NAMES: Mapping[str, str] = {
 
 
 def constraint_of(
-    response_format: Mapping[str, Any] | None, structured_outputs: Mapping[str, Any] | None, settings: Settings,
+    response_format: Mapping[str, Any] | None,
+    structured_outputs: Mapping[str, Any] | None,
+    settings: Settings,
     others: Mapping[str, Any] = {},
-) -> Constraint | None:  # fmt: skip
+) -> Constraint | None:
     """Return the grammar that a request of OpenAI's routes demands, None for none. Raises BadRequest.
 
     others: of `OTHER_NAMES`, those that are given.

@@ -135,9 +135,7 @@ def begin_sample(logits: Tensor, rows: Sequence[SampleRow]) -> PendingSample:
         num_top = [
             0 if own else max(rows[i].sampling.num_logprobs or 0, 0) for i, own in zip(wanting, listed, strict=True)
         ]
-        whole = [
-            rows[i].sampling.vocabulary if rows[i].sampling.num_logprobs == WHOLE else 0 for i in wanting
-        ]  # fmt: skip
+        whole = [rows[i].sampling.vocabulary if rows[i].sampling.num_logprobs == WHOLE else 0 for i in wanting]
         ids = chosen.ids[_index(wanting, logits.device)]
         logprobs = LogprobRows(raw.log_softmax(-1), ids, num_top, listed, whole=whole)
     return PendingSample(chosen, len(rows), logprobs, wanting)
