@@ -341,11 +341,13 @@ class Splitter:
 
 
 async def _whole(parts: list[bytes] | None) -> bytearray | None:
-    """Return a line of its pieces, joined in a thread if it is long."""
+    """Return a line of its pieces, joined in a thread if it is long. It takes them: a long line is not held twice."""
     if parts is None:
         return None
     join = partial(bytearray().join, parts)
-    return await asyncio.to_thread(join) if len(parts) * PIECE_BYTES > PLAIN_BYTES else join()
+    line = await asyncio.to_thread(join) if len(parts) * PIECE_BYTES > PLAIN_BYTES else join()
+    parts.clear()
+    return line
 
 
 @asynccontextmanager

@@ -62,6 +62,8 @@ class Outbox:
         That happens when a queue has lost its last second and assigns them again. The engine must forget them: what it
         makes of them does not continue the log as it is now.
         """
+        if not requests:
+            return []
         again = [request.rid for request in requests if request.rid in self.owned]
         for rid in again:
             self.drop(rid)

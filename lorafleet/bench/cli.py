@@ -26,7 +26,7 @@ def add_arguments(parser: Parser) -> None:
         "url",
         nargs="?",
         default="",
-        help=f"URL of the server (default: ${URL_VARIABLE}, the fleet on this machine, or {DEFAULT_URL})",
+        help=f"URL of the server (default: ${URL_VARIABLE}, the fleet on this machine, or {DEFAULT_URL}; no profile)",
     )
     what = parser.add_argument_group("requests")
     what.add_argument("--model", help="base model to query (default without --adapters: the first in /v1/models)")
@@ -96,7 +96,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _choose_fleet(args: argparse.Namespace) -> None:
-    """Set URL, and file of the key, to those of the fleet that other commands would ask. Raises BadRequest."""
+    """Set URL, and file of the key, to those of the fleet on this machine, unless LORAFLEET_URL names one.
+
+    Raises BadRequest.
+    """
     args.url = os.environ.get(URL_VARIABLE)
     if not args.url and (fleet := the_only()) is not None:
         args.url = fleet.url

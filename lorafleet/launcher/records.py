@@ -148,10 +148,10 @@ def is_here(url: str) -> bool:
 
 
 def _address(url: str) -> tuple[str, int | None]:
-    """Return host and port of a URL; this machine has one name. Raises BadRequest where the port is no number."""
-    parts = urlsplit(url)
-    host = (parts.hostname or "").lower()
+    """Return host and port of a URL; this machine has one name. Raises BadRequest for what is no URL."""
     try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").lower()
         return "localhost" if host in LOOPBACK else host, parts.port
     except ValueError as error:
         raise BadRequest(f"--url {brief(url)}: {error}") from error

@@ -43,7 +43,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def _days(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text[:4]) <= MAX_DAYS:
+    if not text.isascii() or not text.isdigit() or len(text) > 2 or not 1 <= int(text) <= MAX_DAYS:
         raise argparse.ArgumentTypeError(f"{brief(text)} is not a number from 1 to {MAX_DAYS}")
     return int(text)
 

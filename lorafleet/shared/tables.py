@@ -24,7 +24,7 @@ def print_list(columns: Sequence[str], rows: Sequence[Sequence[str]], nothing: s
 
     No value is folded or cut. Where a terminal is too narrow for that, each row is a block of lines, one per value.
     """
-    terminal, wide = Console(), Console(width=MAX_WIDTH)
+    terminal, wide = Console(), Console(width=MAX_WIDTH, emoji=False)
     if not rows:
         print(nothing)
         return

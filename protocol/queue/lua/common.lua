@@ -237,9 +237,10 @@ local function note_history(rid, history, usage, output, f, state, finish, error
   local key = all .. ':' .. tenant
   redis.call('XADD', key, 'MAXLEN', '~', max, '*', 'b', entry)
   -- Lives are prolonged, and what is old or more than its share trimmed, every ten seconds: at each end this would double
-  -- its cost. A gateway's clock that is fast does not put that off, nor does a stream that may have expired since.
+  -- its cost. A gateway's clock that is fast does not put that off, nor does a stream that may have expired since; a
+  -- stream that begins gets its life at once.
   local since = now - tonumber(redis.call('ZSCORE', all, tenant) or 0)
-  if since >= 0 and since < math.min(10000, ms) then return end
+  if since >= 0 and since < math.min(10000, ms) and redis.call('XLEN', key) > 1 then return end
   local num = math.max(redis.call('ZCARD', all), 1)
   max = math.max(1, math.min(tonumber(max), math.floor(history_entries / num)))
   redis.call('XTRIM', key, 'MAXLEN', '~', max)

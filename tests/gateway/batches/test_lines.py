@@ -84,6 +84,14 @@ async def test_a_line_that_is_too_long_is_told_and_not_held() -> None:
     assert [(problem.code, problem.line) for problem in found.problems] == [("line_too_large", 2)]
 
 
+async def test_a_long_line_is_held_once() -> None:
+    """Its pieces are gone while who reads it takes its time."""
+    splitter, text = Splitter(1 << 22), b"x" * (1 << 21) + b"\n"
+    async for _, _, line in splitter.of(pieces(text, 1 << 16)):
+        assert line == text[:-1]
+        assert splitter._line == []
+
+
 async def test_neither_lines_nor_problems_are_too_many() -> None:
     found = await read_lines(pieces(b"x\n" * 1000, 64), URL, 100)
     assert len(found.problems) == MAX_PROBLEMS

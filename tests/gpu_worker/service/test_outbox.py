@@ -61,7 +61,9 @@ def test_an_emptied_entry_that_is_taken_again_is_not_deleted() -> None:
     outbox = Outbox("w")
     outbox.take(FIRST, [request(FIRST)])
     outbox.drop("r")
+    assert outbox.take(FIRST, []) == []
     assert outbox.released == [FIRST]
+    assert not outbox.knows(FIRST)
     outbox.take(FIRST, [request(FIRST)])
     assert outbox.released == []
     step = outbox.build({"r": PendingOutput(0, ids(2), finish="stop")})

@@ -16,8 +16,10 @@ from pathlib import Path
 import msgspec
 import pytest
 from helpers.waiting import wait_until
+from msgspec import structs
 
 from lorafleet.__main__ import main
+from lorafleet.launcher import records
 from lorafleet.launcher.embedded import start_embedded
 from lorafleet.launcher.records import LocalFleet, registered, running
 from lorafleet.shared.api import Api, add_flags
@@ -25,6 +27,7 @@ from lorafleet.shared.parser import Parser
 from lorafleet.up import own_key
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
+from protocol.wire.errors import BadRequest
 
 RUN = """
 import os, signal, sys, threading, time
@@ -92,6 +95,23 @@ def test_what_is_no_record_is_passed_over(folder: Path) -> None:
     (folder / "other.json").write_text("{}")
     (folder / "link.json").symlink_to("/etc/passwd")
     assert running() == []
+
+
+@pytest.mark.parametrize("url", ["http://[", "http://localhost:port", "http://other:1"])
+def test_a_url_of_no_fleet_is_one_message(folder: Path, url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with registered(FLEET):
+        assert main(["stop", "--url", url]) == 2
+    assert capsys.readouterr().err.startswith("lorafleet stop: error: ")
+
+
+def test_the_variable_names_the_fleet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = structs.replace(FLEET, url="http://127.0.0.1:2")
+    monkeypatch.setattr(records, "running", lambda: [FLEET, other])
+    with pytest.raises(BadRequest, match="choose one"):
+        records.chosen("")
+    monkeypatch.setenv(records.URL_VARIABLE, "http://localhost:2/")
+    assert records.chosen("") == other
+    assert records.chosen(FLEET.url) == FLEET
 
 
 @pytest.mark.parametrize("runtime", ["none", "/proc/none"])

@@ -130,9 +130,10 @@ async def test_a_history_has_an_end_whatever_a_gateway_s_clock_says(queue: Queue
     await queue.bus._redis.expire(queue.keys.histories, 60)
     await end(queue, "a")
     assert 0 < await queue.ttl_s(queue.keys.history("t")) <= KEEP_S
-    soon_ms = await now_ms(queue) + 3000
-    refused = m.HistoryEntry("r", "r", "", "", "refused", "error", "", "", 0, 0, 0, 0, 1, 0, soon_ms)
-    await queue.bus._redis.delete(queue.keys.histories, queue.keys.history("t"))
-    await queue.bus.history.add_refusals([("t", refused)], 60_000)
-    await end(queue, "b")
-    assert 0 < await queue.ttl_s(queue.keys.history("t")) <= KEEP_S
+    for ahead_ms in (3000, 12_000, 19_000, 25_000):
+        soon_ms = await now_ms(queue) + ahead_ms
+        refused = m.HistoryEntry("r", "r", "", "", "refused", "error", "", "", 0, 0, 0, 0, 1, 0, soon_ms)
+        await queue.bus._redis.delete(queue.keys.histories, queue.keys.history("t"))
+        await queue.bus.history.add_refusals([("t", refused)], 60_000)
+        await end(queue, f"b{ahead_ms}")
+        assert 0 < await queue.ttl_s(queue.keys.history("t")) <= KEEP_S, ahead_ms
