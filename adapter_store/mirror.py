@@ -266,6 +266,7 @@ class Mirror:
             rank=spec.rank,
             vocab_size=spec.vocab_size,
             num_labels=spec.num_labels,
+            num_virtual=spec.virtual.num if spec.virtual is not None else 0,
             num_bytes=files.num_bytes,
             config=canonical_config(files.config),
             modules=spec.modules,

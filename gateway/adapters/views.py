@@ -48,6 +48,7 @@ class AdapterObjects:
             "rank": record.rank if record else None,
             "bytes": record.num_bytes if record else None,
             "modules": record.modules if record else None,
+            "virtual_tokens": record.num_virtual if record else None,
             "mapped": record.mapped if record else None,
             "on_request": alias.on_request,
             "pinned": self._pins.get(alias.name),

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft_adapters.kinds.kind import MAX_KIND_PRODUCTS, MAX_WHOLE, Field, whole
+from peft_adapters.kinds.kind import MAX_KIND_PRODUCTS, MAX_WHOLE, Field, choice, whole
 from peft_adapters.reasons import Reasons, show
 from peft_adapters.safetensors_header import FLOATS, TensorInfo
 from peft_adapters.spec import AdapterSpec, VirtualTokens
@@ -30,11 +30,11 @@ _MAYBE_WHOLE = Field(
 _FIELDS: dict[str, Field] = {
     "num_virtual_tokens": whole(0),
     **dict.fromkeys(_SIZES, _MAYBE_WHOLE),
-    "num_transformer_submodules": Field(None, lambda value: value in (None, 1) and value is not True, "null or 1"),
-    "task_type": Field(None, lambda value: value in (None, "CAUSAL_LM"), "CAUSAL_LM"),
+    "num_transformer_submodules": choice(None, 1),
+    "task_type": choice(None, "CAUSAL_LM"),
 }
 _TASKS = {
-    "num_tasks": Field(1, lambda value: value == 1 and value is not True, "1: a request cannot choose among tasks"),
+    "num_tasks": choice(1),  # a request cannot choose among several
     "num_ranks": whole(1),
 }
 
@@ -59,6 +59,10 @@ NO_EFFECT: dict[str, frozenset[str]] = {
 
 PREFIXES = frozenset({"PREFIX_TUNING", "CARTRIDGE"})
 """Kinds whose virtual tokens are keys and values; those of the others are embeddings."""
+
+
+_NOT_OF_PEFT = frozenset({"deepseek_v4", "gemma4", "gemma4_unified"})
+"""Model types on which PEFT's own forward fails with embeddings: layers that look at ids, an embedding not found."""
 
 
 def is_virtual(peft_type: Any) -> bool:
@@ -163,6 +167,8 @@ def _check_base(kind: str, num: int, base: ServedModel, reasons: Reasons) -> Non
             f"num_virtual_tokens is {num}: this base model takes at most {base.max_model_len} tokens, of which "
             f"prompt and output need two, so that {max(base.max_model_len - 2, 0)} may be virtual"
         )
+    if base.model_type in _NOT_OF_PEFT:
+        reasons.add(f"PEFT does not compute virtual tokens on {base.model_type}")
     by_layer = [site.name for site in base.sites if site.kind == "embedding" and site.name.endswith("_per_layer")]
     if by_layer:
         reasons.add(f"{kind} is not served where a model embeds tokens in every layer", by_layer[0])

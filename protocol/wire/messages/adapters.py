@@ -64,6 +64,7 @@ class AdapterRecord(Record, frozen=True):
     created_ms: int
     vocab_size: int = 0  # tokens it knows, 0: those of the base
     num_labels: int = 0  # labels of its own head, see `ServedModel.label_head`; 0: no head
+    num_virtual: int = 0  # virtual tokens that it puts before every text
     no_effect: bool = False  # every product that it adds is zero
     mapped: dict[str, str] = {}  # names of its file -> of the base model, as patterns, where they differ
 

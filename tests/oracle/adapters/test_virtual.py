@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,21 @@ from oracle.adapters.virtual_cases import (
     CASES,
     NUM,
     PREFIX,
+    SOFT,
     SOME,
     asked,
     peft_greedy,
     virtual_logits,
 )
+from oracle.models_table import read_table
 from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, prompts, warm
 from oracle.test_kv_cache_dtype import rounded_cache
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpu_worker.engine.engine import Engine
+from peft_adapters.format import WEIGHTS_FILE
+from peft_adapters.recipe import Merge, digest_of_merge
 from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire.errors import AdapterRefused, BadRequest
 from protocol.wire.messages import Sampling
@@ -135,7 +141,8 @@ def test_int8_keys_and_values_are_those_of_peft_rounded_likewise(name: str, tmp_
     engine = make_engine(LLAMA, {"tuned": tmp_path}, kv_cache_dtype="int8", prefix_cache=False)
     ids = ask(engine, [greedy_request("r", "tuned", asked(30), 16)]).ids["r"]
     peft = load(kind, tmp_path)
-    peft.get_base_model().set_attn_implementation("sdpa")
+    base: Any = peft.get_base_model()
+    base.set_attn_implementation("sdpa")
     with rounded_cache():
         assert ids == peft_greedy(kind, peft, asked(30), 16)
 
@@ -191,7 +198,8 @@ def test_virtual_tokens_are_computed_once_for_all_requests_and_tenants(name: str
 
 
 @pytest.mark.parametrize("name", TWO)
-def test_an_evicted_adapter_takes_its_blocks_along_and_comes_back_the_same(name: str, tmp_path: Path) -> None:
+def test_an_evicted_adapter_takes_its_blocks_along(name: str, tmp_path: Path) -> None:
+    """And comes back the same."""
     kind = made(name, tmp_path)
     engine = make_engine(LLAMA, {"tuned": tmp_path})
     expected = peft_greedy(kind, load(kind, tmp_path), asked(30), 4)
@@ -259,19 +267,82 @@ def test_the_context_counts_virtual_tokens(name: str, tmp_path: Path) -> None:
     assert ask(engine, [greedy_request("r", "", asked(room), 4)]).finish["r"].error is None
 
 
-def test_what_has_no_scale_and_no_merge_is_refused_by_name(tmp_path: Path) -> None:
-    for name, kind in (("prompt_tuning", "PROMPT_TUNING"), ("prefix_tuning", "PREFIX_TUNING")):
-        made(name, tmp_path / name)
-        engine = make_engine(LLAMA, {"tuned": tmp_path / name})
-        error = ask(engine, [greedy_request("r", "tuned", asked(), 2, lora_scale=0.5)]).finish["r"].error
-        assert isinstance(error, BadRequest)
-        assert f"lora_scale 0.5: adapters of kind {kind}" in error.message
+@pytest.mark.parametrize("name", TWO)
+def test_what_has_no_scale_and_no_merge_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    made(name, tmp_path / "tuned")
+    make_adapter(Kind(LLAMA), tmp_path / "lora")
+    engine = make_engine(LLAMA, {"tuned": tmp_path / "tuned"})
+    error = ask(engine, [greedy_request("r", "tuned", asked(), 2, lora_scale=0.5)]).finish["r"].error
+    assert isinstance(error, BadRequest)
+    assert f"lora_scale 0.5: adapters of kind {name.upper()}" in error.message
+    folders = {hex_of(part): tmp_path / part for part in ("tuned", "lora")}
+    engine = make_engine(LLAMA, folders)
+    merge = digest_of_merge(Merge([bytes.fromhex(digest) for digest in folders], [1.0, 1.0]))
+    error = ask(engine, [greedy_request("r", merge, asked(), 2)]).finish["r"].error
+    assert isinstance(error, AdapterRefused)
+    assert f"plain LoRA only; one of the adapters has peft_type {name.upper()}" in error.message
+
+
+@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_files_of_16_bits_are_what_their_numbers_are(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    kind = made(name, tmp_path)
+    change_file(tmp_path, lambda tensor: tensor.to(dtype))
+    ids = ask(make_engine(LLAMA, {"tuned": tmp_path}), [greedy_request("r", "tuned", asked(), 6)]).ids["r"]
+    assert ids == peft_greedy(kind, load(kind, tmp_path), asked(), 6)
+
+
+@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(name: str, number: float, tmp_path: Path) -> None:
+    made(name, tmp_path)
+
+    def spoil(tensor: Tensor) -> Tensor:
+        tensor[-1, -1] = number
+        return tensor
+
+    change_file(tmp_path, spoil)
+    error = ask(make_engine(LLAMA, {"tuned": tmp_path}), [greedy_request("r", "tuned", asked(), 2)]).finish["r"].error
+    assert isinstance(error, AdapterRefused)
+    assert "not finite" in error.message
+
+
+def change_file(folder: Path, change: Callable[[Tensor], Tensor]) -> None:
+    """Write an adapter's tensors anew, as `change` returns them."""
+    path = folder / WEIGHTS_FILE
+    save_file({name: change(tensor) for name, tensor in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_embeddings_are_of_the_last_token(name: str, tmp_path: Path) -> None:
+    """The oracle is the last hidden state of PEFT's forward."""
+    kind = made(name, tmp_path)
+    engine = make_engine(LLAMA, {"tuned": tmp_path}, max_step_tokens=16, max_num_seqs=8)
+    tasks = engine.model.tasks
+    assert tasks.pooling is not None
+    engine.model.tasks = replace(tasks, pooling=replace(tasks.pooling, mode="lasttoken", unit_length=False))
+    prompt = asked(30)
+    got = ask(engine, [greedy_request("r", "tuned", prompt, 1, task="embed")]).ids["r"]
+    ids = torch.from_numpy(prompt.astype(np.int64))[None]
+    with torch.inference_mode():
+        states = load(kind, tmp_path)(input_ids=ids, use_cache=True, output_hidden_states=True).hidden_states
+    assert np.allclose(np.array(got, "<i4").view("<f4"), states[-1][0, -1].numpy(), atol=1e-4)
+    engine.model.tasks = replace(tasks, pooling=replace(tasks.pooling, mode="mean"))
+    error = ask(engine, [greedy_request("r", "tuned", prompt, 1, task="embed")]).finish["r"].error
+    assert isinstance(error, BadRequest)
+    assert "mean pooling is of the text's tokens alone" in error.message
+
+
+def hex_of(name: str) -> str:
+    """Return a digest that stands for a name."""
+    return name.encode().hex()
 
 
 REFUSED = {
     "falcon_h1": "PREFIX_TUNING is not served on a base model that does not keep keys and values",
     "qwen3_next": "PREFIX_TUNING is not served on a base model that does not keep keys and values",
     "deepseek_v3": "PREFIX_TUNING is not served on a base model that does not keep keys and values",
+    "deepseek_v4": "PEFT does not compute virtual tokens on deepseek_v4",
     "gemma3n_text": "where a model embeds tokens in every layer",
 }
 
@@ -283,3 +354,38 @@ def test_bases_without_room_for_a_prefix_are_refused_by_name(model_type: str, tm
     error = ask(engine, [greedy_request("r", "tuned", asked(), 2)]).finish["r"].error
     assert isinstance(error, AdapterRefused)
     assert REFUSED[model_type] in error.message
+
+
+# ---------------------------------------------------------------- every model type
+
+ROBERTA = {"camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+"""Types whose own positions begin behind the padding token's, where the engine's begin at 0, as the oracle's do."""
+
+NO_MODEL = {"mllama", "moshi"}
+"""Types on which PEFT cannot even make such an adapter."""
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("config", [SOFT, PREFIX])
+@pytest.mark.parametrize("model_type", sorted(read_table("served").keys() - ROBERTA - NO_MODEL))
+def test_every_type_is_served_as_peft_or_refused(model_type: str, config: Any, tmp_path: Path) -> None:
+    """Where PEFT's own forward fails, the adapter is refused. Only prompts: states may depend on how they are made."""
+    options = SOME if config is PREFIX else {**SOME, "num_attention_heads": 1}  # which it cannot find on each
+    kind = Kind((model_type, {"tiny": True}), options, config=config)
+    try:
+        make_adapter(kind, tmp_path)
+        expected = virtual_logits(kind, load(kind, tmp_path), asked(), [0])
+    except Exception:  # noqa: BLE001  whatever a model's code raises
+        expected = None
+    if not (tmp_path / WEIGHTS_FILE).exists():
+        return  # there is no such adapter
+    engine = make_engine(kind.base, {"tuned": tmp_path}, max_step_tokens=16, max_num_seqs=8)
+    asking = [greedy_request("r", "tuned", asked(), 1)]
+    error = ask(engine, asking).finish["r"].error
+    if expected is None or error is not None:
+        assert isinstance(error, AdapterRefused)
+        assert expected is None or config is PREFIX, "what PEFT computes of embeddings is served"
+        return
+    _, logits = engine_logits(engine, asking)["r"]
+    assert (logits - expected[:, : logits.shape[1]]).abs().max() <= MAX_DIFFERENCE
+    assert (logits - model_logits(base_for(kind), asked(), [0])).abs().max() > 100 * MAX_DIFFERENCE

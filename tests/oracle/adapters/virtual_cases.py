@@ -62,6 +62,7 @@ BASES: dict[str, Kind] = {
     "prompt_tuning on scaled embeddings": Kind(GEMMA, SOME, config=SOFT),
     "prompt_tuning on a hybrid": Kind(("falcon_h1", {"tiny": True}), SOME, config=SOFT),
     "prompt_tuning on delta rules": Kind(("qwen3_next", {"tiny": True}), SOME, config=SOFT),
+    "prompt_tuning, unbatched": Kind(("falcon", {"tiny": True}), SOME, config=SOFT),
     "prompt_tuning in a window": Kind(SLIDING, SOME, config=SOFT),
     "prefix_tuning on qwen3": Kind(QWEN3, SOME, config=PREFIX),
     "prefix_tuning on mixtral": Kind(MIXTRAL, SOME, config=PREFIX),
