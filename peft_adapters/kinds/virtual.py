@@ -61,8 +61,8 @@ PREFIXES = frozenset({"PREFIX_TUNING", "CARTRIDGE"})
 """Kinds whose virtual tokens are keys and values; those of the others are embeddings."""
 
 
-_NOT_OF_PEFT = frozenset({"deepseek_v4", "gemma4", "gemma4_unified"})
-"""Model types on which PEFT's own forward fails with embeddings: layers that look at ids, an embedding not found."""
+_NOT_OF_PEFT = frozenset({"deepseek_v4"})
+"""Model types on which PEFT's own forward fails with embeddings, because layers look at ids."""
 
 
 def is_virtual(peft_type: Any) -> bool:

@@ -11,8 +11,18 @@ import numpy as np
 import pytest
 from helpers.adapter_files import BASE, HIDDEN
 from helpers.kind_files import KIND_BASE, written
+from helpers.virtual_files import (
+    ENTRIES,
+    HEADS,
+    LAYERS,
+    MULTITASK,
+    NUM,
+    VIRTUAL_BASE,
+    Tensors,
+    virtual_config,
+    virtual_tensors,
+)
 from msgspec import structs
-from numpy.typing import NDArray
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -23,25 +33,6 @@ from peft_adapters.kinds.kind import MAX_WHOLE
 from peft_adapters.kinds.virtual import NO_EFFECT, PREFIXES, TENSOR, fields_of
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel, SiteShape
-
-LAYERS, HEADS, ENTRIES, NUM = 3, 2, 8, 5
-VIRTUAL_BASE = structs.replace(KIND_BASE, prefix=[LAYERS, HEADS, ENTRIES], max_model_len=64)
-MULTITASK = "MULTITASK_PROMPT_TUNING"
-
-Tensors = dict[str, NDArray[Any]]
-
-
-def config_of(kind: str, **fields: Any) -> dict[str, Any]:
-    return {"peft_type": kind, "task_type": "CAUSAL_LM", "num_virtual_tokens": NUM, **fields}
-
-
-def tensors_of(kind: str, num: int = NUM) -> Tensors:
-    width = LAYERS * 2 * HEADS * ENTRIES if kind in PREFIXES else HIDDEN
-    found: Tensors = {TENSOR: np.random.default_rng(0).normal(size=(num, width)).astype(np.float32)}
-    if kind == MULTITASK:
-        found |= {"prefix_task_cols": np.ones((1, num, 1), np.float32)}
-        found |= {"prefix_task_rows": np.ones((1, 1, HIDDEN), np.float32)}
-    return found
 
 
 def read(config: dict[str, Any], tensors: Tensors, base: ServedModel | None = VIRTUAL_BASE) -> AdapterSpec:
@@ -69,7 +60,7 @@ def test_every_field_of_peft_is_known(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", NO_EFFECT)
 def test_reads_what_fits_and_refuses_what_does_not(kind: str) -> None:
-    config, tensors = config_of(kind), tensors_of(kind)
+    config, tensors = virtual_config(kind), virtual_tensors(kind)
     spec = read(config, tensors)
     assert spec.virtual is not None
     assert (spec.virtual.num, spec.unscaled, spec.rank, spec.modules) == (NUM, kind, 0, [])
@@ -91,25 +82,25 @@ def test_reads_what_fits_and_refuses_what_does_not(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", NO_EFFECT)
 def test_refuses_wrong_fields_with_their_values(kind: str) -> None:
-    tensors = tensors_of(kind)
+    tensors = virtual_tensors(kind)
     for field in fields_of(kind):
         for wrong in (-1, [7], {}, "odd value", True, 1 << 60, 1.5):
-            assert f"{field} {wrong} of {kind} is not" in reasons(config_of(kind, **{field: wrong}), tensors)
-    assert "num_virtual_tokens 0 of" in reasons(config_of(kind, num_virtual_tokens=0), tensors)
-    assert "task_type SEQ_2_SEQ_LM of" in reasons(config_of(kind, task_type="SEQ_2_SEQ_LM"), tensors)
+            assert f"{field} {wrong} of {kind} is not" in reasons(virtual_config(kind, **{field: wrong}), tensors)
+    assert "num_virtual_tokens 0 of" in reasons(virtual_config(kind, num_virtual_tokens=0), tensors)
+    assert "task_type SEQ_2_SEQ_LM of" in reasons(virtual_config(kind, task_type="SEQ_2_SEQ_LM"), tensors)
 
 
 def test_sizes_that_are_not_the_bases_are_refused_with_both() -> None:
     for kind in PREFIXES:
         right = {"num_layers": LAYERS, "num_attention_heads": HEADS, "token_dim": HEADS * ENTRIES}
-        assert read(config_of(kind, **right), tensors_of(kind)).virtual is not None
+        assert read(virtual_config(kind, **right), virtual_tensors(kind)).virtual is not None
         for name, size in right.items():
-            found = reasons(config_of(kind, **right | {name: size + 1}), tensors_of(kind))
+            found = reasons(virtual_config(kind, **right | {name: size + 1}), virtual_tensors(kind))
             assert f"{name} is {size + 1} where the base model has {size}" in found
-    found = reasons(config_of("P_TUNING", token_dim=HIDDEN + 1), tensors_of("P_TUNING"))
+    found = reasons(virtual_config("P_TUNING", token_dim=HIDDEN + 1), virtual_tensors("P_TUNING"))
     assert f"token_dim is {HIDDEN + 1} where the base model has {HIDDEN}" in found
-    several = config_of(MULTITASK, num_tasks=2)
-    assert "num_tasks 2 of MULTITASK_PROMPT_TUNING is not 1" in reasons(several, tensors_of(MULTITASK))
+    several = virtual_config(MULTITASK, num_tasks=2)
+    assert "num_tasks 2 of MULTITASK_PROMPT_TUNING is not 1" in reasons(several, virtual_tensors(MULTITASK))
 
 
 # ---------------------------------------------------------------- bases
@@ -117,7 +108,7 @@ def test_sizes_that_are_not_the_bases_are_refused_with_both() -> None:
 
 def test_more_virtual_tokens_than_the_context_has_are_refused_with_both() -> None:
     for num, fits in ((62, True), (63, False), (MAX_WHOLE, False)):
-        config = config_of("PROMPT_TUNING", num_virtual_tokens=num)
+        config = virtual_config("PROMPT_TUNING", num_virtual_tokens=num)
         tensors = {TENSOR: np.zeros((min(num, 100), HIDDEN), np.float32)}
         if fits:
             assert read(config, tensors).virtual is not None
@@ -136,16 +127,17 @@ def test_bases_that_have_no_place_for_them_are_refused_by_name() -> None:
         ),
     }
     for reason, base in bases.items():
-        assert reason in reasons(config_of("PREFIX_TUNING"), tensors_of("PREFIX_TUNING"), base)
-    assert read(config_of("P_TUNING"), tensors_of("P_TUNING"), structs.replace(VIRTUAL_BASE, prefix=[])).virtual
+        assert reason in reasons(virtual_config("PREFIX_TUNING"), virtual_tensors("PREFIX_TUNING"), base)
+    hybrid = structs.replace(VIRTUAL_BASE, prefix=[])
+    assert read(virtual_config("P_TUNING"), virtual_tensors("P_TUNING"), hybrid).virtual
 
 
 @pytest.mark.parametrize("base", [None, structs.replace(VIRTUAL_BASE, prefix=None)])
 def test_where_a_base_is_not_known_whole_a_worker_decides(base: ServedModel | None) -> None:
     for kind in PREFIXES:
-        assert read(config_of(kind), tensors_of(kind), base).virtual is not None
+        assert read(virtual_config(kind), virtual_tensors(kind), base).virtual is not None
         wrong = {TENSOR: np.zeros((NUM + 1, 7), np.float32)}
-        assert f"where config and base model want [{NUM}, any]" in reasons(config_of(kind), wrong, base)
+        assert f"where config and base model want [{NUM}, any]" in reasons(virtual_config(kind), wrong, base)
 
 
 # ---------------------------------------------------------------- digests, limits
@@ -153,40 +145,40 @@ def test_where_a_base_is_not_known_whole_a_worker_decides(base: ServedModel | No
 
 @pytest.mark.parametrize("kind", NO_EFFECT)
 def test_a_digest_is_of_what_counts(kind: str) -> None:
-    tensors = tensors_of(kind)
+    tensors = virtual_tensors(kind)
     raw = written(tensors)
     infos = parse_header(raw, len(raw))
 
     def digest(**fields: Any) -> str:
-        return adapter_digest(config_of(kind, **fields), infos, raw)
+        return adapter_digest(virtual_config(kind, **fields), infos, raw)
 
     assert digest() == digest(inference_mode=True, revision="x", modules_to_save=None)
     assert all(digest() == digest(**{field: None}) for field in NO_EFFECT[kind])
     assert digest() != digest(num_virtual_tokens=NUM + 1)
-    assert len({adapter_digest(config_of(other), infos, raw) for other in NO_EFFECT}) == len(NO_EFFECT)
-    canonical = canonical_config(config_of(kind, inference_mode=True, token_dim=None))
-    assert read(json.loads(json.dumps(canonical)), tensors) == read(config_of(kind), tensors)
+    assert len({adapter_digest(virtual_config(other), infos, raw) for other in NO_EFFECT}) == len(NO_EFFECT)
+    canonical = canonical_config(virtual_config(kind, inference_mode=True, token_dim=None))
+    assert read(json.loads(json.dumps(canonical)), tensors) == read(virtual_config(kind), tensors)
     assert canonical_config(canonical) == canonical
-    assert has_effect(read(config_of(kind), tensors), infos, memoryview(raw))
+    assert has_effect(read(virtual_config(kind), tensors), infos, memoryview(raw))
 
 
 def test_a_bomb_is_refused_before_anything_is_made() -> None:
     """A config that asks for a million tokens, and for products of matrices that the file does not have."""
     wide = structs.replace(VIRTUAL_BASE, max_model_len=0)
     bombs = [
-        config_of(kind, num_virtual_tokens=MAX_WHOLE, **({"num_ranks": MAX_WHOLE} if kind == MULTITASK else {}))
+        virtual_config(kind, num_virtual_tokens=MAX_WHOLE, **({"num_ranks": MAX_WHOLE} if kind == MULTITASK else {}))
         for kind in NO_EFFECT
     ]
     for config in bombs:
-        reasons(config, tensors_of(config["peft_type"]), wide)  # imports what it needs
+        reasons(config, virtual_tensors(config["peft_type"]), wide)  # imports what it needs
         tracemalloc.start()
         try:
-            found = reasons(config, tensors_of(config["peft_type"]), wide)
+            found = reasons(config, virtual_tensors(config["peft_type"]), wide)
             _, peak = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
         assert f"where config and base model want [{MAX_WHOLE}, " in found
         assert peak < 1 << 20
     assert "multiplications to load, where" in reasons(
-        bombs[list(NO_EFFECT).index(MULTITASK)], tensors_of(MULTITASK), wide
+        bombs[list(NO_EFFECT).index(MULTITASK)], virtual_tensors(MULTITASK), wide
     )
