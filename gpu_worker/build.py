@@ -475,17 +475,6 @@ def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: 
     )
 
 
-def _prefix_of(model: BaseModel) -> list[int]:
-    """Return what `ServedModel.prefix` is: of models in which every layer keeps keys and values of one shape."""
-    shapes = {(layer.call.num_kv_heads, layer.call.head_dim, layer.call.value_dim) for layer in model.layers}
-    modules = {id(layer.call.module) for layer in model.layers if layer.owner is None}
-    is_regular = len(model.layers) == len(modules) == model.config.num_hidden_layers and not model.mixers.calls
-    if not is_regular or len(shapes) != 1:
-        return []
-    heads, entries, value_entries = shapes.pop()
-    return [len(modules), heads, entries] if entries == value_entries else []
-
-
 def _encoder_tasks(model: EncoderModel) -> dict[str, Any]:
     found = {"task": model.task, "labels": model.labels, "width": model.width, "unit_length": model.pooling.unit_length}
     if model.task == "score":
@@ -505,7 +494,7 @@ def _decoder_tasks(model: BaseModel) -> dict[str, Any]:
         "labels": tasks.labels,
         "label_head": tasks.head_name if "score" in tasks.names else "",
         "width": model.width if pooling is not None else 0,
-        "prefix": _prefix_of(model),
+        "prefix": model.prefix,
         "unit_length": pooling is not None and pooling.unit_length,
         **(_activations(model) if tasks.head is not None else {}),
     }

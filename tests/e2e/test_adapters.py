@@ -141,7 +141,7 @@ def train_on(model: Path, kind: Kind, folder: Path) -> None:
     """Let PEFT train an adapter for a model for a few large steps, and save it."""
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     targets = {} if issubclass(kind.config, PromptLearningConfig) else {"target_modules": ["q_proj", "down_proj"]}
-    options = {"task_type": "CAUSAL_LM"} | targets | kind.options
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", **targets, **kind.options}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of layers that PEFT knows less of, and the like
         torch.manual_seed(1)
