@@ -21,6 +21,7 @@ from peft_adapters.config_fields import (
     read_tokens,
 )
 from peft_adapters.json_values import is_list, load_json_object
+from peft_adapters.kinds.converted import CONVERTED_FIELD
 from peft_adapters.kinds.kind import Kind
 from peft_adapters.kinds.registry import kind_of
 from peft_adapters.kinds.virtual import canonical_virtual, is_virtual
@@ -33,9 +34,6 @@ CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 19
 
 LORA, ADALORA = "LORA", "ADALORA"
-
-CONVERTED_FIELD = "lorafleet_converted"
-"""What `lorafleet adapters convert` writes of an adapter of another kind: the kind, the share kept, errors by layer."""
 
 _DEFAULTS: dict[str, Any] = {
     "peft_type": None, "r": 8, "lora_alpha": 8, "use_rslora": False, "target_modules": None, "exclude_modules": None,
