@@ -36,6 +36,7 @@ from peft_adapters.format import (
     parse_config,
     parse_header,
 )
+from peft_adapters.kinds.converted import written_converted
 from peft_adapters.texts.files import TEXT_FILES, TEXTS_FIELD, TEXTS_FILE, OwnTexts, parse_texts, read_texts
 from protocol.runtime.free_space import Reserve, size_of
 from protocol.wire.errors import AdapterRefused, Unavailable
@@ -202,7 +203,7 @@ class Blobs:
         Raises Unavailable when the adapter is larger than the quota.
         """
         digest = files.digest()
-        config = json.dumps(canonical_config(files.config)).encode()
+        config = json.dumps(canonical_config(files.config) | written_converted(files.config)).encode()
         (files.folder / CONFIG_FILE).write_bytes(config)
         num_bytes = sum((files.folder / name).stat().st_size for name in files.names())
         self._make_room(num_bytes, keep=digest)

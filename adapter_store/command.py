@@ -145,6 +145,8 @@ def _rows(spec: AdapterSpec, zero: set[str]) -> Iterator[_Row]:
         yield _Row(_pattern(part.site), part.kind, has_effect=part.site not in zero)
     for whole in spec.replaced:
         yield _Row(_pattern(whole.site), f"whole {whole.parameter}")
+    if spec.virtual is not None:
+        yield _Row("prompt", f"{spec.virtual.num} virtual tokens")
     for tokens in spec.tokens:
         yield _Row(_pattern(tokens.site), f"{len(tokens.indices)} trained tokens")
 

@@ -27,6 +27,7 @@ from peft_adapters.format import (
     read_adapter,
 )
 from peft_adapters.formats.conversion import Conversion
+from peft_adapters.kinds.converted import read_converted
 from peft_adapters.texts.files import max_bytes
 from protocol.metrics.series import STORE_FETCH_SECONDS, STORE_FETCHES
 from protocol.queue.bus import now_ms
@@ -266,10 +267,12 @@ class Mirror:
             rank=spec.rank,
             vocab_size=spec.vocab_size,
             num_labels=spec.num_labels,
+            num_virtual=spec.virtual.num if spec.virtual is not None else 0,
             num_bytes=files.num_bytes,
             config=canonical_config(files.config),
             modules=spec.modules,
             mapped=dict(spec.mapped),
+            converted=read_converted(files.config),
             no_effect=no_effect,
             source=source,
             created_ms=now_ms(),

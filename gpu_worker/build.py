@@ -494,6 +494,7 @@ def _decoder_tasks(model: BaseModel) -> dict[str, Any]:
         "labels": tasks.labels,
         "label_head": tasks.head_name if "score" in tasks.names else "",
         "width": model.width if pooling is not None else 0,
+        "prefix": model.prefix,
         "unit_length": pooling is not None and pooling.unit_length,
         **(_activations(model) if tasks.head is not None else {}),
     }

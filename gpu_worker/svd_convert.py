@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gpu_worker.loading.checkpoint import CLASSES, read_config, task_of
-from peft_adapters.config import CONVERTED_FIELD
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from peft_adapters.kinds.converted import CONVERTED_FIELD
 from protocol.runtime.model_files import TOKENIZER_FILES, model_folder
 from protocol.wire.errors import BadRequest, LorafleetError
 

@@ -21,8 +21,10 @@ from peft_adapters.config_fields import (
     read_tokens,
 )
 from peft_adapters.json_values import is_list, load_json_object
+from peft_adapters.kinds.converted import CONVERTED_FIELD
 from peft_adapters.kinds.kind import Kind
 from peft_adapters.kinds.registry import kind_of
+from peft_adapters.kinds.virtual import canonical_virtual, is_virtual
 from peft_adapters.reasons import Reasons, show
 from peft_adapters.targets import PatternMap, SavedModules, Targets
 from peft_adapters.texts.files import TEXTS_FIELD
@@ -32,9 +34,6 @@ CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 19
 
 LORA, ADALORA = "LORA", "ADALORA"
-
-CONVERTED_FIELD = "lorafleet_converted"
-"""What `lorafleet adapters convert` writes of an adapter of another kind: the kind, the share kept, errors by layer."""
 
 _DEFAULTS: dict[str, Any] = {
     "peft_type": None, "r": 8, "lora_alpha": 8, "use_rslora": False, "target_modules": None, "exclude_modules": None,
@@ -86,7 +85,7 @@ _COMMON = (
 )
 """The fields of `_DEFAULTS` that other kinds share with LoRA; they have `modules_to_save` and `bias` too."""
 
-_ALWAYS_WITHOUT_EFFECT = frozenset(
+ALWAYS_WITHOUT_EFFECT = frozenset(
     {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
      "runtime_config", TEXTS_FIELD}
 )  # fmt: skip
@@ -152,6 +151,9 @@ def canonical_config(config: Mapping[str, Any]) -> dict[str, Any]:
     own = kind_of(config.get("peft_type"))
     if own is not None:
         return _canonical_of_kind(config, own)
+    if is_virtual(config.get("peft_type")):
+        texts = {TEXTS_FIELD: config[TEXTS_FIELD]} if config.get(TEXTS_FIELD) else {}
+        return canonical_virtual(config) | texts
     for key in (*_DEFAULTS, *_SERVED, *_UNSERVED, "bias", "init_lora_weights", TEXTS_FIELD):
         value = _in_order(key, config.get(key))
         if key == "bias" and value == "none":
@@ -239,7 +241,7 @@ def _read_kind(config: Mapping[str, Any], own: Kind, reasons: Reasons) -> Adapte
         if not field_.valid(value):
             reasons.add(f"{name} {show(value)} of {own.name} is not {field_.wants}")
         options[name] = value
-    known = {*_COMMON, *own.fields, *own.no_effect, *_ALWAYS_WITHOUT_EFFECT, "modules_to_save", "bias"}
+    known = {*_COMMON, *own.fields, *own.no_effect, *ALWAYS_WITHOUT_EFFECT, "modules_to_save", "bias"}
     for key, value in config.items():
         if value and (key not in known or (key in ("rank_pattern", "alpha_pattern") and key not in own.patterns)):
             reasons.add("config fields that are not understood", key)

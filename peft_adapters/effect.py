@@ -21,7 +21,7 @@ def has_effect(spec: AdapterSpec, tensors: Mapping[str, TensorInfo], weights: me
     tokens, DoRA's magnitudes) counts as a change: whether it differs from the base's own, only the base's weights can
     tell. Reads up to the first number that is not zero.
     """
-    if spec.replaced or spec.tokens or spec.head:
+    if spec.replaced or spec.tokens or spec.head or spec.virtual is not None:
         return True
     if not all(is_zero_operation(part, tensors, weights) for part in spec.operations):
         return True

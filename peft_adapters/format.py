@@ -19,6 +19,7 @@ from typing import Any
 
 from peft_adapters.config import (
     ADALORA,
+    ALWAYS_WITHOUT_EFFECT,
     CONFIG_FILE,
     LORA,
     MAX_CONFIG_BYTES,
@@ -28,6 +29,7 @@ from peft_adapters.config import (
 )
 from peft_adapters.kinds.refused import why_refused
 from peft_adapters.kinds.registry import kind_of
+from peft_adapters.kinds.virtual import is_virtual, read_virtual
 from peft_adapters.names.keys import peft_keys
 from peft_adapters.names.translation import translate
 from peft_adapters.reader import read_spec
@@ -82,6 +84,12 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], b
     """
     kind = config.get("peft_type")
     own = kind_of(kind)
+    if is_virtual(kind):
+        reasons = Reasons()
+        spec = read_virtual(config, tensors, base, reasons, ALWAYS_WITHOUT_EFFECT)
+        if reasons:
+            raise AdapterRefused(reasons.render())
+        return spec
     if own is None and kind not in (LORA, ADALORA):
         raise AdapterRefused([f"peft_type {show(kind)} is not served{why_refused(kind)}"])
     reasons = Reasons()

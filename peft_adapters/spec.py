@@ -146,6 +146,18 @@ class TrainedTokens:
 
 
 @dataclass(frozen=True, slots=True)
+class VirtualTokens:
+    """Tokens without an id that an adapter puts before every text: their embeddings, or their keys and values."""
+
+    kind: str  # PEFT's name
+    num: int
+    tensor: str  # embeddings [num, width], or a prefix [num, layers * 2 * heads * entries], keys before values
+    site: str = ""  # the input embedding, to whose rows embeddings are added; "": a prefix
+    shape: tuple[int, ...] = ()  # of a prefix: layers, heads, entries of a head
+    task: tuple[str, ...] = ()  # tensors [1, num, rank] and [1, rank, width] by whose product embeddings are multiplied
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterSpec:
     """What an adapter changes, in the order of the base model's sites."""
 
@@ -160,6 +172,7 @@ class AdapterSpec:
     num_labels: int = 0  # labels of its own head; 0: no head
     unscaled: str = ""  # the kind, of an adapter that PEFT cannot scale
     head: str = ""  # its own head, where the base has none: tensor [labels, width]
+    virtual: VirtualTokens | None = None  # then it changes nothing else
     mapped: Mapping[str, str] = field(default_factory=dict[str, str])  # names of the file -> of the base, as patterns
 
     @property

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec import structs
+
 from gateway.adapters.aliases import Aliases
 from gateway.adapters.catalogue import CatalogueCopy
 from gateway.adapters.views import adapter_object, base_object
@@ -34,6 +36,13 @@ class CallTarget:
     vocab_size: int = 0  # tokens it knows; 0: those of the base
     source: str = ""  # kind of its source, one of SOURCES; "" for the base model
     num_labels: int = 0  # labels of its own head; 0: no head
+    num_virtual: int = 0  # virtual tokens that it puts before every prompt
+
+    def within(self, base: m.ServedModel) -> m.ServedModel:
+        """Return a base model with the part of its context that the target leaves to prompts and outputs."""
+        if not self.num_virtual:
+            return base
+        return structs.replace(base, max_model_len=max(base.max_model_len - self.num_virtual, 0))
 
     def payer(self, caller: Caller) -> str:
         """Return the tenant that a request of a caller counts for: its own or, without API keys, the model."""
@@ -66,10 +75,10 @@ class Resolver:
         if is_base(name, base):
             return CallTarget(base.name, "", self.own.base)
         alias = await self._aliases.served(self._plain(name, base), timeout_s, caller)
-        texts, vocab_size, num_labels = await self.own.facts(alias.digest)
+        texts, vocab_size, num_labels, num_virtual = await self.own.facts(alias.digest)
         files = await self.own.files(alias.digest, texts, caller.name or alias.digest)
         source = alias.source.partition(":")[0]
-        return CallTarget(alias.name, alias.digest, files, texts, vocab_size, source, num_labels)
+        return CallTarget(alias.name, alias.digest, files, texts, vocab_size, source, num_labels, num_virtual)
 
     async def name_in(self, source: str | None, adapter_id: str, caller: Caller) -> str:
         """Return the name under which an adapter of LoRAX's `adapter_source` is resolved; its id without a source.

@@ -48,7 +48,9 @@ class AdapterObjects:
             "rank": record.rank if record else None,
             "bytes": record.num_bytes if record else None,
             "modules": record.modules if record else None,
+            "virtual_tokens": record.num_virtual if record else None,
             "mapped": record.mapped if record else None,
+            "converted": converted_object(record),
             "on_request": alias.on_request,
             "pinned": self._pins.get(alias.name),
             "created_ms": alias.created_ms,
@@ -78,6 +80,18 @@ def _use_object(use: AdapterUse) -> dict[str, Any]:
         "loads": use.loads,
         "mean_load_ms": round(use.load_ms / use.loads, 1) if use.loads else None,
     }
+
+
+def converted_object(record: m.AdapterRecord | None, num_layers: int | None = None) -> dict[str, Any] | None:
+    """Return what an adapter approximates by LoRA, and how far it is off; None for one that is what was trained.
+
+    num_layers: whose errors are told, the largest; None: of all that are known.
+    """
+    converted = record.converted if record is not None else None
+    if converted is None:
+        return None
+    errors = dict(list(converted.errors.items())[:num_layers])
+    return {"peft_type": converted.kind, "keep": converted.keep, "errors": errors}
 
 
 def told_source(source: str) -> str:
@@ -117,6 +131,7 @@ def adapter_object(
         "parent": base.name,
         "digest": alias.digest or None,
         "rank": record.rank if record else None,
+        "converted": converted_object(record, num_layers=1),
         "state": NO_EFFECT if record and record.no_effect else alias.state,
         "reason": alias.reason or None,
     }

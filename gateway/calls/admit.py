@@ -61,7 +61,9 @@ class CallAdmission:
         parsed, base, options = call.parsed, call.resolved.base, call.options
         most = parsed.rules.most_tokens
         prompts = [
-            structs.replace(prompt, max_new_tokens=most(options, prompt.num_tokens, base.max_model_len))
+            structs.replace(
+                prompt, max_new_tokens=most(options, prompt.num_tokens, prompt.target.within(base).max_model_len)
+            )
             for prompt in call.prompts
         ]
         parsed.rules.check_total(

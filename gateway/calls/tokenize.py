@@ -115,12 +115,13 @@ def _least_tokens(text: str, call: ResolvedCall) -> int:
 
 async def tokenize(call: ResolvedCall) -> TokenizedCall:
     """Return a call with its prompts. Raises BadRequest for messages and ids that the model cannot take."""
-    parsed, base = call.parsed, call.base
+    parsed = call.parsed
     prompts: list[Prompt] = []
-    same: dict[tuple[int, int], list[Prompt]] = {}  # prompts shared by models with equal tokenizer and vocabulary
+    # Prompts that models share: those with equal tokenizers, vocabularies and room.
+    same: dict[tuple[int, int, int], list[Prompt]] = {}
     for target in call.targets:
-        vocab_size = target.vocab_size or base.vocab_size
-        shared = id(target.files), vocab_size
+        vocab_size, base = target.vocab_size or call.base.vocab_size, target.within(call.base)
+        shared = id(target.files), vocab_size, base.max_model_len
         if shared not in same:
             check_token_ids(parsed.options, vocab_size)
             if isinstance(parsed.inputs, ChatPrompt):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
+from gateway.adapters.views import converted_object
 from gateway.answers.respond import Answers
 from gateway.auth.callers import Caller, caller_of
 from gateway.bodies.json_bodies import json_response
@@ -21,6 +22,7 @@ from gateway.requests.refusals import Refusals
 from gateway.requests.replay import replay
 from gateway.requests.texts import KeptTexts
 from gateway.requests.timeline import described, recalled
+from protocol.wire import messages as m
 from protocol.wire.errors import NotFound
 from protocol.wire.records import RequestRecord
 
@@ -75,7 +77,9 @@ class RequestEndpoints:
             if past is None:
                 raise
             return json_response(recalled(past) | {"text": await self._texts.shown(past)})
-        found = described(rid, record)
+        bus = self._pipeline.bus
+        adapter = await bus.get(bus.keys.adapter(record.digest), m.AdapterRecord) if record.digest else None
+        found = described(rid, record, converted_object(adapter, num_layers=1))
         return json_response(found | {"text": await self._texts.shown(found)})
 
     async def replay(self, request_id: str, request: Request) -> Response:

@@ -21,8 +21,8 @@ TIERS = {
 }
 
 
-def described(rid: str, record: RequestRecord) -> dict[str, Any]:
-    """Return the object of `GET /v1/requests/{id}`."""
+def described(rid: str, record: RequestRecord, converted: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return the object of `GET /v1/requests/{id}`. converted: what its adapter approximates by LoRA, if it does."""
     facts = record.facts
     error = error_from(facts.error) if facts.error else None
     return {
@@ -34,7 +34,7 @@ def described(rid: str, record: RequestRecord) -> dict[str, Any]:
         "error": {"message": error.message, "code": error.code} if error is not None else None,
         "tenant": record.tenant,
         "class": record.cls,
-        "adapter": {"digest": record.digest, "name": record.model or None} if record.digest else None,
+        "adapter": _adapter(record, converted),
         "prompt_tokens": facts.num_prompt_tokens,
         "cached_tokens": record.num_cached_tokens,
         "output_tokens": facts.num_output_tokens,
@@ -42,6 +42,12 @@ def described(rid: str, record: RequestRecord) -> dict[str, Any]:
         "deadline_ms": record.deadline_ms,
         "timeline": timeline(record),
     }
+
+
+def _adapter(record: RequestRecord, converted: dict[str, Any] | None) -> dict[str, Any] | None:
+    if not record.digest:
+        return None
+    return {"digest": record.digest, "name": record.model or None} | ({"converted": converted} if converted else {})
 
 
 def recalled(past: dict[str, Any]) -> dict[str, Any]:

@@ -52,7 +52,9 @@ class OwnFiles:
         self.base = base
         self._sandbox = sandbox
         self._kept: OrderedDict[str, ModelFiles] = OrderedDict()
-        self._facts: OrderedDict[str, tuple[str, int, int]] = OrderedDict()  # as `facts` returns, by digest: for ever
+        self._facts: OrderedDict[str, tuple[str, int, int, int]] = (
+            OrderedDict()
+        )  # as `facts` returns, by digest: for ever
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
 
@@ -66,8 +68,8 @@ class OwnFiles:
         if "_http" in self.__dict__:
             await self._http.aclose()
 
-    async def facts(self, digest: str) -> tuple[str, int, int]:
-        """Return the hash of an adapter's own texts, its vocabulary's size, and the number of its own labels.
+    async def facts(self, digest: str) -> tuple[str, int, int, int]:
+        """Return an adapter's hash of its own texts, vocabulary's size, number of labels and number of virtual tokens.
 
         "" if it brings no texts, 0 for the base's vocabulary and for no head of its own. Raises NotFound.
         """
@@ -76,7 +78,8 @@ class OwnFiles:
             record = await self._bus.get(self._bus.keys.adapter(digest), m.AdapterRecord)
             if record is None:
                 raise NotFound(f"the adapter {digest:.12} has just left the catalogue", param="model")
-            facts = record.config.get(TEXTS_FIELD, ""), record.vocab_size, record.num_labels
+            texts = record.config.get(TEXTS_FIELD, "")
+            facts = texts, record.vocab_size, record.num_labels, record.num_virtual
         self._facts[digest] = facts
         self._facts.move_to_end(digest)
         if len(self._facts) > MAX_FACTS:

@@ -92,6 +92,8 @@ class RequestBinder:
         check_ids(request, (extras.vocab_size if extras is not None else 0) or self._model.vocab_size)
         if extras is not None and (error := extras.scale_error(request.lora_scale)) is not None:
             raise error
+        if extras is not None and extras.num_virtual and not seq.num_virtual:
+            self._put_virtual(seq, extras.num_virtual)
         invocation = self._adapters.invocations.get(request.digest)
         if request.task != "generate":
             if invocation:
@@ -114,6 +116,21 @@ class RequestBinder:
             seq.num_base = 0 if extras is not None and extras.reaches_all_rows else seq.active_from
         return ""
 
+    def _put_virtual(self, seq: Sequence, num: int) -> None:
+        """Put an adapter's virtual tokens before a sequence's prompt. Raises BadRequest where there is no room."""
+        request, most = seq.request, self._max_model_len
+        needs = num + len(request.prompt) + (request.task == "generate")
+        if needs > most:
+            raise BadRequest(
+                f"the prompt has {len(request.prompt)} tokens and its adapter {num} virtual ones before it; this model "
+                f"takes at most {most}" + (" with the output" if request.task == "generate" else ""),
+                code="context_length_exceeded",
+            )
+        seq.begin_with(num, most)
+        seq.stop_rules = None  # those of fewer tokens of output
+        if seq.prompt_logprobs is not None:
+            seq.prompt_logprobs.num_before = num
+
     def _check_task(self, request: EngineRequest) -> None:
         """Raise BadRequest for a task that is not the model's."""
         names = self._model.tasks.names
@@ -130,6 +147,11 @@ class RequestBinder:
         tasks, request = self._model.tasks, seq.request
         assert tasks.pooling is not None
         if request.task == "embed":
+            if seq.num_virtual and tasks.pooling.mode != "lasttoken":
+                raise BadRequest(
+                    f"this adapter has virtual tokens, and {tasks.pooling.mode} pooling is of the text's tokens alone",
+                    param="model",
+                )
             seq.pool = TextPool(tasks.pooling.mode)
             if tasks.pooling.mode == "cls":
                 seq.end_at(1)  # each token sees only those before it

@@ -131,8 +131,8 @@ class StepRows:
         spans = zip(self.seqs, self.num_before.tolist(), self.ends.tolist(), strict=True)
         for i, (seq, start, end) in enumerate(spans):
             recorder = seq.prompt_logprobs
-            if recorder is not None and (num := recorder.num_rows(start, end)):
-                found.append(PromptRows(recorder, i, start, num))
+            if recorder is not None and (own := recorder.rows(start, end)):
+                found.append(PromptRows(recorder, i, own.start, len(own)))
         return found
 
     def logit_rows(
@@ -155,7 +155,8 @@ class StepRows:
         starts = self.starts if prompt_rows else rows
         for prompt in prompt_rows:
             heads = np.concatenate((heads, np.full(prompt.num_rows, prompt.seq_index)))
-            rows = np.concatenate((rows, starts[prompt.seq_index] + np.arange(prompt.num_rows)))
+            first = starts[prompt.seq_index] + prompt.start - self.num_before[prompt.seq_index]
+            rows = np.concatenate((rows, first + np.arange(prompt.num_rows)))
         for part in pooled:
             if part.needs_logits:
                 heads, rows = np.append(heads, part.seq_index), np.append(rows, part.first + part.num - 1)
@@ -361,7 +362,10 @@ class Runner:
 
     def _has_extras(self, step: StepRows) -> bool:
         return len(self._extras) > 0 and any(
-            seq.request.digest in self._extras and self._extras[seq.request.digest].in_steps for seq in step.seqs
+            (extras := self._extras.get(seq.request.digest)) is not None
+            and extras.in_steps
+            and (not extras.num_virtual or before < extras.num_virtual)
+            for seq, before in zip(step.seqs, step.num_before.tolist(), strict=True)
         )
 
     def _set_extras(self, step: StepRows, rows: np.ndarray, heads: np.ndarray) -> Tensor | None:
@@ -381,6 +385,11 @@ class Runner:
                 continue
             own_rows = np.concatenate([np.arange(starts[i], starts[i] + num_new[i]) for i in members])
             positions = np.concatenate([np.arange(num_new[i]) + num_before[i] for i in members])
+            if extras.num_virtual:
+                own_rows = own_rows[positions < extras.num_virtual]
+                if len(own_rows):
+                    context.extras.append(extra_rows(extras, own_rows, own_rows >= 0, scale, device))
+                continue
             active = positions >= np.repeat(active_from[members], num_new[members])
             context.extras.append(extra_rows(extras, own_rows, active, scale, device))
             own_heads = np.flatnonzero(np.isin(heads, members))

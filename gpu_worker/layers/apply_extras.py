@@ -127,9 +127,12 @@ class AdaptableEmbedding:
         self.scale = getattr(module, "embed_scale", 1.0)
 
     def apply(self, groups: list[ExtraRows], ids: Tensor) -> Tensor:
-        """Return the embeddings [1, T, D] of ids, int64 [1, T]; adapters may know ids beyond the base's vocabulary."""
+        """Return the embeddings [1, T, D] of ids, int64 [1, T].
+
+        Adapters may know ids beyond the base's vocabulary; those below 0 are their virtual tokens.
+        """
         flat = ids.view(-1)
-        out = original_forward(self.module)(ids.clamp(max=self.module.num_embeddings - 1))
+        out = original_forward(self.module)(ids.clamp(0, self.module.num_embeddings - 1))
         hidden = out.view(-1, out.shape[-1])
         for group in groups:
             part = group.extras.embeddings.get(self.name)
@@ -139,6 +142,8 @@ class AdaptableEmbedding:
 
     def _rows(self, part: EmbeddingExtras, scale: float, ids: Tensor, hidden: Tensor) -> Tensor:
         """Return the embeddings [n, D] of ids [n] under an adapter, given the base's."""
+        if part.virtual is not None:
+            return part.virtual[-1 - ids]
         if part.weight is not None:
             hidden = part.weight[ids] * self._scale(part.weight)
         if part.tokens is not None:

@@ -87,9 +87,18 @@ class PagedLayer:
     """The attention of one call in each step, with its part of the KV cache."""
 
     def __init__(
-        self, call: AttentionCall, context: StepContext, impl: ops.Impl | None, owner: PagedLayer | None = None
+        self,
+        call: AttentionCall,
+        context: StepContext,
+        impl: ops.Impl | None,
+        owner: PagedLayer | None = None,
+        index: int = 0,
     ) -> None:
-        """owner: the layer that is called with the same keys and values, of which the cache holds one copy."""
+        """owner: the layer that is called with the same keys and values, of which the cache holds one copy.
+
+        index: of the layer among the model's.
+        """
+        self.index = index
         self.call = call
         self.context = context
         self.impl: ops.Impl | None = impl
@@ -144,11 +153,25 @@ class PagedLayer:
         if batch is None or self.k_cache is None or self.v_cache is None:
             raise RuntimeError("attention was called before the step's work list and the cache were there")
         if self.owner is None:
+            if self.context.extras:
+                k, v = self._with_prefixes(k, v, batch.positions)
             ops.kv_write_(k, v, self.k_cache, self.v_cache, batch, impl=self.impl)
         return ops.paged_attention(
             q, self.k_cache, self.v_cache, batch,
             scale=scale, window=self.call.window, softcap=softcap, sinks=sinks, impl=self.impl,
         )  # fmt: skip
+
+    def _with_prefixes(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the step's keys and values with those that adapters bring for their virtual tokens.
+
+        k [T, Hkv, D], v [T, Hkv, Dv]: as computed, which stay as they are. positions: int64 [T].
+        """
+        for group in self.context.extras:
+            prefix = group.extras.prefix
+            if prefix is not None:
+                keys, values = prefix[self.index][:, positions[group.rows]].to(k.dtype)
+                k, v = k.index_copy(0, group.rows, keys), v.index_copy(0, group.rows, values)
+        return k, v
 
 
 class LoopedAttention:
@@ -209,7 +232,7 @@ def make_layers(calls: list[AttentionCall], context: StepContext, impl: ops.Impl
     for call in calls:
         assert call.kv is not None
         key = (id(call.kv[0]), id(call.kv[1]))
-        layer = PagedLayer(call, context, impl, owners.get(key))
+        layer = PagedLayer(call, context, impl, owners.get(key), len(layers))
         owners.setdefault(key, layer)
         layers.append(layer)
         by_module.setdefault(call.module, []).append(layer)

@@ -1,7 +1,8 @@
 """The types of an adapter's extras: everything it changes beyond the low-rank rows that the pool holds.
 
 That is: replaced weights and biases, DoRA's magnitudes, biases of LoRA, trained tokens, LoRA on embeddings and on other
-parameters, norms, and another vocabulary. `gpu_worker.layers.apply_extras` applies them to a forward pass.
+parameters, norms, another vocabulary, and virtual tokens. `gpu_worker.layers.apply_extras` applies them to a forward
+pass, `gpu_worker.layers.attention` keys and values of virtual tokens.
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ class EmbeddingExtras:
     lora: LowRank | None = None
     dora: Dora | None = None
     tokens: Tokens | None = None
+    virtual: Tensor | None = None  # [num, D], what stands for virtual tokens' rows, scaled as the module's output is
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,9 @@ class Extras:
     in_layers: bool = False  # whether any of it lies within the decoder layers
     unscaled: str = ""  # the kind of adapter, of one that cannot be scaled
     head: Tensor | None = None  # [labels, D], of the sequence classifier that the adapter makes of the model
+    num_virtual: int = 0
+    """Virtual tokens that every text begins with, of ids -1, -2, …; then nothing changes but at these."""
+    prefix: Tensor | None = None  # [layers, 2, num_virtual, Hkv, D], their keys and values in place of computed ones
 
     def __bool__(self) -> bool:
         return self.in_steps or self.head is not None
@@ -156,7 +161,8 @@ class Extras:
     @property
     def in_steps(self) -> bool:
         """Whether any of it is applied in a forward pass; a head is, to what comes out of it."""
-        return bool(self.linear or self.embeddings or self.norms or self.parameters or self.vocab_size)
+        changes = self.linear or self.embeddings or self.norms or self.parameters or self.vocab_size
+        return bool(changes) or self.prefix is not None
 
     @property
     def num_bytes(self) -> int:

@@ -70,6 +70,17 @@ class BaseModel:
         """Tokens the model knows."""
         return self.config.vocab_size
 
+    @property
+    def prefix(self) -> list[int]:
+        """What `ServedModel.prefix` is: of a model in which every layer keeps keys and values of one shape."""
+        shapes = {(layer.call.num_kv_heads, layer.call.head_dim, layer.call.value_dim) for layer in self.layers}
+        modules = {id(layer.call.module) for layer in self.layers if layer.owner is None}
+        is_regular = len(self.layers) == len(modules) == self.config.num_hidden_layers and not self.mixers.calls
+        if not is_regular or len(shapes) != 1:
+            return []
+        heads, entries, value_entries = shapes.pop()
+        return [len(modules), heads, entries] if entries == value_entries else []
+
     def hidden_states(self, *, is_wanted: bool) -> AbstractContextManager[list[Tensor]]:
         """Return a context that gathers the hidden states [1, T, D] of the passes in it, where they are wanted."""
         if not is_wanted:

@@ -287,7 +287,7 @@ class Batcher:
         seq.num_computed = num_cached
         seq.num_skips = 0
         if seq.num_cached is None:
-            seq.num_cached = min(num_cached, seq.num_prompt)
+            seq.num_cached = max(0, min(num_cached, seq.num_prompt) - seq.num_virtual)
         self.waiting.remove(seq)
         self.running.append(seq)
         self._add(seq, num_new, plan, time)

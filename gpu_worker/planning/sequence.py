@@ -32,7 +32,8 @@ class Sequence:
     __slots__ = (
         "_tokens", "activates", "active_from", "adjustment", "blocks", "drafter", "expected_row", "failure", "hashes",
         "is_bound", "is_scored_by_tokens", "kept", "last_turn", "matcher", "max_tokens", "num_base", "num_cached",
-        "num_computed", "num_prompt", "num_skips", "num_tokens", "pending_matcher", "pool", "prompt_logprobs",
+        "num_computed", "num_prompt", "num_skips", "num_tokens", "num_virtual", "pending_matcher", "pool",
+        "prompt_logprobs",
         "request", "rid", "slot", "state_read", "state_saved", "state_slots", "stop_rules", "wants_likeliest",
         "yields",
     )  # fmt: skip
@@ -41,6 +42,7 @@ class Sequence:
         """max_len: tokens of prompt and output that the model can hold."""
         self.request = request
         self.rid = request.rid
+        self.num_virtual = 0  # of `num_prompt`, the adapter's virtual tokens, which come first
         self.num_prompt = len(request.prompt)
         self.num_tokens = self.num_prompt + len(request.output)
         self.max_tokens = min(self.num_prompt + request.max_new_tokens, max_len)  # the length that ends it
@@ -100,7 +102,21 @@ class Sequence:
 
     def end_at(self, num_tokens: int) -> None:
         """Leave out what follows a prompt's first tokens, because nothing that is asked for depends on it."""
-        self.num_prompt = self.num_tokens = num_tokens
+        self.num_prompt = self.num_tokens = self.num_virtual + num_tokens
+
+    def begin_with(self, num: int, max_len: int) -> None:
+        """Put an adapter's virtual tokens before its prompt, ids -1, -2, …, before any of it is computed.
+
+        max_len: as of `__init__`; virtual tokens count.
+        """
+        self.num_virtual = num
+        self.num_prompt += num
+        self.num_tokens += num
+        self.max_tokens = min(self.num_prompt + self.request.max_new_tokens, max_len)
+        tokens = np.empty(max(self.max_tokens, self.num_tokens), np.int32)
+        tokens[:num] = -1 - np.arange(num)
+        tokens[num : self.num_tokens] = self._tokens[: self.num_tokens - num]
+        self._tokens = tokens
 
     @property
     def num_output(self) -> int:
@@ -165,14 +181,21 @@ class Sequence:
         return output
 
     def extend_hashes(self, num_blocks: int, fingerprint: str) -> None:
-        """Compute the hashes of its first `num_blocks` blocks, which must be full. fingerprint: of the base model."""
+        """Compute the hashes of its first `num_blocks` blocks, which must be full. fingerprint: of the base model.
+
+        Blocks of nothing but virtual tokens are shared by all tenants: they hold what everybody knows who may use the
+        adapter. The salt separates what follows.
+        """
         request = self.request
         while len(self.hashes) < num_blocks:
             start = len(self.hashes) * BLOCK_TOKENS
             end = start + BLOCK_TOKENS
             digest = self.owner(len(self.hashes))
             if not self.hashes:
-                parent = chain_seed(fingerprint, digest, request.lora_scale, request.salt)
+                salt = request.salt if end > self.num_virtual else ""
+                parent = chain_seed(fingerprint, digest, request.lora_scale, salt)
+            elif start <= self.num_virtual < end:
+                parent = chain_seed(self.hashes[-1].hex(), digest, request.lora_scale, request.salt)
             else:
                 parent = self.hashes[-1]
             if self.activates and end > self.active_from:

@@ -78,19 +78,20 @@ class PromptLogprobs:
 
     def __init__(self, prompt: np.ndarray, num_top: int, vocabulary: int = 0) -> None:
         """prompt: int32 [P]. num_top: how many of the likeliest tokens to list for each; `WHOLE`: all `vocabulary`."""
+        self.num_before = 0  # virtual tokens before the prompt, which have no logprobs
         self._prompt = prompt
         self._num_top, self._whole = (0, vocabulary) if num_top == WHOLE else (num_top, 0)
         self._record_bytes = prompt_record_bytes(num_top, vocabulary)
         self._records = bytearray(self._record_bytes * len(prompt))
         self._records[:4] = np.float32(np.nan).tobytes()
 
-    def num_rows(self, start: int, end: int) -> int:
-        """Return how many of the tokens at positions [start, end) are followed by another token of the prompt."""
-        return max(0, min(end, len(self._prompt) - 1) - start)
+    def rows(self, start: int, end: int) -> range:
+        """Return those of the positions [start, end) whose token and the next are the prompt's."""
+        return range(max(start, self.num_before), min(end, self.num_before + len(self._prompt) - 1))
 
-    def record(self, start: int, logits: Tensor) -> None:
-        """Record the tokens at positions start + 1, start + 2, … by logits [n, V] of those before. May be repeated."""
-        num = len(logits)
+    def record(self, position: int, logits: Tensor) -> None:
+        """Record the tokens at `position` + 1, … by logits [n, V] of those before. May be repeated."""
+        start, num = position - self.num_before, len(logits)
         ids = self._prompt[start + 1 : start + 1 + num].astype(np.int64)
         logprobs = logits.float().log_softmax(-1)
         num_top, whole = [self._num_top] * num, [self._whole] * num

@@ -39,6 +39,10 @@ def _print(request: dict[str, Any]) -> None:
         f"{request['id']}: {request['state']}, {who}, {request['prompt_tokens']} prompt tokens"
         f" ({request['cached_tokens']} cached), {request['output_tokens']} tokens\n"
     )
+    if converted := adapter.get("converted"):
+        layer, error = next(iter(converted["errors"].items()), ("", 0.0))
+        kind, where = converted["peft_type"], f", at {layer}" if layer else ""
+        print(f"the adapter approximates {kind} by LoRA: at most {error:.2g} of a layer's norm off{where}\n")
     events = request["timeline"]
     start_ms = events[0]["ms"]
     rows = [[f"+{event['ms'] - start_ms} ms", event["event"], event["text"]] for event in events]

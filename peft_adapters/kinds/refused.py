@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 _FULL_RANK = "what it adds to a weight has full rank"
-_PROMPT = "it is virtual tokens, not a change of layers"
 
 CONVERT = "`lorafleet adapters convert SRC DST --base MODEL --rank auto` approximates it by LoRA"
 """What can be done about a kind that PEFT itself can write as LoRA."""
@@ -21,8 +20,6 @@ REFUSED = {
     "ADAPTION_PROMPT": "it changes how attention is computed, in PEFT for Llama and Mistral alone",
     "BOFT": "its butterfly rotations are not served",
     "C3A": _FULL_RANK,
-    "CARTRIDGE": _PROMPT,
-    "CPT": _PROMPT,
     "FOURIERFT": _FULL_RANK,
     "FROD": _FULL_RANK,
     "GLORA": "it scales the base's weight and bias by matrices",
@@ -30,14 +27,10 @@ REFUSED = {
     "SUPERTUNING": "its sparse changes and its LoRA on one layer are not served",
     "TINYLORA": "which layer has which vector depends on the order of the model's modules",
     "LILY": "its router takes the mean over all tokens of a pass: an answer would depend on what runs beside it",
-    "MULTITASK_PROMPT_TUNING": _PROMPT,
     "OSF": "it replaces the base's weights",
     "PEANUT": _FULL_RANK,
     "POLY": "a task id of each request chooses its parts",
-    "PREFIX_TUNING": _PROMPT,
-    "PROMPT_TUNING": _PROMPT,
     "PSOFT": "its bases are singular vectors of the base's weights, which its file does not have",
-    "P_TUNING": _PROMPT,
     "RANDLORA": _FULL_RANK,
     "SHADOW": "it is a second model beside the base",
     "WAVEFT": _FULL_RANK,

@@ -13,8 +13,16 @@ ROWS = "exact, as rank rows"
 OPERATION = "exact, by an operation"
 CONVERTED = "refused; converted on request"
 WHOLE = "exact, in the place of parameters"
+VIRTUAL = "exact, as virtual tokens"
+PREFIX = "exact, as keys and values"
 SERVED = {
     "BEFT": (OPERATION, "a bias"),
+    "CARTRIDGE": (PREFIX, "a block of them, frozen tokens too"),
+    "CPT": (VIRTUAL, "embeddings, as its projection left them"),
+    "MULTITASK_PROMPT_TUNING": (VIRTUAL, "embeddings times its task's product; of one task"),
+    "PREFIX_TUNING": (PREFIX, "those of every layer; what `prefix_projection` makes of its embeddings is in the file"),
+    "PROMPT_TUNING": (VIRTUAL, "embeddings"),
+    "P_TUNING": (VIRTUAL, "embeddings: what its encoder, MLP or LSTM, makes is in the file"),
     "IA3": (OPERATION, "factors of outputs; of inputs in `feedforward_modules`"),
     "LN_TUNING": (WHOLE, "norms"),
     "OFT": (

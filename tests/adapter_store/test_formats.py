@@ -20,6 +20,7 @@ from adapter_store.mirror import Mirror
 from adapter_store.sources.local import LocalSource
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from peft_adapters.formats.mlx import MLX_WEIGHTS
+from peft_adapters.kinds.converted import CONVERTED_FIELD
 from protocol.queue.bus import Bus
 from protocol.runtime.free_space import Reserve, size_of
 from protocol.runtime.settings import Settings
@@ -142,6 +143,19 @@ async def test_an_adapter_of_zeros_has_no_effect(
     assert not (await record_of(bus, await in_state(bus, "usual", "on_disk"))).no_effect
     assert ("local:zeros has no effect" in caplog.text) == expected
     assert "local:usual has no effect" not in caplog.text
+
+
+async def test_what_a_conversion_cost_is_recorded(bus: Bus, root: Path, run_store: RunStore) -> None:
+    """And is no part of the digest: the same adapter without that has the same."""
+    await bus.set(bus.keys.base, BASE)
+    write_adapter(root / "first")
+    config = lora_config() | {CONVERTED_FIELD: {"peft_type": "C3A", "keep": 0.999, "errors": {"q_proj": 0.0123456}}}
+    (root / "first" / CONFIG_FILE).write_text(json.dumps(config))
+    run_store()
+    alias = await in_state(bus, "first", "on_disk")
+    assert (await record_of(bus, alias)).converted == m.Converted(kind="C3A", keep=0.999, errors={"q_proj": 0.0123})
+    write_adapter(root / "second")
+    assert (await in_state(bus, "second", "on_disk")).digest == alias.digest
 
 
 async def test_what_was_mapped_is_recorded(bus: Bus, root: Path, run_store: RunStore) -> None:

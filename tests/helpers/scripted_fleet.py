@@ -138,15 +138,15 @@ class ScriptedFleet:
         )
 
     async def add_adapter(
-        self, name: str, digest: str = "", *, state: m.AdapterState = "on_disk", reason: str = "", num_labels: int = 0
+        self, name: str, digest: str = "", *, state: m.AdapterState = "on_disk", reason: str = "", **facts: Any
     ) -> None:
-        """Write an adapter into the catalogue, as the store does."""
+        """Write an adapter into the catalogue, as the store does. facts: further ones of its record."""
         alias = m.Alias(name=name, state=state, digest=digest, source=f"local:{name}", reason=reason, created_ms=1000)
         record = None
         if digest:
             record = m.AdapterRecord(
                 digest=digest, rank=8, num_bytes=10, config={}, modules=["q_proj"], source=f"local:{name}",
-                created_ms=1, num_labels=num_labels,
+                created_ms=1, **facts,
             )  # fmt: skip
         await self.bus.adapters.publish([(alias, record)])
 

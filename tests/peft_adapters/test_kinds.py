@@ -20,7 +20,7 @@ from peft.tuners.lokr.layer import factorization as peft_factorization
 from peft_adapters import config as config_module
 from peft_adapters.effect import has_effect
 from peft_adapters.format import AdapterSpec, adapter_digest, canonical_config, parse_header, read_adapter
-from peft_adapters.kinds import table
+from peft_adapters.kinds import table, virtual
 from peft_adapters.kinds.kind import MAX_KIND_NUMBERS, MAX_KIND_ROWS, MAX_WHOLE
 from peft_adapters.kinds.lycoris import factorization
 from peft_adapters.kinds.refused import CONVERTIBLE
@@ -62,7 +62,7 @@ def test_the_table_has_a_row_for_every_kind_of_peft() -> None:
 
 
 def test_what_the_table_calls_served_is_read() -> None:
-    assert set(table.SERVED) == {"LORA", "ADALORA", *NAMES}
+    assert set(table.SERVED) == {"LORA", "ADALORA", *NAMES, *virtual.NO_EFFECT}
     assert set(SMALL) == set(NAMES), "every kind is tested here"
 
 
@@ -89,7 +89,7 @@ def test_every_field_of_peft_is_known(name: str) -> None:
     kind = kind_of(name)
     assert kind is not None
     theirs = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)])}
-    common = {*config_module._COMMON, *config_module._ALWAYS_WITHOUT_EFFECT, "bias", "modules_to_save"}
+    common = {*config_module._COMMON, *config_module.ALWAYS_WITHOUT_EFFECT, "bias", "modules_to_save"}
     assert theirs <= {*kind.fields, *kind.no_effect, *common}
     assert set(kind.fields) <= theirs
     assert {pattern for pattern in ("rank_pattern", "alpha_pattern") if pattern in theirs} == kind.patterns

@@ -26,7 +26,7 @@ from gpu_worker.layers.extras import (
 )
 from gpu_worker.layers.lora import SiteInfo
 from peft_adapters.format import AdapterSpec, LoraWeights, ReplacedWeights, TrainedTokens
-from peft_adapters.spec import LayerOperation
+from peft_adapters.spec import LayerOperation, VirtualTokens
 
 GetTensor = Callable[[str], Tensor]
 """Returns a tensor of the adapter by name, in the file's dtype."""
@@ -122,6 +122,7 @@ class _ExtrasPacker:
         for part in spec.parameters:
             module, _, parameter = part.site.rpartition(".")
             parameters[module].append(self._parameter(part, module, parameter))
+        prefix = self._pack_virtual(spec.virtual) if spec.virtual is not None else None
         inner = [*self._linear, *self._norms, *parameters]
         return Extras(
             linear={self._sites[name].index: LinearExtras(**fields) for name, fields in self._linear.items()},
@@ -131,7 +132,9 @@ class _ExtrasPacker:
             vocab_size=spec.vocab_size,
             unscaled=spec.unscaled,
             head=self._get(spec.head).to(next(iter(self._sites.values())).dtype) if spec.head else None,
-            in_layers=any(part.isdigit() for name in inner for part in name.split(".")),
+            in_layers=prefix is not None or any(part.isdigit() for name in inner for part in name.split(".")),
+            num_virtual=spec.virtual.num if spec.virtual is not None else 0,
+            prefix=prefix,
         )
 
     # ------------------------------------------------------------ by kind of change
@@ -225,6 +228,19 @@ class _ExtrasPacker:
         if not self._int8 or part.site not in self._sites or "lora" in self._linear[part.site]:
             return a, b
         return _rounded(a), _rounded(b.T).T
+
+    def _pack_virtual(self, part: VirtualTokens) -> Tensor | None:
+        """Take virtual tokens. Returns their keys and values [layers, 2, num, Hkv, D], None of embeddings."""
+        values = self._get(part.tensor)
+        if part.shape:
+            layers, heads, entries = part.shape
+            dtype = next(iter(self._adaptable.embeddings.values())).module.weight.dtype
+            return values.to(dtype).view(part.num, layers, 2, heads, entries).permute(1, 2, 0, 3, 4).contiguous()
+        if part.task:
+            columns, rows = (self._get(name)[0].float() for name in part.task)
+            values = values.float() * (columns @ rows)
+        self._embeddings[part.site]["virtual"] = values.to(self._adaptable.embeddings[part.site].module.weight.dtype)
+        return None
 
     # ------------------------------------------------------------ weights in force
 

@@ -119,8 +119,12 @@ def merge_adapters(
 
 def _read(files: FetchedAdapter, packer: Packer, weight: float) -> MergeInput:
     """Read one adapter. Raises AdapterRefused if it is more than LoRA on linear layers and embeddings."""
-    config = read_config(files.config, Reasons())
     spec, get = packer.read(files.config, files.weights)
+    if spec.virtual is not None:
+        raise AdapterRefused(
+            [f"merging supports plain LoRA only; one of the adapters has peft_type {spec.virtual.kind}"]
+        )
+    config = read_config(files.config, Reasons())
     assert config is not None  # `Packer.read` refuses a config with anything wrong
     loras = (*spec.sites, *spec.embeddings)
     more = {

@@ -1,6 +1,6 @@
 """The messages that cross the queue, one file per edge."""
 
-from protocol.wire.messages.adapters import AdapterEvent, AdapterRecord, AdapterState, Alias, Registration
+from protocol.wire.messages.adapters import AdapterEvent, AdapterRecord, AdapterState, Alias, Converted, Registration
 from protocol.wire.messages.assignments import REASONS, Assigned, Control, Option, Placed
 from protocol.wire.messages.base import MAX_LABELS, TERMINAL, FinishReason, Packed, Record, Task, Wire, encode
 from protocol.wire.messages.batches import ENDED_BATCH, Batch, BatchProblem, BatchStatus, BatchUsage, File
@@ -49,6 +49,7 @@ __all__ = [
     "Body",
     "Control",
     "Conversation",
+    "Converted",
     "DeadLetter",
     "Death",
     "Delivery",

@@ -52,6 +52,14 @@ class Registration(Record, frozen=True):
         return not self.tenant and not self.on_request
 
 
+class Converted(Wire, frozen=True):
+    """What an adapter says that it approximates by LoRA, see `peft_adapters.kinds.converted`."""
+
+    kind: str  # PEFT's name of the kind that it was
+    keep: float  # share of the Frobenius norm that each layer was to keep
+    errors: dict[str, float]  # relative error by layer, largest first, of the layers with the largest
+
+
 class AdapterRecord(Record, frozen=True):
     """The facts of one adapter content."""
 
@@ -64,8 +72,10 @@ class AdapterRecord(Record, frozen=True):
     created_ms: int
     vocab_size: int = 0  # tokens it knows, 0: those of the base
     num_labels: int = 0  # labels of its own head, see `ServedModel.label_head`; 0: no head
+    num_virtual: int = 0  # virtual tokens that it puts before every text
     no_effect: bool = False  # every product that it adds is zero
     mapped: dict[str, str] = {}  # names of its file -> of the base model, as patterns, where they differ
+    converted: Converted | None = None  # None: it says nothing of a conversion
 
 
 class AdapterEvent(Wire, frozen=True):

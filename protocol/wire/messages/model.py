@@ -50,6 +50,9 @@ class ServedModel(Wire, frozen=True):
     width: int = 0  # `embed`: entries of a vector
     unit_length: bool = False  # `embed`: whether vectors are normalised to length 1
     head_dim: int = 0  # size of an attention head; 0: unknown
+    prefix: list[int] | None = None
+    """Layers, heads and entries of a head of the keys and values that an adapter may bring. []: it may bring none,
+    since layers keep others or none; None: unknown."""
     tokenizer: dict[str, str] = {}  # digests of the parts of its tokenizer.json, by name; {}: it has none
 
     @property

@@ -46,6 +46,15 @@ def test_what_was_mapped_is_shown() -> None:
     assert AdapterObjects([], {}).of(ALIAS, record(mapped=mapped), None)["mapped"] == mapped
 
 
+def test_what_a_conversion_cost_is_shown() -> None:
+    """Of all layers in the one list, of the worst in the other."""
+    converted = m.Converted(kind="C3A", keep=0.999, errors={"q_proj": 0.03, "v_proj": 0.01})
+    shown = AdapterObjects([], {}).of(ALIAS, record(converted=converted), None)
+    assert shown["converted"] == {"peft_type": "C3A", "keep": 0.999, "errors": {"q_proj": 0.03, "v_proj": 0.01}}
+    assert adapter_object(ALIAS, record(converted=converted), BASE)["converted"]["errors"] == {"q_proj": 0.03}
+    assert adapter_object(ALIAS, record(), BASE)["converted"] is None
+
+
 def test_paths_of_this_machine_are_told_to_who_may_know_them() -> None:
     """An operator's folder in a further root: its path for operators, its name for everybody else."""
     alias = m.Alias(name="rl", state="on_disk", source="local:/srv/runs/step_1")

@@ -57,6 +57,23 @@ async def test_a_request_is_told_from_its_acceptance_to_its_end(small: SmallFlee
     assert second["call"] == told["id"]
 
 
+async def test_an_answer_of_a_converted_adapter_says_so(
+    bus: Bus, small: SmallFleet, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alias = m.Alias(name="near", state="on_disk", digest="d-near", source="local:near", created_ms=1)
+    converted = m.Converted(kind="C3A", keep=0.999, errors={"q_proj": 0.031, "v_proj": 0.01})
+    record = m.AdapterRecord(
+        digest="d-near", rank=8, num_bytes=10, config={}, modules=["q_proj"], source="local:near", created_ms=1,
+        converted=converted,
+    )  # fmt: skip
+    await bus.adapters.publish([(alias, record)])
+    done = (await small.http.post("/v1/completions", json={**BODY, "model": "near"})).json()
+    told = await explained(small.http, done["id"])
+    assert told["adapter"]["converted"] == {"peft_type": "C3A", "keep": 0.999, "errors": {"q_proj": 0.031}}
+    assert await asyncio.to_thread(main, ["explain", done["id"], "--url", str(small.http.base_url)]) == 0
+    assert "approximates C3A by LoRA: at most 0.031 of a layer's norm off, at q_proj" in capsys.readouterr().out
+
+
 async def test_a_death_is_in_the_timeline_and_the_replay_is_the_same(
     bus: Bus, small: SmallFleet, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import msgspec
 import numpy as np
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
-from helpers.kind_files import KIND_BASE, kind_config, kind_tensors, written
+from helpers.kind_files import kind_config, kind_tensors, written
+from helpers.virtual_files import VIRTUAL_BASE, virtual_config, virtual_tensors
 from hostile.fuzz import odd
 from hostile.fuzz.engine import Target, pure
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from peft_adapters.effect import has_effect
 from peft_adapters.format import adapter_digest, canonical_config, parse_config, parse_header, read_adapter
 from peft_adapters.kinds.registry import NAMES as KIND_NAMES
 from peft_adapters.kinds.registry import kind_of
+from peft_adapters.kinds.virtual import NO_EFFECT, fields_of
 from peft_adapters.texts.files import TEXT_FILES, parse_texts, read_texts
 from protocol.wire.errors import AdapterRefused
 
@@ -144,12 +146,14 @@ KIND_FIELDS = ("peft_type", "target_modules", "rank_pattern", "alpha_pattern", "
 @st.composite
 def kind_files(draw: st.DrawFn) -> tuple[bytes, bytes]:
     """Config and weights of an adapter of another kind than LoRA, in which a few things are wrong."""
-    name = draw(st.sampled_from(KIND_NAMES))
-    config = kind_config(name)
-    tensors = kind_tensors(config, seed=draw(st.integers(0, 3)))
+    name = draw(st.sampled_from((*KIND_NAMES, *NO_EFFECT)))
     kind = kind_of(name)
-    assert kind is not None
-    fields = (*KIND_FIELDS, *kind.fields)
+    if kind is None:
+        config, tensors = virtual_config(name), virtual_tensors(name)
+    else:
+        config = kind_config(name)
+        tensors = kind_tensors(config, seed=draw(st.integers(0, 3)))
+    fields = (*KIND_FIELDS, *(fields_of(name) if kind is None else kind.fields))
     for _ in range(draw(st.integers(0, 2))):
         config[draw(st.sampled_from(fields))] = draw(st.one_of(st.sampled_from(LIKELY), odd.wild_values))
     for _ in range(draw(st.integers(0, 2))):
@@ -177,7 +181,7 @@ def _check_kind(files: tuple[bytes, bytes]) -> str:
     try:
         config = parse_config(raw)
         tensors = parse_header(weights, len(weights))
-        spec = read_adapter(config, tensors, KIND_BASE)
+        spec = read_adapter(config, tensors, VIRTUAL_BASE)
         json.dumps(canonical_config(config))
         assert adapter_digest(config, tensors, weights)
         has_effect(spec, tensors, memoryview(weights))
@@ -190,7 +194,7 @@ def _check_kind(files: tuple[bytes, bytes]) -> str:
 
 
 PACKER = RowPacker(
-    [RowSite(site.name, site.in_features, site.out_features, "float32") for site in BASE.sites], KIND_BASE
+    [RowSite(site.name, site.in_features, site.out_features, "float32") for site in BASE.sites], VIRTUAL_BASE
 )  # fmt: skip
 
 TARGETS = (

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, packed_engine, prompts, round_rows, vary_norms
 from oracle.tiny_models import tiny_model
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, PromptLearningConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -79,8 +79,9 @@ def make_adapter(kind: Kind, folder: Path, scale: float = 0.3, seed: int = 5) ->
     if kind.config is AdaLoraConfig:
         fields["total_step"] = 10
     generator = torch.Generator().manual_seed(seed)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")  # of tied weights, layers without a bias, and the like
+        torch.manual_seed(seed)
         peft = get_peft_model(model, kind.config(**fields | kind.options))
         with torch.no_grad():
             for name, parameter in peft.named_parameters():
@@ -100,6 +101,8 @@ def make_adapter(kind: Kind, folder: Path, scale: float = 0.3, seed: int = 5) ->
 def _fields(kind: Kind) -> dict[str, Any]:
     """Return the fields that every adapter here has, unless its options say otherwise."""
     fields: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    if issubclass(kind.config, PromptLearningConfig):  # of virtual tokens
+        del fields["target_modules"]
     return fields | {"r": 4, "lora_alpha": 8} if issubclass(kind.config, LoraConfig) else fields
 
 

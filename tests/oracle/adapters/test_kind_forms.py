@@ -29,8 +29,8 @@ from safetensors.torch import load_file, save_file
 
 from gpu_worker.svd_convert import convert
 from lorafleet.__main__ import main
-from peft_adapters.config import CONVERTED_FIELD
 from peft_adapters.format import CONFIG_FILE
+from peft_adapters.kinds.converted import CONVERTED_FIELD
 from protocol.wire.errors import BadRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of PEFT's SHiRA
