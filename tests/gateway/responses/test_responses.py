@@ -316,7 +316,7 @@ async def test_truncation_renders_a_few_times() -> None:
     base = m.ServedModel("b", "b", "f", "tiny", 300, max_model_len=100, sites=[], created_ms=0)
     for max_len, num in ((100, 99), (2000, 1001)):
         files = CountedFiles()
-        target: Any = SimpleNamespace(files=files, payer=lambda _: "", vocab_size=300)
+        target: Any = SimpleNamespace(files=files, payer=lambda _: "", vocab_size=300, within=lambda base: base)
         resolved = ResolvedCall(call, msgspec.structs.replace(base, max_model_len=max_len), [target])
         [prompt] = (await tokenize(resolved)).prompts
         assert prompt.num_tokens == num

@@ -105,13 +105,14 @@ def test_a_url_of_no_fleet_is_one_message(folder: Path, url: str, capsys: pytest
 
 
 def test_the_variable_names_the_fleet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = structs.replace(FLEET, url="http://127.0.0.1:2")
-    monkeypatch.setattr(records, "running", lambda: [FLEET, other])
-    with pytest.raises(BadRequest, match="choose one"):
-        records.chosen("")
-    monkeypatch.setenv(records.URL_VARIABLE, "http://localhost:2/")
-    assert records.chosen("") == other
-    assert records.chosen(FLEET.url) == FLEET
+    monkeypatch.delenv(records.URL_VARIABLE, raising=False)
+    other = structs.replace(FLEET, pid=FLEET.pid + 1, url="http://127.0.0.1:2")
+    with registered(FLEET), registered(other):
+        with pytest.raises(BadRequest, match="choose one"):
+            records.chosen("")
+        monkeypatch.setenv(records.URL_VARIABLE, "http://localhost:2/")
+        assert records.chosen("") == other
+        assert records.chosen(FLEET.url) == FLEET
 
 
 @pytest.mark.parametrize("runtime", ["none", "/proc/none"])
