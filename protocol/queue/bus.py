@@ -187,8 +187,8 @@ class Bus:
             num_bytes += 2 * len(raw) + most_log_bytes(body)
             rows.append(lua.SubmitRow(
                 rid=sub.rid, sub=raw, tenant=sub.tenant, digest=sub.digest, gateway=sub.gateway,
-                is_stored=int(sub.stored), num_prompt=sub.num_prompt_tokens, max_new=sub.max_new_tokens,
-                deadline_ms=sub.deadline_ms, usage=usage,
+                is_stored=int(sub.stored), num_prompt=sub.num_prompt_tokens, num_virtual=sub.num_virtual,
+                max_new=sub.max_new_tokens, deadline_ms=sub.deadline_ms, usage=usage,
             ))  # fmt: skip
         record, request = (m.encode(job.job), self.jobs.kept(job)) if job else (b"", b"")
         conversation, limits = job.job.conversation if job else "", quota or Quota("")

@@ -61,11 +61,11 @@ local function quota_key(tenant) return P .. ':q:' .. tenant end
 
 -- Give back the tokens that a request had reserved of its tenant's bucket and did not use. Deleting the field `quota`
 -- makes sure that this happens once.
-local function settle(rid, tenant, max_new, num_prompt, assigned)
+local function settle(rid, tenant, max_new, num_prefill, assigned)
   local key = quota_key(tenant)
   redis.call('HDEL', req_key(rid), 'quota')
   redis.call('ZREM', key .. ':run', rid)
-  local unused = assigned and max_new - redis.call('STRLEN', P .. ':tok:' .. rid) / 4 or max_new + num_prompt
+  local unused = assigned and max_new - redis.call('STRLEN', P .. ':tok:' .. rid) / 4 or max_new + num_prefill
   -- A bucket that has expired is full again.
   if unused > 0 and redis.call('HEXISTS', key, 'tokens') == 1 then
     redis.call('HINCRBYFLOAT', key, 'tokens', -unused)
@@ -256,9 +256,9 @@ end
 local function write_end(rid, state, finish, error, now, is_dead)
   local key = req_key(rid)
   local f = redis.call('HMGET', key, 'stored', 'quota', 'max_new', 'n_prompt', 't_assign', 'call', 'usage', 'cached',
-    'history', 'cls', 'epoch', 'attempts', 't_submit', 't_first')
+    'history', 'cls', 'epoch', 'attempts', 't_submit', 't_first', 'n_virtual')
   redis.call('HSET', key, 'state', state, 'finish', finish, 'error', error, 'owner', '', 't_end', now)
-  if f[2] then settle(rid, f[2], f[3], f[4], f[5]) end
+  if f[2] then settle(rid, f[2], f[3], (f[4] or 0) + (f[15] or 0), f[5]) end
   if f[9] then
     local fields = {f[6], f[10], f[11], f[4], f[8], f[12], f[13], f[14]}
     note_history(rid, f[9], f[7], fields, state, finish, error, now)
