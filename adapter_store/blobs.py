@@ -203,7 +203,7 @@ class Blobs:
         Raises Unavailable when the adapter is larger than the quota.
         """
         digest = files.digest()
-        config = json.dumps(canonical_config(files.config) | written_converted(files.config)).encode()
+        config = json.dumps(canonical_config(files.config) | written_converted(files.config, files.tensors)).encode()
         (files.folder / CONFIG_FILE).write_bytes(config)
         num_bytes = sum((files.folder / name).stat().st_size for name in files.names())
         self._make_room(num_bytes, keep=digest)

@@ -272,7 +272,7 @@ class Mirror:
             config=canonical_config(files.config),
             modules=spec.modules,
             mapped=dict(spec.mapped),
-            converted=read_converted(files.config),
+            converted=read_converted(files.config, files.tensors),
             no_effect=no_effect,
             source=source,
             created_ms=now_ms(),

@@ -27,6 +27,7 @@ from peft_adapters.config import (
     parse_config,
     read_config,
 )
+from peft_adapters.kinds.converted import written_converted
 from peft_adapters.kinds.refused import why_refused
 from peft_adapters.kinds.registry import kind_of
 from peft_adapters.kinds.virtual import is_virtual, read_virtual
@@ -55,11 +56,14 @@ FOLDER_HEADER = "X-Lorafleet-Folder"
 def adapter_digest(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], weights: Any) -> str:
     """Return the adapter's identity: sha256 (hex) over canonical config and every tensor's name, dtype, shape, bytes.
 
+    What the config says of a conversion counts too, see `peft_adapters.kinds.converted`: it is shown with the adapter.
+
     tensors: from `parse_header`. weights: the whole safetensors file as a buffer (bytes, memoryview, mmap). Where in
     the file a tensor lies, and the file's metadata, do not matter. Large tensors are hashed without holding the
     interpreter lock.
     """
-    total = hashlib.sha256(json.dumps(canonical_config(config), separators=(",", ":")).encode())
+    counts = canonical_config(config) | written_converted(config, tensors)
+    total = hashlib.sha256(json.dumps(counts, separators=(",", ":")).encode())
     with memoryview(weights) as view:
         for name, tensor in sorted(tensors.items()):
             with view[tensor.begin : tensor.end] as part:

@@ -405,4 +405,4 @@ class Backlog:
 
 
 def _max_tokens(request: QueuedRequest) -> int:
-    return request.submit.num_prompt_tokens + request.submit.max_new_tokens
+    return request.submit.num_prefill_tokens + request.submit.max_new_tokens

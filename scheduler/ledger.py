@@ -28,12 +28,12 @@ class Ledger:
         self.num_ended = 0
 
     def expected_tokens(self, request: QueuedRequest) -> int:
-        """Return the tokens of a request's prompt and expected output."""
+        """Return the tokens of a request's prefill and expected output."""
         sub = request.submit
-        return sub.num_prompt_tokens + min(sub.max_new_tokens, round(self.mean_output_tokens))
+        return sub.num_prefill_tokens + min(sub.max_new_tokens, round(self.mean_output_tokens))
 
     def assign(self, request: QueuedRequest, worker: Worker) -> None:
-        """Enter a request as given to a worker, and charge its prompt, once."""
+        """Enter a request as given to a worker, and charge its prefill, once."""
         sub = request.submit
         request.wid, request.started, request.held_since_ms = worker.wid, False, -1.0
         request.start_tokens = -1 if request.resumed or request.output_charged else 0
@@ -57,7 +57,7 @@ class Ledger:
             worker.suspects[request.attempts] += 1
         if not request.input_charged:
             request.input_charged = True
-            self._counters.charge(sub.tenant, sub.num_prompt_tokens, 0, sub.weight)
+            self._counters.charge(sub.tenant, sub.num_prefill_tokens, 0, sub.weight)
 
     def remove(self, request: QueuedRequest) -> None:
         """Take a request off its worker."""

@@ -328,7 +328,7 @@ class Placement:
     def _batch_ms(self, worker: Worker, request: QueuedRequest, output_tokens: float, rank: int) -> float:
         """Estimate the ms that a request queues and decodes in a worker's batch."""
         sub = request.submit
-        step_ms = 1000 * worker.step_s(request, sub.num_prompt_tokens + round(output_tokens), rank)
+        step_ms = 1000 * worker.step_s(request, sub.num_prefill_tokens + round(output_tokens), rank)
         decode_ms = output_tokens * step_ms
         num_ahead = worker.num_in_front(sub.cls, yields=request.yields) + 1 - worker.beat.capacity
         if num_ahead > 0:
@@ -339,7 +339,7 @@ class Placement:
         """Estimate the ms of a request's prefill: none on the worker that computed the same beginning last."""
         sub = request.submit
         known = sub.prefix and self._prefixes.get(sub.prefix) == worker.wid
-        return 0.0 if known else 1000 * worker.model.b * sub.num_prompt_tokens
+        return 0.0 if known else 1000 * worker.model.b * sub.num_prefill_tokens
 
     def _is_crowded(self, worker: Worker) -> bool:
         capacity = worker.beat.capacity

@@ -47,7 +47,7 @@ class QueuedRequest:
     start_tokens: int = 0  # length of the log when its worker got it; -1: not seen yet
     started: bool = False  # True: progress since then
     ready: bool = False  # its adapter is resident on its worker, so it takes a slot there
-    reserved_tokens: int = 0  # prompt and expected output, as counted on its worker
+    reserved_tokens: int = 0  # prefill and expected output, as counted on its worker
     held_since_ms: float = -1.0  # when it was first held for a worker with its adapter; -1: never
     held_until_ms: float = 0.0
     yields: bool = False  # to requests of other tenants, see `FairShares`

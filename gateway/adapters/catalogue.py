@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 from gateway.auth.callers import Caller
@@ -138,6 +138,14 @@ class CatalogueCopy:
             return [alias for alias in await self._visible(copy, caller) if alias.state == "on_disk"]
 
         return await self._made(caller, "served", make, lambda made: 64 + 8 * len(made))
+
+    async def records(self, aliases: Sequence[m.Alias]) -> AsyncIterator[tuple[m.Alias, m.AdapterRecord | None]]:
+        """Make aliases with the records of their contents, None for one that has just left, a few at a time."""
+        for begin in range(0, len(aliases), OBJECTS_AT_ONCE):
+            some = aliases[begin : begin + OBJECTS_AT_ONCE]
+            records = await self._bus.adapters.records(sorted({alias.digest for alias in some if alias.digest}))
+            for alias in some:
+                yield alias, records.get(alias.digest)
 
     async def _visible(self, copy: Copy, caller: Caller) -> list[m.Alias]:
         """Return the aliases that a caller sees, by name. A tenant's hides everybody's of the same name."""

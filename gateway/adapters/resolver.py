@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msgspec import structs
-
 from gateway.adapters.aliases import Aliases
 from gateway.adapters.catalogue import CatalogueCopy
 from gateway.adapters.views import adapter_object, base_object
@@ -40,9 +38,7 @@ class CallTarget:
 
     def within(self, base: m.ServedModel) -> m.ServedModel:
         """Return a base model with the part of its context that the target leaves to prompts and outputs."""
-        if not self.num_virtual:
-            return base
-        return structs.replace(base, max_model_len=max(base.max_model_len - self.num_virtual, 0))
+        return base.less(self.num_virtual)
 
     def payer(self, caller: Caller) -> str:
         """Return the tenant that a request of a caller counts for: its own or, without API keys, the model."""

@@ -14,37 +14,38 @@ DEFAULT_LIMIT, MAX_LIMIT = 20, 1000
 """Models of a page, as Anthropic has them."""
 
 
-def shown(base: m.ServedModel, alias: m.Alias | None) -> dict[str, Any]:
-    """Return the object of the base (None) or of an adapter."""
+def shown(base: m.ServedModel, alias: m.Alias | None, record: m.AdapterRecord | None = None) -> dict[str, Any]:
+    """Return the object of the base (None) or of an adapter. record: what is known of its content."""
     name, created_ms = (base.name, base.created_ms) if alias is None else (alias.name, alias.created_ms)
     created = datetime.fromtimestamp(created_ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    most = max(base.less(record.num_virtual if record is not None else 0).max_model_len - 1, 0)
     return {
         "id": name,
         "type": "model",
         "display_name": name,
         "created_at": created,
         "lifecycle": "active",
-        "max_input_tokens": base.max_model_len - 1,
-        "max_tokens": base.max_model_len - 1,
+        "max_input_tokens": most,
+        "max_tokens": most,
     }
 
 
-def page(
+def cut(
     base: m.ServedModel,
     aliases: Sequence[m.Alias],
     limit: int,
     after: str | None,
     before: str | None,
     lifecycle: Sequence[str] | None = None,
-) -> dict[str, Any]:
-    """Return a page of the base and the adapters that are served, which are given by name.
+) -> tuple[bool, Sequence[m.Alias], bool]:
+    """Return whether a page begins with the base, its adapters of those that are served, and whether there are more.
 
-    after, before: the model beside which the page begins, or ends. lifecycle: the stages that are wanted, of which
-    models here are in `active`; None for all. Raises BadRequest for `after` with `before`, and for unknown names.
+    aliases: by name. after, before: the model beside which the page begins, or ends. lifecycle: the stages that are
+    wanted, of which models here are in `active`; None for all. Raises BadRequest for `after` with `before`, and for
+    unknown names.
     """
     if lifecycle and "active" not in lifecycle:
-        return {"data": [], "has_more": False, "first_id": None, "last_id": None}
-    models: list[m.Alias | None] = [None, *aliases]
+        return False, [], False
     names = [base.name, *(alias.name for alias in aliases)]
     if after is not None and before is not None:
         raise BadRequest("after_id and before_id cannot be used together", param="before_id")
@@ -59,6 +60,10 @@ def page(
         begin = 0 if after is None else names.index(after) + 1
         end = min(begin + limit, len(names))
         has_more = end < len(names)
-    data = [shown(base, alias) for alias in models[begin:end]]
-    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
-    return {"data": data, "has_more": has_more, "first_id": first, "last_id": last}
+    return begin == 0 < end, aliases[max(begin - 1, 0) : max(end - 1, 0)], has_more
+
+
+def page(models: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+    """Return a page of the objects of models."""
+    first, last = (models[0]["id"], models[-1]["id"]) if models else (None, None)
+    return {"data": models, "has_more": has_more, "first_id": first, "last_id": last}

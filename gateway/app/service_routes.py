@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from gateway.adapters.resolver import is_base
 from gateway.answers.respond import Answers
-from gateway.anthropic.anthropic_models import DEFAULT_LIMIT, MAX_LIMIT, page, shown
+from gateway.anthropic.anthropic_models import DEFAULT_LIMIT, MAX_LIMIT, cut, page, shown
 from gateway.app.shapes import speaks_anthropic
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_response
@@ -56,8 +56,11 @@ class Endpoints:
         """Answer `/v1/models`: OpenAI's list whole, or a page of Anthropic's, which the parameters are for."""
         base = await self._pipeline.fleet.require(worker=False)
         if speaks_anthropic(request.scope):
-            served = await self._pipeline.resolver.catalogue.served(caller_of(request))
-            return json_response(page(base, served, limit, after_id, before_id, lifecycle))
+            catalogue = self._pipeline.resolver.catalogue
+            served = await catalogue.served(caller_of(request))
+            has_base, aliases, has_more = cut(base, served, limit, after_id, before_id, lifecycle)
+            adapters = [shown(base, alias, record) async for alias, record in catalogue.records(aliases)]
+            return json_response(page([shown(base, None), *adapters] if has_base else adapters, has_more=has_more))
         models = await self._pipeline.resolver.models(base, caller_of(request))
         return json_response({"object": "list", "data": orjson.Fragment(models)})
 
@@ -74,7 +77,8 @@ class Endpoints:
         alias = await resolver.known(name, caller)
         if alias is None or alias.state != "on_disk":
             raise ModelNotFound(name)
-        return json_response(shown(base, alias))
+        records = await self._pipeline.bus.adapters.records([alias.digest])
+        return json_response(shown(base, alias, records.get(alias.digest)))
 
     # ------------------------------------------------------------ operation
 

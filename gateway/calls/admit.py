@@ -77,7 +77,9 @@ class CallAdmission:
         admitted, quota = parsed.without_prompts(), self.quota_of(parsed.caller, is_kept=parsed.is_kept)
         if options.is_empty:
             return AdmittedCall(admitted, base, prompts, CallLoad(parsed.cls, 0, 0, 0.0), quota, num_bytes)
-        num_tokens = options.n * sum(prompt.num_tokens + prompt.max_new_tokens for prompt in prompts)
+        num_tokens = options.n * sum(
+            prompt.target.num_virtual + prompt.num_tokens + prompt.max_new_tokens for prompt in prompts
+        )
         load = CallLoad(parsed.cls, len(prompts) * options.n, num_tokens, self.lifetime_s(parsed))
         try:
             if quota is not None:

@@ -152,7 +152,7 @@ class Submitter:
                 num_prompt_tokens=prompt.num_tokens, max_new_tokens=prompt.max_new_tokens,
                 deadline_ms=call.deadline_ms, gateway=gateway, stored=stored, submitted_ms=now_ms(),
                 prefix=prefix_hash(prompt.ids), weight=weight, choice=choice, needs=needs[which],
-                trace=traceparent,
+                trace=traceparent, num_virtual=prompt.target.num_virtual,
             )  # fmt: skip
             found.append((submit, bodies[which]))
         return found

@@ -33,7 +33,7 @@ def running(base: m.ServedModel, adapters: Iterable[Known], beats: Iterable[m.Wo
             **{key: value for key, value in listed(base, known).items() if key != "modified_at"},
             "expires_at": FOREVER,
             "size_vram": _size(known) if base.device == "cuda" else 0,
-            "context_length": base.max_model_len,
+            "context_length": _context(base, known),
         }
         for known in shown
     ]
@@ -51,14 +51,23 @@ def shown(base: m.ServedModel, known: Known | None, files: ModelFiles) -> dict[s
         "model_info": {
             "general.architecture": kind,
             "general.basename": base.name,
-            f"{kind}.context_length": base.max_model_len,
+            f"{kind}.context_length": _context(base, known),
             f"{kind}.vocab_size": base.vocab_size,
             **({f"{kind}.embedding_length": base.width} if base.width else {}),
-            **({"adapter.type": "lora", "adapter.rank": known[1].rank} if known is not None else {}),
+            **(_adapter(known[1]) if known is not None else {}),
         },
         "capabilities": _capabilities(base, files),
         "modified_at": time_text(known[0].changed_ms or known[0].created_ms if known is not None else base.created_ms),
     }
+
+
+def _context(base: m.ServedModel, known: Known | None) -> int:
+    """Return how many tokens prompts and outputs may have."""
+    return base.max_model_len if known is None else base.less(known[1].num_virtual).max_model_len
+
+
+def _adapter(record: m.AdapterRecord) -> dict[str, Any]:
+    return {"adapter.type": str(record.config.get("peft_type", "LORA")).lower(), "adapter.rank": record.rank}
 
 
 def _capabilities(base: m.ServedModel, files: ModelFiles) -> list[str]:

@@ -11,7 +11,6 @@ import orjson
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from gateway.adapters.catalogue import OBJECTS_AT_ONCE
 from gateway.adapters.resolver import BASE
 from gateway.answers.call_response import CallResult
 from gateway.answers.respond import Answers, sent_of
@@ -136,13 +135,9 @@ class OllamaEndpoints:
 
     async def _known(self, caller: Caller, digests: Set[str]) -> list[Known]:
         """Return those of some adapters that a caller sees and that are served, by name."""
-        served = [alias for alias in await self._pipeline.resolver.catalogue.served(caller) if alias.digest in digests]
-        known: list[Known] = []
-        for begin in range(0, len(served), OBJECTS_AT_ONCE):
-            some = served[begin : begin + OBJECTS_AT_ONCE]
-            records = await self._pipeline.bus.adapters.records(sorted({alias.digest for alias in some}))
-            known += [(alias, records[alias.digest]) for alias in some if alias.digest in records]
-        return known
+        catalogue = self._pipeline.resolver.catalogue
+        served = [alias for alias in await catalogue.served(caller) if alias.digest in digests]
+        return [(alias, record) async for alias, record in catalogue.records(served) if record is not None]
 
 
 def add_ollama_routes(app: FastAPI, ollama: OllamaEndpoints) -> None:

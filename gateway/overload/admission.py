@@ -58,7 +58,7 @@ class CallLoad:
 
     cls: str
     num: int = 1  # requests
-    num_tokens: int = 0  # prompts and longest outputs of all requests; 0: nothing is tokenized yet
+    num_tokens: int = 0  # prompts, virtual tokens and longest outputs of all; 0: nothing is tokenized yet
     timeout_s: float = math.inf  # a request that has not begun by then is lost; inf: not known yet
 
 

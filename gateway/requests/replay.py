@@ -55,7 +55,7 @@ async def _run(pipeline: Pipeline, submit: m.RequestHead, body: m.Body, model: s
     """Run a request to its end and return its tokens (int32). It counts against the caller's limits, for a model."""
     bus, replies = pipeline.bus, pipeline.replies
     load = CallLoad(
-        submit.cls, 1, submit.num_prompt_tokens + submit.max_new_tokens, pipeline.settings.request_timeout_s
+        submit.cls, 1, submit.num_prefill_tokens + submit.max_new_tokens, pipeline.settings.request_timeout_s
     )
     quota = pipeline.admission.quota_of(caller)
     pipeline.admission.check_again(load, quota)

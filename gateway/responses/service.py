@@ -108,7 +108,7 @@ class Responses:
         ignore(caller.headers, call.served_without)
         resolved = await self._pipeline.call_resolver.resolve(call)
         [prompt] = (await large.work(lambda: tokenize(resolved))).prompts
-        call.rules.most_tokens(call.options, prompt.num_tokens, base.max_model_len)
+        call.rules.most_tokens(call.options, prompt.num_tokens, prompt.target.within(base).max_model_len)
         return {"object": "response.input_tokens", "input_tokens": prompt.num_tokens}
 
     async def _context(self, body: PromptRequest, caller: Caller) -> Context:

@@ -159,10 +159,13 @@ class TokenizerEndpoints:
     # ------------------------------------------------------------ parts
 
     async def _asked(self, model: str | None, caller: Caller) -> tuple[m.ServedModel, CallTarget]:
-        """Return the base model, and whose tokenizer is asked for. Raises as `CallResolver.targets`."""
+        """Return the base model, and whose tokenizer is asked for.
+
+        The base has the part of its context that prompts of this target have. Raises as `CallResolver.targets`.
+        """
         base = await self._pipeline.fleet.require(worker=False)
         [target] = await self._pipeline.call_resolver.targets(Models([model or ""]), base, caller)
-        return base, target
+        return target.within(base), target
 
     async def _encoding(
         self, text: str, special: bool, target: CallTarget | None, base: m.ServedModel | None, param: str

@@ -56,8 +56,8 @@ def submit_rows(heads: Sequence[m.RequestHead], parts: Sequence[int], usages: Se
         sub = head if head.rid == call else msgspec.structs.replace(head, call=call, part=part)
         rows.append(lua.SubmitRow(
             rid=sub.rid, sub=m.encode(sub), tenant=sub.tenant, digest=sub.digest, gateway=sub.gateway,
-            is_stored=int(sub.stored), num_prompt=sub.num_prompt_tokens, max_new=sub.max_new_tokens,
-            deadline_ms=sub.deadline_ms, usage=usage,
+            is_stored=int(sub.stored), num_prompt=sub.num_prompt_tokens, num_virtual=sub.num_virtual,
+            max_new=sub.max_new_tokens, deadline_ms=sub.deadline_ms, usage=usage,
         ))  # fmt: skip
     return rows
 

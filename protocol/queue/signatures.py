@@ -77,6 +77,7 @@ class SubmitRow(Group, kw_only=True):
     gateway: str
     is_stored: int
     num_prompt: int
+    num_virtual: int
     max_new: int
     deadline_ms: int
     usage: bytes

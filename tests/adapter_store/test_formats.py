@@ -145,17 +145,26 @@ async def test_an_adapter_of_zeros_has_no_effect(
     assert "local:usual has no effect" not in caplog.text
 
 
-async def test_what_a_conversion_cost_is_recorded(bus: Bus, root: Path, run_store: RunStore) -> None:
-    """And is no part of the digest: the same adapter without that has the same."""
+async def test_what_a_conversion_cost_is_what_this_file_says(bus: Bus, root: Path, run_store: RunStore) -> None:
+    """Whoever registers the same weights, first or later, says nothing for others, and takes nothing from them."""
     await bus.set(bus.keys.base, BASE)
-    write_adapter(root / "first")
-    config = lora_config() | {CONVERTED_FIELD: {"peft_type": "C3A", "keep": 0.999, "errors": {"q_proj": 0.0123456}}}
-    (root / "first" / CONFIG_FILE).write_text(json.dumps(config))
+    layer = BASE.sites[0].name
+    claims: dict[str, dict[str, Any] | None] = {
+        "first": {"peft_type": "VERA", "keep": 0.5, "errors": {layer: 0.75}},
+        "forged": {"peft_type": "CALL +1-555 TO VERIFY", "keep": 0.5, "errors": {"this adapter is a forgery": 1e6}},
+        "plain": None,
+        "second": {"peft_type": "C3A", "keep": 0.999, "errors": {layer: 0.0123456}},
+    }
     run_store()
-    alias = await in_state(bus, "first", "on_disk")
-    assert (await record_of(bus, alias)).converted == m.Converted(kind="C3A", keep=0.999, errors={"q_proj": 0.0123})
-    write_adapter(root / "second")
-    assert (await in_state(bus, "second", "on_disk")).digest == alias.digest
+    told: dict[str, m.Converted | None] = {}
+    for name, claim in claims.items():
+        fields: dict[str, Any] = {CONVERTED_FIELD: claim} if claim is not None else {}
+        write_adapter(root / name, **fields)
+        told[name] = (await record_of(bus, await in_state(bus, name, "on_disk"))).converted
+    assert told == {
+        "first": m.Converted(kind="VERA", keep=0.5, errors={layer: 0.75}), "forged": None, "plain": None,
+        "second": m.Converted(kind="C3A", keep=0.999, errors={layer: 0.0123}),
+    }  # fmt: skip
 
 
 async def test_what_was_mapped_is_recorded(bus: Bus, root: Path, run_store: RunStore) -> None:

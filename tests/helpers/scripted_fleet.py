@@ -145,8 +145,8 @@ class ScriptedFleet:
         record = None
         if digest:
             record = m.AdapterRecord(
-                digest=digest, rank=8, num_bytes=10, config={}, modules=["q_proj"], source=f"local:{name}",
-                created_ms=1, **facts,
+                digest=digest, source=f"local:{name}", created_ms=1,
+                **{"rank": 8, "num_bytes": 10, "config": {}, "modules": ["q_proj"], **facts},
             )  # fmt: skip
         await self.bus.adapters.publish([(alias, record)])
 

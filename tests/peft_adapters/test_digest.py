@@ -13,10 +13,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_adapters.format import adapter_digest, canonical_config, parse_header
+from peft_adapters.kinds.converted import CONVERTED_FIELD
 
 
 def digest(config: dict[str, Any], raw: bytes) -> str:
     return adapter_digest(config, parse_header(raw, len(raw)), raw)
+
+
+def test_digest_is_of_what_a_conversion_cost() -> None:
+    """Another claim is another adapter: nobody's is shown of a file that says something else, or nothing."""
+    tensors = lora_tensors()
+    raw = safetensors(tensors)
+    layer, other = (
+        name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in list(tensors)[:3:2]
+    )
+
+    def claimed(errors: dict[str, float], kind: str = "C3A", keep: float = 0.9) -> str:
+        return digest(lora_config() | {CONVERTED_FIELD: {"peft_type": kind, "keep": keep, "errors": errors}}, raw)
+
+    errors = {layer: 0.25, other: 0.125}
+    assert claimed({other: 0.125, layer: 0.2500001}) == claimed(errors), "written otherwise"
+    assert claimed(errors, "CALL ME") == claimed({"elsewhere": 0.5}) == digest(lora_config(), raw), "no claim"
+    claims = (
+        claimed(errors), claimed(errors, "VERA"), claimed(errors, keep=0.8), claimed({layer: 0.25}),
+        digest(lora_config(), raw),
+    )  # fmt: skip
+    assert len(set(claims)) == len(claims)
 
 
 def test_digest_is_of_the_maths_only() -> None:

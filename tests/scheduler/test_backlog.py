@@ -199,6 +199,15 @@ def test_a_blocked_tenant_catches_up_by_no_more_than_the_largest_lag() -> None:
     assert 50 <= shares["stuck"] <= most + 1
 
 
+def test_all_tokens_of_what_is_queued_are_counted() -> None:
+    """Those of prompts, the virtual ones of adapters and those of the longest outputs."""
+    item = request(0, tokens=10, num_virtual=30)
+    server = make_server(item, request(1, tokens=10))
+    assert server.backlog.num_tokens == 10 + 30 + 4 + 10 + 4
+    server.backlog.remove(item)
+    assert server.backlog.num_tokens == 10 + 4
+
+
 def test_a_held_request_is_passed_within_the_slack_and_then_served() -> None:
     server = make_server(request(0, "held", "a"), *(request(i, "other") for i in range(1, 50)))
     server.held = {"a"}

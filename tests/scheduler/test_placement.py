@@ -230,6 +230,17 @@ def test_ranks_in_a_batch_count() -> None:
     assert site.wid("b") == other
 
 
+def test_virtual_tokens_are_prefilled_like_a_prompt() -> None:
+    """Of a worker with fast steps and one with fast prefills, they decide for the latter, as a prompt does."""
+    steps, prefills = m.StepModel(a=0.01, b=1e-4, c=0.0, d=0.0), m.StepModel(a=0.011, b=0.0, c=0.0, d=0.0)
+
+    def taken(**more: Any) -> str:
+        return Site(beat("steps", step_model=steps), beat("prefills", step_model=prefills)).wid(**more)
+
+    assert taken() == "steps"
+    assert taken(num_prompt_tokens=2000) == taken(num_virtual=2000) == "prefills"
+
+
 def test_equal_beginnings_go_to_the_same_worker_if_it_is_as_free() -> None:
     site = Site(*beats(4, capacity=64))
     first = site.wid(prefix="p", num_prompt_tokens=2000)

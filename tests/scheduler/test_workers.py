@@ -279,15 +279,26 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(
         wid=st.sampled_from(("w0", "w1")), digest=st.sampled_from(("", "a", "b")), resumed=st.booleans(),
         attempts=st.integers(0, 2), tenant=st.sampled_from(("t0", "t1")), yields=st.booleans(),
+        num_virtual=st.sampled_from((0, 50)),
     )  # fmt: skip
-    def assign(self, wid: str, digest: str, resumed: bool, attempts: int, tenant: str, yields: bool) -> None:
+    def assign(
+        self, wid: str, digest: str, resumed: bool, attempts: int, tenant: str, yields: bool, num_virtual: int
+    ) -> None:
         self.count += 1
-        item = request(f"r{self.count}", digest, epoch=2 * resumed, attempts=attempts * resumed, tenant=tenant)
+        item = request(
+            f"r{self.count}",
+            digest,
+            epoch=2 * resumed,
+            attempts=attempts * resumed,
+            tenant=tenant,
+            num_virtual=num_virtual,
+        )
         item.output_charged, item.yields = -1 if resumed else 0, yields
         self.lengths[item.rid] = 7 if resumed else 0
         self.assigned[item.rid] = item
         self.ledger.assign(item, self.workers.by_id[wid])
-        self.paid[tenant] += item.submit.num_prompt_tokens
+        self.paid[tenant] += item.submit.num_prompt_tokens + num_virtual
+        assert item.reserved_tokens == 4 + num_virtual + 4
 
     @precondition(lambda self: self.assigned)
     @rule(data=st.data(), new=st.integers(0, 3), how=st.sampled_from(("end", "hand back", "remove")))

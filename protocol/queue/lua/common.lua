@@ -61,11 +61,11 @@ local function quota_key(tenant) return P .. ':q:' .. tenant end
 
 -- Give back the tokens that a request had reserved of its tenant's bucket and did not use. Deleting the field `quota`
 -- makes sure that this happens once. `output`: the tokens of its log.
-local function settle(rid, tenant, max_new, num_prompt, assigned, output)
+local function settle(rid, tenant, max_new, num_prefill, assigned, output)
   local key = quota_key(tenant)
   redis.call('HDEL', req_key(rid), 'quota')
   redis.call('ZREM', key .. ':run', rid)
-  local unused = assigned and max_new - output or max_new + num_prompt
+  local unused = assigned and max_new - output or max_new + num_prefill
   -- A bucket that has expired is full again.
   if unused > 0 and redis.call('HEXISTS', key, 'tokens') == 1 then
     redis.call('HINCRBYFLOAT', key, 'tokens', -unused)
@@ -261,9 +261,9 @@ local function write_end(rid, state, finish, error, now, is_dead, ...)
   local key = req_key(rid)
   redis.call('HSET', key, 'state', state, 'finish', finish, 'error', error, 'owner', '', 't_end', now, ...)
   local f = redis.call('HMGET', key, 'stored', 'quota', 'max_new', 'n_prompt', 't_assign', 'call', 'usage', 'cached',
-    'history', 'cls', 'epoch', 'attempts', 't_submit', 't_first', 'placed:1')
+    'history', 'cls', 'epoch', 'attempts', 't_submit', 't_first', 'placed:1', 'n_virtual')
   local output = (f[2] or f[7]) and redis.call('STRLEN', P .. ':tok:' .. rid) / 4
-  if f[2] then settle(rid, f[2], f[3], f[4], f[5], output) end
+  if f[2] then settle(rid, f[2], f[3], (f[4] or 0) + (f[16] or 0), f[5], output) end
   if f[7] then
     local usage = cmsgpack.unpack(f[7])
     if f[9] then

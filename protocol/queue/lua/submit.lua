@@ -31,9 +31,9 @@
 --       num_fields    int     number of bodies' fields
 --       fields...     list    per field of the bodies' hash, see `calls.py`: name (str), value (bytes)
 --       rows...       list    per request: rid (str), sub (bytes, `messages.Submit`, msgpack), tenant (str), digest
---                             (str), gateway (str), is_stored (int, 0 or 1), num_prompt (int, tokens), max_new (int,
---                             tokens), deadline_ms (int, unix ms), usage (bytes, what it adds to its tenant's usage,
---                             see `usage.py`; '' for nothing)
+--                             (str), gateway (str), is_stored (int, 0 or 1), num_prompt (int, tokens), num_virtual
+--                             (int, virtual tokens of its adapter), max_new (int, tokens), deadline_ms (int, unix ms),
+--                             usage (bytes, what it adds to its tenant's usage, see `usage.py`; '' for nothing)
 -- Reply: array. A standing is 5 ints: requests left of the minute, ms until all are left, tokens left, ms, requests
 --        running.
 --        {'ok', standing...}; without a tenant {'ok'}, and so when the requests are known: an earlier reply was lost.
@@ -57,7 +57,7 @@ if idem ~= '' then
   local seen = redis.call('GET', idem)
   if seen then return {'idem', seen} end
 end
-local num, now = (#ARGV - first_row + 1) / 10, now_ms()
+local num, now = (#ARGV - first_row + 1) / 11, now_ms()
 
 local limits = {requests = tonumber(max_requests), tokens = tonumber(max_tokens), concurrency = tonumber(max_running)}
 local used, running, last = {requests = 0, tokens = 0}, 0, 0
@@ -84,9 +84,9 @@ if is_rated then
   for i, what in ipairs({'requests', 'tokens'}) do
     if limits[what] > 0 then used[what] = math.max(0, tonumber(f[i] or 0) - passed * limits[what] / 60000) end
   end
-  for a = first_row, #ARGV, 10 do
-    local _, _, _, _, _, _, num_prompt, max_new, deadline_ms = unpack(ARGV, a, a + 9)
-    wanted.tokens = wanted.tokens + num_prompt + max_new
+  for a = first_row, #ARGV, 11 do
+    local _, _, _, _, _, _, num_prompt, num_virtual, max_new, deadline_ms = unpack(ARGV, a, a + 10)
+    wanted.tokens = wanted.tokens + num_prompt + num_virtual + max_new
     last = math.max(last, tonumber(deadline_ms))
   end
   redis.call('ZREMRANGEBYSCORE', quota_key(who) .. ':run', '-inf', now)
@@ -121,8 +121,9 @@ end
 local queued = redis.call('XLEN', queue)
 if queued + num > max_queued then return {'full', queued} end
 local to = 0
-for a = first_row, #ARGV, 10 do
-  local rid, sub, tenant, digest, gateway, is_stored, num_prompt, max_new, deadline_ms, usage = unpack(ARGV, a, a + 9)
+for a = first_row, #ARGV, 11 do
+  local rid, sub, tenant, digest, gateway, is_stored, num_prompt, num_virtual, max_new, deadline_ms, usage =
+    unpack(ARGV, a, a + 10)
   deadline_ms = tonumber(deadline_ms)
   local ttl = math.max(deadline_ms - now, 0) + 3600000
   to = math.max(to, now + ttl)
@@ -140,11 +141,15 @@ for a = first_row, #ARGV, 10 do
   if is_rated then
     more[#more + 1] = 'quota'
     more[#more + 1] = who
+    if num_virtual ~= '0' then
+      more[#more + 1] = 'n_virtual'
+      more[#more + 1] = num_virtual
+    end
   end
   redis.call('HSET', req_key(rid), 'state', 'queued', 'cls', cls, 'epoch', 0, 'attempts', 0, 'owner', '', 'cancel', 0,
     'tenant', tenant, 'digest', digest, 'gateway', gateway, 'stored', is_stored, 'n_prompt', num_prompt,
     'max_new', max_new, 'deadline', deadline_ms, 'sub', sub, 'sub_id', id, 't_submit', now, 'call', call,
-    'ahead', queued + (a - first_row) / 10, unpack(more))
+    'ahead', queued + (a - first_row) / 11, unpack(more))
   redis.call('PEXPIRE', req_key(rid), ttl)
   if is_rated then
     -- Its end removes it from the set. Should that be lost with the queue's last second, its deadline does.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from protocol.wire.messages.base import Packed, Task, Wire
 
 OPAQUE = "opaque"
@@ -59,6 +61,11 @@ class ServedModel(Wire, frozen=True):
     def identity(self) -> tuple[str, dict[str, str]]:
         """What adapters must be checked for again where it is another."""
         return self.fingerprint, self.tokenizer
+
+    def less(self, num_virtual: int) -> ServedModel:
+        """Return it with the part of its context that so many virtual tokens of an adapter leave."""
+        left = max(self.max_model_len - num_virtual, 0)
+        return msgspec.structs.replace(self, max_model_len=left) if num_virtual else self
 
     def does(self, task: Task) -> bool:
         """Return whether requests may ask this of the model."""

@@ -125,3 +125,9 @@ class RequestHead(Wire, frozen=True):
     part: int = 0  # index of its body among the call's
     needs: list[str] = []  # fields that its worker must know, see `fields_in_use`
     trace: str = ""  # W3C traceparent of the span that submitted it; "" without one
+    num_virtual: int = 0  # virtual tokens that its adapter puts before its prompt
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens that are computed before its output: its adapter's virtual tokens and its prompt."""
+        return self.num_virtual + self.num_prompt_tokens

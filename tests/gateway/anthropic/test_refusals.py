@@ -289,13 +289,16 @@ async def test_there_may_not_be_more_blocks_than_are_looked_into(http: httpx2.As
 
 async def test_models_have_anthropic_s_shape_for_who_asks_so(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     for name in ("ant", "bee", "cat"):
-        await fleet.add_adapter(name, f"{name}-digest")
+        await fleet.add_adapter(name, f"{name}-digest", num_virtual=100 if name == "bee" else 0)
     await fleet.add_adapter("gone", state="failed", reason="broken")
     http.headers["anthropic-version"] = "2026-10-21"
     page = (await http.get("/v1/models")).json()
     names = [held_to("model", model)["id"] for model in page["data"]]
     assert names == ["tiny/base", "ant", "bee", "cat"]
     assert (page["has_more"], page["first_id"], page["last_id"]) == (False, "tiny/base", "cat")
+    # Virtual tokens of an adapter are no room for a prompt.
+    assert [model["max_input_tokens"] for model in page["data"]] == [255, 255, 155, 255]
+    assert (await http.get("/v1/models/bee")).json()["max_input_tokens"] == 155
     pages = []
     after: dict[str, str] = {}
     while True:

@@ -301,6 +301,20 @@ async def test_what_no_limit_could_ever_let_in_is_the_client_s_fault(http: httpx
         assert "retry-after" not in refused.headers
 
 
+async def test_virtual_tokens_of_an_adapter_count_against_its_tenant_s_limit(
+    fleet: ScriptedFleet, http: httpx2.AsyncClient, keys: ApiKeys
+) -> None:
+    await fleet.add_adapter("soft", "d-soft", num_virtual=100)
+    headers = await key_of(keys, "acme", tokens_per_minute=150)
+    body = {"model": "soft", "prompt": [5] * 10, "max_tokens": 5}
+    answer = await http.post("/v1/completions", json=body, headers=headers)
+    assert answer.headers["x-ratelimit-remaining-tokens"] == str(150 - 115)
+    refused = await http.post("/v1/completions", json={**body, "max_tokens": 50}, headers=headers)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "limit_exceeded")
+    base = await http.post("/v1/completions", json={**body, "model": "base", "max_tokens": 20}, headers=headers)
+    assert base.status_code == 200
+
+
 async def test_what_a_tenant_keeps_in_the_queue_is_limited(
     fleet: ScriptedFleet, http: httpx2.AsyncClient, keys: ApiKeys
 ) -> None:

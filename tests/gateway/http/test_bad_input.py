@@ -256,19 +256,21 @@ async def test_null_is_the_default(http: httpx2.AsyncClient, fleet: ScriptedFlee
 async def test_virtual_tokens_of_an_adapter_take_room_in_the_context(
     client: AsyncOpenAI, http: httpx2.AsyncClient, fleet: ScriptedFleet
 ) -> None:
-    """They count in the context and in nothing else; the base, asked in the same call, has all of it."""
+    """They count in the context, and for the scheduler, but in no usage. The base has all of its context."""
     await fleet.add_adapter("soft", "d-soft", num_virtual=100)
     ids, room = [5] * 10, MAX_MODEL_LEN - 100
     answer = await client.completions.create(model="soft", prompt=ids, max_tokens=room - 10)
     assert answer.usage is not None
     assert answer.usage.prompt_tokens == 10
     assert fleet.seen[-1][1].max_new_tokens == room - 10
+    assert (fleet.seen[-1][0].num_virtual, fleet.seen[-1][0].num_prompt_tokens) == (100, 10)
     with pytest.raises(
         openai.BadRequestError, match=rf"{room} tokens. However, you requested {room + 1} tokens"
     ) as caught:
         await client.completions.create(model="soft", prompt=ids, max_tokens=room - 9)
     assert caught.value.code == "context_length_exceeded"
     await client.completions.create(model="base", prompt=ids, max_tokens=room - 9)
+    assert fleet.seen[-1][0].num_virtual == 0
     with pytest.raises(openai.BadRequestError, match=f"context length is {room} tokens"):
         await client.chat.completions.create(model="soft", messages=[{"role": "user", "content": "q" * room}])
     shown = (await http.get("/v1/adapters/soft")).json()

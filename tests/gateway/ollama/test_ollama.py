@@ -356,7 +356,11 @@ async def test_show_says_what_editors_ask(http: httpx2.AsyncClient, fleet: Scrip
     fox = (await http.post("/api/show", json={"name": "fox:latest"})).json()
     assert fox["modelfile"] == f"FROM {BASE_NAME}\nADAPTER local:fox\n"
     assert fox["details"]["parent_model"] == f"{BASE_NAME}:latest"
-    assert fox["model_info"]["adapter.rank"] == 8
+    assert (fox["model_info"]["adapter.type"], fox["model_info"]["adapter.rank"]) == ("lora", 8)
+    config = {"peft_type": "PROMPT_TUNING"}
+    await fleet.add_adapter("soft", "d-soft", num_virtual=100, config=config)
+    soft = (await http.post("/api/show", json={"name": "soft"})).json()["model_info"]
+    assert (soft[f"{kind}.context_length"], soft["adapter.type"]) == (MAX_MODEL_LEN - 100, "prompt_tuning")
 
 
 @pytest.mark.parametrize("path", ROUTES)

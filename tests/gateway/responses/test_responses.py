@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import msgspec
 from helpers.response_events import Event, built, events_of, held_to
-from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import MAX_MODEL_LEN, Script, ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
 
 from gateway.adapters.resolver import CallTarget
@@ -164,6 +164,16 @@ async def test_what_is_not_stored_is_not_found(http: httpx2.AsyncClient, bus: Bu
 # ---------------------------------------------------------------- counts
 
 
+async def test_a_shortened_input_leaves_room_for_virtual_tokens(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    """What no response could be shortened to is no count either."""
+    await fleet.add_adapter("soft", "d-soft", num_virtual=100)
+    long = "q" * (MAX_MODEL_LEN - 100)
+    for model, status in (("base", 200), ("soft", 400)):
+        asked = {"model": model, "input": long, "truncation": "auto"}
+        answers = [await http.post(path, json=asked) for path in (f"{PATH}/input_tokens", PATH)]
+        assert [answer.status_code for answer in answers] == [status, status], [answer.text for answer in answers]
+
+
 async def test_a_count_is_what_the_response_is_charged(http: httpx2.AsyncClient, qwen: httpx2.AsyncClient) -> None:
     first = await whole(http, BODY)
     conversation = (await http.post("/v1/conversations", json={"items": [{"role": "user", "content": "ä"}]})).json()
@@ -315,8 +325,8 @@ async def test_truncation_renders_a_few_times() -> None:
     call = parse(request, EVERYBODY, Settings(), None, items)
     base = m.ServedModel("b", "b", "f", "tiny", 300, max_model_len=100, sites=[], created_ms=0)
     for max_len, num in ((100, 99), (2000, 1001)):
-        files = CountedFiles()
-        target: Any = SimpleNamespace(files=files, payer=lambda _: "", vocab_size=300, within=lambda base: base)
+        files: Any = CountedFiles()
+        target = CallTarget("b", "", files, vocab_size=300)
         resolved = ResolvedCall(call, msgspec.structs.replace(base, max_model_len=max_len), [target])
         [prompt] = (await tokenize(resolved)).prompts
         assert prompt.num_tokens == num

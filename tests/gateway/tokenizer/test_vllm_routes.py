@@ -37,6 +37,21 @@ async def test_a_prompt_is_tokenized_as_the_tokenizer_does(http: httpx2.AsyncCli
     assert (empty["count"], empty["tokens"]) == (0, [])
 
 
+async def test_the_context_of_an_adapter_is_what_its_virtual_tokens_leave(
+    http: httpx2.AsyncClient, fleet: ScriptedFleet
+) -> None:
+    """A client that asks for all that is told to be left of it gets that."""
+    await fleet.add_adapter("soft", "d-soft", num_virtual=100)
+    for asked in ({"prompt": "hi"}, {"messages": MESSAGES}):
+        answer = (await http.post("/tokenize", json={"model": "soft", **asked})).json()
+        assert answer["max_model_len"] == MAX_MODEL_LEN - 100
+    told = (await http.post("/tokenize", json={"model": "soft", "prompt": "hi"})).json()
+    body = {"model": "soft", "prompt": "hi", "max_tokens": told["max_model_len"] - told["count"]}
+    assert (await http.post("/v1/completions", json=body)).status_code == 200
+    more = await http.post("/v1/completions", json={**body, "max_tokens": body["max_tokens"] + 1})
+    assert more.json()["error"]["code"] == "context_length_exceeded"
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -27,10 +27,11 @@ from oracle.peft_oracle import greedy_request
 from peft import C3AConfig, FourierFTConfig, HiraConfig
 from safetensors.torch import load_file, save_file
 
+from adapter_store.blobs import AdapterFolder
 from gpu_worker.svd_convert import convert
 from lorafleet.__main__ import main
 from peft_adapters.format import CONFIG_FILE
-from peft_adapters.kinds.converted import CONVERTED_FIELD
+from peft_adapters.kinds.converted import CONVERTED_FIELD, read_converted
 from protocol.wire.errors import BadRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of PEFT's SHiRA
@@ -87,6 +88,10 @@ def test_a_kind_of_full_rank_is_approximated_on_request(name: str, tmp_path: Pat
         assert max(errors.values()) <= (1 - keep * keep) ** 0.5 + 1e-4
         record = json.loads((tmp_path / f"lora-{keep}" / CONFIG_FILE).read_text())[CONVERTED_FIELD]
         assert record == {"peft_type": name.upper(), "keep": keep, "errors": errors}
+        told = AdapterFolder.read(tmp_path / f"lora-{keep}")
+        converted = read_converted(told.config, told.tensors)
+        assert converted is not None
+        assert (converted.kind, converted.errors.keys()) == (name.upper(), errors.keys())
         engine = make_engine(LLAMA, {"tuned": tmp_path / f"lora-{keep}"})
         ids, logits = engine_logits(engine, [greedy_request("r", "tuned", prompt, 4)])["r"]
         differences.append(float((logits - peft_logits(peft, prompt, ids)).abs().max()))

@@ -15,7 +15,7 @@ UNNAMED = {("submit", "fields")}
 
 _ENTRY = re.compile(r"-- (KEYS|ARGV|    )  (\w+)(\.\.\.)? +(\S+(?: \| \S+)*)  (.*)")
 _FIELD = re.compile(r"(\w+) \((str|bytes|int(?: \| str)?)\b")
-_GROUPS = re.compile(r"for (\w+) = [^\n]*, (\d+) do\n +local ([\w, ]+) = unpack\(ARGV, \1, \1 \+ (\d+)\)\n")
+_GROUPS = re.compile(r"for (\w+) = [^\n]*, (\d+) do\n +local ([\w, ]+) =\s+unpack\(ARGV, \1, \1 \+ (\d+)\)\n")
 
 
 def _source(kind: type[lua.Call]) -> str:

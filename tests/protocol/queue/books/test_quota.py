@@ -94,6 +94,31 @@ async def test_tokens_are_reserved_and_what_was_not_made_is_given_back(queue: Qu
     assert (await acme.submit("c"))[0] == "ok"
 
 
+async def test_virtual_tokens_are_reserved_like_a_prompt(queue: Queue) -> None:
+    """And given back like one: to who never left the queue. The request's own facts are of its prompt alone."""
+    acme = Tenant(queue, replace(NO_LIMIT, tokens_per_minute=1000))
+
+    async def send(rid: str) -> Standing:
+        pair = make_submit(rid, num_virtual=500), make_body()
+        _, standing = await queue.bus.submit("interactive", [pair], max_queued=9, quota=acme.quota)
+        assert isinstance(standing, Standing)
+        return standing
+
+    tokens = (await send("a")).tokens
+    assert tokens is not None
+    assert tokens.remaining == 1000 - 511
+    assert (await send("b")).over == "tokens"
+    used = await acme.used_tokens()
+    await queue.bus.cancel("a")
+    assert await acme.used_tokens() == pytest.approx(used - 511)
+    await send("b")
+    used = await acme.used_tokens()
+    await queue.assign("b")
+    assert await queue.bus.step("w", StepResult([row("b", 0, 5, 6, finish="stop")])) == []
+    assert await acme.used_tokens() == pytest.approx(used - 6)
+    assert (await queue.fields("b"))["n_prompt"] == "3"
+
+
 @pytest.mark.parametrize("end", ["cancelled in the queue", "cancelled", "failed", "worker lost"])
 async def test_whatever_ends_a_request_settles_it_once(queue: Queue, end: str) -> None:
     acme = Tenant(queue, replace(NO_LIMIT, tokens_per_minute=1000, concurrency=9))
