@@ -181,7 +181,9 @@ class Jobs:
         """Delete a job with its requests, ending what still runs of it."""
         await self.before_forget(job)
         await asyncio.gather(*(self._bus.finish(rid, "cancelled", "cancelled") for rid in job.rids))
-        await self._bus.jobs.forget(job)
+        settings = self._pipeline.settings
+        text_ms = int(1000 * settings.history_s) if settings.history_text else 0
+        await self._bus.jobs.forget(job, text_ms)
 
     async def list(
         self, caller: Caller, status: JobStatus | None, limit: int, after: str | None, model: str | None = None

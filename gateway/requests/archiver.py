@@ -60,6 +60,7 @@ class Archiver:
         self._more = asyncio.Event()  # there is more to copy, at once
         self._is_prepared = False
         self._looks_at_all = True
+        self._unfinished: dict[str, None] = {}  # tenants that have more to copy, however long ago it ended
         self._complete_ms = now_ms()  # when the database last had all, as far as this gateway knows
         self._written: dict[str, None] = {}  # tenants that have more in the database than when they were trimmed
         self._too_much: dict[str, None] = {}  # those of them that are to be trimmed now
@@ -113,13 +114,17 @@ class Archiver:
             await self._database.prepare()
             self._is_prepared = True
         archive = self._bus.archive
-        tenants = await archive.tenants(0 if self._looks_at_all else now_ms() - RECENT_MS)
+        recent = await archive.tenants(0 if self._looks_at_all else now_ms() - RECENT_MS)
+        tenants = list(dict.fromkeys([*self._unfinished, *recent]))
         behind_ms, has_more, is_idle = 0, False, True
         for begin in range(0, len(tenants), TENANTS_AT_ONCE):
             if begin and not await archive.lead(self._gid):
                 return False
             since_ms = now_ms() - self._keep_ms
             found = await archive.new(tenants[begin : begin + TENANTS_AT_ONCE], ENDS_AT_ONCE, since_ms)
+            for tenant in tenants[begin : begin + TENANTS_AT_ONCE]:
+                self._unfinished.pop(tenant, None)
+            self._unfinished |= dict.fromkeys(one.tenant for one in found if one.has_more)
             oldest = min((one.found[0].place.ms for one in found if one.has_more), default=None)
             if oldest is not None:
                 has_more, behind_ms = True, max(behind_ms, now_ms() - oldest)
@@ -179,7 +184,8 @@ class Archiver:
         """Delete the texts that their owners have deleted. Returns whether there are more."""
         which = await self._bus.archive.deletions(DELETIONS_AT_ONCE)
         if which:
-            await self._database.delete_texts(which)
+            if not await self._database.delete_texts(which):
+                return False
             await self._bus.archive.deleted(which)
         return len(which) == DELETIONS_AT_ONCE
 

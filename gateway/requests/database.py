@@ -104,7 +104,9 @@ _AFTER = or_(
 )
 _LISTED = (
     select(*_KEY, _C.entry)
-    .where(_C.ms >= bindparam("since"), _C.ms < bindparam("until"), _C.ms <= bindparam("after_ms"), _AFTER)
+    .where(
+        _C.ms >= bindparam("since"), _C.ms < bindparam("until"), _AFTER
+    )  # with two upper bounds SQLite takes the worse
     .order_by(*_LATEST)
     .limit(PAGE)
 )
@@ -155,17 +157,19 @@ class Database:
     """The database. What it raises is Unavailable, and Overloaded for readers."""
 
     def __init__(self, url: str, timeout_s: float = TIMEOUT_S) -> None:
-        """url: as `--history`. Raises BadRequest for one that cannot be used."""
+        """url: as `--history`. Raises BadRequest for one that cannot be used, ImportError without its driver."""
         self._url = url_of(url)
         self._timeout_s = timeout_s
         self._slots = FairSlots(READS, READS_OF_TENANT, READS_WAITING)
         try:
             more: dict[str, Any] = {"pool_size": READS + 2, "max_overflow": 0, "pool_timeout": timeout_s}
+            if self._is_sqlite:
+                more["connect_args"] = {"timeout": timeout_s / 2}  # for a lock, in a thread that nothing can interrupt
+                _make_private(Path(self._url.database or ""))
             self._engine = create_async_engine(self._url, **more)
             if self._is_sqlite:
-                _make_private(Path(self._url.database or ""))
                 event.listen(self._engine.sync_engine, "connect", _set_up_sqlite)
-        except (SQLAlchemyError, ImportError, OSError, TypeError, ValueError) as error:
+        except (SQLAlchemyError, OSError, TypeError, ValueError) as error:
             raise BadRequest(f"--history {brief(url)}: {error}") from error
         self._add = _ADD[self._url.get_backend_name()]
 
@@ -198,10 +202,19 @@ class Database:
             async with self._begun() as connection:
                 await connection.execute(self._add, values)
 
-    async def delete_texts(self, which: Sequence[tuple[str, str]]) -> None:
-        """Delete the texts of requests, each by its tenant and id. Raises Unavailable."""
+    async def delete_texts(self, which: Sequence[tuple[str, str]]) -> bool:
+        """Delete the texts of requests, each by its tenant and id. Raises Unavailable.
+
+        Returns False if a file may still have them, since somebody reads it: then call it again.
+        """
         async with self._begun() as connection:
             await connection.execute(STATEMENTS["forget"], [{"owner": tenant, "rid": rid} for tenant, rid in which])
+        if not self._is_sqlite:
+            return True
+        async with _failing_as_unavailable(self._timeout_s), self._engine.connect() as connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            is_busy, *_ = (await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).one()
+        return not is_busy
 
     async def delete_before(self, ms: int) -> bool:
         """Delete what ended before a time, DELETED_AT_ONCE at most. Returns whether there may be more."""
@@ -236,7 +249,8 @@ class Database:
         place, what = after or Place(_LAST_MS, 0, ""), "all" if tenant is None else "own"
         while True:
             values = {"after_ms": place.ms, "after_seq": place.seq, "after_mark": place.mark}
-            rows = await self._read(tenant, what, since=since_ms, until=until_ms or _LAST_MS, **values)
+            until = min(until_ms or _LAST_MS, place.ms + 1)
+            rows = await self._read(tenant, what, since=since_ms, until=until, **values)
             for name, ms, seq, mark, entry in rows:
                 place = Place(ms, seq, mark)
                 yield place, name, _entry(entry)
@@ -299,9 +313,13 @@ def url_of(url: str) -> URL:
 
 
 def _make_private(path: Path) -> None:
-    """Make a file that is its user's alone, unless it is there."""
+    """Make a file that is its user's alone, or make it so. Files that SQLite puts beside it have its mode."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(fd, 0o600)
+    finally:
+        os.close(fd)
 
 
 def _set_up_sqlite(connection: Any, _: object) -> None:

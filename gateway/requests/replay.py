@@ -72,7 +72,6 @@ async def _run(pipeline: Pipeline, submit: m.RequestHead, body: m.Body, model: s
             quota=quota,
             usages=[usage],
             history=kept_for(pipeline.settings.history_s, pipeline.settings.history_requests),
-            text=pipeline.settings.history_text,
         )
         pipeline.admission.settle_again(load, quota, outcome, result)
         while now_ms() < submit.deadline_ms:

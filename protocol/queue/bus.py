@@ -272,7 +272,7 @@ class Bus:
 
     async def forget_call(self, idem_key: str, rids: Sequence[str]) -> None:
         """Delete all that the requests of a call have left, which have ended, and its Idempotency-Key."""
-        await self._scripts.run(lua.Forget(job="", jobs="", idem=idem_key, jid="", rids=rids))
+        await self._scripts.run(lua.Forget(job="", jobs="", idem=idem_key, jid="", tenant="", text_ms=0, rids=rids))
 
     async def requeue(
         self, wid: str, rids: Sequence[str], *, counts: bool, max_attempts: int, name: str = ""

@@ -17,8 +17,7 @@ from msgspec.structs import astuple
 Key: TypeAlias = Annotated[str, "a key of the queue"]
 Word: TypeAlias = str | bytes | int
 
-_WORDS = re.compile(r"(?<=[a-z])(?=[A-Z])")
-"""Where a word ends within a name."""
+_WORDS = re.compile(r"(?<=[a-z])(?=[A-Z])")  # where a word ends within a name
 
 
 class Group(msgspec.Struct):  # a struct, as its call: a dataclass takes three times as long to make
@@ -268,6 +267,8 @@ class Forget(Call, kw_only=True):
     jobs: Key
     idem: Key
     jid: str
+    tenant: str
+    text_ms: int
     rids: Sequence[str]
 
 

@@ -62,14 +62,18 @@ class StoredJobs:
             return new.request
         return self._seal.seal(new.request, f"{self._keys.job(new.job.jid)}/request")
 
-    async def forget(self, job: m.Job) -> bool:
+    async def forget(self, job: m.Job, text_ms: int = 0) -> bool:
         """Delete a job and all that its requests have left; they must have ended. Returns False if it is unknown.
 
-        Raises Unavailable while too many deletions wait for the history's database.
+        text_ms: how long the history's database may have their texts, also of requests that have expired here; 0: it
+        has none. Raises Unavailable while too many deletions wait for the history's database.
         """
         keys = self._keys
         idem = keys.idem(job.tenant, job.key) if job.key else ""
-        call = lua.Forget(job=keys.job(job.jid), jobs=keys.jobs(job.tenant), idem=idem, jid=job.jid, rids=job.rids)
+        call = lua.Forget(
+            job=keys.job(job.jid), jobs=keys.jobs(job.tenant), idem=idem, jid=job.jid, tenant=job.tenant,
+            text_ms=text_ms, rids=job.rids,
+        )  # fmt: skip
         found = await self._scripts.run(call)
         if found < 0:
             raise Unavailable(

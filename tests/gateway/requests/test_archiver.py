@@ -168,6 +168,18 @@ async def test_after_an_outage_tenants_that_are_silent_again_are_copied_too(bus:
     await archiver.leave()
 
 
+async def test_a_long_backlog_of_a_silent_tenant_is_copied_whole(bus: Bus, database: Database) -> None:
+    """One look copies some of it, and by then the tenant has had no end for long."""
+    rids = [f"r{number:03}" for number in range(80)]
+    await end(bus, *rids)
+    await bus._redis.zadd(bus.keys.histories, {"t": float(now_ms() - 2 * loop.RECENT_MS)})
+    archiver = make(bus, database)
+    for _ in range(6):
+        await archiver.look()
+    assert sorted(await rids_of(database)) == rids
+    assert archiver._unfinished == {}
+
+
 async def test_a_tenant_that_floods_delays_no_others_ends(bus: Bus, database: Database) -> None:
     await end(bus, *(f"a{number:03}" for number in range(2 * loop.ENDS_AT_ONCE)))
     await end(bus, "o", tenant="other")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sqlite3
 from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,27 @@ async def test_what_another_release_wrote_is_told_as_unreadable(database: Databa
         await connection.execute(REQUESTS.update().values(entry='{"rid":"a","news":1}'))
     assert [entry async for _, _, entry in database.walk("t", 0, 0, None)] == [None]
     assert await database.find("t", {"a"}) is None
+
+
+async def test_a_deleted_text_is_in_no_file_of_an_open_database(tmp_path: Path) -> None:
+    (path := tmp_path / "history.db").touch(mode=0o644)
+    database = Database(f"sqlite:///{path}", timeout_s=0.4)
+
+    def files() -> list[Path]:
+        return list(tmp_path.iterdir())
+
+    await database.prepare()
+    secret = b"a secret that must go"
+    await database.write([(end(f"r{number}", number), secret * 100) for number in range(20)])
+    assert [file.stat().st_mode & 0o777 for file in files()] == [0o600] * 3
+    which = [("t", f"r{number}") for number in range(20)]
+    with closing(sqlite3.connect(path)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM requests").fetchone()
+        assert not await database.delete_texts(which), "a reader needs what was there"
+    assert await database.delete_texts(which)
+    assert not any(secret in file.read_bytes() for file in files())
+    await database.close()
 
 
 async def test_a_file_of_sqlite_is_its_users_alone_and_forgets_what_is_deleted(tmp_path: Path) -> None:

@@ -155,6 +155,19 @@ async def test_what_is_deleted_is_noted_at_once_whatever_the_memory(queue: Queue
     assert await archive.deletions(9) == []
 
 
+async def test_what_is_deleted_after_its_record_is_gone_is_noted_too(queue: Queue) -> None:
+    await submit(queue, "a", stored=True)
+    await submit(queue, "plain", text=0, stored=True)
+    for rid in ("a", "plain"):
+        await queue.bus.finish(rid, "failed", "error")
+    await queue.bus._redis.delete(queue.keys.req("a"))  # as a day later
+    await queue.bus.jobs.forget(make_job("j", "a", "plain"))
+    assert await queue.bus.archive.deletions(9) == [], "the history has no texts"
+    await queue.bus.jobs.forget(make_job("j", "a"), KEEP_MS)
+    await queue.bus.jobs.forget(make_job("k", "plain"), KEEP_MS)
+    assert [rid for _, rid in await queue.bus.archive.deletions(9)] == ["a", "plain"]
+
+
 async def test_a_deletion_is_refused_before_too_many_wait(queue: Queue) -> None:
     await submit(queue, "a", stored=True)
     await queue.bus.finish("a", "failed", "error")
