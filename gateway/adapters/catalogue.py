@@ -141,11 +141,18 @@ class CatalogueCopy:
 
     async def records(self, aliases: Sequence[m.Alias]) -> AsyncIterator[tuple[m.Alias, m.AdapterRecord | None]]:
         """Make aliases with the records of their contents, None for one that has just left, a few at a time."""
+        async for pairs in self._with_records(aliases):
+            for pair in pairs:
+                yield pair
+
+    async def _with_records(
+        self, aliases: Sequence[m.Alias]
+    ) -> AsyncIterator[list[tuple[m.Alias, m.AdapterRecord | None]]]:
+        """Make what `records` makes in lists of OBJECTS_AT_ONCE, each of one reading of the queue."""
         for begin in range(0, len(aliases), OBJECTS_AT_ONCE):
             some = aliases[begin : begin + OBJECTS_AT_ONCE]
             records = await self._bus.adapters.records(sorted({alias.digest for alias in some if alias.digest}))
-            for alias in some:
-                yield alias, records.get(alias.digest)
+            yield [(alias, records.get(alias.digest)) for alias in some]
 
     async def _visible(self, copy: Copy, caller: Caller) -> list[m.Alias]:
         """Return the aliases that a caller sees, by name. A tenant's hides everybody's of the same name."""
@@ -171,10 +178,8 @@ class CatalogueCopy:
         async def make(copy: Copy) -> bytes:
             parts = [dumps([first])[:-1]]
             aliases = await self._visible(copy, caller)
-            for begin in range(0, len(aliases), OBJECTS_AT_ONCE):
-                some = aliases[begin : begin + OBJECTS_AT_ONCE]
-                records = await self._bus.adapters.records(sorted({alias.digest for alias in some if alias.digest}))
-                objects = await each(some, lambda alias, found=records: show(alias, found.get(alias.digest)))
+            async for pairs in self._with_records(aliases):
+                objects = await each(pairs, lambda pair: show(*pair))
                 if objects := [one for one in objects if one is not None]:
                     parts.append(dumps(objects)[1:-1])
                     hold(held() + len(parts[-1]))

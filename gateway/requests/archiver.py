@@ -121,8 +121,9 @@ class Archiver:
             if begin and not await archive.lead(self._gid):
                 return False
             since_ms = now_ms() - self._keep_ms
-            found = await archive.new(tenants[begin : begin + TENANTS_AT_ONCE], ENDS_AT_ONCE, since_ms)
-            for tenant in tenants[begin : begin + TENANTS_AT_ONCE]:
+            some = tenants[begin : begin + TENANTS_AT_ONCE]
+            found = await archive.new(some, ENDS_AT_ONCE, since_ms)
+            for tenant in some:
                 self._unfinished.pop(tenant, None)
             self._unfinished |= dict.fromkeys(one.tenant for one in found if one.has_more)
             oldest = min((one.found[0].place.ms for one in found if one.has_more), default=None)

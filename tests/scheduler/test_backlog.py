@@ -200,7 +200,7 @@ def test_a_blocked_tenant_catches_up_by_no_more_than_the_largest_lag() -> None:
 
 
 def test_all_tokens_of_what_is_queued_are_counted() -> None:
-    """Those of prompts, the virtual ones of adapters and those of the longest outputs."""
+    """A queued request counts its prompt, its adapter's virtual tokens and the longest output it may have."""
     item = request(0, tokens=10, num_virtual=30)
     server = make_server(item, request(1, tokens=10))
     assert server.backlog.num_tokens == 10 + 30 + 4 + 10 + 4

@@ -231,7 +231,7 @@ def test_ranks_in_a_batch_count() -> None:
 
 
 def test_virtual_tokens_are_prefilled_like_a_prompt() -> None:
-    """Of a worker with fast steps and one with fast prefills, they decide for the latter, as a prompt does."""
+    """A worker with fast prefills is preferred to one with fast steps for virtual tokens, as it is for a prompt."""
     steps, prefills = m.StepModel(a=0.01, b=1e-4, c=0.0, d=0.0), m.StepModel(a=0.011, b=0.0, c=0.0, d=0.0)
 
     def taken(**more: Any) -> str:

@@ -47,7 +47,7 @@ def test_what_was_mapped_is_shown() -> None:
 
 
 def test_what_a_conversion_cost_is_shown() -> None:
-    """Of all layers in the one list, of the worst in the other."""
+    """The adapter's own object has the errors of all layers, the list of models the largest one alone."""
     converted = m.Converted(kind="C3A", keep=0.999, errors={"q_proj": 0.03, "v_proj": 0.01})
     shown = AdapterObjects([], {}).of(ALIAS, record(converted=converted), None)
     assert shown["converted"] == {"peft_type": "C3A", "keep": 0.999, "errors": {"q_proj": 0.03, "v_proj": 0.01}}
