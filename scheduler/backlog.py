@@ -2,8 +2,9 @@
 
 Tenants come by their virtual token counters, a tenant's requests by deadline in one queue per adapter, so that a
 request whose adapter is on no worker never blocks others. Requests of a class lie in one of two fair queues: `warm`,
-whose adapter is resident on some worker (or who need none), and `cold`. Requests that a worker has had before come
-first of all.
+whose adapter is resident on some worker (or who need none), and `cold`. Each base has its own fair queues, so that
+requests for a base without room never stand before those for another. Requests that a worker has had before come first
+of all.
 """
 
 from __future__ import annotations
@@ -339,25 +340,46 @@ class _Scan:
         self._queue.turns = others
 
 
+@dataclass(frozen=True, slots=True)
+class _Queues:
+    """What is queued for one base."""
+
+    fair: dict[tuple[str, bool], FairQueue]  # by class, warm or cold
+    resumed: dict[str, QueuedRequest] = field(default_factory=dict[str, QueuedRequest])
+
+    @classmethod
+    def new(cls, counters: VirtualTokenCounters) -> _Queues:
+        """Return empty ones."""
+        return cls({(name, warm): FairQueue(counters) for name in CLASSES for warm in (True, False)})
+
+
 class Backlog:
     """All queued requests."""
 
     def __init__(self, counters: VirtualTokenCounters) -> None:
         self._counters = counters
         self._last_tenant = ""
-        self._queues = {(cls, warm): FairQueue(counters) for cls in CLASSES for warm in (True, False)}
+        self._queues: dict[str, _Queues] = {}  # by base; those that have requests
         self._warm = {BASE}
-        self.resumed: dict[str, QueuedRequest] = {}
-        """Requests that a worker has had before, by id, the one queued longest ago first."""
         self.num_queued = 0
         self.num_tokens = 0
         """Prompts and longest possible outputs of what is queued."""
         self.by_class: Counter[str] = Counter()
         self.by_digest: Counter[str] = Counter()
+        self.by_base: Counter[str] = Counter()
 
-    def queue(self, cls: str, warm: bool) -> FairQueue:
-        """Return the fair queue of a class, warm or cold."""
-        return self._queues[cls, warm]
+    def queue(self, base: str, cls: str, warm: bool) -> FairQueue:
+        """Return the fair queue of a base and class, warm or cold."""
+        return self._of(base).fair[cls, warm]
+
+    def resumed(self, base: str) -> dict[str, QueuedRequest]:
+        """Return a base's requests that a worker has had before, by id, the one queued longest ago first."""
+        return self._of(base).resumed
+
+    @property
+    def has_cold(self) -> bool:
+        """Whether requests are queued whose adapter is on no worker."""
+        return any(queues.fair[cls, False] for queues in self._queues.values() for cls in CLASSES)
 
     def push(self, request: QueuedRequest) -> None:
         """Queue a request. One that was removed comes back as a copy: containers may still hold the old object."""
@@ -367,9 +389,10 @@ class Backlog:
         self.num_queued += 1
         self.by_class[request.submit.cls] += 1
         self.by_digest[request.submit.digest] += 1
+        self.by_base[request.base] += 1
         self.num_tokens += _max_tokens(request)
         if request.resumed:
-            self.resumed[request.rid] = request
+            self.resumed(request.base)[request.rid] = request
         else:
             self._queue_of(request).push(request)
 
@@ -380,9 +403,15 @@ class Backlog:
         self.num_queued -= 1
         self.by_class[request.submit.cls] -= 1
         decrement(self.by_digest, request.submit.digest)
+        decrement(self.by_base, request.base)
         self.num_tokens -= _max_tokens(request)
-        if self.resumed.pop(request.rid, None) is None:
+        if self.resumed(request.base).pop(request.rid, None) is None:
             self._queue_of(request).forget(request)
+
+    def drop_empty(self) -> None:
+        """Forget the queues of bases without requests. Not during a scan, which holds them."""
+        for base in [base for base in self._queues if base not in self.by_base]:
+            del self._queues[base]
 
     def set_warm(self, digest: str, warm: bool) -> None:
         """Note that an adapter is resident on some worker now, or on none any more."""
@@ -392,16 +421,23 @@ class Backlog:
             self._warm.add(digest)
         else:
             self._warm.discard(digest)
-        for cls in CLASSES:
-            for request in self._queues[cls, not warm].take_out(digest):
-                self._queues[cls, warm].push(request)
+        for queues in self._queues.values():
+            for cls in CLASSES:
+                for request in queues.fair[cls, not warm].take_out(digest):
+                    queues.fair[cls, warm].push(request)
 
     def is_warm(self, digest: str) -> bool:
         """Return whether an adapter is resident on some worker. The base model always is."""
         return digest in self._warm
 
+    def _of(self, base: str) -> _Queues:
+        queues = self._queues.get(base)
+        if queues is None:
+            queues = self._queues[base] = _Queues.new(self._counters)
+        return queues
+
     def _queue_of(self, request: QueuedRequest) -> FairQueue:
-        return self._queues[request.submit.cls, self.is_warm(request.submit.digest)]
+        return self.queue(request.base, request.submit.cls, self.is_warm(request.submit.digest))
 
 
 def _max_tokens(request: QueuedRequest) -> int:

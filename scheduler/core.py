@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
@@ -91,15 +92,15 @@ class Scheduler:
         self.ledger = Ledger(self.workers, self.counters, self.placement.rank_of)
         self.backlog = Backlog(self.counters)
         self.popularity = Popularity()
-        self.shares = FairShares(self.counters, config.slack_tokens)
+        self._shares: dict[str, FairShares] = {}  # by base: a share is of the places of its workers
         self.takes_batch = True
         """Whether requests of class batch are dispatched. Their answers stay in the queue, and may find no room."""
         self.requests: dict[str, QueuedRequest] = {}
         self._deadlines: list[tuple[int, str]] = []
-        self._alone_since_ms: float | None = None  # since when there has been no worker
+        self._alone_since_ms: dict[str, float] = {}  # bases with requests and no worker -> since when
         self._num_seen = 0
         self._now_ms = 0.0  # time of the last plan
-        self._unplaced: set[str] = set()  # digests of requests submitted since the last plan
+        self._unplaced: dict[str, str] = {}  # digests of requests submitted since the last plan -> their bases
         self._wanted: list[tuple[str, str]] = []  # (worker, adapter) of new homes
         self._prefetched: dict[str, float] = {}  # adapter -> time of the last prefetch order, ms
         self._queued: dict[str, frozenset[str]] = {}  # worker -> adapters of queued requests, as last sent to it
@@ -120,7 +121,7 @@ class Scheduler:
             self._open(sub)
         self._enqueue(request)
         if sub.digest != BASE and sub.digest not in self.workers.holders:
-            self._unplaced.add(sub.digest)
+            self._unplaced[sub.digest] = sub.base
 
     def adopt(self, wid: str, sub: m.RequestHead, epoch: int, attempts: int, *, yields: bool = False) -> None:
         """Take over a request that an earlier leader assigned; `epoch` and `yields` are those of the assignment."""
@@ -163,8 +164,7 @@ class Scheduler:
     @property
     def waits_for_loads(self) -> bool:
         """Whether requests are queued whose adapter is nowhere, and workers load as many as they may."""
-        is_queued = any(self.backlog.queue(cls, False) for cls in CLASSES)
-        return is_queued and any(worker.cold for worker in self.workers.available())
+        return self.backlog.has_cold and any(worker.cold for worker in self.workers.available())
 
     def learn(self, digest: str, facts: AdapterFacts) -> None:
         """Take an adapter's rank and size from its record."""
@@ -195,11 +195,9 @@ class Scheduler:
             self.backlog.set_warm(digest, warm)
         if self.backlog.num_queued:
             self.placement.refresh()
-            self.shares.update(self.placement.total_capacity, self.placement.num_reserved, now_ms)
-            self._dispatch_resumed(plan, now_ms)
-            for cls in CLASSES if self.takes_batch else (INTERACTIVE,):
-                for warm in (True, False):
-                    self._dispatch_queue(cls, warm, plan, now_ms)
+            self.backlog.drop_empty()
+            for base in list(self.backlog.by_base):
+                self._dispatch(base, plan, now_ms)
             self._prefetch(plan, now_ms)
         self._unplaced.clear()
         plan.prefetches += self._wanted
@@ -231,20 +229,35 @@ class Scheduler:
         return rids
 
     def unserved(self, now_ms: float) -> list[str]:
-        """Return the requests for which no worker has come in time, while somebody waits for their answer.
+        """Return the requests for which no worker of their base has come in time, while somebody waits for them.
 
         Jobs, which nobody waits for, are not among them. Time counts from the last worker's end or the request's
         submission, whichever is later.
         """
-        if self.workers.by_id or not self.config.wait_for_worker_s:
-            self._alone_since_ms = None
+        workers = self.workers.by_id.values()
+        alone = [base for base in self.backlog.by_base if not any(worker.serves(base) for worker in workers)]
+        if not alone or not self.config.wait_for_worker_s:
+            self._alone_since_ms = {}
             return []
-        if self._alone_since_ms is None:
-            self._alone_since_ms = now_ms
+        self._alone_since_ms = {base: self._alone_since_ms.get(base, now_ms) for base in alone}
         before_ms = now_ms - 1000 * self.config.wait_for_worker_s
-        if self._alone_since_ms > before_ms:
+        late = {base for base, since_ms in self._alone_since_ms.items() if since_ms <= before_ms}
+        if not late:
             return []
-        return [rid for rid, r in self.requests.items() if r.submit.gateway and r.submit.submitted_ms <= before_ms]
+        return [
+            rid
+            for rid, r in self.requests.items()
+            if r.base in late and r.submit.gateway and r.submit.submitted_ms <= before_ms
+        ]
+
+    def bases(self) -> dict[str, m.BaseLoad]:
+        """Return how many workers and requests each base has, by the names that these say; none that has neither."""
+        counts = {base: [0, num, 0] for base, num in self.backlog.by_base.items()}
+        for worker in self.workers.by_id.values():
+            count = counts.setdefault(worker.beat.base, [0, 0, 0])
+            count[0] += worker.available
+            count[2] += worker.load
+        return {base: m.BaseLoad(*count) for base, count in counts.items() if base}
 
     def of_gateway(self, gid: str) -> list[str]:
         """Return the requests that end when a gateway dies."""
@@ -284,10 +297,14 @@ class Scheduler:
         )
 
     def drain_next(self, now_ms: float) -> str:
-        """Return the name of the worker whose end costs the others least, "" without any."""
-        placement = self.placement
+        """Return the name of the worker whose end costs the others least, "" without any.
+
+        The last worker of a base stays for as long as another base has two.
+        """
+        placement, workers = self.placement, list(self.workers.available())
+        num = Counter(worker.beat.base for worker in workers)
         return least_valuable(
-            list(self.workers.available()),
+            [worker for worker in workers if num[worker.beat.base] > 1] or workers,
             lambda digest: self.popularity.of(digest, now_ms),
             placement.facts_of,
             placement.bandwidths,
@@ -321,15 +338,23 @@ class Scheduler:
 
     # ------------------------------------------------------------ helpers
 
+    def shares(self, base: str) -> FairShares:
+        """Return how the places of a base's workers are shared. A tenant has one counter for all bases."""
+        shares = self._shares.get(base)
+        if shares is None:
+            self._shares = {name: one for name, one in self._shares.items() if one.num_open}
+            shares = self._shares[base] = FairShares(self.counters, self.config.slack_tokens)
+        return shares
+
     def _open(self, sub: m.RequestHead) -> None:
         heappush(self._deadlines, (sub.deadline_ms, sub.rid))
         if sub.cls != BATCH:
-            self.shares.opened(sub.tenant, sub.weight, self._now_ms)
+            self.shares(sub.base).opened(sub.tenant, sub.weight, self._now_ms)
 
     def _close(self, request: QueuedRequest) -> None:
         del self.requests[request.rid]
         if request.submit.cls != BATCH:
-            self.shares.closed(request.submit.tenant)
+            self.shares(request.base).closed(request.submit.tenant)
 
     def _enqueue(self, request: QueuedRequest) -> None:
         self._num_seen += 1
@@ -343,27 +368,36 @@ class Scheduler:
         elif not request.dropped:
             self.backlog.remove(request)
 
-    def _dispatch_resumed(self, plan: DispatchPlan, now_ms: float) -> None:
+    def _dispatch(self, base: str, plan: DispatchPlan, now_ms: float) -> None:
+        """Dispatch requests of one base."""
+        group = self.placement.group(base)
+        self.shares(base).update(group.capacity, group.num_reserved, now_ms)
+        self._dispatch_resumed(base, plan, now_ms)
+        for cls in CLASSES if self.takes_batch else (INTERACTIVE,):
+            for warm in (True, False):
+                self._dispatch_queue(base, cls, warm, plan, now_ms)
+
+    def _dispatch_resumed(self, base: str, plan: DispatchPlan, now_ms: float) -> None:
         """Dispatch requests that a worker has had before."""
         is_full = {True: False, False: False}  # for warm and for cold requests
-        for request in list(self.backlog.resumed.values())[:MAX_PLACED]:
+        for request in list(self.backlog.resumed(base).values())[:MAX_PLACED]:
             warm = self.backlog.is_warm(request.submit.digest)
             if not is_full[warm]:
                 is_full[warm] = self._offer(request, True, plan, now_ms) is OfferResult.FULL
 
-    def _dispatch_queue(self, cls: str, warm: bool, plan: DispatchPlan, now_ms: float) -> None:
+    def _dispatch_queue(self, base: str, cls: str, warm: bool, plan: DispatchPlan, now_ms: float) -> None:
         """Dispatch requests of one fair queue."""
-        queue = self.backlog.queue(cls, warm)
+        queue = self.backlog.queue(base, cls, warm)
         if not queue:
             return
 
         def offer(request: QueuedRequest, final: bool) -> OfferResult:
             return self._offer(request, final, plan, now_ms)
 
-        yields = self.shares.tenant_yields
+        yields = self.shares(base).tenant_yields
         max_counter = queue.scan(offer, slack=self.config.slack_tokens, max_refused=MAX_REFUSED, yields=yields)
         if warm and max_counter is not None:
-            for worker in self.placement.with_room(cls):
+            for worker in self.placement.with_room(base, cls):
                 queue.scan_adapters(worker.resident, offer, max_counter, yields)
 
     def _offer(self, request: QueuedRequest, final: bool, plan: DispatchPlan, now_ms: float) -> OfferResult:
@@ -371,8 +405,9 @@ class Scheduler:
         if plan.num_placed >= MAX_PLACED:
             plan.again_ms = now_ms
             return OfferResult.FULL
-        request.yields = self.shares.yields(request)
-        request.alone = request.yields and self.shares.is_alone(request.submit.tenant)
+        shares = self.shares(request.base)
+        request.yields = shares.yields(request)
+        request.alone = request.yields and shares.is_alone(request.submit.tenant)
         if request.yields and not self.placement.has_room(request):
             others_have_room = self.placement.has_room(request, yields=False)
             return OfferResult.FULL_FOR_YIELDING if others_have_room else OfferResult.FULL
@@ -399,12 +434,12 @@ class Scheduler:
 
     def _prefetch(self, plan: DispatchPlan, now_ms: float) -> None:
         """Have workers fetch the adapters of requests that have just come and could not be dispatched."""
-        for digest in self._unplaced:
+        for digest, base in self._unplaced.items():
             if not self.backlog.by_digest[digest] or digest in self.workers.holders:
                 continue
             if now_ms - self._prefetched.get(digest, -PREFETCH_AGAIN_MS) < PREFETCH_AGAIN_MS:
                 continue
-            wid = self.placement.home(digest)
+            wid = self.placement.home(base, digest)
             if wid is not None:
                 self._prefetched[digest] = now_ms
                 plan.prefetches.append((wid, digest))

@@ -62,6 +62,11 @@ class QueuedRequest:
         return self.submit.rid
 
     @property
+    def base(self) -> str:
+        """Name of its base: only workers of that base take it. "" of a gateway of an earlier version: all do."""
+        return self.submit.base
+
+    @property
     def resumed(self) -> bool:
         """Whether a worker has had it before: it was handed back, or its worker died."""
         return self.epoch > 0

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from heapq import nlargest
@@ -29,7 +29,7 @@ from protocol.wire.keys import BATCH, CLASSES
 from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.drain import DrainRate
 from scheduler.fairness import VirtualTokenCounters
-from scheduler.placement import DEFAULT_FACTS, AdapterFacts
+from scheduler.placement import AdapterFacts
 from scheduler.recovery import Recovery
 from scheduler.request import QueuedRequest
 from scheduler.trace import tell_placed
@@ -168,21 +168,21 @@ class Session:
                 submits.append((sub, int(fields[b"e"]), int(fields.get(b"a", 0))))
             except (ProtocolError, KeyError, ValueError) as error:
                 await self._recovery.reject(self._bus.keys.sub(cls), entry, repr(error))
-        await self._learn({sub.digest for sub, _, _ in submits})
+        await self._learn({sub.digest: sub.base for sub, _, _ in submits})
         for sub, epoch, attempts in submits:
             self.scheduler.submit(sub, epoch, attempts)
             if epoch and (request := self.scheduler.requests.get(sub.rid)) is not None:
                 request.since_ms = now_ms()
 
-    async def _learn(self, digests: Iterable[str]) -> None:
-        """Look up the rank and size of adapters that are not known yet."""
-        new = self.scheduler.placement.unknown(digests)
+    async def _learn(self, bases: Mapping[str, str]) -> None:
+        """Look up the rank and size of adapters, given with their bases, that are not known yet."""
+        new = self.scheduler.placement.unknown(bases)
         if not new:
             return
         for digest in new:
-            self.scheduler.learn(digest, DEFAULT_FACTS)
+            self.scheduler.learn(digest, AdapterFacts(base=bases[digest]))
         for record in (await self._bus.adapters.records(new)).values():
-            self.scheduler.learn(record.digest, AdapterFacts(record.rank, record.num_bytes))
+            self.scheduler.learn(record.digest, AdapterFacts(record.rank, record.num_bytes, bases[record.digest]))
 
     # ------------------------------------------------------------ out
 
@@ -327,6 +327,7 @@ class Session:
             waiting_adapters=_most(scheduler.backlog.by_digest),
             sent_ms=now_ms(),
             drain_next=self._drain_next,
+            bases=scheduler.bases(),
             knows=sorted({name for worker in workers for name in worker.knows}),
             version=RELEASE,
         )

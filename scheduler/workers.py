@@ -90,6 +90,10 @@ class Worker:
         """Whether it may get requests."""
         return not self.beat.draining and not self.unreachable and self.beat.capacity > 0
 
+    def serves(self, base: str) -> bool:
+        """Return whether it is a worker of a base. "" is of an earlier version, when there was one only."""
+        return base in ("", self.beat.base) or not self.beat.base
+
     def understands(self, request: QueuedRequest) -> bool:
         """Return whether it knows all that a request uses."""
         return self.knows.issuperset(request.submit.needs)
@@ -201,13 +205,13 @@ class Workers:
             self.version += 1
         worker.resident, worker.loading = frozenset(beat.resident), frozenset(beat.loading)
         worker.host, worker.knows = frozenset(beat.host), frozenset(beat.knows)
-        worker.model = self._usual_model() if beat.step_model == m.StepModel() else beat.step_model
+        worker.model = self._usual_model(beat.base) if beat.step_model == m.StepModel() else beat.step_model
         self._index(worker)
         return worker
 
-    def _usual_model(self) -> m.StepModel:
-        """Return the step model of a worker that has fitted one: a new worker runs the same base, likely no slower."""
-        models = (worker.beat.step_model for worker in self.by_id.values())
+    def _usual_model(self, base: str) -> m.StepModel:
+        """Return the step model of a worker of a base that has fitted one: a new worker of it is likely no slower."""
+        models = (worker.beat.step_model for worker in self.by_id.values() if worker.beat.base == base)
         return next((model for model in models if model != m.StepModel()), UNFITTED_STEP)
 
     def note_resident(self, worker: Worker, digest: str) -> None:

@@ -79,14 +79,17 @@ def engine_request(item: m.Assigned, body: m.Body, log: bytes) -> EngineRequest:
     )
 
 
-def worker_beat(name: str, stats: EngineStats, outbox: Outbox, *, publish_s: float, draining: bool) -> m.WorkerBeat:
+def worker_beat(
+    name: str, base: str, stats: EngineStats, outbox: Outbox, *, publish_s: float, draining: bool
+) -> m.WorkerBeat:
     """Return what a worker says of itself.
 
-    name: the worker's. publish_s: seconds it has waited for step scripts.
+    name: the worker's. base: name of the base that it serves. publish_s: seconds it has waited for step scripts.
     """
     return m.WorkerBeat(
         wid=outbox.wid,
         name=name,
+        base=base,
         capacity=0 if draining else stats.capacity,
         running=stats.running,
         waiting=stats.waiting,

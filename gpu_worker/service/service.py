@@ -36,7 +36,7 @@ from protocol.runtime.settings import Settings
 from protocol.runtime.tracing import tracing
 from protocol.runtime.watchdog import LOADING_S, WATCHDOG
 from protocol.wire import messages as m
-from protocol.wire.errors import DeadlineExceeded, Internal, LorafleetError, ProtocolError
+from protocol.wire.errors import Conflict, DeadlineExceeded, Internal, LorafleetError, ProtocolError
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class WorkerService:
     async def run(self, stop: asyncio.Event) -> int:
         """Start the engine, work for the fleet until `stop`, hand over what runs. Returns the exit code.
 
-        Raises Internal when live workers serve another model.
+        Raises Conflict when live workers serve another base by its name.
         """
         loop = asyncio.get_running_loop()
         self.engine.start(
@@ -176,11 +176,16 @@ class WorkerService:
         await self.bus.streams.create(keys.work(self.wid), STREAM_TTL_S)
         await self.bus.streams.create(keys.ctl(self.wid), STREAM_TTL_S)
         try:
-            await self.bus.join(self._own_beat(), self.served, BEAT_TTL_MS)
-        except Internal:
+            name = await self.bus.members.join(
+                self._own_beat(), self.served, BEAT_TTL_MS, adopts=not self.settings.more_models
+            )
+        except Conflict:
             await self.bus.members.leave(self.wid)
             self.engine.stop()
             raise
+        if name != self.served.name:
+            logger.warning("the fleet serves the weights of %s as %s, and so does this worker", self.served.name, name)
+            self.served = msgspec.structs.replace(self.served, name=name)
         await self._beat()
         logger.info("worker %s (%s) serves %s", self.wid, self.name, self.served.name)
 
@@ -418,6 +423,7 @@ class WorkerService:
         self._beaten_loads, self._end_beat_s = stats.num_loads, time.monotonic() + END_BEAT_S
         return worker_beat(
             self.name,
+            self.served.name,
             stats,
             self.outbox,
             publish_s=self._publish_s,

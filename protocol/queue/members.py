@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import msgspec
+
+from protocol.queue import signatures as lua
 from protocol.queue.connection.redis_client import Client, read_many
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
 from protocol.wire.clock import now_ms
 from protocol.wire.codec import decode
-from protocol.wire.errors import ProtocolError
+from protocol.wire.errors import Conflict, ProtocolError
 from protocol.wire.keys import Keys
 
 logger = logging.getLogger(__name__)
@@ -19,13 +22,16 @@ logger = logging.getLogger(__name__)
 STREAM_TTL_S = 3600
 MAX_STORE_SILENCE_MS = 10_000
 
+MAX_BASES = 32
+"""Bases of a fleet: the first and those that `join.lua` lets in. A gateway reads the records of all once a second."""
+
 
 @dataclass(frozen=True, slots=True)
 class FleetSummary:
     """What admission asks about the fleet."""
 
     num_workers: int  # registered, with a recent heartbeat
-    base: m.ServedModel | None
+    bases: list[m.ServedModel]  # the first one first
     status: m.SchedulerStatus | None
 
 
@@ -80,6 +86,69 @@ class Members:
         """Take stores that have not been heard of for `silent_ms` off the register."""
         await self._redis.zremrangebyscore(self._keys.stores, "-inf", now_ms() - silent_ms)
 
+    async def join(self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int, *, adopts: bool = True) -> str:
+        """Register a worker with its first heartbeat; return the name of its base in this fleet.
+
+        That is its own or, where live workers serve the same weights under another name and `adopts`, that one. Raises
+        Conflict when live workers serve another base by its name; without `adopts`, when they serve it by another
+        name; and when there are too many bases.
+        """
+        while True:
+            first, further = await self._raw_bases()
+            known = {base.name: base for base in _decoded([first, *further.values()])}
+            twins = [name for name, base in known.items() if name != served.name and served.has_weights_of(base)]
+            if twins and not adopts:
+                live = {one.base for one in (await self.worker_beats()).values() if one is not None}
+                if taken := live.intersection(twins):
+                    text = f"the weights of {served.name} are served by this fleet as {min(taken)}: name a base once"
+                    raise Conflict(text, code="base_named_twice")
+                twins = []
+            outcome = "changed"
+            for name in (*twins, served.name):
+                outcome = await self._join(beat, served, ttl_ms, name, first, further, known)
+                if outcome == "joined":
+                    return name
+                if outcome != "alone":  # no live worker serves it by that name
+                    break
+            if outcome == "refused":
+                raise Conflict(_taken(served, known[served.name]), code="base_name_taken")
+            if outcome == "full":
+                raise Conflict(f"this fleet serves {MAX_BASES} bases, which is the limit; {served.name} cannot join it")
+            assert outcome == "changed", outcome
+
+    async def _join(
+        self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int, name: str, first: bytes,
+        further: Mapping[bytes, bytes], known: Mapping[str, m.ServedModel],
+    ) -> str:  # fmt: skip
+        """Try to register a worker under a name, which is its base's own or is joined beside others only.
+
+        first, further, known: the bases as they were read. Returns what `join.lua` says.
+        """
+        other, keys = known.get(name), self._keys
+        mine = msgspec.structs.replace(served, name=name)
+        length = min(mine.max_model_len, other.max_model_len if other is not None else mine.max_model_len)
+        call = lua.Join(
+            base=keys.base, bases=keys.bases, workers=keys.workers, worker_beat=keys.worker_beat(beat.wid),
+            wid=beat.wid, beat=m.encode(msgspec.structs.replace(beat, base=name)), ttl_ms=ttl_ms, at_ms=now_ms(),
+            name=name, first=first, further=further.get(name.encode(), b""),
+            is_same=int(other is None or other.is_same(mine)), alone=m.encode(mine) if name == served.name else b"",
+            beside=m.encode(msgspec.structs.replace(mine, max_model_len=length)),
+        )  # fmt: skip
+        return (await self._scripts.run(call)).decode()
+
+    async def _raw_bases(self) -> tuple[bytes, dict[bytes, bytes]]:
+        """Return the records of the first base, b"" without one, and of the further ones by name, as written."""
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.get(self._keys.base)
+        pipe.hgetall(self._keys.bases)
+        first, further = await pipe.execute()
+        return first or b"", further
+
+    async def bases(self) -> list[m.ServedModel]:
+        """Return the bases that workers have reported, the first one first. Raises ProtocolError."""
+        first, further = await self._raw_bases()
+        return _decoded([first, *further.values()])
+
     # ------------------------------------------------------------ asking
 
     async def ids(self, registry: str, max_age_ms: int | None = None) -> list[str]:
@@ -120,13 +189,29 @@ class Members:
         pipe = self._redis.pipeline(transaction=False)
         pipe.zcount(self._keys.workers, now_ms() - max_silence_ms, "+inf")
         pipe.get(self._keys.base)
+        pipe.hgetall(self._keys.bases)
         pipe.get(self._keys.status)
-        num_workers, base, status = await pipe.execute()
+        num_workers, base, further, status = await pipe.execute()
         return FleetSummary(
             num_workers,
-            decode(base, m.ServedModel) if base else None,
+            _decoded([base, *further.values()]),
             decode(status, m.SchedulerStatus) if status else None,
         )
+
+
+def _decoded(raws: Iterable[bytes | None]) -> list[m.ServedModel]:
+    """Return the bases of some records; b"" and None are none. Raises ProtocolError."""
+    return [decode(raw, m.ServedModel) for raw in raws if raw]
+
+
+def _taken(mine: m.ServedModel, other: m.ServedModel) -> str:
+    """Return why a worker cannot serve its base by a name that live workers have given to another base."""
+    what = "config or layout" if mine.fingerprint != other.fingerprint else "weights"
+    theirs, own = (base.fingerprint if what != "weights" else base.weights for base in (other, mine))
+    return (
+        f"this fleet serves another base as {mine.name}: the hash of its {what} is {theirs:.12}, here {own:.12};"
+        " give this one another --served-name"
+    )
 
 
 def _beat(raw: bytes | None) -> m.WorkerBeat | None:

@@ -283,16 +283,19 @@ class Lead(Call, kw_only=True):
 
 
 class Join(Call, kw_only=True):
-    """Register a worker with its first beat, unless live workers serve another model."""
+    """Register a worker with its first beat under its base's name, unless live workers serve another base by it."""
 
     base: Key
+    bases: Key
     workers: Key
     worker_beat: Key
     wid: str
     beat: bytes
     ttl_ms: int
     at_ms: int
-    known: bytes
+    name: str
+    first: bytes
+    further: bytes
     is_same: int
     alone: bytes
     beside: bytes

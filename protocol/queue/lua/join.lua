@@ -1,30 +1,52 @@
 #!lua flags=allow-oom
--- Register a worker with its first beat, unless live workers serve another model.
+-- Register a worker with its first beat under its base's name, unless live workers serve another base by that name.
 --
--- KEYS  base         string  the base model, as messages.ServedModel
+-- A base's record is the first one, or one of the further ones. The first is replaced, and the further ones go, when a
+-- worker of a base without record joins a fleet without workers.
+--
+-- KEYS  base         string  the first base, as messages.ServedModel
+--       bases        hash    name -> each further base, at most 31
 --       workers      zset    worker id -> unix ms of its last heartbeat
 --       worker_beat  string  the worker's heartbeat; the key holds its id
 -- ARGV  wid          str     the worker's id: letters and digits
 --       beat         bytes   its heartbeat
 --       ttl_ms       int     ms that the heartbeat lasts
 --       at_ms        int     unix ms now
---       known        bytes   the base model as the caller read it; '' if there was none
---       is_same      int     1 if that is the caller's own model, else 0
---       alone        bytes   the base model to write where no other worker lives
---       beside       bytes   the base model to write beside other workers
--- Reply: str, 'joined'; 'refused'; or 'changed': the base model is not as read, and the caller reads it again.
-local base, workers, worker_beat = unpack(KEYS, 2)
-local wid, beat, ttl_ms, at_ms, known, is_same, alone, beside = unpack(ARGV)
-if (redis.call('GET', base) or '') ~= known then return 'changed' end
-local served = alone
+--       name         str     its base's name
+--       first        bytes   the first base as the caller read it; '' if there was none
+--       further      bytes   the further base of that name as the caller read it; '' if there was none
+--       is_same      int     1 if the base of that name is the caller's own, or there is none
+--       alone        bytes   the base to write where no other worker serves it; '': only beside others is it joined
+--       beside       bytes   the base to write beside other workers of it
+-- Reply: str, 'joined'; 'refused'; 'full': there are as many bases as may be; 'alone': no other worker serves it, and
+-- `alone` is ''; or 'changed': the bases are not as read, and the caller reads them again.
+local base, bases, workers, worker_beat = unpack(KEYS, 2)
+local wid, beat, ttl_ms, at_ms, name, first, further, is_same, alone, beside = unpack(ARGV)
+local MOST = 31
+if (redis.call('GET', base) or '') ~= first or (redis.call('HGET', bases, name) or '') ~= further then
+  return 'changed'
+end
+local is_first = first == '' or cmsgpack.unpack(first).name == name
+local has_workers, has_own = false, false
 for _, other in ipairs(redis.call('ZRANGE', workers, 0, -1)) do
-  local other_beat = string.gsub(worker_beat, wid, other)
-  if other ~= wid and redis.call('EXISTS', other_beat) == 1 then
-    if is_same ~= '1' then return 'refused' end
-    served = beside
+  local raw = other ~= wid and redis.call('GET', (string.gsub(worker_beat, wid, other)))
+  if raw then
+    has_workers = true
+    local is_read, found = pcall(cmsgpack.unpack, raw)
+    local of = is_read and type(found) == 'table' and found.base or ''
+    has_own = has_own or of == name or (of == '' and is_first)  -- '': of an earlier version
   end
 end
-redis.call('SET', base, served)
+if has_own and is_same ~= '1' then return 'refused' end
+local served = has_own and beside or alone
+if served == '' then return 'alone' end
+if is_first or (further == '' and not has_workers) then
+  redis.call('SET', base, served)
+  if not is_first then redis.call('DEL', bases) end
+else
+  if further == '' and redis.call('HLEN', bases) >= MOST then return 'full' end
+  redis.call('HSET', bases, name, served)
+end
 redis.call('SET', worker_beat, beat, 'PX', ttl_ms)
 redis.call('ZADD', workers, at_ms, wid)
 return 'joined'

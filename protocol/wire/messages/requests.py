@@ -125,3 +125,4 @@ class RequestHead(Wire, frozen=True):
     part: int = 0  # index of its body among the call's
     needs: list[str] = []  # fields that its worker must know, see `fields_in_use`
     trace: str = ""  # W3C traceparent of the span that submitted it; "" without one
+    base: str = ""  # name of its base; "" of an earlier version: the fleet's only one

@@ -23,7 +23,7 @@ from gpu_worker.service.service import WorkerService
 from protocol.queue.bus import Bus, Refused, StepResult, decode
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import Internal
+from protocol.wire.errors import Conflict
 from tests.gpu_worker.service.fakes import (
     GATEWAY,
     PROMPT,
@@ -39,7 +39,7 @@ from tests.gpu_worker.service.fakes import (
     submit,
 )  # fmt: skip
 
-OTHER = fake_served("other", vocab_size=17)
+OTHER = msgspec.structs.replace(fake_served("other", vocab_size=17), name=SERVED.name)
 
 
 async def test_a_batch_runs_to_its_end_and_leaves_no_work_behind(bus: Bus) -> None:
@@ -248,10 +248,10 @@ async def test_what_is_dropped_is_cancelled_before_anything_is_waited_for(
     assert done == ["cancelled ['s']", "repaired"]
 
 
-async def test_workers_of_another_model_may_not_join(bus: Bus) -> None:
+async def test_workers_of_another_model_may_not_join_by_the_same_name(bus: Bus) -> None:
     async with running_worker(bus) as (worker, _):
         stranger = WorkerService(bus, FakeEngine(vocab_size=17), OTHER, Settings())
-        with pytest.raises(Internal, match="cannot join"):
+        with pytest.raises(Conflict, match="serves another base as"):
             await stranger.run(asyncio.Event())
         assert await bus.members.ids(bus.keys.workers) == [worker.wid]
         assert not await bus._redis.exists(bus.keys.work(stranger.wid), bus.keys.ctl(stranger.wid))
@@ -260,7 +260,7 @@ async def test_workers_of_another_model_may_not_join(bus: Bus) -> None:
 
 
 @pytest.mark.parametrize("num_each", [1, 4])
-async def test_of_workers_that_start_together_one_model_joins(bus: Bus, num_each: int) -> None:
+async def test_of_workers_that_start_together_one_model_of_a_name_joins(bus: Bus, num_each: int) -> None:
     buses = [Bus(bus.url) for _ in range(2 * num_each)]
     workers = [
         WorkerService(own, FakeEngine(vocab_size=VOCAB), (SERVED, OTHER)[i % 2], Settings())
@@ -273,8 +273,8 @@ async def test_of_workers_that_start_together_one_model_joins(bus: Bus, num_each
         base = await bus.get(bus.keys.base, m.ServedModel)
         assert base is not None
         assert base in (SERVED, OTHER)
-        joined = {worker.served.name for worker, run in zip(workers, runs, strict=True) if not run.done()}
-        assert joined == {base.name}
+        joined = {worker.served.fingerprint for worker, run in zip(workers, runs, strict=True) if not run.done()}
+        assert joined == {base.fingerprint}
     finally:
         stop.set()
         outcomes = await asyncio.gather(*runs, return_exceptions=True)
@@ -282,7 +282,7 @@ async def test_of_workers_that_start_together_one_model_joins(bus: Bus, num_each
             await own.close()
     refused = [outcome for outcome in outcomes if outcome != 0]
     assert len(refused) == num_each
-    assert all(isinstance(outcome, Internal) for outcome in refused)
+    assert all(isinstance(outcome, Conflict) for outcome in refused)
 
 
 async def _num_joined_or_refused(bus: Bus, runs: list[asyncio.Task[int]], num: int) -> bool:

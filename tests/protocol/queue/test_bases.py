@@ -1,0 +1,132 @@
+"""Workers of several bases join one fleet, each under its base's name; what else has that name is refused at once."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+import pytest
+
+from protocol.queue.bus import Bus
+from protocol.queue.members import MAX_BASES
+from protocol.wire import messages as m
+from protocol.wire.errors import Conflict
+
+TTL_MS = 60_000
+
+
+def base(name: str, *, weights: str = "", **more: Any) -> m.ServedModel:
+    facts = {"fingerprint": "same layout", "model_type": "t", "vocab_size": 9, "max_model_len": 64, "sites": []} | more
+    return m.ServedModel(model=name, name=name, weights=weights or f"weights of {name}", **facts)
+
+
+async def join(bus: Bus, wid: str, served: m.ServedModel, **more: bool) -> str:
+    return await bus.members.join(m.WorkerBeat(wid=wid, name=wid, capacity=1), served, TTL_MS, **more)
+
+
+async def names(bus: Bus) -> list[str]:
+    return [one.name for one in await bus.members.bases()]
+
+
+async def test_bases_of_one_layout_live_side_by_side(bus: Bus) -> None:
+    assert await join(bus, "w1", base("a")) == "a"
+    assert await join(bus, "w2", base("b")) == "b"
+    assert await join(bus, "w3", base("a")) == "a"
+    assert await bus.members.bases() == [base("a"), base("b")]
+    beats = await bus.members.worker_beats()
+    assert {wid: beat.base for wid, beat in beats.items() if beat is not None} == {"w1": "a", "w2": "b", "w3": "a"}
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("other", [{"weights": "others"}, {"fingerprint": "another layout"}])
+async def test_other_weights_under_a_taken_name_are_refused_and_change_nothing(
+    bus: Bus, name: str, other: dict[str, str]
+) -> None:
+    await join(bus, "w1", base("a"))
+    await join(bus, "w2", base("b"))
+    before = await bus.members.bases()
+    with pytest.raises(Conflict, match=f"serves another base as {name}: the hash of its .* --served-name"):
+        await join(bus, "w3", base(name, **other))
+    assert await bus.members.bases() == before
+    assert set(await bus.members.ids(bus.keys.workers)) == {"w1", "w2"}
+
+
+async def test_a_name_is_free_once_its_last_worker_has_gone(bus: Bus) -> None:
+    await join(bus, "w1", base("a"))
+    await join(bus, "w2", base("b"))
+    await bus.members.leave("w2")
+    assert await names(bus) == ["a", "b"]  # its requests wait for a worker of it
+    await join(bus, "w3", base("b", weights="new"))
+    assert await bus.members.bases() == [base("a"), base("b", weights="new")]
+
+
+async def test_of_two_contents_that_take_one_name_together_one_gets_it(bus: Bus) -> None:
+    await join(bus, "w0", base("a"))
+    joins = [join(bus, f"w{i}", base("b", weights=f"content {i % 2}")) for i in range(1, 9)]
+    found = await asyncio.gather(*joins, return_exceptions=True)
+    assert found.count("b") == 4
+    assert sum(isinstance(one, Conflict) for one in found) == 4
+    live = {int(wid[1:]) % 2 for wid in await bus.members.ids(bus.keys.workers) if wid != "w0"}
+    assert [f"content {number}" for number in live] == [(await bus.members.bases())[1].weights]
+
+
+async def test_another_name_for_served_weights_is_the_served_base(bus: Bus) -> None:
+    await join(bus, "w1", base("a"))
+    await join(bus, "w2", base("b"))
+    assert await join(bus, "w3", base("copy", weights="weights of b")) == "b"
+    assert await names(bus) == ["a", "b"]
+    with pytest.raises(Conflict, match="the weights of copy are served by this fleet as b: name a base once"):
+        await join(bus, "w4", base("copy", weights="weights of b"), adopts=False)
+    await bus.members.leave("w2")
+    await bus.members.leave("w3")
+    assert await join(bus, "w5", base("copy", weights="weights of b"), adopts=False) == "copy"
+
+
+async def test_weights_that_an_earlier_version_did_not_report_are_taken_for_the_same(bus: Bus) -> None:
+    """While workers are updated one by one, and have one layout."""
+    old = msgspec.structs.replace(base("a"), weights="")
+    await join(bus, "w1", old)
+    beat = m.WorkerBeat(wid="w1", name="w1", capacity=1)  # without its base's name
+    await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat), TTL_MS)
+    assert await join(bus, "w2", base("a")) == "a"
+    assert await join(bus, "w3", base("b")) == "b"  # another base, and not `a` by its layout alone
+    assert await bus.members.bases() == [base("a"), base("b")]
+    with pytest.raises(Conflict):
+        await join(bus, "w4", base("a", fingerprint="another layout"))
+
+
+async def test_a_fleet_that_starts_again_with_another_model_knows_that_one_only(bus: Bus) -> None:
+    await join(bus, "w1", base("a"))
+    await join(bus, "w2", base("b"))
+    for wid in ("w1", "w2"):
+        await bus.members.leave(wid)
+    assert await join(bus, "w3", base("b")) == "b"
+    assert await names(bus) == ["a", "b"]  # a known one was first to come back
+    await bus.members.leave("w3")
+    assert await join(bus, "w4", base("c")) == "c"
+    assert await names(bus) == ["c"]
+
+
+async def test_each_base_promises_what_its_own_smallest_worker_holds(bus: Bus) -> None:
+    await join(bus, "w1", base("a", max_model_len=64))
+    await join(bus, "w2", base("b", max_model_len=16))
+    await join(bus, "w3", base("b", max_model_len=32))
+    await join(bus, "w4", base("a", max_model_len=128))
+    assert {one.name: one.max_model_len for one in await bus.members.bases()} == {"a": 64, "b": 16}
+
+
+async def test_there_are_at_most_so_many_bases(bus: Bus) -> None:
+    for i in range(MAX_BASES):
+        await join(bus, f"w{i}", base(f"b{i}"))
+    with pytest.raises(Conflict, match=f"this fleet serves {MAX_BASES} bases, which is the limit; one more cannot"):
+        await join(bus, "more", base("one more"))
+    assert await join(bus, "again", base("b7")) == "b7"
+    assert len(await bus.members.bases()) == MAX_BASES
+
+
+async def test_a_heartbeat_that_cannot_be_read_keeps_nobody_from_joining(bus: Bus) -> None:
+    await join(bus, "w1", base("a"))
+    for wid, raw in (("w2", b"\xc1"), ("w3", b"\x93\1\2\3"), ("w4", b"\1"), ("w5", b"\xc0")):
+        await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, raw, TTL_MS)
+    assert await join(bus, "w6", base("b")) == "b"
