@@ -43,6 +43,9 @@ from protocol.wire.errors import AdapterRefused, Unavailable
 logger = logging.getLogger(__name__)
 
 STALE_STAGING_S = 7 * 86_400.0
+
+BASE_LINE = "base "
+"""Begins the line of a version's note that says which base the version names; other lines are readers."""
 """Age at which an abandoned download is deleted."""
 
 
@@ -173,13 +176,27 @@ class Blobs:
         if digest and reader not in readers:
             self._version_file(version).write_text("\n".join([digest, *sorted({*readers, reader})]))
 
+    def named_base(self, version: str) -> str | None:
+        """Return the base that a version names, as `note_base` was told; None if it was not."""
+        lines = self._lines_of(version)[1:]
+        return next((line.removeprefix(BASE_LINE) for line in lines if line.startswith(BASE_LINE)), None)
+
+    def note_base(self, version: str, name: str) -> None:
+        """Note which base a version, which has a digest here, names: one line of text."""
+        digest, readers = self._note_of(version)
+        if digest:
+            self._version_file(version).write_text("\n".join([digest, *sorted(readers), f"{BASE_LINE}{name}"]))
+
     def _note_of(self, version: str) -> tuple[str, set[str]]:
         """Return the digest and the readers that were noted of a version, "" and none if nothing was."""
+        digest, *readers = self._lines_of(version) or [""]
+        return digest, {reader for reader in readers if not reader.startswith(BASE_LINE)}
+
+    def _lines_of(self, version: str) -> list[str]:
         try:
-            digest, *readers = self._version_file(version).read_text(errors="replace").splitlines() or [""]
+            return self._version_file(version).read_text(errors="replace").split("\n")
         except FileNotFoundError:
-            return "", set()
-        return digest, set(readers)
+            return []
 
     def _version_file(self, version: str) -> Path:
         return self._versions / hashlib.sha256(version.encode()).hexdigest()

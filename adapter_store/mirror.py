@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_BASE_NAME = 300
+"""Characters of a base's name or path in an adapter's config; longer ones are none."""
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -242,6 +245,27 @@ class Mirror:
         files = AdapterFolder.open_fetched(folder)
         files.keep_texts()
         return self.blobs.put(version.key, files, sync=not version.at_hand)
+
+    async def named_base(self, source: Source, version: SourceVersion, access: SourceAccess) -> str:
+        """Return the `base_model_name_or_path` of a version's config, "" without one that is a text of modest length.
+
+        A blob does not hold it: contents that differ in nothing else are one. Raises the errors of the source.
+        """
+        config = version.files.get(CONFIG_FILE)
+        if config is None:
+            return ""
+        known = await asyncio.to_thread(self.blobs.named_base, version.key)
+        if known is None:
+            folder = await asyncio.to_thread(self.blobs.staging, version.key)
+            try:
+                await source.fetch(version, CONFIG_FILE, folder / CONFIG_FILE, config.num_bytes, access)
+                found = parse_config(await asyncio.to_thread((folder / CONFIG_FILE).read_bytes))
+            finally:
+                await asyncio.to_thread(self.blobs.discard, version.key)
+            name = found.get("base_model_name_or_path")
+            known = name if isinstance(name, str) and len(name) <= MAX_BASE_NAME and name.isprintable() else ""
+            await asyncio.to_thread(self.blobs.note_base, version.key, known)
+        return known
 
     async def describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
         """Check a blob against the base model and return its catalogue record.

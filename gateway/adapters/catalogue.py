@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
 from gateway.auth.callers import Caller
@@ -153,17 +153,17 @@ class CatalogueCopy:
         self,
         caller: Caller,
         view: Hashable,
-        first: dict[str, Any],
+        first: Sequence[dict[str, Any]],
         show: Callable[[m.Alias, m.AdapterRecord | None], dict[str, Any] | None],
     ) -> bytes:
-        """Return the JSON list of an object and, by name, the views of all adapters visible to a caller.
+        """Return the JSON list of some objects and, by name, the views of all adapters visible to a caller.
 
         view: what `first` and `show` depend on, besides the adapters. show: None for what is left out. Raises as
         `cost.hold` when there is no room for it.
         """
 
         async def make(copy: Copy) -> bytes:
-            parts = [dumps([first])[:-1]]
+            parts = [dumps(list(first))[:-1]]
             aliases = await self._visible(copy, caller)
             for begin in range(0, len(aliases), OBJECTS_AT_ONCE):
                 some = aliases[begin : begin + OBJECTS_AT_ONCE]

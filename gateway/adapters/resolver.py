@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from gateway.adapters.aliases import Aliases
 from gateway.adapters.catalogue import CatalogueCopy
 from gateway.adapters.views import adapter_object, base_object
 from gateway.auth.callers import EVERYBODY, Caller
-from gateway.text.own_files import OwnFiles
+from gateway.text.bases import Bases
 from gateway.text.tokenizer import ModelFiles
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
@@ -44,9 +45,9 @@ class Resolver:
     """Resolves names of the base model and of adapters."""
 
     def __init__(
-        self, bus: Bus, aliases: Aliases, own: OwnFiles, folder: Path | None, *, shows_paths: bool = False
+        self, bus: Bus, aliases: Aliases, bases: Bases, folder: Path | None, *, shows_paths: bool = False
     ) -> None:
-        """`own`: the files that adapters bring; `folder`: the root whose sub-folders are served as adapters.
+        """`bases`: their files, and those of adapters. `folder`: the root whose sub-folders are served as adapters.
 
         `shows_paths`: models' objects show an adapter's path on this machine.
         """
@@ -54,7 +55,7 @@ class Resolver:
         self._folder = folder
         self._shown_folder = folder if shows_paths else None
         self._aliases = aliases
-        self.own = own
+        self.bases = bases
         self.catalogue = CatalogueCopy(bus)
 
     async def resolve(self, name: str, base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY) -> CallTarget:
@@ -64,12 +65,38 @@ class Resolver:
         source. Raises ModelNotFound, PermissionDenied, AdapterRefused, Unavailable.
         """
         if is_base(name, base):
-            return CallTarget(base.name, "", self.own.base)
+            return CallTarget(base.name, "", self.bases.of(base.name).files)
         alias = await self._aliases.served(self._plain(name, base), timeout_s, caller)
-        texts, vocab_size, num_labels = await self.own.facts(alias.digest)
-        files = await self.own.files(alias.digest, texts, caller.name or alias.digest)
+        if not self.is_of(alias, base):
+            raise ModelNotFound(name, f"It is an adapter of the base `{alias.base}`, not of `{base.name}`.")
+        own = self.bases.of(base.name).own
+        texts, vocab_size, num_labels = await own.facts(alias.digest)
+        files = await own.files(alias.digest, texts, caller.name or alias.digest)
         source = alias.source.partition(":")[0]
         return CallTarget(alias.name, alias.digest, files, texts, vocab_size, source, num_labels)
+
+    def is_of(self, alias: m.Alias, base: m.ServedModel) -> bool:
+        """Return whether an adapter was checked for a base. One whose base no store has named is the default one's."""
+        return alias.base == base.name if alias.base else base.name not in self.bases.names
+
+    async def base_of(self, name: str, timeout_s: float, caller: Caller) -> str:
+        """Return the name of the base that a model is, or is an adapter of; "" for the default one, and of no adapter.
+
+        Waits up to `timeout_s` while the adapter is being fetched. Raises as `resolve`.
+        """
+        further = sorted(self.bases.names, key=len, reverse=True)  # one name may begin with another and a colon
+        for base in further:
+            if name == base or name.startswith(f"{base}:"):
+                return base
+        default = self.bases.default.files.name
+        if name in ("", BASE, default) or name.startswith((f"{BASE}:", f"{default}:")):
+            return ""
+        alias = await self._aliases.served(name, timeout_s, caller)
+        if alias.base and alias.base not in (*further, default):
+            raise ModelNotFound(
+                name, f"It is an adapter of the base `{alias.base}`, which this gateway does not serve."
+            )
+        return "" if alias.base == default else alias.base
 
     async def name_in(self, source: str | None, adapter_id: str, caller: Caller) -> str:
         """Return the name under which an adapter of LoRAX's `adapter_source` is resolved; its id without a source.
@@ -109,28 +136,32 @@ class Resolver:
 
     def _plain(self, name: str, base: m.ServedModel) -> str:
         """Return an adapter's name without the base's name as its prefix. Raises ModelNotFound if nothing is left."""
-        for prefix in (f"{base.name}:", f"{BASE}:"):
+        prefixes = (f"{base.name}:",) if base.name in self.bases.names else (f"{base.name}:", f"{BASE}:")
+        for prefix in prefixes:
             if name == prefix:
                 raise ModelNotFound(name, "No adapter is named after the colon.")
             if name.startswith(prefix):
                 return name.removeprefix(prefix)
         return name
 
-    async def models(self, base: m.ServedModel, caller: Caller) -> bytes:
-        """Return as a JSON list the model objects that a caller sees: the base, then the adapters by name."""
+    async def models(self, bases: Sequence[m.ServedModel], caller: Caller) -> bytes:
+        """Return as a JSON list the model objects that a caller sees: the bases, then the adapters by name."""
+        base = bases[0]
         return await self.catalogue.listed(
             caller,
-            ("models", m.encode(base)),
-            base_object(base),
+            ("models", m.encode(bases)),
+            [base_object(one) for one in bases],
             lambda alias, record: adapter_object(alias, record, base, self._shown_folder),
         )
 
-    async def model(self, name: str, base: m.ServedModel, caller: Caller) -> dict[str, Any]:
+    async def model(self, name: str, bases: Sequence[m.ServedModel], caller: Caller) -> dict[str, Any]:
         """Return the object of one model in any state. Raises ModelNotFound."""
+        base = next((one for one in bases if name == one.name or name.startswith(f"{one.name}:")), bases[0])
         if name in (BASE, base.name):
             return base_object(base)
-        alias = await self.known(self._plain(name, base), caller)
-        if alias is None:
+        plain = self._plain(name, base)
+        alias = await self.known(plain, caller)
+        if alias is None or (plain != name and not self.is_of(alias, base)):
             raise ModelNotFound(name)
         record = await self._bus.get(self._bus.keys.adapter(alias.digest), m.AdapterRecord) if alias.digest else None
         return adapter_object(alias, record, base, self._shown_folder)

@@ -114,7 +114,7 @@ def adapter_object(
         "created": alias.created_ms // 1000,
         "owned_by": alias.tenant or "lorafleet",
         "root": root or alias.name,
-        "parent": base.name,
+        "parent": alias.base or base.name,
         "digest": alias.digest or None,
         "rank": record.rank if record else None,
         "state": NO_EFFECT if record and record.no_effect else alias.state,

@@ -125,7 +125,7 @@ class EncoderCalls:
         """Follow a call, or what its Idempotency-Key was used for before. Raises as `Pipeline.run_once`."""
         if sent is None or not sent.key:
             return await self._pipeline.run(call)
-        await self._pipeline.fleet.require(worker=False)  # without the base model's sizes no numbers can be read
+        await self._pipeline.fleet.require_any(worker=False)  # without the base model's sizes no numbers can be read
         return await self._pipeline.run_once(msgspec.structs.replace(call, sent=sent))
 
     def _answer(self, generation: Generation, write: Write) -> EncoderAnswer:

@@ -94,12 +94,15 @@ class OllamaEndpoints:
     async def tags(self, request: Request) -> Response:
         """Answer `/api/tags`."""
         base = await self._pipeline.fleet.require(worker=False)
-        listed = await self._pipeline.resolver.catalogue.listed(
+        resolver = self._pipeline.resolver
+        listed = await resolver.catalogue.listed(
             caller_of(request),
             ("tags", m.encode(base)),
-            ollama_models.listed(base, None),
+            [ollama_models.listed(base, None)],
             lambda alias, record: (
-                ollama_models.listed(base, (alias, record)) if record and alias.state == "on_disk" else None
+                ollama_models.listed(base, (alias, record))
+                if record and alias.state == "on_disk" and resolver.is_of(alias, base)
+                else None
             ),
         )
         return json_response({"models": orjson.Fragment(listed)})

@@ -128,7 +128,8 @@ class OwnFiles:
             eos_ids = eos_ids if eos is None else eos_ids | {eos}
         if own.template is not None:
             template = SandboxedTemplate(own.template, special_tokens(base.texts) | own.special_tokens, self._sandbox)
-        return ModelFiles(base.name, encoder, tokens, template, eos_ids, base.texts, base.pair_template)
+        own_ends = eos_ids - base.eos_ids
+        return ModelFiles(base.name, encoder, tokens, template, eos_ids, base.texts, base.pair_template, None, own_ends)
 
     def _with_added(self, added: list[AddedToken]) -> tuple[Encoder, TokenTable]:
         """Return the base's tokenizer with added tokens, which those with the same share. Raises AdapterRefused."""

@@ -160,8 +160,9 @@ class TokenizerEndpoints:
 
     async def _asked(self, model: str | None, caller: Caller) -> tuple[m.ServedModel, CallTarget]:
         """Return the base model, and whose tokenizer is asked for. Raises as `CallResolver.targets`."""
-        base = await self._pipeline.fleet.require(worker=False)
-        [target] = await self._pipeline.call_resolver.targets(Models([model or ""]), base, caller)
+        models = Models([model or ""])
+        base = await self._pipeline.call_resolver.base_of(models, caller, worker=False)
+        [target] = await self._pipeline.call_resolver.targets(models, base, caller)
         return base, target
 
     async def _encoding(

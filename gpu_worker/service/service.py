@@ -31,6 +31,7 @@ from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.guarded import BRISK, FAILED, Loop, guarded, is_queue_away
 from protocol.runtime.imports import importing
+from protocol.runtime.model_files import served_name
 from protocol.runtime.sealing import Seal
 from protocol.runtime.settings import Settings
 from protocol.runtime.tracing import tracing
@@ -472,7 +473,12 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> int:
     WATCHDOG.require(None, LOADING_S)
     try:
         await bus.check()
-        engine, served = await asyncio.to_thread(_load, settings, loader)
+        try:
+            engine, served = await asyncio.to_thread(_load, settings, loader)
+        except LorafleetError as error:
+            if settings.more_models:  # its calls say why; those of other bases go on
+                await bus.members.note_failure(served_name(settings.model, settings.served_name), error.message)
+            raise
         if stop.is_set():
             return 0
         sys.setswitchinterval(SWITCH_S)

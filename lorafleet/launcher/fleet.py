@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx2
+from rich.markup import escape
 
 from lorafleet.launcher.child import Child, ServiceFailed, Spec
 from lorafleet.launcher.embedded import EmbeddedServer
@@ -18,6 +19,7 @@ from lorafleet.launcher.machine import num_cores, visible_gpus
 from lorafleet.launcher.screen import Screen
 from protocol.queue.bus import CONNECTION_ERRORS, Bus
 from protocol.runtime.environment import SERVICES, child_environment
+from protocol.runtime.model_files import base_settings
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, Unavailable
@@ -31,18 +33,23 @@ DRAIN_ORDER = ("gateway", "scheduler", "worker", "store")
 def service_specs(
     settings: Settings, logs: Path, queue: EmbeddedServer | None = None, cores: int | None = None
 ) -> list[Spec]:
-    """Return the processes to start: store, scheduler, gateway, then the workers, which share the cores and GPUs.
+    """Return the processes to start: store, scheduler, gateway, then each base's workers, which share cores and GPUs.
 
     `logs` is the folder of their logs, `queue` the fleet's own queue, which each service enters as a user of its own,
     `cores` the number of cores to share, by default those of this machine.
     """
-    threads = settings.threads or max(1, (cores or num_cores()) // settings.workers)
+    bases = base_settings(settings)
+    num_workers = settings.workers * len(bases)
+    threads = settings.threads or max(1, (cores or num_cores()) // num_workers)
     gpus = [] if settings.device == "cpu" else visible_gpus(os.environ)
     specs: list[Spec] = []
-    for name in ["store", "scheduler", "gateway", *(f"worker-{i}" for i in range(settings.workers))]:
+    for name in ["store", "scheduler", "gateway", *(f"worker-{i}" for i in range(num_workers))]:
         service, _, number = name.partition("-")
+        base = settings
+        if service == "worker" and len(bases) > 1:
+            base = bases[int(number) // settings.workers].model_copy(update={"workers": num_workers})
         door: dict[str, object] = queue.door(service) if queue is not None else {}
-        own = child_environment(*SERVICES[service]) | settings.model_copy(update=door).environment()
+        own = child_environment(*SERVICES[service]) | base.model_copy(update=door).environment()
         own["PYTHONUNBUFFERED"] = "1"
         if service == "scheduler":  # it neither opens sealed tokens nor asks a store for anything
             own = {name: value for name, value in own.items() if not name.startswith("LORAFLEET_SECRET")}
@@ -78,6 +85,7 @@ class FleetLauncher:
     _failure: LorafleetError | None = None
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _hurry: bool = False
+    _given_up: set[str] = field(default_factory=set[str])  # workers that did not start, beside other bases' that may
 
     async def run(self) -> int:
         """Run until a signal, drain all services, and return the exit code. Raises LorafleetError when one fails.
@@ -117,7 +125,14 @@ class FleetLauncher:
         try:
             await child.supervise()
         except ServiceFailed as error:
-            self._fail(error)
+            workers = {one.spec.name for one in self.children if one.spec.service == "worker"}
+            self._given_up |= workers & {child.spec.name}
+            if self.settings.more_models and child.spec.name in workers and self._given_up != workers:
+                self.screen.say(
+                    f"[red]{child.spec.name}[/] is given up, and the other bases go on: {escape(error.message)}"
+                )
+            else:
+                self._fail(error)
 
     async def _drain(self) -> None:
         grace_s = self.settings.grace_s + KILL_AFTER_S
@@ -139,7 +154,9 @@ class FleetLauncher:
                 if announcement is None and await _health(gateway) == 200:
                     self.screen.close()
                     announcement = group.create_task(self._announce())
-                settled = announcement is not None and all(child.ready.is_set() for child in self.children)
+                settled = announcement is not None and all(
+                    child.ready.is_set() or child.spec.name in self._given_up for child in self.children
+                )
                 await asyncio.sleep(POLL_S if settled else START_POLL_S)
         except LorafleetError as error:
             self._fail(error)
@@ -163,7 +180,7 @@ class FleetLauncher:
         self._stop.set()
 
     async def _note(self, child: Child, bus: Bus, gateway: httpx2.AsyncClient) -> None:
-        if child.ready.is_set() or self._stop.is_set():
+        if child.ready.is_set() or self._stop.is_set() or child.spec.name in self._given_up:
             return
         self.screen.starting(child.spec.name, child.activity)
         try:

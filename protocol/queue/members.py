@@ -25,6 +25,12 @@ MAX_STORE_SILENCE_MS = 10_000
 MAX_BASES = 32
 """Bases of a fleet: the first and those that `join.lua` lets in. A gateway reads the records of all once a second."""
 
+MAX_REASON = 500
+"""Characters of the reason why a base's worker has not started."""
+
+_FAILED = "\0"
+"""Begins the fields of `Keys.bases` that are reasons of failures, by the base's name."""
+
 
 @dataclass(frozen=True, slots=True)
 class FleetSummary:
@@ -32,6 +38,7 @@ class FleetSummary:
 
     num_workers: int  # registered, with a recent heartbeat
     bases: list[m.ServedModel]  # the first one first
+    failures: dict[str, str]  # base -> why no worker of it has started since one was last up
     status: m.SchedulerStatus | None
 
 
@@ -95,7 +102,7 @@ class Members:
         """
         while True:
             first, further = await self._raw_bases()
-            known = {base.name: base for base in _decoded([first, *further.values()])}
+            known = {base.name: base for base in _decoded(first, further)}
             twins = [name for name, base in known.items() if name != served.name and served.has_weights_of(base)]
             if twins and not adopts:
                 live = {one.base for one in (await self.worker_beats()).values() if one is not None}
@@ -144,10 +151,16 @@ class Members:
         first, further = await pipe.execute()
         return first or b"", further
 
+    async def note_failure(self, name: str, reason: str) -> None:
+        """Note why no worker of a base has started, until one joins. There is room for as many as for bases."""
+        field = f"{_FAILED}{name}"
+        if await self._redis.hlen(self._keys.bases) < 2 * MAX_BASES:
+            await self._redis.hset(self._keys.bases, field, reason[:MAX_REASON])
+
     async def bases(self) -> list[m.ServedModel]:
         """Return the bases that workers have reported, the first one first. Raises ProtocolError."""
         first, further = await self._raw_bases()
-        return _decoded([first, *further.values()])
+        return _decoded(first, further)
 
     # ------------------------------------------------------------ asking
 
@@ -194,14 +207,20 @@ class Members:
         num_workers, base, further, status = await pipe.execute()
         return FleetSummary(
             num_workers,
-            _decoded([base, *further.values()]),
+            _decoded(base, further),
+            {
+                name[len(_FAILED) :].decode(): why.decode()
+                for name, why in further.items()
+                if name.startswith(_FAILED.encode())
+            },
             decode(status, m.SchedulerStatus) if status else None,
         )
 
 
-def _decoded(raws: Iterable[bytes | None]) -> list[m.ServedModel]:
-    """Return the bases of some records; b"" and None are none. Raises ProtocolError."""
-    return [decode(raw, m.ServedModel) for raw in raws if raw]
+def _decoded(first: bytes | None, further: Mapping[bytes, bytes]) -> list[m.ServedModel]:
+    """Return the bases of their records, without the reasons of `note_failure`. Raises ProtocolError."""
+    raws = [raw for name, raw in further.items() if not name.startswith(_FAILED.encode())]
+    return [decode(raw, m.ServedModel) for raw in (first, *raws) if raw]
 
 
 def _taken(mine: m.ServedModel, other: m.ServedModel) -> str:

@@ -283,7 +283,7 @@ class Lead(Call, kw_only=True):
 
 
 class Join(Call, kw_only=True):
-    """Register a worker with its first beat under its base's name, unless live workers serve another base by it."""
+    """Register a worker under its base's name with its first beat, unless live workers serve another base by it."""
 
     base: Key
     bases: Key

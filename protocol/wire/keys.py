@@ -343,7 +343,7 @@ class Keys:
 
     @property
     def bases(self) -> str:
-        """Hash: name -> `messages.ServedModel` of the further bases, at most `members.MAX_BASES`."""
+        """Hash: name -> `messages.ServedModel` of a further base; NUL name -> why no worker of a base has started."""
         return f"{self.namespace}:bases"
 
     @property

@@ -1,11 +1,11 @@
 #!lua flags=allow-oom
--- Register a worker with its first beat under its base's name, unless live workers serve another base by that name.
+-- Register a worker under its base's name with its first beat, unless live workers serve another base by it.
 --
 -- A base's record is the first one, or one of the further ones. The first is replaced, and the further ones go, when a
 -- worker of a base without record joins a fleet without workers.
 --
 -- KEYS  base         string  the first base, as messages.ServedModel
---       bases        hash    name -> each further base, at most 31
+--       bases        hash    name -> each further base, at most 31; NUL name -> why no worker of a base has started
 --       workers      zset    worker id -> unix ms of its last heartbeat
 --       worker_beat  string  the worker's heartbeat; the key holds its id
 -- ARGV  wid          str     the worker's id: letters and digits
@@ -44,9 +44,14 @@ if is_first or (further == '' and not has_workers) then
   redis.call('SET', base, served)
   if not is_first then redis.call('DEL', bases) end
 else
-  if further == '' and redis.call('HLEN', bases) >= MOST then return 'full' end
+  local num = 0
+  for _, field in ipairs(further == '' and redis.call('HKEYS', bases) or {}) do
+    if string.byte(field) ~= 0 then num = num + 1 end
+  end
+  if num >= MOST then return 'full' end
   redis.call('HSET', bases, name, served)
 end
+redis.call('HDEL', bases, '\0' .. name)
 redis.call('SET', worker_beat, beat, 'PX', ttl_ms)
 redis.call('ZADD', workers, at_ms, wid)
 return 'joined'
