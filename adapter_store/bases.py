@@ -22,9 +22,10 @@ class Bases:
         self._names = tuple(names) if len(names) > 1 else ()
         self._only = names[0] if names else ""
         self._known: dict[str, ServedModel] = {}
+        self._failed: frozenset[str] = frozenset()
 
-    def set(self, reported: Iterable[ServedModel]) -> bool:
-        """Take the bases that workers have reported, the first one first.
+    def set(self, reported: Iterable[ServedModel], failed: Iterable[str] = ()) -> bool:
+        """Take the bases that workers have reported, the first one first, and those of which none has started.
 
         Returns whether any that adapters are checked for has changed, so that all have to be checked again.
         """
@@ -34,9 +35,14 @@ class Bases:
             found = {name: found[name]} if name else {}
         else:
             found = {name: found[name] for name in self._names if name in found}
-        before = [(name, base.identity) for name, base in self._known.items()]
+        before = self._state
         self._known = found or self._known
-        return before != [(name, base.identity) for name, base in self._known.items()]
+        self._failed = frozenset(failed).intersection(self._names) - self._known.keys()
+        return before != self._state
+
+    @property
+    def _state(self) -> tuple[object, ...]:
+        return tuple((name, base.identity) for name, base in self._known.items()), self._failed
 
     @property
     def are_known(self) -> bool:
@@ -105,8 +111,11 @@ class Bases:
         return ""
 
     async def _fitting(self, mirror: Mirror, mirrored: Mirrored) -> tuple[str, AdapterRecord]:
-        """Return the base that alone an adapter fits. Raises AdapterRefused; Unavailable while one is not known."""
-        if missing := [name for name in self._names if name not in self._known]:
+        """Return the base that alone an adapter fits, of all but those that have failed to start.
+
+        Raises AdapterRefused; Unavailable while one is still starting.
+        """
+        if missing := [name for name in self._names if name not in self._known.keys() | self._failed]:
             text = (
                 f"it names no base of this fleet, and may fit {', '.join(missing)}, of which no worker has come up yet"
             )

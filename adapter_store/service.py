@@ -242,7 +242,7 @@ class Store:
             metrics.STORE_NAMES.labels(state).set(states[state])
 
     async def _set_bases(self) -> None:
-        if self.bases.set(await self.bus.members.bases()):
+        if self.bases.set(*await self.bus.members.bases()):
             self.registrar.set_bases(self.bases)
             if self.follower is not None:
                 self.follower.set_bases(self.bases)

@@ -94,7 +94,7 @@ def add_arguments(parser: Parser) -> None:
         "models",
         metavar="MODEL",
         nargs="*",
-        help="a Hub id, a local folder or a GGUF file; the first is the default base",
+        help="a Hub id, a local folder or a GGUF file; further ones are bases of the same fleet",
     )
     # The launcher itself sets the names of workers and the address of the store.
     add_settings(parser, first=MAIN_FLAGS, skip=("model", "more_models", "worker_name", "store_url"))
@@ -207,8 +207,8 @@ def prepare(settings: Settings) -> LaunchPlan:
         "secret_file": (settings.secret_file or settings.data / "secret").resolve(),
         "adapters": settings.adapters and settings.adapters.resolve(),
         "adapter_roots": ",".join(str(root.resolve()) for root in roots),
-        "model": _absolute(settings.model, folder),
-        "more_models": ",".join(_absolute(name, one) for name, one in zip(names, further, strict=True)),
+        "model": str(folder) if is_gguf(Path(settings.model).expanduser()) else _absolute(settings.model),
+        "more_models": ",".join(map(_absolute, names)),
         "served_name": served_name(settings.model, settings.served_name),
     }
     checked = settings.model_copy(update=update)
@@ -216,10 +216,10 @@ def prepare(settings: Settings) -> LaunchPlan:
     return LaunchPlan(checked, folder, further)
 
 
-def _absolute(model: str, folder: Path) -> str:
+def _absolute(model: str) -> str:
     """Return a model as services are given it: a Hub id as it is, a path so that it does not depend on their folder."""
     local = Path(model).expanduser()
-    return str(folder if is_gguf(local) else local.resolve()) if local.exists() else model
+    return str(local.resolve()) if local.exists() else model
 
 
 def fleet_name(settings: Settings) -> str:

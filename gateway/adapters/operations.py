@@ -74,6 +74,7 @@ class Wanted:
     token: str = ""  # access token for the source
     replace: bool = False  # also if the name stands for another source now
     wait_s: float = 60.0
+    base: str = ""  # name of the base to serve it with; "": as it says itself, or fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +173,8 @@ class AdapterOperations:
         check_name(wanted.name)
         as_fleet = self._check_place(reference, wanted.caller)
         tenant = wanted.tenant
-        alias, before = (
-            await self._bus.adapters.alias(wanted.name, tenant),
-            await self._bus.adapters.registration(wanted.name, tenant),
-        )
+        alias = await self._bus.adapters.alias(wanted.name, tenant)
+        before = await self._bus.adapters.registration(wanted.name, tenant)
         if alias is not None and alias.is_folder and reference.source != alias.source:
             raise Conflict(f"`{wanted.name}` is a folder under the adapter root, which comes first", code="name_taken")
         is_known = await self.is_registered(wanted.name, tenant)
@@ -189,8 +188,9 @@ class AdapterOperations:
         if not token and before is not None and source_before == reference.source:
             token = before.token
         registration = m.Registration(
-            name=wanted.name, source=reference.source, token=token, tenant=tenant, asked_ms=asked_ms, as_fleet=as_fleet
-        )
+            name=wanted.name, source=reference.source, token=token, tenant=tenant, asked_ms=asked_ms, as_fleet=as_fleet,
+            base=wanted.base,
+        )  # fmt: skip
         await self._aliases.register(registration, wanted.caller)
 
         def is_answered(found: m.Alias | None) -> bool:
@@ -253,9 +253,8 @@ class AdapterOperations:
                     name, tenant, lambda found: found is None or found.is_folder or found.asked_ms > asked_ms, REMOVAL_S
                 )
             return
-        is_other = (before.source, before.token, before.as_fleet) != (
-            registration.source, registration.token, registration.as_fleet,
-        )  # fmt: skip
+        same = msgspec.structs.replace(before, asked_ms=registration.asked_ms, on_request=registration.on_request)
+        is_other = same != registration
         if is_other and await self._bus.adapters.registration(registration.name, registration.tenant) == registration:
             await self._bus.adapters.register(msgspec.structs.replace(before, asked_ms=now_ms()))
 

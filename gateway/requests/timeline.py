@@ -35,6 +35,7 @@ def described(rid: str, record: RequestRecord) -> dict[str, Any]:
         "tenant": record.tenant,
         "class": record.cls,
         "adapter": {"digest": record.digest, "name": record.model or None} if record.digest else None,
+        "base": record.base or None,
         "prompt_tokens": facts.num_prompt_tokens,
         "cached_tokens": record.num_cached_tokens,
         "output_tokens": facts.num_output_tokens,

@@ -157,10 +157,13 @@ class Members:
         if await self._redis.hlen(self._keys.bases) < 2 * MAX_BASES:
             await self._redis.hset(self._keys.bases, field, reason[:MAX_REASON])
 
-    async def bases(self) -> list[m.ServedModel]:
-        """Return the bases that workers have reported, the first one first. Raises ProtocolError."""
+    async def bases(self) -> tuple[list[m.ServedModel], dict[str, str]]:
+        """Return the bases that workers have reported, the first one first, and of others why none has started.
+
+        Raises ProtocolError.
+        """
         first, further = await self._raw_bases()
-        return _decoded(first, further)
+        return _decoded(first, further), _failures(further)
 
     # ------------------------------------------------------------ asking
 
@@ -208,11 +211,7 @@ class Members:
         return FleetSummary(
             num_workers,
             _decoded(base, further),
-            {
-                name[len(_FAILED) :].decode(): why.decode()
-                for name, why in further.items()
-                if name.startswith(_FAILED.encode())
-            },
+            _failures(further),
             decode(status, m.SchedulerStatus) if status else None,
         )
 
@@ -221,6 +220,10 @@ def _decoded(first: bytes | None, further: Mapping[bytes, bytes]) -> list[m.Serv
     """Return the bases of their records, without the reasons of `note_failure`. Raises ProtocolError."""
     raws = [raw for name, raw in further.items() if not name.startswith(_FAILED.encode())]
     return [decode(raw, m.ServedModel) for raw in (first, *raws) if raw]
+
+
+def _failures(further: Mapping[bytes, bytes]) -> dict[str, str]:
+    return {name.decode()[1:]: why.decode() for name, why in further.items() if name.startswith(_FAILED.encode())}
 
 
 def _taken(mine: m.ServedModel, other: m.ServedModel) -> str:

@@ -26,6 +26,12 @@ GGUF_LINK = "model.gguf"
 
 GGUF_MAGIC = b"GGUF"
 
+RESERVED = {
+    "base": "means the default base",
+    **dict.fromkeys(("hub", "s3", "local"), "begins the names of adapters at a source"),
+}
+"""Names that `base:adapter` would make ambiguous, and why."""
+
 GGUF_FOLDERS = 1
 """Version of what is made of a GGUF file. A new one makes new folders."""
 
@@ -128,6 +134,10 @@ def base_settings(settings: Settings) -> list[Settings]:
     found = [settings.model_copy(update={"served_name": names[0]})]
     for model in names_of(settings.more_models):
         name = served_name(model, "")
+        if name in RESERVED:
+            raise BadRequest(
+                f"a further base model cannot have the name {name}: it {RESERVED[name]}; rename its folder"
+            )
         if name in names:
             raise BadRequest(f"two base models of this fleet have the name {name}: rename the folder of one of them")
         names.append(name)

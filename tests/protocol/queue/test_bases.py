@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from protocol.queue.bus import Bus
-from protocol.queue.members import MAX_BASES
+from protocol.queue.members import MAX_BASES, MAX_REASON
 from protocol.wire import messages as m
 from protocol.wire.errors import Conflict
 
@@ -26,14 +26,14 @@ async def join(bus: Bus, wid: str, served: m.ServedModel, **more: bool) -> str:
 
 
 async def names(bus: Bus) -> list[str]:
-    return [one.name for one in await bus.members.bases()]
+    return [one.name for one in (await bus.members.bases())[0]]
 
 
 async def test_bases_of_one_layout_live_side_by_side(bus: Bus) -> None:
     assert await join(bus, "w1", base("a")) == "a"
     assert await join(bus, "w2", base("b")) == "b"
     assert await join(bus, "w3", base("a")) == "a"
-    assert await bus.members.bases() == [base("a"), base("b")]
+    assert (await bus.members.bases())[0] == [base("a"), base("b")]
     beats = await bus.members.worker_beats()
     assert {wid: beat.base for wid, beat in beats.items() if beat is not None} == {"w1": "a", "w2": "b", "w3": "a"}
 
@@ -45,10 +45,10 @@ async def test_other_weights_under_a_taken_name_are_refused_and_change_nothing(
 ) -> None:
     await join(bus, "w1", base("a"))
     await join(bus, "w2", base("b"))
-    before = await bus.members.bases()
+    before = (await bus.members.bases())[0]
     with pytest.raises(Conflict, match=f"serves another base as {name}: the hash of its .* --served-name"):
         await join(bus, "w3", base(name, **other))
-    assert await bus.members.bases() == before
+    assert (await bus.members.bases())[0] == before
     assert set(await bus.members.ids(bus.keys.workers)) == {"w1", "w2"}
 
 
@@ -58,7 +58,7 @@ async def test_a_name_is_free_once_its_last_worker_has_gone(bus: Bus) -> None:
     await bus.members.leave("w2")
     assert await names(bus) == ["a", "b"]  # its requests wait for a worker of it
     await join(bus, "w3", base("b", weights="new"))
-    assert await bus.members.bases() == [base("a"), base("b", weights="new")]
+    assert (await bus.members.bases())[0] == [base("a"), base("b", weights="new")]
 
 
 async def test_of_two_contents_that_take_one_name_together_one_gets_it(bus: Bus) -> None:
@@ -68,7 +68,7 @@ async def test_of_two_contents_that_take_one_name_together_one_gets_it(bus: Bus)
     assert found.count("b") == 4
     assert sum(isinstance(one, Conflict) for one in found) == 4
     live = {int(wid[1:]) % 2 for wid in await bus.members.ids(bus.keys.workers) if wid != "w0"}
-    assert [f"content {number}" for number in live] == [(await bus.members.bases())[1].weights]
+    assert [f"content {number}" for number in live] == [(await bus.members.bases())[0][1].weights]
 
 
 async def test_another_name_for_served_weights_is_the_served_base(bus: Bus) -> None:
@@ -91,7 +91,7 @@ async def test_weights_that_an_earlier_version_did_not_report_are_taken_for_the_
     await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat), TTL_MS)
     assert await join(bus, "w2", base("a")) == "a"
     assert await join(bus, "w3", base("b")) == "b"  # another base, and not `a` by its layout alone
-    assert await bus.members.bases() == [base("a"), base("b")]
+    assert (await bus.members.bases())[0] == [base("a"), base("b")]
     with pytest.raises(Conflict):
         await join(bus, "w4", base("a", fingerprint="another layout"))
 
@@ -113,7 +113,7 @@ async def test_each_base_promises_what_its_own_smallest_worker_holds(bus: Bus) -
     await join(bus, "w2", base("b", max_model_len=16))
     await join(bus, "w3", base("b", max_model_len=32))
     await join(bus, "w4", base("a", max_model_len=128))
-    assert {one.name: one.max_model_len for one in await bus.members.bases()} == {"a": 64, "b": 16}
+    assert {one.name: one.max_model_len for one in (await bus.members.bases())[0]} == {"a": 64, "b": 16}
 
 
 async def test_there_are_at_most_so_many_bases(bus: Bus) -> None:
@@ -122,7 +122,7 @@ async def test_there_are_at_most_so_many_bases(bus: Bus) -> None:
     with pytest.raises(Conflict, match=f"this fleet serves {MAX_BASES} bases, which is the limit; one more cannot"):
         await join(bus, "more", base("one more"))
     assert await join(bus, "again", base("b7")) == "b7"
-    assert len(await bus.members.bases()) == MAX_BASES
+    assert len((await bus.members.bases())[0]) == MAX_BASES
 
 
 async def test_a_heartbeat_that_cannot_be_read_keeps_nobody_from_joining(bus: Bus) -> None:
@@ -130,3 +130,19 @@ async def test_a_heartbeat_that_cannot_be_read_keeps_nobody_from_joining(bus: Bu
     for wid, raw in (("w2", b"\xc1"), ("w3", b"\x93\1\2\3"), ("w4", b"\1"), ("w5", b"\xc0")):
         await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, raw, TTL_MS)
     assert await join(bus, "w6", base("b")) == "b"
+
+
+async def test_why_a_base_did_not_start_is_told_until_a_worker_of_it_joins(bus: Bus) -> None:
+    await join(bus, "w1", base("a"))
+    await bus.members.note_failure("b", "no memory " * 1000)
+    await bus.members.note_failure("a", "a second worker of it")
+    bases, failures = await bus.members.bases()
+    assert (bases, set(failures)) == ([base("a")], {"a", "b"})
+    assert len(failures["b"]) == MAX_REASON
+    await join(bus, "w2", base("b"))
+    assert (await bus.members.bases())[1] == {"a": "a second worker of it"}
+    for i in range(3 * MAX_BASES):
+        await bus.members.note_failure(f"c{i}", "no such folder")
+    assert len((await bus.members.bases())[1]) < 2 * MAX_BASES
+    for i in range(MAX_BASES - 2):
+        await join(bus, f"v{i}", base(f"d{i}"))  # reasons take no base's place
