@@ -135,9 +135,7 @@ def base_settings(settings: Settings) -> list[Settings]:
     for model in names_of(settings.more_models):
         name = served_name(model, "")
         if name in RESERVED:
-            raise BadRequest(
-                f"a further base model cannot have the name {name}: it {RESERVED[name]}; rename its folder"
-            )
+            raise BadRequest(f"a further base model cannot be named {name}, which {RESERVED[name]}: rename its folder")
         if name in names:
             raise BadRequest(f"two base models of this fleet have the name {name}: rename the folder of one of them")
         names.append(name)

@@ -1,4 +1,4 @@
-"""Which base of several an adapter belongs to: what its registration says, then what it says itself, then its shapes."""
+"""Which base of several an adapter belongs to: that of its registration, else that it names, else that it fits."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def test_what_is_said_first_decides(asked: str, named: str, fits: tuple[st
             "",
             ("one",),
             AdapterRefused,
-            "registered for the base two, which it does not fit: no such layer in two",
+            "registered for the base two, which it does not fit: no",
         ),
         ("", "two", ("one",), AdapterRefused, "base_model_name_or_path says the base two, which it does not fit"),
         ("", "", ("one", "two"), AdapterRefused, r"fits several bases of this fleet \(one, two\) and names none"),
@@ -157,4 +157,8 @@ def test_what_a_version_names_is_kept_beside_its_readers(tmp_path: Path) -> None
         blobs.note_base("v", name)
         assert (blobs.named_base("v"), blobs.readers_of("v")) == (name, {"anyone"})
     blobs.note_reader("v", "fleet")
-    assert blobs.readers_of("v") == {"anyone", "fleet"}
+    assert (blobs.named_base("v"), blobs.readers_of("v")) == ("base two", {"anyone", "fleet"})
+    blobs.note_version("v", "d")
+    assert blobs.named_base("v") == "base two"
+    blobs.note_version("v", "other")  # a commit never changes, but a folder does
+    assert (blobs.named_base("v"), blobs.readers_of("v")) == (None, set())
