@@ -185,11 +185,12 @@ class AdapterOperations:
             )
         asked_ms = now_ms()
         token = self._aliases.sealed(wanted.token, private_name(wanted.name, tenant))
-        if not token and before is not None and source_before == reference.source:
-            token = before.token
+        known = before if before is not None and source_before == reference.source else None
+        token = token or (known.token if known is not None else "")
+        base = wanted.base or (known.base if known is not None else "")
         registration = m.Registration(
             name=wanted.name, source=reference.source, token=token, tenant=tenant, asked_ms=asked_ms, as_fleet=as_fleet,
-            base=wanted.base,
+            base=base,
         )  # fmt: skip
         await self._aliases.register(registration, wanted.caller)
 
