@@ -130,9 +130,13 @@ async def _serve(
         names = [one.served_name for one in base_settings(settings)]
         waits = settings.wait_for_worker_s > 0
         fleet = FleetView(
-            beats, settings.beat_timeout_s, waits=waits, name=names[0], further=names[1:],
+            beats,
+            settings.beat_timeout_s,
+            waits=waits,
+            name=names[0],
+            further=names[1:],
             shows_reasons=not settings.api_keys,
-        )  # fmt: skip
+        )
         sampler = Sampler(beats, fleet, observe.SERIES)
         heartbeat = Heartbeat(settings.queue_url(), replies.gid, timings.pace)
         admission = Admission(settings, lambda: fleet.status, lambda: heartbeat.lag_s, timings.overload)

@@ -156,7 +156,7 @@ def _weight(digest: str, name: str, capacity: int) -> float:
 
 
 @dataclass(slots=True)
-class Group:
+class BaseWorkers:
     """The available workers of a base."""
 
     workers: list[Worker] = field(default_factory=list[Worker])
@@ -191,7 +191,7 @@ class Placement:
         self.bandwidths = Bandwidths()
         self.homes = Homes()
         self._facts: dict[str, AdapterFacts] = {}  # the one learnt longest ago first
-        self._groups: dict[str, Group] = {}  # by base; of a base that was asked for, until there are too many
+        self._groups: dict[str, BaseWorkers] = {}  # by base; of a base that was asked for, until there are too many
         self._prefixes: dict[str, str] = {}  # hash of a prompt's first blocks -> worker that computed them last
         self._available: list[Worker] = []
         self._is_mixed = False  # whether they are of several bases
@@ -208,13 +208,13 @@ class Placement:
         for base, group in self._groups.items():
             group.set_workers([worker for worker in self._available if worker.serves(base)])
 
-    def group(self, base: str) -> Group:
+    def group(self, base: str) -> BaseWorkers:
         """Return the available workers of a base."""
         group = self._groups.get(base)
         if group is None:
             if len(self._groups) >= MAX_GROUPS:
                 self._groups.clear()
-            group = self._groups[base] = Group()
+            group = self._groups[base] = BaseWorkers()
             group.set_workers([worker for worker in self._available if worker.serves(base)])
         return group
 

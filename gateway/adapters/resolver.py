@@ -11,7 +11,7 @@ from gateway.adapters.aliases import Aliases
 from gateway.adapters.catalogue import CatalogueCopy
 from gateway.adapters.views import adapter_object, base_object
 from gateway.auth.callers import EVERYBODY, Caller
-from gateway.text.bases import Bases
+from gateway.text.bases import GatewayBases
 from gateway.text.tokenizer import ModelFiles
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
@@ -45,7 +45,7 @@ class Resolver:
     """Resolves names of the base model and of adapters."""
 
     def __init__(
-        self, bus: Bus, aliases: Aliases, bases: Bases, folder: Path | None, *, shows_paths: bool = False
+        self, bus: Bus, aliases: Aliases, bases: GatewayBases, folder: Path | None, *, shows_paths: bool = False
     ) -> None:
         """`bases`: their files, and those of adapters. `folder`: the root whose sub-folders are served as adapters.
 

@@ -18,7 +18,7 @@ from gateway.calls.tokenize import Offset, Prompt, echoed, encoded
 from gateway.fleet.view import FleetView
 from gateway.overload.cost import held, hold
 from gateway.text.answer_form import found_form
-from gateway.text.bases import Bases
+from gateway.text.bases import GatewayBases
 from protocol.queue.bus import Bus, RequestFacts
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
@@ -33,7 +33,7 @@ UNKNOWN_MODEL_LEN = 1 << 17
 class EarlierCalls:
     """The calls that queue and Idempotency-Keys know of, whichever gateway has submitted them."""
 
-    def __init__(self, settings: Settings, bus: Bus, fleet: FleetView, bases: Bases, replies: Replies) -> None:
+    def __init__(self, settings: Settings, bus: Bus, fleet: FleetView, bases: GatewayBases, replies: Replies) -> None:
         self._timeout_ms = int(settings.request_timeout_s * 1000)
         self._bus = bus
         self._fleet = fleet

@@ -21,9 +21,15 @@ class FleetView:
     """The bases, the number of live workers and the scheduler's status, read from the queue once a second."""
 
     def __init__(
-        self, bus: Bus, beat_timeout_s: float, *, waits: bool = False, name: str = "", further: Sequence[str] = (),
+        self,
+        bus: Bus,
+        beat_timeout_s: float,
+        *,
+        waits: bool = False,
+        name: str = "",
+        further: Sequence[str] = (),
         shows_reasons: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """beat_timeout_s: silence after which a worker counts as dead. waits: calls wait in the queue for a worker.
 
         name: of the default base. further: names of the other bases that are asked here. shows_reasons: clients may

@@ -34,7 +34,7 @@ class BaseTexts:
         return self.own.base
 
 
-class Bases:
+class GatewayBases:
     """The bases that a gateway was given: the default one, and further ones by name."""
 
     def __init__(self, default: BaseTexts, further: Mapping[str, BaseTexts | str]) -> None:
@@ -62,7 +62,7 @@ class Bases:
                 await base.sandbox.close()
 
 
-async def open_bases(settings: Settings, bus: Bus, bearer: str, on_wait: Callable[[], object]) -> Bases:
+async def open_bases(settings: Settings, bus: Bus, bearer: str, on_wait: Callable[[], object]) -> GatewayBases:
     """Read the files of `model` and of `more_models`. A further base that cannot be read fails its own calls only.
 
     bearer: authorizes at the stores. on_wait: as of `SandboxPool`. Raises BadRequest where `model` cannot be read.
@@ -86,4 +86,4 @@ async def open_bases(settings: Settings, bus: Bus, bearer: str, on_wait: Callabl
             why = error.message if isinstance(error, BadRequest) else str(error).split("\n", 1)[0]
             logger.warning("the base %s cannot be asked here: %s", one.served_name, why)
             found[one.served_name] = why
-    return Bases(made, found)
+    return GatewayBases(made, found)

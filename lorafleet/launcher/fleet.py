@@ -128,7 +128,7 @@ class FleetLauncher:
             workers = {one.spec.name for one in self.children if one.spec.service == "worker"}
             self._given_up |= workers & {child.spec.name}
             if self.settings.more_models and child.spec.name in workers and self._given_up != workers:
-                self.screen.say(f"[red]{child.spec.name}[/] is given up, other bases go on: {escape(error.message)}")
+                self.screen.say(f"[red]{child.spec.name}[/] is given up, the others continue: {escape(error.message)}")
             else:
                 self._fail(error)
 

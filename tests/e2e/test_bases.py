@@ -139,7 +139,7 @@ async def test_lists_and_status_tell_bases_apart(fleet: RunningFleet, folder: Pa
     assert {tag["name"] for tag in tags} == {"one:latest", "pirate:latest"}  # Ollama's routes speak of the default base
 
 
-async def test_what_belongs_to_no_base_or_to_several_is_refused_with_the_candidates(fleet: RunningFleet) -> None:
+async def test_an_adapter_of_no_base_or_of_several_is_refused(fleet: RunningFleet) -> None:
     async with fleet.client() as http:
         asked = {name: await http.post("/v1/completions", json=completion(name, PROMPT)) for name in (
             "both", "two:both", "liar", "one:sailor", "two:pirate", "two:", "three", "three:pirate",

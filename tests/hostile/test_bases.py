@@ -63,7 +63,7 @@ async def test_what_an_adapter_calls_its_base_is_a_name_and_nothing_else(tmp_pat
     assert (again, same, blobs.readers_of(mirrored.version.key)) == (mirrored, name, readers)
 
 
-async def test_one_content_under_two_lies_is_not_served_with_the_first_ones_base(tmp_path: Path) -> None:
+async def test_one_content_under_two_lies_has_a_base_for_each_name(tmp_path: Path) -> None:
     """Contents that differ only in what they call their base are one blob; each name has its own base all the same."""
     for name, base in (("a", ONE.name), ("b", "two"), ("c", "other"), ("d", "")):
         write_adapter(tmp_path / "adapters" / name, base_model_name_or_path=base)

@@ -83,7 +83,7 @@ async def test_another_name_for_served_weights_is_the_served_base(bus: Bus) -> N
     assert await join(bus, "w5", base("copy", weights="weights of b"), adopts=False) == "copy"
 
 
-async def test_weights_that_an_earlier_version_did_not_report_are_taken_for_the_same(bus: Bus) -> None:
+async def test_weights_that_an_earlier_version_did_not_report(bus: Bus) -> None:
     """While workers are updated one by one, and have one layout."""
     old = msgspec.structs.replace(base("a"), weights="")
     await join(bus, "w1", old)
