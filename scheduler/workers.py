@@ -91,8 +91,8 @@ class Worker:
         return not self.beat.draining and not self.unreachable and self.beat.capacity > 0
 
     def serves(self, base: str) -> bool:
-        """Return whether it is a worker of a base. "" is of an earlier version, when there was one only."""
-        return base in ("", self.beat.base) or not self.beat.base
+        """Return whether it is a worker of a base."""
+        return self.beat.is_of(base)
 
     def understands(self, request: QueuedRequest) -> bool:
         """Return whether it knows all that a request uses."""

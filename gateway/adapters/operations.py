@@ -295,7 +295,7 @@ class AdapterOperations:
         )
 
     async def preload(self, name: str, caller: Caller, tenant: str, wait_s: float) -> bool:
-        """Have every worker fetch a tenant's adapter that the caller sees; return whether all have it within `wait_s`.
+        """Have every worker of its base fetch an adapter that the caller sees; return whether all have within `wait_s`.
 
         Raises ModelNotFound, PermissionDenied.
         """
@@ -303,8 +303,8 @@ class AdapterOperations:
         alias = await self._served(name, wait_s, tenant)
         if not (caller.is_admin or caller.sees(alias)):
             raise ModelNotFound(name)
-        await self.memory.prefetch(alias.digest)
-        return await self._wait_workers(lambda beat: alias.digest in beat.resident or alias.digest in beat.host, wait_s)
+        await self.memory.prefetch(alias.digest, alias.base)
+        return await self._wait_workers(alias, lambda beat: alias.digest in (*beat.resident, *beat.host), wait_s)
 
     async def pin(self, name: str, caller: Caller, wait_s: float) -> bool:
         """Have every worker load and keep an adapter; return whether all do within `wait_s`.
@@ -315,7 +315,7 @@ class AdapterOperations:
         alias = await self._served(name, wait_s)
         await self._bus.adapters.pin(name, API)
         return await self._wait_workers(
-            lambda beat: beat.pinned.get(alias.digest) == "" and alias.digest in beat.resident, wait_s
+            alias, lambda beat: beat.pinned.get(alias.digest) == "" and alias.digest in beat.resident, wait_s
         )
 
     async def pin_when_served(self, name: str, caller: Caller) -> None:
@@ -385,10 +385,10 @@ class AdapterOperations:
             raise error_of(alias)
         return await self._aliases.confirmed(alias, wait_s)
 
-    async def _wait_workers(self, has: Callable[[m.WorkerBeat], bool], wait_s: float) -> bool:
+    async def _wait_workers(self, alias: m.Alias, has: Callable[[m.WorkerBeat], bool], wait_s: float) -> bool:
         deadline_s = time.monotonic() + wait_s
         beats = await self.memory.beats()
-        while not all(has(beat) for beat in beats):
+        while not all(has(beat) for beat in beats if beat.is_of(alias.base)):
             if time.monotonic() > deadline_s:
                 return False
             beats = await self.memory.next_beats()

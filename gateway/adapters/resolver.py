@@ -146,25 +146,29 @@ class Resolver:
 
     async def models(self, bases: Sequence[m.ServedModel], caller: Caller) -> bytes:
         """Return as a JSON list the model objects that a caller sees: the bases, then the adapters by name."""
-        base = bases[0]
+        default = self._default(bases)
         return await self.catalogue.listed(
             caller,
             ("models", m.encode(bases)),
             [base_object(one) for one in bases],
-            lambda alias, record: adapter_object(alias, record, base, self._shown_folder),
+            lambda alias, record: adapter_object(alias, record, default, self._shown_folder),
         )
+
+    def _default(self, bases: Sequence[m.ServedModel]) -> str:
+        """Return the name of the default base, which is the first of `bases` unless it has not been reported yet."""
+        return self.bases.default.files.name if self.bases.names else bases[0].name
 
     async def model(self, name: str, bases: Sequence[m.ServedModel], caller: Caller) -> dict[str, Any]:
         """Return the object of one model in any state. Raises ModelNotFound."""
         base = next((one for one in bases if name == one.name or name.startswith(f"{one.name}:")), bases[0])
-        if name in (BASE, base.name):
+        if name == base.name or (name == BASE and base.name == self._default(bases)):
             return base_object(base)
         plain = self._plain(name, base)
         alias = await self.known(plain, caller)
         if alias is None or (plain != name and not self.is_of(alias, base)):
             raise ModelNotFound(name)
         record = await self._bus.get(self._bus.keys.adapter(alias.digest), m.AdapterRecord) if alias.digest else None
-        return adapter_object(alias, record, base, self._shown_folder)
+        return adapter_object(alias, record, self._default(bases), self._shown_folder)
 
 
 def is_base(name: str, base: m.ServedModel) -> bool:

@@ -80,7 +80,9 @@ class FleetView:
         with series.QUEUE_ANSWER_SECONDS.time():
             fleet = await self._bus.members.summary(self._beat_timeout_ms)
         self.num_workers, self.status = fleet.num_workers, fleet.status
-        self._is_mixed, self.failures = len(fleet.bases) > 1, fleet.failures
+        self._is_mixed = len(fleet.bases) > 1
+        asked = (self._name, *self.further)
+        self.failures = {name: why for name, why in fleet.failures.items() if name in asked}
         known = {base.name: base for base in fleet.bases}
         default = known.get(self._name)
         self.base = default if default is not None or self.further or not known else fleet.bases[0]

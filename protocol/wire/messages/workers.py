@@ -96,6 +96,10 @@ class WorkerBeat(Wire, frozen=True):
     version: str = ""  # version of its program
     base: str = ""  # name of the base that it serves; "" of an earlier version: the fleet's only one
 
+    def is_of(self, base: str) -> bool:
+        """Return whether it is a worker of a base. "", of either, is of an earlier version: there was one only."""
+        return base in ("", self.base) or not self.base
+
 
 class BaseLoad(Packed, frozen=True):
     """A base in `SchedulerStatus`."""
