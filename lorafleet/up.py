@@ -237,10 +237,15 @@ async def announce(plan: LaunchPlan, screen: Screen) -> bool:
         screen.say(escape("  lorafleet keys create --tenant NAME"))
     else:
         async with httpx2.AsyncClient(base_url=url, trust_env=False) as client:
-            models = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
-            does = (await client.get("/info")).json()["model_pipeline_tag"]
-        screen.say(f"\n[bold green]ready[/] [bold]{url}[/] serves {models[0]} and {len(models) - 1} adapters; try:\n")
-        screen.say(escape(plan.curl(models[-1], does=does)))
+            models = (await client.get("/v1/models")).json()["data"]
+            info = await client.get("/info")  # 503 while the default base has no worker, but another one has
+        bases = [model["id"] for model in models if model["parent"] is None]
+        num = len(models) - len(bases)
+        offer = "; try:\n" if info.is_success else ""
+        screen.say(f"\n[bold green]ready[/] [bold]{url}[/] serves {', '.join(bases)} and {num} adapters{offer}")
+        if info.is_success:
+            adapters = [model["id"] for model in models if model["parent"] == bases[0]]
+            screen.say(escape(plan.curl([bases[0], *adapters][-1], does=info.json()["model_pipeline_tag"])))
     joining = settings.model_copy(update=plan.queue.door("worker")) if plan.queue is not None else settings
     secret = f"LORAFLEET_SECRET_FILE={shlex.quote(str(settings.secret_file))}"
     command = f"{_shared(joining)} {secret} lorafleet serve worker --model {shlex.quote(settings.model)}"

@@ -149,7 +149,7 @@ class FleetLauncher:
                 for child in self.children:
                     child.follow_log()
                     await self._note(child, bus, gateway)
-                if announcement is None and await _health(gateway) == 200:
+                if announcement is None and self._bases_are_settled() and await _health(gateway) == 200:
                     self.screen.close()
                     announcement = group.create_task(self._announce())
                 settled = announcement is not None and all(
@@ -163,6 +163,13 @@ class FleetLauncher:
                 announcement.cancel()
             await gateway.aclose()
             await bus.close()
+
+    def _bases_are_settled(self) -> bool:
+        """Return whether each worker of several bases is up, or given up. One base is, once its gateway is healthy."""
+        workers = (
+            [child for child in self.children if child.spec.service == "worker"] if self.settings.more_models else []
+        )
+        return all(child.ready.is_set() or child.spec.name in self._given_up for child in workers)
 
     async def _announce(self) -> None:
         try:
