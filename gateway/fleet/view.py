@@ -72,8 +72,10 @@ class FleetView:
     def _accepts(self, base: m.ServedModel) -> bool:
         if self._waits:
             return True
-        # The register of workers says enough of a fleet with one base, also while there is no scheduler.
-        return self.load(base).workers > 0 if self._is_mixed or self.further else self.num_workers > 0
+        if not (self._is_mixed or self.further):
+            return self.num_workers > 0  # the register says enough, also while there is no scheduler
+        # A registered worker that the scheduler does not count has just come, and may be of this base.
+        return self.load(base).workers > 0 or self.num_workers > sum(load.workers for load in self._loads.values())
 
     async def refresh(self) -> None:
         """Read all of it once. Raises a connection error."""

@@ -194,6 +194,20 @@ async def test_only_a_base_without_workers_is_unavailable(
     assert 'lorafleet_base_load{base="b:2",what="queued"} 2.0' in metrics
 
 
+async def test_a_worker_that_the_scheduler_has_not_met_yet_is_counted(
+    bus: Bus, http: httpx2.AsyncClient, fleet: ScriptedFleet
+) -> None:
+    await set_bases(bus, base("a"), base("b"), base("b:2"), a=1)
+
+    async def answers(status: int) -> bool:
+        return (await chat(http, "b")).status_code == status
+
+    await wait_until(lambda: answers(503), "the gateway has seen that the base has no worker")
+    beat = m.WorkerBeat(wid="w2", name="w2", base="b", capacity=4)
+    await bus.members.beat(bus.keys.worker_beat("w2"), bus.keys.workers, "w2", m.encode(beat), 60_000)
+    await wait_until(lambda: answers(200), "its calls are accepted")
+
+
 async def test_a_base_whose_tokenizer_cannot_be_read_fails_its_own_calls(
     bus: Bus, fleet: ScriptedFleet, folders: dict[str, Path]
 ) -> None:
