@@ -58,7 +58,11 @@ def fleet(folder: Path) -> Iterator[RunningFleet]:
                 return False
             async with running.client() as http:
                 found = (await http.get("/v1/models")).json()["data"]
-            return sum(model["parent"] is None for model in found) == 3 and "is given up" in running.output
+            on_disk = {model["id"] for model in found if model.get("state") == "on_disk"}
+            refused = {model["id"] for model in found if "fits several" in (model.get("reason") or "")}
+            bases = sum(model["parent"] is None for model in found)
+            is_given_up = "is given up" in running.output
+            return (bases, on_disk, refused, is_given_up) == (3, {"pirate", "sailor", "legal"}, {"both"}, True)
 
         asyncio.run(wait_until(is_complete, "three bases are up, and one is given up", timeout_s=200, every_s=0.3))
         yield running
