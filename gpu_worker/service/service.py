@@ -178,7 +178,7 @@ class WorkerService:
         await self.bus.streams.create(keys.ctl(self.wid), STREAM_TTL_S)
         try:
             name = await self.bus.members.join(
-                self._own_beat(), self.served, BEAT_TTL_MS, adopts=not self.settings.more_models
+                self._own_beat(), self.served, BEAT_TTL_MS, several=bool(self.settings.more_models)
             )
         except Conflict:
             await self.bus.members.leave(self.wid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import msgspec
 
@@ -93,39 +94,41 @@ class Members:
         """Take stores that have not been heard of for `silent_ms` off the register."""
         await self._redis.zremrangebyscore(self._keys.stores, "-inf", now_ms() - silent_ms)
 
-    async def join(self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int, *, adopts: bool = True) -> str:
+    async def join(self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int, *, several: bool = False) -> str:
         """Register a worker with its first heartbeat; return the name of its base in this fleet.
 
-        That is its own or, where live workers serve the same weights under another name and `adopts`, that one. Raises
-        Conflict when live workers serve another base by its name; without `adopts`, when they serve it by another
-        name; and when there are too many bases.
+        That is its own or, in a fleet of one base, that under which live workers serve the same weights. several: its
+        fleet has several bases. Raises Conflict when live workers serve another base by its name, or the fleet has
+        another one only; with `several`, when they serve its weights by another name, or are of an earlier version; and
+        when there are too many bases.
         """
         while True:
             first, further = await self._raw_bases()
             known = {base.name: base for base in _decoded(first, further)}
             twins = [name for name, base in known.items() if name != served.name and served.has_weights_of(base)]
-            if twins and not adopts:
+            if several and twins:
                 live = {one.base for one in (await self.worker_beats()).values() if one is not None}
                 if taken := live.intersection(twins):
                     text = f"the weights of {served.name} are served by this fleet as {min(taken)}: name a base once"
                     raise Conflict(text, code="base_named_twice")
                 twins = []
+            elif (
+                not several and served.name not in known
+            ):  # earlier versions reported no weights, and knew one base by many names
+                twins += [name for name, base in known.items() if base.is_same(served) and name not in twins]
             outcome = "changed"
             for name in (*twins, served.name):
-                outcome = await self._join(beat, served, ttl_ms, name, first, further, known)
+                outcome = await self._join(beat, served, ttl_ms, name, first, further, known, several=several)
                 if outcome == "joined":
                     return name
                 if outcome != "alone":  # no live worker serves it by that name
                     break
-            if outcome == "refused":
-                raise Conflict(_taken(served, known[served.name]), code="base_name_taken")
-            if outcome == "full":
-                raise Conflict(f"this fleet serves {MAX_BASES} bases, which is the limit; {served.name} cannot join it")
-            assert outcome == "changed", outcome
+            if outcome != "changed":
+                raise _refusal(outcome, served, known)
 
     async def _join(
         self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int, name: str, first: bytes,
-        further: Mapping[bytes, bytes], known: Mapping[str, m.ServedModel],
+        further: Mapping[bytes, bytes], known: Mapping[str, m.ServedModel], *, several: bool,
     ) -> str:  # fmt: skip
         """Try to register a worker under a name, which is its base's own or is joined beside others only.
 
@@ -137,8 +140,9 @@ class Members:
         call = lua.Join(
             base=keys.base, bases=keys.bases, workers=keys.workers, worker_beat=keys.worker_beat(beat.wid),
             wid=beat.wid, beat=m.encode(msgspec.structs.replace(beat, base=name)), ttl_ms=ttl_ms, at_ms=now_ms(),
-            name=name, first=first, further=further.get(name.encode(), b""),
-            is_same=int(other is None or other.is_same(mine)), alone=m.encode(mine) if name == served.name else b"",
+            name=name, mark=m.encode("base") + m.encode(name), several=int(several), first=first,
+            further=further.get(name.encode(), b""), is_same=int(other is None or other.is_same(mine)),
+            alone=m.encode(mine) if name == served.name else b"",
             beside=m.encode(msgspec.structs.replace(mine, max_model_len=length)),
         )  # fmt: skip
         return (await self._scripts.run(call)).decode()
@@ -219,11 +223,31 @@ class Members:
 def _decoded(first: bytes | None, further: Mapping[bytes, bytes]) -> list[m.ServedModel]:
     """Return the bases of their records, without the reasons of `note_failure`. Raises ProtocolError."""
     raws = [raw for name, raw in further.items() if not name.startswith(_FAILED.encode())]
-    return [decode(raw, m.ServedModel) for raw in (first, *raws) if raw]
+    return [_base(raw) for raw in (first, *raws) if raw]
+
+
+@lru_cache(maxsize=2 * MAX_BASES)
+def _base(raw: bytes) -> m.ServedModel:
+    """Decode a base's record, which many read once a second and which seldom changes."""
+    return decode(raw, m.ServedModel)
 
 
 def _failures(further: Mapping[bytes, bytes]) -> dict[str, str]:
     return {name.decode()[1:]: why.decode() for name, why in further.items() if name.startswith(_FAILED.encode())}
+
+
+def _refusal(outcome: str, mine: m.ServedModel, known: Mapping[str, m.ServedModel]) -> Conflict:
+    """Return the error for what `join.lua` said to a worker of a base, in a fleet that knows some."""
+    if outcome == "refused":
+        return Conflict(_taken(mine, known[mine.name]), code="base_name_taken")
+    if outcome == "full":
+        return Conflict(f"this fleet serves {MAX_BASES} bases, which is the limit; {mine.name} cannot join it")
+    serves = f"this fleet serves {', '.join(known)}; {mine.name} cannot join it"
+    if outcome == "old":
+        text = f"{serves} beside workers of an earlier version, which know of one base only: update those first"
+        return Conflict(text, code="old_workers")
+    assert outcome == "other", outcome
+    return Conflict(f"{serves}: a fleet of several bases has --more-models on all services", code="other_base")
 
 
 def _taken(mine: m.ServedModel, other: m.ServedModel) -> str:

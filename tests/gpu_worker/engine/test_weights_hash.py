@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpu_worker.loading.weights import SAMPLE, STRIDE, weights_hash
+from gpu_worker.loading.weights import INDEX, MAX_HEADER_BYTES, SAMPLE, STRIDE, WEIGHTS, weights_hash
 from protocol.runtime.model_files import GGUF_LINK
+from protocol.wire.errors import BadRequest
 
 
 def tensors() -> dict[str, Tensor]:
@@ -20,8 +23,12 @@ def tensors() -> dict[str, Tensor]:
 
 def folder_of(folder: Path, *files: dict[str, Tensor]) -> Path:
     folder.mkdir()
-    for i, content in enumerate(files):
-        save_file(content, folder / f"model-{i}.safetensors", {"format": "pt", "made": folder.name})
+    names = [WEIGHTS] if len(files) == 1 else [f"model-{i}.safetensors" for i in range(len(files))]
+    for name, content in zip(names, files, strict=True):
+        save_file(content, folder / name, {"format": "pt", "made": folder.name})
+    if len(files) > 1:
+        places = {tensor: name for name, content in zip(names, files, strict=True) for tensor in content}
+        (folder / INDEX).write_text(json.dumps({"weight_map": places}))
     return folder
 
 
@@ -60,3 +67,35 @@ def test_gguf_and_folders_without_weights(tmp_path: Path) -> None:
     one = weights_hash(tmp_path)
     (tmp_path / GGUF_LINK).write_bytes(b"GGUF" + bytes(range(1, 256)) * 400)
     assert "" != one != weights_hash(tmp_path)
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 14483498224\n"
+
+
+@pytest.mark.parametrize("stray", [b"", LFS_POINTER, (2).to_bytes(8, "little") + b"{}"])
+@pytest.mark.parametrize("num_files", [1, 2])
+def test_files_that_no_loader_reads_do_not_count(tmp_path: Path, stray: bytes, num_files: int) -> None:
+    """Such as the original form of the weights, which repositories have beside that of transformers."""
+    parts = [tensors()] if num_files == 1 else [{"a": torch.ones(8)}, {"b": torch.zeros(8)}]
+    folder = folder_of(tmp_path / "m", *parts)
+    before = weights_hash(folder)
+    (folder / "consolidated.safetensors").write_bytes(stray)
+    assert weights_hash(folder) == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", LFS_POINTER, (MAX_HEADER_BYTES + 1).to_bytes(8, "little"), (2).to_bytes(8, "little") + b"[]",
+        (9).to_bytes(8, "little") + b'{"a": {}}', (10).to_bytes(8, "little") + b'{"a": "b"}',
+    ],
+)  # fmt: skip
+def test_a_file_of_weights_that_is_none_is_named_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / WEIGHTS).write_bytes(content)
+    with pytest.raises(BadRequest) as refused:
+        weights_hash(tmp_path)
+    assert str(tmp_path / WEIGHTS) in refused.value.message
+    assert "\n" not in refused.value.message
+    (tmp_path / INDEX).write_text("{")
+    with pytest.raises(BadRequest, match="cannot be read as weights"):
+        weights_hash(tmp_path)

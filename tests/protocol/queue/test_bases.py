@@ -21,8 +21,15 @@ def base(name: str, *, weights: str = "", **more: Any) -> m.ServedModel:
     return m.ServedModel(model=name, name=name, weights=weights or f"weights of {name}", **facts)
 
 
-async def join(bus: Bus, wid: str, served: m.ServedModel, **more: bool) -> str:
-    return await bus.members.join(m.WorkerBeat(wid=wid, name=wid, capacity=1), served, TTL_MS, **more)
+async def join(bus: Bus, wid: str, served: m.ServedModel, *, several: bool = True) -> str:
+    return await bus.members.join(m.WorkerBeat(wid=wid, name=wid, capacity=1), served, TTL_MS, several=several)
+
+
+async def join_as_earlier_version(bus: Bus, wid: str, served: m.ServedModel) -> None:
+    """Leave what such a worker does: a record without its weights' hash, a heartbeat without its base."""
+    await bus.set(bus.keys.base, msgspec.structs.replace(served, weights=""))
+    beat = m.WorkerBeat(wid=wid, name=wid, capacity=1)
+    await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, m.encode(beat), TTL_MS)
 
 
 async def names(bus: Bus) -> list[str]:
@@ -74,26 +81,52 @@ async def test_of_two_contents_that_take_one_name_together_one_gets_it(bus: Bus)
 async def test_another_name_for_served_weights_is_the_served_base(bus: Bus) -> None:
     await join(bus, "w1", base("a"))
     await join(bus, "w2", base("b"))
-    assert await join(bus, "w3", base("copy", weights="weights of b")) == "b"
+    assert await join(bus, "w3", base("copy", weights="weights of b"), several=False) == "b"
     assert await names(bus) == ["a", "b"]
     with pytest.raises(Conflict, match="the weights of copy are served by this fleet as b: name a base once"):
-        await join(bus, "w4", base("copy", weights="weights of b"), adopts=False)
+        await join(bus, "w4", base("copy", weights="weights of b"))
     await bus.members.leave("w2")
     await bus.members.leave("w3")
-    assert await join(bus, "w5", base("copy", weights="weights of b"), adopts=False) == "copy"
+    assert await join(bus, "w5", base("copy", weights="weights of b")) == "copy"
 
 
-async def test_weights_that_an_earlier_version_did_not_report(bus: Bus) -> None:
-    """While workers are updated one by one, and have one layout."""
-    old = msgspec.structs.replace(base("a"), weights="")
-    await join(bus, "w1", old)
-    beat = m.WorkerBeat(wid="w1", name="w1", capacity=1)  # without its base's name
-    await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat), TTL_MS)
-    assert await join(bus, "w2", base("a")) == "a"
-    assert await join(bus, "w3", base("b")) == "b"  # another base, and not `a` by its layout alone
-    assert (await bus.members.bases())[0] == [base("a"), base("b")]
+async def test_a_fleet_of_one_base_refuses_another_model_and_changes_nothing(bus: Bus) -> None:
+    await join(bus, "w1", base("a"), several=False)
+    for other in ({}, {"fingerprint": "other"}):
+        with pytest.raises(Conflict, match="serves a; b cannot join it: a fleet of several bases has --more"):
+            await join(bus, "w2", base("b", **other), several=False)
+    assert await join(bus, "w3", base("a"), several=False) == "a"
+    assert await names(bus) == ["a"]
+    assert set(await bus.members.ids(bus.keys.workers)) == {"w1", "w3"}
+    await bus.members.leave("w1")
+    await bus.members.leave("w3")
+    assert await join(bus, "w4", base("b"), several=False) == "b"
+
+
+async def test_a_stray_worker_does_not_join_where_an_earlier_run_knew_its_base(bus: Bus) -> None:
+    await join(bus, "w1", base("a"))
+    await join(bus, "w2", base("b"))
+    await bus.members.leave("w2")
+    with pytest.raises(Conflict, match="b cannot join it"):
+        await join(bus, "w3", base("b"), several=False)
+    assert await join(bus, "w4", base("b")) == "b"
+
+
+async def test_workers_of_an_earlier_version_are_of_one_base_by_config_and_layout(bus: Bus) -> None:
+    """While workers are updated one by one. These had no further bases, and any names."""
+    chat, same = base("org/chat", weights="W"), base("chat", weights="W")
+    for wid in ("old1", "old2"):
+        await join_as_earlier_version(bus, wid, chat)
+    with pytest.raises(Conflict, match=r"b cannot join it beside workers of an earlier version.*update those first"):
+        await join(bus, "w1", base("b"))
     with pytest.raises(Conflict):
-        await join(bus, "w4", base("a", fingerprint="another layout"))
+        await join(bus, "w1", base("org/chat", fingerprint="another layout"))
+    await bus.members.leave("old1")
+    assert await join(bus, "new1", same, several=False) == "org/chat"
+    await bus.members.leave("old2")
+    assert await join(bus, "new2", chat, several=False) == "org/chat"
+    assert await names(bus) == ["org/chat"]
+    assert await join(bus, "w1", base("b")) == "b"
 
 
 async def test_a_fleet_that_starts_again_with_another_model_knows_that_one_only(bus: Bus) -> None:
@@ -130,6 +163,36 @@ async def test_a_heartbeat_that_cannot_be_read_keeps_nobody_from_joining(bus: Bu
     for wid, raw in (("w2", b"\xc1"), ("w3", b"\x93\1\2\3"), ("w4", b"\1"), ("w5", b"\xc0")):
         await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, raw, TTL_MS)
     assert await join(bus, "w6", base("b")) == "b"
+
+
+async def test_a_long_heartbeat_is_not_decoded_to_know_its_base(bus: Bus) -> None:
+    """So the queue is not held up: only one without a base, of an earlier version, is."""
+    await join(bus, "w1", base("a"))
+    beat = m.WorkerBeat(wid="w1", name="base", base="a", capacity=1)
+    cut = m.encode(beat).replace(b"counters\x80", b"counters\xc1")  # no decoder reads it
+    await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", cut, TTL_MS)
+    with pytest.raises(Conflict, match="serves another base as a"):
+        await join(bus, "w2", base("a", weights="others"))
+    assert await join(bus, "w3", base("b")) == "b"
+
+
+async def test_a_reason_stays_when_a_fleet_starts_with_other_bases(bus: Bus) -> None:
+    await join(bus, "w1", base("a"))
+    await join(bus, "w2", base("b"))
+    for wid in ("w1", "w2"):
+        await bus.members.leave(wid)
+    await bus.members.note_failure("d", "no such file")
+    assert await join(bus, "w3", base("c")) == "c"
+    assert await bus.members.bases() == ([base("c")], {"d": "no such file"})
+
+
+async def test_a_record_is_decoded_once(bus: Bus) -> None:
+    await join(bus, "w1", base("a"))
+    await join(bus, "w2", base("b"))
+    (first, second), _ = await bus.members.bases()
+    again, _ = await bus.members.bases()
+    assert again[0] is first
+    assert again[1] is second
 
 
 async def test_why_a_base_did_not_start_is_told_until_a_worker_of_it_joins(bus: Bus) -> None:
