@@ -11,7 +11,7 @@ from gpu_worker.service.owned import OwnedRequest
 from protocol.queue.bus import Entry, decode, now_ms
 from protocol.runtime.release import RELEASE
 from protocol.wire import messages as m
-from protocol.wire.errors import ProtocolError
+from protocol.wire.errors import LorafleetError, ProtocolError
 from protocol.wire.messages.requests import KNOWN_FIELDS
 
 
@@ -116,3 +116,9 @@ def worker_beat(
         knows=KNOWN_FIELDS,
         version=RELEASE,
     )
+
+
+def failure_reason(error: Exception) -> str:
+    """Return why a worker does not start, in one line."""
+    text = error.message if isinstance(error, LorafleetError) else f"{type(error).__name__}: {error}"
+    return text.strip().partition("\n")[0]

@@ -20,7 +20,7 @@ from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.light_imports import import_transformers
 from gpu_worker.planning.request import EngineRequest, TokenOutput
-from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
+from gpu_worker.service.conversions import assignments_in, engine_request, failure_reason, owned_request, worker_beat
 from gpu_worker.service.outbox import MAX_ROWS, Outbox, OutboxRecovery, add_outputs
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from gpu_worker.service.residency_time import ResidencyTime
@@ -423,12 +423,7 @@ class WorkerService:
         stats = self.engine.stats()
         self._beaten_loads, self._end_beat_s = stats.num_loads, time.monotonic() + END_BEAT_S
         return worker_beat(
-            self.name,
-            self.served.name,
-            stats,
-            self.outbox,
-            publish_s=self._publish_s,
-            draining=self.draining,
+            self.name, self.served.name, stats, self.outbox, publish_s=self._publish_s, draining=self.draining
         )
 
     async def _beat(self) -> None:
@@ -471,21 +466,24 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> int:
     bus = Bus(settings.queue_url(), seal=Seal.of(settings, secret))
     loader = Loader(secret.bearer if secret else "")
     WATCHDOG.require(None, LOADING_S)
+    service: WorkerService | None = None
     try:
         await bus.check()
         try:
             engine, served = await asyncio.to_thread(_load, settings, loader)
-        except LorafleetError as error:
-            if settings.more_models:  # its calls say why; those of other bases go on
-                await bus.members.note_failure(served_name(settings.model, settings.served_name), error.message)
+            if stop.is_set():
+                return 0
+            sys.setswitchinterval(SWITCH_S)
+            # A thread that has ended cannot be stuck; what is left to do then is the loop's.
+            WATCHDOG.require(lambda: object() if engine.has_ended else engine.num_turns, settings.max_step_s)
+            loader.set_urls(await bus.members.store_urls())
+            service = WorkerService(bus, engine, served, settings, loader)
+            return await service.run(stop)
+        except Exception as error:
+            if settings.more_models and (service is None or isinstance(error, Conflict)):  # the others' calls go on
+                name = served_name(settings.model, settings.served_name)
+                await bus.members.note_failure(name, failure_reason(error))
             raise
-        if stop.is_set():
-            return 0
-        sys.setswitchinterval(SWITCH_S)
-        # A thread that has ended cannot be stuck; what is left to do then is the loop's.
-        WATCHDOG.require(lambda: object() if engine.has_ended else engine.num_turns, settings.max_step_s)
-        loader.set_urls(await bus.members.store_urls())
-        return await WorkerService(bus, engine, served, settings, loader).run(stop)
     finally:
         loader.close()
         await bus.close()

@@ -129,8 +129,24 @@ class FleetLauncher:
             self._given_up |= workers & {child.spec.name}
             if self.settings.more_models and child.spec.name in workers and self._given_up != workers:
                 self.screen.say(f"[red]{child.spec.name}[/] is given up, the others continue: {escape(error.message)}")
+                await self._note_failure(child, error)
             else:
                 self._fail(error)
+
+    async def _note_failure(self, child: Child, error: ServiceFailed) -> None:
+        """Note why a base does not start, unless its worker has: one that the system has killed could not."""
+        door = self.queue.door("worker") if self.queue is not None else {}
+        bus = Bus(self.settings.model_copy(update=door).queue_url())
+        try:
+            name, reason = (
+                child.spec.environment["LORAFLEET_SERVED_NAME"],
+                error.message.partition("; end of its log")[0],
+            )
+            await bus.members.note_failure(name, reason, keep=True)
+        except CONNECTION_ERRORS as away:
+            self.screen.say(f"[yellow]queue[/]: why {child.spec.name} did not start is not noted: {away!r}")
+        finally:
+            await bus.close()
 
     async def _drain(self) -> None:
         grace_s = self.settings.grace_s + KILL_AFTER_S

@@ -155,11 +155,14 @@ class Members:
         first, further = await pipe.execute()
         return first or b"", further
 
-    async def note_failure(self, name: str, reason: str) -> None:
-        """Note why no worker of a base has started, until one joins. There is room for as many as for bases."""
-        field = f"{_FAILED}{name}"
+    async def note_failure(self, name: str, reason: str, *, keep: bool = False) -> None:
+        """Note why no worker of a base has started, until one joins. There is room for as many as for bases.
+
+        keep: a reason that is noted already stays.
+        """
+        note = self._redis.hsetnx if keep else self._redis.hset
         if await self._redis.hlen(self._keys.bases) < 2 * MAX_BASES:
-            await self._redis.hset(self._keys.bases, field, reason[:MAX_REASON])
+            await note(self._keys.bases, f"{_FAILED}{name}", reason[:MAX_REASON])
 
     async def bases(self) -> tuple[list[m.ServedModel], dict[str, str]]:
         """Return the bases that workers have reported, the first one first, and of others why none has started.
