@@ -340,15 +340,17 @@ class _Scan:
         self._queue.turns = others
 
 
-@dataclass(frozen=True, slots=True)
-class _Queues:
+@dataclass(slots=True)
+class BaseQueues:
     """What is queued for one base."""
 
     fair: dict[tuple[str, bool], FairQueue]  # by class, warm or cold
     resumed: dict[str, QueuedRequest] = field(default_factory=dict[str, QueuedRequest])
+    """Requests that a worker has had before, by id, the one queued longest ago first."""
+    num: int = 0
 
     @classmethod
-    def new(cls, counters: VirtualTokenCounters) -> _Queues:
+    def new(cls, counters: VirtualTokenCounters) -> BaseQueues:
         """Return empty ones."""
         return cls({(name, warm): FairQueue(counters) for name in CLASSES for warm in (True, False)})
 
@@ -359,27 +361,26 @@ class Backlog:
     def __init__(self, counters: VirtualTokenCounters) -> None:
         self._counters = counters
         self._last_tenant = ""
-        self._queues: dict[str, _Queues] = {}  # by base; those that have requests
+        self.by_base: dict[str, BaseQueues] = {}
+        """The queues of each base that has requests, and maybe of some that had."""
         self._warm = {BASE}
         self.num_queued = 0
         self.num_tokens = 0
         """Prompts and longest possible outputs of what is queued."""
         self.by_class: Counter[str] = Counter()
         self.by_digest: Counter[str] = Counter()
-        self.by_base: Counter[str] = Counter()
 
-    def queue(self, base: str, cls: str, warm: bool) -> FairQueue:
-        """Return the fair queue of a base and class, warm or cold."""
-        return self._of(base).fair[cls, warm]
-
-    def resumed(self, base: str) -> dict[str, QueuedRequest]:
-        """Return a base's requests that a worker has had before, by id, the one queued longest ago first."""
-        return self._of(base).resumed
+    def of(self, base: str) -> BaseQueues:
+        """Return what is queued for a base."""
+        queues = self.by_base.get(base)
+        if queues is None:
+            queues = self.by_base[base] = BaseQueues.new(self._counters)
+        return queues
 
     @property
     def has_cold(self) -> bool:
         """Whether requests are queued whose adapter is on no worker."""
-        return any(queues.fair[cls, False] for queues in self._queues.values() for cls in CLASSES)
+        return any(queues.fair[cls, False] for queues in self.by_base.values() for cls in CLASSES)
 
     def push(self, request: QueuedRequest) -> None:
         """Queue a request. One that was removed comes back as a copy: containers may still hold the old object."""
@@ -389,12 +390,13 @@ class Backlog:
         self.num_queued += 1
         self.by_class[request.submit.cls] += 1
         self.by_digest[request.submit.digest] += 1
-        self.by_base[request.base] += 1
         self.num_tokens += _max_tokens(request)
+        queues = self.of(request.base)
+        queues.num += 1
         if request.resumed:
-            self.resumed(request.base)[request.rid] = request
+            queues.resumed[request.rid] = request
         else:
-            self._queue_of(request).push(request)
+            queues.fair[request.submit.cls, request.submit.digest in self._warm].push(request)
 
     def remove(self, request: QueuedRequest) -> None:
         """Take a queued request out, because it was dispatched or has ended."""
@@ -403,15 +405,16 @@ class Backlog:
         self.num_queued -= 1
         self.by_class[request.submit.cls] -= 1
         decrement(self.by_digest, request.submit.digest)
-        decrement(self.by_base, request.base)
         self.num_tokens -= _max_tokens(request)
-        if self.resumed(request.base).pop(request.rid, None) is None:
-            self._queue_of(request).forget(request)
+        queues = self.by_base[request.base]
+        queues.num -= 1
+        if queues.resumed.pop(request.rid, None) is None:
+            queues.fair[request.submit.cls, request.submit.digest in self._warm].forget(request)
 
     def drop_empty(self) -> None:
         """Forget the queues of bases without requests. Not during a scan, which holds them."""
-        for base in [base for base in self._queues if base not in self.by_base]:
-            del self._queues[base]
+        for base in [base for base, queues in self.by_base.items() if not queues.num]:
+            del self.by_base[base]
 
     def set_warm(self, digest: str, warm: bool) -> None:
         """Note that an adapter is resident on some worker now, or on none any more."""
@@ -421,7 +424,7 @@ class Backlog:
             self._warm.add(digest)
         else:
             self._warm.discard(digest)
-        for queues in self._queues.values():
+        for queues in self.by_base.values():
             for cls in CLASSES:
                 for request in queues.fair[cls, not warm].take_out(digest):
                     queues.fair[cls, warm].push(request)
@@ -429,15 +432,6 @@ class Backlog:
     def is_warm(self, digest: str) -> bool:
         """Return whether an adapter is resident on some worker. The base model always is."""
         return digest in self._warm
-
-    def _of(self, base: str) -> _Queues:
-        queues = self._queues.get(base)
-        if queues is None:
-            queues = self._queues[base] = _Queues.new(self._counters)
-        return queues
-
-    def _queue_of(self, request: QueuedRequest) -> FairQueue:
-        return self.queue(request.base, request.submit.cls, self.is_warm(request.submit.digest))
 
 
 def _max_tokens(request: QueuedRequest) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import islice
@@ -11,7 +11,7 @@ from itertools import islice
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.keys import BATCH, CLASSES, INTERACTIVE
-from scheduler.backlog import Backlog, OfferResult
+from scheduler.backlog import Backlog, BaseQueues, FairQueue, Offer, OfferResult, Yields
 from scheduler.fairness import FairShares, VirtualTokenCounters
 from scheduler.ledger import Ledger
 from scheduler.placement import AdapterFacts, Placement
@@ -111,17 +111,18 @@ class Scheduler:
     def submit(self, sub: m.RequestHead, epoch: int, attempts: int = 0) -> None:
         """Queue a request, new or handed back. An older or equal epoch of a known one is a repetition."""
         known = self.requests.get(sub.rid)
-        request = QueuedRequest(sub, epoch, attempts, output_charged=-1 if epoch else 0)
+        base = self.workers.base_of(sub.base)
+        request = QueuedRequest(sub, epoch, attempts, output_charged=-1 if epoch else 0, base=base)
         if known is not None:
             if epoch <= known.epoch:
                 return
             self._take_out(known)
             request.input_charged, request.output_charged = known.input_charged, known.output_charged
         else:
-            self._open(sub)
+            self._open(request)
         self._enqueue(request)
         if sub.digest != BASE and sub.digest not in self.workers.holders:
-            self._unplaced[sub.digest] = sub.base
+            self._unplaced[sub.digest] = base
 
     def adopt(self, wid: str, sub: m.RequestHead, epoch: int, attempts: int, *, yields: bool = False) -> None:
         """Take over a request that an earlier leader assigned; `epoch` and `yields` are those of the assignment."""
@@ -129,10 +130,11 @@ class Scheduler:
         if worker is None or sub.rid in self.requests:
             return
         request = QueuedRequest(
-            sub, epoch - 1, attempts, dropped=True, input_charged=True, output_charged=-1, yields=yields
-        )
+            sub, epoch - 1, attempts, dropped=True, input_charged=True, output_charged=-1, yields=yields,
+            base=self.workers.base_of(sub.base),
+        )  # fmt: skip
         self.requests[sub.rid] = request
-        self._open(sub)
+        self._open(request)
         self.ledger.assign(request, worker)
 
     def ended(self, message: m.Ended) -> None:
@@ -160,6 +162,21 @@ class Scheduler:
             if worker.silent_s == 0.0:
                 self.ledger.observe(worker)
         return dead
+
+    def set_bases(self, names: Sequence[str]) -> None:
+        """Take the names of the fleet's bases, the first one first. Costs all requests where one becomes several."""
+        if not self.workers.set_bases(names):
+            return
+        requests = list(self.requests.values())
+        queued = [request for request in requests if not request.wid and not request.dropped]
+        for request in queued:
+            self._take_out(request)
+        self._shares.clear()
+        for request in requests:
+            request.base = self.workers.base_of(request.submit.base)
+            self._share(request)
+        for request in sorted(queued, key=lambda one: one.order):
+            self._enqueue(replace(request, dropped=False))
 
     @property
     def waits_for_loads(self) -> bool:
@@ -196,8 +213,8 @@ class Scheduler:
         if self.backlog.num_queued:
             self.placement.refresh()
             self.backlog.drop_empty()
-            for base in list(self.backlog.by_base):
-                self._dispatch(base, plan, now_ms)
+            for base, queues in self.backlog.by_base.items():
+                self._dispatch(base, queues, plan, now_ms)
             self._prefetch(plan, now_ms)
         self._unplaced.clear()
         plan.prefetches += self._wanted
@@ -234,8 +251,8 @@ class Scheduler:
         Jobs, which nobody waits for, are not among them. Time counts from the last worker's end or the request's
         submission, whichever is later.
         """
-        workers = self.workers.by_id.values()
-        alone = [base for base in self.backlog.by_base if not any(worker.serves(base) for worker in workers)]
+        served = {worker.base for worker in self.workers.by_id.values()}
+        alone = [base for base, queues in self.backlog.by_base.items() if queues.num and base not in served]
         if not alone or not self.config.wait_for_worker_s:
             self._alone_since_ms = {}
             return []
@@ -251,13 +268,14 @@ class Scheduler:
         ]
 
     def bases(self) -> dict[str, m.BaseLoad]:
-        """Return how many workers and requests each base has, by the names that these say; none that has neither."""
-        counts = {base: [0, num, 0] for base, num in self.backlog.by_base.items()}
+        """Return how many workers and requests each base has, by its name; none that has neither."""
+        counts = {base: [0, queues.num, 0] for base, queues in self.backlog.by_base.items() if queues.num}
         for worker in self.workers.by_id.values():
-            count = counts.setdefault(worker.beat.base, [0, 0, 0])
+            count = counts.setdefault(worker.base, [0, 0, 0])
             count[0] += worker.available
             count[2] += worker.load
-        return {base: m.BaseLoad(*count) for base, count in counts.items() if base}
+        only = self.workers.bases[0] if self.workers.bases else ""
+        return {base or only: m.BaseLoad(*count) for base, count in counts.items() if base or only}
 
     def of_gateway(self, gid: str) -> list[str]:
         """Return the requests that end when a gateway dies."""
@@ -302,9 +320,9 @@ class Scheduler:
         The last worker of a base stays for as long as another base has two.
         """
         placement, workers = self.placement, list(self.workers.available())
-        num = Counter(worker.beat.base for worker in workers)
+        num = Counter(worker.base for worker in workers)
         return least_valuable(
-            [worker for worker in workers if num[worker.beat.base] > 1] or workers,
+            [worker for worker in workers if num[worker.base] > 1] or workers,
             lambda digest: self.popularity.of(digest, now_ms),
             placement.facts_of,
             placement.bandwidths,
@@ -346,10 +364,13 @@ class Scheduler:
             shares = self._shares[base] = FairShares(self.counters, self.config.slack_tokens)
         return shares
 
-    def _open(self, sub: m.RequestHead) -> None:
-        heappush(self._deadlines, (sub.deadline_ms, sub.rid))
-        if sub.cls != BATCH:
-            self.shares(sub.base).opened(sub.tenant, sub.weight, self._now_ms)
+    def _open(self, request: QueuedRequest) -> None:
+        heappush(self._deadlines, (request.submit.deadline_ms, request.rid))
+        self._share(request)
+
+    def _share(self, request: QueuedRequest) -> None:
+        if request.submit.cls != BATCH:
+            self.shares(request.base).opened(request.submit.tenant, request.submit.weight, self._now_ms)
 
     def _close(self, request: QueuedRequest) -> None:
         del self.requests[request.rid]
@@ -368,44 +389,38 @@ class Scheduler:
         elif not request.dropped:
             self.backlog.remove(request)
 
-    def _dispatch(self, base: str, plan: DispatchPlan, now_ms: float) -> None:
+    def _dispatch(self, base: str, queues: BaseQueues, plan: DispatchPlan, now_ms: float) -> None:
         """Dispatch requests of one base."""
-        group = self.placement.group(base)
-        self.shares(base).update(group.capacity, group.num_reserved, now_ms)
-        self._dispatch_resumed(base, plan, now_ms)
-        for cls in CLASSES if self.takes_batch else (INTERACTIVE,):
-            for warm in (True, False):
-                self._dispatch_queue(base, cls, warm, plan, now_ms)
-
-    def _dispatch_resumed(self, base: str, plan: DispatchPlan, now_ms: float) -> None:
-        """Dispatch requests that a worker has had before."""
-        is_full = {True: False, False: False}  # for warm and for cold requests
-        for request in list(self.backlog.resumed(base).values())[:MAX_PLACED]:
-            warm = self.backlog.is_warm(request.submit.digest)
-            if not is_full[warm]:
-                is_full[warm] = self._offer(request, True, plan, now_ms) is OfferResult.FULL
-
-    def _dispatch_queue(self, base: str, cls: str, warm: bool, plan: DispatchPlan, now_ms: float) -> None:
-        """Dispatch requests of one fair queue."""
-        queue = self.backlog.queue(base, cls, warm)
-        if not queue:
-            return
+        group, shares = self.placement.group(base), self.shares(base)
+        shares.update(group.capacity, group.num_reserved, now_ms)
 
         def offer(request: QueuedRequest, final: bool) -> OfferResult:
-            return self._offer(request, final, plan, now_ms)
+            return self._offer(request, final, shares, plan, now_ms)
 
-        yields = self.shares(base).tenant_yields
+        is_full = {True: False, False: False}  # for warm and for cold requests that a worker has had before
+        for request in list(queues.resumed.values())[:MAX_PLACED]:
+            warm = self.backlog.is_warm(request.submit.digest)
+            if not is_full[warm]:
+                is_full[warm] = offer(request, True) is OfferResult.FULL
+        for cls in CLASSES if self.takes_batch else (INTERACTIVE,):
+            for warm in (True, False):
+                if queue := queues.fair[cls, warm]:
+                    self._scan(queue, base, cls, offer, shares.tenant_yields, warm=warm)
+
+    def _scan(self, queue: FairQueue, base: str, cls: str, offer: Offer, yields: Yields, *, warm: bool) -> None:
+        """Offer the requests of one fair queue."""
         max_counter = queue.scan(offer, slack=self.config.slack_tokens, max_refused=MAX_REFUSED, yields=yields)
         if warm and max_counter is not None:
             for worker in self.placement.with_room(base, cls):
                 queue.scan_adapters(worker.resident, offer, max_counter, yields)
 
-    def _offer(self, request: QueuedRequest, final: bool, plan: DispatchPlan, now_ms: float) -> OfferResult:
+    def _offer(
+        self, request: QueuedRequest, final: bool, shares: FairShares, plan: DispatchPlan, now_ms: float
+    ) -> OfferResult:
         """Assign a request if a worker may take it. With `final` it is not held for a better worker."""
         if plan.num_placed >= MAX_PLACED:
             plan.again_ms = now_ms
             return OfferResult.FULL
-        shares = self.shares(request.base)
         request.yields = shares.yields(request)
         request.alone = request.yields and shares.is_alone(request.submit.tenant)
         if request.yields and not self.placement.has_room(request):

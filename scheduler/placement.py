@@ -204,9 +204,9 @@ class Placement:
             return
         self._version = self._workers.version
         self._available = list(self._workers.available())
-        self._is_mixed = len({worker.beat.base for worker in self._available}) > 1
+        self._is_mixed = len({worker.base for worker in self._available}) > 1
         for base, group in self._groups.items():
-            group.set_workers([worker for worker in self._available if worker.serves(base)])
+            group.set_workers([worker for worker in self._available if worker.base == base])
 
     def group(self, base: str) -> BaseWorkers:
         """Return the available workers of a base."""
@@ -215,7 +215,7 @@ class Placement:
             if len(self._groups) >= MAX_GROUPS:
                 self._groups.clear()
             group = self._groups[base] = BaseWorkers()
-            group.set_workers([worker for worker in self._available if worker.serves(base)])
+            group.set_workers([worker for worker in self._available if worker.base == base])
         return group
 
     def note_assigned(self, request: QueuedRequest, worker: Worker, now_ms: float) -> None:
@@ -284,9 +284,13 @@ class Placement:
         return [
             (wid, digest)
             for digest in self.homes.grown()
-            for wid in self.group(self.facts_of(digest).base).rendezvous.order(digest)[: self.homes[digest]]
+            for wid in self._homes_of(digest)
             if self._workers.by_id[wid].tier(digest) is Tier.REMOTE
         ]
+
+    def _homes_of(self, digest: str) -> tuple[str, ...]:
+        base = self._workers.base_of(self.facts_of(digest).base)
+        return self.group(base).rendezvous.order(digest)[: self.homes[digest]]
 
     def choose(
         self, request: QueuedRequest, output_tokens: float, now_ms: float, *, final: bool
@@ -302,7 +306,7 @@ class Placement:
         homes = group.rendezvous.order(digest)[: self.homes[digest]] if digest != BASE else ()
         load = self._workers.num_assigned
         if self._is_mixed:  # what is said of all workers is said of this base's only
-            holders = [wid for wid in holders if self._workers.by_id[wid].serves(request.base)]
+            holders = [wid for wid in holders if self._workers.by_id[wid].base == request.base]
             load = sum(worker.load for worker in group.workers)
         best, crowded = _Best(), _Best()
         candidates: list[Candidate] = []

@@ -168,6 +168,8 @@ class Session:
                 submits.append((sub, int(fields[b"e"]), int(fields.get(b"a", 0))))
             except (ProtocolError, KeyError, ValueError) as error:
                 await self._recovery.reject(self._bus.keys.sub(cls), entry, repr(error))
+        if any(sub.base and sub.base not in self.scheduler.workers.bases for sub, _, _ in submits):
+            await self._look_at_bases()  # one that came since the last look, or that is gone
         await self._learn({sub.digest: sub.base for sub, _, _ in submits})
         for sub, epoch, attempts in submits:
             self.scheduler.submit(sub, epoch, attempts)
@@ -285,10 +287,15 @@ class Session:
                 self._wake.set()
 
     async def _watch_workers(self, elapsed_s: float) -> None:
-        for wid in self.scheduler.beats(await self._bus.members.worker_beats(), elapsed_s):
+        beats = await self._bus.members.worker_beats()
+        await self._look_at_bases()  # now, so that none is missing of which a worker has come
+        for wid in self.scheduler.beats(beats, elapsed_s):
             # Not while an assignment is written: one to this worker would be deleted unread.
             async with self._assigning:
                 await self._recovery.bury(wid)
+
+    async def _look_at_bases(self) -> None:
+        self.scheduler.set_bases(await self._bus.members.base_names())
 
     async def _watch_gateways(self, elapsed_s: float) -> None:
         silent = self._silent_gateways

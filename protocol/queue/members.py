@@ -172,6 +172,15 @@ class Members:
         first, further = await self._raw_bases()
         return _decoded(first, further), _failures(further)
 
+    async def base_names(self) -> list[str]:
+        """Return the names of the bases that workers have reported, the first one first. Raises ProtocolError."""
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.get(self._keys.base)
+        pipe.hkeys(self._keys.bases)
+        first, further = await pipe.execute()
+        names = [name.decode() for name in further if not name.startswith(_FAILED.encode())]
+        return [_base(first).name, *names] if first else names
+
     # ------------------------------------------------------------ asking
 
     async def ids(self, registry: str, max_age_ms: int | None = None) -> list[str]:

@@ -127,6 +127,7 @@ def test_floods_for_each_base_starve_no_tenant_of_any() -> None:
         if i % 4
     }
     scheduler = Scheduler(SchedulerConfig())
+    scheduler.set_bases(names)
     scheduler.beats({beat.wid: beat for beat in workers.values()}, 0.0)
     for name in names:
         for i in range(300):
@@ -139,7 +140,7 @@ def test_floods_for_each_base_starve_no_tenant_of_any() -> None:
         for wid, batch in scheduler.plan(0.0).batches.items():
             running.setdefault(wid, []).extend(request.rid for request in batch)
             found |= {request.rid for request in batch}
-            assert all(request.base == scheduler.workers.by_id[wid].beat.base for request in batch)
+            assert all(request.submit.base == scheduler.workers.by_id[wid].beat.base for request in batch)
         return found
 
     step()

@@ -19,8 +19,10 @@ def beat(wid: str, base: str, *, capacity: int = 4, **more: Any) -> m.WorkerBeat
     return m.WorkerBeat(wid=wid, name=wid, base=base, capacity=capacity, sent_ms=1, **more)
 
 
-def scheduler_of(*beats: m.WorkerBeat, **config: Any) -> Scheduler:
+def scheduler_of(*beats: m.WorkerBeat, bases: str = "ab", **config: Any) -> Scheduler:
+    """Return a scheduler of a fleet with bases of one letter, the first one first."""
     scheduler = Scheduler(SchedulerConfig(**config))
+    scheduler.set_bases(bases)
     scheduler.beats({one.wid: one for one in beats}, 0.0)
     return scheduler
 
@@ -121,11 +123,10 @@ def test_calls_end_when_no_worker_of_their_base_comes_in_time() -> None:
 
 
 def test_the_status_says_what_each_base_has() -> None:
-    scheduler = scheduler_of(beat("wa", "a"), beat("wa2", "a"), beat("old", ""))
+    scheduler = scheduler_of(beat("wa", "a"), beat("wa2", "a"))
     for i in range(3):
         scheduler.submit(make_submit(f"b{i}", base="b"), 0)
     scheduler.submit(make_submit("a", base="a"), 0)
-    scheduler.workers.remove("old")
     scheduler.plan(0.0)
     assert scheduler.bases() == {"a": m.BaseLoad(2, 0, 1), "b": m.BaseLoad(0, 3, 0)}
 
@@ -137,13 +138,53 @@ def test_the_last_worker_of_a_base_is_not_the_next_to_go() -> None:
 
 
 def test_services_of_an_earlier_version_know_of_one_base() -> None:
-    scheduler = scheduler_of(beat("old", ""))
-    scheduler.submit(make_submit("named", base="a"), 0)
-    scheduler.submit(make_submit("unnamed"), 0)
-    assert planned(scheduler) == {"old": ["named", "unnamed"]}
-    scheduler = scheduler_of(beat("new", "a"))
-    scheduler.submit(make_submit("unnamed"), 0)
-    assert planned(scheduler) == {"new": ["unnamed"]}
+    """Its workers are of the first base, and what its gateways queued is for that one, also once there are others."""
+    scheduler = scheduler_of(beat("old", "", capacity=8), beat("wb", "b", capacity=1))
+    for i in range(8):
+        scheduler.submit(make_submit(f"b{i}", base="b"), 0)
+        scheduler.submit(make_submit(f"old{i}"), 0)
+    plan = planned(scheduler)
+    assert {rid[0] for rid in plan["wb"]} == {"b"}
+    assert {rid[:3] for rid in plan["old"]} == {"old"}
+    loads = scheduler.bases()
+    assert (loads["a"].workers, loads["b"].workers) == (1, 1)
+
+
+@pytest.mark.parametrize("bases", ["", "a"])
+def test_a_fleet_of_one_base_asks_for_no_name(bases: str) -> None:
+    """Also what was queued before its worker came back under another one runs."""
+    scheduler = scheduler_of(beat("w", "a"), bases=bases)
+    for base in ("a", "", "as it was called before"):
+        scheduler.submit(make_submit(f"r{base}", base=base), 0)
+    assert scheduler.unserved(1e12) == []
+    assert planned(scheduler) == {"w": ["ra", "r", "ras it was called before"]}
+    assert scheduler.bases() == ({"a": m.BaseLoad(1, 0, 3)} if bases else {})
+
+
+@pytest.mark.parametrize("digest", ["", "x"])
+def test_requests_find_their_base_when_there_come_to_be_several(digest: str) -> None:
+    scheduler = scheduler_of(beat("wa", "a", capacity=2), bases="a")
+    for i in range(8):
+        scheduler.submit(make_submit(f"a{i}", base="a", digest=digest, tenant="t"), 0)
+    scheduler.submit(make_submit("handed back", base="a", digest=digest), 1)
+    running = planned(scheduler)["wa"]
+    scheduler.set_bases("ab")
+    scheduler.beats({"wa": beat("wa", "a", capacity=2), "wb": beat("wb", "b", capacity=64)}, 0.0)
+    scheduler.submit(make_submit("b", base="b", digest=digest), 0)
+    assert planned(scheduler) == {"wb": ["b"]}
+    assert scheduler.backlog.num_queued == 9 - len(running)
+    assert sum(scheduler.shares("a").num_open.values()) == 9
+    for rid in running:
+        scheduler.ended(m.Ended(rid, "wa", 2 if rid == "handed back" else 1, 1))
+    assert planned(scheduler)["wa"]
+    assert sum(scheduler.shares("a").num_open.values()) == 9 - len(running)
+    scheduler.set_bases("c")
+    for wid in ("wa", "wb"):
+        scheduler.remove_worker(wid)
+    scheduler.beats({"wc": beat("wc", "c", capacity=64)}, 0.0)
+    queued = scheduler.backlog.num_queued
+    assert queued
+    assert len(planned(scheduler)["wc"]) == queued
 
 
 def test_queues_of_bases_that_are_asked_no_more_are_forgotten() -> None:
@@ -154,6 +195,6 @@ def test_queues_of_bases_that_are_asked_no_more_are_forgotten() -> None:
         scheduler.forget(f"r{i}")
     scheduler.submit(make_submit("r", base="a"), 0)
     scheduler.plan(0.0)
-    assert len(scheduler.backlog._queues) == 1
+    assert len(scheduler.backlog.by_base) == 1
     assert len(scheduler._shares) <= 2
     assert len(scheduler.placement._groups) <= 256

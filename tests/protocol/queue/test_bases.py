@@ -112,7 +112,7 @@ async def test_a_stray_worker_does_not_join_where_an_earlier_run_knew_its_base(b
     assert await join(bus, "w4", base("b")) == "b"
 
 
-async def test_workers_of_an_earlier_version_are_of_one_base_by_config_and_layout(bus: Bus) -> None:
+async def test_workers_of_an_earlier_version_have_one_base_by_layout(bus: Bus) -> None:
     """While workers are updated one by one. These had no further bases, and any names."""
     chat, same = base("org/chat", weights="W"), base("chat", weights="W")
     for wid in ("old1", "old2"):
