@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from adapter_store.mirror import Mirror, Mirrored
+from adapter_store.mirror import Mirror, Mirrored, NeedsBase, fits_none
 from adapter_store.sources import Source, SourceAccess
 from protocol.wire.brief import brief
 from protocol.wire.errors import AdapterRefused, BadRequest, Unavailable
 from protocol.wire.messages import AdapterRecord, ServedModel
-
-MAX_REASON = 200
-"""Characters of why an adapter does not fit one of several bases."""
 
 
 class Bases:
@@ -55,8 +52,11 @@ class Bases:
         return list(self._known)
 
     def get(self, name: str) -> ServedModel | None:
-        """Return a base by the name that an alias has, "" for that of a fleet with one base; None if it is unknown."""
-        return self._known.get(name) if name else next(iter(self._known.values()), None)
+        """Return a base by the name that an alias has, None if it is unknown.
+
+        "" is the only one of its fleet. Where there are several, it is unknown: the fleet had one when it was written.
+        """
+        return self._known.get(name) if name or self._names else next(iter(self._known.values()), None)
 
     async def take(
         self, mirror: Mirror, source: Source, target: str, asked: str, access: SourceAccess, tenant: str = ""
@@ -77,10 +77,23 @@ class Bases:
             return mirrored, "", record
         if asked and asked not in self._names:
             raise BadRequest(f"this fleet has no base {brief(asked)}; it has {', '.join(self._names)}", param="base")
-        mirrored = await mirror.take(source, target, self._known.get(asked), access, tenant)
-        name = asked or self._named_by(await mirror.named_base(source, mirrored.version, access))
+        candidates = [] if asked or self._missing else list(self._known.values())
+        try:
+            mirrored = await mirror.take(source, target, self._known.get(asked), access, tenant, candidates)
+        except NeedsBase:
+
+            async def take(base: ServedModel) -> tuple[Mirrored, AdapterRecord]:
+                found = await mirror.take(source, target, base, access, tenant)
+                return found, await mirror.describe(found.digest, found.version.source, base)
+
+            return await self._fitting(take)
+        name = asked or self._named_by(await mirror.named_base(source, target, mirrored.version, access, tenant))
         if not name:
-            return mirrored, *await self._fitting(mirror, mirrored)
+
+            async def describe(base: ServedModel) -> tuple[Mirrored, AdapterRecord]:
+                return mirrored, await mirror.describe(mirrored.digest, mirrored.version.source, base)
+
+            return await self._fitting(describe)
         base = self._known.get(name)
         if base is None:
             raise Unavailable(f"it is an adapter of the base {name}, of which no worker has come up yet")
@@ -110,26 +123,34 @@ class Bases:
                 return found[0]
         return ""
 
-    async def _fitting(self, mirror: Mirror, mirrored: Mirrored) -> tuple[str, AdapterRecord]:
-        """Return the base that alone an adapter fits, of all but those that have failed to start.
+    @property
+    def _missing(self) -> list[str]:
+        """The names of the bases that may still come up, and of which nothing is known until then."""
+        return [name for name in self._names if name not in self._known.keys() | self._failed]
 
-        Raises AdapterRefused; Unavailable while one is still starting.
+    async def _fitting(
+        self, read: Callable[[ServedModel], Awaitable[tuple[Mirrored, AdapterRecord]]]
+    ) -> tuple[Mirrored, str, AdapterRecord]:
+        """Return an adapter with the base that alone it fits, of all but those that have failed to start.
+
+        read: the adapter for a base. Raises AdapterRefused; Unavailable while one is still starting.
         """
-        if missing := [name for name in self._names if name not in self._known.keys() | self._failed]:
+        if missing := self._missing:
             text = (
                 f"it names no base of this fleet, and may fit {', '.join(missing)}, of which no worker has come up yet"
             )
             raise Unavailable(f"{text}: set base_model_name_or_path, or register it with `base`")
-        fits: dict[str, AdapterRecord] = {}
-        reasons: list[str] = []
+        fits: dict[str, tuple[Mirrored, AdapterRecord]] = {}
+        refused: dict[str, AdapterRefused] = {}
         for name, base in self._known.items():
             try:
-                fits[name] = await mirror.describe(mirrored.digest, mirrored.version.source, base)
+                fits[name] = await read(base)
             except AdapterRefused as error:
-                reasons.append(f"{name}: {error.message[:MAX_REASON]}")
+                refused[name] = error
         if len(fits) == 1:
-            return next(iter(fits.items()))
+            [(name, (mirrored, record))] = fits.items()
+            return mirrored, name, record
         if fits:
             text = f"it fits several bases of this fleet ({', '.join(fits)}) and names none of them"
             raise AdapterRefused([f"{text}: set base_model_name_or_path, or register it with `base`"])
-        raise AdapterRefused([f"it fits no base of this fleet; {'; '.join(reasons)}"])
+        raise fits_none(refused)

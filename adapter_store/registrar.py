@@ -256,20 +256,21 @@ class Registrar:
         """Keep serving the name's old content, with the reason why it is not newer; return False if that is impossible.
 
         Old content is dropped when its own source now refuses it. It is kept when the name was to be moved to another
-        source and that one refuses. What a tenant's token opened is kept for as long as that was confirmed.
+        source, or base, and that one refuses. What a tenant's token opened is kept for as long as that was confirmed.
         """
         known = self._catalogue.aliases.get(field)
         base = self._bases.get(known.base) if known is not None else None
         if known is None or known.state != "on_disk" or base is None:
             return False
-        moving = known.registered != registration.source
+        moving = known.registered != registration.source or registration.base not in ("", known.base)
         if (refused and not moving) or 0 < known.confirmed_ms <= now_ms() - self._access_ms:
             return False
         try:
             record = await self._mirror.describe(known.digest, known.source, base)
         except (AdapterRefused, Changed):
             return False
-        said = f"not {registration.source}: {reason}" if moving else f"may be out of date: {reason}"
+        asked = registration.source if known.registered != registration.source else f"with {registration.base}"
+        said = f"not {asked}: {reason}" if moving else f"may be out of date: {reason}"
         served = msgspec.structs.replace(known, reason=said, status=status, asked_ms=registration.asked_ms)
         await self._catalogue.publish(served, record)
         return True

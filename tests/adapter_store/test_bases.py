@@ -29,10 +29,10 @@ class FakeMirror:
         self.named, self.fits = named, fits
         self.checked: list[str] = []
 
-    async def take(self, source: object, target: str, base: object, access: object, tenant: str) -> Mirrored:
+    async def take(self, *_: object) -> Mirrored:
         return Mirrored("d", cast("SourceVersion", _Version))
 
-    async def named_base(self, source: object, version: object, access: object) -> str:
+    async def named_base(self, *_: object) -> str:
         return self.named
 
     async def describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
@@ -131,6 +131,14 @@ async def test_a_fleet_of_one_base_takes_what_fits_it_whatever_it_names(names: t
     assert await chosen(bases, FakeMirror("", ("one",)), asked="one") == ""
     with pytest.raises(BadRequest, match="this fleet has no base 'two'; it has one"):
         await chosen(bases, FakeMirror("", ("one",)), asked="two")
+
+
+def test_what_a_fleet_of_one_base_published_is_of_an_unknown_one_of_several() -> None:
+    """Its catalogue names none: what would be kept in it while its source is away might be served by another."""
+    one = Bases(["one"])
+    one.set([base("one")])
+    assert one.get("") == base("one")
+    assert several().get("") is None
 
 
 async def test_its_own_base_is_meant_where_a_stranger_was_first() -> None:
