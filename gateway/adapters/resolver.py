@@ -15,7 +15,7 @@ from gateway.text.bases import GatewayBases
 from gateway.text.tokenizer import ModelFiles
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
-from protocol.wire.errors import ClientError, ModelNotFound
+from protocol.wire.errors import ClientError, ModelNotFound, Unavailable
 
 BASE = "base"
 """The name by which every fleet serves its base model, besides the model's own."""
@@ -66,7 +66,7 @@ class Resolver:
         """
         if is_base(name, base):
             return CallTarget(base.name, "", self.bases.of(base.name).files)
-        alias = await self._aliases.served(self._plain(name, base), timeout_s, caller)
+        alias = await self._served(self._plain(name, base), timeout_s, caller)
         if not self.is_of(alias, base):
             raise ModelNotFound(name, f"It is an adapter of the base `{alias.base}`, not of `{base.name}`.")
         own = self.bases.of(base.name).own
@@ -76,23 +76,30 @@ class Resolver:
         return CallTarget(alias.name, alias.digest, files, texts, vocab_size, source, num_labels)
 
     def is_of(self, alias: m.Alias, base: m.ServedModel) -> bool:
-        """Return whether an adapter was checked for a base. One whose base no store has named is the default one's."""
-        return alias.base == base.name if alias.base else base.name not in self.bases.names
+        """Return whether an adapter was checked for a base. One whose base no store has named is of an only one."""
+        return alias.base == base.name if alias.base else not self.bases.names
+
+    async def _served(self, name: str, timeout_s: float, caller: Caller) -> m.Alias:
+        """Return an adapter's alias once it is on disk. Raises as `resolve`, also while it is of an unknown base."""
+        alias = await self._aliases.served(name, timeout_s, caller)
+        if self.bases.names and not alias.base:
+            text = f"the base of `{name}` is not known yet: an adapter store of several bases has to look at it first"
+            raise Unavailable(text, param="model")
+        return alias
 
     async def base_of(self, name: str, timeout_s: float, caller: Caller) -> str:
         """Return the name of the base that a model is, or is an adapter of; "" for the default one, and of no adapter.
 
         Waits up to `timeout_s` while the adapter is being fetched. Raises as `resolve`.
         """
-        further = sorted(self.bases.names, key=len, reverse=True)  # one name may begin with another and a colon
-        for base in further:
-            if name == base or name.startswith(f"{base}:"):
-                return base
         default = self.bases.default.files.name
-        if name in ("", BASE, default) or name.startswith((f"{BASE}:", f"{default}:")):
+        named = _named(name, [default, *self.bases.names])
+        if named:
+            return "" if named == default else named
+        if name in ("", BASE) or name.startswith(f"{BASE}:"):
             return ""
-        alias = await self._aliases.served(name, timeout_s, caller)
-        if alias.base and alias.base not in (*further, default):
+        alias = await self._served(name, timeout_s, caller)
+        if alias.base and alias.base not in (default, *self.bases.names):
             raise ModelNotFound(
                 name, f"It is an adapter of the base `{alias.base}`, which this gateway does not serve."
             )
@@ -154,13 +161,19 @@ class Resolver:
             lambda alias, record: adapter_object(alias, record, default, self._shown_folder),
         )
 
+    def listed(self, name: str, bases: Sequence[m.ServedModel]) -> m.ServedModel | None:
+        """Return which of the bases that are listed a name is; None for none, also for `base` without the default."""
+        wanted = self._default(bases) if name in ("", BASE) else name
+        return next((base for base in bases if base.name == wanted), None)
+
     def _default(self, bases: Sequence[m.ServedModel]) -> str:
         """Return the name of the default base, which is the first of `bases` unless it has not been reported yet."""
         return self.bases.default.files.name if self.bases.names else bases[0].name
 
     async def model(self, name: str, bases: Sequence[m.ServedModel], caller: Caller) -> dict[str, Any]:
         """Return the object of one model in any state. Raises ModelNotFound."""
-        base = next((one for one in bases if name == one.name or name.startswith(f"{one.name}:")), bases[0])
+        named = _named(name, [one.name for one in bases])
+        base = next((one for one in bases if one.name == named), bases[0])
         if name == base.name or (name == BASE and base.name == self._default(bases)):
             return base_object(base)
         plain = self._plain(name, base)
@@ -169,6 +182,12 @@ class Resolver:
             raise ModelNotFound(name)
         record = await self._bus.get(self._bus.keys.adapter(alias.digest), m.AdapterRecord) if alias.digest else None
         return adapter_object(alias, record, self._default(bases), self._shown_folder)
+
+
+def _named(name: str, bases: Sequence[str]) -> str:
+    """Return the base that a name is, or begins with and a colon; "" for none."""
+    longest_first = sorted(bases, key=len, reverse=True)  # one name may begin with another and a colon
+    return next((base for base in longest_first if name == base or name.startswith(f"{base}:")), "")
 
 
 def is_base(name: str, base: m.ServedModel) -> bool:

@@ -9,7 +9,6 @@ import orjson
 from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
-from gateway.adapters.resolver import is_base
 from gateway.answers.respond import Answers
 from gateway.anthropic.anthropic_models import DEFAULT_LIMIT, MAX_LIMIT, base_of, page, shown
 from gateway.app.shapes import speaks_anthropic
@@ -63,8 +62,8 @@ class Endpoints:
         resolver, caller = self._pipeline.resolver, caller_of(request)
         if not speaks_anthropic(request.scope):
             return json_response(await resolver.model(name, bases, caller))
-        if is_base(name, bases[0]) or name in (base.name for base in bases):
-            return json_response(shown(next((base for base in bases if base.name == name), bases[0]), None))
+        if (base := resolver.listed(name, bases)) is not None:
+            return json_response(shown(base, None))
         alias = await resolver.known(name, caller)
         if alias is None or alias.state != "on_disk":
             raise ModelNotFound(name)

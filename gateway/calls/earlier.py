@@ -22,7 +22,7 @@ from gateway.text.bases import GatewayBases
 from protocol.queue.bus import Bus, RequestFacts
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import IdempotencyKeyReused, NotFound
+from protocol.wire.errors import IdempotencyKeyReused, NotFound, Unavailable
 
 ATTACHED_POLL_S = 0.1
 
@@ -69,12 +69,19 @@ class EarlierCalls:
     ) -> SubmittedCall:
         """Return an earlier call without resolving or tokenizing it again; `facts` are those of its requests.
 
-        Raises NotFound when its result has expired, or its adapter's texts are gone.
+        Raises NotFound when its result has expired, its adapter's texts are gone, or its base is another than this
+        gateway's; and Unavailable while the base is not known whose sizes it takes to read numbers.
         """
+        if self._fleet.base is None:
+            await self._fleet.refresh()
+        if self._fleet.is_foreign(record.base):
+            raise NotFound(f"its base `{record.base}` is not served here", code="base_not_served")
         if isinstance(call.inputs, Pairs) and len(record.rids) != len(call.sources):
             call = structs.replace(call, task="embed", inputs=replace(call.inputs, apart=True))
         prompts: list[Prompt] = []
         base, own = self._fleet.named(record.base), self._bases.of(record.base).own
+        if base is None and call.task != "generate":
+            raise Unavailable("no worker has reported the base yet of which the numbers are")
         max_model_len = base.max_model_len if base is not None else UNKNOWN_MODEL_LEN
         of_prompts = iter(facts[:: call.options.n])
         for i, (digest, texts) in enumerate(zip(record.digests, record.texts, strict=True)):

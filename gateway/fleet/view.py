@@ -65,6 +65,10 @@ class FleetView:
         """Return a further base by its name, or else the default one; None if no worker has reported it."""
         return self._others.get(name) if name in self.further else self.base
 
+    def is_foreign(self, name: str) -> bool:
+        """Return whether a call's base is none of those asked here. A fleet's only one may have had other names."""
+        return name not in ("", self._name, *self.further) and (self._is_mixed or bool(self.further))
+
     def load(self, base: m.ServedModel) -> m.BaseLoad:
         """Return how many workers, and requests, a base has."""
         return self._loads.get(base.name, m.BaseLoad())

@@ -37,9 +37,12 @@ class BaseTexts:
 class GatewayBases:
     """The bases that a gateway was given: the default one, and further ones by name."""
 
-    def __init__(self, default: BaseTexts, further: Mapping[str, BaseTexts | str]) -> None:
-        """further: in place of what a base has, why it cannot be read."""
+    def __init__(
+        self, default: BaseTexts, further: Mapping[str, BaseTexts | str], *, shows_reasons: bool = True
+    ) -> None:
+        """further: in place of what a base has, why it cannot be read. shows_reasons: as of `FleetView`."""
         self.default = default
+        self._shows_reasons = shows_reasons
         self._further = further
 
     @property
@@ -51,7 +54,8 @@ class GatewayBases:
         """Return what a base has; the default one's name does not matter. Raises Unavailable if it cannot be read."""
         found = self._further.get(name, self.default)
         if isinstance(found, str):
-            raise Unavailable(f"the base `{name}` cannot be asked here: {found}", param="model", code="base_unreadable")
+            why = f": {found}" if self._shows_reasons else ""
+            raise Unavailable(f"the base `{name}` cannot be asked here{why}", param="model", code="base_unreadable")
         return found
 
     async def close(self) -> None:
@@ -86,4 +90,4 @@ async def open_bases(settings: Settings, bus: Bus, bearer: str, on_wait: Callabl
             why = error.message if isinstance(error, BadRequest) else str(error).split("\n", 1)[0]
             logger.warning("the base %s cannot be asked here: %s", one.served_name, why)
             found[one.served_name] = why
-    return GatewayBases(made, found)
+    return GatewayBases(made, found, shows_reasons=not settings.api_keys)

@@ -82,8 +82,9 @@ class TokenizerEndpoints:
         pipeline, text = self._pipeline, body.inputs or ""
         base, target = pipeline.fleet.base, None
         if body.adapter_id or body.merged_adapters is not None:
-            base = await pipeline.fleet.require(worker=False)
-            [target] = await pipeline.call_resolver.targets(models_of(body), base, caller, GenerationFailed)
+            models, resolver = models_of(body), pipeline.call_resolver
+            base = await resolver.base_of(models, caller, worker=False, refused=GenerationFailed)
+            [target] = await resolver.targets(models, base, caller, GenerationFailed)
 
         async def tokenize() -> bytes:
             encoding = await self._encoding(text, body.add_special_tokens is not False, target, base, "inputs")
