@@ -249,6 +249,8 @@ async def announce(plan: LaunchPlan, screen: Screen) -> bool:
     joining = settings.model_copy(update=plan.queue.door("worker")) if plan.queue is not None else settings
     secret = f"LORAFLEET_SECRET_FILE={shlex.quote(str(settings.secret_file))}"
     command = f"{_shared(joining)} {secret} lorafleet serve worker --model {shlex.quote(settings.model)}"
+    if settings.more_models:
+        command += f" --more-models {shlex.quote(settings.more_models)}"
     screen.say(f"\nconsole: {url}{CONSOLE}")
     screen.say("commands: lorafleet chat MODEL, status, adapters list, logs, stop")
     screen.say(f"to add another worker:\n  {command}")
