@@ -137,13 +137,13 @@ class Members:
         other, keys = known.get(name), self._keys
         mine = msgspec.structs.replace(served, name=name)
         length = min(mine.max_model_len, other.max_model_len if other is not None else mine.max_model_len)
+        is_same = other is None or other.is_same(mine)
         call = lua.Join(
             base=keys.base, bases=keys.bases, workers=keys.workers, worker_beat=keys.worker_beat(beat.wid),
             wid=beat.wid, beat=m.encode(msgspec.structs.replace(beat, base=name)), ttl_ms=ttl_ms, at_ms=now_ms(),
-            name=name, mark=m.encode("base") + m.encode(name), several=int(several), first=first,
-            further=further.get(name.encode(), b""), is_same=int(other is None or other.is_same(mine)),
+            name=name, several=int(several), first=first, further=further.get(name.encode(), b""),
             alone=m.encode(mine) if name == served.name else b"",
-            beside=m.encode(msgspec.structs.replace(mine, max_model_len=length)),
+            beside=m.encode(msgspec.structs.replace(mine, max_model_len=length)) if is_same else b"",
         )  # fmt: skip
         return (await self._scripts.run(call)).decode()
 

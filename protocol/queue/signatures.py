@@ -294,11 +294,9 @@ class Join(Call, kw_only=True):
     ttl_ms: int
     at_ms: int
     name: str
-    mark: bytes
     several: int
     first: bytes
     further: bytes
-    is_same: int
     alone: bytes
     beside: bytes
 

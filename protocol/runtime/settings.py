@@ -54,7 +54,8 @@ class Settings(BaseSettings):
     more_models: str = Field(
         default="",
         description="further base models of this fleet, comma-separated, each served by workers of its own; set it"
-        " alike for all gateways and stores, and there `model` too, whose base is the default one",
+        " alike for all gateways and stores, and there `model` too, whose base is the default one; a worker without it"
+        " joins no workers of other bases",
     )
     task: Literal["auto", "score"] = Field(
         default="auto",

@@ -133,7 +133,7 @@ async def test_a_fleet_of_one_base_takes_what_fits_it_whatever_it_names(names: t
         await chosen(bases, FakeMirror("", ("one",)), asked="two")
 
 
-def test_what_a_fleet_of_one_base_published_is_of_an_unknown_one_of_several() -> None:
+def test_what_a_fleet_of_one_base_published_is_of_an_unknown_one() -> None:
     """Its catalogue names none: what would be kept in it while its source is away might be served by another."""
     one = Bases(["one"])
     one.set([base("one")])

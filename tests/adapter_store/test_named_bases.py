@@ -150,7 +150,7 @@ async def register(bus: Bus, base: str = "") -> None:
     await bus.adapters.register(m.Registration(name="a", source="hub:org/a", asked_ms=now_ms(), base=base))
 
 
-async def test_a_name_stays_served_when_a_base_is_asked_that_it_does_not_fit(
+async def test_a_name_stays_served_when_it_does_not_fit_the_base_asked(
     bus: Bus, hub: HubStub, run_store: RunStore
 ) -> None:
     hub.repos["org/a"].commit(adapter())

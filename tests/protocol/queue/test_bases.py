@@ -176,6 +176,17 @@ async def test_a_long_heartbeat_is_not_decoded_to_know_its_base(bus: Bus) -> Non
     assert await join(bus, "w3", base("b")) == "b"
 
 
+@pytest.mark.parametrize("length", [31, 32, 255, 256, 70_000])
+async def test_workers_of_a_name_of_any_length_are_found(bus: Bus, length: int) -> None:
+    name = "é" + "n" * (length - 2)
+    assert await join(bus, "w1", base(name)) == name
+    with pytest.raises(Conflict, match="serves another base as"):
+        await join(bus, "w2", base(name, weights="others"))
+    assert await join(bus, "w3", base(name[:-1])) == name[:-1]
+    with pytest.raises(Conflict, match="serves another base as"):
+        await join(bus, "w4", base(name[:-1], weights="others"))
+
+
 async def test_a_reason_stays_when_a_fleet_starts_with_other_bases(bus: Bus) -> None:
     await join(bus, "w1", base("a"))
     await join(bus, "w2", base("b"))
