@@ -90,9 +90,14 @@ class Mirror:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def take(
-        self, source: Source, target: str, base: ServedModel | None, access: SourceAccess = FLEET, tenant: str = "",
+        self,
+        source: Source,
+        target: str,
+        base: ServedModel | None,
+        access: SourceAccess = FLEET,
+        tenant: str = "",
         any_of: Sequence[ServedModel] = (),
-    ) -> Mirrored:  # fmt: skip
+    ) -> Mirrored:
         """Make sure that the blobs hold the content that `target` stands for now; return its digest and version.
 
         A version that is already there costs no fetch, but the source decides whether `access` may read it, unless

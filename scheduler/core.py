@@ -130,9 +130,15 @@ class Scheduler:
         if worker is None or sub.rid in self.requests:
             return
         request = QueuedRequest(
-            sub, epoch - 1, attempts, dropped=True, input_charged=True, output_charged=-1, yields=yields,
+            sub,
+            epoch - 1,
+            attempts,
+            dropped=True,
+            input_charged=True,
+            output_charged=-1,
+            yields=yields,
             base=self.workers.base_of(sub.base),
-        )  # fmt: skip
+        )
         self.requests[sub.rid] = request
         self._open(request)
         self.ledger.assign(request, worker)

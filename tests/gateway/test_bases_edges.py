@@ -133,9 +133,7 @@ def test_files_of_a_model_that_are_broken_are_refused(tmp_path: Path, what: str)
 
 
 @pytest.mark.parametrize("keys", [False, True])
-async def test_a_broken_further_base_tells_no_tenant_where_it_lies(
-    bus: Bus, tmp_path: Path, keys: bool
-) -> None:
+async def test_a_broken_further_base_tells_no_tenant_where_it_lies(bus: Bus, tmp_path: Path, keys: bool) -> None:
     one, other = make_model_folder(tmp_path / "a"), make_model_folder(tmp_path / "secret place" / "b")
     (other / "config.json").write_text("{")
     settings = Settings(redis_url=bus.url, model=str(one), more_models=str(other), data=tmp_path, api_keys=keys)
