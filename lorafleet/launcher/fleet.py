@@ -6,7 +6,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lorafleet.launcher.child import Child, ServiceFailed, Spec
 from lorafleet.launcher.embedded import EmbeddedServer
 from lorafleet.launcher.machine import num_cores, visible_gpus
 from lorafleet.launcher.screen import Screen
-from protocol.queue.bus import CONNECTION_ERRORS, Bus
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError
 from protocol.runtime.environment import SERVICES, child_environment
 from protocol.runtime.model_files import base_settings
 from protocol.runtime.settings import Settings
@@ -96,6 +97,7 @@ class FleetLauncher:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._on_signal)
         try:
+            await self._forget_failures()
             async with asyncio.TaskGroup() as group:
                 for child in self.children:
                     group.create_task(self._keep(child))
@@ -133,18 +135,32 @@ class FleetLauncher:
             else:
                 self._fail(error)
 
+    async def _forget_failures(self) -> None:
+        """Forget why bases did not start in an earlier run, which would hold until a worker is up."""
+        if not self.settings.more_models:
+            return
+        try:
+            async with self._worker_bus() as bus:
+                await bus.members.forget_failures(one.served_name for one in base_settings(self.settings))
+        except QueueError as error:
+            raise Unavailable(f"cannot write to the queue what a worker writes of its base: {error}") from error
+
     async def _note_failure(self, child: Child, error: ServiceFailed) -> None:
         """Note why a base does not start, unless its worker has: one that the system has killed could not."""
+        name = child.spec.environment["LORAFLEET_SERVED_NAME"]
+        try:
+            async with self._worker_bus() as bus:
+                await bus.members.note_failure(name, error.message.partition("; end of its log")[0], keep=True)
+        except QueueError as away:
+            self.screen.say(f"[yellow]queue[/]: why {child.spec.name} did not start is not noted: {away!r}")
+
+    @asynccontextmanager
+    async def _worker_bus(self) -> AsyncGenerator[Bus]:
+        """Enter the queue with the rights of a worker, who may write of bases."""
         door = self.queue.door("worker") if self.queue is not None else {}
         bus = Bus(self.settings.model_copy(update=door).queue_url())
         try:
-            name, reason = (
-                child.spec.environment["LORAFLEET_SERVED_NAME"],
-                error.message.partition("; end of its log")[0],
-            )
-            await bus.members.note_failure(name, reason, keep=True)
-        except CONNECTION_ERRORS as away:
-            self.screen.say(f"[yellow]queue[/]: why {child.spec.name} did not start is not noted: {away!r}")
+            yield bus
         finally:
             await bus.close()
 

@@ -164,6 +164,10 @@ class Members:
         if await self._redis.hlen(self._keys.bases) < 2 * MAX_BASES:
             await note(self._keys.bases, f"{_FAILED}{name}", reason[:MAX_REASON])
 
+    async def forget_failures(self, names: Iterable[str]) -> None:
+        """Forget why bases have not started: workers of them are about to."""
+        await self._redis.hdel(self._keys.bases, *(f"{_FAILED}{name}" for name in names))
+
     async def bases(self) -> tuple[list[m.ServedModel], dict[str, str]]:
         """Return the bases that workers have reported, the first one first, and of others why none has started.
 

@@ -17,9 +17,10 @@ from protocol.runtime.settings import Settings
 
 @pytest.mark.parametrize("noted", ["", "no such folder"])
 async def test_why_a_worker_was_killed_is_noted_by_its_launcher(bus: Bus, tmp_path: Path, noted: str) -> None:
-    """By the system, for memory, it cannot note it itself; a reason that it has noted is the better one."""
-    if noted:
-        await bus.members.note_failure("b", noted)
+    """By the system, for memory, it cannot note it itself; a reason that it has noted is the better one.
+
+    That of an earlier run is none.
+    """
 
     async def on_ready() -> bool:
         return True
@@ -33,6 +34,11 @@ async def test_why_a_worker_was_killed_is_noted_by_its_launcher(bus: Bus, tmp_pa
         children.append(Child(spec, 0, screen.say, first_pause_s=0.01))
     settings = Settings(redis_url=bus.url, model="a", more_models="b")
     launcher = FleetLauncher(settings, children, None, screen, on_ready)
+    await bus.members.note_failure("b", "of an earlier run")
+    await launcher._forget_failures()
+    assert (await bus.members.bases())[1] == {}
+    if noted:
+        await bus.members.note_failure("b", noted)
     await launcher._keep(children[1])
     assert launcher._failure is None
     reasons = (await bus.members.bases())[1]
