@@ -16,6 +16,7 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +45,9 @@ from protocol.wire.errors import AdapterRefused, Unavailable
 logger = logging.getLogger(__name__)
 
 STALE_STAGING_S = 7 * 86_400.0
+
+BASE_LINE = "base "
+"""Begins the line of a version's note that says which base the version names; other lines are readers."""
 """Age at which an abandoned download is deleted."""
 
 
@@ -172,15 +176,33 @@ class Blobs:
         """Note that a version, which has a digest here, was read by the rights of `reader`."""
         digest, readers = self._note_of(version)
         if digest and reader not in readers:
-            self._version_file(version).write_text("\n".join([digest, *sorted({*readers, reader})]))
+            self._write_note(version, digest, {*readers, reader}, self.named_base(version))
+
+    def named_base(self, version: str) -> str | None:
+        """Return the base that a version names, as `note_base` was told; None if it was not."""
+        lines = self._lines_of(version)[1:]
+        return next((line.removeprefix(BASE_LINE) for line in lines if line.startswith(BASE_LINE)), None)
+
+    def note_base(self, version: str, name: str) -> None:
+        """Note which base a version, which has a digest here, names: one line of text."""
+        digest, readers = self._note_of(version)
+        if digest:
+            self._write_note(version, digest, readers, name)
+
+    def _write_note(self, version: str, digest: str, readers: Iterable[str], base: str | None) -> None:
+        lines = [digest, *sorted(readers), *([] if base is None else [f"{BASE_LINE}{base}"])]
+        self._version_file(version).write_text("\n".join(lines))
 
     def _note_of(self, version: str) -> tuple[str, set[str]]:
         """Return the digest and the readers that were noted of a version, "" and none if nothing was."""
+        digest, *readers = self._lines_of(version) or [""]
+        return digest, {reader for reader in readers if not reader.startswith(BASE_LINE)}
+
+    def _lines_of(self, version: str) -> list[str]:
         try:
-            digest, *readers = self._version_file(version).read_text(errors="replace").splitlines() or [""]
+            return self._version_file(version).read_text(errors="replace").split("\n")
         except FileNotFoundError:
-            return "", set()
-        return digest, set(readers)
+            return []
 
     def _version_file(self, version: str) -> Path:
         return self._versions / hashlib.sha256(version.encode()).hexdigest()
@@ -227,7 +249,8 @@ class Blobs:
     def note_version(self, version: str, digest: str) -> None:
         """Note which digest a source's version has. Losing the note in a crash only costs another fetch."""
         known, readers = self._note_of(version)
-        self._version_file(version).write_text("\n".join([digest, *sorted(readers if known == digest else ())]))
+        is_known = known == digest
+        self._write_note(version, digest, readers if is_known else (), self.named_base(version) if is_known else None)
 
     def room(self, num_blob: int, num_staged: int, folder: Path) -> AbstractContextManager[None]:
         """Promise room on the disk, meanwhile, for an adapter that is staged in a folder.

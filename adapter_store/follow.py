@@ -10,15 +10,16 @@ import logging
 import time
 from dataclasses import dataclass
 
+from adapter_store.bases import Bases
 from adapter_store.catalogue import Catalogue
 from adapter_store.mirror import Mirror
-from adapter_store.sources import Changed
+from adapter_store.sources import FLEET, Changed
 from adapter_store.sources.local import LocalSource
 from adapter_store.watch import Watch
 from protocol.queue.bus import QueueError
 from protocol.runtime.adapter_refs import FOLDER
 from protocol.wire.errors import ClientError, LorafleetError
-from protocol.wire.messages import Alias, ServedModel
+from protocol.wire.messages import Alias
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +46,16 @@ class Follower:
         self._catalogue = catalogue
         known = [alias.name for alias in catalogue.aliases.values() if alias.is_folder]
         self._watch = Watch(int(settle_s * 1e9), known)
-        self._base: ServedModel | None = None
+        self._bases = Bases()
         self._busy: set[str] = set()
         self._slots = asyncio.Semaphore(MAX_AT_ONCE)
         self._retries: dict[str, NextTry] = {}
         self._root_error = ""
 
-    def set_base(self, base: ServedModel) -> None:
-        """Set the model that adapters must fit; if it is another one, check every folder again."""
-        if self._base is None or self._base.identity != base.identity:
-            self._watch.recheck_all()
-        self._base = base
+    def set_bases(self, bases: Bases) -> None:
+        """Set the bases that adapters must fit, which are others than before: check every folder again."""
+        self._bases = bases
+        self._watch.recheck_all()
 
     async def tick(self, tasks: asyncio.TaskGroup) -> None:
         """Scan once, and start the work on each changed adapter in `tasks` without waiting for it."""
@@ -115,14 +115,12 @@ class Follower:
             self._busy.discard(name)
 
     async def _mirror_and_publish(self, name: str) -> None:
-        base = self._base
-        mirrored = await self._mirror.take(self._source, name, base)
-        if base is None:
-            return  # `set_base` causes another check; until then the name stays "downloading"
-        record = await self._mirror.describe(mirrored.digest, mirrored.version.source, base)
+        mirrored, base, record = await self._bases.take(self._mirror, self._source, name, "", FLEET)
+        if record is None:
+            return  # `set_bases` causes another check; until then the name stays "downloading"
         self._retries.pop(name, None)
         if name in self._watch:
-            alias = Alias(name=name, state="on_disk", digest=mirrored.digest, source=mirrored.version.source)
+            alias = Alias(name=name, state="on_disk", digest=mirrored.digest, source=mirrored.version.source, base=base)
             await self._catalogue.publish(alias, record)
             logger.info("adapter %s is served: %.12s, rank %d", name, mirrored.digest, record.rank)
 

@@ -7,7 +7,7 @@ import errno
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +40,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+MAX_REASON = 200
+"""Characters of why an adapter does not fit one of several bases."""
+
+MAX_BASE_NAME = 300
+"""Characters of a base's name or path in an adapter's config; longer ones are none."""
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -49,6 +55,10 @@ class Mirrored:
 
     digest: str
     version: SourceVersion
+
+
+class NeedsBase(Exception):
+    """The weights are read for one base, and which of several that is was not said."""
 
 
 class Mirror:
@@ -81,15 +91,22 @@ class Mirror:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def take(
-        self, source: Source, target: str, base: ServedModel | None, access: SourceAccess = FLEET, tenant: str = ""
+        self,
+        source: Source,
+        target: str,
+        base: ServedModel | None,
+        access: SourceAccess = FLEET,
+        tenant: str = "",
+        any_of: Sequence[ServedModel] = (),
     ) -> Mirrored:
         """Make sure that the blobs hold the content that `target` stands for now; return its digest and version.
 
         A version that is already there costs no fetch, but the source decides whether `access` may read it, unless
         anyone may, or the same rights have read it before and are not those of a token. `base` is the model that the
-        adapter must fit, None while it is unknown. `tenant`: whose name it is for, "" for everybody's. Raises
-        AdapterRefused, before a file is fetched whose size is the reason, and before the weights are if their header
-        shows it; the errors of the source; Changed; NoRoom when the disk is full.
+        adapter must fit, None while it is unknown; then it must fit one of `any_of`, if there are any. `tenant`: whose
+        name it is for, "" for everybody's. Raises AdapterRefused, before a file is fetched whose size is the reason,
+        and before the weights are if their header shows it; NeedsBase for weights that are read for one of several
+        bases; the errors of the source; Changed; NoRoom when the disk is full.
         """
         fixed = source.fixed(target)
         if fixed is not None:
@@ -97,14 +114,14 @@ class Mirror:
             if digest is not None:
                 return Mirrored(digest, fixed)
         async with self._looks[source]:
-            version = _for_base(await source.resolve(target, access), base)
+            version = _for_base(await source.resolve(target, access), base, any_of)
             self._check_sizes(version)
             digest = await self._known(source, version, access)
         if digest is None:
             async with self._slot(source, tenant), self._locks.setdefault(version.key, asyncio.Lock()):
                 digest = await self._known(source, version, access)
                 if digest is None:
-                    digest = await self._fetch_measured(source, version, base, access)
+                    digest = await self._fetch_measured(source, version, [base] if base else any_of, access)
                     await self._note_reader(version, access)
         return Mirrored(digest, version)
 
@@ -146,12 +163,12 @@ class Mirror:
             raise AdapterRefused(reasons)
 
     async def _fetch_measured(
-        self, source: Source, version: SourceVersion, base: ServedModel | None, access: SourceAccess
+        self, source: Source, version: SourceVersion, bases: Sequence[ServedModel], access: SourceAccess
     ) -> str:
         scheme, outcome = version.source.partition(":")[0], "failed"
         try:
             with STORE_FETCH_SECONDS.labels(scheme).time():
-                digest = await self._fetch_or_restore(source, version, base, access)
+                digest = await self._fetch_or_restore(source, version, bases, access)
             outcome = "taken"
             return digest
         except AdapterRefused:
@@ -186,7 +203,7 @@ class Mirror:
             self.blobs.discard(version)
 
     async def _fetch_or_restore(
-        self, source: Source, version: SourceVersion, base: ServedModel | None, access: SourceAccess
+        self, source: Source, version: SourceVersion, bases: Sequence[ServedModel], access: SourceAccess
     ) -> str:
         try:
             if self._bucket is not None and not version.at_hand:
@@ -196,7 +213,7 @@ class Mirror:
                     if await self.restore(digest):
                         await asyncio.to_thread(self.blobs.note_version, version.key, digest)
                         return digest
-            digest = await self._fetch(source, version, base, access)
+            digest = await self._fetch(source, version, bases, access)
         except (AdapterRefused, Changed, NoRoom):
             await asyncio.to_thread(self.blobs.discard, version.key)
             raise
@@ -212,7 +229,7 @@ class Mirror:
         return digest
 
     async def _fetch(
-        self, source: Source, version: SourceVersion, base: ServedModel | None, access: SourceAccess
+        self, source: Source, version: SourceVersion, bases: Sequence[ServedModel], access: SourceAccess
     ) -> str:
         folder = await asyncio.to_thread(self.blobs.staging, version.key)
         weights, config = version.weights, version.files.get(CONFIG_FILE)
@@ -224,7 +241,7 @@ class Mirror:
         if config is not None:
             await source.fetch(version, CONFIG_FILE, folder / CONFIG_FILE, config.num_bytes, access)
         await source.fetch(version, weights, folder / weights, head_bytes, access)
-        conversion = await asyncio.to_thread(_check_head, folder, weights, num_bytes, base)
+        conversion = await asyncio.to_thread(_check_head, folder, weights, num_bytes, bases)
         made, text_bytes = conversion.num_bytes if conversion else 0, _text_bytes(version)
         # What is converted lies beside its source until it is done, and texts beside the file that they are joined in.
         most = sum(file.num_bytes for file in version.files.values()) + made + text_bytes
@@ -238,11 +255,46 @@ class Mirror:
         for name, file in version.files.items():
             if file.checksum is not None and _checksum(folder / name, file.checksum[0]) != file.checksum[1]:
                 raise Changed(f"{name} of {version.source} does not match the {file.checksum[0]} of its source")
+        named = ""
+        if CONFIG_FILE in version.files:  # which a conversion overwrites
+            named = _named_in(parse_config((folder / CONFIG_FILE).read_bytes()))
         if conversion is not None:
             convert(folder, version.weights, conversion, folder, self.blobs.reserve)
         files = AdapterFolder.open_fetched(folder)
         files.keep_texts()
-        return self.blobs.put(version.key, files, sync=not version.at_hand)
+        digest = self.blobs.put(version.key, files, sync=not version.at_hand)
+        self.blobs.note_base(version.key, named)
+        return digest
+
+    async def named_base(
+        self, source: Source, target: str, version: SourceVersion, access: SourceAccess, tenant: str = ""
+    ) -> str:
+        """Return the `base_model_name_or_path` in the config of a version of `target` that is here, "" without one.
+
+        A blob does not hold it: contents that differ in nothing else are one. It is noted at the fetch, and fetched for
+        versions without that note: those of earlier releases and of the shared bucket. Raises the errors of the source.
+        """
+        key, own = version.key, f"config:{version.key}"
+        known = await asyncio.to_thread(self.blobs.named_base, key)
+        if known is not None:
+            return known
+        async with self._slot(source, tenant), self._locks.setdefault(own, asyncio.Lock()):
+            known = await asyncio.to_thread(self.blobs.named_base, key)
+            if known is not None:
+                return known
+            if not version.files:  # as `Source.fixed` says it
+                version = await source.resolve(target, access)
+            self._check_sizes(version)
+            config, known = version.files.get(CONFIG_FILE), ""
+            if config is not None:
+                folder = await asyncio.to_thread(self.blobs.staging, own)
+                try:
+                    await source.fetch(version, CONFIG_FILE, folder / CONFIG_FILE, config.num_bytes, access)
+                    known = _named_in(parse_config(await asyncio.to_thread((folder / CONFIG_FILE).read_bytes)))
+                finally:
+                    await asyncio.to_thread(self.blobs.discard, own)
+            await asyncio.to_thread(self.blobs.note_base, key, known)
+        return known
 
     async def describe(self, digest: str, source: str, base: ServedModel) -> AdapterRecord:
         """Check a blob against the base model and return its catalogue record.
@@ -300,27 +352,57 @@ def _text_bytes(version: SourceVersion) -> int:
     return sum(file.num_bytes for name, file in version.files.items() if name in MORE_FILES)
 
 
-def _for_base(version: SourceVersion, base: ServedModel | None) -> SourceVersion:
-    """Return a version whose key names what its conversion needs to know of the base. Raises Unavailable without it."""
+def _for_base(version: SourceVersion, base: ServedModel | None, any_of: Sequence[ServedModel]) -> SourceVersion:
+    """Return a version whose key names what its conversion needs to know of the base.
+
+    Raises NeedsBase where it may be any of some, and Unavailable where none is known.
+    """
     if not depends_on_base(version.weights):
         return version
+    if base is None and any_of:
+        raise NeedsBase
     if base is None:
         raise Unavailable(f"{version.source} can be read once a worker has reported its base model")
     return replace(version, key=f"{version.key}:{base.model_type}:{base.head_dim}")
 
 
-def _check_head(folder: Path, weights: str, num_bytes: int, base: ServedModel | None) -> Conversion | None:
-    """Check the config and the header of the weights. Returns how to convert them. Raises AdapterRefused."""
-    conversion = plan_conversion(folder, weights, num_bytes, base)
+def _check_head(folder: Path, weights: str, num_bytes: int, bases: Sequence[ServedModel]) -> Conversion | None:
+    """Check the config and the header of the weights for one of some bases, none while they are unknown.
+
+    Returns how to convert them. Raises AdapterRefused.
+    """
+    conversion = plan_conversion(folder, weights, num_bytes, bases[0] if len(bases) == 1 else None)
     if conversion is not None:
-        read_adapter(conversion.config, conversion.infos(), base)
+        config, tensors = conversion.config, conversion.infos()
+    else:
+        with (folder / CONFIG_FILE).open("rb") as file:
+            config = parse_config(file.read(MAX_CONFIG_BYTES + 1))
+        with (folder / WEIGHTS_FILE).open("rb") as file:
+            tensors = parse_header(file.read(HEAD_BYTES), num_bytes)
+    if len(bases) <= 1:
+        read_adapter(config, tensors, bases[0] if bases else None)
         return conversion
-    with (folder / CONFIG_FILE).open("rb") as file:
-        config = parse_config(file.read(MAX_CONFIG_BYTES + 1))
-    with (folder / WEIGHTS_FILE).open("rb") as file:
-        tensors = parse_header(file.read(HEAD_BYTES), num_bytes)
-    read_adapter(config, tensors, base)
-    return None
+    refused: dict[str, AdapterRefused] = {}
+    for base in bases:
+        try:
+            read_adapter(config, tensors, base)
+        except AdapterRefused as error:
+            refused[base.name] = error
+    if len(refused) == len(bases):
+        raise fits_none(refused)
+    return conversion
+
+
+def fits_none(refused: Mapping[str, AdapterRefused]) -> AdapterRefused:
+    """Return the error for an adapter that each of several bases, given by their names, has refused."""
+    reasons = "; ".join(f"{name}: {error.message[:MAX_REASON]}" for name, error in refused.items())
+    return AdapterRefused([f"it fits no base of this fleet; {reasons}"])
+
+
+def _named_in(config: Mapping[str, object]) -> str:
+    """Return what a config calls its base, "" unless that is a text of modest length."""
+    name = config.get("base_model_name_or_path")
+    return name if isinstance(name, str) and len(name) <= MAX_BASE_NAME and name.isprintable() else ""
 
 
 def _checksum(path: Path, algorithm: str) -> str:

@@ -1,4 +1,4 @@
-"""Makes workers hold the adapters that are pinned or preloaded.
+"""Makes workers hold the adapters of their base that are pinned or preloaded.
 
 Each tick compares the workers' heartbeats with what they should hold, and sends control messages for the differences.
 So the next tick corrects a worker that has just joined, a name that was moved to other content, and a lost message.
@@ -25,6 +25,9 @@ REPEAT_S = 5.0
 SETTINGS = "settings"
 """Marks a pin that comes from the settings and not from the API."""
 
+Content = tuple[str, str]
+"""A digest, and the name of the base that it is served with, "" in a fleet with one."""
+
 
 class PinController:
     """Sends pins, unpins and prefetches to the workers of one fleet."""
@@ -47,7 +50,8 @@ class PinController:
         if not pins and not self._preload and not self._pinned_s:
             return
         beats = {wid: beat for wid, beat in (await self._bus.members.worker_beats()).items() if beat is not None}
-        messages = self.messages(beats, self._digests(pins), self._digests(self._preload), time.monotonic())
+        pinned, preloaded = self._digests(pins), self._digests(self._preload)
+        messages = self.messages(beats, pinned, preloaded, time.monotonic())
         if messages:
             await self._bus.streams.tell(messages)
 
@@ -66,21 +70,22 @@ class PinController:
             if known is None or known.on_request:
                 await self._bus.adapters.register(m.Registration(name=name, source=reference.source, asked_ms=now_ms()))
 
-    def _digests(self, names: Iterable[str]) -> set[str]:
-        """Return the digests of the names that the stores have on disk."""
+    def _digests(self, names: Iterable[str]) -> set[Content]:
+        """Return the contents of the names that the stores have on disk."""
         found = (self._catalogue.aliases.get(name) for name in names)
-        return {alias.digest for alias in found if alias is not None and alias.state == "on_disk"}
+        return {(alias.digest, alias.base) for alias in found if alias is not None and alias.state == "on_disk"}
 
     def messages(
-        self, beats: Mapping[str, m.WorkerBeat], pinned: set[str], preloaded: set[str], now_s: float
+        self, beats: Mapping[str, m.WorkerBeat], all_pinned: set[Content], all_preloaded: set[Content], now_s: float
     ) -> list[tuple[str, m.Control]]:
         """Return the control messages to send, each with its worker's id, and remember them as sent.
 
-        `beats` are the workers' latest heartbeats by id, `pinned` and `preloaded` the digests that every worker should
-        hold, `now_s` is monotonic.
+        `beats` are the workers' latest heartbeats by id, `all_pinned` and `all_preloaded` what every worker of its base
+        should hold, `now_s` is monotonic.
         """
         messages: list[tuple[str, m.Control]] = []
         for wid, beat in beats.items():
+            pinned, preloaded = _of_base(beat, all_pinned), _of_base(beat, all_preloaded)
             for digest in sorted(pinned):
                 sent_s = self._pinned_s.get((wid, digest), -REPEAT_S)
                 if beat.pinned.get(digest) != "" and now_s >= sent_s + REPEAT_S:
@@ -93,6 +98,13 @@ class PinController:
                 if (wid, digest) not in self._fetched:
                     self._fetched.add((wid, digest))
                     messages.append((wid, m.Control(kind="prefetch", digest=digest)))
-        self._pinned_s = {key: at_s for key, at_s in self._pinned_s.items() if key[0] in beats and key[1] in pinned}
-        self._fetched = {key for key in self._fetched if key[0] in beats and key[1] in preloaded}
+        kept = {digest for digest, _ in all_pinned}
+        self._pinned_s = {key: at_s for key, at_s in self._pinned_s.items() if key[0] in beats and key[1] in kept}
+        kept = {digest for digest, _ in all_preloaded}
+        self._fetched = {key for key in self._fetched if key[0] in beats and key[1] in kept}
         return messages
+
+
+def _of_base(beat: m.WorkerBeat, contents: set[Content]) -> set[str]:
+    """Return the digests among contents that are for a worker's base."""
+    return {digest for digest, base in contents if beat.is_of(base)}

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from adapter_store.bases import Bases
 from adapter_store.catalogue import Catalogue, field_of
 from adapter_store.mirror import Mirror
 from adapter_store.sources import Changed, Source, SourceAccess
@@ -24,7 +25,7 @@ from protocol.queue.bus import Bus, QueueError, now_ms
 from protocol.runtime.adapter_refs import Reference, SourcePolicy, parse_source
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.wire.errors import AdapterRefused, BadRequest, ClientError, LorafleetError, PermissionDenied
-from protocol.wire.messages import Alias, Registration, ServedModel
+from protocol.wire.messages import Alias, Registration
 
 logger = logging.getLogger(__name__)
 
@@ -63,17 +64,16 @@ class Registrar:
         self._secret = secret
         self._access_ms = int(1000 * access_check_s)
         self._timings = timings or StoreTimings()
-        self._base: ServedModel | None = None
+        self._bases = Bases()
         self._busy: set[str] = set()
         self._outcomes: dict[str, FetchOutcome] = {}
         self._registrations: dict[str, Registration] = {}
         self._reload_at_s = 0.0  # monotonic
 
-    def set_base(self, base: ServedModel) -> None:
-        """Set the model that adapters must fit; if it is another one, fetch every name again."""
-        if self._base is None or self._base.identity != base.identity:
-            self._outcomes.clear()
-        self._base = base
+    def set_bases(self, bases: Bases) -> None:
+        """Set the bases that adapters must fit, which are others than before: fetch every name again."""
+        self._bases = bases
+        self._outcomes.clear()
 
     async def tick(self, tasks: asyncio.TaskGroup, refresh_s: float, *, reload: bool) -> None:
         """Start in `tasks` the fetches that are due, without waiting for them. A name is due again every `refresh_s`.
@@ -128,10 +128,7 @@ class Registrar:
         if outcome is None and alias is not None and alias.state == "failed" and registration.on_request:
             # Another store has failed, or this one before its restart.
             return registration.asked_ms > alias.asked_ms and now_ms() >= alias.retry_ms
-        if outcome is None or (outcome.registration.source, outcome.registration.token) != (
-            registration.source,
-            registration.token,
-        ):
+        if outcome is None or _is_other(outcome.registration, registration):
             return True
         if alias is None and not outcome.num_failures:
             return True
@@ -199,16 +196,16 @@ class Registrar:
             on_request=registration.on_request,
         )
         await self._catalogue.announce([alias])
-        base, began_ms = self._base, now_ms()
+        began_ms = now_ms()
         try:
             reference, source = self._place(registration)
             target = reference.source.partition(":")[2]
-            mirrored = await self._mirror.take(
-                source, target, base, self._access(field, registration), registration.tenant
+            access, tenant = self._access(field, registration), registration.tenant
+            mirrored, base, record = await self._bases.take(
+                self._mirror, source, target, registration.base, access, tenant
             )
-            if base is None:
+            if record is None:
                 return  # it stays due until the base is known
-            record = await self._mirror.describe(mirrored.digest, mirrored.version.source, base)
         except (LorafleetError, OSError, Changed) as error:
             await self._fail(alias, registration, error)
             return
@@ -219,7 +216,7 @@ class Registrar:
             digest, place = mirrored.digest, mirrored.version.source
             confirmed_ms = began_ms if registration.token and registration.tenant else 0
             served = msgspec.structs.replace(
-                alias, state="on_disk", digest=digest, source=place, confirmed_ms=confirmed_ms
+                alias, state="on_disk", digest=digest, source=place, base=base, confirmed_ms=confirmed_ms
             )
             await self._catalogue.publish(served, record)
             logger.info("adapter %s is served: %.12s of %s", registration.name, digest, place)
@@ -259,19 +256,21 @@ class Registrar:
         """Keep serving the name's old content, with the reason why it is not newer; return False if that is impossible.
 
         Old content is dropped when its own source now refuses it. It is kept when the name was to be moved to another
-        source and that one refuses. What a tenant's token opened is kept for as long as that was confirmed.
+        source, or base, and that one refuses. What a tenant's token opened is kept for as long as that was confirmed.
         """
         known = self._catalogue.aliases.get(field)
-        if known is None or known.state != "on_disk" or self._base is None:
+        base = self._bases.get(known.base) if known is not None else None
+        if known is None or known.state != "on_disk" or base is None:
             return False
-        moving = known.registered != registration.source
+        moving = known.registered != registration.source or registration.base not in ("", known.base)
         if (refused and not moving) or 0 < known.confirmed_ms <= now_ms() - self._access_ms:
             return False
         try:
-            record = await self._mirror.describe(known.digest, known.source, self._base)
+            record = await self._mirror.describe(known.digest, known.source, base)
         except (AdapterRefused, Changed):
             return False
-        said = f"not {registration.source}: {reason}" if moving else f"may be out of date: {reason}"
+        asked = registration.source if known.registered != registration.source else f"with {registration.base}"
+        said = f"not {asked}: {reason}" if moving else f"may be out of date: {reason}"
         served = msgspec.structs.replace(known, reason=said, status=status, asked_ms=registration.asked_ms)
         await self._catalogue.publish(served, record)
         return True
@@ -284,3 +283,8 @@ class Registrar:
         pause_s = backoff.pause_s(failures)
         self._outcomes[field] = FetchOutcome(registration, time.monotonic(), pause_s, failures, refused)
         return pause_s
+
+
+def _is_other(one: Registration, other: Registration) -> bool:
+    """Return whether two registrations of a name may stand for different adapters."""
+    return (one.source, one.token, one.base) != (other.source, other.token, other.base)

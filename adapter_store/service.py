@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from adapter_store.bases import Bases
 from adapter_store.blobs import Blobs
 from adapter_store.catalogue import Catalogue
 from adapter_store.follow import Follower
@@ -34,6 +35,7 @@ from protocol.runtime.backoff import Backoff
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.free_space import Reserve
 from protocol.runtime.guarded import FAILED, Items, Loop, guarded
+from protocol.runtime.model_files import base_settings
 from protocol.runtime.private_files import private_folder
 from protocol.runtime.release import RELEASE
 from protocol.runtime.service import wait_any
@@ -47,7 +49,7 @@ from protocol.wire.errors import (
     ProtocolError,
     Unavailable,
 )
-from protocol.wire.messages import AdapterEvent, ServedModel
+from protocol.wire.messages import AdapterEvent
 
 if TYPE_CHECKING:
     from adapter_store.shared_bucket import SharedBucket
@@ -143,7 +145,8 @@ class Store:
         self._last_ids = {bus.keys.adapter_events: b"$"}  # how far the events are read
         self._changed = False  # the catalogue has, and the registrations are to be read again
         self._steps = Items("catalogue", max_tries=0, backoff=AWAY)
-        self.base: ServedModel | None = None
+        names = [one.served_name for one in base_settings(settings)] if settings.model else []
+        self.bases = Bases(names)
         if settings.adapters is not None or settings.adapter_roots:
             more = [Path(path) for path in names_of(settings.adapter_roots)]
             self.sources["local"] = LocalSource(settings.adapters, more, reserve=reserve)
@@ -188,7 +191,7 @@ class Store:
             "status": "ok",
             "version": RELEASE,
             "sid": self.sid,
-            "base": self.base.name if self.base else None,
+            "base": next(iter(self.bases.names), None),
             "num_names": len(self.catalogue.aliases),
             "num_blobs": len(self.blobs),
             "num_bytes": self.blobs.num_bytes,
@@ -209,7 +212,7 @@ class Store:
         self._changed = await self.catalogue.load() or self._changed
         self.follower = self.follower or self._follower()
         done = self._steps.run
-        await done("base model", self._set_base)
+        await done("base model", self._set_bases)
         if self.follower is not None:
             await done("adapter folder", partial(self.follower.tick, tasks))
         await done("registrations", partial(self._tick_registrar, tasks))
@@ -238,13 +241,11 @@ class Store:
         for state in ("downloading", "on_disk", "failed"):
             metrics.STORE_NAMES.labels(state).set(states[state])
 
-    async def _set_base(self) -> None:
-        base = await self.bus.get(self.bus.keys.base, ServedModel)
-        if base is not None:
-            self.base = base
-            self.registrar.set_base(base)
+    async def _set_bases(self) -> None:
+        if self.bases.set(*await self.bus.members.bases()):
+            self.registrar.set_bases(self.bases)
             if self.follower is not None:
-                self.follower.set_base(base)
+                self.follower.set_bases(self.bases)
 
     async def _listen(self) -> None:
         """Wait for events; wake the catalogue's loop when a name is registered."""
@@ -304,9 +305,10 @@ class Store:
         if source is None:
             return False
         refusal: LorafleetError | None = None
+        base = next((alias.base for alias in self.catalogue.aliases.values() if alias.digest == digest), "")
         for access in self.registrar.accesses_to(digest) or [FLEET]:
             try:
-                mirrored = await self.mirror.take(source, target, self.base, access)
+                mirrored = await self.mirror.take(source, target, self.bases.get(base), access)
                 return mirrored.digest == digest
             except Changed as error:
                 logger.warning("adapter %.12s is no longer at %s: %s", digest, record.source, error)

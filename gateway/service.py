@@ -45,7 +45,6 @@ from gateway.files.files import SWEEP_S, FileService
 from gateway.files.place import open_storage
 from gateway.fleet.sampler import SAMPLE_S, Sampler
 from gateway.fleet.view import REFRESH_S, FleetView
-from gateway.grammars.check import GrammarCheck
 from gateway.http.paths import RESPONSES
 from gateway.lorax.lorax_routes import NativeEndpoints
 from gateway.ollama.ollama_routes import OllamaEndpoints
@@ -66,23 +65,20 @@ from gateway.responses.response_routes import ResponseEndpoints
 from gateway.responses.response_write import job_api
 from gateway.responses.service import Responses
 from gateway.responses.stored import StoredResponses
-from gateway.sandbox.sandbox import SandboxPool
 from gateway.server.connection import ConnectionLimits
 from gateway.server.server import BACKLOG, HttpServer, allow_connections
-from gateway.text.own_files import OwnFiles
-from gateway.text.tokenizer import load_model_files
+from gateway.text.bases import open_bases
 from gateway.tokenizer.tokenizer_routes import TokenizerEndpoints
 from gateway.webhooks.endpoints import WebhookService
 from gateway.webhooks.names import HostNames
 from gateway.webhooks.outside import Outside
 from gateway.webhooks.sender import SenderPace, WebhookSender
 from gateway.webhooks.webhook_routes import WebhookRoutes
-from peft_adapters.texts.files import TOKENIZER
 from protocol.metrics.series import GATEWAY_HELD_BYTES
 from protocol.queue.bus import CONNECTION_ERRORS, Bus
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.guarded import BRISK, Loop, guarded
-from protocol.runtime.model_files import TOKENIZER_FILES, model_folder
+from protocol.runtime.model_files import base_settings
 from protocol.runtime.sealing import Seal
 from protocol.runtime.service import unending
 from protocol.runtime.settings import Settings
@@ -129,7 +125,6 @@ async def _serve(
 ) -> int:
     """Run a gateway of this id; see `serve`."""
     sys.setswitchinterval(SWITCH_S)
-    files = await asyncio.to_thread(load_model_files, settings)
     bus = Bus(settings.queue_url(), seal=Seal.of(settings, secret))
     # What happens once a second has connections of its own: it would be late behind hundreds of calls that wait for a
     # connection of `bus`.
@@ -137,7 +132,16 @@ async def _serve(
     try:
         await bus.check()
         replies = Replies(bus, gid, beats)
-        fleet = FleetView(beats, settings.beat_timeout_s, waits=settings.wait_for_worker_s > 0)
+        names = [one.served_name for one in base_settings(settings)]
+        waits = settings.wait_for_worker_s > 0
+        fleet = FleetView(
+            beats,
+            settings.beat_timeout_s,
+            waits=waits,
+            name=names[0],
+            further=names[1:],
+            shows_reasons=not settings.api_keys,
+        )
         sampler = Sampler(beats, fleet, observe.SERIES)
         heartbeat = Heartbeat(settings.queue_url(), replies.gid, timings.pace)
         admission = Admission(settings, lambda: fleet.status, lambda: heartbeat.lag_s, timings.overload)
@@ -147,18 +151,13 @@ async def _serve(
         GATEWAY_HELD_BYTES.set_function(lambda: memory.num_bytes)
         aliases = Aliases(bus, settings, secret, admission.leave_inbound, timings.alias_poll_s)
         aliases.listeners.append(observe.adapter_event)
-        tokenizer = model_folder(settings.model, TOKENIZER_FILES) / TOKENIZER
-        sandbox = SandboxPool(
-            settings.sandboxes, str(tokenizer), admission.leave_inbound, template_s=settings.template_timeout_s
-        )
-        own = OwnFiles(bus, files, sandbox, secret.bearer if secret else "")
-        grammars = GrammarCheck(sandbox, settings.grammar_timeout_s)
-        resolver = Resolver(bus, aliases, own, settings.adapters, shows_paths=not settings.api_keys)
-        pipeline = Pipeline(settings, bus, files, fleet, resolver, replies, grammars, admission)
+        bases = await open_bases(settings, bus, secret.bearer if secret else "", admission.leave_inbound)
+        resolver = Resolver(bus, aliases, bases, settings.adapters, shows_paths=not settings.api_keys)
+        pipeline = Pipeline(settings, bus, fleet, resolver, replies, admission)
         answers = Answers(settings.keepalive_s)
         calls = OpenAICalls(pipeline, {RESPONSES: job_api(settings)})
         database = _database(settings)
-        archiver = Archiver(bus, gid, settings, database, own) if database is not None else None
+        archiver = Archiver(bus, gid, settings, database, bases) if database is not None else None
         endpoints = Endpoints(
             answers, pipeline, admission, lambda: heartbeat.disk_full, lambda: bool(archiver and archiver.problem)
         )
@@ -210,8 +209,7 @@ async def _serve(
                 logger.info("listening on %s", address)
                 await _run(_server(app, settings, memory), listener, parts, settings.grace_s, stop)
         await replies.close()
-        await own.close()
-        await sandbox.close()
+        await bases.close()
     finally:
         await beats.close()
         await bus.close()

@@ -40,6 +40,7 @@ from gpu_worker.loading.checkpoint import (
     task_of,
     tokenizer_types,
 )
+from gpu_worker.loading.weights import weights_hash
 from gpu_worker.memory import CacheBytes, GiB, free_bytes, share_out
 from gpu_worker.model.compiled import compile_errors, warm
 from gpu_worker.model.kv_dtype import choose_kv_dtype
@@ -100,7 +101,7 @@ def load_engine(
     ops.fix_sums(settings.deterministic)
     impl: ops.Impl | None = "reference" if settings.kernels == "reference" else None
     isa = choose_isa(settings.kernels, device)
-    folder = model_folder(settings.model, WEIGHT_FILES)
+    folder = given = model_folder(settings.model, WEIGHT_FILES)
     if settings.quantization != "none":
         folder = _quantise(folder, device, settings)
     headless = settings.task == "score"
@@ -136,7 +137,7 @@ def load_engine(
         own = folder_activation(folder)
         served = structs.replace(served, pair_activation=served.pair_activation if own is None else own)
     parts = parts_of(tokenizer) if tokenizer is not None else {}
-    served = structs.replace(served, dtype_reason=reason, kernels=isa, tokenizer=parts)
+    served = structs.replace(served, dtype_reason=reason, kernels=isa, tokenizer=parts, weights=weights_hash(given))
     if describe is not None:
         places = row_sites(model.sites, expert_sites(model.adaptable.experts), int8=settings.lora_dtype == "int8")
         describe(places, served)

@@ -29,11 +29,13 @@ from lorafleet.shared.parser import Parser
 from protocol.queue.books.api_keys import SCOPES
 from protocol.queue.bus import Bus
 from protocol.queue.connection.redis_client import QueueError, ping
-from protocol.runtime.model_files import cache_folder, hold_folder, is_gguf, served_name
+from protocol.runtime.model_files import base_settings, cache_folder, hold_folder, is_gguf, served_name
 from protocol.runtime.private_files import private_folder
 from protocol.runtime.redaction import redact
 from protocol.runtime.settings import Settings, names_of
 from protocol.wire.errors import BadRequest, Unavailable
+
+TOKENIZER = "tokenizer.json"
 
 CONSOLE = "/console/"
 """Path of the web console."""
@@ -55,6 +57,7 @@ class LaunchPlan:
 
     settings: Settings
     folder: Path  # folder of the model
+    further: tuple[Path, ...] = ()  # folders of the further models
     queue: EmbeddedServer | None = None  # None: the user has named one
 
     def curl(self, model: str, question: str = "Who are you?", does: str = "text-generation") -> str:
@@ -86,17 +89,25 @@ OnReady = Callable[[LaunchPlan, Screen], Awaitable[bool]]
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.usage = f"{parser.prog} MODEL [flags]"
+    parser.usage = f"{parser.prog} MODEL [MODEL ...] [flags]"
     parser.add_argument(
-        "model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help="a Hub id, a local folder or a GGUF file"
+        "models",
+        metavar="MODEL",
+        nargs="*",
+        help="a Hub id, a local folder or a GGUF file; further ones are bases of the same fleet",
     )
     # The launcher itself sets the names of workers and the address of the store.
-    add_settings(parser, first=MAIN_FLAGS, skip=("model", "worker_name", "store_url"))
+    add_settings(parser, first=MAIN_FLAGS, skip=("model", "more_models", "worker_name", "store_url"))
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the fleet until a signal; return the exit code."""
-    return launch(load_settings(args), announce)
+    given: dict[str, str] = {}
+    if args.models:
+        if commas := [model for model in args.models[1:] if "," in model]:
+            raise BadRequest(f"MODEL: {commas[0]} has a comma, which separates further base models; only the first may")
+        given = {"model": args.models[0], "more_models": ",".join(args.models[1:])}
+    return launch(load_settings(args, **given), announce)
 
 
 def launch(settings: Settings, on_ready: OnReady) -> int:
@@ -105,8 +116,9 @@ def launch(settings: Settings, on_ready: OnReady) -> int:
     Raises LorafleetError when it cannot start. However it ends, no process of it is left running.
     """
     plan = prepare(settings)
-    if plan.folder.is_relative_to(cache_folder()):
-        hold_folder(plan.folder)  # restarted services read it again
+    for folder in (plan.folder, *plan.further):
+        if folder.is_relative_to(cache_folder()):
+            hold_folder(folder)  # restarted services read it again
     screen = Screen()
     queue: EmbeddedServer | None = None
     lifeline, held = os.pipe()
@@ -180,21 +192,34 @@ def prepare(settings: Settings) -> LaunchPlan:
         _check_queue(settings)
     port = claim_port(settings.host, settings.port)
     folder = fetch_model(settings)
+    names = names_of(settings.more_models)
+    further = tuple(fetch_model(settings.model_copy(update={"model": name})) for name in names)
+    for name, one in zip(names, further, strict=True):
+        if not (one / TOKENIZER).is_file():
+            raise BadRequest(f"{name} has no {TOKENIZER}: a base without a tokenizer cannot be asked")
     try:
         settings.data.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadRequest(f"--data: cannot make {settings.data}: {error.strerror}") from error
-    local = Path(settings.model).expanduser()
     update = {
         "port": port,
         "data": settings.data.resolve(),
         "secret_file": (settings.secret_file or settings.data / "secret").resolve(),
         "adapters": settings.adapters and settings.adapters.resolve(),
         "adapter_roots": ",".join(str(root.resolve()) for root in roots),
-        "model": str(folder if is_gguf(local) else local.resolve()) if local.exists() else settings.model,
+        "model": str(folder) if is_gguf(Path(settings.model).expanduser()) else _absolute(settings.model),
+        "more_models": ",".join(map(_absolute, names)),
         "served_name": served_name(settings.model, settings.served_name),
     }
-    return LaunchPlan(settings.model_copy(update=update), folder)
+    checked = settings.model_copy(update=update)
+    base_settings(checked)  # refuses two bases of one name
+    return LaunchPlan(checked, folder, further)
+
+
+def _absolute(model: str) -> str:
+    """Return a model as services are given it: a Hub id as it is, a path so that it does not depend on their folder."""
+    local = Path(model).expanduser()
+    return str(local.resolve()) if local.exists() else model
 
 
 def fleet_name(settings: Settings) -> str:
@@ -212,13 +237,20 @@ async def announce(plan: LaunchPlan, screen: Screen) -> bool:
         screen.say(escape("  lorafleet keys create --tenant NAME"))
     else:
         async with httpx2.AsyncClient(base_url=url, trust_env=False) as client:
-            models = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
-            does = (await client.get("/info")).json()["model_pipeline_tag"]
-        screen.say(f"\n[bold green]ready[/] [bold]{url}[/] serves {models[0]} and {len(models) - 1} adapters; try:\n")
-        screen.say(escape(plan.curl(models[-1], does=does)))
+            models = (await client.get("/v1/models")).json()["data"]
+            info = await client.get("/info")  # 503 while the default base has no worker, but another one has
+        bases = [model["id"] for model in models if model["parent"] is None]
+        num = len(models) - len(bases)
+        offer = "; try:\n" if info.is_success else ""
+        screen.say(f"\n[bold green]ready[/] [bold]{url}[/] serves {', '.join(bases)} and {num} adapters{offer}")
+        if info.is_success:
+            adapters = [model["id"] for model in models if model["parent"] == bases[0]]
+            screen.say(escape(plan.curl([bases[0], *adapters][-1], does=info.json()["model_pipeline_tag"])))
     joining = settings.model_copy(update=plan.queue.door("worker")) if plan.queue is not None else settings
     secret = f"LORAFLEET_SECRET_FILE={shlex.quote(str(settings.secret_file))}"
     command = f"{_shared(joining)} {secret} lorafleet serve worker --model {shlex.quote(settings.model)}"
+    if settings.more_models:
+        command += f" --more-models {shlex.quote(settings.more_models)}"
     screen.say(f"\nconsole: {url}{CONSOLE}")
     screen.say("commands: lorafleet chat MODEL, status, adapters list, logs, stop")
     screen.say(f"to add another worker:\n  {command}")

@@ -2,8 +2,9 @@
 
 Tenants come by their virtual token counters, a tenant's requests by deadline in one queue per adapter, so that a
 request whose adapter is on no worker never blocks others. Requests of a class lie in one of two fair queues: `warm`,
-whose adapter is resident on some worker (or who need none), and `cold`. Requests that a worker has had before come
-first of all.
+whose adapter is resident on some worker (or who need none), and `cold`. Each base has its own fair queues, so that
+requests for a base without room never stand before those for another. Requests that a worker has had before come first
+of all.
 """
 
 from __future__ import annotations
@@ -339,25 +340,47 @@ class _Scan:
         self._queue.turns = others
 
 
+@dataclass(slots=True)
+class BaseQueues:
+    """What is queued for one base."""
+
+    fair: dict[tuple[str, bool], FairQueue]  # by class, warm or cold
+    resumed: dict[str, QueuedRequest] = field(default_factory=dict[str, QueuedRequest])
+    """Requests that a worker has had before, by id, the one queued longest ago first."""
+    num: int = 0
+
+    @classmethod
+    def new(cls, counters: VirtualTokenCounters) -> BaseQueues:
+        """Return empty ones."""
+        return cls({(name, warm): FairQueue(counters) for name in CLASSES for warm in (True, False)})
+
+
 class Backlog:
     """All queued requests."""
 
     def __init__(self, counters: VirtualTokenCounters) -> None:
         self._counters = counters
         self._last_tenant = ""
-        self._queues = {(cls, warm): FairQueue(counters) for cls in CLASSES for warm in (True, False)}
+        self.by_base: dict[str, BaseQueues] = {}
+        """The queues of each base that has requests, and maybe of some that had."""
         self._warm = {BASE}
-        self.resumed: dict[str, QueuedRequest] = {}
-        """Requests that a worker has had before, by id, the one queued longest ago first."""
         self.num_queued = 0
         self.num_tokens = 0
         """Prompts and longest possible outputs of what is queued."""
         self.by_class: Counter[str] = Counter()
         self.by_digest: Counter[str] = Counter()
 
-    def queue(self, cls: str, warm: bool) -> FairQueue:
-        """Return the fair queue of a class, warm or cold."""
-        return self._queues[cls, warm]
+    def of(self, base: str) -> BaseQueues:
+        """Return what is queued for a base."""
+        queues = self.by_base.get(base)
+        if queues is None:
+            queues = self.by_base[base] = BaseQueues.new(self._counters)
+        return queues
+
+    @property
+    def has_cold(self) -> bool:
+        """Whether requests are queued whose adapter is on no worker."""
+        return any(queues.fair[cls, False] for queues in self.by_base.values() for cls in CLASSES)
 
     def push(self, request: QueuedRequest) -> None:
         """Queue a request. One that was removed comes back as a copy: containers may still hold the old object."""
@@ -368,10 +391,12 @@ class Backlog:
         self.by_class[request.submit.cls] += 1
         self.by_digest[request.submit.digest] += 1
         self.num_tokens += _max_tokens(request)
+        queues = self.of(request.base)
+        queues.num += 1
         if request.resumed:
-            self.resumed[request.rid] = request
+            queues.resumed[request.rid] = request
         else:
-            self._queue_of(request).push(request)
+            queues.fair[request.submit.cls, request.submit.digest in self._warm].push(request)
 
     def remove(self, request: QueuedRequest) -> None:
         """Take a queued request out, because it was dispatched or has ended."""
@@ -381,8 +406,15 @@ class Backlog:
         self.by_class[request.submit.cls] -= 1
         decrement(self.by_digest, request.submit.digest)
         self.num_tokens -= _max_tokens(request)
-        if self.resumed.pop(request.rid, None) is None:
-            self._queue_of(request).forget(request)
+        queues = self.by_base[request.base]
+        queues.num -= 1
+        if queues.resumed.pop(request.rid, None) is None:
+            queues.fair[request.submit.cls, request.submit.digest in self._warm].forget(request)
+
+    def drop_empty(self) -> None:
+        """Forget the queues of bases without requests. Not during a scan, which holds them."""
+        for base in [base for base, queues in self.by_base.items() if not queues.num]:
+            del self.by_base[base]
 
     def set_warm(self, digest: str, warm: bool) -> None:
         """Note that an adapter is resident on some worker now, or on none any more."""
@@ -392,16 +424,14 @@ class Backlog:
             self._warm.add(digest)
         else:
             self._warm.discard(digest)
-        for cls in CLASSES:
-            for request in self._queues[cls, not warm].take_out(digest):
-                self._queues[cls, warm].push(request)
+        for queues in self.by_base.values():
+            for cls in CLASSES:
+                for request in queues.fair[cls, not warm].take_out(digest):
+                    queues.fair[cls, warm].push(request)
 
     def is_warm(self, digest: str) -> bool:
         """Return whether an adapter is resident on some worker. The base model always is."""
         return digest in self._warm
-
-    def _queue_of(self, request: QueuedRequest) -> FairQueue:
-        return self._queues[request.submit.cls, self.is_warm(request.submit.digest)]
 
 
 def _max_tokens(request: QueuedRequest) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import islice
@@ -10,7 +11,7 @@ from itertools import islice
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.keys import BATCH, CLASSES, INTERACTIVE
-from scheduler.backlog import Backlog, OfferResult
+from scheduler.backlog import Backlog, BaseQueues, FairQueue, Offer, OfferResult, Yields
 from scheduler.fairness import FairShares, VirtualTokenCounters
 from scheduler.ledger import Ledger
 from scheduler.placement import AdapterFacts, Placement
@@ -91,15 +92,15 @@ class Scheduler:
         self.ledger = Ledger(self.workers, self.counters, self.placement.rank_of)
         self.backlog = Backlog(self.counters)
         self.popularity = Popularity()
-        self.shares = FairShares(self.counters, config.slack_tokens)
+        self._shares: dict[str, FairShares] = {}  # by base: a share is of the places of its workers
         self.takes_batch = True
         """Whether requests of class batch are dispatched. Their answers stay in the queue, and may find no room."""
         self.requests: dict[str, QueuedRequest] = {}
         self._deadlines: list[tuple[int, str]] = []
-        self._alone_since_ms: float | None = None  # since when there has been no worker
+        self._alone_since_ms: dict[str, float] = {}  # bases with requests and no worker -> since when
         self._num_seen = 0
         self._now_ms = 0.0  # time of the last plan
-        self._unplaced: set[str] = set()  # digests of requests submitted since the last plan
+        self._unplaced: dict[str, str] = {}  # digests of requests submitted since the last plan -> their bases
         self._wanted: list[tuple[str, str]] = []  # (worker, adapter) of new homes
         self._prefetched: dict[str, float] = {}  # adapter -> time of the last prefetch order, ms
         self._queued: dict[str, frozenset[str]] = {}  # worker -> adapters of queued requests, as last sent to it
@@ -110,17 +111,18 @@ class Scheduler:
     def submit(self, sub: m.RequestHead, epoch: int, attempts: int = 0) -> None:
         """Queue a request, new or handed back. An older or equal epoch of a known one is a repetition."""
         known = self.requests.get(sub.rid)
-        request = QueuedRequest(sub, epoch, attempts, output_charged=-1 if epoch else 0)
+        base = self.workers.base_of(sub.base)
+        request = QueuedRequest(sub, epoch, attempts, output_charged=-1 if epoch else 0, base=base)
         if known is not None:
             if epoch <= known.epoch:
                 return
             self._take_out(known)
             request.input_charged, request.output_charged = known.input_charged, known.output_charged
         else:
-            self._open(sub)
+            self._open(request)
         self._enqueue(request)
         if sub.digest != BASE and sub.digest not in self.workers.holders:
-            self._unplaced.add(sub.digest)
+            self._unplaced[sub.digest] = base
 
     def adopt(self, wid: str, sub: m.RequestHead, epoch: int, attempts: int, *, yields: bool = False) -> None:
         """Take over a request that an earlier leader assigned; `epoch` and `yields` are those of the assignment."""
@@ -128,10 +130,17 @@ class Scheduler:
         if worker is None or sub.rid in self.requests:
             return
         request = QueuedRequest(
-            sub, epoch - 1, attempts, dropped=True, input_charged=True, output_charged=-1, yields=yields
+            sub,
+            epoch - 1,
+            attempts,
+            dropped=True,
+            input_charged=True,
+            output_charged=-1,
+            yields=yields,
+            base=self.workers.base_of(sub.base),
         )
         self.requests[sub.rid] = request
-        self._open(sub)
+        self._open(request)
         self.ledger.assign(request, worker)
 
     def ended(self, message: m.Ended) -> None:
@@ -160,11 +169,25 @@ class Scheduler:
                 self.ledger.observe(worker)
         return dead
 
+    def set_bases(self, names: Sequence[str]) -> None:
+        """Take the names of the fleet's bases, the first one first. Costs all requests where one becomes several."""
+        if not self.workers.set_bases(names):
+            return
+        requests = list(self.requests.values())
+        queued = [request for request in requests if not request.wid and not request.dropped]
+        for request in queued:
+            self._take_out(request)
+        self._shares.clear()
+        for request in requests:
+            request.base = self.workers.base_of(request.submit.base)
+            self._share(request)
+        for request in sorted(queued, key=lambda one: one.order):
+            self._enqueue(replace(request, dropped=False))
+
     @property
     def waits_for_loads(self) -> bool:
         """Whether requests are queued whose adapter is nowhere, and workers load as many as they may."""
-        is_queued = any(self.backlog.queue(cls, False) for cls in CLASSES)
-        return is_queued and any(worker.cold for worker in self.workers.available())
+        return self.backlog.has_cold and any(worker.cold for worker in self.workers.available())
 
     def learn(self, digest: str, facts: AdapterFacts) -> None:
         """Take an adapter's rank and size from its record."""
@@ -195,11 +218,9 @@ class Scheduler:
             self.backlog.set_warm(digest, warm)
         if self.backlog.num_queued:
             self.placement.refresh()
-            self.shares.update(self.placement.total_capacity, self.placement.num_reserved, now_ms)
-            self._dispatch_resumed(plan, now_ms)
-            for cls in CLASSES if self.takes_batch else (INTERACTIVE,):
-                for warm in (True, False):
-                    self._dispatch_queue(cls, warm, plan, now_ms)
+            self.backlog.drop_empty()
+            for base, queues in self.backlog.by_base.items():
+                self._dispatch(base, queues, plan, now_ms)
             self._prefetch(plan, now_ms)
         self._unplaced.clear()
         plan.prefetches += self._wanted
@@ -231,20 +252,36 @@ class Scheduler:
         return rids
 
     def unserved(self, now_ms: float) -> list[str]:
-        """Return the requests for which no worker has come in time, while somebody waits for their answer.
+        """Return the requests for which no worker of their base has come in time, while somebody waits for them.
 
         Jobs, which nobody waits for, are not among them. Time counts from the last worker's end or the request's
         submission, whichever is later.
         """
-        if self.workers.by_id or not self.config.wait_for_worker_s:
-            self._alone_since_ms = None
+        served = {worker.base for worker in self.workers.by_id.values()}
+        alone = [base for base, queues in self.backlog.by_base.items() if queues.num and base not in served]
+        if not alone or not self.config.wait_for_worker_s:
+            self._alone_since_ms = {}
             return []
-        if self._alone_since_ms is None:
-            self._alone_since_ms = now_ms
+        self._alone_since_ms = {base: self._alone_since_ms.get(base, now_ms) for base in alone}
         before_ms = now_ms - 1000 * self.config.wait_for_worker_s
-        if self._alone_since_ms > before_ms:
+        late = {base for base, since_ms in self._alone_since_ms.items() if since_ms <= before_ms}
+        if not late:
             return []
-        return [rid for rid, r in self.requests.items() if r.submit.gateway and r.submit.submitted_ms <= before_ms]
+        return [
+            rid
+            for rid, r in self.requests.items()
+            if r.base in late and r.submit.gateway and r.submit.submitted_ms <= before_ms
+        ]
+
+    def bases(self) -> dict[str, m.BaseLoad]:
+        """Return how many workers and requests each base has, by its name; none that has neither."""
+        counts = {base: [0, queues.num, 0] for base, queues in self.backlog.by_base.items() if queues.num}
+        for worker in self.workers.by_id.values():
+            count = counts.setdefault(worker.base, [0, 0, 0])
+            count[0] += worker.available
+            count[2] += worker.load
+        only = self.workers.bases[0] if self.workers.bases else ""
+        return {base or only: m.BaseLoad(*count) for base, count in counts.items() if base or only}
 
     def of_gateway(self, gid: str) -> list[str]:
         """Return the requests that end when a gateway dies."""
@@ -284,10 +321,14 @@ class Scheduler:
         )
 
     def drain_next(self, now_ms: float) -> str:
-        """Return the name of the worker whose end costs the others least, "" without any."""
-        placement = self.placement
+        """Return the name of the worker whose end costs the others least, "" without any.
+
+        The last worker of a base stays for as long as another base has two.
+        """
+        placement, workers = self.placement, list(self.workers.available())
+        num = Counter(worker.base for worker in workers)
         return least_valuable(
-            list(self.workers.available()),
+            [worker for worker in workers if num[worker.base] > 1] or workers,
             lambda digest: self.popularity.of(digest, now_ms),
             placement.facts_of,
             placement.bandwidths,
@@ -321,15 +362,26 @@ class Scheduler:
 
     # ------------------------------------------------------------ helpers
 
-    def _open(self, sub: m.RequestHead) -> None:
-        heappush(self._deadlines, (sub.deadline_ms, sub.rid))
-        if sub.cls != BATCH:
-            self.shares.opened(sub.tenant, sub.weight, self._now_ms)
+    def shares(self, base: str) -> FairShares:
+        """Return how the places of a base's workers are shared. A tenant has one counter for all bases."""
+        shares = self._shares.get(base)
+        if shares is None:
+            self._shares = {name: one for name, one in self._shares.items() if one.num_open}
+            shares = self._shares[base] = FairShares(self.counters, self.config.slack_tokens)
+        return shares
+
+    def _open(self, request: QueuedRequest) -> None:
+        heappush(self._deadlines, (request.submit.deadline_ms, request.rid))
+        self._share(request)
+
+    def _share(self, request: QueuedRequest) -> None:
+        if request.submit.cls != BATCH:
+            self.shares(request.base).opened(request.submit.tenant, request.submit.weight, self._now_ms)
 
     def _close(self, request: QueuedRequest) -> None:
         del self.requests[request.rid]
         if request.submit.cls != BATCH:
-            self.shares.closed(request.submit.tenant)
+            self.shares(request.base).closed(request.submit.tenant)
 
     def _enqueue(self, request: QueuedRequest) -> None:
         self._num_seen += 1
@@ -343,36 +395,40 @@ class Scheduler:
         elif not request.dropped:
             self.backlog.remove(request)
 
-    def _dispatch_resumed(self, plan: DispatchPlan, now_ms: float) -> None:
-        """Dispatch requests that a worker has had before."""
-        is_full = {True: False, False: False}  # for warm and for cold requests
-        for request in list(self.backlog.resumed.values())[:MAX_PLACED]:
-            warm = self.backlog.is_warm(request.submit.digest)
-            if not is_full[warm]:
-                is_full[warm] = self._offer(request, True, plan, now_ms) is OfferResult.FULL
-
-    def _dispatch_queue(self, cls: str, warm: bool, plan: DispatchPlan, now_ms: float) -> None:
-        """Dispatch requests of one fair queue."""
-        queue = self.backlog.queue(cls, warm)
-        if not queue:
-            return
+    def _dispatch(self, base: str, queues: BaseQueues, plan: DispatchPlan, now_ms: float) -> None:
+        """Dispatch requests of one base."""
+        group, shares = self.placement.group(base), self.shares(base)
+        shares.update(group.capacity, group.num_reserved, now_ms)
 
         def offer(request: QueuedRequest, final: bool) -> OfferResult:
-            return self._offer(request, final, plan, now_ms)
+            return self._offer(request, final, shares, plan, now_ms)
 
-        yields = self.shares.tenant_yields
+        is_full = {True: False, False: False}  # for warm and for cold requests that a worker has had before
+        for request in list(queues.resumed.values())[:MAX_PLACED]:
+            warm = self.backlog.is_warm(request.submit.digest)
+            if not is_full[warm]:
+                is_full[warm] = offer(request, True) is OfferResult.FULL
+        for cls in CLASSES if self.takes_batch else (INTERACTIVE,):
+            for warm in (True, False):
+                if queue := queues.fair[cls, warm]:
+                    self._scan(queue, base, cls, offer, shares.tenant_yields, warm=warm)
+
+    def _scan(self, queue: FairQueue, base: str, cls: str, offer: Offer, yields: Yields, *, warm: bool) -> None:
+        """Offer the requests of one fair queue."""
         max_counter = queue.scan(offer, slack=self.config.slack_tokens, max_refused=MAX_REFUSED, yields=yields)
         if warm and max_counter is not None:
-            for worker in self.placement.with_room(cls):
+            for worker in self.placement.with_room(base, cls):
                 queue.scan_adapters(worker.resident, offer, max_counter, yields)
 
-    def _offer(self, request: QueuedRequest, final: bool, plan: DispatchPlan, now_ms: float) -> OfferResult:
+    def _offer(
+        self, request: QueuedRequest, final: bool, shares: FairShares, plan: DispatchPlan, now_ms: float
+    ) -> OfferResult:
         """Assign a request if a worker may take it. With `final` it is not held for a better worker."""
         if plan.num_placed >= MAX_PLACED:
             plan.again_ms = now_ms
             return OfferResult.FULL
-        request.yields = self.shares.yields(request)
-        request.alone = request.yields and self.shares.is_alone(request.submit.tenant)
+        request.yields = shares.yields(request)
+        request.alone = request.yields and shares.is_alone(request.submit.tenant)
         if request.yields and not self.placement.has_room(request):
             others_have_room = self.placement.has_room(request, yields=False)
             return OfferResult.FULL_FOR_YIELDING if others_have_room else OfferResult.FULL
@@ -399,12 +455,12 @@ class Scheduler:
 
     def _prefetch(self, plan: DispatchPlan, now_ms: float) -> None:
         """Have workers fetch the adapters of requests that have just come and could not be dispatched."""
-        for digest in self._unplaced:
+        for digest, base in self._unplaced.items():
             if not self.backlog.by_digest[digest] or digest in self.workers.holders:
                 continue
             if now_ms - self._prefetched.get(digest, -PREFETCH_AGAIN_MS) < PREFETCH_AGAIN_MS:
                 continue
-            wid = self.placement.home(digest)
+            wid = self.placement.home(base, digest)
             if wid is not None:
                 self._prefetched[digest] = now_ms
                 plan.prefetches.append((wid, digest))

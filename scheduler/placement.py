@@ -1,4 +1,4 @@
-"""Which worker a request should go to: the one with the least estimated wait, in ms. Pure.
+"""Which worker of its base a request should go to: the one with the least estimated wait, in ms. Pure.
 
 The wait is the time of the prompts in front of it, of loading its adapter, and of its decoding in that worker's batch,
 which depends on the ranks in it. An adapter that is on no worker goes to its home, the first worker by rendezvous
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from scheduler.backlog import OfferResult
@@ -40,6 +40,9 @@ MAX_PREFIXES = 16_384
 MAX_KNOWN_ADAPTERS = 100_000
 """Adapters whose rank and size are remembered."""
 
+MAX_GROUPS = 256
+"""Bases whose workers are kept as a group: more than a fleet may have."""
+
 SUSPECTS_PER_WORKER = 8
 """Requests whose worker has died that may start together on another. One on its final attempt waits until no other
 request on its final attempt is starting there."""
@@ -51,6 +54,7 @@ class AdapterFacts:
 
     rank: int = 16
     num_bytes: int = 20_000_000
+    base: str = ""  # name of the base that it was first asked with
 
 
 DEFAULT_FACTS = AdapterFacts()
@@ -152,6 +156,23 @@ def _weight(digest: str, name: str, capacity: int) -> float:
 
 
 @dataclass(slots=True)
+class BaseWorkers:
+    """The available workers of a base."""
+
+    workers: list[Worker] = field(default_factory=list[Worker])
+    capacity: int = 0  # slots of all
+    num_reserved: int = 0  # reserved slots among them, see `workers.num_reserved`
+    rendezvous: Rendezvous = field(default_factory=Rendezvous)
+
+    def set_workers(self, workers: list[Worker]) -> None:
+        """Take the workers that are available now."""
+        self.workers = workers
+        self.capacity = sum(worker.beat.capacity for worker in workers)
+        self.num_reserved = sum(num_reserved(worker.beat.capacity) for worker in workers)
+        self.rendezvous.set_members({w.wid: (w.beat.name, w.beat.capacity) for w in workers})
+
+
+@dataclass(slots=True)
 class _Best:
     """The worker with the least wait so far."""
 
@@ -170,14 +191,11 @@ class Placement:
         self.bandwidths = Bandwidths()
         self.homes = Homes()
         self._facts: dict[str, AdapterFacts] = {}  # the one learnt longest ago first
-        self._rendezvous = Rendezvous()
+        self._groups: dict[str, BaseWorkers] = {}  # by base; of a base that was asked for, until there are too many
         self._prefixes: dict[str, str] = {}  # hash of a prompt's first blocks -> worker that computed them last
         self._available: list[Worker] = []
+        self._is_mixed = False  # whether they are of several bases
         self._version = -1
-        self.total_capacity = 0
-        """Slots of all available workers."""
-        self.num_reserved = 0
-        """Reserved slots among them, see `workers.num_reserved`."""
         self._turn = 0
 
     def refresh(self) -> None:
@@ -186,9 +204,19 @@ class Placement:
             return
         self._version = self._workers.version
         self._available = list(self._workers.available())
-        self.total_capacity = sum(worker.beat.capacity for worker in self._available)
-        self.num_reserved = sum(num_reserved(worker.beat.capacity) for worker in self._available)
-        self._rendezvous.set_members({w.wid: (w.beat.name, w.beat.capacity) for w in self._available})
+        self._is_mixed = len({worker.base for worker in self._available}) > 1
+        for base, group in self._groups.items():
+            group.set_workers([worker for worker in self._available if worker.base == base])
+
+    def group(self, base: str) -> BaseWorkers:
+        """Return the available workers of a base."""
+        group = self._groups.get(base)
+        if group is None:
+            if len(self._groups) >= MAX_GROUPS:
+                self._groups.clear()
+            group = self._groups[base] = BaseWorkers()
+            group.set_workers([worker for worker in self._available if worker.base == base])
+        return group
 
     def note_assigned(self, request: QueuedRequest, worker: Worker, now_ms: float) -> None:
         """Note that a request was assigned to a worker."""
@@ -218,25 +246,26 @@ class Placement:
         """Return an adapter's rank, as far as it is known."""
         return self.facts_of(digest).rank
 
-    def home(self, digest: str) -> str | None:
-        """Return an adapter's first home, None without workers."""
-        order = self._rendezvous.order(digest)
+    def home(self, base: str, digest: str) -> str | None:
+        """Return an adapter's first home among the workers of a base, None without any."""
+        order = self.group(base).rendezvous.order(digest)
         return order[0] if order else None
 
     def has_room(self, request: QueuedRequest, *, yields: bool | None = None) -> bool:
-        """Return whether any worker takes requests like this one: of its class, warm or cold, yielding or not.
+        """Return whether any worker takes requests like this one: of its base and class, warm or cold, yielding or not.
 
         yields: to be assumed in place of the request's own.
         """
         cls, digest = request.submit.cls, request.submit.digest
         yields = request.yields if yields is None else yields
+        workers = self.group(request.base).workers
         if digest == BASE or digest in self._workers.holders:
-            return any(worker.ready_credit(cls, yields=yields) > 0 for worker in self._available)
-        return any(worker.takes_cold("?", cls, yields=yields) for worker in self._available)
+            return any(worker.ready_credit(cls, yields=yields) > 0 for worker in workers)
+        return any(worker.takes_cold("?", cls, yields=yields) for worker in workers)
 
-    def with_room(self, cls: str) -> list[Worker]:
-        """Return the workers that take requests of a class whose adapter is resident there."""
-        return [worker for worker in self._available if worker.ready_credit(cls) > 0]
+    def with_room(self, base: str, cls: str) -> list[Worker]:
+        """Return the workers of a base that take requests of a class whose adapter is resident there."""
+        return [worker for worker in self.group(base).workers if worker.ready_credit(cls) > 0]
 
     def tick(self, queued: Mapping[str, int]) -> list[tuple[str, str]]:
         """Adapt the number of homes to the requests per adapter: `queued`, and those on workers.
@@ -250,14 +279,18 @@ class Placement:
             demand.update(worker.by_digest)
         del demand[BASE]
         mean_load = self._workers.num_assigned / len(self._available)
-        mean_capacity = self.total_capacity / len(self._available)
+        mean_capacity = sum(worker.beat.capacity for worker in self._available) / len(self._available)
         self.homes.tick(demand, max(LOAD_BOUND * mean_load, mean_capacity * HOME_SHARE, 1.0))
         return [
             (wid, digest)
             for digest in self.homes.grown()
-            for wid in self._rendezvous.order(digest)[: self.homes[digest]]
+            for wid in self._homes_of(digest)
             if self._workers.by_id[wid].tier(digest) is Tier.REMOTE
         ]
+
+    def _homes_of(self, digest: str) -> tuple[str, ...]:
+        base = self._workers.base_of(self.facts_of(digest).base)
+        return self.group(base).rendezvous.order(digest)[: self.homes[digest]]
 
     def choose(
         self, request: QueuedRequest, output_tokens: float, now_ms: float, *, final: bool
@@ -269,12 +302,16 @@ class Placement:
         """
         digest = request.submit.digest
         facts = self.facts_of(digest)
-        holders = self._workers.holders.get(digest, ())
-        homes = self._rendezvous.order(digest)[: self.homes[digest]] if digest != BASE else ()
+        group, holders = self.group(request.base), self._workers.holders.get(digest, ())
+        homes = group.rendezvous.order(digest)[: self.homes[digest]] if digest != BASE else ()
+        load = self._workers.num_assigned
+        if self._is_mixed:  # what is said of all workers is said of this base's only
+            holders = [wid for wid in holders if self._workers.by_id[wid].base == request.base]
+            load = sum(worker.load for worker in group.workers)
         best, crowded = _Best(), _Best()
         candidates: list[Candidate] = []
         preferred_open = digest == BASE
-        for worker in self._candidates(request, holders, homes):
+        for worker in self._candidates(request, group.workers, holders, homes):
             tier = worker.tier(digest)
             if not self._takes(worker, request, tier, bool(holders)):
                 continue
@@ -285,7 +322,7 @@ class Placement:
                 wait_ms *= 2  # another copy of the adapter has to save more than it costs
             wait_ms += max(0.0, worker.prefill_until_ms - now_ms)
             wait_ms += self._prefill_ms(worker, request) + self._batch_ms(worker, request, output_tokens, facts.rank)
-            is_crowded = self._is_crowded(worker)
+            is_crowded = _is_crowded(worker, load, group.capacity)
             candidates.append(Candidate(worker.beat.name, wait_ms, tier, is_crowded))
             place = crowded if is_crowded else best
             if wait_ms < place.wait_ms:
@@ -341,14 +378,10 @@ class Placement:
         known = sub.prefix and self._prefixes.get(sub.prefix) == worker.wid
         return 0.0 if known else 1000 * worker.model.b * sub.num_prefill_tokens
 
-    def _is_crowded(self, worker: Worker) -> bool:
-        capacity = worker.beat.capacity
-        fair_load = LOAD_BOUND * (self._workers.num_assigned + 1) * capacity / self.total_capacity
-        return len(worker.requests) + 1 > max(fair_load, capacity * FREE_SHARE, 1)
-
-    def _candidates(self, request: QueuedRequest, holders: Collection[str], homes: Collection[str]) -> Iterable[Worker]:
+    def _candidates(
+        self, request: QueuedRequest, available: list[Worker], holders: Collection[str], homes: Collection[str]
+    ) -> Iterable[Worker]:
         """Return the workers to consider: all if they are few, else some with the adapter or its homes, and others."""
-        available = self._available
         if request.submit.needs:
             available = [worker for worker in available if worker.understands(request)]
         if len(available) <= MAX_CANDIDATES:
@@ -384,6 +417,13 @@ def _reason(request: QueuedRequest, candidates: list[Candidate], all_crowded: bo
     if len(candidates) == 1:
         return "only_place"
     return "all_crowded" if all_crowded else "least_wait"
+
+
+def _is_crowded(worker: Worker, load: int, total_capacity: int) -> bool:
+    """Return whether a worker has more than its share of the `load` of requests on workers with `total_capacity`."""
+    capacity = worker.beat.capacity
+    fair_load = LOAD_BOUND * (load + 1) * capacity / total_capacity
+    return len(worker.requests) + 1 > max(fair_load, capacity * FREE_SHARE, 1)
 
 
 def _has_credit(worker: Worker, request: QueuedRequest) -> bool:

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from heapq import nlargest
@@ -29,7 +29,7 @@ from protocol.wire.keys import BATCH, CLASSES
 from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.drain import DrainRate
 from scheduler.fairness import VirtualTokenCounters
-from scheduler.placement import DEFAULT_FACTS, AdapterFacts
+from scheduler.placement import AdapterFacts
 from scheduler.recovery import Recovery
 from scheduler.request import QueuedRequest
 from scheduler.trace import tell_placed
@@ -168,21 +168,23 @@ class Session:
                 submits.append((sub, int(fields[b"e"]), int(fields.get(b"a", 0))))
             except (ProtocolError, KeyError, ValueError) as error:
                 await self._recovery.reject(self._bus.keys.sub(cls), entry, repr(error))
-        await self._learn({sub.digest for sub, _, _ in submits})
+        if any(sub.base and sub.base not in self.scheduler.workers.bases for sub, _, _ in submits):
+            await self._look_at_bases()  # one that came since the last look, or that is gone
+        await self._learn({sub.digest: sub.base for sub, _, _ in submits})
         for sub, epoch, attempts in submits:
             self.scheduler.submit(sub, epoch, attempts)
             if epoch and (request := self.scheduler.requests.get(sub.rid)) is not None:
                 request.since_ms = now_ms()
 
-    async def _learn(self, digests: Iterable[str]) -> None:
-        """Look up the rank and size of adapters that are not known yet."""
-        new = self.scheduler.placement.unknown(digests)
+    async def _learn(self, bases: Mapping[str, str]) -> None:
+        """Look up the rank and size of adapters, given with their bases, that are not known yet."""
+        new = self.scheduler.placement.unknown(bases)
         if not new:
             return
         for digest in new:
-            self.scheduler.learn(digest, DEFAULT_FACTS)
+            self.scheduler.learn(digest, AdapterFacts(base=bases[digest]))
         for record in (await self._bus.adapters.records(new)).values():
-            self.scheduler.learn(record.digest, AdapterFacts(record.rank, record.num_bytes))
+            self.scheduler.learn(record.digest, AdapterFacts(record.rank, record.num_bytes, bases[record.digest]))
 
     # ------------------------------------------------------------ out
 
@@ -285,10 +287,15 @@ class Session:
                 self._wake.set()
 
     async def _watch_workers(self, elapsed_s: float) -> None:
-        for wid in self.scheduler.beats(await self._bus.members.worker_beats(), elapsed_s):
+        beats = await self._bus.members.worker_beats()
+        await self._look_at_bases()  # now, so that none is missing of which a worker has come
+        for wid in self.scheduler.beats(beats, elapsed_s):
             # Not while an assignment is written: one to this worker would be deleted unread.
             async with self._assigning:
                 await self._recovery.bury(wid)
+
+    async def _look_at_bases(self) -> None:
+        self.scheduler.set_bases(await self._bus.members.base_names())
 
     async def _watch_gateways(self, elapsed_s: float) -> None:
         silent = self._silent_gateways
@@ -327,6 +334,7 @@ class Session:
             waiting_adapters=_most(scheduler.backlog.by_digest),
             sent_ms=now_ms(),
             drain_next=self._drain_next,
+            bases=scheduler.bases(),
             knows=sorted({name for worker in workers for name in worker.knows}),
             version=RELEASE,
         )

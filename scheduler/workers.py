@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -49,6 +49,7 @@ class Worker:
     """One worker process. What it holds is counted here from assignment to end."""
 
     beat: m.WorkerBeat
+    base: str = ""  # see `Workers.base_of`
     silent_s: float = 0.0
     unreachable: bool = False  # its work stream was gone at the last assignment
     resident: frozenset[str] = frozenset()
@@ -155,8 +156,29 @@ class Workers:
         """Changes when the available workers or their capacities do."""
         self.num_assigned = 0
         """Requests on all workers."""
+        self.bases: tuple[str, ...] = ()
+        """The names of the fleet's bases, the first one first."""
         self.holders: dict[str, set[str]] = {}
         """Adapter -> available workers on which it is resident."""
+
+    def base_of(self, name: str) -> str:
+        """Return the base that a request or a worker names, "" in a fleet of one base: it is that one.
+
+        So its requests run on workers that have come back with another name. In a fleet of several, what an earlier
+        version wrote, which names none, is of the first.
+        """
+        return (name or self.bases[0]) if len(self.bases) > 1 else ""
+
+    def set_bases(self, names: Sequence[str]) -> bool:
+        """Take the names of the fleet's bases; return whether `base_of` answers anew."""
+        before = self.base_of("")
+        self.bases = tuple(names)
+        if self.base_of("") == before:
+            return False
+        for worker in self.by_id.values():
+            worker.base = self.base_of(worker.beat.base)
+        self.version += 1
+        return True
 
     def available(self) -> Iterator[Worker]:
         """Return the workers that may get requests."""
@@ -201,13 +223,14 @@ class Workers:
             self.version += 1
         worker.resident, worker.loading = frozenset(beat.resident), frozenset(beat.loading)
         worker.host, worker.knows = frozenset(beat.host), frozenset(beat.knows)
-        worker.model = self._usual_model() if beat.step_model == m.StepModel() else beat.step_model
+        worker.base = self.base_of(beat.base)
+        worker.model = self._usual_model(worker.base) if beat.step_model == m.StepModel() else beat.step_model
         self._index(worker)
         return worker
 
-    def _usual_model(self) -> m.StepModel:
-        """Return the step model of a worker that has fitted one: a new worker runs the same base, likely no slower."""
-        models = (worker.beat.step_model for worker in self.by_id.values())
+    def _usual_model(self, base: str) -> m.StepModel:
+        """Return the step model of a worker of a base that has fitted one: a new worker of it is likely no slower."""
+        models = (worker.beat.step_model for worker in self.by_id.values() if worker.base == base)
         return next((model for model in models if model != m.StepModel()), UNFITTED_STEP)
 
     def note_resident(self, worker: Worker, digest: str) -> None:

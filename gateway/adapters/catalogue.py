@@ -166,17 +166,17 @@ class CatalogueCopy:
         self,
         caller: Caller,
         view: Hashable,
-        first: dict[str, Any],
+        first: Sequence[dict[str, Any]],
         show: Callable[[m.Alias, m.AdapterRecord | None], dict[str, Any] | None],
     ) -> bytes:
-        """Return the JSON list of an object and, by name, the views of all adapters visible to a caller.
+        """Return the JSON list of some objects and, by name, the views of all adapters visible to a caller.
 
         view: what `first` and `show` depend on, besides the adapters. show: None for what is left out. Raises as
         `cost.hold` when there is no room for it.
         """
 
         async def make(copy: Copy) -> bytes:
-            parts = [dumps([first])[:-1]]
+            parts = [dumps(list(first))[:-1]]
             aliases = await self._visible(copy, caller)
             async for pairs in self._with_records(aliases):
                 objects = await each(pairs, lambda pair: show(*pair))

@@ -73,10 +73,10 @@ class AdapterMemory:
         await asyncio.sleep(POLL_S)
         return await self.beats()
 
-    async def prefetch(self, digest: str) -> None:
-        """Have every worker fetch an adapter, and load it into its pool where no other has to leave for it."""
+    async def prefetch(self, digest: str, base: str) -> None:
+        """Have every worker of a base fetch an adapter, and load it where no other has to leave the pool for it."""
         order = m.Control(kind="prefetch", digest=digest)
-        await self._bus.streams.tell([(beat.wid, order) for beat in await self.beats()])
+        await self._bus.streams.tell([(beat.wid, order) for beat in await self.beats() if beat.is_of(base)])
 
     async def evict(self, digest: str, wait_s: float) -> Freed:
         """Have all workers evict an adapter and the merges made with it; wait up to `wait_s` for their answers.

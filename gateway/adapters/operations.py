@@ -75,6 +75,7 @@ class Wanted:
     token: str = ""  # access token for the source
     replace: bool = False  # also if the name stands for another source now
     wait_s: float = 60.0
+    base: str = ""  # name of the base to serve it with; "": as it says itself, or fits
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +173,8 @@ class AdapterOperations:
         check_name(wanted.name)
         as_fleet = self._check_place(reference, wanted.caller)
         tenant = wanted.tenant
-        alias, before = (
-            await self._bus.adapters.alias(wanted.name, tenant),
-            await self._bus.adapters.registration(wanted.name, tenant),
-        )
+        alias = await self._bus.adapters.alias(wanted.name, tenant)
+        before = await self._bus.adapters.registration(wanted.name, tenant)
         if alias is not None and alias.is_folder and reference.source != alias.source:
             raise Conflict(f"`{wanted.name}` is a folder under the adapter root, which comes first", code="name_taken")
         is_known = await self.is_registered(wanted.name, tenant)
@@ -186,11 +185,13 @@ class AdapterOperations:
             )
         asked_ms = now_ms()
         token = self._aliases.sealed(wanted.token, private_name(wanted.name, tenant))
-        if not token and before is not None and source_before == reference.source:
-            token = before.token
+        known = before if before is not None and source_before == reference.source else None
+        token = token or (known.token if known is not None else "")
+        base = wanted.base or (known.base if known is not None else "")
         registration = m.Registration(
-            name=wanted.name, source=reference.source, token=token, tenant=tenant, asked_ms=asked_ms, as_fleet=as_fleet
-        )
+            name=wanted.name, source=reference.source, token=token, tenant=tenant, asked_ms=asked_ms, as_fleet=as_fleet,
+            base=base,
+        )  # fmt: skip
         await self._aliases.register(registration, wanted.caller)
 
         def is_answered(found: m.Alias | None) -> bool:
@@ -253,9 +254,8 @@ class AdapterOperations:
                     name, tenant, lambda found: found is None or found.is_folder or found.asked_ms > asked_ms, REMOVAL_S
                 )
             return
-        is_other = (before.source, before.token, before.as_fleet) != (
-            registration.source, registration.token, registration.as_fleet,
-        )  # fmt: skip
+        same = msgspec.structs.replace(before, asked_ms=registration.asked_ms, on_request=registration.on_request)
+        is_other = same != registration
         if is_other and await self._bus.adapters.registration(registration.name, registration.tenant) == registration:
             await self._bus.adapters.register(msgspec.structs.replace(before, asked_ms=now_ms()))
 
@@ -295,7 +295,7 @@ class AdapterOperations:
         )
 
     async def preload(self, name: str, caller: Caller, tenant: str, wait_s: float) -> bool:
-        """Have every worker fetch a tenant's adapter that the caller sees; return whether all have it within `wait_s`.
+        """Have every worker of its base fetch an adapter that the caller sees; return whether all have within `wait_s`.
 
         Raises ModelNotFound, PermissionDenied.
         """
@@ -303,8 +303,8 @@ class AdapterOperations:
         alias = await self._served(name, wait_s, tenant)
         if not (caller.is_admin or caller.sees(alias)):
             raise ModelNotFound(name)
-        await self.memory.prefetch(alias.digest)
-        return await self._wait_workers(lambda beat: alias.digest in beat.resident or alias.digest in beat.host, wait_s)
+        await self.memory.prefetch(alias.digest, alias.base)
+        return await self._wait_workers(alias, lambda beat: alias.digest in (*beat.resident, *beat.host), wait_s)
 
     async def pin(self, name: str, caller: Caller, wait_s: float) -> bool:
         """Have every worker load and keep an adapter; return whether all do within `wait_s`.
@@ -315,7 +315,7 @@ class AdapterOperations:
         alias = await self._served(name, wait_s)
         await self._bus.adapters.pin(name, API)
         return await self._wait_workers(
-            lambda beat: beat.pinned.get(alias.digest) == "" and alias.digest in beat.resident, wait_s
+            alias, lambda beat: beat.pinned.get(alias.digest) == "" and alias.digest in beat.resident, wait_s
         )
 
     async def pin_when_served(self, name: str, caller: Caller) -> None:
@@ -385,10 +385,10 @@ class AdapterOperations:
             raise error_of(alias)
         return await self._aliases.confirmed(alias, wait_s)
 
-    async def _wait_workers(self, has: Callable[[m.WorkerBeat], bool], wait_s: float) -> bool:
+    async def _wait_workers(self, alias: m.Alias, has: Callable[[m.WorkerBeat], bool], wait_s: float) -> bool:
         deadline_s = time.monotonic() + wait_s
         beats = await self.memory.beats()
-        while not all(has(beat) for beat in beats):
+        while not all(has(beat) for beat in beats if beat.is_of(alias.base)):
             if time.monotonic() > deadline_s:
                 return False
             beats = await self.memory.next_beats()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,11 @@ from gateway.adapters.aliases import Aliases
 from gateway.adapters.catalogue import CatalogueCopy
 from gateway.adapters.views import adapter_object, base_object
 from gateway.auth.callers import EVERYBODY, Caller
-from gateway.text.own_files import OwnFiles
+from gateway.text.bases import GatewayBases
 from gateway.text.tokenizer import ModelFiles
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
-from protocol.wire.errors import ClientError, ModelNotFound
+from protocol.wire.errors import ClientError, ModelNotFound, Unavailable
 
 BASE = "base"
 """The name by which every fleet serves its base model, besides the model's own."""
@@ -49,9 +50,9 @@ class Resolver:
     """Resolves names of the base model and of adapters."""
 
     def __init__(
-        self, bus: Bus, aliases: Aliases, own: OwnFiles, folder: Path | None, *, shows_paths: bool = False
+        self, bus: Bus, aliases: Aliases, bases: GatewayBases, folder: Path | None, *, shows_paths: bool = False
     ) -> None:
-        """`own`: the files that adapters bring; `folder`: the root whose sub-folders are served as adapters.
+        """`bases`: their files, and those of adapters. `folder`: the root whose sub-folders are served as adapters.
 
         `shows_paths`: models' objects show an adapter's path on this machine.
         """
@@ -59,7 +60,7 @@ class Resolver:
         self._folder = folder
         self._shown_folder = folder if shows_paths else None
         self._aliases = aliases
-        self.own = own
+        self.bases = bases
         self.catalogue = CatalogueCopy(bus)
 
     async def resolve(self, name: str, base: m.ServedModel, timeout_s: float, caller: Caller = EVERYBODY) -> CallTarget:
@@ -69,12 +70,47 @@ class Resolver:
         source. Raises ModelNotFound, PermissionDenied, AdapterRefused, Unavailable.
         """
         if is_base(name, base):
-            return CallTarget(base.name, "", self.own.base)
-        alias = await self._aliases.served(self._plain(name, base), timeout_s, caller)
-        texts, vocab_size, num_labels, num_virtual = await self.own.facts(alias.digest)
-        files = await self.own.files(alias.digest, texts, caller.name or alias.digest)
+            return CallTarget(base.name, "", self.bases.of(base.name).files)
+        alias = await self._served(self._plain(name, base), timeout_s, caller)
+        if not self.is_of(alias, base):
+            raise ModelNotFound(name, f"It is an adapter of the base `{alias.base}`, not of `{base.name}`.")
+        own = self.bases.of(base.name).own
+        facts = await own.facts(alias.digest)
+        files = await own.files(alias.digest, facts.texts, caller.name or alias.digest)
         source = alias.source.partition(":")[0]
-        return CallTarget(alias.name, alias.digest, files, texts, vocab_size, source, num_labels, num_virtual)
+        return CallTarget(
+            alias.name, alias.digest, files, facts.texts, facts.vocab_size, source, facts.num_labels, facts.num_virtual
+        )
+
+    def is_of(self, alias: m.Alias, base: m.ServedModel) -> bool:
+        """Return whether an adapter was checked for a base. One whose base no store has named is of an only one."""
+        return alias.base == base.name if alias.base else not self.bases.names
+
+    async def _served(self, name: str, timeout_s: float, caller: Caller) -> m.Alias:
+        """Return an adapter's alias once it is on disk. Raises as `resolve`, also while it is of an unknown base."""
+        alias = await self._aliases.served(name, timeout_s, caller)
+        if self.bases.names and not alias.base:
+            text = f"the base of `{name}` is not known yet: an adapter store of several bases has to look at it first"
+            raise Unavailable(text, param="model")
+        return alias
+
+    async def base_of(self, name: str, timeout_s: float, caller: Caller) -> str:
+        """Return the name of the base that a model is, or is an adapter of; "" for the default one, and of no adapter.
+
+        Waits up to `timeout_s` while the adapter is being fetched. Raises as `resolve`.
+        """
+        default = self.bases.default.files.name
+        named = _named(name, [default, *self.bases.names])
+        if named:
+            return "" if named == default else named
+        if name in ("", BASE) or name.startswith(f"{BASE}:"):
+            return ""
+        alias = await self._served(name, timeout_s, caller)
+        if alias.base and alias.base not in (default, *self.bases.names):
+            raise ModelNotFound(
+                name, f"It is an adapter of the base `{alias.base}`, which this gateway does not serve."
+            )
+        return "" if alias.base == default else alias.base
 
     async def name_in(self, source: str | None, adapter_id: str, caller: Caller) -> str:
         """Return the name under which an adapter of LoRAX's `adapter_source` is resolved; its id without a source.
@@ -114,31 +150,51 @@ class Resolver:
 
     def _plain(self, name: str, base: m.ServedModel) -> str:
         """Return an adapter's name without the base's name as its prefix. Raises ModelNotFound if nothing is left."""
-        for prefix in (f"{base.name}:", f"{BASE}:"):
+        prefixes = (f"{base.name}:",) if base.name in self.bases.names else (f"{base.name}:", f"{BASE}:")
+        for prefix in prefixes:
             if name == prefix:
                 raise ModelNotFound(name, "No adapter is named after the colon.")
             if name.startswith(prefix):
                 return name.removeprefix(prefix)
         return name
 
-    async def models(self, base: m.ServedModel, caller: Caller) -> bytes:
-        """Return as a JSON list the model objects that a caller sees: the base, then the adapters by name."""
+    async def models(self, bases: Sequence[m.ServedModel], caller: Caller) -> bytes:
+        """Return as a JSON list the model objects that a caller sees: the bases, then the adapters by name."""
+        default = self._default(bases)
         return await self.catalogue.listed(
             caller,
-            ("models", m.encode(base)),
-            base_object(base),
-            lambda alias, record: adapter_object(alias, record, base, self._shown_folder),
+            ("models", m.encode(bases)),
+            [base_object(one) for one in bases],
+            lambda alias, record: adapter_object(alias, record, default, self._shown_folder),
         )
 
-    async def model(self, name: str, base: m.ServedModel, caller: Caller) -> dict[str, Any]:
+    def listed(self, name: str, bases: Sequence[m.ServedModel]) -> m.ServedModel | None:
+        """Return which of the bases that are listed a name is; None for none, also for `base` without the default."""
+        wanted = self._default(bases) if name in ("", BASE) else name
+        return next((base for base in bases if base.name == wanted), None)
+
+    def _default(self, bases: Sequence[m.ServedModel]) -> str:
+        """Return the name of the default base, which is the first of `bases` unless it has not been reported yet."""
+        return self.bases.default.files.name if self.bases.names else bases[0].name
+
+    async def model(self, name: str, bases: Sequence[m.ServedModel], caller: Caller) -> dict[str, Any]:
         """Return the object of one model in any state. Raises ModelNotFound."""
-        if name in (BASE, base.name):
+        named = _named(name, [one.name for one in bases])
+        base = next((one for one in bases if one.name == named), bases[0])
+        if name == base.name or (name == BASE and base.name == self._default(bases)):
             return base_object(base)
-        alias = await self.known(self._plain(name, base), caller)
-        if alias is None:
+        plain = self._plain(name, base)
+        alias = await self.known(plain, caller)
+        if alias is None or (plain != name and not self.is_of(alias, base)):
             raise ModelNotFound(name)
         record = await self._bus.get(self._bus.keys.adapter(alias.digest), m.AdapterRecord) if alias.digest else None
-        return adapter_object(alias, record, base, self._shown_folder)
+        return adapter_object(alias, record, self._default(bases), self._shown_folder)
+
+
+def _named(name: str, bases: Sequence[str]) -> str:
+    """Return the base that a name is, or begins with and a colon; "" for none."""
+    longest_first = sorted(bases, key=len, reverse=True)  # one name may begin with another and a colon
+    return next((base for base in longest_first if name == base or name.startswith(f"{base}:")), "")
 
 
 def is_base(name: str, base: m.ServedModel) -> bool:

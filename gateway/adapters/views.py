@@ -113,11 +113,11 @@ def base_object(base: m.ServedModel) -> dict[str, Any]:
 
 
 def adapter_object(
-    alias: m.Alias, record: m.AdapterRecord | None, base: m.ServedModel, folder: Path | None = None
+    alias: m.Alias, record: m.AdapterRecord | None, default: str, folder: Path | None = None
 ) -> dict[str, Any]:
     """Return the object of an adapter in `/v1/models`; `root` is its source, or its path where that may be known.
 
-    folder: the root of adapters, None where clients may not know paths of this machine.
+    default: name of the default base. folder: the root of adapters, None where clients may not know its paths.
     """
     root = alias.source if folder is not None else told_source(alias.source)
     if folder is not None and root.startswith("local:"):
@@ -128,7 +128,7 @@ def adapter_object(
         "created": alias.created_ms // 1000,
         "owned_by": alias.tenant or "lorafleet",
         "root": root or alias.name,
-        "parent": base.name,
+        "parent": alias.base or default,
         "digest": alias.digest or None,
         "rank": record.rank if record else None,
         "converted": converted_object(record, num_layers=1),

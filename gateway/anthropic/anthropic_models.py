@@ -30,23 +30,28 @@ def shown(base: m.ServedModel, alias: m.Alias | None, record: m.AdapterRecord | 
     }
 
 
+def base_of(alias: m.Alias, bases: Sequence[m.ServedModel]) -> m.ServedModel:
+    """Return the base of an adapter, the first where none has its name."""
+    return next((base for base in bases if base.name == alias.base), bases[0])
+
+
 def cut(
-    base: m.ServedModel,
+    bases: Sequence[m.ServedModel],
     aliases: Sequence[m.Alias],
     limit: int,
     after: str | None,
     before: str | None,
     lifecycle: Sequence[str] | None = None,
-) -> tuple[bool, Sequence[m.Alias], bool]:
-    """Return whether a page begins with the base, its adapters of those that are served, and whether there are more.
+) -> tuple[Sequence[m.ServedModel], Sequence[m.Alias], bool]:
+    """Return the bases and the adapters of a page, and whether there are more. Bases come before adapters.
 
     aliases: by name. after, before: the model beside which the page begins, or ends. lifecycle: the stages that are
     wanted, of which models here are in `active`; None for all. Raises BadRequest for `after` with `before`, and for
     unknown names.
     """
     if lifecycle and "active" not in lifecycle:
-        return False, [], False
-    names = [base.name, *(alias.name for alias in aliases)]
+        return [], [], False
+    names = [model.name for model in (*bases, *aliases)]
     if after is not None and before is not None:
         raise BadRequest("after_id and before_id cannot be used together", param="before_id")
     for param, name in (("after_id", after), ("before_id", before)):
@@ -60,7 +65,8 @@ def cut(
         begin = 0 if after is None else names.index(after) + 1
         end = min(begin + limit, len(names))
         has_more = end < len(names)
-    return begin == 0 < end, aliases[max(begin - 1, 0) : max(end - 1, 0)], has_more
+    after_bases = max(begin - len(bases), 0), max(end - len(bases), 0)
+    return bases[begin:end], aliases[slice(*after_bases)], has_more
 
 
 def page(models: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:

@@ -55,8 +55,9 @@ class AnthropicEndpoints:
         chat, tools = await pipeline.parsed(
             body, caller, num_bytes, lambda: (conversation_of(body, settings), tools_in(body, settings))
         )
-        base = await pipeline.fleet.require(worker=False)
-        [target] = await pipeline.call_resolver.targets(Models([body.model]), base, caller)
+        models = Models([body.model])
+        base = await pipeline.call_resolver.base_of(models, caller, worker=False)
+        [target] = await pipeline.call_resolver.targets(models, base, caller)
         check = check_tokens(most_tokenized(base), "messages")
 
         async def tokenize() -> int:

@@ -9,9 +9,8 @@ import orjson
 from fastapi import FastAPI, Query, Request
 from starlette.responses import Response
 
-from gateway.adapters.resolver import is_base
 from gateway.answers.respond import Answers
-from gateway.anthropic.anthropic_models import DEFAULT_LIMIT, MAX_LIMIT, cut, page, shown
+from gateway.anthropic.anthropic_models import DEFAULT_LIMIT, MAX_LIMIT, base_of, cut, page, shown
 from gateway.app.shapes import speaks_anthropic
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_response
@@ -22,7 +21,7 @@ from gateway.http.paths import CONSOLE, FLEET, MODELS, PING
 from gateway.overload.admission import Admission
 from protocol.runtime.release import RELEASE
 from protocol.wire.errors import ModelNotFound, NotFound
-from protocol.wire.messages import SchedulerStatus, ServedModel
+from protocol.wire.messages import BaseLoad, SchedulerStatus, ServedModel
 
 
 class Endpoints:
@@ -54,31 +53,38 @@ class Endpoints:
         lifecycle: Annotated[list[str] | None, Query(alias="lifecycle[]")] = None,
     ) -> Response:
         """Answer `/v1/models`: OpenAI's list whole, or a page of Anthropic's, which the parameters are for."""
-        base = await self._pipeline.fleet.require(worker=False)
+        bases = await self._bases()
         if speaks_anthropic(request.scope):
             catalogue = self._pipeline.resolver.catalogue
             served = await catalogue.served(caller_of(request))
-            has_base, aliases, has_more = cut(base, served, limit, after_id, before_id, lifecycle)
-            adapters = [shown(base, alias, record) async for alias, record in catalogue.records(aliases)]
-            return json_response(page([shown(base, None), *adapters] if has_base else adapters, has_more=has_more))
-        models = await self._pipeline.resolver.models(base, caller_of(request))
+            shown_bases, aliases, has_more = cut(bases, served, limit, after_id, before_id, lifecycle)
+            found = [shown(base, None) for base in shown_bases]
+            found += [shown(base_of(one, bases), one, record) async for one, record in catalogue.records(aliases)]
+            return json_response(page(found, has_more=has_more))
+        models = await self._pipeline.resolver.models(bases, caller_of(request))
         return json_response({"object": "list", "data": orjson.Fragment(models)})
 
     async def model(self, name: str, request: Request) -> Response:
         """Answer `/v1/models/{name}`."""
         if not name:
             raise NotFound(f"{MODELS}/ lacks the name of a model; GET {MODELS} lists them", code="unknown_url")
-        base = await self._pipeline.fleet.require(worker=False)
+        bases = await self._bases()
         resolver, caller = self._pipeline.resolver, caller_of(request)
         if not speaks_anthropic(request.scope):
-            return json_response(await resolver.model(name, base, caller))
-        if is_base(name, base):
+            return json_response(await resolver.model(name, bases, caller))
+        if (base := resolver.listed(name, bases)) is not None:
             return json_response(shown(base, None))
         alias = await resolver.known(name, caller)
         if alias is None or alias.state != "on_disk":
             raise ModelNotFound(name)
         records = await self._pipeline.bus.adapters.records([alias.digest])
-        return json_response(shown(base, alias, records.get(alias.digest)))
+        return json_response(shown(base_of(alias, bases), alias, records.get(alias.digest)))
+
+    async def _bases(self) -> list[ServedModel]:
+        """Return the bases that are listed, the default one first. Raises Unavailable while none is known."""
+        fleet = self._pipeline.fleet
+        await fleet.require_any(worker=False)
+        return fleet.bases
 
     # ------------------------------------------------------------ operation
 
@@ -116,6 +122,9 @@ class Endpoints:
         found = {"workers": fleet.num_workers, "queued": queued, "running": running, "demand": fleet.demand}
         base = fleet.base.name if fleet.base is not None else None
         more = {"drain_next": drain_next, "model": base, "queue": _queue(status), "compute": _compute(fleet.base)}
+        if fleet.further:
+            more["bases"] = [_shown_base(base, fleet.load(base)) for base in fleet.bases]
+            more["failed"] = fleet.failures
         return json_response({"object": "fleet", **found, **more})
 
     async def version(self) -> Response:
@@ -125,6 +134,12 @@ class Endpoints:
     async def load(self) -> Response:
         """Answer vLLM's `/load`."""
         return json_response({"server_load": self._admission.num_in_flight})
+
+
+def _shown_base(base: ServedModel, load: BaseLoad) -> dict[str, Any]:
+    """Return what `/v1/fleet` says of one of several bases."""
+    found = {"name": base.name, "task": base.task, "fingerprint": base.fingerprint, "weights": base.weights or None}
+    return {**found, "workers": load.workers, "queued": load.queued, "running": load.running}
 
 
 def _compute(base: ServedModel | None) -> dict[str, str | None] | None:

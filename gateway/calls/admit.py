@@ -53,7 +53,7 @@ class CallAdmission:
 
     async def check_room(self, call: ParsedCall) -> None:
         """Refuse a call that the queue has no room for, before it costs any work. Raises Overloaded, Unavailable."""
-        await self._fleet.require(worker=not call.options.background)
+        await self._fleet.require_any(worker=not call.options.background)
         self._admission.check(CallLoad(call.cls))
 
     def admit(self, call: TokenizedCall) -> AdmittedCall:

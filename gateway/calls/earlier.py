@@ -18,11 +18,11 @@ from gateway.calls.tokenize import Offset, Prompt, echoed, encoded
 from gateway.fleet.view import FleetView
 from gateway.overload.cost import held, hold
 from gateway.text.answer_form import found_form
-from gateway.text.own_files import OwnFiles
+from gateway.text.bases import GatewayBases
 from protocol.queue.bus import Bus, RequestFacts
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import IdempotencyKeyReused, NotFound
+from protocol.wire.errors import IdempotencyKeyReused, NotFound, Unavailable
 
 ATTACHED_POLL_S = 0.1
 
@@ -33,11 +33,11 @@ UNKNOWN_MODEL_LEN = 1 << 17
 class EarlierCalls:
     """The calls that queue and Idempotency-Keys know of, whichever gateway has submitted them."""
 
-    def __init__(self, settings: Settings, bus: Bus, fleet: FleetView, own: OwnFiles, replies: Replies) -> None:
+    def __init__(self, settings: Settings, bus: Bus, fleet: FleetView, bases: GatewayBases, replies: Replies) -> None:
         self._timeout_ms = int(settings.request_timeout_s * 1000)
         self._bus = bus
         self._fleet = fleet
-        self._own = own
+        self._bases = bases
         self._replies = replies
 
     async def find(self, sent: Sent, caller: Caller) -> m.Idempotent | None:
@@ -61,7 +61,7 @@ class EarlierCalls:
 
     def num_bytes(self, call: SubmittedCall) -> int:
         """Return the most bytes of memory that an earlier call holds while it is read."""
-        numbers = numbers_of(call.parsed.task, call.prompts, self._fleet.base)
+        numbers = numbers_of(call.parsed.task, call.prompts, call.base)
         return call_bytes(call.parsed.options, call.prompts, numbers)
 
     async def known(
@@ -69,15 +69,23 @@ class EarlierCalls:
     ) -> SubmittedCall:
         """Return an earlier call without resolving or tokenizing it again; `facts` are those of its requests.
 
-        Raises NotFound when its result has expired, or its adapter's texts are gone.
+        Raises NotFound when its result has expired, its adapter's texts are gone, or its base is another than this
+        gateway's; and Unavailable while the base is not known whose sizes it takes to read numbers.
         """
+        if self._fleet.base is None:
+            await self._fleet.refresh()
+        if self._fleet.is_foreign(record.base):
+            raise NotFound(f"its base `{record.base}` is not served here", code="base_not_served")
         if isinstance(call.inputs, Pairs) and len(record.rids) != len(call.sources):
             call = structs.replace(call, task="embed", inputs=replace(call.inputs, apart=True))
         prompts: list[Prompt] = []
-        max_model_len = self._fleet.base.max_model_len if self._fleet.base is not None else UNKNOWN_MODEL_LEN
+        base, own = self._fleet.named(record.base), self._bases.of(record.base).own
+        if base is None and call.task != "generate":
+            raise Unavailable("no worker has reported the base yet of which the numbers are")
+        max_model_len = base.max_model_len if base is not None else UNKNOWN_MODEL_LEN
         of_prompts = iter(facts[:: call.options.n])
         for i, (digest, texts) in enumerate(zip(record.digests, record.texts, strict=True)):
-            files = await self._own.files(digest, texts, call.caller.name or digest)
+            files = await own.files(digest, texts, call.caller.name or digest)
             target = CallTarget("", digest, files, texts)
             opened = i < len(record.opened) and record.opened[i]
             form = None
@@ -94,9 +102,7 @@ class EarlierCalls:
                     Prompt(target, b"", fact.num_prompt_tokens, most, echo=echo, form=form, offsets=of_tokens)
                 )
         ended_ms = max((fact.ended_ms for fact in facts if fact is not None), default=0)
-        return SubmittedCall(
-            call_of(record.rids[0]), call, self._fleet.base, prompts, record.created_ms, 0, ended_ms=ended_ms
-        )
+        return SubmittedCall(call_of(record.rids[0]), call, base, prompts, record.created_ms, 0, ended_ms=ended_ms)
 
     async def _offsets(self, call: ParsedCall, target: CallTarget, max_model_len: int) -> Sequence[Sequence[Offset]]:
         """Return where the tokens of each prompt lie in its text, () where that is not wanted."""

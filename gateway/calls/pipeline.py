@@ -34,12 +34,10 @@ from gateway.calls.submit import SubmittedCall, Submitter
 from gateway.calls.tokenize import check_size, tokenize
 from gateway.calls.trace import TRACE_OF, stage
 from gateway.fleet.view import FleetView
-from gateway.grammars.check import GrammarCheck
 from gateway.http.errors import OUTCOME_OF
 from gateway.overload import cost, large
 from gateway.overload.admission import Admission
 from gateway.overload.large import Checks
-from gateway.text.tokenizer import ModelFiles
 from protocol.queue.bus import Bus
 from protocol.queue.kept.jobs import NewJob
 from protocol.runtime.settings import Settings
@@ -52,21 +50,20 @@ class Pipeline:
     """The stages between *parse* and *write*."""
 
     def __init__(
-        self, settings: Settings, bus: Bus, files: ModelFiles, fleet: FleetView, resolver: Resolver, replies: Replies,
-        grammars: GrammarCheck, admission: Admission,
+        self, settings: Settings, bus: Bus, fleet: FleetView, resolver: Resolver, replies: Replies,
+        admission: Admission,
     ) -> None:  # fmt: skip
         self.settings = settings
         self.checks = Checks()
         self.bus = bus
-        self.files = files
+        self.files = resolver.bases.default.files
         self.fleet = fleet
         self.resolver = resolver
         self.replies = replies
-        self.grammars = grammars
         self.call_resolver = CallResolver(fleet, resolver, settings.request_timeout_s)
         self.admission = CallAdmission(settings, fleet, admission)
-        self.submitter = Submitter(settings, bus, replies, self.admission, files.eos_ids)
-        self.earlier = EarlierCalls(settings, bus, fleet, resolver.own, replies)
+        self.submitter = Submitter(settings, bus, replies, self.admission)
+        self.earlier = EarlierCalls(settings, bus, fleet, resolver.bases, replies)
 
     async def parsed(self, body: BaseModel, caller: Caller, num_bytes: int, make: Callable[[], T]) -> T:
         """Return what `make` makes of a body, off the event loop if that may take long. Raises as `make`.
@@ -113,7 +110,7 @@ class Pipeline:
         check_size(resolved, self.settings.max_call_tokens)
         with stage("render and tokenize"):
             tokenized = await large.work(lambda: tokenize(resolved))
-            constrained = await constrain(tokenized, self.grammars, self.checks)
+            constrained = await constrain(tokenized, self.resolver.bases.of(resolved.base.name).grammars, self.checks)
         return self.admission.admit(constrained)
 
     async def attach(self, call: ParsedCall, record: m.Idempotent) -> Generation:

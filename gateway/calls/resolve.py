@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import msgspec
 
 from gateway.adapters.merged import MergedAdapters, merge_of_request
-from gateway.adapters.resolver import CallTarget, Resolver, is_base
+from gateway.adapters.resolver import BASE, CallTarget, Resolver, is_base
 from gateway.auth.callers import Caller
 from gateway.calls.parsed_call import Models, Pairs, ParsedCall
 from gateway.fleet.view import FleetView
@@ -17,6 +18,8 @@ from peft_adapters.recipe import digest_of_merge
 from protocol.wire import messages as m
 from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest, LorafleetError, Unavailable
+
+T = TypeVar("T")
 
 _NO_TEXT = {
     "embed": "Embedding models don't support text generation",
@@ -48,7 +51,9 @@ class CallResolver:
         Raises BadRequest for what the base model does not do, ModelNotFound, PermissionDenied, AdapterRefused, or what
         the call's rules make of these, and Unavailable.
         """
-        base = await self._fleet.require(worker=not call.options.background)
+        base = await self.base_of(
+            call.models, call.caller, worker=not call.options.background, refused=call.rules.refused_adapter
+        )
         if not isinstance(call.inputs, Pairs):
             check_task(base, call.task)
         call.rules.check_base(call.options, base)
@@ -61,6 +66,37 @@ class CallResolver:
             raise BadRequest("lora_scale applies to adapters only, and the base model is asked", param="lora_scale")
         return ResolvedCall(with_vocabulary(call, base, targets), base, targets)
 
+    async def base_of(
+        self,
+        models: Models,
+        caller: Caller,
+        *,
+        worker: bool,
+        refused: Callable[[LorafleetError], LorafleetError] | None = None,
+    ) -> m.ServedModel:
+        """Return the base of the models of a call, which the first of them has. Raises as `targets`, and Unavailable.
+
+        worker: calls of it must be accepted now.
+        """
+        name = ""
+        if self._fleet.further:
+            if models.token:
+                caller = replace(caller, token=models.token)
+            asked = models.names[0]
+            by_name = await self._name_of_base(models, asked, caller, refused)
+            name = by_name or await self._name_of_base(models, models.adapter, caller, refused)
+        return await self._fleet.require(worker=worker, name=name)
+
+    async def _name_of_base(
+        self, models: Models, asked: str, caller: Caller, refused: Callable[[LorafleetError], LorafleetError] | None
+    ) -> str:
+        async def find() -> str:
+            named = asked in ("", BASE, *(base.name for base in self._fleet.bases))
+            known = asked if named else await self._resolver.name_in(models.source, asked, caller)
+            return await self._resolver.base_of(known, self._timeout_s, caller)
+
+        return await _refusing(find(), refused)
+
     async def targets(
         self,
         models: Models,
@@ -72,16 +108,21 @@ class CallResolver:
         if models.token:
             caller = replace(caller, token=models.token)
 
+        async def find(name: str) -> CallTarget:
+            known = name if is_base(name, base) else await self._resolver.name_in(models.source, name, caller)
+            if len(models.names) > 1 and self._fleet.further:
+                other = await self._fleet.require(
+                    worker=False, name=await self._resolver.base_of(known, self._timeout_s, caller)
+                )
+                if other.name != base.name:
+                    text = (
+                        f"the models of one call must be of one base: {brief(name)} is of {other.name}, not {base.name}"
+                    )
+                    raise BadRequest(text, param="model")
+            return await self._resolver.resolve(known, base, self._timeout_s, caller)
+
         async def of(name: str) -> CallTarget:
-            try:
-                known = name if is_base(name, base) else await self._resolver.name_in(models.source, name, caller)
-                return await self._resolver.resolve(known, base, self._timeout_s, caller)
-            except Unavailable:
-                raise
-            except LorafleetError as error:
-                if refused is None:
-                    raise
-                raise refused(error) from error
+            return await _refusing(find(name), refused)
 
         names = models.names
         if models.adapter:
@@ -95,6 +136,18 @@ class CallResolver:
         if len(targets) > 1 or targets[0].digest:
             raise BadRequest("with merged_adapters, model must be the base model", param="merged_adapters")
         return [_merged(models.merged, await asyncio.gather(*map(of, models.merged.ids)), targets[0])]
+
+
+async def _refusing(finding: Awaitable[T], refused: Callable[[LorafleetError], LorafleetError] | None) -> T:
+    """Return what is found, or raise what a call's rules make of why it is not."""
+    try:
+        return await finding
+    except Unavailable:
+        raise
+    except LorafleetError as error:
+        if refused is None:
+            raise
+        raise refused(error) from error
 
 
 def _merged(merged: MergedAdapters, parts: list[CallTarget], base: CallTarget) -> CallTarget:

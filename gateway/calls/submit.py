@@ -66,10 +66,7 @@ class SubmittedCall(Struct, frozen=True):
 class Submitter:
     """Writes calls into the queue."""
 
-    def __init__(
-        self, settings: Settings, bus: Bus, replies: Replies, admission: CallAdmission, base_ends: frozenset[int]
-    ) -> None:
-        """base_ends: tokens that end a text of the base model, which workers know."""
+    def __init__(self, settings: Settings, bus: Bus, replies: Replies, admission: CallAdmission) -> None:
         self._max_queued = settings.max_queued
         self._keep_bodies = settings.keep_prompts
         self._usage_days = settings.usage_days
@@ -78,7 +75,6 @@ class Submitter:
         self._bus = bus
         self._replies = replies
         self._admission = admission
-        self._base_ends = base_ends
 
     async def submit(
         self, call: AdmittedCall, job: Callable[[SubmittedCall], NewJob] | None = None
@@ -153,13 +149,14 @@ class Submitter:
                 deadline_ms=call.deadline_ms, gateway=gateway, stored=stored, submitted_ms=now_ms(),
                 prefix=prefix_hash(prompt.ids), weight=weight, choice=choice, needs=needs[which],
                 trace=traceparent, num_virtual=prompt.target.num_virtual,
+                base=call.base.name if call.base is not None else "",
             )  # fmt: skip
             found.append((submit, bodies[which]))
         return found
 
     def _body(self, call: ParsedCall, prompt: Prompt) -> m.Body:
         options = call.options
-        own_ends = [] if options.sampling.ignore_eos else sorted(prompt.files.eos_ids - self._base_ends)
+        own_ends = [] if options.sampling.ignore_eos else sorted(prompt.files.own_ends)
         sampling = options.sampling
         if prompt.bad_words:
             sampling = structs.replace(sampling, bad_words=prompt.bad_words)
@@ -266,10 +263,12 @@ def record_of(call: SubmittedCall, jid: str = "") -> m.Idempotent:
 def facts_of(call: SubmittedCall) -> dict[str, Any]:
     """Return the facts about the answering models that are needed, beside a call's body, to write its answer later.
 
-    These are their digests, the hashes of their own texts, and whether their prompt ends within the model's reasoning.
+    These are their base and digests, the hashes of their own texts, and whether their prompt ends within the model's
+    reasoning.
     """
     first = call.prompts[:: len(call.parsed.sources)]
     return {
+        "base": call.base.name if call.base is not None else "",
         "digests": [prompt.target.digest for prompt in first],
         "texts": [prompt.target.texts for prompt in first],
         "opened": [prompt.form is not None and prompt.form.opened for prompt in first],

@@ -15,7 +15,7 @@ from gateway.auth.callers import Caller
 from gateway.bodies.json_bodies import json_answer
 from gateway.calls.earlier import check_same_body
 from gateway.calls.follow import Generation
-from gateway.calls.parsed_call import ParsedCall, Sent
+from gateway.calls.parsed_call import ParsedCall, Sent, Texts
 from gateway.calls.pipeline import Pipeline
 from gateway.encoders.encoder_bodies import (
     ClassifyRequest,
@@ -85,11 +85,16 @@ class EncoderCalls:
         self, request: EncoderRequest | EncoderBatchRequest, sent: Sent | None, caller: Caller, started_s: float
     ) -> EncoderAnswer:
         """Answer `/classify` and `/classify_batch`. started_s: monotonic, of its arrival. Raises as `embed`."""
-        base = await self._pipeline.fleet.require(worker=True)
+        make = partial(parse_native, request, "classify", caller, self._settings)
+        call = await self._parsed(request, sent, caller, make)
+        find = self._pipeline.call_resolver.base_of
+        base = await find(call.models, caller, worker=True, refused=call.rules.refused_adapter)
         of_texts = base.does("score") and not base.does("classify")
-        task: Task = "score" if of_texts else "classify"
-        make = partial(parse_native, request, task, caller, self._settings)
-        generation = await self._run(await self._parsed(request, sent, caller, make), sent)
+        if of_texts and isinstance(call.inputs, Texts):
+            call = msgspec.structs.replace(
+                call, task="score", inputs=msgspec.structs.replace(call.inputs, with_offsets=False)
+            )
+        generation = await self._run(call, sent)
         write = write_text_labels(request) if of_texts else write_entities(request)
         return ClassifyAnswer(generation, write, started_s)
 
@@ -125,7 +130,6 @@ class EncoderCalls:
         """Follow a call, or what its Idempotency-Key was used for before. Raises as `Pipeline.run_once`."""
         if sent is None or not sent.key:
             return await self._pipeline.run(call)
-        await self._pipeline.fleet.require(worker=False)  # without the base model's sizes no numbers can be read
         return await self._pipeline.run_once(msgspec.structs.replace(call, sent=sent))
 
     def _answer(self, generation: Generation, write: Write) -> EncoderAnswer:

@@ -1,8 +1,9 @@
-"""What a gateway sees of its fleet: the base model, the live workers, the scheduler's status."""
+"""What a gateway sees of its fleet: the bases, the live workers, the scheduler's status."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from protocol.metrics import series
 from protocol.metrics.fleet import WORKERS
@@ -17,27 +18,87 @@ REFRESH_S = 1.0  # pause between two looks at the fleet
 
 
 class FleetView:
-    """The base model, the number of live workers and the scheduler's status, read from the queue once a second."""
+    """The bases, the number of live workers and the scheduler's status, read from the queue once a second."""
 
-    def __init__(self, bus: Bus, beat_timeout_s: float, *, waits: bool = False) -> None:
-        """Take the silence after which a worker counts as dead, and whether calls wait in the queue for a worker."""
+    def __init__(
+        self,
+        bus: Bus,
+        beat_timeout_s: float,
+        *,
+        waits: bool = False,
+        name: str = "",
+        further: Sequence[str] = (),
+        shows_reasons: bool = True,
+    ) -> None:
+        """beat_timeout_s: silence after which a worker counts as dead. waits: calls wait in the queue for a worker.
+
+        name: of the default base. further: names of the other bases that are asked here. shows_reasons: clients may
+        know why a base does not start, which may name paths of its machine.
+        """
         self._bus = bus
+        self._name = name
+        self.further = tuple(further)
+        self._shows_reasons = shows_reasons
         self._waits = waits
         self._beat_timeout_ms = int(beat_timeout_s * 1000)
         self.base: m.ServedModel | None = None
+        """The default base: that of its name or, where this gateway has one base only, what workers serve."""
+        self._others: dict[str, m.ServedModel] = {}  # further bases that workers have reported
+        self._loads: dict[str, m.BaseLoad] = {}  # as the scheduler last said
+        self._is_mixed = False  # whether workers of several bases have reported
+        self.failures: dict[str, str] = {}
+        """Base -> why no worker of it has started, where none has since."""
         self.status: m.SchedulerStatus | None = None
         self.num_workers = 0
 
     @property
     def is_ready(self) -> bool:
-        """Whether calls are accepted: the base model is known, and a worker is alive or calls wait for one."""
-        return self.base is not None and (self.num_workers > 0 or self._waits)
+        """Whether calls of any base are accepted: it is known, and a worker is alive or calls wait for one."""
+        return any(map(self._accepts, self.bases))
+
+    @property
+    def bases(self) -> list[m.ServedModel]:
+        """The bases that workers have reported and that are asked here, the default one first."""
+        return [base for base in (self.base, *self._others.values()) if base is not None]
+
+    def named(self, name: str) -> m.ServedModel | None:
+        """Return a further base by its name, or else the default one; None if no worker has reported it."""
+        return self._others.get(name) if name in self.further else self.base
+
+    def is_foreign(self, name: str) -> bool:
+        """Return whether a call's base is none of those asked here. A fleet's only one may have had other names."""
+        return name not in ("", self._name, *self.further) and (self._is_mixed or bool(self.further))
+
+    def load(self, base: m.ServedModel) -> m.BaseLoad:
+        """Return how many workers, and requests, a base has."""
+        return self._loads.get(base.name, m.BaseLoad())
+
+    def _accepts(self, base: m.ServedModel) -> bool:
+        if self._waits:
+            return True
+        if not (self._is_mixed or self.further):
+            return self.num_workers > 0  # the register says enough, also while there is no scheduler
+        # A registered worker that the scheduler does not count has just come, and may be of this base.
+        return self.load(base).workers > 0 or self.num_workers > sum(load.workers for load in self._loads.values())
 
     async def refresh(self) -> None:
         """Read all of it once. Raises a connection error."""
         with series.QUEUE_ANSWER_SECONDS.time():
             fleet = await self._bus.members.summary(self._beat_timeout_ms)
-        self.num_workers, self.base, self.status = fleet.num_workers, fleet.base, fleet.status
+        self.num_workers, self.status = fleet.num_workers, fleet.status
+        self._is_mixed = len(fleet.bases) > 1
+        asked = (self._name, *self.further)
+        self.failures = {name: why for name, why in fleet.failures.items() if name in asked}
+        known = {base.name: base for base in fleet.bases}
+        default = known.get(self._name)
+        self.base = default if default is not None or self.further or not known else fleet.bases[0]
+        self._others = {name: known[name] for name in self.further if name in known}
+        if self.status is not None:
+            self._loads = self.status.bases
+        for base in self.bases if self.further else ():
+            load = self.load(base)
+            for what, num in (("workers", load.workers), ("queued", load.queued), ("running", load.running)):
+                series.BASE_LOAD.labels(base.name, what).set(num)
         series.FLEET_WORKERS.set(self.num_workers)
         status = self.status or m.SchedulerStatus(queued=0, running=0, workers=0, drain_rate=0.0)
         series.FLEET_QUEUED.set(status.queued)
@@ -77,10 +138,28 @@ class FleetView:
         num = self.status.queued + self.status.running if self.status is not None else 0
         return num if self.base is not None else max(num, 1)
 
-    async def require(self, *, worker: bool) -> m.ServedModel:
-        """Return the base model. Raises Unavailable while it is unknown or, with `worker`, calls are not accepted."""
-        if self.base is None or (worker and not self.is_ready):
-            await self.refresh()  # a worker may just have come up
-        if self.base is None or (worker and not self.is_ready):
+    async def require(self, *, worker: bool, name: str = "") -> m.ServedModel:
+        """Return a further base by its name, or else the default one.
+
+        Raises Unavailable while it is unknown or, with `worker`, its calls are not accepted.
+        """
+        for is_fresh in (False, True):
+            base = self.named(name)
+            if base is not None and not (worker and not self._accepts(base)):
+                return base
+            if not is_fresh:
+                await self.refresh()  # a worker may just have come up
+        if not self.further:
             raise Unavailable("no worker is ready to serve the model; it may still be loading")
-        return self.base
+        text = f"no worker is ready to serve `{name or self._name}`"
+        why = self.failures.get(name or self._name)
+        if why is None:
+            raise Unavailable(f"{text}; it may still be loading")
+        raise Unavailable(f"{text}: it did not start{f': {why}' if self._shows_reasons else ''}", code="base_failed")
+
+    async def require_any(self, *, worker: bool) -> None:
+        """Raise Unavailable while no base is known or, with `worker`, no calls of any are accepted."""
+        if not (self.is_ready if worker else self.bases):
+            await self.refresh()
+        if not (self.is_ready if worker else self.bases):
+            raise Unavailable("no worker is ready to serve the model; it may still be loading")

@@ -107,6 +107,7 @@ class NativeEndpoints:
         pipeline, settings = self._pipeline, self._pipeline.settings
         base = await pipeline.fleet.require(worker=False)
         served = await pipeline.resolver.catalogue.served(caller_of(request))
+        served = [alias for alias in served if pipeline.resolver.is_of(alias, base)]
         return json_response(
             {
                 "model_id": base.name,

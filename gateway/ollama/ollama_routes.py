@@ -85,20 +85,23 @@ class OllamaEndpoints:
 
     async def _require(self, name: str, caller: Caller) -> None:
         """Wait until a model can be asked. Raises as `CallResolver.targets`."""
-        base = await self._pipeline.fleet.require(worker=True)
-        await self._pipeline.call_resolver.targets(Models([plain_name(name)]), base, caller)
+        models, resolver = Models([plain_name(name)]), self._pipeline.call_resolver
+        await resolver.targets(models, await resolver.base_of(models, caller, worker=True), caller)
 
     # ------------------------------------------------------------ models
 
     async def tags(self, request: Request) -> Response:
         """Answer `/api/tags`."""
         base = await self._pipeline.fleet.require(worker=False)
-        listed = await self._pipeline.resolver.catalogue.listed(
+        resolver = self._pipeline.resolver
+        listed = await resolver.catalogue.listed(
             caller_of(request),
             ("tags", m.encode(base)),
-            ollama_models.listed(base, None),
+            [ollama_models.listed(base, None)],
             lambda alias, record: (
-                ollama_models.listed(base, (alias, record)) if record and alias.state == "on_disk" else None
+                ollama_models.listed(base, (alias, record))
+                if record and alias.state == "on_disk" and resolver.is_of(alias, base)
+                else None
             ),
         )
         return json_response({"models": orjson.Fragment(listed)})
@@ -117,13 +120,16 @@ class OllamaEndpoints:
         if asked is None:
             raise BadRequest("model: it is missing", param="model")
         pipeline, caller, name = self._pipeline, caller_of(request), plain_name(asked)
-        base = await pipeline.fleet.require(worker=False)
-        if name in (BASE, base.name):
-            return json_response(ollama_models.shown(base, None, pipeline.files))
-        alias = await pipeline.resolver.known(name, caller)
-        if alias is None or alias.state != "on_disk":
+        await pipeline.fleet.require_any(worker=False)
+        models, resolver = Models([name]), pipeline.call_resolver
+        is_base = name in (BASE, *(base.name for base in pipeline.fleet.bases))
+        alias = None if is_base else await pipeline.resolver.known(name, caller)
+        if not is_base and (alias is None or alias.state != "on_disk"):
             raise ModelNotFound(asked)
-        [target] = await pipeline.call_resolver.targets(Models([name]), base, caller)
+        base = await resolver.base_of(models, caller, worker=False)
+        [target] = await resolver.targets(models, base, caller)
+        if alias is None:
+            return json_response(ollama_models.shown(base, None, target.files))
         records = await pipeline.bus.adapters.records([alias.digest])
         if alias.digest not in records:
             raise ModelNotFound(asked)

@@ -43,6 +43,7 @@ class RegisterRequest(JsonBody):
     pin: bool = False
     preload: bool = False
     wait_s: Annotated[float, Field(ge=0, le=MAX_WAIT_S)] = 60.0
+    base: Annotated[str, Field(max_length=300)] = ""  # base to serve it with; default: as it says itself, or fits
     tenant: Annotated[str, Field(max_length=64)] | None = None  # owner of the name; only admins may set it
 
 
@@ -92,7 +93,7 @@ class OperatorEndpoints:
         if body.pin and tenant:
             raise BadRequest("only an adapter shared by all tenants can be pinned", param="pin")
         token = body.token or caller.token
-        wanted = Wanted(body.name, body.source, caller, tenant, token, body.replace, body.wait_s)
+        wanted = Wanted(body.name, body.source, caller, tenant, token, body.replace, body.wait_s, body.base)
         is_served, is_new = await self._operations.register(wanted)
         done(request)
         if body.pin:

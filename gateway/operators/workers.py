@@ -71,6 +71,7 @@ def view(wid: str, beat: m.WorkerBeat | None) -> dict[str, Any]:
         "id": wid,
         "object": "worker",
         "name": beat.name,
+        "base": beat.base or None,
         "state": "draining" if beat.draining else "ready",
         "capacity": beat.capacity,
         "running": beat.running,

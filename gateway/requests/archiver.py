@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import structs
 
-from gateway.text.own_files import OwnFiles
+from gateway.text.bases import GatewayBases
 from protocol.metrics.series import HISTORY_BEHIND, HISTORY_LOST
 from protocol.queue.archive import LEASE_MS, NewPast, Past
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
@@ -47,14 +47,14 @@ class Archiver:
     """The copying of one gateway."""
 
     def __init__(
-        self, bus: Bus, gid: str, settings: Settings, database: Database, own: OwnFiles, sweep_s: float = SWEEP_S
+        self, bus: Bus, gid: str, settings: Settings, database: Database, bases: GatewayBases, sweep_s: float = SWEEP_S
     ) -> None:
-        """own: knows what adapters bring beside their weights, by which their tokens are read later."""
+        """bases: know what adapters bring beside their weights, by which their tokens are read later."""
         self._bus = bus
         self._gid = gid
         self._settings = settings
         self._database = database
-        self._own = own
+        self._bases = bases
         self._sweep_s = sweep_s
         self._keep_ms = int(1000 * settings.history_s)
         self._more = asyncio.Event()  # there is more to copy, at once
@@ -173,11 +173,12 @@ class Archiver:
             if one.text is None:
                 continue
             try:
-                own = (await self._own.facts(one.text.digest))[0] if one.text.digest else ""
-            except (NotFound, ProtocolError):  # nobody knows its adapter's tokens any more
+                own = self._bases.of(one.text.base).own
+                texts_hash = (await own.facts(one.text.digest)).texts if one.text.digest else ""
+            except (NotFound, ProtocolError, Unavailable):  # nobody knows its adapter's tokens any more
                 num_lost += 1
             else:
-                text = structs.replace(one.text, texts=own)
+                text = structs.replace(one.text, texts=texts_hash)
                 texts[at] = self._bus.archive.sealed(tenant, entry.rid, text)
         return texts, num_lost
 

@@ -59,7 +59,7 @@ async def _run(pipeline: Pipeline, submit: m.RequestHead, body: m.Body, model: s
     )
     quota = pipeline.admission.quota_of(caller)
     pipeline.admission.check_again(load, quota)
-    base, days = pipeline.fleet.base, pipeline.settings.usage_days
+    base, days = pipeline.fleet.named(submit.base), pipeline.settings.usage_days
     counted = CountedFor(caller.owner, model, submit.digest, base.name if base else "", False, days)
     usage = usage_of(counted, calls=1, prompt_tokens=submit.num_prompt_tokens, has_output=body.task == "generate")
     mail = replies.subscribe([submit.rid], eager=False)

@@ -48,7 +48,7 @@ class KeptTexts:
             if raw is None:
                 return None
             text = archive.opened(tenant, rid, raw)
-            files = await self._pipeline.resolver.own.files(text.digest, text.texts, tenant)
+            files = await self._pipeline.resolver.bases.of(text.base).own.files(text.digest, text.texts, tenant)
             prompt = await _decoded(files.tokens, text.prompt)
             output = await _decoded(files.tokens, text.output)
         except Overloaded:

@@ -35,6 +35,7 @@ def described(rid: str, record: RequestRecord, converted: dict[str, Any] | None 
         "tenant": record.tenant,
         "class": record.cls,
         "adapter": _adapter(record, converted),
+        "base": record.base or None,
         "prompt_tokens": facts.num_prompt_tokens,
         "cached_tokens": record.num_cached_tokens,
         "output_tokens": facts.num_output_tokens,

@@ -12,7 +12,7 @@ from gateway.auth.callers import Caller
 from gateway.bodies.json_bodies import json_answer
 from gateway.bodies.parameter_check import ignore
 from gateway.calls.earlier import check_same_body
-from gateway.calls.parsed_call import ParsedCall, Sent
+from gateway.calls.parsed_call import Models, ParsedCall, Sent
 from gateway.calls.pipeline import Pipeline
 from gateway.calls.tokenize import tokenize
 from gateway.http.list_page import list_page
@@ -98,7 +98,8 @@ class Responses:
         """
         check_prompt(body, self._settings)
         context = await self._context(body, caller)
-        base = await self._pipeline.fleet.require(worker=False)
+        resolver = self._pipeline.call_resolver
+        base = await resolver.base_of(Models([body.model or ""]), caller, worker=False)
 
         def make() -> ParsedCall:
             items = [*context.items, *items_of(body.input, uuid.uuid4().hex, context.known, len(context.items))]
@@ -106,7 +107,7 @@ class Responses:
 
         call = await self._pipeline.parsed(body, caller, num_bytes + ITEM_BYTES * len(context.items), make)
         ignore(caller.headers, call.served_without)
-        resolved = await self._pipeline.call_resolver.resolve(call)
+        resolved = await resolver.resolve(call)
         [prompt] = (await large.work(lambda: tokenize(resolved))).prompts
         call.rules.most_tokens(call.options, prompt.num_tokens, prompt.target.within(base).max_model_len)
         return {"object": "response.input_tokens", "input_tokens": prompt.num_tokens}

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from functools import cached_property
+from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import httpx2
@@ -39,6 +40,15 @@ MAX_FACTS = 10_000
 TIMEOUT = httpx2.Timeout(30.0, connect=2.0)
 
 
+class OwnFacts(NamedTuple):
+    """What an adapter's record says for ever of how it is served."""
+
+    texts: str  # hash of its own texts, "" if it brings none
+    vocab_size: int  # 0: the base's
+    num_labels: int  # of a head of its own; 0: it has none
+    num_virtual: int  # virtual tokens that it puts before every prompt
+
+
 class OwnFiles:
     """The texts of adapters, kept by their hash."""
 
@@ -52,9 +62,7 @@ class OwnFiles:
         self.base = base
         self._sandbox = sandbox
         self._kept: OrderedDict[str, ModelFiles] = OrderedDict()
-        self._facts: OrderedDict[str, tuple[str, int, int, int]] = (
-            OrderedDict()
-        )  # as `facts` returns, by digest: for ever
+        self._facts: OrderedDict[str, OwnFacts] = OrderedDict()  # by digest
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
 
@@ -68,18 +76,15 @@ class OwnFiles:
         if "_http" in self.__dict__:
             await self._http.aclose()
 
-    async def facts(self, digest: str) -> tuple[str, int, int, int]:
-        """Return an adapter's hash of its own texts, vocabulary's size, number of labels and number of virtual tokens.
-
-        "" if it brings no texts, 0 for the base's vocabulary and for no head of its own. Raises NotFound.
-        """
+    async def facts(self, digest: str) -> OwnFacts:
+        """Return what an adapter's record says of how it is served. Raises NotFound."""
         facts = self._facts.get(digest)
         if facts is None:
             record = await self._bus.get(self._bus.keys.adapter(digest), m.AdapterRecord)
             if record is None:
                 raise NotFound(f"the adapter {digest:.12} has just left the catalogue", param="model")
             texts = record.config.get(TEXTS_FIELD, "")
-            facts = texts, record.vocab_size, record.num_labels, record.num_virtual
+            facts = OwnFacts(texts, record.vocab_size, record.num_labels, record.num_virtual)
         self._facts[digest] = facts
         self._facts.move_to_end(digest)
         if len(self._facts) > MAX_FACTS:
@@ -131,7 +136,8 @@ class OwnFiles:
             eos_ids = eos_ids if eos is None else eos_ids | {eos}
         if own.template is not None:
             template = SandboxedTemplate(own.template, special_tokens(base.texts) | own.special_tokens, self._sandbox)
-        return ModelFiles(base.name, encoder, tokens, template, eos_ids, base.texts, base.pair_template)
+        own_ends = eos_ids - base.eos_ids
+        return ModelFiles(base.name, encoder, tokens, template, eos_ids, base.texts, base.pair_template, None, own_ends)
 
     def _with_added(self, added: list[AddedToken]) -> tuple[Encoder, TokenTable]:
         """Return the base's tokenizer with added tokens, which those with the same share. Raises AdapterRefused."""

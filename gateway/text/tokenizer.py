@@ -181,6 +181,7 @@ class ModelFiles:
     texts: Mapping[str, str]  # the base model's files that these were read from, by name
     pair_template: ChatTemplate | None = None  # the settings', that makes prompts of pairs of texts
     base_tokens: BaseTokens | None = None  # what `tokens` are of; None in files that are no model's own
+    own_ends: frozenset[int] = frozenset()  # end tokens that the base does not have, so that workers do not know them
 
     @property
     def template_of_pairs(self) -> ChatTemplate | SandboxedTemplate | None:
@@ -289,13 +290,19 @@ def _chat(text: str, ids: list[list[int]], final: str | None) -> EncodedChat:
 def load_model_files(settings: Settings) -> ModelFiles:
     """Read tokenizer, chat template and end tokens of `settings.model`. Blocks; raises BadRequest if it is no model."""
     folder = model_folder(settings.model, TOKENIZER_FILES)
+    try:
+        return _model_files(settings, folder)
+    except AdapterRefused as error:  # the same files may be an adapter's
+        raise BadRequest(f"{folder}: {error.message}") from error
+    except (ValueError, TypeError, AttributeError, LookupError) as error:  # not UTF-8, no JSON or none of that form
+        raise BadRequest(f"the text files in {folder} cannot be read: {error!r:.300}") from error
+
+
+def _model_files(settings: Settings, folder: Path) -> ModelFiles:
     texts = {name: (folder / name).read_text() for name in TEXT_FILES if (folder / name).is_file()}
     if TOKENIZER not in texts:
         raise BadRequest(f"{folder} has no {TOKENIZER}")
-    try:
-        tokens = BaseTokens(texts[TOKENIZER])
-    except AdapterRefused as error:
-        raise BadRequest(f"{folder}: {error.message}") from error
+    tokens = BaseTokens(texts[TOKENIZER])
     return ModelFiles(
         name=served_name(settings.model, settings.served_name),
         encoder=Encoder(_read_tokenizer(texts[TOKENIZER])),

@@ -82,8 +82,9 @@ class TokenizerEndpoints:
         pipeline, text = self._pipeline, body.inputs or ""
         base, target = pipeline.fleet.base, None
         if body.adapter_id or body.merged_adapters is not None:
-            base = await pipeline.fleet.require(worker=False)
-            [target] = await pipeline.call_resolver.targets(models_of(body), base, caller, GenerationFailed)
+            models, resolver = models_of(body), pipeline.call_resolver
+            base = await resolver.base_of(models, caller, worker=False, refused=GenerationFailed)
+            [target] = await resolver.targets(models, base, caller, GenerationFailed)
 
         async def tokenize() -> bytes:
             encoding = await self._encoding(text, body.add_special_tokens is not False, target, base, "inputs")
@@ -163,8 +164,9 @@ class TokenizerEndpoints:
 
         The base has the part of its context that prompts of this target have. Raises as `CallResolver.targets`.
         """
-        base = await self._pipeline.fleet.require(worker=False)
-        [target] = await self._pipeline.call_resolver.targets(Models([model or ""]), base, caller)
+        models = Models([model or ""])
+        base = await self._pipeline.call_resolver.base_of(models, caller, worker=False)
+        [target] = await self._pipeline.call_resolver.targets(models, base, caller)
         return target.within(base), target
 
     async def _encoding(

@@ -17,9 +17,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from gpu_worker.loading.weights import weight_files
 from gpu_worker.quantised.modules import parameters_on_meta
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 KEPT_IN_FP32 = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
 """Where transformers says which modules of a model keep fp32, whatever its dtype is."""
@@ -72,16 +71,13 @@ def _tensors_of(folder: Path) -> dict[str, Tensor]:
 
     There are none where a file is missing, or where there are more tensors than a process may map.
     """
-    names = [WEIGHTS]
-    if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
     found: dict[str, Tensor] = {}
-    for name in names:
-        if not (folder / name).is_file():
+    for path in weight_files(folder):
+        if not path.is_file():
             return {}
-        with safe_open(folder / name, framework="pt"):
+        with safe_open(path, framework="pt"):
             pass  # it checks that the tensors lie in the file, one behind the other
-        with (folder / name).open("rb") as file:
+        with path.open("rb") as file:
             (header_bytes,) = struct.unpack("<Q", file.read(8))
             header = json.loads(file.read(header_bytes))
             header.pop("__metadata__", None)

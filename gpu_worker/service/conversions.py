@@ -11,7 +11,7 @@ from gpu_worker.service.owned import OwnedRequest
 from protocol.queue.bus import Entry, decode, now_ms
 from protocol.runtime.release import RELEASE
 from protocol.wire import messages as m
-from protocol.wire.errors import ProtocolError
+from protocol.wire.errors import LorafleetError, ProtocolError
 from protocol.wire.messages.requests import KNOWN_FIELDS
 
 
@@ -79,14 +79,17 @@ def engine_request(item: m.Assigned, body: m.Body, log: bytes) -> EngineRequest:
     )
 
 
-def worker_beat(name: str, stats: EngineStats, outbox: Outbox, *, publish_s: float, draining: bool) -> m.WorkerBeat:
+def worker_beat(
+    name: str, base: str, stats: EngineStats, outbox: Outbox, *, publish_s: float, draining: bool
+) -> m.WorkerBeat:
     """Return what a worker says of itself.
 
-    name: the worker's. publish_s: seconds it has waited for step scripts.
+    name: the worker's. base: name of the base that it serves. publish_s: seconds it has waited for step scripts.
     """
     return m.WorkerBeat(
         wid=outbox.wid,
         name=name,
+        base=base,
         capacity=0 if draining else stats.capacity,
         running=stats.running,
         waiting=stats.waiting,
@@ -113,3 +116,9 @@ def worker_beat(name: str, stats: EngineStats, outbox: Outbox, *, publish_s: flo
         knows=KNOWN_FIELDS,
         version=RELEASE,
     )
+
+
+def failure_reason(error: Exception) -> str:
+    """Return why a worker does not start, in one line."""
+    text = error.message if isinstance(error, LorafleetError) else f"{type(error).__name__}: {error}"
+    return text.strip().partition("\n")[0]

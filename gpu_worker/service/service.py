@@ -20,7 +20,7 @@ from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.light_imports import import_transformers
 from gpu_worker.planning.request import EngineRequest, TokenOutput
-from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
+from gpu_worker.service.conversions import assignments_in, engine_request, failure_reason, owned_request, worker_beat
 from gpu_worker.service.outbox import MAX_ROWS, Outbox, OutboxRecovery, add_outputs
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from gpu_worker.service.residency_time import ResidencyTime
@@ -31,12 +31,13 @@ from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode
 from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.guarded import BRISK, FAILED, Loop, guarded, is_queue_away
 from protocol.runtime.imports import importing
+from protocol.runtime.model_files import served_name
 from protocol.runtime.sealing import Seal
 from protocol.runtime.settings import Settings
 from protocol.runtime.tracing import tracing
 from protocol.runtime.watchdog import LOADING_S, WATCHDOG
 from protocol.wire import messages as m
-from protocol.wire.errors import DeadlineExceeded, Internal, LorafleetError, ProtocolError
+from protocol.wire.errors import Conflict, DeadlineExceeded, Internal, LorafleetError, ProtocolError
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class WorkerService:
     async def run(self, stop: asyncio.Event) -> int:
         """Start the engine, work for the fleet until `stop`, hand over what runs. Returns the exit code.
 
-        Raises Internal when live workers serve another model.
+        Raises Conflict when live workers serve another base by its name.
         """
         loop = asyncio.get_running_loop()
         self.engine.start(
@@ -176,11 +177,16 @@ class WorkerService:
         await self.bus.streams.create(keys.work(self.wid), STREAM_TTL_S)
         await self.bus.streams.create(keys.ctl(self.wid), STREAM_TTL_S)
         try:
-            await self.bus.join(self._own_beat(), self.served, BEAT_TTL_MS)
-        except Internal:
+            name = await self.bus.members.join(
+                self._own_beat(), self.served, BEAT_TTL_MS, several=bool(self.settings.more_models)
+            )
+        except Conflict:
             await self.bus.members.leave(self.wid)
             self.engine.stop()
             raise
+        if name != self.served.name:
+            logger.warning("the fleet serves the weights of %s as %s, and so does this worker", self.served.name, name)
+            self.served = msgspec.structs.replace(self.served, name=name)
         await self._beat()
         logger.info("worker %s (%s) serves %s", self.wid, self.name, self.served.name)
 
@@ -417,11 +423,7 @@ class WorkerService:
         stats = self.engine.stats()
         self._beaten_loads, self._end_beat_s = stats.num_loads, time.monotonic() + END_BEAT_S
         return worker_beat(
-            self.name,
-            stats,
-            self.outbox,
-            publish_s=self._publish_s,
-            draining=self.draining,
+            self.name, self.served.name, stats, self.outbox, publish_s=self._publish_s, draining=self.draining
         )
 
     async def _beat(self) -> None:
@@ -464,16 +466,24 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> int:
     bus = Bus(settings.queue_url(), seal=Seal.of(settings, secret))
     loader = Loader(secret.bearer if secret else "")
     WATCHDOG.require(None, LOADING_S)
+    service: WorkerService | None = None
     try:
         await bus.check()
-        engine, served = await asyncio.to_thread(_load, settings, loader)
-        if stop.is_set():
-            return 0
-        sys.setswitchinterval(SWITCH_S)
-        # A thread that has ended cannot be stuck; what is left to do then is the loop's.
-        WATCHDOG.require(lambda: object() if engine.has_ended else engine.num_turns, settings.max_step_s)
-        loader.set_urls(await bus.members.store_urls())
-        return await WorkerService(bus, engine, served, settings, loader).run(stop)
+        try:
+            engine, served = await asyncio.to_thread(_load, settings, loader)
+            if stop.is_set():
+                return 0
+            sys.setswitchinterval(SWITCH_S)
+            # A thread that has ended cannot be stuck; what is left to do then is the loop's.
+            WATCHDOG.require(lambda: object() if engine.has_ended else engine.num_turns, settings.max_step_s)
+            loader.set_urls(await bus.members.store_urls())
+            service = WorkerService(bus, engine, served, settings, loader)
+            return await service.run(stop)
+        except Exception as error:
+            if settings.more_models and (service is None or isinstance(error, Conflict)):  # the others' calls go on
+                name = served_name(settings.model, settings.served_name)
+                await bus.members.note_failure(name, failure_reason(error))
+            raise
     finally:
         loader.close()
         await bus.close()

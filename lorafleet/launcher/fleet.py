@@ -6,18 +6,21 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx2
+from rich.markup import escape
 
 from lorafleet.launcher.child import Child, ServiceFailed, Spec
 from lorafleet.launcher.embedded import EmbeddedServer
 from lorafleet.launcher.machine import num_cores, visible_gpus
 from lorafleet.launcher.screen import Screen
-from protocol.queue.bus import CONNECTION_ERRORS, Bus
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, QueueError
 from protocol.runtime.environment import SERVICES, child_environment
+from protocol.runtime.model_files import base_settings
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import LorafleetError, Unavailable
@@ -31,18 +34,23 @@ DRAIN_ORDER = ("gateway", "scheduler", "worker", "store")
 def service_specs(
     settings: Settings, logs: Path, queue: EmbeddedServer | None = None, cores: int | None = None
 ) -> list[Spec]:
-    """Return the processes to start: store, scheduler, gateway, then the workers, which share the cores and GPUs.
+    """Return the processes to start: store, scheduler, gateway, then each base's workers, which share cores and GPUs.
 
     `logs` is the folder of their logs, `queue` the fleet's own queue, which each service enters as a user of its own,
     `cores` the number of cores to share, by default those of this machine.
     """
-    threads = settings.threads or max(1, (cores or num_cores()) // settings.workers)
+    bases = base_settings(settings)
+    num_workers = settings.workers * len(bases)
+    threads = settings.threads or max(1, (cores or num_cores()) // num_workers)
     gpus = [] if settings.device == "cpu" else visible_gpus(os.environ)
     specs: list[Spec] = []
-    for name in ["store", "scheduler", "gateway", *(f"worker-{i}" for i in range(settings.workers))]:
+    for name in ["store", "scheduler", "gateway", *(f"worker-{i}" for i in range(num_workers))]:
         service, _, number = name.partition("-")
+        base = settings
+        if service == "worker" and len(bases) > 1:
+            base = bases[int(number) // settings.workers].model_copy(update={"workers": num_workers})
         door: dict[str, object] = queue.door(service) if queue is not None else {}
-        own = child_environment(*SERVICES[service]) | settings.model_copy(update=door).environment()
+        own = child_environment(*SERVICES[service]) | base.model_copy(update=door).environment()
         own["PYTHONUNBUFFERED"] = "1"
         if service == "scheduler":  # it neither opens sealed tokens nor asks a store for anything
             own = {name: value for name, value in own.items() if not name.startswith("LORAFLEET_SECRET")}
@@ -78,6 +86,7 @@ class FleetLauncher:
     _failure: LorafleetError | None = None
     _stop: asyncio.Event = field(default_factory=asyncio.Event)
     _hurry: bool = False
+    _given_up: set[str] = field(default_factory=set[str])  # workers that did not start, beside other bases' that may
 
     async def run(self) -> int:
         """Run until a signal, drain all services, and return the exit code. Raises LorafleetError when one fails.
@@ -88,6 +97,7 @@ class FleetLauncher:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._on_signal)
         try:
+            await self._forget_failures()
             async with asyncio.TaskGroup() as group:
                 for child in self.children:
                     group.create_task(self._keep(child))
@@ -117,7 +127,42 @@ class FleetLauncher:
         try:
             await child.supervise()
         except ServiceFailed as error:
-            self._fail(error)
+            workers = {one.spec.name for one in self.children if one.spec.service == "worker"}
+            self._given_up |= workers & {child.spec.name}
+            if self.settings.more_models and child.spec.name in workers and self._given_up != workers:
+                self.screen.say(f"[red]{child.spec.name}[/] is given up, the others continue: {escape(error.message)}")
+                await self._note_failure(child, error)
+            else:
+                self._fail(error)
+
+    async def _forget_failures(self) -> None:
+        """Forget why bases did not start in an earlier run, which would hold until a worker is up."""
+        if not self.settings.more_models:
+            return
+        try:
+            async with self._worker_bus() as bus:
+                await bus.members.forget_failures(one.served_name for one in base_settings(self.settings))
+        except QueueError as error:
+            raise Unavailable(f"cannot write to the queue what a worker writes of its base: {error}") from error
+
+    async def _note_failure(self, child: Child, error: ServiceFailed) -> None:
+        """Note why a base does not start, unless its worker has: one that the system has killed could not."""
+        name = child.spec.environment["LORAFLEET_SERVED_NAME"]
+        try:
+            async with self._worker_bus() as bus:
+                await bus.members.note_failure(name, error.message.partition("; end of its log")[0], keep=True)
+        except QueueError as away:
+            self.screen.say(f"[yellow]queue[/]: why {child.spec.name} did not start is not noted: {away!r}")
+
+    @asynccontextmanager
+    async def _worker_bus(self) -> AsyncGenerator[Bus]:
+        """Enter the queue with the rights of a worker, who may write of bases."""
+        door = self.queue.door("worker") if self.queue is not None else {}
+        bus = Bus(self.settings.model_copy(update=door).queue_url())
+        try:
+            yield bus
+        finally:
+            await bus.close()
 
     async def _drain(self) -> None:
         grace_s = self.settings.grace_s + KILL_AFTER_S
@@ -136,10 +181,12 @@ class FleetLauncher:
                 for child in self.children:
                     child.follow_log()
                     await self._note(child, bus, gateway)
-                if announcement is None and await _health(gateway) == 200:
+                if announcement is None and self._bases_are_settled() and await _health(gateway) == 200:
                     self.screen.close()
                     announcement = group.create_task(self._announce())
-                settled = announcement is not None and all(child.ready.is_set() for child in self.children)
+                settled = announcement is not None and all(
+                    child.ready.is_set() or child.spec.name in self._given_up for child in self.children
+                )
                 await asyncio.sleep(POLL_S if settled else START_POLL_S)
         except LorafleetError as error:
             self._fail(error)
@@ -148,6 +195,13 @@ class FleetLauncher:
                 announcement.cancel()
             await gateway.aclose()
             await bus.close()
+
+    def _bases_are_settled(self) -> bool:
+        """Return whether each worker of several bases is up, or given up. One base is, once its gateway is healthy."""
+        workers = (
+            [child for child in self.children if child.spec.service == "worker"] if self.settings.more_models else []
+        )
+        return all(child.ready.is_set() or child.spec.name in self._given_up for child in workers)
 
     async def _announce(self) -> None:
         try:
@@ -163,7 +217,7 @@ class FleetLauncher:
         self._stop.set()
 
     async def _note(self, child: Child, bus: Bus, gateway: httpx2.AsyncClient) -> None:
-        if child.ready.is_set() or self._stop.is_set():
+        if child.ready.is_set() or self._stop.is_set() or child.spec.name in self._given_up:
             return
         self.screen.starting(child.spec.name, child.activity)
         try:

@@ -43,6 +43,7 @@ def add_arguments(parser: Parser) -> None:
     add.add_argument("--replace", action="store_true", help="replace an adapter with this name from another source")
     add.add_argument("--pin", action="store_true", help="also pin it in every worker's memory")
     add.add_argument("--preload", action="store_true", help="also load it on every worker")
+    add.add_argument("--base", default="", help="the base to serve it with; default: as it says itself, or fits")
     add.set_defaults(do=_add)
     found = [listing, add]
     for name, text in ORDERS.items():
@@ -138,7 +139,7 @@ def _shown(value: Any) -> str:
 
 def _add(api: Api, args: argparse.Namespace) -> dict[str, Any]:
     body = {"name": args.name, "source": args.source, "replace": args.replace, "pin": args.pin,
-            "preload": args.preload, "wait_s": args.wait, **_of(args)}  # fmt: skip
+            "preload": args.preload, "base": args.base, "wait_s": args.wait, **_of(args)}  # fmt: skip
     return _printed(args, api.ask("POST", PATH, json=body, timeout=args.wait + 60))
 
 

@@ -35,8 +35,9 @@ def run(args: argparse.Namespace) -> int:
 def _print(request: dict[str, Any]) -> None:
     adapter = request["adapter"] or {}
     who = adapter.get("name") or adapter.get("digest", "")[:12] or "the base model"
+    base = f" ({request['base']})" if request.get("base") else ""
     print(
-        f"{request['id']}: {request['state']}, {who}, {request['prompt_tokens']} prompt tokens"
+        f"{request['id']}: {request['state']}, {who}{base}, {request['prompt_tokens']} prompt tokens"
         f" ({request['cached_tokens']} cached), {request['output_tokens']} tokens\n"
     )
     if converted := adapter.get("converted"):

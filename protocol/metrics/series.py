@@ -193,6 +193,11 @@ _fleet = _Shown("gateway, of the fleet")
 FLEET_QUEUED = _fleet.gauge("lorafleet_queued_requests", "Requests waiting for a worker.")
 FLEET_RUNNING = _fleet.gauge("lorafleet_running_requests", "Requests assigned to workers.")
 FLEET_WORKERS = _fleet.gauge("lorafleet_workers", "Workers alive.")
+BASE_LOAD = _fleet.gauge(
+    "lorafleet_base_load",
+    "Of a base in a fleet with several: its workers, and its requests that wait (queued) or run (running).",
+    ["base", "what"],
+)
 FLEET_OLDEST_SECONDS = _fleet.gauge(
     "lorafleet_oldest_queued_seconds", "Age of the oldest queued request, by class.", ["class"]
 )

@@ -220,4 +220,5 @@ def _text(head: m.RequestHead, num: int, read: Input, output: bytes) -> TextFoun
     if body is None:
         return TextFound(is_lost=True)
     is_text = body.task == "generate"
-    return TextFound(m.KeptText(body.prompt[-4 * num :], output if is_text else b"", head.digest, "", is_text))
+    prompt, shown = body.prompt[-4 * num :], output if is_text else b""
+    return TextFound(m.KeptText(prompt, shown, head.digest, "", is_text, head.base))

@@ -290,24 +290,6 @@ class Bus:
         )
         return (await self._scripts.run(call)).decode()
 
-    async def join(self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int) -> None:
-        """Register a worker with its first beat. Raises Internal when live workers serve another model."""
-        keys, outcome, known, at_ms = self.keys, b"changed", served, now_ms()
-        while outcome == b"changed":
-            raw = await self._redis.get(keys.base)
-            known = served if raw is None else decode(raw, m.ServedModel)
-            smallest = msgspec.structs.replace(served, max_model_len=min(served.max_model_len, known.max_model_len))
-            call = lua.Join(
-                base=keys.base, workers=keys.workers, worker_beat=keys.worker_beat(beat.wid), wid=beat.wid,
-                beat=m.encode(beat), ttl_ms=ttl_ms, at_ms=at_ms, known=raw or b"",
-                is_same=int(known.fingerprint == served.fingerprint), alone=m.encode(served),
-                beside=m.encode(smallest),
-            )  # fmt: skip
-            outcome = await self._scripts.run(call)
-        if outcome == b"refused":
-            raise Internal(f"this fleet serves {known.name} ({known.fingerprint:.12}); {served.name} cannot join it")
-        assert outcome == b"joined", outcome
-
     async def has_leader(self) -> bool:
         """Return whether any scheduler leads."""
         return bool(await self._redis.exists(self.keys.leader))

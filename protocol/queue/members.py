@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
+import msgspec
+
+from protocol.queue import signatures as lua
 from protocol.queue.connection.redis_client import Client, read_many
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
 from protocol.wire.clock import now_ms
 from protocol.wire.codec import decode
-from protocol.wire.errors import ProtocolError
+from protocol.wire.errors import Conflict, ProtocolError
 from protocol.wire.keys import Keys
 
 logger = logging.getLogger(__name__)
@@ -19,13 +23,23 @@ logger = logging.getLogger(__name__)
 STREAM_TTL_S = 3600
 MAX_STORE_SILENCE_MS = 10_000
 
+MAX_BASES = 32
+"""Bases of a fleet: the first and those that `join.lua` lets in. A gateway reads the records of all once a second."""
+
+MAX_REASON = 500
+"""Characters of the reason why a base's worker has not started."""
+
+_FAILED = "\0"
+"""Begins the fields of `Keys.bases` that are reasons of failures, by the base's name."""
+
 
 @dataclass(frozen=True, slots=True)
 class FleetSummary:
     """What admission asks about the fleet."""
 
     num_workers: int  # registered, with a recent heartbeat
-    base: m.ServedModel | None
+    bases: list[m.ServedModel]  # the first one first
+    failures: dict[str, str]  # base -> why no worker of it has started since one was last up
     status: m.SchedulerStatus | None
 
 
@@ -80,6 +94,97 @@ class Members:
         """Take stores that have not been heard of for `silent_ms` off the register."""
         await self._redis.zremrangebyscore(self._keys.stores, "-inf", now_ms() - silent_ms)
 
+    async def join(self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int, *, several: bool = False) -> str:
+        """Register a worker with its first heartbeat; return the name of its base in this fleet.
+
+        That is its own or, in a fleet of one base, that under which live workers serve the same weights. several: its
+        fleet has several bases. Raises Conflict when live workers serve another base by its name, or the fleet has
+        another one only; with `several`, when they serve its weights by another name, or are of an earlier version; and
+        when there are too many bases.
+        """
+        while True:
+            first, further = await self._raw_bases()
+            known = {base.name: base for base in _decoded(first, further)}
+            twins = [name for name, base in known.items() if name != served.name and served.has_weights_of(base)]
+            if several and twins:
+                live = {one.base for one in (await self.worker_beats()).values() if one is not None}
+                if taken := live.intersection(twins):
+                    text = f"the weights of {served.name} are served by this fleet as {min(taken)}: name a base once"
+                    raise Conflict(text, code="base_named_twice")
+                twins = []
+            elif (
+                not several and served.name not in known
+            ):  # earlier versions reported no weights, and knew one base by many names
+                twins += [name for name, base in known.items() if base.is_same(served) and name not in twins]
+            outcome = "changed"
+            for name in (*twins, served.name):
+                outcome = await self._join(beat, served, ttl_ms, name, first, further, known, several=several)
+                if outcome == "joined":
+                    return name
+                if outcome != "alone":  # no live worker serves it by that name
+                    break
+            if outcome != "changed":
+                raise _refusal(outcome, served, known)
+
+    async def _join(
+        self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int, name: str, first: bytes,
+        further: Mapping[bytes, bytes], known: Mapping[str, m.ServedModel], *, several: bool,
+    ) -> str:  # fmt: skip
+        """Try to register a worker under a name, which is its base's own or is joined beside others only.
+
+        first, further, known: the bases as they were read. Returns what `join.lua` says.
+        """
+        other, keys = known.get(name), self._keys
+        mine = msgspec.structs.replace(served, name=name)
+        length = min(mine.max_model_len, other.max_model_len if other is not None else mine.max_model_len)
+        is_same = other is None or other.is_same(mine)
+        call = lua.Join(
+            base=keys.base, bases=keys.bases, workers=keys.workers, worker_beat=keys.worker_beat(beat.wid),
+            wid=beat.wid, beat=m.encode(msgspec.structs.replace(beat, base=name)), ttl_ms=ttl_ms, at_ms=now_ms(),
+            name=name, several=int(several), first=first, further=further.get(name.encode(), b""),
+            alone=m.encode(mine) if name == served.name else b"",
+            beside=m.encode(msgspec.structs.replace(mine, max_model_len=length)) if is_same else b"",
+        )  # fmt: skip
+        return (await self._scripts.run(call)).decode()
+
+    async def _raw_bases(self) -> tuple[bytes, dict[bytes, bytes]]:
+        """Return the records of the first base, b"" without one, and of the further ones by name, as written."""
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.get(self._keys.base)
+        pipe.hgetall(self._keys.bases)
+        first, further = await pipe.execute()
+        return first or b"", further
+
+    async def note_failure(self, name: str, reason: str, *, keep: bool = False) -> None:
+        """Note why no worker of a base has started, until one joins. There is room for as many as for bases.
+
+        keep: a reason that is noted already stays.
+        """
+        note = self._redis.hsetnx if keep else self._redis.hset
+        if await self._redis.hlen(self._keys.bases) < 2 * MAX_BASES:
+            await note(self._keys.bases, f"{_FAILED}{name}", reason[:MAX_REASON])
+
+    async def forget_failures(self, names: Iterable[str]) -> None:
+        """Forget why bases have not started: workers of them are about to."""
+        await self._redis.hdel(self._keys.bases, *(f"{_FAILED}{name}" for name in names))
+
+    async def bases(self) -> tuple[list[m.ServedModel], dict[str, str]]:
+        """Return the bases that workers have reported, the first one first, and of others why none has started.
+
+        Raises ProtocolError.
+        """
+        first, further = await self._raw_bases()
+        return _decoded(first, further), _failures(further)
+
+    async def base_names(self) -> list[str]:
+        """Return the names of the bases that workers have reported, the first one first. Raises ProtocolError."""
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.get(self._keys.base)
+        pipe.hkeys(self._keys.bases)
+        first, further = await pipe.execute()
+        names = [name.decode() for name in further if not name.startswith(_FAILED.encode())]
+        return [_base(first).name, *names] if first else names
+
     # ------------------------------------------------------------ asking
 
     async def ids(self, registry: str, max_age_ms: int | None = None) -> list[str]:
@@ -120,13 +225,55 @@ class Members:
         pipe = self._redis.pipeline(transaction=False)
         pipe.zcount(self._keys.workers, now_ms() - max_silence_ms, "+inf")
         pipe.get(self._keys.base)
+        pipe.hgetall(self._keys.bases)
         pipe.get(self._keys.status)
-        num_workers, base, status = await pipe.execute()
+        num_workers, base, further, status = await pipe.execute()
         return FleetSummary(
             num_workers,
-            decode(base, m.ServedModel) if base else None,
+            _decoded(base, further),
+            _failures(further),
             decode(status, m.SchedulerStatus) if status else None,
         )
+
+
+def _decoded(first: bytes | None, further: Mapping[bytes, bytes]) -> list[m.ServedModel]:
+    """Return the bases of their records, without the reasons of `note_failure`. Raises ProtocolError."""
+    raws = [raw for name, raw in further.items() if not name.startswith(_FAILED.encode())]
+    return [_base(raw) for raw in (first, *raws) if raw]
+
+
+@lru_cache(maxsize=2 * MAX_BASES)
+def _base(raw: bytes) -> m.ServedModel:
+    """Decode a base's record, which many read once a second and which seldom changes."""
+    return decode(raw, m.ServedModel)
+
+
+def _failures(further: Mapping[bytes, bytes]) -> dict[str, str]:
+    return {name.decode()[1:]: why.decode() for name, why in further.items() if name.startswith(_FAILED.encode())}
+
+
+def _refusal(outcome: str, mine: m.ServedModel, known: Mapping[str, m.ServedModel]) -> Conflict:
+    """Return the error for what `join.lua` said to a worker of a base, in a fleet that knows some."""
+    if outcome == "refused":
+        return Conflict(_taken(mine, known[mine.name]), code="base_name_taken")
+    if outcome == "full":
+        return Conflict(f"this fleet serves {MAX_BASES} bases, which is the limit; {mine.name} cannot join it")
+    serves = f"this fleet serves {', '.join(known)}; {mine.name} cannot join it"
+    if outcome == "old":
+        text = f"{serves} beside workers of an earlier version, which know of one base only: update those first"
+        return Conflict(text, code="old_workers")
+    assert outcome == "other", outcome
+    return Conflict(f"{serves}: a fleet of several bases has --more-models on all services", code="other_base")
+
+
+def _taken(mine: m.ServedModel, other: m.ServedModel) -> str:
+    """Return why a worker cannot serve its base by a name that live workers have given to another base."""
+    what = "config or layout" if mine.fingerprint != other.fingerprint else "weights"
+    theirs, own = (base.fingerprint if what != "weights" else base.weights for base in (other, mine))
+    return (
+        f"this fleet serves another base as {mine.name}: the hash of its {what} is {theirs:.12}, here {own:.12};"
+        " give this one another --served-name"
+    )
 
 
 def _beat(raw: bytes | None) -> m.WorkerBeat | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from protocol.queue.books.usage import model_of, owner_of
+from protocol.queue.books.usage import base_of, model_of, owner_of
 from protocol.wire import messages as m
 from protocol.wire.codec import decode
 from protocol.wire.records import FIRST_NOTES, LAST_NOTES, Assignment, RequestFacts, RequestRecord
@@ -27,6 +27,7 @@ def record_of(fields: Mapping[bytes, bytes], log_bytes: int) -> RequestRecord:
     return RequestRecord(
         facts, owner_of(usage) or text("tenant"), text("cls"), text("digest"), model_of(usage), text("call"),
         number("cached"), number("ahead"), number("deadline"), _assignments(fields),
+        base_of(usage),
     )  # fmt: skip
 
 

@@ -286,17 +286,20 @@ class Lead(Call, kw_only=True):
 
 
 class Join(Call, kw_only=True):
-    """Register a worker with its first beat, unless live workers serve another model."""
+    """Register a worker under its base's name with its first beat, unless live workers serve another base by it."""
 
     base: Key
+    bases: Key
     workers: Key
     worker_beat: Key
     wid: str
     beat: bytes
     ttl_ms: int
     at_ms: int
-    known: bytes
-    is_same: int
+    name: str
+    several: int
+    first: bytes
+    further: bytes
     alone: bytes
     beside: bytes
 

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 from protocol.runtime.private_files import is_own, own_folder
+from protocol.runtime.settings import Settings, names_of
 from protocol.wire.errors import BadRequest
 
 TOKENIZER_FILES = ("*.json", "*.jinja")
@@ -24,6 +25,12 @@ GGUF_LINK = "model.gguf"
 """Name of the link to the file in the folder that is made of a GGUF model."""
 
 GGUF_MAGIC = b"GGUF"
+
+RESERVED = {
+    "base": "means the default base",
+    **dict.fromkeys(("hub", "s3", "local"), "begins the names of adapters at a source"),
+}
+"""Names that `base:adapter` would make ambiguous, and why."""
 
 GGUF_FOLDERS = 1
 """Version of what is made of a GGUF file. A new one makes new folders."""
@@ -116,3 +123,21 @@ def served_name(model: str, name: str) -> str:
     if is_gguf(path):
         return path.name.removesuffix(".gguf")
     return path.resolve().name if path.is_dir() else model
+
+
+def base_settings(settings: Settings) -> list[Settings]:
+    """Return for each base of a fleet the settings of its own services, with its name: the default one first.
+
+    Raises BadRequest for two bases of one name.
+    """
+    names = [served_name(settings.model, settings.served_name)]
+    found = [settings.model_copy(update={"served_name": names[0]})]
+    for model in names_of(settings.more_models):
+        name = served_name(model, "")
+        if name in RESERVED:
+            raise BadRequest(f"a further base model cannot be named {name}, which {RESERVED[name]}: rename its folder")
+        if name in names:
+            raise BadRequest(f"two base models of this fleet have the name {name}: rename the folder of one of them")
+        names.append(name)
+        found.append(settings.model_copy(update={"model": model, "served_name": name}))
+    return found

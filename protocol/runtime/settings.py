@@ -51,6 +51,12 @@ class Settings(BaseSettings):
         default=0, ge=0, description="memory limit of the queue that `up` starts; 0: a quarter of this machine's"
     )
     model: str = Field(default="", description="the base model: a Hub id, a local folder or a GGUF file")
+    more_models: str = Field(
+        default="",
+        description="further base models of this fleet, comma-separated, each served by workers of its own; set it"
+        " alike for all gateways and stores, and there `model` too, whose base is the default one; a worker without it"
+        " joins no workers of other bases",
+    )
     task: Literal["auto", "score"] = Field(
         default="auto",
         description="task of the base model; score serves an encoder without a head as a text classifier, and every"

@@ -73,6 +73,7 @@ class RequestRecord:
     num_ahead: int  # requests of its class that waited when it came
     deadline_ms: int
     assignments: list[Assignment]  # assignments in order; of very many, the first and the last ones
+    base: str = ""  # name of its base
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,26 +31,32 @@ def kinds(messages: list[tuple[str, m.Control]]) -> list[tuple[str, str, str]]:
 
 def test_a_pin_is_sent_until_the_worker_has_it(controller: PinController) -> None:
     beats = {"w1": beat("w1"), "w2": beat("w2", pinned={"d": ""})}
-    assert kinds(controller.messages(beats, {"d"}, set(), 0.0)) == [("w1", "pin", "d")]
-    assert controller.messages(beats, {"d"}, set(), REPEAT_S - 0.1) == [], "it may be on its way"
-    assert kinds(controller.messages(beats, {"d"}, set(), REPEAT_S)) == [("w1", "pin", "d")]
+    assert kinds(controller.messages(beats, {("d", "")}, set(), 0.0)) == [("w1", "pin", "d")]
+    assert controller.messages(beats, {("d", "")}, set(), REPEAT_S - 0.1) == [], "it may be on its way"
+    assert kinds(controller.messages(beats, {("d", "")}, set(), REPEAT_S)) == [("w1", "pin", "d")]
     failed = {"w1": beat("w1", pinned={"d": "no room"})}
-    assert kinds(controller.messages(failed, {"d"}, set(), 2 * REPEAT_S)) == [("w1", "pin", "d")]
+    assert kinds(controller.messages(failed, {("d", "")}, set(), 2 * REPEAT_S)) == [("w1", "pin", "d")]
 
 
 def test_what_is_no_longer_pinned_is_unpinned(controller: PinController) -> None:
     """Also when the name now refers to other content."""
     beats = {"w1": beat("w1", pinned={"old": ""})}
-    assert kinds(controller.messages(beats, {"new"}, set(), 0.0)) == [("w1", "pin", "new"), ("w1", "unpin", "old")]
+    assert kinds(controller.messages(beats, {("new", "")}, set(), 0.0)) == [
+        ("w1", "pin", "new"),
+        ("w1", "unpin", "old"),
+    ]
 
 
 def test_a_preload_is_sent_once_for_each_worker_and_content(controller: PinController) -> None:
     beats = {"w1": beat("w1"), "w2": beat("w2", host=["d"])}
-    assert kinds(controller.messages(beats, set(), {"d"}, 0.0)) == [("w1", "prefetch", "d")]
-    assert controller.messages(beats, set(), {"d"}, 9.0) == []
-    assert kinds(controller.messages(beats | {"w3": beat("w3")}, set(), {"d"}, 9.0)) == [("w3", "prefetch", "d")]
+    assert kinds(controller.messages(beats, set(), {("d", "")}, 0.0)) == [("w1", "prefetch", "d")]
+    assert controller.messages(beats, set(), {("d", "")}, 9.0) == []
+    assert kinds(controller.messages(beats | {"w3": beat("w3")}, set(), {("d", "")}, 9.0)) == [("w3", "prefetch", "d")]
     beats["w2"] = beat("w2")  # evicted since: by the worker itself, which was never told to fetch it
-    assert kinds(controller.messages(beats, set(), {"e"}, 9.0)) == [("w1", "prefetch", "e"), ("w2", "prefetch", "e")]
+    assert kinds(controller.messages(beats, set(), {("e", "")}, 9.0)) == [
+        ("w1", "prefetch", "e"),
+        ("w2", "prefetch", "e"),
+    ]
 
 
 async def test_settings_pin_and_preload_beside_what_comes_later(
@@ -84,3 +90,12 @@ async def test_settings_pin_and_preload_beside_what_comes_later(
     new = (await in_state(bus, "a", "on_disk", not_digest=digests["a"])).digest
     wanted |= {("pin", new)}
     await wait_until(all_told, "the pin has moved with the name")
+
+
+def test_each_base_holds_its_own(controller: PinController) -> None:
+    beats = {base: beat(base, base=base) for base in ("a", "b")}
+    pinned, preloaded = {("da", "a"), ("both", "a"), ("both", "b")}, {("db", "b"), ("any", "")}
+    assert kinds(controller.messages(beats, pinned, preloaded, 0.0)) == [
+        ("a", "pin", "both"), ("a", "pin", "da"), ("a", "prefetch", "any"),
+        ("b", "pin", "both"), ("b", "prefetch", "any"), ("b", "prefetch", "db"),
+    ]  # fmt: skip

@@ -155,11 +155,12 @@ async def one_worker_dies(fleet: ProcessFleet) -> AsyncIterator[None]:
 
 
 @contextmanager
-def fleet_up(folder: Path, model: Path, *flags: str) -> Iterator[RunningFleet]:
-    """Start `lorafleet up`; at the end of the block, kill all of its processes that still run."""
+def fleet_up(folder: Path, model: Path, *flags: str, further: Sequence[Path] = ()) -> Iterator[RunningFleet]:
+    """Start `lorafleet up`, with further bases; at the end of the block, kill all of its processes that still run."""
     folder.mkdir(parents=True, exist_ok=True)
     marker, port, output = secrets.token_hex(8), free_port(), folder / "output.txt"
-    command = [sys.executable, "-m", "lorafleet", "up", str(model), "--port", str(port), "--data", str(folder / "data")]
+    models = [str(one) for one in (model, *further)]
+    command = [sys.executable, "-m", "lorafleet", "up", *models, "--port", str(port), "--data", str(folder / "data")]
     environment = {
         name: value for name, value in os.environ.items() if name not in ("REDIS_URL", "LORAFLEET_REDIS_URL")
     }

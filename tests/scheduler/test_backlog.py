@@ -58,7 +58,7 @@ class Server:
 
     def serve(self, num: int, cls: str = "interactive", *, warm: bool = True) -> list[QueuedRequest]:
         start, self.room = len(self.taken), num
-        self.backlog.queue(cls, warm).scan(self.offer, slack=SLACK, max_refused=64, yields=nobody)
+        self.backlog.of("").fair[cls, warm].scan(self.offer, slack=SLACK, max_refused=64, yields=nobody)
         return self.taken[start:]
 
 
@@ -124,7 +124,9 @@ class BacklogMachine(RuleBasedStateMachine):
         self.server.held = self.server.blocked = set()
         possible = [r for r in self._in_lane(cls, True) if r.submit.digest in digests]
         start, self.server.room = len(self.server.taken), num
-        placed = self.server.backlog.queue(cls, True).scan_adapters(digests, self.server.offer, float("inf"), nobody)
+        placed = (
+            self.server.backlog.of("").fair[cls, True].scan_adapters(digests, self.server.offer, float("inf"), nobody)
+        )
         taken = self.server.taken[start:]
         assert placed == len(taken) == min(num, len(possible))
         for item in taken:
@@ -141,7 +143,7 @@ class BacklogMachine(RuleBasedStateMachine):
         assert backlog.by_digest == Counter(r.submit.digest for r in self.queued.values())
         for cls in CLASSES:
             for warm in (True, False):
-                assert bool(backlog.queue(cls, warm)) == bool(self._in_lane(cls, warm))
+                assert bool(backlog.of("").fair[cls, warm]) == bool(self._in_lane(cls, warm))
 
     def teardown(self) -> None:
         self.server.held = self.server.blocked = set()
@@ -230,7 +232,7 @@ def test_requests_behind_an_early_end_of_a_scan_are_found_by_adapter() -> None:
     server.counters.charge("last", 50, 0, 1.0)
     server.blocked = {"a"}
     server.room = 1
-    queue = server.backlog.queue("interactive", True)
+    queue = server.backlog.of("").fair["interactive", True]
     limit = queue.scan(server.offer, slack=SLACK, max_refused=64, yields=nobody)
     assert limit is not None
     assert not server.taken

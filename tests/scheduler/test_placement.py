@@ -200,7 +200,7 @@ def test_a_hot_adapter_gets_homes_in_proportion_to_its_load() -> None:
     for _ in range(SHRINK_TICKS * 3):
         site.placement.tick({"hot": 40})
     assert site.placement.homes["hot"] == 2
-    homes = site.placement._rendezvous.order("hot")[:2]
+    homes = site.placement.group("").rendezvous.order("hot")[:2]
     assert {site.wid("hot") for _ in range(8)} <= set(homes)
 
 

@@ -278,7 +278,7 @@ def test_repeated_and_outdated_messages_change_nothing() -> None:
     for _ in range(2):
         scheduler.ended(m.Ended("r", "w0", 3, 5))
     assert scheduler.requests == {}
-    assert not scheduler.shares.num_open
+    assert not scheduler.shares("").num_open
     assert scheduler.workers.by_id["w0"].load == 0
 
 
@@ -293,7 +293,7 @@ def test_what_was_not_assigned_goes_back_and_what_had_ended_is_forgotten() -> No
     assert planned(scheduler) == {"w0": ["r0", "r2"]}
     assert scheduler.counters["t"] == paid  # nobody pays twice for a prompt
     assert "r1" not in scheduler.requests
-    assert scheduler.shares.num_open == {"t": 2}
+    assert scheduler.shares("").num_open == {"t": 2}
 
 
 def test_a_request_that_ends_while_its_assignment_is_undone_stays_ended() -> None:

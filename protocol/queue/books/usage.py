@@ -74,6 +74,11 @@ def model_of(usage: bytes) -> str:
     return msgspec.json.decode(msgspec.msgpack.decode(usage)[-1])[0] if usage else ""
 
 
+def base_of(usage: bytes) -> str:
+    """Return the name of the base of what `usage_of` returned; "" of nothing."""
+    return msgspec.json.decode(msgspec.msgpack.decode(usage)[-1])[2] if usage else ""
+
+
 def owner_of(usage: bytes) -> str:
     """Return the tenant of what `usage_of` returned, as the API shows it; "" of nothing."""
     return msgspec.msgpack.decode(usage)[-2] if usage else ""

@@ -21,6 +21,7 @@ from protocol.wire.messages.requests import Body, RequestHead, Sampling
 from protocol.wire.messages.webhooks import Delivery, WebhookEndpoint
 from protocol.wire.messages.workers import (
     LOAD_BUCKETS_S,
+    BaseLoad,
     Ended,
     SchedulerStatus,
     StepModel,
@@ -42,6 +43,7 @@ __all__ = [
     "AdapterState",
     "Alias",
     "Assigned",
+    "BaseLoad",
     "Batch",
     "BatchProblem",
     "BatchStatus",

@@ -26,6 +26,7 @@ class Alias(Record, frozen=True):
     asked_ms: int = 0  # `Registration.asked_ms` that the last look at its source was for
     on_request: bool = False  # a request named the source itself
     registered: str = ""  # source of the registration; `source` is the version found there
+    base: str = ""  # name of the base that it was checked for; "": the fleet's only one
     confirmed_ms: int = 0  # when the source last let a tenant's token read it; 0: it depends on no such token
 
     @property
@@ -45,6 +46,7 @@ class Registration(Record, frozen=True):
     asked_ms: int = 0  # when it was last asked for: a look at the source before that is out of date
     on_request: bool = False  # a request named the source itself
     as_fleet: bool = False  # read with the fleet's own credentials where there is no token
+    base: str = ""  # name of the base that it is to be served with; "": as the adapter says, or fits
 
     @property
     def is_operators(self) -> bool:

@@ -47,3 +47,4 @@ class KeptText(Packed, frozen=True):
     digest: str  # of the adapter, whose tokens they may be; "" for the base model's
     texts: str  # hash of the texts that the adapter brings, "" for none
     has_output: bool = True  # whether it generates text
+    base: str = ""  # name of the base, whose tokens they are

@@ -22,6 +22,7 @@ class Job(Record, frozen=True):
     background: bool = True  # no client follows it, so webhooks report its end
     key: str = ""  # the Idempotency-Key it was made with, "" for none
     conversation: str = ""  # conversation that gets its turn at the end; "": none
+    base: str = ""  # name of the base of those who answer; "": the fleet's default
 
 
 class Conversation(Record, frozen=True):
@@ -43,3 +44,4 @@ class Idempotent(Record, frozen=True):
     texts: list[str] = []  # per adapter, hash of the tokens and template it brings, "" if none
     jid: str = ""  # id of a background job
     opened: list[bool] = []  # see `Job.opened`
+    base: str = ""  # see `Job.base`

@@ -27,11 +27,11 @@ class SiteShape(Packed, frozen=True):
 
 
 class ServedModel(Wire, frozen=True):
-    """What the fleet serves: enough to validate requests and adapters without the weights."""
+    """A base that the fleet serves: enough to validate requests and adapters without the weights."""
 
     model: str  # model as given to the worker
     name: str  # served name
-    fingerprint: str  # hash of config and weight layout; workers with another one refuse to join
+    fingerprint: str  # hash of config and weight layout
     model_type: str
     vocab_size: int
     max_model_len: int  # tokens of prompt + output that a worker's cache can hold
@@ -56,6 +56,7 @@ class ServedModel(Wire, frozen=True):
     """Layers, heads and entries of a head of the keys and values that an adapter may bring. []: it may bring none,
     since layers keep others or none; None: unknown."""
     tokenizer: dict[str, str] = {}  # digests of the parts of its tokenizer.json, by name; {}: it has none
+    weights: str = ""  # hash of the weights' own numbers, see `gpu_worker.loading.weights`; "": not known
 
     @property
     def identity(self) -> tuple[str, dict[str, str]]:
@@ -66,6 +67,15 @@ class ServedModel(Wire, frozen=True):
         """Return it with the part of its context that so many virtual tokens of an adapter leave."""
         left = max(self.max_model_len - num_virtual, 0)
         return msgspec.structs.replace(self, max_model_len=left) if num_virtual else self
+
+    def is_same(self, other: ServedModel) -> bool:
+        """Return whether both are one base: of one config, layout and, as far as both say, of the same weights."""
+        unknown = not self.weights or not other.weights  # of a worker of an earlier version
+        return self.fingerprint == other.fingerprint and (unknown or self.weights == other.weights)
+
+    def has_weights_of(self, other: ServedModel) -> bool:
+        """Return whether both are known to be one base."""
+        return bool(self.weights) and bool(other.weights) and self.is_same(other)
 
     def does(self, task: Task) -> bool:
         """Return whether requests may ask this of the model."""

@@ -94,6 +94,19 @@ class WorkerBeat(Wire, frozen=True):
     sent_ms: int = 0
     knows: list[str] = []  # `requests.KNOWN_FIELDS` of its version
     version: str = ""  # version of its program
+    base: str = ""  # name of the base that it serves; "" of an earlier version: the fleet's only one
+
+    def is_of(self, base: str) -> bool:
+        """Return whether it is a worker of a base. "", of either, is of an earlier version: there was one only."""
+        return base in ("", self.base) or not self.base
+
+
+class BaseLoad(Packed, frozen=True):
+    """A base in `SchedulerStatus`."""
+
+    workers: int = 0  # that may get its requests
+    queued: int = 0
+    running: int = 0
 
 
 class SchedulerStatus(Wire, frozen=True):
@@ -116,3 +129,4 @@ class SchedulerStatus(Wire, frozen=True):
     knows: list[str] = []  # `WorkerBeat.knows` of the newest worker
     version: str = ""  # version of its program
     drain_next: str = ""  # name of the worker that should go first when there are to be fewer; "": none is there
+    bases: dict[str, BaseLoad] = {}  # by name, those that have workers or requests

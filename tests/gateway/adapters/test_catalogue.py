@@ -111,7 +111,7 @@ async def test_what_was_written_is_for_those_alone_who_see_the_same(shared: Cata
         return {"name": one.name, "of": one.tenant}
 
     async def listed(caller: Caller, view: str = "v") -> str:
-        return (await shared.listed(caller, view, {"first": view}, show)).decode()
+        return (await shared.listed(caller, view, [{"first": view}], show)).decode()
 
     plain = [Caller(Tenant(name=name), scopes=("infer",)) for name in ("b", "c")]
     acme = Caller(Tenant(name="acme"), scopes=("infer",))

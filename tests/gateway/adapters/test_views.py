@@ -31,13 +31,13 @@ def test_one_without_effect_says_so_in_both_lists() -> None:
     shown = AdapterObjects([], {}).of(ALIAS, record(no_effect=True), None)
     assert shown["state"] == "no_effect"
     assert "is zero" in shown["warning"]
-    assert adapter_object(ALIAS, record(no_effect=True), BASE)["state"] == "no_effect"
+    assert adapter_object(ALIAS, record(no_effect=True), BASE.name)["state"] == "no_effect"
 
 
 def test_any_other_has_its_place_and_no_warning() -> None:
     shown = AdapterObjects([], {}).of(ALIAS, record(), None)
     assert (shown["state"], shown["warning"], shown["mapped"]) == ("on_disk", None, {})
-    assert adapter_object(ALIAS, record(), BASE)["state"] == "on_disk"
+    assert adapter_object(ALIAS, record(), BASE.name)["state"] == "on_disk"
     assert AdapterObjects([], {}).of(m.Alias(name="b", state="failed"), None, None)["state"] == "failed"
 
 
@@ -51,18 +51,18 @@ def test_what_a_conversion_cost_is_shown() -> None:
     converted = m.Converted(kind="C3A", keep=0.999, errors={"q_proj": 0.03, "v_proj": 0.01})
     shown = AdapterObjects([], {}).of(ALIAS, record(converted=converted), None)
     assert shown["converted"] == {"peft_type": "C3A", "keep": 0.999, "errors": {"q_proj": 0.03, "v_proj": 0.01}}
-    assert adapter_object(ALIAS, record(converted=converted), BASE)["converted"]["errors"] == {"q_proj": 0.03}
-    assert adapter_object(ALIAS, record(), BASE)["converted"] is None
+    assert adapter_object(ALIAS, record(converted=converted), BASE.name)["converted"]["errors"] == {"q_proj": 0.03}
+    assert adapter_object(ALIAS, record(), BASE.name)["converted"] is None
 
 
 def test_paths_of_this_machine_are_told_to_who_may_know_them() -> None:
     """An operator's folder in a further root: its path for operators, its name for everybody else."""
     alias = m.Alias(name="rl", state="on_disk", source="local:/srv/runs/step_1")
-    assert adapter_object(alias, None, BASE)["root"] == "local:step_1"
-    assert adapter_object(alias, None, BASE, Path("/srv/adapters"))["root"] == "/srv/runs/step_1"
+    assert adapter_object(alias, None, BASE.name)["root"] == "local:step_1"
+    assert adapter_object(alias, None, BASE.name, Path("/srv/adapters"))["root"] == "/srv/runs/step_1"
     own = msgspec.structs.replace(alias, source="local:rl")
-    assert adapter_object(own, None, BASE)["root"] == "local:rl"
-    assert adapter_object(own, None, BASE, Path("/srv/adapters"))["root"] == "/srv/adapters/rl"
+    assert adapter_object(own, None, BASE.name)["root"] == "local:rl"
+    assert adapter_object(own, None, BASE.name, Path("/srv/adapters"))["root"] == "/srv/adapters/rl"
     assert AdapterObjects([], {}, shows_paths=False).of(alias, None, None)["source"] == "local:step_1"
     assert AdapterObjects([], {}).of(alias, None, None)["source"] == alias.source
 

@@ -37,7 +37,9 @@ async def test_all_who_wait_for_workers_share_a_look() -> None:
 
     operations = operations_on(SimpleNamespace(members=SimpleNamespace(worker_beats=worker_beats)))
     num = 300
-    waited = await asyncio.gather(*(operations._wait_workers(lambda beat: False, 3 * POLL_S) for _ in range(num)))
+    alias = m.Alias(name="a", state="on_disk")
+    waits = (operations._wait_workers(alias, lambda beat: False, 3 * POLL_S) for _ in range(num))
+    waited = await asyncio.gather(*waits)
     assert waited == [False] * num
     assert num_looks <= num + 10, "one each when they come, and then one for all"
 

@@ -23,6 +23,7 @@ from gateway.requests import archiver as loop
 from gateway.requests.archiver import Archiver
 from gateway.requests.database import Database
 from gateway.requests.texts import KeptTexts
+from gateway.text.own_files import OwnFacts
 from protocol.queue.archive import Past
 from protocol.queue.books.usage import CountedFor, usage_of
 from protocol.queue.bus import Bus, now_ms
@@ -35,13 +36,20 @@ BODY = {"model": "base", "prompt": "the lazy dog sleeps", "max_tokens": 12, "ign
 URL = "sqlite:///{}/history.db"
 
 
-class Owns:
-    """What adapters bring, of which one has left."""
+class Bases:
+    """One base, and what its adapters bring, of which one has left."""
 
-    async def facts(self, digest: str) -> tuple[str, int, int]:
+    def of(self, name: str) -> Bases:
+        return self
+
+    @property
+    def own(self) -> Bases:
+        return self
+
+    async def facts(self, digest: str) -> OwnFacts:
         if digest == "gone":
             raise NotFound("it has left")
-        return f"texts of {digest}", 0, 0
+        return OwnFacts(f"texts of {digest}", 0, 0, 0)
 
 
 @pytest_asyncio.fixture
@@ -53,7 +61,7 @@ async def database(tmp_path: Path) -> AsyncIterator[Database]:
 
 def make(bus: Bus, database: Database, gid: str = "one", **settings: Any) -> Archiver:
     values: dict[str, Any] = {"redis_url": bus.url, "history_text": 9, "history_s": 600, **settings}
-    return Archiver(bus, gid, Settings(**values), database, Owns())  # type: ignore[arg-type]
+    return Archiver(bus, gid, Settings(**values), database, Bases())  # type: ignore[arg-type]
 
 
 async def end(bus: Bus, *rids: str, tenant: str = "t", text: int = 9, **more: object) -> None:
@@ -289,7 +297,7 @@ class Trimmed(Database):
 async def test_tenants_are_trimmed_some_in_a_look(bus: Bus, tmp_path: Path) -> None:
     database = Trimmed(URL.format(tmp_path))
     settings = Settings(redis_url=bus.url, history_s=600, history_requests=100)
-    archiver = Archiver(bus, "one", settings, database, Owns(), sweep_s=0.0)  # type: ignore[arg-type]
+    archiver = Archiver(bus, "one", settings, database, Bases(), sweep_s=0.0)  # type: ignore[arg-type]
     num = loop.TRIMMED_AT_ONCE + 1
     for number in range(num):
         await end(bus, f"a{number}", tenant=f"t{number}")

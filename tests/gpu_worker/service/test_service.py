@@ -14,16 +14,14 @@ import pytest
 from helpers.full_memory import full_memory
 from helpers.waiting import wait_until
 
-from benchmarks.common.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine, fake_served
+from benchmarks.common.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine
 from gpu_worker.planning.request import EngineRequest, EngineStats
 from gpu_worker.service import service
 from gpu_worker.service.outbox import OutboxRecovery
 from gpu_worker.service.owned import OwnedRequest
 from gpu_worker.service.service import WorkerService
 from protocol.queue.bus import Bus, Refused, StepResult, decode
-from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import Internal
 from tests.gpu_worker.service.fakes import (
     GATEWAY,
     PROMPT,
@@ -38,8 +36,6 @@ from tests.gpu_worker.service.fakes import (
     state,
     submit,
 )  # fmt: skip
-
-OTHER = fake_served("other", vocab_size=17)
 
 
 async def test_a_batch_runs_to_its_end_and_leaves_no_work_behind(bus: Bus) -> None:
@@ -209,47 +205,6 @@ async def test_what_is_dropped_is_cancelled_before_anything_is_waited_for(
         await worker._recover(OutboxRecovery(dropped=["s"], repairs=[owned]))
         monkeypatch.undo()
     assert done == ["cancelled ['s']", "repaired"]
-
-
-async def test_workers_of_another_model_may_not_join(bus: Bus) -> None:
-    async with running_worker(bus) as (worker, _):
-        stranger = WorkerService(bus, FakeEngine(vocab_size=17), OTHER, Settings())
-        with pytest.raises(Internal, match="cannot join"):
-            await stranger.run(asyncio.Event())
-        assert await bus.members.ids(bus.keys.workers) == [worker.wid]
-        assert not await bus._redis.exists(bus.keys.work(stranger.wid), bus.keys.ctl(stranger.wid))
-    async with running_worker(bus, served=OTHER):  # nobody serves the old one any more
-        assert await bus.get(bus.keys.base, m.ServedModel) == OTHER
-
-
-@pytest.mark.parametrize("num_each", [1, 4])
-async def test_of_workers_that_start_together_one_model_joins(bus: Bus, num_each: int) -> None:
-    buses = [Bus(bus.url) for _ in range(2 * num_each)]
-    workers = [
-        WorkerService(own, FakeEngine(vocab_size=VOCAB), (SERVED, OTHER)[i % 2], Settings())
-        for i, own in enumerate(buses)
-    ]
-    stop = asyncio.Event()
-    runs = [asyncio.create_task(worker.run(stop)) for worker in workers]
-    try:
-        await wait_until(lambda: _num_joined_or_refused(bus, runs, len(workers)), "each has joined or been refused")
-        base = await bus.get(bus.keys.base, m.ServedModel)
-        assert base is not None
-        assert base in (SERVED, OTHER)
-        joined = {worker.served.name for worker, run in zip(workers, runs, strict=True) if not run.done()}
-        assert joined == {base.name}
-    finally:
-        stop.set()
-        outcomes = await asyncio.gather(*runs, return_exceptions=True)
-        for own in buses:
-            await own.close()
-    refused = [outcome for outcome in outcomes if outcome != 0]
-    assert len(refused) == num_each
-    assert all(isinstance(outcome, Internal) for outcome in refused)
-
-
-async def _num_joined_or_refused(bus: Bus, runs: list[asyncio.Task[int]], num: int) -> bool:
-    return len(await bus.members.ids(bus.keys.workers)) + sum(run.done() for run in runs) == num
 
 
 async def test_the_fleet_promises_what_its_smallest_worker_can_hold(bus: Bus) -> None:

@@ -62,7 +62,7 @@ async def test_members_of_a_full_queue_live_on(queue: Queue) -> None:
     order = m.Control(kind="prefetch", digest="d")
     async with full_memory(bus):
         await bus.streams.create(keys.work("x"), 300)
-        await bus.join(m.WorkerBeat(wid="x", name="x", capacity=1), served, 4000)
+        await bus.members.join(m.WorkerBeat(wid="x", name="x", capacity=1), served, 4000)
         assert await bus.members.beat(keys.worker_beat("x"), keys.workers, "x", b"beat", 4000, [keys.work("x")])
         assert not await bus.members.beat(keys.worker_beat("x"), keys.workers, "x", b"beat", 4000, [keys.work("y")])
         assert await bus.lead("", "me", 500) == "me:1"

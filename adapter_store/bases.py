@@ -1,0 +1,156 @@
+"""Which base of its fleet an adapter belongs to: the one it is registered for, that it names, or that alone it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+from adapter_store.mirror import Mirror, Mirrored, NeedsBase, fits_none
+from adapter_store.sources import Source, SourceAccess
+from protocol.wire.brief import brief
+from protocol.wire.errors import AdapterRefused, BadRequest, Unavailable
+from protocol.wire.messages import AdapterRecord, ServedModel
+
+
+class Bases:
+    """The bases of a fleet that a store checks adapters for."""
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        """names: of all bases, the default one first. Of a fleet with one base it need not be right."""
+        self._names = tuple(names) if len(names) > 1 else ()
+        self._only = names[0] if names else ""
+        self._known: dict[str, ServedModel] = {}
+        self._failed: frozenset[str] = frozenset()
+
+    def set(self, reported: Iterable[ServedModel], failed: Iterable[str] = ()) -> bool:
+        """Take the bases that workers have reported, the first one first, and those of which none has started.
+
+        Returns whether any that adapters are checked for has changed, so that all have to be checked again.
+        """
+        found = {base.name: base for base in reported}
+        if not self._names:
+            name = self._only if self._only in found else next(iter(found), "")
+            found = {name: found[name]} if name else {}
+        else:
+            found = {name: found[name] for name in self._names if name in found}
+        before = self._state
+        self._known = found or self._known
+        self._failed = frozenset(failed).intersection(self._names) - self._known.keys()
+        return before != self._state
+
+    @property
+    def _state(self) -> tuple[object, ...]:
+        return tuple((name, base.identity) for name, base in self._known.items()), self._failed
+
+    @property
+    def are_known(self) -> bool:
+        """Whether workers have reported any base."""
+        return bool(self._known)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the bases that workers have reported."""
+        return list(self._known)
+
+    def get(self, name: str) -> ServedModel | None:
+        """Return a base by the name that an alias has, None if it is unknown.
+
+        "" is the only one of its fleet. Where there are several, it is unknown: the fleet had one when it was written.
+        """
+        return self._known.get(name) if name or self._names else next(iter(self._known.values()), None)
+
+    async def take(
+        self, mirror: Mirror, source: Source, target: str, asked: str, access: SourceAccess, tenant: str = ""
+    ) -> tuple[Mirrored, str, AdapterRecord | None]:
+        """Bring an adapter into the blobs, and check it for its base. Returns it, its base's name and its record.
+
+        The name is "" in a fleet with one base. asked: the base that it is registered for, "" for none. The record is
+        None while the only base is not known. Raises as `Mirror.take` and `Mirror.describe`; BadRequest for a base that
+        this fleet does not have; AdapterRefused, with the candidates, for an adapter that fits none or several; and
+        Unavailable while no worker has reported one of several bases that the answer depends on.
+        """
+        if not self._names:
+            only = self.get("")
+            if asked and only is not None and asked != only.name:
+                raise BadRequest(f"this fleet has no base {brief(asked)}; it has {only.name}", param="base")
+            mirrored = await mirror.take(source, target, only, access, tenant)
+            record = None if only is None else await mirror.describe(mirrored.digest, mirrored.version.source, only)
+            return mirrored, "", record
+        if asked and asked not in self._names:
+            raise BadRequest(f"this fleet has no base {brief(asked)}; it has {', '.join(self._names)}", param="base")
+        candidates = [] if asked or self._missing else list(self._known.values())
+        try:
+            mirrored = await mirror.take(source, target, self._known.get(asked), access, tenant, candidates)
+        except NeedsBase:
+
+            async def take(base: ServedModel) -> tuple[Mirrored, AdapterRecord]:
+                found = await mirror.take(source, target, base, access, tenant)
+                return found, await mirror.describe(found.digest, found.version.source, base)
+
+            return await self._fitting(take)
+        name = asked or self._named_by(await mirror.named_base(source, target, mirrored.version, access, tenant))
+        if not name:
+
+            async def describe(base: ServedModel) -> tuple[Mirrored, AdapterRecord]:
+                return mirrored, await mirror.describe(mirrored.digest, mirrored.version.source, base)
+
+            return await self._fitting(describe)
+        base = self._known.get(name)
+        if base is None:
+            raise Unavailable(f"it is an adapter of the base {name}, of which no worker has come up yet")
+        try:
+            return mirrored, name, await mirror.describe(mirrored.digest, mirrored.version.source, base)
+        except AdapterRefused as error:
+            how = "it is registered for" if asked else "its base_model_name_or_path says"
+            raise AdapterRefused([f"{how} the base {name}, which it does not fit: {error.message}"]) from error
+
+    def _named_by(self, text: str) -> str:
+        """Return the base that a `base_model_name_or_path` means: by its name, its model or the end of either's path.
+
+        "" for one that this fleet does not have, such as the model that a base was trained from, or that several are.
+        """
+
+        def ending(path: str) -> str:
+            return path.rstrip("/").rpartition("/")[2].lower()
+
+        if not text:
+            return ""
+        for found in (
+            [name for name in self._names if text == name],
+            [name for name, base in self._known.items() if text == base.model],
+            [name for name in self._names if ending(text) == ending(name)],
+        ):
+            if len(found) == 1:
+                return found[0]
+        return ""
+
+    @property
+    def _missing(self) -> list[str]:
+        """The names of the bases that may still come up, and of which nothing is known until then."""
+        return [name for name in self._names if name not in self._known.keys() | self._failed]
+
+    async def _fitting(
+        self, read: Callable[[ServedModel], Awaitable[tuple[Mirrored, AdapterRecord]]]
+    ) -> tuple[Mirrored, str, AdapterRecord]:
+        """Return an adapter with the base that alone it fits, of all but those that have failed to start.
+
+        read: the adapter for a base. Raises AdapterRefused; Unavailable while one is still starting.
+        """
+        if missing := self._missing:
+            text = (
+                f"it names no base of this fleet, and may fit {', '.join(missing)}, of which no worker has come up yet"
+            )
+            raise Unavailable(f"{text}: set base_model_name_or_path, or register it with `base`")
+        fits: dict[str, tuple[Mirrored, AdapterRecord]] = {}
+        refused: dict[str, AdapterRefused] = {}
+        for name, base in self._known.items():
+            try:
+                fits[name] = await read(base)
+            except AdapterRefused as error:
+                refused[name] = error
+        if len(fits) == 1:
+            [(name, (mirrored, record))] = fits.items()
+            return mirrored, name, record
+        if fits:
+            text = f"it fits several bases of this fleet ({', '.join(fits)}) and names none of them"
+            raise AdapterRefused([f"{text}: set base_model_name_or_path, or register it with `base`"])
+        raise fits_none(refused)

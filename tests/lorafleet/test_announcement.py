@@ -1,0 +1,37 @@
+"""What `lorafleet up` says once its fleet answers, also where the default base does not yet, or never will."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from helpers.scripted_fleet import ScriptedFleet, make_model_folder, running_gateway
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from lorafleet.launcher.screen import Screen
+from lorafleet.up import LaunchPlan, announce
+from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
+from tests.gateway.test_bases import add, base, set_bases
+
+
+@pytest.mark.parametrize("up", ["a", "b", "ab", "ba"])
+async def test_a_fleet_is_announced_whichever_base_is_up(bus: Bus, tmp_path: Path, up: str) -> None:
+    """In the order in which their workers have come."""
+    one, other = make_model_folder(tmp_path / "a"), make_model_folder(tmp_path / "b")
+    await set_bases(bus, *map(base, up), **dict.fromkeys(up, 1))
+    for name, of in (("first", "a"), ("second", "b")):
+        await add(bus, name, of)
+    ScriptedFleet(bus, Tokenizer.from_file(str(one / "tokenizer.json")))
+    said = io.StringIO()
+    async with running_gateway(bus, one, more_models=str(other)) as gateway:
+        port = int(gateway.url.rpartition(":")[2])
+        settings = Settings(redis_url=bus.url, model=str(one), more_models=str(other), port=port, data=tmp_path)
+        plan = LaunchPlan(settings, one, (other,))
+        assert await announce(plan, Screen(Console(file=said, soft_wrap=True)))
+    lines = said.getvalue()
+    assert f"serves {', '.join(sorted(up))} and 2 adapters" in lines
+    assert ("first" in lines) == ("a" in up)  # a command that asks an adapter of the default base, which answers
+    assert f"serve worker --model {one} --more-models {other}" in lines

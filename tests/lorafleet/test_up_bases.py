@@ -1,0 +1,68 @@
+"""`lorafleet up` with several base models: what is refused before a process starts, and what each worker is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorafleet.__main__ import main
+from lorafleet.launcher.fleet import service_specs
+from lorafleet.up import prepare
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import BadRequest
+
+
+def model(folder: Path, *, tokenizer: bool = True) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    if tokenizer:
+        (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def plan(tmp_path: Path, *models: Path, **more: Any) -> Settings:
+    first, *further = map(str, models)
+    settings = Settings(model=first, more_models=",".join(further), data=tmp_path / "data", port=0, **more)
+    return prepare(settings).settings
+
+
+def test_each_base_has_workers_that_share_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        model(tmp_path / name)
+    settings = plan(tmp_path, Path("one"), Path("two"), served_name="first", workers=2, device="cpu")
+    specs = {spec.name: spec.environment for spec in service_specs(settings, tmp_path, cores=8)}
+    assert list(specs) == ["store", "scheduler", "gateway", "worker-0", "worker-1", "worker-2", "worker-3"]
+    names = ("MODEL", "SERVED_NAME", "WORKERS", "THREADS")
+    given = [[specs[f"worker-{i}"][f"LORAFLEET_{name}"] for name in names] for i in range(4)]
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    assert given == [[one, "first", "4", "2"]] * 2 + [[two, "two", "4", "2"]] * 2
+    for name in ("gateway", "store", "worker-3"):
+        assert specs[name]["LORAFLEET_MORE_MODELS"] == two
+    assert specs["gateway"]["LORAFLEET_SERVED_NAME"] == "first"
+
+
+def test_one_base_is_given_what_it_ever_was(tmp_path: Path) -> None:
+    settings = plan(tmp_path, model(tmp_path / "one"), workers=2, device="cpu")
+    specs = {spec.name: spec.environment for spec in service_specs(settings, tmp_path, cores=8)}
+    assert list(specs) == ["store", "scheduler", "gateway", "worker-0", "worker-1"]
+    for name in ("gateway", "worker-0", "worker-1"):
+        found = [specs[name][f"LORAFLEET_{one}"] for one in ("MODEL", "SERVED_NAME", "WORKERS", "MORE_MODELS")]
+        assert found == [str(tmp_path / "one"), "one", "2", ""]
+
+
+def test_bases_that_cannot_be_asked_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    one, mute = model(tmp_path / "one"), model(tmp_path / "mute", tokenizer=False)
+    with pytest.raises(BadRequest, match=r"mute has no tokenizer.json: a base without a tokenizer cannot be asked"):
+        plan(tmp_path, one, mute)
+    with pytest.raises(BadRequest, match="two base models of this fleet have the name one"):
+        plan(tmp_path, one, model(tmp_path / "other" / "one"))
+    with pytest.raises(BadRequest, match="neither a folder nor a Hub id"):
+        plan(tmp_path, one, tmp_path / "missing")
+
+
+def test_a_comma_does_not_make_two_models_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["up", "a", "b,c"]) == 2
+    assert "b,c has a comma" in capsys.readouterr().err
