@@ -1,4 +1,4 @@
-"""From settings to a running engine: the model, the sizes of its caches, and what the worker reports to the fleet."""
+"""From settings to a running engine: the model, and the sizes of its caches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from msgspec import structs
@@ -32,7 +31,6 @@ from gpu_worker.encoder.model import EncoderModel, prepare_encoder
 from gpu_worker.engine.engine import Engine, EngineConfig
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.loading.checkpoint import (
-    head_dim_of,
     quantisation_of,
     read_config,
     read_headless,
@@ -50,15 +48,15 @@ from gpu_worker.planning.batcher import MAX_PROMPT_ROWS
 from gpu_worker.planning.policy import BatchLimits
 from gpu_worker.quantised.index import is_quantised_folder
 from gpu_worker.quantised.quantise import quantised_folder
+from gpu_worker.served import served_model
 from gpu_worker.tasks.headless import has_no_lm_head
-from gpu_worker.tasks.labels import activation_of, folder_activation, pair_activation_of
+from gpu_worker.tasks.labels import folder_activation
 from gpu_worker.tasks.pooling import read_pooling
 from lora_kernels import ops
 from peft_adapters.recipe import merge_of
 from peft_adapters.texts.files import TOKENIZER
 from peft_adapters.texts.tokenizer_json import BaseTokens, parts_of
-from protocol.queue.bus import now_ms
-from protocol.runtime.model_files import WEIGHT_FILES, model_folder, served_name
+from protocol.runtime.model_files import WEIGHT_FILES, model_folder
 from protocol.runtime.settings import BLOCK_TOKENS, Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
@@ -454,48 +452,3 @@ def _step_sizes(device: torch.device, settings: Settings) -> tuple[int, int]:
     on_cpu = device.type == "cpu"
     max_num_seqs = settings.max_num_seqs or (64 if on_cpu else 256)
     return max_num_seqs, max(settings.max_step_tokens or (512 if on_cpu else 2048), max_num_seqs)
-
-
-def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: Settings) -> m.ServedModel:
-    """Return the model's description for the fleet."""
-    own = _encoder_tasks(model) if isinstance(model, EncoderModel) else _decoder_tasks(model)
-    return m.ServedModel(
-        model=settings.model,
-        name=served_name(settings.model, settings.served_name),
-        fingerprint=model.fingerprint,
-        model_type=model.config.model_type,
-        vocab_size=model.vocab_size,
-        max_model_len=max_model_len,
-        sites=model.adaptable.shapes(model.sites),
-        dtype=name_of(model.dtype),
-        tied_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
-        created_ms=now_ms(),
-        device=model.device.type,
-        **own,
-        head_dim=head_dim_of(model.config),
-    )
-
-
-def _encoder_tasks(model: EncoderModel) -> dict[str, Any]:
-    found = {"task": model.task, "labels": model.labels, "width": model.width, "unit_length": model.pooling.unit_length}
-    if model.task == "score":
-        found |= {"label_head": model.label_head, "missing": model.missing, **_activations(model)}
-    return found
-
-
-def _activations(model: BaseModel | EncoderModel) -> dict[str, Any]:
-    return {"activation": activation_of(model.config), "pair_activation": pair_activation_of(model.config)}
-
-
-def _decoder_tasks(model: BaseModel) -> dict[str, Any]:
-    tasks, pooling = model.tasks, model.tasks.pooling
-    return {
-        "task": tasks.main,
-        "tasks": sorted(tasks.names - {tasks.main}),
-        "labels": tasks.labels,
-        "label_head": tasks.head_name if "score" in tasks.names else "",
-        "width": model.width if pooling is not None else 0,
-        "prefix": model.prefix,
-        "unit_length": pooling is not None and pooling.unit_length,
-        **(_activations(model) if tasks.head is not None else {}),
-    }

@@ -295,7 +295,7 @@ def load_model_files(settings: Settings) -> ModelFiles:
     except AdapterRefused as error:  # the same files may be an adapter's
         raise BadRequest(f"{folder}: {error.message}") from error
     except (ValueError, TypeError, AttributeError, LookupError) as error:  # not UTF-8, no JSON or none of that form
-        raise BadRequest(f"the text files in {folder} cannot be read: {error!r:.300}") from error
+        raise BadRequest(f"the text files in {folder} cannot be read: {brief(error, 300)}") from error
 
 
 def _model_files(settings: Settings, folder: Path) -> ModelFiles:

@@ -19,8 +19,9 @@ from lorafleet.launcher import lifeline
 from lorafleet.launcher.records import URL_VARIABLE
 from lorafleet.shared.api import PROFILE_VARIABLE
 from lorafleet.shared.parser import Parser
+from protocol.runtime.common_settings import CONFIG_VARIABLE
 from protocol.runtime.redaction import redact
-from protocol.runtime.settings import CONFIG_VARIABLE, Settings
+from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
 PREFIX = str(Settings.model_config.get("env_prefix"))

@@ -28,8 +28,8 @@ from oracle.adapters.peft_kinds import (
 from oracle.peft_oracle import greedy_request
 
 from adapter_store.formats import convert, plan_conversion
-from gpu_worker.build import served_model
 from gpu_worker.model.prepare import prepare_model
+from gpu_worker.served import served_model
 from protocol.runtime.settings import Settings
 from protocol.wire.messages import ServedModel
 
