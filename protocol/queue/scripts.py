@@ -16,7 +16,8 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from protocol.queue.connection.line import LOST, Line, NotTakenError
 from protocol.queue.connection.redis_client import Client
-from protocol.queue.signatures import SIGNATURES, Call, Vital, Word, shape_of
+from protocol.queue.script_call import Call, Word, shape_of
+from protocol.queue.signatures import SIGNATURES, Vital
 
 FOLDER = Path(__file__).parent / "lua"
 

@@ -6,55 +6,10 @@ single words, or of groups of words. What each means is at the head of the scrip
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from functools import cache
-from typing import Annotated, Any, TypeAlias, get_args, get_origin, get_type_hints
 
-import msgspec
-from msgspec.structs import astuple
-
-Key: TypeAlias = Annotated[str, "a key of the queue"]
-Word: TypeAlias = str | bytes | int
-
-_WORDS = re.compile(r"(?<=[a-z])(?=[A-Z])")  # where a word ends within a name
-
-
-class Group(msgspec.Struct):  # a struct, as its call: a dataclass takes three times as long to make
-    """Words that follow each other among a script's arguments, in the order of the fields."""
-
-
-class Call(msgspec.Struct):
-    """A call of a script. The first key of all, the prefix of the shard's keys, is left to `Scripts`."""
-
-    @classmethod
-    def script(cls) -> str:
-        """Return the name of the script."""
-        return _WORDS.sub("_", cls.__name__).lower()
-
-    def laid_out(self) -> list[Any]:
-        """Return the keys, then the arguments, as the script takes them."""
-        _, num_single, have_groups = shape_of(type(self))
-        values = astuple(self)
-        found = [*values[:num_single]]
-        for items, has_groups in zip(values[num_single:], have_groups, strict=True):
-            if not has_groups:
-                found += items
-                continue
-            for item in items:
-                found += astuple(item)
-        return found
-
-
-@cache
-def shape_of(kind: type[Call]) -> tuple[int, int, tuple[bool, ...]]:
-    """Return how many fields are keys, how many come before the lists, and of each list whether it holds groups."""
-    hints = list(get_type_hints(kind, include_extras=True).values())
-    lists = [hint for hint in hints if get_origin(hint) is Sequence]
-    items = [get_args(hint)[0] for hint in lists]
-    groups = tuple(isinstance(item, type) and issubclass(item, Group) for item in items)
-    return sum(hint is Key for hint in hints), len(hints) - len(lists), groups
-
+from protocol.queue.kept import signatures as kept
+from protocol.queue.script_call import Call, Group, Key, Word
 
 # ------------------------------------------------------------ the life of a request
 
@@ -310,175 +265,6 @@ class Vital(Call, kw_only=True):
     words: Sequence[Word]
 
 
-# ------------------------------------------------------------ what outlives a connection
-
-
-class KeepFile(Call, kw_only=True):
-    """Note a file, whose bytes are in the gateways' storage, or hold room for one."""
-
-    file: Key
-    files: Key
-    sizes: Key
-    expiry: Key
-    id: str
-    tenant: str
-    record: bytes
-    num_bytes: int
-    created_ms: int
-    expires_ms: int
-    max_bytes: int
-    max_files: int
-
-
-class DropFile(Call, kw_only=True):
-    """Forget a file."""
-
-    file: Key
-    files: Key
-    sizes: Key
-    expiry: Key
-    id: str
-    tenant: str
-
-
-class OpenBatch(Call, kw_only=True):
-    """Take a batch, for any gateway to run."""
-
-    batch: Key
-    batches: Key
-    open_batches: Key
-    tenant_open: Key
-    id: str
-    tenant: str
-    record: bytes
-    created_ms: int
-    ttl_ms: int
-    max_open: int
-
-
-class ClaimBatch(Call, kw_only=True):
-    """Let a gateway run a batch that nobody runs, or go on with one that it runs."""
-
-    batch: Key
-    open_batches: Key
-    id: str
-    tenant: str
-    gid: str
-    lease_ms: int
-
-
-class SaveBatch(Call, kw_only=True):
-    """Write how far a batch is, by the gateway that runs it."""
-
-    batch: Key
-    open_batches: Key
-    tenant_open: Key
-    id: str
-    tenant: str
-    epoch: int
-    record: bytes
-    outcome: str
-    status: str
-    wait_ms: int
-    tries: int | str
-
-
-class ItemRow(Group, kw_only=True):
-    """An item that a conversation gets."""
-
-    item_id: str
-    item: bytes
-
-
-class ChangeConversation(Call, kw_only=True):
-    """Make or change a conversation: its record, and what is added to its items."""
-
-    conversation: Key
-    items: Key
-    order: Key
-    turns: Key
-    conversations: Key
-    all_turns: Key
-    id: str
-    tenant: str
-    record: bytes
-    is_new: int
-    ttl_ms: int
-    max_conversations: int
-    max_items: int
-    max_bytes: int
-    max_kept: int
-    response: str
-    new_items: Sequence[ItemRow]
-
-
-class DropConversation(Call, kw_only=True):
-    """Delete a conversation, or one of its items, and give its tenant the bytes back."""
-
-    conversation: Key
-    items: Key
-    order: Key
-    turns: Key
-    conversations: Key
-    id: str
-    tenant: str
-    item_id: str
-
-
-class KeepHook(Call, kw_only=True):
-    """Write an endpoint of webhooks: a new one, unless its tenant has too many, or one that is still there."""
-
-    hooks: Key
-    id: str
-    record: bytes
-    most: int
-
-
-class DropEnds(Call, kw_only=True):
-    """Forget ends of a tenant that deliveries were made of, and put it behind all others that wait for their turn."""
-
-    tenant_ends: Key
-    ends: Key
-    tenant: str
-    entries: Sequence[str]
-
-
-class DeliveryRow(Group, kw_only=True):
-    """A delivery that is noted."""
-
-    id: str
-    record: bytes
-
-
-class AddDeliveries(Call, kw_only=True):
-    """Note deliveries of one tenant, due now, as long as few of its wait; they are no longer given up."""
-
-    outbox: Key
-    times: Key
-    undelivered: Key
-    outboxes: Key
-    tenant: str
-    max_waiting: int
-    deliveries: Sequence[DeliveryRow]
-
-
-class TakeDeliveries(Call, kw_only=True):
-    """Give a tenant its turn."""
-
-    outbox: Key
-    times: Key
-    outboxes: Key
-    tenant: str
-    num: int
-    claim_ms: int
-
-
-class TakeOver(Call, kw_only=True):
-    """Give each tenant what the version before kept of all together: endpoints, ends and deliveries."""
-
-    num: int
-
-
 # ------------------------------------------------------------ books
 
 
@@ -499,5 +285,8 @@ class NoteResidency(Call, kw_only=True):
     times: Sequence[ResidencyRow]
 
 
-SIGNATURES: tuple[type[Call], ...] = tuple(Call.__subclasses__())
+SIGNATURES: tuple[type[Call], ...] = (
+    *kept.SIGNATURES,
+    *(call for call in Call.__subclasses__() if call.__module__ == __name__),
+)
 """The signatures of all scripts."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import msgspec
 
 from protocol.metrics.series import UNREADABLE
-from protocol.queue import signatures as lua
 from protocol.queue.connection.redis_client import Client
 from protocol.queue.dead_letters import set_aside
+from protocol.queue.kept import signatures as lua
 from protocol.queue.kept.readable import readable
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from protocol.queue import signatures as lua
 from protocol.queue.connection.redis_client import Client
 from protocol.queue.dead_letters import set_aside
+from protocol.queue.kept import signatures as lua
 from protocol.queue.scripts import Scripts
 from protocol.runtime.sealing import Seal
 from protocol.wire import messages as m

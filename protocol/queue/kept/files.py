@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-from protocol.queue import signatures as lua
 from protocol.queue.connection.redis_client import Client, read_many
 from protocol.queue.dead_letters import set_aside
+from protocol.queue.kept import signatures as lua
 from protocol.queue.kept.readable import readable
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m

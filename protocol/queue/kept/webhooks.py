@@ -13,8 +13,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from protocol.queue import signatures as lua
 from protocol.queue.connection.redis_client import Client
+from protocol.queue.kept import signatures as lua
 from protocol.queue.kept.readable import readable
 from protocol.queue.scripts import Scripts
 from protocol.runtime.guarded import FAILED

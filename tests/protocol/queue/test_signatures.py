@@ -8,6 +8,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 
 from protocol.queue import signatures as lua
+from protocol.queue.script_call import Call, Group, shape_of
 from protocol.queue.scripts import FOLDER
 
 UNNAMED = {("submit", "fields")}
@@ -18,7 +19,7 @@ _FIELD = re.compile(r"(\w+) \((str|bytes|int(?: \| str)?)\b")
 _GROUPS = re.compile(r"for (\w+) = [^\n]*, (\d+) do\n +local ([\w, ]+) =\s+unpack\(ARGV, \1, \1 \+ (\d+)\)\n")
 
 
-def _source(kind: type[lua.Call]) -> str:
+def _source(kind: type[Call]) -> str:
     return (FOLDER / f"{kind.script()}.lua").read_text()
 
 
@@ -45,7 +46,7 @@ def _type(hint: Any) -> str:
     return " | ".join(part.__name__ for part in get_args(hint) or (hint,))
 
 
-def _fields(kind: type[lua.Group]) -> list[tuple[str, str]]:
+def _fields(kind: type[Group]) -> list[tuple[str, str]]:
     return [(name, _type(hint)) for name, hint in get_type_hints(kind).items()]
 
 
@@ -57,7 +58,7 @@ def _bound(source: str, table: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("kind", lua.SIGNATURES, ids=lambda kind: kind.script())
-def test_a_script_reads_what_its_signature_says(kind: type[lua.Call]) -> None:
+def test_a_script_reads_what_its_signature_says(kind: type[Call]) -> None:
     source, hints = _source(kind), get_type_hints(kind, include_extras=True)
     keys, args, lists = _head(source)
     code = source.partition("-- Reply: ")[2]
@@ -65,13 +66,13 @@ def test_a_script_reads_what_its_signature_says(kind: type[lua.Call]) -> None:
     assert [*keys, *args, *lists] == list(hints)
     assert {name for name, hint in hints.items() if hint is lua.Key} == set(keys)
     assert {name: _type(hints[name]) for name in args} == args
-    call: lua.Call = kind(**{name: () if name in lists else name for name in hints})
-    assert (call.laid_out(), lua.shape_of(kind)[0]) == ([*keys, *args], len(keys))
+    call: Call = kind(**{name: () if name in lists else name for name in hints})
+    assert (call.laid_out(), shape_of(kind)[0]) == ([*keys, *args], len(keys))
     groups: dict[str, list[str]] = {}
     for name, said in lists.items():
         assert get_origin(hints[name]) is not None
         (item,) = get_args(hints[name])
-        if isinstance(item, type) and issubclass(item, lua.Group):
+        if isinstance(item, type) and issubclass(item, Group):
             assert _fields(item) == said
             groups[name] = list(item.__struct_fields__)
         else:
@@ -97,7 +98,7 @@ def test_a_script_reads_what_its_signature_says(kind: type[lua.Call]) -> None:
 
 
 @pytest.mark.parametrize("kind", lua.SIGNATURES, ids=lambda kind: kind.script())
-def test_a_signature_says_what_its_script_does(kind: type[lua.Call]) -> None:
+def test_a_signature_says_what_its_script_does(kind: type[Call]) -> None:
     about = " ".join(line.removeprefix("-- ") for line in _source(kind).partition("\n--\n")[0].splitlines()[1:])
     assert about.startswith(str(kind.__doc__).removesuffix("."))
 
@@ -106,8 +107,8 @@ def test_every_script_has_a_signature() -> None:
     assert {kind.script() for kind in lua.SIGNATURES} == {path.stem for path in FOLDER.glob("*.lua")} - {"common"}
 
 
-@pytest.mark.parametrize("kind", [*lua.SIGNATURES, *lua.Group.__subclasses__()], ids=lambda kind: kind.__name__)
-def test_what_a_script_is_called_with_is_named(kind: type[lua.Call]) -> None:
+@pytest.mark.parametrize("kind", [*lua.SIGNATURES, *Group.__subclasses__()], ids=lambda kind: kind.__name__)
+def test_what_a_script_is_called_with_is_named(kind: type[Call]) -> None:
     names = kind.__struct_fields__
     kind(**dict.fromkeys(names))
     with pytest.raises(TypeError, match="positional"):
