@@ -236,7 +236,8 @@ def _shown(one: RequestSummary | None, beats: dict[str, m.WorkerBeat], owner: st
         return None
     beat = beats.get(one.owner)
     return _object(
-        one.rid, one.call, one.state, one.tenant, one.cls, one.model, one.digest, beat.name if beat else one.owner,
+        one.rid, one.call, one.state, one.tenant, one.cls, one.model, one.digest, one.base,
+        beat.name if beat else one.owner,
         finish=one.finish, error=one.error, attempts=one.attempts,
         tokens=(one.num_prompt_tokens, one.num_cached_tokens, one.num_output_tokens),
         times=(one.submitted_ms, one.first_ms, one.ended_ms),
@@ -245,7 +246,7 @@ def _shown(one: RequestSummary | None, beats: dict[str, m.WorkerBeat], owner: st
 
 def _past(one: m.HistoryEntry, tenant: str) -> dict[str, Any]:
     return _object(
-        one.rid, one.call, one.state, tenant, one.cls, one.model, one.digest, one.worker, finish=one.finish,
+        one.rid, one.call, one.state, tenant, one.cls, one.model, one.digest, one.base, one.worker, finish=one.finish,
         error=one.error, tokens=(one.num_prompt_tokens, one.num_cached_tokens, int(one.num_output_tokens)),
         attempts=one.attempts, times=(one.submitted_ms, one.first_ms, one.ended_ms), endpoint=one.endpoint,
         status=one.status,
@@ -253,9 +254,9 @@ def _past(one: m.HistoryEntry, tenant: str) -> dict[str, Any]:
 
 
 def _object(
-    rid: str, call: str, state: str, tenant: str, cls: str, model: str, digest: str, worker: str, *, finish: str,
-    error: str, tokens: tuple[int, int, int], attempts: int, times: tuple[int, int, int], endpoint: str = "",
-    status: int = 0,
+    rid: str, call: str, state: str, tenant: str, cls: str, model: str, digest: str, base: str, worker: str, *,
+    finish: str, error: str, tokens: tuple[int, int, int], attempts: int, times: tuple[int, int, int],
+    endpoint: str = "", status: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the object of a request in the list. tokens: of the prompt, of them cached, of the output."""
     why = error_from(error) if error else None
@@ -272,6 +273,7 @@ def _object(
         "class": cls or None,
         "model": model or None,
         "adapter": {"digest": digest, "name": model or None} if digest else None,
+        "base": base or None,
         "worker": worker or None,
         "prompt_tokens": tokens[0],
         "cached_tokens": tokens[1],

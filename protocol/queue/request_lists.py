@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from protocol.queue.books.usage import model_of, owner_of
+from protocol.queue.books.usage import base_of, model_of, owner_of
 from protocol.queue.connection.redis_client import Client
 from protocol.wire import messages as m
 from protocol.wire.codec import decode
@@ -60,6 +60,7 @@ class RequestLists:
                 RequestSummary(
                     rid, state, owner_of(row[-1] or b"") or tenant, cls, digest, model_of(row[-1] or b""), call,
                     owner, finish, words[13], num_prompt, cached, length // 4, attempts, submitted, first, ended,
+                    base_of(row[-1] or b""),
                 )
             )  # fmt: skip
         return found

@@ -97,6 +97,7 @@ class RequestSummary:
     submitted_ms: int
     first_ms: int
     ended_ms: int
+    base: str = ""  # name of its base
 
     @property
     def is_terminal(self) -> bool:

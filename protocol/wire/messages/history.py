@@ -38,6 +38,11 @@ class HistoryEntry(Packed, frozen=True):
         """Digest of its adapter, "" for the base model."""
         return msgspec.json.decode(self.row)[1] if self.row else ""
 
+    @property
+    def base(self) -> str:
+        """Name of its base; "" of a call that was refused before that was known."""
+        return msgspec.json.decode(self.row)[2] if self.row else ""
+
 
 class KeptText(Packed, frozen=True):
     """The prompt and the output of a request in a history, as tokens: the end of one, the beginning of the other."""

@@ -64,8 +64,8 @@ async def test_what_ended_is_kept_with_its_worker_and_outlives_its_record(
     await bus._redis.delete(bus.keys.req(one["id"]))  # as two minutes later
     short = (await http.get(f"/v1/requests/{done['id']}")).json()
     assert [event["event"] for event in short["timeline"]] == ["accepted", "first_token", "ended"]
-    assert {name: short[name] for name in ("id", "state", "finish")} == {
-        name: full[name] for name in ("id", "state", "finish")
+    assert {name: short[name] for name in ("id", "state", "finish", "base")} == {
+        name: full[name] for name in ("id", "state", "finish", "base")
     }
     gone = (await http.get("/v1/requests/cmpl-nobody")).json()["error"]
     assert gone["code"] == "request_not_found"
