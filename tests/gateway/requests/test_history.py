@@ -173,6 +173,6 @@ async def test_refusals_are_bounded_in_the_gateway_and_in_the_queue(bus: Bus) ->
 
 async def test_an_entry_of_another_release_is_passed_over(bus: Bus, fleet: ScriptedFleet, http: Any) -> None:
     await http.post("/v1/completions", json=BODY)
-    await has_num(http, 1)
+    await has_num(http, 1, state="ended")
     await bus._redis.xadd(bus.keys.history("public"), {"b": m.encode({"not": "an entry"})})
     assert len(await listed(http)) == 1
