@@ -295,7 +295,7 @@ class Session:
                 await self._recovery.bury(wid)
 
     async def _look_at_bases(self) -> None:
-        self.scheduler.set_bases(await self._bus.members.base_names())
+        self.scheduler.set_bases(*await self._bus.members.base_names())
 
     async def _watch_gateways(self, elapsed_s: float) -> None:
         silent = self._silent_gateways

@@ -152,7 +152,7 @@ def imported_modules(path: Path, modules: Set[str]) -> Iterator[str]:
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
     graph = module_graph()
-    assert "gpu_worker.build" in graph["gpu_worker.service.service"], "imports inside functions count"
+    assert "gpu_worker.build" in graph["gpu_worker.service.program"], "imports inside functions count"
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -284,7 +284,7 @@ def test_importing_a_light_package_loads_no_torch(package: str) -> None:
 
 
 def test_the_worker_shell_imports_torch_only_when_it_loads_a_model() -> None:
-    assert run_python("import sys, gpu_worker.service.service; print('torch' in sys.modules)") == "False"
+    assert run_python("import sys, gpu_worker.service.program; print('torch' in sys.modules)") == "False"
 
 
 def test_kernels_never_finds_our_code(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ def base(name: str, *, weights: str = "", **more: Any) -> m.ServedModel:
 
 
 async def join(bus: Bus, wid: str, served: m.ServedModel, *, several: bool = True) -> str:
-    return await bus.members.join(m.WorkerBeat(wid=wid, name=wid, capacity=1), served, TTL_MS, several=several)
+    fleet = [served.name] if several else []
+    return await bus.members.join(m.WorkerBeat(wid=wid, name=wid, capacity=1), served, TTL_MS, fleet=fleet)
 
 
 async def join_as_earlier_version(bus: Bus, wid: str, served: m.ServedModel) -> None:
