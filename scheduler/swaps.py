@@ -111,7 +111,7 @@ class SwapPolicy:
         }
         view = _View(self, now_ms, by_name, free, orders, self._served_ms, self._busy_ms)
         swaps = view.decide()
-        names = {seat.wid: seat.name or seat.wid for seat in free}
+        names = {seat.wid: seat.name or seat.wid for seat in seats}
         for swap in swaps:
             start_ms = 1000 * by_name[swap.base].start_s
             until_ms = now_ms + LOST_STARTS * start_ms + LOST_MS
