@@ -43,6 +43,7 @@ SWITCH_S = 0.0001
 """How long the engine's thread waits until the event loop, which publishes, has to leave it the interpreter. In 5 ms,
 which is Python's own, the loop does all that it has to do for a step, and the engine would wait for that."""
 
+
 class Start(msgspec.Struct, frozen=True):
     """Which base a process serves. Each start that fails has fewer fallbacks, so that starts come to an end."""
 
@@ -71,7 +72,12 @@ class Start(msgspec.Struct, frozen=True):
 
 
 class NotStarted(Exception):
-    """A base cannot be served by this process. `__cause__` says why."""
+    """A base cannot be served by this process."""
+
+    def __init__(self, error: Exception) -> None:
+        """error: why."""
+        super().__init__(failure_reason(error))
+        self.error = error
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> int:
@@ -85,20 +91,19 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         with tracing(settings, "worker", settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"):
             code, ordered = await _serve(bases[start.base], start, stop)
     except NotStarted as error:
-        assert error.__cause__ is not None
         if not start.fallbacks:
-            raise error.__cause__ from None
+            raise error.error from None
         following = Start(start.fallbacks[0], start.fallbacks[1:], now_ms())
-        logger.error("%s cannot be served: %s; serving %s instead", start.base, error, following.base)
+        logger.warning("%s cannot be served: %s; serving %s instead", start.base, error, following.base)
     else:
         if not ordered or code:
             return code
         following = Start(ordered, (start.base,), now_ms())
     with _ended_by_signals():
         await asyncio.sleep(0.01)  # a signal that came before lies with the loop, which reads it now
-        if stop.is_set():
-            return 0
-        start_again({SWAP_VARIABLE: msgspec.json.encode(following).decode()})
+        if not stop.is_set():
+            start_again({SWAP_VARIABLE: msgspec.json.encode(following).decode()})
+    return 0
 
 
 async def _serve(settings: Settings, start: Start, stop: asyncio.Event) -> tuple[int, str]:
@@ -130,9 +135,8 @@ async def _serve(settings: Settings, start: Start, stop: asyncio.Event) -> tuple
         except Exception as error:
             if not settings.more_models or (service is not None and not isinstance(error, Conflict)):
                 raise
-            reason = failure_reason(error)
-            await bus.members.note_failure(settings.served_name, reason)  # the others' calls go on
-            raise NotStarted(reason) from error
+            await bus.members.note_failure(settings.served_name, failure_reason(error))  # the others' calls go on
+            raise NotStarted(error) from error
     finally:
         loader.close()
         await bus.close()

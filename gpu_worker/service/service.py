@@ -51,6 +51,7 @@ STREAM_TTL_S = 3600
 MAX_FAILURES = 8
 """Failures of a loop in a row, a queue that is away aside, after which this process ends."""
 
+
 class Fenced(Exception):
     """The fleet took this worker for dead and gave its requests away; it may come back under a new id."""
 
@@ -119,8 +120,9 @@ class WorkerService:
     # ------------------------------------------------------------ life
 
     async def run(self, stop: asyncio.Event) -> int:
-        """Start the engine, work for the fleet until `stop` or an order to become another base (`becomes`), hand over
-        what runs. Returns the exit code.
+        """Start the engine, work for the fleet, and hand over what runs. Returns the exit code.
+
+        It works until `stop`, or an order to become another base, which is then in `becomes`.
 
         Raises Conflict when live workers serve another base by its name.
         """
