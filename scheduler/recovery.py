@@ -57,9 +57,13 @@ class Recovery:
         """Queue a dead worker's requests again, end those that cannot be, then delete what it leaves."""
         assigned = {item.rid for item in await self._bus.work_of(wid)}
         rids = list(assigned | set(self._scheduler.assigned_to(wid)))
-        metrics.WORKERS_LOST.inc()
-        logger.warning("worker %s is dead; it had %d requests", wid, len(rids))
         worker = self._scheduler.workers.by_id.get(wid)
+        order = self._scheduler.swaps.by_worker.get(worker.beat.name) if worker is not None else None
+        if order is not None and order.wid == wid and not rids:
+            logger.info("worker %s has left to serve %s", order.name, order.base)
+        else:
+            metrics.WORKERS_LOST.inc()
+            logger.warning("worker %s is dead; it had %d requests", wid, len(rids))
         for request in worker.requests.values() if worker is not None else ():
             tell_death(request, worker.beat.name if worker is not None else wid)
         await self._requeue(wid, rids, counts=True, name=worker.beat.name if worker else "")

@@ -89,7 +89,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     start = Start.of(settings, bases)
     try:
         with tracing(settings, "worker", settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"):
-            code, ordered = await _serve(bases[start.base], start, stop)
+            code, ordered = await _serve(bases, start, stop)
     except NotStarted as error:
         if not start.fallbacks:
             raise error.error from None
@@ -106,12 +106,13 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     return 0
 
 
-async def _serve(settings: Settings, start: Start, stop: asyncio.Event) -> tuple[int, str]:
+async def _serve(bases: Mapping[str, Settings], start: Start, stop: asyncio.Event) -> tuple[int, str]:
     """Load the model and work for the queue until `stop` or an order.
 
     Returns the exit code, and the base that the worker has been ordered to become. Raises NotStarted where there are
     several bases and this one is to blame, else what went wrong. Everything is closed then.
     """
+    settings = bases[start.base]
     secret = FleetSecret.of(settings)
     bus = Bus(settings.queue_url(), seal=Seal.of(settings, secret))
     loader = Loader(secret.bearer if secret else "")
@@ -128,7 +129,7 @@ async def _serve(settings: Settings, start: Start, stop: asyncio.Event) -> tuple
             # A thread that has ended cannot be stuck; what is left to do then is the loop's.
             WATCHDOG.require(lambda: object() if engine.has_ended else engine.num_turns, settings.max_step_s)
             loader.set_urls(await bus.members.store_urls())
-            service = WorkerService(bus, engine, served, settings, loader, start.began_ms)
+            service = WorkerService(bus, engine, served, settings, loader, start.began_ms, bases)
             return await service.run(stop), service.becomes
         except CONNECTION_ERRORS:
             raise

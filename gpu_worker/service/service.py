@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Collection
 from operator import attrgetter
 
 import msgspec
@@ -26,9 +27,8 @@ from gpu_worker.service.trace import tell_handed_back
 from protocol.metrics.fleet import WORKERS
 from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
-from protocol.runtime.guarded import BRISK, FAILED, Loop, guarded, is_queue_away
 from protocol.runtime.again import began_ms
-from protocol.runtime.model_files import worker_bases
+from protocol.runtime.guarded import BRISK, FAILED, Loop, guarded, is_queue_away
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import Conflict, DeadlineExceeded, Internal, LorafleetError, ProtocolError
@@ -67,10 +67,12 @@ class WorkerService:
         settings: Settings,
         loader: Loader | None = None,
         began_ms: int | None = None,
+        bases: Collection[str] = (),
     ) -> None:
         """loader: fetches adapters, if the engine has any; it gets the stores' addresses.
 
-        began_ms: unix time when its start began; None: with this program.
+        began_ms: unix time when its start began; None: with this program. bases: the names of those that its process
+        may serve.
         """
         self.bus = bus
         self.engine = engine
@@ -81,9 +83,9 @@ class WorkerService:
         self.outbox = Outbox("")
         self.loader = loader
         self.draining = False
-        fleet = list(worker_bases(settings)) if settings.more_models else []
-        self.fleet = list(dict.fromkeys([served.name, *fleet])) if fleet else []  # the names of its bases; []: of one
-        self.may_become = [name for name in fleet if name != served.name] if settings.swaps else []
+        # The names of its fleet's bases; none: it has one, whatever its name.
+        self.fleet = list(dict.fromkeys([served.name, *bases])) if settings.more_models else []
+        self.may_become = [name for name in self.fleet if name != served.name] if settings.swaps else []
         self.becomes = ""  # the base that it has been ordered to become
         self._ordered = asyncio.Event()  # to become it
         self._began_ms = began_ms
@@ -122,9 +124,7 @@ class WorkerService:
     async def run(self, stop: asyncio.Event) -> int:
         """Start the engine, work for the fleet, and hand over what runs. Returns the exit code.
 
-        It works until `stop`, or an order to become another base, which is then in `becomes`.
-
-        Raises Conflict when live workers serve another base by its name.
+        It works until `stop`, or an order to become another base, which is then in `becomes`. Raises Conflict when live workers serve another base by its name.
         """
         loop = asyncio.get_running_loop()
         self.engine.start(

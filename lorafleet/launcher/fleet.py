@@ -34,9 +34,9 @@ DRAIN_ORDER = ("gateway", "scheduler", "worker", "store")
 def service_specs(
     settings: Settings, logs: Path, queue: EmbeddedServer | None = None, cores: int | None = None
 ) -> list[Spec]:
-    """Return the processes to start: store, scheduler, gateway, then workers, which share cores and GPUs. They begin
-    with one base after the other.
+    """Return the processes to start: store, scheduler, gateway, then workers, which share cores and GPUs.
 
+    Workers begin with one base after the other.
     `logs` is the folder of their logs, `queue` the fleet's own queue, which each service enters as a user of its own,
     `cores` the number of cores to share, by default those of this machine.
     """

@@ -97,10 +97,10 @@ class Members:
     async def join(self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int, *, fleet: Sequence[str] = ()) -> str:
         """Register a worker with its first heartbeat; return the name of its base in this fleet.
 
-        That is its own or, in a fleet of one base, that under which live workers serve the same weights. fleet: the names
-        of its fleet's bases, if it has several. Raises Conflict when live workers serve another base by its name, or
-        the fleet has another one only; with `fleet`, when they serve its weights by another name, or are of an earlier
-        version; and when there are too many bases.
+        That is its own or, in a fleet of one base, that under which live workers serve the same weights. fleet: the
+        names of its fleet's bases, if it has several. Raises Conflict when live workers serve another base by its
+        name, or the fleet has another one only; with `fleet`, when they serve its weights by another name, or are of an
+        earlier version; and when there are too many bases.
         """
         several = bool(fleet)
         while True:
