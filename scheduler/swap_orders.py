@@ -151,7 +151,8 @@ class SwapOrders:
         """Return the orders to give now; `requests` are all that have not ended. To be called once a second."""
         if not any(worker.beat.may_become for worker in self.workers.by_id.values()):
             return []
-        seats = self._seats()
+        if not (seats := self._seats()):
+            return []
         demands = self._demands(now_ms, requests, mean_output_tokens)
         found: list[SwapOrder] = []
         for swap in self.policy.decide(now_ms, demands, list(seats.values())):

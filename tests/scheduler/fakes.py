@@ -49,6 +49,7 @@ class FakeWorker:
     draining: bool = False
     knows: list[str] = field(default_factory=list)
     base: str = ""
+    may_become: list[str] = field(default_factory=list)
     _entries: dict[bytes, set[str]] = field(default_factory=dict)
     _last: dict[str, bytes] = field(default_factory=dict)
     _sent: int = 0
@@ -68,7 +69,7 @@ class FakeWorker:
             wid=self.wid, name=self.name or self.wid, capacity=self.capacity, running=len(self.held),
             progress=[(rid, length // 4) for rid, length in zip(self.held, lengths, strict=True)],
             resident=self.resident, draining=self.draining, knows=self.knows, sent_ms=now_ms() * 1000 + self._sent,
-            base=self.base,
+            base=self.base, may_become=self.may_become,
         )  # fmt: skip
         keys = self.bus.keys
         streams = (keys.work(self.wid), keys.ctl(self.wid))
