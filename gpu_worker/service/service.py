@@ -124,7 +124,8 @@ class WorkerService:
     async def run(self, stop: asyncio.Event) -> int:
         """Start the engine, work for the fleet, and hand over what runs. Returns the exit code.
 
-        It works until `stop`, or an order to become another base, which is then in `becomes`. Raises Conflict when live workers serve another base by its name.
+        It works until `stop`, or an order to become another base, which is then in `becomes`. Raises Conflict when live
+        workers serve another base by its name.
         """
         loop = asyncio.get_running_loop()
         self.engine.start(
