@@ -85,9 +85,11 @@ class _Failure:
 
     num: int = 0
     until_ms: float = 0.0  # not tried again before
+    due_ms: float = 0.0  # before that, only a worker that has nothing else to do tries it
 
     def add(self, now_ms: float) -> None:
-        self.until_ms = now_ms + min(FIRST_PAUSE_MS * 2**self.num, MAX_PAUSE_MS)
+        pause_ms = min(FIRST_PAUSE_MS * 2**self.num, MAX_PAUSE_MS)
+        self.until_ms, self.due_ms = now_ms + pause_ms, now_ms + 2 * pause_ms
         self.num += 1
 
 
@@ -203,7 +205,7 @@ class SwapOrders:
         for name in names:
             failure = self._failures.get(name)
             if failure is not None:
-                since_ms = failure.until_ms
+                since_ms = min(now_ms, failure.due_ms)
             elif name not in self.workers.bases:
                 since_ms = self._known_ms.setdefault(name, now_ms)
             else:
