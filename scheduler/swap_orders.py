@@ -25,6 +25,9 @@ USUAL_CAPACITY = 8
 VISIT_S = 0.1
 """Seconds of work that stand for a base whose facts no worker has reported yet."""
 
+TOGETHER_MS = 60_000.0
+"""Time in which workers that were started together are waited for, before others serve their bases for once."""
+
 FIRST_PAUSE_MS, MAX_PAUSE_MS = 30_000.0, 600_000.0
 """Time after which a base that has failed to start is tried again; it doubles with each failure in a row."""
 
@@ -202,12 +205,18 @@ class SwapOrders:
         for tenant, bases in used.items():
             for base in bases:
                 found[base].shares += weights[tenant] / len(bases)
+        beats = [worker.beat for worker in self.workers.by_id.values()]
+        are_coming = len({beat.name for beat in beats} | self.by_worker.keys()) < max(
+            (beat.started_with for beat in beats), default=0
+        )
         for name in names:
             failure = self._failures.get(name)
             if failure is not None:
                 since_ms = min(now_ms, failure.due_ms)
             elif name not in self.workers.bases:
                 since_ms = self._known_ms.setdefault(name, now_ms)
+                if are_coming and now_ms - since_ms < TOGETHER_MS:
+                    continue
             else:
                 self._known_ms.pop(name, None)
                 continue

@@ -81,7 +81,7 @@ def engine_request(item: m.Assigned, body: m.Body, log: bytes) -> EngineRequest:
 
 def worker_beat(
     name: str, base: str, stats: EngineStats, outbox: Outbox, *, publish_s: float, draining: bool,
-    may_become: list[str], becoming: str, start_s: float, joined_ms: int,
+    may_become: list[str], becoming: str, start_s: float, joined_ms: int, started_with: int,
 ) -> m.WorkerBeat:  # fmt: skip
     """Return what a worker says of itself.
 
@@ -121,6 +121,7 @@ def worker_beat(
         becoming=becoming,
         start_s=start_s,
         joined_ms=joined_ms,
+        started_with=started_with,
     )
 
 

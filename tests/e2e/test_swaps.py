@@ -149,10 +149,9 @@ async def test_with_as_many_workers_as_bases_nothing_is_swapped(folder: Path) ->
     with fleet_up(folder / "pair", folder / "one", *flags, further=[folder / "two"]) as running:
         await wait_until(lambda: _has_adapters(running, 4), "it is ready", timeout_s=200, every_s=0.3)
         async with httpx2.AsyncClient(base_url=running.url, timeout=200) as http:
-            before = await swaps(http)  # one more where a worker was up long before the other
             for _ in range(10):
                 await asyncio.gather(*(ask(http, folder, name) for name in DECODERS))
-            assert await swaps(http) == before
+            assert await swaps(http) == []
             async with flood(http, "one"):
                 await ask(http, folder, "captain")
-            assert await swaps(http) == before
+            assert await swaps(http) == []

@@ -11,7 +11,7 @@ from protocol.queue.bus import Bus, now_ms
 from protocol.wire import messages as m
 from protocol.wire.error_codec import error_from
 from scheduler.core import Scheduler, SchedulerConfig
-from scheduler.swap_orders import DONE, FAILED, FIRST_PAUSE_MS, LOST, MAX_LOST, OBEY_MS, START_MS
+from scheduler.swap_orders import DONE, FAILED, FIRST_PAUSE_MS, LOST, MAX_LOST, OBEY_MS, START_MS, TOGETHER_MS
 from tests.scheduler.fakes import FakeWorker, becomes, holds, make_submit, running_scheduler, state, submit
 from tests.scheduler.test_late_bases import served
 
@@ -73,6 +73,19 @@ def test_a_base_that_was_never_served_is_served_once() -> None:
     scheduler.set_bases(FLEET)
     assert settled(scheduler, 16_000.0) == [(second, DONE)]
     assert ordered(scheduler, 60_000.0) == {}
+
+
+def test_a_base_whose_own_worker_is_about_to_come_is_left_to_it() -> None:
+    first = beat("a", name="v", fleet=["a", "b"], started_with=2)
+    scheduler = scheduler_of(first, known=["a"])
+    for at_ms in range(0, int(TOGETHER_MS), 1000):
+        assert ordered(scheduler, float(at_ms)) == {}
+    see(scheduler, first, beat("b", fleet=["a", "b"], started_with=2))
+    scheduler.set_bases(["a", "b"])
+    assert ordered(scheduler, TOGETHER_MS) == {}
+    scheduler = scheduler_of(first, known=["a"])
+    assert ordered(scheduler, 0.0) == {}
+    assert ordered(scheduler, TOGETHER_MS) == {"v": "b"}  # it has not come
 
 
 def test_a_fleet_whose_workers_become_nothing_orders_nothing() -> None:

@@ -99,6 +99,7 @@ class WorkerBeat(Wire, frozen=True):
     becoming: str = ""  # the one of them that it is leaving for
     start_s: float = 0.0  # seconds from the start of its process to its first heartbeat
     joined_ms: int = 0  # unix time when it joined
+    started_with: int = 0  # workers that were started together, it among them; 0: not known
 
     def is_of(self, base: str) -> bool:
         """Return whether it is a worker of a base. "", of either, is of an earlier version: there was one only."""
