@@ -211,7 +211,10 @@ class FleetLauncher:
         workers = [child for child in self.children if child.spec.service == "worker"]
         if not all(child.ready.is_set() or child.spec.name in self._given_up for child in workers):
             return False
-        served, failures = await bus.members.bases()
+        try:
+            served, failures = await bus.members.bases()
+        except CONNECTION_ERRORS:
+            return False  # the queue is restarting
         names = {one.served_name for one in base_settings(self.settings)}
         if not self.settings.swaps:
             names &= {child.spec.environment["LORAFLEET_BASE"] for child in workers}

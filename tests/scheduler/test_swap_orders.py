@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from helpers.waiting import wait_until
 
+from protocol.metrics.series import SWAPS
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire import messages as m
 from protocol.wire.error_codec import error_from
@@ -211,6 +212,8 @@ async def test_a_swap_is_ordered_audited_counted_and_told(bus: Bus) -> None:
     worker = await _join(bus, "w1", "a")
     for base in ("b", "c"):
         await bus._redis.hset(bus.keys.bases, base, m.encode(served(base)))
+    count = SWAPS.labels("b", DONE)._value
+    before = count.get()
     async with running_scheduler(bus):
         await submit(bus, make_submit("r", base="b"))
         worker = await _becomes(bus, worker, "b", "w2")
@@ -220,6 +223,13 @@ async def test_a_swap_is_ordered_audited_counted_and_told(bus: Bus) -> None:
         assert entry.detail == "from=a to=b why=idle"
         assert await worker.write("r", 4, end=True) == []
         await becomes(bus, "r", "completed", worker)
+        await wait_until(lambda: count.get() == before + 1, "it is counted")
+
+        async def is_told() -> bool:
+            status = await bus.get(bus.keys.status, m.SchedulerStatus)
+            return status is not None and not status.becoming
+
+        await wait_until(is_told, "nobody is becoming anything")
 
 
 @pytest.mark.parametrize("noted", [True, False])
