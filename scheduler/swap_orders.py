@@ -179,7 +179,7 @@ class SwapOrders:
                 seats[worker.wid] = Seat(
                     worker.wid, self._name(beat.base), float(beat.joined_ms), worker.load,
                     frozenset(beat.may_become), becoming, beat.name,
-                )  # fmt: skip
+                )
         return seats
 
     def _demands(self, now_ms: float, requests: Iterable[QueuedRequest], mean_output_tokens: float) -> list[BaseDemand]:
@@ -228,7 +228,7 @@ class SwapOrders:
                 self._failures[name].until_ms if name in self._failures else 0.0,
             )
             for name, one in sorted(found.items())
-        ]  # fmt: skip
+        ]
 
     def reachable(self) -> set[str]:
         """Return the names of the bases that a worker may become, also one that is on its way to a base."""

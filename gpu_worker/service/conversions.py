@@ -82,7 +82,7 @@ def engine_request(item: m.Assigned, body: m.Body, log: bytes) -> EngineRequest:
 def worker_beat(
     name: str, base: str, stats: EngineStats, outbox: Outbox, *, publish_s: float, draining: bool,
     may_become: list[str], becoming: str, start_s: float, joined_ms: int, started_with: int,
-) -> m.WorkerBeat:  # fmt: skip
+) -> m.WorkerBeat:
     """Return what a worker says of itself.
 
     name: the worker's. base: name of the base that it serves. publish_s: seconds it has waited for step scripts. The

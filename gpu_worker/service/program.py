@@ -44,7 +44,7 @@ SWITCH_S = 0.0001
 which is Python's own, the loop does all that it has to do for a step, and the engine would wait for that."""
 
 
-class Start(msgspec.Struct, frozen=True):
+class BaseStart(msgspec.Struct, frozen=True):
     """Which base a process serves. Each start that fails has fewer fallbacks, so that starts come to an end."""
 
     base: str
@@ -52,7 +52,7 @@ class Start(msgspec.Struct, frozen=True):
     began_ms: int  # unix time when the start began
 
     @classmethod
-    def of(cls, settings: Settings, bases: Mapping[str, Settings]) -> Start:
+    def of(cls, settings: Settings, bases: Mapping[str, Settings]) -> BaseStart:
         """Return what the process that this one has replaced has left, else what the settings say.
 
         The variable is read once. Raises BadRequest for a base that is none of `bases`.
@@ -86,19 +86,19 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     Then, and if the base cannot be served but others can, the process starts itself again.
     """
     bases = worker_bases(settings)
-    start = Start.of(settings, bases)
+    start = BaseStart.of(settings, bases)
     try:
         with tracing(settings, "worker", settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"):
             code, ordered = await _serve(bases, start, stop)
     except NotStarted as error:
         if not start.fallbacks:
             raise error.error from None
-        following = Start(start.fallbacks[0], start.fallbacks[1:], now_ms())
+        following = BaseStart(start.fallbacks[0], start.fallbacks[1:], now_ms())
         logger.warning("%s cannot be served: %s; serving %s instead", start.base, error, following.base)
     else:
         if not ordered or code:
             return code
-        following = Start(ordered, (start.base,), now_ms())
+        following = BaseStart(ordered, (start.base,), now_ms())
     with _ended_by_signals():
         await asyncio.sleep(0.01)  # a signal that came before lies with the loop, which reads it now
         if not stop.is_set():
@@ -106,7 +106,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     return 0
 
 
-async def _serve(bases: Mapping[str, Settings], start: Start, stop: asyncio.Event) -> tuple[int, str]:
+async def _serve(bases: Mapping[str, Settings], start: BaseStart, stop: asyncio.Event) -> tuple[int, str]:
     """Load the model and work for the queue until `stop` or an order.
 
     Returns the exit code, and the base that the worker has been ordered to become. Raises NotStarted where there are

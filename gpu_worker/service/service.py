@@ -434,7 +434,7 @@ class WorkerService:
             self.name, self.served.name, stats, self.outbox, publish_s=self._publish_s, draining=self.draining,
             may_become=self.may_become, becoming=self.becomes, start_s=self._start_s, joined_ms=self._joined_ms,
             started_with=self.settings.workers,
-        )  # fmt: skip
+        )
 
     async def _beat(self) -> None:
         """Send the worker's heartbeat. Raises Fenced when its streams are gone."""

@@ -157,7 +157,7 @@ def test_floods_keep_no_other_base_waiting_beyond_the_bound(flooded: list[str]) 
     assert fleet.starts.total() > 10, "the flood has forced swaps"
 
 
-def test_a_tenant_that_asks_for_one_base_after_the_other_takes_no_more_than_its_share() -> None:
+def test_a_tenant_that_asks_for_base_after_base_gets_its_share() -> None:
     """Each of its requests costs a swap, where nothing else waits; where others do, they keep their turn.
 
     The bound leaves room for turns here. Where it is as short as starts and residencies of all bases, it decides.

@@ -29,7 +29,7 @@ def plan(tmp_path: Path, *models: Path, **more: Any) -> Settings:
 
 
 @pytest.mark.parametrize(("workers", "begun"), [(0, ["first", "two", "three"]), (1, ["first"]), (4, [0, 1, 2, 0])])
-def test_workers_begin_with_one_base_after_the_other_and_share_the_machine(
+def test_workers_begin_with_base_after_base_and_share_the_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, begun: list[Any]
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -157,7 +157,7 @@ def test_a_base_that_fails_is_tried_again_ever_later_and_its_calls_end() -> None
     assert scheduler.swaps.failed() == set()
 
 
-def test_a_base_whose_starts_end_without_a_word_has_failed_after_some() -> None:
+def test_a_base_whose_starts_end_without_a_word_has_failed() -> None:
     """As where the system kills them for their memory. A worker that is killed once is no reason to give a base up."""
     scheduler = scheduler_of(beat("a"))
     scheduler.submit(make_submit("r", base="b", submitted_ms=0), 0)
@@ -169,7 +169,7 @@ def test_a_base_whose_starts_end_without_a_word_has_failed_after_some() -> None:
     assert found == [("b", LOST)] * (MAX_LOST - 1) + [("b", FAILED)]
 
 
-def test_the_status_counts_workers_that_may_become_a_base_also_on_their_way() -> None:
+def test_the_status_counts_workers_that_may_become_a_base() -> None:
     scheduler = scheduler_of(beat("a"), beat("b", name="v", fleet=["b"]))
     assert scheduler.bases() == {"a": m.BaseLoad(1), "b": m.BaseLoad(1, 0, 0, 1), "c": m.BaseLoad(0, 0, 0, 1)}
     scheduler.submit(make_submit("r", base="c", submitted_ms=0), 0)

@@ -23,7 +23,7 @@ from helpers.waiting import wait_until
 from benchmarks.common.fake_worker import FakeEngine, fake_served
 from chaos.fleet import free_port
 from gpu_worker.service import program
-from gpu_worker.service.program import Start
+from gpu_worker.service.program import BaseStart
 from protocol.queue.bus import Bus
 from protocol.runtime import again
 from protocol.runtime.again import SWAP_VARIABLE
@@ -167,7 +167,7 @@ async def test_starts_that_fail_come_to_an_end(bus: Bus, tmp_path: Path) -> None
         assert set((await bus.members.bases())[1]) == {"broken", "broken2", "broken3"}
 
 
-async def test_a_first_base_that_does_not_start_leaves_its_worker_to_the_others(bus: Bus, tmp_path: Path) -> None:
+async def test_a_first_base_that_fails_leaves_its_worker_to_the_others(bus: Bus, tmp_path: Path) -> None:
     async with running(bus, tmp_path, "broken", "a") as worker:
         beat = await worker.beat_of("a")
         assert beat.may_become == ["broken"]
@@ -227,16 +227,16 @@ def test_what_a_process_begins_with(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(model="a", more_models="b,a,c", served_name="first")
     bases = worker_bases(settings)
     assert {name: one.model for name, one in bases.items()} == {"first": "a", "b": "b", "a": "a", "c": "c"}
-    start = Start.of(settings, bases)
+    start = BaseStart.of(settings, bases)
     assert (start.base, start.fallbacks) == ("first", ("b", "a", "c"))
-    start = Start.of(settings.model_copy(update={"base": "b", "swaps": False}), bases)
+    start = BaseStart.of(settings.model_copy(update={"base": "b", "swaps": False}), bases)
     assert (start.base, start.fallbacks) == ("b", ())
     with pytest.raises(BadRequest, match="--base: d is none of this worker's bases, first, b, a, c"):
-        Start.of(settings.model_copy(update={"base": "d"}), bases)
+        BaseStart.of(settings.model_copy(update={"base": "d"}), bases)
     for wrong in ("{", '{"base": 1}', '{"base": "d", "fallbacks": [], "began_ms": 1}'):
         monkeypatch.setenv(SWAP_VARIABLE, wrong)
         with pytest.raises(BadRequest):
-            Start.of(settings, bases)
+            BaseStart.of(settings, bases)
         assert SWAP_VARIABLE not in os.environ
 
 

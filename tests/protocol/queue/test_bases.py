@@ -142,7 +142,7 @@ async def test_a_fleet_that_starts_again_with_another_model_knows_that_one_only(
     assert await names(bus) == ["c"]
 
 
-async def test_a_worker_that_swaps_keeps_the_records_of_its_fleets_bases(bus: Bus) -> None:
+async def test_a_worker_that_swaps_keeps_the_records_of_other_bases(bus: Bus) -> None:
     """So a fleet of one worker knows all of its bases once it has served each."""
     fleet = ["a", "b", "c"]
 
