@@ -8,16 +8,28 @@ Surveys 20, 1988); the bound is kept by earliest deadline first (Liu and Layland
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 
-TURN_STARTS = 10.0
-"""A turn lasts at least so many times its start where the bound allows it, so that starts cost a tenth."""
+TURN_STARTS = 4.0
+"""So many starts a base that is beyond its share keeps a worker at least, so that starts cost the others little."""
+
+LONG_QUEUE = 0.8
+"""Part of the bound that a base's queue takes at least, where its worker leaves at its turn's end: a flood."""
+
+USED_MS = 120_000.0
+"""Time constant of the mean use of machine time that is compared with shares."""
 
 HELP_STARTS = 2.0
-"""Work that waits at a base, in seconds for each of its workers and in starts, from which one more worker helps."""
+"""Work that waits at a base, in starts for each of its workers, from which one more helps; and the starts for which the
+last worker of another base has been idle then."""
+
+LOSS, MAX_LOSS = 0.2, 0.1
+"""Part of machine time that starts take where the bound is longer than asked: since it cannot be kept, since all have
+much work."""
 
 TICK_MS = 1000.0
 """Time between two decisions at most, which the bound takes into account."""
@@ -39,6 +51,8 @@ class BaseDemand:
     """Since when the request waits that has waited longest, counted anew when it is handed back; None: none waits."""
     start_s: float
     """What a swap to it takes."""
+    typical_s: float = 0.0
+    """Of the work that waits, that of a tenant over its share: of the tenants with it, the middle one by shares."""
     blocked_until_ms: float = 0.0
     """It failed to start, and is not tried again before."""
 
@@ -81,7 +95,7 @@ class _Order:
 
 
 class SwapPolicy:
-    """Decides about swaps. It remembers orders on their way, and when each base last had a worker.
+    """Decides about swaps. It remembers orders on their way, and what each base has had of the workers.
 
     After a change of the leader it has forgotten both. It then learns the orders from `Seat.becoming`, and may order
     one swap too many for a base whose worker is just restarting.
@@ -91,159 +105,184 @@ class SwapPolicy:
         """Take the bound on waiting for a base, and the time for which a worker keeps a base that has work."""
         self.max_wait_ms = 1000 * max_wait_s
         self.residency_ms = 1000 * min_residency_s
-        self._orders: dict[str, _Order] = {}  # by the name of the worker
-        self._served_ms: dict[str, float] = {}  # base -> when it last had a worker
-        self._busy_ms: dict[str, float] = {}  # worker -> when it or its base last had work
+        self.orders: dict[str, _Order] = {}  # by the name of the worker
+        self.served_ms: dict[str, float] = {}  # base -> when it last had a worker
+        self.used: dict[str, float] = {}  # base -> mean part of machine time that it had
+        self.busy_ms: dict[str, float] = {}  # worker -> when it or its base last had work
+        self._last_ms = 0.0
 
     def decide(self, now_ms: float, demands: Sequence[BaseDemand], seats: Sequence[Seat]) -> list[Swap]:
         """Return the swaps to order now. To be called about once a second, with all bases and all workers."""
         by_name = {demand.name: demand for demand in demands}
         self._observe_orders(now_ms, by_name, seats)
-        orders = [order for order in self._orders.values() if order.until_ms > now_ms]
-        gone = {order.wid for order in orders}
-        free = [seat for seat in seats if seat.wid not in gone]
-        waits = {demand.name for demand in demands if demand.oldest_ms is not None}
-        self._served_ms = {name: ms for name, ms in self._served_ms.items() if name in by_name}
-        self._served_ms.update((seat.base, now_ms) for seat in free)
-        self._busy_ms = {
-            seat.wid: now_ms if seat.running or seat.base in waits else self._busy_ms.get(seat.wid, now_ms)
-            for seat in free
-        }
-        view = _View(self, now_ms, by_name, free, orders, self._served_ms, self._busy_ms)
-        swaps = view.decide()
+        fleet = _Fleet(self, now_ms, by_name, seats)
+        self._observe_use(now_ms, fleet)
         names = {seat.wid: seat.name or seat.wid for seat in seats}
+        swaps = fleet.decide()
         for swap in swaps:
-            start_ms = 1000 * by_name[swap.base].start_s
-            until_ms = now_ms + LOST_STARTS * start_ms + LOST_MS
-            self._orders[names[swap.wid]] = _Order(swap.wid, swap.base, now_ms + start_ms, until_ms)
+            self._note_order(now_ms, names[swap.wid], swap.wid, by_name[swap.base])
         return swaps
 
     def _observe_orders(self, now_ms: float, demands: Mapping[str, BaseDemand], seats: Sequence[Seat]) -> None:
         """Forget orders that came to something or to nothing; learn those of an earlier leader."""
         by_name = {seat.name or seat.wid: seat for seat in seats}
-        for name, order in list(self._orders.items()):
+        for name, order in list(self.orders.items()):
             seat, demand = by_name.get(name), demands.get(order.base)
-            is_over = seat is None and order.until_ms <= now_ms
-            if is_over or (seat is not None and seat.wid != order.wid):
-                del self._orders[name]
-            elif demand is None or demand.blocked_until_ms > now_ms:
-                order.until_ms = now_ms
+            if demand is None or demand.blocked_until_ms > now_ms:
+                order.until_ms = min(order.until_ms, now_ms)
+            if seat.wid != order.wid if seat is not None else order.until_ms <= now_ms:
+                del self.orders[name]
         for name, seat in by_name.items():
-            if seat.becoming in demands and name not in self._orders:
-                start_ms = 1000 * demands[seat.becoming].start_s
-                until_ms = now_ms + LOST_STARTS * start_ms + LOST_MS
-                self._orders[name] = _Order(seat.wid, seat.becoming, now_ms + start_ms, until_ms)
+            if seat.becoming in demands and name not in self.orders:
+                self._note_order(now_ms, name, seat.wid, demands[seat.becoming])
+
+    def _observe_use(self, now_ms: float, fleet: _Fleet) -> None:
+        keeps = math.exp(min(0.0, self._last_ms - now_ms) / USED_MS)
+        self._last_ms = now_ms
+        self.used = {
+            name: keeps * self.used.get(name, 0.0) + (1 - keeps) * fleet.num[name] / max(1, fleet.num.total())
+            for name in fleet.demands
+        }
+        self.served_ms = {name: ms for name, ms in self.served_ms.items() if name in fleet.demands}
+        self.served_ms.update((seat.base, now_ms) for seat in fleet.free)
+        self.busy_ms = {
+            seat.wid: self.busy_ms.get(seat.wid, now_ms) if fleet.is_idle(seat) else now_ms for seat in fleet.free
+        }
+
+    def _note_order(self, now_ms: float, name: str, wid: str, demand: BaseDemand) -> None:
+        start_ms = 1000 * demand.start_s
+        self.orders[name] = _Order(wid, demand.name, now_ms + start_ms, now_ms + LOST_STARTS * start_ms + LOST_MS)
 
 
-class _View:
+class _Fleet:
     """The fleet at one moment, and what is decided about it."""
 
     def __init__(
-        self, policy: SwapPolicy, now_ms: float, demands: Mapping[str, BaseDemand], free: list[Seat],
-        orders: Sequence[_Order], served_ms: Mapping[str, float], busy_ms: Mapping[str, float],
-    ) -> None:  # fmt: skip
-        self._max_wait_ms, self._residency_ms = policy.max_wait_ms, policy.residency_ms
-        self._now_ms, self._demands, self._free = now_ms, demands, free
-        self._busy_ms = busy_ms
-        self._num = Counter([*(seat.base for seat in free), *(order.base for order in orders)])
-        self._num_workers = len(free) + len(orders)
+        self, policy: SwapPolicy, now_ms: float, demands: Mapping[str, BaseDemand], seats: Sequence[Seat]
+    ) -> None:
+        self._policy, self._now_ms, self.demands = policy, now_ms, demands
+        orders = [order for order in policy.orders.values() if order.until_ms > now_ms]
+        gone = {order.wid for order in orders}
+        self.free = [seat for seat in seats if seat.wid not in gone]
+        """Workers that may get an order."""
+        self.num = Counter([*(seat.base for seat in self.free), *(order.base for order in orders)])
+        """Workers that each base has, or will have."""
+        self._num_workers = max(1, self.num.total())
         self._joins_ms = [order.joins_ms for order in orders]
-        self._waiting = {d.name: d.oldest_ms for d in demands.values() if d.oldest_ms is not None}
-        self._due_ms = {
-            name: max(ms, served_ms.get(name, ms)) + self._max_wait_ms for name, ms in self._waiting.items()
-        }
-        active = self._waiting.keys() | {seat.base for seat in free if seat.running}
-        self._active = [demand for demand in demands.values() if demand.name in active]
+        self._since_ms = {demand.name: demand.oldest_ms for demand in demands.values() if demand.oldest_ms is not None}
+        running = {seat.base for seat in self.free if seat.running}
+        self._active = [demand for name, demand in demands.items() if name in running or name in self._since_ms]
         self._shares = sum(demand.shares for demand in self._active) or 1.0
+        self._starts_ms = sum(1000 * demand.start_s for demand in self._active)
         self._swaps: list[Swap] = []
+
+    def is_idle(self, seat: Seat) -> bool:
+        """Return whether a worker and its base have nothing to do."""
+        return not seat.running and seat.base not in self._since_ms
 
     def decide(self) -> list[Swap]:
         """Give a worker to bases that wait for one, the most urgent first; else move workers to where work piles up."""
-        unserved = sorted(
-            (d for d in self._active if d.name in self._due_ms and not self._num[d.name] and self._is_open(d)),
-            key=lambda demand: self._due_ms[demand.name],
-        )
-        for num, demand in enumerate(unserved):
-            is_late = self._is_late(unserved[num:])
-            leaving = [(seat, why) for seat in self._free if (why := self._why(seat, demand, is_late=is_late))]
+        due_ms = {
+            name: max(since_ms, self._policy.served_ms.get(name, since_ms)) + self._limit_ms(self.demands[name])
+            for name, since_ms in self._since_ms.items()
+            if not self.num[name] and self._is_open(self.demands[name])
+        }
+        unserved = sorted(due_ms, key=due_ms.__getitem__)
+        for num, name in enumerate(unserved):
+            is_late = self._is_late([(due_ms[other], self.demands[other]) for other in unserved[num:]])
+            leaving = [(seat, why) for seat in self.free if (why := self._why(seat, name, is_late=is_late))]
             if leaving:
-                self._order(*max(leaving, key=lambda one: self._excess(one[0])), demand)
-        if all(self._num[demand.name] for demand in unserved):
+                self._order(*max(leaving, key=lambda one: self._excess(one[0])), name)
+        if all(self.num[name] for name in unserved):
             self._help()
         return self._swaps
 
     def _is_open(self, demand: BaseDemand) -> bool:
         return demand.blocked_until_ms <= self._now_ms
 
-    def _is_late(self, unserved: Sequence[BaseDemand]) -> bool:
+    def _limit_ms(self, demand: BaseDemand) -> float:
+        """Return how long a base waits for a worker at most.
+
+        This is the bound. It is longer where so many bases could not take turns within it, and where most tenants of
+        the base have more work than a turn within the bound takes: longer turns then get it done sooner.
+        """
+        num, starts_ms, least_ms = self._num_workers, self._starts_ms, self._policy.max_wait_ms
+        if num * least_ms < starts_ms + len(self._active) * self._policy.residency_ms:
+            least_ms = max(least_ms, starts_ms / num / LOSS)
+        part_ms = (num * least_ms - starts_ms) / self._shares
+        most_ms = starts_ms / num / MAX_LOSS
+        return max(least_ms, min(most_ms, least_ms * 1000 * demand.typical_s / max(part_ms, 1.0)))
+
+    def _is_late(self, unserved: Sequence[tuple[float, BaseDemand]]) -> bool:
         """Return whether some base would wait too long if no worker left one before the next decision."""
-        leaves_ms = [max(self._now_ms + TICK_MS, seat.since_ms + self._residency_ms) for seat in self._free]
-        leaves_ms += [max(self._now_ms + TICK_MS, joins_ms + self._residency_ms) for joins_ms in self._joins_ms]
+        soon_ms, residency_ms = self._now_ms + TICK_MS, self._policy.residency_ms
+        joined_ms = [*(seat.since_ms for seat in self.free), *self._joins_ms]
+        leaves_ms = [max(soon_ms, since_ms + residency_ms) for since_ms in joined_ms]
         heapify(leaves_ms)
-        for demand in unserved:
-            if leaves_ms[0] > self._due_ms[demand.name]:
+        for due_ms, demand in unserved:
+            if leaves_ms[0] > due_ms:
                 return True
-            heapreplace(leaves_ms, leaves_ms[0] + 1000 * demand.start_s + self._residency_ms)
+            heapreplace(leaves_ms, leaves_ms[0] + 1000 * demand.start_s + residency_ms)
         return False
 
-    def _why(self, seat: Seat, demand: BaseDemand, *, is_late: bool) -> str:
+    def _why(self, seat: Seat, name: str, *, is_late: bool) -> str:
         """Return why a worker leaves its base for one without a worker, "" if it stays."""
-        if demand.name not in seat.may_become:
+        if name not in seat.may_become:
             return ""
-        if not seat.running and seat.base not in self._waiting:
+        if self.is_idle(seat):
             return "idle"
-        stayed_ms = self._now_ms - seat.since_ms
-        if stayed_ms >= self._turn_ms(seat.base):
+        if self._has_had_turn(seat) and self._is_flooded(seat.base):
             return "turn"
-        return "bound" if is_late and stayed_ms >= self._residency_ms else ""
+        return "bound" if is_late and self._now_ms - seat.since_ms >= self._policy.residency_ms else ""
 
-    def _turn_ms(self, name: str) -> float:
-        """Return for how long a base keeps a worker while it has work and others wait for one."""
-        demand = self._demands.get(name)
+    def _has_had_turn(self, seat: Seat) -> bool:
+        """Return whether a worker's base is beyond its share, and it has stayed for a turn."""
+        demand = self.demands.get(seat.base)
         if demand is None:
-            return self._residency_ms
-        share = demand.shares / self._shares
-        long_ms = TURN_STARTS * 1000 * demand.start_s * share * len(self._active)
-        visits_ms = sum(1000 * one.start_s + self._residency_ms for one in self._active)
-        spare_ms = self._num_workers * self._max_wait_ms - visits_ms
-        if spare_ms < 0:
-            return max(self._residency_ms, 0.4 * long_ms)
-        return max(self._residency_ms, min(long_ms, self._residency_ms + spare_ms * share))
+            return self._now_ms - seat.since_ms >= self._policy.residency_ms
+        turn_ms = max(self._policy.residency_ms, TURN_STARTS * 1000 * demand.start_s)
+        return self._now_ms - seat.since_ms >= turn_ms and self._policy.used[seat.base] > self._share(demand)
+
+    def _is_flooded(self, name: str) -> bool:
+        """Return whether the workers of a base will not be through with what waits for most of the bound."""
+        demand = self.demands.get(name)
+        return demand is None or 1000 * demand.waiting_s > self.num[name] * LONG_QUEUE * self._policy.max_wait_ms
+
+    def _share(self, demand: BaseDemand) -> float:
+        return demand.shares / self._shares
 
     def _ideal(self, name: str) -> float:
-        demand = self._demands.get(name)
-        return self._num_workers * demand.shares / self._shares if demand is not None else 0.0
+        return self._num_workers * self._share(self.demands[name]) if name in self.demands else 0.0
 
     def _excess(self, seat: Seat) -> tuple[bool, float, float]:
         """Order workers by what their base has beyond its share."""
-        is_idle = not seat.running and seat.base not in self._waiting
-        return is_idle, self._num[seat.base] - self._ideal(seat.base), -seat.since_ms
+        return self.is_idle(seat), self.num[seat.base] - self._ideal(seat.base), -seat.since_ms
 
     def _help(self) -> None:
         """Move workers to bases whose own need longer than a few starts for what waits."""
         for demand in sorted(self._active, key=lambda one: -one.waiting_s):
-            while self._is_open(demand) and (num := self._num[demand.name]):
+            while self._is_open(demand) and (num := self.num[demand.name]):
                 if demand.waiting_s <= num * HELP_STARTS * demand.start_s:
                     break
-                helpers = [seat for seat in self._free if self._may_help(seat, demand)]
+                helpers = [seat for seat in self.free if self._may_help(seat, demand)]
                 if not helpers:
                     break
-                self._order(max(helpers, key=self._excess), "load", demand)
+                self._order(max(helpers, key=self._excess), "load", demand.name)
 
     def _may_help(self, seat: Seat, demand: BaseDemand) -> bool:
         if seat.base == demand.name or demand.name not in seat.may_become:
             return False
-        is_last = self._num[seat.base] == 1
-        if not seat.running and seat.base not in self._waiting:
-            idle_ms = self._now_ms - self._busy_ms[seat.wid]
+        is_last = self.num[seat.base] == 1
+        if self.is_idle(seat):
+            idle_ms = self._now_ms - self._policy.busy_ms[seat.wid]
             return not is_last or idle_ms >= HELP_STARTS * 1000 * demand.start_s
-        if is_last or self._now_ms - seat.since_ms < self._turn_ms(seat.base):
+        if is_last or not self._has_had_turn(seat):
             return False
-        return self._num[seat.base] - 1 >= self._ideal(seat.base) and self._num[demand.name] < self._ideal(demand.name)
+        return self.num[seat.base] - 1 >= self._ideal(seat.base) and self.num[demand.name] < self._ideal(demand.name)
 
-    def _order(self, seat: Seat, why: str, demand: BaseDemand) -> None:
-        self._swaps.append(Swap(seat.wid, demand.name, why))
-        self._free.remove(seat)
-        self._joins_ms.append(self._now_ms + 1000 * demand.start_s)
-        self._num[seat.base] -= 1
-        self._num[demand.name] += 1
+    def _order(self, seat: Seat, why: str, name: str) -> None:
+        self._swaps.append(Swap(seat.wid, name, why))
+        self.free.remove(seat)
+        self._joins_ms.append(self._now_ms + 1000 * self.demands[name].start_s)
+        self.num[seat.base] -= 1
+        self.num[name] += 1

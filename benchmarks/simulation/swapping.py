@@ -15,7 +15,7 @@ import argparse
 import math
 import random
 from bisect import bisect
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from heapq import heappop, heappush
@@ -77,7 +77,7 @@ class Cell:
 def arrivals(cell: Cell) -> Iterator[Request]:
     """Yield the requests of a day, by Zipf's law over the bases, in order of time.
 
-    day: each base has its peak at an hour of its own, and a burst of five minutes each hour makes one base four times
+    day: each base has its peak, 1.6 of its mean, at an hour of its own, and a burst of five minutes each hour makes one base three times
     as popular. flood: the last base belongs to the flooding tenant, whose requests are not among these.
     """
     rng = random.Random(f"{cell.kind} {cell.seed}")
@@ -95,9 +95,11 @@ def arrivals(cell: Cell) -> Iterator[Request]:
             return
         weights = list(zipf)
         if cell.kind == "day":
-            weights = [w * 2 * math.sin(math.pi * (at_s / end_s + p)) ** 2 for w, p in zip(zipf, phases, strict=True)]
+            weights = [
+                w * (1 + 0.6 * math.sin(2 * math.pi * (at_s / end_s + p))) for w, p in zip(zipf, phases, strict=True)
+            ]
             if at_s % 3600 < 300:
-                weights[bursts[int(at_s // 3600)]] *= 4
+                weights[bursts[int(at_s // 3600)]] *= 3
         if rng.random() * 3 * total > sum(weights):
             continue
         sums = list(accumulate(weights))
@@ -126,7 +128,9 @@ class Outcome:
 
     waits_s: list[float] = field(default_factory=list[float])
     swaps: Counter[str] = field(default_factory=Counter[str])
-    served_s: Counter[str] = field(default_factory=Counter[str])  # by tenant, work of ended requests
+    served_s: dict[str, float] = field(
+        default_factory=lambda: defaultdict[str, float](float)
+    )  # by tenant, work of ended requests
     num_ended: int = 0  # within the day, without the flood's
     starting_s: float = 0.0
     longest_s: float = 0.0  # in which a base with requests had no worker
@@ -146,7 +150,7 @@ class Day:
         names = cell.names
         self._workers = [Worker(f"w{i}", names[i % len(names)]) for i in range(cell.workers)]
         self._queues = {name: deque[tuple[float, Request]]() for name in names}  # with since when it waits
-        self._waiting_s = Counter[str]()
+        self._waiting_s = dict.fromkeys(names, 0.0)
         self._num_open = {name: Counter[str]() for name in names}  # by tenant
         self._events: list[tuple[float, int, Worker | None, int]] = []
         self._num_events = 0
@@ -272,7 +276,7 @@ class Day:
         demands = [
             BaseDemand(
                 name, float(len(self._num_open[name])), self._waiting_s[name], 1000 * queue[0][0] if queue else None,
-                self._cell.start_s(name),
+                self._cell.start_s(name), self._typical_s(name),
             )
             for name, queue in self._queues.items()
         ]  # fmt: skip
@@ -290,6 +294,13 @@ class Day:
                 self._wait(request, now_s, first=True)
             self._swap(worker, swap.base, swap.why, now_s)
             self._push(worker.ready_s, worker)
+
+    def _typical_s(self, base: str) -> float:
+        """Return the median of the work that waits of each tenant, all of which have one share."""
+        waiting_s = dict.fromkeys(self._num_open[base], 0.0)
+        for _, request in self._queues[base]:
+            waiting_s[request.tenant] += request.left_s
+        return sorted(waiting_s.values())[(len(waiting_s) - 1) // 2] if waiting_s else 0.0
 
 
 def row(cell: Cell, policy: str) -> dict[str, Any]:
