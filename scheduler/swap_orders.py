@@ -61,6 +61,12 @@ class _Demand:
     shares: float = 0.0
     waiting_s: float = 0.0
     oldest_ms: float | None = None
+    by_tenant: dict[str, float] = field(default_factory=dict[str, float])  # seconds that wait, over the tenant's weight
+
+    @property
+    def typical_s(self) -> float:
+        """The lower median over its tenants."""
+        return sorted(self.by_tenant.values())[(len(self.by_tenant) - 1) // 2] if self.by_tenant else 0.0
 
     def add(self, seconds: float, since_ms: float) -> None:
         self.waiting_s += seconds
@@ -177,8 +183,13 @@ class SwapOrders:
             becoming = order.base if order is not None and order.wid == worker.wid else beat.becoming
             if worker.available or becoming:
                 seats[worker.wid] = Seat(
-                    worker.wid, self._name(beat.base), float(beat.joined_ms), worker.load,
-                    frozenset(beat.may_become), becoming, beat.name,
+                    worker.wid,
+                    self._name(beat.base),
+                    float(beat.joined_ms),
+                    worker.load,
+                    frozenset(beat.may_become),
+                    becoming,
+                    beat.name,
                 )
         return seats
 
@@ -201,10 +212,12 @@ class SwapOrders:
                 demand = (batch if sub.cls == BATCH else interactive)[base]
                 seconds = self._facts_of(base).seconds(request, mean_output_tokens)
                 demand.add(seconds, request.since_ms or sub.submitted_ms)
+                demand.by_tenant[sub.tenant] = demand.by_tenant.get(sub.tenant, 0.0) + seconds / sub.weight
         found = batch if all(one.oldest_ms is None for one in interactive.values()) else interactive
         for tenant, bases in used.items():
             for base in bases:
                 found[base].shares += weights[tenant] / len(bases)
+                found[base].by_tenant.setdefault(tenant, 0.0)
         beats = [worker.beat for worker in self.workers.by_id.values()]
         are_coming = len({beat.name for beat in beats} | self.by_worker.keys()) < max(
             (beat.started_with for beat in beats), default=0
@@ -224,7 +237,12 @@ class SwapOrders:
             found[name].shares = found[name].shares or 1.0
         return [
             BaseDemand(
-                name, one.shares, one.waiting_s, one.oldest_ms, self._facts_of(name).start_s,
+                name,
+                one.shares,
+                one.waiting_s,
+                one.oldest_ms,
+                self._facts_of(name).start_s,
+                one.typical_s,
                 self._failures[name].until_ms if name in self._failures else 0.0,
             )
             for name, one in sorted(found.items())

@@ -53,6 +53,7 @@ PATCHES = {
     "gpu_worker/sampling/test_grammars.py",  # a library that fails
     "gpu_worker/service/test_service.py",  # the pause between beats; what is asked of engine and queue, in what order
     "gpu_worker/service/test_start_failures.py",  # a model that cannot be loaded
+    "gpu_worker/service/test_swap.py",  # a process that is replaced
     "gpu_worker/test_memory.py",  # what torch says of a GPU's memory
     "hostile/test_loops.py",  # loops that fail, in the tables of all services
     "kernels/test_linear.py",  # what torch says of the processor

@@ -80,8 +80,18 @@ def engine_request(item: m.Assigned, body: m.Body, log: bytes) -> EngineRequest:
 
 
 def worker_beat(
-    name: str, base: str, stats: EngineStats, outbox: Outbox, *, publish_s: float, draining: bool,
-    may_become: list[str], becoming: str, start_s: float, joined_ms: int, started_with: int,
+    name: str,
+    base: str,
+    stats: EngineStats,
+    outbox: Outbox,
+    *,
+    publish_s: float,
+    draining: bool,
+    may_become: list[str],
+    becoming: str,
+    start_s: float,
+    joined_ms: int,
+    started_with: int,
 ) -> m.WorkerBeat:
     """Return what a worker says of itself.
 

@@ -431,8 +431,16 @@ class WorkerService:
         stats = self.engine.stats()
         self._beaten_loads, self._end_beat_s = stats.num_loads, time.monotonic() + END_BEAT_S
         return worker_beat(
-            self.name, self.served.name, stats, self.outbox, publish_s=self._publish_s, draining=self.draining,
-            may_become=self.may_become, becoming=self.becomes, start_s=self._start_s, joined_ms=self._joined_ms,
+            self.name,
+            self.served.name,
+            stats,
+            self.outbox,
+            publish_s=self._publish_s,
+            draining=self.draining,
+            may_become=self.may_become,
+            becoming=self.becomes,
+            start_s=self._start_s,
+            joined_ms=self._joined_ms,
             started_with=self.settings.workers,
         )
 

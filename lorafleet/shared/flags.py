@@ -26,7 +26,12 @@ from protocol.wire.errors import BadRequest
 
 PREFIX = str(Settings.model_config.get("env_prefix"))
 OTHER_VARIABLES = {
-    CONFIG_VARIABLE, lifeline.VARIABLE, "LORAFLEET_CACHE_DIR", URL_VARIABLE, PROFILE_VARIABLE, SWAP_VARIABLE,
+    CONFIG_VARIABLE,
+    lifeline.VARIABLE,
+    "LORAFLEET_CACHE_DIR",
+    URL_VARIABLE,
+    PROFILE_VARIABLE,
+    SWAP_VARIABLE,
 }
 PRECEDENCE = f"""\
 Each setting is also an environment variable {PREFIX}NAME, and a line NAME = VALUE in the --config file.
