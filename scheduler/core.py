@@ -17,7 +17,7 @@ from scheduler.ledger import Ledger
 from scheduler.placement import AdapterFacts, Placement
 from scheduler.request import BASE, QueuedRequest
 from scheduler.scale_in import Popularity, least_valuable
-from scheduler.swap_orders import SwapOrder, SwapOrders
+from scheduler.swap_orders import SwapOrders
 from scheduler.swaps import SwapPolicy
 from scheduler.workers import Worker, Workers
 
@@ -284,10 +284,6 @@ class Scheduler:
             for rid, r in self.requests.items()
             if r.base in late and r.submit.gateway and r.submit.submitted_ms <= before_ms
         ]
-
-    def order_swaps(self, now_ms: float) -> list[SwapOrder]:
-        """Return the workers that are to become another base now. To be called once a second."""
-        return self.swaps.decide(now_ms, self.requests.values(), self.ledger.mean_output_tokens)
 
     def failed(self) -> list[str]:
         """Return the requests, for which somebody waits, of bases that workers might become but that do not start."""

@@ -70,6 +70,9 @@ MAX_TOLD = 64
 DRAIN_ROUNDS = 10
 """Worker scans between two choices of the one to drain next, which compare thousands of adapters."""
 
+SUMMED_AT_ONCE = 500
+"""Requests that are summed up for the policy of swaps in one turn of the event loop."""
+
 MEMORY_FOR_BATCH = 0.95
 """Share of its memory up to which the queue's jobs are dispatched: their answers stay there for a day."""
 
@@ -311,7 +314,13 @@ class Session:
             if outcome == FAILED:
                 await members.note_failure(order.base, f"worker {order.name} ended while it started", keep=True)
                 await self._bus.audit.note(_audited(order, "base_failed"))
-        if orders := self.scheduler.order_swaps(now_ms()):
+        if (asked := self.scheduler.swaps.asked(self.scheduler.ledger.mean_output_tokens)) is None:
+            return
+        requests = list(self.scheduler.requests.values())
+        for start in range(0, len(requests), SUMMED_AT_ONCE):
+            asked.add(requests[start : start + SUMMED_AT_ONCE])
+            await asyncio.sleep(0)
+        if orders := self.scheduler.swaps.decide(now_ms(), asked):
             await self._renew()  # a leader that was deposed gives none
             await self._bus.streams.tell([(one.wid, m.Control(kind="serve", base=one.base)) for one in orders])
             for order in orders:

@@ -7,7 +7,7 @@ been ordered to become, and decides anew.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from protocol.wire import messages as m
@@ -88,6 +88,42 @@ class _Facts:
         return in_tokens + self.model.a * max(1.0, num_steps) / self.capacity
 
 
+class Asked:
+    """What is asked of each base that a worker serves or may become, summed up piece by piece."""
+
+    def __init__(self, names: Collection[str], only: str, facts: Mapping[str, _Facts], mean_tokens: float) -> None:
+        """only: the base of a request that names none. mean_tokens: of an output. Other names do not count."""
+        self._only, self._mean_tokens = only, mean_tokens
+        self._facts = {name: facts.get(name) or _Facts() for name in names}
+        self._interactive, self._batch = ({name: _Demand() for name in names} for _ in range(2))
+        self._used: dict[str, set[str]] = {}  # tenant -> bases that it waits for or runs on
+        self._weights: dict[str, float] = {}
+
+    def add(self, requests: Iterable[QueuedRequest]) -> None:
+        """Add requests that have not ended."""
+        for request in requests:
+            base, sub = request.base or self._only, request.submit
+            if (facts := self._facts.get(base)) is None:
+                continue
+            self._used.setdefault(sub.tenant, set()).add(base)
+            self._weights[sub.tenant] = sub.weight
+            if not request.wid:
+                demand = (self._batch if sub.cls == BATCH else self._interactive)[base]
+                seconds = facts.seconds(request, self._mean_tokens)
+                demand.add(seconds, request.since_ms or sub.submitted_ms)
+                demand.by_tenant[sub.tenant] = demand.by_tenant.get(sub.tenant, 0.0) + seconds / sub.weight
+
+    def by_base(self) -> dict[str, _Demand]:
+        """Return the sums. Batch work counts where nothing else waits."""
+        nothing_waits = all(one.oldest_ms is None for one in self._interactive.values())
+        found = self._batch if nothing_waits else self._interactive
+        for tenant, bases in self._used.items():
+            for base in bases:
+                found[base].shares += self._weights[tenant] / len(bases)
+                found[base].by_tenant.setdefault(tenant, 0.0)
+        return found
+
+
 @dataclass(slots=True)
 class _Failure:
     """Starts of a base that have failed in a row."""
@@ -158,13 +194,18 @@ class SwapOrders:
         self._failures.setdefault(order.base, _Failure()).add(now_ms)
         return FAILED
 
-    def decide(self, now_ms: float, requests: Collection[QueuedRequest], mean_output_tokens: float) -> list[SwapOrder]:
-        """Return the orders to give now; `requests` are all that have not ended. To be called once a second."""
+    def asked(self, mean_output_tokens: float) -> Asked | None:
+        """Return what all requests that have not ended are to be added to; None: no worker may become another base."""
         if not any(worker.beat.may_become for worker in self.workers.by_id.values()):
-            return []
+            return None
+        names = self.reachable() | {self._name(worker.beat.base) for worker in self.workers.by_id.values()}
+        return Asked(names, self._name(""), self._facts, mean_output_tokens)
+
+    def decide(self, now_ms: float, asked: Asked) -> list[SwapOrder]:
+        """Return the orders to give now. To be called once a second."""
         if not (seats := self._seats()):
             return []
-        demands = self._demands(now_ms, requests, mean_output_tokens)
+        demands = self._demands(now_ms, asked.by_base())
         found: list[SwapOrder] = []
         for swap in self.policy.decide(now_ms, demands, list(seats.values())):
             seat = seats[swap.wid]
@@ -193,36 +234,13 @@ class SwapOrders:
                 )
         return seats
 
-    def _demands(self, now_ms: float, requests: Iterable[QueuedRequest], mean_output_tokens: float) -> list[BaseDemand]:
-        """Return what is asked of each base that a worker serves or may become. Names of strangers are none of them.
-
-        Batch work counts where nothing else waits.
-        """
-        names = self.reachable() | {self._name(worker.beat.base) for worker in self.workers.by_id.values()}
-        interactive, batch = ({name: _Demand() for name in names} for _ in range(2))
-        used: dict[str, set[str]] = {}  # tenant -> bases that it waits for or runs on
-        weights: dict[str, float] = {}
-        for request in requests:
-            base, sub = self._name(request.base), request.submit
-            if base not in names:
-                continue
-            used.setdefault(sub.tenant, set()).add(base)
-            weights[sub.tenant] = sub.weight
-            if not request.wid:
-                demand = (batch if sub.cls == BATCH else interactive)[base]
-                seconds = self._facts_of(base).seconds(request, mean_output_tokens)
-                demand.add(seconds, request.since_ms or sub.submitted_ms)
-                demand.by_tenant[sub.tenant] = demand.by_tenant.get(sub.tenant, 0.0) + seconds / sub.weight
-        found = batch if all(one.oldest_ms is None for one in interactive.values()) else interactive
-        for tenant, bases in used.items():
-            for base in bases:
-                found[base].shares += weights[tenant] / len(bases)
-                found[base].by_tenant.setdefault(tenant, 0.0)
+    def _demands(self, now_ms: float, found: dict[str, _Demand]) -> list[BaseDemand]:
+        """Return what the policy is told of the bases: what is asked of them, and that some are to be tried."""
         beats = [worker.beat for worker in self.workers.by_id.values()]
         are_coming = len({beat.name for beat in beats} | self.by_worker.keys()) < max(
             (beat.started_with for beat in beats), default=0
         )
-        for name in names:
+        for name, demand in found.items():
             failure = self._failures.get(name)
             if failure is not None:
                 since_ms = min(now_ms, failure.due_ms)
@@ -233,8 +251,8 @@ class SwapOrders:
             else:
                 self._known_ms.pop(name, None)
                 continue
-            found[name].add(VISIT_S, since_ms)
-            found[name].shares = found[name].shares or 1.0
+            demand.add(VISIT_S, since_ms)
+            demand.shares = demand.shares or 1.0
         return [
             BaseDemand(
                 name,

@@ -14,7 +14,7 @@ import pytest
 
 from protocol.wire import messages as m
 from scheduler.core import Scheduler, SchedulerConfig
-from tests.scheduler.fakes import make_submit
+from tests.scheduler.fakes import make_submit, order_swaps
 
 START_MS, RESIDENCY_S, WAIT_S = 4000, 5.0, 30.0
 TICK_MS = 1000
@@ -78,7 +78,7 @@ class Fleet:
                 self.scheduler.ended(m.Ended(rid, wid, self.scheduler.requests[rid].epoch + 1, 1))
         if self.now_ms % TICK_MS == 0:
             self.scheduler.swaps.settle(self.now_ms)
-            for order in self.scheduler.order_swaps(self.now_ms):
+            for order in order_swaps(self.scheduler, self.now_ms):
                 self._leave(order.name, order.base)
             for rid in self.scheduler.failed():
                 self.scheduler.forget(rid)

@@ -13,7 +13,7 @@ from protocol.wire import messages as m
 from protocol.wire.error_codec import error_from
 from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.swap_orders import DONE, FAILED, FIRST_PAUSE_MS, LOST, MAX_LOST, OBEY_MS, START_MS, TOGETHER_MS
-from tests.scheduler.fakes import FakeWorker, becomes, holds, make_submit, running_scheduler, state, submit
+from tests.scheduler.fakes import FakeWorker, becomes, holds, make_submit, order_swaps, running_scheduler, state, submit
 from tests.scheduler.test_late_bases import served
 
 FLEET = ["a", "b", "c"]
@@ -38,7 +38,7 @@ def scheduler_of(*beats: m.WorkerBeat, known: list[str] = FLEET, **config: Any) 
 
 
 def ordered(scheduler: Scheduler, at_ms: float) -> dict[str, str]:
-    return {order.name: order.base for order in scheduler.order_swaps(at_ms)}
+    return {order.name: order.base for order in order_swaps(scheduler, at_ms)}
 
 
 def settled(scheduler: Scheduler, at_ms: float) -> list[tuple[str, str]]:
