@@ -9,8 +9,8 @@ Surveys 20, 1988); the bound is kept by earliest deadline first (Liu and Layland
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 
@@ -187,13 +187,19 @@ class _Fleet:
             for name, since_ms in self._since_ms.items()
             if not self.num[name] and self._is_open(self.demands[name])
         }
-        unserved = sorted(due_ms, key=due_ms.__getitem__)
-        for num, name in enumerate(unserved):
-            is_late = self._is_late([(due_ms[other], self.demands[other]) for other in unserved[num:]])
-            leaving = [(seat, why) for seat in self.free if (why := self._why(seat, name, is_late=is_late))]
-            if leaving:
-                self._order(*max(leaving, key=lambda one: self._excess(one[0])), name)
-        if all(self.num[name] for name in unserved):
+        unserved = deque(sorted(due_ms, key=due_ms.__getitem__))
+        leaving = [(seat, why) for seat in self.free if (why := self._why(seat))]
+        while unserved and leaving:
+            name = unserved[0]
+            may = [one for one in leaving if name in one[0].may_become]
+            if may and all(why == "bound" for _, why in may) and not self._is_late(unserved, due_ms):
+                may = []
+            unserved.popleft()
+            if may:
+                leaver = max(may, key=lambda one: (one[1] != "bound", self._excess(one[0])))
+                leaving.remove(leaver)
+                self._order(*leaver, name)
+        if all(self.num[name] for name in due_ms):
             self._help()
         return self._swaps
 
@@ -213,27 +219,25 @@ class _Fleet:
         most_ms = starts_ms / num / MAX_LOSS
         return max(least_ms, min(most_ms, least_ms * 1000 * demand.typical_s / max(part_ms, 1.0)))
 
-    def _is_late(self, unserved: Sequence[tuple[float, BaseDemand]]) -> bool:
+    def _is_late(self, unserved: Iterable[str], due_ms: Mapping[str, float]) -> bool:
         """Return whether some base would wait too long if no worker left one before the next decision."""
         soon_ms, residency_ms = self._now_ms + TICK_MS, self._policy.residency_ms
         joined_ms = [*(seat.since_ms for seat in self.free), *self._joins_ms]
         leaves_ms = [max(soon_ms, since_ms + residency_ms) for since_ms in joined_ms]
         heapify(leaves_ms)
-        for due_ms, demand in unserved:
-            if leaves_ms[0] > due_ms:
+        for name in unserved:
+            if leaves_ms[0] > due_ms[name]:
                 return True
-            heapreplace(leaves_ms, leaves_ms[0] + 1000 * demand.start_s + residency_ms)
+            heapreplace(leaves_ms, leaves_ms[0] + 1000 * self.demands[name].start_s + residency_ms)
         return False
 
-    def _why(self, seat: Seat, name: str, *, is_late: bool) -> str:
-        """Return why a worker leaves its base for one without a worker, "" if it stays."""
-        if name not in seat.may_become:
-            return ""
+    def _why(self, seat: Seat) -> str:
+        """Return why a worker may leave its base for one without a worker, "" if it stays."""
         if self.is_idle(seat):
             return "idle"
         if self._has_had_turn(seat) and self._is_flooded(seat.base):
             return "turn"
-        return "bound" if is_late and self._now_ms - seat.since_ms >= self._policy.residency_ms else ""
+        return "bound" if self._now_ms - seat.since_ms >= self._policy.residency_ms else ""
 
     def _has_had_turn(self, seat: Seat) -> bool:
         """Return whether a worker's base is beyond its share, and it has stayed for a turn."""
@@ -260,25 +264,29 @@ class _Fleet:
 
     def _help(self) -> None:
         """Move workers to bases whose own need longer than a few starts for what waits."""
-        for demand in sorted(self._active, key=lambda one: -one.waiting_s):
-            while self._is_open(demand) and (num := self.num[demand.name]):
-                if demand.waiting_s <= num * HELP_STARTS * demand.start_s:
+        helpers = [seat for seat in self.free if self._may_help(seat)]
+        for demand in sorted(self._active, key=lambda one: -one.waiting_s) if helpers else ():
+            enough_s = HELP_STARTS * demand.start_s
+            while self._is_open(demand) and demand.waiting_s > self.num[demand.name] * enough_s > 0:
+                may = [seat for seat in helpers if self._may_help(seat) and self._is_better_at(demand, seat)]
+                if not may:
                     break
-                helpers = [seat for seat in self.free if self._may_help(seat, demand)]
-                if not helpers:
-                    break
-                self._order(max(helpers, key=self._excess), "load", demand.name)
+                helper = max(may, key=self._excess)
+                helpers.remove(helper)
+                self._order(helper, "load", demand.name)
 
-    def _may_help(self, seat: Seat, demand: BaseDemand) -> bool:
-        if seat.base == demand.name or demand.name not in seat.may_become:
+    def _may_help(self, seat: Seat) -> bool:
+        """Return whether a worker is idle, or its base has one too many for its share."""
+        num = self.num[seat.base]
+        return self.is_idle(seat) or (num > 1 and num - 1 >= self._ideal(seat.base) and self._has_had_turn(seat))
+
+    def _is_better_at(self, demand: BaseDemand, seat: Seat) -> bool:
+        if demand.name == seat.base or demand.name not in seat.may_become:
             return False
-        is_last = self.num[seat.base] == 1
-        if self.is_idle(seat):
-            idle_ms = self._now_ms - self._policy.busy_ms[seat.wid]
-            return not is_last or idle_ms >= HELP_STARTS * 1000 * demand.start_s
-        if is_last or not self._has_had_turn(seat):
-            return False
-        return self.num[seat.base] - 1 >= self._ideal(seat.base) and self.num[demand.name] < self._ideal(demand.name)
+        if not self.is_idle(seat):
+            return self.num[demand.name] < self._ideal(demand.name)
+        idle_ms = self._now_ms - self._policy.busy_ms[seat.wid]
+        return self.num[seat.base] > 1 or idle_ms >= HELP_STARTS * 1000 * demand.start_s
 
     def _order(self, seat: Seat, why: str, name: str) -> None:
         self._swaps.append(Swap(seat.wid, name, why))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -231,7 +232,7 @@ class Fleet:
         self.members = [Member(f"w{i}", names[i % len(names)]) for i in range(self.num_workers)]
         self.waiting: dict[str, list[tuple[float, float]]] = {name: [] for name in names}  # since, ms of work
         self.unserved_ms: dict[str, float] = {}
-        self.had_ms = Counter[str]()
+        self.had_ms = dict.fromkeys(names, 0.0)
         self.swaps: list[tuple[float, str, str, str]] = []
         self.now_ms = 0.0
         self.longest_ms = 0.0
@@ -290,7 +291,7 @@ class Fleet:
             one.joins_ms = self.now_ms + 1000 * self.starts_s[swap.base]
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(n, marks=pytest.mark.thorough) for n in range(6, 60))])
 def test_no_base_waits_longer_than_the_bound_and_a_start(seed: int) -> None:
     """Whatever is asked: now and then, in bursts, in floods of some bases or all."""
     rng = random.Random(seed)
@@ -330,8 +331,8 @@ def test_a_tenant_that_floods_one_base_gets_no_more_than_its_share() -> None:
                 fleet.ask(name, 2.0)
         fleet.step()
         if second == 300:
-            fleet.had_ms.clear()
-    assert fleet.had_ms["a"] <= 1.2 * fleet.had_ms.total() / 3
+            fleet.had_ms = dict.fromkeys("abc", 0.0)
+    assert fleet.had_ms["a"] <= 1.2 * sum(fleet.had_ms.values()) / 3
 
 
 def test_a_flood_beside_quiet_bases_leaves_them_what_they_ask_for() -> None:
@@ -369,4 +370,4 @@ def test_a_worker_does_not_go_back_and_forth() -> None:
         fleet.step()
     at_ms = [one[0] for one in fleet.swaps]
     assert len(at_ms) > 20
-    assert all(after - before >= 1000 * 5 * START_S for before, after in zip(at_ms, at_ms[1:], strict=False))
+    assert all(after - before >= 1000 * 5 * START_S for before, after in pairwise(at_ms))
