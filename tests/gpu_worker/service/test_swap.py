@@ -10,7 +10,8 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -187,15 +188,14 @@ async def test_a_signal_ends_a_start_at_once(bus: Bus, tmp_path: Path, when: str
 async def test_a_signal_while_it_leaves_ends_it_without_another_start(
     bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started = _fake_exec(monkeypatch)
     stop = asyncio.Event()
+    started = _fake_exec(monkeypatch, on_hand_over=stop.set)
     task = asyncio.create_task(program.serve(_settings(bus), stop))
     (beat,) = await wait_until(lambda: _beats(bus), "it has joined")
     await bus.streams.tell([(beat.wid, m.Control(kind="serve", base="b"))])
-    await wait_until(lambda: _has_left(bus), "it has left")
-    stop.set()
     assert await task == 0
     assert started == []
+    assert await bus.members.ids(bus.keys.workers) == []
 
 
 async def test_the_order_of_a_swap_names_the_way_back(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +244,9 @@ class _Executed(BaseException):
     """Stands for the end of the process that executes another."""
 
 
-def _fake_exec(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+def _fake_exec(
+    monkeypatch: pytest.MonkeyPatch, on_hand_over: Callable[[], object] = lambda: None
+) -> list[dict[str, str]]:
     started: list[dict[str, str]] = []
 
     def execve(path: str, words: list[str], environment: dict[str, str]) -> None:
@@ -253,13 +255,18 @@ def _fake_exec(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
         started.append(environment)
         raise _Executed
 
+    class Engine(FakeEngine):
+        def hand_over(self) -> Future[list[str]]:
+            on_hand_over()
+            return super().hand_over()
+
     class NoLoader:
         def __init__(self, bearer: str) -> None: ...
         def close(self) -> None: ...
         def set_urls(self, urls: tuple[str, ...]) -> None: ...
 
     def load(settings: Settings, loader: Any) -> tuple[FakeEngine, m.ServedModel]:
-        return FakeEngine(), fake_served(settings.served_name)
+        return Engine(), fake_served(settings.served_name)
 
     monkeypatch.setattr(again.os, "execve", execve)
     monkeypatch.setattr(program, "SWITCH_S", sys.getswitchinterval())
@@ -274,7 +281,3 @@ def _settings(bus: Bus) -> Settings:
 
 async def _beats(bus: Bus) -> list[m.WorkerBeat]:
     return [beat for beat in (await bus.members.worker_beats()).values() if beat is not None]
-
-
-async def _has_left(bus: Bus) -> bool:
-    return not await bus.members.ids(bus.keys.workers)
