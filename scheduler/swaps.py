@@ -171,7 +171,11 @@ class _Fleet:
         self._joins_ms = [order.joins_ms for order in orders]
         self._since_ms = {demand.name: demand.oldest_ms for demand in demands.values() if demand.oldest_ms is not None}
         running = {seat.base for seat in self.free if seat.running}
-        self._active = [demand for name, demand in demands.items() if name in running or name in self._since_ms]
+        self._active = [
+            demand
+            for name, demand in demands.items()
+            if name in running or (name in self._since_ms and self._is_open(demand))
+        ]
         self._shares = sum(demand.shares for demand in self._active) or 1.0
         self._starts_ms = sum(1000 * demand.start_s for demand in self._active)
         self._swaps: list[Swap] = []

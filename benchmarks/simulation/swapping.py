@@ -158,9 +158,9 @@ class Day:
         self._rng = random.Random(f"flood {cell.seed}")
         self.outcome = Outcome()
 
-    def run(self) -> Outcome:
+    def run(self, coming: Iterator[Request]) -> Outcome:
         """Play the day, and serve to its end what has come."""
-        cell, coming = self._cell, arrivals(self._cell)
+        cell = self._cell
         end_s = 3600 * cell.hours
         if cell.kind == "flood":
             for _ in range(FLOOD_OPEN * cell.workers):
@@ -305,7 +305,7 @@ class Day:
 
 def row(cell: Cell, policy: str) -> dict[str, Any]:
     """Play a day, and return what is reported of it."""
-    outcome = Day(cell, policy).run()
+    outcome = Day(cell, policy).run(arrivals(cell))
     seconds = 3600 * cell.hours * cell.workers
     idle = 1 - (sum(outcome.served_s.values()) + outcome.starting_s) / seconds
     return {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from benchmarks.simulation import swapping
@@ -18,9 +16,8 @@ def asked(*requests: tuple[float, str]) -> list[Request]:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_request_for_another_base_waits_for_the_swap(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swapping, "arrivals", lambda cell: iter(asked((0.25, "b0"), (0.5, "b1"))))
-    outcome = Day(ONE, policy).run()
+def test_a_request_for_another_base_waits_for_the_swap(policy: str) -> None:
+    outcome = Day(ONE, policy).run(iter(asked((0.25, "b0"), (0.5, "b1"))))
     late_s = 0.25 if policy == "swaps" else 0.0  # until it is asked again, at 1.5 s
     assert outcome.waits_s == pytest.approx([0.0, 0.75 + late_s + ONE.start_s("b1")])
     assert outcome.swaps.total() == 1
@@ -28,23 +25,15 @@ def test_a_request_for_another_base_waits_for_the_swap(policy: str, monkeypatch:
 
 
 @pytest.mark.parametrize(("policy", "num"), [("fifo", 3), ("collate", 1), ("swaps", 1)])
-def test_only_first_come_first_served_swaps_for_every_other_request(
-    policy: str, num: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_requests_of_a_base_are_served_together_but_by_fifo(policy: str, num: int) -> None:
     trace = asked((0.1, "b0"), (0.2, "b1"), (0.3, "b0"), (0.4, "b1"))
-    monkeypatch.setattr(swapping, "arrivals", lambda cell: iter(trace))
-    assert Day(ONE, policy).run().swaps.total() == num
+    assert Day(ONE, policy).run(iter(trace)).swaps.total() == num
 
 
-def test_a_request_that_a_swap_interrupts_is_computed_from_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_request_goes_on_from_where_it_was() -> None:
     """It takes longer than the bound, and another base waits."""
-
-    def trace(_: Cell) -> Iterator[Request]:
-        yield Request(0.0, "b0", "t", 60.0, 60.0)
-        yield Request(1.0, "b1", "u", 1.0, 1.0)
-
-    monkeypatch.setattr(swapping, "arrivals", trace)
-    outcome = Day(ONE, "swaps").run()
+    trace = [Request(0.0, "b0", "t", 60.0, 60.0), Request(1.0, "b1", "u", 1.0, 1.0)]
+    outcome = Day(ONE, "swaps").run(iter(trace))
     assert outcome.swaps == {"bound": 1, "idle": 1}
     other_s, own_s = outcome.waits_s
     assert 29.0 <= other_s - ONE.start_s("b1") <= 30.0
@@ -52,7 +41,7 @@ def test_a_request_that_a_swap_interrupts_is_computed_from_where_it_was(monkeypa
     assert between_s <= own_s <= between_s + swapping.TICK_S
 
 
-def test_a_day_is_the_same_each_time_and_beside_a_flood_far_shorter_waits_than_first_come_first_served() -> None:
+def test_beside_a_flood_waits_are_half_of_fifos_each_time() -> None:
     cell = Cell(bases=3, workers=1, kind="flood", load=0.3, hours=0.25)
     fifo, swaps = row(cell, "fifo"), row(cell, "swaps")
     assert swaps == row(cell, "swaps")
@@ -62,7 +51,7 @@ def test_a_day_is_the_same_each_time_and_beside_a_flood_far_shorter_waits_than_f
     assert all(request.tenant != FLOOD for request in arrivals(cell))
 
 
-def test_a_goal_is_reached_by_half_of_the_wait_or_where_workers_suffice_by_none_that_is_longer() -> None:
+def test_the_table_says_which_goals_are_reached() -> None:
     def cell(workers: int, *p99_s: float) -> list[dict[str, object]]:
         shown = {"p50_s": 0, "requests_per_h": 100, "swaps_per_h": 0, "idle": 0, "longest_s": 0}
         return [{**shown, "bases": 3, "workers": workers, "kind": "day", "load": 0.3, "p99_s": one} for one in p99_s]

@@ -44,7 +44,7 @@ def test_an_idle_worker_goes_to_the_base_that_waits_longest() -> None:
     assert make().decide(NOW_MS, demands, [seat("w", "a")]) == [Swap("w", "c", "idle")]
 
 
-def test_an_idle_worker_goes_though_it_has_just_joined_and_a_busy_one_stays() -> None:
+def test_an_idle_worker_goes_at_once_and_a_busy_one_stays() -> None:
     demands = [base("a"), base("b", 1.0)]
     assert make().decide(NOW_MS, demands, [seat("w", "a", stayed_s=0.0)]) == [Swap("w", "b", "idle")]
     assert make().decide(NOW_MS, demands, [seat("w", "a", running=1)]) == []
@@ -64,7 +64,7 @@ def test_a_worker_becomes_only_what_it_may() -> None:
 
 
 @pytest.mark.parametrize(("waits_s", "wanted"), [(28.0, []), (29.5, [Swap("w", "b", "bound")])])
-def test_a_busy_worker_leaves_just_before_another_base_has_waited_too_long(waits_s: float, wanted: list[Swap]) -> None:
+def test_a_busy_worker_leaves_just_before_another_base_is_due(waits_s: float, wanted: list[Swap]) -> None:
     demands = [base("a", 5.0), base("b", 1.0, waits_s=waits_s)]
     assert make().decide(NOW_MS, demands, [seat("w", "a", running=1)]) == wanted
 
@@ -82,14 +82,14 @@ def test_no_worker_leaves_work_before_its_residency_is_over() -> None:
     assert make().decide(NOW_MS, demands, [seat("w", "a", running=1, stayed_s=5.0)]) == [Swap("w", "b", "bound")]
 
 
-def test_of_several_workers_that_one_goes_whose_base_is_most_beyond_its_share() -> None:
+def test_that_worker_goes_whose_base_is_most_beyond_its_share() -> None:
     demands = [base("a", 5.0, shares=3.0), base("b", 5.0, shares=1.0), base("c", 1.0, waits_s=30.0)]
     seats = [seat("a1", "a", 1), seat("a2", "a", 1), seat("b1", "b", 1), seat("b2", "b", 1)]
     (swap,) = make().decide(NOW_MS, demands, seats)
     assert (swap.wid, swap.base) in (("b1", "c"), ("b2", "c"))
 
 
-def test_a_flood_leaves_at_its_turns_end_where_it_had_more_than_its_share() -> None:
+def test_a_flood_beyond_its_share_leaves_at_its_turns_end() -> None:
     policy, seats = make(), [seat("w", "a", running=1, stayed_s=13.0)]
     flood = [base("a", 100.0), base("b", 1.0, waits_s=0.0)]
     assert policy.decide(NOW_MS, flood, seats) == [Swap("w", "b", "turn")], "it has had all"
@@ -129,7 +129,7 @@ def test_an_order_on_its_way_is_not_given_again() -> None:
     assert policy.orders == {}
 
 
-def test_an_order_of_an_earlier_leader_is_known_by_the_worker_that_obeys() -> None:
+def test_an_order_of_an_earlier_leader_is_known() -> None:
     seats = [seat("w1", "a", becoming="b"), seat("w2", "a")]
     assert make().decide(NOW_MS, [base("a"), base("b", 1.0)], seats) == []
 
@@ -148,7 +148,7 @@ def test_an_order_that_came_to_nothing_is_decided_again(is_there: bool) -> None:
     assert policy.decide(late_ms + 1000, demands, left) == [], "and is then on its way again"
 
 
-def test_a_worker_that_comes_back_as_what_it_was_may_get_another_order_at_once() -> None:
+def test_a_worker_that_comes_back_unchanged_may_be_ordered_again() -> None:
     policy, demands = make(), [base("a"), base("b", 1.0)]
     assert policy.decide(NOW_MS, demands, [seat("w1", "a", name="one")]) == [Swap("w1", "b", "idle")]
     back = [seat("w2", "a", stayed_s=0.0, name="one")]
@@ -175,14 +175,14 @@ def test_one_more_worker_helps_where_work_piles_up() -> None:
     assert (swap.base, swap.why) == ("a", "load")
 
 
-def test_the_last_worker_of_a_base_helps_after_it_has_been_idle_for_a_while() -> None:
+def test_the_last_worker_of_a_base_helps_after_being_idle() -> None:
     policy, demands, seats = make(), [base("a", 60.0), base("b")], [seat("a1", "a", 1), seat("b1", "b")]
     assert policy.decide(NOW_MS, demands, seats) == []
     assert policy.decide(NOW_MS + 5900, demands, seats) == []
     assert policy.decide(NOW_MS + 6000, demands, seats) == [Swap("b1", "a", "load")]
 
 
-def test_workers_follow_shares_where_all_have_more_work_than_can_be_done() -> None:
+def test_workers_follow_shares_where_all_are_overloaded() -> None:
     demands = [base("a", 900.0, shares=3.0), base("b", 900.0, shares=1.0)]
     for wanted_a, num_a in ((3, 1), (3, 2), (3, 3), (3, 4)):
         seats = [seat(f"w{i}", "a" if i < num_a else "b", 1) for i in range(4)]
@@ -350,7 +350,7 @@ def test_a_flood_beside_quiet_bases_leaves_them_what_they_ask_for() -> None:
 
 
 @pytest.mark.parametrize(("num_bases", "num_workers"), [(2, 2), (3, 4), (3, 16), (10, 16)])
-def test_no_swap_once_every_base_has_a_worker_and_loads_are_steady(num_bases: int, num_workers: int) -> None:
+def test_no_swap_once_all_have_a_worker_and_loads_are_steady(num_bases: int, num_workers: int) -> None:
     fleet = Fleet(dict.fromkeys("abcdefghij"[:num_bases], START_S), num_workers)
     for second in range(2000):
         for name in fleet.waiting:
