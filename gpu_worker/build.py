@@ -95,7 +95,7 @@ def load_engine(
     device = choose_device(settings.device)
     refuse_unless_on_cpu(settings, device)
     if device.type == "cpu":
-        torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // settings.workers))
+        torch.set_num_threads(settings.threads or max(1, torch.get_num_threads() // max(1, settings.workers)))
     ops.fix_sums(settings.deterministic)
     impl: ops.Impl | None = "reference" if settings.kernels == "reference" else None
     isa = choose_isa(settings.kernels, device)
@@ -246,7 +246,7 @@ def room_for_caches(model: BaseModel, settings: Settings) -> int:
 def usable_bytes(device: torch.device, settings: Settings) -> int:
     """Return the bytes of a device that this worker may still fill."""
     if device.type == "cpu":  # the workers of one machine start at the same time and share what is free
-        return free_bytes(device) // settings.workers
+        return free_bytes(device) // max(1, settings.workers)
     free, total = torch.cuda.mem_get_info(device)
     return max(0, free - int(total * (1 - settings.gpu_memory_utilization)))
 
@@ -281,7 +281,7 @@ def adapter_cache(
             return adapter
         return replace(adapter, tokens=tokens.with_added(files.added))
 
-    merge_bytes = free_bytes(torch.device("cpu")) // (2 * NUM_MERGERS * (settings.workers if on_cpu else 1))
+    merge_bytes = free_bytes(torch.device("cpu")) // (2 * NUM_MERGERS * (max(1, settings.workers) if on_cpu else 1))
 
     def merge(digest: str, watch: MergeWatch) -> HostAdapter:
         recipe = merge_of(digest)

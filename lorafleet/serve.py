@@ -8,6 +8,7 @@ import importlib
 from lorafleet.launcher.lifeline import hold_lifeline
 from lorafleet.shared.flags import add_settings, load_settings
 from lorafleet.shared.parser import Parser
+from protocol.runtime.again import note_start
 from protocol.runtime.environment import forget_secrets
 from protocol.runtime.imports import importing
 from protocol.runtime.service import run as run_service
@@ -17,7 +18,7 @@ from protocol.wire.errors import BadRequest
 SERVICES = {
     "gateway": "gateway.service",
     "scheduler": "scheduler.service",
-    "worker": "gpu_worker.service.service",
+    "worker": "gpu_worker.service.program",
     "store": "adapter_store.service",
 }
 """Service name -> the module whose `serve(settings, stop)` runs it."""
@@ -39,6 +40,7 @@ def add_arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the service; return its exit code."""
+    note_start()
     hold_lifeline()
     settings = load_settings(args)
     forget_secrets(args.service)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import islice
@@ -17,6 +17,8 @@ from scheduler.ledger import Ledger
 from scheduler.placement import AdapterFacts, Placement
 from scheduler.request import BASE, QueuedRequest
 from scheduler.scale_in import Popularity, least_valuable
+from scheduler.swap_orders import SwapOrders
+from scheduler.swaps import SwapPolicy
 from scheduler.workers import Worker, Workers
 
 MAX_REFUSED = 32
@@ -46,6 +48,8 @@ class SchedulerConfig:
     max_attempts: int = 3  # workers that may die while they have a request, before it fails
     beat_timeout_s: float = 3.5  # silence after which a worker counts as dead
     wait_for_worker_s: float = 0.0  # after which a call ends while there is no worker; 0: at its deadline
+    max_swap_wait_s: float = 30.0  # bound on waiting for a base while another is served beyond its share
+    min_residency_s: float = 5.0  # for which a worker keeps a base that has work
 
     @property
     def max_lag(self) -> float:
@@ -60,6 +64,8 @@ class SchedulerConfig:
             settings.max_attempts,
             settings.beat_timeout_s,
             settings.wait_for_worker_s,
+            settings.max_swap_wait_s,
+            settings.min_residency_s,
         )
 
 
@@ -92,6 +98,7 @@ class Scheduler:
         self.ledger = Ledger(self.workers, self.counters, self.placement.rank_of)
         self.backlog = Backlog(self.counters)
         self.popularity = Popularity()
+        self.swaps = SwapOrders(self.workers, SwapPolicy(config.max_swap_wait_s, config.min_residency_s))
         self._shares: dict[str, FairShares] = {}  # by base: a share is of the places of its workers
         self.takes_batch = True
         """Whether requests of class batch are dispatched. Their answers stay in the queue, and may find no room."""
@@ -169,8 +176,12 @@ class Scheduler:
                 self.ledger.observe(worker)
         return dead
 
-    def set_bases(self, names: Sequence[str]) -> None:
-        """Take the names of the fleet's bases, the first one first. Costs all requests where one becomes several."""
+    def set_bases(self, names: Sequence[str], failed: Collection[str] = ()) -> None:
+        """Take the names of the fleet's bases, the first one first, and of those that failed to start.
+
+        Costs all requests where one base becomes several.
+        """
+        self.swaps.set_noted(failed)
         if not self.workers.set_bases(names):
             return
         requests = list(self.requests.values())
@@ -258,6 +269,7 @@ class Scheduler:
         submission, whichever is later.
         """
         served = {worker.base for worker in self.workers.by_id.values()}
+        served |= {self.workers.base_of(name) for name in self.swaps.hopeful()}
         alone = [base for base, queues in self.backlog.by_base.items() if queues.num and base not in served]
         if not alone or not self.config.wait_for_worker_s:
             self._alone_since_ms = {}
@@ -273,13 +285,26 @@ class Scheduler:
             if r.base in late and r.submit.gateway and r.submit.submitted_ms <= before_ms
         ]
 
+    def failed(self) -> list[str]:
+        """Return the requests, for which somebody waits, of bases that workers might become but that do not start."""
+        failed = {self.workers.base_of(name) for name in self.swaps.failed() & self.swaps.reachable()}
+        if not failed:
+            return []
+        return [rid for rid, r in self.requests.items() if r.base in failed and r.submit.gateway and not r.wid]
+
     def bases(self) -> dict[str, m.BaseLoad]:
-        """Return how many workers and requests each base has, by its name; none that has neither."""
-        counts = {base: [0, queues.num, 0] for base, queues in self.backlog.by_base.items() if queues.num}
+        """Return how many workers and requests each base has, by its name, and how many workers may become it.
+
+        A base that has nothing of this is left out.
+        """
+        counts = {base: [0, queues.num, 0, 0] for base, queues in self.backlog.by_base.items() if queues.num}
         for worker in self.workers.by_id.values():
-            count = counts.setdefault(worker.base, [0, 0, 0])
+            count = counts.setdefault(worker.base, [0, 0, 0, 0])
             count[0] += worker.available
             count[2] += worker.load
+        for name, num in self.swaps.num_reaching().items():
+            key = name if len(self.workers.bases) > 1 or name not in self.workers.bases else ""
+            counts.setdefault(key, [0, 0, 0, 0])[3] = num
         only = self.workers.bases[0] if self.workers.bases else ""
         return {base or only: m.BaseLoad(*count) for base, count in counts.items() if base or only}
 

@@ -37,7 +37,7 @@ class Recovery:
         # In this order: what ends after this is read, so nothing adopted below is counted for ever.
         last_ids = {bus.keys.ended: await bus.streams.last_id(bus.keys.ended)}
         beats = await bus.members.worker_beats()
-        scheduler.set_bases(await bus.members.base_names())  # after the heartbeats, so that none of theirs is missing
+        scheduler.set_bases(*await bus.members.base_names())  # after the heartbeats, so that none of theirs is missing
         scheduler.beats(beats, 0.0)
         num_adopted = 0
         for wid in beats:
@@ -57,9 +57,13 @@ class Recovery:
         """Queue a dead worker's requests again, end those that cannot be, then delete what it leaves."""
         assigned = {item.rid for item in await self._bus.work_of(wid)}
         rids = list(assigned | set(self._scheduler.assigned_to(wid)))
-        metrics.WORKERS_LOST.inc()
-        logger.warning("worker %s is dead; it had %d requests", wid, len(rids))
         worker = self._scheduler.workers.by_id.get(wid)
+        order = self._scheduler.swaps.by_worker.get(worker.beat.name) if worker is not None else None
+        if order is not None and order.wid == wid and not rids:
+            logger.info("worker %s has left to serve %s", order.name, order.base)
+        else:
+            metrics.WORKERS_LOST.inc()
+            logger.warning("worker %s is dead; it had %d requests", wid, len(rids))
         for request in worker.requests.values() if worker is not None else ():
             tell_death(request, worker.beat.name if worker is not None else wid)
         await self._requeue(wid, rids, counts=True, name=worker.beat.name if worker else "")

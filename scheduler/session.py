@@ -18,6 +18,7 @@ from functools import partial
 from heapq import nlargest
 
 from protocol.metrics import series as metrics
+from protocol.queue.books.audit import SCHEDULER, AuditEntry
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
 from protocol.runtime.guarded import BRISK, Items, Loop, guarded
 from protocol.runtime.release import RELEASE
@@ -32,6 +33,7 @@ from scheduler.fairness import VirtualTokenCounters
 from scheduler.placement import AdapterFacts
 from scheduler.recovery import Recovery
 from scheduler.request import QueuedRequest
+from scheduler.swap_orders import FAILED, SwapOrder
 from scheduler.trace import tell_placed
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,9 @@ MAX_TOLD = 64
 
 DRAIN_ROUNDS = 10
 """Worker scans between two choices of the one to drain next, which compare thousands of adapters."""
+
+SUMMED_AT_ONCE = 500
+"""Requests that are summed up for the policy of swaps in one turn of the event loop."""
 
 MEMORY_FOR_BATCH = 0.95
 """Share of its memory up to which the queue's jobs are dispatched: their answers stay there for a day."""
@@ -268,7 +273,11 @@ class Session:
             why = Unavailable(f"no worker joined within wait_for_worker_s, {wait_s:g} s")
             await done(rid, partial(self._recovery.end, rid, why))
         if rounds % 2 == 0:
+            await done("swaps", self._watch_swaps)
             await done("status", self._publish_status)
+        for rid in self.scheduler.failed():
+            why = Unavailable("no worker is ready to serve its base, which did not start", code="base_failed")
+            await done(rid, partial(self._recovery.end, rid, why))
         if rounds % 4 == 3:
             await done("lost messages", self._recovery.reconcile)
         self._rounds += 1
@@ -295,7 +304,27 @@ class Session:
                 await self._recovery.bury(wid)
 
     async def _look_at_bases(self) -> None:
-        self.scheduler.set_bases(await self._bus.members.base_names())
+        self.scheduler.set_bases(*await self._bus.members.base_names())
+
+    async def _watch_swaps(self) -> None:
+        """See what has become of orders to workers to become another base, and give new ones."""
+        members = self._bus.members
+        for order, outcome in self.scheduler.swaps.settle(now_ms()):
+            metrics.SWAPS.labels(order.base, outcome).inc()
+            if outcome == FAILED:
+                await members.note_failure(order.base, f"worker {order.name} ended while it started", keep=True)
+                await self._bus.audit.note(_audited(order, "base_failed"))
+        if (asked := self.scheduler.swaps.asked(self.scheduler.ledger.mean_output_tokens)) is None:
+            return
+        requests = list(self.scheduler.requests.values())
+        for start in range(0, len(requests), SUMMED_AT_ONCE):
+            asked.add(requests[start : start + SUMMED_AT_ONCE])
+            await asyncio.sleep(0)
+        if orders := self.scheduler.swaps.decide(now_ms(), asked):
+            await self._renew()  # a leader that was deposed gives none
+            await self._bus.streams.tell([(one.wid, m.Control(kind="serve", base=one.base)) for one in orders])
+            for order in orders:
+                await self._bus.audit.note(_audited(order, "done"))
 
     async def _watch_gateways(self, elapsed_s: float) -> None:
         silent = self._silent_gateways
@@ -335,6 +364,7 @@ class Session:
             sent_ms=now_ms(),
             drain_next=self._drain_next,
             bases=scheduler.bases(),
+            becoming={order.name: order.base for order in scheduler.swaps.by_worker.values()},
             knows=sorted({name for worker in workers for name in worker.knows}),
             version=RELEASE,
         )
@@ -360,6 +390,12 @@ def _count(batch: list[QueuedRequest]) -> None:
     for request in batch:
         if request.submit.submitted_ms and not request.resumed:
             metrics.QUEUE_SECONDS.observe(max(0, now - request.submit.submitted_ms) / 1000)
+
+
+def _audited(order: SwapOrder, outcome: str) -> AuditEntry:
+    """Return the entry of an order to a worker to become another base."""
+    detail = f"from={order.left} to={order.base} why={order.why}"
+    return AuditEntry(now_ms(), SCHEDULER, "", "", "worker.swap", order.name, detail, outcome, True)
 
 
 def _most(digests: Mapping[str, int]) -> list[str]:

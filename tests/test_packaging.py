@@ -53,6 +53,7 @@ PATCHES = {
     "gpu_worker/sampling/test_grammars.py",  # a library that fails
     "gpu_worker/service/test_service.py",  # the pause between beats; what is asked of engine and queue, in what order
     "gpu_worker/service/test_start_failures.py",  # a model that cannot be loaded
+    "gpu_worker/service/test_swap.py",  # a process that is replaced
     "gpu_worker/test_memory.py",  # what torch says of a GPU's memory
     "hostile/test_loops.py",  # loops that fail, in the tables of all services
     "kernels/test_linear.py",  # what torch says of the processor
@@ -152,7 +153,7 @@ def imported_modules(path: Path, modules: Set[str]) -> Iterator[str]:
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
     graph = module_graph()
-    assert "gpu_worker.build" in graph["gpu_worker.service.service"], "imports inside functions count"
+    assert "gpu_worker.build" in graph["gpu_worker.service.program"], "imports inside functions count"
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
@@ -284,7 +285,7 @@ def test_importing_a_light_package_loads_no_torch(package: str) -> None:
 
 
 def test_the_worker_shell_imports_torch_only_when_it_loads_a_model() -> None:
-    assert run_python("import sys, gpu_worker.service.service; print('torch' in sys.modules)") == "False"
+    assert run_python("import sys, gpu_worker.service.program; print('torch' in sys.modules)") == "False"
 
 
 def test_kernels_never_finds_our_code(tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ class Endpoints:
         if fleet.further:
             more["bases"] = [_shown_base(base, fleet.load(base)) for base in fleet.bases]
             more["failed"] = fleet.failures
+            more["becoming"] = status.becoming if status is not None else {}
         return json_response({"object": "fleet", **found, **more})
 
     async def version(self) -> Response:
@@ -139,7 +140,13 @@ class Endpoints:
 def _shown_base(base: ServedModel, load: BaseLoad) -> dict[str, Any]:
     """Return what `/v1/fleet` says of one of several bases."""
     found = {"name": base.name, "task": base.task, "fingerprint": base.fingerprint, "weights": base.weights or None}
-    return {**found, "workers": load.workers, "queued": load.queued, "running": load.running}
+    return {
+        **found,
+        "workers": load.workers,
+        "queued": load.queued,
+        "running": load.running,
+        "may_become": load.may_become,
+    }
 
 
 def _compute(base: ServedModel | None) -> dict[str, str | None] | None:

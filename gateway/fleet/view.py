@@ -78,8 +78,11 @@ class FleetView:
             return True
         if not (self._is_mixed or self.further):
             return self.num_workers > 0  # the register says enough, also while there is no scheduler
+        load = self.load(base)
+        if load.workers > 0 or (load.may_become > 0 and base.name not in self.failures):
+            return True
         # A registered worker that the scheduler does not count has just come, and may be of this base.
-        return self.load(base).workers > 0 or self.num_workers > sum(load.workers for load in self._loads.values())
+        return self.num_workers > sum(load.workers for load in self._loads.values())
 
     async def refresh(self) -> None:
         """Read all of it once. Raises a connection error."""
@@ -153,6 +156,8 @@ class FleetView:
             raise Unavailable("no worker is ready to serve the model; it may still be loading")
         text = f"no worker is ready to serve `{name or self._name}`"
         why = self.failures.get(name or self._name)
+        if why is None and self._loads.get(name or self._name, m.BaseLoad()).may_become:
+            raise Unavailable(f"{text}; a worker is about to become it for the first time", code="base_starting")
         if why is None:
             raise Unavailable(f"{text}; it may still be loading")
         raise Unavailable(f"{text}: it did not start{f': {why}' if self._shows_reasons else ''}", code="base_failed")

@@ -72,6 +72,7 @@ def view(wid: str, beat: m.WorkerBeat | None) -> dict[str, Any]:
         "object": "worker",
         "name": beat.name,
         "base": beat.base or None,
+        "becoming": beat.becoming or None,
         "state": "draining" if beat.draining else "ready",
         "capacity": beat.capacity,
         "running": beat.running,

@@ -80,11 +80,23 @@ def engine_request(item: m.Assigned, body: m.Body, log: bytes) -> EngineRequest:
 
 
 def worker_beat(
-    name: str, base: str, stats: EngineStats, outbox: Outbox, *, publish_s: float, draining: bool
+    name: str,
+    base: str,
+    stats: EngineStats,
+    outbox: Outbox,
+    *,
+    publish_s: float,
+    draining: bool,
+    may_become: list[str],
+    becoming: str,
+    start_s: float,
+    joined_ms: int,
+    started_with: int,
 ) -> m.WorkerBeat:
     """Return what a worker says of itself.
 
-    name: the worker's. base: name of the base that it serves. publish_s: seconds it has waited for step scripts.
+    name: the worker's. base: name of the base that it serves. publish_s: seconds it has waited for step scripts. The
+    rest is as in the heartbeat.
     """
     return m.WorkerBeat(
         wid=outbox.wid,
@@ -115,6 +127,11 @@ def worker_beat(
         sent_ms=now_ms(),
         knows=KNOWN_FIELDS,
         version=RELEASE,
+        may_become=may_become,
+        becoming=becoming,
+        start_s=start_s,
+        joined_ms=joined_ms,
+        started_with=started_with,
     )
 
 

@@ -10,32 +10,26 @@ import logging
 import os
 import secrets
 import socket
-import sys
 import time
+from collections.abc import Collection
 from operator import attrgetter
 
 import msgspec
 
 from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.engine.engine_thread import EngineThread
-from gpu_worker.light_imports import import_transformers
 from gpu_worker.planning.request import EngineRequest, TokenOutput
-from gpu_worker.service.conversions import assignments_in, engine_request, failure_reason, owned_request, worker_beat
+from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
 from gpu_worker.service.outbox import MAX_ROWS, Outbox, OutboxRecovery, add_outputs
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
 from gpu_worker.service.residency_time import ResidencyTime
 from gpu_worker.service.trace import tell_handed_back
 from protocol.metrics.fleet import WORKERS
 from protocol.metrics.pages import serve_metrics
-from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode
-from protocol.runtime.fleet_secret import FleetSecret
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
+from protocol.runtime.again import began_ms
 from protocol.runtime.guarded import BRISK, FAILED, Loop, guarded, is_queue_away
-from protocol.runtime.imports import importing
-from protocol.runtime.model_files import served_name
-from protocol.runtime.sealing import Seal
 from protocol.runtime.settings import Settings
-from protocol.runtime.tracing import tracing
-from protocol.runtime.watchdog import LOADING_S, WATCHDOG
 from protocol.wire import messages as m
 from protocol.wire.errors import Conflict, DeadlineExceeded, Internal, LorafleetError, ProtocolError
 
@@ -57,10 +51,6 @@ STREAM_TTL_S = 3600
 MAX_FAILURES = 8
 """Failures of a loop in a row, a queue that is away aside, after which this process ends."""
 
-SWITCH_S = 0.0001
-"""How long the engine's thread waits until the event loop, which publishes, has to leave it the interpreter. In 5 ms,
-which is Python's own, the loop does all that it has to do for a step, and the engine would wait for that."""
-
 
 class Fenced(Exception):
     """The fleet took this worker for dead and gave its requests away; it may come back under a new id."""
@@ -76,8 +66,14 @@ class WorkerService:
         served: m.ServedModel,
         settings: Settings,
         loader: Loader | None = None,
+        began_ms: int | None = None,
+        bases: Collection[str] = (),
     ) -> None:
-        """loader: fetches adapters, if the engine has any; it gets the stores' addresses."""
+        """loader: fetches adapters, if the engine has any; it gets the stores' addresses.
+
+        began_ms: unix time when its start began; None: with this program. bases: the names of those that its process
+        may serve.
+        """
         self.bus = bus
         self.engine = engine
         self.served = served
@@ -87,6 +83,13 @@ class WorkerService:
         self.outbox = Outbox("")
         self.loader = loader
         self.draining = False
+        # The names of its fleet's bases; none: it has one, whatever its name.
+        self.fleet = list(dict.fromkeys([served.name, *bases])) if settings.more_models else []
+        self.may_become = [name for name in self.fleet if name != served.name] if settings.swaps else []
+        self.becomes = ""  # the base that it has been ordered to become
+        self._ordered = asyncio.Event()  # to become it
+        self._began_ms = began_ms
+        self._joined_ms, self._start_s = 0, 0.0
         self._pending: dict[str, PendingOutput] = {}  # by request id
         self._unwritten: dict[str, PendingOutput] = {}  # taken out of `_pending`, but not yet written
         self._last_ids: dict[str, bytes] = {}  # by stream, the last processed entry id
@@ -119,9 +122,10 @@ class WorkerService:
     # ------------------------------------------------------------ life
 
     async def run(self, stop: asyncio.Event) -> int:
-        """Start the engine, work for the fleet until `stop`, hand over what runs. Returns the exit code.
+        """Start the engine, work for the fleet, and hand over what runs. Returns the exit code.
 
-        Raises Conflict when live workers serve another base by its name.
+        It works until `stop`, or an order to become another base, which is then in `becomes`. Raises Conflict when live
+        workers serve another base by its name.
         """
         loop = asyncio.get_running_loop()
         self.engine.start(
@@ -147,7 +151,7 @@ class WorkerService:
         self.engine.finish_start()  # the fleet has the heartbeat, so its first requests arrive meanwhile
         async with asyncio.TaskGroup() as group:
             loops = [group.create_task(guarded(loop)) for loop in self.loops()]
-            ends = [group.create_task(event.wait()) for event in (stop, self._engine_died)]
+            ends = [group.create_task(event.wait()) for event in (stop, self._engine_died, self._ordered)]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             await self._drain()
             for task in (*loops, *ends):
@@ -176,10 +180,10 @@ class WorkerService:
         await self.bus.restarted()  # compare with the queue as it is from now on
         await self.bus.streams.create(keys.work(self.wid), STREAM_TTL_S)
         await self.bus.streams.create(keys.ctl(self.wid), STREAM_TTL_S)
+        self._joined_ms = now_ms()
+        self._start_s = self._start_s or (self._joined_ms - (self._began_ms or began_ms())) / 1000
         try:
-            name = await self.bus.members.join(
-                self._own_beat(), self.served, BEAT_TTL_MS, several=bool(self.settings.more_models)
-            )
+            name = await self.bus.members.join(self._own_beat(), self.served, BEAT_TTL_MS, fleet=self.fleet)
         except Conflict:
             await self.bus.members.leave(self.wid)
             self.engine.stop()
@@ -340,6 +344,10 @@ class WorkerService:
         elif order.kind in ("drain", "resume"):
             self.draining = order.kind == "drain"
             self._beat_now.set()
+        elif order.kind == "serve" and order.base in self.may_become and not (self.becomes or self.draining):
+            logger.info("worker %s leaves to serve %s", self.name, order.base)
+            self.becomes = order.base
+            self._ordered.set()
 
     # ------------------------------------------------------------ out
 
@@ -423,7 +431,17 @@ class WorkerService:
         stats = self.engine.stats()
         self._beaten_loads, self._end_beat_s = stats.num_loads, time.monotonic() + END_BEAT_S
         return worker_beat(
-            self.name, self.served.name, stats, self.outbox, publish_s=self._publish_s, draining=self.draining
+            self.name,
+            self.served.name,
+            stats,
+            self.outbox,
+            publish_s=self._publish_s,
+            draining=self.draining,
+            may_become=self.may_become,
+            becoming=self.becomes,
+            start_s=self._start_s,
+            joined_ms=self._joined_ms,
+            started_with=self.settings.workers,
         )
 
     async def _beat(self) -> None:
@@ -452,47 +470,3 @@ class WorkerService:
         self._residency.look(self.engine.stats().resident, now_s)
         if days and (times := self._residency.take(now_s, at_once=self.draining)):
             await self.bus.usage.note_residency(times, days)
-
-
-async def serve(settings: Settings, stop: asyncio.Event) -> int:
-    """Load the model and work for the queue until `stop`. Returns the exit code. Raises LorafleetError."""
-    with tracing(settings, "worker", settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"):
-        return await _serve(settings, stop)
-
-
-async def _serve(settings: Settings, stop: asyncio.Event) -> int:
-    """Work for the queue until `stop`; see `serve`."""
-    secret = FleetSecret.of(settings)
-    bus = Bus(settings.queue_url(), seal=Seal.of(settings, secret))
-    loader = Loader(secret.bearer if secret else "")
-    WATCHDOG.require(None, LOADING_S)
-    service: WorkerService | None = None
-    try:
-        await bus.check()
-        try:
-            engine, served = await asyncio.to_thread(_load, settings, loader)
-            if stop.is_set():
-                return 0
-            sys.setswitchinterval(SWITCH_S)
-            # A thread that has ended cannot be stuck; what is left to do then is the loop's.
-            WATCHDOG.require(lambda: object() if engine.has_ended else engine.num_turns, settings.max_step_s)
-            loader.set_urls(await bus.members.store_urls())
-            service = WorkerService(bus, engine, served, settings, loader)
-            return await service.run(stop)
-        except Exception as error:
-            if settings.more_models and (service is None or isinstance(error, Conflict)):  # the others' calls go on
-                name = served_name(settings.model, settings.served_name)
-                await bus.members.note_failure(name, failure_reason(error))
-            raise
-    finally:
-        loader.close()
-        await bus.close()
-
-
-def _load(settings: Settings, loader: Loader) -> tuple[EngineThread, m.ServedModel]:
-    """Build the engine. Imports torch, so it runs in a thread and is not part of importing this module."""
-    with importing():
-        import_transformers(settings)
-        from gpu_worker.build import load_engine
-
-    return load_engine(settings, loader.fetch, loader.describe, loader.fetch_files)

@@ -34,23 +34,21 @@ DRAIN_ORDER = ("gateway", "scheduler", "worker", "store")
 def service_specs(
     settings: Settings, logs: Path, queue: EmbeddedServer | None = None, cores: int | None = None
 ) -> list[Spec]:
-    """Return the processes to start: store, scheduler, gateway, then each base's workers, which share cores and GPUs.
+    """Return the processes to start: store, scheduler, gateway, then workers, which share cores and GPUs.
 
+    Workers begin with one base after the other.
     `logs` is the folder of their logs, `queue` the fleet's own queue, which each service enters as a user of its own,
     `cores` the number of cores to share, by default those of this machine.
     """
     bases = base_settings(settings)
-    num_workers = settings.workers * len(bases)
+    num_workers = num_workers_of(settings)
     threads = settings.threads or max(1, (cores or num_cores()) // num_workers)
     gpus = [] if settings.device == "cpu" else visible_gpus(os.environ)
     specs: list[Spec] = []
     for name in ["store", "scheduler", "gateway", *(f"worker-{i}" for i in range(num_workers))]:
         service, _, number = name.partition("-")
-        base = settings
-        if service == "worker" and len(bases) > 1:
-            base = bases[int(number) // settings.workers].model_copy(update={"workers": num_workers})
         door: dict[str, object] = queue.door(service) if queue is not None else {}
-        own = child_environment(*SERVICES[service]) | base.model_copy(update=door).environment()
+        own = child_environment(*SERVICES[service]) | settings.model_copy(update=door).environment()
         own["PYTHONUNBUFFERED"] = "1"
         if service == "scheduler":  # it neither opens sealed tokens nor asks a store for anything
             own = {name: value for name, value in own.items() if not name.startswith("LORAFLEET_SECRET")}
@@ -59,13 +57,20 @@ def service_specs(
         if settings.metrics_port:  # each gets its own port, since they share this machine
             own["LORAFLEET_METRICS_PORT"] = str(settings.metrics_port + len(specs))
         if service == "worker":
-            own |= {"LORAFLEET_WORKER_NAME": name, "LORAFLEET_THREADS": str(threads)}
+            begun = bases[int(number) % len(bases)].served_name if len(bases) > 1 else ""
+            own |= {"LORAFLEET_WORKER_NAME": name, "LORAFLEET_THREADS": str(threads), "LORAFLEET_BASE": begun}
+            own["LORAFLEET_WORKERS"] = str(num_workers)
             own["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
             if gpus:
                 own["CUDA_VISIBLE_DEVICES"] = gpus[int(number) % len(gpus)]
         command = (sys.executable, "-m", "lorafleet", "serve", service)
         specs.append(Spec(service, name, command, own, logs / f"{name}.log"))
     return specs
+
+
+def num_workers_of(settings: Settings) -> int:
+    """Return how many workers a launcher starts: as many as bases unless the settings say."""
+    return settings.workers or len(base_settings(settings))
 
 
 def local_url(settings: Settings) -> str:
@@ -147,7 +152,7 @@ class FleetLauncher:
 
     async def _note_failure(self, child: Child, error: ServiceFailed) -> None:
         """Note why a base does not start, unless its worker has: one that the system has killed could not."""
-        name = child.spec.environment["LORAFLEET_SERVED_NAME"]
+        name = child.spec.environment["LORAFLEET_BASE"]
         try:
             async with self._worker_bus() as bus:
                 await bus.members.note_failure(name, error.message.partition("; end of its log")[0], keep=True)
@@ -181,7 +186,7 @@ class FleetLauncher:
                 for child in self.children:
                     child.follow_log()
                     await self._note(child, bus, gateway)
-                if announcement is None and self._bases_are_settled() and await _health(gateway) == 200:
+                if announcement is None and await self._bases_are_settled(bus) and await _health(gateway) == 200:
                     self.screen.close()
                     announcement = group.create_task(self._announce())
                 settled = announcement is not None and all(
@@ -196,12 +201,27 @@ class FleetLauncher:
             await gateway.aclose()
             await bus.close()
 
-    def _bases_are_settled(self) -> bool:
-        """Return whether each worker of several bases is up, or given up. One base is, once its gateway is healthy."""
-        workers = (
-            [child for child in self.children if child.spec.service == "worker"] if self.settings.more_models else []
-        )
-        return all(child.ready.is_set() or child.spec.name in self._given_up for child in workers)
+    async def _bases_are_settled(self, bus: Bus) -> bool:
+        """Return whether each worker of several bases is up, or given up, and each base has been served, or failed.
+
+        One base is settled once its gateway is healthy.
+        """
+        if not self.settings.more_models:
+            return True
+        workers = [child for child in self.children if child.spec.service == "worker"]
+        if not all(child.ready.is_set() or child.spec.name in self._given_up for child in workers):
+            return False
+        try:
+            served, failures = await bus.members.bases()
+        except CONNECTION_ERRORS:
+            return False  # the queue is restarting
+        names = {one.served_name for one in base_settings(self.settings)}
+        if not self.settings.swaps:
+            names &= {child.spec.environment["LORAFLEET_BASE"] for child in workers}
+        missing = names - {base.name for base in served} - failures.keys()
+        if missing:
+            self.screen.starting("bases", f"{', '.join(sorted(missing))} not yet served")
+        return not missing
 
     async def _announce(self) -> None:
         try:

@@ -174,7 +174,7 @@ def _of_model(settings: Settings) -> list[Finding]:
         text = f"{settings.model} is not on this machine as a folder or file, so its size is unknown"
         return [Finding("model", "warning", text, f"lorafleet fetch {settings.model}, then give its folder: --model")]
     gpus = free_gpu_bytes() if settings.device != "cpu" else {}
-    return checkup.of_model(num_bytes, gpus or {"memory": free_memory_bytes()}, workers=settings.workers)
+    return checkup.of_model(num_bytes, gpus or {"memory": free_memory_bytes()}, workers=max(1, settings.workers))
 
 
 def weight_bytes(model: Path) -> int | None:

@@ -19,13 +19,21 @@ from lorafleet.launcher import lifeline
 from lorafleet.launcher.records import URL_VARIABLE
 from lorafleet.shared.api import PROFILE_VARIABLE
 from lorafleet.shared.parser import Parser
+from protocol.runtime.again import SWAP_VARIABLE
 from protocol.runtime.common_settings import CONFIG_VARIABLE
 from protocol.runtime.redaction import redact
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
 PREFIX = str(Settings.model_config.get("env_prefix"))
-OTHER_VARIABLES = {CONFIG_VARIABLE, lifeline.VARIABLE, "LORAFLEET_CACHE_DIR", URL_VARIABLE, PROFILE_VARIABLE}
+OTHER_VARIABLES = {
+    CONFIG_VARIABLE,
+    lifeline.VARIABLE,
+    "LORAFLEET_CACHE_DIR",
+    URL_VARIABLE,
+    PROFILE_VARIABLE,
+    SWAP_VARIABLE,
+}
 PRECEDENCE = f"""\
 Each setting is also an environment variable {PREFIX}NAME, and a line NAME = VALUE in the --config file.
 Flags override variables, and variables override the file."""

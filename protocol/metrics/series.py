@@ -314,6 +314,11 @@ PLAN_SECONDS = _scheduler.histogram(
     "lorafleet_plan_seconds", "Time of a placement decision.", buckets=(1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1)
 )
 WORKERS_LOST = _scheduler.counter("lorafleet_workers_lost_total", "Workers declared dead.")
+SWAPS = _scheduler.counter(
+    "lorafleet_swaps_total",
+    "Orders to workers to become a base: done, failed (the base does not start), lost (the worker ended first).",
+    ["base", "outcome"],
+)
 REQUEUED = _scheduler.counter("lorafleet_requeued_requests_total", "Requests taken from dead workers.", ["outcome"])
 
 # ---------------------------------------------------------------- adapter store

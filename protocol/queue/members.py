@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -94,14 +94,15 @@ class Members:
         """Take stores that have not been heard of for `silent_ms` off the register."""
         await self._redis.zremrangebyscore(self._keys.stores, "-inf", now_ms() - silent_ms)
 
-    async def join(self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int, *, several: bool = False) -> str:
+    async def join(self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int, *, fleet: Sequence[str] = ()) -> str:
         """Register a worker with its first heartbeat; return the name of its base in this fleet.
 
-        That is its own or, in a fleet of one base, that under which live workers serve the same weights. several: its
-        fleet has several bases. Raises Conflict when live workers serve another base by its name, or the fleet has
-        another one only; with `several`, when they serve its weights by another name, or are of an earlier version; and
-        when there are too many bases.
+        That is its own or, in a fleet of one base, that under which live workers serve the same weights. fleet: the
+        names of its fleet's bases, if it has several. Raises Conflict when live workers serve another base by its
+        name, or the fleet has another one only; with `fleet`, when they serve its weights by another name, or are of an
+        earlier version; and when there are too many bases.
         """
+        several = bool(fleet)
         while True:
             first, further = await self._raw_bases()
             known = {base.name: base for base in _decoded(first, further)}
@@ -118,7 +119,7 @@ class Members:
                 twins += [name for name, base in known.items() if base.is_same(served) and name not in twins]
             outcome = "changed"
             for name in (*twins, served.name):
-                outcome = await self._join(beat, served, ttl_ms, name, first, further, known, several=several)
+                outcome = await self._join(beat, served, ttl_ms, name, first, further, known, fleet)
                 if outcome == "joined":
                     return name
                 if outcome != "alone":  # no live worker serves it by that name
@@ -128,7 +129,7 @@ class Members:
 
     async def _join(
         self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int, name: str, first: bytes,
-        further: Mapping[bytes, bytes], known: Mapping[str, m.ServedModel], *, several: bool,
+        further: Mapping[bytes, bytes], known: Mapping[str, m.ServedModel], fleet: Sequence[str],
     ) -> str:  # fmt: skip
         """Try to register a worker under a name, which is its base's own or is joined beside others only.
 
@@ -141,7 +142,7 @@ class Members:
         call = lua.Join(
             base=keys.base, bases=keys.bases, workers=keys.workers, worker_beat=keys.worker_beat(beat.wid),
             wid=beat.wid, beat=m.encode(msgspec.structs.replace(beat, base=name)), ttl_ms=ttl_ms, at_ms=now_ms(),
-            name=name, several=int(several), first=first, further=further.get(name.encode(), b""),
+            name=name, fleet=fleet, first=first, further=further.get(name.encode(), b""),
             alone=m.encode(mine) if name == served.name else b"",
             beside=m.encode(msgspec.structs.replace(mine, max_model_len=length)) if is_same else b"",
         )  # fmt: skip
@@ -176,14 +177,19 @@ class Members:
         first, further = await self._raw_bases()
         return _decoded(first, further), _failures(further)
 
-    async def base_names(self) -> list[str]:
-        """Return the names of the bases that workers have reported, the first one first. Raises ProtocolError."""
+    async def base_names(self) -> tuple[list[str], set[str]]:
+        """Return the names of the bases that workers have reported, the first one first, and of those that failed.
+
+        Raises ProtocolError.
+        """
         pipe = self._redis.pipeline(transaction=True)
         pipe.get(self._keys.base)
         pipe.hkeys(self._keys.bases)
         first, further = await pipe.execute()
-        names = [name.decode() for name in further if not name.startswith(_FAILED.encode())]
-        return [_base(first).name, *names] if first else names
+        keys = [key.decode() for key in further]
+        names = [key for key in keys if not key.startswith(_FAILED)]
+        failed = {key.removeprefix(_FAILED) for key in keys if key.startswith(_FAILED)}
+        return ([_base(first).name, *names] if first else names), failed
 
     # ------------------------------------------------------------ asking
 

@@ -252,11 +252,11 @@ class Join(Call, kw_only=True):
     ttl_ms: int
     at_ms: int
     name: str
-    several: int
     first: bytes
     further: bytes
     alone: bytes
     beside: bytes
+    fleet: Sequence[str]
 
 
 class Vital(Call, kw_only=True):

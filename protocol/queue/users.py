@@ -82,9 +82,11 @@ def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, 
             writes=(
                 k.req("*"), k.tag, k.call("*"), k.sub("*"), k.work("*"), k.own("*"), k.ctl("*"), k.ended, k.leader,
                 k.leader_epoch, k.status, use, usage, k.histories, k.workers, k.worker_beat("*"), k.gateways, k.dlq,
+                k.bases,
             ),
-            reads=(k.gateway_beat("*"), k.adapter("*"), k.base, k.bases),
-            adds=(*answers, k.body("*"), k.out("*"), *ends, history),  # it sets the expiry of what it ends
+            reads=(k.gateway_beat("*"), k.adapter("*"), k.base),
+            # It sets the expiry of what it ends.
+            adds=(*answers, k.body("*"), k.out("*"), *ends, history, k.audit),
             scans=True,
         ),
         "worker": Rights(

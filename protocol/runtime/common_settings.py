@@ -43,9 +43,8 @@ class CommonSettings(BaseSettings):
     model: str = Field(default="", description="the base model: a Hub id, a local folder or a GGUF file")
     more_models: str = Field(
         default="",
-        description="further base models of this fleet, comma-separated, each served by workers of its own; set it"
-        " alike for all gateways and stores, and there `model` too, whose base is the default one; a worker without it"
-        " joins no workers of other bases",
+        description="further base models of this fleet, comma-separated; set it alike for all gateways and stores, and"
+        " there `model` too, whose base is the default one; a worker without it joins no workers of other bases",
     )
     task: Literal["auto", "score"] = Field(
         default="auto",

@@ -125,6 +125,19 @@ def served_name(model: str, name: str) -> str:
     return path.resolve().name if path.is_dir() else model
 
 
+def worker_bases(settings: Settings) -> dict[str, Settings]:
+    """Return for each base that a worker may serve the settings with which it does, by name: that of `model` first.
+
+    Unlike a gateway's, a worker's `more_models` may repeat its own `model`.
+    """
+    own = served_name(settings.model, settings.served_name)
+    found = {own: settings.model_copy(update={"served_name": own})}
+    for model in names_of(settings.more_models):
+        name = served_name(model, "")
+        found.setdefault(name, settings.model_copy(update={"model": model, "served_name": name}))
+    return found
+
+
 def base_settings(settings: Settings) -> list[Settings]:
     """Return for each base of a fleet the settings of its own services, with its name: the default one first.
 

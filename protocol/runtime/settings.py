@@ -211,9 +211,21 @@ class Settings(CommonSettings):
         description="affinity slack: weighted tokens that other tenants may receive while a request waits for a worker"
         " that has its adapter",
     )
+    max_swap_wait_s: float = Field(
+        default=30.0, gt=0, description="maximum wait for a base without a worker while another has more than its share"
+    )
+    min_residency_s: float = Field(
+        default=5.0, ge=0, description="minimum time for which a worker serves a base before a swap, unless it is idle"
+    )
 
     # Worker
-    workers: int = Field(default=1, ge=1, description="number of workers that `up` starts")
+    workers: int = Field(default=0, ge=0, description="number of workers that `up` starts; 0: one for each base")
+    base: str = Field(
+        default="", description="name of the base that a worker begins with, one of a fleet's; default: that of `model`"
+    )
+    swaps: bool = Field(
+        default=True, description="let the scheduler have a worker become another base of `more_models`"
+    )
     worker_name: str = Field(
         default="", description="name of the worker, stable across restarts; default: host name and process id"
     )

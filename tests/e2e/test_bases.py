@@ -51,7 +51,8 @@ def _name_base(adapter: Path, name: str | None) -> None:
 @pytest.fixture(scope="module")
 def fleet(folder: Path) -> Iterator[RunningFleet]:
     further = [folder / name for name in ("two", "encoder", "broken")]
-    with fleet_up(folder / "fleet", folder / "one", "--adapters", str(folder / "adapters"), further=further) as running:
+    flags = ("--adapters", str(folder / "adapters"), "--no-swaps")
+    with fleet_up(folder / "fleet", folder / "one", *flags, further=further) as running:
 
         async def is_complete() -> bool:
             if not running.is_ready():

@@ -19,7 +19,7 @@ from peft import PeftModel
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
 
 import adapter_store.service
-import gpu_worker.service.service
+import gpu_worker.service.program
 import scheduler.service
 from chaos.fleet import ProcessFleet
 from protocol.queue.bus import Bus
@@ -84,7 +84,7 @@ async def all_services(bus: Bus, model: Path, folder: Path, adapters: Path) -> A
         redis_url=bus.url, model=str(model), data=folder, adapters=adapters, port=0, device="cpu", dtype="float32",
         kernels="reference", threads=1, grace_s=1.0,
     )  # fmt: skip
-    services = (adapter_store.service, scheduler.service, gpu_worker.service.service)
+    services = (adapter_store.service, scheduler.service, gpu_worker.service.program)
     async with asyncio.TaskGroup() as group:
         for service in services:
             group.create_task(service.serve(settings, stop))

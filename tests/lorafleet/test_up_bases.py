@@ -28,20 +28,24 @@ def plan(tmp_path: Path, *models: Path, **more: Any) -> Settings:
     return prepare(settings).settings
 
 
-def test_each_base_has_workers_that_share_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("workers", "begun"), [(0, ["first", "two", "three"]), (1, ["first"]), (4, [0, 1, 2, 0])])
+def test_workers_begin_with_base_after_base_and_share_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, begun: list[Any]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("one", "two"):
-        model(tmp_path / name)
-    settings = plan(tmp_path, Path("one"), Path("two"), served_name="first", workers=2, device="cpu")
+    paths = [model(tmp_path / name) for name in ("one", "two", "three")]
+    given = [Path(path.name) for path in paths]
+    settings = plan(tmp_path, *given, served_name="first", workers=workers, device="cpu")
     specs = {spec.name: spec.environment for spec in service_specs(settings, tmp_path, cores=8)}
-    assert list(specs) == ["store", "scheduler", "gateway", "worker-0", "worker-1", "worker-2", "worker-3"]
-    names = ("MODEL", "SERVED_NAME", "WORKERS", "THREADS")
-    given = [[specs[f"worker-{i}"][f"LORAFLEET_{name}"] for name in names] for i in range(4)]
-    one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    assert given == [[one, "first", "4", "2"]] * 2 + [[two, "two", "4", "2"]] * 2
-    for name in ("gateway", "store", "worker-3"):
-        assert specs[name]["LORAFLEET_MORE_MODELS"] == two
-    assert specs["gateway"]["LORAFLEET_SERVED_NAME"] == "first"
+    names = ["first", "two", "three"]
+    begun = [names[base] if isinstance(base, int) else base for base in begun]
+    assert list(specs) == ["store", "scheduler", "gateway", *(f"worker-{i}" for i in range(len(begun)))]
+    for i, base in enumerate(begun):
+        found = [specs[f"worker-{i}"][f"LORAFLEET_{name}"] for name in ("BASE", "WORKERS", "THREADS", "SERVED_NAME")]
+        assert found == [base, str(len(begun)), str(8 // len(begun)), "first"]
+    for environment in specs.values():  # each knows all bases: a worker may become any
+        assert environment["LORAFLEET_MODEL"] == str(paths[0])
+        assert environment["LORAFLEET_MORE_MODELS"] == f"{paths[1]},{paths[2]}"
 
 
 def test_one_base_is_given_what_it_ever_was(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from protocol.queue.books.quota import Quota
 from protocol.queue.bus import Bus, StepResult, StepRow, decode, now_ms
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from scheduler.core import Scheduler
 from scheduler.service import serve
+from scheduler.swap_orders import SwapOrder
 
 GATEWAY = "g-test"
 
@@ -25,6 +27,15 @@ def make_submit(
     facts: dict[str, object] = {"num_prompt_tokens": 4, "max_new_tokens": 4, "deadline_ms": now_ms() + 60_000}
     facts |= {"gateway": GATEWAY, "submitted_ms": now_ms()} | more
     return m.RequestHead(rid=rid, tenant=tenant, cls=cls, digest=digest, **facts)  # type: ignore[arg-type]
+
+
+def order_swaps(scheduler: Scheduler, now_ms: float) -> list[SwapOrder]:
+    """Return the orders that are given now, as the session has them."""
+    asked = scheduler.swaps.asked(scheduler.ledger.mean_output_tokens)
+    if asked is None:
+        return []
+    asked.add(scheduler.requests.values())
+    return scheduler.swaps.decide(now_ms, asked)
 
 
 async def submit(bus: Bus, *subs: m.RequestHead, max_queued: int = 1000, quota: Quota | None = None) -> str:
@@ -49,6 +60,7 @@ class FakeWorker:
     draining: bool = False
     knows: list[str] = field(default_factory=list)
     base: str = ""
+    may_become: list[str] = field(default_factory=list)
     _entries: dict[bytes, set[str]] = field(default_factory=dict)
     _last: dict[str, bytes] = field(default_factory=dict)
     _sent: int = 0
@@ -68,7 +80,7 @@ class FakeWorker:
             wid=self.wid, name=self.name or self.wid, capacity=self.capacity, running=len(self.held),
             progress=[(rid, length // 4) for rid, length in zip(self.held, lengths, strict=True)],
             resident=self.resident, draining=self.draining, knows=self.knows, sent_ms=now_ms() * 1000 + self._sent,
-            base=self.base,
+            base=self.base, may_become=self.may_become,
         )  # fmt: skip
         keys = self.bus.keys
         streams = (keys.work(self.wid), keys.ctl(self.wid))

@@ -18,7 +18,7 @@ def served(name: str) -> m.ServedModel:
 
 async def join(bus: Bus, wid: str, base: str) -> FakeWorker:
     beat = m.WorkerBeat(wid=wid, name=wid, capacity=8)
-    await bus.members.join(beat, served(base), 60_000, several=True)
+    await bus.members.join(beat, served(base), 60_000, fleet=[base])
     return FakeWorker(bus, wid, base=base)
 
 

@@ -28,6 +28,9 @@ MAX_ENTRIES = 10_000
 MAX_TEXT = 300
 """Longest text of an entry, in characters."""
 
+SCHEDULER = "scheduler"
+"""The actor of what the scheduler does by itself."""
+
 CLI = "cli"
 """The actor of commands in the audit log: the queue's password stands for an API key there."""
 
@@ -38,7 +41,7 @@ class AuditEntry(m.Wire, frozen=True):
     """One action."""
 
     ms: int  # unix time
-    who: str  # id of the API key; `CLI`; "" without keys
+    who: str  # id of the API key; `CLI`; `SCHEDULER`; "" without keys
     tenant: str  # tenant of the key; on the command line, user and machine
     address: str  # client address; "" on the command line
     action: str  # action, such as "adapter.pin"

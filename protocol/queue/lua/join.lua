@@ -1,9 +1,9 @@
 #!lua flags=allow-oom
 -- Register a worker under its base's name with its first beat, unless live workers serve another base by it. Only one
--- that knows that its fleet has several bases joins beside live workers of others.
+-- that knows the bases of its fleet joins beside live workers of others.
 --
--- A base's record is the first one, or one of the further ones. The first is replaced, and the further ones go, when a
--- worker of a base without record joins a fleet without workers.
+-- A base's record is the first one, or one of the further ones. When a worker of a base without record joins a fleet
+-- without workers, the records of bases go that it does not know; if the first goes, it is replaced.
 --
 -- KEYS  base         string  the first base, as messages.ServedModel
 --       bases        hash    name -> each further base, at most 31; NUL name -> why no worker of a base has started
@@ -14,21 +14,24 @@
 --       ttl_ms       int     ms that the heartbeat lasts
 --       at_ms        int     unix ms now
 --       name         str     its base's name
---       several      int     1 if the caller's fleet has several bases
 --       first        bytes   the first base as the caller read it; '' if there was none
 --       further      bytes   the further base of that name as the caller read it; '' if there was none
 --       alone        bytes   the base to write where no other worker serves it; '': only beside others is it joined
 --       beside       bytes   the base to write beside other workers of it; '': the base of that name is not the caller's
+--       fleet        str...  the names of the fleet's bases, its own among them, if it has several
 -- Reply: str, 'joined'; 'refused'; 'full': there are as many bases as may be; 'alone': no other worker serves it, and
--- `alone` is ''; 'other': live workers serve other bases only, and `several` is 0; 'old': live workers of an earlier
+-- `alone` is ''; 'other': live workers serve other bases only, and `fleet` is empty; 'old': live workers of an earlier
 -- version know of one base only; or 'changed': the bases are not as read, and the caller reads them again.
 local base, bases, workers, worker_beat = unpack(KEYS, 2)
-local wid, beat, ttl_ms, at_ms, name, several, first, further, alone, beside = unpack(ARGV)
+local wid, beat, ttl_ms, at_ms, name, first, further, alone, beside = unpack(ARGV)
+local is_known, has_several = {}, ARGV[10] ~= nil
+for i = 10, #ARGV do is_known[ARGV[i]] = true end
 local MOST = 31
 if (redis.call('GET', base) or '') ~= first or (redis.call('HGET', bases, name) or '') ~= further then
   return 'changed'
 end
-local is_first = first == '' or cmsgpack.unpack(first).name == name
+local first_name = first == '' and name or cmsgpack.unpack(first).name
+local is_first = first_name == name
 local field = '\164base'  -- as heartbeats have it: no whole one, of megabytes in all, need be decoded
 local own_field = field .. cmsgpack.pack(name)
 local has_workers, has_own, has_old = false, false, false
@@ -50,12 +53,15 @@ if has_own and beside == '' then return 'refused' end
 local served = has_own and beside or alone
 if served == '' then return 'alone' end
 if has_old and not has_own then return 'old' end
-if has_workers and not has_own and several ~= '1' then return 'other' end
-if is_first or (further == '' and not has_workers) then
-  redis.call('SET', base, served)
-  for _, other in ipairs(is_first and {} or redis.call('HKEYS', bases)) do
-    if string.byte(other) ~= 0 then redis.call('HDEL', bases, other) end
+if has_workers and not has_own and not has_several then return 'other' end
+if not is_first and further == '' and not has_workers then
+  for _, other in ipairs(redis.call('HKEYS', bases)) do
+    if string.byte(other) ~= 0 and not is_known[other] then redis.call('HDEL', bases, other) end
   end
+  is_first = not is_known[first_name]
+end
+if is_first then
+  redis.call('SET', base, served)
 else
   local num = 0
   for _, other in ipairs(further == '' and redis.call('HKEYS', bases) or {}) do

@@ -61,8 +61,9 @@ class Placed(Packed, frozen=True):
 class Control(Wire, frozen=True):
     """An order to one worker."""
 
-    kind: Literal["cancel", "prefetch", "pin", "unpin", "evict", "queued", "drain", "resume"]
+    kind: Literal["cancel", "prefetch", "pin", "unpin", "evict", "queued", "drain", "resume", "serve"]
     rid: str = ""
     digest: str = ""
     digests: list[str] = []  # `queued`: adapters that waiting requests need, which should stay
     order: str = ""  # `evict`: id that the answering event repeats
+    base: str = ""  # `serve`: name of the base that the worker is to become

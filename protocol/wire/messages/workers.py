@@ -95,6 +95,11 @@ class WorkerBeat(Wire, frozen=True):
     knows: list[str] = []  # `requests.KNOWN_FIELDS` of its version
     version: str = ""  # version of its program
     base: str = ""  # name of the base that it serves; "" of an earlier version: the fleet's only one
+    may_become: list[str] = []  # names of other bases that it serves when ordered to
+    becoming: str = ""  # the one of them that it is leaving for
+    start_s: float = 0.0  # seconds from the start of its process to its first heartbeat
+    joined_ms: int = 0  # unix time when it joined
+    started_with: int = 0  # workers that were started together, it among them; 0: not known
 
     def is_of(self, base: str) -> bool:
         """Return whether it is a worker of a base. "", of either, is of an earlier version: there was one only."""
@@ -107,6 +112,7 @@ class BaseLoad(Packed, frozen=True):
     workers: int = 0  # that may get its requests
     queued: int = 0
     running: int = 0
+    may_become: int = 0  # workers of other bases that may become it, and those that are becoming a base
 
 
 class SchedulerStatus(Wire, frozen=True):
@@ -129,4 +135,5 @@ class SchedulerStatus(Wire, frozen=True):
     knows: list[str] = []  # `WorkerBeat.knows` of the newest worker
     version: str = ""  # version of its program
     drain_next: str = ""  # name of the worker that should go first when there are to be fewer; "": none is there
-    bases: dict[str, BaseLoad] = {}  # by name, those that have workers or requests
+    bases: dict[str, BaseLoad] = {}  # by name, those that have workers or requests, or that a worker may become
+    becoming: dict[str, str] = {}  # names of workers that have been ordered to become a base -> that base

@@ -15,7 +15,7 @@ from oracle.tiny_models import tiny_model
 from safetensors.torch import load_file, save_file
 
 from gpu_worker.loading.checkpoint import read_config, read_eos_ids, read_model, task_of
-from gpu_worker.service.service import serve
+from gpu_worker.service.program import serve
 from gpu_worker.tasks.pooling import Pooling, read_pooling
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings

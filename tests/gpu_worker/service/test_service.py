@@ -232,7 +232,9 @@ async def test_joining_again_leaves_no_task_behind(bus: Bus) -> None:
             await bus.members.leave(old)
             worker._beat_now.set()
             await wait_until(lambda old=old: worker.wid != old and beats(bus, worker), "it is back")
-            await wait_until(lambda: num_waits() == 2, "it waits for its end and its engine's, and nothing else waits")
+            await wait_until(
+                lambda: num_waits() == 3, "it waits for its end, its engine's and an order to swap; nothing else waits"
+            )
 
 
 async def test_the_worker_reads_no_faster_than_its_engine_takes(bus: Bus) -> None:

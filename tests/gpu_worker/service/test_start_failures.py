@@ -14,7 +14,7 @@ import pytest
 from helpers.waiting import wait_until
 
 from benchmarks.common.fake_worker import FakeEngine, fake_served
-from gpu_worker.service import service
+from gpu_worker.service import program
 from gpu_worker.service.service import WorkerService
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
@@ -26,9 +26,9 @@ BEAT = m.WorkerBeat(wid="w", name="w", capacity=1)
 
 
 async def failures(bus: Bus, more_models: str = "another") -> dict[str, str]:
-    settings = Settings(redis_url=bus.url, model="fake", served_name="fake", more_models=more_models)
+    settings = Settings(redis_url=bus.url, model="fake", served_name="fake", more_models=more_models, swaps=False)
     with pytest.raises(Exception):  # noqa: B017, PT011  of any kind
-        await service.serve(settings, asyncio.Event())
+        await program.serve(settings, asyncio.Event())
     return (await bus.members.bases())[1]
 
 
@@ -46,7 +46,7 @@ async def test_a_model_that_cannot_be_loaded(
     def load(*_: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(service, "_load", load)
+    monkeypatch.setattr(program, "_load", load)
     assert await failures(bus, "") == {}  # a fleet of one base waits for another worker
     assert await failures(bus) == {"fake": reason}
 
@@ -57,9 +57,9 @@ async def test_a_base_that_may_not_join(bus: Bus, monkeypatch: pytest.MonkeyPatc
     served = fake_served("fake")
     other = fake_served("fake" if weights == "others" else "copy")
     served, other = (msgspec.structs.replace(one, weights=w) for one, w in ((served, "own"), (other, weights)))
-    await bus.members.join(BEAT, other, 60_000, several=True)
-    monkeypatch.setattr(service, "SWITCH_S", sys.getswitchinterval())
-    monkeypatch.setattr(service, "_load", lambda *_: (FakeEngine(vocab_size=9), served))
+    await bus.members.join(BEAT, other, 60_000, fleet=["fake"])
+    monkeypatch.setattr(program, "SWITCH_S", sys.getswitchinterval())
+    monkeypatch.setattr(program, "_load", lambda *_: (FakeEngine(vocab_size=9), served))
     [(name, reason)] = (await failures(bus)).items()
     assert name == "fake"
     assert ("serves another base as fake" if weights == "others" else "name a base once") in reason

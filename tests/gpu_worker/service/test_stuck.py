@@ -17,7 +17,7 @@ import re, sys
 from types import SimpleNamespace
 from benchmarks.common.fake_worker import fake_served
 from gpu_worker.planning.request import EngineStats
-from gpu_worker.service import service
+from gpu_worker.service import program
 from gpu_worker.engine.engine_thread import EngineThread
 from protocol.runtime.service import run
 from protocol.runtime.settings import Settings
@@ -48,10 +48,10 @@ class StuckEngine:
 
     check_integrity = close = finish_start = lambda self: None
 
-service.Loader = lambda bearer: SimpleNamespace(close=lambda: None, set_urls=lambda urls: None)
-service._load = lambda settings, loader: (EngineThread(StuckEngine()), fake_served())
+program.Loader = lambda bearer: SimpleNamespace(close=lambda: None, set_urls=lambda urls: None)
+program._load = lambda settings, loader: (EngineThread(StuckEngine()), fake_served())
 settings = Settings(redis_url=sys.argv[1], worker_name="stuck", max_step_s=2.0)
-sys.exit(run(lambda stop: service.serve(settings, stop)))
+sys.exit(run(lambda stop: program.serve(settings, stop)))
 """
 
 PROMPT = np.arange(1, 6, dtype="<i4").tobytes()

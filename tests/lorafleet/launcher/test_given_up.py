@@ -29,7 +29,7 @@ async def test_why_a_worker_was_killed_is_noted_by_its_launcher(bus: Bus, tmp_pa
     children: list[Child] = []
     for number, base in enumerate("ab"):
         command = (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)")
-        environment = {**os.environ, "LORAFLEET_SERVED_NAME": base}
+        environment = {**os.environ, "LORAFLEET_BASE": base}
         spec = Spec("worker", f"worker-{number}", command, environment, tmp_path / f"{number}.log")
         children.append(Child(spec, 0, screen.say, first_pause_s=0.01))
     settings = Settings(redis_url=bus.url, model="a", more_models="b")

@@ -22,7 +22,8 @@ def base(name: str, *, weights: str = "", **more: Any) -> m.ServedModel:
 
 
 async def join(bus: Bus, wid: str, served: m.ServedModel, *, several: bool = True) -> str:
-    return await bus.members.join(m.WorkerBeat(wid=wid, name=wid, capacity=1), served, TTL_MS, several=several)
+    fleet = [served.name] if several else []
+    return await bus.members.join(m.WorkerBeat(wid=wid, name=wid, capacity=1), served, TTL_MS, fleet=fleet)
 
 
 async def join_as_earlier_version(bus: Bus, wid: str, served: m.ServedModel) -> None:
@@ -139,6 +140,33 @@ async def test_a_fleet_that_starts_again_with_another_model_knows_that_one_only(
     await bus.members.leave("w3")
     assert await join(bus, "w4", base("c")) == "c"
     assert await names(bus) == ["c"]
+
+
+async def test_a_worker_that_swaps_keeps_the_records_of_other_bases(bus: Bus) -> None:
+    """So a fleet of one worker knows all of its bases once it has served each."""
+    fleet = ["a", "b", "c"]
+
+    async def swap(name: str, fleet: list[str]) -> list[str]:
+        for wid in await bus.members.ids(bus.keys.workers):
+            await bus.members.leave(wid)
+        assert await bus.members.join(m.WorkerBeat(wid=name, name="w", capacity=1), base(name), TTL_MS, fleet=fleet)
+        return await names(bus)
+
+    assert await swap("a", fleet) == ["a"]
+    assert await swap("b", fleet) == ["a", "b"]
+    assert await swap("a", fleet) == ["a", "b"]
+    assert await swap("c", fleet) == ["a", "b", "c"]
+    assert await swap("b", fleet) == ["a", "b", "c"]
+    assert await swap("d", ["d", "a", "b"]) == ["a", "b", "d"]  # a fleet that has changed: `c` is none of it
+    assert await swap("e", ["e", "d"]) == ["e", "d"]  # nor is its first one
+
+
+async def test_which_bases_failed_is_told_with_their_names(bus: Bus) -> None:
+    assert await bus.members.base_names() == ([], set())
+    await bus.members.note_failure("c", "no memory")
+    await join(bus, "w1", base("a"))
+    await join(bus, "w2", base("b"))
+    assert await bus.members.base_names() == (["a", "b"], {"c"})
 
 
 async def test_each_base_promises_what_its_own_smallest_worker_holds(bus: Bus) -> None:

@@ -47,7 +47,7 @@ def test_off_there_is_no_tracer_and_no_library() -> None:
         assert TRACING.tracer is None
     kinds = ("opentelemetry.sdk.trace", "opentelemetry.exporter")  # redis-py itself looks for that of metrics
     code = (
-        "import sys, gateway.service, scheduler.service, gpu_worker.service.service;"
+        "import sys, gateway.service, scheduler.service, gpu_worker.service.program;"
         f"print([name for name in sys.modules if name.startswith({kinds})])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,371 @@
+"""A day of fewer workers than bases, or more: the scheduler's swaps beside first come, first served, and collation.
+
+`python -m benchmarks.simulation.swapping`. The scheduler's policy of swaps in virtual time, seeded: every run gives the
+same numbers. A worker serves one request at a time, of some seconds, and a swap takes 2 to 4 s by its base. *fifo*: a
+free worker takes the oldest request, and swaps if it must. *collate*: it serves its base until nothing waits for it,
+then swaps to the base of the oldest request. *swaps*: `scheduler.swaps`, asked twice a second; a request that a swap
+interrupts waits for its base again, and is then computed from where it was, after a fraction of a second.
+
+Waiting is all time from a request's arrival to its end in which it was not served, without the flooding tenant's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from bisect import bisect
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from heapq import heappop, heappush
+from itertools import accumulate, product
+from typing import Any
+
+from benchmarks.common import report
+from scheduler.swaps import BaseDemand, Seat, SwapPolicy
+
+POLICIES = ("fifo", "collate", "swaps")
+LOADS = ("steady", "day", "flood")
+TICK_S = 0.5
+RESUME_S = 0.2
+"""What a request costs besides its work after each hand-over."""
+
+MEAN_WORK_S = 2.0
+MAX_WAIT_S, MIN_RESIDENCY_S = 30.0, 5.0
+NUM_TENANTS = 3
+"""Tenants for each base in the mean; a popular base has more."""
+
+FLOOD = "flood"
+FLOOD_OPEN = 20
+"""Requests for each worker that the flooding tenant always has open."""
+
+
+@dataclass(slots=True)
+class Request:
+    """One request: what is left of its work in seconds, and how much it had. Times in s."""
+
+    at_s: float
+    base: str
+    tenant: str
+    left_s: float
+    work_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What is simulated. load: mean share of the workers' time that the requests take, without the flood's."""
+
+    bases: int
+    workers: int
+    kind: str
+    load: float
+    hours: float = 24.0
+    seed: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the bases, the most popular one first."""
+        return [f"b{i}" for i in range(self.bases)]
+
+    def start_s(self, base: str) -> float:
+        """Return what a swap to a base takes: 2 to 4 s."""
+        return 2.0 + 2.0 * ((int(base[1:]) * 7) % 10) / 9
+
+
+def arrivals(cell: Cell) -> Iterator[Request]:
+    """Yield the requests of a day, by Zipf's law over the bases, in order of time.
+
+    day: each base has its peak, 1.6 of its mean, at an hour of its own, and in five minutes of each hour one base is
+    three times as popular. flood: the last base belongs to the flooding tenant, whose requests are not among these.
+    """
+    rng = random.Random(f"{cell.kind} {cell.seed}")
+    names = cell.names[:-1] if cell.kind == "flood" else cell.names
+    zipf = [1 / (i + 1) for i in range(len(names))]
+    total = sum(zipf)
+    num_tenants = [max(1, round(NUM_TENANTS * len(names) * one / total)) for one in zipf]
+    rate = cell.load * cell.workers / MEAN_WORK_S
+    phases = [rng.random() for _ in names]
+    bursts = [rng.randrange(len(names)) for _ in range(math.ceil(cell.hours))]
+    at_s, end_s = 0.0, 3600 * cell.hours
+    while True:
+        at_s += rng.expovariate(3 * rate)  # thinned below
+        if at_s >= end_s:
+            return
+        weights = list(zipf)
+        if cell.kind == "day":
+            weights = [
+                w * (1 + 0.6 * math.sin(2 * math.pi * (at_s / end_s + p))) for w, p in zip(zipf, phases, strict=True)
+            ]
+            if at_s % 3600 < 300:
+                weights[bursts[int(at_s // 3600)]] *= 3
+        if rng.random() * 3 * total > sum(weights):
+            continue
+        sums = list(accumulate(weights))
+        base = bisect(sums, rng.random() * sums[-1])
+        work_s = rng.expovariate(1 / MEAN_WORK_S)
+        yield Request(at_s, names[base], f"{names[base]} {rng.randrange(num_tenants[base])}", work_s, work_s)
+
+
+@dataclass(slots=True)
+class Worker:
+    """One worker. It serves `request`, or starts as `base` until `ready_s`."""
+
+    wid: str
+    base: str
+    since_s: float = 0.0
+    ready_s: float = 0.0
+    request: Request | None = None
+    began_s: float = 0.0
+    resume_s: float = 0.0
+    serial: int = 0  # of its last event; earlier ones are void
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a day came to. Times in s."""
+
+    waits_s: list[float] = field(default_factory=list[float])
+    swaps: Counter[str] = field(default_factory=Counter[str])
+    served_s: dict[str, float] = field(
+        default_factory=lambda: defaultdict[str, float](float)
+    )  # by tenant, work of ended requests
+    num_ended: int = 0  # within the day, without the flood's
+    starting_s: float = 0.0
+    longest_s: float = 0.0  # in which a base with requests had no worker
+
+    def wait_s(self, percentile: float) -> float:
+        """Return a percentile of the waits."""
+        waits = sorted(self.waits_s)
+        return waits[min(len(waits) - 1, int(percentile * len(waits)))] if waits else 0.0
+
+
+class Day:
+    """One day under one policy."""
+
+    def __init__(self, cell: Cell, policy: str) -> None:
+        self._cell, self._policy = cell, policy
+        self._swaps = SwapPolicy(MAX_WAIT_S, MIN_RESIDENCY_S)
+        names = cell.names
+        self._workers = [Worker(f"w{i}", names[i % len(names)]) for i in range(cell.workers)]
+        self._queues = {name: deque[tuple[float, Request]]() for name in names}  # with since when it waits
+        self._waiting_s = dict.fromkeys(names, 0.0)
+        self._num_open = {name: Counter[str]() for name in names}  # by tenant
+        self._events: list[tuple[float, int, Worker | None, int]] = []
+        self._num_events = 0
+        self._unserved_s = dict.fromkeys(names, math.inf)
+        self._rng = random.Random(f"flood {cell.seed}")
+        self.outcome = Outcome()
+
+    def run(self, coming: Iterator[Request]) -> Outcome:
+        """Play the day, and serve to its end what has come."""
+        cell = self._cell
+        end_s = 3600 * cell.hours
+        if cell.kind == "flood":
+            for _ in range(FLOOD_OPEN * cell.workers):
+                self._flood(0.0)
+        arrival = next(coming, None)
+        self._push(TICK_S, None)
+        while self._events:
+            now_s = self._events[0][0]
+            if arrival is not None and arrival.at_s <= now_s:
+                self._arrive(arrival, arrival.at_s)
+                arrival = next(coming, None)
+                continue
+            _, _, worker, serial = heappop(self._events)
+            if worker is None:
+                if now_s >= end_s and not any(self._num_open[name] for name in cell.names):
+                    break
+                self._tick(now_s)
+                self._push(now_s + TICK_S, None)
+            elif worker.serial == serial:
+                if worker.request is not None:
+                    self._end(worker, now_s, end_s)
+                else:
+                    worker.since_s = now_s
+                    self._work(worker, now_s)
+        return self.outcome
+
+    def _push(self, at_s: float, worker: Worker | None) -> None:
+        self._num_events += 1
+        if worker is not None:
+            worker.serial = self._num_events
+        heappush(self._events, (at_s, self._num_events, worker, self._num_events))
+
+    def _flood(self, now_s: float) -> None:
+        if now_s < 3600 * self._cell.hours:
+            work_s = self._rng.expovariate(1 / MEAN_WORK_S)
+            self._arrive(Request(now_s, self._cell.names[-1], FLOOD, work_s, work_s), now_s)
+
+    def _arrive(self, request: Request, now_s: float) -> None:
+        self._num_open[request.base][request.tenant] += 1
+        self._wait(request, now_s)
+        free = [worker for worker in self._workers if worker.request is None and worker.ready_s <= now_s]
+        own = [worker for worker in free if worker.base == request.base]
+        if own:
+            self._work(own[0], now_s)
+        elif free and self._policy != "swaps":
+            self._work(min(free, key=lambda one: one.since_s), now_s)
+
+    def _wait(self, request: Request, now_s: float, *, first: bool = False) -> None:
+        queue = self._queues[request.base]
+        (queue.appendleft if first else queue.append)((now_s, request))
+        self._waiting_s[request.base] += request.left_s
+
+    def _work(self, worker: Worker, now_s: float) -> None:
+        """Have a free worker take the request that is next for it, if any."""
+        base = worker.base
+        if self._policy == "fifo" or (self._policy == "collate" and not self._queues[base]):
+            heads = [(queue[0][0], name) for name, queue in self._queues.items() if queue]
+            if not heads:
+                return
+            base = min(heads)[1]
+        if not self._queues[base]:
+            return
+        if base != worker.base:
+            self._swap(worker, base, "", now_s)
+            request = self._take(base)
+            worker.request = request  # it is served when the start is over
+            worker.began_s = worker.ready_s
+        else:
+            request = worker.request = self._take(base)
+            worker.began_s = now_s
+        worker.resume_s = RESUME_S if request.left_s < request.work_s else 0.0
+        self._push(worker.began_s + worker.resume_s + request.left_s, worker)
+
+    def _take(self, base: str) -> Request:
+        _, request = self._queues[base].popleft()
+        self._waiting_s[base] -= request.left_s
+        return request
+
+    def _swap(self, worker: Worker, base: str, why: str, now_s: float) -> None:
+        start_s = self._cell.start_s(base)
+        self.outcome.swaps[why] += 1
+        self.outcome.starting_s += start_s
+        worker.base, worker.ready_s, worker.since_s = base, now_s + start_s, now_s + start_s
+
+    def _end(self, worker: Worker, now_s: float, end_s: float) -> None:
+        request, worker.request = worker.request, None
+        assert request is not None
+        outcome, tenants = self.outcome, self._num_open[request.base]
+        tenants[request.tenant] -= 1
+        if not tenants[request.tenant]:
+            del tenants[request.tenant]
+        if now_s <= end_s:
+            outcome.served_s[request.tenant] += request.work_s
+        if request.tenant == FLOOD:
+            self._flood(now_s)
+        else:
+            outcome.waits_s.append(now_s - request.at_s - request.work_s)
+            outcome.num_ended += now_s <= end_s
+        if worker.request is None:
+            self._work(worker, now_s)
+
+    def _tick(self, now_s: float) -> None:
+        """Note how long bases had no worker, and under the scheduler's policy ask it for swaps and do them."""
+        served = {worker.base for worker in self._workers if worker.ready_s <= now_s}
+        for name, queue in self._queues.items():
+            since_s = self._unserved_s[name] = min(self._unserved_s[name], now_s) if queue else math.inf
+            if name in served:
+                self._unserved_s[name] = math.inf
+            elif queue:
+                self.outcome.longest_s = max(self.outcome.longest_s, now_s - since_s)
+        if self._policy != "swaps":
+            return
+        demands = [
+            BaseDemand(
+                name, float(len(self._num_open[name])), self._waiting_s[name], 1000 * queue[0][0] if queue else None,
+                self._cell.start_s(name), self._typical_s(name),
+            )
+            for name, queue in self._queues.items()
+        ]  # fmt: skip
+        names = frozenset(self._cell.names)
+        by_seat = {f"{one.wid} {one.since_s}": one for one in self._workers if one.ready_s <= now_s}
+        seats = [
+            Seat(wid, one.base, 1000 * one.since_s, int(one.request is not None), names, name=one.wid)
+            for wid, one in by_seat.items()
+        ]
+        for swap in self._swaps.decide(1000 * now_s, demands, seats):
+            worker = by_seat[swap.wid]
+            if (request := worker.request) is not None:
+                worker.request = None
+                request.left_s = min(request.left_s, worker.began_s + worker.resume_s + request.left_s - now_s)
+                self._wait(request, now_s, first=True)
+            self._swap(worker, swap.base, swap.why, now_s)
+            self._push(worker.ready_s, worker)
+
+    def _typical_s(self, base: str) -> float:
+        """Return the median of the work that waits of each tenant, all of which have one share."""
+        waiting_s = dict.fromkeys(self._num_open[base], 0.0)
+        for _, request in self._queues[base]:
+            waiting_s[request.tenant] += request.left_s
+        return sorted(waiting_s.values())[(len(waiting_s) - 1) // 2] if waiting_s else 0.0
+
+
+def row(cell: Cell, policy: str) -> dict[str, Any]:
+    """Play a day, and return what is reported of it."""
+    outcome = Day(cell, policy).run(arrivals(cell))
+    seconds = 3600 * cell.hours * cell.workers
+    idle = 1 - (sum(outcome.served_s.values()) + outcome.starting_s) / seconds
+    return {
+        **asdict(cell),
+        "policy": policy,
+        "p50_s": round(outcome.wait_s(0.5), 2),
+        "p99_s": round(outcome.wait_s(0.99), 1),
+        "requests_per_h": round(outcome.num_ended / cell.hours),
+        "swaps_per_h": round(outcome.swaps.total() / cell.hours, 1),
+        "idle": round(max(0.0, idle), 3),
+        "flood": round(outcome.served_s[FLOOD] / seconds, 3),
+        "longest_s": round(outcome.longest_s, 1),
+        "why": dict(sorted(outcome.swaps.items())),
+    }
+
+
+SHOWN = ("p50_s", "p99_s", "requests_per_h", "swaps_per_h", "idle", "longest_s")
+HEADINGS = ("bases", "workers", "load", "p50, s", "p99, s", "requests/h", "swaps/h", "idle", "longest, s", "wanted")
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return a line of the table for each cell, given a row for each of `POLICIES`.
+
+    Wanted is, with fewer workers than bases, half of fifo's p99 at no less throughput; else what the better of both
+    others has.
+    """
+    found: list[list[str]] = []
+    for number in range(0, len(rows), len(POLICIES)):
+        fifo, collate, swaps = cell = rows[number : number + len(POLICIES)]
+        most_s = min(fifo["p99_s"], collate["p99_s"]) if swaps["workers"] >= swaps["bases"] else fifo["p99_s"] / 2
+        is_reached = swaps["p99_s"] <= most_s and swaps["requests_per_h"] >= 0.99 * fifo["requests_per_h"]
+        shown = [" / ".join(f"{one[key]:,}" for one in cell) for key in SHOWN]
+        wanted = f"{most_s:,.1f}: {'reached' if is_reached else 'missed'}"
+        found.append([swaps["bases"], swaps["workers"], f"{swaps['kind']} {swaps['load']}", *shown, wanted])
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Play all days, save what they came to, and print the table."""
+    parser = report.parser(__doc__, without=("model", "short"))
+    parser.add_argument("--bases", type=int, nargs="+", default=[3, 10])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--kinds", nargs="+", choices=LOADS, default=LOADS)
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.3, 0.6], help="share of the workers' time")
+    parser.add_argument("--hours", type=float, default=24.0, help="length of the day (%(default)g)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="days played at once (%(default)s)")
+    args = parser.parse_args(argv)
+    about = report.machine()
+    cells = [
+        Cell(bases, workers, kind, load, args.hours, args.seed)
+        for bases, workers, kind, load in product(args.bases, args.workers, args.kinds, args.loads)
+    ]
+    each = [(cell, policy) for cell in cells for policy in POLICIES]
+    with ProcessPoolExecutor(args.jobs) as pool:
+        rows = list(pool.map(row, *zip(*each, strict=True)))
+    print(report.table(HEADINGS, lines(rows)))
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "swaps.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""A worker's process: it loads a base, works for the queue, and starts itself again to serve another base.
+
+A worker that the scheduler has ordered to become another base leaves the fleet as one that is stopped does, closes
+everything, and executes its own program again with `SWAP_VARIABLE`, which names the base. So no two bases are ever in
+its memory, and whoever supervises the process sees no end of it. If it dies, it is started again with the base that its
+settings name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import msgspec
+
+from gpu_worker.adapters.loader.client import Loader
+from gpu_worker.engine.engine_thread import EngineThread
+from gpu_worker.light_imports import import_transformers
+from gpu_worker.service.conversions import failure_reason
+from gpu_worker.service.service import WorkerService
+from protocol.queue.bus import CONNECTION_ERRORS, Bus
+from protocol.runtime.again import SWAP_VARIABLE, began_ms, start_again
+from protocol.runtime.fleet_secret import FleetSecret
+from protocol.runtime.imports import importing
+from protocol.runtime.model_files import worker_bases
+from protocol.runtime.sealing import Seal
+from protocol.runtime.settings import Settings
+from protocol.runtime.tracing import tracing
+from protocol.runtime.watchdog import LOADING_S, WATCHDOG
+from protocol.wire import messages as m
+from protocol.wire.clock import now_ms
+from protocol.wire.errors import BadRequest, Conflict
+
+logger = logging.getLogger(__name__)
+
+SWITCH_S = 0.0001
+"""How long the engine's thread waits until the event loop, which publishes, has to leave it the interpreter. In 5 ms,
+which is Python's own, the loop does all that it has to do for a step, and the engine would wait for that."""
+
+
+class BaseStart(msgspec.Struct, frozen=True):
+    """Which base a process serves. Each start that fails has fewer fallbacks, so that starts come to an end."""
+
+    base: str
+    fallbacks: tuple[str, ...]  # the bases that it serves instead if this one does not start, the first one first
+    began_ms: int  # unix time when the start began
+
+    @classmethod
+    def of(cls, settings: Settings, bases: Mapping[str, Settings]) -> BaseStart:
+        """Return what the process that this one has replaced has left, else what the settings say.
+
+        The variable is read once. Raises BadRequest for a base that is none of `bases`.
+        """
+        if left := os.environ.pop(SWAP_VARIABLE, ""):
+            try:
+                start = msgspec.json.decode(left, type=cls)
+            except msgspec.DecodeError as error:
+                raise BadRequest(f"{SWAP_VARIABLE} is set by workers alone: {error}") from error
+        else:
+            own = settings.base or next(iter(bases))
+            others = tuple(name for name in bases if name != own) if settings.swaps else ()
+            start = cls(own, others, began_ms())
+        if start.base not in bases:
+            raise BadRequest(f"--base: {start.base} is none of this worker's bases, {', '.join(bases)}")
+        return start
+
+
+class NotStarted(Exception):
+    """A base cannot be served by this process."""
+
+    def __init__(self, error: Exception) -> None:
+        """error: why."""
+        super().__init__(failure_reason(error))
+        self.error = error
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> int:
+    """Serve a base until `stop`, or until another one is to be served. Returns the exit code. Raises LorafleetError.
+
+    Then, and if the base cannot be served but others can, the process starts itself again.
+    """
+    bases = worker_bases(settings)
+    start = BaseStart.of(settings, bases)
+    try:
+        with tracing(settings, "worker", settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"):
+            code, ordered = await _serve(bases, start, stop)
+    except NotStarted as error:
+        if not start.fallbacks:
+            raise error.error from None
+        following = BaseStart(start.fallbacks[0], start.fallbacks[1:], now_ms())
+        logger.warning("%s cannot be served: %s; serving %s instead", start.base, error, following.base)
+    else:
+        if not ordered or code:
+            return code
+        following = BaseStart(ordered, (start.base,), now_ms())
+    with _ended_by_signals():
+        await asyncio.sleep(0.01)  # a signal that came before lies with the loop, which reads it now
+        if not stop.is_set():
+            start_again({SWAP_VARIABLE: msgspec.json.encode(following).decode()})
+    return 0
+
+
+async def _serve(bases: Mapping[str, Settings], start: BaseStart, stop: asyncio.Event) -> tuple[int, str]:
+    """Load the model and work for the queue until `stop` or an order.
+
+    Returns the exit code, and the base that the worker has been ordered to become. Raises NotStarted where there are
+    several bases and this one is to blame, else what went wrong. Everything is closed then.
+    """
+    settings = bases[start.base]
+    secret = FleetSecret.of(settings)
+    bus = Bus(settings.queue_url(), seal=Seal.of(settings, secret))
+    loader = Loader(secret.bearer if secret else "")
+    WATCHDOG.require(None, LOADING_S)
+    service: WorkerService | None = None
+    try:
+        await bus.check()
+        try:
+            with _ended_by_signals():
+                engine, served = await asyncio.to_thread(_load, settings, loader)
+            if stop.is_set():
+                return 0, ""
+            sys.setswitchinterval(SWITCH_S)
+            # A thread that has ended cannot be stuck; what is left to do then is the loop's.
+            WATCHDOG.require(lambda: object() if engine.has_ended else engine.num_turns, settings.max_step_s)
+            loader.set_urls(await bus.members.store_urls())
+            service = WorkerService(bus, engine, served, settings, loader, start.began_ms, bases)
+            return await service.run(stop), service.becomes
+        except CONNECTION_ERRORS:
+            raise
+        except Exception as error:
+            if not settings.more_models or (service is not None and not isinstance(error, Conflict)):
+                raise
+            await bus.members.note_failure(settings.served_name, failure_reason(error))  # the others' calls go on
+            raise NotStarted(error) from error
+    finally:
+        loader.close()
+        await bus.close()
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let signals end the process at once meanwhile: it has nothing of the fleet's, and what it does may take long."""
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _load(settings: Settings, loader: Loader) -> tuple[EngineThread, m.ServedModel]:
+    """Build the engine. Imports torch, so it runs in a thread and is not part of importing this module."""
+    with importing():
+        import_transformers(settings)
+        from gpu_worker.build import load_engine
+
+    return load_engine(settings, loader.fetch, loader.describe, loader.fetch_files)

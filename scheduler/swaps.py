@@ -1,0 +1,300 @@
+"""Which worker becomes which base, where a fleet has fewer workers than bases with work. Pure.
+
+A swap costs the seconds of a start, in which the worker does nothing, so bases take turns as long as the bound on
+waiting allows. Waiting here is waiting *for a base*: the time in which requests for it wait and it has no worker. The
+turns are those of a polling system with time limits (Takagi, "Queueing analysis of polling models", ACM Computing
+Surveys 20, 1988); the bound is kept by earliest deadline first (Liu and Layland, 1973).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heapreplace
+
+TURN_STARTS = 4.0
+"""So many starts a base that is beyond its share keeps a worker at least, so that starts cost the others little."""
+
+LONG_QUEUE = 0.8
+"""Part of the bound that a base's queue takes at least, where its worker leaves at its turn's end: a flood."""
+
+USED_MS = 120_000.0
+"""Time constant of the mean use of machine time that is compared with shares."""
+
+HELP_STARTS = 2.0
+"""Work that waits at a base, in starts for each of its workers, from which one more helps; and the starts for which the
+last worker of another base has been idle then."""
+
+LOSS, MAX_LOSS = 0.2, 0.1
+"""Part of machine time that starts take where the bound is longer than asked: since it cannot be kept, since all have
+much work."""
+
+TICK_MS = 1000.0
+"""Time between two decisions at most, which the bound takes into account."""
+
+LOST_STARTS, LOST_MS = 3.0, 10_000.0
+"""An order counts as lost if nothing has come of it in so many starts and ms more."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseDemand:
+    """What is asked of one base. Times in ms are unix time."""
+
+    name: str
+    shares: float
+    """Sum of the shares of tenants that use it; a tenant's is divided among the bases that it uses now."""
+    waiting_s: float
+    """Work that waits, in seconds of one worker."""
+    oldest_ms: float | None
+    """Since when the request waits that has waited longest, counted anew when it is handed back; None: none waits."""
+    start_s: float
+    """What a swap to it takes."""
+    typical_s: float = 0.0
+    """Of the work that waits, that of a tenant over its share: of the tenants with it, the middle one by shares."""
+    blocked_until_ms: float = 0.0
+    """It failed to start, and is not tried again before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One worker that lives and may get requests, or has been ordered away."""
+
+    wid: str
+    base: str
+    since_ms: float
+    """When it joined, unix time."""
+    running: int
+    """Requests that it has."""
+    may_become: frozenset[str]
+    becoming: str = ""
+    """The base that it was ordered to become."""
+    name: str = ""
+    """What it is called after the swap too, when it has another `wid`; "": its `wid`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """An order: a worker becomes another base."""
+
+    wid: str
+    base: str
+    why: str
+    """idle: its base had nothing to do; turn: its turn was over; bound: others would wait too long; load: it helps."""
+
+
+@dataclass(slots=True)
+class _Order:
+    """A swap on its way: until the worker joins again under another id, or until it counts as lost."""
+
+    wid: str
+    base: str
+    joins_ms: float
+    until_ms: float
+
+
+class SwapPolicy:
+    """Decides about swaps. It remembers orders on their way, and what each base has had of the workers.
+
+    After a change of the leader it has forgotten both. It then learns the orders from `Seat.becoming`, and may order
+    one swap too many for a base whose worker is just restarting.
+    """
+
+    def __init__(self, max_wait_s: float, min_residency_s: float) -> None:
+        """Take the bound on waiting for a base, and the time for which a worker keeps a base that has work."""
+        self.max_wait_ms = 1000 * max_wait_s
+        self.residency_ms = 1000 * min_residency_s
+        self.orders: dict[str, _Order] = {}  # by the name of the worker
+        self.served_ms: dict[str, float] = {}  # base -> when it last had a worker
+        self.used: dict[str, float] = {}  # base -> mean part of machine time that it had
+        self.busy_ms: dict[str, float] = {}  # worker -> when it or its base last had work
+        self._last_ms = 0.0
+
+    def decide(self, now_ms: float, demands: Sequence[BaseDemand], seats: Sequence[Seat]) -> list[Swap]:
+        """Return the swaps to order now. To be called about once a second, with all bases and all workers."""
+        by_name = {demand.name: demand for demand in demands}
+        self._observe_orders(now_ms, by_name, seats)
+        fleet = _Fleet(self, now_ms, by_name, seats)
+        self._observe_use(now_ms, fleet)
+        names = {seat.wid: seat.name or seat.wid for seat in seats}
+        swaps = fleet.decide()
+        for swap in swaps:
+            self._note_order(now_ms, names[swap.wid], swap.wid, by_name[swap.base])
+        return swaps
+
+    def _observe_orders(self, now_ms: float, demands: Mapping[str, BaseDemand], seats: Sequence[Seat]) -> None:
+        """Forget orders that came to something or to nothing; learn those of an earlier leader."""
+        by_name = {seat.name or seat.wid: seat for seat in seats}
+        for name, order in list(self.orders.items()):
+            seat, demand = by_name.get(name), demands.get(order.base)
+            if demand is None or demand.blocked_until_ms > now_ms:
+                order.until_ms = min(order.until_ms, now_ms)
+            if seat.wid != order.wid if seat is not None else order.until_ms <= now_ms:
+                del self.orders[name]
+        for name, seat in by_name.items():
+            if seat.becoming in demands and name not in self.orders:
+                self._note_order(now_ms, name, seat.wid, demands[seat.becoming])
+
+    def _observe_use(self, now_ms: float, fleet: _Fleet) -> None:
+        keeps = math.exp(min(0.0, self._last_ms - now_ms) / USED_MS)
+        self._last_ms = now_ms
+        self.used = {
+            name: keeps * self.used.get(name, 0.0) + (1 - keeps) * fleet.num[name] / max(1, fleet.num.total())
+            for name in fleet.demands
+        }
+        self.served_ms = {name: ms for name, ms in self.served_ms.items() if name in fleet.demands}
+        self.served_ms.update((seat.base, now_ms) for seat in fleet.free)
+        self.busy_ms = {
+            seat.wid: self.busy_ms.get(seat.wid, now_ms) if fleet.is_idle(seat) else now_ms for seat in fleet.free
+        }
+
+    def _note_order(self, now_ms: float, name: str, wid: str, demand: BaseDemand) -> None:
+        start_ms = 1000 * demand.start_s
+        self.orders[name] = _Order(wid, demand.name, now_ms + start_ms, now_ms + LOST_STARTS * start_ms + LOST_MS)
+
+
+class _Fleet:
+    """The fleet at one moment, and what is decided about it."""
+
+    def __init__(
+        self, policy: SwapPolicy, now_ms: float, demands: Mapping[str, BaseDemand], seats: Sequence[Seat]
+    ) -> None:
+        self._policy, self._now_ms, self.demands = policy, now_ms, demands
+        orders = [order for order in policy.orders.values() if order.until_ms > now_ms]
+        gone = {order.wid for order in orders}
+        self.free = [seat for seat in seats if seat.wid not in gone]
+        """Workers that may get an order."""
+        self.num = Counter([*(seat.base for seat in self.free), *(order.base for order in orders)])
+        """Workers that each base has, or will have."""
+        self._num_workers = max(1, self.num.total())
+        self._joins_ms = [order.joins_ms for order in orders]
+        self._since_ms = {demand.name: demand.oldest_ms for demand in demands.values() if demand.oldest_ms is not None}
+        running = {seat.base for seat in self.free if seat.running}
+        self._active = [
+            demand
+            for name, demand in demands.items()
+            if name in running or (name in self._since_ms and self._is_open(demand))
+        ]
+        self._shares = sum(demand.shares for demand in self._active) or 1.0
+        self._starts_ms = sum(1000 * demand.start_s for demand in self._active)
+        self._swaps: list[Swap] = []
+
+    def is_idle(self, seat: Seat) -> bool:
+        """Return whether a worker and its base have nothing to do."""
+        return not seat.running and seat.base not in self._since_ms
+
+    def decide(self) -> list[Swap]:
+        """Give a worker to bases that wait for one, the most urgent first; else move workers to where work piles up."""
+        due_ms = {
+            name: max(since_ms, self._policy.served_ms.get(name, since_ms)) + self._limit_ms(self.demands[name])
+            for name, since_ms in self._since_ms.items()
+            if not self.num[name] and self._is_open(self.demands[name])
+        }
+        unserved = deque(sorted(due_ms, key=due_ms.__getitem__))
+        leaving = [(seat, why) for seat in self.free if (why := self._why(seat))]
+        while unserved and leaving:
+            name = unserved[0]
+            may = [one for one in leaving if name in one[0].may_become]
+            if may and all(why == "bound" for _, why in may) and not self._is_late(unserved, due_ms):
+                may = []
+            unserved.popleft()
+            if may:
+                leaver = max(may, key=lambda one: (one[1] != "bound", self._excess(one[0])))
+                leaving.remove(leaver)
+                self._order(*leaver, name)
+        if all(self.num[name] for name in due_ms):
+            self._help()
+        return self._swaps
+
+    def _is_open(self, demand: BaseDemand) -> bool:
+        return demand.blocked_until_ms <= self._now_ms
+
+    def _limit_ms(self, demand: BaseDemand) -> float:
+        """Return how long a base waits for a worker at most.
+
+        This is the bound. It is longer where so many bases could not take turns within it, and where most tenants of
+        the base have more work than a turn within the bound takes: longer turns then get it done sooner.
+        """
+        num, starts_ms, least_ms = self._num_workers, self._starts_ms, self._policy.max_wait_ms
+        if num * least_ms < starts_ms + len(self._active) * self._policy.residency_ms:
+            least_ms = max(least_ms, starts_ms / num / LOSS)
+        part_ms = (num * least_ms - starts_ms) / self._shares
+        most_ms = starts_ms / num / MAX_LOSS
+        return max(least_ms, min(most_ms, least_ms * 1000 * demand.typical_s / max(part_ms, 1.0)))
+
+    def _is_late(self, unserved: Iterable[str], due_ms: Mapping[str, float]) -> bool:
+        """Return whether some base would wait too long if no worker left one before the next decision."""
+        soon_ms, residency_ms = self._now_ms + TICK_MS, self._policy.residency_ms
+        joined_ms = [*(seat.since_ms for seat in self.free), *self._joins_ms]
+        leaves_ms = [max(soon_ms, since_ms + residency_ms) for since_ms in joined_ms]
+        heapify(leaves_ms)
+        for name in unserved:
+            if leaves_ms[0] > due_ms[name]:
+                return True
+            heapreplace(leaves_ms, leaves_ms[0] + 1000 * self.demands[name].start_s + residency_ms)
+        return False
+
+    def _why(self, seat: Seat) -> str:
+        """Return why a worker may leave its base for one without a worker, "" if it stays."""
+        if self.is_idle(seat):
+            return "idle"
+        if self._has_had_turn(seat) and self._is_flooded(seat.base):
+            return "turn"
+        return "bound" if self._now_ms - seat.since_ms >= self._policy.residency_ms else ""
+
+    def _has_had_turn(self, seat: Seat) -> bool:
+        """Return whether a worker's base is beyond its share, and it has stayed for a turn."""
+        demand = self.demands.get(seat.base)
+        if demand is None:
+            return self._now_ms - seat.since_ms >= self._policy.residency_ms
+        turn_ms = max(self._policy.residency_ms, TURN_STARTS * 1000 * demand.start_s)
+        return self._now_ms - seat.since_ms >= turn_ms and self._policy.used[seat.base] > self._share(demand)
+
+    def _is_flooded(self, name: str) -> bool:
+        """Return whether the workers of a base will not be through with what waits for most of the bound."""
+        demand = self.demands.get(name)
+        return demand is None or 1000 * demand.waiting_s > self.num[name] * LONG_QUEUE * self._policy.max_wait_ms
+
+    def _share(self, demand: BaseDemand) -> float:
+        return demand.shares / self._shares
+
+    def _ideal(self, name: str) -> float:
+        return self._num_workers * self._share(self.demands[name]) if name in self.demands else 0.0
+
+    def _excess(self, seat: Seat) -> tuple[bool, float, float]:
+        """Order workers by what their base has beyond its share."""
+        return self.is_idle(seat), self.num[seat.base] - self._ideal(seat.base), -seat.since_ms
+
+    def _help(self) -> None:
+        """Move workers to bases whose own need longer than a few starts for what waits."""
+        helpers = [seat for seat in self.free if self._may_help(seat)]
+        for demand in sorted(self._active, key=lambda one: -one.waiting_s) if helpers else ():
+            enough_s = HELP_STARTS * demand.start_s
+            while self._is_open(demand) and demand.waiting_s > self.num[demand.name] * enough_s > 0:
+                may = [seat for seat in helpers if self._may_help(seat) and self._is_better_at(demand, seat)]
+                if not may:
+                    break
+                helper = max(may, key=self._excess)
+                helpers.remove(helper)
+                self._order(helper, "load", demand.name)
+
+    def _may_help(self, seat: Seat) -> bool:
+        """Return whether a worker is idle, or its base has one too many for its share."""
+        num = self.num[seat.base]
+        return self.is_idle(seat) or (num > 1 and num - 1 >= self._ideal(seat.base) and self._has_had_turn(seat))
+
+    def _is_better_at(self, demand: BaseDemand, seat: Seat) -> bool:
+        if demand.name == seat.base or demand.name not in seat.may_become:
+            return False
+        if not self.is_idle(seat):
+            return self.num[demand.name] < self._ideal(demand.name)
+        idle_ms = self._now_ms - self._policy.busy_ms[seat.wid]
+        return self.num[seat.base] > 1 or idle_ms >= HELP_STARTS * 1000 * demand.start_s
+
+    def _order(self, seat: Seat, why: str, name: str) -> None:
+        self._swaps.append(Swap(seat.wid, name, why))
+        self.free.remove(seat)
+        self._joins_ms.append(self._now_ms + 1000 * self.demands[name].start_s)
+        self.num[seat.base] -= 1
+        self.num[name] += 1

@@ -1,0 +1,60 @@
+"""A simulated day of swaps: what a swap costs there, and how the policies compare in a small one."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.simulation import swapping
+from benchmarks.simulation.swapping import FLOOD, POLICIES, Cell, Day, Request, arrivals, lines, row
+
+ONE = Cell(bases=2, workers=1, kind="steady", load=0.5, hours=0.01)
+
+
+def asked(*requests: tuple[float, str]) -> list[Request]:
+    """Return requests of a second, each given when it comes and for which base."""
+    return [Request(at_s, base, "t", 1.0, 1.0) for at_s, base in requests]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_request_for_another_base_waits_for_the_swap(policy: str) -> None:
+    outcome = Day(ONE, policy).run(iter(asked((0.25, "b0"), (0.5, "b1"))))
+    late_s = 0.25 if policy == "swaps" else 0.0  # until it is asked again, at 1.5 s
+    assert outcome.waits_s == pytest.approx([0.0, 0.75 + late_s + ONE.start_s("b1")])
+    assert outcome.swaps.total() == 1
+    assert outcome.starting_s == ONE.start_s("b1")
+
+
+@pytest.mark.parametrize(("policy", "num"), [("fifo", 3), ("collate", 1), ("swaps", 1)])
+def test_requests_of_a_base_are_served_together_but_by_fifo(policy: str, num: int) -> None:
+    trace = asked((0.1, "b0"), (0.2, "b1"), (0.3, "b0"), (0.4, "b1"))
+    assert Day(ONE, policy).run(iter(trace)).swaps.total() == num
+
+
+def test_an_interrupted_request_goes_on_from_where_it_was() -> None:
+    """It takes longer than the bound, and another base waits."""
+    trace = [Request(0.0, "b0", "t", 60.0, 60.0), Request(1.0, "b1", "u", 1.0, 1.0)]
+    outcome = Day(ONE, "swaps").run(iter(trace))
+    assert outcome.swaps == {"bound": 1, "idle": 1}
+    other_s, own_s = outcome.waits_s
+    assert 29.0 <= other_s - ONE.start_s("b1") <= 30.0
+    between_s = ONE.start_s("b1") + 1.0 + ONE.start_s("b0") + swapping.RESUME_S
+    assert between_s <= own_s <= between_s + swapping.TICK_S
+
+
+def test_beside_a_flood_waits_are_half_of_fifos_each_time() -> None:
+    cell = Cell(bases=3, workers=1, kind="flood", load=0.3, hours=0.25)
+    fifo, swaps = row(cell, "fifo"), row(cell, "swaps")
+    assert swaps == row(cell, "swaps")
+    assert len(list(arrivals(cell))) >= swaps["requests_per_h"] * cell.hours >= fifo["requests_per_h"] * cell.hours > 50
+    assert swaps["p99_s"] <= fifo["p99_s"] / 2
+    assert 0 < swaps["flood"] < 1
+    assert all(request.tenant != FLOOD for request in arrivals(cell))
+
+
+def test_the_table_says_which_goals_are_reached() -> None:
+    def cell(workers: int, *p99_s: float) -> list[dict[str, object]]:
+        shown = {"p50_s": 0, "requests_per_h": 100, "swaps_per_h": 0, "idle": 0, "longest_s": 0}
+        return [{**shown, "bases": 3, "workers": workers, "kind": "day", "load": 0.3, "p99_s": one} for one in p99_s]
+
+    rows = [*cell(1, 10.0, 4.0, 5.0), *cell(1, 10.0, 4.0, 5.1), *cell(4, 10.0, 4.0, 4.0), *cell(4, 10.0, 4.0, 4.1)]
+    assert [line[-1] for line in lines(rows)] == ["5.0: reached", "5.0: missed", "4.0: reached", "4.0: missed"]

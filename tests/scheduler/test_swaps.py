@@ -1,0 +1,373 @@
+"""Which worker becomes which base, and when: single decisions, and what holds in every history."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from scheduler.swaps import LOST_MS, LOST_STARTS, TICK_MS, BaseDemand, Seat, Swap, SwapPolicy
+
+START_S = 3.0
+MAX_WAIT_S, RESIDENCY_S = 30.0, 5.0
+NOW_MS = 1_000_000.0
+
+
+def make(max_wait_s: float = MAX_WAIT_S) -> SwapPolicy:
+    return SwapPolicy(max_wait_s, RESIDENCY_S)
+
+
+def base(name: str, waiting_s: float = 0.0, waits_s: float | None = None, now_ms: float = NOW_MS, **more: Any) -> Any:
+    """waits_s: since when its first request waits, in seconds before now."""
+    if waiting_s and waits_s is None:
+        waits_s = 1.0
+    oldest_ms = None if waits_s is None else now_ms - 1000 * waits_s
+    return BaseDemand(
+        name, **{"shares": 1.0, "start_s": START_S, **more, "waiting_s": waiting_s, "oldest_ms": oldest_ms}
+    )
+
+
+def seat(wid: str, of: str, running: int = 0, stayed_s: float = 100.0, now_ms: float = NOW_MS, **more: Any) -> Seat:
+    more = {"may_become": frozenset("abcdefghij"), **more}
+    return Seat(wid, of, now_ms - 1000 * stayed_s, running, **more)
+
+
+# ------------------------------------------------------------ single decisions
+
+
+def test_an_idle_worker_goes_to_the_base_that_waits_longest() -> None:
+    demands = [base("a"), base("b", 9.0, waits_s=1.0), base("c", 1.0, waits_s=2.0)]
+    assert make().decide(NOW_MS, demands, [seat("w", "a")]) == [Swap("w", "c", "idle")]
+
+
+def test_an_idle_worker_goes_at_once_and_a_busy_one_stays() -> None:
+    demands = [base("a"), base("b", 1.0)]
+    assert make().decide(NOW_MS, demands, [seat("w", "a", stayed_s=0.0)]) == [Swap("w", "b", "idle")]
+    assert make().decide(NOW_MS, demands, [seat("w", "a", running=1)]) == []
+    assert make().decide(NOW_MS, [base("a", 1.0), base("b", 1.0)], [seat("w", "a")]) == [], "something waits for it"
+
+
+def test_no_worker_goes_where_nothing_waits() -> None:
+    assert make().decide(NOW_MS, [base("a"), base("b")], [seat("w", "a"), seat("v", "a")]) == []
+
+
+def test_a_worker_becomes_only_what_it_may() -> None:
+    demands = [base("a"), base("b", 1.0)]
+    seats = [seat("w", "a", may_become=frozenset({"a", "c"})), seat("v", "a", may_become=frozenset({"a", "b"}))]
+    assert make().decide(NOW_MS, demands, seats) == [Swap("v", "b", "idle")]
+    assert make().decide(NOW_MS, demands, seats[:1]) == []
+    assert make().decide(NOW_MS, demands, [seat("w", "a", may_become=frozenset())]) == []
+
+
+@pytest.mark.parametrize(("waits_s", "wanted"), [(28.0, []), (29.5, [Swap("w", "b", "bound")])])
+def test_a_busy_worker_leaves_just_before_another_base_is_due(waits_s: float, wanted: list[Swap]) -> None:
+    demands = [base("a", 5.0), base("b", 1.0, waits_s=waits_s)]
+    assert make().decide(NOW_MS, demands, [seat("w", "a", running=1)]) == wanted
+
+
+@pytest.mark.parametrize(("waits_s", "wanted"), [(20.5, []), (21.5, [Swap("w", "b", "bound")])])
+def test_it_leaves_earlier_where_two_bases_wait(waits_s: float, wanted: list[Swap]) -> None:
+    """Each takes a start and a residency, so the first leaves 8 s before the second is due."""
+    demands = [base("a", 5.0), base("b", 1.0, waits_s=waits_s), base("c", 1.0, waits_s=waits_s)]
+    assert make().decide(NOW_MS, demands, [seat("w", "a", running=1)]) == wanted
+
+
+def test_no_worker_leaves_work_before_its_residency_is_over() -> None:
+    demands = [base("a", 5.0), base("b", 1.0, waits_s=99.0)]
+    assert make().decide(NOW_MS, demands, [seat("w", "a", running=1, stayed_s=4.9)]) == []
+    assert make().decide(NOW_MS, demands, [seat("w", "a", running=1, stayed_s=5.0)]) == [Swap("w", "b", "bound")]
+
+
+def test_that_worker_goes_whose_base_is_most_beyond_its_share() -> None:
+    demands = [base("a", 5.0, shares=3.0), base("b", 5.0, shares=1.0), base("c", 1.0, waits_s=30.0)]
+    seats = [seat("a1", "a", 1), seat("a2", "a", 1), seat("b1", "b", 1), seat("b2", "b", 1)]
+    (swap,) = make().decide(NOW_MS, demands, seats)
+    assert (swap.wid, swap.base) in (("b1", "c"), ("b2", "c"))
+
+
+def test_a_flood_beyond_its_share_leaves_at_its_turns_end() -> None:
+    policy, seats = make(), [seat("w", "a", running=1, stayed_s=13.0)]
+    flood = [base("a", 100.0), base("b", 1.0, waits_s=0.0)]
+    assert policy.decide(NOW_MS, flood, seats) == [Swap("w", "b", "turn")], "it has had all"
+    fresh = make()
+    fresh.used, fresh._last_ms = {"a": 0.2, "b": 0.8}, NOW_MS
+    assert fresh.decide(NOW_MS, flood, seats) == [], "it has had less"
+    early = [seat("w", "a", running=1, stayed_s=11.0)]
+    assert make().decide(NOW_MS, flood, early) == [], "a turn of four starts is not over"
+    assert make().decide(NOW_MS, [base("a", 20.0), flood[1]], seats) == [], "it is soon through"
+
+
+def test_a_base_that_failed_is_tried_when_its_time_has_come() -> None:
+    seats = [seat("w", "a")]
+    for ahead_ms, wanted in ((1.0, []), (0.0, [Swap("w", "b", "idle")])):
+        demands = [base("a"), base("b", 1.0, waits_s=60.0, blocked_until_ms=NOW_MS + ahead_ms)]
+        assert make().decide(NOW_MS, demands, seats) == wanted
+
+
+def test_a_failed_base_does_not_keep_the_others_from_a_worker() -> None:
+    demands = [base("a"), base("b", 1.0, waits_s=60.0, blocked_until_ms=NOW_MS + 1), base("c", 1.0)]
+    assert make().decide(NOW_MS, demands, [seat("w", "a")]) == [Swap("w", "c", "idle")]
+
+
+# ------------------------------------------------------------ orders on their way
+
+
+def test_an_order_on_its_way_is_not_given_again() -> None:
+    policy, demands = make(), [base("a"), base("b", 1.0)]
+    seats = [seat("w1", "a", name="one"), seat("w2", "a", name="two")]
+    (swap,) = policy.decide(NOW_MS, demands, seats)
+    assert policy.decide(NOW_MS + 1000, demands, seats) == [], "it drains"
+    left = [one for one in seats if one.wid != swap.wid]
+    assert policy.decide(NOW_MS + 2000, demands, left) == [], "it is gone, and starts"
+    name = next(one.name for one in seats if one.wid == swap.wid)
+    there = [*left, seat("w3", "b", running=1, stayed_s=0.0, now_ms=NOW_MS + 4000, name=name)]
+    assert policy.decide(NOW_MS + 4000, demands, there) == []
+    assert policy.orders == {}
+
+
+def test_an_order_of_an_earlier_leader_is_known() -> None:
+    seats = [seat("w1", "a", becoming="b"), seat("w2", "a")]
+    assert make().decide(NOW_MS, [base("a"), base("b", 1.0)], seats) == []
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_order_that_came_to_nothing_is_decided_again(is_there: bool) -> None:
+    """The worker still says that it becomes `b`, or has died on the way, and another is there."""
+    policy = make()
+    seats = [seat("w1", "a", becoming="b", name="one"), seat("w2", "a", running=1, stayed_s=0.0)]
+    assert policy.decide(NOW_MS, [base("a"), base("b", 1.0)], seats) == []
+    late_ms = NOW_MS + 1000 * LOST_STARTS * START_S + LOST_MS
+    demands = [base("a"), base("b", 1.0, waits_s=20.0, now_ms=late_ms)]
+    left = seats if is_there else [seat("w3", "a", name="three", now_ms=late_ms)]
+    assert policy.decide(late_ms - 1, demands, left) == []
+    assert [swap.base for swap in policy.decide(late_ms, demands, left)] == ["b"]
+    assert policy.decide(late_ms + 1000, demands, left) == [], "and is then on its way again"
+
+
+def test_a_worker_that_comes_back_unchanged_may_be_ordered_again() -> None:
+    policy, demands = make(), [base("a"), base("b", 1.0)]
+    assert policy.decide(NOW_MS, demands, [seat("w1", "a", name="one")]) == [Swap("w1", "b", "idle")]
+    back = [seat("w2", "a", stayed_s=0.0, name="one")]
+    assert policy.decide(NOW_MS, demands, back) == [Swap("w2", "b", "idle")]
+    failed = [demands[0], base("b", 1.0, blocked_until_ms=NOW_MS + 5000)]
+    assert policy.decide(NOW_MS, failed, [seat("w3", "a", stayed_s=0.0, name="one")]) == []
+
+
+def test_a_base_whose_start_failed_has_no_worker_on_its_way() -> None:
+    policy = make()
+    policy.decide(NOW_MS, [base("a"), base("b", 1.0)], [seat("w1", "a", name="one")])
+    blocked = base("b", 1.0, blocked_until_ms=NOW_MS + 1000)
+    assert policy.decide(NOW_MS, [base("a"), blocked], [seat("v", "a")]) == []
+    assert policy.decide(NOW_MS + 1000, [base("a"), blocked], [seat("v", "a")]) == [Swap("v", "b", "idle")]
+
+
+# ------------------------------------------------------------ more workers than bases
+
+
+def test_one_more_worker_helps_where_work_piles_up() -> None:
+    seats = [seat("a1", "a", 1), seat("b1", "b"), seat("b2", "b")]
+    assert make().decide(NOW_MS, [base("a", 6.0), base("b")], seats) == [], "two starts of work are soon done"
+    (swap,) = make().decide(NOW_MS, [base("a", 7.0), base("b")], seats)
+    assert (swap.base, swap.why) == ("a", "load")
+
+
+def test_the_last_worker_of_a_base_helps_after_being_idle() -> None:
+    policy, demands, seats = make(), [base("a", 60.0), base("b")], [seat("a1", "a", 1), seat("b1", "b")]
+    assert policy.decide(NOW_MS, demands, seats) == []
+    assert policy.decide(NOW_MS + 5900, demands, seats) == []
+    assert policy.decide(NOW_MS + 6000, demands, seats) == [Swap("b1", "a", "load")]
+
+
+def test_workers_follow_shares_where_all_are_overloaded() -> None:
+    demands = [base("a", 900.0, shares=3.0), base("b", 900.0, shares=1.0)]
+    for wanted_a, num_a in ((3, 1), (3, 2), (3, 3), (3, 4)):
+        seats = [seat(f"w{i}", "a" if i < num_a else "b", 1) for i in range(4)]
+        policy, num = make(), Counter(one.base for one in seats)
+        for swap in policy.decide(NOW_MS, demands, seats):
+            num[next(one.base for one in seats if one.wid == swap.wid)] -= 1
+            num[swap.base] += 1
+        assert num["a"] == wanted_a
+
+
+def test_where_nobody_is_a_whole_worker_beyond_its_share_nobody_moves() -> None:
+    demands = [base(name, 900.0) for name in "abc"]
+    assert (
+        make().decide(NOW_MS, demands, [seat("1", "a", 1), seat("2", "a", 1), seat("3", "b", 1), seat("4", "c", 1)])
+        == []
+    )
+
+
+# ------------------------------------------------------------ histories
+
+
+@dataclass
+class Member:
+    name: str
+    base: str
+    since_ms: float = 0.0
+    num_joins: int = 0
+    left_ms: float = 0.0  # of its request
+    joins_ms: float | None = None
+
+    @property
+    def wid(self) -> str:
+        return f"{self.name} {self.num_joins}"
+
+
+@dataclass
+class Fleet:
+    """Workers that serve a request at a time, in steps of a second. A swap takes the start, after a second."""
+
+    starts_s: dict[str, float]
+    num_workers: int
+    shares: dict[str, float] = field(default_factory=dict[str, float])
+    policy: SwapPolicy = field(default_factory=make)
+
+    def __post_init__(self) -> None:
+        names = list(self.starts_s)
+        self.members = [Member(f"w{i}", names[i % len(names)]) for i in range(self.num_workers)]
+        self.waiting: dict[str, list[tuple[float, float]]] = {name: [] for name in names}  # since, ms of work
+        self.unserved_ms: dict[str, float] = {}
+        self.had_ms = dict.fromkeys(names, 0.0)
+        self.swaps: list[tuple[float, str, str, str]] = []
+        self.now_ms = 0.0
+        self.longest_ms = 0.0
+
+    def ask(self, name: str, work_s: float) -> None:
+        self.waiting[name].append((self.now_ms, 1000 * work_s))
+
+    def step(self) -> None:
+        self.now_ms += TICK_MS
+        for one in self.members:
+            if one.joins_ms is not None and one.joins_ms <= self.now_ms:
+                one.joins_ms, one.since_ms, one.num_joins = None, self.now_ms, one.num_joins + 1
+            if one.joins_ms is None:
+                self._serve(one)
+        served = {one.base for one in self.members if one.joins_ms is None}
+        for name, queue in self.waiting.items():
+            if name in served or not queue:
+                self.unserved_ms.pop(name, None)
+            else:
+                since_ms = self.unserved_ms.setdefault(name, self.now_ms)
+                self.longest_ms = max(self.longest_ms, self.now_ms - since_ms)
+        self._decide()
+
+    def _serve(self, one: Member) -> None:
+        had_ms = 0.0
+        while had_ms < TICK_MS and (one.left_ms > 0 or self.waiting[one.base]):
+            if one.left_ms <= 0:
+                _, one.left_ms = self.waiting[one.base].pop(0)
+            now_ms = min(one.left_ms, TICK_MS - had_ms)
+            one.left_ms -= now_ms
+            had_ms += now_ms
+        self.had_ms[one.base] += had_ms
+
+    def _decide(self) -> None:
+        demands = [
+            BaseDemand(name, self.shares.get(name, 1.0), sum(ms for _, ms in queue) / 1000,
+                       queue[0][0] if queue else None, self.starts_s[name])
+            for name, queue in self.waiting.items()
+        ]  # fmt: skip
+        here = {one.wid: one for one in self.members if one.joins_ms is None}
+        seats = [
+            Seat(wid, one.base, one.since_ms, int(one.left_ms > 0), frozenset(self.waiting), name=one.name)
+            for wid, one in here.items()
+        ]
+        swaps = self.policy.decide(self.now_ms, demands, seats)
+        assert len({swap.wid for swap in swaps}) == len(swaps)
+        for swap in swaps:
+            one = here[swap.wid]
+            assert swap.base != one.base
+            is_idle = one.left_ms <= 0 and not self.waiting[one.base]
+            assert is_idle or self.now_ms - one.since_ms >= 1000 * RESIDENCY_S, "no swap before the residency is over"
+            if one.left_ms > 0:
+                self.waiting[one.base].insert(0, (self.now_ms, one.left_ms))
+            self.swaps.append((self.now_ms, one.base, swap.base, swap.why))
+            one.left_ms, one.base = 0.0, swap.base
+            one.joins_ms = self.now_ms + 1000 * self.starts_s[swap.base]
+
+
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(n, marks=pytest.mark.thorough) for n in range(6, 60))])
+def test_no_base_waits_longer_than_the_bound_and_a_start(seed: int) -> None:
+    """Whatever is asked: now and then, in bursts, in floods of some bases or all."""
+    rng = random.Random(seed)
+    num_bases, num_workers = rng.choice([(2, 1), (3, 1), (3, 2), (5, 2), (6, 3), (10, 4), (4, 6)])
+    starts_s = {name: rng.uniform(1.0, 3.0) for name in "abcdefghij"[:num_bases]}
+    assert (sum(starts_s.values()) + num_bases * RESIDENCY_S) / num_workers <= MAX_WAIT_S, "arithmetic allows it"
+    fleet = Fleet(starts_s, num_workers, {name: rng.choice([0.1, 1.0, 5.0]) for name in starts_s})
+    kinds = {name: rng.choice(["rare", "often", "bursts", "flood"]) for name in starts_s}
+    for second in range(600):
+        for name, kind in kinds.items():
+            chance = {"rare": 0.01, "often": 0.2, "bursts": second // 60 % 2, "flood": 1.0}[kind]
+            if rng.random() < chance and len(fleet.waiting[name]) < 200:
+                fleet.ask(name, rng.expovariate(0.5))
+        fleet.step()
+    assert fleet.longest_ms <= 1000 * (MAX_WAIT_S + max(starts_s.values())) + TICK_MS
+
+
+@pytest.mark.parametrize("num_bases", [5, 10])
+def test_where_arithmetic_forbids_the_bound_all_bases_still_take_turns(num_bases: int) -> None:
+    fleet = Fleet(dict.fromkeys("abcdefghij"[:num_bases], START_S), 1)
+    for _ in range(4000):
+        for name, queue in fleet.waiting.items():
+            if len(queue) < 20:
+                fleet.ask(name, 2.0)
+        fleet.step()
+    had = sorted(fleet.had_ms.values())
+    assert had[0] > 0.6 * had[-1]
+    assert sum(had) > 0.75 * fleet.now_ms, "starts take at most about a fifth"
+
+
+def test_a_tenant_that_floods_one_base_gets_no_more_than_its_share() -> None:
+    """Two others ask for all that they can get too; each has one share."""
+    fleet = Fleet(dict.fromkeys("abc", START_S), 1)
+    for second in range(3000):
+        for name, most in (("a", 500), ("b", 10), ("c", 10)):
+            if len(fleet.waiting[name]) < most:
+                fleet.ask(name, 2.0)
+        fleet.step()
+        if second == 300:
+            fleet.had_ms = dict.fromkeys("abc", 0.0)
+    assert fleet.had_ms["a"] <= 1.2 * sum(fleet.had_ms.values()) / 3
+
+
+def test_a_flood_beside_quiet_bases_leaves_them_what_they_ask_for() -> None:
+    fleet, rng = Fleet(dict.fromkeys("abc", START_S), 1), random.Random(1)
+    asked_s = 0.0
+    for _ in range(3000):
+        if len(fleet.waiting["a"]) < 200:
+            fleet.ask("a", 2.0)
+        if rng.random() < 0.05:
+            asked_s += 1.0
+            fleet.ask(rng.choice("bc"), 1.0)
+        fleet.step()
+    assert (fleet.had_ms["b"] + fleet.had_ms["c"]) / 1000 > 0.95 * asked_s
+    assert fleet.had_ms["a"] > 0.4 * fleet.now_ms, "and gets what they leave"
+
+
+@pytest.mark.parametrize(("num_bases", "num_workers"), [(2, 2), (3, 4), (3, 16), (10, 16)])
+def test_no_swap_once_all_have_a_worker_and_loads_are_steady(num_bases: int, num_workers: int) -> None:
+    fleet = Fleet(dict.fromkeys("abcdefghij"[:num_bases], START_S), num_workers)
+    for second in range(2000):
+        for name in fleet.waiting:
+            if second % 4 == 0:
+                fleet.ask(name, 2.0)
+        fleet.step()
+    assert fleet.swaps == []
+
+
+def test_a_worker_does_not_go_back_and_forth() -> None:
+    """Two bases with much work each on one worker: each swap is followed by a turn that is worth its start."""
+    fleet = Fleet(dict.fromkeys("ab", START_S), 1)
+    for _ in range(2000):
+        for name, queue in fleet.waiting.items():
+            if len(queue) < 50:
+                fleet.ask(name, 2.0)
+        fleet.step()
+    at_ms = [one[0] for one in fleet.swaps]
+    assert len(at_ms) > 20
+    assert all(after - before >= 1000 * 5 * START_S for before, after in pairwise(at_ms))
