@@ -119,6 +119,7 @@ def test_the_api_s_schemas_find_mistakes(chart: Any) -> None:
         {"workers": {"Bad_Name": {}}},
         {"queue": {"memory": "2GB"}},
         {"adapters": [{"name": "a"}]},
+        {"model": {"more": ["a,b"]}},
     ],
     ids=lambda values: json.dumps(values),
 )
@@ -137,6 +138,7 @@ def test_what_is_misspelt_is_refused(chart: Any, values: Values) -> None:
         ({"metrics": {"monitors": True}}, "keySecret"),
         ({"gateway": {"files": {"claim": "c", "s3": "s3://b"}}}, "not both"),
         ({"gateway": {"ingress": {"enabled": True}}}, "gateway.ingress.host"),
+        ({"workers": {"cpu": {"model": "org/other"}}}, "org/other is neither"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
 )
@@ -375,6 +377,46 @@ def test_workers_are_scaled_by_requests_and_from_none(chart: Any) -> None:
     assert "httpGet" in container(pods(render(chart, {}))["lf-lorafleet-gateway"])["readinessProbe"]
     for name in ("lf-lorafleet-gateway", "lf-lorafleet-scheduler"):
         assert environment(pods(manifests)[name])["LORAFLEET_WAIT_FOR_WORKER_S"] == "600"
+
+
+def test_each_base_has_its_own_workers_which_its_own_demand_starts(chart: Any) -> None:
+    manifests = render(chart, values_of("bases"))
+    templates = pods(manifests)
+    models = {"chat": "org/chat-8b", "classify": "org/classifier-1b", "embed": "/models/embedder.v2"}
+    for name, pod in templates.items():
+        own = environment(pod)
+        group = name.removeprefix("lf-lorafleet-worker-")
+        if group in models:
+            assert own["LORAFLEET_MODEL"] == models[group]
+            assert own["LORAFLEET_MORE_MODELS"].split(",") == [one for one in models.values() if one != models[group]]
+            assert own["LORAFLEET_SERVED_NAME"] == ("chat" if group == "chat" else "")
+        elif "LORAFLEET_MODEL" in own and "queue" not in name:
+            assert (own["LORAFLEET_MODEL"], own["LORAFLEET_SERVED_NAME"]) == ("org/chat-8b", "chat")
+            assert own["LORAFLEET_MORE_MODELS"] == "org/classifier-1b,/models/embedder.v2"
+    mounts = container(templates["lf-lorafleet-store"])["volumeMounts"]
+    assert "/models" in [mount["mountPath"] for mount in mounts], "a base has the name of its folder"
+    mounts = container(pods(render(chart, values_of("folders")))["lf-lorafleet-store"])["volumeMounts"]
+    assert "/models" not in [mount["mountPath"] for mount in mounts], "which a store of one base need not know"
+    scaled = [m for m in manifests if m["kind"] == "ScaledObject"]
+    assert {m["metadata"]["name"].rpartition("-")[2]: m["spec"]["minReplicaCount"] for m in scaled} == {
+        "classify": 0, "embed": 1,
+    }  # fmt: skip
+    asked = {m["spec"]["triggers"][0]["metadata"]["valueLocation"] for m in scaled}
+    assert asked == {f'bases.#(name=="{name}").demand' for name in ("org/classifier-1b", "embedder.v2")}
+    values = values_of("bases")
+    values["workers"]["classify"]["autoscaling"]["prometheus"] = "http://prometheus:9090"
+    (trigger,) = find(render(chart, values), "ScaledObject", "classify")["spec"]["triggers"]
+    wanted = 'max(lorafleet_base_load{namespace="ml",base="org/classifier-1b",what="demand"})'
+    assert trigger["metadata"]["query"] == wanted
+
+
+def test_the_notes_name_a_base_without_workers(chart: Any) -> None:
+    def notes(values: Values) -> str:
+        texts = chart.render(values, name="lf", namespace="ml", revision=1, is_install=True)
+        return next(text for path, text in texts.items() if path.endswith("NOTES.txt"))
+
+    assert "no group" not in notes(values_of("bases"))
+    assert "no group of workers has the model org/x" in notes({"model": {"name": "org/a", "more": ["org/x"]}})
 
 
 def test_a_queue_behind_sentinels_is_found_by_them(chart: Any) -> None:
