@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import islice
@@ -282,6 +282,18 @@ class Scheduler:
             count[2] += worker.load
         only = self.workers.bases[0] if self.workers.bases else ""
         return {base or only: m.BaseLoad(*count) for base, count in counts.items() if base or only}
+
+    def queued_of(self, bases: Collection[str]) -> list[tuple[str, str]]:
+        """Return the requests of these bases that wait, each with its base."""
+        if not any(queues.num for base, queues in self.backlog.by_base.items() if base in bases):
+            return []
+        return [(rid, one.base) for rid, one in self.requests.items() if one.base in bases and not one.wid]
+
+    def has_of(self, base: str) -> bool:
+        """Return whether a base has workers or requests."""
+        return any(one.beat.base == base for one in self.workers.by_id.values()) or any(
+            request.submit.base == base for request in self.requests.values()
+        )
 
     def of_gateway(self, gid: str) -> list[str]:
         """Return the requests that end when a gateway dies."""

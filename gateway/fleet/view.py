@@ -48,8 +48,18 @@ class FleetView:
         self._is_mixed = False  # whether workers of several bases have reported
         self.failures: dict[str, str] = {}
         """Base -> why no worker of it has started, where none has since."""
+        self.added = m.AddedBases()
+        """The bases that operators have added and taken away."""
+        self._removed: frozenset[str] = frozenset()
         self.status: m.SchedulerStatus | None = None
         self.num_workers = 0
+
+    def set_further(self, names: Sequence[str], removed: frozenset[str]) -> None:
+        """Take the names of the bases besides the default one that are asked here from now on, and of removed ones."""
+        if self.further != tuple(names):
+            self.further = tuple(names)
+            series.BASE_LOAD.clear()
+        self._removed = removed
 
     @property
     def is_ready(self) -> bool:
@@ -67,6 +77,8 @@ class FleetView:
 
     def is_foreign(self, name: str) -> bool:
         """Return whether a call's base is none of those asked here. A fleet's only one may have had other names."""
+        if name in self._removed and name not in self.names:
+            return True
         return name not in ("", self._name, *self.further) and (self._is_mixed or bool(self.further))
 
     @property
@@ -97,6 +109,7 @@ class FleetView:
             fleet = await self._bus.members.summary(self._beat_timeout_ms)
         self.num_workers, self.status = fleet.num_workers, fleet.status
         self._is_mixed = len(fleet.bases) > 1
+        self.added = fleet.added
         self.failures = {name: why for name, why in fleet.failures.items() if name in self.names}
         known = {base.name: base for base in fleet.bases}
         default = known.get(self._name)

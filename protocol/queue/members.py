@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
 import msgspec
+from redis.exceptions import WatchError
 
 from protocol.queue import signatures as lua
+from protocol.queue.added_bases import decoded
 from protocol.queue.connection.redis_client import Client, read_many
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
@@ -41,6 +44,7 @@ class FleetSummary:
     bases: list[m.ServedModel]  # the first one first
     failures: dict[str, str]  # base -> why no worker of it has started since one was last up
     status: m.SchedulerStatus | None
+    added: m.AddedBases
 
 
 class Members:
@@ -104,6 +108,11 @@ class Members:
         """
         while True:
             first, further = await self._raw_bases()
+            by_operators = decoded(await self._redis.get(self._keys.added_bases))
+            several = several or bool(by_operators.bases)
+            if served.name in by_operators.removed:
+                text = f"the base {served.name} was taken away from this fleet: `lorafleet bases add` brings it back"
+                raise Conflict(text, code="base_not_served")
             known = {base.name: base for base in _decoded(first, further)}
             twins = [name for name, base in known.items() if name != served.name and served.has_weights_of(base)]
             if several and twins:
@@ -176,14 +185,40 @@ class Members:
         first, further = await self._raw_bases()
         return _decoded(first, further), _failures(further)
 
-    async def base_names(self) -> list[str]:
-        """Return the names of the bases that workers have reported, the first one first. Raises ProtocolError."""
+    async def base_names(self) -> tuple[list[str], frozenset[str]]:
+        """Return the names of the bases that workers have reported, the first one first, and of those taken away.
+
+        Raises ProtocolError.
+        """
         pipe = self._redis.pipeline(transaction=True)
         pipe.get(self._keys.base)
         pipe.hkeys(self._keys.bases)
-        first, further = await pipe.execute()
+        pipe.get(self._keys.added_bases)
+        first, further, by_operators = await pipe.execute()
         names = [name.decode() for name in further if not name.startswith(_FAILED.encode())]
-        return [_base(first).name, *names] if first else names
+        return [_base(first).name, *names] if first else names, frozenset(decoded(by_operators).removed)
+
+    async def drop_base(self, name: str) -> None:
+        """Delete what workers of a base have reported, unless one is registered.
+
+        A worker that joins meanwhile writes its base again (`join.lua`), and then nothing is deleted.
+        """
+        keys = self._keys
+        async with self._redis.pipeline(transaction=True) as pipe:
+            await pipe.watch(keys.base, keys.bases)
+            if any(beat is None or beat.base == name for beat in (await self.worker_beats()).values()):
+                return
+            first, further = await self._raw_bases()
+            others = sorted(_decoded(None, further), key=lambda base: base.created_ms)
+            pipe.multi()
+            pipe.hdel(keys.bases, name, f"{_FAILED}{name}")
+            if first and _base(first).name == name:
+                pipe.delete(keys.base)
+                if others:
+                    pipe.set(keys.base, m.encode(others[0]))
+                    pipe.hdel(keys.bases, others[0].name)
+            with suppress(WatchError):
+                await pipe.execute()
 
     # ------------------------------------------------------------ asking
 
@@ -227,12 +262,14 @@ class Members:
         pipe.get(self._keys.base)
         pipe.hgetall(self._keys.bases)
         pipe.get(self._keys.status)
-        num_workers, base, further, status = await pipe.execute()
+        pipe.get(self._keys.added_bases)
+        num_workers, base, further, status, by_operators = await pipe.execute()
         return FleetSummary(
             num_workers,
             _decoded(base, further),
             _failures(further),
             decode(status, m.SchedulerStatus) if status else None,
+            decoded(by_operators),
         )
 
 
