@@ -110,7 +110,8 @@ class Bases:
             return await self._fitting(describe)
         base = self._known.get(name)
         if base is None:
-            raise Unavailable(f"it is an adapter of the base {name}, of which no worker has come up yet")
+            what = "which was taken away" if name in self._removed else "of which no worker has come up yet"
+            raise Unavailable(f"it is an adapter of the base {name}, {what}")
         try:
             return mirrored, name, await mirror.describe(mirrored.digest, mirrored.version.source, base)
         except AdapterRefused as error:

@@ -20,8 +20,8 @@ TWO = msgspec.structs.replace(ONE, name="two", model="/models/two", fingerprint=
 
 
 async def test_an_adapter_is_never_checked_for_another_base_than_one_that_was_added(tmp_path: Path) -> None:
-    write_adapter(tmp_path / "adapters" / "of two", base_model_name_or_path="two")
-    write_adapter(tmp_path / "adapters" / "of none", base_model_name_or_path="")
+    write_adapter(tmp_path / "adapters" / "of-two", base_model_name_or_path="two")
+    write_adapter(tmp_path / "adapters" / "of-none", base_model_name_or_path="")
     mirror, source = Mirror(Blobs(tmp_path / "blobs"), max_bytes=1 << 20), LocalSource(tmp_path / "adapters")
     bases = Bases([ONE.name])
 
@@ -31,22 +31,22 @@ async def test_an_adapter_is_never_checked_for_another_base_than_one_that_was_ad
     bases.set_added((), ())
     assert bases.set([ONE])
     assert not bases.set([ONE])
-    assert [await base_of(name) for name in ("of two", "of none")] == ["", ""], "one base takes whatever fits it"
+    assert [await base_of(name) for name in ("of-two", "of-none")] == ["", ""], "one base takes whatever fits it"
     bases.set_added(["two"], ())
     assert bases.set([ONE]), "all are looked at again"
-    assert await base_of("of none") == ONE.name, "what fits the base that is there waits for none that is added"
+    assert await base_of("of-none") == ONE.name, "what fits the base that is there waits for none that is added"
     with pytest.raises(Unavailable, match="of the base two, of which no worker has come up"):
-        await base_of("of two")
+        await base_of("of-two")
     bases.set_added(["two"], ())
     assert bases.set([ONE, TWO])
-    assert await base_of("of two") == "two"
+    assert await base_of("of-two") == "two"
     with pytest.raises(AdapterRefused, match="fits several bases"):
-        await base_of("of none")
+        await base_of("of-none")
     bases.set_added((), ["two"])
     assert bases.set([ONE, TWO]), "its worker drains, and its record is there meanwhile"
-    assert await base_of("of none") == ONE.name
-    for name, asked in (("of two", ""), ("of none", "two")):
-        with pytest.raises(Unavailable):
+    assert await base_of("of-none") == ONE.name
+    for name, asked in (("of-two", ""), ("of-none", "two")):
+        with pytest.raises(Unavailable, match="of the base two, which was taken away"):
             await base_of(name, asked)
     assert bases.get("two") is None
     assert bases.names == [ONE.name]
