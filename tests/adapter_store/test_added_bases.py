@@ -19,7 +19,7 @@ from protocol.wire.errors import AdapterRefused, Unavailable
 TWO = msgspec.structs.replace(ONE, name="two", model="/models/two", fingerprint="other")
 
 
-async def test_an_adapter_is_never_checked_for_another_base_than_one_that_was_added(tmp_path: Path) -> None:
+async def test_an_adapter_of_an_added_base_becomes_no_other_s(tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapters" / "of-two", base_model_name_or_path="two")
     write_adapter(tmp_path / "adapters" / "of-none", base_model_name_or_path="")
     mirror, source = Mirror(Blobs(tmp_path / "blobs"), max_bytes=1 << 20), LocalSource(tmp_path / "adapters")

@@ -176,7 +176,7 @@ async def test_a_fleet_whose_only_base_has_other_names_gets_no_second_one(
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "base_named_otherwise")
 
 
-async def test_only_admins_and_only_with_keys_unless_nobody_else_reaches_the_gateway(
+async def test_only_admins_with_keys_or_this_machine_change_bases(
     bus: Bus, fleet: ScriptedFleet, folders: dict[str, Path], subtests: pytest.Subtests
 ) -> None:
     await set_bases(bus, base("a"), a=1)
