@@ -480,9 +480,11 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> int:
             service = WorkerService(bus, engine, served, settings, loader)
             return await service.run(stop)
         except Exception as error:
-            if settings.more_models and (service is None or isinstance(error, Conflict)):  # the others' calls go on
-                name = served_name(settings.model, settings.served_name)
-                await bus.members.note_failure(name, failure_reason(error))
+            name = served_name(settings.model, settings.served_name)
+            if service is None or isinstance(error, Conflict):
+                # The others' calls go on where it is one of several.
+                if settings.more_models or name in (await bus.added_bases.get()).bases:
+                    await bus.members.note_failure(name, failure_reason(error))
             raise
     finally:
         loader.close()
