@@ -481,10 +481,10 @@ async def _serve(settings: Settings, stop: asyncio.Event) -> int:
             return await service.run(stop)
         except Exception as error:
             name = served_name(settings.model, settings.served_name)
-            if service is None or isinstance(error, Conflict):
-                # The others' calls go on where it is one of several.
-                if settings.more_models or name in (await bus.added_bases.get()).bases:
-                    await bus.members.note_failure(name, failure_reason(error))
+            if (service is None or isinstance(error, Conflict)) and (  # the others' calls go on
+                settings.more_models or name in (await bus.added_bases.get()).bases
+            ):
+                await bus.members.note_failure(name, failure_reason(error))
             raise
     finally:
         loader.close()
