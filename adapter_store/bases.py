@@ -16,10 +16,23 @@ class Bases:
 
     def __init__(self, names: Sequence[str] = ()) -> None:
         """names: of all bases, the default one first. Of a fleet with one base it need not be right."""
-        self._names = tuple(names) if len(names) > 1 else ()
+        self._in_settings = tuple(names)
+        self._names: tuple[str, ...] = ()
         self._only = names[0] if names else ""
+        self._removed: frozenset[str] = frozenset()
+        self.set_added((), ())
         self._known: dict[str, ServedModel] = {}
         self._failed: frozenset[str] = frozenset()
+        self._taken = self._names  # as of the last `set`
+
+    def set_added(self, added: Iterable[str], removed: Iterable[str]) -> None:
+        """Take the names of bases that operators have added and taken away, before `set`.
+
+        What names one that was taken away is of an unknown base, and not checked for another.
+        """
+        self._removed = frozenset(removed) - set(self._in_settings)
+        names = (*self._in_settings, *sorted({*added, *self._removed} - set(self._in_settings)))
+        self._names = names if len(names) > 1 else ()
 
     def set(self, reported: Iterable[ServedModel], failed: Iterable[str] = ()) -> bool:
         """Take the bases that workers have reported, the first one first, and those of which none has started.
@@ -31,15 +44,16 @@ class Bases:
             name = self._only if self._only in found else next(iter(found), "")
             found = {name: found[name]} if name else {}
         else:
-            found = {name: found[name] for name in self._names if name in found}
+            found = {name: found[name] for name in self._names if name in found and name not in self._removed}
         before = self._state
+        self._taken = self._names
         self._known = found or self._known
         self._failed = frozenset(failed).intersection(self._names) - self._known.keys()
         return before != self._state
 
     @property
     def _state(self) -> tuple[object, ...]:
-        return tuple((name, base.identity) for name, base in self._known.items()), self._failed
+        return tuple((name, base.identity) for name, base in self._known.items()), self._failed, self._taken
 
     @property
     def are_known(self) -> bool:
@@ -96,7 +110,8 @@ class Bases:
             return await self._fitting(describe)
         base = self._known.get(name)
         if base is None:
-            raise Unavailable(f"it is an adapter of the base {name}, of which no worker has come up yet")
+            what = "which was taken away" if name in self._removed else "of which no worker has come up yet"
+            raise Unavailable(f"it is an adapter of the base {name}, {what}")
         try:
             return mirrored, name, await mirror.describe(mirrored.digest, mirrored.version.source, base)
         except AdapterRefused as error:
@@ -125,8 +140,11 @@ class Bases:
 
     @property
     def _missing(self) -> list[str]:
-        """The names of the bases that may still come up, and of which nothing is known until then."""
-        return [name for name in self._names if name not in self._known.keys() | self._failed]
+        """The names of the bases that may still come up, and of which nothing is known until then.
+
+        One that is added takes no part before its first worker has come up, so that adding it makes none unavailable.
+        """
+        return [name for name in self._in_settings if name not in self._known.keys() | self._failed]
 
     async def _fitting(
         self, read: Callable[[ServedModel], Awaitable[tuple[Mirrored, AdapterRecord]]]

@@ -242,6 +242,8 @@ class Store:
             metrics.STORE_NAMES.labels(state).set(states[state])
 
     async def _set_bases(self) -> None:
+        known = await self.bus.added_bases.get()
+        self.bases.set_added(known.bases, known.removed)
         if self.bases.set(*await self.bus.members.bases()):
             self.registrar.set_bases(self.bases)
             if self.follower is not None:

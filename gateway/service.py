@@ -51,6 +51,7 @@ from gateway.ollama.ollama_routes import OllamaEndpoints
 from gateway.openai.openai_calls import OpenAICalls
 from gateway.openai.openai_routes import OpenAIEndpoints
 from gateway.operators.adapter_routes import OperatorEndpoints
+from gateway.operators.bases import BaseAdministration
 from gateway.operators.operator_routes import FleetEndpoints
 from gateway.overload.admission import Admission, OverloadLimits
 from gateway.overload.heartbeat import Heartbeat, HeartbeatDied, Pace
@@ -67,7 +68,7 @@ from gateway.responses.service import Responses
 from gateway.responses.stored import StoredResponses
 from gateway.server.connection import ConnectionLimits
 from gateway.server.server import BACKLOG, HttpServer, allow_connections
-from gateway.text.bases import open_bases
+from gateway.text.bases import GatewayBases, open_bases
 from gateway.tokenizer.tokenizer_routes import TokenizerEndpoints
 from gateway.webhooks.endpoints import WebhookService
 from gateway.webhooks.names import HostNames
@@ -152,6 +153,9 @@ async def _serve(
         aliases = Aliases(bus, settings, secret, admission.leave_inbound, timings.alias_poll_s)
         aliases.listeners.append(observe.adapter_event)
         bases = await open_bases(settings, bus, secret.bearer if secret else "", admission.leave_inbound)
+        fleet.added = await bus.added_bases.get()
+        await bases.follow(fleet.added)
+        fleet.set_further(bases.names, bases.removed)
         resolver = Resolver(bus, aliases, bases, settings.adapters, shows_paths=not settings.api_keys)
         pipeline = Pipeline(settings, bus, fleet, resolver, replies, admission)
         answers = Answers(settings.keepalive_s)
@@ -192,8 +196,9 @@ async def _serve(
             anthropic, ResponseEndpoints(answers, Responses(pipeline, jobs, stored, conversations)),
             ConversationEndpoints(conversations),
             WebhookRoutes(WebhookService(bus, outside, sender, secret)),
-            requests, FleetEndpoints(bus, settings), UsageEndpoints(bus.usage),
-            AuditEndpoints(bus.audit), TimeSeriesEndpoints(observe.SERIES, sampler), ConsolePages(), DocsPages(),
+            requests, FleetEndpoints(bus, settings, BaseAdministration(bus, settings, fleet, bases)),
+            UsageEndpoints(bus.usage), AuditEndpoints(bus.audit), TimeSeriesEndpoints(observe.SERIES, sampler),
+            ConsolePages(), DocsPages(),
         )  # fmt: skip
         app, inner = build_app(handlers, settings, admission, memory, pipeline.checks, keys, secret)
         means = BatchMeans(bus, replies.gid, uploads, storage, settings, inner, pipeline.checks, timings.batches)
@@ -203,7 +208,7 @@ async def _serve(
             await replies.open()
             parts = _Parts(
                 app, answers, replies, fleet, aliases, heartbeat, uploads, runner, sender, conversations,
-                requests.refusals, sampler, archiver,
+                requests.refusals, sampler, archiver, bases,
             )  # fmt: skip
             async with heartbeat.beating(beats, address):
                 logger.info("listening on %s", address)
@@ -247,6 +252,7 @@ class _Parts:
     refusals: Refusals
     sampler: Sampler
     archiver: Archiver | None
+    bases: GatewayBases
 
     def loops(self) -> list[Loop]:
         """Return what runs until the end, beside `batches.loop`, which ends before."""
@@ -254,6 +260,7 @@ class _Parts:
             Loop("replies", self.replies.read, 0.0, backoff=BRISK),  # each waits for entries itself
             Loop("out stream", self.replies.keep, KEEP_S, backoff=BRISK),
             Loop("fleet view", self.fleet.refresh, REFRESH_S, backoff=BRISK),
+            Loop("added bases", self._follow_bases, REFRESH_S, backoff=BRISK),
             Loop("time series", self.sampler.sample, SAMPLE_S, backoff=BRISK),
             Loop("adapter events", self.aliases.listen, 0.0, backoff=BRISK),
             # Its thread is what others take this gateway for alive by: without it all calls are cancelled.
@@ -264,6 +271,10 @@ class _Parts:
             self.webhooks.loop(),
             *([self.archiver.loop()] if self.archiver is not None else []),
         ]
+
+    async def _follow_bases(self) -> None:
+        await self.bases.follow(self.fleet.added)
+        self.fleet.set_further(self.bases.names, self.bases.removed)
 
 
 async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace_s: float, stop: asyncio.Event) -> None:

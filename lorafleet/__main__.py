@@ -25,6 +25,7 @@ COMMANDS = {
         "lorafleet.operate.adapters",
         "list, add, pin, preload, evict and remove adapters; check and convert adapter folders",
     ),
+    "bases": ("lorafleet.bases", "list, add and remove base models"),
     "workers": ("lorafleet.operate.workers", "list, drain and resume workers"),
     "jobs": ("lorafleet.operate.jobs", "list, show, follow and cancel background jobs"),
     "batch": ("lorafleet.operate.batch", "run a JSONL file of calls as a batch; list, show and cancel batches"),

@@ -1,4 +1,4 @@
-"""`lorafleet fetch`: bring the base model to this machine, so that services find it when they start."""
+"""`lorafleet fetch`: bring the base models to this machine, so that services find them when they start."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lorafleet.shared.flags import add_settings, load_settings
 from lorafleet.shared.parser import Parser
 from protocol.runtime.environment import COMPUTE, HUB_CACHE, child_environment
 from protocol.runtime.model_files import WEIGHT_FILES, gguf_folder, is_gguf, model_folder, prune_folders
-from protocol.runtime.settings import Settings
+from protocol.runtime.settings import Settings, names_of
 from protocol.wire.errors import BadRequest
 
 
@@ -23,7 +23,8 @@ def add_arguments(parser: Parser) -> None:
     parser.description = (
         "Make sure that the base model is on this machine, and print its folder. A Hub id is downloaded to the cache of"
         " the Hub's client, a local folder is checked, and a GGUF file has its config and tokenizer extracted."
-        " Without MODEL, SmolLM2-135M-Instruct is downloaded to the data folder."
+        " Without MODEL, SmolLM2-135M-Instruct is downloaded to the data folder. What LORAFLEET_MORE_MODELS names is"
+        " fetched too."
     )
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help="a Hub id, a local folder or a GGUF file"
@@ -32,8 +33,11 @@ def add_arguments(parser: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fetch the model; return the exit code. Raises what `fetch_model` raises."""
-    print(fetch_model(load_settings(args)))
+    """Fetch the models; return the exit code. Raises what `fetch_model` raises."""
+    settings = load_settings(args)
+    print(fetch_model(settings))
+    for model in names_of(settings.more_models):
+        print(fetch_model(settings.model_copy(update={"model": model})))
     return 0
 
 

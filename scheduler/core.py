@@ -308,6 +308,18 @@ class Scheduler:
         only = self.workers.bases[0] if self.workers.bases else ""
         return {base or only: m.BaseLoad(*count) for base, count in counts.items() if base or only}
 
+    def queued_of(self, bases: Collection[str]) -> list[tuple[str, str]]:
+        """Return the requests of these bases that wait, each with its base."""
+        if not any(queues.num for base, queues in self.backlog.by_base.items() if base in bases):
+            return []
+        return [(rid, one.base) for rid, one in self.requests.items() if one.base in bases and not one.wid]
+
+    def has_of(self, base: str) -> bool:
+        """Return whether a base has workers or requests."""
+        return any(one.beat.base == base for one in self.workers.by_id.values()) or any(
+            request.submit.base == base for request in self.requests.values()
+        )
+
     def of_gateway(self, gid: str) -> list[str]:
         """Return the requests that end when a gateway dies."""
         return [rid for rid, r in self.requests.items() if r.submit.gateway == gid and not r.submit.stored]

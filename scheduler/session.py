@@ -25,7 +25,7 @@ from protocol.runtime.release import RELEASE
 from protocol.runtime.service import wait_any
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import DeadlineExceeded, ProtocolError, Unavailable
+from protocol.wire.errors import DeadlineExceeded, NotFound, ProtocolError, Unavailable
 from protocol.wire.keys import BATCH, CLASSES
 from scheduler.core import Scheduler, SchedulerConfig
 from scheduler.drain import DrainRate
@@ -104,6 +104,7 @@ class Session:
         self._silent_gateways: dict[str, float] = {}
         self._drain = DrainRate()
         self._drain_next = ""  # name of the worker that should go first
+        self._removed: frozenset[str] = frozenset()  # names of bases that operators have taken away
         self._memory_is_short = False
         self._again_ms: float | None = None  # when to plan again though nothing has changed
         self._rounds = 0  # rounds of `_watch`
@@ -175,6 +176,9 @@ class Session:
                 await self._recovery.reject(self._bus.keys.sub(cls), entry, repr(error))
         if any(sub.base and sub.base not in self.scheduler.workers.bases for sub, _, _ in submits):
             await self._look_at_bases()  # one that came since the last look, or that is gone
+        for sub in [sub for sub, _, _ in submits if sub.base in self._removed]:
+            await self._end_removed(sub.rid, sub.base)
+        submits = [one for one in submits if one[0].base not in self._removed]
         await self._learn({sub.digest: sub.base for sub, _, _ in submits})
         for sub, epoch, attempts in submits:
             self.scheduler.submit(sub, epoch, attempts)
@@ -266,6 +270,7 @@ class Session:
         done = self._watched.run
         await done("workers", partial(self._watch_workers, elapsed_s))
         await done("gateways", partial(self._watch_gateways, elapsed_s))
+        await done("removed bases", self._empty_removed)
         for rid in self.scheduler.expired(now_ms()):
             await done(rid, partial(self._recovery.end, rid, DeadlineExceeded("the request's deadline has passed")))
         wait_s = self.scheduler.config.wait_for_worker_s
@@ -304,7 +309,11 @@ class Session:
                 await self._recovery.bury(wid)
 
     async def _look_at_bases(self) -> None:
-        self.scheduler.set_bases(*await self._bus.members.base_names())
+        bases = await self._bus.members.base_names()
+        self._removed = bases.removed
+        for rid, base in self.scheduler.queued_of(self._removed):
+            await self._end_removed(rid, base)
+        self.scheduler.set_bases(bases.known, bases.failed)
 
     async def _watch_swaps(self) -> None:
         """See what has become of orders to workers to become another base, and give new ones."""
@@ -325,6 +334,20 @@ class Session:
             await self._bus.streams.tell([(one.wid, m.Control(kind="serve", base=one.base)) for one in orders])
             for order in orders:
                 await self._bus.audit.note(_audited(order, "done"))
+
+    async def _end_removed(self, rid: str, base: str) -> None:
+        """Fail a request of a base that was taken away."""
+        await self._recovery.end(rid, NotFound(f"the base `{base}` was taken away", code="base_not_served"))
+
+    async def _empty_removed(self) -> None:
+        """Drain the workers of bases that were taken away, and forget a base once it has none and no requests."""
+        workers = self.scheduler.workers
+        leaving = [one.wid for one in workers.by_id.values() if one.beat.base in self._removed and one.available]
+        if leaving:
+            await self._bus.streams.tell([(wid, m.Control(kind="drain")) for wid in leaving])
+        for name in self._removed.intersection(workers.bases):
+            if not self.scheduler.has_of(name):
+                await self._bus.members.drop_base(name)
 
     async def _watch_gateways(self, elapsed_s: float) -> None:
         silent = self._silent_gateways

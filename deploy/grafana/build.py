@@ -88,6 +88,11 @@ DASHBOARDS: dict[str, list[Panel]] = {
         }, "percentunit"),
         Panel("Ends of choices", {"{{finish}}": rate("lorafleet_generations_total", "finish")}, "reqps"),
         Panel("Workers", {"alive": newest("lorafleet_workers")}),
+        Panel("Requests by base", {
+            "{{base}} {{what}}": newest('lorafleet_base_load{what=~"queued|running"}', "base, what"),
+        }, help="Of a fleet with several bases."),
+        Panel("Workers by base", {"{{base}}": newest('lorafleet_base_load{what="workers"}', "base")},
+              help="Of a fleet with several bases."),
         Panel("Time of whole calls", {"p50": quantile(0.5, "lorafleet_call_seconds"),
                                       "p95": quantile(0.95, "lorafleet_call_seconds")}, "s"),
     ],

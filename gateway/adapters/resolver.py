@@ -84,12 +84,19 @@ class Resolver:
 
     def is_of(self, alias: m.Alias, base: m.ServedModel) -> bool:
         """Return whether an adapter was checked for a base. One whose base no store has named is of an only one."""
-        return alias.base == base.name if alias.base else not self.bases.names
+        if alias.base:
+            return alias.base == base.name
+        return not self.bases.several_in_settings and base.name not in self.bases.names
 
     async def _served(self, name: str, timeout_s: float, caller: Caller) -> m.Alias:
         """Return an adapter's alias once it is on disk. Raises as `resolve`, also while it is of an unknown base."""
-        alias = await self._aliases.served(name, timeout_s, caller)
-        if self.bases.names and not alias.base:
+        try:
+            alias = await self._aliases.served(name, timeout_s, caller)
+        except ModelNotFound:
+            if gone := _named(name, list(self.bases.removed)):
+                self.bases.of(gone)  # says that it was taken away
+            raise
+        if self.bases.several_in_settings and not alias.base:
             text = f"the base of `{name}` is not known yet: an adapter store of several bases has to look at it first"
             raise Unavailable(text, param="model")
         return alias
@@ -106,7 +113,9 @@ class Resolver:
         if name in ("", BASE) or name.startswith(f"{BASE}:"):
             return ""
         alias = await self._served(name, timeout_s, caller)
-        if alias.base and alias.base not in (default, *self.bases.names):
+        if not alias.base:
+            return ""
+        if alias.base not in (default, *self.bases.names):
             raise ModelNotFound(
                 name, f"It is an adapter of the base `{alias.base}`, which this gateway does not serve."
             )

@@ -40,6 +40,7 @@ class AdapterObjects:
             "name": alias.name,
             "object": "adapter",
             "tenant": alias.tenant or None,
+            "base": alias.base or None,
             "state": nearest if has_effect else NO_EFFECT,
             "digest": alias.digest or None,
             "source": (alias.source if self._shows_paths else told_source(alias.source)) or None,

@@ -15,13 +15,14 @@ from gateway.app.shapes import speaks_anthropic
 from gateway.auth.callers import caller_of
 from gateway.bodies.json_bodies import JsonRoute, json_response
 from gateway.calls.pipeline import Pipeline
+from gateway.fleet.view import FleetView
 from gateway.http import openapi
 from gateway.http.access import ADMIN_PAGE, INFER, OPEN, Routes
 from gateway.http.paths import CONSOLE, FLEET, MODELS, PING
 from gateway.overload.admission import Admission
 from protocol.runtime.release import RELEASE
 from protocol.wire.errors import ModelNotFound, NotFound
-from protocol.wire.messages import BaseLoad, SchedulerStatus, ServedModel
+from protocol.wire.messages import SchedulerStatus, ServedModel
 
 
 class Endpoints:
@@ -123,7 +124,7 @@ class Endpoints:
         base = fleet.base.name if fleet.base is not None else None
         more = {"drain_next": drain_next, "model": base, "queue": _queue(status), "compute": _compute(fleet.base)}
         if fleet.further:
-            more["bases"] = [_shown_base(base, fleet.load(base)) for base in fleet.bases]
+            more["bases"] = [_shown_base(name, fleet) for name in fleet.names]
             more["failed"] = fleet.failures
             more["becoming"] = status.becoming if status is not None else {}
         return json_response({"object": "fleet", **found, **more})
@@ -137,16 +138,14 @@ class Endpoints:
         return json_response({"server_load": self._admission.num_in_flight})
 
 
-def _shown_base(base: ServedModel, load: BaseLoad) -> dict[str, Any]:
-    """Return what `/v1/fleet` says of one of several bases."""
-    found = {"name": base.name, "task": base.task, "fingerprint": base.fingerprint, "weights": base.weights or None}
-    return {
-        **found,
-        "workers": load.workers,
-        "queued": load.queued,
-        "running": load.running,
-        "may_become": load.may_become,
-    }
+def _shown_base(name: str, fleet: FleetView) -> dict[str, Any]:
+    """Return what `/v1/fleet` says of one of several bases, by its name."""
+    base, load = fleet.named(name), fleet.load(name)
+    found: dict[str, Any] = {"name": name, "task": None, "fingerprint": None, "weights": None}
+    if base is not None:
+        found |= {"task": base.task, "fingerprint": base.fingerprint, "weights": base.weights or None}
+    counts = {"workers": load.workers, "queued": load.queued, "running": load.running, "may_become": load.may_become}
+    return {**found, **counts, "demand": fleet.demand_of(name)}
 
 
 def _compute(base: ServedModel | None) -> dict[str, str | None] | None:

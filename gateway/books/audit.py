@@ -35,6 +35,8 @@ ACTIONS = {
     "POST /v1/unload_lora_adapter": "adapter.unload",
     "POST /load_lora_adapter": "adapter.register",
     "POST /unload_lora_adapter": "adapter.unload",
+    "POST /v1/bases": "base.add",
+    "DELETE /v1/bases/{name:path}": "base.remove",
     "POST /v1/workers/{name}/drain": "worker.drain",
     "POST /v1/workers/{name}/resume": "worker.resume",
     "POST /v1/dead_letters/{letter_id}/retry": "dead_letter.retry",

@@ -48,8 +48,18 @@ class FleetView:
         self._is_mixed = False  # whether workers of several bases have reported
         self.failures: dict[str, str] = {}
         """Base -> why no worker of it has started, where none has since."""
+        self.added = m.AddedBases()
+        """The bases that operators have added and taken away."""
+        self._removed: frozenset[str] = frozenset()
         self.status: m.SchedulerStatus | None = None
         self.num_workers = 0
+
+    def set_further(self, names: Sequence[str], removed: frozenset[str]) -> None:
+        """Take the names of the bases besides the default one that are asked here from now on, and of removed ones."""
+        if self.further != tuple(names):
+            self.further = tuple(names)
+            series.BASE_LOAD.clear()
+        self._removed = removed
 
     @property
     def is_ready(self) -> bool:
@@ -67,18 +77,30 @@ class FleetView:
 
     def is_foreign(self, name: str) -> bool:
         """Return whether a call's base is none of those asked here. A fleet's only one may have had other names."""
+        if name in self._removed and name not in self.names:
+            return True
         return name not in ("", self._name, *self.further) and (self._is_mixed or bool(self.further))
 
-    def load(self, base: m.ServedModel) -> m.BaseLoad:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the bases that are asked here, the default one first, whether or not one was reported."""
+        return (self._name, *self.further)
+
+    def load(self, name: str) -> m.BaseLoad:
         """Return how many workers, and requests, a base has."""
-        return self._loads.get(base.name, m.BaseLoad())
+        return self._loads.get(name, m.BaseLoad())
+
+    def demand_of(self, name: str) -> int:
+        """Return how many requests workers of one of several bases are needed for, as `demand` does of the fleet."""
+        load = self.load(name)
+        return max(load.queued + load.running, int(self.named(name) is None))
 
     def _accepts(self, base: m.ServedModel) -> bool:
         if self._waits:
             return True
         if not (self._is_mixed or self.further):
             return self.num_workers > 0  # the register says enough, also while there is no scheduler
-        load = self.load(base)
+        load = self.load(base.name)
         if load.workers > 0 or (load.may_become > 0 and base.name not in self.failures):
             return True
         # A registered worker that the scheduler does not count has just come, and may be of this base.
@@ -90,18 +112,19 @@ class FleetView:
             fleet = await self._bus.members.summary(self._beat_timeout_ms)
         self.num_workers, self.status = fleet.num_workers, fleet.status
         self._is_mixed = len(fleet.bases) > 1
-        asked = (self._name, *self.further)
-        self.failures = {name: why for name, why in fleet.failures.items() if name in asked}
+        self.added = fleet.added
+        self.failures = {name: why for name, why in fleet.failures.items() if name in self.names}
         known = {base.name: base for base in fleet.bases}
         default = known.get(self._name)
         self.base = default if default is not None or self.further or not known else fleet.bases[0]
         self._others = {name: known[name] for name in self.further if name in known}
         if self.status is not None:
             self._loads = self.status.bases
-        for base in self.bases if self.further else ():
-            load = self.load(base)
-            for what, num in (("workers", load.workers), ("queued", load.queued), ("running", load.running)):
-                series.BASE_LOAD.labels(base.name, what).set(num)
+        for name in self.names if self.further else ():
+            load, demand = self.load(name), self.demand_of(name)
+            counts = {"workers": load.workers, "queued": load.queued, "running": load.running, "demand": demand}
+            for what, num in counts.items():
+                series.BASE_LOAD.labels(name, what).set(num)
         series.FLEET_WORKERS.set(self.num_workers)
         status = self.status or m.SchedulerStatus(queued=0, running=0, workers=0, drain_rate=0.0)
         series.FLEET_QUEUED.set(status.queued)

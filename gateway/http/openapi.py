@@ -422,6 +422,10 @@ LOAD: Responses = {200: {"model": Load}}
 FLEET: Responses = {200: {"model": Fleet}}
 WORKER: Responses = {200: _json("A worker", _object(id=_TEXT, object=_TEXT, name=_MAYBE, state=_TEXT))}
 WORKER[202] = {**WORKER[200], "description": "Requested; the worker has not confirmed it yet"}
+BASE: Responses = {
+    status: _json(text, _object(id=_TEXT, object=_TEXT, model=_TEXT, added={"type": "boolean"}, state=_TEXT))
+    for status, text in ((201, "A base that was added"), (200, "It had been added before"))
+}
 LETTER: Responses = {
     200: _json("A dead letter: a request that failed too often", _object(id=_TEXT, object=_TEXT, reason=_TEXT))
 }

@@ -32,6 +32,7 @@ FILES, BATCHES, WEBHOOKS = "/v1/files", "/v1/batches", "/v1/webhook_endpoints"
 
 REQUESTS = "/v1/requests"
 
+BASES = "/v1/bases"
 WORKERS, DEAD_LETTERS, KEYS, TENANTS = "/v1/workers", "/v1/dead_letters", "/v1/keys", "/v1/tenants"
 AUDIT = "/v1/audit"
 TIMESERIES = "/v1/timeseries"
@@ -88,6 +89,6 @@ LISTS = frozenset(
         BATCHES,
         WEBHOOKS,
     }
-    | {REQUESTS, WORKERS, DEAD_LETTERS, KEYS, TENANTS, AUDIT, TIMESERIES}
+    | {REQUESTS, BASES, WORKERS, DEAD_LETTERS, KEYS, TENANTS, AUDIT, TIMESERIES}
 )
 """A GET of one of these is put together of many things, and costs more than another."""

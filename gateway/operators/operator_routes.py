@@ -12,7 +12,8 @@ from gateway.bodies.json_bodies import json_response
 from gateway.books.audit import AuditedRoute, about
 from gateway.http import openapi
 from gateway.http.access import ADMIN, Routes
-from gateway.http.paths import DEAD_LETTERS, KEYS, TENANTS, WORKERS
+from gateway.http.paths import BASES, DEAD_LETTERS, KEYS, TENANTS, WORKERS
+from gateway.operators.bases import BaseAdministration, BaseRequest
 from gateway.operators.keys import KeyAdministration, KeyRequest, TenantChange
 from gateway.operators.workers import WorkerViews
 from protocol.queue.bus import Bus
@@ -28,10 +29,11 @@ After = Annotated[str, Query(max_length=200)]
 class FleetEndpoints:
     """The routes' handlers."""
 
-    def __init__(self, bus: Bus, settings: Settings) -> None:
+    def __init__(self, bus: Bus, settings: Settings, bases: BaseAdministration) -> None:
         self._letters = bus.dead_letters
         self._retry_s = settings.request_timeout_s
         self._workers = WorkerViews(bus)
+        self._bases = bases
         self._keys = KeyAdministration(bus.api_keys if settings.api_keys else None, writes=settings.console_keys)
 
     # ------------------------------------------------------------ workers
@@ -49,6 +51,25 @@ class FleetEndpoints:
         """Answer 200 once a worker takes requests again, 202 if it has not said so within `wait_s`."""
         worker, done = await self._workers.order(name, caller_of(request), drain=False, wait_s=wait_s)
         return json_response(worker, 200 if done else 202)
+
+    # ------------------------------------------------------------ bases
+
+    async def bases(self) -> Response:
+        """Answer with all bases."""
+        return json_response(await self._bases.list())
+
+    async def add_base(self, body: BaseRequest, request: Request) -> Response:
+        """Answer 201 with a base that is new, 200 if it was there. Gateways and stores take it up within seconds."""
+        caller_of(request).require("admin")
+        about(request, body.name or body.model, f"model={body.model}")
+        base, is_new = await self._bases.add(body)
+        about(request, base["id"], f"model={body.model}")
+        return json_response(base, 201 if is_new else 200)
+
+    async def remove_base(self, name: str, request: Request) -> Response:
+        """Take a base away: its calls are refused, what waits for it ends, and its workers drain."""
+        caller_of(request).require("admin")
+        return json_response(await self._bases.remove(name))
 
     # ------------------------------------------------------------ dead letters
 
@@ -103,6 +124,9 @@ def add_fleet_routes(app: FastAPI, fleet: FleetEndpoints) -> None:
     routes.get(WORKERS, ADMIN, responses=openapi.PAGE)(fleet.workers)
     routes.post(f"{WORKERS}/{{name}}/drain", ADMIN, responses=openapi.WORKER)(fleet.drain)
     routes.post(f"{WORKERS}/{{name}}/resume", ADMIN, responses=openapi.WORKER)(fleet.resume)
+    routes.get(BASES, ADMIN, responses=openapi.PAGE)(fleet.bases)
+    routes.post(BASES, ADMIN, responses=openapi.BASE, status_code=201)(fleet.add_base)
+    routes.delete(f"{BASES}/{{name:path}}", ADMIN, responses=openapi.DELETED)(fleet.remove_base)
     routes.get(DEAD_LETTERS, ADMIN, responses=openapi.PAGE)(fleet.letters)
     routes.get(f"{DEAD_LETTERS}/{{letter_id}}", ADMIN, responses=openapi.LETTER)(fleet.letter)
     routes.post(f"{DEAD_LETTERS}/{{letter_id}}/retry", ADMIN, responses=openapi.RETRIED)(fleet.retry)

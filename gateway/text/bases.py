@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from gateway.grammars.check import GrammarCheck
@@ -13,9 +13,11 @@ from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import ModelFiles, load_model_files
 from peft_adapters.texts.files import TOKENIZER
 from protocol.queue.bus import Bus
-from protocol.runtime.model_files import TOKENIZER_FILES, base_settings, model_folder
+from protocol.runtime.model_files import TOKENIZER_FILES, base_settings, check_text_files, model_folder
+from protocol.runtime.panics import panics_as
 from protocol.runtime.settings import Settings
-from protocol.wire.errors import BadRequest, Unavailable
+from protocol.wire import messages as m
+from protocol.wire.errors import BadRequest, LorafleetError, NotFound, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -35,35 +37,90 @@ class BaseTexts:
 
 
 class GatewayBases:
-    """The bases that a gateway was given: the default one, and further ones by name."""
+    """The bases of a gateway: the default one, and further ones by name, of its settings and added while it runs."""
 
     def __init__(
-        self, default: BaseTexts, further: Mapping[str, BaseTexts | str], *, shows_reasons: bool = True
+        self,
+        default: BaseTexts,
+        further: Mapping[str, BaseTexts | str],
+        read: Callable[[str, str], Awaitable[BaseTexts]] | None = None,
+        *,
+        shows_reasons: bool = True,
     ) -> None:
-        """further: in place of what a base has, why it cannot be read. shows_reasons: as of `FleetView`."""
+        """further: those of the settings; in place of what a base has, why it cannot be read.
+
+        read: the files of a base of a name and a model. shows_reasons: as of `FleetView`.
+        """
         self.default = default
         self._shows_reasons = shows_reasons
-        self._further = further
+        self._further = dict(further)
+        self._read = read
+        self.in_settings = (default.files.name, *further)
+        """The names of the bases that the settings name, which nobody adds or takes away."""
+        self._added: dict[str, m.AddedBase] = {}
+        self.removed: frozenset[str] = frozenset()
+        """The names of bases that were taken away."""
 
     @property
     def names(self) -> list[str]:
         """The names of the further bases."""
         return list(self._further)
 
+    @property
+    def several_in_settings(self) -> bool:
+        """Whether stores name the base of every adapter. Where bases are only added, an unnamed one is the default."""
+        return len(self.in_settings) > 1
+
+    def why_unreadable(self, name: str) -> str:
+        """Return why a further base cannot be read, "" if it can."""
+        found = self._further.get(name, "")
+        return found if isinstance(found, str) else ""
+
     def of(self, name: str) -> BaseTexts:
-        """Return what a base has; the default one's name does not matter. Raises Unavailable if it cannot be read."""
+        """Return what a base has; the default one's name does not matter.
+
+        Raises Unavailable if it cannot be read, and NotFound if it was taken away.
+        """
+        if name in self.removed and name not in self._further:
+            raise NotFound(f"the base `{name}` was taken away", param="model", code="base_not_served")
         found = self._further.get(name, self.default)
         if isinstance(found, str):
             why = f": {found}" if self._shows_reasons else ""
             raise Unavailable(f"the base `{name}` cannot be asked here{why}", param="model", code="base_unreadable")
         return found
 
+    async def follow(self, known: m.AddedBases) -> None:
+        """Read the bases that were added, one after the other, and leave those that were removed."""
+        self.removed = frozenset(known.removed)
+        for name in [name for name, base in self._added.items() if known.bases.get(name) != base]:
+            del self._added[name]
+            await _close(self._further.pop(name))
+        for name, base in known.bases.items():
+            if name in self._added or name in self.in_settings or self._read is None:
+                continue
+            try:
+                found = await self._read(name, base.model)
+            except Exception as error:  # noqa: BLE001  the base's edge: whatever its files are, others are read
+                found = _why(name, error)
+            self._added[name], self._further[name] = base, found
+
     async def close(self) -> None:
         """End what each has started."""
         for base in (self.default, *self._further.values()):
-            if isinstance(base, BaseTexts):
-                await base.own.close()
-                await base.sandbox.close()
+            await _close(base)
+
+
+async def _close(base: BaseTexts | str) -> None:
+    if isinstance(base, BaseTexts):
+        await base.own.close()
+        await base.sandbox.close()
+
+
+def _why(name: str, error: Exception) -> str:
+    """Log why a base cannot be read, and return it."""
+    why = error.message if isinstance(error, LorafleetError) else f"{error!s:.300}".split("\n", 1)[0] or repr(error)
+    logger.warning("the base %s cannot be asked here: %s", name, why)
+    return why
 
 
 async def open_bases(settings: Settings, bus: Bus, bearer: str, on_wait: Callable[[], object]) -> GatewayBases:
@@ -74,11 +131,16 @@ async def open_bases(settings: Settings, bus: Bus, bearer: str, on_wait: Callabl
 
     async def read(one: Settings) -> BaseTexts:
         files = await asyncio.to_thread(load_model_files, one)
-        tokenizer = model_folder(one.model, TOKENIZER_FILES) / TOKENIZER
+        tokenizer = await asyncio.to_thread(model_folder, one.model, TOKENIZER_FILES) / TOKENIZER
         sandbox = SandboxPool(settings.sandboxes, str(tokenizer), on_wait, template_s=settings.template_timeout_s)
         return BaseTexts(
             OwnFiles(bus, files, sandbox, bearer), GrammarCheck(sandbox, settings.grammar_timeout_s), sandbox
         )
+
+    async def read_added(name: str, model: str) -> BaseTexts:
+        with panics_as(BadRequest):
+            await asyncio.to_thread(check_text_files, model)
+            return await read(settings.model_copy(update={"model": model, "served_name": name}))
 
     default, *others = base_settings(settings)
     found: dict[str, BaseTexts | str] = {}
@@ -86,8 +148,6 @@ async def open_bases(settings: Settings, bus: Bus, bearer: str, on_wait: Callabl
     for one in others:
         try:
             found[one.served_name] = await read(one)
-        except (BadRequest, OSError) as error:  # the Hub's own errors are OSErrors
-            why = error.message if isinstance(error, BadRequest) else str(error).split("\n", 1)[0]
-            logger.warning("the base %s cannot be asked here: %s", one.served_name, why)
-            found[one.served_name] = why
-    return GatewayBases(made, found, shows_reasons=not settings.api_keys)
+        except (BadRequest, OSError) as error:
+            found[one.served_name] = _why(one.served_name, error)
+    return GatewayBases(made, found, read_added, shows_reasons=not settings.api_keys)

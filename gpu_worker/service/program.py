@@ -134,7 +134,9 @@ async def _serve(bases: Mapping[str, Settings], start: BaseStart, stop: asyncio.
         except CONNECTION_ERRORS:
             raise
         except Exception as error:
-            if not settings.more_models or (service is not None and not isinstance(error, Conflict)):
+            if service is not None and not isinstance(error, Conflict):
+                raise
+            if not settings.more_models and settings.served_name not in (await bus.added_bases.get()).bases:
                 raise
             await bus.members.note_failure(settings.served_name, failure_reason(error))  # the others' calls go on
             raise NotStarted(error) from error

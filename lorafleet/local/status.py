@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
         print(records.NO_FLEET)
     else:
         columns = ("url", "state", "model", "workers", "queued", "running", "up", "pid", "data", "logs")
-        rows = [[str(one[name] if one[name] is not None else "-") for name in columns] for one in found]
+        cells = [one | {"model": ", ".join(one["bases"] or ()) or one["model"]} for one in found]
+        rows = [[str(one[name] if one[name] is not None else "-") for name in columns] for one in cells]
         print_list(columns, rows, records.NO_FLEET)
         for one in found:
             if one["error"]:
@@ -41,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 def _of(args: argparse.Namespace, fleet: records.LocalFleet | None) -> dict[str, Any]:
     """Return what is known of a fleet. None: of the one that the flags name."""
     found: dict[str, Any] = dict.fromkeys(
-        ("state", "model", "workers", "queued", "running", "up", "pid", "data", "logs", "error")
+        ("state", "model", "bases", "workers", "queued", "running", "up", "pid", "data", "logs", "error")
     )
     with Api(args, fleet) as api:
         found["url"] = api.url
@@ -54,6 +55,7 @@ def _of(args: argparse.Namespace, fleet: records.LocalFleet | None) -> dict[str,
             state = api.ask("GET", "/v1/fleet")
             found |= {name: state[name] for name in ("queued", "running")}
             found["model"] = state["model"] or found["model"]
+            found["bases"] = [base["name"] for base in state["bases"]] if "bases" in state else None
         except LorafleetError as error:
             found["state"] = found["state"] or "unreachable"
             found["error"] = error.message

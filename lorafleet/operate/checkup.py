@@ -130,17 +130,32 @@ def of_members(
     return [*found, *_versions(reported, own)]
 
 
-def of_base(base: m.ServedModel | None) -> list[Finding]:
-    """Judge the dtype and kernels that workers compute with; no findings before the first worker."""
-    if base is None:
-        return []
+def of_bases(
+    bases: Sequence[m.ServedModel], failures: Mapping[str, str], beats: Mapping[str, m.WorkerBeat | None]
+) -> list[Finding]:
+    """Judge each base that workers have reported, and those whose workers could not start. failures: why, by name."""
+    found = [_of_base(base) for base in bases]
+    advice = "see the log of its worker, correct that, and start it again"
+    found += [Finding("base", "problem", f"{name} did not start: {why}", advice) for name, why in failures.items()]
+    alive = [beat for beat in beats.values() if beat is not None and not beat.draining]
+    served = {beat.base or bases[0].name for beat in alive if bases}
+    for base in bases if len(bases) > 1 else ():
+        if base.name not in served | failures.keys():
+            text = f"{base.name} has no worker: its calls wait or are refused"
+            advice = f"start one: lorafleet serve worker --model {base.model} --more-models …, or wait if it scales"
+            found.append(Finding("base", "warning", text, advice))
+    return found
+
+
+def _of_base(base: m.ServedModel) -> Finding:
+    """Judge the dtype and kernels that a base's workers compute with."""
     text = f"{base.name} in {base.dtype} on {base.device}" + (f": {base.dtype_reason}" if base.dtype_reason else "")
     if base.device == "cpu" and base.dtype_reason and not base.kernels:
         advice = (
             "leave --kernels at auto, and install g++ or a wheel with native kernels; see the worker's log for details"
         )
-        return [Finding("base", "warning", f"{text}; it falls back to plain torch, several times slower", advice)]
-    return [Finding("base", "ok", text + (f", with {base.kernels} kernels" if base.kernels else ""))]
+        return Finding("base", "warning", f"{text}; it falls back to plain torch, several times slower", advice)
+    return Finding("base", "ok", text + (f", with {base.kernels} kernels" if base.kernels else ""))
 
 
 def _versions(reported: Mapping[str, str], own: str) -> list[Finding]:

@@ -115,7 +115,7 @@ async def _of_queue(settings: Settings, url: str, *, is_needed: bool) -> list[Fi
         facts = await bus.server.facts()
         beats = await bus.members.worker_beats()
         status = await bus.get(bus.keys.status, m.SchedulerStatus)
-        base = await bus.get(bus.keys.base, m.ServedModel)
+        bases, failures = await bus.members.bases()
         gateways, stores = await bus.members.gateway_urls(), await bus.members.store_urls()
     except CONNECTION_ERRORS as error:
         text = f"cannot reach the queue at {named.redis_url}: {error}"
@@ -132,7 +132,7 @@ async def _of_queue(settings: Settings, url: str, *, is_needed: bool) -> list[Fi
         found_versions = await asyncio.gather(*(_version(http, url) for _, url in asked))
     versions = {name: found for (name, _), found in zip(asked, found_versions, strict=True)}
     of_members = checkup.of_members(beats, status, versions, RELEASE)
-    return [*checkup.of_queue(facts), *of_members, *checkup.of_base(base)]
+    return [*checkup.of_queue(facts), *of_members, *checkup.of_bases(bases, failures, beats)]
 
 
 async def _version(http: httpx2.AsyncClient, url: str) -> str:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from lorafleet.operate.workers import COLUMNS, row
+from lorafleet.operate.workers import COLUMNS, row, shown
 from lorafleet.operate.workers import PATH as WORKERS
 from lorafleet.shared.api import Api, add_flags
 from lorafleet.shared.parser import Parser
@@ -111,7 +111,19 @@ def frame(url: str, now: dict[str, Any], width: int) -> RenderableType:
         f"[red]{letters} dead letters[/]" if letters else "no dead letters",
         f"leader {escape(queue.get('leader') or 'none')}" if queue else "[red]no active scheduler[/]",
     )
-    return Group(head, Text(), _workers(now["workers"], width))
+    bases = [_bases(fleet, now["workers"]), Text()] if fleet.get("bases") else []
+    return Group(head, Text(), *bases, _workers(now["workers"], width))
+
+
+def _bases(fleet: dict[str, Any], workers: Sequence[dict[str, Any]]) -> Table:
+    """Return the bases of a fleet with several, each with its state, workers, requests and tokens."""
+    table = Table("base", "state", "workers", "queued", "running", "tokens/s", box=None, header_style="bold")
+    for base in fleet["bases"]:
+        name, rate = base["name"], sum(one["tokens_per_s"] for one in workers if one.get("base") == base["name"])
+        state = "failed" if name in fleet["failed"] else "ready" if base["workers"] else "no worker"
+        cells = (name, state, *(str(base[what]) for what in ("workers", "queued", "running")), f"{rate:.0f}")
+        table.add_row(*map(escape, cells), style=None if state == "ready" else "red" if state == "failed" else "yellow")
+    return table
 
 
 def _workers(workers: Sequence[dict[str, Any]], width: int) -> RenderableType:
@@ -128,7 +140,8 @@ def _workers(workers: Sequence[dict[str, Any]], width: int) -> RenderableType:
 
 
 def _table(workers: Sequence[dict[str, Any]], columns: Sequence[str]) -> Table:
-    """Return workers as a table of the columns that are named."""
+    """Return workers as a table of the columns that are named, without the base where all are of one."""
+    columns, _ = shown(columns, (), workers)
     table = Table(*columns, box=None, header_style="bold")
     for worker in workers:
         step_ms = worker["step_ms"]

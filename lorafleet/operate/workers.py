@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from lorafleet.shared.api import Api, add_flags, add_json_flag, in_path, run_action
@@ -11,7 +12,7 @@ from lorafleet.shared.tables import part_text, print_list
 from protocol.wire.errors import Unavailable
 
 PATH, FLEET_PATH = "/v1/workers", "/v1/fleet"
-COLUMNS = ("name", "state", "running", "waiting", "slots", "kv", "pool", "resident", "host", "id")
+COLUMNS = ("name", "state", "base", "running", "waiting", "slots", "kv", "pool", "resident", "host", "id")
 
 
 def add_arguments(parser: Parser) -> None:
@@ -50,17 +51,27 @@ def run(args: argparse.Namespace) -> int:
 def _list(api: Api, args: argparse.Namespace) -> list[dict[str, Any]]:
     found = list(api.pages(PATH))
     if not args.json:
-        print_list(COLUMNS, list(map(row, found)), "no workers")
+        print_list(*shown(COLUMNS, list(map(row, found)), found), "no workers")
     return found
+
+
+def shown(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], workers: Sequence[dict[str, Any]]
+) -> tuple[list[str], list[list[str]]]:
+    """Return columns and rows of workers, without the base where all are of one."""
+    several = len({worker["base"] for worker in workers if worker.get("base")}) > 1
+    kept = [i for i, name in enumerate(columns) if several or name != "base"]
+    return [columns[i] for i in kept], [[cells[i] for i in kept] for cells in rows]
 
 
 def row(worker: dict[str, Any]) -> list[str]:
     """Return a worker as the cells of `COLUMNS`."""
     if worker["state"] == "lost":
-        return ["-", "lost", *["-"] * 7, worker["id"]]
+        return ["-", "lost", *["-"] * 8, worker["id"]]
     kv, pool, adapters = worker["kv"], worker["pool"], worker["adapters"]
     return [
-        worker["name"], worker["state"], str(worker["running"]), str(worker["waiting"]), str(worker["capacity"]),
+        worker["name"], worker["state"], worker.get("base") or "-",
+        str(worker["running"]), str(worker["waiting"]), str(worker["capacity"]),
         part_text(kv["blocks"] - kv["free"], kv["blocks"]), part_text(pool["bytes"] - pool["free"], pool["bytes"]),
         str(adapters["resident"]), str(adapters["host"]), worker["id"],
     ]  # fmt: skip

@@ -45,6 +45,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "lorafleet adapters check ./my-adapter --base org/model",
     ),
     "lorafleet adapters convert": ("lorafleet adapters convert ./mlx-adapter ./peft-adapter",),
+    "lorafleet bases": ("lorafleet bases list",),
+    "lorafleet bases list": ("lorafleet bases list --json",),
+    "lorafleet bases add": ("lorafleet bases add /models/summariser",),
+    "lorafleet bases remove": ("lorafleet bases remove summariser",),
     "lorafleet workers": ("lorafleet workers list", "lorafleet workers drain worker-1"),
     "lorafleet workers list": ("lorafleet workers list",),
     "lorafleet workers drain": (

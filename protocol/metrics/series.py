@@ -195,7 +195,8 @@ FLEET_RUNNING = _fleet.gauge("lorafleet_running_requests", "Requests assigned to
 FLEET_WORKERS = _fleet.gauge("lorafleet_workers", "Workers alive.")
 BASE_LOAD = _fleet.gauge(
     "lorafleet_base_load",
-    "Of a base in a fleet with several: its workers, and its requests that wait (queued) or run (running).",
+    "Of a base in a fleet with several: its workers, its requests that wait (queued) or run (running), and what workers"
+    " are needed for (demand): both, and at least 1 until its first worker has come up.",
     ["base", "what"],
 )
 FLEET_OLDEST_SECONDS = _fleet.gauge(

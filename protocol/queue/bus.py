@@ -15,6 +15,7 @@ import msgspec
 
 from protocol.queue import signatures as lua
 from protocol.queue.adapters import Adapters
+from protocol.queue.added_bases import AddedBaseRecord
 from protocol.queue.archive import Archive
 from protocol.queue.books.api_keys import ApiKeys
 from protocol.queue.books.audit import AuditLog
@@ -88,6 +89,7 @@ class Bus:
         self._run_id = ""  # run id of the server, when last read
         self.streams = Streams(self._redis, self._blocking, self.keys, self._scripts)
         self.members = Members(self._redis, self.keys, self._scripts)
+        self.added_bases = AddedBaseRecord(self._redis, self.keys)
         self.adapters = Adapters(self._redis, self.keys)
         self.jobs = StoredJobs(self._redis, self.keys, self._scripts, seal)
         self.files = Files(self._redis, self.keys, self._scripts)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import msgspec
+from redis.exceptions import WatchError
 
 from protocol.queue import signatures as lua
+from protocol.queue.added_bases import decoded
 from protocol.queue.connection.redis_client import Client, read_many
 from protocol.queue.scripts import Scripts
 from protocol.wire import messages as m
@@ -33,6 +37,14 @@ _FAILED = "\0"
 """Begins the fields of `Keys.bases` that are reasons of failures, by the base's name."""
 
 
+class BaseNames(NamedTuple):
+    """The names of the fleet's bases."""
+
+    known: list[str]  # that workers have reported, the first one first
+    failed: frozenset[str]  # of which no worker has started
+    removed: frozenset[str]  # that operators have taken away
+
+
 @dataclass(frozen=True, slots=True)
 class FleetSummary:
     """What admission asks about the fleet."""
@@ -41,6 +53,7 @@ class FleetSummary:
     bases: list[m.ServedModel]  # the first one first
     failures: dict[str, str]  # base -> why no worker of it has started since one was last up
     status: m.SchedulerStatus | None
+    added: m.AddedBases
 
 
 class Members:
@@ -105,6 +118,11 @@ class Members:
         several = bool(fleet)
         while True:
             first, further = await self._raw_bases()
+            by_operators = decoded(await self._redis.get(self._keys.added_bases))
+            several = several or bool(by_operators.bases)
+            if served.name in by_operators.removed:
+                text = f"the base {served.name} was taken away from this fleet: `lorafleet bases add` brings it back"
+                raise Conflict(text, code="base_not_served")
             known = {base.name: base for base in _decoded(first, further)}
             twins = [name for name, base in known.items() if name != served.name and served.has_weights_of(base)]
             if several and twins:
@@ -177,19 +195,43 @@ class Members:
         first, further = await self._raw_bases()
         return _decoded(first, further), _failures(further)
 
-    async def base_names(self) -> tuple[list[str], set[str]]:
-        """Return the names of the bases that workers have reported, the first one first, and of those that failed.
+    async def base_names(self) -> BaseNames:
+        """Return the names of the fleet's bases.
 
         Raises ProtocolError.
         """
         pipe = self._redis.pipeline(transaction=True)
         pipe.get(self._keys.base)
         pipe.hkeys(self._keys.bases)
-        first, further = await pipe.execute()
+        pipe.get(self._keys.added_bases)
+        first, further, by_operators = await pipe.execute()
         keys = [key.decode() for key in further]
         names = [key for key in keys if not key.startswith(_FAILED)]
-        failed = {key.removeprefix(_FAILED) for key in keys if key.startswith(_FAILED)}
-        return ([_base(first).name, *names] if first else names), failed
+        failed = frozenset(key.removeprefix(_FAILED) for key in keys if key.startswith(_FAILED))
+        known = [_base(first).name, *names] if first else names
+        return BaseNames(known, failed, frozenset(decoded(by_operators).removed))
+
+    async def drop_base(self, name: str) -> None:
+        """Delete what workers of a base have reported, unless one is registered.
+
+        A worker that joins meanwhile writes its base again (`join.lua`), and then nothing is deleted.
+        """
+        keys = self._keys
+        async with self._redis.pipeline(transaction=True) as pipe:
+            await pipe.watch(keys.base, keys.bases)
+            if any(beat is None or beat.base == name for beat in (await self.worker_beats()).values()):
+                return
+            first, further = await self._raw_bases()
+            others = sorted(_decoded(None, further), key=lambda base: base.created_ms)
+            pipe.multi()
+            pipe.hdel(keys.bases, name, f"{_FAILED}{name}")
+            if first and _base(first).name == name:
+                pipe.delete(keys.base)
+                if others:
+                    pipe.set(keys.base, m.encode(others[0]))
+                    pipe.hdel(keys.bases, others[0].name)
+            with suppress(WatchError):
+                await pipe.execute()
 
     # ------------------------------------------------------------ asking
 
@@ -233,12 +275,14 @@ class Members:
         pipe.get(self._keys.base)
         pipe.hgetall(self._keys.bases)
         pipe.get(self._keys.status)
-        num_workers, base, further, status = await pipe.execute()
+        pipe.get(self._keys.added_bases)
+        num_workers, base, further, status, by_operators = await pipe.execute()
         return FleetSummary(
             num_workers,
             _decoded(base, further),
             _failures(further),
             decode(status, m.SchedulerStatus) if status else None,
+            decoded(by_operators),
         )
 
 

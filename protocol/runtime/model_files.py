@@ -15,6 +15,16 @@ from protocol.wire.errors import BadRequest
 TOKENIZER_FILES = ("*.json", "*.jinja")
 """Patterns of what the gateway needs: tokenizer, chat template, configs."""
 
+READ_BY_GATEWAYS = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja",
+)  # fmt: skip
+MAX_TEXT_FILE_BYTES = 64 << 20
+"""Largest of these of a base that is added while the fleet runs. The largest known has 34 MB."""
+
+MAX_FETCHED_BYTES = 4 * MAX_TEXT_FILE_BYTES
+"""Most that is fetched of such a base."""
+
 WEIGHT_FILES = (*TOKENIZER_FILES, "*.safetensors", "*.model")
 
 
@@ -39,6 +49,8 @@ GGUF_FOLDERS = 1
 def is_gguf(path: Path) -> bool:
     """Return whether a path is a GGUF file, whatever its name: Ollama's have none that says so."""
     try:
+        if not path.is_file():  # opening a named pipe would wait for its writer
+            return False
         with path.open("rb") as file:
             return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
     except OSError:
@@ -115,12 +127,38 @@ def model_folder(model: str, patterns: tuple[str, ...]) -> Path:
     return Path(snapshot_download(model, allow_patterns=list(patterns)))
 
 
+def check_text_files(model: str) -> None:
+    """Raise BadRequest unless what a gateway reads of `model` is regular files within the limits. Blocks.
+
+    Of the Hub it asks the sizes before anything is fetched. Raises OSError where the Hub does not answer.
+    """
+    path = Path(model)
+    if not path.is_absolute() and not path.is_dir():
+        from huggingface_hub import constants, snapshot_download  # pyright: ignore[reportUnknownVariableType]
+
+        if not constants.HF_HUB_OFFLINE:
+            files = snapshot_download(model, allow_patterns=list(TOKENIZER_FILES), dry_run=True)
+            if (total := sum(file.file_size or 0 for file in files)) > MAX_FETCHED_BYTES:
+                raise BadRequest(f"the text files of {model} have {total} bytes; the limit is {MAX_FETCHED_BYTES}")
+        path = Path(snapshot_download(model, allow_patterns=list(TOKENIZER_FILES)))
+    if not path.is_dir() and not path.is_file():
+        raise BadRequest(f"{model} is neither a folder nor a file here")
+    for file in [path / name for name in READ_BY_GATEWAYS if (path / name).exists()]:
+        if not file.is_file():
+            raise BadRequest(f"{file} is no regular file")
+        if (size := file.stat().st_size) > MAX_TEXT_FILE_BYTES:
+            raise BadRequest(f"{file} has {size} bytes; the limit is {MAX_TEXT_FILE_BYTES}")
+
+
 def served_name(model: str, name: str) -> str:
-    """Return the base model's name in the API: `name` if given, else the Hub id, or the folder's or file's name."""
+    """Return the base model's name in the API: `name` if given, else the Hub id, or the folder's or file's name.
+
+    So it has, too, where its files are not: at a store.
+    """
     if name:
         return name
     path = Path(model).expanduser()
-    if is_gguf(path):
+    if is_gguf(path) or (path.is_absolute() and not path.is_dir()):
         return path.name.removesuffix(".gguf")
     return path.resolve().name if path.is_dir() else model
 

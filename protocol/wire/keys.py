@@ -366,6 +366,11 @@ class Keys:
         return f"{self.namespace}:bases"
 
     @property
+    def added_bases(self) -> str:
+        """String: `messages.AddedBases`, written by gateways for operators."""
+        return f"{self.namespace}:added_bases"
+
+    @property
     def adapters(self) -> str:
         """Hash: name, or tenant NUL name for private ones -> `messages.Alias`. Written by adapter_store."""
         return f"{self.namespace}:adapters"
@@ -410,7 +415,7 @@ class Keys:
         """Return whether `key` may live without a TTL."""
         fixed = {
             self.ended, self.workers, self.gateways, self.stores, self.leader_epoch,
-            self.base, self.bases, self.adapters, self.adapters_stamp, self.registrations, self.pins,
+            self.base, self.bases, self.added_bases, self.adapters, self.adapters_stamp, self.registrations, self.pins,
             self.adapter_events, self.api_keys, self.tenants,
             self.file_expiry, self.open_batches, self.ends, self.outboxes, self.old_hooks, self.old_ends,
             self.old_cursor, self.old_deliveries, self.old_delivery_times, self.turns, self.audit, self.tenants_audit,

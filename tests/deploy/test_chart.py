@@ -8,8 +8,6 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +15,6 @@ from typing import Any
 
 import pytest
 import yaml
-from helpers.stub_http import serving
 
 from protocol.queue.users import acl, table
 from protocol.runtime.settings import Settings
@@ -119,6 +116,7 @@ def test_the_api_s_schemas_find_mistakes(chart: Any) -> None:
         {"workers": {"Bad_Name": {}}},
         {"queue": {"memory": "2GB"}},
         {"adapters": [{"name": "a"}]},
+        {"model": {"more": ["a,b"]}},
     ],
     ids=lambda values: json.dumps(values),
 )
@@ -137,6 +135,7 @@ def test_what_is_misspelt_is_refused(chart: Any, values: Values) -> None:
         ({"metrics": {"monitors": True}}, "keySecret"),
         ({"gateway": {"files": {"claim": "c", "s3": "s3://b"}}}, "not both"),
         ({"gateway": {"ingress": {"enabled": True}}}, "gateway.ingress.host"),
+        ({"workers": {"cpu": {"model": "org/other"}}}, "org/other is neither"),
     ],
     ids=lambda part: part if isinstance(part, str) else "",
 )
@@ -377,6 +376,46 @@ def test_workers_are_scaled_by_requests_and_from_none(chart: Any) -> None:
         assert environment(pods(manifests)[name])["LORAFLEET_WAIT_FOR_WORKER_S"] == "600"
 
 
+def test_each_base_has_its_own_workers_which_its_own_demand_starts(chart: Any) -> None:
+    manifests = render(chart, values_of("bases"))
+    templates = pods(manifests)
+    models = {"chat": "org/chat-8b", "classify": "org/classifier-1b", "embed": "/models/embedder.v2"}
+    for name, pod in templates.items():
+        own = environment(pod)
+        group = name.removeprefix("lf-lorafleet-worker-")
+        if group in models:
+            assert own["LORAFLEET_MODEL"] == models[group]
+            assert own["LORAFLEET_MORE_MODELS"].split(",") == [one for one in models.values() if one != models[group]]
+            assert own["LORAFLEET_SERVED_NAME"] == ("chat" if group == "chat" else "")
+        elif "LORAFLEET_MODEL" in own and "queue" not in name:
+            assert (own["LORAFLEET_MODEL"], own["LORAFLEET_SERVED_NAME"]) == ("org/chat-8b", "chat")
+            assert own["LORAFLEET_MORE_MODELS"] == "org/classifier-1b,/models/embedder.v2"
+    mounts = container(templates["lf-lorafleet-store"])["volumeMounts"]
+    assert "/models" in [mount["mountPath"] for mount in mounts], "a base has the name of its folder"
+    mounts = container(pods(render(chart, values_of("folders")))["lf-lorafleet-store"])["volumeMounts"]
+    assert "/models" not in [mount["mountPath"] for mount in mounts], "which a store of one base need not know"
+    scaled = [m for m in manifests if m["kind"] == "ScaledObject"]
+    assert {m["metadata"]["name"].rpartition("-")[2]: m["spec"]["minReplicaCount"] for m in scaled} == {
+        "classify": 0, "embed": 1,
+    }  # fmt: skip
+    asked = {m["spec"]["triggers"][0]["metadata"]["valueLocation"] for m in scaled}
+    assert asked == {f'bases.#(name=="{name}").demand' for name in ("org/classifier-1b", "embedder.v2")}
+    values = values_of("bases")
+    values["workers"]["classify"]["autoscaling"]["prometheus"] = "http://prometheus:9090"
+    (trigger,) = find(render(chart, values), "ScaledObject", "classify")["spec"]["triggers"]
+    wanted = 'max(lorafleet_base_load{namespace="ml",base="org/classifier-1b",what="demand"})'
+    assert trigger["metadata"]["query"] == wanted
+
+
+def test_the_notes_name_a_base_without_workers(chart: Any) -> None:
+    def notes(values: Values) -> str:
+        texts = chart.render(values, name="lf", namespace="ml", revision=1, is_install=True)
+        return next(text for path, text in texts.items() if path.endswith("NOTES.txt"))
+
+    assert "no group" not in notes(values_of("bases"))
+    assert "no group of workers has the model org/x" in notes({"model": {"name": "org/a", "more": ["org/x"]}})
+
+
 def test_a_queue_behind_sentinels_is_found_by_them(chart: Any) -> None:
     manifests = render(chart, values_of("sentinels"))
     hosts = ",".join(f"sentinel-{i}.example.com:26379" for i in range(3))
@@ -428,47 +467,3 @@ def test_the_queue_is_full_before_its_container_is(chart: Any) -> None:
     (only,) = queue["spec"]["template"]["spec"]["containers"]
     assert f"--maxmemory {3 << 30} " in only["command"][2]
     assert only["resources"]["limits"]["memory"] == "4Gi"
-
-
-# ------------------------------------------------------------ registering adapters
-
-
-class Gateway(BaseHTTPRequestHandler):
-    """Refuses `bad`, is not ready once, and keeps what it is asked."""
-
-    asked: list[tuple[str, dict[str, Any]]]
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        self.asked.append((self.path, body))
-        status = 422 if body["name"] == "bad" else 503 if len(self.asked) == 1 else 201
-        self.send_response(status)
-        self.end_headers()
-        self.wfile.write(b"told")
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Keep quiet."""
-
-
-@pytest.fixture
-def gateway() -> Iterator[str]:
-    Gateway.asked = []
-    with serving(Gateway) as url:
-        yield url
-
-
-@pytest.mark.parametrize("names", [["a", "b"], ["a", "bad", "b"]], ids=["all are taken", "one is refused"])
-def test_adapters_are_registered_once_the_fleet_answers(
-    gateway: str, tmp_path: Path, names: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    spec = importlib.util.spec_from_file_location("register", CHART / "files" / "register.py")
-    assert spec is not None
-    assert spec.loader is not None
-    register = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(register)
-    file = tmp_path / "adapters.json"
-    file.write_text(json.dumps([{"name": name, "source": f"org/{name}"} for name in names]))
-    assert register.main(str(file), gateway, pause_s=0.0) == ("bad" in names)
-    assert Gateway.asked[0] == Gateway.asked[1] == ("/v1/adapters", {"replace": True, "name": "a", "source": "org/a"})
-    assert [body["name"] for _, body in Gateway.asked[1:]] == names
-    assert ("bad 422 told" in capsys.readouterr().out) == ("bad" in names)

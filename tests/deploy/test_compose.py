@@ -1,6 +1,10 @@
 """The compose file without Docker: its defaults name files that will be there, its variables reach the services."""
 
+import os
 import re
+import subprocess
+import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +45,7 @@ def mounts(service: dict[str, Any]) -> dict[str, str]:
 def test_by_default_all_read_the_model_where_fetch_puts_it() -> None:
     services = compose()
     fetch = services["model"]
-    assert fetch["entrypoint"] == ["lorafleet", "fetch"]
+    assert fetch["entrypoint"][-2:] == ["lorafleet", "fetch"]
     assert fetch["environment"]["LORAFLEET_MODEL"] == ""  # which is how `fetch` is asked for the quickstart model
     data = Path(fetch["environment"]["LORAFLEET_DATA"])
     for name in READERS:
@@ -59,13 +63,61 @@ def test_a_model_that_is_named_is_fetched_and_read_by_that_name(model: str) -> N
     assert {mounts(services[name])[cache] for name in ("model", *READERS)} == {"hub"}
 
 
+def test_several_models_reach_all_who_must_know_of_them_and_no_others() -> None:
+    services = compose(MODELS="org/one,/models/two", MODELS_DIR="/srv/models")
+    several = {name for name, service in services.items() if service.get("environment", {}).get("MODELS")}
+    assert several == {"model", "gateway", "adapter_store", "gpu_worker", "cuda_worker"}
+    for name in several:
+        assert services[name]["entrypoint"][:2] == ["python", "/usr/local/bin/bases.py"]
+        assert mounts(services[name])["/models"] == "/srv/models", "a base has the name of its folder"
+    locks = {name for name in several if "BASE_LOCKS" in services[name]["environment"]}
+    assert locks == {"gpu_worker", "cuda_worker"}
+    for name in locks:
+        assert mounts(services[name])[services[name]["environment"]["BASE_LOCKS"]] == "bases"
+    dockerfile = (ROOT / "deploy/Dockerfile").read_text()
+    assert " /bases " in dockerfile, "whoever they run as may write locks"
+    assert "deploy/bases.py /usr/local/bin/" in dockerfile
+
+
+BASES = [sys.executable, str(ROOT / "deploy/bases.py"), "sh", "-c"]
+"""Runs a shell's command as a service is started."""
+
+
+def test_each_worker_takes_the_base_that_the_fewest_have_taken(tmp_path: Path) -> None:
+    own = {"PATH": os.environ["PATH"], "MODELS": " a, b,c ,a,", "BASE_LOCKS": str(tmp_path)}
+    command = [*BASES, 'echo "$LORAFLEET_MODEL of $LORAFLEET_MORE_MODELS"; read -r end']
+    with ExitStack() as stack:
+
+        def worker() -> tuple[Any, str]:
+            pipe = subprocess.PIPE
+            process = stack.enter_context(subprocess.Popen(command, env=own, stdin=pipe, stdout=pipe, text=True))
+            assert process.stdout is not None
+            return process, process.stdout.readline().strip()
+
+        workers = [worker() for _ in range(5)]
+        assert [took for _, took in workers] == ["a of b,c", "b of a,c", "c of a,b", "a of b,c", "b of a,c"]
+        workers[2][0].communicate("end\n")
+        assert worker()[1] == "c of a,b", "what a worker had that has gone is free"
+
+
+def test_services_of_one_model_are_started_as_they_are() -> None:
+    def said(**own: str) -> str:
+        command = [*BASES, 'echo "$LORAFLEET_MODEL+$LORAFLEET_MORE_MODELS"; exit 7']
+        done = subprocess.run(command, env={"PATH": os.environ["PATH"], **own}, capture_output=True, text=True)
+        assert done.returncode == 7
+        return done.stdout.strip()
+
+    assert said(LORAFLEET_MODEL="m", MODELS="") == "m+"
+    assert said(LORAFLEET_MODEL="m", MODELS="a,b") == "a+b", "gateways and stores"
+
+
 def test_only_one_service_fetches_and_the_others_wait_for_it() -> None:
     services = compose()
     for name in READERS:
         assert services[name]["depends_on"]["model"] == {"condition": "service_completed_successfully"}
         assert services[name]["environment"]["HF_HUB_OFFLINE"] == "1"
         writable = {volume.split(":")[0] for volume in services[name]["volumes"] if not volume.endswith(":ro")}
-        assert writable == {"secret", *(["files"] if name == "gateway" else [])}
+        assert writable == {"secret", "files" if name == "gateway" else "bases"}
     assert services["model"]["restart"] == "no"  # its error stays the last line of its log
     assert services["model"]["image"] == services["gpu_worker"]["image"]  # converting takes torch
 

@@ -194,10 +194,25 @@ async def test_only_a_base_without_workers_is_unavailable(
     assert jobs.status_code == 200  # waits for a worker
     whole = (await http.get("/v1/fleet")).json()
     assert {one["name"]: one["workers"] for one in whole["bases"]} == {"a": 0, "b": 0, "b:2": 1}
+    assert {one["name"]: one["demand"] for one in whole["bases"]} == {"a": 0, "b": 0, "b:2": 3}
     assert whole["failed"] == {"b": "no memory"}
     metrics = (await http.get("/metrics")).text
     assert 'lorafleet_base_load{base="b:2",what="workers"} 1.0' in metrics
     assert 'lorafleet_base_load{base="b:2",what="queued"} 2.0' in metrics
+    assert 'lorafleet_base_load{base="b:2",what="demand"} 3.0' in metrics
+
+
+async def test_a_base_of_which_no_worker_has_come_up_yet_asks_for_one(
+    bus: Bus, fleet: ScriptedFleet, folders: dict[str, Path]
+) -> None:
+    await set_bases(bus, base("a"), a=1)
+    async with (
+        running_gateway(bus, folders["a"], more_models=str(folders["b"])) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+    ):
+        found = (await http.get("/v1/fleet")).json()["bases"]
+        assert {one["name"]: (one["demand"], one["fingerprint"]) for one in found} == {"a": (3, "f"), "b": (1, None)}
+        assert 'lorafleet_base_load{base="b",what="demand"} 1.0' in (await http.get("/metrics")).text
 
 
 async def test_a_worker_that_the_scheduler_has_not_met_yet_is_counted(

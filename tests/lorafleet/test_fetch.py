@@ -137,3 +137,16 @@ async def test_a_data_folder_that_cannot_be_written_is_named(tmp_path: Path) -> 
     code, _, errors = await fetch(tmp_path, "", HF_ENDPOINT=UNREACHABLE)
     reason = f"--data: cannot write to {tmp_path}/data/models: Not a directory"
     assert (code, errors) == (2, [f"lorafleet fetch: error: {reason}"])
+
+
+async def test_all_models_of_a_fleet_are_fetched(hub: HubStub, tmp_path: Path) -> None:
+    for name in ("org/one", "org/two"):
+        hub.repos[name] = repo = Repo()
+        repo.commit(FILES)
+    code, folders, _ = await fetch(tmp_path, "org/one", LORAFLEET_MORE_MODELS="org/two", HF_ENDPOINT=hub.url)
+    assert code == 0
+    assert len(folders.splitlines()) == 2
+    assert all("model.safetensors" in look(folder)[0] for folder in folders.splitlines())
+    code, _, errors = await fetch(tmp_path, "org/one", LORAFLEET_MORE_MODELS="org/none", HF_ENDPOINT=hub.url)
+    assert code == 2, "a base that cannot be had is no reason to serve without it, silently"
+    assert "org/none" in errors[-1]

@@ -3,7 +3,7 @@
 import { html, useMemo, useState } from "./vendor/preact-htm.js";
 import { get, pages, part, post, query, remove } from "./api.js";
 import { Act, Cut, Dialog, Problem, State, Scroll, Stale, Table, When, bytes, confirmed, count, lasted, usePoll } from "./parts.js";
-import { href, leave } from "./route.js";
+import { href, leave, replace } from "./route.js";
 import { Upload } from "./upload.js";
 
 const MOST = 20_000; // maximum number of listed names
@@ -48,7 +48,7 @@ function rate(use) {
 function Facts({ adapter, onClose, again }) {
   const use = adapter.use;
   const facts = [
-    ["Source", adapter.source ?? "–"], ["Digest", adapter.digest ?? "–"], ["Rank", adapter.rank ?? "–"], ["Size", bytes(adapter.bytes)],
+    ...(adapter.base ? [["Base", adapter.base]] : []), ["Source", adapter.source ?? "–"], ["Digest", adapter.digest ?? "–"], ["Rank", adapter.rank ?? "–"], ["Size", bytes(adapter.bytes)],
     ["Target modules", adapter.modules?.join(", ") || "–"], ["Pinned by", adapter.pinned ?? "–"],
     ["Created by a request", adapter.on_request ? "yes" : "no"], ["Created", html`<${When} ms=${adapter.created_ms} />`], ["Last change", html`<${When} ms=${adapter.changed_ms} />`],
     ["Pool hit rate", rate(use)], ["Last used", html`<${When} ms=${use?.last_used_ms} />`],
@@ -109,18 +109,21 @@ export function Adapters({ route }) {
   }, num > SMALL ? 0 : EVERY_MS, [num > SMALL]);
   const [words, setWords] = useState("");
   const [state, setState] = useState("");
+  const { base = "" } = route.params;
   const [adding, setAdding] = useState(false);
   const all = found.value?.data ?? [];
   const shown = useMemo(() => {
     const wanted = words.toLowerCase().split(/\s+/).filter(Boolean);
-    return all.filter((one) => (!state || one.state === state) &&
+    return all.filter((one) => (!state || one.state === state) && (!base || one.base === base) &&
       wanted.every((word) => one.name.toLowerCase().includes(word) || (one.source ?? "").toLowerCase().includes(word) || (one.digest ?? "").startsWith(word)));
-  }, [all, words, state]);
+  }, [all, words, state, base]);
   const chosen = { name: route.id, tenant: route.params.tenant };
   const states = useMemo(() => [...new Set(all.map((one) => one.state))].sort(), [all]);
+  const bases = useMemo(() => [...new Set(all.map((one) => one.base).filter(Boolean))].sort(), [all]); // none in a fleet of one
   const columns = [
     { title: "Name", of: (one) => html`<a class="cut" title=${one.name} href=${href("adapters", one.name, { tenant: one.tenant })}>${one.name}</a>` },
     { title: "State", of: (one) => html`<${State} of=${one.state} />` },
+    ...(bases.length ? [{ title: "Base", of: (one) => html`<${Cut} text=${one.base ?? "–"} />` }] : []),
     { title: "Tiers", of: tiers },
     { title: "Rank", kind: "num", of: (one) => one.rank ?? "–" },
     { title: "Size", kind: "num", of: (one) => bytes(one.bytes) },
@@ -136,6 +139,8 @@ export function Adapters({ route }) {
         <label class="grow"><span>Search by name, source or digest</span><input type="search" value=${words} onInput=${(event) => setWords(event.target.value)} /></label>
         <label><span>State</span><select value=${state} onChange=${(event) => setState(event.target.value)}>
           <option value="">any</option>${states.map((one) => html`<option value=${one}>${one.replaceAll("_", " ")}</option>`)}</select></label>
+        ${bases.length || base ? html`<label><span>Base</span><select value=${base} onChange=${(event) => replace(href("adapters", "", { ...route.params, base: event.target.value }))}>
+          <option value="">any</option>${[...new Set([...bases, base])].filter(Boolean).map((one) => html`<option value=${one}>${one}</option>`)}</select></label>` : null}
         <${Act} does=${async () => found.again()}>Refresh<//>
         <button type="button" class="main" onClick=${() => setAdding(true)}>Add …</button>
       </div>

@@ -43,7 +43,7 @@ async function look(signal) {
   return { fleet, workers: workers.data, ...compared(workers.data) };
 }
 
-function Live({ worker, steps, again }) {
+function Live({ worker, steps, again, several }) {
   const drain = async () => {
     if (!(await confirmed(`${worker.name} finishes its requests and gets no new ones, until it is resumed or stopped.`, "Drain"))) return false;
     return post(`v1/workers/${encodeURIComponent(worker.id)}/drain`);
@@ -51,6 +51,7 @@ function Live({ worker, steps, again }) {
   return html`<tr>
     <th scope="row"><${Cut} text=${worker.name} /></th>
     <td><${State} of=${worker.state} /></td>
+    ${several ? html`<td><${Cut} text=${worker.base ?? "–"} /></td>` : null}
     <td>${count(worker.running)}</td>
     <td>${count(worker.waiting)}${worker.waiting_adapter ? html` <span class="soft">(${count(worker.waiting_adapter)} for adapters)</span>` : ""}</td>
     <td>${steps.has(worker.id) ? `${steps.get(worker.id).toFixed(1)} ms` : "–"}</td>
@@ -63,19 +64,32 @@ function Live({ worker, steps, again }) {
   </tr>`;
 }
 
-const Silent = ({ name, state, why }) => html`<tr class="soft"><th scope="row"><${Cut} text=${name} /></th><td><${State} of=${state} /></td><td colspan="7">${why}</td></tr>`;
+const Silent = ({ name, state, why }) => html`<tr class="soft"><th scope="row"><${Cut} text=${name} /></th><td><${State} of=${state} /></td><td colspan="8">${why}</td></tr>`;
 
 // What a worker does is known from the gateway alone: while that is silent, nothing is said of them.
-function Workers({ workers, steps, again, lost }) {
+function Workers({ workers, steps, again, lost, several }) {
   if (!workers.length) return html`<p class="empty">No workers yet. Requests wait in the queue until one joins.</p>`;
   return html`<${Scroll} name="Workers"><table>
     <caption class="hidden">Workers</caption>
-    <thead><tr>${["Worker", "State", "Running", "Waiting", "Step time", "KV cache", "Adapter pool", "Adapters", "Actions"].map((title) => html`<th scope="col">${title}</th>`)}</tr></thead>
+    <thead><tr>${["Worker", "State", ...(several ? ["Base"] : []), "Running", "Waiting", "Step time", "KV cache", "Adapter pool", "Adapters", "Actions"].map((title) => html`<th scope="col">${title}</th>`)}</tr></thead>
     <tbody>${workers.map((worker) =>
       lost ? html`<${Silent} key=${worker.id} name=${worker.name ?? worker.id} state="unknown" why="The gateway can't be reached." />`
       : worker.state === "lost" ? html`<${Silent} key=${worker.id} name=${worker.id} state="lost" why="No heartbeat; its requests move to other workers." />`
-      : html`<${Live} key=${worker.id} worker=${worker} steps=${steps} again=${again} />`)}</tbody>
+      : html`<${Live} key=${worker.id} worker=${worker} steps=${steps} again=${again} several=${several} />`)}</tbody>
   </table><//>`;
+}
+
+// Of a fleet of several bases: each with its workers, its requests and a way to its adapters.
+function Bases({ bases, failed }) {
+  return html`<section class="panel"><h2>Bases</h2><${Scroll} name="Bases"><table>
+    <caption class="hidden">Bases</caption>
+    <thead><tr>${["Base", "State", "Task", "Workers", "Running", "Queued", "Adapters"].map((title) => html`<th scope="col">${title}</th>`)}</tr></thead>
+    <tbody>${bases.map((base) => html`<tr key=${base.name}>
+      <th scope="row"><${Cut} text=${base.name} /></th>
+      <td><${State} of=${failed[base.name] ? "failed" : base.workers ? "ready" : "no_worker"} />${failed[base.name] ? html` <${Cut} text=${failed[base.name]} />` : null}</td>
+      <td>${base.task ?? "–"}</td><td>${count(base.workers)}</td><td>${count(base.running)}</td><td>${count(base.queued)}</td>
+      <td><a href=${href("adapters", "", { base: base.name })}>its adapters</a></td></tr>`)}</tbody>
+  </table><//></section>`;
 }
 
 // ------------------------------------------------------------ charts
@@ -151,7 +165,8 @@ export function Overview({ route }) {
     <${Stale} poll=${poll} />
     ${queue || poll.error ? null : html`<p class="note">No active scheduler: requests stay queued until one starts.</p>`}
     <section class=${`panel ${poll.error ? "stale" : ""}`} aria-label="Queue"><dl class="facts">${facts.map(([name, fact]) => html`<div><dt>${name}</dt><dd>${fact}</dd></div>`)}</dl></section>
-    <section class="panel"><h2>Workers</h2><${Workers} workers=${workers} steps=${steps} again=${poll.again} lost=${poll.error?.status === 0} /></section>
+    ${fleet.bases ? html`<${Bases} bases=${fleet.bases} failed=${fleet.failed} />` : null}
+    <section class="panel"><h2>Workers</h2><${Workers} workers=${workers} steps=${steps} again=${poll.again} lost=${poll.error?.status === 0} several=${Boolean(fleet.bases)} /></section>
     <div class="row tabs" role="group" aria-label="Range of the charts">${RANGES.map(([name, words]) => html`<button type="button" aria-pressed=${name === range ? "true" : "false"} onClick=${() => set({ range: name })}>${words}</button>`)}</div>
     <${Charts} params=${{ ...route.params, range }} set=${set} />`;
 }

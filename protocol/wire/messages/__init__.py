@@ -16,7 +16,7 @@ from protocol.wire.messages.deliveries import (
 )
 from protocol.wire.messages.history import HistoryEntry, KeptText
 from protocol.wire.messages.jobs import Conversation, Idempotent, Job
-from protocol.wire.messages.model import OPAQUE, Activation, ServedModel, SiteShape
+from protocol.wire.messages.model import OPAQUE, Activation, AddedBase, AddedBases, ServedModel, SiteShape
 from protocol.wire.messages.requests import Body, RequestHead, Sampling
 from protocol.wire.messages.webhooks import Delivery, WebhookEndpoint
 from protocol.wire.messages.workers import (
@@ -41,6 +41,8 @@ __all__ = [
     "AdapterEvent",
     "AdapterRecord",
     "AdapterState",
+    "AddedBase",
+    "AddedBases",
     "Alias",
     "Assigned",
     "BaseLoad",

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from protocol.wire.messages.base import Packed, Task, Wire
+from protocol.wire.messages.base import Packed, Record, Task, Wire
 
 OPAQUE = "opaque"
 """Kind of a linear layer whose weights cannot be read, such as a quantised one: adapters can only add to its output."""
@@ -80,3 +80,17 @@ class ServedModel(Wire, frozen=True):
     def does(self, task: Task) -> bool:
         """Return whether requests may ask this of the model."""
         return task == self.task or task in self.tasks
+
+
+class AddedBase(Wire, frozen=True):
+    """A base that an operator has added while the fleet ran."""
+
+    model: str  # Hub id, or absolute path, as gateways and workers are given it
+    added_ms: int
+
+
+class AddedBases(Record, frozen=True):
+    """All of them, as one record of the queue."""
+
+    bases: dict[str, AddedBase] = {}  # by name
+    removed: list[str] = []  # names that were taken away since, and not added again; the last one last

@@ -55,6 +55,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "/v1/webhook_endpoints/{endpoint_id}": {"name": "n"},
     "/v1/webhook_endpoints/{endpoint_id}/rotate_secret": {"keep_old_secret_active_for_24_hours": False},
     "/v1/webhook_endpoints/{endpoint_id}/test": {"event_type": "job.failed"},
+    "/v1/bases": {"model": "org/x"},
     "/v1/keys": {"tenant": "a"},
     "/v1/tenants/{name}": {"weight": 2},
     "/v1/adapters": {"name": "a"},

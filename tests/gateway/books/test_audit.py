@@ -23,8 +23,8 @@ from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 from protocol.wire.errors import ModelNotFound
 
-OPERATORS = ("/v1/adapters", "/v1/load_lora", "/v1/unload_lora", "/load_lora", "/unload_lora", "/v1/workers",
-             "/v1/dead_letters", "/v1/keys", "/v1/tenants", "/v1/requests", "/v1/audit")  # fmt: skip
+OPERATORS = ("/v1/adapters", "/v1/load_lora", "/v1/unload_lora", "/load_lora", "/unload_lora", "/v1/bases",
+             "/v1/workers", "/v1/dead_letters", "/v1/keys", "/v1/tenants", "/v1/requests", "/v1/audit")  # fmt: skip
 FAULTS: dict[str, BaseException] = {
     "gone": ModelNotFound("it"), "queue": ConnectionError("gone"), "fault": ZeroDivisionError(),
     "stop": asyncio.CancelledError(),

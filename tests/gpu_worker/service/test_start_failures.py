@@ -49,6 +49,9 @@ async def test_a_model_that_cannot_be_loaded(
     monkeypatch.setattr(program, "_load", load)
     assert await failures(bus, "") == {}  # a fleet of one base waits for another worker
     assert await failures(bus) == {"fake": reason}
+    await bus.members.forget_failures(["fake"])
+    await bus.added_bases.add("fake", "/models/fake", 31)
+    assert await failures(bus, "") == {"fake": reason}, "it is one of several that was added"
 
 
 @pytest.mark.parametrize("weights", ["own", "others"])

@@ -12,7 +12,7 @@ from lorafleet.operate.checkup import (
     MAX_SKEW_MS,
     Finding,
     Level,
-    of_base,
+    of_bases,
     of_compiler,
     of_disk,
     of_history,
@@ -79,13 +79,30 @@ def test_how_the_base_computes_is_told() -> None:
         model="org/base", name="base", fingerprint="f", model_type="llama", vocab_size=8, max_model_len=8, sites=[],
         dtype="bfloat16", dtype_reason="the native kernels read it", kernels="avx512", device="cpu",
     )  # fmt: skip
-    assert of_base(None) == []
-    (told,) = of_base(base)
+    assert of_bases([], {}, {}) == []
+    (told,) = of_bases([base], {}, {})
     assert bad([told]) == []
     assert all(part in told.text for part in ("bfloat16", "the native kernels read it", "avx512"))
     slow = structs.replace(base, dtype="float32", dtype_reason="there are no native kernels", kernels="")
-    assert bad(of_base(slow)) == [("base", "warning")]
-    assert bad(of_base(structs.replace(slow, device="cuda"))) == []
+    assert bad(of_bases([slow], {}, {})) == [("base", "warning")]
+    assert bad(of_bases([structs.replace(slow, device="cuda")], {}, {})) == []
+
+
+def test_a_base_without_worker_and_one_that_failed_are_named() -> None:
+    one = m.ServedModel(
+        model="/models/one", name="one", fingerprint="f", model_type="llama", vocab_size=8, max_model_len=8, sites=[]
+    )
+    two = structs.replace(one, name="two", model="org/two")
+    beats = {"w1": structs.replace(BEAT, base="one")}
+    assert bad(of_bases([one], {}, {})) == [], "a fleet of one base has `workers` for that"
+    assert bad(of_bases([one, two], {}, beats | {"w2": structs.replace(BEAT, base="two")})) == []
+    *_, missing = of_bases([one, two], {}, beats | {"w2": structs.replace(BEAT, base="two", draining=True)})
+    assert missing.level == "warning"
+    assert "two has no worker" in missing.text
+    assert "--model org/two" in missing.advice
+    (failed,) = [item for item in of_bases([one, two], {"two": "no memory"}, beats) if item.level != "ok"]
+    assert (failed.level, failed.text) == ("problem", "two did not start: no memory")
+    assert bad(of_bases([one, two], {}, {"w1": BEAT, "w2": structs.replace(BEAT, base="two")})) == [], "an older worker"
 
 
 def test_a_disk_that_is_nearly_full_is_a_problem() -> None:

@@ -32,6 +32,29 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version }}
 {{- mergeOverwrite (deepCopy $root.Values.workerDefaults) $group | toJson -}}
 {{- end }}
 
+{{/* The models of all bases, the default one first, as JSON. */}}
+{{- define "lorafleet.models" -}}
+{{- concat (list .Values.model.name) .Values.model.more | toJson -}}
+{{- end }}
+
+{{/* The model of a group's base: (list $ "cpu"). */}}
+{{- define "lorafleet.modelOf" -}}
+{{- $root := index . 0 -}}
+{{- $model := default $root.Values.model.name (include "lorafleet.group" . | fromJson).model -}}
+{{- if not (has $model (include "lorafleet.models" $root | fromJsonArray)) }}
+{{- fail (printf "workers.%s.model: %s is neither model.name nor in model.more" (index . 1) $model) }}
+{{- end }}
+{{- $model -}}
+{{- end }}
+
+{{/* The name of a group's base: (list $ "cpu"). */}}
+{{- define "lorafleet.baseOf" -}}
+{{- $root := index . 0 -}}
+{{- $model := include "lorafleet.modelOf" . -}}
+{{- $name := hasPrefix "/" $model | ternary (base $model | trimSuffix ".gguf") $model -}}
+{{- eq $model $root.Values.model.name | ternary (default $name $root.Values.model.servedName) $name -}}
+{{- end }}
+
 {{/* The names of the secrets. */}}
 {{- define "lorafleet.fleetSecret" -}}{{ default (printf "%s-fleet" (include "lorafleet.name" .)) .Values.secrets.fleet }}{{- end }}
 {{- define "lorafleet.usersSecret" -}}
@@ -77,6 +100,7 @@ A dict of settings further right goes over those to its left.
 {{- $user := index . 1 -}}
 {{- $settings := dict "grace_s" $root.Values.graceSeconds "model" $root.Values.model.name -}}
 {{- with $root.Values.model.servedName }}{{ $_ := set $settings "served_name" . }}{{ end -}}
+{{- with $root.Values.model.more }}{{ $_ := set $settings "more_models" (join "," .) }}{{ end -}}
 {{- range (concat (list $root.Values.settings) (slice . 2)) }}{{ $settings = mergeOverwrite $settings (deepCopy (default dict .)) }}{{ end -}}
 - { name: REDIS_URL, value: {{ include "lorafleet.queueUrl" (list $root $user) | quote }} }
 - { name: LORAFLEET_REDIS_PASSWORD_FILE, value: /queue-user/password }

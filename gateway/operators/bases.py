@@ -1,0 +1,103 @@
+"""The bases of the fleet as operators see them, and those that they add and take away while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from gateway.auth.authentication import is_loopback
+from gateway.bodies.parameter_check import JsonBody
+from gateway.fleet.view import FleetView
+from gateway.text.bases import GatewayBases
+from protocol.queue.bus import Bus
+from protocol.queue.members import MAX_BASES
+from protocol.runtime.adapter_refs import FOLDER, parse_source
+from protocol.runtime.model_files import RESERVED, base_settings, served_name
+from protocol.runtime.settings import Settings
+from protocol.wire.brief import brief
+from protocol.wire.errors import BadRequest, Conflict, PermissionDenied
+
+
+class BaseRequest(JsonBody):
+    """`POST /v1/bases`."""
+
+    OBJECT = "base"
+
+    model: Annotated[str, Field(min_length=1, max_length=1000)]
+    name: Annotated[str, Field(max_length=193)] = ""  # default: the Hub id, or the folder's name
+
+
+class BaseAdministration:
+    """The bases of the settings, and those that the queue's record names."""
+
+    def __init__(self, bus: Bus, settings: Settings, fleet: FleetView, bases: GatewayBases) -> None:
+        self._record = bus.added_bases
+        self._fleet = fleet
+        self._bases = bases
+        self._models = {one.served_name: one.model for one in base_settings(settings)}
+        self._may_change = settings.api_keys or is_loopback(settings.host)
+
+    async def list(self) -> dict[str, Any]:
+        """Return all bases, the default one first, each with its state here."""
+        await self._fleet.refresh()
+        found = [self._view(name, model, False) for name, model in self._models.items()]
+        added = self._fleet.added.bases.items()
+        found += [self._view(name, base.model, True) for name, base in added if name not in self._models]
+        return {"object": "list", "data": found, "has_more": False}
+
+    def _view(self, name: str, model: str, is_added: bool) -> dict[str, Any]:
+        reason = self._fleet.failures.get(name) or self._bases.why_unreadable(name)
+        if self._bases.why_unreadable(name):
+            state = "unreadable"
+        elif name not in self._fleet.names:
+            state = "loading"
+        elif name in self._fleet.failures:
+            state = "failed"
+        else:
+            state = "ready" if self._has_worker(name) else "no_worker"
+        return {
+            "id": name, "object": "base", "model": model, "added": is_added, "state": state, "reason": reason or None,
+        }  # fmt: skip
+
+    def _has_worker(self, name: str) -> bool:
+        return self._fleet.load(name).workers > 0 if self._fleet.further else self._fleet.num_workers > 0
+
+    async def add(self, asked: BaseRequest) -> tuple[dict[str, Any], bool]:
+        """Add a base; return it, and whether it is new. Raises BadRequest, Conflict, PermissionDenied."""
+        self._check_allowed()
+        await self._fleet.refresh()
+        is_path = asked.model.startswith("/") and parse_source(f"local:{asked.model}") is not None
+        if not is_path and ("/" not in asked.model or not FOLDER.fullmatch(asked.model)):
+            text = f"model {brief(asked.model)} is neither a Hub id, org/name, nor an absolute path"
+            raise BadRequest(text, param="model")
+        name = await asyncio.to_thread(served_name, asked.model, asked.name)  # as its workers call it
+        if not FOLDER.fullmatch(name):
+            text = "at most 96 letters, digits, dots, underscores and hyphens, or two such with a slash between them"
+            raise BadRequest(f"the name of a base is {text}; {brief(name)} is not", param="name")
+        if name in RESERVED:
+            raise BadRequest(f"a base cannot be named {name}, which {RESERVED[name]}", param="name")
+        if name in self._models or asked.model in self._models.values():
+            raise Conflict(f"the settings of this fleet name the base {name} or its model already", code="base_exists")
+        default = next(iter(self._models))
+        if self._fleet.base is not None and self._fleet.base.name != default:
+            text = f"the workers serve {self._fleet.base.name}, and this gateway's settings name it {default}"
+            raise Conflict(f"{text}: in a fleet of several bases both must be one name", code="base_named_otherwise")
+        is_new = await self._record.add(name, asked.model, MAX_BASES - len(self._models))
+        await self._fleet.refresh()
+        return self._view(name, asked.model, True), is_new
+
+    async def remove(self, name: str) -> dict[str, Any]:
+        """Take a base away. Raises Conflict for one of the settings, NotFound, PermissionDenied."""
+        self._check_allowed()
+        if name in self._models:
+            text = f"the settings of this fleet name the base {name}: take it out of --more-models and start again"
+            raise Conflict(text, code="base_in_settings")
+        await self._record.remove(name)
+        return {"id": name, "object": "base.deleted", "deleted": True}
+
+    def _check_allowed(self) -> None:
+        if not self._may_change:
+            text = "without API keys, bases are added and taken away only at gateways that listen on this machine alone"
+            raise PermissionDenied(f"{text}: turn on --api-keys", code="bases_need_keys")

@@ -1,0 +1,102 @@
+"""The record of bases that operators add and take away, and what becomes of those that workers have reported."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from protocol.queue.added_bases import MAX_REMOVED, added, removed
+from protocol.queue.bus import Bus
+from protocol.wire import messages as m
+from protocol.wire.errors import Conflict, NotFound
+from tests.protocol.queue.test_bases import base, join, names
+
+NONE = m.AddedBases()
+
+
+def test_adding_is_repeated_without_effect_and_removing_is_remembered() -> None:
+    one = added(NONE, "b", "/models/b", 7, 31)
+    assert one.bases == {"b": m.AddedBase(model="/models/b", added_ms=7)}
+    assert added(one, "b", "/models/b", 9, 31) is one
+    gone = removed(one, "b")
+    assert (gone.bases, gone.removed) == ({}, ["b"])
+    back = added(gone, "b", "/models/other", 9, 31)
+    assert (back.bases["b"].model, back.removed) == ("/models/other", [])
+    with pytest.raises(NotFound):
+        removed(gone, "b")
+
+
+def test_a_name_a_model_and_a_place_are_taken_once() -> None:
+    one = added(NONE, "b", "/models/b", 7, 1)
+    for name, model, words in (
+        ("b", "/models/c", "remove it first"),
+        ("c", "/models/b", "name a base once"),
+        ("c", "/models/c", "no more than 1"),
+    ):
+        with pytest.raises(Conflict, match=words):
+            added(one, name, model, 9, 1)
+
+
+def test_the_names_of_removed_bases_are_bounded() -> None:
+    known = NONE
+    for number in range(3 * MAX_REMOVED):
+        known = removed(added(known, f"n{number}", f"/m/{number}", number, 31), f"n{number}")
+    assert known.removed == [f"n{number}" for number in range(2 * MAX_REMOVED, 3 * MAX_REMOVED)]
+    assert len(m.encode(known)) < 2_000
+
+
+async def test_gateways_that_change_it_together_lose_nothing(bus: Bus) -> None:
+    """A storm of adding and removing: each change is on top of the one before."""
+    async with asyncio.TaskGroup() as group:
+        for number in range(31):
+            group.create_task(bus.added_bases.add(f"n{number}", f"/m/{number}", 31))
+    assert len((await bus.added_bases.get()).bases) == 31
+    with pytest.raises(Conflict):
+        await bus.added_bases.add("more", "/m/more", 31)
+    found = await asyncio.gather(*(bus.added_bases.remove(f"n{i % 31}") for i in range(62)), return_exceptions=True)
+    assert sum(isinstance(one, NotFound) for one in found) == 31
+    known = await bus.added_bases.get()
+    assert (known.bases, len(known.removed)) == ({}, 31)
+
+
+async def test_a_fleet_of_one_base_lets_another_in_once_it_is_added(bus: Bus) -> None:
+    await join(bus, "w1", base("a"), several=False)
+    with pytest.raises(Conflict, match="cannot join it"):
+        await join(bus, "w2", base("b"), several=False)
+    await bus.added_bases.add("b", "/models/b", 31)
+    assert await join(bus, "w2", base("b"), several=False) == "b"
+    assert await join(bus, "w3", base("a"), several=False) == "a", "a worker of the first base that is started again"
+    await bus.added_bases.remove("b")
+    with pytest.raises(Conflict, match="was taken away from this fleet"):
+        await join(bus, "w4", base("b"), several=False)
+
+
+@pytest.mark.parametrize("first", ["a", "b"])
+async def test_a_removed_base_is_forgotten_with_its_last_worker(bus: Bus, first: str) -> None:
+    await bus.added_bases.add("b", "/models/b", 31)
+    wids = {"w1": first, "w2": "b" if first == "a" else "a"}
+    for wid, name in wids.items():
+        await join(bus, wid, base(name))
+    await bus.members.note_failure("b", "no memory")
+    await bus.added_bases.remove("b")
+    await bus.members.drop_base("b")
+    assert set(await names(bus)) == {"a", "b"}, "its worker would count as one of the only base that is left"
+    await bus.members.leave(next(wid for wid, name in wids.items() if name == "b"))
+    await bus.members.drop_base("b")
+    assert await bus.members.bases() == ([base("a")], {})
+    assert await bus.members.base_names() == (["a"], set(), {"b"})
+    await bus.members.drop_base("b")
+    assert await names(bus) == ["a"]
+
+
+async def test_a_base_whose_worker_joins_meanwhile_stays(bus: Bus) -> None:
+    """The worker of an earlier version does not know what was taken away. No live worker lacks its base's record."""
+    await join(bus, "w", base("a"))
+    for number in range(40):
+        joins = asyncio.create_task(join(bus, f"w{number}", base("b")))
+        for _ in range(number % 5):
+            await asyncio.sleep(0)
+        await asyncio.gather(joins, bus.members.drop_base("b"), bus.members.drop_base("b"))
+        assert await names(bus) == ["a", "b"]
+        await bus.members.leave(f"w{number}")
