@@ -11,14 +11,12 @@ from gateway.adapters.aliases import Aliases
 from gateway.adapters.catalogue import CatalogueCopy
 from gateway.adapters.views import adapter_object, base_object
 from gateway.auth.callers import EVERYBODY, Caller
+from gateway.bodies.fields import BASE
 from gateway.text.bases import GatewayBases
 from gateway.text.tokenizer import ModelFiles
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 from protocol.wire.errors import ClientError, ModelNotFound, Unavailable
-
-BASE = "base"
-"""The name by which every fleet serves its base model, besides the model's own."""
 
 SOURCES = ("hub", "local", "s3")
 """Kinds of sources of adapters, as LoRAX's `adapter_source` names them."""

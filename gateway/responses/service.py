@@ -99,7 +99,7 @@ class Responses:
         check_prompt(body, self._settings)
         context = await self._context(body, caller)
         resolver = self._pipeline.call_resolver
-        base = await resolver.base_of(Models([body.model or ""]), caller, worker=False)
+        base = await resolver.base_of(Models([body.model]), caller, worker=False)
 
         def make() -> ParsedCall:
             items = [*context.items, *items_of(body.input, uuid.uuid4().hex, context.known, len(context.items))]

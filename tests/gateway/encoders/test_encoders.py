@@ -136,7 +136,7 @@ WRONG_EMBEDDINGS: list[tuple[dict[str, Any], int, str]] = [
     ({"model": "base", "input": [-1]}, 400, "input: token ids must be from 0 to 10"),
     ({"model": "base", "input": 5}, 400, "input: "),
     ({"model": "base"}, 400, "input: it is missing"),
-    ({"input": "ada"}, 400, "model: it is missing"),
+    ({"model": 5, "input": "ada"}, 400, "model: "),
     ({"model": "base", "input": "ada", "dimensions": 5}, 400, "dimensions is 5; this model's embeddings have 4"),
     ({"model": "base", "input": "ada", "dimensions": 0}, 400, "dimensions: "),
     ({"model": "base", "input": "ada", "encoding_format": "hex"}, 400, "encoding_format: "),
