@@ -56,7 +56,7 @@ class Resolver:
         """
         self._bus = bus
         self._folder = folder
-        self._shown_folder = folder if shows_paths else None
+        self._shows_paths = shows_paths
         self._aliases = aliases
         self.bases = bases
         self.catalogue = CatalogueCopy(bus)
@@ -163,7 +163,7 @@ class Resolver:
             caller,
             ("models", m.encode(bases)),
             [base_object(one) for one in bases],
-            lambda alias, record: adapter_object(alias, record, default, self._shown_folder),
+            lambda alias, record: adapter_object(alias, record, default, self._folder, shows_paths=self._shows_paths),
         )
 
     def listed(self, name: str, bases: Sequence[m.ServedModel]) -> m.ServedModel | None:
@@ -186,7 +186,7 @@ class Resolver:
         if alias is None or (plain != name and not self.is_of(alias, base)):
             raise ModelNotFound(name)
         record = await self._bus.get(self._bus.keys.adapter(alias.digest), m.AdapterRecord) if alias.digest else None
-        return adapter_object(alias, record, self._default(bases), self._shown_folder)
+        return adapter_object(alias, record, self._default(bases), self._folder, shows_paths=self._shows_paths)
 
 
 def _named(name: str, bases: Sequence[str]) -> str:
