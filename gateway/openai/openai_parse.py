@@ -228,8 +228,8 @@ def _options(request: AnyRequest, settings: Settings) -> CallOptions:
         raise BadRequest("max_tokens is 0, so there is nothing to run in the background", param="max_tokens")
     if request.include_metrics and background:
         raise BadRequest("jobs report their timings as fields: leave out include_metrics", param="include_metrics")
-    usage_wish = request.stream_options
-    include_usage = settings.force_include_usage or bool(usage_wish and usage_wish.include_usage)
+    forced, wish = settings.force_include_usage, request.stream_options
+    include_usage = forced or bool(wish and wish.include_usage)
     return CallOptions(
         sampling=_sampling(request, num_logprobs, m.WHOLE if m.WHOLE in of_prompt else max(of_prompt, default=None)),
         n=n,
@@ -240,7 +240,7 @@ def _options(request: AnyRequest, settings: Settings) -> CallOptions:
         bad_words=request.bad_words or [],
         stream=stream,
         include_usage=include_usage,
-        running_usage=include_usage and bool(usage_wish and usage_wish.continuous_usage_stats),
+        running_usage=forced or (include_usage and bool(wish and wish.continuous_usage_stats)),
         echo=echo,
         background=background,
         cls=BATCH if background or request.service_tier == "flex" else INTERACTIVE,

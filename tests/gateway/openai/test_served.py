@@ -123,7 +123,11 @@ async def test_settings_do_what_vllm_s_flags_do(bus: Bus, fleet: ScriptedFleet, 
         httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
     ):
         body = {"model": "base", "prompt": "hi", "logprobs": 1}
-        assert chunks(await http.post(COMPLETIONS, json={**body, "stream": True}))[-1]["usage"]["total_tokens"] > 0
+        for path, asked in ((COMPLETIONS, body), (CHAT, {"messages": USER})):
+            for wish in (None, {"include_usage": False}):
+                sent = chunks(await http.post(path, json={**asked, "stream": True, "stream_options": wish}))
+                assert all(chunk["usage"]["prompt_tokens"] > 0 for chunk in sent)  # in each chunk, as in vLLM
+                assert sent[-1]["usage"]["total_tokens"] > sent[0]["usage"]["total_tokens"]
         plain = (await http.post(COMPLETIONS, json=body)).json()["choices"][0]["logprobs"]["tokens"]
         assert all(token.startswith("token_id:") for token in plain)
         named = (await http.post(COMPLETIONS, json={**body, "return_tokens_as_token_ids": False})).json()
