@@ -37,7 +37,7 @@ def text_fleet(model: Path, data: Path) -> Iterator[str]:
 def acting_fleet(model: Path, data: Path) -> Iterator[str]:
     """Run a fleet whose model does what prompts tell it to until the block ends, see `actor.py`; yields its URL."""
     words = [sys.executable, "-m", "examples.tours.actor", "--model", str(model), "--data", str(data)]
-    with _running(words, data) as url:
+    with running(words, data) as url:
         yield url
 
 
@@ -69,16 +69,16 @@ def first_adapter(url: str, key: str) -> str:
 @contextmanager
 def _fleet(model: Path, adapters: Path, data: Path) -> Iterator[str]:
     words = [*LORAFLEET, "up", str(model), "--adapters", str(adapters), "--data", str(data), "--dtype", "float32"]
-    with _running(words, data, lists_adapters=True) as url:
+    with running(words, data, lists_adapters=True) as url:
         yield url
 
 
 @contextmanager
-def _running(words: list[str], data: Path, *, lists_adapters: bool = False) -> Iterator[str]:
-    """Run a command that starts a fleet on the port that it is given, until the block ends; yields its URL."""
+def running(words: list[str], data: Path, *, lists_adapters: bool = False, port: int = 0) -> Iterator[str]:
+    """Run a command that starts a fleet on `port`, 0 for a free one, until the block ends; yields its URL."""
     data.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("127.0.0.1", port))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     environment = child_environment(*COMPUTE) | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}

@@ -22,9 +22,9 @@ import orjson
 from gateway.adapters.aliases import Aliases, error_of, is_settled
 from gateway.adapters.catalogue import OBJECTS_AT_ONCE, CatalogueCopy
 from gateway.adapters.memory import AdapterMemory, Freed
-from gateway.adapters.resolver import BASE
 from gateway.adapters.views import AdapterObjects
 from gateway.auth.callers import Caller
+from gateway.bodies.fields import BASE
 from gateway.bodies.json_slices import dumps
 from gateway.overload.cost import held, hold
 from gateway.overload.loop_slice import each

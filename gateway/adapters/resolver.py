@@ -11,14 +11,12 @@ from gateway.adapters.aliases import Aliases
 from gateway.adapters.catalogue import CatalogueCopy
 from gateway.adapters.views import adapter_object, base_object
 from gateway.auth.callers import EVERYBODY, Caller
+from gateway.bodies.fields import BASE
 from gateway.text.bases import GatewayBases
 from gateway.text.tokenizer import ModelFiles
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
 from protocol.wire.errors import ClientError, ModelNotFound, Unavailable
-
-BASE = "base"
-"""The name by which every fleet serves its base model, besides the model's own."""
 
 SOURCES = ("hub", "local", "s3")
 """Kinds of sources of adapters, as LoRAX's `adapter_source` names them."""
@@ -58,7 +56,7 @@ class Resolver:
         """
         self._bus = bus
         self._folder = folder
-        self._shown_folder = folder if shows_paths else None
+        self._shows_paths = shows_paths
         self._aliases = aliases
         self.bases = bases
         self.catalogue = CatalogueCopy(bus)
@@ -174,7 +172,7 @@ class Resolver:
             caller,
             ("models", m.encode(bases)),
             [base_object(one) for one in bases],
-            lambda alias, record: adapter_object(alias, record, default, self._shown_folder),
+            lambda alias, record: adapter_object(alias, record, default, self._folder, shows_paths=self._shows_paths),
         )
 
     def listed(self, name: str, bases: Sequence[m.ServedModel]) -> m.ServedModel | None:
@@ -197,7 +195,7 @@ class Resolver:
         if alias is None or (plain != name and not self.is_of(alias, base)):
             raise ModelNotFound(name)
         record = await self._bus.get(self._bus.keys.adapter(alias.digest), m.AdapterRecord) if alias.digest else None
-        return adapter_object(alias, record, self._default(bases), self._shown_folder)
+        return adapter_object(alias, record, self._default(bases), self._folder, shows_paths=self._shows_paths)
 
 
 def _named(name: str, bases: Sequence[str]) -> str:

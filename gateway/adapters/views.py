@@ -114,15 +114,21 @@ def base_object(base: m.ServedModel) -> dict[str, Any]:
 
 
 def adapter_object(
-    alias: m.Alias, record: m.AdapterRecord | None, default: str, folder: Path | None = None
+    alias: m.Alias,
+    record: m.AdapterRecord | None,
+    default: str,
+    folder: Path | None = None,
+    *,
+    shows_paths: bool = False,
 ) -> dict[str, Any]:
     """Return the object of an adapter in `/v1/models`; `root` is its source, or its path where that may be known.
 
-    default: name of the default base. folder: the root of adapters, None where clients may not know its paths.
+    default: name of the default base. folder: the root of adapters, None in a fleet without one, which may have
+    further roots. shows_paths: clients may know paths of this machine.
     """
-    root = alias.source if folder is not None else told_source(alias.source)
-    if folder is not None and root.startswith("local:"):
-        root = str(folder / root.removeprefix("local:"))
+    root, path = told_source(alias.source), alias.source.removeprefix("local:")
+    if shows_paths and path != alias.source and (folder is not None or path.startswith("/")):
+        root = str((folder or Path()) / path)
     return {
         "id": alias.name,
         "object": "model",

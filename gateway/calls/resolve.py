@@ -10,8 +10,9 @@ from typing import TypeVar
 import msgspec
 
 from gateway.adapters.merged import MergedAdapters, merge_of_request
-from gateway.adapters.resolver import BASE, CallTarget, Resolver, is_base
+from gateway.adapters.resolver import CallTarget, Resolver, is_base
 from gateway.auth.callers import Caller
+from gateway.bodies.fields import BASE
 from gateway.calls.parsed_call import Models, Pairs, ParsedCall
 from gateway.fleet.view import FleetView
 from peft_adapters.recipe import digest_of_merge

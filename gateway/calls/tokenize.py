@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -21,6 +21,7 @@ from gateway.overload.memory import CHARACTER_BYTES
 from gateway.text.answer_form import AnswerForm, found_form
 from gateway.text.tokenizer import ModelFiles
 from protocol.wire import messages as m
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 
 Offset = tuple[int, int] | None
@@ -224,8 +225,8 @@ def _prompts(
             shown = ids = inputs.truncation.cut(ids, limit)
         if not ids:
             raise rules.empty_prompt()
-        if not isinstance(source, str) and not (min(ids) >= 0 and max(ids) < vocab_size):
-            raise BadRequest(f"{rules.param}: token ids must be from 0 to {vocab_size - 1}", param=rules.param)
+        if not isinstance(source, str):
+            check_ids(ids, vocab_size, rules.param)
         prompts.append(Prompt(target, pack(ids), len(ids), echo=echoed(call, shown, files), offsets=offsets))
     return prompts
 
@@ -318,9 +319,15 @@ def check_token_ids(options: CallOptions, vocab_size: int) -> None:
         ("allowed_token_ids", sampling.allowed_token_ids),
         ("logprob_token_ids", sampling.logprob_token_ids),
     ):
-        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
-            wrong = next(id_ for id_ in ids if not 0 <= id_ < vocab_size)
-            raise BadRequest(f"{param}: {wrong} is not a token id; these are 0 to {vocab_size - 1}", param=param)
+        check_ids(ids, vocab_size, param)
+
+
+def check_ids(ids: Collection[int], vocab_size: int, param: str) -> None:
+    """Refuse token ids that a vocabulary of `vocab_size` tokens does not have. Raises BadRequest naming the first."""
+    if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+        wrong = brief(next(id_ for id_ in ids if not 0 <= id_ < vocab_size))
+        text = f"{param}: token id {wrong} is out of vocabulary, whose {vocab_size} tokens count from 0"
+        raise BadRequest(text, param=param)
 
 
 def echoed(call: ParsedCall, source: Source, files: ModelFiles) -> str:

@@ -11,10 +11,10 @@ import orjson
 from fastapi import FastAPI, Request
 from starlette.responses import Response
 
-from gateway.adapters.resolver import BASE
 from gateway.answers.call_response import CallResult
 from gateway.answers.respond import Answers, sent_of
 from gateway.auth.callers import Caller, caller_of
+from gateway.bodies.fields import BASE
 from gateway.bodies.json_bodies import AnyTypeRoute, json_response
 from gateway.calls.follow import Generation
 from gateway.calls.parsed_call import Models, ParsedCall, Sent

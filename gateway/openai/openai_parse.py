@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping
 from itertools import islice
@@ -45,6 +46,7 @@ from gateway.tools.definitions import tools_of
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire import stop_regex
+from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
 from protocol.wire.keys import BATCH, INTERACTIVE
 from protocol.wire.messages.requests import SEED_BITS
@@ -56,6 +58,9 @@ _NOT_STORED = {
     "structured_outputs", "documents", "cache_salt", "truncation_side", "allowed_token_ids", "bad_words", *OTHER_NAMES,
 }  # fmt: skip
 """Fields that say how an answer is made, not how it is written. The requests have what of them is still needed."""
+
+_TOKEN_ID = re.compile(r"-?[0-9]{1,18}")
+"""An integer; which are ids is known with the vocabulary."""
 
 _NO_VARIABLES = ("messages", "add_generation_prompt", "continue_final_message")
 """What a chat template is given besides `chat_template_kwargs`."""
@@ -223,8 +228,8 @@ def _options(request: AnyRequest, settings: Settings) -> CallOptions:
         raise BadRequest("max_tokens is 0, so there is nothing to run in the background", param="max_tokens")
     if request.include_metrics and background:
         raise BadRequest("jobs report their timings as fields: leave out include_metrics", param="include_metrics")
-    usage_wish = request.stream_options
-    include_usage = settings.force_include_usage or bool(usage_wish and usage_wish.include_usage)
+    forced, wish = settings.force_include_usage, request.stream_options
+    include_usage = forced or bool(wish and wish.include_usage)
     return CallOptions(
         sampling=_sampling(request, num_logprobs, m.WHOLE if m.WHOLE in of_prompt else max(of_prompt, default=None)),
         n=n,
@@ -235,7 +240,7 @@ def _options(request: AnyRequest, settings: Settings) -> CallOptions:
         bad_words=request.bad_words or [],
         stream=stream,
         include_usage=include_usage,
-        running_usage=include_usage and bool(usage_wish and usage_wish.continuous_usage_stats),
+        running_usage=forced or (include_usage and bool(wish and wish.continuous_usage_stats)),
         echo=echo,
         background=background,
         cls=BATCH if background or request.service_tier == "flex" else INTERACTIVE,
@@ -373,10 +378,10 @@ def _sampling(request: GenerationRequest, num_logprobs: int | None, prompt_logpr
 
 
 def _logit_bias(bias: Mapping[str, float]) -> dict[int, float]:
-    try:
-        return {int(token): value for token, value in bias.items()}
-    except ValueError as error:
-        raise BadRequest(f"the keys of logit_bias must be token ids: {error}", param="logit_bias") from error
+    wrong = list(islice((brief(token) for token in bias if _TOKEN_ID.fullmatch(token) is None), MAX_NAMED))
+    if wrong:
+        raise BadRequest(f"the keys of logit_bias must be token ids, not {', '.join(wrong)}", param="logit_bias")
+    return {int(token): value for token, value in bias.items()}
 
 
 def stop_strings(given: str | list[str] | None, settings: Settings, param: str = "stop") -> list[str]:

@@ -37,10 +37,15 @@ class TimedAnswer(GenerationAnswer):
     """An answer with `metrics`: of one choice, as the times of several are not those of the call."""
 
     async def last_frames(self) -> bytes:
-        """Return what a stream ends with: the chunk of its usage, if it has one, tells the times too."""
+        """Return what a stream ends with: the chunk of its usage, if it has one, tells the times too.
+
+        A time that there is not, such as that between tokens of an answer of one, is null in a whole answer and left
+        out of a stream, as in vLLM.
+        """
         frame = self.writer.usage_frame(self.generation.usage) if self.options.include_usage else b""
         if frame:
-            frame = frame.removesuffix(_END) + b',"metrics":' + orjson.dumps(await self._metrics()) + _END
+            known = {name: value for name, value in (await self._metrics() or {}).items() if value is not None}
+            frame = frame.removesuffix(_END) + b',"metrics":' + orjson.dumps(known or None) + _END
         return frame + self.done
 
     async def whole(self, choices: list[Piece]) -> tuple[Any, dict[str, str]]:

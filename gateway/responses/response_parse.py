@@ -90,7 +90,9 @@ def check_input(request: ResponseRequest, settings: Settings, caller: Caller) ->
     """Refuse what can be seen to be wrong before anything is looked up. Raises BadRequest."""
     check_prompt(request, settings)
     if request.background and request.store is False:
-        raise BadRequest("background needs store to be true: the response could not be retrieved", param="store")
+        raise BadRequest(
+            "background can only be used when `store` is true: the response could not be retrieved", param="store"
+        )
     if caller.is_batch and request.store:
         raise BadRequest("store cannot be true in a batch: the batch's output file has the response", param="store")
     if caller.is_batch and request.conversation is not None:

@@ -84,12 +84,14 @@ class Responses:
             job = partial(self._jobs.new, sent=sent, request=kept, background=False, conversation=conversation)
             return FollowedAnswer(await pipeline.run(call, job))
         made = await self._jobs.submit(await pipeline.prepare(call), sent, kept, conversation)
-        return await self._of_background(body, made.jid, caller)
+        return await self._of_background(body, made.jid, caller, is_new=True)
 
-    async def _of_background(self, body: ResponseRequest, response_id: str, caller: Caller) -> CallResult:
+    async def _of_background(
+        self, body: ResponseRequest, response_id: str, caller: Caller, *, is_new: bool = False
+    ) -> CallResult:
         if body.stream:
             return await self.stream(response_id, caller, -1)
-        return json_answer(await self.get(response_id, caller))
+        return json_answer(await self._stored.view(*(await self._stored.load(response_id, caller)), is_new=is_new))
 
     async def count(self, body: InputTokensRequest, caller: Caller, num_bytes: int) -> dict[str, Any]:
         """Return how many tokens a body's prompt has. num_bytes: the body's size.
@@ -99,7 +101,7 @@ class Responses:
         check_prompt(body, self._settings)
         context = await self._context(body, caller)
         resolver = self._pipeline.call_resolver
-        base = await resolver.base_of(Models([body.model or ""]), caller, worker=False)
+        base = await resolver.base_of(Models([body.model]), caller, worker=False)
 
         def make() -> ParsedCall:
             items = [*context.items, *items_of(body.input, uuid.uuid4().hex, context.known, len(context.items))]

@@ -54,9 +54,12 @@ class StoredResponses:
         text = f"Response with id {brief(response_id)} not found."
         raise NotFound(text, param="response_id", code="response_not_found")
 
-    async def view(self, job: m.Job, facts: Facts) -> dict[str, Any]:
-        """Return a response as OpenAI's object. Raises NotFound."""
-        end, kept = end_of(job, facts), await self._jobs.request(job)
+    async def view(self, job: m.Job, facts: Facts, *, is_new: bool = False) -> dict[str, Any]:
+        """Return a response as OpenAI's object. Raises NotFound.
+
+        is_new: it is the answer to the call that began it, which says `queued` whatever has happened since.
+        """
+        end, kept = End("queued") if is_new else end_of(job, facts), await self._jobs.request(job)
         if end.status in ("queued", "in_progress"):
             _, writer = await self._open(job, facts, kept)
             return writer.object(end)

@@ -17,6 +17,7 @@ from gateway.bodies.json_bodies import JsonRoute
 from gateway.bodies.parameter_check import ignore
 from gateway.calls.parsed_call import ChatPrompt, Models
 from gateway.calls.pipeline import Pipeline
+from gateway.calls.tokenize import check_ids
 from gateway.grammars.limits import check_num
 from gateway.http import openapi
 from gateway.http.access import INFER, TEXT, Routes
@@ -32,7 +33,6 @@ from gateway.text.tokenizer import Encoding
 from gateway.tokenizer.tokenizer_bodies import DetokenizeRequest, TokenizeRequest
 from gateway.tools.definitions import Tools, tools_of
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 
@@ -151,8 +151,7 @@ class TokenizerEndpoints:
         vocab_size = target.vocab_size or base.vocab_size
 
         def text() -> bytes:
-            if body.tokens and not (min(body.tokens) >= 0 and max(body.tokens) < vocab_size):
-                raise BadRequest(f"tokens: token ids must be from 0 to {vocab_size - 1}", param="tokens")
+            check_ids(body.tokens, vocab_size, "tokens")
             return orjson.dumps({"prompt": target.files.tokens.decode(body.tokens, special=True)})
 
         return Response(await large.work(lambda: asyncio.to_thread(text)), media_type="application/json")

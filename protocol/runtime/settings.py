@@ -48,7 +48,7 @@ class Settings(CommonSettings):
     hosted_tools: Literal["leave_out", "refuse"] = Field(
         default="leave_out", description="handling of tools hosted by OpenAI or Anthropic: left out, or a 400"
     )
-    force_include_usage: bool = Field(default=False, description="always report usage in streams of OpenAI's routes")
+    force_include_usage: bool = Field(default=False, description="report usage in every chunk of OpenAI's streams")
     per_request_metrics: bool = Field(default=False, description="chats and completions report their timings: metrics")
     return_tokens_as_token_ids: bool = Field(default=False, description="name tokens as token_id:NUMBER in logprobs")
     keep_prompts: bool = Field(

@@ -59,10 +59,12 @@ def test_paths_of_this_machine_are_told_to_who_may_know_them() -> None:
     """An operator's folder in a further root: its path for operators, its name for everybody else."""
     alias = m.Alias(name="rl", state="on_disk", source="local:/srv/runs/step_1")
     assert adapter_object(alias, None, BASE.name)["root"] == "local:step_1"
-    assert adapter_object(alias, None, BASE.name, Path("/srv/adapters"))["root"] == "/srv/runs/step_1"
+    for folder in (Path("/srv/adapters"), None):  # a fleet may have further roots alone
+        assert adapter_object(alias, None, BASE.name, folder)["root"] == "local:step_1"
+        assert adapter_object(alias, None, BASE.name, folder, shows_paths=True)["root"] == "/srv/runs/step_1"
     own = msgspec.structs.replace(alias, source="local:rl")
     assert adapter_object(own, None, BASE.name)["root"] == "local:rl"
-    assert adapter_object(own, None, BASE.name, Path("/srv/adapters"))["root"] == "/srv/adapters/rl"
+    assert adapter_object(own, None, BASE.name, Path("/srv/adapters"), shows_paths=True)["root"] == "/srv/adapters/rl"
     assert AdapterObjects([], {}, shows_paths=False).of(alias, None, None)["source"] == "local:step_1"
     assert AdapterObjects([], {}).of(alias, None, None)["source"] == alias.source
 

@@ -25,7 +25,7 @@ COMPLETION = {"model": "base", "prompt": "hi"}
 TOOL = {"type": "function", "function": {"name": "look"}}
 
 BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
-    ("chat", {"model": None}, "model"),
+    ("chat", {"model": 5}, "model"),
     ("chat", {"model": 3}, "model"),
     ("chat", {"messages": []}, "messages"),
     ("chat", {"messages": "hi"}, "messages"),
@@ -167,6 +167,8 @@ async def test_what_is_out_of_range_is_told_with_its_limit(subtests: pytest.Subt
         ({"temperature": 2.5}, "temperature: input should be less than or equal to 2, not 2.5"),
         ({"n": 0}, "n: input should be greater than or equal to 1, not 0"),
         ({"seed": 1 << 90}, f"seed: it must be an integer from {-(1 << 63)} to {(1 << 63) - 1}, not 1.23794e+27"),
+        ({"logit_bias": {"x": 1, "5": 1, "9y": 2}}, "the keys of logit_bias must be token ids, not 'x', '9y'"),
+        ({"logit_bias": {"9" * 5000: 1}}, f"the keys of logit_bias must be token ids, not '{'9' * 30}"),
         ({"model": "x" * 2000}, "model: string should have at most 1100 characters, not 2000"),
     ]:
         with subtests.test(fields=fields, message=message):

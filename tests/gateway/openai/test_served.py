@@ -49,6 +49,18 @@ async def test_lora_path_names_the_adapter_of_a_base(http: httpx2.AsyncClient, f
         assert (await http.post(COMPLETIONS, json=asked)).status_code == status
 
 
+async def test_the_base_answers_who_names_no_model(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
+    for path, body in ((CHAT, {"messages": USER}), (COMPLETIONS, {"prompt": "hi"}), (RESPONSES, {"input": "hi"})):
+        for fields in ({}, {"model": None}):
+            answer = await http.post(path, json={**body, **fields})
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["model"] == "base"
+    counted = await http.post(f"{RESPONSES}/input_tokens", json={"input": "hi"})
+    assert counted.json()["input_tokens"] > 0
+    assert len(fleet.seen) == 6
+    assert {submit.digest for submit, _ in fleet.seen} == {""}
+
+
 async def test_responses_have_penalties_and_stop_strings(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     fields = {"min_p": 0.1, "frequency_penalty": 0.5, "presence_penalty": -0.5, "repetition_penalty": 1.5}
     body = {"model": "base", "input": "hi", **fields, "stop": ["how"]}
@@ -111,7 +123,11 @@ async def test_settings_do_what_vllm_s_flags_do(bus: Bus, fleet: ScriptedFleet, 
         httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
     ):
         body = {"model": "base", "prompt": "hi", "logprobs": 1}
-        assert chunks(await http.post(COMPLETIONS, json={**body, "stream": True}))[-1]["usage"]["total_tokens"] > 0
+        for path, asked in ((COMPLETIONS, body), (CHAT, {"messages": USER})):
+            for wish in (None, {"include_usage": False}):
+                sent = chunks(await http.post(path, json={**asked, "stream": True, "stream_options": wish}))
+                assert all(chunk["usage"]["prompt_tokens"] > 0 for chunk in sent)  # in each chunk, as in vLLM
+                assert sent[-1]["usage"]["total_tokens"] > sent[0]["usage"]["total_tokens"]
         plain = (await http.post(COMPLETIONS, json=body)).json()["choices"][0]["logprobs"]["tokens"]
         assert all(token.startswith("token_id:") for token in plain)
         named = (await http.post(COMPLETIONS, json={**body, "return_tokens_as_token_ids": False})).json()
@@ -135,10 +151,13 @@ async def test_an_answer_tells_its_times_where_they_are_wanted(
                     usage = {**body, "stream": True, "stream_options": {"include_usage": True}}
                     *others, last = chunks(await http.post(path, json=usage))
                     is_wanted = always if wish is None else wish
-                    assert [set(found.get("metrics", ())) == set(FIELDS) for found in (whole, last)] == [is_wanted] * 2
+                    assert ("metrics" in whole, "metrics" in last) == (is_wanted, is_wanted)
                     assert not any("metrics" in chunk for chunk in others)
                     if is_wanted:
-                        assert all(whole["metrics"][name] >= 0 for name in FIELDS[:3])
+                        assert set(whole["metrics"]) == set(FIELDS)
+                        assert all(found["metrics"][name] >= 0 for name in FIELDS[:3] for found in (whole, last))
+                        one = chunks(await http.post(path, json={**usage, "max_tokens": 1}))[-1]["metrics"]
+                        assert set(FIELDS[:3]) <= set(one) <= {*FIELDS} - {"mean_itl_ms"}
                     without = {**body, "stream": True, "stream_options": None}
                     assert not any("metrics" in chunk for chunk in chunks(await http.post(path, json=without)))
                     several = (await http.post(path, json={**body, "n": 2})).json()

@@ -67,6 +67,15 @@ async def test_a_response_is_polled_through_its_states(http: httpx2.AsyncClient,
     assert (job["status"], job["endpoint"], job["result"]) == ("completed", PATH, done)
 
 
+async def test_the_first_answer_says_queued_however_fast_a_worker_is(http: httpx2.AsyncClient) -> None:
+    begins = [await begun(http) for _ in range(16)]
+    assert [(response["status"], response["output"], response["completed_at"]) for response in begins] == [
+        ("queued", [], None)
+    ] * 16
+    for response in begins:
+        await reached(http, response["id"], "completed")
+
+
 async def test_a_stream_is_resumed_at_another_gateway(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     fleet.script = lambda submit, body: Script(hold_after=6)
     async with running_gateway(bus, model_folder) as first, httpx2.AsyncClient(base_url=first.url) as http:
