@@ -288,7 +288,9 @@ class Session:
 
     async def _watch_workers(self, elapsed_s: float) -> None:
         beats = await self._bus.members.worker_beats()
-        await self._look_at_bases()  # now, so that none is missing of which a worker has come
+        known = self.scheduler.workers.bases
+        if any(beat is not None and beat.base not in known for beat in beats.values()):
+            await self._look_at_bases()  # now, so that none is missing of which a worker has come
         for wid in self.scheduler.beats(beats, elapsed_s):
             # Not while an assignment is written: one to this worker would be deleted unread.
             async with self._assigning:
