@@ -8,13 +8,13 @@ from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import islice
 
-from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.keys import BATCH, CLASSES, INTERACTIVE
 from scheduler.backlog import Backlog, BaseQueues, FairQueue, Offer, OfferResult, Yields
+from scheduler.config import SchedulerConfig
 from scheduler.fairness import FairShares, VirtualTokenCounters
 from scheduler.ledger import Ledger
-from scheduler.placement import AdapterFacts, Placement
+from scheduler.placement import Placement
 from scheduler.request import BASE, QueuedRequest
 from scheduler.scale_in import Popularity, least_valuable
 from scheduler.swap_orders import SwapOrders
@@ -38,35 +38,6 @@ PREFETCH_AGAIN_MS = 10_000
 
 MAX_QUEUED_DIGESTS = 1024
 """Adapters with queued requests that one message to a worker names."""
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """The scheduler's settings."""
-
-    slack_tokens: float = 4096.0  # weighted tokens that others may receive before a held request must be placed
-    max_attempts: int = 3  # workers that may die while they have a request, before it fails
-    beat_timeout_s: float = 3.5  # silence after which a worker counts as dead
-    wait_for_worker_s: float = 0.0  # after which a call ends while there is no worker; 0: at its deadline
-    max_swap_wait_s: float = 30.0  # bound on waiting for a base while another is served beyond its share
-    min_residency_s: float = 5.0  # for which a worker keeps a base that has work
-
-    @property
-    def max_lag(self) -> float:
-        """How far the counter of a tenant whose requests could not run may be below the others', in weighted tokens."""
-        return 4 * self.slack_tokens
-
-    @classmethod
-    def of(cls, settings: Settings) -> SchedulerConfig:
-        """Return the part of a service's settings that concerns the scheduler's decisions."""
-        return cls(
-            float(settings.affinity_slack_tokens),
-            settings.max_attempts,
-            settings.beat_timeout_s,
-            settings.wait_for_worker_s,
-            settings.max_swap_wait_s,
-            settings.min_residency_s,
-        )
 
 
 @dataclass(slots=True)
@@ -199,10 +170,6 @@ class Scheduler:
     def waits_for_loads(self) -> bool:
         """Whether requests are queued whose adapter is nowhere, and workers load as many as they may."""
         return self.backlog.has_cold and any(worker.cold for worker in self.workers.available())
-
-    def learn(self, digest: str, facts: AdapterFacts) -> None:
-        """Take an adapter's rank and size from its record."""
-        self.placement.learn(digest, facts)
 
     def tick(self) -> None:
         """Adapt to the load of each adapter. To be called once a second."""

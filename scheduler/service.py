@@ -22,7 +22,7 @@ from protocol.runtime.service import wait_any
 from protocol.runtime.settings import Settings
 from protocol.runtime.tracing import tracing
 from protocol.wire.errors import Internal
-from scheduler.core import SchedulerConfig
+from scheduler.config import SchedulerConfig
 from scheduler.fairness import VirtualTokenCounters
 from scheduler.session import Deposed, Lease, Session
 

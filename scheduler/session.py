@@ -27,7 +27,8 @@ from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import DeadlineExceeded, NotFound, ProtocolError, Unavailable
 from protocol.wire.keys import BATCH, CLASSES
-from scheduler.core import Scheduler, SchedulerConfig
+from scheduler.config import SchedulerConfig
+from scheduler.core import Scheduler
 from scheduler.drain import DrainRate
 from scheduler.fairness import VirtualTokenCounters
 from scheduler.placement import AdapterFacts
@@ -191,9 +192,11 @@ class Session:
         if not new:
             return
         for digest in new:
-            self.scheduler.learn(digest, AdapterFacts(base=bases[digest]))
+            self.scheduler.placement.learn(digest, AdapterFacts(base=bases[digest]))
         for record in (await self._bus.adapters.records(new)).values():
-            self.scheduler.learn(record.digest, AdapterFacts(record.rank, record.num_bytes, bases[record.digest]))
+            self.scheduler.placement.learn(
+                record.digest, AdapterFacts(record.rank, record.num_bytes, bases[record.digest])
+            )
 
     # ------------------------------------------------------------ out
 
@@ -268,6 +271,8 @@ class Session:
         now, rounds = time.monotonic(), self._rounds
         elapsed_s, self._watched_s = min(now - self._watched_s, 2 * WATCH_S), now
         done = self._watched.run
+        if rounds % 2 == 0:
+            await done("bases", self._look_at_bases)
         await done("workers", partial(self._watch_workers, elapsed_s))
         await done("gateways", partial(self._watch_gateways, elapsed_s))
         await done("removed bases", self._empty_removed)
@@ -302,7 +307,9 @@ class Session:
 
     async def _watch_workers(self, elapsed_s: float) -> None:
         beats = await self._bus.members.worker_beats()
-        await self._look_at_bases()  # now, so that none is missing of which a worker has come
+        known = self.scheduler.workers.bases
+        if any(beat is not None and beat.base not in known for beat in beats.values()):
+            await self._look_at_bases()  # now, so that none is missing of which a worker has come
         for wid in self.scheduler.beats(beats, elapsed_s):
             # Not while an assignment is written: one to this worker would be deleted unread.
             async with self._assigning:

@@ -37,7 +37,7 @@ from benchmarks.simulation.worker import WorkerModel
 from lorafleet.bench import BenchConfig, BenchResult, BenchTarget, run_bench
 from protocol.wire import messages as m
 from protocol.wire.keys import INTERACTIVE
-from scheduler.core import SchedulerConfig
+from scheduler.config import SchedulerConfig
 from scheduler.placement import AdapterFacts, Bandwidths
 
 NAMES = [f"adapter-{index}" for index in range(32)]

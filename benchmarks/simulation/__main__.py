@@ -19,7 +19,7 @@ from benchmarks.simulation.policies import POLICIES, make_dispatcher
 from benchmarks.simulation.run import Arrival, Simulation, jain
 from benchmarks.simulation.worker import SMALL_GPU_STEP, WorkerModel
 from protocol.wire import messages as m
-from scheduler.core import SchedulerConfig
+from scheduler.config import SchedulerConfig
 from scheduler.placement import AdapterFacts, Bandwidths
 
 MEAN_ADAPTER_BYTES = 37_500_000

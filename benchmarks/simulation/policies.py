@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from protocol.wire import messages as m
-from scheduler.core import DispatchPlan, Scheduler, SchedulerConfig
+from scheduler.config import SchedulerConfig
+from scheduler.core import DispatchPlan, Scheduler
 from scheduler.placement import AdapterFacts, Rendezvous
 from scheduler.request import QueuedRequest
 
@@ -94,5 +95,5 @@ def make_dispatcher(name: str, config: SchedulerConfig, facts: Mapping[str, Adap
         return {"round-robin": RoundRobin, "least-loaded": LeastLoaded, "pure-affinity": PureAffinity}[name]()
     scheduler = Scheduler(config)
     for digest, of_adapter in facts.items():
-        scheduler.learn(digest, of_adapter)
+        scheduler.placement.learn(digest, of_adapter)
     return scheduler

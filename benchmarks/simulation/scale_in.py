@@ -14,7 +14,8 @@ from benchmarks.common.report import table
 from benchmarks.simulation.load import SyntheticLoad, adapters, generate
 from benchmarks.simulation.run import Simulation
 from benchmarks.simulation.worker import WorkerModel
-from scheduler.core import Scheduler, SchedulerConfig
+from scheduler.config import SchedulerConfig
+from scheduler.core import Scheduler
 from scheduler.scale_in import costs_ms
 
 NUM_WORKERS = 5
@@ -30,7 +31,7 @@ def fetched(num: int, zipf: float, seed: int, choose: Choose) -> int:
     facts = adapters(num, seed)
     scheduler = Scheduler(SchedulerConfig())
     for digest, known in facts.items():
-        scheduler.learn(digest, known)
+        scheduler.placement.learn(digest, known)
 
     def pick(now_ms: float) -> str:
         placement = scheduler.placement

@@ -89,7 +89,7 @@ class CallResponse(Response):
                 failed = result.failed
                 await result.send(self)
             else:
-                await self._unwatch()  # it watches the client itself, if it takes long to send
+                self._unwatch()  # it watches the client itself, if it takes long to send
                 await self.send_response(result)
         except BaseException as failure:
             if not self.has_begun or not is_failure(failure):
@@ -103,7 +103,7 @@ class CallResponse(Response):
                     if isinstance(result, SentAnswer):
                         await result.close()  # before anything else is waited for, in which this may be cancelled
             finally:
-                await self._unwatch()
+                self._unwatch()
 
     def client(self) -> asyncio.Task[None]:
         """Return the task that ends when the client leaves."""
@@ -143,10 +143,11 @@ class CallResponse(Response):
         """Return what a stream ends with whose answer never came."""
         return self._framing.event(self._errors.body(error))
 
-    async def _unwatch(self) -> None:
-        if self._client is not None:
-            await _end(self._client)
-            self._client = None
+    def _unwatch(self) -> None:
+        """Watch the client no more. A watch that is begun now comes after the end of this one."""
+        client, self._client = self._client, None
+        if client is not None and not client.cancel() and not client.cancelled():
+            client.exception()  # of no interest any more
 
 
 async def _end(task: asyncio.Task[Any]) -> None:

@@ -101,7 +101,8 @@ class GenerationAnswer(SentAnswer):
 
         Between two parts of these others have their turn.
         """
-        gathered, num_bytes, turn = list[bytes](), 0, LoopSlice()
+        gathered: list[bytes] = []
+        num_bytes, turn = 0, LoopSlice()
         for piece in pieces:
             frames = iter(await self._done(partial(self.writer.frames, piece)))
             while frame := await self._done(partial(next, frames, b"")):

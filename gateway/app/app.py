@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import orjson
 from fastapi import FastAPI
+from prometheus_client import Counter
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -236,7 +238,7 @@ class Envelope:
     async def _answer(self, scope: Scope, receive: Receive, send: Send, refusal: BadRequest | None) -> None:
         headers, match = scope["headers"], scope[MATCH]
         given = header_of(headers, b"x-request-id") or ""
-        request_id = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        request_id = given if REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
         REQUEST_ID_OF.set(request_id)
         outcome = Outcome(now_ms())
         OUTCOME_OF.set(outcome)
@@ -286,7 +288,7 @@ class Envelope:
             if trace is not None and TRACING.tracer is not None:
                 trace.tell(TRACING.tracer, status, scope["path"])
         route = getattr(scope.get("route"), "path", "unknown")
-        HTTP_REQUESTS.labels(route, scope["method"], str(status)).inc()
+        _count_of(route, scope["method"], status).inc()
         error = outcome.error
         if status == 429:
             reason = error.reason if isinstance(error, Overloaded) else "gateway"
@@ -332,6 +334,12 @@ async def send_in_slices(message: Message, send: Send) -> None:
         await asyncio.sleep(0)
     rest = max(-(-len(body) // SLICE_BYTES) - 1, 0) * SLICE_BYTES
     await send({**message, "body": body[rest:]} if rest else message)
+
+
+@cache
+def _count_of(route: str, method: str, status: int) -> Counter:
+    """Return the series of a route's answers, which prometheus_client would look for under a lock each time."""
+    return HTTP_REQUESTS.labels(route, method, str(status))
 
 
 def _trace_of(scope: Scope) -> CallTrace | None:

@@ -113,8 +113,11 @@ class Endpoints:
             return Response(None, 307, {"location": f"{CONSOLE.removeprefix('/')}/", "vary": "accept"})
         return await self.health()
 
-    async def fleet(self) -> Response:
-        """Answer `/v1/fleet`: what a program asks that starts and stops workers."""
+    async def fleet(self, request: Request) -> Response:
+        """Answer `/v1/fleet`: what a program asks that starts and stops workers.
+
+        Why a base has not started may name paths of a machine: where the page is open, nobody reads that.
+        """
         fleet = self._pipeline.fleet
         await fleet.refresh()
         status = fleet.status
@@ -125,7 +128,8 @@ class Endpoints:
         more = {"drain_next": drain_next, "model": base, "queue": _queue(status), "compute": _compute(fleet.base)}
         if fleet.further:
             more["bases"] = [_shown_base(name, fleet) for name in fleet.names]
-            more["failed"] = fleet.failures
+            is_told = caller_of(request).is_admin
+            more["failed"] = fleet.failures if is_told else dict.fromkeys(fleet.failures, "")
             more["becoming"] = status.becoming if status is not None else {}
         return json_response({"object": "fleet", **found, **more})
 

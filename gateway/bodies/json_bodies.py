@@ -16,7 +16,6 @@ from fastapi import Request, routing
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.routing import Match, compile_path
 from starlette.types import Receive, Scope, Send
@@ -30,7 +29,7 @@ from gateway.http.errors import ERROR_SHAPE, OPENAI_ERRORS
 from gateway.http.headers import header_of
 from gateway.http.paths import OPENAI_FORMS
 from gateway.overload.cost import hold_values
-from gateway.overload.large import PLAIN_BYTES, Checks, keep, working
+from gateway.overload.large import PLAIN_BYTES, Checks, Working, keep
 from gateway.overload.loop_slice import LoopSlice
 from gateway.overload.memory import bytes_of_values, values_bytes
 from protocol.runtime.settings import Settings
@@ -173,7 +172,7 @@ class JsonRoute(APIRoute):
             return
         request = Request(scope, receive)
         await _whole(request)
-        async with working():
+        async with Working():
             body = await self._body_of(await request.body(), request)
             response = await self.endpoint(body=body, request=request)
         del request  # and its body with it, which is not held until the answer's end
@@ -212,7 +211,7 @@ class JsonRoute(APIRoute):
                 scope = {**scope, "headers": [*rest, (b"content-type", b"application/json")]}
             request = _JsonRequest(scope, request.receive)
             await _whole(request)
-            async with working():
+            async with Working():
                 return await handler(request)
 
         return handle
@@ -229,10 +228,15 @@ async def _whole(request: Request) -> None:
 
     Starlette would join its parts on the event loop, which takes a millisecond or two for megabytes.
     """
-    try:
-        parts = [part async for part in request.stream() if part]
-    except ClientDisconnect:
-        raise HTTPException(400, "the client left before its body was complete") from None
+    parts: list[bytes] = []
+    has_more = True
+    while has_more:  # not `request.stream()`: an asynchronous generator costs a small call more than its body does
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise HTTPException(400, "the client left before its body was complete")
+        if part := message.get("body", b""):
+            parts.append(part)
+        has_more = message.get("more_body", False)
     is_long = sum(map(len, parts)) > PLAIN_BYTES and len(parts) > 1
     setattr(request, "_body", await asyncio.to_thread(b"".join, parts) if is_long else b"".join(parts))  # noqa: B010
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -122,8 +122,8 @@ class CallResolver:
                     raise BadRequest(text, param="model")
             return await self._resolver.resolve(known, base, self._timeout_s, caller)
 
-        async def of(name: str) -> CallTarget:
-            return await _refusing(find(name), refused)
+        def of(name: str) -> Coroutine[Any, Any, CallTarget]:
+            return _refusing(find(name), refused)
 
         names = models.names
         if models.adapter:

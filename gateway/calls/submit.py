@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import secrets
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
@@ -116,7 +116,7 @@ class Submitter:
         created_ms = now_ms()
         deadline_ms = created_ms + int(self._admission.lifetime_s(call.parsed) * 1000)
         return SubmittedCall(
-            call.parsed.call_id or uuid.uuid4().hex,
+            call.parsed.call_id or secrets.token_hex(16),
             call.parsed,
             call.base,
             call.prompts,
@@ -234,7 +234,8 @@ def usages_of(call: AdmittedCall, days: int) -> list[bytes]:
     It is what the answer's `usage` says: a call counts once for each of those who answer, a prompt once, whatever n is.
     days: how long it is kept.
     """
-    parsed, found = call.parsed, list[bytes]()
+    parsed = call.parsed
+    found: list[bytes] = []
     has_output = not parsed.options.scores_only and parsed.options.output != "numbers"
     for which, prompt in enumerate(call.prompts):
         target = prompt.target

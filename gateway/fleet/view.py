@@ -64,7 +64,8 @@ class FleetView:
     @property
     def is_ready(self) -> bool:
         """Whether calls of any base are accepted: it is known, and a worker is alive or calls wait for one."""
-        return any(map(self._accepts, self.bases))
+        base = self.base
+        return (base is not None and self._accepts(base)) or any(map(self._accepts, self._others.values()))
 
     @property
     def bases(self) -> list[m.ServedModel]:
@@ -187,7 +188,9 @@ class FleetView:
 
     async def require_any(self, *, worker: bool) -> None:
         """Raise Unavailable while no base is known or, with `worker`, no calls of any are accepted."""
-        if not (self.is_ready if worker else self.bases):
-            await self.refresh()
-        if not (self.is_ready if worker else self.bases):
-            raise Unavailable("no worker is ready to serve the model; it may still be loading")
+        for is_fresh in (False, True):
+            if self.is_ready if worker else self.bases:
+                return
+            if not is_fresh:
+                await self.refresh()  # a worker may just have come up
+        raise Unavailable("no worker is ready to serve the model; it may still be loading")

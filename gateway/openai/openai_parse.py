@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 from msgspec import structs
@@ -61,6 +62,18 @@ _NOT_STORED = {
 
 _TOKEN_ID = re.compile(r"-?[0-9]{1,18}")
 """An integer; which are ids is known with the vocabulary."""
+
+_MOST_ENTRIES: Mapping[str, int | Callable[[Settings], int]] = {
+    "logit_bias": attrgetter("max_logit_bias"),
+    "stop_token_ids": MAX_STOP_TOKEN_IDS,
+    "allowed_token_ids": MAX_ALLOWED_TOKEN_IDS,
+    "logprob_token_ids": MAX_LOGPROB_TOKEN_IDS,
+    "bad_words": MAX_BAD_WORDS,
+    "metadata": MAX_METADATA_PAIRS,
+    "messages": attrgetter("max_messages"),
+    "tools": MAX_TOOLS,
+}
+"""Field -> the most entries of its list or object."""
 
 _NO_VARIABLES = ("messages", "add_generation_prompt", "continue_final_message")
 """What a chat template is given besides `chat_template_kwargs`."""
@@ -281,21 +294,16 @@ def _check_logprobs(request: AnyRequest, num_shown: int | None, max_tokens: int 
 
 def _check_sizes(request: GenerationRequest, settings: Settings) -> None:
     """Refuse lists that are longer than they may be. Raises BadRequest."""
-    metadata = request.metadata or {}
-    sizes = [
-        ("logit_bias", len(request.logit_bias or {}), settings.max_logit_bias),
-        ("stop_token_ids", len(request.stop_token_ids or ()), MAX_STOP_TOKEN_IDS),
-        ("allowed_token_ids", len(request.allowed_token_ids or ()), MAX_ALLOWED_TOKEN_IDS),
-        ("logprob_token_ids", len(request.logprob_token_ids or ()), MAX_LOGPROB_TOKEN_IDS),
-        ("bad_words", len(request.bad_words or ()), MAX_BAD_WORDS),
-        ("metadata", len(metadata), MAX_METADATA_PAIRS),
-    ]
-    if isinstance(request, ChatRequest):
-        sizes.append(("messages", len(request.messages), settings.max_messages))
-        sizes.append(("tools", len(request.tools or ()), MAX_TOOLS))
-    for param, num, limit in sizes:
+    sent = request.model_fields_set
+    for param, most in _MOST_ENTRIES.items():
+        if param not in sent or param not in type(request).model_fields:  # what is no field was judged before
+            continue
+        num, limit = len(getattr(request, param) or ()), most if isinstance(most, int) else most(settings)
         if num > limit:
             raise BadRequest(f"{param} has {num} entries; the limit is {limit}", param=param)
+    if sent.isdisjoint(("metadata", "bad_words")):
+        return
+    metadata = request.metadata or {}
     for what, texts, limit in (
         ("key of metadata", metadata.keys(), MAX_METADATA_KEY),
         ("value of metadata", metadata.values(), MAX_METADATA_VALUE),
@@ -309,7 +317,8 @@ def _check_sizes(request: GenerationRequest, settings: Settings) -> None:
 
 def _other_names(request: AnyRequest) -> dict[str, Any]:
     """Return what the fields of `OTHER_NAMES` demand, those that are given."""
-    given = {name: getattr(request, name, None) for name in OTHER_NAMES}
+    sent = request.model_fields_set
+    given = {name: getattr(request, name) for name in OTHER_NAMES if name in sent}
     return {name: value for name, value in given.items() if value is not None and value is not False}
 
 

@@ -9,8 +9,7 @@ that in a thread too, one at a time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Collection, Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
@@ -23,25 +22,26 @@ _TURNS: set[asyncio.Task[Any]] = set()
 """Work that goes on whether anybody waits for it or not."""
 
 
-@asynccontextmanager
-async def working() -> AsyncIterator[None]:
+class Working:
     """Work on the current task's body meanwhile: at once if it is small, else when it has its turn.
 
     Nothing may be awaited that depends on a client, or on another turn.
     """
-    body = body_of_task()
-    if body is None:
-        yield
-        return
-    await body.take_turn()
-    try:
-        yield
-    finally:
-        body.give_turn()
+
+    async def __aenter__(self) -> None:
+        """Wait for the turn."""
+        self._body = body_of_task()
+        if self._body is not None:
+            await self._body.take_turn()
+
+    async def __aexit__(self, *_: object) -> None:
+        """End it."""
+        if self._body is not None:
+            self._body.give_turn()
 
 
 async def work(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Return what a coroutine returns that works in threads, as `working` does.
+    """Return what a coroutine returns that works in threads, as within `Working`.
 
     Threads cannot be cancelled: a cancelled caller leaves at once, but its turn lasts until the work ends. So no client
     can have more work done at a time by hanging up.

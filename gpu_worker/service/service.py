@@ -248,7 +248,9 @@ class WorkerService:
     async def _intake(self) -> None:
         """Read and execute assignments and orders, no faster than the engine accepts them."""
         keys = self.bus.keys
-        await asyncio.wrap_future(self.engine.room())
+        room = self.engine.room()
+        if not room.done():  # to wait for one that is costs a round of the event loop, and a write to its pipe
+            await asyncio.wrap_future(room)
         found = await self.bus.streams.read(dict(self._last_ids), block_ms=5000)
         for stream in (keys.work(self.wid), keys.ctl(self.wid)):
             for entry in found.get(stream, []):

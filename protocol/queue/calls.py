@@ -51,7 +51,8 @@ def submit_rows(heads: Sequence[m.RequestHead], parts: Sequence[int], usages: Se
 
     parts: that each reads of the bodies. usages: what each one's end adds to its tenant's, () for nothing.
     """
-    call, rows = heads[0].rid, list[lua.SubmitRow]()
+    call = heads[0].rid
+    rows: list[lua.SubmitRow] = []
     for head, part, usage in zip(heads, parts, usages or [b""] * len(heads), strict=True):
         sub = head if head.rid == call else msgspec.structs.replace(head, call=call, part=part)
         rows.append(lua.SubmitRow(

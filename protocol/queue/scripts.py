@@ -52,15 +52,16 @@ class Scripts:
     async def run(self, call: Call) -> Any:
         """Run a script. Replies are bytes, ints, and lists of them."""
         script, num_keys = self._registered[type(call)]
-        words = [self._tag, *call.laid_out()]
+        words = call.laid_out()
         try:
-            return await self._line.ask(("EVALSHA", script.sha, num_keys, *words))
+            return await self._line.ask(("EVALSHA", script.sha, num_keys, self._tag, *words))
         except RedisTimeoutError:
             # Connections that were opened to the same silent server would each take as long.
             await self._client.connection_pool.disconnect(inuse_connections=False)
         except (*LOST, NotTakenError, NoScriptError):
             pass
-        return await script(keys=words[:num_keys], args=words[num_keys:])
+        num_own = num_keys - 1  # without the tag
+        return await script(keys=[self._tag, *words[:num_own]], args=words[num_own:])
 
     async def write_vital(self, *commands: Sequence[Word]) -> list[Any]:
         """Run writes that the fleet lives by, all at once, and return their replies. See `vital.lua`."""

@@ -36,6 +36,9 @@ MAX_CAUSES = 256
 QUEUE_AWAY: set[type[BaseException]] = set()
 """Errors that say that the queue cannot be reached or has no room: the queue's client adds those that it raises."""
 
+MAX_UNPAUSED = 32
+"""Turns without a pause after which other tasks have one, though the work of such a loop waits by itself."""
+
 BRISK = Backoff(0.05, 2.0)
 """For loops that calls wait for."""
 
@@ -103,7 +106,8 @@ class Loop:
 
     name: str  # name in the log and the metric
     work: Callable[[], Awaitable[object]]
-    pause_s: float | None = None  # between two turns, each a call of `work`; None: `work` does not return by itself
+    # s between two turns, each a call of `work`; 0: `work` waits for what it does; None: it does not return by itself
+    pause_s: float | None = None
     wake: asyncio.Event | None = None  # ends such a pause
     backoff: Backoff = TROUBLE  # before the next turn, and before `work` is begun again, after a failure
     ends: tuple[type[BaseException], ...] = ()  # errors that are its owner's to see: they are raised
@@ -118,7 +122,7 @@ async def guarded(
 ) -> None:
     """Run a loop until its task is cancelled. Raises what `loop.ends` names, and the last of `loop.max_failures`."""
     FAILURES.labels(loop.name)  # shown from the start, as rates of what begins with its first failure miss that
-    num = num_own = 0
+    num = num_own = num_unpaused = 0
     while True:
         begun_s, pause_s = clock(), loop.pause_s or 0.0
         try:
@@ -145,8 +149,11 @@ async def guarded(
         if loop.wake is not None and num == 0:
             await wait_any(loop.wake, pause_s)
             loop.wake.clear()
-        else:
+        elif pause_s or num_unpaused >= MAX_UNPAUSED:
+            num_unpaused = 0
             await sleep(pause_s)
+        else:  # a pause of 0 costs a round of the event loop, as much as a short turn
+            num_unpaused += 1
 
 
 def _is_any(error: BaseException, kinds: tuple[type[BaseException], ...]) -> bool:

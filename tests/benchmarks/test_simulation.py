@@ -14,7 +14,7 @@ from benchmarks.simulation.policies import POLICIES, make_dispatcher
 from benchmarks.simulation.run import Arrival, Simulation, SimulationResult, jain
 from benchmarks.simulation.worker import SimulatedRequest, WorkerModel
 from protocol.wire import messages as m
-from scheduler.core import SchedulerConfig
+from scheduler.config import SchedulerConfig
 from tests.scheduler.fakes import make_submit
 
 FACTS = adapters(1)

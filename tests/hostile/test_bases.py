@@ -12,6 +12,7 @@ import pytest_asyncio
 from helpers.adapter_files import BASE as ONE
 from helpers.adapter_files import write_adapter
 from helpers.scripted_fleet import ScriptedFleet, make_model_folder, running_gateway
+from helpers.waiting import wait_until
 from httpx2 import AsyncClient
 from tokenizers import Tokenizer
 
@@ -23,7 +24,8 @@ from adapter_store.sources.local import LocalSource
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire import messages as m
 from protocol.wire.errors import AdapterRefused
-from scheduler.core import Scheduler, SchedulerConfig
+from scheduler.config import SchedulerConfig
+from scheduler.core import Scheduler
 from tests.scheduler.fakes import make_submit
 
 TWO = msgspec.structs.replace(ONE, name="two", model="/models/two", fingerprint="other")
@@ -116,6 +118,40 @@ async def test_a_strangers_adapter_takes_no_bases_name(bus: Bus, fleet: Scripted
         long = await http.post("/v1/completions", json={"model": "b:" + "x" * 100_000, "prompt": "x"})
         assert 400 <= long.status_code < 500
         assert len(long.content) < 2_000
+
+
+async def test_why_a_base_has_not_started_is_told_to_operators_alone(
+    bus: Bus, fleet: ScriptedFleet, tmp_path: Path
+) -> None:
+    """It may name paths of a machine. A tenant reads that calls of the base fail, a stranger that the base does."""
+    await bus.members.note_failure("b", "/srv/private/b has no config.json")
+    loads = {"a": m.BaseLoad(1), "b": m.BaseLoad()}
+    status = m.SchedulerStatus(queued=0, running=0, workers=1, drain_rate=0.0, sent_ms=now_ms(), bases=loads)
+    await bus.set(bus.keys.status, status, 60_000)
+    secrets = {scope: (await bus.api_keys.create("acme", [scope]))[0] for scope in ("infer", "adapters", "admin")}
+    heads = [{"authorization": f"Bearer {secret}"} for secret in secrets.values()]
+    for is_open in (False, True):
+        async with (
+            running_gateway(
+                bus, tmp_path / "a", more_models=str(tmp_path / "b"), api_keys=True, open_pages=is_open
+            ) as gateway,
+            AsyncClient(base_url=gateway.url, timeout=30) as http,
+        ):
+
+            async def is_told(http: AsyncClient = http) -> bool:
+                body = {"model": "b", "prompt": "x"}
+                answer = await http.post("/v1/completions", json=body, headers=heads[0])
+                assert "private" not in answer.text
+                return answer.status_code == 503 and answer.json()["error"]["code"] == "base_failed"
+
+            await wait_until(is_told, "the gateway has seen that the base fails")
+            for path in ("/v1/fleet", "/health", "/metrics", "/v1/models", "/v1/models/b", "/info", "/api/ps"):
+                for head in ({}, *heads[:2]):
+                    answer = await http.get(path, headers=head)
+                    assert "private" not in answer.text, (path, head, is_open)
+            page = await http.get("/v1/fleet", headers=heads[2])
+            shown = "" if is_open else "/srv/private/b has no config.json"  # no key of an open page is looked at
+            assert page.json()["failed"] == {"b": shown}
 
 
 def test_floods_for_each_base_starve_no_tenant_of_any() -> None:

@@ -13,7 +13,8 @@ import msgspec
 import pytest
 
 from protocol.wire import messages as m
-from scheduler.core import Scheduler, SchedulerConfig
+from scheduler.config import SchedulerConfig
+from scheduler.core import Scheduler
 from tests.scheduler.fakes import make_submit, order_swaps
 
 START_MS, RESIDENCY_S, WAIT_S = 4000, 5.0, 30.0

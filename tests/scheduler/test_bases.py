@@ -8,7 +8,8 @@ import pytest
 
 from protocol.wire import messages as m
 from scheduler.backlog import MAX_QUEUES_PER_VISIT
-from scheduler.core import MAX_PLACED, MAX_REFUSED, Scheduler, SchedulerConfig
+from scheduler.config import SchedulerConfig
+from scheduler.core import MAX_PLACED, MAX_REFUSED, Scheduler
 from scheduler.workers import QUEUED_AHEAD
 from tests.scheduler.fakes import make_submit
 

@@ -8,7 +8,8 @@ import pytest
 
 from protocol.queue.bus import Bus
 from protocol.wire.error_codec import error_from
-from scheduler.core import Scheduler, SchedulerConfig
+from scheduler.config import SchedulerConfig
+from scheduler.core import Scheduler
 from tests.scheduler.fakes import FakeWorker, becomes, make_submit, running_scheduler, state, submit
 from tests.scheduler.test_workers import beat
 

@@ -6,7 +6,8 @@ import pytest
 
 from protocol.queue.bus import Bus, StepResult, StepRow
 from protocol.wire import messages as m
-from scheduler.core import Scheduler, SchedulerConfig
+from scheduler.config import SchedulerConfig
+from scheduler.core import Scheduler
 from scheduler.recovery import Recovery
 from tests.scheduler.fakes import make_submit, submit
 

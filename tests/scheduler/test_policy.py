@@ -16,7 +16,8 @@ from benchmarks.simulation.policies import POLICIES, make_dispatcher
 from benchmarks.simulation.run import Arrival, Simulation, SimulationResult, jain
 from benchmarks.simulation.worker import WorkerModel
 from protocol.wire import messages as m
-from scheduler.core import Scheduler, SchedulerConfig
+from scheduler.config import SchedulerConfig
+from scheduler.core import Scheduler
 from scheduler.placement import AdapterFacts
 from scheduler.workers import QUEUED_AHEAD
 from tests.scheduler.fakes import make_submit
@@ -343,7 +344,7 @@ def test_workers_hear_which_of_their_adapters_the_queue_waits_for() -> None:
 
 def test_a_held_request_wakes_the_plan_when_its_patience_ends() -> None:
     scheduler = make_scheduler(1, resident=["d"], capacity=1)
-    scheduler.learn("d", AdapterFacts(16, 20_000_000))
+    scheduler.placement.learn("d", AdapterFacts(16, 20_000_000))
     for i in range(3):
         scheduler.submit(make_submit(f"r{i}", digest="d"), 0)
     assert planned(scheduler) == {"w0": ["r0", "r1", "r2"]}

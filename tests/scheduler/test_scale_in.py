@@ -6,7 +6,8 @@ import pytest
 
 from benchmarks.simulation.scale_in import fetched
 from protocol.wire import messages as m
-from scheduler.core import Scheduler, SchedulerConfig
+from scheduler.config import SchedulerConfig
+from scheduler.core import Scheduler
 from scheduler.placement import AdapterFacts, Bandwidths
 from scheduler.scale_in import HALF_LIFE_MS, MAX_ADAPTERS, Popularity, costs_ms, least_valuable
 from scheduler.workers import Worker

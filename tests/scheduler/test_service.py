@@ -18,7 +18,8 @@ from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import Internal
 from scheduler import session
-from scheduler.core import Scheduler, SchedulerConfig
+from scheduler.config import SchedulerConfig
+from scheduler.core import Scheduler
 from scheduler.recovery import Recovery
 from scheduler.service import serve
 from scheduler.workers import MAX_LOADS

@@ -11,7 +11,8 @@ from protocol.metrics.series import SWAPS
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire import messages as m
 from protocol.wire.error_codec import error_from
-from scheduler.core import Scheduler, SchedulerConfig
+from scheduler.config import SchedulerConfig
+from scheduler.core import Scheduler
 from scheduler.swap_orders import DONE, FAILED, FIRST_PAUSE_MS, LOST, MAX_LOST, OBEY_MS, START_MS, TOGETHER_MS
 from tests.scheduler.fakes import FakeWorker, becomes, holds, make_submit, order_swaps, running_scheduler, state, submit
 from tests.scheduler.test_late_bases import served

@@ -290,7 +290,7 @@ async def test_work_that_outlives_its_call_leaves_nothing_charged() -> None:
 
 async def test_small_bodies_take_no_turn() -> None:
     assert await large.work(lambda: asyncio.sleep(0, "done")) == "done"
-    async with large.working():
+    async with large.Working():
         pass
     large.release()
 

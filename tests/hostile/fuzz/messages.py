@@ -21,7 +21,8 @@ from protocol.wire.codec import decode
 from protocol.wire.error_codec import error_from
 from protocol.wire.errors import LorafleetError, ProtocolError
 from protocol.wire.keys import CLASSES
-from scheduler.core import Scheduler, SchedulerConfig
+from scheduler.config import SchedulerConfig
+from scheduler.core import Scheduler
 
 KINDS: dict[str, Any] = {
     kind.__name__: kind

@@ -91,6 +91,18 @@ async def test_turns_go_on_after_failures_and_a_good_turn_forgets_them() -> None
         assert not task.done()
 
 
+async def test_a_loop_whose_work_never_waits_leaves_turns_to_others() -> None:
+    turns = 0
+
+    async def work() -> None:
+        nonlocal turns
+        turns += 1
+
+    async with running(Loop("busy", work, pause_s=0.0)) as task:
+        await wait_until(lambda: turns > 100, "others have turns meanwhile")
+        assert not task.done()
+
+
 async def test_a_loop_ends_by_what_its_owner_is_to_see_alone() -> None:
     async def in_a_group() -> None:
         async with asyncio.TaskGroup() as group:
