@@ -115,15 +115,16 @@ class Members:
         name, or the fleet has another one only; with `fleet`, when they serve its weights by another name, or are of an
         earlier version; and when there are too many bases.
         """
-        several = bool(fleet)
         while True:
             first, further = await self._raw_bases()
             by_operators = decoded(await self._redis.get(self._keys.added_bases))
-            several = several or bool(by_operators.bases)
             if served.name in by_operators.removed:
                 text = f"the base {served.name} was taken away from this fleet: `lorafleet bases add` brings it back"
                 raise Conflict(text, code="base_not_served")
             known = {base.name: base for base in _decoded(first, further)}
+            own = fleet or (served.name, *(name for name in known if name not in by_operators.removed))
+            several = bool(fleet or by_operators.bases)
+            names = tuple(dict.fromkeys((*own, *by_operators.bases))) if several else ()
             twins = [name for name, base in known.items() if name != served.name and served.has_weights_of(base)]
             if several and twins:
                 live = {one.base for one in (await self.worker_beats()).values() if one is not None}
@@ -137,7 +138,7 @@ class Members:
                 twins += [name for name, base in known.items() if base.is_same(served) and name not in twins]
             outcome = "changed"
             for name in (*twins, served.name):
-                outcome = await self._join(beat, served, ttl_ms, name, first, further, known, fleet)
+                outcome = await self._join(beat, served, ttl_ms, name, first, further, known, names)
                 if outcome == "joined":
                     return name
                 if outcome != "alone":  # no live worker serves it by that name
@@ -160,7 +161,7 @@ class Members:
         call = lua.Join(
             base=keys.base, bases=keys.bases, workers=keys.workers, worker_beat=keys.worker_beat(beat.wid),
             wid=beat.wid, beat=m.encode(msgspec.structs.replace(beat, base=name)), ttl_ms=ttl_ms, at_ms=now_ms(),
-            name=name, fleet=fleet, first=first, further=further.get(name.encode(), b""),
+            name=name, fleet=fleet, first_base=first, further=further.get(name.encode(), b""),
             alone=m.encode(mine) if name == served.name else b"",
             beside=m.encode(msgspec.structs.replace(mine, max_model_len=length)) if is_same else b"",
         )  # fmt: skip

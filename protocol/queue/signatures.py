@@ -252,7 +252,7 @@ class Join(Call, kw_only=True):
     ttl_ms: int
     at_ms: int
     name: str
-    first: bytes
+    first_base: bytes
     further: bytes
     alone: bytes
     beside: bytes

@@ -83,6 +83,6 @@ async def test_who_becomes_what_is_shown(bus: Bus, http: httpx2.AsyncClient) -> 
     await bus.members.beat(bus.keys.worker_beat("w1"), bus.keys.workers, "w1", m.encode(beat), 60_000)
     found = (await http.get("/v1/fleet")).json()
     assert found["becoming"] == {"worker-0": "b"}
-    assert {one["name"]: one["may_become"] for one in found["bases"]} == {"a": 0, "b": 1}
+    assert {one["name"]: one["may_become"] for one in found["bases"]} == {"a": 0, "b": 1, "c": 1}
     (worker,) = (await http.get("/v1/workers")).json()["data"]
     assert (worker["base"], worker["becoming"], worker["state"]) == ("a", "b", "draining")

@@ -14,23 +14,24 @@
 --       ttl_ms       int     ms that the heartbeat lasts
 --       at_ms        int     unix ms now
 --       name         str     its base's name
---       first        bytes   the first base as the caller read it; '' if there was none
+--       first_base   bytes   the first base as the caller read it; '' if there was none
 --       further      bytes   the further base of that name as the caller read it; '' if there was none
 --       alone        bytes   the base to write where no other worker serves it; '': only beside others is it joined
 --       beside       bytes   the base to write beside other workers of it; '': the base of that name is not the caller's
---       fleet        str...  the names of the fleet's bases, its own among them, if it has several
+--       fleet...     str     the names of the fleet's bases, its own among them, if it has several
 -- Reply: str, 'joined'; 'refused'; 'full': there are as many bases as may be; 'alone': no other worker serves it, and
 -- `alone` is ''; 'other': live workers serve other bases only, and `fleet` is empty; 'old': live workers of an earlier
 -- version know of one base only; or 'changed': the bases are not as read, and the caller reads them again.
 local base, bases, workers, worker_beat = unpack(KEYS, 2)
-local wid, beat, ttl_ms, at_ms, name, first, further, alone, beside = unpack(ARGV)
-local is_known, has_several = {}, ARGV[10] ~= nil
-for i = 10, #ARGV do is_known[ARGV[i]] = true end
+local wid, beat, ttl_ms, at_ms, name, first_base, further, alone, beside = unpack(ARGV, 1, 9)
+local first, is_known = 10, {}
+local has_several = #ARGV >= first
+for i = first, #ARGV do is_known[ARGV[i]] = true end
 local MOST = 31
-if (redis.call('GET', base) or '') ~= first or (redis.call('HGET', bases, name) or '') ~= further then
+if (redis.call('GET', base) or '') ~= first_base or (redis.call('HGET', bases, name) or '') ~= further then
   return 'changed'
 end
-local first_name = first == '' and name or cmsgpack.unpack(first).name
+local first_name = first_base == '' and name or cmsgpack.unpack(first_base).name
 local is_first = first_name == name
 local field = '\164base'  -- as heartbeats have it: no whole one, of megabytes in all, need be decoded
 local own_field = field .. cmsgpack.pack(name)
