@@ -115,15 +115,15 @@ class Members:
         name, or the fleet has another one only; with `fleet`, when they serve its weights by another name, or are of an
         earlier version; and when there are too many bases.
         """
-        several = bool(fleet)
         while True:
             first, further = await self._raw_bases()
             by_operators = decoded(await self._redis.get(self._keys.added_bases))
-            several = several or bool(by_operators.bases)
             if served.name in by_operators.removed:
                 text = f"the base {served.name} was taken away from this fleet: `lorafleet bases add` brings it back"
                 raise Conflict(text, code="base_not_served")
             known = {base.name: base for base in _decoded(first, further)}
+            names = _fleet_of(served.name, fleet, by_operators.bases, known)
+            several = bool(names)
             twins = [name for name, base in known.items() if name != served.name and served.has_weights_of(base)]
             if several and twins:
                 live = {one.base for one in (await self.worker_beats()).values() if one is not None}
@@ -137,7 +137,7 @@ class Members:
                 twins += [name for name, base in known.items() if base.is_same(served) and name not in twins]
             outcome = "changed"
             for name in (*twins, served.name):
-                outcome = await self._join(beat, served, ttl_ms, name, first, further, known, fleet)
+                outcome = await self._join(beat, served, ttl_ms, name, first, further, known, names)
                 if outcome == "joined":
                     return name
                 if outcome != "alone":  # no live worker serves it by that name
@@ -296,6 +296,18 @@ def _decoded(first: bytes | None, further: Mapping[bytes, bytes]) -> list[m.Serv
 def _base(raw: bytes) -> m.ServedModel:
     """Decode a base's record, which many read once a second and which seldom changes."""
     return decode(raw, m.ServedModel)
+
+
+def _fleet_of(name: str, fleet: Sequence[str], added: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return the names of a fleet's bases as the worker of one is to know them, none where it has one base.
+
+    fleet: as the worker's settings say. added: by operators, of whom a worker is not told. The worker of an added base
+    without such settings does not know those of others, so that all which are `known` stay.
+    """
+    added = list(added)
+    if not added:
+        return list(fleet)
+    return list(dict.fromkeys([name, *(fleet or (known if name in added else ())), *added]))
 
 
 def _failures(further: Mapping[bytes, bytes]) -> dict[str, str]:
