@@ -281,11 +281,10 @@ class Scheduler:
             return []
         return [(rid, one.base) for rid, one in self.requests.items() if one.base in bases and not one.wid]
 
-    def has_of(self, base: str) -> bool:
-        """Return whether a base has workers or requests."""
-        return any(one.beat.base == base for one in self.workers.by_id.values()) or any(
-            request.submit.base == base for request in self.requests.values()
-        )
+    def used_bases(self) -> set[str]:
+        """Return the names of the bases that workers serve or that requests name."""
+        served = {worker.beat.base for worker in self.workers.by_id.values()}
+        return served | {request.submit.base for request in self.requests.values()}
 
     def of_gateway(self, gid: str) -> list[str]:
         """Return the requests that end when a gateway dies."""

@@ -317,7 +317,7 @@ class Session:
 
     async def _look_at_bases(self) -> None:
         bases = await self._bus.members.base_names()
-        self._removed = bases.removed
+        self._removed = self.scheduler.swaps.removed = bases.removed
         for rid, base in self.scheduler.queued_of(self._removed):
             await self._end_removed(rid, base)
         self.scheduler.set_bases(bases.known, bases.failed)
@@ -347,13 +347,20 @@ class Session:
         await self._recovery.end(rid, NotFound(f"the base `{base}` was taken away", code="base_not_served"))
 
     async def _empty_removed(self) -> None:
-        """Drain the workers of bases that were taken away, and forget a base once it has none and no requests."""
+        """Drain the workers of bases that were taken away, and forget a base once it has none and no requests.
+
+        One that may become another base is free for that instead: it may be the only worker of its fleet.
+        """
         workers = self.scheduler.workers
-        leaving = [one.wid for one in workers.by_id.values() if one.beat.base in self._removed and one.available]
+        leaving = [
+            one.wid
+            for one in workers.by_id.values()
+            if one.beat.base in self._removed and one.available and self._removed.issuperset(one.beat.may_become)
+        ]
         if leaving:
             await self._bus.streams.tell([(wid, m.Control(kind="drain")) for wid in leaving])
-        for name in self._removed.intersection(workers.bases):
-            if not self.scheduler.has_of(name):
+        if recorded := self._removed.intersection(workers.bases):
+            for name in recorded - self.scheduler.used_bases():
                 await self._bus.members.drop_base(name)
 
     async def _watch_gateways(self, elapsed_s: float) -> None:

@@ -152,6 +152,9 @@ class SwapOrders:
     _known_ms: dict[str, float] = field(default_factory=dict[str, float])  # base not reported yet -> since when known
     _noted: set[str] = field(default_factory=set[str])  # bases of which the queue says why they failed
 
+    removed: frozenset[str] = frozenset()
+    """Bases that operators have taken away: no worker becomes one, whatever its settings say."""
+
     def set_noted(self, names: Collection[str]) -> None:
         """Take the names of the bases of which the queue says why no worker has started."""
         self._noted = set(names)
@@ -228,7 +231,7 @@ class SwapOrders:
                     self._name(beat.base),
                     float(beat.joined_ms),
                     worker.load,
-                    frozenset(beat.may_become),
+                    frozenset(beat.may_become) - self.removed,
                     becoming,
                     beat.name,
                 )
@@ -269,7 +272,7 @@ class SwapOrders:
     def reachable(self) -> set[str]:
         """Return the names of the bases that a worker may become, also one that is on its way to a base."""
         found = {name for worker in self.workers.by_id.values() for name in worker.beat.may_become}
-        return found.union(*(order.may_become for order in self.by_worker.values()))
+        return found.union(*(order.may_become for order in self.by_worker.values())) - self.removed
 
     def num_reaching(self) -> Counter[str]:
         """Return for each base how many workers may become it: of live workers, and of those on their way."""
@@ -279,7 +282,7 @@ class SwapOrders:
                 found.update(worker.beat.may_become if worker.available else ())
         for order in self.by_worker.values():
             found.update(order.may_become)
-        return found
+        return Counter({name: num for name, num in found.items() if name not in self.removed})
 
     def failed(self) -> set[str]:
         """Return the bases that failed to start, and that no worker is becoming now."""

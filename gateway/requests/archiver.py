@@ -173,8 +173,9 @@ class Archiver:
             if one.text is None:
                 continue
             try:
-                own = self._bases.of(one.text.base).own
-                texts_hash = (await own.facts(one.text.digest)).texts if one.text.digest else ""
+                digest, texts_hash = one.text.digest, ""
+                if digest:
+                    texts_hash = (await self._bases.of(one.text.base).own.facts(digest)).texts
             except (NotFound, ProtocolError, Unavailable):  # nobody knows its adapter's tokens any more
                 num_lost += 1
             else:

@@ -58,6 +58,7 @@ class GatewayBases:
         self.in_settings = (default.files.name, *further)
         """The names of the bases that the settings name, which nobody adds or takes away."""
         self._added: dict[str, m.AddedBase] = {}
+        self._known: frozenset[str] = frozenset()  # names of bases that are added, whether or not they have been read
         self.removed: frozenset[str] = frozenset()
         """The names of bases that were taken away."""
 
@@ -77,12 +78,19 @@ class GatewayBases:
         return found if isinstance(found, str) else ""
 
     def of(self, name: str) -> BaseTexts:
-        """Return what a base has; the default one's name does not matter.
+        """Return what a base has; the name of a gateway's only one does not matter.
 
-        Raises Unavailable if it cannot be read, and NotFound if it was taken away.
+        Raises Unavailable if it cannot be read or has not been yet, and NotFound if it was taken away, or is none of
+        several.
         """
+        if name in ("", self.default.files.name):
+            return self.default
         if name in self.removed and name not in self._further:
             raise NotFound(f"the base `{name}` was taken away", param="model", code="base_not_served")
+        if name in self._known and name not in self._further:
+            raise Unavailable(f"the base `{name}` is still being read here", param="model", code="base_starting")
+        if self._further and name not in self._further:
+            raise NotFound(f"the base `{name}` is not served here", param="model", code="base_not_served")
         found = self._further.get(name, self.default)
         if isinstance(found, str):
             why = f": {found}" if self._shows_reasons else ""
@@ -91,7 +99,7 @@ class GatewayBases:
 
     async def follow(self, known: m.AddedBases) -> None:
         """Read the bases that were added, one after the other, and leave those that were removed."""
-        self.removed = frozenset(known.removed)
+        self.removed, self._known = frozenset(known.removed), frozenset(known.bases) - set(self.in_settings)
         for name in [name for name, base in self._added.items() if known.bases.get(name) != base]:
             del self._added[name]
             await _close(self._further.pop(name))

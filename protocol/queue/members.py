@@ -122,9 +122,8 @@ class Members:
                 text = f"the base {served.name} was taken away from this fleet: `lorafleet bases add` brings it back"
                 raise Conflict(text, code="base_not_served")
             known = {base.name: base for base in _decoded(first, further)}
-            own = fleet or (served.name, *(name for name in known if name not in by_operators.removed))
-            several = bool(fleet or by_operators.bases)
-            names = tuple(dict.fromkeys((*own, *by_operators.bases))) if several else ()
+            names = _fleet_of(served.name, fleet, by_operators.bases, known)
+            several = bool(names)
             twins = [name for name, base in known.items() if name != served.name and served.has_weights_of(base)]
             if several and twins:
                 live = {one.base for one in (await self.worker_beats()).values() if one is not None}
@@ -297,6 +296,18 @@ def _decoded(first: bytes | None, further: Mapping[bytes, bytes]) -> list[m.Serv
 def _base(raw: bytes) -> m.ServedModel:
     """Decode a base's record, which many read once a second and which seldom changes."""
     return decode(raw, m.ServedModel)
+
+
+def _fleet_of(name: str, fleet: Sequence[str], added: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Return the names of a fleet's bases as the worker of one is to know them, none where it has one base.
+
+    fleet: as the worker's settings say. added: by operators, of whom a worker is not told. The worker of an added base
+    without such settings does not know those of others, so that all which are `known` stay.
+    """
+    added = list(added)
+    if not added:
+        return list(fleet)
+    return list(dict.fromkeys([name, *(fleet or (known if name in added else ())), *added]))
 
 
 def _failures(further: Mapping[bytes, bytes]) -> dict[str, str]:

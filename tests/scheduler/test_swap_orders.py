@@ -292,3 +292,24 @@ async def _order(bus: Bus, worker: FakeWorker) -> None:
         return bool(worker.orders)
 
     await wait_until(is_ordered, "it is ordered away")
+
+
+async def test_a_worker_of_a_removed_base_becomes_another_one(bus: Bus) -> None:
+    """It may be the only worker of its fleet."""
+    worker = await _join(bus, "w1", "b")
+    await bus._redis.hset(bus.keys.bases, "a", m.encode(served("a")))
+    await bus.added_bases.add("b", "/models/b", 31)
+    await bus.added_bases.remove("b")
+    async with running_scheduler(bus):
+        await submit(bus, make_submit("r", base="a"))
+        left, worker = worker, await _becomes(bus, worker, "a", "w2")
+        assert {order.kind for order in left.orders} == {"serve"}, "it was not drained"
+        await holds(worker, "r")
+
+
+def test_no_worker_becomes_a_base_that_was_taken_away() -> None:
+    """Not even to serve it for once, and no gateway accepts calls for it."""
+    scheduler = scheduler_of(beat("a"), known=["a", "c"])
+    scheduler.swaps.removed = frozenset({"b"})
+    assert ordered(scheduler, 1000.0) == ordered(scheduler, 1000.0 + 2 * TOGETHER_MS) == {}
+    assert set(scheduler.bases()) == {"a", "c"}

@@ -72,6 +72,28 @@ async def test_a_fleet_of_one_base_lets_another_in_once_it_is_added(bus: Bus) ->
         await join(bus, "w4", base("b"), several=False)
 
 
+async def test_the_worker_of_an_added_base_leaves_others_their_records(bus: Bus) -> None:
+    """Also where no other worker lives for a moment, since the only one restarts or swaps."""
+    for wid, name in (("w1", "a"), ("w2", "b")):
+        await join(bus, wid, base(name))
+    await bus.added_bases.add("x", "/models/x", 31)
+    for wid in ("w1", "w2"):
+        await bus.members.leave(wid)
+    assert await join(bus, "w3", base("x"), several=False) == "x"
+    assert await names(bus) == ["a", "b", "x"], "the first base stays the first"
+
+
+async def test_a_worker_that_swaps_keeps_the_records_of_added_bases(bus: Bus) -> None:
+    await join(bus, "w1", base("a"))
+    await bus.added_bases.add("x", "/models/x", 31)
+    await join(bus, "w2", base("x"), several=False)
+    for wid in ("w1", "w2"):
+        await bus.members.leave(wid)
+    beat = m.WorkerBeat(wid="w3", name="w1", capacity=1)
+    await bus.members.join(beat, base("b"), 60_000, fleet=["a", "b"])
+    assert await names(bus) == ["a", "x", "b"]
+
+
 @pytest.mark.parametrize("first", ["a", "b"])
 async def test_a_removed_base_is_forgotten_with_its_last_worker(bus: Bus, first: str) -> None:
     await bus.added_bases.add("b", "/models/b", 31)

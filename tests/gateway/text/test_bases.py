@@ -1,0 +1,57 @@
+"""Which base's files a gateway reads a text by: never another's than that which wrote it."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from gateway.text.bases import BaseTexts, GatewayBases
+from protocol.wire import messages as m
+from protocol.wire.errors import NotFound, Unavailable
+
+
+def texts_of(name: str) -> BaseTexts:
+    async def close() -> None:
+        await asyncio.sleep(0)
+
+    own = SimpleNamespace(base=SimpleNamespace(name=name), close=close)
+    return BaseTexts(cast(Any, own), cast(Any, None), cast(Any, SimpleNamespace(close=close)))
+
+
+def added(**models: str) -> m.AddedBases:
+    return m.AddedBases(bases={name: m.AddedBase(model=model, added_ms=1) for name, model in models.items()})
+
+
+async def test_a_base_that_is_replaced_is_read_by_no_other_meanwhile() -> None:
+    """Removed and added again with another model, it is fetched anew, which takes as long as the Hub likes."""
+    is_reading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def read(name: str, model: str) -> BaseTexts:
+        if model == "/new":
+            is_reading.set()
+            await go_on.wait()
+        return texts_of(f"{name} of {model}")
+
+    bases = GatewayBases(texts_of("a"), {}, read)
+    await bases.follow(added(x="/old"))
+    assert bases.of("x").files.name == "x of /old"
+    following = asyncio.create_task(bases.follow(added(y="/new", x="/new")))
+    await is_reading.wait()
+    for name in "xy":
+        with pytest.raises(Unavailable, match=f"`{name}` is still being read"):
+            bases.of(name)
+    go_on.set()
+    await following
+    assert bases.of("x").files.name == "x of /new"
+
+
+def test_a_name_of_none_of_several_is_not_the_default_one() -> None:
+    """Nor is one that was taken away so long ago that it is forgotten."""
+    several = GatewayBases(texts_of("a"), {"b": texts_of("b")})
+    assert {name: several.of(name).files.name for name in ("", "a", "b")} == {"": "a", "a": "a", "b": "b"}
+    with pytest.raises(NotFound, match="`gone` is not served here"):
+        several.of("gone")
+    assert GatewayBases(texts_of("a"), {}).of("its earlier name").files.name == "a"
