@@ -29,6 +29,7 @@ from protocol.runtime.model_files import WEIGHT_FILES, base_settings, model_fold
 from protocol.runtime.settings import Settings
 from protocol.wire.brief import brief
 from protocol.wire.errors import AdapterRefused, BadRequest, Unavailable
+from protocol.wire.lines import lines_of
 from protocol.wire.messages import ServedModel
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ MAX_TAKES = 4
 
 MEMORY_BYTES = 4 << 30
 """What a conversion may have besides three times the base's weights in fp32: for torch, and a layer's decomposition."""
+
+SAID_BYTES = 1 << 16
+"""What is kept of what the process says, whose last line is the reason against an adapter."""
 
 NEEDED = ("torch", "transformers", "peft", "gpu_worker")
 
@@ -258,7 +262,9 @@ class Approximation:
         )
         try:
             async with asyncio.timeout(self._timeout_s):
-                _, said = await process.communicate()
+                assert process.stderr is not None
+                said = await _end_of(process.stderr)
+                await process.wait()
         except TimeoutError:
             return -1, f"it takes longer than {self._timeout_s:g} s (convert_timeout_s)"
         finally:
@@ -266,5 +272,13 @@ class Approximation:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 await process.wait()
-        lines = said.decode(errors="replace").strip().splitlines()
+        lines = lines_of(said.decode(errors="replace").strip())
         return process.returncode or 0, show(lines[-1]) if lines else f"its process ended with {process.returncode}"
+
+
+async def _end_of(stream: asyncio.StreamReader) -> bytes:
+    """Read a stream to its end; return its last bytes."""
+    end = b""
+    while piece := await stream.read(SAID_BYTES):
+        end = (end + piece)[-SAID_BYTES:]
+    return end
