@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from peft_adapters.effect import has_effect
+from peft_adapters.effect import check_idle, has_effect
 from peft_adapters.format import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
@@ -97,12 +97,23 @@ class AdapterFolder:
 
     def has_effect(self, spec: AdapterSpec) -> bool:
         """Return whether the adapter, read as `spec`, may change an answer. Raises OSError."""
+        with self._weights() as weights:
+            return has_effect(spec, self.tensors, weights)
+
+    def check_idle(self, spec: AdapterSpec) -> None:
+        """Raise as `peft_adapters.effect.check_idle`, and OSError."""
+        if spec.idle:
+            with self._weights() as weights:
+                check_idle(spec, self.tensors, weights)
+
+    @contextlib.contextmanager
+    def _weights(self) -> Generator[memoryview]:
         with (
             (self.folder / WEIGHTS_FILE).open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view,
             memoryview(view) as weights,
         ):
-            return has_effect(spec, self.tensors, weights)
+            yield weights
 
     @classmethod
     def open_fetched(cls, folder: Path) -> AdapterFolder:

@@ -366,6 +366,7 @@ class Mirror:
         if files is None:
             raise Changed(f"adapter {digest:.12} was evicted from disk")
         spec = read_adapter(files.config, files.tensors, base)
+        files.check_idle(spec)
         if files.texts is not None:
             files.texts.check_base(base)
         tested = self._effect_test == "all" or (self._effect_test == "folders" and source.startswith("local:"))
