@@ -21,7 +21,6 @@ CONVERTIBLE = frozenset(
 REFUSED = {
     "ADAMSS": "its subspaces are found by clustering when it is loaded",
     "ADAPTION_PROMPT": "it changes how attention is computed, in PEFT for Llama and Mistral alone",
-    "BOFT": "its butterfly rotations are not served",
     "C3A": _FULL_RANK,
     "FOURIERFT": _FULL_RANK,
     "FROD": _FULL_RANK,
