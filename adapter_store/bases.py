@@ -94,7 +94,9 @@ class Bases:
         candidates = [] if asked or self._missing else list(self._known.values())
         try:
             mirrored = await mirror.take(source, target, self._known.get(asked), access, tenant, candidates)
-        except NeedsBase:
+        except NeedsBase as error:
+            if error.named is not None:
+                return await self._of_named(mirror, source, target, error.named, access, tenant)
 
             async def take(base: ServedModel) -> tuple[Mirrored, AdapterRecord]:
                 found = await mirror.take(source, target, base, access, tenant)
@@ -117,6 +119,19 @@ class Bases:
         except AdapterRefused as error:
             how = "it is registered for" if asked else "its base_model_name_or_path says"
             raise AdapterRefused([f"{how} the base {name}, which it does not fit: {error.message}"]) from error
+
+    async def _of_named(
+        self, mirror: Mirror, source: Source, target: str, named: str, access: SourceAccess, tenant: str
+    ) -> tuple[Mirrored, str, AdapterRecord | None]:
+        """Bring an adapter that is converted for one base in for that which its config names.
+
+        It is not tried with each of them, since a conversion costs minutes. Raises as `take`.
+        """
+        name = self._named_by(named)
+        if not name:
+            text = "it is converted for one base, and names none of this fleet"
+            raise AdapterRefused([f"{text}: set base_model_name_or_path, or register it with `base`"])
+        return await self.take(mirror, source, target, name, access, tenant)
 
     def _named_by(self, text: str) -> str:
         """Return the base that a `base_model_name_or_path` means: by its name, its model or the end of either's path.

@@ -16,7 +16,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 import msgspec
 
-from peft_adapters.effect import has_effect
+from peft_adapters.effect import check_idle, has_effect
 from peft_adapters.format import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
@@ -45,6 +45,9 @@ from protocol.wire.errors import AdapterRefused, Unavailable
 logger = logging.getLogger(__name__)
 
 STALE_STAGING_S = 7 * 86_400.0
+
+MAX_BASE_NAME = 300
+"""Characters of a base's name or path in an adapter's config; longer ones are none."""
 
 BASE_LINE = "base "
 """Begins the line of a version's note that says which base the version names; other lines are readers."""
@@ -94,12 +97,23 @@ class AdapterFolder:
 
     def has_effect(self, spec: AdapterSpec) -> bool:
         """Return whether the adapter, read as `spec`, may change an answer. Raises OSError."""
+        with self._weights() as weights:
+            return has_effect(spec, self.tensors, weights)
+
+    def check_idle(self, spec: AdapterSpec) -> None:
+        """Raise as `peft_adapters.effect.check_idle`, and OSError."""
+        if spec.idle:
+            with self._weights() as weights:
+                check_idle(spec, self.tensors, weights)
+
+    @contextlib.contextmanager
+    def _weights(self) -> Generator[memoryview]:
         with (
             (self.folder / WEIGHTS_FILE).open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view,
             memoryview(view) as weights,
         ):
-            return has_effect(spec, self.tensors, weights)
+            yield weights
 
     @classmethod
     def open_fetched(cls, folder: Path) -> AdapterFolder:
@@ -123,6 +137,12 @@ class AdapterFolder:
 def texts_in(folder: Path) -> OwnTexts | None:
     """Return what counts of the text files of a source, None if there are none. Raises AdapterRefused, OSError."""
     return read_texts({name: (folder / name).read_bytes() for name in TEXT_FILES if (folder / name).exists()})
+
+
+def named_in(config: Mapping[str, object]) -> str:
+    """Return what a config calls its base, "" unless that is a text of modest length."""
+    name = config.get("base_model_name_or_path")
+    return name if isinstance(name, str) and len(name) <= MAX_BASE_NAME and name.isprintable() else ""
 
 
 class Blobs:

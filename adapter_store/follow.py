@@ -99,8 +99,8 @@ class Follower:
         """Bring one folder into the blobs and publish the outcome; an error affects this name only."""
         try:
             try:
-                async with self._slots:
-                    await self._mirror_and_publish(name)
+                # A conversion takes minutes: whoever waits for one has none of the slots.
+                await self._mirror.converted(lambda: self._mirror_and_publish(name))
             except (LorafleetError, OSError) as error:
                 await self._fail(name, error)
         except (Changed, QueueError) as error:
@@ -115,11 +115,13 @@ class Follower:
             self._busy.discard(name)
 
     async def _mirror_and_publish(self, name: str) -> None:
-        mirrored, base, record = await self._bases.take(self._mirror, self._source, name, "", FLEET)
-        if record is None:
-            return  # `set_bases` causes another check; until then the name stays "downloading"
-        self._retries.pop(name, None)
-        if name in self._watch:
+        async with self._slots:
+            mirrored, base, record = await self._bases.take(self._mirror, self._source, name, "", FLEET)
+            if record is None:
+                return  # `set_bases` causes another check; until then the name stays "downloading"
+            self._retries.pop(name, None)
+            if name not in self._watch:
+                return
             alias = Alias(name=name, state="on_disk", digest=mirrored.digest, source=mirrored.version.source, base=base)
             await self._catalogue.publish(alias, record)
             logger.info("adapter %s is served: %.12s, rank %d", name, mirrored.digest, record.rank)

@@ -7,14 +7,15 @@ import errno
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from weakref import WeakValueDictionary
 
-from adapter_store.blobs import AdapterFolder, Blobs
+from adapter_store.approximate import Approximation, Taken, ToConvert, as_lora
+from adapter_store.blobs import AdapterFolder, Blobs, named_in
 from adapter_store.formats import HEAD_BYTES, convert, depends_on_base, plan_conversion
 from adapter_store.sources import FLEET, MORE_FILES, Changed, Source, SourceAccess, SourceVersion
 from peft_adapters.format import (
@@ -43,9 +44,6 @@ logger = logging.getLogger(__name__)
 MAX_REASON = 200
 """Characters of why an adapter does not fit one of several bases."""
 
-MAX_BASE_NAME = 300
-"""Characters of a base's name or path in an adapter's config; longer ones are none."""
-
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -58,7 +56,14 @@ class Mirrored:
 
 
 class NeedsBase(Exception):
-    """The weights are read for one base, and which of several that is was not said."""
+    """The weights are read for one base, and which of several that is was not said.
+
+    named: the base that its config names; None where the weights say which bases they fit.
+    """
+
+    def __init__(self, named: str | None = None) -> None:
+        super().__init__()
+        self.named = named
 
 
 class Mirror:
@@ -72,13 +77,16 @@ class Mirror:
         max_parallel: int = 4,
         shared_bucket: SharedBucket | None = None,
         effect_test: Literal["off", "folders", "all"] = "folders",
+        approximation: Approximation | None = None,
     ) -> None:
         """Set the limits.
 
         `max_bytes` is the largest file that is fetched. `max_parallel` is the number of fetches at once from one
         source: counted per source, so that a slow source delays no other. One tenant has at most three in four of them.
-        `effect_test` says which adapters are looked through for having no effect.
+        `effect_test` says which adapters are looked through for having no effect. `approximation` converts kinds
+        of full rank, which are refused without.
         """
+        self._approximation = approximation
         self._effect_test = effect_test
         self._tenant_parallel = max(1, max_parallel * 3 // 4)
         self._tenant_slots: WeakValueDictionary[tuple[Source, str], asyncio.Semaphore] = WeakValueDictionary()
@@ -106,34 +114,47 @@ class Mirror:
         adapter must fit, None while it is unknown; then it must fit one of `any_of`, if there are any. `tenant`: whose
         name it is for, "" for everybody's. Raises AdapterRefused, before a file is fetched whose size is the reason,
         and before the weights are if their header shows it; NeedsBase for weights that are read for one of several
-        bases; the errors of the source; Changed; NoRoom when the disk is full.
+        bases; ToConvert for an adapter that `convert` must write first; the errors of the source; Changed; NoRoom when
+        the disk is full.
         """
         fixed = source.fixed(target)
-        if fixed is not None:
-            digest = await asyncio.to_thread(self._open_to, fixed.key, access)
+        for version in [] if fixed is None else self._forms(fixed, base):
+            digest = await asyncio.to_thread(self._open_to, version.key, access)
             if digest is not None:
-                return Mirrored(digest, fixed)
+                return Mirrored(digest, version)
         async with self._looks[source]:
             version = _for_base(await source.resolve(target, access), base, any_of)
             self._check_sizes(version)
-            digest = await self._known(source, version, access)
-        if digest is None:
+            mirrored = await self._known(source, version, base, access)
+        if mirrored is None:
             async with self._slot(source, tenant), self._locks.setdefault(version.key, asyncio.Lock()):
-                digest = await self._known(source, version, access)
-                if digest is None:
-                    digest = await self._fetch_measured(source, version, [base] if base else any_of, access)
-                    await self._note_reader(version, access)
-        return Mirrored(digest, version)
+                mirrored = await self._known(source, version, base, access)
+                if mirrored is None:
+                    bases = [base] if base else any_of
+                    mirrored = await self._fetch_measured(source, version, bases, access, tenant)
+                    await self._note_reader(mirrored.version, access)
+        return mirrored
 
-    async def _known(self, source: Source, version: SourceVersion, access: SourceAccess) -> str | None:
-        """Return the digest of a version that is here, once it is known that `access` may read it; None otherwise."""
-        digest = await asyncio.to_thread(self._open_to, version.key, access)
-        if digest is None:
-            digest = await asyncio.to_thread(self.blobs.digest_of, version.key)
+    def _forms(self, version: SourceVersion, base: ServedModel | None) -> list[SourceVersion]:
+        """Return a version as its source has it, and as it is converted for a base where that is done."""
+        if self._approximation is None or base is None:
+            return [version]
+        return [version, as_lora(version, base)]
+
+    async def _known(
+        self, source: Source, version: SourceVersion, base: ServedModel | None, access: SourceAccess
+    ) -> Mirrored | None:
+        """Return a version that is here, once it is known that `access` may read it; None otherwise."""
+        for form in self._forms(version, base):
+            digest = await asyncio.to_thread(self._open_to, form.key, access)
+            if digest is None:
+                digest = await asyncio.to_thread(self.blobs.digest_of, form.key)
+                if digest is not None:
+                    await source.confirm(version, access)
+                    await self._note_reader(form, access)
             if digest is not None:
-                await source.confirm(version, access)
-                await self._note_reader(version, access)
-        return digest
+                return Mirrored(digest, form)
+        return None
 
     async def _note_reader(self, version: SourceVersion, access: SourceAccess) -> None:
         if access.reader != "token":
@@ -163,14 +184,17 @@ class Mirror:
             raise AdapterRefused(reasons)
 
     async def _fetch_measured(
-        self, source: Source, version: SourceVersion, bases: Sequence[ServedModel], access: SourceAccess
-    ) -> str:
+        self, source: Source, version: SourceVersion, bases: Sequence[ServedModel], access: SourceAccess, tenant: str
+    ) -> Mirrored:
         scheme, outcome = version.source.partition(":")[0], "failed"
         try:
             with STORE_FETCH_SECONDS.labels(scheme).time():
-                digest = await self._fetch_or_restore(source, version, bases, access)
+                mirrored = await self._fetch_or_restore(source, version, bases, access, tenant)
             outcome = "taken"
-            return digest
+            return mirrored
+        except ToConvert:
+            outcome = "taken"
+            raise
         except AdapterRefused:
             outcome = "refused"
             raise
@@ -203,17 +227,19 @@ class Mirror:
             self.blobs.discard(version)
 
     async def _fetch_or_restore(
-        self, source: Source, version: SourceVersion, bases: Sequence[ServedModel], access: SourceAccess
-    ) -> str:
+        self, source: Source, version: SourceVersion, bases: Sequence[ServedModel], access: SourceAccess, tenant: str
+    ) -> Mirrored:
         try:
-            if self._bucket is not None and not version.at_hand:
-                digest = await asyncio.to_thread(self._bucket.digest_of, version.key)
+            for form in self._forms(version, bases[0] if len(bases) == 1 else None):
+                if self._bucket is None or version.at_hand:
+                    break
+                digest = await asyncio.to_thread(self._bucket.digest_of, form.key)
                 if digest is not None:
                     await source.confirm(version, access)
                     if await self.restore(digest):
-                        await asyncio.to_thread(self.blobs.note_version, version.key, digest)
-                        return digest
-            digest = await self._fetch(source, version, bases, access)
+                        await asyncio.to_thread(self.blobs.note_version, form.key, digest)
+                        return Mirrored(digest, form)
+            digest = await self._fetch(source, version, bases, access, tenant)
         except (AdapterRefused, Changed, NoRoom):
             await asyncio.to_thread(self.blobs.discard, version.key)
             raise
@@ -223,25 +249,28 @@ class Mirror:
             await asyncio.to_thread(self.blobs.discard, version.key)
             raise NoRoom(f"the adapter store's disk has no room: {error.strerror}") from error
         if self._bucket is not None:
-            folder = await asyncio.to_thread(self.blobs.verified, digest)
-            if folder is not None:
-                await asyncio.to_thread(self._bucket.push, version.key, digest, folder)
-        return digest
+            await asyncio.to_thread(self._bucket.push_blob, version.key, digest, self.blobs)
+        return Mirrored(digest, version)
 
     async def _fetch(
-        self, source: Source, version: SourceVersion, bases: Sequence[ServedModel], access: SourceAccess
+        self, source: Source, version: SourceVersion, bases: Sequence[ServedModel], access: SourceAccess, tenant: str
     ) -> str:
+        """Fetch a version and return its digest. Raises as `take`."""
         folder = await asyncio.to_thread(self.blobs.staging, version.key)
         weights, config = version.weights, version.files.get(CONFIG_FILE)
         num_bytes = version.files[weights].num_bytes
         head_bytes = min(num_bytes, HEAD_BYTES)
+        to_convert: ToConvert | None = None
         has_config = config is None or await asyncio.to_thread(_drop_unless, folder / CONFIG_FILE, config.num_bytes)
         if has_config and await asyncio.to_thread(_size, folder / weights) >= head_bytes:
             await source.confirm(version, access)  # others' rights may have read what lies here
         if config is not None:
             await source.fetch(version, CONFIG_FILE, folder / CONFIG_FILE, config.num_bytes, access)
+            to_convert = await asyncio.to_thread(self._to_convert, version, folder, bases, tenant)
         await source.fetch(version, weights, folder / weights, head_bytes, access)
-        conversion = await asyncio.to_thread(_check_head, folder, weights, num_bytes, bases)
+        conversion = None
+        if to_convert is None:
+            conversion = await asyncio.to_thread(_check_head, folder, weights, num_bytes, bases)
         made, text_bytes = conversion.num_bytes if conversion else 0, _text_bytes(version)
         # What is converted lies beside its source until it is done, and texts beside the file that they are joined in.
         most = sum(file.num_bytes for file in version.files.values()) + made + text_bytes
@@ -249,15 +278,16 @@ class Mirror:
             await source.fetch(version, weights, folder / weights, num_bytes, access)
             for name in version.files.keys() & set(MORE_FILES):
                 await source.fetch(version, name, folder / name, version.files[name].num_bytes, access)
+            if to_convert is not None:
+                await asyncio.to_thread(_check_sums, version, folder)
+                raise to_convert
             return await asyncio.to_thread(self._finish, version, folder, conversion)
 
     def _finish(self, version: SourceVersion, folder: Path, conversion: Conversion | None) -> str:
-        for name, file in version.files.items():
-            if file.checksum is not None and _checksum(folder / name, file.checksum[0]) != file.checksum[1]:
-                raise Changed(f"{name} of {version.source} does not match the {file.checksum[0]} of its source")
+        _check_sums(version, folder)
         named = ""
         if CONFIG_FILE in version.files:  # which a conversion overwrites
-            named = _named_in(parse_config((folder / CONFIG_FILE).read_bytes()))
+            named = named_in(parse_config((folder / CONFIG_FILE).read_bytes()))
         if conversion is not None:
             convert(folder, version.weights, conversion, folder, self.blobs.reserve)
         files = AdapterFolder.open_fetched(folder)
@@ -265,6 +295,34 @@ class Mirror:
         digest = self.blobs.put(version.key, files, sync=not version.at_hand)
         self.blobs.note_base(version.key, named)
         return digest
+
+    # ------------------------------------------------------------ kinds of full rank
+
+    def _to_convert(
+        self, version: SourceVersion, folder: Path, bases: Sequence[ServedModel], tenant: str
+    ) -> ToConvert | None:
+        """Return what `convert` is to do with an adapter whose config is staged; None for one that is served as it is.
+
+        Raises AdapterRefused; NeedsBase where one of several bases decides, Unavailable where none is known or too many
+        wait for a conversion.
+        """
+        if self._approximation is None or version.weights != WEIGHTS_FILE:
+            return None
+        config = parse_config((folder / CONFIG_FILE).read_bytes())
+        if not self._approximation.takes(config):
+            return None
+        if len(bases) > 1:
+            raise NeedsBase(named_in(config))
+        if not bases:
+            raise Unavailable(f"{version.source} can be converted once a worker has reported its base model")
+        self._approximation.turns.check(tenant)
+        return ToConvert(version, bases[0], tenant)
+
+    async def converted(self, take: Callable[[], Awaitable[Taken]]) -> Taken:
+        """Return what `take` does, with what it needs of a conversion done before. Raises as both."""
+        return await (take() if self._approximation is None else self._approximation.converted(take))
+
+    # ------------------------------------------------------------ what is here
 
     async def named_base(
         self, source: Source, target: str, version: SourceVersion, access: SourceAccess, tenant: str = ""
@@ -290,7 +348,7 @@ class Mirror:
                 folder = await asyncio.to_thread(self.blobs.staging, own)
                 try:
                     await source.fetch(version, CONFIG_FILE, folder / CONFIG_FILE, config.num_bytes, access)
-                    known = _named_in(parse_config(await asyncio.to_thread((folder / CONFIG_FILE).read_bytes)))
+                    known = named_in(parse_config(await asyncio.to_thread((folder / CONFIG_FILE).read_bytes)))
                 finally:
                     await asyncio.to_thread(self.blobs.discard, own)
             await asyncio.to_thread(self.blobs.note_base, key, known)
@@ -308,6 +366,7 @@ class Mirror:
         if files is None:
             raise Changed(f"adapter {digest:.12} was evicted from disk")
         spec = read_adapter(files.config, files.tensors, base)
+        files.check_idle(spec)
         if files.texts is not None:
             files.texts.check_base(base)
         tested = self._effect_test == "all" or (self._effect_test == "folders" and source.startswith("local:"))
@@ -366,6 +425,13 @@ def _for_base(version: SourceVersion, base: ServedModel | None, any_of: Sequence
     return replace(version, key=f"{version.key}:{base.model_type}:{base.head_dim}")
 
 
+def _check_sums(version: SourceVersion, folder: Path) -> None:
+    """Raise Changed for a file that is not the one whose checksum its source states."""
+    for name, file in version.files.items():
+        if file.checksum is not None and _checksum(folder / name, file.checksum[0]) != file.checksum[1]:
+            raise Changed(f"{name} of {version.source} does not match the {file.checksum[0]} of its source")
+
+
 def _check_head(folder: Path, weights: str, num_bytes: int, bases: Sequence[ServedModel]) -> Conversion | None:
     """Check the config and the header of the weights for one of some bases, none while they are unknown.
 
@@ -397,12 +463,6 @@ def fits_none(refused: Mapping[str, AdapterRefused]) -> AdapterRefused:
     """Return the error for an adapter that each of several bases, given by their names, has refused."""
     reasons = "; ".join(f"{name}: {error.message[:MAX_REASON]}" for name, error in refused.items())
     return AdapterRefused([f"it fits no base of this fleet; {reasons}"])
-
-
-def _named_in(config: Mapping[str, object]) -> str:
-    """Return what a config calls its base, "" unless that is a text of modest length."""
-    name = config.get("base_model_name_or_path")
-    return name if isinstance(name, str) and len(name) <= MAX_BASE_NAME and name.isprintable() else ""
 
 
 def _checksum(path: Path, algorithm: str) -> str:

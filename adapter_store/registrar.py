@@ -201,8 +201,8 @@ class Registrar:
             reference, source = self._place(registration)
             target = reference.source.partition(":")[2]
             access, tenant = self._access(field, registration), registration.tenant
-            mirrored, base, record = await self._bases.take(
-                self._mirror, source, target, registration.base, access, tenant
+            mirrored, base, record = await self._mirror.converted(
+                lambda: self._bases.take(self._mirror, source, target, registration.base, access, tenant)
             )
             if record is None:
                 return  # it stays due until the base is known

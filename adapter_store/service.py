@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from adapter_store.approximate import Approximation
 from adapter_store.bases import Bases
 from adapter_store.blobs import Blobs
 from adapter_store.catalogue import Catalogue
@@ -136,6 +137,7 @@ class Store:
             max_parallel=settings.max_downloads,
             shared_bucket=self.shared_bucket,
             effect_test=settings.effect_test,
+            approximation=Approximation.of(settings, blobs, self.shared_bucket),
         )
         self.catalogue = Catalogue(bus, self.sid, record_kept_s=timings.record_kept_s)
         self.uploads = Uploads(settings.adapters, settings.upload_bytes, settings.max_adapter_bytes, reserve)
@@ -310,7 +312,9 @@ class Store:
         base = next((alias.base for alias in self.catalogue.aliases.values() if alias.digest == digest), "")
         for access in self.registrar.accesses_to(digest) or [FLEET]:
             try:
-                mirrored = await self.mirror.take(source, target, self.bases.get(base), access)
+                mirrored = await self.mirror.converted(
+                    partial(self.mirror.take, source, target, self.bases.get(base), access)
+                )
                 return mirrored.digest == digest
             except Changed as error:
                 logger.warning("adapter %.12s is no longer at %s: %s", digest, record.source, error)

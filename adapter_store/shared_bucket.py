@@ -15,6 +15,7 @@ from typing import Any
 from boto3.exceptions import Boto3Error
 from botocore.exceptions import BotoCoreError, ClientError
 
+from adapter_store.blobs import Blobs
 from adapter_store.sources import FILES
 from peft_adapters.format import CONFIG_FILE, parse_config
 from peft_adapters.texts.files import TEXTS_FIELD, TEXTS_FILE
@@ -61,6 +62,12 @@ class SharedBucket:
         except ERRORS as error:
             self._log_unless_missing(error)
             return None
+
+    def push_blob(self, version: str, digest: str, blobs: Blobs) -> None:
+        """Copy a blob into the bucket, unless it has left the disk. Raises as `push`."""
+        folder = blobs.verified(digest)
+        if folder is not None:
+            self.push(version, digest, folder)
 
     def pull(self, digest: str, folder: Path, room: Room) -> bool:
         """Download a blob's files into a folder; return whether all were there. The caller checks their content.

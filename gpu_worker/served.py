@@ -26,6 +26,7 @@ def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: 
         vocab_size=model.vocab_size,
         max_model_len=max_model_len,
         sites=model.adaptable.shapes(model.sites),
+        idle=model.idle if isinstance(model, BaseModel) else [],
         dtype=name_of(model.dtype),
         tied_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
         created_ms=now_ms(),

@@ -2,13 +2,19 @@
 
 PEFT decomposes what the adapter adds to each layer, and keeps as few singular values as hold the share KEEP of its
 Frobenius norm. The result is an approximation: the error of each layer is written into its config. It runs in its own
-process, so that nobody else needs torch.
+process, so that nobody else needs torch. A store, which converts strangers' adapters, limits that process too.
 """
 
 from __future__ import annotations
 
+import argparse
+import ctypes
+import dataclasses
 import json
 import math
+import os
+import resource
+import signal
 import sys
 import tempfile
 import warnings
@@ -16,15 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.conversion import convert_to_lora
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from gpu_worker.loading.checkpoint import CLASSES, read_config, task_of
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from peft_adapters.kinds.converted import CONVERTED_FIELD
-from protocol.runtime.model_files import TOKENIZER_FILES, model_folder
+from protocol.runtime.model_files import WEIGHT_FILES, model_folder
 from protocol.wire.errors import BadRequest, LorafleetError
 
 _ADAPTER = "default"
@@ -34,15 +41,17 @@ def convert(model: str, source: Path, target: Path, keep: float) -> dict[str, fl
     """Write an adapter as LoRA into a folder; return the relative error of each layer, in the Frobenius norm.
 
     model: the base, a folder or a Hub id. keep: share of the norm of what the adapter adds to a layer, 0 to 1. The
-    folder is there only when it is whole. Raises BadRequest for a kind that PEFT cannot convert, and for numbers that
-    are not finite; OSError for a folder that cannot be written.
+    folder is there only when it is whole. Raises BadRequest for a kind that PEFT cannot convert, for fields and tensors
+    that PEFT would leave out, and for numbers that are not finite; OSError for a folder that cannot be written.
     """
-    folder = model_folder(model, TOKENIZER_FILES)
-    base = CLASSES[task_of(read_config(folder))].from_pretrained(folder, dtype=torch.float32)
+    folder = model_folder(model, WEIGHT_FILES)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of fields and layers that the adapter's owner knows
+        warnings.simplefilter("ignore")  # of what is checked here, and of what the adapter's owner knows
+        _check_fields(source)
+        base = CLASSES[task_of(read_config(folder))].from_pretrained(folder, dtype=torch.float32)
         adapted: Any = PeftModel.from_pretrained(base, str(source)).eval()
     kind = str(adapted.peft_config[_ADAPTER].peft_type.value)
+    _check_tensors(adapted, source)
     try:
         with torch.no_grad():
             config, tensors = convert_to_lora(adapted, rank=keep * keep, adapter_name=_ADAPTER)  # the share of squares
@@ -85,11 +94,52 @@ def _errors(adapted: torch.nn.Module, tensors: dict[str, Tensor]) -> dict[str, f
     return found
 
 
+def _check_fields(source: Path) -> None:
+    """Raise BadRequest for a config with fields that this PEFT does not know: it would leave them out."""
+    fields = json.loads((source / CONFIG_FILE).read_bytes())
+    known = {field.name for field in dataclasses.fields(type(PeftConfig.from_pretrained(str(source))))}
+    if unknown := sorted(name for name, value in fields.items() if value and name not in known):
+        raise BadRequest(f"config fields that are not understood: {', '.join(unknown[:5])}")
+
+
+def _check_tensors(adapted: Any, source: Path) -> None:
+    """Raise BadRequest unless a file has just the tensors that PEFT saves of the adapter it has loaded."""
+    with safe_open(source / WEIGHTS_FILE, "pt") as file:
+        found = set(file.keys())
+    wanted = set(get_peft_model_state_dict(adapted, adapter_name=_ADAPTER, save_embedding_layers=False))
+    for names, what in ((found - wanted, "fit nothing"), (wanted - found, "are missing")):
+        if names:
+            raise BadRequest(f"tensors that {what}: {', '.join(sorted(names)[:5])}")
+
+
+def _limit(most_bytes: int, file_bytes: int) -> None:
+    """Let this process have so much memory and write files so large, and die with the one that started it.
+
+    More memory is a MemoryError or RuntimeError, a larger file an OSError.
+    """
+    resource.setrlimit(resource.RLIMIT_DATA, (most_bytes, most_bytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if sys.platform == "linux":
+        parent, set_death_signal = os.getppid(), 1
+        if ctypes.CDLL(None).prctl(set_death_signal, ctypes.c_ulong(signal.SIGKILL)) or os.getppid() != parent:
+            sys.exit("the process that asked for the conversion has ended")
+
+
 def main() -> int:
     """Convert as the arguments say, and print the errors as JSON; return the exit code."""
-    model, source, target, keep = sys.argv[1:]
+    parser = argparse.ArgumentParser()
+    for name in ("model", "source", "target"):
+        parser.add_argument(name)
+    parser.add_argument("keep", type=float)
+    parser.add_argument("--memory", type=int, default=0, help="bytes that the process may have; 0: any number")
+    parser.add_argument("--file", type=int, default=0, help="bytes that a file of its may have")
+    args = parser.parse_args()
+    if args.memory:
+        _limit(args.memory, args.file)
     try:
-        print(json.dumps(convert(model, Path(source), Path(target), float(keep))))
+        print(json.dumps(convert(args.model, Path(args.source), Path(args.target), args.keep)))
     except (LorafleetError, OSError) as error:
         print(error.message if isinstance(error, LorafleetError) else error, file=sys.stderr)
         return 2

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from peft_adapters.reasons import Reasons
 from peft_adapters.safetensors_header import ITEM_BYTES, TensorInfo
 from peft_adapters.spec import AdapterSpec, LayerOperation, LoraWeights
+from protocol.wire.errors import AdapterRefused
 
 CHUNK_BYTES = 1 << 20
 
@@ -27,6 +29,20 @@ def has_effect(spec: AdapterSpec, tensors: Mapping[str, TensorInfo], weights: me
         return True
     parts = (*spec.sites, *spec.embeddings, *spec.parameters)
     return any(not is_zero_product(part, tensors, weights) for part in parts)
+
+
+def check_idle(spec: AdapterSpec, tensors: Mapping[str, TensorInfo], weights: memoryview) -> None:
+    """Raise AdapterRefused for LoRA that is not zero on layers that never run.
+
+    PEFT adds it to an output that nobody asks for, so it is zero after training too. One that is not has an effect only
+    where it is merged into the weights: then PEFT gives two answers. tensors, weights: as in `has_effect`.
+    """
+    reasons = Reasons()
+    for part in spec.idle:
+        if not is_zero_product(part, tensors, weights):
+            reasons.add("LoRA has an effect only when merged here, since the model reads the weight itself", part.site)
+    if reasons:
+        raise AdapterRefused(reasons.render())
 
 
 def is_zero_operation(part: LayerOperation, tensors: Mapping[str, TensorInfo], weights: memoryview) -> bool:

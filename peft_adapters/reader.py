@@ -55,6 +55,7 @@ def read_spec(
         (embeddings if site.kind == "embedding" else sites).extend(read_lora(matcher, site))
     wrapped = [lora for module, names in parameters.items() for lora in read_parameters(matcher, module, names)]
     head = read_head(matcher)
+    idle = [lora for site in _idle(matcher) for lora in read_lora(matcher, site)]
     matcher.check_unused()
     check_vocabulary(matcher, replaced, tokens)
     return AdapterSpec(
@@ -62,6 +63,7 @@ def read_spec(
         embeddings=tuple(embeddings),
         parameters=tuple(lora for lora in wrapped if matcher.sites[lora.site].kind not in LINEAR),
         operations=tuple(parts.operations),
+        idle=tuple(idle),
         replaced=(*replaced, *parts.replaced),
         tokens=tuple(tokens),
         invocation=matcher.config.invocation,
@@ -106,6 +108,18 @@ def _targeted(matcher: TensorMatcher) -> dict[str, SiteShape]:
     for site in found.values():
         _check_target(config, site, matcher.reasons)
     return found
+
+
+def _idle(matcher: TensorMatcher) -> list[SiteShape]:
+    """Return the layers that the base reads without running, of which the file has the LoRA that its config means.
+
+    PEFT wraps them too, and what it adds to their output reaches nothing.
+    """
+    config = matcher.config
+    if config.own is not None or matcher.base is None:
+        return []
+    meant = [site for site in matcher.base.idle if config.all_linear or config.targets.chosen(site.name)]
+    return [site for site in meant if site.name in matcher.tensors.lora and not config.saved.excludes(site.name)]
 
 
 def _check_target(config: AdapterConfig, site: SiteShape, reasons: Reasons) -> None:

@@ -28,7 +28,7 @@ FLOATS = {"F32": 4, "F16": 2, "BF16": 2}
 ITEM_BYTES = {**FLOATS, "I64": 8, "I32": 4, "I16": 2, "U8": 1}
 """Bytes of a number by dtype. Whole numbers are indices, which some kinds of adapters save. Others are not served."""
 
-MAX_DIMENSIONS = 3
+MAX_DIMENSIONS = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from gpu_worker.one_by_one.passes import Passes
 from gpu_worker.tasks.model_tasks import ModelTasks, decoder_of, hidden_states
 from lora_kernels import cpu, ops
 from protocol.wire.errors import BadRequest
+from protocol.wire.messages import SiteShape
 
 
 @dataclass(slots=True)
@@ -53,6 +54,7 @@ class BaseModel:
     answers: KeptAnswers | None = None  # stores `check` for later starts, if enabled
     kv_dtype: torch.dtype | None = None  # dtype of keys and values in the caches, int8 for codes; None: `dtype`
     plain: PlainModel | None = None  # replaces the module in steps
+    idle: list[SiteShape] = field(default_factory=list[SiteShape])  # see `ServedModel.idle`
     passes: Passes | None = None  # set for models whose sequences run unbatched; they have no `layers` and no `mixers`
 
     @property

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from gpu_worker.layers.adaptable_modules import AdaptableModules, find_adaptable_modules
 from gpu_worker.layers.attention import ATTENTION, AttentionCall, StepContext, make_layers, unbind
 from gpu_worker.layers.lightning import install_lightning
-from gpu_worker.layers.lora import install_sites
+from gpu_worker.layers.lora import install_sites, linear_shape
 from gpu_worker.layers.mixers import MixerStates
 from gpu_worker.layers.tied import install_tied
 from gpu_worker.loading.checkpoint import read_eos_ids, refusal, refuse_what_cannot_run, takes_positions
@@ -36,6 +36,7 @@ from gpu_worker.tasks.headless import read_decoder
 from gpu_worker.tasks.model_tasks import ModelTasks, decoder_of, head_name_of, hidden_states
 from lora_kernels import ops
 from protocol.wire.errors import BadRequest
+from protocol.wire.messages import SiteShape
 
 logger = logging.getLogger(__name__)
 
@@ -189,11 +190,28 @@ def _run_one_by_one(model: BaseModel, reasons: list[str]) -> Trial:
     return trial
 
 
+def _idle_linears(module: PreTrainedModel, trial: Trial) -> list[SiteShape]:
+    """Return the linear layers of mixers that no pass runs: the mixer reads their weights.
+
+    trial: of the model as it runs.
+    """
+    called = {call.name for call in trial.linears}
+    found: list[SiteShape] = []
+    for mixer in sorted(trial.mixer_modules):
+        for name, child in module.get_submodule(mixer).named_children():
+            shape = linear_shape(child)
+            if shape is not None and f"{mixer}.{name}" not in called and isinstance(child, nn.Linear):
+                rows, width = shape
+                found.append(SiteShape(f"{mixer}.{name}", width, rows, has_bias=child.bias is not None))
+    return found
+
+
 def _install(model: BaseModel, trial: Trial, impl: ops.Impl | None, *, compiled: bool) -> None:
     """Put our linear layers and shortcuts into a model. trial: of the model as it runs."""
     module, context, layers = model.module, model.context, model.layers
     names = {module_: name for name, module_ in module.named_modules()}
     attention_names = {names[layer.call.module] for layer in layers} | trial.mixer_modules
+    model.idle = _idle_linears(module, trial)
     model.sites, model.shared = install_sites(module, trial.linears, attention_names, context, impl)
     model.adaptable = find_adaptable_modules(module, trial.per_token, model.sites, model.shared, context, impl)
     install_tied(module, trial.linears, model.adaptable)

@@ -82,6 +82,7 @@ class Layer:
     in_features: int
     out_features: int
     widest: tuple[int, int]  # the most inputs and the most outputs of any layer that the adapter changes
+    has_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)

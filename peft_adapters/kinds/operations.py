@@ -2,7 +2,8 @@
 
 IA3: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning", 2022. RoAd:
 Liao and Monz, "3-in-1: 2D Rotary Adaptation", 2024. OFT: Qiu et al., "Controlling Text-to-Image Diffusion by Orthogonal
-Finetuning", 2023. SHiRA: Bhardwaj et al., "Sparse High Rank Adapters", 2024.
+Finetuning", 2023. BOFT: Liu et al., "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", 2023.
+SHiRA: Bhardwaj et al., "Sparse High Rank Adapters", 2024.
 """
 
 from __future__ import annotations
@@ -154,6 +155,32 @@ def _cayley(skew: NDArray[Any]) -> NDArray[Any]:
     return np.linalg.solve(identity + skew, identity - skew)
 
 
+def _boft(layer: Layer) -> Operation:
+    """Return rotations of blocks of the inputs, each from a matrix by Cayley's transform, and factors of the outputs.
+
+    PEFT has further butterfly factors, between which numbers change their places, only on a GPU with a compiler. Files
+    with these have other shapes, and are refused for that.
+    """
+    options, inputs, outputs = layer.options, layer.in_features, layer.out_features
+    size, num = options["boft_block_size"], options["boft_block_num"]
+    if bool(size) == bool(num):
+        raise Unfit(f"one of boft_block_size and boft_block_num must be 0; they are {size} and {num}")
+    if inputs % (size or num):
+        raise Unfit(f"{'boft_block_size' if size else 'boft_block_num'} is {size or num}, of {inputs} inputs")
+    if layer.has_bias:
+        raise Unfit("it scales outputs without the layer's bias")
+    size = size or inputs // num
+    num = inputs // size
+    shapes: dict[str, Shape] = {"boft_R": (1, num, size, size), "boft_s": (outputs, 1)}
+    return Operation(shapes, _boft_change, inputs * size + outputs, num_products=2 * num * size**3)
+
+
+def _boft_change(get: Numbers) -> Change:
+    values = get("boft_R")[0]
+    skew = np.float32(0.5) * (values - values.transpose(0, 2, 1))
+    return Change(inputs=Transform(blocks=_cayley(skew)), outputs=Transform(scale=get("boft_s").ravel()))
+
+
 def _series(skew: NDArray[Any], terms: int) -> NDArray[Any]:
     """Return the first terms of (I + Q)(I - Q)⁻¹ as PEFT adds them: the powers of Q twice, but for the last."""
     total = np.broadcast_to(np.eye(skew.shape[-1], dtype=np.float32), skew.shape).copy()
@@ -210,6 +237,12 @@ KINDS = {
          "block_share": choice(False, True), "use_cayley_neumann": choice(True, False),
          "num_cayley_neumann_terms": Field(5, lambda value: type(value) is int and 1 <= value <= 64, "from 1 to 64")},
         frozenset({"module_dropout", "fan_in_fan_out", "init_weights"}), ("oft_R.weight",), _oft,
+    ),
+    "BOFT": Kind(
+        "BOFT",
+        {"boft_block_size": whole(4, 0), "boft_block_num": whole(0, 0)},
+        frozenset({"boft_n_butterfly_factor", "boft_dropout", "fan_in_fan_out", "init_weights"}),
+        ("boft_R", "boft_s"), _boft,
     ),
     "SHIRA": Kind(
         "SHIRA", {"r": whole(32)}, frozenset({"mask_type", "random_seed", "fan_in_fan_out", "init_weights"}),

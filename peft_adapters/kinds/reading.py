@@ -84,7 +84,7 @@ def _read_layer(
         if name in options:
             options[name] = pattern.get(site.name, options[name])
     try:
-        form = kind.form(Layer(site.name, options, inputs, outputs, widest))
+        form = kind.form(Layer(site.name, options, inputs, outputs, widest, site.has_bias))
     except Unfit as unfit:
         reasons.add(f"{kind.name}: {unfit}", site.name)
         return

@@ -9,6 +9,9 @@ _FULL_RANK = "what it adds to a weight has full rank"
 CONVERT = "`lorafleet adapters convert SRC DST --base MODEL --rank auto` approximates it by LoRA"
 """What can be done about a kind that PEFT itself can write as LoRA."""
 
+SETTING = ", as does a store with --convert-adapters"
+"""What else can be done about a kind that is not served at all."""
+
 CONVERTIBLE = frozenset(
     {"C3A", "DELORA", "FOURIERFT", "GRALORA", "LOHA", "LOKR", "MISS", "PSOFT", "RANDLORA", "TINYLORA", "UNILORA",
      "VBLORA", "VERA", "WAVEFT"}
@@ -18,7 +21,6 @@ CONVERTIBLE = frozenset(
 REFUSED = {
     "ADAMSS": "its subspaces are found by clustering when it is loaded",
     "ADAPTION_PROMPT": "it changes how attention is computed, in PEFT for Llama and Mistral alone",
-    "BOFT": "its butterfly rotations are not served",
     "C3A": _FULL_RANK,
     "FOURIERFT": _FULL_RANK,
     "FROD": _FULL_RANK,
@@ -38,10 +40,17 @@ REFUSED = {
 }
 
 
+def is_converted(kind: Any) -> bool:
+    """Return whether a store with `convert_adapters` converts this `peft_type`: PEFT can, and it is not served."""
+    return isinstance(kind, str) and kind in REFUSED and kind in CONVERTIBLE
+
+
 def why_refused(kind: Any) -> str:
     """Return what follows "is not served" in the reason against a `peft_type`: why, or nothing for an unknown one."""
     reason = REFUSED.get(kind) if isinstance(kind, str) else None
-    return f": {reason}{what_to_do(kind)}" if reason else ""
+    if not reason:
+        return ""
+    return f": {reason}{what_to_do(kind)}" + (SETTING if is_converted(kind) else "")
 
 
 def what_to_do(kind: str) -> str:

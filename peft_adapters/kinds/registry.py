@@ -12,7 +12,8 @@ _FAMILIES = {
     "DELORA": "blocks", "GRALORA": "blocks", "MISS": "blocks",
     "PVERA": "vectors", "UNILORA": "vectors", "VBLORA": "vectors", "VERA": "vectors",
     "DEFT": "projections", "HRA": "projections",
-    "BEFT": "operations", "IA3": "operations", "OFT": "operations", "ROAD": "operations", "SHIRA": "operations",
+    "BEFT": "operations", "BOFT": "operations",
+    "IA3": "operations", "OFT": "operations", "ROAD": "operations", "SHIRA": "operations",
     "LN_TUNING": "replacing", "TRAINABLE_TOKENS": "replacing",
 }  # fmt: skip
 """The module of each kind, of which `KINDS` holds it."""

@@ -29,6 +29,7 @@ SERVED = {
         OPERATION,
         "rotations of blocks of inputs; `coft`, `block_share`, both forms of Cayley's transform",
     ),
+    "BOFT": (OPERATION, "rotations of blocks of inputs, of one butterfly factor; layers without a bias"),
     "ROAD": (OPERATION, "rotations of pairs of outputs; all variants"),
     "SHIRA": (OPERATION, "numbers at places of the weight, as a sparse product"),
     "TRAINABLE_TOKENS": (WHOLE, "rows of the embedding and the head, tied ones too"),

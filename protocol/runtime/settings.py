@@ -341,6 +341,12 @@ class Settings(CommonSettings):
         default="folders",
         description="which adapters are checked for having no effect (everything they add is zero)",
     )
+    convert_adapters: bool = Field(
+        default=False,
+        description="approximate adapters of C3A, FourierFT, RandLoRA, WaveFT, PSOFT and TinyLoRA by LoRA instead of"
+        " refusing them; the store then needs torch, PEFT and the base's weights",
+    )
+    convert_timeout_s: float = Field(default=600.0, gt=0, description="maximum duration of such a conversion")
     store_quota_bytes: int = Field(
         default=0,
         ge=0,

@@ -145,6 +145,22 @@ async def test_an_adapter_of_zeros_has_no_effect(
     assert "local:usual has no effect" not in caplog.text
 
 
+@pytest.mark.parametrize(("value", "state"), [(0.0, "on_disk"), (0.5, "failed")])
+async def test_lora_that_peft_computes_nothing_with_must_be_zero(
+    value: float, state: str, bus: Bus, root: Path, run_store: RunStore
+) -> None:
+    idle = m.SiteShape("model.layers.0.mamba.dt_proj", 4, 16)
+    await bus.set(bus.keys.base, msgspec.structs.replace(BASE, idle=[idle]))
+    tensors = lora_tensors(sites=[*BASE.sites, idle])
+    tensors[f"base_model.model.{idle.name}.lora_B.weight"] = np.full((16, 4), value)
+    (root / "one").mkdir()
+    (root / "one" / WEIGHTS_FILE).write_bytes(safetensors(tensors))
+    (root / "one" / CONFIG_FILE).write_text(json.dumps(lora_config(target_modules="all-linear")))
+    run_store()
+    alias = await in_state(bus, "one", state)
+    assert ("only when merged here" in alias.reason) == bool(value)
+
+
 async def test_what_a_conversion_cost_is_what_this_file_says(bus: Bus, root: Path, run_store: RunStore) -> None:
     """Whoever registers the same weights, first or later, says nothing for others, and takes nothing from them."""
     await bus.set(bus.keys.base, BASE)

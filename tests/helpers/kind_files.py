@@ -30,8 +30,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "GRALORA": {"r": 4, "hybrid_r": 1}, "VERA": {"r": 4}, "PVERA": {"r": 4},
     "VBLORA": {"r": 2, "num_vectors": 8, "vector_length": 4, "topk": 2, "save_only_topk_weights": True},
     "UNILORA": {"r": 2, "theta_d_length": 8, "save_indices": True},
-    "BEFT": {}, "IA3": {"feedforward_modules": ["v_proj"]}, "OFT": {"oft_block_size": 4}, "ROAD": {"group_size": 4},
-    "SHIRA": {"r": 1}, "LN_TUNING": {"target_modules": ["norm"]},
+    "BEFT": {}, "IA3": {"feedforward_modules": ["v_proj"]}, "OFT": {"oft_block_size": 4}, "BOFT": {},
+    "ROAD": {"group_size": 4}, "SHIRA": {"r": 1}, "LN_TUNING": {"target_modules": ["norm"]},
     "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": [1, 5]},
 }  # fmt: skip
 """Fields of an adapter of each kind that fits the base."""

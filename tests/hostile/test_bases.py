@@ -17,8 +17,8 @@ from httpx2 import AsyncClient
 from tokenizers import Tokenizer
 
 from adapter_store.bases import Bases
-from adapter_store.blobs import Blobs
-from adapter_store.mirror import MAX_BASE_NAME, Mirror
+from adapter_store.blobs import MAX_BASE_NAME, Blobs
+from adapter_store.mirror import Mirror
 from adapter_store.sources import FLEET
 from adapter_store.sources.local import LocalSource
 from protocol.queue.bus import Bus, now_ms

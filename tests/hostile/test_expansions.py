@@ -31,6 +31,7 @@ BOMBS: dict[str, dict[str, Any]] = {
     "HRA, made orthogonal": {"target_modules": FOUR, "r": MAX_KIND_ROWS, "apply_GS": True},
     "DEFT, made orthogonal": {"target_modules": FOUR, "r": MAX_KIND_ROWS, "decomposition_method": "qr"},
     "OFT, one block": {"target_modules": FOUR, "oft_block_size": SIZE, "num_cayley_neumann_terms": 1},
+    "BOFT, one block": {"target_modules": FOUR, "boft_block_size": SIZE},
     "OFT, many terms": {"target_modules": FOUR, "oft_block_size": SIZE // 2, "num_cayley_neumann_terms": 64},
     "OFT, solved": {"target_modules": FOUR, "oft_block_size": SIZE, "use_cayley_neumann": False},
     "UNILORA": {"r": MAX_WHOLE}, "HRA": {"r": MAX_WHOLE}, "OFT": {"oft_block_size": SIZE}, "SHIRA": {"r": 4000},

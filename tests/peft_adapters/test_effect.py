@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
+from msgspec import structs
 
-from peft_adapters.effect import CHUNK_BYTES, has_effect
-from peft_adapters.format import parse_header, read_adapter
+from peft_adapters.effect import CHUNK_BYTES, check_idle, has_effect
+from peft_adapters.format import AdapterSpec, parse_header, read_adapter
+from protocol.wire.errors import AdapterRefused
+from protocol.wire.messages import SiteShape
 
 
 def effect(tensors: dict[str, np.ndarray[Any, Any]], **fields: Any) -> bool:
@@ -65,3 +68,50 @@ def test_what_replaces_parameters_may_have_one() -> None:
     tensors = zeroed("lora_B")
     tensors |= {f"base_model.model.{site.name}.lora_magnitude_vector": np.ones(16) for site in BASE.sites}
     assert effect(tensors, use_dora=True)
+
+
+# ---------------------------------------------------------------- layers that never run
+
+IDLE = SiteShape("model.layers.0.mamba.dt_proj", 4, 16)
+WITH_IDLE = structs.replace(BASE, idle=[IDLE])
+
+
+def idle(value: float, targets: Any = "all-linear", shape: tuple[int, int] = (16, 4), **fields: Any) -> AdapterSpec:
+    """Read an adapter with LoRA on a layer that never runs, whose B has one value, and check it."""
+    tensors = lora_tensors(sites=[*BASE.sites, IDLE])
+    tensors[f"base_model.model.{IDLE.name}.lora_B.weight"] = np.full(shape, value)
+    raw = safetensors(tensors)
+    infos = parse_header(raw, len(raw))
+    spec = read_adapter(lora_config(target_modules=targets, **fields), infos, WITH_IDLE)
+    check_idle(spec, infos, memoryview(raw))
+    return spec
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj", "dt_proj"], ".*_proj"])
+def test_lora_on_a_layer_that_never_runs_may_be_there_and_must_be_zero(targets: Any) -> None:
+    spec = idle(0.0, targets)
+    assert [part.site for part in spec.idle] == [IDLE.name]
+    assert IDLE.name not in {part.site for part in spec.sites}
+    with pytest.raises(AdapterRefused, match=f"only when merged here.*{IDLE.name}"):
+        idle(1e-30, targets)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"targets": ["q_proj", "v_proj"]}, "does not have or cannot adapt"),  # it is not meant
+        ({"shape": (16, 5)}, r"lora_B has shape \[16, 5\]"),
+        ({"shape": (1 << 12, 4)}, r"lora_B has shape \[4096, 4\]"),
+        ({"use_dora": True}, "tensors missing for targeted layers"),
+    ],
+)
+def test_what_else_a_layer_that_never_runs_has_is_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(AdapterRefused, match=reason):
+        idle(0.0, **changes)
+
+
+def test_lora_on_nothing_that_runs_is_refused() -> None:
+    name = f"base_model.model.{IDLE.name}.lora"
+    raw = safetensors({f"{name}_A.weight": np.ones((4, 4)), f"{name}_B.weight": np.zeros((16, 4))})
+    with pytest.raises(AdapterRefused, match="target_modules matches no layer"):
+        read_adapter(lora_config(target_modules=["dt_proj"]), parse_header(raw, len(raw)), WITH_IDLE)

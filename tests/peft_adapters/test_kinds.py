@@ -33,12 +33,12 @@ CHANGED: dict[str, Any] = {
     "init_weights": "mini", "mini_r": 2, "para": True, "decomposition_method": "qr", "num_vectors": 9, "topk": 1,
     "vector_length": 2, "save_only_topk_weights": False, "feedforward_modules": ["q_proj"], "variant": "road_4",
     "group_size": 2, "oft_block_size": 8, "coft": True, "eps": 0.1, "block_share": True, "use_cayley_neumann": False,
-    "num_cayley_neumann_terms": 3, "token_indices": [7], "theta_d_length": 9,
+    "num_cayley_neumann_terms": 3, "boft_block_size": 8, "boft_block_num": 4, "token_indices": [7], "theta_d_length": 9,
 }  # fmt: skip
 """Another valid value of each field that changes what is computed; a field without one has only one that is served."""
 
 
-UNKNOWN_EFFECT = {"HRA", "DEFT", "IA3", "ROAD", "LN_TUNING", "TRAINABLE_TOKENS"}
+UNKNOWN_EFFECT = {"HRA", "DEFT", "BOFT", "IA3", "ROAD", "LN_TUNING", "TRAINABLE_TOKENS"}
 """Kinds of which the file alone does not tell."""
 
 
@@ -150,6 +150,19 @@ def test_refuses_features_that_are_not_served_by_name() -> None:
     assert "rank_pattern has values" in reasons(config | {"rank_pattern": {"q_proj": 0}}, kind_tensors(config))
     config = kind_config("MISS")
     assert "not understood: rank_pattern" in reasons(config | {"rank_pattern": {"q_proj": 1}}, kind_tensors(config))
+
+
+def test_refuses_what_boft_cannot_be_on_a_layer() -> None:
+    config = kind_config("BOFT")
+    tensors = kind_tensors(config)
+    assert len(read(config, tensors).operations) == 4
+    both = {"boft_block_num": 4}, {"boft_block_size": 0}
+    assert all("one of boft_block_size and boft_block_num must be 0" in reasons(config | one, tensors) for one in both)
+    assert "boft_block_size is 3, of 16 inputs" in reasons(config | {"boft_block_size": 3}, tensors)
+    more = {name: np.repeat(value, 2, 0) if name.endswith("boft_R") else value for name, value in tensors.items()}
+    assert "boft_R has shape [2, 4, 4, 4]" in reasons(config | {"boft_n_butterfly_factor": 2}, more)
+    biased = structs.replace(KIND_BASE, sites=[structs.replace(site, has_bias=True) for site in KIND_BASE.sites])
+    assert "it scales outputs without the layer's bias" in reasons(config, tensors, biased)
 
 
 def test_refuses_modules_that_no_kind_has() -> None:

@@ -123,7 +123,7 @@ ATTACKS: dict[str, Callable[[Header], None]] = {
     "offsets as text": change("data_offsets", ["0", "4"]),
     "offsets as floats": change("data_offsets", [0.0, 4.0]),
     "offsets as truth": change("data_offsets", [False, True]),
-    "four dimensions": change("shape", [1, 1, 1, 1]),
+    "five dimensions": change("shape", [1, 1, 1, 1, 1]),
     "no dimension": change("shape", []),
     "negative shape": change("shape", [-1, -4]),
     "huge shape": change("shape", [1 << 40, 1 << 40]),

@@ -22,6 +22,7 @@ from gpu_worker.layers.expert_modules import ExpertSite
 from gpu_worker.layers.extras import Extras, tensors_of
 from gpu_worker.layers.lora import GROUPS, SiteInfo
 from lora_kernels.ops import PAGE_ROWS
+from peft_adapters.effect import check_idle
 from peft_adapters.format import AdapterSpec, read_adapter
 from peft_adapters.safetensors_header import TensorInfo, read_header
 from protocol.wire.errors import AdapterRefused
@@ -131,6 +132,7 @@ class Packer:
         view = memoryview(weights)
         tensors = read_header(view)
         spec = read_adapter(config, tensors, self.served)
+        check_idle(spec, tensors, view)
         # What cannot be written to is copied, since a tensor can be. The loader's memory can.
         file = torch.frombuffer(bytearray(view) if view.readonly else view, dtype=torch.uint8)
         return spec, lambda name: _read(file, tensors[name])

@@ -241,7 +241,15 @@ class RowPacker:
             _refuse([name for name, begin, end in halves if not _is_finite(buffer, begin, end, dtype)], dtype)
 
     def _is_plain(self, spec: AdapterSpec, tensors: Mapping[str, TensorInfo]) -> bool:
-        if spec.operations or spec.embeddings or spec.replaced or spec.tokens or spec.vocab_size or spec.head:
+        if (
+            spec.idle
+            or spec.operations
+            or spec.embeddings
+            or spec.replaced
+            or spec.tokens
+            or spec.vocab_size
+            or spec.head
+        ):
             return False
         parts = [*spec.sites, *spec.parameters]
         if not parts or spec.rank > MAX_RANK or len({part.site for part in parts}) < len(parts):

@@ -56,6 +56,8 @@ class ServedModel(Wire, frozen=True):
     """Layers, heads and entries of a head of the keys and values that an adapter may bring. []: it may bring none,
     since layers keep others or none; None: unknown."""
     tokenizer: dict[str, str] = {}  # digests of the parts of its tokenizer.json, by name; {}: it has none
+    idle: list[SiteShape] = []
+    """Linear layers whose weights the model reads without running them, as the selective scan does its dt_proj."""
     weights: str = ""  # hash of the weights' own numbers, see `gpu_worker.loading.weights`; "": not known
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 from oracle.adapters.peft_kinds import BIASED, GPT2, LLAMA, MIXTRAL, TIED, Base, Kind
 from peft import (
     BeftConfig,
+    BOFTConfig,
     DeftConfig,
     DeloraConfig,
     GraloraConfig,
@@ -54,6 +55,7 @@ CASES: dict[str, Kind] = {
     "beft": Kind(BIASED, {}, config=BeftConfig),
     "road": Kind(LLAMA, {**ALL, "group_size": 8}, config=RoadConfig),
     "oft": Kind(LLAMA, {**ALL, "oft_block_size": 16}, config=OFTConfig),
+    "boft": Kind(LLAMA, {**ALL, "boft_block_size": 8}, config=BOFTConfig),
     "shira": Kind(LLAMA, {**ALL, "r": 3}, config=ShiraConfig),
     "ln_tuning": Kind(LLAMA, {"target_modules": ["norm", "input_layernorm"]}, config=LNTuningConfig),
     "trainable_tokens": Kind(LLAMA, {**TOKENS, "target_modules": None}, config=TrainableTokensConfig),
@@ -87,6 +89,7 @@ FORMS: dict[str, Kind] = {
     "oft, shared": Kind(
         LLAMA, {"oft_block_size": 8, "block_share": True, "num_cayley_neumann_terms": 2}, config=OFTConfig
     ),
+    "boft, by their number": Kind(LLAMA, {"boft_block_size": 0, "boft_block_num": 2}, config=BOFTConfig),
     "ln_tuning with biases": Kind(GPT2, {"target_modules": ["ln_1", "ln_f"]}, config=LNTuningConfig),
     "trainable_tokens, tied": Kind(TIED, {**TOKENS, "target_modules": None}, config=TrainableTokensConfig),
     "trainable_tokens of a head": Kind(LLAMA, {**TOKENS, "target_modules": ["lm_head"]}, config=TrainableTokensConfig),

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from oracle.adapters.kind_cases import BASES, CASES, FORMS
 from oracle.adapters.peft_kinds import (
     LLAMA,
@@ -24,13 +27,22 @@ from oracle.adapters.peft_kinds import (
     train_adapter,
 )
 from oracle.peft_oracle import greedy_request
-from peft import C3AConfig, FourierFTConfig, HiraConfig
+from peft import (
+    C3AConfig,
+    FourierFTConfig,
+    HiraConfig,
+    PsoftConfig,
+    RandLoraConfig,
+    TinyLoraConfig,
+    WaveFTConfig,
+)
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from adapter_store.blobs import AdapterFolder
 from gpu_worker.svd_convert import convert
 from lorafleet.__main__ import main
-from peft_adapters.format import CONFIG_FILE
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from peft_adapters.kinds.converted import CONVERTED_FIELD, read_converted
 from protocol.wire.errors import BadRequest
 
@@ -71,6 +83,10 @@ def test_a_trained_adapter_is_read(name: str, tmp_path: Path) -> None:
 FULL_RANK = {
     "c3a": Kind(LLAMA, {"block_size": 16, "init_weights": "gaussian"}, config=C3AConfig),
     "fourierft": Kind(LLAMA, {"n_frequency": 500, "scaling": 30.0}, config=FourierFTConfig),
+    "randlora": Kind(LLAMA, {"r": 8}, config=RandLoraConfig),
+    "waveft": Kind(LLAMA, {"n_frequency": 500}, config=WaveFTConfig),
+    "psoft": Kind(LLAMA, {"r": 8}, config=PsoftConfig),
+    "tinylora": Kind(LLAMA, {"r": 2, "u": 8}, config=TinyLoraConfig),
 }
 
 
@@ -85,7 +101,7 @@ def test_a_kind_of_full_rank_is_approximated_on_request(name: str, tmp_path: Pat
     for keep in (1.0, 0.9):
         errors = convert(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / f"lora-{keep}", keep)
         assert len(errors) == 4
-        assert max(errors.values()) <= (1 - keep * keep) ** 0.5 + 1e-4
+        assert max(errors.values()) <= (1 - keep * keep) ** 0.5 + 4e-4  # PEFT adds squares in fp32, of 6e-8
         record = json.loads((tmp_path / f"lora-{keep}" / CONFIG_FILE).read_text())[CONVERTED_FIELD]
         assert record == {"peft_type": name.upper(), "keep": keep, "errors": errors}
         told = AdapterFolder.read(tmp_path / f"lora-{keep}")
@@ -96,7 +112,7 @@ def test_a_kind_of_full_rank_is_approximated_on_request(name: str, tmp_path: Pat
         ids, logits = engine_logits(engine, [greedy_request("r", "tuned", prompt, 4)])["r"]
         differences.append(float((logits - peft_logits(peft, prompt, ids)).abs().max()))
         assert (logits - model_logits(make_base(LLAMA), prompt, ids)).abs().max() > 100 * MAX_DIFFERENCE
-    assert differences[0] <= 10 * MAX_DIFFERENCE < differences[1]
+    assert differences[0] <= 20 * MAX_DIFFERENCE < differences[1]
 
 
 def test_the_command_says_the_largest_error(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +132,28 @@ def test_what_peft_cannot_convert_is_refused(tmp_path: Path) -> None:
     make_base(LLAMA).save_pretrained(str(tmp_path / "base"))
     make_adapter(Kind(LLAMA, {"r": 2}, config=HiraConfig), tmp_path / "adapter")
     with pytest.raises(BadRequest, match="HIRA cannot be converted to LoRA by PEFT"):
+        convert(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "lora", 0.9)
+    assert not (tmp_path / "lora").exists()
+
+
+SPOILED: dict[str, tuple[dict[str, Any], Callable[[dict[str, Tensor]], Any], str]] = {
+    "a field": ({"new_option": 3}, lambda _: None, "config fields that are not understood: new_option"),
+    "a tensor more": ({}, lambda found: found.update(other=torch.zeros(1)), "tensors that fit nothing: other"),
+    "a tensor less": ({}, lambda found: found.popitem(), "tensors that are missing: base_model"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_what_peft_would_leave_out_is_refused(name: str, tmp_path: Path) -> None:
+    make_base(LLAMA).save_pretrained(str(tmp_path / "base"))
+    make_adapter(FULL_RANK["c3a"], tmp_path / "adapter")
+    fields, spoil, reason = SPOILED[name]
+    config, file = tmp_path / "adapter" / CONFIG_FILE, tmp_path / "adapter" / WEIGHTS_FILE
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    tensors = load_file(file)
+    spoil(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(BadRequest, match=reason):
         convert(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "lora", 0.9)
     assert not (tmp_path / "lora").exists()
 

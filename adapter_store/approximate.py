@@ -1,0 +1,284 @@
+"""Writes adapters of full-rank kinds as LoRA, in a process that has torch: one at a time, in turns by tenant.
+
+Only a store with `convert_adapters` does it. What is written is an approximation, and says so
+(`peft_adapters.kinds.converted`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from adapter_store.blobs import AdapterFolder, Blobs, named_in
+from adapter_store.sources import MORE_FILES, SourceVersion
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, parse_config, read_adapter
+from peft_adapters.kinds.refused import is_converted
+from peft_adapters.reasons import show
+from protocol.runtime.environment import COMPUTE, HUB_CACHE, child_environment
+from protocol.runtime.model_files import WEIGHT_FILES, base_settings, model_folder
+from protocol.runtime.settings import Settings
+from protocol.wire.brief import brief
+from protocol.wire.errors import AdapterRefused, BadRequest, Unavailable
+from protocol.wire.lines import lines_of
+from protocol.wire.messages import ServedModel
+
+if TYPE_CHECKING:
+    from adapter_store.shared_bucket import SharedBucket
+
+logger = logging.getLogger(__name__)
+
+Taken = TypeVar("Taken")
+
+KEEP = 0.999
+"""Share of the Frobenius norm, at each layer, that the singular values hold which are kept."""
+
+MAX_WAITING = 64
+MAX_TENANT_WAITING = 16
+"""Conversions that wait for their turn, of all and of one tenant."""
+
+MAX_TAKES = 4
+"""How often an adapter is taken again after a conversion, should another have used up or thrown away its files."""
+
+MEMORY_BYTES = 4 << 30
+"""What a conversion may have besides three times the base's weights in fp32: for torch, and a layer's decomposition."""
+
+SAID_BYTES = 1 << 16
+"""What is kept of what the process says, whose last line is the reason against an adapter."""
+
+NEEDED = ("torch", "transformers", "peft", "gpu_worker")
+
+
+class ToConvert(Exception):
+    """An adapter that can be served once it is converted. Its files are staged."""
+
+    def __init__(self, version: SourceVersion, base: ServedModel, tenant: str) -> None:
+        """version: as its source has it. tenant: whose turn it takes."""
+        super().__init__(version.source)
+        self.version, self.base, self.tenant = version, base, tenant
+
+
+def as_lora(version: SourceVersion, base: ServedModel) -> SourceVersion:
+    """Return a version with the key that it has as LoRA, converted with the weights of a base."""
+    return replace(version, key=f"{version.key}:as LoRA for {base.fingerprint}:{base.weights}")
+
+
+class TenantTurns:
+    """One place, for which each tenant has a queue; the tenants take turns."""
+
+    def __init__(self) -> None:
+        """Start with a free place."""
+        self._is_taken = False
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+
+    def check(self, tenant: str) -> None:
+        """Raise Unavailable where no more may wait."""
+        num = len(self._waiting.get(tenant, ()))
+        if num >= MAX_TENANT_WAITING or sum(map(len, self._waiting.values())) >= MAX_WAITING:
+            raise Unavailable(
+                f"it has to be converted, and too many wait for that: {MAX_TENANT_WAITING} of a tenant may, and"
+                f" {MAX_WAITING} in all"
+            )
+
+    @asynccontextmanager
+    async def turn(self, tenant: str) -> AsyncGenerator[None]:
+        """Wait for the place, and have it until the block ends. Raises as `check`."""
+        if self._is_taken:
+            self.check(tenant)
+            granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(tenant, deque()).append(granted)
+            try:
+                await granted
+            except asyncio.CancelledError:
+                if granted.cancelled():
+                    self._forget(tenant, granted)
+                else:
+                    self._pass_on()
+                raise
+        self._is_taken = True
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def _forget(self, tenant: str, granted: asyncio.Future[None]) -> None:
+        queue = self._waiting.get(tenant, deque())
+        with suppress(ValueError):  # its turn came after the cancellation, and went to another
+            queue.remove(granted)
+        if not queue:
+            self._waiting.pop(tenant, None)
+
+    def _pass_on(self) -> None:
+        """Give the place to the tenant that has waited longest for one; its next waits behind all others."""
+        while self._waiting:
+            tenant, queue = self._waiting.popitem(last=False)
+            granted = queue.popleft()
+            if queue:
+                self._waiting[tenant] = queue
+            if not granted.done():
+                granted.set_result(None)
+                return
+        self._is_taken = False
+
+
+class Approximation:
+    """What a store needs to convert the adapters of its bases."""
+
+    def __init__(
+        self, blobs: Blobs, models: Mapping[str, str], *, timeout_s: float, max_bytes: int, bucket: SharedBucket | None
+    ) -> None:
+        """models: folder or Hub id of each base by its name. timeout_s: of one conversion. max_bytes: of its result."""
+        self._blobs = blobs
+        self._bucket = bucket
+        self._models = models
+        self._timeout_s = timeout_s
+        self._max_bytes = max_bytes
+        self.turns = TenantTurns()
+
+    @classmethod
+    def of(
+        cls, settings: Settings, blobs: Blobs, bucket: SharedBucket | None, needed: Sequence[str] = NEEDED
+    ) -> Approximation | None:
+        """Return it as the settings say; None where they do not ask for it.
+
+        needed: packages that the process imports. Raises BadRequest where it could not be done here.
+        """
+        if not settings.convert_adapters:
+            return None
+        if missing := [name for name in needed if find_spec(name) is None]:
+            raise BadRequest(
+                f"convert_adapters: adapters are converted by PEFT, and {', '.join(missing)} cannot be imported by the"
+                " store: install lorafleet[worker] where it runs, or leave the setting out"
+            )
+        if not settings.model:
+            raise BadRequest("convert_adapters needs the weights of the base: give the store the same --model")
+        models = {one.served_name: one.model for one in base_settings(settings)}
+        return cls(
+            blobs,
+            models,
+            timeout_s=settings.convert_timeout_s,
+            max_bytes=settings.max_adapter_bytes,
+            bucket=bucket,
+        )
+
+    @staticmethod
+    def takes(config: Mapping[str, Any]) -> bool:
+        """Return whether an adapter with this config is to be converted."""
+        return is_converted(config.get("peft_type"))
+
+    def most_bytes(self, base: ServedModel) -> int:
+        """Return how large the weights file of an adapter of a base can become: LoRA of full rank, fp32."""
+        sites = [site for site in base.sites if site.kind in ("linear", "conv1d", "opaque")]
+        full = sum(4 * (one.in_features + one.out_features) * min(one.in_features, one.out_features) for one in sites)
+        return min(self._max_bytes, full + (1 << 20))
+
+    async def converted(self, take: Callable[[], Awaitable[Taken]]) -> Taken:
+        """Return what `take` does, with what it needs of a conversion done before. Raises as it, and as `write`."""
+        for _ in range(MAX_TAKES):
+            try:
+                return await take()
+            except ToConvert as needed:
+                await self._convert(needed)
+        raise Unavailable("what was converted of it left the disk again, or its source changed meanwhile")
+
+    async def _convert(self, needed: ToConvert) -> None:
+        """Write a staged adapter as LoRA into the blobs; nothing where others have, or have used its files up.
+
+        Raises as `write`, and NoRoom.
+        """
+        version, own, base = needed.version, as_lora(needed.version, needed.base), needed.base
+        async with self.turns.turn(needed.tenant):
+            folder = await asyncio.to_thread(self._blobs.staging, version.key)
+            if not (folder / WEIGHTS_FILE).exists() or self._blobs.digest_of(own.key) is not None:
+                return
+            scratch = await asyncio.to_thread(self._blobs.staging, own.key)
+            try:
+                with self._blobs.room(0, self.most_bytes(base), scratch):
+                    await self.write(folder, scratch / "lora", base)
+                    digest = await asyncio.to_thread(self._finish, own, folder, scratch / "lora", base)
+                await asyncio.to_thread(self._blobs.discard, version.key)
+            except AdapterRefused:
+                await asyncio.to_thread(self._blobs.discard, version.key)
+                raise
+            finally:
+                await asyncio.to_thread(self._blobs.discard, own.key)
+        logger.info("%s is converted to LoRA: %.12s", version.source, digest)
+        if self._bucket is not None:
+            await asyncio.to_thread(self._bucket.push_blob, own.key, digest, self._blobs)
+
+    def _finish(self, own: SourceVersion, folder: Path, made: Path, base: ServedModel) -> str:
+        named = named_in(parse_config((folder / CONFIG_FILE).read_bytes()))
+        for name in own.files.keys() & set(MORE_FILES):
+            (folder / name).rename(made / name)
+        files = AdapterFolder.open_fetched(made)
+        read_adapter(files.config, files.tensors, base)
+        files.keep_texts()
+        digest = self._blobs.put(own.key, files, sync=not own.at_hand)
+        self._blobs.note_base(own.key, named)
+        return digest
+
+    async def write(self, source: Path, target: Path, base: ServedModel) -> None:
+        """Write the adapter in one folder as LoRA into another, which is made.
+
+        Costs at most `timeout_s` seconds, and the memory and the file that the base's size says. Raises AdapterRefused
+        for what PEFT cannot convert within these, Unavailable where the base is not at hand.
+        """
+        model = self._models.get(base.name)
+        if model is None:
+            text = f"adapters of the base {brief(base.name)} cannot be converted here"
+            raise Unavailable(f"{text}; this store has {', '.join(self._models)}")
+        try:
+            folder = await asyncio.to_thread(model_folder, model, WEIGHT_FILES)
+        except (BadRequest, OSError) as error:
+            text = error.message if isinstance(error, BadRequest) else str(error.strerror or error)
+            raise Unavailable(f"the base cannot be read to convert adapters: {show(text)}") from error
+        weights = sum(4 * site.in_features * site.out_features * max(1, site.num_experts) for site in base.sites)
+        limits = ("--memory", str(3 * weights + MEMORY_BYTES), "--file", str(self.most_bytes(base)))
+        code, said = await self._run(str(folder), str(source), str(target), str(KEEP), *limits)
+        if code:
+            raise AdapterRefused([f"it cannot be converted to LoRA: {said}"])
+
+    async def _run(self, *words: str) -> tuple[int, str]:
+        """Run the process; return its exit code and the last line of what it said, shortened."""
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "gpu_worker.svd_convert",
+            *words,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+            env=child_environment(*COMPUTE, *HUB_CACHE) | {"HF_HUB_OFFLINE": "1"},
+            start_new_session=True,
+        )
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                assert process.stderr is not None
+                said = await _end_of(process.stderr)
+                await process.wait()
+        except TimeoutError:
+            return -1, f"it takes longer than {self._timeout_s:g} s (convert_timeout_s)"
+        finally:
+            if process.returncode is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+        lines = lines_of(said.decode(errors="replace").strip())
+        return process.returncode or 0, show(lines[-1]) if lines else f"its process ended with {process.returncode}"
+
+
+async def _end_of(stream: asyncio.StreamReader) -> bytes:
+    """Read a stream to its end; return its last bytes."""
+    end = b""
+    while piece := await stream.read(SAID_BYTES):
+        end = (end + piece)[-SAID_BYTES:]
+    return end

@@ -1,0 +1,265 @@
+"""A store that converts kinds of full rank: only when told to, one at a time, in turns, and within limits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.adapter_files import safetensors
+from helpers.store_run import RunStore, ask, in_state
+from helpers.waiting import wait_until
+from msgspec import structs
+from oracle.adapters.peft_kinds import LLAMA, Kind, make_adapter, make_base
+from peft import C3AConfig
+
+from adapter_store.approximate import KEEP, MAX_TENANT_WAITING, MAX_WAITING, Approximation, TenantTurns, ToConvert
+from adapter_store.bases import Bases
+from adapter_store.blobs import Blobs
+from adapter_store.mirror import Mirror
+from adapter_store.sources import FLEET
+from adapter_store.sources.local import LocalSource
+from gpu_worker.describe import describe
+from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
+from protocol.queue.bus import Bus
+from protocol.runtime.settings import Settings
+from protocol.wire import messages as m
+from protocol.wire.errors import AdapterRefused, BadRequest, Unavailable
+
+BASE_KERNEL = np.zeros((4, 4, 16), np.float32)
+C3A = Kind(LLAMA, {"block_size": 16, "init_weights": "gaussian"}, config=C3AConfig)
+
+
+@pytest.fixture
+def root(settings: Settings) -> Path:
+    assert settings.adapters is not None
+    return settings.adapters
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    make_base(LLAMA).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(model: Path) -> m.ServedModel:
+    return describe(str(model))
+
+
+def c3a(folder: Path, seed: int = 5, **fields: Any) -> Path:
+    """Write an adapter of C3A, with some fields of its config changed."""
+    make_adapter(C3A, folder, seed=seed)
+    config = folder / CONFIG_FILE
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    return folder
+
+
+# ---------------------------------------------------------------- a store
+
+
+async def test_it_is_converted_where_the_store_is_told_to(
+    bus: Bus, root: Path, model: Path, base: m.ServedModel, run_store: RunStore
+) -> None:
+    await bus.set(bus.keys.base, base)
+    c3a(root / "one")
+    before = {path.name: path.read_bytes() for path in (root / "one").iterdir()}
+    store = run_store(convert_adapters=True, model=str(model))
+    one = await in_state(bus, "one", "on_disk")
+    record = await bus.get(bus.keys.adapter(one.digest), m.AdapterRecord)
+    assert record is not None
+    assert record.converted is not None
+    assert (record.converted.kind, record.converted.keep) == ("C3A", KEEP)
+    limit = (1 - KEEP**2) ** 0.5 + 1e-4
+    assert all(0 < error <= limit for error in record.converted.errors.values())
+    assert len(record.converted.errors) == 4
+    config, weights = await ask(await store.url(), one.digest)
+    assert config["peft_type"] == "LORA"
+    assert b"lora_A" in weights
+    assert {path.name: path.read_bytes() for path in (root / "one").iterdir()} == before
+
+
+async def test_it_is_refused_where_the_store_is_not_told_to(
+    bus: Bus, root: Path, model: Path, base: m.ServedModel, run_store: RunStore
+) -> None:
+    await bus.set(bus.keys.base, base)
+    c3a(root / "one")
+    run_store(model=str(model))
+    reason = (await in_state(bus, "one", "failed")).reason
+    assert "`lorafleet adapters convert SRC DST --base MODEL --rank auto`" in reason
+    assert "--convert-adapters" in reason
+
+
+async def test_a_store_that_could_not_do_it_does_not_start(
+    bus: Bus, model: Path, run_store: RunStore, settings: Settings, tmp_path: Path
+) -> None:
+    with pytest.raises(BadRequest, match="needs the weights of the base"):
+        await run_store(convert_adapters=True).task
+    blobs = Blobs(tmp_path / "blobs")
+    wanted = settings.model_copy(update={"convert_adapters": True, "model": str(model)})
+    with pytest.raises(BadRequest, match=r"no_such_library cannot be imported by the store: install"):
+        Approximation.of(wanted, blobs, None, ("torch", "no_such_library"))
+    assert Approximation.of(settings, blobs, None) is None
+
+
+# ---------------------------------------------------------------- limits
+
+
+def converting(tmp_path: Path, model: Path, base: m.ServedModel, **limits: Any) -> tuple[Mirror, LocalSource]:
+    """Return a mirror that converts for one base, and the source of a folder with one adapter of C3A."""
+    blobs = Blobs(tmp_path / "blobs")
+    given: dict[str, Any] = {"timeout_s": 600.0, "max_bytes": 1 << 20} | limits
+    approximation = Approximation(blobs, {base.name: str(model)}, bucket=None, **given)
+    c3a(tmp_path / "adapters" / "one")
+    return Mirror(blobs, max_bytes=1 << 20, approximation=approximation), LocalSource(tmp_path / "adapters", [])
+
+
+@pytest.mark.parametrize(
+    ("limits", "reason"),
+    [
+        ({"timeout_s": 0.05}, "longer than 0.05 s"),
+        pytest.param({"max_bytes": 2_000}, "File too large", marks=pytest.mark.thorough),
+    ],
+)
+async def test_a_conversion_that_is_too_large_or_slow_is_ended(
+    limits: dict[str, Any], reason: str, tmp_path: Path, model: Path, base: m.ServedModel
+) -> None:
+    mirror, source = converting(tmp_path, model, base, **limits)
+    with pytest.raises(AdapterRefused, match=reason):
+        await mirror.converted(lambda: mirror.take(source, "one", base))
+    assert list((tmp_path / "blobs" / "staging").iterdir()) == []
+    assert len(mirror.blobs) == 0
+
+
+@pytest.mark.thorough
+def test_a_conversion_has_so_much_memory(tmp_path: Path, model: Path) -> None:
+    c3a(tmp_path / "one")
+    words = [
+        str(model),
+        str(tmp_path / "one"),
+        str(tmp_path / "lora"),
+        "0.9",
+        "--memory",
+        str(1 << 20),
+        "--file",
+        str(1 << 30),
+    ]
+    done = subprocess.run([sys.executable, "-m", "gpu_worker.svd_convert", *words], capture_output=True, check=False)
+    assert done.returncode != 0
+    assert not (tmp_path / "lora").exists()
+
+
+async def test_one_base_of_several_is_that_which_it_names(
+    tmp_path: Path, model: Path, base: m.ServedModel
+) -> None:  # fmt: skip
+    mirror, source = converting(tmp_path, model, base)
+    bases = Bases([base.name, "other"])
+    bases.set([base, structs.replace(base, name="other", fingerprint="2")])
+    config = tmp_path / "adapters" / "one" / CONFIG_FILE
+    for named, found in ((str(model), base.name), ("org/OTHER", "other")):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": named}))
+        with pytest.raises(ToConvert) as needed:
+            await bases.take(mirror, source, "one", "", FLEET)
+        assert needed.value.base.name == found
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "org/stranger"}))
+    with pytest.raises(AdapterRefused, match="names none of this fleet: set base_model_name_or_path, or register it"):
+        await bases.take(mirror, source, "one", "", FLEET)
+    with pytest.raises(ToConvert):
+        await bases.take(mirror, source, "one", "other", FLEET)
+    with pytest.raises(Unavailable, match="'other' cannot be converted here; this store has tiny"):
+        await mirror.converted(lambda: bases.take(mirror, source, "one", "other", FLEET))
+
+
+async def test_it_waits_for_the_base(tmp_path: Path, model: Path, base: m.ServedModel) -> None:
+    mirror, source = converting(tmp_path, model, base)
+    with pytest.raises(Unavailable, match="can be converted once a worker has reported its base model"):
+        await mirror.take(source, "one", None)
+
+
+async def test_no_other_kind_is_converted(tmp_path: Path, model: Path, base: m.ServedModel) -> None:
+    mirror, source = converting(tmp_path, model, base)
+    config = tmp_path / "adapters" / "one" / CONFIG_FILE
+    for kind in ("HIRA", "LORA", "VERA", "NO_SUCH", ["C3A"], None):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"peft_type": kind}))
+        with pytest.raises(AdapterRefused):
+            await mirror.take(source, "one", base)
+
+
+@pytest.mark.thorough
+async def test_an_adapter_of_another_base_is_refused_with_the_reason(
+    tmp_path: Path, model: Path, base: m.ServedModel
+) -> None:
+    mirror, source = converting(tmp_path, model, base)
+    weights = tmp_path / "adapters" / "one" / WEIGHTS_FILE
+    weights.write_bytes(safetensors({"base_model.model.no.such.layer.c3a_kernel": BASE_KERNEL}))
+    with pytest.raises(AdapterRefused, match=r"tensors that fit nothing: base_model.model.no.such.layer.c3a_kernel"):
+        await mirror.converted(lambda: mirror.take(source, "one", base))
+
+
+# ---------------------------------------------------------------- turns
+
+
+async def test_tenants_take_turns() -> None:
+    turns, order, first = TenantTurns(), list[str](), asyncio.Event()
+
+    async def wait(tenant: str) -> None:
+        async with turns.turn(tenant):
+            order.append(tenant)
+            await first.wait()
+
+    async with asyncio.TaskGroup() as tasks:
+        for tenant in ("a", "a", "a", "a", "b", "c", "b"):
+            tasks.create_task(wait(tenant))
+        await wait_until(lambda: len(order) == 1, "the first has its turn")
+        first.set()
+    assert order == ["a", "a", "b", "c", "a", "b", "a"]
+
+
+async def test_only_so_many_wait() -> None:
+    turns, gate = TenantTurns(), asyncio.Event()
+
+    async def wait(tenant: str) -> None:
+        async with turns.turn(tenant):
+            await gate.wait()
+
+    def start(tenant: str, num: int) -> list[asyncio.Task[None]]:
+        return [asyncio.create_task(wait(tenant)) for _ in range(num)]
+
+    tasks = start("a", MAX_TENANT_WAITING + 2)
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    assert [type(task.exception()) for task in done] == [Unavailable]
+    with pytest.raises(Unavailable):
+        turns.check("a")
+    turns.check("b")
+    for tenant in ("b", "c", "d", "e"):
+        tasks += start(tenant, MAX_WAITING // 4)
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED, timeout=0)
+    with pytest.raises(Unavailable, match="64 in all"):
+        turns.check("new")
+    gate.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    turns.check("a")
+
+
+async def test_who_gives_up_takes_no_turn() -> None:
+    turns, order = TenantTurns(), list[str]()
+
+    async def wait(tenant: str) -> None:
+        async with turns.turn(tenant):
+            order.append(tenant)
+
+    async with turns.turn("a"):
+        tasks = {tenant: asyncio.create_task(wait(tenant)) for tenant in "bcd"}
+        await asyncio.sleep(0)  # all three wait
+        tasks["b"].cancel()
+    tasks["c"].cancel()  # it has the place, and has not run since
+    await asyncio.gather(*tasks.values(), return_exceptions=True)
+    assert order == ["d"]
+    async with turns.turn("e"):
+        turns.check("b")

@@ -1,0 +1,63 @@
+"""LoRA on layers whose weights the model reads without running them: Jamba's and Mamba's `dt_proj`.
+
+PEFT wraps such a layer and adds to its output, which nobody asks for. So the LoRA there is never trained and stays
+zero, and an adapter with it is served. One that is not zero gives two answers in PEFT, merged or not, and is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle.adapters.peft_kinds import MAX_DIFFERENCE, Kind, load, make_adapter, measure, train_adapter
+from safetensors.torch import load_file, save_file
+
+from peft_adapters.format import WEIGHTS_FILE
+
+TARGETS: dict[str, Any] = {
+    "jamba": "all-linear",
+    "mamba": ["in_proj", "x_proj", "dt_proj"],  # PEFT refuses its out_proj
+    "falcon_mamba": ["in_proj", "x_proj", "dt_proj"],
+}
+
+
+def kind_on(model_type: str) -> Kind:
+    return Kind((model_type, {"tiny": True}), {"target_modules": TARGETS[model_type]})
+
+
+@pytest.mark.parametrize("model_type", TARGETS)
+def test_what_is_zero_is_served_and_the_rest_is_exact(model_type: str, tmp_path: Path) -> None:
+    kind = kind_on(model_type)
+    make_adapter(kind, tmp_path)
+    file = tmp_path / WEIGHTS_FILE
+    tensors = load_file(file)
+    idle = [name for name in tensors if "dt_proj.lora_B" in name]
+    assert idle
+    with pytest.raises(AssertionError, match=r"LoRA has an effect only when merged here.*dt_proj"):
+        measure(kind, tmp_path)  # whose requests end with this error
+    save_file({name: tensor * (name not in idle) for name, tensor in tensors.items()}, file)
+    measured = measure(kind, tmp_path)
+    assert measured.difference <= MAX_DIFFERENCE
+    assert measured.change >= 100 * MAX_DIFFERENCE
+
+
+def test_training_leaves_it_zero_and_peft_has_two_answers_otherwise(tmp_path: Path) -> None:
+    kind = kind_on("jamba")
+    assert not train_adapter(kind, tmp_path / "trained")
+    trained = load_file(tmp_path / "trained" / WEIGHTS_FILE)
+    assert not any(tensor.any() for name, tensor in trained.items() if "dt_proj.lora_B" in name)
+    assert any(tensor.any() for name, tensor in trained.items() if "x_proj.lora_B" in name)
+    other = Kind(kind.base, {"target_modules": ["dt_proj"]})
+    make_adapter(other, tmp_path / "made")
+    model: Any = load(other, tmp_path / "made")
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        added = model(ids).logits
+        with model.disable_adapter():
+            base = model(ids).logits
+        model.base_model.merge_adapter()
+        merged = model(ids).logits
+    assert torch.equal(added, base)
+    assert (merged - base).abs().max() > 100 * MAX_DIFFERENCE
