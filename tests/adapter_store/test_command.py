@@ -47,6 +47,7 @@ def adapter(described: ServedModel, *words: str) -> int:
     return run(parser.parse_args([*words, "--base", "described"]), lambda _: described)
 
 
+@pytest.mark.thorough
 def test_check_shows_what_takes_effect(tmp_path: Path, base: str, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(write_adapter(tmp_path / "a", alpha_pattern={"v_proj": 2}))
     assert main(["adapters", "check", folder, "--base", base]) == 0

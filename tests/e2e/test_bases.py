@@ -136,9 +136,9 @@ async def test_lists_and_status_tell_bases_apart(fleet: RunningFleet, folder: Pa
     assert parents == {"one": None, "pirate": "one", "sailor": "two", "legal": "encoder"}
     assert longest == [512, 256]
     assert [(base["name"], base["workers"], base["task"]) for base in whole["bases"]] == [
-        ("one", 1, "generate"), ("two", 1, "generate"), ("encoder", 1, "embed"),
+        ("one", 1, "generate"), ("two", 1, "generate"), ("encoder", 1, "embed"), ("broken", 0, None),
     ]  # fmt: skip
-    assert len({base["weights"] for base in whole["bases"]}) == 3
+    assert len({base["weights"] for base in whole["bases"]}) == 4  # of one, None
     assert explained["base"] == "two"
     assert "two" in {row["base_model"] for day in usage["data"] for row in day["results"]}, usage
     names = {tag["name"] for tag in tags}  # Ollama's routes speak of the default base
@@ -196,6 +196,7 @@ async def test_models_of_one_call_are_of_one_base(fleet: RunningFleet) -> None:
     assert "the base `two`, not of `one`" in mixed.text
 
 
+@pytest.mark.thorough
 async def test_other_weights_under_a_taken_name_do_not_join(fleet: RunningFleet, tmp_path: Path) -> None:
     other = make_tiny_model(tmp_path / "two", seed=9, max_len=256)
     fleet.add_worker(other, "stranger", tmp_path)

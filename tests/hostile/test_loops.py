@@ -35,7 +35,7 @@ from tests.scheduler.fakes import FakeWorker, holds, make_submit, running_schedu
 LOOPS = {
     "gateway": {
         "replies", "out stream", "fleet view", "adapter events", "event loop", "expired files", "conversations",
-        "time series", "refused calls", "webhooks", "batches", "history",
+        "time series", "refused calls", "webhooks", "batches", "history", "added bases",
     },
     "scheduler": {"submissions", "assignments", "watch", "lease"},
     "worker": {"intake", "publishing", "beats"},

@@ -9,7 +9,7 @@ from typing import Any
 from helpers import examples
 from helpers.adapter_files import lora_config, lora_tensors, safetensors
 from helpers.peft_configs import lora_configs
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peft_adapters.format import adapter_digest, canonical_config, parse_header
@@ -87,7 +87,7 @@ def test_digest_sees_every_byte_and_name() -> None:
     assert adapter_digest(lora_config(), renamed, raw) != expected
 
 
-@settings(max_examples=examples.of(50))
+@settings(max_examples=examples.of(50), suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_canonical_config_is_stable(data: st.DataObject) -> None:
     fields = data.draw(lora_configs("llama"))

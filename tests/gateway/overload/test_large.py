@@ -90,7 +90,7 @@ async def test_vocabularies_of_different_size_are_checked_each(files: Counting) 
     call = call_of(files, [299], models=2)
     await tokenize(call)
     larger, smaller = call.targets
-    with pytest.raises(BadRequest, match="from 0 to 9"):
+    with pytest.raises(BadRequest, match="whose 10 tokens count from 0"):
         await tokenize(structs.replace(call, targets=[larger, replace(smaller, vocab_size=10)]))
 
 

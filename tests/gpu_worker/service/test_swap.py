@@ -161,6 +161,7 @@ async def test_a_worker_becomes_another_base_and_nothing_of_it_is_left(bus: Bus,
     assert said == ["loading a", "loading b", "loading broken", "loading b"]
 
 
+@pytest.mark.thorough
 async def test_starts_that_fail_come_to_an_end(bus: Bus, tmp_path: Path) -> None:
     async with running(bus, tmp_path, "broken", "broken2", "broken3") as worker:
         assert await worker.process.wait() == 1
@@ -168,6 +169,7 @@ async def test_starts_that_fail_come_to_an_end(bus: Bus, tmp_path: Path) -> None
         assert set((await bus.members.bases())[1]) == {"broken", "broken2", "broken3"}
 
 
+@pytest.mark.thorough
 async def test_a_first_base_that_fails_leaves_its_worker_to_the_others(bus: Bus, tmp_path: Path) -> None:
     async with running(bus, tmp_path, "broken", "a") as worker:
         beat = await worker.beat_of("a")
