@@ -240,6 +240,17 @@ class ProcessFleet:
         beats = [b for b in (await self.bus.members.worker_beats()).values() if b is not None and b.name == name]
         return max(beats, key=lambda b: b.sent_ms).wid if beats else ""
 
+    @property
+    def has_swaps(self) -> bool:
+        """Whether workers become other bases."""
+        return bool(self.settings.more_models)
+
+    async def is_leaving(self, name: str) -> bool:
+        """Return whether a worker is about to become another base."""
+        wid = await self.wid_of(name)
+        beat = (await self.bus.members.worker_beats()).get(wid)
+        return beat is not None and bool(beat.becoming)
+
     # ------------------------------------------------------------ addresses
 
     @property
