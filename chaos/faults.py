@@ -237,7 +237,7 @@ class Havoc:
             fleet.signal(hit.name, signal.SIGTERM)
             await self._drained(hit)
         elif hit.how == "kill in a swap":
-            await self._leaves(hit.name)
+            await self._swaps(hit.name)
             await asyncio.sleep(self._rng.choice((0.0, self._rng.uniform(0, LOADING_S))))
             hit.at_s, hit.rids = time.monotonic(), hit.rids | await self._held_by(hit.name)
             fleet.kill(hit.name)
@@ -249,13 +249,13 @@ class Havoc:
             self._revive(hit.name)
             await asyncio.sleep(0.2)
 
-    async def _leaves(self, name: str) -> None:
-        """Wait until a worker is about to become another base, or SWAP_S have passed."""
+    async def _swaps(self, name: str) -> None:
+        """Wait until a worker is becoming another base, or SWAP_S have passed."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SWAP_S):
                 while True:
                     with contextlib.suppress(*CONNECTION_ERRORS):
-                        if await self.fleet.is_leaving(name):
+                        if await self.fleet.is_swapping(name):
                             return
                     await asyncio.sleep(0.02)
 

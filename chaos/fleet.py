@@ -245,11 +245,10 @@ class ProcessFleet:
         """Whether workers become other bases."""
         return bool(self.settings.more_models)
 
-    async def is_leaving(self, name: str) -> bool:
-        """Return whether a worker is about to become another base."""
-        wid = await self.wid_of(name)
-        beat = (await self.bus.members.worker_beats()).get(wid)
-        return beat is not None and bool(beat.becoming)
+    async def is_swapping(self, name: str) -> bool:
+        """Return whether a worker, which runs, is becoming another base: it has said so, or is no member any more."""
+        beats = [b for b in (await self.bus.members.worker_beats()).values() if b is not None and b.name == name]
+        return all(beat.becoming for beat in beats)
 
     # ------------------------------------------------------------ addresses
 
