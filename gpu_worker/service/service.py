@@ -201,7 +201,7 @@ class WorkerService:
         try:
             await self._tell_adapter_events()
         except (*CONNECTION_ERRORS, QueueError) as error:  # a full queue takes requests back, and no more than that
-            logger.warning("the last use of adapters is not told: %s", error)
+            logger.warning("the last use of adapters could not be reported: %s", error)
         if self._failure is None:
             await asyncio.wrap_future(self.engine.hand_over())
             # The engine's last call_soon_threadsafe was made before the future was set.
