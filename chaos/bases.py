@@ -18,6 +18,9 @@ MAX_SWAP_WAIT_S, MIN_RESIDENCY_S = 30.0, 1.0
 ANSWER_S = 10.0
 """Longest time that an answer may take from its base's turn on: two cores run everything."""
 
+FAILED_S = 600.0
+"""Longest time for which a base counts as failed whose starts were killed."""
+
 DECIDE_S = 2.0
 """Longest time from when a swap is due to its order."""
 
@@ -63,6 +66,12 @@ class Turns:
     async def watch(self, fleet: ProcessFleet, num_workers: int) -> list[str]:
         """Watch a fleet that suffers no faults any more. Returns which bases were without an answer for too long."""
         num_bases = len(set(self._base_of.values()))
+        async with asyncio.timeout(FAILED_S):
+            while True:
+                _, failed = await fleet.bus.members.bases()
+                if not failed:
+                    break
+                await asyncio.sleep(1.0)
         from_s = to_s = time.monotonic()
         start_s, bound_s = 0.0, 0.0
         while to_s <= from_s + LULL_BOUNDS * bound_s:

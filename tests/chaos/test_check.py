@@ -96,6 +96,16 @@ def test_only_a_fault_of_the_right_kind_place_and_time_excuses_a_cut() -> None:
     assert unexcused(attempt("", "failed", code="internal_error"), [Hit("queue", "queue", "kill", 15.0, 16.0)])
 
 
+def test_a_base_whose_starts_were_killed_may_count_as_failed() -> None:
+    told = attempt("", "refused", code="base_failed")
+    kills = [Hit("worker", "w0", "kill in a swap", at_s, at_s) for at_s in (1.0, 2.0)]
+    kills.append(Hit("worker", "w0", "kill", 3.0, 3.0))
+    assert unexcused(told, kills) == ""
+    assert unexcused(told, kills[1:])
+    assert unexcused(told, [*kills[1:], Hit("worker", "w0", "stop", 3.0, 4.0), Hit("queue", "queue", "kill", 3.0, 4.0)])
+    assert unexcused(told, [*kills[1:], Hit("worker", "w0", "kill", 21.0, 22.0)]), "after it"
+
+
 def called(style: Style, *attempts: Attempt) -> Call:
     return Call(Ask("sql", "p", 5, ()), style, 0.0, list(attempts))
 
