@@ -137,7 +137,7 @@ quantised-table: $(QUANT)/.stamp  ## write their measurements to docs/peft.md; r
 chaos-short: $(VENV)/.stamp-dev  ## kill every kind of process under load and attack, 40 times in two minutes, check every answer
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --faults 44 --every 2.5 --kills-only --attackers 1 --lines 40 --turns 4 --stores --out build/chaos-short $(ARGS)
 
-chaos-bases: $(VENV)/.stamp-dev  ## the same with three bases on two workers, which are killed while they swap, in six minutes
+chaos-bases: $(VENV)/.stamp-dev  ## the same with three bases on two workers, which are killed while they swap, in eight minutes
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --bases 3 --workers 2 --faults 30 --every 3 --kills-only --lines 20 --out build/chaos-bases $(ARGS)
 
 hostile: $(VENV)/.stamp-dev  ## attack a fleet in every way for ten seconds each, beside a victim; the report is build/hostile/report.md
