@@ -26,7 +26,7 @@ TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --i
 CONSOLE = .venv-console
 PURELIB = 'import sysconfig; print(sysconfig.get_path("purelib"))'
 
-.PHONY: docs test-console console-pictures wheel test-wheel chart demo up test test-all test-gpu bench-gpu test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short hostile fuzz soak tour forms api-check docker-smoke lock-images audit sbom licences pin-images clean help
+.PHONY: docs test-console console-pictures wheel test-wheel chart demo up test test-all test-gpu bench-gpu test-models test-quantised lm-eval models-table peft-table quantised-table check coverage lock lint-fix bench chaos chaos-short chaos-bases hostile fuzz soak tour forms api-check docker-smoke lock-images audit sbom licences pin-images clean help
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -136,6 +136,9 @@ quantised-table: $(QUANT)/.stamp  ## write their measurements to docs/peft.md; r
 
 chaos-short: $(VENV)/.stamp-dev  ## kill every kind of process under load and attack, 40 times in two minutes, check every answer
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --faults 44 --every 2.5 --kills-only --attackers 1 --lines 40 --turns 4 --stores --out build/chaos-short $(ARGS)
+
+chaos-bases: $(VENV)/.stamp-dev  ## the same with three bases on two workers, which are killed while they swap, in eight minutes
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -W ignore -m chaos --bases 3 --workers 2 --faults 30 --every 3 --kills-only --lines 20 --out build/chaos-bases $(ARGS)
 
 hostile: $(VENV)/.stamp-dev  ## attack a fleet in every way for ten seconds each, beside a victim; the report is build/hostile/report.md
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:tests $(BIN)/python -W ignore -m hostile $(ARGS)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from chaos.clients.asks import Expected
 from chaos.clients.client import Attempt, Call
-from chaos.faults import Hit
+from chaos.faults import KILLS, Hit
 from protocol.wire.messages import Delivery
 from protocol.wire.records import RequestFacts
 
@@ -30,6 +30,9 @@ EXCUSES = {
     "expired": {"queue"},
 }
 """Error code that a client may get instead of its answer -> kinds of members, of which one must have been hit."""
+
+KILLS_OF_A_BASE = 3
+"""So many starts that are killed in a row make a base count as failed, for a minute and more."""
 
 
 def shown_wrongly(attempt: Attempt, expected: Expected) -> list[str]:
@@ -74,7 +77,10 @@ def unexcused(attempt: Attempt, hits: Iterable[Hit]) -> str:
     if attempt.outcome == "complete":
         return ""
     code = "cut" if attempt.outcome == "cut" else attempt.code
-    kinds = EXCUSES.get(code, set())
+    kinds, hits = EXCUSES.get(code, set()), list(hits)
+    kills = [hit for hit in hits if hit.kind == "worker" and hit.how in KILLS and hit.at_s <= attempt.ended_s]
+    if code == "base_failed" and len(kills) >= KILLS_OF_A_BASE:
+        return ""
     for hit in hits:
         same = hit.kind != "gateway" or hit.url == attempt.url
         over_s = (hit.until_s or attempt.ended_s) + DEAD_AFTER_S

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 How = Literal[
     "kill", "stop", "drain", "power cut", "memory full", "disk full", "clock", "partition", "split", "lag", "away",
+    "kill in a swap",
 ]  # fmt: skip
 WEIGHTS: dict[tuple[str, How], float] = {
     ("worker", "kill"): 6, ("worker", "stop"): 3, ("worker", "drain"): 3,
@@ -42,7 +43,10 @@ OF_CLOCKS: dict[tuple[str, How], float] = {
 }  # fmt: skip
 """Faults of members whose clocks can be set: of one's host jumps by an hour, and back."""
 
-KILLS: tuple[How, ...] = ("kill", "power cut")
+OF_SWAPS: dict[tuple[str, How], float] = {("worker", "kill in a swap"): 6}
+"""Faults of workers that become other bases besides."""
+
+KILLS: tuple[How, ...] = ("kill", "power cut", "kill in a swap")
 """Faults that end a process without a chance to clean up."""
 
 NEEDS_ANOTHER = {"worker", "gateway", "scheduler"}
@@ -50,6 +54,9 @@ NEEDS_ANOTHER = {"worker", "gateway", "scheduler"}
 
 STOP_S = 10.0
 DRAIN_SLACK_S = 60.0  # beyond the grace: a machine may have more to do than this
+SWAP_S, LOADING_S = 60.0, 4.0
+"""Longest wait for a swap in which to kill, and longest time from its beginning to the kill."""
+
 POWER_CUT_S = 1.0
 """Seconds of writes that a power cut may take from the queue, whose file is synced every second."""
 
@@ -85,7 +92,7 @@ def draw(
 def possible_faults(fleet: ProcessFleet) -> dict[tuple[str, How], float]:
     """Return (kind, how) of the faults that a fleet can suffer, with their weights."""
     several = {} if isinstance(fleet.queue, EmbeddedServer) else OF_SEVERAL
-    return WEIGHTS | several | (OF_CLOCKS if fleet.clocks is not None else {})
+    return WEIGHTS | several | (OF_CLOCKS if fleet.clocks is not None else {}) | (OF_SWAPS if fleet.has_swaps else {})
 
 
 class PowerCut:
@@ -182,7 +189,7 @@ class Havoc:
         members = [m for m in self.fleet.members.values() if m.name not in self._busy]
         states = await asyncio.gather(*(self.fleet.is_up(member) for member in members))
         for member, is_up in zip(members, states, strict=True):
-            if is_up:
+            if is_up or (self.fleet.has_swaps and member.service == "worker" and member.is_running):
                 up.setdefault(member.service, []).append(member.name)
         return up
 
@@ -229,6 +236,11 @@ class Havoc:
         elif hit.how == "drain":
             fleet.signal(hit.name, signal.SIGTERM)
             await self._drained(hit)
+        elif hit.how == "kill in a swap":
+            await self._swaps(hit.name)
+            await asyncio.sleep(self._rng.choice((0.0, self._rng.uniform(0, LOADING_S))))
+            hit.at_s, hit.rids = time.monotonic(), hit.rids | await self._held_by(hit.name)
+            fleet.kill(hit.name)
         else:
             fleet.kill(hit.name)
         if hit.how not in ("stop", "clock"):
@@ -237,12 +249,23 @@ class Havoc:
             self._revive(hit.name)
             await asyncio.sleep(0.2)
 
+    async def _swaps(self, name: str) -> None:
+        """Wait until a worker is becoming another base, or SWAP_S have passed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SWAP_S):
+                while True:
+                    with contextlib.suppress(*CONNECTION_ERRORS):
+                        if await self.fleet.is_swapping(name):
+                            return
+                    await asyncio.sleep(0.02)
+
     async def _drained(self, hit: Hit) -> None:
         member = self.fleet.members[hit.name]
+        clean = (0, -signal.SIGTERM) if self.fleet.has_swaps and hit.kind == "worker" else (0,)  # loading: at once
         if not await until(lambda: not member.is_running, member.settings.grace_s + DRAIN_SLACK_S):
             self.troubles.append(f"{hit.name} did not drain: {member.log_tail()}")
             self.fleet.kill(hit.name)
-        elif member.process is not None and member.process.returncode != 0 and not self._queue_was_hit():
+        elif member.process is not None and member.process.returncode not in clean and not self._queue_was_hit():
             self.troubles.append(f"{hit.name} drained with {member.process.returncode}: {member.log_tail()}")
 
     async def _hit_queue(self, hit: Hit) -> None:

@@ -240,6 +240,16 @@ class ProcessFleet:
         beats = [b for b in (await self.bus.members.worker_beats()).values() if b is not None and b.name == name]
         return max(beats, key=lambda b: b.sent_ms).wid if beats else ""
 
+    @property
+    def has_swaps(self) -> bool:
+        """Whether workers become other bases."""
+        return bool(self.settings.more_models)
+
+    async def is_swapping(self, name: str) -> bool:
+        """Return whether a worker, which runs, is becoming another base: it has said so, or is no member any more."""
+        beats = [b for b in (await self.bus.members.worker_beats()).values() if b is not None and b.name == name]
+        return all(beat.becoming for beat in beats)
+
     # ------------------------------------------------------------ addresses
 
     @property

@@ -36,6 +36,8 @@ class Report(msgspec.Struct):
     num_ended: int = 0  # jobs and batches that a webhook had to tell of
     num_webhooks: int = 0  # that arrived
     num_unclear: int = 0  # conversations and files of which a queue without power may have forgotten something
+    num_swaps: int = 0  # of workers from one base to another
+    silences_s: dict[str, float] = {}  # base -> longest time without an answer once the faults were over
 
 
 def report_of(tally: Tally, plan: Plan, words: Sequence[str]) -> Report:
@@ -56,6 +58,8 @@ def report_of(tally: Tally, plan: Plan, words: Sequence[str]) -> Report:
         num_ended=tally.num_ended,
         num_webhooks=tally.num_webhooks,
         num_unclear=tally.num_unclear,
+        num_swaps=tally.num_swaps,
+        silences_s=tally.silences_s,
         violations=[f"seed {plan.seed}: {violation}" for violation in tally.violations],
     )
 
@@ -76,6 +80,9 @@ def merged(reports: Sequence[Report]) -> Report:
         first.num_ended += other.num_ended
         first.num_webhooks += other.num_webhooks
         first.num_unclear += other.num_unclear
+        first.num_swaps += other.num_swaps
+        for name, silence_s in other.silences_s.items():
+            first.silences_s[name] = max(silence_s, first.silences_s.get(name, 0.0))
         first.violations += other.violations
         first.num_runs += other.num_runs
     return first
@@ -97,12 +104,14 @@ def as_markdown(report: Report) -> str:
     attacks = f"{sum(report.attacks.values())} rounds of {len(report.attacks)} attacks. " if report.attacks else ""
     unclear = f"{report.num_unclear} conversations or files met a power cut. " if report.num_unclear else ""
     told_of = f"{report.num_webhooks} webhooks told of {report.num_ended} ends. " if report.num_ended else ""
+    silences = ", ".join(f"{name} {silence_s:.1f} s" for name, silence_s in sorted(report.silences_s.items()))
+    swaps = f"{report.num_swaps} swaps; longest without an answer after the faults: {silences}. " if silences else ""
     num_kills = sum(num for name, num in report.faults.items() if name.partition(": ")[2] in KILLS)
     lines = [
         f"`{report.command}`{runs} on {report.machine}, {', '.join(report.dates)}: {sum(report.faults.values()):,} "
         f"faults, {num_kills:,} of them kills, in {report.elapsed_s / 60:.0f} min, "
         f"{sum(report.calls.values()):,} calls answered whole ({calls}), "
-        f"{report.num_tokens:,} tokens. Attempts that were not: {told}. {attacks}{told_of}{unclear}"
+        f"{report.num_tokens:,} tokens. Attempts that were not: {told}. {attacks}{told_of}{unclear}{swaps}"
         f"**Violations: {len(report.violations)}.**",
         "",
         "| fault | times | streams concerned | pause p50, s | p99 | longest |",

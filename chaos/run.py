@@ -21,6 +21,7 @@ from chaos.attackers.attacker import HUNG, Attacker
 from chaos.attackers.attacks import BODY_ATTACKS
 from chaos.attackers.webhook_attacks import WEBHOOK_ATTACKS, silent_dns
 from chaos.attackers.wire_attacks import WIRE_ATTACKS
+from chaos.bases import MAX_SWAP_WAIT_S, MIN_RESIDENCY_S, Turns, all_served, num_swaps
 from chaos.clients.asks import Ask, Expected, Transformers, catalogue, decidable, one_ask
 from chaos.clients.batches import BatchClient
 from chaos.clients.client import GIVE_UP_S, STYLES, Attempt, Call, Client
@@ -75,6 +76,12 @@ class Plan:
     clocks: bool = False  # the members' clocks jump
     stores: bool = False  # clients store files, and upload adapters, meanwhile
     num_attackers: int = 0  # if there are any, API keys are on, and they are another tenant than the clients
+    more_bases: tuple[str, ...] = ()  # names of base models beside the first; each has one adapter, `of-` and its name
+
+    def models(self, names: Sequence[str]) -> dict[str, str]:
+        """Return what clients ask -> its base, where `names` are adapters of the first."""
+        further = {model: base for base in self.more_bases for model in (base, f"of-{base}")}
+        return dict.fromkeys(["base", *names], "base") | further
 
     @property
     def is_cabled(self) -> bool:
@@ -100,6 +107,8 @@ class Tally:
     num_dead_letters: int = 0
     num_ended: int = 0  # jobs and batches that clients saw the end of, and a webhook had to tell of
     num_webhooks: int = 0  # that arrived and were not refused
+    num_swaps: int = 0
+    silences_s: dict[str, float] = field(default_factory=dict)  # base -> longest one after the faults
 
 
 class Run:
@@ -123,6 +132,7 @@ class Run:
         self.tally = Tally()
         self.havoc = Havoc(fleet, random.Random(plan.seed), kills_only=plan.kills_only, only=plan.only, hows=plan.hows)
         self._client_key, self._attacker_key, self._operator_key = keys
+        self._turns = Turns(plan.models([ask.model for ask in asks if ask.model not in plan.models(())]))
         self._books = check.Books()
         self._client = Client(fleet.urls, self._client_key)
         self._checks: set[asyncio.Task[None]] = set()
@@ -177,6 +187,9 @@ class Run:
             timer = asyncio.get_running_loop().call_later(self.plan.max_s, stop.set)
             await self.havoc.run(self.plan.num_faults, self.plan.every_s, stop, alone=self.plan.alone)
             timer.cancel()
+            if self.plan.more_bases:
+                self.tally.violations += await self._turns.watch(self.fleet, len(self.plan.shape.workers))
+                self.tally.silences_s = self._turns.silences_s
             stop.set()
         self.tally.elapsed_s = time.monotonic() - began_s
         await asyncio.gather(*self._checks)
@@ -184,12 +197,13 @@ class Run:
         after = self._rss()
         self.tally.rss_mb = {name: (before[name], after.get(name, 0.0)) for name in before}
         await self._check_end()
+        self.tally.num_swaps = await num_swaps(self.fleet)
         return self.tally
 
     async def _be_client(self, number: int, stop: asyncio.Event) -> None:
-        rng = random.Random(f"{self.plan.seed} {number}")
+        rng, asks = random.Random(f"{self.plan.seed} {number}"), self._turns.asks_of(number, self.asks)
         while not stop.is_set():
-            call = Call(rng.choice(self.asks), rng.choice(STYLES), time.monotonic())
+            call = Call(rng.choice(asks), rng.choice(STYLES), time.monotonic())
             await self._client.ask(call.ask, call.style, call)
             self._take(call)
 
@@ -243,7 +257,7 @@ class Run:
         rng = random.Random(f"{self.plan.seed} uploads")
         expected = {ask: self.expected[ask] for ask in self.asks}
         adapters = self.fleet.folder / "adapters"
-        zips = {name: zipped(adapters / name) for name in {ask.model for ask in expected} - {"base"}}
+        zips = {name: zipped(adapters / name) for name in {ask.model for ask in expected} if (adapters / name).is_dir()}
         http = Insistent(self.fleet.urls, self._operator_key)
         client = UploadClient(http, zips, expected)
         try:
@@ -285,6 +299,7 @@ class Run:
                 tally.told[attempt.code or attempt.outcome] += 1
         if call.is_complete:
             tally.calls[call.style] += 1
+            self._turns.note(call.ask.model, call.attempts[-1].ended_s)
             tally.num_tokens += expected.num_tokens
             if call.style == "job":
                 self._ended["job.completed", f"job_{call.attempts[-1].call}"] = call.attempts[-1].ended_s
@@ -385,7 +400,7 @@ class Run:
         for day in (today - 1, today):
             for row in await usage.rows(day, CLIENTS if self._client_key else PUBLIC):
                 if not row.batch:
-                    model = row.model if row.digest else "base"
+                    model = row.model if row.digest or row.model in self.plan.more_bases else "base"
                     a, b, c = counted.get(model, (0, 0, 0))
                     counted[model] = (a + row.requests, b + row.prompt_tokens, c + row.output_tokens)
         self.tally.violations += self._books.wrong(
@@ -421,10 +436,15 @@ async def prepared(
     of_lines: more adapters, which the lines of batches ask. The fleet ends with the context.
     """
     adapters = folder / "adapters"
-    asks = catalogue(["base", *names], random.Random(plan.seed))
+    models = plan.models(names)
+    asks = catalogue(list(models), random.Random(plan.seed))
     lines = [one_ask(name, number) for number, name in enumerate([*of_lines, *of_lines])]  # one may be undecidable
     oracle = Transformers(model, adapters, [*names, *of_lines])
-    answers = await asyncio.to_thread(decidable, [*asks, *lines], oracle)
+    first = [*(ask for ask in asks if models[ask.model] == "base"), *lines]
+    answers = await asyncio.to_thread(decidable, first, oracle)
+    for base in plan.more_bases:
+        oracle = Transformers(folder / base, adapters, [f"of-{base}"], base)
+        answers |= await asyncio.to_thread(decidable, [ask for ask in asks if models[ask.model] == base], oracle)
     logger.info("%d of %d asks have an answer that rounding cannot change", len(answers), len(asks) + len(lines))
     with_keys = plan.num_attackers > 0
     fleet = ProcessFleet.prepare(
@@ -432,14 +452,20 @@ async def prepared(
         webhook_dns=silent_dns(), secret=secrets.token_hex(16),
         clocks=Clocks(folder / "clocks") if plan.clocks else None,
         queue=ReplicatedQueue(folder / "queue", cabled=plan.is_cabled) if plan.replicated else None,
+        more_models=",".join(str(folder / base) for base in plan.more_bases), max_swap_wait_s=MAX_SWAP_WAIT_S,
+        min_residency_s=MIN_RESIDENCY_S,
     )  # fmt: skip
     try:
+        for name, base in zip(plan.shape.workers, ["", *plan.more_bases], strict=False):
+            fleet.add("worker", name, base=base)
         await fleet.start_all(plan.shape)
         create = fleet.bus.api_keys.create
         keys = ["", "", ""]
         if with_keys:
             keys = [(await create(name, ["infer"]))[0] for name in (CLIENTS, "attackers")]
             keys.append((await create("operators", ["infer", "admin"]))[0])
+        if plan.more_bases:
+            await all_served(fleet, models, 1 + len(plan.more_bases), keys[0])
         async with receiving(plan.seed) as receiver:
             known = [ask for ask in asks if ask in answers]
             run = Run(fleet, plan, known, keys, [ask for ask in lines if ask in answers], receiver)

@@ -76,16 +76,17 @@ def one_ask(model: str, number: int) -> Ask:
 class Transformers:
     """The oracle: transformers and PEFT, one request at a time, with the worker's sampling."""
 
-    def __init__(self, model: Path, adapters: Path, names: Sequence[str]) -> None:
-        """Load the model and the adapters `names` in the folder `adapters`."""
+    def __init__(self, model: Path, adapters: Path, names: Sequence[str], base: str = "base") -> None:
+        """Load the model, which is asked as `base`, and the adapters `names` in the folder `adapters`."""
         import torch
         from peft import PeftModel
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._torch = torch
+        self._base = base
         self._tokenizer = AutoTokenizer.from_pretrained(model)
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        self._model = PeftModel.from_pretrained(base, str(adapters / names[0]), adapter_name=names[0])
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self._model = PeftModel.from_pretrained(loaded, str(adapters / names[0]), adapter_name=names[0])
         for name in names[1:]:
             self._model.load_adapter(str(adapters / name), adapter_name=name)
 
@@ -93,7 +94,7 @@ class Transformers:
         """Return the tokens of an ask's answer; None when rounding could decide one of them."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._torch.inference_mode())
-            if ask.model == "base":
+            if ask.model == self._base:
                 stack.enter_context(self._model.disable_adapter())
             else:
                 self._model.set_adapter(ask.model)

@@ -26,7 +26,7 @@ from gpu_worker.service.residency_time import ResidencyTime
 from gpu_worker.service.trace import tell_handed_back
 from protocol.metrics.fleet import WORKERS
 from protocol.metrics.pages import serve_metrics
-from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, decode, now_ms
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, QueueError, decode, now_ms
 from protocol.runtime.again import began_ms
 from protocol.runtime.guarded import BRISK, FAILED, Loop, guarded, is_queue_away
 from protocol.runtime.settings import Settings
@@ -198,7 +198,10 @@ class WorkerService:
         """Take no more, and let the last step become durable."""
         self.draining = True
         await self._beat()
-        await self._tell_adapter_events()
+        try:
+            await self._tell_adapter_events()
+        except (*CONNECTION_ERRORS, QueueError) as error:  # a full queue takes requests back, and no more than that
+            logger.warning("the last use of adapters could not be reported: %s", error)
         if self._failure is None:
             await asyncio.wrap_future(self.engine.hand_over())
             # The engine's last call_soon_threadsafe was made before the future was set.

@@ -11,11 +11,15 @@ from typing import Any
 import httpx2
 import pytest
 
+from chaos.bases import ANSWER_S, DECIDE_S, MAX_SWAP_WAIT_S, Turns, longest_silence_s, silence_bound_s
 from chaos.check import Books, logged_wrongly, longest_pause, lost_webhooks, shown_wrongly, unexcused
 from chaos.clients.asks import GREEDY, Ask, Expected
 from chaos.clients.client import Attempt, Call, Outcome, Style
 from chaos.clients.responses import doubled, misplaced, wrong_events
-from chaos.faults import KILLS, WEIGHTS, Havoc, Hit, PowerCut, draw
+from chaos.faults import KILLS, OF_SWAPS, WEIGHTS, Havoc, Hit, PowerCut, draw, possible_faults
+from chaos.fleet import Shape
+from chaos.report import Report, as_markdown, merged
+from chaos.run import Plan
 from chaos.soak import Course
 from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.wire.messages import Delivery
@@ -92,6 +96,16 @@ def test_only_a_fault_of_the_right_kind_place_and_time_excuses_a_cut() -> None:
     assert unexcused(attempt("", "failed", code="internal_error"), [Hit("queue", "queue", "kill", 15.0, 16.0)])
 
 
+def test_a_base_whose_starts_were_killed_may_count_as_failed() -> None:
+    told = attempt("", "refused", code="base_failed")
+    kills = [Hit("worker", "w0", "kill in a swap", at_s, at_s) for at_s in (1.0, 2.0)]
+    kills.append(Hit("worker", "w0", "kill", 3.0, 3.0))
+    assert unexcused(told, kills) == ""
+    assert unexcused(told, kills[1:])
+    assert unexcused(told, [*kills[1:], Hit("worker", "w0", "stop", 3.0, 4.0), Hit("queue", "queue", "kill", 3.0, 4.0)])
+    assert unexcused(told, [*kills[1:], Hit("worker", "w0", "kill", 21.0, 22.0)]), "after it"
+
+
 def called(style: Style, *attempts: Attempt) -> Call:
     return Call(Ask("sql", "p", 5, ()), style, 0.0, list(attempts))
 
@@ -132,7 +146,9 @@ def test_one_of_those_that_have_standbys_is_always_left_alone() -> None:
 
 
 def test_every_fault_is_done_once_before_chance_decides(tmp_path: Path) -> None:
-    fleet: Any = SimpleNamespace(queue=EmbeddedServer(tmp_path, durable=True, guarded=False), clocks=None)
+    fleet: Any = SimpleNamespace(
+        queue=EmbeddedServer(tmp_path, durable=True, guarded=False), clocks=None, has_swaps=False
+    )
     havoc = Havoc(fleet, random.Random(0), kills_only=True)
     assert {havoc.choose({"store": ["store"]}) for _ in range(3)} == {
         ("store", "store", "kill"), ("store", "store", "stop"), ("store", "store", "drain")
@@ -142,8 +158,90 @@ def test_every_fault_is_done_once_before_chance_decides(tmp_path: Path) -> None:
     first, others = chosen[: len(WEIGHTS) - 3], chosen[len(WEIGHTS) - 3 :]
     assert len({(kind, how) for kind, _, how in first}) == len(first)
     assert "store" not in {kind for kind, _, _ in first}
-    assert {how for _, _, how in others} == set(KILLS)
+    assert {how for _, _, how in others} == {how for _, how in WEIGHTS if how in KILLS}
     assert {kind for kind, _, _ in others} == {kind for kind, how in WEIGHTS if how in KILLS}
+
+
+# ---------------------------------------------------------------- several bases
+
+
+def fleet_of(tmp_path: Path, **more: Any) -> Any:
+    queue = EmbeddedServer(tmp_path, durable=True, guarded=False)
+    return SimpleNamespace(**{"queue": queue, "clocks": None, "has_swaps": True, "members": {}} | more)
+
+
+def test_workers_are_killed_in_swaps_where_there_are_swaps(tmp_path: Path) -> None:
+    assert OF_SWAPS.items() <= possible_faults(fleet_of(tmp_path)).items()
+    assert not OF_SWAPS.keys() & possible_faults(fleet_of(tmp_path, has_swaps=False)).keys()
+
+
+@pytest.mark.parametrize(("has_swaps", "hit"), [(True, {"loads"}), (False, set[str]())])
+async def test_a_worker_that_loads_a_base_is_hit_where_there_are_swaps(
+    tmp_path: Path, has_swaps: bool, hit: set[str]
+) -> None:
+    async def is_up(_: Any) -> bool:
+        return False
+
+    members = {
+        name: SimpleNamespace(name=name, service="worker", is_running=name == "loads") for name in ("loads", "ended")
+    }
+    havoc = Havoc(fleet_of(tmp_path, has_swaps=has_swaps, members=members, is_up=is_up), random.Random(0))
+    assert set((await havoc._up()).get("worker", [])) == hit
+
+
+def test_a_base_is_silent_from_one_answer_to_the_next_and_to_both_ends() -> None:
+    assert longest_silence_s([1.0, 12.0, 14.0, 90.0], 10.0, 20.0) == 6.0
+    assert longest_silence_s([16.0, 12.0], 10.0, 17.0) == 4.0  # answers are noted as they come
+    assert longest_silence_s([], 10.0, 17.0) == 7.0
+
+
+def test_the_bound_on_silence_is_that_of_swaps_and_of_one_answer() -> None:
+    rest_s = DECIDE_S + ANSWER_S
+    assert silence_bound_s(3, 2, 19.0) == MAX_SWAP_WAIT_S + 19.0 + rest_s
+    assert silence_bound_s(3, 2, 20.0) == 5 * 3 * 20.0 / 2 + 20.0 + rest_s  # more than two workers can keep
+
+
+def test_each_base_has_clients_of_its_own_and_some_ask_all() -> None:
+    turns = Turns({"base": "base", "sql": "base", "base-1": "base-1", "of-base-1": "base-1"})
+    asks = [Ask(model, "p", 5, ()) for model in ("base", "sql", "base-1", "of-base-1")]
+    assert [turns.asks_of(client, asks) for client in range(4)] == [asks, asks[:2], asks[2:], asks]
+    assert Turns({"base": "base"}).asks_of(3, asks[:1]) == asks[:1]
+
+
+def test_a_base_that_answers_nothing_without_faults_is_told() -> None:
+    plan = Plan(1, 1.0, 1, 1, 1.0, Shape(), more_bases=("base-1",))
+    turns = Turns(plan.models(["sql"]))
+    for at_s in range(100):
+        turns.note("sql", at_s)
+    assert turns.silent(0.0, 99.0, 20.0) == ["without faults, base-1 answered nothing for 99.0 s; the bound is 20.0 s"]
+    for at_s in range(0, 100, 15):
+        turns.note("of-base-1", at_s)
+    assert turns.silent(0.0, 99.0, 20.0) == []
+    assert turns.silences_s == {"base": 1.0, "base-1": 15.0}
+
+
+def test_swaps_are_reported_and_merged() -> None:
+    def report(num: int, **silences_s: float) -> Report:
+        return Report(
+            "",
+            "",
+            [],
+            60.0,
+            {"worker: kill in a swap": num},
+            {},
+            {},
+            {},
+            0,
+            {},
+            [],
+            num_swaps=num,
+            silences_s=silences_s,
+        )
+
+    text = as_markdown(merged([report(3, a=2.0, b=1.0), report(4, a=1.0, b=5.0)]))
+    assert "7 swaps; longest without an answer after the faults: a 2.0 s, b 5.0 s." in text
+    assert "7 faults, 7 of them kills" in text
+    assert "swaps" not in as_markdown(report(0)).replace("in a swap", "")
 
 
 def test_a_refusal_is_honest_when_enough_has_ended_in_the_time_it_told() -> None:

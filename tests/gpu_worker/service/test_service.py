@@ -110,6 +110,21 @@ async def test_a_drained_worker_hands_over_and_another_goes_on_where_it_stopped(
     assert int(await bus._redis.hget(bus.keys.req("r"), "attempts")) == 0
 
 
+async def test_a_worker_hands_over_while_the_queue_s_memory_is_full(bus: Bus) -> None:
+    """There is no room for how long its adapters were there: that is lost, and no request waits for it."""
+    await submit(bus, "r", max_new=200)
+    async with running_worker(bus, step_s=0.02) as (worker, stop):
+        worker.engine.pin("a" * 64)
+        await assign(bus, worker.wid, "r")
+        await wait_until(lambda: _has_tokens(bus, "r", 5), "some tokens are durable")
+        async with full_memory(bus):
+            stop.set()
+            await wait_until(lambda: _is(bus, "r", "queued"), "it is handed over")
+            await wait_until(lambda: _is_gone(bus, worker.wid), "the worker has left")
+    assert await log(bus, "r") == expected(200)[: len(await log(bus, "r"))]
+    assert int(await bus._redis.hget(bus.keys.req("r"), "attempts")) == 0
+
+
 async def test_a_body_that_cannot_be_read_fails_its_own_request_alone(bus: Bus) -> None:
     await bus.streams.create(bus.keys.out(GATEWAY), 300)
     odd = m.Body(prompt=b"\1\0\0", sampling=m.Sampling(), max_new_tokens=8)
@@ -340,6 +355,10 @@ async def _is_off(bus: Bus, worker: WorkerService) -> bool:
 
 async def _is(bus: Bus, rid: str, value: str) -> bool:
     return await state(bus, rid) == value
+
+
+async def _is_gone(bus: Bus, wid: str) -> bool:
+    return wid not in await bus.members.ids(bus.keys.workers)
 
 
 async def _has_tokens(bus: Bus, rid: str, num: int) -> bool:
