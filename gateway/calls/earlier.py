@@ -22,6 +22,7 @@ from gateway.text.bases import GatewayBases
 from protocol.queue.bus import Bus, RequestFacts
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
+from protocol.wire.error_codec import error_from
 from protocol.wire.errors import IdempotencyKeyReused, NotFound, Unavailable
 
 ATTACHED_POLL_S = 0.1
@@ -41,8 +42,27 @@ class EarlierCalls:
         self._replies = replies
 
     async def find(self, sent: Sent, caller: Caller) -> m.Idempotent | None:
-        """Return what a caller first used a body's Idempotency-Key for, if it has."""
-        return await self._bus.get(self._bus.keys.idem(caller.owner, sent.key), m.Idempotent) if sent.key else None
+        """Return what a caller first used a body's Idempotency-Key for, if it has.
+
+        A key whose call has ended with an error that says to try again (503) counts as unused: else a repetition would
+        get that error for a day.
+        """
+        if not sent.key:
+            return None
+        key = self._bus.keys.idem(caller.owner, sent.key)
+        record = await self._bus.get(key, m.Idempotent)
+        if record is None or record.jid or record.body_hash != sent.hash or not await self._is_void(record):
+            return record
+        await self._bus.free_idem(key, record)
+        return await self._bus.get(key, m.Idempotent)  # another gateway may have used it meanwhile
+
+    async def _is_void(self, record: m.Idempotent) -> bool:
+        """Return whether all requests of a call have ended, and one because nobody could serve it at that time."""
+        facts = await self._bus.requests(record.rids)
+        if not all(fact is not None and fact.is_terminal for fact in facts):
+            return False
+        errors = [error_from(fact.error) for fact in facts if fact is not None and fact.error]
+        return any(isinstance(error, Unavailable) for error in errors)
 
     async def attach(self, call: ParsedCall, record: m.Idempotent) -> SubmittedCall:
         """Return an earlier call, to be followed from its first token, and charge for what it holds beside its body.

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
+from redis.exceptions import WatchError
 
 from protocol.queue import signatures as lua
 from protocol.queue.adapters import Adapters
@@ -275,6 +277,18 @@ class Bus:
     async def forget_call(self, idem_key: str, rids: Sequence[str]) -> None:
         """Delete all that the requests of a call have left, which have ended, and its Idempotency-Key."""
         await self._scripts.run(lua.Forget(job="", jobs="", idem=idem_key, jid="", tenant="", text_ms=0, rids=rids))
+
+    async def free_idem(self, idem_key: str, record: m.Idempotent) -> None:
+        """Delete an Idempotency-Key if it still has what was first read under it."""
+        async with self._redis.pipeline(transaction=True) as pipe:
+            await pipe.watch(idem_key)
+            raw = await pipe.get(idem_key)
+            if raw is None or decode(raw, m.Idempotent).rids != record.rids:
+                return
+            pipe.multi()
+            pipe.delete(idem_key)
+            with suppress(WatchError):  # somebody else was faster
+                await pipe.execute()
 
     async def requeue(
         self, wid: str, rids: Sequence[str], *, counts: bool, max_attempts: int, name: str = ""
