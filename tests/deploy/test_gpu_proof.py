@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "deploy" / "gpu-proof.sh"
 
 
+@pytest.mark.thorough
 def test_without_a_device_nothing_passes_for_proven(tmp_path: Path) -> None:
     """Every test would be skipped, which pytest counts as a success."""
     env = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": "", "WHEELS": ""}

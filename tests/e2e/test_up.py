@@ -127,6 +127,7 @@ async def test_a_launcher_killed_by_sigkill_leaves_nothing(tmp_path: Path, model
         await wait_until(fleet.is_gone, "everything is gone")
 
 
+@pytest.mark.thorough
 async def test_a_second_fleet_on_the_same_port_or_data_is_refused(
     fleet: RunningFleet, model: Path, tmp_path: Path
 ) -> None:

@@ -151,7 +151,9 @@ def test_a_helper_that_waits_for_a_core_is_given_the_callers(tmp_path: Path) -> 
         pytest.skip("a compiler and Linux are needed")
     program, sources = tmp_path / "helper_cores", Path(cpu.__file__).with_name("csrc")
     source = Path(__file__).with_name("helper_cores.cpp")
-    subprocess.run([compiler, "-std=c++20", "-O2", "-pthread", f"-I{sources}", source, "-o", program], check=True)
+    subprocess.run(
+        [compiler, "-std=c++20", "-O2", "-pthread", f"-I{sources}", source, "-lstdc++", "-o", program], check=True
+    )
     code = subprocess.run([program], check=False, timeout=200).returncode
     if code == 77:
         pytest.skip("two cores are needed")

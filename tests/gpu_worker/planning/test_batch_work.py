@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import count
 
 import numpy as np
+import pytest
 
 from gpu_worker.engine.step_model import StepMeter, StepWork
 from gpu_worker.planning.batcher import Batcher
@@ -129,6 +130,7 @@ def percentiles_of(*, with_batch: bool) -> tuple[float, float]:
     return float(np.percentile(found[True], 99)), float(np.percentile(found[False], 99))
 
 
+@pytest.mark.thorough
 def test_whoever_asks_hardly_notices_that_a_batch_fills_the_worker() -> None:
     for alone, beside in zip(percentiles_of(with_batch=False), percentiles_of(with_batch=True), strict=True):
         assert beside <= 1.2 * alone
