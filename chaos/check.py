@@ -32,7 +32,7 @@ EXCUSES = {
 """Error code that a client may get instead of its answer -> kinds of members, of which one must have been hit."""
 
 KILLS_OF_A_BASE = 3
-"""So many starts that are killed in a row make a base count as failed, for a minute and more."""
+"""Killed starts in a row after which the scheduler takes a base for failed, for a minute or more: its `MAX_LOST`."""
 
 
 def shown_wrongly(attempt: Attempt, expected: Expected) -> list[str]:

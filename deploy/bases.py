@@ -1,7 +1,7 @@
 """Run a command for several base models: $MODELS, separated by commas, becomes LORAFLEET_MODEL and …_MORE_MODELS.
 
-Without MODELS the command runs as it is. A worker is of one base, and replicas of a container do not know their number:
-with $BASE_LOCKS, a folder that all of this machine share, each takes the first base that the fewest have taken.
+Without MODELS the command runs as it is. A worker begins with one base, and replicas of a container do not know their
+number: with $BASE_LOCKS, a folder that all of this machine share, each takes the first base that the fewest have taken.
 """
 
 import fcntl

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from heapq import heapify, heapreplace
 
 TURN_STARTS = 4.0
-"""So many starts a base that is beyond its share keeps a worker at least, so that starts cost the others little."""
+"""Shortest turn of a base that is beyond its share, in starts, so that starts cost the other bases little."""
 
 LONG_QUEUE = 0.8
 """Part of the bound that a base's queue takes at least, where its worker leaves at its turn's end: a flood."""
@@ -52,7 +52,7 @@ class BaseDemand:
     start_s: float
     """What a swap to it takes."""
     typical_s: float = 0.0
-    """Of the work that waits, that of a tenant over its share: of the tenants with it, the middle one by shares."""
+    """Lower median over its tenants of the seconds of work that wait, each divided by the tenant's weight."""
     blocked_until_ms: float = 0.0
     """It failed to start, and is not tried again before."""
 
@@ -71,7 +71,7 @@ class Seat:
     becoming: str = ""
     """The base that it was ordered to become."""
     name: str = ""
-    """What it is called after the swap too, when it has another `wid`; "": its `wid`."""
+    """Its name, which it keeps after a swap, unlike its `wid`; "": it has none but the `wid`."""
 
 
 @dataclass(frozen=True, slots=True)

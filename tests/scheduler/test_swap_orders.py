@@ -91,7 +91,7 @@ def test_a_base_whose_own_worker_is_about_to_come_is_left_to_it() -> None:
 
 
 def test_a_fleet_whose_workers_become_nothing_orders_nothing() -> None:
-    """Those of one base, of an earlier version, and with --swaps false."""
+    """A fleet of one base, of workers of an earlier version, or with `--no-swaps`."""
     scheduler = scheduler_of(beat("a", fleet=[]), known=["a", "b"])
     scheduler.submit(make_submit("r", base="b", submitted_ms=0), 0)
     assert ordered(scheduler, 100_000.0) == {}

@@ -92,7 +92,7 @@ class AddedBase(Wire, frozen=True):
 
 
 class AddedBases(Record, frozen=True):
-    """All of them, as one record of the queue."""
+    """The bases that operators have added and taken away, as one record of the queue."""
 
     bases: dict[str, AddedBase] = {}  # by name
     removed: list[str] = []  # names that were taken away since, and not added again; the last one last
