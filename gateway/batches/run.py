@@ -348,11 +348,12 @@ class BatchRun:
                 if not is_queue_away(error):
                     why = error.message if isinstance(error, LorafleetError) else "the gateway failed while answering"
                     answer = failure_of(line.number, call.custom_id, "internal_error", why)
+            is_large = len(call.body) > SMALL_BODY_BYTES
+            if is_large:  # returning its pages to the system takes a millisecond, which is not the event loop's
+                held, call = [call], replace(call, body=b"")
+                await asyncio.to_thread(held.clear)
             if answer is not None:
                 break
-            is_large = len(call.body) > SMALL_BODY_BYTES
-            if is_large:
-                call = replace(call, body=b"")
             await asyncio.sleep(pause_s * random.uniform(1.0, 1.5))
             if is_large:
                 async with turn_of(end - begin, self._means.turns, self.batch.tenant):
