@@ -26,7 +26,7 @@ from peft_adapters.kinds.kind import Kind
 from peft_adapters.kinds.registry import kind_of
 from peft_adapters.kinds.virtual import canonical_virtual, is_virtual
 from peft_adapters.reasons import Reasons, show
-from peft_adapters.targets import PatternMap, SavedModules, Targets
+from peft_adapters.targets import NameTargets, PatternMap, SavedModules, Targets
 from peft_adapters.texts.files import TEXTS_FIELD
 from protocol.wire.errors import AdapterRefused
 
@@ -230,6 +230,18 @@ def read_config(config: Mapping[str, Any], reasons: Reasons) -> AdapterConfig | 
     if len(reasons) == before:
         _check_combinations(config, result, reasons)
     return result
+
+
+def whole_modules(names: Any, reasons: Reasons) -> AdapterConfig | None:
+    """Return the config of an adapter that is nothing but modules saved whole. None, with reasons, for wrong names."""
+    saved = read_saved(names, reasons)
+    if saved is None:
+        return None
+    return AdapterConfig(
+        kind=LORA, r=1, alpha=1.0, use_rslora=False, targets=Targets(NameTargets(frozenset()), None, None),
+        all_linear=False, ranks=PatternMap({}), alphas=PatternMap({}), kept_ranks={}, use_dora=False, lora_bias=False,
+        saved=saved, tokens={}, parameters=(), invocation=(), tie=False,
+    )  # fmt: skip
 
 
 def _read_kind(config: Mapping[str, Any], own: Kind, reasons: Reasons) -> AdapterConfig | None:

@@ -26,14 +26,15 @@ from peft_adapters.config import (
     canonical_config,
     parse_config,
     read_config,
+    whole_modules,
 )
 from peft_adapters.kinds.converted import written_converted
 from peft_adapters.kinds.refused import why_refused
 from peft_adapters.kinds.registry import kind_of
-from peft_adapters.kinds.virtual import is_virtual, read_virtual
-from peft_adapters.names.keys import peft_keys
+from peft_adapters.kinds.virtual import CLASSIFIES, SAVED_PREFIX, is_virtual, read_virtual, virtual_tensors
+from peft_adapters.names.keys import PREFIX, peft_keys
 from peft_adapters.names.translation import translate
-from peft_adapters.reader import read_spec
+from peft_adapters.reader import read_spec, read_whole_modules
 from peft_adapters.reasons import Reasons, show
 from peft_adapters.safetensors_header import MAX_HEADER_BYTES, TensorInfo, parse_header
 from peft_adapters.spec import AdapterSpec, LoraWeights, ReplacedWeights, TrainedTokens
@@ -90,7 +91,7 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], b
     own = kind_of(kind)
     if is_virtual(kind):
         reasons = Reasons()
-        spec = read_virtual(config, tensors, base, reasons, ALWAYS_WITHOUT_EFFECT)
+        spec = _read_virtual(config, tensors, base, reasons)
         if reasons:
             raise AdapterRefused(reasons.render())
         return spec
@@ -110,6 +111,21 @@ def read_adapter(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], b
         raise AdapterRefused(reasons.render())
     rules = {**keys.rules, **(other.rules if other is not None else {})}
     return replace(spec, mapped=rules) if rules else spec
+
+
+def _read_virtual(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], base: ServedModel | None, reasons: Reasons
+) -> AdapterSpec:
+    """Return virtual tokens, and the head of a classifier; meaningless when there are reasons against it."""
+    classifies = config.get("task_type") == CLASSIFIES
+    own, saved = virtual_tensors(tensors) if classifies else (tensors, {})
+    spec = read_virtual(config, own, base, reasons, ALWAYS_WITHOUT_EFFECT)
+    fields = whole_modules(config.get("modules_to_save") or [], reasons)
+    if not classifies or reasons or fields is None:
+        return spec
+    names = {PREFIX + name.removeprefix(SAVED_PREFIX): name for name in saved}  # as PEFT names them of other kinds
+    whole = read_whole_modules(fields, sort_tensors(names, reasons), saved, base, reasons)
+    return replace(whole, virtual=spec.virtual, unscaled=spec.unscaled)
 
 
 def _modules(tensors: AdapterTensors) -> set[str]:

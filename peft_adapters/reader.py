@@ -74,6 +74,31 @@ def read_spec(
     )
 
 
+def read_whole_modules(
+    config: AdapterConfig,
+    tensors: AdapterTensors,
+    infos: Mapping[str, TensorInfo],
+    base: ServedModel | None,
+    reasons: Reasons,
+) -> AdapterSpec:
+    """Return what an adapter changes that has nothing but modules saved whole, as `read_spec` does.
+
+    Of a decoder that is the head of a classifier alone: every other module would change more than its own tokens.
+    """
+    matcher = TensorMatcher(config, tensors, infos, base, reasons)
+    replaced, head = read_replaced(matcher, {}, []), read_head(matcher)
+    matcher.check_unused()
+    check_vocabulary(matcher, replaced, [])
+    if base is not None and base.label_head not in matcher.sites:  # a decoder
+        for part in replaced:
+            reasons.add("whole modules beside virtual tokens are not served, but for the head", part.site)
+        if not head:
+            reasons.add("the adapter does not bring the head that makes a classifier of the model", base.label_head)
+    return AdapterSpec(
+        (), replaced=tuple(replaced), vocab_size=matcher.vocab_size, head=head, num_labels=matcher.num_labels
+    )
+
+
 def _unscaled(own: Kind | None, parts: KindParts) -> str:
     """Return the name of a kind that PEFT cannot scale; "" for LoRA, and for what adds to weights."""
     if own is None or (own.changes == "layers" and all(part.operation.has_scale for part in parts.operations)):

@@ -173,7 +173,7 @@ class AdapterSpec:
     num_labels: int = 0  # labels of its own head; 0: no head
     unscaled: str = ""  # the kind, of an adapter that PEFT cannot scale
     head: str = ""  # its own head, where the base has none: tensor [labels, width]
-    virtual: VirtualTokens | None = None  # then it changes nothing else
+    virtual: VirtualTokens | None = None  # then it changes nothing else, but for the head of a classifier
     mapped: Mapping[str, str] = field(default_factory=dict[str, str])  # names of the file -> of the base, as patterns
 
     @property

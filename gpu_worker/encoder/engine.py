@@ -43,13 +43,22 @@ class TextBatch:
     """The texts of one step, and the slots of their adapters (-1: none)."""
 
     requests: list[EngineRequest] = field(default_factory=list)
+    texts: list[np.ndarray] = field(default_factory=list)  # int [L] each, with an adapter's virtual tokens before it
     slots: list[int] = field(default_factory=list)
     num_tokens: int = 0
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each text: int64 [S]."""
-        return np.array([len(request.prompt) for request in self.requests])
+        return np.array([len(text) for text in self.texts])
+
+    @property
+    def seconds(self) -> list[int]:
+        """Where the second text of each pair begins, 0 for no pair."""
+        return [
+            request.second and request.second + len(text) - len(request.prompt)
+            for request, text in zip(self.requests, self.texts, strict=True)
+        ]
 
 
 class EncoderEngine(BaseEngine):
@@ -107,7 +116,7 @@ class EncoderEngine(BaseEngine):
     def _take(self, requests: Iterable[EngineRequest], batch: TextBatch, most: int) -> None:
         """Add texts to a batch, in order, until it has `most` tokens; a longer text may be alone in it."""
         for request in requests:
-            is_over = batch.num_tokens + len(request.prompt) > most
+            is_over = batch.num_tokens + self._num_virtual(request) + len(request.prompt) > most
             if batch.requests and (is_over or len(batch.requests) == self.config.max_num_seqs):
                 break
             slot = self.adapters.acquire(request.digest) if request.digest else -1
@@ -119,9 +128,11 @@ class EncoderEngine(BaseEngine):
                 self._fail_waiting(request.rid, error)
                 continue
             self._drop(request.rid)
+            text = np.concatenate([-1 - np.arange(self._num_virtual(request)), request.prompt])
             batch.requests.append(request)
+            batch.texts.append(text)
             batch.slots.append(slot)
-            batch.num_tokens += len(request.prompt)
+            batch.num_tokens += len(text)
 
     def _run(self, batch: TextBatch) -> None:
         """Compute a batch, release its adapters, and emit its results."""
@@ -147,6 +158,13 @@ class EncoderEngine(BaseEngine):
         if extras is not None and (error := extras.scale_error(request.lora_scale)) is not None:
             return error
         vocab_size = (extras.vocab_size if extras is not None else 0) or self.model.vocab_size
+        num_virtual, most = self._num_virtual(request), self.config.max_model_len
+        if num_virtual + len(request.prompt) > most:
+            return BadRequest(
+                f"the text has {len(request.prompt)} tokens and its adapter {num_virtual} virtual ones before it; this "
+                f"model takes at most {most}",
+                code="context_length_exceeded",
+            )
         if request.prompt.min() < 0 or request.prompt.max() >= vocab_size:
             return BadRequest(f"the text holds token ids outside 0 … {vocab_size - 1}", param="input")
         return None
@@ -155,9 +173,7 @@ class EncoderEngine(BaseEngine):
         """Return what goes into each text's log, int32; see `messages.Body.task`."""
         model, lengths = self.model, batch.lengths
         with torch.inference_mode():
-            inputs = model.prepare(
-                [request.prompt for request in batch.requests], [request.second for request in batch.requests]
-            )
+            inputs = model.prepare(batch.texts, batch.seconds)
             if model.apart:
                 found = model.forward(inputs, partial(self._set_text, batch))
             else:
@@ -201,7 +217,7 @@ class EncoderEngine(BaseEngine):
             return batch, [extra_rows(own, rows, np.ones(num, bool), scale, device)] if own else []
 
         self.model.context.of_all = of_all
-        self.model.context.lora, self.model.context.extras = of_all(len(request.prompt))
+        self.model.context.lora, self.model.context.extras = of_all(len(batch.texts[index]))
 
     def _set_head_adapters(self, batch: TextBatch, members: Sequence[int]) -> None:
         """Set which adapter each row of the head has, where its rows are some of a batch's texts."""
@@ -214,6 +230,11 @@ class EncoderEngine(BaseEngine):
         for (digest, scale), own in group_by_adapter(requests, self.adapters.extras).items():
             rows, active = np.array(own), np.ones(len(own), bool)
             context.extras_logits.append(extra_rows(self.adapters.extras[digest], rows, active, scale, device))
+
+    def _num_virtual(self, request: EngineRequest) -> int:
+        """Return how many virtual tokens a request's adapter puts before its text."""
+        extras = self.adapters.extras.get(request.digest)
+        return 0 if extras is None else extras.num_virtual
 
     def _num_labels(self, request: EngineRequest) -> int:
         """Return how many labels the head has that answers a request: its adapter's own, or the base's."""

@@ -166,7 +166,11 @@ class EncoderModel:
         if types is not None:
             more["token_type_ids"] = types[None]
         body = self.module if self.classifier is None else self.classifier.body
-        out = body(input_ids=ids[None], **more)
+        if self.apart and ids[0] < 0:  # as PEFT gives virtual tokens: some count positions otherwise without ids
+            more["inputs_embeds"] = body.get_input_embeddings()(ids[None])
+        else:
+            more["input_ids"] = ids[None]
+        out = body(**more)
         return out.logits[0] if self.task == "classify" else out.last_hidden_state[0]
 
     def score(
@@ -204,10 +208,13 @@ def group_texts(lengths: Sequence[int], device: torch.device) -> list[TextInputs
 
 
 def positions_of(text: np.ndarray, padding_id: int | None) -> np.ndarray:
-    """Return the positions, int64 [L], that a model gives a text by itself; see `EncoderModel.padding_id`."""
+    """Return the positions, int64 [L], that a model gives a text by itself; see `EncoderModel.padding_id`.
+
+    Behind virtual tokens, whose ids are below 0, it counts padding too: then transformers is given no ids to look at.
+    """
     if padding_id is None:
         return np.arange(len(text))
-    counts = text != padding_id
+    counts = (text != padding_id) | (text[0] < 0)
     return np.cumsum(counts) * counts + padding_id
 
 

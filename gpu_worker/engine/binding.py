@@ -165,7 +165,7 @@ class RequestBinder:
             seq.is_scored_by_tokens = True
             return
         padding_id = getattr(self._model.config, "pad_token_id", None)
-        if padding_id is not None:
+        if padding_id is not None and not seq.num_virtual:  # transformers does not see padding behind embeddings
             seq.end_at(1 + int(np.flatnonzero(request.prompt != padding_id).max(initial=0)))
 
     def _bind_grammar(self, seq: Sequence) -> str:

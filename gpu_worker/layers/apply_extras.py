@@ -142,10 +142,11 @@ class AdaptableEmbedding:
 
     def _rows(self, part: EmbeddingExtras, scale: float, ids: Tensor, hidden: Tensor) -> Tensor:
         """Return the embeddings [n, D] of ids [n] under an adapter, given the base's."""
-        if part.virtual is not None:
-            return part.virtual[-1 - ids]
         if part.weight is not None:
-            hidden = part.weight[ids] * self._scale(part.weight)
+            hidden = part.weight[ids.clamp(min=0)] * self._scale(part.weight)
+        if part.virtual is not None:
+            rows = part.virtual[(-1 - ids).clamp(min=0)]
+            return torch.where((ids < 0)[:, None], rows, hidden)
         if part.tokens is not None:
             at = torch.searchsorted(part.tokens.indices, ids).clamp(max=len(part.tokens.indices) - 1)
             rows = part.tokens.rows[at] * self._scale(part.tokens.rows)

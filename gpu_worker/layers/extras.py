@@ -146,7 +146,7 @@ class Extras:
     unscaled: str = ""  # the kind of adapter, of one that cannot be scaled
     head: Tensor | None = None  # [labels, D], of the sequence classifier that the adapter makes of the model
     num_virtual: int = 0
-    """Virtual tokens that every text begins with, of ids -1, -2, …; then nothing changes but at these."""
+    """Virtual tokens that every text begins with, of ids -1, -2, …; of a decoder, nothing changes but at these."""
     prefix: Tensor | None = None  # [layers, 2, num_virtual, Hkv, D], their keys and values in place of computed ones
 
     def __bool__(self) -> bool:

@@ -12,14 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from peft_adapters.json_values import is_list
 from peft_adapters.kinds.kind import MAX_KIND_PRODUCTS, MAX_WHOLE, Field, choice, whole
 from peft_adapters.reasons import Reasons, show
 from peft_adapters.safetensors_header import FLOATS, TensorInfo
 from peft_adapters.spec import AdapterSpec, VirtualTokens
 from protocol.wire.messages import ServedModel, SiteShape
 
+CLASSIFIES = "SEQ_CLS"
+"""The task type of sequence classifiers, which save their head whole."""
+
 TENSOR = "prompt_embeddings"
 COLUMNS, ROWS = "prefix_task_cols", "prefix_task_rows"
+SAVED_PREFIX = "base_model."
+"""What PEFT puts before the names of modules that are saved whole beside virtual tokens."""
 
 _SIZES = ("token_dim", "num_layers", "num_attention_heads")
 """Fields that PEFT fills in from the base model."""
@@ -31,7 +37,7 @@ _FIELDS: dict[str, Field] = {
     "num_virtual_tokens": whole(0),
     **dict.fromkeys(_SIZES, _MAYBE_WHOLE),
     "num_transformer_submodules": choice(None, 1),
-    "task_type": choice(None, "CAUSAL_LM"),
+    "task_type": choice(None, "CAUSAL_LM", CLASSIFIES),
 }
 _TASKS = {
     "num_tasks": choice(1),  # a request cannot choose among several
@@ -61,6 +67,9 @@ PREFIXES = frozenset({"PREFIX_TUNING", "CARTRIDGE"})
 """Kinds whose virtual tokens are keys and values; those of the others are embeddings."""
 
 
+_CLASSIFIERS = frozenset({"PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"})
+"""Kinds with which PEFT computes sequence classifiers: CPT is for text alone, and prefixes find no cache there."""
+
 _NOT_OF_PEFT = frozenset({"deepseek_v4"})
 """Model types on which PEFT's own forward fails with embeddings, because layers look at ids."""
 
@@ -79,7 +88,16 @@ def canonical_virtual(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a config that count, without those at their defaults."""
     fields = fields_of(config["peft_type"])
     given = {key: config[key] for key, field in fields.items() if key in config and config[key] != field.default}
-    return {"peft_type": config["peft_type"], **given}
+    saved: Any = config.get("modules_to_save")
+    if is_list(saved) and all(isinstance(name, str) for name in saved):
+        saved = sorted(set(saved))
+    return {"peft_type": config["peft_type"], **given, **({"modules_to_save": saved} if saved else {})}
+
+
+def virtual_tensors(tensors: Mapping[str, TensorInfo]) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
+    """Return the tensors of a file that are of virtual tokens, and those of modules that are saved whole."""
+    own = {name: info for name, info in tensors.items() if not name.startswith(SAVED_PREFIX)}
+    return own, {name: info for name, info in tensors.items() if name not in own}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +112,10 @@ class _Reader:
     def check_fields(self, ignored: frozenset[str]) -> None:
         known = {"peft_type", *fields_of(self.kind), *NO_EFFECT[self.kind], *ignored}
         for key, value in self.config.items():
-            if value and key == "modules_to_save":
-                self.reasons.add(f"modules_to_save beside the virtual tokens of {self.kind} is not served")
+            if key == "modules_to_save":
+                if value and self.config.get("task_type") != CLASSIFIES:
+                    text = f"modules_to_save beside the virtual tokens of {self.kind} is not served"
+                    self.reasons.add(f"{text} but with task_type {CLASSIFIES}")
             elif value and key not in known:
                 self.reasons.add("config fields that are not understood", key)
         for key, field in fields_of(self.kind).items():
@@ -148,8 +168,11 @@ def read_virtual(
         reasons.add(f"num_virtual_tokens {show(num)} of {kind} is not a whole number from 1 to {MAX_WHOLE}")
     if reasons:
         return AdapterSpec(())
+    classifies = config.get("task_type") == CLASSIFIES
+    if classifies and kind not in _CLASSIFIERS:
+        reasons.add(f"PEFT does not compute {kind} with task_type {CLASSIFIES}")
     if base is not None:
-        _check_base(kind, num, base, reasons)
+        _check_base(kind, num, base, reasons, classifies=classifies)
     if kind in PREFIXES:
         return _spec(_read_prefix(reader, num, base))
     return _spec(_read_prompt(reader, num, base))
@@ -159,8 +182,10 @@ def _spec(virtual: VirtualTokens) -> AdapterSpec:
     return AdapterSpec((), virtual=virtual, unscaled=virtual.kind)
 
 
-def _check_base(kind: str, num: int, base: ServedModel, reasons: Reasons) -> None:
-    if not base.does("generate"):
+def _check_base(kind: str, num: int, base: ServedModel, reasons: Reasons, *, classifies: bool) -> None:
+    if classifies and not base.label_head:
+        reasons.add(f"{kind} with task_type {CLASSIFIES} is not served on a base model without a classifier's head")
+    if not classifies and not base.does("generate"):
         reasons.add(f"{kind} is not served on a base model that generates no text")
     if base.max_model_len and num > base.max_model_len - 2:
         reasons.add(

@@ -30,7 +30,7 @@ from peft_adapters.config import ALWAYS_WITHOUT_EFFECT
 from peft_adapters.effect import has_effect
 from peft_adapters.format import AdapterSpec, adapter_digest, canonical_config, parse_header, read_adapter
 from peft_adapters.kinds.kind import MAX_WHOLE
-from peft_adapters.kinds.virtual import NO_EFFECT, PREFIXES, TENSOR, fields_of
+from peft_adapters.kinds.virtual import CLASSIFIES, NO_EFFECT, PREFIXES, TENSOR, fields_of
 from protocol.wire.errors import AdapterRefused
 from protocol.wire.messages import ServedModel, SiteShape
 
@@ -140,6 +140,71 @@ def test_where_a_base_is_not_known_whole_a_worker_decides(base: ServedModel | No
         assert f"where config and base model want [{NUM}, any]" in reasons(virtual_config(kind), wrong, base)
 
 
+# ---------------------------------------------------------------- classifiers
+
+DECODER = structs.replace(VIRTUAL_BASE, label_head="score", width=HIDDEN)
+ENCODER = structs.replace(
+    VIRTUAL_BASE, task="score", label_head="classifier",
+    sites=[*KIND_BASE.sites, SiteShape("classifier", HIDDEN, 4, has_bias=True)],
+)  # fmt: skip
+BIAS: Tensors = {"base_model.classifier.bias": np.ones(7, np.float32)}
+CLASSIFIER: dict[str, Any] = {"task_type": CLASSIFIES, "modules_to_save": ["score", "classifier", "score"]}
+
+
+def saved(**weights: tuple[int, ...]) -> Tensors:
+    """Return what a prompt and modules saved whole are in a file: shapes by module, each with its weight alone."""
+    whole = {f"base_model.{name}.weight": np.ones(shape, np.float32) for name, shape in weights.items()}
+    return virtual_tensors("PROMPT_TUNING") | whole
+
+
+def test_a_classifier_brings_its_head() -> None:
+    config = virtual_config("PROMPT_TUNING", **CLASSIFIER)
+    spec = read(config, saved(score=(3, HIDDEN)), DECODER)
+    assert (spec.head, spec.num_labels, spec.replaced) == ("base_model.score.weight", 3, ())
+    assert spec.virtual is not None
+    spec = read(config, saved(classifier=(7, HIDDEN)) | BIAS, ENCODER)
+    assert (spec.head, spec.num_labels) == ("", 7)
+    assert {(part.site, part.parameter) for part in spec.replaced} == {("classifier", "weight"), ("classifier", "bias")}
+    assert read(config, saved(score=(3, HIDDEN)), None).virtual is not None
+
+
+REFUSED: dict[str, tuple[ServedModel, Tensors, dict[str, Any]]] = {
+    "is not served on a base model without a classifier's head": (VIRTUAL_BASE, saved(score=(3, HIDDEN)), {}),
+    "does not bring the head that makes a classifier of the model: score": (DECODER, saved(), {}),
+    "its head has 4097 labels": (DECODER, saved(score=(4097, HIDDEN)), {}),
+    f"weight has shape [3, {HIDDEN + 1}]": (DECODER, saved(score=(3, HIDDEN + 1)), {}),
+    "whole modules beside virtual tokens are not served, but for the head: lm_head": (
+        DECODER, saved(score=(3, HIDDEN), lm_head=(KIND_BASE.vocab_size, HIDDEN)),
+        {"modules_to_save": ["score", "lm_head"]},
+    ),
+    "tensors for layers that the base model does not have": (
+        DECODER, saved(score=(3, HIDDEN), other=(3, HIDDEN)), {},
+    ),
+    "tensors that are not understood: score.weight": (
+        DECODER, saved() | {"score.weight": np.ones((3, HIDDEN), np.float32)}, {},
+    ),
+    "modules_to_save {'a': 1} is not a list": (DECODER, saved(score=(3, HIDDEN)), {"modules_to_save": {"a": 1}}),
+    "modules_to_save [[]] is not a list": (DECODER, saved(score=(3, HIDDEN)), {"modules_to_save": [[]]}),
+    "tensors missing for modules_to_save: classifier.bias": (ENCODER, saved(classifier=(7, HIDDEN)), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_classifiers_that_are_not_served_are_refused_by_name(reason: str) -> None:
+    base, tensors, fields = REFUSED[reason]
+    config = virtual_config("PROMPT_TUNING", **CLASSIFIER | fields)
+    assert reason in reasons(config, tensors, base)
+    raw = written(tensors)
+    assert adapter_digest(config, parse_header(raw, len(raw)), raw)  # nor does another part of the store fail on it
+
+
+@pytest.mark.parametrize("kind", sorted(PREFIXES | {"CPT"}))
+def test_kinds_with_which_peft_has_no_classifiers_are_refused(kind: str) -> None:
+    config = virtual_config(kind, **CLASSIFIER)
+    tensors = virtual_tensors(kind) | {"base_model.score.weight": np.ones((3, HIDDEN), np.float32)}
+    assert f"PEFT does not compute {kind} with task_type SEQ_CLS" in reasons(config, tensors, DECODER)
+
+
 # ---------------------------------------------------------------- digests, limits
 
 
@@ -155,6 +220,7 @@ def test_a_digest_is_of_what_counts(kind: str) -> None:
     assert digest() == digest(inference_mode=True, revision="x", modules_to_save=None)
     assert all(digest() == digest(**{field: None}) for field in NO_EFFECT[kind])
     assert digest() != digest(num_virtual_tokens=NUM + 1)
+    assert digest(modules_to_save=["a", "b"]) == digest(modules_to_save=["b", "a", "b"]) != digest()
     assert len({adapter_digest(virtual_config(other), infos, raw) for other in NO_EFFECT}) == len(NO_EFFECT)
     canonical = canonical_config(virtual_config(kind, inference_mode=True, token_dim=None))
     assert read(json.loads(json.dumps(canonical)), tensors) == read(virtual_config(kind), tensors)
