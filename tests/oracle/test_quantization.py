@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+from helpers import examples
+from oracle.adapters.kind_cases import CASES
+from oracle.adapters.peft_kinds import (
+    LLAMA,
+    MAX_DIFFERENCE,
+    Kind,
+    asked_prompts,
+    engine_logits,
+    make_adapter,
+    make_base,
+    model_logits,
+    read_files,
+)
+from oracle.adapters.quantised import BASE
+from oracle.adapters.test_quantised import NEED_WEIGHTS
+from oracle.adapters.virtual_cases import CASES as VIRTUAL
+from oracle.adapters.virtual_cases import task_of
 from oracle.peft_oracle import ATTENTION, MLP, Lora, Oracle, ask, greedy_request, prompts, random_llama
+from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from gpu_worker.build import build_engine, load_engine
@@ -73,6 +93,35 @@ def test_tokens_are_those_of_the_dequantised_weights(
     for i, (name, prompt) in enumerate(asked):
         assert got.ids[str(i)] == oracle.greedy(name, prompt, NUM_TOKENS)
     assert len({tuple(got.ids[str(i)]) for i in range(3)}) == 3, "adapters change the answer"
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
+@pytest.mark.parametrize("quantization", examples.some(["int8", "int4"], "int8"))
+def test_kinds_besides_lora_are_what_peft_computes(quantization: Literal["int8", "int4"], tmp_path: Path) -> None:
+    """All of them in one batch; of those that need a layer's own weights, the refusal."""
+    kinds = {name: replace(kind, base=BASE) for name, kind in (CASES | VIRTUAL).items() if kind.base == LLAMA}
+    folders = {name: tmp_path / name for name in kinds}
+    for name, kind in kinds.items():
+        make_adapter(kind, folders[name], scale=0.1)
+    make_base(BASE).save_pretrained(tmp_path / "base")
+    made = quantised_folder(tmp_path / "base", read_config(tmp_path / "base"), quantization, KEPT)
+    model = prepare_model(read_model(made, torch.device("cpu"), torch.float32), frozenset(), None)
+    settings = Settings(model="m", adapter_pool_bytes=64 << 20, kv_cache_bytes=64 << 20)
+    engine, _ = build_engine(model, settings, lambda name: read_files(folders[name]))
+    prompt = asked_prompts(Kind(BASE))[0]
+    refused = ask(engine, [greedy_request(name, name, prompt, 1) for name in sorted(NEED_WEIGHTS)]).finish
+    for name, end in refused.items():
+        assert end.error is not None, name
+        assert "needs weights of the base model, which are quantised" in end.error.message
+    served = sorted(kinds.keys() - NEED_WEIGHTS)
+    got = engine_logits(engine, [greedy_request(name, name, prompt, 2) for name in ("", *served)])
+    plain = dequantised(make_base(BASE), quantization)
+    for name in served:
+        ids, logits = got[name]
+        peft = PeftModel.from_pretrained(copy.deepcopy(plain), str(folders[name])).eval()
+        expected = model_logits(peft, prompt, ids, **task_of(kinds[name]))[-len(ids) :]
+        assert (logits - expected).abs().max() < MAX_DIFFERENCE, name
+        assert (expected - model_logits(plain, prompt, ids)).abs().max() > 100 * MAX_DIFFERENCE, name
 
 
 def test_changed_weights_are_quantised_anew_and_few_are_kept(tmp_path: Path, cache: Path) -> None:

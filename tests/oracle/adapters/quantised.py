@@ -7,7 +7,7 @@ import importlib.util
 import json
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from oracle.adapters.peft_kinds import (
     model_logits,
     read_files,
 )
+from oracle.adapters.virtual_cases import task_of
 from oracle.peft_oracle import greedy_request
 from peft import PeftModel
 from safetensors.torch import save_file
@@ -334,10 +335,10 @@ class Measured:
     rounding: float  # that quantising makes to the base
 
 
-def measure(scheme: Scheme, folder: Path) -> Measured:
-    """Run a mixed batch, in chunks, of the quantised base and two adapters, and hold each row against PEFT alone."""
-    adapters = {name: folder / name for name in ADAPTERS}
-    for name, kind in ADAPTERS.items():
+def measure(scheme: Scheme, folder: Path, kinds: Mapping[str, Kind] = ADAPTERS) -> Measured:
+    """Run a mixed batch, in chunks, of the quantised base and adapters, and hold each row against PEFT alone."""
+    adapters = {name: folder / name for name in kinds}
+    for name, kind in kinds.items():
         make_adapter(kind, adapters[name], scale=0.1)
     base = folder / "base"
     base.mkdir()
@@ -346,7 +347,7 @@ def measure(scheme: Scheme, folder: Path) -> Measured:
         scheme.write(base)
         engine = engine_on(base, scheme.dtype, adapters)
         prompts = asked_prompts(Kind(BASE))
-        names = ("", *ADAPTERS)
+        names = ("", *kinds)
         requests = [
             greedy_request(f"{n}/{i}", n, prompt, NUM_TOKENS) for i, prompt in enumerate(prompts) for n in names
         ]
@@ -355,8 +356,9 @@ def measure(scheme: Scheme, folder: Path) -> Measured:
 
         def logits_of(model: Any, name: str) -> Tensor:
             """Return what a model says to the texts of one adapter's rows: [n, V]."""
-            mine = [request for request in requests if request.digest == name]
-            return torch.cat([model_logits(model, r.prompt, got[r.rid][0]).float() for r in mine])
+            mine = [(r.prompt, got[r.rid][0]) for r in requests if r.digest == name]
+            more = task_of(kinds[name]) if name else {}
+            return torch.cat([model_logits(model, text, ids, **more)[-len(ids) :].float() for text, ids in mine])
 
         differences, sensitivities, changes = [], [], []
         plain = load_base(base, scheme.dtype)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from oracle.adapters.peft_kinds import MAX_DIFFERENCE, Kind, asked_prompts, make_adapter
+from oracle.adapters.kind_cases import CASES
+from oracle.adapters.peft_kinds import LLAMA, MAX_DIFFERENCE, Kind, asked_prompts, make_adapter
 from oracle.adapters.quantised import BASE, CPU, GPU_ONLY, SCHEMES, Scheme, engine_on, measure, refusal
 from oracle.adapters.quantised_table import DOCUMENT, NAME, read_table
+from oracle.adapters.virtual_cases import CASES as VIRTUAL
 from oracle.peft_oracle import ask, greedy_request
 
 from gpu_worker.loading.checkpoint import read_model
@@ -30,6 +33,27 @@ def test_logits_are_those_of_peft_on_the_same_base(name: str, tmp_path: Path) ->
     assert measured.change >= 100 * MAX_DIFFERENCE
     assert measured.change >= 4 * measured.difference
     assert 0 < measured.rounding < measured.change, "the file must be the base, quantised"
+
+
+NOT_OF_PEFT = {
+    "bitsandbytes nf4": {"loha", "lokr", "delora", "unilora"},  # sizes of packed weights; UniLoRA's scales are zero
+    "torchao int8": {"delora"},
+}
+"""Kinds whose adapters PEFT does not load, or without effect, on a base that a library has quantised."""
+
+NEED_WEIGHTS = {"hra", "deft"}
+
+
+@pytest.mark.parametrize("name", NOT_OF_PEFT)
+def test_every_kind_is_what_peft_computes_on_the_same_base(name: str, tmp_path: Path) -> None:
+    """All of them in one batch."""
+    need(SCHEMES[name])
+    kinds = {case: replace(kind, base=BASE) for case, kind in (CASES | VIRTUAL).items() if kind.base == LLAMA}
+    served = {case: kind for case, kind in kinds.items() if case not in NOT_OF_PEFT[name] | NEED_WEIGHTS}
+    assert len(served) > 15
+    measured = measure(SCHEMES[name], tmp_path, served)
+    assert measured.difference <= SCHEMES[name].allowed(measured.sensitivity)
+    assert measured.change >= max(2 * measured.difference, 100 * MAX_DIFFERENCE)
 
 
 @pytest.mark.parametrize("name", GPU_ONLY)
