@@ -14,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpu_worker.layers.extras import EmbeddingExtras, Extras, LinearExtras, LowRank, ParameterLora, Places
+from gpu_worker.layers.extras import (
+    EmbeddingExtras,
+    Extras,
+    LinearExtras,
+    LinearTransform,
+    LowRank,
+    ParameterLora,
+    Places,
+    Tokens,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +41,46 @@ class ExtraRows:
 # ---------------------------------------------------------------- linear layers
 
 
-def transformed_inputs(groups: list[ExtraRows], site: int, x: Tensor) -> Tensor:
-    """Return the inputs x [T, K] of a layer as adapters transform those of their rows; x itself if none does."""
+def transformed_inputs(groups: list[ExtraRows], site: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return which inputs x [T, K] of a layer adapters transform, int64 [n], and what becomes of them [n, K].
+
+    None if no adapter does.
+    """
     found = [(group.rows, part.inputs) for group in groups if (part := group.extras.linear.get(site)) and part.inputs]
-    changed = x.clone() if found else x
-    for rows, transform in found:
-        changed[rows] = transform.apply(x[rows])
-    return changed
+    return _transformed(found, x) if found else None
+
+
+def _transformed(changes: list[tuple[Tensor, LinearTransform]], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Apply transforms of one width to their rows of x [T, >= D]. Returns all these rows, and what becomes of them.
+
+    Those that multiply by numbers do so together: an operation on few rows costs as much as on many.
+    """
+    alike: dict[tuple[bool, int], list[tuple[Tensor, LinearTransform]]] = {}
+    for rows, transform in changes:
+        key = (transform.across is not None, transform.group) if transform.blocks is None else (True, -len(alike) - 1)
+        alike.setdefault(key, []).append((rows, transform))
+    where: list[Tensor] = []
+    values: list[Tensor] = []
+    for own in alike.values():
+        rows = torch.cat([rows for rows, _ in own]) if len(own) > 1 else own[0][0]
+        where.append(rows)
+        values.append(_joint(own).apply(x[rows, : own[0][1].width]))
+    return (where[0], values[0]) if len(where) == 1 else (torch.cat(where), torch.cat(values))
+
+
+def _joint(changes: list[tuple[Tensor, LinearTransform]]) -> LinearTransform:
+    """Return one transform for the rows of several, one after the other; each but a lone one has numbers a row."""
+    first = changes[0][1]
+    if len(changes) == 1:
+        return first
+    scale = _each_row([(rows, transform.scale) for rows, transform in changes if transform.scale is not None])
+    across = _each_row([(rows, transform.across) for rows, transform in changes if transform.across is not None])
+    return LinearTransform(scale, across if first.across is not None else None, first.group)
+
+
+def _each_row(numbers: list[tuple[Tensor, Tensor]]) -> Tensor | None:
+    """Return numbers [D] of each group of rows for every one of its rows: [n, D]. None for none."""
+    return torch.cat([own.expand(len(rows), -1) for rows, own in numbers]) if numbers else None
 
 
 def apply_linear(groups: list[ExtraRows], site: int, out: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -48,14 +90,45 @@ def apply_linear(groups: list[ExtraRows], site: int, out: Tensor, x: Tensor, bia
     Returns `out`, or a wider tensor where an adapter has more tokens than the head. The adapters that follow find it
     wider than what they change, and each changes its own width.
     """
-    for group in groups:
-        part = group.extras.linear.get(site)
-        if part is not None:
-            out = _apply_linear(part, group, out, x, bias)
+    found = [(group, part) for group in groups if (part := group.extras.linear.get(site)) is not None]
+    for group, part in found:
+        out = _apply_linear(part, group, out, x, bias)
+    by_width: dict[int, list[tuple[Tensor, LinearTransform]]] = {}
+    for group, part in found:
+        if part.outputs is not None:
+            by_width.setdefault(part.outputs.width, []).append((group.rows, part.outputs))
+    for width, changes in by_width.items():
+        rows, values = _transformed(changes, out)
+        out[rows, :width] = values
+    _scale_dora(found, out, bias)
+    for group, part in found:
+        if part.tokens is not None:
+            out = _apply_tokens(part.tokens, group, out, x)
     return out
 
 
+def _scale_dora(found: list[tuple[ExtraRows, LinearExtras]], out: Tensor, bias: Tensor | None) -> None:
+    """Multiply outputs [T, N] without their bias by DoRA's factors, in place, all adapters at once."""
+    by_width: dict[int, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
+    for group, part in found:
+        if part.dora is not None:
+            factor = part.dora.at(group.scale)
+            own_bias = bias if part.bias is None else part.bias
+            by_width.setdefault(len(factor), []).append((group.rows, factor, own_bias))
+    for width, own in by_width.items():
+        rows = torch.cat([rows for rows, _, _ in own])
+        factors = _each_row([(rows, factor) for rows, factor, _ in own])
+        y = out[rows, :width].float()
+        if any(own_bias is not None for _, _, own_bias in own):
+            none = y.new_zeros(width)
+            offsets = _each_row([(rows, none if bias is None else bias.float()) for rows, _, bias in own])
+            out[rows, :width] = (factors * (y - offsets) + offsets).to(out.dtype)
+        else:
+            out[rows, :width] = (factors * y).to(out.dtype)
+
+
 def _apply_linear(part: LinearExtras, group: ExtraRows, out: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply what comes before an adapter's factors of outputs."""
     rows, active = group.rows, group.active
     own_bias = bias if part.bias is None else part.bias
     if part.weight is not None:
@@ -73,21 +146,16 @@ def _apply_linear(part: LinearExtras, group: ExtraRows, out: Tensor, x: Tensor, 
         out[active] = (out[active].float() + _at_places(part.places, x[active], out.shape[-1], group.scale)).to(
             out.dtype
         )
-    if part.outputs is not None:
-        width = part.outputs.width
-        out[rows, :width] = part.outputs.apply(out[rows, :width])
-    if part.dora is not None:
-        factor = part.dora.at(group.scale)
-        y = out[rows, : len(factor)].float()
-        offset = 0.0 if own_bias is None else own_bias.float()
-        out[rows, : len(factor)] = (factor * (y - offset) + offset).to(out.dtype)
-    if part.tokens is not None:
-        tokens = part.tokens
-        out = _widen(out, int(tokens.indices[-1]) + 1)
-        out[rows[:, None], tokens.indices] = F.linear(x[rows], tokens.rows)
-        if tokens.lora is not None:
-            delta = _low_rank(tokens.lora, x[active], group.scale)
-            out[active[:, None], tokens.indices] += delta.to(out.dtype)
+    return out
+
+
+def _apply_tokens(tokens: Tokens, group: ExtraRows, out: Tensor, x: Tensor) -> Tensor:
+    """Write the logits of trained tokens. Returns `out`, or a wider one."""
+    out = _widen(out, int(tokens.indices[-1]) + 1)
+    out[group.rows[:, None], tokens.indices] = F.linear(x[group.rows], tokens.rows)
+    if tokens.lora is not None:
+        delta = _low_rank(tokens.lora, x[group.active], group.scale)
+        out[group.active[:, None], tokens.indices] += delta.to(out.dtype)
     return out
 
 

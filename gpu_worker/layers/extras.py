@@ -59,8 +59,8 @@ class Tokens:
 class LinearTransform:
     """A linear change of vectors [n, D] in fp32; see `peft_adapters.kinds.kind.Transform`."""
 
-    scale: Tensor | None = None  # [D]
-    across: Tensor | None = None  # [D]
+    scale: Tensor | None = None  # [D], or [n, D] with numbers for each vector
+    across: Tensor | None = None  # as `scale`
     group: int = 0
     blocks: Tensor | None = None  # [D / size, size, size]
 
@@ -70,7 +70,7 @@ class LinearTransform:
         if self.blocks is not None:
             return self.blocks.shape[0] * self.blocks.shape[1]
         assert self.scale is not None
-        return len(self.scale)
+        return self.scale.shape[-1]
 
     def apply(self, x: Tensor) -> Tensor:
         """Return what becomes of x [n, D], in its dtype."""

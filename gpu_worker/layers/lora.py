@@ -156,17 +156,18 @@ class SharedInput:
     def _transformed_products(self, extras: list[ExtraRows], rows: Tensor) -> list[Tensor]:
         """Return the layers' own outputs, each for its inputs as adapters change them.
 
-        Siblings whose inputs are changed are computed once more, for the changed rows alone: adapters change the inputs
-        of layers without siblings in most models, and those of any cost one product.
+        Siblings whose inputs are changed are computed once more, for the changed rows of all adapters alone: adapters
+        change the inputs of layers without siblings in most models, and those of any cost one product.
         """
-        if self.num_siblings == 1 and self.lora_sites:
-            return self._products(transformed_inputs(extras, self.lora_sites[0].index, rows))
+        changes = [transformed_inputs(extras, site.index, rows) for site in self.lora_sites]
+        if self.num_siblings == 1 and changes and changes[0] is not None:
+            where, inputs = changes[0]
+            return self._products(rows.index_copy(0, where, inputs))
         outs = self._products(rows)
-        for i, site in enumerate(self.lora_sites):
-            for group in extras:
-                part = group.extras.linear.get(site.index)
-                if part is not None and part.inputs is not None:
-                    outs[i][group.rows] = self._products(part.inputs.apply(rows[group.rows]))[i]
+        for i, change in enumerate(changes):
+            if change is not None:
+                where, inputs = change
+                outs[i][where] = self._products(inputs)[i]
         return outs
 
     def weight(self, index: int) -> Tensor:
