@@ -23,7 +23,7 @@ from adapter_store.blobs import AdapterFolder, texts_in
 from adapter_store.formats import convert, depends_on_base, plan_conversion
 from adapter_store.sources import choose_weights, needs_config
 from peft_adapters.config import ADALORA, LORA
-from peft_adapters.effect import is_zero_operation, is_zero_product
+from peft_adapters.effect import check_idle, is_zero_operation, is_zero_product
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE, AdapterSpec, read_adapter
 from peft_adapters.kinds.registry import kind_of
 from peft_adapters.reasons import show
@@ -101,6 +101,7 @@ def _check(args: argparse.Namespace, base: ServedModel | None) -> int:
     if texts is not None and base is not None:
         texts.check_base(base)
     raw = memoryview((folder / weights).read_bytes())
+    check_idle(spec, sources, raw)
     zero = {
         part.site for part in (*spec.sites, *spec.embeddings, *spec.parameters) if is_zero_product(part, sources, raw)
     }
@@ -145,6 +146,8 @@ def _rows(spec: AdapterSpec, zero: set[str]) -> Iterator[_Row]:
         yield _Row(_pattern(part.site), part.kind, has_effect=part.site not in zero)
     for whole in spec.replaced:
         yield _Row(_pattern(whole.site), f"whole {whole.parameter}")
+    for part in spec.idle:
+        yield _Row(_pattern(part.site), "LoRA on a layer that never runs", str(part.rank), f"{part.scale:g}", False)
     if spec.virtual is not None:
         yield _Row("prompt", f"{spec.virtual.num} virtual tokens")
     for tokens in spec.tokens:

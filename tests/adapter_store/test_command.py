@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.adapter_files import lora_config, lora_tensors, safetensors, write_adapter
+from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
 from helpers.other_formats import peft_pairs, write_gguf, write_mlx
 from msgspec import structs
 from safetensors.numpy import load_file
@@ -19,7 +19,7 @@ from lorafleet.operate.adapters import add_arguments
 from lorafleet.shared.parser import Parser
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
 from peft_adapters.texts.tokenizer_json import parts_of
-from protocol.wire.messages import ServedModel
+from protocol.wire.messages import ServedModel, SiteShape
 
 MODEL = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 64, "hidden_size": 16,
@@ -74,6 +74,27 @@ def test_check_says_what_is_mapped_and_what_is_zero(
     (folder / WEIGHTS_FILE).write_bytes(safetensors({name: np.zeros_like(value) for name, value in tensors.items()}))
     assert adapter(described, "check", str(folder)) == 1
     assert "no effect" in capsys.readouterr().out
+
+
+def test_check_shows_and_refuses_lora_on_a_layer_that_never_runs(
+    tmp_path: Path, described: ServedModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    site = SiteShape("model.layers.0.mamba.dt_proj", 4, 16)
+    with_idle = structs.replace(described, idle=[site])
+    for value, code in ((0.0, 0), (1.0, 1)):
+        tensors = lora_tensors(sites=[*BASE.sites, site])
+        tensors[f"base_model.model.{site.name}.lora_B.weight"] = np.full((16, 4), value)
+        folder = write_adapter(tmp_path / f"a{code}", target_modules=["q_proj", "v_proj", "dt_proj"])
+        (folder / WEIGHTS_FILE).write_bytes(safetensors(tensors))
+        assert adapter(with_idle, "check", str(folder)) == code
+        told = capsys.readouterr()
+        if value:
+            assert f"only when merged here, since the model reads the weight itself: {site.name}" in told.err + told.out
+        else:
+            row = next(line for line in told.out.splitlines() if "mamba.dt_proj" in line)
+            assert "LoRA on a layer that never runs" in row
+            assert "no: it adds zero" in row
 
 
 def test_check_gives_every_reason(tmp_path: Path, described: ServedModel, capsys: pytest.CaptureFixture[str]) -> None:
