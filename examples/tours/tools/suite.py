@@ -20,7 +20,7 @@ import json
 import sys
 import tempfile
 import unittest
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
@@ -85,18 +85,8 @@ class Fleet(ExitStack):
     def __init__(self, name: str, given: Mapping[str, list[str]], port: int = 0) -> None:
         super().__init__()
         data = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="suite-")))
-        words = [
-            *LORAFLEET,
-            "up",
-            str(model_folder()),
-            "--served-name",
-            name,
-            "--data",
-            str(data),
-            "--dtype",
-            "float32",
-        ]
-        words += ["--max-draft-tokens", "8", "--vllm-metrics"]
+        words = [*LORAFLEET, "up", str(model_folder()), "--served-name", name, "--dtype", "float32"]
+        words += ["--data", str(data), "--max-draft-tokens", "8", "--vllm-metrics"]
         words += ["--adapter-roots", f"{ADAPTERS[0].parent},{tempfile.gettempdir()}"]
         for flag, values in given.items():
             is_beyond = FLAGS.get(flag) == "--max-model-len" and not (values[0].isdigit() and int(values[0]) <= CONTEXT)
@@ -122,6 +112,25 @@ def arguments(words: list[str]) -> dict[str, list[str]]:
         else:
             values.append(word)
     return found
+
+
+_RUNNING: dict[tuple[str, ...], Fleet] = {}
+"""The fleet that runs, by its model and flags: the next test that wants such a server has it too."""
+
+
+def _running_fleet(name: str, given: Mapping[str, list[str]], adapters: Sequence[str] = (), port: int = 0) -> Fleet:
+    """Return the fleet that runs, or in its place a new one where it has other flags. adapters: names to serve."""
+    key = (name, *(word for flag in given if flag in FLAGS for word in (flag, *given[flag])), *adapters)
+    if key not in _RUNNING:
+        _end()
+        _RUNNING[key] = Fleet(name, given, port)
+        _RUNNING[key].load({one: str(ADAPTERS[i % len(ADAPTERS)]) for i, one in enumerate(adapters)})
+    return _RUNNING[key]
+
+
+def _end() -> None:
+    while _RUNNING:
+        _RUNNING.popitem()[1].close()
 
 
 # ---------------------------------------------------------------- vLLM
@@ -158,9 +167,6 @@ def _starts_vllm(item: Any) -> bool:
 
 # ---------------------------------------------------------------- SGLang
 
-_RUNNING: dict[tuple[str, ...], Fleet] = {}
-"""The fleet that runs, by its model and flags: the next test that wants such a server has it too."""
-
 
 class LogitProcessor:
     """SGLang's custom logit processor: code, as a text."""
@@ -171,20 +177,10 @@ class LogitProcessor:
 
 
 def _launch(model: str, base_url: str, other_args: Any = (), **_: Any) -> SimpleNamespace:
-    words = [str(word) for word in other_args]
-    given = {flag: values for flag, values in arguments(words).items() if flag in FLAGS or flag == "--lora-paths"}
-    key = (str(model), *(word for flag, values in given.items() for word in (flag, *values)))
-    if key not in _RUNNING:
-        _end()
-        _RUNNING[key] = fleet = Fleet(str(model), given, port=urlsplit(base_url).port or 0)
-        names = [word.partition("=")[0] for word in given.get("--lora-paths", [])]
-        fleet.load({name: str(ADAPTERS[i % len(ADAPTERS)]) for i, name in enumerate(names)})
+    given = arguments([str(word) for word in other_args])
+    adapters = [word.partition("=")[0] for word in given.get("--lora-paths", [])]
+    _running_fleet(str(model), given, adapters, port=urlsplit(base_url).port or 0)
     return SimpleNamespace(pid=0)
-
-
-def _end() -> None:
-    while _RUNNING:
-        _RUNNING.popitem()[1].close()
 
 
 def _starts_sglang(item: Any) -> bool:
@@ -245,20 +241,14 @@ def _plain(given: Any) -> Any:
 class Tgi:
     """The fixtures of TGI's tests, as a plug-in of pytest."""
 
-    @staticmethod
-    @cache
-    def _fleet() -> Fleet:
-        return Fleet("tgi", {})
-
     @pytest.fixture(scope="module")
     def launcher(self) -> Callable[..., Any]:
-        """Return what starts a server: all are one fleet."""
+        """Return what starts a server: those of the same adapters are one fleet."""
         import text_generation
 
         @contextmanager
         def launch(*_: Any, lora_adapters: list[str] | None = None, **__: Any) -> Iterator[Any]:
-            fleet = self._fleet()
-            fleet.load({name: str(ADAPTERS[i % len(ADAPTERS)]) for i, name in enumerate(lora_adapters or [])})
+            fleet = _running_fleet("tgi", {}, lora_adapters or [])
 
             async def health(*_: Any) -> None:
                 pass
@@ -285,10 +275,6 @@ class Tgi:
             return await asyncio.gather(*(client.generate(prompt, **asked) for _ in range(n)))
 
         return load
-
-    def pytest_sessionfinish(self) -> None:
-        """End the fleet."""
-        self._fleet().close()
 
 
 # ---------------------------------------------------------------- what is run
