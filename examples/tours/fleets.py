@@ -78,6 +78,7 @@ def running(words: list[str], data: Path, *, lists_adapters: bool = False, port:
     """Run a command that starts a fleet on `port`, 0 for a free one, until the block ends; yields its URL."""
     data.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections to an earlier fleet may still close
         probe.bind(("127.0.0.1", port))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"

@@ -44,7 +44,7 @@ PROGRAMS = (
     Program("ollama", "sdks/ollama_tour.py", ("ollama>=0.6,<1",)),
     Program("anthropic", "sdks/anthropic_tour.py", ("anthropic>=2.14,<3",)),
     Program("lorax", "sdks/lorax_tour.py", ("lorax-client==0.6.3",)),
-    Program("tgi", "sdks/tgi_tour.py", ("text-generation==0.7.0",)),
+    Program("tgi", "sdks/tgi_tour.py", ("text-generation==0.7.0", "huggingface_hub")),
     Program("openai-js", "js/openai.mjs", ("openai@^7", NODE)),
     Program("ai", "js/ai.mjs", ("ai@^7", "@ai-sdk/openai-compatible@^3", "@ai-sdk/openai@^4", "zod@^4", NODE)),
     Program("promptfoo", "js/promptfoo.mjs", ("promptfoo@^0.123", NODE)),

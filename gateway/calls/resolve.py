@@ -126,12 +126,14 @@ class CallResolver:
             return _refusing(find(name), refused)
 
         names = models.names
-        if models.adapter:
-            if not all(is_base(name, base) for name in names):
-                message = f"model is {brief(names[0])} and lora_path {brief(models.adapter)}: give only one of them"
-                raise BadRequest(message, param="lora_path")
+        if models.adapter and all(is_base(name, base) for name in names):
             names = [models.adapter] * len(names)
         targets = [await of(names[0])] if len(names) == 1 else await asyncio.gather(*map(of, names))  # tasks cost
+        if models.adapter and names is models.names:
+            named = await of(models.adapter)
+            if other := [target.name for target in targets if target.name != named.name]:
+                message = f"model is {brief(other[0])} and lora_path {brief(named.name)}: give only one of them"
+                raise BadRequest(message, param="lora_path")
         if models.merged is None:
             return targets
         if len(targets) > 1 or targets[0].digest:

@@ -86,19 +86,21 @@ class NativeWriter:
         return TokenWriter(self._files, alternatives=self._native.alternatives)
 
     def frames(self, piece: Piece) -> list[bytes]:
-        """Return the SSE frames of a piece, one per token; the last has the whole text."""
+        """Return the SSE frames of a piece, one per token, numbered from 1 as TGI's; the last has the whole text."""
         tokens = list(self._streamed.tokens(piece.logprobs, ended=bool(piece.finish)))
+        first = self._num_streamed + 1
         self._num_streamed += len(piece.logprobs)
         frames: list[bytes] = []
         for i, token in enumerate(tokens):
             ended = bool(piece.finish) and i + 1 == len(tokens)
-            chunk: dict[str, Any] = {"token": token, "generated_text": None, "details": None}
+            chunk: dict[str, Any] = {"index": first + i, "token": token, "generated_text": None, "details": None}
             if ended:
                 chunk["generated_text"] = self._prefix + self._streamed.text
                 if self._native.details:
                     chunk["details"] = {
                         "finish_reason": self._reason(piece.finish, token["id"], self._streamed.text),
                         "prompt_tokens": self._num_prompt_tokens,
+                        "input_length": self._num_prompt_tokens,  # TGI's name of it
                         "generated_tokens": self._num_streamed,
                         "seed": self._native.seed,
                     }

@@ -1,4 +1,4 @@
-"""The syntax of `stop_regex`: Python's, without what looks beyond the characters of a match."""
+"""The syntax of `stop_regex`: Python's, without look-around and references."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ KINDS: Mapping[str, Callable[[str], bool]] = {
 }
 """The letter after a backslash -> which characters it stands for."""
 
+_GAPS = frozenset({"^", "$", r"\A", r"\Z", r"\b", r"\B"})
 _CONTROLS = {"a": "\a", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
 _CODE_DIGITS = {"x": 2, "u": 4, "U": 8}
 _TIMES = re.compile(r"[*+?]|\{(?P<least>[0-9]*+)(?P<comma>,?+)(?P<most>[0-9]*+)\}")
@@ -49,6 +50,29 @@ class Letters:
 
 
 @dataclass(frozen=True, slots=True)
+class Gap:
+    """A place between two characters, or before or after all of them."""
+
+    kind: str
+    """`A` begins the text, `Z` ends what there is of it, `^` begins a line, `$` ends one, `b` does either to a word."""
+
+    def fits(self, before: str, after: str) -> bool:
+        """Return whether it may be between two characters, "" where there is none."""
+        match self.kind:
+            case "A":
+                return not before
+            case "Z":
+                return not after
+            case "^":
+                return before in ("", "\n")
+            case "$":
+                return after in ("", "\n")
+            case _:
+                is_edge = (before != "" and KINDS["w"](before)) != (after != "" and KINDS["w"](after))
+                return is_edge == (self.kind == "b")
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """Parts one after another."""
 
@@ -71,7 +95,7 @@ class Times:
     most: int | None  # None: any number
 
 
-Part = Letters | Row | Either | Times
+Part = Letters | Gap | Row | Either | Times
 
 
 def forms_of(character: str) -> frozenset[str]:
@@ -136,9 +160,13 @@ class _Reader:
         while self._at < len(self._text) and self._text[self._at] not in "|)":
             if self._times() is not None:
                 raise self._wrong("nothing to repeat")
+            begin = self._at
             part = self._one(flags)
+            is_gap = self._text[begin : self._at] in _GAPS
             times = self._times()
             if times is not None:
+                if is_gap:
+                    raise self._wrong("nothing to repeat")
                 if self._take("+"):
                     raise self._unsupported("a possessive repetition")
                 self._take("?")  # which of its texts is tried first does not matter
@@ -172,13 +200,23 @@ class _Reader:
         if character == ".":
             return Letters(frozenset() if "s" in flags else frozenset("\n"), negated=True)
         if character in "^$":
-            raise self._unsupported(character, ": write \\n for a line's beginning or end")
+            return self._edge_of_line(character, flags)
         kind = ""
         if character == "\\":
             character, kind = self._escape()
+            if f"\\{kind}" in _GAPS:
+                return Gap(kind)
         if kind:
             return Letters(kinds=(kind,))
         return Letters(forms_of(character) if ignores_case else frozenset(character), ignores_case=ignores_case)
+
+    def _edge_of_line(self, character: str, flags: frozenset[str]) -> Part:
+        """Return what `^` or `$` stands for: an edge of a line, or without the flag m of the whole text."""
+        if "m" in flags:
+            return Gap(character)
+        if character == "^":
+            return Gap("A")
+        return Either((Gap("Z"), Row((Letters(frozenset("\n")), Gap("Z")))))
 
     def _group(self, flags: frozenset[str]) -> Part:
         self._depth += 1
@@ -204,7 +242,7 @@ class _Reader:
         return part
 
     def _escape(self, *, in_letters: bool = False) -> tuple[str, str]:
-        """Return the character that stands after a backslash, or "" and the kind of characters."""
+        """Return the character that stands after a backslash, or "" and the kind of characters, or of a gap."""
         character = self._next("a \\ and nothing after it")
         if character in KINDS:
             return "", character
@@ -219,8 +257,8 @@ class _Reader:
             return chr(int(digits, 16)), ""
         if in_letters and character == "b":
             return "\b", ""
-        if character in "AZbB":
-            raise self._unsupported(f"\\{character}", ": only characters are matched, not places between them")
+        if f"\\{character}" in _GAPS and not in_letters:
+            return "", character
         if character.isascii() and character.isdigit():
             raise self._unsupported(f"\\{character}", ": neither groups nor octal numbers can be referred to")
         if character.isascii() and character.isalpha():
@@ -257,9 +295,9 @@ def shown(expression: str) -> str:
 
 
 def num_places(part: Part) -> int:
-    """Return how many characters and alternatives there are when repetitions are written out, at least 1."""
+    """Return how many characters, gaps and alternatives there are when repetitions are written out, at least 1."""
     match part:
-        case Letters():
+        case Letters() | Gap():
             return 1
         case Row():
             return max(sum(map(num_places, part.parts)), 1)
@@ -267,3 +305,18 @@ def num_places(part: Part) -> int:
             return len(part.parts) + sum(map(num_places, part.parts))
         case Times():
             return num_places(part.part) * max(part.least if part.most is None else part.most, 1)
+
+
+def may_be_empty(part: Part) -> bool:
+    """Return whether a match may have no characters."""
+    match part:
+        case Letters():
+            return False
+        case Gap():
+            return True
+        case Row():
+            return all(map(may_be_empty, part.parts))
+        case Either():
+            return any(map(may_be_empty, part.parts))
+        case Times():
+            return not part.least or may_be_empty(part.part)

@@ -1,9 +1,13 @@
-"""Regular expressions that end a text: read, held to limits, and looked for while the text grows.
+r"""Regular expressions that end a text: read, held to limits, and looked for while the text grows.
 
 The syntax (`regex_syntax.py`) and its meaning are Python's, as with SGLang. Several expressions become one automaton
 without counters, Glushkov's: each of its places is one character of a match, and knows which places may come next.
 `Search` keeps for each place where the earliest match began that has come there, so that a character costs the same few
 operations on arrays of bounded size, whatever expression and text are, and where a match begins is known once it ends.
+
+A gap (`^`, `$`, `\b`) is a place too, which a match passes between two characters. What comes after a text is not
+known while it grows: `add` looks for matches as if each text that it is given were the last, as SGLang does after each
+token.
 """
 
 from __future__ import annotations
@@ -20,11 +24,13 @@ from protocol.wire.regex_syntax import (
     KINDS,
     PARAM,
     Either,
+    Gap,
     Letters,
     Part,
     Row,
     Times,
     forms_of,
+    may_be_empty,
     num_places,
     parts_of,
     shown,
@@ -70,16 +76,21 @@ class _Builder:
     """Writes parts out as places."""
 
     def __init__(self) -> None:
-        self.letters: list[Letters] = []  # of each place but the one before all others, which is 0
+        self.letters: list[Letters] = []  # of each place but the one before all others, which is 0; of a gap none
         self.next: list[int] = [0]  # of each place, those that may follow
+        self.gaps: dict[int, Gap] = {}
+        self._gap_bits = 0
         self._num_links = 0
 
     def build(self, part: Part) -> _Piece:
         match part:
-            case Letters():
-                self.letters.append(part)
+            case Letters() | Gap():
+                self.letters.append(part if isinstance(part, Letters) else Letters())
                 self.next.append(0)
                 bits = 1 << len(self.letters)
+                if isinstance(part, Gap):
+                    self.gaps[len(self.letters)] = part
+                    self._gap_bits |= bits
                 return _Piece(bits, bits, False)
             case Row():
                 piece = _EMPTY
@@ -124,6 +135,9 @@ class _Builder:
     def link(self, lasts: int, firsts: int) -> None:
         """Let places follow others. Raises BadRequest when there are too many such pairs."""
         for place in _bits(lasts):
+            if place in self.gaps and firsts & self._gap_bits:
+                text = f"{PARAM} has one of ^ $ \\A \\Z \\b \\B right after another, which is not supported"
+                raise BadRequest(text, param=PARAM)
             self._num_links += (firsts & ~self.next[place]).bit_count()
             self.next[place] |= firsts
             if self._num_links > MAX_LINKS:
@@ -188,10 +202,10 @@ class Automaton:
         builder = _Builder()
         ends: list[tuple[int, int]] = []  # a place where a match may end, and of which expression
         for index, (expression, part) in enumerate(zip(expressions, parts, strict=True)):
-            piece = builder.build(part)
-            if piece.may_be_empty:
+            if may_be_empty(part):
                 text = f"{PARAM}: {shown(expression)} matches the empty text, with which every answer begins"
                 raise BadRequest(text, param=PARAM)
+            piece = builder.build(part)
             builder.link(_BEGINNING, piece.first)
             ends += [(place - 1, index) for place in _bits(piece.last)]
         before: list[list[int]] = [[] for _ in builder.letters]  # of each place, those that it may follow
@@ -203,8 +217,12 @@ class Automaton:
         self.begins = np.cumsum([0, *map(len, before)])[:-1].astype(np.intp)  # of each place's `links`
         self.ends = np.array([place for place, _ in ends], np.intp)
         self.expression_of = [index for _, index in ends]
+        self.gaps = [(gap, place - 1) for place, gap in builder.gaps.items()]
         self._alphabet = _Alphabet(builder.letters)
-        self._firsts = np.array(list(_bits(builder.next[0])), np.intp) - 1
+        firsts = builder.next[0]
+        for place in builder.gaps:
+            firsts |= builder.next[place] if builder.next[0] >> place & 1 else 0
+        self._firsts = np.array(list(_bits(firsts)), np.intp) - 1
         self._known: dict[str, Reading] = {}
 
     def reading(self, character: str) -> Reading:
@@ -257,7 +275,12 @@ class Search:
         self._began = np.full(1 + automaton.num_places, NEVER, np.int64)
         self._places = self._began[1:]  # of each: where the earliest match began that has come there, or NEVER
         self._along = np.empty(len(automaton.links), np.int64)
+        self._arriving = np.empty(automaton.num_places, np.int64)
+        self._gap_kinds = list(dict.fromkeys(gap for gap, _ in automaton.gaps))
+        self._gap_places = np.array([place for _, place in automaton.gaps], np.intp)
+        self._kind_of_gap = np.array([self._gap_kinds.index(gap) for gap, _ in automaton.gaps], np.intp)
         self._num_read = 0
+        self._last = ""  # the character that was read last
         self.earliest = NEVER
         """Where the earliest match begins that is under way, `NEVER` if none is."""
         self.match: Match | None = None
@@ -265,19 +288,39 @@ class Search:
 
     def add(self, text: str) -> None:
         """Read more text. Once there is a match, nothing more may be added."""
-        automaton, began, places, along = self._automaton, self._began, self._places, self._along
+        automaton, began, places = self._automaton, self._began, self._places
+        has_gaps = bool(automaton.gaps)
         for character in text:
             unfit, may_begin, may_end = automaton.reading(character)
+            last, self._last = self._last, character
             began[0] = self._num_read
-            self._num_read += 1
             if self.earliest == NEVER and not may_begin:
+                self._num_read += 1
                 continue
-            np.take(began, automaton.links, out=along, mode="clip")
-            np.minimum.reduceat(along, automaton.begins, out=places)
+            if has_gaps:
+                self._pass_gaps(last, character)
+            self._num_read += 1
+            self._arrive(places)
             np.putmask(places, unfit, NEVER)
             self.earliest = int(places.min())
             if may_end and self.earliest != NEVER:
                 self._note_match(places[automaton.ends])
+        if has_gaps and self.earliest != NEVER:
+            began[0] = NEVER
+            self._pass_gaps(self._last, "")
+            places[self._gap_places] = NEVER
+
+    def _arrive(self, places: NDArray[np.int64]) -> None:
+        """Write where the earliest match began that may come to each place next. places: int64 [places]."""
+        np.take(self._began, self._automaton.links, out=self._along, mode="clip")
+        np.minimum.reduceat(self._along, self._automaton.begins, out=places)
+
+    def _pass_gaps(self, before: str, after: str) -> None:
+        """Let matches pass between two characters, "" where there is none, and take those that end there."""
+        fits = np.array([gap.fits(before, after) for gap in self._gap_kinds])[self._kind_of_gap]
+        self._arrive(self._arriving)
+        self._places[self._gap_places] = np.where(fits, self._arriving[self._gap_places], NEVER)
+        self._note_match(self._places[self._automaton.ends])
 
     def _note_match(self, begins: NDArray[np.int64]) -> None:
         """Take the matches that end here. begins: of each place where one may, int64."""

@@ -271,7 +271,7 @@ async def test_an_answer_ends_where_an_expression_matches(http: httpx2.AsyncClie
         given = [
             r"\w\W", r"[aeiou].?[^aeiou]", r"(\d|\s){2}", r"[^\w\s]", r"(.)(.){0,3}" + re.escape(whole[9:11]),
             f"(?i){re.escape(whole[6:8].swapcase())}", re.escape(whole[3:5]) + r"[\s\S]*" + re.escape(whole[12:13]),
-            "never (there|here)",
+            "never (there|here)", r"\b\w{3}$", r"\b[aeiou]\w+\b", r"(?m)\W$", r"\B[^\W_]\b",
         ]  # fmt: skip
         for expressions in [[one] for one in given] + [given]:
             found = [[re.search(one, text) for one in expressions] for text in texts]

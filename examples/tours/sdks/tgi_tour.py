@@ -1,10 +1,11 @@
-"""text-generation-inference's own client: generate and generate_stream, the prompt's tokens, its errors."""
+"""TGI's clients: text-generation, and the Hub's `InferenceClient`, whose types are made from TGI's specification."""
 
 from __future__ import annotations
 
 import asyncio
 
 from checks import Tour, raises, same
+from huggingface_hub import InferenceClient
 from text_generation import AsyncClient, Client
 from text_generation.errors import ValidationError
 
@@ -12,7 +13,7 @@ PROMPT = "The capital of France is"
 
 
 def main() -> None:
-    """Use every kind of call once. This client has no way to name an adapter."""
+    """Use every kind of call once. text-generation has no way to name an adapter."""
     tour = Tour()
     headers = {"Authorization": f"Bearer {tour.key}"}
     client = Client(tour.url, headers=headers, timeout=120)
@@ -36,6 +37,21 @@ def main() -> None:
     with tour.check("async"):
         again = asyncio.run(AsyncClient(tour.url, headers=headers, timeout=120).generate(PROMPT, max_new_tokens=5))
         same(again.generated_text, whole.generated_text)
+    with tour.check("InferenceClient: text_generation, whole and streamed"):
+        texts = InferenceClient(model=tour.url, token=tour.key or None, timeout=120)
+        same(texts.text_generation(PROMPT, max_new_tokens=5), whole.generated_text)
+        events = list(texts.text_generation(PROMPT, max_new_tokens=5, details=True, stream=True))
+        same([event.index for event in events], [1, 2, 3, 4, 5])
+        same(events[-1].generated_text, whole.generated_text)
+        assert events[-1].details.input_length > 0
+    with tour.check("InferenceClient: chats of base and adapter differ, and a stream equals the whole answer"):
+        chats = InferenceClient(base_url=f"{tour.url}/v1", api_key=tour.key or "none", timeout=120)
+        asked = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8, "temperature": 0}
+        said = [chats.chat.completions.create(model=name, **asked) for name in ("base", tour.adapter)]
+        base, adapted = (answer.choices[0].message.content for answer in said)
+        assert base != adapted
+        chunks = chats.chat.completions.create(model=tour.adapter, stream=True, **asked)
+        same("".join(chunk.choices[0].delta.content for chunk in chunks), adapted)
     with tour.check("errors"), raises(ValidationError, "max_new_tokens"):
         client.generate(PROMPT, max_new_tokens=1 << 30)
     tour.end()

@@ -139,10 +139,12 @@ async def test_a_stream_is_one_event_per_token_and_has_no_done(http: httpx2.Asyn
     assert [chunk["token"]["id"] for chunk in found] == ids
     assert all(chunk["generated_text"] is None and chunk["details"] is None for chunk in found[:-1])
     assert found[-1]["generated_text"] == TEXT
+    num_prompt_tokens = len(fleet.tokenizer.encode("the dog").ids)
     assert found[-1]["details"] == {
-        "finish_reason": "eos_token", "prompt_tokens": len(fleet.tokenizer.encode("the dog").ids),
+        "finish_reason": "eos_token", "prompt_tokens": num_prompt_tokens, "input_length": num_prompt_tokens,
         "generated_tokens": len(ids), "seed": None,
     }  # fmt: skip
+    assert [chunk["index"] for chunk in found] == [*range(1, len(ids) + 1)]
     plain = events((await http.post("/generate_stream", json=generate_body())).content)
     assert plain[-1]["details"] is None
 

@@ -44,7 +44,12 @@ async def test_lora_path_names_the_adapter_of_a_base(http: httpx2.AsyncClient, f
         answer = await http.post(COMPLETIONS, json={"model": name, "prompt": "hi", "lora_path": "fox"})
         assert answer.status_code == 200, answer.text
         assert fleet.seen[-1][0].digest == "ab" * 32
-    for fields, status in (({"model": "fox"}, 400), ({"lora_path": "nobody"}, 404)):
+    for name in ("fox", "base:fox"):  # both name the same one
+        answer = await http.post(COMPLETIONS, json={"model": name, "prompt": "hi", "lora_path": "fox"})
+        assert answer.status_code == 200, answer.text
+        assert fleet.seen[-1][0].digest == "ab" * 32
+    await fleet.add_adapter("owl", "cd" * 32)
+    for fields, status in (({"model": "owl"}, 400), ({"model": ["base", "fox"]}, 400), ({"lora_path": "nobody"}, 404)):
         asked = {"model": "base", "prompt": "hi", "lora_path": "fox", **fields}
         assert (await http.post(COMPLETIONS, json=asked)).status_code == status
 

@@ -48,6 +48,8 @@ CASES: list[tuple[dict[str, Any], str, str, str | None]] = [
     ({"stop_regex": [DATE], "stop": ["Rome"]}, "Paris.\nUser: and ", "stop", "Rome"),
     ({"stop_regex": ["R.*e"], "stop": ["Rome"]}, "Paris.\nUser: and ", "stop", "Rome"),
     ({"stop_regex": ["d R.*m"], "stop": ["Rome"]}, "Paris.\nUser: an", "stop", "d R.*m"),
+    ({"stop_regex": [r"[?!]\s*$"]}, "Paris.\nUser: and Rome", "stop", r"[?!]\s*$"),
+    ({"stop_regex": [r"(?m)^User\b"]}, "Paris.\n", "stop", r"(?m)^User\b"),
     ({"stop_regex": ["no.{0,9}t", r"\nNobody"]}, SAYS, "stop", None),
     ({"stop_regex": [TURN], "include_stop_str_in_output": True}, "Paris.\nUser:", "stop", TURN),
     ({"stop_regex": [TURN], "min_tokens": 20}, SAYS, "stop", None),
@@ -117,7 +119,8 @@ async def test_what_is_not_served_is_told_before_anything_is_queued(
     http: httpx2.AsyncClient, fleet: ScriptedFleet, path: str
 ) -> None:
     for given, told in (
-        ("(", "without its )"), (["ok", r"\bend"], "not supported"), (["a*"], "the empty text"), ("^a", "write \\n"),
+        ("(", "without its )"), (["ok", r"(?=end)"], "not supported"), (["a*"], "the empty text"),
+        ("^$", "the empty text"), (r"^\ba", "right after another"),
         (["ab"] * 17, "17 expressions; the limit is 16"), (["a" * 1025], "1025 characters; the limit is 1024"),
         (["a{300}", "b{300}"], "600 characters and alternatives"), ([5], "string"), ({"a": "b"}, "stop_regex"),
         (["a" * 500] * 16, "8000 characters; the limit is 1024"),

@@ -131,10 +131,60 @@ def test_what_is_served_is_an_expression_of_python_s(expression: str, text: str)
     try:
         matcher = RegexMatcher([], [expression])
     except BadRequest:
-        assert set(expression) & set("^$\\+?{"), "nothing but places, references and repetitions may be refused"
+        assert set(expression) & set("^$\\+?{"), "nothing but gaps, references and repetitions may be refused"
         return
     matcher.add(text)
     assert (matcher.matched is not None) == (pattern.search(text) is not None)
+
+
+gaps = st.sampled_from(["^", "$", r"\A", r"\Z", r"\b", r"\B"])
+around = st.tuples(gaps | st.just(""), simple, gaps | st.just("")).map("".join)
+with_gaps = st.lists(around | _compound(around, times), min_size=1, max_size=3).map("".join)
+
+
+@settings(max_examples=examples.of(200), deadline=None)
+@given(st.sampled_from(["", "(?m)", "(?i)"]), with_gaps, st.lists(st.text("abA_1 \n", max_size=3), max_size=5))
+def test_gaps_are_where_python_has_them_in_the_text_so_far(flag: str, body: str, texts: list[str]) -> None:
+    """Without the flag m, the line break that `$` may leave behind is part of the match, as in `\\n?\\Z`."""
+    try:
+        matcher = RegexMatcher([], [flag + body])
+    except BadRequest as refusal:
+        if not any(told in refusal.message for told in ("right after another", "limit", "the empty text")):
+            raise
+        return
+    there = flag + "(?:" + (body if flag == "(?m)" else body.replace("$", r"(?:\n?\Z)")) + ")"
+    read = ""
+    for text in texts:
+        matcher.add(text)
+        read += text
+        found = compiled(there).search(read)
+        assert (matcher.matched is not None) == (found is not None)
+        if found is not None:
+            ends = range(len(read), found.start() - 1, -1)
+            rests = ((end, compiled(there + rf"(?=(?s:.{{{len(read) - end}}})\Z)")) for end in ends)
+            end = next(end for end, rest in rests if rest.match(read, found.start()))
+            assert matcher.ending == read[found.start() : end]
+            return
+
+
+@pytest.mark.parametrize(
+    ("given", "texts", "shown", "ending"),
+    [
+        (r"[.!?]\s*$", ["Hel", "lo.x", " y!", " z"], ["Hel", "lo.x", " y", ""], "!"),
+        (r"[.!?]\s*$", ["Hello", ".\n"], ["Hello", ""], ".\n"),
+        (r"a$", ["a", "b"], ["", ""], "a"),
+        (r"a$b", ["a", "b"], ["", "ab"], ""),
+        (r"^a", ["b", "a"], ["b", "a"], ""),
+        (r"(?m)^a", ["b\n", "a"], ["b\n", ""], "a"),
+        (r"(?m)^User:$", ["x\nUser", ": y\nUser:\n"], ["x\n", "User: y\n"], "User:"),
+        (r"\bend\b", ["bend e", "nds the end", "."], ["bend ", "ends the ", ""], "end"),
+        (r"\Bend", ["end bend"], ["end b"], "end"),
+    ],
+)
+def test_a_gap_is_looked_at_with_the_text_so_far(given: str, texts: list[str], shown: list[str], ending: str) -> None:
+    matcher = RegexMatcher([], [given])
+    assert [matcher.add(text) for text in texts] == shown
+    assert matcher.ending == ending
 
 
 @pytest.mark.parametrize(
@@ -178,7 +228,8 @@ REFUSED = [
     ("(", "without its )"), (")", "without its ("), ("[a", "without its ]"), ("a\\", "nothing after it"),
     ("*a", "nothing to repeat"), ("a**", "repetition of a repetition"), ("a{3,2}", "at least more than at most"),
     ("[b-a]", "range"), (r"\x6", "digits"), (r"\U00110000", "digits"), ("(?i-i:a)", "flag"),
-    ("(?P<n>a)(?P<n>b)", "name"), ("^a", "write \\n"), ("a$", "write \\n"), (r"\bend\b", "not supported"),
+    ("(?P<n>a)(?P<n>b)", "name"), ("^", "the empty text"), (r"\b|a", "the empty text"),
+    (r"^\bend", "right after another"), (r"(\b|a)*b", "right after another"), (r"(?m)a$^", "right after another"),
     (r"(a)\1", "not supported"), ("a(?=b)", "not supported"), ("(?<!a)b", "not supported"), ("(?>a)", "not supported"),
     ("a++", "possessive"), ("(?x)a", "not supported"), (r"\q", "not supported"), ("a*", "the empty text"),
     ("(|a)", "the empty text"), ("a{0}", "the empty text"),
@@ -221,6 +272,7 @@ HOSTILE = {
     "optional parts": "(a?){88}b",
     "nested counts": "((a{1,4}b?){1,4}c?){1,8}d",
     "alternatives": "|".join("ab" for _ in range(170)),
+    "gaps": r"(?m)(" + "|".join(rf"\b{a}" for a in "abcdefghijklmnopqrst") + ")+x$",
     "kinds": r"(\w|\d|\s|[^a]){1,60}\D",
     "many classes": "".join(f"[{a}{b}]" for a in "abcdefgh" for b in "ijklmnopqrstuvw")[:MAX_CHARACTERS],
 }
