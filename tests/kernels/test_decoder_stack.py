@@ -178,6 +178,11 @@ def test_decodes_of_many_adapters_are_what_operations_give(
 
 def with_int8_rows(own: SiblingLinears) -> SiblingLinears:
     factors = torch.rand(POOL_PAGES * PAGE_ROWS, generator=torch.Generator().manual_seed(6)) / 1e4
-    codes = [[(rows.float() * 200).to(torch.int8) for rows in (site.a_rows, site.b_rows)] for site in own.sites]
-    sites = [LoraSite(site.index, site.group, *ab, factors) for site, ab in zip(own.sites, codes, strict=True)]
+    sites = [
+        replace(site, a_rows=codes_of(site.a_rows), b_rows=codes_of(site.b_rows), factors=factors) for site in own.sites
+    ]
     return replace(own, sites=sites)
+
+
+def codes_of(rows: Tensor) -> Tensor:
+    return (rows.float() * 200).to(torch.int8)
