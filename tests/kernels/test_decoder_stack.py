@@ -35,6 +35,9 @@ def settings() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+POOL_PAGES = 26
+
+
 def linears(seed: int, inputs: int, sizes: list[int], weights: str, impl: Impl) -> SiblingLinears:
     """weights: a kind of quantised ones, with /int8 for inputs in int8; or bf16."""
     if weights == "bf16":
@@ -43,8 +46,9 @@ def linears(seed: int, inputs: int, sizes: list[int], weights: str, impl: Impl) 
         kind = cast(Kind, weights.removesuffix("/int8"))
         packed = ops.pack_quantised([random_weight(kind, size, inputs) for size in sizes], impl=impl)
         packed = replace(packed, int8_inputs=weights.endswith("/int8"))
+    pool_rows = POOL_PAGES * PAGE_ROWS
     sites = [
-        LoraSite(len(sizes) == 1, 0, *(randn(4 * PAGE_ROWS, n, dtype=BF16, seed=seed + n) / 8 for n in (inputs, size)))
+        LoraSite(len(sizes) == 1, 0, *(randn(pool_rows, n, dtype=BF16, seed=seed + n) / 8 for n in (inputs, size)))
         for size in sizes
     ]  # fmt: skip
     bias = randn(sum(sizes), dtype=BF16, seed=seed + 1) if len(sizes) == 3 else None
@@ -137,3 +141,48 @@ def test_long_steps_are_what_operations_give(weights: str, base_rows: int, nativ
         )
     assert all(torch.equal(one, other) for one, other in zip(*got, strict=True))
     assert got[0][0].isfinite().all()
+
+
+@pytest.mark.parametrize("are_int8", [False, True], ids=["bf16", "int8 rows"])
+@pytest.mark.parametrize(("num", "per_adapter"), [(12, 1), (12, 2), (8, 4)])
+@pytest.mark.parametrize("is_fixed", [True, False], ids=["fixed sums", "sums as they come"])
+def test_decodes_of_many_adapters_are_what_operations_give(
+    num: int, per_adapter: int, native: Impl, *, is_fixed: bool, are_int8: bool
+) -> None:
+    """Steps whose LoRA is computed beside the products, by adapters of many ranks, some of one layer's sites alone."""
+    ops.fix_sums(is_fixed)
+    rows = num * per_adapter + 3  # three of the base
+    ranks = torch.tensor([(1 + 3 * i % 32, (16, 0, 7)[i % 3]) for i in range(num)], dtype=torch.int32)
+    pages = torch.randperm(2 * num, generator=torch.Generator().manual_seed(5)).view(num, 1, 2).int() + 2
+    table = AdapterTable(ranks, torch.linspace(0.2, 0.9, 2 * num).view(num, 2), pages)
+    slots = np.random.default_rng(3).permutation(np.append(np.arange(rows - 3) % num, [-1, -1, -1])).astype(np.int32)
+    lora = ops.build_lora_batch(slots, "cpu", np.linspace(0.5, 1.5, rows, dtype=np.float32))
+    assert lora is not None
+    assert lora.num_small_tiles == num
+    batch = ops.build_attention_batch(np.ones(rows, int), np.full(rows, 1), np.arange(rows)[:, None], "cpu")
+    cos, sin, x = (randn(rows, width, dtype=BF16, seed=seed) for seed, width in ((1, DIM), (2, DIM), (3, WIDTH)))
+    layer = decoder_layer(7, "bf16", native, head_norms=False)
+    if are_int8:
+        qkv, out, gate_up, down = map(with_int8_rows, (layer.qkv, layer.out, layer.gate_up, layer.down))
+        layer = replace(layer, qkv=qkv, out=out, gate_up=gate_up, down=down)
+    stack = ops.decoder_stack([layer], impl=native)
+    assert stack is not None
+    got, want, without = x.clone(), x.clone(), x.clone()
+    stack.run(got, cos, sin, batch, table, lora)
+    run_one_by_one(layer, want, cos, sin, batch, table, lora, native)
+    run_one_by_one(layer, without, cos, sin, batch, table, None, native)
+    assert torch.equal(got, want)
+    changed = (want != without).any(dim=1).numpy()
+    assert (changed == (slots >= 0)).all()
+
+
+def with_int8_rows(own: SiblingLinears) -> SiblingLinears:
+    factors = torch.rand(POOL_PAGES * PAGE_ROWS, generator=torch.Generator().manual_seed(6)) / 1e4
+    sites = [
+        replace(site, a_rows=codes_of(site.a_rows), b_rows=codes_of(site.b_rows), factors=factors) for site in own.sites
+    ]
+    return replace(own, sites=sites)
+
+
+def codes_of(rows: Tensor) -> Tensor:
+    return (rows.float() * 200).to(torch.int8)

@@ -101,16 +101,14 @@ struct LoraArgs {
   int64_t num_rows;
   const float* row_scales;  // by index into rows, or null
   bool fixed_sums;          // whether a row's sums must not depend on how many rows its tile has
-  float* hidden;            // of lora_shrink: [sites, num_rows, max_pages * kPageRows], see hidden_of in lora.h
+  float* apart;             // of linear_lora: what is to be added, for each site [num_rows, width]
 };
 
-// LoRA that a product adds, whose products with A are there: each task adds it to the columns that it has computed.
-// Until then the task asks for the rows of B that this needs, and for its part of the rows of A that are multiplied
-// after this product.
+// LoRA that a product adds. Each task asks for the rows of some tiles' adapters while it multiplies some panels, and
+// multiplies these tiles by them when it is done with the panels.
 struct LinearLora {
-  const LoraArgs& lora;  // of sites that lie side by side in the output
-  const LoraArgs* next;  // or null
-  int64_t num_tasks;     // each of neighbouring panels
+  const LoraArgs& lora;
+  int64_t num_tasks;  // at most as many as panels
 };
 
 struct KvWriteArgs {
@@ -261,7 +259,6 @@ struct ConvArgs {
 struct Kernels {
   void (*linear)(const LinearArgs&);
   void (*linear_lora)(const LinearArgs&, const LinearLora&);
-  void (*lora_shrink)(const LoraArgs&);
   bool (*quant_uses_integers)(Dtype);
   void (*quant_prepare)(const QuantArgs&, float* x32, float* x_sums);
   int64_t (*quant_digits)(const QuantArgs&);  // rows of codes that x is to be written as; 0: its numbers are multiplied
@@ -282,8 +279,8 @@ struct Kernels {
   // Of a block of rows that one thread computes between two attentions, about: what it writes stays in its second-level
   // cache. A block reads all weights. 0: products are so fast that threads had better share these.
   int64_t block_rows;
-  // Whether there are linear_lora and lora_shrink, and they are a gain. Products in tile registers end too soon to ask for
-  // adapters' rows meanwhile.
+  // Whether there is linear_lora, and it is a gain. Products in tile registers end too soon to ask for adapters' rows
+  // meanwhile.
   bool has_slow_products;
 };
 

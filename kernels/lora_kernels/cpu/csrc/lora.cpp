@@ -8,19 +8,19 @@ namespace {
 constexpr int32_t kFewestTiles = 8;
 // With fewer rows a product waits for its own weights; with more of them asking takes more time than it saves.
 constexpr int64_t kFewestRows = 15, kMostRows = 56;
-// Panels of a task: few enough that each thread has some tasks, else many: each task reads a piece of every row of B.
-constexpr int64_t kTaskPanels = 8, kThreadTasks = 4;
+// Tasks for each thread, at least: threads that others hold up compute fewer of them.
+constexpr int64_t kThreadTasks = 4;
 
 struct LoraCall {
   std::vector<LoraSiteArgs> sites;
   LoraArgs args;
 };
 
-// outs: [rows, width] of each site; none: what is asked for are the rows of A alone, and x only says of what dtype.
+// outs: [rows, width] of each site.
 LoraCall lora_call(const LoraSites& own, const LoraStep& step, const Tensor& x, Tensors outs) {
   const size_t num_sites = own.a_rows.size();
   LORAFLEET_CHECK(num_sites > 0 && own.b_rows.size() == num_sites && own.indices.size() == num_sites &&
-                  own.groups.size() == num_sites && (outs.empty() || outs.size() == num_sites),
+                  own.groups.size() == num_sites && outs.size() == num_sites,
               "every output needs one site");
   LoraCall call;
   const int64_t in_features = own.a_rows[0].size(1);
@@ -33,12 +33,10 @@ LoraCall lora_call(const LoraSites& own, const LoraStep& step, const Tensor& x, 
                     "int8 rows of site ", i, " need a factor each");
     LORAFLEET_CHECK(a.is_contiguous() && b.is_contiguous() && a.size(1) == in_features, "site ", i,
                     " does not fit its input");
-    if (!outs.empty()) {
-      check_same_dtype(outs[i], x, "an output");
-      LORAFLEET_CHECK(a.size(1) == x.size(-1) && b.size(1) == outs[i].size(-1) && rows_in(outs[i]) == rows_in(x),
-                      "site ", i, " does not fit its input and output");
-    }
-    call.sites.push_back({outs.empty() ? Matrix{} : rows_of(outs[i], "an output"),
+    check_same_dtype(outs[i], x, "an output");
+    LORAFLEET_CHECK(a.size(1) == x.size(-1) && b.size(1) == outs[i].size(-1) && rows_in(outs[i]) == rows_in(x), "site ",
+                    i, " does not fit its input and output");
+    call.sites.push_back({rows_of(outs[i], "an output"),
                           a.data,
                           b.data,
                           is_int8 ? entries_of<float>(own.factors[i], "factors") : nullptr,
@@ -50,7 +48,7 @@ LoraCall lora_call(const LoraSites& own, const LoraStep& step, const Tensor& x, 
   const bool large = num_tiles[1] >= 2 * num_threads();  // else there are too few for all threads
   call.args = {
       .dtype = dtype_of(x),
-      .x = outs.empty() ? Matrix{} : rows_of(x, "x"),
+      .x = rows_of(x, "x"),
       .in_features = in_features,
       .sites = call.sites.data(),
       .num_sites = static_cast<int64_t>(num_sites),
@@ -66,7 +64,7 @@ LoraCall lora_call(const LoraSites& own, const LoraStep& step, const Tensor& x, 
       .num_rows = *num_rows,
       .row_scales = step.row_scales ? entries_of<float>(*step.row_scales, "row_scales") : nullptr,
       .fixed_sums = sums_are_fixed(),
-      .hidden = nullptr,
+      .apart = nullptr,
   };
   return call;
 }
@@ -89,18 +87,14 @@ bool linear_lora_pays(const Tensor& x, const LoraStep& step) {
 }
 
 void linear_lora_to(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias, Tensors outs,
-                    const LoraSites& sites, const LoraSites* next, const LoraStep& step) {
+                    const LoraSites& sites, const LoraStep& step) {
   const LinearCall product = linear_call(out, x, packed, bias);
-  LoraCall lora = lora_call(sites, step, x, outs), ahead;
-  if (next) ahead = lora_call(*next, step, x, {});
-  const int64_t num_sites = lora.args.num_sites, most_ranks = lora.args.max_pages * kPageRows;
-  const Tensor hidden = empty({num_sites, lora.args.num_rows, most_ranks}, Scalar::kFloat);
-  lora.args.hidden = reinterpret_cast<float*>(hidden.data);
-  active->lora_shrink(lora.args);
-  const int64_t panels = (product.args.out_features + kPanel - 1) / kPanel, threads = num_threads();
-  const int64_t task_panels = std::clamp<int64_t>(panels / (kThreadTasks * threads), 1, kTaskPanels);
-  const int64_t rounds = (panels + task_panels * threads - 1) / (task_panels * threads);
-  active->linear_lora(product.args, {lora.args, next ? &ahead.args : nullptr, std::min(panels, rounds * threads)});
+  LoraCall lora = lora_call(sites, step, x, outs);
+  const Tensor apart = empty({lora.args.num_rows, product.args.out_features}, Scalar::kFloat);
+  lora.args.apart = reinterpret_cast<float*>(apart.data);
+  const int64_t panels = (product.args.out_features + kPanel - 1) / kPanel;
+  const int64_t most_tasks = std::max<int64_t>(lora.args.num_tiles, kThreadTasks * num_threads());
+  active->linear_lora(product.args, {lora.args, std::min(panels, most_tasks)});
 }
 
 }  // namespace lorafleet

@@ -46,9 +46,9 @@ struct LoraStep {  // which adapter each of a step's rows has
 };
 // Whether linear_lora_to takes less time than linear_to and lora_add_ one after the other.
 bool linear_lora_pays(const Tensor& x, const LoraStep& step);
-// linear_to and LoRA of its siblings, whose outputs are outs. next: what reads rows of A after this; or null.
+// linear_to and LoRA of its siblings, whose outputs are outs.
 void linear_lora_to(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias, Tensors outs,
-                    const LoraSites& sites, const LoraSites* next, const LoraStep& step);
+                    const LoraSites& sites, const LoraStep& step);
 
 // pack.cpp and quantised.cpp
 void pack_linear_(const Tensor& packed, Tensors weights);

@@ -101,10 +101,9 @@ bool takes_chunks(const Sites& sites, const Rows& rows) {
   return sites.forms.empty() && !sites.is_plain() && (rows.lora.empty() || sites.a_rows.empty());
 }
 
-// Returns the outputs of all siblings side by side: [n, sum of sizes]. x: [n, width] or [chunks, n, kXChunk]. next: the
-// linear layers after these, or null. out: where they are put, if it is given; not for plain weights.
-Tensor project(const Sites& sites, const Tensor& x, const Step& step, const Rows& rows, const Sites* next,
-               OptionalTensor out = {}) {
+// Returns the outputs of all siblings side by side: [n, sum of sizes]. x: [n, width] or [chunks, n, kXChunk]. out:
+// where they are put, if it is given; not for plain weights.
+Tensor project(const Sites& sites, const Tensor& x, const Step& step, const Rows& rows, OptionalTensor out = {}) {
   const Tensor& weight = sites.weights[0];
   if (sites.is_plain())
     out = plain_linear(x, weight, sites.bias);
@@ -118,8 +117,7 @@ Tensor project(const Sites& sites, const Tensor& x, const Step& step, const Rows
     const LoraStep lora = {step.table[0], step.table[1], step.table[2], rows.lora[0],
                            rows.lora[1],  rows.lora[2],  rows.lora[3],  rows.row_scales};
     if (!sites.is_plain() && sites.forms.empty() && linear_lora_pays(x, lora)) {
-      const LoraSites after = next ? next->lora() : LoraSites{};
-      linear_lora_to(*out, x, weight, sites.bias, outs, sites.lora(), after.a_rows.empty() ? nullptr : &after, lora);
+      linear_lora_to(*out, x, weight, sites.bias, outs, sites.lora(), lora);
       return *out;
     }
   }
@@ -161,7 +159,7 @@ Tensor before_attention(const Layer& layer, const OptionalTensor& update, const 
   announce_weights(layer.qkv(), rows.x);
   const bool in_chunks = takes_chunks(layer.qkv(), rows);
   const Tensor normed = update ? layer.norms[0](*update, rows.x, in_chunks) : layer.norms[0](rows.x, {}, in_chunks);
-  const Tensor qkv = project(layer.qkv(), normed, step, rows, &layer.out(), out);
+  const Tensor qkv = project(layer.qkv(), normed, step, rows, out);
   announce_weights(layer.out(), rows.x);
   const Heads heads(layer.attention, qkv);
   if (layer.norms.size() == 4) norm_heads(layer.norms[2], heads.q), norm_heads(layer.norms[3], heads.k);
@@ -179,19 +177,17 @@ Tensor attend(const Attention& a, const Tensor& qkv, const Step& step) {
   return attended;
 }
 
-// What a layer computes of rows behind its attention; returns what is yet to be added to x. next: the linear layers of
-// the layer after it, or null.
-Tensor behind_attention(const Layer& layer, const Tensor& attended, const Step& step, const Rows& rows,
-                        const Sites* next = nullptr) {
-  const Tensor projected = project(layer.out(), attended, step, rows, &layer.gate_up());
+// What a layer computes of rows behind its attention; returns what is yet to be added to x.
+Tensor behind_attention(const Layer& layer, const Tensor& attended, const Step& step, const Rows& rows) {
+  const Tensor projected = project(layer.out(), attended, step, rows);
   announce_weights(layer.gate_up(), rows.x);
   const Tensor normed = layer.norms[1](projected, rows.x, takes_chunks(layer.gate_up(), rows));
-  const Tensor out = project(layer.gate_up(), normed, step, rows, &layer.down());
+  const Tensor out = project(layer.gate_up(), normed, step, rows);
   announce_weights(layer.down(), rows.x);
   const int64_t width = out.size(1) / 2;
   const Tensor activated =
       gated_act(out.columns(0, width), out.columns(width, width), layer.act, takes_chunks(layer.down(), rows));
-  return project(layer.down(), activated, step, rows, next);
+  return project(layer.down(), activated, step, rows);
 }
 
 // Adapters' tiles of the rows of a block.
@@ -364,7 +360,7 @@ Tensor run_to_last_attention(const std::vector<Layer>& layers, const Tensor& x, 
     if (!step.is_whole()) qkv = empty({x.size(0), width_of(layers[i].qkv())}, x.type);
     each(step.blocks, [&](const Rows& rows) {
       OptionalTensor update;
-      if (i > 0) update = behind_attention(layers[i - 1], rows.of(attended), step, rows, &layers[i].qkv());
+      if (i > 0) update = behind_attention(layers[i - 1], rows.of(attended), step, rows);
       const Tensor own = before_attention(layers[i], update, step, rows, qkv ? rows.of(*qkv) : OptionalTensor());
       if (!qkv) qkv = own;
     });
@@ -422,7 +418,7 @@ Tensor stack_logits(int64_t stack, const Tensor& tokens, const Tensor& positions
     if (logit_rows) normed = rows_at(normed, *logit_rows);
   }
   announce_weights(ends.head, normed);
-  return project(ends.head, normed, step, last, nullptr);
+  return project(ends.head, normed, step, last);
 }
 
 }  // namespace lorafleet

@@ -13,7 +13,6 @@ void put_products(Kernels& kernels) {
   kernels.block_rows = 0;
 #else
   kernels.linear_lora = linear_lora;
-  kernels.lora_shrink = lora_shrink;
   kernels.block_rows = 128;
   kernels.has_slow_products = true;
 #endif

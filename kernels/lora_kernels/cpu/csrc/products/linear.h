@@ -25,14 +25,17 @@ struct PanelAhead {
   int64_t step;
 };
 
+constexpr int64_t kLine = 64;
+
 // Asks for pieces of memory, `step` bytes further each time; behind the last one for what nobody needs.
 struct PiecesAhead {
   const Piece *piece, *last;
   const char* at;
-  int64_t step;
+  int64_t step, second;  // second: where the second line of a step begins that has two, else 0
 
   void operator()() {
     prefetch_line(at);
+    prefetch_line(at + second);
     at += step;
     if (at >= piece->end && piece < last) at = (++piece)->at;
   }
@@ -213,19 +216,27 @@ void linear(const LinearArgs& args) {
   });
 }
 
+// Multiplies panels [first, last) and asks for pieces of memory meanwhile, evenly.
+inline void multiply_and_ask(const LinearArgs& args, int64_t first, int64_t last, Pieces& pieces) {
+  pieces.add(args.x, 0);  // so that there is one
+  const int64_t panel_steps = ceil_div(args.rows, kMaxRows) * (args.in_features / 2);
+  const int64_t step = min(2 * kLine, ceil_div(pieces.bytes, (last - first) * panel_steps));
+  PiecesAhead ahead = {pieces.list, pieces.list + pieces.num - 1, pieces.list->at, step, step > kLine ? kLine : 0};
+  for (int64_t panel = first; panel < last; ++panel) panel_rows(args, 0, args.rows, panel, ahead);
+}
+
 inline void linear_lora(const LinearArgs& args, const LinearLora& with) {
+  const LoraArgs& lora = with.lora;
   const int64_t panels = ceil_div(args.out_features, kPanel);
+  const auto tile_at = [&](int64_t tile) { return LoraTile<bf16>(lora, lora.tiles + 3 * tile); };
   run(with.num_tasks, [&](int64_t task) {
-    const int64_t first = panels * task / with.num_tasks, last = panels * (task + 1) / with.num_tasks;
-    const int64_t begin = first * kPanel, end = min(last * kPanel, args.out_features);
-    const int64_t floats = (most_pieces(with.lora, with.next) + 1) * sizeof(Piece) / sizeof(float);
-    Pieces pieces = {reinterpret_cast<Piece*>(scratch(floats))};
-    list_pieces<bf16>(with.lora, with.next, begin, end, task, with.num_tasks, pieces);
-    pieces.add(args.x, 0);  // so that there is one
-    const int64_t panel_steps = ceil_div(args.rows, kMaxRows) * (args.in_features / 2);
-    const int64_t step = min(64, ceil_div(pieces.bytes, (last - first) * panel_steps));
-    PiecesAhead ahead = {pieces.list, pieces.list + pieces.num - 1, pieces.list->at, step};
-    for (int64_t panel = first; panel < last; ++panel) panel_rows(args, 0, args.rows, panel, ahead);
-    lora_expand<bf16>(with.lora, begin, end);
+    const auto part_of = [&](int64_t num, int64_t i) { return num * i / with.num_tasks; };
+    const int64_t begin = part_of(lora.num_tiles, task), end = part_of(lora.num_tiles, task + 1);
+    const int64_t most = (end - begin) * LoraTile<bf16>::most_pieces(lora) + 1;
+    Pieces pieces = {reinterpret_cast<Piece*>(scratch(most * sizeof(Piece) / sizeof(float)))};
+    for (int64_t tile = begin; tile < end; ++tile) tile_at(tile).list(pieces);
+    multiply_and_ask(args, part_of(panels, task), part_of(panels, task + 1), pieces);
+    for (int64_t tile = begin; tile < end; ++tile) tile_at(tile).keep_apart();
   });
+  run(lora.num_tiles, [&](int64_t tile) { tile_at(tile).add_apart(); });
 }

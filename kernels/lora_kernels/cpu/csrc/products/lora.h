@@ -1,8 +1,8 @@
 // Shrink and expand of every site of one input, fused. Included inside the instruction set's namespace.
 //
 // A task is a tile: rows of one adapter. Its rank products stay in the thread's scratch memory, so there is no barrier
-// between shrink and expand and no buffer shared by threads. Where a product does the second half (linear_lora), shrink
-// is a job of its own, its rank products lie in args.hidden, and each of the product's tasks expands its own columns.
+// between shrink and expand and no buffer shared by threads. Beside a product (linear_lora) tiles are computed while its
+// outputs are not there yet, into args.apart, and added afterwards.
 #pragma once
 
 constexpr int64_t kMaxTileRows = 64;
@@ -167,17 +167,15 @@ struct LoraTile {
     }
   }
 
-  // Adds hidden[i] times b to out[rows[i]], columns [col, end) in runs that stay in the first-level cache.
-  template <typename Y>
-  void expand(const LoraSiteArgs& site, const float* hidden, int64_t stride, float* memory, int64_t col,
-              int64_t end) const {
+  // Adds hidden[i] times b to out_row(i), or writes it there if IsFirst: in runs of columns that stay in the first-level
+  // cache.
+  template <typename Y, bool IsFirst, typename OutRow>
+  void expand(const LoraSiteArgs& site, const float* hidden, int64_t stride, float* memory,
+              const OutRow& out_row) const {
     const int64_t num_rows = rank(site);
-    const auto out_row = [&](int64_t i) {
-      return static_cast<T*>(site.out.data) + args.rows[first + i] * site.out.stride + col;
-    };
     if (is_direct() && num_rows <= kPageRows) {
-      const Y* b = rows<Y>(site, site.b_rows, 0, site.width) + col;
-      update<DirectProduct<Y>>(hidden, stride, b, site.width, out_row, count, num_rows, end - col);
+      const Y* b = rows<Y>(site, site.b_rows, 0, site.width);
+      update<DirectProduct<Y>, IsFirst>(hidden, stride, b, site.width, out_row, count, num_rows, site.width);
       return;
     }
     const Tiles registers(count);
@@ -191,8 +189,8 @@ struct LoraTile {
     for (int64_t j = ceil_div(num_rows, P::kDepth); j < depth; ++j)
       __builtin_memset(static_cast<void*>(right + j * kTileCols), 0, kTileCols * sizeof(*right));
     auto* numbers = reinterpret_cast<T*>(memory + stride * (count + kTileCols));
-    for (; col < end; col += kTileCols) {
-      const int64_t cols = min(kTileCols, end - col);
+    for (int64_t col = 0; col < site.width; col += kTileCols) {
+      const int64_t cols = min(kTileCols, site.width - col);
       for (int64_t j = 0; j < num_rows; j += kPageRows) {
         const int64_t n = min(kPageRows, num_rows - j);
         const Y* b = rows<Y>(site, site.b_rows, j, site.width) + col;
@@ -204,38 +202,35 @@ struct LoraTile {
           P::pack_rows(b, site.width, n, cols, to, kTileCols);
         }
       }
-      update<P>(left, width, right, kTileCols, out_row, count, depth, cols);
+      const auto at = [&](int64_t i) { return out_row(i) + col; };
+      update<P, IsFirst>(left, width, right, kTileCols, at, count, depth, cols);
     }
   }
 
-  // hidden: memory for add_floats.
-  template <typename Y>
-  void add(const LoraSiteArgs& site, const float* packed, float* hidden) const {
+  // AsksForB and IsFirst: as of shrink and expand. hidden: memory for add_floats.
+  template <typename Y, bool AsksForB, bool IsFirst, typename OutRow>
+  void add_as(const LoraSiteArgs& site, const float* packed, float* hidden, const OutRow& out_row) const {
     const int64_t stride = hidden_stride(site);
     // An odd rank is multiplied in pairs: the missing partner is zero.
     for (int64_t i = 0; i < count * stride; i += kLanes) store(hidden + i, zero());
-    shrink<Y, true>(site, hidden, stride, packed, reinterpret_cast<T*>(hidden + count * stride));
-    expand<Y>(site, hidden, stride, hidden + count * stride, 0, site.width);
+    shrink<Y, AsksForB>(site, hidden, stride, packed, reinterpret_cast<T*>(hidden + count * stride));
+    expand<Y, IsFirst>(site, hidden, stride, hidden + count * stride, out_row);
+  }
+  template <bool AsksForB, bool IsFirst, typename OutRow>
+  void add_site(const LoraSiteArgs& site, const float* packed, float* hidden, const OutRow& out_row) const {
+    if (rank(site) == 0) return;
+    site.factors ? add_as<i8, AsksForB, IsFirst>(site, packed, hidden, out_row)
+                 : add_as<T, AsksForB, IsFirst>(site, packed, hidden, out_row);
+  }
+  T* out_of(const LoraSiteArgs& site, int64_t i) const {
+    return static_cast<T*>(site.out.data) + args.rows[first + i] * site.out.stride;
   }
   int64_t add_floats(const LoraSiteArgs& site) const {
     const int64_t num_numbers = site.factors ? kPageRows * max(kTileCols, args.in_features) : 0;
     return hidden_stride(site) * (2 * count + kTileCols) + num_numbers;
   }
 
-  // The tile's rank products of a site in args.hidden, [count, hidden_stride].
-  float* hidden_of(int64_t s) const { return args.hidden + (s * args.num_rows + first) * args.max_pages * kPageRows; }
   int64_t hidden_stride(const LoraSiteArgs& site) const { return ceil_div(rank(site), kPageRows) * kPageRows; }
-
-  // The first half of add, for a site by its number. memory: for kPageRows rows of A, of int8 ones.
-  template <typename Y>
-  void multiply(int64_t s, const float* packed, T* memory) const {
-    const LoraSiteArgs& site = args.sites[s];
-    if (rank(site) == 0) return;
-    float* hidden = hidden_of(s);
-    const int64_t stride = hidden_stride(site);
-    for (int64_t i = 0; i < count * stride; i += kLanes) store(hidden + i, zero());
-    shrink<Y, false>(site, hidden, stride, packed, memory);
-  }
 
   // Calls f with packed inputs, or null, and the memory for `floats` more.
   template <typename F>
@@ -245,30 +240,6 @@ struct LoraTile {
     if constexpr (P::kDepth == 2) if (packs_inputs()) pack_inputs(packed);
 #endif
     f(packs_inputs() ? packed : nullptr, packed + packed_floats());
-  }
-
-  // The second half, for columns [begin, end) of the site.
-  template <typename Y>
-  void add_part(int64_t s, int64_t begin, int64_t end) const {
-    const LoraSiteArgs& site = args.sites[s];
-    if (rank(site) == 0) return;
-    const int64_t stride = hidden_stride(site), num_numbers = is_int8<Y> ? kPageRows * kTileCols : 0;
-    expand<Y>(site, hidden_of(s), stride, scratch(stride * (count + kTileCols) + num_numbers), begin, end);
-  }
-
-  template <typename Y>
-  void list_b(const LoraSiteArgs& site, int64_t begin, int64_t end, Pieces& pieces) const {
-    for (int64_t j = 0, num_rows = rank(site); j < num_rows; ++j)
-      pieces.add(rows<Y>(site, site.b_rows, j, site.width) + begin, (end - begin) * sizeof(Y));
-  }
-  // Part [begin, end) of `parts` of its rows of A.
-  template <typename Y>
-  void list_a(const LoraSiteArgs& site, int64_t begin, int64_t end, int64_t parts, Pieces& pieces) const {
-    for (int64_t j = 0, num_rows = rank(site); j < num_rows; j += kPageRows) {
-      const int64_t bytes = min(kPageRows, num_rows - j) * args.in_features * sizeof(Y);
-      const auto* a = reinterpret_cast<const char*>(rows<Y>(site, site.a_rows, j, args.in_features));
-      pieces.add(a + bytes * begin / parts, bytes * end / parts - bytes * begin / parts);
-    }
   }
 
   template <typename Y>
@@ -281,89 +252,72 @@ struct LoraTile {
   }
   void touch(const LoraSiteArgs& site) const { site.factors ? touch_rows<i8>(site) : touch_rows<T>(site); }
 
-  // next: the tile that comes after this one, or null.
-  void run(const LoraTile* next) const {
+  // Calls f(site, packed, memory) for each site, with memory for add_floats.
+  template <typename F>
+  void each_site(const F& f) const {
     int64_t floats = 0;
     for (int64_t s = 0; s < args.num_sites; ++s) floats = max(floats, add_floats(args.sites[s]));
     with_inputs(floats, [&](const float* packed, float* memory) {
-      for (int64_t s = 0; s < args.num_sites; ++s) {
-        const LoraSiteArgs& site = args.sites[s];
-        if (s + 1 < args.num_sites)
-          touch(args.sites[s + 1]);
-        else if (next)
-          next->touch(args.sites[0]);
-        if (rank(site) > 0) site.factors ? add<i8>(site, packed, memory) : add<T>(site, packed, memory);
-      }
+      for (int64_t s = 0; s < args.num_sites; ++s) f(args.sites[s], packed, memory);
     });
   }
-};
 
-// Columns [begin, end) of a site, of those [begin, end) of all sites side by side: f(site's number, begin, end).
-template <typename F>
-inline void sites_in(const LoraArgs& args, int64_t begin, int64_t end, const F& f) {
-  for (int64_t s = 0, first = 0; s < args.num_sites; first += args.sites[s++].width) {
-    const int64_t from = max(begin, first), to = min(end, first + args.sites[s].width);
-    if (from < to) f(s, from - first, to - first);
-  }
-}
-
-// Products with A alone, into args.hidden.
-inline void lora_shrink(const LoraArgs& args) {
-  run(args.num_tiles, [&](int64_t task) {
-    with_dtype(args.dtype, [&]<typename T>() {
-      const LoraTile<T> tile(args, args.tiles + 3 * task);
-      tile.with_inputs(kPageRows * args.in_features, [&](const float* packed, float* memory) {
-        T* numbers = reinterpret_cast<T*>(memory);
-        for (int64_t s = 0; s < args.num_sites; ++s)
-          args.sites[s].factors ? tile.template multiply<i8>(s, packed, numbers)
-                                : tile.template multiply<T>(s, packed, numbers);
-      });
-    });
-  });
-}
-
-// The rest, for columns [begin, end) of all sites side by side.
-template <typename T>
-void lora_expand(const LoraArgs& args, int64_t begin, int64_t end) {
-  for (int64_t t = 0; t < args.num_tiles; ++t) {
-    const LoraTile<T> tile(args, args.tiles + 3 * t);
-    sites_in(args, begin, end, [&](int64_t s, int64_t from, int64_t to) {
-      args.sites[s].factors ? tile.template add_part<i8>(s, from, to) : tile.template add_part<T>(s, from, to);
+  // next: the tile that comes after this one, or null.
+  void run(const LoraTile* next) const {
+    each_site([&](const LoraSiteArgs& site, const float* packed, float* memory) {
+      if (&site + 1 < args.sites + args.num_sites)
+        touch(*(&site + 1));
+      else if (next)
+        next->touch(args.sites[0]);
+      add_site<true, false>(site, packed, memory, [&](int64_t i) { return out_of(site, i); });
     });
   }
-}
 
-// At most so many are listed by list_pieces.
-inline int64_t most_pieces(const LoraArgs& args, const LoraArgs* next) {
-  return args.num_tiles * args.num_sites * args.max_pages * kPageRows +
-         (next ? next->num_tiles * next->num_sites * next->max_pages : 0);
-}
+  // Where the tile's row i of a site is kept apart: args.apart has [rows, width] of each site.
+  float* apart_of(const LoraSiteArgs& site, int64_t i) const {
+    int64_t before = 0;
+    for (const LoraSiteArgs* s = args.sites; s < &site; ++s) before += s->width;
+    return args.apart + before * args.num_rows + (first + i) * site.width;
+  }
 
-// What columns [begin, end) need of the rows of B, and part `task` of the rows of A that come next: the tiles that the
-// same thread multiplies then.
-template <typename T>
-void list_pieces(const LoraArgs& args, const LoraArgs* next, int64_t begin, int64_t end, int64_t task,
-                 int64_t num_tasks, Pieces& pieces) {
-  for (int64_t t = 0; t < args.num_tiles; ++t) {
-    const LoraTile<T> tile(args, args.tiles + 3 * t);
-    sites_in(args, begin, end, [&](int64_t s, int64_t from, int64_t to) {
+  // The rows of all sites, as they lie.
+  template <typename Y>
+  void list_rows(const LoraSiteArgs& site, const void* pool, int64_t width, Pieces& pieces) const {
+    for (int64_t j = 0, num_rows = rank(site); j < num_rows; j += kPageRows)
+      pieces.add(rows<Y>(site, pool, j, width), min(kPageRows, num_rows - j) * width * sizeof(Y));
+  }
+  void list(Pieces& pieces) const {
+    const auto add_rows = [&]<typename Y>(const LoraSiteArgs& site) {
+      list_rows<Y>(site, site.a_rows, args.in_features, pieces);
+      list_rows<Y>(site, site.b_rows, site.width, pieces);
+    };
+    for (int64_t s = 0; s < args.num_sites; ++s)
+      args.sites[s].factors ? add_rows.template operator()<i8>(args.sites[s])
+                            : add_rows.template operator()<T>(args.sites[s]);
+  }
+  static int64_t most_pieces(const LoraArgs& args) { return 2 * args.num_sites * args.max_pages; }
+
+  // What is to be added to the outputs, into args.apart.
+  void keep_apart() const {
+    each_site([&](const LoraSiteArgs& site, const float* packed, float* memory) {
+      add_site<false, true>(site, packed, memory, [&](int64_t i) { return apart_of(site, i); });
+    });
+  }
+
+  void add_apart() const {
+    for (int64_t s = 0; s < args.num_sites; ++s) {
       const LoraSiteArgs& site = args.sites[s];
-      site.factors ? tile.template list_b<i8>(site, from, to, pieces) : tile.template list_b<T>(site, from, to, pieces);
-    });
-  }
-  if (!next) return;
-  // Tiles and tasks as lengths on one line: a tile is num_tasks long, a task num_tiles.
-  const int64_t first = task * next->num_tiles, last = first + next->num_tiles;
-  for (int64_t t = first / num_tasks; t * num_tasks < last; ++t) {
-    const LoraTile<T> tile(*next, next->tiles + 3 * t);
-    const int64_t from = max(0, first - t * num_tasks), to = min(num_tasks, last - t * num_tasks);
-    for (int64_t s = 0; s < next->num_sites; ++s) {
-      const LoraSiteArgs& site = next->sites[s];
-      site.factors ? tile.template list_a<i8>(site, from, to, num_tasks, pieces)
-                   : tile.template list_a<T>(site, from, to, num_tasks, pieces);
+      if (rank(site) == 0) continue;
+      for (int64_t i = 0; i < count; ++i) {
+        T* out = out_of(site, i);
+        const float* from = apart_of(site, i);
+        each_vector(site.width, [&](int64_t col, auto n) {
+          store_n(out + col, add(load_n(out + col, n), load_n(from + col, n)), n);
+        });
+      }
     }
   }
-}
+};
 
 #include "lora_few.h"
 
