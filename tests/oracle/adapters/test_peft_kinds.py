@@ -95,7 +95,7 @@ HALVED = {
 
 
 @pytest.mark.parametrize("dtype", examples.some([torch.float16, torch.bfloat16], torch.bfloat16), ids=str)
-@pytest.mark.parametrize("name", HALVED)
+@pytest.mark.parametrize("name", examples.some(HALVED, "dora", "experts"))
 def test_tensors_in_half_precision(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     make_adapter(HALVED[name], tmp_path)
     file = tmp_path / WEIGHTS_FILE
@@ -154,7 +154,7 @@ MIXED = {
 }
 
 
-@pytest.mark.parametrize("family", MIXED)
+@pytest.mark.parametrize("family", examples.some(MIXED, "dense"))
 def test_one_adapter_of_each_kind_in_one_batch(family: str, tmp_path: Path) -> None:
     """Chunked, preempted and found in the prefix cache, every row is as if it ran alone, and as PEFT computes it."""
     kinds = MIXED[family]
@@ -239,6 +239,7 @@ def kinds(draw: st.DrawFn) -> Kind:
 
 
 # The same configs each time: what PEFT does not combine is without number. Look for more without `derandomize`.
+@pytest.mark.thorough
 @settings(
     max_examples=examples.of(25), deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
