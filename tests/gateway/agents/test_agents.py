@@ -15,7 +15,7 @@ import orjson
 import pytest
 import pytest_asyncio
 from helpers import anthropic_events, response_events
-from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, make_model_folder
 
 from gateway.bodies.parameter_check import IGNORED_HEADER
 from protocol.queue.bus import Bus
@@ -33,7 +33,7 @@ async def http(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> AsyncIterator[
     (folder / "chat_template.jinja").write_text((HERE.parent / "templates" / "qwen.jinja").read_text())
     fleet.max_model_len = 200_000
     await fleet.register()
-    async with running_gateway(bus, folder) as gateway, httpx2.AsyncClient(base_url=gateway.url, timeout=30) as client:
+    async with gateway_client(bus, folder) as client:
         yield client
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from helpers.scripted_fleet import RunningGateway, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import RunningGateway, ScriptedFleet, gateway_client
 
 from gateway.bodies.compat import PAGE, with_table
 from gateway.bodies.parameter_check import IGNORED_HEADER, MAX_ENTRIES, MAX_NAMED, JsonBody, check_parameters
@@ -267,10 +267,7 @@ def test_a_name_is_shown_short_and_in_ascii() -> None:
 async def test_warn_serves_and_tells(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with (
-        running_gateway(bus, model_folder, unknown_parameters="warn") as running,
-        httpx2.AsyncClient(base_url=running.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, unknown_parameters="warn") as http:
         for path in ("/v1/chat/completions", "/v1/completions", "/generate"):
             for stream in (False, True):
                 caplog.clear()

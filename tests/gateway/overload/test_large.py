@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import httpx2
 import pytest
-from helpers.scripted_fleet import MAX_MODEL_LEN, RunningGateway, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import MAX_MODEL_LEN, RunningGateway, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 from msgspec import structs
 
@@ -151,10 +151,7 @@ async def test_a_text_too_long_to_tokenize_is_refused_before(http: httpx2.AsyncC
 
 
 async def test_many_models_and_ids_are_refused_at_once(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
-    async with (
-        running_gateway(bus, model_folder, max_choices=1000) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=60) as http,
-    ):
+    async with gateway_client(bus, model_folder, max_choices=1000) as http:
         for num_models in (130, 600):
             body = {"model": ["base"] * num_models, "prompt": [1] * 600_000}
             answer = await http.post("/v1/completions", json=body)

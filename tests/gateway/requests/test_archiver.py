@@ -10,11 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx2
 import pytest
 import pytest_asyncio
 from helpers.script_queue import make_body, make_job, make_submit
-from helpers.scripted_fleet import ScriptedFleet, running_gateway
+from helpers.scripted_fleet import ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 from prometheus_client import REGISTRY
 from sqlalchemy import event
@@ -314,10 +313,7 @@ async def test_calls_go_on_without_the_database_and_health_and_lists_say_so(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "data"
-    async with (
-        running_gateway(bus, model_folder, history=f"sqlite:///{folder}/history.db", history_text=9) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, history=f"sqlite:///{folder}/history.db", history_text=9) as http:
 
         async def status() -> tuple[str | None, int]:
             health = (await http.get("/health")).json()

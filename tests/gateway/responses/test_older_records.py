@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import orjson
 import pytest
-from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, running_gateway
 from helpers.waiting import wait_until
 
 from gateway.jobs.jobs import Facts
@@ -117,10 +117,7 @@ async def test_a_turn_that_fails_unforeseen_is_given_up_and_others_are_added(
 ) -> None:  # fmt: skip
     """Its conversation is not stuck for ever: after eight tries it goes on without the turn."""
     fleet.script = lambda submit, body: Script(hold_after=3)
-    async with (
-        running_gateway(bus, model_folder, GatewayTimings(conversation_sweep_s=1000)) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, GatewayTimings(conversation_sweep_s=1000)) as http:
         one, other = await made(http), await made(http)
         broken, whole = [(await asked(http, of, background=True))["id"] for of in (one, other)]
         fleet.go.set()
