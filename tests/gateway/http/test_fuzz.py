@@ -62,7 +62,6 @@ NATIVE = {
     "details": True, "decoder_input_details": False, "return_k_alternatives": 2, "seed": 7, "adapter_id": "",
     "response_format": {"type": "json_object", "schema": SCHEMA}, "merged_adapters": None, "adapter_source": "local",
 }  # fmt: skip
-STRUCTURED = {"json": SCHEMA, "regex": "a+", "choice": ["a", "b"], "grammar": 'start: "a"', "json_object": True}
 
 GOOD: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {
