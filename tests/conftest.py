@@ -3,8 +3,6 @@
 No key may outlive its test without a TTL.
 """
 
-from __future__ import annotations
-
 import atexit
 import gc
 import os

@@ -1,7 +1,5 @@
 """Documentation names files that exist, is in the site whole, and has one version with all that is released."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import tomllib

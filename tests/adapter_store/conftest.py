@@ -1,7 +1,5 @@
 """A running store on a real queue."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Registered names in a whole store: served, updated, moved, private, refused, retried, unregistered."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import shutil

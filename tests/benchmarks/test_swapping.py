@@ -1,7 +1,5 @@
 """A simulated day of swaps: what a swap costs there, and how the policies compare in a small one."""
 
-from __future__ import annotations
-
 import pytest
 
 from benchmarks.simulation import swapping

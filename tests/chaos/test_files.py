@@ -1,7 +1,5 @@
 """The chaos clients that store things let right answers pass, and find each way to be wrong."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -3,8 +3,6 @@
 `make chart` runs these, in an environment that has the engine and the API's schemas; elsewhere they are skipped.
 """
 
-from __future__ import annotations
-
 import base64
 import importlib.util
 import json

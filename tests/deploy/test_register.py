@@ -1,7 +1,5 @@
 """The chart's job that registers adapters, by the script that it runs."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from collections.abc import Iterator

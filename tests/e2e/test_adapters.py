@@ -1,7 +1,5 @@
 """Adapters in a fleet over two hosts: what a worker knows of them, bad ones, and those fetched before their turn."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -3,8 +3,6 @@
 Debian's package `prometheus` has both programs; PROMETHEUS names a folder where they lie instead.
 """
 
-from __future__ import annotations
-
 import asyncio
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """Memory: budgets, and caches that take none before they are used."""
 
-from __future__ import annotations
-
 import re
 import threading
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A clock whose speed a test sets."""
 
-from __future__ import annotations
-
 import time
 
 

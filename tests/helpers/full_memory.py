@@ -1,7 +1,5 @@
 """A queue server without room for anything new."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 

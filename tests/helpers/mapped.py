@@ -1,7 +1,5 @@
 """Which files are this process's memory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 

@@ -1,7 +1,5 @@
 """`lorafleet dlq` as a user runs it."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from pathlib import Path

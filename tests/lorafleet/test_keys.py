@@ -1,7 +1,5 @@
 """`lorafleet keys` as an operator runs it."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 

@@ -1,7 +1,5 @@
 """Recorded decode steps give the tokens of the untouched model, whatever is replayed: any mix, padding, preemption."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Heads for labels that adapters bring to models that decode, which have no such layer among their sites."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """An adapter without effect is one whose every product is exactly zero."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Heads of labels that adapters bring: with a number of labels of their own, whole, within a limit."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What is not served is refused by name, with every reason at once."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

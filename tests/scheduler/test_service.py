@@ -1,7 +1,5 @@
 """The scheduler on a real queue with workers played by the test."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Which workers are alive, and how much each may get."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

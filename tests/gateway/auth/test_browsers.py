@@ -1,7 +1,5 @@
 """A gateway without API keys answers this machine's programs and no stranger's web page."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

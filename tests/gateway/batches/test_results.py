@@ -1,7 +1,5 @@
 """The answers of a batch, in parts that a later run adds to."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Calls while there is no worker: refused, or waiting in the queue where workers are started for them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

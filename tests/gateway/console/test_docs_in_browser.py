@@ -1,7 +1,5 @@
 """`/docs` in a real Chromium: the operations are listed, and nothing is asked of another host."""
 
-from __future__ import annotations
-
 from urllib.parse import urlsplit
 
 import pytest

@@ -1,7 +1,5 @@
 """All texts of the console are the field's standard words: private ones, which only this project would use, are red."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -3,8 +3,6 @@
 `tests/hostile/test_fuzz.py` draws bodies.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import queue

@@ -1,7 +1,5 @@
 """`lorafleet jobs` as people run it."""
 
-from __future__ import annotations
-
 import asyncio
 
 import httpx2

@@ -1,7 +1,5 @@
 """What `/v1/responses` refuses, by name, before anything is made of it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import httpx2

@@ -1,7 +1,5 @@
 """A process that has been locked down can compute and answer, and do nothing else."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Chat templates render as transformers renders them, and cannot do more than make text."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Places that tenants share."""
 
-from __future__ import annotations
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -1,7 +1,5 @@
 """Weights are told apart by samples of their numbers, however their files are cut."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

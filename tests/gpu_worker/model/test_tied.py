@@ -1,7 +1,5 @@
 """A tied embedding has no memory of its own where the head's weight is packed, and gives the same rows."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

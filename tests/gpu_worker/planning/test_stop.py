@@ -1,7 +1,5 @@
 """How requests end: tokens, strings, lengths, and the same after a resumption."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

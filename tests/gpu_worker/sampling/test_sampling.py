@@ -1,7 +1,5 @@
 """Sampling: the right distribution, against Hugging Face's processors; noise that depends on (seed, position) only."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """What the queue says of a step counts for the assignment that the step was built from, and for no later one."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 

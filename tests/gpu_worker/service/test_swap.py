@@ -3,8 +3,6 @@
 Its process is real, around an engine without a model.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -1,7 +1,5 @@
 """What `lorafleet up` shows while services start."""
 
-from __future__ import annotations
-
 import io
 
 import pytest

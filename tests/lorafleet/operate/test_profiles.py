@@ -1,7 +1,5 @@
 """Where commands find the fleet: a flag, then a variable, then the profile."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Writes the table of measured differences into docs/peft.md: `make peft-table`."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Adapters of MLX-LM are planned as PEFT's, or refused with every reason."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

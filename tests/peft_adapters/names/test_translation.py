@@ -1,7 +1,5 @@
 """Adapters under other names are mapped to the base's own modules, each tensor to its place, or refused."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec

@@ -1,7 +1,5 @@
 """The queue's client: streams, registers, messages that cannot be read, servers that are not fit."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Dead letters: found, shown, and their requests queued again, once."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,7 +1,5 @@
 """Places of spans; and that tracing which is off is not there at all."""
 
-from __future__ import annotations
-
 import json
 import logging
 import socket

@@ -1,7 +1,5 @@
 """Values in messages are short, and cost no more where they are not."""
 
-from __future__ import annotations
-
 import ast
 import tracemalloc
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Lines end with a line feed alone, wherever somebody else's text is read."""
 
-from __future__ import annotations
-
 import ast
 import json
 import logging

@@ -1,7 +1,5 @@
 """Packing adapters with torch: what cannot be computed with is refused."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import save

@@ -1,7 +1,5 @@
 """A tenant's limits in the queue's scripts: reserved by submit, settled by whatever ends a request, never leaked."""
 
-from __future__ import annotations
-
 import asyncio
 from dataclasses import replace
 
