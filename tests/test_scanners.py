@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import examples
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("gateway", "protocol", "scheduler", "adapter_store", "peft_adapters")
@@ -138,7 +139,7 @@ def pieces_of(pattern: str) -> list[str]:
 
 def texts_for(pattern: str) -> Iterator[str]:
     pieces = pieces_of(pattern)
-    for before in ["", *pieces[:4]]:
+    for before in ["", *pieces[: 4 if examples.are_many else 1]]:
         for pump in [
             *pieces,
             *(f"\\{piece}" for piece in pieces),

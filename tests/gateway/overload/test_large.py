@@ -165,12 +165,12 @@ async def test_many_models_and_ids_are_refused_at_once(bus: Bus, fleet: Scripted
     ("path", "fields"),
     [
         ("/v1/completions", {"model": ["base"] * 130}),  # refused by its size
-        ("/v1/completions", {"model": "base"}),  # longer than the context
+        pytest.param("/v1/completions", {"model": "base"}, marks=pytest.mark.thorough),  # longer than the context
         pytest.param("/v1/completions", {"model": "nobody"}, marks=pytest.mark.thorough),
         pytest.param("/v1/completions", {"model": "base", "max_tokens": "many"}, marks=pytest.mark.thorough),
         pytest.param("/v1/completions", {"model": "base", "maxtokens": 1}, marks=pytest.mark.thorough),
         ("/v1/chat/completions", {"model": "base", "messages": [], "stop_token_ids": True}),
-        ("/generate", {"inputs": 1}),
+        pytest.param("/generate", {"inputs": 1}, marks=pytest.mark.thorough),
     ],
 )
 async def test_nothing_of_a_refused_body_stays(http: httpx2.AsyncClient, path: str, fields: dict[str, Any]) -> None:

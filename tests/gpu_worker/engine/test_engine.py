@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from helpers import examples
 from helpers.factories import make_adapter, make_tiny_model
 
 from gpu_worker.adapters.failures import LoadFailures
@@ -111,7 +112,7 @@ class Running:
         return ends
 
 
-@pytest.fixture(params=["off", "on"])
+@pytest.fixture(params=examples.some(["off", "on"], "off"))
 def running(folder: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
     running = Running(folder, overlap=request.param)
     yield running

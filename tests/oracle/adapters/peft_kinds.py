@@ -232,6 +232,13 @@ def measure(kind: Kind, folder: Path, **settings: Any) -> Measured:
     return Measured(largest, change)
 
 
+def check_exact(kind: Kind, folder: Path, **settings: Any) -> None:
+    """Assert that our logits with a saved adapter are PEFT's, and that it changes them a hundred times as much."""
+    measured = measure(kind, folder, **settings)
+    assert measured.difference <= MAX_DIFFERENCE
+    assert measured.change >= 100 * MAX_DIFFERENCE
+
+
 def asked_prompts(kind: Kind) -> list[np.ndarray]:
     """Return prompts that use the adapter's own tokens and, once, its invocation."""
     vocab = min(kind.num_tokens, TINY_VOCAB) if kind.num_tokens < TINY_VOCAB else kind.num_tokens

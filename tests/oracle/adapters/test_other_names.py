@@ -233,9 +233,8 @@ def hold(served: PreTrainedModel, folder: Path, expected: torch.nn.Module, base:
 @pytest.mark.parametrize(
     "name",
     examples.some(
-        CASES, "text class on a wrapper, head and tokens", "wrapper on a text class, ranks by pattern",
-        "fused on a split base", "split on a fused base, ranks and scales of each",
-        "split on a fused base, DoRA of all and of some", "fused on a split base, biases",
+        CASES, "text class on a wrapper, head and tokens", "fused on a split base, biases",
+        "split on a fused base, ranks and scales of each", "split on a fused base, DoRA of all and of some",
     ),
 )  # fmt: skip
 def test_adapters_of_a_twin_are_those_of_peft(name: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from oracle.adapters.peft_kinds import (
     TIED,
     Kind,
     asked_prompts,
+    check_exact,
     difference,
     engine_logits,
     load,
@@ -52,9 +53,7 @@ ESSENTIAL = (
 @pytest.mark.parametrize("name", examples.some(KINDS, *ESSENTIAL))
 def test_logits_are_those_of_peft(name: str, tmp_path: Path) -> None:
     make_adapter(KINDS[name], tmp_path)
-    measured = measure(KINDS[name], tmp_path, max_step_tokens=16, max_num_seqs=8)
-    assert measured.difference <= MAX_DIFFERENCE
-    assert measured.change >= 100 * MAX_DIFFERENCE
+    check_exact(KINDS[name], tmp_path, max_step_tokens=16, max_num_seqs=8)
 
 
 def test_the_documented_table_is_of_these_kinds() -> None:
@@ -77,9 +76,7 @@ TRAINED = {
 def test_trained_adapters_too(name: str, tmp_path: Path) -> None:
     before = train_adapter(TRAINED[name], tmp_path)
     assert before, "training must change every part of the adapter"
-    measured = measure(TRAINED[name], tmp_path)
-    assert measured.difference <= MAX_DIFFERENCE
-    assert measured.change >= 100 * MAX_DIFFERENCE
+    check_exact(TRAINED[name], tmp_path)
 
 
 HALVED = {
@@ -98,9 +95,7 @@ def test_tensors_in_half_precision(name: str, dtype: torch.dtype, tmp_path: Path
     make_adapter(HALVED[name], tmp_path)
     file = tmp_path / WEIGHTS_FILE
     save_file({key: tensor.to(dtype) for key, tensor in load_file(file).items()}, file)
-    measured = measure(HALVED[name], tmp_path)
-    assert measured.difference <= MAX_DIFFERENCE
-    assert measured.change >= 100 * MAX_DIFFERENCE
+    check_exact(HALVED[name], tmp_path)
 
 
 def test_an_activated_adapter_shares_what_is_before_its_invocation(tmp_path: Path) -> None:
