@@ -146,6 +146,7 @@ async def test_codex(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     await goes_its_steps(http, fleet, "codex", call, ("completed", "completed"))
 
 
+@pytest.mark.thorough
 async def test_qwen_code(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     call = ("edit", {"file_path": "/work/notes.txt", "old_string": "helo", "new_string": "hello"})
     await goes_its_steps(http, fleet, "qwen_code", call, ("tool_calls", "stop"))
@@ -156,6 +157,7 @@ async def test_opencode(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     await goes_its_steps(http, fleet, "opencode", call, ("tool_calls", "stop"))
 
 
+@pytest.mark.thorough
 async def test_open_webui(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     call = ("correct", {"old": "helo", "new": "hello"})
     await goes_its_steps(http, fleet, "open_webui", call, ("tool_calls", "stop"))
@@ -270,6 +272,7 @@ async def test_what_a_user_shows_is_still_refused(http: httpx2.AsyncClient, flee
     assert fleet.seen == []
 
 
+@pytest.mark.thorough
 async def test_inspect_ai(subtests: pytest.Subtests, http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     answer = '{"name": "Paris", "is_capital": true}'
     fleet.script = lambda submit, body: Script(answer)

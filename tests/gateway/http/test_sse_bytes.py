@@ -130,7 +130,8 @@ async def test_pings_keep_a_waiting_stream_alive(bus: Bus, fleet: ScriptedFleet,
     text = "".join(c["choices"][0]["text"] for c in chunks_of(raw))
     assert text == Script().text
     assert raw.endswith(b"data: [DONE]\n\n")
-    assert {frame for frame in frames_of(raw) if not frame.startswith(b"data: ")} == {b": ping"}
+    begun = raw[raw.index(b"data: ") :]  # on a busy machine it is queued for longer than a ping takes
+    assert {frame for frame in frames_of(begun) if not frame.startswith(b"data: ")} == {b": ping"}
 
 
 async def test_a_queued_stream_gets_headers_and_pings_before_its_first_token(

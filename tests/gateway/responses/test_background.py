@@ -77,7 +77,7 @@ async def test_the_first_answer_says_queued_however_fast_a_worker_is(http: httpx
 
 async def test_a_stream_is_resumed_at_another_gateway(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     fleet.script = lambda submit, body: Script(hold_after=6)
-    async with gateway_client(bus, model_folder) as http:
+    async with gateway_client(bus, model_folder, grace_s=0.1) as http:  # nothing ends before it has gone
         seen = await read_until(http, PATH, 7, method="POST", json={**BODY, "stream": True})
     assert [event["type"] for event in seen[:3]] == ["response.created", "response.queued", "response.in_progress"]
     response_id = seen[0]["response"]["id"]

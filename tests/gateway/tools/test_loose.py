@@ -110,7 +110,7 @@ async def test_no_schema_refuses_a_call(
             assert bool(told) == (number < 10), told
 
 
-@pytest.mark.parametrize("path", [path for path in ROUTES if path != "/api/chat"])
+@pytest.mark.parametrize("path", examples.some([path for path in ROUTES if path != "/api/chat"], "/v1/responses"))
 async def test_strict_tools_are_refused_by_keyword(
     subtests: pytest.Subtests, agent: httpx2.AsyncClient, fleet: ScriptedFleet, path: str
 ) -> None:
