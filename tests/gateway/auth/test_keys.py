@@ -42,8 +42,7 @@ async def key_of(keys: ApiKeys, tenant: str, *scopes: str, **limits: object) -> 
 async def test_only_a_good_key_gets_in(http: httpx2.AsyncClient, keys: ApiKeys) -> None:
     for headers in ({}, {"authorization": "Bearer hf_none"}, {"authorization": "Bearer sk-lf-wrong"}):
         refused = await http.post("/v1/chat/completions", json=CHAT, headers=headers)
-        assert refused.status_code == 401
-        assert refused.json()["error"]["code"] == "invalid_api_key"
+        assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
         assert refused.json()["error"]["type"] == "invalid_request_error"
         assert refused.headers["x-should-retry"] == "false"
         assert refused.headers["x-request-id"]

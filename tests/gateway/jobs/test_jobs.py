@@ -167,8 +167,7 @@ async def test_a_repeated_key_replays_the_same_answer(
         assert first.json()["id"] == second.json()["id"]
         assert without_identity(first.json()) == without_identity(second.json())
     other = await http.post("/v1/chat/completions", json={**body, "seed": 2}, headers=headers)
-    assert other.status_code == 422
-    assert other.json()["error"]["code"] == "idempotency_key_reused"
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
     assert len(fleet.seen) == 2
 
 

@@ -224,8 +224,7 @@ async def test_what_waits_for_a_place_is_not_read(gateway: RunningGateway, http:
 async def test_routes_that_need_little_take_little(http: httpx2.AsyncClient, path: str) -> None:
     body = json.dumps({"name": "a", "lora_name": "a", "lora_path": "b", "x": "x" * SMALL_BODY_BYTES}).encode()
     answer = await http.post(path, content=body, headers={"content-type": "application/json"})
-    assert answer.status_code == 413
-    assert answer.json()["error"]["code"] == "body_too_large"
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
 
 
 async def test_a_large_chat_is_answered(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:

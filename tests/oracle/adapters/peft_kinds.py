@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, packed_engine, prompts, round_rows, vary_norms
-from oracle.tiny_models import tiny_model
+from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, packed_engine, prompts, round_rows
+from oracle.tiny_models import decoder_of, tiny_model
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, PromptLearningConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.engine.engine import Engine
@@ -52,12 +52,7 @@ def make_base(base: Base) -> PreTrainedModel:
     model_type, fields = base
     if fields.get("tiny"):
         return tiny_model(model_type, vocab_size=TINY_VOCAB)
-    config = type(AutoConfig.for_model(model_type))(**TINY | fields)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-        vary_norms(model)
-    return model
+    return decoder_of(type(AutoConfig.for_model(model_type))(**TINY | fields))
 
 
 @dataclass(frozen=True, slots=True)
