@@ -69,8 +69,10 @@ class Copy:
 class CatalogueCopy:
     """The names that a caller sees."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, max_age_s: float = MAX_AGE_S) -> None:
+        """`max_age_s`: maximum age of the copy, where no event invalidates it."""
         self._bus = bus
+        self._max_age_s = max_age_s
         self._turns = FairSlots(1)
         self._copy: Copy | None = None
         self._num_begun = 0
@@ -85,7 +87,7 @@ class CatalogueCopy:
         while True:
             stamp, copy = await self._bus.adapters.stamp(), self._copy
             if copy is not None and (
-                copy.number > asked or (copy.stamp == stamp and loop.time() - copy.read_s < MAX_AGE_S)
+                copy.number > asked or (copy.stamp == stamp and loop.time() - copy.read_s < self._max_age_s)
             ):
                 return copy
             if self._reading is None or self._reading.done():

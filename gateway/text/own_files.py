@@ -52,8 +52,11 @@ class OwnFacts(NamedTuple):
 class OwnFiles:
     """The texts of adapters, kept by their hash."""
 
-    def __init__(self, bus: Bus, base: ModelFiles, sandbox: SandboxPool, bearer: str = "") -> None:
+    def __init__(
+        self, bus: Bus, base: ModelFiles, sandbox: SandboxPool, bearer: str = "", max_kept_bytes: int = MAX_KEPT_BYTES
+    ) -> None:
         """bearer: authorizes at the stores, see `FleetSecret.bearer`; "" for a fleet without a secret."""
+        self._max_kept_bytes = max_kept_bytes
         self._reading = FairSlots(NUM_READ, 1, NUM_WAITING)
         self._bus = bus
         self.base = base
@@ -106,7 +109,7 @@ class OwnFiles:
             return files
 
     def _drop_oldest(self) -> None:
-        while len(self._kept) > MAX_KEPT or (self.num_bytes > MAX_KEPT_BYTES and len(self._kept) > 1):
+        while len(self._kept) > MAX_KEPT or (self.num_bytes > self._max_kept_bytes and len(self._kept) > 1):
             self._kept.popitem(last=False)
 
     @property
