@@ -3,6 +3,8 @@
 No key may outlive its test without a TTL.
 """
 
+from __future__ import annotations
+
 import atexit
 import gc
 import os

@@ -1,5 +1,7 @@
 """Documentation names files that exist, is in the site whole, and has one version with all that is released."""
 
+from __future__ import annotations
+
 import re
 import tomllib
 from pathlib import Path

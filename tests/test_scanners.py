@@ -4,6 +4,8 @@ Patterns are found in the modules and tried on texts made of pieces of themselve
 back, is among these.
 """
 
+from __future__ import annotations
+
 import ast
 import importlib
 import itertools

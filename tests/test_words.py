@@ -1,5 +1,7 @@
 """What users read has no words that only this project uses: help, settings, messages, the console, pages of docs."""
 
+from __future__ import annotations
+
 import argparse
 import ast
 import re

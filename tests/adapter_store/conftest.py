@@ -1,5 +1,7 @@
 """A running store on a real queue, and a small Hub."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path

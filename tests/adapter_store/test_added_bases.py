@@ -1,5 +1,7 @@
 """What a store makes of bases that are added and taken away: whose an adapter is, and whose it never becomes."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import msgspec

@@ -1,5 +1,7 @@
 """A store that converts kinds of full rank: only when told to, one at a time, in turns, and within limits."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import subprocess

@@ -1,5 +1,7 @@
 """Which base of several an adapter belongs to: that of its registration, else that it names, else that it fits."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any, cast
 

@@ -1,5 +1,7 @@
 """Blobs are complete and checked, or absent: damage, crashes, quota."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from pathlib import Path

@@ -1,5 +1,7 @@
 """`lorafleet adapter` as people run it, on folders, with and without a base model."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

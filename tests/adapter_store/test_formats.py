@@ -1,5 +1,7 @@
 """A store serves adapters of MLX-LM and llama.cpp as PEFT's, and says of one without effect that it has none."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

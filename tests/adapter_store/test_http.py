@@ -1,5 +1,7 @@
 """The store's HTTP server, byte by byte: ranges, conditions, keep-alive, and malformed requests."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path

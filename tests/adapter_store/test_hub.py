@@ -1,5 +1,7 @@
 """The real Hub client and our download against a small Hub: access, revisions, faults, resuming."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import os

@@ -1,5 +1,7 @@
 """A store process is killed at the worst moments, or its disk is full: it recovers, and serves nothing incomplete."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import os

@@ -1,5 +1,7 @@
 """Adapters of several bases from real sources: each has its base as often, and by as many names, as it is taken."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 from pathlib import Path

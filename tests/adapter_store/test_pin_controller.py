@@ -1,5 +1,7 @@
 """The pin controller compares what workers should hold with their beats, and sends the difference."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,7 @@
 """Registered names in a whole store: served, updated, moved, private, refused, retried, unregistered."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import shutil

@@ -1,5 +1,7 @@
 """S3 as a source and as the bucket that stores share, against a real server that checks credentials."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from pathlib import Path

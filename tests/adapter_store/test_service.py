@@ -1,5 +1,7 @@
 """A whole store on a real queue and a real folder: what it serves and refuses, after changes and crashes, too."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import os

@@ -1,5 +1,7 @@
 """Adapters with tokens and a chat template of their own: from every source, part of the digest, never lost."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Uploaded adapters: what a zip may hold, what it can cost, and how long it is kept."""
 
+from __future__ import annotations
+
 import asyncio
 import io
 import os

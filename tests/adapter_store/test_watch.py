@@ -1,5 +1,7 @@
 """A folder settles and is removed when it should, over any history of scans."""
 
+from __future__ import annotations
+
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -1,5 +1,7 @@
 """The simulation of eviction policies: what is counted adds up, and the worker's own pool loads less than LRU."""
 
+from __future__ import annotations
+
 from benchmarks.simulation.eviction import run
 
 

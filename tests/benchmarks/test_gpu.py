@@ -1,5 +1,7 @@
 """The GPU benchmark on a CPU, with a tiny shape: the command that will be run where a GPU is at hand for minutes."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess

@@ -1,5 +1,7 @@
 """The parts that benchmark scripts share: adapters that differ, and a slow link that changes no byte."""
 
+from __future__ import annotations
+
 import re
 import socket
 import threading

@@ -1,5 +1,7 @@
 """The simulated fleet: what requests and adapters take in virtual time, and the command that compares policies."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

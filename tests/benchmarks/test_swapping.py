@@ -1,5 +1,7 @@
 """A simulated day of swaps: what a swap costs there, and how the policies compare in a small one."""
 
+from __future__ import annotations
+
 import pytest
 
 from benchmarks.simulation import swapping

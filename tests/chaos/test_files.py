@@ -1,5 +1,7 @@
 """The chaos clients that store things let right answers pass, and find each way to be wrong."""
 
+from __future__ import annotations
+
 import random
 from typing import Any
 

@@ -3,6 +3,8 @@
 `make chart` runs these, in an environment that has the engine and the API's schemas; elsewhere they are skipped.
 """
 
+from __future__ import annotations
+
 import base64
 import json
 from itertools import product

@@ -1,5 +1,7 @@
 """The proof on a GPU, on a machine that has none."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

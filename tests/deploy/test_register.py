@@ -1,5 +1,7 @@
 """The chart's job that registers adapters, by the script that it runs."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler

@@ -1,5 +1,7 @@
 """What the images install is locked with hashes, its licences are known, and no answer is no clean audit."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import re

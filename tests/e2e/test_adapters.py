@@ -1,5 +1,7 @@
 """Adapters in a fleet over two hosts: what a worker knows of them, bad ones, and those fetched before their turn."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import os

@@ -1,5 +1,7 @@
 """A base is added to a real fleet with passwords on its queue, answers as PEFT does, and is taken away mid-stream."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 from functools import partial

@@ -1,5 +1,7 @@
 """What a fleet leaves on the disk, gives its processes and lets into its queue: nothing for anybody else."""
 
+from __future__ import annotations
+
 import asyncio
 import stat
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """One `lorafleet up` serves two decoders of one layout and an encoder, each with its adapters, beside a broken base."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import shutil

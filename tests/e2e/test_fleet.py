@@ -1,5 +1,7 @@
 """The whole path as separate processes: load, a killed worker, a joining one, a thousand adapters."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import signal

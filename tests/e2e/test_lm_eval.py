@@ -3,6 +3,8 @@
 lm-eval lives in an environment of its own: `make lm-eval` makes it and runs this.
 """
 
+from __future__ import annotations
+
 import asyncio
 import json
 import os

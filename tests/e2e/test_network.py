@@ -3,6 +3,8 @@
 And a worker that the kernel kills because it uses too much memory.
 """
 
+from __future__ import annotations
+
 import asyncio
 import os
 import signal

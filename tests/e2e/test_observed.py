@@ -3,6 +3,8 @@
 Debian's package `prometheus` has both programs; PROMETHEUS names a folder where they lie instead.
 """
 
+from __future__ import annotations
+
 import asyncio
 import json
 import os

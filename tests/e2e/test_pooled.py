@@ -1,5 +1,7 @@
 """A fleet on a decoder generates, embeds and labels at once, with adapters of each task, though a worker dies."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path

@@ -1,5 +1,7 @@
 """One worker serves two decoders, an encoder and their adapters, one base after the other, beside a broken base."""
 
+from __future__ import annotations
+
 import asyncio
 import shutil
 from collections.abc import AsyncIterator, Iterator

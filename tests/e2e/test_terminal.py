@@ -1,5 +1,7 @@
 """Every command as a person meets it in a terminal of 80 columns: right and wrong input, Ctrl-C, a prompt, the end."""
 
+from __future__ import annotations
+
 import json
 import os
 import secrets

@@ -1,5 +1,7 @@
 """vLLM's parameters about tokens, and what lm-eval relies on: a real fleet, held to transformers and PEFT in fp32."""
 
+from __future__ import annotations
+
 import asyncio
 import itertools
 import json

@@ -1,5 +1,7 @@
 """One trace through the queue: told by real services over OTLP, also when a worker is killed in the middle."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import httpx2

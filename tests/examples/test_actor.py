@@ -1,5 +1,7 @@
 """The model that plays a part in tours of agents says the steps of its prompt, one after the other."""
 
+from __future__ import annotations
+
 import base64
 import json
 from typing import Any

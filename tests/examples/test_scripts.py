@@ -1,5 +1,7 @@
 """The examples run as their own heads say, against a fleet whose worker has no model."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import os

@@ -1,5 +1,7 @@
 """The runner of `make tour` tells passed, failed and not installable apart, whatever a program's script does."""
 
+from __future__ import annotations
+
 import os
 import sys
 from pathlib import Path

@@ -1,5 +1,7 @@
 """A scripted fleet with a real gateway in front of it."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import suppress

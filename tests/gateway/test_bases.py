@@ -1,5 +1,7 @@
 """A gateway of several bases: who answers a name, by which tokenizer, and what is said where none can."""
 
+from __future__ import annotations
+
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any

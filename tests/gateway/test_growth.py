@@ -1,5 +1,7 @@
 """What a request or a model's answer brings costs in proportion to its size, however it is written."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any

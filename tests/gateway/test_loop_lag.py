@@ -1,5 +1,7 @@
 """Nothing that a client sends holds the gateway's event loop: each at the largest size that is let in."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import threading

@@ -1,5 +1,7 @@
 """A gateway of a fleet with fewer workers than bases: whose calls wait for a swap, and what is shown of it."""
 
+from __future__ import annotations
+
 from collections.abc import AsyncIterator
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """A worker of a plain model imports neither torch's compiler nor accelerate, and what it left out can still come."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess

@@ -1,5 +1,7 @@
 """Memory: budgets, and caches that take none before they are used."""
 
+from __future__ import annotations
+
 import re
 import threading
 from pathlib import Path

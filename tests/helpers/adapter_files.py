@@ -1,5 +1,7 @@
 """Adapters written byte by byte, without torch: valid ones for BASE, and malicious ones."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

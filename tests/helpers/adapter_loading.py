@@ -1,5 +1,7 @@
 """Adapters of a few numbers, and a cache over a pool of a few pages for them."""
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,5 +1,7 @@
 """Answers of Anthropic's routes as its official client takes them: their types, and messages built of events."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """A real Chromium for tests of the console: how it is found, and what every page is held against."""
 
+from __future__ import annotations
+
 import os
 import shutil
 from collections.abc import AsyncIterator

@@ -1,5 +1,7 @@
 """A server of the gateway's with an app of few lines behind it, and clients that say whatever bytes they like."""
 
+from __future__ import annotations
+
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable

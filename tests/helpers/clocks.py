@@ -1,5 +1,7 @@
 """A clock whose speed a test sets."""
 
+from __future__ import annotations
+
 import time
 
 

@@ -1,5 +1,7 @@
 """A real fleet behind API keys, for the tests of the console."""
 
+from __future__ import annotations
+
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path

@@ -1,5 +1,7 @@
 """A DNS server on this machine that answers what it is told to, and nothing else."""
 
+from __future__ import annotations
+
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence

@@ -1,5 +1,7 @@
 """Which examples run: all of them in `make test-all` and where files are named, else some."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from typing import Any
 

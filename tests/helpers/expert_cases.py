@@ -1,5 +1,7 @@
 """LoRA on the experts that a step's tokens go to, computed as rows of `lora_add_`, beside loops over pairs."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Tiny real models and adapters: a random Llama with a byte tokenizer, and PEFT adapters for it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """What fixed sums promise of each operation: rows computed beside others have the bits that they have alone."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,5 +1,7 @@
 """Loops that are made to fail: each turn of those that are named raises, so often, before the loop goes on as it is."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace

@@ -1,5 +1,7 @@
 """Real fleets for tests: `lorafleet up` in its own process, and functions to ask, watch and end it."""
 
+from __future__ import annotations
+
 import os
 import re
 import secrets

@@ -1,5 +1,7 @@
 """A queue server without room for anything new."""
 
+from __future__ import annotations
+
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 

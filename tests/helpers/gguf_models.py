@@ -1,5 +1,7 @@
 """Tiny random models as GGUF files, written as llama.cpp's converter writes them, in quantised blocks."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

@@ -1,5 +1,7 @@
 """How the CPU time of a function grows with its input, whatever else the machine does."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable
 from contextlib import suppress

@@ -3,6 +3,8 @@
 And a limit on the memory of some processes, which needs root and the memory controller of cgroups v1.
 """
 
+from __future__ import annotations
+
 import os
 import signal
 import subprocess

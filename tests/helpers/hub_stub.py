@@ -1,5 +1,7 @@
 """A small Hub for the real client: repositories with commits, private and gated ones, and faults on demand."""
 
+from __future__ import annotations
+
 import asyncio
 import hashlib
 import re

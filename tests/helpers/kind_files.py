@@ -1,5 +1,7 @@
 """Adapters of every kind besides LoRA for the small base of `adapter_files`, written byte by byte, without torch."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import Mapping

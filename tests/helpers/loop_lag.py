@@ -1,5 +1,7 @@
 """How long an event loop is held at a time, in CPU seconds of its thread, so that a busy machine does not count."""
 
+from __future__ import annotations
+
 import asyncio
 import gc
 import logging

@@ -1,5 +1,7 @@
 """Which files are this process's memory."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 

@@ -4,6 +4,8 @@ MLX-LM: `mlx_lm/tuner/lora.py` and `trainer.py`. llama.cpp: `convert_lora_to_ggu
 `conversion/llama.py`.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
 from pathlib import Path

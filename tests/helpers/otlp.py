@@ -1,5 +1,7 @@
 """A collector of OpenTelemetry, as far as spans go: takes OTLP over HTTP and reads it by the official protobufs."""
 
+from __future__ import annotations
+
 import gzip
 from collections.abc import Iterator
 from contextlib import contextmanager

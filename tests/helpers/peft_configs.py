@@ -1,5 +1,7 @@
 """Random arguments of a LoraConfig, most of them in the space that is served."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from hypothesis import strategies as st

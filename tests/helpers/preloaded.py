@@ -5,6 +5,8 @@ is `lorafleet serve`, in a session, with an environment and an output of its own
 `helpers.fleets.fleet_up` starts services as users do.
 """
 
+from __future__ import annotations
+
 import multiprocessing
 import os
 import signal

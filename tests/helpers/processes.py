@@ -1,5 +1,7 @@
 """Questions about the processes of this machine."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 

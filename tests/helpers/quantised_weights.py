@@ -1,5 +1,7 @@
 """Quantised weights made at random, of every kind: blocks of any bits, but for their fp16 scales."""
 
+from __future__ import annotations
+
 import numpy as np
 import torch
 

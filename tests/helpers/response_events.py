@@ -1,5 +1,7 @@
 """Events of the Responses API, read back: held to the official client's types, and to each other."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import orjson

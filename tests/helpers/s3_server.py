@@ -1,5 +1,7 @@
 """A real S3 server process (moto) that checks credentials, and a proxy that cuts bodies."""
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import json

@@ -4,6 +4,8 @@ Arguments: what it writes first, the id of its parent, and the path of a tokeniz
 is how it starts: "mute" never speaks, "dies" ends at once.
 """
 
+from __future__ import annotations
+
 import os
 import signal
 import sys

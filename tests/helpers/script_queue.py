@@ -1,5 +1,7 @@
 """A queue with one gateway and one worker, for the tests of its scripts."""
 
+from __future__ import annotations
+
 import msgspec
 import numpy as np
 

@@ -1,5 +1,7 @@
 """Scheduler, worker and store in one task, for tests of the gateway: plays scripted tokens through the real scripts."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import math

@@ -1,5 +1,7 @@
 """A gateway, a scheduler and fake workers in the test's process: all is real but the model."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress

@@ -1,5 +1,7 @@
 """A store that runs in the test's own event loop, and the questions that tests ask it."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Callable
 from typing import Any

@@ -1,5 +1,7 @@
 """A web server of a test's own, in a thread of this process."""
 
+from __future__ import annotations
+
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager

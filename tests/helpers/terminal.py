@@ -1,5 +1,7 @@
 """A terminal of a given size, in which a test types as a person would (by tmux)."""
 
+from __future__ import annotations
+
 import os
 import secrets
 import subprocess

@@ -1,5 +1,7 @@
 """The answers of transformers and PEFT, which decide what is right."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """Small tokenizers with the components of every family of tokenizers that transformers has."""
 
+from __future__ import annotations
+
 import importlib
 import json
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """Adapters of virtual tokens for the small base of `kind_files`, without torch."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

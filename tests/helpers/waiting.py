@@ -1,5 +1,7 @@
 """Waiting for what a test expects, instead of sleeping."""
 
+from __future__ import annotations
+
 import asyncio
 import inspect
 import time

@@ -1,5 +1,7 @@
 """What `lorafleet up` says once its fleet answers, also where the default base does not yet, or never will."""
 
+from __future__ import annotations
+
 import io
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """`lorafleet dlq` as a user runs it."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 from pathlib import Path

@@ -1,5 +1,7 @@
 """`lorafleet keys` as an operator runs it."""
 
+from __future__ import annotations
+
 import asyncio
 import re
 

@@ -1,5 +1,7 @@
 """The command line helps: examples that work in every help, suggestions, and a short help of what has many flags."""
 
+from __future__ import annotations
+
 import argparse
 import re
 import shlex

@@ -1,5 +1,7 @@
 """`lorafleet profile` as a user runs it, on a tiny model: what was measured adds up, and its parts have names."""
 
+from __future__ import annotations
+
 import json
 import logging
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """Lists show values as they are."""
 
+from __future__ import annotations
+
 import pytest
 
 from lorafleet.shared.tables import print_list

@@ -1,5 +1,7 @@
 """`lorafleet up` with several base models: what is refused before a process starts, and what each worker is given."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

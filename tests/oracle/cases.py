@@ -1,5 +1,7 @@
 """A tiny model of a type with two adapters, and what transformers and PEFT say to some prompts."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

@@ -1,5 +1,7 @@
 """One model type's test: a mixed batch of the base and two adapters against transformers and PEFT."""
 
+from __future__ import annotations
+
 import copy
 import re
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """A base with sixteen adapters that several files ask, made once."""
 
+from __future__ import annotations
+
 import pytest
 from oracle.peft_oracle import Oracle, sixteen_loras, tiny_llama
 

@@ -1,5 +1,7 @@
 """Writes the tables of docs/models.md: `make models-table`. The tests hold the engine to what is written there."""
 
+from __future__ import annotations
+
 import gc
 import os
 import sys

@@ -1,5 +1,7 @@
 """What is right: a Hugging Face model and PEFT, one request at a time. And the engine, asked for the same."""
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import json

@@ -1,5 +1,7 @@
 """What is right of embeddings and scores: transformers' classes and PEFT, one text at a time. And folders of models."""
 
+from __future__ import annotations
+
 import copy
 import json
 from collections.abc import Mapping

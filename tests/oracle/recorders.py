@@ -1,5 +1,7 @@
 """Stand-ins for CUDA graphs on a CPU, which hold a recorded step to the same rules."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

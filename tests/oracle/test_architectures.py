@@ -1,5 +1,7 @@
 """What is found out about a model before it serves: what it is made of, how far it can go, why it is refused."""
 
+from __future__ import annotations
+
 import copy
 from typing import Any
 

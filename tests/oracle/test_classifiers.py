@@ -1,5 +1,7 @@
 """Sequence classifiers: mixed batches of texts and pairs give the logits of transformers and PEFT, with own heads."""
 
+from __future__ import annotations
+
 import copy
 import json
 from dataclasses import dataclass, field

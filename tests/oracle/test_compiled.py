@@ -1,5 +1,7 @@
 """Layers under torch.compile give Hugging Face's and PEFT's tokens, from one graph for all layers and mixes."""
 
+from __future__ import annotations
+
 import copy
 import importlib
 from typing import NoReturn

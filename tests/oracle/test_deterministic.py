@@ -1,5 +1,7 @@
 """With fixed sums, a text has the same bits in any batch; and its tokens are still those of the oracle."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

@@ -1,5 +1,7 @@
 """Every type of encoder that docs/encoders.md names computes what the untouched model does, packed or text by text."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """Encoders: mixed batches give the vectors and label logits of transformers and PEFT, whatever PEFT saves for them."""
 
+from __future__ import annotations
+
 import copy
 import json
 import threading

@@ -1,5 +1,7 @@
 """GGUF models in their own blocks: the tokens of transformers, which dequantises the same file, and of PEFT on it."""
 
+from __future__ import annotations
+
 import statistics
 from collections.abc import Iterator
 from pathlib import Path

@@ -3,6 +3,8 @@
 Written without a GPU at hand: none of it has run yet.
 """
 
+from __future__ import annotations
+
 import copy
 from types import ModuleType
 from typing import Literal

@@ -3,6 +3,8 @@
 What is right: the likeliest token by transformers' and PEFT's logits that a matcher made for the purpose accepts.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor

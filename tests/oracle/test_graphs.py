@@ -1,5 +1,7 @@
 """Recorded decode steps give the tokens of the untouched model, whatever is replayed: any mix, padding, preemption."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

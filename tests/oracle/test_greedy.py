@@ -1,5 +1,7 @@
 """Greedy tokens of the base and 16 adapters, all in one engine at once, equal Hugging Face and PEFT one by one."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

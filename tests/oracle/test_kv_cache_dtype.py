@@ -1,5 +1,7 @@
 """An int8 KV cache: tokens are those of transformers with keys and values rounded in the same way."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace

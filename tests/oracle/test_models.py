@@ -1,5 +1,7 @@
 """Every model type is what docs/models.md says: served with PEFT's tokens and logits, or refused with its reason."""
 
+from __future__ import annotations
+
 import pytest
 from oracle.conformance import MAX_DIFFERENCE, conform, try_type
 from oracle.models_table import read_table

@@ -1,5 +1,7 @@
 """Sequences that run unbatched: whatever happens to a request, its tokens are those of transformers and PEFT."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """Steps launched before the tokens of the one before are known: in what order, and what ends or leaves meanwhile."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 import pytest

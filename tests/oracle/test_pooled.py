@@ -1,5 +1,7 @@
 """Embeddings and scores by decoders, in the steps that generate text: equal to transformers' classes and PEFT."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from dataclasses import replace

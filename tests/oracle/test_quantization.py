@@ -1,5 +1,7 @@
 """`quantization`: a folder that is quantised once, beside transformers with the same weights dequantised."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any, Literal
 

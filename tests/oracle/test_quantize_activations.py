@@ -1,5 +1,7 @@
 """`quantize_activations`: tokens are those of transformers whose linear layers see their inputs rounded as ours do."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any, Literal
 

@@ -1,5 +1,7 @@
 """One request's answer: the same whoever runs beside it, wherever it is resumed, and as Hugging Face computes it."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import Any
 

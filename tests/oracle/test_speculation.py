@@ -1,5 +1,7 @@
 """Speculation changes no answer: the tokens are those of Hugging Face and PEFT, and those of an engine without."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import Any
 

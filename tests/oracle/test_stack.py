@@ -1,5 +1,7 @@
 """Layers run as one native call give, bit for bit, what they give one by one; where that is not so they stay apart."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import product

@@ -1,5 +1,7 @@
 """Models whose layers keep states: whatever happens to a request, its tokens are those of transformers and PEFT."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Limited steps change no answer: who yields is computed in other steps, and the tokens are those without a limit."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import Any
 

@@ -1,5 +1,7 @@
 """A tiny random model of any causal-LM type of transformers, its config derived from the config class."""
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any, cast
 

@@ -1,5 +1,7 @@
 """PEFT is the oracle: what it adapts, at which rank and scale, is what we read."""
 
+from __future__ import annotations
+
 import json
 import tempfile
 import warnings

@@ -1,5 +1,7 @@
 """What an adapter says of its conversion is told if it is what we may have written, and never more than fits."""
 
+from __future__ import annotations
+
 import math
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Heads for labels that adapters bring to models that decode, which have no such layer among their sites."""
 
+from __future__ import annotations
+
 import re
 from typing import Any
 

@@ -1,5 +1,7 @@
 """An adapter's digest is of what changes the maths, of all of it and of nothing else."""
 
+from __future__ import annotations
+
 import json
 import re
 from typing import Any

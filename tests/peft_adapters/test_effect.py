@@ -1,5 +1,7 @@
 """An adapter without effect is one whose every product is exactly zero."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

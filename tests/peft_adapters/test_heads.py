@@ -1,5 +1,7 @@
 """Heads of labels that adapters bring: with a number of labels of their own, whole, within a limit."""
 
+from __future__ import annotations
+
 import re
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Kinds of adapters besides LoRA: what each config field does, what is refused, and what its digest is of."""
 
+from __future__ import annotations
+
 import dataclasses
 import inspect
 from typing import Any

@@ -1,5 +1,7 @@
 """What of an adapter a quantised layer can carry, told from its config and tensors alone."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import msgspec

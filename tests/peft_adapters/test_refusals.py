@@ -1,5 +1,7 @@
 """What is not served is refused by name, with every reason at once."""
 
+from __future__ import annotations
+
 import re
 from typing import Any
 

@@ -1,5 +1,7 @@
 """No header, however hostile, gets past the parser, crashes it, or makes it use memory; good ones are read exactly."""
 
+from __future__ import annotations
+
 import json
 import struct
 import tracemalloc

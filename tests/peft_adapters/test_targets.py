@@ -1,5 +1,7 @@
 """Patterns mean what PEFT, with Python's `re`, says, or are refused; none takes long."""
 
+from __future__ import annotations
+
 import re
 
 import pytest

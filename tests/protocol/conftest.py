@@ -1,5 +1,7 @@
 """Fixtures of the queue's tests."""
 
+from __future__ import annotations
+
 from collections.abc import AsyncIterator
 
 import pytest_asyncio

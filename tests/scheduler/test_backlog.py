@@ -1,5 +1,7 @@
 """The backlog's order: who comes next, who may pass whom, and that everything comes."""
 
+from __future__ import annotations
+
 from collections import Counter, defaultdict
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Several bases in one fleet: each request goes to a worker of its base, and no base's requests hold up another's."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import pytest

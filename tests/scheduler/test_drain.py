@@ -1,5 +1,7 @@
 """The measured rate is that of a busy fleet, whatever it does when there is little to do."""
 
+from __future__ import annotations
+
 import pytest
 
 from scheduler.drain import DrainRate

@@ -1,5 +1,7 @@
 """The scheduler on a real queue learns of bases in time: no request goes to a worker of another one meanwhile."""
 
+from __future__ import annotations
+
 from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m

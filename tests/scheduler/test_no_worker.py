@@ -1,5 +1,7 @@
 """Requests while there is no worker: how long they wait for one, and who doesn't wait."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import pytest

@@ -1,5 +1,7 @@
 """The scheduler on a real queue: what it publishes, and requests and limits of those who die."""
 
+from __future__ import annotations
+
 import pytest
 from helpers.waiting import wait_until
 

@@ -1,5 +1,7 @@
 """Which worker a request goes to."""
 
+from __future__ import annotations
+
 from collections import Counter
 from typing import Any
 

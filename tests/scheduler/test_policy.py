@@ -1,5 +1,7 @@
 """The whole policy against simulated fleets: fairness, floods, starvation, and what the alternatives would do."""
 
+from __future__ import annotations
+
 import random
 from itertools import accumulate
 from typing import Any

@@ -1,5 +1,7 @@
 """Which worker goes first when there are to be fewer."""
 
+from __future__ import annotations
+
 import pytest
 
 from benchmarks.simulation.scale_in import fetched

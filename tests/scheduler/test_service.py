@@ -1,5 +1,7 @@
 """The scheduler on a real queue with workers played by the test."""
 
+from __future__ import annotations
+
 import asyncio
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """Orders to workers to become another base: when they are given, what they come to, and who waits meanwhile."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import pytest

@@ -1,5 +1,7 @@
 """Which worker becomes which base, and when: single decisions, and what holds in every history."""
 
+from __future__ import annotations
+
 import random
 from collections import Counter
 from dataclasses import dataclass, field

@@ -1,5 +1,7 @@
 """Which workers are alive, and how much each may get."""
 
+from __future__ import annotations
+
 from collections import Counter
 from typing import Any
 

@@ -3,6 +3,8 @@
 Those for AVX2 are held to torch by tests/kernels; on Arm there need be no torch for this.
 """
 
+from __future__ import annotations
+
 import math
 import shutil
 import subprocess

@@ -1,5 +1,7 @@
 """A wheel that carries the native kernels serves where no compiler is: `make test-wheel`."""
 
+from __future__ import annotations
+
 import os
 import platform
 import secrets

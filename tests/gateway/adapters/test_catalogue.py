@@ -1,5 +1,7 @@
 """Lists of adapters come from a copy in order: exact, read once for all, and no more often than its cost allows."""
 
+from __future__ import annotations
+
 import asyncio
 
 import httpx2

@@ -1,5 +1,7 @@
 """The life of adapters over HTTP: a real gateway, store, scheduler and worker, only the worker's engine is a fake."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 from collections.abc import AsyncIterator

@@ -1,5 +1,7 @@
 """Adapters named by where they live: a real gateway and a real store before a small Hub, a scripted worker behind."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 from collections.abc import AsyncIterator

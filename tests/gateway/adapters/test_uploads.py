@@ -1,5 +1,7 @@
 """Adapters uploaded through a gateway: a real gateway, store and scheduler, only the worker's engine is a fake."""
 
+from __future__ import annotations
+
 import asyncio
 import io
 import json

@@ -1,5 +1,7 @@
 """What `/v1/adapters` and `/v1/models` say of an adapter without effect, and of one under other names."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -1,5 +1,7 @@
 """What waits for workers, and looks through the queue, costs a look for all who wait, in small pieces."""
 
+from __future__ import annotations
+
 import asyncio
 from types import SimpleNamespace
 from typing import Any

@@ -5,6 +5,8 @@ shape keeps every field, tool and schema. Texts are cut, the model is `base`, an
 replaced.
 """
 
+from __future__ import annotations
+
 import json
 import re
 import sys

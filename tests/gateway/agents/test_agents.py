@@ -3,6 +3,8 @@
 The bodies are what the agents themselves sent in `make tour`, with short texts (`shapes.py`).
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path

@@ -3,6 +3,8 @@
 The client is not installed here: run this file with the Python of an environment that has `anthropic` (2.14).
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

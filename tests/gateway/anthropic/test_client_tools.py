@@ -1,5 +1,7 @@
 """Anthropic's own tools that clients run: shown to any model as functions, called by name, held to a schema."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path

@@ -1,5 +1,7 @@
 """`/v1/messages`: its answers, whole and streamed, held to the official client's types and to the whole answer."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """What Anthropic's routes refuse: the shape and the headers of every error, and what is refused by name."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import datetime

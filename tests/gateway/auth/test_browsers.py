@@ -1,5 +1,7 @@
 """A gateway without API keys answers this machine's programs and no stranger's web page."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

@@ -1,5 +1,7 @@
 """API keys at the front door: who gets in, what each tenant sees, and how limits are told."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path

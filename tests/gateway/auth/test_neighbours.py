@@ -1,5 +1,7 @@
 """Of other tenants nothing is told: what a tenant may read does not change with what others do."""
 
+from __future__ import annotations
+
 import asyncio
 from pathlib import Path
 from typing import Any

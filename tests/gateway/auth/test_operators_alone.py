@@ -1,5 +1,7 @@
 """What operators alone may do checks who asks before it touches anything, whatever a route has let through."""
 
+from __future__ import annotations
+
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace

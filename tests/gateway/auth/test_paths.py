@@ -1,5 +1,7 @@
 """Who may ask a route is said with the route: no spelling of its path, and no other way to it, gets past that."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Callable
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Batches as OpenAI's client drives them: upload, run, download; wrong files, wrong lines, cancelling."""
 
+from __future__ import annotations
+
 import io
 import json
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """`lorafleet batch` as people run it."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Lines of a batch that are as large as bodies may be: a file has hundreds of megabytes of them."""
 
+from __future__ import annotations
+
 import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator

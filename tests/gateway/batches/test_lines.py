@@ -1,5 +1,7 @@
 """The lines of input files: cut anywhere, bounded, and in an order that is always the same."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import random

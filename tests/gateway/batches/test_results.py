@@ -1,5 +1,7 @@
 """The answers of a batch, in parts that a later run adds to."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path

@@ -1,5 +1,7 @@
 """A batch whose gateway dies, freezes or drains: another one goes on, and every line has one answer."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable

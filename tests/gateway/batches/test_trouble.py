@@ -1,5 +1,7 @@
 """What goes wrong while a batch runs: a line, the storage, any step of its end. It ends once, and others run on."""
 
+from __future__ import annotations
+
 import errno
 import json
 from collections import Counter

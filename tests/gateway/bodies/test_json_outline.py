@@ -1,5 +1,7 @@
 """The outline of a JSON text: what msgspec says of it is what msgspec says of the text."""
 
+from __future__ import annotations
+
 import json
 import random
 from typing import Any

@@ -1,5 +1,7 @@
 """What a route knows of itself when it is declared, and when it is first asked."""
 
+from __future__ import annotations
+
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any

@@ -1,5 +1,7 @@
 """Large answers in slices: the same JSON as in one piece, and no slice that holds up others."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import threading

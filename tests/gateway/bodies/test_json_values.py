@@ -1,5 +1,7 @@
 """A JSON text that is read in pieces has the value and the errors of one that is read at once; its cost is bounded."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import time

@@ -1,5 +1,7 @@
 """No parameter is dropped in silence: on every route it is served, accepted by the list, or refused by name."""
 
+from __future__ import annotations
+
 import logging
 import re
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """The audit log: every action of operators, by whom, on what, with its outcome; tenants cannot push them out."""
 
+from __future__ import annotations
+
 import asyncio
 import re
 from contextlib import AsyncExitStack, suppress

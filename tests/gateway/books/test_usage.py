@@ -1,5 +1,7 @@
 """What was used is what clients were told: by the official client, as CSV, and each tenant's own."""
 
+from __future__ import annotations
+
 import csv
 import io
 from pathlib import Path

@@ -1,5 +1,7 @@
 """One grammar is made for all prompts whose answers have the same form."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection
 from types import SimpleNamespace
 from typing import Any, TypeVar

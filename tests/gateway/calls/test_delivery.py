@@ -1,5 +1,7 @@
 """Whatever arrives twice, late, overlapping or not at all: a reader gets the log, once, in order, with one end."""
 
+from __future__ import annotations
+
 import asyncio
 from array import array
 from dataclasses import dataclass, field

@@ -1,5 +1,7 @@
 """Texts that look like the frames around them arrive whole, in every API's stream."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """Calls while there is no worker: refused, or waiting in the queue where workers are started for them."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

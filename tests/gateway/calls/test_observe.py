@@ -1,5 +1,7 @@
 """However many adapters and tenants there are, a gateway shows a bounded number of series."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace

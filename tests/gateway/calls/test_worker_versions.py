@@ -1,5 +1,7 @@
 """Calls that use what no worker knows are refused, instead of answered without it."""
 
+from __future__ import annotations
+
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,5 +1,7 @@
 """A tab on the console of a scripted fleet, without API keys."""
 
+from __future__ import annotations
+
 from collections.abc import AsyncIterator
 
 import pytest

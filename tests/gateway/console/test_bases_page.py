@@ -1,5 +1,7 @@
 """Several bases in the console: each with its state, workers, requests and adapters."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,7 @@
 """Requests with filters, batches from upload to download, and usage as chart and file."""
 
+from __future__ import annotations
+
 import asyncio
 import csv
 import io

@@ -1,5 +1,7 @@
 """`/docs` in a real Chromium: the operations are listed, and nothing is asked of another host."""
 
+from __future__ import annotations
+
 from urllib.parse import urlsplit
 
 import pytest

@@ -1,5 +1,7 @@
 """All texts of the console are the field's standard words: private ones, which only this project would use, are red."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The console with thousands of rows and with names that are markup: all of it shown, none of it run."""
 
+from __future__ import annotations
+
 from collections.abc import AsyncIterator
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Addresses, times, themes and small screens; and what is shown without a gateway, or where there is nothing."""
 
+from __future__ import annotations
+
 import json
 import re
 from pathlib import Path

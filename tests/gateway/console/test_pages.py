@@ -1,5 +1,7 @@
 """The console over HTTP: anybody reads its files, they hold no data, and a browser may run and load nothing else."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """The playground: what is typed is what is asked, chats are kept, and the code is the call that was made."""
 
+from __future__ import annotations
+
 import json
 import shlex
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Routes that ask an encoder: OpenAI's and LoRAX's shapes over a scripted worker, and what they say of mistakes."""
 
+from __future__ import annotations
+
 import base64
 import json
 from collections.abc import AsyncIterator

@@ -1,5 +1,7 @@
 """Labels of texts, scores and ranks of pairs: vLLM's, Cohere's and Jina's shapes over a scripted worker."""
 
+from __future__ import annotations
+
 import json
 import math
 from collections.abc import AsyncIterator

@@ -1,5 +1,7 @@
 """Files as OpenAI's client drives them, and forms that no client writes."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Files when there is no room, when a reply is lost, and when the queue cannot write: nothing is half there."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Both storages hold what was written whole, and nothing else."""
 
+from __future__ import annotations
+
 import asyncio
 import os
 import select

@@ -1,5 +1,7 @@
 """What charts show: every count is in each range that covers it, a tenant sees its own, and memory has a bound."""
 
+from __future__ import annotations
+
 import asyncio
 import sys
 import tracemalloc

@@ -1,5 +1,7 @@
 """What is known of a grammar is remembered for as long, and for those, as it holds."""
 
+from __future__ import annotations
+
 import asyncio
 from dataclasses import dataclass, field
 

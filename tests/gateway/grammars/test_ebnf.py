@@ -1,5 +1,7 @@
 """EBNF of other servers becomes the same grammar in Lark."""
 
+from __future__ import annotations
+
 import pytest
 
 from gateway.grammars.ebnf import is_ebnf, lark_of

@@ -1,5 +1,7 @@
 """What costs without bound is refused before anything compiles it, and honest grammars are not."""
 
+from __future__ import annotations
+
 import json
 from functools import reduce
 from typing import Any

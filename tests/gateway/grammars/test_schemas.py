@@ -1,5 +1,7 @@
 """Schemas' objects are closed: no key but the named ones, none twice, and everything that the schema means stays."""
 
+from __future__ import annotations
+
 import json
 import random
 from typing import Any

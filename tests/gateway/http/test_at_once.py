@@ -1,5 +1,7 @@
 """Tokens that are sent by whoever delivers them, so that the call's task sleeps."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 from typing import Any

@@ -1,5 +1,7 @@
 """What is wrong with a request is said in OpenAI's shape, with the field's name, before anything is queued."""
 
+from __future__ import annotations
+
 import asyncio
 import re
 from collections.abc import AsyncIterator

@@ -1,5 +1,7 @@
 """What one connection may cost: bytes of heads and framing, requests sent ahead, time, answers that nobody reads."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 from typing import Any

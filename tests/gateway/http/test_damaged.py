@@ -1,5 +1,7 @@
 """What a tenant keeps and nobody can read any more counts against its limits: its owner, and no other, deletes it."""
 
+from __future__ import annotations
+
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Requests come to their routes: scopes are checked, bodies are read alike, errors become answers."""
 
+from __future__ import annotations
+
 import asyncio
 import threading
 from typing import Any

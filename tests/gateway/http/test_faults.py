@@ -1,5 +1,7 @@
 """What fails inside is told as JSON in the path's shape, also what is no `Exception`, as panics of Rust are not."""
 
+from __future__ import annotations
+
 import asyncio
 from typing import Any
 

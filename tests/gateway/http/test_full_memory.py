@@ -1,5 +1,7 @@
 """A queue without memory: new work is answered 503, what runs ends whole, and everything goes on when there is room."""
 
+from __future__ import annotations
+
 import asyncio
 
 import httpx2

@@ -3,6 +3,8 @@
 `tests/hostile/test_fuzz.py` draws bodies.
 """
 
+from __future__ import annotations
+
 import asyncio
 import json
 import queue

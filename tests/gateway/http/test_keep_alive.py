@@ -1,5 +1,7 @@
 """What a stream is told that began to wait before its call was submitted."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 from typing import Any

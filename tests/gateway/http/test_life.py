@@ -1,5 +1,7 @@
 """Clients that leave, streams that break, gateways that end: nothing runs on for nobody, nothing is lost."""
 
+from __future__ import annotations
+
 import asyncio
 import os
 import re

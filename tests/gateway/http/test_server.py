@@ -1,5 +1,7 @@
 """How the gateway takes connections, on the loop that it runs on."""
 
+from __future__ import annotations
+
 import asyncio
 import errno
 import socket

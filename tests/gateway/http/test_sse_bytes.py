@@ -1,5 +1,7 @@
 """The bytes on the wire: frames, pings, errors in mid-stream, headers that wait for admission."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import re

@@ -1,5 +1,7 @@
 """URLs and methods that no route has: what exists instead."""
 
+from __future__ import annotations
+
 import httpx2
 import pytest
 from starlette.requests import Request

@@ -1,5 +1,7 @@
 """Many who stream a job, or wait for its end: one look for all, nobody misses anything, nobody holds up others."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 from collections.abc import Callable, Sequence

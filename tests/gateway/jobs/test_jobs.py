@@ -1,5 +1,7 @@
 """Background jobs and idempotency keys: calls that outlive their client and their gateway."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 from pathlib import Path

@@ -1,5 +1,7 @@
 """`lorafleet jobs` as people run it."""
 
+from __future__ import annotations
+
 import asyncio
 
 import httpx2

@@ -1,5 +1,7 @@
 """Ollama's API: its bodies and answers, its defaults, and what is refused by name."""
 
+from __future__ import annotations
+
 import json
 from datetime import datetime
 from pathlib import Path

@@ -1,5 +1,7 @@
 """What operators do over HTTP: workers out of the work and back, requests listed and ended, dead letters, keys."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Admission: which calls are let in, and what the others are told."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from contextvars import copy_context
 from dataclasses import dataclass, field

@@ -1,5 +1,7 @@
 """What a gateway's beat says, and how late its event loop is taken to be."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,7 @@
 """How long the way to the queue is taken to be."""
 
+from __future__ import annotations
+
 import pytest
 
 from gateway.overload.inbound import Inbound

@@ -1,5 +1,7 @@
 """The account of a gateway's memory: charged before the work, freed once, whatever becomes of a call."""
 
+from __future__ import annotations
+
 import asyncio
 import tracemalloc
 from collections.abc import Callable

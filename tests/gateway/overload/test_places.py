@@ -1,5 +1,7 @@
 """Places for large bodies: who is next, who leaves the line, and what one tenant may hold."""
 
+from __future__ import annotations
+
 import asyncio
 
 import pytest

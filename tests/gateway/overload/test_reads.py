@@ -1,5 +1,7 @@
 """What is no call has a rate of its own, by tenant or address, of which lists take more, and all by their work."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial

@@ -1,5 +1,7 @@
 """A gateway that can take no more refuses calls before it reads them, and keeps what it has."""
 
+from __future__ import annotations
+
 import asyncio
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """Turns of tenants: whoever has thousands of pieces of work delays nobody else's."""
 
+from __future__ import annotations
+
 from collections import Counter
 
 from hypothesis import given

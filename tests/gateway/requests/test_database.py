@@ -1,5 +1,7 @@
 """The history's database: what is read is what was written, bounded and per tenant, on SQLite and on PostgreSQL."""
 
+from __future__ import annotations
+
 import asyncio
 import os
 import socket

@@ -1,5 +1,7 @@
 """What became of a request, told exactly, also where a worker died; and the same request run again."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 from collections.abc import AsyncIterator

@@ -1,5 +1,7 @@
 """The history of requests: what has ended and what was refused, who sees it, how it is searched, and its bounds."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path

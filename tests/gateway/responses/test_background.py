@@ -1,5 +1,7 @@
 """Responses that outlive their client and their gateway: polled, resumed, cancelled, deleted, found by their key."""
 
+from __future__ import annotations
+
 import asyncio
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """`/v1/conversations`, and responses that go on with one: nothing of what was said is lost, or there twice."""
 
+from __future__ import annotations
+
 import asyncio
 from pathlib import Path
 from typing import Any

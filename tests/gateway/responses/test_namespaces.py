@@ -1,5 +1,7 @@
 """Functions in namespaces: models call them by one name, clients by two, whole or as a stream, kept or sent back."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path

@@ -1,5 +1,7 @@
 """What another release has kept of responses and jobs: it is said to be unreadable, and stops nothing else."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -1,5 +1,7 @@
 """What `/v1/responses` refuses, by name, before anything is made of it."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import httpx2

@@ -1,5 +1,7 @@
 """`/v1/responses`: its answers, whole, streamed and replayed, held to the official client's types and to each other."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

@@ -1,5 +1,7 @@
 """Every state of a response, asked in every way; and every error, with its code in each way that it is told."""
 
+from __future__ import annotations
+
 import asyncio
 from typing import Any
 

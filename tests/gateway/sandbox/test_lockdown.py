@@ -1,5 +1,7 @@
 """A process that has been locked down can compute and answer, and do nothing else."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys

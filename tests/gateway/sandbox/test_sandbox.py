@@ -1,5 +1,7 @@
 """What strangers wrote runs in processes that are shared fairly, believed nothing, and end without a trace."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import os

@@ -1,5 +1,7 @@
 """Tenants take turns at the sandbox's processes, and what waits and what it costs is bounded."""
 
+from __future__ import annotations
+
 from collections import Counter, deque
 
 import pytest

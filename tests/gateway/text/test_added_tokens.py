@@ -1,5 +1,7 @@
 """What an adapter adds to the base's tokenizer: texts become the ids that transformers makes of them, and back."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The grammar of answers whose reasoning is bounded."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

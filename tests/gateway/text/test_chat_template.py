@@ -1,5 +1,7 @@
 """Chat templates render as transformers renders them, and cannot do more than make text."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

@@ -4,6 +4,8 @@ The templates in `families` are short texts of our own with the control flow tha
 refuses, whether it indexes, joins or walks through content, how it writes calls, what it asks of their results.
 """
 
+from __future__ import annotations
+
 import asyncio
 import json
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The added tokens of adapters that a gateway keeps, and reads, have a limit of bytes whatever their sizes."""
 
+from __future__ import annotations
+
 import asyncio
 import hashlib
 from pathlib import Path

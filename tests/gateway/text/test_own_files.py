@@ -1,5 +1,7 @@
 """Adapters that bring tokens and a chat template are asked and answered with these, which can do no harm."""
 
+from __future__ import annotations
+
 import asyncio
 import hashlib
 import json

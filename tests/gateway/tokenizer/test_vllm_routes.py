@@ -1,5 +1,7 @@
 """vLLM's routes beside OpenAI's: what they answer, and that `/tokenize` is still LoRAX's where `inputs` is given."""
 
+from __future__ import annotations
+
 import asyncio
 from importlib.metadata import version
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Tools whose schemas no grammar can hold, and tools that run elsewhere: served, told and, if strict, refused."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Tool calls and reasoning: how four families of templates want them, the grammar of such answers, and reading them."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 from collections.abc import AsyncIterator

@@ -1,5 +1,7 @@
 """One tenant's webhooks do not wait for another's, whatever its receivers, its names and its records do."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager

@@ -1,5 +1,7 @@
 """What a tenant asks of webhooks over HTTP is bounded, also when all of it is asked at once, and told truthfully."""
 
+from __future__ import annotations
+
 import asyncio
 import os
 from collections import Counter

@@ -1,5 +1,7 @@
 """Hosts that strangers name: looked up without a thread, by the machine's settings, for a bounded time."""
 
+from __future__ import annotations
+
 import asyncio
 import os
 import socket

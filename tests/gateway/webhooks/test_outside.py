@@ -1,5 +1,7 @@
 """URLs of strangers reach the public internet and nothing else, and cost what is stated whatever receivers do."""
 
+from __future__ import annotations
+
 import asyncio
 import ipaddress
 import os

@@ -1,5 +1,7 @@
 """Places that tenants share."""
 
+from __future__ import annotations
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

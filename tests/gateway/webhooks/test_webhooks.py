@@ -1,5 +1,7 @@
 """Webhooks as OpenAI's client sets them up and checks them: they arrive, signed, at least once, or are put aside."""
 
+from __future__ import annotations
+
 import asyncio
 import io
 import json

@@ -1,5 +1,7 @@
 """Adapters between host memory and the pool: which wait, which leave, which are never evicted."""
 
+from __future__ import annotations
+
 import os
 import threading
 

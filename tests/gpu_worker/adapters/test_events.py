@@ -1,5 +1,7 @@
 """What a worker tells the fleet of its adapters."""
 
+from __future__ import annotations
+
 from gpu_worker.adapters.events import AdapterEvents
 from protocol.wire.messages import AdapterEvent
 

@@ -1,5 +1,7 @@
 """What could not be loaded is tried again ever more rarely, and at once after a success."""
 
+from __future__ import annotations
+
 import pytest
 
 from gpu_worker.adapters.failures import LoadFailures

@@ -1,5 +1,7 @@
 """Merges beside other adapters: what waits for what, how many run, and when one ends without a result."""
 
+from __future__ import annotations
+
 import pytest
 from helpers.adapter_loading import Loading, make_adapter
 

@@ -1,5 +1,7 @@
 """The adapter pool's bookkeeping: no page or slot is lost or shared, nobody in use leaves."""
 
+from __future__ import annotations
+
 import pytest
 from helpers import examples
 from hypothesis import settings

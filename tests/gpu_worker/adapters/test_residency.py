@@ -1,5 +1,7 @@
 """Pins and evictions: what is pinned stays, what is evicted leaves once nobody uses it, and both are told."""
 
+from __future__ import annotations
+
 from helpers.adapter_loading import PAGE_BYTES, Loading, make_adapter
 
 from gpu_worker.adapters.packing.packer import HostAdapter

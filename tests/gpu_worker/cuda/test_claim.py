@@ -1,5 +1,7 @@
 """Workers that see the same GPUs take one each."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Which steps are replayed, at which size, with what padding."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import NoReturn
 

@@ -1,5 +1,7 @@
 """What finds the host waiting for a GPU warns of nothing itself: warnings are errors in these tests."""
 
+from __future__ import annotations
+
 import warnings
 
 import pytest

@@ -1,5 +1,7 @@
 """Every kernel that a random step launches was launched by a step of the warm-up, as Triton tells kernels apart."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 
 import numpy as np

@@ -1,5 +1,7 @@
 """What the largest steps take is measured before there are caches, and leaves the model as it was."""
 
+from __future__ import annotations
+
 import copy
 from collections.abc import Callable
 

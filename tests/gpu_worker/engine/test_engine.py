@@ -1,5 +1,7 @@
 """The engine and its thread: every request ends once, whatever goes wrong with it or beside it."""
 
+from __future__ import annotations
+
 import queue
 import threading
 from collections.abc import Iterable, Iterator

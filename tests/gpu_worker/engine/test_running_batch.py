@@ -1,5 +1,7 @@
 """What is kept of a batch from step to step is that of its sequences as they run now."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

@@ -1,5 +1,7 @@
 """The model of step time finds the terms that made the times, and nothing before it has seen enough."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 

@@ -1,5 +1,7 @@
 """Weights are told apart by samples of their numbers, however their files are cut."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

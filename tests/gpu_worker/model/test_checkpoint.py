@@ -1,5 +1,7 @@
 """A model folder that cannot be used is refused in one line that names what is wrong."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """Which numbers a worker computes in, and by which kernels, where nobody has said it."""
 
+from __future__ import annotations
+
 import platform
 
 import pytest

@@ -1,5 +1,7 @@
 """What an untouched model has said is kept for later starts, never taken for another's, and held against the engine."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
 from pathlib import Path

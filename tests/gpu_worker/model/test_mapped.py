@@ -1,5 +1,7 @@
 """A model whose weights are mapped is the one that transformers reads; what cannot be is left to transformers."""
 
+from __future__ import annotations
+
 import gc
 import json
 from collections.abc import Callable

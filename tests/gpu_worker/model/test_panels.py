@@ -1,5 +1,7 @@
 """Packed weights of a quantised folder are kept, mapped by later starts, and never taken for others."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 

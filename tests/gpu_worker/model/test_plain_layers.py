@@ -1,5 +1,7 @@
 """Which linear layers are nothing but a product with their weight, so that it may be taken out of them."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from torch import Tensor, nn

@@ -1,5 +1,7 @@
 """A tied embedding has no memory of its own where the head's weight is packed, and gives the same rows."""
 
+from __future__ import annotations
+
 import copy
 from typing import Any
 

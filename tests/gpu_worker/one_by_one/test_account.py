@@ -1,5 +1,7 @@
 """What a model's own caches take, and how many of them have room."""
 
+from __future__ import annotations
+
 import pytest
 
 from gpu_worker.one_by_one.account import Account, passes_of

@@ -1,5 +1,7 @@
 """Batchers with adapters that are resident or not, and sequences for them."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from gpu_worker.planning.batcher import Batcher, BatchLimits

@@ -1,5 +1,7 @@
 """Batch work beside others: it yields to all of them, also to those who yield, and makes their steps hardly longer."""
 
+from __future__ import annotations
+
 from itertools import count
 
 import numpy as np

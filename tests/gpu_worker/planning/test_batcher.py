@@ -1,5 +1,7 @@
 """The batcher against a simulated cache: whatever it plans, every token's keys and values are where they must be."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Iterable
 

@@ -1,5 +1,7 @@
 """KV blocks: no block is lost, handed out twice, or found under a hash it does not hold."""
 
+from __future__ import annotations
+
 from collections import Counter
 
 import numpy as np

@@ -1,5 +1,7 @@
 """The phases of a step, without places and blocks: who is first, who yields, who waits."""
 
+from __future__ import annotations
+
 from collections import deque
 from collections.abc import Iterable, Iterator
 

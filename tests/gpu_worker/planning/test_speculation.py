@@ -1,5 +1,7 @@
 """Draft tokens come from the last time the same was said, and fewer are made where they are wrong."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 

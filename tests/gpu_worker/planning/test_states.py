@@ -1,5 +1,7 @@
 """State slots: none is lost or held twice, none is reused before a step has read it."""
 
+from __future__ import annotations
+
 import pytest
 
 from gpu_worker.planning.states import OUTPUT_TOKENS, PROMPT_TOKENS, StatePool, worth_saving

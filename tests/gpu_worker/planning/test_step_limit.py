@@ -1,5 +1,7 @@
 """Steps that what yields may not make much longer: who takes part in which, and what is measured."""
 
+from __future__ import annotations
+
 from itertools import count
 
 import numpy as np

@@ -1,5 +1,7 @@
 """How requests end: tokens, strings, lengths, and the same after a resumption."""
 
+from __future__ import annotations
+
 import json
 import re
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """Grammars over tables of tokens: outputs follow them, and what cannot be used is one request's error."""
 
+from __future__ import annotations
+
 import json
 import threading
 from collections.abc import Iterator

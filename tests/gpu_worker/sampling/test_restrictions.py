@@ -1,5 +1,7 @@
 """Allowed tokens, bad words and the logprobs of listed tokens, against transformers' processors in mixed batches."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import Any, cast
 

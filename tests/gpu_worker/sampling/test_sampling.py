@@ -1,5 +1,7 @@
 """Sampling: the right distribution, against Hugging Face's processors; noise that depends on (seed, position) only."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import Any, cast
 

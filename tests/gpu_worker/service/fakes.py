@@ -1,5 +1,7 @@
 """A worker on a queue, around an engine without a model, and what a test asks of both."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

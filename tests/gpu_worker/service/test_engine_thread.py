@@ -1,5 +1,7 @@
 """The engine's thread, around an engine without a model: whoever waits for it gets an answer, whatever it raises."""
 
+from __future__ import annotations
+
 import queue
 import threading
 import time

@@ -1,5 +1,7 @@
 """A queue that has lost its last second: what a worker had written comes again."""
 
+from __future__ import annotations
+
 from helpers.waiting import wait_until
 
 from protocol.queue.bus import Bus

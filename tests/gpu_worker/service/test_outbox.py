@@ -1,5 +1,7 @@
 """What the queue says of a step counts for the assignment that the step was built from, and for no later one."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 

@@ -1,5 +1,7 @@
 """The time that adapters spend in a pool: of each look the time since the one before."""
 
+from __future__ import annotations
+
 from gpu_worker.service.residency_time import TELL_S, ResidencyTime
 from peft_adapters.recipe import PREFIX
 

@@ -1,5 +1,7 @@
 """The worker's shell on a real queue, around an engine without a model: what becomes durable, and who owns it."""
 
+from __future__ import annotations
+
 import asyncio
 from concurrent.futures import Future
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """A worker whose step never ends: its process ends, and says where it was, even if no other thread can run."""
 
+from __future__ import annotations
+
 import asyncio
 import sys
 from pathlib import Path

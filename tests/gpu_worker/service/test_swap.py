@@ -3,6 +3,8 @@
 Its process is real, around an engine without a model.
 """
 
+from __future__ import annotations
+
 import asyncio
 import json
 import os

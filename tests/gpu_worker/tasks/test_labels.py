@@ -1,5 +1,7 @@
 """What a config and sentence-transformers' files say of labels and of scores."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """A launcher of several bases goes on without one whose workers do not start, and notes why."""
 
+from __future__ import annotations
+
 import os
 import sys
 from pathlib import Path

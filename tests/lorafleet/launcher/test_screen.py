@@ -1,5 +1,7 @@
 """What `lorafleet up` shows while services start."""
 
+from __future__ import annotations
+
 import io
 
 import pytest

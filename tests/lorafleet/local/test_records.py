@@ -1,5 +1,7 @@
 """Commands find the fleets that run on this machine, and no others; they show their logs and stop them."""
 
+from __future__ import annotations
+
 import asyncio
 import json
 import os

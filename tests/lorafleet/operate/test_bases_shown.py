@@ -1,5 +1,7 @@
 """What commands for operators show of a fleet with several bases, and that one base looks as it ever did."""
 
+from __future__ import annotations
+
 import asyncio
 from pathlib import Path
 

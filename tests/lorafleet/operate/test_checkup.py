@@ -1,5 +1,7 @@
 """What the doctor makes of each fault: its line says what to do."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 import pytest

@@ -1,5 +1,7 @@
 """The commands for operators against one real fleet: what they print, and what scripts read."""
 
+from __future__ import annotations
+
 import asyncio
 import io
 import json

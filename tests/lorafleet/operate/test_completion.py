@@ -1,5 +1,7 @@
 """Shells complete commands and flags by scripts that are made of the parsers."""
 
+from __future__ import annotations
+
 import shutil
 import subprocess
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Where the doctor looks: each edge with the fault that it is to find there."""
 
+from __future__ import annotations
+
 import json
 import os
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Where commands find the fleet: a flag, then a variable, then the profile."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,7 @@
 """Adapters on the fused experts of any type of model."""
 
+from __future__ import annotations
+
 from oracle.conformance import adapters_for
 from oracle.peft_oracle import Lora
 from transformers import PreTrainedModel

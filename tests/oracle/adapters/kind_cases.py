@@ -1,5 +1,7 @@
 """Adapters of every kind besides LoRA that PEFT saves and we serve, in every form that their configs have."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from oracle.adapters.peft_kinds import BIASED, GPT2, LLAMA, MIXTRAL, TIED, Base, Kind

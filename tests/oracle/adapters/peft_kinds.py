@@ -1,5 +1,7 @@
 """Adapters of every kind, made and saved by PEFT; what PEFT computes with them loaded again; what our engine does."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,5 +1,7 @@
 """Writes the table of measured differences into docs/peft.md: `make peft-table`."""
 
+from __future__ import annotations
+
 import tempfile
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Tiny quantised checkpoints, written as the quantisation libraries write them, and adapters on them beside PEFT's."""
 
+from __future__ import annotations
+
 import importlib
 import importlib.util
 import json

@@ -1,5 +1,7 @@
 """Writes the table of quantised bases into docs/peft.md: `make quantised-table`. What is missing keeps its row."""
 
+from __future__ import annotations
+
 import importlib.metadata
 import sys
 import tempfile

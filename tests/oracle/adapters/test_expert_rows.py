@@ -1,5 +1,7 @@
 """LoRA on fused experts is rows of the adapter pool, added by one grouped operation, and gives what PEFT gives."""
 
+from __future__ import annotations
+
 import copy
 from pathlib import Path
 from typing import Any

@@ -4,6 +4,8 @@ PEFT wraps such a layer and adds to its output, which nobody asks for. So the Lo
 zero, and an adapter with it is served. One that is not zero gives two answers in PEFT, merged or not, and is refused.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

@@ -1,5 +1,7 @@
 """With rows in int8 an adapter gives what PEFT gives with the numbers that they stand for."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

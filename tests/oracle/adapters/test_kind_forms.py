@@ -1,5 +1,7 @@
 """Other forms of the kinds besides LoRA, on other bases: Qwen3, a mixture, a hybrid; rows in int8; after training."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from dataclasses import replace

@@ -3,6 +3,8 @@
 `test_kind_forms.py` has their other forms and other bases.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

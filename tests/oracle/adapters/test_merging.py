@@ -1,5 +1,7 @@
 """Adapters merged at request time are what PEFT's `add_weighted_adapter` makes of them, whatever runs beside them."""
 
+from __future__ import annotations
+
 import hashlib
 import warnings
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Adapters of MLX-LM and llama.cpp, converted, give the logits of the PEFT adapter that they were made of."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 

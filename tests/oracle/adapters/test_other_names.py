@@ -1,5 +1,7 @@
 """Adapters trained on a twin of the base, of the same weights under other names, give what PEFT gives on the twin."""
 
+from __future__ import annotations
+
 import re
 import warnings
 from collections.abc import Callable, Sequence

@@ -1,5 +1,7 @@
 """Adapters saved when experts were linear layers give what PEFT gives, which reads them as LoRA on fused parameters."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from pathlib import Path

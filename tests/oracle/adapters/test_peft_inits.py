@@ -1,5 +1,7 @@
 """Inits that take a part out of the base: refused by name as saved, unless PEFT converted them for the whole base."""
 
+from __future__ import annotations
+
 import copy
 import json
 import warnings

@@ -1,5 +1,7 @@
 """Every kind of adapter that PEFT saves gives PEFT's logits, in chunks, beside others, however it was made."""
 
+from __future__ import annotations
+
 import re
 import warnings
 from pathlib import Path

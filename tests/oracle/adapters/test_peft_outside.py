@@ -3,6 +3,8 @@
 There is no third way, whatever the change: this is what keeps a file nobody thought of from being served wrongly.
 """
 
+from __future__ import annotations
+
 import itertools
 import json
 from collections import Counter

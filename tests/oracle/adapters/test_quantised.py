@@ -1,5 +1,7 @@
 """Adapters on quantised bases: what PEFT computes on the same base, or a refusal that says why."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

@@ -1,5 +1,7 @@
 """Virtual tokens: every kind gives the logits and greedy tokens of PEFT's forward, together with whatever else runs."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

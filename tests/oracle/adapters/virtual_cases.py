@@ -1,5 +1,7 @@
 """Adapters of virtual tokens of every kind that PEFT saves, and what PEFT computes with them."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

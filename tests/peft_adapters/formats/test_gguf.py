@@ -1,5 +1,7 @@
 """LoRA in GGUF, written by gguf's own library, is planned as PEFT's; anything else is refused within limits."""
 
+from __future__ import annotations
+
 import struct
 from pathlib import Path
 from typing import Any

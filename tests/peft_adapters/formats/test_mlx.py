@@ -1,5 +1,7 @@
 """Adapters of MLX-LM are planned as PEFT's, or refused with every reason."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

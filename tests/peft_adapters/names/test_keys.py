@@ -1,5 +1,7 @@
 """Names that trainers other than PEFT write are those of PEFT's saver, or left as they are."""
 
+from __future__ import annotations
+
 import pytest
 
 from peft_adapters.names.keys import peft_keys

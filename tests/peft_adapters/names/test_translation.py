@@ -1,5 +1,7 @@
 """Adapters under other names are mapped to the base's own modules, each tensor to its place, or refused."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import msgspec

@@ -1,5 +1,7 @@
 """A tokenizer.json: the base's tokens become text as `tokenizers` says, and of an adapter's only added tokens count."""
 
+from __future__ import annotations
+
 import copy
 import json
 from typing import Any

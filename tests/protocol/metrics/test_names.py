@@ -1,5 +1,7 @@
 """Names in labels are bounded: whatever is asked for, and by whomever, there are only so many series."""
 
+from __future__ import annotations
+
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from protocol.metrics.names import CANDIDATES, OTHER, RANK_S, TopNames

@@ -1,5 +1,7 @@
 """The list of series is whole: what is registered is declared, and the page of docs has it."""
 
+from __future__ import annotations
+
 from prometheus_client import REGISTRY
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 

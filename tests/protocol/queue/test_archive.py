@@ -1,5 +1,7 @@
 """What the queue gives for a copy of the history: all that is new, once, and texts of whom they belong to alone."""
 
+from __future__ import annotations
+
 from collections.abc import AsyncIterator
 
 import pytest

@@ -1,5 +1,7 @@
 """Workers of several bases join one fleet, each under its base's name; what else has that name is refused at once."""
 
+from __future__ import annotations
+
 import asyncio
 from typing import Any
 

@@ -1,5 +1,7 @@
 """The queue's client: streams, registers, messages that cannot be read, servers that are not fit."""
 
+from __future__ import annotations
+
 import asyncio
 from pathlib import Path
 

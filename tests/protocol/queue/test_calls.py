@@ -1,5 +1,7 @@
 """What the requests of a call share: its bodies are kept once, until the last of them has ended."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 import msgspec

@@ -1,5 +1,7 @@
 """The fleet's time is that of the queue's server, whatever the clock of a service's host says or does."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterator
 

@@ -1,5 +1,7 @@
 """Dead letters: found, shown, and their requests queued again, once."""
 
+from __future__ import annotations
+
 from functools import partial
 
 import pytest

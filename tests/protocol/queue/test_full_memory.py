@@ -1,5 +1,7 @@
 """A queue whose memory or disk is full takes nothing new, carries on, and takes it again when there is room."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
 

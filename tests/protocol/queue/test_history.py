@@ -1,5 +1,7 @@
 """The history of requests in the queue: what an entry may take, what all tenants may, and that it has an end."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import pytest

@@ -5,6 +5,8 @@ a random walk. A token is made from (position, worker life), so a token written 
 walk the requests are choices of one call, whose body must be there until the last of them has ended.
 """
 
+from __future__ import annotations
+
 import asyncio
 import random
 from collections import defaultdict

@@ -5,6 +5,8 @@ token is a function of its request and position, as it is with a real engine; wh
 lost, doubled, or put in another's place.
 """
 
+from __future__ import annotations
+
 import pytest
 
 from gpu_worker.planning.request import TokenOutput

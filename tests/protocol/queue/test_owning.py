@@ -1,5 +1,7 @@
 """What a worker may write, and that a step which may not be written leaves nothing."""
 
+from __future__ import annotations
+
 import pytest
 from helpers.script_queue import GATEWAY, Queue, ids, row
 from redis.exceptions import ResponseError

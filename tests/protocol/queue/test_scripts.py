@@ -1,5 +1,7 @@
 """Every Lua script on a real server: what it does, what it refuses, and that a repeated call changes nothing."""
 
+from __future__ import annotations
+
 import msgspec
 import pytest
 from helpers.script_queue import DEADLINE_MS, GATEWAY, Queue, ids, make_body, make_submit, row

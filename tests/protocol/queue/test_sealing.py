@@ -1,5 +1,7 @@
 """With a seal, whoever reads the queue reads no prompts; and nobody exchanges or changes them unnoticed."""
 
+from __future__ import annotations
+
 from collections.abc import AsyncIterator, Iterator
 
 import pytest

@@ -1,5 +1,7 @@
 """Scripts are called with what they read: their heads, their code and their signatures agree, name by name."""
 
+from __future__ import annotations
+
 import re
 from typing import Any, get_args, get_origin, get_type_hints
 

@@ -3,6 +3,8 @@
 The server that comes as a Python package is built without TLS, so a proxy in front of it speaks TLS.
 """
 
+from __future__ import annotations
+
 import asyncio
 import ssl
 from collections.abc import AsyncIterator

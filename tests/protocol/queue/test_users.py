@@ -1,5 +1,7 @@
 """The queue's users: the table covers all that the code does, and a real server refuses everything else."""
 
+from __future__ import annotations
+
 import ast
 import inspect
 import re

@@ -1,5 +1,7 @@
 """Children get the variables that they need, and a service forgets the secrets that it has read."""
 
+from __future__ import annotations
+
 import ast
 import re
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The fleet's secret: what it seals, who can open it, and how a file of it comes to be."""
 
+from __future__ import annotations
+
 import hashlib
 import stat
 from concurrent.futures import ThreadPoolExecutor

@@ -1,5 +1,7 @@
 """What is kept free of a disk stays free, whoever asks for room, and however many at once."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

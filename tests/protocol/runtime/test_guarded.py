@@ -1,5 +1,7 @@
 """Loops and units of work that fail: tried ever later, told once, counted, and given up with an end."""
 
+from __future__ import annotations
+
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable

@@ -1,5 +1,7 @@
 """What is imported late, or in parts, is what it would be anyway."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Folders and secrets that others could read are closed, and what is another user's is told."""
 
+from __future__ import annotations
+
 import logging
 import stat
 from pathlib import Path

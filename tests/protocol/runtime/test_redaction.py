@@ -1,5 +1,7 @@
 """No secret gets into a log line or an error that people read."""
 
+from __future__ import annotations
+
 import json
 import logging
 import string

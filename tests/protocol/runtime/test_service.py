@@ -1,5 +1,7 @@
 """Loops that must not end: a process does not live on without one of them."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import Awaitable, Callable
 

@@ -1,5 +1,7 @@
 """Places of spans; and that tracing which is off is not there at all."""
 
+from __future__ import annotations
+
 import json
 import logging
 import socket

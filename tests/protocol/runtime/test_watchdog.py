@@ -1,5 +1,7 @@
 """A process that lives and does not work any more ends, with its stacks in the log, whatever it is stuck in."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 

@@ -1,5 +1,7 @@
 """Names that are places, names that are not, and which places are open."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import pytest

@@ -1,5 +1,7 @@
 """Values in messages are short, and cost no more where they are not."""
 
+from __future__ import annotations
+
 import ast
 import tracemalloc
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Whatever bytes stand where a message should be, its reader gets a ProtocolError, which it knows what to do with."""
 
+from __future__ import annotations
+
 import base64
 
 import msgspec

@@ -1,5 +1,7 @@
 """Errors on the wire: one comes off it as the class it went on with, and the drawn tree names every class."""
 
+from __future__ import annotations
+
 import ast
 import re
 from collections.abc import Iterator

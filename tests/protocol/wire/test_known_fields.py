@@ -1,5 +1,7 @@
 """Which fields of a request not every worker knows: all that were added since workers say what they know."""
 
+from __future__ import annotations
+
 from protocol.wire import messages as m
 from protocol.wire.messages.requests import EVERY_WORKER_KNOWS, KNOWN_FIELDS, fields_in_use
 

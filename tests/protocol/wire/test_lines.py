@@ -1,5 +1,7 @@
 """Lines end with a line feed alone, wherever somebody else's text is read."""
 
+from __future__ import annotations
+
 import ast
 import json
 import logging

@@ -1,5 +1,7 @@
 """What ends a text is shown if it is wanted, and special tokens are text if they are."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import pytest

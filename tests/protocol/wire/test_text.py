@@ -1,5 +1,7 @@
 """Tokens as text: however they are cut into steps, the same text comes out, and it ends at the same token."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import pytest

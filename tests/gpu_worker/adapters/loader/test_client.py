@@ -1,5 +1,7 @@
 """The loader's process: it may die, the worker may die, and nothing hangs or is left behind."""
 
+from __future__ import annotations
+
 import os
 import signal
 import subprocess

@@ -1,5 +1,7 @@
 """Fetching adapters: from whichever store answers, and only what the digest stands for."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os

@@ -1,5 +1,7 @@
 """The memory that the loader's process keeps for its next adapters: what it is given, and how much that is at most."""
 
+from __future__ import annotations
+
 import os
 from contextlib import closing
 

@@ -1,5 +1,7 @@
 """What the loader's process does when packing fails: the worker hears of it, and nothing stays open."""
 
+from __future__ import annotations
+
 import gc
 import mmap
 import os

@@ -1,5 +1,7 @@
 """Memory in reserve: it is there once it was asked for, has a limit, and adapters come without it where it is gone."""
 
+from __future__ import annotations
+
 import asyncio
 import os
 import signal

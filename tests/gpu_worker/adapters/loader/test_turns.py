@@ -1,5 +1,7 @@
 """Turns: one thread at a time, the earliest request first, and none is lost when one fails."""
 
+from __future__ import annotations
+
 import asyncio
 import threading
 

@@ -1,5 +1,7 @@
 """Packing adapters with torch: what cannot be computed with is refused."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 from safetensors.torch import save

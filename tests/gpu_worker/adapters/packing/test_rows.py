@@ -1,5 +1,7 @@
 """Rows packed without torch are those that torch packs, for every pair of dtypes; what is not plain is left alone."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from typing import Any
 

@@ -1,5 +1,7 @@
 """A tenant's limits in the queue's scripts: reserved by submit, settled by whatever ends a request, never leaked."""
 
+from __future__ import annotations
+
 import asyncio
 from dataclasses import replace
 

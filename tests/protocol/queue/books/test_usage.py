@@ -1,5 +1,7 @@
 """Usage: each request counts once, with its end, however it ends and whoever died before."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 import msgspec

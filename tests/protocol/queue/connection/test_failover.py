@@ -1,5 +1,7 @@
 """A queue of several servers behind Sentinels: its URL, and real servers of which the primary changes."""
 
+from __future__ import annotations
+
 import asyncio
 import random
 import signal

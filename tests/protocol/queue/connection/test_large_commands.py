@@ -1,5 +1,7 @@
 """Commands of megabytes: sent in slices, so that the event loop goes on, and whole or not at all."""
 
+from __future__ import annotations
+
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any

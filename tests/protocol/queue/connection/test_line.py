@@ -1,5 +1,7 @@
 """The line that scripts share: replies reach who asked, and what goes wrong on it is made good."""
 
+from __future__ import annotations
+
 import asyncio
 import time
 from pathlib import Path

@@ -1,5 +1,7 @@
 """A queue that cannot serve for a moment is out of reach, whatever its server or the event loop calls that."""
 
+from __future__ import annotations
+
 import asyncio
 
 import pytest

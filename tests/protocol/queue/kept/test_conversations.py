@@ -1,5 +1,7 @@
 """Conversations in the queue: changes are whole or not at all, turns are added once, and every byte is counted."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from helpers.script_queue import Queue, make_body, make_job, make_submit

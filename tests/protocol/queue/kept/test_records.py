@@ -1,5 +1,7 @@
 """Records of other releases, and damaged ones: each is told and counted, its owner gets an end, none hides others."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import msgspec

@@ -1,5 +1,7 @@
 """What waits to be told is kept by tenant, and tenants take turns; what the version before kept is taken over."""
 
+from __future__ import annotations
+
 import asyncio
 from typing import Any
 
