@@ -56,11 +56,6 @@ class Bases:
         return tuple((name, base.identity) for name, base in self._known.items()), self._failed, self._taken
 
     @property
-    def are_known(self) -> bool:
-        """Whether workers have reported any base."""
-        return bool(self._known)
-
-    @property
     def names(self) -> list[str]:
         """The names of the bases that workers have reported."""
         return list(self._known)

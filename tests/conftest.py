@@ -62,6 +62,7 @@ THOROUGH = (
     "benchmarks/test_gpu.py",
     "e2e/test_adapters.py",
     "e2e/test_at_rest.py",
+    "e2e/test_bases.py",
     "e2e/test_demo.py",
     "e2e/test_encoders.py",
     "e2e/test_network.py",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
+from helpers.scripts import script
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md")])
@@ -44,17 +43,8 @@ def test_linked_headings_exist(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
 
 
-def _docs_site() -> Any:
-    spec = importlib.util.spec_from_file_location("docs_site", ROOT / ".ci" / "docs_site.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_every_page_is_in_the_navigation_of_the_site() -> None:
-    pages = {str(place) for place in _docs_site().places().values() if place.suffix == ".md"} | {"api.md"}
+    pages = {str(place) for place in script(".ci/docs_site.py").places().values() if place.suffix == ".md"} | {"api.md"}
     listed = re.findall(r"^ +- [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
     assert len(listed) == len(set(listed))
     assert set(listed) == pages
@@ -71,7 +61,7 @@ def test_every_page_is_in_the_navigation_of_the_site() -> None:
     ],
 )
 def test_links_lead_to_places_in_the_site(page: str, text: str, wanted: str) -> None:
-    site = _docs_site()
+    site = script(".ci/docs_site.py")
     assert site.moved(text, Path(page), site.places()) == wanted
 
 

@@ -82,8 +82,8 @@ class ConsolePages:
     path, access, headers = CONSOLE, OPEN, HEADERS
     folder = FOLDER
 
-    def __init__(self, pages: dict[str, ConsolePage] | None = None) -> None:
-        self._pages = load(self.folder) if pages is None else pages
+    def __init__(self) -> None:
+        self._pages = load(self.folder)
 
     async def enter(self) -> Response:
         """Send a browser to the path with a slash, below which its files are, whatever prefix stands before it."""

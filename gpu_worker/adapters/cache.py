@@ -42,13 +42,12 @@ class AdapterCache:
         weights: PoolWeights,
         read: Callable[[str], HostAdapter],
         host_bytes: int,
-        failures: LoadFailures | None = None,
         merge: Merge | None = None,
         merge_timeout_s: float = 60.0,
     ) -> None:
         """read: fetches and packs an adapter by digest; runs in a job's thread and may raise LorafleetError.
 
-        host_bytes: budget of host memory. failures: when to try again what failed. merge: as `read`, for merges; None
+        host_bytes: budget of host memory. merge: as `read`, for merges; None
         where there are none. merge_timeout_s: the longest that one may take.
         """
         self.weights = weights
@@ -65,7 +64,7 @@ class AdapterCache:
         self.events = AdapterEvents()
         self.load_times = LoadTimes()
         self._read = read
-        self._failures = failures or LoadFailures()
+        self._failures = LoadFailures()
         self._merge = merge
         self._jobs = LoadJobs(merge_timeout_s)
         self._starvation = Starvation()

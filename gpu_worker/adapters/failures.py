@@ -19,12 +19,11 @@ class _Failure:
 class LoadFailures:
     """The last failure of each adapter. Times are monotonic seconds."""
 
-    def __init__(self, refusal: Backoff = REFUSAL, trouble: Backoff = TROUBLE, max_kept: int = 10_000) -> None:
-        """refusal, trouble: pauses before another try, after an adapter was refused, and after any other failure.
+    def __init__(self, trouble: Backoff = TROUBLE, max_kept: int = 10_000) -> None:
+        """trouble: pauses before another try, after any failure but a refusal.
 
         max_kept: adapters remembered; the one that failed longest ago is forgotten first.
         """
-        self._refusal = refusal
         self._trouble = trouble
         self._max_kept = max_kept
         self._kept: OrderedDict[str, _Failure] = OrderedDict()
@@ -33,7 +32,7 @@ class LoadFailures:
         """Remember that an adapter could not be loaded: for longer, the more often in a row that has happened."""
         last = self._kept.pop(digest, None)
         num_in_row = last.num_in_row + 1 if last is not None else 1
-        pause_s = (self._refusal if isinstance(error, AdapterRefused) else self._trouble).pause_s(num_in_row)
+        pause_s = (REFUSAL if isinstance(error, AdapterRefused) else self._trouble).pause_s(num_in_row)
         self._kept[digest] = _Failure(error, num_in_row, now_s + pause_s)
         if len(self._kept) > self._max_kept:
             self._kept.popitem(last=False)

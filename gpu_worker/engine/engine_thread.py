@@ -49,12 +49,9 @@ class EngineThread:
     Commands are carried out between steps, in the order they were given, and ignored once the engine has ended.
     """
 
-    def __init__(
-        self, engine: BaseEngine, *, max_commands: int = MAX_COMMANDS, max_unacked_steps: int = MAX_UNACKED_STEPS
-    ) -> None:
+    def __init__(self, engine: BaseEngine, *, max_commands: int = MAX_COMMANDS) -> None:
         self.engine = engine
         self._max_commands = max_commands
-        self._max_unacked = max_unacked_steps
         self._changed = threading.Condition()
         # _changed guards these.
         self._commands: list[Callable[[], object]] = []
@@ -201,7 +198,7 @@ class EngineThread:
         """Wait until there is something to do. Returns False when the thread is to end."""
 
         def has_work() -> bool:
-            may_step = self._is_woken or (self._can_step and self._num_unacked < self._max_unacked)
+            may_step = self._is_woken or (self._can_step and self._num_unacked < MAX_UNACKED_STEPS)
             return self._is_stopping or bool(self._commands or self._hand_overs) or may_step
 
         with self._changed:
@@ -233,7 +230,7 @@ class EngineThread:
         """Run a step, unless too many are not durable yet, and pass on its outputs."""
         outputs = []
         self._can_step = True
-        if self._num_unacked < self._max_unacked:
+        if self._num_unacked < MAX_UNACKED_STEPS:
             outputs = self.engine.step()
             self._can_step = self.engine.can_step
         now_s = time.monotonic()

@@ -40,9 +40,7 @@ def _ms(seconds: float) -> int:
 class Timelines:
     """The times of all requests of one engine, by request id. A step that changes none of them costs nothing here."""
 
-    def __init__(self, now_s: Callable[[], float] = now_s) -> None:
-        """now_s: unix time."""
-        self._now_s = now_s
+    def __init__(self) -> None:
         self._all: dict[str, _Times] = {}
         self._without_adapter: set[str] = set()
         self._not_begun: set[str] = set()
@@ -51,7 +49,7 @@ class Timelines:
     def take(self, request: EngineRequest, tier: str) -> None:
         """Begin the times of a request. tier: where its adapter is; "" without one."""
         rid = request.rid
-        self._all[rid] = _Times(self._now_s(), request.digest, tier)
+        self._all[rid] = _Times(now_s(), request.digest, tier)
         self._not_begun.add(rid)
         self._silent.add(rid)
         if tier not in ("", RESIDENT):
@@ -63,9 +61,9 @@ class Timelines:
             times = self._all[rid]
             ready = is_resident(times.digest)
             if times.staged_s < 0 and times.tier in ("store", "loading") and (ready or times.digest in host):
-                times.staged_s = self._now_s() - times.taken_s
+                times.staged_s = now_s() - times.taken_s
             if ready:
-                times.ready_s = self._now_s() - times.taken_s
+                times.ready_s = now_s() - times.taken_s
                 self._without_adapter.discard(rid)
 
     def begin(self, rids: Iterable[str]) -> None:
@@ -73,7 +71,7 @@ class Timelines:
         if not self._not_begun:
             return
         for rid in self._not_begun.intersection(rids):
-            self._all[rid].begun_s = self._now_s() - self._all[rid].taken_s
+            self._all[rid].begun_s = now_s() - self._all[rid].taken_s
             self._not_begun.discard(rid)
 
     def preempt(self, rids: Iterable[str]) -> None:
@@ -90,7 +88,7 @@ class Timelines:
             times = self._all.get(output.rid)
             if times is None:
                 continue
-            since_s = self._now_s() - times.taken_s
+            since_s = now_s() - times.taken_s
             self._silent.discard(output.rid)
             if times.first_s < 0 and output.ids:
                 times.first_s = since_s

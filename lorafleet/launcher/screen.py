@@ -19,9 +19,8 @@ REPEAT_S = 15.0
 class Screen:
     """Lines and spinners on standard output; without a terminal only lines."""
 
-    def __init__(self, console: Console | None = None, repeat_s: float = REPEAT_S) -> None:
-        """Show nothing yet. `console` is standard output by default. `repeat_s`: see `REPEAT_S`."""
-        self._repeat_s = repeat_s
+    def __init__(self, console: Console | None = None) -> None:
+        """Show nothing yet. `console` is standard output by default."""
         self.console = console or Console(highlight=False, soft_wrap=True)
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
         self._progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
@@ -51,7 +50,7 @@ class Screen:
         """Print a line where there is no terminal: what a service does now, at once and then every REPEAT_S."""
         now_s = time.monotonic()
         shown, at_s = self._shown.get(name, ("", since_s))
-        if activity != shown or now_s - at_s >= self._repeat_s:
+        if activity != shown or now_s - at_s >= REPEAT_S:
             self._shown[name] = activity, now_s
             self.say(f"  {name:10} {escape(activity[:MAX_LINE])} ({now_s - since_s:.0f} s)")
 

@@ -34,12 +34,12 @@ def config_file() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "lorafleet" / "config.toml"
 
 
-def load_profile(name: str, file: Path | None = None) -> Profile:
+def load_profile(name: str) -> Profile:
     """Return a profile; "" for the one that the file says, or none without a file.
 
     Raises BadRequest, which names the file and what is wrong in it.
     """
-    file = file or config_file()
+    file = config_file()
     try:
         parsed = tomllib.loads(file.read_text())
     except FileNotFoundError:

@@ -44,12 +44,12 @@ class Rights:
         return (*COMMANDS, "scan") if self.scans else COMMANDS
 
 
-def table(keys: Keys | None = None, *, console_keys: bool = False) -> dict[str, Rights]:
+def table(*, console_keys: bool = False) -> dict[str, Rights]:
     """Return the rights of each user by its name: the four services, and the operator of the command line.
 
     console_keys: gateways write API keys and tenants too, for operators who change them over HTTP.
     """
-    k = keys or Keys()
+    k = Keys()
     administered = (k.api_keys, k.tenants)
     answers = (k.tok("*"), k.lp("*"), k.plp("*"))
     request = (k.req("*"), *answers)
@@ -126,14 +126,14 @@ SERVERS = {
 who is it (as redis.io/docs/latest/operate/oss_and_stack/management/sentinel lists it)."""
 
 
-def acl(passwords: Mapping[str, str], keys: Keys | None = None, *, console_keys: bool = False) -> str:
+def acl(passwords: Mapping[str, str], *, console_keys: bool = False) -> str:
     """Return the lines of an ACL file. It holds hashes of the passwords, which must be random and long.
 
     `passwords` has one for each user of `table`, whose `console_keys` it takes, and for those of `SERVERS` where there
     are several servers. Nobody enters without a password but `PROBE`.
     """
     lines = ["user default reset", f"user {PROBE} reset on nopass +ping"]
-    for name, rights in table(keys, console_keys=console_keys).items():
+    for name, rights in table(console_keys=console_keys).items():
         rules = [f"~{pattern}" for pattern in rights.writes]
         rules += [f"%R~{pattern}" for pattern in rights.reads]
         rules += [f"%W~{pattern}" for pattern in rights.adds]

@@ -168,14 +168,13 @@ class Items:
 
     def __init__(
         self, name: str, *, max_tries: int = 8, backoff: Backoff = TROUBLE, max_keys: int = 10_000,
-        failed: Failures = FAILED, clock: Clock = time.monotonic,
+        clock: Clock = time.monotonic,
     ) -> None:  # fmt: skip
         """max_tries: 0: no limit. max_keys: remembered keys; beyond that, the oldest start over."""
         self._name = name
         self._max_tries = max_tries
         self._backoff = backoff
         self._max_keys = max_keys
-        self._failed = failed
         self._clock = clock
         self._tries: OrderedDict[str, tuple[int, float]] = OrderedDict()  # by key: tries, due time of the next
 
@@ -210,7 +209,7 @@ class Items:
     ) -> float:
         """Take note of a failure; see `run`."""
         num = self._tries.pop(key, (0, 0.0))[0] + 1
-        self._failed.note(self._name, error, key)
+        FAILED.note(self._name, error, key)
         pause_s = self._backoff.pause_s(num)
         self._tries[key] = (num, self._clock() + pause_s)
         if len(self._tries) > self._max_keys:
@@ -223,7 +222,7 @@ class Items:
         except Exception as second:
             if is_queue_away(second):
                 raise
-            self._failed.note(self._name, second, f"the end of {key}")
+            FAILED.note(self._name, second, f"the end of {key}")
             return pause_s
         del self._tries[key]
         GIVEN_UP.labels(self._name).inc()

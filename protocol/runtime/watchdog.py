@@ -27,8 +27,8 @@ class Watchdog:
     `protocol.runtime.service.run` runs it. There is one in a process, since the system timer is the process's.
     """
 
-    def __init__(self, limit_s: float = STUCK_S) -> None:
-        self.limit_s = limit_s
+    def __init__(self) -> None:
+        self.limit_s = STUCK_S
         self._progress: Callable[[], object] | None = None
         self._is_wound = False
 

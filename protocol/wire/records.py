@@ -16,11 +16,6 @@ def _slot(epoch: int) -> int:
     return number if number <= FIRST_NOTES else FIRST_NOTES + 1 + (number - FIRST_NOTES - 1) % LAST_NOTES
 
 
-def placed_field(epoch: int) -> str:
-    """Return the field of a request's hash that holds why it was placed (`messages.Placed`)."""
-    return f"placed:{_slot(epoch)}"
-
-
 def run_field(epoch: int) -> str:
     """Return the field of a request's hash that holds the times of an assignment (`messages.Timing`)."""
     return f"run:{_slot(epoch)}"

@@ -35,12 +35,6 @@ BASE_KERNEL = np.zeros((4, 4, 16), np.float32)
 C3A = Kind(LLAMA, {"block_size": 16, "init_weights": "gaussian"}, config=C3AConfig)
 
 
-@pytest.fixture
-def root(settings: Settings) -> Path:
-    assert settings.adapters is not None
-    return settings.adapters
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "tiny"

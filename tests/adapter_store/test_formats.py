@@ -23,17 +23,10 @@ from peft_adapters.formats.mlx import MLX_WEIGHTS
 from peft_adapters.kinds.converted import CONVERTED_FIELD
 from protocol.queue.bus import Bus
 from protocol.runtime.free_space import Reserve, size_of
-from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import NoRoom
 
 LLAMA = msgspec.structs.replace(BASE, head_dim=8)
-
-
-@pytest.fixture
-def root(settings: Settings) -> Path:
-    assert settings.adapters is not None
-    return settings.adapters
 
 
 def same(weights: bytes, peft: Path) -> bool:

@@ -6,12 +6,10 @@ import asyncio
 import json
 import os
 from collections import Counter
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytest_asyncio
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
 from helpers.hub_stub import HubStub, Repo, run_hub
 from helpers.store_run import QUICK
@@ -33,25 +31,11 @@ def adapter(seed: int = 0, **fields: Any) -> dict[str, bytes]:
     }
 
 
-@pytest_asyncio.fixture
-async def hub(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HubStub]:
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    async with run_hub() as stub:
-        stub.repos["org/public"] = Repo()
-        stub.repos["org/public"].commit(adapter())
-        yield stub
-
-
-@pytest_asyncio.fixture
-async def source(hub: HubStub) -> AsyncIterator[HubSource]:
-    source = HubSource(hub.url, retries=QUICK)
-    yield source
-    await source.close()
-
-
 @pytest.fixture
-def mirror(tmp_path: Path) -> Mirror:
-    return Mirror(Blobs(tmp_path / "blobs"), max_bytes=1 << 20)
+def hub(hub: HubStub) -> HubStub:
+    hub.repos["org/public"] = Repo()
+    hub.repos["org/public"].commit(adapter())
+    return hub
 
 
 async def test_a_branch_becomes_a_commit(hub: HubStub, source: HubSource, mirror: Mirror) -> None:

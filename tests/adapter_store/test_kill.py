@@ -7,15 +7,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
-import pytest_asyncio
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
-from helpers.hub_stub import LFS_BYTES, HubStub, Repo, run_hub
+from helpers.hub_stub import LFS_BYTES, HubStub, Repo
 from helpers.store_run import ask, in_state
 from helpers.waiting import wait_until
 
@@ -48,12 +47,6 @@ async def url_of(bus: Bus, before: set[str]) -> str:
         return ""
 
     return await wait_until(find, "a store has registered")
-
-
-@pytest_asyncio.fixture
-async def hub() -> AsyncIterator[HubStub]:
-    async with run_hub() as stub:
-        yield stub
 
 
 async def test_killed_in_mid_download(

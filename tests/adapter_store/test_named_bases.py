@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-import pytest_asyncio
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
-from helpers.hub_stub import HubStub, Repo, run_hub
+from helpers.hub_stub import HubStub, Repo
 from helpers.other_formats import peft_pairs, write_gguf, write_mlx
-from helpers.store_run import QUICK, RunStore, in_state
+from helpers.store_run import RunStore, in_state
 from helpers.waiting import wait_until
 
 from adapter_store.bases import Bases
-from adapter_store.blobs import Blobs
 from adapter_store.mirror import Mirror
 from adapter_store.sources import FLEET
 from adapter_store.sources.hub import HubSource
@@ -50,24 +47,10 @@ def several(*bases: m.ServedModel, missing: tuple[str, ...] = ()) -> Bases:
     return found
 
 
-@pytest_asyncio.fixture
-async def hub(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HubStub]:
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    async with run_hub() as stub:
-        stub.repos["org/a"] = Repo()
-        yield stub
-
-
-@pytest_asyncio.fixture
-async def source(hub: HubStub) -> AsyncIterator[HubSource]:
-    source = HubSource(hub.url, retries=QUICK)
-    yield source
-    await source.close()
-
-
 @pytest.fixture
-def mirror(tmp_path: Path) -> Mirror:
-    return Mirror(Blobs(tmp_path / "blobs"), max_bytes=1 << 20)
+def hub(hub: HubStub) -> HubStub:
+    hub.repos["org/a"] = Repo()
+    return hub
 
 
 async def without_note(mirror: Mirror, key: str) -> None:

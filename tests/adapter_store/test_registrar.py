@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
-from helpers.hub_stub import HubStub, Repo, run_hub
+from helpers.hub_stub import HubStub, Repo
 from helpers.store_run import RunStore, ask, in_state
 from helpers.waiting import wait_until
 
@@ -38,16 +37,14 @@ def adapter(seed: int = 0, **fields: Any) -> dict[str, bytes]:
 
 
 @pytest_asyncio.fixture
-async def hub(bus: Bus, timings: StoreTimings, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[HubStub]:
+async def hub(hub: HubStub, bus: Bus, timings: StoreTimings) -> HubStub:
     """A Hub that stores use, with short pauses, and a base model in the fleet."""
-    monkeypatch.delenv("HF_TOKEN", raising=False)
     timings.trouble = timings.refusal = Backoff(0.05, 0.1)
     timings.retries = Retries(max_tries=1)
     await bus.set(bus.keys.base, BASE)
-    async with run_hub() as stub:
-        stub.repos["org/a"] = Repo()
-        stub.repos["org/a"].commit(adapter())
-        yield stub
+    hub.repos["org/a"] = Repo()
+    hub.repos["org/a"].commit(adapter())
+    return hub
 
 
 @pytest.fixture

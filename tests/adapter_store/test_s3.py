@@ -31,7 +31,6 @@ from protocol.wire import messages as m
 from protocol.wire.errors import AdapterRefused, BadRequest, NotFound, PermissionDenied, Unavailable
 
 WIDE = [m.SiteShape(site.name, 20_000, 16) for site in BASE.sites]  # makes the weights 1.3 MB
-WIDE_BASE = msgspec.structs.replace(BASE, sites=WIDE)
 
 
 @pytest.fixture(scope="module")

@@ -26,13 +26,6 @@ from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
 
-
-@pytest.fixture
-def root(settings: Settings) -> Path:
-    assert settings.adapters is not None
-    return settings.adapters
-
-
 # ---------------------------------------------------------------- what is served
 
 

@@ -71,9 +71,7 @@ def write_texts(folder: Path, **texts: str) -> None:
         (folder / name.replace("__", ".")).write_text(text)
 
 
-async def test_texts_are_served_and_part_of_the_digest(bus: Bus, settings: Settings, run_store: RunStore) -> None:
-    root = settings.adapters
-    assert root is not None
+async def test_texts_are_served_and_part_of_the_digest(bus: Bus, root: Path, run_store: RunStore) -> None:
     await bus.set(bus.keys.base, BASE)
     write_adapter(root / "plain", seed=1)
     # What a config says of texts does not count.
@@ -96,9 +94,7 @@ async def test_texts_are_served_and_part_of_the_digest(bus: Bus, settings: Setti
     assert second.digest != plain.digest
 
 
-async def test_damaged_texts_are_fetched_again(bus: Bus, settings: Settings, run_store: RunStore) -> None:
-    root = settings.adapters
-    assert root is not None
+async def test_damaged_texts_are_fetched_again(bus: Bus, settings: Settings, root: Path, run_store: RunStore) -> None:
     await bus.set(bus.keys.base, BASE)
     write_texts(write_adapter(root / "own"), chat_template__jinja="{{ 1 }}")
     store = run_store()
@@ -112,9 +108,7 @@ async def test_damaged_texts_are_fetched_again(bus: Bus, settings: Settings, run
         assert (await http.get(f"{url}/adapters/{digest}/{TEXTS_FILE}")).content == good
 
 
-async def test_a_text_that_is_none_refuses_the_adapter(bus: Bus, settings: Settings, run_store: RunStore) -> None:
-    root = settings.adapters
-    assert root is not None
+async def test_a_text_that_is_none_refuses_the_adapter(bus: Bus, root: Path, run_store: RunStore) -> None:
     await bus.set(bus.keys.base, BASE)
     write_texts(write_adapter(root / "bad"), tokenizer__json="{")
     run_store()
@@ -126,11 +120,9 @@ DIFFERS = "tokenizer.json differs from the base model's in its merges; only adde
 
 
 async def test_another_tokenizer_than_the_base_s_is_refused(
-    bus: Bus, settings: Settings, run_store: RunStore
+    bus: Bus, root: Path, run_store: RunStore
 ) -> None:  # fmt: skip
     """A copy of the base's is served, however it is written, and so is one with added tokens."""
-    root = settings.adapters
-    assert root is not None
     await bus.set(bus.keys.base, BASE)
     older = {**FILE, "model": {"vocab": FILE["model"]["vocab"], "merges": ["ä b"], "ignore_merges": False}}
     texts = {"copy": json.dumps({**older, "added_tokens": []}), "more": json.dumps(older), "other": OTHER}
@@ -158,10 +150,8 @@ async def test_a_name_is_not_registered_for_another_tokenizer(bus: Bus, run_stor
 
 
 async def test_texts_that_an_older_store_kept_are_fetched_again(
-    bus: Bus, settings: Settings, run_store: RunStore
+    bus: Bus, settings: Settings, root: Path, run_store: RunStore
 ) -> None:  # fmt: skip
-    root = settings.adapters
-    assert root is not None
     await bus.set(bus.keys.base, BASE)
     write_texts(write_adapter(root / "own"), chat_template__jinja="{{ 1 }}")
     store = run_store()

@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import json
 from itertools import product
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from helpers.scripts import script
 
 from protocol.queue.users import acl, table
 from protocol.runtime.settings import Settings
@@ -152,17 +151,8 @@ def test_a_long_name_stays_a_name(chart: Any) -> None:
 # ------------------------------------------------------------ what the code knows best
 
 
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("chart_parts", REPO / ".ci" / "chart.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_chart_has_the_rights_and_settings_of_this_version() -> None:
-    made = generator()
+    made = script(".ci/chart.py")
     assert made.ACL.read_text() == made.acl_file(), "run python .ci/chart.py"
     assert made.SCHEMA.read_text() == made.schema(), "run python .ci/chart.py"
     copies, boards = ({file.name: file.read_text() for file in at.iterdir()} for at in (made.COPIES, made.DASHBOARDS))
@@ -447,7 +437,7 @@ def test_grafana_finds_every_dashboard_with_its_own_data_source(chart: Any) -> N
     manifests = render(chart, values_of("prometheus"))
     found = [one for one in manifests if one["metadata"]["labels"].get("grafana_dashboard") == "1"]
     boards = {name: json.loads(text) for one in found for name, text in one["data"].items()}
-    assert boards.keys() == {file.name for file in generator().DASHBOARDS.iterdir()}
+    assert boards.keys() == {file.name for file in script(".ci/chart.py").DASHBOARDS.iterdir()}
     for name, board in boards.items():
         assert board["title"]
         assert '"uid": "prometheus"' not in json.dumps(board), name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -10,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.scripts import script
 from helpers.stub_http import serving
 
-SCRIPT = Path(__file__).parents[2] / "deploy" / "helm" / "lorafleet" / "files" / "register.py"
+SCRIPT = "deploy/helm/lorafleet/files/register.py"
 
 
 class Gateway(BaseHTTPRequestHandler):
@@ -43,14 +43,9 @@ def gateway() -> Iterator[str]:
 def test_adapters_are_registered_once_the_fleet_answers(
     gateway: str, tmp_path: Path, names: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = importlib.util.spec_from_file_location("register", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    register = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(register)
     file = tmp_path / "adapters.json"
     file.write_text(json.dumps([{"name": name, "source": f"org/{name}"} for name in names]))
-    assert register.main(str(file), gateway, pause_s=0.0) == ("bad" in names)
+    assert script(SCRIPT).main(str(file), gateway, pause_s=0.0) == ("bad" in names)
     assert Gateway.asked[0] == Gateway.asked[1] == ("/v1/adapters", {"replace": True, "name": "a", "source": "org/a"})
     assert [body["name"] for _, body in Gateway.asked[1:]] == names
     assert ("bad 422 told" in capsys.readouterr().out) == ("bad" in names)

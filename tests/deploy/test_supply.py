@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import re
 import subprocess
-import sys
 import tomllib
 from fnmatch import fnmatchcase
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from helpers.scripts import script
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {"control": ("tracing",), "worker": ("worker", "demo", "tracing")}
-
-
-def script(name: str) -> ModuleType:
-    """Import a script of the folder .ci, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def locked(image: str) -> dict[str, tuple[str, int]]:
@@ -46,7 +34,7 @@ def locked(image: str) -> dict[str, tuple[str, int]]:
 def test_an_image_installs_nothing_without_a_hash_but_torch(image: str) -> None:
     found = locked(image)
     assert all(num_hashes for _, num_hashes in found.values())
-    assert not [name for name in found if name.startswith(script("lock_images").BY_TORCH)]
+    assert not [name for name in found if name.startswith(script(".ci/lock_images.py").BY_TORCH)]
     wanted = [*PROJECT["dependencies"], *(line for e in EXTRAS[image] for line in PROJECT["optional-dependencies"][e])]
     for requirement in map(Requirement, wanted):
         name = canonicalize_name(requirement.name)
@@ -67,7 +55,7 @@ def test_the_images_run_what_the_tests_ran_with() -> None:
 
 
 def test_every_licence_is_known_and_permissive_or_reviewed() -> None:
-    licences = script("licences")
+    licences = script(".ci/licences.py")
     rows = licences.table(ROOT)
     assert len(rows) > 100, "the check would prove nothing"
     unknown = [name for name, licence, _, _ in rows if licence == "unknown"]
@@ -90,11 +78,11 @@ def test_every_licence_is_known_and_permissive_or_reviewed() -> None:
     ],
 )  # fmt: skip
 def test_copyleft_is_not_permissive(expression: str, permissive: bool) -> None:
-    assert script("licences").is_permissive(expression) is permissive
+    assert script(".ci/licences.py").is_permissive(expression) is permissive
 
 
 def test_an_audit_without_answers_is_no_clean_bill() -> None:
-    verdict = script("audit").verdict
+    verdict = script(".ci/audit.py").verdict
     clean = {"name": "a", "version": "1", "vulns": []}
     skipped = {"name": "b", "skip_reason": "not found"}
     bad = {"name": "c", "version": "1", "vulns": [{"id": "CVE-1", "fix_versions": []}]}
@@ -137,7 +125,7 @@ def test_the_images_are_given_what_their_dockerfile_copies() -> None:
 
 
 def test_the_console_s_files_of_others_are_those_that_are_known() -> None:
-    assets = script("console_assets")
+    assets = script(".ci/console_assets.py")
     known = {name: sha256 for package in assets.PACKAGES for _, name, sha256 in package.files}
     found = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in assets.VENDOR.iterdir()}
     assert found.pop(assets.LICENCES)

@@ -6,17 +6,14 @@ Debian's package `prometheus` has both programs; PROMETHEUS names a folder where
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import httpx2
@@ -25,6 +22,7 @@ import yaml
 from helpers.factories import make_adapter, make_tiny_model
 from helpers.fleets import completion
 from helpers.preloaded import fork
+from helpers.scripts import script
 from helpers.waiting import wait_until
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
@@ -43,16 +41,6 @@ def program(name: str) -> str:
     if found is None:
         pytest.skip(f"{name} is not installed: apt-get install prometheus")
     return found
-
-
-def builder() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("grafana_build", ROOT / "deploy" / "grafana" / "build.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def panels() -> dict[str, str]:
@@ -113,7 +101,7 @@ def pages_of(fleet: ProcessFleet) -> dict[str, str]:
 
 
 def test_dashboards_are_what_the_description_makes() -> None:
-    for path, text in builder().files().items():
+    for path, text in script("deploy/grafana/build.py").files().items():
         assert path.read_text() == text, "python deploy/grafana/build.py"
 
 

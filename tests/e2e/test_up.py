@@ -107,6 +107,7 @@ async def test_ctrl_c_finishes_what_was_accepted_and_leaves_nothing(tmp_path: Pa
         assert fleet.is_gone()
 
 
+@pytest.mark.thorough
 async def test_a_second_ctrl_c_stops_at_once_even_while_starting(tmp_path: Path, model: Path) -> None:
     with fleet_up(tmp_path, model) as fleet:
         await wait_until(lambda: "scheduler  ready" in fleet.output, "services are running", timeout_s=100)
@@ -118,6 +119,7 @@ async def test_a_second_ctrl_c_stops_at_once_even_while_starting(tmp_path: Path,
         assert fleet.is_gone()
 
 
+@pytest.mark.thorough
 async def test_a_launcher_killed_by_sigkill_leaves_nothing(tmp_path: Path, model: Path) -> None:
     with fleet_up(tmp_path, model) as fleet:
         await wait_until(fleet.is_ready, "the fleet is ready", timeout_s=100)
@@ -144,6 +146,7 @@ async def test_a_second_fleet_on_the_same_port_or_data_is_refused(
         assert "another fleet is using the data folder" in second.output
 
 
+@pytest.mark.thorough
 async def test_a_hot_swap_under_32_streams(fleet: RunningFleet, model: Path, adapters: Path) -> None:
     """No error, every answer is that of one version, and after the swap that of the new one; unloading then frees."""
     folders = [make_adapter(adapters / f"version-{i}", model, seed=20 + i) for i in (1, 2)]

@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 import pytest_asyncio
-from helpers.scripted_fleet import ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import ScriptedFleet, gateway_client, make_model_folder
 from helpers.waiting import wait_until
 
 from protocol.queue.bus import Bus, now_ms
@@ -59,10 +59,7 @@ async def http(bus: Bus, fleet: ScriptedFleet, folders: dict[str, Path]) -> Asyn
     for name, of in (("first", "a"), ("second", "b"), ("old", ""), ("lost", "gone")):
         await add(bus, name, of)
     further = f"{folders['b']},{folders['b:2']}"
-    async with (
-        running_gateway(bus, folders["a"], more_models=further) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as client,
-    ):
+    async with gateway_client(bus, folders["a"], more_models=further) as client:
         yield client
 
 
@@ -206,10 +203,7 @@ async def test_a_base_of_which_no_worker_has_come_up_yet_asks_for_one(
     bus: Bus, fleet: ScriptedFleet, folders: dict[str, Path]
 ) -> None:
     await set_bases(bus, base("a"), a=1)
-    async with (
-        running_gateway(bus, folders["a"], more_models=str(folders["b"])) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, folders["a"], more_models=str(folders["b"])) as http:
         found = (await http.get("/v1/fleet")).json()["bases"]
         assert {one["name"]: (one["demand"], one["fingerprint"]) for one in found} == {"a": (3, "f"), "b": (1, None)}
         assert 'lorafleet_base_load{base="b",what="demand"} 1.0' in (await http.get("/metrics")).text
@@ -234,10 +228,7 @@ async def test_a_base_whose_tokenizer_cannot_be_read_fails_its_own_calls(
 ) -> None:
     (folders["b"] / "tokenizer.json").unlink()
     await set_bases(bus, base("a"), base("b"), a=1, b=1)
-    async with (
-        running_gateway(bus, folders["a"], more_models=str(folders["b"])) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as client,
-    ):
+    async with gateway_client(bus, folders["a"], more_models=str(folders["b"])) as client:
         answers = {name: await chat(client, name) for name in ("a", "b")}
     assert [answer.status_code for answer in answers.values()] == [200, 503]
     assert "has no tokenizer.json" in answers["b"].text
@@ -248,10 +239,7 @@ async def test_a_gateway_of_one_base_never_asks_the_workers_of_another(
 ) -> None:
     """A worker of another base may have joined its fleet first, by mistake or for another gateway."""
     await set_bases(bus, base("b"), base("a"), a=1, b=1)
-    async with (
-        running_gateway(bus, folders["a"]) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as client,
-    ):
+    async with gateway_client(bus, folders["a"]) as client:
         assert [model["id"] for model in (await client.get("/v1/models")).json()["data"]] == ["a"]
         assert (await chat(client, "a")).status_code == 200
         assert fleet.seen[-1][0].base == "a"

@@ -224,6 +224,7 @@ async def test_no_long_prompt_that_is_accepted_holds_the_event_loop(
     assert SENT_BYTES <= max(sent) < 2 * SENT_BYTES
 
 
+@pytest.mark.thorough
 async def test_a_background_job_of_long_prompts_is_streamed_beside_others(
     http: httpx2.Client, fleet: ScriptedFleet
 ) -> None:

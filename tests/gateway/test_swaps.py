@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx2
 import pytest_asyncio
-from helpers.scripted_fleet import ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import ScriptedFleet, gateway_client, make_model_folder
 
 from protocol.queue.bus import Bus, now_ms
 from protocol.wire import messages as m
@@ -36,10 +36,7 @@ async def http(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> AsyncIterator[
     for name, folder in zip(NAMES, folders, strict=True):
         (folder / "chat_template.jinja").write_text(f"{name} says {{{{ messages[0].content }}}}")
     await tell(bus, UNREACHED)
-    async with (
-        running_gateway(bus, folders[0], more_models=f"{folders[1]},{folders[2]}") as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as client,
-    ):
+    async with gateway_client(bus, folders[0], more_models=f"{folders[1]},{folders[2]}") as client:
         yield client
 
 

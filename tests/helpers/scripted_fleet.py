@@ -306,3 +306,21 @@ async def running_gateway(
             yield RunningGateway(address.decode(), gid, stop, task)
         finally:
             stop.set()
+
+
+@asynccontextmanager
+async def gateway_client(
+    bus: Bus,
+    model: Path,
+    timings: GatewayTimings | None = None,
+    *,
+    key: str = "",
+    **settings: object,
+) -> AsyncIterator[httpx2.AsyncClient]:
+    """Start a gateway, as `running_gateway` does, and give a client of it that sends `key`, if there is one."""
+    headers = {"authorization": f"Bearer {key}"} if key else None
+    async with (
+        running_gateway(bus, model, timings, **settings) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, headers=headers, timeout=60) as http,
+    ):
+        yield http

@@ -35,7 +35,6 @@ LLAMA_4 = (
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 BLOOM = r" ?[^(\s|[.,!?…。，、।۔،])]+"
-FALCON = r"[0-9][0-9][0-9]"
 
 
 def model(kind: str) -> dict[str, Any]:

@@ -352,6 +352,7 @@ def test_the_key_comes_from_a_file_or_a_variable(tmp_path: Path, monkeypatch: py
     assert config_of(arguments("u:1", "--model", "base")).api_key is None
 
 
+@pytest.mark.thorough
 async def test_command_writes_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "bench.json"
     async with fake_server() as fake:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers import examples
 
 from lorafleet.__main__ import main
 from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
@@ -92,7 +93,7 @@ def nothing_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("nothing_named")
-@pytest.mark.parametrize("name", NAMES_OF_QUEUES)
+@pytest.mark.parametrize("name", examples.some(NAMES_OF_QUEUES, "LORAFLEET_CONFIG"))
 def test_the_queue_is_asked_wherever_it_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

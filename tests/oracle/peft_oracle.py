@@ -8,7 +8,6 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -279,7 +278,3 @@ def sixteen_loras(*, head: bool) -> dict[str, Lora]:
 def prompts(num: int, vocab: int, lengths: Sequence[int] = (3, 17, 32, 45, 70)) -> list[np.ndarray]:
     rng = np.random.default_rng(5)
     return [rng.integers(vocab, size=lengths[i % len(lengths)]).astype(np.int32) for i in range(num)]
-
-
-def read_tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(folder / "tokenizer.json"))

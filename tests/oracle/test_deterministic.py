@@ -42,7 +42,13 @@ def requests_of(oracle: Oracle) -> list[EngineRequest]:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kernels"), [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.float32, "reference")], ids=str
+    ("dtype", "kernels"),
+    [
+        pytest.param(torch.float32, "auto", marks=pytest.mark.thorough),
+        (torch.bfloat16, "auto"),
+        (torch.float32, "reference"),
+    ],
+    ids=str,
 )
 @pytest.mark.usefixtures("fixed")
 def test_logprobs_have_the_same_bits_in_any_batch(dtype: torch.dtype, kernels: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.factories import make_tokenizer
-from oracle.adapters.peft_kinds import INVOCATION, MAX_DIFFERENCE, Kind, make_adapter, measure
+from oracle.adapters.peft_kinds import INVOCATION, MAX_DIFFERENCE, Kind, check_exact, make_adapter
 from oracle.cases import NUM_TOKENS, Case
 from oracle.peft_oracle import Lora, Oracle, ask, greedy_request, prompts, warm
 from oracle.test_grammars import assert_late_masks_change_no_token
@@ -155,9 +155,7 @@ BLOOM = ("bloom", {"n_layer": 2, "n_head": 4})
 def test_adapters_that_do_more_than_lora(name: str, tmp_path: Path) -> None:
     kind = Kind(BLOOM, {"target_modules": ["query_key_value", "dense", "dense_h_to_4h"], **KINDS[name]})
     make_adapter(kind, tmp_path)
-    measured = measure(kind, tmp_path)
-    assert measured.difference <= MAX_DIFFERENCE
-    assert measured.change >= 100 * MAX_DIFFERENCE
+    check_exact(kind, tmp_path)
 
 
 OF_A_TEXT = {
@@ -174,9 +172,7 @@ def test_layers_that_see_all_of_a_text_have_adapters(name: str, tmp_path: Path) 
     targets = ["kv_a_proj_with_mqa"] if name == "weights" else ["kv_b_proj"]
     kind = Kind(("deepseek_v32", fields), {"target_modules": targets, **OF_A_TEXT[name]})
     make_adapter(kind, tmp_path)
-    measured = measure(kind, tmp_path)
-    assert measured.difference <= MAX_DIFFERENCE
-    assert measured.change >= 100 * MAX_DIFFERENCE
+    check_exact(kind, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["dora", "weights"])
@@ -186,9 +182,7 @@ def test_a_linear_layer_of_a_class_of_its_own_is_one(name: str, tmp_path: Path) 
     targets = ["dense"] if name == "weights" else ["query_key_value", "dense_4h_to_h"]
     kind = Kind(("falcon", {"bias": True}), {"target_modules": targets, **fields})
     make_adapter(kind, tmp_path)
-    measured = measure(kind, tmp_path)
-    assert measured.difference <= MAX_DIFFERENCE
-    assert measured.change >= 100 * MAX_DIFFERENCE
+    check_exact(kind, tmp_path)
 
 
 @pytest.mark.parametrize("model_type", ["falcon", "openai-gpt"])

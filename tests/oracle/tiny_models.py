@@ -160,7 +160,11 @@ def _layer_kinds(default: PreTrainedConfig, names: set[str]) -> dict[str, Any]:
 
 def tiny_model(model_type: str, **fields: Any) -> PreTrainedModel:
     """Return a random fp32 model of `model_type`, the same each time. fields: of its config, instead."""
-    config = tiny_config(model_type, **fields)
+    return decoder_of(tiny_config(model_type, **fields))
+
+
+def decoder_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return a random fp32 model, the same each time, with no parameter at its usual start."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

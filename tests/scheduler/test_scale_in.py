@@ -86,6 +86,7 @@ def test_a_draining_worker_is_not_named() -> None:
     assert scheduler.drain_next(0.0) == "a"
 
 
+@pytest.mark.thorough
 def test_in_simulation_fewer_adapters_are_fetched_again() -> None:
     """In the middle of a load a worker goes: the one that is named, or the one that is worth most."""
 

@@ -90,10 +90,10 @@ class AuditLog:
         return [(entry.decode(), decode(fields[b"b"], AuditEntry)) for entry, fields in entries]
 
 
-def from_command_line(action: str, target: str, detail: str = "", outcome: str = "done") -> AuditEntry:
+def from_command_line(action: str, target: str, detail: str = "") -> AuditEntry:
     """Return the entry of an action at the command line, by this process's user."""
     who = f"{_user()}@{socket.gethostname()}"
-    return AuditEntry(now_ms(), CLI, who[:MAX_TEXT], "", action, target[:MAX_TEXT], detail[:MAX_TEXT], outcome, True)
+    return AuditEntry(now_ms(), CLI, who[:MAX_TEXT], "", action, target[:MAX_TEXT], detail[:MAX_TEXT], "done", True)
 
 
 def _on_a_line(text: str) -> str:

@@ -30,11 +30,6 @@ class Timing(Packed, frozen=True):
     num_preempted: int = 0  # times that it lost its KV blocks to others
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
 
-    @property
-    def adapter_ms(self) -> int:
-        """How long it waited for its adapter."""
-        return max(self.ready_ms, 0)
-
 
 class Delta(Packed, frozen=True):
     """New tokens of one request, and its end. `seq0` is the index of the first id in the request's log.

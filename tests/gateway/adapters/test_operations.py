@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
 from helpers.hub_stub import HubStub, Repo, run_hub
-from helpers.scripted_fleet import running_gateway
+from helpers.scripted_fleet import gateway_client
 from helpers.waiting import wait_until
 
 from adapter_store.service import serve as serve_store
@@ -109,10 +109,7 @@ async def fleet(bus: Bus, model_folder: Path, tmp_path: Path, monkeypatch: pytes
         engine = FakeEngine(step_s=0.01, vocab_size=300)
         group.create_task(serve_fake(settings, engine, served, stop))
         try:
-            async with (
-                running_gateway(bus, model_folder, **own) as gateway,
-                httpx2.AsyncClient(base_url=gateway.url, timeout=60) as http,
-            ):
+            async with gateway_client(bus, model_folder, **own) as http:
                 fleet = Fleet(http, hub, root, bus, engine)
 
                 async def ready() -> bool:

@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
 from helpers.hub_stub import HubStub, Repo, run_hub
-from helpers.scripted_fleet import BASE_NAME, RunningGateway, Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import BASE_NAME, RunningGateway, Script, ScriptedFleet, gateway_client, running_gateway
 from helpers.waiting import wait_until
 
 from adapter_store.service import serve
@@ -458,10 +458,7 @@ async def test_a_client_that_leaves_while_its_adapter_comes_submits_nothing(
 
 
 async def test_without_a_store_nobody_waits_for_ever(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
-    async with (
-        running_gateway(bus, model_folder, GatewayTimings(alias_poll_s=0.05), request_sources="hub") as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, GatewayTimings(alias_poll_s=0.05), request_sources="hub") as http:
         answer = await ask(http, "org/a")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_store")
 
@@ -472,8 +469,7 @@ async def test_a_refused_registration_answers_once_its_name_is_removed(
     """The test is the store: it refuses the name, and later removes it."""
     await bus._redis.zadd(bus.keys.stores, {"store": now_ms()})
     async with (
-        running_gateway(bus, model_folder, GatewayTimings(alias_poll_s=0.02)) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        gateway_client(bus, model_folder, GatewayTimings(alias_poll_s=0.02)) as http,
         asyncio.TaskGroup() as group,
     ):
         body = {"name": "new", "source": "hub:org/none"}

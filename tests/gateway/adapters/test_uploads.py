@@ -15,7 +15,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
-from helpers.scripted_fleet import running_gateway
+from helpers.scripted_fleet import gateway_client
 from helpers.waiting import wait_until
 
 from adapter_store.service import serve as serve_store
@@ -59,12 +59,7 @@ async def http(bus: Bus, model_folder: Path, root: Path, tmp_path: Path) -> Asyn
 
         await wait_until(is_there, "the store is there")
         try:
-            async with (
-                running_gateway(bus, model_folder, **own) as gateway,
-                httpx2.AsyncClient(
-                    base_url=gateway.url, timeout=60, headers={"authorization": f"Bearer {secret}"}
-                ) as client,
-            ):
+            async with gateway_client(bus, model_folder, **own, key=secret) as client:
                 yield client
         finally:
             stop.set()

@@ -15,7 +15,7 @@ import orjson
 import pytest
 import pytest_asyncio
 from helpers import anthropic_events, response_events
-from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, make_model_folder
 
 from gateway.bodies.parameter_check import IGNORED_HEADER
 from protocol.queue.bus import Bus
@@ -33,7 +33,7 @@ async def http(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> AsyncIterator[
     (folder / "chat_template.jinja").write_text((HERE.parent / "templates" / "qwen.jinja").read_text())
     fleet.max_model_len = 200_000
     await fleet.register()
-    async with running_gateway(bus, folder) as gateway, httpx2.AsyncClient(base_url=gateway.url, timeout=30) as client:
+    async with gateway_client(bus, folder) as client:
         yield client
 
 
@@ -148,6 +148,7 @@ async def test_codex(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     await goes_its_steps(http, fleet, "codex", call, ("completed", "completed"))
 
 
+@pytest.mark.thorough
 async def test_qwen_code(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     call = ("edit", {"file_path": "/work/notes.txt", "old_string": "helo", "new_string": "hello"})
     await goes_its_steps(http, fleet, "qwen_code", call, ("tool_calls", "stop"))
@@ -158,6 +159,7 @@ async def test_opencode(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     await goes_its_steps(http, fleet, "opencode", call, ("tool_calls", "stop"))
 
 
+@pytest.mark.thorough
 async def test_open_webui(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     call = ("correct", {"old": "helo", "new": "hello"})
     await goes_its_steps(http, fleet, "open_webui", call, ("tool_calls", "stop"))
@@ -272,6 +274,7 @@ async def test_what_a_user_shows_is_still_refused(http: httpx2.AsyncClient, flee
     assert fleet.seen == []
 
 
+@pytest.mark.thorough
 async def test_inspect_ai(subtests: pytest.Subtests, http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     answer = '{"name": "Paris", "is_capital": true}'
     fleet.script = lambda submit, body: Script(answer)

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 import pytest_asyncio
 from helpers import anthropic_events
-from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client
 
 from gateway.anthropic.client_tools import CLIENT_TOOLS
 from gateway.bodies.parameter_check import IGNORED_HEADER
@@ -43,10 +43,7 @@ async def http(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> AsyncItera
     """A client of a gateway whose model has room for the tools of an agent."""
     fleet.max_model_len = 1 << 16
     await fleet.register()
-    async with (
-        running_gateway(bus, model_folder) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as client,
-    ):
+    async with gateway_client(bus, model_folder) as client:
         yield client
 
 

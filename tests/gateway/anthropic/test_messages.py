@@ -11,7 +11,13 @@ import orjson
 import pytest
 from helpers import examples
 from helpers.anthropic_events import Event, built, events_of, held_to
-from helpers.scripted_fleet import MAX_MODEL_LEN, Script, ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import (
+    MAX_MODEL_LEN,
+    Script,
+    ScriptedFleet,
+    gateway_client,
+    make_model_folder,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -264,7 +270,7 @@ async def test_templates_are_told_whether_to_reason(bus: Bus, fleet: ScriptedFle
     names = ("enable_thinking", "thinking", "thinking_budget", "reasoning_effort", "own")
     shown = " ".join(f"{{{{ {name} is defined and {name} }}}}" for name in names)
     (folder / "chat_template.jinja").write_text(f"<think></think>{shown}{{{{ messages[0].content }}}}")
-    async with running_gateway(bus, folder) as gateway, httpx2.AsyncClient(base_url=gateway.url) as http:
+    async with gateway_client(bus, folder) as http:
         for given, told in (
             ({}, "False False False False False"),
             ({"thinking": {"type": "disabled"}}, "False False False False False"),
@@ -285,7 +291,7 @@ async def test_a_budget_of_thinking_is_enforced(bus: Bus, fleet: ScriptedFleet, 
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}<think>\n{# </think> #}")
     fleet.max_model_len = 1024
     await fleet.register()
-    async with running_gateway(bus, folder) as gateway, httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http:
+    async with gateway_client(bus, folder) as http:
         await whole(http, {**BODY, "max_tokens": 2000, "thinking": {"type": "enabled", "budget_tokens": 1024}})
         await whole(http, {**BODY, "thinking": {"type": "adaptive"}})
         # A budget that answers between tool calls share may be larger than one of them, which its own length bounds.
@@ -328,8 +334,7 @@ async def test_an_error_in_a_stream_is_an_event(http: httpx2.AsyncClient, fleet:
 async def test_a_stream_that_waits_gets_pings(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     fleet.script = lambda submit, body: Script(hold_after=0)
     async with (
-        running_gateway(bus, model_folder, keepalive_s=0.05) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        gateway_client(bus, model_folder, keepalive_s=0.05) as http,
         http.stream("POST", PATH, json={**BODY, "stream": True}) as answer,
     ):
         raw = b""

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import pytest_asyncio
 from helpers.anthropic_events import held_to
-from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, gateway_client, running_gateway
 from helpers.waiting import wait_until
 
 from gateway.bodies.parameter_check import MAX_ENTRIES
@@ -95,8 +95,7 @@ async def test_no_worker_is_529(bus: Bus, fleet: ScriptedFleet, http: httpx2.Asy
 async def test_a_full_queue_is_429(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     fleet.script = lambda submit, body: Script(hold_after=1)
     async with (
-        running_gateway(bus, model_folder, max_queued=1) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        gateway_client(bus, model_folder, max_queued=1) as http,
         asyncio.TaskGroup() as group,
     ):
         fleet.assigning.clear()

@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from helpers.scripted_fleet import ScriptedFleet, running_gateway
+from helpers.scripted_fleet import ScriptedFleet, gateway_client, running_gateway
 from openai import AsyncOpenAI
 from starlette.responses import PlainTextResponse
 
@@ -111,10 +111,7 @@ async def test_a_page_cannot_use_a_gateway_without_keys_and_programs_can(
         assert (await client.completions.create(model="base", prompt="hi")).choices
         assert (await http.get("/health")).status_code == 200
         assert (await http.get("/metrics")).status_code == 200
-    async with (
-        running_gateway(bus, model_folder, cors_origins=EVIL) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, cors_origins=EVIL) as http:
         answer = await http.post("/v1/completions", json=body, headers={"origin": EVIL})
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] == EVIL
@@ -123,9 +120,6 @@ async def test_a_page_cannot_use_a_gateway_without_keys_and_programs_can(
 async def test_with_keys_names_and_origins_are_of_no_interest(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path
 ) -> None:
-    async with (
-        running_gateway(bus, model_folder, api_keys=True) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, api_keys=True) as http:
         answer = await http.get("/health", headers={"host": "llm.example.com", "origin": EVIL})
         assert answer.status_code == 200

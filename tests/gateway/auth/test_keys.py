@@ -10,7 +10,7 @@ import httpx2
 import msgspec
 import pytest
 import pytest_asyncio
-from helpers.scripted_fleet import BASE_NAME, RunningGateway, Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import BASE_NAME, RunningGateway, Script, ScriptedFleet, gateway_client, running_gateway
 from helpers.waiting import wait_until
 from openai import AsyncOpenAI, AuthenticationError, PermissionDeniedError, RateLimitError
 
@@ -44,8 +44,7 @@ async def key_of(keys: ApiKeys, tenant: str, *scopes: str, **limits: object) -> 
 async def test_only_a_good_key_gets_in(http: httpx2.AsyncClient, keys: ApiKeys) -> None:
     for headers in ({}, {"authorization": "Bearer hf_none"}, {"authorization": "Bearer sk-lf-wrong"}):
         refused = await http.post("/v1/chat/completions", json=CHAT, headers=headers)
-        assert refused.status_code == 401
-        assert refused.json()["error"]["code"] == "invalid_api_key"
+        assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
         assert refused.json()["error"]["type"] == "invalid_request_error"
         assert refused.headers["x-should-retry"] == "false"
         assert refused.headers["x-request-id"]
@@ -75,10 +74,7 @@ async def test_metrics_are_an_admin_s_unless_the_pages_are_open(
     assert shown.status_code == 200
     assert 'lorafleet_adapter_requests_total{adapter="secret-name"} 1.0' in shown.text
     assert 'tenant="acme"' in shown.text
-    async with (
-        running_gateway(bus, model_folder, api_keys=True, open_pages=True) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as other,
-    ):
+    async with gateway_client(bus, model_folder, api_keys=True, open_pages=True) as other:
         for path in ("/metrics", "/openapi.json", "/v1/fleet"):
             page = await other.get(path)
             assert page.status_code == 200
@@ -101,10 +97,7 @@ async def test_a_revoked_or_expired_key_is_refused_at_once_by_every_gateway(
 ) -> None:
     secret, key = await keys.create("acme", ["infer"])
     headers = {"authorization": f"Bearer {secret}"}
-    async with (
-        running_gateway(bus, model_folder, api_keys=True) as second,
-        httpx2.AsyncClient(base_url=second.url) as other,
-    ):
+    async with gateway_client(bus, model_folder, api_keys=True) as other:
         for client in (http, other):
             assert (await client.get("/v1/models", headers=headers)).status_code == 200
         await bus._redis.hset(
@@ -346,10 +339,7 @@ async def test_every_tenant_has_the_fleet_s_limit_of_bytes(
     bus: Bus, fleet: ScriptedFleet, keys: ApiKeys, model_folder: Path
 ) -> None:
     headers = await key_of(keys, "acme")
-    async with (
-        running_gateway(bus, model_folder, api_keys=True, tenant_bytes=1000) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, api_keys=True, tenant_bytes=1000) as http:
         answer = await http.post("/v1/chat/completions", json=CHAT, headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "limit_exceeded")
         await keys.set_tenant(Tenant(name="acme", kept_bytes=100_000))

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 
 from adapter_store.sources.local import LocalSource
@@ -52,10 +52,7 @@ async def test_what_a_tenant_reads_does_not_change_with_what_others_do(
         heads[tenant] = {"authorization": f"Bearer {secret}"}
     await fleet.add_adapter("shared", SHARED)
     fleet.script = lambda submit, body: Script(hold_after=1)
-    async with (
-        running_gateway(bus, model_folder, api_keys=True, secret="the secret of the tests") as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, api_keys=True, secret="the secret of the tests") as http:
 
         async def seen() -> dict[str, tuple[int, str]]:
             answers = {path: await http.get(path, headers=heads["quiet"]) for path in read_paths()}
@@ -115,10 +112,7 @@ async def test_no_path_of_this_machine_is_told_to_tenants(
         )
         await bus.adapters.publish([(alias, record if digest else None)])
     secret, _ = await bus.api_keys.create("acme", ["infer", "adapters"])
-    async with (
-        running_gateway(bus, model_folder, api_keys=True, adapter_roots=str(tmp_path)) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, headers={"authorization": f"Bearer {secret}"}, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, api_keys=True, adapter_roots=str(tmp_path), key=secret) as http:
         told = {f"GET {path}": await http.get(path) for name in ("there", "gone") for path in read_paths(name)}
         for path, body in (
             ("/api/show", {"model": "there"}), ("/api/show", {"model": "gone"}),

@@ -21,7 +21,6 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=4), max_leaves=30,
 )  # fmt: skip
 LEVELS = 2
-PUT_IN = [b"", b",", b"]", b"}", b"[", b'"', b"\\", b":", b" ", b"0"]
 
 
 class Fields(msgspec.Struct):

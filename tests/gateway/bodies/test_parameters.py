@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from helpers.scripted_fleet import RunningGateway, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import ScriptedFleet, gateway_client
 
 from gateway.bodies.compat import PAGE, with_table
 from gateway.bodies.parameter_check import IGNORED_HEADER, MAX_ENTRIES, MAX_NAMED, JsonBody, check_parameters
@@ -127,9 +127,8 @@ def test_no_list_is_longer_than_is_looked_into() -> None:
 # ---------------------------------------------------------------- every route
 
 
-async def test_every_route_with_a_body_is_tried_here(gateway: RunningGateway) -> None:
-    async with httpx2.AsyncClient(base_url=gateway.url) as http:
-        paths = (await http.get("/openapi.json")).json()["paths"]
+async def test_every_route_with_a_body_is_tried_here(http: httpx2.AsyncClient) -> None:
+    paths = (await http.get("/openapi.json")).json()["paths"]
     bodies = {path: way["requestBody"] for path, ways in paths.items() for way in ways.values() if "requestBody" in way}
     assert {path for path, body in bodies.items() if "application/json" in body["content"]} == set(GOOD)
 
@@ -267,10 +266,7 @@ def test_a_name_is_shown_short_and_in_ascii() -> None:
 async def test_warn_serves_and_tells(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with (
-        running_gateway(bus, model_folder, unknown_parameters="warn") as running,
-        httpx2.AsyncClient(base_url=running.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, unknown_parameters="warn") as http:
         for path in ("/v1/chat/completions", "/v1/completions", "/generate"):
             for stream in (False, True):
                 caplog.clear()

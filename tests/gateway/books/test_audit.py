@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 from fastapi import FastAPI
-from helpers.scripted_fleet import ScriptedFleet, running_gateway
+from helpers.scripted_fleet import ScriptedFleet, gateway_client
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -51,10 +51,7 @@ async def test_it_tells_who_did_what_and_how_it_ended(bus: Bus, fleet: ScriptedF
         secret, key = await bus.api_keys.create(tenant, [scope])
         ids[tenant], heads[tenant] = key.id, {"authorization": f"Bearer {secret}"}
     settings: dict[str, Any] = {"api_keys": True, "console_keys": True}
-    async with (
-        running_gateway(bus, model_folder, **settings) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, **settings) as http:
 
         async def told(**params: Any) -> dict[str, Any]:
             return (await http.get("/v1/audit", params=params, headers=heads["ops"])).json()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from helpers.scripted_fleet import ScriptedFleet, running_gateway
+from helpers.scripted_fleet import ScriptedFleet, gateway_client, running_gateway
 from helpers.waiting import wait_until
 from openai import AsyncOpenAI
 
@@ -85,8 +85,7 @@ async def test_a_call_whose_client_left_counts_what_was_made(
     body = {"model": "base", "prompt": "one", "max_tokens": 40, "stream": True}
     fleet.assigning.clear()
     async with (
-        running_gateway(bus, model_folder, keepalive_s=0.05) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        gateway_client(bus, model_folder, keepalive_s=0.05) as http,
         http.stream("POST", "/v1/completions", json=body),
     ):
         pass

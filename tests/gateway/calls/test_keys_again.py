@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-import httpx2
 import pytest
-from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client
 
 from protocol.queue.bus import Bus
 from protocol.wire.errors import Internal, LorafleetError, Unavailable
@@ -22,10 +21,7 @@ async def test_what_nobody_could_serve_is_run_again(
 ) -> None:
     fleet.script = lambda submit, body: Script(error=Unavailable("no worker joined in time"))
     body = {**BODY, "stream": stream}
-    async with (
-        running_gateway(bus, model_folder) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder) as http:
         first = await http.post("/v1/completions", json=body, headers=HEAD)
         assert "no worker joined in time" in first.text
         fleet.script = lambda submit, body: Script()
@@ -42,10 +38,7 @@ async def test_any_other_end_is_the_answer_for_a_day(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path, error: LorafleetError | None
 ) -> None:
     fleet.script = lambda submit, body: Script(error=error)
-    async with (
-        running_gateway(bus, model_folder) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder) as http:
         first = await http.post("/v1/completions", json=BODY, headers=HEAD)
         fleet.script = lambda submit, body: Script()
         again = await http.post("/v1/completions", json=BODY, headers=HEAD)

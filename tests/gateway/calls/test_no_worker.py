@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from helpers.scripted_fleet import ScriptedFleet, running_gateway
+from helpers.scripted_fleet import ScriptedFleet, gateway_client
 
 from protocol.queue.bus import Bus
 from protocol.wire import messages as m
@@ -26,8 +26,7 @@ async def leave(bus: Bus, fleet: ScriptedFleet) -> None:
 async def test_a_call_waits_in_the_queue_and_says_for_what(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     await leave(bus, fleet)
     async with (
-        running_gateway(bus, model_folder, wait_for_worker_s=60.0, keepalive_s=0.05) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        gateway_client(bus, model_folder, wait_for_worker_s=60.0, keepalive_s=0.05) as http,
         http.stream("POST", PATH, json=BODY) as answer,
     ):
         assert answer.status_code == 200
@@ -46,10 +45,7 @@ async def test_without_the_setting_a_call_is_refused_at_once(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path
 ) -> None:
     await leave(bus, fleet)
-    async with (
-        running_gateway(bus, model_folder) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder) as http:
         answer = await http.post(PATH, json=BODY)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_worker")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from helpers.scripted_fleet import RunningGateway, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import RunningGateway, ScriptedFleet, gateway_client
 
 from gateway.console.console_routes import DOCS_FOLDER, DOCS_POLICY, FOLDER, HEADERS, KINDS, POLICY, load
 from protocol.queue.bus import Bus
@@ -16,10 +16,7 @@ OWN = sorted(path for path in FOLDER.glob("*.js"))
 
 
 async def test_the_console_is_served_without_a_key(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
-    async with (
-        running_gateway(bus, model_folder, api_keys=True, path_prefix="/lora/fleet") as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, api_keys=True, path_prefix="/lora/fleet") as http:
         for prefix in ("", "/lora/fleet"):
             entered = await http.get(f"{prefix}/console")
             assert (entered.status_code, entered.headers["location"]) == (307, "console/")
@@ -99,10 +96,7 @@ async def test_docs_show_the_api_as_openapi_json_may_be_read(
 ) -> None:
     """Swagger UI of the package alone: no code in the page, nothing of other hosts, a key where the API needs one."""
     for keys, open_pages, status in ((False, False, 200), (True, False, 401), (True, True, 200)):
-        async with (
-            running_gateway(bus, model_folder, api_keys=keys, open_pages=open_pages) as gateway,
-            httpx2.AsyncClient(base_url=gateway.url) as http,
-        ):
+        async with gateway_client(bus, model_folder, api_keys=keys, open_pages=open_pages) as http:
             assert (await http.get("/openapi.json")).status_code == status
             for name in ("", "start.js", "vendor/swagger-ui-bundle.js", "vendor/swagger-ui.css"):
                 answer = await http.get(f"/docs/{name}")

@@ -12,7 +12,7 @@ import httpx2
 import numpy as np
 import pytest
 import pytest_asyncio
-from helpers.scripted_fleet import BASE_NAME, Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import BASE_NAME, Script, ScriptedFleet, gateway_client
 from openai import AsyncOpenAI
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -65,10 +65,7 @@ async def encoder_gateway(
     )
     await fleet.register()
     await fleet.add_adapter("legal", "d1" * 32)
-    async with (
-        running_gateway(bus, folder, max_inputs=3) as running,
-        httpx2.AsyncClient(base_url=running.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, folder, max_inputs=3) as http:
         yield http
 
 

@@ -13,7 +13,7 @@ import httpx2
 import numpy as np
 import pytest
 import pytest_asyncio
-from helpers.scripted_fleet import BASE_NAME, Script, ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import BASE_NAME, Script, ScriptedFleet, gateway_client, make_model_folder
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
@@ -64,10 +64,7 @@ async def gateway(
     await fleet.register()
     await fleet.add_adapter("ranker", "e1" * 32, num_labels=1)
     await fleet.add_adapter("moods", "d1" * 32, num_labels=3)
-    async with (
-        running_gateway(bus, folder, max_inputs=3, **settings) as running,
-        httpx2.AsyncClient(base_url=running.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, folder, max_inputs=3, **settings) as http:
         yield http
 
 

@@ -7,11 +7,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 import pytest_asyncio
 from helpers.s3_server import BUCKET, run_s3
-from helpers.scripted_fleet import ScriptedFleet, running_gateway
+from helpers.scripted_fleet import ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 from redis.exceptions import ConnectionError as RedisConnectionError
 
@@ -319,10 +318,7 @@ async def test_delete_over_http_frees_bytes_of_a_full_disk(
     """Nothing on the way to the bytes writes to the queue: neither keys nor admission, audit or limits."""
     fleet = ScriptedFleet(durable_bus, tokenizer)
     await fleet.register()
-    async with (
-        running_gateway(durable_bus, model_folder, data=tmp_path) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=60) as http,
-    ):
+    async with gateway_client(durable_bus, model_folder, data=tmp_path) as http:
         made = await http.post("/v1/files", content=HEAD + b"hello" + END, headers={"content-type": FORM_TYPE})
         assert made.status_code == 200, made.text
         place = tmp_path / "files" / "files" / made.json()["id"]

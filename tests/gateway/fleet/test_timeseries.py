@@ -9,9 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import httpx2
 import pytest
-from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 
 from gateway.calls.observe import SERIES
@@ -328,10 +327,7 @@ async def test_the_route_shows_calls_errors_and_refusals_to_whom_they_belong(
     }
     heads = {name: {"authorization": f"Bearer {key}"} for name, key in keys.items()}
     await fleet.add_adapter("sql", "d" * 64)
-    async with (
-        running_gateway(bus, model_folder, api_keys=True) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, api_keys=True) as http:
 
         async def ask(model: str, status: int) -> None:
             body = {"model": model, "prompt": "the dog", "max_tokens": 6}

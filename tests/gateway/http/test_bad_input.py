@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-from helpers.scripted_fleet import MAX_MODEL_LEN, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import MAX_MODEL_LEN, ScriptedFleet, gateway_client, running_gateway
 from helpers.waiting import wait_until
 from openai import AsyncOpenAI
 
@@ -124,10 +124,7 @@ async def test_browsers_are_let_in_from_the_origins_that_are_set(
 ) -> None:
     ours, other = {"origin": "https://ours.example"}, {"origin": "https://other.example"}
     preflight = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
-    async with (
-        running_gateway(bus, model_folder, cors_origins="https://ours.example, https://too.example") as running,
-        httpx2.AsyncClient(base_url=running.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, cors_origins="https://ours.example, https://too.example") as http:
         asked = await http.options("/v1/chat/completions", headers={**ours, **preflight})
         assert asked.status_code == 200
         assert asked.headers["access-control-allow-origin"] == "https://ours.example"
@@ -327,10 +324,7 @@ async def test_a_downloading_adapter_is_waited_for(client: AsyncOpenAI, fleet: S
 
 
 async def test_a_body_too_large_is_413(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
-    async with (
-        running_gateway(bus, model_folder, max_body_bytes=1000) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, max_body_bytes=1000) as http:
         body = b'{"model":"base","prompt":"' + b"x" * 2000 + b'"}'
 
         async def parts() -> AsyncIterator[bytes]:
@@ -340,8 +334,7 @@ async def test_a_body_too_large_is_413(bus: Bus, fleet: ScriptedFleet, model_fol
         headers = {"content-type": "application/json"}
         for content in (body, parts()):
             answer = await http.post("/v1/completions", content=content, headers=headers)
-            assert answer.status_code == 413
-            assert answer.json()["error"]["code"] == "body_too_large"
+            assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
         assert (await http.post("/v1/completions", json=COMPLETION)).status_code == 200
 
 
@@ -377,11 +370,10 @@ def test_nobody_is_told_to_wait_for_longer_than_clients_do() -> None:
 
 
 async def test_without_a_worker_calls_get_503(bus: Bus, model_folder: Path) -> None:
-    async with running_gateway(bus, model_folder) as gateway, httpx2.AsyncClient(base_url=gateway.url) as http:
+    async with gateway_client(bus, model_folder) as http:
         for method, path, body in (("POST", "/v1/chat/completions", CHAT), ("GET", "/v1/models", None)):
             answer = await http.request(method, path, json=body)
-            assert answer.status_code == 503
-            assert answer.json()["error"]["code"] == "no_worker"
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "no_worker")
             assert answer.headers["retry-after"] == "2"
             assert answer.headers["x-should-retry"] == "true"
         assert (await http.get("/health")).status_code == 503

@@ -13,7 +13,7 @@ from typing import Any
 import httpx2
 import orjson
 import pytest
-from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, gateway_client, running_gateway
 from helpers.waiting import wait_until
 
 from gateway.app.app import Envelope
@@ -86,8 +86,7 @@ async def test_a_client_that_leaves_while_its_call_is_submitted_is_cancelled(
     monkeypatch.setattr(Bus, "submit", submit_and_hear_nothing)
     fleet.assigning.clear()
     async with (
-        running_gateway(bus, model_folder, keepalive_s=0.02) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
+        gateway_client(bus, model_folder, keepalive_s=0.02) as http,
         asyncio.TaskGroup() as group,
     ):
         asked = group.create_task(http.post("/v1/completions", json={**COMPLETION, "stream": True}))
@@ -195,8 +194,7 @@ async def test_a_request_that_the_queue_forgot_is_submitted_again(
 ) -> None:
     fleet.assigning.clear()
     async with (
-        running_gateway(bus, model_folder, keepalive_s=0.05) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=60) as http,
+        gateway_client(bus, model_folder, keepalive_s=0.05) as http,
         asyncio.TaskGroup() as group,
     ):
         asked = group.create_task(http.post("/v1/completions", json={**COMPLETION, "n": 2}))
@@ -230,8 +228,7 @@ async def test_a_forgotten_request_of_another_gateway_is_an_error_worth_a_retry(
         asked.cancel()
         await bus._redis.delete(bus.keys.req(fleet.seen[0][0].rid))
         answer = await again
-    assert answer.status_code == 503
-    assert answer.json()["error"]["code"] == "request_lost"
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "request_lost")
     assert answer.headers["x-should-retry"] == "true"
 
 
@@ -310,13 +307,9 @@ async def test_a_deadline_ends_a_call_even_without_a_scheduler(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path
 ) -> None:
     fleet.assigning.clear()
-    async with (
-        running_gateway(bus, model_folder, keepalive_s=0.02, request_timeout_s=0.1) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, keepalive_s=0.02, request_timeout_s=0.1) as http:
         answer = await http.post("/v1/completions", json=COMPLETION)
-    assert answer.status_code == 504
-    assert answer.json()["error"]["code"] == "deadline_exceeded"
+    assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
     assert await state_of(bus, fleet.seen[0][0].rid) == "cancelled"
 
 
@@ -338,8 +331,7 @@ async def test_draining_refuses_new_calls_and_finishes_running_ones(
 
         await wait_until(refuses, "it drains")
         answer = await http.post("/v1/completions", json=COMPLETION)
-        assert answer.status_code == 503
-        assert answer.json()["error"]["code"] == "shutting_down"
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "shutting_down")
         assert answer.headers["x-should-retry"] == "true"
         fleet.go.set()
         assert (await asked).content.endswith(b"data: [DONE]\n\n")

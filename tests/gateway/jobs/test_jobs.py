@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 
 from protocol.queue.bus import Bus
@@ -58,10 +58,10 @@ async def test_a_job_s_result_is_what_the_call_would_answer(
 
 async def test_a_job_outlives_its_gateway(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     fleet.script = lambda submit, body: Script(hold_after=3)
-    async with running_gateway(bus, model_folder) as first, httpx2.AsyncClient(base_url=first.url) as http:
+    async with gateway_client(bus, model_folder) as http:
         job = (await http.post("/v1/chat/completions", json={**CHAT, "background": True})).json()
     fleet.go.set()
-    async with running_gateway(bus, model_folder) as second, httpx2.AsyncClient(base_url=second.url) as http:
+    async with gateway_client(bus, model_folder) as http:
         done = (await http.get(f"/v1/jobs/{job['id']}", headers={"prefer": "wait=30"})).json()
     assert done["status"] == "completed"
     assert done["result"]["choices"][0]["message"]["content"] == Script().text
@@ -148,7 +148,7 @@ async def test_jobs_are_accepted_while_no_worker_is_there(
     fleet.assigning.clear()
     fleet.beating = False
     await bus._redis.delete(bus.keys.workers)
-    async with running_gateway(bus, model_folder) as later, httpx2.AsyncClient(base_url=later.url) as other:
+    async with gateway_client(bus, model_folder) as other:
         assert (await other.post("/v1/chat/completions", json=CHAT)).status_code == 503
         job = await other.post("/v1/chat/completions", json={**CHAT, "background": True})
         assert (job.status_code, job.json()["status"]) == (202, "queued")
@@ -169,8 +169,7 @@ async def test_a_repeated_key_replays_the_same_answer(
         assert first.json()["id"] == second.json()["id"]
         assert without_identity(first.json()) == without_identity(second.json())
     other = await http.post("/v1/chat/completions", json={**body, "seed": 2}, headers=headers)
-    assert other.status_code == 422
-    assert other.json()["error"]["code"] == "idempotency_key_reused"
+    assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
     assert len(fleet.seen) == 2
 
 
@@ -184,8 +183,7 @@ async def test_a_client_with_a_key_can_leave_and_come_back_elsewhere(
         await wait_until(lambda: fleet.seen, "it runs")
         asked.cancel()
     async with (
-        running_gateway(bus, model_folder) as second,
-        httpx2.AsyncClient(base_url=second.url) as http,
+        gateway_client(bus, model_folder) as http,
         asyncio.TaskGroup() as group,
     ):
         asked = group.create_task(http.post("/v1/chat/completions", json=CHAT, headers=headers))
@@ -391,10 +389,7 @@ async def test_long_answers_are_paid_before_they_are_read(bus: Bus, fleet: Scrip
     fleet.max_model_len, fleet.script = 8192, lambda submit, body: Script("the dog " * 1500, chunk=500)
     await fleet.register()
     secret, _ = await bus.api_keys.create("acme", ["infer"])
-    async with (
-        running_gateway(bus, model_folder, api_keys=True, reads_per_s=1.0) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, headers={"authorization": f"Bearer {secret}"}, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, api_keys=True, reads_per_s=1.0, key=secret) as http:
         body = {**CHAT, "max_tokens": 8000, "background": True}
         job = (await http.post("/v1/chat/completions", json=body)).json()
         facts: list[Any] = []

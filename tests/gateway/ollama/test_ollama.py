@@ -16,8 +16,8 @@ from helpers.scripted_fleet import (
     TEMPLATE,
     Script,
     ScriptedFleet,
+    gateway_client,
     make_model_folder,
-    running_gateway,
 )
 
 from gateway.grammars.schemas import JSON_STYLE
@@ -194,10 +194,7 @@ CALLS = "<think>\nHm.\n</think>\n\nLet me see.\n" + "\n".join(
 async def test_tool_calls_come_whole_and_thinking_apart(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> None:
     fleet.script = lambda submit, body: Script(CALLS)
     folder = await with_qwen(tmp_path, fleet)
-    async with (
-        running_gateway(bus, folder) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, folder) as http:
         body = {**CHAT, "tools": [TOOL], "think": True}
         whole = (await http.post("/api/chat", json={**body, **WHOLE})).json()
         message = whole["message"]
@@ -227,10 +224,7 @@ async def test_think_reaches_the_template(
     (folder / "chat_template.jinja").write_text(
         TEMPLATE + "{{ [enable_thinking | default(none), reasoning_effort | default(none)] | tojson }}{# </think> #}"
     )
-    async with (
-        running_gateway(bus, folder) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, folder) as http:
         answer = await http.post("/api/chat", json={**CHAT, "think": think})
         assert answer.status_code == 200, answer.text
     prompt = fleet.tokenizer.decode(list(memoryview(fleet.seen[-1][1].prompt).cast("i")))
@@ -391,7 +385,7 @@ async def test_embed_gives_vectors_of_length_one(
         return Script(numbers=np.array(vectors[text], "<f4").view("<i4").tolist(), chunk=4, eos=False)
 
     fleet.script = script
-    async with running_gateway(bus, model_folder) as gateway, httpx2.AsyncClient(base_url=gateway.url) as fresh:
+    async with gateway_client(bus, model_folder) as fresh:
         answer = (
             await fresh.post("/api/embed", json={"model": "base:latest", "input": ["a", "b"], "options": {}})
         ).json()
@@ -418,8 +412,7 @@ def test_names_with_and_without_a_tag() -> None:
 async def test_a_stream_that_waits_is_kept_alive_by_lines(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     fleet.script = lambda submit, body: Script(hold_after=0)
     async with (
-        running_gateway(bus, model_folder, keepalive_s=0.05) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        gateway_client(bus, model_folder, keepalive_s=0.05) as http,
         http.stream("POST", "/api/chat", json=CHAT) as answer,
     ):
         seen: list[dict[str, Any]] = []

@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import pytest_asyncio
 from helpers.script_queue import make_body, make_submit
-from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, gateway_client
 from helpers.small_fleet import SmallFleet, small_fleet
 from helpers.waiting import wait_until
 
@@ -240,10 +240,7 @@ async def test_all_of_it_is_an_operator_s(bus: Bus, fleet: ScriptedFleet, model_
     admin = await key_of(bus, "ops", "admin")
     letter = await given_up(bus, "a")
     fleet.script = lambda submit, body: Script(hold_after=1)
-    async with (
-        running_gateway(bus, model_folder, api_keys=True) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, api_keys=True) as http:
         for path in ("/v1/workers", "/v1/dead_letters", f"/v1/dead_letters/{letter}", "/v1/keys", "/v1/tenants"):
             assert (await got(http, path, 403, authorization=tenant))["error"]["code"] == "insufficient_scope"
             await got(http, path, 401)
@@ -269,10 +266,7 @@ async def test_all_of_it_is_an_operator_s(bus: Bus, fleet: ScriptedFleet, model_
 
 async def test_keys_are_made_limited_and_revoked(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     admin = await key_of(bus, "ops", "admin")
-    async with (
-        running_gateway(bus, model_folder, api_keys=True, console_keys=True) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, api_keys=True, console_keys=True) as http:
         wanted = {"tenant": "acme", "scopes": ["infer", "adapters"], "expires_in_s": 3600, "note": "<b>"}
         made = await posted(http, "/v1/keys", 201, wanted, authorization=admin)
         theirs = f"Bearer {made['secret']}"
@@ -300,10 +294,7 @@ async def test_keys_are_the_command_s_unless_the_setting_says_so(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path
 ) -> None:
     admin = await key_of(bus, "ops", "admin")
-    async with (
-        running_gateway(bus, model_folder, api_keys=True) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, api_keys=True) as http:
         assert not (await got(http, "/v1/keys", authorization=admin))["writable"]
         for path, body in (("/v1/keys", {"tenant": "acme"}), ("/v1/tenants/acme", {"weight": 2})):
             refused = await posted(http, path, 403, body, authorization=admin)

@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import orjson
 import pytest
-from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, running_gateway
 from helpers.waiting import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
@@ -216,10 +216,7 @@ async def test_what_is_too_much_is_refused_with_value_and_limit(
     fleet.script = lambda submit, body: Script(hold_after=1)
     body = {**LONG, "logprobs": 20, "stream": False}
     memory = enough(3, **body)
-    async with (
-        running_gateway(bus, model_folder, gateway_memory=memory) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, gateway_memory=memory) as http:
         asked: list[asyncio.Task[httpx2.Response]] = []
         for num in range(1, 4):  # one after the other: a call is charged for its body until it is submitted
             asked.append(asyncio.create_task(http.post("/v1/completions", json=body)))
@@ -244,10 +241,7 @@ async def test_every_end_of_a_call_frees_what_it_held_once(bus: Bus, fleet: Scri
     fleet.script = lambda submit, body: Script(
         hold_after=1, error=error[0] if error else None, text="ab" * body.max_new_tokens
     )
-    async with (
-        running_gateway(bus, model_folder) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder) as http:
         for stream in (True, False):
             async with asyncio.TaskGroup() as group:  # a client that leaves
                 task = group.create_task(http.post("/v1/completions", json={**LONG, "stream": stream}))
@@ -284,10 +278,7 @@ async def test_an_answer_of_long_words_ends_when_there_is_no_room(
     fleet.script = lambda submit, body: Script(text=words, eos=False, finish="length", chunk=1000)
     body = {**LONG, "prompt": "a", "max_tokens": 150, "n": 60}
     memory = enough(1, **body)
-    async with (
-        running_gateway(bus, model_folder, gateway_memory=memory) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, gateway_memory=memory) as http:
         refused = await http.post("/v1/completions", json=body)
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "limit_exceeded")
         assert str(memory // SHARE) in refused.json()["error"]["message"]

@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 from helpers.clocks import ScaledClock
-from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 
 from gateway.overload.admission import OverloadLimits
@@ -30,8 +30,7 @@ async def test_a_late_gateway_refuses_unread_calls_and_keeps_its_streams(
     fleet.script = lambda submit, body: Script(hold_after=2)
     clock = ScaledClock()
     async with (
-        running_gateway(bus, model_folder, timings=GatewayTimings(pace=Pace(clock=clock))) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        gateway_client(bus, model_folder, timings=GatewayTimings(pace=Pace(clock=clock))) as http,
         asyncio.TaskGroup() as group,
     ):
         held = group.create_task(post(http, body={**COMPLETION, "stream": True}))
@@ -66,8 +65,7 @@ async def test_a_late_gateway_refuses_unread_calls_and_keeps_its_streams(
 async def test_open_calls_are_limited(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     fleet.script = lambda submit, body: Script(hold_after=2)
     async with (
-        running_gateway(bus, model_folder, max_open_calls=1) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
+        gateway_client(bus, model_folder, max_open_calls=1) as http,
         asyncio.TaskGroup() as group,
     ):
         held = group.create_task(post(http))
@@ -94,10 +92,7 @@ async def test_calls_wait_in_the_queue_and_not_before_it(
     monkeypatch.setattr(Bus, "submit", submit_late)
     limits = OverloadLimits(max_inbound_s=0.2, min_inbound=2, inbound_span_s=0.05)
     asked = list[asyncio.Task[httpx2.Response]]()
-    async with (
-        running_gateway(bus, model_folder, timings=GatewayTimings(limits)) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, timings=GatewayTimings(limits)) as http:
         async with asyncio.TaskGroup() as group:
 
             def is_one_refused() -> bool:

@@ -10,11 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx2
 import pytest
 import pytest_asyncio
 from helpers.script_queue import make_body, make_job, make_submit
-from helpers.scripted_fleet import ScriptedFleet, running_gateway
+from helpers.scripted_fleet import ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 from prometheus_client import REGISTRY
 from sqlalchemy import event
@@ -314,10 +313,7 @@ async def test_calls_go_on_without_the_database_and_health_and_lists_say_so(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "data"
-    async with (
-        running_gateway(bus, model_folder, history=f"sqlite:///{folder}/history.db", history_text=9) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, history=f"sqlite:///{folder}/history.db", history_text=9) as http:
 
         async def status() -> tuple[str | None, int]:
             health = (await http.get("/health")).json()
@@ -339,8 +335,7 @@ async def test_calls_go_on_without_the_database_and_health_and_lists_say_so(
         done = await http.post("/v1/completions", json=BODY)
         assert done.status_code == 200
         refused = await http.get("/v1/requests", params={"state": "ended"})
-        assert refused.status_code == 503
-        assert refused.json()["error"]["code"] == "no_history"
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_history")
         shown = await http.get(f"/v1/requests/{done.json()['id']}")
         assert shown.status_code == 200
         assert "database" in shown.json()["text"]["problem"]

@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 import pytest_asyncio
-from helpers.scripted_fleet import ScriptedFleet, running_gateway
+from helpers.scripted_fleet import ScriptedFleet, gateway_client
 from helpers.small_fleet import SmallFleet, small_fleet
 from prometheus_client import REGISTRY
 
@@ -145,10 +145,7 @@ async def test_a_request_is_told_by_the_name_that_it_used(
 ) -> None:
     for name in ("first", "second"):
         await fleet.add_adapter(name, "d7")
-    async with (
-        running_gateway(bus, model_folder, usage_days=usage_days) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, usage_days=usage_days) as http:
         for name in ("first", "second"):
             done = (await http.post("/v1/completions", json={**BODY, "model": name})).json()
             told = await explained(http, done["id"])
@@ -165,10 +162,7 @@ async def test_only_the_tenant_and_operators_are_told(bus: Bus, fleet: ScriptedF
         tenant: {"authorization": f"Bearer {(await keys.create(tenant, scopes))[0]}"}
         for tenant, scopes in names.items()
     }
-    async with (
-        running_gateway(bus, model_folder, api_keys=True) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, api_keys=True) as http:
         done = (await http.post("/v1/completions", json=BODY, headers=heads["mine"])).json()
         statuses = {
             tenant: (await http.get(f"/v1/requests/{done['id']}", headers=head)).status_code

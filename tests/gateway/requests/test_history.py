@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 import pytest_asyncio
-from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 
 from gateway.http.errors import Outcome
@@ -25,10 +25,7 @@ BODY = {"model": "base", "prompt": "the dog", "max_tokens": 12}
 
 @pytest_asyncio.fixture
 async def http(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> AsyncIterator[httpx2.AsyncClient]:
-    async with (
-        running_gateway(bus, model_folder, history_requests=100) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as client,
-    ):
+    async with gateway_client(bus, model_folder, history_requests=100) as client:
         yield client
 
 
@@ -132,10 +129,7 @@ async def test_a_tenant_sees_its_own_and_cannot_shorten_anothers(
         tenant: {"authorization": f"Bearer {(await keys.create(tenant, scopes))[0]}"}
         for tenant, scopes in {"mine": ["infer"], "other": ["infer"], "ops": ["admin"]}.items()
     }
-    async with (
-        running_gateway(bus, model_folder, api_keys=True, history_requests=100) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, api_keys=True, history_requests=100) as http:
         done = (await http.post("/v1/completions", json=BODY, headers=heads["mine"])).json()
         for head in ({}, {"authorization": "Bearer sk-lf-nonsense"}):
             assert (await http.post("/v1/completions", json=BODY, headers=head)).status_code == 401

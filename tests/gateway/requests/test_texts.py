@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 import pytest_asyncio
-from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, running_gateway
 from helpers.waiting import wait_until
 
 from gateway.requests.database import Database
@@ -31,10 +31,7 @@ CHAT = {"model": "base", "messages": [{"role": "user", "content": "the fox"}], "
 @asynccontextmanager
 async def serving(bus: Bus, model: Path, tmp_path: Path, **settings: Any) -> AsyncIterator[httpx2.AsyncClient]:
     values: dict[str, Any] = {"history": f"sqlite:///{tmp_path}/history.db", "history_text": 100, **settings}
-    async with (
-        running_gateway(bus, model, **values) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with gateway_client(bus, model, **values) as http:
         yield http
 
 

@@ -10,7 +10,7 @@ import httpx2
 import orjson
 import pytest
 from helpers.response_events import Event, built, events_of, held_to
-from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import RunningGateway, Script, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 from openai import AsyncOpenAI, NotFoundError
 from pydantic import BaseModel
@@ -79,12 +79,12 @@ async def test_the_first_answer_says_queued_however_fast_a_worker_is(http: httpx
 
 async def test_a_stream_is_resumed_at_another_gateway(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     fleet.script = lambda submit, body: Script(hold_after=6)
-    async with running_gateway(bus, model_folder) as first, httpx2.AsyncClient(base_url=first.url) as http:
+    async with gateway_client(bus, model_folder, grace_s=0.1) as http:  # nothing ends before it has gone
         seen = await read_until(http, PATH, 7, method="POST", json={**BODY, "stream": True})
     assert [event["type"] for event in seen[:3]] == ["response.created", "response.queued", "response.in_progress"]
     response_id = seen[0]["response"]["id"]
     fleet.go.set()
-    async with running_gateway(bus, model_folder) as second, httpx2.AsyncClient(base_url=second.url) as http:
+    async with gateway_client(bus, model_folder) as http:
         rest = await http.get(f"{PATH}/{response_id}", params={"stream": True, "starting_after": 6}, timeout=30)
         events = seen + events_of(rest.content)
         again = await http.get(f"{PATH}/{response_id}", params={"stream": True})
@@ -97,10 +97,10 @@ async def test_a_stream_is_resumed_at_another_gateway(bus: Bus, fleet: ScriptedF
 async def test_a_followed_response_outlives_its_gateway(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     fleet.script = lambda submit, body: Script(hold_after=6)
     body, key = {**BODY, "background": False, "stream": True}, {"idempotency-key": "k"}
-    async with running_gateway(bus, model_folder) as first, httpx2.AsyncClient(base_url=first.url) as http:
+    async with gateway_client(bus, model_folder) as http:
         seen = await read_until(http, PATH, 6, method="POST", json=body, headers=key)
     fleet.go.set()
-    async with running_gateway(bus, model_folder) as second, httpx2.AsyncClient(base_url=second.url) as http:
+    async with gateway_client(bus, model_folder) as http:
         await reached(http, seen[0]["response"]["id"], "completed")
         again = events_of((await http.post(PATH, json=body, headers=key)).content)
     assert again[:6] == seen
@@ -172,10 +172,7 @@ async def test_a_key_finds_the_response_it_made(http: httpx2.AsyncClient, fleet:
 
 
 async def test_other_tenants_find_nothing(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
-    async with (
-        running_gateway(bus, model_folder, api_keys=True) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, api_keys=True) as http:
         secrets = [(await bus.api_keys.create(name, ("infer",)))[0] for name in ("mine", "other")]
         mine, other = ({"authorization": f"Bearer {secret}"} for secret in secrets)
         response = (await http.post(PATH, json={**BODY, "background": False}, headers=mine)).json()
@@ -266,10 +263,7 @@ async def test_a_stream_that_was_kept_alive_goes_on_as_a_job(
     await fleet.add_adapter("late", state="downloading")
     await bus.members.beat(bus.keys.store_beat("s1"), bus.keys.stores, "s1", b"http://nowhere", 60_000)
     body = {"model": "late", "input": "hi", "stream": True, "background": True}
-    async with (
-        running_gateway(bus, model_folder, keepalive_s=0.05) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, keepalive_s=0.05) as http:
         text = ""
         async with http.stream("POST", "/v1/responses", json=body) as answer:
             assert answer.status_code == 200

@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 from helpers.response_events import built, events_of, held_to
-from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, running_gateway
 from helpers.waiting import wait_until
 from openai import AsyncOpenAI, NotFoundError
 from openai.types.conversations import Conversation, ConversationItem
@@ -127,7 +127,7 @@ async def test_references_to_its_items_are_new_items(http: httpx2.AsyncClient) -
 
 async def test_a_turn_outlives_its_gateway(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     fleet.script = lambda submit, body: Script(hold_after=6)
-    async with running_gateway(bus, model_folder) as first, httpx2.AsyncClient(base_url=first.url) as http:
+    async with gateway_client(bus, model_folder) as http:
         conversation = await made(http)
         response = await asked(http, conversation, background=True)
         await is_running(http, response["id"])
@@ -296,10 +296,7 @@ async def test_the_official_client_drives_conversations(client: AsyncOpenAI) -> 
 
 
 async def test_other_tenants_find_no_conversation(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
-    async with (
-        running_gateway(bus, model_folder, api_keys=True) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, api_keys=True) as http:
         secrets = [(await bus.api_keys.create(name, ("infer",)))[0] for name in ("mine", "other")]
         mine, other = ({"authorization": f"Bearer {secret}"} for secret in secrets)
         conversation = (await http.post(PATH, json={"items": [USER]}, headers=mine)).json()["id"]
@@ -379,10 +376,7 @@ async def test_no_line_of_a_batch_is_a_turn(client: AsyncOpenAI) -> None:
 
 async def test_conversations_are_bounded(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     limits: Json = {"max_messages": 4, "max_body_bytes": 20_000, "tenant_conversations": 3, "tenant_bytes": 40_000}
-    async with (
-        running_gateway(bus, model_folder, **limits) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, **limits) as http:
 
         async def refused(status: int, words: str, path: str, **body: Any) -> None:
             answer = await http.post(path, json=body)
@@ -408,10 +402,7 @@ async def test_conversations_are_bounded(bus: Bus, fleet: ScriptedFleet, model_f
 
 
 async def test_conversations_expire_and_leave_nothing(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
-    async with (
-        running_gateway(bus, model_folder, conversation_ttl_s=200_000.0) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, conversation_ttl_s=200_000.0) as http:
         conversation = await made(http, items=[USER])
         held = [bus.keys.conversation(conversation), bus.keys.conversation_items(conversation),
                 bus.keys.conversation_order(conversation)]  # fmt: skip

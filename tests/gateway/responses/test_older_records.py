@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import orjson
 import pytest
-from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, running_gateway
 from helpers.waiting import wait_until
 
 from gateway.jobs.jobs import Facts
@@ -70,8 +70,7 @@ async def test_a_response_of_an_older_release_adds_nothing_and_stops_nothing(
             with subtests.test(record=name):
                 part = "/input_items" if name == "no items" else ""  # which the answer alone needs not
                 answer = await http.get(f"{RESPONSES}/{response}{part}")
-                assert answer.status_code == 500
-                assert answer.json()["error"]["code"] == "record_unreadable"
+                assert (answer.status_code, answer.json()["error"]["code"]) == (500, "record_unreadable")
                 assert await items_in(http, conversation) == []
                 later = await asked(http, conversation, "again")
                 assert later["status"] == "completed", "the conversation goes on"
@@ -91,8 +90,7 @@ async def test_a_job_that_cannot_be_read_hides_no_other(
     await bus._redis.hset(bus.keys.job(jobs[1]), "b", b"\xc1")
     for jid in jobs[:2]:
         answer = await http.get(f"/v1/jobs/{jid}")
-        assert answer.status_code == 500
-        assert answer.json()["error"]["code"] == "record_unreadable"
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "record_unreadable")
     listed = (await http.get("/v1/jobs")).json()
     assert {job["id"] for job in listed["data"]} == {jobs[0], jobs[2]}
     assert (await http.get(f"/v1/jobs/{jobs[2]}")).json()["status"] == "completed"
@@ -117,10 +115,7 @@ async def test_a_turn_that_fails_unforeseen_is_given_up_and_others_are_added(
 ) -> None:  # fmt: skip
     """Its conversation is not stuck for ever: after eight tries it goes on without the turn."""
     fleet.script = lambda submit, body: Script(hold_after=3)
-    async with (
-        running_gateway(bus, model_folder, GatewayTimings(conversation_sweep_s=1000)) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, GatewayTimings(conversation_sweep_s=1000)) as http:
         one, other = await made(http), await made(http)
         broken, whole = [(await asked(http, of, background=True))["id"] for of in (one, other)]
         fleet.go.set()

@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import msgspec
 from helpers.response_events import Event, built, events_of, held_to
-from helpers.scripted_fleet import MAX_MODEL_LEN, Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import MAX_MODEL_LEN, Script, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 
 from gateway.adapters.resolver import CallTarget
@@ -273,10 +273,7 @@ async def test_tokens_that_come_with_a_failure_are_shown(http: httpx2.AsyncClien
 
 
 async def test_a_conversation_is_bounded(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
-    async with (
-        running_gateway(bus, model_folder, max_body_bytes=4000, max_messages=4) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, max_body_bytes=4000, max_messages=4) as http:
         first = await whole(http, {**BODY, "max_output_tokens": 3})
         long = [{"role": "user", "content": "😀" * 300}] * 3
         answer = await http.post(PATH, json={**BODY, "input": long})
@@ -289,10 +286,7 @@ async def test_a_conversation_is_bounded(bus: Bus, fleet: ScriptedFleet, model_f
 
 
 async def test_what_is_kept_without_keys_is_bounded(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
-    async with (
-        running_gateway(bus, model_folder, tenant_bytes=20_000) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, tenant_bytes=20_000) as http:
         made: list[str] = []
         while (answer := await http.post(PATH, json=BODY)).status_code == 200:
             made.append(answer.json()["id"])

@@ -13,7 +13,7 @@ import httpx2
 import msgspec
 import pytest
 import pytest_asyncio
-from helpers.scripted_fleet import Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 from tokenizers import AddedToken, Tokenizer
 
@@ -158,8 +158,7 @@ async def test_endless_templates_of_one_adapter_hold_up_no_other(
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     await store.add("endless", BROKEN, OwnTexts(endless))
     async with (
-        running_gateway(bus, model_folder, template_timeout_s=0.5) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        gateway_client(bus, model_folder, template_timeout_s=0.5) as http,
         asyncio.TaskGroup() as group,
     ):
         body = {"model": "endless", **QUESTION}

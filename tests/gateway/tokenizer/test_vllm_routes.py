@@ -10,7 +10,7 @@ from typing import Any
 import httpx2
 import orjson
 import pytest
-from helpers.scripted_fleet import MAX_MODEL_LEN, TEMPLATE, Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import MAX_MODEL_LEN, TEMPLATE, Script, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 from tokenizers import Tokenizer
 
@@ -67,7 +67,7 @@ async def test_messages_have_the_tokens_that_a_chat_computes(
 ) -> None:
     fleet.max_model_len = 1024
     await fleet.register()
-    async with running_gateway(bus, model_folder) as running, httpx2.AsyncClient(base_url=running.url) as http:
+    async with gateway_client(bus, model_folder) as http:
         answer = (await http.post("/tokenize", json={**fields, "return_token_strs": True})).json()
         chat = await http.post("/v1/chat/completions", json={"model": "base", "max_tokens": 1, **fields})
     assert chat.status_code == 200, chat.text
@@ -146,10 +146,7 @@ async def test_version_and_ping(http: httpx2.AsyncClient) -> None:
 
 
 async def test_ping_needs_no_key(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
-    async with (
-        running_gateway(bus, model_folder, api_keys=True) as closed,
-        httpx2.AsyncClient(base_url=closed.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, api_keys=True) as http:
         assert (await http.post("/ping")).status_code == 200
         assert (await http.get("/load")).status_code == 401
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from helpers import examples
 from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
 from llguidance import LLMatcher, LLTokenizer
 from openai import AsyncOpenAI
@@ -359,7 +360,7 @@ async def served(bus: Bus, folder: Path, family: Family) -> AsyncIterator[Served
             await fleet.bus.close()
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.template)
+@pytest.mark.parametrize("family", examples.some(FAMILIES, *FAMILIES[::3]), ids=lambda family: family.template)
 async def test_a_conversation_with_tools(bus: Bus, tmp_path: Path, family: Family) -> None:
     source = (TEMPLATES / f"{family.template}.jinja").read_text()
     assert (style_of(source), knows_tools(source)) == (family.style, True)

@@ -8,6 +8,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import (
     LogitsProcessor,
     MinPLogitsWarper,
@@ -19,7 +21,7 @@ from transformers import (
 
 from gpu_worker.cuda.waits import no_waits
 from gpu_worker.sampling import sampling
-from gpu_worker.sampling.adjustment import Adjustment
+from gpu_worker.sampling.adjustment import MANY, Adjustment, TokenCounts
 from gpu_worker.sampling.sampling import SampleRow, sample, uniforms, watermark_ids
 from protocol.wire.messages import Sampling, logprob_record_bytes
 
@@ -363,3 +365,25 @@ def test_rows_that_are_drawn_in_several_parts_get_the_same_tokens() -> None:
     for i in (0, 1, num_rows - 4, num_rows - 3, num_rows - 1):
         alone = sample(logits[i : i + 1].clone(), rows[i : i + 1])
         assert (at_once.ids[i], at_once.logprobs[i]) == (alone.ids[0], alone.logprobs[0])
+
+
+texts = st.lists(st.integers(0, 400), max_size=3 * MANY)
+
+
+def dict_of(counts: TokenCounts) -> dict[int, int]:
+    assert counts.total == counts.counts.sum()
+    return dict(zip(counts.ids.tolist(), counts.counts.tolist(), strict=True))
+
+
+def expected(*texts: list[int]) -> dict[int, int]:
+    ids, counts = np.unique(np.concatenate([np.array(text, np.int32) for text in texts]), return_counts=True)
+    return dict(zip(ids.tolist(), counts.tolist(), strict=True))
+
+
+@given(texts, texts, st.lists(st.integers(0, 3 * MANY), max_size=5))
+def test_counts_grow_with_the_text(prompt: list[int], output: list[int], ends: list[int]) -> None:
+    adjustment = Adjustment(Sampling(), np.array(prompt, np.int32))
+    for end in sorted(min(end, len(output)) for end in ends):
+        seen = output[:end]
+        assert dict_of(adjustment.output_counts(np.array(seen, np.int32))) == expected(seen)
+        assert dict_of(adjustment.text_counts(np.array(seen, np.int32))) == expected(prompt, seen)

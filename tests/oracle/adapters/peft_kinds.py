@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, packed_engine, prompts, round_rows, vary_norms
-from oracle.tiny_models import tiny_model
+from oracle.peft_oracle import TINY_VOCAB, ask, greedy_request, packed_engine, prompts, round_rows
+from oracle.tiny_models import decoder_of, tiny_model
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, PromptLearningConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.engine.engine import Engine
@@ -54,12 +54,7 @@ def make_base(base: Base) -> PreTrainedModel:
     model_type, fields = base
     if fields.get("tiny"):
         return tiny_model(model_type, vocab_size=TINY_VOCAB)
-    config = type(AutoConfig.for_model(model_type))(**TINY | fields)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-        vary_norms(model)
-    return model
+    return decoder_of(type(AutoConfig.for_model(model_type))(**TINY | fields))
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +227,13 @@ def measure(kind: Kind, folder: Path, **settings: Any) -> Measured:
     largest = max(largest, difference(logits, model_logits(make_base(kind.base), beside.prompt, ids)))
     engine.check_integrity()
     return Measured(largest, change)
+
+
+def check_exact(kind: Kind, folder: Path, **settings: Any) -> None:
+    """Assert that our logits with a saved adapter are PEFT's, and that it changes them a hundred times as much."""
+    measured = measure(kind, folder, **settings)
+    assert measured.difference <= MAX_DIFFERENCE
+    assert measured.change >= 100 * MAX_DIFFERENCE
 
 
 def asked_prompts(kind: Kind) -> list[np.ndarray]:

@@ -16,6 +16,7 @@ from oracle.adapters.peft_kinds import (
     MAX_DIFFERENCE,
     Kind,
     asked_prompts,
+    check_exact,
     engine_logits,
     load,
     make_adapter,
@@ -57,9 +58,7 @@ ELSEWHERE = [
 @pytest.mark.parametrize("name", FORMS)
 def test_logits_are_those_of_peft(name: str, tmp_path: Path) -> None:
     make_adapter(FORMS[name], tmp_path)
-    measured = measure(FORMS[name], tmp_path, max_step_tokens=16, max_num_seqs=8)
-    assert measured.difference <= MAX_DIFFERENCE
-    assert measured.change >= 100 * MAX_DIFFERENCE
+    check_exact(FORMS[name], tmp_path, max_step_tokens=16, max_num_seqs=8)
 
 
 @pytest.mark.parametrize(("name", "base"), ELSEWHERE)

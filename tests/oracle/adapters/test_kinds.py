@@ -17,12 +17,12 @@ from oracle.adapters.peft_kinds import (
     Kind,
     asked_prompts,
     base_for,
+    check_exact,
     engine_logits,
     load,
     make_adapter,
     make_base,
     make_engine,
-    measure,
     model_logits,
 )
 from oracle.peft_oracle import ask, greedy_request, warm
@@ -40,9 +40,7 @@ UNSCALED = ("ia3", "road", "beft", "oft", "ln_tuning", "trainable_tokens")
 @pytest.mark.parametrize("name", CASES)
 def test_logits_are_those_of_peft(name: str, tmp_path: Path) -> None:
     make_adapter(CASES[name], tmp_path)
-    measured = measure(CASES[name], tmp_path, max_step_tokens=16, max_num_seqs=8)
-    assert measured.difference <= MAX_DIFFERENCE
-    assert measured.change >= 100 * MAX_DIFFERENCE
+    check_exact(CASES[name], tmp_path, max_step_tokens=16, max_num_seqs=8)
 
 
 def on_llama(tmp_path: Path) -> dict[str, Path]:

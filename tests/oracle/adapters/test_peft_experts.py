@@ -18,13 +18,13 @@ from oracle.adapters.peft_kinds import (
     Base,
     Kind,
     asked_prompts,
+    check_exact,
     difference,
     engine_logits,
     load,
     make_adapter,
     make_base,
     make_engine,
-    measure,
     model_logits,
     peft_logits,
 )
@@ -94,9 +94,7 @@ CASES: dict[str, tuple[Base, list[str], dict[str, Any]]] = {
 def test_experts_that_were_layers(name: str, tmp_path: Path) -> None:
     base, targets, fields = CASES[name]
     write(base, targets, tmp_path, **fields)
-    measured = measure(Kind(base), tmp_path, max_step_tokens=16, max_num_seqs=8)
-    assert measured.difference <= MAX_DIFFERENCE
-    assert measured.change >= 100 * MAX_DIFFERENCE
+    check_exact(Kind(base), tmp_path, max_step_tokens=16, max_num_seqs=8)
 
 
 PATTERNS: dict[str, tuple[Base, list[str], str]] = {

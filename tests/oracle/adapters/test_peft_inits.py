@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import examples
 from oracle.adapters.peft_kinds import (
     LLAMA,
     MAX_DIFFERENCE,
@@ -75,18 +76,17 @@ def train_and_save(peft: PeftModel, init: str, root: Path) -> None:
     peft.save_pretrained(str(root / "converted"), path_initial_model_for_weight_conversion=str(root / "start"))
 
 
-@pytest.mark.parametrize(
-    ("init", "fields"),
-    [("pissa", {}), ("pissa_niter_4", {"use_rslora": True}), ("olora", {}), ("corda", {}), ("lora_ga", {})],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_a_converted_save_is_served_and_an_unconverted_one_refused(
-    init: str, fields: dict[str, Any], tmp_path: Path
-) -> None:
+INITS: dict[str, dict[str, Any]] = {
+    "pissa": {}, "pissa_niter_4": {"use_rslora": True}, "olora": {}, "corda": {}, "lora_ga": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("init", examples.some(INITS, "pissa_niter_4", "corda"))
+def test_a_converted_save_is_served_and_an_unconverted_one_refused(init: str, tmp_path: Path) -> None:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         torch.manual_seed(1)
-        peft = start(init, make_base(LLAMA), **fields)
+        peft = start(init, make_base(LLAMA), **INITS[init])
         train_and_save(peft, init, tmp_path)
     engine = make_engine(LLAMA, {name: tmp_path / name for name in ("raw", "converted")})
     refusal = ask(engine, [greedy_request("raw", "raw", PROMPT, 2)]).finish["raw"].error

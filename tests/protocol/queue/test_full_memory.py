@@ -1,14 +1,21 @@
-"""A queue whose memory is full takes nothing new, and carries on and ends what it has accepted."""
+"""A queue whose memory or disk is full takes nothing new, carries on, and takes it again when there is room."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from helpers.full_memory import full_memory
 from helpers.script_queue import GATEWAY, Queue, ids, make_body, make_submit, row
+from helpers.waiting import wait_until
 
+from chaos.shortage import disk_again, no_disk
+from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from protocol.queue.books.quota import Quota
-from protocol.queue.bus import CONNECTION_ERRORS, MemoryFull, StepResult
+from protocol.queue.bus import CONNECTION_ERRORS, Bus, DiskFull, MemoryFull, StepResult
 from protocol.wire import messages as m
+from protocol.wire.keys import Keys
 
 
 @pytest.mark.parametrize("quota", [None, Quota("acme", requests_per_minute=5, concurrency=5)])
@@ -87,3 +94,39 @@ async def test_the_memory_of_the_server_is_told(queue: Queue) -> None:
     assert 0 < used < most
     async with full_memory(queue.bus):
         assert (await queue.bus.memory())[1] == 1
+
+
+@pytest.fixture
+def durable(tmp_path: Path) -> Iterator[EmbeddedServer]:
+    server = start_embedded(tmp_path / "durable")
+    yield server
+    server.stop()
+
+
+async def test_a_full_disk_refuses_writes_until_there_is_room(durable: EmbeddedServer) -> None:
+    queue = Queue(Bus(durable.url, Keys()))
+    await queue.submit("a")
+    no_disk(durable.process, durable.folder)
+
+    async def refused() -> bool:
+        """What the server had taken when it found the disk full it keeps, and writes later."""
+        try:
+            await queue.bus._redis.set(queue.keys.tag, "x", px=60_000)
+        except DiskFull:
+            return True
+        return False
+
+    await wait_until(refused, "the server refuses writes")
+    with pytest.raises(DiskFull, match="MISCONF"):
+        await queue.submit("b")
+    assert await queue.queued() == [("a", 0)]
+    assert durable.process.poll() is None
+    disk_again(durable.process)
+
+    async def taken() -> bool:
+        return not await refused()
+
+    await wait_until(taken, "the server takes writes again")
+    await queue.submit("c")
+    assert await queue.queued() == [("a", 0), ("c", 0)]
+    await queue.bus.close()

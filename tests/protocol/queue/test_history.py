@@ -67,6 +67,7 @@ async def test_a_long_error_is_cut_and_still_read(queue: Queue) -> None:
     assert (found.message, found.code, found.param) == ("short", "odd", "p")
 
 
+@pytest.mark.thorough
 async def test_tenants_share_what_the_fleet_keeps(queue: Queue) -> None:
     key = queue.keys.history("t")
     await end(queue, *(f"a{number}" for number in range(NUM)))

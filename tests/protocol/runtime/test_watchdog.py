@@ -61,7 +61,12 @@ def run_program(which: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("which", "stack"),
-    [("loop", "in spin"), ("thread", "in sleep_in_a_step"), ("interpreter", "in spin"), ("end", "in sleep_in_a_step")],
+    [
+        pytest.param("loop", "in spin", marks=pytest.mark.thorough),
+        ("thread", "in sleep_in_a_step"),
+        ("interpreter", "in spin"),
+        pytest.param("end", "in sleep_in_a_step", marks=pytest.mark.thorough),
+    ],
 )
 def test_a_process_that_is_stuck_tells_where_and_ends(which: str, stack: str) -> None:
     ended = run_program(which)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def class_bases() -> Iterator[tuple[str, set[str]]]:
     """Yield every class of the packages with the names of its bases."""
     for package in PACKAGES:
         for path in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(), path)):
+            text = path.read_text()
+            for node in ast.walk(ast.parse(text, path)) if re.search(r"^ *class ", text, re.MULTILINE) else ():
                 if isinstance(node, ast.ClassDef):
                     yield node.name, {base.id for base in node.bases if isinstance(base, ast.Name)}
 
