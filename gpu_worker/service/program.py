@@ -117,12 +117,13 @@ async def _serve(bases: Mapping[str, Settings], start: BaseStart, stop: asyncio.
     bus = Bus(settings.queue_url(), seal=Seal.of(settings, secret))
     loader = Loader(secret.bearer if secret else "")
     WATCHDOG.require(None, LOADING_S)
-    service: WorkerService | None = None
+    is_loaded = False
     try:
         await bus.check()
         try:
             with _ended_by_signals():
                 engine, served = await asyncio.to_thread(_load, settings, loader)
+            is_loaded = True
             if stop.is_set():
                 return 0, ""
             sys.setswitchinterval(SWITCH_S)
@@ -131,14 +132,15 @@ async def _serve(bases: Mapping[str, Settings], start: BaseStart, stop: asyncio.
             loader.set_urls(await bus.members.store_urls())
             service = WorkerService(bus, engine, served, settings, loader, start.began_ms, bases)
             return await service.run(stop), service.becomes
-        except CONNECTION_ERRORS:
-            raise
         except Exception as error:
-            if service is not None and not isinstance(error, Conflict):
+            if is_loaded and not isinstance(error, Conflict):
                 raise
             if not settings.more_models and settings.served_name not in (await bus.added_bases.get()).bases:
                 raise
-            await bus.members.note_failure(settings.served_name, failure_reason(error))  # the others' calls go on
+            try:
+                await bus.members.note_failure(settings.served_name, failure_reason(error))  # the others' calls go on
+            except CONNECTION_ERRORS as away:
+                logger.warning("why %s does not start cannot be noted: %s", settings.served_name, away)
             raise NotStarted(error) from error
     finally:
         loader.close()

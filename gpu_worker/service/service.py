@@ -12,6 +12,7 @@ import secrets
 import socket
 import time
 from collections.abc import Collection
+from itertools import count
 from operator import attrgetter
 
 import msgspec
@@ -29,6 +30,7 @@ from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, QueueError, decode, now_ms
 from protocol.runtime.again import began_ms
 from protocol.runtime.guarded import BRISK, FAILED, Loop, guarded, is_queue_away
+from protocol.runtime.service import wait_any
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import Conflict, DeadlineExceeded, Internal, LorafleetError, ProtocolError
@@ -147,7 +149,9 @@ class WorkerService:
 
     async def _be_member(self, stop: asyncio.Event) -> None:
         """Join under a new id, work until `stop` or the engine's death, leave. Raises Fenced in a group."""
-        await self._join()
+        if not await self._joined(stop):
+            self.engine.stop()
+            return
         self.engine.finish_start()  # the fleet has the heartbeat, so its first requests arrive meanwhile
         async with asyncio.TaskGroup() as group:
             loops = [group.create_task(guarded(loop)) for loop in self.loops()]
@@ -169,6 +173,23 @@ class WorkerService:
             Loop("publishing", self._publish, 0.0, backoff=BRISK, max_failures=MAX_FAILURES),
             Loop("beats", self._beats, BEAT_S, self._beat_now, BRISK, ends=(Fenced,), max_failures=MAX_FAILURES),
         ]
+
+    async def _joined(self, stop: asyncio.Event) -> bool:
+        """Join as soon as the queue can be reached and has room; return whether that was before `stop`.
+
+        The base is loaded by then, so that waiting costs less than another start.
+        """
+        for num in count(1):
+            try:
+                await self._join()
+                return True
+            except Exception as error:
+                if not is_queue_away(error):
+                    raise
+                FAILED.note("joining", error)
+            if await wait_any(stop, BRISK.pause_s(num)):
+                break
+        return False
 
     async def _join(self) -> None:
         self.wid = f"w{secrets.token_hex(6)}"
