@@ -11,8 +11,6 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Collection
-from itertools import count
 from operator import attrgetter
 
 import msgspec
@@ -20,6 +18,7 @@ import msgspec
 from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.planning.request import EngineRequest, TokenOutput
+from gpu_worker.service.bases import WorkerBases
 from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
 from gpu_worker.service.outbox import MAX_ROWS, Outbox, OutboxRecovery, add_outputs
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
@@ -69,12 +68,11 @@ class WorkerService:
         settings: Settings,
         loader: Loader | None = None,
         began_ms: int | None = None,
-        bases: Collection[str] = (),
+        bases: WorkerBases | None = None,
     ) -> None:
         """loader: fetches adapters, if the engine has any; it gets the stores' addresses.
 
-        began_ms: unix time when its start began; None: with this program. bases: the names of those that its process
-        may serve.
+        began_ms: unix time when its start began; None: with this program. bases: those that its process may serve.
         """
         self.bus = bus
         self.engine = engine
@@ -85,9 +83,7 @@ class WorkerService:
         self.outbox = Outbox("")
         self.loader = loader
         self.draining = False
-        # The names of its fleet's bases; none: it has one, whatever its name.
-        self.fleet = list(dict.fromkeys([served.name, *bases])) if settings.more_models else []
-        self.may_become = [name for name in self.fleet if name != served.name] if settings.swaps else []
+        self.bases = bases or WorkerBases(settings, served.name)
         self.becomes = ""  # the base that it has been ordered to become
         self._ordered = asyncio.Event()  # to become it
         self._began_ms = began_ms
@@ -179,16 +175,15 @@ class WorkerService:
 
         The base is loaded by then, so that waiting costs less than another start.
         """
-        for num in count(1):
+        num = 0
+        while not stop.is_set():
             try:
                 await self._join()
                 return True
-            except Exception as error:
-                if not is_queue_away(error):
-                    raise
+            except CONNECTION_ERRORS as error:
                 FAILED.note("joining", error)
-            if await wait_any(stop, BRISK.pause_s(num)):
-                break
+                num += 1
+                await wait_any(stop, BRISK.pause_s(num))
         return False
 
     async def _join(self) -> None:
@@ -204,7 +199,7 @@ class WorkerService:
         self._joined_ms = now_ms()
         self._start_s = self._start_s or (self._joined_ms - (self._began_ms or began_ms())) / 1000
         try:
-            name = await self.bus.members.join(self._own_beat(), self.served, BEAT_TTL_MS, fleet=self.fleet)
+            name = await self.bus.members.join(self._own_beat(), self.served, BEAT_TTL_MS, fleet=self.bases.fleet)
         except Conflict:
             await self.bus.members.leave(self.wid)
             self.engine.stop()
@@ -370,7 +365,7 @@ class WorkerService:
         elif order.kind in ("drain", "resume"):
             self.draining = order.kind == "drain"
             self._beat_now.set()
-        elif order.kind == "serve" and order.base in self.may_become and not (self.becomes or self.draining):
+        elif order.kind == "serve" and order.base in self.bases.others and not (self.becomes or self.draining):
             logger.info("worker %s leaves to serve %s", self.name, order.base)
             self.becomes = order.base
             self._ordered.set()
@@ -447,6 +442,7 @@ class WorkerService:
         self._look_s = time.monotonic() + BEAT_S
         if self.loader is not None:
             self.loader.set_urls(await self.bus.members.store_urls())
+        await self.bases.look(self.bus)
         self._restarted = await self.bus.restarted() or self._restarted
         if self._restarted:
             await self._take_again()
@@ -463,7 +459,7 @@ class WorkerService:
             self.outbox,
             publish_s=self._publish_s,
             draining=self.draining,
-            may_become=self.may_become,
+            may_become=self.bases.others,
             becoming=self.becomes,
             start_s=self._start_s,
             joined_ms=self._joined_ms,
