@@ -1,4 +1,4 @@
-"""The cache of folders that are made of models once."""
+"""The folders of models: the cache of what is made of them once, and which are on this machine."""
 
 import os
 import subprocess
