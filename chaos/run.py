@@ -169,7 +169,7 @@ class Run:
 
     async def run(self) -> Tally:
         """Inflict the faults under load; when this returns, everything has been checked."""
-        stop, began_s = asyncio.Event(), time.monotonic()
+        stop, enough, began_s = asyncio.Event(), asyncio.Event(), time.monotonic()
         before = self._rss()
         self.tally.hits = self.havoc.hits
         async with asyncio.TaskGroup() as group:
@@ -184,8 +184,8 @@ class Run:
                 group.create_task(self._upload_adapters(stop))
             for number in range(self.plan.num_attackers):
                 group.create_task(self._be_attacker(number, stop))
-            timer = asyncio.get_running_loop().call_later(self.plan.max_s, stop.set)
-            await self.havoc.run(self.plan.num_faults, self.plan.every_s, stop, alone=self.plan.alone)
+            timer = asyncio.get_running_loop().call_later(self.plan.max_s, enough.set)  # clients go on
+            await self.havoc.run(self.plan.num_faults, self.plan.every_s, enough, alone=self.plan.alone)
             timer.cancel()
             if self.plan.more_bases:
                 self.tally.violations += await self._turns.watch(self.fleet, len(self.plan.shape.workers))

@@ -1,7 +1,8 @@
 """Run a command for several base models: $MODELS, separated by commas, becomes LORAFLEET_MODEL and …_MORE_MODELS.
 
 Without MODELS the command runs as it is. A worker begins with one base, and replicas of a container do not know their
-number: with $BASE_LOCKS, a folder that all of this machine share, each takes the first base that the fewest have taken.
+number: with $BASE_LOCKS, a folder that all of this machine share, each takes the first base that the fewest have taken,
+as $LORAFLEET_BASE.
 """
 
 import fcntl
@@ -10,6 +11,8 @@ import sys
 from collections.abc import MutableMapping, Sequence
 from itertools import count
 from pathlib import Path
+
+from protocol.runtime.model_files import served_name
 
 
 def claim(models: Sequence[str], folder: Path) -> str:
@@ -34,9 +37,12 @@ def set_models(variables: MutableMapping[str, str]) -> None:
     """Set the settings of a service of these bases. Raises OSError if the locks cannot be made."""
     models = list(dict.fromkeys(name.strip() for name in variables.get("MODELS", "").split(",") if name.strip()))
     if models:
-        own = claim(models, Path(variables["BASE_LOCKS"])) if "BASE_LOCKS" in variables else models[0]
-        variables["LORAFLEET_MODEL"] = own
-        variables["LORAFLEET_MORE_MODELS"] = ",".join(model for model in models if model != own)
+        variables["LORAFLEET_MODEL"], variables["LORAFLEET_MORE_MODELS"] = models[0], ",".join(models[1:])
+        if "BASE_LOCKS" in variables:
+            own = claim(models, Path(variables["BASE_LOCKS"]))
+            # A served name is the default base's alone.
+            given = variables.get("LORAFLEET_SERVED_NAME", "") if own == models[0] else ""
+            variables["LORAFLEET_BASE"] = served_name(own, given)
 
 
 if __name__ == "__main__":

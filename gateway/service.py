@@ -152,10 +152,10 @@ async def _serve(
         GATEWAY_HELD_BYTES.set_function(lambda: memory.num_bytes)
         aliases = Aliases(bus, settings, secret, admission.leave_inbound, timings.alias_poll_s)
         aliases.listeners.append(observe.adapter_event)
-        bases = await open_bases(settings, bus, secret.bearer if secret else "", admission.leave_inbound)
-        fleet.added = await bus.added_bases.get()
-        await bases.follow(fleet.added)
-        fleet.set_further(bases.names, bases.removed)
+        bearer = secret.bearer if secret else ""
+        bases = await open_bases(settings, bus, bearer, admission.leave_inbound, lambda: fleet.added)
+        fleet.set_added(await bus.added_bases.get())
+        await bases.read()
         resolver = Resolver(bus, aliases, bases, settings.adapters, shows_paths=not settings.api_keys)
         pipeline = Pipeline(settings, bus, fleet, resolver, replies, admission)
         answers = Answers(settings.keepalive_s)
@@ -260,7 +260,7 @@ class _Parts:
             Loop("replies", self.replies.read, 0.0, backoff=BRISK),  # each waits for entries itself
             Loop("out stream", self.replies.keep, KEEP_S, backoff=BRISK),
             Loop("fleet view", self.fleet.refresh, REFRESH_S, backoff=BRISK),
-            Loop("added bases", self._follow_bases, REFRESH_S, backoff=BRISK),
+            Loop("added bases", self.bases.read, REFRESH_S, backoff=BRISK),
             Loop("time series", self.sampler.sample, SAMPLE_S, backoff=BRISK),
             Loop("adapter events", self.aliases.listen, 0.0, backoff=BRISK),
             # Its thread is what others take this gateway for alive by: without it all calls are cancelled.
@@ -271,10 +271,6 @@ class _Parts:
             self.webhooks.loop(),
             *([self.archiver.loop()] if self.archiver is not None else []),
         ]
-
-    async def _follow_bases(self) -> None:
-        await self.bases.follow(self.fleet.added)
-        self.fleet.set_further(self.bases.names, self.bases.removed)
 
 
 async def _run(server: HttpServer, listener: socket.socket, parts: _Parts, grace_s: float, stop: asyncio.Event) -> None:

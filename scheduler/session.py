@@ -106,6 +106,7 @@ class Session:
         self._drain = DrainRate()
         self._drain_next = ""  # name of the worker that should go first
         self._removed: frozenset[str] = frozenset()  # names of bases that operators have taken away
+        self._failed: frozenset[str] = frozenset()  # names of bases of which no worker has started
         self._memory_is_short = False
         self._again_ms: float | None = None  # when to plan again though nothing has changed
         self._rounds = 0  # rounds of `_watch`
@@ -317,7 +318,8 @@ class Session:
 
     async def _look_at_bases(self) -> None:
         bases = await self._bus.members.base_names()
-        self._removed = self.scheduler.swaps.removed = bases.removed
+        self._removed, self._failed = bases.removed, bases.failed
+        self.scheduler.swaps.removed = bases.removed
         for rid, base in self.scheduler.queued_of(self._removed):
             await self._end_removed(rid, base)
         self.scheduler.set_bases(bases.known, bases.failed)
@@ -359,7 +361,7 @@ class Session:
         ]
         if leaving:
             await self._bus.streams.tell([(wid, m.Control(kind="drain")) for wid in leaving])
-        if recorded := self._removed.intersection(workers.bases):
+        if recorded := self._removed.intersection({*workers.bases, *self._failed}):
             for name in recorded - self.scheduler.used_bases():
                 await self._bus.members.drop_base(name)
 

@@ -42,9 +42,11 @@ MAY_BE_HEAVY = {"gpu_worker", "lora_kernels", "chaos"}
 
 PATCHES = {
     "gateway/bodies/test_json_outline.py",  # how much msgspec reads at once
+    "gateway/calls/test_keys_again.py",  # how often a queue is asked
     "gateway/http/test_dispatch.py",  # in which thread FastAPI makes a route
     "gateway/http/test_faults.py",  # a panic of the tokenizers library
     "gateway/http/test_life.py",  # a queue that does what it is told and is not heard; one that was restarted
+    "gateway/test_added_bases.py",  # files that take as long as the test wants to be read
     "gateway/test_loop_lag.py",  # what reads, judges and frees bodies, and in which thread
     "gateway/overload/test_refusals.py",  # a queue that is slow for as long as the test wants
     "gpu_worker/adapters/loader/test_reserve.py",  # a system that allows no further process
@@ -52,7 +54,7 @@ PATCHES = {
     "gpu_worker/model/test_kept_answers.py",  # versions of libraries, and processors
     "gpu_worker/sampling/test_grammars.py",  # a library that fails
     "gpu_worker/service/test_service.py",  # the pause between beats; what is asked of engine and queue, in what order
-    "gpu_worker/service/test_start_failures.py",  # a model that cannot be loaded
+    "gpu_worker/service/test_start_failures.py",  # a model that cannot be loaded; a queue that takes no worker yet
     "gpu_worker/service/test_swap.py",  # a process that is replaced
     "gpu_worker/test_memory.py",  # what torch says of a GPU's memory
     "hostile/test_loops.py",  # loops that fail, in the tables of all services

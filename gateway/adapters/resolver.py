@@ -91,7 +91,7 @@ class Resolver:
         try:
             alias = await self._aliases.served(name, timeout_s, caller)
         except ModelNotFound:
-            if gone := _named(name, list(self.bases.removed)):
+            if gone := _named(name, self.bases.removed):
                 self.bases.of(gone)  # says that it was taken away
             raise
         if self.bases.several_in_settings and not alias.base:

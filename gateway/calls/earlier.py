@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from msgspec import structs
@@ -31,6 +31,14 @@ UNKNOWN_MODEL_LEN = 1 << 17
 """The assumed context length while no worker has reported its model to this gateway."""
 
 
+@dataclass(frozen=True, slots=True)
+class EarlierCall:
+    """What an Idempotency-Key was first used for, and its requests as they were found then."""
+
+    record: m.Idempotent
+    facts: Sequence[RequestFacts | None] = ()  # () where they have not been read
+
+
 class EarlierCalls:
     """The calls that queue and Idempotency-Keys know of, whichever gateway has submitted them."""
 
@@ -41,7 +49,7 @@ class EarlierCalls:
         self._bases = bases
         self._replies = replies
 
-    async def find(self, sent: Sent, caller: Caller) -> m.Idempotent | None:
+    async def find(self, sent: Sent, caller: Caller) -> EarlierCall | None:
         """Return what a caller first used a body's Idempotency-Key for, if it has.
 
         A key whose call has ended with an error that says to try again (503) counts as unused: else a repetition would
@@ -51,27 +59,24 @@ class EarlierCalls:
             return None
         key = self._bus.keys.idem(caller.owner, sent.key)
         record = await self._bus.get(key, m.Idempotent)
-        if record is None or record.jid or record.body_hash != sent.hash or not await self._is_void(record):
-            return record
-        await self._bus.free_idem(key, record)
-        return await self._bus.get(key, m.Idempotent)  # another gateway may have used it meanwhile
-
-    async def _is_void(self, record: m.Idempotent) -> bool:
-        """Return whether all requests of a call have ended, and one because nobody could serve it at that time."""
+        if record is None or record.jid or record.body_hash != sent.hash:
+            return EarlierCall(record) if record is not None else None
         facts = await self._bus.requests(record.rids)
-        if not all(fact is not None and fact.is_terminal for fact in facts):
-            return False
-        errors = [error_from(fact.error) for fact in facts if fact is not None and fact.error]
-        return any(isinstance(error, Unavailable) for error in errors)
+        if not _is_void(facts):
+            return EarlierCall(record, facts)
+        await self._bus.free_idem(key, record)
+        record = await self._bus.get(key, m.Idempotent)  # another gateway may have used it meanwhile
+        return EarlierCall(record) if record is not None else None
 
-    async def attach(self, call: ParsedCall, record: m.Idempotent) -> SubmittedCall:
+    async def attach(self, call: ParsedCall, earlier: EarlierCall) -> SubmittedCall:
         """Return an earlier call, to be followed from its first token, and charge for what it holds beside its body.
 
         Raises as `check_same_body` and `cost.hold`, and NotFound.
         """
         assert call.sent is not None
+        record = earlier.record
         check_same_body(record, call.sent)
-        known = await self.known(call, record, await self._bus.requests(record.rids))
+        known = await self.known(call, record, earlier.facts or await self._bus.requests(record.rids))
         hold(held() + self.num_bytes(known))
         mail = self._replies.subscribe(record.rids, eager=call.options.stream)
         deadline_ms = record.created_ms + self._timeout_ms
@@ -133,6 +138,14 @@ class EarlierCalls:
         check = partial(call.rules.most_tokens, call.options, max_model_len=max_model_len)
         found = await encoded(target.files, texts, check, special=inputs.add_special_tokens)
         return [offsets for _, offsets in found]
+
+
+def _is_void(facts: Sequence[RequestFacts | None]) -> bool:
+    """Return whether all requests of a call have ended, and one because nobody could serve it at that time."""
+    if not all(fact is not None and fact.is_terminal for fact in facts):
+        return False
+    errors = [error_from(fact.error) for fact in facts if fact is not None and fact.error]
+    return any(isinstance(error, Unavailable) for error in errors)
 
 
 def check_same_body(record: m.Idempotent, sent: Sent) -> None:

@@ -25,7 +25,7 @@ from gateway.auth.callers import Caller
 from gateway.bodies.parameter_check import ignore
 from gateway.calls.admit import AdmittedCall, CallAdmission
 from gateway.calls.constrain import constrain
-from gateway.calls.earlier import EarlierCalls
+from gateway.calls.earlier import EarlierCall, EarlierCalls
 from gateway.calls.follow import Generation
 from gateway.calls.parsed_call import ChatPrompt, ParsedCall
 from gateway.calls.replies import Replies
@@ -81,7 +81,7 @@ class Pipeline:
         with stage("submit"):
             submitted = await self.submitter.submit(admitted, job)
         if isinstance(submitted, m.Idempotent):  # the call that used this key a moment ago
-            return await self.attach(call, submitted)
+            return await self.attach(call, EarlierCall(submitted))
         large.release()
         cost.hold(admitted.num_bytes)
         return self.follow(submitted)
@@ -113,11 +113,11 @@ class Pipeline:
             constrained = await constrain(tokenized, self.resolver.bases.of(resolved.base.name).grammars, self.checks)
         return self.admission.admit(constrained)
 
-    async def attach(self, call: ParsedCall, record: m.Idempotent) -> Generation:
+    async def attach(self, call: ParsedCall, earlier: EarlierCall) -> Generation:
         """Follow what a call's Idempotency-Key was used for before. Raises ClientError if that was another body."""
         self.admission.left()
         of_body = cost.held()
-        attached = await self.earlier.attach(call, record)
+        attached = await self.earlier.attach(call, earlier)
         large.release()
         cost.hold(cost.held() - of_body)
         return self.follow(attached)

@@ -211,6 +211,7 @@ class Submitter:
             idem_value=m.encode(record) if record is not None else b"",
             quota=call.quota, forced=forced, job=job, keep_bodies=self._keep_bodies,
             usages=usages_of(call, self._usage_days), history=history, text=text,
+            tokenizer=call.prompts[0].files.tokenizer,
         )  # fmt: skip
 
 

@@ -66,9 +66,9 @@ class EncoderCalls:
     async def embeddings(self, request: EmbeddingsRequest, sent: Sent, caller: Caller) -> CallResult:
         """Answer `/v1/embeddings`. Raises what the client did wrong, Overloaded and Unavailable."""
         earlier = await self._pipeline.earlier.find(sent, caller)
-        if earlier is not None and earlier.jid:
-            check_same_body(earlier, sent)
-            return json_answer(await self._jobs.get(earlier.jid, caller), 202)
+        if earlier is not None and earlier.record.jid:
+            check_same_body(earlier.record, sent)
+            return json_answer(await self._jobs.get(earlier.record.jid, caller), 202)
         call = await self._parsed(request, sent, caller, partial(parse_embeddings, request, caller, self._settings))
         if call.options.background:
             prepared = await self._pipeline.prepare(msgspec.structs.replace(call, sent=sent))

@@ -32,12 +32,14 @@ class FleetView:
     ) -> None:
         """beat_timeout_s: silence after which a worker counts as dead. waits: calls wait in the queue for a worker.
 
-        name: of the default base. further: names of the other bases that are asked here. shows_reasons: clients may
+        name: of the default base. further: names of the other bases of the settings. shows_reasons: clients may
         know why a base does not start, which may name paths of its machine.
         """
         self._bus = bus
         self._name = name
-        self.further = tuple(further)
+        self._in_settings = tuple(further)
+        self.further = self._in_settings
+        """The names of the bases besides the default one that are asked here, added ones among them."""
         self._shows_reasons = shows_reasons
         self._waits = waits
         self._beat_timeout_ms = int(beat_timeout_s * 1000)
@@ -50,16 +52,17 @@ class FleetView:
         """Base -> why no worker of it has started, where none has since."""
         self.added = m.AddedBases()
         """The bases that operators have added and taken away."""
-        self._removed: frozenset[str] = frozenset()
         self.status: m.SchedulerStatus | None = None
         self.num_workers = 0
 
-    def set_further(self, names: Sequence[str], removed: frozenset[str]) -> None:
-        """Take the names of the bases besides the default one that are asked here from now on, and of removed ones."""
-        if self.further != tuple(names):
-            self.further = tuple(names)
+    def set_added(self, added: m.AddedBases) -> None:
+        """Take what operators have added and taken away until now: further bases are asked here from now on, or not."""
+        self.added = added
+        in_settings = (self._name, *self._in_settings)
+        further = (*self._in_settings, *(name for name in added.bases if name not in in_settings))
+        if self.further != further:
+            self.further = further
             series.BASE_LOAD.clear()
-        self._removed = removed
 
     @property
     def is_ready(self) -> bool:
@@ -78,7 +81,7 @@ class FleetView:
 
     def is_foreign(self, name: str) -> bool:
         """Return whether a call's base is none of those asked here. A fleet's only one may have had other names."""
-        if name in self._removed and name not in self.names:
+        if name in self.added.removed and name not in self.names:
             return True
         return name not in ("", self._name, *self.further) and (self._is_mixed or bool(self.further))
 
@@ -113,7 +116,7 @@ class FleetView:
             fleet = await self._bus.members.summary(self._beat_timeout_ms)
         self.num_workers, self.status = fleet.num_workers, fleet.status
         self._is_mixed = len(fleet.bases) > 1
-        self.added = fleet.added
+        self.set_added(fleet.added)
         self.failures = {name: why for name, why in fleet.failures.items() if name in self.names}
         known = {base.name: base for base in fleet.bases}
         default = known.get(self._name)

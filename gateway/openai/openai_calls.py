@@ -31,9 +31,9 @@ class OpenAICalls:
         """Answer a call. Raises what the client did wrong, Overloaded and Unavailable."""
         earlier = await self._pipeline.earlier.find(sent, caller) if sent.key else None
         if earlier is not None:
-            check_same_body(earlier, sent)
-            if earlier.jid:
-                return json_answer(await self.jobs.get(earlier.jid, caller), 202)
+            check_same_body(earlier.record, sent)
+            if earlier.record.jid:
+                return json_answer(await self.jobs.get(earlier.record.jid, caller), 202)
         make = partial(parse, body, caller, self._settings, sent)
         call = await self._pipeline.parsed(body, caller, len(sent.raw), make)
         if earlier is not None:

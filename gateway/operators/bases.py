@@ -51,7 +51,7 @@ class BaseAdministration:
         reason = self._fleet.failures.get(name) or self._bases.why_unreadable(name)
         if self._bases.why_unreadable(name):
             state = "unreadable"
-        elif name not in self._fleet.names:
+        elif self._bases.is_being_read(name):
             state = "loading"
         elif name in self._fleet.failures:
             state = "failed"

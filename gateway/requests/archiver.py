@@ -175,8 +175,8 @@ class Archiver:
             try:
                 digest, texts_hash = one.text.digest, ""
                 if digest:
-                    texts_hash = (await self._bases.of(one.text.base).own.facts(digest)).texts
-            except (NotFound, ProtocolError, Unavailable):  # nobody knows its adapter's tokens any more
+                    texts_hash = (await self._bases.default.own.facts(digest)).texts
+            except (NotFound, ProtocolError):  # nobody knows its adapter's tokens any more
                 num_lost += 1
             else:
                 text = structs.replace(one.text, texts=texts_hash)

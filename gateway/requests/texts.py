@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from gateway.calls.pipeline import Pipeline
 from gateway.overload import reads
+from gateway.text.tokenizer import ModelFiles
 from protocol.wire import messages as m
-from protocol.wire.errors import LorafleetError, Overloaded
+from protocol.wire.errors import LorafleetError, NotFound, Overloaded
 from protocol.wire.tokens import Detokenizer, TokenTable
 
 if TYPE_CHECKING:  # it needs packages that most fleets do not have
@@ -48,7 +49,7 @@ class KeptTexts:
             if raw is None:
                 return None
             text = archive.opened(tenant, rid, raw)
-            files = await self._pipeline.resolver.bases.of(text.base).own.files(text.digest, text.texts, tenant)
+            files = await self._files(text, tenant)
             prompt = await _decoded(files.tokens, text.prompt)
             output = await _decoded(files.tokens, text.output)
         except Overloaded:
@@ -58,6 +59,19 @@ class KeptTexts:
         found |= {"prompt": prompt[-MAX_CHARACTERS:], "output": output[:MAX_CHARACTERS] if text.has_output else None}
         is_cut = len(text.prompt) < 4 * request["prompt_tokens"] or max(len(prompt), len(output)) > MAX_CHARACTERS
         return found | {"is_cut": is_cut or (text.has_output and len(text.output) < 4 * request["output_tokens"])}
+
+    async def _files(self, text: m.KeptText, tenant: str) -> ModelFiles:
+        """Return what a text's ids are tokens of. Raises as `OwnFiles.files`, and NotFound for those of no base here.
+
+        A gateway's only base may have had another name, so the tokenizer decides. An earlier version kept a name alone,
+        which is the gateway's or its workers'.
+        """
+        own, reported = self._pipeline.resolver.bases.of(text.base).own, self._pipeline.fleet.named(text.base)
+        names = ("", own.base.name, "" if reported is None else reported.name)
+        if text.tokenizer != own.base.tokenizer if text.tokenizer else text.base not in names:
+            message = f"its tokens are those of the base `{text.base}`, whose tokenizer this gateway does not have"
+            raise NotFound(message, code="base_not_served")
+        return await own.files(text.digest, text.texts, tenant)
 
 
 async def _decoded(tokens: TokenTable, ids: bytes) -> str:

@@ -54,9 +54,9 @@ class Responses:
         pipeline = self._pipeline
         earlier = await pipeline.earlier.find(sent, caller)
         if earlier is not None:
-            check_same_body(earlier, sent)
+            check_same_body(earlier.record, sent)
             if body.background:
-                return await self._of_background(body, earlier.jid, caller)
+                return await self._of_background(body, earlier.record.jid, caller)
             again = partial(parse, body, caller, self._settings, sent)
             generation = await pipeline.attach(await pipeline.parsed(body, caller, len(sent.raw), again), earlier)
             return FollowedAnswer(generation)

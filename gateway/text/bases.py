@@ -45,11 +45,13 @@ class GatewayBases:
         further: Mapping[str, BaseTexts | str],
         read: Callable[[str, str], Awaitable[BaseTexts]] | None = None,
         *,
+        added: Callable[[], m.AddedBases] = m.AddedBases,
         shows_reasons: bool = True,
     ) -> None:
         """further: those of the settings; in place of what a base has, why it cannot be read.
 
-        read: the files of a base of a name and a model. shows_reasons: as of `FleetView`.
+        read: the files of a base of a name and a model. added: what operators have added and taken away, as is known
+        now. shows_reasons: as of `FleetView`.
         """
         self.default = default
         self._shows_reasons = shows_reasons
@@ -57,15 +59,18 @@ class GatewayBases:
         self._read = read
         self.in_settings = (default.files.name, *further)
         """The names of the bases that the settings name, which nobody adds or takes away."""
-        self._added: dict[str, m.AddedBase] = {}
-        self._known: frozenset[str] = frozenset()  # names of bases that are added, whether or not they have been read
-        self.removed: frozenset[str] = frozenset()
-        """The names of bases that were taken away."""
+        self._known = added
+        self._added: dict[str, m.AddedBase] = {}  # those that have been read
 
     @property
     def names(self) -> list[str]:
-        """The names of the further bases."""
-        return list(self._further)
+        """The names of the further bases, those that are still to be read among them."""
+        return [*self.in_settings[1:], *(name for name in self._known().bases if name not in self.in_settings)]
+
+    @property
+    def removed(self) -> list[str]:
+        """The names of bases that were taken away."""
+        return self._known().removed
 
     @property
     def several_in_settings(self) -> bool:
@@ -74,8 +79,13 @@ class GatewayBases:
 
     def why_unreadable(self, name: str) -> str:
         """Return why a further base cannot be read, "" if it can."""
-        found = self._further.get(name, "")
+        found = "" if self.is_being_read(name) else self._further.get(name, "")
         return found if isinstance(found, str) else ""
+
+    def is_being_read(self, name: str) -> bool:
+        """Return whether a base was added, and has not been read yet as it is now."""
+        known = self._known().bases.get(name) if name not in self.in_settings else None
+        return known is not None and self._added.get(name) != known
 
     def of(self, name: str) -> BaseTexts:
         """Return what a base has; the name of a gateway's only one does not matter.
@@ -85,21 +95,22 @@ class GatewayBases:
         """
         if name in ("", self.default.files.name):
             return self.default
-        if name in self.removed and name not in self._further:
+        if name in self.removed and name not in self.in_settings:
             raise NotFound(f"the base `{name}` was taken away", param="model", code="base_not_served")
-        if name in self._known and name not in self._further:
+        if self.is_being_read(name):
             raise Unavailable(f"the base `{name}` is still being read here", param="model", code="base_starting")
-        if self._further and name not in self._further:
+        names = self.names
+        if names and name not in names:
             raise NotFound(f"the base `{name}` is not served here", param="model", code="base_not_served")
-        found = self._further.get(name, self.default)
+        found = self._further[name] if names else self.default
         if isinstance(found, str):
             why = f": {found}" if self._shows_reasons else ""
             raise Unavailable(f"the base `{name}` cannot be asked here{why}", param="model", code="base_unreadable")
         return found
 
-    async def follow(self, known: m.AddedBases) -> None:
+    async def read(self) -> None:
         """Read the bases that were added, one after the other, and leave those that were removed."""
-        self.removed, self._known = frozenset(known.removed), frozenset(known.bases) - set(self.in_settings)
+        known = self._known()
         for name in [name for name, base in self._added.items() if known.bases.get(name) != base]:
             del self._added[name]
             await _close(self._further.pop(name))
@@ -131,10 +142,13 @@ def _why(name: str, error: Exception) -> str:
     return why
 
 
-async def open_bases(settings: Settings, bus: Bus, bearer: str, on_wait: Callable[[], object]) -> GatewayBases:
+async def open_bases(
+    settings: Settings, bus: Bus, bearer: str, on_wait: Callable[[], object], added: Callable[[], m.AddedBases]
+) -> GatewayBases:
     """Read the files of `model` and of `more_models`. A further base that cannot be read fails its own calls only.
 
-    bearer: authorizes at the stores. on_wait: as of `SandboxPool`. Raises BadRequest where `model` cannot be read.
+    bearer: authorizes at the stores. on_wait: as of `SandboxPool`. added: as of `GatewayBases`. Raises BadRequest where
+    `model` cannot be read.
     """
 
     async def read(one: Settings) -> BaseTexts:
@@ -158,4 +172,4 @@ async def open_bases(settings: Settings, bus: Bus, bearer: str, on_wait: Callabl
             found[one.served_name] = await read(one)
         except (BadRequest, OSError) as error:
             found[one.served_name] = _why(one.served_name, error)
-    return GatewayBases(made, found, read_added, shows_reasons=not settings.api_keys)
+    return GatewayBases(made, found, read_added, added=added, shows_reasons=not settings.api_keys)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
+from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 from weakref import WeakValueDictionary
@@ -136,8 +137,10 @@ class OwnFiles:
             eos_ids = eos_ids if eos is None else eos_ids | {eos}
         if own.template is not None:
             template = SandboxedTemplate(own.template, special_tokens(base.texts) | own.special_tokens, self._sandbox)
-        own_ends = eos_ids - base.eos_ids
-        return ModelFiles(base.name, encoder, tokens, template, eos_ids, base.texts, base.pair_template, None, own_ends)
+        return replace(
+            base, encoder=encoder, tokens=tokens, template=template, eos_ids=eos_ids, base_tokens=None,
+            own_ends=eos_ids - base.eos_ids,
+        )  # fmt: skip
 
     def _with_added(self, added: list[AddedToken]) -> tuple[Encoder, TokenTable]:
         """Return the base's tokenizer with added tokens, which those with the same share. Raises AdapterRefused."""

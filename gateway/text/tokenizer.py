@@ -181,6 +181,7 @@ class ModelFiles:
     texts: Mapping[str, str]  # the base model's files that these were read from, by name
     pair_template: ChatTemplate | None = None  # the settings', that makes prompts of pairs of texts
     base_tokens: BaseTokens | None = None  # what `tokens` are of; None in files that are no model's own
+    tokenizer: str = ""  # hash of the base's tokenizer.json
     own_ends: frozenset[int] = frozenset()  # end tokens that the base does not have, so that workers do not know them
 
     @property
@@ -312,6 +313,7 @@ def _model_files(settings: Settings, folder: Path) -> ModelFiles:
         eos_ids=_eos_ids(folder),
         texts=texts,
         base_tokens=tokens,
+        tokenizer=tokens.table.key,
     )
 
 

@@ -22,6 +22,7 @@ import msgspec
 from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.light_imports import import_transformers
+from gpu_worker.service.bases import WorkerBases
 from gpu_worker.service.conversions import failure_reason
 from gpu_worker.service.service import WorkerService
 from protocol.queue.bus import CONNECTION_ERRORS, Bus
@@ -50,12 +51,13 @@ class BaseStart(msgspec.Struct, frozen=True):
     base: str
     fallbacks: tuple[str, ...]  # the bases that it serves instead if this one does not start, the first one first
     began_ms: int  # unix time when the start began
+    added: dict[str, str] = {}  # the models of bases that operators have added, by name
 
     @classmethod
     def of(cls, settings: Settings, bases: Mapping[str, Settings]) -> BaseStart:
         """Return what the process that this one has replaced has left, else what the settings say.
 
-        The variable is read once. Raises BadRequest for a base that is none of `bases`.
+        The variable is read once. bases: of the settings. Raises BadRequest for one that is none of all.
         """
         if left := os.environ.pop(SWAP_VARIABLE, ""):
             try:
@@ -66,7 +68,7 @@ class BaseStart(msgspec.Struct, frozen=True):
             own = settings.base or next(iter(bases))
             others = tuple(name for name in bases if name != own) if settings.swaps else ()
             start = cls(own, others, began_ms())
-        if start.base not in bases:
+        if start.base not in {*bases, *start.added}:
             raise BadRequest(f"--base: {start.base} is none of this worker's bases, {', '.join(bases)}")
         return start
 
@@ -85,20 +87,20 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
 
     Then, and if the base cannot be served but others can, the process starts itself again.
     """
-    bases = worker_bases(settings)
-    start = BaseStart.of(settings, bases)
+    start = BaseStart.of(settings, worker_bases(settings))
+    bases = WorkerBases(settings, start.base, start.added)
     try:
         with tracing(settings, "worker", settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"):
             code, ordered = await _serve(bases, start, stop)
     except NotStarted as error:
         if not start.fallbacks:
             raise error.error from None
-        following = BaseStart(start.fallbacks[0], start.fallbacks[1:], now_ms())
+        following = BaseStart(start.fallbacks[0], start.fallbacks[1:], now_ms(), start.added)
         logger.warning("%s cannot be served: %s; serving %s instead", start.base, error, following.base)
     else:
         if not ordered or code:
             return code
-        following = BaseStart(ordered, (start.base,), now_ms())
+        following = BaseStart(ordered, (start.base,), now_ms(), bases.models(ordered, start.base))
     with _ended_by_signals():
         await asyncio.sleep(0.01)  # a signal that came before lies with the loop, which reads it now
         if not stop.is_set():
@@ -106,23 +108,24 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     return 0
 
 
-async def _serve(bases: Mapping[str, Settings], start: BaseStart, stop: asyncio.Event) -> tuple[int, str]:
+async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> tuple[int, str]:
     """Load the model and work for the queue until `stop` or an order.
 
     Returns the exit code, and the base that the worker has been ordered to become. Raises NotStarted where there are
     several bases and this one is to blame, else what went wrong. Everything is closed then.
     """
-    settings = bases[start.base]
+    settings = bases.settings(start.base)
     secret = FleetSecret.of(settings)
     bus = Bus(settings.queue_url(), seal=Seal.of(settings, secret))
     loader = Loader(secret.bearer if secret else "")
     WATCHDOG.require(None, LOADING_S)
-    service: WorkerService | None = None
+    is_loaded = False
     try:
         await bus.check()
         try:
             with _ended_by_signals():
                 engine, served = await asyncio.to_thread(_load, settings, loader)
+            is_loaded = True
             if stop.is_set():
                 return 0, ""
             sys.setswitchinterval(SWITCH_S)
@@ -131,14 +134,15 @@ async def _serve(bases: Mapping[str, Settings], start: BaseStart, stop: asyncio.
             loader.set_urls(await bus.members.store_urls())
             service = WorkerService(bus, engine, served, settings, loader, start.began_ms, bases)
             return await service.run(stop), service.becomes
-        except CONNECTION_ERRORS:
-            raise
         except Exception as error:
-            if service is not None and not isinstance(error, Conflict):
+            if is_loaded and not isinstance(error, Conflict):
                 raise
             if not settings.more_models and settings.served_name not in (await bus.added_bases.get()).bases:
                 raise
-            await bus.members.note_failure(settings.served_name, failure_reason(error))  # the others' calls go on
+            try:
+                await bus.members.note_failure(settings.served_name, failure_reason(error))  # the others' calls go on
+            except CONNECTION_ERRORS as away:
+                logger.warning("why %s does not start cannot be noted: %s", settings.served_name, away)
             raise NotStarted(error) from error
     finally:
         loader.close()

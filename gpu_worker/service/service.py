@@ -11,7 +11,6 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Collection
 from operator import attrgetter
 
 import msgspec
@@ -19,6 +18,7 @@ import msgspec
 from gpu_worker.adapters.loader.client import Loader
 from gpu_worker.engine.engine_thread import EngineThread
 from gpu_worker.planning.request import EngineRequest, TokenOutput
+from gpu_worker.service.bases import WorkerBases
 from gpu_worker.service.conversions import assignments_in, engine_request, owned_request, worker_beat
 from gpu_worker.service.outbox import MAX_ROWS, Outbox, OutboxRecovery, add_outputs
 from gpu_worker.service.owned import OwnedRequest, PendingOutput
@@ -29,6 +29,7 @@ from protocol.metrics.pages import serve_metrics
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, Entry, QueueError, decode, now_ms
 from protocol.runtime.again import began_ms
 from protocol.runtime.guarded import BRISK, FAILED, Loop, guarded, is_queue_away
+from protocol.runtime.service import wait_any
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import Conflict, DeadlineExceeded, Internal, LorafleetError, ProtocolError
@@ -67,12 +68,11 @@ class WorkerService:
         settings: Settings,
         loader: Loader | None = None,
         began_ms: int | None = None,
-        bases: Collection[str] = (),
+        bases: WorkerBases | None = None,
     ) -> None:
         """loader: fetches adapters, if the engine has any; it gets the stores' addresses.
 
-        began_ms: unix time when its start began; None: with this program. bases: the names of those that its process
-        may serve.
+        began_ms: unix time when its start began; None: with this program. bases: those that its process may serve.
         """
         self.bus = bus
         self.engine = engine
@@ -83,9 +83,7 @@ class WorkerService:
         self.outbox = Outbox("")
         self.loader = loader
         self.draining = False
-        # The names of its fleet's bases; none: it has one, whatever its name.
-        self.fleet = list(dict.fromkeys([served.name, *bases])) if settings.more_models else []
-        self.may_become = [name for name in self.fleet if name != served.name] if settings.swaps else []
+        self.bases = bases or WorkerBases(settings, served.name)
         self.becomes = ""  # the base that it has been ordered to become
         self._ordered = asyncio.Event()  # to become it
         self._began_ms = began_ms
@@ -147,7 +145,9 @@ class WorkerService:
 
     async def _be_member(self, stop: asyncio.Event) -> None:
         """Join under a new id, work until `stop` or the engine's death, leave. Raises Fenced in a group."""
-        await self._join()
+        if not await self._joined(stop):
+            self.engine.stop()
+            return
         self.engine.finish_start()  # the fleet has the heartbeat, so its first requests arrive meanwhile
         async with asyncio.TaskGroup() as group:
             loops = [group.create_task(guarded(loop)) for loop in self.loops()]
@@ -170,6 +170,22 @@ class WorkerService:
             Loop("beats", self._beats, BEAT_S, self._beat_now, BRISK, ends=(Fenced,), max_failures=MAX_FAILURES),
         ]
 
+    async def _joined(self, stop: asyncio.Event) -> bool:
+        """Join as soon as the queue can be reached and has room; return whether that was before `stop`.
+
+        The base is loaded by then, so that waiting costs less than another start.
+        """
+        num = 0
+        while not stop.is_set():
+            try:
+                await self._join()
+                return True
+            except CONNECTION_ERRORS as error:
+                FAILED.note("joining", error)
+                num += 1
+                await wait_any(stop, BRISK.pause_s(num))
+        return False
+
     async def _join(self) -> None:
         self.wid = f"w{secrets.token_hex(6)}"
         self.outbox = Outbox(self.wid, self.name)
@@ -183,7 +199,7 @@ class WorkerService:
         self._joined_ms = now_ms()
         self._start_s = self._start_s or (self._joined_ms - (self._began_ms or began_ms())) / 1000
         try:
-            name = await self.bus.members.join(self._own_beat(), self.served, BEAT_TTL_MS, fleet=self.fleet)
+            name = await self.bus.members.join(self._own_beat(), self.served, BEAT_TTL_MS, fleet=self.bases.fleet)
         except Conflict:
             await self.bus.members.leave(self.wid)
             self.engine.stop()
@@ -349,7 +365,7 @@ class WorkerService:
         elif order.kind in ("drain", "resume"):
             self.draining = order.kind == "drain"
             self._beat_now.set()
-        elif order.kind == "serve" and order.base in self.may_become and not (self.becomes or self.draining):
+        elif order.kind == "serve" and order.base in self.bases.others and not (self.becomes or self.draining):
             logger.info("worker %s leaves to serve %s", self.name, order.base)
             self.becomes = order.base
             self._ordered.set()
@@ -426,6 +442,7 @@ class WorkerService:
         self._look_s = time.monotonic() + BEAT_S
         if self.loader is not None:
             self.loader.set_urls(await self.bus.members.store_urls())
+        await self.bases.look(self.bus)
         self._restarted = await self.bus.restarted() or self._restarted
         if self._restarted:
             await self._take_again()
@@ -442,7 +459,7 @@ class WorkerService:
             self.outbox,
             publish_s=self._publish_s,
             draining=self.draining,
-            may_become=self.may_become,
+            may_become=self.bases.others,
             becoming=self.becomes,
             start_s=self._start_s,
             joined_ms=self._joined_ms,

@@ -145,7 +145,7 @@ class Archive:
         """
         pipe = self._redis.pipeline(transaction=False)
         for tenant, rid in wanted:
-            pipe.hmget(self._keys.req(rid), "sub", "text", "usage", "call")
+            pipe.hmget(self._keys.req(rid), "sub", "text", "usage", "call", "tokenizer")
             pipe.zscore(self._keys.history_deleted, _deletion(tenant, rid))
         facts = await pipe.execute()
         records: list[list[Any]] = facts[::2]
@@ -161,13 +161,15 @@ class Archive:
                 continue
             head, num, key = one
             (common, part), output = next(read), next(read)
-            found.append(_text(head, num, Input(common, part, b"", b"", key, head.part, self._seal), output))
+            tokenizer = (record[4] or b"").decode()
+            read_input = Input(common, part, b"", b"", key, head.part, self._seal)
+            found.append(_text(head, num, tokenizer, read_input, output))
             await asyncio.sleep(0)  # a long prompt that is sealed takes some tenths of a millisecond
         return found
 
     def _head(self, record: list[Any], tenant: str) -> tuple[m.RequestHead, int, str] | None:
         """Return a request, how many tokens of it are kept, and the key of its bodies; None where none are kept."""
-        sub, num, usage, call = record
+        sub, num, usage, call, _ = record
         if sub is None or num is None or owner_of(usage or b"") != tenant:
             return None
         try:
@@ -212,7 +214,7 @@ def _numbers(entry_id: str) -> tuple[int, int]:
     return int(ms), int(seq)
 
 
-def _text(head: m.RequestHead, num: int, read: Input, output: bytes) -> TextFound:
+def _text(head: m.RequestHead, num: int, tokenizer: str, read: Input, output: bytes) -> TextFound:
     try:
         body = read.body()
     except ProtocolError:
@@ -221,4 +223,4 @@ def _text(head: m.RequestHead, num: int, read: Input, output: bytes) -> TextFoun
         return TextFound(is_lost=True)
     is_text = body.task == "generate"
     prompt, shown = body.prompt[-4 * num :], output if is_text else b""
-    return TextFound(m.KeptText(prompt, shown, head.digest, "", is_text, head.base))
+    return TextFound(m.KeptText(prompt, shown, head.digest, "", is_text, head.base, tokenizer))

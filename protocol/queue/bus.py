@@ -170,13 +170,15 @@ class Bus:
         usages: Sequence[bytes] = (),
         history: str = "",
         text: int = 0,
+        tokenizer: str = "",
     ) -> tuple[Literal["ok", "full", "idem", "limit", "conversation"], Any]:
         """Accept the requests of a call all together, as a background `job` if given, and reserve their use.
 
         Requests with the same body, the very object, share it in the queue. `forced`: whatever the tenant's limits say.
         `keep_bodies`: they live on with the records of requests that have ended. `usages`: what each request's end adds
         to its tenant's usage, see `usage.usage_of`; () for nothing. `history`: how their ends are kept, see
-        `kept_for`; "": not at all. `text`: most tokens of each prompt and output that the history keeps.
+        `kept_for`; "": not at all. `text`: most tokens of each prompt and output that the history keeps,
+        whose ids are those of the base's `tokenizer`, a hash.
         Returns ("ok", `Standing` of the tenant, or None); or, not accepted, ("full", queued), ("idem", earlier value),
         ("limit", `Standing`) or ("conversation", turns that are to be added, or -1 where its tenant has none such).
         """
@@ -202,7 +204,7 @@ class Bus:
             jid=job.job.jid if job else "", job_record=record, job_request=request,
             job_ttl_ms=job.ttl_ms if job else 0, is_told=int(job.job.background) if job else 0, max_turns=MAX_TURNS,
             body_bytes=body_bytes if keep_bodies or text else 0, history=history, text=text,
-            num_fields=len(fields),
+            tokenizer=tokenizer if text else "", num_fields=len(fields),
             fields=[lua.BodyField(name=name, value=value) for name, value in fields.items()], rows=rows,
         ))  # fmt: skip
         outcome, *rest = reply[0].decode(), *reply[1:]

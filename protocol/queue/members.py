@@ -177,10 +177,12 @@ class Members:
     async def note_failure(self, name: str, reason: str, *, keep: bool = False) -> None:
         """Note why no worker of a base has started, until one joins. There is room for as many as for bases.
 
-        keep: a reason that is noted already stays.
+        keep: a reason that is noted already stays. Nothing is noted of a base that was taken away, whose worker may not
+        join: it would count as failed when it is added again.
         """
         note = self._redis.hsetnx if keep else self._redis.hset
-        if await self._redis.hlen(self._keys.bases) < 2 * MAX_BASES:
+        by_operators = decoded(await self._redis.get(self._keys.added_bases))
+        if name not in by_operators.removed and await self._redis.hlen(self._keys.bases) < 2 * MAX_BASES:
             await note(self._keys.bases, f"{_FAILED}{name}", reason[:MAX_REASON])
 
     async def forget_failures(self, names: Iterable[str]) -> None:

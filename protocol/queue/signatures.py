@@ -66,6 +66,7 @@ class Submit(Call, kw_only=True):
     body_bytes: int
     history: str
     text: int
+    tokenizer: str
     num_fields: int
     fields: Sequence[BodyField]
     rows: Sequence[SubmitRow]

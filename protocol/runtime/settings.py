@@ -223,9 +223,7 @@ class Settings(CommonSettings):
     base: str = Field(
         default="", description="name of the base that a worker begins with, one of a fleet's; default: that of `model`"
     )
-    swaps: bool = Field(
-        default=True, description="let the scheduler have a worker become another base of `more_models`"
-    )
+    swaps: bool = Field(default=True, description="let the scheduler have a worker become another base of its fleet")
     worker_name: str = Field(
         default="", description="name of the worker, stable across restarts; default: host name and process id"
     )

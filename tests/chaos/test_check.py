@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from array import array
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 import pytest
+from helpers.waiting import wait_until
 
 from chaos.bases import ANSWER_S, DECIDE_S, MAX_SWAP_WAIT_S, Turns, longest_silence_s, silence_bound_s
 from chaos.check import Books, logged_wrongly, longest_pause, lost_webhooks, shown_wrongly, unexcused
@@ -19,7 +21,7 @@ from chaos.clients.responses import doubled, misplaced, wrong_events
 from chaos.faults import KILLS, OF_SWAPS, WEIGHTS, Havoc, Hit, PowerCut, draw, possible_faults
 from chaos.fleet import Shape
 from chaos.report import Report, as_markdown, merged
-from chaos.run import Plan
+from chaos.run import Plan, Run
 from chaos.soak import Course
 from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.wire.messages import Delivery
@@ -218,6 +220,49 @@ def test_a_base_that_answers_nothing_without_faults_is_told() -> None:
         turns.note("of-base-1", at_s)
     assert turns.silent(0.0, 99.0, 20.0) == []
     assert turns.silences_s == {"base": 1.0, "base-1": 15.0}
+
+
+class ShortRun(Run):
+    """A run whose time for faults is over at once, with a client that is answered at once."""
+
+    num_answers = 0
+
+    async def _be_client(self, number: int, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            self.num_answers += 1
+            await asyncio.sleep(0)
+
+    def _rss(self) -> dict[str, float]:
+        return {}
+
+    async def _check_end(self) -> None:
+        pass
+
+
+async def test_bases_are_asked_while_their_turns_are_watched(tmp_path: Path) -> None:
+    """Also when the time for faults ends before all of them have been inflicted."""
+
+    async def newest(num: int) -> list[Any]:
+        return []
+
+    async def no_faults(num: int, every_s: float, stop: asyncio.Event, *, alone: bool) -> None:
+        await stop.wait()
+
+    async def watch(*_: object) -> list[str]:
+        before = run.num_answers
+        await wait_until(lambda: run.num_answers > before + 10, "clients go on")
+        return []
+
+    bus = SimpleNamespace(audit=SimpleNamespace(newest=newest))
+    queue = EmbeddedServer(tmp_path, durable=True, guarded=False)
+    fleet: Any = SimpleNamespace(urls=["http://a"], bus=bus, clocks=None, has_swaps=True, queue=queue)
+    plan = Plan(1, 1.0, 1, 1, 0.0, Shape(), more_bases=("base-1",))
+    run = ShortRun(fleet, plan, [Ask("base", "p", 5, ())])
+    run.havoc = cast(Any, SimpleNamespace(run=no_faults, hits=[], troubles=[]))
+    run._turns = cast(Any, SimpleNamespace(watch=watch, silences_s={}))
+    await run.run()
+    await run.close()
+    assert run.tally.violations == []
 
 
 def test_swaps_are_reported_and_merged() -> None:

@@ -14,6 +14,7 @@ from hostile.memory import SANDBOX_BYTES, Crowd, gateway_bytes
 
 from lorafleet.quickstart import HUB_MODEL_ID
 from protocol.queue.users import table
+from protocol.runtime.model_files import worker_bases
 from protocol.runtime.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -84,8 +85,10 @@ BASES = [sys.executable, str(ROOT / "deploy/bases.py"), "sh", "-c"]
 
 
 def test_each_worker_takes_the_base_that_the_fewest_have_taken(tmp_path: Path) -> None:
-    own = {"PATH": os.environ["PATH"], "MODELS": " a, b,c ,a,", "BASE_LOCKS": str(tmp_path)}
-    command = [*BASES, 'echo "$LORAFLEET_MODEL of $LORAFLEET_MORE_MODELS"; read -r end']
+    """All know the same bases in the same order, so that a served name is the default one's alone."""
+    own = {"PATH": os.environ["PATH"], "MODELS": " a, org/b,/srv/c ,a,", "BASE_LOCKS": str(tmp_path)}
+    own["LORAFLEET_SERVED_NAME"] = "chat"
+    command = [*BASES, 'echo "$LORAFLEET_BASE of $LORAFLEET_MODEL,$LORAFLEET_MORE_MODELS"; read -r end']
     with ExitStack() as stack:
 
         def worker() -> tuple[Any, str]:
@@ -95,9 +98,12 @@ def test_each_worker_takes_the_base_that_the_fewest_have_taken(tmp_path: Path) -
             return process, process.stdout.readline().strip()
 
         workers = [worker() for _ in range(5)]
-        assert [took for _, took in workers] == ["a of b,c", "b of a,c", "c of a,b", "a of b,c", "b of a,c"]
+        names = ["chat", "org/b", "c", "chat", "org/b"]
+        assert [took for _, took in workers] == [f"{name} of a,org/b,/srv/c" for name in names]
+        settings = Settings(model="a", more_models="org/b,/srv/c", served_name="chat")
+        assert set(names) == set(worker_bases(settings)), "as workers name them"
         workers[2][0].communicate("end\n")
-        assert worker()[1] == "c of a,b", "what a worker had that has gone is free"
+        assert worker()[1] == "c of a,org/b,/srv/c", "what a worker had that has gone is free"
 
 
 def test_services_of_one_model_are_started_as_they_are() -> None:

@@ -89,3 +89,33 @@ async def test_a_base_is_added_asked_and_taken_away_while_it_answers(
             assert await is_as_peft("pirate")
             told = await lorafleet("bases", "remove", "one", code=2)
             assert "the settings of this fleet name the base one" in told
+
+
+@pytest.mark.thorough
+async def test_the_only_worker_becomes_a_base_that_is_added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seed in (("one", 0), ("two", 5)):
+        make_tiny_model(tmp_path / name, seed=seed, max_len=512)
+    with fleet_up(tmp_path / "fleet", tmp_path / "one", "--min-residency-s", "0.5", "--max-swap-wait-s", "5") as fleet:
+        await wait_until(fleet.is_ready, "the fleet is up", timeout_s=100)
+        monkeypatch.setenv("LORAFLEET_URL", fleet.url)
+        async with fleet.client() as http:
+
+            async def says(model: str) -> str:
+                answer = await http.post("/v1/completions", json=completion(model, PROMPT))
+                return answer.json()["choices"][0]["text"] if answer.is_success else f"{answer.status_code}"
+
+            async def is_its_own(model: str) -> bool:
+                return await says(model) == generated(tmp_path / model, None)
+
+            assert await is_its_own("one")
+            assert await asyncio.to_thread(main, ["bases", "add", str(tmp_path / "two")]) == 0
+            await wait_until(partial(is_its_own, "two"), "two answers", timeout_s=100, every_s=0.3)
+            for model in ("one", "two", "one"):  # once known, calls wait for the swap
+                assert await is_its_own(model)
+            assert await asyncio.to_thread(main, ["bases", "remove", "two"]) == 0
+
+            async def is_gone() -> bool:
+                return await says("two") == "404"
+
+            await wait_until(is_gone, "its calls are refused", every_s=0.2)
+            assert await is_its_own("one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,40 @@ async def test_a_base_is_added_asked_and_taken_away(
     assert (await http.post("/v1/bases", json={"model": str(folders["b"])})).status_code == 201
     await seen(http, "b", "ready")
     assert (await chat(http, "b")).status_code == 200, "it may come back"
+
+
+async def test_a_base_that_is_being_read_is_known_already(
+    bus: Bus, http: httpx2.AsyncClient, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading may take as long as the Hub likes; meanwhile its calls, and those of the next one, are told to wait."""
+    is_reading, go_on = threading.Event(), threading.Event()
+
+    def hang(model: str) -> None:
+        is_reading.set()
+        assert go_on.wait(60)
+
+    monkeypatch.setattr("gateway.text.bases.check_text_files", hang)
+    folders["c"] = make_model_folder(folders["b"].parent / "c")
+    try:
+        await set_bases(bus, base("a"), base("b"), base("c"), a=1, b=1, c=1)
+        await add(bus, "own", "b")
+        for name in ("b", "c"):
+            made = await http.post("/v1/bases", json={"model": str(folders[name])})
+            assert (made.status_code, made.json()["state"]) == (201, "loading")
+            assert await asyncio.to_thread(is_reading.wait, 60)
+        for model in ("b", "own", "b:own", "c"):
+            answer = await chat(http, model)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "base_starting"), answer.text
+            assert "is still being read here" in answer.json()["error"]["message"]
+        assert (await chat(http, "old")).status_code == 200, "an adapter of the only base stays the default one's"
+        assert [one["state"] for one in (await http.get("/v1/bases")).json()["data"]] == ["ready", "loading", "loading"]
+        assert (await http.delete("/v1/bases/c")).status_code == 200
+        await seen(http, "c", "absent")
+        assert (await chat(http, "c")).json()["error"]["message"] == "the base `c` was taken away"
+    finally:
+        go_on.set()
+    await seen(http, "b", "ready")
+    assert [(await chat(http, model)).status_code for model in ("b", "own", "c")] == [200, 200, 404]
 
 
 async def test_all_gateways_take_it_up_and_a_restart_keeps_it(

@@ -100,3 +100,19 @@ async def test_a_base_that_comes_back_at_once_is_served_again(bus: Bus) -> None:
         await submit(bus, make_submit("b1", base="b"))
         await holds(second, "b1")
         assert first.held == {}
+
+
+async def test_why_it_did_not_start_goes_with_it(bus: Bus) -> None:
+    """It has no record, since no worker of it has ever joined. Mended and added again, it has not failed yet."""
+    await bus.added_bases.add("b", "/models/b", 31)
+    await bus.members.note_failure("b", "no memory")
+    first = await (await join(bus, "w1", "a")).join()
+    async with running_scheduler(bus):
+        await bus.added_bases.remove("b")
+
+        async def is_forgotten() -> bool:
+            await first.beat()
+            return (await bus.members.bases())[1] == {}
+
+        await wait_until(is_forgotten, "nothing is left of it")
+        assert [base.name for base in (await bus.members.bases())[0]] == ["a"]

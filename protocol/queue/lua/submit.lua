@@ -28,6 +28,7 @@
 --                             last one
 --       history       str     ms for which ends stay in the tenant's history, a space, most of them; '' for none
 --       text          int     most tokens of each prompt and output that stay there; 0 for none
+--       tokenizer     str     hash of the tokenizer of their base, where they stay there
 --       num_fields    int     number of bodies' fields
 --       fields...     list    per field of the bodies' hash, see `calls.py`: name (str), value (bytes)
 --       rows...       list    per request: rid (str), sub (bytes, `messages.Submit`, msgpack), tenant (str), digest
@@ -45,9 +46,9 @@
 local queue, idem, job, jobs, conversation, turns = unpack(KEYS, 2)
 local cls, max_queued, idem_value, who, max_requests, max_tokens, max_running, max_bytes, is_forced, num_bytes,
   record_bytes, jid, job_record, job_request, job_ttl_ms, is_told, max_turns, body_bytes, history, text,
-  num_fields = unpack(ARGV, 1, 21)
+  tokenizer, num_fields = unpack(ARGV, 1, 22)
 max_queued, max_bytes, is_forced = tonumber(max_queued), tonumber(max_bytes), is_forced == '1'
-local first = 22
+local first = 23
 local first_row = first + num_fields * 2
 local call = ARGV[first_row]
 -- Accepted before, and the reply was lost: a second entry, or an epoch set back, would run the request twice. The first
@@ -137,6 +138,8 @@ for a = first_row, #ARGV, 11 do
   if usage ~= '' and history ~= '' and text ~= '0' then
     more[#more + 1] = 'text'
     more[#more + 1] = text
+    more[#more + 1] = 'tokenizer'
+    more[#more + 1] = tokenizer
   end
   if is_rated then
     more[#more + 1] = 'quota'

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client
 
-from protocol.queue.bus import Bus
+from protocol.queue.bus import Bus, RequestFacts
 from protocol.wire.errors import Internal, LorafleetError, Unavailable
 
 BODY = {"model": "base", "prompt": "the dog", "max_tokens": 6}
@@ -44,3 +45,24 @@ async def test_any_other_end_is_the_answer_for_a_day(
         again = await http.post("/v1/completions", json=BODY, headers=HEAD)
         assert again.status_code == first.status_code == (200 if error is None else 500)
     assert len(fleet.seen) == 1
+
+
+async def test_a_repetition_reads_its_requests_once(
+    bus: Bus, fleet: ScriptedFleet, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[list[str]] = []
+    requests = Bus.requests
+
+    async def counted(self: Bus, rids: Sequence[str]) -> list[RequestFacts | None]:
+        read.append(list(rids))
+        return await requests(self, rids)
+
+    async with (
+        running_gateway(bus, model_folder) as gateway,
+        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+    ):
+        first = (await http.post("/v1/completions", json={**BODY, "n": 2}, headers=HEAD)).json()
+        monkeypatch.setattr(Bus, "requests", counted)
+        again = (await http.post("/v1/completions", json={**BODY, "n": 2}, headers=HEAD)).json()
+        assert again == first
+    assert [len(rids) for rids in read] == [2]

@@ -36,9 +36,10 @@ URL = "sqlite:///{}/history.db"
 
 
 class Bases:
-    """One base, and what its adapters bring, of which one has left."""
+    """What adapters bring, of which one has left. No base's own files are read for it: they may not be here yet."""
 
-    def of(self, name: str) -> Bases:
+    @property
+    def default(self) -> Bases:
         return self
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from array import array
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import httpx2
 import pytest
 import pytest_asyncio
-from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, make_model_folder, running_gateway
 from helpers.waiting import wait_until
 
 from gateway.requests.database import Database
@@ -23,6 +24,7 @@ from protocol.queue.bus import Bus, now_ms
 from protocol.queue.history import Place
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Internal
+from tests.gateway.test_bases import base, set_bases
 
 BODY = {"model": "base", "prompt": "the lazy dog sleeps", "max_tokens": 12, "ignore_eos": True}
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "the fox"}], "max_tokens": 12}
@@ -196,3 +198,50 @@ async def test_the_command_shows_it_without_control_characters(
     assert f"prompt:\n{BODY['prompt']}\n" in shown
     assert "output:\na\\x1b[2Jb\nc" in shown
     assert "\x1b[2J" not in shown
+
+
+def other_tokenizer(folder: Path) -> Path:
+    """Make a model's folder whose tokens have the same ids and other texts."""
+    path = make_model_folder(folder) / "tokenizer.json"
+    file = json.loads(path.read_text())
+    vocab = file["model"]["vocab"]
+    letters = sorted((name for name in vocab if len(name) == 1), key=vocab.get)
+    file["model"]["vocab"] = vocab | dict(zip(letters, [vocab[name] for name in letters[::-1]], strict=True))
+    path.write_text(json.dumps(file))
+    return folder
+
+
+async def test_no_text_is_shown_by_another_bases_tokenizer(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> None:
+    one, other = make_model_folder(tmp_path / "one"), other_tokenizer(tmp_path / "other")
+    await set_bases(bus, base("one"), base("other"), one=1, other=1)
+    calls = [{**BODY, "model": name} for name in ("one", "other")]
+    async with serving(bus, one, tmp_path, more_models=str(other)) as http:
+        done = [(await http.post("/v1/completions", json=call)).json()["id"] for call in calls]
+        assert [(await text_of(http, name))["prompt"] for name in done] == [BODY["prompt"]] * 2
+    await bus._redis.delete(bus.keys.bases)
+    async with serving(bus, one, tmp_path, served_name="renamed") as http:
+        kept, gone = [(await request_of(http, name))["text"] for name in done]
+        assert (kept["prompt"], kept["problem"]) == (BODY["prompt"], None), "the tokenizer is the same"
+        problem = "its tokens are those of the base `other`, whose tokenizer this gateway does not have"
+        assert gone == {"prompt": None, "output": None, "is_cut": False, "problem": problem}
+    async with serving(bus, other, tmp_path, served_name="one") as http:
+        gone = (await request_of(http, done[0]))["text"]
+        assert gone["prompt"] is None, "the base has the same name and another tokenizer"
+        assert "of the base `one`, whose tokenizer" in gone["problem"]
+
+
+@pytest.mark.parametrize(("name", "is_shown"), [("", True), ("base", True), ("gone", False)])
+async def test_what_an_earlier_version_kept_is_shown_by_its_bases_name(
+    bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient, tmp_path: Path, name: str, is_shown: bool
+) -> None:
+    database = Database(f"sqlite:///{tmp_path}/history.db")
+    ids = array("i", fleet.tokenizer.encode("dog").ids).tobytes()
+    entry = m.HistoryEntry("old-0", "old-0", "", "", "completed", "stop", "", "", 1, 0, 1, 0, 0, 0, now_ms())
+    await is_copied(http, 0)
+    served = (await http.get("/v1/models")).json()["data"][0]["id"]
+    text = m.KeptText(ids, ids, "", "", base=served if name == "base" else name)
+    raw = bus.archive.sealed("public", "old-0", text)
+    await database.write([(Past("public", Place(now_ms(), 0, "m"), entry), raw)])
+    await database.close()
+    shown = (await request_of(http, "old-0"))["text"]
+    assert (shown["prompt"], shown["problem"] is None) == (("dog", True) if is_shown else (None, False))

@@ -35,17 +35,40 @@ async def test_a_base_that_is_replaced_is_read_by_no_other_meanwhile() -> None:
             await go_on.wait()
         return texts_of(f"{name} of {model}")
 
-    bases = GatewayBases(texts_of("a"), {}, read)
-    await bases.follow(added(x="/old"))
+    known = [added(x="/old")]
+    bases = GatewayBases(texts_of("a"), {}, read, added=lambda: known[-1])
+    await bases.read()
     assert bases.of("x").files.name == "x of /old"
-    following = asyncio.create_task(bases.follow(added(y="/new", x="/new")))
+    known.append(added(y="/new", x="/new"))
+    assert bases.names == ["y", "x"]
+    reading = asyncio.create_task(bases.read())
     await is_reading.wait()
     for name in "xy":
         with pytest.raises(Unavailable, match=f"`{name}` is still being read"):
             bases.of(name)
     go_on.set()
-    await following
+    await reading
     assert bases.of("x").files.name == "x of /new"
+
+
+async def test_what_changes_while_it_is_read_is_read_again() -> None:
+    known = [added(x="/first")]
+
+    async def read(name: str, model: str) -> BaseTexts:
+        await asyncio.sleep(0)
+        if model == "/first":
+            known.append(added(x="/second"))
+        return texts_of(f"{name} of {model}")
+
+    bases = GatewayBases(texts_of("a"), {}, read, added=lambda: known[-1])
+    await bases.read()
+    with pytest.raises(Unavailable, match="`x` is still being read"):
+        bases.of("x")
+    await bases.read()
+    assert bases.of("x").files.name == "x of /second"
+    known.append(m.AddedBases(removed=["x"]))
+    with pytest.raises(NotFound, match="`x` was taken away"):
+        bases.of("x")
 
 
 def test_a_name_of_none_of_several_is_not_the_default_one() -> None:

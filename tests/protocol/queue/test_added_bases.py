@@ -112,6 +112,19 @@ async def test_a_removed_base_is_forgotten_with_its_last_worker(bus: Bus, first:
     assert await names(bus) == ["a"]
 
 
+async def test_nobody_is_told_why_a_removed_base_does_not_start(bus: Bus) -> None:
+    """A supervisor starts its worker again, which may not join. Once it is added anew, it has not failed yet."""
+    await join(bus, "w1", base("a"))
+    await bus.added_bases.add("b", "/models/b", 31)
+    await bus.added_bases.remove("b")
+    for keep in (False, True):
+        await bus.members.note_failure("b", "it was taken away", keep=keep)
+    await bus.added_bases.add("b", "/models/b", 31)
+    assert (await bus.members.summary(60_000)).failures == {}
+    await bus.members.note_failure("b", "no memory")
+    assert (await bus.members.summary(60_000)).failures == {"b": "no memory"}
+
+
 async def test_a_base_whose_worker_joins_meanwhile_stays(bus: Bus) -> None:
     """The worker of an earlier version does not know what was taken away. No live worker lacks its base's record."""
     await join(bus, "w", base("a"))

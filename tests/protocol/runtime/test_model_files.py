@@ -1,9 +1,11 @@
-"""The cache of folders that are made of models once."""
+"""The folders of models: the cache of what is made of them once, and which are on this machine."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
-from protocol.runtime.model_files import hold_folder, prune_folders
+from protocol.runtime.model_files import hold_folder, is_here, prune_folders
 
 
 def test_the_least_recently_touched_folders_go(tmp_path: Path) -> None:
@@ -20,3 +22,31 @@ def test_the_least_recently_touched_folders_go(tmp_path: Path) -> None:
     os.close(held)
     prune_folders(tmp_path, 2)
     assert {path.name for path in tmp_path.iterdir()} == {"0", "5", "scratch"}
+
+
+def test_a_model_is_here_once_a_worker_needs_no_download(tmp_path: Path) -> None:
+    assert not is_here(str(tmp_path / "absent"))
+    assert not is_here(str(tmp_path)), "a folder without a config is no model"
+    (tmp_path / "config.json").write_text("{}")
+    assert is_here(str(tmp_path))
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    assert not is_here(str(tmp_path / "model.gguf")), "nobody has prepared it on this machine"
+
+
+def test_a_model_of_the_hub_is_here_with_its_weights(tmp_path: Path) -> None:
+    """Gateways of the same machine have fetched its text files alone."""
+    folder = tmp_path / "hub/models--org--x"
+    snapshot = folder / "snapshots/abc"
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs/main").write_text("abc")
+    (snapshot / "config.json").write_text("{}")
+
+    def found() -> str:
+        program = "from protocol.runtime.model_files import is_here; print([is_here(f'org/{x}') for x in 'xy'])"
+        env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_CACHE": str(tmp_path / "hub")}
+        return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True).stdout.strip()
+
+    assert found() == "[False, False]"
+    (snapshot / "model.safetensors").write_bytes(b"")
+    assert found() == "[True, False]"

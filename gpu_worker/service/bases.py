@@ -1,0 +1,64 @@
+"""The bases that a worker's process may serve: those of its settings, and those that operators add while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from protocol.queue.bus import Bus
+from protocol.runtime.guarded import FAILED
+from protocol.runtime.model_files import is_here, worker_bases
+from protocol.runtime.settings import Settings
+from protocol.wire.errors import UnreadableRecord
+
+
+class WorkerBases:
+    """The bases by name. An added one counts once its files are on this machine: no order waits for a download."""
+
+    def __init__(self, settings: Settings, own: str, added: Mapping[str, str] | None = None) -> None:
+        """Begin with those of the settings.
+
+        own: the base of this process. added: the models of added bases that the process before this one knew, by name.
+        """
+        self._settings = settings
+        self._in_settings = worker_bases(settings)
+        self._own = own
+        self._given = dict(added or {})
+        self._added = self._given  # as of the last look
+
+    @property
+    def fleet(self) -> list[str]:
+        """The names of the fleet's bases, its own first, as the settings say; none: it has one, whatever its name."""
+        return list(dict.fromkeys([self._own, *self._in_settings])) if self._settings.more_models else []
+
+    @property
+    def others(self) -> list[str]:
+        """The names of the bases that the worker becomes when it is ordered to, those of the settings first."""
+        several = self._settings.more_models or self._own in self._given
+        names = dict.fromkeys([*(self._in_settings if several else ()), *self._added])
+        return [name for name in names if name != self._own] if self._settings.swaps else []
+
+    def settings(self, name: str) -> Settings:
+        """Return the settings with which a base is served."""
+        if name in self._in_settings:
+            return self._in_settings[name]
+        return self._settings.model_copy(update={"model": self.models(name)[name], "served_name": name})
+
+    def models(self, *names: str) -> dict[str, str]:
+        """Return the models of those that were added, by name."""
+        known = {**self._given, **self._added}
+        return {name: known[name] for name in names if name in known}
+
+    async def look(self, bus: Bus) -> None:
+        """Learn which bases are added now. Nothing is asked for a worker that becomes no other base."""
+        if not self._settings.swaps:
+            return
+        try:
+            known = (await bus.added_bases.get()).bases
+        except UnreadableRecord as error:
+            FAILED.note("added bases", error)
+            return
+        models = {name: base.model for name, base in known.items()}
+        if models:
+            models = await asyncio.to_thread(lambda: {name: model for name, model in models.items() if is_here(model)})
+        self._added = models
