@@ -57,10 +57,7 @@ async def test_a_repetition_reads_its_requests_once(
         read.append(list(rids))
         return await requests(self, rids)
 
-    async with (
-        running_gateway(bus, model_folder) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder) as http:
         first = (await http.post("/v1/completions", json={**BODY, "n": 2}, headers=HEAD)).json()
         monkeypatch.setattr(Bus, "requests", counted)
         again = (await http.post("/v1/completions", json={**BODY, "n": 2}, headers=HEAD)).json()
