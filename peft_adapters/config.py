@@ -238,10 +238,23 @@ def whole_modules(names: Any, reasons: Reasons) -> AdapterConfig | None:
     if saved is None:
         return None
     return AdapterConfig(
-        kind=LORA, r=1, alpha=1.0, use_rslora=False, targets=Targets(NameTargets(frozenset()), None, None),
-        all_linear=False, ranks=PatternMap({}), alphas=PatternMap({}), kept_ranks={}, use_dora=False, lora_bias=False,
-        saved=saved, tokens={}, parameters=(), invocation=(), tie=False,
-    )  # fmt: skip
+        kind=LORA,
+        r=1,
+        alpha=1.0,
+        use_rslora=False,
+        targets=Targets(NameTargets(frozenset()), None, None),
+        all_linear=False,
+        ranks=PatternMap({}),
+        alphas=PatternMap({}),
+        kept_ranks={},
+        use_dora=False,
+        lora_bias=False,
+        saved=saved,
+        tokens={},
+        parameters=(),
+        invocation=(),
+        tie=False,
+    )
 
 
 def _read_kind(config: Mapping[str, Any], own: Kind, reasons: Reasons) -> AdapterConfig | None:

@@ -144,9 +144,11 @@ def test_where_a_base_is_not_known_whole_a_worker_decides(base: ServedModel | No
 
 DECODER = structs.replace(VIRTUAL_BASE, label_head="score", width=HIDDEN)
 ENCODER = structs.replace(
-    VIRTUAL_BASE, task="score", label_head="classifier",
+    VIRTUAL_BASE,
+    task="score",
+    label_head="classifier",
     sites=[*KIND_BASE.sites, SiteShape("classifier", HIDDEN, 4, has_bias=True)],
-)  # fmt: skip
+)
 BIAS: Tensors = {"base_model.classifier.bias": np.ones(7, np.float32)}
 CLASSIFIER: dict[str, Any] = {"task_type": CLASSIFIES, "modules_to_save": ["score", "classifier", "score"]}
 
@@ -173,9 +175,9 @@ REFUSED: dict[str, tuple[ServedModel, Tensors, dict[str, Any]]] = {
     "does not bring the head that makes a classifier of the model: score": (DECODER, saved(), {}),
     "its head has 4097 labels": (DECODER, saved(score=(4097, HIDDEN)), {}),
     f"weight has shape [3, {HIDDEN + 1}]": (DECODER, saved(score=(3, HIDDEN + 1)), {}),
-    "whole modules beside virtual tokens are not served, but for the head: lm_head": (
-        DECODER, saved(score=(3, HIDDEN), lm_head=(KIND_BASE.vocab_size, HIDDEN)),
-        {"modules_to_save": ["score", "lm_head"]},
+    "whole modules beside virtual tokens are not served, but for the head: model.embed_tokens": (
+        DECODER, saved(score=(3, HIDDEN), **{"model.embed_tokens": (KIND_BASE.vocab_size, HIDDEN)}),
+        {"modules_to_save": ["score", "embed_tokens"]},
     ),
     "tensors for layers that the base model does not have": (
         DECODER, saved(score=(3, HIDDEN), other=(3, HIDDEN)), {},
