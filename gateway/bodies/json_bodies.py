@@ -39,6 +39,9 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+SLOWLY_FREED_BYTES = 1 << 19
+"""Bytes of a body that are freed in a thread: returning their pages to the system takes 0.4 ms a megabyte."""
+
 SENT_BYTES = 1 << 13
 """Bytes of a large answer that are gathered before they are sent."""
 
@@ -172,10 +175,14 @@ class JsonRoute(APIRoute):
             return
         request = Request(scope, receive)
         await _whole(request)
+        raw = [await request.body()]
         async with Working():
-            body = await self._body_of(await request.body(), request)
+            body = await self._body_of(raw[0], request)
             response = await self.endpoint(body=body, request=request)
         del request  # and its body with it, which is not held until the answer's end
+        if len(raw[0]) > SLOWLY_FREED_BYTES:
+            await asyncio.to_thread(raw.clear)
+        raw.clear()
         await response(scope, receive, send)
 
     async def _body_of(self, raw: bytes, request: Request) -> Any:

@@ -6,7 +6,6 @@ import asyncio
 from array import array
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from functools import partial
 
 import msgspec
 from msgspec import structs
@@ -194,8 +193,15 @@ async def _rendered(call: ParsedCall, inputs: ChatPrompt, target: CallTarget, ba
         message = "this model's tool calls are complete answers and cannot follow a continued message; leave out"
         raise BadRequest(f"{message} tools, or continue_final_message", param="continue_final_message")
     ids = encoded.ids if limit is None or inputs.truncation is None else inputs.truncation.cut(encoded.ids, limit)
-    packed = pack(ids) if len(ids) <= FEW_TOKENS else await asyncio.to_thread(pack, ids)
-    return Prompt(target, packed, len(ids), echo=echoed(call, "", files), form=form)
+    num_tokens = len(ids)
+
+    def make() -> bytes:
+        packed = pack(ids)
+        encoded.ids.clear()  # in the same thread: freeing a long list of ids takes a millisecond as well
+        return packed
+
+    packed = make() if num_tokens <= FEW_TOKENS else await asyncio.to_thread(make)
+    return Prompt(target, packed, num_tokens, echo=echoed(call, "", files), form=form)
 
 
 async def _of_texts(
@@ -207,7 +213,13 @@ async def _of_texts(
     texts = [source for source in inputs.sources if isinstance(source, str)]
     check_offsets = check if inputs.with_offsets else None
     found = await encoded(target.files, texts, check_offsets, special=inputs.add_special_tokens)
-    make = partial(_prompts, call, inputs, target, vocab_size, found, most_left(inputs, call.options, base))
+    limit = most_left(inputs, call.options, base)
+
+    def make() -> list[Prompt]:
+        prompts = _prompts(call, inputs, target, vocab_size, found, limit)
+        found.clear()  # as in `_rendered`
+        return prompts
+
     # In a thread the loop has its turn meanwhile; for few tokens that would cost more than it gives.
     num_tokens = sum(map(len, inputs.sources))
     return make() if num_tokens <= FEW_TOKENS else await asyncio.to_thread(make)
