@@ -142,7 +142,10 @@ def test_where_a_base_is_not_known_whole_a_worker_decides(base: ServedModel | No
 
 # ---------------------------------------------------------------- classifiers
 
-DECODER = structs.replace(VIRTUAL_BASE, label_head="score", width=HIDDEN)
+DECODER = structs.replace(
+    VIRTUAL_BASE, label_head="score", width=HIDDEN,
+    sites=[*KIND_BASE.sites, SiteShape("lm_head", HIDDEN, KIND_BASE.vocab_size)],
+)  # fmt: skip
 ENCODER = structs.replace(
     VIRTUAL_BASE, task="score", label_head="classifier",
     sites=[*KIND_BASE.sites, SiteShape("classifier", HIDDEN, 4, has_bias=True)],
@@ -176,6 +179,10 @@ REFUSED: dict[str, tuple[ServedModel, Tensors, dict[str, Any]]] = {
     "whole modules beside virtual tokens are not served, but for the head: lm_head": (
         DECODER, saved(score=(3, HIDDEN), lm_head=(KIND_BASE.vocab_size, HIDDEN)),
         {"modules_to_save": ["score", "lm_head"]},
+    ),
+    "whole modules beside virtual tokens are not served, but for what PEFT runs behind the embedding: model.embed": (
+        ENCODER, saved(classifier=(7, HIDDEN), **{"model.embed_tokens": (KIND_BASE.vocab_size, HIDDEN)}) | BIAS,
+        {"modules_to_save": ["classifier", "embed_tokens"]},
     ),
     "tensors for layers that the base model does not have": (
         DECODER, saved(score=(3, HIDDEN), other=(3, HIDDEN)), {},
