@@ -175,9 +175,10 @@ def served_name(model: str, name: str) -> str:
     if name:
         return name
     path = Path(model).expanduser()
-    if is_gguf(path) or (path.is_absolute() and not path.is_dir()):
+    is_folder = os.path.isdir(path)  # `Path.is_dir` raises for a name too long, and in another user's folder
+    if is_gguf(path) or (path.is_absolute() and not is_folder):
         return path.name.removesuffix(".gguf")
-    return path.resolve().name if path.is_dir() else model
+    return path.resolve().name if is_folder else model
 
 
 def worker_bases(settings: Settings) -> dict[str, Settings]:
