@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -23,7 +24,7 @@ from helpers.waiting import wait_until
 
 from benchmarks.common.fake_worker import FakeEngine, fake_served
 from chaos.fleet import free_port
-from gpu_worker.service import program
+from gpu_worker.service import bases, program
 from gpu_worker.service.program import BaseStart
 from gpu_worker.service.service import WorkerService
 from protocol.queue.added_bases import AddedBaseRecord
@@ -246,9 +247,10 @@ async def test_the_order_of_a_swap_names_the_way_back(bus: Bus, monkeypatch: pyt
     assert (start["base"], start["fallbacks"]) == ("b", ["a"])
 
 
-async def test_a_base_that_is_taken_away_while_its_worker_leaves_for_it_is_not_begun(
+async def test_a_base_that_is_taken_away_meanwhile_is_not_begun(
     bus: Bus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """While its worker leaves for it."""
     (tmp_path / "config.json").write_text("{}")
     await bus.added_bases.add("b", str(tmp_path), 31)
     started = _fake_exec(monkeypatch)
@@ -323,6 +325,30 @@ async def test_a_worker_comes_back_from_an_added_base_that_does_not_start(
     (environment,) = started
     start = json.loads(environment[SWAP_VARIABLE])
     assert (start["base"], start["fallbacks"]) == ("a", [])
+
+
+async def test_files_that_do_not_answer_silence_no_worker(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network's file system whose server is away."""
+    asked, answered = threading.Event(), threading.Event()
+
+    def hang(_: str) -> bool:
+        asked.set()
+        return answered.wait()
+
+    monkeypatch.setattr(bases, "is_here", hang)
+    await bus.added_bases.add("b", "/models/b", 31)
+    try:
+        async with running_worker(bus) as (worker, _):
+            await wait_until(asked.is_set, "it looks for the files")
+            await bus.streams.tell([(worker.wid, m.Control(kind="drain"))])
+
+            async def draining() -> bool:
+                beats = (await bus.members.worker_beats()).values()
+                return any(beat is not None and beat.draining for beat in beats)
+
+            await wait_until(draining, "its heartbeat says that it drains")
+    finally:
+        answered.set()
 
 
 @pytest.mark.parametrize("fleet", [{"more_models": ""}, {"swaps": False}, {"model": "fake", "more_models": "fake"}])
