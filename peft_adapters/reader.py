@@ -83,12 +83,16 @@ def read_whole_modules(
 ) -> AdapterSpec:
     """Return what an adapter changes that has nothing but modules saved whole, as `read_spec` does.
 
-    Of a decoder that is the head of a classifier alone: every other module would change more than its own tokens.
+    Of a decoder that is the head of a classifier alone: every other module would change more than its own tokens. PEFT
+    embeds the text behind virtual tokens with the base's own embedding, whichever is saved.
     """
     matcher = TensorMatcher(config, tensors, infos, base, reasons)
     replaced, head = read_replaced(matcher, {}, []), read_head(matcher)
     matcher.check_unused()
     check_vocabulary(matcher, replaced, [])
+    if any(part.site == matcher.embedding for part in replaced):
+        text = "whole modules beside virtual tokens are not served, but for what PEFT runs behind the embedding"
+        reasons.add(text, matcher.embedding)
     if base is not None and base.label_head not in matcher.sites:  # a decoder
         for part in replaced:
             reasons.add("whole modules beside virtual tokens are not served, but for the head", part.site)

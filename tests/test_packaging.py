@@ -55,7 +55,7 @@ PATCHES = {
     "gpu_worker/sampling/test_grammars.py",  # a library that fails
     "gpu_worker/service/test_service.py",  # the pause between beats; what is asked of engine and queue, in what order
     "gpu_worker/service/test_start_failures.py",  # a model that cannot be loaded; a queue that takes no worker yet
-    "gpu_worker/service/test_swap.py",  # a process that is replaced
+    "gpu_worker/service/test_swap.py",  # a process that is replaced; files and a queue that do not answer
     "gpu_worker/test_memory.py",  # what torch says of a GPU's memory
     "hostile/test_loops.py",  # loops that fail, in the tables of all services
     "kernels/test_linear.py",  # what torch says of the processor
@@ -68,6 +68,7 @@ PATCHES = {
     "protocol/queue/test_bus.py",  # a restart between two commands
     "protocol/queue/test_history.py",  # how many commands are sent at once
     "protocol/queue/test_sealing.py",  # a key that expires between two commands
+    "protocol/runtime/test_model_files.py",  # a folder of another user of the system
     "protocol/runtime/test_private_files.py",  # another user of the system
     "scheduler/test_service.py",  # the pause between looks at beats
 }

@@ -6,10 +6,8 @@ import asyncio
 from collections.abc import Mapping
 
 from protocol.queue.bus import Bus
-from protocol.runtime.guarded import FAILED
 from protocol.runtime.model_files import is_here, worker_bases
 from protocol.runtime.settings import Settings
-from protocol.wire.errors import UnreadableRecord
 
 
 class WorkerBases:
@@ -50,15 +48,13 @@ class WorkerBases:
         return {name: known[name] for name in names if name in known}
 
     async def look(self, bus: Bus) -> None:
-        """Learn which bases are added now. Nothing is asked for a worker that becomes no other base."""
+        """Learn which bases are added now. Nothing is asked for a worker that becomes no other base.
+
+        Raises UnreadableRecord.
+        """
         if not self._settings.swaps:
             return
-        try:
-            known = (await bus.added_bases.get()).bases
-        except UnreadableRecord as error:
-            FAILED.note("added bases", error)
-            return
-        models = {name: base.model for name, base in known.items()}
+        models = {name: base.model for name, base in (await bus.added_bases.get()).bases.items()}
         if models:
             models = await asyncio.to_thread(lambda: {name: model for name, model in models.items() if is_here(model)})
         self._added = models

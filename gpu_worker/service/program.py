@@ -36,7 +36,7 @@ from protocol.runtime.tracing import tracing
 from protocol.runtime.watchdog import LOADING_S, WATCHDOG
 from protocol.wire import messages as m
 from protocol.wire.clock import now_ms
-from protocol.wire.errors import BadRequest, Conflict
+from protocol.wire.errors import BadRequest, Conflict, UnreadableRecord
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
         if not ordered or code:
             return code
         following = BaseStart(ordered, (start.base,), now_ms(), bases.models(ordered, start.base))
+        if ordered not in bases.others:  # taken away while the worker left
+            following = msgspec.structs.replace(start, began_ms=now_ms())
     with _ended_by_signals():
         await asyncio.sleep(0.01)  # a signal that came before lies with the loop, which reads it now
         if not stop.is_set():
@@ -131,17 +133,17 @@ async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> t
             sys.setswitchinterval(SWITCH_S)
             # A thread that has ended cannot be stuck; what is left to do then is the loop's.
             WATCHDOG.require(lambda: object() if engine.has_ended else engine.num_turns, settings.max_step_s)
-            loader.set_urls(await bus.members.store_urls())
             service = WorkerService(bus, engine, served, settings, loader, start.began_ms, bases)
             return await service.run(stop), service.becomes
         except Exception as error:
             if is_loaded and not isinstance(error, Conflict):
                 raise
-            if not settings.more_models and settings.served_name not in (await bus.added_bases.get()).bases:
+            is_one_of_several = settings.more_models or start.added
+            if not is_one_of_several and settings.served_name not in (await bus.added_bases.get()).bases:
                 raise
             try:
                 await bus.members.note_failure(settings.served_name, failure_reason(error))  # the others' calls go on
-            except CONNECTION_ERRORS as away:
+            except (*CONNECTION_ERRORS, UnreadableRecord) as away:
                 logger.warning("why %s does not start cannot be noted: %s", settings.served_name, away)
             raise NotStarted(error) from error
     finally:

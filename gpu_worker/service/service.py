@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import time
+from functools import partial
 from operator import attrgetter
 
 import msgspec
@@ -168,6 +169,8 @@ class WorkerService:
             Loop("intake", self._intake, 0.0, backoff=BRISK, max_failures=MAX_FAILURES),
             Loop("publishing", self._publish, 0.0, backoff=BRISK, max_failures=MAX_FAILURES),
             Loop("beats", self._beats, BEAT_S, self._beat_now, BRISK, ends=(Fenced,), max_failures=MAX_FAILURES),
+            # Apart from the heartbeats, since a file system may not answer.
+            Loop("added bases", partial(self.bases.look, self.bus), BEAT_S, backoff=BRISK),
         ]
 
     async def _joined(self, stop: asyncio.Event) -> bool:
@@ -193,6 +196,8 @@ class WorkerService:
         self._unwritten = {}
         keys = self.bus.keys
         self._last_ids = {keys.work(self.wid): b"0", keys.ctl(self.wid): b"0"}
+        if self.loader is not None:
+            self.loader.set_urls(await self.bus.members.store_urls())
         await self.bus.restarted()  # compare with the queue as it is from now on
         await self.bus.streams.create(keys.work(self.wid), STREAM_TTL_S)
         await self.bus.streams.create(keys.ctl(self.wid), STREAM_TTL_S)
@@ -442,7 +447,6 @@ class WorkerService:
         self._look_s = time.monotonic() + BEAT_S
         if self.loader is not None:
             self.loader.set_urls(await self.bus.members.store_urls())
-        await self.bases.look(self.bus)
         self._restarted = await self.bus.restarted() or self._restarted
         if self._restarted:
             await self._take_again()

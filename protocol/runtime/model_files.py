@@ -128,17 +128,20 @@ def model_folder(model: str, patterns: tuple[str, ...]) -> Path:
 
 
 def is_here(model: str) -> bool:
-    """Return whether a worker can load a model, an absolute path or a Hub id, without fetching it first. Blocks."""
-    path = Path(model)
-    if path.is_absolute():
-        return (path / "config.json").is_file() or (is_gguf(path) and (gguf_folder(path) / "config.json").is_file())
-    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
+    """Return whether a worker can load a model, an absolute path or a Hub id, without fetching it first. Blocks.
 
+    What cannot be looked at, such as a folder of another user, is not here.
+    """
+    path = Path(model)
     try:
+        if path.is_absolute():
+            return (path / "config.json").is_file() or (is_gguf(path) and (gguf_folder(path) / "config.json").is_file())
+        from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
+
         folder = Path(snapshot_download(model, local_files_only=True))
+        return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))  # gateways fetch the others
     except (OSError, ValueError):  # nothing of it is here; it is no Hub id
         return False
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))  # gateways fetch the others
 
 
 def check_text_files(model: str) -> None:
@@ -172,9 +175,10 @@ def served_name(model: str, name: str) -> str:
     if name:
         return name
     path = Path(model).expanduser()
-    if is_gguf(path) or (path.is_absolute() and not path.is_dir()):
+    is_folder = os.path.isdir(path)  # `Path.is_dir` raises for a name too long, and in another user's folder
+    if is_gguf(path) or (path.is_absolute() and not is_folder):
         return path.name.removesuffix(".gguf")
-    return path.resolve().name if path.is_dir() else model
+    return path.resolve().name if is_folder else model
 
 
 def worker_bases(settings: Settings) -> dict[str, Settings]:

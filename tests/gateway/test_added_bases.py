@@ -168,6 +168,7 @@ async def test_all_gateways_take_it_up_and_a_restart_keeps_it(
         ({"model": "/models/x y"}, 400, "the name of a base is"),
         ({"model": "/models/x", "name": "n" * 194}, 400, "193"),
         ({"model": "/" + "m" * 1000}, 400, "1000"),
+        ({"model": "/tmp/" + "m" * 300}, 400, "the name of a base is"),
         ({"model": ""}, 400, "model"),
         ({}, 400, "model"),
         ({"model": "/models/x", "more": 1}, 400, "more"),

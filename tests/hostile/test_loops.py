@@ -38,7 +38,7 @@ LOOPS = {
         "time series", "refused calls", "webhooks", "batches", "history", "added bases",
     },
     "scheduler": {"submissions", "assignments", "watch", "lease"},
-    "worker": {"intake", "publishing", "beats"},
+    "worker": {"intake", "publishing", "beats", "added bases"},
     "store": {"beats", "adapter events", "catalogue"},
 }  # fmt: skip
 """Every loop by its service. One that is added is added here, and fails here."""

@@ -142,7 +142,10 @@ def test_where_a_base_is_not_known_whole_a_worker_decides(base: ServedModel | No
 
 # ---------------------------------------------------------------- classifiers
 
-DECODER = structs.replace(VIRTUAL_BASE, label_head="score", width=HIDDEN)
+DECODER = structs.replace(
+    VIRTUAL_BASE, label_head="score", width=HIDDEN,
+    sites=[*KIND_BASE.sites, SiteShape("lm_head", HIDDEN, KIND_BASE.vocab_size)],
+)  # fmt: skip
 ENCODER = structs.replace(
     VIRTUAL_BASE,
     task="score",
@@ -178,6 +181,10 @@ REFUSED: dict[str, tuple[ServedModel, Tensors, dict[str, Any]]] = {
     "whole modules beside virtual tokens are not served, but for the head: model.embed_tokens": (
         DECODER, saved(score=(3, HIDDEN), **{"model.embed_tokens": (KIND_BASE.vocab_size, HIDDEN)}),
         {"modules_to_save": ["score", "embed_tokens"]},
+    ),
+    "whole modules beside virtual tokens are not served, but for what PEFT runs behind the embedding: model.embed": (
+        ENCODER, saved(classifier=(7, HIDDEN), **{"model.embed_tokens": (KIND_BASE.vocab_size, HIDDEN)}) | BIAS,
+        {"modules_to_save": ["classifier", "embed_tokens"]},
     ),
     "tensors for layers that the base model does not have": (
         DECODER, saved(score=(3, HIDDEN), other=(3, HIDDEN)), {},

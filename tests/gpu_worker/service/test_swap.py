@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
@@ -23,15 +24,18 @@ from helpers.waiting import wait_until
 
 from benchmarks.common.fake_worker import FakeEngine, fake_served
 from chaos.fleet import free_port
-from gpu_worker.service import program
+from gpu_worker.service import bases, program
 from gpu_worker.service.program import BaseStart
+from gpu_worker.service.service import WorkerService
+from protocol.queue.added_bases import AddedBaseRecord
 from protocol.queue.bus import Bus
+from protocol.queue.members import Members
 from protocol.runtime import again
 from protocol.runtime.again import SWAP_VARIABLE
 from protocol.runtime.model_files import worker_bases
 from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
-from protocol.wire.errors import BadRequest
+from protocol.wire.errors import BadRequest, NewerRecord
 from tests.gpu_worker.service.fakes import assign, expected, log, running_worker, state, submit
 
 PROGRAM = """
@@ -243,6 +247,110 @@ async def test_the_order_of_a_swap_names_the_way_back(bus: Bus, monkeypatch: pyt
     assert (start["base"], start["fallbacks"]) == ("b", ["a"])
 
 
+async def test_a_base_that_is_taken_away_meanwhile_is_not_begun(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """While its worker leaves for it."""
+    (tmp_path / "config.json").write_text("{}")
+    await bus.added_bases.add("b", str(tmp_path), 31)
+    started = _fake_exec(monkeypatch)
+    drain = WorkerService._drain
+
+    async def drain_slowly(self: WorkerService) -> None:
+        await drain(self)
+        await bus.added_bases.remove("b")
+        await self.bases.look(bus)
+
+    monkeypatch.setattr(WorkerService, "_drain", drain_slowly)
+    settings = _settings(bus).model_copy(update={"more_models": ""})
+    task = asyncio.create_task(program.serve(settings, asyncio.Event()))
+    (beat,) = await wait_until(lambda: _beats_with(bus, "b"), "it may become it")
+    await bus.streams.tell([(beat.wid, m.Control(kind="serve", base="b"))])
+    with pytest.raises(_Executed):
+        await task
+    (environment,) = started
+    start = json.loads(environment[SWAP_VARIABLE])
+    assert (start["base"], start["fallbacks"]) == ("a", [])
+    monkeypatch.setenv(SWAP_VARIABLE, environment[SWAP_VARIABLE])
+    assert BaseStart.of(settings, worker_bases(settings)).base == "a"
+
+
+async def test_a_queue_that_is_away_when_the_base_is_loaded_ends_no_worker(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = [ConnectionError("refused")]
+    urls = Members.store_urls
+
+    async def later(self: Members) -> tuple[str, ...]:
+        if errors:
+            raise errors.pop()
+        return await urls(self)
+
+    _fake_exec(monkeypatch)
+    monkeypatch.setattr(Members, "store_urls", later)
+    stop = asyncio.Event()
+    task = asyncio.create_task(program.serve(_settings(bus), stop))
+    await wait_until(lambda: task.done() or _beats(bus), "it has joined, or has ended")
+    stop.set()
+    assert await task == 0
+    assert errors == []
+
+
+@pytest.mark.parametrize("what", ["taken away", "no queue", "a record that cannot be read"])
+async def test_a_worker_comes_back_from_an_added_base_that_does_not_start(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Its record is gone, or cannot be read: that it is one of several is known from the process before."""
+    settings = _settings(bus).model_copy(update={"more_models": ""})
+    started = _fake_exec(monkeypatch)
+    start = {"base": "b", "fallbacks": ["a"], "began_ms": 1, "added": {"b": "/models/b"}}
+    monkeypatch.setenv(SWAP_VARIABLE, json.dumps(start))
+    await bus.added_bases.add("b", "/models/b", 31)
+    if what == "taken away":
+        await bus.added_bases.remove("b")
+    else:
+
+        def load(*_: Any) -> Any:
+            raise BadRequest("no such folder")
+
+        async def get(*_: Any) -> m.AddedBases:
+            raise ConnectionError("refused") if what == "no queue" else NewerRecord("newer")
+
+        monkeypatch.setattr(program, "_load", load)
+        monkeypatch.setattr(AddedBaseRecord, "get", get)
+        if what != "no queue":
+            await bus._redis.set(bus.keys.added_bases, b"\xc1")
+    with pytest.raises(_Executed):
+        await program.serve(settings, asyncio.Event())
+    (environment,) = started
+    start = json.loads(environment[SWAP_VARIABLE])
+    assert (start["base"], start["fallbacks"]) == ("a", [])
+
+
+async def test_files_that_do_not_answer_silence_no_worker(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a network's file system whose server is away."""
+    asked, answered = threading.Event(), threading.Event()
+
+    def hang(_: str) -> bool:
+        asked.set()
+        return answered.wait()
+
+    monkeypatch.setattr(bases, "is_here", hang)
+    await bus.added_bases.add("b", "/models/b", 31)
+    try:
+        async with running_worker(bus) as (worker, _):
+            await wait_until(asked.is_set, "it looks for the files")
+            await bus.streams.tell([(worker.wid, m.Control(kind="drain"))])
+
+            async def draining() -> bool:
+                beats = (await bus.members.worker_beats()).values()
+                return any(beat is not None and beat.draining for beat in beats)
+
+            await wait_until(draining, "its heartbeat says that it drains")
+    finally:
+        answered.set()
+
+
 @pytest.mark.parametrize("fleet", [{"more_models": ""}, {"swaps": False}, {"model": "fake", "more_models": "fake"}])
 async def test_who_may_become_nothing_ignores_orders(bus: Bus, fleet: dict[str, Any]) -> None:
     settings: dict[str, Any] = {"more_models": "b", **fleet}
@@ -310,6 +418,10 @@ def _fake_exec(
 
 def _settings(bus: Bus) -> Settings:
     return Settings(redis_url=bus.url, model="a", more_models="b", worker_name="w")
+
+
+async def _beats_with(bus: Bus, base: str) -> list[m.WorkerBeat]:
+    return [beat for beat in await _beats(bus) if base in beat.may_become]
 
 
 async def _beats(bus: Bus) -> list[m.WorkerBeat]:

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from protocol.runtime.model_files import hold_folder, is_here, prune_folders
 
 
@@ -31,6 +33,18 @@ def test_a_model_is_here_once_a_worker_needs_no_download(tmp_path: Path) -> None
     assert is_here(str(tmp_path))
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     assert not is_here(str(tmp_path / "model.gguf")), "nobody has prepared it on this machine"
+
+
+def test_a_path_that_cannot_be_looked_at_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a name that is too long, and of a folder whose parent this process may not enter."""
+    assert not is_here("/tmp/" + "x" * 300)
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    assert not is_here("/root/models/base")
+    assert not is_here("/root/models/base.gguf")
 
 
 def test_a_model_of_the_hub_is_here_with_its_weights(tmp_path: Path) -> None:
