@@ -138,9 +138,14 @@ class OwnFiles:
         if own.template is not None:
             template = SandboxedTemplate(own.template, special_tokens(base.texts) | own.special_tokens, self._sandbox)
         return replace(
-            base, encoder=encoder, tokens=tokens, template=template, eos_ids=eos_ids, base_tokens=None,
+            base,
+            encoder=encoder,
+            tokens=tokens,
+            template=template,
+            eos_ids=eos_ids,
+            base_tokens=None,
             own_ends=eos_ids - base.eos_ids,
-        )  # fmt: skip
+        )
 
     def _with_added(self, added: list[AddedToken]) -> tuple[Encoder, TokenTable]:
         """Return the base's tokenizer with added tokens, which those with the same share. Raises AdapterRefused."""
