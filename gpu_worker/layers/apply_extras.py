@@ -69,18 +69,18 @@ def _transformed(changes: list[tuple[Tensor, LinearTransform]], x: Tensor) -> tu
 
 
 def _joint(changes: list[tuple[Tensor, LinearTransform]]) -> LinearTransform:
-    """Return one transform for the rows of several, one after the other; each but a lone one has numbers a row."""
+    """Return one transform for the rows of several that multiply by numbers, one after the other, or a lone one."""
     first = changes[0][1]
     if len(changes) == 1:
         return first
     scale = _each_row([(rows, transform.scale) for rows, transform in changes if transform.scale is not None])
-    across = _each_row([(rows, transform.across) for rows, transform in changes if transform.across is not None])
-    return LinearTransform(scale, across if first.across is not None else None, first.group)
+    across = [(rows, transform.across) for rows, transform in changes if transform.across is not None]
+    return LinearTransform(scale, _each_row(across) if across else None, first.group)
 
 
-def _each_row(numbers: list[tuple[Tensor, Tensor]]) -> Tensor | None:
-    """Return numbers [D] of each group of rows for every one of its rows: [n, D]. None for none."""
-    return torch.cat([own.expand(len(rows), -1) for rows, own in numbers]) if numbers else None
+def _each_row(numbers: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return numbers [D] of each group of rows for every one of its rows, [n, D]; those of a lone group as they are."""
+    return torch.cat([own.expand(len(rows), -1) for rows, own in numbers]) if len(numbers) > 1 else numbers[0][1]
 
 
 def apply_linear(groups: list[ExtraRows], site: int, out: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -108,23 +108,32 @@ def apply_linear(groups: list[ExtraRows], site: int, out: Tensor, x: Tensor, bia
 
 
 def _scale_dora(found: list[tuple[ExtraRows, LinearExtras]], out: Tensor, bias: Tensor | None) -> None:
-    """Multiply outputs [T, N] without their bias by DoRA's factors, in place, all adapters at once."""
+    """Multiply outputs [T, N] without their bias by DoRA's factors, in place, all adapters at once.
+
+    It takes memory for three fp32 numbers of each output that is multiplied, and for N of each adapter that a request
+    scales.
+    """
+    scaled = [(group, part.bias, part.dora) for group, part in found if part.dora is not None]
+    base = bias.float() if scaled and bias is not None else None
     by_width: dict[int, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
-    for group, part in found:
-        if part.dora is not None:
-            factor = part.dora.at(group.scale)
-            own_bias = bias if part.bias is None else part.bias
-            by_width.setdefault(len(factor), []).append((group.rows, factor, own_bias))
+    for group, own_bias, dora in scaled:
+        factor = dora.at(group.scale)
+        by_width.setdefault(len(factor), []).append(
+            (group.rows, factor, base if own_bias is None else own_bias.float())
+        )
     for width, own in by_width.items():
         rows = torch.cat([rows for rows, _, _ in own])
-        factors = _each_row([(rows, factor) for rows, factor, _ in own])
         y = out[rows, :width].float()
+        factors, offsets = _each_row([(rows, factor) for rows, factor, _ in own]), None
         if any(own_bias is not None for _, _, own_bias in own):
             none = y.new_zeros(width)
-            offsets = _each_row([(rows, none if bias is None else bias.float()) for rows, _, bias in own])
-            out[rows, :width] = (factors * (y - offsets) + offsets).to(out.dtype)
-        else:
-            out[rows, :width] = (factors * y).to(out.dtype)
+            offsets = _each_row([(rows, none if own_bias is None else own_bias) for rows, _, own_bias in own])
+            y.sub_(offsets)
+        y.mul_(factors)
+        if offsets is not None:
+            y.add_(offsets)
+        del factors, offsets
+        out[rows, :width] = y.to(out.dtype)
 
 
 def _apply_linear(part: LinearExtras, group: ExtraRows, out: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -81,11 +81,12 @@ class LinearTransform:
             changed = torch.bmm(y.view(len(y), num, size).transpose(0, 1), self.blocks)
             return changed.transpose(0, 1).reshape(y.shape).to(x.dtype)
         assert self.scale is not None
-        changed = y * self.scale
+        turned = None
         if self.across is not None:
             first, second = y.view(len(y), -1, 2, self.group // 2).unbind(2)
-            changed += torch.stack([-second, first], 2).view(y.shape) * self.across
-        return changed.to(x.dtype)
+            turned = torch.stack([-second, first], 2).view(y.shape).mul_(self.across)
+        y = y * self.scale if y is x else y.mul_(self.scale)
+        return (y if turned is None else y.add_(turned)).to(x.dtype)
 
 
 @dataclass(frozen=True, slots=True)
