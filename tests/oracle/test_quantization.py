@@ -61,7 +61,7 @@ def base(folder: Path, **fields: Any) -> LlamaForCausalLM:
     return model
 
 
-def dequantised(model: LlamaForCausalLM, quantization: str) -> LlamaForCausalLM:
+def dequantised(model: Any, quantization: str) -> LlamaForCausalLM:
     model.tie_weights()
     head = model.lm_head
     head.weight = torch.nn.Parameter(head.weight.detach().clone())  # the embedding stays as it is
