@@ -45,13 +45,13 @@ from protocol.wire.errors import AdapterRefused, Unavailable
 logger = logging.getLogger(__name__)
 
 STALE_STAGING_S = 7 * 86_400.0
+"""Age at which an abandoned download is deleted."""
 
 MAX_BASE_NAME = 300
 """Characters of a base's name or path in an adapter's config; longer ones are none."""
 
 BASE_LINE = "base "
 """Begins the line of a version's note that says which base the version names; other lines are readers."""
-"""Age at which an abandoned download is deleted."""
 
 
 @dataclass(frozen=True, slots=True)

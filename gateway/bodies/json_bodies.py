@@ -182,7 +182,8 @@ class JsonRoute(APIRoute):
         del request  # and its body with it, which is not held until the answer's end
         if len(raw[0]) > SLOWLY_FREED_BYTES:
             await asyncio.to_thread(raw.clear)
-        raw.clear()
+        else:
+            raw.clear()
         await response(scope, receive, send)
 
     async def _body_of(self, raw: bytes, request: Request) -> Any:

@@ -98,7 +98,7 @@ def test_tokens_are_those_of_the_dequantised_weights(
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 @pytest.mark.parametrize("quantization", examples.some(["int8", "int4"], "int8"))
 def test_kinds_besides_lora_are_what_peft_computes(quantization: Literal["int8", "int4"], tmp_path: Path) -> None:
-    """All of them in one batch; of those that need a layer's own weights, the refusal."""
+    """The kinds run in one batch; those that need a layer's own weights are refused."""
     kinds = {name: replace(kind, base=BASE) for name, kind in (CASES | VIRTUAL).items() if kind.base == LLAMA}
     folders = {name: tmp_path / name for name in kinds}
     for name, kind in kinds.items():

@@ -46,7 +46,7 @@ NEED_WEIGHTS = {"hra", "deft"}
 
 @pytest.mark.parametrize("name", NOT_OF_PEFT)
 def test_every_kind_is_what_peft_computes_on_the_same_base(name: str, tmp_path: Path) -> None:
-    """All of them in one batch."""
+    """The kinds run in one batch with the base."""
     need(SCHEMES[name])
     kinds = {case: replace(kind, base=BASE) for case, kind in (CASES | VIRTUAL).items() if kind.base == LLAMA}
     served = {case: kind for case, kind in kinds.items() if case not in NOT_OF_PEFT[name] | NEED_WEIGHTS}

@@ -36,7 +36,7 @@ def test_a_model_is_here_once_a_worker_needs_no_download(tmp_path: Path) -> None
 
 
 def test_a_path_that_cannot_be_looked_at_is_not_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a name that is too long, and of a folder whose parent this process may not enter."""
+    """Its name is too long, or this process may not enter the folder above it."""
     assert not is_here("/tmp/" + "x" * 300)
 
     def refuse(path: Path) -> None:
