@@ -18,6 +18,9 @@ from pathlib import Path
 IMAGES = {"control": ("tracing",), "worker": ("worker", "demo", "tracing")}
 """Image -> the extras of pyproject.toml that are installed in it."""
 
+MACHINES = ("x86_64", "aarch64")
+"""Kinds of machines that one lock is for: hashes are those of the files of all platforms."""
+
 BY_TORCH = ("torch", "triton", "nvidia-", "cuda-")
 HEAD = """\
 # What the image `{image}` installs, with the hashes of the files on the package index; made by `make lock-images`.
@@ -25,11 +28,11 @@ HEAD = """\
 """
 
 
-def resolved(requirements: list[str]) -> str:
-    """Return what uv resolves for the images' Python, with hashes. Raises CalledProcessError."""
+def resolved(requirements: list[str], machine: str) -> str:
+    """Return what uv resolves for the images' Python on a kind of machine, with hashes. Raises CalledProcessError."""
     command = [
         str(Path(sys.executable).with_name("uv")), "pip", "compile", "--quiet", "--system-certs", "--no-header",
-        "--no-annotate", "--generate-hashes", "--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28",
+        "--no-annotate", "--generate-hashes", "--python-version", "3.11", "--python-platform", f"{machine}-manylinux_2_28",
         "--constraints", "requirements-dev.lock", "-",
     ]  # fmt: skip
     return subprocess.run(command, input="\n".join(requirements), text=True, check=True, capture_output=True).stdout
@@ -48,13 +51,16 @@ def main() -> int:
     for image, extras in IMAGES.items():
         more = [line for extra in extras for line in project["optional-dependencies"][extra]]
         path = Path(f"requirements-{image}.lock")
+        wanted = [*project["dependencies"], *more, *backend]
         try:
-            path.write_text(
-                HEAD.format(image=image) + without_torch(resolved([*project["dependencies"], *more, *backend]))
-            )
+            lock, *others = (without_torch(resolved(wanted, machine)) for machine in MACHINES)
         except subprocess.CalledProcessError as error:
             print(error.stderr, file=sys.stderr)
             return 1
+        if any(other != lock for other in others):
+            print(f"{path}: what is installed differs between {' and '.join(MACHINES)}", file=sys.stderr)
+            return 1
+        path.write_text(HEAD.format(image=image) + lock)
         print(path)
     return 0
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 How = Literal[
     "kill", "stop", "drain", "power cut", "memory full", "disk full", "clock", "partition", "split", "lag", "away",
-    "kill in a swap",
+    "kill in a swap", "hang",
 ]  # fmt: skip
 WEIGHTS: dict[tuple[str, How], float] = {
     ("worker", "kill"): 6, ("worker", "stop"): 3, ("worker", "drain"): 3,
@@ -42,6 +42,9 @@ OF_CLOCKS: dict[tuple[str, How], float] = {
     (kind, "clock"): 1 for kind in ("worker", "gateway", "scheduler", "store")
 }  # fmt: skip
 """Faults of members whose clocks can be set: of one's host jumps by an hour, and back."""
+
+OF_NAMES: dict[tuple[str, How], float] = {("names", "hang"): 1}
+"""Faults of the DNS server that gateways ask for receivers of webhooks, where it is the driver's."""
 
 OF_SWAPS: dict[tuple[str, How], float] = {("worker", "kill in a swap"): 6}
 """Faults of workers that become other bases besides."""
@@ -91,8 +94,11 @@ def draw(
 
 def possible_faults(fleet: ProcessFleet) -> dict[tuple[str, How], float]:
     """Return (kind, how) of the faults that a fleet can suffer, with their weights."""
-    several = {} if isinstance(fleet.queue, EmbeddedServer) else OF_SEVERAL
-    return WEIGHTS | several | (OF_CLOCKS if fleet.clocks is not None else {}) | (OF_SWAPS if fleet.has_swaps else {})
+    more = [
+        (OF_SEVERAL, not isinstance(fleet.queue, EmbeddedServer)), (OF_CLOCKS, fleet.clocks is not None),
+        (OF_NAMES, fleet.names is not None), (OF_SWAPS, fleet.has_swaps),
+    ]  # fmt: skip
+    return WEIGHTS | {fault: weight for faults, has_them in more if has_them for fault, weight in faults.items()}
 
 
 class PowerCut:
@@ -185,7 +191,7 @@ class Havoc:
         return draw(self._rng, up, self._weights)
 
     async def _up(self) -> dict[str, list[str]]:
-        up: dict[str, list[str]] = {name: [] if name in self._busy else [name] for name in ("queue", "files")}
+        up: dict[str, list[str]] = {name: [] if name in self._busy else [name] for name in ("queue", "files", "names")}
         members = [m for m in self.fleet.members.values() if m.name not in self._busy]
         states = await asyncio.gather(*(self.fleet.is_up(member) for member in members))
         for member, is_up in zip(members, states, strict=True):
@@ -210,6 +216,11 @@ class Havoc:
         if hit.kind == "files":
             with no_files(self.fleet.folder / "data" / "files"):
                 await asyncio.sleep(self._rng.uniform(1, STOP_S))
+        elif hit.kind == "names":
+            assert self.fleet.names is not None
+            self.fleet.names.hangs = True
+            await asyncio.sleep(STOP_S)  # longer than a lookup may take
+            self.fleet.names.hangs = False
         else:
             await (self._hit_queue(hit) if hit.kind == "queue" else self._hit_member(hit))
         hit.until_s = time.monotonic()

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Protocol
 
 import httpx2
 
+from chaos.dns_server import DnsServer
 from chaos.shortage import Clocks
 from lorafleet.launcher import lifeline
 from lorafleet.launcher.embedded import start_embedded
@@ -140,12 +141,14 @@ class ProcessFleet:
     members: dict[str, Member] = field(default_factory=dict)
     spawn: Spawn = spawn
     clocks: Clocks | None = None  # of each member its own, if they can be set
+    names: DnsServer | None = None  # the one that gateways ask for receivers of webhooks, if it can be made to hang
     _lifeline: tuple[int, int] = field(default_factory=os.pipe)  # members end when this process does
 
     @classmethod
     def prepare(
         cls, folder: Path, model: Path, adapters: Path, *, durable: bool, spawn: Spawn = spawn,
-        queue: QueueServer | None = None, clocks: Clocks | None = None, **settings: object,
+        queue: QueueServer | None = None, clocks: Clocks | None = None, names: DnsServer | None = None,
+        **settings: object,
     ) -> ProcessFleet:  # fmt: skip
         """Start the queue alone, unless it is given. spawn: how members start. `settings` are for every member."""
         queue = queue or start_embedded(folder / "queue", durable=durable)
@@ -154,10 +157,11 @@ class ProcessFleet:
             "dtype": "float32", "threads": 1, "kv_cache_bytes": 64 << 20, "adapter_pool_bytes": 64 << 20,
             "adapter_host_bytes": 64 << 20,
         }  # fmt: skip
+        if names is not None:
+            values["webhook_dns"] = names.address
         http = httpx2.AsyncClient(timeout=2, trust_env=False)
-        return cls(
-            folder, Settings.model_validate(values | settings), queue, Bus(queue.url), http, spawn=spawn, clocks=clocks
-        )
+        known = Settings.model_validate(values | settings)
+        return cls(folder, known, queue, Bus(queue.url), http, spawn=spawn, clocks=clocks, names=names)
 
     # ------------------------------------------------------------ members
 

@@ -19,7 +19,7 @@ import psutil
 from chaos import check
 from chaos.attackers.attacker import HUNG, Attacker
 from chaos.attackers.attacks import BODY_ATTACKS
-from chaos.attackers.webhook_attacks import WEBHOOK_ATTACKS, silent_dns
+from chaos.attackers.webhook_attacks import WEBHOOK_ATTACKS
 from chaos.attackers.wire_attacks import WIRE_ATTACKS
 from chaos.bases import MAX_SWAP_WAIT_S, MIN_RESIDENCY_S, Turns, all_served, num_swaps
 from chaos.clients.asks import Ask, Expected, Transformers, catalogue, decidable, one_ask
@@ -446,27 +446,27 @@ async def prepared(
         oracle = Transformers(folder / base, adapters, [f"of-{base}"], base)
         answers |= await asyncio.to_thread(decidable, [ask for ask in asks if models[ask.model] == base], oracle)
     logger.info("%d of %d asks have an answer that rounding cannot change", len(answers), len(asks) + len(lines))
-    with_keys = plan.num_attackers > 0
-    fleet = ProcessFleet.prepare(
-        folder, model, adapters, durable=True, max_attempts=MAX_ATTEMPTS, api_keys=with_keys, private_webhooks=True,
-        webhook_dns=silent_dns(), secret=secrets.token_hex(16),
-        clocks=Clocks(folder / "clocks") if plan.clocks else None,
-        queue=ReplicatedQueue(folder / "queue", cabled=plan.is_cabled) if plan.replicated else None,
-        more_models=",".join(str(folder / base) for base in plan.more_bases), max_swap_wait_s=MAX_SWAP_WAIT_S,
-        min_residency_s=MIN_RESIDENCY_S,
-    )  # fmt: skip
-    try:
-        for name, base in zip(plan.shape.workers, ["", *plan.more_bases], strict=False):
-            fleet.add("worker", name, base=base)
-        await fleet.start_all(plan.shape)
-        create = fleet.bus.api_keys.create
-        keys = ["", "", ""]
-        if with_keys:
-            keys = [(await create(name, ["infer"]))[0] for name in (CLIENTS, "attackers")]
-            keys.append((await create("operators", ["infer", "admin"]))[0])
-        if plan.more_bases:
-            await all_served(fleet, models, 1 + len(plan.more_bases), keys[0])
-        async with receiving(plan.seed) as receiver:
+    async with receiving(plan.seed) as receiver:
+        with_keys = plan.num_attackers > 0
+        fleet = ProcessFleet.prepare(
+            folder, model, adapters, durable=True, max_attempts=MAX_ATTEMPTS, api_keys=with_keys, private_webhooks=True,
+            secret=secrets.token_hex(16), names=receiver.names,
+            clocks=Clocks(folder / "clocks") if plan.clocks else None,
+            queue=ReplicatedQueue(folder / "queue", cabled=plan.is_cabled) if plan.replicated else None,
+            more_models=",".join(str(folder / base) for base in plan.more_bases), max_swap_wait_s=MAX_SWAP_WAIT_S,
+            min_residency_s=MIN_RESIDENCY_S,
+        )  # fmt: skip
+        try:
+            for name, base in zip(plan.shape.workers, ["", *plan.more_bases], strict=False):
+                fleet.add("worker", name, base=base)
+            await fleet.start_all(plan.shape)
+            create = fleet.bus.api_keys.create
+            keys = ["", "", ""]
+            if with_keys:
+                keys = [(await create(name, ["infer"]))[0] for name in (CLIENTS, "attackers")]
+                keys.append((await create("operators", ["infer", "admin"]))[0])
+            if plan.more_bases:
+                await all_served(fleet, models, 1 + len(plan.more_bases), keys[0])
             known = [ask for ask in asks if ask in answers]
             run = Run(fleet, plan, known, keys, [ask for ask in lines if ask in answers], receiver)
             try:
@@ -481,5 +481,5 @@ async def prepared(
                 yield run
             finally:
                 await run.close()
-    finally:
-        await fleet.close()
+        finally:
+            await fleet.close()

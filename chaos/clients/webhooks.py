@@ -13,6 +13,7 @@ import httpx2
 import orjson
 from openai import InvalidWebhookSignatureError, OpenAI
 
+from chaos.dns_server import DnsServer, answering
 from chaos.fleet import until
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,9 @@ EVENTS = (
     "batch.completed", "batch.failed", "batch.expired", "batch.cancelled", "job.completed", "job.failed",
     "response.completed", "response.incomplete", "response.failed", "response.cancelled",
 )  # fmt: skip
+HOST = "receiver.example"
+"""Name of the machine that takes them, which only the driver's DNS server knows."""
+
 REFUSED = 0.2
 """Share of deliveries that are answered with 503, to be sent again."""
 
@@ -31,8 +35,9 @@ MAX_REFUSALS = 2
 class Receiver:
     """Takes the webhooks of one tenant."""
 
-    def __init__(self, seed: int) -> None:
-        """seed: of which are refused."""
+    def __init__(self, seed: int, names: DnsServer) -> None:
+        """seed: of which are refused. names: the DNS server that knows its name."""
+        self.names = names
         self.url = ""
         self.secret = ""  # that they are signed with
         self.arrived: Counter[tuple[str, str]] = Counter()  # (type, id of the job or batch) -> times, refused ones not
@@ -88,9 +93,10 @@ class Receiver:
 
 @asynccontextmanager
 async def receiving(seed: int) -> AsyncIterator[Receiver]:
-    """Run a receiver on this machine."""
-    receiver = Receiver(seed)
-    server = await asyncio.start_server(receiver.serve, "127.0.0.1", 0)
-    receiver.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/hook"
-    async with server:
-        yield receiver
+    """Run a receiver on this machine, and the DNS server that knows its name and no other."""
+    async with answering(DnsServer({HOST: ["127.0.0.1"]})) as names:
+        receiver = Receiver(seed, names)
+        server = await asyncio.start_server(receiver.serve, "127.0.0.1", 0)
+        receiver.url = f"http://{HOST}:{server.sockets[0].getsockname()[1]}/hook"
+        async with server:
+            yield receiver

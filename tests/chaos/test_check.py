@@ -18,11 +18,14 @@ from chaos.check import Books, logged_wrongly, longest_pause, lost_webhooks, sho
 from chaos.clients.asks import GREEDY, Ask, Expected
 from chaos.clients.client import Attempt, Call, Outcome, Style
 from chaos.clients.responses import doubled, misplaced, wrong_events
-from chaos.faults import KILLS, OF_SWAPS, WEIGHTS, Havoc, Hit, PowerCut, draw, possible_faults
+from chaos.clients.webhooks import HOST
+from chaos.dns_server import DnsServer, answering
+from chaos.faults import KILLS, OF_NAMES, OF_SWAPS, WEIGHTS, Havoc, Hit, PowerCut, draw, possible_faults
 from chaos.fleet import Shape
 from chaos.report import Report, as_markdown, merged
 from chaos.run import Plan, Run
 from chaos.soak import Course
+from gateway.webhooks.names import HostNames, UnknownHostError
 from lorafleet.launcher.embedded import EmbeddedServer
 from protocol.wire.messages import Delivery
 from protocol.wire.records import RequestFacts
@@ -149,7 +152,7 @@ def test_one_of_those_that_have_standbys_is_always_left_alone() -> None:
 
 def test_every_fault_is_done_once_before_chance_decides(tmp_path: Path) -> None:
     fleet: Any = SimpleNamespace(
-        queue=EmbeddedServer(tmp_path, durable=True, guarded=False), clocks=None, has_swaps=False
+        queue=EmbeddedServer(tmp_path, durable=True, guarded=False), clocks=None, names=None, has_swaps=False
     )
     havoc = Havoc(fleet, random.Random(0), kills_only=True)
     assert {havoc.choose({"store": ["store"]}) for _ in range(3)} == {
@@ -169,7 +172,23 @@ def test_every_fault_is_done_once_before_chance_decides(tmp_path: Path) -> None:
 
 def fleet_of(tmp_path: Path, **more: Any) -> Any:
     queue = EmbeddedServer(tmp_path, durable=True, guarded=False)
-    return SimpleNamespace(**{"queue": queue, "clocks": None, "has_swaps": True, "members": {}} | more)
+    return SimpleNamespace(**{"queue": queue, "clocks": None, "names": None, "has_swaps": True, "members": {}} | more)
+
+
+def test_names_hang_where_they_are_the_driver_s(tmp_path: Path) -> None:
+    assert OF_NAMES.items() <= possible_faults(fleet_of(tmp_path, names=DnsServer())).items()
+    assert not OF_NAMES.keys() & possible_faults(fleet_of(tmp_path)).keys()
+
+
+async def test_a_dns_server_that_hangs_answers_later() -> None:
+    async with answering(DnsServer({HOST: ["127.0.0.1"]})) as server:
+        names = HostNames(server.address, lookup_s=0.3)
+        server.hangs = True
+        with pytest.raises(UnknownHostError, match="no DNS server answers within"):
+            await names.addresses(HOST)
+        assert server.asked[HOST] >= 2
+        server.hangs = False
+        assert await HostNames(server.address).addresses(HOST) == ["127.0.0.1"]
 
 
 def test_workers_are_killed_in_swaps_where_there_are_swaps(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import msgspec
 import pytest
 import pytest_asyncio
-from helpers.dns_server import DnsServer, answering
 from helpers.flaky import failures
 from helpers.waiting import wait_until
 
+from chaos.dns_server import DnsServer, answering
 from gateway.webhooks.names import HostNames
 from gateway.webhooks.outside import Outside
 from gateway.webhooks.sender import MAX_AGE_MS, SenderPace, WebhookSender

@@ -12,10 +12,10 @@ from pathlib import Path
 import httpx2
 import pytest
 import pytest_asyncio
-from helpers.dns_server import DnsServer, answering
 from helpers.scripted_fleet import RunningGateway, ScriptedFleet, running_gateway
 from helpers.waiting import wait_until
 
+from chaos.dns_server import DnsServer, answering
 from gateway.webhooks.endpoints import MAX_ENDPOINTS
 from gateway.webhooks.sender import MAX_TESTS, MAX_TESTS_OF_TENANT
 from protocol.queue.books.api_keys import Tenant

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.dns_server import DnsServer, answering
 from helpers.waiting import wait_until
 
+from chaos.dns_server import DnsServer, answering
 from gateway.webhooks.names import HostNames, UnknownHostError, is_address, is_name
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 from helpers.authority import Authority
-from helpers.dns_server import DnsServer, answering
 from helpers.waiting import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chaos.dns_server import DnsServer, answering
 from gateway.webhooks.addresses import is_public
 from gateway.webhooks.names import HostNames
 from gateway.webhooks.outside import (

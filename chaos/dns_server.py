@@ -23,6 +23,7 @@ class DnsServer(asyncio.DatagramProtocol):
     known: Mapping[str, Sequence[str]] = field(default_factory=dict)  # name -> addresses
     none: Sequence[str] = ()
     truncates: bool = False
+    hangs: bool = False  # answers nothing
     address: str = ""  # ADDRESS:PORT
     asked: Counter[str] = field(default_factory=Counter)
     transport: asyncio.DatagramTransport | None = None
@@ -38,7 +39,7 @@ class DnsServer(asyncio.DatagramProtocol):
         [asked] = question.question
         name = asked.name.to_text().removesuffix(".")
         self.asked[name] += 1
-        if name not in self.known and name not in self.none:
+        if self.hangs or (name not in self.known and name not in self.none):
             return
         answer = dns.message.make_response(question)
         kind = dns.rdatatype.to_text(asked.rdtype)
