@@ -32,7 +32,8 @@ def resolved(requirements: list[str], machine: str) -> str:
     """Return what uv resolves for the images' Python on a kind of machine, with hashes. Raises CalledProcessError."""
     command = [
         str(Path(sys.executable).with_name("uv")), "pip", "compile", "--quiet", "--system-certs", "--no-header",
-        "--no-annotate", "--generate-hashes", "--python-version", "3.11", "--python-platform", f"{machine}-manylinux_2_28",
+        "--no-annotate", "--generate-hashes", "--python-version", "3.11",
+        "--python-platform", f"{machine}-manylinux_2_28",
         "--constraints", "requirements-dev.lock", "-",
     ]  # fmt: skip
     return subprocess.run(command, input="\n".join(requirements), text=True, check=True, capture_output=True).stdout

@@ -151,9 +151,7 @@ def test_one_of_those_that_have_standbys_is_always_left_alone() -> None:
 
 
 def test_every_fault_is_done_once_before_chance_decides(tmp_path: Path) -> None:
-    fleet: Any = SimpleNamespace(
-        queue=EmbeddedServer(tmp_path, durable=True, guarded=False), clocks=None, names=None, has_swaps=False
-    )
+    fleet = fleet_of(tmp_path, has_swaps=False)
     havoc = Havoc(fleet, random.Random(0), kills_only=True)
     assert {havoc.choose({"store": ["store"]}) for _ in range(3)} == {
         ("store", "store", "kill"), ("store", "store", "stop"), ("store", "store", "drain")
@@ -274,7 +272,7 @@ async def test_bases_are_asked_while_their_turns_are_watched(tmp_path: Path) -> 
 
     bus = SimpleNamespace(audit=SimpleNamespace(newest=newest))
     queue = EmbeddedServer(tmp_path, durable=True, guarded=False)
-    fleet: Any = SimpleNamespace(urls=["http://a"], bus=bus, clocks=None, has_swaps=True, queue=queue)
+    fleet = fleet_of(tmp_path, urls=["http://a"], bus=bus, queue=queue)
     plan = Plan(1, 1.0, 1, 1, 0.0, Shape(), more_bases=("base-1",))
     run = ShortRun(fleet, plan, [Ask("base", "p", 5, ())])
     run.havoc = cast(Any, SimpleNamespace(run=no_faults, hits=[], troubles=[]))
