@@ -21,6 +21,7 @@ from redis.retry import Retry as SyncRetry
 from protocol.queue.connection import failover
 from protocol.runtime.guarded import QUEUE_AWAY
 from protocol.wire.clock import CLOCK
+from protocol.wire.errors import BadRequest
 
 Client: TypeAlias = Any
 """An asynchronous client. redis-py types every reply as a union for its two protocols and two client kinds."""
@@ -184,8 +185,19 @@ class _Timed:
 def connect(url: str, *, timeout_s: float | None, timed: bool = False) -> Client:
     """Return a client. `timeout_s` limits every read and write, with retries; None: blocking reads may take long.
 
-    timed: the server is the fleet's queue, whose time is this process's; a Sentinel could not tell any.
+    timed: the server is the fleet's queue, whose time is this process's; a Sentinel could not tell any. Raises
+    BadRequest for what is no URL of a queue, without showing it, as it may hold a password.
     """
+    try:
+        return _connect(url, timeout_s, timed=timed)
+    except ValueError as error:
+        raise BadRequest(
+            "redis_url is no URL of a queue: it must be redis://, rediss://, unix://PATH, or"
+            " redis-sentinel://HOST:PORT,HOST:PORT/NAME/DB, with a port and a database that are numbers"
+        ) from error
+
+
+def _connect(url: str, timeout_s: float | None, *, timed: bool) -> Client:
     retries = 4 if timeout_s is not None else 0
     sentinels = None
     if urlsplit(url).scheme in failover.SCHEMES:
