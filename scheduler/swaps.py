@@ -263,8 +263,9 @@ class _Fleet:
         return self._num_workers * self._share(self.demands[name]) if name in self.demands else 0.0
 
     def _excess(self, seat: Seat) -> tuple[bool, float, float]:
-        """Order workers by what their base has beyond its share."""
-        return self.is_idle(seat), self.num[seat.base] - self._ideal(seat.base), -seat.since_ms
+        """Order workers by what their base has beyond its share, then by how little it had of the workers lately."""
+        used = self._policy.used.get(seat.base, 0.0)
+        return self.is_idle(seat), self.num[seat.base] - self._ideal(seat.base), -used
 
     def _help(self) -> None:
         """Move workers to bases whose own need longer than a few starts for what waits."""

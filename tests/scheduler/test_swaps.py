@@ -51,6 +51,16 @@ def test_an_idle_worker_goes_at_once_and_a_busy_one_stays() -> None:
     assert make().decide(NOW_MS, [base("a", 1.0), base("b", 1.0)], [seat("w", "a")]) == [], "something waits for it"
 
 
+@pytest.mark.parametrize(("used", "leaves"), [({"a": 0.6, "b": 0.2}, "b1"), ({"a": 0.2, "b": 0.6}, "a1")])
+def test_of_idle_workers_that_goes_whose_base_had_least_of_the_workers_lately(
+    used: dict[str, float], leaves: str
+) -> None:
+    policy = make()
+    policy.used, policy._last_ms = used, NOW_MS
+    demands = [base("a"), base("b"), base("c", 1.0)]
+    assert policy.decide(NOW_MS, demands, [seat("a1", "a"), seat("b1", "b")]) == [Swap(leaves, "c", "idle")]
+
+
 def test_no_worker_goes_where_nothing_waits() -> None:
     assert make().decide(NOW_MS, [base("a"), base("b")], [seat("w", "a"), seat("v", "a")]) == []
 
