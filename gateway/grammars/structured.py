@@ -1,7 +1,7 @@
 """What clients may demand of an output's form, as a grammar of llguidance. Pure.
 
 `response_format` as OpenAI, TGI and LoRAX have it, `structured_outputs` and `guided_…` as vLLM, `regex` and `ebnf` as
-SGLang, `grammar` as TGI. `check` finds out whether a grammar can be compiled.
+SGLang, `grammar` as TGI; structural tags are in `structural_tags`. `check` finds out whether a grammar can be compiled.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from gateway.grammars.limits import (
 )
 from gateway.grammars.notation import Constraint, lark_string, regex_literal
 from gateway.grammars.schemas import ANY_OBJECT, JSON_STYLE, check_schema, checked_schema, is_strict
+from gateway.grammars.structural_tags import TAG_FIELDS, structural_tag
 from protocol.runtime.settings import Settings
 from protocol.wire.brief import brief
 from protocol.wire.errors import BadRequest
@@ -36,7 +37,7 @@ _NAME = re.compile(r"[A-Za-z_]\w*")
 _JSON = json.JSONDecoder()
 
 
-_KINDS = ("json", "json_object", "regex", "choice", "grammar")
+_KINDS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
 
 OTHER_NAMES: Mapping[str, str] = {
     "guided_json": "json", "guided_json_object": "json_object", "guided_regex": "regex", "guided_choice": "choice",
@@ -107,10 +108,14 @@ def tgi_constraint(grammar: Mapping[str, Any] | None, place: str, settings: Sett
 
 def _response_format(form: Mapping[str, Any], settings: Settings) -> Constraint | None:
     kind = form.get("type")
-    given = [name for name in ("json_schema", "schema", "value") if form.get(name) is not None]
-    if len(given) > 1 or (given and kind == "text") or (given == ["json_schema"] and kind == "json_object"):
-        message = f"response_format.{given[-1]} has no effect with the type {brief(kind)}"
-        raise BadRequest(message, param=f"response_format.{given[-1]}")
+    given = [name for name in ("json_schema", "schema", "value", *TAG_FIELDS) if form.get(name) is not None]
+    idle = [name for name in given if (name in TAG_FIELDS) != (kind == "structural_tag")]
+    if not idle and kind == "structural_tag":
+        return structural_tag(form, "response_format", settings)
+    if idle or len(given) > 1 or (given and kind == "text") or (given == ["json_schema"] and kind == "json_object"):
+        name = (idle or given)[-1]
+        message = f"response_format.{name} has no effect with the type {brief(kind)}"
+        raise BadRequest(message, param=f"response_format.{name}")
     if given == ["value"]:
         return tgi_constraint(form, "response_format", settings)
     if kind == "text":
@@ -157,6 +162,8 @@ def _structured_outputs(wish: Mapping[str, Any], others: Mapping[str, Any], sett
         return {"json_schema": checked_schema(schema, place, settings, style, close=close)}
     if kind == "choice":
         return _choice(value, place, settings)
+    if kind == "structural_tag":
+        return structural_tag(_parsed(value, place, settings), place, settings)
     if not isinstance(value, str) or not value:
         raise BadRequest(f"{place} must be a string, and not empty", param=place)
     check_bytes(value, place, settings)

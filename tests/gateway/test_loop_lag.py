@@ -59,6 +59,7 @@ REFERRING = {"$defs": {"a": WIDE}, "properties": {f"x{i}": {"allOf": [{"$ref": "
 PATTERNS = {"patternProperties": {f"{i}(a{{9}})": {} for i in range(3000)}}
 TOOLS = [tool(i, WIDE) for i in range(4)]
 NAMED = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"function": {"name": "f0"}}] * 8_000}}
+TAGS = [{"type": "tag", "begin": f"<{i}>", "content": {"type": "any_text"}, "end": "</>"} for i in range(130)]
 LISTS = filled("[],", 48_000, "[", "1]")
 ITEMS = [{"role": "user", "content": [{"type": "input_text", "text": "a"}] * 25} for _ in range(600)]
 THOUGHTS = [{"type": "thinking", "thinking": "t" * 3_000_000}, *[{"type": "thinking", "thinking": "t"}] * 16_000]
@@ -84,6 +85,9 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
     "a schema as text": (COMPLETIONS, completion(structured_outputs={"json": json.dumps(WIDE)})),
     "schemas that refer to each other": (COMPLETIONS, completion(structured_outputs={"json": REFERRING})),
     "patterns of names": (COMPLETIONS, completion(structured_outputs={"json": PATTERNS})),
+    "structural tags": (
+        COMPLETIONS, completion(structured_outputs={"structural_tag": {"format": {"type": "or", "elements": TAGS}}})
+    ),
     "10,000 choices": (COMPLETIONS, completion(structured_outputs={"choice": ["abc"] * 10_000})),
     "a schema of LoRAX's": ("/generate", {"inputs": "a", "parameters": {"grammar": {"type": "json", "value": WIDE}}}),
     "a format of Ollama's": ("/api/chat", {"model": "base", "messages": [{"role": "user"}], "format": WIDE}),

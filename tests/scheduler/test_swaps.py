@@ -52,9 +52,7 @@ def test_an_idle_worker_goes_at_once_and_a_busy_one_stays() -> None:
 
 
 @pytest.mark.parametrize(("used", "leaves"), [({"a": 0.6, "b": 0.2}, "b1"), ({"a": 0.2, "b": 0.6}, "a1")])
-def test_of_idle_workers_that_goes_whose_base_had_least_of_the_workers_lately(
-    used: dict[str, float], leaves: str
-) -> None:
+def test_of_idle_workers_that_of_the_least_used_base_goes(used: dict[str, float], leaves: str) -> None:
     policy = make()
     policy.used, policy._last_ms = used, NOW_MS
     demands = [base("a"), base("b"), base("c", 1.0)]
