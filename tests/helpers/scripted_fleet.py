@@ -284,6 +284,10 @@ class RunningGateway:
     stop: asyncio.Event
     task: asyncio.Task[int]
 
+    def client(self, **options: Any) -> httpx2.AsyncClient:
+        """Return a client that waits for its answers as long as a busy machine may need."""
+        return httpx2.AsyncClient(base_url=self.url, timeout=120, **options)
+
 
 @asynccontextmanager
 async def running_gateway(
@@ -319,8 +323,5 @@ async def gateway_client(
 ) -> AsyncIterator[httpx2.AsyncClient]:
     """Start a gateway, as `running_gateway` does, and give a client of it that sends `key`, if there is one."""
     headers = {"authorization": f"Bearer {key}"} if key else None
-    async with (
-        running_gateway(bus, model, timings, **settings) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, headers=headers, timeout=60) as http,
-    ):
+    async with running_gateway(bus, model, timings, **settings) as gateway, gateway.client(headers=headers) as http:
         yield http

@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 import pytest_asyncio
-from helpers.scripted_fleet import ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import ScriptedFleet, gateway_client, make_model_folder
 from helpers.waiting import wait_until
 from tokenizers import Tokenizer
 
@@ -32,10 +32,7 @@ async def http(bus: Bus, tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
     await fleet.register()
     task = asyncio.create_task(fleet.run())
     settings: dict[str, Any] = {"history": f"sqlite:///{tmp_path}/history.db", "history_text": 100, "api_keys": True}
-    async with (
-        running_gateway(bus, folder, **settings) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as client,
-    ):
+    async with gateway_client(bus, folder, **settings) as client:
         yield client
     task.cancel()
     with suppress(asyncio.CancelledError):

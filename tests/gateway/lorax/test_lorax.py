@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from helpers.scripted_fleet import BASE_NAME, MAX_MODEL_LEN, Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import BASE_NAME, MAX_MODEL_LEN, Script, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 from tokenizers import Tokenizer
 
@@ -399,10 +399,7 @@ async def test_frame_errors_are_json_too(
 
 
 async def test_wrong_methods_and_sizes(bus: Bus, fleet: ScriptedFleet, model_folder: Any) -> None:
-    async with (
-        running_gateway(bus, model_folder, max_body_bytes=100, max_queued=1, path_prefix="/llms/a") as running,
-        httpx2.AsyncClient(base_url=running.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, max_body_bytes=100, max_queued=1, path_prefix="/llms/a") as http:
         for path in ("/generate", "/llms/a/generate"):
             wrong = await http.get(path)
             assert (wrong.status_code, wrong.json()["error_type"]) == (405, "method_not_allowed")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import httpx2
-from helpers.scripted_fleet import BASE_NAME, RunningGateway, Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import BASE_NAME, RunningGateway, Script, ScriptedFleet, gateway_client
 
 from protocol.queue.bus import Bus
 
@@ -34,10 +34,7 @@ async def test_info_and_probes(http: httpx2.AsyncClient, fleet: ScriptedFleet) -
 
 
 async def test_no_worker_is_unhealthy(bus: Bus, model_folder: Any) -> None:
-    async with (
-        running_gateway(bus, model_folder) as running,
-        httpx2.AsyncClient(base_url=running.url) as http,
-    ):
+    async with gateway_client(bus, model_folder) as http:
         answer = await http.get("/ping")
         assert (answer.status_code, answer.json()["error_type"]) == (503, "healthcheck")
         answer = await http.post("/generate", json={"inputs": "the dog"})

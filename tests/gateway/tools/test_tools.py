@@ -348,7 +348,7 @@ async def served(bus: Bus, folder: Path, family: Family) -> AsyncIterator[Served
     task = asyncio.create_task(fleet.run())
     async with (
         running_gateway(bus, folder) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        gateway.client() as http,
         AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="any", max_retries=0) as openai,
     ):
         try:
