@@ -129,26 +129,6 @@ async def test_details_hold_every_token(http: httpx2.AsyncClient, fleet: Scripte
     }  # fmt: skip
 
 
-async def test_a_stream_is_one_event_per_token_and_has_no_done(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    answer = await http.post("/generate_stream", json=generate_body(details=True))
-    assert b"[DONE]" not in answer.content
-    assert answer.headers["x-accel-buffering"] == "no"
-    assert answer.headers["x-model-id"] == BASE_NAME
-    found = events(answer.content)
-    ids = [*fleet.tokenizer.encode(TEXT).ids, 1]
-    assert [chunk["token"]["id"] for chunk in found] == ids
-    assert all(chunk["generated_text"] is None and chunk["details"] is None for chunk in found[:-1])
-    assert found[-1]["generated_text"] == TEXT
-    num_prompt_tokens = len(fleet.tokenizer.encode("the dog").ids)
-    assert found[-1]["details"] == {
-        "finish_reason": "eos_token", "prompt_tokens": num_prompt_tokens, "input_length": num_prompt_tokens,
-        "generated_tokens": len(ids), "seed": None,
-    }  # fmt: skip
-    assert [chunk["index"] for chunk in found] == [*range(1, len(ids) + 1)]
-    plain = events((await http.post("/generate_stream", json=generate_body())).content)
-    assert plain[-1]["details"] is None
-
-
 async def test_an_end_that_comes_alone_still_comes_with_a_token(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
     fleet.script = lambda submit, body: Script(text="", eos=False)
     [only] = (await http.post("/", json=generate_body(details=True))).json()

@@ -187,13 +187,6 @@ async def test_echo_alone_returns_the_prompt(http: httpx2.AsyncClient, fleet: Sc
         assert answer.json()["usage"]["completion_tokens"] == 0
 
 
-async def test_streamed_echo_comes_first(http: httpx2.AsyncClient, fleet: ScriptedFleet, client: AsyncOpenAI) -> None:
-    stream = await client.completions.create(model="base", prompt="the dog", echo=True, max_tokens=60, stream=True)
-    texts = [chunk.choices[0].text async for chunk in stream]
-    assert texts[0].startswith("the dog")
-    assert "".join(texts) == "the dog" + Script().text
-
-
 def scored(fleet: ScriptedFleet, ids: list[int]) -> dict[str, Any]:
     """Return the logprobs object of tokens that begin with a prompt, as the scripted worker knows them."""
     texts = [fleet.tokenizer.decode([id_]) for id_ in ids]
