@@ -21,7 +21,7 @@ PROCESSES ?= 3
 export PYTHONDONTWRITEBYTECODE =
 # PyPI's torch brings 3 GB of CUDA libraries. Without a GPU: TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
-TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check torch --index-url $(TORCH_INDEX))
+TORCH = $(if $(TORCH_INDEX),$(PIP) install --disable-pip-version-check --no-compile torch --index-url $(TORCH_INDEX))
 
 CONSOLE = .venv-console
 PURELIB = 'import sysconfig; print(sysconfig.get_path("purelib"))'
@@ -190,7 +190,8 @@ $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: set PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# pip checks what is installed; the stamps save this check while the requirements are unchanged.
+# pip checks what is installed; the stamps save this check while the requirements are unchanged. Of what developers
+# install, modules are compiled when they are first imported: most never are, and compiling all takes 45 s.
 $(VENV)/.stamp-demo: pyproject.toml | $(VENV)/bin/python
 	$(TORCH)
 	$(PIP) install --disable-pip-version-check --progress-bar on -e '.[worker,demo,bench]'
@@ -198,7 +199,7 @@ $(VENV)/.stamp-demo: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.stamp-dev: pyproject.toml requirements-dev.lock | $(VENV)/bin/python
 	$(TORCH)
-	$(PIP) install --disable-pip-version-check --quiet -c requirements-dev.lock -e '.[worker,demo,bench,dev]'
+	$(PIP) install --disable-pip-version-check --quiet --no-compile -c requirements-dev.lock -e '.[worker,demo,bench,dev]'
 	@touch $@ $(VENV)/.stamp-demo
 
 # In its own environment, so that no service imports what only looks at them.
@@ -226,12 +227,12 @@ $(CHART)/.stamp: pyproject.toml | $(VENV)/.stamp-dev
 	$(BIN)/python -m venv $(CHART)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		$$($(CHART)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dev.pth
-	$(CHART)/bin/python -m pip install --disable-pip-version-check --quiet 'helm-python-sdk>=0.2,<0.3' 'kubernetes-validate>=1.33,<2'
+	$(CHART)/bin/python -m pip install --disable-pip-version-check --quiet --no-compile 'helm-python-sdk>=0.2,<0.3' 'kubernetes-validate>=1.33,<2'
 	@touch $@
 
 $(CHART)/.stamp-checkov: $(CHART)/.stamp
 	$(BIN)/python -m venv $(CHART)/checkov
-	$(CHART)/checkov/bin/python -m pip install --disable-pip-version-check --quiet 'checkov>=3.2,<4'
+	$(CHART)/checkov/bin/python -m pip install --disable-pip-version-check --quiet --no-compile 'checkov>=3.2,<4'
 	@touch $@
 
 # In its own environment: otherwise every worker and every PEFT model would import these libraries, which takes seconds.
