@@ -147,21 +147,6 @@ async def test_bad_words_and_allowed_tokens_are_those_of_generate(http: httpx2.A
 # ---------------------------------------------------------------- logprobs
 
 
-async def test_whole_vocabularies_have_the_models_logprobs(http: httpx2.AsyncClient, oracle: Oracle) -> None:
-    ids = oracle.tokenizer(PROMPT)["input_ids"]
-    rows: list[list[float]] = []
-    for name in NAMES:
-        wish = {"logprobs": -1, "prompt_logprobs": -1, "return_tokens_as_token_ids": True, "ignore_eos": True}
-        choice = (await post(http, name, return_token_ids=True, max_tokens=2, **wish))["choices"][0]
-        expected = oracle.logprobs(name, ids + choice["token_ids"])
-        output = [{int(key[9:]): value for key, value in top.items()} for top in choice["logprobs"]["top_logprobs"]]
-        prompt = [{int(key): one["logprob"] for key, one in entry.items()} for entry in choice["prompt_logprobs"][1:]]
-        for found, row in zip([*prompt, *output], expected, strict=False):
-            assert [found[id_] for id_ in range(len(row))] == pytest.approx(row.tolist(), abs=TOLERANCE)
-        rows.append([output[0][id_] for id_ in sorted(output[0])])
-    assert all(row != pytest.approx(rows[0], abs=TOLERANCE) for row in rows[1:])  # the adapters matter
-
-
 # ---------------------------------------------------------------- what lm-eval relies on
 
 

@@ -8,7 +8,7 @@ import math
 import struct
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -254,6 +254,24 @@ class ScriptedFleet:
             if i + 1 == body.max_new_tokens:
                 return wanted[: i + 1], "length"
         return wanted, script.finish
+
+
+@asynccontextmanager
+async def playing(url: str, model: Path | Tokenizer, **options: Any) -> AsyncIterator[ScriptedFleet]:
+    """Register a fleet at the queue's `url` and play it, on a connection of its own; end it with the block."""
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json")) if isinstance(model, Path) else model
+    own = Bus(url)
+    fleet = ScriptedFleet(own, tokenizer, **options)
+    fleet.assigning.set()
+    await fleet.register()
+    task = asyncio.create_task(fleet.run())
+    try:
+        yield fleet
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        await own.close()
 
 
 def logprob_record(

@@ -11,9 +11,8 @@ from pathlib import Path
 import httpx2
 import pytest_asyncio
 from helpers.hub_stub import Repo, run_hub
-from helpers.scripted_fleet import ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import ScriptedFleet, make_model_folder, playing, running_gateway
 from helpers.waiting import wait_until
-from tokenizers import Tokenizer
 
 from protocol.queue.bus import Bus
 from protocol.runtime import model_files
@@ -25,16 +24,8 @@ from tests.lorafleet.test_fetch import python
 
 @pytest_asyncio.fixture
 async def fleet(bus: Bus, tmp_path: Path) -> AsyncIterator[ScriptedFleet]:
-    folder = make_model_folder(tmp_path / "of the fleet")
-    own = Bus(bus.url)
-    scripted = ScriptedFleet(own, Tokenizer.from_file(str(folder / "tokenizer.json")))
-    scripted.assigning.set()
-    await scripted.register()
-    task = asyncio.create_task(scripted.run())
-    yield scripted
-    task.cancel()
-    await asyncio.wait([task])
-    await own.close()
+    async with playing(bus.url, make_model_folder(tmp_path / "of the fleet")) as scripted:
+        yield scripted
 
 
 def absent(folder: Path) -> None:
