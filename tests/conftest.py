@@ -8,13 +8,10 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import secrets
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -211,12 +208,3 @@ async def bus(queue_server: EmbeddedServer) -> AsyncIterator[Bus]:
     leaks = await client.untimed_keys()
     await client.close()
     assert not leaks, f"keys left without a TTL: {leaks}"
-
-
-@pytest.fixture
-def unused_tcp_port() -> int:
-    """A free port below those that outgoing connections of other processes are given, which may take any of theirs."""
-    while True:
-        port = 20_000 + secrets.randbelow(12_000)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port

@@ -273,6 +273,18 @@ def test_tests_patch_nothing_of_ours() -> None:
     assert patching <= PATCHES
 
 
+def test_clients_of_tests_wait_for_a_busy_machine() -> None:
+    """The client's own patience is 5 s, which is too short where others use the processors."""
+    call = re.compile(r"httpx2\.(?:Async)?Client\((?:[^()]|\([^()]*\))*\)")
+    calls = [
+        (path.relative_to(ROOT).as_posix(), made)
+        for path in (ROOT / "tests").rglob("*.py")
+        for made in call.findall(path.read_text())
+    ]
+    assert calls, "the check would prove nothing"
+    assert [made for made in calls if "timeout=" not in made[1] and "transport=" not in made[1]] == []
+
+
 def test_importing_light_packages_loads_no_torch() -> None:
     """In one process, which is that much quicker: what is never loaded was loaded by none of them."""
     modules = [

@@ -20,7 +20,7 @@ from gateway.answers.sse import GenerationAnswer
 from gateway.anthropic.anthropic_errors import ANTHROPIC_ERRORS
 from gateway.calls.choices import Piece
 from gateway.calls.follow import Generation
-from gateway.calls.writers import SSE, CallUsage, Framing
+from gateway.calls.writers import SSE, CallUsage, Framing, Writer
 from gateway.text.answer_form import AnswerForm
 from gateway.text.answer_parts import Part
 from protocol.wire.errors import Internal
@@ -183,7 +183,7 @@ def usage_json(usage: CallUsage) -> dict[str, Any]:
     }
 
 
-class MessagesWriter:
+class MessagesWriter(Writer):
     """The message of `/v1/messages`, and the events of its stream."""
 
     def __init__(
@@ -230,13 +230,6 @@ class MessagesWriter:
         delta = self._stop(self._last, self._blocks, usage)
         ended = {"type": "message_delta", "delta": delta, "usage": usage_json(usage)}
         return event(b"message_delta", orjson.dumps(ended)) + event(b"message_stop", b'{"type":"message_stop"}')
-
-    def usage_frame(self, usage: CallUsage) -> bytes:
-        """Return nothing: the last events have the counts."""
-        return b""
-
-    def show_usage(self, usage: CallUsage) -> None:
-        """Do nothing: only the first and the last events have counts."""
 
     def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         """Return the answer as one message."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from gateway.calls.choices import Piece
 
@@ -61,27 +61,26 @@ DONE = b"data: [DONE]\n\n"
 """The last event of a stream of OpenAI's."""
 
 
-class Writer(Protocol):
-    """How one endpoint writes its answers."""
+class Writer:
+    """How one endpoint writes its answers. A writer that has this as its base writes nothing of what it leaves out."""
 
     def frames(self, piece: Piece) -> Iterable[bytes]:
         """Return the frames of a piece, each a whole one; none when it shows nothing yet.
 
         Each is made in a few milliseconds at most. Those of a piece with more tokens are made as they are asked for.
         """
-        ...
+        return ()
 
     def usage_frame(self, usage: CallUsage) -> bytes:
-        """Return the frame after the last choice's end."""
-        ...
+        """Return the frame after the last choice's end; none where the last frame has the counts."""
+        return b""
 
     def show_usage(self, usage: CallUsage) -> None:
-        """Include a call's usage so far in all following frames."""
-        ...
+        """Include a call's usage so far in all following frames, where frames before the last have counts."""
 
     def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         """Return the answer of a call that was not streamed."""
-        ...
+        return {}
 
 
 def shown_logprob(logprob: float) -> float | None:

@@ -13,7 +13,7 @@ from gateway.calls.choices import Choice, Piece
 from gateway.calls.follow import Generation
 from gateway.calls.submit import SubmittedCall
 from gateway.calls.tokenize import Offset
-from gateway.calls.writers import CallUsage
+from gateway.calls.writers import CallUsage, Writer
 from gateway.encoders.encoder_bodies import EmbeddingsRequest, EncoderBatchRequest, EncoderRequest
 from gateway.encoders.encoder_parse import EncoderRules
 from gateway.http.errors import OPENAI_ERRORS
@@ -45,7 +45,7 @@ class EncoderAnswer(GenerationAnswer):
 
     def __init__(self, generation: Generation, write: Write, *, native: bool) -> None:
         """native: errors have LoRAX's form."""
-        super().__init__(generation, _NoFrames())
+        super().__init__(generation, Writer())
         self._write = write
         self.errors = LORAX_GENERATION_ERRORS if native else OPENAI_ERRORS
 
@@ -78,22 +78,7 @@ class ClassifyAnswer(EncoderAnswer):
         return {"x-compute-type": compute_type(_base(self.generation)), **{key: times[key] for key in CLASSIFY_HEADERS}}
 
 
-class _NoFrames:
-    """A writer for answers that are not written piece by piece."""
-
-    def frames(self, piece: Piece) -> list[bytes]:
-        return []
-
-    def usage_frame(self, usage: CallUsage) -> bytes:
-        return b""
-
-    def show_usage(self, usage: CallUsage) -> None: ...
-
-    def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
-        return {}
-
-
-class EmbeddingsWriter(_NoFrames):
+class EmbeddingsWriter(Writer):
     """Writes the embeddings of a job."""
 
     def __init__(self, call: SubmittedCall, choices: Sequence[Choice]) -> None:

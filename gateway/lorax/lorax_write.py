@@ -13,7 +13,7 @@ from gateway.bodies.json_slices import RowSlices
 from gateway.calls import lorax_metrics
 from gateway.calls.choices import Piece, TokenLogprob, mean_logprob
 from gateway.calls.follow import Generation
-from gateway.calls.writers import MIN_LOGPROB, CallUsage, shown_logprob
+from gateway.calls.writers import MIN_LOGPROB, CallUsage, Writer, shown_logprob
 from gateway.lorax.lorax_errors import LORAX_GENERATION_ERRORS
 from gateway.lorax.lorax_parse import NativeCall
 from gateway.text.tokenizer import ModelFiles
@@ -69,7 +69,7 @@ class TokenWriter:
         return written
 
 
-class NativeWriter:
+class NativeWriter(Writer):
     """The answers of `/generate` and its kin."""
 
     def __init__(self, files: ModelFiles, native: NativeCall, num_prompt_tokens: int) -> None:
@@ -106,13 +106,6 @@ class NativeWriter:
                     }
             frames.append(b"data: " + orjson.dumps(chunk) + b"\n\n")
         return frames
-
-    def usage_frame(self, usage: CallUsage) -> bytes:
-        """Return nothing: the last token's event has the counts."""
-        return b""
-
-    def show_usage(self, usage: CallUsage) -> None:
-        """Do nothing: LoRAX's events do not report usage."""
 
     def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         """Return the answer: the choice with the best mean logprob, the others beside it."""

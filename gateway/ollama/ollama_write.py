@@ -18,7 +18,7 @@ from gateway.bodies import json_values
 from gateway.bodies.json_slices import RowSlices, dumps
 from gateway.calls.choices import Piece, TokenLogprob
 from gateway.calls.follow import Generation
-from gateway.calls.writers import MIN_LOGPROB, CallUsage, Framing
+from gateway.calls.writers import MIN_LOGPROB, CallUsage, Framing, Writer
 from gateway.encoders.encoder_write import VECTORS, EncoderAnswer, shortened
 from gateway.ollama.ollama_bodies import EmbedRequest
 from gateway.ollama.ollama_errors import OLLAMA_ERRORS
@@ -147,7 +147,7 @@ class _Reader:
             gained.text += f"{call.name}({''.join(call.arguments)}"
 
 
-class OllamaWriter:
+class OllamaWriter(Writer):
     """The objects of `/api/chat` and `/api/generate`."""
 
     def __init__(
@@ -170,13 +170,6 @@ class OllamaWriter:
             return []
         made = self._objects.part(gained.text, thinking=gained.thinking, calls=gained.calls)
         return [line(dumps({**made, **(self._entries(piece) if shows else {})}))]
-
-    def usage_frame(self, usage: CallUsage) -> bytes:
-        """Return nothing: the last object has the counts."""
-        return b""
-
-    def show_usage(self, usage: CallUsage) -> None:
-        """Do nothing: only the last object has counts."""
 
     def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         """Return the answer as one object, without counts and times."""

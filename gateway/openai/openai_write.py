@@ -211,7 +211,7 @@ def _ranked(tokens: TokenTable, token: TokenLogprob, top: Sequence[tuple[int, fl
     return FieldSlices(lambda: chain([own], (other for other in others if other[0] != own[0])), ENTRIES)
 
 
-class ChatWriter:
+class ChatWriter(Writer):
     """`chat.completion` and its chunks."""
 
     id_prefix = "chatcmpl-"
@@ -381,7 +381,7 @@ def _finish(finish: str, splitter: AnswerParts) -> str:
     return "tool_calls" if finish == "stop" and splitter.num_calls else finish
 
 
-class CompletionWriter:
+class CompletionWriter(Writer):
     """`text_completion`, whole and in chunks."""
 
     id_prefix = "cmpl-"

@@ -15,7 +15,7 @@ from gateway.answers.sse import GenerationAnswer
 from gateway.calls.choices import Choice, Piece
 from gateway.calls.follow import Generation, usage_of
 from gateway.calls.submit import SubmittedCall
-from gateway.calls.writers import SSE, CallUsage, Framing
+from gateway.calls.writers import SSE, CallUsage, Framing, Writer
 from gateway.http.errors import OPENAI_ERRORS, OpenAIErrors, cut
 from gateway.jobs.jobs import JobApi
 from gateway.responses.output import Output
@@ -85,7 +85,7 @@ def failure_of(error: LorafleetError) -> End:
     return End("cancelled") if error.code == "cancelled" else End("failed", error)
 
 
-class ResponseWriter:
+class ResponseWriter(Writer):
     """The response object of one answer, and the events of its stream."""
 
     def __init__(self, call: SubmittedCall, choice: Choice) -> None:
@@ -178,9 +178,6 @@ class ResponseWriter:
     def usage_frame(self, usage: CallUsage) -> bytes:
         """Return the event that ends the stream of a job."""
         return b"".join(self.last(None, usage))
-
-    def show_usage(self, usage: CallUsage) -> None:
-        """Do nothing: only the last event has counts."""
 
     def whole(self, choices: Sequence[Piece], usage: CallUsage) -> dict[str, Any]:
         """Return the answer, whose tokens were read, as one object."""

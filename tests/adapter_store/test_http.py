@@ -43,7 +43,7 @@ async def client(tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
     server = BlobServer(locate, drop, lambda: {"status": "ok"}, BEARER)
     port = await server.start("127.0.0.1", 0)
     headers = {"Authorization": f"Bearer {BEARER}"}
-    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers) as http:
+    async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as http:
         yield http
     await server.close()
 

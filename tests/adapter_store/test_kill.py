@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx2
 import pytest
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
 from helpers.hub_stub import LFS_BYTES, HubStub, Repo
-from helpers.store_run import ask, in_state
+from helpers.store_run import ask, get, in_state
 from helpers.waiting import wait_until
 
 from peft_adapters.format import CONFIG_FILE, WEIGHTS_FILE
@@ -110,8 +109,7 @@ async def test_killed_in_mid_write(bus: Bus, settings: Settings, num_blobs: int)
             await ask(url, digest)
         for seed in range(20):
             await ask(url, (await in_state(bus, f"a{seed}", "on_disk")).digest)
-        async with httpx2.AsyncClient() as http:
-            assert (await http.get(f"{url}/health")).json()["num_blobs"] == 20
+        assert (await get(f"{url}/health")).json()["num_blobs"] == 20
     assert not list((settings.data / "adapters" / "trash").iterdir())
 
 

@@ -8,13 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import msgspec
 import pytest
 import pytest_asyncio
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
 from helpers.hub_stub import HubStub, Repo
-from helpers.store_run import RunStore, ask, in_state
+from helpers.store_run import RunStore, ask, get, in_state
 from helpers.waiting import wait_until
 
 from adapter_store.sources.retry import Retries
@@ -443,10 +442,7 @@ async def test_evicted_content_is_fetched_again_with_the_registrations_token(
     digest = (await wait_until(lambda: _on_disk(bus, "p", "me"), "p is there")).digest
     shutil.rmtree(settings.data / "adapters" / "blobs" / digest)
     await ask(await store.url(), digest, SECRET)
-    async with httpx2.AsyncClient() as http:
-        url = f"{await store.url()}/adapters/{'0' * 64}/{CONFIG_FILE}"
-        missing = await http.get(url, headers={"Authorization": f"Bearer {FleetSecret(SECRET).bearer}"})
-    assert missing.status_code == 404
+    assert (await get(f"{await store.url()}/adapters/{'0' * 64}/{CONFIG_FILE}", SECRET)).status_code == 404
 
 
 async def _on_disk(bus: Bus, name: str, tenant: str) -> m.Alias | None:

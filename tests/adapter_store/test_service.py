@@ -10,12 +10,11 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import msgspec
 import numpy as np
 import pytest
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors, write_adapter
-from helpers.store_run import RunStore, ask, in_state
+from helpers.store_run import RunStore, ask, get, in_state
 from helpers.waiting import wait_until
 
 from adapter_store.service import reachable, serve
@@ -83,8 +82,7 @@ async def test_nothing_is_on_disk_before_the_base_is_known(bus: Bus, root: Path,
     await in_state(bus, "wide", "downloading")
 
     async def both_are_staged() -> bool:
-        async with httpx2.AsyncClient() as http:
-            return (await http.get(f"{await store.url()}/health")).json()["num_blobs"] == 2
+        return (await get(f"{await store.url()}/health")).json()["num_blobs"] == 2
 
     await wait_until(both_are_staged, "both were found well formed")
     assert {alias.state for alias in await bus.adapters.aliases()} == {"downloading"}
@@ -342,8 +340,7 @@ async def test_more_adapters_than_disk(bus: Bus, root: Path, run_store: RunStore
     digests = [(await in_state(bus, f"a{seed}", "on_disk")).digest for seed in range(10)]
     for digest in [*digests, *digests]:
         await ask(await store.url(), digest)
-    async with httpx2.AsyncClient() as http:
-        assert (await http.get(f"{await store.url()}/health")).json()["num_bytes"] <= 3 * size
+    assert (await get(f"{await store.url()}/health")).json()["num_bytes"] <= 3 * size
 
 
 @pytest.mark.thorough
@@ -362,8 +359,7 @@ async def test_a_thousand_adapters(bus: Bus, root: Path, run_store: RunStore) ->
         alias = await bus.adapters.alias(f"a{seed}")
         assert alias is not None
         await ask(await store.url(), alias.digest)
-    async with httpx2.AsyncClient() as http:
-        assert (await http.get(f"{await store.url()}/health")).json()["num_blobs"] == 500
+    assert (await get(f"{await store.url()}/health")).json()["num_blobs"] == 500
 
 
 async def test_records_go_with_their_last_name(

@@ -7,13 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 from helpers.adapter_files import BASE as PLAIN_BASE
 from helpers.adapter_files import lora_config, lora_tensors, safetensors, write_adapter
 from helpers.hub_stub import Repo, run_hub
 from helpers.s3_server import BUCKET, run_s3
-from helpers.store_run import QUICK, RunStore, ask, in_state
+from helpers.store_run import QUICK, RunStore, ask, get, in_state
 from helpers.waiting import wait_until
 from msgspec import structs
 
@@ -82,9 +81,8 @@ async def test_texts_are_served_and_part_of_the_digest(bus: Bus, root: Path, run
     write_texts(own, chat_template__jinja="{{ 1 }}", tokenizer_config__json='{"bos_token": {"content": "<s>"}}')
     first = await in_state(bus, "own", "on_disk", not_digest=plain.digest)
     config, _ = await ask(url, first.digest)
-    async with httpx2.AsyncClient() as http:
-        answer = await http.get(f"{url}/adapters/{first.digest}/{TEXTS_FILE}")
-        missing = await http.get(f"{url}/adapters/{plain.digest}/{TEXTS_FILE}")
+    answer = await get(f"{url}/adapters/{first.digest}/{TEXTS_FILE}")
+    missing = await get(f"{url}/adapters/{plain.digest}/{TEXTS_FILE}")
     assert hashlib.sha256(answer.content).hexdigest() == config[TEXTS_FIELD]
     texts = parse_texts(answer.content, config[TEXTS_FIELD])
     assert texts == OwnTexts("{{ 1 }}", {"bos_token": "<s>"})
@@ -104,8 +102,7 @@ async def test_damaged_texts_are_fetched_again(bus: Bus, settings: Settings, roo
     good = kept.read_bytes()
     kept.write_bytes(good.replace(b"1", b"2"))
     url = await run_store().url()
-    async with httpx2.AsyncClient() as http:
-        assert (await http.get(f"{url}/adapters/{digest}/{TEXTS_FILE}")).content == good
+    assert (await get(f"{url}/adapters/{digest}/{TEXTS_FILE}")).content == good
 
 
 async def test_a_text_that_is_none_refuses_the_adapter(bus: Bus, root: Path, run_store: RunStore) -> None:

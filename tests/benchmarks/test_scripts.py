@@ -50,7 +50,7 @@ def test_a_slow_link_changes_no_byte() -> None:
 
 def test_scripts_use_the_arguments_that_they_take() -> None:
     ignored: list[str] = []
-    for script in Path(report.__file__).parents[1].glob("*.py"):
+    for script in Path(report.__file__).parents[1].rglob("*.py"):
         text = script.read_text()
         for without in re.findall(r"report\.parser\(__doc__(?:, without=\((.*)\))?\)", text):
             used = [name for name in ("model", "short", "out") if f"args.{name}" in text or f'"{name}"' in without]

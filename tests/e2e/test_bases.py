@@ -176,16 +176,6 @@ async def test_a_registration_says_which_base_is_meant(fleet: RunningFleet, fold
     assert "it is registered for the base two, which it does not fit" in unfit.text
 
 
-async def test_a_base_that_does_not_start_fails_its_own_calls_with_the_reason(fleet: RunningFleet) -> None:
-    async with fleet.client() as http:
-        answer = await http.post("/v1/completions", json=completion("broken", PROMPT))
-        health = await http.get("/health")
-    assert answer.status_code == 503
-    assert "no worker is ready to serve `broken`: it did not start: " in answer.text
-    assert answer.json()["error"]["code"] == "base_failed"
-    assert health.status_code == 200
-
-
 async def test_models_of_one_call_are_of_one_base(fleet: RunningFleet) -> None:
     async with fleet.client() as http:
         both = await http.post("/v1/completions", json=completion("one", PROMPT) | {"models": ["one", "two"]})
@@ -194,13 +184,3 @@ async def test_models_of_one_call_are_of_one_base(fleet: RunningFleet) -> None:
     assert both.status_code == 400, both.text
     assert mixed.status_code in (404, 424, 422), mixed.text
     assert "the base `two`, not of `one`" in mixed.text
-
-
-@pytest.mark.thorough
-async def test_other_weights_under_a_taken_name_do_not_join(fleet: RunningFleet, tmp_path: Path) -> None:
-    other = make_tiny_model(tmp_path / "two", seed=9, max_len=256)
-    fleet.add_worker(other, "stranger", tmp_path)
-    await wait_until(lambda: fleet.more[-1].poll() is not None, "the worker has ended", timeout_s=100)
-    assert fleet.more[-1].returncode != 0
-    log = (tmp_path / "stranger.log").read_text()
-    assert "this fleet serves another base as two: the hash of its weights is" in log

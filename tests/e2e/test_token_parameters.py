@@ -144,80 +144,7 @@ async def test_bad_words_and_allowed_tokens_are_those_of_generate(http: httpx2.A
     assert sum(unlike) > len(unlike) - 3, "the wishes must change the answers"
 
 
-async def test_an_end_token_ends_only_if_it_is_allowed(http: httpx2.AsyncClient, oracle: Oracle) -> None:
-    end = oracle.tokenizer.eos_token_id
-    wish = {"logit_bias": {str(end): 100}, "return_token_ids": True}
-    for allowed, ids in (([end, 70], [end]), ([70], [70] * NUM)):
-        choice = (await post(http, "one", allowed_token_ids=allowed, **wish))["choices"][0]
-        assert choice["token_ids"] == ids
-    stuck = await http.post(
-        "/v1/completions", json={"model": "one", "prompt": PROMPT, "allowed_token_ids": [end], "min_tokens": 2}
-    )
-    assert stuck.status_code == 400
-    assert "allowed_token_ids" in stuck.json()["error"]["message"]
-
-
-async def test_allowed_tokens_narrow_a_grammar(http: httpx2.AsyncClient, oracle: Oracle) -> None:
-    digits = {digit: oracle.tokenizer(digit, add_special_tokens=False)["input_ids"][0] for digit in "0123456789"}
-    for name in NAMES:
-        form = {"structured_outputs": {"regex": "[a-z0-9]{6}"}}
-        wish = {"allowed_token_ids": [*digits.values(), oracle.tokenizer.eos_token_id], "bad_words": ["7", "12"]}
-        text = (await post(http, name, **form, **wish))["choices"][0]["text"]
-        assert len(text) == 6
-        assert text.isdigit()
-        assert "7" not in text
-        assert "12" not in text
-
-
 # ---------------------------------------------------------------- logprobs
-
-
-async def test_prompt_logprobs_and_ranks_are_the_models(http: httpx2.AsyncClient, oracle: Oracle) -> None:
-    for name, chat in itertools.product(NAMES, (False, True)):
-        ids = chat_ids(oracle) if chat else oracle.tokenizer(PROMPT)["input_ids"]
-        answer = await post(http, name, chat=chat, prompt_logprobs=2, max_tokens=1)
-        found = (answer if chat else answer["choices"][0])["prompt_logprobs"]
-        expected = oracle.logprobs(name, ids)
-        assert found[0] is None
-        assert len(found) == len(ids)
-        for entry, token, row in zip(found[1:], ids[1:], expected, strict=False):
-            own = entry[str(token)]
-            assert own["logprob"] == pytest.approx(float(row[token]), abs=TOLERANCE)
-            assert own["rank"] == int((row >= row[token]).sum())
-            assert own["decoded_token"] == oracle.tokenizer.decode([token])
-            top = row.topk(2)
-            assert set(entry) == {str(token), *map(str, top.indices.tolist())}
-            for rank, (id_, value) in enumerate(zip(top.indices.tolist(), top.values.tolist(), strict=True), start=1):
-                assert entry[str(id_)]["rank"] == rank
-                assert entry[str(id_)]["logprob"] == pytest.approx(value, abs=TOLERANCE)
-
-
-async def test_listed_tokens_have_the_models_logprobs(http: httpx2.AsyncClient, oracle: Oracle) -> None:
-    ids, listed = oracle.tokenizer(PROMPT)["input_ids"], [77, 5, 199]
-    for name in NAMES:
-        wish = {"logprobs": 0, "logprob_token_ids": listed, "return_tokens_as_token_ids": True, "ignore_eos": True}
-        answer = await post(http, name, return_token_ids=True, **wish)
-        choice = answer["choices"][0]
-        expected = oracle.logprobs(name, ids + choice["token_ids"])[len(ids) - 1 :]
-        for token, top, row in zip(choice["token_ids"], choice["logprobs"]["top_logprobs"], expected, strict=False):
-            assert top.keys() == {f"token_id:{id_}" for id_ in (token, *listed)}
-            for id_ in (token, *listed):
-                assert top[f"token_id:{id_}"] == pytest.approx(float(row[id_]), abs=TOLERANCE)
-
-
-async def test_whole_vocabularies_have_the_models_logprobs(http: httpx2.AsyncClient, oracle: Oracle) -> None:
-    ids = oracle.tokenizer(PROMPT)["input_ids"]
-    rows: list[list[float]] = []
-    for name in NAMES:
-        wish = {"logprobs": -1, "prompt_logprobs": -1, "return_tokens_as_token_ids": True, "ignore_eos": True}
-        choice = (await post(http, name, return_token_ids=True, max_tokens=2, **wish))["choices"][0]
-        expected = oracle.logprobs(name, ids + choice["token_ids"])
-        output = [{int(key[9:]): value for key, value in top.items()} for top in choice["logprobs"]["top_logprobs"]]
-        prompt = [{int(key): one["logprob"] for key, one in entry.items()} for entry in choice["prompt_logprobs"][1:]]
-        for found, row in zip([*prompt, *output], expected, strict=False):
-            assert [found[id_] for id_ in range(len(row))] == pytest.approx(row.tolist(), abs=TOLERANCE)
-        rows.append([output[0][id_] for id_ in sorted(output[0])])
-    assert all(row != pytest.approx(rows[0], abs=TOLERANCE) for row in rows[1:])  # the adapters matter
 
 
 # ---------------------------------------------------------------- what lm-eval relies on
@@ -247,17 +174,6 @@ async def test_scoring_counts_and_scores_every_token(http: httpx2.AsyncClient, o
             if max_tokens and bias:
                 assert logprobs["tokens"][-1] == oracle.tokenizer.decode([end])
                 assert choice["finish_reason"] == "stop"
-
-
-async def test_generating_until_any_of_several_strings(http: httpx2.AsyncClient, oracle: Oracle) -> None:
-    ids = oracle.tokenizer(PROMPT)["input_ids"]
-    for name in NAMES:
-        text = oracle.tokenizer.decode(oracle.greedy(name, ids), skip_special_tokens=True)
-        stops = ["no such text", text[9:11], text[5:6]]
-        cut = min(text.find(stop) for stop in stops[1:])
-        answer = await post(http, name, prompt=[ids, ids], stop=stops, seed=1234, ignore_eos=True)
-        assert [choice["text"] for choice in answer["choices"]] == [text[:cut]] * 2
-        assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
 
 
 async def test_an_answer_ends_where_an_expression_matches(http: httpx2.AsyncClient, oracle: Oracle) -> None:

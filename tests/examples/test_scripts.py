@@ -10,7 +10,6 @@ from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import httpx2
 import msgspec
 import pytest
 import pytest_asyncio
@@ -46,7 +45,7 @@ async def url(bus: Bus, tmp_path: Path) -> AsyncIterator[str]:
         try:
             async with (
                 running_gateway(bus, model, secret=SECRET, adapters=str(root)) as gateway,
-                httpx2.AsyncClient(base_url=gateway.url) as http,
+                gateway.client() as http,
             ):
 
                 async def is_ready() -> bool:

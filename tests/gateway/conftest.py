@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from pathlib import Path
 
 import httpx2
 import pytest
 import pytest_asyncio
-from helpers.scripted_fleet import RunningGateway, ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import (
+    RunningGateway,
+    ScriptedFleet,
+    gateway_client,
+    make_model_folder,
+    playing,
+    running_gateway,
+)
 from openai import AsyncOpenAI
 from tokenizers import Tokenizer
 
@@ -30,16 +35,8 @@ def tokenizer(model_folder: Path) -> Tokenizer:
 @pytest_asyncio.fixture
 async def fleet(bus: Bus, tokenizer: Tokenizer) -> AsyncIterator[ScriptedFleet]:
     """A fleet that answers every request with the default script."""
-    own = Bus(bus.url)
-    scripted = ScriptedFleet(own, tokenizer)
-    scripted.assigning.set()
-    await scripted.register()
-    task = asyncio.create_task(scripted.run())
-    yield scripted
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
-    await own.close()
+    async with playing(bus.url, tokenizer) as scripted:
+        yield scripted
 
 
 @pytest_asyncio.fixture
@@ -49,10 +46,7 @@ async def qwen(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> AsyncIterator[
     (folder / "chat_template.jinja").write_text((Path(__file__).parent / "templates" / "qwen.jinja").read_text())
     fleet.max_model_len = 1024
     await fleet.register()
-    async with (
-        running_gateway(bus, folder) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, folder) as http:
         yield http
 
 
@@ -70,5 +64,5 @@ async def client(gateway: RunningGateway) -> AsyncIterator[AsyncOpenAI]:
 
 @pytest_asyncio.fixture
 async def http(gateway: RunningGateway) -> AsyncIterator[httpx2.AsyncClient]:
-    async with httpx2.AsyncClient(base_url=gateway.url, timeout=30) as plain:
+    async with gateway.client() as plain:
         yield plain

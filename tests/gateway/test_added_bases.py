@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 import pytest_asyncio
-from helpers.scripted_fleet import ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import ScriptedFleet, gateway_client, make_model_folder, running_gateway
 from helpers.waiting import wait_until
 
 from protocol.queue.bus import Bus
@@ -31,12 +31,8 @@ def folders(tmp_path: Path) -> dict[str, Path]:
 async def http(bus: Bus, fleet: ScriptedFleet, folders: dict[str, Path]) -> AsyncIterator[httpx2.AsyncClient]:
     await set_bases(bus, base("a"), a=1)
     await add(bus, "old", "")
-    async with running_gateway(bus, folders["a"]) as gateway, client_of(gateway.url) as client:
+    async with gateway_client(bus, folders["a"]) as client:
         yield client
-
-
-def client_of(url: str) -> httpx2.AsyncClient:
-    return httpx2.AsyncClient(base_url=url, timeout=30)
 
 
 async def state_of(http: httpx2.AsyncClient, name: str) -> str:
@@ -133,16 +129,16 @@ async def test_a_base_that_is_being_read_is_known_already(
 async def test_all_gateways_take_it_up_and_a_restart_keeps_it(
     bus: Bus, http: httpx2.AsyncClient, folders: dict[str, Path]
 ) -> None:
-    async with running_gateway(bus, folders["a"]) as second, client_of(second.url) as other:
+    async with gateway_client(bus, folders["a"]) as other:
         both = [client.post("/v1/bases", json={"model": str(folders["b"])}) for client in (http, other)]
         assert sorted(one.status_code for one in await asyncio.gather(*both)) == [200, 201]
         for client in (http, other):
             await seen(client, "b", "no_worker")
-    async with running_gateway(bus, folders["a"]) as third, client_of(third.url) as other:
+    async with gateway_client(bus, folders["a"]) as other:
         assert await state_of(other, "b") == "no_worker", "it is there before the gateway listens"
     async with (
         running_gateway(bus, folders["a"], more_models=str(folders["b"])) as fourth,
-        client_of(fourth.url) as http,
+        fourth.client() as http,
     ):
         assert [one["id"] for one in (await http.get("/v1/bases")).json()["data"]] == ["a", "b"]
         refused = await http.delete("/v1/bases/b")
@@ -217,7 +213,7 @@ async def test_only_admins_with_keys_or_this_machine_change_bases(
 ) -> None:
     await set_bases(bus, base("a"), a=1)
     body = {"model": str(folders["b"])}
-    async with running_gateway(bus, folders["a"], api_keys=True) as gateway, client_of(gateway.url) as http:
+    async with gateway_client(bus, folders["a"], api_keys=True) as http:
         keys = {
             scope: (await bus.api_keys.create("acme", [scope], 0, ""))[0] for scope in ("infer", "adapters", "admin")
         }
@@ -231,7 +227,7 @@ async def test_only_admins_with_keys_or_this_machine_change_bases(
                     assert answer.status_code == (200 if scope == "admin" else status)
     async with (
         running_gateway(bus, folders["a"], host="0.0.0.0", allowed_hosts="*") as gateway,
-        client_of(gateway.url.replace("0.0.0.0", "127.0.0.1")) as http,
+        httpx2.AsyncClient(base_url=gateway.url.replace("0.0.0.0", "127.0.0.1"), timeout=60) as http,
     ):
         for method, path in (("POST", "/v1/bases"), ("DELETE", "/v1/bases/b")):
             answer = await http.request(method, path, json=body if method == "POST" else None)

@@ -6,10 +6,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import msgspec
 import pytest
-from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, make_model_folder
 from helpers.waiting import wait_until
 
 from gateway.text.bases import open_bases
@@ -20,10 +19,6 @@ from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Unavailable
 from protocol.wire.messages.requests import KNOWN_FIELDS
 from tests.gateway.test_bases import add, base, chat, set_bases
-
-
-def client_of(url: str) -> httpx2.AsyncClient:
-    return httpx2.AsyncClient(base_url=url, timeout=30)
 
 
 async def knows_scores(bus: Bus) -> None:
@@ -41,10 +36,7 @@ async def test_a_base_whose_name_begins_with_another_ones(
     await set_bases(bus, base(default), base(further), **{default: 1, further: 1})
     await add(bus, "first", "llama:8b")
     await add(bus, "second", "llama")
-    async with (
-        running_gateway(bus, folders[default], more_models=str(folders[further])) as gateway,
-        client_of(gateway.url) as http,
-    ):
+    async with gateway_client(bus, folders[default], more_models=str(folders[further])) as http:
         for model, of in (
             ("llama:8b", "llama:8b"), ("llama", "llama"), ("llama:8b:first", "llama:8b"), ("llama:second", "llama"),
             ("first", "llama:8b"), ("second", "llama"), ("base", default), ("", default),
@@ -60,10 +52,7 @@ async def test_a_base_whose_name_begins_with_another_ones(
 async def test_base_is_no_other_one_while_the_default_is_not_up(bus: Bus, fleet: ScriptedFleet, tmp_path: Path) -> None:
     one, other = make_model_folder(tmp_path / "a"), make_model_folder(tmp_path / "b")
     await set_bases(bus, base("b"), b=1)
-    async with (
-        running_gateway(bus, one, more_models=str(other)) as gateway,
-        client_of(gateway.url) as http,
-    ):
+    async with gateway_client(bus, one, more_models=str(other)) as http:
         for headers in ({}, {"anthropic-version": "2023-06-01"}):
             assert (await http.get("/v1/models/base", headers=headers)).status_code == 404
             assert (await http.get("/v1/models/b", headers=headers)).json()["id"] == "b"
@@ -76,7 +65,7 @@ async def test_what_a_base_answered_that_is_gone_is_not_read_as_anothers(
     """By the default one's tokenizer it would be other words, as 200."""
     one, other, third = (make_model_folder(tmp_path / name) for name in "abc")
     await set_bases(bus, base("a"), base("b"), base("c"), a=1, b=1, c=1)
-    async with running_gateway(bus, one, more_models=str(other)) as gateway, client_of(gateway.url) as http:
+    async with gateway_client(bus, one, more_models=str(other)) as http:
         body = {"model": "b", "input": "the fox", "background": True}
         made = (await http.post("/v1/responses", json=body)).json()["id"]
 
@@ -85,7 +74,7 @@ async def test_what_a_base_answered_that_is_gone_is_not_read_as_anothers(
 
         await wait_until(is_done, "the response is complete")
     further = str(third) if more_models else ""
-    async with running_gateway(bus, one, more_models=further) as gateway, client_of(gateway.url) as http:
+    async with gateway_client(bus, one, more_models=further) as http:
         answer = await http.get(f"/v1/responses/{made}")
         assert answer.status_code == 404, answer.text
         assert "its base `b` is not served here" in answer.text
@@ -96,7 +85,7 @@ async def test_what_an_only_base_answered_under_another_name_is_read(
 ) -> None:
     folder = make_model_folder(tmp_path / "a")
     await set_bases(bus, base("a"), a=1)
-    async with running_gateway(bus, folder) as gateway, client_of(gateway.url) as http:
+    async with gateway_client(bus, folder) as http:
         body = {"model": "a", "input": "the fox", "background": True}
         made = (await http.post("/v1/responses", json=body)).json()["id"]
 
@@ -105,7 +94,7 @@ async def test_what_an_only_base_answered_under_another_name_is_read(
 
         await wait_until(is_done, "the response is complete")
     await set_bases(bus, base("renamed"), renamed=1)
-    async with running_gateway(bus, folder, served_name="renamed") as gateway, client_of(gateway.url) as http:
+    async with gateway_client(bus, folder, served_name="renamed") as http:
         assert (await http.get(f"/v1/responses/{made}")).json()["status"] == "completed"
 
 
@@ -164,7 +153,7 @@ async def test_numbers_wait_for_their_base_to_be_known(
     await knows_scores(bus)
     numbers = list(struct.unpack("<4i", struct.pack("<4f", 1, 0.5, 0.25, 0)))
     fleet.script = lambda *_: Script(numbers=numbers if task == "embed" else numbers[:1])
-    async with running_gateway(bus, one, more_models=str(other)) as gateway, client_of(gateway.url) as http:
+    async with gateway_client(bus, one, more_models=str(other)) as http:
 
         async def ask() -> int:
             head = {"Idempotency-Key": "k"}
@@ -187,7 +176,7 @@ async def test_native_routes_that_take_a_model_ask_its_base(bus: Bus, fleet: Scr
     await knows_scores(bus)
     await add(bus, "second", "b")
     further = f"{folders['b']},{folders['c']}"
-    async with running_gateway(bus, folders["a"], more_models=further) as gateway, client_of(gateway.url) as http:
+    async with gateway_client(bus, folders["a"], more_models=further) as http:
         for name in ("b", "second"):
             loaded = await http.post("/api/generate", json={"model": name})
             assert loaded.json()["done_reason"] == "load", loaded.text

@@ -6,7 +6,6 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import orjson
 import pytest
 import pytest_asyncio
 from helpers.loop_lag import measured_lag
-from helpers.scripted_fleet import ScriptedFleet, running_gateway
+from helpers.scripted_fleet import ScriptedFleet, playing, running_gateway
 from helpers.waiting import wait_until
 from tokenizers import Tokenizer
 
@@ -125,15 +124,8 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 async def play(url: str, tokenizer: Tokenizer, stop: threading.Event) -> None:
-    own = Bus(url)
-    scripted = ScriptedFleet(own, tokenizer)
-    scripted.assigning.set()
-    playing = asyncio.create_task(scripted.run())
-    await asyncio.to_thread(stop.wait)
-    playing.cancel()
-    with suppress(asyncio.CancelledError):
-        await playing
-    await own.close()
+    async with playing(url, tokenizer):
+        await asyncio.to_thread(stop.wait)
 
 
 @pytest_asyncio.fixture
@@ -141,10 +133,10 @@ async def fleet(bus: Bus, tokenizer: Tokenizer) -> AsyncIterator[ScriptedFleet]:
     """A fleet whose worker is in a thread of its own: what that takes is not the gateway's. This one registers it."""
     stop, scripted = threading.Event(), ScriptedFleet(bus, tokenizer)
     await scripted.register()
-    playing = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(play(bus.url, tokenizer, stop))))
+    thread = asyncio.create_task(asyncio.to_thread(lambda: asyncio.run(play(bus.url, tokenizer, stop))))
     yield scripted
     stop.set()
-    await playing
+    await thread
 
 
 @pytest_asyncio.fixture

@@ -8,7 +8,7 @@ import math
 import struct
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -256,6 +256,24 @@ class ScriptedFleet:
         return wanted, script.finish
 
 
+@asynccontextmanager
+async def playing(url: str, model: Path | Tokenizer, **options: Any) -> AsyncIterator[ScriptedFleet]:
+    """Register a fleet at the queue's `url` and play it, on a connection of its own; end it with the block."""
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json")) if isinstance(model, Path) else model
+    own = Bus(url)
+    fleet = ScriptedFleet(own, tokenizer, **options)
+    fleet.assigning.set()
+    await fleet.register()
+    task = asyncio.create_task(fleet.run())
+    try:
+        yield fleet
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        await own.close()
+
+
 def logprob_record(
     id_: int, num_top: int | None, logprob: float = -0.5, *, rank: int | None = None, listed: Sequence[int] = (),
     size: int = 0,
@@ -283,6 +301,10 @@ class RunningGateway:
     gid: str
     stop: asyncio.Event
     task: asyncio.Task[int]
+
+    def client(self, **options: Any) -> httpx2.AsyncClient:
+        """Return a client that waits for its answers as long as a busy machine may need."""
+        return httpx2.AsyncClient(base_url=self.url, timeout=120, **options)
 
 
 @asynccontextmanager
@@ -319,8 +341,5 @@ async def gateway_client(
 ) -> AsyncIterator[httpx2.AsyncClient]:
     """Start a gateway, as `running_gateway` does, and give a client of it that sends `key`, if there is one."""
     headers = {"authorization": f"Bearer {key}"} if key else None
-    async with (
-        running_gateway(bus, model, timings, **settings) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, headers=headers, timeout=60) as http,
-    ):
+    async with running_gateway(bus, model, timings, **settings) as gateway, gateway.client(headers=headers) as http:
         yield http

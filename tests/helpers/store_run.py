@@ -58,11 +58,16 @@ async def in_state(bus: Bus, name: str, state: str, *, not_digest: str = "") -> 
     return await wait_until(look, f"{name} is {state}")
 
 
+async def get(url: str, secret: str = "") -> httpx2.Response:
+    """Ask a store once, as one of its fleet where it has a secret."""
+    headers = {"Authorization": f"Bearer {FleetSecret(secret).bearer}"} if secret else {}
+    async with httpx2.AsyncClient(headers=headers, timeout=60) as http:
+        return await http.get(url)
+
+
 async def ask(url: str, digest: str, secret: str = "") -> tuple[dict[str, Any], bytes]:
     """Fetch an adapter as a worker does, and check that it is the one asked for."""
-    headers = {"Authorization": f"Bearer {FleetSecret(secret).bearer}"} if secret else {}
-    async with httpx2.AsyncClient(headers=headers) as http:
-        answers = [await http.get(f"{url}/adapters/{digest}/{name}") for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    answers = [await get(f"{url}/adapters/{digest}/{name}", secret) for name in (CONFIG_FILE, WEIGHTS_FILE)]
     assert [answer.status_code for answer in answers] == [200, 200], answers
     config, weights = parse_config(answers[0].content), answers[1].content
     assert adapter_digest(config, parse_header(weights, len(weights)), weights) == digest

@@ -11,30 +11,21 @@ from pathlib import Path
 import httpx2
 import pytest_asyncio
 from helpers.hub_stub import Repo, run_hub
-from helpers.scripted_fleet import ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import ScriptedFleet, make_model_folder, playing, running_gateway
 from helpers.waiting import wait_until
-from tokenizers import Tokenizer
 
 from protocol.queue.bus import Bus
 from protocol.runtime import model_files
 from protocol.wire import messages as m
-from tests.gateway.test_added_bases import client_of, state_of
+from tests.gateway.test_added_bases import state_of
 from tests.gateway.test_bases import base, chat, set_bases
 from tests.lorafleet.test_fetch import python
 
 
 @pytest_asyncio.fixture
 async def fleet(bus: Bus, tmp_path: Path) -> AsyncIterator[ScriptedFleet]:
-    folder = make_model_folder(tmp_path / "of the fleet")
-    own = Bus(bus.url)
-    scripted = ScriptedFleet(own, Tokenizer.from_file(str(folder / "tokenizer.json")))
-    scripted.assigning.set()
-    await scripted.register()
-    task = asyncio.create_task(scripted.run())
-    yield scripted
-    task.cancel()
-    await asyncio.wait([task])
-    await own.close()
+    async with playing(bus.url, make_model_folder(tmp_path / "of the fleet")) as scripted:
+        yield scripted
 
 
 def absent(folder: Path) -> None:
@@ -114,7 +105,7 @@ async def test_no_files_of_a_base_keep_a_gateway_from_others_or_from_starting(
     make_model_folder(tmp_path / "models" / "sound")
     (tmp_path / "models" / "link").symlink_to(tmp_path / "models" / "sound")
     names = [broken.__name__ for broken in BROKEN]
-    async with running_gateway(bus, default) as gateway, client_of(gateway.url) as http:
+    async with running_gateway(bus, default) as gateway, gateway.client() as http:
         for name in names:
             answer = await http.post("/v1/bases", json={"model": str(tmp_path / "models" / name)})
             assert answer.status_code == 201, answer.text
@@ -133,7 +124,7 @@ async def test_no_files_of_a_base_keep_a_gateway_from_others_or_from_starting(
             return {answer.json().get("error", {}).get("code") for answer in answers} == {"base_unreadable"}
 
         await wait_until(say_so, "calls of each get its reason")
-    async with running_gateway(bus, default) as gateway, client_of(gateway.url) as http:
+    async with running_gateway(bus, default) as gateway, gateway.client() as http:
         await all_are(http, names)
         for name in (*names, "sound"):
             assert (await http.delete(f"/v1/bases/{name}")).status_code == 200
@@ -173,7 +164,7 @@ async def test_a_storm_of_bases_leaves_the_fleet_as_it_was(bus: Bus, fleet: Scri
     models = [str(make_model_folder(tmp_path / f"m{i}")) for i in range(3)]
     async with (
         running_gateway(bus, default) as one, running_gateway(bus, default) as two,
-        client_of(one.url) as http, client_of(two.url) as other,
+        one.client() as http, two.client() as other,
     ):  # fmt: skip
 
         async def storm(client: httpx2.AsyncClient, seed: int) -> set[int]:

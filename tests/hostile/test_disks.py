@@ -15,14 +15,12 @@ from pathlib import Path
 import httpx2
 import pytest
 import pytest_asyncio
-from helpers.scripted_fleet import ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import make_model_folder, playing, running_gateway
 from helpers.waiting import wait_until
-from tokenizers import Tokenizer
 
 from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from protocol.queue.bus import Bus
 from protocol.runtime.free_space import free_bytes
-from protocol.wire.keys import Keys
 
 DISK_BYTES, KEEP_FREE = 40 << 20, 24 << 20
 FORM_TYPE = "multipart/form-data; boundary=b0"
@@ -58,17 +56,12 @@ def queue(disk: Path) -> Iterator[EmbeddedServer]:
 async def url(queue: EmbeddedServer, disk: Path, tmp_path: Path) -> AsyncIterator[str]:
     """A gateway whose files are on the queue's disk, and its fleet."""
     folder = make_model_folder(tmp_path / "model")
-    bus, own = Bus(queue.url, Keys()), Bus(queue.url, Keys())
-    fleet = ScriptedFleet(own, Tokenizer.from_file(str(folder / "tokenizer.json")))
-    fleet.assigning.set()
-    await fleet.register()
-    task = asyncio.create_task(fleet.run())
-    async with running_gateway(bus, folder, data=disk, keep_free=KEEP_FREE, beat_timeout_s=60.0) as gateway:
+    bus = Bus(queue.url)
+    async with (
+        playing(queue.url, folder),
+        running_gateway(bus, folder, data=disk, keep_free=KEEP_FREE, beat_timeout_s=60.0) as gateway,
+    ):
         yield gateway.url
-    assert not task.done(), "the fleet has ended"
-    task.cancel()
-    await asyncio.wait([task])
-    await own.close()
     await bus.close()
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest_asyncio
-from helpers.scripted_fleet import ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import gateway_client, make_model_folder, playing
 from helpers.waiting import wait_until
-from tokenizers import Tokenizer
 
 from protocol.queue.books.api_keys import ApiKeys
 from protocol.queue.bus import Bus
@@ -26,21 +23,10 @@ Heads = dict[str, dict[str, str]]
 @pytest_asyncio.fixture
 async def http(bus: Bus, tmp_path: Path) -> AsyncIterator[httpx2.AsyncClient]:
     """A gateway with keys that keeps prompts and outputs in a database."""
-    folder, own = make_model_folder(tmp_path / "model"), Bus(bus.url)
-    fleet = ScriptedFleet(own, Tokenizer.from_file(str(folder / "tokenizer.json")))
-    fleet.assigning.set()
-    await fleet.register()
-    task = asyncio.create_task(fleet.run())
+    folder = make_model_folder(tmp_path / "model")
     settings: dict[str, Any] = {"history": f"sqlite:///{tmp_path}/history.db", "history_text": 100, "api_keys": True}
-    async with (
-        running_gateway(bus, folder, **settings) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as client,
-    ):
+    async with playing(bus.url, folder), gateway_client(bus, folder, **settings) as client:
         yield client
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
-    await own.close()
 
 
 @pytest_asyncio.fixture

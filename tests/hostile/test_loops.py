@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 from helpers.flaky import Flaky, InjectedError, failures
-from helpers.scripted_fleet import ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import make_model_folder, playing, running_gateway
 from helpers.waiting import wait_until
-from tokenizers import Tokenizer
 
 from adapter_store.service import Store
 from adapter_store.service import serve as serve_store
@@ -63,23 +60,6 @@ def make_flaky(monkeypatch: pytest.MonkeyPatch, flaky: Flaky, *owners: type) -> 
         monkeypatch.setattr(owner, name, changed)
 
 
-@asynccontextmanager
-async def scripted(bus: Bus, folder: Path) -> AsyncIterator[None]:
-    """A fleet without a gateway."""
-    own = Bus(bus.url)
-    fleet = ScriptedFleet(own, Tokenizer.from_file(str(folder / "tokenizer.json")))
-    fleet.assigning.set()
-    await fleet.register()
-    task = asyncio.create_task(fleet.run())
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-        await own.close()
-
-
 async def ask(url: str) -> None:
     async with httpx2.AsyncClient(base_url=url, timeout=60) as http:
         answer = await http.post("/v1/completions", json={"model": "base", "prompt": "a", "max_tokens": 4})
@@ -91,7 +71,7 @@ async def test_each_loop_of_a_gateway_may_raise(
     bus: Bus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
 ) -> None:
     folder = make_model_folder(tmp_path / "model")
-    async with scripted(bus, folder):
+    async with playing(bus.url, folder):
         for name in ("", *sorted(LOOPS["gateway"])):
             with subtests.test(loop=name or "all at once"), monkeypatch.context() as patch:
                 flaky = Flaky(frozenset({name}), error=PanicException if name == "webhooks" else InjectedError)
@@ -115,7 +95,7 @@ async def test_a_loop_that_never_recovers_stops_no_other(
     flaky = Flaky(frozenset(LOOPS["gateway"] - spared), times=1_000_000)
     make_flaky(monkeypatch, flaky, gateway_service._Parts, BatchRunner)
     url = f"sqlite:///{tmp_path}/history.db"
-    async with scripted(bus, folder), running_gateway(bus, folder, history=url) as gateway:
+    async with playing(bus.url, folder), running_gateway(bus, folder, history=url) as gateway:
         await wait_until(lambda: min(flaky.failed[name] for name in flaky.failing) > 5, "they fail again and again")
         await ask(gateway.url)
         assert not gateway.task.done()

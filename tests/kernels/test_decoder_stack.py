@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import cast
 
 import numpy as np
 import pytest
 import torch
+from helpers import examples
 from helpers.fixed_sums import fixed_sums
 from helpers.kernel_cases import randn
 from helpers.quantised_weights import random_weight
@@ -107,13 +109,18 @@ def run_one_by_one(
     x += project(ops.gated_act(gate, up, layer.act, impl=impl), layer.down, table, lora, impl)
 
 
-@pytest.mark.parametrize("weights", ["bf16", "q4_0", "q4_1", "q8_0/int8"])
-@pytest.mark.parametrize(("base_rows", "head_norms"), [(0, True), (17, False), (10**9, False)])
-def test_long_steps_are_what_operations_give(weights: str, base_rows: int, native: Impl, *, head_norms: bool) -> None:
-    """Two prompts and decodes, of which rows go to other threads than their neighbours.
+ALL_ROWS = 10**9
+LONG_STEPS = examples.some(
+    product(["bf16", "q4_0", "q4_1", "q8_0/int8"], [(0, True), (17, False), (ALL_ROWS, False)]),
+    ("bf16", (0, True)), ("q4_0", (17, False)), ("q4_1", (ALL_ROWS, False)), ("q8_0/int8", (17, False)),
+)  # fmt: skip
+"""Weights; how many of the first rows have no adapter, and whether heads have norms."""
 
-    base_rows: how many of the first rows have no adapter.
-    """
+
+@pytest.mark.parametrize("case", LONG_STEPS, ids=str)
+def test_long_steps_are_what_operations_give(case: tuple[str, tuple[int, bool]], native: Impl) -> None:
+    """Two prompts and decodes, of which rows go to other threads than their neighbours."""
+    weights, (base_rows, head_norms) = case
     lengths, ends = np.array([200, 3, 150, 1, 1]), np.array([200, 40, 150, 33, 17])
     first_blocks = np.cumsum(-(-ends // BLOCK_TOKENS)) - -(-ends // BLOCK_TOKENS)
     blocks = (first_blocks[:, None] + np.arange(13)) % NUM_BLOCKS

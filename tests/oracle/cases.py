@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from oracle.conformance import adapters_for
-from oracle.peft_oracle import Oracle, greedy_request, prompts
+from oracle.peft_oracle import Asked, Oracle, ask, greedy_request, prompts, warm
 from oracle.tiny_models import tiny_model
 
+from gpu_worker.engine.engine import Engine
 from gpu_worker.model.prepare import prepare_model
 from gpu_worker.planning.states import PROMPT_TOKENS
 
@@ -40,3 +42,35 @@ class Case:
             for name in names or self.oracle.names
             for i, prompt in enumerate(self.prompts)
         ]
+
+    def check(self, asked: Asked, skip: int = 0) -> None:
+        """Hold answers to what is right behind the first `skip` tokens."""
+        for name, expected in self.expected.items():
+            assert [asked.ids[f"{name}/{i}"] for i in range(len(expected))] == [ids[skip:] for ids in expected], name
+
+    def check_effect(self) -> None:
+        """Hold the adapters to it that each changes the answers."""
+        base, *others = self.expected.values()
+        assert all(expected != base for expected in others)
+
+    def check_preempted(self, engine: Engine) -> None:
+        """Let requests lose their places to quieter ones, and hold all of them to what is right."""
+        warm(engine, self.oracle.names)
+        quiet = [replace(request, rid=f"quiet-{request.rid}") for request in self.requests(["all"])]
+
+        def let_all_in(num_steps: int) -> None:
+            while quiet and num_steps == 6:
+                engine.add(quiet.pop())
+
+        asked = ask(engine, self.requests(yields=True), let_all_in)
+        assert engine.counters.num_preemptions >= 2
+        self.check(asked)
+        assert [asked.ids[f"quiet-all/{i}"] for i in range(len(self.prompts))] == self.expected["all"]
+
+    def check_begun(self, engine: Engine) -> None:
+        """Ask for the rest of outputs that another worker has begun."""
+        begun = [
+            replace(request, output=self.expected[request.digest][int(request.rid.partition("/")[2])][:7])
+            for request in self.requests()
+        ]
+        self.check(ask(engine, begun), skip=7)

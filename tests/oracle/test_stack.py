@@ -92,7 +92,7 @@ def test_a_stack_computes_what_its_layers_compute(model_type: str, dtype: torch.
 )  # fmt: skip
 def test_products_that_add_many_adapters_do_so_bit_by_bit(case: tuple[tuple[int, str], bool]) -> None:
     (place, lora_dtype), are_fixed = case
-    best, isas = cpu.isa(), cpu.distinct_isas()
+    best, isas = cpu.isa(), cpu.isas()
     cpu.set_isa(isas[min(place, len(isas) - 1)])
     base = tiny_model("llama")
     nn.Module.to(base, torch.bfloat16)

@@ -12,6 +12,7 @@ from helpers.full_memory import full_memory
 from helpers.waiting import wait_until
 from msgspec import json
 
+from chaos.fleet import free_port
 from lorafleet.launcher.embedded import start_embedded
 from protocol.queue.bus import Bus, decode, now_ms
 from protocol.runtime.settings import Settings
@@ -162,7 +163,7 @@ async def test_a_queued_request_fails_at_its_deadline(bus: Bus) -> None:
 async def test_a_running_request_is_fenced_at_its_deadline(bus: Bus) -> None:
     worker = await FakeWorker(bus, "w1").join()
     async with running_scheduler(bus):
-        await submit(bus, make_submit("late", deadline_ms=now_ms() + 500))
+        await submit(bus, make_submit("late", deadline_ms=now_ms() + 2000))
         await holds(worker, "late")
         await becomes(bus, "late", "failed", worker)
         assert await worker.write("late") == ["terminal"]
@@ -433,17 +434,18 @@ async def test_a_scheduler_waits_for_a_queue_that_is_not_there_yet(tmp_path: Pat
         server.stop()
 
 
-async def test_metrics_say_who_leads_and_what_was_assigned(bus: Bus, unused_tcp_port: int) -> None:
+async def test_metrics_say_who_leads_and_what_was_assigned(bus: Bus) -> None:
+    port = free_port()
     worker = await FakeWorker(bus, "w1", resident=["a"]).join()
 
     def scrape() -> str:
-        with urlopen(f"http://127.0.0.1:{unused_tcp_port}/metrics", timeout=60) as page:
+        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as page:
             return page.read().decode()
 
     def value(text: str, name: str) -> float:
         return next(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
 
-    async with running_scheduler(bus, metrics_port=unused_tcp_port):
+    async with running_scheduler(bus, metrics_port=port):
         await submit(bus, make_submit("r", digest="a"))
         await holds(worker, "r")
         text = await asyncio.to_thread(scrape)

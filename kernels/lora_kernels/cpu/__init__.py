@@ -34,7 +34,6 @@ from lora_kernels.tables import (
 _log = logging.getLogger(__name__)
 _ops = torch.ops.lorafleet
 
-_ALIKE = (("amx_bf16", "avx512_bf16"), ("avx512_vnni", "avx512"), ("avx2_vnni", "avx2"), ("neon",))
 _PANEL = 32  # columns, see csrc/products/linear.h
 
 
@@ -73,10 +72,9 @@ def isas() -> list[str]:
     return _ops.isas().split() if load() else []
 
 
-def distinct_isas() -> list[str]:
-    """Return those of `isas` that tests try by default: of sets whose kernels differ in few places the best one."""
-    here = [[name for name in alike if name in isas()] for alike in _ALIKE]
-    return [names[0] for names in here if names]
+def tried_isas() -> list[str]:
+    """Return those of `isas` that tests try by default: the best one, which is used, and the lowest one."""
+    return list(dict.fromkeys([*isas()[:1], *isas()[-1:]]))
 
 
 def set_isa(name: str) -> None:

@@ -9,12 +9,12 @@ from lora_kernels.cpu.build import build_library
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument(
     "--sets",
-    choices=("best", "distinct", "all"),
+    choices=("best", "tried", "all"),
     default="best",
     help="the instruction set that is used; those that tests try; or all that the processor has (%(default)s)",
 )
 args = parser.parse_args()
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 if cpu.load():
-    for isa in {"best": [cpu.isa()], "distinct": cpu.distinct_isas(), "all": cpu.isas()}[args.sets]:
+    for isa in {"best": [cpu.isa()], "tried": cpu.tried_isas(), "all": cpu.isas()}[args.sets]:
         print(build_library(isa))

@@ -61,15 +61,6 @@ async def test_all_who_list_at_once_share_a_reading(bus: Bus) -> None:
     assert catalogue.num_read <= 3
 
 
-async def test_a_copy_that_nothing_stamps_is_read_again_in_time(bus: Bus) -> None:
-    """As with a store of an older version."""
-    await bus._redis.hset(bus.keys.adapters, "a", m.encode(alias("a")[0]))
-    catalogue = CountingCatalogue(bus, max_age_s=0.0)
-    assert await names(catalogue) == ["a"]
-    await bus._redis.hset(bus.keys.adapters, "b", m.encode(alias("b")[0]))
-    assert await names(catalogue) == ["a", "b"]
-
-
 async def test_a_page_costs_a_page_and_pages_together_are_the_list(bus: Bus) -> None:
     catalogue = CountingCatalogue(bus)
     some = [alias(f"n{number:03}") for number in range(300)]

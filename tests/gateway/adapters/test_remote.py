@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 from helpers.adapter_files import BASE, lora_config, lora_tensors, safetensors
 from helpers.hub_stub import HubStub, Repo, run_hub
-from helpers.scripted_fleet import BASE_NAME, RunningGateway, Script, ScriptedFleet, gateway_client, running_gateway
+from helpers.scripted_fleet import BASE_NAME, Script, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 
 from adapter_store.service import serve
@@ -55,8 +55,8 @@ async def hub(bus: Bus, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch) -
 @asynccontextmanager
 async def running(
     bus: Bus, hub: HubStub, model: Path, data: Path, timings: StoreTimings | None = None, **changes: Any
-) -> AsyncIterator[RunningGateway]:
-    """A gateway and a store with the same settings."""
+) -> AsyncIterator[httpx2.AsyncClient]:
+    """A client of a gateway that has a store with the same settings."""
     timings = timings or StoreTimings(retries=Retries(max_tries=1))
     settings = {"hub_endpoint": hub.url, "request_sources": "hub", "secret": SECRET, **changes}
     stop = asyncio.Event()
@@ -64,8 +64,8 @@ async def running(
     async with asyncio.TaskGroup() as group:
         group.create_task(serve(mine, stop, timings))
         try:
-            async with running_gateway(bus, model, **settings) as gateway:
-                yield gateway
+            async with gateway_client(bus, model, **settings) as http:
+                yield http
         finally:
             stop.set()
 
@@ -80,10 +80,7 @@ def timings() -> StoreTimings:
 async def http(
     bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path, timings: StoreTimings
 ) -> AsyncIterator[httpx2.AsyncClient]:
-    async with (
-        running(bus, hub, model_folder, tmp_path, timings) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as client,
-    ):
+    async with running(bus, hub, model_folder, tmp_path, timings) as client:
         yield client
 
 
@@ -108,10 +105,7 @@ async def test_a_request_brings_an_adapter_from_the_hub(
 
 
 async def test_by_default_only_what_is_registered(bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path) -> None:
-    async with (
-        running(bus, hub, model_folder, tmp_path, request_sources="") as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with running(bus, hub, model_folder, tmp_path, request_sources="") as http:
         for name in ("org/a", "s3://bucket/a"):
             answer = await ask(http, name)
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
@@ -122,10 +116,7 @@ async def test_by_default_only_what_is_registered(bus: Bus, hub: HubStub, model_
 
 async def test_policy_is_kept(bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"request_sources": "hub,s3", "hub_orgs": "acme", "s3_buckets": "ours"}
-    async with (
-        running(bus, hub, model_folder, tmp_path, **settings) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with running(bus, hub, model_folder, tmp_path, **settings) as http:
         for name, part in (("org/a", "organisation org"), ("s3://theirs/a", "bucket theirs")):
             answer = await ask(http, name)
             assert answer.status_code == 403
@@ -203,10 +194,7 @@ async def test_a_token_that_is_revoked_opens_nothing_any_more(
     hub.repos["org/p"] = Repo(private=True)
     commit = hub.repos["org/p"].commit(adapter(5))
     hub.tokens = {"hf_mine": {"org/p"}}
-    async with (
-        running(bus, hub, model_folder, tmp_path, refresh_s=0.01) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with running(bus, hub, model_folder, tmp_path, refresh_s=0.01) as http:
         for name in ("org/p", f"org/p@{commit}"):
             assert (await ask(http, name, "hf_mine")).status_code == 200
         hub.tokens["hf_mine"] = set()
@@ -253,10 +241,8 @@ async def test_rights_are_asked_again_within_the_time_that_is_set(
     public = f"org/a@{hub.repos['org/a'].refs['main']}"
     changes = {"refresh_s": 3600.0, "access_check_s": 0.01, "api_keys": True}
     secret, _ = await bus.api_keys.create("acme", ["infer", "adapters"])
-    async with (
-        running(bus, hub, model_folder, tmp_path, **changes) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, headers={"x-api-key": secret}) as http,
-    ):
+    async with running(bus, hub, model_folder, tmp_path, **changes) as http:
+        http.headers["x-api-key"] = secret
         body = {"name": "mine", "source": f"org/p@{commit}", "token": "hf_mine"}
         assert (await http.post("/v1/adapters", json=body)).status_code == 201
         names = {"mine": "", "org/p": "hf_mine", f"org/p@{commit}": "hf_mine", public: ""}
@@ -277,10 +263,7 @@ async def test_rights_hold_while_the_hub_is_away_but_not_for_ever(
     hub.tokens = {"hf_mine": {"org/p"}}
     for seconds, status in ((3600.0, 200), (0.01, 503)):
         hub.down = False
-        async with (
-            running(bus, hub, model_folder, tmp_path, access_check_s=seconds) as gateway,
-            httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-        ):
+        async with running(bus, hub, model_folder, tmp_path, access_check_s=seconds) as http:
             assert (await ask(http, "org/p", "hf_mine")).status_code == 200
             hub.down = True
             assert (await ask(http, "org/p", "hf_mine")).status_code == status
@@ -295,10 +278,7 @@ async def test_a_name_in_use_is_confirmed_before_its_time_is_over(
     hub.repos["org/p"].commit(adapter(5))
     hub.tokens = {"hf_mine": {"org/p"}}
     owner = owner_of("hf_mine", FleetSecret(SECRET))
-    async with (
-        running(bus, hub, model_folder, tmp_path, access_check_s=3600.0, refresh_s=36_000.0) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with running(bus, hub, model_folder, tmp_path, access_check_s=3600.0, refresh_s=36_000.0) as http:
         assert (await ask(http, "org/p", "hf_mine")).status_code == 200
         hub.seen.clear()
         assert (await ask(http, "org/p", "hf_mine")).status_code == 200
@@ -327,10 +307,7 @@ async def test_the_fleets_token_is_not_for_tenants(
         for name, scopes in (("acme", ["infer", "adapters"]), ("ops", ["admin"]))
     }
     settings = {"api_keys": True, "tenant_places": "lent", "request_sources": "hub,s3", "s3_buckets": "ours"}
-    async with (
-        running(bus, hub, model_folder, tmp_path, **settings) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with running(bus, hub, model_folder, tmp_path, **settings) as http:
         acme, ops = ({"Authorization": f"Bearer {keys[name]}"} for name in ("acme", "ops"))
 
         async def register(headers: dict[str, str], name: str, source: str) -> int:
@@ -353,10 +330,7 @@ async def test_a_tenant_hears_nothing_of_others_with_the_same_content(
 ) -> None:
     """Shown and unloaded, an adapter looks the same whether another tenant has its content, uses it, or nobody does."""
     keys = {name: (await bus.api_keys.create(name, ["infer", "adapters"]))[0] for name in ("acme", "corp")}
-    async with (
-        running(bus, hub, model_folder, tmp_path, api_keys=True) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with running(bus, hub, model_folder, tmp_path, api_keys=True) as http:
         acme, corp = ({"x-api-key": key} for key in keys.values())
 
         async def seen_by_acme() -> list[Any]:
@@ -376,10 +350,7 @@ async def test_a_tenant_hears_nothing_of_others_with_the_same_content(
 
 
 async def test_without_a_secret_no_token_is_kept(bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path) -> None:
-    async with (
-        running(bus, hub, model_folder, tmp_path, secret="") as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with running(bus, hub, model_folder, tmp_path, secret="") as http:
         answer = await ask(http, "org/a", "hf_mine")
         assert answer.status_code == 400
         assert "no secret" in answer.json()["error"]["message"]
@@ -390,10 +361,7 @@ async def test_a_moved_branch_is_seen_when_it_is_asked_for(
     bus: Bus, hub: HubStub, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path
 ) -> None:
     """However long nobody has asked; and not looked up in between."""
-    async with (
-        running(bus, hub, model_folder, tmp_path, refresh_s=0.01) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
-    ):
+    async with running(bus, hub, model_folder, tmp_path, refresh_s=0.01) as http:
         assert (await ask(http, "org/a")).status_code == 200
         seen = len(hub.requests("/api/models/org/a"))
         hub.repos["org/a"].commit(adapter(9))
@@ -407,8 +375,7 @@ async def test_a_slow_one_keeps_its_client_company_and_nobody_else_waiting(
 ) -> None:
     hub.gate = asyncio.Event()
     async with (
-        running(bus, hub, model_folder, tmp_path, keepalive_s=0.05) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        running(bus, hub, model_folder, tmp_path, keepalive_s=0.05) as http,
         asyncio.TaskGroup() as group,
     ):
         body = {"model": "org/a", "prompt": "fox", "stream": True}
@@ -428,10 +395,7 @@ async def test_a_stream_that_has_begun_to_wait_gets_its_error_as_an_event(
     bus: Bus, hub: HubStub, model_folder: Path, tmp_path: Path
 ) -> None:
     hub.gate, hub.drop_gated = asyncio.Event(), True
-    async with (
-        running(bus, hub, model_folder, tmp_path, keepalive_s=0.05) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with running(bus, hub, model_folder, tmp_path, keepalive_s=0.05) as http:
         body = {"model": "org/a", "prompt": "fox", "stream": True}
         async with http.stream("POST", "/v1/completions", json=body) as stream:
             lines = stream.aiter_lines()
@@ -446,10 +410,7 @@ async def test_a_client_that_leaves_while_its_adapter_comes_submits_nothing(
     bus: Bus, hub: HubStub, fleet: ScriptedFleet, model_folder: Path, tmp_path: Path
 ) -> None:
     hub.gate = asyncio.Event()
-    async with (
-        running(bus, hub, model_folder, tmp_path, keepalive_s=0.02) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with running(bus, hub, model_folder, tmp_path, keepalive_s=0.02) as http:
         async with http.stream("POST", "/v1/completions", json={"model": "org/a", "prompt": "f", "stream": True}) as s:
             assert await anext(s.aiter_lines()) == ": its adapter is being fetched"
         hub.gate.set()

@@ -109,7 +109,7 @@ async def test_a_full_queue_is_429(bus: Bus, fleet: ScriptedFleet, model_folder:
 
 
 async def test_keys_come_in_either_header(bus: Bus, keyed: RunningGateway) -> None:
-    async with httpx2.AsyncClient(base_url=keyed.url) as http:
+    async with keyed.client() as http:
         for headers in ({}, {"x-api-key": "sk-lf-wrong"}, {"authorization": "Bearer sk-lf-wrong"}):
             for path, body in ((PATH, BODY), (COUNT, ASKED)):
                 error = refused(await http.post(path, json=body, headers=headers), 401, "authentication_error")
@@ -127,7 +127,7 @@ async def test_limits_are_told_in_anthropic_s_headers(bus: Bus, keyed: RunningGa
     tenant = await bus.api_keys.tenant("acme")
     await bus.api_keys.set_tenant(msgspec.structs.replace(tenant, requests_per_minute=1, tokens_per_minute=5000))
     secret, _ = await bus.api_keys.create("acme", ["infer"])
-    async with httpx2.AsyncClient(base_url=keyed.url, headers={"x-api-key": secret}) as http:
+    async with keyed.client(headers={"x-api-key": secret}) as http:
         first, second = await http.post(PATH, json=BODY), await http.post(PATH, json=BODY)
     error = refused(second, 429, "rate_limit_error")
     assert "requests a minute" in error["message"]

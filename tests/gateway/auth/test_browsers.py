@@ -101,7 +101,7 @@ async def test_a_page_cannot_use_a_gateway_without_keys_and_programs_can(
 ) -> None:
     async with (
         running_gateway(bus, model_folder) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
+        gateway.client() as http,
         AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="any", max_retries=0) as client,
     ):
         body = {"model": "base", "prompt": "hi"}

@@ -50,7 +50,7 @@ async def test_the_official_client_reads_what_it_was_told(bus: Bus, fleet: Scrip
             assert (result.project_id, result.batch, result.num_model_requests) == ("mine", False, 3)
             assert result.input_tokens == sum(usage.prompt_tokens for usage in told if usage)
             assert result.output_tokens == sum(usage.completion_tokens for usage in told if usage)
-        async with httpx2.AsyncClient(base_url=url) as http:
+        async with httpx2.AsyncClient(base_url=url, timeout=60) as http:
 
             async def ask(key: str, **query: object) -> httpx2.Response:
                 params = {"start_time": today() * DAY_S, **query}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import httpx2
 import pytest
 from helpers.scripted_fleet import RunningGateway, ScriptedFleet, gateway_client
 
@@ -31,7 +30,7 @@ async def test_the_console_is_served_without_a_key(bus: Bus, fleet: ScriptedFlee
 
 
 async def test_every_answer_has_the_policy(gateway: RunningGateway) -> None:
-    async with httpx2.AsyncClient(base_url=gateway.url) as http:
+    async with gateway.client() as http:
         for path in ("/console", "/console/", "/console/app.js", "/console/vendor/uplot.css"):
             answer = await http.get(path)
             assert {name: answer.headers[name] for name in HEADERS} == HEADERS, path
@@ -52,7 +51,7 @@ async def test_nothing_else_is_served(subtests: pytest.Subtests, gateway: Runnin
         "a" * 3000,
     ]:
         with subtests.test(name=name):
-            async with httpx2.AsyncClient(base_url=gateway.url) as http:
+            async with gateway.client() as http:
                 assert (await http.get(f"/console/{name}")).status_code == 404
 
 

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx2
 import pytest
 import pytest_asyncio
 from helpers.scripted_fleet import RunningGateway, ScriptedFleet, running_gateway
@@ -137,7 +136,7 @@ async def test_odd_forms_get_an_answer_and_leave_nothing(
     ]:
         with subtests.test(body=body, status=status):
             before = found_below(tmp_path)
-            async with httpx2.AsyncClient(base_url=small.url) as http:
+            async with small.client() as http:
                 headers = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
                 answer = await http.post("/v1/files", content=body, headers=headers)
             assert answer.status_code == status, answer.text
@@ -162,7 +161,7 @@ async def test_a_purpose_before_the_file_is_refused_before_the_file_is_sent(
 
 
 async def test_a_body_that_is_no_form_is_refused(small: RunningGateway) -> None:
-    async with httpx2.AsyncClient(base_url=small.url) as http:
+    async with small.client() as http:
         for headers in ({}, {"content-type": "application/json"}, {"content-type": "multipart/form-data"}):
             assert (await http.post("/v1/files", content=b"{}", headers=headers)).status_code == 400
 

@@ -101,7 +101,7 @@ async def test_who_leaves_between_two_tokens_is_cancelled(
 ) -> None:
     fleet.script = lambda submit, body: Script(text="x " * 40, eos=False, hold_after=3)
     async with (
-        httpx2.AsyncClient(base_url=gateway.url) as http,
+        gateway.client() as http,
         http.stream("POST", "/v1/completions", json=COMPLETION) as answer,
     ):
         await anext(answer.aiter_lines())

@@ -22,7 +22,14 @@ from protocol.wire.errors import BadRequest, Overloaded
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "base", "prompt": "hi"}
 
+GOOD = {
+    "chat": ("/v1/chat/completions", CHAT),
+    "completions": ("/v1/completions", COMPLETION),
+    "embeddings": ("/v1/embeddings", {"model": "base", "input": "hi"}),
+}
 TOOL = {"type": "function", "function": {"name": "look"}}
+TEXTS = {"completions": "prompt", "embeddings": "input"}
+WRONG_TEXTS: list[Any] = [[5, "a"], ["a", 5], [[5], "a"], [[5], [True]], [None], {}, 5, None, [[]], [], [[[]]]]
 
 BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"model": 5}, "model"),
@@ -96,14 +103,12 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"metadata": {"a": 1}}, "metadata"),
     ("chat", {"tools": [TOOL] * 129}, "tools"),
     ("completions", {"stop_token_ids": [5] * 1025}, "stop_token_ids"),
-    ("completions", {"prompt": []}, "prompt"),
     ("completions", {"prompt": ""}, "prompt"),
-    ("completions", {"prompt": [[]]}, "prompt"),
+    *((route, {name: wrong}, name) for route, name in TEXTS.items() for wrong in WRONG_TEXTS),
     ("completions", {"prompt": [1, "a"]}, "prompt"),
     ("completions", {"prompt": [1.5]}, "prompt"),
     ("completions", {"prompt": [100000]}, "prompt"),
     ("completions", {"prompt": [-1]}, "prompt"),
-    ("completions", {"prompt": None}, "prompt"),
     ("completions", {"prompt": ["a"] * 100, "n": 2}, "n"),
     ("completions", {"logprobs": 21}, "logprobs"),
     ("completions", {"logprobs": True}, "logprobs"),
@@ -146,7 +151,7 @@ async def test_no_origin_is_let_in_by_default(http: httpx2.AsyncClient) -> None:
 async def test_a_wrong_field_is_400_with_its_name(http: httpx2.AsyncClient, fleet: ScriptedFleet, bus: Bus) -> None:
     wrong: list[str] = []
     for route, fields, param in BAD_FIELDS:
-        path, good = ("/v1/chat/completions", CHAT) if route == "chat" else ("/v1/completions", COMPLETION)
+        path, good = GOOD[route]
         answer = await http.post(path, json={**good, **fields})
         assert answer.status_code == 400, (route, fields)
         error = answer.json()["error"]

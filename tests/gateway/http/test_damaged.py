@@ -27,7 +27,7 @@ async def clients(bus: Bus, fleet: ScriptedFleet, model_folder: Path, tmp_path: 
         async def client_of(tenant: str) -> httpx2.AsyncClient:
             await bus.api_keys.set_tenant(Tenant(name=tenant))
             headers = {"authorization": f"Bearer {(await bus.api_keys.create(tenant, ['infer']))[0]}"}
-            http = httpx2.AsyncClient(base_url=gateway.url, headers=headers, timeout=30)
+            http = gateway.client(headers=headers)
             return await stack.enter_async_context(http)
 
         yield await client_of("owner"), await client_of("other")

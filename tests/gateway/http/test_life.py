@@ -40,7 +40,7 @@ async def test_a_client_that_leaves_is_cancelled(
     bus: Bus, fleet: ScriptedFleet, gateway: RunningGateway, stream: bool
 ) -> None:
     fleet.script = lambda submit, body: Script(hold_after=2)
-    async with httpx2.AsyncClient(base_url=gateway.url) as http, asyncio.TaskGroup() as group:
+    async with gateway.client() as http, asyncio.TaskGroup() as group:
         asked = group.create_task(http.post("/v1/completions", json={**COMPLETION, "n": 2, "stream": stream}))
         await wait_until(lambda: len(fleet.seen) == 2, "both choices run")
         asked.cancel()
@@ -62,7 +62,7 @@ async def test_a_queued_call_whose_client_leaves_is_taken_out_of_the_queue(
     bus: Bus, fleet: ScriptedFleet, gateway: RunningGateway
 ) -> None:
     fleet.assigning.clear()
-    async with httpx2.AsyncClient(base_url=gateway.url) as http, asyncio.TaskGroup() as group:
+    async with gateway.client() as http, asyncio.TaskGroup() as group:
         asked = group.create_task(http.post("/v1/completions", json=COMPLETION))
         await wait_until(lambda: fleet.seen, "it is queued")
         asked.cancel()
@@ -97,7 +97,7 @@ async def test_a_client_that_leaves_while_its_call_is_submitted_is_cancelled(
 
 async def test_a_burst_beyond_every_pool_is_answered(fleet: ScriptedFleet, gateway: RunningGateway) -> None:
     limits = httpx2.Limits(max_connections=200)
-    async with httpx2.AsyncClient(base_url=gateway.url, limits=limits, timeout=60) as http:
+    async with gateway.client(limits=limits) as http:
         answers = await asyncio.gather(*(http.post("/v1/completions", json=COMPLETION) for _ in range(200)))
     assert {answer.status_code for answer in answers} == {200}
     assert {answer.json()["choices"][0]["text"] for answer in answers} == {Script().text}
@@ -108,7 +108,7 @@ async def test_lost_entries_are_read_from_the_log(bus: Bus, fleet: ScriptedFleet
     """Everything but the last delta is lost, then also the last."""
     async with (
         running_gateway(bus, model_folder, keepalive_s=0.05) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
+        gateway.client() as http,
     ):
         for lost in ("all but the last", "all"):
             fleet.seen.clear()
@@ -132,7 +132,7 @@ async def test_lost_entries_are_read_from_the_log(bus: Bus, fleet: ScriptedFleet
 async def test_a_new_owner_s_overlap_is_cut(bus: Bus, fleet: ScriptedFleet, gateway: RunningGateway) -> None:
     """A delta is delivered twice and an old owner speaks late, around a hand-over."""
     fleet.assigning.clear()
-    async with httpx2.AsyncClient(base_url=gateway.url) as http, asyncio.TaskGroup() as group:
+    async with gateway.client() as http, asyncio.TaskGroup() as group:
         asked = group.create_task(http.post("/v1/completions", json={**COMPLETION, "stream": True}))
         await wait_until(lambda: fleet.seen, "it is queued")
         submit, body = fleet.seen[0]
@@ -169,7 +169,7 @@ async def test_a_lost_out_stream_comes_back(bus: Bus, fleet: ScriptedFleet, mode
     fleet.script = lambda submit, body: Script(hold_after=2)
     async with (
         running_gateway(bus, model_folder, keepalive_s=10_000) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=60) as http,
+        gateway.client() as http,
         asyncio.TaskGroup() as group,
     ):
         asked = group.create_task(http.post("/v1/completions", json={**COMPLETION, "stream": stream}))
@@ -216,8 +216,8 @@ async def test_a_forgotten_request_of_another_gateway_is_an_error_worth_a_retry(
     async with (
         running_gateway(bus, model_folder) as first,
         running_gateway(bus, model_folder) as second,
-        httpx2.AsyncClient(base_url=first.url) as http,
-        httpx2.AsyncClient(base_url=second.url) as other,
+        first.client() as http,
+        second.client() as other,
         asyncio.TaskGroup() as group,
     ):
         asked = group.create_task(http.post("/v1/completions", json=COMPLETION, headers=key))
@@ -249,7 +249,7 @@ async def test_a_queue_that_lost_its_last_second_is_told_what_clients_have_seen(
     monkeypatch.setattr(Bus, "restarted", was_restarted)
     fleet.assigning.clear()
     raw = b""
-    async with httpx2.AsyncClient(base_url=gateway.url, timeout=60) as http, asyncio.TaskGroup() as group:
+    async with gateway.client() as http, asyncio.TaskGroup() as group:
         shown = asyncio.Event()
 
         async def ask() -> None:
@@ -319,7 +319,7 @@ async def test_draining_refuses_new_calls_and_finishes_running_ones(
     fleet.script = lambda submit, body: Script(hold_after=2)
     async with (
         running_gateway(bus, model_folder, grace_s=30) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
+        gateway.client() as http,
         asyncio.TaskGroup() as group,
     ):
         asked = group.create_task(http.post("/v1/completions", json={**COMPLETION, "stream": True}))
@@ -346,7 +346,7 @@ async def test_a_job_is_not_waited_for_at_a_gateway_that_ends(
     fleet.script = lambda submit, body: Script(hold_after=2)
     async with (
         running_gateway(bus, model_folder, grace_s=60) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=60) as http,
+        gateway.client() as http,
         asyncio.TaskGroup() as group,
     ):
         job = (await http.post("/v1/completions", json={**COMPLETION, "background": True})).json()
@@ -392,7 +392,7 @@ async def test_what_outlasts_the_grace_is_told_and_cancelled(
     fleet.script = lambda submit, body: Script(hold_after=2)
     async with (
         running_gateway(bus, model_folder, grace_s=0.05) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url) as http,
+        gateway.client() as http,
         http.stream("POST", "/v1/completions", json={**COMPLETION, "stream": True}) as answer,
     ):
         raw = b""
@@ -420,7 +420,7 @@ async def test_the_process_runs_and_ends_by_signal(bus: Bus, fleet: ScriptedFlee
             return (await bus._redis.get(bus.keys.gateway_beat(members[0]))).decode() if members else ""
 
         url = await wait_until(came_up, "the gateway is registered")
-        async with httpx2.AsyncClient(base_url=url) as http:
+        async with httpx2.AsyncClient(base_url=url, timeout=60) as http:
             answer = await http.post("/v1/completions", json=COMPLETION)
         assert answer.json()["choices"][0]["text"] == Script().text
         process.send_signal(signal.SIGTERM)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 from pathlib import Path
 
 import httpx2
@@ -28,49 +26,6 @@ def frames_of(raw: bytes) -> list[bytes]:
 
 def chunks_of(raw: bytes) -> list[dict]:
     return [orjson.loads(frame.removeprefix(b"data: ")) for frame in frames_of(raw) if frame.startswith(b"data: {")]
-
-
-async def test_a_chat_stream_byte_by_byte(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    fleet.script = lambda submit, body: Script(text="é", chunk=1)
-    answer = await http.post("/v1/chat/completions", json={**CHAT, "stream_options": {"include_usage": True}})
-    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
-    assert answer.headers["cache-control"] == "no-cache"
-    assert answer.headers["x-accel-buffering"] == "no"
-    frames = frames_of(answer.content)
-    first = json.loads(frames[0].removeprefix(b"data: "))
-    assert re.fullmatch(r"chatcmpl-[0-9a-f]{32}", first["id"])
-    start = (
-        f'data: {{"id":"{first["id"]}","object":"chat.completion.chunk","created":{first["created"]},"model":"base",'
-        f'"system_fingerprint":"{first["system_fingerprint"]}","choices":['
-    )
-    num_prompt = fleet.seen[0][0].num_prompt_tokens
-    role = '"delta":{"role":"assistant","content":"","refusal":null},"logprobs":null,"finish_reason":null}'
-    assert [frame.decode() for frame in frames] == [
-        start + '{"index":0,' + role + '],"prompt_token_ids":null,"usage":null}',
-        start
-        + '{"index":0,"delta":{"content":"é"},"logprobs":null,"finish_reason":null,"token_ids":null}],"usage":null}',
-        start + '{"index":0,"delta":{"content":""},"logprobs":null,"finish_reason":"stop","stop_reason":null,'
-        '"matched_stop":1,"token_ids":null}],"usage":null}',
-        start + f'],"usage":{{"prompt_tokens":{num_prompt},"completion_tokens":3,"total_tokens":{num_prompt + 3},'
-        '"prompt_tokens_details":{"cached_tokens":3}}}',
-        "data: [DONE]",
-    ]
-
-
-async def test_a_completion_stream_byte_by_byte(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    fleet.script = lambda submit, body: Script(text='"\n%b', chunk=9)
-    answer = await http.post("/v1/completions", json=COMPLETION)
-    frames = frames_of(answer.content)
-    first = json.loads(frames[0].removeprefix(b"data: "))
-    start = (
-        f'data: {{"id":"{first["id"]}","object":"text_completion","created":{first["created"]},"model":"base",'
-        f'"system_fingerprint":"{first["system_fingerprint"]}","choices":['
-    )
-    assert [frame.decode() for frame in frames] == [
-        start + '{"index":0,"text":"\\"\\n%b","logprobs":null,"finish_reason":"stop","stop_reason":null,'
-        '"matched_stop":1,"token_ids":null,"prompt_token_ids":null}]}',
-        "data: [DONE]",
-    ]
 
 
 async def test_streamed_text_is_the_whole_text(
@@ -151,17 +106,6 @@ async def test_a_queued_stream_gets_headers_and_pings_before_its_first_token(
             fleet.assigning.set()
     assert raw.startswith(b": queued, 0 before it\n\n")
     assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks_of(raw)) == Script().text
-
-
-async def test_an_error_in_mid_stream_is_a_frame_and_no_done(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    fleet.script = lambda submit, body: Script(error=WorkerLost("three workers died"))
-    raw = (await http.post("/v1/chat/completions", json=CHAT)).content
-    frames = frames_of(raw)
-    assert json.loads(frames[-1].removeprefix(b"data: ")) == {
-        "error": {"message": "three workers died", "type": "server_error", "param": None, "code": "worker_lost"}
-    }
-    assert b"[DONE]" not in raw
-    assert b'"finish_reason":"' not in raw
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -178,7 +178,7 @@ async def test_a_client_with_a_key_can_leave_and_come_back_elsewhere(
 ) -> None:
     fleet.script = lambda submit, body: Script(hold_after=4)
     headers = {"idempotency-key": "k2"}
-    async with httpx2.AsyncClient(base_url=gateway.url) as http, asyncio.TaskGroup() as group:
+    async with gateway.client() as http, asyncio.TaskGroup() as group:
         asked = group.create_task(http.post("/v1/chat/completions", json=CHAT, headers=headers))
         await wait_until(lambda: fleet.seen, "it runs")
         asked.cancel()

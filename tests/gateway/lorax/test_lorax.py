@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from helpers.scripted_fleet import BASE_NAME, MAX_MODEL_LEN, Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import BASE_NAME, MAX_MODEL_LEN, Script, ScriptedFleet, gateway_client
 from helpers.waiting import wait_until
 from tokenizers import Tokenizer
 
@@ -127,26 +127,6 @@ async def test_details_hold_every_token(http: httpx2.AsyncClient, fleet: Scripte
         "finish_reason": "eos_token", "prompt_tokens": len(fleet.tokenizer.encode("the dog").ids),
         "generated_tokens": len(ids), "skipped_tokens": 0, "seed": 5, "prefill": [],
     }  # fmt: skip
-
-
-async def test_a_stream_is_one_event_per_token_and_has_no_done(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
-    answer = await http.post("/generate_stream", json=generate_body(details=True))
-    assert b"[DONE]" not in answer.content
-    assert answer.headers["x-accel-buffering"] == "no"
-    assert answer.headers["x-model-id"] == BASE_NAME
-    found = events(answer.content)
-    ids = [*fleet.tokenizer.encode(TEXT).ids, 1]
-    assert [chunk["token"]["id"] for chunk in found] == ids
-    assert all(chunk["generated_text"] is None and chunk["details"] is None for chunk in found[:-1])
-    assert found[-1]["generated_text"] == TEXT
-    num_prompt_tokens = len(fleet.tokenizer.encode("the dog").ids)
-    assert found[-1]["details"] == {
-        "finish_reason": "eos_token", "prompt_tokens": num_prompt_tokens, "input_length": num_prompt_tokens,
-        "generated_tokens": len(ids), "seed": None,
-    }  # fmt: skip
-    assert [chunk["index"] for chunk in found] == [*range(1, len(ids) + 1)]
-    plain = events((await http.post("/generate_stream", json=generate_body())).content)
-    assert plain[-1]["details"] is None
 
 
 async def test_an_end_that_comes_alone_still_comes_with_a_token(http: httpx2.AsyncClient, fleet: ScriptedFleet) -> None:
@@ -399,10 +379,7 @@ async def test_frame_errors_are_json_too(
 
 
 async def test_wrong_methods_and_sizes(bus: Bus, fleet: ScriptedFleet, model_folder: Any) -> None:
-    async with (
-        running_gateway(bus, model_folder, max_body_bytes=100, max_queued=1, path_prefix="/llms/a") as running,
-        httpx2.AsyncClient(base_url=running.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, max_body_bytes=100, max_queued=1, path_prefix="/llms/a") as http:
         for path in ("/generate", "/llms/a/generate"):
             wrong = await http.get(path)
             assert (wrong.status_code, wrong.json()["error_type"]) == (405, "method_not_allowed")

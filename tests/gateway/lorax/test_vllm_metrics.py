@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import httpx2
-from helpers.scripted_fleet import BASE_NAME, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import BASE_NAME, ScriptedFleet, gateway_client
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from gateway.adapters.residency import MAX_HOLDINGS
@@ -29,10 +29,7 @@ async def test_residency_and_vllm_s_names(bus: Bus, fleet: ScriptedFleet, model_
     )
     await bus.set(bus.keys.status, status, 60_000)
     try:
-        async with (
-            running_gateway(bus, model_folder, vllm_metrics=True) as gateway,
-            httpx2.AsyncClient(base_url=gateway.url) as http,
-        ):
+        async with gateway_client(bus, model_folder, vllm_metrics=True) as http:
             assert "\nvllm:num_requests_running{" in (await http.get("/metrics")).text
             text = (await http.get("/metrics", headers={"accept": "application/openmetrics-text"})).text
     finally:

@@ -47,25 +47,6 @@ async def test_usage_so_far_counts_what_was_shown(client: AsyncOpenAI, fleet: Sc
     assert shown[-1] > 2
 
 
-async def test_chat_stream_has_role_text_one_end_and_usage(client: AsyncOpenAI, fleet: ScriptedFleet) -> None:
-    stream = await client.chat.completions.create(
-        model=BASE_NAME,
-        messages=[{"role": "user", "content": "hi"}],
-        stream=True,
-        stream_options={"include_usage": True},
-    )
-    chunks = [chunk async for chunk in stream]
-    assert chunks[0].choices[0].delta.role == "assistant"
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == TEXT
-    ends = [chunk.choices[0].finish_reason for chunk in chunks[:-1] if chunk.choices[0].finish_reason]
-    assert ends == ["stop"]
-    assert chunks[-2].choices[0].finish_reason == "stop"
-    assert chunks[-1].choices == []
-    assert chunks[-1].usage is not None
-    assert all(chunk.usage is None for chunk in chunks[:-1])
-    assert len({(chunk.id, chunk.created) for chunk in chunks}) == 1
-
-
 @pytest.mark.parametrize("stream", [False, True])
 async def test_completions_of_several_prompts_and_choices(
     client: AsyncOpenAI, fleet: ScriptedFleet, stream: bool

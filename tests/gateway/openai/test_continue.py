@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, make_model_folder
 from openai import AsyncOpenAI
 
 from protocol.queue.bus import Bus
@@ -99,10 +99,7 @@ async def test_tools_and_reasoning_beside_a_text_that_goes_on(
     (folder / "chat_template.jinja").write_text((TEMPLATES / f"{template}.jinja").read_text())
     fleet.max_model_len = 1024
     await fleet.register()
-    async with (
-        running_gateway(bus, folder) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, folder) as http:
         if template == "llama3":
             answer = await http.post(CHAT, json={**BODY, "tools": [TOOL]})
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, "continue_final_message")

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, make_model_folder
 from helpers.waiting import wait_until
 
 from protocol.queue.bus import Bus
@@ -182,10 +182,7 @@ async def test_streams_are_as_committed(
         fleet.max_model_len = 1024
         await fleet.register()
     await fleet.add_adapter("fox", "ab" * 32)
-    async with (
-        running_gateway(bus, folder, keepalive_s=60.0) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, folder, keepalive_s=60.0) as http:
         for name, stream in STREAMS.items():
             if ("tools" in name) != (template == "qwen"):
                 continue

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx2
 import pytest
-from helpers.scripted_fleet import BASE_NAME, MAX_MODEL_LEN, Script, ScriptedFleet, running_gateway
+from helpers.scripted_fleet import BASE_NAME, MAX_MODEL_LEN, Script, ScriptedFleet, gateway_client
 from openai import AsyncOpenAI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -84,10 +84,7 @@ async def test_what_the_output_must_be_reaches_the_worker(
 async def test_a_grammar_that_takes_too_long_is_refused_at_its_limit(
     bus: Bus, fleet: ScriptedFleet, model_folder: Path
 ) -> None:
-    async with (
-        running_gateway(bus, model_folder, grammar_timeout_s=0.01) as running,
-        httpx2.AsyncClient(base_url=running.url) as http,
-    ):
+    async with gateway_client(bus, model_folder, grammar_timeout_s=0.01) as http:
         for _ in range(2):
             answer = await http.post(
                 "/v1/completions", json={**COMPLETION, "structured_outputs": {"regex": "a{90000}"}}
@@ -188,13 +185,6 @@ async def test_echo_alone_returns_the_prompt(http: httpx2.AsyncClient, fleet: Sc
     else:
         assert [choice["text"] for choice in answer.json()["choices"]] == ["hi", "hi"]
         assert answer.json()["usage"]["completion_tokens"] == 0
-
-
-async def test_streamed_echo_comes_first(http: httpx2.AsyncClient, fleet: ScriptedFleet, client: AsyncOpenAI) -> None:
-    stream = await client.completions.create(model="base", prompt="the dog", echo=True, max_tokens=60, stream=True)
-    texts = [chunk.choices[0].text async for chunk in stream]
-    assert texts[0].startswith("the dog")
-    assert "".join(texts) == "the dog" + Script().text
 
 
 def scored(fleet: ScriptedFleet, ids: list[int]) -> dict[str, Any]:

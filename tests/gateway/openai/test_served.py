@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, gateway_client, make_model_folder
 
 from gateway.chat.messages import MAX_OTHER_ROLES
 from gateway.openai.timed import FIELDS, metrics_of
@@ -123,10 +123,7 @@ async def test_repetitions_are_penalised_as_far_back_as_is_asked(
 
 
 async def test_settings_do_what_vllm_s_flags_do(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
-    async with (
-        running_gateway(bus, model_folder, force_include_usage=True, return_tokens_as_token_ids=True) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-    ):
+    async with gateway_client(bus, model_folder, force_include_usage=True, return_tokens_as_token_ids=True) as http:
         body = {"model": "base", "prompt": "hi", "logprobs": 1}
         for path, asked in ((COMPLETIONS, body), (CHAT, {"messages": USER})):
             for wish in (None, {"include_usage": False}):
@@ -145,10 +142,7 @@ async def test_an_answer_tells_its_times_where_they_are_wanted(
 ) -> None:
     """As vLLM's `metrics`: whole, in the chunk of the usage, by wish of the call or of the operator."""
     for always in (False, True):
-        async with (
-            running_gateway(bus, model_folder, per_request_metrics=always) as gateway,
-            httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-        ):
+        async with gateway_client(bus, model_folder, per_request_metrics=always) as http:
             for path, asked in ((CHAT, {"messages": USER}), (COMPLETIONS, {"prompt": "hi"})):
                 for wish in (None, True, False):
                     body = {"model": "base", "max_tokens": 8, **asked, "include_metrics": wish}
@@ -198,9 +192,7 @@ async def test_roles_that_a_template_has(bus: Bus, fleet: ScriptedFleet, tmp_pat
     for number, (template, roles) in enumerate(((any_role, ("critic", "Judge_2")), (some, ("critic",)))):
         folder = make_model_folder(tmp_path / str(number))
         (folder / "chat_template.jinja").write_text(template)
-        async with (
-            running_gateway(bus, folder) as gateway, httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
-        ):  # fmt: skip
+        async with gateway_client(bus, folder) as http:
             for role in ("critic", "Judge_2"):
                 messages = [*USER, {"role": role, "content": " it is bad "}]
                 answer = await http.post(CHAT, json={"model": "base", "messages": messages})

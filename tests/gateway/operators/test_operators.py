@@ -93,7 +93,7 @@ async def test_what_a_draining_worker_has_ends_there(small: SmallFleet) -> None:
 
 async def test_workers_come_in_pages_and_a_silent_one_is_lost(bus: Bus, gateway: RunningGateway) -> None:
     await bus.members.beat(bus.keys.worker_beat("gone"), bus.keys.workers, "gone", b"", 1)
-    async with httpx2.AsyncClient(base_url=gateway.url) as http:
+    async with gateway.client() as http:
         first = await got(http, "/v1/workers?limit=1")
         assert [one["id"] for one in first["data"]] == ["w1"]
         second = await got(http, f"/v1/workers?limit=1&after={first['last_id']}")

@@ -133,7 +133,7 @@ async def test_the_gateway_answers_while_it_works_on_large_bodies(gateway: Runni
     text = "the quick brown fox "
     body = json.dumps({"inputs": text * (1_000_000 // len(text))}).encode()
     headers = {"content-type": "application/json"}
-    async with httpx2.AsyncClient(base_url=gateway.url, timeout=120) as http, asyncio.TaskGroup() as group:
+    async with gateway.client() as http, asyncio.TaskGroup() as group:
         asked = [group.create_task(http.post("/tokenize", content=body, headers=headers)) for _ in range(4)]
         num_answered = 0
         while not all(task.done() for task in asked):
@@ -203,7 +203,7 @@ async def test_what_waits_for_a_place_is_not_read(gateway: RunningGateway, http:
         await asyncio.Event().wait()
 
     headers = {"content-type": "application/json", "content-length": str(2 * SMALL_BODY_BYTES)}
-    async with httpx2.AsyncClient(base_url=gateway.url, timeout=120) as other:
+    async with gateway.client() as other:
         senders = [
             asyncio.create_task(other.post("/v1/completions", content=slow(), headers=headers)) for _ in range(5)
         ]

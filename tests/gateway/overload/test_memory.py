@@ -296,7 +296,7 @@ async def test_eight_hundred_short_chats_meet_no_limit(bus: Bus, fleet: Scripted
     limits = httpx2.Limits(max_connections=1000)
     async with (
         running_gateway(bus, model_folder) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=60, limits=limits) as http,
+        gateway.client(limits=limits) as http,
     ):
         asked = [asyncio.create_task(http.post("/v1/chat/completions", json=chat)) for _ in range(800)]
         await wait_until(lambda: len(fleet.seen) == 800, "all are running")

@@ -18,10 +18,12 @@ from helpers.waiting import wait_until
 
 from gateway.requests.database import Database
 from gateway.requests.texts import MAX_CHARACTERS
+from gateway.text.tokenizer import load_model_files
 from lorafleet.__main__ import main
 from protocol.queue.archive import Past
 from protocol.queue.bus import Bus, now_ms
 from protocol.queue.history import Place
+from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Internal
 from tests.gateway.test_bases import base, set_bases
@@ -107,13 +109,17 @@ async def test_what_is_too_long_is_cut_and_says_so(
 
 
 async def test_tokens_of_many_characters_are_cut_too(
-    bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient, tmp_path: Path
+    bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient, model_folder: Path, tmp_path: Path
 ) -> None:
     database = Database(f"sqlite:///{tmp_path}/history.db")
     long = array("i", fleet.tokenizer.encode("dog").ids[:1] * (MAX_CHARACTERS + 9)).tobytes()
     entry = m.HistoryEntry("long-0", "long-0", "", "", "completed", "stop", "", "", 1, 0, 1, 0, 0, 0, now_ms())
     await is_copied(http, 0)
-    raw = bus.archive.sealed("public", "long-0", m.KeptText(long, long, "", ""))
+    raw = bus.archive.sealed(
+        "public",
+        "long-0",
+        m.KeptText(long, long, "", "", tokenizer=load_model_files(Settings(model=str(model_folder))).tokenizer),
+    )
     await database.write([(Past("public", Place(now_ms(), 0, "m"), entry), raw)])
     await database.close()
     shown = await text_of(http, "long-0")
@@ -228,20 +234,3 @@ async def test_no_text_is_shown_by_another_bases_tokenizer(bus: Bus, fleet: Scri
         gone = (await request_of(http, done[0]))["text"]
         assert gone["prompt"] is None, "the base has the same name and another tokenizer"
         assert "of the base `one`, whose tokenizer" in gone["problem"]
-
-
-@pytest.mark.parametrize(("name", "is_shown"), [("", True), ("base", True), ("gone", False)])
-async def test_what_an_earlier_version_kept_is_shown_by_its_bases_name(
-    bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient, tmp_path: Path, name: str, is_shown: bool
-) -> None:
-    database = Database(f"sqlite:///{tmp_path}/history.db")
-    ids = array("i", fleet.tokenizer.encode("dog").ids).tobytes()
-    entry = m.HistoryEntry("old-0", "old-0", "", "", "completed", "stop", "", "", 1, 0, 1, 0, 0, 0, now_ms())
-    await is_copied(http, 0)
-    served = (await http.get("/v1/models")).json()["data"][0]["id"]
-    text = m.KeptText(ids, ids, "", "", base=served if name == "base" else name)
-    raw = bus.archive.sealed("public", "old-0", text)
-    await database.write([(Past("public", Place(now_ms(), 0, "m"), entry), raw)])
-    await database.close()
-    shown = (await request_of(http, "old-0"))["text"]
-    assert (shown["prompt"], shown["problem"] is None) == (("dog", True) if is_shown else (None, False))

@@ -136,8 +136,8 @@ async def test_a_turn_outlives_its_gateway(bus: Bus, fleet: ScriptedFleet, model
     async with (
         running_gateway(bus, model_folder) as second,
         running_gateway(bus, model_folder) as third,
-        httpx2.AsyncClient(base_url=second.url) as http,
-        httpx2.AsyncClient(base_url=third.url) as other,
+        second.client() as http,
+        third.client() as other,
     ):
         done = await ended(http, response["id"])
         both = await asyncio.gather(*(items_in(one, conversation) for one in (http, other) * 4))
@@ -235,7 +235,7 @@ async def test_turns_that_nobody_reads_are_swept_in(bus: Bus, fleet: ScriptedFle
     async with (
         running_gateway(bus, model_folder, timings) as gateway,
         running_gateway(bus, model_folder, timings),
-        httpx2.AsyncClient(base_url=gateway.url) as http,
+        gateway.client() as http,
     ):
         conversation, gone = await made(http), await made(http)
         for one in (conversation, gone):

@@ -47,7 +47,7 @@ async def test_a_response_of_an_older_release_adds_nothing_and_stops_nothing(
     fleet.script = lambda submit, body: Script(hold_after=3)
     async with (
         running_gateway(bus, model_folder, timings) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        gateway.client() as http,
     ):
         turns: dict[str, tuple[str, str]] = {}
         for name, change in OLDER.items():

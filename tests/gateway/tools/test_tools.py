@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import httpx2
 import pytest
 from helpers import examples
-from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, running_gateway
+from helpers.scripted_fleet import Script, ScriptedFleet, make_model_folder, playing, running_gateway
 from llguidance import LLMatcher, LLTokenizer
 from openai import AsyncOpenAI
 from tokenizers import AddedToken, Tokenizer
@@ -342,22 +341,13 @@ async def served(bus: Bus, folder: Path, family: Family) -> AsyncIterator[Served
     if family.template != "plain":  # which knows no tools, and refuses their results
         (folder / "chat_template.jinja").write_text((TEMPLATES / f"{family.template}.jinja").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "", "eos_token": "<|im_end|>"}))
-    fleet = ScriptedFleet(Bus(bus.url), tokenizer, max_model_len=4096)
-    fleet.assigning.set()
-    await fleet.register()
-    task = asyncio.create_task(fleet.run())
     async with (
+        playing(bus.url, tokenizer, max_model_len=4096) as fleet,
         running_gateway(bus, folder) as gateway,
-        httpx2.AsyncClient(base_url=gateway.url, timeout=30) as http,
+        gateway.client() as http,
         AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="any", max_retries=0) as openai,
     ):
-        try:
-            yield Served(http, openai, fleet)
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
-            await fleet.bus.close()
+        yield Served(http, openai, fleet)
 
 
 @pytest.mark.parametrize("family", examples.some(FAMILIES, *FAMILIES[::3]), ids=lambda family: family.template)

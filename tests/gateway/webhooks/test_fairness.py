@@ -252,11 +252,11 @@ async def test_a_sender_that_fails_is_told_once_counted_and_goes_on(
     before = failures_of("webhooks")
     await hook(bus, "victim", f"http://127.0.0.1:{receiver.port}/victim")
     await bus.webhooks.add("victim", deliveries("victim", range(1)), 1000)
-    await bus._redis.set(bus.keys.old_hooks, "not what the version before kept", ex=60)
+    await bus._redis.set(bus.keys.ends, "no sorted set", ex=60)
     async with sending(bus, Outside(private=True)):
         await wait_until(lambda: failures_of("webhooks") - before == 2, "it fails, and again after a pause")
         assert receiver.got == []
-        await bus._redis.delete(bus.keys.old_hooks)
+        await bus._redis.delete(bus.keys.ends)
         await wait_until(lambda: receiver.got == ["victim"], "it has arrived")
     assert failures_of("webhooks") - before == 2
     assert caplog.text.count("webhooks has failed") <= 1

@@ -41,7 +41,7 @@ async def client_of(gateway: RunningGateway, bus: Bus, tenant: str) -> AsyncIter
     await bus.api_keys.set_tenant(Tenant(name=tenant))
     headers = {"authorization": f"Bearer {(await bus.api_keys.create(tenant, ['infer']))[0]}"}
     limits = httpx2.Limits(max_connections=None)
-    async with httpx2.AsyncClient(base_url=gateway.url, headers=headers, timeout=60, limits=limits) as http:
+    async with gateway.client(headers=headers, limits=limits) as http:
         yield http
 
 

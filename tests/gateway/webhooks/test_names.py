@@ -92,7 +92,7 @@ async def test_a_lookup_that_is_cancelled_leaves_nothing() -> None:
         for lookup in lookups:
             lookup.cancel()
         await asyncio.gather(*lookups, return_exceptions=True)
-        await wait_until(lambda: num_sockets() == before, "their sockets are closed")
+        await wait_until(lambda: num_sockets() <= before, "their sockets are closed")
 
 
 async def test_silence_ends() -> None:

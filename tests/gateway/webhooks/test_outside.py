@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import os
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers.authority import Authority
+from helpers.processes import num_open_files
 from helpers.waiting import wait_until
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -197,16 +197,16 @@ async def test_answers_that_are_none(serve: Serve) -> None:
     "serve", [saying(), saying(for_ever=b"H", every_s=0.01), saying(b"HTTP/1.1 100 \r\n", for_ever=b"a", every_s=0.01)]
 )
 async def test_a_slow_answer_ends_with_its_time_and_its_connection(serve: Serve) -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = num_open_files()
     async with receiving(serve) as port:
         outside = Outside(private=True, timeout_s=0.3)
         with pytest.raises(UnreachableError, match=r"^no answer within 0\.3 s$"):
             await outside.post(f"http://127.0.0.1:{port}/", b"", {}, "a")
-    await wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, "all connections are closed")
+    await wait_until(lambda: num_open_files() <= before, "all connections are closed")
 
 
 async def test_a_receiver_that_never_speaks_tls_ends_too() -> None:
-    before = len(os.listdir("/proc/self/fd"))
+    before = num_open_files()
     async with receiving(saying()) as port:
         outside = Outside(private=True, timeout_s=0.3)
         with pytest.raises(UnreachableError, match="no answer within"):
@@ -214,7 +214,7 @@ async def test_a_receiver_that_never_speaks_tls_ends_too() -> None:
     async with receiving(saying(b"no tls")) as port:
         with pytest.raises(UnreachableError, match=r"SSL|ConnectionReset|no answer"):
             await Outside(private=True, timeout_s=2.0).post(f"https://127.0.0.1:{port}/", b"", {}, "a")
-    await wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before, "all connections are closed")
+    await wait_until(lambda: num_open_files() <= before, "all connections are closed")
 
 
 async def test_what_floods_with_100_continue_holds_no_loop() -> None:

@@ -84,7 +84,7 @@ async def openai(hooked: RunningGateway) -> AsyncIterator[AsyncOpenAI]:
 
 
 async def post_job(openai: AsyncOpenAI) -> str:
-    async with httpx2.AsyncClient(base_url=str(openai.base_url)) as http:
+    async with httpx2.AsyncClient(base_url=str(openai.base_url), timeout=60) as http:
         return (await http.post("chat/completions", json=CHAT)).json()["id"]
 
 
@@ -120,7 +120,7 @@ async def test_ends_of_jobs_arrive_however_they_end(
     done = await post_job(openai)
     fleet.script = lambda submit, body: Script(hold_after=1)
     cancelled = await post_job(openai)
-    async with httpx2.AsyncClient(base_url=str(openai.base_url)) as http:
+    async with httpx2.AsyncClient(base_url=str(openai.base_url), timeout=60) as http:
         await http.post(f"jobs/{cancelled}/cancel")
     fleet.go.set()
     await wait_until(lambda: len(receiver.got) == 2, "both have arrived")
@@ -176,7 +176,7 @@ async def test_what_is_given_up_is_listed_and_sent_again(
         created_ms=now_ms() - MAX_AGE_MS - 1,
     )  # fmt: skip
     await bus.webhooks.add("public", [old], 1)
-    async with httpx2.AsyncClient(base_url=hooked.url) as http:
+    async with hooked.client() as http:
 
         async def listed() -> list[dict[str, Any]]:
             return (await http.get("/v1/webhook_deliveries")).json()["data"]
@@ -202,7 +202,7 @@ async def test_deliveries_that_wait_are_bounded_whatever_is_sent_again(
             subject=f"job_{number}", created_ms=now_ms(),
         )  # fmt: skip
 
-    async with httpx2.AsyncClient(base_url=hooked.url) as http:
+    async with hooked.client() as http:
 
         async def retry(number: int) -> int:
             return (await http.post(f"/v1/webhook_deliveries/d{number}/retry")).status_code

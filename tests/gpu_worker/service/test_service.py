@@ -15,6 +15,7 @@ from helpers.full_memory import full_memory
 from helpers.waiting import wait_until
 
 from benchmarks.common.fake_worker import ADAPTER_BYTES, MAX_UNACKED, FakeEngine
+from chaos.fleet import free_port
 from gpu_worker.planning.request import EngineRequest, EngineStats
 from gpu_worker.service import service
 from gpu_worker.service.outbox import OutboxRecovery
@@ -365,13 +366,15 @@ async def _has_tokens(bus: Bus, rid: str, num: int) -> bool:
     return len(await log(bus, rid)) >= num
 
 
-async def test_a_worker_shows_its_own_metrics_on_its_port(bus: Bus, unused_tcp_port: int) -> None:
+async def test_a_worker_shows_its_own_metrics_on_its_port(bus: Bus) -> None:
+    port = free_port()
+
     def scrape() -> dict[str, float]:
-        with urlopen(f"http://127.0.0.1:{unused_tcp_port}/metrics", timeout=60) as page:
+        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as page:
             lines = page.read().decode().splitlines()
         return {line.rpartition(" ")[0]: float(line.split()[-1]) for line in lines if not line.startswith("#")}
 
-    async with running_worker(bus, metrics_port=unused_tcp_port) as (worker, _):
+    async with running_worker(bus, metrics_port=port) as (worker, _):
         publishing = 'lorafleet_worker_phase_seconds_total{phase="publish",worker="w"}'
 
         async def shown() -> bool:

@@ -175,6 +175,7 @@ async def test_a_worker_becomes_another_base_and_nothing_of_it_is_left(bus: Bus,
     assert said == ["loading a", "loading b", "loading broken", "loading b"]
 
 
+@pytest.mark.thorough  # tests/e2e/test_added_bases.py has a worker become an added base, and come back
 async def test_a_worker_becomes_a_base_that_was_added_and_comes_back(bus: Bus, tmp_path: Path) -> None:
     """It needs not be told of it at its start, but the files must be on its machine."""
     (tmp_path / "b").mkdir()

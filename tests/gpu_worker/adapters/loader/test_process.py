@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import mmap
 import os
 import socket
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.processes import num_open_files
 from safetensors.numpy import save
 
 from gpu_worker.adapters.loader.fetch import Allocate, FetchedAdapter, Turn
@@ -53,11 +53,6 @@ def worker() -> Iterator[tuple[socket.socket, LoaderServer]]:
     ours, theirs = socket.socketpair()
     with closing(ours), closing(theirs):
         yield ours, LoaderServer(theirs, OneAdapter())
-
-
-def num_open_files() -> int:
-    gc.collect()  # servers of other tests, and what they keep
-    return len(os.listdir("/proc/self/fd"))
 
 
 @pytest.mark.parametrize("error", [ValueError("a fault"), MemoryError(), None])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 
 import pytest
+from helpers.processes import num_open_files
 
 from gpu_worker.adapters.loader.memory import ROUND_BYTES, copy_of
 from gpu_worker.adapters.loader.reserve import NUM_ASKED, MemoryReserve
@@ -93,9 +94,9 @@ def test_where_no_process_can_be_started_nothing_is_asked_for(monkeypatch: pytes
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(os, "fork", refuse)
-    num_open = len(os.listdir("/proc/self/fd"))
+    num_open = num_open_files()
     reserve = MemoryReserve()
     reserve.start()
     assert reserve.take(1) is None
     assert reserve.num_bytes == 0
-    assert len(os.listdir("/proc/self/fd")) == num_open
+    assert num_open_files() == num_open

@@ -18,7 +18,7 @@ KEY = "t:large"
 
 @pytest_asyncio.fixture
 async def client(bus: Bus) -> AsyncIterator[Any]:
-    client = connect(bus.url, timeout_s=5)
+    client = connect(bus.url, timeout_s=60)
     yield client
     await client.aclose()
 

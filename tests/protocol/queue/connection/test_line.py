@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from select import select
 
 import pytest
 from helpers.script_queue import Queue
@@ -45,9 +46,12 @@ async def test_a_reply_nobody_waits_for_is_not_taken_for_anothers(bus: Bus) -> N
 async def test_a_reply_that_came_while_this_process_stood_still_is_not_late(bus: Bus) -> None:
     """A busy machine gives this process no time, and the server is not lost for that."""
     await bus._line.ask(("PING",))  # it is open
+    assert bus._line._talk is not None
+    connection = bus._line._talk._transport.get_extra_info("socket")
     asked = asyncio.create_task(bus._line.ask(("ECHO", "there"), within_s=0.05))
     await asyncio.sleep(0)  # it is sent
-    time.sleep(0.2)  # noqa: ASYNC251  # nothing runs here, while the server answers
+    time.sleep(0.06)  # noqa: ASYNC251  # nothing runs here, while the server answers
+    assert select([connection], [], [], 60)[0], "the reply has come"
     assert await asked == b"there"
     with pytest.raises(TimeoutError):
         await bus._line.ask(("BLPOP", "none", 1), within_s=0.05)
