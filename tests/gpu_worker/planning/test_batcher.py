@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import pytest
@@ -44,22 +44,66 @@ class Cache:
                     self.slots[slot] = chain
 
 
+class FakeDrafts:
+    """A draft model that drafts at random, and checks what it is asked."""
+
+    def __init__(self, limits: BatchLimits) -> None:
+        self.limits = limits
+        self.rng = np.random.default_rng(1)
+        self.learnt = 0
+        self.known: set[Sequence] = set()
+
+    def propose(self, limits: Mapping[Sequence, int], plan: StepPlan) -> dict[Sequence, list[int]]:
+        """Draft up to the limits, or nothing."""
+        assert limits
+        assert plan.limited is None
+        assert not plan.preempted
+        assert not limits.keys() & plan.drafts.keys(), "its own text has drafted for it"
+        assert all(seq.num_pending == 1 for seq in plan.num_new), "somebody would wait for drafts with a prompt"
+        most = min(self.limits.max_draft_step_tokens, self.limits.max_step_tokens)
+        assert plan.num_tokens + sum(limits.values()) <= most
+        assert all(1 <= limit <= self.limits.max_draft_tokens for limit in limits.values())
+        self.known |= limits.keys()
+        if self.rng.integers(4) == 0:
+            return {}
+        return {seq: self.rng.integers(5, size=self.rng.integers(limit + 1)).tolist() for seq, limit in limits.items()}
+
+    def learn(self, seq: Sequence, num_drafted: int, num_right: int) -> None:
+        """Take what became of a draft."""
+        assert seq in self.known
+        assert 0 <= num_right <= num_drafted
+        assert num_drafted > 0
+        self.learnt += 1
+
+    def take_seconds(self) -> float:
+        return 0.0
+
+    def note_step(self, plan: StepPlan, seconds: float) -> None:
+        assert plan.num_tokens <= self.limits.max_draft_step_tokens
+
+    def forget(self, seq: Sequence) -> None:
+        self.known.discard(seq)
+
+    def check_integrity(self) -> None: ...
+
+
 class BatcherMachine(RuleBasedStateMachine):
     """Requests of three adapters with common beginnings come, run, are cancelled; adapters come late."""
 
     @initialize(
         num_blocks=st.integers(6, 20), step_tokens=st.integers(4, 40), prefix_cache=st.booleans(),
-        drafts=st.sampled_from([0, 3, 20]), token_s=st.sampled_from([0.0, 0.1, 2.0]),
+        drafts=st.sampled_from([0, 3, 20]), has_model=st.booleans(), token_s=st.sampled_from([0.0, 0.1, 2.0]),
         slowdown=st.sampled_from([0.0, 1.0, 1.5]), batch_slowdown=st.sampled_from([0.0, 1.1]),
     )  # fmt: skip
     def start(
-        self, num_blocks: int, step_tokens: int, prefix_cache: bool, drafts: int, token_s: float, slowdown: float,
-        batch_slowdown: float,
+        self, num_blocks: int, step_tokens: int, prefix_cache: bool, drafts: int, has_model: bool, token_s: float,
+        slowdown: float, batch_slowdown: float,
     ) -> None:  # fmt: skip
         self.limits = BatchLimits(4, step_tokens, prefix_cache, drafts, step_tokens, slowdown, batch_slowdown)
         self.slots = FakeSlots()
         self.blocks = BlockPool(num_blocks)
-        self.batcher = Batcher(self.limits, self.blocks, self.slots, "base")
+        self.drafts = FakeDrafts(self.limits) if has_model and drafts else None
+        self.batcher = Batcher(self.limits, self.blocks, self.slots, "base", draft_model=self.drafts)
         self.batcher.step_model = StepModel(a=1.0, b=token_s, c=token_s / 100, d=token_s / 50)
         self.paused = False
         self.has_changed = False  # whether the last plan has changed who yields
@@ -130,9 +174,8 @@ class BatcherMachine(RuleBasedStateMachine):
                 for token in draft[:num_right]:
                     seq.append(token)
                 seq.append(int(self.rng.integers(5)))
-                self.batcher.advance(seq, num_right)
-                if seq.drafter is not None and draft:
-                    seq.drafter.learn(len(draft), num_right)
+                if draft:
+                    self.batcher.learn(seq, plan, num_right)
                 if seq.num_tokens >= seq.max_tokens:
                     self.batcher.remove(seq)
 

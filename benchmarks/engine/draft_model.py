@@ -1,0 +1,229 @@
+"""Tokens a second of the engine with a draft model, with prompt lookup alone and without drafts, in turns.
+
+    python -m benchmarks.engine.draft_model [--model FOLDER] [--added N] [--without N,N] [--short]
+
+The base says what SmolLM2-135M says, in the time of a larger model: behind its 30 layers it has `--added` more, whose
+output projections are zero, so that they change no number, and whose weights are read and multiplied all the same. The
+draft model is SmolLM2-135M with `--without` of its middle layers left out: the more, the more often it is wrong. Asked
+are the questions of `examples/styles.json`, greedily, of the base and of its three trained adapters, 1, 4 and 8 at
+once. Only `Engine.step` runs, in this process; all ways use the same engine, batch by batch in turns.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from benchmarks.common import report
+from benchmarks.common.fleet import quickstart_model, scratch_folder
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
+from gpu_worker.build import load_engine
+from gpu_worker.engine.engine import Engine
+from gpu_worker.planning.request import EngineRequest
+from protocol.runtime.settings import Settings
+from protocol.wire.messages import Sampling
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ADAPTERS = ("pirate", "json", "haiku")
+LOADS = {"base": [""], "adapters": [*ADAPTERS]}
+STREAMS = (1, 4, 8)
+WAYS = ("without", "lookup", "draft model")
+MAX_TOKENS = 96
+
+
+def add_layers(model: Path, num: int, folder: Path) -> None:
+    """Write a Llama with more layers behind its own, which change nothing, into a folder with its tokenizer."""
+    source: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    config = source.config
+    own, config.num_hidden_layers = config.num_hidden_layers, config.num_hidden_layers + num
+    tensors = source.state_dict()
+    for layer in range(own, own + num):
+        for name, tensor in list(tensors.items()):
+            start = f"model.layers.{layer % own}."
+            if name.startswith(start):
+                is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+                tensors[f"model.layers.{layer}.{name.removeprefix(start)}"] = (
+                    torch.zeros_like(tensor) if is_output else tensor.clone()
+                )
+    save(config, tensors, model, folder)
+
+
+def leave_out_layers(model: Path, num: int, folder: Path) -> None:
+    """Write a Llama without `num` of its layers, evenly from its middle half, into a folder with its tokenizer."""
+    source: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    config, tensors = source.config, source.state_dict()
+    own = config.num_hidden_layers
+    left_out = {round(own / 4 + (i + 0.5) * own / 2 / num) for i in range(num)}
+    kept = [layer for layer in range(own) if layer not in left_out]
+    renamed = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.")}
+    for to, layer in enumerate(kept):
+        start = f"model.layers.{layer}."
+        found = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+        renamed |= {f"model.layers.{to}.{name}": tensor for name, tensor in found.items()}
+    config.num_hidden_layers = len(kept)
+    save(config, renamed, model, folder)
+
+
+def save(config: Any, tensors: dict[str, Any], model: Path, folder: Path) -> None:
+    """Write a Llama of these tensors, with the tokenizer of another folder."""
+    with torch.device("meta"):
+        made: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    made.load_state_dict(tensors, assign=True)
+    made.tie_weights()
+    made.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(model / file, folder / file)
+
+
+def fetch(name: str) -> FetchedAdapter:
+    """Return one of the example adapters; its name is its digest."""
+    folder = EXAMPLES / "adapters" / name
+    config = orjson.loads((folder / "adapter_config.json").read_bytes())
+    return FetchedAdapter(config, (folder / "adapter_model.safetensors").read_bytes())
+
+
+def questions(tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Return the prompts: int32 [num_tokens] each."""
+    styles = json.loads((EXAMPLES / "styles.json").read_text())
+    texts = [pair["question"] for pair in styles["pirate"]]
+    return [
+        np.array(tokenizer.encode(
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+            f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
+        ).ids, np.int32)
+        for text in texts
+    ]  # fmt: skip
+
+
+class Run:
+    """What one way did with all its batches."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.tokens: list[list[int]] = []
+        self.figures = dict.fromkeys(("output", "steps", "drafted", "accepted", "model_drafted", "model_accepted"), 0)
+        self.draft_s = 0.0
+
+    def add(self, engine: Engine, requests: Sequence[EngineRequest]) -> None:
+        """Run a batch to its end."""
+        before, draft_s = self._totals(engine), engine.counters.draft_s
+        ids: dict[str, list[int]] = {request.rid: [] for request in requests}
+        started_s = time.perf_counter()
+        for request in requests:
+            engine.add(request)
+        while engine.has_work:
+            for output in engine.step():
+                if output.error is not None:
+                    raise output.error
+                ids[output.rid] += output.ids
+        self.seconds += time.perf_counter() - started_s
+        self.tokens += ids.values()
+        self.draft_s += engine.counters.draft_s - draft_s
+        for name, total in self._totals(engine).items():
+            self.figures[name] += total - before[name]
+
+    def _totals(self, engine: Engine) -> dict[str, int]:
+        counters = engine.counters
+        own = {name: getattr(counters, f"num_{name}_tokens") for name in self.figures if name != "steps"}
+        return {**own, "steps": counters.num_steps}
+
+    def report(self, plain: Run) -> dict[str, Any]:
+        """Return its figures beside those without drafts."""
+        figures = self.figures
+        drafted = figures["drafted"]
+        return {
+            **figures,
+            "draft_s": self.draft_s,
+            "tokens_per_s": figures["output"] / self.seconds,
+            "ratio": plain.seconds / plain.figures["output"] * figures["output"] / self.seconds,
+            "tokens_per_step": figures["output"] / figures["steps"],
+            "right": figures["accepted"] / drafted if drafted else None,
+            "same_texts": sum(own == other for own, other in zip(self.tokens, plain.tokens, strict=True)),
+            "texts": len(self.tokens),
+        }
+
+
+def set_way(engine: Engine, way: str, num_drafts: int, draft_model: Any) -> None:
+    """Let an engine speculate in a way from now on."""
+    limits = engine.batcher.limits
+    engine.batcher.limits = replace(limits, max_draft_tokens=0 if way == "without" else num_drafts)
+    engine.batcher.draft_model = draft_model if way == "draft model" else None
+
+
+def measure(base: Path, draft: Path, rounds: int, num_drafts: int) -> dict[str, Any]:
+    """Return the figures of each way under each load, and by the number of streams."""
+    settings = Settings(
+        model=str(base), draft_model=str(draft), max_draft_tokens=num_drafts, prefix_cache=False, max_model_len=1024,
+        adapter_pool_bytes=64 << 20, kv_cache_bytes=1 << 30,
+    )  # fmt: skip
+    engine = load_engine(settings, fetch)[0].engine
+    assert isinstance(engine, Engine)
+    engine.finish_start()
+    source = engine.batcher.draft_model
+    prompts = questions(Tokenizer.from_file(str(base / "tokenizer.json")))
+    found: dict[str, Any] = {}
+    number = 0
+    for load, names in LOADS.items():
+        for streams in STREAMS:
+            runs = {way: Run() for way in WAYS}
+            for i in range(-1, rounds):  # the first one warms up
+                asked = [
+                    (names[(i + k) % len(names)], prompts[(streams * i + k) % len(prompts)]) for k in range(streams)
+                ]
+                order = WAYS if i % 2 else WAYS[::-1]
+                for way in order:
+                    set_way(engine, way, num_drafts, source)
+                    requests: list[EngineRequest] = []
+                    for name, prompt in asked:
+                        number += 1
+                        sampling = Sampling(temperature=0, ignore_eos=True)
+                        requests.append(EngineRequest(str(number), 1, name, prompt, sampling, MAX_TOKENS))
+                    (runs[way] if i >= 0 else Run()).add(engine, requests)
+            found[f"{load} {streams}"] = {way: run.report(runs["without"]) for way, run in runs.items()}
+            rows = [
+                (load, streams, way, *(f"{one[name]:.2f}" if one[name] is not None else "" for name in (
+                    "tokens_per_s", "ratio", "tokens_per_step", "right")), f"{one['same_texts']} of {one['texts']}")
+                for way, one in found[f"{load} {streams}"].items()
+            ]  # fmt: skip
+            print(
+                report.table(("load", "streams", "way", "tok/s", "ratio", "tokens a step", "right", "same"), rows),
+                flush=True,
+            )
+    return found
+
+
+def main() -> None:
+    """Measure, print tables and save the figures."""
+    parser = report.parser(__doc__)
+    parser.add_argument("--added", type=int, default=240, help="layers that the base has more (%(default)s)")
+    parser.add_argument("--without", default="0,2,4", help="layers that the draft model lacks (%(default)s)")
+    parser.add_argument("--drafts", type=int, default=8, help="most draft tokens (%(default)s)")
+    args = parser.parse_args()
+    machine, model = report.machine(), args.model or quickstart_model()
+    found: dict[str, Any] = {}
+    with scratch_folder() as scratch:
+        add_layers(model, args.added, scratch / "base")
+        for num in map(int, args.without.split(",")):
+            leave_out_layers(model, num, scratch / f"draft-{num}")
+            print(f"without {num} layers")
+            found[str(num)] = measure(scratch / "base", scratch / f"draft-{num}", 2 if args.short else 6, args.drafts)
+    args.out.mkdir(parents=True, exist_ok=True)
+    about = {"machine": machine, "added_layers": args.added, "without_layers": found}
+    (args.out / "draft-model.json").write_bytes(
+        orjson.dumps(about, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    )
+
+
+if __name__ == "__main__":
+    main()
