@@ -6,7 +6,8 @@ The base says what SmolLM2-135M says, in the time of a larger model: behind its 
 output projections are zero, so that they change no number, and whose weights are read and multiplied all the same. The
 draft model is SmolLM2-135M with `--without` of its middle layers left out: the more, the more often it is wrong. Asked
 are the questions of `examples/styles.json`, greedily, of the base and of its three trained adapters, 1, 4 and 8 at
-once. Only `Engine.step` runs, in this process; all ways use the same engine, batch by batch in turns.
+once. Only `Engine.step` runs, in this process; all ways use the same engine, batch by batch in turns. With one thread
+(`--threads 1`) its CPU time counts, which others on the machine change less than the wall clock.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,8 @@ from protocol.wire.messages import Sampling
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ADAPTERS = ("pirate", "json", "haiku")
 LOADS = {"base": [""], "adapters": [*ADAPTERS]}
-STREAMS = (1, 4, 8)
 WAYS = ("without", "lookup", "draft model")
-MAX_TOKENS = 96
+MAX_TOKENS = 64
 
 
 def add_layers(model: Path, num: int, folder: Path) -> None:
@@ -109,8 +109,10 @@ def questions(tokenizer: Tokenizer) -> list[np.ndarray]:
 class Run:
     """What one way did with all its batches."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """clock: seconds."""
         self.seconds = 0.0
+        self._clock = clock
         self.tokens: list[list[int]] = []
         self.figures = dict.fromkeys(("output", "steps", "drafted", "accepted", "model_drafted", "model_accepted"), 0)
         self.draft_s = 0.0
@@ -119,7 +121,7 @@ class Run:
         """Run a batch to its end."""
         before, draft_s = self._totals(engine), engine.counters.draft_s
         ids: dict[str, list[int]] = {request.rid: [] for request in requests}
-        started_s = time.perf_counter()
+        started_s = self._clock()
         for request in requests:
             engine.add(request)
         while engine.has_work:
@@ -127,7 +129,7 @@ class Run:
                 if output.error is not None:
                     raise output.error
                 ids[output.rid] += output.ids
-        self.seconds += time.perf_counter() - started_s
+        self.seconds += self._clock() - started_s
         self.tokens += ids.values()
         self.draft_s += engine.counters.draft_s - draft_s
         for name, total in self._totals(engine).items():
@@ -161,22 +163,25 @@ def set_way(engine: Engine, way: str, num_drafts: int, draft_model: Any) -> None
     engine.batcher.draft_model = draft_model if way == "draft model" else None
 
 
-def measure(base: Path, draft: Path, rounds: int, num_drafts: int) -> dict[str, Any]:
+def measure(
+    base: Path, draft: Path, rounds: int, num_drafts: int, streams_of: Sequence[int], threads: int
+) -> dict[str, Any]:
     """Return the figures of each way under each load, and by the number of streams."""
     settings = Settings(
         model=str(base), draft_model=str(draft), max_draft_tokens=num_drafts, prefix_cache=False, max_model_len=1024,
-        adapter_pool_bytes=64 << 20, kv_cache_bytes=1 << 30,
+        adapter_pool_bytes=64 << 20, kv_cache_bytes=1 << 30, threads=threads,
     )  # fmt: skip
     engine = load_engine(settings, fetch)[0].engine
     assert isinstance(engine, Engine)
     engine.finish_start()
     source = engine.batcher.draft_model
+    clock = time.thread_time if threads == 1 else time.perf_counter
     prompts = questions(Tokenizer.from_file(str(base / "tokenizer.json")))
     found: dict[str, Any] = {}
     number = 0
     for load, names in LOADS.items():
-        for streams in STREAMS:
-            runs = {way: Run() for way in WAYS}
+        for streams in streams_of:
+            runs = {way: Run(clock) for way in WAYS}
             for i in range(-1, rounds):  # the first one warms up
                 asked = [
                     (names[(i + k) % len(names)], prompts[(streams * i + k) % len(prompts)]) for k in range(streams)
@@ -189,7 +194,7 @@ def measure(base: Path, draft: Path, rounds: int, num_drafts: int) -> dict[str, 
                         number += 1
                         sampling = Sampling(temperature=0, ignore_eos=True)
                         requests.append(EngineRequest(str(number), 1, name, prompt, sampling, MAX_TOKENS))
-                    (runs[way] if i >= 0 else Run()).add(engine, requests)
+                    (runs[way] if i >= 0 else Run(clock)).add(engine, requests)
             found[f"{load} {streams}"] = {way: run.report(runs["without"]) for way, run in runs.items()}
             rows = [
                 (load, streams, way, *(f"{one[name]:.2f}" if one[name] is not None else "" for name in (
@@ -209,7 +214,10 @@ def main() -> None:
     parser.add_argument("--added", type=int, default=240, help="layers that the base has more (%(default)s)")
     parser.add_argument("--without", default="0,2,4", help="layers that the draft model lacks (%(default)s)")
     parser.add_argument("--drafts", type=int, default=8, help="most draft tokens (%(default)s)")
+    parser.add_argument("--streams", default="1,4,8", help="requests at once (%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="threads; with 1 of them its CPU time is measured")
     args = parser.parse_args()
+    streams = [int(num) for num in args.streams.split(",")]
     machine, model = report.machine(), args.model or quickstart_model()
     found: dict[str, Any] = {}
     with scratch_folder() as scratch:
@@ -217,7 +225,9 @@ def main() -> None:
         for num in map(int, args.without.split(",")):
             leave_out_layers(model, num, scratch / f"draft-{num}")
             print(f"without {num} layers")
-            found[str(num)] = measure(scratch / "base", scratch / f"draft-{num}", 2 if args.short else 6, args.drafts)
+            found[str(num)] = measure(
+                scratch / "base", scratch / f"draft-{num}", 2 if args.short else 6, args.drafts, streams, args.threads
+            )
     args.out.mkdir(parents=True, exist_ok=True)
     about = {"machine": machine, "added_layers": args.added, "without_layers": found}
     (args.out / "draft-model.json").write_bytes(

@@ -92,7 +92,7 @@ def check_vocabulary(tokenizer: str | None, folder: Path) -> None:
         who = "the base" if tokenizer is None else "it"
         raise BadRequest(f"{who} has no {TOKENIZER}, so that their vocabularies cannot be compared")
     base, own = ids_of(tokenizer), ids_of(file.read_text())
-    different = sorted(base.items() ^ own.items(), key=lambda item: item[1])
+    different = sorted(base.items() ^ own.items(), key=lambda item: (item[1], item[0]))
     if not different:
         return
     token = different[0][0]

