@@ -1,13 +1,13 @@
 """Tokens a second of the engine with a draft model, with prompt lookup alone and without drafts, in turns.
 
-    python -m benchmarks.engine.draft_model [--model FOLDER] [--added N] [--without N,N] [--short]
+    python -m benchmarks.engine.draft_model [--model FOLDER] [--added N] [--drafts bfloat16,int8,int4] [--short]
 
 The base says what SmolLM2-135M says, in the time of a larger model: behind its 30 layers it has `--added` more, whose
 output projections are zero, so that they change no number, and whose weights are read and multiplied all the same. The
-draft model is SmolLM2-135M with `--without` of its middle layers left out: the more, the more often it is wrong. Asked
-are the questions of `examples/styles.json`, greedily, of the base and of its three trained adapters, 1, 4 and 8 at
-once. Only `Engine.step` runs, in this process; all ways use the same engine, batch by batch in turns. With one thread
-(`--threads 1`) its CPU time counts, which others on the machine change less than the wall clock.
+draft model is SmolLM2-135M, whole or quantised, which makes it faster and more often wrong. Asked are the questions of
+`examples/styles.json`, greedily, of the base and of its three trained adapters, 1, 4 and 8 at once. Only `Engine.step`
+runs, in this process; all ways use the same engine, batch by batch in turns. With one thread (`--threads 1`) its CPU
+time counts, which others on the machine change less than the wall clock.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ from benchmarks.common.fleet import quickstart_model, scratch_folder
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
 from gpu_worker.build import load_engine
 from gpu_worker.engine.engine import Engine
+from gpu_worker.loading.checkpoint import read_config
 from gpu_worker.planning.request import EngineRequest
+from gpu_worker.quantised.quantise import quantised_folder
 from protocol.runtime.settings import Settings
 from protocol.wire.messages import Sampling
 
@@ -56,27 +58,6 @@ def add_layers(model: Path, num: int, folder: Path) -> None:
                 tensors[f"model.layers.{layer}.{name.removeprefix(start)}"] = (
                     torch.zeros_like(tensor) if is_output else tensor.clone()
                 )
-    save(config, tensors, model, folder)
-
-
-def leave_out_layers(model: Path, num: int, folder: Path) -> None:
-    """Write a Llama without `num` of its layers, evenly from its middle half, into a folder with its tokenizer."""
-    source: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-    config, tensors = source.config, source.state_dict()
-    own = config.num_hidden_layers
-    left_out = {round(own / 4 + (i + 0.5) * own / 2 / num) for i in range(num)}
-    kept = [layer for layer in range(own) if layer not in left_out]
-    renamed = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.")}
-    for to, layer in enumerate(kept):
-        start = f"model.layers.{layer}."
-        found = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-        renamed |= {f"model.layers.{to}.{name}": tensor for name, tensor in found.items()}
-    config.num_hidden_layers = len(kept)
-    save(config, renamed, model, folder)
-
-
-def save(config: Any, tensors: dict[str, Any], model: Path, folder: Path) -> None:
-    """Write a Llama of these tensors, with the tokenizer of another folder."""
     with torch.device("meta"):
         made: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     made.load_state_dict(tensors, assign=True)
@@ -143,7 +124,7 @@ class Run:
     def report(self, plain: Run) -> dict[str, Any]:
         """Return its figures beside those without drafts."""
         figures = self.figures
-        drafted = figures["drafted"]
+        drafted, by_model = figures["drafted"], figures["model_drafted"]
         return {
             **figures,
             "draft_s": self.draft_s,
@@ -151,69 +132,75 @@ class Run:
             "ratio": plain.seconds / plain.figures["output"] * figures["output"] / self.seconds,
             "tokens_per_step": figures["output"] / figures["steps"],
             "right": figures["accepted"] / drafted if drafted else None,
+            "model_right": figures["model_accepted"] / by_model if by_model else None,
             "same_texts": sum(own == other for own, other in zip(self.tokens, plain.tokens, strict=True)),
             "texts": len(self.tokens),
         }
 
 
-def set_way(engine: Engine, way: str, num_drafts: int, draft_model: Any) -> None:
-    """Let an engine speculate in a way from now on."""
-    limits = engine.batcher.limits
-    engine.batcher.limits = replace(limits, max_draft_tokens=0 if way == "without" else num_drafts)
-    engine.batcher.draft_model = draft_model if way == "draft model" else None
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured."""
+
+    rounds: int
+    streams: Sequence[int]
+    ways: Sequence[str]
+    threads: int  # 0: all; 1: its CPU time is measured
 
 
-def measure(
-    base: Path, draft: Path, rounds: int, num_drafts: int, streams_of: Sequence[int], threads: int
-) -> dict[str, Any]:
+def measure(base: Path, draft: Path, plan: Plan) -> dict[str, Any]:
     """Return the figures of each way under each load, and by the number of streams."""
     settings = Settings(
-        model=str(base), draft_model=str(draft), max_draft_tokens=num_drafts, prefix_cache=False, max_model_len=1024,
-        adapter_pool_bytes=64 << 20, kv_cache_bytes=1 << 30, threads=threads,
+        model=str(base), draft_model=str(draft), prefix_cache=False, max_model_len=1024, adapter_pool_bytes=64 << 20,
+        kv_cache_bytes=1 << 30, threads=plan.threads,
     )  # fmt: skip
     engine = load_engine(settings, fetch)[0].engine
     assert isinstance(engine, Engine)
     engine.finish_start()
-    source = engine.batcher.draft_model
-    clock = time.thread_time if threads == 1 else time.perf_counter
+    source, limits = engine.batcher.draft_model, engine.batcher.limits
+    clock = time.thread_time if plan.threads == 1 else time.perf_counter
     prompts = questions(Tokenizer.from_file(str(base / "tokenizer.json")))
     found: dict[str, Any] = {}
     number = 0
     for load, names in LOADS.items():
-        for streams in streams_of:
-            runs = {way: Run(clock) for way in WAYS}
-            for i in range(-1, rounds):  # the first one warms up
-                asked = [
-                    (names[(i + k) % len(names)], prompts[(streams * i + k) % len(prompts)]) for k in range(streams)
-                ]
-                order = WAYS if i % 2 else WAYS[::-1]
-                for way in order:
-                    set_way(engine, way, num_drafts, source)
+        for streams in plan.streams:
+            runs = {way: Run(clock) for way in plan.ways}
+            first = -1 if streams == plan.streams[0] else 0  # the one that warms up
+            for i in range(first, plan.rounds):
+                for way in plan.ways if i % 2 else plan.ways[::-1]:
+                    engine.batcher.limits = replace(limits, max_draft_tokens=0) if way == WAYS[0] else limits
+                    engine.batcher.draft_model = source if way == WAYS[-1] else None
                     requests: list[EngineRequest] = []
-                    for name, prompt in asked:
+                    for k in range(streams):
                         number += 1
+                        prompt = prompts[(streams * i + k) % len(prompts)]
                         sampling = Sampling(temperature=0, ignore_eos=True)
+                        name = names[(i + k) % len(names)]
                         requests.append(EngineRequest(str(number), 1, name, prompt, sampling, MAX_TOKENS))
                     (runs[way] if i >= 0 else Run(clock)).add(engine, requests)
-            found[f"{load} {streams}"] = {way: run.report(runs["without"]) for way, run in runs.items()}
-            rows = [
-                (load, streams, way, *(f"{one[name]:.2f}" if one[name] is not None else "" for name in (
-                    "tokens_per_s", "ratio", "tokens_per_step", "right")), f"{one['same_texts']} of {one['texts']}")
-                for way, one in found[f"{load} {streams}"].items()
-            ]  # fmt: skip
-            print(
-                report.table(("load", "streams", "way", "tok/s", "ratio", "tokens a step", "right", "same"), rows),
-                flush=True,
-            )
+            one = found[f"{load} {streams}"] = {way: run.report(runs[plan.ways[0]]) for way, run in runs.items()}
+            show(load, streams, one)
     return found
+
+
+def show(load: str, streams: int, found: dict[str, dict[str, Any]]) -> None:
+    """Print the figures of each way."""
+    names = ("tokens_per_s", "ratio", "tokens_per_step", "right", "model_right")
+    rows = [
+        (load, streams, way, *("" if one[name] is None else f"{one[name]:.2f}" for name in names),
+         f"{one['same_texts']} of {one['texts']}")
+        for way, one in found.items()
+    ]  # fmt: skip
+    header = ("load", "streams", "way", "tok/s", "ratio", "tokens a step", "right", "of the model", "same texts")
+    print(report.table(header, rows), flush=True)
 
 
 def main() -> None:
     """Measure, print tables and save the figures."""
     parser = report.parser(__doc__)
     parser.add_argument("--added", type=int, default=240, help="layers that the base has more (%(default)s)")
-    parser.add_argument("--without", default="0,2,4", help="layers that the draft model lacks (%(default)s)")
-    parser.add_argument("--drafts", type=int, default=8, help="most draft tokens (%(default)s)")
+    parser.add_argument("--drafts", default="bfloat16,int8,int4", help="draft models, by their weights (%(default)s)")
+    parser.add_argument("--ways", default=",".join(WAYS), help="ways to compare, of these, without first (%(default)s)")
     parser.add_argument("--streams", default="1,4,8", help="requests at once (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="threads; with 1 of them its CPU time is measured")
     args = parser.parse_args()
@@ -222,14 +209,13 @@ def main() -> None:
     found: dict[str, Any] = {}
     with scratch_folder() as scratch:
         add_layers(model, args.added, scratch / "base")
-        for num in map(int, args.without.split(",")):
-            leave_out_layers(model, num, scratch / f"draft-{num}")
-            print(f"without {num} layers")
-            found[str(num)] = measure(
-                scratch / "base", scratch / f"draft-{num}", 2 if args.short else 6, args.drafts, streams, args.threads
-            )
+        for kind in args.drafts.split(","):
+            draft = model if kind == "bfloat16" else quantised_folder(model, read_config(model), kind, 8)
+            print(f"a draft model in {kind}", flush=True)
+            plan = Plan(2 if args.short else 6, streams, args.ways.split(","), args.threads)
+            found[kind] = measure(scratch / "base", draft, plan)
     args.out.mkdir(parents=True, exist_ok=True)
-    about = {"machine": machine, "added_layers": args.added, "without_layers": found}
+    about = {"machine": machine, "added_layers": args.added, "drafts": found}
     (args.out / "draft-model.json").write_bytes(
         orjson.dumps(about, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
     )

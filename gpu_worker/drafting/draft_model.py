@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from gpu_worker.drafting.payoff import Acceptance, Candidate, Payoff
+from gpu_worker.drafting.payoff import Acceptance, Draftable, Payoff
 from gpu_worker.engine.runner import Runner
 from gpu_worker.engine.step_model import MIN_STEPS
 from gpu_worker.memory import send
@@ -32,7 +32,7 @@ MEASURED_TOKENS = (1, 2, 8, 16)
 
 
 @dataclass(slots=True, eq=False)
-class Reading:
+class ReadText:
     """What the draft model has read of a sequence."""
 
     seq: Sequence
@@ -80,7 +80,7 @@ class DraftModel:
         self._spent_s = 0.0  # seconds that drafting took since they were last taken
         self._payoff = payoff
         self._vocab_size = min(vocab_size, model.vocab_size)
-        self._readings: dict[Sequence, Reading] = {}  # those that were drafted for longest ago come first
+        self._readings: dict[Sequence, ReadText] = {}  # those that were drafted for longest ago come first
         self._typical = Acceptance()  # of all sequences, with which new ones begin
         Runner(model, num_blocks).check()
         self._measure()
@@ -93,14 +93,13 @@ class DraftModel:
         """
         started_s = time.perf_counter()
         readings = [self._open(seq) for seq in limits]
-        num_kv_tokens = sum(seq.num_tokens for seq in plan.num_new)
         candidates = [
-            Candidate(own.acceptance.rate, limits[own.seq], own.num_unread, _num_steps(own.seq)) for own in readings
+            Draftable(own.acceptance.rate, limits[own.seq], own.num_unread, _num_steps(own.seq)) for own in readings
         ]
         most = max(limits.values())
         if self.model.max_positions:
             most = min(most, max(0, self.model.max_positions - max(len(own.text) for own in readings)))
-        choice = self._payoff.choose(candidates, most, plan.num_tokens, num_kv_tokens)
+        choice = self._payoff.choose(candidates, most, plan.num_tokens)
         drafts: list[list[int]] = []
         if choice.num_drafts and self._make_room(readings, choice.num_drafts):
             try:
@@ -129,7 +128,7 @@ class DraftModel:
 
     def note_step(self, plan: StepPlan, seconds: float) -> None:
         """Learn from a step of the base that is short enough for draft tokens."""
-        self._payoff.note_step(plan.num_tokens, sum(seq.num_tokens for seq in plan.num_new), seconds)
+        self._payoff.note_step(plan.num_tokens, seconds)
 
     def forget(self, seq: Sequence) -> None:
         """Free what is kept of a sequence, if anything is."""
@@ -143,14 +142,14 @@ class DraftModel:
 
     # ------------------------------------------------------------ what is kept
 
-    def _open(self, seq: Sequence) -> Reading:
+    def _open(self, seq: Sequence) -> ReadText:
         """Return what is kept of a sequence, as the one that was drafted for last."""
-        own = self._readings.pop(seq, None) or Reading(seq, Acceptance(self._typical.rate))
+        own = self._readings.pop(seq, None) or ReadText(seq, Acceptance(self._typical.rate))
         self._readings[seq] = own
         own.settle()
         return own
 
-    def _make_room(self, readings: list[Reading], num_drafts: int) -> bool:
+    def _make_room(self, readings: list[ReadText], num_drafts: int) -> bool:
         """Give each text the blocks for itself and its draft, if need be those of texts drafted for longest ago.
 
         Returns False, and gives none, where even all of them would not be enough.
@@ -172,7 +171,7 @@ class DraftModel:
 
     # ------------------------------------------------------------ passes
 
-    def _draft(self, readings: list[Reading], num: int) -> list[list[int]]:
+    def _draft(self, readings: list[ReadText], num: int) -> list[list[int]]:
         """Read the rest of each text, and return `num` draft tokens for each."""
         ends = [len(own.text) for own in readings]
         tokens = self._pass(readings, [own.text[own.num_read :] for own in readings], ends)
@@ -187,9 +186,9 @@ class DraftModel:
             own.guessed = draft[:-1]  # the last one was not read
         return drafts
 
-    def _read(self, readings: list[Reading], most: int) -> None:
+    def _read(self, readings: list[ReadText], most: int) -> None:
         """Read up to `most` tokens of the texts, in their order, and of none the last one."""
-        parts: list[tuple[Reading, np.ndarray]] = []
+        parts: list[tuple[ReadText, np.ndarray]] = []
         for own in readings:
             part = own.text[own.num_read : -1][:most]
             if len(part):
@@ -199,7 +198,7 @@ class DraftModel:
         for own, part in parts:
             own.num_read += len(part)
 
-    def _pass(self, readings: list[Reading], parts: list[np.ndarray], ends: list[int]) -> list[int]:
+    def _pass(self, readings: list[ReadText], parts: list[np.ndarray], ends: list[int]) -> list[int]:
         """Return the likeliest token after each text's part, int [n], that ends at a position; one pass for all."""
         tables = np.zeros((len(readings), max(len(own.blocks) for own in readings)), np.int32)
         for row, own in zip(tables, readings, strict=True):
@@ -221,7 +220,7 @@ class DraftModel:
         with torch.inference_mode():
             logits = model.forward(send(ids, device), model.context.attention.positions, rows)
             tokens: list[int] = logits[:, : self._vocab_size].argmax(-1).tolist()
-        self._payoff.note_pass(len(ids), int(ends.sum()), time.perf_counter() - started_s)
+        self._payoff.note_pass(len(ids), time.perf_counter() - started_s)
         return tokens
 
     def _measure(self) -> None:

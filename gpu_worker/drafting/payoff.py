@@ -81,7 +81,7 @@ def length_that_pays(
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
+class Draftable:
     """A sequence that may get draft tokens."""
 
     rate: float  # share of its draft tokens that prove right
@@ -91,7 +91,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class DraftChoice:
     """What the draft model does in a step."""
 
     num_drafts: int = 0  # draft tokens of each sequence; 0: nothing is done
@@ -99,21 +99,24 @@ class Choice:
 
 
 class Payoff:
-    """What passes of the draft model and short steps of the base take, and what follows from that."""
+    """What passes of the draft model and short steps of the base take by their tokens, and what follows from that.
+
+    How long the texts are is left out: lately measured times have it in them.
+    """
 
     def __init__(self) -> None:
         self._passes, self._steps = StepMeter(), StepMeter()
         self._num_tried = 0  # choices of draft tokens so far
 
-    def note_pass(self, num_tokens: int, num_kv_tokens: int, seconds: float) -> None:
+    def note_pass(self, num_tokens: int, seconds: float) -> None:
         """Learn from a pass of the draft model."""
-        self._passes.learn(seconds, StepWork(num_tokens, num_kv_tokens, 0))
+        self._passes.learn(seconds, StepWork(num_tokens, 0, 0))
 
-    def note_step(self, num_tokens: int, num_kv_tokens: int, seconds: float) -> None:
+    def note_step(self, num_tokens: int, seconds: float) -> None:
         """Learn from a step of the base that is short enough for draft tokens."""
-        self._steps.learn(seconds, StepWork(num_tokens, num_kv_tokens, 0))
+        self._steps.learn(seconds, StepWork(num_tokens, 0, 0))
 
-    def choose(self, seqs: Sequence[Candidate], most: int, num_tokens: int, num_kv_tokens: int) -> Choice:
+    def choose(self, seqs: Sequence[Draftable], most: int, num_tokens: int) -> DraftChoice:
         """Choose for a step of so many tokens, of which `seqs` may get `most` draft tokens each.
 
         Texts that were not read yet are read once that costs no more than drafts would have saved in as many steps as
@@ -123,18 +126,19 @@ class Payoff:
 
         def seconds(num_drafts: int) -> float:
             more = num * num_drafts if self._num_tried >= TRIED else 0
-            step_s = steps.seconds(num_tokens + more, num_kv_tokens, 0)
+            step_s = steps.seconds(num_tokens + more, 0, 0)
             if not num_drafts:
                 return step_s
-            first_s = passes.seconds(2 * num, num_kv_tokens, 0)  # it has mostly two tokens of each to read
-            return step_s + first_s + (num_drafts - 1) * passes.seconds(num, num_kv_tokens, 0)
+            first_s = passes.seconds(2 * num, 0, 0)  # it has mostly two tokens of each to read
+            return step_s + first_s + (num_drafts - 1) * passes.seconds(num, 0, 0)
 
+        alone_s = seconds(0)
+        if not alone_s:  # nothing has been measured
+            return DraftChoice()
         num_drafts, gain = length_that_pays([(one.rate, one.limit) for one in seqs], most, seconds)
-        if not num_drafts or not seconds(0):
-            return Choice()
-        saved_s = (1 - 1 / gain) * seconds(0)  # in each step
-        if any(passes.b * one.num_unread > saved_s * one.num_steps for one in seqs):
-            return Choice()
+        saved_s = (1 - 1 / gain) * alone_s  # in each step
+        if not num_drafts or any(passes.b * one.num_unread > saved_s * one.num_steps for one in seqs):
+            return DraftChoice()
         self._num_tried += 1
-        left_s = seconds(0) - passes.seconds(0, num_kv_tokens, 0)
-        return Choice(num_drafts, max(MIN_CHUNK, 2 * num, int(left_s / passes.b) if passes.b else 0))
+        room = int((alone_s - passes.a) / passes.b) if passes.b else 0
+        return DraftChoice(num_drafts, max(MIN_CHUNK, 2 * num, room))

@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from gpu_worker.drafting.draft_model import DraftModel
 from gpu_worker.drafting.load import LoadedDraft, check_vocabulary, load_draft_model
-from gpu_worker.drafting.payoff import Candidate, Choice, Payoff
+from gpu_worker.drafting.payoff import Draftable, DraftChoice, Payoff
 from gpu_worker.engine.engine import Engine
 from gpu_worker.model.prepare import prepare_model
 from gpu_worker.planning.request import EngineRequest
@@ -45,9 +45,9 @@ class Always(Payoff):
         super().__init__()
         self._num_read = num_read
 
-    def choose(self, seqs: Sequence[Candidate], most: int, num_tokens: int, num_kv_tokens: int) -> Choice:
+    def choose(self, seqs: Sequence[Draftable], most: int, num_tokens: int) -> DraftChoice:
         """Choose as many draft tokens as may be."""
-        return Choice(most, self._num_read)
+        return DraftChoice(most, self._num_read)
 
 
 def near(model: PreTrainedModel, noise: float = 0.02) -> PreTrainedModel:

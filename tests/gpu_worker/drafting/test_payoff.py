@@ -12,8 +12,8 @@ from gpu_worker.drafting.payoff import (
     MIN_CHUNK,
     TRIED,
     Acceptance,
-    Candidate,
-    Choice,
+    Draftable,
+    DraftChoice,
     Payoff,
     length_that_pays,
 )
@@ -32,13 +32,13 @@ def measured(base_s: float = BASE_S, pass_s: float = PASS_S, read_s: float = 0.0
     payoff = Payoff()
     for i in range(3 * MIN_STEPS):
         num = 1 + i % 16
-        payoff.note_step(num, 0, base_s + TOKEN_S * num)
-        payoff.note_pass(num, 0, pass_s + read_s * num)
+        payoff.note_step(num, base_s + TOKEN_S * num)
+        payoff.note_pass(num, pass_s + read_s * num)
     return payoff
 
 
-def candidate(rate: float = 0.8, limit: int = 8, num_unread: int = 2, num_steps: int = 50) -> Candidate:
-    return Candidate(rate, limit, num_unread, num_steps)
+def candidate(rate: float = 0.8, limit: int = 8, num_unread: int = 2, num_steps: int = 50) -> Draftable:
+    return Draftable(rate, limit, num_unread, num_steps)
 
 
 def test_more_right_tokens_make_longer_drafts() -> None:
@@ -67,42 +67,42 @@ def test_who_gains_least_decides() -> None:
 def test_nothing_is_drafted_before_steps_were_measured() -> None:
     payoff = Payoff()
     for i in range(2 * MIN_STEPS):
-        payoff.note_pass(1 + i % 16, 0, PASS_S)
-    assert payoff.choose([candidate()], 8, 1, 0) == Choice()
+        payoff.note_pass(1 + i % 16, PASS_S)
+    assert payoff.choose([candidate()], 8, 1) == DraftChoice()
     for _ in range(MIN_STEPS):
-        payoff.note_step(1, 0, BASE_S)
-    assert payoff.choose([candidate()], 8, 1, 0).num_drafts > 0
+        payoff.note_step(1, BASE_S)
+    assert payoff.choose([candidate()], 8, 1).num_drafts > 0
 
 
 def test_it_stops_where_steps_with_more_tokens_turn_out_long() -> None:
     """What more tokens cost is not known while all steps have one; the first steps with drafts show it."""
     payoff = Payoff()
     for i in range(2 * MIN_STEPS):
-        payoff.note_pass(1 + i % 16, 0, PASS_S)
-        payoff.note_step(1, 0, BASE_S)
+        payoff.note_pass(1 + i % 16, PASS_S)
+        payoff.note_step(1, BASE_S)
     num_drafted = 0
     for _ in range(40 * MIN_STEPS):
-        num = payoff.choose([candidate(0.7)], 8, 1, 0).num_drafts
+        num = payoff.choose([candidate(0.7)], 8, 1).num_drafts
         num_drafted += num > 0
-        payoff.note_step(1 + num, 0, BASE_S * (1 + num))
-    assert payoff.choose([candidate(0.7)], 8, 1, 0) == Choice()
+        payoff.note_step(1 + num, BASE_S * (1 + num))
+    assert payoff.choose([candidate(0.7)], 8, 1) == DraftChoice()
     assert TRIED <= num_drafted <= TRIED + MIN_STEPS
 
 
-def test_a_text_is_read_once_its_request_has_had_steps_enough_to_pay_for_it() -> None:
+def test_a_text_is_read_once_its_request_has_had_enough_steps() -> None:
     payoff = measured()
     unread = 400  # 0.4 s, and at most 0.1 s are saved in a step
-    by_steps = [payoff.choose([candidate(num_unread=unread, num_steps=num)], 8, 1, 0) for num in range(100)]
+    by_steps = [payoff.choose([candidate(num_unread=unread, num_steps=num)], 8, 1) for num in range(100)]
     first = next(num for num, choice in enumerate(by_steps) if choice.num_drafts)
     assert 4 < first < 20
     both = [candidate(num_unread=unread, num_steps=num) for num in (99, 1)]
-    assert payoff.choose(both, 4, 2, 0) == Choice()
+    assert payoff.choose(both, 4, 2) == DraftChoice()
 
 
 def test_it_reads_no_longer_at_once_than_a_step_takes() -> None:
-    choice = measured().choose([candidate(num_unread=90)], 8, 1, 0)
+    choice = measured().choose([candidate(num_unread=90)], 8, 1)
     assert choice.num_read == pytest.approx((BASE_S + TOKEN_S - PASS_S) / 0.001, rel=0.1)
-    short = measured(base_s=0.02, pass_s=0.001, read_s=0.002).choose([candidate()], 8, 1, 0)
+    short = measured(base_s=0.02, pass_s=0.001, read_s=0.002).choose([candidate()], 8, 1)
     assert (short.num_drafts > 0, short.num_read) == (True, MIN_CHUNK)
 
 
@@ -122,7 +122,7 @@ def test_drafts_that_are_always_wrong_become_rare_and_stay_so() -> None:
     payoff, acceptance = measured(), Acceptance()
     drafted: list[bool] = []
     for _ in range(4000):
-        num = payoff.choose([candidate(acceptance.rate)], 8, 1, 0).num_drafts
+        num = payoff.choose([candidate(acceptance.rate)], 8, 1).num_drafts
         drafted.append(num > 0)
         if num:
             acceptance.learn(num, 0)
