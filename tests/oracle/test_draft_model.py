@@ -21,6 +21,7 @@ from oracle.tiny_models import tiny_model
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from gpu_worker.build import load_engine
 from gpu_worker.drafting.draft_model import DraftModel
 from gpu_worker.drafting.load import LoadedDraft, check_vocabulary, load_draft_model
 from gpu_worker.drafting.payoff import Draftable, DraftChoice, Payoff
@@ -29,6 +30,7 @@ from gpu_worker.model.prepare import prepare_model
 from gpu_worker.planning.request import EngineRequest
 from gpu_worker.planning.sequence import Sequence as RequestSequence
 from gpu_worker.planning.step_plan import StepPlan
+from protocol.runtime.settings import DRAFT_TOKENS, Settings
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Sampling
 
@@ -101,20 +103,23 @@ def watch_drafts(engine: Engine) -> list[tuple[np.ndarray, list[int]]]:
 )
 def test_greedy_answers_are_pefts(tiny: Oracle, settings: dict[str, Any]) -> None:
     texts = prompts(5, TINY_VOCAB, (3, 8, 17, 24, 31))
+    names = tiny.names if settings is FEW_BLOCKS else tiny.names[:6]
     engine = tiny.engine(draft=drafting(near(tiny.untouched), num_read=20), **SPECULATING | settings)
-    warm(engine, tiny.names)
-    asked = ask(engine, [greedy_request(name, name, texts[i % 5], NUM_TOKENS) for i, name in enumerate(tiny.names)])
-    for i, name in enumerate(tiny.names):
+    warm(engine, names)
+    asked = ask(engine, [greedy_request(name, name, texts[i % 5], NUM_TOKENS) for i, name in enumerate(names)])
+    for i, name in enumerate(names):
         assert asked.ids[name] == tiny.greedy(name, texts[i % 5], NUM_TOKENS), name
-    assert len({tuple(ids) for ids in asked.ids.values()}) == len(tiny.names), "adapters change the answer"
+        assert not name or asked.ids[name] != tiny.greedy("", texts[i % 5], NUM_TOKENS), "it changes the answer"
     counters = engine.counters
     assert 0 < counters.num_model_accepted_tokens < counters.num_model_drafted_tokens < counters.num_drafted_tokens
-    assert counters.num_output_tokens == NUM_TOKENS * len(tiny.names)
+    assert counters.num_output_tokens == NUM_TOKENS * len(names)
     assert (counters.num_preemptions > 0) == (settings is FEW_BLOCKS)
     assert counters.draft_s > 0
 
 
-@pytest.mark.parametrize("num_read", [12, 1 << 20], ids=["in-chunks", "at-once"])
+@pytest.mark.parametrize(
+    "num_read", [12, pytest.param(1 << 20, marks=pytest.mark.thorough)], ids=["in-chunks", "at-once"]
+)
 def test_drafts_are_what_the_draft_model_says_by_itself(tiny: Oracle, num_read: int) -> None:
     """After right drafts and wrong ones, beside others: what it has read of each text is that text."""
     model = near(tiny.untouched)
@@ -126,7 +131,7 @@ def test_drafts_are_what_the_draft_model_says_by_itself(tiny: Oracle, num_read: 
     texts = prompts(3, TINY_VOCAB, (3, 24, 45))
     ask(engine, [greedy_request(str(i), ("", "a2", "")[i], text, NUM_TOKENS) for i, text in enumerate(texts)])
     assert len(found) > 12
-    for text, draft in found:
+    for text, draft in found[::2]:
         assert draft == alone.greedy("", text, len(draft))
     rights = {draft == tiny.greedy("", text, len(draft)) for text, draft in found}
     assert rights == {True, False}
@@ -310,6 +315,44 @@ def test_a_folder_with_the_bases_vocabulary_is_loaded(tmp_path: Path) -> None:
     )  # fmt: skip
     draft = load_for(saved(base, TOKENIZER, tmp_path / "draft"))
     assert draft.model.vocab_size == test_grammars.VOCAB
+
+
+def test_settings_load_it_and_the_fleet_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAFLEET_CACHE_DIR", str(tmp_path / "cache"))
+    shape = {"vocab_size": test_grammars.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    base = random_llama(std=0.2, num_hidden_layers=2, num_key_value_heads=2, **shape)
+    folder, small = saved(base, TOKENIZER, tmp_path / "base"), saved(near(base), TOKENIZER, tmp_path / "small")
+    settings = Settings(
+        model=folder, draft_model=small, dtype="float32", device="cpu", kv_cache_bytes=1 << 20,
+        adapter_pool_bytes=1 << 20, threads=1,
+    )  # fmt: skip
+    thread, served = load_engine(settings, lambda _: pytest.fail("no adapter is asked for"))
+    engine = thread.engine
+    assert isinstance(engine, Engine)
+    assert served.draft_model == "small"
+    assert engine.config.limits.max_draft_tokens == DRAFT_TOKENS
+    draft = draft_model_of(engine)
+    [layer, _] = draft.model.layers
+    num_bytes = draft.blocks.num_blocks * 2 * layer.block_bytes(torch.float32)
+    assert num_bytes <= settings.kv_cache_bytes // 8
+    assert engine.config.kv_bytes + num_bytes <= settings.kv_cache_bytes
+    [text] = prompts(1, test_grammars.VOCAB, (24,))
+    asked = ask(engine, [greedy_request("r", "", text, 60)])
+    assert asked.ids["r"] == Oracle(base, {}, scale=1).greedy("", text, 60)
+    thread.engine.close()
+    encoder = tmp_path / "encoder"
+    encoder.mkdir()
+    (encoder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    with pytest.raises(BadRequest, match="there is a draft_model, which is served for causal LMs only"):
+        load_engine(settings.model_copy(update={"model": str(encoder)}), lambda _: pytest.fail("none is asked for"))
+
+
+def test_bases_that_cannot_take_back_a_token_are_refused(tiny: Oracle) -> None:
+    hybrid = Oracle(tiny_model("qwen3_5_text"), {}, scale=0.4)
+    with pytest.raises(BadRequest, match="draft_model is small, but this model's layers keep states, which cannot"):
+        hybrid.engine(draft_model="small")
+    with pytest.raises(BadRequest, match="overlap is on, but draft_model is small: how many draft tokens are right"):
+        tiny.engine(draft_model="small", overlap="on")
 
 
 def test_what_cannot_draft_is_refused_by_name(tmp_path: Path) -> None:
