@@ -42,6 +42,7 @@ ADAPTERS = ("pirate", "json", "haiku")
 LOADS = {"base": [""], "adapters": [*ADAPTERS]}
 WAYS = ("without", "lookup", "draft model")
 MAX_TOKENS = 64
+COUNTED: tuple[str, ...] = ("output", "steps", "drafted", "accepted", "model_drafted", "model_accepted")
 
 
 def add_layers(model: Path, num: int, folder: Path) -> None:
@@ -95,7 +96,7 @@ class Run:
         self.seconds = 0.0
         self._clock = clock
         self.tokens: list[list[int]] = []
-        self.figures = dict.fromkeys(("output", "steps", "drafted", "accepted", "model_drafted", "model_accepted"), 0)
+        self.figures = dict.fromkeys(COUNTED, 0)
         self.draft_s = 0.0
 
     def add(self, engine: Engine, requests: Sequence[EngineRequest]) -> None:
