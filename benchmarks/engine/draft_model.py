@@ -39,9 +39,10 @@ from protocol.wire.messages import Sampling
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ADAPTERS = ("pirate", "json", "haiku")
-LOADS = {"base": [""], "adapters": [*ADAPTERS]}
+LOADS = {"base": [""], "adapters": ["", *ADAPTERS]}
 WAYS = ("without", "lookup", "draft model")
 MAX_TOKENS = 64
+OWN_LAYERS = 30
 COUNTED: tuple[str, ...] = ("output", "steps", "drafted", "accepted", "model_drafted", "model_accepted")
 
 
@@ -49,7 +50,7 @@ def add_layers(model: Path, num: int, folder: Path) -> None:
     """Write a Llama with more layers behind its own, which change nothing, into a folder with its tokenizer."""
     source: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     config = source.config
-    own, config.num_hidden_layers = config.num_hidden_layers, config.num_hidden_layers + num
+    own, config.num_hidden_layers = OWN_LAYERS, OWN_LAYERS + num
     tensors = source.state_dict()
     for layer in range(own, own + num):
         for name, tensor in list(tensors.items()):
@@ -69,9 +70,10 @@ def add_layers(model: Path, num: int, folder: Path) -> None:
 
 
 def fetch(name: str) -> FetchedAdapter:
-    """Return one of the example adapters; its name is its digest."""
+    """Return one of the example adapters, which changes the base's own layers; its name is its digest."""
     folder = EXAMPLES / "adapters" / name
     config = orjson.loads((folder / "adapter_config.json").read_bytes())
+    config["layers_to_transform"] = list(range(OWN_LAYERS))
     return FetchedAdapter(config, (folder / "adapter_model.safetensors").read_bytes())
 
 
@@ -146,6 +148,7 @@ class Plan:
     rounds: int
     streams: Sequence[int]
     ways: Sequence[str]
+    loads: Sequence[str]
     threads: int  # 0: all; 1: its CPU time is measured
 
 
@@ -163,7 +166,8 @@ def measure(base: Path, draft: Path, plan: Plan) -> dict[str, Any]:
     prompts = questions(Tokenizer.from_file(str(base / "tokenizer.json")))
     found: dict[str, Any] = {}
     number = 0
-    for load, names in LOADS.items():
+    for load in plan.loads:
+        names = LOADS[load]
         for streams in plan.streams:
             runs = {way: Run(clock) for way in plan.ways}
             first = -1 if streams == plan.streams[0] else 0  # the one that warms up
@@ -202,6 +206,7 @@ def main() -> None:
     parser.add_argument("--added", type=int, default=240, help="layers that the base has more (%(default)s)")
     parser.add_argument("--drafts", default="bfloat16,int8,int4", help="draft models, by their weights (%(default)s)")
     parser.add_argument("--ways", default=",".join(WAYS), help="ways to compare, of these, without first (%(default)s)")
+    parser.add_argument("--loads", default=",".join(LOADS), help="who is asked (%(default)s)")
     parser.add_argument("--streams", default="1,4,8", help="requests at once (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="threads; with 1 of them its CPU time is measured")
     args = parser.parse_args()
@@ -213,7 +218,7 @@ def main() -> None:
         for kind in args.drafts.split(","):
             draft = model if kind == "bfloat16" else quantised_folder(model, read_config(model), kind, 8)
             print(f"a draft model in {kind}", flush=True)
-            plan = Plan(2 if args.short else 6, streams, args.ways.split(","), args.threads)
+            plan = Plan(2 if args.short else 6, streams, args.ways.split(","), args.loads.split(","), args.threads)
             found[kind] = measure(scratch / "base", draft, plan)
     args.out.mkdir(parents=True, exist_ok=True)
     about = {"machine": machine, "added_layers": args.added, "drafts": found}

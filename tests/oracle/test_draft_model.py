@@ -33,6 +33,7 @@ from gpu_worker.planning.step_plan import StepPlan
 from protocol.runtime.settings import DRAFT_TOKENS, Settings
 from protocol.wire.errors import BadRequest
 from protocol.wire.messages import Sampling
+from tests.gpu_worker.planning.batches import make_seq
 
 NUM_TOKENS = 40
 FEW_BLOCKS: dict[str, Any] = {"kv_cache_bytes": 34 * 16 * 512, "max_model_len": 128, "max_num_seqs": 8}
@@ -246,24 +247,45 @@ def test_a_cancelled_request_leaves_nothing_behind(tiny: Oracle) -> None:
     assert not source._readings
 
 
-def test_texts_without_room_are_answered_without_drafts(tiny: Oracle) -> None:
-    """Blocks of texts that were drafted for longest ago go first; a text that no memory holds gets no drafts."""
-    draft = drafting(tiny.untouched)
+def four_blocks(oracle: Oracle) -> Engine:
+    """Return an engine whose draft model, the base's twin, has four blocks."""
+    draft = drafting(oracle.untouched)
     [layer, _] = draft.model.layers
-    engine = tiny.engine(draft=draft, **SPECULATING, kv_cache_bytes=8 * 4 * 2 * layer.block_bytes(torch.float32))
-    source = draft_model_of(engine)
-    assert source.blocks.num_blocks == 4
+    engine = oracle.engine(draft=draft, **SPECULATING, kv_cache_bytes=8 * 4 * 2 * layer.block_bytes(torch.float32))
+    assert draft_model_of(engine).blocks.num_blocks == 4
+    return engine
+
+
+def test_texts_without_room_are_answered_without_drafts(tiny: Oracle) -> None:
+    engine = four_blocks(tiny)
     short, other, long = prompts(3, TINY_VOCAB, (17, 24, 70))
-    for text in (short, long, other):
-        before = engine.counters.num_model_drafted_tokens
-        engine.add(greedy_request("short", "", short, NUM_TOKENS))
-        if text is not short:
-            engine.add(greedy_request("other", "", text, 25))
-        asked = ask(engine, [])
-        assert asked.ids["short"] == tiny.greedy("", short, NUM_TOKENS)
-        if text is not short:
-            assert asked.ids["other"] == tiny.greedy("", text, 25)
-        assert engine.counters.num_model_drafted_tokens > before
+    engine.add(greedy_request("short", "", short, NUM_TOKENS))
+    engine.add(greedy_request("long", "", long, 12))
+    asked = ask(engine, [greedy_request("other", "", other, 25)])
+    assert asked.ids["short"] == tiny.greedy("", short, NUM_TOKENS)
+    assert asked.ids["long"] == tiny.greedy("", long, 12)
+    assert asked.ids["other"] == tiny.greedy("", other, 25)
+    counters = engine.counters
+    assert 0 < counters.num_model_drafted_tokens == counters.num_model_accepted_tokens, "once the long one has ended"
+
+
+def test_blocks_are_those_of_the_texts_that_are_drafted_for(tiny: Oracle) -> None:
+    """They are taken from others; what was read of these is read again."""
+    source = draft_model_of(four_blocks(tiny))
+    first, second, long = (make_seq("", text, 30) for text in prompts(3, TINY_VOCAB, (37, 40, 70)))
+
+    def drafts(*seqs: RequestSequence) -> list[list[int]]:
+        found = source.propose(dict.fromkeys(seqs, 2), StepPlan(num_new=dict.fromkeys(seqs, 1)))
+        source.check_integrity()
+        return list(found.values())
+
+    for seq in (first, second, first):
+        assert drafts(seq) == [tiny.greedy("", seq.tokens, 2)]
+        assert source.blocks.num_free == 1
+    assert drafts(long) == drafts(first, second) == []
+    assert drafts(second) == [tiny.greedy("", second.tokens, 2)]
+    source.forget(second)
+    assert source.blocks.num_free == 4
 
 
 def test_adapters_of_other_vocabularies_and_of_virtual_tokens(tmp_path: Path) -> None:
