@@ -26,6 +26,7 @@ from gpu_worker.cuda.claim import claim_gpu
 from gpu_worker.cuda.graphs import Unrecordable
 from gpu_worker.cuda.warm_up import run_steps, warm_up_steps
 from gpu_worker.cuda.workspace import CudaMeter, workspace_bytes
+from gpu_worker.drafting.load import KV_PARTS, LoadedDraft, load_draft_model
 from gpu_worker.encoder.engine import EncoderConfig, EncoderEngine
 from gpu_worker.encoder.model import EncoderModel, prepare_encoder
 from gpu_worker.engine.engine import Engine, EngineConfig
@@ -56,7 +57,7 @@ from lora_kernels import ops
 from peft_adapters.recipe import merge_of
 from peft_adapters.texts.files import TOKENIZER
 from peft_adapters.texts.tokenizer_json import BaseTokens, parts_of
-from protocol.runtime.model_files import WEIGHT_FILES, model_folder
+from protocol.runtime.model_files import WEIGHT_FILES, model_folder, served_name
 from protocol.runtime.settings import BLOCK_TOKENS, Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest
@@ -113,14 +114,16 @@ def load_engine(
             folder, device, dtype, impl, score_tokens=settings.score_tokens, compiled=settings.compile,
             keeps_answers=True, rounds_inputs=settings.quantize_activations,
         )  # fmt: skip
-        engine, served = build_engine(model, settings, fetch, tokenizer, fetch_files)
-        if model.answers is not None and model.check is not None and model.passes is None:
-            model.answers.write(model.check, model.width)
-        model.check = None
+        draft = load_draft_model(settings.draft_model, tokenizer, device, dtype, impl) if settings.draft_model else None
+        engine, served = build_engine(model, settings, fetch, tokenizer, fetch_files, draft)
+        model.keep_answers()
+        if draft is not None:
+            draft.model.keep_answers()
         gc.collect()  # modules whose weights were packed hold each other, and the files that these were mapped from
         room = f"KV cache for {engine.blocks.num_blocks * BLOCK_TOKENS} tokens in {name_of(model.cache_dtype)}, "
-    elif settings.quantize_activations:
-        raise BadRequest("quantize_activations is on, which is served for causal LMs only")
+    elif settings.quantize_activations or settings.draft_model:
+        what = "quantize_activations is on" if settings.quantize_activations else "there is a draft_model"
+        raise BadRequest(f"{what}, which is served for causal LMs only")
     else:
         pooling = read_pooling(folder) if task == "embed" else None
         if headless:
@@ -135,7 +138,10 @@ def load_engine(
         own = folder_activation(folder)
         served = structs.replace(served, pair_activation=served.pair_activation if own is None else own)
     parts = parts_of(tokenizer) if tokenizer is not None else {}
-    served = structs.replace(served, dtype_reason=reason, kernels=isa, tokenizer=parts, weights=weights_hash(given))
+    served = structs.replace(
+        served, dtype_reason=reason, kernels=isa, tokenizer=parts, weights=weights_hash(given),
+        draft_model=served_name(settings.draft_model, "") if settings.draft_model else "",
+    )  # fmt: skip
     if describe is not None:
         places = row_sites(model.sites, expert_sites(model.adaptable.experts), int8=settings.lora_dtype == "int8")
         describe(places, served)
@@ -167,20 +173,24 @@ def build_engine(
     fetch: Fetch,
     tokenizer: str | None = None,
     fetch_files: FetchFiles | None = None,
+    draft: LoadedDraft | None = None,
 ) -> tuple[Engine, m.ServedModel]:
     """Allocate the caches of a loaded model and put the engine together.
 
     tokenizer: the model's tokenizer.json, if it has one. fetch_files: needed where `fetch` may return rows, which
-    cannot be merged. Raises BadRequest for settings that contradict each other or a model that is computed wrongly.
+    cannot be merged. draft: the draft model, if there is one. Raises BadRequest for settings that contradict each other
+    or a model that is computed wrongly.
     """
     model.kv_dtype = choose_kv_dtype(model, settings.kv_cache_dtype)
     memory = share_out(room_for_caches(model, settings), settings, on_cpu=model.device.type == "cpu")
-    config = engine_config(model, settings, memory.kv)
+    draft_bytes = memory.kv // KV_PARTS if draft is not None else 0
+    config = engine_config(model, settings, memory.kv - draft_bytes)
     served = served_model(model, config.max_model_len, settings)
     tokens = BaseTokens(tokenizer) if tokenizer is not None else None
     cache = adapter_cache(model, served, settings, memory, fetch, fetch_files, tokens)
     with compile_errors() if settings.compile else nullcontext():
-        engine = Engine(model, config, cache, tokens.table if tokens is not None else None, tokenizer)
+        draft_model = draft.allocate(draft_bytes, config, model.vocab_size) if draft is not None else None
+        engine = Engine(model, config, cache, tokens.table if tokens is not None else None, tokenizer, draft_model)
         if settings.deterministic:
             refuse_unless_fixed(engine)
         if settings.compile:
@@ -375,12 +385,9 @@ def engine_config(model: BaseModel, settings: Settings, kv_bytes: int) -> Engine
     """
     on_cpu = model.device.type == "cpu"
     max_num_seqs, max_step_tokens = _step_sizes(model.device, settings)
-    if settings.max_draft_tokens and (model.mixers.calls or model.passes is not None):
+    if settings.draft_tokens and (model.mixers.calls or model.passes is not None):
         what = "sequences run unbatched, whose caches" if model.passes is not None else "layers keep states, which"
-        raise BadRequest(
-            f"max_draft_tokens is {settings.max_draft_tokens}, but this model's {what} cannot roll back a token: "
-            "leave it 0"
-        )
+        raise BadRequest(f"{_speculates(settings)}, but this model's {what} cannot roll back a token: leave it out")
     overlaps = _overlaps(model, settings)
     num_states = 0
     passes = model.passes
@@ -394,7 +401,7 @@ def engine_config(model: BaseModel, settings: Settings, kv_bytes: int) -> Engine
         max_num_seqs,
         max_step_tokens,
         settings.prefix_cache and passes is None,
-        settings.max_draft_tokens,
+        settings.draft_tokens,
         max_draft_step_tokens=16 if on_cpu else 256,  # about where more tokens begin to make a step longer
         max_slowdown=settings.max_slowdown,
         max_batch_slowdown=settings.max_batch_slowdown,
@@ -419,14 +426,21 @@ def engine_config(model: BaseModel, settings: Settings, kv_bytes: int) -> Engine
     )
 
 
+def _speculates(settings: Settings) -> str:
+    """Return which setting asks for draft tokens, as the beginning of a sentence."""
+    if settings.draft_model:
+        return f"draft_model is {settings.draft_model}"
+    return f"max_draft_tokens is {settings.max_draft_tokens}"
+
+
 def _overlaps(model: BaseModel, settings: Settings) -> bool:
     """Return whether steps overlap. Raises BadRequest where settings demand it and it cannot be.
 
     On a CPU the host computes the steps itself: nothing would be won, and each token come a step later.
     """
     against = ""
-    if settings.max_draft_tokens:
-        against = f"max_draft_tokens is {settings.max_draft_tokens}: how many are right is known from a step's tokens"
+    if settings.draft_tokens:
+        against = f"{_speculates(settings)}: how many draft tokens are right is known from a step's tokens"
     if model.passes is not None:
         against = "this model's sequences run unbatched"
     if settings.overlap == "on" and against:

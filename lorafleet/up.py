@@ -197,6 +197,10 @@ def prepare(settings: Settings) -> LaunchPlan:
     for name, one in zip(names, further, strict=True):
         if not (one / TOKENIZER).is_file():
             raise BadRequest(f"{name} has no {TOKENIZER}: a base without a tokenizer cannot be asked")
+    draft_model = settings.draft_model
+    if draft_model:
+        draft_folder = fetch_model(settings.model_copy(update={"model": draft_model}))
+        draft_model = _given(draft_model, draft_folder)
     try:
         settings.data.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -207,13 +211,19 @@ def prepare(settings: Settings) -> LaunchPlan:
         "secret_file": (settings.secret_file or settings.data / "secret").resolve(),
         "adapters": settings.adapters and settings.adapters.resolve(),
         "adapter_roots": ",".join(str(root.resolve()) for root in roots),
-        "model": str(folder) if is_gguf(Path(settings.model).expanduser()) else _absolute(settings.model),
+        "model": _given(settings.model, folder),
         "more_models": ",".join(map(_absolute, names)),
+        "draft_model": draft_model,
         "served_name": served_name(settings.model, settings.served_name),
     }
     checked = settings.model_copy(update=update)
     base_settings(checked)  # refuses two bases of one name
     return LaunchPlan(checked, folder, further)
+
+
+def _given(model: str, folder: Path) -> str:
+    """Return a model as services are given it. folder: its own, which stands for a GGUF file."""
+    return str(folder) if is_gguf(Path(model).expanduser()) else _absolute(model)
 
 
 def _absolute(model: str) -> str:

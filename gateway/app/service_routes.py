@@ -153,10 +153,11 @@ def _shown_base(name: str, fleet: FleetView) -> dict[str, Any]:
 
 
 def _compute(base: ServedModel | None) -> dict[str, str | None] | None:
-    """Return in what numbers, by which kernels and why workers compute; None before there was a worker."""
+    """Return in what numbers, by which kernels, why, and with which drafts workers compute; None without a worker."""
     if base is None:
         return None
-    return {"dtype": base.dtype, "reason": base.dtype_reason or None, "kernels": base.kernels or None}
+    found = {"reason": base.dtype_reason, "kernels": base.kernels, "draft_model": base.draft_model}
+    return {"dtype": base.dtype, **{name: value or None for name, value in found.items()}}
 
 
 def _queue(status: SchedulerStatus | None) -> dict[str, Any] | None:

@@ -89,7 +89,8 @@ class RequestBinder:
     def _bind_adapter(self, seq: Sequence) -> str:
         request = seq.request
         extras = self._adapters.extras.get(request.digest)
-        check_ids(request, (extras.vocab_size if extras is not None else 0) or self._model.vocab_size)
+        seq.vocab_size = extras.vocab_size if extras is not None else 0
+        check_ids(request, seq.vocab_size or self._model.vocab_size)
         if extras is not None and (error := extras.scale_error(request.lora_scale)) is not None:
             raise error
         if extras is not None and extras.num_virtual and not seq.num_virtual:

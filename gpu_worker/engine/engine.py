@@ -23,7 +23,7 @@ from gpu_worker.engine.runner import Runner
 from gpu_worker.engine.step_model import StepWork
 from gpu_worker.memory import Arriving
 from gpu_worker.model.model import BaseModel
-from gpu_worker.planning.batcher import Batcher
+from gpu_worker.planning.batcher import Batcher, DraftSource
 from gpu_worker.planning.blocks import BlockPool
 from gpu_worker.planning.policy import BatchLimits
 from gpu_worker.planning.request import EngineRequest, EngineStats, TokenOutput, failure_of
@@ -75,6 +75,7 @@ class Engine(BaseEngine):
         adapters: AdapterCache,
         tokens: TokenTable | None = None,
         tokenizer: str | None = None,
+        draft_model: DraftSource | None = None,
     ) -> None:
         """Allocate the KV cache and check the model. tokens, tokenizer: its own, and its tokenizer.json, if it has one.
 
@@ -92,7 +93,7 @@ class Engine(BaseEngine):
         self.blocks = BlockPool(config.num_blocks)
         mixers = model.mixers
         states = StatePool(config.num_states, saves_outputs=not mixers.tells_prompts_apart) if mixers.calls else None
-        self.batcher = Batcher(limits, self.blocks, adapters, model.fingerprint, states)
+        self.batcher = Batcher(limits, self.blocks, adapters, model.fingerprint, states, draft_model)
         self.grammars = Grammars(model.vocab_size, model.eos_ids, config.max_mask_s, tokens, tokenizer)
         self._binder = RequestBinder(
             model,
@@ -150,6 +151,8 @@ class Engine(BaseEngine):
     def _plan(self) -> StepPlan:
         """Choose the step's tokens, then the adapters to load for later steps."""
         plan = self.batcher.plan()
+        if self.batcher.draft_model is not None:
+            self.meter.set_aside(self.batcher.draft_model.take_seconds())
         self.timelines.begin(seq.rid for seq in plan.num_new)
         self.timelines.preempt(seq.rid for seq in plan.preempted)
         self._request_adapters()
@@ -265,27 +268,28 @@ class Engine(BaseEngine):
         num_output = row = 0
         for seq in flight.ready:
             assert sampled is not None
-            draft = flight.plan.drafts.get(seq, [])
+            num_rows = 1 + len(flight.plan.drafts.get(seq, ()))
             seq.expect_none()
             num_tokens = seq.num_tokens
             try:
                 if not self._holds(seq):  # it was cancelled meanwhile
                     continue
                 check_choice(seq, sampled, row)
-                num_output += self._settle_one(seq, draft, sampled, row)
+                num_output += self._settle_one(seq, flight.plan, sampled, row)
             except BaseException as error:  # noqa: BLE001  a request's edge: it fails alone
                 seq.num_tokens = num_tokens  # no output of this step is emitted
                 self._outputs.append(seq.fail(failure_of(seq.request, error)))
                 self._drop(seq.rid)
             finally:
-                row += 1 + len(draft)
+                row += num_rows
         return num_output
 
-    def _settle_one(self, seq: Sequence, draft: list[int], sampled: Sampled, row: int) -> int:
+    def _settle_one(self, seq: Sequence, plan: StepPlan, sampled: Sampled, row: int) -> int:
         """Settle one sequence, whose first row in `sampled` is given. Returns its number of new tokens."""
+        draft = plan.drafts.get(seq, [])
         ids, finish = accept_tokens(seq, draft, sampled, row)
         if draft:
-            self._keep_right_draft(seq, len(draft), len(ids) - 1)
+            self._note_draft(seq, plan, len(ids) - 1)
         if finish:
             self._drop(seq.rid)
         records = sampled.logprobs[row] if len(ids) == 1 else b"".join(sampled.logprobs[row : row + len(ids)])
@@ -295,13 +299,15 @@ class Engine(BaseEngine):
         self._outputs.append(output)
         return len(ids)
 
-    def _keep_right_draft(self, seq: Sequence, num_drafted: int, num_right: int) -> None:
-        """Keep the keys and values of the right draft tokens, the first ones; those of the others are written over."""
+    def _note_draft(self, seq: Sequence, plan: StepPlan, num_right: int) -> None:
+        """Count a sequence's draft tokens, of which the first `num_right` were right, and go on behind these."""
+        num_drafted = len(plan.drafts[seq])
         self.counters.num_drafted_tokens += num_drafted
         self.counters.num_accepted_tokens += num_right
-        self.batcher.advance(seq, num_right)
-        if seq.drafter is not None:
-            seq.drafter.learn(num_drafted, num_right)
+        if seq in plan.by_model:
+            self.counters.num_model_drafted_tokens += num_drafted
+            self.counters.num_model_accepted_tokens += num_right
+        self.batcher.learn(seq, plan, num_right)
 
     def _work_of(self, plan: StepPlan) -> StepWork:
         num_kv_tokens = sum([seq.num_computed + num_new for seq, num_new in plan.num_new.items()])

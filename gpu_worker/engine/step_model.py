@@ -70,6 +70,12 @@ class StepMeter:
         setattr(self.counters, total, getattr(self.counters, total) + now_s - self._lap_s)
         self._lap_s = now_s
 
+    def set_aside(self, seconds: float) -> None:
+        """Leave the draft model's time, which has passed since the last lap, out of the step's and of its phases."""
+        self.counters.draft_s += seconds
+        self.started_s += seconds
+        self._lap_s += seconds
+
     def stop(self, work: StepWork, num_output: int = 0, *, since_s: float = 0.0, is_limited: bool = False) -> None:
         """Count a step, up to the last lap, that emitted `num_output` tokens. is_limited: its time was.
 

@@ -57,6 +57,12 @@ class BaseModel:
     idle: list[SiteShape] = field(default_factory=list[SiteShape])  # see `ServedModel.idle`
     passes: Passes | None = None  # set for models whose sequences run unbatched; they have no `layers` and no `mixers`
 
+    def keep_answers(self) -> None:
+        """Store for later starts what the untouched model said, once the engine has said the same, and free it."""
+        if self.answers is not None and self.check is not None and self.passes is None:
+            self.answers.write(self.check, self.width)
+        self.check = None
+
     @property
     def cache_dtype(self) -> torch.dtype:
         """The dtype of keys and values in the engine's caches."""

@@ -10,7 +10,7 @@ A sequence that lacks blocks, budget or its adapter is passed over; no other wai
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 from gpu_worker.planning.blocks import BlockPool
@@ -42,6 +42,37 @@ class AdapterSlots(Protocol):
         ...
 
 
+class DraftSource(Protocol):
+    """The draft model, as far as the batcher needs it."""
+
+    def propose(self, limits: Mapping[Sequence, int], plan: StepPlan) -> Mapping[Sequence, list[int]]:
+        """Return draft tokens for sequences of a step, of each as many as its limit at most; none if they do not pay.
+
+        plan: the step without them. It holds nothing but decodes, these sequences' among them.
+        """
+        ...
+
+    def learn(self, seq: Sequence, num_drafted: int, num_right: int) -> None:
+        """Learn from a draft whose first `num_right` tokens were right."""
+        ...
+
+    def take_seconds(self) -> float:
+        """Return how long drafting took since the last call."""
+        ...
+
+    def note_step(self, plan: StepPlan, seconds: float) -> None:
+        """Learn from how long a step took that was short enough for draft tokens."""
+        ...
+
+    def forget(self, seq: Sequence) -> None:
+        """Free what is kept of a sequence."""
+        ...
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless all memory is accounted for."""
+        ...
+
+
 class Batcher:
     """The running and waiting sequences of one engine.
 
@@ -58,6 +89,7 @@ class Batcher:
         slots: AdapterSlots,
         fingerprint: str,
         states: StatePool | None = None,
+        draft_model: DraftSource | None = None,
     ) -> None:
         """states: of a model whose layers keep states, with a slot for every sequence that may run."""
         self.limits = limits
@@ -70,6 +102,7 @@ class Batcher:
         self.step_model = StepModel()
         """Predicts how long steps take; all zero while that is unknown."""
         self.policy = StepPolicy(limits)
+        self.draft_model = draft_model
         self._slots = slots
         self._fingerprint = fingerprint
 
@@ -92,6 +125,8 @@ class Batcher:
             self._free(seq)
         else:
             self.waiting.remove(seq)
+        if self.draft_model is not None:
+            self.draft_model.forget(seq)
 
     def plan(self) -> StepPlan:
         """Choose the next step's tokens, as the policy says, and give each chosen sequence the blocks it needs."""
@@ -112,6 +147,8 @@ class Batcher:
     def note_time(self, plan: StepPlan, seconds: float) -> None:
         """Learn from how long a plan's step took."""
         self.policy.note_time(plan, seconds)
+        if self.draft_model is not None and plan.num_tokens <= self.limits.max_draft_step_tokens:
+            self.draft_model.note_step(plan, seconds)
 
     def run(self, seqs: Iterable[Sequence], plan: StepPlan, time: StepTime | None = None) -> None:
         """Add the pending tokens of running sequences, as far as budget and time allow."""
@@ -193,23 +230,59 @@ class Batcher:
             and (plan.limited is None or self.policy.is_first(seq))
             and (seq.matcher is None or seq.matcher.filling is None)
         ]
-        room = min(self.limits.max_draft_step_tokens, self.limits.max_step_tokens) - plan.num_tokens
+        room = self._draft_room(plan)
         for i, seq in enumerate(decoding):
-            share = room // (len(decoding) - i)  # what one leaves goes to the next ones
-            limit = min(share, self.limits.max_draft_tokens, seq.max_tokens - seq.num_tokens - 1)
-            if limit < 1 or seq.drafter is None:
-                continue
-            draft = seq.drafter.propose(seq.tokens, limit)
-            if seq.matcher is not None:
-                draft = seq.matcher.possible(draft)
-            missing = _num_blocks(seq.num_tokens + len(draft)) - len(seq.blocks)
-            if not draft or missing > self.blocks.num_free:
-                continue
-            if missing > 0:
-                seq.blocks += self.blocks.allocate(missing)
-            plan.drafts[seq] = draft
-            plan.num_new[seq] += len(draft)
-            room -= len(draft)
+            limit = min(room // (len(decoding) - i), self._draft_limit(seq))  # what one leaves goes to the next ones
+            if limit >= 1 and seq.drafter is not None:
+                room -= self._add_draft(seq, seq.drafter.propose(seq.tokens, limit), plan)
+        if self.draft_model is not None and plan.limited is None and len(decoding) == len(plan.num_new):
+            self._add_model_drafts(self.draft_model, [seq for seq in decoding if seq not in plan.drafts], plan)
+
+    def _add_model_drafts(self, model: DraftSource, seqs: list[Sequence], plan: StepPlan) -> None:
+        """Let the draft model draft for the sequences of a step whose own text has nothing to draft from.
+
+        Everybody in a step waits for the drafts. So there are none in a step that computes prompts, or whose time is
+        limited, nor where one of the sequences could not use a draft token.
+        """
+        most = self._draft_room(plan) // len(seqs) if seqs else 0
+        limits = {seq: min(most, self._draft_limit(seq)) for seq in seqs}
+        if min(limits.values(), default=0) < 1:
+            return
+        for seq, draft in model.propose(limits, plan).items():
+            if self._add_draft(seq, draft, plan):
+                plan.by_model.add(seq)
+
+    def _draft_room(self, plan: StepPlan) -> int:
+        return min(self.limits.max_draft_step_tokens, self.limits.max_step_tokens) - plan.num_tokens
+
+    def _draft_limit(self, seq: Sequence) -> int:
+        return min(self.limits.max_draft_tokens, seq.max_tokens - seq.num_tokens - 1)
+
+    def _add_draft(self, seq: Sequence, draft: list[int], plan: StepPlan) -> int:
+        """Add draft tokens of a sequence if blocks are free, as far as its grammar allows them; return their number."""
+        if seq.matcher is not None:
+            draft = seq.matcher.possible(draft)
+        missing = _num_blocks(seq.num_tokens + len(draft)) - len(seq.blocks)
+        if not draft or missing > self.blocks.num_free:
+            return 0
+        if missing > 0:
+            seq.blocks += self.blocks.allocate(missing)
+        plan.drafts[seq] = draft
+        plan.num_new[seq] += len(draft)
+        return len(draft)
+
+    def learn(self, seq: Sequence, plan: StepPlan, num_right: int) -> None:
+        """Keep the keys and values of a step's right draft tokens of a sequence, the first ones, and learn from them.
+
+        Those of the others are written over.
+        """
+        self.advance(seq, num_right)
+        drafter = self.draft_model if seq in plan.by_model else None
+        num_drafted = len(plan.drafts[seq])
+        if drafter is not None:
+            drafter.learn(seq, num_drafted, num_right)
+        elif seq.drafter is not None:
+            seq.drafter.learn(num_drafted, num_right)
 
     def _grow(self, seq: Sequence, num_new: int, plan: StepPlan) -> bool:
         """Give a running sequence the blocks for `num_new` more tokens, if need be by preemption.
@@ -331,6 +404,8 @@ class Batcher:
         self.blocks.check_integrity([seq.blocks for seq in self])
         if self.states is not None:
             self.states.check_integrity(slot for seq in self for slot in seq.state_slots)
+        if self.draft_model is not None:
+            self.draft_model.check_integrity()
         for seq in self.waiting:
             if seq.blocks or seq.num_computed or seq.slot >= 0:
                 raise AssertionError(f"{seq.rid} waits but holds blocks or an adapter slot")

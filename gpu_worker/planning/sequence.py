@@ -34,8 +34,8 @@ class Sequence:
         "is_bound", "is_scored_by_tokens", "kept", "last_turn", "matcher", "max_tokens", "num_base", "num_cached",
         "num_computed", "num_prompt", "num_skips", "num_tokens", "num_virtual", "pending_matcher", "pool",
         "prompt_logprobs",
-        "request", "rid", "slot", "state_read", "state_saved", "state_slots", "stop_rules", "wants_likeliest",
-        "yields",
+        "request", "rid", "slot", "state_read", "state_saved", "state_slots", "stop_rules", "vocab_size",
+        "wants_likeliest", "yields",
     )  # fmt: skip
 
     def __init__(self, request: EngineRequest, max_len: int) -> None:
@@ -67,6 +67,7 @@ class Sequence:
         self.activates = False  # whether the adapter's LoRA counts from `active_from` on only
         self.active_from = 0  # position of the first token that the LoRA counts for
         self.num_base = 0  # tokens from the beginning whose keys and values are the base model's
+        self.vocab_size = 0  # tokens that its adapter knows; 0: those of the base
         self.stop_rules: StopRules | None = None  # None until the tokenizer that they need is known
         self.pending_matcher: Future[GrammarMatcher] | None = None  # result of grammar compilation
         self.matcher: GrammarMatcher | None = None  # matcher of its grammar, if any

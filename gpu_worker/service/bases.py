@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 
 from protocol.queue.bus import Bus
-from protocol.runtime.model_files import is_here, worker_bases
+from protocol.runtime.model_files import is_here, settings_of_further, worker_bases
 from protocol.runtime.settings import Settings
 
 
@@ -40,7 +40,7 @@ class WorkerBases:
         """Return the settings with which a base is served."""
         if name in self._in_settings:
             return self._in_settings[name]
-        return self._settings.model_copy(update={"model": self.models(name)[name], "served_name": name})
+        return settings_of_further(self._settings, self.models(name)[name], name)
 
     def models(self, *names: str) -> dict[str, str]:
         """Return the models of those that were added, by name."""

@@ -155,7 +155,8 @@ def _of_base(base: m.ServedModel) -> Finding:
             "leave --kernels at auto, and install g++ or a wheel with native kernels; see the worker's log for details"
         )
         return Finding("base", "warning", f"{text}; it falls back to plain torch, several times slower", advice)
-    return Finding("base", "ok", text + (f", with {base.kernels} kernels" if base.kernels else ""))
+    text += f", with {base.kernels} kernels" if base.kernels else ""
+    return Finding("base", "ok", text + (f"; {base.draft_model} drafts for it" if base.draft_model else ""))
 
 
 def _versions(reported: Mapping[str, str], own: str) -> list[Finding]:

@@ -133,6 +133,17 @@ def parts_of(text: str) -> dict[str, str]:
     return _parts(file, _vocab(file))
 
 
+def ids_of(text: str) -> dict[str, int]:
+    """Return the id of each token of a tokenizer.json, its added tokens' among them, by its text.
+
+    Raises AdapterRefused for a file that cannot be read.
+    """
+    file = _read(text)
+    vocab = _vocab(file)
+    ids = {token: i for i, (token, _) in enumerate(vocab)} if isinstance(vocab, list) else vocab
+    return ids | {token.content: token.id for token in _numbered(file.added_tokens, vocab)}
+
+
 def _parts(file: _File, vocab: dict[str, int] | list[tuple[str, float]]) -> dict[str, str]:
     fields = _parsed(file.model, dict[str, Raw], "model")
     del fields["vocab"]

@@ -52,7 +52,7 @@ class WorkerCollector(Collector):
             steps.add_metric([name], counters.num_steps)
             for phase in series.PHASES:
                 seconds.add_metric([name, phase], getattr(counters, f"{phase}_s"))
-            for kind in ("computed", "cached", "output", "drafted", "accepted"):
+            for kind in series.TOKEN_KINDS:
                 tokens.add_metric([name, kind], getattr(counters, f"num_{kind}_tokens"))
             preemptions.add_metric([name], counters.num_preemptions)
             num = {"fetch": beat.num_fetches, "load": beat.num_loads, "eviction": counters.num_evictions}

@@ -215,8 +215,11 @@ QUEUE_ANSWER_SECONDS = _fleet.histogram(
 
 # ---------------------------------------------------------------- workers, by their last heartbeats
 
-PHASES = ("plan", "inputs", "forward", "sample", "finish", "publish")
+PHASES = ("plan", "draft", "inputs", "forward", "sample", "finish", "publish")
 """Phases of a step's time; publishing runs beside the next steps."""
+
+TOKEN_KINDS = ("computed", "cached", "output", "drafted", "accepted", "model_drafted", "model_accepted")
+"""Kinds of tokens that workers count."""
 
 _worker = _Shown("gateway and worker")
 
@@ -227,7 +230,7 @@ WORKER_PHASE_SECONDS = _worker.family(
 WORKER_TOKENS = _worker.family(
     "lorafleet_worker_tokens_total",
     "counter",
-    "Tokens computed, found in the prefix cache, output, drafted, accepted.",
+    "Tokens computed, found in the prefix cache, output, drafted, accepted, and the last two of the draft model.",
     ["worker", "kind"],
 )
 WORKER_PREEMPTIONS = _worker.family(

@@ -181,6 +181,11 @@ def served_name(model: str, name: str) -> str:
     return path.resolve().name if is_folder else model
 
 
+def settings_of_further(settings: Settings, model: str, name: str) -> Settings:
+    """Return the settings with which a base is served that is not that of `model`: the draft model is not its own."""
+    return settings.model_copy(update={"model": model, "served_name": name, "draft_model": ""})
+
+
 def worker_bases(settings: Settings) -> dict[str, Settings]:
     """Return for each base that a worker may serve the settings with which it does, by name: that of `model` first.
 
@@ -190,7 +195,7 @@ def worker_bases(settings: Settings) -> dict[str, Settings]:
     found = {own: settings.model_copy(update={"served_name": own})}
     for model in names_of(settings.more_models):
         name = served_name(model, "")
-        found.setdefault(name, settings.model_copy(update={"model": model, "served_name": name}))
+        found.setdefault(name, settings_of_further(settings, model, name))
     return found
 
 
@@ -208,5 +213,5 @@ def base_settings(settings: Settings) -> list[Settings]:
         if name in names:
             raise BadRequest(f"two base models of this fleet have the name {name}: rename the folder of one of them")
         names.append(name)
-        found.append(settings.model_copy(update={"model": model, "served_name": name}))
+        found.append(settings_of_further(settings, model, name))
     return found

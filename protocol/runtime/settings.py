@@ -15,6 +15,9 @@ from protocol.runtime.common_settings import CommonSettings
 BLOCK_TOKENS = 16
 """Tokens of a KV block."""
 
+DRAFT_TOKENS = 8
+"""Most draft tokens per sequence and step where there is a draft model and no setting says how many."""
+
 
 class Settings(CommonSettings):
     """The settings of all services; each reads those it needs. Units are in the names.
@@ -308,8 +311,16 @@ class Settings(CommonSettings):
         default="auto",
         description="auto: native kernels where they exist; reference: plain torch; or the instruction set of a CPU",
     )
+    draft_model: str = Field(
+        default="",
+        description="small model with the vocabulary of `model` that drafts its next tokens where that is faster: a Hub"
+        " id, a local folder or a GGUF file; empty: none",
+    )
     max_draft_tokens: int = Field(
-        default=0, ge=0, description="maximum draft tokens per sequence and step (prompt lookup); 0: none"
+        default=0,
+        ge=0,
+        description="maximum draft tokens per sequence and step, by prompt lookup or the draft model; 0: none, or 8"
+        " with a draft model",
     )
     cuda_graphs: Literal["auto", "on", "off"] = Field(
         default="auto", description="record steps as CUDA graphs; auto: if the model allows it; on: fail if it does not"
@@ -395,6 +406,11 @@ class Settings(CommonSettings):
     @classmethod
     def _expand_more(cls, path: Path | None) -> Path | None:
         return path.expanduser() if path else path
+
+    @property
+    def draft_tokens(self) -> int:
+        """Most draft tokens per sequence and step; 0: none."""
+        return self.max_draft_tokens or (DRAFT_TOKENS if self.draft_model else 0)
 
     @property
     def metrics_named(self) -> int:

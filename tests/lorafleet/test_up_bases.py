@@ -57,6 +57,15 @@ def test_one_base_is_given_what_it_ever_was(tmp_path: Path) -> None:
         assert found == [str(tmp_path / "one"), "one", "2", ""]
 
 
+def test_the_draft_model_is_given_to_services_as_a_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, small = model(tmp_path / "one"), model(tmp_path / "small")
+    assert plan(tmp_path, one, draft_model="small").draft_model == str(small)
+    assert plan(tmp_path, one).draft_model == ""
+    with pytest.raises(BadRequest, match="neither a folder nor a Hub id"):
+        plan(tmp_path, one, draft_model=str(tmp_path / "missing"))
+
+
 def test_bases_that_cannot_be_asked_are_refused_before_anything_starts(tmp_path: Path) -> None:
     one, mute = model(tmp_path / "one"), model(tmp_path / "mute", tokenizer=False)
     with pytest.raises(BadRequest, match=r"mute has no tokenizer.json: a base without a tokenizer cannot be asked"):

@@ -25,6 +25,7 @@ from gpu_worker.adapters.packing.expert_rows import expert_sites
 from gpu_worker.adapters.packing.packer import row_sites
 from gpu_worker.adapters.packing.rows import PackedRows, RowPacker
 from gpu_worker.build import build_engine
+from gpu_worker.drafting.load import LoadedDraft
 from gpu_worker.engine.engine import Engine
 from gpu_worker.loading.checkpoint import takes_positions
 from gpu_worker.model.model import BaseModel
@@ -131,12 +132,15 @@ class Oracle:
                 for layer, before in zip(layers, own, strict=True):
                     layer.scaling[name] = before
 
-    def engine(self, tokenizer: Tokenizer | None = None, **settings: Any) -> Engine:
+    def engine(
+        self, tokenizer: Tokenizer | None = None, *, draft: LoadedDraft | None = None, **settings: Any
+    ) -> Engine:
         """Return an engine over a copy of the base that fetches these adapters."""
         values = {"model": "oracle", "adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20} | settings
         impl = "reference" if values.get("kernels") == "reference" else None
         model = prepare_model(copy.deepcopy(self.untouched), frozenset(), impl)
-        return packed_engine(model, Settings(**values), self.fetch, tokenizer.to_str() if tokenizer else None)
+        text = tokenizer.to_str() if tokenizer else None
+        return packed_engine(model, Settings(**values), self.fetch, text, draft)
 
 
 def round_rows(model: torch.nn.Module) -> None:
@@ -154,7 +158,11 @@ def round_rows(model: torch.nn.Module) -> None:
 
 
 def packed_engine(
-    model: BaseModel, settings: Settings, fetch: Callable[[str], FetchedAdapter], tokenizer: str | None = None
+    model: BaseModel,
+    settings: Settings,
+    fetch: Callable[[str], FetchedAdapter],
+    tokenizer: str | None = None,
+    draft: LoadedDraft | None = None,
 ) -> Engine:
     """Return an engine to which plain adapters come packed, as the loader's process packs them."""
     packers: list[RowPacker] = []
@@ -163,7 +171,7 @@ def packed_engine(
         files = fetch(name)
         return packers[0].pack(files.config, memoryview(files.weights), bytearray) or files
 
-    engine, served = build_engine(model, settings, fetch_rows, tokenizer, fetch)
+    engine, served = build_engine(model, settings, fetch_rows, tokenizer, fetch, draft)
     int8 = settings.lora_dtype == "int8"
     packers.append(RowPacker(row_sites(model.sites, expert_sites(model.adaptable.experts), int8=int8), served))
     return engine

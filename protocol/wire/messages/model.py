@@ -39,6 +39,7 @@ class ServedModel(Wire, frozen=True):
     dtype: str = ""  # dtype of weights and activations
     dtype_reason: str = ""  # why it is that one
     kernels: str = ""  # the native CPU kernels' instruction set; "": others compute
+    draft_model: str = ""  # name of the model that drafts tokens for it; "": none
     tied_embeddings: bool = False
     created_ms: int = 0
     device: str = ""  # "cpu" or "cuda"

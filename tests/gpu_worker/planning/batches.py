@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from gpu_worker.planning.batcher import Batcher, BatchLimits
@@ -31,6 +33,49 @@ class FakeSlots:
 
     def rank(self, digest: str) -> int:
         return 16 if digest in self.resident else 0
+
+
+class FakeDrafts:
+    """A draft model that drafts at random, and checks what it is asked."""
+
+    def __init__(self, limits: BatchLimits) -> None:
+        self.limits = limits
+        self.rng = np.random.default_rng(1)
+        self.learnt = 0
+        self.known: set[Sequence] = set()
+
+    def propose(self, limits: Mapping[Sequence, int], plan: StepPlan) -> dict[Sequence, list[int]]:
+        """Draft up to the limits, or nothing."""
+        assert limits
+        assert plan.limited is None
+        assert not plan.preempted
+        assert not limits.keys() & plan.drafts.keys(), "its own text has drafted for it"
+        assert all(seq.num_pending == 1 for seq in plan.num_new), "somebody would wait for drafts with a prompt"
+        most = min(self.limits.max_draft_step_tokens, self.limits.max_step_tokens)
+        assert plan.num_tokens + sum(limits.values()) <= most
+        assert all(1 <= limit <= self.limits.max_draft_tokens for limit in limits.values())
+        self.known |= limits.keys()
+        if self.rng.integers(4) == 0:
+            return {}
+        return {seq: self.rng.integers(5, size=self.rng.integers(limit + 1)).tolist() for seq, limit in limits.items()}
+
+    def learn(self, seq: Sequence, num_drafted: int, num_right: int) -> None:
+        """Take what became of a draft."""
+        assert seq in self.known
+        assert 0 <= num_right <= num_drafted
+        assert num_drafted > 0
+        self.learnt += 1
+
+    def take_seconds(self) -> float:
+        return 0.0
+
+    def note_step(self, plan: StepPlan, seconds: float) -> None:
+        assert plan.num_tokens <= self.limits.max_draft_step_tokens
+
+    def forget(self, seq: Sequence) -> None:
+        self.known.discard(seq)
+
+    def check_integrity(self) -> None: ...
 
 
 def make_seq(

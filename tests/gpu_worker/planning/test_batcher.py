@@ -20,7 +20,7 @@ from gpu_worker.planning.step_plan import StepPlan
 from gpu_worker.sampling.logprobs import PromptLogprobs
 from protocol.runtime.settings import BLOCK_TOKENS
 from protocol.wire.messages import StepModel
-from tests.gpu_worker.planning.batches import FakeSlots, finish_step, make_batcher, make_seq
+from tests.gpu_worker.planning.batches import FakeDrafts, FakeSlots, finish_step, make_batcher, make_seq
 
 
 class Cache:
@@ -49,17 +49,18 @@ class BatcherMachine(RuleBasedStateMachine):
 
     @initialize(
         num_blocks=st.integers(6, 20), step_tokens=st.integers(4, 40), prefix_cache=st.booleans(),
-        drafts=st.sampled_from([0, 3, 20]), token_s=st.sampled_from([0.0, 0.1, 2.0]),
+        drafts=st.sampled_from([0, 3, 20]), has_model=st.booleans(), token_s=st.sampled_from([0.0, 0.1, 2.0]),
         slowdown=st.sampled_from([0.0, 1.0, 1.5]), batch_slowdown=st.sampled_from([0.0, 1.1]),
     )  # fmt: skip
     def start(
-        self, num_blocks: int, step_tokens: int, prefix_cache: bool, drafts: int, token_s: float, slowdown: float,
-        batch_slowdown: float,
+        self, num_blocks: int, step_tokens: int, prefix_cache: bool, drafts: int, has_model: bool, token_s: float,
+        slowdown: float, batch_slowdown: float,
     ) -> None:  # fmt: skip
         self.limits = BatchLimits(4, step_tokens, prefix_cache, drafts, step_tokens, slowdown, batch_slowdown)
         self.slots = FakeSlots()
         self.blocks = BlockPool(num_blocks)
-        self.batcher = Batcher(self.limits, self.blocks, self.slots, "base")
+        self.drafts = FakeDrafts(self.limits) if has_model and drafts else None
+        self.batcher = Batcher(self.limits, self.blocks, self.slots, "base", draft_model=self.drafts)
         self.batcher.step_model = StepModel(a=1.0, b=token_s, c=token_s / 100, d=token_s / 50)
         self.paused = False
         self.has_changed = False  # whether the last plan has changed who yields
@@ -130,9 +131,8 @@ class BatcherMachine(RuleBasedStateMachine):
                 for token in draft[:num_right]:
                     seq.append(token)
                 seq.append(int(self.rng.integers(5)))
-                self.batcher.advance(seq, num_right)
-                if seq.drafter is not None and draft:
-                    seq.drafter.learn(len(draft), num_right)
+                if draft:
+                    self.batcher.learn(seq, plan, num_right)
                 if seq.num_tokens >= seq.max_tokens:
                     self.batcher.remove(seq)
 

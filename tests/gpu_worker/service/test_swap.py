@@ -32,8 +32,8 @@ from protocol.queue.bus import Bus
 from protocol.queue.members import Members
 from protocol.runtime import again
 from protocol.runtime.again import SWAP_VARIABLE
-from protocol.runtime.model_files import worker_bases
-from protocol.runtime.settings import Settings
+from protocol.runtime.model_files import base_settings, worker_bases
+from protocol.runtime.settings import DRAFT_TOKENS, Settings
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, NewerRecord
 from tests.gpu_worker.service.fakes import assign, expected, log, running_worker, state, submit
@@ -48,7 +48,7 @@ os.environ["LEAK"] = "of the process before"
 from benchmarks.common.fake_worker import FakeEngine, fake_served
 from gpu_worker.service import program
 from protocol.runtime.service import run, set_up_logging
-from protocol.runtime.settings import Settings
+from protocol.runtime.settings import DRAFT_TOKENS, Settings
 from protocol.wire.errors import BadRequest
 
 def load(settings, loader):
@@ -381,6 +381,15 @@ def test_what_a_process_begins_with(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(BadRequest):
             BaseStart.of(settings, bases)
         assert SWAP_VARIABLE not in os.environ
+
+
+def test_the_draft_model_is_of_the_base_of_model_alone() -> None:
+    settings = Settings(model="a", more_models="b", draft_model="small")
+    found = bases.WorkerBases(settings, "a", {"added": "c"})
+    assert [found.settings(name).draft_model for name in ("a", "b", "added")] == ["small", "", ""]
+    assert [found.settings(name).draft_tokens for name in ("a", "b")] == [DRAFT_TOKENS, 0]
+    assert [one.draft_model for one in base_settings(settings)] == ["small", ""]
+    assert settings.model_copy(update={"max_draft_tokens": 3}).draft_tokens == 3
 
 
 class _Executed(BaseException):

@@ -83,6 +83,8 @@ def test_how_the_base_computes_is_told() -> None:
     (told,) = of_bases([base], {}, {})
     assert bad([told]) == []
     assert all(part in told.text for part in ("bfloat16", "the native kernels read it", "avx512"))
+    (told,) = of_bases([structs.replace(base, draft_model="small")], {}, {})
+    assert "small drafts for it" in told.text
     slow = structs.replace(base, dtype="float32", dtype_reason="there are no native kernels", kernels="")
     assert bad(of_bases([slow], {}, {})) == [("base", "warning")]
     assert bad(of_bases([structs.replace(slow, device="cuda")], {}, {})) == []

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from gpu_worker.adapters.loader.fetch import FetchedAdapter
+from gpu_worker.drafting.load import LoadedDraft
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.runner import StepInputs
 from gpu_worker.model.prepare import prepare_model
@@ -159,12 +160,12 @@ def model_logits(model: torch.nn.Module, prompt: np.ndarray, output: Sequence[in
         return model(input_ids=ids, **options).logits[0, len(prompt) - 1 :]
 
 
-def make_engine(base: Base, folders: dict[str, Path], **settings: Any) -> Engine:
+def make_engine(base: Base, folders: dict[str, Path], *, draft: LoadedDraft | None = None, **settings: Any) -> Engine:
     """Return an engine over a base that fetches adapters by name from folders."""
     values = {"model": "oracle", "adapter_pool_bytes": 64 << 20, "kv_cache_bytes": 64 << 20} | settings
     impl = "reference" if values.get("kernels") == "reference" else None
     model = prepare_model(make_base(base), frozenset(), impl)
-    return packed_engine(model, Settings(**values), lambda name: read_files(folders[name]))
+    return packed_engine(model, Settings(**values), lambda name: read_files(folders[name]), draft=draft)
 
 
 def engine_logits(engine: Engine, requests: Sequence[EngineRequest]) -> dict[str, tuple[list[int], Tensor]]:

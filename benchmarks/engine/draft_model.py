@@ -1,0 +1,231 @@
+"""Tokens a second of the engine with a draft model, with prompt lookup alone and without drafts, in turns.
+
+    python -m benchmarks.engine.draft_model [--model FOLDER] [--added N] [--drafts bfloat16,int8,int4] [--short]
+
+The base says what SmolLM2-135M says, in the time of a larger model: behind its 30 layers it has `--added` more, whose
+output projections are zero, so that they change no number, and whose weights are read and multiplied all the same. The
+draft model is SmolLM2-135M, whole or quantised, which makes it faster and more often wrong. Asked are the questions of
+`examples/styles.json`, greedily, of the base and of its three trained adapters, 1, 4 and 8 at once. Only `Engine.step`
+runs, in this process; all ways use the same engine, batch by batch in turns. With one thread (`--threads 1`) its CPU
+time counts, which others on the machine change less than the wall clock.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM
+
+from benchmarks.common import report
+from benchmarks.common.fleet import quickstart_model, scratch_folder
+from gpu_worker.adapters.loader.fetch import FetchedAdapter
+from gpu_worker.build import load_engine
+from gpu_worker.engine.engine import Engine
+from gpu_worker.loading.checkpoint import read_config
+from gpu_worker.planning.request import EngineRequest
+from gpu_worker.quantised.quantise import quantised_folder
+from protocol.runtime.settings import Settings
+from protocol.wire.messages import Sampling
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+ADAPTERS = ("pirate", "json", "haiku")
+LOADS = {"base": [""], "adapters": ["", *ADAPTERS]}
+WAYS = ("without", "lookup", "draft model")
+MAX_TOKENS = 64
+OWN_LAYERS = 30
+COUNTED: tuple[str, ...] = ("output", "steps", "drafted", "accepted", "model_drafted", "model_accepted")
+
+
+def add_layers(model: Path, num: int, folder: Path) -> None:
+    """Write a Llama with more layers behind its own, which change nothing, into a folder with its tokenizer."""
+    source: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    config = source.config
+    own, config.num_hidden_layers = OWN_LAYERS, OWN_LAYERS + num
+    tensors = source.state_dict()
+    for layer in range(own, own + num):
+        for name, tensor in list(tensors.items()):
+            start = f"model.layers.{layer % own}."
+            if name.startswith(start):
+                is_output = name.endswith(("o_proj.weight", "down_proj.weight"))
+                tensors[f"model.layers.{layer}.{name.removeprefix(start)}"] = (
+                    torch.zeros_like(tensor) if is_output else tensor.clone()
+                )
+    with torch.device("meta"):
+        made: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    made.load_state_dict(tensors, assign=True)
+    made.tie_weights()
+    made.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(model / file, folder / file)
+
+
+def fetch(name: str) -> FetchedAdapter:
+    """Return one of the example adapters, which changes the base's own layers; its name is its digest."""
+    folder = EXAMPLES / "adapters" / name
+    config = orjson.loads((folder / "adapter_config.json").read_bytes())
+    config["layers_to_transform"] = list(range(OWN_LAYERS))
+    return FetchedAdapter(config, (folder / "adapter_model.safetensors").read_bytes())
+
+
+def questions(tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Return the prompts: int32 [num_tokens] each."""
+    styles = json.loads((EXAMPLES / "styles.json").read_text())
+    texts = [pair["question"] for pair in styles["pirate"]]
+    return [
+        np.array(tokenizer.encode(
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+            f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False
+        ).ids, np.int32)
+        for text in texts
+    ]  # fmt: skip
+
+
+class Run:
+    """What one way did with all its batches."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """clock: seconds."""
+        self.seconds = 0.0
+        self._clock = clock
+        self.tokens: list[list[int]] = []
+        self.figures = dict.fromkeys(COUNTED, 0)
+        self.draft_s = 0.0
+
+    def add(self, engine: Engine, requests: Sequence[EngineRequest]) -> None:
+        """Run a batch to its end."""
+        before, draft_s = self._totals(engine), engine.counters.draft_s
+        ids: dict[str, list[int]] = {request.rid: [] for request in requests}
+        started_s = self._clock()
+        for request in requests:
+            engine.add(request)
+        while engine.has_work:
+            for output in engine.step():
+                if output.error is not None:
+                    raise output.error
+                ids[output.rid] += output.ids
+        self.seconds += self._clock() - started_s
+        self.tokens += ids.values()
+        self.draft_s += engine.counters.draft_s - draft_s
+        for name, total in self._totals(engine).items():
+            self.figures[name] += total - before[name]
+
+    def _totals(self, engine: Engine) -> dict[str, int]:
+        counters = engine.counters
+        own = {name: getattr(counters, f"num_{name}_tokens") for name in self.figures if name != "steps"}
+        return {**own, "steps": counters.num_steps}
+
+    def report(self, plain: Run) -> dict[str, Any]:
+        """Return its figures beside those without drafts."""
+        figures = self.figures
+        drafted, by_model = figures["drafted"], figures["model_drafted"]
+        return {
+            **figures,
+            "draft_s": self.draft_s,
+            "tokens_per_s": figures["output"] / self.seconds,
+            "ratio": plain.seconds / plain.figures["output"] * figures["output"] / self.seconds,
+            "tokens_per_step": figures["output"] / figures["steps"],
+            "right": figures["accepted"] / drafted if drafted else None,
+            "model_right": figures["model_accepted"] / by_model if by_model else None,
+            "same_texts": sum(own == other for own, other in zip(self.tokens, plain.tokens, strict=True)),
+            "texts": len(self.tokens),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is measured."""
+
+    rounds: int
+    streams: Sequence[int]
+    ways: Sequence[str]
+    loads: Sequence[str]
+    threads: int  # 0: all; 1: its CPU time is measured
+
+
+def measure(base: Path, draft: Path, plan: Plan) -> dict[str, Any]:
+    """Return the figures of each way under each load, and by the number of streams."""
+    settings = Settings(
+        model=str(base), draft_model=str(draft), prefix_cache=False, max_model_len=1024, adapter_pool_bytes=64 << 20,
+        kv_cache_bytes=1 << 30, threads=plan.threads,
+    )  # fmt: skip
+    engine = load_engine(settings, fetch)[0].engine
+    assert isinstance(engine, Engine)
+    engine.finish_start()
+    source, limits = engine.batcher.draft_model, engine.batcher.limits
+    clock = time.thread_time if plan.threads == 1 else time.perf_counter
+    prompts = questions(Tokenizer.from_file(str(base / "tokenizer.json")))
+    found: dict[str, Any] = {}
+    number = 0
+    for load in plan.loads:
+        names = LOADS[load]
+        for streams in plan.streams:
+            runs = {way: Run(clock) for way in plan.ways}
+            first = -1 if streams == plan.streams[0] else 0  # the one that warms up
+            for i in range(first, plan.rounds):
+                for way in plan.ways if i % 2 else plan.ways[::-1]:
+                    engine.batcher.limits = replace(limits, max_draft_tokens=0) if way == WAYS[0] else limits
+                    engine.batcher.draft_model = source if way == WAYS[-1] else None
+                    requests: list[EngineRequest] = []
+                    for k in range(streams):
+                        number += 1
+                        prompt = prompts[(streams * i + k) % len(prompts)]
+                        sampling = Sampling(temperature=0, ignore_eos=True)
+                        name = names[(i + k) % len(names)]
+                        requests.append(EngineRequest(str(number), 1, name, prompt, sampling, MAX_TOKENS))
+                    (runs[way] if i >= 0 else Run(clock)).add(engine, requests)
+            one = found[f"{load} {streams}"] = {way: run.report(runs[plan.ways[0]]) for way, run in runs.items()}
+            show(load, streams, one)
+    return found
+
+
+def show(load: str, streams: int, found: dict[str, dict[str, Any]]) -> None:
+    """Print the figures of each way."""
+    names = ("tokens_per_s", "ratio", "tokens_per_step", "right", "model_right")
+    rows = [
+        (load, streams, way, *("" if one[name] is None else f"{one[name]:.2f}" for name in names),
+         f"{one['same_texts']} of {one['texts']}")
+        for way, one in found.items()
+    ]  # fmt: skip
+    header = ("load", "streams", "way", "tok/s", "ratio", "tokens a step", "right", "of the model", "same texts")
+    print(report.table(header, rows), flush=True)
+
+
+def main() -> None:
+    """Measure, print tables and save the figures."""
+    parser = report.parser(__doc__)
+    parser.add_argument("--added", type=int, default=240, help="layers that the base has more (%(default)s)")
+    parser.add_argument("--drafts", default="bfloat16,int8,int4", help="draft models, by their weights (%(default)s)")
+    parser.add_argument("--ways", default=",".join(WAYS), help="ways to compare, of these, without first (%(default)s)")
+    parser.add_argument("--loads", default=",".join(LOADS), help="who is asked (%(default)s)")
+    parser.add_argument("--streams", default="1,4,8", help="requests at once (%(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="threads; with 1 of them its CPU time is measured")
+    args = parser.parse_args()
+    streams = [int(num) for num in args.streams.split(",")]
+    machine, model = report.machine(), args.model or quickstart_model()
+    found: dict[str, Any] = {}
+    with scratch_folder() as scratch:
+        add_layers(model, args.added, scratch / "base")
+        for kind in args.drafts.split(","):
+            draft = model if kind == "bfloat16" else quantised_folder(model, read_config(model), kind, 8)
+            print(f"a draft model in {kind}", flush=True)
+            plan = Plan(2 if args.short else 6, streams, args.ways.split(","), args.loads.split(","), args.threads)
+            found[kind] = measure(scratch / "base", draft, plan)
+    args.out.mkdir(parents=True, exist_ok=True)
+    about = {"machine": machine, "added_layers": args.added, "drafts": found}
+    (args.out / "draft-model.json").write_bytes(
+        orjson.dumps(about, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Loads a draft model, and refuses one that cannot draft for the base."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from gpu_worker.drafting.draft_model import DraftModel
+from gpu_worker.drafting.payoff import Payoff
+from gpu_worker.engine.engine import EngineConfig
+from gpu_worker.loading.checkpoint import read_config, task_of
+from gpu_worker.model.model import BaseModel
+from gpu_worker.model.prepare import load_model
+from gpu_worker.tasks.headless import has_no_lm_head
+from lora_kernels import ops
+from peft_adapters.texts.files import TOKENIZER
+from peft_adapters.texts.tokenizer_json import ids_of
+from protocol.runtime.model_files import WEIGHT_FILES, model_folder
+from protocol.runtime.settings import BLOCK_TOKENS
+from protocol.wire.errors import AdapterRefused, BadRequest
+
+logger = logging.getLogger(__name__)
+
+KV_PARTS = 8
+"""One part in so many of the memory for keys and values is the draft model's: it drafts for few sequences at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedDraft:
+    """A draft model without memory for what it reads."""
+
+    model: BaseModel
+    payoff: Payoff = field(default_factory=Payoff)
+
+    def allocate(self, num_bytes: int, config: EngineConfig, vocab_size: int) -> DraftModel:
+        """Return it with blocks in so many bytes, or for as many sequences as can have draft tokens at once.
+
+        config, vocab_size: of the base's engine. Raises BadRequest where no block has room, or the model is computed
+        wrongly.
+        """
+        block_bytes = sum(layer.block_bytes(self.model.cache_dtype) for layer in self.model.layers)
+        most = config.limits.max_draft_step_tokens // 2 * -(-config.max_model_len // BLOCK_TOKENS)
+        num_blocks = min(num_bytes // block_bytes, most)
+        if not num_blocks:
+            raise BadRequest(
+                f"kv_cache_bytes leaves the draft model {num_bytes} bytes, one part in {KV_PARTS}, and a block of its "
+                f"keys and values has {block_bytes}"
+            )
+        logger.info("KV cache for %d tokens of the draft model", num_blocks * BLOCK_TOKENS)
+        return DraftModel(self.model, num_blocks, vocab_size, self.payoff)
+
+
+def load_draft_model(
+    model: str, tokenizer: str | None, device: torch.device, dtype: torch.dtype, impl: ops.Impl | None
+) -> LoadedDraft:
+    """Load a draft model, a folder or a Hub id. tokenizer: the base's tokenizer.json, None where it has none.
+
+    device, dtype, impl: the base's. Raises BadRequest, which names the model and what is wrong with it.
+    """
+    try:
+        folder = model_folder(model, WEIGHT_FILES)
+        config = read_config(folder)
+        name = next(iter(getattr(config, "architectures", None) or ()), config.model_type)
+        if task_of(config) != "generate" or has_no_lm_head(name):
+            raise BadRequest(f"it is no causal language model, but {name}")
+        check_vocabulary(tokenizer, folder)
+        loaded = load_model(folder, device, dtype, impl, keeps_answers=True)
+        check_layers(loaded)
+    except (BadRequest, AdapterRefused) as error:
+        raise BadRequest(f"draft_model is {model}: {error.message}") from error
+    return LoadedDraft(loaded)
+
+
+def check_layers(model: BaseModel) -> None:
+    """Raise BadRequest for a model that cannot take back a token: what it has read of a wrong draft would stay."""
+    if model.passes is not None:
+        raise BadRequest("its sequences run unbatched, and their caches cannot roll back a token")
+    if model.mixers.calls:
+        raise BadRequest("its layers keep states, which cannot roll back a token")
+
+
+def check_vocabulary(tokenizer: str | None, folder: Path) -> None:
+    """Raise BadRequest unless the tokens of a folder have the ids that the base's have; it names one that differs.
+
+    tokenizer: the base's tokenizer.json. What makes tokens of texts may differ: the draft model reads tokens only.
+    """
+    file = folder / TOKENIZER
+    if tokenizer is None or not file.is_file():
+        who = "the base" if tokenizer is None else "it"
+        raise BadRequest(f"{who} has no {TOKENIZER}, so that their vocabularies cannot be compared")
+    base, own = ids_of(tokenizer), ids_of(file.read_text())
+    different = sorted(base.items() ^ own.items(), key=lambda item: (item[1], item[0]))
+    if not different:
+        return
+    token = different[0][0]
+    others = len({text for text, _ in different}) - 1
+    raise BadRequest(
+        f"its vocabulary is not the base's: token {token!r} has the id {own.get(token, 'none')}, in the base's "
+        f"{base.get(token, 'none')}; so it is with {others} more"
+    )

@@ -1,0 +1,144 @@
+"""Whether draft tokens of a draft model pay, and how many of them: decided by measured times. Pure.
+
+Of a draft, a step keeps what comes before the first wrong token, and adds the token that it chose itself. Where a share
+`r` of draft tokens is right, a draft of `k` tokens therefore brings 1 + r + r² + … + rᵏ tokens, for the time of `k`
+passes of the draft model and a step with `k` tokens more (Leviathan et al. 2023, https://arxiv.org/abs/2211.17192).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gpu_worker.engine.step_model import MIN_STEPS, StepMeter, StepWork
+
+HOPE = 0.8
+"""Share of right draft tokens that is assumed while nothing is known."""
+
+PRIOR_TOKENS = 8.0
+"""Draft tokens for which that assumption counts."""
+
+REMEMBERING = 0.94
+"""Weight that a draft token keeps per later one: about the last 16 count."""
+
+FORGETTING = 1 / 1024
+"""Part of the way back to `HOPE` in a step without a draft, so that what did not pay is tried again: a token in about
+thirty steps, where all are wrong."""
+
+MIN_GAIN = 1.1
+"""Times as many tokens a second as without that are expected of draft tokens at least: estimates are not exact."""
+
+TRIED = 2 * MIN_STEPS
+"""Choices of draft tokens that take a step for as long with them as without. Where all steps have had one token, it is
+not known what more of them take; after these it is."""
+
+MIN_CHUNK = 16
+"""Tokens that the draft model may read at once, however short a step of the base is."""
+
+
+class Acceptance:
+    """The share of draft tokens that prove right, as a running average."""
+
+    __slots__ = ("_right", "_tried")
+
+    def __init__(self, rate: float = HOPE) -> None:
+        """rate: share that is assumed at first."""
+        self._right, self._tried = rate * PRIOR_TOKENS, PRIOR_TOKENS
+
+    @property
+    def rate(self) -> float:
+        """The share."""
+        return self._right / self._tried
+
+    def learn(self, num_drafted: int, num_right: int) -> None:
+        """Learn from a draft whose first `num_right` tokens were right. Nothing is known of those after a wrong one."""
+        num_tried = min(num_drafted, num_right + 1)
+        kept = REMEMBERING**num_tried
+        self._right, self._tried = kept * self._right + num_right, kept * self._tried + num_tried
+
+    def rest(self) -> None:
+        """Note a step without a draft."""
+        self._right += FORGETTING * (HOPE * self._tried - self._right)
+
+
+def length_that_pays(
+    guesses: Sequence[tuple[float, int]], most: int, seconds: Callable[[int], float]
+) -> tuple[int, float]:
+    """Return how many draft tokens each sequence of a step should get, and how many times as fast that makes it.
+
+    Counted is the sequence that gains least, since all of them wait for the drafts. (0, 1) where it gains too little.
+
+    guesses: of each sequence, the share of its draft tokens that prove right, and the most that it can use. most: draft
+    tokens of a sequence. seconds: from a number of draft tokens of each to the time of drafting and of the step.
+    """
+    best = 0, 1.0
+    for num in range(1, most + 1):
+        least = min(sum(rate**i for i in range(min(num, limit) + 1)) for rate, limit in guesses)
+        gain = least * seconds(0) / seconds(num)
+        if gain >= MIN_GAIN and gain > best[1]:
+            best = num, gain
+    return best
+
+
+@dataclass(frozen=True, slots=True)
+class Draftable:
+    """A sequence that may get draft tokens."""
+
+    rate: float  # share of its draft tokens that prove right
+    limit: int  # draft tokens that it can use
+    num_unread: int  # tokens of its text that the draft model has not read, at least the last one
+    num_steps: int  # steps that it has had, or as many as are left if these are fewer
+
+
+@dataclass(frozen=True, slots=True)
+class DraftChoice:
+    """What the draft model does in a step."""
+
+    num_drafts: int = 0  # draft tokens of each sequence; 0: nothing is done
+    num_read: int = 0  # tokens that it reads at once at most; with more before it, it reads, and does not draft yet
+
+
+class Payoff:
+    """What passes of the draft model and short steps of the base take by their tokens, and what follows from that.
+
+    How long the texts are is left out: lately measured times have it in them.
+    """
+
+    def __init__(self) -> None:
+        self._passes, self._steps = StepMeter(), StepMeter()
+        self._num_tried = 0  # choices of draft tokens so far
+
+    def note_pass(self, num_tokens: int, seconds: float) -> None:
+        """Learn from a pass of the draft model."""
+        self._passes.learn(seconds, StepWork(num_tokens, 0, 0))
+
+    def note_step(self, num_tokens: int, seconds: float) -> None:
+        """Learn from a step of the base that is short enough for draft tokens."""
+        self._steps.learn(seconds, StepWork(num_tokens, 0, 0))
+
+    def choose(self, seqs: Sequence[Draftable], most: int, num_tokens: int) -> DraftChoice:
+        """Choose for a step of so many tokens, of which `seqs` may get `most` draft tokens each.
+
+        Texts that were not read yet are read once that costs no more than drafts would have saved in as many steps as
+        the sequence has had: so a request that soon ends costs nothing.
+        """
+        passes, steps, num = self._passes.model, self._steps.model, len(seqs)
+
+        def seconds(num_drafts: int) -> float:
+            more = num * num_drafts if self._num_tried >= TRIED else 0
+            step_s = steps.seconds(num_tokens + more, 0, 0)
+            if not num_drafts:
+                return step_s
+            first_s = passes.seconds(2 * num, 0, 0)  # it has mostly two tokens of each to read
+            return step_s + first_s + (num_drafts - 1) * passes.seconds(num, 0, 0)
+
+        alone_s = seconds(0)
+        if not alone_s:  # nothing has been measured
+            return DraftChoice()
+        num_drafts, gain = length_that_pays([(one.rate, one.limit) for one in seqs], most, seconds)
+        saved_s = (1 - 1 / gain) * alone_s  # in each step
+        if not num_drafts or any(passes.b * one.num_unread > saved_s * one.num_steps for one in seqs):
+            return DraftChoice()
+        self._num_tried += 1
+        room = int((alone_s - passes.a) / passes.b) if passes.b else 0
+        return DraftChoice(num_drafts, max(MIN_CHUNK, 2 * num, room))
