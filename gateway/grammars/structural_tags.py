@@ -32,10 +32,16 @@ TAG_FIELDS = ("format", "structures", "triggers")
 _ANY = "/(?s:.*)/"
 _TAGS = ("tags", "at_least_one", "stop_after_first")
 _FIELDS = {
-    "any_text": (), "const_string": ("value",), "json_schema": ("json_schema",), "regex": ("pattern",),
-    "sequence": ("elements",), "or": ("elements",), "tag": ("begin", "content", "end"),
-    "triggered_tags": ("triggers", *_TAGS), "tags_with_separator": ("separator", *_TAGS),
-}  # fmt: skip
+    "any_text": (),
+    "const_string": ("value",),
+    "json_schema": ("json_schema",),
+    "regex": ("pattern",),
+    "sequence": ("elements",),
+    "or": ("elements",),
+    "tag": ("begin", "content", "end"),
+    "triggered_tags": ("triggers", *_TAGS),
+    "tags_with_separator": ("separator", *_TAGS),
+}
 """Type of a format -> its fields. XGrammar has more of both, which are refused by name."""
 
 
