@@ -191,7 +191,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # pip checks what is installed; the stamps save this check while the requirements are unchanged. Of what developers
-# install, modules are compiled when they are first imported: most never are, and compiling all takes 45 s.
+# install, modules are compiled when they are first imported: most never are, and compiling all takes 55 s of CPU.
 $(VENV)/.stamp-demo: pyproject.toml | $(VENV)/bin/python
 	$(TORCH)
 	$(PIP) install --disable-pip-version-check --progress-bar on -e '.[worker,demo,bench]'
