@@ -27,6 +27,9 @@ T = TypeVar("T")
 OBJECTS_AT_ONCE = 64
 """Objects that are read from the queue, and written, at a time."""
 
+MAX_AGE_S = 10.0
+"""Age at which a copy is read again though its stamp is the same: a store of an older version writes none."""
+
 REST, MAX_REST_S = 9, 2.0
 """Pause between two reads, in times of what the last one took; and its most."""
 
@@ -41,6 +44,7 @@ class Copy:
     def __init__(self, number: int, stamp: bytes) -> None:
         self.number = number  # serial number of the read
         self.stamp = stamp  # stamp of the catalogue before the read
+        self.read_s = 0.0  # when it ended, in the loop's time
         self.keys: list[str] = []
         self.tenants: set[str] = set()
         self._aliases: dict[str, m.Alias] = {}
@@ -65,8 +69,10 @@ class Copy:
 class CatalogueCopy:
     """The names that a caller sees."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, max_age_s: float = MAX_AGE_S) -> None:
+        """`max_age_s`: maximum age of the copy, where no event invalidates it."""
         self._bus = bus
+        self._max_age_s = max_age_s
         self._turns = FairSlots(1)
         self._copy: Copy | None = None
         self._num_begun = 0
@@ -77,10 +83,12 @@ class CatalogueCopy:
 
     async def copy(self) -> Copy:
         """Return all names, with every change that was made before this was called. Raises a connection error."""
-        asked = self._num_begun
+        loop, asked = asyncio.get_running_loop(), self._num_begun
         while True:
             stamp, copy = await self._bus.adapters.stamp(), self._copy
-            if copy is not None and (copy.number > asked or copy.stamp == stamp):
+            if copy is not None and (
+                copy.number > asked or (copy.stamp == stamp and loop.time() - copy.read_s < self._max_age_s)
+            ):
                 return copy
             if self._reading is None or self._reading.done():
                 self._reading = asyncio.create_task(self._read())
@@ -98,8 +106,8 @@ class CatalogueCopy:
         async for some in self._bus.adapters.some():
             copy.add(some)
             await asyncio.sleep(0)
-        read_s = loop.time()
-        self._rested_s = read_s + min(REST * (read_s - begun_s), MAX_REST_S)
+        copy.read_s = loop.time()
+        self._rested_s = copy.read_s + min(REST * (copy.read_s - begun_s), MAX_REST_S)
         self._copy = copy
         self._kept.clear()
         self._kept_bytes = 0

@@ -100,7 +100,7 @@ class WebhookSender:
         `_TENANTS_AT_ONCE` times `_ENDS_OF_TURN` ends, and at twice as many tenants' deliveries as may be sent.
         """
         webhooks = self._bus.webhooks
-        more = False
+        more = await webhooks.take_over(_TENANTS_AT_ONCE * _ENDS_OF_TURN)
         for tenant in await webhooks.tenants_with_ends(_TENANTS_AT_ONCE):
             if await self._plans.run(tenant, partial(self._plan, tenant)):
                 await webhooks.drop_ends(tenant, [])  # its ends wait, the others' do not

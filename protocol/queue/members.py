@@ -112,8 +112,8 @@ class Members:
 
         That is its own or, in a fleet of one base, that under which live workers serve the same weights. fleet: the
         names of its fleet's bases, if it has several. Raises Conflict when live workers serve another base by its
-        name, or the fleet has another one only; with `fleet`, when they serve its weights by another name; and when
-        there are too many bases.
+        name, or the fleet has another one only; with `fleet`, when they serve its weights by another name, or are of an
+        earlier version; and when there are too many bases.
         """
         while True:
             first, further = await self._raw_bases()
@@ -131,6 +131,10 @@ class Members:
                     text = f"the weights of {served.name} are served by this fleet as {min(taken)}: name a base once"
                     raise Conflict(text, code="base_named_twice")
                 twins = []
+            elif (
+                not several and served.name not in known
+            ):  # earlier versions reported no weights, and knew one base by many names
+                twins += [name for name, base in known.items() if base.is_same(served) and name not in twins]
             outcome = "changed"
             for name in (*twins, served.name):
                 outcome = await self._join(beat, served, ttl_ms, name, first, further, known, names)
@@ -319,6 +323,9 @@ def _refusal(outcome: str, mine: m.ServedModel, known: Mapping[str, m.ServedMode
     if outcome == "full":
         return Conflict(f"this fleet serves {MAX_BASES} bases, which is the limit; {mine.name} cannot join it")
     serves = f"this fleet serves {', '.join(known)}; {mine.name} cannot join it"
+    if outcome == "old":
+        text = f"{serves} beside workers of an earlier version, which know of one base only: update those first"
+        return Conflict(text, code="old_workers")
     assert outcome == "other", outcome
     return Conflict(f"{serves}: a fleet of several bases has --more-models on all services", code="other_base")
 

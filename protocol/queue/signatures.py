@@ -1,4 +1,4 @@
-"""What each Lua script is called with: `NoteResidency` is the signature of `note_residency.lua`.
+"""What each Lua script is called with: `TakeOver` is the signature of `take_over.lua`.
 
 Its fields are the script's keys, then its arguments, in the order in which the script reads them. Lists come last: of
 single words, or of groups of words. What each means is at the head of the script, under the same name.

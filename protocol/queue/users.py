@@ -54,7 +54,8 @@ def table(*, console_keys: bool = False) -> dict[str, Rights]:
     answers = (k.tok("*"), k.lp("*"), k.plp("*"))
     request = (k.req("*"), *answers)
     use = k.quota("*")  # with all that is counted of a tenant; every script that ends a request settles it
-    ends = (k.ends, k.ends_of("*"))  # scripts that end a job note it for webhooks
+    # Scripts that end a job note it for webhooks; `old_ends` is for services of the version before, which still run.
+    ends = (k.ends, k.ends_of("*"), k.old_ends)
     usage = k.usage_tenants("*")  # with each tenant's: every script that ends a request adds to it
     history = k.history("*")  # with refusals; every script that ends a request adds to it, and looks when one last did
     return {
@@ -67,8 +68,8 @@ def table(*, console_keys: bool = False) -> dict[str, Rights]:
                 k.registered("*", "*"), k.pins, k.adapter_events, k.file("*"), k.files("*"), k.file_expiry,
                 k.batch("*"), k.batches("*"), k.open_batches, k.conversation("*"), k.conversations("*"), k.turns,
                 k.hooks("*"), k.ends, k.ends_of("*"), k.outboxes, k.outbox("*"), k.outbox_times("*"),
-                k.undelivered("*"), k.sender, k.added_bases, k.dlq, k.audit, k.tenants_audit,
-                *(administered if console_keys else ()),
+                k.undelivered("*"), k.sender, k.added_bases, k.old_hooks, k.old_ends, k.old_cursor, k.old_deliveries,
+                k.old_delivery_times, k.dlq, k.audit, k.tenants_audit, *(administered if console_keys else ()),
             ),
             reads=(
                 *(() if console_keys else administered), k.ended, k.adapters, k.adapters_stamp, k.adapter("*"),

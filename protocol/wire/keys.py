@@ -192,6 +192,32 @@ class Keys:
         """Sorted set: delivery id -> unix ms of its next attempt. Permanent."""
         return f"{self.tag}:outbox-due:{tenant}"
 
+    # What the version before kept of all tenants together; `take_over.lua` empties it.
+    @property
+    def old_hooks(self) -> str:
+        """Hash: `<tenant>:<endpoint id>` -> `messages.WebhookEndpoint`. Permanent."""
+        return f"{self.tag}:webhooks"
+
+    @property
+    def old_ends(self) -> str:
+        """Stream: ends of jobs and batches: `tenant`, `id` and, of a batch, `type`. MAXLEN, permanent."""
+        return f"{self.tag}:events"
+
+    @property
+    def old_cursor(self) -> str:
+        """String: the last entry of `old_ends` that deliveries were made of. Permanent."""
+        return f"{self.tag}:events:cursor"
+
+    @property
+    def old_deliveries(self) -> str:
+        """Hash: delivery id -> `messages.Delivery`. Permanent."""
+        return f"{self.tag}:deliveries"
+
+    @property
+    def old_delivery_times(self) -> str:
+        """Sorted set: delivery id -> unix ms of its next attempt. Permanent."""
+        return f"{self.tag}:deliveries:due"
+
     def undelivered(self, tenant: str) -> str:
         """Hash: delivery id -> `messages.Delivery` that was given up. 7 days after the last one."""
         return f"{self.tag}:undelivered:{tenant}"
@@ -391,7 +417,8 @@ class Keys:
             self.ended, self.workers, self.gateways, self.stores, self.leader_epoch,
             self.base, self.bases, self.added_bases, self.adapters, self.adapters_stamp, self.registrations, self.pins,
             self.adapter_events, self.api_keys, self.tenants,
-            self.file_expiry, self.open_batches, self.ends, self.outboxes, self.turns, self.audit, self.tenants_audit,
+            self.file_expiry, self.open_batches, self.ends, self.outboxes, self.old_hooks, self.old_ends,
+            self.old_cursor, self.old_deliveries, self.old_delivery_times, self.turns, self.audit, self.tenants_audit,
             *(self.sub(c) for c in CLASSES),
         }  # fmt: skip
         of_tenants = (self.hooks(""), self.ends_of(""), self.outbox(""), self.outbox_times(""))

@@ -167,4 +167,10 @@ class TakeDeliveries(Call, kw_only=True):
     claim_ms: int
 
 
+class TakeOver(Call, kw_only=True):
+    """Give each tenant what the version before kept of all together: endpoints, ends and deliveries."""
+
+    num: int
+
+
 SIGNATURES: tuple[type[Call], ...] = tuple(call for call in Call.__subclasses__() if call.__module__ == __name__)

@@ -9,6 +9,7 @@ event arrives at least once.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,8 @@ from protocol.wire.clock import now_ms
 from protocol.wire.codec import decode_record
 from protocol.wire.errors import NewerRecord, UnreadableRecord
 from protocol.wire.keys import Keys
+
+logger = logging.getLogger(__name__)
 
 GIVEN_UP_S = 604_800
 """Retention of a failed delivery."""
@@ -82,6 +85,15 @@ class Webhooks:
         if await self._redis.get(self._keys.sender) != gid.encode():
             return False
         return bool(await self._redis.pexpire(self._keys.sender, lease_ms))
+
+    async def take_over(self, num: int) -> bool:
+        """Move about `num` of each kind that the version before kept. Returns whether there may be more."""
+        keys = self._keys
+        if not await self._redis.exists(keys.old_hooks, keys.old_ends, keys.old_delivery_times):
+            return False
+        for lost in await self._scripts.run(lua.TakeOver(num=num)):
+            logger.error("the webhook %r of the version before is dropped: %s", lost, UNREADABLE)
+        return True
 
     # ------------------------------------------------------------ ends
 

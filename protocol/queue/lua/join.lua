@@ -20,8 +20,8 @@
 --       beside       bytes   the base to write beside other workers of it; '': the base of that name is not the caller's
 --       fleet...     str     the names of the fleet's bases, its own among them, if it has several
 -- Reply: str, 'joined'; 'refused'; 'full': there are as many bases as may be; 'alone': no other worker serves it, and
--- `alone` is ''; 'other': live workers serve other bases only, and `fleet` is empty; or 'changed': the bases are not as
--- read, and the caller reads them again.
+-- `alone` is ''; 'other': live workers serve other bases only, and `fleet` is empty; 'old': live workers of an earlier
+-- version know of one base only; or 'changed': the bases are not as read, and the caller reads them again.
 local base, bases, workers, worker_beat = unpack(KEYS, 2)
 local wid, beat, ttl_ms, at_ms, name, first_base, further, alone, beside = unpack(ARGV, 1, 9)
 local first, is_known = 10, {}
@@ -33,19 +33,27 @@ if (redis.call('GET', base) or '') ~= first_base or (redis.call('HGET', bases, n
 end
 local first_name = first_base == '' and name or cmsgpack.unpack(first_base).name
 local is_first = first_name == name
-local own_field = '\164base' .. cmsgpack.pack(name)  -- as heartbeats have it: no whole one need be decoded
-local has_workers, has_own = false, false
+local field = '\164base'  -- as heartbeats have it: no whole one, of megabytes in all, need be decoded
+local own_field = field .. cmsgpack.pack(name)
+local has_workers, has_own, has_old = false, false, false
 for _, other in ipairs(redis.call('ZRANGE', workers, 0, -1)) do
   local raw = other ~= wid and redis.call('GET', (string.gsub(worker_beat, wid, other)))
   if raw then
     has_workers = true
-    has_own = string.find(raw, own_field, 1, true) ~= nil
+    local is_old = false
+    if not string.find(raw, field, 1, true) then
+      local is_read, found = pcall(cmsgpack.unpack, raw)
+      is_old = is_read and type(found) == 'table' and found.wid ~= nil
+    end
+    has_old = has_old or is_old
+    has_own = string.find(raw, own_field, 1, true) ~= nil or (is_old and is_first)
     if has_own then break end
   end
 end
 if has_own and beside == '' then return 'refused' end
 local served = has_own and beside or alone
 if served == '' then return 'alone' end
+if has_old and not has_own then return 'old' end
 if has_workers and not has_own and not has_several then return 'other' end
 if not is_first and further == '' and not has_workers then
   for _, other in ipairs(redis.call('HKEYS', bases)) do

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 
 from protocol.queue.bus import Bus
@@ -23,6 +24,13 @@ def base(name: str, *, weights: str = "", **more: Any) -> m.ServedModel:
 async def join(bus: Bus, wid: str, served: m.ServedModel, *, several: bool = True) -> str:
     fleet = [served.name] if several else []
     return await bus.members.join(m.WorkerBeat(wid=wid, name=wid, capacity=1), served, TTL_MS, fleet=fleet)
+
+
+async def join_as_earlier_version(bus: Bus, wid: str, served: m.ServedModel) -> None:
+    """Leave what such a worker does: a record without its weights' hash, a heartbeat without its base."""
+    await bus.set(bus.keys.base, msgspec.structs.replace(served, weights=""))
+    beat = m.WorkerBeat(wid=wid, name=wid, capacity=1)
+    await bus.members.beat(bus.keys.worker_beat(wid), bus.keys.workers, wid, m.encode(beat), TTL_MS)
 
 
 async def names(bus: Bus) -> list[str]:
@@ -105,6 +113,23 @@ async def test_a_stray_worker_does_not_join_where_an_earlier_run_knew_its_base(b
     assert await join(bus, "w4", base("b")) == "b"
 
 
+async def test_workers_of_an_earlier_version_have_one_base_by_layout(bus: Bus) -> None:
+    """While workers are updated one by one. These had no further bases, and any names."""
+    chat, same = base("org/chat", weights="W"), base("chat", weights="W")
+    for wid in ("old1", "old2"):
+        await join_as_earlier_version(bus, wid, chat)
+    with pytest.raises(Conflict, match=r"b cannot join it beside workers of an earlier version.*update those first"):
+        await join(bus, "w1", base("b"))
+    with pytest.raises(Conflict):
+        await join(bus, "w1", base("org/chat", fingerprint="another layout"))
+    await bus.members.leave("old1")
+    assert await join(bus, "new1", same, several=False) == "org/chat"
+    await bus.members.leave("old2")
+    assert await join(bus, "new2", chat, several=False) == "org/chat"
+    assert await names(bus) == ["org/chat"]
+    assert await join(bus, "w1", base("b")) == "b"
+
+
 async def test_a_fleet_that_starts_again_with_another_model_knows_that_one_only(bus: Bus) -> None:
     await join(bus, "w1", base("a"))
     await join(bus, "w2", base("b"))
@@ -169,7 +194,7 @@ async def test_a_heartbeat_that_cannot_be_read_keeps_nobody_from_joining(bus: Bu
 
 
 async def test_a_long_heartbeat_is_not_decoded_to_know_its_base(bus: Bus) -> None:
-    """So the queue is not held up."""
+    """So the queue is not held up: only one without a base, of an earlier version, is."""
     await join(bus, "w1", base("a"))
     beat = m.WorkerBeat(wid="w1", name="base", base="a", capacity=1)
     cut = m.encode(beat).replace(b"counters\x80", b"counters\xc1")  # no decoder reads it

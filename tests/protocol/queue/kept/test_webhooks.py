@@ -1,4 +1,4 @@
-"""What waits to be told is kept by tenant, and tenants take turns."""
+"""What waits to be told is kept by tenant, and tenants take turns; what the version before kept is taken over."""
 
 from __future__ import annotations
 
@@ -139,3 +139,44 @@ async def test_those_given_up_are_the_newest(bus: Bus) -> None:
     for number in range(MAX_GIVEN_UP + 3):
         await bus.webhooks.give_up("a", [delivery(number)])
     assert len(await bus.webhooks.given_up("a")) == MAX_GIVEN_UP
+
+
+async def test_what_the_version_before_kept_is_taken_over(bus: Bus) -> None:
+    redis, keys = bus._redis, bus.keys
+    for number in range(100):
+        tenant = f"t{number % 3}"
+        await redis.hset(keys.old_hooks, f"{tenant}:we_{number}", m.encode(endpoint(number, tenant)))
+        one = delivery(number, tenant, attempts=2)
+        await redis.hset(keys.old_deliveries, one.id, m.encode(one))
+        await redis.zadd(keys.old_delivery_times, {one.id: 1000 + number})
+        at = await redis.xadd(keys.old_ends, {"tenant": tenant, "id": f"batch_{number}", "type": "batch.completed"})
+        if number == 39:
+            await redis.set(keys.old_cursor, at)
+    await redis.xadd(keys.old_ends, {"neither": "tenant nor id"})
+    await redis.hset(keys.old_deliveries, "bad", b"\x81")
+    await redis.zadd(keys.old_delivery_times, {"bad": 1})
+    await redis.hset(keys.old_hooks, "t0:we_0", m.encode(endpoint(0, "t0")))
+    await redis.hset(keys.hooks("t0"), "we_0", m.encode(endpoint(7, "t0")))  # changed since
+    num_steps = 0
+    while await bus.webhooks.take_over(16):
+        num_steps += 1
+        assert num_steps < 100
+    assert num_steps > 3, "what is moved at once is bounded"
+    for number in range(3):
+        tenant, mine = f"t{number}", [one for one in range(100) if one % 3 == number]
+        kept = await bus.webhooks.endpoints(tenant)
+        assert len(kept) == len(mine)
+        assert {one.subject for one in await bus.webhooks.waiting(tenant)} == {f"job_{one}" for one in mine}
+        taken = await bus.webhooks.take(tenant, 99, 60_000)
+        assert [one.subject for one in taken] == [f"job_{one}" for one in mine], "the most overdue first"
+        assert {one.attempts for one in taken} == {2}
+        assert [one.id for one in await bus.webhooks.ended(tenant, 99)] == [
+            f"batch_{one}" for one in mine if one > 39
+        ]  # fmt: skip
+    assert (await bus.webhooks.endpoints("t0"))[0].created_ms != 0, "what was changed since stays"
+    old = (keys.old_hooks, keys.old_ends, keys.old_cursor, keys.old_deliveries, keys.old_delivery_times)
+    assert await redis.exists(*old) == 0
+    await redis.xadd(keys.old_ends, {"tenant": "t0", "id": "batch_late", "type": ""})  # by a worker of that version
+    assert await bus.webhooks.take_over(16)
+    assert (await bus.webhooks.ended("t0", 99))[-1].id == "batch_late"
+    await bus.webhooks.take_over(16)
