@@ -22,7 +22,7 @@ from lora_kernels import ops
 class _Ready:
     """An adapter's extras at one scale, as far as a native call of a stack makes them."""
 
-    changes: ops.Changes | None = None  # None: there are none
+    changes: ops.AdapterChanges | None = None  # None: there are none
     in_layers: bool = False  # whether these are all that lie in the layers
     everywhere: bool = False  # whether these are all
 
@@ -43,7 +43,7 @@ class StackChanges:
 
         everywhere: all that adapters change counts, or else what lies in the layers.
         """
-        found: list[tuple[ops.Changes, Tensor]] = []
+        found: list[tuple[ops.AdapterChanges, Tensor]] = []
         for group in groups:
             ready = self._ready(group)
             if not (ready.everywhere if everywhere else ready.in_layers):
@@ -85,9 +85,9 @@ def _float_biases(shared: Sequence[SharedInput]) -> dict[int, Tensor | None]:
     return found
 
 
-def _changes_at(extras: Extras, scale: float, biases: dict[int, Tensor | None]) -> list[ops.Change] | None:
+def _changes_at(extras: Extras, scale: float, biases: dict[int, Tensor | None]) -> list[ops.LayerChange] | None:
     """Return what extras change at some sites; None where some of it is no change that a native call makes."""
-    found: list[ops.Change] = []
+    found: list[ops.LayerChange] = []
     for site, part in extras.linear.items():
         if site not in biases:
             continue
@@ -98,30 +98,30 @@ def _changes_at(extras: Extras, scale: float, biases: dict[int, Tensor | None]) 
     return found
 
 
-def _changes(site: int, part: LinearExtras, scale: float, bias: Tensor | None) -> list[ops.Change] | None:
+def _changes(site: int, part: LinearExtras, scale: float, bias: Tensor | None) -> list[ops.LayerChange] | None:
     """Return what one layer's extras change, in the order of `apply_extras.apply_linear`."""
     if part.weight is not None or part.lora is not None or part.tokens is not None or part.places is not None:
         return None
-    found: list[ops.Change] = []
+    found: list[ops.LayerChange] = []
     if part.inputs is not None:
         found.append(_transform(site, part.inputs, of_inputs=True))
     if part.bias is not None and bias is not None:
         if len(part.bias) != len(bias):
             return None
         # The difference is rounded as the layer's dtype has it.
-        found.append(ops.Change(site, False, "add", (part.bias - bias.to(part.bias.dtype)).float()))
+        found.append(ops.LayerChange(site, False, "add", (part.bias - bias.to(part.bias.dtype)).float()))
         bias = part.bias.float()
     if part.lora_bias is not None:
-        found.append(ops.Change(site, False, "add", part.lora_bias if scale == 1.0 else part.lora_bias * scale))
+        found.append(ops.LayerChange(site, False, "add", part.lora_bias if scale == 1.0 else part.lora_bias * scale))
     if part.outputs is not None:
         found.append(_transform(site, part.outputs, of_inputs=False))
     if part.dora is not None:
-        found.append(ops.Change(site, False, "around", part.dora.at(scale), bias))
+        found.append(ops.LayerChange(site, False, "around", part.dora.at(scale), bias))
     return found
 
 
-def _transform(site: int, transform: LinearTransform, *, of_inputs: bool) -> ops.Change:
+def _transform(site: int, transform: LinearTransform, *, of_inputs: bool) -> ops.LayerChange:
     if transform.blocks is not None:
-        return ops.Change(site, of_inputs, "blocks", transform.blocks)
+        return ops.LayerChange(site, of_inputs, "blocks", transform.blocks)
     assert transform.scale is not None
-    return ops.Change(site, of_inputs, "scale", transform.scale, transform.across, transform.group)
+    return ops.LayerChange(site, of_inputs, "scale", transform.scale, transform.across, transform.group)

@@ -29,11 +29,11 @@ from lora_kernels.segments import (
 )
 from lora_kernels.tables import (
     Activation,
+    AdapterChanges,
     AdapterTable,
-    Change,
     ChangedRows,
-    Changes,
     DecoderLayer,
+    LayerChange,
     LoraSite,
     ModelEnds,
     PackedLinear,
@@ -48,14 +48,14 @@ __all__ = [
     "BLOCK_TOKENS",
     "PAGE_ROWS",
     "Activation",
+    "AdapterChanges",
     "AdapterTable",
     "AttentionBatch",
-    "Change",
     "ChangedRows",
-    "Changes",
     "DecoderLayer",
     "DecoderStack",
     "Impl",
+    "LayerChange",
     "LoraBatch",
     "LoraSite",
     "ModelEnds",
@@ -348,7 +348,7 @@ class DecoderStack(Protocol):
         """
         ...
 
-    def prepare(self, changes: Sequence[Change]) -> Changes | None:
+    def prepare(self, changes: Sequence[LayerChange]) -> AdapterChanges | None:
         """Make an adapter's changes ready; those of one place are made in this order. Their tensors are on the CPU.
 
         None where one row's sums must not depend on others': the operations of torch that compute changes elsewhere

@@ -63,7 +63,7 @@ class QuantisedLinear:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class LayerChange:
     """One thing that an adapter does to a linear layer's inputs or outputs x [n, D] besides adding rank rows.
 
     "add": x + first. "scale": x * first; with `second`, to which the numbers' partners times `second` are added: those
@@ -80,7 +80,7 @@ class Change:
     group: int = 0
 
 
-class Changes(Protocol):
+class AdapterChanges(Protocol):
     """What one adapter changes, made ready for a `DecoderStack`."""
 
     number: int
@@ -90,11 +90,11 @@ class Changes(Protocol):
 class ChangedRows:
     """Rows of a step whose adapters change layers, as a `DecoderStack` takes them."""
 
-    owners: list[Changes]  # kept while the lists name them
+    owners: list[AdapterChanges]  # kept while the lists name them
     lists: list[Tensor]  # int64: their numbers, how many rows each has, and these, ascending; empty: no rows
 
 
-def changed_rows(own: Sequence[tuple[Changes, Tensor]]) -> ChangedRows:
+def changed_rows(own: Sequence[tuple[AdapterChanges, Tensor]]) -> ChangedRows:
     """Return the rows of adapters that change layers, int64 [n] ascending on the CPU each."""
     if not own:
         return ChangedRows([], [])

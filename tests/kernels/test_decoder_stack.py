@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_kernels import ops
 from lora_kernels.ops import BLOCK_TOKENS, PAGE_ROWS, AdapterTable, AttentionBatch, Impl, LoraBatch, LoraSite
 from lora_kernels.quantised import Kind
-from lora_kernels.tables import Change, DecoderLayer, PagedAttention, RmsNorm, SiblingLinears
+from lora_kernels.tables import DecoderLayer, LayerChange, PagedAttention, RmsNorm, SiblingLinears
 
 BF16 = torch.bfloat16
 WIDTH, HEADS, KV_HEADS, DIM, MLP, NUM_BLOCKS = 288, 4, 2, 32, 320, 40
@@ -85,7 +85,7 @@ def adapters() -> AdapterTable:
     return AdapterTable(torch.tensor(RANKS, dtype=torch.int32), torch.full((2, 2), 0.7), pages)
 
 
-Plan = list[tuple[list[Change], Tensor]]
+Plan = list[tuple[list[LayerChange], Tensor]]
 """What each adapter changes, and on which rows."""
 
 
@@ -114,7 +114,7 @@ def changed(x: Tensor, plan: Plan, site: int, *, of_inputs: bool) -> Tensor:
     return x
 
 
-def what_becomes_of(x: Tensor, change: Change) -> Tensor:
+def what_becomes_of(x: Tensor, change: LayerChange) -> Tensor:
     first, second = change.first, change.second
     if change.kind == "add":
         return x + first
@@ -258,20 +258,20 @@ def rotations(num: int, size: int, seed: int) -> Tensor:
     return torch.linalg.matrix_exp(skew - skew.mT)
 
 
-def changes_of_four(mlp: int) -> list[list[Change]]:
+def changes_of_four(mlp: int) -> list[list[LayerChange]]:
     """What four adapters change: factors, rotations of pairs, rotations of blocks, and factors around a bias."""
     queries, keys = HEADS * DIM, KV_HEADS * DIM
     return [
-        [Change(K, False, "scale", factors(keys, 1)), Change(V, False, "scale", factors(keys, 2)),
-         Change(DOWN, True, "scale", factors(mlp, 3))],
-        [Change(Q, False, "scale", factors(queries, 4), 0.3 * randn(queries, seed=5), 32),
-         Change(OUT, False, "scale", factors(WIDTH, 6), 0.3 * randn(WIDTH, seed=7), 2)],
-        [Change(Q, True, "blocks", rotations(9, 32, 8)), Change(V, True, "blocks", rotations(32, 9, 9)),
-         Change(UP, True, "scale", factors(WIDTH, 10)), Change(DOWN, True, "blocks", rotations(1, mlp, 11)),
-         Change(DOWN, False, "scale", factors(WIDTH, 12))],
-        [Change(Q, False, "add", randn(queries, seed=13)),
-         Change(Q, False, "around", factors(queries, 14), randn(queries, seed=15)),
-         Change(GATE, False, "around", factors(mlp, 16))],
+        [LayerChange(K, False, "scale", factors(keys, 1)), LayerChange(V, False, "scale", factors(keys, 2)),
+         LayerChange(DOWN, True, "scale", factors(mlp, 3))],
+        [LayerChange(Q, False, "scale", factors(queries, 4), 0.3 * randn(queries, seed=5), 32),
+         LayerChange(OUT, False, "scale", factors(WIDTH, 6), 0.3 * randn(WIDTH, seed=7), 2)],
+        [LayerChange(Q, True, "blocks", rotations(9, 32, 8)), LayerChange(V, True, "blocks", rotations(32, 9, 9)),
+         LayerChange(UP, True, "scale", factors(WIDTH, 10)), LayerChange(DOWN, True, "blocks", rotations(1, mlp, 11)),
+         LayerChange(DOWN, False, "scale", factors(WIDTH, 12))],
+        [LayerChange(Q, False, "add", randn(queries, seed=13)),
+         LayerChange(Q, False, "around", factors(queries, 14), randn(queries, seed=15)),
+         LayerChange(GATE, False, "around", factors(mlp, 16))],
     ]  # fmt: skip
 
 
@@ -318,18 +318,18 @@ def test_changes_are_refused_that_fit_nothing(native: Impl) -> None:
     stack = ops.decoder_stack([layer], impl=native)
     assert stack is not None
     for bad, why in (
-        (Change(Q, False, "scale", factors(128, 1), randn(128), 3), "groups of 3"),
-        (Change(Q, False, "scale", factors(128, 1), randn(64), 32), "64 second numbers"),
-        (Change(Q, True, "blocks", randn(9, 32, 31)), "square"),
-        (Change(-1, True, "add", randn(9)), "no site -1"),
+        (LayerChange(Q, False, "scale", factors(128, 1), randn(128), 3), "groups of 3"),
+        (LayerChange(Q, False, "scale", factors(128, 1), randn(64), 32), "64 second numbers"),
+        (LayerChange(Q, True, "blocks", randn(9, 32, 31)), "square"),
+        (LayerChange(-1, True, "add", randn(9)), "no site -1"),
     ):
         with pytest.raises(RuntimeError, match=why):
             stack.prepare([bad])
     batch = ops.build_attention_batch(np.ones(2, int), np.ones(2, int), np.arange(2)[:, None], "cpu")
     cos, sin, x = (randn(2, width, dtype=BF16, seed=seed) for seed, width in ((1, DIM), (2, DIM), (3, WIDTH)))
     wide, narrow = (
-        stack.prepare([Change(K, False, "add", randn(65))]),
-        stack.prepare([Change(K, False, "add", randn(64))]),
+        stack.prepare([LayerChange(K, False, "add", randn(65))]),
+        stack.prepare([LayerChange(K, False, "add", randn(64))]),
     )
     assert wide is not None
     assert narrow is not None
@@ -342,4 +342,4 @@ def test_changes_are_refused_that_fit_nothing(native: Impl) -> None:
         with pytest.raises(RuntimeError, match=why):
             stack.run(x.clone(), cos, sin, batch, None, None, ops.changed_rows([(own, torch.tensor(places))]))
     ops.fix_sums(True)
-    assert stack.prepare([Change(K, False, "add", randn(64))]) is None, "torch adds in another order"
+    assert stack.prepare([LayerChange(K, False, "add", randn(64))]) is None, "torch adds in another order"

@@ -23,9 +23,9 @@ from lora_kernels.segments import AttentionBatch, LoraBatch
 from lora_kernels.tables import (
     Activation,
     AdapterTable,
-    Change,
     ChangedRows,
     DecoderLayer,
+    LayerChange,
     LoraSite,
     ModelEnds,
     PackedLinear,
@@ -318,15 +318,15 @@ class NativeDecoderStack:
             self._number, tokens, positions, angles, logit_rows, *lists, *_lora(head_lora), _changes(head_changes)
         )
 
-    def prepare(self, changes: Sequence[Change]) -> NativeChanges | None:
+    def prepare(self, changes: Sequence[LayerChange]) -> NativeChanges | None:
         """See `ops.DecoderStack.prepare`."""
         return None if sums.are_fixed() else NativeChanges(changes)
 
 
 class NativeChanges:
-    """A `tables.Changes` in native code: csrc/changes.cpp."""
+    """A `tables.AdapterChanges` in native code: csrc/changes.cpp."""
 
-    def __init__(self, changes: Sequence[Change]) -> None:
+    def __init__(self, changes: Sequence[LayerChange]) -> None:
         self.number: int = _ops.changes_new()
         weakref.finalize(self, _ops.changes_free, self.number)
         for change in changes:
