@@ -147,7 +147,7 @@ def _rows(spec: AdapterSpec, zero: set[str]) -> Iterator[_Row]:
     for whole in spec.replaced:
         yield _Row(_pattern(whole.site), f"whole {whole.parameter}")
     for part in spec.idle:
-        yield _Row(_pattern(part.site), "LoRA on a layer that never runs", str(part.rank), f"{part.scale:g}", False)
+        yield _Row(_pattern(part.site), "zero LoRA, on a layer not run", str(part.rank), f"{part.scale:g}", False)
     if spec.virtual is not None:
         yield _Row("prompt", f"{spec.virtual.num} virtual tokens")
     for tokens in spec.tokens:

@@ -25,7 +25,7 @@ def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: 
         model_type=model.config.model_type,
         vocab_size=model.vocab_size,
         max_model_len=max_model_len,
-        sites=model.adaptable.shapes(model.sites),
+        sites=_in_order(model),
         idle=model.idle if isinstance(model, BaseModel) else [],
         dtype=name_of(model.dtype),
         tied_embeddings=bool(getattr(model.config, "tie_word_embeddings", False)),
@@ -34,6 +34,12 @@ def served_model(model: BaseModel | EncoderModel, max_model_len: int, settings: 
         **own,
         head_dim=head_dim_of(model.config),
     )
+
+
+def _in_order(model: BaseModel | EncoderModel) -> list[m.SiteShape]:
+    """Return the model's sites in the order of its modules; those of parameters of their own follow."""
+    places = {name: place for place, (name, _) in enumerate(model.module.named_modules())}
+    return sorted(model.adaptable.shapes(model.sites), key=lambda site: places.get(site.name, len(places)))
 
 
 def _encoder_tasks(model: EncoderModel) -> dict[str, Any]:

@@ -32,15 +32,16 @@ def has_effect(spec: AdapterSpec, tensors: Mapping[str, TensorInfo], weights: me
 
 
 def check_idle(spec: AdapterSpec, tensors: Mapping[str, TensorInfo], weights: memoryview) -> None:
-    """Raise AdapterRefused for LoRA that is not zero on layers that never run.
+    """Raise AdapterRefused for LoRA that is not zero on layers that do not run on every token.
 
-    PEFT adds it to an output that nobody asks for, so it is zero after training too. One that is not has an effect only
-    where it is merged into the weights: then PEFT gives two answers. tensors, weights: as in `has_effect`.
+    On layers that never run PEFT adds it to an output that nobody asks for, so it is zero after training too. One that
+    is not may have an effect where it is merged into the weights alone: then PEFT gives two answers. tensors, weights:
+    as in `has_effect`.
     """
     reasons = Reasons()
     for part in spec.idle:
         if not is_zero_product(part, tensors, weights):
-            reasons.add("LoRA has an effect only when merged here, since the model reads the weight itself", part.site)
+            reasons.add("LoRA must be zero here, since the model does not run this layer on every token", part.site)
     if reasons:
         raise AdapterRefused(reasons.render())
 

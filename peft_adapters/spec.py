@@ -165,7 +165,7 @@ class AdapterSpec:
     embeddings: tuple[LoraWeights, ...] = ()
     parameters: tuple[LoraWeights, ...] = ()
     operations: tuple[LayerOperation, ...] = ()
-    idle: tuple[LoraWeights, ...] = ()  # LoRA on layers that never run: it may be there, and must be zero
+    idle: tuple[LoraWeights, ...] = ()  # LoRA on layers of `ServedModel.idle`: it must be zero
     replaced: tuple[ReplacedWeights, ...] = ()
     tokens: tuple[TrainedTokens, ...] = ()
     invocation: tuple[int, ...] = ()  # activated LoRA: active from these tokens' last occurrence in the prompt on

@@ -20,7 +20,7 @@ _TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta", re.DOTALL)
 _PLAIN = re.compile(
     r"(.+?)(\.token_adapter\.base_layer|\.base_layer|\.original_module|\.modules_to_save)?\.(weight|bias)", re.DOTALL
 )
-
+_NUMBERED = re.compile(r"([\w.]+)\.(?:0|[1-9][0-9]{0,6})", re.ASCII)
 
 Halves = dict[str, str]
 """Tensors of one module's LoRA by "A", "B", "E" (AdaLoRA's values) or "bias"; of an embedding by "A" or "B"."""
@@ -81,6 +81,9 @@ def _sort_kind(name: str, own: str, kind: Kind, found: AdapterTensors) -> bool:
         if name == f"{MODEL_PREFIX}{shared}":
             found.shared[shared] = own
             return True
+    if kind.numbered and (match := _NUMBERED.fullmatch(name.removeprefix(MODEL_PREFIX))) and match[1] == kind.numbered:
+        found.shared[match[0]] = own
+        return True
     path = name.removeprefix(PREFIX)
     end = next((end for end in kind.tensors if path.endswith(f".{end}")), "")
     if end and path != name:

@@ -8,65 +8,25 @@ all of them. Kinds as rank rows have 16 rows a layer, as LoRA has here.
 
 from __future__ import annotations
 
-import itertools
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from peft import (
-    IA3Config,
-    LoHaConfig,
-    LoraConfig,
-    MissConfig,
-    OFTConfig,
-    PeftConfig,
-    RoadConfig,
-    VeraConfig,
-    get_peft_model,
-)
-from transformers import AutoModelForCausalLM
+from peft import LoHaConfig, MissConfig, VeraConfig
 
 from benchmarks.common import report
 from benchmarks.common.fleet import Setup, fleet, quickstart_model, scratch_folder
+from benchmarks.common.kinds import IA3, LORA, OFT, ROAD, Groups, make_kinds
 from benchmarks.fleet.neighbours import run_beside, streams
 
 NUM_STREAMS = 32
-TARGETS = ["q_proj", "down_proj"]
-GROUPS: dict[str, list[tuple[type[PeftConfig], dict[str, Any]]]] = {
-    "LoRA": [(LoraConfig, {"r": 16})],
+GROUPS: Groups = {
+    "LoRA": [LORA],
     "LoHa, MiSS, VeRA and LoRA": [
         (LoHaConfig, {"r": 4, "init_weights": False}), (MissConfig, {"r": 16, "init_weights": False}),
-        (VeraConfig, {"r": 16, "init_weights": False}), (LoraConfig, {"r": 16}),
+        (VeraConfig, {"r": 16, "init_weights": False}), LORA,
     ],
-    "IA3, RoAd, OFT and LoRA": [
-        (IA3Config, {"feedforward_modules": ["down_proj"]}), (RoadConfig, {"group_size": 64}),
-        (OFTConfig, {"oft_block_size": 32, "init_weights": False}), (LoraConfig, {"r": 16}),
-    ],
+    "IA3, RoAd, OFT and LoRA": [IA3, ROAD, OFT, LORA],
 }  # fmt: skip
-
-
-def make_kinds(model: Path, root: Path) -> dict[str, list[str]]:
-    """Write NUM_STREAMS adapters of each group, each with numbers of its own; return their names by group."""
-    names: dict[str, list[str]] = {}
-    for group, (title, kinds) in enumerate(GROUPS.items()):
-        for index, (config, options) in zip(range(NUM_STREAMS), itertools.cycle(kinds)):
-            name = f"group-{group}-{index}"
-            names.setdefault(title, []).append(name)
-            torch.manual_seed(index)
-            base = AutoModelForCausalLM.from_pretrained(model)
-            fields = {"target_modules": TARGETS, "task_type": "CAUSAL_LM", **options}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                adapted: Any = get_peft_model(base, config(**fields))
-                with torch.no_grad():
-                    for parameter in adapted.parameters():
-                        if parameter.requires_grad:
-                            parameter += 0.02 * torch.randn_like(parameter)
-                adapted.save_pretrained(str(root / name))
-    return names
 
 
 def measure(url: str, names: Mapping[str, list[str]], rounds: int, output_tokens: int) -> dict[str, np.ndarray]:
@@ -86,7 +46,7 @@ def main() -> None:
     model = args.model or quickstart_model()
     rounds, output_tokens = (2, 40) if args.short else (6, 100)
     with scratch_folder() as scratch:
-        names = make_kinds(model, scratch / "adapters")
+        names = make_kinds(model, scratch / "adapters", GROUPS, NUM_STREAMS)
         with fleet(Setup(model, scratch / "adapters", scratch, ["--max-num-seqs", str(NUM_STREAMS)])) as running:
             gaps = measure(running.url, names, rounds, output_tokens)
     figures = {title: {"p50_ms": float(np.median(own)), "mean_ms": float(own.mean())} for title, own in gaps.items()}

@@ -22,7 +22,7 @@ from gpu_worker.engine.step_model import StepWork
 from gpu_worker.layers.apply_extras import ExtraRows
 from gpu_worker.layers.step_rows import extra_rows, lora_batch
 from gpu_worker.planning.policy import MAX_SKIPS
-from gpu_worker.planning.request import BATCH_PRIORITY, EngineRequest, EngineStats, TokenOutput, failure_of
+from gpu_worker.planning.request import BATCH_PRIORITY, EngineRequest, EngineStats, TokenOutput, failure_of, room_error
 from lora_kernels import ops
 from protocol.wire.errors import BadRequest, Internal, LorafleetError
 
@@ -116,19 +116,20 @@ class EncoderEngine(BaseEngine):
     def _take(self, requests: Iterable[EngineRequest], batch: TextBatch, most: int) -> None:
         """Add texts to a batch, in order, until it has `most` tokens; a longer text may be alone in it."""
         for request in requests:
-            is_over = batch.num_tokens + self._num_virtual(request) + len(request.prompt) > most
+            num_virtual = self._num_virtual(request)
+            is_over = batch.num_tokens + num_virtual + len(request.prompt) > most
             if batch.requests and (is_over or len(batch.requests) == self.config.max_num_seqs):
                 break
             slot = self.adapters.acquire(request.digest) if request.digest else -1
             if slot is None:
                 continue
-            error = self._adapter_misfit(request)
+            error = self._adapter_misfit(request, num_virtual)
             if error is not None:
                 self._release(request)
                 self._fail_waiting(request.rid, error)
                 continue
             self._drop(request.rid)
-            text = np.concatenate([-1 - np.arange(self._num_virtual(request)), request.prompt])
+            text = np.concatenate([-1 - np.arange(num_virtual), request.prompt])
             batch.requests.append(request)
             batch.texts.append(text)
             batch.slots.append(slot)
@@ -147,8 +148,11 @@ class EncoderEngine(BaseEngine):
         if request.digest:
             self.adapters.release(request.digest)
 
-    def _adapter_misfit(self, request: EngineRequest) -> LorafleetError | None:
-        """Return why a text cannot be computed with its adapter, which is in the pool; None if it can."""
+    def _adapter_misfit(self, request: EngineRequest, num_virtual: int) -> LorafleetError | None:
+        """Return why a text cannot be computed with its adapter, which is in the pool; None if it can.
+
+        num_virtual: tokens that the adapter puts before it.
+        """
         if self.model.missing and not request.digest:
             message = f"the base model's folder has no weights of {', '.join(self.model.missing)}: use an adapter"
             return BadRequest(message, param="model")
@@ -158,13 +162,8 @@ class EncoderEngine(BaseEngine):
         if extras is not None and (error := extras.scale_error(request.lora_scale)) is not None:
             return error
         vocab_size = (extras.vocab_size if extras is not None else 0) or self.model.vocab_size
-        num_virtual, most = self._num_virtual(request), self.config.max_model_len
-        if num_virtual + len(request.prompt) > most:
-            return BadRequest(
-                f"the text has {len(request.prompt)} tokens and its adapter {num_virtual} virtual ones before it; this "
-                f"model takes at most {most}",
-                code="context_length_exceeded",
-            )
+        if (error := room_error(request, num_virtual, self.config.max_model_len)) is not None:
+            return error
         if request.prompt.min() < 0 or request.prompt.max() >= vocab_size:
             return BadRequest(f"the text holds token ids outside 0 … {vocab_size - 1}", param="input")
         return None

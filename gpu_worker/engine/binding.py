@@ -7,7 +7,7 @@ import numpy as np
 from gpu_worker.adapters.cache import AdapterCache
 from gpu_worker.engine.pooled import head_of
 from gpu_worker.model.model import BaseModel
-from gpu_worker.planning.request import EngineRequest
+from gpu_worker.planning.request import EngineRequest, room_error
 from gpu_worker.planning.sequence import Sequence
 from gpu_worker.planning.speculation import Drafter
 from gpu_worker.planning.stop import StopRules
@@ -119,15 +119,9 @@ class RequestBinder:
 
     def _put_virtual(self, seq: Sequence, num: int) -> None:
         """Put an adapter's virtual tokens before a sequence's prompt. Raises BadRequest where there is no room."""
-        request, most = seq.request, self._max_model_len
-        needs = num + len(request.prompt) + (request.task == "generate")
-        if needs > most:
-            raise BadRequest(
-                f"the prompt has {len(request.prompt)} tokens and its adapter {num} virtual ones before it; this model "
-                f"takes at most {most}" + (" with the output" if request.task == "generate" else ""),
-                code="context_length_exceeded",
-            )
-        seq.begin_with(num, most)
+        if (error := room_error(seq.request, num, self._max_model_len)) is not None:
+            raise error
+        seq.begin_with(num, self._max_model_len)
         seq.stop_rules = None  # those of fewer tokens of output
         if seq.prompt_logprobs is not None:
             seq.prompt_logprobs.num_before = num

@@ -127,23 +127,24 @@ class OneByOneRunner(Runner):
     ) -> Callable[[int], tuple[ops.LoraBatch | None, list[ExtraRows]]]:
         """Return what the sequence's adapter does to the rows of a layer, by their number.
 
-        `num_logits` of the head, `num_new` of most layers, and `behind` of those that see all of the text again.
+        `num_logits` of the head, `num_new` of most layers. Others see the end of the text again, as much of it as their
+        cache has; of an activated LoRA the rows count from the end, as PEFT's do.
         """
         context, device = self.model.context, self.model.device
 
         @functools.cache
-        def of_text() -> tuple[ops.LoraBatch | None, list[ExtraRows]]:
-            slots, scales = StepRows.after([seq], [0], [behind]).adapters()
+        def of_end(num: int) -> tuple[ops.LoraBatch | None, list[ExtraRows]]:
+            slots, scales = StepRows.after([seq], [behind - num], [num]).adapters()
             batch, extras = lora_batch(slots, scales, device), self._extras.get(seq.request.digest)
             if extras is None:
                 return batch, []
-            active = np.arange(behind) >= seq.active_from
-            return batch, [extra_rows(extras, np.arange(behind), active, seq.request.lora_scale, device)]
+            active = np.arange(behind - num, behind) >= seq.active_from
+            return batch, [extra_rows(extras, np.arange(num), active, seq.request.lora_scale, device)]
 
         def by_rows(num: int) -> tuple[ops.LoraBatch | None, list[ExtraRows]]:
             if num == num_logits:
                 return context.lora_logits, context.extras_logits
-            return (context.lora, context.extras) if num == num_new else of_text()
+            return (context.lora, context.extras) if num == num_new else of_end(num)
 
         return by_rows
 

@@ -28,9 +28,12 @@ from gpu_worker.layers.extras import (
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ExtraRows:
-    """The rows of a step that belong to one adapter with extras, at one scale of their requests."""
+    """The rows of a step that belong to one adapter with extras, at one scale of their requests.
+
+    Equal to itself alone, as `Extras` are.
+    """
 
     extras: Extras
     rows: Tensor  # int64

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from gpu_worker.layers.apply_extras import AdaptableModule
+from gpu_worker.layers.apply_extras import AdaptableModule, ExtraRows
 from gpu_worker.layers.attention import PagedLayer, StepContext
 from gpu_worker.layers.lora import SharedInput
+from gpu_worker.layers.stack_changes import StackChanges
 from gpu_worker.layers.tied import TiedEmbedding
 from lora_kernels import ops
 
@@ -132,10 +133,14 @@ class PreNormLayer:
         return hidden_states
 
     @property
+    def linears(self) -> list[SharedInput]:
+        """Its linear layers, in the order in which they run."""
+        return [self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down]
+
+    @property
     def is_opaque(self) -> bool:
         """Whether some linear layer can only be called, which rules out one operation over the whole layer."""
-        mine = (self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down)
-        return any(inputs.is_opaque for inputs in mine)
+        return any(inputs.is_opaque for inputs in self.linears)
 
     @property
     def constants(self) -> ops.DecoderLayer:
@@ -162,7 +167,9 @@ class LayerStack:
         self.impl: ops.Impl | None = impl
         self.one_call = True  # False: one call per layer, so that a profile shows their parts
         self.ends: Callable[[], ops.ModelEnds] | None = None  # builds a whole-model call from the layers, if possible
+        self.head: SharedInput | None = None  # of the ends
         self._stack: ops.DecoderStack | None = None
+        self._changes: StackChanges | None = None
         self._built_for: tuple[object, ...] = ()  # the KV cache, the adapter table and the ends that `_stack` holds
 
     @property
@@ -176,25 +183,35 @@ class LayerStack:
         return self.layers[0].attention.qkv.table
 
     def native(self) -> ops.DecoderStack | None:
-        """Return what runs a step's layers in one call; None if each has its own call."""
+        """Return what runs layers in one call, if adapters leave it to do so; None if each has its own call."""
         holds = (self.layers[0].attention.layer.k_cache, self.table, self.ends)
         if len(self._built_for) != len(holds) or any(map(operator.is_not, holds, self._built_for)):
             ends = None if self.ends is None else self.ends()
             self._stack = ops.decoder_stack([layer.constants for layer in self.layers], ends, impl=self.impl)
+            parts = [part for layer in self.layers for part in layer.linears]
+            self._changes = None if self._stack is None else StackChanges(self._stack, parts, self.head)
             self._built_for = holds
-        return (
-            self._stack if self.one_call and not any(group.extras.in_layers for group in self.context.extras) else None
-        )
+        return self._stack if self.one_call else None
+
+    def changes(self, groups: list[ExtraRows], *, everywhere: bool = False) -> ops.ChangedRows | None:
+        """Return what adapters change of a step, for the call that runs its layers; None if it cannot do all of it.
+
+        everywhere: before and behind the layers too.
+        """
+        if not groups:
+            return ops.changed_rows([])
+        return None if self._changes is None else self._changes.rows(groups, everywhere=everywhere)
 
     def run(self, rows: Tensor, cos: Tensor, sin: Tensor) -> None:
         """Change rows [T, width] in place by all layers. cos, sin: [T, R]."""
         native, context = self.native(), self.context
-        if native is None:
+        changes = None if native is None else self.changes(context.extras)
+        if native is None or changes is None:
             for layer in self.layers:
                 layer.run(rows, cos, sin)
             return
         assert context.attention is not None
-        native.run(rows, cos, sin, context.attention, self.table, context.lora)
+        native.run(rows, cos, sin, context.attention, self.table, context.lora, changes)
 
     def forward(self, hidden_states: Tensor, *_: Any, position_embeddings: tuple[Tensor, Tensor], **__: Any) -> Tensor:
         """Return hidden_states [1, T, width], changed in place, as the model calls it."""
@@ -280,7 +297,7 @@ class PlainModel:
         lookup = decoder.embedding
         self._rows = lookup.packed if type(lookup) is TiedEmbedding and lookup.embed_scale is None else None
         if not head.is_opaque:
-            decoder.stack.ends = self._ends
+            decoder.stack.ends, decoder.stack.head = self._ends, head
 
     def _ends(self) -> ops.ModelEnds:
         return ops.ModelEnds(self._rows, self.norm.constants, self.head.linears)
@@ -289,16 +306,19 @@ class PlainModel:
         """Return what `BaseModel.forward` does."""
         decoder = self.decoder
         stack, context = decoder.stack, decoder.stack.context
-        native = stack.native() if stack.ends is not None and not context.extras else None
-        if native is None:
+        native = stack.native() if stack.ends is not None else None
+        changes = None if native is None else stack.changes(context.extras, everywhere=True)
+        head_changes = None if changes is None else stack.changes(context.extras_logits, everywhere=True)
+        if native is None or head_changes is None:
             hidden = decoder.run(ids, positions)
             return self.head.project(hidden if logit_rows is None else hidden.index_select(0, logit_rows))[0]
         assert context.attention is not None
         tokens = ids if self._rows is not None else decoder.embedding.forward(ids)
         angles = decoder.angles.upto(context.attention.max_kv_len, self.norm.weight)
         return native.logits(
-            tokens, positions, angles, logit_rows, context.attention, stack.table, context.lora, context.lora_logits
-        )
+            tokens, positions, angles, logit_rows, context.attention, stack.table, context.lora, context.lora_logits,
+            changes, head_changes,
+        )  # fmt: skip
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, logits_to_keep: Tensor, **_: Any) -> Any:
         """Return the output of a step as the model calls it, to be compared with its own."""

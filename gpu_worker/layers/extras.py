@@ -134,9 +134,12 @@ class ParameterLora:
     scale: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Extras:
-    """Everything one adapter changes beyond pooled LoRA rows. False if that is nothing."""
+    """Everything one adapter changes beyond pooled LoRA rows. False if that is nothing.
+
+    Equal to itself alone, so that what is made of it can be kept as long as it lasts.
+    """
 
     linear: dict[int, LinearExtras] = field(default_factory=dict)  # by site index
     embeddings: dict[str, EmbeddingExtras] = field(default_factory=dict)  # by module name

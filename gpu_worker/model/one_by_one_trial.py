@@ -98,13 +98,16 @@ def _in_parts(passes: Passes, ids: Tensor, cuts: list[int]) -> Iterator[tuple[in
 
 
 def watch(passes: Passes) -> Trial:
-    """Return what passes call: of modules those that see all tokens of a pass, or of the text, whenever they run."""
+    """Return what passes call: linear layers in each pass, of other modules those that see all of its tokens.
+
+    All rows of a pass are of one text: whichever a linear layer sees, they have one adapter.
+    """
     sizes = [(NUM_TOKENS, NUM_HEAD_ROWS), (2 * NUM_TOKENS + 1, NUM_HEAD_ROWS + 1)]
     if passes.continues == "chunks":
         sizes.append((NUM_TOKENS + 2, NUM_HEAD_ROWS))
     if passes.continues != "nothing":
         sizes.append((1, 1))
-    return watch_passes(passes.module, list(_watched(passes, sizes)))
+    return watch_passes(passes.module, list(_watched(passes, sizes)), any_rows=True)
 
 
 def _watched(passes: Passes, sizes: list[tuple[int, int]]) -> Iterator[WatchedPass]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from gpu_worker.layers.adaptable_modules import AdaptableModules, find_adaptable_modules
 from gpu_worker.layers.attention import ATTENTION, AttentionCall, StepContext, make_layers, unbind
@@ -39,6 +40,9 @@ from protocol.wire.errors import BadRequest
 from protocol.wire.messages import SiteShape
 
 logger = logging.getLogger(__name__)
+
+MAX_IDLE = 4_096
+"""Layers that no pass runs, of which the fleet is told: every worker's beat has their names."""
 
 SERVED_LAYER_TYPES = {
     "full_attention", "sliding_attention", "chunked_attention", "linear_attention", "conv", "mlp", "moe", "hybrid",
@@ -191,19 +195,21 @@ def _run_one_by_one(model: BaseModel, reasons: list[str]) -> Trial:
 
 
 def _idle_linears(module: PreTrainedModel, trial: Trial) -> list[SiteShape]:
-    """Return the linear layers of mixers that no pass runs: the mixer reads their weights.
+    """Return the linear layers that PEFT adapts and passes do not run on every token: MAX_IDLE of them at most.
 
-    trial: of the model as it runs.
+    Those of mixers, which read the weights of some, come first. trial: of the model as it runs.
     """
-    called = {call.name for call in trial.linears}
+    sites = {call.name for call in trial.linears}
     found: list[SiteShape] = []
-    for mixer in sorted(trial.mixer_modules):
-        for name, child in module.get_submodule(mixer).named_children():
-            shape = linear_shape(child)
-            if shape is not None and f"{mixer}.{name}" not in called and isinstance(child, nn.Linear):
-                rows, width = shape
-                found.append(SiteShape(f"{mixer}.{name}", width, rows, has_bias=child.bias is not None))
-    return found
+    for name, child in module.named_modules():
+        shape = linear_shape(child)
+        if shape is not None and name not in sites and isinstance(child, (nn.Linear, Conv1D)):
+            rows, width = shape
+            has_bias = getattr(child, "bias", None) is not None
+            kind = "conv1d" if isinstance(child, Conv1D) else "linear"
+            found.append(SiteShape(name, width, rows, kind, has_bias))
+    found.sort(key=lambda site: site.name.rpartition(".")[0] not in trial.mixer_modules)
+    return found[:MAX_IDLE]
 
 
 def _install(model: BaseModel, trial: Trial, impl: ops.Impl | None, *, compiled: bool) -> None:

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from protocol.wire import messages as m
-from protocol.wire.errors import AdapterRefused, Internal, LorafleetError
+from protocol.wire.errors import AdapterRefused, BadRequest, Internal, LorafleetError
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +90,21 @@ class EngineStats:
     host_bytes_used: int = 0
     host_bytes_total: int = 0
     counters: m.WorkerCounters = field(default_factory=m.WorkerCounters)
+
+
+def room_error(request: EngineRequest, num_virtual: int, most: int) -> BadRequest | None:
+    """Return why a text has no room behind its adapter's virtual tokens, None if it has.
+
+    most: tokens that the model takes, of a text and, where it generates, its output.
+    """
+    generates, num = request.task == "generate", len(request.prompt)
+    if num_virtual + num + generates <= most:
+        return None
+    return BadRequest(
+        f"the {'prompt' if generates else 'text'} has {num} tokens and its adapter {num_virtual} virtual ones before it"
+        f"; this model takes at most {most}{' with the output' if generates else ''}",
+        code="context_length_exceeded",
+    )
 
 
 def failure_of(request: EngineRequest, error: BaseException) -> LorafleetError:

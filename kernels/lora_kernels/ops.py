@@ -29,8 +29,11 @@ from lora_kernels.segments import (
 )
 from lora_kernels.tables import (
     Activation,
+    AdapterChanges,
     AdapterTable,
+    ChangedRows,
     DecoderLayer,
+    LayerChange,
     LoraSite,
     ModelEnds,
     PackedLinear,
@@ -38,17 +41,21 @@ from lora_kernels.tables import (
     QuantisedLinear,
     RmsNorm,
     SiblingLinears,
+    changed_rows,
 )
 
 __all__ = [
     "BLOCK_TOKENS",
     "PAGE_ROWS",
     "Activation",
+    "AdapterChanges",
     "AdapterTable",
     "AttentionBatch",
+    "ChangedRows",
     "DecoderLayer",
     "DecoderStack",
     "Impl",
+    "LayerChange",
     "LoraBatch",
     "LoraSite",
     "ModelEnds",
@@ -62,6 +69,7 @@ __all__ = [
     "build_attention_batch",
     "build_lora_batch",
     "causal_conv",
+    "changed_rows",
     "copy_rows_",
     "decoder_stack",
     "delta_rule",
@@ -317,23 +325,34 @@ class DecoderStack(Protocol):
         attention: AttentionBatch,
         table: AdapterTable | None,
         lora: LoraBatch | None,
+        changes: ChangedRows | None = None,
     ) -> None:
         """Replace x [T, width] by the output of the last layer, in place.
 
         cos, sin: see `rotary_`. attention, table, lora: see `paged_attention` and `lora_add_`; lora is None for a step
-        without adapters.
+        without adapters. changes: what adapters do to layers besides; LoRA is of inputs that none has changed, and
+        outputs are changed behind it.
         """
         ...
 
     def logits(
         self, tokens: Tensor, positions: Tensor, angles: Tensor, logit_rows: Tensor | None, attention: AttentionBatch,
         table: AdapterTable | None, lora: LoraBatch | None, head_lora: LoraBatch | None,
+        changes: ChangedRows | None = None, head_changes: ChangedRows | None = None,
     ) -> Tensor:  # fmt: skip
         """Return the logits [n, V] of some of the tokens, by the ends that the stack was made with.
 
         tokens: int64 [T] ids, or [T, width] rows in the embedding's place, which change. positions: int64 [T]. angles:
-        [positions, 2 * R], cos and sin of each. logit_rows: int64 [n], None for all tokens. head_lora: of the rows that
-        go through the head.
+        [positions, 2 * R], cos and sin of each. logit_rows: int64 [n], None for all tokens. head_lora, head_changes: of
+        the rows that go through the head.
+        """
+        ...
+
+    def prepare(self, changes: Sequence[LayerChange]) -> AdapterChanges | None:
+        """Make an adapter's changes ready; those of one place are made in this order. Their tensors are on the CPU.
+
+        None where one row's sums must not depend on others': the operations of torch that compute changes elsewhere
+        add them in another order.
         """
         ...
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from lora_kernels.quantised import QuantisedWeight
@@ -58,6 +60,47 @@ class QuantisedLinear:
     sizes: list[int]  # output width of each
     in_features: int
     int8_inputs: bool = False  # whether inputs are rounded to int8 codes, see `quantised.round_inputs`
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChange:
+    """One thing that an adapter does to a linear layer's inputs or outputs x [n, D] besides adding rank rows.
+
+    "add": x + first. "scale": x * first; with `second`, to which the numbers' partners times `second` are added: those
+    of the first half of each `group` are in the second half, with the sign changed, and the other way round. "around":
+    (x - second) * first + second, with zero for no second. "blocks": x in pieces of `size`, each times its matrix.
+    Computed in fp32 and rounded to x's dtype after each.
+    """
+
+    site: int  # `LoraSite.index`
+    of_inputs: bool
+    kind: Literal["add", "scale", "around", "blocks"]
+    first: Tensor  # fp32 [D]; of blocks [D / size, size, size]
+    second: Tensor | None = None  # fp32 [D]
+    group: int = 0
+
+
+class AdapterChanges(Protocol):
+    """What one adapter changes, made ready for a `DecoderStack`."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChangedRows:
+    """Rows of a step whose adapters change layers, as a `DecoderStack` takes them."""
+
+    owners: list[AdapterChanges]  # kept while the lists name them
+    lists: list[Tensor]  # int64: their numbers, how many rows each has, and these, ascending; empty: no rows
+
+
+def changed_rows(own: Sequence[tuple[AdapterChanges, Tensor]]) -> ChangedRows:
+    """Return the rows of adapters that change layers, int64 [n] ascending on the CPU each."""
+    if not own:
+        return ChangedRows([], [])
+    owners = [changes for changes, _ in own]
+    numbers = torch.tensor([changes.number for changes in owners])
+    return ChangedRows(owners, [numbers, torch.tensor([len(rows) for _, rows in own]), torch.cat([r for _, r in own])])
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,7 @@ class Layer:
     out_features: int
     widest: tuple[int, int]  # the most inputs and the most outputs of any layer that the adapter changes
     has_bias: bool = False
+    place: tuple[int, int] = (0, 1)  # its number among the layers that the adapter changes, and how many these are
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,7 @@ class Kind:
     tensors: tuple[str, ...]  # ends of the names of a layer's tensors
     form: Callable[[Layer], Rows | Operation]  # raises Unfit
     shared: tuple[str, ...] = ()  # tensors that all layers share
+    numbered: str = ""  # name of more of these, each with its number behind a dot
     conv1d: bool = False  # whether PEFT has it on `Conv1D`
     changes: Literal["layers", "norms", "tokens"] = "layers"
     patterns: frozenset[str] = field(default_factory=frozenset[str])  # which of `rank_pattern` and `alpha_pattern`

@@ -40,13 +40,14 @@ def read_kind(
     layers = ("linear", "conv1d", OPAQUE) if kind.conv1d else ("linear", OPAQUE)
     served = ("norm",) if kind.changes == "norms" else layers
     found = KindParts()
-    for site in targeted.values():
+    for number, site in enumerate(targeted.values()):
         if site.kind not in served:
             matcher.reasons.add(f"{kind.name} is not served on modules of this kind", site.name)
         elif kind.changes == "norms":
             found.replaced += _read_norm(matcher, site)
         else:
-            _read_layer(matcher, kind, site, widest, found, is_replaced=site.name in replaced)
+            layer = Layer(site.name, {}, *matcher.size(site), widest, site.has_bias, (number, len(targeted)))
+            _read_layer(matcher, kind, site, layer, found, is_replaced=site.name in replaced)
     if found.num_numbers > MAX_KIND_NUMBERS:
         limit = f"where {MAX_KIND_NUMBERS} are served{what_to_do(kind.name)}"
         matcher.reasons.add(f"{kind.name} makes {found.num_numbers} numbers of this file, {limit}")
@@ -74,17 +75,17 @@ def _read_norm(matcher: TensorMatcher, site: SiteShape) -> Iterator[ReplacedWeig
 
 
 def _read_layer(
-    matcher: TensorMatcher, kind: Kind, site: SiteShape, widest: tuple[int, int], found: KindParts, *, is_replaced: bool
+    matcher: TensorMatcher, kind: Kind, site: SiteShape, layer: Layer, found: KindParts, *, is_replaced: bool
 ) -> None:
     """Enter what a kind does to a layer, and count what this takes; with reasons if anything is wrong."""
     config, reasons, before = matcher.config, matcher.reasons, len(matcher.reasons)
-    inputs, outputs = matcher.size(site)
+    inputs, outputs = layer.in_features, layer.out_features
     options = dict(config.options)
     for name, pattern in (("r", config.ranks), ("alpha", config.alphas)):
         if name in options:
             options[name] = pattern.get(site.name, options[name])
     try:
-        form = kind.form(Layer(site.name, options, inputs, outputs, widest, site.has_bias))
+        form = kind.form(replace(layer, options=options))
     except Unfit as unfit:
         reasons.add(f"{kind.name}: {unfit}", site.name)
         return

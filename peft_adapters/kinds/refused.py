@@ -27,7 +27,6 @@ REFUSED = {
     "GLORA": "it scales the base's weight and bias by matrices",
     "HIRA": _FULL_RANK,
     "SUPERTUNING": "its sparse changes and its LoRA on one layer are not served",
-    "TINYLORA": "which layer has which vector depends on the order of the model's modules",
     "LILY": "its router takes the mean over all tokens of a pass: an answer would depend on what runs beside it",
     "OSF": "it replaces the base's weights",
     "PEANUT": _FULL_RANK,

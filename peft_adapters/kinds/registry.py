@@ -10,7 +10,7 @@ from peft_adapters.kinds.kind import Kind
 _FAMILIES = {
     "LOHA": "lycoris", "LOKR": "lycoris",
     "DELORA": "blocks", "GRALORA": "blocks", "MISS": "blocks",
-    "PVERA": "vectors", "UNILORA": "vectors", "VBLORA": "vectors", "VERA": "vectors",
+    "PVERA": "vectors", "UNILORA": "vectors", "TINYLORA": "vectors", "VBLORA": "vectors", "VERA": "vectors",
     "DEFT": "projections", "HRA": "projections",
     "BEFT": "operations", "BOFT": "operations",
     "IA3": "operations", "OFT": "operations", "ROAD": "operations", "SHIRA": "operations",

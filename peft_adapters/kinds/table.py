@@ -43,6 +43,7 @@ SERVED = {
     "LOKR": (ROWS, "rank of the first matrix × rank of the second, by the Kronecker product; all decomposed forms"),
     "MISS": (ROWS, "its rank; the forms `true` and `mini`, not `bat`, whose rank is full"),
     "PVERA": (ROWS, "its rank, with its means; not `sample_at_inference`"),
+    "TINYLORA": (ROWS, "its rank, with its projections saved (`save_projection`, PEFT's default); all `weight_tying`"),
     "UNILORA": (ROWS, "its rank, with its indices saved (`save_indices`)"),
     "VBLORA": (ROWS, "its rank, from logits or from the best weights alone"),
     "VERA": (ROWS, "its rank, with its projections saved (`save_projection`, PEFT's default)"),

@@ -1,6 +1,7 @@
-"""Kinds whose layers share matrices or vectors: VeRA, PVeRA, VB-LoRA and UniLoRA.
+"""Kinds whose layers share matrices or vectors: VeRA, PVeRA, VB-LoRA, UniLoRA and TinyLoRA.
 
 VeRA: Kopiczko et al., 2024. PVeRA: a probabilistic VeRA, which answers with its means. VB-LoRA: Li et al., 2024.
+TinyLoRA: Morris et al., "Learning to Reason in 13 Parameters", 2026.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from peft_adapters.config_fields import is_alpha
 from peft_adapters.kinds.kind import Field, Kind, Layer, Numbers, Rows, Shape, Unfit, choice, whole
 
 # ---------------------------------------------------------------- VeRA and PVeRA
@@ -119,6 +121,37 @@ def _picked(vector: NDArray[Any], index: NDArray[Any]) -> NDArray[Any]:
     return vector[index]
 
 
+# ---------------------------------------------------------------- TinyLoRA
+
+
+def _tinylora(layer: Layer) -> Rows:
+    """Return singular vectors of the layer's weight, which the file has, with a matrix between them.
+
+    The matrix is a sum of random ones, weighted by a short vector. A vector belongs to some layers that follow each
+    other in the model (`TinyLoraModel._create_and_replace`).
+    """
+    options, (number, num_layers) = layer.options, layer.place
+    rank = min(options["r"], layer.in_features, layer.out_features)
+    num_vectors = max(1, round(num_layers * (1.0 - options["weight_tying"])))
+    vector = f"tinylora_v.{min(number // max(1, num_layers // num_vectors), num_vectors - 1)}"
+    shapes: dict[str, Shape] = {
+        "tinylora_A": (rank, layer.in_features),
+        "tinylora_B": (layer.out_features, rank),
+        "tinylora_P": (options["u"], rank, rank),
+        vector: (options["u"],),
+    }
+    num_products = rank * rank * (options["u"] + layer.in_features)
+    make = partial(_tinylora_rows, vector=vector)
+    return Rows(
+        shapes, rank, make, zero_if=tuple(shapes), num_added=options["u"] * rank * rank, num_products=num_products
+    )
+
+
+def _tinylora_rows(get: Numbers, *, vector: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    between = np.tensordot(get(vector), get("tinylora_P"), 1)
+    return between @ get("tinylora_A"), get("tinylora_B")
+
+
 def _vera_kind(name: str, halves: int, **more: Any) -> Kind:
     prefix = name.lower()
     fields = {"r": whole(256), "save_projection": choice(True), **more}
@@ -136,6 +169,7 @@ def _vera_kind(name: str, halves: int, **more: Any) -> Kind:
     )
 
 
+_SHARE = Field(0.0, lambda value: is_alpha(value) and 0 <= value <= 1, "a number from 0 to 1")
 _SAVED = Field(False, lambda value: value is True, "true: without its indices, they depend on the order of all modules")
 
 KINDS = {
@@ -154,5 +188,10 @@ KINDS = {
         frozenset({"proj_seed", "unilora_dropout", "fan_in_fan_out", "init_theta_d_bound", "init_weights"}),
         tuple(f"unilora_{what}_{half}" for what in ("indices", "scales") for half in "AB"), _unilora,
         shared=("unilora_theta_d",), conv1d=True,
+    ),
+    "TINYLORA": Kind(
+        "TINYLORA", {"r": whole(2), "u": whole(64), "weight_tying": _SHARE, "save_projection": choice(True)},
+        frozenset({"projection_seed", "init_v_bound", "tinylora_dropout", "fan_in_fan_out", "init_weights"}),
+        ("tinylora_A", "tinylora_B", "tinylora_P"), _tinylora, numbered="tinylora_v", conv1d=True,
     ),
 }  # fmt: skip

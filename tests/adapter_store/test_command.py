@@ -90,10 +90,13 @@ def test_check_shows_and_refuses_lora_on_a_layer_that_never_runs(
         assert adapter(with_idle, "check", str(folder)) == code
         told = capsys.readouterr()
         if value:
-            assert f"only when merged here, since the model reads the weight itself: {site.name}" in told.err + told.out
+            assert (
+                f"must be zero here, since the model does not run this layer on every token: {site.name}"
+                in told.err + told.out
+            )
         else:
             row = next(line for line in told.out.splitlines() if "mamba.dt_proj" in line)
-            assert "LoRA on a layer that never runs" in row
+            assert "zero LoRA, on a layer not run" in row
             assert "no: it adds zero" in row
 
 

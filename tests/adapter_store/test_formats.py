@@ -151,7 +151,7 @@ async def test_lora_that_peft_computes_nothing_with_must_be_zero(
     (root / "one" / CONFIG_FILE).write_text(json.dumps(lora_config(target_modules="all-linear")))
     run_store()
     alias = await in_state(bus, "one", state)
-    assert ("only when merged here" in alias.reason) == bool(value)
+    assert ("must be zero here" in alias.reason) == bool(value)
 
 
 async def test_what_a_conversion_cost_is_what_this_file_says(bus: Bus, root: Path, run_store: RunStore) -> None:

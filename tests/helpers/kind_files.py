@@ -29,7 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "LOHA": {"r": 2}, "LOKR": {"r": 2}, "MISS": {"r": 4}, "DELORA": {"r": 2}, "HRA": {"r": 2}, "DEFT": {"r": 2},
     "GRALORA": {"r": 4, "hybrid_r": 1}, "VERA": {"r": 4}, "PVERA": {"r": 4},
     "VBLORA": {"r": 2, "num_vectors": 8, "vector_length": 4, "topk": 2, "save_only_topk_weights": True},
-    "UNILORA": {"r": 2, "theta_d_length": 8, "save_indices": True},
+    "TINYLORA": {"r": 2, "u": 3}, "UNILORA": {"r": 2, "theta_d_length": 8, "save_indices": True},
     "BEFT": {}, "IA3": {"feedforward_modules": ["v_proj"]}, "OFT": {"oft_block_size": 4}, "BOFT": {},
     "ROAD": {"group_size": 4}, "SHIRA": {"r": 1}, "LN_TUNING": {"target_modules": ["norm"]},
     "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": [1, 5]},
@@ -58,10 +58,12 @@ def kind_tensors(
     sites = [site for site in base.sites if site.name.endswith(("q_proj", "v_proj"))]
     widest = max(site.in_features for site in sites), max(site.out_features for site in sites)
     found: dict[str, NDArray[Any]] = {}
-    for site in sites:
-        form = kind.form(Layer(site.name, options, site.in_features, site.out_features, widest))
+    for number, site in enumerate(sites):
+        place = (number, len(sites))
+        form = kind.form(Layer(site.name, options, site.in_features, site.out_features, widest, place=place))
         for tensor, shape in form.shapes.items():
-            name = f"base_model.{tensor}" if tensor in kind.shared else f"{prefix}.{site.name}.{tensor}"
+            is_shared = tensor in kind.shared or (kind.numbered and tensor.startswith(f"{kind.numbered}."))
+            name = f"base_model.{tensor}" if is_shared else f"{prefix}.{site.name}.{tensor}"
             if tensor in form.integers:
                 found[name] = generator.integers(0, 2, size=shape, dtype=np.uint8)
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,16 @@ import pytest
 import torch
 from helpers import examples
 from helpers.fixed_sums import fixed_sums
+from oracle.adapters.kind_cases import CASES, FORMS
+from oracle.adapters.peft_kinds import LLAMA, MAX_DIFFERENCE, Kind, engine_logits, make_adapter, make_engine
 from oracle.peft_oracle import ATTENTION, MLP, TINY_VOCAB, Lora, Oracle, ask, greedy_request, prompts, warm
 from oracle.tiny_models import tiny_model
 from torch import Tensor, nn
 
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.runner import StepInputs
-from gpu_worker.layers.blocks import FEWEST_ANGLES, Angles, LayerStack, PlainDecoder
+from gpu_worker.layers.blocks import FEWEST_ANGLES, Angles, LayerStack, PlainDecoder, PreNormLayer
+from gpu_worker.layers.stack_changes import StackChanges
 from lora_kernels import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no native kernels: layers run one by one")
@@ -139,6 +143,55 @@ def test_a_plain_decoder_computes_what_the_model_does(model_type: str) -> None:
     got, expected = logits_of(plain, ["", "one"]), logits_of(whole, ["", "one"])
     assert set(calls) == {"whole"}, "the plain decoder computes every step, and the other none"
     assert all(torch.equal(one, two) for one, two in zip(got, expected, strict=True))
+
+
+ONE_CALL: dict[str, Kind] = {
+    **{name: CASES[name] for name in ("ia3", "road", "oft", "boft")},
+    "dora": Kind(LLAMA, {"use_dora": True}),
+    "lora_bias": Kind(LLAMA, {"lora_bias": True}),
+    "beft": FORMS["beft without biases"],
+    "a head": Kind(LLAMA, {"target_modules": ["lm_head", "q_proj"], "use_dora": True}),
+}
+"""Kinds of which the one call makes all."""
+
+
+def test_what_adapters_multiply_and_add_is_made_in_the_one_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives what layers give one by one; a step with an adapter that it cannot make leaves it."""
+    others = {"shira": CASES["shira"], "ln_tuning": CASES["ln_tuning"]}
+    for name, kind in (ONE_CALL | others).items():
+        make_adapter(kind, tmp_path / name)
+    engine = make_engine(LLAMA, {name: tmp_path / name for name in ONE_CALL | others}, max_num_seqs=32)
+    warm(engine, ONE_CALL | others)
+    apart: list[PreNormLayer] = []
+    run = PreNormLayer.run
+
+    def watched(layer: PreNormLayer, *args: Tensor) -> None:
+        apart.append(layer)
+        run(layer, *args)
+
+    monkeypatch.setattr(PreNormLayer, "run", watched)
+    asked = prompts(2, TINY_VOCAB, (20, 33))
+
+    def logits(turn: str) -> dict[str, tuple[list[int], Tensor]]:
+        requests = [greedy_request(f"{n}/{i}", n, p, 5, salt=turn) for n in ONE_CALL for i, p in enumerate(asked)]
+        scaled = greedy_request("dora/scaled", "dora", asked[0], 5, lora_scale=0.5, salt=turn)
+        return engine_logits(engine, [*requests, scaled, greedy_request("base", "", asked[0], 5, salt=turn)])
+
+    got = logits("one call")
+    assert not apart
+    for name in others:
+        ask(engine, [greedy_request(name, name, asked[0], 2), greedy_request(f"{name} too", "ia3", asked[0], 2)])
+        assert apart, name
+        apart.clear()
+    monkeypatch.setattr(StackChanges, "rows", lambda *_, **__: None)
+    expected = logits("apart")
+    assert apart
+    for rid, (ids, own) in expected.items():
+        assert got[rid][0] == ids, rid
+        assert (got[rid][1] - own).abs().max() <= MAX_DIFFERENCE, rid
+    assert len({tuple(ids) for ids, _ in got.values()}) > len(ONE_CALL)
 
 
 def test_layers_with_rotary_embeddings_of_their_own_stay_apart() -> None:

@@ -92,7 +92,7 @@ def test_lora_on_a_layer_that_never_runs_may_be_there_and_must_be_zero(targets: 
     spec = idle(0.0, targets)
     assert [part.site for part in spec.idle] == [IDLE.name]
     assert IDLE.name not in {part.site for part in spec.sites}
-    with pytest.raises(AdapterRefused, match=f"only when merged here.*{IDLE.name}"):
+    with pytest.raises(AdapterRefused, match=f"must be zero here.*{IDLE.name}"):
         idle(1e-30, targets)
 
 

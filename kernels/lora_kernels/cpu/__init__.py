@@ -23,7 +23,9 @@ from lora_kernels.segments import AttentionBatch, LoraBatch
 from lora_kernels.tables import (
     Activation,
     AdapterTable,
+    ChangedRows,
     DecoderLayer,
+    LayerChange,
     LoraSite,
     ModelEnds,
     PackedLinear,
@@ -33,6 +35,9 @@ from lora_kernels.tables import (
 
 _log = logging.getLogger(__name__)
 _ops = torch.ops.lorafleet
+
+_CHANGE_KINDS = ("add", "scale", "around", "blocks")
+"""In the order of csrc/kernels.h."""
 
 _PANEL = 32  # columns, see csrc/products/linear.h
 
@@ -294,19 +299,43 @@ class NativeDecoderStack:
         attention: AttentionBatch,
         table: AdapterTable | None,
         lora: LoraBatch | None,
+        changes: ChangedRows | None = None,
     ) -> None:
         """See `ops.DecoderStack.run`."""
-        _ops.stack_run.default(self._number, x, cos, sin, *_step(attention, table, lora), *_lora(lora))
+        lists = _step(attention, table, lora)
+        _ops.stack_run.default(self._number, x, cos, sin, *lists, *_lora(lora), _changes(changes))
 
     def logits(
         self, tokens: Tensor, positions: Tensor, angles: Tensor, logit_rows: Tensor | None, attention: AttentionBatch,
         table: AdapterTable | None, lora: LoraBatch | None, head_lora: LoraBatch | None,
+        changes: ChangedRows | None = None, head_changes: ChangedRows | None = None,
     ) -> Tensor:  # fmt: skip
         """See `ops.DecoderStack.logits`."""
-        lists = _step(attention, table, lora or head_lora)
+        lists = *_step(attention, table, lora or head_lora), *_lora(lora), _changes(changes)
         return _ops.stack_logits.default(
-            self._number, tokens, positions, angles, logit_rows, *lists, *_lora(lora), *_lora(head_lora)
+            self._number, tokens, positions, angles, logit_rows, *lists, *_lora(head_lora), _changes(head_changes)
         )
+
+    def prepare(self, changes: Sequence[LayerChange]) -> NativeChanges | None:
+        """See `ops.DecoderStack.prepare`."""
+        return None if sums.are_fixed() else NativeChanges(changes)
+
+
+class NativeChanges:
+    """A `tables.AdapterChanges` in native code: csrc/changes.cpp."""
+
+    def __init__(self, changes: Sequence[LayerChange]) -> None:
+        self.number: int = _ops.changes_new()
+        weakref.finalize(self, _ops.changes_free, self.number)
+        for change in changes:
+            kind = _CHANGE_KINDS.index(change.kind)
+            second = None if change.second is None else _floats(change.second)
+            first = _floats(change.first)
+            _ops.changes_add.default(self.number, change.site, change.of_inputs, kind, first, second, change.group)
+
+
+def _changes(changes: ChangedRows | None) -> list[Tensor]:
+    return [] if changes is None else changes.lists
 
 
 def _step(

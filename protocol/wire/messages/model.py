@@ -35,7 +35,7 @@ class ServedModel(Wire, frozen=True):
     model_type: str
     vocab_size: int
     max_model_len: int  # tokens of prompt + output that a worker's cache can hold
-    sites: list[SiteShape]
+    sites: list[SiteShape]  # in the order of the model's modules
     dtype: str = ""  # dtype of weights and activations
     dtype_reason: str = ""  # why it is that one
     kernels: str = ""  # the native CPU kernels' instruction set; "": others compute
@@ -58,7 +58,8 @@ class ServedModel(Wire, frozen=True):
     since layers keep others or none; None: unknown."""
     tokenizer: dict[str, str] = {}  # digests of the parts of its tokenizer.json, by name; {}: it has none
     idle: list[SiteShape] = []
-    """Linear layers whose weights the model reads without running them, as the selective scan does its dt_proj."""
+    """Linear layers that PEFT adapts and the model does not run on every token: not at all, as those that attend to an
+    encoder, or for their weights alone, as the selective scan reads its dt_proj."""
     weights: str = ""  # hash of the weights' own numbers, see `gpu_worker.loading.weights`; "": not known
 
     @property

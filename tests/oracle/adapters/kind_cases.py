@@ -21,6 +21,7 @@ from peft import (
     PveraConfig,
     RoadConfig,
     ShiraConfig,
+    TinyLoraConfig,
     TrainableTokensConfig,
     UniLoraConfig,
     VBLoRAConfig,
@@ -50,6 +51,7 @@ CASES: dict[str, Kind] = {
     "gralora": Kind(LLAMA, {"r": 8, "gralora_k": 4, **ALL}, config=GraloraConfig),
     "hra": Kind(LLAMA, {"r": 4, **ALL}, config=HRAConfig),
     "deft": Kind(LLAMA, {"r": 4, "alpha": 6, **ALL}, config=DeftConfig),
+    "tinylora": Kind(LLAMA, {"r": 2, "u": 8, **ALL}, config=TinyLoraConfig),
     "unilora": Kind(LLAMA, {**ALL, "r": 3, "theta_d_length": 500, "save_indices": True}, config=UniLoraConfig),
     "ia3": Kind(LLAMA, {**LISTED, "feedforward_modules": ["down_proj"]}, config=IA3Config),
     "beft": Kind(BIASED, {}, config=BeftConfig),
@@ -71,6 +73,11 @@ FORMS: dict[str, Kind] = {
     "lokr, factor": Kind(LLAMA, {"r": 2, "decompose_factor": 4, "decompose_both": True}, config=LoKrConfig),
     "vera, conv1d": Kind(GPT2, {"r": 16, "fan_in_fan_out": True, **CONV1D}, config=VeraConfig),
     "vblora, best weights": Kind(LLAMA, {**BANK, "save_only_topk_weights": True}, config=VBLoRAConfig),
+    "tinylora, one vector": Kind(LLAMA, {"r": 3, "u": 5, "weight_tying": 1.0, **ALL}, config=TinyLoraConfig),
+    "tinylora, some vectors": Kind(
+        LLAMA, {"r": 2, "u": 5, "weight_tying": 0.7, **LISTED, "layers_to_transform": [1]}, config=TinyLoraConfig
+    ),
+    "tinylora, conv1d": Kind(GPT2, {"r": 2, "u": 5, "fan_in_fan_out": True, **CONV1D}, config=TinyLoraConfig),
     "miss, mini": Kind(LLAMA, {"r": 4, "init_weights": "mini", "mini_r": 8}, config=MissConfig),
     "gralora, hybrid": Kind(LLAMA, {"r": 4, "gralora_k": 2, "hybrid_r": 3}, config=GraloraConfig),
     "hra, orthogonal": Kind(LLAMA, {"r": 4, "apply_GS": True}, config=HRAConfig),

@@ -179,6 +179,10 @@ STABLE_TORCH_LIBRARY(lorafleet, m) {
       "delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) states, Tensor runs, "
       "bool normalize) -> Tensor");
   m.def("causal_conv(Tensor x, Tensor weight, Tensor(a!) states, Tensor runs, Tensor? bias, bool silu) -> Tensor");
+  m.def("changes_new() -> int");
+  m.def("changes_free(int changes) -> ()");
+  m.def(
+      "changes_add(int changes, int site, bool of_inputs, int kind, Tensor first, Tensor? second, int size) -> ()");
   m.def("stack_new() -> int");
   m.def("stack_free(int stack) -> ()");
   m.def("stack_norm(int stack, Tensor weight, float eps, bool plus_one) -> ()");
@@ -190,12 +194,12 @@ STABLE_TORCH_LIBRARY(lorafleet, m) {
       "str act) -> ()");
   m.def(
       "stack_run(int stack, Tensor(a!) x, Tensor cos, Tensor sin, Tensor[] attention, Tensor[] table, Tensor[] lora, "
-      "Tensor? row_scales) -> ()");
+      "Tensor? row_scales, Tensor[] changes) -> ()");
   m.def("stack_ends(int stack, Tensor? embedding) -> ()");
   m.def(
       "stack_logits(int stack, Tensor(a!) tokens, Tensor positions, Tensor angles, Tensor? logit_rows, "
-      "Tensor[] attention, Tensor[] table, Tensor[] lora, Tensor? row_scales, Tensor[] head_lora, "
-      "Tensor? head_scales) -> Tensor");
+      "Tensor[] attention, Tensor[] table, Tensor[] lora, Tensor? row_scales, Tensor[] changes, Tensor[] head_lora, "
+      "Tensor? head_scales, Tensor[] head_changes) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lorafleet, CompositeExplicitAutograd, m) {
@@ -204,6 +208,8 @@ STABLE_TORCH_LIBRARY_IMPL(lorafleet, CompositeExplicitAutograd, m) {
   m.impl("use_isa", &boxed<use_isa>);
   m.impl("fix_sums", &boxed<fix_sums>);
   m.impl("quantised_form", &boxed<quantised_form>);
+  m.impl("changes_new", &boxed<changes_new>);
+  m.impl("changes_free", &boxed<changes_free>);
   m.impl("stack_new", &boxed<stack_new>);
   m.impl("stack_free", &boxed<stack_free>);
   m.impl("stack_ends", &boxed<stack_ends>);
@@ -226,6 +232,7 @@ STABLE_TORCH_LIBRARY_IMPL(lorafleet, CPU, m) {
   m.impl("selective_scan", &boxed<selective_scan>);
   m.impl("delta_rule", &boxed<delta_rule>);
   m.impl("causal_conv", &boxed<causal_conv>);
+  m.impl("changes_add", &boxed<changes_add>);
   m.impl("stack_norm", &boxed<stack_norm>);
   m.impl("stack_linears", &boxed<stack_linears>);
   m.impl("stack_layer", &boxed<stack_layer>);

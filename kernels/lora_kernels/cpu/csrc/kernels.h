@@ -255,6 +255,32 @@ struct ConvArgs {
   bool silu;
 };
 
+// What an adapter does to vectors of a layer, its inputs or its outputs, besides adding rank rows. All numbers are fp32.
+enum class ChangeKind {
+  kAdd,     // x + first
+  kScale,   // x * first; with a second, in groups of `size`, plus that times the other half of the group, the first
+            // half's with the sign changed: rotations
+  kAround,  // (x - second) * first + second; no second: zero
+  kBlocks,  // each `size` numbers, a row, times their matrix of first [width / size, size, size]
+};
+struct ChangeOp {
+  ChangeKind kind;
+  const float *first, *second;  // [width] but for kBlocks; the second may be null
+  int64_t width, size;
+};
+struct ChangeTask {  // changes of some rows, one after the other
+  const ChangeOp* ops;
+  int64_t num_ops;
+  const int64_t* rows;
+  int64_t num_rows;
+};
+struct ChangeArgs {
+  Dtype dtype;
+  Matrix x;  // changed in place, each change rounded to its dtype
+  const ChangeTask* tasks;
+  int64_t num_tasks, num_runs;  // of tasks, each of which a thread does; so few that each has enough to do
+};
+
 // The kernels of one instruction set.
 struct Kernels {
   void (*linear)(const LinearArgs&);
@@ -270,6 +296,7 @@ struct Kernels {
   void (*rms_norm)(const RmsNormArgs&);
   void (*rotary)(const RotaryArgs&);
   void (*gated_act)(const GatedActArgs&);
+  void (*change)(const ChangeArgs&);
   void (*mask_logits)(const MaskArgs&);
   void (*argmax)(const ArgmaxArgs&);
   void (*scan)(const ScanArgs&);

@@ -50,6 +50,38 @@ bool linear_lora_pays(const Tensor& x, const LoraStep& step);
 void linear_lora_to(const Tensor& out, const Tensor& x, const Tensor& packed, const OptionalTensor& bias, Tensors outs,
                     const LoraSites& sites, const LoraStep& step);
 
+// changes.cpp: what an adapter does to layers besides adding rank rows is known by its number.
+struct Changes {
+  struct Site {
+    std::vector<ChangeOp> inputs, outputs;  // in the order in which they are made
+  };
+  std::vector<Site> sites;    // by index
+  std::vector<Tensor> kept;  // which have the numbers
+
+  const std::vector<ChangeOp>& at(int64_t site, bool of_inputs) const {
+    static const Site none;
+    const Site& own = site < static_cast<int64_t>(sites.size()) ? sites[site] : none;
+    return of_inputs ? own.inputs : own.outputs;
+  }
+};
+struct ChangedRows {
+  std::shared_ptr<const Changes> changes;
+  std::vector<int64_t> rows;  // ascending
+};
+int64_t changes_new();
+void changes_free(int64_t changes);
+// kind: a ChangeKind. The changes must not be in use.
+void changes_add(int64_t changes, int64_t site, bool of_inputs, int64_t kind, const Tensor& first,
+                 const OptionalTensor& second, int64_t size);
+// lists: numbers of changes, how many rows each has, and these rows of num_rows; or none.
+std::vector<ChangedRows> changed_rows(Tensors lists, int64_t num_rows);
+// Those of rows [first, first + count), which are numbered from 0.
+std::vector<ChangedRows> changed_rows_of(const std::vector<ChangedRows>& all, int64_t first, int64_t count);
+// Those that change a site's inputs or outputs.
+std::vector<ChangedRows> changed_at(const std::vector<ChangedRows>& all, int64_t site, bool of_inputs);
+// Changes rows of x, inputs or outputs of a site, in place.
+void change_(const Tensor& x, const std::vector<ChangedRows>& changed, int64_t site, bool of_inputs);
+
 // pack.cpp and quantised.cpp
 void pack_linear_(const Tensor& packed, Tensors weights);
 std::tuple<int64_t, int64_t> quantised_form(std::string_view kind, int64_t in_features);
@@ -78,11 +110,12 @@ void stack_linears(int64_t stack, Tensors weights, Ints forms, bool int8_inputs,
 void stack_layer(int64_t stack, Ints shape, double scale, double softcap, const Tensor& k_cache, const Tensor& v_cache,
                  const OptionalTensor& sinks, std::string_view act);
 void stack_run(int64_t stack, const Tensor& x, const Tensor& cos, const Tensor& sin, Tensors attention, Tensors table,
-               Tensors lora, const OptionalTensor& row_scales);
+               Tensors lora, const OptionalTensor& row_scales, Tensors changes);
 void stack_ends(int64_t stack, const OptionalTensor& embedding);
 Tensor stack_logits(int64_t stack, const Tensor& tokens, const Tensor& positions, const Tensor& angles,
                     const OptionalTensor& logit_rows, Tensors attention, Tensors table, Tensors lora,
-                    const OptionalTensor& row_scales, Tensors head_lora, const OptionalTensor& head_scales);
+                    const OptionalTensor& row_scales, Tensors changes, Tensors head_lora,
+                    const OptionalTensor& head_scales, Tensors head_changes);
 
 // The kernels in use; null until there are some.
 extern const Kernels* active;

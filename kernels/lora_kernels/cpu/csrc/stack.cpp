@@ -63,6 +63,7 @@ struct Rows {
   Tensor cos, sin, slots;    // [n, rotary_dim], and the places in the KV cache
   std::vector<Tensor> lora;  // rows, small_tiles, large_tiles, counts; none: no row has an adapter
   OptionalTensor row_scales;
+  std::vector<ChangedRows> changes;
 
   int64_t count() const { return x.size(0); }
   // The same rows of a matrix that has all of the step's.
@@ -96,41 +97,107 @@ void announce_weights(const Sites& sites, const Tensor& x) {
   announce(parts);
 }
 
+bool changes_inputs(const Sites& sites, const Rows& rows) {
+  return std::ranges::any_of(rows.changes, [&](const ChangedRows& own) {
+    return std::ranges::any_of(sites.indices, [&](int64_t site) { return !own.changes->at(site, true).empty(); });
+  });
+}
+
 // Whether a product takes its input in chunks, and nothing else reads that: what gives it need not be copied then.
 bool takes_chunks(const Sites& sites, const Rows& rows) {
-  return sites.forms.empty() && !sites.is_plain() && (rows.lora.empty() || sites.a_rows.empty());
+  return sites.forms.empty() && !sites.is_plain() && (rows.lora.empty() || sites.a_rows.empty()) &&
+         !changes_inputs(sites, rows);
+}
+
+void multiply_to(const Tensor& out, const Tensor& x, const Sites& sites) {
+  if (x.dim() == 3)
+    linear_of_chunks(out, x, sites.weights[0], sites.bias);
+  else if (!sites.forms.empty())
+    quant_linear_to(out, x, sites.weights, sites.forms, sites.sizes, sites.bias, sites.int8_inputs);
+  else
+    linear_to(out, x, sites.weights[0], sites.bias);
+}
+
+void copy_rows(const Tensor& to, const Tensor& from) {
+  for (int64_t row = 0; row < from.size(0); ++row)
+    std::memcpy(to.rows(row, 1).data, from.rows(row, 1).data, from.size(1) * from.element_size());
+}
+
+// Returns the outputs of one of several siblings, which begin at `first`: [n, size].
+Tensor product_of(const Sites& sites, size_t sibling, int64_t first, const Tensor& x) {
+  const int64_t size = sites.sizes[sibling];
+  const OptionalTensor bias = sites.bias ? OptionalTensor(sites.bias->rows(first, size)) : std::nullopt;
+  if (sites.is_plain()) return plain_linear(x, sites.weights[0], sites.bias).columns(first, size);
+  Sites own = {{}, {}, sites.int8_inputs, bias, {size}, {}, {}, {}, {}, {}};
+  if (!sites.forms.empty()) {
+    own.weights = {sites.weights[sibling]}, own.forms = {sites.forms[sibling]};
+  } else if (first % kPanel == 0) {
+    own.weights = {sites.weights[0].rows(first / kPanel, (size + kPanel - 1) / kPanel)};
+  } else {  // it begins within a panel
+    const Tensor all = empty({x.size(0), width_of(sites)}, x.type);
+    multiply_to(all, x, sites);
+    return all.columns(first, size);
+  }
+  const Tensor out = empty({x.size(0), size}, x.type);
+  multiply_to(out, x, own);
+  return out;
+}
+
+// Overwrites outputs of siblings, where adapters change these siblings' inputs x.
+void multiply_changed(const Sites& sites, const Tensor& x, const Rows& rows, const std::vector<Tensor>& outs) {
+  int64_t first = 0;
+  for (size_t i = 0; i < sites.sizes.size(); first += sites.sizes[i++]) {
+    std::vector<ChangedRows> changed = changed_at(rows.changes, sites.indices[i], true);
+    std::vector<int64_t> places;
+    for (ChangedRows& own : changed)
+      for (int64_t& row : own.rows) places.push_back(row), row = static_cast<int64_t>(places.size()) - 1;
+    if (places.empty()) continue;
+    const Tensor inputs = empty({static_cast<int64_t>(places.size()), x.size(1)}, x.type);
+    for (size_t row = 0; row < places.size(); ++row) copy_rows(inputs.rows(row, 1), x.rows(places[row], 1));
+    change_(inputs, changed, sites.indices[i], true);
+    const Tensor product = product_of(sites, i, first, inputs);
+    for (size_t row = 0; row < places.size(); ++row) copy_rows(outs[i].rows(places[row], 1), product.rows(row, 1));
+  }
+}
+
+// Returns x as adapters change it for a layer without siblings.
+Tensor changed_inputs(const Sites& sites, const Tensor& x, const Rows& rows) {
+  const Tensor changed = empty({x.size(0), x.size(1)}, x.type);
+  copy_rows(changed, x);
+  change_(changed, rows.changes, sites.indices[0], true);
+  return changed;
 }
 
 // Returns the outputs of all siblings side by side: [n, sum of sizes]. x: [n, width] or [chunks, n, kXChunk]. out:
 // where they are put, if it is given; not for plain weights.
 Tensor project(const Sites& sites, const Tensor& x, const Step& step, const Rows& rows, OptionalTensor out = {}) {
-  const Tensor& weight = sites.weights[0];
+  const bool has_lora = !rows.lora.empty() && !sites.a_rows.empty(), is_changed = changes_inputs(sites, rows);
+  const Tensor inputs = is_changed && sites.sizes.size() == 1 ? changed_inputs(sites, x, rows) : x;
   if (sites.is_plain())
-    out = plain_linear(x, weight, sites.bias);
+    out = plain_linear(inputs, sites.weights[0], sites.bias);
   else if (!out)
     out = empty({x.size(-2), width_of(sites)}, x.type);
-  const bool has_lora = !rows.lora.empty() && !sites.a_rows.empty();
   std::vector<Tensor> outs;
-  if (has_lora) {
-    int64_t first = 0;
-    for (const int64_t size : sites.sizes) outs.push_back(out->columns(first, size)), first += size;
+  int64_t first = 0;
+  for (const int64_t size : sites.sizes) outs.push_back(out->columns(first, size)), first += size;
+  const auto change_outputs = [&] {
+    for (size_t i = 0; i < sites.indices.size(); ++i) change_(outs[i], rows.changes, sites.indices[i], false);
+    return *out;
+  };
+  if (has_lora && !is_changed && !sites.is_plain() && sites.forms.empty()) {
     const LoraStep lora = {step.table[0], step.table[1], step.table[2], rows.lora[0],
                            rows.lora[1],  rows.lora[2],  rows.lora[3],  rows.row_scales};
-    if (!sites.is_plain() && sites.forms.empty() && linear_lora_pays(x, lora)) {
-      linear_lora_to(*out, x, weight, sites.bias, outs, sites.lora(), lora);
-      return *out;
+    if (linear_lora_pays(x, lora)) {
+      linear_lora_to(*out, x, sites.weights[0], sites.bias, outs, sites.lora(), lora);
+      return change_outputs();
     }
   }
-  if (x.dim() == 3)
-    linear_of_chunks(*out, x, weight, sites.bias);
-  else if (!sites.forms.empty())
-    quant_linear_to(*out, x, sites.weights, sites.forms, sites.sizes, sites.bias, sites.int8_inputs);
-  else if (!sites.is_plain())
-    linear_to(*out, x, weight, sites.bias);
+  if (!sites.is_plain()) multiply_to(*out, inputs, sites);
+  if (is_changed && sites.sizes.size() > 1) multiply_changed(sites, x, rows, outs);
   if (has_lora)
     lora_add_(outs, x, sites.a_rows, sites.b_rows, sites.factors, sites.indices, sites.groups, step.table[0],
               step.table[1], step.table[2], rows.lora[0], rows.lora[1], rows.lora[2], rows.lora[3], rows.row_scales);
-  return *out;
+  return change_outputs();
 }
 
 // Normalises heads [n, H, D] in place; it knows rows that lie one after the other.
@@ -231,7 +298,7 @@ std::vector<Rows> cut(const Rows& whole) {
   for (int64_t i = 0; i < num; ++i) {
     const int64_t first = rows * i / num, count = rows * (i + 1) / num - first;
     Rows block = {first, whole.x.rows(first, count), whole.cos.rows(first, count), whole.sin.rows(first, count),
-                  whole.slots.rows(first, count), {}, {}};
+                  whole.slots.rows(first, count), {}, {}, changed_rows_of(whole.changes, first, count)};
     if (!whole.lora.empty()) cut_lora(whole, block);
     blocks.push_back(std::move(block));
   }
@@ -329,6 +396,7 @@ void stack_norm(int64_t stack, const Tensor& weight, double eps, bool plus_one) 
 void stack_linears(int64_t stack, Tensors weights, Ints forms, bool int8_inputs, const OptionalTensor& bias, Ints sizes,
                    Tensors a_rows, Tensors b_rows, Tensors factors, Ints indices, Ints groups) {
   LORAFLEET_CHECK(!weights.empty(), "linear layers need a weight");
+  LORAFLEET_CHECK(indices.empty() || indices.size() == sizes.size(), "each of ", sizes.size(), " layers needs a site");
   stack_at(stack)->next.sites.push_back({kept(weights), kept(forms), int8_inputs, bias, kept(sizes), kept(a_rows),
                                          kept(b_rows), kept(factors), kept(indices), kept(groups)});
 }
@@ -379,10 +447,11 @@ Step step_of(const std::vector<Layer>& layers, Rows whole, Tensors attention, Te
 
 // x [T, width] becomes, in place, what the last layer gives.
 void stack_run(int64_t stack, const Tensor& x, const Tensor& cos, const Tensor& sin, Tensors attention, Tensors table,
-               Tensors lora, const OptionalTensor& row_scales) {
+               Tensors lora, const OptionalTensor& row_scales, Tensors changes) {
   const std::shared_ptr<Stack> found = stack_at(stack);
   const std::vector<Layer>& layers = found->layers;
-  const Step step = step_of(layers, {0, x, cos, sin, {}, {lora.begin(), lora.end()}, row_scales}, attention, table);
+  const Rows whole = {0, x, cos, sin, {}, {lora.begin(), lora.end()}, row_scales, changed_rows(changes, x.size(0))};
+  const Step step = step_of(layers, whole, attention, table);
   const Tensor attended = run_to_last_attention(layers, x, step);
   each(step.blocks, [&](const Rows& rows) {
     // For the sum that the norm leaves in x.
@@ -395,7 +464,8 @@ void stack_run(int64_t stack, const Tensor& x, const Tensor& cos, const Tensor& 
 // whose products may have other bits then.
 Tensor stack_logits(int64_t stack, const Tensor& tokens, const Tensor& positions, const Tensor& angles,
                     const OptionalTensor& logit_rows, Tensors attention, Tensors table, Tensors lora,
-                    const OptionalTensor& row_scales, Tensors head_lora, const OptionalTensor& head_scales) {
+                    const OptionalTensor& row_scales, Tensors changes, Tensors head_lora,
+                    const OptionalTensor& head_scales, Tensors head_changes) {
   const std::shared_ptr<Stack> found = stack_at(stack);
   LORAFLEET_CHECK(found->ends, "the stack has no ends");
   const Ends& ends = *found->ends;
@@ -405,10 +475,11 @@ Tensor stack_logits(int64_t stack, const Tensor& tokens, const Tensor& positions
   const Tensor x = are_ids ? rows_at(*ends.embedding, tokens) : tokens, both = rows_at(angles, positions);
   const int64_t width = both.size(1) / 2;
   const Tensor cos = both.columns(0, width), sin = both.columns(width, width);
-  const Rows whole = {0, x, cos, sin, {}, {lora.begin(), lora.end()}, row_scales};
+  const Rows whole = {0, x, cos, sin, {}, {lora.begin(), lora.end()}, row_scales, changed_rows(changes, x.size(0))};
   const Step step = step_of(layers, whole, attention, table);
   const Tensor attended = run_to_last_attention(layers, x, step);
-  Rows last = {0, x, {}, {}, {}, {head_lora.begin(), head_lora.end()}, head_scales};
+  const int64_t num_last = logit_rows ? logit_rows->numel() : x.size(0);
+  Rows last = {0, x, {}, {}, {}, {head_lora.begin(), head_lora.end()}, head_scales, changed_rows(head_changes, num_last)};
   Tensor normed;
   if (logit_rows && !is_plain(layers)) {
     last.x = rows_at(x, *logit_rows);

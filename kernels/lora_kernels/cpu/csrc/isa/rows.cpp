@@ -4,6 +4,7 @@
 namespace lorafleet {
 namespace {
 #include "../pointwise.h"
+#include "../changes.h"
 #include "../states/scan.h"
 #include "../states/delta.h"
 }
@@ -13,6 +14,7 @@ void put_rows(Kernels& kernels) {
   kernels.rms_norm = rms_norm;
   kernels.rotary = rotary;
   kernels.gated_act = gated_act;
+  kernels.change = change;
   kernels.mask_logits = mask_logits;
   kernels.argmax = argmax;
   kernels.scan = scan;

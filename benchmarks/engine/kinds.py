@@ -1,0 +1,207 @@
+"""A decode step of 32 requests with as many adapters of one kind, beside its floor, for LoRA and other kinds.
+
+    python -m benchmarks.engine.kinds [--model FOLDER] [--short] [--before CHECKOUT]
+
+A floor is the measured step of the base model, and the time in which the numbers of the adapters are read at the
+measured speed of memory, or multiplied and added once each at that of arithmetic in fp32, whichever takes longer: of 32
+adapters each number meets one row. Only `Engine.step` is measured, in a process of its own with one thread, by the
+processor's time, which other programs change least; the groups take turns, and the figure is the lower quartile of
+whole steps. With `--before`, steps of another checkout are measured as well, in turns.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+import torch
+from peft import LoraConfig
+
+from benchmarks.common import report
+from benchmarks.common.fleet import quickstart_model, scratch_folder
+from benchmarks.common.kinds import IA3, LORA, OFT, ROAD, Groups, make_kinds
+from protocol.runtime.environment import COMPUTE, child_environment
+
+NUM_REQUESTS = 32
+BASE, FIRST = "base model", "LoRA of rank 16"
+GROUPS: Groups = {
+    FIRST: [LORA],
+    "DoRA of rank 16": [(LoraConfig, {"r": 16, "use_dora": True})],
+    "IA3": [IA3],
+    "RoAd": [ROAD],
+    "OFT, blocks of 32": [OFT],
+    "IA3, RoAd, OFT and LoRA": [IA3, ROAD, OFT, LORA],
+}
+
+STEPS = """
+import json, sys, time
+from pathlib import Path
+import numpy as np
+import torch
+torch.set_num_threads(1)
+from benchmarks.engine.distinct_adapters import add_requests, start_engine
+torch.manual_seed(0)
+engine = start_engine(Path(sys.argv[1]), Path(sys.argv[2]), max_num_seqs=32)
+
+
+def steps(digests, num_steps):
+    add_requests(engine, digests, len(digests))
+    times = []
+    while len(times) < num_steps:
+        running = engine.batcher.running
+        decodes = len(running) == len(digests) and all(seq.num_pending == 1 for seq in running)
+        started = time.process_time()
+        outputs = engine.step()
+        if decodes:
+            times.append(1e3 * (time.process_time() - started))
+        elif not outputs:
+            time.sleep(0.002)
+        for output in outputs:
+            if output.error:
+                raise output.error
+    engine.hand_over()
+    return times
+
+
+def extra_numbers(digest):
+    # of an adapter's extras, those that a step reads
+    extras, found = engine.adapters.extras.get(digest), 0
+    for part in extras.linear.values() if extras else ():
+        changes = [change for change in (part.inputs, part.outputs) if change is not None]
+        own = [number for change in changes for number in (change.scale, change.across, change.blocks)]
+        own += [part.lora_bias, None if part.dora is None else part.dora.factor]
+        found += sum(number.numel() for number in own if number is not None)
+    return found
+
+
+for line in sys.stdin:
+    digests, num_steps, wants_numbers = json.loads(line)
+    times = steps(digests, num_steps)
+    print(json.dumps([extra_numbers(name) for name in digests] if wants_numbers else times), flush=True)
+"""
+"""The program of a checkout's process: it reads the adapters of requests and a number of steps as a line, and writes
+the steps' times, or how many fp32 numbers each adapter has besides rank rows."""
+
+
+class Checkout:
+    """A process that measures steps of a checkout."""
+
+    def __init__(self, folder: Path, model: Path, adapters: Path) -> None:
+        """Start it. adapters: folder of the adapters, by name."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", STEPS, str(model), str(adapters)], cwd=folder, text=True,
+            env={**child_environment(*COMPUTE), "PYTHONPATH": ".:kernels", "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def ask(self, digests: Sequence[str], num_steps: int, *, numbers: bool = False) -> list[Any]:
+        """Return the times of steps in ms; or numbers besides rank rows, which each adapter has."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(orjson.dumps([digests, num_steps, numbers]).decode(), file=self._process.stdin, flush=True)
+        return orjson.loads(self._process.stdout.readline())
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def lora_numbers(adapters: Path, name: str) -> int:
+    """Return how many numbers an adapter's rank rows have; 0 for a kind without."""
+    from safetensors import safe_open
+
+    with safe_open(adapters / name / "adapter_model.safetensors", "pt") as file:
+        return sum(file.get_tensor(key).numel() for key in file.keys() if "lora_A" in key or "lora_B" in key)  # noqa: SIM118
+
+
+def speeds() -> tuple[float, float]:
+    """Return GB that one thread reads from memory a second, and fp32 products that it adds up, 10⁹ a second."""
+    large, small = torch.randn(1 << 26), torch.randn(256, 256)
+    read_s = _least_s(lambda: large.sum(), 8)
+    return large.nbytes / read_s / 1e9, 256**3 / _least_s(lambda: small @ small, 50) / 1e9
+
+
+def _least_s(run: Any, repetitions: int) -> float:
+    times: list[float] = []
+    for _ in range(repetitions):
+        started = time.process_time()
+        run()
+        times.append(time.process_time() - started)
+    return min(times)
+
+
+def floor_ms(base_ms: float, rank_numbers: int, extra_numbers: int, gb_s: float, products: float) -> float:
+    """Return the floor of a step. rank_numbers: in bf16; extra_numbers: in fp32. gb_s, products: as `speeds` says."""
+    read_ms = (2 * rank_numbers + 4 * extra_numbers) / gb_s / 1e6
+    return base_ms + max(read_ms, (rank_numbers + extra_numbers) / products / 1e6)
+
+
+def main() -> None:
+    """Measure, print a table, and save the figures and a plot."""
+    parser = report.parser(__doc__)
+    parser.add_argument("--before", type=Path, help="another checkout, whose steps are measured beside this one's")
+    args = parser.parse_args()
+    machine, model = report.machine(), args.model or quickstart_model()
+    rounds, num_steps = (4, 20) if args.short else (8, 40)
+    torch.set_num_threads(1)
+    with scratch_folder() as scratch:
+        adapters = scratch / "adapters"
+        groups = make_kinds(model, adapters, GROUPS, NUM_REQUESTS)
+        folders = {"now": Path.cwd(), **({"before": args.before} if args.before else {})}
+        checkouts = {label: Checkout(folder, model, adapters) for label, folder in folders.items()}
+        numbers = {name: checkouts["now"].ask(own, 2, numbers=True) for name, own in groups.items()}
+        rank_numbers = {name: sum(lora_numbers(adapters, one) for one in own) for name, own in groups.items()}
+        cases = {BASE: [""] * NUM_REQUESTS, **groups}
+        times: dict[str, dict[str, list[float]]] = {name: {label: [] for label in folders} for name in cases}
+        for index in range(rounds):
+            for name, digests in cases.items():
+                for label in list(folders)[:: 1 if index % 2 else -1]:
+                    times[name][label] += checkouts[label].ask(digests, num_steps)
+        for checkout in checkouts.values():
+            checkout.stop()
+    gb_s, products = speeds()
+    steps = {name: {label: float(np.quantile(ms, 0.25)) for label, ms in by.items()} for name, by in times.items()}
+    base_ms, lora_ms = steps[BASE]["now"], steps[FIRST]["now"]
+    floors = {
+        name: floor_ms(base_ms, rank_numbers[name], sum(own), gb_s, products) for name, own in numbers.items()
+    }  # fmt: skip
+    figures = {
+        "step_ms": steps, "floor_ms": floors, "memory_gb_s": gb_s, "products_g_s": products,
+        "extra_numbers": {name: sum(own) for name, own in numbers.items()}, "rank_numbers": rank_numbers,
+    }  # fmt: skip
+    about = {"machine": machine, "requests": NUM_REQUESTS, "steps_each": rounds * num_steps}
+    report.save(args.out / "kinds-engine", {**about, **figures}, 1, lambda axes: draw(axes, steps, floors))
+    labels = sorted(folders)
+    rows: list[tuple[str, ...]] = []
+    for name, by in steps.items():
+        floor = (f"{floors[name]:.1f}", f"{by['now'] / floors[name]:.2f}") if name in floors else ("", "")
+        rows.append((name, *(f"{by[label]:.1f}" for label in labels), f"{lora_ms / by['now']:.2f}", *floor))
+    header = (
+        "32 requests of",
+        *(f"{label}, ms" for label in labels),
+        "LoRA's step ÷ this",
+        "floor, ms",
+        "step ÷ floor",
+    )
+    print(report.table(header, rows))
+    print(f"one thread: {gb_s:.1f} GB/s, {products:.1f} · 10⁹ products/s; processor's time, lower quartile")
+
+
+def draw(axes: Sequence[Any], steps: dict[str, dict[str, float]], floors: dict[str, float]) -> None:
+    """Draw the steps as bars, and their floors as lines."""
+    bars = axes[0].barh(list(steps), [by["now"] for by in steps.values()], color=report.BLUE)
+    axes[0].bar_label(bars, [f"{by['now']:.1f}" for by in steps.values()], color=report.MUTED, padding=2)
+    for place, name in enumerate(steps):
+        if name in floors:
+            axes[0].vlines(floors[name], place - 0.4, place + 0.4, color=report.RED)
+    axes[0].set(title="a decode step of 32 requests, ms")
+
+
+if __name__ == "__main__":
+    main()
