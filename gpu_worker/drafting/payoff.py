@@ -27,7 +27,7 @@ thirty steps, where all are wrong."""
 
 MIN_GAIN = 1.25
 """Times as many tokens a second as without that are expected of draft tokens at least. Estimates are not exact: where
-1.1 times was enough, steps of four and eight sequences came out as fast as without, and slower by 7 % (measured)."""
+1.1 times was enough, steps of four sequences came out as fast as without, and of eight slower by 7 % (measured)."""
 
 VARIED = 2 * MIN_STEPS
 """Steps that must have had more tokens than the shortest one. What more tokens take is not known before, and counted as
