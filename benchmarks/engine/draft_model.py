@@ -155,7 +155,7 @@ class Plan:
 def measure(base: Path, draft: Path, plan: Plan) -> dict[str, Any]:
     """Return the figures of each way under each load, and by the number of streams."""
     settings = Settings(
-        model=str(base), draft_model=str(draft), prefix_cache=False, max_model_len=1024, adapter_pool_bytes=64 << 20,
+        model=str(base), draft_model=str(draft), prefix_cache=False, max_model_len=1024, adapter_pool_bytes=512 << 20,
         kv_cache_bytes=1 << 30, threads=plan.threads,
     )  # fmt: skip
     engine = load_engine(settings, fetch)[0].engine

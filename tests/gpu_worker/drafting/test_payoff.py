@@ -10,7 +10,7 @@ import pytest
 from gpu_worker.drafting.payoff import (
     HOPE,
     MIN_CHUNK,
-    TRIED,
+    VARIED,
     Acceptance,
     Draftable,
     DraftChoice,
@@ -86,7 +86,7 @@ def test_it_stops_where_steps_with_more_tokens_turn_out_long() -> None:
         num_drafted += num > 0
         payoff.note_step(1 + num, BASE_S * (1 + num))
     assert payoff.choose([candidate(0.7)], 8, 1) == DraftChoice()
-    assert TRIED <= num_drafted <= TRIED + MIN_STEPS
+    assert VARIED <= num_drafted <= VARIED + MIN_STEPS
 
 
 def test_a_text_is_read_once_its_request_has_had_enough_steps() -> None:
