@@ -111,55 +111,7 @@ class OpenVino:
             request.update(start_s=start_s, arrivals_s=arrivals_s, end_s=end_s, ids=ids)
 
 
-class MistralRs:
-    """mistral.rs by its Python wheel, which has no server. Options: see `benchmarks.peers.in_process`."""
-
-    def __init__(self, model: str, adapters: list[str], max_seqs: int, quantisation: str) -> None:
-        """quantisation: of the weights when they are loaded, such as "Q8_0", or "" for bf16."""
-        self._library: Any = importlib.import_module("mistralrs")
-        self.version = importlib.import_module("importlib.metadata").version("mistralrs")
-        which, dtype = self._library.Which, self._library.ModelDType.BF16
-        if adapters:
-            named = [self._library.LoraAdapter(alias=folder, source=folder) for folder in adapters]
-            model_of = which.Lora(model_id=model, adapters=named, max_adapters=len(named), dtype=dtype)
-        else:
-            model_of = which.Plain(model_id=model, dtype=dtype)
-        self._runner = self._library.Runner(
-            which=model_of, max_seqs=max_seqs, no_paged_attn=True, prefix_cache_n=0, in_situ_quant=quantisation or None
-        )
-
-    def run(self, requests: list[Request], in_flight: int, num_tokens: int) -> None:
-        """See `Engine.run`. Streams are read in turn from one thread: the library allows no other."""
-        waiting, flying = deque(requests), list[tuple[Request, Any]]()
-        while waiting or flying:
-            while waiting and len(flying) < in_flight:
-                request = waiting.popleft()
-                request.update(start_s=time.perf_counter(), arrivals_s=[], ids=[])
-                flying.append((request, iter(self._send(request, num_tokens))))
-            for request, stream in list(flying):
-                chunk = next(stream, None)
-                request["end_s"] = time.perf_counter()
-                if chunk is None:
-                    flying.remove((request, stream))
-                elif text := chunk.choices[0].delta.content:
-                    request["arrivals_s"].append(request["end_s"])
-                    request["ids"].append(text)
-
-    def _send(self, request: Request, num_tokens: int) -> Any:
-        return self._runner.send_chat_completion_request(
-            self._library.ChatCompletionRequest(
-                messages=request["prompt"],
-                model="default",
-                stream=True,
-                max_tokens=num_tokens,
-                temperature=0.0,
-                ignore_eos=True,
-                adapter=request["adapter"] or None,
-            )
-        )
-
-
-ENGINES: dict[str, Any] = {"openvino": OpenVino, "mistralrs": MistralRs}
+ENGINES: dict[str, Any] = {"openvino": OpenVino}
 
 
 def main() -> None:

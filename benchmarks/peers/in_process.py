@@ -1,16 +1,15 @@
-"""Lorafleet beside engines that have no server: OpenVINO GenAI and mistral.rs, asked in turns.
+"""Lorafleet beside an engine that has no server, OpenVINO GenAI, asked in turns.
 
     python -m benchmarks.peers.in_process --peers /opt/peers [--bits 16,8,4] [--isa avx512_vnni] [--rounds 3]
 
-The engines compute the same prompts in a process of their own (`engine_program.py`), so they pay for no HTTP, no queue
+It computes the same prompts in a process of its own (`engine_program.py`), so it pays for no HTTP, no queue
 and no streaming, all of which Lorafleet's figures have in them. With 16 bits: the base, one adapter and many adapters;
 with 8 and 4 bits the base. OpenVINO's weights are those of `optimum-cli export openvino`: fp16, int8 (a scale a row)
 and int4 (a scale for 64 weights); its keys and values are int8, and it rounds the
 inputs of quantised layers to int8. Lorafleet serves Q8_0 and Q4_0, without and with `--quantize-activations`.
-mistral.rs quantises to Q8_0 and Q4_0 when it loads.
 
 --isa: of Lorafleet (`--kernels`); for sets without bf16, OpenVINO computes in fp32 and is held to the same set, too, as
-far as it lets itself. For more, see `setup.sh` (`ENGINES=1`).
+far as it lets itself. What it needs is made by `setup_engines.sh`.
 """
 
 from __future__ import annotations
@@ -58,18 +57,7 @@ def openvino(lab: Lab, bits: int, isa: str, _: Path) -> list[Server]:
     return _programs("OpenVINO GenAI", lab, bits, "openvino", options, environment)
 
 
-def mistralrs(lab: Lab, bits: int, isa: str, _: Path) -> list[Server]:
-    """Return mistral.rs without adapters, and with all of them; none for a certain instruction set."""
-    quantisation = {16: "", 8: "Q8_0", 4: "Q4_0"}[bits]
-    options = {
-        "model": str(lab.root / "mistralrs-model"),
-        "max_seqs": lab.max_concurrency,
-        "quantisation": quantisation,
-    }
-    return [] if isa else _programs("mistral.rs", lab, bits, "mistralrs", options, {})
-
-
-SYSTEMS = {"lorafleet": lorafleets, "openvino": openvino, "mistral.rs": mistralrs}
+SYSTEMS = {"lorafleet": lorafleets, "openvino": openvino}
 
 
 def _programs(
@@ -97,7 +85,7 @@ def _loads(lab: Lab, bits: int) -> dict[str, tuple[BenchTarget, ...]]:
 def main() -> None:
     """Measure, and save the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", type=Path, required=True, help="the folder that setup.sh made")
+    parser.add_argument("--peers", type=Path, required=True, help="the folder that setup_engines.sh made")
     parser.add_argument("--bits", default="16,8,4", help="of the weights (%(default)s)")
     parser.add_argument("--isa", default="", help="the instruction set (default: the best)")
     parser.add_argument("--threads", type=int, default=0, help="of each engine (default: one for each core)")

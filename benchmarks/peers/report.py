@@ -7,7 +7,7 @@ from lorafleet.bench.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, plot_sty
 
 OURS = "Lorafleet"
 COLORS = {
-    "Lorafleet": BLUE, "vLLM": ORANGE, "llama.cpp": GREEN, "OpenVINO GenAI": RED, "mistral.rs": MUTED,
+    "Lorafleet": BLUE, "vLLM": ORANGE, "llama.cpp": GREEN, "OpenVINO GenAI": RED,
 }  # fmt: skip
 
 Report = dict[str, Any]  # as run.py writes it to JSON

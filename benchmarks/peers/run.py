@@ -160,7 +160,7 @@ def median_points(rounds: list[list[Point]]) -> list[Point]:
 def in_turns(servers: list[Server], args: argparse.Namespace, scratch: Path) -> list[list[Point]]:
     """Run servers and programs side by side and measure them in turns, each load of each round.
 
-    Returns the points by round. Before the first, each program's adapters must have given different answers.
+    Returns the points by round. Before the first, an adapter of each program must have changed the answer.
     """
     rounds: list[list[Point]] = [[] for _ in range(args.rounds)]
     with ExitStack() as stack:
@@ -186,8 +186,9 @@ def _started(server: Server, scratch: Path, stack: ExitStack) -> Ask:
         return asking(*stack.enter_context(started(server, log_path)))
     engine = stack.enter_context(program(server, log_path))
     answers = engine.answers("Once upon a time", 48)
-    if len(set(answers.values())) != len(answers):
-        raise RuntimeError(f"{server.name}: different adapters gave one answer: {answers}")
+    if len(answers) > 1 and len(set(answers.values())) == 1:
+        raise RuntimeError(f"{server.name}: adapters answered as the base: {answers}")
+    print(f"{server.name}: {len(set(answers.values()))} answers of {len(answers)} adapters and base", flush=True)
     return engine.bench
 
 

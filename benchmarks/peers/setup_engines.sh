@@ -39,20 +39,4 @@ if [ ! -e "$peers/openvino-int4" ]; then
     done
 fi
 
-if [ ! -e "$peers/mistralrs/.ready" ]; then
-    "$python" -m venv "$peers/mistralrs"
-    "$peers/mistralrs/bin/pip" install --quiet mistralrs==0.9.5
-    touch "$peers/mistralrs/.ready"
-fi
-if [ ! -e "$peers/mistralrs-model/config.json" ]; then  # it looks for rope_theta where transformers 4 had it
-    mkdir -p "$peers/mistralrs-model"
-    ln -sf "$(realpath "$peers/model")"/* "$peers/mistralrs-model"
-    "$python" - "$peers/model/config.json" "$peers/mistralrs-model" <<'PY'
-import json, pathlib, sys
-source, folder = map(pathlib.Path, sys.argv[1:])
-config = json.loads(source.read_text())
-(folder / "config.json").unlink()
-(folder / "config.json").write_text(json.dumps({"rope_theta": config.get("rope_parameters", {}).get("rope_theta")} | config))
-PY
-fi
 echo "ready in $peers"
