@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from benchmarks.common.fleet import quickstart_model
 from benchmarks.common.random_model import random_model, save_with_tokenizer
-from benchmarks.peers.run import Point, lab_of, measure, parse_arguments, save
-from benchmarks.peers.servers import SYSTEMS, Lab, Server, llama_cpp_folder, running, scenario_names
+from benchmarks.peers.run import Point, in_turns, lab_of, parse_arguments, save
+from benchmarks.peers.servers import SYSTEMS, Lab, Server, llama_cpp_folder, scenario_names
 from protocol.runtime.environment import COMPUTE, child_environment
 
 SHAPES = {
@@ -75,22 +74,6 @@ def servers(lab: Lab, args: argparse.Namespace, model: str, kind: str, scratch: 
             (own / name).symlink_to(target)
     found = [SYSTEMS[system](replace(lab, root=own), scratch)[0] for system in args.systems]
     return [replace(server, scenarios={f"{model} {kind}": server.scenarios[base]}) for server in found]
-
-
-def in_turns(servers: list[Server], args: argparse.Namespace, scratch: Path) -> list[list[Point]]:
-    """Run servers side by side and measure them in turns, each load of each round. Returns the points by round."""
-    rounds: list[list[Point]] = [[] for _ in range(args.rounds)]
-    with ExitStack() as stack:
-        urls = [stack.enter_context(running(server, scratch / f"{server.system}.log")) for server in servers]
-        for number, points in enumerate(rounds):
-            for place, concurrency in enumerate(args.concurrency):
-                seed = 2 * (number * len(args.concurrency) + place)
-                for server, url in zip(servers, urls, strict=True):
-                    (scenario,) = server.scenarios
-                    points.append(point := measure(server, url, scenario, concurrency, args, seed))
-                    print(f"{scenario} × {concurrency}: {server.system} {point.tokens_per_s:.1f} tok/s, "
-                          f"TTFT {point.ttft_p50_ms:.0f} ms", flush=True)  # fmt: skip
-    return rounds
 
 
 def main() -> None:

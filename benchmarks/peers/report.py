@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from lorafleet.bench.style import BLUE, GREEN, INK, MUTED, ORANGE, plot_style
+from lorafleet.bench.style import BLUE, GREEN, INK, MUTED, ORANGE, RED, plot_style
 
 OURS = "Lorafleet"
-COLORS = {"Lorafleet": BLUE, "vLLM": ORANGE, "llama.cpp": GREEN}
+COLORS = {
+    "Lorafleet": BLUE, "vLLM": ORANGE, "llama.cpp": GREEN, "OpenVINO GenAI": RED,
+}  # fmt: skip
 
 Report = dict[str, Any]  # as run.py writes it to JSON
 

@@ -14,18 +14,24 @@ import signal
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import httpx2
 import orjson
+import psutil
 
 from benchmarks.common.report import RESULTS, machine
+from benchmarks.peers.programs import program
 from benchmarks.peers.report import markdown, save_plot
-from benchmarks.peers.servers import SYSTEMS, Lab, Server, running
-from lorafleet.bench import BenchConfig, BenchTarget, run_bench
+from benchmarks.peers.servers import SYSTEMS, Lab, Server, started
+from lorafleet.bench import BenchConfig, BenchResult, BenchTarget, run_bench
+
+Ask = Callable[[BenchConfig], tuple[BenchResult, float]]
+"""Runs a load against one server, or one program; returns also the processor seconds that it took there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,22 +49,21 @@ class Point:
     num_errors: int
     tokens_per_chunk: float
     generator_cpu_ms_per_chunk: float
+    processor_ms_per_token: float  # of the server's processes
 
 
 def measure(
-    server: Server, url: str, scenario: str, concurrency: int, args: argparse.Namespace, seed: int = 0
+    server: Server, ask: Ask, scenario: str, concurrency: int, args: argparse.Namespace, seed: int = 0
 ) -> Point:
     """Measure one load, after a short unmeasured one that fills the caches and loads the adapters.
 
-    seed: of the prompts. A server that is asked again with the same one has them in its prefix cache.
+    ask: runs a load. seed: of the prompts. A server that is asked again with the same one has them in its prefix cache.
     """
     targets = server.scenarios[scenario]
     num_warmup = max(concurrency, len(targets))
-    shared = {"url": url, "targets": targets, "concurrency": concurrency}
-    run_bench(
-        BenchConfig(**shared, num_requests=num_warmup, output_tokens=8, prompt_words=args.prompt_words, seed=seed + 1)
-    )
-    result = run_bench(
+    shared = {"url": "", "targets": targets, "concurrency": concurrency}
+    ask(BenchConfig(**shared, num_requests=num_warmup, output_tokens=8, prompt_words=args.prompt_words, seed=seed + 1))
+    result, processor_s = ask(
         BenchConfig(
             **shared,
             num_requests=max(args.waves, -(-args.min_requests // concurrency)) * concurrency,
@@ -82,7 +87,24 @@ def measure(
         num_errors=summary.num_errors,
         tokens_per_chunk=summary.tokens_per_chunk,
         generator_cpu_ms_per_chunk=result.generator_cpu_ms_per_chunk,
+        processor_ms_per_token=1e3 * processor_s / max(1, summary.output_tokens),
     )
+
+
+def asking(url: str, pid: int) -> Ask:
+    """Return what runs a load against a server, whose first process is `pid`."""
+
+    def processor_s() -> float:
+        first = psutil.Process(pid)
+        times = [one.cpu_times() for one in (first, *first.children(recursive=True))]
+        return sum(time.user + time.system for time in times)
+
+    def ask(config: BenchConfig) -> tuple[BenchResult, float]:
+        before_s = processor_s()
+        result = run_bench(replace(config, url=url))
+        return result, processor_s() - before_s
+
+    return ask
 
 
 def check_adapters_differ(server: Server, url: str) -> None:
@@ -106,12 +128,12 @@ def run_round(servers: Iterable[Server], args: argparse.Namespace, scratch: Path
     points = []
     for server in servers:
         log_path = scratch / f"{server.name.replace(', ', '-').replace(' ', '-')}.log"
-        with running(server, log_path) as url:
+        with started(server, log_path) as (url, pid):
             print(server.name, flush=True)
             check_adapters_differ(server, url)
             for scenario in (name for name in server.scenarios if not args.loads or name in args.loads):
                 for place, concurrency in enumerate(args.concurrency):
-                    point = measure(server, url, scenario, concurrency, args, seed=2 * place)
+                    point = measure(server, asking(url, pid), scenario, concurrency, args, seed=2 * place)
                     points.append(point)
                     print(
                         f"  {scenario:12} × {concurrency:2}: {point.tokens_per_s:6.1f} tok/s, "
@@ -133,6 +155,41 @@ def median_points(rounds: list[list[Point]]) -> list[Point]:
         }
         merged.append(Point(**{**figures, "num_errors": sum(row["num_errors"] for row in rows)}))
     return merged
+
+
+def in_turns(servers: list[Server], args: argparse.Namespace, scratch: Path) -> list[list[Point]]:
+    """Run servers and programs side by side and measure them in turns, each load of each round.
+
+    Returns the points by round. Before the first, an adapter of each program must have changed the answer.
+    """
+    rounds: list[list[Point]] = [[] for _ in range(args.rounds)]
+    with ExitStack() as stack:
+        asks = [_started(server, scratch, stack) for server in servers]
+        loads = dict.fromkeys(name for server in servers for name in server.scenarios)
+        for number, points in enumerate(rounds):
+            for scenario in loads:
+                for place, concurrency in enumerate(args.concurrency):
+                    seed = 2 * (number * len(args.concurrency) + place)
+                    for server, ask in zip(servers, asks, strict=True):
+                        if scenario not in server.scenarios:
+                            continue
+                        points.append(point := measure(server, ask, scenario, concurrency, args, seed))
+                        print(f"{scenario} × {concurrency}: {server.name} {point.tokens_per_s:.1f} tok/s, "
+                              f"TTFT {point.ttft_p50_ms:.0f} ms, {point.processor_ms_per_token:.1f} ms of processor "
+                              "a token", flush=True)  # fmt: skip
+    return rounds
+
+
+def _started(server: Server, scratch: Path, stack: ExitStack) -> Ask:
+    log_path = scratch / f"{server.name}.log"
+    if server.adapters is None:
+        return asking(*stack.enter_context(started(server, log_path)))
+    engine = stack.enter_context(program(server, log_path))
+    answers = engine.answers("Once upon a time", 48)
+    if len(answers) > 1 and len(set(answers.values())) == 1:
+        raise RuntimeError(f"{server.name}: adapters answered as the base: {answers}")
+    print(f"{server.name}: {len(set(answers.values()))} answers of {len(answers)} adapters and base", flush=True)
+    return engine.bench
 
 
 def parse_arguments(parser: argparse.ArgumentParser, systems: str, waves: int = 3) -> argparse.Namespace:

@@ -52,12 +52,13 @@ class Lab:
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server with its options, and the loads that it can serve."""
+    """A server, or an engine that is a program, with its options, and the loads that it can serve."""
 
     name: str
     command: list[str]  # contains PORT
     scenarios: dict[str, tuple[BenchTarget, ...]]  # by `scenario_names`: targets, requested in turn
     environment: dict[str, str] = field(default_factory=dict)
+    adapters: dict[str, str] | None = None  # None: a server; else a program: see `programs.py`
 
     @property
     def system(self) -> str:
@@ -76,7 +77,7 @@ def _scenarios(lab: Lab, base: BenchTarget, adapters: Sequence[BenchTarget]) -> 
     return dict(zip(scenario_names(lab), targets, strict=True))
 
 
-def _by_model_name(lab: Lab) -> dict[str, tuple[BenchTarget, ...]]:
+def scenarios_by_name(lab: Lab) -> dict[str, tuple[BenchTarget, ...]]:
     """Return the loads of servers where an adapter is a model, which are vLLM and Lorafleet."""
     return _scenarios(lab, BenchTarget.model(MODEL_NAME), [BenchTarget.model(name) for name in lab.adapter_names])
 
@@ -87,7 +88,7 @@ def lorafleet(lab: Lab, scratch: Path) -> list[Server]:
     command += ["--host", "127.0.0.1", "--port", PORT, "--data", str(scratch / "data"), "--dtype", "bfloat16"]
     sizes = {"--kv-cache-bytes": lab.cache_gib, "--adapter-pool-bytes": lab.pool_gib}
     command += [f"{flag}={size << 30}" for flag, size in sizes.items() if size]
-    return [Server("Lorafleet", command, _by_model_name(lab))]
+    return [Server("Lorafleet", command, scenarios_by_name(lab))]
 
 
 def vllm(lab: Lab, _: Path) -> list[Server]:
@@ -104,7 +105,7 @@ def vllm(lab: Lab, _: Path) -> list[Server]:
     }
     with_lora = [*command, "--enable-lora", "--max-lora-rank", "16", "--max-loras", str(max(lab.adapter_counts))]
     with_lora += ["--lora-modules", *(f"{name}={lab.adapters / name}" for name in lab.adapter_names)]
-    scenarios = _by_model_name(lab)
+    scenarios = scenarios_by_name(lab)
     return [
         Server("vLLM, LoRA off", command, {"base": scenarios["base"]}, environment),
         Server("vLLM, LoRA on", with_lora, scenarios, environment),
@@ -143,7 +144,14 @@ SYSTEMS = {"lorafleet": lorafleet, "vllm": vllm, "llama.cpp": llama_cpp}
 
 @contextmanager
 def running(server: Server, log_path: Path) -> Iterator[str]:
-    """Run `server` on a free port and yield its URL once it is ready; at the end, stop it and everything it started.
+    """Yield the URL of what `started` runs."""
+    with started(server, log_path) as (url, _):
+        yield url
+
+
+@contextmanager
+def started(server: Server, log_path: Path) -> Iterator[tuple[str, int]]:
+    """Run `server` on a free port and yield its URL and process id once it is ready; at the end, stop all of it.
 
     Raises RuntimeError, with the end of its log, when it exits or is not ready in time.
     """
@@ -159,7 +167,7 @@ def running(server: Server, log_path: Path) -> Iterator[str]:
     ):
         try:
             _wait_until_ready(process, f"{url}/health", time.monotonic() + _READY_TIMEOUT_S)
-            yield url
+            yield url, process.pid
         except _NotReadyError as error:
             tail = "".join(log_path.read_text(errors="replace").splitlines(keepends=True)[-15:])
             raise RuntimeError(f"{server.name} {error}; the end of {log_path}:\n{tail}") from error

@@ -158,7 +158,7 @@ def test_of_several_that_start_together_one_builds(monkeypatch: pytest.MonkeyPat
         built = list(pool.map(lambda _: build_library(), range(4)))
     assert len(set(built)) == 1
     runs = log.read_text().splitlines()
-    assert sum("team.cpp" in run for run in runs) == 1
+    assert sum("core.cpp" in run for run in runs) == 1
 
 
 def fake_compiler(path: Path, log: Path) -> Path:

@@ -29,8 +29,8 @@ SHIPPED = Path(__file__).parent
 
 COMMON_FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
 _SOURCE_DIR = Path(__file__).parent / "csrc"
-_HOST_PARTS = ("bind", "stack", "operations", "lora", "changes", "pack", "processor", "quantised", "states", "team")
-_ISA_PARTS = ("quantised", "attention", "products", "rows")  # what takes longest first
+_HOST_PARTS = ("bind", "core", "stack")
+_ISA_PARTS = ("products", "attention", "quantised", "rows")  # what takes longest first, so that all cores end together
 _WRITTEN_BY_OTHERS = 0o022
 _TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # 2.10, as pyproject.toml demands
 _AVX512 = "-march=skylake-avx512"

@@ -1,0 +1,113 @@
+"""Lorafleet beside an engine that has no server, OpenVINO GenAI, asked in turns.
+
+    python -m benchmarks.peers.in_process --peers /opt/peers [--bits 16,8,4] [--isa avx512_vnni] [--rounds 3]
+
+It computes the same prompts in a process of its own (`engine_program.py`), so it pays for no HTTP, no queue
+and no streaming, all of which Lorafleet's figures have in them. With 16 bits: the base, one adapter and many adapters;
+with 8 and 4 bits the base. OpenVINO's weights are those of `optimum-cli export openvino`: fp16, int8 (a scale a row)
+and int4 (a scale for 64 weights); its keys and values are int8, and it rounds the
+inputs of quantised layers to int8. Lorafleet serves Q8_0 and Q4_0, without and with `--quantize-activations`.
+
+--isa: of Lorafleet (`--kernels`); for sets without bf16, OpenVINO computes in fp32 and is held to the same set, too, as
+far as it lets itself. What it needs is made by `setup_engines.sh`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks.peers.run import Point, in_turns, lab_of, parse_arguments, save
+from benchmarks.peers.servers import MODEL_NAME, Lab, Server, lorafleet, scenarios_by_name
+from lorafleet.bench import BenchTarget
+
+PROGRAM = Path(__file__).with_name("engine_program.py")
+ONEDNN_SETS = {"avx2": "AVX2", "avx2_vnni": "AVX2_VNNI", "avx512": "AVX512_CORE", "avx512_vnni": "AVX512_CORE_VNNI"}
+"""Instruction sets without bf16 -> their names for `ONEDNN_MAX_CPU_ISA`."""
+
+
+def lorafleets(lab: Lab, bits: int, isa: str, scratch: Path) -> list[Server]:
+    """Return Lorafleet with weights of `bits`; of 8 and 4 bits also with inputs in int8."""
+    flags = ["--threads", str(lab.num_threads)]
+    flags += ["--kernels", isa] if isa else []
+    if bits < 16:
+        flags += ["--quantization", f"int{bits}"]
+    [server] = lorafleet(lab, scratch / f"{bits}")
+    own = replace(server, command=[*server.command, *flags], scenarios=_loads(lab, bits))
+    if bits == 16:
+        return [own]
+    [server] = lorafleet(lab, scratch / f"{bits}-int8")
+    rounded = [*server.command, *flags, "--quantize-activations"]
+    return [own, replace(own, name="Lorafleet, int8 inputs", command=rounded)]
+
+
+def openvino(lab: Lab, bits: int, isa: str, _: Path) -> list[Server]:
+    """Return OpenVINO GenAI without adapters, and with all of them registered."""
+    environment = {"ONEDNN_MAX_CPU_ISA": ONEDNN_SETS[isa]} if isa in ONEDNN_SETS else {}
+    model = lab.root / f"openvino-{'fp' if bits == 16 else 'int'}{bits}"
+    options = {
+        "model": str(model),
+        "threads": lab.num_threads,
+        "max_seqs": lab.max_concurrency,
+        "precision": "f32" if isa in ONEDNN_SETS else "",
+        "cache_gib": 1,
+    }
+    return _programs("OpenVINO GenAI", lab, bits, "openvino", options, environment)
+
+
+SYSTEMS = {"lorafleet": lorafleets, "openvino": openvino}
+
+
+def _programs(
+    name: str, lab: Lab, bits: int, engine: str, options: dict[str, object], environment: dict[str, str]
+) -> list[Server]:
+    def command(adapters: list[str]) -> list[str]:
+        python = lab.root / engine / "bin/python"
+        return [str(python), str(PROGRAM), engine, json.dumps({**options, "adapters": adapters})]
+
+    loads = _loads(lab, bits)
+    base = {name: targets for name, targets in loads.items() if targets[0].name == MODEL_NAME}
+    found = [Server(f"{name}, LoRA off", command([]), base, environment, {})]
+    if with_adapters := {name: targets for name, targets in loads.items() if name not in base}:
+        folders = {adapter: str(lab.adapters / adapter) for adapter in lab.adapter_names}
+        found.append(Server(f"{name}, LoRA on", command([*folders.values()]), with_adapters, environment, folders))
+    return found
+
+
+def _loads(lab: Lab, bits: int) -> dict[str, tuple[BenchTarget, ...]]:
+    loads = scenarios_by_name(lab)
+    wanted = loads if bits == 16 else {"base": loads["base"]}
+    return {f"{name}, {bits} bits": targets for name, targets in wanted.items()}
+
+
+def main() -> None:
+    """Measure, and save the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=Path, required=True, help="the folder that setup_engines.sh made")
+    parser.add_argument("--bits", default="16,8,4", help="of the weights (%(default)s)")
+    parser.add_argument("--isa", default="", help="the instruction set (default: the best)")
+    parser.add_argument("--threads", type=int, default=0, help="of each engine (default: one for each core)")
+    args = parse_arguments(parser, ",".join(SYSTEMS), waves=2)
+    lab = lab_of(args.peers, args)
+    lab = replace(lab, num_threads=args.threads or lab.num_threads)
+
+    def measured(scratch: Path) -> list[list[Point]]:
+        rounds: list[list[Point]] = [[] for _ in range(args.rounds)]
+        for bits in args.bits.split(","):
+            found = [SYSTEMS[system](lab, int(bits), args.isa, scratch) for system in args.systems]
+            servers = [_only(server, args.loads) if args.loads else server for some in found for server in some]
+            own = in_turns([server for server in servers if server.scenarios], args, scratch)
+            rounds = [[*points, *more] for points, more in zip(rounds, own, strict=True)]
+        return rounds
+
+    save(measured, "engines", args)
+
+
+def _only(server: Server, loads: list[str]) -> Server:
+    return replace(server, scenarios={name: at for name, at in server.scenarios.items() if name.split(",")[0] in loads})
+
+
+if __name__ == "__main__":
+    main()
