@@ -50,7 +50,7 @@ class LoadedDraft:
                 f"keys and values has {block_bytes}"
             )
         logger.info("KV cache for %d tokens of the draft model", num_blocks * BLOCK_TOKENS)
-        return DraftModel(self.model, num_blocks, vocab_size, self.payoff)
+        return DraftModel(self.model, num_blocks, vocab_size, config.limits.max_step_tokens, self.payoff)
 
 
 def load_draft_model(
