@@ -91,7 +91,10 @@ def check_vocabulary(tokenizer: str | None, folder: Path) -> None:
     if tokenizer is None or not file.is_file():
         who = "the base" if tokenizer is None else "it"
         raise BadRequest(f"{who} has no {TOKENIZER}, so that their vocabularies cannot be compared")
-    base, own = ids_of(tokenizer), ids_of(file.read_text())
+    try:
+        base, own = ids_of(tokenizer), ids_of(file.read_text("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"its {TOKENIZER} is not in UTF-8: {error}") from error
     different = sorted(base.items() ^ own.items(), key=lambda item: (item[1], item[0]))
     if not different:
         return

@@ -117,6 +117,22 @@ def test_after_a_failure_it_drafts_again_some_time(tiny: Oracle) -> None:
     assert engine.counters.num_model_accepted_tokens == engine.counters.num_model_drafted_tokens > 0
 
 
+def test_a_text_whose_blocks_were_taken_is_read_again_after_as_many_steps_again(tiny: Oracle) -> None:
+    """Texts that take each other's blocks in turn would otherwise be read anew in every step."""
+    engine = tiny.engine(draft=drafting(tiny.untouched), **SPECULATING)
+    source = draft_model_of(engine)
+    request = greedy_request("r", "", prompts(1, TINY_VOCAB)[0], NUM_TOKENS)
+    engine.add(request)
+    first: list[int] = []
+    while len(first) < 10:
+        first += [token for output in engine.step() for token in output.ids]
+    [own] = source._readings.values()
+    assert (own.num_steps, own.num_read) > (0, 0)
+    source._take_blocks(own)
+    assert (own.num_steps, own.num_read, source.blocks.num_free) == (0, 0, source.blocks.num_blocks)
+    assert first + ask(engine, []).ids["r"] == tiny.greedy("", request.prompt, NUM_TOKENS)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_logits_that_are_no_numbers_draft_wrong_tokens_and_no_more(tiny: Oracle, value: float) -> None:
     draft = watched(drafting(tiny.untouched))
