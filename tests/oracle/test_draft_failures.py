@@ -117,7 +117,7 @@ def test_after_a_failure_it_drafts_again_some_time(tiny: Oracle) -> None:
     assert engine.counters.num_model_accepted_tokens == engine.counters.num_model_drafted_tokens > 0
 
 
-def test_a_text_whose_blocks_were_taken_is_read_again_after_as_many_steps_again(tiny: Oracle) -> None:
+def test_a_text_whose_blocks_were_taken_earns_its_reading_anew(tiny: Oracle) -> None:
     """Texts that take each other's blocks in turn would otherwise be read anew in every step."""
     engine = tiny.engine(draft=drafting(tiny.untouched), **SPECULATING)
     source = draft_model_of(engine)
