@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     """Fetch the models; return the exit code. Raises what `fetch_model` raises."""
     settings = load_settings(args)
     print(fetch_model(settings))
-    for model in names_of(f"{settings.more_models},{settings.draft_model}"):
+    drafting = [settings.draft_model] if settings.draft_model else []
+    for model in [*names_of(settings.more_models), *drafting]:
         print(fetch_model(settings.model_copy(update={"model": model})))
     return 0
 

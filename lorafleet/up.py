@@ -57,7 +57,7 @@ class LaunchPlan:
 
     settings: Settings
     folder: Path  # folder of the model
-    further: tuple[Path, ...] = ()  # folders of the further models
+    others: tuple[Path, ...] = ()  # folders of the further models, and of the draft model
     queue: EmbeddedServer | None = None  # None: the user has named one
 
     def curl(self, model: str, question: str = "Who are you?", does: str = "text-generation") -> str:
@@ -116,7 +116,7 @@ def launch(settings: Settings, on_ready: OnReady) -> int:
     Raises LorafleetError when it cannot start. However it ends, no process of it is left running.
     """
     plan = prepare(settings)
-    for folder in (plan.folder, *plan.further):
+    for folder in (plan.folder, *plan.others):
         if folder.is_relative_to(cache_folder()):
             hold_folder(folder)  # restarted services read it again
     screen = Screen()
@@ -197,10 +197,10 @@ def prepare(settings: Settings) -> LaunchPlan:
     for name, one in zip(names, further, strict=True):
         if not (one / TOKENIZER).is_file():
             raise BadRequest(f"{name} has no {TOKENIZER}: a base without a tokenizer cannot be asked")
-    draft_model = settings.draft_model
+    draft_model, others = settings.draft_model, further
     if draft_model:
-        draft_folder = fetch_model(settings.model_copy(update={"model": draft_model}))
-        draft_model = _given(draft_model, draft_folder)
+        others += (fetch_model(settings.model_copy(update={"model": draft_model})),)
+        draft_model = _given(draft_model, others[-1])
     try:
         settings.data.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -218,7 +218,7 @@ def prepare(settings: Settings) -> LaunchPlan:
     }
     checked = settings.model_copy(update=update)
     base_settings(checked)  # refuses two bases of one name
-    return LaunchPlan(checked, folder, further)
+    return LaunchPlan(checked, folder, others)
 
 
 def _given(model: str, folder: Path) -> str:
@@ -261,6 +261,8 @@ async def announce(plan: LaunchPlan, screen: Screen) -> bool:
     command = f"{_shared(joining)} {secret} lorafleet serve worker --model {shlex.quote(settings.model)}"
     if settings.more_models:
         command += f" --more-models {shlex.quote(settings.more_models)}"
+    if settings.draft_model:
+        command += f" --draft-model {shlex.quote(settings.draft_model)}"
     screen.say(f"\nconsole: {url}{CONSOLE}")
     screen.say("commands: lorafleet chat MODEL, status, adapters list, logs, stop")
     screen.say(f"to add another worker:\n  {command}")

@@ -40,10 +40,16 @@ _JSON = json.JSONDecoder()
 _KINDS = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
 
 OTHER_NAMES: Mapping[str, str] = {
-    "guided_json": "json", "guided_json_object": "json_object", "guided_regex": "regex", "guided_choice": "choice",
-    "guided_grammar": "grammar", "guided_whitespace_pattern": "whitespace_pattern", "regex": "regex",
-    "ebnf": "grammar", "json_schema": "json",
-}  # fmt: skip
+    "guided_json": "json",
+    "guided_json_object": "json_object",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "guided_whitespace_pattern": "whitespace_pattern",
+    "regex": "regex",
+    "ebnf": "grammar",
+    "json_schema": "json",
+}
 """Parameters of vLLM until 2025 and of SGLang -> the field of `structured_outputs` that means the same."""
 
 

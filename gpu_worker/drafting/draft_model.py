@@ -6,7 +6,6 @@ blocks of its own, and what it wrote there of draft tokens that were wrong is wr
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Mapping
@@ -30,6 +29,9 @@ logger = logging.getLogger(__name__)
 MEASURED_TOKENS = (1, 2, 8, 16)
 """Tokens of the passes that are measured at the start."""
 
+FAILURE_STEPS = 1024
+"""Steps without drafts after a pass has failed: whatever made it fail, nobody waits long for what fails again."""
+
 
 @dataclass(slots=True, eq=False)
 class ReadText:
@@ -40,6 +42,7 @@ class ReadText:
     blocks: list[int] = field(default_factory=list[int])
     num_read: int = 0  # tokens of its text whose keys and values are in the blocks
     guessed: list[int] = field(default_factory=list[int])  # draft tokens whose keys and values follow these
+    num_before: int = 0  # tokens of output when blocks were last taken from it
 
     @property
     def text(self) -> np.ndarray:
@@ -47,38 +50,50 @@ class ReadText:
         return self.seq.tokens[self.seq.num_virtual :]
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of the text."""
+        return self.seq.num_tokens - self.seq.num_virtual
+
+    @property
     def num_unread(self) -> int:
         """Tokens of the text that are not read."""
-        return len(self.text) - self.num_read
+        return self.num_tokens - self.num_read
 
-    def usable(self, draft: list[int]) -> list[int]:
-        """Return draft tokens up to the first that the sequence's adapter does not know."""
-        most = self.seq.vocab_size
-        return draft if not most else list(itertools.takewhile(lambda token: token < most, draft))
+    @property
+    def num_steps(self) -> int:
+        """Tokens that it has put out since nothing of it was read, or that it may yet if these are fewer."""
+        return min(self.seq.num_output - self.num_before, self.seq.max_tokens - self.seq.num_tokens)
 
     def settle(self) -> None:
         """Count as read what was guessed and has come true; never the last token, which is read for the next one."""
-        came = self.text[self.num_read :][: len(self.guessed)].tolist()
-        for guess, token in zip(self.guessed, came, strict=False):
-            if guess != token:
-                break
-            self.num_read += 1
-        self.num_read = min(self.num_read, len(self.text) - 1)
-        self.guessed = []
+        if self.guessed:
+            came = self.text[self.num_read :][: len(self.guessed)].tolist()
+            for guess, token in zip(self.guessed, came, strict=False):
+                if guess != token:
+                    break
+                self.num_read += 1
+            self.guessed = []
+        self.num_read = min(self.num_read, self.num_tokens - 1)
 
 
 class DraftModel:
     """Drafts for the sequences of a step together: greedily, as many tokens as pay for each of them."""
 
-    def __init__(self, model: BaseModel, num_blocks: int, vocab_size: int, payoff: Payoff) -> None:
+    def __init__(
+        self, model: BaseModel, num_blocks: int, vocab_size: int, max_pass_tokens: int, payoff: Payoff
+    ) -> None:
         """Allocate the blocks, compare the model with the untouched one, and measure its passes.
 
-        vocab_size: the base's. Raises BadRequest for a model that is computed wrongly.
+        vocab_size: the base's. max_pass_tokens: those of a pass that reads. Raises BadRequest for a model that is
+        computed wrongly.
         """
         self.model = model
         self.blocks = BlockPool(num_blocks)
         self._spent_s = 0.0  # seconds that drafting took since they were last taken
+        self._num_probes = 0  # passes that were only measured
+        self._num_idle = 0  # steps without drafts that are still to come, after a failure
         self._payoff = payoff
+        self._max_pass_tokens = max_pass_tokens
         self._vocab_size = min(vocab_size, model.vocab_size)
         self._readings: dict[Sequence, ReadText] = {}  # those that were drafted for longest ago come first
         self._typical = Acceptance()  # of all sequences, with which new ones begin
@@ -89,31 +104,23 @@ class DraftModel:
         """Return draft tokens for sequences of a step whose last token it computes; none while they do not pay.
 
         limits: the most that each can use, at least 1. plan: the step without them, which takes nothing but decodes.
-        While it is behind with the texts it reads on instead, in passes that take no longer than the step.
+        While it is behind with the texts it reads on instead, in passes that take no longer than the step. Raises
+        nothing: without drafts the step is right, too.
         """
+        if self._num_idle:
+            self._num_idle -= 1
+            return {}
         started_s = time.perf_counter()
-        readings = [self._open(seq) for seq in limits]
-        candidates = [
-            Draftable(own.acceptance.rate, limits[own.seq], own.num_unread, _num_steps(own.seq)) for own in readings
-        ]
-        most = max(limits.values())
-        if self.model.max_positions:
-            most = min(most, max(0, self.model.max_positions - max(len(own.text) for own in readings)))
-        choice = self._payoff.choose(candidates, most, plan.num_tokens)
-        drafts: list[list[int]] = []
-        if choice.num_drafts and self._make_room(readings, choice.num_drafts):
-            try:
-                if sum(own.num_unread for own in readings) <= choice.num_read:
-                    drafts = self._draft(readings, choice.num_drafts)
-                else:
-                    self._read(readings, choice.num_read)
-            except torch.OutOfMemoryError as error:
-                logger.warning("out of memory for the drafts of %d sequences: %s", len(readings), error)
-        else:
-            for acceptance in (self._typical, *(own.acceptance for own in readings)):
-                acceptance.rest()
-        self._spent_s += time.perf_counter() - started_s
-        return {own.seq: own.usable(draft)[: limits[own.seq]] for own, draft in zip(readings, drafts, strict=False)}
+        try:
+            return self._propose(limits, plan)
+        except BaseException as error:  # the draft model's edge, also for panics of libraries in Rust
+            logger.warning("the draft model failed; no drafts in the next %d steps", FAILURE_STEPS, exc_info=error)
+            for own in self._readings.values():
+                self._take_blocks(own)
+            self._num_idle = FAILURE_STEPS
+            return {}
+        finally:
+            self._spent_s += time.perf_counter() - started_s
 
     def take_seconds(self) -> float:
         """Return how long drafting took since the last call."""
@@ -140,6 +147,27 @@ class DraftModel:
         """Raise AssertionError unless every block is accounted for."""
         self.blocks.check_integrity(own.blocks for own in self._readings.values())
 
+    def _propose(self, limits: Mapping[Sequence, int], plan: StepPlan) -> dict[Sequence, list[int]]:
+        readings = [self._open(seq) for seq in limits]
+        candidates = [
+            Draftable(own.acceptance.rate, limits[own.seq], own.num_unread, own.num_steps) for own in readings
+        ]
+        most = max(limits.values())
+        if self.model.max_positions:
+            most = min(most, max(0, self.model.max_positions - max(own.num_tokens for own in readings)))
+        choice = self._payoff.choose(candidates, most, plan.num_tokens)
+        if not choice.num_drafts or not self._make_room(readings, choice.num_drafts):
+            for acceptance in (self._typical, *(own.acceptance for own in readings)):
+                acceptance.rest()
+            self._probe()
+            return {}
+        num_read = min(choice.num_read, self._max_pass_tokens)
+        if sum(own.num_unread for own in readings) > num_read:
+            self._read(readings, num_read)
+            return {}
+        drafts = self._draft(readings, choice.num_drafts)
+        return {own.seq: draft[: limits[own.seq]] for own, draft in zip(readings, drafts, strict=True)}
+
     # ------------------------------------------------------------ what is kept
 
     def _open(self, seq: Sequence) -> ReadText:
@@ -154,26 +182,30 @@ class DraftModel:
 
         Returns False, and gives none, where even all of them would not be enough.
         """
-        missing = [-(-(len(own.text) + num_drafts) // ops.BLOCK_TOKENS) - len(own.blocks) for own in readings]
+        missing = [-(-(own.num_tokens + num_drafts) // ops.BLOCK_TOKENS) - len(own.blocks) for own in readings]
         num_missing = sum(max(0, num) for num in missing)
         if num_missing > self.blocks.num_blocks - sum(len(own.blocks) for own in readings):
             return False
         for seq in [seq for seq, own in self._readings.items() if own not in readings]:
             if num_missing <= self.blocks.num_free:
                 break
-            other = self._readings[seq]
-            self.blocks.release(other.blocks)
-            other.blocks, other.num_read, other.guessed = [], 0, []
+            self._take_blocks(self._readings[seq])
         for own, num in zip(readings, missing, strict=True):
             if num > 0:
                 own.blocks += self.blocks.allocate(num)
         return True
 
+    def _take_blocks(self, own: ReadText) -> None:
+        """Free a text's blocks: it is to be read again, once it has had as many steps again as that needs."""
+        self.blocks.release(own.blocks)
+        own.blocks, own.num_read, own.guessed = [], 0, []
+        own.num_before = own.seq.num_output
+
     # ------------------------------------------------------------ passes
 
     def _draft(self, readings: list[ReadText], num: int) -> list[list[int]]:
         """Read the rest of each text, and return `num` draft tokens for each."""
-        ends = [len(own.text) for own in readings]
+        ends = [own.num_tokens for own in readings]
         tokens = self._pass(readings, [own.text[own.num_read :] for own in readings], ends)
         drafts = [[token] for token in tokens]
         for own, end in zip(readings, ends, strict=True):
@@ -224,13 +256,15 @@ class DraftModel:
         return tokens
 
     def _measure(self) -> None:
-        """Run passes of few and of more tokens, so that it is known what they take. Nothing of them is kept."""
-        for i in range(MIN_STEPS):
-            num = MEASURED_TOKENS[i % len(MEASURED_TOKENS)]
+        """Run passes of few and of more tokens, so that it is known what they take."""
+        for _ in range(MIN_STEPS):
+            self._probe(is_due=True)
+
+    def _probe(self, *, is_due: bool = False) -> None:
+        """Run a pass of nothing but unread tokens, if one is due to be measured. Nothing of it is kept."""
+        num = MEASURED_TOKENS[self._num_probes % len(MEASURED_TOKENS)]
+        if is_due or self._payoff.is_probe_due(num):
+            self._num_probes += 1
             ones = np.ones(num, np.int64)
-            self._forward(np.zeros(num, np.int64), ones, ones, np.zeros((num, 1), np.int32))
-
-
-def _num_steps(seq: Sequence) -> int:
-    """Return how many tokens a sequence has put out, or how many it may yet if these are fewer."""
-    return min(seq.num_output, seq.max_tokens - seq.num_tokens)
+            unused = np.full((num, 1), self.blocks.num_blocks, np.int32)
+            self._forward(np.zeros(num, np.int64), ones, ones, unused)

@@ -50,7 +50,7 @@ class LoadedDraft:
                 f"keys and values has {block_bytes}"
             )
         logger.info("KV cache for %d tokens of the draft model", num_blocks * BLOCK_TOKENS)
-        return DraftModel(self.model, num_blocks, vocab_size, self.payoff)
+        return DraftModel(self.model, num_blocks, vocab_size, config.limits.max_step_tokens, self.payoff)
 
 
 def load_draft_model(
@@ -91,7 +91,10 @@ def check_vocabulary(tokenizer: str | None, folder: Path) -> None:
     if tokenizer is None or not file.is_file():
         who = "the base" if tokenizer is None else "it"
         raise BadRequest(f"{who} has no {TOKENIZER}, so that their vocabularies cannot be compared")
-    base, own = ids_of(tokenizer), ids_of(file.read_text())
+    try:
+        base, own = ids_of(tokenizer), ids_of(file.read_text("utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRequest(f"its {TOKENIZER} is not in UTF-8: {error}") from error
     different = sorted(base.items() ^ own.items(), key=lambda item: (item[1], item[0]))
     if not different:
         return

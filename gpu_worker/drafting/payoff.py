@@ -7,6 +7,7 @@ passes of the draft model and a step with `k` tokens more (Leviathan et al. 2023
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,13 @@ nothing, so that steps with draft tokens show it."""
 
 MIN_CHUNK = 16
 """Tokens that the draft model may read at once, however short a step of the base is."""
+
+MAX_GROWTH = 2
+"""Times as many tokens as in any pass before that it may read at once: what many take is not to be told from few."""
+
+PROBE_PART = 128
+"""One part in so many of the time is for passes that are only measured, where nothing is drafted. Without them passes
+that were slow by chance, beside other processes, would count as slow for ever."""
 
 
 class Acceptance:
@@ -72,10 +80,14 @@ def length_that_pays(
     guesses: of each sequence, the share of its draft tokens that prove right, and the most that it can use. most: draft
     tokens of a sequence. seconds: from a number of draft tokens of each to the time of drafting and of the step.
     """
-    best = 0, 1.0
+    best, alone_s = (0, 1.0), seconds(0)
+    expected, powers = [1.0] * len(guesses), [1.0] * len(guesses)  # tokens of each, and what one more would bring
     for num in range(1, most + 1):
-        least = min(sum(rate**i for i in range(min(num, limit) + 1)) for rate, limit in guesses)
-        gain = least * seconds(0) / seconds(num)
+        for i, (rate, limit) in enumerate(guesses):
+            if num <= limit:
+                powers[i] *= rate
+                expected[i] += powers[i]
+        gain = min(expected) * alone_s / seconds(num)
         if gain >= MIN_GAIN and gain > best[1]:
             best = num, gain
     return best
@@ -109,22 +121,30 @@ class Payoff:
         self._passes, self._steps = StepMeter(), StepMeter()
         self._fewest = 0  # tokens of the shortest step
         self._num_longer = 0  # steps that had more
+        self._longest = 0  # tokens of the longest pass so far
+        self._unprobed_s = 0.0  # seconds of steps since the last pass
 
     def note_pass(self, num_tokens: int, seconds: float) -> None:
         """Learn from a pass of the draft model."""
         self._passes.learn(seconds, StepWork(num_tokens, 0, 0))
+        self._longest, self._unprobed_s = max(self._longest, num_tokens), 0.0
 
     def note_step(self, num_tokens: int, seconds: float) -> None:
         """Learn from a step of the base that is short enough for draft tokens."""
         self._steps.learn(seconds, StepWork(num_tokens, 0, 0))
         self._fewest = min(self._fewest or num_tokens, num_tokens)
         self._num_longer += num_tokens > self._fewest
+        self._unprobed_s += seconds
+
+    def is_probe_due(self, num_tokens: int) -> bool:
+        """Return whether a pass of so many tokens should be run to be measured: none was for long."""
+        return self._unprobed_s > PROBE_PART * self._passes.model.seconds(num_tokens, 0, 0)
 
     def choose(self, seqs: Sequence[Draftable], most: int, num_tokens: int) -> DraftChoice:
         """Choose for a step of so many tokens, of which `seqs` may get `most` draft tokens each.
 
-        Texts that were not read yet are read once that costs no more than drafts would have saved in as many steps as
-        the sequence has had: so a request that soon ends costs nothing.
+        Texts that were not read yet are read once that costs no more, all together, than drafts would have saved in as
+        many steps as their sequences have had: so a request that soon ends costs nothing.
         """
         passes, steps, num = self._passes.model, self._steps.model, len(seqs)
 
@@ -141,7 +161,12 @@ class Payoff:
             return DraftChoice()
         num_drafts, gain = length_that_pays([(one.rate, one.limit) for one in seqs], most, seconds)
         saved_s = (1 - 1 / gain) * alone_s  # in each step
-        if not num_drafts or any(passes.b * one.num_unread > saved_s * one.num_steps for one in seqs):
+        room = (alone_s - passes.a) / passes.b if passes.b else math.inf
+        num_read = max(MIN_CHUNK, 2 * num, int(min(room, MAX_GROWTH * self._longest)))
+        num_unread = sum(one.num_unread for one in seqs)
+        token_s = passes.b + num_unread // num_read * passes.a / num_unread  # of reading, where that takes more passes
+        if not num_drafts or not all(one.num_steps for one in seqs):
             return DraftChoice()
-        room = int((alone_s - passes.a) / passes.b) if passes.b else 0
-        return DraftChoice(num_drafts, max(MIN_CHUNK, 2 * num, room))
+        if sum(token_s * one.num_unread / one.num_steps for one in seqs) > saved_s:
+            return DraftChoice()
+        return DraftChoice(num_drafts, num_read)

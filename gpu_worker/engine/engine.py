@@ -241,7 +241,7 @@ class Engine(BaseEngine):
             logits = without(logits, inputs.ready, plan.drafts, late | gone)
             ready = [seq for seq in ready if seq not in late]
             for seq in late:
-                plan.postpone(seq)
+                self.batcher.postpone(seq, plan)
         rows = sample_rows(ready, plan.drafts, masks)
         num, outputs = logits.shape[0], list[TokenOutput]()
         sampled = begin_sample(logits if len(rows) == num else logits[: len(rows)], rows) if rows else None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import takewhile
 from typing import Protocol
 
 from gpu_worker.planning.blocks import BlockPool
@@ -235,22 +236,29 @@ class Batcher:
             limit = min(room // (len(decoding) - i), self._draft_limit(seq))  # what one leaves goes to the next ones
             if limit >= 1 and seq.drafter is not None:
                 room -= self._add_draft(seq, seq.drafter.propose(seq.tokens, limit), plan)
-        if self.draft_model is not None and plan.limited is None and len(decoding) == len(plan.num_new):
-            self._add_model_drafts(self.draft_model, [seq for seq in decoding if seq not in plan.drafts], plan)
+        has_others = bool(plan.drafts) or len(decoding) < len(plan.num_new)
+        if self.draft_model is not None and decoding and plan.limited is None and not has_others:
+            self._add_model_drafts(self.draft_model, decoding, plan)
 
     def _add_model_drafts(self, model: DraftSource, seqs: list[Sequence], plan: StepPlan) -> None:
-        """Let the draft model draft for the sequences of a step whose own text has nothing to draft from.
+        """Let the draft model draft for all sequences of a step.
 
-        Everybody in a step waits for the drafts. So there are none in a step that computes prompts, or whose time is
-        limited, nor where one of the sequences could not use a draft token.
+        Everybody in a step waits for the drafts. So there are none in a step that computes prompts, whose time is
+        limited, or that has drafts of a sequence's own text, nor where one of the sequences could not use a draft
+        token, because it ends or blocks are short.
         """
-        most = self._draft_room(plan) // len(seqs) if seqs else 0
-        limits = {seq: min(most, self._draft_limit(seq)) for seq in seqs}
-        if min(limits.values(), default=0) < 1:
+        most, num_free = self._draft_room(plan) // len(seqs), self.blocks.num_free // len(seqs)
+        limits = {
+            seq: min(most, self._draft_limit(seq), (len(seq.blocks) + num_free) * BLOCK_TOKENS - seq.num_tokens)
+            for seq in seqs
+        }
+        if min(limits.values()) < 1:
             return
         for seq, draft in model.propose(limits, plan).items():
             if self._add_draft(seq, draft, plan):
-                plan.by_model.add(seq)
+                plan.by_model[seq] = len(draft)
+            elif draft:  # no step will say that it was wrong
+                model.learn(seq, len(draft), 0)
 
     def _draft_room(self, plan: StepPlan) -> int:
         return min(self.limits.max_draft_step_tokens, self.limits.max_step_tokens) - plan.num_tokens
@@ -259,7 +267,12 @@ class Batcher:
         return min(self.limits.max_draft_tokens, seq.max_tokens - seq.num_tokens - 1)
 
     def _add_draft(self, seq: Sequence, draft: list[int], plan: StepPlan) -> int:
-        """Add draft tokens of a sequence if blocks are free, as far as its grammar allows them; return their number."""
+        """Add draft tokens of a sequence if blocks are free, and return how many.
+
+        They are cut off before the first that its adapter lacks, or its grammar does not allow.
+        """
+        if seq.vocab_size:
+            draft = list(takewhile(lambda token: token < seq.vocab_size, draft))
         if seq.matcher is not None:
             draft = seq.matcher.possible(draft)
         missing = _num_blocks(seq.num_tokens + len(draft)) - len(seq.blocks)
@@ -271,18 +284,25 @@ class Batcher:
         plan.num_new[seq] += len(draft)
         return len(draft)
 
+    def postpone(self, seq: Sequence, plan: StepPlan) -> None:
+        """Take a sequence's last token, and its draft tokens, out of a plan; drafts that come too early count as wrong.
+
+        Otherwise a grammar whose masks are late would make every step wait for drafts of which none is looked at.
+        """
+        if seq in plan.by_model and self.draft_model is not None:
+            self.draft_model.learn(seq, plan.by_model[seq], 0)
+        plan.postpone(seq)
+
     def learn(self, seq: Sequence, plan: StepPlan, num_right: int) -> None:
         """Keep the keys and values of a step's right draft tokens of a sequence, the first ones, and learn from them.
 
         Those of the others are written over.
         """
         self.advance(seq, num_right)
-        drafter = self.draft_model if seq in plan.by_model else None
-        num_drafted = len(plan.drafts[seq])
-        if drafter is not None:
-            drafter.learn(seq, num_drafted, num_right)
+        if seq in plan.by_model and self.draft_model is not None:
+            self.draft_model.learn(seq, plan.by_model[seq], num_right)
         elif seq.drafter is not None:
-            seq.drafter.learn(num_drafted, num_right)
+            seq.drafter.learn(len(plan.drafts[seq]), num_right)
 
     def _grow(self, seq: Sequence, num_new: int, plan: StepPlan) -> bool:
         """Give a running sequence the blocks for `num_new` more tokens, if need be by preemption.

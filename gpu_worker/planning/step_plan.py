@@ -18,7 +18,8 @@ class StepPlan:
     """Tokens to compute per sequence, decodes first: what vLLM calls `num_scheduled_tokens`."""
     drafts: dict[Sequence, list[int]] = field(default_factory=dict[Sequence, list[int]])
     """Draft tokens of sequences, counted in `num_new`."""
-    by_model: set[Sequence] = field(default_factory=set[Sequence])  # those of `drafts` whose are of the draft model
+    by_model: dict[Sequence, int] = field(default_factory=dict[Sequence, int])
+    """Of the draft model's `drafts`: the tokens that it drafted, of which those that cannot come were cut off."""
     saves: dict[Sequence, dict[int, int]] = field(default_factory=dict[Sequence, dict[int, int]])
     """Positions after which a sequence's states are saved, and the slots for them."""
     preempted: list[Sequence] = field(default_factory=list[Sequence])

@@ -28,10 +28,12 @@ async def test_a_fleet_is_announced_whichever_base_is_up(bus: Bus, tmp_path: Pat
     said = io.StringIO()
     async with running_gateway(bus, one, more_models=str(other)) as gateway:
         port = int(gateway.url.rpartition(":")[2])
-        settings = Settings(redis_url=bus.url, model=str(one), more_models=str(other), port=port, data=tmp_path)
+        settings = Settings(
+            redis_url=bus.url, model=str(one), more_models=str(other), draft_model="org/small", port=port, data=tmp_path
+        )  # fmt: skip
         plan = LaunchPlan(settings, one, (other,))
         assert await announce(plan, Screen(Console(file=said, soft_wrap=True)))
     lines = said.getvalue()
     assert f"serves {', '.join(sorted(up))} and 2 adapters" in lines
     assert ("first" in lines) == ("a" in up)  # a command that asks an adapter of the default base, which answers
-    assert f"serve worker --model {one} --more-models {other}" in lines
+    assert f"serve worker --model {one} --more-models {other} --draft-model org/small" in lines

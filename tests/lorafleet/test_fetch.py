@@ -87,6 +87,11 @@ async def test_a_folder_is_only_looked_at(tmp_path: Path) -> None:
     assert (code, errors) == (2, [f"lorafleet fetch: error: {folder} holds no config.json: it is not a model folder"])
     (folder / "config.json").write_text("{}")
     assert await fetch(tmp_path, str(folder)) == (0, str(folder), [])
+    small = tmp_path / "one, small"  # not two
+    small.mkdir()
+    (small / "config.json").write_text("{}")
+    fetched = await fetch(tmp_path, str(folder), LORAFLEET_DRAFT_MODEL=str(small))
+    assert fetched == (0, f"{folder}\n{small}", [])
 
 
 async def test_a_gguf_file_becomes_a_folder_once(tmp_path: Path) -> None:

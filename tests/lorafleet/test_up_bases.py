@@ -62,6 +62,10 @@ def test_the_draft_model_is_given_to_services_as_a_whole_path(tmp_path: Path, mo
     one, small = model(tmp_path / "one"), model(tmp_path / "small")
     assert plan(tmp_path, one, draft_model="small").draft_model == str(small)
     assert plan(tmp_path, one).draft_model == ""
+    settings = Settings(model=str(one), draft_model="small", data=tmp_path / "data", port=0)
+    assert [other.resolve() for other in prepare(settings).others] == [small], (
+        "its folder is held, so that it is there when a worker restarts"
+    )
     with pytest.raises(BadRequest, match="neither a folder nor a Hub id"):
         plan(tmp_path, one, draft_model=str(tmp_path / "missing"))
 

@@ -416,6 +416,9 @@ def test_another_vocabulary_is_refused_with_a_token_that_differs(tmp_path: Path)
         check_vocabulary(TOKENIZER.to_str(), tmp_path)
     file.write_text(TOKENIZER.to_str())
     check_vocabulary(TOKENIZER.to_str(), tmp_path)
+    file.write_bytes(b"\xff{}")
+    with pytest.raises(BadRequest, match=r"its tokenizer.json is not in UTF-8: .* byte 0xff in position 0"):
+        check_vocabulary(TOKENIZER.to_str(), tmp_path)
 
 
 def test_a_share_of_the_cache_that_holds_no_block_is_refused(tiny: Oracle) -> None:

@@ -100,10 +100,61 @@ def test_a_text_is_read_once_its_request_has_had_enough_steps() -> None:
 
 
 def test_it_reads_no_longer_at_once_than_a_step_takes() -> None:
-    choice = measured().choose([candidate(num_unread=90)], 8, 1)
+    payoff = measured()
+    payoff.note_pass(64, PASS_S + 0.064)
+    choice = payoff.choose([candidate(num_unread=90)], 8, 1)
     assert choice.num_read == pytest.approx((BASE_S + TOKEN_S - PASS_S) / 0.001, rel=0.1)
     short = measured(base_s=0.02, pass_s=0.001, read_s=0.002).choose([candidate()], 8, 1)
     assert (short.num_drafts > 0, short.num_read) == (True, MIN_CHUNK)
+
+
+def test_many_tokens_are_read_at_once_only_after_nearly_as_many() -> None:
+    """Where short passes seem to take the same time whatever they read, that says nothing about long ones."""
+    payoff = measured(read_s=0.0)
+    num_read: list[int] = []
+    for _ in range(4):
+        num_read.append(payoff.choose([candidate(num_unread=10**5, num_steps=10**6)], 8, 1).num_read)
+        payoff.note_pass(num_read[-1], PASS_S)
+    assert num_read == [32, 64, 128, 256]
+
+
+def test_reading_a_text_in_many_passes_costs_all_of_them() -> None:
+    """Where a token more takes no time, the passes still do: 3000 of 0.01 s each, and less than 0.1 s is saved."""
+    payoff = measured(read_s=0.0)
+    wanted = [payoff.choose([candidate(num_unread=10**5, num_steps=num)], 8, 1).num_drafts > 0 for num in (300, 10**4)]
+    assert wanted == [False, True]
+
+
+def test_reading_is_worth_it_for_all_together() -> None:
+    """A step that saves 60 ms for all of its sequences does not save that once for each."""
+    payoff = measured(pass_s=0.001, read_s=0.0005)
+    one = candidate(num_unread=400, num_steps=6)
+    assert payoff.choose([one], 4, 1).num_drafts > 0
+    assert payoff.choose([one] * 4, 4, 4).num_drafts == 0
+    later = candidate(num_unread=400, num_steps=60)
+    assert payoff.choose([later] * 4, 4, 4).num_drafts > 0
+    assert payoff.choose([later, candidate(num_steps=0)], 4, 2) == DraftChoice()
+
+
+def test_passes_that_were_slow_by_chance_are_measured_again() -> None:
+    """Beside busy processes at the start, for instance. The time for it is small, however slow passes are."""
+    payoff = measured(pass_s=10 * PASS_S, read_s=0.01)
+    num_steps = num_probes = 0
+    while not payoff.choose([candidate()], 8, 1).num_drafts:
+        payoff.note_step(1, BASE_S + TOKEN_S)
+        num_steps += 1
+        if payoff.is_probe_due(2):
+            payoff.note_pass(2, PASS_S + 0.002)
+            num_probes += 1
+    assert num_probes > 0
+    assert num_steps < 200_000
+    slow, slow_s = measured(pass_s=50 * BASE_S), 0.0
+    for _ in range(20_000):
+        slow.note_step(1, BASE_S + TOKEN_S)
+        if slow.is_probe_due(1):
+            slow.note_pass(1, 50 * BASE_S)
+            slow_s += 50 * BASE_S
+    assert 0 < slow_s < 20_000 * BASE_S / 64
 
 
 def test_the_share_of_right_tokens_is_learnt() -> None:
