@@ -57,7 +57,8 @@ def test_phases_and_operations_of_every_case_are_measured_and_written(
         assert case["num_adapters"] == min(num_sequences, 2)
         assert case["num_steps"] == 4
         assert case["phases_ms"].keys() == set(PHASES)
-        assert all(ms > 0 for ms in case["phases_ms"].values())
+        idle = {name for name, ms in case["phases_ms"].items() if not ms}
+        assert idle == {"draft"}, "there is no draft model"
         assert case["step_ms"] == pytest.approx(sum(case["phases_ms"].values()) - case["phases_ms"]["publish"])
         operations = {operation["name"]: operation for operation in case["operations"]}
         if cpu.load():
