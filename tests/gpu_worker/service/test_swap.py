@@ -48,7 +48,7 @@ os.environ["LEAK"] = "of the process before"
 from benchmarks.common.fake_worker import FakeEngine, fake_served
 from gpu_worker.service import program
 from protocol.runtime.service import run, set_up_logging
-from protocol.runtime.settings import DRAFT_TOKENS, Settings
+from protocol.runtime.settings import Settings
 from protocol.wire.errors import BadRequest
 
 def load(settings, loader):
@@ -113,7 +113,7 @@ class RunningProgram:
     def signals(self) -> dict[str, str]:
         """Return which signals its main thread blocks, ignores and catches."""
         lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return dict(line.split(":\t", 1) for line in lines if line.startswith("Sig"))
+        return dict(line.split(":\t", 1) for line in lines if line.startswith(("SigBlk", "SigIgn", "SigCgt")))
 
 
 @asynccontextmanager
