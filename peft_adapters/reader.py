@@ -142,13 +142,20 @@ def _targeted(matcher: TensorMatcher) -> dict[str, SiteShape]:
 def _idle(matcher: TensorMatcher) -> list[SiteShape]:
     """Return the layers that the base reads without running, of which the file has the LoRA that its config means.
 
-    PEFT wraps them too, and what it adds to their output reaches nothing.
+    PEFT wraps them too, and what it adds to their output reaches nothing. But a kind that numbers its layers counts
+    them: with a reason against it they are none.
     """
-    config = matcher.config
-    if config.own is not None or matcher.base is None:
+    config, own = matcher.config, matcher.config.own
+    if matcher.base is None or (own is not None and not own.numbered):
         return []
     meant = [site for site in matcher.base.idle if config.all_linear or config.targets.chosen(site.name)]
-    return [site for site in meant if site.name in matcher.tensors.lora and not config.saved.excludes(site.name)]
+    found = [site for site in meant if own is not None or site.name in matcher.tensors.lora]
+    found = [site for site in found if not config.saved.excludes(site.name)]
+    if own is None:
+        return found
+    for site in found:
+        matcher.reasons.add(f"{own.name} is not served where it counts layers that the model does not run", site.name)
+    return []
 
 
 def _check_target(config: AdapterConfig, site: SiteShape, reasons: Reasons) -> None:

@@ -81,8 +81,8 @@ def _sort_kind(name: str, own: str, kind: Kind, found: AdapterTensors) -> bool:
         if name == f"{MODEL_PREFIX}{shared}":
             found.shared[shared] = own
             return True
-    if kind.numbered and (match := _NUMBERED.fullmatch(name.removeprefix(MODEL_PREFIX))) and match[1] == kind.numbered:
-        found.shared[match[0]] = own
+    if kind.numbered and (match := _NUMBERED.fullmatch(name)) and match[1] == f"{MODEL_PREFIX}{kind.numbered}":
+        found.shared[name.removeprefix(MODEL_PREFIX)] = own
         return True
     path = name.removeprefix(PREFIX)
     end = next((end for end in kind.tensors if path.endswith(f".{end}")), "")

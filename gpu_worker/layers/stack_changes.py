@@ -17,6 +17,10 @@ from gpu_worker.layers.extras import Extras, LinearExtras, LinearTransform
 from gpu_worker.layers.lora import SharedInput
 from lora_kernels import ops
 
+MAX_SCALED = 4
+"""Adapters of a step at scales that requests chose, whose changes of all layers are there at once: DoRA's have a number
+for each output of each layer. With more of them layers run one by one, and compute those of a layer in its turn."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
@@ -43,6 +47,8 @@ class StackChanges:
 
         everywhere: all that adapters change counts, or else what lies in the layers.
         """
+        if sum(group.scale != 1.0 for group in groups) > MAX_SCALED:
+            return None
         found: list[tuple[ops.AdapterChanges, Tensor]] = []
         for group in groups:
             ready = self._ready(group)

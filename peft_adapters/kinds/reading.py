@@ -90,9 +90,9 @@ def _read_layer(
         reasons.add(f"{kind.name}: {unfit}", site.name)
         return
     found.num_products += form.num_products
-    tensors = {**matcher.tensors.shared, **matcher.tensors.of_kind.get(site.name, {})}
+    mine, shared = matcher.tensors.of_kind.get(site.name, {}), matcher.tensors.shared
     taken = {
-        name: matcher.take(tensors.get(name), site.name, name, shape, integers=name in form.integers)
+        name: matcher.take(mine.get(name) or shared.get(name), site.name, name, shape, integers=name in form.integers)
         for name, shape in form.shapes.items()
     }
     if is_replaced and (isinstance(form, Operation) or form.needs_weight):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import examples
 from helpers.factories import make_tokenizer
 from oracle.adapters.peft_kinds import INVOCATION, MAX_DIFFERENCE, Kind, check_exact, make_adapter
 from oracle.cases import NUM_TOKENS, Case
@@ -150,6 +151,17 @@ def test_layers_that_see_all_of_a_text_have_adapters(name: str, tmp_path: Path) 
     kind = Kind(("deepseek_v32", fields), {"target_modules": targets, **OF_A_TEXT[name]})
     make_adapter(kind, tmp_path)
     check_exact(kind, tmp_path)
+
+
+OF_AN_END = {"lora": {}, "activated": {"alora_invocation_tokens": INVOCATION}, "dora": {"use_dora": True}}
+
+
+@pytest.mark.parametrize("name", examples.some(OF_AN_END, "activated"))
+def test_layers_that_see_the_end_of_a_text_have_adapters(name: str, tmp_path: Path) -> None:
+    """Doge's masks come of the values that a window keeps: fewer rows than the text has, and more than the pass."""
+    kind = Kind(("doge", {"sliding_window": 12}), {"target_modules": ["dt_proj", "q_proj"], **OF_AN_END[name]})
+    make_adapter(kind, tmp_path)
+    check_exact(kind, tmp_path, max_step_tokens=16)
 
 
 @pytest.mark.parametrize("name", ["dora", "weights"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.runner import StepInputs
 from gpu_worker.layers.blocks import FEWEST_ANGLES, Angles, LayerStack, PlainDecoder, PreNormLayer
-from gpu_worker.layers.stack_changes import StackChanges
+from gpu_worker.layers.stack_changes import MAX_SCALED, StackChanges
 from lora_kernels import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.load(), reason="no native kernels: layers run one by one")
@@ -185,6 +186,13 @@ def test_what_adapters_multiply_and_add_is_made_in_the_one_call(
         ask(engine, [greedy_request(name, name, asked[0], 2), greedy_request(f"{name} too", "ia3", asked[0], 2)])
         assert apart, name
         apart.clear()
+    scales = [0.1 * (i + 1) for i in range(MAX_SCALED + 1)]
+    many = [greedy_request(f"at {scale}", "dora", asked[0], 2, lora_scale=scale) for scale in scales]
+    ask(engine, many[1:])
+    assert not apart
+    ask(engine, [replace(request, salt="again") for request in many])
+    assert apart, "factors of too many scales are not there at once"
+    apart.clear()
     monkeypatch.setattr(StackChanges, "rows", lambda *_, **__: None)
     expected = logits("apart")
     assert apart

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
+from collections import UserDict
+from collections.abc import KeysView
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lokr.layer import factorization as peft_factorization
 
 from peft_adapters import config as config_module
+from peft_adapters.config import read_config
 from peft_adapters.effect import has_effect
 from peft_adapters.format import AdapterSpec, adapter_digest, canonical_config, parse_header, read_adapter
 from peft_adapters.kinds import table, virtual
@@ -25,6 +29,9 @@ from peft_adapters.kinds.kind import MAX_KIND_NUMBERS, MAX_KIND_ROWS, MAX_WHOLE
 from peft_adapters.kinds.lycoris import factorization
 from peft_adapters.kinds.refused import CONVERTIBLE
 from peft_adapters.kinds.registry import NAMES, kind_of
+from peft_adapters.reader import read_spec
+from peft_adapters.reasons import Reasons
+from peft_adapters.tensors import sort_tensors
 from protocol.wire import messages as m
 from protocol.wire.errors import AdapterRefused
 
@@ -163,6 +170,56 @@ def test_refuses_what_boft_cannot_be_on_a_layer() -> None:
     assert "boft_R has shape [2, 4, 4, 4]" in reasons(config | {"boft_n_butterfly_factor": 2}, more)
     biased = structs.replace(KIND_BASE, sites=[structs.replace(site, has_bias=True) for site in KIND_BASE.sites])
     assert "it scales outputs without the layer's bias" in reasons(config, tensors, biased)
+
+
+def test_numbered_vectors_have_one_name_each() -> None:
+    """PEFT reads none without its prefix; another tensor of the same number must not take its place unseen."""
+    config = kind_config("TINYLORA")
+    tensors = kind_tensors(config)
+    other = {"tinylora_v.0": 2 * tensors["base_model.tinylora_v.0"]}
+    assert "tensors that are not understood: tinylora_v.0" in reasons(config, tensors | other)
+    assert "tinylora_v.0" in reasons(config, other | {k: v for k, v in tensors.items() if not k.endswith("_v.0")})
+
+
+def test_vectors_are_numbered_by_layers_that_run_alone() -> None:
+    """PEFT counts the others too, so that a file without their tensors would have other vectors on all layers."""
+    config = kind_config("TINYLORA")
+    idle = structs.replace(KIND_BASE, idle=[m.SiteShape("model.layers.0.cross.q_proj", 16, 16)])
+    text = "TINYLORA is not served where it counts layers that the model does not run: model.layers.0.cross.q_proj"
+    assert text in reasons(config, kind_tensors(config), idle)
+    read(config | {"exclude_modules": ["cross.q_proj"]}, kind_tensors(config), idle)
+    other = kind_config("VERA")
+    read(other, kind_tensors(other), idle)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -0.5, 1.5, 10**400, "0.5", True, None, [0]])
+def test_shares_of_vectors_are_numbers_from_0_to_1(value: Any) -> None:
+    config = kind_config("TINYLORA")
+    assert "weight_tying " in reasons(config | {"weight_tying": value}, kind_tensors(config))
+
+
+def test_tensors_that_layers_share_are_looked_up_and_not_copied_for_each() -> None:
+    """A file of 2 MB may have 20,000 of them: with their copies 4,000 layers took three seconds to read."""
+    config, found = kind_config("TINYLORA"), Reasons()
+    raw = written(kind_tensors(config))
+    infos, fields = parse_header(raw, len(raw)), read_config(config, found)
+    tensors = sort_tensors({name: name for name in infos}, found, kind_of("TINYLORA"))
+    shared: Any = Shared(tensors.shared)
+    tensors.shared = shared
+    assert fields is not None
+    assert len(read_spec(fields, tensors, infos, KIND_BASE, found).sites) == 4
+    assert not found
+    assert shared.num_copies == 0
+
+
+class Shared(UserDict[str, str]):
+    """Counts how often it is copied."""
+
+    num_copies = 0
+
+    def keys(self) -> KeysView[str]:
+        self.num_copies += 1
+        return super().keys()
 
 
 def test_refuses_modules_that_no_kind_has() -> None:
