@@ -118,6 +118,13 @@ def test_blocks_that_are_not_contiguous_are_refused(native: Impl) -> None:
         case.run(native)
 
 
+def test_lists_of_more_tokens_than_there_are_are_refused(native: Impl) -> None:
+    case = attention_case((1, 33), (65, 33), (6, 2), (32, 32), torch.float32)
+    case.q = case.q[:33]
+    with pytest.raises(RuntimeError, match="sequences of 34 queries are not of 33"):
+        case.run(native)
+
+
 def test_a_chunked_prompt_equals_the_whole_prompt(impl: Impl) -> None:
     whole = attention_case((75,), (75,), (6, 2), (32, 32), torch.float32)
     expected = whole.run(impl)

@@ -84,6 +84,14 @@ def test_nothing_is_left_of_an_earlier_step(native: Impl) -> None:
         check(lora_case(np.repeat([0, 1], [40, 2]), [3, 17], 96, (80,), dtype), native)
 
 
+def test_a_list_of_more_rows_than_the_input_has_is_refused(native: Impl) -> None:
+    """Such as that of a whole text, for a layer that sees the end of it: rows behind the output would be written."""
+    case = lora_case(np.repeat([0, -1], [3, 6]), [4], 32, (40,), torch.bfloat16)
+    outs, x = [out[:8] for out in case.outs], case.x[:8]
+    with pytest.raises(RuntimeError, match="a list of 9 rows is not of an input of 8"):
+        ops.lora_add_(outs, x, case.sites, case.table, case.batch, impl=native)
+
+
 def _drop_last_rank_row(case: LoraCase) -> None:
     case.table.ranks -= (case.table.ranks > 0).int()
 

@@ -24,6 +24,8 @@ LoraCall lora_call(const LoraSites& own, const LoraStep& step, const Tensor& x, 
               "every output needs one site");
   LoraCall call;
   const int64_t in_features = own.a_rows[0].size(1);
+  LORAFLEET_CHECK(step.rows.numel() <= rows_in(x), "a list of ", step.rows.numel(), " rows is not of an input of ",
+                  rows_in(x));
   for (size_t i = 0; i < num_sites; ++i) {
     const Tensor &a = own.a_rows[i], &b = own.b_rows[i];
     const bool is_int8 = a.type == Scalar::kChar;

@@ -291,6 +291,11 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   check_cache(v_cache, kv_heads, cache_dim(v_cache), q, "v_cache");
   check_same_dtype(v_cache, k_cache, "v_cache");
   LORAFLEET_CHECK(!sinks || sinks->numel() == heads, "sinks needs ", heads, " entries");
+  const int64_t seqs = kv_lens.numel();
+  LORAFLEET_CHECK(query_starts.numel() == seqs + 1 && block_tables.dim() == 2 && block_tables.size(0) >= seqs, seqs,
+                  " sequences need as many tables, and one more start");
+  const int64_t end = entries_of<int32_t>(query_starts, "query_starts")[seqs];
+  LORAFLEET_CHECK(end <= q.size(0), "sequences of ", end, " queries are not of ", q.size(0));
   const Tensor out = empty({q.size(0), heads, cache_dim(v_cache)}, q.type);
   AttentionArgs args = {
       .dtype = dtype_of(q),
