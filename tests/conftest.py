@@ -130,7 +130,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.pluginmanager.has_plugin("dsession"):
         config.pluginmanager.register(TellWorkers())
     examples.are_many = is_thorough(config)
-    hypothesis.settings.register_profile("some", max_examples=examples.of(100))
+    slow = [hypothesis.HealthCheck.too_slow]  # no test asserts a time
+    hypothesis.settings.register_profile(
+        "some", max_examples=examples.of(100), deadline=None, suppress_health_check=slow
+    )
     hypothesis.settings.load_profile("some")
     gc.disable()
     httpcore2.default_ssl_context = cache(httpcore2.default_ssl_context)
