@@ -20,6 +20,11 @@ def lark_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
+def lark_json(schema: Any) -> str:
+    """Return a JSON schema as an expression of llguidance's Lark."""
+    return f"%json {json.dumps(schema, ensure_ascii=False)}"
+
+
 def lark_regex(text: str) -> str:
     """Return a text as a part of a regular expression of llguidance's Lark."""
     return re.escape(text).replace("/", "\\/")

@@ -7,14 +7,13 @@ Each text of a tag is a text to the model, also where it has a token of its own 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
 
 from gateway.grammars.limits import check_num, check_regex, too_many
-from gateway.grammars.notation import Constraint, lark_string, regex_literal
+from gateway.grammars.notation import Constraint, lark_json, lark_string, regex_literal
 from gateway.grammars.schemas import checked_schema
 from protocol.runtime.settings import Settings
 from protocol.wire.brief import brief
@@ -122,7 +121,7 @@ class _Rules:
     def _json_schema(self, form: Mapping[str, Any], place: str, ends: list[str] | None) -> str:
         place = f"{place}.json_schema"
         schema = checked_schema(form.get("json_schema"), place, self._settings)
-        return self._ended(self._rule(f"%json {json.dumps(schema, ensure_ascii=False)}"), ends)
+        return self._ended(self._rule(lark_json(schema)), ends)
 
     def _regex(self, form: Mapping[str, Any], place: str, ends: list[str] | None) -> str:
         pattern = self._text(form, "pattern", place)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 
-from gateway.grammars.notation import Constraint, lark_regex, lark_string
+from gateway.grammars.notation import Constraint, lark_json, lark_regex, lark_string
 from gateway.tools.definitions import Tools
 from gateway.tools.styles import MarkerId, ToolStyle
 from gateway.tools.xml_calls import RAW_VALUE_RULES, arguments_rules
@@ -58,7 +57,7 @@ def _body_rules(tools: Tools, style: ToolStyle, marker: MarkerId) -> list[str]:
             before = lark_string('{"name": "' + name + f'", "{style.arguments}": ')
             after = _literal("}" + style.close, marker)
         rules.append(f"body_{i}: {before} args_{i} {after}")
-        rules.append(f"args_{i}: %json {json.dumps(schema, ensure_ascii=False)}")
+        rules.append(f"args_{i}: {lark_json(schema)}")
     return [*rules, *(RAW_VALUE_RULES if style.body == "xml" else [])]
 
 

@@ -17,7 +17,7 @@ from collections.abc import Collection
 from typing import Any
 
 from gateway.grammars.limits import check_num
-from gateway.grammars.notation import lark_string
+from gateway.grammars.notation import lark_json, lark_string
 from gateway.grammars.schemas import MAX_FREE_KEYS
 from protocol.wire.errors import BadRequest
 from protocol.wire.text import overlap
@@ -104,7 +104,7 @@ def _value_rules(rule: str, schema: Any, shared: dict[str, Any], *, raw: bool = 
     if choices:
         return [f"{rule}: ({' | '.join(map(lark_string, choices))}) {end}"]
     whole = {**schema, **shared} if isinstance(schema, dict) else schema
-    return [f"{rule}: {rule}_json {end}", f"{rule}_json: %json {json.dumps(whole, ensure_ascii=False)}"]
+    return [f"{rule}: {rule}_json {end}", f"{rule}_json: {lark_json(whole)}"]
 
 
 class XmlArguments:

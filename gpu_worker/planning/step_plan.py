@@ -19,7 +19,7 @@ class StepPlan:
     drafts: dict[Sequence, list[int]] = field(default_factory=dict[Sequence, list[int]])
     """Draft tokens of sequences, counted in `num_new`."""
     by_model: dict[Sequence, int] = field(default_factory=dict[Sequence, int])
-    """Of the draft model's `drafts`: the tokens that it drafted, of which those that cannot come were cut off."""
+    """Numbers of tokens that the draft model drafted for sequences; `drafts` lacks those of them that cannot come."""
     saves: dict[Sequence, dict[int, int]] = field(default_factory=dict[Sequence, dict[int, int]])
     """Positions after which a sequence's states are saved, and the slots for them."""
     preempted: list[Sequence] = field(default_factory=list[Sequence])

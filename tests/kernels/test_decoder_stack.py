@@ -243,7 +243,7 @@ def codes_of(rows: Tensor) -> Tensor:
 
 Q, K, V, OUT, GATE, UP, DOWN = range(7)
 UNEVEN_MLP = 336
-"""Of which the second of two siblings begins within a panel of packed weights."""
+"""Size of an MLP with which the second of two sibling layers begins within a panel of packed weights."""
 
 
 def numbered(layer: DecoderLayer) -> DecoderLayer:
