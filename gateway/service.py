@@ -46,6 +46,7 @@ from gateway.files.place import open_storage
 from gateway.fleet.sampler import SAMPLE_S, Sampler
 from gateway.fleet.view import REFRESH_S, FleetView
 from gateway.http.paths import RESPONSES
+from gateway.http.store_client import StoreClient
 from gateway.lorax.lorax_routes import NativeEndpoints
 from gateway.ollama.ollama_routes import OllamaEndpoints
 from gateway.openai.openai_calls import OpenAICalls
@@ -152,8 +153,8 @@ async def _serve(
         GATEWAY_HELD_BYTES.set_function(lambda: memory.num_bytes)
         aliases = Aliases(bus, settings, secret, admission.leave_inbound, timings.alias_poll_s)
         aliases.listeners.append(observe.adapter_event)
-        bearer = secret.bearer if secret else ""
-        bases = await open_bases(settings, bus, bearer, admission.leave_inbound, lambda: fleet.added)
+        stores = StoreClient(secret.bearer if secret else "")
+        bases = await open_bases(settings, bus, stores, admission.leave_inbound, lambda: fleet.added)
         fleet.set_added(await bus.added_bases.get())
         await bases.read()
         resolver = Resolver(bus, aliases, bases, settings.adapters, shows_paths=not settings.api_keys)
@@ -167,7 +168,7 @@ async def _serve(
         )
         openai = OpenAIEndpoints(answers, calls)
         encoder_calls = EncoderCalls(pipeline, calls.jobs)
-        operators = OperatorEndpoints(AdapterOperations(bus, settings, aliases, resolver.catalogue, secret))
+        operators = OperatorEndpoints(AdapterOperations(bus, settings, aliases, resolver.catalogue, stores))
         native = NativeEndpoints(answers, pipeline, openai, encoder_calls.probe)
         if not settings.api_keys and not is_loopback(settings.host):
             logger.warning(
@@ -215,6 +216,7 @@ async def _serve(
                 await _run(_server(app, settings, memory), listener, parts, settings.grace_s, stop)
         await replies.close()
         await bases.close()
+        await stores.close()
     finally:
         await beats.close()
         await bus.close()

@@ -285,6 +285,17 @@ def test_clients_of_tests_wait_for_a_busy_machine() -> None:
     assert [made for made in calls if "timeout=" not in made[1] and "transport=" not in made[1]] == []
 
 
+def test_the_gateway_makes_http_clients_in_threads_alone() -> None:
+    """The first one holds an event loop for 100 ms, each further one for 5: it reads all certificates."""
+    makes = re.compile(r"httpx2\.(?:AsyncClient|Client|create_ssl_context)\b[^]]")
+    found = {
+        path.relative_to(ROOT).as_posix(): len(makes.findall(path.read_text()))
+        for path in (ROOT / "gateway").rglob("*.py")
+    }
+    allowed = {"gateway/http/store_client.py": 3, "gateway/webhooks/outside.py": 1}
+    assert {path: num for path, num in found.items() if num} == allowed, "these make them in threads"
+
+
 def test_importing_light_packages_loads_no_torch() -> None:
     """In one process, which is that much quicker: what is never loaded was loaded by none of them."""
     modules = [

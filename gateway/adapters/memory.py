@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import httpx2
 import msgspec
 
+from gateway.http.store_client import StoreClient
 from peft_adapters.recipe import merge_of
 from protocol.queue.bus import Bus
-from protocol.runtime.fleet_secret import FleetSecret
 from protocol.wire import messages as m
 from protocol.wire.errors import BadRequest, Conflict, LorafleetError, NoRoom, Overloaded, TooLarge, Unavailable
 from protocol.wire.keys import CLASSES
@@ -46,9 +46,9 @@ class Freed:
 class AdapterMemory:
     """What workers and stores hold of adapters."""
 
-    def __init__(self, bus: Bus, secret: FleetSecret | None) -> None:
+    def __init__(self, bus: Bus, stores: StoreClient) -> None:
         self._bus = bus
-        self._headers = {"Authorization": f"Bearer {secret.bearer}"} if secret else {}
+        self._stores = stores
         self._open: dict[str, asyncio.Queue[m.AdapterEvent]] = {}  # id of an order -> the answers to it
         self._look: asyncio.Task[list[m.WorkerBeat]] | None = None
 
@@ -152,18 +152,17 @@ class AdapterMemory:
 
     async def drop_blob(self, digest: str) -> int:
         """Delete an adapter's blob from every store; return the bytes freed. Raises Conflict, Unavailable."""
-        freed = 0
-        async with httpx2.AsyncClient(timeout=STORE_TIMEOUT_S, headers=self._headers, trust_env=False) as http:
-            for url in await self._bus.members.store_urls():
-                try:
-                    answer = await http.delete(f"{url}/adapters/{digest}")
-                except httpx2.HTTPError as error:
-                    raise Unavailable(f"an adapter store is not responding: {error!r}", code="no_store") from error
-                if answer.status_code == 409:
-                    raise Conflict(f"its files are kept: {_message(answer)}", code="adapter_in_use")
-                if answer.status_code != 200:
-                    raise Unavailable(f"an adapter store answered {answer.status_code}", code="no_store")
-                freed += msgspec.json.decode(answer.content, type=dict[str, int])["freed_bytes"]
+        freed, http = 0, await self._stores.get()
+        for url in await self._bus.members.store_urls():
+            try:
+                answer = await http.delete(f"{url}/adapters/{digest}", timeout=STORE_TIMEOUT_S)
+            except httpx2.HTTPError as error:
+                raise Unavailable(f"an adapter store is not responding: {error!r}", code="no_store") from error
+            if answer.status_code == 409:
+                raise Conflict(f"its files are kept: {_message(answer)}", code="adapter_in_use")
+            if answer.status_code != 200:
+                raise Unavailable(f"an adapter store answered {answer.status_code}", code="no_store")
+            freed += msgspec.json.decode(answer.content, type=dict[str, int])["freed_bytes"]
         return freed
 
     async def send_upload(self, body: AsyncIterator[bytes], length: int) -> tuple[str, str]:
@@ -174,10 +173,9 @@ class AdapterMemory:
         urls = await self._bus.members.store_urls()
         if not urls:
             raise Unavailable("no adapter store is running", code="no_store")
-        headers = {**self._headers, "Content-Length": str(length)}
+        http, headers = await self._stores.get(), {"Content-Length": str(length)}
         try:
-            async with httpx2.AsyncClient(timeout=UPLOAD_TIMEOUT, trust_env=False) as http:
-                answer = await http.post(f"{urls[0]}/uploads", content=body, headers=headers)
+            answer = await http.post(f"{urls[0]}/uploads", content=body, headers=headers, timeout=UPLOAD_TIMEOUT)
         except httpx2.HTTPError as error:
             raise Unavailable(f"an adapter store refused the upload: {error!r}", code="no_store") from error
         if answer.status_code != 200:
@@ -186,9 +184,9 @@ class AdapterMemory:
 
     async def drop_upload(self, source: str, url: str) -> None:
         """Delete an upload from the store that took it; one that cannot be asked deletes it by itself later."""
+        http = await self._stores.get()
         with suppress(httpx2.HTTPError):
-            async with httpx2.AsyncClient(timeout=STORE_TIMEOUT_S, headers=self._headers, trust_env=False) as http:
-                await http.delete(f"{url}/uploads/{source.rpartition('/')[2]}")
+            await http.delete(f"{url}/uploads/{source.rpartition('/')[2]}", timeout=STORE_TIMEOUT_S)
 
 
 def involves(held: str, digest: str) -> bool:

@@ -26,12 +26,12 @@ from gateway.adapters.views import AdapterObjects
 from gateway.auth.callers import Caller
 from gateway.bodies.fields import BASE
 from gateway.bodies.json_slices import dumps
+from gateway.http.store_client import StoreClient
 from gateway.overload.cost import held, hold
 from gateway.overload.loop_slice import each
 from gateway.overload.slots import FairSlots
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, now_ms
 from protocol.runtime.adapter_refs import FOLDER, Reference, SourcePolicy, in_root, parse_reference, parse_source
-from protocol.runtime.fleet_secret import FleetSecret
 from protocol.runtime.settings import Settings, names_of
 from protocol.wire import messages as m
 from protocol.wire.brief import brief
@@ -96,9 +96,8 @@ class AdapterOperations:
     """
 
     def __init__(
-        self, bus: Bus, settings: Settings, aliases: Aliases, catalogue: CatalogueCopy, secret: FleetSecret | None
+        self, bus: Bus, settings: Settings, aliases: Aliases, catalogue: CatalogueCopy, stores: StoreClient
     ) -> None:
-        """`secret`: what the stores want to see, None in a fleet without one."""
         self._bus = bus
         self._catalogue = catalogue
         self._aliases = aliases
@@ -106,7 +105,7 @@ class AdapterOperations:
         self._has_first = settings.adapters is not None
         first = [settings.adapters] if settings.adapters is not None else []
         self._roots = [*first, *(Path(root).expanduser() for root in names_of(settings.adapter_roots))]
-        self.memory = AdapterMemory(bus, secret)
+        self.memory = AdapterMemory(bus, stores)
         self._unloading = FairSlots(sys.maxsize, num_of_tenant=1)
         self._free_slots = asyncio.Semaphore(FREEING_AT_ONCE)
         self._freeing: set[asyncio.Task[None]] = set()

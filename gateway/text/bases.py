@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 from gateway.grammars.check import GrammarCheck
+from gateway.http.store_client import StoreClient
 from gateway.sandbox.sandbox import SandboxPool
 from gateway.text.own_files import OwnFiles
 from gateway.text.tokenizer import ModelFiles, load_model_files
@@ -131,7 +132,6 @@ class GatewayBases:
 
 async def _close(base: BaseTexts | str) -> None:
     if isinstance(base, BaseTexts):
-        await base.own.close()
         await base.sandbox.close()
 
 
@@ -143,11 +143,11 @@ def _why(name: str, error: Exception) -> str:
 
 
 async def open_bases(
-    settings: Settings, bus: Bus, bearer: str, on_wait: Callable[[], object], added: Callable[[], m.AddedBases]
+    settings: Settings, bus: Bus, stores: StoreClient, on_wait: Callable[[], object], added: Callable[[], m.AddedBases]
 ) -> GatewayBases:
     """Read the files of `model` and of `more_models`. A further base that cannot be read fails its own calls only.
 
-    bearer: authorizes at the stores. on_wait: as of `SandboxPool`. added: as of `GatewayBases`. Raises BadRequest where
+    on_wait: as of `SandboxPool`. added: as of `GatewayBases`. Raises BadRequest where
     `model` cannot be read.
     """
 
@@ -156,7 +156,7 @@ async def open_bases(
         tokenizer = await asyncio.to_thread(model_folder, one.model, TOKENIZER_FILES) / TOKENIZER
         sandbox = SandboxPool(settings.sandboxes, str(tokenizer), on_wait, template_s=settings.template_timeout_s)
         return BaseTexts(
-            OwnFiles(bus, files, sandbox, bearer), GrammarCheck(sandbox, settings.grammar_timeout_s), sandbox
+            OwnFiles(bus, files, sandbox, stores), GrammarCheck(sandbox, settings.grammar_timeout_s), sandbox
         )
 
     async def read_added(name: str, model: str) -> BaseTexts:

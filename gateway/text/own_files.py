@@ -6,12 +6,12 @@ import asyncio
 import logging
 from collections import OrderedDict
 from dataclasses import replace
-from functools import cached_property
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
 import httpx2
 
+from gateway.http.store_client import StoreClient
 from gateway.overload.slots import FairSlots
 from gateway.sandbox.sandbox import SandboxedTemplate, SandboxPool
 from gateway.text.tokenizer import Encoder, ModelFiles
@@ -54,9 +54,13 @@ class OwnFiles:
     """The texts of adapters, kept by their hash."""
 
     def __init__(
-        self, bus: Bus, base: ModelFiles, sandbox: SandboxPool, bearer: str = "", max_kept_bytes: int = MAX_KEPT_BYTES
+        self,
+        bus: Bus,
+        base: ModelFiles,
+        sandbox: SandboxPool,
+        stores: StoreClient,
+        max_kept_bytes: int = MAX_KEPT_BYTES,
     ) -> None:
-        """bearer: authorizes at the stores, see `FleetSecret.bearer`; "" for a fleet without a secret."""
         self._max_kept_bytes = max_kept_bytes
         self._reading = FairSlots(NUM_READ, 1, NUM_WAITING)
         self._bus = bus
@@ -65,17 +69,7 @@ class OwnFiles:
         self._kept: OrderedDict[str, ModelFiles] = OrderedDict()
         self._facts: OrderedDict[str, OwnFacts] = OrderedDict()  # by digest
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
-
-    @cached_property
-    def _http(self) -> httpx2.AsyncClient:
-        """Made by the first adapter with texts of its own: most have none, and it reads all certificates."""
-        return httpx2.AsyncClient(timeout=TIMEOUT, headers=self._headers, trust_env=False)
-
-    async def close(self) -> None:
-        """Close the connections to the stores."""
-        if "_http" in self.__dict__:
-            await self._http.aclose()
+        self._stores = stores
 
     async def facts(self, digest: str) -> OwnFacts:
         """Return what an adapter's record says of how it is served. Raises NotFound."""
@@ -158,11 +152,11 @@ class OwnFiles:
         return base.encoder.with_added(added), tokens
 
     async def _fetch(self, digest: str) -> bytes:
-        urls = await self._bus.members.store_urls()
+        urls, http = await self._bus.members.store_urls(), await self._stores.get()
         missing = 0
         for url in urls:
             try:
-                response = await self._http.get(f"{url}/adapters/{digest}/{TEXTS_FILE}")
+                response = await http.get(f"{url}/adapters/{digest}/{TEXTS_FILE}", timeout=TIMEOUT)
                 if response.status_code == 404:
                     missing += 1
                     continue

@@ -1,0 +1,36 @@
+"""The gateway's HTTP client of the adapter stores."""
+
+from __future__ import annotations
+
+import asyncio
+
+import anyio
+import httpx2
+
+
+class StoreClient:
+    """One client for all that a gateway asks of stores, made by the first call that needs it: most have none.
+
+    It is made in a thread, since it reads all certificates and imports what connections need: together 100 ms, in which
+    an event loop would serve nobody.
+    """
+
+    def __init__(self, bearer: str = "") -> None:
+        """bearer: authorizes at the stores, see `FleetSecret.bearer`; "" for a fleet without a secret."""
+        self._headers = {"Authorization": f"Bearer {bearer}"} if bearer else {}
+        self._making: asyncio.Task[httpx2.AsyncClient] | None = None
+
+    async def get(self) -> httpx2.AsyncClient:
+        """Return the client, which has no time limit of its own: each request states one."""
+        if self._making is None:
+            self._making = asyncio.create_task(asyncio.to_thread(self._make))
+        return await asyncio.shield(self._making)
+
+    def _make(self) -> httpx2.AsyncClient:
+        anyio.run(anyio.sleep, 0)  # imports anyio's backend, on a loop that ends here
+        return httpx2.AsyncClient(headers=self._headers, trust_env=False)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._making is not None:
+            await (await self._making).aclose()
