@@ -46,7 +46,7 @@ from gateway.files.place import open_storage
 from gateway.fleet.sampler import SAMPLE_S, Sampler
 from gateway.fleet.view import REFRESH_S, FleetView
 from gateway.http.paths import RESPONSES
-from gateway.http.store_client import StoreClient
+from gateway.http.store_http import StoreHttp
 from gateway.lorax.lorax_routes import NativeEndpoints
 from gateway.ollama.ollama_routes import OllamaEndpoints
 from gateway.openai.openai_calls import OpenAICalls
@@ -153,7 +153,7 @@ async def _serve(
         GATEWAY_HELD_BYTES.set_function(lambda: memory.num_bytes)
         aliases = Aliases(bus, settings, secret, admission.leave_inbound, timings.alias_poll_s)
         aliases.listeners.append(observe.adapter_event)
-        stores = StoreClient(secret.bearer if secret else "")
+        stores = StoreHttp(secret.bearer if secret else "")
         bases = await open_bases(settings, bus, stores, admission.leave_inbound, lambda: fleet.added)
         fleet.set_added(await bus.added_bases.get())
         await bases.read()

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 import httpx2
 
-from gateway.http.store_client import StoreClient
+from gateway.http.store_http import StoreHttp
 from gateway.overload.slots import FairSlots
 from gateway.sandbox.sandbox import SandboxedTemplate, SandboxPool
 from gateway.text.tokenizer import Encoder, ModelFiles
@@ -58,7 +58,7 @@ class OwnFiles:
         bus: Bus,
         base: ModelFiles,
         sandbox: SandboxPool,
-        stores: StoreClient,
+        stores: StoreHttp,
         max_kept_bytes: int = MAX_KEPT_BYTES,
     ) -> None:
         self._max_kept_bytes = max_kept_bytes

@@ -7,10 +7,10 @@ import threading
 
 import httpx2
 
-from gateway.http.store_client import StoreClient
+from gateway.http.store_http import StoreHttp
 
 
-class Watched(StoreClient):
+class Watched(StoreHttp):
     """Notes in which threads it makes clients."""
 
     def __init__(self, bearer: str) -> None:
@@ -36,6 +36,6 @@ async def test_many_calls_share_a_client_that_was_made_in_a_thread() -> None:
 
 
 async def test_a_client_that_nobody_asked_for_is_never_made() -> None:
-    stores = StoreClient()
+    stores = StoreHttp()
     await stores.close()
     assert stores._making is None

@@ -8,7 +8,7 @@ import anyio
 import httpx2
 
 
-class StoreClient:
+class StoreHttp:
     """One client for all that a gateway asks of stores, made by the first call that needs it: most have none.
 
     It is made in a thread, since it reads all certificates and imports what connections need: together 100 ms, in which
