@@ -54,6 +54,7 @@ class _Talk(asyncio.Protocol):
         self._transport: asyncio.WriteTransport
         self._replies: Any  # `hiredis.Reader`, which is untyped
         self._waiting: deque[tuple[asyncio.Future[Any], float]] = deque()  # with the time until which each may wait
+        self._unsent: list[bytes] = []  # commands of this turn of the loop
         self._timer: asyncio.TimerHandle | None = None  # one for all that wait: each of its own would cost more
 
     def begin(self, connection: Any) -> None:
@@ -76,8 +77,16 @@ class _Talk(asyncio.Protocol):
         self._waiting.append((reply, until_s))
         if self._timer is None and self._timeout_s is not None:
             self._timer = self._loop.call_at(until_s, self._look)
-        self._transport.write(packed)
+        if not self._unsent:
+            self._loop.call_soon(self._send)
+        self._unsent.append(packed)
         return reply
+
+    def _send(self) -> None:
+        """Send what was asked in this turn of the loop. A write for each command wakes the server for each."""
+        unsent, self._unsent = self._unsent, []
+        if not self.is_over:
+            self._transport.writelines(unsent)
 
     def data_received(self, data: bytes) -> None:
         """Take what the server has sent."""

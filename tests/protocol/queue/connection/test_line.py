@@ -6,6 +6,7 @@ import asyncio
 import time
 from pathlib import Path
 from select import select
+from typing import Any
 
 import pytest
 from helpers.script_queue import Queue
@@ -43,12 +44,44 @@ async def test_a_reply_nobody_waits_for_is_not_taken_for_anothers(bus: Bus) -> N
     assert await bus._line.ask(("ECHO", "next")) == b"next"
 
 
+class Recorded:
+    """A transport that notes what is written at once."""
+
+    def __init__(self, transport: asyncio.WriteTransport) -> None:
+        self._transport = transport
+        self.writes: list[int] = []
+
+    def writelines(self, commands: list[bytes]) -> None:
+        self.writes.append(len(commands))
+        self._transport.writelines(commands)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+async def test_commands_of_one_turn_of_the_loop_are_one_write(bus: Bus) -> None:
+    """A write of its own for each wakes the server for each, which costs it and all behind it more than the work."""
+    await bus._line.ask(("PING",))  # it is open
+    talk = bus._line._talk
+    assert talk is not None
+    recorded = Recorded(talk._transport)
+    talk._transport = recorded  # type: ignore[assignment]
+    assert await asyncio.gather(*(bus._line.ask(("ECHO", i)) for i in range(40))) == [b"%d" % i for i in range(40)]
+    assert recorded.writes == [40]
+    waiting = [asyncio.create_task(bus._line.ask(("ECHO", i))) for i in range(3)]
+    await asyncio.sleep(0)  # they are asked
+    talk.end(LOST[0]("the line ends before they are sent"))
+    assert all(isinstance(reply, LOST) for reply in await asyncio.gather(*waiting, return_exceptions=True))
+    assert recorded.writes == [40]
+
+
 async def test_a_reply_that_came_while_this_process_stood_still_is_not_late(bus: Bus) -> None:
     """A busy machine gives this process no time, and the server is not lost for that."""
     await bus._line.ask(("PING",))  # it is open
     assert bus._line._talk is not None
     connection = bus._line._talk._transport.get_extra_info("socket")
     asked = asyncio.create_task(bus._line.ask(("ECHO", "there"), within_s=0.05))
+    await asyncio.sleep(0)  # it is asked
     await asyncio.sleep(0)  # it is sent
     time.sleep(0.06)  # noqa: ASYNC251  # nothing runs here, while the server answers
     assert select([connection], [], [], 60)[0], "the reply has come"
