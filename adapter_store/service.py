@@ -39,7 +39,6 @@ from protocol.runtime.guarded import FAILED, Items, Loop, guarded
 from protocol.runtime.model_files import base_settings
 from protocol.runtime.private_files import private_folder
 from protocol.runtime.release import RELEASE
-from protocol.runtime.service import wait_any
 from protocol.runtime.settings import Settings, names_of
 from protocol.wire.errors import (
     BadRequest,
@@ -75,7 +74,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: StoreTimings |
         )
     bus = Bus(settings.queue_url())
     try:
-        if await _reach(bus, stop):
+        if await bus.reach(stop):
             with serve_metrics(settings.metrics_port):
                 blobs = await asyncio.to_thread(_open_blobs, settings)
                 await Store(bus, settings, blobs, secret, timings).run(stop)
@@ -86,19 +85,6 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: StoreTimings |
 
 def _open_blobs(settings: Settings) -> Blobs:
     return Blobs(private_folder(settings.data / "adapters"), settings.store_quota_bytes, Reserve(settings.keep_free))
-
-
-async def _reach(bus: Bus, stop: asyncio.Event) -> bool:
-    """Wait until Redis answers; return False when `stop` was set first."""
-    while not stop.is_set():
-        try:
-            await bus.check()
-        except CONNECTION_ERRORS as error:
-            logger.warning("Redis cannot be reached: %s", error)
-            await wait_any(stop, BEAT_S)
-        else:
-            return True
-    return False
 
 
 class Store:

@@ -132,7 +132,8 @@ async def _serve(
     # connection of `bus`.
     beats = Bus(settings.queue_url())
     try:
-        await bus.check()
+        if not await bus.reach(stop):
+            return 0
         replies = Replies(bus, gid, beats)
         names = [one.served_name for one in base_settings(settings)]
         waits = settings.wait_for_worker_s > 0

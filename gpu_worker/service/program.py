@@ -120,10 +120,11 @@ async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> t
     secret = FleetSecret.of(settings)
     bus = Bus(settings.queue_url(), seal=Seal.of(settings, secret))
     loader = Loader(secret.bearer if secret else "")
-    WATCHDOG.require(None, LOADING_S)
     is_loaded = False
     try:
-        await bus.check()
+        if not await bus.reach(stop):
+            return 0, ""
+        WATCHDOG.require(None, LOADING_S)
         try:
             with _ended_by_signals():
                 engine, served = await asyncio.to_thread(_load, settings, loader)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafleet.launcher.embedded import start_embedded
+from lorafleet.launcher.embedded import EmbeddedServer, start_embedded
 from protocol.queue.bus import CONNECTION_ERRORS, Bus, decode, now_ms
 from protocol.queue.connection.redis_client import connect
 from protocol.wire import messages as m
@@ -198,6 +198,26 @@ async def test_a_queue_that_may_evict_is_refused(bus: Bus) -> None:
             await bus.check()
     finally:
         await bus._redis.config_set("maxmemory-policy", "noeviction")
+
+
+async def test_a_service_waits_for_a_queue_that_is_not_there_yet(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Services start in any order: one that comes first says what it waits for, and can be stopped meanwhile."""
+    server = EmbeddedServer(tmp_path, durable=False, guarded=False)
+    bus, stop = Bus(server.url), asyncio.Event()
+    waiting = asyncio.create_task(bus.reach(stop))
+    stopped = asyncio.create_task(bus.reach(gone := asyncio.Event()))
+    await wait_until(lambda: caplog.text.count("cannot be reached, waiting for it") == 2, "both say so")
+    gone.set()
+    assert await stopped is False
+    await asyncio.to_thread(server.start)
+    try:
+        assert await waiting is True
+    finally:
+        await bus.close()
+        await asyncio.to_thread(server.stop)
+    assert caplog.text.count("cannot be reached, waiting for it") == 2, "a cause is told once"
 
 
 @pytest.mark.parametrize("kind", ["write", "pipeline", "script", "blocking read"])
