@@ -98,6 +98,7 @@ class ScriptedFleet:
     wid: str = "w1"
     max_model_len: int = MAX_MODEL_LEN
     beating: bool = True
+    _beat_turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     resident: list[str] = field(default_factory=list)
     host: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)  # of the base model, besides what every test wants
@@ -165,10 +166,17 @@ class ScriptedFleet:
                         submit = decode(fields[b"b"], m.RequestHead)
                         group.create_task(self._play(submit, int(fields[b"e"])))
 
+    async def stop_beating(self) -> None:
+        """Send no more beats; none is on its way afterwards."""
+        self.beating = False
+        async with self._beat_turn:
+            pass
+
     async def _beats(self) -> None:
         while True:
-            if self.beating:
-                await self.beat()
+            async with self._beat_turn:
+                if self.beating:
+                    await self.beat()
             await asyncio.sleep(1)
 
     async def _play(self, submit: m.RequestHead, epoch: int) -> None:

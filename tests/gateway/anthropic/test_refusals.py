@@ -78,7 +78,7 @@ async def test_a_prompt_that_is_too_long_is_told_in_anthropic_s_words(http: http
 
 
 async def test_no_worker_is_529(bus: Bus, fleet: ScriptedFleet, http: httpx2.AsyncClient) -> None:
-    fleet.beating = False
+    await fleet.stop_beating()
     await bus._redis.delete(bus.keys.worker_beat(fleet.wid))
 
     async def answer() -> httpx2.Response | None:

@@ -17,7 +17,7 @@ PATH = "/v1/chat/completions"
 
 async def leave(bus: Bus, fleet: ScriptedFleet) -> None:
     """Take the only worker away, and let the scheduler say so."""
-    fleet.beating = False
+    await fleet.stop_beating()
     fleet.assigning.clear()
     await bus._redis.zrem(bus.keys.workers, fleet.wid)
     await bus.set(bus.keys.status, m.SchedulerStatus(queued=0, running=0, workers=0, drain_rate=0.0), 60_000)

@@ -146,7 +146,7 @@ async def test_jobs_are_accepted_while_no_worker_is_there(
 ) -> None:
     """The base model is known from before."""
     fleet.assigning.clear()
-    fleet.beating = False
+    await fleet.stop_beating()
     await bus._redis.delete(bus.keys.workers)
     async with gateway_client(bus, model_folder) as other:
         assert (await other.post("/v1/chat/completions", json=CHAT)).status_code == 503

@@ -16,7 +16,7 @@ from protocol.wire import messages as m
 
 async def test_residency_and_vllm_s_names(bus: Bus, fleet: ScriptedFleet, model_folder: Path) -> None:
     await fleet.add_adapter("mine", "vllm-d1")
-    fleet.beating = False
+    await fleet.stop_beating()
     beat = m.WorkerBeat(
         wid="w1", name="one", capacity=8, kv_blocks_free=3, kv_blocks_total=4, resident=["vllm-d1"],
         host=["vllm-d1", *(f"h{i}" for i in range(2000))], pinned={"vllm-d1": ""}, pool_bytes_total=40,
