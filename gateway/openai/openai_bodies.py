@@ -116,6 +116,7 @@ class ChatRequest(GenerationRequest):
     OBJECT = "chat"
 
     messages: Annotated[Objects, Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=-1)] | None = None
