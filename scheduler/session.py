@@ -112,7 +112,6 @@ class Session:
         self._rounds = 0  # rounds of `_watch`
         self._watched_s = time.monotonic()  # when the last one began
         self._watched = Items("watch", max_tries=0, backoff=BRISK)
-        self._told_running = False  # whether the published status says that requests run
 
     def loops(self) -> list[Loop]:
         """Return what runs while it leads.
@@ -300,8 +299,6 @@ class Session:
         end_s = time.monotonic() + WATCH_S
         while (left_s := end_s - time.monotonic()) > 0:
             await asyncio.sleep(min(left_s, LOADS_S) if self.scheduler.requests else left_s)
-            if self._told_running and not self.scheduler.workers.num_assigned:
-                await self._publish_status()  # clients read it right after the last answer
             if left_s > LOADS_S and self.scheduler.waits_for_loads:
                 await self._watch_workers(0.0)  # the round counts the time
                 self._wake.set()
@@ -408,7 +405,6 @@ class Session:
             version=RELEASE,
         )
         await self._bus.set(self._bus.keys.status, status, STATUS_TTL_MS)
-        self._told_running = status.running > 0
 
     def _warn_of_memory(self, used: int, most: int) -> None:
         """Log once when the queue's memory becomes short, and once when it is not any more."""

@@ -29,11 +29,12 @@ async def look(bus: Bus, fleet: FleetView, beats: Sequence[m.WorkerBeat], name_o
         return name_of(digest) or name_in(records, digest)
 
     total, free = (sum(getattr(beat, f"kv_blocks_{what}") for beat in beats) for what in ("total", "free"))
-    deferred = sum(beat.waiting_adapter for beat in beats)  # to the scheduler they run: they have a worker
+    # They have a worker, and so are among those that run. Heartbeats are of the last second.
+    deferred = min(sum(beat.waiting_adapter for beat in beats), fleet.num_running)
     return Seen(
         fleet.base.name if fleet.base is not None else "",
-        max(0, status.running - deferred) if status is not None else 0,
-        status.queued if status is not None else 0,
+        fleet.num_running - deferred,
+        fleet.num_queued,
         deferred,
         1 - free / total if total else 0.0,
         sum(beat.counters.num_steps for beat in beats),

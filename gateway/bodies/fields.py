@@ -23,8 +23,6 @@ Name = Annotated[str, Field(max_length=MAX_NAME_CHARACTERS)]
 BASE = "base"
 """The name by which every fleet serves its base model, besides the model's own. It answers who names no model."""
 
-OR_BASE = BeforeValidator(lambda value: BASE if value is None else value)
-
 Strings = Annotated[list[str], Field(fail_fast=True)]
 Objects = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
 

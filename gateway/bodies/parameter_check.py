@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from gateway.bodies.parameters import BY_TYPE, OBJECTS, PARAMETERS_OF, Parameter
 from protocol.wire.errors import BadRequest
@@ -45,6 +45,25 @@ class JsonBody(BaseModel):
 
     OBJECT: ClassVar[str]
     """Which of `parameters.OBJECTS` this is."""
+
+    _WITH_DEFAULTS: ClassVar[tuple[str, ...]] = ()
+    """The fields, as they are sent, whose default is something else than null."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        cls._WITH_DEFAULTS = tuple(
+            field.alias or name
+            for name, field in cls.model_fields.items()
+            if not field.is_required() and field.get_default(call_default_factory=True, validated_data={}) is not None
+        )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, value: Any) -> Any:
+        """Leave out fields that have another default, which null stands for."""
+        if not isinstance(value, dict) or all(value.get(name, cls) is not None for name in cls._WITH_DEFAULTS):
+            return value
+        return {name: given for name, given in value.items() if given is not None or name not in cls._WITH_DEFAULTS}
 
 
 @dataclass(frozen=True, slots=True)

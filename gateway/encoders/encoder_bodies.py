@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from gateway.bodies.fields import BASE, OR_BASE, Name, Objects, Prompts, Strings
+from gateway.bodies.fields import BASE, Name, Objects, Prompts, Strings
 from gateway.bodies.parameter_check import JsonBody
 from gateway.http.errors import FORM
 from gateway.http.paths import OPENAI_FORMS
@@ -22,7 +22,7 @@ class EmbeddingsRequest(JsonBody):
     OBJECT = "embeddings"
 
     input: Prompts
-    model: Annotated[Name, OR_BASE] = BASE
+    model: Name = BASE
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1, lt=1 << 31)] | None = None
     background: bool | None = None
@@ -52,7 +52,7 @@ class ClassifyRequest(JsonBody):
 
     OBJECT = "labels"
 
-    model: Annotated[Name, OR_BASE] = BASE
+    model: Name = BASE
     input: Prompts | None = None
     messages: Annotated[Objects, Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None
@@ -88,7 +88,7 @@ class RerankRequest(JsonBody):
 
     OBJECT = "rerank"
 
-    model: Annotated[Name, OR_BASE] = BASE
+    model: Name = BASE
     query: str
     documents: Annotated[list[Any], Field(fail_fast=True)]  # strings, or objects with a text; see `parse_rerank`
     top_n: Annotated[int, Field(ge=0)] | None = None
@@ -103,7 +103,7 @@ class ScoreRequest(JsonBody):
 
     OBJECT = "score"
 
-    model: Annotated[Name, OR_BASE] = BASE
+    model: Name = BASE
     text_1: OneOrMore | None = None
     text_2: OneOrMore | None = None
     queries: OneOrMore | None = None

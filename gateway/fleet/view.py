@@ -54,6 +54,7 @@ class FleetView:
         """The bases that operators have added and taken away."""
         self.status: m.SchedulerStatus | None = None
         self.num_workers = 0
+        self.num_queued = self.num_running = 0  # requests, when `show_workers` last looked
 
     def set_added(self, added: m.AddedBases) -> None:
         """Take what operators have added and taken away until now: further bases are asked here from now on, or not."""
@@ -131,8 +132,6 @@ class FleetView:
                 series.BASE_LOAD.labels(name, what).set(num)
         series.FLEET_WORKERS.set(self.num_workers)
         status = self.status or m.SchedulerStatus(queued=0, running=0, workers=0, drain_rate=0.0)
-        series.FLEET_QUEUED.set(status.queued)
-        series.FLEET_RUNNING.set(status.running)
         series.QUEUE_USED_BYTES.set(status.used_bytes)
         series.QUEUE_MAX_BYTES.set(status.max_bytes)
         series.FLEET_DEAD_LETTERS.set(status.dead_letters)
@@ -147,14 +146,18 @@ class FleetView:
     async def show_workers(self) -> list[m.WorkerBeat]:
         """Set the fleet's metrics and those of each live worker, and return these workers' heartbeats.
 
-        There are none while the queue cannot be reached.
+        There are none while the queue cannot be reached. Requests are counted now: the scheduler's status may be a
+        second old, and who has the last answer is to see that nothing runs any more.
         """
         try:
             await self.refresh()
             beats = await self._bus.members.worker_beats()
+            self.num_queued, self.num_running = await self._bus.members.load(beats)
         except CONNECTION_ERRORS as error:
             logger.warning("the workers cannot be seen: %s", error)
             beats = {}
+        series.FLEET_QUEUED.set(self.num_queued)
+        series.FLEET_RUNNING.set(self.num_running)
         alive = [beat for beat in beats.values() if beat is not None]
         WORKERS.show(alive)
         return alive

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Protocol
 
 import orjson
@@ -38,7 +39,9 @@ MAX_RETRY_AFTER_S = 60
 MAX_TEXT_CHARACTERS = 1900
 """Most characters of an error's message."""
 
-_WITH_FIELDS = (("parameters",), ("thinking",), ("output_config",), ("text",), ("reasoning",))
+_WITH_FIELDS = frozenset(
+    ("parameters", "merged_adapters", "stream_options", "thinking", "output_config", "text", "reasoning")
+)
 """Fields that are objects, whose own fields errors name: in LoRAX's bodies most are in one."""
 
 FORM = "form "
@@ -243,7 +246,7 @@ def _from_validation(errors: Sequence[Any], content_type: str) -> LorafleetError
         message = f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
         return BadRequest(message, code="invalid_json")
     loc = _loc(first)
-    depth = 2 if loc[:1] in _WITH_FIELDS else 1
+    depth = 1 + len(list(takewhile(_WITH_FIELDS.__contains__, loc)))
     place = loc[:depth]
     if not place:
         if content_type and "json" not in content_type and first["type"] != "missing":

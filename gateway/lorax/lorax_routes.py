@@ -158,8 +158,8 @@ class NativeEndpoints:
         beats = await fleet.show_workers()
         if self._pipeline.settings.vllm_metrics and self._pipeline.settings.metrics_named:
             RESIDENCY.seen = await look(self._pipeline.bus, fleet, beats, observe.name_of_digest)
-        LORAX_QUEUE_LENGTH.set(fleet.status.queued if fleet.status else 0)
-        LORAX_BATCH_SIZE.set(fleet.status.running if fleet.status else 0)
+        LORAX_QUEUE_LENGTH.set(fleet.num_queued)
+        LORAX_BATCH_SIZE.set(fleet.num_running)
         accept = request.headers.get("accept", "")
         if "application/json" in accept:
             return json_response(await run_in_threadpool(lorax_metrics.as_json))

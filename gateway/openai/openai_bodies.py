@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from gateway.adapters.merged import MergedAdapters
-from gateway.bodies.fields import BASE, OR_BASE, REQUEST_ID, Name, Objects, Prompts, Strings, entries_within
+from gateway.bodies.fields import BASE, REQUEST_ID, Name, Objects, Prompts, Strings, entries_within
 from gateway.bodies.parameter_check import JsonBody
 from gateway.http.paths import CHAT, COMPLETIONS
 
@@ -51,7 +51,7 @@ class StreamOptions(JsonBody):
 class GenerationRequest(JsonBody):
     """The fields of both routes. null always means the default."""
 
-    model: Annotated[Name | Annotated[list[Name], Field(min_length=1, fail_fast=True)], OR_BASE] = BASE
+    model: Name | Annotated[list[Name], Field(min_length=1, fail_fast=True)] = BASE
     """Each model of a list gives choices."""
     lora_scale: Annotated[float, Field(ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)] | None = None
     merged_adapters: MergedAdapters | None = None
@@ -116,6 +116,7 @@ class ChatRequest(GenerationRequest):
     OBJECT = "chat"
 
     messages: Annotated[Objects, Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=-1)] | None = None

@@ -327,8 +327,6 @@ def _check_chat(request: ChatRequest) -> tuple[int | None, int | None, bool]:
     if request.top_logprobs is not None and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     max_tokens = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
-    if max_tokens == 0:
-        raise BadRequest("max_tokens: input should be greater than or equal to 1, not 0", param="max_tokens")
     return max_tokens, (request.top_logprobs or 0) if request.logprobs else None, False
 
 

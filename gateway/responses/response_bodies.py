@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from gateway.bodies.fields import BASE, OR_BASE, Name, Objects, Strings
+from gateway.bodies.fields import BASE, Name, Objects, Strings
 from gateway.bodies.parameter_check import JsonBody
 from gateway.openai.openai_bodies import MAX_LORA_SCALE, MAX_METADATA_KEY, MAX_METADATA_PAIRS, MAX_METADATA_VALUE
 
@@ -45,7 +45,7 @@ class ConversationRef(JsonBody):
 class PromptRequest(JsonBody):
     """What the prompt of a response is made of. null always means the default."""
 
-    model: Annotated[Name, OR_BASE] = BASE
+    model: Name = BASE
     input: str | Objects | None = None
     instructions: str | None = None
     previous_response_id: Annotated[str, Field(max_length=MAX_ID_CHARACTERS)] | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import resource
 import sys
 import time
@@ -37,6 +38,9 @@ WITH_VOCABULARY = "with-vocabulary"
 """The process's last argument, if it is to read the base's vocabulary before its first job: up to a CPU second."""
 
 ANY_TEXT = '{"grammars":[{"lark_grammar":"start: /(.|\\n)*/"}]}'
+
+_EXCERPT = re.compile(r"\n *\d+ \| ")
+"""Begins the lines of a grammar that the compiler shows after an error. One made of a schema is nothing to a client."""
 
 NOTHING_FITS = "no text is of this form: it may refer to itself, or leave no choice"
 """What llguidance calls NoExtensionBias."""
@@ -137,7 +141,7 @@ class SandboxWorker:
         limits = LLParserLimits(**GRAMMAR_LIMITS, verbose_errors=False)
         matcher = LLMatcher(self._vocabulary(), job.grammar, log_level=0, limits=limits)
         matcher.compute_bitmask()
-        error = " ".join(matcher.get_error()[:MAX_REFUSAL].split())
+        error = " ".join(_EXCERPT.split(matcher.get_error()[:MAX_REFUSAL])[0].split())
         return Answer(refusal=NOTHING_FITS if error.startswith("NoExtensionBias") else error)
 
     def _read_vocabulary(self) -> Any:

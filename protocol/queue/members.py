@@ -20,7 +20,7 @@ from protocol.wire import messages as m
 from protocol.wire.clock import now_ms
 from protocol.wire.codec import decode
 from protocol.wire.errors import Conflict, ProtocolError
-from protocol.wire.keys import Keys
+from protocol.wire.keys import CLASSES, Keys
 
 logger = logging.getLogger(__name__)
 
@@ -251,6 +251,19 @@ class Members:
         wids = await self.ids(self._keys.workers)
         raws = await read_many(self._redis, [self._keys.worker_beat(wid) for wid in wids])
         return {wid: _beat(raw) for wid, raw in zip(wids, raws, strict=True)}
+
+    async def load(self, wids: Iterable[str]) -> tuple[int, int]:
+        """Return how many requests wait for a worker, and how many are assigned to workers, as of now.
+
+        What a client has the end of is in neither: the script that tells of the end also takes it off its worker.
+        """
+        pipe = self._redis.pipeline(transaction=True)
+        for cls in CLASSES:
+            pipe.xlen(self._keys.sub(cls))
+        for wid in wids:
+            pipe.hlen(self._keys.own(wid))
+        nums = await pipe.execute()
+        return sum(nums[: len(CLASSES)]), sum(nums[len(CLASSES) :])
 
     async def gateways_alive(self) -> dict[str, bool]:
         """Return each registered gateway and whether its heartbeat is there."""

@@ -74,7 +74,7 @@ def table(*, console_keys: bool = False) -> dict[str, Rights]:
             reads=(
                 *(() if console_keys else administered), k.ended, k.adapters, k.adapters_stamp, k.adapter("*"),
                 k.adapter_use("*"), k.workers, k.worker_beat("*"), k.stores, k.store_beat("*"), k.base, k.bases,
-                k.status, k.work("*"), k.residency("*"),
+                k.status, k.work("*"), k.own("*"), k.residency("*"),
             ),
             adds=(k.ctl("*"), k.own("*"), k.work("*"), k.ended),
         ),

@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 from helpers.scripted_fleet import ScriptedFleet, gateway_client
+from pydantic import ValidationError
 
 from gateway.bodies.compat import PAGE, with_table
 from gateway.bodies.parameter_check import IGNORED_HEADER, MAX_ENTRIES, MAX_NAMED, JsonBody, check_parameters
@@ -158,6 +159,20 @@ async def test_null_never_counts_as_given(subtests: pytest.Subtests, http: httpx
         with subtests.test(path=path):
             answer = await http.post(path, json={**GOOD[path], "unheard_of": None})
             assert "unheard_of" not in answer.text
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.__name__)
+def test_null_is_the_default_of_every_field_that_has_one(body: type[JsonBody]) -> None:
+    wrong: list[tuple[str, str]] = []
+    for name, field in body.model_fields.items():
+        sent = field.alias or name
+        if field.is_required():
+            continue
+        try:
+            body.model_validate({sent: None})
+        except ValidationError as error:  # tells of the fields that there must be, and of nothing else
+            wrong += [(sent, entry["type"]) for entry in error.errors() if entry["type"] != "missing"]
+    assert wrong == []
 
 
 NESTED: list[tuple[str, dict[str, Any], str]] = [

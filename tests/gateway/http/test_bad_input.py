@@ -77,7 +77,10 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str]] = [
     ("chat", {"top_logprobs": 2}, "top_logprobs"),
     ("chat", {"stream": "yes"}, "stream"),
     ("chat", {"stream_options": {"include_usage": True}}, "stream_options"),
-    ("chat", {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options"),
+    ("chat", {"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
+    ("chat", {"stream": True, "stream_options": 1}, "stream_options"),
+    ("chat", {"merged_adapters": {"ids": ["a"]}}, "merged_adapters.weights"),
+    ("chat", {"merged_adapters": {"ids": ["a"], "weights": [1e308]}}, "merged_adapters.weights"),
     ("chat", {"stream": True, "background": True}, "stream"),
     ("chat", {"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name"),
     ("chat", {"response_format": {"type": "xml"}}, "response_format"),
@@ -302,7 +305,7 @@ async def test_the_context_s_length_is_told_with_both_numbers(client: AsyncOpenA
         with pytest.raises(openai.BadRequestError, match=re.escape(said)):
             await client.chat.completions.create(model="base", messages=messages, max_completion_tokens=most)
     for least in (0, -1):
-        with pytest.raises(openai.BadRequestError, match=f"max_tokens: input should be greater than .*, not {least}"):
+        with pytest.raises(openai.BadRequestError, match=f"max_tokens: input .* or equal to 1, not {least}"):
             await client.chat.completions.create(model="base", messages=messages, max_tokens=least)
     assert fleet.seen == []
     await client.completions.create(model="base", prompt=ids[1:])  # room for one token: the default shrinks to it
