@@ -28,7 +28,7 @@ QUEUE_FLAGS = (*on_queue.FLAGS, "request_timeout_s", "config")
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.epilog = "The gateway is asked, or the queue itself where the settings redis_url or data are given."
+    parser.epilog = "Reads from the gateway, or from the queue itself if the settings redis_url or data are given."
     actions = parser.add_subparsers(metavar="list|show|retry", required=True)
     listing = actions.add_parser("list", aliases=ALIASES, help="list dead letters, newest first")
     listing.add_argument("--limit", type=number, default=50, help="maximum number listed (%(default)s)")

@@ -94,7 +94,7 @@ def add_arguments(parser: Parser) -> None:
         "models",
         metavar="MODEL",
         nargs="*",
-        help="a Hub id, a local folder or a GGUF file; further ones are bases of the same fleet",
+        help="a Hub id, a local folder or a GGUF file; several are served by one fleet",
     )
     # The launcher itself sets the names of workers and the address of the store.
     add_settings(parser, first=MAIN_FLAGS, skip=("model", "more_models", "worker_name", "store_url"))

@@ -153,7 +153,7 @@ class FleetView:
             await self.refresh()
             beats = await self._bus.members.worker_beats()
         except CONNECTION_ERRORS as error:
-            logger.warning("the workers cannot be seen: %s", error)
+            logger.warning("the workers' heartbeats cannot be read: %s", error)
             beats = {}
         alive = [beat for beat in beats.values() if beat is not None]
         WORKERS.show(alive)

@@ -114,7 +114,7 @@ async def test_a_base_that_is_being_read_is_known_already(
         for model in ("b", "own", "b:own", "c"):
             answer = await chat(http, model)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "base_starting"), answer.text
-            assert "is still being read here" in answer.json()["error"]["message"]
+            assert "is still loading in this gateway" in answer.json()["error"]["message"]
         assert (await chat(http, "old")).status_code == 200, "an adapter of the only base stays the default one's"
         assert [one["state"] for one in (await http.get("/v1/bases")).json()["data"]] == ["ready", "loading", "loading"]
         assert (await http.delete("/v1/bases/c")).status_code == 200

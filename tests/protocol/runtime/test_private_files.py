@@ -24,7 +24,7 @@ def test_a_new_folder_is_private_and_an_old_one_is_closed(tmp_path: Path, caplog
     old.chmod(0o755)
     with caplog.at_level(logging.WARNING):
         assert mode_of(private_folder(old)) == 0o700
-    assert "was open to other users (mode 755): closed it" in caplog.text
+    assert "was accessible to other users (mode 755): removed their access" in caplog.text
     caplog.clear()
     private_folder(old)
     assert not caplog.records
@@ -84,7 +84,7 @@ def test_a_cache_that_others_may_write_is_closed_or_left(
     mine.chmod(0o777)
     assert own_folder(mine) == mine
     assert mode_of(mine) == 0o755
-    assert "could be written by other users" in caplog.text
+    assert "writable by other users" in caplog.text
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
     (tmp_path / "roots").mkdir(mode=0o755)
