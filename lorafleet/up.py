@@ -196,7 +196,7 @@ def prepare(settings: Settings) -> LaunchPlan:
     further = tuple(fetch_model(settings.model_copy(update={"model": name})) for name in names)
     for name, one in zip(names, further, strict=True):
         if not (one / TOKENIZER).is_file():
-            raise BadRequest(f"{name} has no {TOKENIZER}: a base without a tokenizer cannot be asked")
+            raise BadRequest(f"{name} has no {TOKENIZER}: a base without a tokenizer cannot be served")
     draft_model, others = settings.draft_model, further
     if draft_model:
         others += (fetch_model(settings.model_copy(update={"model": draft_model})),)

@@ -184,7 +184,7 @@ class FleetView:
         text = f"no worker is ready to serve `{name or self._name}`"
         why = self.failures.get(name or self._name)
         if why is None and self._loads.get(name or self._name, m.BaseLoad()).may_become:
-            raise Unavailable(f"{text}; a worker is about to become it for the first time", code="base_starting")
+            raise Unavailable(f"{text}; a worker is about to serve it for the first time", code="base_starting")
         if why is None:
             raise Unavailable(f"{text}; it may still be loading")
         raise Unavailable(f"{text}: it did not start{f': {why}' if self._shows_reasons else ''}", code="base_failed")

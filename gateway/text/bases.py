@@ -96,7 +96,7 @@ class GatewayBases:
         if name in ("", self.default.files.name):
             return self.default
         if name in self.removed and name not in self.in_settings:
-            raise NotFound(f"the base `{name}` was taken away", param="model", code="base_not_served")
+            raise NotFound(f"the base `{name}` was removed", param="model", code="base_not_served")
         if self.is_being_read(name):
             raise Unavailable(
                 f"the base `{name}` is still loading in this gateway", param="model", code="base_starting"

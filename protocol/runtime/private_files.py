@@ -44,7 +44,7 @@ def claimed_folder(folder: Path) -> Path:
         folder.mkdir(mode=0o700, parents=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise Internal(f"{folder} is no folder, or another user's")
+        raise Internal(f"{folder} is not a folder, or belongs to another user")
     close_to_others(folder)
     return folder
 

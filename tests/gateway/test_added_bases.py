@@ -77,7 +77,7 @@ async def test_a_base_is_added_asked_and_taken_away(
 
     await wait_until(is_gone, "its calls are refused")
     refused = (await chat(http, "b")).json()["error"]
-    assert (refused["code"], refused["message"]) == ("base_not_served", "the base `b` was taken away")
+    assert (refused["code"], refused["message"]) == ("base_not_served", "the base `b` was removed")
     assert (await chat(http, "b:own")).json()["error"]["code"] == "base_not_served"
     assert (await chat(http, "own")).status_code == 404, "an adapter of it is served by no other base"
     assert (await chat(http, "old")).status_code == 200
@@ -119,7 +119,7 @@ async def test_a_base_that_is_being_read_is_known_already(
         assert [one["state"] for one in (await http.get("/v1/bases")).json()["data"]] == ["ready", "loading", "loading"]
         assert (await http.delete("/v1/bases/c")).status_code == 200
         await seen(http, "c", "absent")
-        assert (await chat(http, "c")).json()["error"]["message"] == "the base `c` was taken away"
+        assert (await chat(http, "c")).json()["error"]["message"] == "the base `c` was removed"
     finally:
         go_on.set()
     await seen(http, "b", "ready")

@@ -67,7 +67,7 @@ async def test_what_changes_while_it_is_read_is_read_again() -> None:
     await bases.read()
     assert bases.of("x").files.name == "x of /second"
     known.append(m.AddedBases(removed=["x"]))
-    with pytest.raises(NotFound, match="`x` was taken away"):
+    with pytest.raises(NotFound, match="`x` was removed"):
         bases.of("x")
 
 

@@ -68,7 +68,7 @@ async def test_a_fleet_of_one_base_lets_another_in_once_it_is_added(bus: Bus) ->
     assert await join(bus, "w2", base("b"), several=False) == "b"
     assert await join(bus, "w3", base("a"), several=False) == "a", "a worker of the first base that is started again"
     await bus.added_bases.remove("b")
-    with pytest.raises(Conflict, match="was taken away from this fleet"):
+    with pytest.raises(Conflict, match="was removed from this fleet"):
         await join(bus, "w4", base("b"), several=False)
 
 

@@ -50,7 +50,7 @@ def test_a_folder_where_everybody_may_write_is_claimed_or_refused(
     mine.mkdir()
     mine.chmod(0o755)
     (tmp_path / "link").symlink_to(mine)
-    with pytest.raises(Internal, match="link is no folder, or another user's"):
+    with pytest.raises(Internal, match="link is not a folder, or belongs to another user"):
         claimed_folder(tmp_path / "link")
     assert mode_of(mine) == 0o755
     with monkeypatch.context() as patched:
@@ -60,7 +60,7 @@ def test_a_folder_where_everybody_may_write_is_claimed_or_refused(
     assert mode_of(mine) == 0o755
     assert mode_of(claimed_folder(mine)) == 0o700
     (tmp_path / "file").write_text("")
-    with pytest.raises(Internal, match="is no folder"):
+    with pytest.raises(Internal, match="is not a folder"):
         claimed_folder(tmp_path / "file")
 
 
