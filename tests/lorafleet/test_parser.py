@@ -62,7 +62,7 @@ def test_an_unknown_word_gets_a_suggestion(words: str, said: str, capsys: pytest
 
 
 def test_ls_is_list_everywhere() -> None:
-    for name in ("adapters", "workers", "jobs", "batch", "keys", "dlq"):
+    for name in ("adapters", "bases", "workers", "jobs", "batch", "keys", "dlq"):
         assert parse(WHOLE, [name, "ls"]).parser.prog == f"lorafleet {name} list"
 
 
