@@ -30,9 +30,10 @@ PAGES = (
 """Pages that users read before and while they run a fleet."""
 
 SHORT = (
-    *PAGES, "CONTRIBUTING.md", "docs/adapter-pool.md", "docs/architecture.md", "docs/bases.md", "docs/benchmarks.md", "docs/engine.md", "docs/kernels.md", "docs/triton.md",
-    "docs/console.md", "docs/glossary.md", "docs/measured/adapters.md", "docs/measured/clients.md",
-    "docs/measured/kernels.md", "docs/protocol.md", "docs/redis-keys.md", "docs/scheduling.md", "docs/speculation.md",
+    *PAGES, "CONTRIBUTING.md", "docs/adapter-pool.md", "docs/architecture.md", "docs/bases.md", "docs/benchmarks.md",
+    "docs/console.md", "docs/engine.md", "docs/glossary.md", "docs/kernels.md", "docs/measured/adapters.md",
+    "docs/measured/clients.md", "docs/measured/kernels.md", "docs/measured/peers.md", "docs/measured/swaps.md",
+    "docs/protocol.md", "docs/redis-keys.md", "docs/scheduling.md", "docs/speculation.md", "docs/triton.md",
 )  # fmt: skip
 """Pages that users or developers read from beginning to end."""
 
