@@ -66,7 +66,9 @@ def _asks_queue(args: argparse.Namespace) -> bool:
         [f"--{name.replace('_', '-')}" for name in names if name in given] for names in (GATEWAY_FLAGS, QUEUE_FLAGS)
     )
     if gateway and queue:
-        raise BadRequest(f"{gateway[0]} and {queue[0]} cannot be used together: one is for the gateway, one for the queue")
+        raise BadRequest(
+            f"{gateway[0]} and {queue[0]} cannot be used together: one is for the gateway, one for the queue"
+        )
     if gateway or (not queue and (os.environ.get(URL_VARIABLE) or os.environ.get(PROFILE_VARIABLE))):
         return False
     is_named = bool({"redis_url", "data"} & load_settings(args).model_fields_set)

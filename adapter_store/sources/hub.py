@@ -143,7 +143,9 @@ class HubSource:
             except hub_errors.RevisionNotFoundError as error:
                 raise NotFound(f"{repo} has no revision {revision!r}") from error
             except hub_errors.RepositoryNotFoundError as error:
-                raise NotFound(f"{repo} does not exist on the Hub, or is private and this token has no access") from error
+                raise NotFound(
+                    f"{repo} does not exist on the Hub, or is private and this token has no access"
+                ) from error
             except hub_errors.OfflineModeIsEnabled as error:
                 raise Unavailable("the store is in offline mode (HF_HUB_OFFLINE)") from error
             except hub_errors.HfHubHTTPError as error:
