@@ -128,7 +128,7 @@ class Members:
             if several and twins:
                 live = {one.base for one in (await self.worker_beats()).values() if one is not None}
                 if taken := live.intersection(twins):
-                    text = f"this fleet serves the weights of {served.name} as {min(taken)}: each base model may be named once"
+                    text = f"this fleet serves the weights of {served.name} as {min(taken)}; name each base model once"
                     raise Conflict(text, code="base_named_twice")
                 twins = []
             elif (

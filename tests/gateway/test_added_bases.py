@@ -188,7 +188,7 @@ async def test_a_base_has_one_name_one_model_and_there_is_a_bound(
     assert (await http.post("/v1/bases", json={"model": "/models/x"})).status_code == 201
     for body, words in (
         ({"model": "/models/y", "name": "x"}, "was added with the model /models/x"),
-        ({"model": "/models/x", "name": "z"}, "each base model may be named once"),
+        ({"model": "/models/x", "name": "z"}, "name each base model once"),
         ({"model": str(folders["a"]), "name": "z"}, "already"),
     ):
         answer = await http.post("/v1/bases", json=body)

@@ -31,7 +31,7 @@ def test_a_name_a_model_and_a_place_are_taken_once() -> None:
     one = added(NONE, "b", "/models/b", 7, 1)
     for name, model, words in (
         ("b", "/models/c", "remove it first"),
-        ("c", "/models/b", "each base model may be named once"),
+        ("c", "/models/b", "name each base model once"),
         ("c", "/models/c", "no more than 1"),
     ):
         with pytest.raises(Conflict, match=words):
