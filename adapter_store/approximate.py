@@ -188,7 +188,7 @@ class Approximation:
                 return await take()
             except ToConvert as needed:
                 await self._convert(needed)
-        raise Unavailable("what was converted of it left the disk again, or its source changed meanwhile")
+        raise Unavailable("its conversion was deleted, or its source changed meanwhile")
 
     async def _convert(self, needed: ToConvert) -> None:
         """Write a staged adapter as LoRA into the blobs; nothing where others have, or have used its files up.

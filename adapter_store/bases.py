@@ -107,7 +107,7 @@ class Bases:
             return await self._fitting(describe)
         base = self._known.get(name)
         if base is None:
-            what = "which was taken away" if name in self._removed else "of which no worker has come up yet"
+            what = "which was removed" if name in self._removed else "of which no worker has started yet"
             raise Unavailable(f"it is an adapter of the base {name}, {what}")
         try:
             return mirrored, name, await mirror.describe(mirrored.digest, mirrored.version.source, base)
@@ -165,7 +165,7 @@ class Bases:
         """
         if missing := self._missing:
             text = (
-                f"it names no base of this fleet, and may fit {', '.join(missing)}, of which no worker has come up yet"
+                f"it names no base of this fleet, and may fit {', '.join(missing)}, of which no worker has started yet"
             )
             raise Unavailable(f"{text}: set base_model_name_or_path, or register it with `base`")
         fits: dict[str, tuple[Mirrored, AdapterRecord]] = {}

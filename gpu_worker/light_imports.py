@@ -51,7 +51,7 @@ def import_transformers(settings: Settings) -> None:
             for module in USED:
                 importlib.import_module(f"transformers.{module}")
     except (ImportError, AttributeError) as error:  # another version than those that this was written for
-        logger.warning("transformers is imported whole, which takes two seconds more: %s", error)
+        logger.warning("all of transformers is imported, which takes two seconds longer: %s", error)
         for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
             del sys.modules[name]
 

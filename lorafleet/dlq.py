@@ -28,7 +28,7 @@ QUEUE_FLAGS = (*on_queue.FLAGS, "request_timeout_s", "config")
 
 def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments on `parser`."""
-    parser.epilog = "The gateway is asked, or the queue itself where the settings redis_url or data are given."
+    parser.epilog = "Reads from the gateway, or from the queue itself if the settings redis_url or data are given."
     actions = parser.add_subparsers(metavar="list|show|retry", required=True)
     listing = actions.add_parser("list", aliases=ALIASES, help="list dead letters, newest first")
     listing.add_argument("--limit", type=number, default=50, help="maximum number listed (%(default)s)")
@@ -66,7 +66,9 @@ def _asks_queue(args: argparse.Namespace) -> bool:
         [f"--{name.replace('_', '-')}" for name in names if name in given] for names in (GATEWAY_FLAGS, QUEUE_FLAGS)
     )
     if gateway and queue:
-        raise BadRequest(f"{gateway[0]} and {queue[0]} do not go together: one is for the gateway, one for the queue")
+        raise BadRequest(
+            f"{gateway[0]} and {queue[0]} cannot be used together: one is for the gateway, one for the queue"
+        )
     if gateway or (not queue and (os.environ.get(URL_VARIABLE) or os.environ.get(PROFILE_VARIABLE))):
         return False
     is_named = bool({"redis_url", "data"} & load_settings(args).model_fields_set)

@@ -23,8 +23,8 @@ def add_arguments(parser: Parser) -> None:
     parser.description = (
         "Make sure that the base model is on this machine, and print its folder. A Hub id is downloaded to the cache of"
         " the Hub's client, a local folder is checked, and a GGUF file has its config and tokenizer extracted."
-        " Without MODEL, SmolLM2-135M-Instruct is downloaded to the data folder. What LORAFLEET_MORE_MODELS and"
-        " LORAFLEET_DRAFT_MODEL name is fetched too."
+        " Without MODEL, SmolLM2-135M-Instruct is downloaded to the data folder. The models in"
+        " LORAFLEET_MORE_MODELS and LORAFLEET_DRAFT_MODEL are downloaded too."
     )
     parser.add_argument(
         "model", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help="a Hub id, a local folder or a GGUF file"

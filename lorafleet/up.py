@@ -94,7 +94,7 @@ def add_arguments(parser: Parser) -> None:
         "models",
         metavar="MODEL",
         nargs="*",
-        help="a Hub id, a local folder or a GGUF file; further ones are bases of the same fleet",
+        help="a Hub id, a local folder or a GGUF file; several are served by one fleet",
     )
     # The launcher itself sets the names of workers and the address of the store.
     add_settings(parser, first=MAIN_FLAGS, skip=("model", "more_models", "worker_name", "store_url"))
@@ -196,7 +196,7 @@ def prepare(settings: Settings) -> LaunchPlan:
     further = tuple(fetch_model(settings.model_copy(update={"model": name})) for name in names)
     for name, one in zip(names, further, strict=True):
         if not (one / TOKENIZER).is_file():
-            raise BadRequest(f"{name} has no {TOKENIZER}: a base without a tokenizer cannot be asked")
+            raise BadRequest(f"{name} has no {TOKENIZER}: a base without a tokenizer cannot be served")
     draft_model, others = settings.draft_model, further
     if draft_model:
         others += (fetch_model(settings.model_copy(update={"model": draft_model})),)

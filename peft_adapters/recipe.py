@@ -74,7 +74,7 @@ def merge_of(digest: str) -> Merge | None:
         raw = base64.urlsafe_b64decode(packed + "=" * (-len(packed) % 4))
         merge = msgspec.msgpack.decode(raw, type=Merge)
     except (ValueError, RecursionError, msgspec.MsgspecError) as error:
-        raise BadRequest(f"{digest:.40} is no merge of adapters: {error}") from error
+        raise BadRequest(f"{digest:.40} is not a merge of adapters: {error}") from error
     check_merge(merge)
     return merge
 

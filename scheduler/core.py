@@ -318,7 +318,7 @@ class Scheduler:
             ],
             len(choice.candidates) - len(options) if choice is not None else 0,
             round(held_ms),
-            request.yields,
+            request.yields and not request.alone,
             round(lead),
             self.backlog.num_queued,
         )

@@ -343,7 +343,7 @@ class Session:
 
     async def _end_removed(self, rid: str, base: str) -> None:
         """Fail a request of a base that was taken away."""
-        await self._recovery.end(rid, NotFound(f"the base `{base}` was taken away", code="base_not_served"))
+        await self._recovery.end(rid, NotFound(f"the base `{base}` was removed", code="base_not_served"))
 
     async def _empty_removed(self) -> None:
         """Drain the workers of bases that were taken away, and forget a base once it has none and no requests.

@@ -29,6 +29,14 @@ PAGES = (
 )  # fmt: skip
 """Pages that users read before and while they run a fleet."""
 
+SHORT = (
+    *PAGES, "CONTRIBUTING.md", "docs/adapter-pool.md", "docs/architecture.md", "docs/bases.md", "docs/benchmarks.md",
+    "docs/console.md", "docs/engine.md", "docs/glossary.md", "docs/kernels.md", "docs/measured/adapters.md",
+    "docs/measured/clients.md", "docs/measured/kernels.md", "docs/measured/peers.md", "docs/measured/swaps.md",
+    "docs/protocol.md", "docs/redis-keys.md", "docs/scheduling.md", "docs/speculation.md", "docs/triton.md",
+)  # fmt: skip
+"""Pages that users or developers read from beginning to end."""
+
 CONSOLE = ROOT / "gateway" / "console"
 
 STANDARD = {
@@ -63,6 +71,19 @@ STANDARD = {
     "found dead": "declared dead",
     "asked as": "endpoint",
     "in advance": "ahead of time, preallocated",
+    "taken away": "removed",
+    "gone on with": "continued, resumed",
+    "left early": "closed early",
+    "by way of": "through, with",
+    "go together": "be used together",
+    "thrown away": "discarded",
+    "whose turn it is": "which one is next",
+    "all is well": "healthy",
+    "what is to be": "what must be",
+    "that is asked for": "requested",
+    "what it is asked": "its requests",
+    "cannot be asked": "cannot be served, is unavailable",
+    "of one's own": "its own",
 }
 """A private word, and the field's words for it."""
 
@@ -131,6 +152,25 @@ def test_the_console_is_in_standard_words() -> None:
     files = [path for kind in ("js", "html") for path in CONSOLE.rglob(f"*.{kind}") if "vendor" not in path.parts]
     assert len(files) > 10
     assert [(path.name, hit) for path in files for hit in found_in(path.read_text())] == []
+
+
+MAX_WORDS = 40
+"""A longer sentence must be read twice."""
+
+
+def sentences(text: str) -> Iterator[str]:
+    """Yield the sentences of a page; code, tables, headings and the addresses of links are left out."""
+    text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    text = "\n".join("" if re.match(r"\||#|    |!\[", line) else line for line in text.splitlines())
+    for block in re.split(r"\n\s*\n|\n(?=(?:- |\d+\. ))", re.sub(r"\]\([^)]*\)", "]", text)):
+        yield from re.split(r"(?<=[.!?])\s+(?=[A-Z`*\[(0-9])", " ".join(block.split()))
+
+
+@pytest.mark.parametrize("page", SHORT)
+def test_sentences_of_pages_are_short(page: str) -> None:
+    found = list(sentences((ROOT / page).read_text()))
+    assert len(found) > 1
+    assert [sentence for sentence in found if len(sentence.split()) > MAX_WORDS] == []
 
 
 @pytest.mark.parametrize("page", PAGES)

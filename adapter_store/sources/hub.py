@@ -143,7 +143,9 @@ class HubSource:
             except hub_errors.RevisionNotFoundError as error:
                 raise NotFound(f"{repo} has no revision {revision!r}") from error
             except hub_errors.RepositoryNotFoundError as error:
-                raise NotFound(f"{repo} does not exist on the Hub, or is private and not for this token") from error
+                raise NotFound(
+                    f"{repo} does not exist on the Hub, or is private and this token has no access"
+                ) from error
             except hub_errors.OfflineModeIsEnabled as error:
                 raise Unavailable("the store is in offline mode (HF_HUB_OFFLINE)") from error
             except hub_errors.HfHubHTTPError as error:
@@ -275,7 +277,7 @@ def _refusal(response: httpx2.Response, repo: str) -> LorafleetError | None:
     if status == 403:
         return PermissionDenied(f"the token has no access to {repo}")
     if status in (401, 404):
-        return NotFound(f"{repo} does not exist on the Hub, or is private and not for this token")
+        return NotFound(f"{repo} does not exist on the Hub, or is private and this token has no access")
     return Unavailable(f"the Hub answered {status} for {repo}")
 
 

@@ -151,7 +151,7 @@ def _input(arguments: str) -> bytes:
     except ValueError as error:
         raise Internal(f"the arguments of a call cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise Internal("the arguments of a call are no object")
+        raise Internal("the arguments of a call are not an object")
     try:
         from_json(raw)
     except ValueError:

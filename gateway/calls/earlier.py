@@ -106,7 +106,7 @@ class EarlierCalls:
         prompts: list[Prompt] = []
         base, own = self._fleet.named(record.base), self._bases.of(record.base).own
         if base is None and call.task != "generate":
-            raise Unavailable("no worker has reported the base yet of which the numbers are")
+            raise Unavailable("no worker has reported the base model of these token ids yet")
         max_model_len = base.max_model_len if base is not None else UNKNOWN_MODEL_LEN
         of_prompts = iter(facts[:: call.options.n])
         for i, (digest, texts) in enumerate(zip(record.digests, record.texts, strict=True)):

@@ -85,7 +85,7 @@ class Generation:
         try:
             return (await self._replies.bus.requests([self.choices[0].rid]))[0]
         except CONNECTION_ERRORS as error:
-            logger.warning("the times of a call cannot be read: %s", error)
+            logger.warning("the timings of a call cannot be read: %s", error)
             return None
 
     def hang_up(self) -> None:

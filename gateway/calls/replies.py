@@ -251,7 +251,7 @@ class Replies:
         """Look whether the stream exists and the queue was not restarted."""
         gone = not await self._beats.streams.keep(self._stream, ttl_s=STREAM_TTL_S, max_age_ms=STREAM_MAX_AGE_MS)
         if gone:
-            logger.warning("the out stream was gone; calls catch up from the log")
+            logger.warning("the output stream was lost; calls catch up from the log")
             await self.open()
         restarted = await self._beats.restarted()
         if gone or restarted:

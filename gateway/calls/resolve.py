@@ -64,7 +64,9 @@ class CallResolver:
         elif call.task == "generate":
             refuse_classifiers(targets)
         if call.options.lora_scale is not None and not any(target.digest for target in targets):
-            raise BadRequest("lora_scale applies to adapters only, and the base model is asked", param="lora_scale")
+            raise BadRequest(
+                "lora_scale applies to adapters only; this request is for the base model", param="lora_scale"
+            )
         return ResolvedCall(with_vocabulary(call, base, targets), base, targets)
 
     async def base_of(

@@ -154,7 +154,7 @@ class FleetView:
             beats = await self._bus.members.worker_beats()
             self.num_queued, self.num_running = await self._bus.members.load(beats)
         except CONNECTION_ERRORS as error:
-            logger.warning("the workers cannot be seen: %s", error)
+            logger.warning("the workers' heartbeats cannot be read: %s", error)
             beats = {}
         series.FLEET_QUEUED.set(self.num_queued)
         series.FLEET_RUNNING.set(self.num_running)
@@ -187,7 +187,7 @@ class FleetView:
         text = f"no worker is ready to serve `{name or self._name}`"
         why = self.failures.get(name or self._name)
         if why is None and self._loads.get(name or self._name, m.BaseLoad()).may_become:
-            raise Unavailable(f"{text}; a worker is about to become it for the first time", code="base_starting")
+            raise Unavailable(f"{text}; a worker is about to serve it for the first time", code="base_starting")
         if why is None:
             raise Unavailable(f"{text}; it may still be loading")
         raise Unavailable(f"{text}: it did not start{f': {why}' if self._shows_reasons else ''}", code="base_failed")

@@ -82,7 +82,7 @@ _NO_VARIABLES = ("messages", "add_generation_prompt", "continue_final_message")
 def parse(request: AnyRequest, caller: Caller, settings: Settings, sent: Sent | None = None) -> ParsedCall:
     """Return what a body asks for. Raises BadRequest naming the parameter."""
     if (param := asks_whole(request)) is not None and caller.is_batch:
-        raise BadRequest(f"{param} is -1, the whole vocabulary, which no file of a batch holds", param=param)
+        raise BadRequest(f"{param} is -1, the whole vocabulary, which batches do not support", param=param)
     is_chat = isinstance(request, ChatRequest)
     names, others = [request.model] if isinstance(request.model, str) else request.model, _other_names(request)
     form_param, options = _form_param(request, others), _options(request, settings)

@@ -88,7 +88,7 @@ class OperatorEndpoints:
     async def register(self, body: RegisterRequest, request: Request) -> Response:
         """Answer 201 once a new name is served, 200 if it was registered, 202 if it is not served within `wait_s`."""
         caller = caller_of(request)
-        about(request, body.name, f"source={body.source} replace={body.replace} pin={body.pin}")
+        about(request, body.name, f"source={body.source or body.name} replace={body.replace} pin={body.pin}")
         tenant = caller.namespace(body.tenant)
         if body.pin and tenant:
             raise BadRequest("only an adapter shared by all tenants can be pinned", param="pin")

@@ -99,5 +99,5 @@ class BaseAdministration:
 
     def _check_allowed(self) -> None:
         if not self._may_change:
-            text = "without API keys, bases are added and taken away only at gateways that listen on this machine alone"
+            text = "without API keys, bases are added and removed only at gateways that listen on this machine alone"
             raise PermissionDenied(f"{text}: turn on --api-keys", code="bases_need_keys")

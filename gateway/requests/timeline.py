@@ -118,7 +118,7 @@ def _why(placed: m.Placed) -> str:
     if placed.held_ms:
         words.append(f"held {placed.held_ms} ms for a worker with its adapter")
     if placed.yields:
-        words.append("lower priority: its tenant is over its fair share")
+        words.append("lower priority than tenants below their fair share")
     return "; ".join(words)
 
 

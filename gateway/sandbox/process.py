@@ -315,4 +315,4 @@ def _ended_from_outside(job: QueuedJob) -> Unavailable:
 
 
 def _garbage(job: QueuedJob) -> BadRequest:
-    return BadRequest(f"{job.what} made its process give no answer that can be read")
+    return BadRequest(f"{job.what} crashed or gave an unreadable answer")

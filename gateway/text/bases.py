@@ -97,16 +97,20 @@ class GatewayBases:
         if name in ("", self.default.files.name):
             return self.default
         if name in self.removed and name not in self.in_settings:
-            raise NotFound(f"the base `{name}` was taken away", param="model", code="base_not_served")
+            raise NotFound(f"the base `{name}` was removed", param="model", code="base_not_served")
         if self.is_being_read(name):
-            raise Unavailable(f"the base `{name}` is still being read here", param="model", code="base_starting")
+            raise Unavailable(
+                f"the base `{name}` is still loading in this gateway", param="model", code="base_starting"
+            )
         names = self.names
         if names and name not in names:
             raise NotFound(f"the base `{name}` is not served here", param="model", code="base_not_served")
         found = self._further[name] if names else self.default
         if isinstance(found, str):
             why = f": {found}" if self._shows_reasons else ""
-            raise Unavailable(f"the base `{name}` cannot be asked here{why}", param="model", code="base_unreadable")
+            raise Unavailable(
+                f"the base `{name}` cannot be served by this gateway{why}", param="model", code="base_unreadable"
+            )
         return found
 
     async def read(self) -> None:
@@ -138,7 +142,7 @@ async def _close(base: BaseTexts | str) -> None:
 def _why(name: str, error: Exception) -> str:
     """Log why a base cannot be read, and return it."""
     why = error.message if isinstance(error, LorafleetError) else f"{error!s:.300}".split("\n", 1)[0] or repr(error)
-    logger.warning("the base %s cannot be asked here: %s", name, why)
+    logger.warning("the base %s cannot be served by this gateway: %s", name, why)
     return why
 
 

@@ -237,7 +237,7 @@ def _install(model: BaseModel, trial: Trial, impl: ops.Impl | None, *, compiled:
         logger.info("%d layers of %s are compiled", num_compiled, module.config.model_type)
     elif model.passes is None:
         num, model_type = model.num_shortcuts, module.config.model_type
-        logger.info("%d of %d layers of %s use native shortcuts", num, len(layers), model_type)
+        logger.info("%d of %d layers of %s run in native code", num, len(layers), model_type)
 
 
 def _compute_angles_on_one_thread(module: nn.Module) -> None:

@@ -145,7 +145,7 @@ async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> t
             try:
                 await bus.members.note_failure(settings.served_name, failure_reason(error))  # the others' calls go on
             except (*CONNECTION_ERRORS, UnreadableRecord) as away:
-                logger.warning("why %s does not start cannot be noted: %s", settings.served_name, away)
+                logger.warning("the reason why %s does not start cannot be recorded: %s", settings.served_name, away)
             raise NotStarted(error) from error
     finally:
         loader.close()

@@ -371,7 +371,7 @@ class WorkerService:
             self.draining = order.kind == "drain"
             self._beat_now.set()
         elif order.kind == "serve" and order.base in self.bases.others and not (self.becomes or self.draining):
-            logger.info("worker %s leaves to serve %s", self.name, order.base)
+            logger.info("worker %s is switching to base %s", self.name, order.base)
             self.becomes = order.base
             self._ordered.set()
 

@@ -204,5 +204,7 @@ def with_queue(settings: Settings) -> Settings:
     running = [server for server in servers if server.is_running]
     if len(running) != 1:
         found = ", ".join(server.door("operator")["redis_url"] for server in running) or "none"
-        raise BadRequest(f"give the queue as --redis-url (or REDIS_URL); running with --data {settings.data}: {found}")
+        raise BadRequest(
+            f"no single queue found: give --redis-url (or REDIS_URL); running with --data {settings.data}: {found}"
+        )
     return settings.model_copy(update=running[0].door("operator"))

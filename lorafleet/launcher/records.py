@@ -61,7 +61,7 @@ def registered(fleet: LocalFleet) -> Generator[None]:
     try:
         path, fd = _write(fleet)
     except (OSError, Internal) as error:
-        logger.warning("other commands do not find this fleet, only by its --url: no record can be kept: %s", error)
+        logger.warning("other commands find this fleet only by --url: its record cannot be written: %s", error)
         yield
         return
     try:

@@ -43,7 +43,9 @@ def add_arguments(parser: Parser) -> None:
     add.add_argument("--replace", action="store_true", help="replace an adapter with this name from another source")
     add.add_argument("--pin", action="store_true", help="also pin it in every worker's memory")
     add.add_argument("--preload", action="store_true", help="also load it on every worker")
-    add.add_argument("--base", default="", help="the base to serve it with; default: as it says itself, or fits")
+    add.add_argument(
+        "--base", default="", help="the base to serve it with; default: the one it names, or the one it fits"
+    )
     add.set_defaults(do=_add)
     found = [listing, add]
     for name, text in ORDERS.items():
@@ -81,7 +83,7 @@ def _add_offline(actions: Any) -> None:
     )
     check.add_argument("folder", metavar="DIR", type=Path, help="folder of a PEFT, MLX-LM or llama.cpp adapter")
     conversion = actions.add_parser(
-        "convert", help="write an MLX-LM, llama.cpp or other kind of adapter as LoRA; needs no fleet"
+        "convert", help="convert an adapter of MLX-LM, llama.cpp or another type to LoRA; needs no fleet"
     )
     conversion.add_argument("folder", metavar="SRC", type=Path, help="folder of the adapter; it is not changed")
     conversion.add_argument("target", metavar="DST", type=Path, help="folder to write; it must not exist")

@@ -152,7 +152,7 @@ def _metavar(name: str, annotation: Any) -> str:
         annotation = get_args(annotation)[0]
     if annotation is Path:
         return "FILE" if name.endswith("_file") else "DIR"
-    unit = next((unit for suffix, unit in _UNITS.items() if name.endswith(suffix)), None)
+    unit = next((unit for suffix, unit in _UNITS.items() if name.endswith(suffix) and "_per_" not in name), None)
     return unit or {int: "N", float: "X"}.get(annotation, name.rsplit("_", 1)[-1].upper())
 
 

@@ -35,7 +35,7 @@ def added(known: m.AddedBases, name: str, model: str, now: int, most: int) -> m.
     if there is not None:
         raise Conflict(f"the base {name} was added with the model {there.model}: remove it first", code="base_exists")
     if twin := next((other for other, base in known.bases.items() if base.model == model), ""):
-        raise Conflict(f"the model {model} is the base {twin}: name a base once", code="base_exists")
+        raise Conflict(f"the model {model} is the base {twin}: name each base model once", code="base_exists")
     if len(known.bases) >= most:
         raise Conflict(f"no more than {most} bases can be added to those of the settings", code="too_many_bases")
     bases = known.bases | {name: m.AddedBase(model=model, added_ms=now)}

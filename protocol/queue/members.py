@@ -119,7 +119,7 @@ class Members:
             first, further = await self._raw_bases()
             by_operators = decoded(await self._redis.get(self._keys.added_bases))
             if served.name in by_operators.removed:
-                text = f"the base {served.name} was taken away from this fleet: `lorafleet bases add` brings it back"
+                text = f"the base {served.name} was removed from this fleet: `lorafleet bases add` brings it back"
                 raise Conflict(text, code="base_not_served")
             known = {base.name: base for base in _decoded(first, further)}
             names = _fleet_of(served.name, fleet, by_operators.bases, known)
@@ -128,7 +128,7 @@ class Members:
             if several and twins:
                 live = {one.base for one in (await self.worker_beats()).values() if one is not None}
                 if taken := live.intersection(twins):
-                    text = f"the weights of {served.name} are served by this fleet as {min(taken)}: name a base once"
+                    text = f"this fleet serves the weights of {served.name} as {min(taken)}; name each base model once"
                     raise Conflict(text, code="base_named_twice")
                 twins = []
             elif (

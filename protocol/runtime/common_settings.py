@@ -55,7 +55,9 @@ class CommonSettings(BaseSettings):
     data: Path = Field(
         default=Path("~/.cache/lorafleet"), description="folder for the queue's data, adapters, caches and logs"
     )
-    keep_free: int = Field(default=1 << 30, ge=0, description="free space that files and adapters leave on each disk")
+    keep_free: int = Field(
+        default=1 << 30, ge=0, description="bytes of free space that files and adapters leave on each disk"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="minimum log level")
     log_format: Literal["text", "json"] = Field(default="text", description="format of log lines")
     metrics_port: int = Field(
@@ -69,7 +71,7 @@ class CommonSettings(BaseSettings):
     )
     otlp_endpoint: str = Field(default="", description="OpenTelemetry collector that receives spans: http://HOST:4318")
     trace_share: float = Field(
-        default=0.1, ge=0, le=1, description="fraction of calls to trace, of those that bring no traceparent"
+        default=0.1, ge=0, le=1, description="fraction of calls without a traceparent that are traced"
     )
     grace_s: float = Field(
         default=30.0, ge=0, description="maximum time for a stopping service to finish or hand over its requests"

@@ -162,7 +162,7 @@ def check_text_files(model: str) -> None:
         raise BadRequest(f"{model} is neither a folder nor a file here")
     for file in [path / name for name in READ_BY_GATEWAYS if (path / name).exists()]:
         if not file.is_file():
-            raise BadRequest(f"{file} is no regular file")
+            raise BadRequest(f"{file} is not a regular file")
         if (size := file.stat().st_size) > MAX_TEXT_FILE_BYTES:
             raise BadRequest(f"{file} has {size} bytes; the limit is {MAX_TEXT_FILE_BYTES}")
 

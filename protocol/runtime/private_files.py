@@ -44,7 +44,7 @@ def claimed_folder(folder: Path) -> Path:
         folder.mkdir(mode=0o700, parents=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-        raise Internal(f"{folder} is no folder, or another user's")
+        raise Internal(f"{folder} is not a folder, or belongs to another user")
     close_to_others(folder)
     return folder
 
@@ -55,7 +55,7 @@ def close_to_others(path: Path) -> bool:
     mode = stat.S_IMODE(found.st_mode)
     if mode & UMASK and found.st_uid == os.geteuid():
         path.chmod(mode & ~UMASK)
-        logger.warning("%s was open to other users (mode %o): closed it", path, mode)
+        logger.warning("%s was accessible to other users (mode %o): removed their access", path, mode)
         mode &= ~UMASK
     return not mode & UMASK
 
@@ -88,7 +88,7 @@ def own_folder(folder: Path) -> Path:
         found = folder.stat()
         if found.st_uid == os.geteuid() and not _is_closed(found):
             folder.chmod(stat.S_IMODE(found.st_mode) & ~WRITTEN_BY_OTHERS)
-            logger.warning("%s could be written by other users: closed it", folder)
+            logger.warning("%s was writable by other users: removed their access", folder)
             return folder
     except OSError:  # it cannot be created, so it is empty; a later write to it fails with the reason
         return folder
@@ -105,5 +105,5 @@ def own_folder(folder: Path) -> Path:
 @functools.cache
 def _new_folder(instead_of: Path) -> Path:
     new = Path(tempfile.mkdtemp(prefix="lorafleet-cache-"))
-    logger.warning("%s is another user's: what would be kept there is in %s, until this process ends", instead_of, new)
+    logger.warning("%s belongs to another user: using %s instead until this process ends", instead_of, new)
     return new

@@ -33,7 +33,7 @@ def full_url(
     if given and url.scheme not in ("rediss", "rediss-sentinel"):
         raise BadRequest("redis_ca_file, redis_cert_file and redis_key_file are for a queue at rediss://")
     if (cert_file is None) != (key_file is None):
-        raise BadRequest("redis_cert_file and redis_key_file go together")
+        raise BadRequest("redis_cert_file and redis_key_file must be set together")
     url = _with(url, given)
     if sentinel_password_file is not None:
         if not url.scheme.endswith("-sentinel"):

@@ -226,7 +226,7 @@ class Settings(CommonSettings):
     base: str = Field(
         default="", description="name of the base that a worker begins with, one of a fleet's; default: that of `model`"
     )
-    swaps: bool = Field(default=True, description="let the scheduler have a worker become another base of its fleet")
+    swaps: bool = Field(default=True, description="let the scheduler switch a worker to another base of its fleet")
     worker_name: str = Field(
         default="", description="name of the worker, stable across restarts; default: host name and process id"
     )
@@ -388,7 +388,7 @@ class Settings(CommonSettings):
     )
     hub_endpoint: str = Field(default="", description="URL of the Hub; default: HF_ENDPOINT or huggingface.co")
     s3_endpoint: str = Field(
-        default="", description="URL of an S3-compatible server; default: AWS, or as its variables say"
+        default="", description="URL of an S3-compatible server; default: AWS, or the AWS_ENDPOINT_URL variables"
     )
     preload: str = Field(
         default="",

@@ -226,7 +226,7 @@ class _Reader:
             if (found := _FLAGS.match(self._text, self._at)) is not None:
                 on, off = frozenset(found["on"]), frozenset(found["off"] or "")
                 if on & off:
-                    raise self._wrong("a flag that is both set and taken away")
+                    raise self._wrong("a flag that is both set and cleared")
                 flags = (flags | on) - off
             elif (found := _NAME.match(self._text, self._at)) is None:
                 raise self._unsupported(f"(?{self._text[self._at : self._at + 2]}")

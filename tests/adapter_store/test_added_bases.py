@@ -35,7 +35,7 @@ async def test_an_adapter_of_an_added_base_becomes_no_other_s(tmp_path: Path) ->
     bases.set_added(["two"], ())
     assert bases.set([ONE]), "all are looked at again"
     assert await base_of("of-none") == ONE.name, "what fits the base that is there waits for none that is added"
-    with pytest.raises(Unavailable, match="of the base two, of which no worker has come up"):
+    with pytest.raises(Unavailable, match="of the base two, of which no worker has started"):
         await base_of("of-two")
     bases.set_added(["two"], ())
     assert bases.set([ONE, TWO])
@@ -46,7 +46,7 @@ async def test_an_adapter_of_an_added_base_becomes_no_other_s(tmp_path: Path) ->
     assert bases.set([ONE, TWO]), "its worker drains, and its record is there meanwhile"
     assert await base_of("of-none") == ONE.name
     for name, asked in (("of-two", ""), ("of-none", "two")):
-        with pytest.raises(Unavailable, match="of the base two, which was taken away"):
+        with pytest.raises(Unavailable, match="of the base two, which was removed"):
             await base_of(name, asked)
     assert bases.get("two") is None
     assert bases.names == [ONE.name]

@@ -102,9 +102,9 @@ async def test_what_is_contradicted_or_open_is_refused_with_the_candidates(
 async def test_nothing_is_guessed_while_a_base_is_still_starting() -> None:
     bases = several("one", "org/Three-7B")
     assert await chosen(bases, FakeMirror("one", ("one",))) == "one"
-    with pytest.raises(Unavailable, match="an adapter of the base two, of which no worker has come up yet"):
+    with pytest.raises(Unavailable, match="an adapter of the base two, of which no worker has started yet"):
         await chosen(bases, FakeMirror("two", ("two",)))
-    with pytest.raises(Unavailable, match="may fit two, of which no worker has come up yet"):
+    with pytest.raises(Unavailable, match="may fit two, of which no worker has started yet"):
         await chosen(bases, FakeMirror("", ("one",)))
     assert bases.set([base("one"), base("org/Three-7B")], ["two", "stranger"])
     assert await chosen(bases, FakeMirror("", ("one",))) == "one"  # one that did not start holds nobody up

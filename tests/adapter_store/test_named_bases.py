@@ -97,7 +97,7 @@ async def test_what_fits_no_base_is_refused_before_its_weights_come(
     with pytest.raises(AdapterRefused, match=r"it fits no base of this fleet; tiny: .*; wide: "):
         await several(ONE, WIDE).take(mirror, source, "org/a", "", FLEET)
     assert len(mirror.blobs) == 0
-    with pytest.raises(Unavailable, match="of which no worker has come up yet"):  # it may be of that one
+    with pytest.raises(Unavailable, match="of which no worker has started yet"):  # it may be of that one
         await several(ONE, WIDE, missing=("late",)).take(mirror, source, "org/a", "", FLEET)
 
 

@@ -77,7 +77,7 @@ async def test_a_base_is_added_asked_and_taken_away(
 
     await wait_until(is_gone, "its calls are refused")
     refused = (await chat(http, "b")).json()["error"]
-    assert (refused["code"], refused["message"]) == ("base_not_served", "the base `b` was taken away")
+    assert (refused["code"], refused["message"]) == ("base_not_served", "the base `b` was removed")
     assert (await chat(http, "b:own")).json()["error"]["code"] == "base_not_served"
     assert (await chat(http, "own")).status_code == 404, "an adapter of it is served by no other base"
     assert (await chat(http, "old")).status_code == 200
@@ -114,12 +114,12 @@ async def test_a_base_that_is_being_read_is_known_already(
         for model in ("b", "own", "b:own", "c"):
             answer = await chat(http, model)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "base_starting"), answer.text
-            assert "is still being read here" in answer.json()["error"]["message"]
+            assert "is still loading in this gateway" in answer.json()["error"]["message"]
         assert (await chat(http, "old")).status_code == 200, "an adapter of the only base stays the default one's"
         assert [one["state"] for one in (await http.get("/v1/bases")).json()["data"]] == ["ready", "loading", "loading"]
         assert (await http.delete("/v1/bases/c")).status_code == 200
         await seen(http, "c", "absent")
-        assert (await chat(http, "c")).json()["error"]["message"] == "the base `c` was taken away"
+        assert (await chat(http, "c")).json()["error"]["message"] == "the base `c` was removed"
     finally:
         go_on.set()
     await seen(http, "b", "ready")
@@ -188,7 +188,7 @@ async def test_a_base_has_one_name_one_model_and_there_is_a_bound(
     assert (await http.post("/v1/bases", json={"model": "/models/x"})).status_code == 201
     for body, words in (
         ({"model": "/models/y", "name": "x"}, "was added with the model /models/x"),
-        ({"model": "/models/x", "name": "z"}, "name a base once"),
+        ({"model": "/models/x", "name": "z"}, "name each base model once"),
         ({"model": str(folders["a"]), "name": "z"}, "already"),
     ):
         answer = await http.post("/v1/bases", json=body)

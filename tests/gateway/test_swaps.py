@@ -59,7 +59,7 @@ async def test_a_base_that_was_never_served_is_told_to_be_on_its_way(bus: Bus, h
     answer = await chat(http, "c")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "base_starting"), answer.text
     assert int(answer.headers["retry-after"]) >= 1
-    assert "no worker is ready to serve `c`; a worker is about to become it" in answer.text
+    assert "no worker is ready to serve `c`; a worker is about to serve it" in answer.text
 
 
 async def test_a_base_that_failed_is_not_waited_for_whatever_may_become_it(bus: Bus, http: httpx2.AsyncClient) -> None:

@@ -129,11 +129,11 @@ def test_the_file_that_names_the_queue_may_be_a_flag(tmp_path: Path, capsys: pyt
         ("list --redis-password-file none", "--redis-password-file is for the queue, which nothing names"),
         ("list --config fleet.toml", "--config is for the queue, which nothing names"),
         ("retry 1-0 --request-timeout-s 5", "--request-timeout-s is for the queue, which nothing names"),
-        (f"retry 1-0 --request-timeout-s 5 --url {NOBODY}", "--url and --request-timeout-s do not go together"),
-        (f"list --redis-url unix:///none --url {NOBODY}", "--url and --redis-url do not go together"),
-        ("show 1-0 --data none --key sk", "--key and --data do not go together"),
-        ("list --data none --profile prod", "--profile and --data do not go together"),
-        ("list --data none --api-key-file none", "--api-key-file and --data do not go together"),
+        (f"retry 1-0 --request-timeout-s 5 --url {NOBODY}", "--url and --request-timeout-s cannot be used together"),
+        (f"list --redis-url unix:///none --url {NOBODY}", "--url and --redis-url cannot be used together"),
+        ("show 1-0 --data none --key sk", "--key and --data cannot be used together"),
+        ("list --data none --profile prod", "--profile and --data cannot be used together"),
+        ("list --data none --api-key-file none", "--api-key-file and --data cannot be used together"),
     ],
 )
 def test_a_flag_of_the_other_way_is_refused(

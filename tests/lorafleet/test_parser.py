@@ -62,7 +62,7 @@ def test_an_unknown_word_gets_a_suggestion(words: str, said: str, capsys: pytest
 
 
 def test_ls_is_list_everywhere() -> None:
-    for name in ("adapters", "workers", "jobs", "batch", "keys", "dlq"):
+    for name in ("adapters", "bases", "workers", "jobs", "batch", "keys", "dlq"):
         assert parse(WHOLE, [name, "ls"]).parser.prog == f"lorafleet {name} list"
 
 
@@ -72,6 +72,7 @@ def test_the_help_of_up_is_short_and_that_of_all_is_whole(capsys: pytest.Capture
     assert len(re.findall(r"^  --", whole, re.MULTILINE)) > 100
     assert "--max-queued" in whole
     assert "--max-queued" not in short
+    assert {"--reads-per-s X", "--grace-s SECONDS", "--max-body-bytes BYTES"} <= set(re.findall(r"--\S+ [A-Z]+", whole))
 
 
 def _printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -72,7 +72,7 @@ def test_the_draft_model_is_given_to_services_as_a_whole_path(tmp_path: Path, mo
 
 def test_bases_that_cannot_be_asked_are_refused_before_anything_starts(tmp_path: Path) -> None:
     one, mute = model(tmp_path / "one"), model(tmp_path / "mute", tokenizer=False)
-    with pytest.raises(BadRequest, match=r"mute has no tokenizer.json: a base without a tokenizer cannot be asked"):
+    with pytest.raises(BadRequest, match=r"mute has no tokenizer.json: a base without a tokenizer cannot be served"):
         plan(tmp_path, one, mute)
     with pytest.raises(BadRequest, match="two base models of this fleet have the name one"):
         plan(tmp_path, one, model(tmp_path / "other" / "one"))

@@ -188,10 +188,28 @@ void print_lora(Scalar type) {
   const Tensor both[] = {out.columns(0, 33), out.columns(33, 40)};
   const LoraStep step = {ranks, scales, pages, rows, tiles, tiles, counts, {}};
   const LoraSites plain = {a_rows, b_rows, {}, indices, groups}, coded = {a_bytes, b_bytes, factors, indices, groups};
-  linear_lora_to(out, many, packed, {}, both, plain, &coded, step);
+  linear_lora_to(out, many, packed, {}, both, plain, step);
   print("linear_lora", out);
-  linear_lora_to(out, many, packed, {}, both, coded, nullptr, step);
+  linear_lora_to(out, many, packed, {}, both, coded, step);
   print("linear_lora_int8", out);
+}
+
+void print_changes(Scalar type) {
+  const Tensor x = filled({9, 48}, type);
+  const int64_t changes = changes_new();
+  const auto add = [&](ChangeKind kind, const Tensor& first, const OptionalTensor& second = {}, int64_t size = 0) {
+    changes_add(changes, 0, true, static_cast<int64_t>(kind), first, second, size);
+  };
+  add(ChangeKind::kAdd, filled({48}, Scalar::kFloat));
+  add(ChangeKind::kScale, filled({48}, Scalar::kFloat));
+  add(ChangeKind::kScale, filled({48}, Scalar::kFloat), filled({48}, Scalar::kFloat), 12);
+  add(ChangeKind::kAround, filled({48}, Scalar::kFloat), filled({48}, Scalar::kFloat));
+  add(ChangeKind::kBlocks, filled({4, 12, 12}, Scalar::kFloat));
+  const Tensor lists[] = {integers<int64_t>({1}, {changes}), integers<int64_t>({1}, {6}),
+                          integers<int64_t>({6}, {0, 1, 3, 4, 6, 8})};
+  change_(x, changed_rows(lists, 9), 0, true);
+  print("change", x);
+  changes_free(changes);
 }
 
 void print_states(Scalar type) {
@@ -220,7 +238,8 @@ int main() {
   active = lorafleet_kernels();
   print_linear();
   for (const Scalar type : {Scalar::kFloat, Scalar::kBFloat16, Scalar::kHalf}) {
-    print_quantised(type), print_pointwise(type), print_attention(type), print_lora(type), print_states(type);
+    print_quantised(type), print_pointwise(type), print_attention(type), print_lora(type);
+    print_changes(type), print_states(type);
   }
   return 0;
 }

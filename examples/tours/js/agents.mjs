@@ -163,7 +163,7 @@ await check('a file is read and edited by its tools, a command is run, and the a
   if (process.env.ACTOR_URL) assert.equal(readFileSync(path.join(work, 'seen.txt'), 'utf8'), 'hello world\n')
   assert.ok(said.includes(DONE), said)
 })
-await check('the session is gone on with', async () => {
+await check('the session is resumed', async () => {
   const numBefore = calls.length
   const said = await run([...again, task(`Say: ${AGAIN}`, [AGAIN])], variables)
   assert.ok(said.includes(AGAIN), said)

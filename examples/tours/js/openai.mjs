@@ -60,7 +60,7 @@ await check('a structured output', async () => {
     assert.deepEqual(Object.keys(city).sort(), ['is_capital', 'name'])
   }
 })
-await check('a stream is left early, then the same answer', async () => {
+await check('a stream is closed early, then the same answer', async () => {
   for await (const _ of await chat.create({ model: fleet.adapter, messages: MESSAGES, stream: true, max_tokens: 200 })) break
   assert.equal((await chat.create({ model: fleet.adapter, ...greedy })).choices[0].message.content, said[fleet.adapter])
 })

@@ -116,7 +116,7 @@ def tools(tour: Tour, client: Anthropic) -> None:
         turns: list[Any] = [*MESSAGES, message.to_param(), {"role": "user", "content": [result]}]
         assert client.messages.create(model=tour.adapter, messages=turns, tools=[WEATHER], **LONGER).content
     for stream in (False, True):
-        with tour.check(f"an agent: tool_runner() goes its steps, {'streamed' if stream else 'whole'}"):
+        with tour.check(f"an agent: tool_runner() completes its steps, {'streamed' if stream else 'whole'}"):
             ASKED.clear()
             runner = client.beta.messages.tool_runner(
                 model=tour.adapter, messages=MESSAGES, tools=[get_weather], tool_choice={"type": "any"}, max_tokens=160,
@@ -166,7 +166,7 @@ def refusals(tour: Tour, client: Anthropic) -> None:
 
 async def asynchronous(tour: Tour, answer: str) -> None:
     """Get the same from the client for asyncio, and leave a stream early."""
-    with tour.check("asyncio: a stream left early, then the same answer"):
+    with tour.check("asyncio: a stream closed early, then the same answer"):
         async with AsyncAnthropic(base_url=tour.url, api_key=tour.key) as client:
             async with client.messages.stream(model=tour.base, messages=MESSAGES, **LONGER) as stream:
                 async for _ in stream.text_stream:

@@ -109,7 +109,7 @@ def refusals(tour: Tour, client: Client) -> None:
 
 async def asynchronous(tour: Tour, answer: str) -> None:
     """Get the same from the client for asyncio, and leave a stream early."""
-    with tour.check("asyncio: the same answer, a stream left early"):
+    with tour.check("asyncio: the same answer, a stream closed early"):
         client = AsyncClient(tour.url, headers={"authorization": f"Bearer {tour.key}"})
         same((await client.chat(tour.adapter, MESSAGES, options=GREEDY)).message.content, answer)
         async for _ in await client.chat(tour.base, MESSAGES, stream=True):

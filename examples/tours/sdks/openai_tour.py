@@ -79,7 +79,7 @@ def responses(tour: Tour, client: openai.OpenAI, said: dict[str, str]) -> None:
             max_output_tokens=4,
         )  # fmt: skip
         assert all(len(one.top_logprobs) == 2 for one in scored.output[0].content[0].logprobs)
-    with tour.check("conversations: made, gone on with in two ways, listed, changed, deleted; input_tokens"):
+    with tour.check("conversations: made, continued in two ways, listed, changed, deleted; input_tokens"):
         kept = client.conversations
         one = kept.create(items=[{"role": "developer", "content": "Be brief."}], metadata={"who": "me"})
         turn = made.create(model=tour.base, conversation=one.id, **brief)
@@ -172,7 +172,7 @@ def main() -> None:
         for model in (tour.base, tour.adapter):
             held = chat.parse(model=model, messages=MESSAGES, response_format=City, max_tokens=200, temperature=0)
             assert isinstance(held.choices[0].message.parsed, City)
-    with tour.check("async: a stream left early, then the same answer"):
+    with tour.check("async: a stream closed early, then the same answer"):
         same(asyncio.run(leave_early(tour)), said[tour.adapter])
     if hasattr(client, "responses") and openai.__version__ >= "3":
         responses(tour, client, said)

@@ -53,7 +53,7 @@ def main() -> None:
     with tour.check("a response format"):
         form = {"type": "json_schema", "json_schema": {"name": "City", "schema": City.model_json_schema()}}
         City.model_validate_json(model(tour.base, 200).generate(messages, response_format=form).content)
-    with tour.check("an agent goes its steps"):
+    with tour.check("an agent completes its steps"):
         agent = ToolCallingAgent(tools=[get_weather], model=model(tour.base, 100), max_steps=2, verbosity_level=0)
         run = agent.run(QUESTION, return_full_result=True)
         assert run.state in ("success", "max_steps_error")

@@ -67,9 +67,10 @@ class AuditLog:
         What a request names is written on one line, whatever is in it, so that no name forges a second entry.
         """
         entry = msgspec.structs.replace(entry, target=_on_a_line(entry.target), detail=_on_a_line(entry.detail))
+        who = f"{entry.who or 'anonymous'} of {entry.tenant}" if entry.tenant else entry.who or "anonymous"
         logger.info(
-            "audit: %s %s %s by %s of %s from %s: %s", entry.action, entry.target, entry.detail,
-            entry.who or "anonymous", entry.tenant or "anonymous", entry.address or "this machine", entry.outcome,
+            "audit: %s %s %s by %s from %s: %s", entry.action, entry.target, entry.detail,
+            who, entry.address or "this machine", entry.outcome,
         )  # fmt: skip
         stream = self._keys.audit if entry.by_operator else self._keys.tenants_audit
         try:

@@ -52,6 +52,7 @@ async def test_a_request_is_told_from_its_acceptance_to_its_end(small: SmallFlee
     placed = next(event for event in told["timeline"] if event["event"] == "placed")
     assert (placed["worker"], placed["because"], placed["assignment"]) == ("one", "only_place", 1)
     assert [option["worker"] for option in placed["options"]] == ["one"]
+    assert not placed["yields"], "a tenant without others is not over its share"
     second = await explained(small.http, f"{done['id']}-1")
     assert second["timeline"][0]["ahead"] == 1  # behind the first choice of its call
     assert second["call"] == told["id"]

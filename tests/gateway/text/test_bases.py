@@ -44,7 +44,7 @@ async def test_a_base_that_is_replaced_is_read_by_no_other_meanwhile() -> None:
     reading = asyncio.create_task(bases.read())
     await is_reading.wait()
     for name in "xy":
-        with pytest.raises(Unavailable, match=f"`{name}` is still being read"):
+        with pytest.raises(Unavailable, match=f"`{name}` is still loading"):
             bases.of(name)
     go_on.set()
     await reading
@@ -62,12 +62,12 @@ async def test_what_changes_while_it_is_read_is_read_again() -> None:
 
     bases = GatewayBases(texts_of("a"), {}, read, added=lambda: known[-1])
     await bases.read()
-    with pytest.raises(Unavailable, match="`x` is still being read"):
+    with pytest.raises(Unavailable, match="`x` is still loading"):
         bases.of("x")
     await bases.read()
     assert bases.of("x").files.name == "x of /second"
     known.append(m.AddedBases(removed=["x"]))
-    with pytest.raises(NotFound, match="`x` was taken away"):
+    with pytest.raises(NotFound, match="`x` was removed"):
         bases.of("x")
 
 

@@ -118,7 +118,7 @@ async def test_a_base_that_may_not_join(bus: Bus, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(program, "_load", lambda *_: (FakeEngine(vocab_size=9), served))
     [(name, reason)] = (await failures(bus)).items()
     assert name == "fake"
-    assert ("serves another base as fake" if weights == "others" else "name a base once") in reason
+    assert ("serves another base as fake" if weights == "others" else "name each base model once") in reason
 
 
 OTHERS = [

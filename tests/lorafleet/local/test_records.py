@@ -179,7 +179,7 @@ def test_a_fleet_runs_without_a_record_where_none_can_be_kept(
     before = modes(tmp_path)
     with registered(FLEET):
         assert running() == []
-    assert "other commands do not find this fleet" in caplog.text
+    assert "other commands find this fleet only by --url" in caplog.text
     assert modes(tmp_path) == before
 
 

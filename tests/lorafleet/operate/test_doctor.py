@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from pathlib import Path
 
 import pytest
+from helpers.scripted_fleet import make_model_folder, running_gateway
 
 from lorafleet.__main__ import main
 from lorafleet.launcher.embedded import start_embedded
 from lorafleet.operate.doctor import free_gpu_bytes, free_memory_bytes, weight_bytes
+from protocol.queue.bus import Bus
 from protocol.runtime.settings import Settings
 
 
@@ -27,6 +30,19 @@ def test_a_fleet_that_is_not_there_is_a_problem(tmp_path: Path, capsys: pytest.C
     assert "--redis-url" in found["queue"]["advice"]
     found = told(capsys, "--redis-url", f"unix://{tmp_path}/none.sock", "--data", str(tmp_path))
     assert "cannot reach the queue" in found["queue"]["text"]
+
+
+async def test_a_fleet_with_keys_asks_for_one(
+    bus: Bus, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    async with running_gateway(bus, make_model_folder(tmp_path / "model"), api_keys=True) as gateway:
+        words = ("doctor", "--json", "--data", str(tmp_path), "--url", gateway.url)
+        assert await asyncio.to_thread(main, words) == 1
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)}
+    assert "requires an API key" in found["gateway"]["text"]
+    assert "--api-key-file" in found["gateway"]["advice"]
+    assert "start the fleet" not in found["gateway"]["advice"]
 
 
 def test_a_queue_without_services_is_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,7 +31,7 @@ def test_a_name_a_model_and_a_place_are_taken_once() -> None:
     one = added(NONE, "b", "/models/b", 7, 1)
     for name, model, words in (
         ("b", "/models/c", "remove it first"),
-        ("c", "/models/b", "name a base once"),
+        ("c", "/models/b", "name each base model once"),
         ("c", "/models/c", "no more than 1"),
     ):
         with pytest.raises(Conflict, match=words):
@@ -68,7 +68,7 @@ async def test_a_fleet_of_one_base_lets_another_in_once_it_is_added(bus: Bus) ->
     assert await join(bus, "w2", base("b"), several=False) == "b"
     assert await join(bus, "w3", base("a"), several=False) == "a", "a worker of the first base that is started again"
     await bus.added_bases.remove("b")
-    with pytest.raises(Conflict, match="was taken away from this fleet"):
+    with pytest.raises(Conflict, match="was removed from this fleet"):
         await join(bus, "w4", base("b"), several=False)
 
 

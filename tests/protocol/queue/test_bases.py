@@ -84,7 +84,7 @@ async def test_another_name_for_served_weights_is_the_served_base(bus: Bus) -> N
     await join(bus, "w2", base("b"))
     assert await join(bus, "w3", base("copy", weights="weights of b"), several=False) == "b"
     assert await names(bus) == ["a", "b"]
-    with pytest.raises(Conflict, match="the weights of copy are served by this fleet as b: name a base once"):
+    with pytest.raises(Conflict, match="this fleet serves the weights of copy as b; name each base model once"):
         await join(bus, "w4", base("copy", weights="weights of b"))
     await bus.members.leave("w2")
     await bus.members.leave("w3")

@@ -101,7 +101,7 @@ async def test_a_side_that_cannot_be_trusted_is_refused(
 def test_certificates_without_tls_are_refused(ours: Authority) -> None:
     with pytest.raises(BadRequest, match="rediss://"):
         settings("redis://127.0.0.1/0", ours, None).queue_url()
-    with pytest.raises(BadRequest, match="go together"):
+    with pytest.raises(BadRequest, match="set together"):
         Settings(redis_url="rediss://h/0", redis_cert_file=ours.folder / "client.pem").queue_url()
 
 

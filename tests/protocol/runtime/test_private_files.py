@@ -24,7 +24,7 @@ def test_a_new_folder_is_private_and_an_old_one_is_closed(tmp_path: Path, caplog
     old.chmod(0o755)
     with caplog.at_level(logging.WARNING):
         assert mode_of(private_folder(old)) == 0o700
-    assert "was open to other users (mode 755): closed it" in caplog.text
+    assert "was accessible to other users (mode 755): removed their access" in caplog.text
     caplog.clear()
     private_folder(old)
     assert not caplog.records
@@ -50,17 +50,17 @@ def test_a_folder_where_everybody_may_write_is_claimed_or_refused(
     mine.mkdir()
     mine.chmod(0o755)
     (tmp_path / "link").symlink_to(mine)
-    with pytest.raises(Internal, match="link is no folder, or another user's"):
+    with pytest.raises(Internal, match="link is not a folder, or belongs to another user"):
         claimed_folder(tmp_path / "link")
     assert mode_of(mine) == 0o755
     with monkeypatch.context() as patched:
         patched.setattr("os.geteuid", lambda: 1_000_000)
-        with pytest.raises(Internal, match="another user's"):
+        with pytest.raises(Internal, match="another user"):
             claimed_folder(mine)
     assert mode_of(mine) == 0o755
     assert mode_of(claimed_folder(mine)) == 0o700
     (tmp_path / "file").write_text("")
-    with pytest.raises(Internal, match="is no folder"):
+    with pytest.raises(Internal, match="is not a folder"):
         claimed_folder(tmp_path / "file")
 
 
@@ -84,7 +84,7 @@ def test_a_cache_that_others_may_write_is_closed_or_left(
     mine.chmod(0o777)
     assert own_folder(mine) == mine
     assert mode_of(mine) == 0o755
-    assert "could be written by other users" in caplog.text
+    assert "writable by other users" in caplog.text
     (tmp_path / "shared").mkdir()
     (tmp_path / "shared").chmod(0o777)
     (tmp_path / "roots").mkdir(mode=0o755)

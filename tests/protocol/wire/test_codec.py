@@ -36,7 +36,7 @@ def test_bytes_that_are_no_message_are_refused(raw: bytes, kind: type) -> None:
 @pytest.mark.parametrize("raw", [NOT_UTF8, DEEP, b"\xff"])
 def test_a_merge_that_is_none_is_refused(raw: bytes) -> None:
     for packed in (base64.urlsafe_b64encode(raw).decode(), "é", "a"):
-        with pytest.raises(BadRequest, match="no merge of adapters"):
+        with pytest.raises(BadRequest, match="not a merge of adapters"):
             merge_of(PREFIX + packed)
 
 
