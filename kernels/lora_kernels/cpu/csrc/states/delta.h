@@ -5,6 +5,7 @@
 constexpr int kDeltaVecs = 4;
 constexpr int64_t kDeltaColumns = kDeltaVecs * kLanes;  // of a task: what lies in registers
 constexpr int64_t kConvChannels = 128;                  // of a task
+constexpr int64_t kConvAhead = 8;                       // tokens between what is read and what is fetched
 
 template <typename T>
 inline float length_of(const T* x, int64_t dim) {
@@ -146,13 +147,13 @@ inline void conv_channels(const ConvArgs& args, int64_t first, int64_t n) {
     };
     for (int64_t t = 0; t < run.end - run.start; ++t) {
       T* out = static_cast<T*>(args.out.data) + (run.start + t) * args.out.stride + first;
-      for (int64_t c = 0; c < n; c += kLanes) {
-        const int64_t m = min(kLanes, n - c);
+      prefetch(input(t + kConvAhead), n * sizeof(T));  // rows are too far apart for a core to fetch ahead by itself
+      each_vector(n, [&](int64_t c, auto m) {
         Vec y = args.bias ? load_n(static_cast<const T*>(args.bias) + first + c, m) : zero();
         for (int64_t j = 0; j < taps; ++j)
           y = fma(load_n(by_tap + j * padded + c, m), load_n(input(t + 1 - taps + j) + c, m), y);
         store_n(out + c, args.silu ? activate(y, Activation::kSilu) : y, m);
-      }
+      });
     }
     // In order, because the slots may be one: an input moves to where an older one was.
     for (int64_t j = 0; j < taps; ++j) {
