@@ -219,8 +219,9 @@ def selective_scan(
 
 
 def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, runs: Tensor, *, normalize: bool = False
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, runs: Tensor, *, normalize: bool = False,
+    additive: bool = False,
+) -> Tensor:  # fmt: skip
     """See `ops.delta_rule`."""
     group = v.shape[1] // k.shape[1]
     query, key = (x.float().repeat_interleave(group, 1) for x in (q, k))
@@ -234,7 +235,8 @@ def delta_rule(
         state = states[read]
         for t in range(start, end):
             state = state * decay[t]
-            change = rate[t] * (value[t] - (key[t, :, None] @ state)[:, 0])
+            known = 0 if additive else (key[t, :, None] @ state)[:, 0]
+            change = rate[t] * (value[t] - known)
             state = state + key[t][..., None] * change[:, None]
             out[t] = (query[t, :, None] @ state)[:, 0]
         _leave(states, state, write, save)

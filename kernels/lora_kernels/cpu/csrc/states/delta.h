@@ -20,6 +20,7 @@ inline float length_of(const T* x, int64_t dim) {
 // What a token does to the rows of a head's state, each [key_dim] in fp32.
 struct DeltaKeys {
   float *decay, *decayed, *key, *query;
+  int64_t known_rows;  // whose values are subtracted from the token's: all or none
 };
 
 template <typename T>
@@ -52,14 +53,14 @@ inline void delta_token(const DeltaKeys& keys, int64_t rows, const float* from, 
   Vec known[Vecs], known2[Vecs];
   for (int i = 0; i < Vecs; ++i) known[i] = known2[i] = zero();
   int64_t r = 0;
-  for (; r + 2 <= rows; r += 2) {
+  for (; r + 2 <= keys.known_rows; r += 2) {
     const Vec one = set1(keys.decayed[r]), two = set1(keys.decayed[r + 1]);
     for (int i = 0; i < Vecs; ++i) {
       known[i] = fma(load(from + r * from_stride + i * kLanes), one, known[i]);
       known2[i] = fma(load(from + (r + 1) * from_stride + i * kLanes), two, known2[i]);
     }
   }
-  for (; r < rows; ++r)
+  for (; r < keys.known_rows; ++r)
     for (int i = 0; i < Vecs; ++i)
       known[i] = fma(load(from + r * from_stride + i * kLanes), set1(keys.decayed[r]), known[i]);
   Vec change[Vecs], sums[Vecs];
@@ -89,7 +90,8 @@ template <int Vecs, typename T>
 inline void delta_columns(const DeltaArgs& args, int64_t head, int64_t first, int64_t n) {
   const int64_t rows = args.key_dim, padded = ceil_div(rows, kLanes) * kLanes, block_stride = Vecs * kLanes;
   float* memory = scratch(4 * padded + rows * block_stride);
-  const DeltaKeys keys{memory, memory + padded, memory + 2 * padded, memory + 3 * padded};
+  const DeltaKeys keys{memory, memory + padded, memory + 2 * padded, memory + 3 * padded,
+                       args.additive ? 0 : rows};
   float* block = memory + 4 * padded;
   for (int64_t j = 0; n < block_stride && j < rows * block_stride; ++j) block[j] = 0;
   const auto at = [&](int64_t slot) {
