@@ -219,9 +219,17 @@ def selective_scan(
 
 
 def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, runs: Tensor, *, normalize: bool = False,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    states: Tensor,
+    runs: Tensor,
+    *,
+    normalize: bool = False,
     additive: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """See `ops.delta_rule`."""
     group = v.shape[1] // k.shape[1]
     query, key = (x.float().repeat_interleave(group, 1) for x in (q, k))

@@ -235,9 +235,17 @@ def selective_scan(
 
 
 def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, runs: Tensor, *, normalize: bool = False,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    states: Tensor,
+    runs: Tensor,
+    *,
+    normalize: bool = False,
     additive: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """See `ops.delta_rule`."""
     k, v, dtype = k.to(q.dtype), v.to(q.dtype), v.dtype
     return _ops.delta_rule.default(
