@@ -3,8 +3,9 @@
     python -m benchmarks.engine.states
 
 One layer of Qwen3.5-0.8B's shape in bf16: its gated delta rule (16 heads, keys and values of 128) and its causal
-convolution (6,144 channels, 4 taps), for one token each of 1, 8 and 32 sequences and for a prompt of 64 and of 512
-tokens. Each figure is the median of calls that take turns, so that both see the same machine. Takes a minute.
+convolution (6,144 channels, 4 taps). And one of Mamba2's scan: 64 heads of 64 numbers, 8 groups, states of 128. One
+token each of 1, 8 and 32 sequences, and a prompt of 64 and of 512 tokens. Each figure is the median of calls that take
+turns, so that both see the same machine. With OMP_NUM_THREADS=1 seconds are the processor's. Takes two minutes.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Any
 
 import orjson
 import torch
+from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_5 import modeling_qwen3_5 as transformers_model
 
 from benchmarks.common import report
-from gpu_worker.layers.mixers import Convolution, DeltaRule, Run, StateBatch
+from gpu_worker.layers.mixers import ChunkScan, Convolution, DeltaRule, Run, StateBatch
 from lora_kernels import cpu
 
 HEADS, DIM, TAPS = 16, 128, 4
@@ -61,15 +63,29 @@ def convolution(num_rows: int, num_seqs: int) -> tuple[Convolution, tuple[Any, .
     return call, (x, weight, None), options
 
 
+def scan(num_rows: int, num_seqs: int) -> tuple[ChunkScan, tuple[Any, ...], dict[str, Any]]:
+    """Return a layer's scan, and what it is called with."""
+    heads, width, groups, size = 64, 64, 8, 128
+    x, dt = torch.randn(1, num_rows, heads, width).to(DTYPE), torch.randn(1, num_rows, heads).to(DTYPE)
+    into, out = torch.randn(2, 1, num_rows, groups, size).to(DTYPE)
+    given = (x, dt, -torch.rand(heads), into, out)
+    options = {"chunk_size": 256, "D": torch.ones(heads), "dt_bias": torch.zeros(heads), "dt_softplus": True}
+    many, one = modeling_mamba2.mamba2_chunk_scan, modeling_mamba2.mamba2_selective_state_update
+    call = ChunkScan(many, one, given, options)
+    call.allocate(num_seqs, torch.device("cpu"))
+    return call, given, options
+
+
 def medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
     """Return the median time of each call in ms; they take turns."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     until = time.perf_counter() + SECONDS
     while time.perf_counter() < until or len(next(iter(times.values()))) < 5:
         for name, call in calls.items():
-            begin = time.perf_counter()
+            begin = clock()
             call()
-            times[name].append(1e3 * (time.perf_counter() - begin))
+            times[name].append(1e3 * (clock() - begin))
     return {name: statistics.median(found[1:]) for name, found in times.items()}
 
 
@@ -78,10 +94,11 @@ def main() -> None:
     args = report.parser(__doc__, without=("model", "short")).parse_args()
     if not cpu.load():
         raise SystemExit("the native operations cannot be built here; the log says why")
-    about = {"machine": report.machine(), "isa": cpu.isa()}
+    about = {"machine": report.machine(), "isa": cpu.isa(), "threads": torch.get_num_threads()}
     points = []
     with torch.inference_mode():
-        for name, make in {"gated delta rule": delta_rule, "causal convolution": convolution}.items():
+        makers = {"gated delta rule": delta_rule, "causal convolution": convolution, "Mamba2's scan": scan}
+        for name, make in makers.items():
             for case, (num_seqs, num_tokens) in CASES.items():
                 call, given, options = make(num_seqs * num_tokens, num_seqs)
                 batch = batch_of(num_seqs, num_tokens)

@@ -25,7 +25,7 @@ FEWEST_ANGLES = 4096
 
 
 class Norm:
-    """RMSNorm: see `ops.rms_norm`."""
+    """RMSNorm: see `ops.rms_norm`. That of a gated mixer is multiplied by silu(gate)."""
 
     def __init__(self, weight: Tensor, eps: float, *, plus_one: bool, impl: ops.Impl | None) -> None:
         self.weight = weight
@@ -35,12 +35,14 @@ class Norm:
         self.adaptable: AdaptableModule | None = None  # None: no adapter may replace the weight
         self.context = StepContext()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the norm of x [..., D]."""
+    def forward(self, x: Tensor, *gates: Tensor) -> Tensor:
+        """Return the norm of x [..., D]. gates: one of the shape of x, or none."""
         # Heads cut from a fused projection, or transposed, are copied: the operation wants rows at one stride.
         rows = x.reshape(-1, x.shape[-1])
         out = ops.rms_norm(rows, self.weight, self.eps, plus_one=self.plus_one, impl=self.impl)
-        return self._finish(out.view(x.shape), x)
+        for gate in gates:
+            out = ops.gated_act(gate.reshape(rows.shape), out, "silu", impl=self.impl)
+        return self._finish(out.view(x.shape), x, *gates)
 
     @property
     def constants(self) -> ops.RmsNorm:
@@ -52,9 +54,9 @@ class Norm:
         out = ops.rms_norm(x, self.weight, self.eps, residual=residual, plus_one=self.plus_one, impl=self.impl)
         return self._finish(out, residual)
 
-    def _finish(self, out: Tensor, x: Tensor) -> Tensor:
+    def _finish(self, out: Tensor, x: Tensor, *gates: Tensor) -> Tensor:
         if self.context.extras and self.adaptable is not None:
-            self.adaptable.apply_norms(self.context.extras, out, x)
+            self.adaptable.apply_norms(self.context.extras, out, x, *gates)
         return out
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpu_worker.memory import zeros
@@ -33,6 +34,9 @@ SILU = ("silu", "swish")
 
 DELTA_INPUTS = ("query", "key", "value", "g", "beta")
 """Arguments of a delta rule that have a row for each token."""
+
+SCAN_INPUTS = ("hidden_states", "dt", "B", "C")
+"""Arguments of Mamba2's scan that have a row for each token."""
 
 UNLIMITED = (0.0, float("inf"))
 """The `dt_limit` of a scan whose step sizes are not limited."""
@@ -226,7 +230,7 @@ class DeltaRule(MixerCall):
 
 
 class ChunkScan(MixerCall):
-    """mamba2_chunk_scan(x [1, T, H, P], dt [1, T, H], A [H], B, C [1, T, G, N], …): a state is [H, P, N] in fp32.
+    """mamba2_chunk_scan(x [1, T, H, P], dt [1, T, H], A [H], B, C [1, T, G, N], …): a state is [H, N, P] in fp32.
 
     Dao and Gu, Transformers are SSMs, 2024. Transformers limits dt in prompts only. Where there are limits, output
     recomputed tokens are computed one at a time, as they were the first time.
@@ -245,12 +249,30 @@ class ChunkScan(MixerCall):
     def state_of(self, args: tuple[Any, ...], kwargs: Any) -> tuple[tuple[int, ...], torch.dtype]:
         """Return the shape and dtype of a state."""
         bound = _bind(self.many, args, kwargs)
-        return (*bound["hidden_states"].shape[2:], bound["B"].shape[-1]), torch.float32
+        heads, width = bound["hidden_states"].shape[2:]
+        return (heads, bound["B"].shape[-1], width), torch.float32
 
     def run(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Return the outputs [1, T, H, P]."""
         bound = _bind(self.many, args, kwargs)
-        inputs = {name: bound.pop(name) for name in ("hidden_states", "dt", "B", "C")}
+        if not ops.is_native(bound["hidden_states"]):
+            return self.by_transformers(batch, args, kwargs)
+        x, dt, key, query = (bound[name][0] for name in SCAN_INPUTS)
+        bias, skip = bound.get("dt_bias"), bound.get("D")
+        dt = dt if bias is None else dt + bias.to(dt.dtype)
+        dt = F.softplus(dt) if bound.get("dt_softplus") else dt.clone()
+        for run in batch.runs if self._limited else ():
+            dt[run.start : run.start + run.num_prompt].clamp_(*bound["dt_limit"])
+        x, dt, query = x.float(), dt.float(), query.float() * query.shape[-1] ** 0.5  # by which the operation divides
+        assert self.states is not None
+        decay = bound["A"].float() * dt
+        out = ops.delta_rule(query, key.float(), x, decay, dt, self.states, batch.all_runs, additive=True)
+        return (out if skip is None else out + skip[:, None] * x)[None]
+
+    def by_transformers(self, batch: StateBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Do as `run` does, by transformers' functions."""
+        bound = _bind(self.many, args, kwargs)
+        inputs = {name: bound.pop(name) for name in SCAN_INPUTS}
         states = self.states
         assert states is not None
         for name in ("initial_states", "return_final_states"):
@@ -258,18 +280,18 @@ class ChunkScan(MixerCall):
         out = torch.empty_like(inputs["hidden_states"], dtype=torch.float32)
         if batch.singles is not None:
             at = batch.singles
-            own = states[at.reads]
+            own = states[at.reads].mT.contiguous()
             out[0, at.rows] = self._one(own, {name: x[0, at.rows] for name, x in inputs.items()}, bound)
-            states[at.writes] = own
+            states[at.writes] = own.mT
         for run in batch.runs:
             end = run.start + run.num_prompt if self._limited else run.end
-            own = states[run.read][None].clone()
+            own = states[run.read].mT[None].contiguous()
             if end > run.start:
                 part = {name: x[:, run.start : end] for name, x in inputs.items()}
                 out[:, run.start : end], own = self.many(**part, initial_states=own, return_final_states=True, **bound)
             for row in range(end, run.end):
                 out[:, row] = self._one(own, {name: x[:, row] for name, x in inputs.items()}, bound)
-            self.put(run, own[0])
+            self.put(run, own[0].mT)
         return out
 
     def _one(self, states: Tensor, rows: dict[str, Tensor], bound: dict[str, Any]) -> Tensor:

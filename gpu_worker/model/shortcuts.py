@@ -127,28 +127,27 @@ def _candidates(module: nn.Module, layer: PagedLayer | None, found: _Found, impl
 
 
 def find_norm(module: nn.Module, impl: ops.Impl | None) -> Norm | None:
-    """Return the RMSNorm that computes exactly what a module computes, None if there is none."""
+    """Return the RMSNorm, gated or not, that computes exactly what a module computes, None if there is none."""
     parameters = list(module.named_parameters(recurse=False))
     if [name for name, _ in parameters] != ["weight"] or next(module.children(), None) is not None:
         return None
-    if len(inspect.signature(module.forward).parameters) != 1:  # a gated norm
-        return None
+    num_gates = len(inspect.signature(module.forward).parameters) - 1
     weight = parameters[0][1].detach()
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if weight.ndim != 1 or not isinstance(eps, float):
+    if weight.ndim != 1 or not isinstance(eps, float) or num_gates > 1:
         return None
     generator = torch.Generator().manual_seed(0)
-    # The numbers are so small that eps matters.
-    x = (eps**0.5 * torch.randn(3, len(weight), generator=generator)).to(weight.device)
+    x, gate = torch.randn(2, 3, len(weight), generator=generator).to(weight.device)
+    x *= eps**0.5  # so small that eps matters
+    inputs = (x, gate)[: 1 + num_gates]
     try:
-        expected = module(x)
+        expected = module(*inputs)
     except Exception:  # noqa: BLE001 - any module with one vector may stand here, and raise anything
         return None
     for plus_one in (False, True):
-        norm = Norm(weight, eps, plus_one=plus_one, impl=impl)
-        got = ops.rms_norm(x, weight.float(), eps, plus_one=plus_one, impl=impl)
+        got = Norm(weight.float(), eps, plus_one=plus_one, impl=impl).forward(*inputs)
         if isinstance(expected, Tensor) and close(got, expected, 1e-4):
-            return norm
+            return Norm(weight, eps, plus_one=plus_one, impl=impl)
     return None
 
 

@@ -283,7 +283,7 @@ def selective_scan(
 
 def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, runs: Tensor, *, normalize: bool = False,
-    impl: Impl | None = None,
+    additive: bool = False, impl: Impl | None = None,
 ) -> Tensor:  # fmt: skip
     """s = exp(g) * s; s += outer(k, beta * (v - k @ s)), and its output q @ s / sqrt(K), for one token after the other.
 
@@ -291,10 +291,11 @@ def delta_rule(
     decay of each channel of a key. beta: [T, G]. states: fp32 [slots, G, K, V], changed in place. runs: int64 [n, 5] on
     the CPU, every token in one of them: first row, end, slot of the state to begin with, slot of the state that is
     left, and another slot for that, or -1. Runs are computed in order. normalize: q and k are divided by their length,
-    sqrt(sum(x ** 2) + 1e-6). Returns [T, G, V] of v's dtype, computed in fp32 and rounded once. Yang et al., Gated
-    Delta Networks, 2024; with a decay for each channel: Kimi Linear, 2025.
+    sqrt(sum(x ** 2) + 1e-6). additive: s += outer(k, beta * v), which is Mamba2's scan (Dao and Gu, 2024). Returns
+    [T, G, V] of v's dtype, computed in fp32 and rounded once. Yang et al., Gated Delta Networks, 2024; with a decay for
+    each channel: Kimi Linear, 2025.
     """
-    return _choose(q, impl).delta_rule(q, k, v, g, beta, states, runs, normalize=normalize)
+    return _choose(q, impl).delta_rule(q, k, v, g, beta, states, runs, normalize=normalize, additive=additive)
 
 
 def causal_conv(

@@ -219,7 +219,16 @@ def selective_scan(
 
 
 def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, runs: Tensor, *, normalize: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    states: Tensor,
+    runs: Tensor,
+    *,
+    normalize: bool = False,
+    additive: bool = False,
 ) -> Tensor:
     """See `ops.delta_rule`."""
     group = v.shape[1] // k.shape[1]
@@ -234,7 +243,8 @@ def delta_rule(
         state = states[read]
         for t in range(start, end):
             state = state * decay[t]
-            change = rate[t] * (value[t] - (key[t, :, None] @ state)[:, 0])
+            known = 0 if additive else (key[t, :, None] @ state)[:, 0]
+            change = rate[t] * (value[t] - known)
             state = state + key[t][..., None] * change[:, None]
             out[t] = (query[t, :, None] @ state)[:, 0]
         _leave(states, state, write, save)

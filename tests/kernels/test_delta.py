@@ -12,6 +12,7 @@ from transformers.models.kimi_linear.modeling_kimi_linear import (
     chunk_kimi_delta_attention,
     recurrent_kimi_delta_attention,
 )
+from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 from transformers.models.qwen3_5.modeling_qwen3_5 import (
     causal_conv1d_fn,
     causal_conv1d_update,
@@ -87,6 +88,25 @@ def test_a_delta_rule_without_its_options(impl: Impl) -> None:
     out = ops.delta_rule(**given, states=states, runs=torch.tensor([[0, 9, 0, 0, -1]]), impl=impl)
     torch.testing.assert_close(out[:9], expected[0], rtol=1e-4, atol=1e-4)  # keys of length 4 let the state grow
     torch.testing.assert_close(states[0], left[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_additive_rule_is_mamba2s_scan(shape: tuple[int, int, int, int], impl: Impl) -> None:
+    given, begin = delta_inputs(shape, torch.float32), states_of(*shape[1:])
+    rates = -torch.exp(randn(shape[1], seed=6))
+    given["g"], states, expected = given["beta"] * rates, begin.clone(), begin.clone()
+    out = ops.delta_rule(**given, states=states, runs=RUNS, additive=True, impl=impl)
+    query = given["q"] * shape[2] ** -0.5
+    for start, end, read, write, save in RUNS.tolist():
+        x, dt, key, c = (part[None, start:end] for part in (given["v"], given["beta"], given["k"], query))
+        theirs, left = mamba2_chunk_scan(
+            x, dt, rates, key, c, chunk_size=16, initial_states=expected[read].mT[None], return_final_states=True
+        )
+        expected[write] = left[0].mT
+        if save >= 0:
+            expected[save] = left[0].mT
+        assert_close(out[start:end], theirs[0], torch.float32)
+    assert_close(states, expected)
 
 
 def test_decays_far_out_forget_or_keep_all(impl: Impl) -> None:

@@ -43,7 +43,7 @@ def test_schemas_and_fake_kernels_are_true(native: Impl) -> None:
     scan = (x, dt, a, b, b.clone(), state, None, None, None, True)
     torch.library.opcheck(lorafleet.selective_scan.default, scan, test_utils=checks)
     heads, runs = torch.randn(5, 2, 8), torch.tensor([[0, 1, 1, 0, -1], [1, 5, 2, 2, 0]])
-    delta = (heads, heads, heads, -torch.rand(5, 2), torch.rand(5, 2), torch.randn(3, 2, 8, 8), runs, True)
+    delta = (heads, heads, heads, -torch.rand(5, 2), torch.rand(5, 2), torch.randn(3, 2, 8, 8), runs, True, False)
     torch.library.opcheck(lorafleet.delta_rule.default, delta, test_utils=checks)
     conv = (dt, torch.randn(64, 4), torch.randn(3, 4, 64), runs, None, True)
     torch.library.opcheck(lorafleet.causal_conv.default, conv, test_utils=checks)

@@ -50,6 +50,21 @@ def test_a_norm_is_only_taken_for_what_it_computes() -> None:
     assert find_norm(torch.nn.Embedding(3, 4), "reference") is None
 
 
+@pytest.mark.parametrize(
+    ("model_type", "is_known"),
+    [("qwen3_5_text", True), ("olmo_hybrid", True), ("mamba2", False), ("kimi_linear", False)],
+)
+def test_a_gated_norm_is_taken_if_silu_of_the_gate_comes_last(model_type: str, is_known: bool) -> None:
+    """Mamba2 has its gate before the norm, Kimi the sigmoid of it."""
+    modules = tiny_model(model_type).modules()
+    module = next(module for module in modules if type(module).__name__.endswith("RMSNormGated"))
+    norm = find_norm(module, "reference")
+    assert (norm is not None) is is_known
+    if norm is not None:
+        x, gate = torch.randn(2, 5, len(norm.weight))
+        torch.testing.assert_close(norm.forward(x, gate), module(x, gate))
+
+
 @pytest.mark.parametrize(("clip", "is_short"), [(None, True), (20.0, False)])
 def test_attention_that_clips_large_numbers_keeps_its_own_forward(clip: float | None, is_short: bool) -> None:
     """No query, key or value of a trial run is that large."""

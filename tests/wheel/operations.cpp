@@ -223,7 +223,7 @@ void print_states(Scalar type) {
   const Tensor states = filled({3, 4, 16, 20}, Scalar::kFloat);
   print("delta", delta_rule(filled({5, 2, 16}, type), filled({5, 2, 16}, type), filled({5, 4, 20}, type),
                             filled({5, 4}, Scalar::kFloat, -1, 0), filled({5, 4}, Scalar::kFloat, 0, 1), states, runs,
-                            true));
+                            true, false));
   print("delta_state", states);
   const Tensor taps = filled({3, 4, 37}, type);
   print("conv", causal_conv(filled({5, 37}, type), filled({37, 4}, type), taps, runs, filled({37}, type), true));

@@ -235,12 +235,22 @@ def selective_scan(
 
 
 def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, states: Tensor, runs: Tensor, *, normalize: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    states: Tensor,
+    runs: Tensor,
+    *,
+    normalize: bool = False,
+    additive: bool = False,
 ) -> Tensor:
     """See `ops.delta_rule`."""
+    k, v, dtype = k.to(q.dtype), v.to(q.dtype), v.dtype
     return _ops.delta_rule.default(
-        _rows(q), _rows(k.to(q.dtype)), _rows(v.to(q.dtype)), _floats(g), _floats(beta), states, runs, normalize
-    ).to(v.dtype)
+        _rows(q), _rows(k), _rows(v), _floats(g), _floats(beta), states, runs, normalize, additive
+    ).to(dtype)
 
 
 def causal_conv(

@@ -177,7 +177,7 @@ STABLE_TORCH_LIBRARY(lorafleet, m) {
       "Tensor? dt_bias, bool softplus) -> Tensor");
   m.def(
       "delta_rule(Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) states, Tensor runs, "
-      "bool normalize) -> Tensor");
+      "bool normalize, bool additive) -> Tensor");
   m.def("causal_conv(Tensor x, Tensor weight, Tensor(a!) states, Tensor runs, Tensor? bias, bool silu) -> Tensor");
   m.def("changes_new() -> int");
   m.def("changes_free(int changes) -> ()");

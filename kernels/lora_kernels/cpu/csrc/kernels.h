@@ -241,6 +241,7 @@ struct DeltaArgs {
   int64_t num_runs, heads, key_heads, key_dim, width;
   bool per_channel;  // the decay
   bool normalize;    // q and k, to length 1
+  bool additive;     // whether values are added as they are, not what the state lacks of them
 };
 
 // out[t] = sum(weight[:, j] * x[t - taps + 1 + j]) + bias, of each run from its state: its last `taps` inputs.

@@ -97,7 +97,7 @@ Tensor selective_scan(const Tensor& x, const Tensor& dt, const Tensor& a, const 
                       const Tensor& state, const OptionalTensor& skip, const OptionalTensor& gate,
                       const OptionalTensor& dt_bias, bool softplus);
 Tensor delta_rule(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
-                  const Tensor& states, const Tensor& runs, bool normalize);
+                  const Tensor& states, const Tensor& runs, bool normalize, bool additive);
 Tensor causal_conv(const Tensor& x, const Tensor& weight, const Tensor& states, const Tensor& runs,
                    const OptionalTensor& bias, bool silu);
 

@@ -50,7 +50,7 @@ Tensor selective_scan(const Tensor& x, const Tensor& dt, const Tensor& a, const 
 }
 
 Tensor delta_rule(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g, const Tensor& beta,
-                  const Tensor& states, const Tensor& runs, bool normalize) {
+                  const Tensor& states, const Tensor& runs, bool normalize, bool additive) {
   LORAFLEET_CHECK(q.dim() == 3 && v.dim() == 3 && q.has_sizes(k.sizes()) && q.size(0) == v.size(0),
               "q and k must be [T, H, K], v [T, G, V]");
   const int64_t tokens = v.size(0), heads = v.size(1), key_heads = k.size(1), key_dim = k.size(2), width = v.size(2);
@@ -85,6 +85,7 @@ Tensor delta_rule(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
       .width = width,
       .per_channel = per_channel,
       .normalize = normalize,
+      .additive = additive,
   });
   return out;
 }

@@ -5,6 +5,7 @@
 constexpr int kDeltaVecs = 4;
 constexpr int64_t kDeltaColumns = kDeltaVecs * kLanes;  // of a task: what lies in registers
 constexpr int64_t kConvChannels = 128;                  // of a task
+constexpr int64_t kConvAhead = 8;                       // tokens between what is read and what is fetched
 
 template <typename T>
 inline float length_of(const T* x, int64_t dim) {
@@ -19,6 +20,7 @@ inline float length_of(const T* x, int64_t dim) {
 // What a token does to the rows of a head's state, each [key_dim] in fp32.
 struct DeltaKeys {
   float *decay, *decayed, *key, *query;
+  int64_t known_rows;  // whose values are subtracted from the token's: all or none
 };
 
 template <typename T>
@@ -51,14 +53,14 @@ inline void delta_token(const DeltaKeys& keys, int64_t rows, const float* from, 
   Vec known[Vecs], known2[Vecs];
   for (int i = 0; i < Vecs; ++i) known[i] = known2[i] = zero();
   int64_t r = 0;
-  for (; r + 2 <= rows; r += 2) {
+  for (; r + 2 <= keys.known_rows; r += 2) {
     const Vec one = set1(keys.decayed[r]), two = set1(keys.decayed[r + 1]);
     for (int i = 0; i < Vecs; ++i) {
       known[i] = fma(load(from + r * from_stride + i * kLanes), one, known[i]);
       known2[i] = fma(load(from + (r + 1) * from_stride + i * kLanes), two, known2[i]);
     }
   }
-  for (; r < rows; ++r)
+  for (; r < keys.known_rows; ++r)
     for (int i = 0; i < Vecs; ++i)
       known[i] = fma(load(from + r * from_stride + i * kLanes), set1(keys.decayed[r]), known[i]);
   Vec change[Vecs], sums[Vecs];
@@ -88,7 +90,8 @@ template <int Vecs, typename T>
 inline void delta_columns(const DeltaArgs& args, int64_t head, int64_t first, int64_t n) {
   const int64_t rows = args.key_dim, padded = ceil_div(rows, kLanes) * kLanes, block_stride = Vecs * kLanes;
   float* memory = scratch(4 * padded + rows * block_stride);
-  const DeltaKeys keys{memory, memory + padded, memory + 2 * padded, memory + 3 * padded};
+  const DeltaKeys keys{memory, memory + padded, memory + 2 * padded, memory + 3 * padded,
+                       args.additive ? 0 : rows};
   float* block = memory + 4 * padded;
   for (int64_t j = 0; n < block_stride && j < rows * block_stride; ++j) block[j] = 0;
   const auto at = [&](int64_t slot) {
@@ -146,13 +149,13 @@ inline void conv_channels(const ConvArgs& args, int64_t first, int64_t n) {
     };
     for (int64_t t = 0; t < run.end - run.start; ++t) {
       T* out = static_cast<T*>(args.out.data) + (run.start + t) * args.out.stride + first;
-      for (int64_t c = 0; c < n; c += kLanes) {
-        const int64_t m = min(kLanes, n - c);
+      prefetch(input(t + kConvAhead), n * sizeof(T));  // rows are too far apart for a core to fetch ahead by itself
+      each_vector(n, [&](int64_t c, auto m) {
         Vec y = args.bias ? load_n(static_cast<const T*>(args.bias) + first + c, m) : zero();
         for (int64_t j = 0; j < taps; ++j)
           y = fma(load_n(by_tap + j * padded + c, m), load_n(input(t + 1 - taps + j) + c, m), y);
         store_n(out + c, args.silu ? activate(y, Activation::kSilu) : y, m);
-      }
+      });
     }
     // In order, because the slots may be one: an input moves to where an older one was.
     for (int64_t j = 0; j < taps; ++j) {
