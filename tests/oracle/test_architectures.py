@@ -129,12 +129,13 @@ class Routed(nn.Module):
         return torch.cat([self.experts[0](x[:, :5]), self.experts[1](x[:, 5:])], 1)
 
 
-def test_an_expert_that_happens_to_see_all_tokens_is_no_site() -> None:
+def test_an_expert_of_an_unbatched_text_takes_lora_on_the_rows_it_sees() -> None:
+    """All of them are of one text, and so of one adapter."""
     llama = tiny_model("llama")
     llama.get_submodule("model.layers.0").mlp = Routed(64)
-    sites = {site.name for site in prepare_model(llama, frozenset(), None).sites}
-    assert "model.layers.1.mlp.up_proj" in sites
-    assert not any("experts" in name for name in sites)
+    model = prepare_model(llama, frozenset(), None)
+    assert model.passes is not None, "its texts run unbatched"
+    assert {f"model.layers.0.mlp.experts.{number}" for number in range(2)} < {site.name for site in model.sites}
 
 
 class ByToken(nn.Linear):
