@@ -121,9 +121,9 @@ def load_engine(
             draft.model.keep_answers()
         gc.collect()  # modules whose weights were packed hold each other, and the files that these were mapped from
         room = f"KV cache for {engine.blocks.num_blocks * BLOCK_TOKENS} tokens in {name_of(model.cache_dtype)}, "
-    elif settings.quantize_activations or settings.draft_model:
-        what = "quantize_activations is on" if settings.quantize_activations else "there is a draft_model"
-        raise BadRequest(f"{what}, which is served for causal LMs only")
+    elif settings.quantize_activations or settings.draft_tokens:
+        what = "quantize_activations is on" if settings.quantize_activations else _speculates(settings)
+        raise BadRequest(f"{what}, which is served for causal LMs only: leave it out")
     else:
         pooling = read_pooling(folder) if task == "embed" else None
         if headless:

@@ -362,11 +362,18 @@ def test_settings_load_it_and_the_fleet_is_told(tmp_path: Path, monkeypatch: pyt
     asked = ask(engine, [greedy_request("r", "", text, 60)])
     assert asked.ids["r"] == Oracle(base, {}, scale=1).greedy("", text, 60)
     thread.engine.close()
-    encoder = tmp_path / "encoder"
-    encoder.mkdir()
-    (encoder / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
-    with pytest.raises(BadRequest, match="there is a draft_model, which is served for causal LMs only"):
-        load_engine(settings.model_copy(update={"model": str(encoder)}), lambda _: pytest.fail("none is asked for"))
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [({"draft_model": "small"}, "draft_model is small"), ({"max_draft_tokens": 4}, "max_draft_tokens is 4")],
+    ids=["model", "lookup"],
+)
+def test_encoders_refuse_to_speculate_by_name(tmp_path: Path, given: dict[str, Any], wanted: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))
+    settings = Settings(model=str(tmp_path), device="cpu", **given)
+    with pytest.raises(BadRequest, match=f"{wanted}, which is served for causal LMs only: leave it out"):
+        load_engine(settings, lambda _: pytest.fail("no adapter is asked for"))
 
 
 def test_bases_that_cannot_take_back_a_token_are_refused(tiny: Oracle) -> None:
