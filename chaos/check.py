@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from chaos.clients.asks import Expected
 from chaos.clients.client import Attempt, Call
 from chaos.faults import KILLS, Hit
@@ -31,6 +33,9 @@ EXCUSES = {
 }
 """Error code that a client may get instead of its answer -> kinds of members, of which one must have been hit."""
 
+RTOL, ATOL = 2e-3, 2e-4
+"""Within which two computations of one vector in float32 agree."""
+
 KILLS_OF_A_BASE = 3
 """Killed starts in a row after which the scheduler takes a base for failed, for a minute or more: its `MAX_LOST`."""
 
@@ -38,7 +43,15 @@ KILLS_OF_A_BASE = 3
 def shown_wrongly(attempt: Attempt, expected: Expected) -> list[str]:
     """Return what is wrong with what an attempt showed: every text is the beginning of the right one, and ends once."""
     wrong: list[str] = []
-    if attempt.outcome == "complete":
+    if expected.vector:
+        if attempt.outcome == "complete":
+            if len(attempt.vector) != len(expected.vector) or not np.allclose(
+                attempt.vector, expected.vector, rtol=RTOL, atol=ATOL
+            ):
+                wrong.append(f"the vector begins {attempt.vector[:4]}, and the right one {expected.vector[:4]}")
+            if attempt.usage.get("prompt_tokens") != expected.num_prompt_tokens:
+                wrong.append(f"usage {attempt.usage} instead of {expected.num_prompt_tokens} tokens of the prompt")
+    elif attempt.outcome == "complete":
         if attempt.text != expected.text:
             wrong.append(f"text differs from character {_common(attempt.text, expected.text)}")
         if attempt.finishes != [expected.finish]:

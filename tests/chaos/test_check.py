@@ -413,3 +413,13 @@ def test_a_webhook_that_waits_for_a_late_attempt_is_not_lost() -> None:
         "the webhook of batch.completed held up waits after 2 attempts: no answer within 15 s",
         "no webhook has told of batch.completed lost, and none waits",
     ]
+
+
+def test_a_vector_is_right_within_rounding() -> None:
+    expected = Expected("", b"", num_prompt_tokens=3, vector=(0.5, -0.25))
+    right = attempt("", vector=[0.5001, -0.25], usage={"prompt_tokens": 3})
+    assert shown_wrongly(right, expected) == []
+    for vector in ([0.5, -0.24], [0.5], []):
+        assert shown_wrongly(attempt("", vector=vector, usage={"prompt_tokens": 3}), expected), vector
+    assert shown_wrongly(attempt("", vector=[0.5, -0.25], usage={"prompt_tokens": 4}), expected)
+    assert shown_wrongly(attempt("", "failed"), expected) == []
