@@ -34,7 +34,8 @@ from scheduler.fairness import VirtualTokenCounters
 from scheduler.placement import AdapterFacts
 from scheduler.recovery import Recovery
 from scheduler.request import QueuedRequest
-from scheduler.swap_orders import FAILED, SwapOrder
+from scheduler.swap_orders import FAILED
+from scheduler.swaps import Swap
 from scheduler.trace import tell_placed
 
 logger = logging.getLogger(__name__)
@@ -431,7 +432,7 @@ def _count(batch: list[QueuedRequest]) -> None:
             metrics.QUEUE_SECONDS.observe(max(0, now - request.submit.submitted_ms) / 1000)
 
 
-def _audited(order: SwapOrder, outcome: str) -> AuditEntry:
+def _audited(order: Swap, outcome: str) -> AuditEntry:
     """Return the entry of an order to a worker to become another base."""
     detail = f"from={order.left} to={order.base} why={order.why}"
     return AuditEntry(now_ms(), SCHEDULER, "", "", "worker.swap", order.name, detail, outcome, True)
