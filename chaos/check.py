@@ -117,7 +117,7 @@ class Books:
         """Note a call of a client that has got its answer, or has given up."""
         counts = (1, expected.num_prompt_tokens, expected.num_tokens)
         is_keyed = call.style not in ("stream", "whole")  # attempts with one key are one request
-        unfinished = [attempt for attempt in call.attempts if attempt.outcome not in ("complete", "refused")]
+        unfinished = [attempt for attempt in call.attempts if _may_have_run(attempt)]
         num = int(call.is_complete)
         num_most = 1 if is_keyed else num + len(unfinished)
         self._add(self.least, call.ask.model, num, counts)
@@ -141,6 +141,15 @@ class Books:
             if not may_exceed and any(a > b for a, b in zip(have, most, strict=True)):
                 found.append(f"usage of {model} is {have}, and clients can have caused {most}")
         return found
+
+
+def _may_have_run(attempt: Attempt) -> bool:
+    """Return whether an attempt without an answer may have been computed.
+
+    One that was told `queue_unavailable` may have reached the queue, whose reply was lost.
+    """
+    is_refused = attempt.outcome == "refused" and attempt.code != "queue_unavailable"
+    return attempt.outcome != "complete" and not is_refused
 
 
 def lost_webhooks(never: Iterable[tuple[str, str]], waiting: Iterable[Delivery], max_tries: int) -> list[str]:

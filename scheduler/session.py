@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from heapq import nlargest
@@ -107,7 +107,7 @@ class Session:
         self._drain = DrainRate()
         self._drain_next = ""  # name of the worker that should go first
         self._removed: frozenset[str] = frozenset()  # names of bases that operators have taken away
-        self._failed: frozenset[str] = frozenset()  # names of bases of which no worker has started
+        self._failed: Collection[str] = ()  # names of bases of which no worker has started
         self._memory_is_short = False
         self._again_ms: float | None = None  # when to plan again though nothing has changed
         self._rounds = 0  # rounds of `_watch`
@@ -318,12 +318,12 @@ class Session:
                 await self._recovery.bury(wid)
 
     async def _look_at_bases(self) -> None:
-        bases = await self._bus.members.base_names()
-        self._removed, self._failed = bases.removed, bases.failed
-        self.scheduler.swaps.removed = bases.removed
+        bases, failures = await self._bus.members.bases()
+        self._removed, self._failed = frozenset((await self._bus.added_bases.get()).removed), failures.keys()
+        self.scheduler.swaps.removed = self._removed
         for rid, base in self.scheduler.queued_of(self._removed):
             await self._end_removed(rid, base)
-        self.scheduler.set_bases(bases.known, bases.failed)
+        self.scheduler.set_bases([base.name for base in bases], failures)
 
     async def _watch_swaps(self) -> None:
         """See what has become of orders to workers to become another base, and give new ones."""

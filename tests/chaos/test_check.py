@@ -129,6 +129,14 @@ def test_usage_lies_between_what_was_told_and_what_was_caused() -> None:
     assert len(books.wrong({"sql": told, "base": (1, 1, 1)}, may_lack=False, may_exceed=False)) == 1
 
 
+def test_a_call_whose_submission_had_no_reply_may_be_in_the_books() -> None:
+    """The queue ended with it in hand. Other refusals come before anything is submitted."""
+    for code, num in (("queue_unavailable", 2), ("queue_full", 1)):
+        books = Books()
+        books.note(called("whole", attempt("", "refused", code=code), attempt("abcde")), EXPECTED)
+        assert books.most == {"sql": (num, 3 * num, 5 * num)}
+
+
 def test_the_pause_of_a_fault_is_the_longest_one_that_begins_with_it() -> None:
     call = Call(Ask("base", "x", 5, tuple(GREEDY.items())), "stream", 0.0)
     call.progress = [(1.0, 1), (2.0, 2), (7.0, 3), (8.0, 4), (30.0, 5)]
