@@ -152,7 +152,7 @@ class Scheduler:
 
         Costs all requests where one base becomes several.
         """
-        self.swaps.set_noted(failed)
+        self.swaps.noted = set(failed)
         if not self.workers.set_bases(names):
             return
         requests = list(self.requests.values())

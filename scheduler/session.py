@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from heapq import nlargest
@@ -106,8 +106,6 @@ class Session:
         self._silent_gateways: dict[str, float] = {}
         self._drain = DrainRate()
         self._drain_next = ""  # name of the worker that should go first
-        self._removed: frozenset[str] = frozenset()  # names of bases that operators have taken away
-        self._failed: Collection[str] = ()  # names of bases of which no worker has started
         self._memory_is_short = False
         self._again_ms: float | None = None  # when to plan again though nothing has changed
         self._rounds = 0  # rounds of `_watch`
@@ -179,9 +177,10 @@ class Session:
                 await self._recovery.reject(self._bus.keys.sub(cls), entry, repr(error))
         if any(sub.base and sub.base not in self.scheduler.workers.bases for sub, _, _ in submits):
             await self._look_at_bases()  # one that came since the last look, or that is gone
-        for sub in [sub for sub, _, _ in submits if sub.base in self._removed]:
+        removed = self.scheduler.swaps.removed
+        for sub in [sub for sub, _, _ in submits if sub.base in removed]:
             await self._end_removed(sub.rid, sub.base)
-        submits = [one for one in submits if one[0].base not in self._removed]
+        submits = [one for one in submits if one[0].base not in removed]
         await self._learn({sub.digest: sub.base for sub, _, _ in submits})
         for sub, epoch, attempts in submits:
             self.scheduler.submit(sub, epoch, attempts)
@@ -319,9 +318,8 @@ class Session:
 
     async def _look_at_bases(self) -> None:
         bases, failures = await self._bus.members.bases()
-        self._removed, self._failed = frozenset((await self._bus.added_bases.get()).removed), failures.keys()
-        self.scheduler.swaps.removed = self._removed
-        for rid, base in self.scheduler.queued_of(self._removed):
+        self.scheduler.swaps.removed = removed = frozenset((await self._bus.added_bases.get()).removed)
+        for rid, base in self.scheduler.queued_of(removed):
             await self._end_removed(rid, base)
         self.scheduler.set_bases([base.name for base in bases], failures)
 
@@ -354,15 +352,15 @@ class Session:
 
         One that may become another base is free for that instead: it may be the only worker of its fleet.
         """
-        workers = self.scheduler.workers
+        workers, swaps = self.scheduler.workers, self.scheduler.swaps
         leaving = [
             one.wid
-            for one in workers.by_id.values()
-            if one.beat.base in self._removed and one.available and self._removed.issuperset(one.beat.may_become)
+            for one in workers.available()
+            if one.beat.base in swaps.removed and swaps.removed.issuperset(one.beat.may_become)
         ]
         if leaving:
             await self._bus.streams.tell([(wid, m.Control(kind="drain")) for wid in leaving])
-        if recorded := self._removed.intersection({*workers.bases, *self._failed}):
+        if recorded := swaps.removed.intersection({*workers.bases, *swaps.noted}):
             for name in recorded - self.scheduler.used_bases():
                 await self._bus.members.drop_base(name)
 

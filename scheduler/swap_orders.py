@@ -7,7 +7,7 @@ been ordered to become, and decides anew.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from protocol.wire import messages as m
@@ -122,14 +122,10 @@ class SwapOrders:
     _failures: dict[str, _Failure] = field(default_factory=dict[str, _Failure])
     _num_lost: Counter[str] = field(default_factory=Counter[str])  # by base, orders in a row
     _known_ms: dict[str, float] = field(default_factory=dict[str, float])  # base not reported yet -> since when known
-    _noted: set[str] = field(default_factory=set[str])  # bases of which the queue says why they failed
-
+    noted: set[str] = field(default_factory=set[str])
+    """Bases of which the queue says why they failed."""
     removed: frozenset[str] = frozenset()
     """Bases that operators have taken away: no worker becomes one, whatever its settings say."""
-
-    def set_noted(self, names: Collection[str]) -> None:
-        """Take the names of the bases of which the queue says why no worker has started."""
-        self._noted = set(names)
 
     def settle(self, now_ms: float) -> list[tuple[Swap, str]]:
         """Learn from the latest heartbeats. Returns the orders that came to an end, each with DONE, FAILED or LOST."""
@@ -157,9 +153,9 @@ class SwapOrders:
             del self.by_worker[name]
             found.append((order, outcome))
         served = {worker.beat.base for worker in by_name.values()}
-        for base in self._failures.keys() - (self._noted - served):
+        for base in self._failures.keys() - (self.noted - served):
             del self._failures[base]
-        for base in self._noted - served - self._failures.keys():  # at a first start, or under an earlier leader
+        for base in self.noted - served - self._failures.keys():  # at a first start, or under an earlier leader
             self._failures.setdefault(base, _Failure()).add(now_ms)
         for base in served:
             self._num_lost.pop(base, None)
@@ -168,9 +164,9 @@ class SwapOrders:
     def _failed(self, order: Swap, now_ms: float) -> str:
         """Return FAILED if an order's base, whose worker is back with another one, cannot be served; else LOST."""
         self._num_lost[order.base] += 1
-        if order.base not in self._noted and self._num_lost[order.base] < MAX_LOST:
+        if order.base not in self.noted and self._num_lost[order.base] < MAX_LOST:
             return LOST
-        self._noted.add(order.base)
+        self.noted.add(order.base)
         self._failures.setdefault(order.base, _Failure()).add(now_ms)
         return FAILED
 
@@ -186,6 +182,7 @@ class SwapOrders:
         seats = [
             Seat(one.wid, one.base, float(one.beat.joined_ms), one.load, self._may_become(one), one.beat.name)
             for one in self.workers.available()
+            if one.beat.name not in self.by_worker
         ]
         swaps = self.policy.decide(now_ms, self._demands(now_ms, asked), seats, self.by_worker.values())
         for swap in swaps:

@@ -133,6 +133,16 @@ def test_a_new_leader_learns_from_heartbeats_who_is_leaving() -> None:
     assert ordered(scheduler, 1000.0) == {"w": "b"}
 
 
+def test_a_worker_that_has_not_read_its_order_yet_gets_no_other() -> None:
+    scheduler = scheduler_of(beat("a"))
+    scheduler.submit(make_submit("r", base="b", submitted_ms=0), 0)
+    assert ordered(scheduler, 0.0) == {"w": "b"}
+    scheduler.submit(make_submit("other", base="c", submitted_ms=0), 0)
+    see(scheduler, beat("a", sent_ms=2))
+    assert settled(scheduler, 1000.0) == []
+    assert ordered(scheduler, 1000.0) == {}
+
+
 def test_an_order_of_an_earlier_leader_is_known_and_settled() -> None:
     scheduler = scheduler_of(beat("a", becoming="b", draining=True), beat("a", name="v"))
     assert settled(scheduler, 0.0) == []
