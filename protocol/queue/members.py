@@ -118,7 +118,7 @@ class Members:
                 raise Conflict(text, code="base_not_served")
             known = {base.name: base for base in _decoded(first, further)}
             names = _fleet_of(served.name, fleet, by_operators.bases, known)
-            joining = joining_of(served, known, names, [raw for raw in raws if raw], has_first=bool(first))
+            joining = joining_of(served, known, names, [raw for raw in raws if raw])
             name = joining.base.name
             call = lua.Join(
                 base=keys.base, bases=keys.bases, workers=keys.workers, worker_beat=keys.worker_beat(beat.wid),
@@ -276,15 +276,13 @@ def joining_of(
     known: Mapping[str, m.ServedModel],
     fleet: Sequence[str],
     beats: Sequence[bytes],
-    *,
-    has_first: bool = True,
 ) -> Joining:
     """Return how the worker of a base joins, by the records that are known and the beats of live workers. Pure.
 
     fleet: the names of its fleet's bases, if it has several. When a worker of a base without record joins a fleet
     without workers, the records go of bases that are none of these. Raises as `Members.join`.
     """
-    first_name = next(iter(known)) if has_first else served.name
+    first_name = next(iter(known), served.name)
     live, has_old = _live([*known, served.name], first_name, beats)
     twins = [name for name, base in known.items() if name != served.name and served.has_weights_of(base)]
     if fleet and live.intersection(twins):
@@ -293,28 +291,25 @@ def joining_of(
     if not fleet and served.name not in known:  # earlier versions reported no weights, and knew one base by many names
         twins += [name for name, base in known.items() if base.is_same(served) and name not in twins]
     name = next((name for name in twins if name in live), served.name)
-    base, other = msgspec.structs.replace(served, name=name), known.get(name)
+    base = msgspec.structs.replace(served, name=name)
+    other = known.get(name, base)
     serves = f"this fleet serves {', '.join(known)}; {name} cannot join it"
     if name in live:
-        if other is not None and not other.is_same(base):
+        if not other.is_same(base):
             raise Conflict(_taken(base, other), code="base_name_taken")
-        length = min(base.max_model_len, other.max_model_len if other is not None else base.max_model_len)
-        base = msgspec.structs.replace(base, max_model_len=length)
+        base = msgspec.structs.replace(base, max_model_len=min(base.max_model_len, other.max_model_len))
     elif has_old:
         text = f"{serves} beside workers of an earlier version, which know of one base only: update those first"
         raise Conflict(text, code="old_workers")
     elif beats and not fleet:
         text = f"{serves}: a fleet of several bases has --more-models on all services"
         raise Conflict(text, code="other_base")
-    if other is not None or name == first_name:
+    if name in known or name == first_name:
         return Joining(base, name == first_name, ())
-    further = [one for one in known if one != first_name]
-    dropped = [] if beats else [one for one in further if one not in fleet]
-    if not beats and first_name not in fleet:
-        return Joining(base, True, dropped)
-    if len(further) - len(dropped) >= MAX_BASES - 1:
+    dropped = [] if beats else [one for one in known if one not in fleet]
+    if len(known) - len(dropped) >= MAX_BASES:
         raise Conflict(f"this fleet serves {MAX_BASES} bases, which is the limit; {name} cannot join it")
-    return Joining(base, False, dropped)
+    return Joining(base, first_name in dropped, dropped)
 
 
 def _live(names: Iterable[str], first: str, beats: Sequence[bytes]) -> tuple[set[str], bool]:
