@@ -36,6 +36,9 @@ EXCUSES = {
 RTOL, ATOL = 2e-3, 2e-4
 """Within which two computations of one vector in float32 agree."""
 
+AT_THE_DOOR = "so that another one can take"
+"""Part of what a call is told that a gateway which is shutting down has not taken."""
+
 KILLS_OF_A_BASE = 3
 """Killed starts in a row after which the scheduler takes a base for failed, for a minute or more: its `MAX_LOST`."""
 
@@ -146,10 +149,14 @@ class Books:
 def _may_have_run(attempt: Attempt) -> bool:
     """Return whether an attempt without an answer may have been computed.
 
-    One that was told `queue_unavailable` may have reached the queue, whose reply was lost.
+    One that was told `queue_unavailable` may have reached the queue, whose reply was lost. A gateway that is shutting
+    down refuses new calls, and after its grace period tells those that still wait in other words.
     """
-    is_refused = attempt.outcome == "refused" and attempt.code != "queue_unavailable"
-    return attempt.outcome != "complete" and not is_refused
+    if attempt.outcome != "refused":
+        return attempt.outcome != "complete"
+    return attempt.code == "queue_unavailable" or (
+        attempt.code == "shutting_down" and AT_THE_DOOR not in attempt.detail
+    )
 
 
 def lost_webhooks(never: Iterable[tuple[str, str]], waiting: Iterable[Delivery], max_tries: int) -> list[str]:
