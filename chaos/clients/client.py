@@ -160,6 +160,9 @@ class Client:
             attempt.refuse(answer.status_code, answer.content, answer.headers)
             return
         found = answer.json()
+        if "error" in found:  # it came after bytes that kept the connection alive
+            attempt.take_event(found)
+            return
         attempt.vector, attempt.usage = found["data"][0]["embedding"], found["usage"]
         attempt.outcome = "complete"
 
