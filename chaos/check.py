@@ -36,8 +36,8 @@ EXCUSES = {
 RTOL, ATOL = 2e-3, 2e-4
 """Within which two computations of one vector in float32 agree."""
 
-AT_THE_DOOR = "so that another one can take"
-"""Part of what a call is told that a gateway which is shutting down has not taken."""
+AT_THE_DOOR = "so that another one can take the request"
+"""Part of what a call is told that a gateway which is shutting down has not taken; others wait until it has ended."""
 
 KILLS_OF_A_BASE = 3
 """Killed starts in a row after which the scheduler takes a base for failed, for a minute or more: its `MAX_LOST`."""

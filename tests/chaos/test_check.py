@@ -131,10 +131,13 @@ def test_usage_lies_between_what_was_told_and_what_was_caused() -> None:
 
 def test_a_call_whose_submission_had_no_reply_may_be_in_the_books() -> None:
     """The queue ended with it in hand, or its gateway, which waited. Other refusals come before it is submitted."""
-    door = "503: this gateway is shutting down; retry, so that another one can take it"
+    door, ended = (
+        f"503: this gateway is shutting down; retry, so that another one can take {what}"
+        for what in ("the request", "it")
+    )
     for code, detail, num in (
         ("queue_unavailable", "", 2), ("shutting_down", "503: this gateway is shutting down", 2),
-        ("shutting_down", door, 1), ("queue_full", "", 1),
+        ("shutting_down", ended, 2), ("shutting_down", door, 1), ("queue_full", "", 1),
     ):  # fmt: skip
         books = Books()
         books.note(called("whole", attempt("", "refused", code=code, detail=detail), attempt("abcde")), EXPECTED)
