@@ -17,43 +17,38 @@ class Bases:
     def __init__(self, names: Sequence[str] = ()) -> None:
         """names: of all bases, the default one first. Of a fleet with one base it need not be right."""
         self._in_settings = tuple(names)
-        self._names: tuple[str, ...] = ()
         self._only = names[0] if names else ""
-        self._removed: frozenset[str] = frozenset()
-        self.set_added((), ())
         self._known: dict[str, ServedModel] = {}
-        self._failed: frozenset[str] = frozenset()
-        self._taken = self._names  # as of the last `set`
+        self._state: tuple[object, ...] = ()  # what adapters are checked for
+        self.set(())
 
-    def set_added(self, added: Iterable[str], removed: Iterable[str]) -> None:
-        """Take the names of bases that operators have added and taken away, before `set`.
+    def set(
+        self,
+        reported: Iterable[ServedModel],
+        failed: Iterable[str] = (),
+        *,
+        added: Iterable[str] = (),
+        removed: Iterable[str] = (),
+    ) -> bool:
+        """Take the bases that workers have reported, the first one first, and those of which none has started.
 
-        What names one that was taken away is of an unknown base, and not checked for another.
+        added, removed: by operators. What names one that was taken away is of an unknown base, and not checked for
+        another. Returns whether any that adapters are checked for has changed, so that all have to be checked again.
         """
         self._removed = frozenset(removed) - set(self._in_settings)
         names = (*self._in_settings, *sorted({*added, *self._removed} - set(self._in_settings)))
         self._names = names if len(names) > 1 else ()
-
-    def set(self, reported: Iterable[ServedModel], failed: Iterable[str] = ()) -> bool:
-        """Take the bases that workers have reported, the first one first, and those of which none has started.
-
-        Returns whether any that adapters are checked for has changed, so that all have to be checked again.
-        """
         found = {base.name: base for base in reported}
         if not self._names:
             name = self._only if self._only in found else next(iter(found), "")
             found = {name: found[name]} if name else {}
         else:
             found = {name: found[name] for name in self._names if name in found and name not in self._removed}
-        before = self._state
-        self._taken = self._names
         self._known = found or self._known
         self._failed = frozenset(failed).intersection(self._names) - self._known.keys()
+        identities = [(name, base.identity) for name, base in self._known.items()]
+        before, self._state = self._state, (identities, self._failed, self._names)
         return before != self._state
-
-    @property
-    def _state(self) -> tuple[object, ...]:
-        return tuple((name, base.identity) for name, base in self._known.items()), self._failed, self._taken
 
     @property
     def names(self) -> list[str]:
@@ -87,24 +82,23 @@ class Bases:
         if asked and asked not in self._names:
             raise BadRequest(f"this fleet has no base {brief(asked)}; it has {', '.join(self._names)}", param="base")
         candidates = [] if asked or self._missing else list(self._known.values())
+        mirrored, name = None, asked
         try:
             mirrored = await mirror.take(source, target, self._known.get(asked), access, tenant, candidates)
+            name = asked or self._named_by(await mirror.named_base(source, target, mirrored.version, access, tenant))
         except NeedsBase as error:
-            if error.named is not None:
-                return await self._of_named(mirror, source, target, error.named, access, tenant)
+            if error.named is not None:  # it is not tried with each base, since a conversion costs minutes
+                if named := self._named_by(error.named):
+                    return await self.take(mirror, source, target, named, access, tenant)
+                text = "it is converted for one base, and names none of this fleet"
+                raise AdapterRefused([f"{text}: set base_model_name_or_path, or register it with `base`"]) from error
+        if mirrored is None or not name:
 
-            async def take(base: ServedModel) -> tuple[Mirrored, AdapterRecord]:
-                found = await mirror.take(source, target, base, access, tenant)
+            async def read(base: ServedModel) -> tuple[Mirrored, AdapterRecord]:
+                found = mirrored or await mirror.take(source, target, base, access, tenant)
                 return found, await mirror.describe(found.digest, found.version.source, base)
 
-            return await self._fitting(take)
-        name = asked or self._named_by(await mirror.named_base(source, target, mirrored.version, access, tenant))
-        if not name:
-
-            async def describe(base: ServedModel) -> tuple[Mirrored, AdapterRecord]:
-                return mirrored, await mirror.describe(mirrored.digest, mirrored.version.source, base)
-
-            return await self._fitting(describe)
+            return await self._fitting(read)
         base = self._known.get(name)
         if base is None:
             what = "which was removed" if name in self._removed else "of which no worker has started yet"
@@ -114,19 +108,6 @@ class Bases:
         except AdapterRefused as error:
             how = "it is registered for" if asked else "its base_model_name_or_path says"
             raise AdapterRefused([f"{how} the base {name}, which it does not fit: {error.message}"]) from error
-
-    async def _of_named(
-        self, mirror: Mirror, source: Source, target: str, named: str, access: SourceAccess, tenant: str
-    ) -> tuple[Mirrored, str, AdapterRecord | None]:
-        """Bring an adapter that is converted for one base in for that which its config names.
-
-        It is not tried with each of them, since a conversion costs minutes. Raises as `take`.
-        """
-        name = self._named_by(named)
-        if not name:
-            text = "it is converted for one base, and names none of this fleet"
-            raise AdapterRefused([f"{text}: set base_model_name_or_path, or register it with `base`"])
-        return await self.take(mirror, source, target, name, access, tenant)
 
     def _named_by(self, text: str) -> str:
         """Return the base that a `base_model_name_or_path` means: by its name, its model or the end of either's path.

@@ -190,39 +190,34 @@ class Blobs:
 
     def readers_of(self, version: str) -> set[str]:
         """Return the kinds of `Reader` that have read a version. Tokens are never recorded."""
-        return self._note_of(version)[1]
+        return {note for note in self._note_of(version)[1] if not note.startswith(BASE_LINE)}
 
     def note_reader(self, version: str, reader: str) -> None:
         """Note that a version, which has a digest here, was read by the rights of `reader`."""
-        digest, readers = self._note_of(version)
-        if digest and reader not in readers:
-            self._write_note(version, digest, {*readers, reader}, self.named_base(version))
+        digest, notes = self._note_of(version)
+        if digest and reader not in notes:
+            self._write_note(version, digest, {*notes, reader})
 
     def named_base(self, version: str) -> str | None:
         """Return the base that a version names, as `note_base` was told; None if it was not."""
-        lines = self._lines_of(version)[1:]
-        return next((line.removeprefix(BASE_LINE) for line in lines if line.startswith(BASE_LINE)), None)
+        notes = self._note_of(version)[1]
+        return next((note.removeprefix(BASE_LINE) for note in notes if note.startswith(BASE_LINE)), None)
 
     def note_base(self, version: str, name: str) -> None:
         """Note which base a version, which has a digest here, names: one line of text."""
-        digest, readers = self._note_of(version)
-        if digest:
-            self._write_note(version, digest, readers, name)
+        if digest := self._note_of(version)[0]:
+            self._write_note(version, digest, {*self.readers_of(version), f"{BASE_LINE}{name}"})
 
-    def _write_note(self, version: str, digest: str, readers: Iterable[str], base: str | None) -> None:
-        lines = [digest, *sorted(readers), *([] if base is None else [f"{BASE_LINE}{base}"])]
-        self._version_file(version).write_text("\n".join(lines))
+    def _write_note(self, version: str, digest: str, notes: Iterable[str]) -> None:
+        self._version_file(version).write_text("\n".join([digest, *sorted(notes)]))
 
     def _note_of(self, version: str) -> tuple[str, set[str]]:
-        """Return the digest and the readers that were noted of a version, "" and none if nothing was."""
-        digest, *readers = self._lines_of(version) or [""]
-        return digest, {reader for reader in readers if not reader.startswith(BASE_LINE)}
-
-    def _lines_of(self, version: str) -> list[str]:
+        """Return the digest of a version and what else was noted, "" and nothing if nothing was."""
         try:
-            return self._version_file(version).read_text(errors="replace").split("\n")
+            digest, *notes = self._version_file(version).read_text(errors="replace").split("\n")
         except FileNotFoundError:
-            return []
+            return "", set()
+        return digest, set(notes)
 
     def _version_file(self, version: str) -> Path:
         return self._versions / hashlib.sha256(version.encode()).hexdigest()
@@ -268,9 +263,8 @@ class Blobs:
 
     def note_version(self, version: str, digest: str) -> None:
         """Note which digest a source's version has. Losing the note in a crash only costs another fetch."""
-        known, readers = self._note_of(version)
-        is_known = known == digest
-        self._write_note(version, digest, readers if is_known else (), self.named_base(version) if is_known else None)
+        known, notes = self._note_of(version)
+        self._write_note(version, digest, notes if known == digest else ())
 
     def room(self, num_blob: int, num_staged: int, folder: Path) -> AbstractContextManager[None]:
         """Promise room on the disk, meanwhile, for an adapter that is staged in a folder.

@@ -231,8 +231,7 @@ class Store:
 
     async def _set_bases(self) -> None:
         known = await self.bus.added_bases.get()
-        self.bases.set_added(known.bases, known.removed)
-        if self.bases.set(*await self.bus.members.bases()):
+        if self.bases.set(*await self.bus.members.bases(), added=known.bases, removed=known.removed):
             self.registrar.set_bases(self.bases)
             if self.follower is not None:
                 self.follower.set_bases(self.bases)

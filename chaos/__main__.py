@@ -38,7 +38,9 @@ def main() -> int:
     parser.add_argument("--replicated", action="store_true", help="a queue of three servers, which fails over")
     parser.add_argument("--how", default="", help="what is done to them: kill,partition …; default: all")
     parser.add_argument("--clocks", action="store_true", help="the wall clocks of members jump by an hour")
-    parser.add_argument("--bases", type=int, default=1, help="base models; the workers swap where they are fewer")
+    parser.add_argument(
+        "--bases", type=int, default=1, help="base models, of several the last an encoder; fewer workers swap"
+    )
     parser.add_argument("--gateways", type=int, default=2)
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1, help="of faults and calls")
@@ -50,7 +52,8 @@ def main() -> int:
         args.faults, args.every, args.clients, args.seed, args.minutes * 60, shape, args.alone, args.kills_only,
         args.lines, args.adapters, args.turns, args.only, args.replicated,
         tuple(filter(None, args.how.split(","))), args.clocks, args.stores, args.attackers,
-        tuple(f"base-{number}" for number in range(1, args.bases)),
+        (*(f"base-{number}" for number in range(1, args.bases - 1)), *(["encoder"] if args.bases > 1 else [])),
+        "encoder" if args.bases > 1 else "",
     )  # fmt: skip
     set_up_logging("chaos", "info")
     logging.getLogger("httpx2").setLevel("WARNING")
@@ -70,7 +73,9 @@ def main() -> int:
 
 
 async def _run(plan: Plan, folder: Path) -> Tally:
-    from tests.helpers.factories import make_adapter, make_tiny_model
+    from transformers import AutoModel
+
+    from tests.helpers.factories import make_adapter, make_encoder_adapter, make_tiny_encoder, make_tiny_model
 
     model = make_tiny_model(folder / "model", max_len=2048)
     for seed, (name, rank) in enumerate(RANKS.items(), start=1):
@@ -78,7 +83,11 @@ async def _run(plan: Plan, folder: Path) -> Tally:
     of_lines = [f"line-{number:02}" for number in range(plan.num_adapters)]
     for number, name in enumerate(of_lines):
         make_adapter(folder / "adapters" / name, model, rank=8, seed=100 + number)
-    for number, name in enumerate(plan.more_bases, start=1):  # of three sizes: the adapters of one fit no other
+    if plan.encoder:
+        encoder = AutoModel.from_pretrained(make_tiny_encoder(folder / plan.encoder))
+        make_encoder_adapter(folder / "adapters" / f"of-{plan.encoder}", encoder)
+    decoders = [name for name in plan.more_bases if name != plan.encoder]
+    for number, name in enumerate(decoders, start=1):  # of three sizes: the adapters of one fit no other
         further = make_tiny_model(folder / name, hidden=64 + 32 * (number % 3), seed=number, max_len=2048)
         make_adapter(folder / "adapters" / f"of-{name}", further, rank=8, seed=200 + number)
     async with prepared(plan, folder, model, list(RANKS), of_lines) as run:

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from chaos.clients.asks import Expected
 from chaos.clients.client import Attempt, Call
 from chaos.faults import KILLS, Hit
@@ -31,6 +33,12 @@ EXCUSES = {
 }
 """Error code that a client may get instead of its answer -> kinds of members, of which one must have been hit."""
 
+RTOL, ATOL = 2e-3, 2e-4
+"""Within which two computations of one vector in float32 agree."""
+
+AT_THE_DOOR = "so that another one can take the request"
+"""Part of what a call is told that a gateway which is shutting down has not taken; others wait until it has ended."""
+
 KILLS_OF_A_BASE = 3
 """Killed starts in a row after which the scheduler takes a base for failed, for a minute or more: its `MAX_LOST`."""
 
@@ -38,7 +46,15 @@ KILLS_OF_A_BASE = 3
 def shown_wrongly(attempt: Attempt, expected: Expected) -> list[str]:
     """Return what is wrong with what an attempt showed: every text is the beginning of the right one, and ends once."""
     wrong: list[str] = []
-    if attempt.outcome == "complete":
+    if expected.vector:
+        if attempt.outcome == "complete":
+            if len(attempt.vector) != len(expected.vector) or not np.allclose(
+                attempt.vector, expected.vector, rtol=RTOL, atol=ATOL
+            ):
+                wrong.append(f"the vector begins {attempt.vector[:4]}, and the right one {expected.vector[:4]}")
+            if attempt.usage.get("prompt_tokens") != expected.num_prompt_tokens:
+                wrong.append(f"usage {attempt.usage} instead of {expected.num_prompt_tokens} tokens of the prompt")
+    elif attempt.outcome == "complete":
         if attempt.text != expected.text:
             wrong.append(f"text differs from character {_common(attempt.text, expected.text)}")
         if attempt.finishes != [expected.finish]:
@@ -104,7 +120,7 @@ class Books:
         """Note a call of a client that has got its answer, or has given up."""
         counts = (1, expected.num_prompt_tokens, expected.num_tokens)
         is_keyed = call.style not in ("stream", "whole")  # attempts with one key are one request
-        unfinished = [attempt for attempt in call.attempts if attempt.outcome not in ("complete", "refused")]
+        unfinished = [attempt for attempt in call.attempts if _may_have_run(attempt)]
         num = int(call.is_complete)
         num_most = 1 if is_keyed else num + len(unfinished)
         self._add(self.least, call.ask.model, num, counts)
@@ -128,6 +144,19 @@ class Books:
             if not may_exceed and any(a > b for a, b in zip(have, most, strict=True)):
                 found.append(f"usage of {model} is {have}, and clients can have caused {most}")
         return found
+
+
+def _may_have_run(attempt: Attempt) -> bool:
+    """Return whether an attempt without an answer may have been computed.
+
+    One that was told `queue_unavailable` may have reached the queue, whose reply was lost. A gateway that is shutting
+    down refuses new calls, and after its grace period tells those that still wait in other words.
+    """
+    if attempt.outcome != "refused":
+        return attempt.outcome != "complete"
+    return attempt.code == "queue_unavailable" or (
+        attempt.code == "shutting_down" and AT_THE_DOOR not in attempt.detail
+    )
 
 
 def lost_webhooks(never: Iterable[tuple[str, str]], waiting: Iterable[Delivery], max_tries: int) -> list[str]:

@@ -22,7 +22,7 @@ from chaos.attackers.attacks import BODY_ATTACKS
 from chaos.attackers.webhook_attacks import WEBHOOK_ATTACKS
 from chaos.attackers.wire_attacks import WIRE_ATTACKS
 from chaos.bases import MAX_SWAP_WAIT_S, MIN_RESIDENCY_S, Turns, all_served, num_swaps
-from chaos.clients.asks import Ask, Expected, Transformers, catalogue, decidable, one_ask
+from chaos.clients.asks import Ask, Expected, Transformers, catalogue, decidable, one_ask, vector_asks, vectors
 from chaos.clients.batches import BatchClient
 from chaos.clients.client import GIVE_UP_S, STYLES, Attempt, Call, Client
 from chaos.clients.files import FileClient, Round, UploadClient, zipped
@@ -77,6 +77,7 @@ class Plan:
     stores: bool = False  # clients store files, and upload adapters, meanwhile
     num_attackers: int = 0  # if there are any, API keys are on, and they are another tenant than the clients
     more_bases: tuple[str, ...] = ()  # names of base models beside the first; each has one adapter, `of-` and its name
+    encoder: str = ""  # which of these is an encoder; "": none
 
     def models(self, names: Sequence[str]) -> dict[str, str]:
         """Return what clients ask -> its base, where `names` are adapters of the first."""
@@ -125,10 +126,12 @@ class Run:
         self.fleet = fleet
         self.plan = plan
         self.asks = asks
-        self._lines = lines or asks
+        self._texts = [ask for ask in asks if ask.num_tokens]
+        self._lines = lines or self._texts
         self._receiver = receiver
         self._ended: dict[tuple[str, str], float] = {}  # (type of the event, id) of ends -> when a client saw it
         self.expected: dict[Ask, Expected] = {}
+        self._vectors: dict[Ask, tuple[float, ...]] = {}
         self.tally = Tally()
         self.havoc = Havoc(fleet, random.Random(plan.seed), kills_only=plan.kills_only, only=plan.only, hows=plan.hows)
         self._client_key, self._attacker_key, self._operator_key = keys
@@ -143,8 +146,9 @@ class Run:
 
     # ------------------------------------------------------------ before
 
-    async def ask_undisturbed(self, answers: dict[Ask, list[int]]) -> None:
+    async def ask_undisturbed(self, answers: dict[Ask, list[int]], vectors: dict[Ask, tuple[float, ...]]) -> None:
         """Ask everything once, for the answers that must come under faults too. They must be those of transformers."""
+        self._vectors = vectors
         room = asyncio.Semaphore(8)
         asks = list(dict.fromkeys([*self.asks, *self._lines]))
         found = await asyncio.gather(*(self._ask_once(ask, room) for ask in asks))
@@ -155,13 +159,15 @@ class Run:
 
     async def _ask_once(self, ask: Ask, room: asyncio.Semaphore) -> Expected:
         async with room:
-            call = Call(ask, "stream", time.monotonic())
-            await self._client.ask(ask, "stream", call)
+            call = Call(ask, "stream" if ask.num_tokens else "vector", time.monotonic())
+            await self._client.ask(ask, call.style, call)
         attempt = call.attempts[-1]
         if not call.is_complete or len(call.attempts) > 1:
             raise RuntimeError(f"undisturbed, {ask} was not answered: {attempt.code} {attempt.detail}")
         ids = await self.fleet.bus.tokens(f"{attempt.call}-0") or b""
-        expected = Expected(attempt.text, ids, attempt.usage["prompt_tokens"])
+        expected = Expected(attempt.text, ids, attempt.usage["prompt_tokens"], vector=self._vectors.get(ask, ()))
+        if wrong := check.shown_wrongly(attempt, expected):
+            raise RuntimeError(f"undisturbed, {ask} was answered wrongly: {wrong}")
         self._books.note(call, expected)
         return expected
 
@@ -203,7 +209,8 @@ class Run:
     async def _be_client(self, number: int, stop: asyncio.Event) -> None:
         rng, asks = random.Random(f"{self.plan.seed} {number}"), self._turns.asks_of(number, self.asks)
         while not stop.is_set():
-            call = Call(rng.choice(asks), rng.choice(STYLES), time.monotonic())
+            ask, style = rng.choice(asks), rng.choice(STYLES)
+            call = Call(ask, style if ask.num_tokens else "vector", time.monotonic())
             await self._client.ask(call.ask, call.style, call)
             self._take(call)
 
@@ -227,7 +234,7 @@ class Run:
     async def _run_conversations(self, stop: asyncio.Event) -> None:
         """Hold one conversation after the other; the last one is held to its end after the faults."""
         rng = random.Random(f"{self.plan.seed} conversations")
-        client = ResponseClient(self.fleet.urls, self._client_key, sorted({ask.model for ask in self.asks}))
+        client = ResponseClient(self.fleet.urls, self._client_key, sorted({ask.model for ask in self._texts}))
         try:
             while not stop.is_set():
                 told = await client.converse(self.plan.num_turns, rng)
@@ -255,7 +262,7 @@ class Run:
     async def _upload_adapters(self, stop: asyncio.Event) -> None:
         """Upload one adapter after the other under the same name, and ask it."""
         rng = random.Random(f"{self.plan.seed} uploads")
-        expected = {ask: self.expected[ask] for ask in self.asks}
+        expected = {ask: self.expected[ask] for ask in self._texts}
         adapters = self.fleet.folder / "adapters"
         zips = {name: zipped(adapters / name) for name in {ask.model for ask in expected} if (adapters / name).is_dir()}
         http = Insistent(self.fleet.urls, self._operator_key)
@@ -437,14 +444,17 @@ async def prepared(
     """
     adapters = folder / "adapters"
     models = plan.models(names)
-    asks = catalogue(list(models), random.Random(plan.seed))
+    decoders = [name for name, base in models.items() if base != plan.encoder]
+    asks = catalogue(decoders, random.Random(plan.seed))
+    asks_for_vectors = vector_asks(models.keys() - decoders)
     lines = [one_ask(name, number) for number, name in enumerate([*of_lines, *of_lines])]  # one may be undecidable
     oracle = Transformers(model, adapters, [*names, *of_lines])
     first = [*(ask for ask in asks if models[ask.model] == "base"), *lines]
     answers = await asyncio.to_thread(decidable, first, oracle)
-    for base in plan.more_bases:
+    for base in [name for name in plan.more_bases if name != plan.encoder]:
         oracle = Transformers(folder / base, adapters, [f"of-{base}"], base)
         answers |= await asyncio.to_thread(decidable, [ask for ask in asks if models[ask.model] == base], oracle)
+    of_encoder = await asyncio.to_thread(vectors, asks_for_vectors, folder / plan.encoder, adapters)
     logger.info("%d of %d asks have an answer that rounding cannot change", len(answers), len(asks) + len(lines))
     async with receiving(plan.seed) as receiver:
         with_keys = plan.num_attackers > 0
@@ -467,7 +477,7 @@ async def prepared(
                 keys.append((await create("operators", ["infer", "admin"]))[0])
             if plan.more_bases:
                 await all_served(fleet, models, 1 + len(plan.more_bases), keys[0])
-            known = [ask for ask in asks if ask in answers]
+            known = [ask for ask in asks if ask in answers] + asks_for_vectors
             run = Run(fleet, plan, known, keys, [ask for ask in lines if ask in answers], receiver)
             try:
                 logger.info("the fleet is up")
@@ -476,7 +486,7 @@ async def prepared(
                     attacker = Attacker(fleet.url, keys[1], GIVE_UP_S)
                     await WEBHOOK_ATTACKS[0].once(attacker)
                     await attacker.close()
-                await run.ask_undisturbed(answers)
+                await run.ask_undisturbed(answers, of_encoder)
                 logger.info("undisturbed answers are known")
                 yield run
             finally:

@@ -152,7 +152,7 @@ class Scheduler:
 
         Costs all requests where one base becomes several.
         """
-        self.swaps.set_noted(failed)
+        self.swaps.noted = set(failed)
         if not self.workers.set_bases(names):
             return
         requests = list(self.requests.values())
@@ -236,7 +236,7 @@ class Scheduler:
         submission, whichever is later.
         """
         served = {worker.base for worker in self.workers.by_id.values()}
-        served |= {self.workers.base_of(name) for name in self.swaps.hopeful()}
+        served |= self.swaps.hopeful()
         alone = [base for base, queues in self.backlog.by_base.items() if queues.num and base not in served]
         if not alone or not self.config.wait_for_worker_s:
             self._alone_since_ms = {}
@@ -254,7 +254,7 @@ class Scheduler:
 
     def failed(self) -> list[str]:
         """Return the requests, for which somebody waits, of bases that workers might become but that do not start."""
-        failed = {self.workers.base_of(name) for name in self.swaps.failed() & self.swaps.reachable()}
+        failed = self.swaps.failed() & self.swaps.reachable().keys()
         if not failed:
             return []
         return [rid for rid, r in self.requests.items() if r.base in failed and r.submit.gateway and not r.wid]
@@ -269,11 +269,9 @@ class Scheduler:
             count = counts.setdefault(worker.base, [0, 0, 0, 0])
             count[0] += worker.available
             count[2] += worker.load
-        for name, num in self.swaps.num_reaching().items():
-            key = name if len(self.workers.bases) > 1 or name not in self.workers.bases else ""
-            counts.setdefault(key, [0, 0, 0, 0])[3] = num
-        only = self.workers.bases[0] if self.workers.bases else ""
-        return {base or only: m.BaseLoad(*count) for base, count in counts.items() if base or only}
+        for base, num in self.swaps.reachable().items():
+            counts.setdefault(base, [0, 0, 0, 0])[3] = num
+        return {base: m.BaseLoad(*count) for base, count in counts.items() if base}
 
     def queued_of(self, bases: Collection[str]) -> list[tuple[str, str]]:
         """Return the requests of these bases that wait, each with its base."""

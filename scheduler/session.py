@@ -34,7 +34,8 @@ from scheduler.fairness import VirtualTokenCounters
 from scheduler.placement import AdapterFacts
 from scheduler.recovery import Recovery
 from scheduler.request import QueuedRequest
-from scheduler.swap_orders import FAILED, SwapOrder
+from scheduler.swap_orders import FAILED
+from scheduler.swaps import Swap
 from scheduler.trace import tell_placed
 
 logger = logging.getLogger(__name__)
@@ -105,8 +106,6 @@ class Session:
         self._silent_gateways: dict[str, float] = {}
         self._drain = DrainRate()
         self._drain_next = ""  # name of the worker that should go first
-        self._removed: frozenset[str] = frozenset()  # names of bases that operators have taken away
-        self._failed: frozenset[str] = frozenset()  # names of bases of which no worker has started
         self._memory_is_short = False
         self._again_ms: float | None = None  # when to plan again though nothing has changed
         self._rounds = 0  # rounds of `_watch`
@@ -177,9 +176,10 @@ class Session:
                 await self._recovery.reject(self._bus.keys.sub(cls), entry, repr(error))
         if any(sub.base and sub.base not in self.scheduler.workers.bases for sub, _, _ in submits):
             await self._look_at_bases()  # one that came since the last look, or that is gone
-        for sub in [sub for sub, _, _ in submits if sub.base in self._removed]:
+        removed = self.scheduler.swaps.removed
+        for sub in [sub for sub, _, _ in submits if sub.base in removed]:
             await self._end_removed(sub.rid, sub.base)
-        submits = [one for one in submits if one[0].base not in self._removed]
+        submits = [one for one in submits if one[0].base not in removed]
         await self._learn({sub.digest: sub.base for sub, _, _ in submits})
         for sub, epoch, attempts in submits:
             self.scheduler.submit(sub, epoch, attempts)
@@ -314,12 +314,11 @@ class Session:
                 await self._recovery.bury(wid)
 
     async def _look_at_bases(self) -> None:
-        bases = await self._bus.members.base_names()
-        self._removed, self._failed = bases.removed, bases.failed
-        self.scheduler.swaps.removed = bases.removed
-        for rid, base in self.scheduler.queued_of(self._removed):
+        bases, failures = await self._bus.members.bases()
+        self.scheduler.swaps.removed = removed = frozenset((await self._bus.added_bases.get()).removed)
+        for rid, base in self.scheduler.queued_of(removed):
             await self._end_removed(rid, base)
-        self.scheduler.set_bases(bases.known, bases.failed)
+        self.scheduler.set_bases([base.name for base in bases], failures)
 
     async def _watch_swaps(self) -> None:
         """See what has become of orders to workers to become another base, and give new ones."""
@@ -350,15 +349,15 @@ class Session:
 
         One that may become another base is free for that instead: it may be the only worker of its fleet.
         """
-        workers = self.scheduler.workers
+        workers, swaps = self.scheduler.workers, self.scheduler.swaps
         leaving = [
             one.wid
-            for one in workers.by_id.values()
-            if one.beat.base in self._removed and one.available and self._removed.issuperset(one.beat.may_become)
+            for one in workers.available()
+            if one.beat.base in swaps.removed and swaps.removed.issuperset(one.beat.may_become)
         ]
         if leaving:
             await self._bus.streams.tell([(wid, m.Control(kind="drain")) for wid in leaving])
-        if recorded := self._removed.intersection({*workers.bases, *self._failed}):
+        if recorded := swaps.removed.intersection({*workers.bases, *swaps.noted}):
             for name in recorded - self.scheduler.used_bases():
                 await self._bus.members.drop_base(name)
 
@@ -427,7 +426,7 @@ def _count(batch: list[QueuedRequest]) -> None:
             metrics.QUEUE_SECONDS.observe(max(0, now - request.submit.submitted_ms) / 1000)
 
 
-def _audited(order: SwapOrder, outcome: str) -> AuditEntry:
+def _audited(order: Swap, outcome: str) -> AuditEntry:
     """Return the entry of an order to a worker to become another base."""
     detail = f"from={order.left} to={order.base} why={order.why}"
     return AuditEntry(now_ms(), SCHEDULER, "", "", "worker.swap", order.name, detail, outcome, True)

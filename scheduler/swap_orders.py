@@ -7,14 +7,14 @@ been ordered to become, and decides anew.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from protocol.wire import messages as m
 from protocol.wire.keys import BATCH
 from scheduler.request import QueuedRequest
-from scheduler.swaps import BaseDemand, Seat, SwapPolicy
-from scheduler.workers import UNFITTED_STEP, Workers
+from scheduler.swaps import BaseDemand, Seat, Swap, SwapPolicy
+from scheduler.workers import UNFITTED_STEP, Worker, Workers
 
 USUAL_START_S = 5.0
 """Assumed seconds of a start, where none has been measured."""
@@ -41,38 +41,6 @@ DONE, FAILED, LOST = "done", "failed", "lost"
 """What becomes of an order: its worker serves the base; the base cannot be served; the worker ended, or did nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class SwapOrder:
-    """An order to a worker to become a base."""
-
-    wid: str
-    name: str  # of the worker, which it keeps
-    left: str  # the base that it had
-    base: str
-    why: str
-    at_ms: float
-    may_become: frozenset[str]  # all bases that it may serve, the one it had among them
-
-
-@dataclass(slots=True)
-class _Demand:
-    """What is asked of a base, as it is summed up."""
-
-    shares: float = 0.0
-    waiting_s: float = 0.0
-    oldest_ms: float | None = None
-    by_tenant: dict[str, float] = field(default_factory=dict[str, float])  # seconds that wait, over the tenant's weight
-
-    @property
-    def typical_s(self) -> float:
-        """The lower median over its tenants."""
-        return sorted(self.by_tenant.values())[(len(self.by_tenant) - 1) // 2] if self.by_tenant else 0.0
-
-    def add(self, seconds: float, since_ms: float) -> None:
-        self.waiting_s += seconds
-        self.oldest_ms = since_ms if self.oldest_ms is None else min(self.oldest_ms, since_ms)
-
-
 @dataclass(slots=True)
 class _Facts:
     """What workers of a base have said."""
@@ -91,37 +59,41 @@ class _Facts:
 class Asked:
     """What is asked of each base that a worker serves or may become, summed up piece by piece."""
 
-    def __init__(self, names: Collection[str], only: str, facts: Mapping[str, _Facts], mean_tokens: float) -> None:
-        """only: the base of a request that names none. mean_tokens: of an output. Other names do not count."""
-        self._only, self._mean_tokens = only, mean_tokens
-        self._facts = {name: facts.get(name) or _Facts() for name in names}
-        self._interactive, self._batch = ({name: _Demand() for name in names} for _ in range(2))
+    def __init__(self, facts: Mapping[str, _Facts], mean_tokens: float) -> None:
+        """facts: of the bases that count. mean_tokens: of an output."""
+        self._facts, self._mean_tokens = facts, mean_tokens
+        self._interactive, self._batch = (
+            {name: (BaseDemand(name, one.start_s), dict[str, float]()) for name, one in facts.items()} for _ in range(2)
+        )  # with the seconds that wait of each tenant, over its weight
         self._used: dict[str, set[str]] = {}  # tenant -> bases that it waits for or runs on
         self._weights: dict[str, float] = {}
 
     def add(self, requests: Iterable[QueuedRequest]) -> None:
         """Add requests that have not ended."""
         for request in requests:
-            base, sub = request.base or self._only, request.submit
+            base, sub = request.base, request.submit
             if (facts := self._facts.get(base)) is None:
                 continue
             self._used.setdefault(sub.tenant, set()).add(base)
             self._weights[sub.tenant] = sub.weight
             if not request.wid:
-                demand = (self._batch if sub.cls == BATCH else self._interactive)[base]
+                demand, by_tenant = (self._batch if sub.cls == BATCH else self._interactive)[base]
                 seconds = facts.seconds(request, self._mean_tokens)
                 demand.add(seconds, request.since_ms or sub.submitted_ms)
-                demand.by_tenant[sub.tenant] = demand.by_tenant.get(sub.tenant, 0.0) + seconds / sub.weight
+                by_tenant[sub.tenant] = by_tenant.get(sub.tenant, 0.0) + seconds / sub.weight
 
-    def by_base(self) -> dict[str, _Demand]:
-        """Return the sums. Batch work counts where nothing else waits."""
-        nothing_waits = all(one.oldest_ms is None for one in self._interactive.values())
+    def demands(self) -> dict[str, BaseDemand]:
+        """Return the sums by base. Batch work counts where nothing else waits."""
+        nothing_waits = all(demand.oldest_ms is None for demand, _ in self._interactive.values())
         found = self._batch if nothing_waits else self._interactive
         for tenant, bases in self._used.items():
             for base in bases:
-                found[base].shares += self._weights[tenant] / len(bases)
-                found[base].by_tenant.setdefault(tenant, 0.0)
-        return found
+                demand, by_tenant = found[base]
+                demand.shares += self._weights[tenant] / len(bases)
+                by_tenant.setdefault(tenant, 0.0)
+        for demand, by_tenant in found.values():
+            demand.typical_s = sorted(by_tenant.values())[(len(by_tenant) - 1) // 2] if by_tenant else 0.0
+        return {name: demand for name, (demand, _) in sorted(found.items())}
 
 
 @dataclass(slots=True)
@@ -144,29 +116,30 @@ class SwapOrders:
 
     workers: Workers
     policy: SwapPolicy
-    by_worker: dict[str, SwapOrder] = field(default_factory=dict[str, SwapOrder])
+    by_worker: dict[str, Swap] = field(default_factory=dict[str, Swap])
     """Name of a worker -> the order on its way."""
     _facts: dict[str, _Facts] = field(default_factory=dict[str, _Facts])
     _failures: dict[str, _Failure] = field(default_factory=dict[str, _Failure])
     _num_lost: Counter[str] = field(default_factory=Counter[str])  # by base, orders in a row
     _known_ms: dict[str, float] = field(default_factory=dict[str, float])  # base not reported yet -> since when known
-    _noted: set[str] = field(default_factory=set[str])  # bases of which the queue says why they failed
-
+    noted: set[str] = field(default_factory=set[str])
+    """Bases of which the queue says why they failed."""
     removed: frozenset[str] = frozenset()
     """Bases that operators have taken away: no worker becomes one, whatever its settings say."""
 
-    def set_noted(self, names: Collection[str]) -> None:
-        """Take the names of the bases of which the queue says why no worker has started."""
-        self._noted = set(names)
-
-    def settle(self, now_ms: float) -> list[tuple[SwapOrder, str]]:
+    def settle(self, now_ms: float) -> list[tuple[Swap, str]]:
         """Learn from the latest heartbeats. Returns the orders that came to an end, each with DONE, FAILED or LOST."""
         by_name = {worker.beat.name: worker for worker in self.workers.by_id.values()}
         for worker in by_name.values():
-            facts = self._facts.setdefault(worker.beat.base, _Facts())
+            facts = self._facts.setdefault(worker.base, _Facts())
             facts.model, facts.capacity = worker.model, worker.beat.capacity or facts.capacity
             facts.start_s = worker.beat.start_s or facts.start_s
-        found: list[tuple[SwapOrder, str]] = []
+            if worker.beat.becoming and worker.beat.name not in self.by_worker:  # an earlier leader's order
+                may_become = frozenset(worker.beat.may_become)
+                self.by_worker[worker.beat.name] = Swap(
+                    worker.wid, worker.beat.becoming, "", now_ms, worker.beat.name, worker.base, may_become
+                )
+        found: list[tuple[Swap, str]] = []
         for name, order in list(self.by_worker.items()):
             worker = by_name.get(name)
             if worker is not None and worker.wid != order.wid:
@@ -180,20 +153,20 @@ class SwapOrders:
             del self.by_worker[name]
             found.append((order, outcome))
         served = {worker.beat.base for worker in by_name.values()}
-        for base in self._failures.keys() - (self._noted - served):
+        for base in self._failures.keys() - (self.noted - served):
             del self._failures[base]
-        for base in self._noted - served - self._failures.keys():  # at a first start, or under an earlier leader
+        for base in self.noted - served - self._failures.keys():  # at a first start, or under an earlier leader
             self._failures.setdefault(base, _Failure()).add(now_ms)
         for base in served:
             self._num_lost.pop(base, None)
         return found
 
-    def _failed(self, order: SwapOrder, now_ms: float) -> str:
+    def _failed(self, order: Swap, now_ms: float) -> str:
         """Return FAILED if an order's base, whose worker is back with another one, cannot be served; else LOST."""
         self._num_lost[order.base] += 1
-        if order.base not in self._noted and self._num_lost[order.base] < MAX_LOST:
+        if order.base not in self.noted and self._num_lost[order.base] < MAX_LOST:
             return LOST
-        self._noted.add(order.base)
+        self.noted.add(order.base)
         self._failures.setdefault(order.base, _Failure()).add(now_ms)
         return FAILED
 
@@ -201,51 +174,35 @@ class SwapOrders:
         """Return what all requests that have not ended are to be added to; None: no worker may become another base."""
         if not any(worker.beat.may_become for worker in self.workers.by_id.values()):
             return None
-        names = self.reachable() | {self._name(worker.beat.base) for worker in self.workers.by_id.values()}
-        return Asked(names, self._name(""), self._facts, mean_output_tokens)
+        names = self.reachable().keys() | {worker.base for worker in self.workers.by_id.values()}
+        return Asked({name: self._facts.get(name) or _Facts() for name in names}, mean_output_tokens)
 
-    def decide(self, now_ms: float, asked: Asked) -> list[SwapOrder]:
+    def decide(self, now_ms: float, asked: Asked) -> list[Swap]:
         """Return the orders to give now. To be called once a second."""
-        if not (seats := self._seats()):
-            return []
-        demands = self._demands(now_ms, asked.by_base())
-        found: list[SwapOrder] = []
-        for swap in self.policy.decide(now_ms, demands, list(seats.values())):
-            seat = seats[swap.wid]
-            known = seat.may_become | {seat.base}
-            order = SwapOrder(swap.wid, seat.name, seat.base, swap.base, swap.why, now_ms, known)
-            self.by_worker[seat.name] = order
+        seats = [
+            Seat(one.wid, one.base, float(one.beat.joined_ms), one.load, self._may_become(one), one.beat.name)
+            for one in self.workers.available()
+            if one.beat.name not in self.by_worker
+        ]
+        swaps = self.policy.decide(now_ms, self._demands(now_ms, asked), seats, self.by_worker.values())
+        for swap in swaps:
+            self.by_worker[swap.name] = swap
             self.workers.set_unreachable(swap.wid)  # until its next heartbeat, which says that it leaves
-            found.append(order)
-        return found
+        return swaps
 
-    def _seats(self) -> dict[str, Seat]:
-        """Return the workers by their ids, but those that drain for other reasons than a swap."""
-        seats: dict[str, Seat] = {}
-        for worker in self.workers.by_id.values():
-            beat, order = worker.beat, self.by_worker.get(worker.beat.name)
-            becoming = order.base if order is not None and order.wid == worker.wid else beat.becoming
-            if worker.available or becoming:
-                seats[worker.wid] = Seat(
-                    worker.wid,
-                    self._name(beat.base),
-                    float(beat.joined_ms),
-                    worker.load,
-                    frozenset(beat.may_become) - self.removed,
-                    becoming,
-                    beat.name,
-                )
-        return seats
+    def _may_become(self, worker: Worker) -> frozenset[str]:
+        return frozenset(worker.beat.may_become) - self.removed
 
-    def _demands(self, now_ms: float, found: dict[str, _Demand]) -> list[BaseDemand]:
+    def _demands(self, now_ms: float, asked: Asked) -> list[BaseDemand]:
         """Return what the policy is told of the bases: what is asked of them, and that some are to be tried."""
         beats = [worker.beat for worker in self.workers.by_id.values()]
         are_coming = len({beat.name for beat in beats} | self.by_worker.keys()) < max(
             (beat.started_with for beat in beats), default=0
         )
-        for name, demand in found.items():
-            failure = self._failures.get(name)
-            if failure is not None:
+        demands = asked.demands()
+        for name, demand in demands.items():
+            if (failure := self._failures.get(name)) is not None:
+                demand.blocked_until_ms = failure.until_ms
                 since_ms = min(now_ms, failure.due_ms)
             elif name not in self.workers.bases:
                 since_ms = self._known_ms.setdefault(name, now_ms)
@@ -256,33 +213,17 @@ class SwapOrders:
                 continue
             demand.add(VISIT_S, since_ms)
             demand.shares = demand.shares or 1.0
-        return [
-            BaseDemand(
-                name,
-                one.shares,
-                one.waiting_s,
-                one.oldest_ms,
-                self._facts_of(name).start_s,
-                one.typical_s,
-                self._failures[name].until_ms if name in self._failures else 0.0,
-            )
-            for name, one in sorted(found.items())
-        ]
+        return list(demands.values())
 
-    def reachable(self) -> set[str]:
-        """Return the names of the bases that a worker may become, also one that is on its way to a base."""
-        found = {name for worker in self.workers.by_id.values() for name in worker.beat.may_become}
-        return found.union(*(order.may_become for order in self.by_worker.values())) - self.removed
-
-    def num_reaching(self) -> Counter[str]:
-        """Return for each base how many workers may become it: of live workers, and of those on their way."""
+    def reachable(self) -> Counter[str]:
+        """Return for each base how many workers may become it, or are on their way and may have been it."""
         found: Counter[str] = Counter()
-        for worker in self.workers.by_id.values():
+        for worker in self.workers.available():
             if worker.beat.name not in self.by_worker:
-                found.update(worker.beat.may_become if worker.available else ())
+                found.update(self._may_become(worker))
         for order in self.by_worker.values():
-            found.update(order.may_become)
-        return Counter({name: num for name, num in found.items() if name not in self.removed})
+            found.update((order.may_become | {order.left}) - self.removed)
+        return found
 
     def failed(self) -> set[str]:
         """Return the bases that failed to start, and that no worker is becoming now."""
@@ -290,11 +231,4 @@ class SwapOrders:
 
     def hopeful(self) -> set[str]:
         """Return the bases that a worker may become, and that have not failed to start."""
-        return self.reachable() - self._failures.keys()
-
-    def _facts_of(self, base: str) -> _Facts:
-        return self._facts.get(base) or _Facts()
-
-    def _name(self, base: str) -> str:
-        """Return the name of a base as `Workers.base_of` gives it, "" for the only one."""
-        return base or (self.workers.bases[0] if self.workers.bases else "")
+        return self.reachable().keys() - self._failures.keys()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heapify, heapreplace
 
 TURN_STARTS = 4.0
@@ -35,31 +35,36 @@ TICK_MS = 1000.0
 """Time between two decisions at most, which the bound takes into account."""
 
 LOST_STARTS, LOST_MS = 3.0, 10_000.0
-"""An order counts as lost if nothing has come of it in so many starts and ms more."""
+"""A base is given another worker if nothing has come of an order in so many starts and ms more."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BaseDemand:
     """What is asked of one base. Times in ms are unix time."""
 
     name: str
-    shares: float
-    """Sum of the shares of tenants that use it; a tenant's is divided among the bases that it uses now."""
-    waiting_s: float
-    """Work that waits, in seconds of one worker."""
-    oldest_ms: float | None
-    """Since when the request waits that has waited longest, counted anew when it is handed back; None: none waits."""
     start_s: float
     """What a swap to it takes."""
+    shares: float = 0.0
+    """Sum of the shares of tenants that use it; a tenant's is divided among the bases that it uses now."""
+    waiting_s: float = 0.0
+    """Work that waits, in seconds of one worker."""
+    oldest_ms: float | None = None
+    """Since when the request waits that has waited longest, counted anew when it is handed back; None: none waits."""
     typical_s: float = 0.0
     """Lower median over its tenants of the seconds of work that wait, each divided by the tenant's weight."""
     blocked_until_ms: float = 0.0
     """It failed to start, and is not tried again before."""
 
+    def add(self, seconds: float, since_ms: float) -> None:
+        """Add work that waits since a unix time in ms."""
+        self.waiting_s += seconds
+        self.oldest_ms = since_ms if self.oldest_ms is None else min(self.oldest_ms, since_ms)
+
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """One worker that lives and may get requests, or has been ordered away."""
+    """One worker that lives and may get requests."""
 
     wid: str
     base: str
@@ -68,10 +73,8 @@ class Seat:
     running: int
     """Requests that it has."""
     may_become: frozenset[str]
-    becoming: str = ""
-    """The base that it was ordered to become."""
     name: str = ""
-    """Its name, which it keeps after a swap, unlike its `wid`; "": it has none but the `wid`."""
+    """Its name, which it keeps after a swap, unlike its `wid`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,59 +85,36 @@ class Swap:
     base: str
     why: str
     """idle: its base had nothing to do; turn: its turn was over; bound: others would wait too long; load: it helps."""
-
-
-@dataclass(slots=True)
-class _Order:
-    """A swap on its way: until the worker joins again under another id, or until it counts as lost."""
-
-    wid: str
-    base: str
-    joins_ms: float
-    until_ms: float
+    at_ms: float = field(default=0.0, compare=False)
+    name: str = field(default="", compare=False)
+    """The worker's name."""
+    left: str = field(default="", compare=False)
+    """The base that it had."""
+    may_become: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 class SwapPolicy:
-    """Decides about swaps. It remembers orders on their way, and what each base has had of the workers.
-
-    After a change of the leader it has forgotten both. It then learns the orders from `Seat.becoming`, and may order
-    one swap too many for a base whose worker is just restarting.
-    """
+    """Decides about swaps. It remembers what each base has had of the workers."""
 
     def __init__(self, max_wait_s: float, min_residency_s: float) -> None:
         """Take the bound on waiting for a base, and the time for which a worker keeps a base that has work."""
         self.max_wait_ms = 1000 * max_wait_s
         self.residency_ms = 1000 * min_residency_s
-        self.orders: dict[str, _Order] = {}  # by the name of the worker
         self.served_ms: dict[str, float] = {}  # base -> when it last had a worker
         self.used: dict[str, float] = {}  # base -> mean part of machine time that it had
         self.busy_ms: dict[str, float] = {}  # worker -> when it or its base last had work
         self._last_ms = 0.0
 
-    def decide(self, now_ms: float, demands: Sequence[BaseDemand], seats: Sequence[Seat]) -> list[Swap]:
-        """Return the swaps to order now. To be called about once a second, with all bases and all workers."""
-        by_name = {demand.name: demand for demand in demands}
-        self._observe_orders(now_ms, by_name, seats)
-        fleet = _Fleet(self, now_ms, by_name, seats)
-        self._observe_use(now_ms, fleet)
-        names = {seat.wid: seat.name or seat.wid for seat in seats}
-        swaps = fleet.decide()
-        for swap in swaps:
-            self._note_order(now_ms, names[swap.wid], swap.wid, by_name[swap.base])
-        return swaps
+    def decide(
+        self, now_ms: float, demands: Sequence[BaseDemand], seats: Sequence[Seat], orders: Iterable[Swap] = ()
+    ) -> list[Swap]:
+        """Return the swaps to order now. To be called about once a second, with all bases and all workers.
 
-    def _observe_orders(self, now_ms: float, demands: Mapping[str, BaseDemand], seats: Sequence[Seat]) -> None:
-        """Forget orders that came to something or to nothing; learn those of an earlier leader."""
-        by_name = {seat.name or seat.wid: seat for seat in seats}
-        for name, order in list(self.orders.items()):
-            seat, demand = by_name.get(name), demands.get(order.base)
-            if demand is None or demand.blocked_until_ms > now_ms:
-                order.until_ms = min(order.until_ms, now_ms)
-            if seat.wid != order.wid if seat is not None else order.until_ms <= now_ms:
-                del self.orders[name]
-        for name, seat in by_name.items():
-            if seat.becoming in demands and name not in self.orders:
-                self._note_order(now_ms, name, seat.wid, demands[seat.becoming])
+        orders: those on their way, of which nothing has come yet.
+        """
+        fleet = _Fleet(self, now_ms, {demand.name: demand for demand in demands}, seats, orders)
+        self._observe_use(now_ms, fleet)
+        return fleet.decide()
 
     def _observe_use(self, now_ms: float, fleet: _Fleet) -> None:
         keeps = math.exp(min(0.0, self._last_ms - now_ms) / USED_MS)
@@ -149,26 +129,26 @@ class SwapPolicy:
             seat.wid: self.busy_ms.get(seat.wid, now_ms) if fleet.is_idle(seat) else now_ms for seat in fleet.free
         }
 
-    def _note_order(self, now_ms: float, name: str, wid: str, demand: BaseDemand) -> None:
-        start_ms = 1000 * demand.start_s
-        self.orders[name] = _Order(wid, demand.name, now_ms + start_ms, now_ms + LOST_STARTS * start_ms + LOST_MS)
-
 
 class _Fleet:
     """The fleet at one moment, and what is decided about it."""
 
     def __init__(
-        self, policy: SwapPolicy, now_ms: float, demands: Mapping[str, BaseDemand], seats: Sequence[Seat]
+        self,
+        policy: SwapPolicy,
+        now_ms: float,
+        demands: Mapping[str, BaseDemand],
+        seats: Sequence[Seat],
+        orders: Iterable[Swap],
     ) -> None:
         self._policy, self._now_ms, self.demands = policy, now_ms, demands
-        orders = [order for order in policy.orders.values() if order.until_ms > now_ms]
-        gone = {order.wid for order in orders}
-        self.free = [seat for seat in seats if seat.wid not in gone]
+        self.free = list(seats)
         """Workers that may get an order."""
+        orders = [order for order in orders if self._may_come(order)]
         self.num = Counter([*(seat.base for seat in self.free), *(order.base for order in orders)])
         """Workers that each base has, or will have."""
         self._num_workers = max(1, self.num.total())
-        self._joins_ms = [order.joins_ms for order in orders]
+        self._joins_ms = [order.at_ms + 1000 * demands[order.base].start_s for order in orders]
         self._since_ms = {demand.name: demand.oldest_ms for demand in demands.values() if demand.oldest_ms is not None}
         running = {seat.base for seat in self.free if seat.running}
         self._active = [
@@ -179,6 +159,13 @@ class _Fleet:
         self._shares = sum(demand.shares for demand in self._active) or 1.0
         self._starts_ms = sum(1000 * demand.start_s for demand in self._active)
         self._swaps: list[Swap] = []
+
+    def _may_come(self, order: Swap) -> bool:
+        """Return whether the worker of an order may still come to its base."""
+        demand = self.demands.get(order.base)
+        if demand is None or not self._is_open(demand):
+            return False
+        return self._now_ms < order.at_ms + LOST_STARTS * 1000 * demand.start_s + LOST_MS
 
     def is_idle(self, seat: Seat) -> bool:
         """Return whether a worker and its base have nothing to do."""
@@ -294,7 +281,7 @@ class _Fleet:
         return self.num[seat.base] > 1 or idle_ms >= HELP_STARTS * 1000 * demand.start_s
 
     def _order(self, seat: Seat, why: str, name: str) -> None:
-        self._swaps.append(Swap(seat.wid, name, why))
+        self._swaps.append(Swap(seat.wid, name, why, self._now_ms, seat.name, seat.base, seat.may_become))
         self.free.remove(seat)
         self._joins_ms.append(self._now_ms + 1000 * self.demands[name].start_s)
         self.num[seat.base] -= 1

@@ -162,18 +162,17 @@ class Workers:
         """Adapter -> available workers on which it is resident."""
 
     def base_of(self, name: str) -> str:
-        """Return the base that a request or a worker names, "" in a fleet of one base: it is that one.
+        """Return the base that a request or a worker means by a name; "" while none is known.
 
-        So its requests run on workers that have come back with another name. In a fleet of several, what an earlier
-        version wrote, which names none, is of the first.
+        In a fleet of one base it is that one, so that its requests run on workers that have come back with another
+        name. In a fleet of several, what an earlier version wrote, which names none, is of the first.
         """
-        return (name or self.bases[0]) if len(self.bases) > 1 else ""
+        return name if name and len(self.bases) > 1 else next(iter(self.bases), "")
 
     def set_bases(self, names: Sequence[str]) -> bool:
         """Take the names of the fleet's bases; return whether `base_of` answers anew."""
-        before = self.base_of("")
-        self.bases = tuple(names)
-        if self.base_of("") == before:
+        before, self.bases = self.bases, tuple(names)
+        if before[:1] == self.bases[:1] and (len(before) > 1) == (len(self.bases) > 1):
             return False
         for worker in self.by_id.values():
             worker.base = self.base_of(worker.beat.base)

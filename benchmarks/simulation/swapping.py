@@ -24,7 +24,7 @@ from itertools import accumulate, product
 from typing import Any
 
 from benchmarks.common import report
-from scheduler.swaps import BaseDemand, Seat, SwapPolicy
+from scheduler.swaps import BaseDemand, Seat, Swap, SwapPolicy
 
 POLICIES = ("fifo", "collate", "swaps")
 LOADS = ("steady", "day", "flood")
@@ -120,6 +120,7 @@ class Worker:
     began_s: float = 0.0
     resume_s: float = 0.0
     serial: int = 0  # of its last event; earlier ones are void
+    order: Swap | None = None  # the last one
 
 
 @dataclass(slots=True)
@@ -275,19 +276,20 @@ class Day:
             return
         demands = [
             BaseDemand(
-                name, float(len(self._num_open[name])), self._waiting_s[name], 1000 * queue[0][0] if queue else None,
-                self._cell.start_s(name), self._typical_s(name),
+                name, self._cell.start_s(name), float(len(self._num_open[name])), self._waiting_s[name],
+                1000 * queue[0][0] if queue else None, self._typical_s(name),
             )
             for name, queue in self._queues.items()
         ]  # fmt: skip
         names = frozenset(self._cell.names)
         by_seat = {f"{one.wid} {one.since_s}": one for one in self._workers if one.ready_s <= now_s}
         seats = [
-            Seat(wid, one.base, 1000 * one.since_s, int(one.request is not None), names, name=one.wid)
-            for wid, one in by_seat.items()
+            Seat(wid, one.base, 1000 * one.since_s, int(one.request is not None), names) for wid, one in by_seat.items()
         ]
-        for swap in self._swaps.decide(1000 * now_s, demands, seats):
+        orders = [one.order for one in self._workers if one.order is not None and one.ready_s > now_s]
+        for swap in self._swaps.decide(1000 * now_s, demands, seats, orders):
             worker = by_seat[swap.wid]
+            worker.order = swap
             if (request := worker.request) is not None:
                 worker.request = None
                 request.left_s = min(request.left_s, worker.began_s + worker.resume_s + request.left_s - now_s)

@@ -20,13 +20,16 @@ NUM_TOKENS = (40, 100, 250)
 SEEDED = {"temperature": 0.9, "top_p": 0.95}
 PENALISED = {"temperature": 0.7, "top_k": 40, "frequency_penalty": 0.4, "presence_penalty": 0.2}
 GREEDY = {"temperature": 0}
+ENCODED = ("my name is ada lovelace", "grace", "i live in london with grace hopper of new york city", "?")
+"""Texts that an encoder is asked for the vectors of."""
+
 NUDGE, NUM_NUDGES = 1e-4, 16
 """Standard deviation and number of the perturbations of logits that show whether rounding could change a token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Everything that determines the text of one choice."""
+    """Everything that determines the text of one choice; with 0 tokens, the vector of a prompt is asked for."""
 
     model: str
     prompt: str
@@ -49,6 +52,7 @@ class Expected:
     ids: bytes  # int32, as in the log
     num_prompt_tokens: int
     finish: str = "length"
+    vector: tuple[float, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -65,6 +69,11 @@ def catalogue(models: Sequence[str], rng: random.Random) -> list[Ask]:
         for j, prompt in enumerate(PROMPTS)
         for k, sampling in enumerate(kinds)
     ]
+
+
+def vector_asks(models: Iterable[str]) -> list[Ask]:
+    """Return asks for vectors from an encoder and its adapters."""
+    return [Ask(model, text, 0, ()) for model in models for text in ENCODED]
 
 
 def one_ask(model: str, number: int) -> Ask:
@@ -119,6 +128,27 @@ class Transformers:
             output.append(int(drawn[0]))
             ids = torch.tensor([[output[-1]]])
         return output
+
+
+def vectors(asks: Iterable[Ask], model: Path, adapters: Path) -> dict[Ask, tuple[float, ...]]:
+    """Return what transformers and PEFT answer to asks for vectors.
+
+    model: the encoder's folder, by whose name it is asked. adapters: the folder of its adapters.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModel, AutoTokenizer
+
+    found: dict[Ask, tuple[float, ...]] = {}
+    for ask in asks:
+        tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        encoder: Any = AutoModel.from_pretrained(model, dtype=torch.float32)
+        if ask.model != model.name:
+            encoder = PeftModel.from_pretrained(encoder, str(adapters / ask.model))
+        with torch.inference_mode():
+            hidden = encoder(**tokenizer(ask.prompt, return_tensors="pt")).last_hidden_state
+        found[ask] = tuple(hidden[0, 0].tolist())
+    return found
 
 
 def decidable(asks: Iterable[Ask], oracle: Transformers) -> dict[Ask, list[int]]:

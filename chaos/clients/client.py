@@ -20,8 +20,10 @@ import orjson
 from chaos.clients.asks import Ask
 from protocol.wire.lines import aiter_lines
 
-Style = Literal["stream", "whole", "keyed stream", "keyed whole", "job"]
+Style = Literal["stream", "whole", "keyed stream", "keyed whole", "job", "vector"]
 STYLES: tuple[Style, ...] = ("stream", "stream", "whole", "keyed stream", "keyed stream", "keyed whole", "job")
+"""How texts are asked for, the usual ways more often."""
+
 GIVE_UP_S = 300.0
 """Time until a call is given up: far longer than any pause, so a late answer is not a fault."""
 
@@ -46,6 +48,7 @@ class Attempt:
     finishes: list[str] = field(default_factory=list)
     num_done: int = 0
     usage: dict[str, Any] = field(default_factory=dict)
+    vector: list[float] = field(default_factory=list)
 
     def take_line(self, line: str) -> None:
         """Take one line of a stream of server-sent events."""
@@ -118,7 +121,8 @@ class Client:
 
     async def ask(self, ask: Ask, style: Style, call: Call) -> None:
         """Ask until the whole answer is there, or GIVE_UP_S have passed. Everything shown goes into `call`."""
-        headers = {"idempotency-key": uuid.uuid4().hex} if style != "stream" and style != "whole" else {}
+        is_keyed = style not in ("stream", "whole", "vector")
+        headers = {"idempotency-key": uuid.uuid4().hex} if is_keyed else {}
         while not call.is_complete and time.monotonic() < call.began_s + GIVE_UP_S:
             if call.attempts:
                 await asyncio.sleep(PAUSE_S)
@@ -133,6 +137,8 @@ class Client:
         attempt = call.attempts[-1]
         if style == "job":
             await self._job(ask, headers, call)
+        elif style == "vector":
+            await self._vector(ask, call)
         elif style.endswith("whole"):
             answer = await self._http.post(
                 f"{attempt.url}/v1/completions", json=ask.body(stream=False), headers=headers
@@ -145,6 +151,20 @@ class Client:
             self._end(call)
         else:
             await self._stream(ask, headers, call)
+
+    async def _vector(self, ask: Ask, call: Call) -> None:
+        attempt = call.attempts[-1]
+        body = {"model": ask.model, "input": ask.prompt}
+        answer = await self._http.post(f"{attempt.url}/v1/embeddings", json=body)
+        if answer.status_code != 200:
+            attempt.refuse(answer.status_code, answer.content, answer.headers)
+            return
+        found = answer.json()
+        if "error" in found:  # it came after bytes that kept the connection alive
+            attempt.take_event(found)
+            return
+        attempt.vector, attempt.usage = found["data"][0]["embedding"], found["usage"]
+        attempt.outcome = "complete"
 
     async def _stream(self, ask: Ask, headers: dict[str, str], call: Call) -> None:
         attempt = call.attempts[-1]

@@ -87,16 +87,10 @@ def worker_beat(
     *,
     publish_s: float,
     draining: bool,
-    may_become: list[str],
-    becoming: str,
-    start_s: float,
-    joined_ms: int,
-    started_with: int,
 ) -> m.WorkerBeat:
-    """Return what a worker says of itself.
+    """Return what a worker says of itself, but what concerns its process.
 
-    name: the worker's. base: name of the base that it serves. publish_s: seconds it has waited for step scripts. The
-    rest is as in the heartbeat.
+    name: the worker's. base: name of the base that it serves. publish_s: seconds it has waited for step scripts.
     """
     return m.WorkerBeat(
         wid=outbox.wid,
@@ -127,11 +121,6 @@ def worker_beat(
         sent_ms=now_ms(),
         knows=KNOWN_FIELDS,
         version=RELEASE,
-        may_become=may_become,
-        becoming=becoming,
-        start_s=start_s,
-        joined_ms=joined_ms,
-        started_with=started_with,
     )
 
 

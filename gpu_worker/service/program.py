@@ -73,36 +73,16 @@ class BaseStart(msgspec.Struct, frozen=True):
         return start
 
 
-class NotStarted(Exception):
-    """A base cannot be served by this process."""
-
-    def __init__(self, error: Exception) -> None:
-        """error: why."""
-        super().__init__(failure_reason(error))
-        self.error = error
-
-
 async def serve(settings: Settings, stop: asyncio.Event) -> int:
     """Serve a base until `stop`, or until another one is to be served. Returns the exit code. Raises LorafleetError.
 
     Then, and if the base cannot be served but others can, the process starts itself again.
     """
     start = BaseStart.of(settings, worker_bases(settings))
-    bases = WorkerBases(settings, start.base, start.added)
-    try:
-        with tracing(settings, "worker", settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"):
-            code, ordered = await _serve(bases, start, stop)
-    except NotStarted as error:
-        if not start.fallbacks:
-            raise error.error from None
-        following = BaseStart(start.fallbacks[0], start.fallbacks[1:], now_ms(), start.added)
-        logger.warning("%s cannot be served: %s; serving %s instead", start.base, error, following.base)
-    else:
-        if not ordered or code:
-            return code
-        following = BaseStart(ordered, (start.base,), now_ms(), bases.models(ordered, start.base))
-        if ordered not in bases.others:  # taken away while the worker left
-            following = msgspec.structs.replace(start, began_ms=now_ms())
+    with tracing(settings, "worker", settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"):
+        code, following = await _serve(WorkerBases(settings, start.base, start.added), start, stop)
+    if following is None:
+        return code
     with _ended_by_signals():
         await asyncio.sleep(0.01)  # a signal that came before lies with the loop, which reads it now
         if not stop.is_set():
@@ -110,11 +90,11 @@ async def serve(settings: Settings, stop: asyncio.Event) -> int:
     return 0
 
 
-async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> tuple[int, str]:
+async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> tuple[int, BaseStart | None]:
     """Load the model and work for the queue until `stop` or an order.
 
-    Returns the exit code, and the base that the worker has been ordered to become. Raises NotStarted where there are
-    several bases and this one is to blame, else what went wrong. Everything is closed then.
+    Returns the exit code and, if another base is to be served, its start. Raises what went wrong, where no other base
+    can be served or this one is not to blame. Everything is closed then.
     """
     settings = bases.settings(start.base)
     secret = FleetSecret.of(settings)
@@ -123,30 +103,39 @@ async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> t
     is_loaded = False
     try:
         if not await bus.reach(stop):
-            return 0, ""
+            return 0, None
         WATCHDOG.require(None, LOADING_S)
         try:
             with _ended_by_signals():
                 engine, served = await asyncio.to_thread(_load, settings, loader)
             is_loaded = True
             if stop.is_set():
-                return 0, ""
+                return 0, None
             sys.setswitchinterval(SWITCH_S)
             # A thread that has ended cannot be stuck; what is left to do then is the loop's.
             WATCHDOG.require(lambda: object() if engine.has_ended else engine.num_turns, settings.max_step_s)
             service = WorkerService(bus, engine, served, settings, loader, start.began_ms, bases)
-            return await service.run(stop), service.becomes
+            if (code := await service.run(stop)) or not service.becomes:
+                return code, None
+            if service.becomes not in bases.others:  # taken away while the worker left
+                return 0, msgspec.structs.replace(start, began_ms=now_ms())
+            added = bases.models(service.becomes, start.base)
+            return 0, BaseStart(service.becomes, (start.base,), now_ms(), added)
         except Exception as error:
             if is_loaded and not isinstance(error, Conflict):
                 raise
+            name, why = settings.served_name, failure_reason(error)
             is_one_of_several = settings.more_models or start.added
-            if not is_one_of_several and settings.served_name not in (await bus.added_bases.get()).bases:
+            if not is_one_of_several and name not in (await bus.added_bases.get()).bases:
                 raise
             try:
-                await bus.members.note_failure(settings.served_name, failure_reason(error))  # the others' calls go on
+                await bus.members.note_failure(name, why)  # the others' calls go on
             except (*CONNECTION_ERRORS, UnreadableRecord) as away:
-                logger.warning("the reason why %s does not start cannot be recorded: %s", settings.served_name, away)
-            raise NotStarted(error) from error
+                logger.warning("the reason why %s does not start cannot be recorded: %s", name, away)
+            if not start.fallbacks:
+                raise
+            logger.warning("%s cannot be served: %s; serving %s instead", name, why, start.fallbacks[0])
+            return 0, BaseStart(start.fallbacks[0], start.fallbacks[1:], now_ms(), start.added)
     finally:
         loader.close()
         await bus.close()

@@ -456,19 +456,12 @@ class WorkerService:
     def _own_beat(self) -> m.WorkerBeat:
         stats = self.engine.stats()
         self._beaten_loads, self._end_beat_s = stats.num_loads, time.monotonic() + END_BEAT_S
-        return worker_beat(
-            self.name,
-            self.served.name,
-            stats,
-            self.outbox,
-            publish_s=self._publish_s,
-            draining=self.draining,
-            may_become=self.bases.others,
-            becoming=self.becomes,
-            start_s=self._start_s,
-            joined_ms=self._joined_ms,
-            started_with=self.settings.workers,
-        )
+        name, publish_s = self.served.name, self._publish_s
+        beat = worker_beat(self.name, name, stats, self.outbox, publish_s=publish_s, draining=self.draining)
+        return msgspec.structs.replace(
+            beat, may_become=self.bases.others, becoming=self.becomes, start_s=self._start_s,
+            joined_ms=self._joined_ms, started_with=self.settings.workers,
+        )  # fmt: skip
 
     async def _beat(self) -> None:
         """Send the worker's heartbeat. Raises Fenced when its streams are gone."""

@@ -28,21 +28,13 @@ STREAM_TTL_S = 3600
 MAX_STORE_SILENCE_MS = 10_000
 
 MAX_BASES = 32
-"""Bases of a fleet: the first and those that `join.lua` lets in. A gateway reads the records of all once a second."""
+"""Bases of a fleet. A gateway reads the records of all once a second."""
 
 MAX_REASON = 500
 """Characters of the reason why a base's worker has not started."""
 
 _FAILED = "\0"
 """Begins the fields of `Keys.bases` that are reasons of failures, by the base's name."""
-
-
-class BaseNames(NamedTuple):
-    """The names of the fleet's bases."""
-
-    known: list[str]  # that workers have reported, the first one first
-    failed: frozenset[str]  # of which no worker has started
-    removed: frozenset[str]  # that operators have taken away
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,56 +107,27 @@ class Members:
         name, or the fleet has another one only; with `fleet`, when they serve its weights by another name, or are of an
         earlier version; and when there are too many bases.
         """
+        keys = self._keys
         while True:
+            others = [wid for wid in await self.ids(keys.workers) if wid != beat.wid]
+            raws = await read_many(self._redis, [keys.worker_beat(wid) for wid in others])
             first, further = await self._raw_bases()
-            by_operators = decoded(await self._redis.get(self._keys.added_bases))
+            by_operators = decoded(await self._redis.get(keys.added_bases))
             if served.name in by_operators.removed:
                 text = f"the base {served.name} was removed from this fleet: `lorafleet bases add` brings it back"
                 raise Conflict(text, code="base_not_served")
             known = {base.name: base for base in _decoded(first, further)}
             names = _fleet_of(served.name, fleet, by_operators.bases, known)
-            several = bool(names)
-            twins = [name for name, base in known.items() if name != served.name and served.has_weights_of(base)]
-            if several and twins:
-                live = {one.base for one in (await self.worker_beats()).values() if one is not None}
-                if taken := live.intersection(twins):
-                    text = f"this fleet serves the weights of {served.name} as {min(taken)}; name each base model once"
-                    raise Conflict(text, code="base_named_twice")
-                twins = []
-            elif (
-                not several and served.name not in known
-            ):  # earlier versions reported no weights, and knew one base by many names
-                twins += [name for name, base in known.items() if base.is_same(served) and name not in twins]
-            outcome = "changed"
-            for name in (*twins, served.name):
-                outcome = await self._join(beat, served, ttl_ms, name, first, further, known, names)
-                if outcome == "joined":
-                    return name
-                if outcome != "alone":  # no live worker serves it by that name
-                    break
-            if outcome != "changed":
-                raise _refusal(outcome, served, known)
-
-    async def _join(
-        self, beat: m.WorkerBeat, served: m.ServedModel, ttl_ms: int, name: str, first: bytes,
-        further: Mapping[bytes, bytes], known: Mapping[str, m.ServedModel], fleet: Sequence[str],
-    ) -> str:  # fmt: skip
-        """Try to register a worker under a name, which is its base's own or is joined beside others only.
-
-        first, further, known: the bases as they were read. Returns what `join.lua` says.
-        """
-        other, keys = known.get(name), self._keys
-        mine = msgspec.structs.replace(served, name=name)
-        length = min(mine.max_model_len, other.max_model_len if other is not None else mine.max_model_len)
-        is_same = other is None or other.is_same(mine)
-        call = lua.Join(
-            base=keys.base, bases=keys.bases, workers=keys.workers, worker_beat=keys.worker_beat(beat.wid),
-            wid=beat.wid, beat=m.encode(msgspec.structs.replace(beat, base=name)), ttl_ms=ttl_ms, at_ms=now_ms(),
-            name=name, fleet=fleet, first_base=first, further=further.get(name.encode(), b""),
-            alone=m.encode(mine) if name == served.name else b"",
-            beside=m.encode(msgspec.structs.replace(mine, max_model_len=length)) if is_same else b"",
-        )  # fmt: skip
-        return (await self._scripts.run(call)).decode()
+            joining = joining_of(served, known, names, [raw for raw in raws if raw])
+            name = joining.base.name
+            call = lua.Join(
+                base=keys.base, bases=keys.bases, workers=keys.workers, worker_beat=keys.worker_beat(beat.wid),
+                wid=beat.wid, beat=m.encode(msgspec.structs.replace(beat, base=name)), ttl_ms=ttl_ms, at_ms=now_ms(),
+                name=name, first_base=first, further=further.get(name.encode(), b""), served=m.encode(joining.base),
+                is_first=int(joining.is_first), num_others=len(others), more=[*others, *joining.dropped],
+            )  # fmt: skip
+            if await self._scripts.run(call) == b"joined":
+                return name
 
     async def _raw_bases(self) -> tuple[bytes, dict[bytes, bytes]]:
         """Return the records of the first base, b"" without one, and of the further ones by name, as written."""
@@ -196,22 +159,6 @@ class Members:
         """
         first, further = await self._raw_bases()
         return _decoded(first, further), _failures(further)
-
-    async def base_names(self) -> BaseNames:
-        """Return the names of the fleet's bases.
-
-        Raises ProtocolError.
-        """
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.get(self._keys.base)
-        pipe.hkeys(self._keys.bases)
-        pipe.get(self._keys.added_bases)
-        first, further, by_operators = await pipe.execute()
-        keys = [key.decode() for key in further]
-        names = [key for key in keys if not key.startswith(_FAILED)]
-        failed = frozenset(key.removeprefix(_FAILED) for key in keys if key.startswith(_FAILED))
-        known = [_base(first).name, *names] if first else names
-        return BaseNames(known, failed, frozenset(decoded(by_operators).removed))
 
     async def drop_base(self, name: str) -> None:
         """Delete what workers of a base have reported, unless one is registered.
@@ -329,18 +276,64 @@ def _failures(further: Mapping[bytes, bytes]) -> dict[str, str]:
     return {name.decode()[1:]: why.decode() for name, why in further.items() if name.startswith(_FAILED.encode())}
 
 
-def _refusal(outcome: str, mine: m.ServedModel, known: Mapping[str, m.ServedModel]) -> Conflict:
-    """Return the error for what `join.lua` said to a worker of a base, in a fleet that knows some."""
-    if outcome == "refused":
-        return Conflict(_taken(mine, known[mine.name]), code="base_name_taken")
-    if outcome == "full":
-        return Conflict(f"this fleet serves {MAX_BASES} bases, which is the limit; {mine.name} cannot join it")
-    serves = f"this fleet serves {', '.join(known)}; {mine.name} cannot join it"
-    if outcome == "old":
+class Joining(NamedTuple):
+    """How a worker joins."""
+
+    base: m.ServedModel  # the record to write, with the name under which it joins
+    is_first: bool
+    dropped: Sequence[str]  # further bases whose records go
+
+
+def joining_of(
+    served: m.ServedModel,
+    known: Mapping[str, m.ServedModel],
+    fleet: Sequence[str],
+    beats: Sequence[bytes],
+) -> Joining:
+    """Return how the worker of a base joins, by the records that are known and the beats of live workers. Pure.
+
+    fleet: the names of its fleet's bases, if it has several. When a worker of a base without record joins a fleet
+    without workers, the records go of bases that are none of these. Raises as `Members.join`.
+    """
+    first_name = next(iter(known), served.name)
+    live, has_old = _live([*known, served.name], first_name, beats)
+    twins = [name for name, base in known.items() if name != served.name and served.has_weights_of(base)]
+    if fleet and live.intersection(twins):
+        text = f"this fleet serves the weights of {served.name} as {min(live.intersection(twins))}; name each base model once"
+        raise Conflict(text, code="base_named_twice")
+    if not fleet and served.name not in known:  # earlier versions reported no weights, and knew one base by many names
+        twins += [name for name, base in known.items() if base.is_same(served) and name not in twins]
+    name = next((name for name in twins if name in live), served.name)
+    base = msgspec.structs.replace(served, name=name)
+    other = known.get(name, base)
+    serves = f"this fleet serves {', '.join(known)}; {name} cannot join it"
+    if name in live:
+        if not other.is_same(base):
+            raise Conflict(_taken(base, other), code="base_name_taken")
+        base = msgspec.structs.replace(base, max_model_len=min(base.max_model_len, other.max_model_len))
+    elif has_old:
         text = f"{serves} beside workers of an earlier version, which know of one base only: update those first"
-        return Conflict(text, code="old_workers")
-    assert outcome == "other", outcome
-    return Conflict(f"{serves}: a fleet of several bases has --more-models on all services", code="other_base")
+        raise Conflict(text, code="old_workers")
+    elif beats and not fleet:
+        text = f"{serves}: a fleet of several bases has --more-models on all services"
+        raise Conflict(text, code="other_base")
+    if name in known or name == first_name:
+        return Joining(base, name == first_name, ())
+    dropped = [] if beats else [one for one in known if one not in fleet]
+    if len(known) - len(dropped) >= MAX_BASES:
+        raise Conflict(f"this fleet serves {MAX_BASES} bases, which is the limit; {name} cannot join it")
+    return Joining(base, first_name in dropped, dropped)
+
+
+def _live(names: Iterable[str], first: str, beats: Sequence[bytes]) -> tuple[set[str], bool]:
+    """Return which bases live workers serve, and whether some are of an earlier version, which names none.
+
+    Those are of the first one. Only their beats are decoded, since beats come to megabytes.
+    """
+    field = m.encode("base")
+    live = {name for name in names if any(field + m.encode(name) in raw for raw in beats)}
+    has_old = any(field not in raw and _beat(raw) is not None for raw in beats)
+    return live | ({first} if has_old else set()), has_old
 
 
 def _taken(mine: m.ServedModel, other: m.ServedModel) -> str:

@@ -242,7 +242,7 @@ class Lead(Call, kw_only=True):
 
 
 class Join(Call, kw_only=True):
-    """Register a worker under its base's name with its first beat, unless live workers serve another base by it."""
+    """Register a worker under its base's name with its first beat, if nothing has changed since it was decided."""
 
     base: Key
     bases: Key
@@ -255,9 +255,10 @@ class Join(Call, kw_only=True):
     name: str
     first_base: bytes
     further: bytes
-    alone: bytes
-    beside: bytes
-    fleet: Sequence[str]
+    served: bytes
+    is_first: int
+    num_others: int
+    more: Sequence[str]
 
 
 class Vital(Call, kw_only=True):

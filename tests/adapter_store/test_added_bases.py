@@ -28,22 +28,18 @@ async def test_an_adapter_of_an_added_base_becomes_no_other_s(tmp_path: Path) ->
     async def base_of(name: str, asked: str = "") -> str:
         return (await bases.take(mirror, source, name, asked, FLEET))[1]
 
-    bases.set_added((), ())
     assert bases.set([ONE])
     assert not bases.set([ONE])
     assert [await base_of(name) for name in ("of-two", "of-none")] == ["", ""], "one base takes whatever fits it"
-    bases.set_added(["two"], ())
-    assert bases.set([ONE]), "all are looked at again"
+    assert bases.set([ONE], added=["two"]), "all are looked at again"
     assert await base_of("of-none") == ONE.name, "what fits the base that is there waits for none that is added"
     with pytest.raises(Unavailable, match="of the base two, of which no worker has started"):
         await base_of("of-two")
-    bases.set_added(["two"], ())
-    assert bases.set([ONE, TWO])
+    assert bases.set([ONE, TWO], added=["two"])
     assert await base_of("of-two") == "two"
     with pytest.raises(AdapterRefused, match="fits several bases"):
         await base_of("of-none")
-    bases.set_added((), ["two"])
-    assert bases.set([ONE, TWO]), "its worker drains, and its record is there meanwhile"
+    assert bases.set([ONE, TWO], removed=["two"]), "its worker drains, and its record is there meanwhile"
     assert await base_of("of-none") == ONE.name
     for name, asked in (("of-two", ""), ("of-none", "two")):
         with pytest.raises(Unavailable, match="of the base two, which was removed"):

@@ -55,8 +55,8 @@ def hub(hub: HubStub) -> HubStub:
 
 async def without_note(mirror: Mirror, key: str) -> None:
     """Make a version one of an earlier release, which noted no base."""
-    digest, readers = mirror.blobs._note_of(key)
-    mirror.blobs._write_note(key, digest, readers, None)
+    digest, _ = mirror.blobs._note_of(key)
+    mirror.blobs._write_note(key, digest, mirror.blobs.readers_of(key))
 
 
 @pytest.mark.parametrize("has_note", [True, False])

@@ -129,6 +129,21 @@ def test_usage_lies_between_what_was_told_and_what_was_caused() -> None:
     assert len(books.wrong({"sql": told, "base": (1, 1, 1)}, may_lack=False, may_exceed=False)) == 1
 
 
+def test_a_call_whose_submission_had_no_reply_may_be_in_the_books() -> None:
+    """The queue ended with it in hand, or its gateway, which waited. Other refusals come before it is submitted."""
+    door, ended = (
+        f"503: this gateway is shutting down; retry, so that another one can take {what}"
+        for what in ("the request", "it")
+    )
+    for code, detail, num in (
+        ("queue_unavailable", "", 2), ("shutting_down", "503: this gateway is shutting down", 2),
+        ("shutting_down", ended, 2), ("shutting_down", door, 1), ("queue_full", "", 1),
+    ):  # fmt: skip
+        books = Books()
+        books.note(called("whole", attempt("", "refused", code=code, detail=detail), attempt("abcde")), EXPECTED)
+        assert books.most == {"sql": (num, 3 * num, 5 * num)}
+
+
 def test_the_pause_of_a_fault_is_the_longest_one_that_begins_with_it() -> None:
     call = Call(Ask("base", "x", 5, tuple(GREEDY.items())), "stream", 0.0)
     call.progress = [(1.0, 1), (2.0, 2), (7.0, 3), (8.0, 4), (30.0, 5)]
@@ -413,3 +428,13 @@ def test_a_webhook_that_waits_for_a_late_attempt_is_not_lost() -> None:
         "the webhook of batch.completed held up waits after 2 attempts: no answer within 15 s",
         "no webhook has told of batch.completed lost, and none waits",
     ]
+
+
+def test_a_vector_is_right_within_rounding() -> None:
+    expected = Expected("", b"", num_prompt_tokens=3, vector=(0.5, -0.25))
+    right = attempt("", vector=[0.5001, -0.25], usage={"prompt_tokens": 3})
+    assert shown_wrongly(right, expected) == []
+    for vector in ([0.5, -0.24], [0.5], []):
+        assert shown_wrongly(attempt("", vector=vector, usage={"prompt_tokens": 3}), expected), vector
+    assert shown_wrongly(attempt("", vector=[0.5, -0.25], usage={"prompt_tokens": 4}), expected)
+    assert shown_wrongly(attempt("", "failed"), expected) == []

@@ -102,7 +102,7 @@ async def test_one_worker_answers_for_every_base_and_adapter(fleet: RunningFleet
         assert 2 <= len(after) - len(before) <= 12, after
         assert {(entry["who"], entry["target"]) for entry in after} == {("scheduler", "worker-0")}
         whole = (await http.get("/v1/fleet")).json()
-    assert [base["name"] for base in whole["bases"]] == ["one", "two", "encoder"]
+    assert [base["name"] for base in whole["bases"]] == ["one", "two", "encoder", "broken"]
     processes = [one for one in fleet.left_running() if "worker" in one.cmdline() and "serve" in one.cmdline()]
     (process,) = processes
     assert len([child for child in process.children() if child.status() != psutil.STATUS_ZOMBIE]) <= 1, "its loader"

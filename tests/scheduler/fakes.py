@@ -16,7 +16,7 @@ from protocol.runtime.settings import Settings
 from protocol.wire import messages as m
 from scheduler.core import Scheduler
 from scheduler.service import serve
-from scheduler.swap_orders import SwapOrder
+from scheduler.swaps import Swap
 
 GATEWAY = "g-test"
 
@@ -29,7 +29,7 @@ def make_submit(
     return m.RequestHead(rid=rid, tenant=tenant, cls=cls, digest=digest, **facts)  # type: ignore[arg-type]
 
 
-def order_swaps(scheduler: Scheduler, now_ms: float) -> list[SwapOrder]:
+def order_swaps(scheduler: Scheduler, now_ms: float) -> list[Swap]:
     """Return the orders that are given now, as the session has them."""
     asked = scheduler.swaps.asked(scheduler.ledger.mean_output_tokens)
     if asked is None:

@@ -133,6 +133,25 @@ def test_a_new_leader_learns_from_heartbeats_who_is_leaving() -> None:
     assert ordered(scheduler, 1000.0) == {"w": "b"}
 
 
+def test_a_worker_that_has_not_read_its_order_yet_gets_no_other() -> None:
+    scheduler = scheduler_of(beat("a"))
+    scheduler.submit(make_submit("r", base="b", submitted_ms=0), 0)
+    assert ordered(scheduler, 0.0) == {"w": "b"}
+    scheduler.submit(make_submit("other", base="c", submitted_ms=0), 0)
+    see(scheduler, beat("a", sent_ms=2))
+    assert settled(scheduler, 1000.0) == []
+    assert ordered(scheduler, 1000.0) == {}
+
+
+def test_an_order_of_an_earlier_leader_is_known_and_settled() -> None:
+    scheduler = scheduler_of(beat("a", becoming="b", draining=True), beat("a", name="v"))
+    assert settled(scheduler, 0.0) == []
+    scheduler.submit(make_submit("r", base="b", submitted_ms=0), 0)
+    assert ordered(scheduler, 1000.0) == {}, "it is on its way"
+    see(scheduler, beat("b"), beat("a", name="v"))
+    assert settled(scheduler, 2000.0) == [("b", DONE)]
+
+
 def test_a_base_that_fails_is_tried_again_ever_later_and_its_calls_end() -> None:
     scheduler = scheduler_of(beat("a"), wait_for_worker_s=1.0)
     calls = [make_submit("call", base="b", submitted_ms=0), make_submit("job", base="b", submitted_ms=0, gateway="")]
@@ -156,6 +175,15 @@ def test_a_base_that_fails_is_tried_again_ever_later_and_its_calls_end() -> None
     scheduler.set_bases(FLEET)
     assert settled(scheduler, at_ms) == [("b", DONE)]
     assert scheduler.swaps.failed() == set()
+
+
+def test_calls_of_the_only_base_that_starts_do_not_fail_with_the_other() -> None:
+    scheduler = scheduler_of(beat("a", fleet=["a", "b"]), known=["a"])
+    scheduler.set_bases(["a"], ["b"])
+    assert settled(scheduler, 0.0) == []
+    assert scheduler.swaps.failed() == {"b"}
+    scheduler.submit(make_submit("waits", base="a", submitted_ms=0), 0)
+    assert scheduler.failed() == []
 
 
 def test_a_base_whose_starts_end_without_a_word_has_failed() -> None:

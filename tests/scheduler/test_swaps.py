@@ -128,48 +128,27 @@ def test_an_order_on_its_way_is_not_given_again() -> None:
     policy, demands = make(), [base("a"), base("b", 1.0)]
     seats = [seat("w1", "a", name="one"), seat("w2", "a", name="two")]
     (swap,) = policy.decide(NOW_MS, demands, seats)
-    assert policy.decide(NOW_MS + 1000, demands, seats) == [], "it drains"
+    assert (swap.at_ms, swap.left, swap.name) == (NOW_MS, "a", {"w1": "one", "w2": "two"}[swap.wid])
     left = [one for one in seats if one.wid != swap.wid]
-    assert policy.decide(NOW_MS + 2000, demands, left) == [], "it is gone, and starts"
-    name = next(one.name for one in seats if one.wid == swap.wid)
-    there = [*left, seat("w3", "b", running=1, stayed_s=0.0, now_ms=NOW_MS + 4000, name=name)]
+    assert policy.decide(NOW_MS + 2000, demands, left, [swap]) == []
+    there = [*left, seat("w3", "b", running=1, stayed_s=0.0, now_ms=NOW_MS + 4000, name=swap.name)]
     assert policy.decide(NOW_MS + 4000, demands, there) == []
-    assert policy.orders == {}
 
 
-def test_an_order_of_an_earlier_leader_is_known() -> None:
-    seats = [seat("w1", "a", becoming="b"), seat("w2", "a")]
-    assert make().decide(NOW_MS, [base("a"), base("b", 1.0)], seats) == []
-
-
-@pytest.mark.parametrize("is_there", [True, False])
-def test_an_order_that_came_to_nothing_is_decided_again(is_there: bool) -> None:
+def test_an_order_that_came_to_nothing_is_decided_again() -> None:
     """The worker still says that it becomes `b`, or has died on the way, and another is there."""
-    policy = make()
-    seats = [seat("w1", "a", becoming="b", name="one"), seat("w2", "a", running=1, stayed_s=0.0)]
-    assert policy.decide(NOW_MS, [base("a"), base("b", 1.0)], seats) == []
+    policy, order = make(), Swap("w1", "b", "idle", NOW_MS)
     late_ms = NOW_MS + 1000 * LOST_STARTS * START_S + LOST_MS
     demands = [base("a"), base("b", 1.0, waits_s=20.0, now_ms=late_ms)]
-    left = seats if is_there else [seat("w3", "a", name="three", now_ms=late_ms)]
-    assert policy.decide(late_ms - 1, demands, left) == []
-    assert [swap.base for swap in policy.decide(late_ms, demands, left)] == ["b"]
-    assert policy.decide(late_ms + 1000, demands, left) == [], "and is then on its way again"
-
-
-def test_a_worker_that_comes_back_unchanged_may_be_ordered_again() -> None:
-    policy, demands = make(), [base("a"), base("b", 1.0)]
-    assert policy.decide(NOW_MS, demands, [seat("w1", "a", name="one")]) == [Swap("w1", "b", "idle")]
-    back = [seat("w2", "a", stayed_s=0.0, name="one")]
-    assert policy.decide(NOW_MS, demands, back) == [Swap("w2", "b", "idle")]
-    failed = [demands[0], base("b", 1.0, blocked_until_ms=NOW_MS + 5000)]
-    assert policy.decide(NOW_MS, failed, [seat("w3", "a", stayed_s=0.0, name="one")]) == []
+    left = [seat("w3", "a", name="three", now_ms=late_ms)]
+    assert policy.decide(late_ms - 1, demands, left, [order]) == []
+    assert [swap.base for swap in policy.decide(late_ms, demands, left, [order])] == ["b"]
 
 
 def test_a_base_whose_start_failed_has_no_worker_on_its_way() -> None:
-    policy = make()
-    policy.decide(NOW_MS, [base("a"), base("b", 1.0)], [seat("w1", "a", name="one")])
+    policy, order = make(), Swap("w1", "b", "idle", NOW_MS)
     blocked = base("b", 1.0, blocked_until_ms=NOW_MS + 1000)
-    assert policy.decide(NOW_MS, [base("a"), blocked], [seat("v", "a")]) == []
+    assert policy.decide(NOW_MS, [base("a"), blocked], [seat("v", "a")], [order]) == []
     assert policy.decide(NOW_MS + 1000, [base("a"), blocked], [seat("v", "a")]) == [Swap("v", "b", "idle")]
 
 
@@ -242,6 +221,7 @@ class Fleet:
         self.unserved_ms: dict[str, float] = {}
         self.had_ms = dict.fromkeys(names, 0.0)
         self.swaps: list[tuple[float, str, str, str]] = []
+        self.on_way: dict[str, Swap] = {}
         self.now_ms = 0.0
         self.longest_ms = 0.0
 
@@ -253,6 +233,7 @@ class Fleet:
         for one in self.members:
             if one.joins_ms is not None and one.joins_ms <= self.now_ms:
                 one.joins_ms, one.since_ms, one.num_joins = None, self.now_ms, one.num_joins + 1
+                del self.on_way[one.name]
             if one.joins_ms is None:
                 self._serve(one)
         served = {one.base for one in self.members if one.joins_ms is None}
@@ -276,8 +257,8 @@ class Fleet:
 
     def _decide(self) -> None:
         demands = [
-            BaseDemand(name, self.shares.get(name, 1.0), sum(ms for _, ms in queue) / 1000,
-                       queue[0][0] if queue else None, self.starts_s[name])
+            BaseDemand(name, self.starts_s[name], self.shares.get(name, 1.0), sum(ms for _, ms in queue) / 1000,
+                       queue[0][0] if queue else None)
             for name, queue in self.waiting.items()
         ]  # fmt: skip
         here = {one.wid: one for one in self.members if one.joins_ms is None}
@@ -285,7 +266,7 @@ class Fleet:
             Seat(wid, one.base, one.since_ms, int(one.left_ms > 0), frozenset(self.waiting), name=one.name)
             for wid, one in here.items()
         ]
-        swaps = self.policy.decide(self.now_ms, demands, seats)
+        swaps = self.policy.decide(self.now_ms, demands, seats, self.on_way.values())
         assert len({swap.wid for swap in swaps}) == len(swaps)
         for swap in swaps:
             one = here[swap.wid]
@@ -297,6 +278,7 @@ class Fleet:
             self.swaps.append((self.now_ms, one.base, swap.base, swap.why))
             one.left_ms, one.base = 0.0, swap.base
             one.joins_ms = self.now_ms + 1000 * self.starts_s[swap.base]
+            self.on_way[one.name] = swap
 
 
 @pytest.mark.parametrize("seed", [*range(6), *(pytest.param(n, marks=pytest.mark.thorough) for n in range(6, 60))])

@@ -162,11 +162,11 @@ async def test_a_worker_that_swaps_keeps_the_records_of_other_bases(bus: Bus) ->
 
 
 async def test_which_bases_failed_is_told_with_their_names(bus: Bus) -> None:
-    assert await bus.members.base_names() == ([], set(), set())
+    assert await bus.members.bases() == ([], {})
     await bus.members.note_failure("c", "no memory")
     await join(bus, "w1", base("a"))
     await join(bus, "w2", base("b"))
-    assert await bus.members.base_names() == (["a", "b"], {"c"}, set())
+    assert await bus.members.bases() == ([base("a"), base("b")], {"c": "no memory"})
 
 
 async def test_each_base_promises_what_its_own_smallest_worker_holds(bus: Bus) -> None:
