@@ -74,7 +74,7 @@ async def serve(settings: Settings, stop: asyncio.Event, timings: StoreTimings |
         )
     bus = Bus(settings.queue_url())
     try:
-        if await bus.reach(stop):
+        if await bus.server.reach(stop):
             with serve_metrics(settings.metrics_port):
                 blobs = await asyncio.to_thread(_open_blobs, settings)
                 await Store(bus, settings, blobs, secret, timings).run(stop)

@@ -132,7 +132,7 @@ async def _serve(
     # connection of `bus`.
     beats = Bus(settings.queue_url())
     try:
-        if not await bus.reach(stop):
+        if not await bus.server.reach(stop):
             return 0
         replies = Replies(bus, gid, beats)
         names = [one.served_name for one in base_settings(settings)]

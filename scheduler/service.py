@@ -72,7 +72,7 @@ async def _lead(
     token = await bus.lead("", candidate, LEASE_MS)
     if not token:
         return
-    await bus.check()
+    await bus.server.check()
     if not (await bus.memory())[1]:
         logger.warning("the queue has no maxmemory: it may use all memory of its machine")
     await bus.restarted()  # only later restarts count

@@ -102,7 +102,7 @@ async def _serve(bases: WorkerBases, start: BaseStart, stop: asyncio.Event) -> t
     loader = Loader(secret.bearer if secret else "")
     is_loaded = False
     try:
-        if not await bus.reach(stop):
+        if not await bus.server.reach(stop):
             return 0, None
         WATCHDOG.require(None, LOADING_S)
         try:

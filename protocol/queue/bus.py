@@ -6,7 +6,6 @@ Every method may be called twice safely.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
@@ -50,12 +49,11 @@ from protocol.queue.scripts import FOLDER, Scripts
 from protocol.queue.steps import Refused, StepResult, StepRow, refused_rows, step_call
 from protocol.queue.streams import Entry, Streams
 from protocol.runtime.sealing import Seal
-from protocol.runtime.service import wait_any
 from protocol.wire import messages as m
 from protocol.wire.clock import CLOCK, now_ms
 from protocol.wire.codec import decode
 from protocol.wire.error_codec import error_json
-from protocol.wire.errors import Internal, LorafleetError, ProtocolError
+from protocol.wire.errors import LorafleetError, ProtocolError
 from protocol.wire.keys import Keys
 from protocol.wire.records import Holder, Owned, RequestFacts, RequestRecord
 
@@ -64,16 +62,11 @@ __all__ = [
     "StepResult", "StepRow", "decode", "now_ms",
 ]  # fmt: skip
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 R = TypeVar("R", bound=m.Record)
 
 TIMEOUT_S = 5
 """Most time until the queue's server has answered."""
-
-AWAY_S = 1.0
-"""Pause before a server that did not answer is asked again, by a service that starts."""
 
 _READ_BYTES = 1 << 17
 """Bytes of a large value that are read at once."""
@@ -120,28 +113,6 @@ class Bus:
         await self.streams.close()
         await self._redis.aclose()
         await self._blocking.aclose()
-
-    async def check(self) -> None:
-        """Refuse a server that may evict the queue. Raises Internal."""
-        # INFO and not CONFIG, which would also let a service change the server.
-        policy = (await self._redis.info("memory")).get("maxmemory_policy", "noeviction")
-        if policy != "noeviction":
-            raise Internal(f"Redis has maxmemory-policy {policy}; the queue needs noeviction, or it loses requests")
-
-    async def reach(self, stop: asyncio.Event) -> bool:
-        """Wait until the server answers, and check it; return False when `stop` was set first. Raises Internal."""
-        told = ""
-        while not stop.is_set():
-            try:
-                await self.check()
-            except CONNECTION_ERRORS as error:
-                if str(error) != told:
-                    logger.warning("the queue cannot be reached, waiting for it: %s", error)
-                told = str(error)
-                await wait_any(stop, AWAY_S)
-            else:
-                return True
-        return False
 
     async def restarted(self) -> bool:
         """Return whether the server was restarted since the last call: then it may have lost its last second."""

@@ -299,7 +299,8 @@ def joining_of(
     live, has_old = _live([*known, served.name], first_name, beats)
     twins = [name for name, base in known.items() if name != served.name and served.has_weights_of(base)]
     if fleet and live.intersection(twins):
-        text = f"this fleet serves the weights of {served.name} as {min(live.intersection(twins))}; name each base model once"
+        taken = min(live.intersection(twins))
+        text = f"this fleet serves the weights of {served.name} as {taken}; name each base model once"
         raise Conflict(text, code="base_named_twice")
     if not fleet and served.name not in known:  # earlier versions reported no weights, and knew one base by many names
         twins += [name for name, base in known.items() if base.is_same(served) and name not in twins]

@@ -1,12 +1,21 @@
-"""What the queue's server says of itself: for `lorafleet doctor`, and for measurements."""
+"""The queue's server: whether it is there and fit for a queue, and what it says of itself."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
 
-from protocol.queue.connection.redis_client import Client
+from protocol.queue.connection.redis_client import CONNECTION_ERRORS, Client
+from protocol.runtime.service import wait_any
+from protocol.wire.errors import Internal
+
+logger = logging.getLogger(__name__)
+
+AWAY_S = 1.0
+"""Pause before a server that did not answer is asked again, by a service that starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +62,25 @@ class Server:
             float(info.get("used_cpu_user_main_thread", 0)) + float(info.get("used_cpu_sys_main_thread", 0)),
             info.get("rdb_last_bgsave_status", "ok") == "ok",
         )
+
+    async def check(self) -> None:
+        """Refuse a server that may evict the queue. Raises Internal."""
+        # INFO and not CONFIG, which would also let a service change the server.
+        policy = (await self._redis.info("memory")).get("maxmemory_policy", "noeviction")
+        if policy != "noeviction":
+            raise Internal(f"Redis has maxmemory-policy {policy}; the queue needs noeviction, or it loses requests")
+
+    async def reach(self, stop: asyncio.Event) -> bool:
+        """Wait until the server answers, and check it; return False when `stop` was set first. Raises Internal."""
+        told = ""
+        while not stop.is_set():
+            try:
+                await self.check()
+            except CONNECTION_ERRORS as error:
+                if str(error) != told:
+                    logger.warning("the queue cannot be reached, waiting for it: %s", error)
+                told = str(error)
+                await wait_any(stop, AWAY_S)
+            else:
+                return True
+        return False

@@ -191,11 +191,11 @@ async def test_a_log_is_read_from_any_place_with_its_end(bus: Bus) -> None:
 
 
 async def test_a_queue_that_may_evict_is_refused(bus: Bus) -> None:
-    await bus.check()
+    await bus.server.check()
     await bus._redis.config_set("maxmemory-policy", "allkeys-lru")
     try:
         with pytest.raises(Internal, match="allkeys-lru"):
-            await bus.check()
+            await bus.server.check()
     finally:
         await bus._redis.config_set("maxmemory-policy", "noeviction")
 
@@ -206,8 +206,8 @@ async def test_a_service_waits_for_a_queue_that_is_not_there_yet(
     """Services start in any order: one that comes first says what it waits for, and can be stopped meanwhile."""
     server = EmbeddedServer(tmp_path, durable=False, guarded=False)
     bus, stop = Bus(server.url), asyncio.Event()
-    waiting = asyncio.create_task(bus.reach(stop))
-    stopped = asyncio.create_task(bus.reach(gone := asyncio.Event()))
+    waiting = asyncio.create_task(bus.server.reach(stop))
+    stopped = asyncio.create_task(bus.server.reach(gone := asyncio.Event()))
     await wait_until(lambda: caplog.text.count("cannot be reached, waiting for it") == 2, "both say so")
     gone.set()
     assert await stopped is False

@@ -77,7 +77,7 @@ async def test_both_sides_show_certificates(queue_server: EmbeddedServer, ours: 
     async with tls_in_front_of(queue_server, ours) as url:
         address = settings(url, ours, ours).queue_url()
         bus = Bus(address)
-        await bus.check()
+        await bus.server.check()
         await bus.streams.create("s", 60)
         assert await bus.streams.read({"s": b"0"}, block_ms=1) == {}
         await bus.close()
@@ -94,7 +94,7 @@ async def test_a_side_that_cannot_be_trusted_is_refused(
     async with tls_in_front_of(queue_server, ours, certificate) as url:
         bus = Bus(settings(url, ca, client).queue_url())
         with pytest.raises(CONNECTION_ERRORS):
-            await bus.check()
+            await bus.server.check()
         await bus.close()
 
 

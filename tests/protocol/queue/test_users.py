@@ -135,7 +135,7 @@ async def test_a_request_lives_its_whole_life_with_four_users(buses: dict[str, B
     gateway, scheduler, worker = buses["gateway"], buses["scheduler"], buses["worker"]
     keys = gateway.keys
     for name in SERVICES:
-        await buses[name].check()
+        await buses[name].server.check()
         await buses[name].restarted()
     await gateway.streams.create(keys.out(GATEWAY), 60)
     for stream in (keys.work("w"), keys.ctl("w")):

@@ -79,7 +79,7 @@ async def test_every_user_enters_and_goes_on_after_a_failover(replicated: Replic
     await replicated.until_whole()
     buses = {user: Bus(replicated.door(user).queue_url()) for user in table()}
     for bus in buses.values():
-        await bus.check()
+        await bus.server.check()
         assert not await bus.restarted()
     gateway = buses["gateway"]
     await gateway._redis.set(gateway.keys.tag, "before", px=60_000)
@@ -157,9 +157,9 @@ async def test_servers_come_back_from_every_fault(replicated: ReplicatedQueue, h
 async def test_sentinels_that_are_not_there_are_a_lost_connection(replicated: ReplicatedQueue) -> None:
     bus = Bus(f"redis-sentinel://127.0.0.1:1/fleet/0?sentinel_password={SENTINEL_PASSWORD}")
     with pytest.raises(CONNECTION_ERRORS, match=r"no Sentinel names the queue's primary: 127\.0\.0\.1:1"):
-        await bus.check()
+        await bus.server.check()
     await bus.close()
     unknown = Bus(replicated.url.replace("/fleet/", "/other/"))
     with pytest.raises(CONNECTION_ERRORS, match="has no primary named other"):
-        await unknown.check()
+        await unknown.server.check()
     await unknown.close()
