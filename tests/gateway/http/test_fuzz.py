@@ -252,7 +252,7 @@ DEEP = "[" * 200_000
         ({"model": [5] * 500_000}, "model"),
         ({"stop": [5] * 500_000}, "stop"),
         ({"tools": [5] * 500_000}, "tools"),
-        ({"merged_adapters": {"ids": [5] * 100_000, "weights": []}}, "merged_adapters"),
+        ({"merged_adapters": {"ids": [5] * 100_000, "weights": []}}, "merged_adapters.ids"),
     ],
 )
 def test_what_is_wrong_or_too_much_is_named(

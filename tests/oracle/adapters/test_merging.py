@@ -273,5 +273,5 @@ def test_nonsense_is_no_merge(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRequest, match=reason):
         check_merge(msgspec.structs.replace(good, **fields))
     for digest in ("merge-", "merge-%%%", "merge-AAAA"):
-        with pytest.raises(BadRequest, match="no merge"):
+        with pytest.raises(BadRequest, match="is not a merge of adapters"):
             merge_of(digest)
